@@ -1,0 +1,1 @@
+"""Prune large language models after training."""
