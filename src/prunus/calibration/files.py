@@ -1,0 +1,147 @@
+"""Text and token ids from files: plain text, JSON lines, Parquet, safetensors.
+
+Knows nothing of tokenizers, models or named corpora.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import zlib
+from pathlib import Path
+
+import torch
+
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet", ".safetensors")
+
+
+def kind(path: Path) -> str:
+    """What a file holds, from its name: one of `text`, `json`, `parquet`, `safetensors`.
+
+    Raises ValueError for a name that ends in none of `SUFFIXES`. `.json.gz` holds JSON lines, as C4's own shards do.
+    """
+    name = path.name.lower()
+    if not name.endswith(SUFFIXES):
+        raise ValueError(f"{path}: cannot tell what this file holds; its name must end in {', '.join(SUFFIXES)}")
+    stem = name.removesuffix(".gz")
+    return {".txt": "text", ".jsonl": "json", ".json": "json"}.get(Path(stem).suffix, Path(stem).suffix[1:])
+
+
+def check_file(path: Path) -> None:
+    """Raise FileNotFoundError or ValueError unless `path` is a non-empty file of a known kind.
+
+    Raises ModuleNotFoundError where reading it needs an extra that is not installed. Opens nothing.
+    """
+    what = kind(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+    if what == "parquet":
+        require("pyarrow", f"reading {path.name}")
+
+
+def require(module: str, purpose: str) -> None:
+    """Raise ModuleNotFoundError, naming the `data` extra, unless `module` can be imported. `purpose` is a gerund."""
+    if importlib.util.find_spec(module) is None:
+        raise ModuleNotFoundError(f"{purpose} needs {module}: pip install 'prunus[data]'")
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents of a text file, empty ones left out: one for `.txt`, one per line or row for the others.
+
+    Raises ValueError for text that is not UTF-8, a broken line (with its number), a missing `text` field or
+    column, a truncated file, and a file without any text.
+    """
+    check_file(path)
+    match kind(path):
+        case "text":
+            documents = [read_text(path)]
+        case "json":
+            documents = read_json_lines(path)
+        case "parquet":
+            documents = _read_parquet(path)
+        case _:
+            raise ValueError(f"{path}: holds token ids, not text")
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise ValueError(f"{path}: there is no text in this file")
+    return documents
+
+
+def read_text(path: Path) -> str:
+    """The whole of a text file, gunzipped where its name ends in `.gz`; line ends stay as they are."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.name.lower().endswith(".gz") else path.read_bytes()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: damaged or truncated gzip file ({error})") from error
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def read_json_lines(path: Path, fields: tuple[str, ...] = ("text",)) -> list[str]:
+    """One string per non-blank line: the values of `fields` of its JSON object, put end to end."""
+    documents = []
+    # Not splitlines: JSON strings may hold U+2028 and other characters that it takes for line ends.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
+        values = [record.get(field) for field in fields] if isinstance(record, dict) else [None]
+        if not all(isinstance(value, str) for value in values):
+            wanted = " and ".join(repr(field) for field in fields)
+            raise ValueError(f"{path}, line {number}: expected a JSON object with text in {wanted}")
+        documents.append("".join(values))
+    return documents
+
+
+def _read_parquet(path: Path) -> list[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        names = table.schema_arrow.names
+        if "text" not in names:
+            raise ValueError(f"{path}: no column 'text'; its columns are {', '.join(names)}")
+        column = table.read(columns=["text"])["text"].to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
+    if not all(isinstance(document, str | None) for document in column):
+        raise ValueError(f"{path}: the column 'text' holds something other than text")
+    return [document for document in column if document is not None]
+
+
+def read_ids(path: Path) -> torch.Tensor:
+    """The tensor `input_ids` of a safetensors file, (N, T) int64.
+
+    Raises FileNotFoundError, or ValueError for a file without that tensor, a wrong rank or dtype, no ids, or
+    negative ids.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    check_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            ids = file.get_tensor("input_ids") if "input_ids" in names else None
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    if ids is None:
+        raise ValueError(f"{path}: no tensor 'input_ids'; it holds {', '.join(sorted(names)) or 'nothing'}")
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"{path}: input_ids must be integers of shape (windows, tokens), "
+            f"not {ids.dtype} of shape {tuple(ids.shape)}"
+        )
+    if ids.numel() == 0:
+        raise ValueError(f"{path}: input_ids is empty, shape {tuple(ids.shape)}")
+    if ids.min() < 0:
+        raise ValueError(f"{path}: input_ids holds the negative id {int(ids.min())}")
+    return ids.long()

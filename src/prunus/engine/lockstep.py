@@ -1,0 +1,238 @@
+"""Walking all calibration windows through one block and pruning its linears on the way.
+
+The only forward hooks of prunus are here. Three ways lead through a block:
+
+- `lockstep`: each batch's forward pass is a coroutine that pauses at every linear. When all of them stand
+  at the same linear, its statistics are complete; it is pruned, and all go on with the pruned weight. One
+  pass in all.
+- `replay`: bit for bit the same result without paused coroutines: the block is run again from its start for
+  every group of linears, so that only one batch is in flight. For when paused batches do not fit in memory.
+- `two_pass`: the original's way. Statistics of all linears from the unpruned block, then a second pass to
+  propagate. Linears late in the block do not see what was pruned before them.
+
+None of them knows what a method does: `prune(linear, statistics)` changes the weight in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from greenlet import greenlet
+
+from prunus.model.linears import Linear
+from prunus.statistics import InputStatistics
+
+__all__ = ["lockstep", "replay", "two_pass"]
+
+Forward = Callable[[int], torch.Tensor]
+Finish = Callable[[int, torch.Tensor], None]
+Prune = Callable[[Linear, InputStatistics], None]
+NewStatistics = Callable[[Linear], InputStatistics]
+
+
+def lockstep(
+    linears: Sequence[Linear],
+    count: int,
+    forward: Forward,
+    finish: Finish,
+    new_statistics: NewStatistics,
+    prune: Prune,
+) -> list[Linear]:
+    """Take `count` batches through the block in lockstep.
+
+    Args:
+        linears: the linears to prune.
+        count: number of batches.
+        forward: runs the block on batch i and returns its output hidden states.
+        finish: stores the output of batch i; called as soon as the batch is through.
+        new_statistics: an empty accumulator for the inputs of a linear.
+        prune: called once per linear with the statistics of its inputs, in the order of execution.
+
+    Returns:
+        The linears that no batch reached.
+    """
+    order = {linear.name: position for position, linear in enumerate(linears)}
+    pending = {linear.name: linear for linear in linears}
+
+    def pause(linear: Linear, x: torch.Tensor) -> None:
+        if linear.name in pending:
+            greenlet.getcurrent().parent.switch((linear.name, x))
+
+    runners = [greenlet(forward) for _ in range(count)]
+    waiting: dict[int, tuple[str, torch.Tensor]] = {}
+    # The statistics that were last fed by a batch, and the tensor that fed them.
+    last: list[tuple[weakref.ref[torch.Tensor], InputStatistics] | None] = [None] * count
+
+    def advance(index: int, *start: int) -> None:
+        result = runners[index].switch(*start)
+        if runners[index].dead:
+            finish(index, result)
+        else:
+            waiting[index] = result
+
+    try:
+        with _input_hooks(linears, pause):
+            for index in range(count):
+                advance(index, index)
+            while waiting:
+                # Where batches part (experts), the linear registered first goes first: blocks run their
+                # experts in that order, so nobody can still arrive at it.
+                name = min((name for name, _ in waiting.values()), key=order.__getitem__)
+                arrived = [index for index, (at, _) in sorted(waiting.items()) if at == name]
+                linear = pending[name]
+                shared = _shared_statistics(arrived, waiting, last, count)
+                statistics = shared if shared is not None else new_statistics(linear)
+                for index in arrived:
+                    x = waiting[index][1]
+                    if shared is None:
+                        statistics.add(_tokens(x))
+                    last[index] = (weakref.ref(x), statistics)
+                    x = None
+                prune(linear, statistics)
+                del pending[name]
+                for index in arrived:
+                    del waiting[index]
+                    advance(index)
+    finally:
+        for runner in runners:
+            if not runner.dead:
+                runner.throw()
+    return list(pending.values())
+
+
+def _shared_statistics(
+    arrived: list[int],
+    waiting: dict[int, tuple[str, torch.Tensor]],
+    last: list[tuple[weakref.ref[torch.Tensor], InputStatistics] | None],
+    count: int,
+) -> InputStatistics | None:
+    """The statistics of an earlier linear if this one gets the very same tensors (q, k, v; gate, up)."""
+    sources = {id(entry[1]) for index in arrived if (entry := last[index]) is not None}
+    if len(sources) != 1:
+        return None
+    for index in arrived:
+        entry = last[index]
+        if entry is None or entry[0]() is not waiting[index][1]:
+            return None
+    entry = last[arrived[0]]
+    assert entry is not None
+    # A batch that fed those statistics but is not here would leave its tokens in them.
+    fed = sum(1 for other in range(count) if (e := last[other]) is not None and e[1] is entry[1])
+    return entry[1] if fed == len(arrived) else None
+
+
+class _Stop(BaseException):
+    """Ends a replay at the first linear behind the group that is being measured."""
+
+
+def replay(
+    linears: Sequence[Linear],
+    count: int,
+    forward: Forward,
+    finish: Finish,
+    new_statistics: NewStatistics,
+    prune: Prune,
+) -> list[Linear]:
+    """As `lockstep`, with one batch in flight: the block is run once per group of linears that share an input."""
+    pending = {linear.name: linear for linear in linears}
+    order = {linear.name: position for position, linear in enumerate(linears)}
+    while pending:
+        # Per linear: its statistics and who fed them. A batch stops where a second input is asked for.
+        groups: dict[str, tuple[InputStatistics, list[str]]] = {}
+        for index in range(count):
+            leader: str | None = None
+            seen: torch.Tensor | None = None
+
+            def collect(linear: Linear, x: torch.Tensor) -> None:
+                nonlocal leader, seen
+                if linear.name not in pending:
+                    return
+                if leader is not None:
+                    if x is not seen:
+                        raise _Stop
+                    members = groups[leader][1]
+                    if linear.name not in members:
+                        members.append(linear.name)
+                    return
+                leader, seen = linear.name, x
+                statistics, _ = groups.setdefault(leader, (new_statistics(linear), [leader]))
+                statistics.add(_tokens(x))
+
+            with _input_hooks(linears, collect), contextlib.suppress(_Stop):
+                forward(index)
+            seen = None
+        if not groups:
+            break
+        first = min(groups, key=order.__getitem__)
+        statistics, members = groups[first]
+        for name in members:
+            prune(pending.pop(name), statistics)
+    for index in range(count):
+        finish(index, forward(index))
+    return list(pending.values())
+
+
+def two_pass(
+    linears: Sequence[Linear],
+    count: int,
+    forward: Forward,
+    finish: Finish,
+    new_statistics: NewStatistics,
+    prune: Prune,
+) -> list[Linear]:
+    """The original's two passes: statistics of the whole unpruned block, then the pruned block's outputs."""
+    statistics: dict[str, InputStatistics] = {}
+    leader_of: dict[str, str] = {}
+    for index in range(count):
+        previous: tuple[torch.Tensor, str] | None = None
+
+        def collect(linear: Linear, x: torch.Tensor) -> None:
+            nonlocal previous
+            leader = previous[1] if previous is not None and previous[0] is x else linear.name
+            known = leader_of.setdefault(linear.name, leader)
+            if known == linear.name:
+                if linear.name not in statistics:
+                    statistics[linear.name] = new_statistics(linear)
+                statistics[linear.name].add(_tokens(x))
+            elif known != leader:
+                raise RuntimeError(
+                    f"{linear.name} shares its input with {known} for some windows and not for others"
+                )
+            previous = (x, known)
+
+        with _input_hooks(linears, collect):
+            forward(index)
+        previous = None
+    reached = [linear for linear in linears if linear.name in leader_of]
+    for linear in reached:
+        prune(linear, statistics[leader_of[linear.name]])
+    for index in range(count):
+        finish(index, forward(index))
+    return [linear for linear in linears if linear.name not in leader_of]
+
+
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    """(…, in) as (tokens, in)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+@contextlib.contextmanager
+def _input_hooks(linears: Sequence[Linear], see: Callable[[Linear, torch.Tensor], None]) -> Iterator[None]:
+    """While active, `see(linear, input)` is called before every forward of every linear."""
+
+    def hook_for(linear: Linear) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:
+        def hook(_module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            see(linear, args[0])
+
+        return hook
+
+    handles = [linear.module.register_forward_pre_hook(hook_for(linear)) for linear in linears]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,128 @@
+"""What was done to a checkpoint, written beside it as `prunus.json`. Verbs meet through this file.
+
+It never claims more than is on disk: a block is entered after its shard has its final name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from prunus.model.files import read_json, write_json
+from prunus.recipe import Recipe
+
+__all__ = ["MANIFEST_NAME", "BlockRecord", "Inputs", "LinearRecord", "Manifest"]
+
+MANIFEST_NAME = "prunus.json"
+FORMAT = 1
+
+
+class LinearRecord(BaseModel):
+    """What happened to one linear.
+
+    Attributes:
+        shape: (out, in).
+        zeros: weights that are exactly zero afterwards.
+        relative_output_error: ‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖² from the Gram matrix, where the method kept one.
+        removed_energy: Σ (w−ŵ)²‖x_j‖² / Σ w²‖x_j‖²: the same with inputs taken as uncorrelated, where only
+            norms were kept.
+        tokens: calibration tokens that reached it.
+        notes: what the method has to say, such as raised damping.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    shape: tuple[int, int]
+    zeros: int
+    sparsity: float
+    relative_output_error: float | None = None
+    removed_energy: float | None = None
+    tokens: int
+    seconds: float
+    notes: dict[str, Any] = Field(default_factory=dict)
+
+
+class BlockRecord(BaseModel):
+    """One finished block: its shard, the hash of the weights it was made from, and its linears."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    shard: str | None
+    input_sha256: str | None
+    walk: Literal["lockstep", "replay", "two_pass"]
+    seconds: float
+    linears: dict[str, LinearRecord]
+
+
+class Inputs(BaseModel):
+    """Everything besides the recipe that decides the bytes of the result."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    checkpoint: str = Field(description="fingerprint of the source checkpoint")
+    calibration: str = Field(description="where the calibration windows come from")
+    calibration_sha256: str
+    dtype: str = Field(description="of the computation, as decided for dtype 'auto'")
+    dtype_reason: str
+    device: str = Field(description="cpu or cuda")
+    batch: int
+
+
+class Manifest(BaseModel):
+    """The state of a run: `running` until every shard and the index are in place, then `finished`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = FORMAT
+    state: Literal["running", "finished"] = "running"
+    source: str
+    recipe: Recipe
+    inputs: Inputs
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    blocks: list[BlockRecord] = Field(default_factory=list)
+    left_dense: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    warnings: list[str] = Field(default_factory=list)
+    totals: dict[str, Any] = Field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write `prunus.json` atomically."""
+        write_json(folder / MANIFEST_NAME, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read `prunus.json`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged or of another format.
+        """
+        path = folder / MANIFEST_NAME
+        if not path.exists():
+            raise FileNotFoundError(f"{folder} has no {MANIFEST_NAME}: it is not the output of prunus")
+        try:
+            return cls.model_validate(read_json(path))
+        except ValidationError as fault:
+            first = fault.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"{path} is damaged or of another version: {where}: {first['msg']}") from fault
+
+    def summary(self) -> dict[str, Any]:
+        """Totals over the pruned linears: weights, zeros, sparsity, mean error, seconds."""
+        linears = [linear for block in self.blocks for linear in block.linears.values()]
+        weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
+        zeros = sum(linear.zeros for linear in linears)
+        errors = [x.relative_output_error for x in linears if x.relative_output_error is not None]
+        energy = [x.removed_energy for x in linears if x.removed_energy is not None]
+        return {
+            "linears": len(linears),
+            "weights": weights,
+            "zeros": zeros,
+            "sparsity": zeros / weights if weights else 0.0,
+            "mean_relative_output_error": sum(errors) / len(errors) if errors else None,
+            "mean_removed_energy": sum(energy) / len(energy) if energy else None,
+            "block_seconds": sum(block.seconds for block in self.blocks),
+        }

@@ -1,0 +1,91 @@
+"""Pruning methods: pure tensor functions, a file each. To add one, write the file and add its line to METHODS.
+
+base.py           what a method is
+magnitude.py      |W|
+wanda.py          |W| · ‖X‖
+wanda_variant.py  the same score, an equal share of it from every row
+obs.py            the column sweep with weight update that the next two share
+sparsegpt.py      mask and update by OBS
+ablations.py      mask from magnitude or Wanda, update by OBS
+"""
+
+from __future__ import annotations
+
+import math
+
+from prunus.methods.ablations import OBS
+from prunus.methods.base import Method, Options, Pruned
+from prunus.methods.magnitude import MAGNITUDE
+from prunus.methods.sparsegpt import SPARSEGPT
+from prunus.methods.wanda import WANDA
+from prunus.methods.wanda_variant import WANDA_VARIANT
+from prunus.patterns import Pattern
+
+__all__ = ["METHODS", "Method", "Options", "Pruned", "check_options", "default_group", "get_method"]
+
+METHODS: dict[str, Method] = {
+    "magnitude": MAGNITUDE,
+    "wanda": WANDA,
+    "wanda-variant": WANDA_VARIANT,
+    "sparsegpt": SPARSEGPT,
+    "obs": OBS,
+}
+
+
+def get_method(name: str) -> Method:
+    """The method called `name`.
+
+    Raises:
+        ValueError: there is none; lists those there are.
+    """
+    if name not in METHODS:
+        raise ValueError(f"the method {name!r} is unknown: choose one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def default_group(name: str, options: Options | None = None) -> str | int:
+    """Who competes in the paper where the user does not say. For `obs` it is the mask that decides.
+
+    Raises:
+        ValueError: the method is unknown.
+    """
+    options = options or Options()
+    method = get_method(name)
+    if method is OBS and (options.mask_from == "magnitude" or options.mask_order == "blockwise"):
+        return "layer"
+    return method.default_group
+
+
+def check_options(name: str, pattern: Pattern, sparsity: float, options: Options | None = None) -> None:
+    """See that a method can do what is asked of it, before any work is done.
+
+    Whether an N:M pattern fits the widths is `patterns.check_shape`'s to say, linear by linear.
+
+    Raises:
+        ValueError: says what does not go together, and what would.
+    """
+    options = options or Options()
+    method = get_method(name)
+    if pattern.is_unstructured and not 0 <= sparsity < 1:
+        raise ValueError(f"the sparsity is {sparsity}: it must be at least 0 and less than 1")
+    if options.mask_from not in ("wanda", "magnitude"):
+        raise ValueError(f"the mask is from {options.mask_from!r}: choose wanda or magnitude")
+    if options.mask_order not in ("before", "blockwise"):
+        raise ValueError(f"the mask order is {options.mask_order!r}: choose before or blockwise")
+    if not (math.isfinite(options.damping) and 0 <= options.damping <= 1):
+        raise ValueError(
+            f"the damping is {options.damping}: it is a fraction of the mean diagonal, from 0 to 1"
+        )
+    if options.column_block < 1:
+        raise ValueError(f"the column block is {options.column_block}: it must be at least 1")
+
+    if method is WANDA_VARIANT and not pattern.is_unstructured:
+        raise ValueError(f"wanda-variant has no {pattern} form, its rows differ in sparsity: use wanda")
+    if method is WANDA_VARIANT and pattern.group != "row":
+        raise ValueError(f"wanda-variant always works row by row, not by {pattern.group}: use wanda")
+    by_blocks = method is SPARSEGPT or (method is OBS and options.mask_order == "blockwise")
+    if by_blocks and pattern.is_unstructured and pattern.group not in ("row", "layer"):
+        raise ValueError(
+            f"{name} chooses its mask in blocks of columns, where all rows compete (layer) or each on its own (row), "
+            f"not by {pattern.group}"
+        )

@@ -1,0 +1,49 @@
+"""Where a model keeps its blocks.
+
+transformers says it itself: `_no_split_modules` names the classes that must stay on one device, and the
+blocks of a decoder are a module list of them. The table below is for models where that is not enough.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+__all__ = ["BLOCK_LISTS", "find_block_list"]
+
+#: model_type -> path of the module list, for models whose own declaration is missing or ambiguous.
+BLOCK_LISTS: dict[str, str] = {}
+
+
+def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The path and the module list of the transformer blocks of a causal LM.
+
+    Raises:
+        NotImplementedError: no list of blocks, or more than one stack that could be meant.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", type(model).__name__)
+    if model_type in BLOCK_LISTS:
+        path = BLOCK_LISTS[model_type]
+        blocks = model.get_submodule(path)
+        assert isinstance(blocks, nn.ModuleList)
+        return path, blocks
+    block_classes = set(getattr(model, "_no_split_modules", None) or ())
+    stacks = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 0
+        and all(type(child).__name__ in block_classes for child in module)
+    }
+    if not stacks:
+        raise NotImplementedError(
+            f"no transformer blocks found in {type(model).__name__} (model type {model_type!r}): none of its "
+            f"module lists consists of {sorted(block_classes) or 'declared block classes'}. "
+            "docs/adding-a-family.md tells how to name the list for such a model"
+        )
+    if len(stacks) > 1:
+        raise NotImplementedError(
+            f"{type(model).__name__} has several stacks of blocks ({', '.join(stacks)}); prunus prunes "
+            "decoder-only causal language models. docs/adding-a-family.md tells how to name the one to prune"
+        )
+    return next(iter(stacks.items()))

@@ -1,0 +1,78 @@
+"""The weight matrices of a block: which ones can be pruned, and which stay dense and why.
+
+A linear is anything that multiplies its input's last axis by one matrix: torch's `nn.Linear`, and the
+transposed `Conv1D` of GPT-2. Everything prunus does sees its weight as (out, in).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+__all__ = ["Linear", "find_linears", "left_dense"]
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One prunable linear of a block. `name` is relative to the block, e.g. `self_attn.q_proj`."""
+
+    name: str
+    module: nn.Module
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the module stores (in, out), as GPT-2's Conv1D does."""
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out features, in features)."""
+        rows, columns = self._parameter.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def _parameter(self) -> nn.Parameter:
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def weight_OI(self) -> torch.Tensor:
+        """The weight as an (out, in) view in the dtype of the computation."""
+        weight = self._parameter.detach()
+        return weight.T if self.transposed else weight
+
+    def assign(self, weight_OI: torch.Tensor) -> None:
+        """Overwrite the weight in place with (out, in) values, converted to the dtype of the computation."""
+        self.weight_OI.copy_(weight_OI)
+
+
+def find_linears(block: nn.Module) -> list[Linear]:
+    """The prunable linears of a block in the order in which they are registered."""
+    return [
+        Linear(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    ]
+
+
+def left_dense(block: nn.Module, linears: list[Linear]) -> dict[str, tuple[int, ...]]:
+    """Weights of two or more dimensions in `block` that are not among `linears`: name -> shape.
+
+    Raises:
+        NotImplementedError: experts fused into one parameter of three or more dimensions.
+    """
+    taken = {id(parameter) for linear in linears for parameter in linear.module.parameters()}
+    found: dict[str, tuple[int, ...]] = {}
+    for module_name, module in block.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{module_name}.{name}".lstrip(".")
+            if parameter.dim() < 2 or id(parameter) in taken:
+                continue
+            is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            if parameter.dim() >= 3 and not is_convolution and parameter.shape[0] > 1:
+                raise NotImplementedError(
+                    f"{full_name} of shape {tuple(parameter.shape)} looks like experts fused into one "
+                    "parameter; mixtures of experts in this form cannot be pruned yet"
+                )
+            found[full_name] = tuple(parameter.shape)
+    return found

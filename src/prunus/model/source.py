@@ -1,0 +1,211 @@
+"""Where the weights of a model come from, block by block, and where the pruned ones go.
+
+Two kinds with one face: a checkpoint on disk, read and written a block at a time, and a model that is
+already loaded, pruned in place. The engine does not know which of the two it works on.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig
+
+from prunus.model.checkpoint import Checkpoint
+from prunus.model.skeleton import Skeleton
+
+__all__ = ["CheckpointSource", "ModuleSource", "Source", "load_config"]
+
+
+class Source(Protocol):
+    """Stored weights of a causal LM, addressed by the names of the model's own parameters."""
+
+    config: Any
+    fingerprint: str
+    stored_dtype: torch.dtype
+
+    def bind(self, skeleton: Skeleton) -> None:
+        """Match stored names with the model's. Raises ValueError when weights are missing."""
+        ...
+
+    def outer(self, names: list[str], model: nn.Module) -> dict[str, torch.Tensor]:
+        """Stored tensors outside the blocks, by the model's names; tied names that are not stored are left out."""
+        ...
+
+    def block(self, index: int) -> dict[str, torch.Tensor]:
+        """Stored tensors of one block by names relative to it; may be views of a mapped file."""
+        ...
+
+    def block_nbytes(self, index: int) -> int:
+        """Bytes of a block as stored."""
+        ...
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: no config.json.
+        ValueError: a configuration that this version of transformers does not know, or a quantised model.
+    """
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{folder} has no config.json; is it a Hugging Face checkpoint folder?")
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as fault:
+        reason = " ".join(str(fault).split())
+        raise ValueError(
+            f"{folder / 'config.json'} describes no model that transformers {transformers.__version__} knows: {reason}"
+        ) from fault
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{folder} holds quantised weights; prune the full-precision checkpoint, then quantise the result"
+        )
+    return config
+
+
+class CheckpointSource:
+    """The weights of a checkpoint folder. Opening reads headers only; see `Checkpoint` for the errors."""
+
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+        self.config = load_config(folder, trust_remote_code)
+        self.checkpoint = Checkpoint(folder)
+        config_bytes = (folder / "config.json").read_bytes()
+        self.fingerprint = hashlib.sha256(self.checkpoint.fingerprint.encode() + config_bytes).hexdigest()
+        self.stored_dtype = _main_dtype({n: (t.dtype, t.nbytes) for n, t in self.checkpoint.tensors.items()})
+        self._stored: dict[str, str] = {}
+        self._blocks: list[dict[str, str]] = []
+
+    def bind(self, skeleton: Skeleton) -> None:
+        stored, converted = _names_in_model(skeleton, self.checkpoint.tensors)
+        self._stored = stored
+        expected = skeleton.model.state_dict()
+        self._blocks = []
+        for index in range(len(skeleton)):
+            prefix = skeleton.block_name(index) + "."
+            members = [name for name in expected if name.startswith(prefix)]
+            for name in members:
+                if name not in stored:
+                    if converted:
+                        raise NotImplementedError(
+                            f"{name} is stored in another form ({next(iter(converted))!r} and others); models whose "
+                            "weights are regrouped when they are loaded, such as fused experts, cannot be pruned yet"
+                        )
+                    raise ValueError(f"{self.checkpoint.folder} holds no weight for {name}; is the checkpoint whole?")
+                info = self.checkpoint.tensors[stored[name]]
+                if info.shape != tuple(expected[name].shape):
+                    raise ValueError(
+                        f"{stored[name]} has shape {info.shape}, but config.json asks for "
+                        f"{tuple(expected[name].shape)}; config and weights do not belong together"
+                    )
+            self._blocks.append({name.removeprefix(prefix): stored[name] for name in members})
+
+    def outer(self, names: list[str], model: nn.Module) -> dict[str, torch.Tensor]:
+        state = model.state_dict(keep_vars=True)
+        have = [name for name in names if name in self._stored]
+        tied = {id(state[name]) for name in have}
+        for name in names:
+            if name not in self._stored and id(state[name]) not in tied:
+                raise ValueError(f"{self.checkpoint.folder} holds no weight for {name}; is the checkpoint whole?")
+        keys = {self._stored[name]: name for name in have}
+        return {keys[key]: tensor for key, tensor in self.checkpoint.read(keys)}
+
+    def block_keys(self, index: int) -> dict[str, str]:
+        """Name relative to the block -> name in the checkpoint."""
+        return self._blocks[index]
+
+    def block(self, index: int) -> dict[str, torch.Tensor]:
+        names = {key: name for name, key in self._blocks[index].items()}
+        return {names[key]: tensor for key, tensor in self.checkpoint.read(names)}
+
+    def block_nbytes(self, index: int) -> int:
+        return self.checkpoint.nbytes(self._blocks[index].values())
+
+    def outer_keys(self) -> list[str]:
+        """Checkpoint names of everything that belongs to no block, in sorted order."""
+        inside = {key for block in self._blocks for key in block.values()}
+        return sorted(key for key in self.checkpoint.tensors if key not in inside)
+
+
+class ModuleSource:
+    """The weights of a loaded model. Reading gives the model's own tensors; writing changes them in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        config = getattr(model, "config", None)
+        if config is None or not hasattr(model, "get_input_embeddings"):
+            raise TypeError(
+                f"expected a transformers causal LM or the path of a checkpoint; got {type(model).__name__}"
+            )
+        if getattr(config, "quantization_config", None):
+            raise ValueError("the model is quantised; prune it in full precision, then quantise the result")
+        self.model = model
+        # A copy with the attention implementation in use, so that the skeleton computes as the model does.
+        self.config = copy.deepcopy(config)
+        self.config._attn_implementation = config._attn_implementation
+        self.fingerprint = "in memory"
+        state = model.state_dict()
+        self.stored_dtype = _main_dtype({n: (t.dtype, t.nbytes) for n, t in state.items()})
+        self._path = ""
+
+    def bind(self, skeleton: Skeleton) -> None:
+        self._path = skeleton.path
+
+    def outer(self, names: list[str], model: nn.Module) -> dict[str, torch.Tensor]:
+        state = self.model.state_dict()
+        return {name: state[name] for name in names}
+
+    def block(self, index: int) -> dict[str, torch.Tensor]:
+        return self.model.get_submodule(f"{self._path}.{index}").state_dict()
+
+    def block_nbytes(self, index: int) -> int:
+        return sum(tensor.nbytes for tensor in self.block(index).values())
+
+    def write(self, index: int, changed: Mapping[str, torch.Tensor]) -> None:
+        """Copy pruned tensors (names relative to the block) into the model."""
+        state = self.block(index)
+        with torch.no_grad():
+            for name, tensor in changed.items():
+                state[name].copy_(tensor)
+
+
+def _names_in_model(skeleton: Skeleton, keys: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
+    """The model's name -> stored name, by transformers' own renaming rules, and keys that need more than a name."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    model = skeleton.model
+    expected = model.state_dict()
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    prefix = model.base_model_prefix
+    names: dict[str, str] = {}
+    converted: set[str] = set()
+    for key in sorted(keys):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
+        if name not in expected and key in expected:
+            name, pattern = key, None
+        if pattern is not None:
+            converted.add(key)
+        elif name in expected:
+            names[name] = key
+    return names, converted
+
+
+def _main_dtype(sizes: Mapping[str, tuple[torch.dtype, int]]) -> torch.dtype:
+    """The floating-point dtype that most bytes are stored in."""
+    totals: dict[torch.dtype, int] = {}
+    for dtype, nbytes in sizes.values():
+        if dtype.is_floating_point:
+            totals[dtype] = totals.get(dtype, 0) + nbytes
+    if not totals:
+        raise ValueError("the checkpoint holds no floating-point weights; a quantised one cannot be pruned")
+    return max(totals, key=lambda dtype: totals[dtype])

@@ -1,0 +1,153 @@
+"""The folder a run writes: shards, manifest, and what travels with the weights.
+
+A finished shard is a checkpoint of the run. The index file, without which no loader finds the weights,
+comes last: a half-finished folder cannot be mistaken for a model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from prunus.manifest import MANIFEST_NAME, BlockRecord, Manifest
+from prunus.model.checkpoint import INDEX_NAME, companion_files
+from prunus.model.files import TEMPORARY_SUFFIX, copy_file, save_safetensors, write_json, write_text
+from prunus.model.source import CheckpointSource
+
+__all__ = ["OutputFolder", "check_disk", "check_output"]
+
+OUTER_SHARD = "outer.safetensors"
+
+
+def shard_name(index: int) -> str:
+    """File name of a block's shard."""
+    return f"block-{index:05d}.safetensors"
+
+
+def check_output(output: Path, source: Path, overwrite: bool) -> Manifest | None:
+    """Look at the output folder before any work; returns the manifest of an earlier run, if there is one.
+
+    Raises:
+        FileExistsError: something else is there.
+        ValueError: output and source are the same folder, or one lies in the other.
+    """
+    here, there = output.resolve(), source.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise ValueError(f"output {output} and model {source} overlap: choose a folder of its own for the result")
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output {output} exists and is not a folder")
+    if not output.exists() or not any(output.iterdir()):
+        return None
+    if not (output / MANIFEST_NAME).exists():
+        raise FileExistsError(
+            f"output {output} exists and does not come from prunus; it is left as it is. Choose another folder"
+        )
+    return None if overwrite else Manifest.load(output)
+
+
+def check_disk(output: Path, needed: int) -> None:
+    """Refuse to start where the result cannot fit.
+
+    Raises:
+        OSError: less than `needed` bytes are free on the disk of `output`.
+    """
+    folder = output.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"not enough disk for {output}: the result needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
+        )
+
+
+class OutputFolder:
+    """Writes one run's result. Every method leaves the folder in a state from which the run can go on."""
+
+    def __init__(self, folder: Path, source: CheckpointSource, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._source = source
+
+    def begin(self, overwrite: bool) -> None:
+        """Create the folder, or clean up what a killed run left half-written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            # The manifest goes first, and the index with it: what remains can be taken for neither run nor model.
+            for name in (INDEX_NAME, MANIFEST_NAME):
+                (self.folder / name).unlink(missing_ok=True)
+            for path in self.folder.glob("*.safetensors"):
+                path.unlink()
+        for path in self.folder.glob(f"*{TEMPORARY_SUFFIX}"):
+            path.unlink()
+        self.manifest.save(self.folder)
+
+    def commit_block(
+        self, index: int, stored: Mapping[str, torch.Tensor], changed: Mapping[str, torch.Tensor], record: BlockRecord
+    ) -> None:
+        """Write a block's shard under the checkpoint's own names, then enter it in the manifest.
+
+        Args:
+            index: position of the block.
+            stored: its tensors as they were, by names relative to the block.
+            changed: the pruned ones, by the same names, in their stored dtype and orientation.
+            record: what the manifest is to say.
+        """
+        keys = self._source.block_keys(index)
+        tensors = {key: changed.get(name, stored[name]) for name, key in keys.items()}
+        save_safetensors(self.folder / shard_name(index), tensors)
+        self.manifest.blocks.append(record)
+        self.manifest.save(self.folder)
+
+    def read_block(self, index: int) -> dict[str, torch.Tensor]:
+        """A finished block's tensors by names relative to the block."""
+        from prunus.model.checkpoint import Checkpoint
+
+        names = {key: name for name, key in self._source.block_keys(index).items()}
+        checkpoint = Checkpoint(self.folder, only=[shard_name(index)])
+        return {names[key]: tensor for key, tensor in checkpoint.read(names)}
+
+    def finish(self, trust_remote_code: bool) -> None:
+        """Write what surrounds the blocks, copy config and tokenizer, write card and index, close the manifest."""
+        checkpoint = self._source.checkpoint
+        outer = self._source.outer_keys()
+        if outer:
+            save_safetensors(self.folder / OUTER_SHARD, dict(checkpoint.read(outer)))
+        for path in companion_files(checkpoint.folder, code=trust_remote_code):
+            copy_file(path, self.folder / path.name)
+        write_text(self.folder / "README.md", model_card(self.manifest))
+        weight_map = dict.fromkeys(outer, OUTER_SHARD)
+        for index in range(len(self.manifest.blocks)):
+            weight_map |= dict.fromkeys(self._source.block_keys(index).values(), shard_name(index))
+        total = checkpoint.nbytes(checkpoint.tensors)
+        index_content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(self.folder / INDEX_NAME, index_content)
+        self.manifest.state = "finished"
+        self.manifest.save(self.folder)
+
+
+def model_card(manifest: Manifest) -> str:
+    """The README.md of the result: what it is, how it was made."""
+    recipe = manifest.recipe
+    shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
+    name = Path(manifest.source).name or manifest.source
+    return f"""---
+tags: [pruned, sparse, prunus]
+---
+
+# {name}, pruned
+
+{name} with {shape} sparsity by {recipe.method}. Shapes, tokenizer and configuration are the source's:
+it loads with `AutoModelForCausalLM.from_pretrained` and is used like the dense model.
+
+Weights removed: {manifest.totals.get("zeros", 0):,} of {manifest.totals.get("weights", 0):,} in the pruned linears
+({manifest.totals.get("sparsity", 0):.2%}). Calibration: {manifest.inputs.calibration}. Per-linear figures are in
+`{MANIFEST_NAME}`.
+
+```toml
+{recipe.to_toml().rstrip()}
+```
+"""

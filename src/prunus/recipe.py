@@ -1,0 +1,232 @@
+"""What to do to a model: validated, frozen, read from and written to TOML. Knows nothing of torch.
+
+A recipe holds everything that decides the bytes of the result. What only decides how the work is done
+(memory budget, device) lives beside it and may change between a run and its resumption.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import re
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+__all__ = ["Recipe", "load_recipe", "parse_bytes"]
+
+MethodName = Literal["magnitude", "wanda", "wanda-variant", "sparsegpt", "obs"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+_PATTERN = re.compile(r"^(\d+):(\d+)$")
+_BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*$", re.IGNORECASE)
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+class Recipe(BaseModel):
+    """One pruning run, in the words of the command line.
+
+    `pattern` is "unstructured" or N:M: keep at most N of every M consecutive inputs of a row. The original
+    code of Wanda and SparseGPT counts the zeros instead; for 2:4 and 4:8 both readings agree.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: MethodName = "wanda"
+    sparsity: float = Field(0.5, description="share of each linear's weights that goes, in [0, 1)")
+    pattern: str = Field("unstructured", description="'unstructured', or N:M with at most N of M kept")
+    group: str | int | None = Field(None, description="who competes: row, layer, column, rows per group")
+    calibration: str = "c4"
+    samples: int = Field(128, description="calibration windows")
+    seqlen: int = Field(2048, description="tokens per window")
+    seed: int = 0
+    batch: int | None = Field(None, description="windows per forward pass; chosen from seqlen if not given")
+    dtype: DtypeName = Field("auto", description="of the computation; the checkpoint keeps its own")
+    propagate: Literal["linear", "block"] = "linear"
+    only: tuple[str, ...] = Field((), description="name patterns: prune nothing else")
+    ignore: tuple[str, ...] = Field((), description="name patterns: leave these dense")
+    mask_from: Literal["wanda", "magnitude"] = "wanda"
+    mask_order: Literal["before", "blockwise"] = "before"
+    damping: float = Field(0.01, description="share of the Gram's mean diagonal added before inversion")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sparsity_of_pattern(cls, values: dict[str, Any]) -> dict[str, Any]:
+        match = _PATTERN.match(str(values.get("pattern", "")))
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            return values
+        implied, given = 1 - int(match[1]) / int(match[2]), values.get("sparsity")
+        if given is not None and given != implied:
+            raise ValueError(
+                f"pattern {match[0]} already fixes the sparsity at {implied:g}; got sparsity {given} as well: "
+                "give one of the two"
+            )
+        return {**values, "sparsity": implied}
+
+    @field_validator("sparsity")
+    @classmethod
+    def _sparsity_in_range(cls, value: float) -> float:
+        if not 0 <= value < 1:
+            raise ValueError(f"sparsity must lie in [0, 1): 0.5 removes half of the weights; got {value}")
+        return value
+
+    @field_validator("samples")
+    @classmethod
+    def _some_samples(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError(f"samples must be at least 1: pruning needs calibration windows; got {value}")
+        return value
+
+    @field_validator("seqlen")
+    @classmethod
+    def _some_tokens(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError(f"seqlen must be at least 2 tokens; got {value}")
+        return value
+
+    @field_validator("batch")
+    @classmethod
+    def _some_windows(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError(f"batch must be at least 1 window; got {value}")
+        return value
+
+    @field_validator("damping")
+    @classmethod
+    def _positive_damping(cls, value: float) -> float:
+        if not 0 < value < 1:
+            raise ValueError(f"damping must lie in (0, 1); got {value}")
+        return value
+
+    @field_validator("group", mode="before")
+    @classmethod
+    def _known_group(cls, value: str | int | None) -> str | int | None:
+        if isinstance(value, str) and value.isdigit():
+            value = int(value)
+        if value is None or value in ("row", "layer", "column"):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return value
+        raise ValueError(f"group must be row, layer, column or a number of rows (1 or more); got {value!r}")
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, value: str) -> str:
+        if value == "unstructured":
+            return value
+        match = _PATTERN.match(value)
+        if not match:
+            raise ValueError(f"pattern must be 'unstructured' or N:M such as 2:4; got {value!r}")
+        n, m = int(match[1]), int(match[2])
+        if not 1 <= n <= m:
+            raise ValueError(f"pattern N:M keeps N of every M weights, so 1 <= N <= M; got {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _options_fit_method(self) -> Recipe:
+        if self.method != "obs" and (self.mask_from != "wanda" or self.mask_order != "before"):
+            raise ValueError(
+                f"mask_from and mask_order belong to method 'obs', not to {self.method!r}; drop them or "
+                "choose --method obs"
+            )
+        return self
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """(N, M), or None for unstructured sparsity."""
+        match = _PATTERN.match(self.pattern)
+        return (int(match[1]), int(match[2])) if match else None
+
+    def selects(self, name: str) -> bool:
+        """Whether the linear `name` (its full path in the model) is to be pruned."""
+        wanted = not self.only or any(fnmatch.fnmatchcase(name, glob) for glob in self.only)
+        return wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in self.ignore)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse name patterns that match nothing: a silent miss would prune what was to be spared.
+
+        Raises:
+            ValueError: a pattern of `only` or `ignore` matches none of `names`, or nothing is left to prune.
+        """
+        known = list(names)
+        for option, globs in (("--only", self.only), ("--ignore", self.ignore)):
+            for glob in globs:
+                if not any(fnmatch.fnmatchcase(name, glob) for name in known):
+                    raise ValueError(
+                        f"{option} {glob!r} matches none of the {len(known)} linears; names look like "
+                        f"{known[0]!r}, and * stands for anything: '*.mlp.*'"
+                    )
+        if not any(self.selects(name) for name in known):
+            raise ValueError("--only and --ignore leave no linear to prune")
+
+    def digest(self) -> str:
+        """SHA-256 of the recipe, to tell whether a run can be resumed."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def to_toml(self) -> str:
+        """The recipe as TOML; `load_recipe` reads it back. Options without a value are left out."""
+        lines = [
+            f"{key} = {_toml_value(value)}" for key, value in self.model_dump().items() if value is not None
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
+    """Read a recipe file (or the defaults) and put `overrides` on top; None values do not override.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not TOML, an unknown key, or a value out of range; the message names the key.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"there is no recipe file {path}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+            raise ValueError(f"recipe {path} is not valid TOML: {fault}") from fault
+    values.update({key: value for key, value in overrides.items() if value is not None})
+    try:
+        return Recipe(**values)
+    except ValidationError as fault:
+        where = f"recipe {path}: " if path is not None else ""
+        raise ValueError(where + "; ".join(_explain(error) for error in fault.errors())) from None
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as '8GB', '512MB', '1.5GiB' or '100000' in bytes; units are powers of 1024.
+
+    Raises:
+        ValueError: not a size, or zero.
+    """
+    match = _BYTES.match(text)
+    if not match:
+        raise ValueError(f"a memory size looks like 8GB, 512MB or 1.5GiB; got {text!r}")
+    value = int(float(match[1]) * 1024 ** _UNITS[match[2].upper().rstrip("B").rstrip("I")])
+    if value < 1:
+        raise ValueError(f"a memory size must be larger than zero; got {text!r}")
+    return value
+
+
+def _explain(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown option {name!r}; known are {', '.join(Recipe.model_fields)}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message
+    return f"{name}: {message.lower()} (got {error['input']!r})"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return repr(value)

@@ -1,0 +1,104 @@
+"""What is remembered of a linear's inputs: norms of the features, or their whole Gram matrix.
+
+It knows nothing of models or methods. Batches are added as they pass; nothing of them is kept.
+
+Shape suffixes: T tokens, I inputs. X_TI inputs of a linear, G_II = XᵀX, its diagonal the squared norms ‖X_j‖².
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Needs = Literal["none", "norms", "gram"]
+NEEDS: tuple[Needs, ...] = ("none", "norms", "gram")
+
+# Elements squared at once: on a CPU the temporary must stay in the cache (ten times faster); a GPU wants long kernels.
+_CPU_ELEMENTS = 2**20
+_GPU_ELEMENTS = 2**26
+
+
+class InputStatistics:
+    """Sums over all tokens that reached a linear.
+
+    Attributes:
+        in_features: width of the inputs.
+        needs: "none" counts tokens only, "norms" also sums squares, "gram" also the Gram matrix.
+        tokens: rows of X_TI added so far.
+        sum_squares_I: float64, Σ_t x², zeros for "none". The same to the bit for "norms" and "gram".
+        gram_II: float32 XᵀX, or None unless needs is "gram".
+    """
+
+    def __init__(self, in_features: int, needs: Needs, device: torch.device | str = "cpu") -> None:
+        if needs not in NEEDS:
+            raise ValueError(f"statistics can be {', '.join(NEEDS)}, not {needs!r}")
+        if in_features < 1:
+            raise ValueError(f"a linear with {in_features} inputs has no statistics")
+        self.in_features = in_features
+        self.needs: Needs = needs
+        self.tokens = 0
+        self.sum_squares_I = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.gram_II = torch.zeros(in_features, in_features, device=device) if needs == "gram" else None
+
+    @property
+    def norms_I(self) -> Tensor:
+        """‖X_j‖₂ of every input feature over all tokens, float32."""
+        return self.sum_squares_I.sqrt().float()
+
+    @torch.no_grad()
+    def add(self, X_TI: Tensor) -> None:
+        """Count one batch of tokens, any float dtype; squares and products are taken in float32.
+
+        Raises:
+            ValueError: X_TI is not a matrix of `in_features` columns.
+        """
+        if X_TI.dim() != 2 or X_TI.shape[1] != self.in_features:
+            raise ValueError(f"expected inputs (tokens, {self.in_features}), got {tuple(X_TI.shape)}")
+        self.tokens += X_TI.shape[0]
+        if self.needs == "none":
+            return
+        elements = _CPU_ELEMENTS if X_TI.device.type == "cpu" else _GPU_ELEMENTS
+        for part_TI in X_TI.split(max(1, elements // self.in_features)):
+            part_TI = part_TI.float()  # before squaring: in float16 anything over 256 would overflow
+            self.sum_squares_I += (part_TI * part_TI).sum(dim=0)
+        if self.gram_II is not None:
+            X_TI = X_TI.float()
+            self.gram_II.addmm_(X_TI.T, X_TI)
+
+    def merge(self, other: InputStatistics) -> None:
+        """Add what another process or device saw of the same linear's inputs.
+
+        Raises:
+            ValueError: the two do not remember the same things.
+        """
+        if (self.in_features, self.needs) != (other.in_features, other.needs):
+            raise ValueError(
+                f"cannot merge statistics {other.needs} of {other.in_features} inputs "
+                f"into {self.needs} of {self.in_features}"
+            )
+        self.tokens += other.tokens
+        self.sum_squares_I += other.sum_squares_I.to(self.sum_squares_I.device)
+        if self.gram_II is not None and other.gram_II is not None:
+            self.gram_II += other.gram_II.to(self.gram_II.device)
+
+    def check_finite(self, name: str) -> None:
+        """See that no activation was infinite or NaN; any that was shows in the sums.
+
+        Raises:
+            ValueError: names the linear.
+        """
+        bad = int((~self.sum_squares_I.isfinite()).sum())
+        if bad == 0 and (self.gram_II is None or bool(self.gram_II.isfinite().all())):
+            return
+        where = f"{bad} of its {self.in_features} input features" if bad else "products of its input features"
+        raise ValueError(
+            f"the activations that reach {name} are not finite ({where}): compute in bfloat16 or float32, "
+            "or check the weights before it"
+        )
+
+
+def statistics_bytes(in_features: int, needs: Needs) -> int:
+    """Bytes that the statistics of one linear hold."""
+    return 8 * in_features + (4 * in_features**2 if needs == "gram" else 0)

@@ -1,0 +1,38 @@
+"""Fixtures for the whole test suite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference data and golden masks: PRUNUS_SHARED, `../shared` beside the repository by default."""
+    folder = Path(os.environ.get("PRUNUS_SHARED", "../shared"))
+    folder = folder if folder.is_absolute() else ROOT / folder
+    if not (folder / "golden").is_dir():
+        pytest.skip(f"no reference data at {folder}; set PRUNUS_SHARED to the folder that holds golden/ and data/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(shared: Path) -> Path:
+    """Two real Llama blocks and what the original code made of them."""
+    return shared / "golden" / "smollm2_two_blocks"
+
+
+@pytest.fixture(scope="session")
+def data(shared: Path) -> Path:
+    """The local mirror of WikiText-2, C4 and the zero-shot tasks."""
+    return shared / "data"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
