@@ -5,18 +5,34 @@ It never claims more than is on disk: a block is entered after its shard has its
 
 from __future__ import annotations
 
+import os
+import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from prunus.engine.memory import peak_memory
 from prunus.model.files import read_json, write_json
 from prunus.recipe import Recipe
 
-__all__ = ["MANIFEST_NAME", "BlockRecord", "Inputs", "LinearRecord", "Manifest"]
+__all__ = [
+    "MANIFEST_NAME",
+    "BlockRecord",
+    "Inputs",
+    "LinearRecord",
+    "Manifest",
+    "Walk",
+    "machine",
+    "processor_name",
+    "versions",
+]
 
 MANIFEST_NAME = "prunus.json"
-FORMAT = 1
+#: How the windows went through a block; see `prunus.engine.lockstep`.
+Walk = Literal["lockstep", "replay", "two_pass"]
 
 
 class LinearRecord(BaseModel):
@@ -45,15 +61,14 @@ class LinearRecord(BaseModel):
 
 
 class BlockRecord(BaseModel):
-    """One finished block: its shard, the hash of the weights it was made from, and its linears."""
+    """One finished block: the hash of the weights it was made from, and its linears."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: str
-    shard: str | None
-    input_sha256: str | None
-    walk: Literal["lockstep", "replay", "two_pass"]
-    seconds: float
+    input_sha256: str
+    walk: Walk
+    seconds: float = 0.0
     linears: dict[str, LinearRecord]
 
 
@@ -76,7 +91,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     state: Literal["running", "finished"] = "running"
     source: str
     recipe: Recipe
@@ -85,7 +100,6 @@ class Manifest(BaseModel):
     machine: dict[str, Any]
     blocks: list[BlockRecord] = Field(default_factory=list)
     left_dense: dict[str, tuple[int, ...]] = Field(default_factory=dict)
-    warnings: list[str] = Field(default_factory=list)
     totals: dict[str, Any] = Field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
@@ -126,3 +140,60 @@ class Manifest(BaseModel):
             "mean_removed_energy": sum(energy) / len(energy) if energy else None,
             "block_seconds": sum(block.seconds for block in self.blocks),
         }
+
+    def check_same_run(self, recipe: Recipe, inputs: Inputs) -> None:
+        """See that this manifest is of the run that `recipe` and `inputs` describe.
+
+        Raises:
+            FileExistsError: it is of another one; names the first difference.
+        """
+        before = self.recipe.model_dump() | self.inputs.model_dump(exclude={"dtype_reason"})
+        now = recipe.model_dump() | inputs.model_dump(exclude={"dtype_reason"})
+        for key, value in now.items():
+            if before[key] != value:
+                raise FileExistsError(
+                    f"the output folder holds a run with another {key} ({before[key]!r}, now {value!r}); it is left "
+                    "as it is. Choose another folder, or --overwrite to replace it"
+                )
+
+    def close(self, seconds: float, device: torch.device) -> None:
+        """Enter the totals and call the run finished; the files are the caller's to write."""
+        self.totals = self.summary() | {
+            "seconds": round(seconds, 2),
+            "peak_memory_bytes": peak_memory(),
+        }
+        if device.type == "cuda":
+            self.totals["peak_device_memory_bytes"] = peak_memory(device)
+        self.state = "finished"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the result."""
+    return {
+        "prunus": version("prunus"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "safetensors": version("safetensors"),
+        "python": platform.python_version(),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The hardware a run is carried out on."""
+    return {
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+
+
+def processor_name() -> str:
+    """The processor in words, as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from prunus.manifest import MANIFEST_NAME, BlockRecord, Manifest
-from prunus.model.checkpoint import INDEX_NAME, companion_files
+from prunus.model.checkpoint import INDEX_NAME, Checkpoint, companion_files
 from prunus.model.files import TEMPORARY_SUFFIX, copy_file, save_safetensors, write_json, write_text
 from prunus.model.source import CheckpointSource
 
@@ -36,7 +36,9 @@ def check_output(output: Path, source: Path, overwrite: bool) -> Manifest | None
     """
     here, there = output.resolve(), source.resolve()
     if here == there or here in there.parents or there in here.parents:
-        raise ValueError(f"output {output} and model {source} overlap: choose a folder of its own for the result")
+        raise ValueError(
+            f"output {output} and model {source} overlap: choose a folder of its own for the result"
+        )
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output {output} exists and is not a folder")
     if not output.exists() or not any(output.iterdir()):
@@ -86,7 +88,11 @@ class OutputFolder:
         self.manifest.save(self.folder)
 
     def commit_block(
-        self, index: int, stored: Mapping[str, torch.Tensor], changed: Mapping[str, torch.Tensor], record: BlockRecord
+        self,
+        index: int,
+        stored: Mapping[str, torch.Tensor],
+        changed: Mapping[str, torch.Tensor],
+        record: BlockRecord,
     ) -> None:
         """Write a block's shard under the checkpoint's own names, then enter it in the manifest.
 
@@ -104,14 +110,12 @@ class OutputFolder:
 
     def read_block(self, index: int) -> dict[str, torch.Tensor]:
         """A finished block's tensors by names relative to the block."""
-        from prunus.model.checkpoint import Checkpoint
-
         names = {key: name for name, key in self._source.block_keys(index).items()}
         checkpoint = Checkpoint(self.folder, only=[shard_name(index)])
         return {names[key]: tensor for key, tensor in checkpoint.read(names)}
 
     def finish(self, trust_remote_code: bool) -> None:
-        """Write what surrounds the blocks, copy config and tokenizer, write card and index, close the manifest."""
+        """Write what surrounds the blocks, copy config and tokenizer, write card and index, and the closed manifest."""
         checkpoint = self._source.checkpoint
         outer = self._source.outer_keys()
         if outer:
@@ -125,7 +129,6 @@ class OutputFolder:
         total = checkpoint.nbytes(checkpoint.tensors)
         index_content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.folder / INDEX_NAME, index_content)
-        self.manifest.state = "finished"
         self.manifest.save(self.folder)
 
 

@@ -1,4 +1,4 @@
-"""Where token windows come from: hub corpora, a local copy of them, your own files, Python, the model itself."""
+"""Where token windows come from: hub corpora, a local copy, your own files, Python, the model itself."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ SOURCES = {
 class Windows:
     """Calibration windows.
 
-    ids: (samples, seqlen) int64, on the CPU. source: where they are from, in words. sha256: of the shape and the
-    ids, see `hash_ids`.
+    Attributes:
+        ids: (samples, seqlen) int64, on the CPU.
+        source: where they are from, in words.
+        sha256: of the shape and the ids, see `hash_ids`.
     """
 
     ids: torch.Tensor
@@ -42,7 +44,7 @@ class Windows:
 
 
 def hash_ids(ids: torch.Tensor) -> str:
-    """SHA-256, hexadecimal, of the ASCII text `<rows>x<columns>:` and the ids (N, S) as little-endian int32."""
+    """SHA-256 (hex) of the text `<rows>x<columns>:` and the ids (N, S) as little-endian int32."""
     digest = hashlib.sha256(f"{ids.shape[0]}x{ids.shape[1]}:".encode())
     digest.update(ids.numpy().astype("<i4").tobytes())
     return digest.hexdigest()
@@ -51,8 +53,10 @@ def hash_ids(ids: torch.Tensor) -> str:
 def check_source(source: str, data_dir: Path | None) -> None:
     """Raise what `load_windows` would, as far as can be told without reading text or asking the network.
 
-    ValueError for an unknown name or kind of file, FileNotFoundError for a file that is not there,
-    ModuleNotFoundError for an extra that is not installed.
+    Raises:
+        ValueError: an unknown name or kind of file, an empty file.
+        FileNotFoundError: a file or data folder that is not there, or a data folder that lacks the corpus.
+        ModuleNotFoundError: an extra that is not installed (the message names it).
     """
     if source in NAMES:
         check_corpus(source, "calibration", data_dir)
@@ -72,22 +76,33 @@ def load_windows(
 ) -> Windows:
     """Draw `samples` windows of `seqlen` tokens from a source.
 
-    source: a name of `SOURCES` or the path of a file. tokenizer: of the model, with the special tokens that it adds
-    by default; may be None for `.safetensors` and `self`. seed: the same one gives the same windows. data_dir:
-    local copy of the corpora, default PRUNUS_DATA; None with that unset means the hub. model: called without
-    arguments for `self` only, returns the loaded causal LM.
+    Args:
+        source: a name of `SOURCES` or the path of a file.
+        tokenizer: of the model; adds the special tokens that it adds by default. May be None for
+            `.safetensors` and `self`.
+        samples: windows, at least 1.
+        seqlen: tokens per window, at least 2.
+        seed: the same one gives the same windows.
+        data_dir: local copy of the corpora; None means the folder in PRUNUS_DATA, or the hub where that is
+            unset.
+        model: called without arguments, for `self` only; returns the loaded causal LM.
 
-    Raises ValueError for samples < 1, seqlen < 2, an unknown source, a missing tokenizer or model, and text that
-    has no such windows (saying how long it is, in tokens); see also `check_source`.
+    Raises:
+        ValueError: samples or seqlen out of range, an unknown source, a missing tokenizer or model, text that
+            has no such windows (the message says how long it is, in tokens).
+        FileNotFoundError, ModuleNotFoundError: see `check_source`.
+        OSError: the hub does not answer.
     """
     if samples < 1:
-        raise ValueError(f"samples must be at least 1, not {samples}: pruning needs something to calibrate on")
+        raise ValueError(
+            f"samples must be at least 1, not {samples}: pruning needs something to calibrate on"
+        )
     if seqlen < 2:
         raise ValueError(f"seqlen must be at least 2 tokens, not {seqlen}")
     check_source(source, data_dir)
     rng = random.Random(seed)
     if source == "self":
-        ids, described = _from_model(model, tokenizer, samples, seqlen, seed, rng)
+        ids, described = _from_model(model, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
     elif source not in NAMES and kind(Path(source)) == "safetensors":
         ids, described = _from_ids(Path(source), samples, seqlen), source
     elif tokenizer is None:
@@ -96,9 +111,9 @@ def load_windows(
             f"a .safetensors file with input_ids"
         )
     elif source in NAMES:
-        ids, described = _from_corpus(source, data_dir, tokenizer, samples, seqlen, rng)
+        ids, described = _from_corpus(source, data_dir, tokenizer, samples=samples, seqlen=seqlen, rng=rng)
     else:
-        ids, described = _from_file(Path(source), tokenizer, samples, seqlen, rng)
+        ids, described = _from_file(Path(source), tokenizer, samples=samples, seqlen=seqlen, rng=rng)
     assert tuple(ids.shape) == (samples, seqlen)
     return Windows(ids, described, hash_ids(ids))
 
@@ -110,32 +125,40 @@ def _check_path(source: str) -> None:
     except ValueError as error:
         if path.exists():
             raise
-        raise ValueError(f"unknown source {source!r}: it is none of {', '.join(SOURCES)}, and {error}") from None
+        raise ValueError(
+            f"unknown source {source!r}: it is none of {', '.join(SOURCES)}, and {error}"
+        ) from None
 
 
 def _from_model(
-    model: Callable[[], Any] | None, tokenizer: Any, samples: int, seqlen: int, seed: int, rng: random.Random
+    model: Callable[[], Any] | None, tokenizer: Any, *, samples: int, seqlen: int, seed: int
 ) -> tuple[torch.Tensor, str]:
     from prunus.calibration.generate import first_ids, write_windows
 
     if model is None:
         raise ValueError("the source 'self' needs the model, to let it write text")
     loaded = model()
-    ids = write_windows(loaded, first_ids(loaded, tokenizer, samples, rng), seqlen=seqlen, seed=seed)
+    ids = write_windows(
+        loaded, first_ids(loaded, tokenizer, samples, random.Random(seed)), seqlen=seqlen, seed=seed
+    )
     return ids, "self (sampled from the model at temperature 1)"
 
 
 def _from_ids(path: Path, samples: int, seqlen: int) -> torch.Tensor:
     ids = read_ids(path)
     if ids.shape[1] < seqlen:
-        raise ValueError(f"{path}: its windows have {ids.shape[1]} tokens, {seqlen} were asked for; use a smaller --seqlen")
+        raise ValueError(
+            f"{path}: its windows have {ids.shape[1]} tokens, {seqlen} were asked for; use a smaller --seqlen"
+        )
     if ids.shape[0] < samples:
-        raise ValueError(f"{path}: it has {ids.shape[0]} windows, {samples} were asked for; use fewer --samples")
+        raise ValueError(
+            f"{path}: it has {ids.shape[0]} windows, {samples} were asked for; use fewer --samples"
+        )
     return ids[:samples, :seqlen].contiguous()
 
 
 def _from_corpus(
-    name: str, data_dir: Path | None, tokenizer: Any, samples: int, seqlen: int, rng: random.Random
+    name: str, data_dir: Path | None, tokenizer: Any, *, samples: int, seqlen: int, rng: random.Random
 ) -> tuple[torch.Tensor, str]:
     corpus = load_corpus(name, "calibration", data_dir)
     try:
@@ -151,7 +174,7 @@ def _from_corpus(
 
 
 def _from_file(
-    path: Path, tokenizer: Any, samples: int, seqlen: int, rng: random.Random
+    path: Path, tokenizer: Any, *, samples: int, seqlen: int, rng: random.Random
 ) -> tuple[torch.Tensor, str]:
     """Windows of long documents where the file has any, else of all its documents joined by blank lines."""
     documents = read_documents(path)
@@ -167,5 +190,7 @@ def _from_file(
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    joined = f"; {len(documents)} documents joined, none is longer than a window" if len(documents) > 1 else ""
+    joined = (
+        f"; {len(documents)} documents joined, none is longer than a window" if len(documents) > 1 else ""
+    )
     return ids, f"{path}{joined}"

@@ -20,7 +20,7 @@ Part = Literal["calibration", "scoring"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents (articles, lines or sentences, as the corpus has them), what joins them, and where they are from."""
+    """Documents (or lines, or sentences: as the corpus has them), what joins them, where they are from."""
 
     documents: Sequence[str]
     joiner: str
@@ -47,7 +47,7 @@ class _Place:
 
 
 _WIKITEXT2 = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
-# The repository holds a loading script, which `datasets` no longer runs; the hub keeps a Parquet copy beside it.
+# That repository is a loading script, which `datasets` no longer runs; the hub keeps a Parquet copy too.
 _PTB = {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet"}
 _C4_TRAIN, _C4_VALIDATION = "c4-train.00000-of-01024.json.gz", "c4-validation.00000-of-00008.json.gz"
 
@@ -58,7 +58,9 @@ _PLACES: dict[tuple[str, Part], _Place] = {
         split="train",
         mirror=(
             _MirrorFile(f"c4/{_C4_TRAIN}"),
-            _MirrorFile("c4/c4_en_train_shard0_first1000.jsonl.gz", "the first 1,000 documents of train shard 0"),
+            _MirrorFile(
+                "c4/c4_en_train_shard0_first1000.jsonl.gz", "the first 1,000 documents of train shard 0"
+            ),
         ),
     ),
     ("c4", "scoring"): _Place(
@@ -101,7 +103,12 @@ _PLACES: dict[tuple[str, Part], _Place] = {
 }
 
 _COLUMN = {"c4": "text", "wikitext2": "text", "ptb": "sentence"}
-_JOINER = {"c4": " ", "wikitext2": "\n\n", "ptb": " ", "python-docs": "\n\n"}  # as SparseGPT and Wanda join them
+_JOINER = {
+    "c4": " ",
+    "wikitext2": "\n\n",
+    "ptb": " ",
+    "python-docs": "\n\n",
+}  # as SparseGPT and Wanda join them
 
 NAMES = ("c4", "wikitext2", "ptb", "python-docs")
 
@@ -118,7 +125,7 @@ def data_folder(data_dir: Path | None) -> Path | None:
 
 
 def check_corpus(name: str, part: Part, data_dir: Path | None) -> None:
-    """Raise unless `load_corpus` has what it needs here: the file, the library. Reads no text, asks no network."""
+    """Raise unless `load_corpus` has what it needs here: the file, the library. Asks no network."""
     if name == "python-docs":
         if importlib.util.find_spec("pydoc_data") is None:
             raise ModuleNotFoundError("this Python comes without pydoc_data, which python-docs is made of")
@@ -163,7 +170,9 @@ def _mirror_file(name: str, part: Part, data_dir: Path | None) -> _MirrorFile | 
         if (folder / mirror.path).is_file():
             return mirror
     wanted = " or ".join(mirror.path for mirror in candidates)
-    raise FileNotFoundError(f"{folder}: {name} for {part} needs {wanted} in this data folder, which is not there")
+    raise FileNotFoundError(
+        f"{folder}: {name} for {part} needs {wanted} in this data folder, which is not there"
+    )
 
 
 def _from_hub(name: str, place: _Place) -> Sequence[str]:
@@ -174,8 +183,8 @@ def _from_hub(name: str, place: _Place) -> Sequence[str]:
         documents: Sequence[str] = datasets.load_dataset(**place.hub, split=place.split)[_COLUMN[name]]
     except Exception as error:  # the library raises many kinds: network, cache, missing files, its own
         raise OSError(
-            f"{name} could not be loaded from the hub ({type(error).__name__}: {error}). Without a network, give a "
-            f"data folder (PRUNUS_DATA) that holds {place.mirror[0].path}"
+            f"{name} could not be loaded from the hub ({type(error).__name__}: {error}). "
+            f"Without a network, give a data folder (--data or PRUNUS_DATA) that holds {place.mirror[0].path}"
         ) from error
     return documents
 
@@ -183,8 +192,8 @@ def _from_hub(name: str, place: _Place) -> Sequence[str]:
 def wikitext_lines(raw: str) -> list[str]:
     """The lines of a WikiText-2 raw file as the data set on the hub has them.
 
-    A blank line (in the file: one space) becomes the empty string, any other keeps its newline. Joined with two
-    newlines they are the text whose perplexity papers report.
+    A blank line (in the file: one space) becomes the empty string, any other keeps its newline. Joined with
+    two newlines they are the text whose perplexity papers report.
     """
     lines = raw.removesuffix("\n").split("\n")
     return [line + "\n" if line.strip() else "" for line in lines]
@@ -193,8 +202,8 @@ def wikitext_lines(raw: str) -> list[str]:
 def python_docs(part: Part) -> list[str]:
     """Paragraphs of the English documentation that ships with Python: one of two halves that share none.
 
-    Topics in sorted order; a paragraph met before (many sections are in several topics) is dropped, for text seen
-    in calibration must not be scored; the rest is cut where half of the characters are reached.
+    Topics in sorted order; a paragraph met before (many sections are in several topics) is dropped, for
+    text seen in calibration must not be scored; the rest is cut where half of the characters are reached.
     """
     from pydoc_data.topics import topics
 

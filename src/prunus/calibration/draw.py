@@ -36,15 +36,16 @@ def encode(tokenizer: Any, text: str) -> torch.Tensor:
 def windows_from_documents(
     documents: Sequence[str], tokenizer: Any, *, samples: int, seqlen: int, rng: random.Random
 ) -> tuple[torch.Tensor, int]:
-    """Random windows of random documents that are longer than a window, (N, S) int64, and how many documents gave one.
+    """Random windows of random documents, (N, S) int64, and how many documents gave one.
 
-    As the calibration of SparseGPT and Wanda, where a document is drawn, dropped unless it has more than `seqlen`
-    tokens, and a window starts at any of its first T - S tokens. Two differences, so that the search always ends:
-    documents are looked at in random order without replacement, and only when all have been are those that are
-    long enough used again, each time with a window that starts elsewhere. Tokenises no more than it looks at.
+    As the calibration of SparseGPT and Wanda, where a document is drawn, dropped unless it has more than
+    `seqlen` tokens, and a window starts at any of its first T - S tokens. Two differences, so that the
+    search always ends: documents are looked at in random order without replacement, and only when all have
+    been are those that are long enough used again, each time with a window that starts elsewhere. Tokenises
+    no more than it looks at.
 
-    Raises TextTooShort where no document is long enough, ValueError where there are fewer different windows than
-    `samples`.
+    Raises TextTooShort where no document is long enough, ValueError where there are fewer different windows
+    than `samples`.
     """
     rows: list[torch.Tensor] = []
     unused: list[tuple[torch.Tensor, Iterator[int]]] = []
@@ -76,10 +77,13 @@ def windows_from_documents(
     return torch.stack(rows), len(unused)
 
 
-def windows_from_stream(tokens_T: torch.Tensor, *, samples: int, seqlen: int, rng: random.Random) -> torch.Tensor:
+def windows_from_stream(
+    tokens_T: torch.Tensor, *, samples: int, seqlen: int, rng: random.Random
+) -> torch.Tensor:
     """Random windows of one text with different starts, (N, S) int64; they may overlap.
 
-    Raises ValueError where the text has no more than `seqlen` tokens or fewer different windows than `samples`.
+    Raises ValueError where the text has no more than `seqlen` tokens or fewer different windows than
+    `samples`.
     """
     starts = len(tokens_T) - seqlen
     if starts <= 0:

@@ -19,11 +19,14 @@ SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet", ".
 def kind(path: Path) -> str:
     """What a file holds, from its name: one of `text`, `json`, `parquet`, `safetensors`.
 
-    Raises ValueError for a name that ends in none of `SUFFIXES`. `.json.gz` holds JSON lines, as C4's own shards do.
+    Raises ValueError for a name that ends in none of `SUFFIXES`. `.json.gz` holds JSON lines, as C4's own
+    shards do.
     """
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
-        raise ValueError(f"{path}: cannot tell what this file holds; its name must end in {', '.join(SUFFIXES)}")
+        raise ValueError(
+            f"{path}: cannot tell what this file holds; its name must end in {', '.join(SUFFIXES)}"
+        )
     stem = name.removesuffix(".gz")
     return {".txt": "text", ".jsonl": "json", ".json": "json"}.get(Path(stem).suffix, Path(stem).suffix[1:])
 
@@ -43,7 +46,7 @@ def check_file(path: Path) -> None:
 
 
 def require(module: str, purpose: str) -> None:
-    """Raise ModuleNotFoundError, naming the `data` extra, unless `module` can be imported. `purpose` is a gerund."""
+    """Raise ModuleNotFoundError, naming the `data` extra, unless `module` can be imported."""
     if importlib.util.find_spec(module) is None:
         raise ModuleNotFoundError(f"{purpose} needs {module}: pip install 'prunus[data]'")
 
@@ -93,11 +96,12 @@ def read_json_lines(path: Path, fields: tuple[str, ...] = ("text",)) -> list[str
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
-        values = [record.get(field) for field in fields] if isinstance(record, dict) else [None]
-        if not all(isinstance(value, str) for value in values):
+        values = [record.get(field) for field in fields] if isinstance(record, dict) else []
+        texts = [value for value in values if isinstance(value, str)]
+        if len(texts) < len(fields):
             wanted = " and ".join(repr(field) for field in fields)
             raise ValueError(f"{path}, line {number}: expected a JSON object with text in {wanted}")
-        documents.append("".join(values))
+        documents.append("".join(texts))
     return documents
 
 
@@ -142,6 +146,7 @@ def read_ids(path: Path) -> torch.Tensor:
         )
     if ids.numel() == 0:
         raise ValueError(f"{path}: input_ids is empty, shape {tuple(ids.shape)}")
+    ids = ids.long()
     if ids.min() < 0:
         raise ValueError(f"{path}: input_ids holds the negative id {int(ids.min())}")
-    return ids.long()
+    return ids

@@ -53,7 +53,7 @@ class HiddenStates:
         self._places.append((end, tensor.shape, tensor.dtype))
         # Real bytes rather than a hole: a full disk then fails here and not as a bus error in a mapping.
         self._file.seek(end)
-        self._file.write(_bytes_of(tensor))
+        self._file.write(_bytes_of(tensor).data)
         self._file.flush()
 
     def put(self, index: int, tensor: torch.Tensor) -> None:

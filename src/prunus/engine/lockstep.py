@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -87,11 +88,9 @@ def lockstep(
                 shared = _shared_statistics(arrived, waiting, last, count)
                 statistics = shared if shared is not None else new_statistics(linear)
                 for index in arrived:
-                    x = waiting[index][1]
                     if shared is None:
-                        statistics.add(_tokens(x))
-                    last[index] = (weakref.ref(x), statistics)
-                    x = None
+                        statistics.add(_tokens(waiting[index][1]))
+                    last[index] = (weakref.ref(waiting[index][1]), statistics)
                 prune(linear, statistics)
                 del pending[name]
                 for index in arrived:
@@ -129,6 +128,37 @@ class _Stop(BaseException):
     """Ends a replay at the first linear behind the group that is being measured."""
 
 
+@dataclass
+class _Group:
+    """Linears that get the very same input, and its statistics."""
+
+    statistics: InputStatistics
+    members: list[str]
+
+
+@dataclass
+class _FirstGroup:
+    """Watches one batch: feeds the first linear it meets, notes who shares its input, stops at the next input."""
+
+    groups: dict[str, _Group]
+    new_statistics: NewStatistics
+    leader: str | None = None
+    input: torch.Tensor | None = None
+
+    def __call__(self, linear: Linear, x: torch.Tensor) -> None:
+        if self.leader is None:
+            self.leader, self.input = linear.name, x
+            if linear.name not in self.groups:
+                self.groups[linear.name] = _Group(self.new_statistics(linear), [linear.name])
+            self.groups[linear.name].statistics.add(_tokens(x))
+            return
+        if x is not self.input:
+            raise _Stop
+        members = self.groups[self.leader].members
+        if linear.name not in members:
+            members.append(linear.name)
+
+
 def replay(
     linears: Sequence[Linear],
     count: int,
@@ -142,35 +172,18 @@ def replay(
     order = {linear.name: position for position, linear in enumerate(linears)}
     while pending:
         # Per linear: its statistics and who fed them. A batch stops where a second input is asked for.
-        groups: dict[str, tuple[InputStatistics, list[str]]] = {}
+        groups: dict[str, _Group] = {}
         for index in range(count):
-            leader: str | None = None
-            seen: torch.Tensor | None = None
-
-            def collect(linear: Linear, x: torch.Tensor) -> None:
-                nonlocal leader, seen
-                if linear.name not in pending:
-                    return
-                if leader is not None:
-                    if x is not seen:
-                        raise _Stop
-                    members = groups[leader][1]
-                    if linear.name not in members:
-                        members.append(linear.name)
-                    return
-                leader, seen = linear.name, x
-                statistics, _ = groups.setdefault(leader, (new_statistics(linear), [leader]))
-                statistics.add(_tokens(x))
-
-            with _input_hooks(linears, collect), contextlib.suppress(_Stop):
+            with (
+                _input_hooks(list(pending.values()), _FirstGroup(groups, new_statistics)),
+                contextlib.suppress(_Stop),
+            ):
                 forward(index)
-            seen = None
         if not groups:
             break
-        first = min(groups, key=order.__getitem__)
-        statistics, members = groups[first]
-        for name in members:
-            prune(pending.pop(name), statistics)
+        group = groups[min(groups, key=order.__getitem__)]
+        for name in group.members:
+            prune(pending.pop(name), group.statistics)
     for index in range(count):
         finish(index, forward(index))
     return list(pending.values())

@@ -99,7 +99,13 @@ class Checkpoint:
             raise ValueError(f"{path} has no 'weight_map' that maps tensor names to files")
         for name, file in weight_map.items():
             # Plain names only: a separator, a drive or '..' could lead out of the folder.
-            if not isinstance(file, str) or not file or Path(file).name != file or "\\" in file or file == "..":
+            if (
+                not isinstance(file, str)
+                or not file
+                or Path(file).name != file
+                or "\\" in file
+                or file == ".."
+            ):
                 raise ValueError(
                     f"{path} places {name!r} in {file!r}: shards must be plain file names inside the folder"
                 )
@@ -182,7 +188,11 @@ def resolve_folder(model: str | Path) -> Path:
         return path
     name = str(model)
     if path.is_file():
-        hint = "; turn it into a checkpoint first: prunus import FILE.gguf DEST" if path.suffix == ".gguf" else ""
+        hint = (
+            "; turn it into a checkpoint first: prunus import FILE.gguf DEST"
+            if path.suffix == ".gguf"
+            else ""
+        )
         raise FileNotFoundError(f"{name} is a file; expected the folder of a Hugging Face checkpoint{hint}")
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local or not name:

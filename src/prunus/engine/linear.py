@@ -1,0 +1,116 @@
+"""One linear: score, mask, write back, measure. The only place where a method meets a module."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from prunus.manifest import LinearRecord
+from prunus.methods import Method
+from prunus.methods.base import Options
+from prunus.model.linears import Linear
+from prunus.patterns import Pattern
+from prunus.statistics import InputStatistics
+
+__all__ = ["LinearJob", "prune_linear"]
+
+
+@dataclass(frozen=True)
+class LinearJob:
+    """How every linear of a run is pruned."""
+
+    method: Method
+    pattern: Pattern
+    sparsity: float
+    options: Options
+
+
+def prune_linear(
+    job: LinearJob, linear: Linear, full_name: str, stored: torch.Tensor, statistics: InputStatistics
+) -> tuple[torch.Tensor, LinearRecord]:
+    """Prune one linear in place and return what is to be stored.
+
+    Scores and updates start from the stored weight in float32, whatever dtype the computation uses; what
+    the block goes on with is the stored result, so that a run resumed from the shard sees the same numbers.
+
+    Args:
+        job: method, pattern, sparsity.
+        linear: the module; its weight is overwritten.
+        full_name: for messages.
+        stored: the weight as stored, in the checkpoint's dtype and orientation, on any device.
+        statistics: of its inputs.
+
+    Returns:
+        The pruned weight in dtype and orientation of `stored`, on its device, and the record for the manifest.
+
+    Raises:
+        ValueError: non-finite weights or activations; names the linear.
+    """
+    started = time.perf_counter()
+    method, notes = job.method, {}
+    statistics.check_finite(full_name)
+    if statistics.tokens == 0 and method.needs != "none":
+        # Without inputs every feature counts the same, which makes Wanda's score row-wise magnitude.
+        statistics = _equal_inputs(statistics)
+        notes["unreached"] = "no calibration token reached this linear: its inputs were taken as equal"
+    weight_OI = _oriented(stored, linear).to(linear.weight_OI.device, torch.float32)
+    pruned = method.prune(weight_OI, statistics, job.pattern, job.sparsity, job.options)
+    if method.updates_weights:
+        new_OI = pruned.weight_OI.to(stored.dtype)
+    else:
+        # Kept weights stay as stored, bit for bit: no way through float32 for dtypes wider than it.
+        new_OI = _oriented(stored, linear).to(pruned.keep_OI.device).masked_fill(~pruned.keep_OI, 0)
+    if not bool(torch.isfinite(new_OI).all()):
+        raise ValueError(
+            f"{method.name} gave weights that are not finite for {full_name}; try a larger --damping or more samples"
+        )
+    linear.assign(new_OI)
+    error, energy = _damage(weight_OI, new_OI, statistics)
+    zeros = int((new_OI == 0).sum())
+    record = LinearRecord(
+        shape=linear.shape,
+        zeros=zeros,
+        sparsity=zeros / new_OI.numel(),
+        relative_output_error=error,
+        removed_energy=energy,
+        tokens=0 if "unreached" in notes else statistics.tokens,
+        seconds=round(time.perf_counter() - started, 4),
+        notes=notes | pruned.notes,
+    )
+    result = new_OI.T if linear.transposed else new_OI
+    return result.to(stored.device).contiguous(), record
+
+
+def _oriented(stored: torch.Tensor, linear: Linear) -> torch.Tensor:
+    return stored.T if linear.transposed else stored
+
+
+def _equal_inputs(statistics: InputStatistics) -> InputStatistics:
+    equal = InputStatistics(statistics.in_features, statistics.needs, statistics.sum_squares_I.device)
+    equal.sum_squares_I.fill_(1)
+    if equal.gram_II is not None:
+        equal.gram_II.fill_diagonal_(1)
+    return equal
+
+
+def _damage(
+    before_OI: torch.Tensor, after_OI: torch.Tensor, statistics: InputStatistics
+) -> tuple[float | None, float | None]:
+    """(relative output error, removed energy); see `LinearRecord`. Rows are taken in slices to save memory."""
+    if statistics.needs == "none":
+        return None, None
+    gram_II = statistics.gram_II
+    squares_I = statistics.sum_squares_I.float()
+    lost = total = 0.0
+    for before, after in zip(before_OI.split(1024), after_OI.split(1024), strict=True):
+        change = before - after.float()
+        if gram_II is not None:
+            lost += float(((change @ gram_II) * change).sum(dtype=torch.float64))
+            total += float(((before @ gram_II) * before).sum(dtype=torch.float64))
+        else:
+            lost += float((change.square_() @ squares_I).sum(dtype=torch.float64))
+            total += float((before.square() @ squares_I).sum(dtype=torch.float64))
+    share = max(0.0, lost / total) if total > 0 else 0.0
+    return (share, None) if gram_II is not None else (None, share)

@@ -1,0 +1,264 @@
+"""Perplexity as pruning papers report it.
+
+The text is tokenised as one string and cut into windows of `seqlen` tokens that do not overlap; what is
+left at the end is dropped. Loss of a window: mean cross entropy of its tokens 2..S, each given those before
+it in the window. Perplexity: exp of the mean over windows. (GPTQ, SparseGPT and Wanda all score this way.)
+A number says nothing without its protocol: text, context, windows, dtype.
+
+Legend: W windows, B windows at once, S tokens per window (seqlen), V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from prunus.evaluation.text import ScoringText, check_text, load_scoring_text, scoring_windows
+
+__all__ = ["PerplexityResult", "ScoringText", "load_scoring_text", "perplexity", "score_windows"]
+
+_ROWS = 512  # tokens whose logits are in float32 at the same time
+_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """perplexity = exp(loss); loss in nats per token; tokens = windows * seqlen; seconds of scoring alone."""
+
+    source: str
+    perplexity: float
+    loss: float
+    windows: int
+    tokens: int
+    seqlen: int
+    protocol: str
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def score_windows(
+    logits_fn: Callable[[torch.Tensor], torch.Tensor],
+    ids: torch.Tensor,
+    batch: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """Mean over windows of the mean next-token cross entropy, in nats per token.
+
+    Computed in float32, a few rows of logits at a time, and summed in float64.
+
+    Args:
+        logits_fn: ids (B, S) int64 -> logits (B, S, V), any floating dtype, any device.
+        ids: (W, S) int64.
+        batch: B, windows per call.
+        progress: called with windows done and windows in all.
+
+    Raises:
+        ValueError: no windows, S < 2, batch < 1, a loss that is not finite.
+    """
+    if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise ValueError(
+            f"ids must be (windows, tokens) with at least 1 window of 2 tokens, not {tuple(ids.shape)}"
+        )
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, not {batch}")
+    total = 0.0
+    done = 0
+    for ids_BS in ids.split(batch):
+        logits_BSV = logits_fn(ids_BS)
+        targets_BS = ids_BS.to(logits_BSV.device)
+        for logits_SV, targets_S in zip(logits_BSV, targets_BS, strict=True):
+            loss = _window_loss(logits_SV, targets_S)
+            if not math.isfinite(loss):
+                raise ValueError(
+                    f"the loss of window {done} is {loss}: the model's outputs are not finite. "
+                    "Damaged weights, or a dtype too small for this model; try --dtype float32"
+                )
+            total += loss
+            done += 1
+        if progress is not None:
+            progress(done, len(ids))
+    return total / done
+
+
+def _window_loss(logits_SV: torch.Tensor, targets_S: torch.Tensor) -> float:
+    total = 0.0
+    last = len(targets_S) - 1
+    for first in range(0, last, _ROWS):
+        stop = min(first + _ROWS, last)
+        rows = logits_SV[first:stop].float()
+        total += functional.cross_entropy(rows, targets_S[first + 1 : stop + 1], reduction="sum").item()
+    return total / last
+
+
+def perplexity(
+    model_or_path: Any,
+    text: str = "wikitext2",
+    *,
+    tokenizer: Any = None,
+    seqlen: int = 2048,
+    limit: int | None = None,
+    batch: int = 1,
+    dtype: str = "auto",
+    device: str = "auto",
+    data_dir: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PerplexityResult:
+    """Perplexity of a causal LM on a text.
+
+    Args:
+        model_or_path: a folder or hub id (safetensors only), or a loaded transformers model, which is scored
+            where and as it is, in evaluation mode.
+        text: see `load_scoring_text`; or a `.safetensors` file with input_ids (N, T) int, whose rows are cut
+            into windows, which needs no tokenizer.
+        tokenizer: default is the one in the model's folder.
+        seqlen: tokens per window.
+        limit: score at most this many windows, the first ones.
+        batch: windows at once.
+        dtype: auto (the checkpoint's own), float32, bfloat16 or float16, of the computation.
+        device: auto (CUDA where there is one), cpu, cuda, cuda:i.
+        data_dir: local copy of the corpora; None means the folder in PRUNUS_DATA, or the hub where that is
+            unset.
+        progress: called with windows done and windows in all.
+
+    Raises:
+        ValueError: arguments out of range, a text shorter than one window (the message gives its length in
+            tokens), token ids outside the vocabulary, no tokenizer, a window longer than the model's context,
+            a model that cannot be loaded, a loss that is not finite.
+        FileNotFoundError, ModuleNotFoundError, OSError: see `load_scoring_text`.
+    """
+    _check_arguments(seqlen, limit, batch, dtype)
+    loaded = isinstance(model_or_path, nn.Module)
+    if loaded and (dtype != "auto" or device != "auto"):
+        raise ValueError(
+            "a loaded model is scored as it is: leave dtype and device at 'auto', or convert it before"
+        )
+    check_text(text, data_dir)
+    place = None if loaded else _device(device)
+    if not loaded:
+        _check_path(str(model_or_path))
+
+    def get_tokenizer() -> Any:
+        return tokenizer if tokenizer is not None else _load_tokenizer(model_or_path)
+
+    ids, source, how = scoring_windows(text, get_tokenizer, seqlen, limit, data_dir)
+    model = model_or_path if loaded else _load_model(str(model_or_path), dtype).to(place)
+    _check_model(model, ids)
+    where = model.get_input_embeddings().weight
+    was_training = model.training
+    model.eval()
+    begin = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            loss = score_windows(
+                lambda batch_ids: model(input_ids=batch_ids.to(where.device), use_cache=False).logits,
+                ids,
+                batch,
+                progress,
+            )
+    finally:
+        model.train(was_training)
+    return PerplexityResult(
+        source=source,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        loss=loss,
+        windows=len(ids),
+        tokens=ids.numel(),
+        seqlen=seqlen,
+        protocol=f"{how}; {len(ids)} windows of {seqlen} tokens without overlap ({ids.numel()} tokens), "
+        f"mean loss over windows, {str(where.dtype).removeprefix('torch.')}",
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _check_arguments(seqlen: int, limit: int | None, batch: int, dtype: str) -> None:
+    if seqlen < 2:
+        raise ValueError(f"seqlen must be at least 2 tokens, not {seqlen}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 window, not {limit}")
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, not {batch}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if available else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>, not {name!r}")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= available:
+        raise ValueError(
+            f"device {name!r} is not there: {available} CUDA devices are visible; use --device cpu"
+        )
+    return device
+
+
+def _check_path(model: str) -> None:
+    """A local folder with a config, or else something that can be a hub id."""
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{model}: no config.json in this folder; is it a Hugging Face checkpoint?"
+            )
+    elif folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
+        raise FileNotFoundError(f"{model}: neither a folder nor a hub id")
+
+
+def _load_tokenizer(model_or_path: Any) -> Any:
+    if isinstance(model_or_path, nn.Module):
+        raise ValueError(
+            "a loaded model comes without its tokenizer: pass tokenizer=, or score a file of input_ids"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(model_or_path))
+    except Exception as error:  # transformers raises many kinds where files are missing or broken
+        raise ValueError(
+            f"{model_or_path}: no tokenizer could be loaded ({_one_line(error)}); "
+            "score token ids instead: a .safetensors file with input_ids"
+        ) from error
+
+
+def _load_model(model: str, dtype: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=_DTYPES[dtype], use_safetensors=True)
+    except Exception as error:
+        raise ValueError(f"{model}: the model could not be loaded ({_one_line(error)})") from error
+
+
+def _check_model(model: Any, ids: torch.Tensor) -> None:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    largest = int(ids.max())
+    if largest >= vocabulary:
+        raise ValueError(
+            f"token id {largest} is outside the model's vocabulary of {vocabulary}; another tokenizer's ids?"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and ids.shape[1] > positions:
+        raise ValueError(
+            f"windows of {ids.shape[1]} tokens are longer than the model's {positions} positions; "
+            f"use --seqlen {positions} or less"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

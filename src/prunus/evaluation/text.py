@@ -1,0 +1,123 @@
+"""The texts that perplexity is measured on, and their cutting into windows.
+
+Legend: W windows, S tokens per window (seqlen).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus.calibration.corpora import NAMES, check_corpus, load_corpus
+from prunus.calibration.draw import encode
+from prunus.calibration.files import check_file, kind, read_documents, read_ids
+
+__all__ = ["ScoringText", "check_text", "load_scoring_text", "scoring_windows"]
+
+WIKITEXT2_TEST_SHA256 = (
+    "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"  # joined, 1,296,370 bytes
+)
+_C4_DOCUMENTS, _C4_WINDOWS = 1100, 256  # how much of the validation shard GPTQ and Wanda score
+
+
+@dataclass(frozen=True)
+class ScoringText:
+    """A text to score. protocol: how it was put together. max_windows: a convention's own limit, or None."""
+
+    text: str
+    protocol: str
+    source: str
+    max_windows: int | None = None
+
+
+def load_scoring_text(name: str, data_dir: Path | None = None) -> ScoringText:
+    """The text to score: `wikitext2`, `c4`, `ptb`, `python-docs`, or a text file as calibration takes it.
+
+    Raises:
+        ValueError: an unknown name, a file without text.
+        FileNotFoundError: a file or data folder that is not there.
+        ModuleNotFoundError: an extra that is not installed (the message names it).
+        OSError: the hub does not answer.
+    """
+    check_text(name, data_dir)
+    if name not in NAMES:
+        documents = read_documents(Path(name))
+        how = (
+            f"{len(documents)} documents joined with blank lines" if len(documents) > 1 else "the whole text"
+        )
+        return ScoringText("\n\n".join(documents), how, name)
+    corpus = load_corpus(name, "scoring", data_dir)
+    if name == "c4":
+        documents = [corpus.documents[index] for index in range(len(corpus.documents))][:_C4_DOCUMENTS]
+        how = f"the first {len(documents)} documents joined with spaces, at most {_C4_WINDOWS} windows"
+        return ScoringText(corpus.joiner.join(documents), how, corpus.source, _C4_WINDOWS)
+    text = corpus.text()
+    if name == "wikitext2":
+        how = "raw test lines joined with two newlines"
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if digest != WIKITEXT2_TEST_SHA256:
+            how += (
+                f" (WARNING: not the text that papers score: sha256 {digest}, {len(text.encode()):,} bytes)"
+            )
+    else:
+        how = {
+            "ptb": "test sentences joined with spaces",
+            "python-docs": "paragraphs joined with blank lines",
+        }[name]
+    return ScoringText(text, how, corpus.source)
+
+
+def check_text(name: str, data_dir: Path | None) -> None:
+    """Raise what `load_scoring_text` would, as far as can be told without reading the text."""
+    if name in NAMES:
+        check_corpus(name, "scoring", data_dir)
+        return
+    path = Path(name)
+    if not path.exists() and (name == "self" or not path.suffix):
+        raise ValueError(f"unknown text {name!r}: give {', '.join(NAMES)} or a file of text or input_ids")
+    check_file(path)
+
+
+def scoring_windows(
+    name: str, tokenizer: Callable[[], Any], seqlen: int, limit: int | None, data_dir: Path | None
+) -> tuple[torch.Tensor, str, str]:
+    """Windows that do not overlap, (W, S) int64, from the start of a text; its source; its protocol.
+
+    Args:
+        name: as `load_scoring_text`, or a `.safetensors` file with input_ids.
+        tokenizer: returns it; called for text only.
+
+    Raises:
+        ValueError: a text shorter than one window, and what reading the text or the tokenizer raises.
+    """
+    check_text(name, data_dir)
+    if name not in NAMES and kind(Path(name)) == "safetensors":
+        ids = read_ids(Path(name))
+        per_row = ids.shape[1] // seqlen
+        if per_row == 0:
+            raise ValueError(
+                f"{name}: its rows have {ids.shape[1]} tokens, less than a window of {seqlen}; "
+                "use a smaller --seqlen"
+            )
+        windows = ids[:, : per_row * seqlen].reshape(-1, seqlen)
+        return (
+            windows[:limit].contiguous(),
+            name,
+            f"{tuple(ids.shape)} token ids, cut into windows row by row",
+        )
+    loaded_tokenizer = tokenizer()
+    text = load_scoring_text(name, data_dir)
+    tokens = encode(loaded_tokenizer, text.text)
+    count = len(tokens) // seqlen
+    if count == 0:
+        raise ValueError(
+            f"{text.source}: the text has {len(tokens)} tokens, less than a window of {seqlen}; "
+            "use a smaller --seqlen"
+        )
+    count = min([count, *(bound for bound in (limit, text.max_windows) if bound is not None)])
+    return tokens[: count * seqlen].view(count, seqlen), text.source, text.protocol

@@ -1,0 +1,316 @@
+"""Everything that is known, checked and decided before a run does any work.
+
+`prepare` raises for whatever would make the run fail later; `prune` works through the job it returns, and
+`prunus plan` prints it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunus.calibration import check_source
+from prunus.engine.linear import LinearJob
+from prunus.engine.memory import BlockCost, available_memory
+from prunus.engine.precision import decide_dtype
+from prunus.manifest import Walk
+from prunus.methods import METHODS, Options, check_options, default_group
+from prunus.model.checkpoint import resolve_folder
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource, ModuleSource
+from prunus.patterns import Pattern, check_shape
+from prunus.recipe import Recipe
+from prunus.statistics import statistics_bytes
+
+__all__ = ["Job", "RunOptions", "prepare"]
+
+# Tokens of one forward pass: long enough for large matrix products, short enough to stay in the cache.
+_TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How the work is done, as far as it does not decide the bytes of the result.
+
+    Attributes:
+        device: auto, cpu, cuda or cuda:i.
+        memory: budget in bytes for the whole process, or None for what is free.
+        data_dir: local mirror of the calibration corpora.
+        tokenizer: of the model; loaded from its folder where it is None.
+        input_ids: (samples, seqlen) token ids instead of a calibration source.
+        trust_remote_code: let transformers run code that comes with the checkpoint.
+    """
+
+    device: str = "auto"
+    memory: int | None = None
+    data_dir: Path | None = None
+    tokenizer: Any = None
+    input_ids: torch.Tensor | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Job:
+    """A checked run: what is pruned, how, and what it will cost."""
+
+    recipe: Recipe
+    options: RunOptions
+    source: CheckpointSource | ModuleSource
+    skeleton: Skeleton
+    linear_job: LinearJob
+    device: torch.device
+    dtype: torch.dtype
+    dtype_reason: str
+    batch: int
+    budget: int
+    targets: list[list[str]]
+    left_dense: dict[str, tuple[int, ...]]
+    costs: list[BlockCost] = field(default_factory=list)
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether calibration windows have to go through the model at all."""
+        return self.linear_job.method.needs != "none"
+
+    @property
+    def spills(self) -> bool:
+        """Whether hidden states go to a file: not even one batch in flight fits beside them."""
+        return any(cost.replay_in_memory > self.budget for cost in self.costs)
+
+    def fits_lockstep(self, index: int) -> bool:
+        """Whether block `index` can be walked with all its batches paused in memory."""
+        cost = self.costs[index]
+        return (cost.lockstep_spilled if self.spills else cost.lockstep_in_memory) <= self.budget
+
+    def walk(self, index: int) -> Walk:
+        """How the windows go through block `index`; lockstep and replay give the same bits."""
+        if self.recipe.propagate == "block":
+            return "two_pass"
+        return "lockstep" if self.fits_lockstep(index) else "replay"
+
+    @property
+    def disk(self) -> int:
+        """Bytes the result takes, and the spilled hidden states beside it."""
+        if isinstance(self.source, ModuleSource):
+            return 0
+        weights = self.source.checkpoint.nbytes(self.source.checkpoint.tensors)
+        return weights + (max(c.hidden for c in self.costs) if self.spills else 0)
+
+    def describe(self) -> dict[str, Any]:
+        """The plan in numbers, for `prunus plan`."""
+        peak = 0
+        for index, cost in enumerate(self.costs):
+            lockstep = self.fits_lockstep(index)
+            if self.spills:
+                need = cost.lockstep_spilled if lockstep else cost.least
+            else:
+                need = cost.lockstep_in_memory if lockstep else cost.replay_in_memory
+            peak = max(peak, need)
+        shapes = [
+            linear.shape
+            for index in range(len(self.skeleton))
+            for linear in self.skeleton.linears(index)
+            if linear.name in self.targets[index]
+        ]
+        weights = sum(rows * columns for rows, columns in shapes)
+        return {
+            "blocks": len(self.skeleton),
+            "linears": len(shapes),
+            "weights": weights,
+            "to_remove": int(weights * self.linear_job.sparsity),
+            "left_dense": {name: list(shape) for name, shape in self.left_dense.items()},
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype_reason": self.dtype_reason,
+            "device": str(self.device),
+            "batch": self.batch,
+            "hidden_states": "file" if self.spills else "memory",
+            "blocks_in_lockstep": sum(self.fits_lockstep(index) for index in range(len(self.skeleton))),
+            "peak_memory_bytes": peak + _resident(),
+            "disk_bytes": self.disk,
+            "seconds": self._estimate_seconds(),
+        }
+
+    def _estimate_seconds(self) -> float:
+        """Matrix products of all forward passes at the rate measured now, plus 40 % for the rest."""
+        tokens = self.recipe.samples * self.recipe.seqlen
+        flops = 0.0
+        for index in range(len(self.skeleton)):
+            weights = sum(rows * columns for rows, columns in (x.shape for x in self.skeleton.linears(index)))
+            passes = (1 if self.recipe.propagate == "linear" else 2) if self.needs_inputs else 0
+            if passes == 1 and not self.fits_lockstep(index):
+                passes = 5
+            flops += 2.0 * weights * tokens * passes
+            if self.linear_job.method.needs == "gram":
+                columns = [x.shape for x in self.skeleton.linears(index) if x.name in self.targets[index]]
+                # A Gram per distinct input (about 4 of 7 linears), its factor, and the update of the weights.
+                flops += sum(1.2 * tokens * c * c + c**3 + 2.0 * r * c * c for r, c in columns)
+        return round(1.4 * flops / _rate(self.device, self.dtype), 1)
+
+
+def prepare(
+    model: str | Path | nn.Module, recipe: Recipe, options: RunOptions, decided_dtype: str | None = None
+) -> Job:
+    """Check everything that can be checked without reading weights or text, and decide what is left open.
+
+    `decided_dtype` is what dtype "auto" came to in the run that is resumed: it holds without a second trial.
+
+    Raises:
+        FileNotFoundError, ValueError, NotImplementedError, OSError: see the functions that are called; each
+            message names what was given, what is wrong and what to do.
+    """
+    method = METHODS[recipe.method]
+    method_options = Options(mask_from=recipe.mask_from, mask_order=recipe.mask_order, damping=recipe.damping)
+    group = recipe.group if recipe.group is not None else default_group(recipe.method, method_options)
+    pattern = Pattern.parse(recipe.pattern, group)
+    check_options(recipe.method, pattern, recipe.sparsity, method_options)
+    device = _device(options.device, model)
+    if method.needs != "none" and options.input_ids is None:
+        check_source(recipe.calibration, options.data_dir)
+    source: CheckpointSource | ModuleSource
+    if isinstance(model, nn.Module):
+        source = ModuleSource(model)
+    else:
+        source = CheckpointSource(resolve_folder(model), options.trust_remote_code)
+    # Structure and names are checked on a skeleton in the stored dtype, before a trial may cost time.
+    skeleton = Skeleton(source.config, source.stored_dtype, options.trust_remote_code)
+    source.bind(skeleton)
+    targets, left_dense = _select(skeleton, recipe, pattern)
+    wanted = decided_dtype if recipe.dtype == "auto" and decided_dtype else recipe.dtype
+    dtype, reason = decide_dtype(wanted, source, device, method.needs, options.trust_remote_code)
+    if dtype != source.stored_dtype:
+        skeleton = Skeleton(source.config, dtype, options.trust_remote_code)
+        source.bind(skeleton)
+    batch = recipe.batch or max(1, min(recipe.samples, _TOKENS_PER_BATCH // recipe.seqlen))
+    budget = options.memory if options.memory is not None else available_memory() + _resident()
+    job = Job(
+        recipe=recipe,
+        options=options,
+        source=source,
+        skeleton=skeleton,
+        linear_job=LinearJob(method, pattern, recipe.sparsity, method_options),
+        device=device,
+        dtype=dtype,
+        dtype_reason=reason,
+        batch=batch,
+        budget=budget - _resident(),
+        targets=targets,
+        left_dense=left_dense,
+    )
+    job.costs = [_cost(job, index) for index in range(len(skeleton))]
+    least = max(cost.least for cost in job.costs)
+    if job.budget < least:
+        raise ValueError(
+            f"a block needs {(least + _resident()) / 1e9:.2f} GB with one batch of {batch} windows of "
+            f"{recipe.seqlen} tokens in flight; the memory budget is {budget / 1e9:.2f} GB. Raise --memory or "
+            "lower --batch or --seqlen"
+        )
+    return job
+
+
+def _select(
+    skeleton: Skeleton, recipe: Recipe, pattern: Pattern
+) -> tuple[list[list[str]], dict[str, tuple[int, ...]]]:
+    """Per block the linears to prune, and everything in the blocks that stays dense."""
+    linears = [
+        [(f"{skeleton.block_name(index)}.{linear.name}", linear) for linear in skeleton.linears(index)]
+        for index in range(len(skeleton))
+    ]
+    recipe.check_names(name for block in linears for name, _ in block)
+    dense: dict[str, tuple[int, ...]] = {}
+    targets: list[list[str]] = []
+    for index, block in enumerate(linears):
+        chosen = []
+        for name, linear in block:
+            if recipe.selects(name):
+                check_shape(pattern, linear.shape, name)
+                chosen.append(linear.name)
+            else:
+                dense[f"{name}.weight"] = linear.shape
+        targets.append(chosen)
+        dense |= skeleton.left_dense(index)
+    return targets, dense
+
+
+def _cost(job: Job, index: int) -> BlockCost:
+    """Bytes for one block; see `BlockCost`. The widths are those of the block's linears."""
+    linears = job.skeleton.linears(index)
+    size = job.dtype.itemsize
+    tokens = job.recipe.samples * job.recipe.seqlen
+    hidden = _hidden_size(job.skeleton.model)
+    widest = max(max(linear.shape) for linear in linears)
+    largest = max(rows * columns for rows, columns in (linear.shape for linear in linears))
+    stored = job.source.block_nbytes(index)
+    computed = sum(p.numel() for p in job.skeleton.blocks[index].parameters()) * size
+    inputs = max(linear.shape[1] for linear in linears)
+    batch_tokens = min(job.batch * job.recipe.seqlen, tokens)
+    needs = job.linear_job.method.needs
+    # float32 weight, score, sorted copy and the rounded result; Gram methods invert in float64.
+    working = 14 * largest + statistics_bytes(inputs, needs) + (24 * inputs**2 if needs == "gram" else 0)
+    if needs == "gram" and job.recipe.propagate == "block":
+        working += sum(statistics_bytes(linear.shape[1], needs) for linear in linears)
+    flowing = job.needs_inputs
+    return BlockCost(
+        weights=2 * stored + computed,
+        working=working,
+        hidden=flowing * tokens * hidden * size,
+        paused=flowing * tokens * (4 * hidden + widest) * size,
+        transient=flowing * batch_tokens * (6 * hidden + 3 * widest) * size,
+    )
+
+
+def _hidden_size(model: nn.Module) -> int:
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embedding.weight.shape[1])
+
+
+def _device(name: str, model: str | Path | nn.Module) -> torch.device:
+    """The device that `name` stands for.
+
+    Raises:
+        ValueError: not a device name, or a CUDA device that is not there.
+    """
+    if name == "auto":
+        if isinstance(model, nn.Module):
+            return next(model.parameters()).device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:i; got {name!r}")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(
+                f"there is no device {name!r}: PyTorch sees {count} CUDA devices. Choose --device cpu or auto"
+            )
+    return device
+
+
+def _resident() -> int:
+    """Bytes of this process that are in memory now."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * 4096
+
+
+def _rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds per second (×2) of a matrix product the size of a batch, measured in about 0.1 s."""
+    left = torch.ones(1024, 1024, device=device, dtype=dtype)
+    right = torch.ones(1024, 1024, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        torch.nn.functional.linear(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * 1024**3 / best

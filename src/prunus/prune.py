@@ -1,0 +1,216 @@
+"""The story of one run: text to windows, windows to hidden states, block after block pruned and written.
+
+checkpoint ──► skeleton ──► how the model calls each block
+windows ──► embeddings ──► hidden states
+for each block:  load weights ► one lockstep pass ► write shard ► release
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunus.calibration import Windows
+from prunus.engine.blocks import BlockEngine
+from prunus.engine.memory import peak_memory
+from prunus.manifest import Inputs, Manifest, machine, versions
+from prunus.model.source import CheckpointSource, ModuleSource
+from prunus.output import OutputFolder, check_disk, check_output
+from prunus.plan import Job, RunOptions, prepare
+from prunus.recipe import Recipe, load_recipe, parse_bytes
+from prunus.windows import calibration_windows
+
+__all__ = ["Progress", "prune", "run"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of a run, for whoever shows it: `done` of `total` blocks, and what just happened."""
+
+    done: int
+    total: int
+    message: str
+    seconds: float
+    peak_memory: int
+
+
+def prune(
+    model: str | Path | nn.Module,
+    output: str | Path | None = None,
+    method: str | None = None,
+    sparsity: float | None = None,
+    *,
+    pattern: str | None = None,
+    calibration: str | torch.Tensor | None = None,
+    recipe: str | Path | None = None,
+    device: str = "auto",
+    memory: str | int | None = None,
+    data_dir: str | Path | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    **recipe_options: Any,
+) -> Manifest:
+    """Prune a causal LM after training.
+
+    Args:
+        model: a checkpoint folder or hub id, streamed block by block into `output`; or a loaded transformers
+            model, pruned in place by the same engine with the same result.
+        output: folder of the pruned checkpoint; for a loaded model None (call its `save_pretrained`).
+        method: magnitude, wanda (default), wanda-variant, sparsegpt or obs.
+        sparsity: share of the weights of each linear that goes, in [0, 1); default 0.5.
+        pattern: "N:M" keeps at most N of every M consecutive inputs; instead of `sparsity`.
+        calibration: a source (see `prunus.calibration.SOURCES`; default "c4"), or token ids (samples, seqlen).
+        recipe: TOML file with any of these options; arguments override it.
+        device: auto, cpu, cuda or cuda:i.
+        memory: budget, such as "8GB" or bytes; default what is free.
+        data_dir: local mirror of the calibration corpora.
+        tokenizer: of the model; by default loaded from the checkpoint.
+        trust_remote_code: run model code that comes with the checkpoint.
+        overwrite: replace an earlier result of prunus in `output`.
+        progress: called after every block.
+        **recipe_options: further fields of `Recipe`: samples, seqlen, seed, batch, dtype, group, propagate, only,
+            ignore, mask_from, mask_order, damping.
+
+    Returns:
+        The manifest: recipe, inputs, per linear shape, sparsity reached, error and seconds, and totals. For a
+        checkpoint it is also written to `prunus.json`.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: before any work where
+            possible; the message says what was given, what is wrong and what to do.
+    """
+    overrides = {"method": method, "sparsity": sparsity, "pattern": pattern, **recipe_options}
+    input_ids = None
+    if isinstance(calibration, torch.Tensor):
+        input_ids = calibration
+        if input_ids.dim() != 2 or input_ids.dtype.is_floating_point or input_ids.shape[0] < 1:
+            raise ValueError(
+                f"calibration ids must be integers (samples, seqlen), got {input_ids.dtype} {tuple(input_ids.shape)}"
+            )
+        overrides |= {"calibration": "token ids", "samples": input_ids.shape[0], "seqlen": input_ids.shape[1]}
+    else:
+        overrides["calibration"] = calibration
+    chosen = load_recipe(Path(recipe) if recipe is not None else None, overrides)
+    options = RunOptions(
+        device=device,
+        memory=parse_bytes(memory) if isinstance(memory, str) else memory,
+        data_dir=Path(data_dir) if data_dir is not None else None,
+        tokenizer=tokenizer,
+        input_ids=input_ids,
+        trust_remote_code=trust_remote_code,
+    )
+    target = Path(output) if output is not None else None
+    return run(model, target, chosen, options, overwrite=overwrite, progress=progress)
+
+
+def run(
+    model: str | Path | nn.Module,
+    output: Path | None,
+    recipe: Recipe,
+    options: RunOptions,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Manifest:
+    """Carry out a recipe; see `prune` for the meaning of the arguments."""
+    started = time.perf_counter()
+    if isinstance(model, nn.Module) != (output is None):
+        raise ValueError(
+            "a loaded model is pruned in place: leave output out and call its save_pretrained afterwards"
+            if output is not None
+            else "a checkpoint is pruned into a new folder: give output"
+        )
+    earlier = None
+    if output is not None:
+        # Before anything is downloaded or read: is there room for a result at all?
+        earlier = check_output(output, Path(str(model)), overwrite)
+    job = prepare(model, recipe, options, decided_dtype=earlier.inputs.dtype if earlier is not None else None)
+    if output is not None:
+        assert isinstance(job.source, CheckpointSource)
+        check_output(output, job.source.checkpoint.folder, overwrite)
+        check_disk(output, job.disk - _bytes_in(output))
+    windows = calibration_windows(job)
+    manifest = _manifest(model, job, windows, earlier)
+    if manifest.state == "finished":
+        return manifest
+    folder = None
+    if output is not None:
+        assert isinstance(job.source, CheckpointSource)
+        folder = OutputFolder(output, job.source, manifest)
+        folder.begin(overwrite)
+
+    engine = BlockEngine(job.skeleton, job.source, job.linear_job, job.device)
+    with torch.no_grad(), contextlib.closing(engine):
+        batches = windows.ids.split(job.batch) if len(windows.ids) else ()
+        engine.embed(batches, spill_to=output if job.spills else None)
+        for index in range(len(job.skeleton)):
+            block_started = time.perf_counter()
+            if folder is not None and index < len(manifest.blocks):
+                engine.propagate(index, folder.read_block(index))
+                message = "taken from the earlier run"
+            else:
+                stored = job.source.block(index)
+                changed, record = engine.prune(index, stored, job.targets[index], job.walk(index))
+                record.seconds = round(time.perf_counter() - block_started, 3)
+                if folder is not None:
+                    folder.commit_block(index, stored, changed, record)
+                else:
+                    assert isinstance(job.source, ModuleSource)
+                    job.source.write(index, changed)
+                    manifest.blocks.append(record)
+                message = f"pruned in {record.seconds:.2f} s"
+                if record.walk == "replay":
+                    message += ", with one batch in flight: paused windows do not fit in the memory budget"
+                del stored, changed
+            if progress is not None:
+                progress(
+                    Progress(
+                        done=index + 1,
+                        total=len(job.skeleton),
+                        message=f"{job.skeleton.block_name(index)} {message}",
+                        seconds=time.perf_counter() - started,
+                        peak_memory=peak_memory(job.device),
+                    )
+                )
+
+    manifest.close(seconds=time.perf_counter() - started, device=job.device)
+    if folder is not None:
+        folder.finish(options.trust_remote_code)
+    return manifest
+
+
+def _manifest(model: Any, job: Job, windows: Windows, earlier: Manifest | None) -> Manifest:
+    """A new manifest, or the earlier run's where it is this very run."""
+    inputs = Inputs(
+        checkpoint=job.source.fingerprint,
+        calibration=windows.source,
+        calibration_sha256=windows.sha256,
+        dtype=str(job.dtype).removeprefix("torch."),
+        dtype_reason=job.dtype_reason,
+        device=job.device.type,
+        batch=job.batch,
+    )
+    if earlier is not None:
+        earlier.check_same_run(job.recipe, inputs)
+        return earlier
+    return Manifest(
+        source=type(model).__name__ if isinstance(model, nn.Module) else str(model),
+        recipe=job.recipe,
+        inputs=inputs,
+        versions=versions(),
+        machine=machine(job.device),
+        left_dense=job.left_dense,
+    )
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0

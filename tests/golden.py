@@ -1,0 +1,63 @@
+"""Reading the masks and norms that the original code produced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """One file of the original's results and the options that ask prunus for the same."""
+
+    file: str
+    options: dict[str, object]
+    bits: float  # share of mask bits that must agree, per linear
+
+
+EXACT, UPDATED = 0.9999, 0.999
+
+CASES = [
+    GoldenCase("magnitude_unstructured", {"method": "magnitude"}, EXACT),
+    GoldenCase("magnitude_2of4", {"method": "magnitude", "pattern": "2:4"}, EXACT),
+    GoldenCase("wanda_unstructured", {"method": "wanda"}, EXACT),
+    GoldenCase("wanda_2of4", {"method": "wanda", "pattern": "2:4"}, EXACT),
+    GoldenCase("wanda_4of8", {"method": "wanda", "pattern": "4:8"}, EXACT),
+    GoldenCase("wanda_variant_unstructured", {"method": "wanda-variant"}, EXACT),
+    GoldenCase("sparsegpt_unstructured", {"method": "sparsegpt"}, UPDATED),
+    GoldenCase("sparsegpt_2of4", {"method": "sparsegpt", "pattern": "2:4"}, UPDATED),
+    GoldenCase("ablate_mag_seq_unstructured", {"method": "obs", "mask_from": "magnitude"}, UPDATED),
+    GoldenCase("ablate_wanda_seq_unstructured", {"method": "obs", "mask_from": "wanda"}, UPDATED),
+    GoldenCase(
+        "ablate_wanda_iter_unstructured",
+        {"method": "obs", "mask_from": "wanda", "mask_order": "blockwise"},
+        UPDATED,
+    ),
+    GoldenCase(
+        "ablate_mag_iter_2of4",
+        {"method": "obs", "mask_from": "magnitude", "mask_order": "blockwise", "pattern": "2:4"},
+        UPDATED,
+    ),
+]
+
+
+def agreement(golden: Path, case: GoldenCase, weights: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+    """Per linear: share of equal mask bits, and relative difference of Frobenius norms."""
+    with np.load(golden / f"official_{case.file}_0.5.npz") as stored:
+        result = {}
+        for key in stored.files:
+            if not key.endswith(".keep"):
+                continue
+            name = key.removesuffix(".keep")
+            weight = weights[name].float()
+            packed = np.unpackbits(stored[key], bitorder="little")[: weight.numel()]
+            keep = torch.from_numpy(packed.astype(bool)).reshape(weight.shape)
+            norm = float(stored[f"{name}.norm"])
+            result[name] = (
+                float((keep == (weight != 0)).double().mean()),
+                abs(float(weight.double().norm()) - norm) / norm,
+            )
+    return result
