@@ -9,6 +9,7 @@ Shape suffixes: O outputs (rows), I inputs, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,11 @@ def variant_keep(score_OI: Tensor, alpha: float) -> Tensor:
 
 
 def obs_sweep(
-    weight_OI: Tensor, gram_II: Tensor, damping: float, span: int, choose: Callable[[Tensor, Tensor, int], Tensor]
+    weight_OI: Tensor,
+    gram_II: Tensor,
+    damping: float,
+    span: int,
+    choose: Callable[[Tensor, Tensor, int], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Prune column by column in float64, each time with the inverse Hessian of the columns that are left.
 
@@ -95,7 +100,12 @@ def obs_sweep(
 
 
 def sparsegpt(
-    weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float, damping: float = 0.01, block: int = 128
+    weight_OI: Tensor,
+    gram_II: Tensor,
+    pattern: Pattern,
+    sparsity: float,
+    damping: float = 0.01,
+    block: int = 128,
 ) -> tuple[Tensor, Tensor]:
     """SparseGPT in float64: weight and mask."""
 
@@ -115,6 +125,13 @@ def weight_of(linear: nn.Module) -> Tensor:
     return linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
 
 
+def collect_inputs(
+    inputs: dict[str, list[Tensor]], name: str, module: nn.Module, args: tuple[Tensor, ...]
+) -> None:
+    """Keep a copy of what reaches a linear, as (tokens, in)."""
+    inputs.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]).clone())
+
+
 @torch.no_grad()
 def prune_two_pass(model: nn.Module, blocks: str, windows: Tensor, prune_linear: PruneLinear) -> None:
     """Prune a model in place as the original code does: two passes per block.
@@ -129,13 +146,10 @@ def prune_two_pass(model: nn.Module, blocks: str, windows: Tensor, prune_linear:
     """
     for number, block in enumerate(model.get_submodule(blocks)):
         inputs: dict[str, list[Tensor]] = {}
-        handles = []
-        for name, linear in linears(block, f"{blocks}.{number}").items():
-
-            def collect(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                inputs.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]).clone())
-
-            handles.append(linear.register_forward_pre_hook(collect))
+        handles = [
+            linear.register_forward_pre_hook(partial(collect_inputs, inputs, name))
+            for name, linear in linears(block, f"{blocks}.{number}").items()
+        ]
         for window in windows:
             model(input_ids=window[None], use_cache=False)
         for handle in handles:

@@ -16,13 +16,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from prunus.calibration import SOURCES, check_source, load_windows
 from prunus.calibration.corpora import load_corpus, python_docs, wikitext_lines
 from prunus.calibration.draw import TextTooShort, windows_from_documents, windows_from_stream
 from prunus.calibration.generate import first_ids, write_windows
+from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
 
 C4_FILE = "c4_en_train_shard0_first1000.jsonl.gz"
 
@@ -328,10 +328,8 @@ def test_python_docs_windows_come_from_the_calibration_half():
 
 
 def write_parquet(path: Path, columns: dict) -> Path:
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pytest.importorskip("pyarrow").table(columns), path)
     return path
 
 

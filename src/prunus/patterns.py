@@ -3,7 +3,8 @@
 A pattern knows nothing of models, statistics or methods: it takes a score for every weight and decides which
 weights stay. The lowest scores go.
 
-Shape suffixes: O outputs (rows), I inputs (columns); G groups of weights that compete, C competitors in a group.
+Shape suffixes: O outputs (rows), I inputs (columns); G groups of weights that compete, C competitors in one,
+K places of tied scores.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ GROUPS = ("row", "layer", "column")
 
 # Groups are ranked about this many scores at a time: the temporaries stay small, and in the cache.
 _SCORES_AT_A_TIME = 2**19
+# Fraction of a matrix that may go on top of the sparsity because scores are equal.
+_MOST_SURPLUS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
     """Which weights of a linear compete for the places that the sparsity leaves.
 
-    With `n` and `m` the pattern is N:M: at most `n` of every `m` consecutive inputs of a row are kept, which is the
-    meaning hardware uses. (The original code of Wanda and SparseGPT counts the zeros; 2:4 and 4:8 agree.) Without
-    them it is unstructured, and `group` says who competes:
+    With `n` and `m` the pattern is N:M: at most `n` of every `m` consecutive inputs of a row are kept, which is
+    the meaning hardware uses. (The original code of Wanda and SparseGPT counts the zeros; 2:4 and 4:8 agree.)
+    Without them it is unstructured, and `group` says who competes:
 
     - "row": the weights of one output feature; exactly `int(in * sparsity)` of each row go
     - "layer": the whole matrix; `int(out * in * sparsity)` go
@@ -47,12 +50,14 @@ class Pattern:
             raise ValueError(f"an N:M pattern needs both numbers, got n={self.n} and m={self.m}")
         if self.n is not None and self.m is not None and (self.m < 1 or not 0 <= self.n <= self.m):
             raise ValueError(
-                f"the pattern {self.n}:{self.m} is impossible: N:M keeps N of every M weights, so 0 <= N <= M and M >= 1"
+                f"the pattern {self.n}:{self.m} is impossible: N:M keeps N of every M weights, "
+                "so 0 <= N <= M and M >= 1"
             )
         is_count = isinstance(self.group, int) and not isinstance(self.group, bool) and self.group >= 1
         if not is_count and self.group not in GROUPS:
             raise ValueError(
-                f"the group {self.group!r} is unknown: give row, layer, column, or how many rows compete together"
+                f"the group {self.group!r} is unknown: "
+                "give row, layer, column, or how many rows compete together"
             )
 
     @classmethod
@@ -87,6 +92,10 @@ class Pattern:
             raise ValueError("an unstructured pattern implies no sparsity: it must be given")
         return 1 - self.n / self.m
 
+    def removes_nothing(self, sparsity: float) -> bool:
+        """True where no weight has to go: sparsity 0, or N:M with N = M."""
+        return sparsity == 0 if self.n is None else self.n == self.m
+
     def __str__(self) -> str:
         return "unstructured" if self.n is None else f"{self.n}:{self.m}"
 
@@ -103,16 +112,16 @@ def check_shape(pattern: Pattern, shape: tuple[int, int], name: str) -> None:
         )
     if pattern.m is not None and shape[1] % pattern.m:
         raise ValueError(
-            f"{name} has {shape[1]} inputs, which is no multiple of {pattern.m}: the pattern {pattern} does not fit; "
-            "leave this linear out or choose another pattern"
+            f"{name} has {shape[1]} inputs, which is no multiple of {pattern.m}: "
+            f"the pattern {pattern} does not fit; leave this linear out or choose another pattern"
         )
 
 
 def keep_mask(score_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     """The weights to keep, True in a bool (O, I): in every group of competitors the lowest scores go.
 
-    Counts are exact. Of equal scores the one with the lower index goes first; within the M of an N:M group it is
-    torch.topk that decides, as in the original code (on the CPU always in the same way).
+    Counts are exact. Of equal scores the one with the lower index goes first; within the M of an N:M group it
+    is torch.topk that decides, as in the original code (always in the same way on one kind of device).
 
     Args:
         score_OI: finite scores, any float dtype.
@@ -137,21 +146,21 @@ def keep_mask(score_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     return torch.cat([part.view(-1, width) for part in kept])
 
 
-def keep_above_threshold(score_OI: Tensor, sparsity: float, surplus: float = 0.01) -> Tensor:
+def keep_above_threshold(score_OI: Tensor, sparsity: float) -> Tensor:
     """The weights over one threshold for the whole matrix, True in a bool (O, I); equal scores share their fate.
 
-    The threshold is the `int(out * in * sparsity)`-th lowest score. In 16-bit weights some 0.3 % share its
-    magnitude; the original code removes them all, and no row is favoured by its index. Where that would remove more
-    than a fraction `surplus` of the matrix on top (coarsely quantised weights), exact counting takes over.
+    With k = `int(out * in * sparsity)` the threshold is the score that k others stand below, and goes itself, as
+    in the original code: one weight more than k where no scores are equal. Some 0.3 % of the weights of a 16-bit
+    matrix share the magnitude at the threshold, and by index the first rows would lose most of them. Where ties
+    would take over 1 % of the matrix on top (coarsely quantised weights), the exact count of `keep_mask` holds.
     """
     _check_sparsity(sparsity)
     drop = int(score_OI.numel() * sparsity)
-    if drop == 0:
-        return torch.ones_like(score_OI, dtype=torch.bool)
-    kept_OI = score_OI > _kth_lowest(score_OI.reshape(1, -1), drop)
-    if score_OI.numel() - int(kept_OI.sum()) - drop > surplus * score_OI.numel():
-        return keep_mask(score_OI, Pattern(group="layer"), sparsity)
-    return kept_OI
+    if drop > 0:
+        kept_OI = score_OI > _kth_lowest(score_OI.reshape(1, -1), drop + 1)
+        if score_OI.numel() - int(kept_OI.sum()) - drop <= _MOST_SURPLUS * score_OI.numel():
+            return kept_OI
+    return keep_mask(score_OI, Pattern(group="layer"), sparsity)
 
 
 def _check_sparsity(sparsity: float) -> None:

@@ -56,6 +56,7 @@ def prune(
     tokenizer: Any = None,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    resume: bool | None = None,
     progress: Callable[[Progress], None] | None = None,
     **recipe_options: Any,
 ) -> Manifest:
@@ -76,6 +77,8 @@ def prune(
         tokenizer: of the model; by default loaded from the checkpoint.
         trust_remote_code: run model code that comes with the checkpoint.
         overwrite: replace an earlier result of prunus in `output`.
+        resume: True insists on an unfinished run in `output`, False refuses one; by default it is resumed if it
+            matches.
         progress: called after every block.
         **recipe_options: further fields of `Recipe`: samples, seqlen, seed, batch, dtype, group, propagate, only,
             ignore, mask_from, mask_order, damping.
@@ -109,7 +112,7 @@ def prune(
         trust_remote_code=trust_remote_code,
     )
     target = Path(output) if output is not None else None
-    return run(model, target, chosen, options, overwrite=overwrite, progress=progress)
+    return run(model, target, chosen, options, overwrite=overwrite, resume=resume, progress=progress)
 
 
 def run(
@@ -119,6 +122,7 @@ def run(
     options: RunOptions,
     *,
     overwrite: bool = False,
+    resume: bool | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Manifest:
     """Carry out a recipe; see `prune` for the meaning of the arguments."""
@@ -133,6 +137,7 @@ def run(
     if output is not None:
         # Before anything is downloaded or read: is there room for a result at all?
         earlier = check_output(output, Path(str(model)), overwrite)
+        _check_resume(output, earlier, resume)
     job = prepare(model, recipe, options, decided_dtype=earlier.inputs.dtype if earlier is not None else None)
     if output is not None:
         assert isinstance(job.source, CheckpointSource)
@@ -210,6 +215,16 @@ def _manifest(model: Any, job: Job, windows: Windows, earlier: Manifest | None) 
         machine=machine(job.device),
         left_dense=job.left_dense,
     )
+
+
+def _check_resume(output: Path, earlier: Manifest | None, resume: bool | None) -> None:
+    unfinished = earlier is not None and earlier.state == "running"
+    if resume is True and not unfinished:
+        raise FileNotFoundError(
+            f"there is no unfinished run in {output} to resume; leave --resume out to start one"
+        )
+    if resume is False and unfinished:
+        raise FileExistsError(f"{output} holds an unfinished run; --overwrite starts again, --resume goes on")
 
 
 def _bytes_in(folder: Path) -> int:

@@ -2,7 +2,7 @@
 
 It knows nothing of models or methods. Batches are added as they pass; nothing of them is kept.
 
-Shape suffixes: T tokens, I inputs. X_TI inputs of a linear, G_II = XᵀX, its diagonal the squared norms ‖X_j‖².
+Shape suffixes: T tokens, I inputs. X_TI are the inputs of a linear, G_II = XᵀX, its diagonal d_j = ‖X_j‖².
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 Needs = Literal["none", "norms", "gram"]
 NEEDS: tuple[Needs, ...] = ("none", "norms", "gram")
 
-# Elements squared at once: on a CPU the temporary must stay in the cache (ten times faster); a GPU wants long kernels.
+# Elements squared at once: a CPU's temporary must stay in the cache (ten times faster), a GPU wants long kernels.
 _CPU_ELEMENTS = 2**20
 _GPU_ELEMENTS = 2**26
 

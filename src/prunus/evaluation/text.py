@@ -53,7 +53,8 @@ def load_scoring_text(name: str, data_dir: Path | None = None) -> ScoringText:
         return ScoringText("\n\n".join(documents), how, name)
     corpus = load_corpus(name, "scoring", data_dir)
     if name == "c4":
-        documents = [corpus.documents[index] for index in range(len(corpus.documents))][:_C4_DOCUMENTS]
+        count = min(len(corpus.documents), _C4_DOCUMENTS)
+        documents = [corpus.documents[index] for index in range(count)]
         how = f"the first {len(documents)} documents joined with spaces, at most {_C4_WINDOWS} windows"
         return ScoringText(corpus.joiner.join(documents), how, corpus.source, _C4_WINDOWS)
     text = corpus.text()

@@ -1,4 +1,4 @@
-"""Pruning methods: pure tensor functions, a file each. To add one, write the file and add its line to METHODS.
+"""Pruning methods: pure tensor functions, a file each. To add one, write it and add its line to METHODS.
 
 base.py           what a method is
 magnitude.py      |W|
@@ -86,6 +86,6 @@ def check_options(name: str, pattern: Pattern, sparsity: float, options: Options
     by_blocks = method is SPARSEGPT or (method is OBS and options.mask_order == "blockwise")
     if by_blocks and pattern.is_unstructured and pattern.group not in ("row", "layer"):
         raise ValueError(
-            f"{name} chooses its mask in blocks of columns, where all rows compete (layer) or each on its own (row), "
-            f"not by {pattern.group}"
+            f"{name} chooses its mask in blocks of columns, where all rows compete (layer) "
+            f"or each on its own (row), not by {pattern.group}"
         )

@@ -22,8 +22,8 @@ class Options:
 
     Attributes:
         mask_from: score of the mask that `obs` updates around.
-        mask_order: `obs` fixes the mask "before" the update, or picks it "blockwise", anew for every column block
-            from the weights updated so far.
+        mask_order: `obs` fixes the mask "before" the update, or picks it "blockwise", anew for every column
+            block from the weights updated so far.
         damping: λ as a fraction of the Gram's mean diagonal, where a Gram is inverted.
         column_block: columns that SparseGPT picks its mask for at once.
     """
@@ -44,8 +44,8 @@ class Pruned:
         notes: what the manifest should tell of this linear, values that JSON can hold.
     """
 
-    weight_OI: Tensor
-    keep_OI: Tensor
+    weight_OI: Tensor  # noqa: N815
+    keep_OI: Tensor  # noqa: N815
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -59,8 +59,8 @@ class Method:
     Attributes:
         name: what the command line calls it.
         needs: the statistics that `prune` reads.
-        prune: from weight (O, I) float32, statistics, pattern, sparsity and options to `Pruned`. Changes none of
-            its arguments. Assumes that `check_options` and `check_shape` have passed.
+        prune: from weight (O, I) float32, statistics, pattern, sparsity and options to `Pruned`. Changes none
+            of its arguments, and expects that `check_options` and `check_shape` have passed.
         default_group: who competes in the paper, for unstructured sparsity.
         updates_weights: False where every kept weight stays as it was, to the bit.
         summary: one line for the help.

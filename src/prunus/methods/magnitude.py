@@ -1,7 +1,7 @@
 """Magnitude: the weights smallest in absolute value go. Needs no data.
 
-Score |W_ij|, over the whole matrix unless told otherwise (Han et al. 2015, arXiv 1506.02626; the baseline of the
-Wanda paper, arXiv 2306.11695).
+Score |W_ij|, over the whole matrix unless told otherwise (Han et al. 2015, arXiv 1506.02626; the baseline of
+the Wanda paper, arXiv 2306.11695).
 """
 
 from __future__ import annotations

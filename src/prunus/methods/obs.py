@@ -3,8 +3,8 @@
 What SparseGPT and the ablations share: the factor of the inverse Gram matrix and the sweep over the columns
 (Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1). Which weights go is the caller's choice.
 
-With U the upper Cholesky factor of (G + λI)⁻¹, to set w_j to 0 costs (w_j / U_jj)² of squared output error when all
-later columns k answer with w_k -= U_jk · w_j / U_jj. A common factor of U cancels out everywhere.
+With U the upper Cholesky factor of (G + λI)⁻¹, to set w_j to 0 costs (w_j / U_jj)² of squared output error when
+all later columns k answer with w_k -= U_jk · w_j / U_jj. A common factor of U cancels out everywhere.
 
 Shape suffixes: O outputs (rows), I inputs (columns), B columns of a block.
 """
@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Pruned
-from prunus.patterns import Pattern
+from prunus.methods.base import Options, Pruned, masked
+from prunus.patterns import Pattern, keep_above_threshold, keep_mask
+from prunus.statistics import InputStatistics
 
 # Columns that answer each other one at a time; those beyond wait for one matrix product.
 _TILE = 16
-# A pivot this small against its own diagonal entry (in units of the rounding error) is noise.
+# A pivot this small against its own diagonal entry, in units of the rounding error, is noise.
 _NOISE = 10
 _MOST_DAMPING = 1e4
 
@@ -31,11 +32,68 @@ _MOST_DAMPING = 1e4
 Choose = Callable[[Tensor, int, Tensor], Tensor]
 
 
+def prune_by_obs(
+    weight_OI: Tensor, statistics: InputStatistics, pattern: Pattern, options: Options, choose: Choose
+) -> Pruned:
+    """Prune from left to right, each pruned weight's error spread over the columns to its right.
+
+    Weights of inputs that were always 0 are set to 0 first; the mask is as `choose` says all the same.
+
+    Args:
+        choose: called for every M columns (N:M) or every `options.column_block`, once all to the left are pruned.
+
+    Raises:
+        ValueError: the Gram matrix cannot be inverted, see `inverse_factor`.
+    """
+    gram_II = statistics.gram_II
+    assert gram_II is not None, "the update needs a Gram matrix"
+    factor_II, notes = inverse_factor(gram_II, options.damping)
+    diagonal_I = factor_II.diagonal()
+    span, block = _spans(pattern, options.column_block)
+    # A choice needs its columns up to date: within a tile they always are, beyond it where a tile begins.
+    tile = _TILE if span % _TILE == 0 else max(1, _TILE // span) * span
+
+    # Transposed, a column is contiguous, and the updates are plain matrix products on contiguous memory.
+    weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
+    weight_IO[gram_II.diagonal() == 0] = 0
+    keep_IO = torch.empty(weight_IO.shape, dtype=torch.bool, device=weight_IO.device)
+    inputs = len(weight_IO)
+    for start in range(0, inputs, block):
+        stop = min(start + block, inputs)
+        error_BO = torch.empty_like(weight_IO[start:stop])
+        for first in range(start, stop, tile):
+            last = min(first + tile, stop)
+            for j in range(first, last):
+                if j % span == 0:
+                    chosen = slice(j, min(j + span, stop))
+                    keep_IO[chosen] = choose(weight_IO[chosen].T, j, diagonal_I[chosen]).T
+                error_O = torch.div(weight_IO[j], diagonal_I[j], out=error_BO[j - start])
+                error_O.masked_fill_(keep_IO[j], 0)
+                weight_IO[j].masked_fill_(~keep_IO[j], 0)
+                weight_IO[j + 1 : last].addr_(factor_II[j, j + 1 : last], error_O, alpha=-1)
+            done_BO = error_BO[first - start : last - start]
+            weight_IO[last:stop].addmm_(factor_II[first:last, last:stop].T, done_BO, alpha=-1)
+        weight_IO[stop:].addmm_(factor_II[start:stop, stop:].T, error_BO, alpha=-1)
+    return Pruned(weight_IO.T.contiguous(), keep_IO.T.contiguous(), notes)
+
+
+def block_keep(score_OB: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+    """The mask within a block of columns, (O, B): one threshold for all its rows, unless rows or N:M compete."""
+    if pattern.is_unstructured and pattern.group == "layer":
+        return keep_above_threshold(score_OB, sparsity)
+    return keep_mask(score_OB, pattern, sparsity)
+
+
+def unchanged(weight_OI: Tensor) -> Pruned:
+    """Sparsity 0: nothing goes, so nothing has to be made up for."""
+    return masked(weight_OI, torch.ones_like(weight_OI, dtype=torch.bool))
+
+
 def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, dict[str, Any]]:
     """U, float32 (I, I), the upper Cholesky factor of (G/d̄ + damping·I)⁻¹ with d̄ the mean of G's diagonal.
 
-    Inputs that were always 0 count as uncorrelated with the others. Where the factorisation fails in float32 or loses
-    all precision, float64 is tried, then ten times the damping, and so on.
+    Inputs that were always 0 count as uncorrelated with the others. Where the factorisation fails in float32 or
+    loses all precision, float64 is tried, then ten times the damping, and so on.
 
     Returns:
         U, and notes: the damping used, and if it applies how often it was raised and that float64 was needed.
@@ -57,14 +115,12 @@ def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, dict[str, A
             return factor_II, notes
         damping = damping * 10 if damping > 0 else 0.01
         raised += 1
-    raise ValueError(
-        "the Gram matrix of the inputs cannot be inverted however it is damped: are its entries finite?"
-    )
+    raise ValueError("the Gram matrix of the inputs cannot be inverted however it is damped: is it finite?")
 
 
 def _inverse_factor_at(gram_II: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
-    # With P the reversal of the order, PAP = LLᵀ gives A⁻¹ = UᵀU with U = PL⁻¹P, upper triangular: one factorisation
-    # and one triangular inverse, and A⁻¹ itself, which may come out indefinite, is never formed.
+    # With P the reversal of the order, PAP = LLᵀ gives A⁻¹ = UᵀU with U = PL⁻¹P, upper triangular: one
+    # factorisation and one triangular inverse; A⁻¹ itself, which may come out indefinite, is never formed.
     scaled_II = gram_II.flip(0, 1).to(dtype)
     diagonal_I = scaled_II.diagonal()
     dead_I = diagonal_I == 0
@@ -82,49 +138,8 @@ def _inverse_factor_at(gram_II: Tensor, damping: float, dtype: torch.dtype) -> T
     return factor_II if bool(factor_II.isfinite().all()) else None
 
 
-def sweep(
-    weight_OI: Tensor, gram_II: Tensor, damping: float, choose: Choose, span: int, column_block: int
-) -> Pruned:
-    """Prune from left to right, each pruned weight's error spread over the columns to its right.
-
-    Weights of inputs that were always 0 are set to 0 first; the mask is as `choose` says all the same.
-
-    Args:
-        choose: called once for every `span` columns, when all columns to the left have been pruned.
-        span: columns whose mask is chosen at once; divides `column_block`.
-        column_block: after so many columns, those to the right are brought up to date.
-    """
-    factor_II, notes = inverse_factor(gram_II, damping)
-    diagonal_I = factor_II.diagonal()
-    # Transposed, a column is contiguous, and the updates below are plain matrix products on contiguous memory.
-    weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
-    weight_IO[gram_II.diagonal() == 0] = 0
-    keep_IO = torch.empty(weight_IO.shape, dtype=torch.bool, device=weight_IO.device)
-    inputs = len(weight_IO)
-    # A choice needs its columns up to date: within a tile they are at any time, beyond it where a tile begins.
-    tile = _TILE if span % _TILE == 0 else max(1, _TILE // span) * span
-
-    for start in range(0, inputs, column_block):
-        stop = min(start + column_block, inputs)
-        error_BO = torch.empty_like(weight_IO[start:stop])
-        for first in range(start, stop, tile):
-            last = min(first + tile, stop)
-            for j in range(first, last):
-                if j % span == 0:
-                    there = slice(j, min(j + span, stop))
-                    keep_IO[there] = choose(weight_IO[there].T, j, diagonal_I[there]).T
-                error_O = torch.div(weight_IO[j], diagonal_I[j], out=error_BO[j - start])
-                error_O.masked_fill_(keep_IO[j], 0)
-                weight_IO[j].masked_fill_(~keep_IO[j], 0)
-                weight_IO[j + 1 : last].addr_(factor_II[j, j + 1 : last], error_O, alpha=-1)
-            done_BO = error_BO[first - start : last - start]
-            weight_IO[last:stop].addmm_(factor_II[first:last, last:stop].T, done_BO, alpha=-1)
-        weight_IO[stop:].addmm_(factor_II[start:stop, stop:].T, error_BO, alpha=-1)
-    return Pruned(weight_IO.T.contiguous(), keep_IO.T.contiguous(), notes)
-
-
-def span_and_block(pattern: Pattern, column_block: int) -> tuple[int, int]:
-    """How many columns are chosen, and how many are swept, at once: N:M chooses M, and no group straddles blocks."""
+def _spans(pattern: Pattern, column_block: int) -> tuple[int, int]:
+    """Columns chosen at once, and columns swept at once; no group of M straddles two blocks."""
     if pattern.m is None:
         return column_block, column_block
     return pattern.m, max(1, column_block // pattern.m) * pattern.m

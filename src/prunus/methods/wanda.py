@@ -14,7 +14,7 @@ from prunus.statistics import InputStatistics
 
 def wanda_score(weight_OI: Tensor, statistics: InputStatistics | None) -> Tensor:
     """|W_ij| · ‖X_j‖₂, (O, I) in the dtype of the weight."""
-    assert statistics is not None and statistics.needs != "none", "Wanda scores need input norms"
+    assert statistics is not None, "Wanda scores need input norms"
     return weight_OI.abs().mul_(statistics.norms_I.to(weight_OI.dtype))
 
 

@@ -1,9 +1,9 @@
 """Wanda's variant: every row gives up the same share of its total score, not the same number of weights.
 
-Scores as in Wanda. A row loses its lowest weights as long as their summed score is at most a fraction α of the row's
-sum. One α serves the whole linear, found by bisection so that the linear's sparsity comes within 0.001 of the target
-(appendix of arXiv 2306.11695). The start at 0.4 and the steps are those of the original code, because every α within
-the tolerance gives another mask.
+Scores as in Wanda. A row loses its lowest weights as long as their summed score is at most a fraction α of the
+row's sum. One α serves the whole linear, found by bisection so that the linear's sparsity comes within 0.001 of the
+target (appendix of arXiv 2306.11695). The start at 0.4 and the steps are those of the original code, because every
+α within the tolerance gives another mask.
 
 Shape suffixes: O outputs (rows), I inputs.
 """
@@ -21,6 +21,8 @@ from prunus.statistics import InputStatistics
 
 _TOLERANCE = 0.001
 _CEILING = 0.8
+# Where equal scores make the sparsity jump over the target, the bisection ends here.
+_FINEST_ALPHA = 1e-7
 
 
 def _sorted_rows(score_OI: Tensor) -> Tensor:
@@ -57,7 +59,7 @@ def _prune(
     while True:
         threshold_O1 = _thresholds(ascending_OI, running_OI, sum_O1, alpha)
         reached = _sparsity(ascending_OI, threshold_O1)
-        if abs(reached - sparsity) <= _TOLERANCE or high - low < _TOLERANCE:
+        if abs(reached - sparsity) <= _TOLERANCE or high - low < _FINEST_ALPHA:
             return masked(weight_OI, score_OI > threshold_O1, {"alpha": alpha})
         if reached > sparsity:
             high = alpha

@@ -1,0 +1,5 @@
+"""`python -m prunus` is the `prunus` command."""
+
+from prunus.cli import main
+
+main()

@@ -1,0 +1,125 @@
+"""Tables for the terminal. Every figure comes from a record that `--json` writes as well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from prunus.evaluation import PerplexityResult
+from prunus.inspection import Inspection
+from prunus.manifest import Manifest
+
+__all__ = ["inspection_table", "perplexity_table", "plan_table", "run_table"]
+
+
+def run_table(manifest: Manifest) -> Table:
+    """A finished run: one row per kind of linear, totals below."""
+    error_name = "relative output error" if _has_gram(manifest) else "removed energy"
+    table = Table(title=f"{manifest.recipe.method}, {manifest.source}", title_justify="left")
+    for column in ("linear", "count", "weights", "sparsity", error_name, "seconds"):
+        table.add_column(column, justify="left" if column == "linear" else "right")
+    kinds: dict[str, list[Any]] = {}
+    for block in manifest.blocks:
+        for name, record in block.linears.items():
+            kinds.setdefault(name, []).append(record)
+    for name, records in kinds.items():
+        weights = sum(r.shape[0] * r.shape[1] for r in records)
+        zeros = sum(r.zeros for r in records)
+        errors = [e for r in records if (e := _error(r)) is not None]
+        table.add_row(
+            name,
+            str(len(records)),
+            f"{weights:,}",
+            f"{zeros / weights:.2%}",
+            f"{sum(errors) / len(errors):.3%}" if errors else "–",
+            f"{sum(r.seconds for r in records):.1f}",
+        )
+    totals = manifest.totals
+    table.add_section()
+    mean = totals["mean_relative_output_error"] or totals["mean_removed_energy"]
+    table.add_row(
+        "all",
+        str(totals["linears"]),
+        f"{totals['weights']:,}",
+        f"{totals['sparsity']:.2%}",
+        f"{mean:.3%}" if mean is not None else "–",
+        f"{totals['seconds']:.1f} in all",
+    )
+    table.caption = (
+        f"computed in {manifest.inputs.dtype} on {manifest.inputs.device}; peak memory "
+        f"{totals['peak_memory_bytes'] / 1e9:.2f} GB; calibration: {manifest.inputs.calibration}"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def inspection_table(inspection: Inspection) -> Table:
+    """One row per linear."""
+    table = Table(title=f"{inspection.model}: {inspection.blocks} blocks", title_justify="left")
+    for column in ("linear", "shape", "dtype", "sparsity", "N:M that hold"):
+        table.add_column(column, justify="right" if column == "sparsity" else "left")
+    block = 0
+    for linear in inspection.linears:
+        if linear.block != block:
+            table.add_section()
+            block = linear.block
+        table.add_row(
+            linear.name,
+            f"{linear.shape[0]} × {linear.shape[1]}",
+            linear.dtype,
+            f"{linear.sparsity:.2%}",
+            ", ".join(linear.patterns) or "–",
+        )
+    table.add_section()
+    table.add_row("all", f"{inspection.weights:,} weights", "", f"{inspection.sparsity:.2%}", "")
+    return table
+
+
+def perplexity_table(results: list[PerplexityResult], model: str) -> Table:
+    """One row per text; the protocol stands below, since figures of different protocols cannot be compared."""
+    table = Table(title=model, title_justify="left")
+    for column in ("text", "perplexity", "context", "windows", "tokens", "seconds"):
+        table.add_column(column, justify="left" if column == "text" else "right")
+    for result in results:
+        table.add_row(
+            result.source,
+            f"{result.perplexity:.3f}",
+            str(result.seqlen),
+            str(result.windows),
+            f"{result.tokens:,}",
+            f"{result.seconds:.1f}",
+        )
+    table.caption = "\n".join(result.protocol for result in results)
+    table.caption_justify = "left"
+    return table
+
+
+def plan_table(plan: dict[str, Any]) -> Table:
+    """What a run would do."""
+    table = Table(show_header=False)
+    table.add_column("what")
+    table.add_column("figure", overflow="fold")
+    rows = {
+        "blocks": plan["blocks"],
+        "linears": plan["linears"],
+        "weights": f"{plan['weights']:,}, of which {plan['to_remove']:,} go",
+        "left dense in blocks": ", ".join(plan["left_dense"]) or "nothing",
+        "computation": f"{plan['dtype']} on {plan['device']} ({plan['dtype_reason']})",
+        "windows per forward pass": plan["batch"],
+        "hidden states": f"in {plan['hidden_states']}; {plan['blocks_in_lockstep']} blocks in lockstep",
+        "peak memory": f"{plan['peak_memory_bytes'] / 1e9:.2f} GB",
+        "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
+        "time": f"about {plan['seconds']:.0f} s at this machine's matrix product rate",
+    }
+    for name, figure in rows.items():
+        table.add_row(name, str(figure))
+    return table
+
+
+def _error(record: Any) -> float | None:
+    return record.relative_output_error if record.relative_output_error is not None else record.removed_energy
+
+
+def _has_gram(manifest: Manifest) -> bool:
+    return manifest.totals.get("mean_relative_output_error") is not None

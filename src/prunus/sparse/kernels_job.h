@@ -1,0 +1,133 @@
+// What one call has to do, and the conversions that every instruction set shares.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+
+namespace prunus {
+
+constexpr int64_t kSegment = 64;      // columns that one 64-bit mask word covers
+constexpr int64_t kGroup = 4;         // segments that share one activation scale (int8 weights)
+constexpr int64_t kOverrun = 32;      // values that a kernel may read, and ignore, past the end of a row
+constexpr int kTokenBlock = 8;        // tokens that a kernel works on at once
+
+enum Kind : int { kBf16 = 0, kF16 = 1, kF32 = 2, kI8 = 3 };
+enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+
+// One product out = x · Wᵀ + bias. W (rows, cols) is a bitmap, or dense where `mask` is null.
+struct Job {
+    int64_t rows, cols, tokens;
+    int64_t segments;           // ceil(cols / 64)
+    const uint8_t* mask;        // (rows, mask_stride) bytes
+    int64_t mask_stride;        // ceil(cols / 8)
+    const void* values;         // surviving values of all rows, one after another
+    const int64_t* offsets;     // (rows + 1): where each row's values begin
+    const void* tail;           // copy, with room behind it, of the values from row `tail_row` on:
+    int64_t tail_row;           // so near the end, a full-width load would leave the buffer
+    const float* scales;        // (rows) for int8 values, else null
+    // Activations, laid out (segment, token, 64) and zero past `cols`: bf16, float32 or int16.
+    const void* x;
+    const float* x_scales;      // int16 only: (group, token)
+    const void* bias;           // (rows) in the dtype of `out`, or null
+    void* out;                  // (tokens, rows)
+    Kind out_kind;
+    void (*rows_fn)(const Job&, int64_t begin, int64_t end);
+    std::atomic<int64_t>* next; // next row that no thread has taken
+    int64_t chunk;              // rows that a thread takes at a time
+};
+
+inline float bits_to_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline float bf16_to_float(uint16_t value) { return bits_to_float(uint32_t(value) << 16); }
+
+// Round to nearest even; a NaN stays a NaN.
+inline uint16_t float_to_bf16(float value) {
+    const uint32_t bits = float_to_bits(value);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? uint16_t((bits >> 16) | 0x40) : uint16_t(rounded);
+}
+
+inline float f16_to_float(uint16_t value) {
+    const uint32_t sign = uint32_t(value & 0x8000) << 16;
+    const uint32_t magnitude = value & 0x7fff;
+    if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+    if (magnitude < 0x400) {  // subnormal: magnitude · 2^-24 is exact in float32
+        const float small = float(magnitude) * 0x1p-24f;
+        return sign ? -small : small;
+    }
+    return bits_to_float(sign | ((magnitude << 13) + 0x38000000));
+}
+
+// Round to nearest even, overflow to infinity.
+inline uint16_t float_to_f16(float value) {
+    const uint32_t bits = float_to_bits(value);
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+    const uint32_t magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);
+    if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);
+    if (magnitude < 0x38800000) {  // subnormal in float16: the addition rounds to multiples of 2^-24
+        const float shifted = bits_to_float(magnitude) + 0.5f;
+        return uint16_t(sign | (float_to_bits(shifted) - 0x3f000000));
+    }
+    const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000;
+    return uint16_t(sign | rounded >> 13);
+}
+
+inline float load_as_float(const void* data, int64_t index, Kind kind) {
+    if (kind == kF32) return static_cast<const float*>(data)[index];
+    const uint16_t bits = static_cast<const uint16_t*>(data)[index];
+    return kind == kBf16 ? bf16_to_float(bits) : f16_to_float(bits);
+}
+
+inline void store_as(void* data, int64_t index, Kind kind, float value) {
+    if (kind == kF32) static_cast<float*>(data)[index] = value;
+    else static_cast<uint16_t*>(data)[index] = kind == kBf16 ? float_to_bf16(value) : float_to_f16(value);
+}
+
+// The mask of one segment; bits past the last column read as 0 whatever the file holds.
+inline uint64_t mask_word(const uint8_t* row_mask, int64_t segment, int64_t cols) {
+    uint64_t word = 0;
+    const int64_t left = cols - segment * kSegment;
+    if (left >= kSegment) {
+        std::memcpy(&word, row_mask + segment * 8, 8);
+        return word;
+    }
+    std::memcpy(&word, row_mask + segment * 8, size_t((left + 7) / 8));
+    return word & ((uint64_t(1) << left) - 1);
+}
+
+template <typename Value>
+inline const Value* row_values(const Job& job, int64_t row) {
+    const Value* values = static_cast<const Value*>(job.values);
+    if (row < job.tail_row) return values + job.offsets[row];
+    return static_cast<const Value*>(job.tail) + (job.offsets[row] - job.offsets[job.tail_row]);
+}
+
+inline void finish(const Job& job, int64_t row, int64_t token, float sum) {
+    if (job.scales) sum *= job.scales[row];
+    if (job.bias) sum += load_as_float(job.bias, row, job.out_kind);
+    store_as(job.out, token * job.rows + row, job.out_kind, sum);
+}
+
+// Calls fn(first_token, count) for blocks of at most `most` tokens, as even as they can be.
+template <typename Fn>
+inline void for_token_blocks(int64_t tokens, int64_t most, Fn fn) {
+    const int64_t blocks = (tokens + most - 1) / most;
+    for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t begin = tokens * i / blocks;
+        fn(begin, tokens * (i + 1) / blocks - begin);
+    }
+}
+
+}  // namespace prunus
