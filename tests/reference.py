@@ -43,6 +43,23 @@ def keep_mask(score_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     return keep_OI
 
 
+def keep_above_threshold(score_OI: Tensor, sparsity: float) -> Tensor:
+    """Drop the k lowest scores, the next one, and all equal to it; but only the k lowest if that costs over 1 %."""
+    drop = int(score_OI.numel() * sparsity)
+    threshold = sorted(score_OI.flatten().tolist())[drop]
+    keep_OI = torch.tensor([[score > threshold for score in row] for row in score_OI.tolist()])
+    if (~keep_OI).sum() - drop > 0.01 * score_OI.numel():
+        return keep_mask(score_OI, Pattern(group="layer"), sparsity)
+    return keep_OI
+
+
+def block_keep(score_OB: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+    """The mask of a block of columns, as SparseGPT draws it."""
+    if pattern == Pattern(group="layer"):
+        return keep_above_threshold(score_OB, sparsity)
+    return keep_mask(score_OB, pattern, sparsity)
+
+
 def wanda_score(weight_OI: Tensor, X_TI: Tensor) -> Tensor:
     """|W_ij| · ‖X_j‖₂, float64."""
     score_OI = torch.zeros(weight_OI.shape, dtype=torch.float64)
@@ -110,7 +127,7 @@ def sparsegpt(
     """SparseGPT in float64: weight and mask."""
 
     def choose(weight_OB: Tensor, cost_B: Tensor, start: int) -> Tensor:
-        return keep_mask(weight_OB**2 / cost_B, pattern, sparsity)
+        return block_keep(weight_OB**2 / cost_B, pattern, sparsity)
 
     return obs_sweep(weight_OI, gram_II, damping, pattern.m or block, choose)
 

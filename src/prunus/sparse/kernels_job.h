@@ -15,6 +15,9 @@ constexpr int kTokenBlock = 8;        // tokens that a kernel works on at once
 enum Kind : int { kBf16 = 0, kF16 = 1, kF32 = 2, kI8 = 3 };
 enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
+// Spreads one row of 16-bit values over `out` (cols), zeros between them; may read kOverrun values too many.
+using ExpandRow = void (*)(const uint8_t* row_mask, const uint16_t* values, int64_t cols, uint16_t* out);
+
 // One product out = x · Wᵀ + bias. W (rows, cols) is a bitmap, or dense where `mask` is null.
 struct Job {
     int64_t rows, cols, tokens;
@@ -33,6 +36,7 @@ struct Job {
     void* out;                  // (tokens, rows)
     Kind out_kind;
     void (*rows_fn)(const Job&, int64_t begin, int64_t end);
+    ExpandRow expand_row;       // only where W is to be written out
     std::atomic<int64_t>* next; // next row that no thread has taken
     int64_t chunk;              // rows that a thread takes at a time
 };

@@ -1,0 +1,402 @@
+// Products with bitmap weights on a CPU: checks, threads, activations, and the choice of instruction set.
+// The interface is described in kernels.h; the inner loops are in the kernels_<instruction set>.h.
+
+#include "kernels.h"
+
+#include <cmath>
+#include <new>
+#include <vector>
+
+#include "kernels_job.h"
+#include "kernels_portable.h"
+#if defined(__x86_64__) && defined(__GNUC__)
+#define PRUNUS_X86 1
+#include "kernels_avx2.h"
+#include "kernels_avx512.h"
+#endif
+
+namespace prunus {
+namespace {
+
+// ---- threads: the team that torch already has ------------------------------------------------------------
+// A second pool beside torch's would compete with its spinning workers for the cores: with a pool of our own
+// a matrix-vector product took twice as long and the torch operation before it four times as long.
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<GompParallel> g_parallel{nullptr};
+
+void take_rows(void* data) {
+    const Job& job = *static_cast<const Job*>(data);
+    for (;;) {
+        const int64_t begin = job.next->fetch_add(job.chunk, std::memory_order_relaxed);
+        if (begin >= job.rows) return;
+        job.rows_fn(job, begin, begin + job.chunk < job.rows ? begin + job.chunk : job.rows);
+    }
+}
+
+void run(Job& job, int threads, int64_t bytes_per_row) {
+    constexpr int64_t kBytesPerChunk = 1 << 17;   // stays in the second-level cache between token blocks
+    constexpr int64_t kBytesPerThread = 1 << 15;  // below this, waking a thread costs more than it brings
+    const int64_t useful = job.rows * bytes_per_row / kBytesPerThread;
+    if (threads > useful) threads = int(useful);
+    const GompParallel parallel = g_parallel.load(std::memory_order_relaxed);
+    if (!parallel || threads < 1) threads = 1;
+    // Threads take chunks as they come, so one that is held up does not hold up the others.
+    int64_t chunk = job.rows / (8 * threads) + 1;
+    const int64_t most = kBytesPerChunk / (bytes_per_row + 1) + 1;
+    job.chunk = chunk < most ? chunk : most;
+    std::atomic<int64_t> next{0};
+    job.next = &next;
+    if (threads == 1) take_rows(&job);
+    else parallel(take_rows, &job, unsigned(threads), 0);
+}
+
+// ---- activations -----------------------------------------------------------------------------------------
+
+enum class XForm { kBf16, kFloat, kInt16 };
+
+// Per-thread memory that is reused from call to call.
+struct Scratch {
+    std::vector<uint8_t> x, x_scales, tail, row;
+};
+
+template <typename T>
+T* sized(std::vector<uint8_t>& buffer, int64_t count) {
+    const size_t bytes = size_t(count) * sizeof(T);
+    if (buffer.size() < bytes) buffer.resize(bytes);
+    return reinterpret_cast<T*>(buffer.data());
+}
+
+// Calls fn(to, token, first column, columns) for every 64-wide piece of the layout (segment, token, 64).
+template <typename T, typename Fn>
+void for_pieces(const Job& job, T* to, Fn fn) {
+    for (int64_t segment = 0; segment < job.segments; ++segment) {
+        const int64_t first = segment * kSegment;
+        const int64_t columns = job.cols - first < kSegment ? job.cols - first : kSegment;
+        for (int64_t token = 0; token < job.tokens; ++token, to += kSegment) {
+            fn(to, token, first, columns);
+            for (int64_t i = columns; i < kSegment; ++i) to[i] = T(0);
+        }
+    }
+}
+
+void lay_out_bf16(Job& job, const void* x, Scratch& scratch) {
+    uint16_t* to = sized<uint16_t>(scratch.x, job.segments * job.tokens * kSegment);
+    job.x = to;
+    for_pieces(job, to, [&](uint16_t* piece, int64_t token, int64_t first, int64_t columns) {
+        std::memcpy(piece, static_cast<const uint16_t*>(x) + token * job.cols + first, size_t(columns) * 2);
+    });
+}
+
+void lay_out_float(Job& job, const void* x, Kind kind, Scratch& scratch) {
+    float* to = sized<float>(scratch.x, job.segments * job.tokens * kSegment);
+    job.x = to;
+    for_pieces(job, to, [&](float* piece, int64_t token, int64_t first, int64_t columns) {
+        const int64_t from = token * job.cols + first;
+        for (int64_t i = 0; i < columns; ++i) piece[i] = load_as_float(x, from + i, kind);
+    });
+}
+
+// Symmetric 16-bit integers, one scale per token and group of 256 columns. The rounding error is at most
+// 2^-16 of the group's largest activation, far below that of the int8 weights; a group that holds an
+// infinity or a NaN gets a NaN scale, so that the result is NaN and not a plausible number.
+void lay_out_int16(Job& job, const void* x, Kind kind, Scratch& scratch) {
+    const int64_t groups = (job.segments + kGroup - 1) / kGroup;
+    float* scales = sized<float>(scratch.x_scales, groups * job.tokens);
+    for (int64_t group = 0; group < groups; ++group) {
+        const int64_t first = group * kGroup * kSegment;
+        const int64_t last = first + kGroup * kSegment < job.cols ? first + kGroup * kSegment : job.cols;
+        for (int64_t token = 0; token < job.tokens; ++token) {
+            uint32_t largest = 0;  // magnitudes of floats order like their bits
+            for (int64_t i = first; i < last; ++i) {
+                const uint32_t bits = float_to_bits(load_as_float(x, token * job.cols + i, kind)) & 0x7fffffff;
+                largest = bits > largest ? bits : largest;
+            }
+            const bool finite = largest < 0x7f800000;
+            scales[group * job.tokens + token] = finite ? bits_to_float(largest) / 32767.0f : NAN;
+        }
+    }
+    int16_t* to = sized<int16_t>(scratch.x, job.segments * job.tokens * kSegment);
+    job.x = to;
+    job.x_scales = scales;
+    for_pieces(job, to, [&](int16_t* piece, int64_t token, int64_t first, int64_t columns) {
+        const float scale = scales[first / (kGroup * kSegment) * job.tokens + token];
+        const float inverse = scale > 0 && std::isfinite(1.0f / scale) ? 1.0f / scale : 0.0f;
+        const int64_t from = token * job.cols + first;
+        for (int64_t i = 0; i < columns; ++i) {
+            // Adding and taking away 1.5 · 2^23 rounds to nearest even without a library call.
+            const float value = load_as_float(x, from + i, kind) * inverse;
+            const float rounded = (value + 12582912.0f) - 12582912.0f;
+            piece[i] = int16_t(rounded < -32767.0f ? -32767.0f : rounded > 32767.0f ? 32767.0f : rounded);
+        }
+    });
+}
+
+// ---- the choice of kernel --------------------------------------------------------------------------------
+
+#if PRUNUS_X86
+using BlockFn = void (*)(const Job&, int64_t begin, int64_t end, int64_t token);
+
+// fns[i] works on i + 1 tokens at once.
+template <const BlockFn* fns>
+void rows_in_blocks(const Job& job, int64_t begin, int64_t end) {
+    for_token_blocks(job.tokens, kTokenBlock,
+                     [&](int64_t token, int64_t count) { fns[count - 1](job, begin, end, token); });
+}
+
+#define PRUNUS_BLOCKS(name, ...)                                                                            \
+    constexpr BlockFn name[kTokenBlock] = {__VA_ARGS__ 1>, __VA_ARGS__ 2>, __VA_ARGS__ 3>, __VA_ARGS__ 4>,  \
+                                           __VA_ARGS__ 5>, __VA_ARGS__ 6>, __VA_ARGS__ 7>, __VA_ARGS__ 8>};
+PRUNUS_BLOCKS(kAvx2Bf16, avx2::rows_float<kBf16,)
+PRUNUS_BLOCKS(kAvx2F16, avx2::rows_float<kF16,)
+PRUNUS_BLOCKS(kAvx2I8, avx2::rows_int8<)
+PRUNUS_BLOCKS(kAvx512Float, avx512::rows_float<kBf16,)
+PRUNUS_BLOCKS(kAvx512F16, avx512::rows_float<kF16,)
+PRUNUS_BLOCKS(kAvx512I8, avx512::rows_int8<)
+PRUNUS_BLOCKS(kAvx512Bitmap, avx512::rows_bf16<avx512::Bitmap<uint16_t>,)
+PRUNUS_BLOCKS(kAvx512Dense, avx512::rows_bf16<avx512::Dense,)
+#undef PRUNUS_BLOCKS
+#endif
+
+struct Choice {
+    void (*rows_fn)(const Job&, int64_t, int64_t);
+    XForm form;
+};
+
+Choice choose(int isa, Kind values, Kind activations) {
+#if PRUNUS_X86
+    if (isa >= kAvx512Bf16 && values == kBf16 && activations == kBf16)
+        return {rows_in_blocks<kAvx512Bitmap>, XForm::kBf16};
+    if (isa >= kAvx512 && values == kI8) return {rows_in_blocks<kAvx512I8>, XForm::kInt16};
+    if (isa >= kAvx512 && values == kBf16) return {rows_in_blocks<kAvx512Float>, XForm::kFloat};
+    if (isa >= kAvx512) return {rows_in_blocks<kAvx512F16>, XForm::kFloat};
+    if (isa >= kAvx2 && values == kI8) return {rows_in_blocks<kAvx2I8>, XForm::kInt16};
+    if (isa >= kAvx2 && values == kBf16) return {rows_in_blocks<kAvx2Bf16>, XForm::kFloat};
+    if (isa >= kAvx2) return {rows_in_blocks<kAvx2F16>, XForm::kFloat};
+#endif
+    if (values == kI8) return {portable::rows_int8, XForm::kInt16};
+    if (values == kBf16) return {portable::rows_float<kBf16>, XForm::kFloat};
+    return {portable::rows_float<kF16>, XForm::kFloat};
+}
+
+ExpandRow choose_expand(int isa) {
+#if PRUNUS_X86
+    if (isa >= kAvx512) return avx512::expand_row;
+    if (isa >= kAvx2) return avx2::expand_row;
+#endif
+    return portable::expand_row;
+}
+
+// ---- bitmaps ---------------------------------------------------------------------------------------------
+
+int size_of(Kind kind) { return kind == kI8 ? 1 : kind == kF32 ? 4 : 2; }
+
+int64_t count_bits(const uint8_t* row_mask, int64_t cols) {
+    int64_t count = 0;
+    for (int64_t segment = 0; segment * kSegment < cols; ++segment)
+        count += portable::popcount(mask_word(row_mask, segment, cols));
+    return count;
+}
+
+bool is_float16_kind(int kind) { return kind == kBf16 || kind == kF16; }
+
+int describe(Job& job, int64_t rows, int64_t cols, const uint8_t* mask, int value_kind, const void* values,
+             int64_t count, const int64_t* offsets, const float* scales) {
+    if (rows < 1 || cols < 1 || count < 0 || !mask || !offsets || (count > 0 && !values)) return PRUNUS_BAD_ARGUMENT;
+    if (value_kind != kI8 && !is_float16_kind(value_kind)) return PRUNUS_BAD_ARGUMENT;
+    if ((value_kind == kI8) != (scales != nullptr)) return PRUNUS_BAD_ARGUMENT;
+    if (offsets[0] != 0 || offsets[rows] != count) return PRUNUS_BAD_ARGUMENT;
+    job = Job{};
+    job.rows = rows;
+    job.cols = cols;
+    job.segments = (cols + kSegment - 1) / kSegment;
+    job.mask = mask;
+    job.mask_stride = (cols + 7) / 8;
+    job.values = values;
+    job.offsets = offsets;
+    job.scales = scales;
+    return PRUNUS_OK;
+}
+
+// Copies the values of the last rows to where full-width loads may run past their end.
+void copy_tail(Job& job, Kind kind, int64_t count, Scratch& scratch) {
+    int64_t row = job.rows;
+    while (row > 0 && job.offsets[row] + kOverrun > count) --row;
+    const int64_t first = job.offsets[row];
+    uint8_t* tail = sized<uint8_t>(scratch.tail, (count - first + kOverrun) * size_of(kind));
+    if (count > first)
+        std::memcpy(tail, static_cast<const uint8_t*>(job.values) + first * size_of(kind),
+                    size_t(count - first) * size_of(kind));
+    job.tail = tail;
+    job.tail_row = row;
+}
+
+void expand_words(const Job& job, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+        job.expand_row(job.mask + row * job.mask_stride, row_values<uint16_t>(job, row), job.cols,
+                       static_cast<uint16_t*>(job.out) + row * job.cols);
+}
+
+template <Kind out_kind>
+void expand_int8(const Job& job, int64_t begin, int64_t end) {
+    constexpr int64_t kColumns = 64 * kSegment;
+    uint16_t words[kColumns + kOverrun];
+    for (int64_t row = begin; row < end; ++row) {
+        const int8_t* values = row_values<int8_t>(job, row);
+        const float scale = job.scales[row];
+        for (int64_t first = 0; first < job.cols; first += kColumns) {
+            const uint8_t* mask = job.mask + row * job.mask_stride + first / 8;
+            const int64_t columns = job.cols - first < kColumns ? job.cols - first : kColumns;
+            const int64_t count = count_bits(mask, columns);
+            for (int64_t i = 0; i < count; ++i)
+                words[i] = out_kind == kBf16 ? float_to_bf16(values[i] * scale) : float_to_f16(values[i] * scale);
+            values += count;
+            job.expand_row(mask, words, columns, static_cast<uint16_t*>(job.out) + row * job.cols + first);
+        }
+    }
+}
+
+template <typename Fn>
+int guarded(Fn fn) {
+    try {
+        return fn();
+    } catch (const std::bad_alloc&) {
+        return PRUNUS_OUT_OF_MEMORY;
+    }
+}
+
+thread_local Scratch t_scratch;
+
+int detect_isa() {
+#if PRUNUS_X86
+    __builtin_cpu_init();  // the checks below include that the operating system saves the registers
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
+                        __builtin_cpu_supports("bmi2");
+    if (avx2 && avx512) return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+    if (avx2) return kAvx2;
+#endif
+    return kPortable;
+}
+
+}  // namespace
+}  // namespace prunus
+
+using namespace prunus;
+
+extern "C" {
+
+int prunus_abi(void) { return 1; }
+
+int prunus_best_isa(void) {
+    static const int best = detect_isa();
+    return best;
+}
+
+void prunus_set_runtime(void* gomp_parallel) { g_parallel = reinterpret_cast<GompParallel>(gomp_parallel); }
+
+int64_t prunus_row_offsets(int64_t rows, int64_t cols, const uint8_t* mask, int64_t* offsets) {
+    const int64_t stride = (cols + 7) / 8;
+    const uint8_t outside = cols % 8 ? uint8_t(0xff << cols % 8) : 0;
+    int64_t total = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+        offsets[row] = total;
+        const uint8_t* row_mask = mask + row * stride;
+        if (row_mask[stride - 1] & outside) return -1;
+        total += count_bits(row_mask, cols);
+    }
+    offsets[rows] = total;
+    return total;
+}
+
+int prunus_bitmap_linear(int isa, int threads, int64_t rows, int64_t cols, int64_t tokens, const uint8_t* mask,
+                         int value_kind, const void* values, int64_t count, const int64_t* offsets,
+                         const float* scales, int act_kind, const void* x, const void* bias, void* out) {
+    if (isa < 0 || isa > prunus_best_isa()) return PRUNUS_NO_SUCH_ISA;
+    if (tokens < 1 || !x || !out || act_kind < kBf16 || act_kind > kF32) return PRUNUS_BAD_ARGUMENT;
+    Job job;
+    const int fault = describe(job, rows, cols, mask, value_kind, values, count, offsets, scales);
+    if (fault) return fault;
+    return guarded([&] {
+        const Choice choice = choose(isa, Kind(value_kind), Kind(act_kind));
+        copy_tail(job, Kind(value_kind), count, t_scratch);
+        job.tokens = tokens;
+        job.bias = bias;
+        job.out = out;
+        job.out_kind = Kind(act_kind);
+        job.rows_fn = choice.rows_fn;
+        if (choice.form == XForm::kBf16) lay_out_bf16(job, x, t_scratch);
+        else if (choice.form == XForm::kInt16) lay_out_int16(job, x, job.out_kind, t_scratch);
+        else lay_out_float(job, x, job.out_kind, t_scratch);
+        run(job, threads, job.mask_stride + count * size_of(Kind(value_kind)) / rows);
+        return int(PRUNUS_OK);
+    });
+}
+
+int prunus_dense_linear(int isa, int threads, int64_t rows, int64_t cols, int64_t tokens, const void* weight,
+                        const void* x, const void* bias, void* out) {
+#if PRUNUS_X86
+    if (isa != kAvx512Bf16 || isa > prunus_best_isa()) return PRUNUS_NO_SUCH_ISA;
+    if (rows < 1 || cols < 1 || tokens < 1 || !weight || !x || !out) return PRUNUS_BAD_ARGUMENT;
+    return guarded([&] {
+        Job job{};
+        job.rows = rows;
+        job.cols = cols;
+        job.tokens = tokens;
+        job.segments = (cols + kSegment - 1) / kSegment;
+        job.values = weight;
+        job.bias = bias;
+        job.out = out;
+        job.out_kind = kBf16;
+        job.rows_fn = rows_in_blocks<kAvx512Dense>;
+        lay_out_bf16(job, x, t_scratch);
+        run(job, threads, cols * 2);
+        return int(PRUNUS_OK);
+    });
+#else
+    (void)isa, (void)threads, (void)rows, (void)cols, (void)tokens, (void)weight, (void)x, (void)bias, (void)out;
+    return PRUNUS_NO_SUCH_ISA;
+#endif
+}
+
+int prunus_bitmap_expand(int isa, int threads, int64_t rows, int64_t cols, const uint8_t* mask, int value_kind,
+                         const void* values, int64_t count, const int64_t* offsets, const float* scales,
+                         int out_kind, void* out) {
+    if (isa < 0 || isa > prunus_best_isa()) return PRUNUS_NO_SUCH_ISA;
+    if (!out || !is_float16_kind(out_kind)) return PRUNUS_BAD_ARGUMENT;
+    if (value_kind != kI8 && value_kind != out_kind) return PRUNUS_BAD_ARGUMENT;
+    Job job;
+    const int fault = describe(job, rows, cols, mask, value_kind, values, count, offsets, scales);
+    if (fault) return fault;
+    return guarded([&] {
+        copy_tail(job, Kind(value_kind), count, t_scratch);
+        job.out = out;
+        job.expand_row = choose_expand(isa);
+        job.rows_fn = value_kind != kI8   ? expand_words
+                      : out_kind == kBf16 ? expand_int8<kBf16>
+                                          : expand_int8<kF16>;
+        run(job, threads, cols * 2);
+        return int(PRUNUS_OK);
+    });
+}
+
+uint64_t prunus_read(int threads, const void* data, int64_t bytes) {
+    constexpr int64_t kRow = 1 << 16;
+    std::atomic<uint64_t> total{0};
+    Job job{};
+    job.rows = bytes / kRow;
+    job.values = data;
+    job.out = &total;
+    job.rows_fn = [](const Job& job, int64_t begin, int64_t end) {
+        const uint64_t* words = static_cast<const uint64_t*>(job.values);
+        uint64_t sum = 0;
+        for (int64_t i = begin * kRow / 8; i < end * kRow / 8; ++i) sum += words[i];
+        *static_cast<std::atomic<uint64_t>*>(job.out) += sum;
+    };
+    if (job.rows > 0) run(job, threads, kRow);
+    return total;
+}
+}

@@ -1,0 +1,51 @@
+// The C interface of the kernels: plain pointers and lengths, no torch, no exceptions, no global state but
+// the parallel runtime. src/prunus/sparse/kernels.py is its only caller in Python.
+//
+// Common to all functions:
+//   isa      0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16; must not exceed prunus_best_isa()
+//   kinds    0 bfloat16, 1 float16, 2 float32, 3 int8
+//   mask     (rows, ceil(cols / 8)) bytes, least significant bit first
+//   values   the surviving values of all rows in order, `count` of them
+//   offsets  (rows + 1) as prunus_row_offsets() computes them from the mask; offsets[rows] == count
+// Returns 0, or one of the codes below. Nothing is read or written outside the given arrays.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+enum { PRUNUS_OK = 0, PRUNUS_BAD_ARGUMENT = 1, PRUNUS_NO_SUCH_ISA = 2, PRUNUS_OUT_OF_MEMORY = 3 };
+
+// Changes with every incompatible change of this interface.
+int prunus_abi(void);
+
+// The best instruction set of this machine.
+int prunus_best_isa(void);
+
+// Gives the kernels the parallel runtime: the address of an OpenMP library's GOMP_parallel, or null.
+// Without one, every call runs on the calling thread.
+void prunus_set_runtime(void* gomp_parallel);
+
+// Writes rows + 1 offsets and returns the number of set bits, or -1 if a bit past `cols` is set in a row.
+int64_t prunus_row_offsets(int64_t rows, int64_t cols, const uint8_t* mask, int64_t* offsets);
+
+// out (tokens, rows) = x (tokens, cols) · Wᵀ + bias (rows, may be null); x, bias and out are of `act_kind`.
+// int8 values need float32 `scales` (rows); x is then rounded to 16-bit integers with one scale per 256
+// columns. Sums are in float32.
+int prunus_bitmap_linear(int isa, int threads, int64_t rows, int64_t cols, int64_t tokens, const uint8_t* mask,
+                         int value_kind, const void* values, int64_t count, const int64_t* offsets,
+                         const float* scales, int act_kind, const void* x, const void* bias, void* out);
+
+// The same for a dense bfloat16 weight (rows, cols) and bfloat16 activations; needs isa 3.
+int prunus_dense_linear(int isa, int threads, int64_t rows, int64_t cols, int64_t tokens, const void* weight,
+                        const void* x, const void* bias, void* out);
+
+// Writes W as a dense (rows, cols) array of `out_kind`: the kind of the values, or, for int8 values,
+// bfloat16 or float16 (value · scale, rounded to nearest even).
+int prunus_bitmap_expand(int isa, int threads, int64_t rows, int64_t cols, const uint8_t* mask, int value_kind,
+                         const void* values, int64_t count, const int64_t* offsets, const float* scales,
+                         int out_kind, void* out);
+
+// Sums `bytes` (rounded down to 64 KiB) at `data` as 64-bit words: what memory bandwidth allows.
+uint64_t prunus_read(int threads, const void* data, int64_t bytes);
+}

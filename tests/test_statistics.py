@@ -1,0 +1,127 @@
+"""Input statistics against float64 sums over everything at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prunus import statistics
+from prunus.statistics import InputStatistics, statistics_bytes
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(1, 20), st.integers(0, 99))
+@settings(deadline=None, max_examples=50)
+def test_sums_over_batches_are_sums_over_all_tokens(batches, width, seed):
+    X_TI = torch.randn(sum(batches), width, generator=torch.Generator().manual_seed(seed))
+    gathered = InputStatistics(width, "gram")
+    for X in X_TI.split(batches):
+        gathered.add(X)
+    gram_II = X_TI.double().T @ X_TI.double()
+    assert gathered.tokens == len(X_TI)
+    torch.testing.assert_close(gathered.sum_squares_I, gram_II.diagonal(), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(gathered.norms_I, gram_II.diagonal().sqrt().float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gathered.gram_II.double(), gram_II, rtol=1e-5, atol=1e-4)
+
+
+@given(st.integers(1, 30), st.integers(0, 99))
+@settings(deadline=None, max_examples=20)
+def test_norms_do_not_depend_on_whether_a_gram_is_kept(width, seed):
+    norms, gram = InputStatistics(width, "norms"), InputStatistics(width, "gram")
+    for X_TI in torch.randn(3, 50, width, generator=torch.Generator().manual_seed(seed)):
+        norms.add(X_TI)
+        gram.add(X_TI)
+    assert torch.equal(norms.sum_squares_I, gram.sum_squares_I)
+    assert norms.gram_II is None
+
+
+def test_long_batches_are_summed_in_parts(monkeypatch):
+    monkeypatch.setattr(statistics, "_CPU_ELEMENTS", 10)
+    X_TI = torch.randn(101, 4)
+    gathered = InputStatistics(4, "norms")
+    gathered.add(X_TI)
+    torch.testing.assert_close(gathered.sum_squares_I, X_TI.double().square().sum(dim=0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_half_precision_does_not_overflow(dtype):
+    X_TI = torch.full((100, 3), 60000.0, dtype=dtype)
+    gathered = InputStatistics(3, "gram")
+    gathered.add(X_TI)
+    expected = 100 * X_TI[0, 0].double() ** 2
+    assert gathered.sum_squares_I[0].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert gathered.gram_II[0, 1].item() == pytest.approx(expected.item(), rel=1e-6)
+    gathered.check_finite("q_proj")
+
+
+@pytest.mark.parametrize("needs", ["none", "norms", "gram"])
+def test_merging_equals_adding(needs):
+    X_TI, Y_TI = torch.randn(10, 5), torch.randn(20, 5)
+    both, one, two = (InputStatistics(5, needs) for _ in range(3))
+    both.add(X_TI)
+    both.add(Y_TI)
+    one.add(X_TI)
+    two.add(Y_TI)
+    one.merge(two)
+    assert one.tokens == both.tokens == 30
+    assert torch.equal(one.sum_squares_I, both.sum_squares_I)
+    assert (one.gram_II is None) == (needs != "gram")
+    if needs == "gram":
+        torch.testing.assert_close(one.gram_II, both.gram_II)
+
+
+def test_only_like_can_be_merged():
+    with pytest.raises(ValueError, match="cannot merge statistics norms of 5 inputs into gram of 5"):
+        InputStatistics(5, "gram").merge(InputStatistics(5, "norms"))
+    with pytest.raises(ValueError, match="cannot merge"):
+        InputStatistics(5, "gram").merge(InputStatistics(6, "gram"))
+
+
+def test_counting_alone_keeps_no_sums():
+    counted = InputStatistics(5, "none")
+    counted.add(torch.full((7, 5), float("nan")))
+    assert counted.tokens == 7
+    assert not counted.sum_squares_I.any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("needs", ["norms", "gram"])
+def test_activations_that_are_not_finite_are_named(needs, bad):
+    gathered = InputStatistics(4, needs)
+    gathered.add(torch.randn(10, 4))
+    gathered.check_finite("model.layers.3.mlp.up_proj")
+    X_TI = torch.randn(10, 4)
+    X_TI[5, 2] = bad
+    gathered.add(X_TI)
+    with pytest.raises(ValueError, match=r"model.layers.3.mlp.up_proj are not finite \(1 of its 4 input"):
+        gathered.check_finite("model.layers.3.mlp.up_proj")
+
+
+def test_a_gram_that_overflows_on_its_own_is_found():
+    gathered = InputStatistics(2, "gram")
+    for _ in range(
+        2
+    ):  # each batch is finite in float32, and so is the float64 sum of squares; the Gram is not
+        gathered.add(torch.full((1, 2), 1.5e19))
+    assert gathered.sum_squares_I.isfinite().all()
+    with pytest.raises(ValueError, match="products"):
+        gathered.check_finite("o_proj")
+
+
+def test_inputs_of_another_width_are_refused():
+    with pytest.raises(ValueError, match=r"expected inputs \(tokens, 5\), got \(3, 4\)"):
+        InputStatistics(5, "norms").add(torch.ones(3, 4))
+    with pytest.raises(ValueError, match="expected inputs"):
+        InputStatistics(5, "norms").add(torch.ones(2, 3, 5))
+    with pytest.raises(ValueError, match="not 'hessian'"):
+        InputStatistics(5, "hessian")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="0 inputs"):
+        InputStatistics(0, "norms")
+
+
+@pytest.mark.parametrize("needs", ["none", "norms", "gram"])
+def test_bytes_are_those_of_the_tensors(needs):
+    gathered = InputStatistics(33, needs)
+    held = [gathered.sum_squares_I] + ([gathered.gram_II] if gathered.gram_II is not None else [])
+    assert statistics_bytes(33, needs) == sum(tensor.nbytes for tensor in held)
