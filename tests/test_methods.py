@@ -135,8 +135,8 @@ def test_sparsegpt_is_that_of_the_reference(pattern, column_block):
 def test_the_ablations_are_those_of_the_reference(pattern, mask_from, mask_order):
     weight_OI, X_TI = example(6, 60)
     norms_I = X_TI.double().norm(dim=0) if mask_from == "wanda" else torch.ones(60, dtype=torch.float64)
-    keep = reference.block_keep if mask_from == "magnitude" else reference.keep_mask
-    fixed_OI = keep(weight_OI.abs() * norms_I, pattern, 0.5)
+    draw = reference.block_keep if mask_from == "magnitude" else reference.keep_mask
+    fixed_OI = draw(weight_OI.abs() * norms_I, pattern, 0.5)
 
     def choose(weight_OB: Tensor, cost_B: Tensor, start: int) -> Tensor:
         columns = slice(start, start + len(cost_B))

@@ -41,7 +41,7 @@ def check_output(output: Path, source: Path, overwrite: bool) -> Manifest | None
         )
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output {output} exists and is not a folder")
-    if not output.exists() or not any(output.iterdir()):
+    if not output.exists() or all(path.name.endswith(TEMPORARY_SUFFIX) for path in output.iterdir()):
         return None
     if not (output / MANIFEST_NAME).exists():
         raise FileExistsError(
@@ -77,15 +77,20 @@ class OutputFolder:
     def begin(self, overwrite: bool) -> None:
         """Create the folder, or clean up what a killed run left half-written."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        # First the claim to the folder, then the index: what is left of an overwritten result is no model any more.
+        self.manifest.save(self.folder)
+        (self.folder / INDEX_NAME).unlink(missing_ok=True)
         if overwrite:
-            # The manifest goes first, and the index with it: what remains can be taken for neither run nor model.
-            for name in (INDEX_NAME, MANIFEST_NAME):
-                (self.folder / name).unlink(missing_ok=True)
             for path in self.folder.glob("*.safetensors"):
                 path.unlink()
         for path in self.folder.glob(f"*{TEMPORARY_SUFFIX}"):
             path.unlink()
-        self.manifest.save(self.folder)
+        for index in range(len(self.manifest.blocks)):
+            if not (self.folder / shard_name(index)).exists():
+                # Somebody took a shard away; what comes after it is made again too.
+                del self.manifest.blocks[index:]
+                self.manifest.save(self.folder)
+                break
 
     def commit_block(
         self,

@@ -179,6 +179,7 @@ def prepare(
     # Structure and names are checked on a skeleton in the stored dtype, before a trial may cost time.
     skeleton = Skeleton(source.config, source.stored_dtype, options.trust_remote_code)
     source.bind(skeleton)
+    _check_context(source.config, recipe.seqlen, method.needs)
     targets, left_dense = _select(skeleton, recipe, pattern)
     wanted = decided_dtype if recipe.dtype == "auto" and decided_dtype else recipe.dtype
     dtype, reason = decide_dtype(wanted, source, device, method.needs, options.trust_remote_code)
@@ -210,6 +211,19 @@ def prepare(
             "lower --batch or --seqlen"
         )
     return job
+
+
+def _check_context(config: Any, seqlen: int, needs: str) -> None:
+    """See that a window is no longer than what the model has positions for.
+
+    Raises:
+        ValueError: names both lengths.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if needs != "none" and isinstance(positions, int) and seqlen > positions:
+        raise ValueError(
+            f"windows of {seqlen} tokens do not fit: the model has {positions} positions. Use --seqlen {positions} or less"
+        )
 
 
 def _select(

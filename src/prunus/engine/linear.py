@@ -56,7 +56,10 @@ def prune_linear(
         statistics = _equal_inputs(statistics)
         notes["unreached"] = "no calibration token reached this linear: its inputs were taken as equal"
     weight_OI = _oriented(stored, linear).to(linear.weight_OI.device, torch.float32)
-    pruned = method.prune(weight_OI, statistics, job.pattern, job.sparsity, job.options)
+    try:
+        pruned = method.prune(weight_OI, statistics, job.pattern, job.sparsity, job.options)
+    except ValueError as fault:
+        raise ValueError(f"{full_name}: {fault}") from fault
     if method.updates_weights:
         new_OI = pruned.weight_OI.to(stored.dtype)
     else:

@@ -44,8 +44,8 @@ class Pruned:
         notes: what the manifest should tell of this linear, values that JSON can hold.
     """
 
-    weight_OI: Tensor  # noqa: N815
-    keep_OI: Tensor  # noqa: N815
+    weight_OI: Tensor
+    keep_OI: Tensor
     notes: dict[str, Any] = field(default_factory=dict)
 
 

@@ -121,7 +121,11 @@ void lay_out_int16(Job& job, const void* x, Kind kind, Scratch& scratch) {
     job.x_scales = scales;
     for_pieces(job, to, [&](int16_t* piece, int64_t token, int64_t first, int64_t columns) {
         const float scale = scales[first / (kGroup * kSegment) * job.tokens + token];
-        const float inverse = scale > 0 && std::isfinite(1.0f / scale) ? 1.0f / scale : 0.0f;
+        const float inverse = 1.0f / scale;
+        if (!(scale > 0 && std::isfinite(inverse))) {  // all zero, too small for a scale, or not finite
+            std::memset(piece, 0, size_t(columns) * 2);
+            return;
+        }
         const int64_t from = token * job.cols + first;
         for (int64_t i = 0; i < columns; ++i) {
             // Adding and taking away 1.5 · 2^23 rounds to nearest even without a library call.

@@ -72,6 +72,7 @@ PRUNUS_TARGET_AVX2 void rows_float(const Job& job, int64_t begin, int64_t end, i
         const uint16_t* values = row_values<uint16_t>(job, row);
         const float* x = static_cast<const float*>(job.x) + token * kSegment;
         __m256 sum[T];
+#pragma GCC unroll 8
         for (auto& s : sum) s = _mm256_setzero_ps();
         for (int64_t segment = 0; segment < job.segments; ++segment, x += job.tokens * kSegment) {
             const uint64_t word = mask_word(row_mask, segment, job.cols);
@@ -82,6 +83,7 @@ PRUNUS_TARGET_AVX2 void rows_float(const Job& job, int64_t begin, int64_t end, i
                     sum[t] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(x + t * kSegment + 8 * byte), sum[t]);
             }
         }
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t) finish(job, row, token + t, reduce(sum[t]));
     }
 }
@@ -95,10 +97,12 @@ PRUNUS_TARGET_AVX2 void rows_int8(const Job& job, int64_t begin, int64_t end, in
         const int16_t* x = static_cast<const int16_t*>(job.x) + token * kSegment;
         const float* x_scale = job.x_scales + token;
         __m256 sum[T];
+#pragma GCC unroll 8
         for (auto& s : sum) s = _mm256_setzero_ps();
         for (int64_t first = 0; first < job.segments; first += kGroup, x_scale += job.tokens) {
             const int64_t last = first + kGroup < job.segments ? first + kGroup : job.segments;
             __m256i dot[T];
+#pragma GCC unroll 8
             for (auto& d : dot) d = _mm256_setzero_si256();
             for (int64_t segment = first; segment < last; ++segment, x += job.tokens * kSegment) {
                 const uint64_t word = mask_word(row_mask, segment, job.cols);
@@ -115,9 +119,11 @@ PRUNUS_TARGET_AVX2 void rows_int8(const Job& job, int64_t begin, int64_t end, in
                     }
                 }
             }
+#pragma GCC unroll 8
             for (int t = 0; t < T; ++t)
                 sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[t]), _mm256_set1_ps(x_scale[t]), sum[t]);
         }
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t) finish(job, row, token + t, reduce(sum[t]));
     }
 }

@@ -74,6 +74,7 @@ PRUNUS_TARGET_BF16 void rows_bf16(const Job& job, int64_t begin, int64_t end, in
     for (int64_t row = begin; row < end; ++row) {
         Source source(job, row);
         __m512 sum[T][2];
+#pragma GCC unroll 8
         for (auto& pair : sum) pair[0] = pair[1] = _mm512_setzero_ps();
         const uint16_t* x_segment = x;
         for (int64_t segment = 0; segment < job.segments; ++segment, x_segment += job.tokens * kSegment) {
@@ -86,6 +87,7 @@ PRUNUS_TARGET_BF16 void rows_bf16(const Job& job, int64_t begin, int64_t end, in
                 sum[t][1] = _mm512_dpbf16_ps(sum[t][1], (__m512bh)weights.high, (__m512bh)high);
             }
         }
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t)
             finish(job, row, token + t, _mm512_reduce_add_ps(_mm512_add_ps(sum[t][0], sum[t][1])));
     }
@@ -104,6 +106,7 @@ PRUNUS_TARGET void rows_float(const Job& job, int64_t begin, int64_t end, int64_
     for (int64_t row = begin; row < end; ++row) {
         Bitmap<uint16_t> source(job, row);
         __m512 sum[T][2];
+#pragma GCC unroll 8
         for (auto& pair : sum) pair[0] = pair[1] = _mm512_setzero_ps();
         const float* x_segment = x;
         for (int64_t segment = 0; segment < job.segments; ++segment, x_segment += job.tokens * kSegment) {
@@ -114,11 +117,12 @@ PRUNUS_TARGET void rows_float(const Job& job, int64_t begin, int64_t end, int64_
                                        to_float<kind>(_mm512_extracti64x4_epi64(weights.high, 1))};
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int q = 0; q < 4; ++q)
                     sum[t][q & 1] = _mm512_fmadd_ps(
                         quarter[q], _mm512_loadu_ps(x_segment + t * kSegment + 16 * q), sum[t][q & 1]);
         }
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t)
             finish(job, row, token + t, _mm512_reduce_add_ps(_mm512_add_ps(sum[t][0], sum[t][1])));
     }
@@ -132,10 +136,12 @@ PRUNUS_TARGET void rows_int8(const Job& job, int64_t begin, int64_t end, int64_t
         const int16_t* x_segment = static_cast<const int16_t*>(job.x) + token * kSegment;
         const float* x_scale = job.x_scales + token;
         __m512 sum[T];
+#pragma GCC unroll 8
         for (auto& s : sum) s = _mm512_setzero_ps();
         for (int64_t first = 0; first < job.segments; first += kGroup, x_scale += job.tokens) {
             const int64_t last = first + kGroup < job.segments ? first + kGroup : job.segments;
             __m512i dot[T][2];
+#pragma GCC unroll 8
             for (auto& pair : dot) pair[0] = pair[1] = _mm512_setzero_si512();
             for (int64_t segment = first; segment < last; ++segment, x_segment += job.tokens * kSegment) {
                 const Pair weights = source.next(segment);
@@ -147,10 +153,12 @@ PRUNUS_TARGET void rows_int8(const Job& job, int64_t begin, int64_t end, int64_t
                     dot[t][1] = _mm512_dpwssd_epi32(dot[t][1], weights.high, high);
                 }
             }
+#pragma GCC unroll 8
             for (int t = 0; t < T; ++t)
                 sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(dot[t][0], dot[t][1])),
                                          _mm512_set1_ps(x_scale[t]), sum[t]);
         }
+#pragma GCC unroll 8
         for (int t = 0; t < T; ++t) finish(job, row, token + t, _mm512_reduce_add_ps(sum[t]));
     }
 }

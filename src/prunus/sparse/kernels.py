@@ -1,0 +1,228 @@
+"""The compiled kernels, seen from Python: found, opened with ctypes, and called on CPU tensors.
+
+Knows pointers, dtypes and instruction sets; nothing of files, modules or models. The C interface is
+`kernels.h`. Where the library was not built (no compiler at install time) `load` says why and the callers
+expand the weights in torch instead.
+
+Shape suffixes: T tokens, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+__all__ = ["ISAS", "MAX_TOKENS", "Kernels", "load", "why_not"]
+
+#: Instruction sets from slowest to fastest, as `kernels.h` numbers them.
+ISAS = ("portable", "avx2", "avx512", "avx512-bf16")
+#: Up to this many tokens a product is computed straight from the packed weight.
+MAX_TOKENS = 16
+_ABI = 1
+_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
+_FAULTS = {1: "an argument is out of range", 2: "this machine lacks the instruction set", 3: "out of memory"}
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """An opened library and the instruction set that it uses.
+
+    All methods take contiguous CPU tensors; shapes and dtypes are the caller's promise except where an
+    error is listed, because these calls are made hundreds of times per generated token.
+    """
+
+    library: ctypes.CDLL
+    path: Path
+    isa: int
+    #: Which OpenMP runtime runs the loops, or None: then every call stays on the calling thread.
+    runtime: str | None
+
+    @property
+    def isa_name(self) -> str:
+        return ISAS[self.isa]
+
+    def row_offsets(self, mask: torch.Tensor, in_features: int) -> torch.Tensor:
+        """Where each row's values begin: int64 (O + 1), the last entry is the number of values.
+
+        Args:
+            mask: uint8 (O, ceil(I / 8)).
+            in_features: I.
+
+        Raises:
+            ValueError: a bit beyond the last column is set.
+        """
+        offsets = torch.empty(mask.shape[0] + 1, dtype=torch.int64)
+        count = self.library.prunus_row_offsets(
+            mask.shape[0], in_features, mask.data_ptr(), offsets.data_ptr()
+        )
+        if count < 0:
+            raise ValueError(f"the mask has bits set beyond its {in_features} columns")
+        return offsets
+
+    def linear(
+        self,
+        x_TI: torch.Tensor,
+        mask: torch.Tensor,
+        values: torch.Tensor,
+        offsets: torch.Tensor,
+        scales: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`x_TI · Wᵀ + bias` -> (T, O) in the dtype of `x_TI`, straight from the packed weight.
+
+        Args:
+            x_TI: bfloat16, float16 or float32.
+            mask, values, offsets, scales: see `bitmap.PackedWeight` and `row_offsets`; `offsets` must have
+                been computed from this `mask`.
+            bias: (O,) in the dtype of `x_TI`, or None.
+        """
+        tokens, in_features = x_TI.shape
+        rows = mask.shape[0]
+        out = torch.empty(tokens, rows, dtype=x_TI.dtype)
+        fault = self.library.prunus_bitmap_linear(
+            self.isa, torch.get_num_threads(), rows, in_features, tokens, mask.data_ptr(),
+            _KINDS[values.dtype], values.data_ptr(), values.shape[0], offsets.data_ptr(),
+            None if scales is None else scales.data_ptr(), _KINDS[x_TI.dtype], x_TI.data_ptr(),
+            None if bias is None else bias.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+        if fault:
+            raise RuntimeError(f"the bitmap kernel refused: {_FAULTS[fault]}")
+        return out
+
+    def expand(
+        self,
+        mask: torch.Tensor,
+        values: torch.Tensor,
+        offsets: torch.Tensor,
+        scales: torch.Tensor | None,
+        in_features: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """The dense weight (O, I) in `dtype`: that of the values, or bfloat16 or float16 for int8 values."""
+        rows = mask.shape[0]
+        out = torch.empty(rows, in_features, dtype=dtype)
+        fault = self.library.prunus_bitmap_expand(
+            self.isa, torch.get_num_threads(), rows, in_features, mask.data_ptr(), _KINDS[values.dtype],
+            values.data_ptr(), values.shape[0], offsets.data_ptr(),
+            None if scales is None else scales.data_ptr(), _KINDS[dtype], out.data_ptr(),
+        )  # fmt: skip
+        if fault:
+            raise RuntimeError(f"the bitmap kernel refused: {_FAULTS[fault]}")
+        return out
+
+    @property
+    def has_dense(self) -> bool:
+        """Whether `dense_linear` can be called: it exists for AVX-512 with BF16 only."""
+        return self.isa == ISAS.index("avx512-bf16")
+
+    def dense_linear(
+        self, x_TI: torch.Tensor, weight_OI: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`x_TI · weight_OIᵀ + bias` -> (T, O), everything bfloat16, without oneDNN."""
+        tokens, in_features = x_TI.shape
+        rows = weight_OI.shape[0]
+        out = torch.empty(tokens, rows, dtype=torch.bfloat16)
+        fault = self.library.prunus_dense_linear(
+            self.isa, torch.get_num_threads(), rows, in_features, tokens, weight_OI.data_ptr(),
+            x_TI.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+        if fault:
+            raise RuntimeError(f"the dense kernel refused: {_FAULTS[fault]}")
+        return out
+
+    def read(self, data: torch.Tensor) -> int:
+        """Sum the bytes of `data` as 64-bit words (whole 64 KiB pieces): as fast as memory can be read."""
+        return int(
+            self.library.prunus_read(
+                torch.get_num_threads(), data.data_ptr(), data.numel() * data.element_size()
+            )
+        )
+
+
+def load(isa: str | None = None) -> Kernels | None:
+    """Open the kernels, or return None where there are none (`why_not` says why).
+
+    Args:
+        isa: one of `ISAS`; by default the best of this machine, or what the environment variable
+            PRUNUS_ISA names (`off` switches the kernels off).
+
+    Raises:
+        ValueError: no such instruction set, or this machine does not have it.
+    """
+    return _load(isa or os.environ.get("PRUNUS_ISA") or "best")[0]
+
+
+def why_not() -> str | None:
+    """Why `load` returns None, or None where it does not."""
+    return _load(os.environ.get("PRUNUS_ISA") or "best")[1]
+
+
+@functools.cache
+def _load(isa: str) -> tuple[Kernels | None, str | None]:
+    if isa == "off":
+        return None, "switched off by PRUNUS_ISA=off"
+    if isa not in (*ISAS, "best"):
+        raise ValueError(
+            f"there is no instruction set {isa!r}; PRUNUS_ISA may be one of {', '.join(ISAS)}, off"
+        )
+    found = sorted(Path(__file__).parent.glob("_kernels*.so"))
+    if not found:
+        return None, "they were not compiled when prunus was installed: install a C++17 compiler and reinstall"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        abi = library.prunus_abi()
+    except (OSError, AttributeError) as fault:
+        return None, f"{found[0].name} cannot be opened: {fault}"
+    if abi != _ABI:
+        return None, f"{found[0].name} was built from another version of prunus: reinstall"
+    _declare(library)
+    best = library.prunus_best_isa()
+    chosen = best if isa == "best" else ISAS.index(isa)
+    if chosen > best:
+        raise ValueError(f"this machine has no {isa}; its best instruction set is {ISAS[best]}")
+    parallel = _torch_runtime()
+    if parallel is not None:
+        library.prunus_set_runtime(ctypes.cast(parallel, ctypes.c_void_p))
+    runtime = None if parallel is None else "GOMP_parallel of torch's OpenMP library"
+    return Kernels(library, found[0], chosen, runtime), None
+
+
+def _torch_runtime() -> ctypes._CFuncPtr | None:
+    """The entry point of the OpenMP library that torch brought into this process.
+
+    The wheels ship a libgomp of their own. Linking against one at build time could load a second, whose
+    threads would fight torch's for the cores; so the one that is there is looked up. LLVM's and Intel's
+    libraries on Linux have the same entry point.
+    """
+    for name in (None, "libgomp.so.1"):
+        try:
+            mode = ctypes.DEFAULT_MODE if name is None else ctypes.DEFAULT_MODE | os.RTLD_NOLOAD
+            return ctypes.CDLL(name, mode=mode).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    pointer, length, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.prunus_set_runtime.argtypes = [pointer]
+    library.prunus_set_runtime.restype = None
+    library.prunus_row_offsets.argtypes = [length, length, pointer, pointer]
+    library.prunus_row_offsets.restype = length
+    library.prunus_bitmap_linear.argtypes = [
+        number, number, length, length, length, pointer, number, pointer, length, pointer, pointer,
+        number, pointer, pointer, pointer,
+    ]  # fmt: skip
+    library.prunus_bitmap_expand.argtypes = [
+        number, number, length, length, pointer, number, pointer, length, pointer, pointer, number, pointer,
+    ]  # fmt: skip
+    library.prunus_dense_linear.argtypes = [
+        number, number, length, length, length, pointer, pointer, pointer, pointer,
+    ]  # fmt: skip
+    library.prunus_read.argtypes = [number, pointer, length]
+    library.prunus_read.restype = ctypes.c_uint64
