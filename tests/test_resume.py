@@ -22,7 +22,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, num_hidden_layers=3)
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
     script = Path(__file__).with_name("kill_points.py")
     done = subprocess.run(
         [sys.executable, str(script), str(dense), str(tmp_path)],
@@ -33,14 +33,14 @@ def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) >= 24, "3 blocks, their manifests, what surrounds them and the index, before and after"
-    assert {r["blocks_before_resume"] for r in results} == {0, 1, 2, 3}
+    assert len(results) >= 14, "two blocks, their manifests, what surrounds them and the index, before and after"
+    assert {r["blocks_before_resume"] for r in results} == {0, 1, 2}
     for result in results:
         assert result["status"] == 0, result
         assert result["equal"], result
         assert not result["left_behind"], result
     unfinished = [r for r in results if not r["index_before_resume"]]
-    assert len(unfinished) >= 20, "until the very end there is no index: a half-finished folder is no model"
+    assert len(unfinished) >= 10, "until the very end there is no index: a half-finished folder is no model"
 
 
 class StopError(Exception):

@@ -154,11 +154,11 @@ void rows_in_blocks(const Job& job, int64_t begin, int64_t end) {
 PRUNUS_BLOCKS(kAvx2Bf16, avx2::rows_float<kBf16,)
 PRUNUS_BLOCKS(kAvx2F16, avx2::rows_float<kF16,)
 PRUNUS_BLOCKS(kAvx2I8, avx2::rows_int8<)
-PRUNUS_BLOCKS(kAvx512Float, avx512::rows_float<kBf16,)
-PRUNUS_BLOCKS(kAvx512F16, avx512::rows_float<kF16,)
-PRUNUS_BLOCKS(kAvx512I8, avx512::rows_int8<)
-PRUNUS_BLOCKS(kAvx512Bitmap, avx512::rows_bf16<avx512::Bitmap<uint16_t>,)
-PRUNUS_BLOCKS(kAvx512Dense, avx512::rows_bf16<avx512::Dense,)
+PRUNUS_BLOCKS(kAvx512Float, avx512::rows<avx512::Float<kBf16>, avx512::Bitmap<uint16_t>,)
+PRUNUS_BLOCKS(kAvx512F16, avx512::rows<avx512::Float<kF16>, avx512::Bitmap<uint16_t>,)
+PRUNUS_BLOCKS(kAvx512I8, avx512::rows<avx512::Int, avx512::Bitmap<int8_t>,)
+PRUNUS_BLOCKS(kAvx512Bitmap, avx512::rows<avx512::Bf16, avx512::Bitmap<uint16_t>,)
+PRUNUS_BLOCKS(kAvx512Dense, avx512::rows<avx512::Bf16, avx512::Dense,)
 #undef PRUNUS_BLOCKS
 #endif
 

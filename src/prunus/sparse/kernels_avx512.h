@@ -9,10 +9,13 @@
 
 #include "kernels_job.h"
 
-#define PRUNUS_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,popcnt,bmi,bmi2"
-#define PRUNUS_TARGET __attribute__((target(PRUNUS_AVX512)))
-#define PRUNUS_TARGET_BF16 __attribute__((target(PRUNUS_AVX512 ",avx512bf16")))
+// One target for everything here. BF16 instructions come from `Bf16` below alone, which is chosen only where
+// the machine has them.
+#define PRUNUS_TARGET \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,avx512bf16,popcnt,bmi,bmi2")))
 #define PRUNUS_INLINE __attribute__((always_inline)) inline
+// An array of vectors stays in registers only if every loop over it is unrolled in full.
+#define PRUNUS_UNROLL _Pragma("GCC unroll 64")
 
 namespace prunus::avx512 {
 
@@ -37,17 +40,25 @@ PRUNUS_TARGET PRUNUS_INLINE Pair expand(uint64_t word, const Value*& values) {
     return pair;
 }
 
-// Sources of weights: each gives the segments of one row in order.
+// ---- sources of weights: each gives the segments of one row in order ------------------------------------
+
 template <typename Value>
 struct Bitmap {
     const uint8_t* mask;
     const Value* values;
-    int64_t cols;
+    int64_t last;        // the last segment, and its mask: read beforehand, because a call to memcpy within
+    uint64_t last_word;  // the loop would have every vector register saved around it
 
-    PRUNUS_TARGET PRUNUS_INLINE Bitmap(const Job& job, int64_t row)
-        : mask(job.mask + row * job.mask_stride), values(row_values<Value>(job, row)), cols(job.cols) {}
+    PRUNUS_TARGET PRUNUS_INLINE void start(const Job& job, int64_t row) {
+        mask = job.mask + row * job.mask_stride;
+        values = row_values<Value>(job, row);
+        last = job.segments - 1;
+        last_word = mask_word(mask, last, job.cols);
+    }
     PRUNUS_TARGET PRUNUS_INLINE Pair next(int64_t segment) {
-        return expand(mask_word(mask, segment, cols), values);
+        uint64_t word = last_word;
+        if (segment != last) std::memcpy(&word, mask + segment * 8, 8);
+        return expand(word, values);
     }
 };
 
@@ -55,8 +66,10 @@ struct Dense {
     const uint16_t* values;
     int64_t cols;
 
-    PRUNUS_TARGET PRUNUS_INLINE Dense(const Job& job, int64_t row)
-        : values(static_cast<const uint16_t*>(job.values) + row * job.cols), cols(job.cols) {}
+    PRUNUS_TARGET PRUNUS_INLINE void start(const Job& job, int64_t row) {
+        values = static_cast<const uint16_t*>(job.values) + row * job.cols;
+        cols = job.cols;
+    }
     PRUNUS_TARGET PRUNUS_INLINE Pair next(int64_t segment) {
         const uint16_t* from = values + segment * kSegment;
         const int64_t left = cols - segment * kSegment;
@@ -67,100 +80,127 @@ struct Dense {
     }
 };
 
-// 16-bit floats times bf16 activations, float32 sums.
-template <typename Source, int T>
-PRUNUS_TARGET_BF16 void rows_bf16(const Job& job, int64_t begin, int64_t end, int64_t token) {
-    const uint16_t* x = static_cast<const uint16_t*>(job.x) + token * kSegment;
-    for (int64_t row = begin; row < end; ++row) {
-        Source source(job, row);
-        __m512 sum[T][2];
-#pragma GCC unroll 8
-        for (auto& pair : sum) pair[0] = pair[1] = _mm512_setzero_ps();
-        const uint16_t* x_segment = x;
-        for (int64_t segment = 0; segment < job.segments; ++segment, x_segment += job.tokens * kSegment) {
-            const Pair weights = source.next(segment);
-#pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) {
-                const __m512i low = _mm512_loadu_si512(x_segment + t * kSegment);
-                const __m512i high = _mm512_loadu_si512(x_segment + t * kSegment + 32);
-                sum[t][0] = _mm512_dpbf16_ps(sum[t][0], (__m512bh)weights.low, (__m512bh)low);
-                sum[t][1] = _mm512_dpbf16_ps(sum[t][1], (__m512bh)weights.high, (__m512bh)high);
-            }
-        }
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t)
-            finish(job, row, token + t, _mm512_reduce_add_ps(_mm512_add_ps(sum[t][0], sum[t][1])));
-    }
-}
+// ---- arithmetics: how 64 weights meet 64 activations -----------------------------------------------------
 
+// bf16 weights, bf16 activations, float32 sums.
+struct Bf16 {
+    using X = uint16_t;
+    using Sum = __m512;
+    static constexpr bool kGrouped = false;
+
+    PRUNUS_TARGET PRUNUS_INLINE static Sum zero() { return _mm512_setzero_ps(); }
+    PRUNUS_TARGET PRUNUS_INLINE static Pair prepare(Pair weights) { return weights; }
+    PRUNUS_TARGET PRUNUS_INLINE static Pair load(const X* x) {
+        return {_mm512_loadu_si512(x), _mm512_loadu_si512(x + 32)};
+    }
+    PRUNUS_TARGET PRUNUS_INLINE static void add(Sum& a, Sum& b, const Pair& w, const Pair& x) {
+        a = _mm512_dpbf16_ps(a, (__m512bh)w.low, (__m512bh)x.low);
+        b = _mm512_dpbf16_ps(b, (__m512bh)w.high, (__m512bh)x.high);
+    }
+};
+
+struct Quarters {
+    __m512 q[4];
+};
+
+// 16-bit float weights, float32 activations: exact products, float32 sums.
 template <Kind kind>
-PRUNUS_TARGET PRUNUS_INLINE __m512 to_float(__m256i words) {
-    if (kind == kF16) return _mm512_cvtph_ps(words);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
-}
+struct Float {
+    using X = float;
+    using Sum = __m512;
+    static constexpr bool kGrouped = false;
 
-// 16-bit floats times float32 activations: exact products, float32 sums.
-template <Kind kind, int T>
-PRUNUS_TARGET void rows_float(const Job& job, int64_t begin, int64_t end, int64_t token) {
-    const float* x = static_cast<const float*>(job.x) + token * kSegment;
-    for (int64_t row = begin; row < end; ++row) {
-        Bitmap<uint16_t> source(job, row);
-        __m512 sum[T][2];
-#pragma GCC unroll 8
-        for (auto& pair : sum) pair[0] = pair[1] = _mm512_setzero_ps();
-        const float* x_segment = x;
-        for (int64_t segment = 0; segment < job.segments; ++segment, x_segment += job.tokens * kSegment) {
-            const Pair weights = source.next(segment);
-            const __m512 quarter[4] = {to_float<kind>(_mm512_castsi512_si256(weights.low)),
-                                       to_float<kind>(_mm512_extracti64x4_epi64(weights.low, 1)),
-                                       to_float<kind>(_mm512_castsi512_si256(weights.high)),
-                                       to_float<kind>(_mm512_extracti64x4_epi64(weights.high, 1))};
-#pragma GCC unroll 8
-            for (int t = 0; t < T; ++t)
-#pragma GCC unroll 8
-                for (int q = 0; q < 4; ++q)
-                    sum[t][q & 1] = _mm512_fmadd_ps(
-                        quarter[q], _mm512_loadu_ps(x_segment + t * kSegment + 16 * q), sum[t][q & 1]);
-        }
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t)
-            finish(job, row, token + t, _mm512_reduce_add_ps(_mm512_add_ps(sum[t][0], sum[t][1])));
+    PRUNUS_TARGET PRUNUS_INLINE static Sum zero() { return _mm512_setzero_ps(); }
+    PRUNUS_TARGET PRUNUS_INLINE static __m512 widen(__m256i words) {
+        if (kind == kF16) return _mm512_cvtph_ps(words);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
     }
-}
+    PRUNUS_TARGET PRUNUS_INLINE static Quarters prepare(Pair w) {
+        return {{widen(_mm512_castsi512_si256(w.low)), widen(_mm512_extracti64x4_epi64(w.low, 1)),
+                 widen(_mm512_castsi512_si256(w.high)), widen(_mm512_extracti64x4_epi64(w.high, 1))}};
+    }
+    PRUNUS_TARGET PRUNUS_INLINE static Quarters load(const X* x) {
+        return {{_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16), _mm512_loadu_ps(x + 32), _mm512_loadu_ps(x + 48)}};
+    }
+    PRUNUS_TARGET PRUNUS_INLINE static void add(Sum& a, Sum& b, const Quarters& w, const Quarters& x) {
+        a = _mm512_fmadd_ps(w.q[0], x.q[0], a);
+        b = _mm512_fmadd_ps(w.q[1], x.q[1], b);
+        a = _mm512_fmadd_ps(w.q[2], x.q[2], a);
+        b = _mm512_fmadd_ps(w.q[3], x.q[3], b);
+    }
+};
 
-// int8 weights times int16 activations: exact int32 sums over a group, then its scale.
-template <int T>
-PRUNUS_TARGET void rows_int8(const Job& job, int64_t begin, int64_t end, int64_t token) {
-    for (int64_t row = begin; row < end; ++row) {
-        Bitmap<int8_t> source(job, row);
-        const int16_t* x_segment = static_cast<const int16_t*>(job.x) + token * kSegment;
-        const float* x_scale = job.x_scales + token;
-        __m512 sum[T];
-#pragma GCC unroll 8
-        for (auto& s : sum) s = _mm512_setzero_ps();
-        for (int64_t first = 0; first < job.segments; first += kGroup, x_scale += job.tokens) {
-            const int64_t last = first + kGroup < job.segments ? first + kGroup : job.segments;
-            __m512i dot[T][2];
-#pragma GCC unroll 8
-            for (auto& pair : dot) pair[0] = pair[1] = _mm512_setzero_si512();
-            for (int64_t segment = first; segment < last; ++segment, x_segment += job.tokens * kSegment) {
-                const Pair weights = source.next(segment);
-#pragma GCC unroll 8
-                for (int t = 0; t < T; ++t) {
-                    const __m512i low = _mm512_loadu_si512(x_segment + t * kSegment);
-                    const __m512i high = _mm512_loadu_si512(x_segment + t * kSegment + 32);
-                    dot[t][0] = _mm512_dpwssd_epi32(dot[t][0], weights.low, low);
-                    dot[t][1] = _mm512_dpwssd_epi32(dot[t][1], weights.high, high);
-                }
+// int8 weights, int16 activations: exact int32 sums within a group of segments, which `tile` then scales.
+struct Int {
+    using X = int16_t;
+    using Sum = __m512i;
+    static constexpr bool kGrouped = true;
+
+    PRUNUS_TARGET PRUNUS_INLINE static Sum zero() { return _mm512_setzero_si512(); }
+    PRUNUS_TARGET PRUNUS_INLINE static Pair prepare(Pair weights) { return weights; }
+    PRUNUS_TARGET PRUNUS_INLINE static Pair load(const X* x) {
+        return {_mm512_loadu_si512(x), _mm512_loadu_si512(x + 32)};
+    }
+    PRUNUS_TARGET PRUNUS_INLINE static void add(Sum& a, Sum& b, const Pair& w, const Pair& x) {
+        a = _mm512_dpwssd_epi32(a, w.low, x.low);
+        b = _mm512_dpwssd_epi32(b, w.high, x.high);
+    }
+};
+
+PRUNUS_TARGET PRUNUS_INLINE __m512 to_float(__m512 sum) { return sum; }
+PRUNUS_TARGET PRUNUS_INLINE __m512 to_float(__m512i sum) { return _mm512_cvtepi32_ps(sum); }
+
+// ---- the loop --------------------------------------------------------------------------------------------
+
+// R rows times T tokens. With many tokens, two rows share each load of an activation.
+template <typename Math, typename Source, int R, int T>
+PRUNUS_TARGET PRUNUS_INLINE void tile(const Job& job, int64_t row, int64_t token) {
+    constexpr int N = R * T;
+    constexpr int kChains = N > 8 ? 1 : 2;  // a second chain hides latency, but costs registers
+    Source source[R];
+    typename Math::Sum sum[N][kChains];
+    __m512 scaled[N];
+    PRUNUS_UNROLL for (int r = 0; r < R; ++r) source[r].start(job, row + r);
+    PRUNUS_UNROLL for (int i = 0; i < N; ++i) {
+        sum[i][0] = Math::zero();
+        sum[i][kChains - 1] = Math::zero();
+        scaled[i] = _mm512_setzero_ps();
+    }
+    const auto* x = static_cast<const typename Math::X*>(job.x) + token * kSegment;
+    for (int64_t segment = 0; segment < job.segments; ++segment, x += job.tokens * kSegment) {
+        decltype(Math::prepare(Pair{})) weights[R];
+        PRUNUS_UNROLL for (int r = 0; r < R; ++r) weights[r] = Math::prepare(source[r].next(segment));
+        PRUNUS_UNROLL for (int t = 0; t < T; ++t) {
+            const auto activations = Math::load(x + t * kSegment);
+            PRUNUS_UNROLL for (int r = 0; r < R; ++r)
+                Math::add(sum[r * T + t][0], sum[r * T + t][kChains - 1], weights[r], activations);
+        }
+        if (Math::kGrouped && (segment % kGroup == kGroup - 1 || segment == job.segments - 1)) {
+            const float* x_scales = job.x_scales + segment / kGroup * job.tokens + token;
+            PRUNUS_UNROLL for (int i = 0; i < N; ++i) {
+                __m512 total = to_float(sum[i][0]);
+                if (kChains == 2) total = _mm512_add_ps(total, to_float(sum[i][kChains - 1]));
+                scaled[i] = _mm512_fmadd_ps(total, _mm512_set1_ps(x_scales[i % T]), scaled[i]);
+                sum[i][0] = Math::zero();
+                sum[i][kChains - 1] = Math::zero();
             }
-#pragma GCC unroll 8
-            for (int t = 0; t < T; ++t)
-                sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(dot[t][0], dot[t][1])),
-                                         _mm512_set1_ps(x_scale[t]), sum[t]);
         }
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) finish(job, row, token + t, _mm512_reduce_add_ps(sum[t]));
     }
+    float totals[N];
+    PRUNUS_UNROLL for (int i = 0; i < N; ++i) {
+        __m512 total = Math::kGrouped ? scaled[i] : to_float(sum[i][0]);
+        if (kChains == 2 && !Math::kGrouped) total = _mm512_add_ps(total, to_float(sum[i][kChains - 1]));
+        totals[i] = _mm512_reduce_add_ps(total);
+    }
+    for (int i = 0; i < N; ++i) finish(job, row + i / T, token + i % T, totals[i]);
+}
+
+template <typename Math, typename Source, int T>
+PRUNUS_TARGET void rows(const Job& job, int64_t begin, int64_t end, int64_t token) {
+    constexpr int R = T > 2 ? 2 : 1;
+    int64_t row = begin;
+    for (; row + R <= end; row += R) tile<Math, Source, R, T>(job, row, token);
+    for (; row < end; ++row) tile<Math, Source, 1, T>(job, row, token);
 }
 
 PRUNUS_TARGET inline void expand_row(const uint8_t* row_mask, const uint16_t* values, int64_t cols, uint16_t* out) {

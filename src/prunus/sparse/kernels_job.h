@@ -118,7 +118,7 @@ inline const Value* row_values(const Job& job, int64_t row) {
     return static_cast<const Value*>(job.tail) + (job.offsets[row] - job.offsets[job.tail_row]);
 }
 
-inline void finish(const Job& job, int64_t row, int64_t token, float sum) {
+__attribute__((always_inline)) inline void finish(const Job& job, int64_t row, int64_t token, float sum) {
     if (job.scales) sum *= job.scales[row];
     if (job.bias) sum += load_as_float(job.bias, row, job.out_kind);
     store_as(job.out, token * job.rows + row, job.out_kind, sum);
