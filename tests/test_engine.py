@@ -12,7 +12,7 @@ from torch import nn
 import prunus
 from prunus.engine.hidden import HiddenStates
 from prunus.engine.lockstep import lockstep, replay, two_pass
-from prunus.engine.memory import available_memory
+from prunus.machine import available_memory
 from prunus.model.linears import Linear, find_linears
 from prunus.plan import Job
 from prunus.statistics import InputStatistics

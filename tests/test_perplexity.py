@@ -241,7 +241,7 @@ def test_folders_that_are_not_models(model, text_file, tmp_path):
         perplexity(str(tmp_path / "gone"), str(text_file))
     folder = tmp_path / "bare"
     model.save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"no tokenizer could be loaded .*score token ids instead"):
+    with pytest.raises(ValueError, match=r"no tokenizer could be loaded .*give token ids instead"):
         perplexity(folder, str(text_file), seqlen=32, device="cpu")
     byte_tokenizer().save_pretrained(folder)
     shard = folder / "model.safetensors"

@@ -5,10 +5,38 @@ perplexity   score a model
 inspect      what is in a checkpoint
 """
 
-from prunus.evaluation import PerplexityResult, perplexity
-from prunus.inspection import Inspection, inspect
-from prunus.manifest import Manifest
-from prunus.prune import prune
-from prunus.recipe import Recipe
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prunus.evaluation import PerplexityResult, perplexity
+    from prunus.inspection import Inspection, inspect
+    from prunus.manifest import Manifest
+    from prunus.recipe import Recipe
+    from prunus.run import prune
 
 __all__ = ["Inspection", "Manifest", "PerplexityResult", "Recipe", "inspect", "perplexity", "prune"]
+
+# Where each public name lives. It is imported when it is first used: torch and transformers take seconds, which
+# `prunus --help` need not wait for. No module may bear a public name, or importing it would hide the name.
+_HOMES = {
+    "Inspection": "prunus.inspection",
+    "Manifest": "prunus.manifest",
+    "PerplexityResult": "prunus.evaluation",
+    "Recipe": "prunus.recipe",
+    "inspect": "prunus.inspection",
+    "perplexity": "prunus.evaluation",
+    "prune": "prunus.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

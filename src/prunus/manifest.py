@@ -5,16 +5,13 @@ It never claims more than is on disk: a block is entered after its shard has its
 
 from __future__ import annotations
 
-import os
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from prunus.engine.memory import peak_memory
+from prunus.machine import peak_memory
 from prunus.model.files import read_json, write_json
 from prunus.recipe import Recipe
 
@@ -25,9 +22,6 @@ __all__ = [
     "LinearRecord",
     "Manifest",
     "Walk",
-    "machine",
-    "processor_name",
-    "versions",
 ]
 
 MANIFEST_NAME = "prunus.json"
@@ -141,14 +135,17 @@ class Manifest(BaseModel):
             "block_seconds": sum(block.seconds for block in self.blocks),
         }
 
-    def check_same_run(self, recipe: Recipe, inputs: Inputs) -> None:
-        """See that this manifest is of the run that `recipe` and `inputs` describe.
+    def check_same_run(self, recipe: Recipe, inputs: Inputs | None = None) -> None:
+        """See that this manifest is of the run that `recipe` and, where they are known yet, `inputs` describe.
 
         Raises:
             FileExistsError: it is of another one; names the first difference.
         """
-        before = self.recipe.model_dump() | self.inputs.model_dump(exclude={"dtype_reason"})
-        now = recipe.model_dump() | inputs.model_dump(exclude={"dtype_reason"})
+        before, now = self.recipe.model_dump(), recipe.model_dump()
+        if inputs is not None:
+            # What the inputs say of batch and dtype is what the recipe's "auto" came to.
+            before |= self.inputs.model_dump(exclude={"dtype_reason"})
+            now |= inputs.model_dump(exclude={"dtype_reason"})
         for key, value in now.items():
             if before[key] != value:
                 raise FileExistsError(
@@ -165,35 +162,3 @@ class Manifest(BaseModel):
         if device.type == "cuda":
             self.totals["peak_device_memory_bytes"] = peak_memory(device)
         self.state = "finished"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the result."""
-    return {
-        "prunus": version("prunus"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "safetensors": version("safetensors"),
-        "python": platform.python_version(),
-    }
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """The hardware a run is carried out on."""
-    return {
-        "processor": processor_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
-
-
-def processor_name() -> str:
-    """The processor in words, as the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

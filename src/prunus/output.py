@@ -17,7 +17,7 @@ from prunus.model.checkpoint import INDEX_NAME, Checkpoint, companion_files
 from prunus.model.files import TEMPORARY_SUFFIX, copy_file, save_safetensors, write_json, write_text
 from prunus.model.source import CheckpointSource
 
-__all__ = ["OutputFolder", "check_disk", "check_output"]
+__all__ = ["OutputFolder", "check_disk", "check_finished", "check_output"]
 
 OUTER_SHARD = "outer.safetensors"
 
@@ -48,6 +48,20 @@ def check_output(output: Path, source: Path, overwrite: bool) -> Manifest | None
             f"output {output} exists and does not come from prunus; it is left as it is. Choose another folder"
         )
     return None if overwrite else Manifest.load(output)
+
+
+def check_finished(output: Path) -> None:
+    """See that a run whose manifest says it is finished still has all its shards, whole.
+
+    Raises:
+        FileExistsError: something was taken away or cut off since.
+    """
+    try:
+        Checkpoint(output)
+    except (FileNotFoundError, ValueError) as fault:
+        raise FileExistsError(
+            f"{output} holds a finished run that was damaged since: {fault}. --overwrite makes it again"
+        ) from fault
 
 
 def check_disk(output: Path, needed: int) -> None:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,13 @@ from torch import nn
 
 from prunus.calibration import check_source
 from prunus.engine.linear import LinearJob
-from prunus.engine.memory import BlockCost, available_memory
+from prunus.engine.memory import BlockCost
 from prunus.engine.precision import decide_dtype
+from prunus.machine import available_memory, matmul_rate, resident_memory
 from prunus.manifest import Walk
 from prunus.methods import METHODS, Options, check_options, default_group
 from prunus.model.checkpoint import resolve_folder
+from prunus.model.device import choose_device
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.patterns import Pattern, check_shape
@@ -130,7 +131,7 @@ class Job:
             "batch": self.batch,
             "hidden_states": "file" if self.spills else "memory",
             "blocks_in_lockstep": sum(self.fits_lockstep(index) for index in range(len(self.skeleton))),
-            "peak_memory_bytes": peak + _resident(),
+            "peak_memory_bytes": peak + resident_memory(),
             "disk_bytes": self.disk,
             "seconds": self._estimate_seconds(),
         }
@@ -149,7 +150,7 @@ class Job:
                 columns = [x.shape for x in self.skeleton.linears(index) if x.name in self.targets[index]]
                 # A Gram per distinct input (about 4 of 7 linears), its factor, and the update of the weights.
                 flops += sum(1.2 * tokens * c * c + c**3 + 2.0 * r * c * c for r, c in columns)
-        return round(1.4 * flops / _rate(self.device, self.dtype), 1)
+        return round(1.4 * flops / matmul_rate(self.device, self.dtype), 1)
 
 
 def prepare(
@@ -168,7 +169,7 @@ def prepare(
     group = recipe.group if recipe.group is not None else default_group(recipe.method, method_options)
     pattern = Pattern.parse(recipe.pattern, group)
     check_options(recipe.method, pattern, recipe.sparsity, method_options)
-    device = _device(options.device, model)
+    device = choose_device(options.device, model if isinstance(model, nn.Module) else None)
     if method.needs != "none" and options.input_ids is None:
         check_source(recipe.calibration, options.data_dir)
     source: CheckpointSource | ModuleSource
@@ -187,7 +188,7 @@ def prepare(
         skeleton = Skeleton(source.config, dtype, options.trust_remote_code)
         source.bind(skeleton)
     batch = recipe.batch or max(1, min(recipe.samples, _TOKENS_PER_BATCH // recipe.seqlen))
-    budget = options.memory if options.memory is not None else available_memory() + _resident()
+    budget = options.memory if options.memory is not None else available_memory() + resident_memory()
     job = Job(
         recipe=recipe,
         options=options,
@@ -198,7 +199,7 @@ def prepare(
         dtype=dtype,
         dtype_reason=reason,
         batch=batch,
-        budget=budget - _resident(),
+        budget=budget - resident_memory(),
         targets=targets,
         left_dense=left_dense,
     )
@@ -206,7 +207,7 @@ def prepare(
     least = max(cost.least for cost in job.costs)
     if job.budget < least:
         raise ValueError(
-            f"a block needs {(least + _resident()) / 1e9:.2f} GB with one batch of {batch} windows of "
+            f"a block needs {(least + resident_memory()) / 1e9:.2f} GB with one batch of {batch} windows of "
             f"{recipe.seqlen} tokens in flight; the memory budget is {budget / 1e9:.2f} GB. Raise --memory or "
             "lower --batch or --seqlen"
         )
@@ -222,7 +223,8 @@ def _check_context(config: Any, seqlen: int, needs: str) -> None:
     positions = getattr(config, "max_position_embeddings", None)
     if needs != "none" and isinstance(positions, int) and seqlen > positions:
         raise ValueError(
-            f"windows of {seqlen} tokens do not fit: the model has {positions} positions. Use --seqlen {positions} or less"
+            f"windows of {seqlen} tokens do not fit: the model has {positions} positions. "
+            f"Use --seqlen {positions} or less"
         )
 
 
@@ -280,51 +282,3 @@ def _cost(job: Job, index: int) -> BlockCost:
 def _hidden_size(model: nn.Module) -> int:
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     return int(embedding.weight.shape[1])
-
-
-def _device(name: str, model: str | Path | nn.Module) -> torch.device:
-    """The device that `name` stands for.
-
-    Raises:
-        ValueError: not a device name, or a CUDA device that is not there.
-    """
-    if name == "auto":
-        if isinstance(model, nn.Module):
-            return next(model.parameters()).device
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:i; got {name!r}")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise ValueError(
-                f"there is no device {name!r}: PyTorch sees {count} CUDA devices. Choose --device cpu or auto"
-            )
-    return device
-
-
-def _resident() -> int:
-    """Bytes of this process that are in memory now."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * 4096
-
-
-def _rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiply-adds per second (×2) of a matrix product the size of a batch, measured in about 0.1 s."""
-    left = torch.ones(1024, 1024, device=device, dtype=dtype)
-    right = torch.ones(1024, 1024, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):
-        started = time.perf_counter()
-        torch.nn.functional.linear(left, right)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * 1024**3 / best

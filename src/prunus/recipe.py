@@ -7,7 +7,7 @@ A recipe holds everything that decides the bytes of the result. What only decide
 from __future__ import annotations
 
 import fnmatch
-import hashlib
+import json
 import re
 import tomllib
 from collections.abc import Iterable
@@ -162,10 +162,6 @@ class Recipe(BaseModel):
         if not any(self.selects(name) for name in known):
             raise ValueError("--only and --ignore leave no linear to prune")
 
-    def digest(self) -> str:
-        """SHA-256 of the recipe, to tell whether a run can be resumed."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
-
     def to_toml(self) -> str:
         """The recipe as TOML; `load_recipe` reads it back. Options without a value are left out."""
         lines = [
@@ -226,7 +222,8 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        # JSON and TOML escape alike, but for DEL, which only TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     return repr(value)

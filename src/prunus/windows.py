@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
+from transformers import AutoModelForCausalLM
 
 from prunus.calibration import Windows, hash_ids, load_windows
 from prunus.model.source import ModuleSource
+from prunus.model.tokenizer import load_tokenizer
 from prunus.plan import Job
 
 __all__ = ["calibration_windows"]
@@ -54,24 +55,14 @@ def _tokenizer(job: Job) -> Any:
         raise ValueError(
             "pruning a loaded model needs its tokenizer: pass tokenizer=, or token ids as calibration="
         )
-    folder = job.source.checkpoint.folder
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=job.options.trust_remote_code, local_files_only=True
-        )
-    except Exception as fault:
-        reason = (str(fault).strip().splitlines() or ["unknown reason"])[0]
-        raise ValueError(
-            f"{folder} has no tokenizer that transformers can load ({reason}); add the tokenizer files, or give "
-            "token ids as calibration: a .safetensors file with input_ids"
-        ) from fault
+    return load_tokenizer(job.source.checkpoint.folder, job.options.trust_remote_code)
 
 
 def _load_whole(job: Job) -> Any:
     """The dense model in memory, to let it write its own calibration text."""
     if isinstance(job.source, ModuleSource):
         return job.source.model
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         job.source.checkpoint.folder, dtype=job.dtype, trust_remote_code=job.options.trust_remote_code
     )
     return model.to(job.device).eval()

@@ -1,0 +1,1 @@
+"""The block loop's body and the walks through a block."""

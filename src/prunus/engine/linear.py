@@ -65,13 +65,13 @@ def prune_linear(
     else:
         # Kept weights stay as stored, bit for bit: no way through float32 for dtypes wider than it.
         new_OI = _oriented(stored, linear).to(pruned.keep_OI.device).masked_fill(~pruned.keep_OI, 0)
-    if not bool(torch.isfinite(new_OI).all()):
+    if method.updates_weights and not all(x.isfinite() for x in torch.aminmax(new_OI)):
         raise ValueError(
             f"{method.name} gave weights that are not finite for {full_name}; try a larger --damping or more samples"
         )
     linear.assign(new_OI)
     error, energy = _damage(weight_OI, new_OI, statistics)
-    zeros = int((new_OI == 0).sum())
+    zeros = new_OI.numel() - int(torch.count_nonzero(new_OI))
     record = LinearRecord(
         shape=linear.shape,
         zeros=zeros,

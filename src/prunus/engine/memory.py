@@ -1,43 +1,10 @@
-"""How much memory there is, how much was used, and how much a block will need."""
+"""How much memory a block will need."""
 
 from __future__ import annotations
 
-import os
-import resource
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-
-__all__ = ["BlockCost", "available_memory", "peak_memory"]
-
-
-def peak_memory(device: torch.device | None = None) -> int:
-    """Peak memory of this process so far in bytes: resident on the host, allocated on a CUDA device."""
-    if device is not None and device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def available_memory() -> int:
-    """Bytes that can still be taken without swapping, the limit of the process' cgroup included."""
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        if limit != "max":
-            available = min(available, max(0, int(limit) - used))
-    except (OSError, ValueError):
-        pass
-    return available
+__all__ = ["BlockCost"]
 
 
 @dataclass(frozen=True)

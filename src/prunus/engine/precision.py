@@ -71,7 +71,8 @@ def _trial(source: Source, trust_remote_code: bool) -> float:
         skeleton = Skeleton(source.config, dtype, trust_remote_code)
         source.bind(skeleton)
         rows = skeleton.model.get_input_embeddings().weight.shape[0]
-        ids = torch.linspace(0, rows - 1, min(_TRIAL_TOKENS, rows)).long().unsqueeze(0)
+        positions = getattr(source.config, "max_position_embeddings", None) or _TRIAL_TOKENS
+        ids = torch.linspace(0, rows - 1, min(_TRIAL_TOKENS, rows, positions)).long().unsqueeze(0)
         with skeleton.surroundings(source.outer, cpu):
             hidden, calls = skeleton.record(ids)
         block = skeleton.fill(0, source.block(0), cpu)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,9 @@ from torch import nn
 from torch.nn import functional
 
 from prunus.evaluation.text import ScoringText, check_text, load_scoring_text, scoring_windows
+from prunus.model.checkpoint import resolve_folder
+from prunus.model.device import choose_device
+from prunus.model.tokenizer import load_tokenizer
 
 __all__ = ["PerplexityResult", "ScoringText", "load_scoring_text", "perplexity", "score_windows"]
 
@@ -45,8 +47,9 @@ class PerplexityResult:
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values, for JSON."""
-        return dataclasses.asdict(self)
+        """The fields as plain values, for JSON, which knows no infinity: None stands for it."""
+        finite = self.perplexity if math.isfinite(self.perplexity) else None
+        return dataclasses.asdict(self) | {"perplexity": finite}
 
 
 def score_windows(
@@ -146,15 +149,20 @@ def perplexity(
             "a loaded model is scored as it is: leave dtype and device at 'auto', or convert it before"
         )
     check_text(text, data_dir)
-    place = None if loaded else _device(device)
-    if not loaded:
-        _check_path(str(model_or_path))
+    place = None if loaded else choose_device(device)
+    folder = None if loaded else _find_folder(model_or_path)
 
     def get_tokenizer() -> Any:
-        return tokenizer if tokenizer is not None else _load_tokenizer(model_or_path)
+        if tokenizer is not None:
+            return tokenizer
+        if folder is None:
+            raise ValueError(
+                "a loaded model comes without its tokenizer: pass tokenizer=, or score a file of input_ids"
+            )
+        return load_tokenizer(folder)
 
     ids, source, how = scoring_windows(text, get_tokenizer, seqlen, limit, data_dir)
-    model = model_or_path if loaded else _load_model(str(model_or_path), dtype).to(place)
+    model = model_or_path if folder is None else _load_model(folder, dtype).to(place)
     _check_model(model, ids)
     where = model.get_input_embeddings().weight
     was_training = model.training
@@ -194,49 +202,14 @@ def _check_arguments(seqlen: int, limit: int | None, batch: int, dtype: str) -> 
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
 
 
-def _device(name: str) -> torch.device:
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return torch.device("cuda" if available else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>, not {name!r}")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= available:
-        raise ValueError(
-            f"device {name!r} is not there: {available} CUDA devices are visible; use --device cpu"
-        )
-    return device
+def _find_folder(model: str | Path) -> Path:
+    folder = resolve_folder(model)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{model}: no config.json in this folder; is it a Hugging Face checkpoint?")
+    return folder
 
 
-def _check_path(model: str) -> None:
-    """A local folder with a config, or else something that can be a hub id."""
-    folder = Path(model)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{model}: no config.json in this folder; is it a Hugging Face checkpoint?"
-            )
-    elif folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model):
-        raise FileNotFoundError(f"{model}: neither a folder nor a hub id")
-
-
-def _load_tokenizer(model_or_path: Any) -> Any:
-    if isinstance(model_or_path, nn.Module):
-        raise ValueError(
-            "a loaded model comes without its tokenizer: pass tokenizer=, or score a file of input_ids"
-        )
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(model_or_path))
-    except Exception as error:  # transformers raises many kinds where files are missing or broken
-        raise ValueError(
-            f"{model_or_path}: no tokenizer could be loaded ({_one_line(error)}); "
-            "score token ids instead: a .safetensors file with input_ids"
-        ) from error
-
-
-def _load_model(model: str, dtype: str) -> Any:
+def _load_model(model: Path, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:

@@ -79,7 +79,7 @@ def check_text(name: str, data_dir: Path | None) -> None:
         check_corpus(name, "scoring", data_dir)
         return
     path = Path(name)
-    if not path.exists() and (name == "self" or not path.suffix):
+    if not name or (not path.exists() and (name == "self" or not path.suffix)):
         raise ValueError(f"unknown text {name!r}: give {', '.join(NAMES)} or a file of text or input_ids")
     check_file(path)
 

@@ -196,7 +196,7 @@ def resolve_folder(model: str | Path) -> Path:
         raise FileNotFoundError(f"{name} is a file; expected the folder of a Hugging Face checkpoint{hint}")
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local or not name:
-        raise FileNotFoundError(f"there is no folder {name!r}")
+        raise FileNotFoundError(f"{name!r} is neither a folder nor a hub id")
     from huggingface_hub import snapshot_download
 
     try:

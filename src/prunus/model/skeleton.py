@@ -58,9 +58,16 @@ class Skeleton:
     def __init__(self, config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
         with _parameters_on_meta():
             # Buffers are computed for real: rotary frequencies and the like are in no checkpoint.
-            self.model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
-            )
+            try:
+                self.model = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
+                )
+            except ValueError as fault:
+                # The first line says it; then transformers lists some hundred classes that it would have taken.
+                raise ValueError(
+                    f"transformers makes no causal language model of model type {config.model_type!r}: "
+                    f"{str(fault).strip().splitlines()[0]}"
+                ) from fault
         self.model.eval().requires_grad_(False)
         self.dtype = dtype
         self.path, self.blocks = find_block_list(self.model)
@@ -99,9 +106,8 @@ class Skeleton:
         skipped -= {id(p) for p in embedding.parameters()}  # a tied head is the embedding
         state = self.model.state_dict(keep_vars=True)
         names = [n for n in self.outer_parameter_names if id(state[n]) not in skipped]
-        values = read(names, self.model)
         try:
-            place(self.model, values, device)
+            place(self.model, read(names, self.model), device)
             for module in self._outer_modules:
                 _move_buffers(module, device)
             # Two tokens are enough to learn what the blocks return before long inputs come.
@@ -171,8 +177,7 @@ class Skeleton:
         if kind not in self._returns_tuple:
             trial = copy.deepcopy(block)
             trial.__dict__.pop("forward", None)
-            place(trial, {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in trial.state_dict().items()})
-            trial.to(hidden.device)
+            _fill_with_zeros(trial, hidden.device)
             output = trial(hidden, *call.args, **call.kwargs)
             self._returns_tuple[kind] = isinstance(output, tuple | list)
         return self._returns_tuple[kind]
@@ -226,6 +231,16 @@ def release(module: nn.Module) -> None:
             if old is not None and old.device.type != "meta":
                 new = empty.setdefault(id(old), nn.Parameter(old.to("meta"), requires_grad=False))
                 owner._parameters[leaf] = new
+
+
+def _fill_with_zeros(module: nn.Module, device: torch.device) -> None:
+    """Parameters of zeros that take no memory: one element each, read again and again."""
+    for owner in module.modules():
+        _move_buffers(owner, device)
+        for leaf, old in owner._parameters.items():
+            if old is not None:
+                zeros = torch.zeros((), dtype=old.dtype, device=device).expand(old.shape)
+                owner._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,7 +63,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as fault:
-        reason = " ".join(str(fault).split())
+        reason = textwrap.shorten(str(fault), 300, placeholder=" …")
         raise ValueError(
             f"{folder / 'config.json'} describes no model that transformers {transformers.__version__} knows: {reason}"
         ) from fault
@@ -85,8 +87,10 @@ class CheckpointSource:
         self._blocks: list[dict[str, str]] = []
 
     def bind(self, skeleton: Skeleton) -> None:
-        stored, converted = _names_in_model(skeleton, self.checkpoint.tensors)
+        stored, converted, unknown = _names_in_model(skeleton, self.checkpoint.tensors)
         self._stored = stored
+        self._refuse_unknown(skeleton, unknown)
+        self._check_outer(skeleton)
         expected = skeleton.model.state_dict()
         self._blocks = []
         for index in range(len(skeleton)):
@@ -110,16 +114,33 @@ class CheckpointSource:
                     )
             self._blocks.append({name.removeprefix(prefix): stored[name] for name in members})
 
-    def outer(self, names: list[str], model: nn.Module) -> dict[str, torch.Tensor]:
-        state = model.state_dict(keep_vars=True)
-        have = [name for name in names if name in self._stored]
-        tied = {id(state[name]) for name in have}
-        for name in names:
+    def _refuse_unknown(self, skeleton: Skeleton, unknown: Mapping[str, str]) -> None:
+        """A matrix among the blocks that the model has no place for would be passed on dense without a word."""
+        ignored = getattr(skeleton.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        for name, key in unknown.items():
+            if (
+                name.startswith(f"{skeleton.path}.")
+                and name.endswith(".weight")  # old checkpoints of GPT-2 and others store masks as attn.bias
+                and len(self.checkpoint.tensors[key].shape) > 1
+                and not any(re.search(rule, name) for rule in ignored)
+            ):
+                raise ValueError(
+                    f"{self.checkpoint.folder} holds {key!r}, but the model that config.json describes has no such "
+                    f"weight in its {len(skeleton)} blocks; config and weights do not belong together"
+                )
+
+    def _check_outer(self, skeleton: Skeleton) -> None:
+        """Embeddings, norms and head must be stored, under one of their names where they are tied."""
+        state = skeleton.model.state_dict(keep_vars=True)
+        tied = {id(tensor) for name, tensor in state.items() if name in self._stored}
+        for name in skeleton.outer_parameter_names:
             if name not in self._stored and id(state[name]) not in tied:
                 raise ValueError(
                     f"{self.checkpoint.folder} holds no weight for {name}; is the checkpoint whole?"
                 )
-        keys = {self._stored[name]: name for name in have}
+
+    def outer(self, names: list[str], model: nn.Module) -> dict[str, torch.Tensor]:
+        keys = {self._stored[name]: name for name in names if name in self._stored}
         return {keys[key]: tensor for key, tensor in self.checkpoint.read(keys)}
 
     def block_keys(self, index: int) -> dict[str, str]:
@@ -180,8 +201,13 @@ class ModuleSource:
                 state[name].copy_(tensor)
 
 
-def _names_in_model(skeleton: Skeleton, keys: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
-    """The model's name -> stored name, by transformers' own renaming rules, and keys that need more than a name."""
+def _names_in_model(
+    skeleton: Skeleton, keys: Mapping[str, Any]
+) -> tuple[dict[str, str], set[str], dict[str, str]]:
+    """The model's name -> stored name, by transformers' own renaming rules.
+
+    Also the keys that need more than a new name, and as the first those that the model has no place for.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -193,6 +219,7 @@ def _names_in_model(skeleton: Skeleton, keys: Mapping[str, Any]) -> tuple[dict[s
     prefix = model.base_model_prefix
     names: dict[str, str] = {}
     converted: set[str] = set()
+    unknown: dict[str, str] = {}
     for key in sorted(keys):
         name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
         if name not in expected and key in expected:
@@ -201,7 +228,9 @@ def _names_in_model(skeleton: Skeleton, keys: Mapping[str, Any]) -> tuple[dict[s
             converted.add(key)
         elif name in expected:
             names[name] = key
-    return names, converted
+        else:
+            unknown[name] = key
+    return names, converted, unknown
 
 
 def _main_dtype(sizes: Mapping[str, tuple[torch.dtype, int]]) -> torch.dtype:

@@ -58,7 +58,7 @@ def inspection_table(inspection: Inspection) -> Table:
     """One row per linear."""
     table = Table(title=f"{inspection.model}: {inspection.blocks} blocks", title_justify="left")
     for column in ("linear", "shape", "dtype", "sparsity", "N:M that hold"):
-        table.add_column(column, justify="right" if column == "sparsity" else "left")
+        table.add_column(column, justify="right" if column == "sparsity" else "left", overflow="fold")
     block = 0
     for linear in inspection.linears:
         if linear.block != block:

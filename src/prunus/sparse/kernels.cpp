@@ -1,14 +1,14 @@
-// Products with bitmap weights on a CPU: checks, threads, activations, and the choice of instruction set.
-// The interface is described in kernels.h; the inner loops are in the kernels_<instruction set>.h.
+// Products with bitmap weights on a CPU: argument checks and the choice of instruction set.
+// kernels.h describes the interface; the inner loops are in kernels_<instruction set>.h.
 
 #include "kernels.h"
 
-#include <cmath>
 #include <new>
-#include <vector>
 
+#include "kernels_activations.h"
 #include "kernels_job.h"
 #include "kernels_portable.h"
+#include "kernels_threads.h"
 #if defined(__x86_64__) && defined(__GNUC__)
 #define PRUNUS_X86 1
 #include "kernels_avx2.h"
@@ -17,124 +17,6 @@
 
 namespace prunus {
 namespace {
-
-// ---- threads: the team that torch already has ------------------------------------------------------------
-// A second pool beside torch's would compete with its spinning workers for the cores: with a pool of our own
-// a matrix-vector product took twice as long and the torch operation before it four times as long.
-
-using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-std::atomic<GompParallel> g_parallel{nullptr};
-
-void take_rows(void* data) {
-    const Job& job = *static_cast<const Job*>(data);
-    for (;;) {
-        const int64_t begin = job.next->fetch_add(job.chunk, std::memory_order_relaxed);
-        if (begin >= job.rows) return;
-        job.rows_fn(job, begin, begin + job.chunk < job.rows ? begin + job.chunk : job.rows);
-    }
-}
-
-void run(Job& job, int threads, int64_t bytes_per_row) {
-    constexpr int64_t kBytesPerChunk = 1 << 17;   // stays in the second-level cache between token blocks
-    constexpr int64_t kBytesPerThread = 1 << 15;  // below this, waking a thread costs more than it brings
-    const int64_t useful = job.rows * bytes_per_row / kBytesPerThread;
-    if (threads > useful) threads = int(useful);
-    const GompParallel parallel = g_parallel.load(std::memory_order_relaxed);
-    if (!parallel || threads < 1) threads = 1;
-    // Threads take chunks as they come, so one that is held up does not hold up the others.
-    int64_t chunk = job.rows / (8 * threads) + 1;
-    const int64_t most = kBytesPerChunk / (bytes_per_row + 1) + 1;
-    job.chunk = chunk < most ? chunk : most;
-    std::atomic<int64_t> next{0};
-    job.next = &next;
-    if (threads == 1) take_rows(&job);
-    else parallel(take_rows, &job, unsigned(threads), 0);
-}
-
-// ---- activations -----------------------------------------------------------------------------------------
-
-enum class XForm { kBf16, kFloat, kInt16 };
-
-// Per-thread memory that is reused from call to call.
-struct Scratch {
-    std::vector<uint8_t> x, x_scales, tail, row;
-};
-
-template <typename T>
-T* sized(std::vector<uint8_t>& buffer, int64_t count) {
-    const size_t bytes = size_t(count) * sizeof(T);
-    if (buffer.size() < bytes) buffer.resize(bytes);
-    return reinterpret_cast<T*>(buffer.data());
-}
-
-// Calls fn(to, token, first column, columns) for every 64-wide piece of the layout (segment, token, 64).
-template <typename T, typename Fn>
-void for_pieces(const Job& job, T* to, Fn fn) {
-    for (int64_t segment = 0; segment < job.segments; ++segment) {
-        const int64_t first = segment * kSegment;
-        const int64_t columns = job.cols - first < kSegment ? job.cols - first : kSegment;
-        for (int64_t token = 0; token < job.tokens; ++token, to += kSegment) {
-            fn(to, token, first, columns);
-            for (int64_t i = columns; i < kSegment; ++i) to[i] = T(0);
-        }
-    }
-}
-
-void lay_out_bf16(Job& job, const void* x, Scratch& scratch) {
-    uint16_t* to = sized<uint16_t>(scratch.x, job.segments * job.tokens * kSegment);
-    job.x = to;
-    for_pieces(job, to, [&](uint16_t* piece, int64_t token, int64_t first, int64_t columns) {
-        std::memcpy(piece, static_cast<const uint16_t*>(x) + token * job.cols + first, size_t(columns) * 2);
-    });
-}
-
-void lay_out_float(Job& job, const void* x, Kind kind, Scratch& scratch) {
-    float* to = sized<float>(scratch.x, job.segments * job.tokens * kSegment);
-    job.x = to;
-    for_pieces(job, to, [&](float* piece, int64_t token, int64_t first, int64_t columns) {
-        const int64_t from = token * job.cols + first;
-        for (int64_t i = 0; i < columns; ++i) piece[i] = load_as_float(x, from + i, kind);
-    });
-}
-
-// Symmetric 16-bit integers, one scale per token and group of 256 columns. The rounding error is at most
-// 2^-16 of the group's largest activation, far below that of the int8 weights; a group that holds an
-// infinity or a NaN gets a NaN scale, so that the result is NaN and not a plausible number.
-void lay_out_int16(Job& job, const void* x, Kind kind, Scratch& scratch) {
-    const int64_t groups = (job.segments + kGroup - 1) / kGroup;
-    float* scales = sized<float>(scratch.x_scales, groups * job.tokens);
-    for (int64_t group = 0; group < groups; ++group) {
-        const int64_t first = group * kGroup * kSegment;
-        const int64_t last = first + kGroup * kSegment < job.cols ? first + kGroup * kSegment : job.cols;
-        for (int64_t token = 0; token < job.tokens; ++token) {
-            uint32_t largest = 0;  // magnitudes of floats order like their bits
-            for (int64_t i = first; i < last; ++i) {
-                const uint32_t bits = float_to_bits(load_as_float(x, token * job.cols + i, kind)) & 0x7fffffff;
-                largest = bits > largest ? bits : largest;
-            }
-            const bool finite = largest < 0x7f800000;
-            scales[group * job.tokens + token] = finite ? bits_to_float(largest) / 32767.0f : NAN;
-        }
-    }
-    int16_t* to = sized<int16_t>(scratch.x, job.segments * job.tokens * kSegment);
-    job.x = to;
-    job.x_scales = scales;
-    for_pieces(job, to, [&](int16_t* piece, int64_t token, int64_t first, int64_t columns) {
-        const float scale = scales[first / (kGroup * kSegment) * job.tokens + token];
-        const float inverse = 1.0f / scale;
-        if (!(scale > 0 && std::isfinite(inverse))) {  // all zero, too small for a scale, or not finite
-            std::memset(piece, 0, size_t(columns) * 2);
-            return;
-        }
-        const int64_t from = token * job.cols + first;
-        for (int64_t i = 0; i < columns; ++i) {
-            // Adding and taking away 1.5 · 2^23 rounds to nearest even without a library call.
-            const float value = load_as_float(x, from + i, kind) * inverse;
-            const float rounded = (value + 12582912.0f) - 12582912.0f;
-            piece[i] = int16_t(rounded < -32767.0f ? -32767.0f : rounded > 32767.0f ? 32767.0f : rounded);
-        }
-    });
-}
 
 // ---- the choice of kernel --------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -100,20 +101,17 @@ class Kernels:
         values: torch.Tensor,
         offsets: torch.Tensor,
         scales: torch.Tensor | None,
-        in_features: int,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """The dense weight (O, I) in `dtype`: that of the values, or bfloat16 or float16 for int8 values."""
-        rows = mask.shape[0]
-        out = torch.empty(rows, in_features, dtype=dtype)
+        out: torch.Tensor,
+    ) -> None:
+        """Write the dense weight to `out` (O, I): of the values' dtype, or bfloat16 or float16 for int8 values."""
+        rows, in_features = out.shape
         fault = self.library.prunus_bitmap_expand(
             self.isa, torch.get_num_threads(), rows, in_features, mask.data_ptr(), _KINDS[values.dtype],
             values.data_ptr(), values.shape[0], offsets.data_ptr(),
-            None if scales is None else scales.data_ptr(), _KINDS[dtype], out.data_ptr(),
+            None if scales is None else scales.data_ptr(), _KINDS[out.dtype], out.data_ptr(),
         )  # fmt: skip
         if fault:
             raise RuntimeError(f"the bitmap kernel refused: {_FAULTS[fault]}")
-        return out
 
     @property
     def has_dense(self) -> bool:
@@ -172,7 +170,10 @@ def _load(isa: str) -> tuple[Kernels | None, str | None]:
         )
     found = sorted(Path(__file__).parent.glob("_kernels*.so"))
     if not found:
-        return None, "they were not compiled when prunus was installed: install a C++17 compiler and reinstall"
+        return (
+            None,
+            "they were not compiled when prunus was installed: install a C++17 compiler and reinstall",
+        )
     try:
         library = ctypes.CDLL(str(found[0]))
         abi = library.prunus_abi()
@@ -192,8 +193,8 @@ def _load(isa: str) -> tuple[Kernels | None, str | None]:
     return Kernels(library, found[0], chosen, runtime), None
 
 
-def _torch_runtime() -> ctypes._CFuncPtr | None:
-    """The entry point of the OpenMP library that torch brought into this process.
+def _torch_runtime() -> Any:
+    """The entry point of the OpenMP library that torch brought into this process, or None.
 
     The wheels ship a libgomp of their own. Linking against one at build time could load a second, whose
     threads would fight torch's for the cores; so the one that is there is looked up. LLVM's and Intel's

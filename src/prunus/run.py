@@ -19,15 +19,15 @@ from torch import nn
 
 from prunus.calibration import Windows
 from prunus.engine.blocks import BlockEngine
-from prunus.engine.memory import peak_memory
-from prunus.manifest import Inputs, Manifest, machine, versions
+from prunus.machine import hardware, peak_memory, versions
+from prunus.manifest import Inputs, Manifest
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.output import OutputFolder, check_disk, check_output
+from prunus.output import OutputFolder, check_disk, check_finished, check_output
 from prunus.plan import Job, RunOptions, prepare
 from prunus.recipe import Recipe, load_recipe, parse_bytes
 from prunus.windows import calibration_windows
 
-__all__ = ["Progress", "prune", "run"]
+__all__ = ["Progress", "check", "prune", "run"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,34 @@ def prune(
     return run(model, target, chosen, options, overwrite=overwrite, resume=resume, progress=progress)
 
 
+def check(
+    model: str | Path | nn.Module,
+    output: Path | None,
+    recipe: Recipe,
+    options: RunOptions,
+    *,
+    overwrite: bool = False,
+    resume: bool | None = None,
+) -> tuple[Job, Manifest | None]:
+    """Everything that is looked at before a run does any work, and where `prunus plan` stops.
+
+    Returns the checked job, and the manifest of the run in `output` that it goes on with, if there is one.
+    """
+    earlier = None
+    if output is not None:
+        # Before anything is downloaded or read: is there room for a result at all?
+        earlier = check_output(output, Path(str(model)), overwrite)
+        _check_resume(output, earlier, resume)
+        if earlier is not None:
+            earlier.check_same_run(recipe)
+    job = prepare(model, recipe, options, decided_dtype=earlier.inputs.dtype if earlier is not None else None)
+    if output is not None:
+        assert isinstance(job.source, CheckpointSource)
+        check_output(output, job.source.checkpoint.folder, overwrite)
+        check_disk(output, job.disk - _bytes_in(output))
+    return job, earlier
+
+
 def run(
     model: str | Path | nn.Module,
     output: Path | None,
@@ -133,19 +161,12 @@ def run(
             if output is not None
             else "a checkpoint is pruned into a new folder: give output"
         )
-    earlier = None
-    if output is not None:
-        # Before anything is downloaded or read: is there room for a result at all?
-        earlier = check_output(output, Path(str(model)), overwrite)
-        _check_resume(output, earlier, resume)
-    job = prepare(model, recipe, options, decided_dtype=earlier.inputs.dtype if earlier is not None else None)
-    if output is not None:
-        assert isinstance(job.source, CheckpointSource)
-        check_output(output, job.source.checkpoint.folder, overwrite)
-        check_disk(output, job.disk - _bytes_in(output))
+    job, earlier = check(model, output, recipe, options, overwrite=overwrite, resume=resume)
     windows = calibration_windows(job)
     manifest = _manifest(model, job, windows, earlier)
     if manifest.state == "finished":
+        assert output is not None
+        check_finished(output)
         return manifest
     folder = None
     if output is not None:
@@ -212,7 +233,7 @@ def _manifest(model: Any, job: Job, windows: Windows, earlier: Manifest | None) 
         recipe=job.recipe,
         inputs=inputs,
         versions=versions(),
-        machine=machine(job.device),
+        machine=hardware(job.device),
         left_dense=job.left_dense,
     )
 

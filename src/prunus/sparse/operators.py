@@ -1,0 +1,207 @@
+"""The two products of a packed model as torch operators, so that compile and export see them as one node.
+
+`prunus::bitmap_linear` and `prunus::dense_linear` have a real implementation for every device, a fake one
+that gives shapes, and a gradient for the activations (never for packed weights). `run_bitmap` and
+`run_dense` are the implementations themselves, for eager code that wants to save the dispatcher's time.
+
+A few tokens at a time go through the kernels. Long inputs and other devices go through the dense weight,
+which exists for the length of the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from prunus.sparse import kernels
+from prunus.sparse.bitmap import PackedWeight, expand
+
+__all__ = ["bitmap_linear", "dense_linear", "reference_path", "run_bitmap", "run_dense"]
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_reference = False
+_workspace = threading.local()
+
+
+@contextlib.contextmanager
+def reference_path() -> Iterator[None]:
+    """While active, no kernel multiplies: packed weights are expanded and torch computes everything.
+
+    Logits are then bitwise those of the unpacked model. For tests and checks; it holds for all threads.
+    """
+    global _reference  # noqa: PLW0603
+    before, _reference = _reference, True
+    try:
+        yield
+    finally:
+        _reference = before
+
+
+@functools.cache
+def _compiled() -> kernels.Kernels | None:
+    found = kernels.load()
+    if found is None:
+        warnings.warn(
+            f"prunus has no kernels here, so packed models run slower than dense ones: {kernels.why_not()}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return found
+
+
+def run_bitmap(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scales: torch.Tensor | None,
+    offsets: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """`x · Wᵀ + bias` for a packed W (O, I).
+
+    Args:
+        x: (..., I).
+        values, mask, scales: a `PackedWeight` that `bitmap.check` accepted.
+        offsets: what `bitmap.check` returned.
+        bias: (O,) or None.
+
+    Returns:
+        (..., O) in the dtype of `x`.
+    """
+    in_features = x.shape[-1]
+    if mask.shape[1] != -(-in_features // 8):
+        raise ValueError(f"inputs of width {in_features} do not fit a mask of {mask.shape[1]} bytes a row")
+    tokens = x.numel() // in_features
+    compiled = _compiled() if x.device.type == "cpu" else None
+    if (
+        compiled is None
+        or _reference
+        or not 0 < tokens <= kernels.MAX_TOKENS
+        or x.dtype not in _FLOATS
+        or (bias is not None and bias.dtype != x.dtype)
+    ):
+        weight = _expand_for_now(PackedWeight(mask, values, scales, in_features), x.dtype, offsets)
+        return functional.linear(x, weight, bias)
+    flat = x.reshape(tokens, in_features).contiguous()
+    out = compiled.linear(flat, mask, values, offsets, scales, bias)
+    return out.view(*x.shape[:-1], out.shape[1])
+
+
+def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x · weightᵀ + bias` for a dense weight (O, I); see `run_bitmap`.
+
+    For a few bfloat16 tokens torch reaches some 60 % of the memory's bandwidth; the kernel here reaches it.
+    """
+    in_features = x.shape[-1]
+    tokens = x.numel() // in_features if in_features else 0
+    if (
+        _reference
+        or not 0 < tokens <= kernels.MAX_TOKENS
+        or x.device.type != "cpu"
+        or x.dtype != torch.bfloat16
+        or weight.dtype != torch.bfloat16
+        or weight.shape[1] != in_features
+        or not weight.is_contiguous()
+        or (bias is not None and bias.dtype != torch.bfloat16)
+        or (compiled := _compiled()) is None
+        or not compiled.has_dense
+    ):
+        return functional.linear(x, weight, bias)
+    out = compiled.dense_linear(x.reshape(tokens, in_features).contiguous(), weight, bias)
+    return out.view(*x.shape[:-1], out.shape[1])
+
+
+def _expand_for_now(packed: PackedWeight, dtype: torch.dtype, offsets: torch.Tensor) -> torch.Tensor:
+    """The dense weight in memory that the next call on this thread uses again.
+
+    Fresh memory for every linear of every forward would have to be mapped page by page, which costs more
+    than the expansion. What stays allocated is the size of the largest linear.
+    """
+    if packed.mask.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return expand(packed, dtype, offsets)
+    size = math.prod(packed.shape)
+    memory = getattr(_workspace, "memory", None)
+    if memory is None or memory.numel() < size:
+        memory = _workspace.memory = torch.empty(size, dtype=torch.int16)
+    return expand(packed, dtype, offsets, out=memory[:size].view(dtype).view(packed.shape))
+
+
+@torch.library.custom_op("prunus::bitmap_linear", mutates_args=())
+def bitmap_linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scales: torch.Tensor | None,
+    offsets: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The operator; see `run_bitmap`."""
+    return run_bitmap(x, values, mask, scales, offsets, bias)
+
+
+@torch.library.custom_op("prunus::dense_linear", mutates_args=())
+def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The operator; see `run_dense`."""
+    return run_dense(x, weight, bias)
+
+
+@bitmap_linear.register_fake
+def _(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scales: torch.Tensor | None,
+    offsets: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], mask.shape[0])
+
+
+@dense_linear.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, values, mask, scales, offsets, _bias = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(values, mask, scales, offsets)
+
+
+def _bitmap_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    values, mask, scales, offsets = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        packed = PackedWeight(mask, values, scales, ctx.in_features)
+        grad_x = gradient @ expand(packed, gradient.dtype, offsets)
+    if ctx.needs_input_grad[5]:
+        grad_bias = gradient.flatten(0, -2).sum(0)
+    return grad_x, None, None, None, None, grad_bias
+
+
+bitmap_linear.register_autograd(_bitmap_gradient, setup_context=_keep_packed)
+
+
+def _keep_dense(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, weight, _bias = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _dense_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    flat = gradient.flatten(0, -2)
+    grad_x = gradient @ weight if ctx.needs_input_grad[0] else None
+    grad_weight = flat.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+    grad_bias = flat.sum(0) if ctx.needs_input_grad[2] else None
+    return grad_x, grad_weight, grad_bias
+
+
+dense_linear.register_autograd(_dense_gradient, setup_context=_keep_dense)

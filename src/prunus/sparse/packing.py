@@ -1,0 +1,271 @@
+"""Packing a pruned checkpoint into bitmaps, and back.
+
+A block at a time, like pruning: a shard is read, converted and written before the next is touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from prunus.model.checkpoint import Checkpoint, resolve_folder
+from prunus.model.files import read_json
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource
+from prunus.sparse.bitmap import PackedWeight, check, expand, kept, pack_weight, packed_nbytes, relative_error
+from prunus.sparse.conversion import Conversion, LinearRecord, Record
+from prunus.sparse.description import REFUSAL, Description, PackedShape, Stored, StoredTensor
+
+__all__ = ["pack", "unpack"]
+
+Progress = Callable[[int, int, str], None]
+_CARD = """
+## Packed by prunus
+
+The pruned linears are stored as bitmaps (`docs/bitmap-format.md` of prunus). Install prunus, then:
+
+```python
+import prunus
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+
+`prunus unpack` turns it into an ordinary checkpoint again.
+"""
+
+
+def pack(
+    model: str | Path,
+    output: str | Path,
+    values: Literal["bf16", "int8"] = "bf16",
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Record:
+    """Write a pruned checkpoint with its linears as bitmaps.
+
+    Linears are packed where that makes them smaller: with values of b bytes and sparsity s, where
+    b(1-s) + 1/8 < b. Everything outside the blocks stays as it is, and so does GPT-2's transposed Conv1D.
+
+    Args:
+        model: checkpoint folder or hub id.
+        output: folder of the result.
+        values: "bf16" keeps the surviving weights bit for bit, as the bfloat16 or float16 they are stored in;
+            "int8" rounds them to 8 bits with one scale per row.
+        overwrite: replace an earlier result in `output`.
+        progress: called after every shard with (done, total, what was done).
+
+    Returns:
+        The record, also written to `prunus-pack.json`: per linear its shape, survivors, bytes and error.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: before any work.
+    """
+    if values not in ("bf16", "int8"):
+        raise ValueError(f"values must be bf16 or int8, got {values!r}")
+    source = CheckpointSource(resolve_folder(model))
+    if values == "bf16" and source.stored_dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"{model} is stored in {str(source.stored_dtype).removeprefix('torch.')}, which bitmaps do not hold: convert "
+            "it to bfloat16 first (from_pretrained with dtype=torch.bfloat16, then save_pretrained), or pack int8"
+        )
+    stored: Stored = (
+        "int8" if values == "int8" else "bfloat16" if source.stored_dtype == torch.bfloat16 else "float16"
+    )
+    skeleton = Skeleton(source.config, source.stored_dtype)
+    source.bind(skeleton)
+    record = Record(action="pack", source=str(model), fingerprint=source.fingerprint, values=stored)
+    needed = source.checkpoint.nbytes(source.checkpoint.tensors)
+    conversion = Conversion(source.checkpoint, Path(output), record, overwrite, needed)
+    if conversion.record.finished:
+        return conversion.record
+    conversion.begin()
+    shards = len(skeleton) + 1
+    for index in range(len(skeleton)):
+        shard = f"block-{index:05d}.safetensors"
+        if shard not in conversion.record.shards:
+            conversion.commit(shard, *_pack_block(source, skeleton, index, stored))
+        if progress is not None:
+            progress(index + 1, shards, skeleton.block_name(index))
+    outer = source.outer_keys()
+    if outer:
+        conversion.commit("outer.safetensors", dict(source.checkpoint.read(outer)), {})
+    if progress is not None:
+        progress(shards, shards, "what surrounds the blocks")
+    _finish_packed(conversion, stored)
+    return conversion.record
+
+
+def _pack_block(
+    source: CheckpointSource, skeleton: Skeleton, index: int, stored: Stored
+) -> tuple[dict[str, torch.Tensor], dict[str, LinearRecord]]:
+    """The tensors of a block's shard, and what became of its linears."""
+    keys = source.block_keys(index)
+    linears = {linear.name: linear.module for linear in skeleton.linears(index)}
+    tensors: dict[str, torch.Tensor] = {}
+    records: dict[str, LinearRecord] = {}
+    for relative, weight in source.block(index).items():
+        key, owner = keys[relative], relative.removesuffix(".weight")
+        module = linears.get(owner) if relative.endswith(".weight") else None
+        if module is None:
+            tensors[key] = weight
+            continue
+        name = f"{skeleton.block_name(index)}.{owner}"
+        packed, records[name] = _pack_linear(weight, stored, module, renamed=key != f"{name}.weight")
+        tensors |= {key: weight} if packed is None else _named(name, packed)
+    return tensors, records
+
+
+def _pack_linear(
+    weight: torch.Tensor, stored: Stored, module: nn.Module, renamed: bool
+) -> tuple[PackedWeight | None, LinearRecord]:
+    transposed = type(module) is not nn.Linear
+    rows, columns = reversed(weight.shape) if transposed else weight.shape
+    before = weight.numel() * weight.element_size()
+    count = int(kept(weight).sum())
+    value_bytes = 1 if stored == "int8" else 2
+    reason = None
+    if transposed:
+        reason = f"{type(module).__name__} stores its weight transposed"
+    elif renamed:
+        reason = "the checkpoint stores it under another name than the model's"
+    elif stored != "int8" and str(weight.dtype) != f"torch.{stored}":
+        reason = f"it is stored in {str(weight.dtype).removeprefix('torch.')}"
+    elif packed_nbytes(rows, columns, count, value_bytes) >= rows * columns * value_bytes:
+        reason = "it would not get smaller"
+    if reason is not None:
+        return None, LinearRecord(
+            shape=(rows, columns), kept=count, packed=False, reason=reason, nbytes=(before, before)
+        )
+    packed = pack_weight(weight, torch.int8 if stored == "int8" else weight.dtype)
+    return packed, LinearRecord(
+        shape=(rows, columns),
+        kept=count,
+        packed=True,
+        nbytes=(before, packed.nbytes),
+        relative_error=relative_error(weight, packed) if stored == "int8" else None,
+    )
+
+
+def _named(name: str, packed: PackedWeight) -> dict[str, torch.Tensor]:
+    tensors = {f"{name}.weight": packed.values, f"{name}.weight_mask": packed.mask}
+    if packed.scales is not None:
+        tensors[f"{name}.weight_scales"] = packed.scales
+    return tensors
+
+
+def _finish_packed(conversion: Conversion, stored: Stored) -> None:
+    packed = {name: record for name, record in conversion.record.linears.items() if record.packed}
+    if not packed:
+        raise ValueError(
+            f"no linear of {conversion.record.source} would get smaller; is it pruned? (prunus inspect tells)"
+        )
+    described = Description(stored, {name: PackedShape(*r.shape, r.kept) for name, r in packed.items()})
+    config = read_json(conversion.source.folder / "config.json")
+    config["quantization_config"] = described.to_dict()
+    config["transformers_weights"] = REFUSAL
+    conversion.finish(config, lambda readme: (readme or "# A packed model\n") + _CARD)
+
+
+def unpack(
+    model: str | Path,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Record:
+    """Write a packed checkpoint as an ordinary one: same names and shapes as before packing.
+
+    Float values come back bit for bit. int8 values are expanded to the dtype that config.json names.
+
+    Args:
+        model: folder or hub id of a packed checkpoint.
+        output: folder of the result.
+        overwrite: replace an earlier result in `output`.
+        progress: called after every shard with (done, total, shard).
+
+    Returns:
+        The record, also written to `prunus-unpack.json`.
+
+    Raises:
+        ValueError: not a packed checkpoint, or a damaged one.
+        FileNotFoundError, FileExistsError, OSError: before any work.
+    """
+    folder = resolve_folder(model)
+    checkpoint = Checkpoint(folder)
+    config = read_json(folder / "config.json")
+    described = Description.from_dict(config.get("quantization_config") if isinstance(config, dict) else None)
+    described.check_tensors({n: StoredTensor(i.shape, i.dtype) for n, i in checkpoint.tensors.items()})
+    dtype = described.dtype if described.values != "int8" else _config_dtype(config)
+    fingerprint = hashlib.sha256((checkpoint.fingerprint + repr(sorted(config.items()))).encode()).hexdigest()
+    record = Record(
+        action="unpack", source=str(model), fingerprint=fingerprint, values=str(dtype).removeprefix("torch.")
+    )
+    shapes = described.linears.values()
+    needed = checkpoint.nbytes(checkpoint.tensors) + sum(
+        shape.out_features * shape.in_features * dtype.itemsize for shape in shapes
+    )
+    conversion = Conversion(checkpoint, Path(output), record, overwrite, needed)
+    if conversion.record.finished:
+        return conversion.record
+    conversion.begin()
+    files = _by_file(checkpoint, described)
+    for done, (file, names) in enumerate(files.items(), start=1):
+        if file not in conversion.record.shards:
+            conversion.commit(file, *_unpack_shard(checkpoint, described, names, dtype))
+        if progress is not None:
+            progress(done, len(files), file)
+    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "transformers_weights")}
+    conversion.finish(plain, lambda readme: (readme or "# An unpacked model\n").replace(_CARD, ""))
+    return conversion.record
+
+
+def _by_file(checkpoint: Checkpoint, described: Description) -> dict[str, list[str]]:
+    """Shard -> its tensors. The tensors of one linear go with its values, wherever a sharder has put them."""
+    home = {part: f"{linear}.weight" for linear in described.linears for part in described.tensors(linear)}
+    files: dict[str, list[str]] = {}
+    for name in checkpoint.tensors:
+        files.setdefault(checkpoint.tensors[home.get(name, name)].file, []).append(name)
+    return dict(sorted(files.items()))
+
+
+def _unpack_shard(
+    checkpoint: Checkpoint, described: Description, names: list[str], dtype: torch.dtype
+) -> tuple[dict[str, torch.Tensor], dict[str, LinearRecord]]:
+    tensors = dict(checkpoint.read(names))
+    records = {}
+    for linear in [name.removesuffix(".weight") for name in names]:
+        if linear not in described.linears:
+            continue
+        rows, columns, count = described.linears[linear]
+        packed = PackedWeight(
+            tensors.pop(f"{linear}.weight_mask"),
+            tensors.pop(f"{linear}.weight"),
+            tensors.pop(f"{linear}.weight_scales", None),
+            columns,
+        )
+        try:
+            offsets = check(packed)
+        except ValueError as fault:
+            raise ValueError(f"{linear} is damaged: {fault}") from fault
+        tensors[f"{linear}.weight"] = weight = expand(packed, dtype, offsets)
+        nbytes = (packed.nbytes, weight.numel() * weight.element_size())
+        records[linear] = LinearRecord(shape=(rows, columns), kept=count, packed=False, nbytes=nbytes)
+    return tensors, records
+
+
+def _config_dtype(config: dict[str, Any]) -> torch.dtype:
+    """The dtype that config.json gives the model; bfloat16 where it gives none."""
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(
+            f"config.json gives the model the dtype {name!r}; expected bfloat16, float16 or float32"
+        )
+    return dtype

@@ -1,0 +1,215 @@
+// Compares every kernel of every instruction set that this machine has with float64 arithmetic, on arrays
+// that end where their last element does: under AddressSanitizer a read or write past them is an error.
+// Run by tests/sanitize.sh.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../src/prunus/sparse/kernels.h"
+#include "../src/prunus/sparse/kernels_job.h"
+
+using namespace prunus;
+
+namespace {
+
+std::mt19937 g_random(20240611);
+int g_failures = 0;
+
+#define CHECK(condition, ...)                                 \
+    do {                                                      \
+        if (!(condition)) {                                   \
+            std::printf("FAILED %s: ", #condition);           \
+            std::printf(__VA_ARGS__);                         \
+            std::printf("\n");                                \
+            if (++g_failures > 10) std::exit(1);              \
+        }                                                     \
+    } while (0)
+
+// An array of exactly `count` elements on the heap.
+template <typename T>
+struct Exact {
+    std::unique_ptr<T[]> data;
+    int64_t count;
+    explicit Exact(int64_t n) : data(new T[size_t(n)]), count(n) {}
+    T& operator[](int64_t i) { return data[size_t(i)]; }
+    T* get() { return data.get(); }
+};
+
+float normal() { return std::normal_distribution<float>()(g_random); }
+int64_t between(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(g_random); }
+
+// Stands in for an OpenMP runtime, so that the threaded path runs without one.
+void fork_and_join(void (*fn)(void*), void* data, unsigned threads, unsigned) {
+    std::vector<std::thread> team;
+    for (unsigned i = 1; i < threads; ++i) team.emplace_back(fn, data);
+    fn(data);
+    for (auto& thread : team) thread.join();
+}
+
+// Activations, biases and outputs in one of the three floating-point kinds.
+struct Floats {
+    Kind kind;
+    Exact<uint8_t> bytes;
+    Floats(Kind k, int64_t n) : kind(k), bytes(n * (k == kF32 ? 4 : 2)) {}
+    void set(int64_t i, float value) { store_as(bytes.get(), i, kind, value); }
+    double at(int64_t i) { return load_as_float(bytes.get(), i, kind); }
+};
+
+double unit_roundoff(Kind kind) { return kind == kF32 ? 0x1p-24 : kind == kF16 ? 0x1p-11 : 0x1p-8; }
+
+struct Matrix {
+    int64_t rows, cols, count;
+    Kind kind;
+    std::vector<double> dense;
+    Exact<uint8_t> mask, values;
+    Exact<int64_t> offsets;
+    Exact<float> scales;
+
+    Matrix(int64_t r, int64_t c, double density, Kind k)
+        : rows(r), cols(c), count(0), kind(k), dense(size_t(r * c)), mask(r * ((c + 7) / 8)), values(0), offsets(r + 1),
+          scales(r) {
+        const int64_t stride = (c + 7) / 8;
+        std::vector<bool> kept(size_t(r * c));
+        for (int64_t i = 0; i < mask.count; ++i) mask[i] = 0;
+        for (int64_t row = 0; row < r; ++row) {
+            const int64_t kind_of_row = between(0, 9);  // some rows empty, some full
+            for (int64_t col = 0; col < c; ++col) {
+                const bool keep = kind_of_row == 0 ? false : kind_of_row == 1 ? true : std::bernoulli_distribution(density)(g_random);
+                kept[size_t(row * c + col)] = keep;
+                count += keep;
+                if (keep) mask[row * stride + col / 8] |= uint8_t(1 << col % 8);
+            }
+        }
+        CHECK(prunus_row_offsets(r, c, mask.get(), offsets.get()) == count, "rows %ld cols %ld", long(r), long(c));
+        values = Exact<uint8_t>(count * (k == kI8 ? 1 : 2));
+        int64_t next = 0;
+        for (int64_t i = 0; i < r * c; ++i) {
+            if (i % c == 0) scales[i / c] = 0.001f + std::fabs(normal());
+            if (!kept[size_t(i)]) continue;
+            if (k == kI8) {
+                const int8_t value = int8_t(between(-128, 127));
+                values[next++] = uint8_t(value);
+                dense[size_t(i)] = double(value) * scales[i / c];
+            } else {
+                store_as(values.get(), next, k, normal());
+                dense[size_t(i)] = load_as_float(values.get(), next++, k);
+            }
+        }
+    }
+    const float* scales_or_null() { return kind == kI8 ? scales.get() : nullptr; }
+};
+
+void check_product(int isa, int threads, Matrix& w, int64_t tokens, Kind act, bool with_bias, bool dense_kernel) {
+    Floats x(act, tokens * w.cols), bias(act, w.rows), out(act, tokens * w.rows);
+    for (int64_t i = 0; i < tokens * w.cols; ++i) x.set(i, normal());
+    for (int64_t i = 0; i < w.rows; ++i) bias.set(i, normal());
+    const void* bias_data = with_bias ? bias.bytes.get() : nullptr;
+    int code;
+    if (dense_kernel) {
+        Exact<uint16_t> weight(w.rows * w.cols);
+        for (int64_t i = 0; i < weight.count; ++i) weight[i] = float_to_bf16(float(w.dense[size_t(i)]));
+        code = prunus_dense_linear(isa, threads, w.rows, w.cols, tokens, weight.get(), x.bytes.get(), bias_data, out.bytes.get());
+    } else {
+        code = prunus_bitmap_linear(isa, threads, w.rows, w.cols, tokens, w.mask.get(), w.kind, w.values.get(), w.count,
+                                    w.offsets.get(), w.scales_or_null(), act, x.bytes.get(), bias_data, out.bytes.get());
+    }
+    CHECK(code == PRUNUS_OK, "code %d", code);
+    for (int64_t token = 0; token < tokens; ++token) {
+        double largest = 0;
+        for (int64_t col = 0; col < w.cols; ++col) largest = std::fmax(largest, std::fabs(x.at(token * w.cols + col)));
+        for (int64_t row = 0; row < w.rows; ++row) {
+            double sum = 0, magnitude = 0, weight_sum = 0;
+            for (int64_t col = 0; col < w.cols; ++col) {
+                const double weight = w.dense[size_t(row * w.cols + col)], product = weight * x.at(token * w.cols + col);
+                sum += product;
+                magnitude += std::fabs(product);
+                weight_sum += std::fabs(weight);
+            }
+            if (with_bias) sum += bias.at(row), magnitude += std::fabs(bias.at(row));
+            // Float32 summation, the rounding of the result, and for int8 that of the activations.
+            const double bound = 1e-6 * magnitude + unit_roundoff(act) * std::fabs(sum) * 1.01 + 1e-7 +
+                                 (w.kind == kI8 ? weight_sum * largest / 65000 : 0);
+            const double error = std::fabs(out.at(token * w.rows + row) - sum);
+            CHECK(error <= bound, "isa %d threads %d %ldx%ld tokens %ld values %d activations %d: error %g bound %g", isa,
+                  threads, long(w.rows), long(w.cols), long(tokens), int(w.kind), int(act), error, bound);
+        }
+    }
+}
+
+void check_expand(int isa, int threads, Matrix& w, Kind out_kind) {
+    Exact<uint16_t> out(w.rows * w.cols);
+    const int code = prunus_bitmap_expand(isa, threads, w.rows, w.cols, w.mask.get(), w.kind, w.values.get(), w.count,
+                                          w.offsets.get(), w.scales_or_null(), out_kind, out.get());
+    CHECK(code == PRUNUS_OK, "code %d", code);
+    for (int64_t i = 0; i < w.rows * w.cols; ++i) {
+        const float expected = float(w.dense[size_t(i)]);
+        const uint16_t bits = out_kind == kBf16 ? float_to_bf16(expected) : float_to_f16(expected);
+        CHECK(out[i] == bits, "isa %d expand %ldx%ld at %ld", isa, long(w.rows), long(w.cols), long(i));
+    }
+}
+
+void check_conversions() {
+    for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+        const float half = f16_to_float(uint16_t(bits)), brain = bf16_to_float(uint16_t(bits));
+        if (half == half) CHECK(float_to_f16(half) == bits, "f16 %x", bits);
+        else CHECK(std::isnan(f16_to_float(float_to_f16(half))), "f16 NaN %x", bits);
+        if (brain == brain) CHECK(float_to_bf16(brain) == bits, "bf16 %x", bits);
+        else CHECK(std::isnan(bf16_to_float(float_to_bf16(brain))), "bf16 NaN %x", bits);
+    }
+    CHECK(float_to_f16(65519.9f) == 0x7bff && float_to_f16(65520.0f) == 0x7c00, "f16 overflow");
+    CHECK(float_to_bf16(1.00390625f) == 0x3f80 && float_to_bf16(1.01171875f) == 0x3f82, "ties go to even");
+}
+
+void check_refusals() {
+    Matrix w(3, 70, 0.5, kBf16);
+    Floats x(kBf16, 70), out(kBf16, 3);
+    auto call = [&](int isa, int64_t rows, int64_t count, int act, const void* data) {
+        return prunus_bitmap_linear(isa, 1, rows, 70, 1, w.mask.get(), kBf16, w.values.get(), count, w.offsets.get(),
+                                    nullptr, act, data, nullptr, out.bytes.get());
+    };
+    CHECK(call(0, 3, w.count, kI8, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "int8 activations");
+    CHECK(call(0, 3, w.count - 1, kBf16, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "a value too few");
+    CHECK(call(0, 0, w.count, kBf16, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "no rows");
+    CHECK(call(0, 3, w.count, kBf16, nullptr) == PRUNUS_BAD_ARGUMENT, "no activations");
+    CHECK(call(9, 3, w.count, kBf16, x.bytes.get()) == PRUNUS_NO_SUCH_ISA, "instruction set 9");
+    w.mask[8] |= 0x80;  // column 71 of a row of 70
+    CHECK(prunus_row_offsets(3, 70, w.mask.get(), w.offsets.get()) == -1, "a bit past the last column");
+}
+
+}  // namespace
+
+int main() {
+    check_conversions();
+    check_refusals();
+    prunus_set_runtime(reinterpret_cast<void*>(fork_and_join));
+    const double densities[] = {0.0, 0.05, 0.5, 0.95, 1.0};
+    const Kind activations[] = {kBf16, kF16, kF32};
+    for (int isa = 0; isa <= prunus_best_isa(); ++isa) {
+        for (int round = 0; round < 150; ++round) {
+            const int64_t rows = between(1, 60), cols = round % 3 ? between(1, 700) : between(1, 10) * 64;
+            const Kind kind = round % 3 == 0 ? kBf16 : round % 3 == 1 ? kF16 : kI8;
+            Matrix w(rows, cols, densities[between(0, 4)], kind);
+            const int threads = round % 5 == 0 ? 3 : 1;
+            const int64_t tokens = between(1, 19);
+            const Kind act = activations[between(0, 2)];
+            check_product(isa, threads, w, tokens, act, round % 2, false);
+            check_expand(isa, threads, w, kind == kI8 ? (round % 2 ? kBf16 : kF16) : kind);
+            if (isa == kAvx512Bf16 && kind == kBf16) check_product(isa, threads, w, tokens, kBf16, round % 2, true);
+        }
+        Matrix wide(5, 9001, 0.5, kI8);  // more than one block of the int8 expansion
+        check_expand(isa, 1, wide, kBf16);
+        Matrix large(700, 1100, 0.5, kBf16);  // enough rows for several threads
+        check_product(isa, 3, large, 2, kBf16, true, false);
+        std::printf("instruction set %d: done\n", isa);
+    }
+    Exact<uint8_t> bytes(3 << 16);
+    for (int64_t i = 0; i < bytes.count; ++i) bytes[i] = uint8_t(i % 8 == 0);
+    CHECK(prunus_read(2, bytes.get(), bytes.count) == uint64_t(bytes.count / 8), "read");
+    if (g_failures == 0) std::printf("all kernels agree with float64\n");
+    return g_failures != 0;
+}

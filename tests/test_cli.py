@@ -1,0 +1,349 @@
+"""The command line: exit statuses, one-line errors, figures as JSON, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import prunus
+from prunus.cli import app
+from prunus.manifest import MANIFEST_NAME
+from prunus.model.checkpoint import INDEX_NAME
+from tiny import tiny_checkpoint, token_ids
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+VERBS = ["prune", "plan", "eval", "inspect", "fetch", "import"]
+WINDOWS = ["--samples", "4", "--seqlen", "16"]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    """A checkpoint with a tokenizer; no test writes to it."""
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("cli") / "dense", vocab_size=VOCABULARY)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 12)
+    return path
+
+
+def call(*arguments: object, status: int = 0):
+    """Run a verb in this process and see its exit status."""
+    result = CliRunner(env={"PRUNUS_DATA": None}).invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == status, result.output
+    return result
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- success ---
+
+
+def test_prune_writes_the_manifest_as_json(dense, text, tmp_path):
+    out, report = tmp_path / "out", tmp_path / "new" / "report.json"
+    result = call("prune", dense, out, "--calibration", text, *WINDOWS, "--json", report)
+    assert "wanda" in result.stdout
+    assert "self_attn.q_proj" in result.stdout
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2, "a line per block where there is no terminal"
+    assert "[1/2] model.layers.0 pruned" in lines[0]
+    assert "[2/2] model.layers.1 pruned" in lines[1]
+    figures = json.loads(report.read_text())
+    assert figures == json.loads((out / MANIFEST_NAME).read_text())
+    assert figures["state"] == "finished"
+    assert figures["totals"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert figures["recipe"]["calibration"] == str(text)
+
+
+def test_the_command_and_the_function_give_the_same_bytes(dense, text, tmp_path):
+    options = ["--method", "sparsegpt", "--pattern", "2:4", "--ignore", "*.q_proj", "--ignore", "*.k_proj"]
+    call("prune", dense, tmp_path / "a", "--calibration", text, *WINDOWS, *options)
+    prunus.prune(
+        dense,
+        tmp_path / "b",
+        "sparsegpt",
+        pattern="2:4",
+        ignore=("*.q_proj", "*.k_proj"),
+        calibration=str(text),
+        samples=4,
+        seqlen=16,
+    )
+    for shard in (tmp_path / "b").glob("*.safetensors"):
+        assert (tmp_path / "a" / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_flags_override_the_recipe_file(dense, text, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'method = "sparsegpt"\nsparsity = 0.25\nsamples = 4\nseqlen = 16\ncalibration = {json.dumps(str(text))}\n'
+        'ignore = ["*.mlp.*"]\n'
+    )
+    report = tmp_path / "report.json"
+    call("prune", dense, tmp_path / "out", "--recipe", recipe, "--sparsity", "0.75", "--json", report)
+    figures = json.loads(report.read_text())
+    used = figures["recipe"]
+    assert (used["method"], used["sparsity"], used["samples"]) == ("sparsegpt", 0.75, 4)
+    assert used["ignore"] == ["*.mlp.*"]
+    assert figures["totals"]["sparsity"] == pytest.approx(0.75, abs=0.01)
+    # The card of the result holds the recipe; given as a file it makes the same run.
+    card = (tmp_path / "out" / "README.md").read_text()
+    recipe.write_text(card.split("```toml\n")[1].split("```")[0])
+    again = call("prune", dense, tmp_path / "out", "--recipe", recipe)
+    assert again.stderr == "", "the run was finished: no block is pruned again"
+
+
+def test_plan_says_what_prune_would_do_and_writes_nothing(dense, text, tmp_path):
+    arguments = [dense, tmp_path / "out", "--calibration", text, *WINDOWS, "--sparsity", "0.25"]
+    before = contents(tmp_path), contents(dense)
+    result = call("plan", *arguments)
+    assert (contents(tmp_path), contents(dense)) == before
+    assert not (tmp_path / "out").exists()
+    assert "peak memory" in result.stdout
+    call("plan", *arguments, "--json", tmp_path / "plan.json")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    call("prune", *arguments, "--json", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert plan["linears"] == report["totals"]["linears"] == 14
+    assert plan["weights"] == report["totals"]["weights"]
+    assert plan["to_remove"] == report["totals"]["zeros"]
+    assert (plan["dtype"], plan["batch"]) == (report["inputs"]["dtype"], report["inputs"]["batch"])
+    weights = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert 0.9 * weights < plan["disk_bytes"] <= weights
+
+
+def test_eval_gives_the_figures_of_the_function(dense, text, tmp_path):
+    second = tmp_path / "second.txt"
+    second.write_text(text.read_text()[:100])
+    report = tmp_path / "report.json"
+    result = call("eval", dense, "--perplexity", f"{text},{second}", "--seqlen", 32, "--json", report)
+    assert "perplexity" in result.stdout
+    figures = json.loads(report.read_text())
+    assert figures["model"] == str(dense)
+    assert [entry["source"] for entry in figures["perplexity"]] == [str(text), str(second)]
+    for entry, path in zip(figures["perplexity"], (text, second), strict=True):
+        expected = prunus.perplexity(dense, str(path), seqlen=32).as_dict()
+        assert {**entry, "seconds": 0} == {**expected, "seconds": 0}
+    call("eval", dense, "--perplexity", text, "--seqlen", 32, "--limit", 2, "--json", report)
+    [limited] = json.loads(report.read_text())["perplexity"]
+    assert (limited["windows"], limited["tokens"]) == (2, 64)
+
+
+def test_inspect_gives_the_figures_of_the_function(dense, tmp_path):
+    result = call("inspect", dense, "--json", tmp_path / "report.json")
+    assert "model.layers.1.mlp.down_proj" in result.stdout
+    assert "…" not in result.stdout, "a pipe has no width that names would have to be cut to"
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(
+        json.dumps(prunus.inspect(dense).as_dict())
+    )
+
+
+def test_import_and_fetch_pass_on_what_they_are_told(tmp_path, monkeypatch):
+    seen = []
+
+    def stand_in(*arguments, progress, **options):
+        progress("working")
+        seen.append((arguments, options))
+        return {"architecture": "llama", "parameters": 3}
+
+    monkeypatch.setattr("prunus.model.gguf.import_gguf", stand_in)
+    monkeypatch.setattr("prunus.model.fetch.fetch", stand_in)
+    report = tmp_path / "report.json"
+    result = call("import", "a.gguf", "b", "--dtype", "float16", "--overwrite", "--json", report)
+    assert result.stdout == "b: architecture llama, parameters 3\n"
+    assert result.stderr == "prunus: working\n"
+    assert json.loads(report.read_text()) == {"architecture": "llama", "parameters": 3}
+    call("fetch", "smollm2-135m", "c")
+    assert seen == [
+        ((Path("a.gguf"), Path("b")), {"overwrite": True, "dtype": "float16"}),
+        (("smollm2-135m", Path("c")), {"overwrite": False}),
+    ]
+
+
+# --- what goes wrong ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "{dense}", "{tmp}/out", "--sparsity", "1"], "sparsity must lie in [0, 1)"),
+        (["prune", "{dense}", "{tmp}/out", "--pattern", "2:5", "--method", "magnitude"], "no multiple of 5"),
+        (["prune", "{dense}", "{tmp}/out", "--method", "wander"], "got 'wander'"),
+        (["prune", "{dense}", "{tmp}/out", "--samples", "0"], "samples must be at least 1"),
+        (["prune", "{dense}", "{tmp}/out", "--calibration", "c5"], "unknown source 'c5'"),
+        (["prune", "{dense}", "{tmp}/out", "--data", "{tmp}/none"], "the data folder does not exist"),
+        (["prune", "{dense}", "{tmp}/out", "--memory", "lots"], "a memory size looks like 8GB"),
+        (["prune", "{dense}", "{tmp}/out", "--recipe", "{tmp}/none.toml"], "there is no recipe file"),
+        (["prune", "{dense}", "{dense}/out", "--method", "magnitude"], "overlap"),
+        (["prune", "{dense}", "{tmp}/out", "--method", "magnitude", "--resume"], "no unfinished run"),
+        (["prune", "{dense}", "{tmp}/out", "--device", "cuda:99"], "device 'cuda:99' is not there"),
+        (["prune", "{tmp}/none", "{tmp}/out", "--method", "magnitude"], "neither a folder nor a hub id"),
+        (["prune", "{dense}", "{tmp}/out", "--json", "{tmp}"], "is a folder; give the name of a file"),
+        (["plan", "{dense}", "--sparsity", "-1"], "sparsity must lie in [0, 1)"),
+        (["plan", "{dense}", "{dense}", "--method", "magnitude"], "overlap"),
+        (["plan", "{dense}", "--method", "magnitude", "--only", "*.none"], "--only '*.none' matches none"),
+        (["eval", "{tmp}/none"], "neither a folder nor a hub id"),
+        (["eval", "{dense}", "--perplexity", ""], "unknown text ''"),
+        (["eval", "{dense}", "--perplexity", "wikitext3"], "unknown text 'wikitext3'"),
+        (["eval", "{dense}", "--perplexity", "python-docs", "--seqlen", "1"], "seqlen must be at least 2"),
+        (["eval", "{dense}", "--perplexity", "python-docs", "--seqlen", "65"], "model's 64 positions"),
+        (["inspect", "{tmp}"], "no config.json"),
+        (["inspect", "{tmp}/none.gguf"], "neither a folder nor a hub id"),
+        (["fetch", "gpt-5", "{tmp}/out"], "unknown model 'gpt-5'; there is smollm2-135m"),
+        (["import", "{tmp}/none.gguf", "{tmp}/out"], "no such file"),
+        (["import", "{dense}/config.json", "{tmp}/out", "--dtype", "int8"], "dtype must be one of bfloat16"),
+    ],
+)
+def test_what_the_user_can_put_right_is_one_line_and_status_2(arguments, message, dense, tmp_path):
+    result = call(*(part.format(dense=dense, tmp=tmp_path) for part in arguments), status=2)
+    [line] = result.stderr.splitlines()
+    assert line.startswith("prunus: error: ")
+    assert message in line
+    assert not result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prone"],
+        ["prune"],
+        ["prune", "a", "b", "--sparsity", "half"],
+        ["eval", "a", "--perplexities", "c4"],
+        [],
+    ],
+)
+def test_bad_usage_is_status_2_and_shows_the_usage(arguments):
+    result = call(*arguments, status=2)
+    assert "Usage: " in result.output
+    assert "Traceback" not in result.output
+
+
+def test_what_the_machine_lacks_is_one_line_and_status_1(dense, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 9, 1))
+    result = call("prune", dense, tmp_path / "out", "--method", "magnitude", status=1)
+    [line] = result.stderr.splitlines()
+    assert line.startswith("prunus: error: ")
+    assert "not enough disk" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_refuses_what_prune_would_refuse(dense, tmp_path, monkeypatch):
+    call("prune", dense, tmp_path / "out", "--method", "magnitude")
+    before = contents(tmp_path)
+    plan = ["plan", dense, tmp_path / "out", "--method", "magnitude"]
+    assert "another sparsity (0.5, now 0.25)" in call(*plan, "--sparsity", "0.25", status=2).stderr
+    call(*plan)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 9, 1))
+    assert "not enough disk" in call(*plan[:2], tmp_path / "other", *plan[3:], status=1).stderr
+    assert contents(tmp_path) == before
+
+
+def test_a_message_of_several_lines_is_shown_on_one(dense, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise ValueError("first\nsecond")
+
+    monkeypatch.setattr("prunus.inspection.inspect", fail)
+    assert call("inspect", dense, status=2).stderr == "prunus: error: first second\n"
+    monkeypatch.setenv("PRUNUS_TRACEBACK", "1")
+    result = call("inspect", dense, status=1)
+    assert isinstance(result.exception, ValueError)
+
+
+# --- help, and processes of their own ---
+
+
+def test_help_of_every_verb_is_quick():
+    """In a process of its own: torch takes seconds to import, and no help needs it."""
+    script = f"""
+import sys
+from typer.testing import CliRunner
+from prunus.cli import app
+for verb in {[[], *[[verb] for verb in VERBS]]}:
+    for flag in ("--help", "-h"):
+        result = CliRunner().invoke(app, [*verb, flag])
+        assert result.exit_code == 0, result.output
+        assert "Usage: " in result.output and " ".join(verb) in result.output
+slow = {{"torch", "transformers", "numpy", "datasets"}} & set(sys.modules)
+assert not slow, slow
+import prunus
+assert prunus.Recipe().sparsity == 0.5
+assert not {{"torch", "transformers"}} & set(sys.modules), "a recipe knows nothing of torch"
+assert callable(prunus.prune) and "torch" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "prunus", "prune", "--sparsity", "half", "a", "b"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "Invalid value for '--sparsity'" in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
+def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bytes(tmp_path):
+    blocks = 24
+    dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=blocks)
+    # One window a batch and many of them: a block takes long enough to be interrupted in its middle.
+    save_file({"input_ids": token_ids(64, 32)}, tmp_path / "ids.safetensors")
+
+    def start(out: str) -> subprocess.Popen[str]:
+        options = ["--samples", "64", "--seqlen", "32", "--batch", "1"]
+        options += ["--calibration", str(tmp_path / "ids.safetensors")]
+        command = [sys.executable, "-m", "prunus", "prune", str(dense), str(tmp_path / out), *options]
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    undisturbed, interrupted = start("undisturbed"), start("out")
+    assert interrupted.stderr is not None
+    first = interrupted.stderr.readline()
+    assert f"[1/{blocks}] model.layers.0 pruned" in first
+    interrupted.send_signal(signal.SIGINT)
+    _, rest = interrupted.communicate(timeout=120)
+    assert interrupted.returncode == 130, rest
+    assert rest.splitlines()[-1].startswith("prunus: stopped; what is finished is kept")
+    assert "Traceback" not in rest
+    state = json.loads((tmp_path / "out" / MANIFEST_NAME).read_text())
+    assert state["state"] == "running"
+    assert 1 <= len(state["blocks"]) < blocks
+    assert not (tmp_path / "out" / INDEX_NAME).exists()
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+    resumed = start("out")
+    _, log = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, log
+    assert sum("taken from the earlier run" in line for line in log.splitlines()) == len(state["blocks"])
+    _, log = undisturbed.communicate(timeout=120)
+    assert undisturbed.returncode == 0, log
+    shards = sorted(path.name for path in (tmp_path / "undisturbed").glob("*.safetensors"))
+    assert len(shards) == blocks + 1
+    for shard in shards:
+        assert (tmp_path / "out" / shard).read_bytes() == (tmp_path / "undisturbed" / shard).read_bytes()

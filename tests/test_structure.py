@@ -1,0 +1,185 @@
+"""The walls of the house: who imports whom, and what is nowhere."""
+
+from __future__ import annotations
+
+import ast
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import prunus
+
+ROOT = Path(prunus.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+
+#: Room -> the rooms it may import from. Each may name only rooms above it, so that imports run one way.
+ROOMS: dict[str, set[str]] = {
+    "recipe": set(),
+    "patterns": set(),
+    "machine": set(),
+    "arguments": set(),
+    "statistics": set(),
+    "methods": {"patterns", "statistics"},
+    "model": set(),
+    "calibration": set(),
+    "sparse": {"model"},
+    "evaluation": {"calibration", "model"},
+    "manifest": {"machine", "model", "recipe"},
+    "inspection": {"model"},
+    "output": {"manifest", "model"},
+    "engine": {"manifest", "methods", "model", "patterns", "statistics"},
+    "plan": {
+        "calibration",
+        "engine",
+        "machine",
+        "manifest",
+        "methods",
+        "model",
+        "patterns",
+        "recipe",
+        "statistics",
+    },
+    "windows": {"calibration", "model", "plan"},
+    "run": {"calibration", "engine", "machine", "manifest", "model", "output", "plan", "recipe", "windows"},
+    "report": {"evaluation", "inspection", "manifest", "run"},
+    "cli": {"arguments", "evaluation", "inspection", "model", "plan", "recipe", "report", "run"},
+    "__main__": {"cli"},
+    "__init__": {"evaluation", "inspection", "manifest", "recipe", "run"},
+}
+
+#: Library -> the only rooms (or files) that may import it. What is not here may be imported by all.
+LIBRARIES: dict[str, set[str]] = {
+    "typer": {"cli", "arguments"},
+    "rich": {"cli", "report"},
+    "greenlet": {"engine"},
+    "pydantic": {"recipe", "manifest", "sparse"},
+    "huggingface_hub": {"model"},
+    "transformers": {"cli", "model", "windows", "calibration", "evaluation", "sparse"},
+    "torch": set(ROOMS) - {"recipe", "arguments", "cli", "report", "__init__", "__main__"},
+}
+
+#: Libraries that an extra installs: each is imported in one file, inside a function.
+OPTIONAL = {"datasets", "gguf", "pyarrow", "accelerate", "peft", "lm_eval", "matplotlib"}
+
+
+def room(path: Path) -> str:
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports(node: ast.AST) -> list[str]:
+    """Full names of all modules that are imported below a node, wherever the statement stands."""
+    found = []
+    for child in ast.walk(node):
+        if isinstance(child, ast.Import):
+            found += [alias.name for alias in child.names]
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"relative import of {child.module}"
+            assert child.module is not None
+            # `from prunus import run` names a room too.
+            names = [alias.name for alias in child.names] if child.module == "prunus" else []
+            found += [f"prunus.{name}" for name in names] or [child.module]
+    return found
+
+
+def parametrize_files(files: list[Path]):
+    return pytest.mark.parametrize("path", files, ids=name_of)
+
+
+def test_the_table_of_rooms_is_complete_and_runs_one_way():
+    assert {room(path) for path in FILES} == set(ROOMS)
+    above: set[str] = set()
+    for name, allowed in ROOMS.items():
+        assert allowed <= above, f"{name} imports from a room below it: {allowed - above}"
+        above.add(name)
+
+
+@parametrize_files(FILES)
+def test_imports_run_downwards(path):
+    here = room(path)
+    modules = [name.split(".") for name in imports(TREES[path])]
+    rooms = {parts[1] if len(parts) > 1 else "__init__" for parts in modules if parts[0] == "prunus"}
+    assert rooms - {here} <= ROOMS[here], f"{name_of(path)} may not import {rooms - {here} - ROOMS[here]}"
+    for library in {parts[0] for parts in modules} & set(LIBRARIES):
+        assert here in LIBRARIES[library], f"{name_of(path)} may not import {library}"
+
+
+def test_every_wall_of_the_table_is_used():
+    """An entry that nothing needs any more would let something in unseen."""
+    for name, allowed in ROOMS.items():
+        used = {
+            module.split(".")[1]
+            for path in FILES
+            if room(path) == name
+            for module in imports(TREES[path])
+            if module.startswith("prunus.")
+        }
+        assert allowed <= used, f"{name} does not import {allowed - used}"
+
+
+@pytest.mark.parametrize("library", sorted(OPTIONAL))
+def test_optional_libraries_are_imported_in_one_file_inside_a_function(library):
+    users = [path for path in FILES if library in {name.split(".")[0] for name in imports(TREES[path])}]
+    assert len(users) <= 1, f"{library} is imported in {[name_of(path) for path in users]}"
+    for path in users:
+        outside = [node for node in TREES[path].body if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+        assert all(library not in {name.split(".")[0] for name in imports(node)} for node in outside)
+
+
+@parametrize_files(FILES)
+def test_nothing_is_unpickled_or_executed(path):
+    modules = {name.split(".")[0] for name in imports(TREES[path])}
+    assert not modules & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) not in {("torch", "load"), ("np", "load"), ("numpy", "load")}
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in {"eval", "exec"}
+        if isinstance(node, ast.keyword):
+            assert node.arg not in {"allow_pickle", "shell"}
+            trusts = isinstance(node.value, ast.Constant) and node.value.value is True
+            assert not (node.arg == "trust_remote_code" and trusts)
+
+
+@parametrize_files(FILES)
+def test_files_are_short_and_say_what_they_are(path):
+    assert path.stem not in {"utils", "util", "helpers", "common", "misc"}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 330, f"{name_of(path)} has {len(lines)} lines"
+    assert not lines or ast.get_docstring(TREES[path]), f"{name_of(path)} has no docstring"
+
+
+@parametrize_files([path for path in FILES if path.name != "__main__.py"])
+def test_public_names_exist_and_are_explained(path):
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    module = import_module(".".join(parts).removesuffix(".__init__"))
+    public = getattr(module, "__all__", [])
+    assert len(set(public)) == len(public)
+    defined = {
+        node.name: node for node in TREES[path].body if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+    for name in public:
+        assert hasattr(module, name), f"{module.__name__} has no {name}"
+        if name in defined:
+            assert ast.get_docstring(defined[name]), f"{module.__name__}.{name} has no docstring"
+
+
+def test_forward_hooks_are_the_engines_alone():
+    for path in FILES:
+        if room(path) != "engine":
+            assert "register_forward" not in path.read_text(encoding="utf-8"), name_of(path)
+
+
+def test_no_module_hides_a_public_name():
+    """`prunus.prune` is a function. A module of that name would replace it once anybody imports it."""
+    modules = {path.stem for path in ROOT.iterdir()}
+    assert not modules & set(prunus.__all__)
+    assert set(prunus.__all__) <= set(dir(prunus))
+    with pytest.raises(AttributeError, match="no attribute 'prun'"):
+        prunus.prun  # noqa: B018
