@@ -52,7 +52,16 @@ def main() -> None:
     score: dict[str, Any] = {}
     for name in ("dense", "magnitude", "wanda"):
         model = dense if name == "dense" else folder / name
-        arguments = ["eval", str(model), "--perplexity", TEXT, "--seqlen", str(CONTEXT), "--limit", str(WINDOWS)]
+        arguments = [
+            "eval",
+            str(model),
+            "--perplexity",
+            TEXT,
+            "--seqlen",
+            str(CONTEXT),
+            "--limit",
+            str(WINDOWS),
+        ]
         score = prunus(*arguments, json_file=folder / f"{name}-perplexity.json")["perplexity"][0]
         totals = runs[name]["totals"] if name in runs else None
         table.add_row(

@@ -59,7 +59,9 @@ def write_checkpoint(folder: Path, blocks: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--samples", type=int, default=4)

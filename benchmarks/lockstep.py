@@ -39,7 +39,9 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="auto")
@@ -55,10 +57,15 @@ def main() -> None:
     block_ratios = [b[1] / a[1] for a, b in zip(rows["linear"], rows["block"], strict=True)]
     for propagate, found in rows.items():
         total, blocks, peak = (statistics.median(row[i] for row in found) for i in range(3))
-        print(f"{propagate:7} total {total:6.1f} s  blocks {blocks:6.1f} s  peak {peak:.2f} GB  {found[0][3]}")
-    print(f"two passes / lockstep: total {statistics.median(ratios):.2f}, blocks {statistics.median(block_ratios):.2f}")
+        print(
+            f"{propagate:7} total {total:6.1f} s  blocks {blocks:6.1f} s  peak {peak:.2f} GB  {found[0][3]}"
+        )
+    print(
+        f"two passes / lockstep: total {statistics.median(ratios):.2f}, blocks {statistics.median(block_ratios):.2f}"
+    )
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows, "total_ratios": ratios, "block_ratios": block_ratios}, indent=2))
+        figures = {"rows": rows, "total_ratios": ratios, "block_ratios": block_ratios}
+        options.json.write_text(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ def shared() -> Path:
     folder = Path(os.environ.get("PRUNUS_SHARED", "../shared"))
     folder = folder if folder.is_absolute() else ROOT / folder
     if not (folder / "golden").is_dir():
-        pytest.skip(f"no reference data at {folder}; set PRUNUS_SHARED to the folder that holds golden/ and data/")
+        pytest.skip(
+            f"no reference data at {folder}; set PRUNUS_SHARED to the folder that holds golden/ and data/"
+        )
     return folder
 
 

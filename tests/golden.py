@@ -33,7 +33,9 @@ CASES = [
 ]
 
 
-def agreement(golden: Path, case: GoldenCase, weights: dict[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+def agreement(
+    golden: Path, case: GoldenCase, weights: dict[str, torch.Tensor]
+) -> dict[str, tuple[float, float]]:
     """Per linear: share of equal mask bits, and relative difference of Frobenius norms."""
     with np.load(golden / f"official_{case.file}_0.5.npz") as stored:
         result = {}

@@ -68,8 +68,8 @@ def main() -> None:
         while True:
             out = scratch / "killed"
             shutil.rmtree(out, ignore_errors=True)
-            status = child(lambda: run(dense, out, kill_at, after))
-            if status == 0:  # noqa: B023
+            status = child(lambda: run(dense, out, kill_at, after))  # noqa: B023
+            if status == 0:
                 break
             assert os.WTERMSIG(status) == signal.SIGKILL, status
             loads = (out / "model.safetensors.index.json").exists()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model, token_ids, weights
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import prunus
+from tiny import FAMILIES, tiny_model, token_ids, weights
 
 
 def naive_wanda(model: nn.Module, ids: torch.Tensor, batch: int, sparsity: float) -> None:
@@ -20,7 +20,7 @@ def naive_wanda(model: nn.Module, ids: torch.Tensor, batch: int, sparsity: float
     while todo:
         seen: list[tuple[nn.Module, torch.Tensor]] = []
         hooks = [
-            module.register_forward_pre_hook(lambda m, args: seen.append((m, args[0].detach().clone())))
+            module.register_forward_pre_hook(lambda m, args: seen.append((m, args[0].detach().clone())))  # noqa: B023
             for module in todo
         ]
         firsts = []

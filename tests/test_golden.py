@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import CASES, agreement
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import prunus
+from golden import CASES, agreement
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.file)

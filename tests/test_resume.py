@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_checkpoint, token_ids
 
 import prunus
 from prunus.model.checkpoint import INDEX_NAME
+from tiny import tiny_checkpoint, token_ids
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -33,7 +33,9 @@ def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) >= 14, "two blocks, their manifests, what surrounds them and the index, before and after"
+    assert len(results) >= 14, (
+        "two blocks, their manifests, what surrounds them and the index, before and after"
+    )
     assert {r["blocks_before_resume"] for r in results} == {0, 1, 2}
     for result in results:
         assert result["status"] == 0, result
@@ -83,7 +85,11 @@ def test_a_finished_run_is_not_done_again(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"sparsity": 0.25}, "sparsity"), ({"calibration": token_ids() + 1}, "calibration_sha256"), ({"batch": 3}, "batch")],
+    [
+        ({"sparsity": 0.25}, "sparsity"),
+        ({"calibration": token_ids() + 1}, "calibration_sha256"),
+        ({"batch": 3}, "batch"),
+    ],
 )
 def test_another_recipe_in_the_same_folder_is_refused(change, named, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")

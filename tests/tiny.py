@@ -75,7 +75,9 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, **opti
     return model
 
 
-def tiny_checkpoint(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+def tiny_checkpoint(
+    folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any
+) -> Path:
     """`tiny_model`, saved."""
     tiny_model(family, dtype, **options).save_pretrained(folder)
     return folder

@@ -57,7 +57,10 @@ class RunOptions:
 
 @dataclass
 class Job:
-    """A checked run: what is pruned, how, and what it will cost."""
+    """A checked run: what is pruned, how, and what it will cost.
+
+    `budget` is the memory, in bytes, where blocks run; `host_budget` what the host has. On a CPU they are one.
+    """
 
     recipe: Recipe
     options: RunOptions
@@ -69,6 +72,7 @@ class Job:
     dtype_reason: str
     batch: int
     budget: int
+    host_budget: int
     targets: list[list[str]]
     left_dense: dict[str, tuple[int, ...]]
     costs: list[BlockCost] = field(default_factory=list)
@@ -79,14 +83,21 @@ class Job:
         return self.linear_job.method.needs != "none"
 
     @property
+    def hidden_stay(self) -> bool:
+        """Whether hidden states stay where the blocks run: one batch in flight fits beside them."""
+        return all(cost.replay_in_memory <= self.budget for cost in self.costs)
+
+    @property
     def spills(self) -> bool:
-        """Whether hidden states go to a file: not even one batch in flight fits beside them."""
-        return any(cost.replay_in_memory > self.budget for cost in self.costs)
+        """Whether hidden states go to a file: neither the device nor the host has room for them."""
+        if self.hidden_stay:
+            return False
+        return self.device.type == "cpu" or max(cost.hidden for cost in self.costs) > self.host_budget
 
     def fits_lockstep(self, index: int) -> bool:
         """Whether block `index` can be walked with all its batches paused in memory."""
         cost = self.costs[index]
-        return (cost.lockstep_spilled if self.spills else cost.lockstep_in_memory) <= self.budget
+        return (cost.lockstep_in_memory if self.hidden_stay else cost.lockstep_spilled) <= self.budget
 
     def walk(self, index: int) -> Walk:
         """How the windows go through block `index`; lockstep and replay give the same bits."""
@@ -107,10 +118,10 @@ class Job:
         peak = 0
         for index, cost in enumerate(self.costs):
             lockstep = self.fits_lockstep(index)
-            if self.spills:
-                need = cost.lockstep_spilled if lockstep else cost.least
-            else:
+            if self.hidden_stay:
                 need = cost.lockstep_in_memory if lockstep else cost.replay_in_memory
+            else:
+                need = cost.lockstep_spilled if lockstep else cost.least
             peak = max(peak, need)
         shapes = [
             linear.shape
@@ -129,7 +140,11 @@ class Job:
             "dtype_reason": self.dtype_reason,
             "device": str(self.device),
             "batch": self.batch,
-            "hidden_states": "file" if self.spills else "memory",
+            "hidden_states": "file"
+            if self.spills
+            else "memory"
+            if self.hidden_stay
+            else "pinned host memory",
             "blocks_in_lockstep": sum(self.fits_lockstep(index) for index in range(len(self.skeleton))),
             "peak_memory_bytes": peak + resident_memory(),
             "disk_bytes": self.disk,
@@ -199,7 +214,8 @@ def prepare(
         dtype=dtype,
         dtype_reason=reason,
         batch=batch,
-        budget=budget - resident_memory(),
+        budget=_free_on(device) if device.type == "cuda" else budget - resident_memory(),
+        host_budget=budget - resident_memory(),
         targets=targets,
         left_dense=left_dense,
     )
@@ -208,10 +224,15 @@ def prepare(
     if job.budget < least:
         raise ValueError(
             f"a block needs {(least + resident_memory()) / 1e9:.2f} GB with one batch of {batch} windows of "
-            f"{recipe.seqlen} tokens in flight; the memory budget is {budget / 1e9:.2f} GB. Raise --memory or "
-            "lower --batch or --seqlen"
+            f"{recipe.seqlen} tokens in flight; the memory budget is "
+            f"{(job.budget + resident_memory()) / 1e9:.2f} GB. Raise --memory or lower --batch or --seqlen"
         )
     return job
+
+
+def _free_on(device: torch.device) -> int:
+    """Bytes of a CUDA device that a run may take; a tenth is left to the allocator's rounding."""
+    return int(torch.cuda.mem_get_info(device)[0] * 0.9)
 
 
 def _check_context(config: Any, seqlen: int, needs: str) -> None:

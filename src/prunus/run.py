@@ -8,6 +8,7 @@ for each block:  load weights ► one lockstep pass ► write shard ► release
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -177,7 +178,8 @@ def run(
     engine = BlockEngine(job.skeleton, job.source, job.linear_job, job.device)
     with torch.no_grad(), contextlib.closing(engine):
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()
-        engine.embed(batches, spill_to=output if job.spills else None)
+        scratch = output or Path(tempfile.gettempdir())
+        engine.embed(batches, spill_to=scratch if job.spills else None, on_device=job.hidden_stay)
         for index in range(len(job.skeleton)):
             block_started = time.perf_counter()
             if folder is not None and index < len(manifest.blocks):

@@ -15,6 +15,7 @@ from torch import nn
 
 from prunus.model.checkpoint import Checkpoint, resolve_folder
 from prunus.model.files import read_json
+from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.sparse.bitmap import PackedWeight, check, expand, kept, pack_weight, packed_nbytes, relative_error
@@ -107,32 +108,34 @@ def _pack_block(
 ) -> tuple[dict[str, torch.Tensor], dict[str, LinearRecord]]:
     """The tensors of a block's shard, and what became of its linears."""
     keys = source.block_keys(index)
-    linears = {linear.name: linear.module for linear in skeleton.linears(index)}
+    linears = {linear.name: linear for linear in skeleton.linears(index)}
     tensors: dict[str, torch.Tensor] = {}
     records: dict[str, LinearRecord] = {}
     for relative, weight in source.block(index).items():
         key, owner = keys[relative], relative.removesuffix(".weight")
-        module = linears.get(owner) if relative.endswith(".weight") else None
-        if module is None:
+        linear = linears.get(owner) if relative.endswith(".weight") else None
+        if linear is None:
             tensors[key] = weight
             continue
         name = f"{skeleton.block_name(index)}.{owner}"
-        packed, records[name] = _pack_linear(weight, stored, module, renamed=key != f"{name}.weight")
+        packed, records[name] = _pack_linear(weight, stored, linear, renamed=key != f"{name}.weight")
         tensors |= {key: weight} if packed is None else _named(name, packed)
     return tensors, records
 
 
 def _pack_linear(
-    weight: torch.Tensor, stored: Stored, module: nn.Module, renamed: bool
+    weight: torch.Tensor, stored: Stored, linear: Linear, renamed: bool
 ) -> tuple[PackedWeight | None, LinearRecord]:
-    transposed = type(module) is not nn.Linear
-    rows, columns = reversed(weight.shape) if transposed else weight.shape
+    rows, columns = linear.shape
+    kind = type(linear.module)
     before = weight.numel() * weight.element_size()
     count = int(kept(weight).sum())
     value_bytes = 1 if stored == "int8" else 2
     reason = None
-    if transposed:
-        reason = f"{type(module).__name__} stores its weight transposed"
+    if linear.transposed:
+        reason = f"{kind.__name__} stores its weight transposed"
+    elif kind is not nn.Linear:
+        reason = f"{kind.__name__} may compute something else than nn.Linear"
     elif renamed:
         reason = "the checkpoint stores it under another name than the model's"
     elif stored != "int8" and str(weight.dtype) != f"torch.{stored}":

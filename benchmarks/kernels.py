@@ -1,0 +1,145 @@
+"""The products of packed linears against torch, a dense kernel, and what memory bandwidth allows.
+
+    python benchmarks/kernels.py [--shapes 4096x4096,11008x4096] [--sparsity 0.5] [--tokens 1] [--threads 2]
+                                 [--rounds 40] [--isa NAME] [--json FILE]
+
+In every round each kernel multiplies once, and beside it as many bytes are read by a plain loop on the same
+threads; "of read" is the median over the rounds of the ratio of bytes per second, "of torch" that of the time
+of torch's dense bfloat16 product. Matrices take turns, so that none is still in the cache from its last use.
+Where other programs keep the machine busy, rounds wait up to a second for a quiet moment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from prunus.sparse import kernels
+from prunus.sparse.bitmap import PackedWeight, check, pack_weight
+
+#: Twice as much as the largest caches hold, at the least.
+WORKING_SET = 160e6
+
+
+def copies(tensors: list[torch.Tensor | None]) -> list[list[torch.Tensor | None]]:
+    """The same content in enough places of memory."""
+    nbytes = sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    count = max(2, int(WORKING_SET / nbytes) + 1)
+    return [[None if t is None else t.clone() for t in tensors] for _ in range(count)]
+
+
+def make_kernels(
+    engine: kernels.Kernels, rows: int, columns: int, sparsity: float, tokens: int
+) -> dict[str, tuple[int, Callable[[int], object]]]:
+    """Name -> bytes that the kernel must read, and a function that runs it on the i-th copy of its weight."""
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(rows, columns, generator=generator)
+    removed = torch.rand(rows, columns, generator=generator) < sparsity
+    sparse = dense.masked_fill(removed, 0).bfloat16()
+    x = torch.randn(tokens, columns, generator=generator).bfloat16()
+    made: dict[str, tuple[int, Callable[[int], object]]] = {}
+
+    def add(name: str, nbytes: int, tensors: list[torch.Tensor | None], run: Callable[..., object]) -> None:
+        sets = copies(tensors)
+        made[name] = (nbytes, lambda i: run(*sets[i % len(sets)]))
+
+    def bitmap(packed: PackedWeight, name: str) -> None:
+        offsets = check(packed)
+        parts = [packed.mask, packed.values, offsets, packed.scales]
+        add(name, packed.nbytes, parts, lambda *p: engine.linear(x, *p, None))
+
+    bitmap(pack_weight(sparse, torch.bfloat16), "bitmap bf16")
+    bitmap(pack_weight(sparse, torch.int8), "bitmap int8")
+    whole = [dense.bfloat16()]
+    nbytes = rows * columns * 2
+    if engine.has_dense:
+        add("dense bf16", nbytes, whole, lambda w: engine.dense_linear(x, w, None))
+    add("torch bf16", nbytes, whole, lambda w: torch.nn.functional.linear(x, w))
+    return made
+
+
+def wait_for_quiet() -> None:
+    """Sleep while another process is running, for a second at most."""
+    for _ in range(50):
+        try:
+            running = Path("/proc/loadavg").read_text().split()[3].split("/")[0]
+        except OSError:
+            return
+        if int(running) <= 1:
+            return
+        time.sleep(0.02)
+
+
+def timed(run: Callable[[int], object], turn: int) -> float:
+    started = time.perf_counter()
+    run(turn)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", default="4096x4096,11008x4096")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--tokens", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--isa", choices=kernels.ISAS)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    engine = kernels.load(options.isa)
+    if engine is None:
+        raise SystemExit(f"there are no kernels: {kernels.why_not()}")
+    torch.set_num_threads(options.threads)
+    print(
+        f"{engine.isa_name}, {options.threads} threads, sparsity {options.sparsity:.0%}, tokens {options.tokens}"
+    )
+    results = []
+    for shape in options.shapes.split(","):
+        rows, columns = (int(number) for number in shape.split("x"))
+        made = make_kernels(engine, rows, columns, options.sparsity, options.tokens)
+        plain = torch.ones(int(WORKING_SET) + 2 * rows * columns, dtype=torch.uint8)
+        seconds: dict[str, list[float]] = {name: [] for name in made}
+        of_read: dict[str, list[float]] = {name: [] for name in made}
+        for turn in range(options.rounds + 2):
+            wait_for_quiet()
+            for name, (nbytes, run) in made.items():
+                # Whole 64 KiB pieces, from another place every time.
+                start = turn * nbytes % (plain.numel() - nbytes)
+                part = plain[start : start + nbytes]
+                reading = timed(lambda _, part=part: engine.read(part), turn)
+                taken = timed(run, turn)
+                if turn >= 2:
+                    seconds[name].append(taken)
+                    of_read[name].append(reading / taken * nbytes / (nbytes // 65536 * 65536))
+        torch_time = statistics.median(seconds["torch bf16"])
+        for name, (nbytes, _) in made.items():
+            median = statistics.median(seconds[name])
+            row = {
+                "shape": shape,
+                "kernel": name,
+                "milliseconds": round(median * 1e3, 4),
+                "fastest": round(min(seconds[name]) * 1e3, 4),
+                "gigabytes_per_second": round(nbytes / median / 1e9, 2),
+                "of_read": round(statistics.median(of_read[name]), 3),
+                "times_torch": round(torch_time / median, 2),
+            }
+            results.append(row)
+            print(
+                f"{shape:>11} {name:12} {row['milliseconds']:8.3f} ms (fastest {row['fastest']:7.3f})  "
+                f"{row['gigabytes_per_second']:6.2f} GB/s  {row['of_read']:6.1%} of read  "
+                f"{row['times_torch']:5.2f} x torch"
+            )
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
