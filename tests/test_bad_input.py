@@ -255,7 +255,7 @@ def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch):
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:<number>, not 'tpu'"),
         ({"device": "meta"}, "device must be auto, cpu, cuda or cuda:<number>, not 'meta'"),
         ({"memory": "lots"}, "a memory size looks like 8GB.*got 'lots'"),
-        ({"memory": "1MB"}, "the memory budget is .*Raise --memory"),
+        ({"memory": "1MB", "device": "cpu"}, "the memory budget is .*Raise --memory"),
         ({"calibration": token_ids().float()}, r"must be integers \(samples, seqlen\), got torch\.float32"),
         ({"calibration": token_ids()[0]}, r"must be integers \(samples, seqlen\)"),
         (

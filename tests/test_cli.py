@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from transformers.utils import logging
 from typer.testing import CliRunner
@@ -21,6 +23,8 @@ import prunus
 from prunus.cli import app
 from prunus.manifest import MANIFEST_NAME
 from prunus.model.checkpoint import INDEX_NAME
+from prunus.report.progress import eta, show_progress
+from prunus.run import Progress
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -184,6 +188,18 @@ def test_import_and_fetch_pass_on_what_they_are_told(tmp_path, monkeypatch):
         ((Path("a.gguf"), Path("b")), {"overwrite": True, "dtype": "float16"}),
         (("smollm2-135m", Path("c")), {"overwrite": False}),
     ]
+
+
+def test_time_left_is_told_from_the_time_of_blocks_alone():
+    """A minute of preparation must not count as if every block took it."""
+    screen = io.StringIO()
+    with show_progress("run", Console(file=screen, width=80)) as show:
+        for done in (1, 2, 3, 62):
+            show(Progress(done, 62, f"block {done}", 60 + 2.0 * done, peak_memory=3_000_000_000))
+    lines = screen.getvalue().splitlines()
+    assert [line.split("; ")[1] for line in lines] == ["left unknown", "left 2:00", "left 1:58", "left 0:00"]
+    assert all(line.endswith("; peak 3.00 GB") for line in lines)
+    assert eta(1, 101, 72.0) == "2:00:00"
 
 
 # --- what goes wrong ---

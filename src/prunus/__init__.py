@@ -8,6 +8,8 @@ inspect      what is in a checkpoint
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from prunus.sparse.register import register
+
 if TYPE_CHECKING:
     from prunus.evaluation import PerplexityResult, perplexity
     from prunus.inspection import Inspection, inspect
@@ -28,6 +30,10 @@ _HOMES = {
     "perplexity": "prunus.evaluation",
     "prune": "prunus.run",
 }
+
+
+# transformers learns to load packed checkpoints, now or when it is imported.
+register()
 
 
 def __getattr__(name: str) -> Any:

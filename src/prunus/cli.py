@@ -220,6 +220,103 @@ def import_(
         _tell(import_gguf(file, dest, overwrite=overwrite, dtype=dtype, progress=_say), dest, json_file)
 
 
+@app.command()
+def pack(
+    model: Model,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the packed checkpoint.")],
+    values: Annotated[
+        str,
+        typer.Option(help="How kept weights are stored: bf16 (as they are), or int8 with a scale per row."),
+    ] = "bf16",
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier result of pack in OUT.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Store a pruned MODEL as bitmaps: smaller on disk and in memory, and decodes faster."""
+    with _for_people(json_file):
+        from prunus.report.tables import packing_table
+        from prunus.sparse import pack as convert
+
+        if values not in ("bf16", "int8"):
+            raise ValueError(f"values must be bf16 or int8, not {values!r}")
+        record = convert(model, output, values, overwrite=overwrite, progress=_say_step)  # type: ignore[arg-type]
+        _show(packing_table(record), json_file, record.model_dump(mode="json"))
+
+
+@app.command()
+def unpack(
+    model: Model,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the unpacked checkpoint.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier result of unpack in OUT.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Turn a packed MODEL back into an ordinary checkpoint."""
+    with _for_people(json_file):
+        from prunus.report.tables import packing_table
+        from prunus.sparse import unpack as convert
+
+        record = convert(model, output, overwrite=overwrite, progress=_say_step)
+        _show(packing_table(record), json_file, record.model_dump(mode="json"))
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Where to stop at the latest.")] = 128,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
+    json_file: Json = None,
+) -> None:
+    """Let MODEL, dense or packed, continue a prompt, as it comes."""
+    with _for_people(json_file):
+        from prunus.evaluation.decoding import generate as stream
+
+        pieces = []
+        for piece in stream(model, prompt, max_new_tokens=max_new_tokens, chat=chat):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        print()
+        _write_json(json_file, {"model": model, "prompt": prompt, "text": "".join(pieces)})
+
+
+@app.command()
+def bench(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL…", help="Checkpoints, dense or packed.")],
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Processes per model, interleaved.")] = 3,
+    threads: Annotated[int | None, typer.Option(help="Torch threads.", show_default="torch's own")] = None,
+    json_file: Json = None,
+) -> None:
+    """Measure models side by side: file size, resident memory, prefill and decode tokens per second."""
+    with _for_people(json_file):
+        from prunus.evaluation.speed import bench as measure
+        from prunus.report.tables import speed_table
+
+        found = measure(
+            models,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            threads=threads,
+            progress=_say,
+        )
+        _show(speed_table(found), json_file, [speed.as_dict() for speed in found])
+
+
+@app.command()
+def doctor(json_file: Json = None) -> None:
+    """Say which kernels run packed models on this machine, and why."""
+    with _for_people(json_file):
+        from prunus.sparse import describe
+
+        state = describe()
+        for name, value in state.items():
+            print(f"{name:24} {value}")
+        _write_json(json_file, state)
+
+
 def main() -> None:
     """Entry point of the `prunus` command."""
     app()
@@ -286,6 +383,10 @@ def _quiet_transformers() -> None:
 
 def _say(message: str) -> None:
     print("prunus:", " ".join(message.splitlines()), file=sys.stderr, flush=True)
+
+
+def _say_step(done: int, total: int, name: str) -> None:
+    _say(f"{done} of {total}: {name}")
 
 
 def _show(table: Any, json_file: Path | None, content: Any) -> None:

@@ -28,12 +28,20 @@ def eta(done: int, total: int, seconds: float) -> str:
 def show_progress(title: str, console: Console | None = None) -> Iterator[Callable[[Step], None]]:
     """Yield a function that shows one step of a run."""
     console = console or Console(stderr=True)
+    first: Step | None = None
+
+    def left(step: Step) -> str:
+        # From the first step on: what came before it (reading text, embeddings) is done once, not per block.
+        nonlocal first
+        first = first or step
+        return eta(step.done - first.done, step.total - first.done, step.seconds - first.seconds)
+
     if not console.is_terminal:
 
         def line(step: Step) -> None:
             console.print(
                 f"{time.strftime('%H:%M:%S')} [{step.done}/{step.total}] {step.message}; "
-                f"left {eta(step.done, step.total, step.seconds)}; peak {step.peak_memory / 1e9:.2f} GB",
+                f"left {left(step)}; peak {step.peak_memory / 1e9:.2f} GB",
                 markup=False,
                 highlight=False,
                 soft_wrap=True,
@@ -57,7 +65,7 @@ def show_progress(title: str, console: Console | None = None) -> Iterator[Callab
                 task,
                 completed=step.done,
                 total=step.total,
-                eta=eta(step.done, step.total, step.seconds),
+                eta=left(step),
                 peak=f"{step.peak_memory / 1e9:.2f} GB",
             )
 

@@ -7,10 +7,19 @@ from typing import Any
 from rich.table import Table
 
 from prunus.evaluation import PerplexityResult
+from prunus.evaluation.speed import Speed
 from prunus.inspection import Inspection
 from prunus.manifest import Manifest
+from prunus.sparse.conversion import Record
 
-__all__ = ["inspection_table", "perplexity_table", "plan_table", "run_table"]
+__all__ = [
+    "inspection_table",
+    "packing_table",
+    "perplexity_table",
+    "plan_table",
+    "run_table",
+    "speed_table",
+]
 
 
 def run_table(manifest: Manifest) -> Table:
@@ -115,6 +124,61 @@ def plan_table(plan: dict[str, Any]) -> Table:
     for name, figure in rows.items():
         table.add_row(name, str(figure))
     return table
+
+
+def packing_table(record: Record) -> Table:
+    """What a conversion did to the bytes of the linears, by kind."""
+    table = Table(title=f"{record.action} {record.source} ({record.values})", title_justify="left")
+    for column in (
+        "linear",
+        "count",
+        "packed",
+        "bytes before",
+        "bytes after",
+        "after / before",
+        "rounding error",
+    ):
+        table.add_column(column, justify="left" if column == "linear" else "right")
+    kinds: dict[str, list[Any]] = {}
+    for name, linear in record.linears.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(linear)
+    for name, linears in [*kinds.items(), ("all", list(record.linears.values()))]:
+        before, after = (sum(linear.nbytes[i] for linear in linears) for i in range(2))
+        errors = [linear.relative_error for linear in linears if linear.relative_error is not None]
+        if name == "all":
+            table.add_section()
+        table.add_row(
+            name,
+            str(len(linears)),
+            str(sum(linear.packed for linear in linears)),
+            f"{before:,}",
+            f"{after:,}",
+            f"{after / before:.3f}" if before else "–",
+            f"{sum(errors) / len(errors):.2e}" if errors else "none",
+        )
+    return table
+
+
+def speed_table(found: list[Speed]) -> Table:
+    """Models side by side; ratios are to the first."""
+    table = Table(title="medians (minimum to maximum) over processes of their own", title_justify="left")
+    columns = ("model", "file", "resident", "prefill tokens/s", "decode tokens/s", "decode / first")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for speed in found:
+        table.add_row(
+            speed.model,
+            f"{speed.file_bytes / 1e9:.3f} GB",
+            f"{speed.resident_bytes[1] / 1e9:.2f} GB",
+            _with_spread(speed.prefill_tokens_per_second),
+            _with_spread(speed.decode_tokens_per_second),
+            f"{speed.decode_tokens_per_second[1] / found[0].decode_tokens_per_second[1]:.2f}",
+        )
+    return table
+
+
+def _with_spread(figure: tuple[float, float, float]) -> str:
+    return f"{figure[1]:.1f} ({figure[0]:.1f} to {figure[2]:.1f})"
 
 
 def _error(record: Any) -> float | None:

@@ -23,10 +23,10 @@ namespace {
 #if PRUNUS_X86
 using BlockFn = void (*)(const Job&, int64_t begin, int64_t end, int64_t token);
 
-// fns[i] works on i + 1 tokens at once.
-template <const BlockFn* fns>
+// fns[i] works on i + 1 tokens at once; `most` is how many of them pay.
+template <const BlockFn* fns, int most = kTokenBlock>
 void rows_in_blocks(const Job& job, int64_t begin, int64_t end) {
-    for_token_blocks(job.tokens, kTokenBlock,
+    for_token_blocks(job.tokens, most,
                      [&](int64_t token, int64_t count) { fns[count - 1](job, begin, end, token); });
 }
 
@@ -53,7 +53,7 @@ Choice choose(int isa, Kind values, Kind activations) {
 #if PRUNUS_X86
     if (isa >= kAvx512Bf16 && values == kBf16 && activations == kBf16)
         return {rows_in_blocks<kAvx512Bitmap>, XForm::kBf16};
-    if (isa >= kAvx512 && values == kI8) return {rows_in_blocks<kAvx512I8>, XForm::kInt16};
+    if (isa >= kAvx512 && values == kI8) return {rows_in_blocks<kAvx512I8, 4>, XForm::kSplitInt16};
     if (isa >= kAvx512 && values == kBf16) return {rows_in_blocks<kAvx512Float>, XForm::kFloat};
     if (isa >= kAvx512) return {rows_in_blocks<kAvx512F16>, XForm::kFloat};
     if (isa >= kAvx2 && values == kI8) return {rows_in_blocks<kAvx2I8>, XForm::kInt16};
@@ -210,12 +210,14 @@ int prunus_bitmap_linear(int isa, int threads, int64_t rows, int64_t cols, int64
         const Choice choice = choose(isa, Kind(value_kind), Kind(act_kind));
         copy_tail(job, Kind(value_kind), count, t_scratch);
         job.tokens = tokens;
+        job.sums = sized<float>(t_scratch.sums, tokens * rows);
         job.bias = bias;
         job.out = out;
         job.out_kind = Kind(act_kind);
         job.rows_fn = choice.rows_fn;
         if (choice.form == XForm::kBf16) lay_out_bf16(job, x, t_scratch);
         else if (choice.form == XForm::kInt16) lay_out_int16(job, x, job.out_kind, t_scratch);
+        else if (choice.form == XForm::kSplitInt16) lay_out_split_int16(job, x, job.out_kind, t_scratch);
         else lay_out_float(job, x, job.out_kind, t_scratch);
         run(job, threads, job.mask_stride + count * size_of(Kind(value_kind)) / rows);
         return int(PRUNUS_OK);
@@ -234,6 +236,7 @@ int prunus_dense_linear(int isa, int threads, int64_t rows, int64_t cols, int64_
         job.tokens = tokens;
         job.segments = (cols + kSegment - 1) / kSegment;
         job.values = weight;
+        job.sums = sized<float>(t_scratch.sums, tokens * rows);
         job.bias = bias;
         job.out = out;
         job.out_kind = kBf16;

@@ -8,11 +8,11 @@
 
 namespace prunus {
 
-enum class XForm { kBf16, kFloat, kInt16 };
+enum class XForm { kBf16, kFloat, kInt16, kSplitInt16 };
 
 // Per-thread memory that is reused from call to call.
 struct Scratch {
-    std::vector<uint8_t> x, x_scales, tail;
+    std::vector<uint8_t> x, x_split, x_scales, x_excess, sums, tail;
 };
 
 template <typename T>
@@ -89,6 +89,28 @@ inline void lay_out_int16(Job& job, const void* x, Kind kind, Scratch& scratch) 
             piece[i] = int16_t(rounded < -32767.0f ? -32767.0f : rounded > 32767.0f ? 32767.0f : rounded);
         }
     });
+}
+
+// The same with low and high bytes apart, as products of bytes want them.
+inline void lay_out_split_int16(Job& job, const void* x, Kind kind, Scratch& scratch) {
+    lay_out_int16(job, x, kind, scratch);
+    const int64_t pieces = job.segments * job.tokens;
+    const int64_t groups = (job.segments + kGroup - 1) / kGroup;
+    const int16_t* from = static_cast<const int16_t*>(job.x);
+    uint8_t* to = sized<uint8_t>(scratch.x_split, pieces * 2 * kSegment);
+    int32_t* excess = sized<int32_t>(scratch.x_excess, groups * job.tokens * 16);
+    job.x = to;
+    job.x_excess = excess;
+    std::memset(excess, 0, size_t(groups * job.tokens) * 16 * sizeof(int32_t));
+    for (int64_t piece = 0; piece < pieces; ++piece, from += kSegment, to += 2 * kSegment) {
+        // A lane of 32 bits sums the products of four neighbouring bytes.
+        int32_t* lanes = excess + (piece / job.tokens / kGroup * job.tokens + piece % job.tokens) * 16;
+        for (int64_t i = 0; i < kSegment; ++i) {
+            to[i] = uint8_t(from[i] & 255);
+            to[kSegment + i] = uint8_t(from[i] >> 8);
+            lanes[i / 4] += 128 * (from[i] >> 8);
+        }
+    }
 }
 
 }  // namespace prunus

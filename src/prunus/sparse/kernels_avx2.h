@@ -84,7 +84,7 @@ PRUNUS_TARGET_AVX2 void rows_float(const Job& job, int64_t begin, int64_t end, i
             }
         }
 #pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) finish(job, row, token + t, reduce(sum[t]));
+        for (int t = 0; t < T; ++t) job.sums[(token + t) * job.rows + row] = reduce(sum[t]);
     }
 }
 
@@ -124,7 +124,7 @@ PRUNUS_TARGET_AVX2 void rows_int8(const Job& job, int64_t begin, int64_t end, in
                 sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[t]), _mm256_set1_ps(x_scale[t]), sum[t]);
         }
 #pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) finish(job, row, token + t, reduce(sum[t]));
+        for (int t = 0; t < T; ++t) job.sums[(token + t) * job.rows + row] = reduce(sum[t]);
     }
 }
 

@@ -19,25 +19,31 @@
 
 namespace prunus::avx512 {
 
-// 64 weights as two vectors of 32 lanes of 16 bits.
+// 64 weights of 16 bits.
 struct Pair {
     __m512i low, high;
 };
 
-PRUNUS_TARGET PRUNUS_INLINE __m512i load_words(const uint16_t* values) { return _mm512_loadu_si512(values); }
-
-PRUNUS_TARGET PRUNUS_INLINE __m512i load_words(const int8_t* values) {
-    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+// A load of its own: folded into `vpexpand`, which a compiler likes to do, it is slower on Zen 4.
+PRUNUS_TARGET PRUNUS_INLINE __m512i load(const void* from) {
+    __m512i loaded = _mm512_loadu_si512(from);
+    __asm__("" : "+v"(loaded));
+    return loaded;
 }
 
-template <typename Value>
-PRUNUS_TARGET PRUNUS_INLINE Pair expand(uint64_t word, const Value*& values) {
+PRUNUS_TARGET PRUNUS_INLINE Pair expand(uint64_t word, const uint16_t*& values) {
     const __mmask64 mask = _cvtu64_mask64(word);
     const int lower = _mm_popcnt_u32(uint32_t(word));
-    const Pair pair = {_mm512_maskz_expand_epi16(__mmask32(mask), load_words(values)),
-                       _mm512_maskz_expand_epi16(__mmask32(_kshiftri_mask64(mask, 32)), load_words(values + lower))};
+    const Pair pair = {_mm512_maskz_expand_epi16(__mmask32(mask), load(values)),
+                       _mm512_maskz_expand_epi16(__mmask32(_kshiftri_mask64(mask, 32)), load(values + lower))};
     values += _mm_popcnt_u64(word);
     return pair;
+}
+
+PRUNUS_TARGET PRUNUS_INLINE __m512i expand(uint64_t word, const int8_t*& values) {
+    const __m512i bytes = _mm512_maskz_expand_epi8(_cvtu64_mask64(word), load(values));
+    values += _mm_popcnt_u64(word);
+    return bytes;
 }
 
 // ---- sources of weights: each gives the segments of one row in order ------------------------------------
@@ -55,7 +61,7 @@ struct Bitmap {
         last = job.segments - 1;
         last_word = mask_word(mask, last, job.cols);
     }
-    PRUNUS_TARGET PRUNUS_INLINE Pair next(int64_t segment) {
+    PRUNUS_TARGET PRUNUS_INLINE auto next(int64_t segment) {
         uint64_t word = last_word;
         if (segment != last) std::memcpy(&word, mask + segment * 8, 8);
         return expand(word, values);
@@ -81,14 +87,19 @@ struct Dense {
 };
 
 // ---- arithmetics: how 64 weights meet 64 activations -----------------------------------------------------
+// X, kWidth   the elements of the activations, and how many there are per segment and token
+// Sum, begin  an accumulator, and its value at the beginning of a group of segments
+// kGrouped    whether groups have scales of their own; if not, the row is one group
+// kChains     accumulators that take turns to hide latency, where registers allow it
 
 // bf16 weights, bf16 activations, float32 sums.
 struct Bf16 {
     using X = uint16_t;
     using Sum = __m512;
+    static constexpr int kWidth = kSegment, kChains = 2;
     static constexpr bool kGrouped = false;
 
-    PRUNUS_TARGET PRUNUS_INLINE static Sum zero() { return _mm512_setzero_ps(); }
+    PRUNUS_TARGET PRUNUS_INLINE static Sum begin(const Job&, int64_t, int64_t) { return _mm512_setzero_ps(); }
     PRUNUS_TARGET PRUNUS_INLINE static Pair prepare(Pair weights) { return weights; }
     PRUNUS_TARGET PRUNUS_INLINE static Pair load(const X* x) {
         return {_mm512_loadu_si512(x), _mm512_loadu_si512(x + 32)};
@@ -97,6 +108,7 @@ struct Bf16 {
         a = _mm512_dpbf16_ps(a, (__m512bh)w.low, (__m512bh)x.low);
         b = _mm512_dpbf16_ps(b, (__m512bh)w.high, (__m512bh)x.high);
     }
+    PRUNUS_TARGET PRUNUS_INLINE static __m512 total(const Sum& sum) { return sum; }
 };
 
 struct Quarters {
@@ -108,9 +120,10 @@ template <Kind kind>
 struct Float {
     using X = float;
     using Sum = __m512;
+    static constexpr int kWidth = kSegment, kChains = 2;
     static constexpr bool kGrouped = false;
 
-    PRUNUS_TARGET PRUNUS_INLINE static Sum zero() { return _mm512_setzero_ps(); }
+    PRUNUS_TARGET PRUNUS_INLINE static Sum begin(const Job&, int64_t, int64_t) { return _mm512_setzero_ps(); }
     PRUNUS_TARGET PRUNUS_INLINE static __m512 widen(__m256i words) {
         if (kind == kF16) return _mm512_cvtph_ps(words);
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
@@ -128,76 +141,83 @@ struct Float {
         a = _mm512_fmadd_ps(w.q[2], x.q[2], a);
         b = _mm512_fmadd_ps(w.q[3], x.q[3], b);
     }
+    PRUNUS_TARGET PRUNUS_INLINE static __m512 total(const Sum& sum) { return sum; }
 };
 
-// int8 weights, int16 activations: exact int32 sums within a group of segments, which `tile` then scales.
+// int8 weights, 16-bit activations x = 256 h + l with h signed and l unsigned, exact int32 sums in a group.
+// `vpdpbusd` multiplies unsigned by signed bytes: l · w as it is, and (w + 128) · h, which is 128 · Σh
+// too much in every lane.
 struct Int {
-    using X = int16_t;
-    using Sum = __m512i;
+    using X = uint8_t;
+    struct Sum {
+        __m512i high, low;
+    };
+    static constexpr int kWidth = 2 * kSegment, kChains = 1;
     static constexpr bool kGrouped = true;
 
-    PRUNUS_TARGET PRUNUS_INLINE static Sum zero() { return _mm512_setzero_si512(); }
-    PRUNUS_TARGET PRUNUS_INLINE static Pair prepare(Pair weights) { return weights; }
-    PRUNUS_TARGET PRUNUS_INLINE static Pair load(const X* x) {
-        return {_mm512_loadu_si512(x), _mm512_loadu_si512(x + 32)};
+    PRUNUS_TARGET PRUNUS_INLINE static Sum begin(const Job& job, int64_t group, int64_t token) {
+        const int32_t* excess = job.x_excess + (group * job.tokens + token) * 16;
+        return {_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(excess)), _mm512_setzero_si512()};
     }
-    PRUNUS_TARGET PRUNUS_INLINE static void add(Sum& a, Sum& b, const Pair& w, const Pair& x) {
-        a = _mm512_dpwssd_epi32(a, w.low, x.low);
-        b = _mm512_dpwssd_epi32(b, w.high, x.high);
+    PRUNUS_TARGET PRUNUS_INLINE static Pair prepare(__m512i weights) {
+        return {weights, _mm512_xor_si512(weights, _mm512_set1_epi8(-128))};
+    }
+    PRUNUS_TARGET PRUNUS_INLINE static Pair load(const X* x) {
+        return {_mm512_loadu_si512(x), _mm512_loadu_si512(x + kSegment)};
+    }
+    PRUNUS_TARGET PRUNUS_INLINE static void add(Sum& a, Sum&, const Pair& w, const Pair& x) {
+        a.low = _mm512_dpbusd_epi32(a.low, x.low, w.low);
+        a.high = _mm512_dpbusd_epi32(a.high, w.high, x.high);
+    }
+    PRUNUS_TARGET PRUNUS_INLINE static __m512 total(const Sum& sum) {
+        return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.low));
     }
 };
-
-PRUNUS_TARGET PRUNUS_INLINE __m512 to_float(__m512 sum) { return sum; }
-PRUNUS_TARGET PRUNUS_INLINE __m512 to_float(__m512i sum) { return _mm512_cvtepi32_ps(sum); }
 
 // ---- the loop --------------------------------------------------------------------------------------------
 
-// R rows times T tokens. With many tokens, two rows share each load of an activation.
+// R rows times T tokens. Loads are what limits these kernels, and R rows share those of the activations.
 template <typename Math, typename Source, int R, int T>
 PRUNUS_TARGET PRUNUS_INLINE void tile(const Job& job, int64_t row, int64_t token) {
     constexpr int N = R * T;
-    constexpr int kChains = N > 8 ? 1 : 2;  // a second chain hides latency, but costs registers
+    constexpr int kChains = N > 8 ? 1 : Math::kChains;
     Source source[R];
     typename Math::Sum sum[N][kChains];
     __m512 scaled[N];
     PRUNUS_UNROLL for (int r = 0; r < R; ++r) source[r].start(job, row + r);
     PRUNUS_UNROLL for (int i = 0; i < N; ++i) {
-        sum[i][0] = Math::zero();
-        sum[i][kChains - 1] = Math::zero();
+        sum[i][0] = Math::begin(job, 0, token + i % T);
+        if (kChains == 2) sum[i][kChains - 1] = sum[i][0];
         scaled[i] = _mm512_setzero_ps();
     }
-    const auto* x = static_cast<const typename Math::X*>(job.x) + token * kSegment;
-    for (int64_t segment = 0; segment < job.segments; ++segment, x += job.tokens * kSegment) {
-        decltype(Math::prepare(Pair{})) weights[R];
+    const auto* x = static_cast<const typename Math::X*>(job.x) + token * Math::kWidth;
+    for (int64_t segment = 0; segment < job.segments; ++segment, x += job.tokens * Math::kWidth) {
+        decltype(Math::prepare(source[0].next(0))) weights[R];
         PRUNUS_UNROLL for (int r = 0; r < R; ++r) weights[r] = Math::prepare(source[r].next(segment));
         PRUNUS_UNROLL for (int t = 0; t < T; ++t) {
-            const auto activations = Math::load(x + t * kSegment);
+            const auto activations = Math::load(x + t * Math::kWidth);
             PRUNUS_UNROLL for (int r = 0; r < R; ++r)
                 Math::add(sum[r * T + t][0], sum[r * T + t][kChains - 1], weights[r], activations);
         }
         if (Math::kGrouped && (segment % kGroup == kGroup - 1 || segment == job.segments - 1)) {
-            const float* x_scales = job.x_scales + segment / kGroup * job.tokens + token;
+            const int64_t group = segment / kGroup;
+            const float* x_scales = job.x_scales + group * job.tokens + token;
             PRUNUS_UNROLL for (int i = 0; i < N; ++i) {
-                __m512 total = to_float(sum[i][0]);
-                if (kChains == 2) total = _mm512_add_ps(total, to_float(sum[i][kChains - 1]));
-                scaled[i] = _mm512_fmadd_ps(total, _mm512_set1_ps(x_scales[i % T]), scaled[i]);
-                sum[i][0] = Math::zero();
-                sum[i][kChains - 1] = Math::zero();
+                scaled[i] = _mm512_fmadd_ps(Math::total(sum[i][0]), _mm512_set1_ps(x_scales[i % T]), scaled[i]);
+                if (segment < job.segments - 1) sum[i][0] = Math::begin(job, group + 1, token + i % T);
             }
         }
     }
-    float totals[N];
     PRUNUS_UNROLL for (int i = 0; i < N; ++i) {
-        __m512 total = Math::kGrouped ? scaled[i] : to_float(sum[i][0]);
-        if (kChains == 2 && !Math::kGrouped) total = _mm512_add_ps(total, to_float(sum[i][kChains - 1]));
-        totals[i] = _mm512_reduce_add_ps(total);
+        __m512 total = Math::kGrouped ? scaled[i] : Math::total(sum[i][0]);
+        if (kChains == 2) total = _mm512_add_ps(total, Math::total(sum[i][kChains - 1]));
+        job.sums[(token + i % T) * job.rows + row + i / T] = _mm512_reduce_add_ps(total);
     }
-    for (int i = 0; i < N; ++i) finish(job, row + i / T, token + i % T, totals[i]);
 }
 
 template <typename Math, typename Source, int T>
 PRUNUS_TARGET void rows(const Job& job, int64_t begin, int64_t end, int64_t token) {
-    constexpr int R = T > 2 ? 2 : 1;
+    constexpr int R = 2;
     int64_t row = begin;
     for (; row + R <= end; row += R) tile<Math, Source, R, T>(job, row, token);
     for (; row < end; ++row) tile<Math, Source, 1, T>(job, row, token);

@@ -29,9 +29,12 @@ struct Job {
     const void* tail;           // copy, with room behind it, of the values from row `tail_row` on:
     int64_t tail_row;           // so near the end, a full-width load would leave the buffer
     const float* scales;        // (rows) for int8 values, else null
-    // Activations, laid out (segment, token, 64) and zero past `cols`: bf16, float32 or int16.
+    // Activations, laid out (segment, token, 64) and zero past `cols`: bf16, float32 or int16, the latter also
+    // as 64 low bytes and then 64 high bytes.
     const void* x;
     const float* x_scales;      // int16 only: (group, token)
+    const int32_t* x_excess;    // split int16 only: 128 times the sums of the high bytes, (group, token, 16)
+    float* sums;                // (tokens, rows): what rows_fn computes; then
     const void* bias;           // (rows) in the dtype of `out`, or null
     void* out;                  // (tokens, rows)
     Kind out_kind;
@@ -118,10 +121,17 @@ inline const Value* row_values(const Job& job, int64_t row) {
     return static_cast<const Value*>(job.tail) + (job.offsets[row] - job.offsets[job.tail_row]);
 }
 
-__attribute__((always_inline)) inline void finish(const Job& job, int64_t row, int64_t token, float sum) {
-    if (job.scales) sum *= job.scales[row];
-    if (job.bias) sum += load_as_float(job.bias, row, job.out_kind);
-    store_as(job.out, token * job.rows + row, job.out_kind, sum);
+// Turns finished sums of some rows into results: times the row's scale, plus its bias, in the dtype of `out`.
+inline void finish_rows(const Job& job, int64_t begin, int64_t end) {
+    for (int64_t token = 0; token < job.tokens; ++token) {
+        float* sums = job.sums + token * job.rows;
+        if (job.scales)
+            for (int64_t row = begin; row < end; ++row) sums[row] *= job.scales[row];
+        if (job.bias)
+            for (int64_t row = begin; row < end; ++row) sums[row] += load_as_float(job.bias, row, job.out_kind);
+        for (int64_t row = begin; row < end; ++row)
+            store_as(job.out, token * job.rows + row, job.out_kind, sums[row]);
+    }
 }
 
 // Calls fn(first_token, count) for blocks of at most `most` tokens, as even as they can be.

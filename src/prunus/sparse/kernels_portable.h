@@ -29,7 +29,7 @@ inline void rows_float(const Job& job, int64_t begin, int64_t end) {
                 for (int column = 0; word; ++column, word >>= 1)
                     if (word & 1) sum += value_at<kind>(value++, 0) * x_segment[column];
             }
-            finish(job, row, token, sum);
+            job.sums[token * job.rows + row] = sum;
         }
     }
 }
@@ -50,7 +50,7 @@ inline void rows_int8(const Job& job, int64_t begin, int64_t end) {
                 }
                 sum += float(dot) * job.x_scales[first / kGroup * job.tokens + token];
             }
-            finish(job, row, token, sum);
+            job.sums[token * job.rows + row] = sum;
         }
     }
 }

@@ -18,7 +18,9 @@ inline void take_rows(void* data) {
     for (;;) {
         const int64_t begin = job.next->fetch_add(job.chunk, std::memory_order_relaxed);
         if (begin >= job.rows) return;
-        job.rows_fn(job, begin, begin + job.chunk < job.rows ? begin + job.chunk : job.rows);
+        const int64_t end = begin + job.chunk < job.rows ? begin + job.chunk : job.rows;
+        job.rows_fn(job, begin, end);
+        if (job.sums) finish_rows(job, begin, end);
     }
 }
 

@@ -1,0 +1,166 @@
+"""How fast a model decodes and what it weighs: on disk, in memory, in tokens per second.
+
+Each measurement is a process of its own, and models take turns, so that neither one's memory nor the
+machine's drift is booked to another. `python -m prunus.evaluation.speed MODEL …` is such a process.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus.evaluation.decoding import load_model
+from prunus.machine import resident_memory
+from prunus.model.checkpoint import resolve_folder
+
+__all__ = ["Speed", "bench", "measure"]
+
+FIGURES = ("resident_bytes", "prefill_tokens_per_second", "decode_tokens_per_second")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One model's figures over all rounds: (minimum, median, maximum) each.
+
+    Attributes:
+        model: as given.
+        file_bytes: of its safetensors.
+        resident_bytes: of the process after generating, minus what it had before the model was loaded.
+        prefill_tokens_per_second: prompt tokens over the time to the first new token.
+        decode_tokens_per_second: new tokens after the first over the time they took.
+    """
+
+    model: str
+    file_bytes: int
+    resident_bytes: tuple[float, float, float]
+    prefill_tokens_per_second: tuple[float, float, float]
+    decode_tokens_per_second: tuple[float, float, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self)
+
+
+def bench(
+    models: Sequence[str],
+    *,
+    prompt_tokens: int = 128,
+    new_tokens: int = 64,
+    rounds: int = 3,
+    threads: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[Speed]:
+    """Measure models side by side, interleaved.
+
+    Args:
+        models: checkpoint folders, dense or packed.
+        prompt_tokens: length of the prompt, random token ids.
+        new_tokens: tokens to decode, at least 2.
+        rounds: processes per model.
+        threads: torch threads; torch's own choice where None.
+        progress: told what is measured.
+
+    Raises:
+        ValueError: a length or a number of rounds out of range.
+        FileNotFoundError: a model that is not there.
+        RuntimeError: a process failed; ends with what it said.
+    """
+    if prompt_tokens < 1 or new_tokens < 2 or rounds < 1 or (threads is not None and threads < 1):
+        raise ValueError(
+            "bench needs at least 1 prompt token, 2 new tokens, 1 round and 1 thread; got "
+            f"{prompt_tokens}, {new_tokens}, {rounds} and {threads}"
+        )
+    folders = [resolve_folder(model) for model in models]
+    found: list[list[dict[str, float]]] = [[] for _ in models]
+    for turn in range(rounds):
+        for position, folder in enumerate(folders):
+            if progress is not None:
+                progress(f"round {turn + 1} of {rounds}: {models[position]}")
+            found[position].append(_in_own_process(folder, prompt_tokens, new_tokens, threads))
+    return [
+        Speed(
+            model=model,
+            file_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+            **{name: _spread([row[name] for row in rows]) for name in FIGURES},
+        )
+        for model, folder, rows in zip(models, folders, found, strict=True)
+    ]
+
+
+def measure(model: str | Path, prompt_tokens: int, new_tokens: int, seed: int = 0) -> dict[str, float]:
+    """The figures of one model in this process; see `Speed`."""
+    before = resident_memory()
+    loaded = load_model(model)
+    vocabulary = loaded.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
+
+    def seconds(tokens: int) -> float:
+        started = time.perf_counter()
+        with torch.no_grad():
+            loaded.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+            )
+        return time.perf_counter() - started
+
+    seconds(2)  # first use: kernels are chosen, pages come in
+    first = min(seconds(1) for _ in range(2))
+    whole = seconds(new_tokens)
+    return {
+        "resident_bytes": float(resident_memory() - before),
+        "prefill_tokens_per_second": prompt_tokens / first,
+        "decode_tokens_per_second": (new_tokens - 1) / (whole - first),
+    }
+
+
+def _in_own_process(
+    folder: Path, prompt_tokens: int, new_tokens: int, threads: int | None
+) -> dict[str, float]:
+    command = [
+        sys.executable,
+        "-m",
+        __name__,
+        str(folder),
+        str(prompt_tokens),
+        str(new_tokens),
+        str(threads or 0),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"measuring {folder} failed: {last}")
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def _spread(values: list[float]) -> tuple[float, float, float]:
+    return min(values), statistics.median(values), max(values)
+
+
+def _main() -> None:
+    import prunus  # noqa: F401 (registers the packed format)
+
+    folder, prompt_tokens, new_tokens, threads = sys.argv[1], *(int(x) for x in sys.argv[2:5])
+    if threads:
+        torch.set_num_threads(threads)
+    print(json.dumps(measure(folder, prompt_tokens, new_tokens)))
+
+
+if __name__ == "__main__":
+    _main()
