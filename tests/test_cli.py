@@ -28,7 +28,19 @@ from prunus.run import Progress
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
-VERBS = ["prune", "plan", "eval", "inspect", "fetch", "import"]
+VERBS = [
+    "prune",
+    "plan",
+    "eval",
+    "inspect",
+    "fetch",
+    "import",
+    "pack",
+    "unpack",
+    "generate",
+    "bench",
+    "doctor",
+]
 WINDOWS = ["--samples", "4", "--seqlen", "16"]
 
 
@@ -299,6 +311,7 @@ def test_a_message_of_several_lines_is_shown_on_one(dense, tmp_path, monkeypatch
 
 def test_help_of_every_verb_is_quick():
     """In a process of its own: torch takes seconds to import, and no help needs it."""
+    assert sorted(VERBS) == sorted(c.name or c.callback.__name__ for c in app.registered_commands)
     script = f"""
 import sys
 from typer.testing import CliRunner

@@ -23,11 +23,8 @@ from prunus.sparse import (
 )
 from prunus.sparse.bitmap import pack_weight
 from prunus.sparse.description import REFUSAL
-from prunus.sparse.register import register
 from sparse_reference import pruned_checkpoint, random_sparse
 from tiny import token_ids
-
-register()
 
 IDS = token_ids(2, 24)
 UP = "model.layers.0.mlp.up_proj"
@@ -282,8 +279,9 @@ for folder in sys.argv[1:]:
 def test_registration_is_lazy():
     code = """
 import sys
+import prunus
 from prunus.sparse.register import register
-register(); register()
+register()
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 import transformers.quantizers.auto as table
 assert "prunus" in table.AUTO_QUANTIZER_MAPPING and "prunus" in table.AUTO_QUANTIZATION_CONFIG_MAPPING

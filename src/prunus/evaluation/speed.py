@@ -154,8 +154,6 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def _main() -> None:
-    import prunus  # noqa: F401 (registers the packed format)
-
     folder, prompt_tokens, new_tokens, threads = sys.argv[1], *(int(x) for x in sys.argv[2:5])
     if threads:
         torch.set_num_threads(threads)

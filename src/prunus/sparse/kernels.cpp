@@ -216,9 +216,8 @@ int prunus_bitmap_linear(int isa, int threads, int64_t rows, int64_t cols, int64
         job.out_kind = Kind(act_kind);
         job.rows_fn = choice.rows_fn;
         if (choice.form == XForm::kBf16) lay_out_bf16(job, x, t_scratch);
-        else if (choice.form == XForm::kInt16) lay_out_int16(job, x, job.out_kind, t_scratch);
-        else if (choice.form == XForm::kSplitInt16) lay_out_split_int16(job, x, job.out_kind, t_scratch);
-        else lay_out_float(job, x, job.out_kind, t_scratch);
+        else if (choice.form == XForm::kFloat) lay_out_float(job, x, job.out_kind, t_scratch);
+        else lay_out_int16(job, x, job.out_kind, choice.form, t_scratch);
         run(job, threads, job.mask_stride + count * size_of(Kind(value_kind)) / rows);
         return int(PRUNUS_OK);
     });

@@ -24,24 +24,17 @@ struct Pair {
     __m512i low, high;
 };
 
-// A load of its own: folded into `vpexpand`, which a compiler likes to do, it is slower on Zen 4.
-PRUNUS_TARGET PRUNUS_INLINE __m512i load(const void* from) {
-    __m512i loaded = _mm512_loadu_si512(from);
-    __asm__("" : "+v"(loaded));
-    return loaded;
-}
-
 PRUNUS_TARGET PRUNUS_INLINE Pair expand(uint64_t word, const uint16_t*& values) {
     const __mmask64 mask = _cvtu64_mask64(word);
     const int lower = _mm_popcnt_u32(uint32_t(word));
-    const Pair pair = {_mm512_maskz_expand_epi16(__mmask32(mask), load(values)),
-                       _mm512_maskz_expand_epi16(__mmask32(_kshiftri_mask64(mask, 32)), load(values + lower))};
+    const Pair pair = {_mm512_maskz_expand_epi16(__mmask32(mask), _mm512_loadu_si512(values)),
+                       _mm512_maskz_expand_epi16(__mmask32(_kshiftri_mask64(mask, 32)), _mm512_loadu_si512(values + lower))};
     values += _mm_popcnt_u64(word);
     return pair;
 }
 
 PRUNUS_TARGET PRUNUS_INLINE __m512i expand(uint64_t word, const int8_t*& values) {
-    const __m512i bytes = _mm512_maskz_expand_epi8(_cvtu64_mask64(word), load(values));
+    const __m512i bytes = _mm512_maskz_expand_epi8(_cvtu64_mask64(word), _mm512_loadu_si512(values));
     values += _mm_popcnt_u64(word);
     return bytes;
 }

@@ -9,7 +9,7 @@ namespace prunus {
 
 constexpr int64_t kSegment = 64;      // columns that one 64-bit mask word covers
 constexpr int64_t kGroup = 4;         // segments that share one activation scale (int8 weights)
-constexpr int64_t kOverrun = 32;      // values that a kernel may read, and ignore, past the end of a row
+constexpr int64_t kOverrun = 64;      // values that a kernel may read, and ignore, past the end of a row
 constexpr int kTokenBlock = 8;        // tokens that a kernel works on at once
 
 enum Kind : int { kBf16 = 0, kF16 = 1, kF32 = 2, kI8 = 3 };

@@ -93,8 +93,17 @@ class BitmapLinear(nn.Module):
         """(..., in) -> (..., out)."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected inputs of width {self.in_features}, got {tuple(x.shape)}")
+        # Straight from the dicts: a module's attributes cost as much as a small product.
+        stored: Any = self._buffers
         run = run_bitmap if _is_plain(x) else bitmap_linear
-        return run(x, self.weight, self.weight_mask, self.weight_scales, self.row_offsets, self.bias)
+        return run(
+            x,
+            stored["weight"],
+            stored["weight_mask"],
+            stored["weight_scales"],
+            stored["row_offsets"],
+            self.bias,
+        )
 
     def extra_repr(self) -> str:
         density = self.weight.shape[0] / (self.in_features * self.out_features)
@@ -124,16 +133,16 @@ class DenseLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
-        if _is_plain(input) and not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return run_dense(input, self.weight, self.bias)
-        return dense_linear(input, self.weight, self.bias)
+        weight = self.weight
+        plain = _is_plain(input) and not (weight.requires_grad and torch.is_grad_enabled())
+        return (run_dense if plain else dense_linear)(input, weight, self.bias)
 
 
 def _is_plain(x: torch.Tensor) -> bool:
     """Whether the operator's dispatch can be skipped: no tracing, no gradient, a real tensor."""
     return (
         type(x) is torch.Tensor
-        and x.device.type != "meta"
+        and not x.is_meta
         and not torch.compiler.is_compiling()
         and not (x.requires_grad and torch.is_grad_enabled())
     )

@@ -77,22 +77,19 @@ def run_bitmap(
         (..., O) in the dtype of `x`.
     """
     in_features = x.shape[-1]
-    if mask.shape[1] != -(-in_features // 8):
+    if mask.shape[1] != (in_features + 7) // 8:
         raise ValueError(f"inputs of width {in_features} do not fit a mask of {mask.shape[1]} bytes a row")
-    tokens = x.numel() // in_features
-    compiled = _compiled() if x.device.type == "cpu" else None
+    compiled = _compiled() if x.is_cpu else None
     if (
         compiled is None
         or _reference
-        or not 0 < tokens <= kernels.MAX_TOKENS
+        or not 0 < x.numel() <= kernels.MAX_TOKENS * in_features
         or x.dtype not in _FLOATS
         or (bias is not None and bias.dtype != x.dtype)
     ):
         weight = _expand_for_now(PackedWeight(mask, values, scales, in_features), x.dtype, offsets)
         return functional.linear(x, weight, bias)
-    flat = x.reshape(tokens, in_features).contiguous()
-    out = compiled.linear(flat, mask, values, offsets, scales, bias)
-    return out.view(*x.shape[:-1], out.shape[1])
+    return compiled.linear(x if x.is_contiguous() else x.contiguous(), mask, values, offsets, scales, bias)
 
 
 def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -101,11 +98,10 @@ def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     For a few bfloat16 tokens torch reaches some 60 % of the memory's bandwidth; the kernel here reaches it.
     """
     in_features = x.shape[-1]
-    tokens = x.numel() // in_features if in_features else 0
     if (
         _reference
-        or not 0 < tokens <= kernels.MAX_TOKENS
-        or x.device.type != "cpu"
+        or not 0 < x.numel() <= kernels.MAX_TOKENS * in_features
+        or not x.is_cpu
         or x.dtype != torch.bfloat16
         or weight.dtype != torch.bfloat16
         or weight.shape[1] != in_features
@@ -115,8 +111,7 @@ def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
         or not compiled.has_dense
     ):
         return functional.linear(x, weight, bias)
-    out = compiled.dense_linear(x.reshape(tokens, in_features).contiguous(), weight, bias)
-    return out.view(*x.shape[:-1], out.shape[1])
+    return compiled.dense_linear(x if x.is_contiguous() else x.contiguous(), weight, bias)
 
 
 def _expand_for_now(packed: PackedWeight, dtype: torch.dtype, offsets: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,86 @@
+"""How a verb speaks: results on standard output, everything else on standard error, figures as JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+__all__ = ["for_people", "say", "say_step", "show", "tell", "write_json"]
+
+
+@contextlib.contextmanager
+def for_people(json_file: Path | None) -> Iterator[None]:
+    """Errors as one line and an exit status: 2 for what the user can put right, 1 for the rest, 130 for Ctrl-C."""
+    if os.environ.get("PRUNUS_TRACEBACK"):
+        yield
+        return
+    try:
+        _quiet_transformers()
+        if json_file is not None and json_file.is_dir():
+            raise ValueError(f"--json {json_file} is a folder; give the name of a file")
+        yield
+    except (
+        ValueError,
+        TypeError,
+        FileNotFoundError,
+        FileExistsError,
+        NotImplementedError,
+        ImportError,
+    ) as fault:
+        say(f"error: {fault}")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        say("stopped; what is finished is kept, and the same command goes on from there")
+        raise typer.Exit(130) from None
+    except (OSError, MemoryError, RuntimeError) as fault:
+        say(f"error: {type(fault).__name__}: {fault} (PRUNUS_TRACEBACK=1 shows where)")
+        raise typer.Exit(1) from None
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def say(message: str) -> None:
+    """A line on standard error."""
+    print("prunus:", " ".join(message.splitlines()), file=sys.stderr, flush=True)
+
+
+def say_step(done: int, total: int, name: str) -> None:
+    """A line of progress."""
+    say(f"{done} of {total}: {name}")
+
+
+def show(table: Any, json_file: Path | None, content: Any) -> None:
+    """A table on standard output, and its figures as JSON where they are asked for."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 160)  # a file or a pipe has no width: names need not be cut
+    console.print(table)
+    write_json(json_file, content)
+
+
+def tell(summary: dict[str, Any], dest: Path, json_file: Path | None) -> None:
+    """A folder that was made and what is in it, in one line, and as JSON where that is asked for."""
+    print(f"{dest}: {', '.join(f'{key} {value}' for key, value in summary.items())}")
+    write_json(json_file, summary)
+
+
+def write_json(json_file: Path | None, content: Any) -> None:
+    """The figures of a verb as JSON, where they are asked for."""
+    if json_file is not None:
+        from prunus.model import files
+
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(json_file, content)
