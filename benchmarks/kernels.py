@@ -6,7 +6,7 @@
 In every round each kernel multiplies once, and beside it as many bytes are read by a plain loop on the same
 threads; "of read" is the median over the rounds of the ratio of bytes per second, "of torch" that of the time
 of torch's dense bfloat16 product. Matrices take turns, so that none is still in the cache from its last use.
-Where other programs keep the machine busy, rounds wait up to a second for a quiet moment.
+Where other programs keep the machine busy, a measurement waits up to a second for a quiet moment.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in made}
         of_read: dict[str, list[float]] = {name: [] for name in made}
         for turn in range(options.rounds + 2):
-            wait_for_quiet()
             for name, (nbytes, run) in made.items():
+                wait_for_quiet()
                 # Whole 64 KiB pieces, from another place every time.
                 start = turn * nbytes % (plain.numel() - nbytes)
                 part = plain[start : start + nbytes]

@@ -15,6 +15,7 @@ __all__ = [
     "Device",
     "Dtype",
     "Group",
+    "Head",
     "Ignore",
     "Json",
     "MaskFrom",
@@ -102,6 +103,9 @@ Propagate = Annotated[
 Only = Annotated[
     list[str] | None,
     typer.Option(metavar="GLOB", help="Prune only linears with such names; may be repeated."),
+]
+Head = Annotated[
+    bool | None, typer.Option("--head", help="Prune the output head too; refused where it is tied.")
 ]
 Ignore = Annotated[
     list[str] | None,

@@ -93,6 +93,7 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     machine: dict[str, Any]
     blocks: list[BlockRecord] = Field(default_factory=list)
+    head: LinearRecord | None = None
     left_dense: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     totals: dict[str, Any] = Field(default_factory=dict)
 
@@ -121,6 +122,7 @@ class Manifest(BaseModel):
     def summary(self) -> dict[str, Any]:
         """Totals over the pruned linears: weights, zeros, sparsity, mean error, seconds."""
         linears = [linear for block in self.blocks for linear in block.linears.values()]
+        linears += [self.head] if self.head is not None else []
         weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
         zeros = sum(linear.zeros for linear in linears)
         errors = [x.relative_output_error for x in linears if x.relative_output_error is not None]

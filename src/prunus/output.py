@@ -133,12 +133,16 @@ class OutputFolder:
         checkpoint = Checkpoint(self.folder, only=[shard_name(index)])
         return {names[key]: tensor for key, tensor in checkpoint.read(names)}
 
-    def finish(self, trust_remote_code: bool) -> None:
-        """Write what surrounds the blocks, copy config and tokenizer, write card and index, and the closed manifest."""
+    def finish(self, trust_remote_code: bool, changed: Mapping[str, torch.Tensor]) -> None:
+        """Write what surrounds the blocks, copy config and tokenizer, write card and index, and the closed manifest.
+
+        `changed` holds pruned tensors outside the blocks by the model's names: the head, if it was asked for.
+        """
         checkpoint = self._source.checkpoint
         outer = self._source.outer_keys()
         if outer:
-            save_safetensors(self.folder / OUTER_SHARD, dict(checkpoint.read(outer)))
+            replaced = {self._source.stored_name(name): tensor for name, tensor in changed.items()}
+            save_safetensors(self.folder / OUTER_SHARD, dict(checkpoint.read(outer)) | replaced)
         for path in companion_files(checkpoint.folder, code=trust_remote_code):
             copy_file(path, self.folder / path.name)
         write_text(self.folder / "README.md", model_card(self.manifest))

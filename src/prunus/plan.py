@@ -196,6 +196,9 @@ def prepare(
     skeleton = Skeleton(source.config, source.stored_dtype, options.trust_remote_code)
     source.bind(skeleton)
     _check_context(source.config, recipe.seqlen, method.needs)
+    if recipe.head:
+        head = skeleton.head()
+        check_shape(pattern, head.shape, head.name)
     targets, left_dense = _select(skeleton, recipe, pattern)
     wanted = decided_dtype if recipe.dtype == "auto" and decided_dtype else recipe.dtype
     dtype, reason = decide_dtype(wanted, source, device, method.needs, options.trust_remote_code)

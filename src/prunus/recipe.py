@@ -46,6 +46,7 @@ class Recipe(BaseModel):
     batch: int | None = Field(None, description="windows per forward pass; chosen from seqlen if not given")
     dtype: DtypeName = Field("auto", description="of the computation; the checkpoint keeps its own")
     propagate: Literal["linear", "block"] = "linear"
+    head: bool = Field(False, description="prune the output head too; dense unless asked for")
     only: tuple[str, ...] = Field((), description="name patterns: prune nothing else")
     ignore: tuple[str, ...] = Field((), description="name patterns: leave these dense")
     mask_from: Literal["wanda", "magnitude"] = "wanda"

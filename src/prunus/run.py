@@ -82,7 +82,7 @@ def prune(
             matches.
         progress: called after every block.
         **recipe_options: further fields of `Recipe`: samples, seqlen, seed, batch, dtype, group, propagate, only,
-            ignore, mask_from, mask_order, damping.
+            ignore, head, mask_from, mask_order, damping.
 
     Returns:
         The manifest: recipe, inputs, per linear shape, sparsity reached, error and seconds, and totals. For a
@@ -210,9 +210,15 @@ def run(
                     )
                 )
 
+        outside: dict[str, torch.Tensor] = {}
+        if recipe.head:
+            outside, manifest.head = engine.prune_head(batches)
+            if isinstance(job.source, ModuleSource):
+                job.source.write_outer(outside)
+
     manifest.close(seconds=time.perf_counter() - started, device=job.device)
     if folder is not None:
-        folder.finish(options.trust_remote_code)
+        folder.finish(options.trust_remote_code, outside)
     return manifest
 
 

@@ -141,6 +141,25 @@ class BlockEngine:
         ordered = {linear.name: records[linear.name] for linear in linears}
         return changed, BlockRecord(name=name, input_sha256=digest, walk=walk, linears=ordered)
 
+    def prune_head(self, batches: Sequence[torch.Tensor]) -> tuple[dict[str, torch.Tensor], LinearRecord]:
+        """Prune the output head on what the final norm gives after the last block.
+
+        Returns:
+            The pruned tensor by its name in the model, in its stored dtype, and the record.
+        """
+        assert self._states is not None, "embed comes first"
+        head = self.skeleton.head()
+        key = f"{head.name}.weight"
+        with self.skeleton.surroundings(self.source.outer, self.device, with_head=True):
+            head = self.skeleton.head()
+            statistics = InputStatistics(head.shape[1], self.linear_job.method.needs, self.device)
+            for position, ids in enumerate(batches):
+                x = self.skeleton.head_input(ids.to(self.device), self._states.get(position))
+                statistics.add(x.reshape(-1, x.shape[-1]))
+            stored = self.source.outer([key], self.skeleton.model)[key]
+            pruned, record = prune_linear(self.linear_job, head, head.name, stored, statistics)
+        return {key: pruned}, record
+
     def _forward(self, block: nn.Module, index: int) -> Callable[[int], torch.Tensor]:
         """A function that runs `block` on batch i."""
         states = self._states

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from prunus.model.families import find_block_list
 from prunus.model.linears import Linear, find_linears, left_dense
+from prunus.model.placement import fill_with_zeros, move_buffers, parameters_on_meta, place, release
 
 __all__ = ["BlockCall", "Skeleton", "hidden_of"]
 
@@ -42,6 +43,10 @@ class _LastBlockReached(BaseException):
     """Ends a recording run: the final norm and the head are of no interest."""
 
 
+class _HeadReached(BaseException):
+    """Ends a run through the final norm: only what the head is given is of interest."""
+
+
 class Skeleton:
     """A causal LM on the meta device, taken apart into blocks and what surrounds them.
 
@@ -56,7 +61,7 @@ class Skeleton:
     """
 
     def __init__(self, config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
-        with _parameters_on_meta():
+        with parameters_on_meta():
             # Buffers are computed for real: rotary frequencies and the like are in no checkpoint.
             try:
                 self.model = AutoModelForCausalLM.from_config(
@@ -98,10 +103,12 @@ class Skeleton:
         return [name for name in self.model.state_dict() if not name.startswith(prefix)]
 
     @contextlib.contextmanager
-    def surroundings(self, read: ReadTensors, device: torch.device) -> Iterator[None]:
-        """Give the embeddings (what runs before the blocks) their weights for the length of a `with`."""
+    def surroundings(
+        self, read: ReadTensors, device: torch.device, with_head: bool = False
+    ) -> Iterator[None]:
+        """Give what surrounds the blocks its weights for the length of a `with`; an untied head only `with_head`."""
         head = self.model.get_output_embeddings()
-        skipped = {id(p) for p in head.parameters()} if head is not None else set()
+        skipped = {id(p) for p in head.parameters()} if head is not None and not with_head else set()
         embedding = self.model.get_input_embeddings()
         skipped -= {id(p) for p in embedding.parameters()}  # a tied head is the embedding
         state = self.model.state_dict(keep_vars=True)
@@ -109,7 +116,7 @@ class Skeleton:
         try:
             place(self.model, read(names, self.model), device)
             for module in self._outer_modules:
-                _move_buffers(module, device)
+                move_buffers(module, device)
             # Two tokens are enough to learn what the blocks return before long inputs come.
             self.record(torch.zeros((1, 2), dtype=torch.int64, device=device))
             yield
@@ -153,23 +160,72 @@ class Skeleton:
 
             return forward
 
+        with self._stubs(stub), torch.no_grad(), contextlib.suppress(_LastBlockReached):
+            self.model.base_model(input_ids=input_ids, use_cache=False)
+        if len(calls) != len(self.blocks):
+            raise NotImplementedError(
+                f"{type(self.model).__name__} called {len(calls)} of its {len(self.blocks)} blocks"
+            )
+        return first[0], calls
+
+    def head(self) -> Linear:
+        """The output head as a linear, by its full name.
+
+        Raises:
+            NotImplementedError: there is none, it is no linear, or it is the embedding too (tied).
+        """
+        head = self.model.get_output_embeddings()
+        name = next((name for name, module in self.model.named_modules() if module is head), None)
+        if name is None or not isinstance(head, nn.Linear):
+            raise NotImplementedError(
+                f"{type(self.model).__name__} has no linear as its output head to prune"
+            )
+        if head.weight is self.model.get_input_embeddings().weight:
+            raise NotImplementedError(
+                f"{name} is tied to the input embedding: pruning it would prune the embedding; leave --head out"
+            )
+        return Linear(name, head)
+
+    def head_input(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head is given when the last block returns `hidden`; inside `surroundings(with_head=True)`."""
+        seen: list[torch.Tensor] = []
+
+        def stub(index: int) -> Callable[..., Any]:
+            block = self.blocks[index]
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                passed = hidden if index == len(self.blocks) - 1 else _split_hidden(args, kwargs)[0]
+                return (passed,) if self._returns_tuple.get(type(block), False) else passed
+
+            return forward
+
+        def stop(x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            raise _HeadReached
+
+        head = self.head().module
+        head.forward = stop
+        try:
+            with self._stubs(stub), torch.no_grad(), contextlib.suppress(_HeadReached):
+                self.model(input_ids=input_ids, use_cache=False)
+        finally:
+            del head.forward
+        return seen[0]
+
+    @contextlib.contextmanager
+    def _stubs(self, stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+        """While active, block i runs `stub(i)` in place of its forward."""
         originals = [block.__dict__.get("forward") for block in self.blocks]
         try:
             for index, block in enumerate(self.blocks):
                 block.forward = stub(index)
-            with torch.no_grad(), contextlib.suppress(_LastBlockReached):
-                self.model.base_model(input_ids=input_ids, use_cache=False)
+            yield
         finally:
             for block, original in zip(self.blocks, originals, strict=True):
                 if original is None:
                     block.__dict__.pop("forward", None)
                 else:
                     block.forward = original
-        if len(calls) != len(self.blocks):
-            raise NotImplementedError(
-                f"{type(self.model).__name__} called {len(calls)} of its {len(self.blocks)} blocks"
-            )
-        return first[0], calls
 
     def _returns_tuple_of(self, block: nn.Module, call: BlockCall, hidden: torch.Tensor) -> bool:
         """Whether blocks of this class return a tuple (hidden first): seen by running one made of zeros."""
@@ -177,7 +233,7 @@ class Skeleton:
         if kind not in self._returns_tuple:
             trial = copy.deepcopy(block)
             trial.__dict__.pop("forward", None)
-            _fill_with_zeros(trial, hidden.device)
+            fill_with_zeros(trial, hidden.device)
             output = trial(hidden, *call.args, **call.kwargs)
             self._returns_tuple[kind] = isinstance(output, tuple | list)
         return self._returns_tuple[kind]
@@ -187,7 +243,7 @@ class Skeleton:
         block = self.blocks[index]
         place(block, values, device)
         for module in block.modules():
-            _move_buffers(module, device)
+            move_buffers(module, device)
         return block
 
     def release(self, index: int) -> None:
@@ -198,72 +254,6 @@ class Skeleton:
 def hidden_of(output: Any) -> torch.Tensor:
     """The hidden states in what a block returned: the tensor itself, or the first of a tuple."""
     return output[0] if isinstance(output, tuple | list) else output
-
-
-def place(module: nn.Module, values: Mapping[str, torch.Tensor], device: torch.device | None = None) -> None:
-    """Replace parameters and buffers by `values`, converted to the dtype that each has in the skeleton.
-
-    Floating-point values are copied, so that no mapped file is kept alive. Tied parameters stay tied.
-    """
-    replaced: dict[int, nn.Parameter] = {}
-    for name, value in values.items():
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        old = owner._parameters.get(leaf)
-        if old is None:
-            buffer = owner._buffers[leaf]
-            assert buffer is not None
-            owner._buffers[leaf] = value.to(device=device or value.device, dtype=buffer.dtype, copy=True)
-            continue
-        new = value.to(device=device or value.device, dtype=old.dtype, copy=True)
-        replaced[id(old)] = nn.Parameter(new, requires_grad=False)
-    for owner in module.modules():
-        for leaf, old in owner._parameters.items():
-            if old is not None and id(old) in replaced:
-                owner._parameters[leaf] = replaced[id(old)]
-
-
-def release(module: nn.Module) -> None:
-    """Send every parameter back to the meta device; ties are kept."""
-    empty: dict[int, nn.Parameter] = {}
-    for owner in module.modules():
-        for leaf, old in owner._parameters.items():
-            if old is not None and old.device.type != "meta":
-                new = empty.setdefault(id(old), nn.Parameter(old.to("meta"), requires_grad=False))
-                owner._parameters[leaf] = new
-
-
-def _fill_with_zeros(module: nn.Module, device: torch.device) -> None:
-    """Parameters of zeros that take no memory: one element each, read again and again."""
-    for owner in module.modules():
-        _move_buffers(owner, device)
-        for leaf, old in owner._parameters.items():
-            if old is not None:
-                zeros = torch.zeros((), dtype=old.dtype, device=device).expand(old.shape)
-                owner._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)
-
-
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """While active, every parameter that a module registers goes to the meta device; buffers stay real."""
-    original = nn.Module.register_parameter
-
-    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        original(self, name, param)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
-
-
-def _move_buffers(module: nn.Module, device: torch.device) -> None:
-    for name, buffer in module._buffers.items():
-        if buffer is not None and buffer.device != device:
-            module._buffers[name] = buffer.to(device)
 
 
 def _split_hidden(

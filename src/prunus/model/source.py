@@ -143,6 +143,10 @@ class CheckpointSource:
         keys = {self._stored[name]: name for name in names if name in self._stored}
         return {keys[key]: tensor for key, tensor in self.checkpoint.read(keys)}
 
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's name for one of the model's tensors."""
+        return self._stored[name]
+
     def block_keys(self, index: int) -> dict[str, str]:
         """Name relative to the block -> name in the checkpoint."""
         return self._blocks[index]
@@ -195,10 +199,17 @@ class ModuleSource:
 
     def write(self, index: int, changed: Mapping[str, torch.Tensor]) -> None:
         """Copy pruned tensors (names relative to the block) into the model."""
-        state = self.block(index)
-        with torch.no_grad():
-            for name, tensor in changed.items():
-                state[name].copy_(tensor)
+        _copy_into(self.block(index), changed)
+
+    def write_outer(self, changed: Mapping[str, torch.Tensor]) -> None:
+        """Copy pruned tensors outside the blocks (the model's names) into the model."""
+        _copy_into(self.model.state_dict(), changed)
+
+
+def _copy_into(state: Mapping[str, torch.Tensor], changed: Mapping[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in changed.items():
+            state[name].copy_(tensor)
 
 
 def _names_in_model(

@@ -32,6 +32,8 @@ def run_table(manifest: Manifest) -> Table:
     for block in manifest.blocks:
         for name, record in block.linears.items():
             kinds.setdefault(name, []).append(record)
+    if manifest.head is not None:
+        kinds["output head"] = [manifest.head]
     for name, records in kinds.items():
         weights = sum(r.shape[0] * r.shape[1] for r in records)
         zeros = sum(r.zeros for r in records)

@@ -19,6 +19,8 @@
 
 namespace prunus::avx512 {
 
+constexpr int kPrefetch = 2048;  // bytes; on Zen 4 a quarter faster than none for int8, 5 % for bf16
+
 // 64 weights of 16 bits.
 struct Pair {
     __m512i low, high;
@@ -57,6 +59,11 @@ struct Bitmap {
     PRUNUS_TARGET PRUNUS_INLINE auto next(int64_t segment) {
         uint64_t word = last_word;
         if (segment != last) std::memcpy(&word, mask + segment * 8, 8);
+        // How fast the values are used up depends on the mask, which throws the hardware's prefetch off. About
+        // 64 half-empty columns of values fit a line; two lines keep up with 16-bit values at any density.
+        const char* ahead = reinterpret_cast<const char*>(values) + kPrefetch;
+        _mm_prefetch(ahead, _MM_HINT_T0);
+        if (sizeof(Value) == 2) _mm_prefetch(ahead + 64, _MM_HINT_T0);
         return expand(word, values);
     }
 };
@@ -84,12 +91,14 @@ struct Dense {
 // Sum, begin  an accumulator, and its value at the beginning of a group of segments
 // kGrouped    whether groups have scales of their own; if not, the row is one group
 // kChains     accumulators that take turns to hide latency, where registers allow it
+// kPairFrom   from how many tokens two rows at once pay, which share loads of activations: with fewer, the second
+//             row's stream costs more in prefetch (half the bandwidth for one token) than the loads it saves
 
 // bf16 weights, bf16 activations, float32 sums.
 struct Bf16 {
     using X = uint16_t;
     using Sum = __m512;
-    static constexpr int kWidth = kSegment, kChains = 2;
+    static constexpr int kWidth = kSegment, kChains = 2, kPairFrom = 5;
     static constexpr bool kGrouped = false;
 
     PRUNUS_TARGET PRUNUS_INLINE static Sum begin(const Job&, int64_t, int64_t) { return _mm512_setzero_ps(); }
@@ -113,7 +122,7 @@ template <Kind kind>
 struct Float {
     using X = float;
     using Sum = __m512;
-    static constexpr int kWidth = kSegment, kChains = 2;
+    static constexpr int kWidth = kSegment, kChains = 2, kPairFrom = 5;
     static constexpr bool kGrouped = false;
 
     PRUNUS_TARGET PRUNUS_INLINE static Sum begin(const Job&, int64_t, int64_t) { return _mm512_setzero_ps(); }
@@ -145,7 +154,7 @@ struct Int {
     struct Sum {
         __m512i high, low;
     };
-    static constexpr int kWidth = 2 * kSegment, kChains = 1;
+    static constexpr int kWidth = 2 * kSegment, kChains = 1, kPairFrom = 4;
     static constexpr bool kGrouped = true;
 
     PRUNUS_TARGET PRUNUS_INLINE static Sum begin(const Job& job, int64_t group, int64_t token) {
@@ -169,7 +178,7 @@ struct Int {
 
 // ---- the loop --------------------------------------------------------------------------------------------
 
-// R rows times T tokens. Loads are what limits these kernels, and R rows share those of the activations.
+// R rows times T tokens.
 template <typename Math, typename Source, int R, int T>
 PRUNUS_TARGET PRUNUS_INLINE void tile(const Job& job, int64_t row, int64_t token) {
     constexpr int N = R * T;
@@ -210,7 +219,7 @@ PRUNUS_TARGET PRUNUS_INLINE void tile(const Job& job, int64_t row, int64_t token
 
 template <typename Math, typename Source, int T>
 PRUNUS_TARGET void rows(const Job& job, int64_t begin, int64_t end, int64_t token) {
-    constexpr int R = 2;
+    constexpr int R = T >= Math::kPairFrom ? 2 : 1;
     int64_t row = begin;
     for (; row + R <= end; row += R) tile<Math, Source, R, T>(job, row, token);
     for (; row < end; ++row) tile<Math, Source, 1, T>(job, row, token);
