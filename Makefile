@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # Reference data and golden masks; tests that need them skip where the folder is absent.
 export PRUNUS_SHARED ?= ../shared
 
-.PHONY: demo test check install clean
+.PHONY: demo test check sanitize install clean
 
 # One stamp per environment: installing again is a no-op until the project file changes.
 STAMP := $(VENV)/.prunus-installed
@@ -30,3 +30,7 @@ demo: $(STAMP)
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache
+
+# Memory errors and undefined behaviour in the kernels.
+sanitize:
+	sh tests/sanitize.sh
