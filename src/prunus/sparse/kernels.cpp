@@ -1,4 +1,4 @@
-// Products with bitmap weights on a CPU: argument checks and the choice of instruction set.
+// Products with bitmap weights on a CPU: the C interface and the choice of instruction set.
 // kernels.h describes the interface; the inner loops are in kernels_<instruction set>.h.
 
 #include "kernels.h"
@@ -6,6 +6,7 @@
 #include <new>
 
 #include "kernels_activations.h"
+#include "kernels_bitmap.h"
 #include "kernels_job.h"
 #include "kernels_portable.h"
 #include "kernels_threads.h"
@@ -65,82 +66,20 @@ Choice choose(int isa, Kind values, Kind activations) {
     return {portable::rows_float<kF16>, XForm::kFloat};
 }
 
-ExpandRow choose_expand(int isa) {
+void choose_expansion(Job& job, int isa) {
+    job.expand_row = portable::expand_row;
+    job.dequantise = portable::dequantise;
 #if PRUNUS_X86
-    if (isa >= kAvx512) return avx512::expand_row;
-    if (isa >= kAvx2) return avx2::expand_row;
-#endif
-    return portable::expand_row;
-}
-
-// ---- bitmaps ---------------------------------------------------------------------------------------------
-
-int size_of(Kind kind) { return kind == kI8 ? 1 : kind == kF32 ? 4 : 2; }
-
-int64_t count_bits(const uint8_t* row_mask, int64_t cols) {
-    int64_t count = 0;
-    for (int64_t segment = 0; segment * kSegment < cols; ++segment)
-        count += portable::popcount(mask_word(row_mask, segment, cols));
-    return count;
-}
-
-bool is_float16_kind(int kind) { return kind == kBf16 || kind == kF16; }
-
-int describe(Job& job, int64_t rows, int64_t cols, const uint8_t* mask, int value_kind, const void* values,
-             int64_t count, const int64_t* offsets, const float* scales) {
-    if (rows < 1 || cols < 1 || count < 0 || !mask || !offsets || (count > 0 && !values)) return PRUNUS_BAD_ARGUMENT;
-    if (value_kind != kI8 && !is_float16_kind(value_kind)) return PRUNUS_BAD_ARGUMENT;
-    if ((value_kind == kI8) != (scales != nullptr)) return PRUNUS_BAD_ARGUMENT;
-    if (offsets[0] != 0 || offsets[rows] != count) return PRUNUS_BAD_ARGUMENT;
-    job = Job{};
-    job.rows = rows;
-    job.cols = cols;
-    job.segments = (cols + kSegment - 1) / kSegment;
-    job.mask = mask;
-    job.mask_stride = (cols + 7) / 8;
-    job.values = values;
-    job.offsets = offsets;
-    job.scales = scales;
-    return PRUNUS_OK;
-}
-
-// Copies the values of the last rows to where full-width loads may run past their end.
-void copy_tail(Job& job, Kind kind, int64_t count, Scratch& scratch) {
-    int64_t row = job.rows;
-    while (row > 0 && job.offsets[row] + kOverrun > count) --row;
-    const int64_t first = job.offsets[row];
-    uint8_t* tail = sized<uint8_t>(scratch.tail, (count - first + kOverrun) * size_of(kind));
-    if (count > first)
-        std::memcpy(tail, static_cast<const uint8_t*>(job.values) + first * size_of(kind),
-                    size_t(count - first) * size_of(kind));
-    job.tail = tail;
-    job.tail_row = row;
-}
-
-void expand_words(const Job& job, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-        job.expand_row(job.mask + row * job.mask_stride, row_values<uint16_t>(job, row), job.cols,
-                       static_cast<uint16_t*>(job.out) + row * job.cols);
-}
-
-template <Kind out_kind>
-void expand_int8(const Job& job, int64_t begin, int64_t end) {
-    constexpr int64_t kColumns = 64 * kSegment;
-    uint16_t words[kColumns + kOverrun];
-    for (int64_t row = begin; row < end; ++row) {
-        const int8_t* values = row_values<int8_t>(job, row);
-        const float scale = job.scales[row];
-        for (int64_t first = 0; first < job.cols; first += kColumns) {
-            const uint8_t* mask = job.mask + row * job.mask_stride + first / 8;
-            const int64_t columns = job.cols - first < kColumns ? job.cols - first : kColumns;
-            const int64_t count = count_bits(mask, columns);
-            for (int64_t i = 0; i < count; ++i)
-                words[i] = out_kind == kBf16 ? float_to_bf16(values[i] * scale) : float_to_f16(values[i] * scale);
-            values += count;
-            job.expand_row(mask, words, columns, static_cast<uint16_t*>(job.out) + row * job.cols + first);
-        }
+    if (isa >= kAvx2) {
+        job.expand_row = isa >= kAvx512 ? avx512::expand_row : avx2::expand_row;
+        job.dequantise = isa >= kAvx512 ? avx512::dequantise : avx2::dequantise;
     }
+#else
+    (void)isa;
+#endif
 }
+
+// ---- the interface ---------------------------------------------------------------------------------------
 
 template <typename Fn>
 int guarded(Fn fn) {
@@ -262,7 +201,7 @@ int prunus_bitmap_expand(int isa, int threads, int64_t rows, int64_t cols, const
     return guarded([&] {
         copy_tail(job, Kind(value_kind), count, t_scratch);
         job.out = out;
-        job.expand_row = choose_expand(isa);
+        choose_expansion(job, isa);
         job.rows_fn = value_kind != kI8   ? expand_words
                       : out_kind == kBf16 ? expand_int8<kBf16>
                                           : expand_int8<kF16>;

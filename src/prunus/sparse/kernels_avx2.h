@@ -143,4 +143,8 @@ PRUNUS_TARGET_AVX2 inline void expand_row(const uint8_t* row_mask, const uint16_
     }
 }
 
+PRUNUS_TARGET_AVX2 inline void dequantise(const int8_t* values, int64_t count, float scale, uint16_t* words) {
+    dequantise_loop(values, count, scale, words);
+}
+
 }  // namespace prunus::avx2

@@ -19,7 +19,13 @@
 
 namespace prunus::avx512 {
 
-constexpr int kPrefetch = 2048;  // bytes; on Zen 4 a quarter faster than none for int8, 5 % for bf16
+// Where to prefetch, in bytes and rows ahead. Into the second-level cache and far: nearer, or into the first
+// level, a core waits for its few line-fill buffers. On Zen 4 this brought a fifth on one thread.
+constexpr int kValuesAhead = 1 << 14, kDenseAhead = 1 << 12, kMaskRowsAhead = 4;
+
+PRUNUS_TARGET PRUNUS_INLINE void prefetch(const void* at, int64_t ahead) {
+    _mm_prefetch(static_cast<const char*>(at) + ahead, _MM_HINT_T1);
+}
 
 // 64 weights of 16 bits.
 struct Pair {
@@ -55,15 +61,16 @@ struct Bitmap {
         values = row_values<Value>(job, row);
         last = job.segments - 1;
         last_word = mask_word(mask, last, job.cols);
+        // Addresses of values depend on the masks before them, so a mask that comes late holds everything up.
+        for (int64_t byte = 0; byte < job.mask_stride; byte += 64)
+            prefetch(mask, kMaskRowsAhead * job.mask_stride + byte);
     }
     PRUNUS_TARGET PRUNUS_INLINE auto next(int64_t segment) {
         uint64_t word = last_word;
         if (segment != last) std::memcpy(&word, mask + segment * 8, 8);
-        // How fast the values are used up depends on the mask, which throws the hardware's prefetch off. About
-        // 64 half-empty columns of values fit a line; two lines keep up with 16-bit values at any density.
-        const char* ahead = reinterpret_cast<const char*>(values) + kPrefetch;
-        _mm_prefetch(ahead, _MM_HINT_T0);
-        if (sizeof(Value) == 2) _mm_prefetch(ahead + 64, _MM_HINT_T0);
+        // On average half of 64 columns survive: one line of 16-bit values. The second line keeps up with more.
+        prefetch(values, kValuesAhead);
+        if (sizeof(Value) == 2) prefetch(values, kValuesAhead + 64);
         return expand(word, values);
     }
 };
@@ -78,6 +85,8 @@ struct Dense {
     }
     PRUNUS_TARGET PRUNUS_INLINE Pair next(int64_t segment) {
         const uint16_t* from = values + segment * kSegment;
+        prefetch(from, kDenseAhead);
+        prefetch(from, kDenseAhead + 64);
         const int64_t left = cols - segment * kSegment;
         if (left >= kSegment) return {_mm512_loadu_si512(from), _mm512_loadu_si512(from + 32)};
         const uint64_t mask = (uint64_t(1) << left) - 1;  // masked-off lanes are not touched in memory
@@ -234,6 +243,10 @@ PRUNUS_TARGET inline void expand_row(const uint8_t* row_mask, const uint16_t* va
         _mm512_mask_storeu_epi16(to, __mmask32(inside), pair.low);
         _mm512_mask_storeu_epi16(to + 32, __mmask32(inside >> 32), pair.high);
     }
+}
+
+PRUNUS_TARGET inline void dequantise(const int8_t* values, int64_t count, float scale, uint16_t* words) {
+    dequantise_loop(values, count, scale, words);
 }
 
 }  // namespace prunus::avx512

@@ -18,6 +18,9 @@ enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 // Spreads one row of 16-bit values over `out` (cols), zeros between them; may read kOverrun values too many.
 using ExpandRow = void (*)(const uint8_t* row_mask, const uint16_t* values, int64_t cols, uint16_t* out);
 
+// Writes value · scale as bf16 for `count` values.
+using DequantiseValues = void (*)(const int8_t* values, int64_t count, float scale, uint16_t* words);
+
 // One product out = x · Wᵀ + bias. W (rows, cols) is a bitmap, or dense where `mask` is null.
 struct Job {
     int64_t rows, cols, tokens;
@@ -40,6 +43,7 @@ struct Job {
     Kind out_kind;
     void (*rows_fn)(const Job&, int64_t begin, int64_t end);
     ExpandRow expand_row;       // only where W is to be written out
+    DequantiseValues dequantise;
     std::atomic<int64_t>* next; // next row that no thread has taken
     int64_t chunk;              // rows that a thread takes at a time
 };
@@ -100,6 +104,12 @@ inline float load_as_float(const void* data, int64_t index, Kind kind) {
 inline void store_as(void* data, int64_t index, Kind kind, float value) {
     if (kind == kF32) static_cast<float*>(data)[index] = value;
     else static_cast<uint16_t*>(data)[index] = kind == kBf16 ? float_to_bf16(value) : float_to_f16(value);
+}
+
+// Each instruction set has a copy of this loop, which the compiler vectorises with what that set offers.
+__attribute__((always_inline)) inline void dequantise_loop(const int8_t* values, int64_t count, float scale,
+                                                           uint16_t* words) {
+    for (int64_t i = 0; i < count; ++i) words[i] = float_to_bf16(values[i] * scale);
 }
 
 // The mask of one segment; bits past the last column read as 0 whatever the file holds.

@@ -65,4 +65,8 @@ inline void expand_row(const uint8_t* row_mask, const uint16_t* values, int64_t 
     }
 }
 
+inline void dequantise(const int8_t* values, int64_t count, float scale, uint16_t* words) {
+    dequantise_loop(values, count, scale, words);
+}
+
 }  // namespace prunus::portable
