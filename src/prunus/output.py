@@ -6,7 +6,6 @@ comes last: a half-finished folder cannot be mistaken for a model.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,10 +13,11 @@ import torch
 
 from prunus.manifest import MANIFEST_NAME, BlockRecord, Manifest
 from prunus.model.checkpoint import INDEX_NAME, Checkpoint, companion_files
+from prunus.model.destination import check_apart, is_vacant
 from prunus.model.files import TEMPORARY_SUFFIX, copy_file, save_safetensors, write_json, write_text
 from prunus.model.source import CheckpointSource
 
-__all__ = ["OutputFolder", "check_disk", "check_finished", "check_output"]
+__all__ = ["OutputFolder", "check_output"]
 
 OUTER_SHARD = "outer.safetensors"
 
@@ -34,50 +34,14 @@ def check_output(output: Path, source: Path, overwrite: bool) -> Manifest | None
         FileExistsError: something else is there.
         ValueError: output and source are the same folder, or one lies in the other.
     """
-    here, there = output.resolve(), source.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise ValueError(
-            f"output {output} and model {source} overlap: choose a folder of its own for the result"
-        )
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output {output} exists and is not a folder")
-    if not output.exists() or all(path.name.endswith(TEMPORARY_SUFFIX) for path in output.iterdir()):
+    check_apart(output, source)
+    if is_vacant(output):
         return None
     if not (output / MANIFEST_NAME).exists():
         raise FileExistsError(
             f"output {output} exists and does not come from prunus; it is left as it is. Choose another folder"
         )
     return None if overwrite else Manifest.load(output)
-
-
-def check_finished(output: Path) -> None:
-    """See that a run whose manifest says it is finished still has all its shards, whole.
-
-    Raises:
-        FileExistsError: something was taken away or cut off since.
-    """
-    try:
-        Checkpoint(output)
-    except (FileNotFoundError, ValueError) as fault:
-        raise FileExistsError(
-            f"{output} holds a finished run that was damaged since: {fault}. --overwrite makes it again"
-        ) from fault
-
-
-def check_disk(output: Path, needed: int) -> None:
-    """Refuse to start where the result cannot fit.
-
-    Raises:
-        OSError: less than `needed` bytes are free on the disk of `output`.
-    """
-    folder = output.resolve()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"not enough disk for {output}: the result needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
-        )
 
 
 class OutputFolder:

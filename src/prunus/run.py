@@ -22,8 +22,9 @@ from prunus.calibration import Windows
 from prunus.engine.blocks import BlockEngine
 from prunus.machine import hardware, peak_memory, versions
 from prunus.manifest import Inputs, Manifest
+from prunus.model.destination import check_disk, check_whole
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.output import OutputFolder, check_disk, check_finished, check_output
+from prunus.output import OutputFolder, check_output
 from prunus.plan import Job, RunOptions, prepare
 from prunus.recipe import Recipe, load_recipe, parse_bytes
 from prunus.windows import calibration_windows
@@ -167,7 +168,7 @@ def run(
     manifest = _manifest(model, job, windows, earlier)
     if manifest.state == "finished":
         assert output is not None
-        check_finished(output)
+        check_whole(output)
         return manifest
     folder = None
     if output is not None:

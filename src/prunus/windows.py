@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from prunus.calibration import Windows, hash_ids, load_windows
+from prunus.model.loading import load_model
 from prunus.model.source import ModuleSource
 from prunus.model.tokenizer import load_tokenizer
 from prunus.plan import Job
@@ -62,7 +62,5 @@ def _load_whole(job: Job) -> Any:
     """The dense model in memory, to let it write its own calibration text."""
     if isinstance(job.source, ModuleSource):
         return job.source.model
-    model = AutoModelForCausalLM.from_pretrained(
-        job.source.checkpoint.folder, dtype=job.dtype, trust_remote_code=job.options.trust_remote_code
-    )
-    return model.to(job.device).eval()
+    folder = job.source.checkpoint.folder
+    return load_model(folder, job.dtype, job.options.trust_remote_code).to(job.device)

@@ -106,8 +106,8 @@ class BlockEngine:
             walk: how the batches go through; see `lockstep`.
 
         Returns:
-            The pruned tensors by relative name, in dtype and orientation of `stored`; the record (its seconds and
-            shard are the caller's to fill in).
+            The pruned tensors by relative name, in dtype and orientation of `stored`; the record (its seconds are the
+            caller's to fill in).
 
         Raises:
             ValueError: weights or activations that are not finite; names the tensor.
@@ -151,7 +151,6 @@ class BlockEngine:
         head = self.skeleton.head()
         key = f"{head.name}.weight"
         with self.skeleton.surroundings(self.source.outer, self.device, with_head=True):
-            head = self.skeleton.head()
             statistics = InputStatistics(head.shape[1], self.linear_job.method.needs, self.device)
             for position, ids in enumerate(batches):
                 x = self.skeleton.head_input(ids.to(self.device), self._states.get(position))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,11 +96,6 @@ class HiddenStates:
         if self._keep_on.type == "cpu" and self._device.type == "cuda":
             kept = kept.pin_memory()
         self._tensors[index] = kept
-
-    @staticmethod
-    def nbytes(shapes: Sequence[tuple[int, int]], hidden: int, dtype: torch.dtype) -> int:
-        """Bytes of hidden states for batches of (windows, tokens)."""
-        return sum(windows * tokens for windows, tokens in shapes) * hidden * dtype.itemsize
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray:

@@ -16,8 +16,9 @@ class BlockCost:
             to be written.
         working: temporaries of the largest linear while it is pruned, and its input statistics.
         hidden: hidden states of all windows between blocks.
-        paused: what the windows that stand at a linear hold beside that: the residual, the linear's input
-            and its output (about two hidden states and two widths of the widest linear per token).
+        paused: what the windows that stand at a linear hold beside that: residual, normed input,
+            queries, keys and values, and the widest activation (four hidden states and one width of the widest
+            linear per token).
         transient: one batch's forward pass, in whatever way the windows are walked through the block.
     """
 

@@ -13,6 +13,7 @@ import math
 
 import torch
 
+from prunus.model.loading import DTYPES
 from prunus.model.skeleton import Skeleton, hidden_of
 from prunus.model.source import Source
 from prunus.statistics import Needs
@@ -22,7 +23,6 @@ __all__ = ["HARMLESS", "decide_dtype"]
 #: Largest relative change of the first block's output that counts as harmless.
 HARMLESS = 0.02
 _TRIAL_TOKENS = 256
-_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def decide_dtype(
@@ -38,7 +38,7 @@ def decide_dtype(
         trust_remote_code: passed on to transformers.
     """
     if requested != "auto":
-        return _NAMES[requested], "asked for"
+        return DTYPES[requested], "asked for"
     stored = source.stored_dtype
     if device.type == "cuda":
         if stored in (torch.bfloat16, torch.float16):

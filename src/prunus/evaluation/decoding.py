@@ -10,24 +10,10 @@ from typing import Any
 import torch
 
 from prunus.model.checkpoint import resolve_folder
+from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
 
-__all__ = ["generate", "load_model"]
-
-
-def load_model(model: str | Path) -> Any:
-    """A checkpoint, dense or packed, in its own dtype, ready to generate.
-
-    Raises:
-        FileNotFoundError, ValueError: no such checkpoint, or one that cannot be loaded.
-    """
-    from transformers import AutoModelForCausalLM
-
-    folder = resolve_folder(model)
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True).eval()
-    except OSError as fault:
-        raise ValueError(f"{model}: the model could not be loaded: {fault}") from fault
+__all__ = ["generate"]
 
 
 def generate(
@@ -48,7 +34,8 @@ def generate(
         raise ValueError("the prompt is empty; give some text")
     if max_new_tokens < 1:
         raise ValueError(f"max-new-tokens must be at least 1, not {max_new_tokens}")
-    tokenizer = load_tokenizer(resolve_folder(model))
+    folder = resolve_folder(model)
+    tokenizer = load_tokenizer(folder)
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"{model}: the tokenizer has no chat template; leave --chat out")
@@ -60,7 +47,7 @@ def generate(
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
-    loaded = load_model(model)
+    loaded = load_model(folder)
     return _stream(loaded, tokenizer, inputs, max_new_tokens)
 
 

@@ -25,12 +25,12 @@ from torch.nn import functional
 from prunus.evaluation.text import ScoringText, check_text, load_scoring_text, scoring_windows
 from prunus.model.checkpoint import resolve_folder
 from prunus.model.device import choose_device
+from prunus.model.loading import DTYPES, load_model
 from prunus.model.tokenizer import load_tokenizer
 
 __all__ = ["PerplexityResult", "ScoringText", "load_scoring_text", "perplexity", "score_windows"]
 
 _ROWS = 512  # tokens whose logits are in float32 at the same time
-_DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def perplexity(
         return load_tokenizer(folder)
 
     ids, source, how = scoring_windows(text, get_tokenizer, seqlen, limit, data_dir)
-    model = model_or_path if folder is None else _load_model(folder, dtype).to(place)
+    model = model_or_path if folder is None else load_model(folder, DTYPES.get(dtype, "auto")).to(place)
     _check_model(model, ids)
     where = model.get_input_embeddings().weight
     was_training = model.training
@@ -198,8 +198,8 @@ def _check_arguments(seqlen: int, limit: int | None, batch: int, dtype: str) -> 
         raise ValueError(f"limit must be at least 1 window, not {limit}")
     if batch < 1:
         raise ValueError(f"batch must be at least 1, not {batch}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {dtype!r}")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {dtype!r}")
 
 
 def _find_folder(model: str | Path) -> Path:
@@ -207,15 +207,6 @@ def _find_folder(model: str | Path) -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{model}: no config.json in this folder; is it a Hugging Face checkpoint?")
     return folder
-
-
-def _load_model(model: Path, dtype: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=_DTYPES[dtype], use_safetensors=True)
-    except Exception as error:
-        raise ValueError(f"{model}: the model could not be loaded ({_one_line(error)})") from error
 
 
 def _check_model(model: Any, ids: torch.Tensor) -> None:
@@ -231,7 +222,3 @@ def _check_model(model: Any, ids: torch.Tensor) -> None:
             f"windows of {ids.shape[1]} tokens are longer than the model's {positions} positions; "
             f"use --seqlen {positions} or less"
         )
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

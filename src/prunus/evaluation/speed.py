@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from prunus.evaluation.decoding import load_model
 from prunus.machine import resident_memory
 from prunus.model.checkpoint import resolve_folder
+from prunus.model.loading import load_model
 
 __all__ = ["Speed", "bench", "measure"]
 
@@ -96,10 +96,10 @@ def bench(
     ]
 
 
-def measure(model: str | Path, prompt_tokens: int, new_tokens: int, seed: int = 0) -> dict[str, float]:
+def measure(folder: Path, prompt_tokens: int, new_tokens: int, seed: int = 0) -> dict[str, float]:
     """The figures of one model in this process; see `Speed`."""
     before = resident_memory()
-    loaded = load_model(model)
+    loaded = load_model(folder)
     vocabulary = loaded.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
@@ -157,7 +157,7 @@ def _main() -> None:
     folder, prompt_tokens, new_tokens, threads = sys.argv[1], *(int(x) for x in sys.argv[2:5])
     if threads:
         torch.set_num_threads(threads)
-    print(json.dumps(measure(folder, prompt_tokens, new_tokens)))
+    print(json.dumps(measure(Path(folder), prompt_tokens, new_tokens)))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 
 from prunus.model.files import fsync_folder, read_json, write_json
+from prunus.model.loading import DTYPES
 
 __all__ = ["check_import", "import_gguf"]
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def import_gguf(
@@ -85,7 +84,7 @@ def import_gguf(
 def check_import(path: Path, dest: Path, *, overwrite: bool = False, dtype: str = "bfloat16") -> None:
     """Raise what `import_gguf` would for its arguments, before any work; see there."""
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+        raise ValueError(f"dtype must be one of {', '.join(sorted(DTYPES))}, not {dtype!r}")
     check_destination(dest, overwrite=overwrite)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")

@@ -6,7 +6,6 @@ it has its final name, and the index, without which no loader finds the weights,
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunus.model.checkpoint import INDEX_NAME, Checkpoint, companion_files
+from prunus.model.destination import check_apart, check_disk, check_whole, is_vacant
 from prunus.model.files import (
     TEMPORARY_SUFFIX,
     copy_file,
@@ -92,27 +92,17 @@ class Conversion:
     ) -> None:
         self.source = source
         self.folder = output
-        here, there = output.resolve(), source.folder.resolve()
-        if here == there or here in there.parents or there in here.parents:
-            raise ValueError(f"output {output} and model {source.folder} overlap: choose a folder of its own")
+        check_apart(output, source.folder)
         self.record = self._earlier(record, overwrite) or record
-        parent = next(folder for folder in (here, *here.parents) if folder.exists())
-        free = shutil.disk_usage(parent).free
-        if not self.record.finished and free < needed:
-            raise OSError(
-                f"not enough disk for {output}: {needed / 1e9:.2f} GB may be needed and {free / 1e9:.2f} GB are free"
-            )
+        if not self.record.finished:
+            check_disk(output, needed)
 
     def _earlier(self, wanted: Record, overwrite: bool) -> Record | None:
         """The record of the same conversion in the output folder, if it holds one."""
-        if not self.folder.exists():
+        if is_vacant(self.folder):
             return None
-        if not self.folder.is_dir():
-            raise FileExistsError(f"output {self.folder} exists and is not a folder")
         path = self.folder / wanted.file_name
         if not path.exists():
-            if all(entry.name.endswith(TEMPORARY_SUFFIX) for entry in self.folder.iterdir()):
-                return None
             raise FileExistsError(
                 f"output {self.folder} exists and holds no result of prunus {wanted.action}; it is left as it is. "
                 "Choose another folder"
@@ -132,12 +122,7 @@ class Conversion:
                 "choose another folder, or --overwrite"
             )
         if earlier.finished:
-            try:
-                Checkpoint(self.folder)
-            except (FileNotFoundError, ValueError) as fault:
-                raise FileExistsError(
-                    f"{self.folder} holds a finished result that was damaged since: {fault}. --overwrite makes it again"
-                ) from fault
+            check_whole(self.folder)
         return earlier
 
     def begin(self) -> None:
