@@ -20,8 +20,6 @@ class GoldenCase:
 
 EXACT, UPDATED = 0.9999, 0.999
 
-# Masks that are fed back into the weights (SparseGPT, blockwise ablations) are compared linear by linear in
-# test_methods_golden.py: end to end a rounding error in the first block moves several per cent of the second.
 CASES = [
     GoldenCase("magnitude_unstructured", {"method": "magnitude"}, EXACT),
     GoldenCase("magnitude_2of4", {"method": "magnitude", "pattern": "2:4"}, EXACT),
@@ -29,7 +27,16 @@ CASES = [
     GoldenCase("wanda_2of4", {"method": "wanda", "pattern": "2:4"}, EXACT),
     GoldenCase("wanda_4of8", {"method": "wanda", "pattern": "4:8"}, EXACT),
     GoldenCase("wanda_variant_unstructured", {"method": "wanda-variant"}, EXACT),
+    GoldenCase("sparsegpt_unstructured", {"method": "sparsegpt"}, UPDATED),
+    GoldenCase("sparsegpt_2of4", {"method": "sparsegpt", "pattern": "2:4"}, UPDATED),
     GoldenCase("ablate_mag_seq_unstructured", {"method": "obs", "mask_from": "magnitude"}, UPDATED),
+    GoldenCase("ablate_wanda_seq_unstructured", {"method": "obs"}, UPDATED),
+    GoldenCase(
+        "ablate_mag_iter_2of4",
+        {"method": "obs", "mask_from": "magnitude", "mask_order": "blockwise", "pattern": "2:4"},
+        UPDATED,
+    ),
+    GoldenCase("ablate_wanda_iter_unstructured", {"method": "obs", "mask_order": "blockwise"}, UPDATED),
 ]
 
 

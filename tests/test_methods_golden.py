@@ -8,7 +8,9 @@ about the original must be known to read the comparison:
   (2:4). Such a mask is compared linear by linear on the inputs that the original saw: after each comparison the
   linear goes on with the original's mask, and the update around it.
 - Its ablations weigh the squared norms of the k-th window by 2/k instead of equally. That is a slip, which prunus
-  does not repeat; the comparison feeds it such norms.
+  repeats under `--propagate block` only; the comparison feeds it such norms.
+
+Here it is the default arithmetic that is compared; test_golden.py does it end to end, in the original's.
 """
 
 from __future__ import annotations

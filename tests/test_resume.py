@@ -74,6 +74,18 @@ def test_an_interrupted_run_is_resumed_not_redone(tmp_path):
     assert [block.name for block in report.blocks] == [f"model.layers.{i}" for i in range(3)]
 
 
+def test_a_run_that_goes_on_with_unrounded_weights_resumes_to_the_same_bytes(tmp_path):
+    """What is stored is rounded to bfloat16; the original's order of operations goes on with what is not."""
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, num_hidden_layers=3)
+    options = {"calibration": token_ids(), "method": "sparsegpt", "propagate": "block"}
+    prunus.prune(dense, tmp_path / "whole", **options)
+    with pytest.raises(StopError):
+        prunus.prune(dense, tmp_path / "out", **options, progress=stop_after(2))
+    prunus.prune(dense, tmp_path / "out", **options)
+    for shard in (tmp_path / "whole").glob("*.safetensors"):
+        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
+
+
 def test_a_finished_run_is_not_done_again(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
     prunus.prune(dense, tmp_path / "out", calibration=token_ids())

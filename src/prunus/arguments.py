@@ -96,7 +96,8 @@ Dtype = Annotated[
 Propagate = Annotated[
     str | None,
     typer.Option(
-        help="linear: one pass, each linear sees all pruning before it; block: the original's two passes.",
+        help="linear: one pass, each linear sees all pruning before it; block: as the original, two passes "
+        "(weight updates in its order of operations, on one thread).",
         show_default="linear",
     ),
 ]

@@ -83,6 +83,11 @@ class Job:
         return self.linear_job.method.needs != "none"
 
     @property
+    def as_original(self) -> bool:
+        """Whether the original's order of operations is kept, on one thread: its sums depend on their number."""
+        return self.linear_job.options.as_original
+
+    @property
     def hidden_stay(self) -> bool:
         """Whether hidden states stay where the blocks run: one batch in flight fits beside them."""
         return all(cost.replay_in_memory <= self.budget for cost in self.costs)
@@ -180,7 +185,12 @@ def prepare(
             message names what was given, what is wrong and what to do.
     """
     method = METHODS[recipe.method]
-    method_options = Options(mask_from=recipe.mask_from, mask_order=recipe.mask_order, damping=recipe.damping)
+    method_options = Options(
+        mask_from=recipe.mask_from,
+        mask_order=recipe.mask_order,
+        damping=recipe.damping,
+        as_original=recipe.propagate == "block" and method.needs == "gram",
+    )
     group = recipe.group if recipe.group is not None else default_group(recipe.method, method_options)
     pattern = Pattern.parse(recipe.pattern, group)
     check_options(recipe.method, pattern, recipe.sparsity, method_options)
@@ -206,6 +216,8 @@ def prepare(
         skeleton = Skeleton(source.config, dtype, options.trust_remote_code)
         source.bind(skeleton)
     batch = recipe.batch or max(1, min(recipe.samples, _TOKENS_PER_BATCH // recipe.seqlen))
+    if method_options.as_original:
+        batch = recipe.batch or 1
     budget = options.memory if options.memory is not None else available_memory() + resident_memory()
     job = Job(
         recipe=recipe,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,20 +177,23 @@ def run(
         folder.begin(overwrite)
 
     engine = BlockEngine(job.skeleton, job.source, job.linear_job, job.device)
-    with torch.no_grad(), contextlib.closing(engine):
+    with torch.no_grad(), contextlib.closing(engine), _threads(1 if job.as_original else None):
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()
         scratch = output or Path(tempfile.gettempdir())
         engine.embed(batches, spill_to=scratch if job.spills else None, on_device=job.hidden_stay)
         for index in range(len(job.skeleton)):
             block_started = time.perf_counter()
-            if folder is not None and index < len(manifest.blocks):
+            finished = folder is not None and index < len(manifest.blocks)
+            if folder is not None and finished and not job.as_original:
                 engine.propagate(index, folder.read_block(index))
                 message = "taken from the earlier run"
             else:
                 stored = job.source.block(index)
                 changed, record = engine.prune(index, stored, job.targets[index], job.walk(index))
                 record.seconds = round(time.perf_counter() - block_started, 3)
-                if folder is not None:
+                if finished:
+                    pass  # what was written is rounded; the next block needs the weights before that
+                elif folder is not None:
                     folder.commit_block(index, stored, changed, record)
                 else:
                     assert isinstance(job.source, ModuleSource)
@@ -245,6 +248,18 @@ def _manifest(model: Any, job: Job, windows: Windows, earlier: Manifest | None) 
         machine=hardware(job.device),
         left_dense=job.left_dense,
     )
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Compute on `count` threads of the processor for a while; None changes nothing."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_resume(output: Path, earlier: Manifest | None, resume: bool | None) -> None:

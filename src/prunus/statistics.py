@@ -7,6 +7,7 @@ Shape suffixes: T tokens, I inputs. X_TI are the inputs of a linear, G_II = Xᵀ
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -29,16 +30,21 @@ class InputStatistics:
         tokens: rows of X_TI added so far.
         sum_squares_I: float64, Σ_t x², zeros for "none". The same to the bit for "norms" and "gram".
         gram_II: float32 XᵀX, or None unless needs is "gram".
+        as_original: sum a Gram in the order of SparseGPT's code; see `_add_as_original`.
     """
 
-    def __init__(self, in_features: int, needs: Needs, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, in_features: int, needs: Needs, device: torch.device | str = "cpu", as_original: bool = False
+    ) -> None:
         if needs not in NEEDS:
             raise ValueError(f"statistics can be {', '.join(NEEDS)}, not {needs!r}")
         if in_features < 1:
             raise ValueError(f"a linear with {in_features} inputs has no statistics")
         self.in_features = in_features
         self.needs: Needs = needs
+        self.as_original = as_original and needs == "gram"
         self.tokens = 0
+        self._windows = 0
         self.sum_squares_I = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.gram_II = torch.zeros(in_features, in_features, device=device) if needs == "gram" else None
 
@@ -59,6 +65,9 @@ class InputStatistics:
         self.tokens += X_TI.shape[0]
         if self.needs == "none":
             return
+        if self.as_original:
+            self._add_as_original(X_TI.float())
+            return
         elements = _CPU_ELEMENTS if X_TI.device.type == "cpu" else _GPU_ELEMENTS
         for part_TI in X_TI.split(max(1, elements // self.in_features)):
             part_TI = part_TI.float()  # before squaring: in float16 anything over 256 would overflow
@@ -67,12 +76,28 @@ class InputStatistics:
             X_TI = X_TI.float()
             self.gram_II.addmm_(X_TI.T, X_TI)
 
+    def _add_as_original(self, X_TI: Tensor) -> None:
+        """Count one window as the code of SparseGPT and of Wanda's ablations does.
+
+        The Gram is a running mean of 2·xᵀx over windows, float32. The squares are taken of inputs that are scaled
+        already, so that the k-th window counts 2/k in them: the original's slip, without which its masks cannot
+        be had. Only ratios between features matter to either.
+        """
+        assert self.gram_II is not None
+        self.gram_II *= self._windows / (self._windows + 1)
+        self.sum_squares_I *= self._windows / (self._windows + 1)
+        self._windows += 1
+        X_IT = math.sqrt(2 / self._windows) * X_TI.T
+        self.gram_II += X_IT @ X_IT.T
+        self.sum_squares_I += X_IT.norm(p=2, dim=1).square() / self._windows
+
     def merge(self, other: InputStatistics) -> None:
         """Add what another process or device saw of the same linear's inputs.
 
         Raises:
             ValueError: the two do not remember the same things.
         """
+        assert not (self.as_original or other.as_original), "a running mean knows its windows' order"
         if (self.in_features, self.needs) != (other.in_features, other.needs):
             raise ValueError(
                 f"cannot merge statistics {other.needs} of {other.in_features} inputs "

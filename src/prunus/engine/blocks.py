@@ -121,7 +121,8 @@ class BlockEngine:
         records: dict[str, LinearRecord] = {}
 
         def new_statistics(linear: Linear) -> InputStatistics:
-            return InputStatistics(linear.shape[1], self.linear_job.method.needs, self.device)
+            as_original = self.linear_job.options.as_original
+            return InputStatistics(linear.shape[1], self.linear_job.method.needs, self.device, as_original)
 
         def prune_one(linear: Linear, statistics: InputStatistics) -> None:
             key = f"{linear.name}.weight"

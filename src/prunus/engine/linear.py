@@ -33,7 +33,8 @@ def prune_linear(
     """Prune one linear in place and return what is to be stored.
 
     Scores and updates start from the stored weight in float32, whatever dtype the computation uses; what
-    the block goes on with is the stored result, so that a run resumed from the shard sees the same numbers.
+    the block goes on with is the stored result, so that a run resumed from the shard sees the same numbers
+    (but for `Options.as_original`, whose resumed runs prune finished blocks again).
 
     Args:
         job: method, pattern, sparsity.
@@ -69,7 +70,8 @@ def prune_linear(
         raise ValueError(
             f"{method.name} gave weights that are not finite for {full_name}; try a larger --damping or more samples"
         )
-    linear.assign(new_OI)
+    # The original goes on with the weight as computed, and rounds when it saves.
+    linear.assign(pruned.weight_OI if job.options.as_original else new_OI)
     error, energy = _damage(weight_OI, new_OI, statistics)
     zeros = new_OI.numel() - int(torch.count_nonzero(new_OI))
     record = LinearRecord(

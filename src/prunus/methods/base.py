@@ -26,12 +26,15 @@ class Options:
             block from the weights updated so far.
         damping: λ as a fraction of the Gram's mean diagonal, where a Gram is inverted.
         column_block: columns that SparseGPT picks its mask for at once.
+        as_original: update weights in the original code's order of operations, for its very masks; slower. See
+            `obs_original.py`.
     """
 
     mask_from: Literal["wanda", "magnitude"] = "wanda"
     mask_order: Literal["before", "blockwise"] = "before"
     damping: float = 0.01
     column_block: int = 128
+    as_original: bool = False
 
 
 @dataclass(slots=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from prunus.methods.base import Options, Pruned, masked
+from prunus.methods.obs_original import sweep_as_original
 from prunus.patterns import Pattern, keep_above_threshold, keep_mask
 from prunus.statistics import InputStatistics
 
@@ -47,6 +48,12 @@ def prune_by_obs(
     """
     gram_II = statistics.gram_II
     assert gram_II is not None, "the update needs a Gram matrix"
+    if options.as_original:
+        swept = sweep_as_original(
+            weight_OI, gram_II, options.damping, _spans(pattern, options.column_block), choose
+        )
+        if swept is not None:
+            return swept
     factor_II, notes = inverse_factor(gram_II, options.damping)
     diagonal_I = factor_II.diagonal()
     span, block = _spans(pattern, options.column_block)
