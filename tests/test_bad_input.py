@@ -482,13 +482,22 @@ def test_activations_that_are_not_finite(dtype, factor, propagate, dense, tmp_pa
     check_unfinished(tmp_path / "out", blocks=1)
 
 
-def test_embeddings_that_are_not_finite(dense, tmp_path):
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"])
+def test_weights_outside_the_blocks_that_are_not_finite(name, dense, tmp_path):
     tensors = load_file(dense / "model.safetensors")
-    tensors["model.embed_tokens.weight"][:] = torch.inf
+    tensors[name].view(-1)[3] = torch.inf
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="the embeddings give hidden states that are not finite"):
+    with pytest.raises(ValueError, match=f"{name} holds weights that are not finite"):
         prunus.prune(dense, tmp_path / "out", calibration=token_ids())
-    check_unfinished(tmp_path / "out", blocks=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_of_a_loaded_model_that_are_not_finite():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match="the embeddings give hidden states that are not finite"):
+        prunus.prune(model, calibration=token_ids())
 
 
 def test_a_loaded_model_names_the_linear_too():

@@ -348,11 +348,11 @@ def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bytes(tmp_path):
     blocks = 24
     dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=blocks)
     # One window a batch and many of them: a block takes long enough to be interrupted in its middle.
-    ids = token_ids(32, 32)
+    ids = token_ids(96, 32)
     save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
 
     def start(out: str) -> subprocess.Popen[str]:
-        options = ["--samples", "32", "--seqlen", "32", "--batch", "1"]
+        options = ["--samples", "96", "--seqlen", "32", "--batch", "1"]
         options += ["--calibration", str(tmp_path / "ids.safetensors")]
         command = [sys.executable, "-m", "prunus", "prune", str(dense), str(tmp_path / out), *options]
         return subprocess.Popen(

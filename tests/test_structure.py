@@ -20,12 +20,10 @@ ROOMS: dict[str, set[str]] = {
     "recipe": set(),
     "patterns": set(),
     "machine": set(),
-    "arguments": set(),
     "statistics": set(),
     "methods": {"patterns", "statistics"},
     "model": set(),
     "calibration": set(),
-    "terminal": {"model"},
     "sparse": {"model"},
     "evaluation": {"calibration", "machine", "model"},
     "manifest": {"machine", "model", "recipe"},
@@ -47,7 +45,6 @@ ROOMS: dict[str, set[str]] = {
     "run": {"calibration", "engine", "machine", "manifest", "model", "output", "plan", "recipe", "windows"},
     "report": {"evaluation", "inspection", "manifest", "run", "sparse"},
     "cli": {
-        "arguments",
         "evaluation",
         "inspection",
         "model",
@@ -56,7 +53,6 @@ ROOMS: dict[str, set[str]] = {
         "report",
         "run",
         "sparse",
-        "terminal",
     },
     "__main__": {"cli"},
     "__init__": {"evaluation", "inspection", "manifest", "recipe", "run", "sparse"},
@@ -64,13 +60,13 @@ ROOMS: dict[str, set[str]] = {
 
 #: Library -> the only rooms (or files) that may import it. What is not here may be imported by all.
 LIBRARIES: dict[str, set[str]] = {
-    "typer": {"cli", "arguments", "terminal"},
-    "rich": {"report", "terminal"},
+    "typer": {"cli"},
+    "rich": {"report", "cli"},
     "greenlet": {"engine"},
     "pydantic": {"recipe", "manifest", "sparse"},
     "huggingface_hub": {"model"},
-    "transformers": {"terminal", "model", "windows", "calibration", "evaluation", "sparse"},
-    "torch": set(ROOMS) - {"recipe", "arguments", "terminal", "cli", "report", "__init__", "__main__"},
+    "transformers": {"cli", "model", "windows", "calibration", "evaluation", "sparse"},
+    "torch": set(ROOMS) - {"recipe", "cli", "report", "__init__", "__main__"},
 }
 
 #: Libraries that an extra installs: each is imported in one file, inside a function.

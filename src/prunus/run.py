@@ -173,6 +173,7 @@ def run(
     folder = None
     if output is not None:
         assert isinstance(job.source, CheckpointSource)
+        job.source.check_outer_finite()
         folder = OutputFolder(output, job.source, manifest)
         folder.begin(overwrite)
 

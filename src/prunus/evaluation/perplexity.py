@@ -117,6 +117,7 @@ def perplexity(
     dtype: str = "auto",
     device: str = "auto",
     data_dir: Path | None = None,
+    trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> PerplexityResult:
     """Perplexity of a causal LM on a text.
@@ -134,6 +135,7 @@ def perplexity(
         device: auto (CUDA where there is one), cpu, cuda, cuda:i.
         data_dir: local copy of the corpora; None means the folder in PRUNUS_DATA, or the hub where that is
             unset.
+        trust_remote_code: run model code that comes with the checkpoint.
         progress: called with windows done and windows in all.
 
     Raises:
@@ -159,10 +161,13 @@ def perplexity(
             raise ValueError(
                 "a loaded model comes without its tokenizer: pass tokenizer=, or score a file of input_ids"
             )
-        return load_tokenizer(folder)
+        return load_tokenizer(folder, trust_remote_code)
 
     ids, source, how = scoring_windows(text, get_tokenizer, seqlen, limit, data_dir)
-    model = model_or_path if folder is None else load_model(folder, DTYPES.get(dtype, "auto")).to(place)
+    if folder is None:
+        model = model_or_path
+    else:
+        model = load_model(folder, DTYPES.get(dtype, "auto"), trust_remote_code).to(place)
     _check_model(model, ids)
     where = model.get_input_embeddings().weight
     was_training = model.training

@@ -163,6 +163,19 @@ class CheckpointSource:
         inside = {key for block in self._blocks for key in block.values()}
         return sorted(key for key in self.checkpoint.tensors if key not in inside)
 
+    def check_outer_finite(self) -> None:
+        """See that embeddings, final norm and head, which a run copies, hold no NaN and no infinity.
+
+        Raises:
+            ValueError: names the tensor.
+        """
+        for key in self.outer_keys():
+            for _, tensor in self.checkpoint.read([key]):
+                if tensor.is_floating_point() and not all(x.isfinite() for x in torch.aminmax(tensor)):
+                    raise ValueError(
+                        f"{key} holds weights that are not finite (NaN or infinity); the checkpoint is damaged"
+                    )
+
 
 class ModuleSource:
     """The weights of a loaded model. Reading gives the model's own tensors; writing changes them in place."""

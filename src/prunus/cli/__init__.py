@@ -1,0 +1,45 @@
+"""The command line: a verb per command, no logic. Heavy imports wait until a verb runs, so that --help is quick.
+
+pruning.py     prune, plan, inspect
+judging.py     eval, bench, generate, doctor
+converting.py  fetch, import, pack, unpack
+arguments.py   options that several verbs share
+terminal.py    how a verb speaks: results, errors, JSON
+"""
+
+from __future__ import annotations
+
+import typer
+
+from prunus.cli.converting import fetch, import_, pack, unpack
+from prunus.cli.judging import bench, doctor, evaluate, generate
+from prunus.cli.pruning import inspect, plan, prune
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="prunus",
+    help="Prune large language models after training, and see what was lost and won.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _verb, _name in (
+    (prune, "prune"),
+    (plan, "plan"),
+    (evaluate, "eval"),
+    (inspect, "inspect"),
+    (fetch, "fetch"),
+    (import_, "import"),
+    (pack, "pack"),
+    (unpack, "unpack"),
+    (generate, "generate"),
+    (bench, "bench"),
+    (doctor, "doctor"),
+):
+    app.command(_name)(_verb)
+
+
+def main() -> None:
+    """Entry point of the `prunus` command."""
+    app()

