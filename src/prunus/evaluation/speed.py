@@ -19,8 +19,10 @@ from typing import Any
 import torch
 
 from prunus.machine import resident_memory
+from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint import resolve_folder
-from prunus.model.loading import load_model
+from prunus.model.loading import import_architecture, load_model
+from prunus.sparse import use_dense_kernel
 
 __all__ = ["Speed", "bench", "measure"]
 
@@ -33,7 +35,7 @@ class Speed:
 
     Attributes:
         model: as given.
-        file_bytes: of its safetensors.
+        file_bytes: of its safetensors, those of an adapter's base included.
         resident_bytes: of the process after generating, minus what it had before the model was loaded.
         prefill_tokens_per_second: prompt tokens over the time to the first new token.
         decode_tokens_per_second: new tokens after the first over the time they took.
@@ -57,6 +59,7 @@ def bench(
     new_tokens: int = 64,
     rounds: int = 3,
     threads: int | None = None,
+    dense_kernel: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> list[Speed]:
     """Measure models side by side, interleaved.
@@ -67,6 +70,8 @@ def bench(
         new_tokens: tokens to decode, at least 2.
         rounds: processes per model.
         threads: torch threads; torch's own choice where None.
+        dense_kernel: measure the first model once more with prunus's own dense kernel in the place of torch's
+            product, to tell what the kernel wins from what sparsity wins.
         progress: told what is measured.
 
     Raises:
@@ -79,27 +84,38 @@ def bench(
             "bench needs at least 1 prompt token, 2 new tokens, 1 round and 1 thread; got "
             f"{prompt_tokens}, {new_tokens}, {rounds} and {threads}"
         )
-    folders = [resolve_folder(model) for model in models]
-    found: list[list[dict[str, float]]] = [[] for _ in models]
+    names, folders = list(models), [resolve_folder(model) for model in models]
+    with_kernel = [False] * len(names)
+    if dense_kernel:
+        names.insert(1, f"{names[0]}, dense kernel")
+        folders.insert(1, folders[0])
+        with_kernel.insert(1, True)
+    found: list[list[dict[str, float]]] = [[] for _ in names]
     for turn in range(rounds):
         for position, folder in enumerate(folders):
             if progress is not None:
-                progress(f"round {turn + 1} of {rounds}: {models[position]}")
-            found[position].append(_in_own_process(folder, prompt_tokens, new_tokens, threads))
+                progress(f"round {turn + 1} of {rounds}: {names[position]}")
+            settings = (prompt_tokens, new_tokens, threads, with_kernel[position])
+            found[position].append(_in_own_process(folder, *settings))
     return [
         Speed(
             model=model,
-            file_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+            file_bytes=_weight_bytes(folder),
             **{name: _spread([row[name] for row in rows]) for name in FIGURES},
         )
-        for model, folder, rows in zip(models, folders, found, strict=True)
+        for model, folder, rows in zip(names, folders, found, strict=True)
     ]
 
 
-def measure(folder: Path, prompt_tokens: int, new_tokens: int, seed: int = 0) -> dict[str, float]:
+def measure(
+    folder: Path, prompt_tokens: int, new_tokens: int, dense_kernel: bool = False, seed: int = 0
+) -> dict[str, float]:
     """The figures of one model in this process; see `Speed`."""
+    import_architecture(folder)  # the code is no part of the model's size
     before = resident_memory()
     loaded = load_model(folder)
+    if dense_kernel:
+        use_dense_kernel(loaded)
     vocabulary = loaded.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
@@ -130,7 +146,7 @@ def measure(folder: Path, prompt_tokens: int, new_tokens: int, seed: int = 0) ->
 
 
 def _in_own_process(
-    folder: Path, prompt_tokens: int, new_tokens: int, threads: int | None
+    folder: Path, prompt_tokens: int, new_tokens: int, threads: int | None, dense_kernel: bool
 ) -> dict[str, float]:
     command = [
         sys.executable,
@@ -140,6 +156,7 @@ def _in_own_process(
         str(prompt_tokens),
         str(new_tokens),
         str(threads or 0),
+        str(int(dense_kernel)),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -149,15 +166,21 @@ def _in_own_process(
     return figures
 
 
+def _weight_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's safetensors; an adapter is nothing without its base."""
+    below = _weight_bytes(base_folder(folder)) if is_adapter(folder) else 0
+    return below + sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 def _spread(values: list[float]) -> tuple[float, float, float]:
     return min(values), statistics.median(values), max(values)
 
 
 def _main() -> None:
-    folder, prompt_tokens, new_tokens, threads = sys.argv[1], *(int(x) for x in sys.argv[2:5])
+    folder, prompt_tokens, new_tokens, threads, dense_kernel = sys.argv[1], *(int(x) for x in sys.argv[2:6])
     if threads:
         torch.set_num_threads(threads)
-    print(json.dumps(measure(Path(folder), prompt_tokens, new_tokens)))
+    print(json.dumps(measure(Path(folder), prompt_tokens, new_tokens, bool(dense_kernel))))
 
 
 if __name__ == "__main__":

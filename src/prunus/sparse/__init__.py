@@ -6,6 +6,8 @@ describe        which kernels run here, and why
 reference_path  a context in which packed models compute exactly as unpacked ones
 BitmapLinear    the module that runs on a bitmap
 DenseLinear     a dense linear that uses the kernels too
+use_dense_kernel    give a loaded dense model such linears
+to_semi_structured  on a CUDA device: 2:4 linears on sparse tensor cores, where that is faster
 """
 
 from importlib import import_module
@@ -13,11 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunus.sparse.doctor import describe
-    from prunus.sparse.linear import BitmapLinear, DenseLinear
+    from prunus.sparse.linear import BitmapLinear, DenseLinear, use_dense_kernel
     from prunus.sparse.operators import reference_path
     from prunus.sparse.packing import pack, unpack
+    from prunus.sparse.semi_structured import to_semi_structured
 
-__all__ = ["BitmapLinear", "DenseLinear", "describe", "pack", "reference_path", "unpack"]
+__all__ = [
+    "BitmapLinear",
+    "DenseLinear",
+    "describe",
+    "pack",
+    "reference_path",
+    "to_semi_structured",
+    "unpack",
+    "use_dense_kernel",
+]
 
 # Imported when first used, so that `import prunus` need not wait for torch.
 _HOMES = {
@@ -26,7 +38,9 @@ _HOMES = {
     "describe": "doctor",
     "pack": "packing",
     "reference_path": "operators",
+    "to_semi_structured": "semi_structured",
     "unpack": "packing",
+    "use_dense_kernel": "linear",
 }
 
 

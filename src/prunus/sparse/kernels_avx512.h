@@ -65,9 +65,11 @@ struct Bitmap {
         for (int64_t byte = 0; byte < job.mask_stride; byte += 64)
             prefetch(mask, kMaskRowsAhead * job.mask_stride + byte);
     }
+    // `inner`: the segment is known not to be the row's last, and needs no look at where the row ends.
+    template <bool inner>
     PRUNUS_TARGET PRUNUS_INLINE auto next(int64_t segment) {
         uint64_t word = last_word;
-        if (segment != last) std::memcpy(&word, mask + segment * 8, 8);
+        if (inner || segment != last) std::memcpy(&word, mask + segment * 8, 8);
         // On average half of 64 columns survive: one line of 16-bit values. The second line keeps up with more.
         prefetch(values, kValuesAhead);
         if (sizeof(Value) == 2) prefetch(values, kValuesAhead + 64);
@@ -83,12 +85,13 @@ struct Dense {
         values = static_cast<const uint16_t*>(job.values) + row * job.cols;
         cols = job.cols;
     }
+    template <bool inner>
     PRUNUS_TARGET PRUNUS_INLINE Pair next(int64_t segment) {
         const uint16_t* from = values + segment * kSegment;
         prefetch(from, kDenseAhead);
         prefetch(from, kDenseAhead + 64);
         const int64_t left = cols - segment * kSegment;
-        if (left >= kSegment) return {_mm512_loadu_si512(from), _mm512_loadu_si512(from + 32)};
+        if (inner || left >= kSegment) return {_mm512_loadu_si512(from), _mm512_loadu_si512(from + 32)};
         const uint64_t mask = (uint64_t(1) << left) - 1;  // masked-off lanes are not touched in memory
         return {_mm512_maskz_loadu_epi16(__mmask32(mask), from),
                 _mm512_maskz_loadu_epi16(__mmask32(mask >> 32), from + 32)};
@@ -100,8 +103,8 @@ struct Dense {
 // Sum, begin  an accumulator, and its value at the beginning of a group of segments
 // kGrouped    whether groups have scales of their own; if not, the row is one group
 // kChains     accumulators that take turns to hide latency, where registers allow it
-// kPairFrom   from how many tokens two rows at once pay, which share loads of activations: with fewer, the second
-//             row's stream costs more in prefetch (half the bandwidth for one token) than the loads it saves
+// kPairFrom   from how many tokens two rows at once pay, which share loads of activations: for bf16 with fewer the
+//             second row's stream costs more in prefetch than the loads it saves; int8 waits for loads, and gains
 
 // bf16 weights, bf16 activations, float32 sums.
 struct Bf16 {
@@ -163,7 +166,7 @@ struct Int {
     struct Sum {
         __m512i high, low;
     };
-    static constexpr int kWidth = 2 * kSegment, kChains = 1, kPairFrom = 4;
+    static constexpr int kWidth = 2 * kSegment, kChains = 1, kPairFrom = 1;
     static constexpr bool kGrouped = true;
 
     PRUNUS_TARGET PRUNUS_INLINE static Sum begin(const Job& job, int64_t group, int64_t token) {
@@ -187,6 +190,19 @@ struct Int {
 
 // ---- the loop --------------------------------------------------------------------------------------------
 
+// One segment of R rows times T tokens.
+template <typename Math, bool inner, int kChains, int R, int T, typename Source, typename Sum>
+PRUNUS_TARGET PRUNUS_INLINE void multiply(Source (&source)[R], Sum (&sum)[R * T][kChains], const typename Math::X* x,
+                                          int64_t segment) {
+    decltype(Math::prepare(source[0].template next<inner>(0))) weights[R];
+    PRUNUS_UNROLL for (int r = 0; r < R; ++r) weights[r] = Math::prepare(source[r].template next<inner>(segment));
+    PRUNUS_UNROLL for (int t = 0; t < T; ++t) {
+        const auto activations = Math::load(x + t * Math::kWidth);
+        PRUNUS_UNROLL for (int r = 0; r < R; ++r)
+            Math::add(sum[r * T + t][0], sum[r * T + t][kChains - 1], weights[r], activations);
+    }
+}
+
 // R rows times T tokens.
 template <typename Math, typename Source, int R, int T>
 PRUNUS_TARGET PRUNUS_INLINE void tile(const Job& job, int64_t row, int64_t token) {
@@ -202,23 +218,25 @@ PRUNUS_TARGET PRUNUS_INLINE void tile(const Job& job, int64_t row, int64_t token
         scaled[i] = _mm512_setzero_ps();
     }
     const auto* x = static_cast<const typename Math::X*>(job.x) + token * Math::kWidth;
-    for (int64_t segment = 0; segment < job.segments; ++segment, x += job.tokens * Math::kWidth) {
-        decltype(Math::prepare(source[0].next(0))) weights[R];
-        PRUNUS_UNROLL for (int r = 0; r < R; ++r) weights[r] = Math::prepare(source[r].next(segment));
-        PRUNUS_UNROLL for (int t = 0; t < T; ++t) {
-            const auto activations = Math::load(x + t * Math::kWidth);
-            PRUNUS_UNROLL for (int r = 0; r < R; ++r)
-                Math::add(sum[r * T + t][0], sum[r * T + t][kChains - 1], weights[r], activations);
+    const int64_t stride = job.tokens * Math::kWidth;
+    int64_t segment = 0, group = 0;
+    const auto close_group = [&](bool more) PRUNUS_TARGET {
+        const float* x_scales = job.x_scales + group * job.tokens + token;
+        PRUNUS_UNROLL for (int i = 0; i < N; ++i) {
+            scaled[i] = _mm512_fmadd_ps(Math::total(sum[i][0]), _mm512_set1_ps(x_scales[i % T]), scaled[i]);
+            if (more) sum[i][0] = Math::begin(job, group + 1, token + i % T);
         }
-        if (Math::kGrouped && (segment % kGroup == kGroup - 1 || segment == job.segments - 1)) {
-            const int64_t group = segment / kGroup;
-            const float* x_scales = job.x_scales + group * job.tokens + token;
-            PRUNUS_UNROLL for (int i = 0; i < N; ++i) {
-                scaled[i] = _mm512_fmadd_ps(Math::total(sum[i][0]), _mm512_set1_ps(x_scales[i % T]), scaled[i]);
-                if (segment < job.segments - 1) sum[i][0] = Math::begin(job, group + 1, token + i % T);
-            }
-        }
+        ++group;
+    };
+    // Whole groups that do not touch the end of the row: a loop without branches, the larger part of the time.
+    for (const int64_t whole = (job.segments - 1) / kGroup * kGroup; segment < whole; segment += kGroup) {
+        PRUNUS_UNROLL for (int step = 0; step < kGroup; ++step, x += stride)
+            multiply<Math, true, kChains, R, T>(source, sum, x, segment + step);
+        if (Math::kGrouped) close_group(true);
     }
+    for (; segment < job.segments; ++segment, x += stride)
+        multiply<Math, false, kChains, R, T>(source, sum, x, segment);
+    if (Math::kGrouped) close_group(false);
     PRUNUS_UNROLL for (int i = 0; i < N; ++i) {
         __m512 total = Math::kGrouped ? scaled[i] : Math::total(sum[i][0]);
         if (kChains == 2) total = _mm512_add_ps(total, Math::total(sum[i][kChains - 1]));

@@ -11,7 +11,7 @@ from torch import nn
 from prunus.sparse.bitmap import PackedWeight, check, expand
 from prunus.sparse.operators import bitmap_linear, dense_linear, run_bitmap, run_dense
 
-__all__ = ["BitmapLinear", "DenseLinear"]
+__all__ = ["BitmapLinear", "DenseLinear", "use_dense_kernel"]
 
 _PACKED = ("weight", "weight_mask", "weight_scales", "row_offsets")
 
@@ -136,6 +136,23 @@ class DenseLinear(nn.Linear):
         weight = self.weight
         plain = _is_plain(input) and not (weight.requires_grad and torch.is_grad_enabled())
         return (run_dense if plain else dense_linear)(input, weight, self.bias)
+
+
+def use_dense_kernel(model: nn.Module) -> int:
+    """Turn every `nn.Linear` of a model into a `DenseLinear` with the same parameters, in place; ties stay ties.
+
+    Returns:
+        How many there were.
+    """
+    found = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+    for name, module in found:
+        has_bias = module.bias is not None
+        dense = DenseLinear(
+            module.in_features, module.out_features, has_bias, device="meta", dtype=module.weight.dtype
+        )
+        dense.weight, dense.bias = module.weight, module.bias
+        model.set_submodule(name, dense)
+    return len(found)
 
 
 def _is_plain(x: torch.Tensor) -> bool:

@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from prunus.sparse.description import FORMAT_VERSION, METHOD, Description, StoredTensor
-from prunus.sparse.linear import BitmapLinear, DenseLinear
+from prunus.sparse.linear import BitmapLinear, use_dense_kernel
 
 __all__ = ["PrunusConfig", "PrunusQuantizer", "register_with_transformers"]
 
@@ -98,18 +98,7 @@ class PrunusQuantizer(HfQuantizer):
             names[found] = list(shape)
         # Saved again, the checkpoint has the names of this model's own parameters.
         self.quantization_config.linears = names
-        for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear:
-                has_bias = module.bias is not None
-                dense = DenseLinear(
-                    module.in_features,
-                    module.out_features,
-                    has_bias,
-                    device="meta",
-                    dtype=module.weight.dtype,
-                )
-                dense.weight, dense.bias = module.weight, module.bias
-                model.set_submodule(name, dense)
+        use_dense_kernel(model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, module in model.named_modules():
@@ -134,6 +123,10 @@ class PrunusQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True  # the products are torch operators that compile sees as one node each
 
     @property
     def is_trainable(self) -> bool:

@@ -1,0 +1,120 @@
+"""2:4 on a GPU: verified linears on torch's own semi-structured tensors, where these are faster than dense.
+
+Whether they are depends on the device, the shape and the number of tokens, so every linear is measured on the
+spot and keeps the faster of its two forms. Nothing is written to disk: an ordinary checkpoint stays one.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+__all__ = ["SemiStructuredChoice", "to_semi_structured"]
+
+# What torch's kernels take: rows and columns in multiples of these for 16-bit weights.
+_ROWS, _COLUMNS = 32, 64
+_ROUNDS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SemiStructuredChoice:
+    """What became of one linear.
+
+    Attributes:
+        name: path in the model.
+        converted: whether it runs on 2:4 now.
+        reason: why, or why not.
+        speedup: seconds of the dense product over those of the 2:4 product; None where nothing was measured.
+    """
+
+    name: str
+    converted: bool
+    reason: str
+    speedup: float | None = None
+
+
+@torch.no_grad()
+def to_semi_structured(
+    model: nn.Module, tokens: int = 1, only: Sequence[str] | None = None
+) -> list[SemiStructuredChoice]:
+    """Let the 2:4 linears of a loaded model run on sparse tensor cores, in place, wherever that is faster.
+
+    Args:
+        model: on a CUDA device, float16 or bfloat16.
+        tokens: how many tokens a product is measured with; the best choice for decoding is not that for prefill.
+        only: names of linears to look at; all where None.
+
+    Returns:
+        One choice per linear, in the order of the model.
+
+    Raises:
+        RuntimeError: there is no CUDA device, or it has no sparse tensor cores (compute capability below 8.0).
+        ValueError: the model is not on the device, tokens is below 1, or `only` names no linear of the model.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "2:4 runs on sparse tensor cores, and this machine has no CUDA device. On a CPU, `prunus pack` makes "
+            "a pruned model smaller and faster"
+        )
+    if torch.cuda.get_device_capability() < (8, 0):
+        raise RuntimeError(
+            f"{torch.cuda.get_device_name()} has no sparse tensor cores: 2:4 needs compute capability 8.0 or more"
+        )
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    unknown = set(only or ()) - set(linears)
+    if unknown:
+        raise ValueError(f"the model has no linear {sorted(unknown)[0]!r}; names look like {next(iter(linears))!r}")
+    chosen = {name: module for name, module in linears.items() if only is None or name in only}
+    if any(module.weight.device.type != "cuda" for module in chosen.values()):
+        raise ValueError("the model is not on the CUDA device: call model.to('cuda') first")
+    return [_choose(name, linear, tokens) for name, linear in chosen.items()]
+
+
+def _choose(name: str, linear: nn.Linear, tokens: int) -> SemiStructuredChoice:
+    from torch.sparse import to_sparse_semi_structured
+
+    why_not = unsuitable(linear.weight)
+    if why_not is not None:
+        return SemiStructuredChoice(name, False, why_not)
+    dense = linear.weight
+    x = torch.randn(tokens, linear.in_features, dtype=dense.dtype, device=dense.device)
+    before = _seconds(lambda: nn.functional.linear(x, dense, linear.bias))
+    sparse = to_sparse_semi_structured(dense.detach())
+    after = _seconds(lambda: nn.functional.linear(x, sparse, linear.bias))
+    if after >= before:
+        return SemiStructuredChoice(name, False, "dense is as fast here", before / after)
+    linear.weight = nn.Parameter(sparse, requires_grad=False)
+    return SemiStructuredChoice(name, True, "faster than dense here", before / after)
+
+
+def unsuitable(weight_OI: torch.Tensor) -> str | None:
+    """Why a weight cannot run as 2:4; None where it can. Looks at every group of four."""
+    rows, columns = weight_OI.shape
+    if weight_OI.dtype not in (torch.float16, torch.bfloat16):
+        return f"{str(weight_OI.dtype).removeprefix('torch.')} weights: 2:4 is for float16 and bfloat16"
+    if rows % _ROWS or columns % _COLUMNS:
+        return f"{rows} x {columns} is no multiple of {_ROWS} x {_COLUMNS}"
+    if bool((weight_OI.reshape(-1, 4).count_nonzero(dim=1) > 2).any()):
+        return "not 2:4: a group of four keeps more than two weights"
+    return None
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Median seconds of one call on the device."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(_ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
