@@ -174,3 +174,110 @@ def prune_two_pass(model: nn.Module, blocks: str, windows: Tensor, prune_linear:
         for name, linear in linears(block, f"{blocks}.{number}").items():
             if name in inputs:
                 weight_of(linear).copy_(prune_linear(name, weight_of(linear).clone(), inputs[name]))
+
+
+def ria_score(weight_OI: Tensor, X_TI: Tensor, power: float) -> Tensor:
+    """(|W_ij| / its column's sum + |W_ij| / its row's sum) · ‖X_j‖^power, float64."""
+    magnitude_OI = weight_OI.double().abs()
+    score_OI = torch.zeros_like(magnitude_OI)
+    for i in range(weight_OI.shape[0]):
+        for j in range(weight_OI.shape[1]):
+            share = magnitude_OI[i, j] / magnitude_OI[:, j].sum() + magnitude_OI[i, j] / magnitude_OI[i].sum()
+            score_OI[i, j] = share * X_TI[:, j].double().norm() ** power
+    return score_OI
+
+
+def scaled(weight_OI: Tensor, gram_II: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The problem with inputs of norm 1 and `ridge` on the diagonal, in float64: weight, Gram matrix, norms."""
+    norms_I = gram_II.double().diagonal().sqrt()
+    norms_I = torch.where(norms_I == 0, torch.ones_like(norms_I), norms_I)
+    hessian_II = gram_II.double() / norms_I / norms_I[:, None]
+    hessian_II.fill_diagonal_(1 + ridge)
+    return weight_OI.double() * norms_I, hessian_II, norms_I
+
+
+def squared_error(change_OI: Tensor, hessian_II: Tensor) -> Tensor:
+    """Per row c·H·cᵀ, float64 (O,)."""
+    change_OI, hessian_II = change_OI.double(), hessian_II.double()
+    return torch.stack([row @ hessian_II @ row for row in change_OI])
+
+
+def least_squares(weight_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, ridge: float) -> Tensor:
+    """The best weights for a mask: every row's normal equations on its support, in float64."""
+    target_OI, hessian_II, norms_I = scaled(weight_OI, gram_II, ridge)
+    result_OI = torch.zeros_like(target_OI)
+    for i, keep_I in enumerate(keep_OI):
+        if keep_I.any():
+            right = (hessian_II @ target_OI[i])[keep_I]
+            result_OI[i, keep_I] = torch.linalg.solve(hessian_II[keep_I][:, keep_I], right)
+    return result_OI / norms_I
+
+
+def alps(
+    weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float, ridge: float, iterations: int
+) -> tuple[Tensor, Tensor]:
+    """ADMM with its three matrices, word for word, then exact least squares; float64 weight and mask."""
+    target_OI, hessian_II, _ = scaled(weight_OI, gram_II, ridge)
+    target_OI[:, gram_II.diagonal() == 0] = 0
+    dense_OI, dual_OI, penalty = target_OI.clone(), torch.zeros_like(target_OI), 0.2
+    for iteration in range(iterations):
+        sparse_OI = (dense_OI + dual_OI) * keep_mask((dense_OI + dual_OI).abs(), pattern, sparsity)
+        dual_OI = dual_OI + dense_OI - sparse_OI
+        if iteration and iteration % 3 == 0:
+            penalty, dual_OI = penalty * 1.3, dual_OI / 1.3
+        right_OI = target_OI @ hessian_II + penalty * (sparse_OI - dual_OI)
+        dense_OI = right_OI @ torch.linalg.inv(hessian_II + penalty * torch.eye(len(hessian_II)))
+    keep_OI = keep_mask((dense_OI + dual_OI).abs(), pattern, sparsity)
+    weight_OI = weight_OI.masked_fill(gram_II.diagonal() == 0, 0)
+    return least_squares(weight_OI, keep_OI, gram_II, ridge), keep_OI
+
+
+def swap_changes(weight_I: Tensor, keep_I: Tensor, hessian_II: Tensor) -> dict[tuple[int, int], float]:
+    """What each swap (kept, pruned) of one row would change its squared error by, each tried out in full."""
+    changes = {}
+    before = squared_error((weight_I * ~keep_I)[None], hessian_II).item()
+    for gone in keep_I.nonzero().flatten().tolist():
+        for back in (~keep_I).nonzero().flatten().tolist():
+            trial_I = keep_I.clone()
+            trial_I[gone], trial_I[back] = False, True
+            after = squared_error((weight_I * ~trial_I)[None], hessian_II).item()
+            changes[gone, back] = after - before
+    return changes
+
+
+def dsnot_row(
+    weight_I: Tensor, keep_I: Tensor, X_TI: Tensor, group: int, rounds: int
+) -> tuple[Tensor, float, float]:
+    """DSnoT on one row, one swap after the other, in float64: mask, and the mean error before and after."""
+    X_TI, weight_I, keep_I = X_TI.double(), weight_I.double(), keep_I.clone()
+    shift_I, spread_I = weight_I * X_TI.mean(dim=0), X_TI.var(dim=0, unbiased=False)
+    score_I = weight_I.abs() * X_TI.norm(dim=0)
+    small = 1e-4 * (score_I.square().sum() / len(X_TI)).sqrt().item()
+    error = first = shift_I[~keep_I].sum().item()
+    used: set[int] = set()
+    for _ in range(rounds):
+        if abs(error) <= small or error * first < 0:
+            break
+        sign = 1 if error > 0 else -1
+
+        def givers(group_of: int, sign: int = sign, used: set[int] = used) -> list[int]:
+            """Kept weights that may go for one of this group."""
+            places = range(group_of * group, (group_of + 1) * group)
+            return [j for j in places if keep_I[j] and j not in used and sign * shift_I[j] < 0]
+
+        gains = {
+            j: sign * shift_I[j].item() / max(spread_I[j].item(), 1.2e-38)
+            for j in range(len(weight_I))
+            if not keep_I[j] and j not in used and givers(j // group)
+        }
+        back = max(gains, key=gains.__getitem__, default=None)
+        if back is None or gains[back] <= 0:
+            break
+        gone = min(givers(back // group), key=lambda j: score_I[j].item())
+        after = error - shift_I[back].item() + shift_I[gone].item()
+        if abs(after) >= abs(error):
+            break
+        keep_I[back], keep_I[gone] = True, False
+        used |= {back, gone}
+        error = after
+    return keep_I, first, error

@@ -307,7 +307,7 @@ def test_what_is_no_gram_matrix_is_refused():
 
 
 def test_the_table_is_keyed_by_name():
-    assert list(METHODS) == ["magnitude", "wanda", "wanda-variant", "sparsegpt", "obs"]
+    assert list(METHODS) == ["magnitude", "wanda", "wanda-variant", "ria", "sparsegpt", "obs", "alps"]
     assert all(method.name == name for name, method in METHODS.items())
     with pytest.raises(ValueError, match="'wandb' is unknown: choose one of magnitude, wanda"):
         get_method("wandb")
@@ -318,8 +318,10 @@ def test_default_groups_are_those_of_the_paper():
         "magnitude": "layer",
         "wanda": "row",
         "wanda-variant": "row",
+        "ria": "layer",
         "sparsegpt": "layer",
         "obs": "row",
+        "alps": "row",
     }
     assert default_group("obs", Options(mask_from="magnitude")) == "layer"
     assert default_group("obs", Options(mask_order="blockwise")) == "layer"

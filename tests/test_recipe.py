@@ -22,6 +22,8 @@ SHAPES = st.one_of(
 )
 METHODS = st.one_of(
     st.fixed_dictionaries({"method": st.sampled_from(["magnitude", "wanda", "wanda-variant", "sparsegpt"])}),
+    st.fixed_dictionaries({"method": st.just("ria"), "ria_power": st.floats(0, 2)}),
+    st.fixed_dictionaries({"method": st.just("alps"), "iterations": st.integers(1, 999)}),
     st.fixed_dictionaries(
         {
             "method": st.just("obs"),
@@ -44,6 +46,8 @@ OTHERS = st.fixed_dictionaries(
         "only": st.lists(TEXT, max_size=3).map(tuple),
         "ignore": st.lists(TEXT, max_size=3).map(tuple),
         "damping": st.floats(0, 1, exclude_min=True, exclude_max=True),
+        "refine": st.sampled_from(["none", "dsnot", "swaps"]),
+        "update": st.sampled_from(["none", "lsq"]),
     },
 )
 RECIPES = st.builds(lambda *parts: Recipe(**parts[0], **parts[1], **parts[2]), SHAPES, METHODS, OTHERS)

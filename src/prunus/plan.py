@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from prunus.engine.memory import BlockCost
 from prunus.engine.precision import decide_dtype
 from prunus.machine import available_memory, matmul_rate, resident_memory
 from prunus.manifest import Walk
-from prunus.methods import METHODS, Options, check_options, default_group
+from prunus.methods import METHODS, Options, check_options, compose, default_group
 from prunus.model.checkpoint import resolve_folder
 from prunus.model.device import choose_device
 from prunus.model.skeleton import Skeleton
@@ -168,8 +168,9 @@ class Job:
             flops += 2.0 * weights * tokens * passes
             if self.linear_job.method.needs == "gram":
                 columns = [x.shape for x in self.skeleton.linears(index) if x.name in self.targets[index]]
-                # A Gram per distinct input (about 4 of 7 linears), its factor, and the update of the weights.
-                flops += sum(1.2 * tokens * c * c + c**3 + 2.0 * r * c * c for r, c in columns)
+                # A Gram per distinct input (about 4 of 7 linears), its factor, and what is done to the weights.
+                products = self.linear_job.method.products
+                flops += sum(1.2 * tokens * c * c + c**3 + 2.0 * products * r * c * c for r, c in columns)
         return round(1.4 * flops / matmul_rate(self.device, self.dtype), 1)
 
 
@@ -184,13 +185,13 @@ def prepare(
         FileNotFoundError, ValueError, NotImplementedError, OSError: see the functions that are called; each
             message names what was given, what is wrong and what to do.
     """
-    method = METHODS[recipe.method]
-    method_options = Options(
-        mask_from=recipe.mask_from,
-        mask_order=recipe.mask_order,
-        damping=recipe.damping,
-        as_original=recipe.propagate == "block" and method.needs == "gram",
-    )
+    published = METHODS[recipe.method]
+    # Whatever option of a method a recipe has goes by the same name.
+    shared = {each.name for each in fields(Options)} & set(Recipe.model_fields)
+    method_options = Options(**{name: getattr(recipe, name) for name in shared})
+    method = compose(published, method_options)
+    if recipe.propagate == "block" and method is published and recipe.method in ("sparsegpt", "obs"):
+        method_options = replace(method_options, as_original=True)
     group = recipe.group if recipe.group is not None else default_group(recipe.method, method_options)
     pattern = Pattern.parse(recipe.pattern, group)
     check_options(recipe.method, pattern, recipe.sparsity, method_options)
@@ -301,8 +302,11 @@ def _cost(job: Job, index: int) -> BlockCost:
     inputs = max(linear.shape[1] for linear in linears)
     batch_tokens = min(job.batch * job.recipe.seqlen, tokens)
     needs = job.linear_job.method.needs
-    # float32 weight, score, sorted copy and the rounded result; Gram methods invert in float64.
-    working = 14 * largest + statistics_bytes(inputs, needs) + (24 * inputs**2 if needs == "gram" else 0)
+    # float32 weight, score, sorted copy and the rounded result; solvers hold six matrices of its size, and some
+    # of the Gram's, which others invert in float64.
+    working = 14 * largest + statistics_bytes(inputs, needs)
+    if needs == "gram":
+        working += 24 * largest + 24 * inputs**2
     if needs == "gram" and job.recipe.propagate == "block":
         working += sum(statistics_bytes(linear.shape[1], needs) for linear in linears)
     flowing = job.needs_inputs

@@ -14,11 +14,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 __all__ = ["Recipe", "load_recipe", "parse_bytes"]
 
-MethodName = Literal["magnitude", "wanda", "wanda-variant", "sparsegpt", "obs"]
+MethodName = Literal["magnitude", "wanda", "wanda-variant", "ria", "sparsegpt", "obs", "alps"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
@@ -51,7 +59,14 @@ class Recipe(BaseModel):
     ignore: tuple[str, ...] = Field((), description="name patterns: leave these dense")
     mask_from: Literal["wanda", "magnitude"] = "wanda"
     mask_order: Literal["before", "blockwise"] = "before"
-    damping: float = Field(0.01, description="share of the Gram's mean diagonal added before inversion")
+    damping: float | None = Field(
+        None, description="share of the Gram's mean diagonal added before inversion; None: the method's own"
+    )
+    ria_power: float = Field(0.5, description="exponent of the input norms in ria")
+    iterations: int = Field(24, description="of alps")
+    refine: Literal["none", "dsnot", "swaps"] = Field("none", description="look over the mask afterwards")
+    refine_rounds: int | None = Field(None, description="most rounds of refine; None: the refinement's own")
+    update: Literal["none", "lsq"] = Field("none", description="fit the kept weights to the mask at the end")
 
     @model_validator(mode="before")
     @classmethod
@@ -97,9 +112,23 @@ class Recipe(BaseModel):
 
     @field_validator("damping")
     @classmethod
-    def _positive_damping(cls, value: float) -> float:
-        if not 0 < value < 1:
+    def _positive_damping(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value < 1:
             raise ValueError(f"damping must lie in (0, 1); got {value}")
+        return value
+
+    @field_validator("ria_power")
+    @classmethod
+    def _power_in_range(cls, value: float) -> float:
+        if not 0 <= value <= 2:
+            raise ValueError(f"ria_power must lie in [0, 2]; got {value}")
+        return value
+
+    @field_validator("iterations", "refine_rounds")
+    @classmethod
+    def _at_least_once(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and value < 1:
+            raise ValueError(f"{info.field_name} must be at least 1; got {value}")
         return value
 
     @field_validator("group", mode="before")
@@ -133,6 +162,12 @@ class Recipe(BaseModel):
                 f"mask_from and mask_order belong to method 'obs', not to {self.method!r}; drop them or "
                 "choose --method obs"
             )
+        if self.method != "ria" and self.ria_power != 0.5:
+            raise ValueError(f"ria_power belongs to method 'ria', not to {self.method!r}: drop it")
+        if self.method != "alps" and self.iterations != 24:
+            raise ValueError(f"iterations belong to method 'alps', not to {self.method!r}: drop them")
+        if self.refine == "none" and self.refine_rounds is not None:
+            raise ValueError("refine_rounds belong to --refine dsnot or swaps: drop them or add one")
         return self
 
     @property

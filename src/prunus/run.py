@@ -68,7 +68,7 @@ def prune(
         model: a checkpoint folder or hub id, streamed block by block into `output`; or a loaded transformers
             model, pruned in place by the same engine with the same result.
         output: folder of the pruned checkpoint; for a loaded model None (call its `save_pretrained`).
-        method: magnitude, wanda (default), wanda-variant, sparsegpt or obs.
+        method: magnitude, wanda (default), wanda-variant, ria, sparsegpt, obs or alps.
         sparsity: share of the weights of each linear that goes, in [0, 1); default 0.5.
         pattern: "N:M" keeps at most N of every M consecutive inputs; instead of `sparsity`.
         calibration: a source (see `prunus.calibration.SOURCES`; default "c4"), or token ids (samples, seqlen).
@@ -83,7 +83,7 @@ def prune(
             matches.
         progress: called after every block.
         **recipe_options: further fields of `Recipe`: samples, seqlen, seed, batch, dtype, group, propagate, only,
-            ignore, head, mask_from, mask_order, damping.
+            ignore, head, mask_from, mask_order, damping, ria_power, iterations, refine, refine_rounds, update.
 
     Returns:
         The manifest: recipe, inputs, per linear shape, sparsity reached, error and seconds, and totals. For a

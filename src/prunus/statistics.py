@@ -1,4 +1,4 @@
-"""What is remembered of a linear's inputs: norms of the features, or their whole Gram matrix.
+"""What is remembered of a linear's inputs: norms of the features, or their whole Gram matrix; means where asked for.
 
 It knows nothing of models or methods. Batches are added as they pass; nothing of them is kept.
 
@@ -8,13 +8,15 @@ Shape suffixes: T tokens, I inputs. X_TI are the inputs of a linear, G_II = Xᵀ
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 Needs = Literal["none", "norms", "gram"]
 NEEDS: tuple[Needs, ...] = ("none", "norms", "gram")
+_Value = TypeVar("_Value")
 
 # Elements squared at once: a CPU's temporary must stay in the cache (ten times faster), a GPU wants long kernels.
 _CPU_ELEMENTS = 2**20
@@ -30,11 +32,17 @@ class InputStatistics:
         tokens: rows of X_TI added so far.
         sum_squares_I: float64, Σ_t x², zeros for "none". The same to the bit for "norms" and "gram".
         gram_II: float32 XᵀX, or None unless needs is "gram".
+        sum_I: float64, Σ_t x, or None unless `means` were asked for.
         as_original: sum a Gram in the order of SparseGPT's code; see `_add_as_original`.
     """
 
     def __init__(
-        self, in_features: int, needs: Needs, device: torch.device | str = "cpu", as_original: bool = False
+        self,
+        in_features: int,
+        needs: Needs,
+        device: torch.device | str = "cpu",
+        as_original: bool = False,
+        means: bool = False,
     ) -> None:
         if needs not in NEEDS:
             raise ValueError(f"statistics can be {', '.join(NEEDS)}, not {needs!r}")
@@ -47,11 +55,33 @@ class InputStatistics:
         self._windows = 0
         self.sum_squares_I = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.gram_II = torch.zeros(in_features, in_features, device=device) if needs == "gram" else None
+        self.sum_I = torch.zeros(in_features, dtype=torch.float64, device=device) if means else None
+        self._derived: dict[Hashable, Any] = {}
 
     @property
     def norms_I(self) -> Tensor:
         """‖X_j‖₂ of every input feature over all tokens, float32."""
         return self.sum_squares_I.sqrt().float()
+
+    @property
+    def mean_I(self) -> Tensor:
+        """The mean of every input feature over all tokens, float64; 0 before any token."""
+        assert self.sum_I is not None, "means were not asked for"
+        return self.sum_I / max(1, self.tokens)
+
+    @property
+    def variance_I(self) -> Tensor:
+        """The (biased) variance of every input feature over all tokens, float64, at least 0."""
+        return (self.sum_squares_I / max(1, self.tokens) - self.mean_I.square()).clamp_(min=0)
+
+    def derived(self, key: Hashable, compute: Callable[[], _Value]) -> _Value:
+        """What `compute` makes of these statistics, made once: linears with the same input share its cost.
+
+        Whoever calls must name in `key` everything else that the value depends on, and must not write to it.
+        """
+        if key not in self._derived:
+            self._derived[key] = compute()
+        return self._derived[key]
 
     @torch.no_grad()
     def add(self, X_TI: Tensor) -> None:
@@ -63,6 +93,9 @@ class InputStatistics:
         if X_TI.dim() != 2 or X_TI.shape[1] != self.in_features:
             raise ValueError(f"expected inputs (tokens, {self.in_features}), got {tuple(X_TI.shape)}")
         self.tokens += X_TI.shape[0]
+        self._derived.clear()
+        if self.sum_I is not None:
+            self.sum_I += X_TI.sum(dim=0, dtype=torch.float64)
         if self.needs == "none":
             return
         if self.as_original:
@@ -103,10 +136,15 @@ class InputStatistics:
                 f"cannot merge statistics {other.needs} of {other.in_features} inputs "
                 f"into {self.needs} of {self.in_features}"
             )
+        if (self.sum_I is None) != (other.sum_I is None):
+            raise ValueError("cannot merge statistics with means and statistics without")
+        self._derived.clear()
         self.tokens += other.tokens
         self.sum_squares_I += other.sum_squares_I.to(self.sum_squares_I.device)
         if self.gram_II is not None and other.gram_II is not None:
             self.gram_II += other.gram_II.to(self.gram_II.device)
+        if self.sum_I is not None and other.sum_I is not None:
+            self.sum_I += other.sum_I.to(self.sum_I.device)
 
     def check_finite(self, name: str) -> None:
         """See that no activation was infinite or NaN; any that was shows in the sums.

@@ -93,7 +93,12 @@ def _oriented(stored: torch.Tensor, linear: Linear) -> torch.Tensor:
 
 
 def _equal_inputs(statistics: InputStatistics) -> InputStatistics:
-    equal = InputStatistics(statistics.in_features, statistics.needs, statistics.sum_squares_I.device)
+    equal = InputStatistics(
+        statistics.in_features,
+        statistics.needs,
+        statistics.sum_squares_I.device,
+        means=statistics.sum_I is not None,
+    )
     equal.sum_squares_I.fill_(1)
     if equal.gram_II is not None:
         equal.gram_II.fill_diagonal_(1)

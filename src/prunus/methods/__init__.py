@@ -4,9 +4,16 @@ base.py           what a method is
 magnitude.py      |W|
 wanda.py          |W| · ‖X‖
 wanda_variant.py  the same score, an equal share of it from every row
+ria.py            a weight's share of its row and column, times a power of ‖X‖
 obs.py            the column sweep with weight update that the next two share
 sparsegpt.py      mask and update by OBS
 ablations.py      mask from magnitude or Wanda, update by OBS
+alps.py           mask and weights together by ADMM
+lsq.py            the best weights for a mask, from whatever method
+dsnot.py          refines a mask: the mean output of every row is right again
+swaps.py          refines a mask: pairwise swaps that lower the output error
+composition.py    a method, a refinement and an update in one
+permutation.py    which channels share a group of N:M; not part of a run yet
 """
 
 from __future__ import annotations
@@ -14,21 +21,35 @@ from __future__ import annotations
 import math
 
 from prunus.methods.ablations import OBS
+from prunus.methods.alps import ALPS
 from prunus.methods.base import Method, Options, Pruned
+from prunus.methods.composition import compose
 from prunus.methods.magnitude import MAGNITUDE
+from prunus.methods.ria import RIA
 from prunus.methods.sparsegpt import SPARSEGPT
 from prunus.methods.wanda import WANDA
 from prunus.methods.wanda_variant import WANDA_VARIANT
 from prunus.patterns import Pattern
 
-__all__ = ["METHODS", "Method", "Options", "Pruned", "check_options", "default_group", "get_method"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Options",
+    "Pruned",
+    "check_options",
+    "compose",
+    "default_group",
+    "get_method",
+]
 
 METHODS: dict[str, Method] = {
     "magnitude": MAGNITUDE,
     "wanda": WANDA,
     "wanda-variant": WANDA_VARIANT,
+    "ria": RIA,
     "sparsegpt": SPARSEGPT,
     "obs": OBS,
+    "alps": ALPS,
 }
 
 
@@ -72,12 +93,7 @@ def check_options(name: str, pattern: Pattern, sparsity: float, options: Options
         raise ValueError(f"the mask is from {options.mask_from!r}: choose wanda or magnitude")
     if options.mask_order not in ("before", "blockwise"):
         raise ValueError(f"the mask order is {options.mask_order!r}: choose before or blockwise")
-    if not (math.isfinite(options.damping) and 0 <= options.damping <= 1):
-        raise ValueError(
-            f"the damping is {options.damping}: it is a fraction of the mean diagonal, from 0 to 1"
-        )
-    if options.column_block < 1:
-        raise ValueError(f"the column block is {options.column_block}: it must be at least 1")
+    _check_ranges(options)
 
     if method is WANDA_VARIANT and not pattern.is_unstructured:
         raise ValueError(f"wanda-variant has no {pattern} form, its rows differ in sparsity: use wanda")
@@ -88,4 +104,39 @@ def check_options(name: str, pattern: Pattern, sparsity: float, options: Options
         raise ValueError(
             f"{name} chooses its mask in blocks of columns, where all rows compete (layer) "
             f"or each on its own (row), not by {pattern.group}"
+        )
+    if options.refine != "none":
+        _check_refinement(name, pattern, options)
+
+
+def _check_ranges(options: Options) -> None:
+    damping, power = options.damping, options.ria_power
+    if damping is not None and not (math.isfinite(damping) and 0 <= damping <= 1):
+        raise ValueError(f"the damping is {damping}: it is a fraction of the mean diagonal, from 0 to 1")
+    if options.column_block < 1:
+        raise ValueError(f"the column block is {options.column_block}: it must be at least 1")
+    if not (math.isfinite(power) and 0 <= power <= 2):
+        raise ValueError(f"the power of the input norms is {power}: it must be from 0 to 2")
+    if options.iterations < 1:
+        raise ValueError(f"the iterations are {options.iterations}: there must be at least 1")
+    if options.refine not in ("none", "dsnot", "swaps"):
+        raise ValueError(f"the refinement is {options.refine!r}: choose none, dsnot or swaps")
+    if options.update not in ("none", "lsq"):
+        raise ValueError(f"the update is {options.update!r}: choose none or lsq")
+    if options.refine_rounds is not None and options.refine_rounds < 1:
+        raise ValueError(
+            f"the rounds of the refinement are {options.refine_rounds}: there must be at least 1"
+        )
+
+
+def _check_refinement(name: str, pattern: Pattern, options: Options) -> None:
+    if get_method(name).updates_weights and options.update == "none":
+        raise ValueError(
+            f"{name} fits the weights to its mask, and --refine {options.refine} changes that mask: add --update lsq, "
+            "which fits them again"
+        )
+    if pattern.is_unstructured and pattern.group == "column":
+        raise ValueError(
+            f"--refine {options.refine} swaps weights within a row, which would break the equal counts of "
+            "--group column: choose another group"
         )

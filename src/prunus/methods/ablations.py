@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Method, Options, Pruned
+from prunus.methods.base import Method, Options, Pruned, unchanged
 from prunus.methods.magnitude import magnitude_keep
-from prunus.methods.obs import block_keep, prune_by_obs, unchanged
+from prunus.methods.obs import block_keep, prune_by_obs
 from prunus.methods.wanda import wanda_score
 from prunus.patterns import Pattern, keep_mask
 from prunus.statistics import InputStatistics
@@ -49,4 +49,5 @@ OBS = Method(
     default_group="row",
     updates_weights=True,
     summary="a mask from wanda or magnitude, with sparsegpt's weight update",
+    products=1,
 )

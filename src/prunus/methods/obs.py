@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Options, Pruned, masked
+from prunus.methods.base import Options, Pruned
 from prunus.methods.obs_original import sweep_as_original
 from prunus.patterns import Pattern, keep_above_threshold, keep_mask
 from prunus.statistics import InputStatistics
 
+#: λ as published, a fraction of the Gram's mean diagonal.
+DAMPING = 0.01
 # Columns that answer each other one at a time; those beyond wait for one matrix product.
 _TILE = 16
 # A pivot this small against its own diagonal entry, in units of the rounding error, is noise.
@@ -48,13 +50,14 @@ def prune_by_obs(
     """
     gram_II = statistics.gram_II
     assert gram_II is not None, "the update needs a Gram matrix"
+    damping = DAMPING if options.damping is None else options.damping
     if options.as_original:
-        swept = sweep_as_original(
-            weight_OI, gram_II, options.damping, _spans(pattern, options.column_block), choose
-        )
+        swept = sweep_as_original(weight_OI, gram_II, damping, _spans(pattern, options.column_block), choose)
         if swept is not None:
             return swept
-    factor_II, notes = inverse_factor(gram_II, options.damping)
+    factor_II, notes = statistics.derived(
+        ("inverse_factor", damping), lambda: inverse_factor(gram_II, damping)
+    )
     diagonal_I = factor_II.diagonal()
     span, block = _spans(pattern, options.column_block)
     # A choice needs its columns up to date: within a tile they always are, beyond it where a tile begins.
@@ -68,20 +71,23 @@ def prune_by_obs(
     for start in range(0, inputs, block):
         stop = min(start + block, inputs)
         error_BO = torch.empty_like(weight_IO[start:stop])
+        drop_BO = torch.empty_like(error_BO)
         for first in range(start, stop, tile):
             last = min(first + tile, stop)
             for j in range(first, last):
                 if j % span == 0:
                     chosen = slice(j, min(j + span, stop))
                     keep_IO[chosen] = choose(weight_IO[chosen].T, j, diagonal_I[chosen]).T
-                error_O = torch.div(weight_IO[j], diagonal_I[j], out=error_BO[j - start])
-                error_O.masked_fill_(keep_IO[j], 0)
-                weight_IO[j].masked_fill_(~keep_IO[j], 0)
+                    torch.logical_not(keep_IO[chosen], out=drop_BO[j - start : chosen.stop - start])
+                # w - w is 0 to the bit, and takes a fiftieth of the time of filling by a mask.
+                removed_O = torch.mul(weight_IO[j], drop_BO[j - start], out=error_BO[j - start])
+                weight_IO[j] -= removed_O
+                error_O = removed_O.div_(diagonal_I[j])
                 weight_IO[j + 1 : last].addr_(factor_II[j, j + 1 : last], error_O, alpha=-1)
             done_BO = error_BO[first - start : last - start]
             weight_IO[last:stop].addmm_(factor_II[first:last, last:stop].T, done_BO, alpha=-1)
         weight_IO[stop:].addmm_(factor_II[start:stop, stop:].T, error_BO, alpha=-1)
-    return Pruned(weight_IO.T.contiguous(), keep_IO.T.contiguous(), notes)
+    return Pruned(weight_IO.T.contiguous(), keep_IO.T.contiguous(), dict(notes))
 
 
 def block_keep(score_OB: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
@@ -89,11 +95,6 @@ def block_keep(score_OB: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     if pattern.is_unstructured and pattern.group == "layer":
         return keep_above_threshold(score_OB, sparsity)
     return keep_mask(score_OB, pattern, sparsity)
-
-
-def unchanged(weight_OI: Tensor) -> Pruned:
-    """Sparsity 0: nothing goes, so nothing has to be made up for."""
-    return masked(weight_OI, torch.ones_like(weight_OI, dtype=torch.bool))
 
 
 def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, dict[str, Any]]:

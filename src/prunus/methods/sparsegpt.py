@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prunus.methods.base import Method, Options, Pruned
-from prunus.methods.obs import block_keep, prune_by_obs, unchanged
+from prunus.methods.base import Method, Options, Pruned, unchanged
+from prunus.methods.obs import block_keep, prune_by_obs
 from prunus.patterns import Pattern
 from prunus.statistics import InputStatistics
 
@@ -35,4 +35,5 @@ SPARSEGPT = Method(
     default_group="layer",
     updates_weights=True,
     summary="remove by cost, and update what stays to make up for it",
+    products=1,
 )

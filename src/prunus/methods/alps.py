@@ -1,0 +1,91 @@
+"""ALPS: mask and weights together, by splitting (ADMM), then least squares on the mask that was found.
+
+Minimise tr (W − W₀)H(W − W₀)ᵀ over all W that the pattern allows, with W and H scaled and damped as in `lsq.py`. The
+splitting asks for W = Z where Z alone must be sparse (Boža 2024, arXiv 2401.02938; Meng et al. 2024, arXiv
+2406.07831, algorithm 1), and repeats
+
+    Z ← the entries of W + U that the pattern keeps (the exact projection)
+    U ← U + W − Z
+    W ← (W₀H + ρ(Z − U))(H + ρI)⁻¹ = W₀ + (Z − U − W₀) · ρ(H + ρI)⁻¹
+
+In the scaled weights the first mask is Wanda's. The penalty ρ grows by a fixed rule instead of ALPS's, which looks at how
+much the mask still changes: all linears with the same input then share the inverses, each iteration is one matrix
+product (in the eigenbasis of H it would be two), and no eigenvectors are needed. Conjugate gradients finish on the last
+mask. Weights of inputs that were always 0 become 0, as in SparseGPT.
+
+Shape suffixes: O outputs (rows), I inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunus.methods.base import Method, Options, Pruned, masked, unchanged
+from prunus.methods.lsq import ScaledGram, conjugate_gradients, scaled_gram
+from prunus.patterns import Pattern, keep_mask
+from prunus.statistics import InputStatistics
+
+# ρ, against a diagonal of H of about 1: where it starts, and by how much it grows, how often. Larger steps cost error,
+# smaller ones inverses.
+_FIRST_PENALTY = 0.2
+_GROWTH = 1.3
+_ITERATIONS_PER_PENALTY = 3
+_FINAL_STEPS = 10
+# Inverses beyond this many bytes are not kept for the next linear with the same input.
+_MOST_KEPT = 2**28
+
+
+def _prune(
+    weight_OI: Tensor, statistics: InputStatistics | None, pattern: Pattern, sparsity: float, options: Options
+) -> Pruned:
+    assert statistics is not None, "ALPS needs a Gram matrix"
+    if pattern.removes_nothing(sparsity):
+        return unchanged(weight_OI)
+    scaled = scaled_gram(statistics, options.damping)
+    target_OI = (weight_OI * scaled.scale_I).masked_fill_(scaled.dead_I, 0)
+    # One matrix holds both: W + U is Z where it is kept, and the new U elsewhere.
+    sum_OI = target_OI.clone()
+    dual_OI = torch.empty_like(sum_OI)
+    for iteration in range(options.iterations):
+        step, within = divmod(iteration, _ITERATIONS_PER_PENALTY)
+        if within == 0:
+            shrink_II = _shrink(statistics, scaled, options.iterations, _FIRST_PENALTY * _GROWTH**step)
+        kept_OI = keep_mask(sum_OI.abs(), pattern, sparsity) * sum_OI
+        torch.sub(sum_OI, kept_OI, out=dual_OI)
+        if within == 0 and step > 0:
+            dual_OI.div_(_GROWTH)  # U is the multiplier in units of ρ
+        kept_OI.sub_(dual_OI).sub_(target_OI)
+        torch.addmm(dual_OI.add_(target_OI), kept_OI, shrink_II, out=sum_OI)
+    keep_OI = keep_mask(sum_OI.abs(), pattern, sparsity)
+    solution_OI, steps = conjugate_gradients(sum_OI, target_OI, keep_OI, scaled.gram_II, _FINAL_STEPS)
+    notes = {"ridge": scaled.damping, "conjugate_gradients": steps}
+    return masked(solution_OI.div_(scaled.scale_I), keep_OI, notes)
+
+
+def _shrink(statistics: InputStatistics, scaled: ScaledGram, iterations: int, penalty: float) -> Tensor:
+    """ρ(H + ρI)⁻¹, float32 (I, I), kept beside the statistics where all of a run's fit there."""
+
+    def compute() -> Tensor:
+        damped_II = scaled.gram_II.clone()
+        damped_II.diagonal().add_(penalty)
+        lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+        if int(failed):
+            raise ValueError("the Gram matrix of the inputs cannot be inverted: is it finite?")
+        return torch.cholesky_inverse(lower_II).mul_(penalty)
+
+    penalties = -(-iterations // _ITERATIONS_PER_PENALTY)
+    if penalties * scaled.gram_II.nbytes > _MOST_KEPT:
+        return compute()
+    return statistics.derived(("alps", scaled.damping, penalty), compute)
+
+
+ALPS = Method(
+    name="alps",
+    needs="gram",
+    prune=_prune,
+    default_group="row",
+    updates_weights=True,
+    summary="mask and weights together by ADMM, then least squares; loses least, takes longest",
+    products=45,
+)

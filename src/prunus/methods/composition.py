@@ -1,0 +1,90 @@
+"""Put a run's method together: a mask from any method, then a refinement of it, then the best weights for it.
+
+Each step is a pure tensor function; so is the whole, and the engine need not know of what it consists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from prunus.methods.base import Method, Options, Pruned, masked, unchanged
+from prunus.methods.dsnot import dsnot_keep
+from prunus.methods.lsq import fit
+from prunus.methods.swaps import swapped_keep
+from prunus.patterns import Pattern
+from prunus.statistics import NEEDS, InputStatistics, Needs
+
+# From the trained weight (O, I), a mask (O, I), statistics, pattern, damping and rounds to a mask and notes.
+Refine = Callable[
+    [Tensor, Tensor, InputStatistics, Pattern, float | None, int | None], tuple[Tensor, dict[str, Any]]
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Refinement:
+    """One way to look over a mask.
+
+    Attributes:
+        needs: the statistics that `refine` reads.
+        needs_means: True where it also reads the means of the inputs.
+        products: as of a `Method`.
+        refine: the function; it changes none of its arguments.
+    """
+
+    needs: Needs
+    needs_means: bool
+    products: int
+    refine: Refine
+
+
+REFINEMENTS: dict[str, Refinement] = {
+    "dsnot": Refinement("norms", True, 0, dsnot_keep),
+    "swaps": Refinement("gram", False, 100, swapped_keep),
+}
+
+
+def compose(method: Method, options: Options) -> Method:
+    """The method that prunes by `method`, then refines and updates as `options` say.
+
+    It needs what the most demanding of its parts needs. `check_options` says what does not go together.
+    """
+    refinement = REFINEMENTS.get(options.refine)
+    updates = options.update == "lsq"
+    if refinement is None and not updates:
+        return method
+
+    def prune(
+        weight_OI: Tensor,
+        statistics: InputStatistics | None,
+        pattern: Pattern,
+        sparsity: float,
+        options: Options,
+    ) -> Pruned:
+        assert statistics is not None, "a refinement needs input statistics"
+        if pattern.removes_nothing(sparsity):
+            return unchanged(weight_OI)
+        pruned = method.prune(weight_OI, statistics, pattern, sparsity, options)
+        if refinement is not None:
+            keep_OI, notes = refinement.refine(
+                weight_OI, pruned.keep_OI, statistics, pattern, options.damping, options.refine_rounds
+            )
+            pruned = masked(weight_OI, keep_OI, pruned.notes | notes)
+        return fit(weight_OI, pruned, statistics, options.damping) if updates else pruned
+
+    needs: list[Needs] = [
+        method.needs,
+        refinement.needs if refinement else "none",
+        "gram" if updates else "none",
+    ]
+    return replace(
+        method,
+        prune=prune,
+        needs=max(needs, key=NEEDS.index),
+        needs_means=method.needs_means or (refinement is not None and refinement.needs_means),
+        updates_weights=method.updates_weights or updates,
+        products=method.products + (refinement.products if refinement else 0) + (25 if updates else 0),
+    )
