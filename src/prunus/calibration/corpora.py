@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunus.calibration.files import read_json_lines, read_text, require
+from prunus.calibration.hub import load_column
 
 Part = Literal["calibration", "scoring"]
 
@@ -146,7 +147,8 @@ def load_corpus(name: str, part: Part, data_dir: Path | None) -> Corpus:
     place = _PLACES[name, part]
     mirror = _mirror_file(name, part, data_dir)
     if mirror is None:
-        return Corpus(_from_hub(name, place), _JOINER[name], f"{name} ({place.known_as}, from the hub)")
+        documents = load_column(name, place.hub, place.split, _COLUMN[name], place.mirror[0].path)
+        return Corpus(documents, _JOINER[name], f"{name} ({place.known_as}, from the hub)")
     folder = data_folder(data_dir)
     assert folder is not None
     path = folder / mirror.path
@@ -173,20 +175,6 @@ def _mirror_file(name: str, part: Part, data_dir: Path | None) -> _MirrorFile | 
     raise FileNotFoundError(
         f"{folder}: {name} for {part} needs {wanted} in this data folder, which is not there"
     )
-
-
-def _from_hub(name: str, place: _Place) -> Sequence[str]:
-    import datasets
-
-    try:
-        # The column is read row by row when indexed: a shard of C4 never lies in memory as Python strings.
-        documents: Sequence[str] = datasets.load_dataset(**place.hub, split=place.split)[_COLUMN[name]]
-    except Exception as error:  # the library raises many kinds: network, cache, missing files, its own
-        raise OSError(
-            f"{name} could not be loaded from the hub ({type(error).__name__}: {error}). "
-            f"Without a network, give a data folder (--data or PRUNUS_DATA) that holds {place.mirror[0].path}"
-        ) from error
-    return documents
 
 
 def wikitext_lines(raw: str) -> list[str]:

@@ -18,7 +18,7 @@ from prunus.model.skeleton import Skeleton, hidden_of
 from prunus.model.source import Source
 from prunus.statistics import Needs
 
-__all__ = ["HARMLESS", "decide_dtype"]
+__all__ = ["HARMLESS", "decide_dtype", "native_bfloat16"]
 
 #: Largest relative change of the first block's output that counts as harmless.
 HARMLESS = 0.02
@@ -48,7 +48,7 @@ def decide_dtype(
         return torch.float32, f"the checkpoint is stored in {str(stored).removeprefix('torch.')}"
     if needs == "gram":
         return torch.float32, "the method inverts Gram matrices"
-    if not _native_bfloat16():
+    if not native_bfloat16():
         return torch.float32, "this processor has no native bfloat16"
     change = _trial(source, trust_remote_code)
     if change < HARMLESS:
@@ -56,7 +56,8 @@ def decide_dtype(
     return torch.float32, f"bfloat16 would change the first block's output by {change:.2%}"
 
 
-def _native_bfloat16() -> bool:
+def native_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 itself."""
     cpu = torch.cpu
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(cpu, check, lambda: False)()) for check in checks)

@@ -30,17 +30,18 @@ class Linear:
     @property
     def shape(self) -> tuple[int, int]:
         """(out features, in features)."""
-        rows, columns = self._parameter.shape
+        rows, columns = self.parameter.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
     @property
-    def _parameter(self) -> nn.Parameter:
+    def parameter(self) -> nn.Parameter:
+        """The weight as the module has it: (out, in), or (in, out) where it is `transposed`."""
         return self.module.weight  # type: ignore[return-value]
 
     @property
     def weight_OI(self) -> torch.Tensor:
         """The weight as an (out, in) view in the dtype of the computation."""
-        weight = self._parameter.detach()
+        weight = self.parameter.detach()
         return weight.T if self.transposed else weight
 
     def assign(self, weight_OI: torch.Tensor) -> None:

@@ -7,22 +7,27 @@ from typing import Any
 
 import torch
 
-__all__ = ["DTYPES", "load_model"]
+from prunus.model.adapter import is_adapter, load_adapted
+
+__all__ = ["DTYPES", "import_architecture", "load_model"]
 
 #: The dtypes that users can name, for computation and storage.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_model(folder: Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False) -> Any:
-    """The causal LM of a checkpoint folder, dense or packed, in evaluation mode; safetensors only.
+    """The causal LM of a folder (dense, packed, or an adapter) in evaluation mode; safetensors only.
 
     `dtype` "auto" is the checkpoint's own.
 
     Raises:
         ValueError: it cannot be loaded; quotes the reason in one line.
+        ModuleNotFoundError, FileNotFoundError: see `load_adapted`.
     """
     from transformers import AutoModelForCausalLM
 
+    if is_adapter(folder):
+        return load_adapted(folder, dtype, trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
@@ -33,3 +38,11 @@ def load_model(folder: Path, dtype: str | torch.dtype = "auto", trust_remote_cod
             f"{folder}: the model could not be loaded ({type(error).__name__}: {reason})"
         ) from error
     return model.eval()
+
+
+def import_architecture(folder: Path) -> None:
+    """Import what transformers needs for this model, by way of one without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))

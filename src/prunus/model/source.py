@@ -147,6 +147,10 @@ class CheckpointSource:
         """The checkpoint's name for one of the model's tensors."""
         return self._stored[name]
 
+    def stored_names(self) -> dict[str, str]:
+        """The model's name -> the checkpoint's, for every tensor that is stored."""
+        return dict(self._stored)
+
     def block_keys(self, index: int) -> dict[str, str]:
         """Name relative to the block -> name in the checkpoint."""
         return self._blocks[index]

@@ -7,15 +7,21 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from prunus.model.adapter import base_folder, is_adapter
+
 __all__ = ["load_tokenizer"]
+
+_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers tokenizer of a checkpoint folder.
+    """The transformers tokenizer of a checkpoint folder; that of its base for an adapter that has none.
 
     Raises:
         ValueError: there is none, or it cannot be loaded; quotes the reason in one line.
     """
+    if is_adapter(folder) and not any((folder / name).exists() for name in _FILES):
+        folder = base_folder(folder)
     try:
         return AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True

@@ -1,0 +1,180 @@
+"""Block matching: the surviving weights of one block are trained until its outputs come close to given ones.
+
+The mask stays as it is, nothing flows through other blocks, and only this block's weights, gradients and moments
+are in memory. In the spirit of Wanda++ (arXiv 2503.04992) and EBFT (arXiv 2402.12419), with the whole block's
+output as the target:
+
+    minimise over the surviving W   Σ_t ‖block(x̂_t; W) − y_t‖² / Σ_t ‖y_t‖²
+
+x̂ are the block's inputs in the pruned model, y the outputs of the dense block in the dense model. Knows a module,
+functions that give inputs and targets, and masks; nothing of checkpoints, folders or text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from prunus.engine.schedule import learning_rate
+
+__all__ = ["Match", "MatchOptions", "match_block"]
+
+_WARMUP = 0.05
+
+
+@dataclass(frozen=True)
+class MatchOptions:
+    """How a block is trained.
+
+    Attributes:
+        learning_rate: Adam's, at its peak; it falls along a cosine.
+        passes: over the training batches.
+        seconds: stop after that long although passes are left, with the schedule shortened to fit; None: no limit.
+        dtype: of matrix products and activations (float32 or bfloat16); weights, gradients and moments are float32.
+    """
+
+    learning_rate: float = 3e-4
+    passes: int = 3
+    seconds: float | None = None
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Match:
+    """What came of it.
+
+    Attributes:
+        weights: the trained parameters by relative name, float32, zero outside their support; the best on the
+            held-out batches, which may be those that it began with.
+        error_before, error_after: Σ‖block(x̂) − y‖² / Σ‖y‖² over the held-out batches.
+        steps: gradient steps that were taken.
+        stopped: why training ended early, or None.
+    """
+
+    weights: dict[str, torch.Tensor]
+    error_before: float
+    error_after: float
+    steps: int
+    stopped: str | None = None
+
+
+def match_block(
+    block: nn.Module,
+    forward: Callable[[int], torch.Tensor],
+    target: Callable[[int], torch.Tensor],
+    train: Sequence[int],
+    held_out: Sequence[int],
+    supports: Mapping[str, torch.Tensor],
+    options: MatchOptions,
+) -> Match:
+    """Train the surviving weights of `block` towards the targets. The block's own parameters end as they began.
+
+    Args:
+        block: with its weights in place, on the device where it runs.
+        forward: batch -> output (windows, tokens, hidden) of `block` on that batch; called under autograd.
+        target: batch -> what that output should be, same shape, any floating dtype.
+        train, held_out: numbers of the batches to learn from, and to judge by after every pass.
+        supports: relative name of a parameter -> bool of its shape, True where the weight is kept; these
+            parameters are trained, all others stay as they are.
+        options: see `MatchOptions`.
+
+    Raises:
+        ValueError: nothing to train or no batches; outputs or targets that are not finite before any training.
+    """
+    if not supports or not train or not held_out:
+        raise ValueError("block matching needs pruned linears, batches to train on and batches to judge by")
+    with _float32(block):
+        parameters = {name: block.get_parameter(name) for name in supports}
+        begin = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        try:
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+            return _train(parameters, forward, target, train, held_out, supports, options)
+        finally:
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(False).copy_(begin[name])
+                parameter.grad = None
+
+
+def _train(
+    parameters: Mapping[str, nn.Parameter],
+    forward: Callable[[int], torch.Tensor],
+    target: Callable[[int], torch.Tensor],
+    train: Sequence[int],
+    held_out: Sequence[int],
+    supports: Mapping[str, torch.Tensor],
+    options: MatchOptions,
+) -> Match:
+    device = next(iter(parameters.values())).device
+    autocast = torch.autocast(device.type, options.dtype, enabled=options.dtype != torch.float32)
+    optimizer = torch.optim.Adam(parameters.values(), lr=options.learning_rate, fused=True)
+    started, steps, total = time.perf_counter(), 0, options.passes * len(train)
+
+    def share() -> float:
+        spent = (time.perf_counter() - started) / options.seconds if options.seconds is not None else 0.0
+        return max(spent, (steps + 0.5) / total)
+
+    def judge() -> float:
+        with torch.no_grad(), autocast:
+            pairs = [_squares(forward(batch), target(batch)) for batch in held_out]
+        return float(sum(lost for lost, _ in pairs)) / float(sum(size for _, size in pairs))
+
+    before = best = judge()
+    if not math.isfinite(before):
+        raise ValueError(
+            "the block's outputs or their targets are not finite; check the checkpoints' weights"
+        )
+    weights = _copies(parameters)
+    stopped = None
+    while steps < total and share() < 1 and stopped is None:
+        for batch in train:
+            if share() >= 1:
+                stopped = "out of time"
+                break
+            optimizer.param_groups[0]["lr"] = learning_rate(options.learning_rate, share(), _WARMUP)
+            with torch.enable_grad(), autocast:
+                lost, size = _squares(forward(batch), target(batch))
+                loss = lost / size
+            if not bool(loss.isfinite()):
+                stopped = "the error is not finite any more; a smaller learning rate may help"
+                break
+            loss.backward()
+            for name, parameter in parameters.items():
+                if parameter.grad is not None:  # an expert that no token of this batch reached has none
+                    parameter.grad.masked_fill_(~supports[name], 0)
+            optimizer.step()
+            optimizer.zero_grad()
+            steps += 1
+        error = judge()
+        if error < best:
+            best, weights = error, _copies(parameters)
+    return Match(weights, before, best, steps, stopped)
+
+
+def _squares(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """‖output − target‖² and ‖target‖², float32."""
+    target = target.float()
+    return (output.float() - target).square().sum(), target.square().sum()
+
+
+def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+
+@contextlib.contextmanager
+def _float32(block: nn.Module) -> Iterator[None]:
+    """While active, the block's parameters are float32: in bfloat16, small steps would be rounded away."""
+    before = {parameter: parameter.dtype for parameter in block.parameters() if parameter.is_floating_point()}
+    for parameter in before:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in before.items():
+            parameter.data = parameter.data.to(dtype)

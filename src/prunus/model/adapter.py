@@ -1,0 +1,205 @@
+"""Adapters: folders that hold a change to a base model, as peft saves them. The one file that knows peft.
+
+Such a folder has an `adapter_config.json`, which names the base, and an `adapter_model.safetensors`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from prunus.model.checkpoint import resolve_folder
+from prunus.model.files import read_json, save_safetensors, write_json
+from prunus.model.placement import parameters_on_meta
+
+__all__ = [
+    "add_lora",
+    "base_folder",
+    "check_adapter",
+    "is_adapter",
+    "load_adapted",
+    "require_peft",
+    "save_adapter",
+]
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_NAME = "default"  # what peft calls the only adapter of a model
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter rather than a whole model."""
+    return (folder / CONFIG_NAME).is_file()
+
+
+def base_folder(folder: Path) -> Path:
+    """The folder of the model that an adapter changes, downloaded where its configuration names a hub id.
+
+    A relative path is looked up from the working directory, as peft does, and then from the adapter's folder.
+
+    Raises:
+        ValueError: the configuration names no base, or one that is an adapter itself.
+        FileNotFoundError: the base is not there.
+    """
+    config = read_json(folder / CONFIG_NAME)
+    name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{folder / CONFIG_NAME} names no base_model_name_or_path: which model is it for?")
+    try:
+        base = next((path for path in (Path(name), folder / name) if path.is_dir()), None)
+        base = base or resolve_folder(name)
+    except FileNotFoundError as fault:
+        raise FileNotFoundError(
+            f"the adapter {folder} is for {name!r}, which is not there ({fault}); put it in place, or correct "
+            f"base_model_name_or_path in its {CONFIG_NAME}"
+        ) from fault
+    if is_adapter(base):
+        raise ValueError(
+            f"the adapter {folder} is for {base}, which is an adapter itself; merge that one first"
+        )
+    return base
+
+
+def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
+    """See that an adapter is whole and fits its base, by names and shapes; no weight of the base is read.
+
+    Raises:
+        ModuleNotFoundError: peft is not installed; names the extra.
+        FileNotFoundError: base or weights are not there.
+        ValueError: the adapter is damaged, does not fit, or its base is packed.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    require_peft()
+    base = base_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds where files are missing or broken
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{base}, the base of {folder}: no configuration could be loaded ({reason})"
+        ) from error
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "prunus":
+        raise ValueError(
+            f"{base}, the base of the adapter {folder}, is packed, and peft adapts ordinary linears only: "
+            f"prunus unpack {base} DEST, and name DEST in {CONFIG_NAME}"
+        )
+    with parameters_on_meta():
+        _attach(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), folder, base)
+
+
+def load_adapted(folder: Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False) -> Any:
+    """The base of an adapter with the adapter in place, in evaluation mode; safetensors only, nothing merged.
+
+    `dtype` is the base's, "auto" its own; the adapter's few weights compute in float32, as when peft loads them.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError, ValueError: see `check_adapter`, and `load_model` for the base.
+    """
+    # That page loads adapters through this one: the circle is closed here, when both are there.
+    from prunus.model.loading import load_model
+
+    check_adapter(folder, trust_remote_code)
+    base = base_folder(folder)
+    return _attach(load_model(base, dtype, trust_remote_code), folder, base).eval()
+
+
+def _attach(model: Any, folder: Path, base: Path) -> Any:
+    """`model` with the adapter's layers in it; see `check_adapter` for the errors."""
+    import peft
+
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {WEIGHTS_NAME}; adapters are read from safetensors only, never from pickles"
+        )
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as fault:
+        raise ValueError(f"{path} is not a whole safetensors file: {fault}; copy it again") from fault
+    unfit = f"the adapter {folder} does not fit its base {base}"
+    hint = "was it trained on another model?"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of what is an error here
+        try:
+            config = peft.PeftConfig.from_pretrained(str(folder))
+            config.inference_mode = True
+            adapted = peft.PeftModelForCausalLM(model, config, _NAME)
+            result = peft.set_peft_model_state_dict(adapted, tensors, _NAME)
+        except Exception as error:  # peft and torch raise many kinds, with a line per tensor
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{unfit}: {hint} ({type(error).__name__}: {reason})") from error
+    missing = [name for name in result.missing_keys if f".{_NAME}" in name]
+    for names, what in ((result.unexpected_keys, "it has no place for"), (missing, "the adapter lacks")):
+        if names:
+            raise ValueError(f"{unfit}: {what} {names[0]} and {len(names) - 1} more tensors; {hint}")
+    return adapted
+
+
+def add_lora(
+    model: Any,
+    targets: Sequence[str],
+    *,
+    rank: int,
+    alpha: float,
+    seed: int,
+    base: str,
+    transposed: bool = False,
+) -> Any:
+    """A peft model around `model` (which it changes) with fresh LoRA layers; they alone are trained, in float32.
+
+    Args:
+        model: a causal LM.
+        targets: last parts of the names of the linears that get a layer.
+        rank, alpha: the update is alpha / rank · B A with A (rank, in) random and B (out, rank) zero.
+        seed: of A.
+        base: what the adapter's configuration is to name as its base.
+        transposed: the linears store (in, out), as GPT-2's Conv1D does.
+
+    Raises:
+        ModuleNotFoundError: peft is not installed; names the extra.
+    """
+    require_peft()
+    import peft
+
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=sorted(targets),
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=transposed,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return peft.PeftModelForCausalLM(model, config, _NAME)
+
+
+def save_adapter(adapted: Any, folder: Path) -> None:
+    """Write the adapter of a peft model as peft would, each file atomically, the configuration last."""
+    import peft
+
+    save_safetensors(folder / WEIGHTS_NAME, peft.get_peft_model_state_dict(adapted, adapter_name=_NAME))
+    config = adapted.peft_config[_NAME].to_dict() | {"inference_mode": True}
+    content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    write_json(folder / CONFIG_NAME, content)
+
+
+def require_peft() -> None:
+    """See that peft is there.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; names the extra.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ModuleNotFoundError("adapters need peft: pip install 'prunus[adapters]'")

@@ -1,0 +1,268 @@
+"""The story of one recovery: a pruned checkpoint and text in, a better one with the same zeros out.
+
+checkpoint ──► what is trained (a mode) ──► training loop ──► best weights ──► compared weight by weight ──► result
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus.machine import peak_memory
+from prunus.model.adapter import CONFIG_NAME, save_adapter
+from prunus.model.checkpoint import INDEX_NAME, resolve_folder
+from prunus.model.destination import check_disk
+from prunus.model.families import find_block_list
+from prunus.model.files import TEMPORARY_SUFFIX, write_text
+from prunus.model.linears import Linear, find_linears
+from prunus.model.loading import load_model
+from prunus.output import shard_name
+from prunus.recovery.block_matching import match_blocks
+from prunus.recovery.card import adapter_card, checkpoint_card
+from prunus.recovery.checkpoints import Checkpoints, TrainingState
+from prunus.recovery.job import Job, prepare
+from prunus.recovery.lora import choose, lora
+from prunus.recovery.options import recovery_options
+from prunus.recovery.record import RecoveryRecord
+from prunus.recovery.result import ResultFolder
+from prunus.recovery.sparse_lora import merged_weights, sparse_lora
+from prunus.recovery.supports import head_name, pruned_linears, recorded_linears
+from prunus.recovery.trainable import Trainable, masked
+from prunus.recovery.training import Step, train
+
+__all__ = ["recover"]
+
+
+def recover(
+    model: str | Path,
+    output: str | Path,
+    mode: str,
+    *,
+    teacher: str | Path | None = None,
+    device: str = "auto",
+    data_dir: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool | None = None,
+    progress: Callable[[Step], None] | None = None,
+    **options: Any,
+) -> RecoveryRecord:
+    """Win back quality of a pruned checkpoint by a short training.
+
+    Args:
+        model: folder or hub id of a pruned checkpoint; it is not changed.
+        output: folder of the result: a checkpoint with the same zeros, or, for lora, a peft adapter.
+        mode: lora (low-rank layers beside query and value projections, kept apart), sparse-lora (low-rank updates
+            of surviving weights, merged), masked (all surviving weights), block (block by block, without
+            backpropagation through the model).
+        teacher: folder or hub id of the dense model. Its logits are learnt in place of the text, or beside it
+            (`distill_weight`); in mode block its blocks' outputs, by default of the model that was pruned.
+        device: auto, cpu, cuda or cuda:i.
+        data_dir: local mirror of the corpora.
+        overwrite: replace an earlier result of recover in `output`.
+        resume: True insists on an unfinished recovery in `output`, False refuses one; by default it is resumed if
+            it matches.
+        progress: called after every step, evaluation and block.
+        **options: further fields of `RecoveryOptions`: text, tokens, minutes, seqlen, batch, learning_rate, warmup,
+            weight_decay, seed, held_out, evaluations, patience, distill_weight, rank, alpha, targets, passes, dtype.
+
+    Returns:
+        The record, also written to `prunus-recovery.json`.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, NotImplementedError, ModuleNotFoundError, OSError: before any
+            work where possible; the message says what was given, what is wrong and what to do.
+        ValueError: the loss was not finite. Where an evaluation before that was better than the start, its weights
+            are the result in `output` all the same.
+        RuntimeError: a pruned weight would not be zero; nothing is written.
+    """
+    started = time.perf_counter()
+    chosen = recovery_options({"mode": mode, **options})
+    job = prepare(
+        model,
+        Path(output),
+        chosen,
+        teacher=teacher,
+        device=device,
+        data_dir=Path(data_dir) if data_dir is not None else None,
+        overwrite=overwrite,
+        resume=resume,
+    )
+    checkpoints = Checkpoints(job.output)
+    if job.record.state == "finished":
+        checkpoints.clear()  # a kill right after the end leaves them
+        return job.record
+    if chosen.mode == "block":
+        _recover_blocks(job, overwrite, progress)
+    else:
+        _recover_whole(job, checkpoints, overwrite, progress, base=_base_name(model))
+    record = job.record
+    record.totals |= {
+        "seconds_this_time": round(time.perf_counter() - started, 2),
+        "peak_memory_bytes": peak_memory(),
+    }
+    record.state = "finished"
+    record.save(job.output)
+    checkpoints.clear()
+    if record.diverged:
+        raise ValueError(
+            f"training stopped: {record.stopped}. {output} holds the weights of step "
+            f"{record.evaluations[record.best or 0].step}, the best until then; use a smaller --learning-rate"
+        )
+    return record
+
+
+def _recover_blocks(job: Job, overwrite: bool, progress: Callable[[Step], None] | None) -> None:
+    assert job.teacher is not None and job.teacher_skeleton is not None
+    check_disk(job.output, job.source.checkpoint.nbytes(job.source.checkpoint.tensors))
+    result = ResultFolder(job.output, job.source, job.skeleton, job.record)
+    _begin(job, overwrite)
+    match_blocks(
+        job.options,
+        (job.source, job.skeleton),
+        (job.teacher, job.teacher_skeleton),
+        job.text,
+        job.device,
+        job.dtype,
+        result,
+        progress,
+    )
+    record = job.record
+    record.linears = {
+        f"{block.name}.{name}": x for block in record.blocks for name, x in block.linears.items()
+    }
+    head = head_name(job.skeleton.model)
+    known = recorded_linears(job.source.checkpoint.folder, head) or set()
+    record.linears |= result.write_outer({}, [head] if head in known and head is not None else [])
+    result.finish(checkpoint_card(record, job.source.checkpoint.folder))
+    errors = [(b.error_before, b.error_after) for b in record.blocks if b.error_before is not None]
+    record.totals = _zeros(record) | {
+        "tokens": sum(block.steps for block in record.blocks)
+        * job.options.batch
+        * job.options.seqlen
+        // len(record.blocks),
+        "seconds": round(sum(block.seconds for block in record.blocks), 2),
+        "mean_error_before": sum(before for before, _ in errors) / len(errors),
+        "mean_error_after": sum(after or 0.0 for _, after in errors) / len(errors),
+    }
+
+
+def _recover_whole(
+    job: Job,
+    checkpoints: Checkpoints,
+    overwrite: bool,
+    progress: Callable[[Step], None] | None,
+    base: str,
+) -> None:
+    options, folder = job.options, job.source.checkpoint.folder
+    stays = options.mode == "lora"
+    model = load_model(folder, job.dtype if stays else torch.float32).to(job.device)
+    parameters = sum(p.numel() for p in model.parameters())
+    linears: dict[str, Linear] = {} if stays else pruned_linears(model, folder)
+    updated = choose(linears, options.targets) if options.targets is not None and not stays else linears
+    if stays:
+        trainable = lora(
+            model, _block_linears(model), options.targets, options.rank, options.alpha, options.seed, base
+        )
+    elif options.mode == "sparse-lora":
+        trainable = sparse_lora(model, updated, options.rank, options.alpha, options.seed)
+    else:
+        trainable = masked(model, linears)
+    teacher = None
+    if job.teacher is not None:
+        teacher = load_model(job.teacher.checkpoint.folder, job.dtype).to(job.device).requires_grad_(False)
+    check_disk(job.output, _disk(job, trainable))
+    _begin(job, overwrite)
+    state = train(trainable, job.text, options, job.dtype, teacher, checkpoints, progress)
+    record = job.record
+    _enter(record, state, trainable, parameters)
+    if state.diverged and state.best == 0:
+        raise ValueError(
+            f"training stopped: {state.stopped}, and nothing was better before than at the start. {job.output} holds "
+            "no result; use a smaller --learning-rate, with --overwrite"
+        )
+    if stays:
+        save_adapter(trainable.model, job.output)
+        write_text(job.output / "README.md", adapter_card(record, base))
+        return
+    result = ResultFolder(job.output, job.source, job.skeleton, record)
+    changed: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    if options.mode == "sparse-lora":
+        changed = merged_weights(updated)
+    record.linears = _write(job, result, changed, linears)
+    record.totals |= _zeros(record)
+    result.finish(checkpoint_card(record, folder))
+
+
+def _write(
+    job: Job, result: ResultFolder, changed: dict[str, torch.Tensor], linears: dict[str, Linear]
+) -> dict[str, Any]:
+    """All shards; returns the pruned linears, compared."""
+    found: dict[str, Any] = {}
+    inside = set()
+    for index in range(len(job.skeleton)):
+        prefix = f"{job.skeleton.block_name(index)}."
+        new = {name.removeprefix(prefix): x for name, x in changed.items() if name.startswith(prefix)}
+        pruned = [name.removeprefix(prefix) for name in linears if name.startswith(prefix)]
+        inside |= {f"{prefix}{name}" for name in pruned}
+        _, records = result.write_block(index, new, pruned)
+        found |= {f"{prefix}{name}": entry for name, entry in records.items()}
+    return found | result.write_outer(changed, [name for name in linears if name not in inside])
+
+
+def _begin(job: Job, overwrite: bool) -> None:
+    """Create the folder and claim it; what an earlier result left goes, so that no half of one looks whole."""
+    job.output.mkdir(parents=True, exist_ok=True)
+    blocks = job.record.blocks
+    whole = next((i for i in range(len(blocks)) if not (job.output / shard_name(i)).exists()), len(blocks))
+    del blocks[whole:]  # somebody took a shard away: what comes after it is made again too
+    job.record.save(job.output)
+    (job.output / INDEX_NAME).unlink(missing_ok=True)
+    for path in job.output.iterdir():
+        earlier = path.suffix == ".safetensors" or path.name in ("config.json", CONFIG_NAME)
+        if path.name.endswith(TEMPORARY_SUFFIX) or (overwrite and earlier):
+            path.unlink()
+
+
+def _enter(record: RecoveryRecord, state: TrainingState, trainable: Trainable, parameters: int) -> None:
+    record.evaluations, record.best = state.evaluations, state.best
+    record.stopped, record.diverged = state.stopped, state.diverged
+    trained = sum(p.numel() for p in trainable.parameters.values())
+    trained -= sum(int(pruned.sum()) for pruned in trainable.pruned.values())
+    record.totals = {
+        "parameters": parameters,
+        "trained_parameters": trained,
+        "added_parameters": trainable.added,
+        "added_share": trainable.added / parameters,
+        "tokens": state.tokens,
+        "seconds": round(state.seconds, 2),
+        "held_out_perplexity_before": state.evaluations[0].perplexity,
+        "held_out_perplexity_after": state.evaluations[state.best].perplexity,
+    }
+
+
+def _zeros(record: RecoveryRecord) -> dict[str, Any]:
+    """Totals over the pruned linears."""
+    weights = sum(x.shape[0] * x.shape[1] for x in record.linears.values())
+    zeros = sum(x.zeros_after for x in record.linears.values())
+    return {"weights": weights, "zeros": zeros, "sparsity": zeros / weights if weights else 0.0}
+
+
+def _disk(job: Job, trainable: Trainable) -> int:
+    """Bytes for the result and, until it is there, for weights, two moments and the best weights in float32."""
+    trained = sum(p.numel() for p in trainable.parameters.values())
+    checkpoint = job.source.checkpoint
+    return 16 * trained + (0 if job.options.mode == "lora" else checkpoint.nbytes(checkpoint.tensors))
+
+
+def _block_linears(model: Any) -> dict[str, Linear]:
+    path, blocks = find_block_list(model)
+    return {f"{path}.{i}.{x.name}": x for i, block in enumerate(blocks) for x in find_linears(block)}
+
+
+def _base_name(model: str | Path) -> str:
+    """How an adapter names its base: a folder by its whole path, so that it is found from anywhere; a hub id as it is."""
+    return str(resolve_folder(model).resolve()) if Path(model).is_dir() else str(model)

@@ -1,0 +1,106 @@
+"""Which weights of a checkpoint were pruned, and whether they still are.
+
+A weight counts as pruned where it is exactly zero and belongs to a pruned linear: one that `prunus.json` (or the
+record of an earlier recovery) names, or, in a checkpoint of other origin, one with a share of at least `LEAST`
+zeros. Zeros anywhere else are ordinary weights: biases often begin as zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from prunus.manifest import MANIFEST_NAME, Manifest
+from prunus.model.families import find_block_list
+from prunus.model.linears import Linear, find_linears
+from prunus.recovery.record import RECORD_NAME, LinearSupport, RecoveryRecord
+
+__all__ = ["LEAST", "head_name", "is_pruned", "pruned_linears", "recorded_linears", "support_of", "verify"]
+
+#: Share of zeros from which a linear counts as pruned where nothing is recorded.
+LEAST = 0.05
+
+
+def head_name(model: nn.Module) -> str | None:
+    """Full name of the output head, where it is a linear of its own and not the embedding."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear) or head.weight is embedding.weight:
+        return None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def recorded_linears(folder: Path, head: str | None = None) -> set[str] | None:
+    """Full names of the pruned linears of a checkpoint folder as prunus recorded them; None where it did not.
+
+    `head` is the name of the model's output head, which `prunus.json` does not name where it was pruned.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    if (folder / RECORD_NAME).exists():
+        return set(RecoveryRecord.load(folder).linears)
+    if not (folder / MANIFEST_NAME).exists():
+        return None
+    manifest = Manifest.load(folder)
+    names = {f"{block.name}.{linear}" for block in manifest.blocks for linear in block.linears}
+    return names | ({head} if manifest.head is not None and head is not None else set())
+
+
+def is_pruned(name: str, weight: torch.Tensor, recorded: Collection[str] | None) -> bool:
+    """Whether the linear `name` with this weight counts as pruned."""
+    if recorded is not None:
+        return name in recorded
+    return float((weight == 0).float().mean()) >= LEAST
+
+
+def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
+    """The pruned linears of a model that was loaded from `folder`, by full name.
+
+    Raises:
+        ValueError: there are none.
+        NotImplementedError: the model is not a stack of blocks.
+    """
+    path, blocks = find_block_list(model)
+    linears = {
+        f"{path}.{index}.{linear.name}": linear
+        for index, block in enumerate(blocks)
+        for linear in find_linears(block)
+    }
+    name = head_name(model)
+    if name is not None:
+        linears[name] = Linear(name, model.get_submodule(name))
+    recorded = recorded_linears(folder, name)
+    found = {name: x for name, x in linears.items() if is_pruned(name, x.weight_OI, recorded)}
+    if not found:
+        raise ValueError(
+            f"{folder} has no pruned linears: no {MANIFEST_NAME} names any, and none has {LEAST:.0%} zeros; "
+            "prune it first (prunus prune)"
+        )
+    return found
+
+
+def support_of(weight: torch.Tensor) -> torch.Tensor:
+    """True where a weight was kept, bool of its shape."""
+    return weight != 0
+
+
+def verify(name: str, shape: tuple[int, int], before: torch.Tensor, after: torch.Tensor) -> LinearSupport:
+    """Compare a linear weight by weight.
+
+    Args:
+        name: for the message.
+        shape: (out, in).
+        before, after: the weight as it was stored and as it will be, in one orientation.
+
+    Raises:
+        RuntimeError: a weight that was zero is not any more, which no training may do; the result is worth nothing.
+    """
+    zero = before == 0
+    grown = int(torch.count_nonzero(after[zero]))
+    if grown:
+        raise RuntimeError(f"{name}: {grown} pruned weights are not zero after training; nothing was written")
+    count = after.numel() - int(torch.count_nonzero(after))
+    return LinearSupport(shape=shape, zeros_before=int(zero.sum()), zeros_after=count)

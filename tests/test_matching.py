@@ -1,0 +1,132 @@
+"""Block matching on small modules whose best weights are known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from prunus.engine.matching import MatchOptions, match_block
+
+
+class TwoLinears(nn.Module):
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width, bias=False)
+        self.second = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(torch.tanh(self.first(x)))
+
+
+@pytest.fixture
+def task():
+    """A dense block's outputs, a pruned copy of it, and its supports; eight batches of inputs."""
+    dense, block = TwoLinears(), TwoLinears()
+    block.load_state_dict(dense.state_dict())
+    supports = {}
+    for name in ("first.weight", "second.weight"):
+        weight = block.get_parameter(name).requires_grad_(False)
+        supports[name] = torch.rand_like(weight) > 0.5
+        weight.mul_(supports[name])
+    block.requires_grad_(False)
+    inputs = [torch.randn(2, 5, 6) for _ in range(8)]
+    with torch.no_grad():
+        targets = [dense(x) for x in inputs]
+    return block, inputs, targets, supports
+
+
+def matched(task, **options):
+    block, inputs, targets, supports = task
+    chosen = MatchOptions(**({"learning_rate": 1e-2, "passes": 30} | options))
+    forward = lambda batch: block(inputs[batch])  # noqa: E731
+    return match_block(block, forward, targets.__getitem__, range(2, 8), range(2), supports, chosen)
+
+
+def test_the_error_falls_and_only_survivors_move(task):
+    block, _, _, supports = task
+    begin = {name: parameter.clone() for name, parameter in block.named_parameters()}
+    match = matched(task)
+    assert match.error_after < 0.5 * match.error_before
+    assert set(match.weights) == set(supports)
+    for name, weight in match.weights.items():
+        assert bool((weight[~supports[name]] == 0).all())
+        assert bool((weight[supports[name]] != begin[name][supports[name]]).any())
+    for name, parameter in block.named_parameters():
+        assert torch.equal(parameter, begin[name]), "the block itself ends as it began"
+        assert not parameter.requires_grad and parameter.grad is None
+
+
+def test_the_errors_are_those_of_the_returned_weights(task):
+    block, inputs, targets, _ = task
+    match = matched(task)
+
+    def error():
+        lost = sum(float((block(inputs[i]) - targets[i]).square().sum()) for i in range(2))
+        return lost / sum(float(targets[i].square().sum()) for i in range(2))
+
+    assert match.error_before == pytest.approx(error(), rel=1e-5)
+    for name, weight in match.weights.items():
+        block.get_parameter(name).copy_(weight)
+    assert match.error_after == pytest.approx(error(), rel=1e-5)
+
+
+def test_one_linear_reaches_the_least_squares_solution():
+    """Per row, the best weights on a support are those of a regression on the inputs that are left."""
+    block = nn.Linear(5, 3, bias=False).requires_grad_(False)
+    support = torch.tensor([[1, 1, 0, 0, 1], [0, 1, 1, 1, 0], [1, 0, 0, 1, 1]], dtype=torch.bool)
+    block.weight.mul_(support)
+    x = torch.randn(1, 200, 5) @ torch.randn(5, 5)
+    y = torch.randn(1, 200, 3)
+    match = match_block(
+        block,
+        lambda batch: block(x),
+        lambda batch: y,
+        [0],
+        [0],
+        {"weight": support},
+        MatchOptions(learning_rate=0.05, passes=1500),
+    )
+    for row, kept in enumerate(support):
+        best = torch.linalg.lstsq(x[0][:, kept], y[0][:, row, None]).solution.flatten()
+        torch.testing.assert_close(match.weights["weight"][row, kept], best, atol=2e-3, rtol=2e-3)
+
+
+def test_weights_of_bfloat16_are_trained_in_float32_and_keep_their_dtype(task):
+    block, _, _, _ = task
+    block.to(torch.bfloat16)
+    inputs = [x.to(torch.bfloat16) for x in task[1]]
+    match = matched((block, inputs, task[2], task[3]), dtype=torch.bfloat16, learning_rate=1e-3)
+    assert match.error_after < match.error_before
+    assert all(weight.dtype == torch.float32 for weight in match.weights.values())
+    assert any(not torch.equal(w, w.to(torch.bfloat16).float()) for w in match.weights.values())
+    assert {parameter.dtype for parameter in block.parameters()} == {torch.bfloat16}
+
+
+def test_what_does_worse_on_held_out_batches_is_not_taken(task):
+    block, inputs, targets, supports = task
+    spoiled = [*targets[:2], *(torch.randn_like(y) * 50 for y in targets[2:])]
+    match = matched((block, inputs, spoiled, supports), learning_rate=0.1)
+    assert match.error_after <= match.error_before
+    assert match.steps == 30 * 6
+
+
+def test_time_that_is_up_ends_the_training(task):
+    match = matched(task, passes=10**9, seconds=0.2)
+    assert match.stopped == "out of time"
+    assert match.error_after < match.error_before
+
+
+def test_a_rate_that_is_too_high_is_noticed(task):
+    match = matched(task, learning_rate=1e30)
+    assert match.error_after == match.error_before
+    assert match.stopped is not None and "not finite" in match.stopped
+
+
+def test_nothing_to_match_is_refused(task):
+    block, inputs, targets, supports = task
+    with pytest.raises(ValueError, match="needs pruned linears"):
+        match_block(block, None, None, [0], [1], {}, MatchOptions())
+    targets[0] = targets[0] / 0
+    with pytest.raises(ValueError, match="not finite"):
+        matched((block, inputs, targets, supports))
