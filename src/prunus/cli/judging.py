@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -13,44 +14,99 @@ __all__ = ["bench", "doctor", "evaluate", "generate"]
 
 
 def evaluate(
-    model: arg.Model,
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL…", help="Checkpoints, dense or packed, adapters, or hub ids."),
+    ],
     perplexity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT,…",
+            help="wikitext2, c4, ptb, python-docs or files, separated by commas.",
+            show_default="wikitext2 where no tasks are given",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,…",
+            help="Tasks of lm-eval, separated by commas; paper7 stands for boolq, rte, hellaswag, winogrande, "
+            "arc_easy, arc_challenge, openbookqa.",
+        ),
+    ] = None,
+    fewshot: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Worked examples per prompt of a task.", show_default="the task's own, mostly 0"
+        ),
+    ] = None,
+    seqlen: Annotated[int, typer.Option(help="Context: tokens per window of a text.")] = 2048,
+    limit: Annotated[
+        int | None, typer.Option(help="Score the first LIMIT windows of a text, rows of a task, only.")
+    ] = None,
+    batch: Annotated[
         str,
-        typer.Option(metavar="TEXT,…", help="wikitext2, c4, ptb, python-docs or files, separated by commas."),
-    ] = "wikitext2",
-    seqlen: Annotated[int, typer.Option(help="Context: tokens per window.")] = 2048,
-    limit: Annotated[int | None, typer.Option(help="Score the first LIMIT windows only.")] = None,
-    batch: Annotated[int, typer.Option(help="Windows per forward pass.")] = 1,
+        typer.Option(
+            metavar="N|auto",
+            help="Windows or prompts at once; auto is 1 window, 8 prompts or what a card holds.",
+        ),
+    ] = "auto",
     dtype: Annotated[
         str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")
     ] = "auto",
     device: arg.Device = "auto",
     data_dir: arg.DataDir = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            envvar="PRUNUS_CACHE",
+            help="Where results are kept and found again by the content of the checkpoint.",
+            show_default="prunus/results in the user's cache",
+        ),
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Compute everything anew and keep nothing.")
+    ] = False,
     trust_remote_code: arg.Trust = False,
     json_file: arg.Json = None,
 ) -> None:
-    """Score MODEL: perplexity in non-overlapping windows, as the papers do."""
+    """Score MODELs side by side: perplexity as the papers compute it, accuracy on tasks through lm-eval."""
     with for_people(json_file):
+        from prunus.evaluation import check_text, default_cache_folder, find_folder, prepare, side_by_side
         from prunus.evaluation import perplexity as score
-        from prunus.report.tables import perplexity_table
+        from prunus.report.evaluation_tables import evaluation_tables
 
-        texts = [text.strip() for text in perplexity.split(",")]
-        results = [
-            score(
-                model,
-                text,
-                seqlen=seqlen,
-                limit=limit,
-                batch=batch,
-                dtype=dtype,
-                device=device,
-                data_dir=data_dir,
-                trust_remote_code=trust_remote_code,
-            )
-            for text in texts
-        ]
-        content = {"model": model, "perplexity": [result.as_dict() for result in results]}
-        show(perplexity_table(results, model), json_file, content)
+        shared: dict[str, Any] = {
+            "limit": limit,
+            "dtype": dtype,
+            "device": device,
+            "data_dir": data_dir,
+            "trust_remote_code": trust_remote_code,
+            "cache": None if no_cache else cache or default_cache_folder(),
+        }
+        at_once = _batch(batch)
+        models = list(dict.fromkeys(models))
+        wanted = "wikitext2" if perplexity is None and tasks is None else perplexity
+        texts = [] if wanted is None else [text.strip() for text in wanted.split(",")]
+        for text in texts:
+            check_text(text, data_dir)
+        for model in models:
+            find_folder(model)
+        job = None if tasks is None else prepare(models, tasks, fewshot=fewshot, batch=at_once, **shared)
+        windows = 1 if isinstance(at_once, str) else at_once
+        scores = {
+            model: [score(model, text, seqlen=seqlen, batch=windows, **shared) for text in texts]
+            for model in models
+        }
+        results = [] if job is None else job.run(say)
+        show(evaluation_tables(scores, results), json_file, side_by_side(scores, results))
+
+
+def _batch(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise ValueError(f"batch must be auto or a number, not {text!r}")
+    return text if text == "auto" else int(text)
 
 
 def bench(
@@ -59,6 +115,9 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 64,
     rounds: Annotated[int, typer.Option(help="Processes per model, interleaved.")] = 3,
     threads: Annotated[int | None, typer.Option(help="Torch threads.", show_default="torch's own")] = None,
+    dense_kernel: Annotated[
+        bool, typer.Option("--dense-kernel", help="Measure the first model with prunus's dense kernel too.")
+    ] = False,
     json_file: arg.Json = None,
 ) -> None:
     """Measure models side by side: file size, resident memory, prefill and decode tokens per second."""
@@ -72,6 +131,7 @@ def bench(
             new_tokens=new_tokens,
             rounds=rounds,
             threads=threads,
+            dense_kernel=dense_kernel,
             progress=say,
         )
         show(speed_table(found), json_file, [speed.as_dict() for speed in found])

@@ -1,11 +1,38 @@
-"""What a model is worth: perplexity."""
+"""What a model is worth: perplexity, accuracy on tasks, and whether two models differ."""
 
+from prunus.evaluation.accuracy import Judging, evaluate, prepare
+from prunus.evaluation.cache import default_cache_folder
+from prunus.evaluation.candidate import find_folder
+from prunus.evaluation.comparison import Difference, compare, side_by_side
 from prunus.evaluation.perplexity import (
     PerplexityResult,
     ScoringText,
     load_scoring_text,
     perplexity,
+    perplexity_cost,
     score_windows,
 )
+from prunus.evaluation.scores import PAPER7, Metric, TaskResults, TaskScore
+from prunus.evaluation.text import check_text
 
-__all__ = ["PerplexityResult", "ScoringText", "load_scoring_text", "perplexity", "score_windows"]
+__all__ = [
+    "PAPER7",
+    "Difference",
+    "Judging",
+    "Metric",
+    "PerplexityResult",
+    "ScoringText",
+    "TaskResults",
+    "TaskScore",
+    "check_text",
+    "compare",
+    "default_cache_folder",
+    "evaluate",
+    "find_folder",
+    "load_scoring_text",
+    "perplexity",
+    "perplexity_cost",
+    "prepare",
+    "score_windows",
+    "side_by_side",
+]

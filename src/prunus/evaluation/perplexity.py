@@ -11,6 +11,7 @@ Legend: W windows, B windows at once, S tokens per window (seqlen), V vocabulary
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -22,13 +23,21 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from prunus.evaluation.cache import ResultCache, checkpoint_digest, circumstances
+from prunus.evaluation.candidate import find_folder
 from prunus.evaluation.text import ScoringText, check_text, load_scoring_text, scoring_windows
-from prunus.model.checkpoint import resolve_folder
 from prunus.model.device import choose_device
 from prunus.model.loading import DTYPES, load_model
 from prunus.model.tokenizer import load_tokenizer
 
-__all__ = ["PerplexityResult", "ScoringText", "load_scoring_text", "perplexity", "score_windows"]
+__all__ = [
+    "PerplexityResult",
+    "ScoringText",
+    "load_scoring_text",
+    "perplexity",
+    "perplexity_cost",
+    "score_windows",
+]
 
 _ROWS = 512  # tokens whose logits are in float32 at the same time
 
@@ -118,6 +127,7 @@ def perplexity(
     device: str = "auto",
     data_dir: Path | None = None,
     trust_remote_code: bool = False,
+    cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PerplexityResult:
     """Perplexity of a causal LM on a text.
@@ -136,6 +146,7 @@ def perplexity(
         data_dir: local copy of the corpora; None means the folder in PRUNUS_DATA, or the hub where that is
             unset.
         trust_remote_code: run model code that comes with the checkpoint.
+        cache: folder to find an earlier result in and to keep a new one; None for neither. Loaded models have none.
         progress: called with windows done and windows in all.
 
     Raises:
@@ -152,7 +163,7 @@ def perplexity(
         )
     check_text(text, data_dir)
     place = None if loaded else choose_device(device)
-    folder = None if loaded else _find_folder(model_or_path)
+    folder = None if loaded else find_folder(model_or_path)
 
     def get_tokenizer() -> Any:
         if tokenizer is not None:
@@ -164,10 +175,44 @@ def perplexity(
         return load_tokenizer(folder, trust_remote_code)
 
     ids, source, how = scoring_windows(text, get_tokenizer, seqlen, limit, data_dir)
-    if folder is None:
-        model = model_or_path
-    else:
-        model = load_model(folder, DTYPES.get(dtype, "auto"), trust_remote_code).to(place)
+    store, key = None, {}
+    if cache is not None and folder is not None and place is not None:
+        store = ResultCache(cache)
+        key = {
+            "kind": "perplexity",
+            "checkpoint": checkpoint_digest(folder, trust_remote_code),
+            "ids": [list(ids.shape), hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()],
+            "batch": batch,
+            "dtype": dtype,
+            **circumstances(place),
+        }
+    found = None if store is None else store.find(key)
+    if found is None:
+        if folder is None:
+            model = model_or_path
+        else:
+            model = load_model(folder, DTYPES.get(dtype, "auto"), trust_remote_code).to(place)
+        found = _score(model, ids, batch, progress)
+        if store is not None:
+            store.keep(key, found)  # one that cannot be written costs nothing but the next computation
+    loss = found["loss"]
+    return PerplexityResult(
+        source=source,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        loss=loss,
+        windows=len(ids),
+        tokens=ids.numel(),
+        seqlen=seqlen,
+        protocol=f"{how}; {len(ids)} windows of {seqlen} tokens without overlap ({ids.numel()} tokens), "
+        f"mean loss over windows, {found['dtype']}",
+        seconds=found["seconds"],
+    )
+
+
+def _score(
+    model: Any, ids: torch.Tensor, batch: int, progress: Callable[[int, int], None] | None
+) -> dict[str, Any]:
+    """Loss in nats per token, seconds of scoring, dtype of the computation."""
     _check_model(model, ids)
     where = model.get_input_embeddings().weight
     was_training = model.training
@@ -183,17 +228,21 @@ def perplexity(
             )
     finally:
         model.train(was_training)
-    return PerplexityResult(
-        source=source,
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
-        loss=loss,
-        windows=len(ids),
-        tokens=ids.numel(),
-        seqlen=seqlen,
-        protocol=f"{how}; {len(ids)} windows of {seqlen} tokens without overlap ({ids.numel()} tokens), "
-        f"mean loss over windows, {str(where.dtype).removeprefix('torch.')}",
-        seconds=time.perf_counter() - begin,
-    )
+    return {
+        "loss": loss,
+        "seconds": time.perf_counter() - begin,
+        "dtype": str(where.dtype).removeprefix("torch."),
+    }
+
+
+def perplexity_cost(
+    before: str | Path, after: str | Path, text: str, *, seqlen: int, limit: int, data_dir: Path | None = None
+) -> tuple[PerplexityResult, PerplexityResult]:
+    """The perplexity of a checkpoint before and after a conversion, by one protocol; see `perplexity`."""
+    results = [
+        perplexity(model, text, seqlen=seqlen, limit=limit, data_dir=data_dir) for model in (before, after)
+    ]
+    return results[0], results[1]
 
 
 def _check_arguments(seqlen: int, limit: int | None, batch: int, dtype: str) -> None:
@@ -205,13 +254,6 @@ def _check_arguments(seqlen: int, limit: int | None, batch: int, dtype: str) -> 
         raise ValueError(f"batch must be at least 1, not {batch}")
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {dtype!r}")
-
-
-def _find_folder(model: str | Path) -> Path:
-    folder = resolve_folder(model)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{model}: no config.json in this folder; is it a Hugging Face checkpoint?")
-    return folder
 
 
 def _check_model(model: Any, ids: torch.Tensor) -> None:

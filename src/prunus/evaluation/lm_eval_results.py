@@ -1,0 +1,75 @@
+"""What the dictionary says that lm-eval gives for its results, as scores. Needs no lm-eval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prunus.evaluation.scores import Metric, TaskScore
+
+__all__ = ["read_scores"]
+
+
+def read_scores(found: Mapping[str, Any], *, definition: str, source: str, seconds: float) -> list[TaskScore]:
+    """The scores in what `lm_eval.evaluate` returned; groups come before their members.
+
+    Args:
+        found: with the samples of every task.
+        definition, source, seconds: of all of them, see `TaskScore`.
+
+    Raises:
+        ValueError: likelihoods that are not numbers.
+    """
+    scores = []
+    for name in sorted(found["results"], key=lambda name: name in found["samples"]):
+        samples, results = found["samples"].get(name, []), found["results"][name]
+        _check_finite(name, samples)
+        scores.append(
+            TaskScore(
+                task=name,
+                metrics=_metrics(results, samples),
+                shots=int(found["n-shot"].get(name) or 0),
+                rows=int(results.get("sample_len", len(samples))),
+                version=str(found["versions"].get(name)),
+                definition=definition,
+                source=source,
+                seconds=seconds,
+            )
+        )
+    return scores
+
+
+def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
+    """lm-eval's keys are `metric,filter` and `metric_stderr,filter`; "N/A" stands for an unknown error."""
+    metrics = {}
+    for key, value in results.items():
+        name, comma, kind = key.partition(",")
+        if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = results.get(f"{name}_stderr,{kind}")
+        outcomes: list[Any] = [row.get(name) for row in samples if row["filter"] == kind]
+        metrics[name if kind == "none" else f"{name} ({kind})"] = Metric(
+            float(value),
+            float(error) if isinstance(error, int | float) else None,
+            tuple(float(outcome) for outcome in outcomes) if _is_mean(value, outcomes) else None,
+        )
+    return metrics
+
+
+def _is_mean(value: float, outcomes: Sequence[Any]) -> bool:
+    if not outcomes or not all(isinstance(outcome, int | float) for outcome in outcomes):
+        return False
+    return math.isclose(sum(outcomes) / len(outcomes), value, abs_tol=1e-9)
+
+
+def _check_finite(name: str, samples: Sequence[Mapping[str, Any]]) -> None:
+    """A choice among likelihoods that are not numbers would be scored as if it were one."""
+    for row in samples:
+        for response in row["filtered_resps"]:
+            likelihood = response[0] if isinstance(response, tuple | list) and response else response
+            if isinstance(likelihood, float) and math.isnan(likelihood):
+                raise ValueError(
+                    f"{name}, row {row['doc_id']}: the model's outputs are not finite. Damaged weights, or a dtype "
+                    "too small for this model; try --dtype float32"
+                )

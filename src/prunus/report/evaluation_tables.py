@@ -1,0 +1,136 @@
+"""Terminal tables of what models are worth: perplexity and tasks, several models side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+
+from rich.console import Group
+from rich.table import Table
+
+from prunus.evaluation import Difference, Metric, PerplexityResult, TaskResults, compare
+
+__all__ = ["evaluation_tables", "perplexity_table", "tasks_table"]
+
+#: Metrics that are shares of the rows and are shown in percent; all others are shown as they are.
+_SHARES = ("acc", "exact_match", "f1", "em")
+
+
+def evaluation_tables(
+    perplexities: Mapping[str, Sequence[PerplexityResult]], results: Sequence[TaskResults]
+) -> Group:
+    """A table per kind of figure that there is: model -> perplexities, and the models' results on tasks."""
+    tables = [perplexity_table(perplexities)] if any(perplexities.values()) else []
+    return Group(*tables, *([tasks_table(results, compare(results))] if results else []))
+
+
+def perplexity_table(results: Mapping[str, Sequence[PerplexityResult]]) -> Table:
+    """Model -> its results, the same texts for all: one row per text.
+
+    The protocol stands below, since figures of different protocols cannot be compared.
+    """
+    models = list(results)
+    first = results[models[0]]
+    table = Table(title="perplexity" if len(models) > 1 else models[0], title_justify="left")
+    table.add_column("text")
+    for name in _short(models) if len(models) > 1 else ["perplexity"]:
+        table.add_column(name, justify="right", overflow="fold")
+    for name in _short(models)[1:]:
+        table.add_column(f"{name} − first", justify="right", overflow="fold")
+    for name in ("context", "windows", "tokens", "seconds"):
+        table.add_column(name, justify="right")
+    for position, result in enumerate(first):
+        scores = [results[model][position] for model in models]
+        table.add_row(
+            result.source,
+            *(f"{score.perplexity:.3f}" for score in scores),
+            *(f"{score.perplexity - result.perplexity:+.3f}" for score in scores[1:]),
+            str(result.seqlen),
+            str(result.windows),
+            f"{result.tokens:,}",
+            f"{sum(score.seconds for score in scores):.1f}",
+        )
+    table.caption = "\n".join(dict.fromkeys(score.protocol for model in models for score in results[model]))
+    table.caption_justify = "left"
+    return table
+
+
+def tasks_table(results: Sequence[TaskResults], differences: Sequence[Difference] = ()) -> Table:
+    """One row per task and metric; one column per model, and one per difference to the first model.
+
+    Args:
+        results: of models on the same tasks.
+        differences: of `compare(results)`.
+    """
+    table = Table(title="tasks", title_justify="left")
+    for name in ("task", "metric"):
+        table.add_column(name)
+    for name in ("shots", "rows"):
+        table.add_column(name, justify="right")
+    names = _short([result.model for result in results])
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for name in names[1:]:
+        table.add_column(f"{name} − first", justify="right", overflow="fold")
+    by_key = {(change.model, change.task, change.metric): change for change in differences}
+    scores = {score.task: score for score in results[0].scores}
+    before = None
+    for task, metric in results[0].figures():
+        if before is not None and task != before:
+            table.add_section()
+        score = scores.get(task)
+        figures = [result.figures().get((task, metric)) for result in results]
+        changes = [by_key.get((result.model, task, metric)) for result in results[1:]]
+        table.add_row(
+            task if task != before else "",
+            metric,
+            "" if score is None else str(score.shots),
+            "" if score is None else f"{score.rows:,}",
+            *(_figure(metric, figure) for figure in figures),
+            *(_change(metric, change) for change in changes),
+        )
+        before = task
+    table.caption = _explanation(results, differences)
+    table.caption_justify = "left"
+    return table
+
+
+def _explanation(results: Sequence[TaskResults], differences: Sequence[Difference]) -> str:
+    protocol = results[0].protocol
+    names = [result.model for result in results]
+    lines = [
+        f"models: {', '.join(names)}",
+        f"acc and acc_norm in percent ± one standard error; lm-eval {protocol['versions']['lm_eval']}, "
+        f"dtype {protocol['dtype']}, batch {protocol['batch']}, on {protocol['device']}",
+    ]
+    if differences:
+        paired = all(change.paired for change in differences)
+        how = "taken row by row" if paired else "row by row where rows are known"
+        lines.append(f"* beyond two standard errors of the difference ({how})")
+    known = {result.model: sum(score.cached for score in result.scores) for result in results}
+    lines += [f"{model}: {count} tasks computed earlier" for model, count in known.items() if count]
+    return "\n".join(lines)
+
+
+def _short(models: Sequence[str]) -> list[str]:
+    """The last parts of paths and hub ids, where these tell the models apart."""
+    names = [PurePath(model).name or model for model in models]
+    return names if len(set(names)) == len(names) else list(models)
+
+
+def _figure(metric: str, figure: Metric | None) -> str:
+    if figure is None:
+        return "–"
+    return _with_error(metric, figure.value, figure.stderr, "")
+
+
+def _change(metric: str, change: Difference | None) -> str:
+    if change is None:
+        return "–"
+    return _with_error(metric, change.value, change.stderr, "+") + (" *" if change.significant else "")
+
+
+def _with_error(metric: str, value: float, stderr: float | None, sign: str) -> str:
+    scale = 100 if metric.partition(" ")[0].partition("_norm")[0] in _SHARES else 1
+    text = f"{scale * value:{sign}.2f}"
+    return text if stderr is None else f"{text} ± {scale * stderr:.2f}"
