@@ -12,7 +12,7 @@ STAMP := $(VENV)/.prunus-installed
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,gguf,data]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,gguf,data,eval,adapters]'
 	touch $@
 
 install: $(STAMP)

@@ -62,7 +62,8 @@ def main() -> None:
             "--limit",
             str(WINDOWS),
         ]
-        score = prunus(*arguments, json_file=folder / f"{name}-perplexity.json")["perplexity"][0]
+        scored = prunus(*arguments, json_file=folder / f"{name}-perplexity.json")
+        score = scored["models"][0]["perplexity"][0]
         totals = runs[name]["totals"] if name in runs else None
         table.add_row(
             name,

@@ -38,3 +38,9 @@ def data(shared: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test finds, or leaves, a result in the user's cache."""
+    monkeypatch.setenv("PRUNUS_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -33,6 +33,7 @@ VERBS = [
     "plan",
     "eval",
     "inspect",
+    "recover",
     "fetch",
     "import",
     "pack",
@@ -40,6 +41,8 @@ VERBS = [
     "generate",
     "bench",
     "doctor",
+    "sweep",
+    "report",
 ]
 WINDOWS = ["--samples", "4", "--seqlen", "16"]
 
@@ -160,14 +163,15 @@ def test_eval_gives_the_figures_of_the_function(dense, text, tmp_path):
     report = tmp_path / "report.json"
     result = call("eval", dense, "--perplexity", f"{text},{second}", "--seqlen", 32, "--json", report)
     assert "perplexity" in result.stdout
-    figures = json.loads(report.read_text())
+    [figures] = json.loads(report.read_text())["models"]
     assert figures["model"] == str(dense)
+    assert figures["tasks"] is None
     assert [entry["source"] for entry in figures["perplexity"]] == [str(text), str(second)]
     for entry, path in zip(figures["perplexity"], (text, second), strict=True):
         expected = prunus.perplexity(dense, str(path), seqlen=32).as_dict()
         assert {**entry, "seconds": 0} == {**expected, "seconds": 0}
     call("eval", dense, "--perplexity", text, "--seqlen", 32, "--limit", 2, "--json", report)
-    [limited] = json.loads(report.read_text())["perplexity"]
+    [limited] = json.loads(report.read_text())["models"][0]["perplexity"]
     assert (limited["windows"], limited["tokens"]) == (2, 64)
 
 

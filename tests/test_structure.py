@@ -21,12 +21,14 @@ ROOMS: dict[str, set[str]] = {
     "patterns": set(),
     "machine": set(),
     "statistics": set(),
+    "allocation": set(),
     "methods": {"patterns", "statistics"},
     "model": set(),
     "calibration": set(),
     "sparse": {"model"},
-    "evaluation": {"calibration", "machine", "model"},
+    "evaluation": {"calibration", "machine", "model", "sparse"},
     "manifest": {"machine", "model", "recipe"},
+    "results": {"model", "recipe"},
     "inspection": {"model"},
     "output": {"manifest", "model"},
     "engine": {"manifest", "methods", "model", "patterns", "statistics"},
@@ -43,19 +45,57 @@ ROOMS: dict[str, set[str]] = {
     },
     "windows": {"calibration", "model", "plan"},
     "run": {"calibration", "engine", "machine", "manifest", "model", "output", "plan", "recipe", "windows"},
-    "report": {"evaluation", "inspection", "manifest", "run", "sparse"},
+    "recovery": {"calibration", "engine", "machine", "manifest", "model", "output"},
+    "histograms": {
+        "engine",
+        "manifest",
+        "methods",
+        "model",
+        "patterns",
+        "plan",
+        "statistics",
+        "windows",
+    },
+    "report": {
+        "evaluation",
+        "histograms",
+        "inspection",
+        "manifest",
+        "model",
+        "recipe",
+        "recovery",
+        "results",
+        "run",
+        "sparse",
+    },
+    "sweep": {
+        "calibration",
+        "evaluation",
+        "machine",
+        "manifest",
+        "methods",
+        "model",
+        "plan",
+        "recipe",
+        "recovery",
+        "results",
+        "run",
+    },
     "cli": {
         "evaluation",
+        "histograms",
         "inspection",
         "model",
         "plan",
         "recipe",
+        "recovery",
         "report",
         "run",
         "sparse",
+        "sweep",
     },
     "__main__": {"cli"},
-    "__init__": {"evaluation", "inspection", "manifest", "recipe", "run", "sparse"},
+    "__init__": {"evaluation", "inspection", "manifest", "recipe", "recovery", "run", "sparse"},
 }
 
 #: Library -> the only rooms (or files) that may import it. What is not here may be imported by all.
@@ -63,14 +103,14 @@ LIBRARIES: dict[str, set[str]] = {
     "typer": {"cli"},
     "rich": {"report", "cli"},
     "greenlet": {"engine"},
-    "pydantic": {"recipe", "manifest", "sparse"},
+    "pydantic": {"recipe", "manifest", "recovery", "results", "sparse", "sweep"},
     "huggingface_hub": {"model"},
     "transformers": {"cli", "model", "windows", "calibration", "evaluation", "sparse"},
     "torch": set(ROOMS) - {"recipe", "cli", "report", "__init__", "__main__"},
 }
 
 #: Libraries that an extra installs: each is imported in one file, inside a function.
-OPTIONAL = {"datasets", "gguf", "pyarrow", "accelerate", "peft", "lm_eval", "matplotlib"}
+OPTIONAL = {"datasets", "gguf", "pyarrow", "accelerate", "peft", "lm_eval", "plotly", "scipy"}
 
 
 def room(path: Path) -> str:

@@ -1,8 +1,11 @@
 """Prune large language models after training.
 
 prune        prune a checkpoint or a loaded model
-perplexity   score a model
+perplexity   score a model on text
+evaluate     score a model on tasks
+compare      whether models differ by more than chance
 inspect      what is in a checkpoint
+recover      win quality of a pruned checkpoint back
 """
 
 from importlib import import_module
@@ -11,13 +14,27 @@ from typing import TYPE_CHECKING, Any
 from prunus.sparse.register import register
 
 if TYPE_CHECKING:
-    from prunus.evaluation import PerplexityResult, perplexity
+    from prunus.evaluation import PerplexityResult, TaskResults, compare, evaluate, perplexity
     from prunus.inspection import Inspection, inspect
     from prunus.manifest import Manifest
     from prunus.recipe import Recipe
+    from prunus.recovery import RecoveryRecord, recover
     from prunus.run import prune
 
-__all__ = ["Inspection", "Manifest", "PerplexityResult", "Recipe", "inspect", "perplexity", "prune"]
+__all__ = [
+    "Inspection",
+    "Manifest",
+    "PerplexityResult",
+    "Recipe",
+    "RecoveryRecord",
+    "TaskResults",
+    "compare",
+    "evaluate",
+    "inspect",
+    "perplexity",
+    "prune",
+    "recover",
+]
 
 # Where each public name lives. It is imported when it is first used: torch and transformers take seconds, which
 # `prunus --help` need not wait for. No module may bear a public name, or importing it would hide the name.
@@ -26,9 +43,14 @@ _HOMES = {
     "Manifest": "prunus.manifest",
     "PerplexityResult": "prunus.evaluation",
     "Recipe": "prunus.recipe",
+    "RecoveryRecord": "prunus.recovery",
+    "TaskResults": "prunus.evaluation",
+    "compare": "prunus.evaluation",
+    "evaluate": "prunus.evaluation",
     "inspect": "prunus.inspection",
     "perplexity": "prunus.evaluation",
     "prune": "prunus.run",
+    "recover": "prunus.recovery",
 }
 
 

@@ -3,6 +3,8 @@
 pruning.py     prune, plan, inspect
 judging.py     eval, bench, generate, doctor
 converting.py  fetch, import, pack, unpack
+recovering.py  recover
+sweeping.py    sweep, report
 arguments.py   options that several verbs share
 terminal.py    how a verb speaks: results, errors, JSON
 """
@@ -14,6 +16,8 @@ import typer
 from prunus.cli.converting import fetch, import_, pack, unpack
 from prunus.cli.judging import bench, doctor, evaluate, generate
 from prunus.cli.pruning import inspect, plan, prune
+from prunus.cli.recovering import recover
+from prunus.cli.sweeping import report, sweep
 
 __all__ = ["app", "main"]
 
@@ -29,6 +33,7 @@ for _verb, _name in (
     (plan, "plan"),
     (evaluate, "eval"),
     (inspect, "inspect"),
+    (recover, "recover"),
     (fetch, "fetch"),
     (import_, "import"),
     (pack, "pack"),
@@ -36,6 +41,8 @@ for _verb, _name in (
     (generate, "generate"),
     (bench, "bench"),
     (doctor, "doctor"),
+    (sweep, "sweep"),
+    (report, "report"),
 ):
     app.command(_name)(_verb)
 

@@ -17,6 +17,7 @@ __all__ = [
     "Group",
     "Head",
     "Ignore",
+    "Iterations",
     "Json",
     "MaskFrom",
     "MaskOrder",
@@ -27,11 +28,15 @@ __all__ = [
     "PatternOption",
     "Propagate",
     "RecipeFile",
+    "Refine",
+    "RefineRounds",
+    "RiaPower",
     "Samples",
     "Seed",
     "Seqlen",
     "Sparsity",
     "Trust",
+    "Update",
 ]
 
 Model = Annotated[
@@ -50,7 +55,7 @@ Trust = Annotated[
 ]
 Method = Annotated[
     str | None,
-    typer.Option(help="magnitude, wanda, wanda-variant, sparsegpt or obs.", show_default="wanda"),
+    typer.Option(help="magnitude, wanda, wanda-variant, ria, sparsegpt, obs or alps.", show_default="wanda"),
 ]
 Sparsity = Annotated[
     float | None,
@@ -124,7 +129,32 @@ MaskOrder = Annotated[
 ]
 Damping = Annotated[
     float | None,
-    typer.Option(help="For sparsegpt and obs: share of the Gram's mean diagonal.", show_default="0.01"),
+    typer.Option(
+        help="For methods that invert a Gram: share of its mean diagonal.",
+        show_default="0.01; by the number of tokens for alps, swaps and lsq",
+    ),
+]
+RiaPower = Annotated[
+    float | None, typer.Option(help="For ria: exponent of the input norms.", show_default="0.5")
+]
+Iterations = Annotated[int | None, typer.Option(help="For alps.", show_default="24")]
+Refine = Annotated[
+    str | None,
+    typer.Option(
+        help="Look over the mask of any method: dsnot (until mean outputs are right) or swaps (as long as they "
+        "lower the output error).",
+        show_default="none",
+    ),
+]
+RefineRounds = Annotated[
+    int | None, typer.Option(help="Most rounds of --refine.", show_default="50 for dsnot, 100 for swaps")
+]
+Update = Annotated[
+    str | None,
+    typer.Option(
+        help="lsq: the best weights for the mask, whatever method it is from, by least squares.",
+        show_default="none",
+    ),
 ]
 Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Budget, such as 8GB.", show_default="what is free")

@@ -47,18 +47,43 @@ def pack(
         str,
         typer.Option(help="How kept weights are stored: bf16 (as they are), or int8 with a scale per row."),
     ] = "bf16",
+    perplexity: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXT",
+            help="int8 only: score OUT and MODEL on this text (as for eval, or none) to say what rounding costs.",
+        ),
+    ] = "python-docs",
+    seqlen: Annotated[int, typer.Option(help="Context of that score: tokens per window.")] = 512,
+    limit: Annotated[int, typer.Option(help="Windows of that score.")] = 8,
+    data_dir: arg.DataDir = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier result of pack in OUT.")] = False,
     json_file: arg.Json = None,
 ) -> None:
     """Store a pruned MODEL as bitmaps: smaller on disk and in memory, and decodes faster."""
     with for_people(json_file):
+        from prunus.evaluation import check_text, perplexity_cost
         from prunus.report.tables import packing_table
         from prunus.sparse import pack as convert
 
         if values not in ("bf16", "int8"):
             raise ValueError(f"values must be bf16 or int8, not {values!r}")
+        scored = values == "int8" and perplexity != "none"
+        if scored:
+            check_text(perplexity, data_dir)
         record = convert(model, output, values, overwrite=overwrite, progress=say_step)  # type: ignore[arg-type]
-        show(packing_table(record), json_file, record.model_dump(mode="json"))
+        content = record.model_dump(mode="json")
+        table = packing_table(record)
+        if scored:
+            say(f"scoring {perplexity} before and after")
+            cost = perplexity_cost(model, output, perplexity, seqlen=seqlen, limit=limit, data_dir=data_dir)
+            content["perplexity"] = [result.as_dict() for result in cost]
+            table.caption = (
+                f"perplexity {cost[0].perplexity:.3f} before, {cost[1].perplexity:.3f} with int8 values "
+                f"({cost[1].protocol})"
+            )
+            table.caption_justify = "left"
+        show(table, json_file, content)
 
 
 def unpack(

@@ -6,7 +6,6 @@ from typing import Any
 
 from rich.table import Table
 
-from prunus.evaluation import PerplexityResult
 from prunus.evaluation.speed import Speed
 from prunus.inspection import Inspection
 from prunus.manifest import Manifest
@@ -15,7 +14,6 @@ from prunus.sparse.conversion import Record
 __all__ = [
     "inspection_table",
     "packing_table",
-    "perplexity_table",
     "plan_table",
     "run_table",
     "speed_table",
@@ -84,25 +82,6 @@ def inspection_table(inspection: Inspection) -> Table:
         )
     table.add_section()
     table.add_row("all", f"{inspection.weights:,} weights", "", f"{inspection.sparsity:.2%}", "")
-    return table
-
-
-def perplexity_table(results: list[PerplexityResult], model: str) -> Table:
-    """One row per text; the protocol stands below, since figures of different protocols cannot be compared."""
-    table = Table(title=model, title_justify="left")
-    for column in ("text", "perplexity", "context", "windows", "tokens", "seconds"):
-        table.add_column(column, justify="left" if column == "text" else "right")
-    for result in results:
-        table.add_row(
-            result.source,
-            f"{result.perplexity:.3f}",
-            str(result.seqlen),
-            str(result.windows),
-            f"{result.tokens:,}",
-            f"{result.seconds:.1f}",
-        )
-    table.caption = "\n".join(result.protocol for result in results)
-    table.caption_justify = "left"
     return table
 
 

@@ -110,7 +110,7 @@ struct Dense {
 struct Bf16 {
     using X = uint16_t;
     using Sum = __m512;
-    static constexpr int kWidth = kSegment, kChains = 2, kPairFrom = 5;
+    static constexpr int kWidth = kSegment, kChains = 2, kPairFrom = 1;
     static constexpr bool kGrouped = false;
 
     PRUNUS_TARGET PRUNUS_INLINE static Sum begin(const Job&, int64_t, int64_t) { return _mm512_setzero_ps(); }

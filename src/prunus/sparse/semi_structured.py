@@ -69,7 +69,9 @@ def to_semi_structured(
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     unknown = set(only or ()) - set(linears)
     if unknown:
-        raise ValueError(f"the model has no linear {sorted(unknown)[0]!r}; names look like {next(iter(linears))!r}")
+        raise ValueError(
+            f"the model has no linear {sorted(unknown)[0]!r}; names look like {next(iter(linears))!r}"
+        )
     chosen = {name: module for name, module in linears.items() if only is None or name in only}
     if any(module.weight.device.type != "cuda" for module in chosen.values()):
         raise ValueError("the model is not on the CUDA device: call model.to('cuda') first")

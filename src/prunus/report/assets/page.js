@@ -1,0 +1,89 @@
+"use strict";
+// Charts in the page's own colours, in light and in dark; tables that sort by a click. No network, no storage.
+
+function colour(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+}
+
+function dressTrace(trace) {
+  const part = trace.meta.colour;
+  if (part === "scale") {
+    return { ...trace, colorscale: [[0, colour("line")], [1, colour("accent")]] };
+  }
+  const shade = part === "level" ? colour("muted") : colour(`series-${part % 8}`);
+  return {
+    ...trace,
+    line: { ...trace.line, color: shade },
+    marker: { ...trace.marker, color: shade, line: { width: 0 } },
+    error_x: { ...trace.error_x, color: colour("ink"), thickness: 1 },
+  };
+}
+
+function dressAxis(axis) {
+  return {
+    ...axis,
+    automargin: true,
+    fixedrange: true,
+    gridcolor: colour("line"),
+    zerolinecolor: colour("line"),
+    linecolor: colour("line"),
+    title: { ...(axis || {}).title, standoff: 12, font: { color: colour("muted"), size: 13 } },
+    tickfont: { color: colour("muted") },
+  };
+}
+
+function draw(box) {
+  const figure = JSON.parse(document.getElementById(`${box.id}-figure`).textContent);
+  const layout = {
+    ...figure.layout,
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("ink") },
+    margin: { l: 8, r: 8, t: 8, b: 8 },
+    legend: { orientation: "h", x: 0, xanchor: "left", y: 1.03, yanchor: "bottom", font: { color: colour("ink") } },
+    hoverlabel: { bgcolor: colour("surface"), bordercolor: colour("line"), font: { color: colour("ink") } },
+    xaxis: dressAxis(figure.layout.xaxis),
+    yaxis: dressAxis(figure.layout.yaxis),
+  };
+  if (figure.data.some((trace) => trace.meta.colour === "scale")) {
+    layout.xaxis.showgrid = layout.yaxis.showgrid = false;
+  }
+  return Plotly.react(box, figure.data.map(dressTrace), layout, { displayModeBar: false, responsive: true });
+}
+
+function valueOf(row, column) {
+  const text = row.cells[column].dataset.value;
+  return text === undefined ? null : text;
+}
+
+function compare(left, right, numeric) {
+  if (left === null || right === null) return (left === null) - (right === null); // missing figures go last
+  return numeric ? Number(left) - Number(right) : left.localeCompare(right, undefined, { numeric: true });
+}
+
+function sort(header) {
+  const table = header.closest("table");
+  const column = header.cellIndex;
+  const numeric = header.classList.contains("number");
+  const down = header.getAttribute("aria-sort") === "ascending";
+  for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+  header.setAttribute("aria-sort", down ? "descending" : "ascending");
+  const body = table.tBodies[0];
+  const rows = Array.from(body.rows);
+  rows.sort((a, b) => {
+    const left = valueOf(a, column);
+    const right = valueOf(b, column);
+    const order = compare(left, right, numeric);
+    return down && left !== null && right !== null ? -order : order;
+  });
+  body.append(...rows);
+}
+
+for (const button of document.querySelectorAll("th button")) {
+  button.addEventListener("click", () => sort(button.closest("th")));
+}
+
+const charts = Array.from(document.querySelectorAll(".chart"));
+const drawAll = () => Promise.all(charts.map(draw));
+drawAll().then(() => document.documentElement.setAttribute("data-charts", String(charts.length)));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);

@@ -1,0 +1,149 @@
+"""Evaluations and measurements of speed as sections of a report, from the JSON that `prunus eval` and `bench` write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prunus.report.document import Bars, Column, Facts, Measured, Section, Table
+
+__all__ = ["evaluation_section", "form_of", "speed_section"]
+
+_SHARES = ("acc", "exact_match", "f1", "em")
+
+
+def evaluation_section(content: dict[str, Any]) -> Section:
+    """The JSON of `prunus eval`: models side by side, with the differences to the first.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        names = _short_names([one["model"] for one in content["models"]])
+        parts = [*_perplexity(content["models"], names), *_tasks(content, names)]
+    except (KeyError, TypeError, IndexError, AttributeError) as fault:
+        raise ValueError(f"this is not the JSON of prunus eval: {fault!r}") from None
+    return Section("Evaluation of " + ", ".join(names.values()), parts=tuple(parts))
+
+
+def _short_names(models: list[str]) -> dict[str, str]:
+    """Models by the last part of their path, where that tells them apart."""
+    short = {model: Path(model).name or model for model in models}
+    return short if len(set(short.values())) == len(models) else {model: model for model in models}
+
+
+def _perplexity(models: list[dict[str, Any]], names: dict[str, str]) -> list[Any]:
+    if not models[0]["perplexity"]:
+        return []
+    rows = tuple(
+        (first["source"], *(one["perplexity"][place]["perplexity"] for one in models))
+        for place, first in enumerate(models[0]["perplexity"])
+    )
+    protocol = {r["source"]: f"{r['protocol']}" for one in models for r in one["perplexity"]}
+    columns = (Column("text"), *(Column(names[one["model"]], ",.3f") for one in models))
+    return [
+        Table("Perplexity", columns, rows, "Lower is better."),
+        Facts("Protocol", tuple(protocol.items())),
+    ]
+
+
+def _tasks(content: dict[str, Any], names: dict[str, str]) -> list[Any]:
+    """Accuracies of all models, and what the others differ by from the first."""
+    models = [one for one in content["models"] if one["tasks"] is not None]
+    if not models:
+        return []
+    figures = {one["model"]: _figures(one["tasks"]) for one in models}
+    keys = list(figures[models[0]["model"]])
+    columns = (Column("task"), Column("metric"), *(Column(names[model], ".2%") for model in figures))
+    rows = tuple((*key, *(found.get(key) for found in figures.values())) for key in keys)
+    protocol = models[0]["tasks"]["protocol"]
+    shown = {key: str(value) for key, value in protocol.items() if key != "versions"} | protocol["versions"]
+    parts: list[Any] = [
+        Table("Tasks", columns, rows, "± one standard error."),
+        Facts("Protocol of the tasks", tuple(shown.items())),
+    ]
+    changes = tuple(
+        (
+            names[change["model"]],
+            change["task"],
+            change["metric"],
+            Measured(change["value"], change["stderr"], "+" + form_of(change["metric"])),
+            "yes" if change["beyond_two_standard_errors"] else "no",
+        )
+        for change in content["differences"]
+    )
+    if changes:
+        titles = (
+            Column("model"),
+            Column("task"),
+            Column("metric"),
+            Column("difference", "+.2%"),
+            Column("beyond chance"),
+        )
+        note = "Beyond chance: more than two standard errors of the difference."
+        parts.insert(1, Table(f"Differences to {next(iter(names.values()))}", titles, changes, note))
+    return parts
+
+
+def _figures(tasks: dict[str, Any]) -> dict[tuple[str, str], Measured | None]:
+    found = {
+        (task["task"], metric): _measured(metric, figure)
+        for task in tasks["tasks"]
+        for metric, figure in task["metrics"].items()
+    }
+    mean = tasks["paper7_mean_acc"]
+    return found if mean is None else found | {("mean of paper7", "acc"): _measured("acc", mean)}
+
+
+def _measured(metric: str, figure: dict[str, float | None]) -> Measured | None:
+    value = figure["value"]
+    return None if value is None else Measured(value, figure["stderr"], form_of(metric))
+
+
+def form_of(metric: str) -> str:
+    """How a metric of a task is written: shares of the rows in percent, all others as they are."""
+    return ".2%" if metric.partition("_norm")[0] in _SHARES else ".4g"
+
+
+def speed_section(content: list[dict[str, Any]]) -> Section:
+    """The JSON of `prunus bench`: size and speed of models side by side.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        found = [
+            (
+                Path(row["model"]).name or row["model"],
+                row["file_bytes"] / 1e9,
+                *(
+                    tuple(row[key])
+                    for key in ("resident_bytes", "prefill_tokens_per_second", "decode_tokens_per_second")
+                ),
+            )
+            for row in content
+        ]
+        rows = tuple(
+            (name, size, resident[1] / 1e9, prefill[1], decode[1], decode[1] / found[0][4][1])
+            for name, size, resident, prefill, decode in found
+        )
+    except (KeyError, TypeError, IndexError) as fault:
+        raise ValueError(f"this is not the JSON of prunus bench: {fault!r}") from None
+    columns = (
+        Column("model"),
+        Column("file, GB", ",.3f"),
+        Column("resident, GB", ",.2f"),
+        Column("prefill, tokens/s", ",.1f"),
+        Column("decode, tokens/s", ",.1f"),
+        Column("decode / first", ".2f"),
+    )
+    sizes = Bars("Size on disk", "GB", tuple((name, size, size, size) for name, size, *_ in found), ",.3f")
+    speeds = Bars(
+        "Decoding speed",
+        "tokens per second: median, lowest and highest",
+        tuple((name, decode[1], decode[0], decode[2]) for name, *_, decode in found),
+        ",.1f",
+    )
+    return Section(
+        "Size and speed", parts=(sizes, speeds, Table("Medians over processes of their own", columns, rows))
+    )

@@ -1,0 +1,226 @@
+"""Charts drawn with plotly: figures as JSON for the page, and the library's JavaScript. No other file knows plotly.
+
+Colours are the page's: figures say by `meta` which part of its palette a trace wears, and page.js fills that in, in
+light and in dark. Plotly reads a little HTML in its texts, so every text is escaped.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from typing import Any
+
+from prunus.report.document import Bars, Chart, HeatMap, Histogram, Lines, text_of
+
+__all__ = ["check_plotly", "figure_json", "plotly_script"]
+
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon")
+_ASIDE = 0.05  # of the distance between two categories
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+
+
+def check_plotly() -> None:
+    """Raise ModuleNotFoundError, naming the extra, where plotly is not installed."""
+    _plotly()
+
+
+def plotly_script() -> str:
+    """The JavaScript of the plotting library, which the page carries along: it loads nothing."""
+    script: str = _plotly()[1]()
+    return script
+
+
+def figure_json(chart: Chart) -> str:
+    """A chart as the JSON of a plotly figure."""
+    graph, _ = _plotly()
+    match chart:
+        case Lines():
+            figure = _lines(graph, chart)
+        case HeatMap():
+            figure = _heat_map(graph, chart)
+        case Bars():
+            figure = _bars(graph, chart)
+        case Histogram():
+            figure = _histogram(graph, chart)
+    content = figure.to_plotly_json()
+    content["layout"].pop("template", None)  # six kilobytes of defaults that page.js replaces
+    return json.dumps(content, allow_nan=False)
+
+
+def _plotly() -> tuple[Any, Any]:
+    try:
+        import plotly.graph_objects
+        import plotly.offline
+    except ImportError:
+        raise ModuleNotFoundError("the HTML report needs plotly: pip install 'prunus[report]'") from None
+    return plotly.graph_objects, plotly.offline.get_plotlyjs
+
+
+def _lines(graph: Any, chart: Lines) -> Any:
+    """Categories stand at 0, 1, 2 …, each series a little aside, and are not joined: there is nothing between them."""
+    places = {name: place for place, name in enumerate(chart.categories)}
+    figure = graph.Figure()
+    for position, series in enumerate(chart.series):
+        figure.add_scatter(
+            x=[places[x] + _ASIDE * (position - (len(chart.series) - 1) / 2) for x in series.x]
+            if places
+            else list(series.x),
+            y=list(series.y),
+            name=html.escape(series.name),
+            mode="markers" if places else "lines+markers",
+            marker={"symbol": _SYMBOLS[position % len(_SYMBOLS)], "size": 11 if places else 8},
+            line={"dash": _DASHES[position % len(_DASHES)], "width": 2},
+            hovertext=[html.escape(text) for text in series.hover],
+            hoverinfo="text",
+            meta={"colour": position},
+        )
+    values = [y for series in chart.series for y in series.y]
+    measured = sorted({x for series in chart.series for x in series.x}) if not places else []
+    if chart.level is not None:
+        name, level = chart.level
+        values.append(level)
+        ends = [-0.4, len(places) - 0.6] if places else [measured[0], measured[-1]]
+        figure.add_scatter(
+            x=ends,
+            y=[level, level],
+            name=f"{html.escape(name)} {level:,.2f}",
+            mode="lines",
+            line={"dash": "dot", "width": 1.5},
+            hovertext=[f"{html.escape(name)}: {level:,.3f}"] * 2,
+            hoverinfo="text",
+            meta={"colour": "level"},
+        )
+    x_axis: dict[str, Any] = {"title": {"text": html.escape(chart.x_title)}}
+    if places:
+        names = [html.escape(name) for name in places]
+        x_axis |= {"tickvals": list(places.values()), "ticktext": names, "range": [-0.4, len(names) - 0.6]}
+    else:
+        ticks = [f"{x:g}" for x in measured]
+        x_axis |= {"tickvals": measured, "ticktext": ticks, "type": "log" if chart.log_x else "linear"}
+    y_axis: dict[str, Any] = {"title": {"text": html.escape(chart.y_title)}}
+    if chart.log_y:
+        y_axis["title"]["text"] += " (logarithmic)"
+        y_axis |= {"type": "log", **_log_ticks(min(values), max(values))}
+    return figure.update_layout(xaxis=x_axis, yaxis=y_axis, height=420)
+
+
+def _heat_map(graph: Any, chart: HeatMap) -> Any:
+    hover = [
+        [
+            f"{html.escape(chart.x_title)} {html.escape(column)}, {html.escape(row)}: {text_of(value, chart.form)}"
+            for column, value in zip(chart.columns, line, strict=True)
+        ]
+        for row, line in zip(chart.rows, chart.values, strict=True)
+    ]
+    figure = graph.Figure()
+    figure.add_heatmap(
+        x=list(chart.columns),
+        y=[html.escape(row) for row in chart.rows],
+        z=[list(line) for line in chart.values],
+        text=hover,
+        hoverinfo="text",
+        xgap=1,
+        ygap=1,
+        colorbar={"tickformat": _ticks(chart.form), "nticks": 5, "thickness": 10, "outlinewidth": 0},
+        meta={"colour": "scale"},
+        **_scale(chart),
+    )
+    step = max(1, math.ceil(len(chart.columns) / 12))
+    return figure.update_layout(
+        xaxis={
+            "title": {"text": html.escape(chart.x_title)},
+            "type": "category",
+            "tickvals": list(chart.columns[::step]),
+        },
+        yaxis={"autorange": "reversed", "type": "category"},
+        height=min(1200, 110 + 24 * len(chart.rows)),
+    )
+
+
+def _scale(chart: HeatMap) -> dict[str, float]:
+    """Colours from zero to the largest value: what differs little looks alike."""
+    known = [value for line in chart.values for value in line if value is not None]
+    return {"zmin": 0.0, "zmax": max(known) or 1.0} if known else {}
+
+
+def _bars(graph: Any, chart: Bars) -> Any:
+    names, values, lows, highs = zip(*chart.items, strict=True)
+    figure = graph.Figure()
+    spread = any(low != high for low, high in zip(lows, highs, strict=True))
+    hover = [
+        f"{html.escape(name)}: {text_of(value, chart.form)}"
+        + (f" ({text_of(low, chart.form)} to {text_of(high, chart.form)})" if low != high else "")
+        for name, value, low, high in chart.items
+    ]
+    figure.add_bar(
+        x=list(values),
+        y=[html.escape(name) for name in names],
+        orientation="h",
+        hovertext=hover,
+        hoverinfo="text",
+        text=[text_of(value, chart.form) for value in values],
+        textposition="auto",
+        insidetextanchor="start",
+        meta={"colour": 0},
+        error_x={
+            "type": "data",
+            "symmetric": False,
+            "array": [high - value for value, high in zip(values, highs, strict=True)],
+            "arrayminus": [value - low for value, low in zip(values, lows, strict=True)],
+            "visible": spread,
+        },
+    )
+    return figure.update_layout(
+        xaxis={"title": {"text": html.escape(chart.x_title)}, "rangemode": "tozero"},
+        yaxis={"autorange": "reversed", "type": "category"},
+        height=110 + 44 * len(names),
+        bargap=0.4,
+    )
+
+
+def _histogram(graph: Any, chart: Histogram) -> Any:
+    figure = graph.Figure()
+    left, right = chart.edges[:-1], chart.edges[1:]
+    for position, (name, counts) in enumerate(chart.series):
+        figure.add_bar(
+            x=[(a + b) / 2 for a, b in zip(left, right, strict=True)],
+            y=list(counts),
+            width=[b - a for a, b in zip(left, right, strict=True)],
+            name=html.escape(name),
+            hovertext=[
+                f"{html.escape(name)}: {count:,} weights from {_edge(a, chart)} to {_edge(b, chart)}"
+                for a, b, count in zip(left, right, counts, strict=True)
+            ],
+            hoverinfo="text",
+            meta={"colour": position},
+        )
+    x_axis: dict[str, Any] = {"title": {"text": html.escape(chart.x_title)}}
+    if chart.log_x:
+        ticks = list(range(math.ceil(left[0]), math.floor(right[-1]) + 1))
+        x_axis |= {"tickvals": ticks, "ticktext": [f"10<sup>{tick}</sup>" for tick in ticks]}
+    top = None if chart.highest is None else [0, 1.05 * chart.highest]
+    return figure.update_layout(
+        xaxis=x_axis,
+        yaxis={"title": {"text": "weights"}, "rangemode": "tozero", "range": top},
+        barmode="stack",
+        bargap=0,
+        height=340,
+    )
+
+
+def _edge(value: float, chart: Histogram) -> str:
+    return f"{10**value if chart.log_x else value:.3g}"
+
+
+def _ticks(form: str) -> str:
+    """A Python format for figures as plotly's for ticks, which leaves trailing zeros out."""
+    return f"{form[:-1]}~{form[-1]}"
+
+
+def _log_ticks(low: float, high: float) -> dict[str, Any]:
+    """Ticks at 1, 2 and 5 times powers of ten; at the powers alone where these span more than three decades."""
+    steps = (1, 2, 5) if high / low < 1000 else (1,)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+    return {"tickvals": ticks, "ticktext": [f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks]}

@@ -1,0 +1,150 @@
+"""A report as one self-contained HTML page: markup, style, script and the plotting library in a single file.
+
+All text is escaped. A content security policy forbids every request, and every script but the two of the page, which it
+knows by their hashes: were some name ever to slip through, it could neither run nor fetch anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from html import escape
+from importlib.metadata import version
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+from prunus.report.document import Chart, Document, Facts, Measured, Section, Table, text_of
+from prunus.report.figures import figure_json, plotly_script
+
+__all__ = ["document_json", "to_html"]
+
+_SHORT = 28  # characters of a value that leave room for others beside it
+
+
+def to_html(document: Document) -> str:
+    """The page of a document.
+
+    Raises:
+        ModuleNotFoundError: it has charts, and plotly is not installed.
+    """
+    charts = [part for section in document.sections for part in section.parts if isinstance(part, Chart)]
+    scripts = [*([plotly_script()] if charts else []), _asset("page.js")]
+    policy = "; ".join(
+        (
+            "default-src 'none'",
+            "img-src data: blob:",
+            "style-src 'unsafe-inline'",  # plotly writes its own style rules
+            "script-src " + " ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
+            "base-uri 'none'",
+            "form-action 'none'",
+        )
+    )
+    # A page on one subject has its title at the top already.
+    alone = [section.title for section in document.sections] == [document.title]
+    sections = [_section(section, number, alone) for number, section in enumerate(document.sections)]
+    return Template(_asset("page.html")).substitute(
+        policy=escape(policy),
+        title=escape(document.title),
+        style=_asset("page.css"),
+        contents=_contents(document),
+        sections="".join(sections),
+        version=escape(version("prunus")),
+        scripts="".join(f"<script>{script}</script>\n" for script in scripts),
+    )
+
+
+def _asset(name: str) -> str:
+    return files("prunus.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _contents(document: Document) -> str:
+    if len(document.sections) < 2:
+        return ""
+    items = (
+        f'<li><a href="#section-{number}">{escape(section.title)}</a></li>'
+        for number, section in enumerate(document.sections)
+    )
+    return f'<nav aria-label="Sections"><ul>{"".join(items)}</ul></nav>\n'
+
+
+def _section(section: Section, number: int, alone: bool) -> str:
+    title = "" if alone else f'<h2 id="title-{number}">{escape(section.title)}</h2>\n'
+    name = "title" if alone else f"title-{number}"
+    lead = f'<p class="lead">{escape(section.lead)}</p>\n' if section.lead else ""
+    parts = (_part(part, f"part-{number}-{position}") for position, part in enumerate(section.parts))
+    return (
+        f'<section id="section-{number}" aria-labelledby="{name}"{" class=alone" if alone else ""}>\n'
+        f"{title}{lead}{''.join(parts)}</section>\n"
+    )
+
+
+def _part(part: Facts | Table | Chart, name: str) -> str:
+    if isinstance(part, Facts):
+        return _facts(part)
+    if isinstance(part, Table):
+        return _table(part)
+    return _chart(part, name)
+
+
+def _facts(facts: Facts) -> str:
+    if facts.headline:
+        items = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items)
+        return f'<div><dl class="tiles">{"".join(items)}</dl></div>\n'
+    items = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items)
+    kind = "facts short" if all(len(value) <= _SHORT for _, value in facts.items) else "facts"
+    return f'<div><h3>{escape(facts.title)}</h3><dl class="{kind}">{"".join(items)}</dl></div>\n'
+
+
+def _table(table: Table) -> str:
+    heads = "".join(
+        f'<th scope="col"{_number_class(column.is_number)}><button type="button">{escape(column.title)}</button></th>'
+        for column in table.columns
+    )
+    rows = "".join(
+        "<tr>"
+        + "".join(_cell(value, column.form) for value, column in zip(row, table.columns, strict=True))
+        + "</tr>\n"
+        for row in table.rows
+    )
+    box = (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}">'
+        f"<table><thead><tr>{heads}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
+    )
+    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    if table.folded:
+        return f"<details><summary>{escape(table.title)}</summary>{box}{note}</details>\n"
+    return f"<div><h3>{escape(table.title)}</h3>{box}{note}</div>\n"
+
+
+def _cell(value: Any, form: str | None) -> str:
+    plain = value.value if isinstance(value, Measured) else value
+    raw = "" if plain is None else f' data-value="{escape(str(plain))}"'
+    return f"<td{_number_class(form is not None)}{raw}>{escape(text_of(value, form))}</td>"
+
+
+def _number_class(is_number: bool) -> str:
+    return ' class="number"' if is_number else ""
+
+
+def _chart(chart: Chart, name: str) -> str:
+    # Inside a script element only "<" could end it; JSON has an escape for it.
+    content = figure_json(chart).replace("<", "\\u003c")
+    note = getattr(chart, "note", "")
+    return (
+        f"<figure><h3>{escape(chart.title)}</h3>"
+        f'<div class="chart" id="{name}" role="img" aria-label="{escape(chart.title)}"></div>'
+        f'<script type="application/json" id="{name}-figure">{content}</script>'
+        + (f'<p class="note">{escape(note)}</p>' if note else "")
+        + "</figure>\n"
+    )
+
+
+def document_json(document: Document) -> Any:
+    """A document as JSON can hold it."""
+    return json.loads(json.dumps(document, default=vars))

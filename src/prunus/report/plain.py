@@ -1,0 +1,89 @@
+"""A report without a browser: tables for the terminal, and Markdown. Charts are left out; their figures are in tables."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version
+
+from rich.console import Group, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from prunus.report.document import Document, Facts, Table, text_of
+
+__all__ = ["to_markdown", "to_terminal"]
+
+_MARKUP = re.compile(r"([\\`*_\[\]<>|])")
+
+
+def to_terminal(document: Document) -> Group:
+    """All facts and tables of a document, for rich's console. Text is shown as it is, never as markup."""
+    shown: list[RenderableType] = []
+    for section in document.sections:
+        shown.append(Text(section.title, style="bold"))
+        if section.lead:
+            shown.append(Text(section.lead))
+        for part in section.parts:
+            if isinstance(part, Facts):
+                shown += [Text(), _facts(part)]
+            elif isinstance(part, Table):
+                shown += [Text(), _table(part), *([Text(part.note, style="italic")] if part.note else [])]
+        shown.append(Text())
+    return Group(*shown)
+
+
+def to_markdown(document: Document) -> str:
+    """The same as Markdown; names and other text are escaped."""
+    lines = [f"# {_escape(document.title)}", ""]
+    for section in document.sections:
+        lines += [f"## {_escape(section.title)}", ""]
+        lines += [_escape(section.lead), ""] if section.lead else []
+        for part in section.parts:
+            if isinstance(part, Facts):
+                lines += _markdown_facts(part)
+            elif isinstance(part, Table):
+                lines += _markdown_table(part)
+    lines.append(f"*Written by `prunus report`, prunus {version('prunus')}.*")
+    return "\n".join(lines) + "\n"
+
+
+def _facts(facts: Facts) -> RichTable:
+    table = RichTable(title=Text(facts.title), title_justify="left", show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items:
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def _table(part: Table) -> RichTable:
+    table = RichTable(title=Text(part.title), title_justify="left")
+    for column in part.columns:
+        table.add_column(Text(column.title), justify="right" if column.is_number else "left", overflow="fold")
+    for row in part.rows:
+        cells = zip(row, part.columns, strict=True)
+        table.add_row(*(Text(text_of(value, column.form)) for value, column in cells))
+    return table
+
+
+def _markdown_facts(facts: Facts) -> list[str]:
+    if facts.headline:
+        return [" · ".join(f"{_escape(name)}: **{_escape(value)}**" for name, value in facts.items), ""]
+    listed = "; ".join(f"{_escape(name)}: {_escape(value)}" for name, value in facts.items)
+    return [f"{_escape(facts.title)}: {listed}.", ""]
+
+
+def _markdown_table(part: Table) -> list[str]:
+    lines = [f"### {_escape(part.title)}", ""]
+    lines.append("| " + " | ".join(_escape(column.title) for column in part.columns) + " |")
+    lines.append("| " + " | ".join("---:" if column.is_number else "---" for column in part.columns) + " |")
+    for row in part.rows:
+        cells = zip(row, part.columns, strict=True)
+        lines.append(
+            "| " + " | ".join(_escape(text_of(value, column.form)) for value, column in cells) + " |"
+        )
+    return [*lines, "", *([_escape(part.note), ""] if part.note else [])]
+
+
+def _escape(text: str) -> str:
+    return _MARKUP.sub(r"\\\1", " ".join(text.split()))

@@ -1,0 +1,155 @@
+"""A pruning run as a section of a report: headline, heat maps per block and linear, recipe and machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prunus.manifest import LinearRecord, Manifest
+from prunus.report.document import Column, Facts, HeatMap, Section, Table
+
+__all__ = ["run_section"]
+
+_MEANING = {
+    "relative output error": "Relative output error: ‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖² on the calibration inputs X.",
+    "removed energy": "Removed energy: Σ(w−ŵ)²‖x‖² / Σw²‖x‖², the output error if inputs were uncorrelated.",
+}
+
+
+def run_section(manifest: Manifest) -> Section:
+    """A finished or unfinished run."""
+    parts: list[Any] = [_headline(manifest), _by_kind(manifest), *_heat_maps(manifest), _by_linear(manifest)]
+    recipe = {key: value for key, value in manifest.recipe.model_dump().items() if value not in (None, ())}
+    parts += [
+        Facts("Recipe", _items(recipe)),
+        Facts(
+            "Inputs",
+            _items(
+                {
+                    "calibration text": manifest.inputs.calibration,
+                    "calibration sha256": manifest.inputs.calibration_sha256,
+                    "checkpoint fingerprint": manifest.inputs.checkpoint,
+                    "computed in": f"{manifest.inputs.dtype} ({manifest.inputs.dtype_reason})",
+                    "windows per forward pass": manifest.inputs.batch,
+                }
+            ),
+        ),
+        Facts("Machine", _items(manifest.machine | manifest.versions)),
+    ]
+    name = Path(manifest.source).name or manifest.source
+    shape = (
+        manifest.recipe.pattern if manifest.recipe.n_of_m else f"{manifest.recipe.sparsity:.0%} unstructured"
+    )
+    return Section(f"{name}: {manifest.recipe.method}, {shape}", parts=tuple(parts))
+
+
+def _items(values: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    return tuple(
+        (key, ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value))
+        for key, value in values.items()
+    )
+
+
+def _headline(manifest: Manifest) -> Facts:
+    totals = manifest.totals or manifest.summary()
+    name, error = _error_of_totals(totals)
+    items = [
+        ("sparsity reached", f"{totals['sparsity']:.2%}"),
+        ("weights removed", f"{totals['zeros']:,} of {totals['weights']:,}"),
+        (name, f"{error:.3%}" if error is not None else "not measured"),
+        ("time", f"{totals.get('seconds', totals['block_seconds']):.1f} s"),
+    ]
+    if "peak_memory_bytes" in totals:
+        items.append(("peak memory", f"{totals['peak_memory_bytes'] / 1e9:.2f} GB"))
+    if manifest.state != "finished":
+        items.insert(0, ("state", f"unfinished: {len(manifest.blocks)} blocks are done"))
+    return Facts("Headline", tuple(items), headline=True)
+
+
+def _error_of_totals(totals: dict[str, Any]) -> tuple[str, float | None]:
+    if totals["mean_relative_output_error"] is not None:
+        return "mean relative output error", totals["mean_relative_output_error"]
+    return "mean removed energy", totals["mean_removed_energy"]
+
+
+def _error(record: LinearRecord) -> float | None:
+    return record.relative_output_error if record.relative_output_error is not None else record.removed_energy
+
+
+def _kinds(manifest: Manifest) -> list[str]:
+    """Relative names of linears, in the order of their first block."""
+    return list(dict.fromkeys(name for block in manifest.blocks for name in block.linears))
+
+
+def _by_kind(manifest: Manifest) -> Table:
+    rows = []
+    groups = {
+        kind: [b.linears[kind] for b in manifest.blocks if kind in b.linears] for kind in _kinds(manifest)
+    }
+    if manifest.head is not None:
+        groups["output head"] = [manifest.head]
+    for kind, records in groups.items():
+        weights = sum(r.shape[0] * r.shape[1] for r in records)
+        zeros = sum(r.zeros for r in records)
+        errors = [e for r in records if (e := _error(r)) is not None]
+        mean = sum(errors) / len(errors) if errors else None
+        rows.append((kind, len(records), weights, zeros / weights, mean, sum(r.seconds for r in records)))
+    error_name = _error_of_totals(manifest.summary())[0]
+    columns = (
+        Column("linear"),
+        Column("count", ",d"),
+        Column("weights", ",d"),
+        Column("sparsity", ".2%"),
+        Column(error_name, ".3%"),
+        Column("seconds", ".2f"),
+    )
+    return Table("By kind of linear", columns, tuple(rows), _MEANING[error_name.removeprefix("mean ")])
+
+
+def _heat_maps(manifest: Manifest) -> list[HeatMap]:
+    kinds = _kinds(manifest)
+    blocks = tuple(str(index) for index in range(len(manifest.blocks)))
+
+    def grid(figure: Any) -> tuple[tuple[float | None, ...], ...]:
+        return tuple(
+            tuple(figure(block.linears[kind]) if kind in block.linears else None for block in manifest.blocks)
+            for kind in kinds
+        )
+
+    error_name, mean = _error_of_totals(manifest.summary())
+    maps = [("Sparsity per block and linear", lambda r: r.sparsity, ".2%")]
+    if mean is not None:
+        maps.append((f"{error_name.removeprefix('mean ').capitalize()} per block and linear", _error, ".3%"))
+    maps.append(("Seconds per block and linear", lambda r: r.seconds, ".3f"))
+    return [HeatMap(title, "block", blocks, tuple(kinds), grid(figure), form) for title, figure, form in maps]
+
+
+def _by_linear(manifest: Manifest) -> Table:
+    rows = []
+    for index, block in enumerate(manifest.blocks):
+        for name, r in block.linears.items():
+            notes = "; ".join(f"{key}: {value}" for key, value in r.notes.items())
+            shape = f"{r.shape[0]} × {r.shape[1]}"
+            rows.append(
+                (
+                    index,
+                    f"{block.name}.{name}",
+                    shape,
+                    r.zeros,
+                    r.sparsity,
+                    _error(r),
+                    r.seconds,
+                    notes or None,
+                )
+            )
+    columns = (
+        Column("block", "d"),
+        Column("linear"),
+        Column("out × in"),
+        Column("zeros", ",d"),
+        Column("sparsity", ".2%"),
+        Column(_error_of_totals(manifest.summary())[0].removeprefix("mean "), ".3%"),
+        Column("seconds", ".3f"),
+        Column("notes"),
+    )
+    return Table(f"All {len(rows)} linears", columns, tuple(rows), folded=True)

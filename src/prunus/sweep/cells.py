@@ -1,0 +1,160 @@
+"""One cell of a sweep: prune, recover, score. What is finished is entered in the record step by step.
+
+A cell's folder holds `prunus.json`, and under `model` the weights for as long as they are needed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus.evaluation import perplexity
+from prunus.evaluation.accuracy import evaluate
+from prunus.manifest import MANIFEST_NAME, Manifest
+from prunus.model.files import TEMPORARY_SUFFIX, copy_file
+from prunus.plan import RunOptions
+from prunus.recovery import recover
+from prunus.recovery.record import RECORD_NAME
+from prunus.results import CellResult, ModelResult, Pruning, Score, TaskFigure
+from prunus.run import Progress, run
+from prunus.sweep.grid import Scoring
+
+__all__ = ["discard_weights", "prune_cell", "recover_cell", "score_model"]
+
+WEIGHTS = "model"
+
+
+def prune_cell(
+    cell: CellResult,
+    folder: Path,
+    model: Path,
+    ids: torch.Tensor | None,
+    options: RunOptions,
+    progress: Callable[[Progress], None] | None = None,
+) -> Path:
+    """Prune `model` into the cell's folder, going on where an earlier attempt stopped; returns the weights' folder.
+
+    Args:
+        cell: its `pruning` is filled in.
+        folder: of the cell.
+        model: the dense checkpoint.
+        ids: the shared calibration windows (samples, seqlen); None for methods that look at weights only.
+        options: of the sweep, for the device, the memory and the data folder.
+        progress: called after every block.
+
+    Raises:
+        What `prunus.prune` raises.
+    """
+    weights = folder / WEIGHTS
+    own = RunOptions(
+        device=options.device,
+        memory=options.memory,
+        data_dir=options.data_dir,
+        input_ids=ids,
+        trust_remote_code=options.trust_remote_code,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = run(model, weights, cell.recipe, own, progress=progress)
+    copy_file(weights / MANIFEST_NAME, folder / MANIFEST_NAME)
+    cell.pruning = _totals(manifest)
+    return weights
+
+
+def recover_cell(
+    cell: CellResult,
+    folder: Path,
+    pruned: Path,
+    dense: Path,
+    recovery: dict[str, Any],
+    options: RunOptions,
+) -> Path:
+    """Recover a pruned checkpoint into the cell's folder, going on where an earlier attempt stopped.
+
+    Args:
+        cell: its `recovered` is filled in.
+        folder: of the cell.
+        pruned: the weights of the cell that is recovered.
+        dense: the model before pruning, which `teacher = "dense"` means.
+        recovery: a `[recovery]` table of the sweep file.
+        options: of the sweep.
+
+    Raises:
+        What `prunus.recover` raises.
+    """
+    weights = folder / WEIGHTS
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = recovery | ({"teacher": dense} if recovery.get("teacher") == "dense" else {})
+    record = recover(pruned, weights, device=options.device, data_dir=options.data_dir, **chosen)
+    copy_file(weights / RECORD_NAME, folder / RECORD_NAME)
+    cell.recovered = record.totals
+    return weights
+
+
+def score_model(
+    model: Path,
+    scoring: Scoring,
+    options: RunOptions,
+    record: CellResult | ModelResult,
+    finished: Callable[[str, float | None], None],
+) -> None:
+    """Judge a checkpoint on every text and task that `record` lacks; `finished` is told each text and its perplexity.
+
+    Raises:
+        What `prunus.perplexity` and `prunus.evaluation.accuracy.evaluate` raise.
+    """
+    for text in scoring.texts:
+        if text in record.scores:
+            continue
+        result = perplexity(
+            model,
+            text,
+            seqlen=scoring.seqlen,
+            limit=scoring.limit,
+            batch=scoring.batch,
+            dtype=scoring.dtype,
+            device=options.device,
+            data_dir=options.data_dir,
+            trust_remote_code=options.trust_remote_code,
+        )
+        record.scores[text] = Score.model_validate(result.as_dict())
+        finished(f"perplexity on {text}", record.scores[text].perplexity)
+    if scoring.tasks and not record.tasks:
+        judged = evaluate(
+            model,
+            scoring.tasks,
+            fewshot=scoring.fewshot,
+            limit=scoring.task_limit,
+            dtype=scoring.dtype,
+            device=options.device,
+            data_dir=options.data_dir,
+            trust_remote_code=options.trust_remote_code,
+        )
+        for (task, metric), figure in judged.figures().items():
+            record.tasks.setdefault(task, {})[metric] = TaskFigure.model_validate(figure.as_dict())
+            finished(f"{metric} on {task}", record.tasks[task][metric].value)
+
+
+def discard_weights(folder: Path) -> None:
+    """Delete a cell's weights; a kill in between leaves no folder that looks like a checkpoint."""
+    weights = folder / WEIGHTS
+    doomed = weights.with_name(WEIGHTS + TEMPORARY_SUFFIX)
+    shutil.rmtree(doomed, ignore_errors=True)
+    if weights.exists():
+        weights.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _totals(manifest: Manifest) -> Pruning:
+    totals: dict[str, Any] = manifest.totals
+    return Pruning(
+        **{key: totals[key] for key in ("weights", "zeros", "sparsity")},
+        mean_relative_output_error=totals["mean_relative_output_error"],
+        mean_removed_energy=totals["mean_removed_energy"],
+        seconds=round(totals["block_seconds"], 2),
+        dtype=manifest.inputs.dtype,
+        calibration_sha256=manifest.inputs.calibration_sha256,
+    )

@@ -1,0 +1,132 @@
+"""What is looked at before a sweep does any work: models, texts, tasks, cells, and what is in the output folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prunus.evaluation import accuracy
+from prunus.evaluation.text import check_text
+from prunus.machine import hardware, versions
+from prunus.model.checkpoint import resolve_folder
+from prunus.model.destination import check_apart, is_vacant
+from prunus.model.device import choose_device
+from prunus.model.source import CheckpointSource
+from prunus.plan import RunOptions, prepare
+from prunus.recovery.options import recovery_options
+from prunus.results import RESULTS_NAME, CellResult, ModelResult, SweepResults
+from prunus.sweep.grid import Sweep
+
+__all__ = ["check_sweep"]
+
+
+def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> SweepResults:
+    """Everything that is looked at before any work; returns what an earlier run of the same sweep has found.
+
+    Args:
+        sweep: the sweep, from a file called `file`.
+        output: folder of the sweep.
+        options: device, memory, data folder, trust; for all cells.
+
+    Raises:
+        FileExistsError: `output` holds something else, or a sweep from which this one departs by more than added
+            cells.
+        ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError: a model, a text or a cell that
+            would fail; names it.
+    """
+    fresh = not output.exists() or is_vacant(output)
+    if not fresh and not (output / RESULTS_NAME).exists():
+        raise FileExistsError(
+            f"output {output} exists and is not a sweep's; it is left as it is. Choose another folder"
+        )
+    models = {}
+    for label, name in sweep.labels().items():
+        folder = resolve_folder(name)
+        check_apart(output, folder)
+        fingerprint = CheckpointSource(folder, options.trust_remote_code).fingerprint
+        models[label] = ModelResult(path=str(folder), fingerprint=fingerprint)
+    for text in sweep.scoring.texts:
+        check_text(text, options.data_dir)
+    if sweep.scoring.tasks:
+        _check_tasks(sweep, models, options)
+    for name, table in sweep.recovery.items():
+        try:
+            recovery_options({key: value for key, value in table.items() if key != "teacher"})
+        except ValueError as fault:
+            raise ValueError(f"recovery.{name}: {fault}") from None
+    results = SweepResults(
+        file=file,
+        title=sweep.title,
+        description=sweep.description,
+        scoring=sweep.scoring.model_dump(mode="json"),
+        recovery=sweep.recovery,
+        machine=hardware(choose_device(options.device)),
+        versions=versions(),
+        models=models,
+        cells=[
+            CellResult(name=x.name, model=x.model, recipe=x.recipe, recovery=x.recovery, recovers=x.recovers)
+            for x in sweep.cells()
+        ],
+    )
+    if not fresh:
+        _take_over(SweepResults.load(output), results, output)
+    for cell in results.cells:
+        if cell.recovers is None and cell.state != "done":
+            try:
+                # A given dtype: the trial that "auto" makes is work, which the run itself will do.
+                recipe = cell.recipe.model_copy(update={"dtype": "float32"})
+                prepare(models[cell.model].path, recipe, options)
+            except (ValueError, FileNotFoundError, NotImplementedError) as fault:
+                raise type(fault)(f"cell {cell.name}: {fault}") from fault
+    return results
+
+
+def _check_tasks(sweep: Sweep, models: dict[str, ModelResult], options: RunOptions) -> None:
+    scoring = sweep.scoring
+    accuracy.prepare(
+        [model.path for model in models.values()],
+        scoring.tasks,
+        fewshot=scoring.fewshot,
+        limit=scoring.task_limit,
+        dtype=scoring.dtype,
+        device=options.device,
+        data_dir=options.data_dir,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _take_over(earlier: SweepResults, now: SweepResults, output: Path) -> None:
+    """Put what an earlier run has found into `now`, which may add cells to it and change nothing else.
+
+    Raises:
+        FileExistsError: it changes something; names the first such thing.
+    """
+
+    def refuse(what: str, before: Any, after: Any) -> None:
+        raise FileExistsError(
+            f"{output} holds a sweep with another {what} ({before!r}, now {after!r}); it is left as it is. Only cells "
+            "can be added to a sweep: choose another folder"
+        )
+
+    for label, model in earlier.models.items():
+        if label not in now.models:
+            refuse("set of models", sorted(earlier.models), sorted(now.models))
+        if now.models[label].fingerprint != model.fingerprint:
+            refuse(f"checkpoint {label}", model.fingerprint[:12], now.models[label].fingerprint[:12])
+        now.models[label].scores, now.models[label].tasks = model.scores, model.tasks
+    for key, value in earlier.scoring.items():
+        if now.scoring[key] != value:
+            refuse(f"scoring.{key}", value, now.scoring[key])
+    cells = {cell.name: cell for cell in now.cells}
+    for cell in earlier.cells:
+        if cell.name not in cells:
+            refuse("set of cells", f"with {cell.name}", "without it")
+        mine, its = cells[cell.name].recipe.model_dump(), cell.recipe.model_dump()
+        for key, value in its.items():
+            if mine[key] != value:
+                refuse(f"{key} in cell {cell.name}", value, mine[key])
+        if cell.recovery is not None and earlier.recovery[cell.recovery] != now.recovery[cell.recovery]:
+            refuse(f"recovery.{cell.recovery}", earlier.recovery[cell.recovery], now.recovery[cell.recovery])
+    done = {cell.name: cell for cell in earlier.cells}
+    now.cells = [done.get(cell.name, cell) for cell in now.cells]
+    now.calibration, now.machine, now.versions = earlier.calibration, earlier.machine, earlier.versions

@@ -1,0 +1,210 @@
+"""What a sweep tries: a TOML file, validated, and the cells that its grids span. Knows nothing of torch.
+
+    title = "Wanda against magnitude"
+    models = ["path/to/model"]
+
+    [recipe]                                  # options of `prunus prune` that all cells share
+    samples = 32
+
+    [[grid]]                                  # every combination; there may be several grids
+    method = ["magnitude", "wanda"]
+    sparsity = [0.5, "2:4"]
+    recovery = ["short"]                      # also recover each, by [recovery.short]
+
+A cell is one combination. Its name says where it departs from `[recipe]`, so that cells keep their names when
+others are added.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from prunus.recipe import DtypeName, Recipe, load_recipe
+
+__all__ = ["Cell", "Scoring", "Sweep", "load_sweep"]
+
+_NOT_AXES = {"only", "ignore"}  # lists themselves
+_PLAIN = "none"  # the name, under `recovery`, of not recovering
+
+
+class Scoring(BaseModel):
+    """How every model of a sweep is judged; see `prunus.perplexity` and, for tasks, `evaluation.evaluate`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    texts: tuple[str, ...] = Field(default=("wikitext2",), description="scoring texts; [] for none")
+    seqlen: int = Field(default=2048, ge=2)
+    limit: int | None = Field(default=None, ge=1, description="score the first windows only")
+    batch: int = Field(default=1, ge=1)
+    dtype: DtypeName = "auto"
+    tasks: tuple[str, ...] = Field(default=(), description="tasks of lm-eval, or paper7")
+    fewshot: int | None = Field(default=None, ge=0)
+    task_limit: int | None = Field(default=None, ge=1, description="score the first rows of each task only")
+
+
+class Sweep(BaseModel):
+    """A sweep file. `grid` maps options of a recipe, and `recovery`, to a value or a list of values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    title: str = Field(min_length=1)
+    description: str = ""
+    models: tuple[str, ...] = ()
+    recipe: dict[str, Any] = {}
+    scoring: Scoring = Scoring()
+    grid: tuple[dict[str, Any], ...] = Field(min_length=1)
+    recovery: dict[str, dict[str, Any]] = Field(default={}, description="name -> options of `prunus recover`")
+    keep_checkpoints: bool = Field(default=False, description="keep the weights of cells that are done")
+
+    def labels(self) -> dict[str, str]:
+        """The models by the names that cells call them: the last part of their path or hub id.
+
+        Raises:
+            ValueError: there are none, or two have the same name.
+        """
+        if not self.models:
+            raise ValueError(
+                "no model: give models = [...] in the sweep file, or --model on the command line"
+            )
+        found: dict[str, str] = {}
+        for model in self.models:
+            label = _slug(Path(model).name or model)
+            if label in found:
+                raise ValueError(
+                    f"two models are called {label!r} ({found[label]} and {model}): rename or link one of the folders"
+                )
+            found[label] = model
+        return found
+
+    def cells(self) -> list[Cell]:
+        """All combinations, in the order of the file; each recovery follows the cell that it recovers.
+
+        Raises:
+            ValueError: an unknown option, a value out of range, a recovery without its table.
+        """
+        base = _recipe("[recipe]", self.recipe)
+        plain: dict[str, Cell] = {}
+        recovered: dict[str, list[Cell]] = {}
+        for label in self.labels():
+            for number, table in enumerate(self.grid, start=1):
+                where = f"grid {number}"
+                for values in _combinations(where, table):
+                    recovery = values.pop("recovery", _PLAIN)
+                    if recovery != _PLAIN and recovery not in self.recovery:
+                        raise ValueError(f"{where}: recovery {recovery!r} has no table [recovery.{recovery}]")
+                    recipe = _recipe(where, _merged(self.recipe, values))
+                    cell = Cell(_name(label, recipe, base), label, recipe)
+                    if plain.setdefault(cell.name, cell) != cell:
+                        raise ValueError(
+                            f"{where}: two different cells would be called {cell.name!r}; "
+                            "write their values so that they differ in more than punctuation"
+                        )
+                    followers = recovered.setdefault(cell.name, [])
+                    if recovery != _PLAIN and recovery not in [other.recovery for other in followers]:
+                        name = f"{cell.name}+{_slug(recovery)}"
+                        followers.append(Cell(name, label, recipe, recovery, recovers=cell.name))
+        return [cell for name in plain for cell in (plain[name], *recovered[name])]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination: a model (by its label), what is done to it, how it is recovered, and which cell that recovers."""
+
+    name: str
+    model: str
+    recipe: Recipe
+    recovery: str | None = None
+    recovers: str | None = None
+
+
+def load_sweep(path: Path, models: tuple[str, ...] = ()) -> Sweep:
+    """Read a sweep file; `models`, where there are any, take the place of the file's.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not TOML, an unknown key, a value out of range; the message names file and key.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no sweep file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+        raise ValueError(f"sweep file {path} is not valid TOML: {fault}") from fault
+    if models:
+        values["models"] = list(models)
+    try:
+        sweep = Sweep.model_validate(values)
+        sweep.cells()
+    except ValidationError as fault:
+        raise ValueError(f"sweep file {path}: " + "; ".join(map(_explain, fault.errors()))) from None
+    except ValueError as fault:
+        raise ValueError(f"sweep file {path}: {fault}") from None
+    return sweep
+
+
+def _combinations(where: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of a grid's values; N:M patterns stand under `sparsity`."""
+    known = [*Recipe.model_fields, "recovery"]
+    for key, value in table.items():
+        if key not in known or key == "pattern" or key in _NOT_AXES:
+            hint = f"known are {', '.join(x for x in known if x != 'pattern' and x not in _NOT_AXES)}"
+            if key == "pattern":
+                hint = 'patterns stand under sparsity: sparsity = [0.5, "2:4"]'
+            elif key in _NOT_AXES:
+                hint = "it belongs into [recipe]"
+            raise ValueError(f"{where} cannot vary {key!r}: {hint}")
+        if value == []:
+            raise ValueError(f"{where}: {key} is an empty list; give at least one value")
+    axes = {key: value if isinstance(value, list) else [value] for key, value in table.items()}
+    for combination in itertools.product(*axes.values()):
+        values = dict(zip(axes, combination, strict=True))
+        if isinstance(values.get("sparsity"), str):
+            values["pattern"] = values.pop("sparsity")
+        yield values
+
+
+def _merged(shared: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """A grid's values on top of `[recipe]`, where a pattern takes the place of a sparsity and the other way round."""
+    if "pattern" in values or "sparsity" in values:
+        shared = {key: value for key, value in shared.items() if key not in ("pattern", "sparsity")}
+    return shared | values
+
+
+def _recipe(where: str, values: dict[str, Any]) -> Recipe:
+    try:
+        return load_recipe(None, values)
+    except ValueError as fault:
+        raise ValueError(f"{where}: {fault}") from None
+
+
+def _name(label: str, recipe: Recipe, base: Recipe) -> str:
+    shape = recipe.pattern.replace(":", "of") if recipe.n_of_m else f"{recipe.sparsity:g}"
+    parts = [label, recipe.method, shape]
+    mine, shared = recipe.model_dump(), base.model_dump()
+    for key in mine:
+        if key not in ("method", "sparsity", "pattern") and mine[key] != shared[key]:
+            parts.append(f"{key}={_slug(str(mine[key]))}")
+    return "-".join(parts)
+
+
+def _slug(text: str) -> str:
+    """`text` as part of a file name: letters, digits, '.', '_' and '-', starting with a letter or digit."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip("._-") or "model"
+
+
+def _explain(error: Any) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = Scoring.model_fields if error["loc"][0] == "scoring" else Sweep.model_fields
+        return f"unknown key {name!r}; known are {', '.join(known)}"
+    if error["type"] == "missing":
+        return f"{name} is missing"
+    return f"{name}: {error['msg'].lower()} (got {error['input']!r})"
