@@ -17,12 +17,15 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from transformers.utils import logging
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import prunus
 from prunus.cli import app
+from prunus.cli.recipe_options import OPTIONS
 from prunus.manifest import MANIFEST_NAME
 from prunus.model.checkpoint import INDEX_NAME
+from prunus.recipe import Recipe
 from prunus.report.progress import eta, show_progress
 from prunus.run import Progress
 from tiny import tiny_checkpoint, token_ids
@@ -136,6 +139,13 @@ def test_flags_override_the_recipe_file(dense, text, tmp_path):
     recipe.write_text(card.split("```toml\n")[1].split("```")[0])
     again = call("prune", dense, tmp_path / "out", "--recipe", recipe)
     assert again.stderr == "", "the run was finished: no block is pruned again"
+
+
+def test_prune_and_plan_have_an_option_for_every_field_of_a_recipe():
+    assert list(OPTIONS) == list(Recipe.model_fields)
+    for verb in ("prune", "plan"):
+        taken = {p.name for p in get_command(app).commands[verb].params}
+        assert set(OPTIONS) <= taken, verb
 
 
 def test_plan_says_what_prune_would_do_and_writes_nothing(dense, text, tmp_path):
@@ -318,8 +328,10 @@ def test_help_of_every_verb_is_quick():
     assert sorted(VERBS) == sorted(c.name or c.callback.__name__ for c in app.registered_commands)
     script = f"""
 import sys
+from typer.main import get_command
 from typer.testing import CliRunner
 from prunus.cli import app
+from prunus.cli.recipe_options import OPTIONS
 for verb in {[[], *[[verb] for verb in VERBS]]}:
     for flag in ("--help", "-h"):
         result = CliRunner().invoke(app, [*verb, flag])

@@ -6,6 +6,7 @@ converting.py  fetch, import, pack, unpack
 recovering.py  recover
 sweeping.py    sweep, report
 arguments.py   options that several verbs share
+recipe_options.py  one option per field of a recipe
 terminal.py    how a verb speaks: results, errors, JSON
 """
 
