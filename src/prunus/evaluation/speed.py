@@ -22,7 +22,7 @@ from prunus.machine import resident_memory
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint import resolve_folder
 from prunus.model.loading import import_architecture, load_model
-from prunus.sparse import use_dense_kernel
+from prunus.sparse import use_decode_attention, use_dense_kernel
 
 __all__ = ["Speed", "bench", "measure"]
 
@@ -70,8 +70,8 @@ def bench(
         new_tokens: tokens to decode, at least 2.
         rounds: processes per model.
         threads: torch threads; torch's own choice where None.
-        dense_kernel: measure the first model once more with prunus's own dense kernel in the place of torch's
-            product, to tell what the kernel wins from what sparsity wins.
+        dense_kernel: measure the first model once more with prunus's own dense kernel and attention in the place
+            of torch's, to tell what these win from what sparsity wins.
         progress: told what is measured.
 
     Raises:
@@ -116,24 +116,30 @@ def measure(
     loaded = load_model(folder)
     if dense_kernel:
         use_dense_kernel(loaded)
+        use_decode_attention(loaded)
     vocabulary = loaded.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
 
+    # No end token: every round decodes as many tokens. A minimum length would do too, by a look at the whole
+    # vocabulary for every token, which takes milliseconds.
+    loaded.generation_config.eos_token_id = None
+
     def seconds(tokens: int) -> float:
         started = time.perf_counter()
         with torch.no_grad():
-            loaded.generate(
+            whole = loaded.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=tokens,
-                min_new_tokens=tokens,
                 do_sample=False,
                 temperature=None,
                 top_p=None,
                 top_k=None,
             )
-        return time.perf_counter() - started
+        took = time.perf_counter() - started
+        assert whole.shape[1] == prompt_tokens + tokens, "generation ended early"
+        return took
 
     seconds(2)  # first use: kernels are chosen, pages come in
     first = min(seconds(1) for _ in range(2))

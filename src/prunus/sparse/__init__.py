@@ -7,6 +7,7 @@ reference_path  a context in which packed models compute exactly as unpacked one
 BitmapLinear    the module that runs on a bitmap
 DenseLinear     a dense linear that uses the kernels too
 use_dense_kernel    give a loaded dense model such linears
+use_decode_attention    and the attention that packed models have
 to_semi_structured  on a CUDA device: 2:4 linears on sparse tensor cores, where that is faster
 """
 
@@ -14,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prunus.sparse.attention import use_decode_attention
     from prunus.sparse.doctor import describe
     from prunus.sparse.linear import BitmapLinear, DenseLinear, use_dense_kernel
     from prunus.sparse.operators import reference_path
@@ -28,6 +30,7 @@ __all__ = [
     "reference_path",
     "to_semi_structured",
     "unpack",
+    "use_decode_attention",
     "use_dense_kernel",
 ]
 
@@ -40,6 +43,7 @@ _HOMES = {
     "reference_path": "operators",
     "to_semi_structured": "semi_structured",
     "unpack": "packing",
+    "use_decode_attention": "attention",
     "use_dense_kernel": "linear",
 }
 

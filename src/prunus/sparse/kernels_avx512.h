@@ -103,8 +103,8 @@ struct Dense {
 // Sum, begin  an accumulator, and its value at the beginning of a group of segments
 // kGrouped    whether groups have scales of their own; if not, the row is one group
 // kChains     accumulators that take turns to hide latency, where registers allow it
-// kPairFrom   from how many tokens two rows at once pay, which share loads of activations: for bf16 with fewer the
-//             second row's stream costs more in prefetch than the loads it saves; int8 waits for loads, and gains
+// kPairFrom   from how many tokens two rows at once pay, which share loads of activations: with few, the second row's
+//             stream costs float32 more in prefetch than the loads it saves; the narrower types gain at once
 
 // bf16 weights, bf16 activations, float32 sums.
 struct Bf16 {

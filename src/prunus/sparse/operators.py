@@ -24,7 +24,7 @@ from torch.nn import functional
 from prunus.sparse import kernels
 from prunus.sparse.bitmap import PackedWeight, expand
 
-__all__ = ["bitmap_linear", "dense_linear", "reference_path", "run_bitmap", "run_dense"]
+__all__ = ["bitmap_linear", "dense_linear", "on_reference_path", "reference_path", "run_bitmap", "run_dense"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _reference = False
@@ -43,6 +43,11 @@ def reference_path() -> Iterator[None]:
         yield
     finally:
         _reference = before
+
+
+def on_reference_path() -> bool:
+    """Whether `reference_path` is active."""
+    return _reference
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from prunus.sparse.attention import use_decode_attention
 from prunus.sparse.description import FORMAT_VERSION, METHOD, Description, StoredTensor
 from prunus.sparse.linear import BitmapLinear, use_dense_kernel
 
@@ -109,6 +110,7 @@ class PrunusQuantizer(HfQuantizer):
                     module.prepare()
                 except ValueError as fault:
                     raise ValueError(f"{name} is damaged: {fault}") from fault
+        use_decode_attention(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
