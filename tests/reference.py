@@ -281,3 +281,13 @@ def dsnot_row(
         used |= {back, gone}
         error = after
     return keep_I, first, error
+
+
+def dense_target(weight_OI: Tensor, X_TI: Tensor, dense_TI: Tensor, mix: float, ridge: float) -> Tensor:
+    """Least squares by stacking: the mixed outputs to meet, and the ridge's rows beneath them; float64."""
+    weight, X, dense = weight_OI.double(), X_TI.double(), dense_TI.double()
+    scale = X.square().sum(dim=0).sqrt()
+    below = torch.diag(scale) * ridge**0.5
+    inputs = torch.cat([X, below])
+    outputs = torch.cat([(mix * dense + (1 - mix) * X) @ weight.T, below @ weight.T])
+    return torch.linalg.lstsq(inputs, outputs).solution.T

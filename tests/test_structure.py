@@ -32,8 +32,10 @@ ROOMS: dict[str, set[str]] = {
     "inspection": {"model"},
     "output": {"manifest", "model"},
     "engine": {"manifest", "methods", "model", "patterns", "statistics"},
+    "costs": {"engine", "machine", "model", "recipe", "statistics"},
     "plan": {
         "calibration",
+        "costs",
         "engine",
         "machine",
         "manifest",
@@ -41,7 +43,6 @@ ROOMS: dict[str, set[str]] = {
         "model",
         "patterns",
         "recipe",
-        "statistics",
     },
     "windows": {"calibration", "model", "plan"},
     "run": {"calibration", "engine", "machine", "manifest", "model", "output", "plan", "recipe", "windows"},

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from prunus.calibration import check_source
+from prunus.costs import block_cost, estimate_seconds
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
-from prunus.engine.precision import decide_dtype
-from prunus.machine import available_memory, matmul_rate, resident_memory
+from prunus.engine.precision import decide_dtype, native_bfloat16
+from prunus.engine.retouch import RetouchJob
+from prunus.machine import available_memory, resident_memory
 from prunus.manifest import Walk
 from prunus.methods import METHODS, Options, check_options, compose, default_group
 from prunus.model.checkpoint import resolve_folder
@@ -26,7 +28,6 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.patterns import Pattern, check_shape
 from prunus.recipe import Recipe
-from prunus.statistics import statistics_bytes
 
 __all__ = ["Job", "RunOptions", "prepare"]
 
@@ -80,7 +81,21 @@ class Job:
     @property
     def needs_inputs(self) -> bool:
         """Whether calibration windows have to go through the model at all."""
-        return self.linear_job.method.needs != "none"
+        return self.linear_job.method.needs != "none" or self.recipe.match_blocks
+
+    @property
+    def carries_dense(self) -> bool:
+        """Whether the dense model's hidden states go along."""
+        return self.linear_job.method.needs_drift or self.recipe.match_blocks
+
+    @property
+    def retouch_job(self) -> RetouchJob | None:
+        """How blocks are matched to the dense ones; products in bfloat16 where the processor has it."""
+        if not self.recipe.match_blocks:
+            return None
+        fast = self.device.type == "cuda" or native_bfloat16()
+        dtype = torch.bfloat16 if fast and self.dtype != torch.float16 else torch.float32
+        return RetouchJob(self.recipe.match_passes, self.recipe.match_rate, dtype)
 
     @property
     def as_original(self) -> bool:
@@ -153,25 +168,8 @@ class Job:
             "blocks_in_lockstep": sum(self.fits_lockstep(index) for index in range(len(self.skeleton))),
             "peak_memory_bytes": peak + resident_memory(),
             "disk_bytes": self.disk,
-            "seconds": self._estimate_seconds(),
+            "seconds": estimate_seconds(self),
         }
-
-    def _estimate_seconds(self) -> float:
-        """Matrix products of all forward passes at the rate measured now, plus 40 % for the rest."""
-        tokens = self.recipe.samples * self.recipe.seqlen
-        flops = 0.0
-        for index in range(len(self.skeleton)):
-            weights = sum(rows * columns for rows, columns in (x.shape for x in self.skeleton.linears(index)))
-            passes = (1 if self.recipe.propagate == "linear" else 2) if self.needs_inputs else 0
-            if passes == 1 and not self.fits_lockstep(index):
-                passes = 5
-            flops += 2.0 * weights * tokens * passes
-            if self.linear_job.method.needs == "gram":
-                columns = [x.shape for x in self.skeleton.linears(index) if x.name in self.targets[index]]
-                # A Gram per distinct input (about 4 of 7 linears), its factor, and what is done to the weights.
-                products = self.linear_job.method.products
-                flops += sum(1.2 * tokens * c * c + c**3 + 2.0 * products * r * c * c for r, c in columns)
-        return round(1.4 * flops / matmul_rate(self.device, self.dtype), 1)
 
 
 def prepare(
@@ -196,7 +194,7 @@ def prepare(
     pattern = Pattern.parse(recipe.pattern, group)
     check_options(recipe.method, pattern, recipe.sparsity, method_options)
     device = choose_device(options.device, model if isinstance(model, nn.Module) else None)
-    if method.needs != "none" and options.input_ids is None:
+    if (method.needs != "none" or recipe.match_blocks) and options.input_ids is None:
         check_source(recipe.calibration, options.data_dir)
     source: CheckpointSource | ModuleSource
     if isinstance(model, nn.Module):
@@ -217,8 +215,13 @@ def prepare(
         skeleton = Skeleton(source.config, dtype, options.trust_remote_code)
         source.bind(skeleton)
     batch = recipe.batch or max(1, min(recipe.samples, _TOKENS_PER_BATCH // recipe.seqlen))
-    if method_options.as_original:
-        batch = recipe.batch or 1
+    if method_options.as_original or recipe.match_blocks:
+        batch = recipe.batch or 1  # for matching, a step is a batch
+    if recipe.match_blocks and recipe.samples <= batch:
+        raise ValueError(
+            f"--match-blocks trains on some batches and judges by others: {recipe.samples} windows in batches of {batch} "
+            "are one; give more --samples or a smaller --batch"
+        )
     budget = options.memory if options.memory is not None else available_memory() + resident_memory()
     job = Job(
         recipe=recipe,
@@ -235,7 +238,7 @@ def prepare(
         targets=targets,
         left_dense=left_dense,
     )
-    job.costs = [_cost(job, index) for index in range(len(skeleton))]
+    job.costs = [block_cost(job, index) for index in range(len(skeleton))]
     least = max(cost.least for cost in job.costs)
     if job.budget < least:
         raise ValueError(
@@ -287,38 +290,3 @@ def _select(
         targets.append(chosen)
         dense |= skeleton.left_dense(index)
     return targets, dense
-
-
-def _cost(job: Job, index: int) -> BlockCost:
-    """Bytes for one block; see `BlockCost`. The widths are those of the block's linears."""
-    linears = job.skeleton.linears(index)
-    size = job.dtype.itemsize
-    tokens = job.recipe.samples * job.recipe.seqlen
-    hidden = _hidden_size(job.skeleton.model)
-    widest = max(max(linear.shape) for linear in linears)
-    largest = max(rows * columns for rows, columns in (linear.shape for linear in linears))
-    stored = job.source.block_nbytes(index)
-    computed = sum(p.numel() for p in job.skeleton.blocks[index].parameters()) * size
-    inputs = max(linear.shape[1] for linear in linears)
-    batch_tokens = min(job.batch * job.recipe.seqlen, tokens)
-    needs = job.linear_job.method.needs
-    # float32 weight, score, sorted copy and the rounded result; solvers hold six matrices of its size, and some
-    # of the Gram's, which others invert in float64.
-    working = 14 * largest + statistics_bytes(inputs, needs)
-    if needs == "gram":
-        working += 24 * largest + 24 * inputs**2
-    if needs == "gram" and job.recipe.propagate == "block":
-        working += sum(statistics_bytes(linear.shape[1], needs) for linear in linears)
-    flowing = job.needs_inputs
-    return BlockCost(
-        weights=2 * stored + computed,
-        working=working,
-        hidden=flowing * tokens * hidden * size,
-        paused=flowing * tokens * (4 * hidden + widest) * size,
-        transient=flowing * batch_tokens * (6 * hidden + 3 * widest) * size,
-    )
-
-
-def _hidden_size(model: nn.Module) -> int:
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    return int(embedding.weight.shape[1])

@@ -67,6 +67,13 @@ class Recipe(BaseModel):
     refine: Literal["none", "dsnot", "swaps"] = Field("none", description="look over the mask afterwards")
     refine_rounds: int | None = Field(None, description="most rounds of refine; None: the refinement's own")
     update: Literal["none", "lsq"] = Field("none", description="fit the kept weights to the mask at the end")
+    targets: Literal["pruned", "dense"] = Field(
+        "pruned", description="aim at what the dense weight, or the dense model, gives"
+    )
+    mix: float | None = Field(None, description="share of the dense model in the targets; None: by rule")
+    match_blocks: bool = Field(False, description="train each pruned block towards the dense block's outputs")
+    match_passes: int = Field(3, description="of match_blocks over the calibration windows")
+    match_rate: float = Field(2e-4, description="peak learning rate of match_blocks")
 
     @model_validator(mode="before")
     @classmethod
@@ -124,7 +131,21 @@ class Recipe(BaseModel):
             raise ValueError(f"ria_power must lie in [0, 2]; got {value}")
         return value
 
-    @field_validator("iterations", "refine_rounds")
+    @field_validator("mix")
+    @classmethod
+    def _share(cls, value: float | None) -> float | None:
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"mix must lie in [0, 1]: 0 is the pruned model's targets; got {value}")
+        return value
+
+    @field_validator("match_rate")
+    @classmethod
+    def _positive_rate(cls, value: float) -> float:
+        if not 0 < value < 1:
+            raise ValueError(f"match_rate must lie in (0, 1); got {value}")
+        return value
+
+    @field_validator("iterations", "refine_rounds", "match_passes")
     @classmethod
     def _at_least_once(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value is not None and value < 1:
@@ -166,6 +187,18 @@ class Recipe(BaseModel):
             raise ValueError(f"ria_power belongs to method 'ria', not to {self.method!r}: drop it")
         if self.method != "alps" and self.iterations != 24:
             raise ValueError(f"iterations belong to method 'alps', not to {self.method!r}: drop them")
+        if self.targets == "pruned" and self.mix is not None:
+            raise ValueError("mix belongs to --targets dense: drop it or add that")
+        if self.targets == "dense" and self.propagate == "block":
+            raise ValueError(
+                "targets dense needs propagate linear: the original's two passes know no dense targets"
+            )
+        if not self.match_blocks and (self.match_passes != 3 or self.match_rate != 2e-4):
+            raise ValueError("match_passes and match_rate belong to --match-blocks: drop them or add it")
+        if self.match_blocks and self.propagate == "block":
+            raise ValueError(
+                "match_blocks needs propagate linear: what the original goes on with is never trained"
+            )
         if self.refine == "none" and self.refine_rounds is not None:
             raise ValueError("refine_rounds belong to --refine dsnot or swaps: drop them or add one")
         return self

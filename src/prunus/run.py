@@ -83,7 +83,8 @@ def prune(
             matches.
         progress: called after every block.
         **recipe_options: further fields of `Recipe`: samples, seqlen, seed, batch, dtype, group, propagate, only,
-            ignore, head, mask_from, mask_order, damping, ria_power, iterations, refine, refine_rounds, update.
+            ignore, head, mask_from, mask_order, damping, ria_power, iterations, refine, refine_rounds, update,
+            targets, mix, match_blocks, match_passes, match_rate.
 
     Returns:
         The manifest: recipe, inputs, per linear shape, sparsity reached, error and seconds, and totals. For a
@@ -177,7 +178,7 @@ def run(
         folder = OutputFolder(output, job.source, manifest)
         folder.begin(overwrite)
 
-    engine = BlockEngine(job.skeleton, job.source, job.linear_job, job.device)
+    engine = BlockEngine(job.skeleton, job.source, job.linear_job, job.device, job.retouch_job)
     with torch.no_grad(), contextlib.closing(engine), _threads(1 if job.as_original else None):
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()
         scratch = output or Path(tempfile.gettempdir())

@@ -33,6 +33,8 @@ class InputStatistics:
         sum_squares_I: float64, Σ_t x², zeros for "none". The same to the bit for "norms" and "gram".
         gram_II: float32 XᵀX, or None unless needs is "gram".
         sum_I: float64, Σ_t x, or None unless `means` were asked for.
+        drift_II: float32 (Y − X)ᵀX where Y_TI is what the dense model gives this linear for the same tokens, or None
+            unless `drift` was asked for.
         as_original: sum a Gram in the order of SparseGPT's code; see `_add_as_original`.
     """
 
@@ -43,6 +45,7 @@ class InputStatistics:
         device: torch.device | str = "cpu",
         as_original: bool = False,
         means: bool = False,
+        drift: bool = False,
     ) -> None:
         if needs not in NEEDS:
             raise ValueError(f"statistics can be {', '.join(NEEDS)}, not {needs!r}")
@@ -56,12 +59,19 @@ class InputStatistics:
         self.sum_squares_I = torch.zeros(in_features, dtype=torch.float64, device=device)
         self.gram_II = torch.zeros(in_features, in_features, device=device) if needs == "gram" else None
         self.sum_I = torch.zeros(in_features, dtype=torch.float64, device=device) if means else None
+        self.drift_II = torch.zeros(in_features, in_features, device=device) if drift else None
+        self._paired = 0
         self._derived: dict[Hashable, Any] = {}
 
     @property
     def norms_I(self) -> Tensor:
         """‖X_j‖₂ of every input feature over all tokens, float32."""
         return self.sum_squares_I.sqrt().float()
+
+    @property
+    def has_drift(self) -> bool:
+        """Whether the dense model's inputs are known for every token that was added."""
+        return self.drift_II is not None and self._paired == self.tokens > 0
 
     @property
     def mean_I(self) -> Tensor:
@@ -84,8 +94,12 @@ class InputStatistics:
         return self._derived[key]
 
     @torch.no_grad()
-    def add(self, X_TI: Tensor) -> None:
+    def add(self, X_TI: Tensor, dense_TI: Tensor | None = None) -> None:
         """Count one batch of tokens, any float dtype; squares and products are taken in float32.
+
+        Args:
+            X_TI: inputs of the linear.
+            dense_TI: its inputs in the dense model for the same tokens, where `drift` was asked for and they are known.
 
         Raises:
             ValueError: X_TI is not a matrix of `in_features` columns.
@@ -108,6 +122,10 @@ class InputStatistics:
         if self.gram_II is not None:
             X_TI = X_TI.float()
             self.gram_II.addmm_(X_TI.T, X_TI)
+        if self.drift_II is not None and dense_TI is not None:
+            X_TI = X_TI.float()
+            self.drift_II.addmm_((dense_TI.float() - X_TI).T, X_TI)
+            self._paired += X_TI.shape[0]
 
     def _add_as_original(self, X_TI: Tensor) -> None:
         """Count one window as the code of SparseGPT and of Wanda's ablations does.
@@ -138,6 +156,8 @@ class InputStatistics:
             )
         if (self.sum_I is None) != (other.sum_I is None):
             raise ValueError("cannot merge statistics with means and statistics without")
+        if (self.drift_II is None) != (other.drift_II is None):
+            raise ValueError("cannot merge statistics with a drift and statistics without")
         self._derived.clear()
         self.tokens += other.tokens
         self.sum_squares_I += other.sum_squares_I.to(self.sum_squares_I.device)
@@ -145,6 +165,9 @@ class InputStatistics:
             self.gram_II += other.gram_II.to(self.gram_II.device)
         if self.sum_I is not None and other.sum_I is not None:
             self.sum_I += other.sum_I.to(self.sum_I.device)
+        if self.drift_II is not None and other.drift_II is not None:
+            self.drift_II += other.drift_II.to(self.drift_II.device)
+            self._paired += other._paired
 
     def check_finite(self, name: str) -> None:
         """See that no activation was infinite or NaN; any that was shows in the sums.
@@ -162,6 +185,6 @@ class InputStatistics:
         )
 
 
-def statistics_bytes(in_features: int, needs: Needs) -> int:
+def statistics_bytes(in_features: int, needs: Needs, drift: bool = False) -> int:
     """Bytes that the statistics of one linear hold."""
-    return 8 * in_features + (4 * in_features**2 if needs == "gram" else 0)
+    return 8 * in_features + 4 * in_features**2 * ((needs == "gram") + drift)

@@ -119,6 +119,33 @@ OPTIONS: dict[str, Any] = {
             show_default="none",
         ),
     ],
+    "targets": Annotated[
+        str | None,
+        typer.Option(
+            help="What updated weights aim at: pruned (what the dense weight gives on the pruned model's inputs) or "
+            "dense (mixed with what the dense model gives, whose hidden states go along).",
+            show_default="pruned",
+        ),
+    ],
+    "mix": Annotated[
+        float | None,
+        typer.Option(help="Share of the dense model in --targets dense, 0 to 1.", show_default="0.25"),
+    ],
+    "match_blocks": Annotated[
+        bool | None,
+        typer.Option(
+            "--match-blocks",
+            help="Train each block, once pruned, towards the dense block's outputs: surviving weights, norms, biases; "
+            "masks stay.",
+        ),
+    ],
+    "match_passes": Annotated[
+        int | None,
+        typer.Option(help="Of --match-blocks over the calibration windows.", show_default="3"),
+    ],
+    "match_rate": Annotated[
+        float | None, typer.Option(help="Peak learning rate of --match-blocks.", show_default="2e-4")
+    ],
 }
 
 

@@ -5,6 +5,7 @@ Knows weights, hidden states and walks; nothing of folders, manifests on disk, o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import torch
 
+from prunus.engine.companion import DenseCompanion, DenseInputs
 from prunus.engine.linear import LinearJob, prune_linear
-from prunus.engine.lockstep import lockstep, replay, two_pass
+from prunus.engine.lockstep import Feed, lockstep, plain_feed, replay, two_pass
+from prunus.engine.retouch import RetouchJob, retouch
 from prunus.engine.stream import Stream
 from prunus.manifest import BlockRecord, LinearRecord, Walk
 from prunus.model.linears import Linear
@@ -39,24 +42,33 @@ class BlockEngine:
         source: its weights.
         linear_job: what is done to each linear.
         device: where blocks and, between blocks, hidden states live.
+        retouch_job: how each block is matched to the dense block once it is pruned, or None.
     """
 
     skeleton: Skeleton
     source: Source
     linear_job: LinearJob
     device: torch.device
+    retouch_job: RetouchJob | None = None
     stream: Stream = field(init=False)
+    dense: DenseCompanion | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.stream = Stream(self.skeleton, self.source, self.device)
+        if self.linear_job.method.needs_drift or self.retouch_job is not None:
+            self.dense = DenseCompanion(self.skeleton, self.source, self.device)
 
     def embed(self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True) -> None:
         """Run what comes before the blocks; see `Stream.embed`."""
         self.stream.embed(batches, spill_to, on_device)
+        if self.dense is not None:
+            self.dense.embed(batches, spill_to, on_device)
 
     def propagate(self, index: int, stored: Mapping[str, torch.Tensor]) -> None:
         """Run a finished block (tensors by relative name) over all batches, as when it was pruned."""
         self.stream.propagate(index, stored)
+        if self.dense is not None:
+            self.dense.propagate(index)
 
     def prune(
         self, index: int, stored: Mapping[str, torch.Tensor], targets: Sequence[str], walk: Walk
@@ -86,7 +98,12 @@ class BlockEngine:
         def new_statistics(linear: Linear) -> InputStatistics:
             as_original, method = self.linear_job.options.as_original, self.linear_job.method
             return InputStatistics(
-                linear.shape[1], method.needs, self.device, as_original, means=method.needs_means
+                linear.shape[1],
+                method.needs,
+                self.device,
+                as_original,
+                means=method.needs_means,
+                drift=method.needs_drift,
             )
 
         def prune_one(linear: Linear, statistics: InputStatistics) -> None:
@@ -95,15 +112,41 @@ class BlockEngine:
                 self.linear_job, linear, f"{name}.{linear.name}", stored[key], statistics
             )
 
-        unreached = linears
-        if len(self.stream):
-            forward, put = self.stream.forward(index, block), self.stream.states.put
-            unreached = _WALKS[walk](linears, len(self.stream), forward, put, new_statistics, prune_one)
-        for linear in unreached:
-            prune_one(linear, new_statistics(linear))
+        unreached, match = linears, None
+        count = len(self.stream)
+        with contextlib.ExitStack() as stack:
+            feed: Feed = plain_feed
+            if self.dense is not None:
+                beside = self.dense.beside(index, stored, targets, keep=walk == "lockstep")
+                dense_inputs = stack.enter_context(beside)
+                if self.linear_job.method.needs_drift:
+                    feed = _feed_both(dense_inputs)
+            if count:
+                forward, put = self.stream.forward(index, block), self.stream.states.put
+                finish = put if self.retouch_job is None else _forget
+                unreached = _WALKS[walk](linears, count, forward, finish, new_statistics, prune_one, feed)
+            for linear in unreached:
+                prune_one(linear, new_statistics(linear))
+        if self.retouch_job is not None:
+            assert self.dense is not None
+            if changed:
+                trained, match = retouch(
+                    self.retouch_job,
+                    name,
+                    block,
+                    stored,
+                    changed,
+                    forward,
+                    self.dense.stream.states.get,
+                    count,
+                )
+                changed |= trained
+                for linear in linears:
+                    _count_zeros(records[linear.name], changed[f"{linear.name}.weight"])
+            self.stream.propagate(index, {**stored, **changed})
         self.skeleton.release(index)
         ordered = {linear.name: records[linear.name] for linear in linears}
-        return changed, BlockRecord(name=name, input_sha256=digest, walk=walk, linears=ordered)
+        return changed, BlockRecord(name=name, input_sha256=digest, walk=walk, linears=ordered, match=match)
 
     def prune_head(self, batches: Sequence[torch.Tensor]) -> tuple[dict[str, torch.Tensor], LinearRecord]:
         """Prune the output head on what the final norm gives after the last block.
@@ -126,6 +169,26 @@ class BlockEngine:
     def close(self) -> None:
         """Release hidden states."""
         self.stream.close()
+        if self.dense is not None:
+            self.dense.close()
+
+
+def _feed_both(dense: DenseInputs) -> Feed:
+    """Adds what a linear is given in either model."""
+
+    def feed(statistics: InputStatistics, linear: Linear, batch: int, x_TI: torch.Tensor) -> None:
+        statistics.add(x_TI, dense.of(linear.name, batch, len(x_TI)))
+
+    return feed
+
+
+def _forget(_batch: int, _output: torch.Tensor) -> None:
+    """Outputs of a block that will be trained are not its last."""
+
+
+def _count_zeros(record: LinearRecord, weight: torch.Tensor) -> None:
+    record.zeros = weight.numel() - int(torch.count_nonzero(weight))
+    record.sparsity = record.zeros / weight.numel()
 
 
 def _checked_digest(block_name: str, stored: Mapping[str, torch.Tensor]) -> str:

@@ -27,12 +27,19 @@ from greenlet import greenlet
 from prunus.model.linears import Linear
 from prunus.statistics import InputStatistics
 
-__all__ = ["lockstep", "replay", "two_pass"]
+__all__ = ["input_hooks", "lockstep", "replay", "two_pass"]
 
 Forward = Callable[[int], torch.Tensor]
 Finish = Callable[[int, torch.Tensor], None]
 Prune = Callable[[Linear, InputStatistics], None]
 NewStatistics = Callable[[Linear], InputStatistics]
+# Adds the input (tokens, in) of a linear in batch i to statistics.
+Feed = Callable[[InputStatistics, Linear, int, torch.Tensor], None]
+
+
+def plain_feed(statistics: InputStatistics, linear: Linear, batch: int, x_TI: torch.Tensor) -> None:
+    """Add the input to the statistics, and nothing else."""
+    statistics.add(x_TI)
 
 
 def lockstep(
@@ -42,6 +49,7 @@ def lockstep(
     finish: Finish,
     new_statistics: NewStatistics,
     prune: Prune,
+    feed: Feed = plain_feed,
 ) -> list[Linear]:
     """Take `count` batches through the block in lockstep.
 
@@ -52,6 +60,7 @@ def lockstep(
         finish: stores the output of batch i; called as soon as the batch is through.
         new_statistics: an empty accumulator for the inputs of a linear.
         prune: called once per linear with the statistics of its inputs, in the order of execution.
+        feed: adds the input of a linear, for one batch, to its statistics.
 
     Returns:
         The linears that no batch reached.
@@ -76,7 +85,7 @@ def lockstep(
             waiting[index] = result
 
     try:
-        with _input_hooks(linears, pause):
+        with input_hooks(linears, pause):
             for index in range(count):
                 advance(index, index)
             while waiting:
@@ -89,7 +98,7 @@ def lockstep(
                 statistics = shared if shared is not None else new_statistics(linear)
                 for index in arrived:
                     if shared is None:
-                        statistics.add(_tokens(waiting[index][1]))
+                        feed(statistics, linear, index, _tokens(waiting[index][1]))
                     last[index] = (weakref.ref(waiting[index][1]), statistics)
                 prune(linear, statistics)
                 del pending[name]
@@ -142,6 +151,8 @@ class _FirstGroup:
 
     groups: dict[str, _Group]
     new_statistics: NewStatistics
+    feed: Feed
+    batch: int
     leader: str | None = None
     input: torch.Tensor | None = None
 
@@ -150,7 +161,7 @@ class _FirstGroup:
             self.leader, self.input = linear.name, x
             if linear.name not in self.groups:
                 self.groups[linear.name] = _Group(self.new_statistics(linear), [linear.name])
-            self.groups[linear.name].statistics.add(_tokens(x))
+            self.feed(self.groups[linear.name].statistics, linear, self.batch, _tokens(x))
             return
         if x is not self.input:
             raise _Stop
@@ -166,6 +177,7 @@ def replay(
     finish: Finish,
     new_statistics: NewStatistics,
     prune: Prune,
+    feed: Feed = plain_feed,
 ) -> list[Linear]:
     """As `lockstep`, with one batch in flight: the block is run once per group of linears that share an input."""
     pending = {linear.name: linear for linear in linears}
@@ -175,7 +187,7 @@ def replay(
         groups: dict[str, _Group] = {}
         for index in range(count):
             with (
-                _input_hooks(list(pending.values()), _FirstGroup(groups, new_statistics)),
+                input_hooks(list(pending.values()), _FirstGroup(groups, new_statistics, feed, index)),
                 contextlib.suppress(_Stop),
             ):
                 forward(index)
@@ -196,6 +208,7 @@ def two_pass(
     finish: Finish,
     new_statistics: NewStatistics,
     prune: Prune,
+    feed: Feed = plain_feed,
 ) -> list[Linear]:
     """The original's two passes: statistics of the whole unpruned block, then the pruned block's outputs."""
     statistics: dict[str, InputStatistics] = {}
@@ -203,21 +216,21 @@ def two_pass(
     for index in range(count):
         previous: tuple[torch.Tensor, str] | None = None
 
-        def collect(linear: Linear, x: torch.Tensor) -> None:
+        def collect(linear: Linear, x: torch.Tensor, index: int = index) -> None:
             nonlocal previous
             leader = previous[1] if previous is not None and previous[0] is x else linear.name
             known = leader_of.setdefault(linear.name, leader)
             if known == linear.name:
                 if linear.name not in statistics:
                     statistics[linear.name] = new_statistics(linear)
-                statistics[linear.name].add(_tokens(x))
+                feed(statistics[linear.name], linear, index, _tokens(x))
             elif known != leader:
                 raise RuntimeError(
                     f"{linear.name} shares its input with {known} for some windows and not for others"
                 )
             previous = (x, known)
 
-        with _input_hooks(linears, collect):
+        with input_hooks(linears, collect):
             forward(index)
         previous = None
     reached = [linear for linear in linears if linear.name in leader_of]
@@ -234,7 +247,7 @@ def _tokens(x: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _input_hooks(linears: Sequence[Linear], see: Callable[[Linear, torch.Tensor], None]) -> Iterator[None]:
+def input_hooks(linears: Sequence[Linear], see: Callable[[Linear, torch.Tensor], object]) -> Iterator[None]:
     """While active, `see(linear, input)` is called before every forward of every linear."""
 
     def hook_for(linear: Linear) -> Callable[[torch.nn.Module, tuple[Any, ...]], None]:

@@ -36,6 +36,8 @@ class MatchOptions:
         learning_rate: Adam's, at its peak; it falls along a cosine.
         passes: over the training batches.
         seconds: stop after that long although passes are left, with the schedule shortened to fit; None: no limit.
+        per_token: every token's error counts relative to that token's own target, not to all of them: the few tokens of
+            enormous hidden states that most models have would count for all others otherwise.
         dtype: of matrix products and activations (float32 or bfloat16); weights, gradients and moments are float32.
     """
 
@@ -43,6 +45,7 @@ class MatchOptions:
     passes: int = 3
     seconds: float | None = None
     dtype: torch.dtype = torch.float32
+    per_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Match:
     Attributes:
         weights: the trained parameters by relative name, float32, zero outside their support; the best on the
             held-out batches, which may be those that it began with.
-        error_before, error_after: Σ‖block(x̂) − y‖² / Σ‖y‖² over the held-out batches.
+        error_before, error_after: Σ‖block(x̂) − y‖² / Σ‖y‖² over the held-out batches, or its mean per token.
         steps: gradient steps that were taken.
         stopped: why training ended early, or None.
     """
@@ -122,7 +125,7 @@ def _train(
 
     def judge() -> float:
         with torch.no_grad(), autocast:
-            pairs = [_squares(forward(batch), target(batch)) for batch in held_out]
+            pairs = [_squares(forward(batch), target(batch), options.per_token) for batch in held_out]
         return float(sum(lost for lost, _ in pairs)) / float(sum(size for _, size in pairs))
 
     before = best = judge()
@@ -139,7 +142,7 @@ def _train(
                 break
             optimizer.param_groups[0]["lr"] = learning_rate(options.learning_rate, share(), _WARMUP)
             with torch.enable_grad(), autocast:
-                lost, size = _squares(forward(batch), target(batch))
+                lost, size = _squares(forward(batch), target(batch), options.per_token)
                 loss = lost / size
             if not bool(loss.isfinite()):
                 stopped = "the error is not finite any more; a smaller learning rate may help"
@@ -157,10 +160,16 @@ def _train(
     return Match(weights, before, best, steps, stopped)
 
 
-def _squares(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """‖output − target‖² and ‖target‖², float32."""
+def _squares(
+    output: torch.Tensor, target: torch.Tensor, per_token: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """‖output − target‖² and ‖target‖², float32; `per_token` their quotients, summed over tokens, and the tokens."""
     target = target.float()
-    return (output.float() - target).square().sum(), target.square().sum()
+    error, size = (output.float() - target).square().sum(dim=-1), target.square().sum(dim=-1)
+    if per_token:
+        known = size > 0
+        error, size = error[known] / size[known], known.float()
+    return error.sum(), size.sum()
 
 
 def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:

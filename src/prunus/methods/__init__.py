@@ -12,6 +12,7 @@ alps.py           mask and weights together by ADMM
 lsq.py            the best weights for a mask, from whatever method
 dsnot.py          refines a mask: the mean output of every row is right again
 swaps.py          refines a mask: pairwise swaps that lower the output error
+targets.py        what the weights are to give: the dense model's outputs, or a mixture
 composition.py    a method, a refinement and an update in one
 permutation.py    which channels share a group of N:M; not part of a run yet
 """
@@ -105,6 +106,11 @@ def check_options(name: str, pattern: Pattern, sparsity: float, options: Options
             f"{name} chooses its mask in blocks of columns, where all rows compete (layer) "
             f"or each on its own (row), not by {pattern.group}"
         )
+    if options.targets == "dense" and not method.updates_weights and options.update == "none":
+        raise ValueError(
+            f"{name} keeps its weights as they are, so it has no targets to aim at: add --update lsq, choose a method "
+            "that updates weights (alps, sparsegpt, obs), or leave --targets out"
+        )
     if options.refine != "none":
         _check_refinement(name, pattern, options)
 
@@ -121,6 +127,10 @@ def _check_ranges(options: Options) -> None:
         raise ValueError(f"the iterations are {options.iterations}: there must be at least 1")
     if options.refine not in ("none", "dsnot", "swaps"):
         raise ValueError(f"the refinement is {options.refine!r}: choose none, dsnot or swaps")
+    if options.targets not in ("pruned", "dense"):
+        raise ValueError(f"the targets are {options.targets!r}: choose pruned or dense")
+    if options.mix is not None and not 0 <= options.mix <= 1:
+        raise ValueError(f"the mix is {options.mix}: it is a share of the dense targets, from 0 to 1")
     if options.update not in ("none", "lsq"):
         raise ValueError(f"the update is {options.update!r}: choose none or lsq")
     if options.refine_rounds is not None and options.refine_rounds < 1:

@@ -33,6 +33,9 @@ class Options:
         refine: what looks over the mask of whatever method: nothing, `dsnot.py` or `swaps.py`.
         refine_rounds: most rounds of that; None for the refinement's own.
         update: "lsq" fits the kept weights of whatever method to the mask at the end.
+        targets: "dense" aims at the outputs of the dense model, see `targets.py`; "pruned" at those of the dense weight
+            on the pruned model's inputs.
+        mix: share of the dense model's inputs in the targets, α in `targets.py`; None for the rule there.
         as_original: update weights in the original code's order of operations, for its very masks; slower. See
             `obs_original.py`.
     """
@@ -46,6 +49,8 @@ class Options:
     refine: Literal["none", "dsnot", "swaps"] = "none"
     refine_rounds: int | None = None
     update: Literal["none", "lsq"] = "none"
+    targets: Literal["pruned", "dense"] = "pruned"
+    mix: float | None = None
     as_original: bool = False
 
 
@@ -80,6 +85,7 @@ class Method:
         updates_weights: False where every kept weight stays as it was, to the bit.
         summary: one line for the help.
         needs_means: True where `prune` also reads the means of the inputs.
+        needs_drift: True where it reads how the inputs differ from the dense model's.
         products: to how many matrix products (O, I) × (I, I) its time comes, for the estimate of a run's.
     """
 
@@ -90,6 +96,7 @@ class Method:
     updates_weights: bool
     summary: str
     needs_means: bool = False
+    needs_drift: bool = False
     products: int = 0
 
 

@@ -1,4 +1,4 @@
-"""Put a run's method together: a mask from any method, then a refinement of it, then the best weights for it.
+"""Put a run's method together: targets, a mask from any method, a refinement of it, the best weights for it.
 
 Each step is a pure tensor function; so is the whole, and the engine need not know of what it consists.
 """
@@ -15,6 +15,7 @@ from prunus.methods.base import Method, Options, Pruned, masked, unchanged
 from prunus.methods.dsnot import dsnot_keep
 from prunus.methods.lsq import fit
 from prunus.methods.swaps import swapped_keep
+from prunus.methods.targets import dense_target
 from prunus.patterns import Pattern
 from prunus.statistics import NEEDS, InputStatistics, Needs
 
@@ -48,13 +49,13 @@ REFINEMENTS: dict[str, Refinement] = {
 
 
 def compose(method: Method, options: Options) -> Method:
-    """The method that prunes by `method`, then refines and updates as `options` say.
+    """The method that aims as `options` say, prunes by `method`, then refines and updates as `options` say.
 
     It needs what the most demanding of its parts needs. `check_options` says what does not go together.
     """
     refinement = REFINEMENTS.get(options.refine)
-    updates = options.update == "lsq"
-    if refinement is None and not updates:
+    updates, aims = options.update == "lsq", options.targets == "dense"
+    if refinement is None and not updates and not aims:
         return method
 
     def prune(
@@ -67,24 +68,31 @@ def compose(method: Method, options: Options) -> Method:
         assert statistics is not None, "a refinement needs input statistics"
         if pattern.removes_nothing(sparsity):
             return unchanged(weight_OI)
+        if aims:
+            weight_OI = dense_target(weight_OI, statistics, options.mix, options.damping)
         pruned = method.prune(weight_OI, statistics, pattern, sparsity, options)
         if refinement is not None:
             keep_OI, notes = refinement.refine(
                 weight_OI, pruned.keep_OI, statistics, pattern, options.damping, options.refine_rounds
             )
             pruned = masked(weight_OI, keep_OI, pruned.notes | notes)
-        return fit(weight_OI, pruned, statistics, options.damping) if updates else pruned
+        if updates:
+            pruned = fit(weight_OI, pruned, statistics, options.damping)
+        if aims and not statistics.has_drift:
+            pruned.notes["targets"] = "pruned: other tokens reach this linear in the dense model"
+        return pruned
 
     needs: list[Needs] = [
         method.needs,
         refinement.needs if refinement else "none",
-        "gram" if updates else "none",
+        "gram" if updates or aims else "none",
     ]
     return replace(
         method,
         prune=prune,
         needs=max(needs, key=NEEDS.index),
         needs_means=method.needs_means or (refinement is not None and refinement.needs_means),
+        needs_drift=aims,
         updates_weights=method.updates_weights or updates,
-        products=method.products + (refinement.products if refinement else 0) + (25 if updates else 0),
+        products=method.products + (refinement.products if refinement else 0) + (25 if updates else 0) + aims,
     )

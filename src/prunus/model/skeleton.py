@@ -246,6 +246,14 @@ class Skeleton:
             move_buffers(module, device)
         return block
 
+    def duplicate(self, index: int, values: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
+        """A copy of block `index` with weights of its own, by relative name, ready to run."""
+        block = copy.deepcopy(self.blocks[index])
+        place(block, values, device)
+        for module in block.modules():
+            move_buffers(module, device)
+        return block
+
     def release(self, index: int) -> None:
         """Take the weights of a block away again."""
         release(self.blocks[index])

@@ -1,0 +1,126 @@
+"""The dense model beside the pruned one: its hidden states, and what its linears are given for the same tokens.
+
+Only where targets from the dense model or block matching ask for it. Every dense block runs in a copy of its own, so
+that pruning cannot touch it; its outputs take the place of its inputs once the pruned block is through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from prunus.engine.lockstep import input_hooks
+from prunus.engine.stream import Stream
+from prunus.model.linears import Linear, find_linears
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import Source
+
+__all__ = ["DenseCompanion"]
+
+
+class _Seen(BaseException):
+    """Ends a dense forward pass: its input to the linear in question is known."""
+
+
+class DenseCompanion:
+    """All calibration windows on their way through the dense model.
+
+    Args:
+        skeleton, source: as of the run; the source gives the trained weights.
+        device: where the copies of the blocks run.
+    """
+
+    def __init__(self, skeleton: Skeleton, source: Source, device: torch.device) -> None:
+        self.stream = Stream(skeleton, source, device)
+
+    def embed(self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True) -> None:
+        """As `Stream.embed`."""
+        self.stream.embed(batches, spill_to, on_device)
+
+    def propagate(self, index: int) -> None:
+        """Take all batches through dense block `index`."""
+        if len(self.stream):
+            self.stream.propagate(index, self.stream.source.block(index))
+
+    @contextlib.contextmanager
+    def beside(
+        self, index: int, stored: Mapping[str, torch.Tensor], names: Sequence[str], keep: bool
+    ) -> Iterator[DenseInputs]:
+        """While block `index` is pruned: the dense block's inputs of the linears `names`; after it, its outputs.
+
+        Args:
+            index: position of the block.
+            stored: its trained tensors by relative name.
+            names: linears that may be asked for.
+            keep: run every batch once and keep what its linears were given (lockstep), rather than once per question.
+        """
+        block = self.stream.skeleton.duplicate(index, stored, self.stream.device)
+        linears = [linear for linear in find_linears(block) if linear.name in names]
+        inputs = DenseInputs(self.stream, index, block, linears, keep)
+        yield inputs
+        inputs.finish()
+
+    def close(self) -> None:
+        """Release hidden states."""
+        self.stream.close()
+
+
+class DenseInputs:
+    """What the linears of one dense block are given, batch by batch; see `DenseCompanion.beside`."""
+
+    def __init__(
+        self, stream: Stream, index: int, block: torch.nn.Module, linears: list[Linear], keep: bool
+    ) -> None:
+        self._stream = stream
+        self._forward = stream.forward(index, block)
+        self._linears = {linear.name: linear for linear in linears}
+        self._keep = keep
+        self._kept: dict[int, dict[str, torch.Tensor]] = {}
+
+    def of(self, name: str, batch: int, tokens: int) -> torch.Tensor | None:
+        """The input (tokens, in) of linear `name` for `batch`, once; None where other tokens than its reach it.
+
+        `tokens` are the rows that reach it in the pruned model. Only where these are all tokens of the batch, on either
+        side, is it certain that row t is the same token: an expert's tokens may be others.
+        """
+        everything = self._stream.states.get(batch).shape[:-1].numel()
+        if tokens != everything:
+            return None
+        x = self._recorded(batch, name) if self._keep else self._measured(batch, name)
+        if x is None or x.shape[:-1].numel() != everything:
+            return None
+        return x.reshape(everything, x.shape[-1])
+
+    def finish(self) -> None:
+        """Put the dense block's outputs in the place of its inputs."""
+        for batch in range(len(self._stream)):
+            if batch not in self._kept:
+                self._stream.states.put(batch, self._forward(batch))
+        self._kept.clear()
+
+    def _recorded(self, batch: int, name: str) -> torch.Tensor | None:
+        if batch not in self._kept:
+            seen: dict[str, torch.Tensor] = {}
+            with input_hooks(list(self._linears.values()), lambda linear, x: seen.update({linear.name: x})):
+                output = self._forward(batch)
+            self._stream.states.put(batch, output)
+            self._kept[batch] = seen
+        kept = self._kept[batch]
+        found = kept.get(name)
+        # Linears with the same input ask once: its statistics are shared.
+        self._kept[batch] = {other: x for other, x in kept.items() if x is not found}
+        return found
+
+    def _measured(self, batch: int, name: str) -> torch.Tensor | None:
+        seen: list[torch.Tensor] = []
+
+        def stop(_linear: Linear, x: torch.Tensor) -> None:
+            seen.append(x)
+            raise _Seen
+
+        with input_hooks([self._linears[name]], stop), contextlib.suppress(_Seen):
+            self._forward(batch)
+        return seen[0] if seen else None

@@ -1,0 +1,86 @@
+"""Block matching as the last step of pruning a block: its surviving weights, norms and biases learn the dense outputs.
+
+Masks stay as they are. `matching.py` trains; this file says what is trained, on which batches, and what is stored.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from prunus.engine.matching import MatchOptions, match_block
+from prunus.manifest import MatchRecord
+
+__all__ = ["RetouchJob", "retouch"]
+
+# One batch in so many is not trained on, and says which pass was the best.
+_ONE_HELD_OUT_IN = 8
+
+
+@dataclass(frozen=True)
+class RetouchJob:
+    """How blocks are matched: passes over the calibration windows, Adam's peak rate, dtype of the products."""
+
+    passes: int
+    learning_rate: float
+    dtype: torch.dtype
+
+
+def retouch(
+    job: RetouchJob,
+    name: str,
+    block: nn.Module,
+    stored: Mapping[str, torch.Tensor],
+    pruned: Mapping[str, torch.Tensor],
+    forward: Callable[[int], torch.Tensor],
+    target: Callable[[int], torch.Tensor],
+    count: int,
+) -> tuple[dict[str, torch.Tensor], MatchRecord]:
+    """Train a pruned block towards the dense block's outputs; `block` ends with the weights it began with.
+
+    Args:
+        job: how.
+        name: of the block, for messages.
+        block: with the pruned weights in place.
+        stored: the block's tensors by relative name, as stored; norms and biases are taken from here.
+        pruned: the pruned weights by relative name, as stored. What is 0 in them stays 0.
+        forward: batch -> output of `block` in the pruned model.
+        target: batch -> output of the dense block in the dense model.
+        count: number of batches, at least 2.
+
+    Returns:
+        All that was trained, by relative name, in dtype and orientation of `stored`; the record.
+
+    Raises:
+        ValueError: outputs that are not finite; names the block.
+    """
+    started = time.perf_counter()
+    device = next(block.parameters()).device
+    supports = {key: (weight != 0).to(device) for key, weight in pruned.items()}
+    for key, parameter in block.named_parameters():
+        if parameter.dim() == 1 and key in stored and stored[key].is_floating_point():
+            supports[key] = torch.ones(parameter.shape, dtype=torch.bool, device=device)
+    held_out = max(1, count // _ONE_HELD_OUT_IN)
+    options = MatchOptions(job.learning_rate, job.passes, None, job.dtype, per_token=True)
+    try:
+        match = match_block(
+            block, forward, target, range(count - held_out), range(count - held_out, count), supports, options
+        )
+    except ValueError as fault:
+        raise ValueError(f"{name}: {fault}") from fault
+    trained = {
+        key: weight.to(stored[key].dtype).to(stored[key].device) for key, weight in match.weights.items()
+    }
+    record = MatchRecord(
+        error_before=match.error_before,
+        error_after=match.error_after,
+        steps=match.steps,
+        stopped=match.stopped,
+        dtype=str(job.dtype).removeprefix("torch."),
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    return trained, record
