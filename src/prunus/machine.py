@@ -1,7 +1,8 @@
-"""The machine and the versions that a run is carried out with: memory, processor, speed. Measures; decides nothing."""
+"""The machine and the versions that a run is carried out with: memory, processor, speed."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
@@ -16,6 +17,7 @@ import torch
 __all__ = [
     "available_memory",
     "hardware",
+    "keep_freed_memory",
     "matmul_rate",
     "peak_memory",
     "processor_name",
@@ -58,6 +60,21 @@ def available_memory() -> int:
     except (OSError, ValueError):
         pass
     return available
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory that it frees, for its next tensors.
+
+    glibc gives large pieces back to the system at once and gets them anew as pages to be zeroed: where every step
+    makes the same large tensors again, that is a fifth of a training step on a CPU. Does nothing without glibc.
+    """
+    try:
+        set_option = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    set_option(mmap_max, 0)
+    set_option(trim_threshold, 2**31 - 1)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -15,10 +15,16 @@ __all__ = ["DTYPES", "import_architecture", "load_model"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(folder: Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False) -> Any:
+def load_model(
+    folder: Path,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+) -> Any:
     """The causal LM of a folder (dense, packed, or an adapter) in evaluation mode; safetensors only.
 
-    `dtype` "auto" is the checkpoint's own.
+    `dtype` "auto" is the checkpoint's own; `attention` one of transformers' implementations, which agree but for
+    rounding, None its choice; an adapter is always loaded with that.
 
     Raises:
         ValueError: it cannot be loaded; quotes the reason in one line.
@@ -30,7 +36,11 @@ def load_model(folder: Path, dtype: str | torch.dtype = "auto", trust_remote_cod
         return load_adapted(folder, dtype, trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attention,
         )
     except Exception as error:  # transformers raises many kinds where files are missing or broken
         reason = " ".join(str(error).split())[:300]

@@ -6,8 +6,10 @@ With p the teacher's and q the model's distribution of the next token, y the tok
 
 Loss and gradient, (q − w·p − (1−w)·[v = y]) / tokens, are computed together, a few rows at a time, in float32:
 whole matrices of probabilities over a vocabulary would take more memory than the model, and more time to move.
+For the same reason logits are taken as they come, and the last position of a window, which predicts nothing, gets a
+gradient of zeros instead of being cut off.
 
-Legend: W windows, S tokens per window, N predicted tokens, V vocabulary.
+Legend: W windows, S tokens per window, R rows at a time, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,46 +36,51 @@ def next_token_loss(
         teacher_WSV: the teacher's logits on the same windows, or None for cross entropy alone.
         weight: of the divergence, in [0, 1]; without a teacher it is 0.
     """
-    vocabulary = logits_WSV.shape[-1]
-    logits_NV = logits_WSV[:, :-1].reshape(-1, vocabulary)
-    targets_N = ids_WS[:, 1:].reshape(-1).to(logits_NV.device)
-    teacher_NV = None if teacher_WSV is None else teacher_WSV[:, :-1].reshape(-1, vocabulary)
-    loss: Tensor = _Loss.apply(logits_NV, targets_N, teacher_NV, weight if teacher_NV is not None else 0.0)
+    targets_WS = ids_WS[:, 1:].to(logits_WSV.device)
+    loss: Tensor = _Loss.apply(
+        logits_WSV, targets_WS, teacher_WSV, weight if teacher_WSV is not None else 0.0
+    )
     return loss
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: Tensor, targets_N: Tensor, teacher_NV: Tensor | None, weight: float
+        ctx: Any, logits_WSV: Tensor, targets_WS: Tensor, teacher_WSV: Tensor | None, weight: float
     ) -> Tensor:
-        count = len(logits_NV)
-        rows = _ROWS if logits_NV.device.type == "cpu" else _CUDA_ROWS
-        wanted = ctx.needs_input_grad[0]
-        gradient_NV = torch.empty_like(logits_NV) if wanted else None
-        total = torch.zeros((), dtype=torch.float64, device=logits_NV.device)
-        for first in range(0, count, rows):
-            part = slice(first, first + rows)
-            logq_NV = logits_NV[part].float().log_softmax(dim=-1)
-            targets_N1 = targets_N[part, None]
-            total -= (1 - weight) * logq_NV.gather(1, targets_N1).sum(dtype=torch.float64)
-            p_NV = None
-            if teacher_NV is not None:
-                logp_NV = teacher_NV[part].float().log_softmax(dim=-1)
-                p_NV = logp_NV.exp()
-                total += weight * (p_NV * (logp_NV - logq_NV)).sum(dtype=torch.float64)
-            if gradient_NV is not None:
-                change_NV = logq_NV.exp_()
-                if p_NV is not None:
-                    change_NV.sub_(p_NV, alpha=weight)
-                ones_N1 = torch.ones_like(targets_N1, dtype=torch.float32)
-                change_NV.scatter_add_(1, targets_N1, (weight - 1) * ones_N1)
-                gradient_NV[part] = change_NV.div_(count)
-        if gradient_NV is not None:
-            ctx.save_for_backward(gradient_NV)
-        return (total / count).float()
+        rows = _ROWS if logits_WSV.device.type == "cpu" else _CUDA_ROWS
+        windows, predicted = targets_WS.shape
+        gradient_WSV = torch.empty_like(logits_WSV) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.float64, device=logits_WSV.device)
+        for window in range(windows):
+            for first in range(0, predicted, rows):
+                part = window, slice(first, min(first + rows, predicted))
+                logq_RV = logits_WSV[part].float().log_softmax(dim=-1)
+                targets_R1 = targets_WS[part][:, None]
+                if weight < 1:
+                    total -= (1 - weight) * logq_RV.gather(1, targets_R1).sum(dtype=torch.float64)
+                p_RV = None
+                if teacher_WSV is not None:
+                    logp_RV = teacher_WSV[part].float().log_softmax(dim=-1)
+                    p_RV = logp_RV.exp()
+                    total += weight * (p_RV * logp_RV.sub_(logq_RV)).sum(dtype=torch.float64)
+                if gradient_WSV is not None:
+                    change_RV = logq_RV.exp_()
+                    if p_RV is not None:
+                        change_RV.sub_(p_RV, alpha=weight)
+                    if weight < 1:
+                        ones_R1 = torch.ones_like(targets_R1, dtype=torch.float32)
+                        change_RV.scatter_add_(1, targets_R1, (weight - 1) * ones_R1)
+                    gradient_WSV[part] = change_RV.div_(windows * predicted)
+            if gradient_WSV is not None:
+                gradient_WSV[window, predicted] = 0
+        if gradient_WSV is not None:
+            ctx.save_for_backward(gradient_WSV)
+        return (total / (windows * predicted)).float()
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient_NV,) = ctx.saved_tensors
-        return gradient_NV * outer[0].to(gradient_NV.dtype), None, None, None
+        (gradient_WSV,) = ctx.saved_tensors
+        if float(outer[0]) != 1:  # a step of one part: nothing to scale, and no pass over all logits
+            gradient_WSV = gradient_WSV * outer[0].to(gradient_WSV.dtype)
+        return gradient_WSV, None, None, None

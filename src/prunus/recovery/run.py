@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from prunus.machine import peak_memory
+from prunus.machine import keep_freed_memory, peak_memory
 from prunus.model.adapter import CONFIG_NAME, save_adapter
 from prunus.model.checkpoint import INDEX_NAME, resolve_folder
 from prunus.model.destination import check_disk
@@ -35,6 +35,9 @@ from prunus.recovery.trainable import Trainable, masked
 from prunus.recovery.training import Step, train
 
 __all__ = ["recover"]
+
+# Up to so many tokens per window, torch's fused attention is slower on a CPU than two batched products.
+_SHORT = 512
 
 
 def recover(
@@ -159,7 +162,12 @@ def _recover_whole(
 ) -> None:
     options, folder = job.options, job.source.checkpoint.folder
     stays = options.mode == "lora"
-    model = load_model(folder, job.dtype if stays else torch.float32).to(job.device)
+    attention = None
+    if job.device.type == "cpu":
+        keep_freed_memory()
+        if options.seqlen <= _SHORT:
+            attention = "eager"
+    model = load_model(folder, job.dtype if stays else torch.float32, attention=attention).to(job.device)
     parameters = sum(p.numel() for p in model.parameters())
     linears: dict[str, Linear] = {} if stays else pruned_linears(model, folder)
     updated = choose(linears, options.targets) if options.targets is not None and not stays else linears
@@ -173,7 +181,8 @@ def _recover_whole(
         trainable = masked(model, linears)
     teacher = None
     if job.teacher is not None:
-        teacher = load_model(job.teacher.checkpoint.folder, job.dtype).to(job.device).requires_grad_(False)
+        teacher = load_model(job.teacher.checkpoint.folder, job.dtype, attention=attention).to(job.device)
+        teacher.requires_grad_(False)
     check_disk(job.output, _disk(job, trainable))
     _begin(job, overwrite)
     state = train(trainable, job.text, options, job.dtype, teacher, checkpoints, progress)

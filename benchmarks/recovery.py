@@ -1,0 +1,131 @@
+"""What each mode of `prunus recover` wins back: SmolLM2-135M pruned by Wanda to 50 % and to 2:4.
+
+    python benchmarks/recovery.py FOLDER [--data DIR] [--model DENSE] [--tokens N] [--only MODE,…]
+
+All modes get the same text and as many tokens. C4's first documents are for calibration, the others for training,
+and perplexity is measured on the test text of WikiText-2. The time of a run is that of all its threads on a
+processor, checkpoints and held-out scores included. FOLDER/recovery.md is the table; runs that are in
+FOLDER/*.json are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from prunus.calibration.corpora import load_corpus
+from prunus.model.files import write_text
+
+CALIBRATION_DOCUMENTS, TRAINING_DOCUMENTS = 300, 20_000
+PATTERNS = {"50 %": ["--sparsity", "0.5"], "2:4": ["--pattern", "2:4"]}
+WINDOWS = ["--seqlen", "256", "--batch", "4"]
+# A checkpoint of this model and its moments is 2 GB on disk: four in a run are enough.
+TRAINING = [*WINDOWS, "--evaluations", "4"]
+MODES: dict[str, list[str]] = {
+    "lora": ["--mode", "lora", *TRAINING],
+    "sparse-lora": ["--mode", "sparse-lora", *TRAINING],
+    "masked": ["--mode", "masked", *TRAINING],
+    "masked, teacher": ["--mode", "masked", "--teacher", "DENSE", *TRAINING],
+    "block": ["--mode", "block", "--teacher", "DENSE", *WINDOWS],
+}
+SCORING = ["--perplexity", "wikitext2", "--seqlen", "1024", "--limit", "16"]
+
+
+def prunus(*arguments: str, json_file: Path) -> dict[str, Any]:
+    """The figures of one command, from the file where they are or by running it; with `cpu_minutes`."""
+    if not json_file.exists():
+        command = [sys.executable, "-m", "prunus", *arguments, "--json", str(json_file)]
+        print("$ prunus", shlex.join(command[3:-2]), flush=True)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        figures = json.loads(json_file.read_text()) | {"cpu_minutes": seconds / 60}
+        write_text(json_file, json.dumps(figures, indent=1))
+    return json.loads(json_file.read_text())
+
+
+def split_c4(folder: Path, data: Path | None) -> None:
+    """Write `calibration.jsonl` and `training.jsonl`, which share no document."""
+    documents = load_corpus("c4", "calibration", data).documents
+    parts = {
+        "calibration": documents[:CALIBRATION_DOCUMENTS],
+        "training": documents[CALIBRATION_DOCUMENTS : CALIBRATION_DOCUMENTS + TRAINING_DOCUMENTS],
+    }
+    for name, part in parts.items():
+        if not (folder / f"{name}.jsonl").exists():
+            write_text(folder / f"{name}.jsonl", "".join(json.dumps({"text": x}) + "\n" for x in part))
+
+
+def perplexity(model: Path | str, name: str, folder: Path, data: list[str]) -> float:
+    scored = prunus("eval", str(model), *SCORING, *data, json_file=folder / f"{name}-score.json")
+    return float(scored["models"][0]["perplexity"][0]["perplexity"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--data", type=Path, help="local mirror of the corpora")
+    parser.add_argument("--model", help="the dense model (default: fetched)")
+    parser.add_argument("--tokens", type=int, default=131_072, help="of every run")
+    parser.add_argument("--only", default=",".join(MODES), help="modes, parted by ';'")
+    given = parser.parse_args()
+    folder: Path = given.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    data = ["--data", str(given.data)] if given.data is not None else []
+    dense = given.model or str(folder / "dense")
+    if given.model is None:
+        prunus("fetch", "smollm2-135m", dense, json_file=folder / "fetch.json")
+    split_c4(folder, given.data)
+    best = perplexity(dense, "dense", folder, data)
+
+    rows: list[str] = []
+    for pattern, asked in PATTERNS.items():
+        slug = pattern.replace(" %", "").replace(":", "of")
+        pruned = folder / f"wanda-{slug}"
+        calibration = [
+            "--calibration",
+            str(folder / "calibration.jsonl"),
+            "--samples",
+            "32",
+            "--seqlen",
+            "1024",
+        ]
+        prunus("prune", dense, str(pruned), *asked, *calibration, json_file=folder / f"{pruned.name}.json")
+        worst = perplexity(pruned, pruned.name, folder, data)
+        for mode, options in MODES.items():
+            name = f"{pruned.name}-{mode.replace(', ', '-')}"
+            if mode not in given.only.split(";") and not (folder / f"{name}-score.json").exists():
+                continue
+            options = [dense if word == "DENSE" else word for word in options]
+            text = ["--text", str(folder / "training.jsonl"), "--tokens", str(given.tokens)]
+            found = prunus(
+                "recover", str(pruned), str(folder / name), *options, *text, json_file=folder / f"{name}.json"
+            )
+            after = perplexity(folder / name, name, folder, data)
+            if not mode.startswith("lora"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+            rows.append(
+                f"| {pattern} | {mode} | {worst:.2f} | {after:.2f} | {(worst - after) / (worst - best):.0%} "
+                f"| {found['totals']['tokens']:,} | {found['cpu_minutes']:.1f} |"
+            )
+    table = [
+        f"Dense: {best:.2f}. WikiText-2, 16 windows of 1024 tokens.",
+        "",
+        "| Wanda | mode | before | after | gap closed | tokens | core minutes |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *rows,
+    ]
+    write_text(folder / "recovery.md", "\n".join(table) + "\n")
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    main()
