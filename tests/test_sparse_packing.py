@@ -10,13 +10,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 import prunus.sparse.conversion as conversion_module
+from prunus import prune
 from prunus.model.checkpoint import INDEX_NAME, Checkpoint
-from prunus.sparse import pack, unpack
+from prunus.sparse import BitmapLinear, pack, reference_path, unpack
 from prunus.sparse.description import FORMAT_VERSION, Description
 from sparse_reference import pruned_checkpoint
-from tiny import tiny_checkpoint, tiny_model
+from tiny import tiny_checkpoint, tiny_model, token_ids
 
 
 def _tensors(folder):
@@ -79,6 +81,24 @@ def test_int8_reports_its_error(tmp_path):
     untouched = [name for name in dense if name.removesuffix(".weight") not in record.linears]
     assert untouched
     _same_bits({n: dense[n] for n in untouched}, {n: plain[n] for n in untouched})
+
+
+def test_a_pruned_head_is_packed(tmp_path):
+    """Lossless, loaded and saved like any other; a dense one (see above) and a tied one stay."""
+    source = pruned_checkpoint(tmp_path / "pruned", tie_word_embeddings=False)
+    prune(source, tmp_path / "again", "magnitude", head=True, dtype="bfloat16")
+    record = pack(tmp_path / "again", tmp_path / "packed")
+    assert record.linears["lm_head"].packed
+    unpack(tmp_path / "packed", tmp_path / "plain")
+    _same_bits(_tensors(tmp_path / "again"), _tensors(tmp_path / "plain"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert isinstance(model.lm_head, BitmapLinear)
+    with torch.no_grad(), reference_path():
+        assert torch.equal(model(token_ids(1, 6)).logits, plain(token_ids(1, 6)).logits)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.lm_head.dense(), plain.lm_head.weight)
 
 
 def test_what_would_not_get_smaller_stays_dense(tmp_path):

@@ -6,7 +6,7 @@ A block at a time, like pruning: a shard is read, converted and written before t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +52,8 @@ def pack(
     """Write a pruned checkpoint with its linears as bitmaps.
 
     Linears are packed where that makes them smaller: with values of b bytes and sparsity s, where
-    b(1-s) + 1/8 < b. Everything outside the blocks stays as it is, and so does GPT-2's transposed Conv1D.
+    b(1-s) + 1/8 < b; an output head too, if it was pruned and is not tied. Everything else outside the blocks stays as it
+    is, and so does GPT-2's transposed Conv1D.
 
     Args:
         model: checkpoint folder or hub id.
@@ -96,7 +97,7 @@ def pack(
             progress(index + 1, shards, skeleton.block_name(index))
     outer = source.outer_keys()
     if outer:
-        conversion.commit("outer.safetensors", dict(source.checkpoint.read(outer)), {})
+        conversion.commit("outer.safetensors", *_pack_outer(source, skeleton, outer, stored))
     if progress is not None:
         progress(shards, shards, "what surrounds the blocks")
     _finish_packed(conversion, stored)
@@ -121,6 +122,25 @@ def _pack_block(
         packed, records[name] = _pack_linear(weight, stored, linear, renamed=key != f"{name}.weight")
         tensors |= {key: weight} if packed is None else _named(name, packed)
     return tensors, records
+
+
+def _pack_outer(
+    source: CheckpointSource, skeleton: Skeleton, keys: Sequence[str], stored: Stored
+) -> tuple[dict[str, torch.Tensor], dict[str, LinearRecord]]:
+    """What surrounds the blocks, with a pruned output head as a bitmap."""
+    tensors = dict(source.checkpoint.read(keys))
+    try:
+        head = skeleton.head()
+    except NotImplementedError:  # none, or the embedding itself
+        return tensors, {}
+    weight = tensors.get(f"{head.name}.weight")
+    if weight is None or weight.dim() != 2:
+        return tensors, {}
+    packed, record = _pack_linear(weight, stored, head, renamed=False)
+    if packed is None:
+        return tensors, {}
+    del tensors[f"{head.name}.weight"]
+    return tensors | _named(head.name, packed), {head.name: record}
 
 
 def _pack_linear(
