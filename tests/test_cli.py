@@ -104,6 +104,28 @@ def test_prune_writes_the_manifest_as_json(dense, text, tmp_path):
     assert figures["recipe"]["calibration"] == str(text)
 
 
+def test_int8_says_what_it_costs(dense, text, tmp_path):
+    call("prune", dense, tmp_path / "pruned", "--method", "magnitude")
+    options = ["--values", "int8", "--perplexity", text, "--seqlen", 16, "--limit", 4]
+    result = call("pack", tmp_path / "pruned", tmp_path / "int8", *options, "--json", tmp_path / "pack.json")
+    assert "with int8 values" in result.stdout
+    before, after = (
+        prunus.perplexity(tmp_path / name, str(text), seqlen=16, limit=4).perplexity
+        for name in ("pruned", "int8")
+    )
+    scores = json.loads((tmp_path / "pack.json").read_text())["perplexity"]
+    assert [score["perplexity"] for score in scores] == pytest.approx([before, after])
+    assert before != after
+
+
+def test_int8_that_cannot_be_scored_is_refused_before_any_work(text, tmp_path):
+    call("prune", tiny_checkpoint(tmp_path / "dense"), tmp_path / "pruned", "--method", "magnitude")
+    arguments = ["pack", tmp_path / "pruned", tmp_path / "int8", "--values", "int8"]
+    assert "--perplexity none" in call(*arguments, "--perplexity", text, "--seqlen", 16, status=2).stderr
+    assert not (tmp_path / "int8").exists()
+    call(*arguments, "--perplexity", "none")
+
+
 def test_the_command_and_the_function_give_the_same_bytes(dense, text, tmp_path):
     options = ["--method", "sparsegpt", "--pattern", "2:4", "--ignore", "*.q_proj", "--ignore", "*.k_proj"]
     call("prune", dense, tmp_path / "a", "--calibration", text, *WINDOWS, *options)

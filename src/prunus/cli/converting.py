@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prunus.cli import arguments as arg
 from prunus.cli.terminal import for_people, say, say_step, show, tell
+
+if TYPE_CHECKING:
+    from prunus.evaluation import PerplexityResult
 
 __all__ = ["fetch", "import_", "pack", "unpack"]
 
@@ -62,26 +65,31 @@ def pack(
 ) -> None:
     """Store a pruned MODEL as bitmaps: smaller on disk and in memory, and decodes faster."""
     with for_people(json_file):
-        from prunus.evaluation import check_text, perplexity_cost
+        from prunus.evaluation import perplexity as measure
         from prunus.report.tables import packing_table
         from prunus.sparse import pack as convert
 
         if values not in ("bf16", "int8"):
             raise ValueError(f"values must be bf16 or int8, not {values!r}")
+
+        def score(folder: str | Path) -> PerplexityResult:
+            say(f"scoring {folder} on {perplexity}")
+            return measure(folder, perplexity, seqlen=seqlen, limit=limit, data_dir=data_dir)
+
         scored = values == "int8" and perplexity != "none"
-        if scored:
-            check_text(perplexity, data_dir)
+        # MODEL comes first: what cannot be scored is refused before anything is written.
+        try:
+            before = score(model) if scored else None
+        except ValueError as fault:
+            raise ValueError(f"{fault} (--perplexity none packs without scoring)") from fault
         record = convert(model, output, values, overwrite=overwrite, progress=say_step)  # type: ignore[arg-type]
         content = record.model_dump(mode="json")
         table = packing_table(record)
-        if scored:
-            say(f"scoring {perplexity} before and after")
-            cost = perplexity_cost(model, output, perplexity, seqlen=seqlen, limit=limit, data_dir=data_dir)
-            content["perplexity"] = [result.as_dict() for result in cost]
-            table.caption = (
-                f"perplexity {cost[0].perplexity:.3f} before, {cost[1].perplexity:.3f} with int8 values "
-                f"({cost[1].protocol})"
-            )
+        if before is not None:
+            after = score(output)
+            content["perplexity"] = [before.as_dict(), after.as_dict()]
+            values_then = f"{before.perplexity:.3f} before, {after.perplexity:.3f} with int8 values"
+            table.caption = f"perplexity {values_then} ({after.protocol})"
             table.caption_justify = "left"
         show(table, json_file, content)
 

@@ -9,7 +9,6 @@ from prunus.evaluation.perplexity import (
     ScoringText,
     load_scoring_text,
     perplexity,
-    perplexity_cost,
     score_windows,
 )
 from prunus.evaluation.scores import PAPER7, Metric, TaskResults, TaskScore
@@ -31,7 +30,6 @@ __all__ = [
     "find_folder",
     "load_scoring_text",
     "perplexity",
-    "perplexity_cost",
     "prepare",
     "score_windows",
     "side_by_side",

@@ -35,7 +35,6 @@ __all__ = [
     "ScoringText",
     "load_scoring_text",
     "perplexity",
-    "perplexity_cost",
     "score_windows",
 ]
 
@@ -233,16 +232,6 @@ def _score(
         "seconds": time.perf_counter() - begin,
         "dtype": str(where.dtype).removeprefix("torch."),
     }
-
-
-def perplexity_cost(
-    before: str | Path, after: str | Path, text: str, *, seqlen: int, limit: int, data_dir: Path | None = None
-) -> tuple[PerplexityResult, PerplexityResult]:
-    """The perplexity of a checkpoint before and after a conversion, by one protocol; see `perplexity`."""
-    results = [
-        perplexity(model, text, seqlen=seqlen, limit=limit, data_dir=data_dir) for model in (before, after)
-    ]
-    return results[0], results[1]
 
 
 def _check_arguments(seqlen: int, limit: int | None, batch: int, dtype: str) -> None:
