@@ -119,6 +119,9 @@ class Manifest(BaseModel):
     machine: dict[str, Any]
     blocks: list[BlockRecord] = Field(default_factory=list)
     head: LinearRecord | None = None
+    allocation: dict[str, float] = Field(
+        default_factory=dict, description="full name of a linear -> sparsity asked for; empty where all are alike"
+    )
     left_dense: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     totals: dict[str, Any] = Field(default_factory=dict)
 

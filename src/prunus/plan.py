@@ -27,7 +27,7 @@ from prunus.model.device import choose_device
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.patterns import Pattern, check_shape
-from prunus.recipe import Recipe
+from prunus.recipe import MEASURED_ALLOCATIONS, Recipe
 
 __all__ = ["Job", "RunOptions", "prepare"]
 
@@ -81,7 +81,8 @@ class Job:
     @property
     def needs_inputs(self) -> bool:
         """Whether calibration windows have to go through the model at all."""
-        return self.linear_job.method.needs != "none" or self.recipe.match_blocks
+        measured = self.recipe.allocation in MEASURED_ALLOCATIONS
+        return self.linear_job.method.needs != "none" or self.recipe.match_blocks or measured
 
     @property
     def carries_dense(self) -> bool:
@@ -194,7 +195,8 @@ def prepare(
     pattern = Pattern.parse(recipe.pattern, group)
     check_options(recipe.method, pattern, recipe.sparsity, method_options)
     device = choose_device(options.device, model if isinstance(model, nn.Module) else None)
-    if (method.needs != "none" or recipe.match_blocks) and options.input_ids is None:
+    measured = recipe.allocation in MEASURED_ALLOCATIONS
+    if (method.needs != "none" or recipe.match_blocks or measured) and options.input_ids is None:
         check_source(recipe.calibration, options.data_dir)
     source: CheckpointSource | ModuleSource
     if isinstance(model, nn.Module):

@@ -24,9 +24,11 @@ from pydantic import (
     model_validator,
 )
 
-__all__ = ["Recipe", "load_recipe", "parse_bytes"]
+__all__ = ["MEASURED_ALLOCATIONS", "Recipe", "load_recipe", "parse_bytes"]
 
 MethodName = Literal["magnitude", "wanda", "wanda-variant", "ria", "sparsegpt", "obs", "alps"]
+#: Allocations for which the model is run before its sparsities are known.
+MEASURED_ALLOCATIONS = ("owl", "dlp", "search")
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
@@ -74,6 +76,13 @@ class Recipe(BaseModel):
     match_blocks: bool = Field(False, description="train each pruned block towards the dense block's outputs")
     match_passes: int = Field(3, description="of match_blocks over the calibration windows")
     match_rate: float = Field(2e-4, description="peak learning rate of match_blocks")
+    allocation: Literal["uniform", "owl", "dlp", "arithmetic", "search"] = Field(
+        "uniform", description="how the sparsity is shared out; its mean stays what was asked for"
+    )
+    allocation_by: Literal["block", "linear"] = Field("block", description="what gets a sparsity of its own")
+    allocation_spread: float | None = Field(
+        None, description="of owl, dlp, arithmetic: half the distance from the densest to the sparsest"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -138,6 +147,13 @@ class Recipe(BaseModel):
             raise ValueError(f"mix must lie in [0, 1]: 0 is the pruned model's targets; got {value}")
         return value
 
+    @field_validator("allocation_spread")
+    @classmethod
+    def _some_spread(cls, value: float | None) -> float | None:
+        if value is not None and not 0 <= value <= 0.5:
+            raise ValueError(f"allocation_spread must lie in [0, 0.5]; got {value}")
+        return value
+
     @field_validator("match_rate")
     @classmethod
     def _positive_rate(cls, value: float) -> float:
@@ -193,6 +209,16 @@ class Recipe(BaseModel):
             raise ValueError(
                 "targets dense needs propagate linear: the original's two passes know no dense targets"
             )
+        if self.allocation != "uniform" and self.n_of_m:
+            raise ValueError(
+                f"allocation {self.allocation} shares out an unstructured sparsity; {self.pattern} is the same everywhere"
+            )
+        if self.allocation in ("uniform", "search") and self.allocation_spread is not None:
+            raise ValueError(
+                "allocation_spread belongs to owl, dlp and arithmetic: drop it or choose one of them"
+            )
+        if self.allocation == "uniform" and self.allocation_by != "block":
+            raise ValueError("allocation_by needs an --allocation other than uniform")
         if not self.match_blocks and (self.match_passes != 3 or self.match_rate != 2e-4):
             raise ValueError("match_passes and match_rate belong to --match-blocks: drop them or add it")
         if self.match_blocks and self.propagate == "block":

@@ -27,6 +27,7 @@ from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.output import OutputFolder, check_output
 from prunus.plan import Job, RunOptions, prepare
 from prunus.recipe import Recipe, load_recipe, parse_bytes
+from prunus.sharing import share_out
 from prunus.windows import calibration_windows
 
 __all__ = ["Progress", "check", "prune", "run"]
@@ -84,7 +85,8 @@ def prune(
         progress: called after every block.
         **recipe_options: further fields of `Recipe`: samples, seqlen, seed, batch, dtype, group, propagate, only,
             ignore, head, mask_from, mask_order, damping, ria_power, iterations, refine, refine_rounds, update,
-            targets, mix, match_blocks, match_passes, match_rate.
+            targets, mix, match_blocks, match_passes, match_rate, allocation,
+            allocation_by, allocation_spread.
 
     Returns:
         The manifest: recipe, inputs, per linear shape, sparsity reached, error and seconds, and totals. For a
@@ -171,6 +173,8 @@ def run(
         assert output is not None
         check_whole(output)
         return manifest
+    if not manifest.allocation:
+        manifest.allocation = share_out(job, windows.ids)
     folder = None
     if output is not None:
         assert isinstance(job.source, CheckpointSource)
@@ -178,7 +182,9 @@ def run(
         folder = OutputFolder(output, job.source, manifest)
         folder.begin(overwrite)
 
-    engine = BlockEngine(job.skeleton, job.source, job.linear_job, job.device, job.retouch_job)
+    engine = BlockEngine(
+        job.skeleton, job.source, job.linear_job, job.device, job.retouch_job, manifest.allocation
+    )
     with torch.no_grad(), contextlib.closing(engine), _threads(1 if job.as_original else None):
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()
         scratch = output or Path(tempfile.gettempdir())

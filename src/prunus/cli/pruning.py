@@ -67,10 +67,11 @@ def plan(
     with for_people(json_file):
         from prunus.report.tables import plan_table
         from prunus.run import check
+        from prunus.sharing import planned
 
         chosen = chosen_recipe(recipe, options)
         job, _ = check(model, output, chosen, _run_options(device, memory, data_dir, trust_remote_code))
-        described = job.describe()
+        described = job.describe() | {"allocation": planned(job)}
         show(plan_table(described), json_file, described)
 
 

@@ -146,6 +146,25 @@ OPTIONS: dict[str, Any] = {
     "match_rate": Annotated[
         float | None, typer.Option(help="Peak learning rate of --match-blocks.", show_default="2e-4")
     ],
+    "allocation": Annotated[
+        str | None,
+        typer.Option(
+            help="Who is to be sparser: uniform (all alike), owl (few outliers), dlp (high medians), arithmetic (the "
+            "later), search (whose pruning alone changes the outputs least).",
+            show_default="uniform",
+        ),
+    ],
+    "allocation_by": Annotated[
+        str | None,
+        typer.Option(help="What gets a sparsity of its own: block or linear.", show_default="block"),
+    ],
+    "allocation_spread": Annotated[
+        float | None,
+        typer.Option(
+            help="For owl, dlp, arithmetic: half the distance from the densest to the sparsest.",
+            show_default="0.08, 0.15, 0.05",
+        ),
+    ],
 }
 
 

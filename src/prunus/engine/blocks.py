@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -42,6 +42,7 @@ class BlockEngine:
         source: its weights.
         linear_job: what is done to each linear.
         device: where blocks and, between blocks, hidden states live.
+        sparsities: by full name of a linear, where it is not the `linear_job`'s.
         retouch_job: how each block is matched to the dense block once it is pruned, or None.
     """
 
@@ -50,6 +51,7 @@ class BlockEngine:
     linear_job: LinearJob
     device: torch.device
     retouch_job: RetouchJob | None = None
+    sparsities: Mapping[str, float] = field(default_factory=dict)
     stream: Stream = field(init=False)
     dense: DenseCompanion | None = field(init=False, default=None)
 
@@ -107,10 +109,10 @@ class BlockEngine:
             )
 
         def prune_one(linear: Linear, statistics: InputStatistics) -> None:
-            key = f"{linear.name}.weight"
-            changed[key], records[linear.name] = prune_linear(
-                self.linear_job, linear, f"{name}.{linear.name}", stored[key], statistics
-            )
+            key, full_name = f"{linear.name}.weight", f"{name}.{linear.name}"
+            wanted = self.sparsities.get(full_name, self.linear_job.sparsity)
+            job = replace(self.linear_job, sparsity=wanted)
+            changed[key], records[linear.name] = prune_linear(job, linear, full_name, stored[key], statistics)
 
         unreached, match = linears, None
         count = len(self.stream)

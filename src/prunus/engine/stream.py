@@ -81,8 +81,14 @@ class Stream:
     def forward(self, index: int, block: nn.Module) -> Callable[[int], torch.Tensor]:
         """A function that runs `block`, the model's block `index` with its weights, on batch i; states stay."""
 
-        def run(batch: int) -> torch.Tensor:
-            hidden = self.states.get(batch)
+        run = self.call(index, block)
+        return lambda batch: run(self.states.get(batch))
+
+    def call(self, index: int, block: nn.Module | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function that runs block `index`, or `block` in its place, on hidden states of as many windows as a batch."""
+        block = block if block is not None else self.skeleton.blocks[index]
+
+        def run(hidden: torch.Tensor) -> torch.Tensor:
             call = self._calls[hidden.shape[0]][index]
             version = hidden._version
             output = hidden_of(block(hidden, *call.args, **call.kwargs))

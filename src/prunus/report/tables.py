@@ -94,6 +94,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
         "blocks": plan["blocks"],
         "linears": plan["linears"],
         "weights": f"{plan['weights']:,}, of which {plan['to_remove']:,} go",
+        "sparsity": _allocation(plan["allocation"]),
         "left dense in blocks": ", ".join(plan["left_dense"]) or "nothing",
         "computation": f"{plan['dtype']} on {plan['device']} ({plan['dtype_reason']})",
         "windows per forward pass": plan["batch"],
@@ -105,6 +106,15 @@ def plan_table(plan: dict[str, Any]) -> Table:
     for name, figure in rows.items():
         table.add_row(name, str(figure))
     return table
+
+
+def _allocation(planned: dict[str, Any]) -> str:
+    """Who gets what sparsity, as `prunus.sharing.planned` says."""
+    if planned.get("blocks"):
+        return f"{planned['rule']}: " + ", ".join(f"{value:.1%}" for value in planned["blocks"])
+    if planned["measured"]:
+        return f"{planned['rule']}: measured when the run starts, and entered in its manifest"
+    return "the same everywhere"
 
 
 def packing_table(record: Record) -> Table:
