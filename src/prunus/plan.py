@@ -17,7 +17,7 @@ from prunus.calibration import check_source
 from prunus.costs import block_cost, estimate_seconds
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
-from prunus.engine.precision import decide_dtype, native_bfloat16
+from prunus.engine.precision import decide_dtype
 from prunus.engine.retouch import RetouchJob
 from prunus.machine import available_memory, resident_memory
 from prunus.manifest import Walk
@@ -27,6 +27,7 @@ from prunus.model.device import choose_device
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.patterns import Pattern, check_shape
+from prunus.products import native_bfloat16
 from prunus.recipe import MEASURED_ALLOCATIONS, Recipe
 
 __all__ = ["Job", "RunOptions", "prepare"]

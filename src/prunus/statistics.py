@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+from prunus.products import coarse_product
 
 Needs = Literal["none", "norms", "gram"]
 NEEDS: tuple[Needs, ...] = ("none", "norms", "gram")
@@ -21,6 +24,8 @@ _Value = TypeVar("_Value")
 # Elements squared at once: a CPU's temporary must stay in the cache (ten times faster), a GPU wants long kernels.
 _CPU_ELEMENTS = 2**20
 _GPU_ELEMENTS = 2**26
+# Gram matrices from this width on are computed in blocks; smaller products would be too small to be fast.
+_SYMMETRIC_FROM, _PARTS = 512, 4
 
 
 class InputStatistics:
@@ -120,11 +125,10 @@ class InputStatistics:
             part_TI = part_TI.float()  # before squaring: in float16 anything over 256 would overflow
             self.sum_squares_I += (part_TI * part_TI).sum(dim=0)
         if self.gram_II is not None:
-            X_TI = X_TI.float()
-            self.gram_II.addmm_(X_TI.T, X_TI)
+            _add_gram(self.gram_II, X_TI.float())
         if self.drift_II is not None and dense_TI is not None:
             X_TI = X_TI.float()
-            self.drift_II.addmm_((dense_TI.float() - X_TI).T, X_TI)
+            self.drift_II += coarse_product((dense_TI.float() - X_TI).T, X_TI)
             self._paired += X_TI.shape[0]
 
     def _add_as_original(self, X_TI: Tensor) -> None:
@@ -183,6 +187,21 @@ class InputStatistics:
             f"the activations that reach {name} are not finite ({where}): compute in bfloat16 or float32, "
             "or check the weights before it"
         )
+
+
+def _add_gram(gram_II: Tensor, X_TI: Tensor) -> None:
+    """Add XᵀX, of which a processor computes only the blocks on and above the diagonal, and mirrors the rest."""
+    width = len(gram_II)
+    if gram_II.device.type != "cpu" or width < _SYMMETRIC_FROM:
+        gram_II.addmm_(X_TI.T, X_TI)
+        return
+    edges = [width * part // _PARTS for part in range(_PARTS + 1)]
+    spans = [slice(start, stop) for start, stop in pairwise(edges)]
+    for place, rows in enumerate(spans):
+        for columns in spans[place:]:
+            gram_II[rows, columns].addmm_(X_TI[:, rows].T, X_TI[:, columns])
+            if columns != rows:
+                gram_II[columns, rows] = gram_II[rows, columns].T
 
 
 def statistics_bytes(in_features: int, needs: Needs, drift: bool = False) -> int:

@@ -16,6 +16,7 @@ import torch
 from prunus.model.loading import DTYPES
 from prunus.model.skeleton import Skeleton, hidden_of
 from prunus.model.source import Source
+from prunus.products import native_bfloat16
 from prunus.statistics import Needs
 
 __all__ = ["HARMLESS", "decide_dtype", "native_bfloat16"]
@@ -54,13 +55,6 @@ def decide_dtype(
     if change < HARMLESS:
         return torch.bfloat16, f"native, and changes the first block's output by {change:.2%} only"
     return torch.float32, f"bfloat16 would change the first block's output by {change:.2%}"
-
-
-def native_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 itself."""
-    cpu = torch.cpu
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(cpu, check, lambda: False)()) for check in checks)
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ splitting asks for W = Z where Z alone must be sparse (Boža 2024, arXiv 2401.02
 
 In the scaled weights the first mask is Wanda's. The penalty ρ grows by a fixed rule instead of ALPS's, which looks at how
 much the mask still changes: all linears with the same input then share the inverses, each iteration is one matrix
-product (in the eigenbasis of H it would be two), and no eigenvectors are needed. Conjugate gradients finish on the last
-mask. Weights of inputs that were always 0 become 0, as in SparseGPT.
+product (in the eigenbasis of H it would be two), and no eigenvectors are needed. These products may be coarse, since every
+step makes up for the last one's rounding; conjugate gradients, in float32, finish on the last mask. Weights of inputs that were always 0 become 0, as in SparseGPT.
 
 Shape suffixes: O outputs (rows), I inputs.
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 from prunus.methods.base import Method, Options, Pruned, masked, unchanged
 from prunus.methods.lsq import ScaledGram, conjugate_gradients, scaled_gram
 from prunus.patterns import Pattern, keep_mask
+from prunus.products import coarse_product
 from prunus.statistics import InputStatistics
 
 # ρ, against a diagonal of H of about 1: where it starts, and by how much it grows, how often. Larger steps cost error,
@@ -56,7 +57,7 @@ def _prune(
         if within == 0 and step > 0:
             dual_OI.div_(_GROWTH)  # U is the multiplier in units of ρ
         kept_OI.sub_(dual_OI).sub_(target_OI)
-        torch.addmm(dual_OI.add_(target_OI), kept_OI, shrink_II, out=sum_OI)
+        torch.add(dual_OI.add_(target_OI), coarse_product(kept_OI, shrink_II), out=sum_OI)
     keep_OI = keep_mask(sum_OI.abs(), pattern, sparsity)
     solution_OI, steps = conjugate_gradients(sum_OI, target_OI, keep_OI, scaled.gram_II, _FINAL_STEPS)
     notes = {"ridge": scaled.damping, "conjugate_gradients": steps}
