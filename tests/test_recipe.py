@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from prunus.presets import PRESETS
 from prunus.recipe import Recipe, load_recipe, parse_bytes
 
 # Any text that UTF-8 can hold: names of files and of linears may be anything.
@@ -110,7 +111,10 @@ def test_a_number_of_rows_may_be_text():
     ("content", "message"),
     [
         ("sparsity = ", r"recipe .*recipe\.toml is not valid TOML"),
-        ("sparcity = 0.5", r"recipe .*recipe\.toml: unknown option 'sparcity'; known are method, sparsity, "),
+        (
+            "sparcity = 0.5",
+            r"recipe .*recipe\.toml: unknown option 'sparcity'; known are preset, method, sparsity, ",
+        ),
         ("[prune]\nsparsity = 0.5", "unknown option 'prune'"),
         ('sparsity = "half"', "sparsity: .*got 'half'"),
         ("sparsity = 1.5", r"sparsity must lie in \[0, 1\).*got 1\.5"),
@@ -224,3 +228,26 @@ def test_sizes_that_are_none(text):
 def test_sparsity_lies_between_zero_and_one(value):
     with pytest.raises(ValueError, match=r"sparsity must lie in \[0, 1\)"):
         Recipe(sparsity=value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fills_in_what_is_not_given(name):
+    chosen = Recipe(preset=name)
+    for key, value in PRESETS[name].items():
+        assert getattr(chosen, key) == value
+    other = Recipe(preset=name, sparsity=0.7, seed=3, damping=0.2)
+    assert (other.method, other.sparsity, other.seed, other.damping) == (chosen.method, 0.7, 3, 0.2)
+
+
+def test_options_go_before_a_preset(tmp_path):
+    chosen = Recipe(preset="best", method="sparsegpt", match_blocks=False, pattern="2:4")
+    assert (chosen.method, chosen.targets, chosen.match_blocks, chosen.sparsity) == (
+        "sparsegpt",
+        "dense",
+        False,
+        0.5,
+    )
+    (tmp_path / "recipe.toml").write_text(chosen.to_toml(), encoding="utf-8")
+    assert load_recipe(tmp_path / "recipe.toml", {}) == chosen
+    with pytest.raises(ValueError, match="choose one of fast, balanced, best"):
+        load_recipe(None, {"preset": "fastest"})

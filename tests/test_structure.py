@@ -17,7 +17,8 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 #: Room -> the rooms it may import from. Each may name only rooms above it, so that imports run one way.
 ROOMS: dict[str, set[str]] = {
-    "recipe": set(),
+    "presets": set(),
+    "recipe": {"presets"},
     "patterns": set(),
     "machine": set(),
     "products": set(),
@@ -122,7 +123,7 @@ LIBRARIES: dict[str, set[str]] = {
     "pydantic": {"recipe", "manifest", "recovery", "results", "sparse", "sweep"},
     "huggingface_hub": {"model"},
     "transformers": {"cli", "model", "windows", "calibration", "evaluation", "sparse"},
-    "torch": set(ROOMS) - {"recipe", "cli", "report", "__init__", "__main__"},
+    "torch": set(ROOMS) - {"presets", "recipe", "cli", "report", "__init__", "__main__"},
 }
 
 #: Libraries that an extra installs: each is imported in one file, inside a function.

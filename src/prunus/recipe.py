@@ -24,6 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from prunus.presets import preset_options
+
 __all__ = ["MEASURED_ALLOCATIONS", "Recipe", "load_recipe", "parse_bytes"]
 
 MethodName = Literal["magnitude", "wanda", "wanda-variant", "ria", "sparsegpt", "obs", "alps"]
@@ -45,6 +47,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    preset: str | None = Field(None, description="fast, balanced or best: what is not given otherwise")
     method: MethodName = "wanda"
     sparsity: float = Field(0.5, description="share of each linear's weights that goes, in [0, 1)")
     pattern: str = Field("unstructured", description="'unstructured', or N:M with at most N of M kept")
@@ -86,7 +89,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _sparsity_of_pattern(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _preset_and_pattern(cls, values: dict[str, Any]) -> dict[str, Any]:
+        values = preset_options(values)
         match = _PATTERN.match(str(values.get("pattern", "")))
         if not match or not 1 <= int(match[1]) <= int(match[2]):
             return values

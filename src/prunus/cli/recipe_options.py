@@ -14,6 +14,13 @@ __all__ = ["OPTIONS", "chosen_recipe", "takes_recipe"]
 
 #: Field of a recipe -> type and help of its option, in the order of --help. What is not given stays None.
 OPTIONS: dict[str, Any] = {
+    "preset": Annotated[
+        str | None,
+        typer.Option(
+            help="fast (wanda), balanced (alps) or best (alps, --targets dense, --match-blocks); other options go before "
+            "it."
+        ),
+    ],
     "method": Annotated[
         str | None,
         typer.Option(
