@@ -180,7 +180,8 @@ def add_lora(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft's own use of transformers, nothing to act on
         torch.manual_seed(seed)
         return peft.PeftModelForCausalLM(model, config, _NAME)
 
