@@ -121,7 +121,7 @@ def test_a_large_ridge_leaves_the_weights_where_they_were():
 # --- ALPS ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("iterations", [1, 3, 4, 24])
+@pytest.mark.parametrize("iterations", [1, 4, 5, 32])
 @pytest.mark.parametrize("pattern", [*PATTERNS, Pattern(4, 8)], ids=repr)
 def test_alps_is_that_of_the_reference(pattern, iterations):
     weight_OI, X_TI = example(6, 24)

@@ -107,7 +107,7 @@ OPTIONS: dict[str, Any] = {
     "ria_power": Annotated[
         float | None, typer.Option(help="For ria: exponent of the input norms.", show_default="0.5")
     ],
-    "iterations": Annotated[int | None, typer.Option(help="For alps.", show_default="24")],
+    "iterations": Annotated[int | None, typer.Option(help="For alps.", show_default="32")],
     "refine": Annotated[
         str | None,
         typer.Option(
@@ -148,10 +148,10 @@ OPTIONS: dict[str, Any] = {
     ],
     "match_passes": Annotated[
         int | None,
-        typer.Option(help="Of --match-blocks over the calibration windows.", show_default="3"),
+        typer.Option(help="Of --match-blocks over the calibration windows.", show_default="2"),
     ],
     "match_rate": Annotated[
-        float | None, typer.Option(help="Peak learning rate of --match-blocks.", show_default="2e-4")
+        float | None, typer.Option(help="Peak learning rate of --match-blocks.", show_default="7e-4")
     ],
     "allocation": Annotated[
         str | None,

@@ -29,9 +29,9 @@ from prunus.statistics import InputStatistics
 
 # ρ, against a diagonal of H of about 1: where it starts, and by how much it grows, how often. Larger steps cost error,
 # smaller ones inverses.
-_FIRST_PENALTY = 0.2
-_GROWTH = 1.3
-_ITERATIONS_PER_PENALTY = 3
+_FIRST_PENALTY = 0.1
+_GROWTH = 1.5
+_ITERATIONS_PER_PENALTY = 4
 _FINAL_STEPS = 10
 # Inverses beyond this many bytes are not kept for the next linear with the same input.
 _MOST_KEPT = 2**28

@@ -45,7 +45,7 @@ class Options:
     damping: float | None = None
     column_block: int = 128
     ria_power: float = 0.5
-    iterations: int = 24
+    iterations: int = 32
     refine: Literal["none", "dsnot", "swaps"] = "none"
     refine_rounds: int | None = None
     update: Literal["none", "lsq"] = "none"
