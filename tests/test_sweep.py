@@ -165,7 +165,7 @@ def test_names_are_unique_plain_and_stay_when_values_are_added(grid):
         ('title = "t"\nmodels = ["a/m", "b/m"]\n[[grid]]', "two models are called 'm' (a/m and b/m)"),
         (
             'title = "t"\nmodels = ["m"]\n[[grid]]\nmethods = ["wanda"]',
-            "grid 1 cannot vary 'methods': known are method",
+            "grid 1 cannot vary 'methods': known are preset, method",
         ),
         ('title = "t"\nmodels = ["m"]\n[[grid]]\npattern = ["2:4"]', "patterns stand under sparsity"),
         ('title = "t"\nmodels = ["m"]\n[[grid]]\nignore = ["*.q"]', "it belongs into [recipe]"),
