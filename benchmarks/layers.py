@@ -1,0 +1,100 @@
+"""What every method does to single linears: relative output error on the calibration windows and on windows held out.
+
+    python benchmarks/layers.py MODEL WINDOWS.safetensors [--linears o_proj,down_proj] [--block 1] [--held-out 2]
+
+WINDOWS holds `input_ids` (windows, tokens). The model runs dense; the linears of one block are pruned one by one, each on
+the dense model's inputs, so that methods differ and nothing else does. Figures are per cent.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from prunus.methods import METHODS, Options, check_options, compose, default_group
+from prunus.patterns import Pattern
+from prunus.statistics import InputStatistics
+
+_CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in METHODS),
+    ("wanda", {"refine": "dsnot"}),
+    ("wanda", {"refine": "swaps"}),
+    ("wanda", {"update": "lsq"}),
+    ("wanda", {"refine": "swaps", "update": "lsq"}),
+]
+
+
+def inputs_of(
+    model: Any, block: int, endings: list[str], windows: Tensor
+) -> dict[str, tuple[Tensor, list[Tensor]]]:
+    """Name -> weight (O, I) and the inputs (tokens, in) of each window."""
+    found: dict[str, tuple[Tensor, list[Tensor]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and f".{block}." in name and name.endswith(tuple(endings)):
+            found[name] = (module.weight.detach().float(), [])
+
+            def keep(seen: list[Tensor], _module: Any, args: tuple[Tensor, ...]) -> None:
+                seen.append(args[0].reshape(-1, args[0].shape[-1]).float())
+
+            module.register_forward_pre_hook(partial(keep, found[name][1]))
+    for window in windows:
+        model(input_ids=window[None], use_cache=False)
+    return found
+
+
+def error(weight_OI: Tensor, pruned_OI: Tensor, X_TI: Tensor) -> float:
+    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖², in per cent."""
+    return 100 * float(
+        (X_TI @ (weight_OI - pruned_OI).T).square().sum() / (X_TI @ weight_OI.T).square().sum()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("windows", type=Path)
+    parser.add_argument("--linears", default="o_proj,down_proj")
+    parser.add_argument("--block", type=int, default=1)
+    parser.add_argument("--held-out", type=int, default=2)
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    windows = load_file(options.windows)["input_ids"].long()
+    with torch.no_grad():
+        for name, (weight_OI, seen) in inputs_of(
+            model, options.block, options.linears.split(","), windows
+        ).items():
+            X_TI, unseen_TI = torch.cat(seen[: -options.held_out]), torch.cat(seen[-options.held_out :])
+            statistics = InputStatistics(weight_OI.shape[1], "gram", means=True)
+            statistics.add(X_TI)
+            print(f"{name}, {len(X_TI)} tokens and {len(unseen_TI)} held out")
+            print(f"| {'method':34} | 50 % | held out | 2:4 | held out |")
+            for method, extra in _CASES:
+                cells = []
+                for text in ("unstructured", "2:4"):
+                    chosen = Options(**extra)
+                    pattern = Pattern.parse(text, default_group(method, chosen))
+                    try:
+                        check_options(method, pattern, 0.5, chosen)
+                    except ValueError:
+                        cells += ["", ""]
+                        continue
+                    pruned = compose(METHODS[method], chosen).prune(
+                        weight_OI, statistics, pattern, 0.5, chosen
+                    )
+                    cells += [f"{error(weight_OI, pruned.weight_OI, x):.3f}" for x in (X_TI, unseen_TI)]
+                label = " ".join([method, *(f"--{key} {value}" for key, value in extra.items())])
+                print(f"| {label:34} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
