@@ -8,6 +8,7 @@ BitmapLinear    the module that runs on a bitmap
 DenseLinear     a dense linear that uses the kernels too
 use_dense_kernel    give a loaded dense model such linears
 use_decode_attention    and the attention that packed models have
+use_large_pages     and their memory
 to_semi_structured  on a CUDA device: 2:4 linears on sparse tensor cores, where that is faster
 """
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from prunus.sparse.linear import BitmapLinear, DenseLinear, use_dense_kernel
     from prunus.sparse.operators import reference_path
     from prunus.sparse.packing import pack, unpack
+    from prunus.sparse.pages import use_large_pages
     from prunus.sparse.semi_structured import to_semi_structured
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "unpack",
     "use_decode_attention",
     "use_dense_kernel",
+    "use_large_pages",
 ]
 
 # Imported when first used, so that `import prunus` need not wait for torch.
@@ -45,6 +48,7 @@ _HOMES = {
     "unpack": "packing",
     "use_decode_attention": "attention",
     "use_dense_kernel": "linear",
+    "use_large_pages": "pages",
 }
 
 

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from prunus.sparse.attention import use_decode_attention
 from prunus.sparse.description import FORMAT_VERSION, METHOD, Description, StoredTensor
 from prunus.sparse.linear import BitmapLinear, use_dense_kernel
+from prunus.sparse.pages import use_large_pages
 
 __all__ = ["PrunusConfig", "PrunusQuantizer", "register_with_transformers"]
 
@@ -111,6 +112,7 @@ class PrunusQuantizer(HfQuantizer):
                 except ValueError as fault:
                     raise ValueError(f"{name} is damaged: {fault}") from fault
         use_decode_attention(model)
+        use_large_pages(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
