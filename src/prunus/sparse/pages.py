@@ -7,8 +7,10 @@ A product of one token reads every weight once, in order. With pages of 4 KiB th
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -33,36 +35,33 @@ def use_large_pages(model: nn.Module) -> int:
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return 0
-    arena, moved = _Arena(), 0
-    try:
-        for holder, name in list(_weights(model)):
-            tensor = getattr(holder, name)
-            if tensor is None or tensor.device.type != "cpu":
-                continue
-            if tensor.nbytes < _SMALL or not tensor.is_contiguous() or id(tensor) in arena.done:
-                continue
-            tensor.data = arena.copy(tensor)
-            arena.done.add(id(tensor))
-            moved += tensor.nbytes
-    except OSError:  # a kernel without them, or memory that does not suffice: the rest stays
-        return moved
+    arena, files, moved = _Arena(), _mapped_checkpoints(), 0
+    tensors = {id(tensor): tensor for tensor in _weights(model)}
+    for tensor in tensors.values():
+        if tensor.device.type != "cpu" or tensor.nbytes < _SMALL or not tensor.is_contiguous():
+            continue
+        before = tensor.data
+        try:
+            tensor.data = arena.copy(before)
+        except OSError:  # a kernel without them, or memory that does not suffice: the rest stays
+            return moved
+        _release(before, files)
+        moved += tensor.nbytes
     return moved
 
 
-def _weights(model: nn.Module) -> Iterable[tuple[nn.Module, str]]:
+def _weights(model: nn.Module) -> Iterable[torch.Tensor]:
     for module in model.modules():
         if isinstance(module, BitmapLinear):
-            yield module, "weight"
-            yield module, "weight_mask"
+            yield from (module.weight, module.weight_mask)
         elif isinstance(module, DenseLinear):
-            yield module, "weight"
+            yield module.weight
 
 
 class _Arena:
     """Memory in large pages, handed out piece by piece; a chunk is freed with the last tensor in it."""
 
     def __init__(self) -> None:
-        self.done: set[int] = set()
         self._chunk: mmap.mmap | None = None
         self._used = 0
 
@@ -82,3 +81,26 @@ class _Arena:
         ).view(tensor.shape)
         self._used += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         return place.copy_(tensor)
+
+
+def _mapped_checkpoints() -> list[range]:
+    """Where files of weights lie in this process's memory."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    spans = (line.split()[0].split("-") for line in lines if line.endswith(".safetensors"))
+    return [range(int(first, 16), int(last, 16)) for first, last in spans]
+
+
+def _release(tensor: torch.Tensor, files: list[range]) -> None:
+    """Take the pages of a mapped file that only this tensor used out of memory.
+
+    The mapping itself lives on: transformers keeps tensors of it for as long as the model lives. Pages that are asked for
+    again come back from the file, as long as nobody wrote to them, which nobody does to a weight that was replaced.
+    """
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last and any(first in file and last - 1 in file for file in files):
+        madvise = ctypes.CDLL(None, use_errno=True).madvise
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
