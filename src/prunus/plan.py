@@ -213,7 +213,9 @@ def prepare(
         check_shape(pattern, head.shape, head.name)
     targets, left_dense = _select(skeleton, recipe, pattern)
     wanted = decided_dtype if recipe.dtype == "auto" and decided_dtype else recipe.dtype
-    dtype, reason = decide_dtype(wanted, source, device, method.needs, options.trust_remote_code)
+    dtype, reason = decide_dtype(
+        wanted, source, device, method.needs, options.trust_remote_code, ridged=method.ridged
+    )
     if dtype != source.stored_dtype:
         skeleton = Skeleton(source.config, dtype, options.trust_remote_code)
         source.bind(skeleton)

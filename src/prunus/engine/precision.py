@@ -3,8 +3,8 @@
 Scores, norms and updates are float32 whatever is decided here; it is about the block's own arithmetic.
 On a CPU bfloat16 is taken when three things hold: the weights are stored in it (so nothing is rounded on
 the way in), the processor multiplies it natively (about 2.5 times float32's rate), and a trial through the
-first block shows that its output moves by less than `HARMLESS`. Methods that invert a Gram matrix always
-get float32 inputs on a CPU: their updates amplify what is small.
+first block shows that its output moves by less than `HARMLESS`. Methods that invert a Gram matrix with a small
+fixed damping always get float32 inputs on a CPU: their updates amplify what is small.
 """
 
 from __future__ import annotations
@@ -27,7 +27,12 @@ _TRIAL_TOKENS = 256
 
 
 def decide_dtype(
-    requested: str, source: Source, device: torch.device, needs: Needs, trust_remote_code: bool = False
+    requested: str,
+    source: Source,
+    device: torch.device,
+    needs: Needs,
+    trust_remote_code: bool = False,
+    ridged: bool = False,
 ) -> tuple[torch.dtype, str]:
     """The dtype of the computation and the reason in words.
 
@@ -37,6 +42,7 @@ def decide_dtype(
         device: where the blocks will run.
         needs: the statistics that the method asks for.
         trust_remote_code: passed on to transformers.
+        ridged: see `Method`.
     """
     if requested != "auto":
         return DTYPES[requested], "asked for"
@@ -47,8 +53,8 @@ def decide_dtype(
         return torch.float32, "the checkpoint's own"
     if stored is not torch.bfloat16:
         return torch.float32, f"the checkpoint is stored in {str(stored).removeprefix('torch.')}"
-    if needs == "gram":
-        return torch.float32, "the method inverts Gram matrices"
+    if needs == "gram" and not ridged:
+        return torch.float32, "the method inverts Gram matrices of little damping"
     if not native_bfloat16():
         return torch.float32, "this processor has no native bfloat16"
     change = _trial(source, trust_remote_code)

@@ -10,8 +10,9 @@ splitting asks for W = Z where Z alone must be sparse (Boža 2024, arXiv 2401.02
 
 In the scaled weights the first mask is Wanda's. The penalty ρ grows by a fixed rule instead of ALPS's, which looks at how
 much the mask still changes: all linears with the same input then share the inverses, each iteration is one matrix
-product (in the eigenbasis of H it would be two), and no eigenvectors are needed. These products may be coarse, since every
-step makes up for the last one's rounding; conjugate gradients, in float32, finish on the last mask. Weights of inputs that were always 0 become 0, as in SparseGPT.
+product (in the eigenbasis of H it would be two), and no eigenvectors are needed. These products may be coarse, since
+every step makes up for the last one's rounding; conjugate gradients, in float32, finish on the last mask. Weights of
+inputs that were always 0 become 0, as in SparseGPT.
 
 Shape suffixes: O outputs (rows), I inputs.
 """
@@ -88,5 +89,6 @@ ALPS = Method(
     default_group="row",
     updates_weights=True,
     summary="mask and weights together by ADMM, then least squares; loses least, takes longest",
+    ridged=True,
     products=45,
 )

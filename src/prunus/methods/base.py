@@ -86,6 +86,8 @@ class Method:
         summary: one line for the help.
         needs_means: True where `prune` also reads the means of the inputs.
         needs_drift: True where it reads how the inputs differ from the dense model's.
+        ridged: True where the Gram matrix gets a ridge by features per token before it is inverted, which keeps the
+            rounding of the inputs small; False where a small fixed damping lets it grow.
         products: to how many matrix products (O, I) × (I, I) its time comes, for the estimate of a run's.
     """
 
@@ -97,6 +99,7 @@ class Method:
     summary: str
     needs_means: bool = False
     needs_drift: bool = False
+    ridged: bool = False
     products: int = 0
 
 

@@ -93,6 +93,7 @@ def compose(method: Method, options: Options) -> Method:
         needs=max(needs, key=NEEDS.index),
         needs_means=method.needs_means or (refinement is not None and refinement.needs_means),
         needs_drift=aims,
+        ridged=method.ridged or method.needs != "gram",
         updates_weights=method.updates_weights or updates,
         products=method.products + (refinement.products if refinement else 0) + (25 if updates else 0) + aims,
     )
