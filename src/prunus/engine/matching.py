@@ -157,6 +157,8 @@ def _train(
         error = judge()
         if error < best:
             best, weights = error, _copies(parameters)
+    if stopped is None and steps < total:
+        stopped = "out of time"  # while the last pass was judged
     return Match(weights, before, best, steps, stopped)
 
 
