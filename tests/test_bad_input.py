@@ -241,7 +241,7 @@ def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch):
         ({"batch": 0}, "batch must be at least 1 window; got 0"),
         ({"damping": 0.0}, r"damping must lie in \(0, 1\)"),
         ({"mask_from": "magnitude"}, "mask_from and mask_order belong to method 'obs'"),
-        ({"sparsities": 0.5}, "unknown option 'sparsities'; known are method, sparsity"),
+        ({"sparsities": 0.5}, "unknown option 'sparsities'; known are preset, method, sparsity"),
         (
             {"only": ["*.qproj"]},
             r"--only '\*\.qproj' matches none of the 14 linears; names look like 'model\.layers",
