@@ -9,6 +9,7 @@ from torch import nn
 
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
+from prunus.engine.retouch import PASSES
 from prunus.machine import matmul_rate
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
@@ -53,7 +54,7 @@ def estimate_seconds(work: Workload) -> float:
             passes = 5
         passes += work.carries_dense
         if work.recipe.match_blocks:
-            passes += 1 + 3 * work.recipe.match_passes
+            passes += 1 + 3 * (work.recipe.match_passes or PASSES)
         flops += 2.0 * weights * tokens * passes
         if work.linear_job.method.needs == "gram":
             columns = [x.shape for x in work.skeleton.linears(index) if x.name in work.targets[index]]

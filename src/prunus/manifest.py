@@ -120,7 +120,8 @@ class Manifest(BaseModel):
     blocks: list[BlockRecord] = Field(default_factory=list)
     head: LinearRecord | None = None
     allocation: dict[str, float] = Field(
-        default_factory=dict, description="full name of a linear -> sparsity asked for; empty where all are alike"
+        default_factory=dict,
+        description="full name of a linear -> sparsity asked for; empty where all are alike",
     )
     left_dense: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     totals: dict[str, Any] = Field(default_factory=dict)

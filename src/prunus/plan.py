@@ -18,7 +18,7 @@ from prunus.costs import block_cost, estimate_seconds
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
 from prunus.engine.precision import decide_dtype
-from prunus.engine.retouch import RetouchJob
+from prunus.engine.retouch import LEARNING_RATE, PASSES, RetouchJob
 from prunus.machine import available_memory, resident_memory
 from prunus.manifest import Walk
 from prunus.methods import METHODS, Options, check_options, compose, default_group
@@ -97,7 +97,8 @@ class Job:
             return None
         fast = self.device.type == "cuda" or native_bfloat16()
         dtype = torch.bfloat16 if fast and self.dtype != torch.float16 else torch.float32
-        return RetouchJob(self.recipe.match_passes, self.recipe.match_rate, dtype)
+        recipe = self.recipe
+        return RetouchJob(recipe.match_passes or PASSES, recipe.match_rate or LEARNING_RATE, dtype)
 
     @property
     def as_original(self) -> bool:

@@ -68,7 +68,7 @@ class Recipe(BaseModel):
         None, description="share of the Gram's mean diagonal added before inversion; None: the method's own"
     )
     ria_power: float = Field(0.5, description="exponent of the input norms in ria")
-    iterations: int = Field(32, description="of alps")
+    iterations: int | None = Field(None, description="of alps; None: its own")
     refine: Literal["none", "dsnot", "swaps"] = Field("none", description="look over the mask afterwards")
     refine_rounds: int | None = Field(None, description="most rounds of refine; None: the refinement's own")
     update: Literal["none", "lsq"] = Field("none", description="fit the kept weights to the mask at the end")
@@ -77,8 +77,10 @@ class Recipe(BaseModel):
     )
     mix: float | None = Field(None, description="share of the dense model in the targets; None: by rule")
     match_blocks: bool = Field(False, description="train each pruned block towards the dense block's outputs")
-    match_passes: int = Field(2, description="of match_blocks over the calibration windows")
-    match_rate: float = Field(7e-4, description="peak learning rate of match_blocks")
+    match_passes: int | None = Field(
+        None, description="of match_blocks over the calibration windows; None: its own"
+    )
+    match_rate: float | None = Field(None, description="peak learning rate of match_blocks; None: its own")
     allocation: Literal["uniform", "owl", "dlp", "arithmetic", "search"] = Field(
         "uniform", description="how the sparsity is shared out; its mean stays what was asked for"
     )
@@ -160,8 +162,8 @@ class Recipe(BaseModel):
 
     @field_validator("match_rate")
     @classmethod
-    def _positive_rate(cls, value: float) -> float:
-        if not 0 < value < 1:
+    def _positive_rate(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value < 1:
             raise ValueError(f"match_rate must lie in (0, 1); got {value}")
         return value
 
@@ -205,7 +207,7 @@ class Recipe(BaseModel):
             )
         if self.method != "ria" and self.ria_power != 0.5:
             raise ValueError(f"ria_power belongs to method 'ria', not to {self.method!r}: drop it")
-        if self.method != "alps" and self.iterations != 32:
+        if self.method != "alps" and self.iterations is not None:
             raise ValueError(f"iterations belong to method 'alps', not to {self.method!r}: drop them")
         if self.targets == "pruned" and self.mix is not None:
             raise ValueError("mix belongs to --targets dense: drop it or add that")
@@ -223,7 +225,7 @@ class Recipe(BaseModel):
             )
         if self.allocation == "uniform" and self.allocation_by != "block":
             raise ValueError("allocation_by needs an --allocation other than uniform")
-        if not self.match_blocks and (self.match_passes != 2 or self.match_rate != 7e-4):
+        if not self.match_blocks and (self.match_passes is not None or self.match_rate is not None):
             raise ValueError("match_passes and match_rate belong to --match-blocks: drop them or add it")
         if self.match_blocks and self.propagate == "block":
             raise ValueError(

@@ -123,7 +123,7 @@ def _check_ranges(options: Options) -> None:
         raise ValueError(f"the column block is {options.column_block}: it must be at least 1")
     if not (math.isfinite(power) and 0 <= power <= 2):
         raise ValueError(f"the power of the input norms is {power}: it must be from 0 to 2")
-    if options.iterations < 1:
+    if options.iterations is not None and options.iterations < 1:
         raise ValueError(f"the iterations are {options.iterations}: there must be at least 1")
     if options.refine not in ("none", "dsnot", "swaps"):
         raise ValueError(f"the refinement is {options.refine!r}: choose none, dsnot or swaps")

@@ -32,6 +32,8 @@ from prunus.statistics import InputStatistics
 # smaller ones inverses.
 _FIRST_PENALTY = 0.1
 _GROWTH = 1.5
+#: Of the splitting, where nothing else is asked for.
+ITERATIONS = 32
 _ITERATIONS_PER_PENALTY = 4
 _FINAL_STEPS = 10
 # Inverses beyond this many bytes are not kept for the next linear with the same input.
@@ -49,10 +51,11 @@ def _prune(
     # One matrix holds both: W + U is Z where it is kept, and the new U elsewhere.
     sum_OI = target_OI.clone()
     dual_OI = torch.empty_like(sum_OI)
-    for iteration in range(options.iterations):
+    iterations = options.iterations or ITERATIONS
+    for iteration in range(iterations):
         step, within = divmod(iteration, _ITERATIONS_PER_PENALTY)
         if within == 0:
-            shrink_II = _shrink(statistics, scaled, options.iterations, _FIRST_PENALTY * _GROWTH**step)
+            shrink_II = _shrink(statistics, scaled, iterations, _FIRST_PENALTY * _GROWTH**step)
         kept_OI = keep_mask(sum_OI.abs(), pattern, sparsity) * sum_OI
         torch.sub(sum_OI, kept_OI, out=dual_OI)
         if within == 0 and step > 0:

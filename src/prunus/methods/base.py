@@ -29,7 +29,7 @@ class Options:
             own: 0.01 as published, or by the number of tokens where `lsq.py` says so.
         column_block: columns that SparseGPT picks its mask for at once.
         ria_power: exponent of the input norms in RIA's score.
-        iterations: of the splitting in `alps`.
+        iterations: of the splitting in `alps`; None for its own number.
         refine: what looks over the mask of whatever method: nothing, `dsnot.py` or `swaps.py`.
         refine_rounds: most rounds of that; None for the refinement's own.
         update: "lsq" fits the kept weights of whatever method to the mask at the end.
@@ -45,7 +45,7 @@ class Options:
     damping: float | None = None
     column_block: int = 128
     ria_power: float = 0.5
-    iterations: int = 32
+    iterations: int | None = None
     refine: Literal["none", "dsnot", "swaps"] = "none"
     refine_rounds: int | None = None
     update: Literal["none", "lsq"] = "none"
