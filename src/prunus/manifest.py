@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from prunus.machine import peak_memory
-from prunus.model.files import read_json, write_json
+from prunus.model.files import write_json
 from prunus.recipe import Recipe
+from prunus.records import check_alike, read_record
 
 __all__ = [
     "MANIFEST_NAME",
@@ -141,12 +142,7 @@ class Manifest(BaseModel):
         path = folder / MANIFEST_NAME
         if not path.exists():
             raise FileNotFoundError(f"{folder} has no {MANIFEST_NAME}: it is not the output of prunus")
-        try:
-            return cls.model_validate(read_json(path))
-        except ValidationError as fault:
-            first = fault.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"{path} is damaged or of another version: {where}: {first['msg']}") from fault
+        return read_record(path, cls)
 
     def summary(self) -> dict[str, Any]:
         """Totals over the pruned linears: weights, zeros, sparsity, mean error, seconds."""
@@ -177,12 +173,7 @@ class Manifest(BaseModel):
             # What the inputs say of batch and dtype is what the recipe's "auto" came to.
             before |= self.inputs.model_dump(exclude={"dtype_reason"})
             now |= inputs.model_dump(exclude={"dtype_reason"})
-        for key, value in now.items():
-            if before[key] != value:
-                raise FileExistsError(
-                    f"the output folder holds a run with another {key} ({before[key]!r}, now {value!r}); it is left "
-                    "as it is. Choose another folder, or --overwrite to replace it"
-                )
+        check_alike(before, now, "run")
 
     def close(self, seconds: float, device: torch.device) -> None:
         """Enter the totals and call the run finished; the files are the caller's to write."""

@@ -10,10 +10,11 @@ import io
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from prunus.model.files import read_json, write_json, write_text
+from prunus.model.files import write_json, write_text
 from prunus.recipe import Recipe
+from prunus.records import read_record
 
 __all__ = [
     "RESULTS_NAME",
@@ -165,12 +166,7 @@ class SweepResults(_Record):
         path = folder / RESULTS_NAME
         if not path.exists():
             raise FileNotFoundError(f"{folder} has no {RESULTS_NAME}: it is not the output of prunus sweep")
-        try:
-            return cls.model_validate(read_json(path))
-        except ValidationError as fault:
-            first = fault.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"{path} is damaged or of another version: {where}: {first['msg']}") from fault
+        return read_record(path, cls)
 
     def to_csv(self) -> str:
         """A row per model as it was and per cell; a missing figure is an empty field."""

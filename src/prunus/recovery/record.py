@@ -6,9 +6,10 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from prunus.model.files import read_json, write_json
+from prunus.model.files import write_json
+from prunus.records import check_alike, read_record
 from prunus.recovery.options import RecoveryOptions
 
 __all__ = ["RECORD_NAME", "BlockMatch", "Evaluation", "Inputs", "LinearSupport", "RecoveryRecord"]
@@ -115,13 +116,7 @@ class RecoveryRecord(_Model):
         Raises:
             ValueError: it is damaged or of another version.
         """
-        path = folder / RECORD_NAME
-        try:
-            return cls.model_validate(read_json(path))
-        except ValidationError as fault:
-            first = fault.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"{path} is damaged or of another version: {where}: {first['msg']}") from fault
+        return read_record(folder / RECORD_NAME, cls)
 
     def check_same(self, options: RecoveryOptions, inputs: Inputs | None = None) -> None:
         """See that this is the record of the recovery that `options` and, where they are known yet, `inputs` describe.
@@ -133,9 +128,4 @@ class RecoveryRecord(_Model):
         if inputs is not None:
             before |= self.inputs.model_dump(exclude={"dtype_reason"})
             now |= inputs.model_dump(exclude={"dtype_reason"})
-        for key, value in now.items():
-            if before[key] != value:
-                raise FileExistsError(
-                    f"the output folder holds a recovery with another {key} ({before[key]!r}, now {value!r}); it is "
-                    "left as it is. Choose another folder, or --overwrite to replace it"
-                )
+        check_alike(before, now, "recovery")
