@@ -18,9 +18,9 @@ from rich.console import Console
 from safetensors.torch import save_file
 from transformers.utils import logging
 from typer.main import get_command
-from typer.testing import CliRunner
 
 import prunus
+from command_line import call
 from prunus.cli import app
 from prunus.cli.recipe_options import OPTIONS
 from prunus.manifest import MANIFEST_NAME
@@ -72,13 +72,6 @@ def _transformers_speaks_again_afterwards():
     yield
     logging.set_verbosity(before)
     logging.enable_progress_bar()
-
-
-def call(*arguments: object, status: int = 0):
-    """Run a verb in this process and see its exit status."""
-    result = CliRunner(env={"PRUNUS_DATA": None}).invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == status, result.output
-    return result
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -8,9 +8,8 @@ import json
 import pytest
 from rich.console import Console
 from transformers.utils import logging
-from typer.testing import CliRunner
 
-from prunus.cli import app
+from command_line import call
 from prunus.recovery import Step
 from prunus.recovery.record import RECORD_NAME
 from prunus.report.recovery_tables import show_recovery
@@ -36,13 +35,6 @@ def _transformers_speaks_again_afterwards():
     yield
     logging.set_verbosity(before)
     logging.enable_progress_bar()
-
-
-def call(*arguments: object, status: int = 0):
-    """Run a verb in this process and see its exit status."""
-    result = CliRunner(env={"PRUNUS_DATA": None}).invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == status, result.output
-    return result
 
 
 def test_recover_shows_what_was_won_and_writes_it_as_json(pruned, text, tmp_path):

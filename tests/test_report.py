@@ -18,10 +18,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import prunus
-from prunus.cli import app
+from command_line import call
 from prunus.histograms import linear_histograms
 from prunus.manifest import Manifest
 from prunus.plan import RunOptions
@@ -370,12 +369,6 @@ def test_a_page_without_charts_needs_no_plotting_library(tmp_path, monkeypatch, 
 
 
 # --- the command ---
-
-
-def call(*arguments: object, status: int = 0):
-    result = CliRunner(env={"PRUNUS_DATA": None}).invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == status, result.output
-    return result
 
 
 def test_the_command_writes_a_page_markdown_or_the_terminal(run, tmp_path):

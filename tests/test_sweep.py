@@ -13,11 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import prunus
+from command_line import call
 from prunus.calibration import load_windows
-from prunus.cli import app
 from prunus.evaluation.scores import Metric, TaskResults, TaskScore
 from prunus.manifest import MANIFEST_NAME, Manifest
 from prunus.plan import RunOptions
@@ -551,12 +550,6 @@ def write_toml(path: Path, dense: Path, sparsity: str = "[0.5]") -> Path:
         f'[[grid]]\nmethod = ["magnitude"]\nsparsity = {sparsity}\n'
     )
     return path
-
-
-def call(*arguments: object, status: int = 0):
-    result = CliRunner(env={"PRUNUS_DATA": None}).invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == status, result.output
-    return result
 
 
 def test_the_command_checks_runs_and_shows(dense, tmp_path):
