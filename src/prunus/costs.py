@@ -9,7 +9,7 @@ from torch import nn
 
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
-from prunus.engine.retouch import PASSES
+from prunus.engine.retouch import RetouchJob
 from prunus.machine import matmul_rate
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
@@ -39,6 +39,10 @@ class Workload(Protocol):
     def carries_dense(self) -> bool:
         """Whether the dense model's hidden states go along."""
 
+    @property
+    def retouch_job(self) -> RetouchJob | None:
+        """How blocks are matched to the dense ones, if they are."""
+
     def fits_lockstep(self, index: int) -> bool:
         """Whether all batches can pause in block `index`."""
 
@@ -53,8 +57,8 @@ def estimate_seconds(work: Workload) -> float:
         if passes == 1 and not work.fits_lockstep(index):
             passes = 5
         passes += work.carries_dense
-        if work.recipe.match_blocks:
-            passes += 1 + 3 * (work.recipe.match_passes or PASSES)
+        if (retouch_job := work.retouch_job) is not None:
+            passes += 1 + 3 * retouch_job.passes
         flops += 2.0 * weights * tokens * passes
         if work.linear_job.method.needs == "gram":
             columns = [x.shape for x in work.skeleton.linears(index) if x.name in work.targets[index]]

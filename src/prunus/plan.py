@@ -21,7 +21,7 @@ from prunus.engine.precision import decide_dtype
 from prunus.engine.retouch import LEARNING_RATE, PASSES, RetouchJob
 from prunus.machine import available_memory, resident_memory
 from prunus.manifest import Walk
-from prunus.methods import METHODS, Options, check_options, compose, default_group
+from prunus.methods import METHODS, Method, Options, check_options, compose, default_group
 from prunus.model.checkpoint import resolve_folder
 from prunus.model.device import choose_device
 from prunus.model.skeleton import Skeleton
@@ -82,8 +82,7 @@ class Job:
     @property
     def needs_inputs(self) -> bool:
         """Whether calibration windows have to go through the model at all."""
-        measured = self.recipe.allocation in MEASURED_ALLOCATIONS
-        return self.linear_job.method.needs != "none" or self.recipe.match_blocks or measured
+        return _needs_inputs(self.recipe, self.linear_job.method)
 
     @property
     def carries_dense(self) -> bool:
@@ -197,8 +196,7 @@ def prepare(
     pattern = Pattern.parse(recipe.pattern, group)
     check_options(recipe.method, pattern, recipe.sparsity, method_options)
     device = choose_device(options.device, model if isinstance(model, nn.Module) else None)
-    measured = recipe.allocation in MEASURED_ALLOCATIONS
-    if (method.needs != "none" or recipe.match_blocks or measured) and options.input_ids is None:
+    if _needs_inputs(recipe, method) and options.input_ids is None:
         check_source(recipe.calibration, options.data_dir)
     source: CheckpointSource | ModuleSource
     if isinstance(model, nn.Module):
@@ -253,6 +251,11 @@ def prepare(
             f"{(job.budget + resident_memory()) / 1e9:.2f} GB. Raise --memory or lower --batch or --seqlen"
         )
     return job
+
+
+def _needs_inputs(recipe: Recipe, method: Method) -> bool:
+    measured = recipe.allocation in MEASURED_ALLOCATIONS
+    return method.needs != "none" or recipe.match_blocks or measured
 
 
 def _free_on(device: torch.device) -> int:

@@ -20,7 +20,6 @@ __all__ = ["LEARNING_RATE", "PASSES", "RetouchJob", "retouch"]
 # One batch in so many is not trained on, and says which pass was the best.
 _ONE_HELD_OUT_IN = 8
 
-
 #: What is taken where nothing else is asked for.
 PASSES, LEARNING_RATE = 2, 7e-4
 

@@ -22,7 +22,7 @@ from prunus.evaluation.candidate import Candidate, find_candidate
 from prunus.evaluation.scores import Metric, TaskResults, TaskScore
 from prunus.evaluation.tasks import LoadedTask, load_tasks, require_lm_eval, run_task, wrap_model
 from prunus.model.device import choose_device
-from prunus.model.loading import DTYPES, load_model
+from prunus.model.loading import DTYPES, check_dtype, load_model
 
 __all__ = ["Judging", "evaluate", "prepare"]
 
@@ -168,8 +168,7 @@ def prepare(
         raise ValueError(f"limit must be at least 1 row, not {limit}")
     if batch != "auto" and (not isinstance(batch, int) or batch < 1):
         raise ValueError(f"batch must be 'auto' or at least 1, not {batch!r}")
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {dtype!r}")
+    check_dtype(dtype)
     loaded = next((model for model in models if isinstance(model, nn.Module)), None)
     if loaded is not None and (dtype != "auto" or device != "auto"):
         raise ValueError(

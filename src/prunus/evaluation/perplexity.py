@@ -27,7 +27,7 @@ from prunus.evaluation.cache import ResultCache, checkpoint_digest, circumstance
 from prunus.evaluation.candidate import find_folder
 from prunus.evaluation.text import ScoringText, check_text, load_scoring_text, scoring_windows
 from prunus.model.device import choose_device
-from prunus.model.loading import DTYPES, load_model
+from prunus.model.loading import DTYPES, check_dtype, load_model
 from prunus.model.tokenizer import load_tokenizer
 
 __all__ = [
@@ -241,8 +241,7 @@ def _check_arguments(seqlen: int, limit: int | None, batch: int, dtype: str) -> 
         raise ValueError(f"limit must be at least 1 window, not {limit}")
     if batch < 1:
         raise ValueError(f"batch must be at least 1, not {batch}")
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {dtype!r}")
+    check_dtype(dtype)
 
 
 def _check_model(model: Any, ids: torch.Tensor) -> None:

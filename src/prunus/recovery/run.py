@@ -16,9 +16,8 @@ from prunus.machine import keep_freed_memory, peak_memory
 from prunus.model.adapter import CONFIG_NAME, save_adapter
 from prunus.model.checkpoint import INDEX_NAME, resolve_folder
 from prunus.model.destination import check_disk
-from prunus.model.families import find_block_list
 from prunus.model.files import TEMPORARY_SUFFIX, write_text
-from prunus.model.linears import Linear, find_linears
+from prunus.model.linears import Linear
 from prunus.model.loading import load_model
 from prunus.output import shard_name
 from prunus.recovery.block_matching import match_blocks
@@ -30,7 +29,7 @@ from prunus.recovery.options import recovery_options
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.result import ResultFolder
 from prunus.recovery.sparse_lora import merged_weights, sparse_lora
-from prunus.recovery.supports import head_name, pruned_linears, recorded_linears
+from prunus.recovery.supports import block_linears, head_name, pruned_linears, recorded_linears
 from prunus.recovery.trainable import Trainable, masked
 from prunus.recovery.training import Step, train
 
@@ -173,7 +172,7 @@ def _recover_whole(
     updated = choose(linears, options.targets) if options.targets is not None and not stays else linears
     if stays:
         trainable = lora(
-            model, _block_linears(model), options.targets, options.rank, options.alpha, options.seed, base
+            model, block_linears(model), options.targets, options.rank, options.alpha, options.seed, base
         )
     elif options.mode == "sparse-lora":
         trainable = sparse_lora(model, updated, options.rank, options.alpha, options.seed)
@@ -265,11 +264,6 @@ def _disk(job: Job, trainable: Trainable) -> int:
     trained = sum(p.numel() for p in trainable.parameters.values())
     checkpoint = job.source.checkpoint
     return 16 * trained + (0 if job.options.mode == "lora" else checkpoint.nbytes(checkpoint.tensors))
-
-
-def _block_linears(model: Any) -> dict[str, Linear]:
-    path, blocks = find_block_list(model)
-    return {f"{path}.{i}.{x.name}": x for i, block in enumerate(blocks) for x in find_linears(block)}
 
 
 def _base_name(model: str | Path) -> str:

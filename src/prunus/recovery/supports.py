@@ -18,7 +18,16 @@ from prunus.model.families import find_block_list
 from prunus.model.linears import Linear, find_linears
 from prunus.recovery.record import RECORD_NAME, LinearSupport, RecoveryRecord
 
-__all__ = ["LEAST", "head_name", "is_pruned", "pruned_linears", "recorded_linears", "support_of", "verify"]
+__all__ = [
+    "LEAST",
+    "block_linears",
+    "head_name",
+    "is_pruned",
+    "pruned_linears",
+    "recorded_linears",
+    "support_of",
+    "verify",
+]
 
 #: Share of zeros from which a linear counts as pruned where nothing is recorded.
 LEAST = 0.05
@@ -56,6 +65,16 @@ def is_pruned(name: str, weight: torch.Tensor, recorded: Collection[str] | None)
     return float((weight == 0).float().mean()) >= LEAST
 
 
+def block_linears(model: nn.Module) -> dict[str, Linear]:
+    """All linears in the blocks of a model, by full name.
+
+    Raises:
+        NotImplementedError: the model is not a stack of blocks.
+    """
+    path, blocks = find_block_list(model)
+    return {f"{path}.{i}.{x.name}": x for i, block in enumerate(blocks) for x in find_linears(block)}
+
+
 def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
     """The pruned linears of a model that was loaded from `folder`, by full name.
 
@@ -63,12 +82,7 @@ def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
         ValueError: there are none.
         NotImplementedError: the model is not a stack of blocks.
     """
-    path, blocks = find_block_list(model)
-    linears = {
-        f"{path}.{index}.{linear.name}": linear
-        for index, block in enumerate(blocks)
-        for linear in find_linears(block)
-    }
+    linears = block_linears(model)
     name = head_name(model)
     if name is not None:
         linears[name] = Linear(name, model.get_submodule(name))

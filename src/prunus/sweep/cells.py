@@ -23,7 +23,7 @@ from prunus.results import CellResult, ModelResult, Pruning, Score, TaskFigure
 from prunus.run import Progress, run
 from prunus.sweep.grid import Scoring
 
-__all__ = ["discard_weights", "prune_cell", "recover_cell", "score_model"]
+__all__ = ["discard_weights", "prune_cell", "recover_cell", "score_model", "task_options"]
 
 WEIGHTS = "model"
 
@@ -126,16 +126,23 @@ def score_model(
         judged = evaluate(
             model,
             scoring.tasks,
-            fewshot=scoring.fewshot,
-            limit=scoring.task_limit,
-            dtype=scoring.dtype,
-            device=options.device,
-            data_dir=options.data_dir,
-            trust_remote_code=options.trust_remote_code,
+            **task_options(scoring, options),
         )
         for (task, metric), figure in judged.figures().items():
             record.tasks.setdefault(task, {})[metric] = TaskFigure.model_validate(figure.as_dict())
             finished(f"{metric} on {task}", record.tasks[task][metric].value)
+
+
+def task_options(scoring: Scoring, options: RunOptions) -> dict[str, Any]:
+    """How tasks are judged, as `evaluate` takes it and `accuracy.prepare` checks it."""
+    return {
+        "fewshot": scoring.fewshot,
+        "limit": scoring.task_limit,
+        "dtype": scoring.dtype,
+        "device": options.device,
+        "data_dir": options.data_dir,
+        "trust_remote_code": options.trust_remote_code,
+    }
 
 
 def discard_weights(folder: Path) -> None:

@@ -15,6 +15,7 @@ from prunus.model.source import CheckpointSource
 from prunus.plan import RunOptions, prepare
 from prunus.recovery.options import recovery_options
 from prunus.results import RESULTS_NAME, CellResult, ModelResult, SweepResults
+from prunus.sweep.cells import task_options
 from prunus.sweep.grid import Sweep
 
 __all__ = ["check_sweep"]
@@ -86,12 +87,7 @@ def _check_tasks(sweep: Sweep, models: dict[str, ModelResult], options: RunOptio
     accuracy.prepare(
         [model.path for model in models.values()],
         scoring.tasks,
-        fewshot=scoring.fewshot,
-        limit=scoring.task_limit,
-        dtype=scoring.dtype,
-        device=options.device,
-        data_dir=options.data_dir,
-        trust_remote_code=options.trust_remote_code,
+        **task_options(scoring, options),
     )
 
 
