@@ -374,8 +374,16 @@ def test_the_module_is_the_command():
     assert "Invalid value for '--sparsity'" in done.stderr
 
 
+@pytest.fixture
+def interruptible():
+    """Processes that a test starts end on Ctrl-C, also where the tests are a shell's background job, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
-def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bytes(tmp_path):
+def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bytes(tmp_path, interruptible):
     blocks = 24
     dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=blocks)
     # One window a batch and many of them: a block takes long enough to be interrupted in its middle.
