@@ -15,23 +15,36 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from prunus.sparse import kernels
-from prunus.sparse.bitmap import PackedWeight, check, pack_weight
+from prunus.sparse.bitmap import check, pack_weight
+from prunus.sparse.weight import Coding, PackedWeight
 
 #: Twice as much as the largest caches hold, at the least.
 WORKING_SET = 160e6
 
 
-def copies(tensors: list[torch.Tensor | None]) -> list[list[torch.Tensor | None]]:
-    """The same content in enough places of memory."""
-    nbytes = sum(t.numel() * t.element_size() for t in tensors if t is not None)
-    count = max(2, int(WORKING_SET / nbytes) + 1)
-    return [[None if t is None else t.clone() for t in tensors] for _ in range(count)]
+def copies(weight: PackedWeight) -> list[PackedWeight]:
+    """The same weight in enough places of memory."""
+
+    def clone(part: torch.Tensor | None) -> torch.Tensor | None:
+        return None if part is None else part.clone()
+
+    return [
+        PackedWeight(
+            weight.shape,
+            weight.values.clone(),
+            clone(weight.mask),
+            clone(weight.scales),
+            weight.coding and Coding(*map(torch.clone, weight.coding)),
+        )
+        for _ in range(max(2, int(WORKING_SET / weight.nbytes) + 1))
+    ]
 
 
 def make_kernels(
@@ -45,22 +58,24 @@ def make_kernels(
     x = torch.randn(tokens, columns, generator=generator).bfloat16()
     made: dict[str, tuple[int, Callable[[int], object]]] = {}
 
-    def add(name: str, nbytes: int, tensors: list[torch.Tensor | None], run: Callable[..., object]) -> None:
-        sets = copies(tensors)
-        made[name] = (nbytes, lambda i: run(*sets[i % len(sets)]))
+    def add(name: str, nbytes: int, sets: Sequence[Any], run: Callable[..., object]) -> None:
+        made[name] = (nbytes, lambda i: run(sets[i % len(sets)]))
 
-    def bitmap(packed: PackedWeight, name: str) -> None:
-        offsets = check(packed)
-        parts = [packed.mask, packed.values, offsets, packed.scales]
-        add(name, packed.nbytes, parts, lambda *p: engine.linear(x, *p, None))
+    def packed(weight: PackedWeight, name: str) -> None:
+        offsets = check(weight)
+        add(name, weight.nbytes, copies(weight), lambda w: engine.linear(x, w, offsets, None))
 
-    bitmap(pack_weight(sparse, torch.bfloat16), "bitmap bf16")
-    bitmap(pack_weight(sparse, torch.int8), "bitmap int8")
-    whole = [dense.bfloat16()]
-    nbytes = rows * columns * 2
+    plain = PackedWeight((rows, columns), sparse[sparse != 0], pack_weight(sparse, torch.int8).mask)
+    packed(pack_weight(sparse, torch.bfloat16), "bitmap bf16")
+    packed(plain, "bitmap bf16, uncoded")
+    packed(pack_weight(sparse, torch.int8), "bitmap int8")
+    whole = dense.bfloat16()
+    packed(pack_weight(whole, torch.bfloat16), "whole bf16, coded")
+    packed(pack_weight(whole, torch.int8), "whole int8")
+    places = [w.values.view_as(whole) for w in copies(PackedWeight((rows, columns), whole.flatten()))]
     if engine.has_dense:
-        add("dense bf16", nbytes, whole, lambda w: engine.dense_linear(x, w, None))
-    add("torch bf16", nbytes, whole, lambda w: torch.nn.functional.linear(x, w))
+        add("dense bf16", whole.nbytes, places, lambda w: engine.dense_linear(x, w, None))
+    add("torch bf16", whole.nbytes, places, lambda w: torch.nn.functional.linear(x, w))
     return made
 
 
@@ -133,7 +148,7 @@ def main() -> None:
             }
             results.append(row)
             print(
-                f"{shape:>11} {name:12} {row['milliseconds']:8.3f} ms (fastest {row['fastest']:7.3f})  "
+                f"{shape:>11} {name:20} {row['milliseconds']:8.3f} ms (fastest {row['fastest']:7.3f})  "
                 f"{row['gigabytes_per_second']:6.2f} GB/s  {row['of_read']:6.1%} of read  "
                 f"{row['times_torch']:5.2f} x torch"
             )

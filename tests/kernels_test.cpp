@@ -65,21 +65,26 @@ double unit_roundoff(Kind kind) { return kind == kF32 ? 0x1p-24 : kind == kF16 ?
 struct Matrix {
     int64_t rows, cols, count;
     Kind kind;
+    bool whole;  // all weights are stored: density 1 and no mask
     std::vector<double> dense;
     Exact<uint8_t> mask, values;
     Exact<int64_t> offsets;
     Exact<float> scales;
+    bool coded = false;
+    Exact<uint8_t> low_bytes{0}, codes{0}, high_bytes{16};
+    std::vector<int64_t> rare_at;
+    std::vector<uint8_t> rare;
 
-    Matrix(int64_t r, int64_t c, double density, Kind k)
-        : rows(r), cols(c), count(0), kind(k), dense(size_t(r * c)), mask(r * ((c + 7) / 8)), values(0), offsets(r + 1),
-          scales(r) {
+    Matrix(int64_t r, int64_t c, double density, Kind k, bool all = false)
+        : rows(r), cols(c), count(0), kind(k), whole(all), dense(size_t(r * c)), mask(r * ((c + 7) / 8)), values(0),
+          offsets(r + 1), scales(r) {
         const int64_t stride = (c + 7) / 8;
         std::vector<bool> kept(size_t(r * c));
         for (int64_t i = 0; i < mask.count; ++i) mask[i] = 0;
         for (int64_t row = 0; row < r; ++row) {
             const int64_t kind_of_row = between(0, 9);  // some rows empty, some full
             for (int64_t col = 0; col < c; ++col) {
-                const bool keep = kind_of_row == 0 ? false : kind_of_row == 1 ? true : std::bernoulli_distribution(density)(g_random);
+                const bool keep = whole ? true : kind_of_row == 0 ? false : kind_of_row == 1 ? true : std::bernoulli_distribution(density)(g_random);
                 kept[size_t(row * c + col)] = keep;
                 count += keep;
                 if (keep) mask[row * stride + col / 8] |= uint8_t(1 << col % 8);
@@ -101,23 +106,51 @@ struct Matrix {
             }
         }
     }
-    const float* scales_or_null() { return kind == kI8 ? scales.get() : nullptr; }
+    // Splits bfloat16 values into low bytes and codes, an entry at a time. With few high bytes, some values are rare.
+    void encode(int known) {
+        coded = true;
+        const int64_t groups = (count + kCodedGroup - 1) / kCodedGroup;
+        low_bytes = Exact<uint8_t>(groups * kCodedGroup);
+        codes = Exact<uint8_t>(groups * kCodedGroup / 2);
+        for (int code = 0; code < 16; ++code) high_bytes[code] = uint8_t((code % 2 ? 0xbf : 0x3f) - code / 2);
+        for (int64_t i = 0; i < low_bytes.count; ++i) low_bytes[i] = 0;
+        for (int64_t i = 0; i < codes.count; ++i) codes[i] = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            int code = 0;
+            while (code < known && high_bytes[code] != values[2 * i + 1]) ++code;
+            if (code == known) rare_at.push_back(i), rare.push_back(values[2 * i + 1]), code = 0;
+            int64_t at = 0;
+            while (place_in_group(at) != i % kCodedGroup) ++at;
+            low_bytes[i / kCodedGroup * kCodedGroup + at] = values[2 * i];
+            codes[i / kCodedGroup * kCodedGroup / 2 + at % 32] |= uint8_t(code << (at < 32 ? 0 : 4));
+        }
+    }
+    PrunusWeight weight() {
+        PrunusWeight w{};
+        w.rows = rows;
+        w.cols = cols;
+        w.count = coded ? low_bytes.count : count;
+        w.mask = whole ? nullptr : mask.get();
+        w.offsets = whole ? nullptr : offsets.get();
+        w.values = coded ? low_bytes.get() : values.get();
+        w.scales = kind == kI8 ? scales.get() : nullptr;
+        w.codes = coded ? codes.get() : nullptr;
+        w.high_bytes = coded ? high_bytes.get() : nullptr;
+        w.rare_at = rare_at.data();
+        w.rare_values = rare.data();
+        w.rare = int64_t(rare.size());
+        w.kind = kind;
+        return w;
+    }
 };
 
-void check_product(int isa, int threads, Matrix& w, int64_t tokens, Kind act, bool with_bias, bool dense_kernel) {
+void check_product(int isa, int threads, Matrix& w, int64_t tokens, Kind act, bool with_bias) {
     Floats x(act, tokens * w.cols), bias(act, w.rows), out(act, tokens * w.rows);
     for (int64_t i = 0; i < tokens * w.cols; ++i) x.set(i, normal());
     for (int64_t i = 0; i < w.rows; ++i) bias.set(i, normal());
     const void* bias_data = with_bias ? bias.bytes.get() : nullptr;
-    int code;
-    if (dense_kernel) {
-        Exact<uint16_t> weight(w.rows * w.cols);
-        for (int64_t i = 0; i < weight.count; ++i) weight[i] = float_to_bf16(float(w.dense[size_t(i)]));
-        code = prunus_dense_linear(isa, threads, w.rows, w.cols, tokens, weight.get(), x.bytes.get(), bias_data, out.bytes.get());
-    } else {
-        code = prunus_bitmap_linear(isa, threads, w.rows, w.cols, tokens, w.mask.get(), w.kind, w.values.get(), w.count,
-                                    w.offsets.get(), w.scales_or_null(), act, x.bytes.get(), bias_data, out.bytes.get());
-    }
+    const PrunusWeight weight = w.weight();
+    const int code = prunus_linear(isa, threads, &weight, tokens, act, x.bytes.get(), bias_data, out.bytes.get());
     CHECK(code == PRUNUS_OK, "code %d", code);
     for (int64_t token = 0; token < tokens; ++token) {
         double largest = 0;
@@ -143,8 +176,8 @@ void check_product(int isa, int threads, Matrix& w, int64_t tokens, Kind act, bo
 
 void check_expand(int isa, int threads, Matrix& w, Kind out_kind) {
     Exact<uint16_t> out(w.rows * w.cols);
-    const int code = prunus_bitmap_expand(isa, threads, w.rows, w.cols, w.mask.get(), w.kind, w.values.get(), w.count,
-                                          w.offsets.get(), w.scales_or_null(), out_kind, out.get());
+    const PrunusWeight weight = w.weight();
+    const int code = prunus_expand(isa, threads, &weight, out_kind, out.get());
     CHECK(code == PRUNUS_OK, "code %d", code);
     for (int64_t i = 0; i < w.rows * w.cols; ++i) {
         const float expected = float(w.dense[size_t(i)]);
@@ -169,9 +202,18 @@ void check_refusals() {
     Matrix w(3, 70, 0.5, kBf16);
     Floats x(kBf16, 70), out(kBf16, 3);
     auto call = [&](int isa, int64_t rows, int64_t count, int act, const void* data) {
-        return prunus_bitmap_linear(isa, 1, rows, 70, 1, w.mask.get(), kBf16, w.values.get(), count, w.offsets.get(),
-                                    nullptr, act, data, nullptr, out.bytes.get());
+        PrunusWeight weight = w.weight();
+        weight.rows = rows;
+        weight.count = count;
+        return prunus_linear(isa, 1, &weight, 1, act, data, nullptr, out.bytes.get());
     };
+    PrunusWeight weight = w.weight();
+    weight.codes = weight.mask;  // codes without the bytes that they stand for
+    CHECK(prunus_expand(0, 1, &weight, kBf16, out.bytes.get()) == PRUNUS_BAD_ARGUMENT, "no high bytes");
+    weight = w.weight();
+    weight.mask = nullptr;
+    CHECK(prunus_expand(0, 1, &weight, kBf16, out.bytes.get()) == PRUNUS_BAD_ARGUMENT, "offsets without a mask");
+    CHECK(prunus_expand(0, 1, nullptr, kBf16, out.bytes.get()) == PRUNUS_BAD_ARGUMENT, "no weight");
     CHECK(call(0, 3, w.count, kI8, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "int8 activations");
     CHECK(call(0, 3, w.count - 1, kBf16, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "a value too few");
     CHECK(call(0, 0, w.count, kBf16, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "no rows");
@@ -193,18 +235,23 @@ int main() {
         for (int round = 0; round < 150; ++round) {
             const int64_t rows = between(1, 60), cols = round % 3 ? between(1, 700) : between(1, 10) * 64;
             const Kind kind = round % 3 == 0 ? kBf16 : round % 3 == 1 ? kF16 : kI8;
-            Matrix w(rows, cols, densities[between(0, 4)], kind);
+            Matrix w(rows, cols, densities[between(0, 4)], kind, round % 4 == 3);
             const int threads = round % 5 == 0 ? 3 : 1;
             const int64_t tokens = between(1, 19);
             const Kind act = activations[between(0, 2)];
-            check_product(isa, threads, w, tokens, act, round % 2, false);
+            check_product(isa, threads, w, tokens, act, round % 2);
             check_expand(isa, threads, w, kind == kI8 ? (round % 2 ? kBf16 : kF16) : kind);
-            if (isa == kAvx512Bf16 && kind == kBf16) check_product(isa, threads, w, tokens, kBf16, round % 2, true);
+            if (kind != kBf16) continue;
+            w.encode(int(between(1, 16)));
+            check_product(isa, threads, w, tokens, act, round % 2);
+            check_expand(isa, threads, w, kind);
         }
         Matrix wide(5, 9001, 0.5, kI8);  // more than one block of the int8 expansion
         check_expand(isa, 1, wide, kBf16);
         Matrix large(700, 1100, 0.5, kBf16);  // enough rows for several threads
-        check_product(isa, 3, large, 2, kBf16, true, false);
+        check_product(isa, 3, large, 2, kBf16, true);
+        large.encode(12);
+        check_product(isa, 3, large, 2, kBf16, true);
         std::printf("instruction set %d: done\n", isa);
     }
     Exact<uint8_t> bytes(3 << 16);

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from prunus.sparse.weight import PackedWeight
 from tiny import tiny_model
 
 
@@ -30,6 +31,48 @@ def random_sparse(rows: int, columns: int, density: float, dtype: torch.dtype, s
     if rows > 2:
         keep[0], keep[-1] = False, True
     return torch.where(keep, torch.randn(rows, columns, generator=generator), torch.tensor(0.0)).to(dtype)
+
+
+def levels_of(packed: PackedWeight) -> torch.Tensor:
+    """The int8 values of a weight in their places, as float32 (O, I)."""
+    rows, columns = packed.shape
+    keep = torch.ones(rows, columns, dtype=torch.bool)
+    if packed.mask is not None:
+        bits = (packed.mask[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+        keep = bits.reshape(rows, -1)[:, :columns].bool()
+    whole = torch.zeros(rows, columns)
+    whole[keep] = packed.values.float()
+    return whole
+
+
+def with_all_exponents(weight: torch.Tensor) -> torch.Tensor:
+    """The weight with one entry in five hundred replaced by one of another size, from 2^-126 to 2^120."""
+    weight = weight.clone()
+    kept = weight.view(-1).nonzero().flatten()[::500]
+    exponents = torch.linspace(-126, 120, len(kept)).round()
+    weight.view(-1)[kept] = torch.ldexp(torch.tensor(1.5), exponents).to(weight.dtype)
+    return weight
+
+
+def coded(values: torch.Tensor) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+    """Low bytes, codes, high bytes, places of rare values and these of bfloat16 values, one value after another."""
+    words = [word & 0xFFFF for word in values.view(torch.int16).tolist()]
+    count = {high: sum(word >> 8 == high for word in words) for high in range(256)}
+    table = sorted(range(256), key=lambda high: (-count[high], high))[:16]
+    groups = -(-len(words) // 64)
+    low, codes, rare_at, rare = [0] * (64 * groups), [0] * (32 * groups), [], []
+    # What fills up the last group is a zero, whose high byte has a code only if one of the values has it.
+    for number, word in enumerate(words + [0] * (64 * groups - len(words))):
+        group, place = divmod(number, 64)
+        eighth, rest = divmod(place % 32, 8)
+        at = 16 * eighth + 8 * (place // 32) + rest
+        low[64 * group + at] = word & 255
+        code = table.index(word >> 8) if word >> 8 in table else 0
+        codes[32 * group + at % 32] |= code << (4 * (at // 32))
+        if word >> 8 not in table and number < len(words):
+            rare_at.append(number)
+            rare.append(word >> 8)
+    return low, codes, table, rare_at, rare
 
 
 def prune_in_place(model: Any, sparsity: float = 0.5) -> Any:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from prunus.sparse import kernels
 from prunus.sparse.bitmap import INT8_LEVELS, check, expand, pack_weight
-from sparse_reference import random_sparse
+from sparse_reference import levels_of, random_sparse, with_all_exponents
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 _best = kernels.load()
@@ -31,7 +31,7 @@ def _compare(isa, dense_OI, values, x_TI, bias):
     engine = kernels.load(isa)
     packed = pack_weight(dense_OI, values)
     offsets = check(packed)
-    out = engine.linear(x_TI, packed.mask, packed.values, offsets, packed.scales, bias)
+    out = engine.linear(x_TI, packed, offsets, bias)
     exact_OI = expand(packed, torch.float32) if values == torch.int8 else dense_OI
     expected = x_TI.double() @ exact_OI.double().T + (0 if bias is None else bias.double())
     assert out.dtype == x_TI.dtype
@@ -46,7 +46,7 @@ def _compare(isa, dense_OI, values, x_TI, bias):
     rows=st.integers(1, 40),
     columns=st.integers(1, 400),
     tokens=st.integers(1, 16),
-    density=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    density=st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.98, 1.0]),
     stored=st.sampled_from([torch.bfloat16, torch.float16]),
     int8=st.booleans(),
     activations=st.sampled_from(FLOATS),
@@ -71,13 +71,26 @@ def test_expansion_is_exact(isa, columns):
         dense = random_sparse(9, columns, 0.5, dtype)
         packed = pack_weight(dense, dtype)
         out = torch.full_like(dense, torch.nan)
-        engine.expand(packed.mask, packed.values, check(packed), None, out)
+        engine.expand(packed, check(packed), out)
         assert torch.equal(out.view(torch.int16), dense.view(torch.int16))
         levels = pack_weight(dense, torch.int8)
-        engine.expand(levels.mask, levels.values, check(levels), levels.scales, out)
-        whole = torch.zeros(9, columns)
-        whole[dense != 0] = levels.values.float()
-        assert torch.equal(out, (whole * levels.scales[:, None]).to(dtype))
+        engine.expand(levels, check(levels), out)
+        assert torch.equal(out, (levels_of(levels) * levels.scales[:, None]).to(dtype))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("density", [0.5, 1.0])
+@pytest.mark.parametrize("shape", [(40, 300), (3, 9001), (900, 65)])
+def test_coded_values_with_rare_exponents(isa, density, shape):
+    """Rare values are mended before they are used, in expansions and in products of any number of tokens."""
+    dense = with_all_exponents(random_sparse(*shape, density, torch.bfloat16))
+    packed = pack_weight(dense, torch.bfloat16)
+    assert packed.coding is not None and packed.coding.rare.shape[0] > 0
+    out, engine = torch.empty_like(dense), kernels.load(isa)
+    engine.expand(packed, check(packed), out)
+    assert torch.equal(out.view(torch.int16), dense.view(torch.int16))
+    for tokens, dtype in ((1, torch.bfloat16), (5, torch.float32), (16, torch.bfloat16)):
+        _compare(isa, dense, torch.bfloat16, torch.randn(tokens, shape[1]).to(dtype), None)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -85,10 +98,8 @@ def test_int8_expansion_wider_than_its_buffer(isa):
     dense = random_sparse(3, 9001, 0.5, torch.bfloat16)
     packed = pack_weight(dense, torch.int8)
     out = torch.empty_like(dense)
-    kernels.load(isa).expand(packed.mask, packed.values, check(packed), packed.scales, out)
-    levels = torch.zeros(3, 9001)
-    levels[dense != 0] = packed.values.float()
-    assert torch.equal(out, (levels * packed.scales[:, None]).bfloat16())
+    kernels.load(isa).expand(packed, check(packed), out)
+    assert torch.equal(out, (levels_of(packed) * packed.scales[:, None]).bfloat16())
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -98,7 +109,9 @@ def test_int8_extremes_do_not_overflow(isa):
     dense[1] = -1
     x = torch.full((1, columns), 3.0)
     _compare(isa, dense, torch.int8, x, None)
-    assert pack_weight(dense, torch.int8).values.abs().max() == INT8_LEVELS
+    packed = pack_weight(dense, torch.int8)
+    assert packed.mask is None
+    assert packed.values.abs().max() == INT8_LEVELS
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -109,7 +122,7 @@ def test_what_is_not_finite_stays_so(isa, values, poison):
     packed = pack_weight(dense, values)
     x = torch.zeros(2, 300, dtype=torch.bfloat16)
     x[1, 7] = poison
-    out = kernels.load(isa).linear(x, packed.mask, packed.values, check(packed), packed.scales, None)
+    out = kernels.load(isa).linear(x, packed, check(packed), None)
     assert torch.equal(out[0], torch.zeros(3, dtype=torch.bfloat16))
     assert not torch.isfinite(out[1]).any()
 
@@ -123,7 +136,7 @@ def test_threads_do_not_change_the_result():
         results = []
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            results.append(_best.linear(x, packed.mask, packed.values, offsets, None, None))
+            results.append(_best.linear(x, packed, offsets, None))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*results)
@@ -161,7 +174,7 @@ def test_wrong_counts_are_refused():
     offsets = check(packed)
     with pytest.raises(RuntimeError, match="out of range"):
         _best.linear(
-            torch.ones(1, 70).bfloat16(), packed.mask, packed.values[:-1].clone(), offsets, None, None
+            torch.ones(1, 70).bfloat16(), packed._replace(values=packed.values[:-1].clone()), offsets, None
         )
 
 

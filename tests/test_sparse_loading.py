@@ -138,7 +138,7 @@ def test_other_dtypes(folders):
 
 def test_gradients_reach_the_inputs():
     weight = random_sparse(12, 30, 0.5, torch.float16).float().bfloat16()
-    packed = BitmapLinear.of(pack_weight(weight, torch.bfloat16), torch.randn(12).bfloat16())
+    packed = BitmapLinear(pack_weight(weight, torch.bfloat16), torch.randn(12).bfloat16())
     x = torch.randn(3, 30).bfloat16().requires_grad_()
     packed(x).sum().backward()
     assert torch.allclose(x.grad.float(), weight.float().sum(0).expand(3, 30), atol=2e-2)
@@ -169,17 +169,17 @@ def test_compile_and_export(folders):
 
 def test_compiled_code_calls_the_operator():
     packed = pack_weight(random_sparse(8, 40, 0.5, torch.bfloat16), torch.bfloat16)
-    model = nn.Sequential(BitmapLinear.of(packed), nn.ReLU())
+    model = nn.Sequential(BitmapLinear(packed), nn.ReLU())
     x = torch.randn(2, 40).bfloat16()
     with torch.no_grad():
         assert torch.equal(torch.compile(model, fullgraph=True)(x), model(x))
 
 
 def test_operators_pass_torch_checks():
-    packed = pack_weight(random_sparse(6, 20, 0.5, torch.bfloat16), torch.bfloat16)
-    linear = BitmapLinear.of(packed)
+    linear = BitmapLinear(pack_weight(random_sparse(30, 20, 0.5, torch.bfloat16), torch.bfloat16))
     x = torch.randn(2, 20)
-    arguments = (x, linear.weight, linear.weight_mask, None, linear.row_offsets, None)
+    coding = list(linear.packed.coding)
+    arguments = (x, 30, linear.weight, linear.weight_mask, None, coding, linear.row_offsets, None)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(operators.bitmap_linear, arguments, test_utils=tests)
     torch.library.opcheck(operators.dense_linear, (x, torch.randn(6, 20), None), test_utils=tests)
@@ -199,24 +199,23 @@ def test_without_kernels_there_is_one_warning(folders, monkeypatch):
 
 
 def test_wrong_width_is_refused():
-    linear = BitmapLinear.of(pack_weight(random_sparse(6, 20, 0.5, torch.bfloat16), torch.bfloat16))
+    linear = BitmapLinear(pack_weight(random_sparse(6, 20, 0.5, torch.bfloat16), torch.bfloat16))
     with pytest.raises(ValueError, match="width 20"):
         linear(torch.ones(1, 21))
+    x = torch.ones(1, 40)
     with pytest.raises(ValueError, match="do not fit"):
-        operators.bitmap_linear(
-            torch.ones(1, 40), linear.weight, linear.weight_mask, None, linear.row_offsets, None
-        )
+        operators.bitmap_linear(x, 6, linear.weight, linear.weight_mask, None, [], linear.row_offsets, None)
 
 
 def test_empty_input():
-    linear = BitmapLinear.of(pack_weight(random_sparse(6, 20, 0.5, torch.bfloat16), torch.bfloat16))
+    linear = BitmapLinear(pack_weight(random_sparse(6, 20, 0.5, torch.bfloat16), torch.bfloat16))
     assert linear(torch.ones(0, 20).bfloat16()).shape == (0, 6)
 
 
 @pytest.mark.parametrize(
     ("linears", "message"),
     [
-        ({UP: [64, 32, 100]}, "config.json asks for"),
+        ({UP: [64, 32, 100, 0]}, "config.json asks for"),
         ({"model.layers.7.mlp.up_proj": [64, 32, 1024]}, "holds no tensor"),
     ],
 )

@@ -1,4 +1,6 @@
-"""The bitmap of one weight: which entries survived, and their values. `docs/bitmap-format.md` is the reference.
+"""Packing one weight: which entries are stored, and how; checked and expanded again.
+
+`docs/bitmap-format.md` is the reference.
 
 Knows tensors; nothing of files, modules or models.
 
@@ -7,20 +9,18 @@ Shape suffixes: O output features (rows), I input features (columns).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
+from prunus.sparse.coding import check_coding, decode, encode
 from prunus.sparse.kernels import load
+from prunus.sparse.weight import PackedWeight
 
 __all__ = [
     "INT8_LEVELS",
-    "PackedWeight",
     "check",
     "expand",
     "kept",
     "pack_weight",
-    "packed_nbytes",
     "relative_error",
     "row_offsets",
 ]
@@ -32,34 +32,6 @@ _POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=to
 _PLACES = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 
-@dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """A weight (O, I) as a bitmap.
-
-    Attributes:
-        mask: uint8 (O, ceil(I / 8)); bit j % 8 of byte j // 8 is set where column j survived. Bits beyond
-            the last column are 0.
-        values: (kept,) the survivors, row after row, left to right: bfloat16 or float16 as in the original,
-            or int8.
-        scales: float32 (O,) for int8 values: entry = value · scale of its row; otherwise None.
-        in_features: I.
-    """
-
-    mask: torch.Tensor
-    values: torch.Tensor
-    scales: torch.Tensor | None
-    in_features: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.mask.shape[0], self.in_features
-
-    @property
-    def nbytes(self) -> int:
-        tensors = [self.mask, self.values] + ([] if self.scales is None else [self.scales])
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def kept(weight_OI: torch.Tensor) -> torch.Tensor:
     """bool (O, I): entries that are not exactly +0.0. A -0.0 counts as kept, so that packing loses no bit."""
     if weight_OI.dtype not in _BITS:
@@ -67,45 +39,68 @@ def kept(weight_OI: torch.Tensor) -> torch.Tensor:
     return weight_OI.view(_BITS[weight_OI.dtype]) != 0
 
 
-def packed_nbytes(out_features: int, in_features: int, count: int, value_bytes: int) -> int:
-    """Bytes of mask and values (and, for one-byte values, scales) of a packed weight with `count` survivors."""
-    scales = 4 * out_features if value_bytes == 1 else 0
-    return out_features * -(-in_features // 8) + count * value_bytes + scales
-
-
 def pack_weight(weight_OI: torch.Tensor, values: torch.dtype) -> PackedWeight:
-    """Pack a weight.
+    """Pack a weight in the form that takes the fewest bytes.
+
+    With a mask, entries that are exactly +0.0 are left out; without one, all are stored. bfloat16 values are coded
+    (see `coding`) where their exponents allow it.
 
     Args:
-        weight_OI: on the CPU; any strides.
+        weight_OI: on the CPU, at least one entry; any strides.
         values: the dtype of `weight_OI` (lossless, bfloat16 or float16), or int8: symmetric, one scale per
-            row, nearest. The set of survivors is the same either way.
+            row, nearest; which entries are 0 does not depend on it, but kept entries may be rounded to 0.
 
     Raises:
         ValueError: a dtype that cannot be packed this way, or, for int8, a weight that is not finite.
     """
     weight_OI = weight_OI.contiguous()
-    keep = kept(weight_OI)
-    rows, columns = weight_OI.shape
-    bits = torch.zeros(rows, -(-columns // 8) * 8, dtype=torch.uint8)
-    bits[:, :columns] = keep
-    mask = (bits.view(rows, -1, 8) * _PLACES).sum(dim=2, dtype=torch.uint8)
+    keep_OI = kept(weight_OI)
     if values == torch.int8:
-        weight = weight_OI.float()
-        largest = weight.abs().amax(dim=1) if columns else torch.zeros(rows)
-        if not torch.isfinite(largest).all():
-            raise ValueError("weights that are infinite or not a number cannot be packed as int8")
-        scales = torch.where(largest > 0, largest / INT8_LEVELS, torch.ones(rows))
-        # A row of subnormals can have a scale of 0 once divided.
-        scales = torch.where(scales > 0, scales, torch.ones(rows))
-        levels = (weight / scales[:, None]).round().clamp(-INT8_LEVELS, INT8_LEVELS)
-        return PackedWeight(mask, levels[keep].to(torch.int8), scales, columns)
-    if values != weight_OI.dtype or values == torch.float32:
+        scales = _scales(weight_OI)
+        stored = _levels(weight_OI, scales)
+    elif values != weight_OI.dtype or values == torch.float32:
         raise ValueError(
             f"weights of {weight_OI.dtype} cannot be packed as {values} without loss; float32 weights must be "
             "converted to bfloat16 or float16 first, or packed as int8"
         )
-    return PackedWeight(mask, weight_OI[keep], None, columns)
+    else:
+        scales, stored = None, weight_OI
+    shape = (weight_OI.shape[0], weight_OI.shape[1])
+    sparse = _with_values(shape, stored[keep_OI], _mask(keep_OI), scales)
+    if sparse.nbytes < weight_OI.numel():
+        return sparse  # without a mask it is a byte per weight at the least
+    whole = _with_values(shape, stored.flatten(), None, scales)
+    return sparse if sparse.nbytes < whole.nbytes else whole
+
+
+def _with_values(
+    shape: tuple[int, int], values_K: torch.Tensor, mask: torch.Tensor | None, scales: torch.Tensor | None
+) -> PackedWeight:
+    coded = encode(values_K) if values_K.dtype == torch.bfloat16 else None
+    if coded is None:
+        return PackedWeight(shape, values_K, mask, scales)
+    return PackedWeight(shape, coded[0], mask, scales, coded[1])
+
+
+def _mask(keep_OI: torch.Tensor) -> torch.Tensor:
+    rows, columns = keep_OI.shape
+    bits = torch.zeros(rows, -(-columns // 8) * 8, dtype=torch.uint8)
+    bits[:, :columns] = keep_OI
+    return (bits.view(rows, -1, 8) * _PLACES).sum(dim=2, dtype=torch.uint8)
+
+
+def _scales(weight_OI: torch.Tensor) -> torch.Tensor:
+    largest_O = weight_OI.float().abs().amax(dim=1)
+    if not torch.isfinite(largest_O).all():
+        raise ValueError("weights that are infinite or not a number cannot be packed as int8")
+    scales_O = largest_O / INT8_LEVELS
+    # A row of zeros has none, and a row of subnormals can have a scale of 0 once divided.
+    return torch.where(scales_O > 0, scales_O, torch.ones_like(scales_O))
+
+
+def _levels(weight_OI: torch.Tensor, scales_O: torch.Tensor) -> torch.Tensor:
+    levels_OI = (weight_OI.float() / scales_O[:, None]).round()
+    return levels_OI.clamp(-INT8_LEVELS, INT8_LEVELS).to(torch.int8)
 
 
 def row_offsets(mask: torch.Tensor, in_features: int) -> torch.Tensor:
@@ -124,41 +119,61 @@ def row_offsets(mask: torch.Tensor, in_features: int) -> torch.Tensor:
     return offsets
 
 
-def check(packed: PackedWeight) -> torch.Tensor:
-    """See that mask, values and scales belong together, before anything is computed with them.
+def check(packed: PackedWeight, stored: int | None = None) -> torch.Tensor | None:
+    """See that mask, values, scales and coding belong together, before anything is computed with them.
+
+    Args:
+        packed: what was read.
+        stored: how many entries are said to be stored, where that is said; coded values do not tell it, since their
+            last group is filled up.
 
     Returns:
-        The row offsets (see `row_offsets`).
+        The row offsets (see `row_offsets`), or None where there is no mask: row i begins at i · I.
 
     Raises:
         ValueError: saying what does not fit.
     """
-    mask, values, scales = packed.mask, packed.values, packed.scales
-    rows, columns = mask.shape[0] if mask.dim() else 0, packed.in_features
+    (rows, columns), mask = packed.shape, packed.mask
     if rows < 1 or columns < 1:
         raise ValueError(f"a packed weight needs at least one row and one column, got {rows} x {columns}")
-    if mask.dtype != torch.uint8 or tuple(mask.shape) != (rows, -(-columns // 8)):
-        raise ValueError(
-            f"the mask of a weight of {rows} x {columns} must be uint8 ({rows}, {-(-columns // 8)}), "
-            f"got {mask.dtype} {tuple(mask.shape)}"
-        )
-    if values.dim() != 1 or values.dtype not in (torch.bfloat16, torch.float16, torch.int8):
-        raise ValueError(
-            f"packed values must be one row of bfloat16, float16 or int8, got {values.dtype} {tuple(values.shape)}"
-        )
-    if (values.dtype == torch.int8) != (scales is not None):
-        raise ValueError("int8 values need scales, and no others have them")
-    if scales is not None:
-        if scales.dtype != torch.float32 or tuple(scales.shape) != (rows,):
-            raise ValueError(f"scales must be float32 ({rows},), got {scales.dtype} {tuple(scales.shape)}")
-        if not bool(torch.isfinite(scales).all()):
-            raise ValueError("a scale is infinite or not a number")
-    offsets = row_offsets(mask.cpu().contiguous(), columns).to(mask.device)
-    if int(offsets[-1]) != values.shape[0]:
-        raise ValueError(
-            f"the mask keeps {int(offsets[-1]):,} weights but there are {values.shape[0]:,} values"
-        )
+    _check_values(packed)
+    if packed.scales is not None:
+        _check_scales(packed.scales, rows)
+    offsets, count = None, rows * columns
+    if mask is not None:
+        if mask.dtype != torch.uint8 or tuple(mask.shape) != (rows, -(-columns // 8)):
+            raise ValueError(
+                f"the mask of a weight of {rows} x {columns} must be uint8 ({rows}, {-(-columns // 8)}), "
+                f"got {mask.dtype} {tuple(mask.shape)}"
+            )
+        offsets = row_offsets(mask.cpu().contiguous(), columns).to(mask.device)
+        count = int(offsets[-1])
+    if stored is not None and stored != count:
+        raise ValueError(f"the mask keeps {count:,} weights, but {stored:,} should be stored")
+    if packed.coding is not None:
+        check_coding(packed.values, count, packed.coding)
+    elif count != packed.values.shape[0]:
+        raise ValueError(f"{count:,} weights are stored, but there are {packed.values.shape[0]:,} values")
     return offsets
+
+
+def _check_values(packed: PackedWeight) -> None:
+    values, coded = packed.values, packed.coding is not None
+    allowed = (torch.uint8,) if coded else (torch.bfloat16, torch.float16, torch.int8)
+    if values.dim() != 1 or values.dtype not in allowed:
+        expected = "uint8 where they are coded" if coded else "bfloat16, float16 or int8"
+        raise ValueError(
+            f"packed values must be one row of {expected}, got {values.dtype} {tuple(values.shape)}"
+        )
+    if (values.dtype == torch.int8) != (packed.scales is not None):
+        raise ValueError("int8 values need scales, and no others have them")
+
+
+def _check_scales(scales: torch.Tensor, rows: int) -> None:
+    if scales.dtype != torch.float32 or tuple(scales.shape) != (rows,):
+        raise ValueError(f"scales must be float32 ({rows},), got {scales.dtype} {tuple(scales.shape)}")
+    if not bool(torch.isfinite(scales).all()):
+        raise ValueError("a scale is infinite or not a number")
 
 
 def expand(
@@ -178,27 +193,35 @@ def expand(
         offsets: what `check` returned, to save counting again.
         out: contiguous memory that the kernel may write the result to: (O, I) of `dtype`.
     """
-    mask, values, scales = packed.mask, packed.values, packed.scales
-    written = torch.bfloat16 if scales is not None else values.dtype
+    scales, device = packed.scales, packed.values.device
+    written = torch.bfloat16 if scales is not None else packed.dtype
     target = dtype or written
     if scales is not None and target == torch.float16:
         written = target
-    kernels = load() if mask.device.type == "cpu" else None
+    kernels = load() if device.type == "cpu" else None
     if kernels is not None and (scales is None or target == written):
-        offsets = row_offsets(mask, packed.in_features) if offsets is None else offsets
+        if offsets is None and packed.mask is not None:
+            offsets = row_offsets(packed.mask, packed.shape[1])
         if out is None or target != written:
             out = torch.empty(packed.shape, dtype=written)
-        kernels.expand(mask, values, offsets, scales, out)
+        kernels.expand(packed, offsets, out)
         return out.to(target)
+    values = packed.values if packed.coding is None else decode(packed.values, packed.coding)
+    if scales is not None:
+        values = values.float()
+    weight = _placed(values, packed)
+    return (weight if scales is None else weight * scales[:, None]).to(target)
+
+
+def _placed(values_K: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
+    """Values (K,) of any dtype, perhaps filled up, where the mask has them, zeros elsewhere: (O, I)."""
     rows, columns = packed.shape
-    keep = ((mask[:, :, None] & _PLACES.to(mask.device)) != 0).view(rows, -1)[:, :columns]
-    if scales is None:
-        weight = torch.zeros(rows, columns, dtype=values.dtype, device=mask.device)
-        weight[keep] = values
-        return weight.to(target)
-    levels = torch.zeros(rows, columns, dtype=torch.float32, device=mask.device)
-    levels[keep] = values.float()
-    return (levels * scales[:, None]).to(target)
+    if packed.mask is None:
+        return values_K[: rows * columns].view(rows, columns)
+    keep_OI = ((packed.mask[:, :, None] & _PLACES.to(packed.mask.device)) != 0).view(rows, -1)[:, :columns]
+    weight_OI = values_K.new_zeros(rows, columns)
+    weight_OI[keep_OI] = values_K[: int(keep_OI.sum())]
+    return weight_OI
 
 
 def relative_error(weight_OI: torch.Tensor, packed: PackedWeight) -> float:

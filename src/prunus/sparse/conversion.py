@@ -35,6 +35,7 @@ class LinearRecord(BaseModel):
     Attributes:
         shape: (out, in).
         kept: weights that are not exactly zero.
+        stored, rare: as `description.PackedShape` has them, of a linear that is packed.
         packed: whether it is a bitmap in the result.
         reason: why it is not.
         nbytes: of the weight before and after.
@@ -45,6 +46,8 @@ class LinearRecord(BaseModel):
 
     shape: tuple[int, int]
     kept: int
+    stored: int = 0
+    rare: int | None = None
     packed: bool
     reason: str | None = None
     nbytes: tuple[int, int]

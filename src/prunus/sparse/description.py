@@ -12,12 +12,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from prunus.sparse.coding import padded
+from prunus.sparse.weight import Coding, PackedWeight
+
 __all__ = ["FORMAT_VERSION", "METHOD", "REFUSAL", "Description", "PackedShape", "Stored", "StoredTensor"]
 
 #: `quant_method` in config.json.
 METHOD = "prunus"
 #: Changes whenever a reader of an earlier version would misread the files.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 #: Stands where transformers expects the name of a weights file. Without prunus it is quoted in the error with
 #: which transformers refuses the checkpoint; with prunus the quantizer takes it away first.
 REFUSAL = "this checkpoint is packed by prunus: pip install prunus, then import prunus before loading it"
@@ -33,11 +36,13 @@ _LARGEST = 2**31
 
 
 class PackedShape(NamedTuple):
-    """Of one packed linear: output features, input features, surviving weights."""
+    """Of one packed linear: output features, input features, stored weights, and, where they are coded, how many of them
+    are rare."""
 
     out_features: int
     in_features: int
-    kept: int
+    stored: int
+    rare: int | None = None
 
 
 class StoredTensor(NamedTuple):
@@ -52,12 +57,14 @@ class Description:
     """The packed linears of a checkpoint.
 
     Attributes:
-        values: how surviving weights are stored.
+        values: how stored weights are stored.
         linears: module name (`model.layers.0.mlp.up_proj`) -> shape.
+        version: of the format.
     """
 
     values: Stored
     linears: Mapping[str, PackedShape]
+    version: int = FORMAT_VERSION
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,14 +73,34 @@ class Description:
 
     def tensors(self, linear: str) -> dict[str, StoredTensor]:
         """The tensors that stand for one linear's weight: name -> shape and dtype."""
-        rows, columns, count = self.linears[linear]
-        expected = {
-            f"{linear}.weight": StoredTensor((count,), self.dtype),
-            f"{linear}.weight_mask": StoredTensor((rows, -(-columns // 8)), torch.uint8),
-        }
+        rows, columns, stored, rare = self.linears[linear]
+        length = stored if rare is None else padded(stored)
+        expected = {"weight": StoredTensor((length,), self.dtype if rare is None else torch.uint8)}
+        # In the first version everything had a mask.
+        if stored < rows * columns or self.version == 1:
+            expected["weight_mask"] = StoredTensor((rows, -(-columns // 8)), torch.uint8)
         if self.values == "int8":
-            expected[f"{linear}.weight_scales"] = StoredTensor((rows,), torch.float32)
-        return expected
+            expected["weight_scales"] = StoredTensor((rows,), torch.float32)
+        if rare is not None:
+            expected["weight_codes"] = StoredTensor((length // 2,), torch.uint8)
+            expected["weight_high_bytes"] = StoredTensor((16,), torch.uint8)
+            expected["weight_rare_at"] = StoredTensor((rare,), torch.int64)
+            expected["weight_rare"] = StoredTensor((rare,), torch.uint8)
+        return {f"{linear}.{name}": tensor for name, tensor in expected.items()}
+
+    def weight(self, linear: str, tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
+        """The weight of a linear, from the tensors that `tensors` names."""
+        rows, columns, _, rare = self.linears[linear]
+        coding = (
+            None if rare is None else Coding(*(tensors[f"{linear}.weight_{name}"] for name in Coding._fields))
+        )
+        return PackedWeight(
+            (rows, columns),
+            tensors[f"{linear}.weight"],
+            tensors.get(f"{linear}.weight_mask"),
+            tensors.get(f"{linear}.weight_scales"),
+            coding,
+        )
 
     def check_tensors(self, found: Mapping[str, StoredTensor]) -> None:
         """Compare with what the shards hold.
@@ -97,9 +124,12 @@ class Description:
         """The `quantization_config` of config.json."""
         return {
             "quant_method": METHOD,
-            "version": FORMAT_VERSION,
+            "version": self.version,
             "values": self.values,
-            "linears": {name: list(shape) for name, shape in self.linears.items()},
+            "linears": {
+                name: [number for number in shape if number is not None]
+                for name, shape in self.linears.items()
+            },
         }
 
     @classmethod
@@ -125,7 +155,9 @@ class Description:
         linears = content.get("linears")
         if not isinstance(linears, Mapping) or not linears:
             raise ValueError("quantization_config names no packed linears")
-        return cls(values, {_name(name): _shape(name, shape) for name, shape in linears.items()})  # type: ignore[arg-type]
+        may_be_coded = values == "bfloat16" and version > 1
+        shapes = {_name(name): _shape(name, shape, may_be_coded) for name, shape in linears.items()}
+        return cls(values, shapes, version)  # type: ignore[arg-type]
 
 
 def _name(name: Any) -> str:
@@ -134,13 +166,14 @@ def _name(name: Any) -> str:
     return name
 
 
-def _shape(name: str, shape: Any) -> PackedShape:
+def _shape(name: str, shape: Any, may_be_coded: bool) -> PackedShape:
     integers = isinstance(shape, list | tuple) and all(type(number) is int for number in shape)
-    if not integers or len(shape) != 3:
-        raise ValueError(
-            f"the shape of packed linear {name!r} must be three integers (out, in, kept), got {shape!r}"
-        )
-    rows, columns, count = shape
-    if not (0 < rows < _LARGEST and 0 < columns < _LARGEST and 0 <= count <= rows * columns):
-        raise ValueError(f"packed linear {name!r} cannot have {rows} x {columns} weights and keep {count}")
-    return PackedShape(rows, columns, count)
+    if not integers or len(shape) not in ((3, 4) if may_be_coded else (3,)):
+        expected = "three integers (out, in, stored)" + (", or four with rare" if may_be_coded else "")
+        raise ValueError(f"the shape of packed linear {name!r} must be {expected}, got {shape!r}")
+    rows, columns, stored, *rare = shape
+    if not (0 < rows < _LARGEST and 0 < columns < _LARGEST and 0 <= stored <= rows * columns):
+        raise ValueError(f"packed linear {name!r} cannot have {rows} x {columns} weights and store {stored}")
+    if rare and not 0 <= rare[0] <= stored:
+        raise ValueError(f"packed linear {name!r} cannot have {rare[0]} rare values among {stored}")
+    return PackedShape(rows, columns, stored, *rare)

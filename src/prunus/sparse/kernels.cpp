@@ -31,6 +31,7 @@ void rows_in_blocks(const Job& job, int64_t begin, int64_t end) {
                      [&](int64_t token, int64_t count) { fns[count - 1](job, begin, end, token); });
 }
 
+#define PRUNUS_COMMA ,
 #define PRUNUS_BLOCKS(name, ...)                                                                            \
     constexpr BlockFn name[kTokenBlock] = {__VA_ARGS__ 1>, __VA_ARGS__ 2>, __VA_ARGS__ 3>, __VA_ARGS__ 4>,  \
                                            __VA_ARGS__ 5>, __VA_ARGS__ 6>, __VA_ARGS__ 7>, __VA_ARGS__ 8>};
@@ -41,8 +42,12 @@ PRUNUS_BLOCKS(kAvx512Float, avx512::rows<avx512::Float<kBf16>, avx512::Bitmap<ui
 PRUNUS_BLOCKS(kAvx512F16, avx512::rows<avx512::Float<kF16>, avx512::Bitmap<uint16_t>,)
 PRUNUS_BLOCKS(kAvx512I8, avx512::rows<avx512::Int, avx512::Bitmap<int8_t>,)
 PRUNUS_BLOCKS(kAvx512Bitmap, avx512::rows<avx512::Bf16, avx512::Bitmap<uint16_t>,)
-PRUNUS_BLOCKS(kAvx512Dense, avx512::rows<avx512::Bf16, avx512::Dense,)
+PRUNUS_BLOCKS(kAvx512Coded, avx512::rows<avx512::Bf16, avx512::Bitmap<uint16_t PRUNUS_COMMA avx512::Values::kDecoded>,)
+PRUNUS_BLOCKS(kAvx512Dense, avx512::rows<avx512::Bf16, avx512::Dense<uint16_t>,)
+PRUNUS_BLOCKS(kAvx512DenseCoded, avx512::rows<avx512::Bf16, avx512::Dense<uint16_t PRUNUS_COMMA avx512::Values::kDecoded>,)
+PRUNUS_BLOCKS(kAvx512DenseI8, avx512::rows<avx512::Int, avx512::Dense<int8_t>,)
 #undef PRUNUS_BLOCKS
+#undef PRUNUS_COMMA
 #endif
 
 struct Choice {
@@ -50,11 +55,15 @@ struct Choice {
     XForm form;
 };
 
-Choice choose(int isa, Kind values, Kind activations) {
+Choice choose(int isa, const PrunusWeight& weight, Kind activations) {
+    const Kind values = Kind(weight.kind);
 #if PRUNUS_X86
-    if (isa >= kAvx512Bf16 && values == kBf16 && activations == kBf16)
-        return {rows_in_blocks<kAvx512Bitmap>, XForm::kBf16};
-    if (isa >= kAvx512 && values == kI8) return {rows_in_blocks<kAvx512I8, 4>, XForm::kSplitInt16};
+    if (isa >= kAvx512Bf16 && values == kBf16 && activations == kBf16) {
+        if (weight.codes) return {weight.mask ? rows_in_blocks<kAvx512Coded> : rows_in_blocks<kAvx512DenseCoded>, XForm::kBf16};
+        return {weight.mask ? rows_in_blocks<kAvx512Bitmap> : rows_in_blocks<kAvx512Dense>, XForm::kBf16};
+    }
+    if (isa >= kAvx512 && values == kI8)
+        return {weight.mask ? rows_in_blocks<kAvx512I8, 4> : rows_in_blocks<kAvx512DenseI8, 4>, XForm::kSplitInt16};
     if (isa >= kAvx512 && values == kBf16) return {rows_in_blocks<kAvx512Float>, XForm::kFloat};
     if (isa >= kAvx512) return {rows_in_blocks<kAvx512F16>, XForm::kFloat};
     if (isa >= kAvx2 && values == kI8) return {rows_in_blocks<kAvx2I8>, XForm::kInt16};
@@ -66,17 +75,26 @@ Choice choose(int isa, Kind values, Kind activations) {
     return {portable::rows_float<kF16>, XForm::kFloat};
 }
 
-void choose_expansion(Job& job, int isa) {
+// How this instruction set changes the form of weights.
+void choose_conversions(Job& job, int isa) {
     job.expand_row = portable::expand_row;
+    job.decode = portable::decode;
     job.dequantise = portable::dequantise;
 #if PRUNUS_X86
     if (isa >= kAvx2) {
         job.expand_row = isa >= kAvx512 ? avx512::expand_row : avx2::expand_row;
+        job.decode = isa >= kAvx512 ? avx512::decode : avx2::decode;
         job.dequantise = isa >= kAvx512 ? avx512::dequantise : avx2::dequantise;
     }
 #else
     (void)isa;
 #endif
+}
+
+// What a row takes in memory, on average.
+int64_t bytes_per_row(const PrunusWeight& weight) {
+    const int64_t values = weight.count * size_of(Kind(weight.kind)) / (weight.codes ? 2 : 1);
+    return (weight.mask ? (weight.cols + 7) / 8 : 0) + (values + (weight.codes ? weight.count / 2 : 0)) / weight.rows;
 }
 
 // ---- the interface ---------------------------------------------------------------------------------------
@@ -99,7 +117,7 @@ int detect_isa() {
                       __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
+                        __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
                         __builtin_cpu_supports("bmi2");
     if (avx2 && avx512) return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
     if (avx2) return kAvx2;
@@ -114,7 +132,7 @@ using namespace prunus;
 
 extern "C" {
 
-int prunus_abi(void) { return 1; }
+int prunus_abi(void) { return 2; }
 
 int prunus_best_isa(void) {
     static const int best = detect_isa();
@@ -137,19 +155,19 @@ int64_t prunus_row_offsets(int64_t rows, int64_t cols, const uint8_t* mask, int6
     return total;
 }
 
-int prunus_bitmap_linear(int isa, int threads, int64_t rows, int64_t cols, int64_t tokens, const uint8_t* mask,
-                         int value_kind, const void* values, int64_t count, const int64_t* offsets,
-                         const float* scales, int act_kind, const void* x, const void* bias, void* out) {
+int prunus_linear(int isa, int threads, const PrunusWeight* weight, int64_t tokens, int act_kind, const void* x,
+                  const void* bias, void* out) {
     if (isa < 0 || isa > prunus_best_isa()) return PRUNUS_NO_SUCH_ISA;
     if (tokens < 1 || !x || !out || act_kind < kBf16 || act_kind > kF32) return PRUNUS_BAD_ARGUMENT;
-    Job job;
-    const int fault = describe(job, rows, cols, mask, value_kind, values, count, offsets, scales);
-    if (fault) return fault;
     return guarded([&] {
-        const Choice choice = choose(isa, Kind(value_kind), Kind(act_kind));
-        copy_tail(job, Kind(value_kind), count, t_scratch);
+        Job job;
+        const int fault = describe(job, weight, t_scratch);
+        if (fault) return fault;
+        const Choice choice = choose(isa, *weight, Kind(act_kind));
+        choose_conversions(job, isa);
+        if (!job.coded) copy_tail(job, Kind(weight->kind), weight->count, t_scratch);
         job.tokens = tokens;
-        job.sums = sized<float>(t_scratch.sums, tokens * rows);
+        job.sums = sized<float>(t_scratch.sums, tokens * job.rows);
         job.bias = bias;
         job.out = out;
         job.out_kind = Kind(act_kind);
@@ -157,55 +175,26 @@ int prunus_bitmap_linear(int isa, int threads, int64_t rows, int64_t cols, int64
         if (choice.form == XForm::kBf16) lay_out_bf16(job, x, t_scratch);
         else if (choice.form == XForm::kFloat) lay_out_float(job, x, job.out_kind, t_scratch);
         else lay_out_int16(job, x, job.out_kind, choice.form, t_scratch);
-        run(job, threads, job.mask_stride + count * size_of(Kind(value_kind)) / rows);
+        run(job, threads, bytes_per_row(*weight), t_scratch);
         return int(PRUNUS_OK);
     });
 }
 
-int prunus_dense_linear(int isa, int threads, int64_t rows, int64_t cols, int64_t tokens, const void* weight,
-                        const void* x, const void* bias, void* out) {
-#if PRUNUS_X86
-    if (isa != kAvx512Bf16 || isa > prunus_best_isa()) return PRUNUS_NO_SUCH_ISA;
-    if (rows < 1 || cols < 1 || tokens < 1 || !weight || !x || !out) return PRUNUS_BAD_ARGUMENT;
-    return guarded([&] {
-        Job job{};
-        job.rows = rows;
-        job.cols = cols;
-        job.tokens = tokens;
-        job.segments = (cols + kSegment - 1) / kSegment;
-        job.values = weight;
-        job.sums = sized<float>(t_scratch.sums, tokens * rows);
-        job.bias = bias;
-        job.out = out;
-        job.out_kind = kBf16;
-        job.rows_fn = rows_in_blocks<kAvx512Dense>;
-        lay_out_bf16(job, x, t_scratch);
-        run(job, threads, cols * 2);
-        return int(PRUNUS_OK);
-    });
-#else
-    (void)isa, (void)threads, (void)rows, (void)cols, (void)tokens, (void)weight, (void)x, (void)bias, (void)out;
-    return PRUNUS_NO_SUCH_ISA;
-#endif
-}
-
-int prunus_bitmap_expand(int isa, int threads, int64_t rows, int64_t cols, const uint8_t* mask, int value_kind,
-                         const void* values, int64_t count, const int64_t* offsets, const float* scales,
-                         int out_kind, void* out) {
+int prunus_expand(int isa, int threads, const PrunusWeight* weight, int out_kind, void* out) {
     if (isa < 0 || isa > prunus_best_isa()) return PRUNUS_NO_SUCH_ISA;
-    if (!out || !is_float16_kind(out_kind)) return PRUNUS_BAD_ARGUMENT;
-    if (value_kind != kI8 && value_kind != out_kind) return PRUNUS_BAD_ARGUMENT;
-    Job job;
-    const int fault = describe(job, rows, cols, mask, value_kind, values, count, offsets, scales);
-    if (fault) return fault;
+    if (!weight || !out || !is_float16_kind(out_kind)) return PRUNUS_BAD_ARGUMENT;
+    if (weight->kind != kI8 && weight->kind != out_kind) return PRUNUS_BAD_ARGUMENT;
     return guarded([&] {
-        copy_tail(job, Kind(value_kind), count, t_scratch);
+        Job job;
+        const int fault = describe(job, weight, t_scratch);
+        if (fault) return fault;
+        choose_conversions(job, isa);
+        if (!job.coded) copy_tail(job, Kind(weight->kind), weight->count, t_scratch);
         job.out = out;
-        choose_expansion(job, isa);
-        job.rows_fn = value_kind != kI8   ? expand_words
+        job.rows_fn = weight->kind != kI8 ? expand_words
                       : out_kind == kBf16 ? expand_int8<kBf16>
                                           : expand_int8<kF16>;
-        run(job, threads, cols * 2);
+        run(job, threads, job.cols * 2, t_scratch);
         return int(PRUNUS_OK);
     });
 }
@@ -223,7 +212,7 @@ uint64_t prunus_read(int threads, const void* data, int64_t bytes) {
         for (int64_t i = begin * kRow / 8; i < end * kRow / 8; ++i) sum += words[i];
         *static_cast<std::atomic<uint64_t>*>(job.out) += sum;
     };
-    if (job.rows > 0) run(job, threads, kRow);
+    if (job.rows > 0) run(job, threads, kRow, t_scratch);
     return total;
 }
 }

@@ -4,9 +4,6 @@
 // Common to all functions:
 //   isa      0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16; must not exceed prunus_best_isa()
 //   kinds    0 bfloat16, 1 float16, 2 float32, 3 int8
-//   mask     (rows, ceil(cols / 8)) bytes, least significant bit first
-//   values   the surviving values of all rows in order, `count` of them
-//   offsets  (rows + 1) as prunus_row_offsets() computes them from the mask; offsets[rows] == count
 // Returns 0, or one of the codes below. Nothing is read or written outside the given arrays.
 #pragma once
 
@@ -15,6 +12,22 @@
 extern "C" {
 
 enum { PRUNUS_OK = 0, PRUNUS_BAD_ARGUMENT = 1, PRUNUS_NO_SUCH_ISA = 2, PRUNUS_OUT_OF_MEMORY = 3 };
+
+// A weight (rows, cols) as it is stored; docs/bitmap-format.md describes each array.
+struct PrunusWeight {
+    int64_t rows, cols;
+    int64_t count;               // values that are stored; with codes: and the zeros that fill up their last group
+    const uint8_t* mask;         // (rows, ceil(cols / 8)), least significant bit first; null: all are stored
+    const int64_t* offsets;      // (rows + 1) as prunus_row_offsets() computes them from the mask; null without a mask
+    const void* values;          // (count) of `kind`, row after row; with codes: low bytes, in whole groups of 64
+    const float* scales;         // (rows) for int8 values, else null
+    const uint8_t* codes;        // 32 for each of these groups for coded bfloat16 values, else null
+    const uint8_t* high_bytes;   // (16): the high byte that a code stands for
+    const int64_t* rare_at;      // (rare) ascending and below count: values whose high byte no code stands for,
+    const uint8_t* rare_values;  // (rare) and what it is
+    int64_t rare;
+    int kind;
+};
 
 // Changes with every incompatible change of this interface.
 int prunus_abi(void);
@@ -30,21 +43,13 @@ void prunus_set_runtime(void* gomp_parallel);
 int64_t prunus_row_offsets(int64_t rows, int64_t cols, const uint8_t* mask, int64_t* offsets);
 
 // out (tokens, rows) = x (tokens, cols) · Wᵀ + bias (rows, may be null); x, bias and out are of `act_kind`.
-// int8 values need float32 `scales` (rows); x is then rounded to 16-bit integers with one scale per 256
-// columns. Sums are in float32.
-int prunus_bitmap_linear(int isa, int threads, int64_t rows, int64_t cols, int64_t tokens, const uint8_t* mask,
-                         int value_kind, const void* values, int64_t count, const int64_t* offsets,
-                         const float* scales, int act_kind, const void* x, const void* bias, void* out);
-
-// The same for a dense bfloat16 weight (rows, cols) and bfloat16 activations; needs isa 3.
-int prunus_dense_linear(int isa, int threads, int64_t rows, int64_t cols, int64_t tokens, const void* weight,
-                        const void* x, const void* bias, void* out);
+// With int8 values, x is rounded to 16-bit integers with one scale per 256 columns. Sums are in float32.
+int prunus_linear(int isa, int threads, const PrunusWeight* weight, int64_t tokens, int act_kind, const void* x,
+                  const void* bias, void* out);
 
 // Writes W as a dense (rows, cols) array of `out_kind`: the kind of the values, or, for int8 values,
 // bfloat16 or float16 (value · scale, rounded to nearest even).
-int prunus_bitmap_expand(int isa, int threads, int64_t rows, int64_t cols, const uint8_t* mask, int value_kind,
-                         const void* values, int64_t count, const int64_t* offsets, const float* scales,
-                         int out_kind, void* out);
+int prunus_expand(int isa, int threads, const PrunusWeight* weight, int out_kind, void* out);
 
 // Sums `bytes` (rounded down to 64 KiB) at `data` as 64-bit words: what memory bandwidth allows.
 uint64_t prunus_read(int threads, const void* data, int64_t bytes);

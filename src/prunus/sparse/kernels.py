@@ -18,15 +18,62 @@ from typing import Any
 
 import torch
 
+from prunus.sparse.weight import PackedWeight
+
 __all__ = ["ISAS", "MAX_TOKENS", "Kernels", "load", "why_not"]
 
 #: Instruction sets from slowest to fastest, as `kernels.h` numbers them.
 ISAS = ("portable", "avx2", "avx512", "avx512-bf16")
 #: Up to this many tokens a product is computed straight from the packed weight.
 MAX_TOKENS = 16
-_ABI = 1
+_ABI = 2
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 _FAULTS = {1: "an argument is out of range", 2: "this machine lacks the instruction set", 3: "out of memory"}
+
+
+class _Weight(ctypes.Structure):
+    """`PrunusWeight` of `kernels.h`, field by field."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("mask", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("high_bytes", ctypes.c_void_p),
+        ("rare_at", ctypes.c_void_p),
+        ("rare_values", ctypes.c_void_p),
+        ("rare", ctypes.c_int64),
+        ("kind", ctypes.c_int),
+    )
+
+
+def _weight(packed: PackedWeight, offsets: torch.Tensor | None) -> _Weight:
+    """Where a packed weight lies. It holds addresses only: `packed` must outlive it."""
+    (rows, in_features), values, mask, scales, coding = packed
+    described = _Weight(
+        rows,
+        in_features,
+        values.shape[0],
+        None if mask is None else mask.data_ptr(),
+        None if offsets is None else offsets.data_ptr(),
+        values.data_ptr(),
+        None if scales is None else scales.data_ptr(),
+    )
+    if coding is None:
+        described.kind = _KINDS[values.dtype]
+        return described
+    codes, high_bytes, rare_at, rare = coding
+    described.codes, described.high_bytes = codes.data_ptr(), high_bytes.data_ptr()
+    described.rare_at, described.rare_values, described.rare = (
+        rare_at.data_ptr(),
+        rare.data_ptr(),
+        rare.shape[0],
+    )
+    return described
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,52 +113,36 @@ class Kernels:
         return offsets
 
     def linear(
-        self,
-        x: torch.Tensor,
-        mask: torch.Tensor,
-        values: torch.Tensor,
-        offsets: torch.Tensor,
-        scales: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        self, x: torch.Tensor, packed: PackedWeight, offsets: torch.Tensor | None, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """`x · Wᵀ + bias` -> (..., O) in the dtype of `x`, straight from the packed weight.
 
         Args:
             x: bfloat16, float16 or float32 (..., I), contiguous and not empty.
-            mask, values, offsets, scales: see `bitmap.PackedWeight` and `row_offsets`; `offsets` must have
-                been computed from this `mask`.
+            packed: a weight that `bitmap.check` accepted.
+            offsets: what it returned.
             bias: (O,) in the dtype of `x`, or None.
         """
-        shape, rows = x.shape, mask.shape[0]
-        in_features = shape[-1]
-        out = torch.empty(shape[:-1] + (rows,), dtype=x.dtype)  # noqa: RUF005 - twice as quick as unpacking
-        fault = self.library.prunus_bitmap_linear(
-            self.isa, torch.get_num_threads(), rows, in_features, x.numel() // in_features, mask.data_ptr(),
-            _KINDS[values.dtype], values.data_ptr(), values.shape[0], offsets.data_ptr(),
-            None if scales is None else scales.data_ptr(), _KINDS[x.dtype], x.data_ptr(),
-            None if bias is None else bias.data_ptr(), out.data_ptr(),
+        return self._product(x, _weight(packed, offsets), bias)
+
+    def _product(self, x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None) -> torch.Tensor:
+        shape = x.shape
+        out = torch.empty(shape[:-1] + (weight.rows,), dtype=x.dtype)  # noqa: RUF005 - twice as quick as unpacking
+        fault = self.library.prunus_linear(
+            self.isa, torch.get_num_threads(), ctypes.byref(weight), x.numel() // shape[-1], _KINDS[x.dtype],
+            x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
         )  # fmt: skip
         if fault:
-            raise RuntimeError(f"the bitmap kernel refused: {_FAULTS[fault]}")
+            raise RuntimeError(f"the kernel refused: {_FAULTS[fault]}")
         return out
 
-    def expand(
-        self,
-        mask: torch.Tensor,
-        values: torch.Tensor,
-        offsets: torch.Tensor,
-        scales: torch.Tensor | None,
-        out: torch.Tensor,
-    ) -> None:
-        """Write the dense weight to `out` (O, I): of the values' dtype, or bfloat16 or float16 for int8 values."""
-        rows, in_features = out.shape
-        fault = self.library.prunus_bitmap_expand(
-            self.isa, torch.get_num_threads(), rows, in_features, mask.data_ptr(), _KINDS[values.dtype],
-            values.data_ptr(), values.shape[0], offsets.data_ptr(),
-            None if scales is None else scales.data_ptr(), _KINDS[out.dtype], out.data_ptr(),
+    def expand(self, packed: PackedWeight, offsets: torch.Tensor | None, out: torch.Tensor) -> None:
+        """Write the dense weight to `out` (O, I): of the entries' dtype, or bfloat16 or float16 for int8 values."""
+        fault = self.library.prunus_expand(
+            self.isa, torch.get_num_threads(), ctypes.byref(_weight(packed, offsets)), _KINDS[out.dtype], out.data_ptr()
         )  # fmt: skip
         if fault:
-            raise RuntimeError(f"the bitmap kernel refused: {_FAULTS[fault]}")
+            raise RuntimeError(f"the kernel refused: {_FAULTS[fault]}")
 
     @property
     def has_dense(self) -> bool:
@@ -122,16 +153,9 @@ class Kernels:
         self, x: torch.Tensor, weight_OI: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """`x · weight_OIᵀ + bias` -> (..., O), everything bfloat16, for the same `x` as `linear`."""
-        shape, rows = x.shape, weight_OI.shape[0]
-        in_features = shape[-1]
-        out = torch.empty(shape[:-1] + (rows,), dtype=torch.bfloat16)  # noqa: RUF005
-        fault = self.library.prunus_dense_linear(
-            self.isa, torch.get_num_threads(), rows, in_features, x.numel() // in_features,
-            weight_OI.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
-        )  # fmt: skip
-        if fault:
-            raise RuntimeError(f"the dense kernel refused: {_FAULTS[fault]}")
-        return out
+        rows, in_features = weight_OI.shape
+        weight = _Weight(rows, in_features, rows * in_features, None, None, weight_OI.data_ptr())
+        return self._product(x, weight, bias)
 
     def read(self, data: torch.Tensor) -> int:
         """Sum the bytes of `data` as 64-bit words (whole 64 KiB pieces): as fast as memory can be read."""
@@ -215,15 +239,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.prunus_set_runtime.restype = None
     library.prunus_row_offsets.argtypes = [length, length, pointer, pointer]
     library.prunus_row_offsets.restype = length
-    library.prunus_bitmap_linear.argtypes = [
-        number, number, length, length, length, pointer, number, pointer, length, pointer, pointer,
-        number, pointer, pointer, pointer,
-    ]  # fmt: skip
-    library.prunus_bitmap_expand.argtypes = [
-        number, number, length, length, pointer, number, pointer, length, pointer, pointer, number, pointer,
-    ]  # fmt: skip
-    library.prunus_dense_linear.argtypes = [
-        number, number, length, length, length, pointer, pointer, pointer, pointer,
-    ]  # fmt: skip
+    weight = ctypes.POINTER(_Weight)
+    library.prunus_linear.argtypes = [number, number, weight, length, number, pointer, pointer, pointer]
+    library.prunus_expand.argtypes = [number, number, weight, number, pointer]
     library.prunus_read.argtypes = [number, pointer, length]
     library.prunus_read.restype = ctypes.c_uint64

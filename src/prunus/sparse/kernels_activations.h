@@ -14,7 +14,7 @@ enum class XForm { kBf16, kFloat, kInt16, kSplitInt16 };
 
 // Per-thread memory that is reused from call to call.
 struct Scratch {
-    std::vector<uint8_t> x, x_float, x_scales, x_excess, sums, tail;
+    std::vector<uint8_t> x, x_float, x_scales, x_excess, sums, tail, ones, decoded;
 };
 
 template <typename T>

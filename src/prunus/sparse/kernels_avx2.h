@@ -143,6 +143,20 @@ PRUNUS_TARGET_AVX2 inline void expand_row(const uint8_t* row_mask, const uint16_
     }
 }
 
+PRUNUS_TARGET_AVX2 inline void decode(const uint8_t* low_bytes, const uint8_t* codes, const uint8_t* high_bytes,
+                                      int64_t count, uint16_t* out) {
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high_bytes)), half = _mm_set1_epi8(15);
+    for (int64_t done = 0; done < count; done += kCodedGroup)
+        for (int quarter = 0; quarter < 4; ++quarter) {
+            const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low_bytes + done + 16 * quarter));
+            __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + done / 2 + 16 * (quarter % 2)));
+            if (quarter >= 2) pairs = _mm_srli_epi16(pairs, 4);
+            const __m128i high = _mm_shuffle_epi8(table, _mm_and_si128(pairs, half));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + done + 8 * quarter), _mm_unpacklo_epi8(low, high));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + done + 8 * quarter + 32), _mm_unpackhi_epi8(low, high));
+        }
+}
+
 PRUNUS_TARGET_AVX2 inline void dequantise(const int8_t* values, int64_t count, float scale, uint16_t* words) {
     dequantise_loop(values, count, scale, words);
 }

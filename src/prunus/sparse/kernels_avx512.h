@@ -12,7 +12,7 @@
 // One target for everything here. BF16 instructions come from `Bf16` below alone, which is chosen only where
 // the machine has them.
 #define PRUNUS_TARGET \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,avx512bf16,popcnt,bmi,bmi2")))
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16,popcnt,bmi,bmi2")))
 #define PRUNUS_INLINE __attribute__((always_inline)) inline
 // An array of vectors stays in registers only if every loop over it is unrolled in full.
 #define PRUNUS_UNROLL _Pragma("GCC unroll 64")
@@ -21,7 +21,8 @@ namespace prunus::avx512 {
 
 // Where to prefetch, in bytes and rows ahead. Into the second-level cache and far: nearer, or into the first
 // level, a core waits for its few line-fill buffers. On Zen 4 this brought a fifth on one thread.
-constexpr int kValuesAhead = 1 << 14, kDenseAhead = 1 << 12, kMaskRowsAhead = 4;
+constexpr int kValuesAhead = 1 << 14, kDenseAhead = 1 << 12, kMaskRowsAhead = 4,
+              kCodedAhead = 1 << 14;
 
 PRUNUS_TARGET PRUNUS_INLINE void prefetch(const void* at, int64_t ahead) {
     _mm_prefetch(static_cast<const char*>(at) + ahead, _MM_HINT_T1);
@@ -33,10 +34,12 @@ struct Pair {
 };
 
 PRUNUS_TARGET PRUNUS_INLINE Pair expand(uint64_t word, const uint16_t*& values) {
-    const __mmask64 mask = _cvtu64_mask64(word);
-    const int lower = _mm_popcnt_u32(uint32_t(word));
-    const Pair pair = {_mm512_maskz_expand_epi16(__mmask32(mask), _mm512_loadu_si512(values)),
-                       _mm512_maskz_expand_epi16(__mmask32(_kshiftri_mask64(mask, 32)), _mm512_loadu_si512(values + lower))};
+    const uint32_t lower = uint32_t(word);
+    uint32_t upper = uint32_t(word >> 32);
+    // Otherwise the compiler shifts in a mask register, which takes the one port that expansion lives on.
+    asm("" : "+r"(upper));
+    const Pair pair = {_mm512_maskz_expand_epi16(__mmask32(lower), _mm512_loadu_si512(values)),
+                       _mm512_maskz_expand_epi16(__mmask32(upper), _mm512_loadu_si512(values + _mm_popcnt_u32(lower)))};
     values += _mm_popcnt_u64(word);
     return pair;
 }
@@ -49,16 +52,39 @@ PRUNUS_TARGET PRUNUS_INLINE __m512i expand(uint64_t word, const int8_t*& values)
 
 // ---- sources of weights: each gives the segments of one row in order ------------------------------------
 
-template <typename Value>
+// Where the values lie: in memory, or decoded in the cache from bytes that lie in memory.
+enum class Values { kStreamed, kDecoded };
+
+// Asks for what a decoded row further on is made of, while the values of this one are used up: left to the decoding,
+// these requests would come all at once, and then none while it is multiplied.
+struct CodesAhead {
+    const uint8_t *low_bytes, *codes;
+    const uint16_t* begin;
+
+    PRUNUS_TARGET PRUNUS_INLINE void start(const Job& job, const uint16_t* values) {
+        const int64_t number = job.first + (values - job.decoded);
+        low_bytes = static_cast<const uint8_t*>(job.coded->values) + number;
+        codes = job.coded->codes + number / 2;
+        begin = values;
+    }
+    PRUNUS_TARGET PRUNUS_INLINE void ask(const uint16_t* values) const {
+        prefetch(low_bytes + (values - begin), kCodedAhead);
+        prefetch(codes + (values - begin) / 2, kCodedAhead / 2);
+    }
+};
+
+template <typename Value, Values where = Values::kStreamed>
 struct Bitmap {
     const uint8_t* mask;
     const Value* values;
     int64_t last;        // the last segment, and its mask: read beforehand, because a call to memcpy within
     uint64_t last_word;  // the loop would have every vector register saved around it
+    CodesAhead ahead;
 
     PRUNUS_TARGET PRUNUS_INLINE void start(const Job& job, int64_t row) {
         mask = job.mask + row * job.mask_stride;
         values = row_values<Value>(job, row);
+        if constexpr (where == Values::kDecoded) ahead.start(job, values);
         last = job.segments - 1;
         last_word = mask_word(mask, last, job.cols);
         // Addresses of values depend on the masks before them, so a mask that comes late holds everything up.
@@ -70,31 +96,49 @@ struct Bitmap {
     PRUNUS_TARGET PRUNUS_INLINE auto next(int64_t segment) {
         uint64_t word = last_word;
         if (inner || segment != last) std::memcpy(&word, mask + segment * 8, 8);
-        // On average half of 64 columns survive: one line of 16-bit values. The second line keeps up with more.
-        prefetch(values, kValuesAhead);
-        if (sizeof(Value) == 2) prefetch(values, kValuesAhead + 64);
+        if constexpr (where == Values::kDecoded) {
+            ahead.ask(values);
+        } else {
+            // On average half of 64 columns survive: one line of 16-bit values. The second line keeps up with more.
+            prefetch(values, kValuesAhead);
+            if (sizeof(Value) == 2) prefetch(values, kValuesAhead + 64);
+        }
         return expand(word, values);
     }
 };
 
+// All columns are stored.
+template <typename Value, Values where = Values::kStreamed>
 struct Dense {
-    const uint16_t* values;
+    const Value* values;
     int64_t cols;
+    CodesAhead ahead;
 
     PRUNUS_TARGET PRUNUS_INLINE void start(const Job& job, int64_t row) {
-        values = static_cast<const uint16_t*>(job.values) + row * job.cols;
+        values = static_cast<const Value*>(job.values) + (row * job.cols - job.first);
         cols = job.cols;
+        if constexpr (where == Values::kDecoded) ahead.start(job, values);
     }
     template <bool inner>
-    PRUNUS_TARGET PRUNUS_INLINE Pair next(int64_t segment) {
-        const uint16_t* from = values + segment * kSegment;
-        prefetch(from, kDenseAhead);
-        prefetch(from, kDenseAhead + 64);
+    PRUNUS_TARGET PRUNUS_INLINE auto next(int64_t segment) {
+        const Value* from = values + segment * kSegment;
+        if constexpr (where == Values::kDecoded) {
+            ahead.ask(from);
+        } else {
+            prefetch(from, kDenseAhead);
+            if (sizeof(Value) == 2) prefetch(from, kDenseAhead + 64);
+        }
         const int64_t left = cols - segment * kSegment;
-        if (inner || left >= kSegment) return {_mm512_loadu_si512(from), _mm512_loadu_si512(from + 32)};
-        const uint64_t mask = (uint64_t(1) << left) - 1;  // masked-off lanes are not touched in memory
-        return {_mm512_maskz_loadu_epi16(__mmask32(mask), from),
-                _mm512_maskz_loadu_epi16(__mmask32(mask >> 32), from + 32)};
+        // Masked-off lanes are not touched in memory.
+        const uint64_t mask = inner || left >= kSegment ? ~uint64_t(0) : (uint64_t(1) << left) - 1;
+        return load(mask, from);
+    }
+
+    PRUNUS_TARGET PRUNUS_INLINE static Pair load(uint64_t mask, const uint16_t* from) {
+        return {_mm512_maskz_loadu_epi16(__mmask32(mask), from), _mm512_maskz_loadu_epi16(__mmask32(mask >> 32), from + 32)};
+    }
+    PRUNUS_TARGET PRUNUS_INLINE static __m512i load(uint64_t mask, const int8_t* from) {
+        return _mm512_maskz_loadu_epi8(mask, from);
     }
 };
 
@@ -260,6 +304,22 @@ PRUNUS_TARGET inline void expand_row(const uint8_t* row_mask, const uint16_t* va
         const uint64_t inside = left >= kSegment ? ~uint64_t(0) : (uint64_t(1) << left) - 1;
         _mm512_mask_storeu_epi16(to, __mmask32(inside), pair.low);
         _mm512_mask_storeu_epi16(to + 32, __mmask32(inside >> 32), pair.high);
+    }
+}
+
+PRUNUS_TARGET inline void decode(const uint8_t* low_bytes, const uint8_t* codes, const uint8_t* high_bytes, int64_t count,
+                                 uint16_t* out) {
+    // The upper half of a register takes the upper halves of the bytes. Look-ups use six bits of an index, of which the
+    // two above a code's four belong to the next code, so the table is there four times.
+    const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(high_bytes)));
+    for (int64_t done = 0; done < count; done += kCodedGroup) {
+        const __m512i low = _mm512_loadu_si512(low_bytes + done);
+        const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + done / 2));
+        const __m512i apart = _mm512_srlv_epi16(_mm512_broadcast_i64x4(pairs), shifts);
+        const __m512i high = _mm512_permutexvar_epi8(apart, table);
+        _mm512_storeu_si512(out + done, _mm512_unpacklo_epi8(low, high));
+        _mm512_storeu_si512(out + done + 32, _mm512_unpackhi_epi8(low, high));
     }
 }
 

@@ -19,29 +19,43 @@ inline int64_t count_bits(const uint8_t* row_mask, int64_t cols) {
 
 inline bool is_float16_kind(int kind) { return kind == kBf16 || kind == kF16; }
 
-inline int describe(Job& job, int64_t rows, int64_t cols, const uint8_t* mask, int value_kind, const void* values,
-                    int64_t count, const int64_t* offsets, const float* scales) {
-    if (rows < 1 || cols < 1 || count < 0 || !mask || !offsets || (count > 0 && !values)) return PRUNUS_BAD_ARGUMENT;
-    if (value_kind != kI8 && !is_float16_kind(value_kind)) return PRUNUS_BAD_ARGUMENT;
-    if ((value_kind == kI8) != (scales != nullptr)) return PRUNUS_BAD_ARGUMENT;
-    if (offsets[0] != 0 || offsets[rows] != count) return PRUNUS_BAD_ARGUMENT;
+inline int describe(Job& job, const PrunusWeight* weight, Scratch& scratch) {
+    if (!weight) return PRUNUS_BAD_ARGUMENT;
+    const PrunusWeight& w = *weight;
+    if (w.rows < 1 || w.cols < 1 || w.count < 0 || (w.count > 0 && !w.values)) return PRUNUS_BAD_ARGUMENT;
+    if (w.kind != kI8 && !is_float16_kind(w.kind)) return PRUNUS_BAD_ARGUMENT;
+    if ((w.kind == kI8) != (w.scales != nullptr)) return PRUNUS_BAD_ARGUMENT;
+    if ((w.mask != nullptr) != (w.offsets != nullptr)) return PRUNUS_BAD_ARGUMENT;
+    if (w.mask ? w.offsets[0] != 0 : w.rows > INT64_MAX / 2 / w.cols) return PRUNUS_BAD_ARGUMENT;
+    const int64_t stored = w.mask ? w.offsets[w.rows] : w.rows * w.cols, group = w.codes ? kCodedGroup : 1;
+    if (w.count != (stored + group - 1) / group * group) return PRUNUS_BAD_ARGUMENT;
+    if (w.codes && (w.kind != kBf16 || !w.high_bytes || w.rare < 0 || (w.rare && (!w.rare_at || !w.rare_values))))
+        return PRUNUS_BAD_ARGUMENT;
     job = Job{};
-    job.rows = rows;
-    job.cols = cols;
-    job.segments = (cols + kSegment - 1) / kSegment;
-    job.mask = mask;
-    job.mask_stride = (cols + 7) / 8;
-    job.values = values;
-    job.offsets = offsets;
-    job.scales = scales;
+    job.rows = w.rows;
+    job.cols = w.cols;
+    job.segments = (w.cols + kSegment - 1) / kSegment;
+    job.mask = w.mask;
+    job.mask_stride = (w.cols + 7) / 8;
+    job.values = w.values;
+    job.offsets = w.offsets;
+    job.scales = w.scales;
+    job.tail_row = w.rows;
+    if (w.codes) job.coded = weight;
+    if (!w.mask) {  // for kernels that know weights with a mask alone
+        uint8_t* ones = sized<uint8_t>(scratch.ones, job.mask_stride);
+        std::memset(ones, 255, size_t(job.mask_stride));
+        job.mask = ones;
+        job.mask_stride = 0;
+    }
     return PRUNUS_OK;
 }
 
 // Copies the values of the last rows to where full-width loads may run past their end.
 inline void copy_tail(Job& job, Kind kind, int64_t count, Scratch& scratch) {
     int64_t row = job.rows;
-    while (row > 0 && job.offsets[row] + kOverrun > count) --row;
-    const int64_t first = job.offsets[row];
+    while (row > 0 && row_begin(job, row) + kOverrun > count) --row;
+    const int64_t first = row_begin(job, row);
     uint8_t* tail = sized<uint8_t>(scratch.tail, (count - first + kOverrun) * size_of(kind));
     if (count > first)
         std::memcpy(tail, static_cast<const uint8_t*>(job.values) + first * size_of(kind),

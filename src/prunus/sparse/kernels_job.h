@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 namespace prunus {
 
 constexpr int64_t kSegment = 64;      // columns that one 64-bit mask word covers
@@ -18,17 +20,26 @@ enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 // Spreads one row of 16-bit values over `out` (cols), zeros between them; may read kOverrun values too many.
 using ExpandRow = void (*)(const uint8_t* row_mask, const uint16_t* values, int64_t cols, uint16_t* out);
 
+// Coded values come in groups of as many, in an order that suits vectors: byte `at` of a group belongs to this value of it.
+constexpr int64_t kCodedGroup = 64;
+constexpr int64_t place_in_group(int64_t at) { return at / 16 * 8 + at % 8 + (at % 16 >= 8 ? 32 : 0); }
+
+// Writes `count` coded values, whole groups, as bfloat16: the low bytes as they are, the high bytes as the codes say.
+using Decode = void (*)(const uint8_t* low_bytes, const uint8_t* codes, const uint8_t* high_bytes, int64_t count,
+                        uint16_t* out);
+
 // Writes value · scale as bf16 for `count` values.
 using DequantiseValues = void (*)(const int8_t* values, int64_t count, float scale, uint16_t* words);
 
-// One product out = x · Wᵀ + bias. W (rows, cols) is a bitmap, or dense where `mask` is null.
+// One product out = x · Wᵀ + bias, or the writing out of W (rows, cols).
 struct Job {
     int64_t rows, cols, tokens;
     int64_t segments;           // ceil(cols / 64)
     const uint8_t* mask;        // (rows, mask_stride) bytes
-    int64_t mask_stride;        // ceil(cols / 8)
-    const void* values;         // surviving values of all rows, one after another
-    const int64_t* offsets;     // (rows + 1): where each row's values begin
+    int64_t mask_stride;        // ceil(cols / 8), or 0 where one row of ones serves all rows
+    const void* values;         // stored values of all rows, one after another, from number `first` on
+    const int64_t* offsets;     // (rows + 1): where each row's values begin; null: at row · cols
+    int64_t first;
     const void* tail;           // copy, with room behind it, of the values from row `tail_row` on:
     int64_t tail_row;           // so near the end, a full-width load would leave the buffer
     const float* scales;        // (rows) for int8 values, else null
@@ -42,9 +53,18 @@ struct Job {
     void* out;                  // (tokens, rows)
     Kind out_kind;
     void (*rows_fn)(const Job&, int64_t begin, int64_t end);
+    // Only with coded values: rows_fn decodes a few rows to `decoded`, which each thread has for itself, and leaves
+    // them to decoded_fn.
+    const PrunusWeight* coded;
+    Decode decode;
+    void (*decoded_fn)(const Job&, int64_t begin, int64_t end);
+    int64_t decoded_rows;
+    uint16_t* decoded;
+    int64_t decoded_stride;     // elements between one thread's memory and the next one's
     ExpandRow expand_row;       // only where W is to be written out
     DequantiseValues dequantise;
     std::atomic<int64_t>* next; // next row that no thread has taken
+    std::atomic<int>* threads;  // threads that have begun
     int64_t chunk;              // rows that a thread takes at a time
 };
 
@@ -124,11 +144,14 @@ inline uint64_t mask_word(const uint8_t* row_mask, int64_t segment, int64_t cols
     return word & ((uint64_t(1) << left) - 1);
 }
 
+// The number of a row's first value.
+inline int64_t row_begin(const Job& job, int64_t row) { return job.offsets ? job.offsets[row] : row * job.cols; }
+
 template <typename Value>
 inline const Value* row_values(const Job& job, int64_t row) {
     const Value* values = static_cast<const Value*>(job.values);
-    if (row < job.tail_row) return values + job.offsets[row];
-    return static_cast<const Value*>(job.tail) + (job.offsets[row] - job.offsets[job.tail_row]);
+    if (row < job.tail_row) return values + (row_begin(job, row) - job.first);
+    return static_cast<const Value*>(job.tail) + (row_begin(job, row) - row_begin(job, job.tail_row));
 }
 
 // Turns finished sums of some rows into results: times the row's scale, plus its bias, in the dtype of `out`.

@@ -65,6 +65,15 @@ inline void expand_row(const uint8_t* row_mask, const uint16_t* values, int64_t 
     }
 }
 
+inline void decode(const uint8_t* low_bytes, const uint8_t* codes, const uint8_t* high_bytes, int64_t count,
+                   uint16_t* out) {
+    for (int64_t done = 0; done < count; done += kCodedGroup)
+        for (int64_t at = 0; at < kCodedGroup; ++at) {
+            const int code = codes[done / 2 + at % 32] >> (at < 32 ? 0 : 4) & 15;
+            out[done + place_in_group(at)] = uint16_t(high_bytes[code] << 8 | low_bytes[done + at]);
+        }
+}
+
 inline void dequantise(const int8_t* values, int64_t count, float scale, uint16_t* words) {
     dequantise_loop(values, count, scale, words);
 }

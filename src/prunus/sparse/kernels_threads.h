@@ -6,6 +6,7 @@
 
 #include <atomic>
 
+#include "kernels_coded.h"
 #include "kernels_job.h"
 
 namespace prunus {
@@ -14,7 +15,8 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 inline std::atomic<GompParallel> g_parallel{nullptr};
 
 inline void take_rows(void* data) {
-    const Job& job = *static_cast<const Job*>(data);
+    Job job = *static_cast<const Job*>(data);
+    if (job.decoded) job.decoded += job.decoded_stride * job.threads->fetch_add(1, std::memory_order_relaxed);
     for (;;) {
         const int64_t begin = job.next->fetch_add(job.chunk, std::memory_order_relaxed);
         if (begin >= job.rows) return;
@@ -24,7 +26,7 @@ inline void take_rows(void* data) {
     }
 }
 
-inline void run(Job& job, int threads, int64_t bytes_per_row) {
+inline void run(Job& job, int threads, int64_t bytes_per_row, Scratch& scratch) {
     // A long chunk lets the hardware prefetch run; with several token blocks it must stay in the cache.
     const int64_t bytes_per_chunk = job.tokens > kTokenBlock ? 1 << 17 : 1 << 20;
     constexpr int64_t bytes_per_thread = 1 << 15;  // below this, waking a thread costs more than it brings
@@ -36,8 +38,11 @@ inline void run(Job& job, int threads, int64_t bytes_per_row) {
     int64_t chunk = job.rows / (8 * threads) + 1;
     const int64_t most = bytes_per_chunk / (bytes_per_row + 1) + 1;
     job.chunk = chunk < most ? chunk : most;
+    if (job.coded) share_out_decoded(job, threads, scratch);
     std::atomic<int64_t> next{0};
+    std::atomic<int> begun{0};
     job.next = &next;
+    job.threads = &begun;
     if (threads == 1) take_rows(&job);
     else parallel(take_rows, &job, unsigned(threads), 0);
 }

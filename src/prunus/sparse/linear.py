@@ -8,82 +8,64 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.sparse.bitmap import PackedWeight, check, expand
+from prunus.sparse.bitmap import check, expand
 from prunus.sparse.operators import bitmap_linear, dense_linear, run_bitmap, run_dense
+from prunus.sparse.weight import Coding, PackedWeight
 
 __all__ = ["BitmapLinear", "DenseLinear", "use_dense_kernel"]
 
-_PACKED = ("weight", "weight_mask", "weight_scales", "row_offsets")
+_CODING = ("weight_codes", "weight_high_bytes", "weight_rare_at", "weight_rare")
+_PACKED = ("weight", "weight_mask", "weight_scales", *_CODING, "row_offsets")
 
 
 class BitmapLinear(nn.Module):
     """Takes the place of an `nn.Linear` whose weight is packed.
 
-    Its state is what `docs/bitmap-format.md` stores: `weight` holds the surviving values in one row,
-    `weight_mask` and, for int8, `weight_scales` what is needed to place them. They are buffers: packed
-    weights are not trained, but a gradient passes through to the inputs.
+    Its state is what `docs/bitmap-format.md` stores: `weight` holds the stored values in one row, and the
+    other buffers, those of them that the weight's form has, what is needed to place and read them. They are buffers:
+    packed weights are not trained, but a gradient passes through to the inputs.
 
     Args:
-        in_features, out_features: as in `nn.Linear`.
-        kept: number of surviving weights.
-        values: dtype of the stored values.
-        bias: whether there is a bias, of dtype `dtype`.
-        device: where to allocate; the content is undefined until a state is loaded and `prepare` called.
+        packed: the weight. Its tensors may be on the meta device, to be filled by a state that is loaded; then
+            `prepare` must be called before the module runs.
+        bias: (O,), or None.
     """
 
     weight: torch.Tensor
-    weight_mask: torch.Tensor
-    weight_scales: torch.Tensor | None
-    row_offsets: torch.Tensor
     bias: nn.Parameter | None
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kept: int,
-        values: torch.dtype,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, packed: PackedWeight, bias: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.register_buffer("weight", torch.empty(kept, dtype=values, device=device))
-        mask = torch.empty(out_features, -(-in_features // 8), dtype=torch.uint8, device=device)
-        self.register_buffer("weight_mask", mask)
-        scales = (
-            torch.empty(out_features, device=device, dtype=torch.float32) if values == torch.int8 else None
-        )
-        self.register_buffer("weight_scales", scales)
-        offsets = torch.empty(out_features + 1, dtype=torch.int64, device=device)
-        self.register_buffer("row_offsets", offsets, persistent=False)
-        made = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.out_features, self.in_features = packed.shape
+        parts = (packed.values, packed.mask, packed.scales, *(packed.coding or [None] * len(_CODING)))
+        for name, part in zip(_PACKED, parts, strict=False):
+            self.register_buffer(name, part)
+        self.register_buffer("row_offsets", None, persistent=False)
+        made = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", made)
-
-    @classmethod
-    def of(cls, packed: PackedWeight, bias: torch.Tensor | None = None) -> BitmapLinear:
-        """A linear on the given weight, ready to run; see `bitmap.check` for the errors."""
-        rows, columns = packed.shape
-        made = cls(columns, rows, packed.values.shape[0], packed.values.dtype, device="meta")
-        made.weight, made.weight_mask, made.weight_scales = packed.values, packed.mask, packed.scales
-        made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        made.prepare()
-        return made
+        if packed.values.device.type != "meta":
+            self.prepare()
 
     @property
     def packed(self) -> PackedWeight:
         """The weight as it is stored."""
-        return PackedWeight(self.weight_mask, self.weight, self.weight_scales, self.in_features)
+        # Straight from the dict: a module's attributes cost as much as a small product.
+        stored: Any = self._buffers
+        codes = stored["weight_codes"]
+        coding = None if codes is None else Coding(codes, *(stored[name] for name in _CODING[1:]))
+        values, mask, scales = stored["weight"], stored["weight_mask"], stored["weight_scales"]
+        return PackedWeight((self.out_features, self.in_features), values, mask, scales, coding)
 
-    def prepare(self) -> None:
+    def prepare(self, stored: int | None = None) -> None:
         """Check a state that was loaded and count its rows; until then the module must not run.
 
+        Args:
+            stored: see `bitmap.check`.
+
         Raises:
-            ValueError: mask, values and scales do not belong together.
+            ValueError: mask, values, scales and coding do not belong together.
         """
-        self.row_offsets = check(self.packed)
+        self.row_offsets = check(self.packed, stored)
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense weight (out, in); by default in the stored dtype, bfloat16 for int8."""
@@ -93,28 +75,24 @@ class BitmapLinear(nn.Module):
         """(..., in) -> (..., out)."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected inputs of width {self.in_features}, got {tuple(x.shape)}")
-        # Straight from the dicts: a module's attributes cost as much as a small product.
-        stored: Any = self._buffers
-        run = run_bitmap if _is_plain(x) else bitmap_linear
-        return run(
-            x,
-            stored["weight"],
-            stored["weight_mask"],
-            stored["weight_scales"],
-            stored["row_offsets"],
-            self.bias,
-        )
+        packed, offsets = self.packed, self._buffers["row_offsets"]
+        if _is_plain(x):
+            return run_bitmap(x, packed, offsets, self.bias)
+        coding = list(packed.coding or ())
+        return bitmap_linear(x, self.out_features, *packed[1:4], coding, offsets, self.bias)
 
     def extra_repr(self) -> str:
-        density = self.weight.shape[0] / (self.in_features * self.out_features)
+        packed = self.packed
+        share = packed.nbytes / (2 * self.in_features * self.out_features)
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, kept={density:.3f}, "
-            f"values={self.weight.dtype}, bias={self.bias is not None}"
+            f"in_features={self.in_features}, out_features={self.out_features}, values={packed.dtype}, "
+            f"coded={packed.coding is not None}, masked={packed.mask is not None}, of_bfloat16={share:.3f}, "
+            f"bias={self.bias is not None}"
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Let `.to(device)` move everything, but `.half()` and the like change the bias alone."""
-        stored = {id(self._buffers[name]) for name in _PACKED}
+        stored = {id(self._buffers[name]) for name in _PACKED if self._buffers[name] is not None}
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             result = fn(tensor)

@@ -22,7 +22,8 @@ import torch
 from torch.nn import functional
 
 from prunus.sparse import kernels
-from prunus.sparse.bitmap import PackedWeight, expand
+from prunus.sparse.bitmap import expand
+from prunus.sparse.weight import Coding, PackedWeight
 
 __all__ = ["bitmap_linear", "dense_linear", "on_reference_path", "reference_path", "run_bitmap", "run_dense"]
 
@@ -63,27 +64,20 @@ def _compiled() -> kernels.Kernels | None:
 
 
 def run_bitmap(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor,
-    scales: torch.Tensor | None,
-    offsets: torch.Tensor,
-    bias: torch.Tensor | None,
+    x: torch.Tensor, packed: PackedWeight, offsets: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """`x · Wᵀ + bias` for a packed W (O, I).
 
     Args:
         x: (..., I).
-        values, mask, scales: a `PackedWeight` that `bitmap.check` accepted.
-        offsets: what `bitmap.check` returned.
+        packed: a weight that `bitmap.check` accepted.
+        offsets: what it returned.
         bias: (O,) or None.
 
     Returns:
         (..., O) in the dtype of `x`.
     """
-    in_features = x.shape[-1]
-    if mask.shape[1] != (in_features + 7) // 8:
-        raise ValueError(f"inputs of width {in_features} do not fit a mask of {mask.shape[1]} bytes a row")
+    in_features = packed.shape[1]
     compiled = _compiled() if x.is_cpu else None
     if (
         compiled is None
@@ -92,9 +86,8 @@ def run_bitmap(
         or x.dtype not in _FLOATS
         or (bias is not None and bias.dtype != x.dtype)
     ):
-        weight = _expand_for_now(PackedWeight(mask, values, scales, in_features), x.dtype, offsets)
-        return functional.linear(x, weight, bias)
-    return compiled.linear(x if x.is_contiguous() else x.contiguous(), mask, values, offsets, scales, bias)
+        return functional.linear(x, _expand_for_now(packed, x.dtype, offsets), bias)
+    return compiled.linear(x if x.is_contiguous() else x.contiguous(), packed, offsets, bias)
 
 
 def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -119,13 +112,13 @@ def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     return compiled.dense_linear(x if x.is_contiguous() else x.contiguous(), weight, bias)
 
 
-def _expand_for_now(packed: PackedWeight, dtype: torch.dtype, offsets: torch.Tensor) -> torch.Tensor:
+def _expand_for_now(packed: PackedWeight, dtype: torch.dtype, offsets: torch.Tensor | None) -> torch.Tensor:
     """The dense weight in memory that the next call on this thread uses again.
 
     Fresh memory for every linear of every forward would have to be mapped page by page, which costs more
     than the expansion. What stays allocated is the size of the largest linear.
     """
-    if packed.mask.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+    if packed.values.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return expand(packed, dtype, offsets)
     size = math.prod(packed.shape)
     memory = getattr(_workspace, "memory", None)
@@ -137,14 +130,30 @@ def _expand_for_now(packed: PackedWeight, dtype: torch.dtype, offsets: torch.Ten
 @torch.library.custom_op("prunus::bitmap_linear", mutates_args=())
 def bitmap_linear(
     x: torch.Tensor,
+    out_features: int,
     values: torch.Tensor,
-    mask: torch.Tensor,
+    mask: torch.Tensor | None,
     scales: torch.Tensor | None,
-    offsets: torch.Tensor,
+    coding: list[torch.Tensor],
+    offsets: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The operator; see `run_bitmap`."""
-    return run_bitmap(x, values, mask, scales, offsets, bias)
+    """The operator; see `run_bitmap`. `coding` is empty where values are not coded."""
+    shape = (out_features, x.shape[-1])
+    return run_bitmap(x, _joined(shape, values, mask, scales, coding), offsets, bias)
+
+
+def _joined(
+    shape: tuple[int, int],
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    coding: list[torch.Tensor],
+) -> PackedWeight:
+    """A weight from the parts that the operator takes: operators know tensors and lists of them only."""
+    if mask is not None and mask.shape != (shape[0], (shape[1] + 7) // 8):
+        raise ValueError(f"inputs of width {shape[1]} do not fit a mask of {mask.shape[1]} bytes a row")
+    return PackedWeight(shape, values, mask, scales, Coding(*coding) if coding else None)
 
 
 @torch.library.custom_op("prunus::dense_linear", mutates_args=())
@@ -156,13 +165,15 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 @bitmap_linear.register_fake
 def _(
     x: torch.Tensor,
+    out_features: int,
     values: torch.Tensor,
-    mask: torch.Tensor,
+    mask: torch.Tensor | None,
     scales: torch.Tensor | None,
-    offsets: torch.Tensor,
+    coding: list[torch.Tensor],
+    offsets: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], mask.shape[0])
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 @dense_linear.register_fake
@@ -171,20 +182,20 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch
 
 
 def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, values, mask, scales, offsets, _bias = inputs
-    ctx.in_features = x.shape[-1]
-    ctx.save_for_backward(values, mask, scales, offsets)
+    x, out_features, values, mask, scales, coding, offsets, _bias = inputs
+    ctx.shape = (out_features, x.shape[-1])
+    ctx.save_for_backward(values, mask, scales, offsets, *coding)
 
 
-def _bitmap_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    values, mask, scales, offsets = ctx.saved_tensors
+def _bitmap_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    values, mask, scales, offsets, *coding = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        packed = PackedWeight(mask, values, scales, ctx.in_features)
+        packed = _joined(ctx.shape, values, mask, scales, coding)
         grad_x = gradient @ expand(packed, gradient.dtype, offsets)
-    if ctx.needs_input_grad[5]:
+    if ctx.needs_input_grad[7]:
         grad_bias = gradient.flatten(0, -2).sum(0)
-    return grad_x, None, None, None, None, grad_bias
+    return grad_x, None, None, None, None, [None] * len(coding), None, grad_bias
 
 
 bitmap_linear.register_autograd(_bitmap_gradient, setup_context=_keep_packed)

@@ -18,9 +18,10 @@ from prunus.model.files import read_json
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
-from prunus.sparse.bitmap import PackedWeight, check, expand, kept, pack_weight, packed_nbytes, relative_error
+from prunus.sparse.bitmap import check, expand, kept, pack_weight, relative_error
 from prunus.sparse.conversion import Conversion, LinearRecord, Record
 from prunus.sparse.description import REFUSAL, Description, PackedShape, Stored, StoredTensor
+from prunus.sparse.weight import PackedWeight
 
 __all__ = ["pack", "unpack"]
 
@@ -51,15 +52,14 @@ def pack(
 ) -> Record:
     """Write a pruned checkpoint with its linears as bitmaps.
 
-    Linears are packed where that makes them smaller: with values of b bytes and sparsity s, where
-    b(1-s) + 1/8 < b; an output head too, if it was pruned and is not tied. Everything else outside the blocks stays as it
-    is, and so does GPT-2's transposed Conv1D.
+    Linears are packed where that makes them smaller, and an output head too if it is not tied. Everything else outside the
+    blocks stays as it is, and so does GPT-2's transposed Conv1D.
 
     Args:
         model: checkpoint folder or hub id.
         output: folder of the result.
-        values: "bf16" keeps the surviving weights bit for bit, as the bfloat16 or float16 they are stored in;
-            "int8" rounds them to 8 bits with one scale per row.
+        values: "bf16" keeps the surviving weights bit for bit, as the bfloat16 (coded in twelve bits, where
+            exponents allow it) or float16 they are stored in; "int8" rounds them to 8 bits with one scale per row.
         overwrite: replace an earlier result in `output`.
         progress: called after every shard with (done, total, what was done).
 
@@ -150,8 +150,7 @@ def _pack_linear(
     kind = type(linear.module)
     before = weight.numel() * weight.element_size()
     count = int(kept(weight).sum())
-    value_bytes = 1 if stored == "int8" else 2
-    reason = None
+    reason = packed = None
     if linear.transposed:
         reason = f"{kind.__name__} stores its weight transposed"
     elif kind is not nn.Linear:
@@ -160,16 +159,19 @@ def _pack_linear(
         reason = "the checkpoint stores it under another name than the model's"
     elif stored != "int8" and str(weight.dtype) != f"torch.{stored}":
         reason = f"it is stored in {str(weight.dtype).removeprefix('torch.')}"
-    elif packed_nbytes(rows, columns, count, value_bytes) >= rows * columns * value_bytes:
-        reason = "it would not get smaller"
-    if reason is not None:
+    else:
+        packed = pack_weight(weight, torch.int8 if stored == "int8" else weight.dtype)
+        if packed.nbytes >= before:
+            reason = "it would not get smaller"
+    if packed is None or reason is not None:
         return None, LinearRecord(
             shape=(rows, columns), kept=count, packed=False, reason=reason, nbytes=(before, before)
         )
-    packed = pack_weight(weight, torch.int8 if stored == "int8" else weight.dtype)
     return packed, LinearRecord(
         shape=(rows, columns),
         kept=count,
+        stored=count if packed.mask is not None else rows * columns,
+        rare=None if packed.coding is None else packed.coding.rare.shape[0],
         packed=True,
         nbytes=(before, packed.nbytes),
         relative_error=relative_error(weight, packed) if stored == "int8" else None,
@@ -177,10 +179,10 @@ def _pack_linear(
 
 
 def _named(name: str, packed: PackedWeight) -> dict[str, torch.Tensor]:
-    tensors = {f"{name}.weight": packed.values, f"{name}.weight_mask": packed.mask}
-    if packed.scales is not None:
-        tensors[f"{name}.weight_scales"] = packed.scales
-    return tensors
+    parts = {"weight": packed.values, "weight_mask": packed.mask, "weight_scales": packed.scales}
+    if packed.coding is not None:
+        parts |= {f"weight_{field}": part for field, part in packed.coding._asdict().items()}
+    return {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
 
 
 def _finish_packed(conversion: Conversion, stored: Stored) -> None:
@@ -189,7 +191,8 @@ def _finish_packed(conversion: Conversion, stored: Stored) -> None:
         raise ValueError(
             f"no linear of {conversion.record.source} would get smaller; is it pruned? (prunus inspect tells)"
         )
-    described = Description(stored, {name: PackedShape(*r.shape, r.kept) for name, r in packed.items()})
+    shapes = {name: PackedShape(*r.shape, r.stored, r.rare) for name, r in packed.items()}
+    described = Description(stored, shapes)
     config = read_json(conversion.source.folder / "config.json")
     config["quantization_config"] = described.to_dict()
     config["transformers_weights"] = REFUSAL
@@ -266,20 +269,17 @@ def _unpack_shard(
     for linear in [name.removesuffix(".weight") for name in names]:
         if linear not in described.linears:
             continue
-        rows, columns, count = described.linears[linear]
-        packed = PackedWeight(
-            tensors.pop(f"{linear}.weight_mask"),
-            tensors.pop(f"{linear}.weight"),
-            tensors.pop(f"{linear}.weight_scales", None),
-            columns,
-        )
+        parts = {name: tensors.pop(name) for name in described.tensors(linear)}
+        packed = described.weight(linear, parts)
         try:
-            offsets = check(packed)
+            offsets = check(packed, described.linears[linear].stored)
         except ValueError as fault:
             raise ValueError(f"{linear} is damaged: {fault}") from fault
         tensors[f"{linear}.weight"] = weight = expand(packed, dtype, offsets)
         nbytes = (packed.nbytes, weight.numel() * weight.element_size())
-        records[linear] = LinearRecord(shape=(rows, columns), kept=count, packed=False, nbytes=nbytes)
+        records[linear] = LinearRecord(
+            shape=packed.shape, kept=int(kept(weight).sum()), packed=False, nbytes=nbytes
+        )
     return tensors, records
 
 

@@ -53,7 +53,7 @@ def use_large_pages(model: nn.Module) -> int:
 def _weights(model: nn.Module) -> Iterable[torch.Tensor]:
     for module in model.modules():
         if isinstance(module, BitmapLinear):
-            yield from (module.weight, module.weight_mask)
+            yield from module.buffers(recurse=False)
         elif isinstance(module, DenseLinear):
             yield module.weight
 

@@ -33,6 +33,7 @@ _DTYPES = {
     "F32": torch.float32,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "I64": torch.int64,
 }
 
 
@@ -87,28 +88,23 @@ class PrunusQuantizer(HfQuantizer):
                     f"{name} is {shape.out_features} x {shape.in_features} in the packed checkpoint, but the model "
                     f"that config.json describes has {linear.out_features} x {linear.in_features}"
                 )
-            packed = BitmapLinear(
-                shape.in_features,
-                shape.out_features,
-                shape.kept,
-                described.dtype,
-                bias=linear.bias is not None,
-                device="meta",
-                dtype=linear.weight.dtype,
-            )
-            model.set_submodule(found, packed)
-            names[found] = list(shape)
+            tensors = described.tensors(name).items()
+            on_meta = {part: torch.empty(t.shape, dtype=t.dtype, device="meta") for part, t in tensors}
+            model.set_submodule(found, BitmapLinear(described.weight(name, on_meta), linear.bias))
+            names[found] = shape
         # Saved again, the checkpoint has the names of this model's own parameters.
-        self.quantization_config.linears = names
+        renamed = Description(described.values, names, described.version)
+        self.quantization_config.linears = renamed.to_dict()["linears"]
         use_dense_kernel(model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        linears = self.quantization_config.description.linears
         for name, module in model.named_modules():
             if isinstance(module, BitmapLinear):
                 if module.weight.device.type == "meta":
                     raise ValueError(f"{name} was not loaded: packed checkpoints cannot be offloaded to disk")
                 try:
-                    module.prepare()
+                    module.prepare(linears[name].stored)
                 except ValueError as fault:
                     raise ValueError(f"{name} is damaged: {fault}") from fault
         use_decode_attention(model)

@@ -1,0 +1,51 @@
+// bfloat16 values in twelve bits: a low byte each, and half a byte that says which of sixteen high bytes it has.
+//
+// The exponents of a layer's weights differ little, so sixteen high bytes (a sign and seven of the eight bits of the
+// exponent) are nearly all there are; what has another is listed with its place. Decoding two rows or so into
+// the first-level cache and multiplying from there costs less than a fifth of the time in which memory brings them, and
+// lets every kernel work on coded values as on plain ones.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels_activations.h"
+#include "kernels_job.h"
+
+namespace prunus {
+
+constexpr int64_t kDecodedValues = 8192;  // about as many at a time: half of a first-level cache
+
+// Decodes the values of rows begin … end - 1 to job.decoded and returns the job with these as its values.
+inline Job decoded_rows(const Job& job, int64_t begin, int64_t end) {
+    const PrunusWeight& weight = *job.coded;
+    const int64_t first = row_begin(job, begin) / kCodedGroup * kCodedGroup;
+    const int64_t last = (row_begin(job, end) + kCodedGroup - 1) / kCodedGroup * kCodedGroup;
+    job.decode(static_cast<const uint8_t*>(weight.values) + first, weight.codes + first / 2, weight.high_bytes, last - first,
+               job.decoded);
+    const int64_t* const stop = weight.rare_at + weight.rare;
+    for (const int64_t* at = std::lower_bound(weight.rare_at, stop, first); at < stop && *at < last; ++at)
+        job.decoded[*at - first] = uint16_t(weight.rare_values[at - weight.rare_at] << 8 | (job.decoded[*at - first] & 255));
+    Job plain = job;
+    plain.values = job.decoded;
+    plain.first = first;
+    return plain;
+}
+
+inline void rows_coded(const Job& job, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row += job.decoded_rows) {
+        const int64_t stop = row + job.decoded_rows < end ? row + job.decoded_rows : end;
+        job.decoded_fn(decoded_rows(job, row, stop), row, stop);
+    }
+}
+
+// Gives every thread memory for as many rows as it decodes at a time.
+inline void share_out_decoded(Job& job, int threads, Scratch& scratch) {
+    // Kernels take rows in pairs.
+    job.decoded_rows = std::max<int64_t>(kDecodedValues / job.cols, 2) & ~int64_t(1);
+    job.decoded_stride = job.decoded_rows * job.cols / kCodedGroup * kCodedGroup + 2 * kCodedGroup + kOverrun;
+    job.decoded = sized<uint16_t>(scratch.decoded, threads * job.decoded_stride);
+    job.decoded_fn = job.rows_fn;
+    job.rows_fn = rows_coded;
+}
+
+}  // namespace prunus
