@@ -52,8 +52,8 @@ def pack(
 ) -> Record:
     """Write a pruned checkpoint with its linears as bitmaps.
 
-    Linears are packed where that makes them smaller, and an output head too if it is not tied. Everything else outside the
-    blocks stays as it is, and so does GPT-2's transposed Conv1D.
+    Linears are packed where that makes them smaller, and an output head too if it is not tied. Everything else
+    outside the blocks stays as it is, and so does GPT-2's transposed Conv1D.
 
     Args:
         model: checkpoint folder or hub id.
