@@ -39,6 +39,7 @@ TENSOR_DTYPES = {
     "F16": torch.float16, "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_BYTES_AT_A_TIME = 2**27
 _CODES = {dtype: code for code, dtype in TENSOR_DTYPES.items()}
 
 
@@ -124,10 +125,18 @@ def save_safetensors(
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text = text.ljust(-(-len(text) // 8) * 8)
         file.write(len(text).to_bytes(8, "little") + text)
+        unwritten = 0
         for name in names:
             # One at a time: a tensor on another device, or one that is not contiguous, is copied for its turn only.
-            flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+            flat = tensors[name].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+            for piece in flat.split(_BYTES_AT_A_TIME):
+                file.write(piece.numpy().data)
+                unwritten += len(piece)
+                if unwritten >= _BYTES_AT_A_TIME:
+                    # Pages that wait to be written count against the memory of a control group.
+                    file.flush()
+                    os.fsync(file.fileno())
+                    unwritten = 0
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -162,7 +162,7 @@ def _pack_linear(
     rows, columns = linear.shape
     kind = type(linear.module)
     before = weight.numel() * weight.element_size()
-    count = int(kept(weight).sum())
+    count = int(torch.count_nonzero(kept(weight)))  # a sum of bool would make 8 bytes of each
     value_bytes = 1 if stored == "int8" else 2
     reason = None
     if linear.transposed:
