@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import prunus
 from prunus.manifest import MANIFEST_NAME, Manifest
 from prunus.model.checkpoint import INDEX_NAME
+from prunus.output import OUTER_SHARD
 from tiny import tiny_checkpoint, tiny_model, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -432,7 +433,7 @@ def spoil(dense: Path, name: str, value: float, everywhere: bool = False) -> Non
 def check_unfinished(out: Path, blocks: int) -> None:
     """The folder is no model, and holds the blocks that were finished and nothing half-written."""
     shards = [f"block-{index:05d}.safetensors" for index in range(blocks)]
-    assert sorted(path.name for path in out.iterdir()) == [*shards, MANIFEST_NAME]
+    assert sorted(path.name for path in out.iterdir()) == [*shards, OUTER_SHARD, MANIFEST_NAME]
     manifest = Manifest.load(out)
     assert (manifest.state, len(manifest.blocks)) == ("running", blocks)
 

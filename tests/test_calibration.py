@@ -209,7 +209,7 @@ def test_wikitext2_calibration_prefers_the_raw_text_and_says_what_it_used(tmp_pa
     folder = tmp_path / "wikitext2"
     folder.mkdir()
     (folder / "train_unk_shuffled_articles.txt.gz").write_bytes(
-        gzip.compress(b" \n = A = \n <unk> words \n" * 9)
+        gzip.compress(b" \n = A = \n <unk> words \n" * 9, mtime=0)
     )
     windows = load("wikitext2", tokenizer, data_dir=tmp_path)
     assert "<unk>" in windows.source
@@ -377,7 +377,7 @@ def test_plain_text_keeps_every_byte(tmp_path, name):
         ("a.txt", b"caf\xe9 " * 20, "not UTF-8"),
         ("a.txt", b"seven..", r"a.txt: the whole text has 7 tokens.*smaller --seqlen"),
         ("a.txt", b"ten tokens", "only 2 different windows of 8 tokens, 4 were asked for"),
-        ("a.txt.gz", gzip.compress(b"some text " * 50)[:-12], "damaged or truncated gzip"),
+        ("a.txt.gz", gzip.compress(b"some text " * 50, mtime=0)[:-12], "damaged or truncated gzip"),
         ("a.jsonl.gz", b"not gzip at all", "damaged or truncated gzip"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": "y', r"a.jsonl, line 3: not a JSON object"),
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"line 2: expected a JSON object with text in 'text'"),

@@ -384,14 +384,14 @@ def interruptible():
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
 def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bytes(tmp_path, interruptible):
-    blocks = 24
+    blocks = 12
     dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=blocks)
     # One window a batch and many of them: a block takes long enough to be interrupted in its middle.
-    ids = token_ids(96, 32)
+    ids = token_ids(64, 32)
     save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
 
     def start(out: str) -> subprocess.Popen[str]:
-        options = ["--samples", "96", "--seqlen", "32", "--batch", "1"]
+        options = ["--samples", "64", "--seqlen", "32", "--batch", "1"]
         options += ["--calibration", str(tmp_path / "ids.safetensors")]
         command = [sys.executable, "-m", "prunus", "prune", str(dense), str(tmp_path / out), *options]
         return subprocess.Popen(

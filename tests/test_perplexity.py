@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunus.calibration.corpora import python_docs
 from prunus.evaluation import load_scoring_text, perplexity, score_windows
-from prunus.evaluation.perplexity import _ROWS
+from prunus.evaluation.loss import ROWS
 from prunus.evaluation.text import check_text
 from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
 
@@ -105,7 +105,7 @@ def test_windows_count_alike_whatever_the_batch(model):
 
 
 def test_rows_are_scored_in_pieces_without_a_seam():
-    vocabulary, length = 11, 2 * _ROWS + 3
+    vocabulary, length = 11, 2 * ROWS + 3
     logits = torch.randn(1, length, vocabulary, dtype=torch.bfloat16)
     ids = torch.randint(0, vocabulary, (1, length))
     log_probabilities = torch.log_softmax(logits[0].double(), dim=-1)

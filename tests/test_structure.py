@@ -28,13 +28,13 @@ ROOMS: dict[str, set[str]] = {
     "model": set(),
     "calibration": set(),
     "sparse": {"model"},
-    "evaluation": {"calibration", "machine", "model", "sparse"},
     "records": {"model"},
     "manifest": {"machine", "model", "recipe", "records"},
     "results": {"model", "recipe", "records"},
     "inspection": {"model"},
     "output": {"manifest", "model"},
     "engine": {"manifest", "methods", "model", "patterns", "products", "statistics"},
+    "evaluation": {"calibration", "engine", "machine", "model", "recipe", "sparse"},
     "costs": {"engine", "machine", "model", "recipe", "statistics"},
     "plan": {
         "calibration",
@@ -62,7 +62,7 @@ ROOMS: dict[str, set[str]] = {
         "sharing",
         "windows",
     },
-    "recovery": {"calibration", "engine", "machine", "manifest", "model", "output", "records"},
+    "recovery": {"calibration", "engine", "machine", "manifest", "model", "output", "recipe", "records"},
     "histograms": {
         "engine",
         "manifest",

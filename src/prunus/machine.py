@@ -19,6 +19,7 @@ __all__ = [
     "hardware",
     "keep_freed_memory",
     "matmul_rate",
+    "memory_budget",
     "peak_memory",
     "processor_name",
     "resident_memory",
@@ -52,14 +53,43 @@ def available_memory() -> int:
                 available = int(line.split()[1]) * 1024
     except OSError:
         pass
+    for limit_file, usage_file in _cgroup_files():
+        try:
+            limit, used = limit_file.read_text().strip(), int(usage_file.read_text())
+            if limit != "max":
+                # What the group holds of files can be given back; it is counted as used all the same, to be safe.
+                available = min(available, max(0, int(limit) - used))
+        except (OSError, ValueError):
+            pass
+    return available
+
+
+def _cgroup_files() -> list[tuple[Path, Path]]:
+    """(limit, usage) of the memory control groups that this process may be in, whether they are there or not."""
+    root, own = Path("/sys/fs/cgroup"), {}
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        if limit != "max":
-            available = min(available, max(0, int(limit) - used))
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            own[controllers] = path.lstrip("/")
     except (OSError, ValueError):
         pass
-    return available
+    second = [root, root / own.get("", "")]
+    first = [root / "memory", root / "memory" / own.get("memory", "")]
+    return [(x / "memory.max", x / "memory.current") for x in second] + [
+        (x / "memory.limit_in_bytes", x / "memory.usage_in_bytes") for x in first
+    ]
+
+
+def memory_budget(device: torch.device, memory: int | None) -> int:
+    """Bytes that the process may have in all where `device` computes: `memory` where it is given, else what is free.
+
+    Of a CUDA device a tenth is left to the allocator's rounding.
+    """
+    if memory is not None:
+        return memory
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * 0.9)
+    return available_memory() + resident_memory()
 
 
 def keep_freed_memory() -> None:

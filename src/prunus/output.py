@@ -14,8 +14,16 @@ import torch
 from prunus.manifest import MANIFEST_NAME, BlockRecord, Manifest
 from prunus.model.checkpoint import INDEX_NAME, Checkpoint, companion_files
 from prunus.model.destination import check_apart, is_vacant
-from prunus.model.files import TEMPORARY_SUFFIX, copy_file, save_safetensors, write_json, write_text
-from prunus.model.source import CheckpointSource
+from prunus.model.files import (
+    TEMPORARY_SUFFIX,
+    copy_file,
+    fsync_folder,
+    make_folder,
+    save_safetensors,
+    write_json,
+    write_text,
+)
+from prunus.model.source import CheckpointSource, tensors_digest
 
 __all__ = ["OutputFolder", "check_output"]
 
@@ -54,10 +62,11 @@ class OutputFolder:
 
     def begin(self, overwrite: bool) -> None:
         """Create the folder, or clean up what a killed run left half-written."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         # First the claim to the folder, then the index: what is left of an overwritten result is no model any more.
         self.manifest.save(self.folder)
         (self.folder / INDEX_NAME).unlink(missing_ok=True)
+        fsync_folder(self.folder)
         if overwrite:
             for path in self.folder.glob("*.safetensors"):
                 path.unlink()
@@ -69,6 +78,9 @@ class OutputFolder:
                 del self.manifest.blocks[index:]
                 self.manifest.save(self.folder)
                 break
+        # What surrounds the blocks was looked at just now and is needed next: read from disk once, if it is copied here.
+        if not self.manifest.recipe.head and not (self.folder / OUTER_SHARD).exists():
+            self._write_outer({})
 
     def commit_block(
         self,
@@ -87,12 +99,23 @@ class OutputFolder:
         """
         keys = self._source.block_keys(index)
         tensors = {key: changed.get(name, stored[name]) for name, key in keys.items()}
+        self._source.checkpoint.check_unchanged()
         save_safetensors(self.folder / shard_name(index), tensors)
         self.manifest.blocks.append(record)
         self.manifest.save(self.folder)
 
     def read_block(self, index: int) -> dict[str, torch.Tensor]:
-        """A finished block's tensors by names relative to the block."""
+        """A finished block's tensors by names relative to the block.
+
+        Raises:
+            FileExistsError: it was made from other weights than the source has now.
+        """
+        record = self.manifest.blocks[index]
+        if tensors_digest(self._source.block(index)) != record.input_sha256:
+            raise FileExistsError(
+                f"{record.name} of {self._source.checkpoint.folder} is not what {shard_name(index)} in {self.folder} was "
+                "made from: the checkpoint was changed since. Put it back as it was, or --overwrite starts again"
+            )
         names = {key: name for name, key in self._source.block_keys(index).items()}
         checkpoint = Checkpoint(self.folder, only=[shard_name(index)])
         return {names[key]: tensor for key, tensor in checkpoint.read(names)}
@@ -104,9 +127,8 @@ class OutputFolder:
         """
         checkpoint = self._source.checkpoint
         outer = self._source.outer_keys()
-        if outer:
-            replaced = {self._source.stored_name(name): tensor for name, tensor in changed.items()}
-            save_safetensors(self.folder / OUTER_SHARD, dict(checkpoint.read(outer)) | replaced)
+        if changed or not (self.folder / OUTER_SHARD).exists():
+            self._write_outer(changed)
         for path in companion_files(checkpoint.folder, code=trust_remote_code):
             copy_file(path, self.folder / path.name)
         write_text(self.folder / "README.md", model_card(self.manifest))
@@ -117,6 +139,13 @@ class OutputFolder:
         index_content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.folder / INDEX_NAME, index_content)
         self.manifest.save(self.folder)
+
+    def _write_outer(self, changed: Mapping[str, torch.Tensor]) -> None:
+        """The shard of everything that belongs to no block, with `changed` tensors by the model's names."""
+        keys = self._source.outer_keys()
+        if keys:
+            replaced = {self._source.stored_name(name): tensor for name, tensor in changed.items()}
+            save_safetensors(self.folder / OUTER_SHARD, dict(self._source.checkpoint.read(keys)) | replaced)
 
 
 def model_card(manifest: Manifest) -> str:

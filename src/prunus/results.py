@@ -65,6 +65,7 @@ class Score(_Record):
     seqlen: int
     protocol: str
     seconds: float
+    streamed: bool = False
 
 
 class TaskFigure(_Record):

@@ -23,6 +23,7 @@ from prunus.engine.blocks import BlockEngine
 from prunus.machine import hardware, peak_memory, versions
 from prunus.manifest import Inputs, Manifest
 from prunus.model.destination import check_disk, check_whole
+from prunus.model.lock import locked
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.output import OutputFolder, check_output
 from prunus.plan import Job, RunOptions, prepare
@@ -167,6 +168,21 @@ def run(
             else "a checkpoint is pruned into a new folder: give output"
         )
     job, earlier = check(model, output, recipe, options, overwrite=overwrite, resume=resume)
+    with locked(output) if output is not None else contextlib.nullcontext():
+        return _carry_out(model, output, job, earlier, started, overwrite, progress)
+
+
+def _carry_out(
+    model: str | Path | nn.Module,
+    output: Path | None,
+    job: Job,
+    earlier: Manifest | None,
+    started: float,
+    overwrite: bool,
+    progress: Callable[[Progress], None] | None,
+) -> Manifest:
+    """What `run` does once everything is checked and the folder is its own."""
+    recipe, options = job.recipe, job.options
     windows = calibration_windows(job)
     manifest = _manifest(model, job, windows, earlier)
     if manifest.state == "finished":

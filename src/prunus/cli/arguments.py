@@ -29,7 +29,11 @@ DataDir = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")]
 Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run model code that comes with the checkpoint, with all your rights (docs/safety.md).",
+    ),
 ]
 Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Budget, such as 8GB.", show_default="what is free")

@@ -55,6 +55,16 @@ def evaluate(
         str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")
     ] = "auto",
     device: arg.Device = "auto",
+    memory: arg.Memory = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Perplexity: take all windows through one block before the next is read, or load the whole model. "
+            "The figures are the same.",
+            show_default="streams what does not fit in --memory",
+        ),
+    ] = None,
     data_dir: arg.DataDir = None,
     cache: Annotated[
         Path | None,
@@ -96,7 +106,10 @@ def evaluate(
         job = None if tasks is None else prepare(models, tasks, fewshot=fewshot, batch=at_once, **shared)
         windows = 1 if isinstance(at_once, str) else at_once
         scores = {
-            model: [score(model, text, seqlen=seqlen, batch=windows, **shared) for text in texts]
+            model: [
+                score(model, text, seqlen=seqlen, batch=windows, memory=memory, stream=stream, **shared)
+                for text in texts
+            ]
             for model in models
         }
         results = [] if job is None else job.run(say)

@@ -97,6 +97,9 @@ def recover(
         ),
     ] = None,
     device: arg.Device = "auto",
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Budget of mode block.", show_default="what is free")
+    ] = None,
     data_dir: arg.DataDir = None,
     resume: Annotated[
         bool | None,
@@ -128,6 +131,7 @@ def recover(
                 data_dir=data_dir,
                 overwrite=overwrite,
                 resume=resume,
+                memory=memory,
                 progress=progress,
                 **options,
             )

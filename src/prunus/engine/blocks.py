@@ -6,7 +6,6 @@ Knows weights, hidden states and walks; nothing of folders, manifests on disk, o
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from prunus.engine.stream import Stream
 from prunus.manifest import BlockRecord, LinearRecord, Walk
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import Source
+from prunus.model.source import Source, tensors_digest
 from prunus.statistics import InputStatistics
 
 __all__ = ["BlockEngine"]
@@ -195,7 +194,6 @@ def _count_zeros(record: LinearRecord, weight: torch.Tensor) -> None:
 
 def _checked_digest(block_name: str, stored: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of a block's tensors as stored, which must be finite."""
-    digest = hashlib.sha256()
     for key in sorted(stored):
         tensor = stored[key]
         # aminmax passes NaN on, and takes a fortieth of isfinite's time on a CPU.
@@ -203,6 +201,4 @@ def _checked_digest(block_name: str, stored: Mapping[str, torch.Tensor]) -> str:
             raise ValueError(
                 f"{block_name}.{key} holds weights that are not finite (NaN or infinity); it cannot be pruned"
             )
-        digest.update(key.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return tensors_digest(stored)

@@ -22,7 +22,13 @@ from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint import INDEX_NAME, companion_files
 from prunus.model.files import file_digest, read_json, write_json
 
-__all__ = ["ResultCache", "checkpoint_digest", "circumstances", "default_cache_folder"]
+__all__ = [
+    "ResultCache",
+    "checkpoint_digest",
+    "circumstances",
+    "default_cache_folder",
+    "files_as_they_are",
+]
 
 # The number of threads is left out: it can change the last bit of a sum, and would make every machine start anew.
 _DECISIVE = ("prunus", "torch", "transformers")
@@ -92,3 +98,16 @@ def checkpoint_digest(folder: Path, code: bool = False) -> str:
     if is_adapter(folder):
         digest.update(checkpoint_digest(base_folder(folder), code).encode())
     return digest.hexdigest()
+
+
+def files_as_they_are(folder: Path) -> list[list[Any]]:
+    """What stands for `checkpoint_digest` where no byte is to be read: every file's place, size and times.
+
+    A copy elsewhere is another checkpoint then; a file that was changed in place is too, as nothing sets the time of
+    its last change of status back.
+    """
+    found = []
+    for path in sorted({*folder.resolve().glob("*.safetensors"), *companion_files(folder.resolve())}):
+        state = path.stat()
+        found.append([str(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns])
+    return found

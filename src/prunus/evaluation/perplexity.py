@@ -16,19 +16,22 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from prunus.evaluation.cache import ResultCache, checkpoint_digest, circumstances
+from prunus.evaluation.cache import ResultCache, checkpoint_digest, circumstances, files_as_they_are
 from prunus.evaluation.candidate import find_folder
+from prunus.evaluation.loss import window_loss
+from prunus.evaluation.streamed import StreamedModel, streams
 from prunus.evaluation.text import ScoringText, check_text, load_scoring_text, scoring_windows
 from prunus.model.device import choose_device
 from prunus.model.loading import DTYPES, check_dtype, load_model
 from prunus.model.tokenizer import load_tokenizer
+from prunus.recipe import parse_bytes
 
 __all__ = [
     "PerplexityResult",
@@ -38,12 +41,13 @@ __all__ = [
     "score_windows",
 ]
 
-_ROWS = 512  # tokens whose logits are in float32 at the same time
-
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """perplexity = exp(loss); loss in nats per token; tokens = windows * seqlen; seconds of scoring alone."""
+    """perplexity = exp(loss); loss in nats per token; tokens = windows * seqlen; seconds of scoring alone.
+
+    `streamed` says that the model went through memory block by block; the figure does not depend on it.
+    """
 
     source: str
     perplexity: float
@@ -53,6 +57,7 @@ class PerplexityResult:
     seqlen: int
     protocol: str
     seconds: float
+    streamed: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values, for JSON, which knows no infinity: None stands for it."""
@@ -91,27 +96,15 @@ def score_windows(
         logits_BSV = logits_fn(ids_BS)
         targets_BS = ids_BS.to(logits_BSV.device)
         for logits_SV, targets_S in zip(logits_BSV, targets_BS, strict=True):
-            loss = _window_loss(logits_SV, targets_S)
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"the loss of window {done} is {loss}: the model's outputs are not finite. "
-                    "Damaged weights, or a dtype too small for this model; try --dtype float32"
-                )
-            total += loss
+            total += window_loss(partial(_rows, logits_SV), targets_S, done)
             done += 1
         if progress is not None:
             progress(done, len(ids))
     return total / done
 
 
-def _window_loss(logits_SV: torch.Tensor, targets_S: torch.Tensor) -> float:
-    total = 0.0
-    last = len(targets_S) - 1
-    for first in range(0, last, _ROWS):
-        stop = min(first + _ROWS, last)
-        rows = logits_SV[first:stop].float()
-        total += functional.cross_entropy(rows, targets_S[first + 1 : stop + 1], reduction="sum").item()
-    return total / last
+def _rows(logits_SV: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+    return logits_SV[first:stop]
 
 
 def perplexity(
@@ -126,6 +119,8 @@ def perplexity(
     device: str = "auto",
     data_dir: Path | None = None,
     trust_remote_code: bool = False,
+    memory: int | str | None = None,
+    stream: bool | None = None,
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PerplexityResult:
@@ -145,8 +140,11 @@ def perplexity(
         data_dir: local copy of the corpora; None means the folder in PRUNUS_DATA, or the hub where that is
             unset.
         trust_remote_code: run model code that comes with the checkpoint.
+        memory: budget of the process, such as "8GB" or bytes; default what is free.
+        stream: True takes all windows through one block before the next is read, False loads the whole model; by
+            default a checkpoint is streamed where the whole model does not fit in `memory`. The figure is the same.
         cache: folder to find an earlier result in and to keep a new one; None for neither. Loaded models have none.
-        progress: called with windows done and windows in all.
+        progress: called with windows done and windows in all; a streamed model's are shares of each window.
 
     Raises:
         ValueError: arguments out of range, a text shorter than one window (the message gives its length in
@@ -174,12 +172,21 @@ def perplexity(
         return load_tokenizer(folder, trust_remote_code)
 
     ids, source, how = scoring_windows(text, get_tokenizer, seqlen, limit, data_dir)
+    budget = parse_bytes(memory) if isinstance(memory, str) else memory
+    streamed = (
+        folder is not None
+        and place is not None
+        and streams(folder, stream, budget, dtype, place, batch * seqlen, trust_remote_code)
+    )
     store, key = None, {}
     if cache is not None and folder is not None and place is not None:
         store = ResultCache(cache)
         key = {
             "kind": "perplexity",
-            "checkpoint": checkpoint_digest(folder, trust_remote_code),
+            # To read what does not fit in memory for its hash alone would double the traffic.
+            "checkpoint": files_as_they_are(folder)
+            if streamed
+            else checkpoint_digest(folder, trust_remote_code),
             "ids": [list(ids.shape), hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()],
             "batch": batch,
             "dtype": dtype,
@@ -187,11 +194,18 @@ def perplexity(
         }
     found = None if store is None else store.find(key)
     if found is None:
-        if folder is None:
-            model = model_or_path
+        if folder is None or place is None:
+            found = _score(model_or_path, ids, batch, progress)
+        elif streamed:
+            found = _score_streamed(
+                StreamedModel.open(folder, dtype, place, budget, trust_remote_code),
+                ids,
+                batch,
+                progress,
+            )
         else:
             model = load_model(folder, DTYPES.get(dtype, "auto"), trust_remote_code).to(place)
-        found = _score(model, ids, batch, progress)
+            found = _score(model, ids, batch, progress)
         if store is not None:
             store.keep(key, found)  # one that cannot be written costs nothing but the next computation
     loss = found["loss"]
@@ -205,6 +219,7 @@ def perplexity(
         protocol=f"{how}; {len(ids)} windows of {seqlen} tokens without overlap ({ids.numel()} tokens), "
         f"mean loss over windows, {found['dtype']}",
         seconds=found["seconds"],
+        streamed=streamed,
     )
 
 
@@ -231,6 +246,20 @@ def _score(
         "loss": loss,
         "seconds": time.perf_counter() - begin,
         "dtype": str(where.dtype).removeprefix("torch."),
+    }
+
+
+def _score_streamed(
+    model: StreamedModel, ids: torch.Tensor, batch: int, progress: Callable[[int, int], None] | None
+) -> dict[str, Any]:
+    """As `_score`, block by block."""
+    _check_model(model.skeleton.model, ids)
+    begin = time.perf_counter()
+    losses = model.losses(ids, batch, progress)
+    return {
+        "loss": sum(losses) / len(losses),
+        "seconds": time.perf_counter() - begin,
+        "dtype": str(model.skeleton.dtype).removeprefix("torch."),
     }
 
 

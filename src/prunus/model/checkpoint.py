@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from prunus.model.files import read_json
+from prunus.model.files import TENSOR_DTYPES, read_json
 
 __all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "TensorInfo", "companion_files", "resolve_folder"]
 
@@ -26,11 +26,6 @@ _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 # Weights in any format and prunus' own files: everything else beside them is copied along.
 _NOT_COMPANIONS = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".partial", *_PICKLE_SUFFIXES}
 _OWN_FILES = {INDEX_NAME, "prunus.json", "README.md"}
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +63,7 @@ class Checkpoint:
         files = list(only or [SINGLE_NAME]) if weight_map is None else sorted(set(weight_map.values()))
         digest = hashlib.sha256()
         self.tensors: dict[str, TensorInfo] = {}
+        self._opened: dict[str, tuple[int, int, int]] = {}
         for file in files:
             self._read_header(file, digest)
         if weight_map is not None:
@@ -119,6 +115,7 @@ class Checkpoint:
             raise FileNotFoundError(
                 f"shard {file} is missing from {self.folder}; download or copy the checkpoint again"
             )
+        self._opened[file] = _state(path)
         try:
             # The library checks that the header's offsets and the file's length agree.
             with safe_open(path, framework="pt") as handle:
@@ -126,9 +123,9 @@ class Checkpoint:
                 for name in names:
                     piece = handle.get_slice(name)
                     code = piece.get_dtype()
-                    if code not in _DTYPES:
+                    if code not in TENSOR_DTYPES:
                         raise ValueError(f"{path}: tensor {name!r} has dtype {code}, which is not supported")
-                    self.tensors[name] = TensorInfo(file, tuple(piece.get_shape()), _DTYPES[code])
+                    self.tensors[name] = TensorInfo(file, tuple(piece.get_shape()), TENSOR_DTYPES[code])
         except (SafetensorError, OSError) as fault:
             raise ValueError(
                 f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file: {fault}. "
@@ -148,14 +145,43 @@ class Checkpoint:
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
+        self.check_unchanged(by_file)
         for file, members in by_file.items():
             with safe_open(self.folder / file, framework="pt") as handle:
                 for name in members:
                     yield name, handle.get_tensor(name)
 
+    def check_unchanged(self, files: Iterable[str] | None = None) -> None:
+        """See that `files` of the checkpoint, by default all, are those that were opened.
+
+        Whoever made something of weights asks before that gets its name: a mapped file shows what is written to it later.
+
+        Raises:
+            FileNotFoundError: one is gone.
+            ValueError: one was replaced or written to.
+        """
+        for file in self._opened if files is None else files:
+            try:
+                now = _state(self.folder / file)
+            except FileNotFoundError as fault:
+                raise FileNotFoundError(
+                    f"{self.folder / file} is gone since it was opened; put it back, and the same command goes on"
+                ) from fault
+            if now != self._opened[file]:
+                raise ValueError(
+                    f"{self.folder / file} was changed since it was opened: what was read of it cannot be relied on. "
+                    "Put the checkpoint back as it was, and the same command goes on"
+                )
+
     def nbytes(self, names: Iterable[str]) -> int:
         """Bytes of the named tensors as stored."""
         return sum(self.tensors[name].nbytes for name in names)
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """What tells that a file is still the same: its number, length and time of the last writing."""
+    state = path.stat()
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def companion_files(folder: Path, code: bool = False) -> list[Path]:

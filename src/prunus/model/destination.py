@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prunus.model.checkpoint import Checkpoint
 from prunus.model.files import TEMPORARY_SUFFIX
+from prunus.model.lock import LOCK_NAME
 
 __all__ = ["check_apart", "check_disk", "check_whole", "is_vacant"]
 
@@ -32,7 +33,9 @@ def is_vacant(output: Path) -> bool:
     """
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output {output} exists and is not a folder")
-    return not output.exists() or all(path.name.endswith(TEMPORARY_SUFFIX) for path in output.iterdir())
+    return not output.exists() or all(
+        path.name.endswith(TEMPORARY_SUFFIX) or path.name == LOCK_NAME for path in output.iterdir()
+    )
 
 
 def check_disk(output: Path, needed: int) -> None:

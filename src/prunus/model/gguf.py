@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from prunus.model.files import fsync_folder, read_json, write_json
+from prunus.model.gguf_header import check_header
 from prunus.model.loading import DTYPES
 
 __all__ = ["check_import", "import_gguf"]
@@ -114,13 +115,10 @@ def _read_header(path: Path) -> dict[str, Any]:
     """Architecture and number of tensors. Also finds a truncated file: every tensor has to lie inside it."""
     from gguf import GGUFReader
 
+    header = check_header(path)
     try:
-        reader = GGUFReader(path)
-        field = reader.get_field("general.architecture")
-        return {
-            "architecture": str(field.contents()) if field is not None else "unknown",
-            "tensors": len(reader.tensors),
-        }
+        GGUFReader(path)
+        return header
     except Exception as error:  # the reader trusts its input: numpy and index errors of many kinds
         raise ValueError(
             f"{path}: the GGUF file is truncated or damaged ({type(error).__name__}: {error}); fetch it again"

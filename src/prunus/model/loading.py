@@ -45,8 +45,9 @@ def load_model(
     if is_adapter(folder):
         return load_adapted(folder, dtype, trust_remote_code)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -57,6 +58,14 @@ def load_model(
         raise ValueError(
             f"{folder}: the model could not be loaded ({type(error).__name__}: {reason})"
         ) from error
+    # transformers fills what it does not find with random numbers, and only warns.
+    for what in ("missing_keys", "mismatched_keys"):
+        if names := sorted(str(key) for key in loaded.get(what) or ()):
+            raise ValueError(
+                f"{folder}: the model could not be loaded: {len(names)} of its weights are "
+                f"{'not there' if what == 'missing_keys' else 'of another shape'} ({', '.join(names[:3])}"
+                f"{', …' if len(names) > 3 else ''}); is the checkpoint whole, and is config.json its own?"
+            )
     return model.eval()
 
 

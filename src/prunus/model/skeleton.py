@@ -71,7 +71,16 @@ class Skeleton:
                 # The first line says it; then transformers lists some hundred classes that it would have taken.
                 raise ValueError(
                     f"transformers makes no causal language model of model type {config.model_type!r}: "
-                    f"{str(fault).strip().splitlines()[0]}"
+                    f"{(str(fault).strip().splitlines() or [''])[0]}"
+                ) from fault
+            except ImportError:
+                raise
+            except (
+                Exception
+            ) as fault:  # a damaged configuration: of any kind, and from anywhere in a model's code
+                raise ValueError(
+                    f"transformers cannot make the model of type {config.model_type!r} that the configuration describes: "
+                    f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}"
                 ) from fault
         self.model.eval().requires_grad_(False)
         self.dtype = dtype
@@ -104,16 +113,31 @@ class Skeleton:
 
     @contextlib.contextmanager
     def surroundings(
-        self, read: ReadTensors, device: torch.device, with_head: bool = False
+        self,
+        read: ReadTensors,
+        device: torch.device,
+        with_head: bool = False,
+        with_embedding: bool = True,
     ) -> Iterator[None]:
-        """Give what surrounds the blocks its weights for the length of a `with`; an untied head only `with_head`."""
+        """Give what surrounds the blocks its weights for the length of a `with`.
+
+        An untied head gets its weights only `with_head`; without `with_embedding` an untied embedding gets none and
+        gives zeros, for when only what comes after the blocks is of interest.
+        """
         head = self.model.get_output_embeddings()
-        skipped = {id(p) for p in head.parameters()} if head is not None and not with_head else set()
         embedding = self.model.get_input_embeddings()
-        skipped -= {id(p) for p in embedding.parameters()}  # a tied head is the embedding
+        of_head = {id(p) for p in head.parameters()} if head is not None else set()
+        of_embedding = {id(p) for p in embedding.parameters()}
+        skipped = set() if with_head else of_head - of_embedding  # a tied head is the embedding
+        blank = not with_embedding and isinstance(embedding, nn.Embedding) and not of_head & of_embedding
+        if blank:
+            skipped |= of_embedding
         state = self.model.state_dict(keep_vars=True)
         names = [n for n in self.outer_parameter_names if id(state[n]) not in skipped]
         try:
+            if blank:
+                zero = torch.zeros((), dtype=self.dtype, device=device)
+                embedding.forward = lambda ids, *_, **__: zero.expand(*ids.shape, embedding.embedding_dim)
             place(self.model, read(names, self.model), device)
             for module in self._outer_modules:
                 move_buffers(module, device)
@@ -121,6 +145,7 @@ class Skeleton:
             self.record(torch.zeros((1, 2), dtype=torch.int64, device=device))
             yield
         finally:
+            embedding.__dict__.pop("forward", None)
             release(self.model)
 
     def record(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
@@ -190,6 +215,31 @@ class Skeleton:
         """What the head is given when the last block returns `hidden`; inside `surroundings(with_head=True)`."""
         seen: list[torch.Tensor] = []
 
+        def stop(x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            raise _HeadReached
+
+        head = self.head().module
+        head.forward = stop
+        try:
+            with self._stubs(self._ending_in(hidden)), torch.no_grad(), contextlib.suppress(_HeadReached):
+                self.model(input_ids=input_ids, use_cache=False)
+        finally:
+            del head.forward
+        return seen[0]
+
+    def logits(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The model's logits (batch, tokens, vocabulary) when the last block returns `hidden` (batch, tokens, hidden).
+
+        Inside `surroundings(with_head=True)`. Tokens do not see each other here: any part of a sequence may be given.
+        """
+        with self._stubs(self._ending_in(hidden)), torch.no_grad():
+            logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+    def _ending_in(self, hidden: torch.Tensor) -> Callable[[int], Callable[..., Any]]:
+        """Stubs for all blocks: they pass on what they get, and the last one `hidden`."""
+
         def stub(index: int) -> Callable[..., Any]:
             block = self.blocks[index]
 
@@ -199,18 +249,7 @@ class Skeleton:
 
             return forward
 
-        def stop(x: torch.Tensor) -> torch.Tensor:
-            seen.append(x)
-            raise _HeadReached
-
-        head = self.head().module
-        head.forward = stop
-        try:
-            with self._stubs(stub), torch.no_grad(), contextlib.suppress(_HeadReached):
-                self.model(input_ids=input_ids, use_cache=False)
-        finally:
-            del head.forward
-        return seen[0]
+        return stub
 
     @contextlib.contextmanager
     def _stubs(self, stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:

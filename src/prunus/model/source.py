@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import re
 import textwrap
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from transformers import AutoConfig
 from prunus.model.checkpoint import Checkpoint
 from prunus.model.skeleton import Skeleton
 
-__all__ = ["CheckpointSource", "ModuleSource", "Source", "load_config"]
+__all__ = ["CheckpointSource", "ModuleSource", "Source", "load_config", "tensors_digest"]
 
 
 class Source(Protocol):
@@ -80,6 +81,7 @@ class CheckpointSource:
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
         self.config = load_config(folder, trust_remote_code)
         self.checkpoint = Checkpoint(folder)
+        _check_sizes(folder, self.config, self.checkpoint)
         config_bytes = (folder / "config.json").read_bytes()
         self.fingerprint = hashlib.sha256(self.checkpoint.fingerprint.encode() + config_bytes).hexdigest()
         self.stored_dtype = _main_dtype({n: (t.dtype, t.nbytes) for n, t in self.checkpoint.tensors.items()})
@@ -106,12 +108,7 @@ class CheckpointSource:
                     raise ValueError(
                         f"{self.checkpoint.folder} holds no weight for {name}; is the checkpoint whole?"
                     )
-                info = self.checkpoint.tensors[stored[name]]
-                if info.shape != tuple(expected[name].shape):
-                    raise ValueError(
-                        f"{stored[name]} has shape {info.shape}, but config.json asks for "
-                        f"{tuple(expected[name].shape)}; config and weights do not belong together"
-                    )
+                self._check_shape(name, expected[name])
             self._blocks.append({name.removeprefix(prefix): stored[name] for name in members})
 
     def _refuse_unknown(self, skeleton: Skeleton, unknown: Mapping[str, str]) -> None:
@@ -138,6 +135,16 @@ class CheckpointSource:
                 raise ValueError(
                     f"{self.checkpoint.folder} holds no weight for {name}; is the checkpoint whole?"
                 )
+            if name in self._stored:
+                self._check_shape(name, state[name])
+
+    def _check_shape(self, name: str, expected: torch.Tensor) -> None:
+        info = self.checkpoint.tensors[self._stored[name]]
+        if info.shape != tuple(expected.shape):
+            raise ValueError(
+                f"{self._stored[name]} has shape {info.shape}, but config.json asks for {tuple(expected.shape)}; config "
+                "and weights do not belong together"
+            )
 
     def outer(self, names: list[str], model: nn.Module) -> dict[str, torch.Tensor]:
         keys = {self._stored[name]: name for name in names if name in self._stored}
@@ -221,6 +228,40 @@ class ModuleSource:
     def write_outer(self, changed: Mapping[str, torch.Tensor]) -> None:
         """Copy pruned tensors outside the blocks (the model's names) into the model."""
         _copy_into(self.model.state_dict(), changed)
+
+
+# Fields of a configuration that say how large the model is.
+_SIZES = re.compile(
+    r"(hidden|intermediate|vocab|embd|embed|inner|ffn|expert|head|layer|model|rank|conv|state|block)\w*$|d_\w+$"
+)
+_OTHERS = re.compile(r"token_id|_type|_pdrop|dropout|eps|version|step|length|window|position|max_|chunk")
+
+
+def _check_sizes(folder: Path, config: Any, checkpoint: Checkpoint) -> None:
+    """See that no size in the configuration is beyond all that is stored, before a model of that size is made.
+
+    Raises:
+        ValueError: names the field.
+    """
+    numbers = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    for name, value in config.get_text_config().to_dict().items():
+        if not isinstance(value, int) or isinstance(value, bool) or _OTHERS.search(name):
+            continue
+        most = len(checkpoint.tensors) if re.search(r"layers?$", name) else max(numbers, 2**16)
+        if _SIZES.search(name) and value > most:
+            raise ValueError(
+                f"{folder / 'config.json'} asks for {name} = {value:,}, and the checkpoint holds {numbers:,} numbers in "
+                f"{len(checkpoint.tensors):,} tensors; config and weights do not belong together"
+            )
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of tensors with their names, as stored."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _copy_into(state: Mapping[str, torch.Tensor], changed: Mapping[str, torch.Tensor]) -> None:

@@ -18,7 +18,7 @@ import torch
 from prunus.calibration.stream import TrainingText
 from prunus.engine.matching import Match, MatchOptions, match_block
 from prunus.engine.stream import Stream
-from prunus.machine import available_memory
+from prunus.machine import available_memory, resident_memory
 from prunus.model.checkpoint import Checkpoint
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
@@ -53,6 +53,7 @@ def match_blocks(
     dtype: torch.dtype,
     result: ResultFolder,
     progress: Callable[[Step], None] | None = None,
+    memory: int | None = None,
 ) -> None:
     """Match block after block, from the first that the result's record does not name.
 
@@ -64,6 +65,7 @@ def match_blocks(
         dtype: of the computation.
         result: shards and records go there, block by block.
         progress: called after every block.
+        memory: budget of the process in bytes; None for what is free.
 
     Raises:
         ValueError: no linear counts as pruned, or hidden states that are not finite.
@@ -73,7 +75,7 @@ def match_blocks(
     batches = [*held_out, *text.windows(0, windows_of(options)).split(options.batch)]
     split = (range(len(held_out), len(batches)), range(len(held_out)))
     recorded = recorded_linears(pruned[0].checkpoint.folder)
-    spill_to = _spill_to(batches, pruned[0], dtype, result.folder)
+    spill_to = _spill_to(batches, pruned, dtype, result.folder, memory)
     began = time.perf_counter() - sum(block.seconds for block in record.blocks)
     student, teacher = (Stream(skeleton, source, device) for source, skeleton in (pruned, dense))
     with torch.no_grad(), contextlib.closing(student), contextlib.closing(teacher):
@@ -174,12 +176,33 @@ def _finished_block(folder: Path, source: CheckpointSource, index: int) -> dict[
 
 
 def _spill_to(
-    batches: list[torch.Tensor], source: CheckpointSource, dtype: torch.dtype, folder: Path
+    batches: list[torch.Tensor],
+    pruned: tuple[CheckpointSource, Skeleton],
+    dtype: torch.dtype,
+    folder: Path,
+    memory: int | None,
 ) -> Path | None:
-    """The folder for a file of hidden states where two streams of them would take more than half of what is free."""
+    """The folder for a file of hidden states where two streams of them do not fit beside a block that is trained.
+
+    Raises:
+        ValueError: the budget does not even hold the block.
+    """
+    source, skeleton = pruned
     tokens = sum(batch.numel() for batch in batches)
     need = 2 * tokens * source.config.get_text_config().hidden_size * dtype.itemsize
-    return folder if need > available_memory() // 2 else None
+    # A block as stored, in the dtype of the computation, and trained in float32: weights, gradients, two moments, where
+    # they began, and the best.
+    parts = [
+        source.block_nbytes(index) + sum(p.numel() for p in block.parameters()) * (dtype.itemsize + 24)
+        for index, block in enumerate(skeleton.blocks)
+    ]
+    free = available_memory() if memory is None else memory - resident_memory()
+    if memory is not None and max(parts) > free:
+        raise ValueError(
+            f"training a block needs {(max(parts) + resident_memory()) / 1e9:.2f} GB; the memory budget is "
+            f"{memory / 1e9:.2f} GB. Raise --memory"
+        )
+    return folder if need > (free - max(parts)) // 2 else None
 
 
 def _seconds_left(options: RecoveryOptions, elapsed: float, blocks: int) -> float | None:

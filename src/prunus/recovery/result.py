@@ -76,6 +76,7 @@ class ResultFolder:
             for name in pruned
         }
         keys = self._source.block_keys(index)
+        self._source.checkpoint.check_unchanged()
         save(self.folder / shard_name(index), {keys[name]: tensor for name, tensor in written.items()})
         return written, linears
 

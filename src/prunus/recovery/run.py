@@ -16,10 +16,12 @@ from prunus.machine import keep_freed_memory, peak_memory
 from prunus.model.adapter import CONFIG_NAME, save_adapter
 from prunus.model.checkpoint import INDEX_NAME, resolve_folder
 from prunus.model.destination import check_disk
-from prunus.model.files import TEMPORARY_SUFFIX, write_text
+from prunus.model.files import TEMPORARY_SUFFIX, fsync_folder, make_folder, write_text
 from prunus.model.linears import Linear
 from prunus.model.loading import load_model
+from prunus.model.lock import clear_stale_lock, locked
 from prunus.output import shard_name
+from prunus.recipe import parse_bytes
 from prunus.recovery.block_matching import match_blocks
 from prunus.recovery.card import adapter_card, checkpoint_card
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
@@ -49,6 +51,7 @@ def recover(
     data_dir: str | Path | None = None,
     overwrite: bool = False,
     resume: bool | None = None,
+    memory: int | str | None = None,
     progress: Callable[[Step], None] | None = None,
     **options: Any,
 ) -> RecoveryRecord:
@@ -67,6 +70,7 @@ def recover(
         overwrite: replace an earlier result of recover in `output`.
         resume: True insists on an unfinished recovery in `output`, False refuses one; by default it is resumed if
             it matches.
+        memory: budget of mode block, such as "8GB" or bytes; default what is free. The other modes need the whole model.
         progress: called after every step, evaluation and block.
         **options: further fields of `RecoveryOptions`: text, tokens, minutes, seqlen, batch, learning_rate, warmup,
             weight_decay, seed, held_out, evaluations, patience, distill_weight, rank, alpha, targets, passes, dtype.
@@ -83,6 +87,11 @@ def recover(
     """
     started = time.perf_counter()
     chosen = recovery_options({"mode": mode, **options})
+    if memory is not None and chosen.mode != "block":
+        raise ValueError(
+            f"mode {chosen.mode} trains the whole model in memory; a memory budget is for mode block. Leave it out"
+        )
+    budget = parse_bytes(memory) if isinstance(memory, str) else memory
     job = prepare(
         model,
         Path(output),
@@ -96,19 +105,21 @@ def recover(
     checkpoints = Checkpoints(job.output)
     if job.record.state == "finished":
         checkpoints.clear()  # a kill right after the end leaves them
+        clear_stale_lock(job.output)
         return job.record
-    if chosen.mode == "block":
-        _recover_blocks(job, overwrite, progress)
-    else:
-        _recover_whole(job, checkpoints, overwrite, progress, base=_base_name(model))
     record = job.record
-    record.totals |= {
-        "seconds_this_time": round(time.perf_counter() - started, 2),
-        "peak_memory_bytes": peak_memory(),
-    }
-    record.state = "finished"
-    record.save(job.output)
-    checkpoints.clear()
+    with locked(job.output):
+        if chosen.mode == "block":
+            _recover_blocks(job, overwrite, progress, budget)
+        else:
+            _recover_whole(job, checkpoints, overwrite, progress, base=_base_name(model))
+        record.totals |= {
+            "seconds_this_time": round(time.perf_counter() - started, 2),
+            "peak_memory_bytes": peak_memory(),
+        }
+        record.state = "finished"
+        record.save(job.output)
+        checkpoints.clear()
     if record.diverged:
         raise ValueError(
             f"training stopped: {record.stopped}. {output} holds the weights of step "
@@ -117,7 +128,9 @@ def recover(
     return record
 
 
-def _recover_blocks(job: Job, overwrite: bool, progress: Callable[[Step], None] | None) -> None:
+def _recover_blocks(
+    job: Job, overwrite: bool, progress: Callable[[Step], None] | None, memory: int | None
+) -> None:
     assert job.teacher is not None and job.teacher_skeleton is not None
     check_disk(job.output, job.source.checkpoint.nbytes(job.source.checkpoint.tensors))
     result = ResultFolder(job.output, job.source, job.skeleton, job.record)
@@ -131,6 +144,7 @@ def _recover_blocks(job: Job, overwrite: bool, progress: Callable[[Step], None] 
         job.dtype,
         result,
         progress,
+        memory,
     )
     record = job.record
     record.linears = {
@@ -223,12 +237,13 @@ def _write(
 
 def _begin(job: Job, overwrite: bool) -> None:
     """Create the folder and claim it; what an earlier result left goes, so that no half of one looks whole."""
-    job.output.mkdir(parents=True, exist_ok=True)
+    make_folder(job.output)
     blocks = job.record.blocks
     whole = next((i for i in range(len(blocks)) if not (job.output / shard_name(i)).exists()), len(blocks))
     del blocks[whole:]  # somebody took a shard away: what comes after it is made again too
     job.record.save(job.output)
     (job.output / INDEX_NAME).unlink(missing_ok=True)
+    fsync_folder(job.output)
     for path in job.output.iterdir():
         earlier = path.suffix == ".safetensors" or path.name in ("config.json", CONFIG_NAME)
         if path.name.endswith(TEMPORARY_SUFFIX) or (overwrite and earlier):

@@ -18,6 +18,8 @@ from prunus.model.destination import check_apart, check_disk, check_whole, is_va
 from prunus.model.files import (
     TEMPORARY_SUFFIX,
     copy_file,
+    fsync_folder,
+    make_folder,
     read_json,
     save_safetensors,
     write_json,
@@ -130,12 +132,13 @@ class Conversion:
 
     def begin(self) -> None:
         """Create the folder; what is in it and not in the record goes, so that no half of a result looks whole."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         for name in list(self.record.shards):
             if not (self.folder / name).exists():
                 del self.record.shards[name]
         self._save()
         (self.folder / INDEX_NAME).unlink(missing_ok=True)
+        fsync_folder(self.folder)
         for path in self.folder.iterdir():
             stale = path.suffix == ".safetensors" and path.name not in self.record.shards
             if stale or path.name.endswith(TEMPORARY_SUFFIX):
@@ -145,6 +148,7 @@ class Conversion:
         self, shard: str, tensors: Mapping[str, torch.Tensor], linears: Mapping[str, LinearRecord]
     ) -> None:
         """Write a shard, then enter it in the record."""
+        self.source.check_unchanged()
         save_safetensors(self.folder / shard, tensors)
         self.record.shards[shard] = dict(linears)
         self._save()

@@ -16,6 +16,7 @@ from torch import nn
 from prunus.model.checkpoint import Checkpoint, resolve_folder
 from prunus.model.files import read_json
 from prunus.model.linears import Linear
+from prunus.model.lock import clear_stale_lock, locked
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.sparse.bitmap import check, expand, kept, pack_weight, relative_error
@@ -86,7 +87,20 @@ def pack(
     needed = source.checkpoint.nbytes(source.checkpoint.tensors)
     conversion = Conversion(source.checkpoint, Path(output), record, overwrite, needed)
     if conversion.record.finished:
+        clear_stale_lock(conversion.folder)
         return conversion.record
+    with locked(conversion.folder):
+        _pack_all(conversion, source, skeleton, stored, progress)
+    return conversion.record
+
+
+def _pack_all(
+    conversion: Conversion,
+    source: CheckpointSource,
+    skeleton: Skeleton,
+    stored: Stored,
+    progress: Progress | None,
+) -> None:
     conversion.begin()
     shards = len(skeleton) + 1
     for index in range(len(skeleton)):
@@ -101,7 +115,6 @@ def pack(
     if progress is not None:
         progress(shards, shards, "what surrounds the blocks")
     _finish_packed(conversion, stored)
-    return conversion.record
 
 
 def _pack_block(
@@ -149,7 +162,7 @@ def _pack_linear(
     rows, columns = linear.shape
     kind = type(linear.module)
     before = weight.numel() * weight.element_size()
-    count = int(kept(weight).sum())
+    count = int(torch.count_nonzero(kept(weight)))  # a sum of bool would make 8 bytes of each
     reason = packed = None
     if linear.transposed:
         reason = f"{kind.__name__} stores its weight transposed"
@@ -239,7 +252,21 @@ def unpack(
     )
     conversion = Conversion(checkpoint, Path(output), record, overwrite, needed)
     if conversion.record.finished:
+        clear_stale_lock(conversion.folder)
         return conversion.record
+    with locked(conversion.folder):
+        _unpack_all(conversion, checkpoint, described, config, dtype, progress)
+    return conversion.record
+
+
+def _unpack_all(
+    conversion: Conversion,
+    checkpoint: Checkpoint,
+    described: Description,
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    progress: Progress | None,
+) -> None:
     conversion.begin()
     files = _by_file(checkpoint, described)
     for done, (file, names) in enumerate(files.items(), start=1):
@@ -249,7 +276,6 @@ def unpack(
             progress(done, len(files), file)
     plain = {k: v for k, v in config.items() if k not in ("quantization_config", "transformers_weights")}
     conversion.finish(plain, lambda readme: (readme or "# An unpacked model\n").replace(_CARD, ""))
-    return conversion.record
 
 
 def _by_file(checkpoint: Checkpoint, described: Description) -> dict[str, list[str]]:

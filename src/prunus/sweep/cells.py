@@ -15,7 +15,7 @@ import torch
 from prunus.evaluation import perplexity
 from prunus.evaluation.accuracy import evaluate
 from prunus.manifest import MANIFEST_NAME, Manifest
-from prunus.model.files import TEMPORARY_SUFFIX, copy_file
+from prunus.model.files import TEMPORARY_SUFFIX, copy_file, make_folder
 from prunus.plan import RunOptions
 from prunus.recovery import recover
 from prunus.recovery.record import RECORD_NAME
@@ -57,7 +57,7 @@ def prune_cell(
         input_ids=ids,
         trust_remote_code=options.trust_remote_code,
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     manifest = run(model, weights, cell.recipe, own, progress=progress)
     copy_file(weights / MANIFEST_NAME, folder / MANIFEST_NAME)
     cell.pruning = _totals(manifest)
@@ -86,7 +86,7 @@ def recover_cell(
         What `prunus.recover` raises.
     """
     weights = folder / WEIGHTS
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     chosen = recovery | ({"teacher": dense} if recovery.get("teacher") == "dense" else {})
     record = recover(pruned, weights, device=options.device, data_dir=options.data_dir, **chosen)
     copy_file(weights / RECORD_NAME, folder / RECORD_NAME)
@@ -119,6 +119,7 @@ def score_model(
             device=options.device,
             data_dir=options.data_dir,
             trust_remote_code=options.trust_remote_code,
+            memory=options.memory,
         )
         record.scores[text] = Score.model_validate(result.as_dict())
         finished(f"perplexity on {text}", record.scores[text].perplexity)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunus.methods import METHODS
+from prunus.model.lock import locked
 from prunus.plan import RunOptions
 from prunus.results import CellResult, ModelResult, SweepResults
 from prunus.run import Progress
@@ -49,9 +50,9 @@ def run_sweep(
     """
     options = options or RunOptions()
     results = check_sweep(sweep, output, options, file)
-    output.mkdir(parents=True, exist_ok=True)
-    results.save(output)
-    return _Runner(sweep, results, output, options, progress or (lambda line: None)).run()
+    with locked(output):
+        results.save(output)
+        return _Runner(sweep, results, output, options, progress or (lambda line: None)).run()
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 
 from prunus.calibration import hash_ids, load_windows
 from prunus.calibration.files import read_ids
-from prunus.model.files import save_safetensors
+from prunus.model.files import make_folder, save_safetensors
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
 from prunus.plan import RunOptions
@@ -51,7 +51,7 @@ def shared_windows(
     if known is not None:
         _check_same(known, windows.sha256, f"{recipe.calibration} gives other windows than before")
     file = f"{FOLDER}/{label}-{len(results.calibration):02}.safetensors" if known is None else known.file
-    (output / FOLDER).mkdir(exist_ok=True)
+    make_folder(output / FOLDER)
     # A file of ids is read only as far as it is needed, so the ids may be a view: save_safetensors makes them whole.
     save_safetensors(output / file, {"input_ids": windows.ids.to(torch.int32)}, {"source": windows.source})
     if known is None:

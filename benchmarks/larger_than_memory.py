@@ -1,0 +1,223 @@
+"""A checkpoint larger than the memory that a process may have: every verb finishes, and how much goes over the disk.
+
+    python benchmarks/larger_than_memory.py MODEL SCRATCH --memory 2GB --training-memory 3GB --data DIR
+
+MODEL's safetensors must be larger than either limit. Each verb runs in a process of its own in a memory control group
+(Linux, root; cgroup v1 or v2) that counts pages of files too and kills what goes beyond, with no page of MODEL in the
+cache before it starts. RLIMIT_AS and RLIMIT_DATA are of no use here: they count a mapped file as if it were in memory.
+Printed per verb: the group's peak, resident memory, bytes read from and written to the disk (/proc/self/io, from after
+the imports on), and what of that the verb's input and output are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prunus.recipe import parse_bytes
+
+GROUP = f"prunus-larger-than-memory-{os.getpid()}"
+# The process of a verb: its imports first, which come from the disk too, then the verb, then what it cost.
+CHILD = """
+import json, resource, sys
+import torch
+torch.set_num_threads(int(sys.argv[2]))
+import transformers.models.auto.modeling_auto, prunus.run, prunus.recovery, prunus.evaluation, prunus.sparse
+from prunus.cli import app
+from transformers import AutoConfig, AutoModelForCausalLM
+AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(sys.argv[3]))]
+def io():
+    return {k: int(v) for k, v in (line.split(": ") for line in open("/proc/self/io").read().splitlines())}
+before = io()
+status = 0
+try:
+    status = app(sys.argv[4:], standalone_mode=False) or 0
+except BaseException as fault:
+    status = getattr(fault, "exit_code", getattr(fault, "code", 1)) or 1
+after = io()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+cost = {k: after[k] - before[k] for k in ("read_bytes", "write_bytes")}
+json.dump({"status": status, "resident": peak, **cost}, open(sys.argv[1], "w"))
+"""
+
+
+@contextmanager
+def memory_group(limit: int) -> Iterator[Path]:
+    """A memory control group below this process's own."""
+    first = Path("/sys/fs/cgroup/memory")
+    own = {
+        controllers: path
+        for _, controllers, path in (
+            line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()
+        )
+    }
+    if first.is_dir():
+        group, limit_name = first / own.get("memory", "").lstrip("/") / GROUP, "memory.limit_in_bytes"
+        swap_name = "memory.memsw.limit_in_bytes"
+    else:
+        group, limit_name = Path("/sys/fs/cgroup") / own.get("", "").lstrip("/") / GROUP, "memory.max"
+        swap_name = "memory.swap.max"
+    group.mkdir()
+    try:
+        (group / limit_name).write_text(str(limit))
+        if (group / swap_name).exists():
+            (group / swap_name).write_text(str(limit if "memsw" in swap_name else 0))
+        yield group
+    finally:
+        for _ in range(50):
+            try:
+                group.rmdir()
+                break
+            except OSError:
+                time.sleep(0.1)
+
+
+def forget(folder: Path) -> None:
+    """Take the pages of a folder's files out of the cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def measure(
+    name: str,
+    limit: int,
+    model: Path,
+    arguments: list[str],
+    inputs: list[Path],
+    output: Path | None,
+    threads: int,
+) -> dict[str, object]:
+    """Run one verb under the limit and print what it took."""
+    for folder in inputs:
+        forget(folder)
+    report = Path(arguments[-1])
+    report.unlink(missing_ok=True)
+    with memory_group(limit) as group:
+        command = [sys.executable, "-c", CHILD, str(report), str(threads), str(model), *arguments[:-1]]
+        began = time.monotonic()
+        done = subprocess.run(
+            command,
+            check=False,
+            preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())),  # type: ignore[arg-type,return-value]
+        )
+        seconds = time.monotonic() - began
+        peak = next(x for x in ("memory.max_usage_in_bytes", "memory.peak") if (group / x).exists())
+        found = {
+            "verb": name,
+            "limit": limit,
+            "group_peak": int((group / peak).read_text()),
+            "seconds": round(seconds),
+        }
+    if done.returncode or not report.exists():
+        found["status"] = f"ended with {done.returncode}"
+    else:
+        found |= json.loads(report.read_text())
+    found["input"] = sum(bytes_in(folder) for folder in inputs)
+    found["output"] = bytes_in(output) if output is not None else 0
+    row = [f"{name:8}", f"status {found['status']}"]
+    for key in ("limit", "resident", "input", "read_bytes", "output", "write_bytes"):
+        row.append(f"{key} {float(found.get(key, 0)) / 1e9:.3f} GB")  # type: ignore[arg-type]
+    if "read_bytes" in found and found["input"]:
+        row.append(f"read/input {int(found['read_bytes']) / int(found['input']):.3f}")  # type: ignore[call-overload]
+    if "write_bytes" in found and found["output"]:
+        row.append(f"written/output {int(found['write_bytes']) / int(found['output']):.3f}")  # type: ignore[call-overload]
+    print("  ".join([*row, f"{seconds:.0f} s"]), flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--memory", default="2GB")
+    parser.add_argument(
+        "--training-memory", default="3GB", help="for block recovery, which trains in float32"
+    )
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--data", type=Path, help="local mirror of the corpora")
+    parser.add_argument("--only", default="prune,eval,pack,recover")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    scratch, model = options.scratch, options.model
+    scratch.mkdir(parents=True, exist_ok=True)
+    weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    pruned, packed, better = (scratch / x for x in ("pruned", "packed", "better"))
+    report = str(scratch / "report.json")
+    # A tenth of the limit is left to what is not the process's own memory: pages of files on their way.
+    budgets = {x: str(int(parse_bytes(getattr(options, x)) * 0.9)) for x in ("memory", "training_memory")}
+    data = ["--data", str(options.data)] if options.data else []
+    size = ["--seqlen", str(options.seqlen)]
+    few = ["--samples", str(options.windows), *size]
+    training = ["--mode", "block", "--teacher", str(model), "--passes", "1", "--held-out", "2"]
+    training += ["--tokens", str(options.windows * options.seqlen)]
+    runs = {
+        "prune": (
+            ["prune", str(model), str(pruned), *few, *data, "--memory", budgets["memory"]],
+            [model],
+            pruned,
+        ),
+        "eval": (
+            [
+                "eval",
+                str(model),
+                "--limit",
+                str(options.windows),
+                *size,
+                *data,
+                "--memory",
+                budgets["memory"],
+            ],
+            [model],
+            None,
+        ),
+        "pack": (["pack", str(pruned), str(packed)], [pruned], packed),
+        "recover": (
+            [
+                "recover",
+                str(pruned),
+                str(better),
+                *training,
+                *size,
+                *data,
+                "--memory",
+                budgets["training_memory"],
+            ],
+            [pruned, model],
+            better,
+        ),
+    }
+    found = []
+    for name, (arguments, inputs, output) in runs.items():
+        if name in options.only.split(","):
+            limit = parse_bytes(options.training_memory if name == "recover" else options.memory)
+            if weights <= limit:
+                parser.error(
+                    f"{model} holds {weights:,} bytes of weights: no more than the limit of {limit:,}"
+                )
+            found.append(measure(name, limit, model, [*arguments, report], inputs, output, options.threads))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    sys.exit(any(entry["status"] != 0 for entry in found))
+
+
+if __name__ == "__main__":
+    main()
