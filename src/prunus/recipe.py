@@ -75,7 +75,9 @@ class Recipe(BaseModel):
     targets: Literal["pruned", "dense"] = Field(
         "pruned", description="aim at what the dense weight, or the dense model, gives"
     )
-    mix: float | None = Field(None, description="share of the dense model in the targets; None: by rule")
+    mix: float | Literal["auto"] | None = Field(
+        None, description="share of the dense model in the targets; auto: by windows held out, per linear"
+    )
     match_blocks: bool = Field(False, description="train each pruned block towards the dense block's outputs")
     match_passes: int | None = Field(
         None, description="of match_blocks over the calibration windows; None: its own"
@@ -148,8 +150,8 @@ class Recipe(BaseModel):
 
     @field_validator("mix")
     @classmethod
-    def _share(cls, value: float | None) -> float | None:
-        if value is not None and not 0 <= value <= 1:
+    def _share(cls, value: float | Literal["auto"] | None) -> float | Literal["auto"] | None:
+        if isinstance(value, float) and not 0 <= value <= 1:
             raise ValueError(f"mix must lie in [0, 1]: 0 is the pruned model's targets; got {value}")
         return value
 

@@ -135,8 +135,12 @@ OPTIONS: dict[str, Any] = {
         ),
     ],
     "mix": Annotated[
-        float | None,
-        typer.Option(help="Share of the dense model in --targets dense, 0 to 1.", show_default="0.25"),
+        str | None,
+        typer.Option(
+            help="Share of the dense model in --targets dense, 0 to 1, or auto: per linear what does best on calibration "
+            "windows held out.",
+            show_default="0.25",
+        ),
     ],
     "match_blocks": Annotated[
         bool | None,

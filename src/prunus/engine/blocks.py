@@ -106,6 +106,7 @@ class BlockEngine:
                 as_original,
                 means=method.needs_means,
                 drift=method.needs_drift,
+                hold_out=method.holds_out,
             )
 
         def prune_one(linear: Linear, statistics: InputStatistics) -> None:
@@ -122,7 +123,7 @@ class BlockEngine:
                 beside = self.dense.beside(index, stored, targets, keep=walk == "lockstep")
                 dense_inputs = stack.enter_context(beside)
                 if self.linear_job.method.needs_drift:
-                    feed = _feed_both(dense_inputs)
+                    feed = _feed_both(dense_inputs, _held_out(count))
             if count:
                 forward, put = self.stream.forward(index, block), self.stream.states.put
                 finish = put if self.retouch_job is None else _forget
@@ -175,11 +176,16 @@ class BlockEngine:
             self.dense.close()
 
 
-def _feed_both(dense: DenseInputs) -> Feed:
+def _held_out(count: int) -> frozenset[int]:
+    """Of `count` batches every fourth, or the last of fewer; none of a single one."""
+    return frozenset(range(3, count, 4) if count >= 4 else range(max(1, count - 1), count))
+
+
+def _feed_both(dense: DenseInputs, held_out: frozenset[int]) -> Feed:
     """Adds what a linear is given in either model."""
 
     def feed(statistics: InputStatistics, linear: Linear, batch: int, x_TI: torch.Tensor) -> None:
-        statistics.add(x_TI, dense.of(linear.name, batch, len(x_TI)))
+        statistics.add(x_TI, dense.of(linear.name, batch, len(x_TI)), held_out=batch in held_out)
 
     return feed
 
