@@ -57,6 +57,8 @@ def estimate_seconds(work: Workload) -> float:
         if passes == 1 and not work.fits_lockstep(index):
             passes = 5
         passes += work.carries_dense
+        if work.recipe.permute:
+            passes += 1  # behind the reordered block, and trials of one batch before it
         if (retouch_job := work.retouch_job) is not None:
             passes += 1 + 3 * retouch_job.passes
         flops += 2.0 * weights * tokens * passes

@@ -83,6 +83,7 @@ class Recipe(BaseModel):
         None, description="of match_blocks over the calibration windows; None: its own"
     )
     match_rate: float | None = Field(None, description="peak learning rate of match_blocks; None: its own")
+    permute: bool = Field(False, description="for N:M: reorder inputs first, where that can be folded away")
     allocation: Literal["uniform", "owl", "dlp", "arithmetic", "search"] = Field(
         "uniform", description="how the sparsity is shared out; its mean stays what was asked for"
     )
@@ -217,6 +218,10 @@ class Recipe(BaseModel):
             raise ValueError(
                 "targets dense needs propagate linear: the original's two passes know no dense targets"
             )
+        if self.permute and not self.n_of_m:
+            raise ValueError("permute is for N:M, where channels share groups: give --pattern, or drop it")
+        if self.permute and self.propagate == "block":
+            raise ValueError("permute needs propagate linear: the original's two passes leave channels in place")
         if self.allocation != "uniform" and self.n_of_m:
             raise ValueError(
                 f"allocation {self.allocation} shares out an unstructured sparsity; {self.pattern} is the same everywhere"

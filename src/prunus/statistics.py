@@ -199,6 +199,17 @@ class InputStatistics:
         if self.held_drift_II is not None and other.held_drift_II is not None:
             self.held_drift_II += other.held_drift_II.to(self.held_drift_II.device)
 
+    def reordered(self, order_I: Tensor) -> InputStatistics:
+        """The statistics of the same inputs in another order: feature j is what `order_I[j]` was."""
+        other = InputStatistics(self.in_features, self.needs, self.sum_squares_I.device)
+        other.tokens, other.held_tokens, other._paired = self.tokens, self.held_tokens, self._paired
+        other.sum_squares_I = self.sum_squares_I[order_I]
+        other.sum_I = self.sum_I[order_I] if self.sum_I is not None else None
+        for name in ("gram_II", "drift_II", "held_gram_II", "held_drift_II"):
+            matrix_II = getattr(self, name)
+            setattr(other, name, matrix_II[order_I][:, order_I] if matrix_II is not None else None)
+        return other
+
     def check_finite(self, name: str) -> None:
         """See that no activation was infinite or NaN; any that was shows in the sums.
 

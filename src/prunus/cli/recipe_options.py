@@ -157,6 +157,14 @@ OPTIONS: dict[str, Any] = {
     "match_rate": Annotated[
         float | None, typer.Option(help="Peak learning rate of --match-blocks.", show_default="7e-4")
     ],
+    "permute": Annotated[
+        bool | None,
+        typer.Option(
+            "--permute",
+            help="For N:M: let inputs change places so that groups keep more, inside MLPs and heads, folded into the "
+            "weights that write them. The result is an ordinary checkpoint.",
+        ),
+    ],
     "allocation": Annotated[
         str | None,
         typer.Option(
