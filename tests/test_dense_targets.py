@@ -61,7 +61,9 @@ def test_the_mix_is_the_best_of_all_on_tokens_held_out(noise, least, most):
     width, tokens, damping = 12, 120, 0.1
     dense_TI = torch.randn(tokens, width) @ torch.randn(width, width)
     X_TI = dense_TI @ (torch.eye(width) + 0.2 * torch.randn(width, width))
-    dense_TI[:80] += noise * torch.randn(80, width)  # what looks as if it could be learnt, but for tokens held out
+    dense_TI[:80] += noise * torch.randn(
+        80, width
+    )  # what looks as if it could be learnt, but for tokens held out
     statistics = InputStatistics(width, "gram", drift=True, hold_out=True)
     for place, (x, y) in enumerate(zip(X_TI.split(40), dense_TI.split(40), strict=True)):
         statistics.add(x, y, held_out=place == 2)
@@ -108,9 +110,7 @@ def test_shares_held_out_are_shares_of_the_whole():
     moved.add(X_TI[:30, order_I], dense_TI[:30, order_I])
     moved.add(X_TI[30:, order_I], dense_TI[30:, order_I], held_out=True)
     for name in ("gram_II", "drift_II", "held_gram_II", "held_drift_II", "sum_squares_I"):
-        assert torch.allclose(
-            getattr(split.reordered(order_I), name), getattr(moved, name), atol=1e-4
-        ), name
+        assert torch.allclose(getattr(split.reordered(order_I), name), getattr(moved, name), atol=1e-4), name
 
 
 @pytest.mark.parametrize("method", ["alps", "sparsegpt", "obs", "wanda"])

@@ -81,7 +81,9 @@ def test_what_would_change_the_outputs_does_not_hold_and_leaves_the_weights_alon
     keys = Producer("self_attn.k_proj", attention.producers[0].rows_CGW)
     assert not holds(replace(attention, producers=(keys,)), linears, run)
     assert not holds(replace(mlp, producers=mlp.producers[:1]), linears, run)
-    assert not holds(attention, linears, lambda: torch.zeros(1)), "a linear that no token reaches proves nothing"
+    assert not holds(attention, linears, lambda: torch.zeros(1)), (
+        "a linear that no token reaches proves nothing"
+    )
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 

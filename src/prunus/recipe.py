@@ -221,7 +221,9 @@ class Recipe(BaseModel):
         if self.permute and not self.n_of_m:
             raise ValueError("permute is for N:M, where channels share groups: give --pattern, or drop it")
         if self.permute and self.propagate == "block":
-            raise ValueError("permute needs propagate linear: the original's two passes leave channels in place")
+            raise ValueError(
+                "permute needs propagate linear: the original's two passes leave channels in place"
+            )
         if self.allocation != "uniform" and self.n_of_m:
             raise ValueError(
                 f"allocation {self.allocation} shares out an unstructured sparsity; {self.pattern} is the same everywhere"

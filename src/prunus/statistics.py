@@ -70,7 +70,9 @@ class InputStatistics:
         self.sum_I = torch.zeros(in_features, dtype=torch.float64, device=device) if means else None
         self.drift_II = torch.zeros(in_features, in_features, device=device) if drift else None
         self.held_gram_II = torch.zeros_like(self.gram_II) if hold_out and self.gram_II is not None else None
-        self.held_drift_II = torch.zeros_like(self.drift_II) if hold_out and self.drift_II is not None else None
+        self.held_drift_II = (
+            torch.zeros_like(self.drift_II) if hold_out and self.drift_II is not None else None
+        )
         self.held_tokens = 0
         self._paired = 0
         self._derived: dict[Hashable, Any] = {}

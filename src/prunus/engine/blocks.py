@@ -154,6 +154,7 @@ class BlockEngine:
                     self.retouch_job,
                     name,
                     block,
+                    linears,
                     stored,
                     changed,
                     forward,

@@ -24,7 +24,9 @@ from prunus.model.linears import Linear
 __all__ = ["REFUSED", "Fold", "find_folds", "fold", "holds"]
 
 #: What the manifest says of a linear whose inputs keep their order.
-REFUSED = "its inputs keep their order: nothing that writes them could follow without changing the model's outputs"
+REFUSED = (
+    "its inputs keep their order: nothing that writes them could follow without changing the model's outputs"
+)
 
 _VALUES = ("v_proj", "v", "value", "value_proj")
 # A wrong order changes a linear's outputs by about their own size, rounding by less than a hundredth of it.
