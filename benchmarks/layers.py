@@ -3,8 +3,9 @@
     python benchmarks/layers.py MODEL WINDOWS.safetensors [--linears o_proj,down_proj] [--block 1] [--held-out 2]
         [--json FILE]
 
-`prunus report FILE` shows what --json wrote. WINDOWS holds `input_ids` (windows, tokens). The model runs dense; the linears of one block are pruned one by one, each on
-the dense model's inputs, so that methods differ and nothing else does. Figures are per cent.
+`prunus report FILE` shows what --json wrote. WINDOWS holds `input_ids` (windows, tokens). The model runs dense; the
+linears of one block are pruned one by one, each on the dense model's inputs, so that methods differ and nothing else
+does. Figures are per cent.
 """
 
 from __future__ import annotations

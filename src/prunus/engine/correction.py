@@ -1,13 +1,13 @@
 """The linear that writes a block's output, corrected in closed form for all that the pruned model is off by so far.
 
-What a block gives is wrong by R = Y − Ŷ: by what pruning this block did, and by what came in wrong from the blocks before.
-A linear whose outputs are added to the block's (down in an MLP; the attention's output too where both stand in parallel) can
-take some of it back: with its inputs X̂ and the mask as it is,
+What a block gives is wrong by R = Y − Ŷ: by what pruning this block did, and by what came in wrong from the blocks
+before. A linear whose outputs are added to the block's (down in an MLP; the attention's output too where both stand in
+parallel) can take some of it back: with its inputs X̂ and the mask as it is,
 
     minimise over Δ on the support   Σ_t (‖R_t − Δx̂_t‖² / ‖Y_t‖²) + λ‖ΔD‖²
 
-which is a least squares problem for all rows at once, as in `lsq.py`, with weighted tokens. How much of Δ is taken, between
-none and all, is what does best on windows held out: their error is a parabola in it.
+which is a least squares problem for all rows at once, as in `lsq.py`, with weighted tokens. How much of Δ is taken,
+between none and all, is what does best on windows held out: their error is a parabola in it.
 
 Shape suffixes: T tokens, O outputs (rows), I inputs.
 """

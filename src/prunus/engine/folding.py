@@ -1,12 +1,13 @@
 """Which linears' inputs may change places, because whoever writes them can follow: an order folded into the weights.
 
-A linear's inputs can be reordered without a trace in the model's outputs if the rows that produce them are reordered alike and
-nothing in between tells channels apart: the inner channels of an MLP (rows of gate and up, columns of down), and within a
-head from v to o. Heads that share keys and values share their v, so they must share one order. What reads the residual stream
-cannot be reordered, since all blocks share that.
+A linear's inputs can be reordered without a trace in the model's outputs if the rows that produce them are reordered
+alike and nothing in between tells channels apart: the inner channels of an MLP (rows of gate and up, columns of down),
+and within a head from v to o. Heads that share keys and values share their v, so they must share one order. What reads
+the residual stream cannot be reordered, since all blocks share that.
 
-`find_folds` guesses from names and shapes; `holds` tries a guess on the dense block with real hidden states, and nothing is
-folded that did not pass. Whatever else may lie between two linears (a norm with weights, another order of heads) fails there.
+`find_folds` guesses from names and shapes; `holds` tries a guess on the dense block with real hidden states, and
+nothing is folded that did not pass. Whatever else may lie between two linears (a norm with weights, another order of
+heads) fails there.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Fold:
 
 
 def find_folds(linears: Sequence[Linear], heads: int | None, m: int) -> dict[str, list[Fold]]:
-    """Relative name of a linear -> what might be folded, likeliest first; nothing for those that read the residual stream.
+    """Relative name of a linear -> what might be folded, likeliest first; nothing for what reads the residual stream.
 
     Args:
         linears: all of a block.
@@ -159,7 +160,7 @@ def holds(guess: Fold, linears: Mapping[str, Linear], run: Callable[[], Tensor])
 def fold(
     tensors: Mapping[str, Tensor], chosen: Fold, order_I: Tensor, linears: Mapping[str, Linear]
 ) -> dict[str, Tensor]:
-    """Those of `tensors` (by relative name, as stored) that change when the consumer's inputs take the order `order_I`."""
+    """What changes of `tensors` (by relative name, as stored) when the consumer's inputs take the order `order_I`."""
     changed: dict[str, Tensor] = {}
     key = f"{chosen.consumer}.weight"
     if key in tensors:

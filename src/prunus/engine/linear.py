@@ -52,8 +52,8 @@ def prune_linear(
         channels: which inputs may change places, or None.
 
     Returns:
-        The pruned weight in dtype and orientation of `stored`, on its device; the record for the manifest; and the order of
-        the inputs in which the weight keeps the pattern, int64 (in,), or None where that is theirs.
+        The pruned weight in dtype and orientation of `stored`, on its device; the record for the manifest; and the
+        order of the inputs in which the weight keeps the pattern, int64 (in,), or None where that is theirs.
 
     Raises:
         ValueError: non-finite weights or activations; names the linear.

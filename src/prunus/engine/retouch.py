@@ -1,7 +1,7 @@
 """Block matching as the last step of pruning a block: its surviving weights, norms and biases learn the dense outputs.
 
-Masks stay as they are. `correction.py` solves for the linear that writes the block's output, `matching.py` trains them all from
-there; this file says what is trained, on which batches, and what is stored.
+Masks stay as they are. `correction.py` solves for the linear that writes the block's output, `matching.py` trains them
+all from there; this file says what is trained, on which batches, and what is stored.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ back in the best way there is, a linear assignment.
 These are pure functions from scores to an order. An order must be folded into the weights that produce a linear's inputs,
 so that the checkpoint stays an ordinary one; `Channels` says which orders can be, `engine/folding.py` does it.
 
-Shape suffixes: O outputs (rows), I inputs (channels), G groups of M, C channels that change places. In `Channels`: G groups
-of heads, R heads in a group, W channels of a head.
+Shape suffixes: O outputs (rows), I inputs (channels), G groups of M, C channels that change places. In `Channels`: G
+groups of heads, R heads in a group, W channels of a head.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Channels:
 
 
 def best_order(score_OI: Tensor, pattern: Pattern, channels: Channels) -> Tensor:
-    """The order of the inputs found by `deal` and `assign` for each group, int64 (I,); as they were where that keeps more.
+    """The order of the inputs that `deal` and `assign` find for each group, int64 (I,); as it was where that is better.
 
     Raises:
         ValueError, ModuleNotFoundError: as `deal` and `assign`; the width of a head must be a multiple of M.
@@ -72,8 +72,8 @@ def best_order(score_OI: Tensor, pattern: Pattern, channels: Channels) -> Tensor
 def in_best_order(method: Method, channels: Channels) -> tuple[Method, Callable[[], Tensor]]:
     """A method that prunes as `method` would with the inputs in their best order, and puts them back afterwards.
 
-    The order is judged by RIA's score for `ria`, by magnitude where nothing is known of the inputs, by Wanda's score for all
-    others. The second of the pair returns it, int64 (I,), once the method was called.
+    The order is judged by RIA's score for `ria`, by magnitude where nothing is known of the inputs, by Wanda's score
+    for all others. The second of the pair returns it, int64 (I,), once the method was called.
     """
     orders: list[Tensor] = []
 

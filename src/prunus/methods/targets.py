@@ -56,8 +56,8 @@ def dense_target(
 def held_out_mix(weight_OI: Tensor, statistics: InputStatistics, damping: float | None) -> float | None:
     """The α whose W*, found without the tokens held out, comes closest to the dense model's outputs on these.
 
-    With S = W₀(X − X̂)ᵀX̂ · (X̂ᵀX̂ + λD²)⁻¹ of the other tokens, the error ‖αX̂Sᵀ − (X − X̂)W₀ᵀ‖² on tokens held out is least at
-    α = tr (W₀(X − X̂)ᵀX̂Sᵀ) / tr (SX̂ᵀX̂Sᵀ), sums that the statistics hold. Taken into [0, 1].
+    With S = W₀(X − X̂)ᵀX̂ · (X̂ᵀX̂ + λD²)⁻¹ of the other tokens, the error ‖αX̂Sᵀ − (X − X̂)W₀ᵀ‖² on tokens held out
+    is least at α = tr (W₀(X − X̂)ᵀX̂Sᵀ) / tr (SX̂ᵀX̂Sᵀ), sums that the statistics hold. Taken into [0, 1].
 
     Args:
         weight_OI: float32, the trained weights.
