@@ -14,7 +14,7 @@ dsnot.py          refines a mask: the mean output of every row is right again
 swaps.py          refines a mask: pairwise swaps that lower the output error
 targets.py        what the weights are to give: the dense model's outputs, or a mixture
 composition.py    a method, a refinement and an update in one
-permutation.py    which channels share a group of N:M; not part of a run yet
+permutation.py    which channels share a group of N:M
 """
 
 from __future__ import annotations
