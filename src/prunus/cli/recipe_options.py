@@ -139,7 +139,7 @@ OPTIONS: dict[str, Any] = {
         typer.Option(
             help="Share of the dense model in --targets dense, 0 to 1, or auto: per linear what does best on calibration "
             "windows held out.",
-            show_default="0.25",
+            show_default="auto",
         ),
     ],
     "match_blocks": Annotated[

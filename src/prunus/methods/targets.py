@@ -26,7 +26,7 @@ from prunus.statistics import InputStatistics
 
 __all__ = ["MIX", "dense_target", "held_out_mix"]
 
-#: α where the user gives none; see docs/pruning-better.md for how it was found.
+#: α where none is given and no tokens are held out to find it.
 MIX = 0.25
 
 
