@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterable
@@ -149,12 +150,20 @@ class Recipe(BaseModel):
             raise ValueError(f"ria_power must lie in [0, 2]; got {value}")
         return value
 
-    @field_validator("mix")
+    @field_validator("mix", mode="before")
     @classmethod
-    def _share(cls, value: float | Literal["auto"] | None) -> float | Literal["auto"] | None:
-        if isinstance(value, float) and not 0 <= value <= 1:
-            raise ValueError(f"mix must lie in [0, 1]: 0 is the pruned model's targets; got {value}")
-        return value
+    def _share(cls, value: Any) -> float | str | None:
+        if value is None or value == "auto":
+            return value
+        try:
+            share = float(value)
+        except (TypeError, ValueError):
+            share = math.nan
+        if not 0 <= share <= 1:
+            raise ValueError(
+                f"mix must lie in [0, 1], where 0 is the pruned model's targets, or be auto; got {value}"
+            )
+        return share
 
     @field_validator("allocation_spread")
     @classmethod
