@@ -60,7 +60,7 @@ def estimate_seconds(work: Workload) -> float:
         if work.recipe.permute:
             passes += 1  # behind the reordered block, and trials of one batch before it
         if (retouch_job := work.retouch_job) is not None:
-            passes += 2 + 3 * retouch_job.passes  # on from there, the correction, training
+            passes += 1 + 3 * retouch_job.passes
         flops += 2.0 * weights * tokens * passes
         if work.linear_job.method.needs == "gram":
             columns = [x.shape for x in work.skeleton.linears(index) if x.name in work.targets[index]]
@@ -100,8 +100,6 @@ def block_cost(work: Workload, index: int) -> BlockCost:
     if work.linear_job.method.needs_drift:
         working += (36 if work.linear_job.method.holds_out else 12) * inputs**2
     if work.recipe.match_blocks:
-        # The correction: two Gram matrices, their scaled sum and its factor.
-        working += 16 * inputs**2 + 16 * largest
         # Trained in float32: weights, gradients, two moments, a copy of where they began and one of the best; every
         # activation waits for the way back, attention's among them.
         numbers = computed // size

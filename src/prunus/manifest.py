@@ -61,8 +61,6 @@ class MatchRecord(BaseModel):
 
     Attributes:
         error_before, error_after: mean over held-out tokens of ‖output − dense output‖² / ‖dense output‖².
-        corrected: by relative name of a linear that writes the block's output, how much of its correction was taken, 0
-            to 1; see `engine/correction.py`.
         steps: gradient steps taken.
         stopped: why training ended early, or None.
         dtype: of its matrix products.
@@ -72,7 +70,6 @@ class MatchRecord(BaseModel):
 
     error_before: float
     error_after: float
-    corrected: dict[str, float] = Field(default_factory=dict)
     steps: int
     stopped: str | None = None
     dtype: str

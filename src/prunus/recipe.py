@@ -77,7 +77,8 @@ class Recipe(BaseModel):
         "pruned", description="aim at what the dense weight, or the dense model, gives"
     )
     mix: float | Literal["auto"] | None = Field(
-        None, description="share of the dense model in the targets; auto or None: by windows held out, per linear"
+        None,
+        description="share of the dense model in the targets; auto or None: by windows held out, per linear",
     )
     match_blocks: bool = Field(False, description="train each pruned block towards the dense block's outputs")
     match_passes: int | None = Field(

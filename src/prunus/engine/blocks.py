@@ -154,7 +154,6 @@ class BlockEngine:
                     self.retouch_job,
                     name,
                     block,
-                    linears,
                     stored,
                     changed,
                     forward,

@@ -23,7 +23,7 @@ from torch import nn
 
 from prunus.engine.schedule import learning_rate
 
-__all__ = ["Match", "MatchOptions", "held_out_error", "match_block"]
+__all__ = ["Match", "MatchOptions", "match_block"]
 
 _WARMUP = 0.05
 
@@ -105,30 +105,6 @@ def match_block(
                 parameter.grad = None
 
 
-def held_out_error(
-    block: nn.Module,
-    forward: Callable[[int], torch.Tensor],
-    target: Callable[[int], torch.Tensor],
-    held_out: Sequence[int],
-    options: MatchOptions,
-) -> float:
-    """The error of `block` as it is on the batches held out, measured as `match_block` does."""
-    device = next(block.parameters()).device
-    autocast = torch.autocast(device.type, options.dtype, enabled=options.dtype != torch.float32)
-    with torch.no_grad(), _float32(block), autocast:
-        return _error(forward, target, held_out, options)
-
-
-def _error(
-    forward: Callable[[int], torch.Tensor],
-    target: Callable[[int], torch.Tensor],
-    held_out: Sequence[int],
-    options: MatchOptions,
-) -> float:
-    pairs = [_squares(forward(batch), target(batch), options.per_token) for batch in held_out]
-    return float(sum(lost for lost, _ in pairs)) / float(sum(size for _, size in pairs))
-
-
 def _train(
     parameters: Mapping[str, nn.Parameter],
     forward: Callable[[int], torch.Tensor],
@@ -149,7 +125,8 @@ def _train(
 
     def judge() -> float:
         with torch.no_grad(), autocast:
-            return _error(forward, target, held_out, options)
+            pairs = [_squares(forward(batch), target(batch), options.per_token) for batch in held_out]
+        return float(sum(lost for lost, _ in pairs)) / float(sum(size for _, size in pairs))
 
     before = best = judge()
     if not math.isfinite(before):
