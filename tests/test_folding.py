@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import prunus
+from command_line import call
 from prunus.engine.folding import REFUSED, Producer, find_folds, fold, holds
 from prunus.model.families import find_block_list
 from prunus.model.linears import find_linears
@@ -134,3 +137,25 @@ def test_what_does_not_go_with_an_order_is_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         prunus.prune(dense, tmp_path / "out", calibration=token_ids(8, 16), **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_says_whose_inputs_are_free(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "llama")
+    windows = tmp_path / "ids.safetensors"
+    save_file({"input_ids": token_ids(8, 16)}, windows)
+    arguments = ("plan", dense, tmp_path / "out", "--permute", "--pattern", "2:4", "--calibration", windows)
+    arguments += ("--samples", 8, "--seqlen", 16)
+    shown = " ".join(call(*arguments).output.split())
+    call(*arguments, "--json", tmp_path / "plan.json")
+    orders = json.loads((tmp_path / "plan.json").read_text())["free_orders"]
+    free = {name: follow for name, follow in orders.items() if follow}
+    assert free == {
+        f"model.layers.{block}.{name}": follow
+        for block in range(2)
+        for name, follow in (
+            ("self_attn.o_proj", "self_attn.v_proj"),
+            ("mlp.down_proj", "mlp.gate_proj, mlp.up_proj"),
+        )
+    }
+    assert len(orders) == 14
+    assert "as it is for q_proj, k_proj, v_proj, gate_proj, up_proj" in shown

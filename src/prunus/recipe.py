@@ -6,9 +6,9 @@ A recipe holds everything that decides the bytes of the result. What only decide
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
-import math
 import re
 import tomllib
 from collections.abc import Iterable
@@ -137,47 +137,30 @@ class Recipe(BaseModel):
             raise ValueError(f"batch must be at least 1 window; got {value}")
         return value
 
-    @field_validator("damping")
+    @field_validator("damping", "match_rate")
     @classmethod
-    def _positive_damping(cls, value: float | None) -> float | None:
+    def _positive(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value is not None and not 0 < value < 1:
-            raise ValueError(f"damping must lie in (0, 1); got {value}")
+            raise ValueError(f"{info.field_name} must lie in (0, 1); got {value}")
         return value
 
-    @field_validator("ria_power")
+    @field_validator("ria_power", "allocation_spread")
     @classmethod
-    def _power_in_range(cls, value: float) -> float:
-        if not 0 <= value <= 2:
-            raise ValueError(f"ria_power must lie in [0, 2]; got {value}")
+    def _in_range(cls, value: float | None, info: ValidationInfo) -> float | None:
+        most = {"ria_power": 2, "allocation_spread": 0.5}[str(info.field_name)]
+        if value is not None and not 0 <= value <= most:
+            raise ValueError(f"{info.field_name} must lie in [0, {most}]; got {value}")
         return value
 
     @field_validator("mix", mode="before")
     @classmethod
-    def _share(cls, value: Any) -> float | str | None:
-        if value is None or value == "auto":
-            return value
-        try:
-            share = float(value)
-        except (TypeError, ValueError):
-            share = math.nan
-        if not 0 <= share <= 1:
+    def _share(cls, value: Any) -> Any:
+        with contextlib.suppress(TypeError, ValueError):
+            value = float(value)
+        if value not in (None, "auto") and not (isinstance(value, float) and 0 <= value <= 1):
             raise ValueError(
-                f"mix must lie in [0, 1], where 0 is the pruned model's targets, or be auto; got {value}"
+                f"mix must lie in [0, 1]: 0 is the pruned model's targets; or be auto; got {value}"
             )
-        return share
-
-    @field_validator("allocation_spread")
-    @classmethod
-    def _some_spread(cls, value: float | None) -> float | None:
-        if value is not None and not 0 <= value <= 0.5:
-            raise ValueError(f"allocation_spread must lie in [0, 0.5]; got {value}")
-        return value
-
-    @field_validator("match_rate")
-    @classmethod
-    def _positive_rate(cls, value: float | None) -> float | None:
-        if value is not None and not 0 < value < 1:
-            raise ValueError(f"match_rate must lie in (0, 1); got {value}")
         return value
 
     @field_validator("iterations", "refine_rounds", "match_passes")

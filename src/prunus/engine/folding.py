@@ -30,6 +30,7 @@ REFUSED = (
 )
 
 _VALUES = ("v_proj", "v", "value", "value_proj")
+_QUERIES_AND_KEYS = ("q_proj", "k_proj", "q", "k", "query", "key", "query_proj", "key_proj")
 # A wrong order changes a linear's outputs by about their own size, rounding by less than a hundredth of it.
 _MOST_CHANGE = 0.05
 
@@ -71,23 +72,25 @@ def find_folds(linears: Sequence[Linear], heads: int | None, m: int) -> dict[str
     found: dict[str, list[Fold]] = {}
     for family in families.values():
         for consumer in family:
-            others = [linear for linear in family if linear is not consumer]
-            guesses = [*_mlp(consumer, others), *(_attention(consumer, others, heads) if heads else ())]
+            guesses = [*_mlp(consumer, family), *(_attention(consumer, family, heads) if heads else ())]
             guesses = [guess for guess in guesses if guess.channels.width % m == 0]
             if guesses:
                 found[consumer.name] = guesses
     return found
 
 
-def _mlp(consumer: Linear, others: Sequence[Linear]) -> list[Fold]:
+def _mlp(consumer: Linear, family: Sequence[Linear]) -> list[Fold]:
     """Up and perhaps gate, apart or (gate, up) in one, before down."""
     out, width = consumer.shape
+    others = [linear for linear in family if linear is not consumer]
     writers = [other for other in others if other.shape == (width, out)]
     fused = [other for other in others if other.shape == (2 * width, out)]
     rows = torch.arange(width)
     channels = Channels(1, 1, width)
     guesses = []
-    if 1 <= len(writers) <= 2 and width != out:
+    # By its shape up could as well read what down writes; what writes is registered first.
+    after = all(consumer in family[family.index(writer) :] for writer in writers)
+    if writers == others and (len(others) == 2 or (len(others) == 1 and after)) and width != out:
         producers = tuple(Producer(writer.name, rows.view(1, 1, width)) for writer in writers)
         guesses.append(Fold(consumer.name, producers, channels))
     for writer in fused:
@@ -96,10 +99,10 @@ def _mlp(consumer: Linear, others: Sequence[Linear]) -> list[Fold]:
     return guesses
 
 
-def _attention(consumer: Linear, others: Sequence[Linear], heads: int) -> list[Fold]:
+def _attention(consumer: Linear, family: Sequence[Linear], heads: int) -> list[Fold]:
     """Values, apart or at the end of, or per head in, one linear with queries and keys, before the output projection."""
     width, rest = divmod(consumer.shape[1], heads)
-    if rest or not width:
+    if rest or not width or consumer.name.rpartition(".")[2] in (*_VALUES, *_QUERIES_AND_KEYS):
         return []
     guesses = []
 
@@ -109,13 +112,13 @@ def _attention(consumer: Linear, others: Sequence[Linear], heads: int) -> list[F
             channels = Channels(groups, heads // groups, width)
             guesses.append(Fold(consumer.name, (Producer(writer.name, rows_GW[None]),), channels))
 
-    for writer in others:
+    for writer in (linear for linear in family if linear is not consumer):
         rows = writer.shape[0]
         if rows % width:
             continue
         if writer.name.rpartition(".")[2] in _VALUES:
             guess(writer, torch.arange(rows).view(-1, width))
-        elif rows > heads * width and (rows // width - heads) % 2 == 0:
+        elif len(family) == 2 and rows > heads * width and (rows // width - heads) % 2 == 0:
             groups = (rows // width - heads) // 2
             guess(writer, torch.arange(rows)[rows - groups * width :].view(-1, width))
             if groups == heads:
