@@ -231,7 +231,7 @@ def test_the_dense_inputs_of_an_expert_are_not_known():
     [
         ({"targets": "dense"}, "wanda keeps its weights"),
         ({"method": "alps", "mix": 0.3}, "mix belongs to --targets dense"),
-        ({"method": "alps", "targets": "dense", "mix": 2.0}, r"mix must lie in \[0, 1\]"),
+        ({"method": "alps", "targets": "dense", "mix": 2.0}, r"mix must lie in"),
         ({"method": "alps", "targets": "dense", "mix": "most"}, "or be auto; got most"),
         ({"method": "sparsegpt", "targets": "dense", "propagate": "block"}, "needs propagate linear"),
         ({"match_blocks": True, "propagate": "block"}, "needs propagate linear"),

@@ -158,9 +158,7 @@ class Recipe(BaseModel):
         with contextlib.suppress(TypeError, ValueError):
             value = float(value)
         if value not in (None, "auto") and not (isinstance(value, float) and 0 <= value <= 1):
-            raise ValueError(
-                f"mix must lie in [0, 1]: 0 is the pruned model's targets; or be auto; got {value}"
-            )
+            raise ValueError(f"mix must lie in [0, 1], 0 being the pruned model's, or be auto; got {value}")
         return value
 
     @field_validator("iterations", "refine_rounds", "match_passes")
