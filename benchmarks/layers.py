@@ -1,14 +1,17 @@
 """What every method does to single linears: relative output error on the calibration windows and on windows held out.
 
     python benchmarks/layers.py MODEL WINDOWS.safetensors [--linears o_proj,down_proj] [--block 1] [--held-out 2]
+        [--json FILE]
 
-WINDOWS holds `input_ids` (windows, tokens). The model runs dense; the linears of one block are pruned one by one, each on
-the dense model's inputs, so that methods differ and nothing else does. Figures are per cent.
+`prunus report FILE` shows what --json wrote. WINDOWS holds `input_ids` (windows, tokens). The model runs dense; the
+linears of one block are pruned one by one, each on the dense model's inputs, so that methods differ and nothing else
+does. Figures are per cent.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,10 +54,8 @@ def inputs_of(
 
 
 def error(weight_OI: Tensor, pruned_OI: Tensor, X_TI: Tensor) -> float:
-    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖², in per cent."""
-    return 100 * float(
-        (X_TI @ (weight_OI - pruned_OI).T).square().sum() / (X_TI @ weight_OI.T).square().sum()
-    )
+    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²."""
+    return float((X_TI @ (weight_OI - pruned_OI).T).square().sum() / (X_TI @ weight_OI.T).square().sum())
 
 
 def main() -> None:
@@ -64,11 +65,14 @@ def main() -> None:
     parser.add_argument("--linears", default="o_proj,down_proj")
     parser.add_argument("--block", type=int, default=1)
     parser.add_argument("--held-out", type=int, default=2)
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     windows = load_file(options.windows)["input_ids"].long()
+    layers: list[dict[str, Any]] = []
+    protocol: dict[str, Any] = {"model": options.model, "block": options.block}
     with torch.no_grad():
         for name, (weight_OI, seen) in inputs_of(
             model, options.block, options.linears.split(","), windows
@@ -76,11 +80,15 @@ def main() -> None:
             X_TI, unseen_TI = torch.cat(seen[: -options.held_out]), torch.cat(seen[-options.held_out :])
             statistics = InputStatistics(weight_OI.shape[1], "gram", means=True)
             statistics.add(X_TI)
+            layers.append({"name": name, "methods": []})
+            protocol |= {"tokens": len(X_TI), "tokens held out": len(unseen_TI)}
             print(f"{name}, {len(X_TI)} tokens and {len(unseen_TI)} held out")
             print(f"| {'method':34} | 50 % | held out | 2:4 | held out |")
             for method, extra in _CASES:
-                cells = []
-                for text in ("unstructured", "2:4"):
+                cells: list[str] = []
+                errors: dict[str, tuple[float, float] | None] = {}
+                for text, title in (("unstructured", "50 %"), ("2:4", "2:4")):
+                    errors[title] = None
                     chosen = Options(**extra)
                     pattern = Pattern.parse(text, default_group(method, chosen))
                     try:
@@ -91,9 +99,16 @@ def main() -> None:
                     pruned = compose(METHODS[method], chosen).prune(
                         weight_OI, statistics, pattern, 0.5, chosen
                     )
-                    cells += [f"{error(weight_OI, pruned.weight_OI, x):.3f}" for x in (X_TI, unseen_TI)]
+                    seen_error, unseen_error = (
+                        error(weight_OI, pruned.weight_OI, x) for x in (X_TI, unseen_TI)
+                    )
+                    errors[title] = seen_error, unseen_error
+                    cells += [f"{100 * seen_error:.3f}", f"{100 * unseen_error:.3f}"]
                 label = " ".join([method, *(f"--{key} {value}" for key, value in extra.items())])
+                layers[-1]["methods"].append({"method": label, "errors": errors})
                 print(f"| {label:34} | {' | '.join(cells)} |")
+    if options.json:
+        options.json.write_text(json.dumps({"layers": layers, "protocol": protocol}, indent=2))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ import reference
 from prunus.engine.companion import DenseInputs
 from prunus.engine.hidden import HiddenStates
 from prunus.methods import METHODS, Options, compose
-from prunus.methods.targets import dense_target
+from prunus.methods.targets import MIX, dense_target, held_out_mix
 from prunus.patterns import Pattern
 from prunus.plan import Job
 from prunus.statistics import InputStatistics
@@ -18,7 +20,7 @@ from test_resume import StopError, stop_after
 from tiny import tiny_checkpoint, token_ids, weights
 
 ALPS = {"method": "alps", "targets": "dense"}
-BOTH = ALPS | {"match_blocks": True, "match_passes": 1, "match_rate": 1e-3}
+BOTH = ALPS | {"mix": "auto", "match_blocks": True, "match_passes": 1, "match_rate": 1e-3}
 
 
 def drifted(width: int = 12, tokens: int = 40) -> tuple[InputStatistics, torch.Tensor, torch.Tensor]:
@@ -51,6 +53,64 @@ def test_without_drift_or_without_the_dense_tokens_the_target_is_the_weight():
     unknown.add(X_TI, X_TI)
     unknown.add(X_TI)
     assert dense_target(weight_OI, unknown, 0.5, 0.01) is weight_OI
+
+
+@pytest.mark.parametrize(("noise", "least", "most"), [(0.0, 0.9, 1.0), (10.0, 0.02, 0.6), (100.0, 0.0, 0.1)])
+def test_the_mix_is_the_best_of_all_on_tokens_held_out(noise, least, most):
+    torch.manual_seed(5)
+    width, tokens, damping = 12, 120, 0.1
+    dense_TI = torch.randn(tokens, width) @ torch.randn(width, width)
+    X_TI = dense_TI @ (torch.eye(width) + 0.2 * torch.randn(width, width))
+    dense_TI[:80] += noise * torch.randn(
+        80, width
+    )  # what looks as if it could be learnt, but for tokens held out
+    statistics = InputStatistics(width, "gram", drift=True, hold_out=True)
+    for place, (x, y) in enumerate(zip(X_TI.split(40), dense_TI.split(40), strict=True)):
+        statistics.add(x, y, held_out=place == 2)
+    weight_OI = torch.randn(7, width)
+    found = held_out_mix(weight_OI, statistics, damping)
+
+    scale_I = X_TI.norm(dim=0)
+    rest_II = X_TI[:80].T @ X_TI[:80] + damping * 2 / 3 * torch.diag(scale_I**2)
+    shift_II = torch.linalg.solve(rest_II, X_TI[:80].T @ (dense_TI - X_TI)[:80])  # Y ≈ X + X·shift
+
+    def error(mix: float) -> float:
+        outputs = X_TI[80:] @ (torch.eye(width) + mix * shift_II) @ weight_OI.T
+        return float((outputs - dense_TI[80:] @ weight_OI.T).square().sum())
+
+    grid = [step / 200 for step in range(201)]
+    assert found == pytest.approx(min(grid, key=error), abs=0.01)
+    assert least <= found <= most
+
+
+def test_without_tokens_held_out_the_mix_is_the_constant():
+    statistics, _, _ = drifted()
+    weight_OI, chosen = torch.randn(5, 12), Options(targets="dense", mix="auto")
+    assert held_out_mix(weight_OI, statistics, None) is None
+    pruned = compose(METHODS["alps"], chosen).prune(weight_OI, statistics, Pattern(), 0.5, chosen)
+    constant = replace(chosen, mix=MIX)
+    expected = compose(METHODS["alps"], constant).prune(weight_OI, statistics, Pattern(), 0.5, constant)
+    assert torch.equal(pruned.weight_OI, expected.weight_OI)
+
+
+def test_shares_held_out_are_shares_of_the_whole():
+    dense_TI, X_TI = torch.randn(40, 12), torch.randn(40, 12)
+    whole = InputStatistics(12, "gram", drift=True)
+    whole.add(X_TI, dense_TI)
+    split = InputStatistics(12, "gram", drift=True, hold_out=True)
+    split.add(X_TI[:30], dense_TI[:30])
+    split.add(X_TI[30:], dense_TI[30:], held_out=True)
+    assert (split.tokens, split.held_tokens) == (40, 10)
+    assert torch.allclose(split.gram_II, whole.gram_II, atol=1e-4)
+    assert torch.allclose(split.drift_II, whole.drift_II, atol=1e-4)
+    assert torch.allclose(split.held_gram_II, X_TI[30:].T @ X_TI[30:], atol=1e-4)
+    assert torch.allclose(split.held_drift_II, (dense_TI - X_TI)[30:].T @ X_TI[30:], atol=1e-4)
+    order_I = torch.randperm(12)
+    moved = InputStatistics(12, "gram", drift=True, hold_out=True)
+    moved.add(X_TI[:30, order_I], dense_TI[:30, order_I])
+    moved.add(X_TI[30:, order_I], dense_TI[30:, order_I], held_out=True)
+    for name in ("gram_II", "drift_II", "held_gram_II", "held_drift_II", "sum_squares_I"):
+        assert torch.allclose(getattr(split.reordered(order_I), name), getattr(moved, name), atol=1e-4), name
 
 
 @pytest.mark.parametrize("method", ["alps", "sparsegpt", "obs", "wanda"])
@@ -171,7 +231,8 @@ def test_the_dense_inputs_of_an_expert_are_not_known():
     [
         ({"targets": "dense"}, "wanda keeps its weights"),
         ({"method": "alps", "mix": 0.3}, "mix belongs to --targets dense"),
-        ({"method": "alps", "targets": "dense", "mix": 2.0}, r"mix must lie in \[0, 1\]"),
+        ({"method": "alps", "targets": "dense", "mix": 2.0}, r"mix must lie in"),
+        ({"method": "alps", "targets": "dense", "mix": "most"}, "or be auto; got most"),
         ({"method": "sparsegpt", "targets": "dense", "propagate": "block"}, "needs propagate linear"),
         ({"match_blocks": True, "propagate": "block"}, "needs propagate linear"),
         ({"match_rate": 0.1}, "belong to --match-blocks"),

@@ -416,3 +416,16 @@ def test_what_cannot_be_reported_on_is_named(arguments, message, run, tmp_path):
     result = call("report", *(part.format(tmp=tmp_path, run=run) for part in arguments), status=2)
     [line] = result.stderr.splitlines()
     assert message in line
+
+
+def test_single_linears_show_every_method_and_what_it_lost(tmp_path):
+    errors = {"50 %": [0.0125, 0.02], "2:4": None}
+    layers = [{"name": "o_proj", "methods": [{"method": "wanda", "errors": errors}]}]
+    path = tmp_path / "layers.json"
+    path.write_text(json.dumps({"layers": layers, "protocol": {"tokens": 1536}}))
+    text = to_markdown(read_document([path]))
+    assert "| wanda | 1.250% | 2.000% | – | – |" in text
+    assert "1536" in text
+    path.write_text(json.dumps({"layers": [{"name": "o_proj"}], "protocol": {}}))
+    with pytest.raises(ValueError, match=r"layers.json: this is not the JSON of benchmarks/layers.py"):
+        read_document([path])

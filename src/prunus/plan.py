@@ -15,6 +15,7 @@ from torch import nn
 
 from prunus.calibration import check_source
 from prunus.costs import block_cost, estimate_seconds
+from prunus.engine.folding import find_folds
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
 from prunus.engine.precision import decide_dtype
@@ -22,6 +23,7 @@ from prunus.engine.retouch import LEARNING_RATE, PASSES, RetouchJob
 from prunus.machine import available_memory, resident_memory
 from prunus.manifest import Walk
 from prunus.methods import METHODS, Method, Options, check_options, compose, default_group
+from prunus.methods.permutation import require_scipy
 from prunus.model.checkpoint import resolve_folder
 from prunus.model.device import choose_device
 from prunus.model.skeleton import Skeleton
@@ -88,6 +90,25 @@ class Job:
     def carries_dense(self) -> bool:
         """Whether the dense model's hidden states go along."""
         return self.linear_job.method.needs_drift or self.recipe.match_blocks
+
+    @property
+    def free_orders(self) -> dict[str, str] | None:
+        """Full name of each linear -> what would follow an order of its inputs, or "" where they keep theirs.
+
+        By names and shapes; None where no order is asked for. The run tries it on the first batch before it holds to it.
+        """
+        if not self.recipe.permute:
+            return None
+        heads = getattr(self.source.config.get_text_config(), "num_attention_heads", None)
+        m = self.linear_job.pattern.m
+        assert m is not None
+        found = {}
+        for index, names in enumerate(self.targets):
+            folds = find_folds(self.skeleton.linears(index), heads, m)
+            for name in names:
+                follow = ", ".join(p.name for p in folds[name][0].producers) if name in folds else ""
+                found[f"{self.skeleton.block_name(index)}.{name}"] = follow
+        return found
 
     @property
     def retouch_job(self) -> RetouchJob | None:
@@ -157,6 +178,7 @@ class Job:
             "linears": len(shapes),
             "weights": weights,
             "to_remove": int(weights * self.linear_job.sparsity),
+            "free_orders": self.free_orders,
             "left_dense": {name: list(shape) for name, shape in self.left_dense.items()},
             "dtype": str(self.dtype).removeprefix("torch."),
             "dtype_reason": self.dtype_reason,
@@ -185,6 +207,8 @@ def prepare(
         FileNotFoundError, ValueError, NotImplementedError, OSError: see the functions that are called; each
             message names what was given, what is wrong and what to do.
     """
+    if recipe.permute:
+        require_scipy()
     published = METHODS[recipe.method]
     # Whatever option of a method a recipe has goes by the same name.
     shared = {each.name for each in fields(Options)} & set(Recipe.model_fields)

@@ -6,6 +6,7 @@ A recipe holds everything that decides the bytes of the result. What only decide
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import json
 import re
@@ -75,12 +76,16 @@ class Recipe(BaseModel):
     targets: Literal["pruned", "dense"] = Field(
         "pruned", description="aim at what the dense weight, or the dense model, gives"
     )
-    mix: float | None = Field(None, description="share of the dense model in the targets; None: by rule")
+    mix: float | Literal["auto"] | None = Field(
+        None,
+        description="share of the dense model in the targets; auto or None: by windows held out, per linear",
+    )
     match_blocks: bool = Field(False, description="train each pruned block towards the dense block's outputs")
     match_passes: int | None = Field(
         None, description="of match_blocks over the calibration windows; None: its own"
     )
     match_rate: float | None = Field(None, description="peak learning rate of match_blocks; None: its own")
+    permute: bool = Field(False, description="for N:M: reorder inputs first, where that can be folded away")
     allocation: Literal["uniform", "owl", "dlp", "arithmetic", "search"] = Field(
         "uniform", description="how the sparsity is shared out; its mean stays what was asked for"
     )
@@ -132,39 +137,28 @@ class Recipe(BaseModel):
             raise ValueError(f"batch must be at least 1 window; got {value}")
         return value
 
-    @field_validator("damping")
+    @field_validator("damping", "match_rate")
     @classmethod
-    def _positive_damping(cls, value: float | None) -> float | None:
+    def _positive(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value is not None and not 0 < value < 1:
-            raise ValueError(f"damping must lie in (0, 1); got {value}")
+            raise ValueError(f"{info.field_name} must lie in (0, 1); got {value}")
         return value
 
-    @field_validator("ria_power")
+    @field_validator("ria_power", "allocation_spread")
     @classmethod
-    def _power_in_range(cls, value: float) -> float:
-        if not 0 <= value <= 2:
-            raise ValueError(f"ria_power must lie in [0, 2]; got {value}")
+    def _in_range(cls, value: float | None, info: ValidationInfo) -> float | None:
+        most = {"ria_power": 2, "allocation_spread": 0.5}[str(info.field_name)]
+        if value is not None and not 0 <= value <= most:
+            raise ValueError(f"{info.field_name} must lie in [0, {most}]; got {value}")
         return value
 
-    @field_validator("mix")
+    @field_validator("mix", mode="before")
     @classmethod
-    def _share(cls, value: float | None) -> float | None:
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"mix must lie in [0, 1]: 0 is the pruned model's targets; got {value}")
-        return value
-
-    @field_validator("allocation_spread")
-    @classmethod
-    def _some_spread(cls, value: float | None) -> float | None:
-        if value is not None and not 0 <= value <= 0.5:
-            raise ValueError(f"allocation_spread must lie in [0, 0.5]; got {value}")
-        return value
-
-    @field_validator("match_rate")
-    @classmethod
-    def _positive_rate(cls, value: float | None) -> float | None:
-        if value is not None and not 0 < value < 1:
-            raise ValueError(f"match_rate must lie in (0, 1); got {value}")
+    def _share(cls, value: Any) -> Any:
+        with contextlib.suppress(TypeError, ValueError):
+            value = float(value)
+        if value not in (None, "auto") and not (isinstance(value, float) and 0 <= value <= 1):
+            raise ValueError(f"mix must lie in [0, 1], 0 being the pruned model's, or be auto; got {value}")
         return value
 
     @field_validator("iterations", "refine_rounds", "match_passes")
@@ -214,6 +208,12 @@ class Recipe(BaseModel):
         if self.targets == "dense" and self.propagate == "block":
             raise ValueError(
                 "targets dense needs propagate linear: the original's two passes know no dense targets"
+            )
+        if self.permute and not self.n_of_m:
+            raise ValueError("permute is for N:M, where channels share groups: give --pattern, or drop it")
+        if self.permute and self.propagate == "block":
+            raise ValueError(
+                "permute needs propagate linear: the original's two passes leave channels in place"
             )
         if self.allocation != "uniform" and self.n_of_m:
             raise ValueError(

@@ -86,8 +86,7 @@ def prune(
         progress: called after every block.
         **recipe_options: further fields of `Recipe`: samples, seqlen, seed, batch, dtype, group, propagate, only,
             ignore, head, mask_from, mask_order, damping, ria_power, iterations, refine, refine_rounds, update,
-            targets, mix, match_blocks, match_passes, match_rate, allocation,
-            allocation_by, allocation_spread.
+            targets, mix, match_blocks, match_passes, match_rate, permute, allocation, allocation_by, allocation_spread.
 
     Returns:
         The manifest: recipe, inputs, per linear shape, sparsity reached, error and seconds, and totals. For a
@@ -199,7 +198,13 @@ def _carry_out(
         folder.begin(overwrite)
 
     engine = BlockEngine(
-        job.skeleton, job.source, job.linear_job, job.device, job.retouch_job, manifest.allocation
+        job.skeleton,
+        job.source,
+        job.linear_job,
+        job.device,
+        job.retouch_job,
+        recipe.permute,
+        manifest.allocation,
     )
     with torch.no_grad(), contextlib.closing(engine), _threads(1 if job.as_original else None):
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()

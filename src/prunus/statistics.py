@@ -40,6 +40,9 @@ class InputStatistics:
         sum_I: float64, Σ_t x, or None unless `means` were asked for.
         drift_II: float32 (Y − X)ᵀX where Y_TI is what the dense model gives this linear for the same tokens, or None
             unless `drift` was asked for.
+        held_gram_II, held_drift_II: the shares of `gram_II` and `drift_II` that come from tokens held out, or None unless
+            `hold_out` was asked for.
+        held_tokens: how many of the tokens these are.
         as_original: sum a Gram in the order of SparseGPT's code; see `_add_as_original`.
     """
 
@@ -51,6 +54,7 @@ class InputStatistics:
         as_original: bool = False,
         means: bool = False,
         drift: bool = False,
+        hold_out: bool = False,
     ) -> None:
         if needs not in NEEDS:
             raise ValueError(f"statistics can be {', '.join(NEEDS)}, not {needs!r}")
@@ -65,6 +69,11 @@ class InputStatistics:
         self.gram_II = torch.zeros(in_features, in_features, device=device) if needs == "gram" else None
         self.sum_I = torch.zeros(in_features, dtype=torch.float64, device=device) if means else None
         self.drift_II = torch.zeros(in_features, in_features, device=device) if drift else None
+        self.held_gram_II = torch.zeros_like(self.gram_II) if hold_out and self.gram_II is not None else None
+        self.held_drift_II = (
+            torch.zeros_like(self.drift_II) if hold_out and self.drift_II is not None else None
+        )
+        self.held_tokens = 0
         self._paired = 0
         self._derived: dict[Hashable, Any] = {}
 
@@ -99,12 +108,13 @@ class InputStatistics:
         return self._derived[key]
 
     @torch.no_grad()
-    def add(self, X_TI: Tensor, dense_TI: Tensor | None = None) -> None:
+    def add(self, X_TI: Tensor, dense_TI: Tensor | None = None, held_out: bool = False) -> None:
         """Count one batch of tokens, any float dtype; squares and products are taken in float32.
 
         Args:
             X_TI: inputs of the linear.
             dense_TI: its inputs in the dense model for the same tokens, where `drift` was asked for and they are known.
+            held_out: count these tokens in `held_gram_II` and `held_drift_II` too.
 
         Raises:
             ValueError: X_TI is not a matrix of `in_features` columns.
@@ -124,11 +134,22 @@ class InputStatistics:
         for part_TI in X_TI.split(max(1, elements // self.in_features)):
             part_TI = part_TI.float()  # before squaring: in float16 anything over 256 would overflow
             self.sum_squares_I += (part_TI * part_TI).sum(dim=0)
+        if held_out:
+            self.held_tokens += X_TI.shape[0]
         if self.gram_II is not None:
-            _add_gram(self.gram_II, X_TI.float())
+            if held_out and self.held_gram_II is not None:
+                part_II = torch.zeros_like(self.gram_II)
+                _add_gram(part_II, X_TI.float())
+                self.held_gram_II += part_II
+                self.gram_II += part_II
+            else:
+                _add_gram(self.gram_II, X_TI.float())
         if self.drift_II is not None and dense_TI is not None:
             X_TI = X_TI.float()
-            self.drift_II += coarse_product((dense_TI.float() - X_TI).T, X_TI)
+            part_II = coarse_product((dense_TI.float() - X_TI).T, X_TI)
+            self.drift_II += part_II
+            if held_out and self.held_drift_II is not None:
+                self.held_drift_II += part_II
             self._paired += X_TI.shape[0]
 
     def _add_as_original(self, X_TI: Tensor) -> None:
@@ -162,8 +183,11 @@ class InputStatistics:
             raise ValueError("cannot merge statistics with means and statistics without")
         if (self.drift_II is None) != (other.drift_II is None):
             raise ValueError("cannot merge statistics with a drift and statistics without")
+        if (self.held_gram_II is None) != (other.held_gram_II is None):
+            raise ValueError("cannot merge statistics with tokens held out and statistics without")
         self._derived.clear()
         self.tokens += other.tokens
+        self.held_tokens += other.held_tokens
         self.sum_squares_I += other.sum_squares_I.to(self.sum_squares_I.device)
         if self.gram_II is not None and other.gram_II is not None:
             self.gram_II += other.gram_II.to(self.gram_II.device)
@@ -172,6 +196,21 @@ class InputStatistics:
         if self.drift_II is not None and other.drift_II is not None:
             self.drift_II += other.drift_II.to(self.drift_II.device)
             self._paired += other._paired
+        if self.held_gram_II is not None and other.held_gram_II is not None:
+            self.held_gram_II += other.held_gram_II.to(self.held_gram_II.device)
+        if self.held_drift_II is not None and other.held_drift_II is not None:
+            self.held_drift_II += other.held_drift_II.to(self.held_drift_II.device)
+
+    def reordered(self, order_I: Tensor) -> InputStatistics:
+        """The statistics of the same inputs in another order: feature j is what `order_I[j]` was."""
+        other = InputStatistics(self.in_features, self.needs, self.sum_squares_I.device)
+        other.tokens, other.held_tokens, other._paired = self.tokens, self.held_tokens, self._paired
+        other.sum_squares_I = self.sum_squares_I[order_I]
+        other.sum_I = self.sum_I[order_I] if self.sum_I is not None else None
+        for name in ("gram_II", "drift_II", "held_gram_II", "held_drift_II"):
+            matrix_II = getattr(self, name)
+            setattr(other, name, matrix_II[order_I][:, order_I] if matrix_II is not None else None)
+        return other
 
     def check_finite(self, name: str) -> None:
         """See that no activation was infinite or NaN; any that was shows in the sums.

@@ -135,8 +135,12 @@ OPTIONS: dict[str, Any] = {
         ),
     ],
     "mix": Annotated[
-        float | None,
-        typer.Option(help="Share of the dense model in --targets dense, 0 to 1.", show_default="0.25"),
+        str | None,
+        typer.Option(
+            help="Share of the dense model in --targets dense, 0 to 1, or auto: per linear what does best on calibration "
+            "windows held out.",
+            show_default="auto",
+        ),
     ],
     "match_blocks": Annotated[
         bool | None,
@@ -152,6 +156,14 @@ OPTIONS: dict[str, Any] = {
     ],
     "match_rate": Annotated[
         float | None, typer.Option(help="Peak learning rate of --match-blocks.", show_default="7e-4")
+    ],
+    "permute": Annotated[
+        bool | None,
+        typer.Option(
+            "--permute",
+            help="For N:M: let inputs change places so that groups keep more, inside MLPs and heads, folded into the "
+            "weights that write them. The result is an ordinary checkpoint.",
+        ),
     ],
     "allocation": Annotated[
         str | None,

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from prunus.engine.companion import DenseCompanion, DenseInputs
+from prunus.engine.folding import REFUSED, Fold, find_folds, fold, holds
 from prunus.engine.linear import LinearJob, prune_linear
 from prunus.engine.lockstep import Feed, lockstep, plain_feed, replay, two_pass
 from prunus.engine.retouch import RetouchJob, retouch
@@ -41,6 +42,7 @@ class BlockEngine:
         source: its weights.
         linear_job: what is done to each linear.
         device: where blocks and, between blocks, hidden states live.
+        permute: look for a better order of each linear's inputs, where whoever writes them can follow; see `folding`.
         sparsities: by full name of a linear, where it is not the `linear_job`'s.
         retouch_job: how each block is matched to the dense block once it is pruned, or None.
     """
@@ -50,6 +52,7 @@ class BlockEngine:
     linear_job: LinearJob
     device: torch.device
     retouch_job: RetouchJob | None = None
+    permute: bool = False
     sparsities: Mapping[str, float] = field(default_factory=dict)
     stream: Stream = field(init=False)
     dense: DenseCompanion | None = field(init=False, default=None)
@@ -95,6 +98,8 @@ class BlockEngine:
         linears = [linear for linear in self.skeleton.linears(index) if linear.name in targets]
         changed: dict[str, torch.Tensor] = {}
         records: dict[str, LinearRecord] = {}
+        orders: dict[str, torch.Tensor] = {}
+        folds = self._folds(index, block, targets) if self.permute else {}
 
         def new_statistics(linear: Linear) -> InputStatistics:
             as_original, method = self.linear_job.options.as_original, self.linear_job.method
@@ -105,13 +110,26 @@ class BlockEngine:
                 as_original,
                 means=method.needs_means,
                 drift=method.needs_drift,
+                hold_out=method.holds_out,
             )
 
         def prune_one(linear: Linear, statistics: InputStatistics) -> None:
             key, full_name = f"{linear.name}.weight", f"{name}.{linear.name}"
             wanted = self.sparsities.get(full_name, self.linear_job.sparsity)
             job = replace(self.linear_job, sparsity=wanted)
-            changed[key], records[linear.name] = prune_linear(job, linear, full_name, stored[key], statistics)
+            channels = folds[linear.name].channels if linear.name in folds else None
+            changed[key], record, order_I = prune_linear(
+                job, linear, full_name, stored[key], statistics, channels
+            )
+            records[linear.name] = record
+            if order_I is not None:
+                orders[linear.name] = order_I
+            if self.permute:
+                record.notes["permuted"] = (
+                    "with " + ", ".join(p.name for p in folds[linear.name].producers)
+                    if order_I is not None
+                    else REFUSED
+                )
 
         unreached, match = linears, None
         count = len(self.stream)
@@ -121,10 +139,10 @@ class BlockEngine:
                 beside = self.dense.beside(index, stored, targets, keep=walk == "lockstep")
                 dense_inputs = stack.enter_context(beside)
                 if self.linear_job.method.needs_drift:
-                    feed = _feed_both(dense_inputs)
+                    feed = _feed_both(dense_inputs, _held_out(count))
             if count:
                 forward, put = self.stream.forward(index, block), self.stream.states.put
-                finish = put if self.retouch_job is None else _forget
+                finish = put if self.retouch_job is None and not self.permute else _forget
                 unreached = _WALKS[walk](linears, count, forward, finish, new_statistics, prune_one, feed)
             for linear in unreached:
                 prune_one(linear, new_statistics(linear))
@@ -144,10 +162,32 @@ class BlockEngine:
                 changed |= trained
                 for linear in linears:
                     _count_zeros(records[linear.name], changed[f"{linear.name}.weight"])
+        by_name = {linear.name: linear for linear in self.skeleton.linears(index)}
+        for relative, order_I in orders.items():
+            changed |= fold({**stored, **changed}, folds[relative], order_I, by_name)
+        if self.retouch_job is not None or self.permute:
+            # As when the run is resumed behind this block: sums in the order in which they are stored.
             self.stream.propagate(index, {**stored, **changed})
         self.skeleton.release(index)
         ordered = {linear.name: records[linear.name] for linear in linears}
         return changed, BlockRecord(name=name, input_sha256=digest, walk=walk, linears=ordered, match=match)
+
+    def _folds(self, index: int, block: torch.nn.Module, targets: Sequence[str]) -> dict[str, Fold]:
+        """By relative name of a linear, the order of whose inputs is free: what follows it. Tried on the first batch."""
+        if not len(self.stream):
+            return {}
+        linears = {linear.name: linear for linear in self.skeleton.linears(index)}
+        heads = getattr(self.source.config.get_text_config(), "num_attention_heads", None)
+        pattern = self.linear_job.pattern
+        assert pattern.m is not None
+        forward = self.stream.forward(index, block)
+        found = {}
+        for name, guesses in find_folds(list(linears.values()), heads, pattern.m).items():
+            if name in targets:
+                works = (guess for guess in guesses if holds(guess, linears, lambda: forward(0)))
+                if (chosen := next(works, None)) is not None:
+                    found[name] = chosen
+        return found
 
     def prune_head(self, batches: Sequence[torch.Tensor]) -> tuple[dict[str, torch.Tensor], LinearRecord]:
         """Prune the output head on what the final norm gives after the last block.
@@ -164,7 +204,7 @@ class BlockEngine:
                 x = self.skeleton.head_input(ids.to(self.device), self.stream.states.get(position))
                 statistics.add(x.reshape(-1, x.shape[-1]))
             stored = self.source.outer([key], self.skeleton.model)[key]
-            pruned, record = prune_linear(self.linear_job, head, head.name, stored, statistics)
+            pruned, record, _ = prune_linear(self.linear_job, head, head.name, stored, statistics)
         return {key: pruned}, record
 
     def close(self) -> None:
@@ -174,11 +214,16 @@ class BlockEngine:
             self.dense.close()
 
 
-def _feed_both(dense: DenseInputs) -> Feed:
+def _held_out(count: int) -> frozenset[int]:
+    """Of `count` batches every fourth, or the last of fewer; none of a single one."""
+    return frozenset(range(3, count, 4) if count >= 4 else range(max(1, count - 1), count))
+
+
+def _feed_both(dense: DenseInputs, held_out: frozenset[int]) -> Feed:
     """Adds what a linear is given in either model."""
 
     def feed(statistics: InputStatistics, linear: Linear, batch: int, x_TI: torch.Tensor) -> None:
-        statistics.add(x_TI, dense.of(linear.name, batch, len(x_TI)))
+        statistics.add(x_TI, dense.of(linear.name, batch, len(x_TI)), held_out=batch in held_out)
 
     return feed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from prunus.manifest import LinearRecord
 from prunus.methods import Method
 from prunus.methods.base import Options
+from prunus.methods.permutation import Channels, in_best_order
 from prunus.model.linears import Linear
 from prunus.patterns import Pattern
 from prunus.statistics import InputStatistics
@@ -28,8 +30,13 @@ class LinearJob:
 
 
 def prune_linear(
-    job: LinearJob, linear: Linear, full_name: str, stored: torch.Tensor, statistics: InputStatistics
-) -> tuple[torch.Tensor, LinearRecord]:
+    job: LinearJob,
+    linear: Linear,
+    full_name: str,
+    stored: torch.Tensor,
+    statistics: InputStatistics,
+    channels: Channels | None = None,
+) -> tuple[torch.Tensor, LinearRecord, torch.Tensor | None]:
     """Prune one linear in place and return what is to be stored.
 
     Scores and updates start from the stored weight in float32, whatever dtype the computation uses; what
@@ -42,15 +49,20 @@ def prune_linear(
         full_name: for messages.
         stored: the weight as stored, in the checkpoint's dtype and orientation, on any device.
         statistics: of its inputs.
+        channels: which inputs may change places, or None.
 
     Returns:
-        The pruned weight in dtype and orientation of `stored`, on its device, and the record for the manifest.
+        The pruned weight in dtype and orientation of `stored`, on its device; the record for the manifest; and the
+        order of the inputs in which the weight keeps the pattern, int64 (in,), or None where that is theirs.
 
     Raises:
         ValueError: non-finite weights or activations; names the linear.
     """
     started = time.perf_counter()
     method, notes = job.method, {}
+    order: Callable[[], torch.Tensor] | None = None
+    if channels is not None and not job.pattern.removes_nothing(job.sparsity):
+        method, order = in_best_order(method, channels)
     statistics.check_finite(full_name)
     if statistics.tokens == 0 and method.needs != "none":
         # Without inputs every feature counts the same, which makes Wanda's score row-wise magnitude.
@@ -85,7 +97,7 @@ def prune_linear(
         notes=notes | pruned.notes,
     )
     result = new_OI.T if linear.transposed else new_OI
-    return result.to(stored.device).contiguous(), record
+    return result.to(stored.device).contiguous(), record, order() if order is not None else None
 
 
 def _oriented(stored: torch.Tensor, linear: Linear) -> torch.Tensor:

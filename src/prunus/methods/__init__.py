@@ -14,7 +14,7 @@ dsnot.py          refines a mask: the mean output of every row is right again
 swaps.py          refines a mask: pairwise swaps that lower the output error
 targets.py        what the weights are to give: the dense model's outputs, or a mixture
 composition.py    a method, a refinement and an update in one
-permutation.py    which channels share a group of N:M; not part of a run yet
+permutation.py    which channels share a group of N:M
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _check_ranges(options: Options) -> None:
         raise ValueError(f"the refinement is {options.refine!r}: choose none, dsnot or swaps")
     if options.targets not in ("pruned", "dense"):
         raise ValueError(f"the targets are {options.targets!r}: choose pruned or dense")
-    if options.mix is not None and not 0 <= options.mix <= 1:
+    if options.mix not in (None, "auto") and not 0 <= float(options.mix) <= 1:
         raise ValueError(f"the mix is {options.mix}: it is a share of the dense targets, from 0 to 1")
     if options.update not in ("none", "lsq"):
         raise ValueError(f"the update is {options.update!r}: choose none or lsq")

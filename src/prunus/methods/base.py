@@ -35,7 +35,8 @@ class Options:
         update: "lsq" fits the kept weights of whatever method to the mask at the end.
         targets: "dense" aims at the outputs of the dense model, see `targets.py`; "pruned" at those of the dense weight
             on the pruned model's inputs.
-        mix: share of the dense model's inputs in the targets, α in `targets.py`; None for the rule there.
+        mix: share of the dense model's inputs in the targets, α in `targets.py`; None or "auto" for the best on
+            tokens held out.
         as_original: update weights in the original code's order of operations, for its very masks; slower. See
             `obs_original.py`.
     """
@@ -50,7 +51,7 @@ class Options:
     refine_rounds: int | None = None
     update: Literal["none", "lsq"] = "none"
     targets: Literal["pruned", "dense"] = "pruned"
-    mix: float | None = None
+    mix: float | Literal["auto"] | None = None
     as_original: bool = False
 
 
@@ -86,6 +87,7 @@ class Method:
         summary: one line for the help.
         needs_means: True where `prune` also reads the means of the inputs.
         needs_drift: True where it reads how the inputs differ from the dense model's.
+        holds_out: True where it judges by the statistics of some tokens that it keeps apart.
         ridged: True where the Gram matrix gets a ridge by features per token before it is inverted, which keeps the
             rounding of the inputs small; False where a small fixed damping lets it grow.
         products: to how many matrix products (O, I) × (I, I) its time comes, for the estimate of a run's.
@@ -99,6 +101,7 @@ class Method:
     summary: str
     needs_means: bool = False
     needs_drift: bool = False
+    holds_out: bool = False
     ridged: bool = False
     products: int = 0
 

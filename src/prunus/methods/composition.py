@@ -15,7 +15,7 @@ from prunus.methods.base import Method, Options, Pruned, masked, unchanged
 from prunus.methods.dsnot import dsnot_keep
 from prunus.methods.lsq import fit
 from prunus.methods.swaps import swapped_keep
-from prunus.methods.targets import dense_target
+from prunus.methods.targets import MIX, dense_target, held_out_mix
 from prunus.patterns import Pattern
 from prunus.statistics import NEEDS, InputStatistics, Needs
 
@@ -68,8 +68,10 @@ def compose(method: Method, options: Options) -> Method:
         assert statistics is not None, "a refinement needs input statistics"
         if pattern.removes_nothing(sparsity):
             return unchanged(weight_OI)
+        mix = 0.0
         if aims:
-            weight_OI = dense_target(weight_OI, statistics, options.mix, options.damping)
+            mix = _mix(weight_OI, statistics, options)
+            weight_OI = dense_target(weight_OI, statistics, mix, options.damping)
         pruned = method.prune(weight_OI, statistics, pattern, sparsity, options)
         if refinement is not None:
             keep_OI, notes = refinement.refine(
@@ -80,6 +82,8 @@ def compose(method: Method, options: Options) -> Method:
             pruned = fit(weight_OI, pruned, statistics, options.damping)
         if aims and not statistics.has_drift:
             pruned.notes["targets"] = "pruned: other tokens reach this linear in the dense model"
+        elif aims and options.mix in (None, "auto"):
+            pruned.notes["mix"] = round(mix, 4)
         return pruned
 
     needs: list[Needs] = [
@@ -93,7 +97,16 @@ def compose(method: Method, options: Options) -> Method:
         needs=max(needs, key=NEEDS.index),
         needs_means=method.needs_means or (refinement is not None and refinement.needs_means),
         needs_drift=aims,
+        holds_out=aims and options.mix in (None, "auto"),
         ridged=method.ridged or method.needs != "gram",
         updates_weights=method.updates_weights or updates,
         products=method.products + (refinement.products if refinement else 0) + (25 if updates else 0) + aims,
     )
+
+
+def _mix(weight_OI: Tensor, statistics: InputStatistics, options: Options) -> float:
+    """α of the dense targets: as given, by tokens held out, or the constant where there are none of these."""
+    if isinstance(options.mix, float | int):
+        return options.mix
+    found = held_out_mix(weight_OI, statistics, options.damping)
+    return MIX if found is None else found

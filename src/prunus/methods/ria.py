@@ -2,7 +2,7 @@
 
 Score (|W_ij| / Σ_k |W_kj| + |W_ij| / Σ_k |W_ik|) · ‖X_j‖₂^a with a = 0.5, over the whole matrix (Zhang et al. 2024,
 arXiv 2402.17946, equations 3 and 5). Unlike Wanda's it spares rows and columns of small weights. Kept weights are not
-changed. For N:M the paper also permutes the input channels, see `permutation.py`.
+changed. For N:M the paper also permutes the input channels: `--permute`, see `permutation.py`.
 """
 
 from __future__ import annotations

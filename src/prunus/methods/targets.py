@@ -10,6 +10,9 @@ with the ridge λ and the scales D of `lsq.py`. For dense W the solution is W* =
 the error of any other W exceeds it by tr (W − W*)(X̂ᵀX̂ + λD²)(W − W*)ᵀ: what every method that works on a Gram matrix
 minimises, once it is handed W* in place of W₀.
 
+How much of it to ask for, `held_out_mix` says: the drift (X − X̂) of some windows is kept apart, W* is found from the
+others, and its error on those kept apart is a parabola in α.
+
 Shape suffixes: O outputs (rows), I inputs.
 """
 
@@ -18,12 +21,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods.lsq import scaled_gram
+from prunus.methods.lsq import ridge, scaled_gram
 from prunus.statistics import InputStatistics
 
-__all__ = ["MIX", "dense_target"]
+__all__ = ["MIX", "dense_target", "held_out_mix"]
 
-#: α where the user gives none; see docs/pruning-better.md for how it was found.
+#: α where none is given and no tokens are held out to find it.
 MIX = 0.25
 
 
@@ -41,17 +44,59 @@ def dense_target(
     if not statistics.has_drift:
         return weight_OI
     scaled = scaled_gram(statistics, damping)
-
-    def compute() -> Tensor:
-        drift_II = statistics.drift_II
-        assert drift_II is not None
-        # D⁻¹(X − X̂)ᵀX̂D⁻¹ · (A + λI)⁻¹, by way of its transpose; A + λI is symmetric.
-        lower_II, failed = torch.linalg.cholesky_ex(scaled.gram_II)
-        if int(failed) or not bool(drift_II.isfinite().all()):
-            raise ValueError("the inputs of the dense model cannot be matched: are they finite?")
-        scaled_II = (drift_II / scaled.scale_I[:, None]).div_(scaled.scale_I)
-        return torch.cholesky_solve(scaled_II.T, lower_II).T.contiguous()
-
-    shift_II = statistics.derived(("dense_target", scaled.damping), compute)
+    drift_II = statistics.drift_II
+    assert drift_II is not None
+    shift_II = statistics.derived(
+        ("dense_target", scaled.damping), lambda: _shift(scaled.gram_II, drift_II, scaled.scale_I)
+    )
     change_OI = (weight_OI * scaled.scale_I) @ shift_II
     return weight_OI + change_OI.div_(scaled.scale_I).mul_(MIX if mix is None else mix)
+
+
+def held_out_mix(weight_OI: Tensor, statistics: InputStatistics, damping: float | None) -> float | None:
+    """The α whose W*, found without the tokens held out, comes closest to the dense model's outputs on these.
+
+    With S = W₀(X − X̂)ᵀX̂ · (X̂ᵀX̂ + λD²)⁻¹ of the other tokens, the error ‖αX̂Sᵀ − (X − X̂)W₀ᵀ‖² on tokens held out
+    is least at α = tr (W₀(X − X̂)ᵀX̂Sᵀ) / tr (SX̂ᵀX̂Sᵀ), sums that the statistics hold. Taken into [0, 1].
+
+    Args:
+        weight_OI: float32, the trained weights.
+        statistics: with Gram and drift, and the shares of tokens held out.
+        damping: λ, or None for `lsq.ridge` of the tokens that are left.
+
+    Returns:
+        None where no tokens were held out, nothing else is left, or the dense inputs are not known.
+    """
+    held_gram_II, held_drift_II = statistics.held_gram_II, statistics.held_drift_II
+    gram_II, drift_II, tokens = statistics.gram_II, statistics.drift_II, statistics.held_tokens
+    if not statistics.has_drift or held_gram_II is None or held_drift_II is None:
+        return None
+    if not 0 < tokens < statistics.tokens:
+        return None
+    assert gram_II is not None and drift_II is not None
+    scale_I = gram_II.diagonal().sqrt()
+    scale_I = scale_I.masked_fill(scale_I == 0, 1)
+    left = ridge(statistics.in_features, statistics.tokens - tokens) if damping is None else damping
+    left = max(left, statistics.in_features * torch.finfo(torch.float32).eps)
+
+    def compute() -> Tensor:
+        share = 1 - tokens / statistics.tokens
+        rest_II = ((gram_II - held_gram_II) / scale_I[:, None]).div_(scale_I)
+        rest_II.diagonal().add_(left * share)
+        return _shift(rest_II, drift_II - held_drift_II, scale_I)
+
+    shift_II = statistics.derived(("held_out_shift", left), compute)
+    scaled_OI = weight_OI * scale_I
+    found_OI = (scaled_OI @ shift_II).div_(scale_I)
+    size = torch.linalg.vecdot(found_OI @ held_gram_II, found_OI).sum(dtype=torch.float64)
+    gain = torch.linalg.vecdot(weight_OI @ held_drift_II, found_OI).sum(dtype=torch.float64)
+    return min(1.0, max(0.0, float(gain / size))) if float(size) > 0 else 0.0
+
+
+def _shift(damped_II: Tensor, drift_II: Tensor, scale_I: Tensor) -> Tensor:
+    """D⁻¹(X − X̂)ᵀX̂D⁻¹ · (A + λI)⁻¹, by way of its transpose; A + λI is symmetric."""
+    lower_II, failed = torch.linalg.cholesky_ex(damped_II)
+    if int(failed) or not bool(drift_II.isfinite().all()):
+        raise ValueError("the inputs of the dense model cannot be matched: are they finite?")
+    scaled_II = (drift_II / scale_I[:, None]).div_(scale_I)
+    return torch.cholesky_solve(scaled_II.T, lower_II).T.contiguous()

@@ -10,6 +10,7 @@ from prunus.manifest import MANIFEST_NAME, Manifest
 from prunus.model.files import read_json
 from prunus.report.document import Document, Section
 from prunus.report.evaluation_sections import evaluation_section, speed_section
+from prunus.report.layers_section import is_layers, layers_section
 from prunus.report.run_sections import run_section
 from prunus.report.sweep_tables import sweep_section
 from prunus.results import RESULTS_NAME, SweepResults
@@ -23,7 +24,8 @@ def read_document(
     """A report on runs, sweeps and evaluations, in this order.
 
     Args:
-        paths: folders with `prunus.json` or `results.json`, files that `prunus eval --json` wrote.
+        paths: folders with `prunus.json` or `results.json`, files that `prunus eval --json` or `benchmarks/layers.py
+            --json` wrote.
         bench: file that `prunus bench --json` wrote.
         extra: further sections, such as histograms.
         title: of the document; the first section's where None.
@@ -53,7 +55,9 @@ def read_section(path: Path) -> Section:
         raise FileNotFoundError(
             f"{path} is not there; give the folder of a run or a sweep, or the file of prunus eval --json"
         )
-    return _explained(path, evaluation_section)
+    return _explained(
+        path, lambda content: layers_section(content) if is_layers(content) else evaluation_section(content)
+    )
 
 
 def _explained(path: Path, make: Callable[[Any], Section]) -> Section:

@@ -103,9 +103,21 @@ def plan_table(plan: dict[str, Any]) -> Table:
         "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
         "time": f"about {plan['seconds']:.0f} s at this machine's matrix product rate",
     }
+    if plan.get("free_orders") is not None:
+        rows["order of inputs"] = _free_orders(plan["free_orders"])
     for name, figure in rows.items():
         table.add_row(name, str(figure))
     return table
+
+
+def _free_orders(orders: dict[str, str]) -> str:
+    """Which kinds of linears may have their inputs reordered, and which keep them."""
+    kinds: dict[str, str] = {}
+    for name, follow in orders.items():
+        kinds.setdefault(name.rpartition(".")[2], follow)
+    free = [f"{kind} (with {follow})" for kind, follow in kinds.items() if follow]
+    kept = [kind for kind, follow in kinds.items() if not follow]
+    return f"free for {', '.join(free) or 'none'}; as it is for {', '.join(kept) or 'none'}"
 
 
 def _allocation(planned: dict[str, Any]) -> str:
