@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import prunus
+from prunus.calibration.files import read_text
 from prunus.evaluation import PAPER7, tasks
 from prunus.evaluation.mirror import fewshot_split
 from prunus.evaluation.tasks import load_tasks
@@ -102,6 +103,25 @@ def test_real_rows_with_upstream_fields_survive_the_reduced_form(name, data, tmp
     assert ours(name, tmp_path) == expected
     write_split(tmp_path, name, "test", rows)
     assert ours(name, tmp_path) == expected, "rows that have the upstream fields already stay as they are"
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("boolq", "boolq_validation.jsonl"),
+        ("rte", "rte_validation.jsonl"),
+        ("hellaswag", "hellaswag_validation.jsonl.gz"),
+        ("winogrande", "winogrande_xl_validation.jsonl"),
+    ],
+)
+def test_real_rows_in_upstream_form_give_the_prompts_of_lm_evals_own_task(
+    name, file, data, tmp_path, monkeypatch
+):
+    text = read_text(data / "zeroshot" / file)
+    rows = [json.loads(line) for line in text.split("\n") if line]
+    rows = rows[:40] + rows[40 :: len(rows) // 40]
+    write_split(tmp_path, name, "validation", rows)
+    assert ours(name, tmp_path) == theirs(name, {"validation": rows, "train": rows[:1]}, monkeypatch)
 
 
 @pytest.mark.parametrize("name", TASKS)

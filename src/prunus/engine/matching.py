@@ -150,7 +150,7 @@ def _train(
             loss.backward()
             for name, parameter in parameters.items():
                 if parameter.grad is not None:  # an expert that no token of this batch reached has none
-                    parameter.grad.masked_fill_(~supports[name], 0)
+                    parameter.grad.mul_(supports[name])
             optimizer.step()
             optimizer.zero_grad()
             steps += 1
