@@ -242,6 +242,13 @@ def test_paper7_stands_for_the_papers_tasks(mirror):
     assert [task.name for task in loaded] == ["rte", *(task for task in PAPER7 if task != "rte")]
 
 
+def test_empty_names_are_passed_over(model, mirror):
+    options = {"tokenizer": byte_tokenizer(), "data_dir": mirror, "limit": 1}
+    assert [score.task for score in prunus.evaluate(model, " rte, ", **options).scores] == ["rte"]
+    with pytest.raises(ValueError, match="no tasks are named"):
+        prunus.evaluate(model, ",", **options)
+
+
 def test_a_task_with_a_fixed_number_of_examples_keeps_it():
     class Config:
         task, num_fewshot = "fixed", 0
