@@ -266,7 +266,7 @@ def test_time_left_is_told_from_the_time_of_blocks_alone():
         (["plan", "{dense}", "{dense}", "--method", "magnitude"], "overlap"),
         (["plan", "{dense}", "--method", "magnitude", "--only", "*.none"], "--only '*.none' matches none"),
         (["eval", "{tmp}/none"], "neither a folder nor a hub id"),
-        (["eval", "{dense}", "--perplexity", ""], "unknown text ''"),
+        (["eval", "{dense}", "--perplexity", ""], "no texts are named"),
         (["eval", "{dense}", "--perplexity", "wikitext3"], "unknown text 'wikitext3'"),
         (["eval", "{dense}", "--perplexity", "python-docs", "--seqlen", "1"], "seqlen must be at least 2"),
         (["eval", "{dense}", "--perplexity", "python-docs", "--seqlen", "65"], "model's 64 positions"),

@@ -6,10 +6,12 @@ import io
 import json
 
 import pytest
+import torch
 from rich.console import Console
 from transformers.utils import logging
 
 from command_line import call
+from prunus.model.loading import load_model
 from prunus.recovery import Step
 from prunus.recovery.record import RECORD_NAME
 from prunus.report.recovery_tables import show_recovery
@@ -66,6 +68,26 @@ def test_lora_and_block_have_their_own_tables(pruned, text, tmp_path):
     )
     assert "model.layers.1" in result.stdout
     assert "mean" in result.stdout
+
+
+def test_a_recovery_that_won_nothing_says_so(pruned, text, tmp_path):
+    out = tmp_path / "out"
+    absurd = [
+        "--tokens",
+        "320",
+        "--seqlen",
+        "16",
+        "--held-out",
+        "2",
+        "--learning-rate",
+        "100",
+        "--patience",
+        "1",
+    ]
+    result = call("recover", pruned, out, "--mode", "masked", "--text", text, *absurd)
+    assert "nothing was better than the start" in " ".join(result.stdout.split())
+    weights = load_model(pruned).state_dict()
+    assert all(torch.equal(weights[name], x) for name, x in load_model(out).state_dict().items())
 
 
 @pytest.mark.parametrize(

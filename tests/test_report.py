@@ -25,8 +25,9 @@ from prunus.histograms import linear_histograms
 from prunus.manifest import Manifest
 from prunus.plan import RunOptions
 from prunus.recipe import Recipe
-from prunus.report.document import Document, Measured, Section, Table, text_of
+from prunus.report.document import Document, Histogram, Measured, Section, Table, text_of
 from prunus.report.figures import figure_json
+from prunus.report.histogram_section import histogram_section
 from prunus.report.page import document_json, to_html
 from prunus.report.plain import to_markdown, to_terminal
 from prunus.report.sources import read_document
@@ -294,6 +295,11 @@ def test_magnitude_needs_no_text_and_other_methods_say_whose_score_is_shown(run,
         found = linear_histograms(tmp_path / method, "model.layers.0.mlp.up_proj", options=RunOptions())
         assert found.score.startswith(score)
         assert ("chooses by a score of its own" in " ".join(found.notes)) == (method == "sparsegpt")
+        [chart] = [x for x in histogram_section(found).parts if isinstance(x, Histogram) and x.log_x]
+        assert chart.x_title == score, "an axis has room for no more"
+        assert chart.note == (
+            f"Scores: inputs of 2 windows of {options['calibration']}." if "X" in score else ""
+        )
 
 
 # --- the page as a file ---

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import prunus
+from prunus.calibration.files import read_text
 from prunus.evaluation import PAPER7, tasks
 from prunus.evaluation.mirror import fewshot_split
 from prunus.evaluation.tasks import load_tasks
@@ -102,6 +103,25 @@ def test_real_rows_with_upstream_fields_survive_the_reduced_form(name, data, tmp
     assert ours(name, tmp_path) == expected
     write_split(tmp_path, name, "test", rows)
     assert ours(name, tmp_path) == expected, "rows that have the upstream fields already stay as they are"
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("boolq", "boolq_validation.jsonl"),
+        ("rte", "rte_validation.jsonl"),
+        ("hellaswag", "hellaswag_validation.jsonl.gz"),
+        ("winogrande", "winogrande_xl_validation.jsonl"),
+    ],
+)
+def test_real_rows_in_upstream_form_give_the_prompts_of_lm_evals_own_task(
+    name, file, data, tmp_path, monkeypatch
+):
+    text = read_text(data / "zeroshot" / file)
+    rows = [json.loads(line) for line in text.split("\n") if line]
+    rows = rows[:40] + rows[40 :: len(rows) // 40]
+    write_split(tmp_path, name, "validation", rows)
+    assert ours(name, tmp_path) == theirs(name, {"validation": rows, "train": rows[:1]}, monkeypatch)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -220,6 +240,13 @@ def test_unknown_tasks_are_refused_with_the_nearest_names(mirror):
 def test_paper7_stands_for_the_papers_tasks(mirror):
     loaded = load_tasks(["rte", "paper7"], mirror=mirror, limit=1)
     assert [task.name for task in loaded] == ["rte", *(task for task in PAPER7 if task != "rte")]
+
+
+def test_empty_names_are_passed_over(model, mirror):
+    options = {"tokenizer": byte_tokenizer(), "data_dir": mirror, "limit": 1}
+    assert [score.task for score in prunus.evaluate(model, " rte, ", **options).scores] == ["rte"]
+    with pytest.raises(ValueError, match="no tasks are named"):
+        prunus.evaluate(model, ",", **options)
 
 
 def test_a_task_with_a_fixed_number_of_examples_keeps_it():

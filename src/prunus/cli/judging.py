@@ -98,7 +98,9 @@ def evaluate(
         at_once = _batch(batch)
         models = list(dict.fromkeys(models))
         wanted = "wikitext2" if perplexity is None and tasks is None else perplexity
-        texts = [] if wanted is None else [text.strip() for text in wanted.split(",")]
+        texts = [] if wanted is None else [text.strip() for text in wanted.split(",") if text.strip()]
+        if wanted is not None and not texts:
+            raise ValueError("no texts are named; give some, such as wikitext2")
         for text in texts:
             check_text(text, data_dir)
         for model in models:

@@ -175,7 +175,8 @@ def prepare(
             "a loaded model is judged as it is: leave dtype and device at 'auto', or convert it before"
         )
     place = choose_device(device, loaded)
-    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
+    names = tasks.split(",") if isinstance(tasks, str) else tasks
+    names = [name.strip() for name in names if name.strip()]
     candidates = tuple(find_candidate(model, tokenizer, trust_remote_code) for model in models)
     return Judging(
         candidates=candidates,

@@ -254,7 +254,7 @@ def _enter(record: RecoveryRecord, state: TrainingState, trainable: Trainable, p
     record.evaluations, record.best = state.evaluations, state.best
     record.stopped, record.diverged = state.stopped, state.diverged
     trained = sum(p.numel() for p in trainable.parameters.values())
-    trained -= sum(int(pruned.sum()) for pruned in trainable.pruned.values())
+    trained -= sum(x.numel() - int(torch.count_nonzero(x)) for x in trainable.supports.values())
     record.totals = {
         "parameters": parameters,
         "trained_parameters": trained,

@@ -48,7 +48,7 @@ class MaskedLowRank(nn.Module):
         """The weight with the update, in its dtype; the product is taken in float32."""
         with torch.autocast(weight.device.type, enabled=False):
             product = (self.lora_B * self.scale) @ self.lora_A
-        return weight + product.masked_fill(~self.support, 0).to(weight.dtype)
+        return weight + (product * self.support).to(weight.dtype)
 
 
 def sparse_lora(model: Any, linears: Mapping[str, Linear], rank: int, alpha: float, seed: int) -> Trainable:

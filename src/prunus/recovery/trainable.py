@@ -21,13 +21,13 @@ class Trainable:
     Attributes:
         model: a causal LM; all else in it stays as it is.
         parameters: what is trained, float32, by names that tell them apart in a checkpoint.
-        pruned: name of a parameter -> bool of its shape, True where it is zero and stays so.
+        supports: name of a parameter -> bool of its shape, False where it is zero and stays so.
         added: how many parameters the model has that its checkpoint had not, and that stay.
     """
 
     model: Any
     parameters: dict[str, nn.Parameter]
-    pruned: dict[str, torch.Tensor] = field(default_factory=dict)
+    supports: dict[str, torch.Tensor] = field(default_factory=dict)
     added: int = 0
 
 
@@ -39,5 +39,5 @@ def masked(model: Any, linears: dict[str, Linear]) -> Trainable:
     gradient is clipped by is the gradient of what is trained.
     """
     model.requires_grad_(True)
-    pruned = {f"{name}.weight": ~support_of(linear.parameter) for name, linear in linears.items()}
-    return Trainable(model, dict(model.named_parameters()), pruned)
+    supports = {f"{name}.weight": support_of(linear.parameter) for name, linear in linears.items()}
+    return Trainable(model, dict(model.named_parameters()), supports)

@@ -30,10 +30,11 @@ def histogram_section(found: LinearHistograms) -> Section:
         parts.append(_counts_table("Weights, counts", edges, [("after pruning", found.after)]))
     if found.score:
         series = (("kept", found.score_kept), ("removed", found.score_removed))
+        # Where the inputs are from can be long, and a phone's axis is not.
+        name, _, source = found.score.partition(", ")
+        note = f"Scores: {source}." if source else ""
         parts.append(
-            Histogram(
-                "Scores of kept and removed weights", found.score, found.score_edges, series, log_x=True
-            )
+            Histogram("Scores of kept and removed weights", name, found.score_edges, series, note, log_x=True)
         )
         powers = tuple(10**edge for edge in found.score_edges)
         parts.append(_counts_table("Scores, counts", powers, list(series)))

@@ -39,6 +39,10 @@ def recovery_table(record: RecoveryRecord) -> Table:
     lines.append(f"{totals['seconds']:.0f} s; peak memory {totals['peak_memory_bytes'] / 1e9:.2f} GB")
     if record.stopped is not None:
         lines.append(f"stopped early: {record.stopped}")
+    if record.best == 0:
+        lines.append(
+            "nothing was better than the start, so the result is the start; try a smaller --learning-rate"
+        )
     table.caption, table.caption_justify = "\n".join(lines), "left"
     return table
 
