@@ -78,7 +78,7 @@ class Recipe(BaseModel):
     )
     mix: float | Literal["auto"] | None = Field(
         None,
-        description="share of the dense model in the targets; auto or None: by windows held out, per linear",
+        description="share of the dense model in the targets; auto: by windows held out, per linear",
     )
     match_blocks: bool = Field(False, description="train each pruned block towards the dense block's outputs")
     match_passes: int | None = Field(

@@ -65,7 +65,7 @@ OPTIONS: dict[str, Any] = {
         str | None,
         typer.Option(
             help="Of the computation: auto, float32, bfloat16, float16; the checkpoint keeps its own.",
-            show_default="auto",
+            show_default="0.25",
         ),
     ],
     "propagate": Annotated[
@@ -139,7 +139,7 @@ OPTIONS: dict[str, Any] = {
         typer.Option(
             help="Share of the dense model in --targets dense, 0 to 1, or auto: per linear what does best on calibration "
             "windows held out.",
-            show_default="auto",
+            show_default="0.25",
         ),
     ],
     "match_blocks": Annotated[

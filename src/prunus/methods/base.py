@@ -35,8 +35,8 @@ class Options:
         update: "lsq" fits the kept weights of whatever method to the mask at the end.
         targets: "dense" aims at the outputs of the dense model, see `targets.py`; "pruned" at those of the dense weight
             on the pruned model's inputs.
-        mix: share of the dense model's inputs in the targets, α in `targets.py`; None or "auto" for the best on
-            tokens held out.
+        mix: share of the dense model's inputs in the targets, α in `targets.py`; None for the constant there, "auto"
+            for the best on tokens held out.
         as_original: update weights in the original code's order of operations, for its very masks; slower. See
             `obs_original.py`.
     """

@@ -82,7 +82,7 @@ def compose(method: Method, options: Options) -> Method:
             pruned = fit(weight_OI, pruned, statistics, options.damping)
         if aims and not statistics.has_drift:
             pruned.notes["targets"] = "pruned: other tokens reach this linear in the dense model"
-        elif aims and options.mix in (None, "auto"):
+        elif aims and options.mix == "auto":
             pruned.notes["mix"] = round(mix, 4)
         return pruned
 
@@ -97,7 +97,7 @@ def compose(method: Method, options: Options) -> Method:
         needs=max(needs, key=NEEDS.index),
         needs_means=method.needs_means or (refinement is not None and refinement.needs_means),
         needs_drift=aims,
-        holds_out=aims and options.mix in (None, "auto"),
+        holds_out=aims and options.mix == "auto",
         ridged=method.ridged or method.needs != "gram",
         updates_weights=method.updates_weights or updates,
         products=method.products + (refinement.products if refinement else 0) + (25 if updates else 0) + aims,
@@ -105,8 +105,8 @@ def compose(method: Method, options: Options) -> Method:
 
 
 def _mix(weight_OI: Tensor, statistics: InputStatistics, options: Options) -> float:
-    """α of the dense targets: as given, by tokens held out, or the constant where there are none of these."""
-    if isinstance(options.mix, float | int):
-        return options.mix
+    """α of the dense targets: the constant, as given, or by tokens held out where there are any."""
+    if options.mix != "auto":
+        return MIX if options.mix is None else options.mix
     found = held_out_mix(weight_OI, statistics, options.damping)
     return MIX if found is None else found

@@ -26,7 +26,7 @@ from prunus.statistics import InputStatistics
 
 __all__ = ["MIX", "dense_target", "held_out_mix"]
 
-#: α where none is given and no tokens are held out to find it.
+#: α where none is given, or no tokens are held out to find it; see docs/pruning-better.md.
 MIX = 0.25
 
 
