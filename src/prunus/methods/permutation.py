@@ -62,7 +62,7 @@ def best_order(score_OI: Tensor, pattern: Pattern, channels: Channels) -> Tensor
     score_GOW = score_OI.view(rows, channels.groups, channels.repeats, channels.width).permute(1, 0, 2, 3)
     orders = []
     for score_OW in score_GOW.reshape(channels.groups, -1, channels.width):
-        order_W = assign(score_OW, pattern, deal(score_OW, pattern))
+        order_W = assign(score_OW, pattern, deal(score_OW, pattern)).cpu()
         as_it_was_W = torch.arange(channels.width)
         better = kept_score(score_OW, pattern, order_W) > kept_score(score_OW, pattern, as_it_was_W)
         orders.append(order_W if better else as_it_was_W)
