@@ -26,7 +26,7 @@ from prunus.model.files import (
 from prunus.model.source import CheckpointSource, tensors_digest
 from prunus.ranks import ALONE, Ranks
 
-__all__ = ["OutputFolder", "check_output"]
+__all__ = ["OutputFolder", "bytes_in", "check_output", "check_resume"]
 
 OUTER_SHARD = "outer.safetensors"
 
@@ -51,6 +51,26 @@ def check_output(output: Path, source: Path, overwrite: bool) -> Manifest | None
             f"output {output} exists and does not come from prunus; it is left as it is. Choose another folder"
         )
     return None if overwrite else Manifest.load(output)
+
+
+def check_resume(output: Path, earlier: Manifest | None, resume: bool | None) -> None:
+    """See that an unfinished run is there where one is insisted on, and none where one is refused.
+
+    Raises:
+        FileNotFoundError, FileExistsError: what to do instead.
+    """
+    unfinished = earlier is not None and earlier.state == "running"
+    if resume is True and not unfinished:
+        raise FileNotFoundError(
+            f"there is no unfinished run in {output} to resume; leave --resume out to start one"
+        )
+    if resume is False and unfinished:
+        raise FileExistsError(f"{output} holds an unfinished run; --overwrite starts again, --resume goes on")
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of the files in a folder, 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0
 
 
 class OutputFolder:

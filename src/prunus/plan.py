@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.calibration import check_source
+from prunus.calibration import check_context, check_source
 from prunus.costs import block_cost, estimate_seconds
 from prunus.engine.folding import find_folds
 from prunus.engine.linear import LinearJob
@@ -246,7 +246,7 @@ def prepare(
     # Structure and names are checked on a skeleton in the stored dtype, before a trial may cost time.
     skeleton = Skeleton(source.config, source.stored_dtype, options.trust_remote_code)
     source.bind(skeleton)
-    _check_context(source.config, recipe.seqlen, method.needs)
+    check_context(source.config, recipe.seqlen, method.needs)
     if recipe.head:
         head = skeleton.head()
         check_shape(pattern, head.shape, head.name)
@@ -304,20 +304,6 @@ def _needs_inputs(recipe: Recipe, method: Method) -> bool:
 def _free_on(device: torch.device) -> int:
     """Bytes of a CUDA device that a run may take; a tenth is left to the allocator's rounding."""
     return int(torch.cuda.mem_get_info(device)[0] * 0.9)
-
-
-def _check_context(config: Any, seqlen: int, needs: str) -> None:
-    """See that a window is no longer than what the model has positions for.
-
-    Raises:
-        ValueError: names both lengths.
-    """
-    positions = getattr(config, "max_position_embeddings", None)
-    if needs != "none" and isinstance(positions, int) and seqlen > positions:
-        raise ValueError(
-            f"windows of {seqlen} tokens do not fit: the model has {positions} positions. "
-            f"Use --seqlen {positions} or less"
-        )
 
 
 def _select(

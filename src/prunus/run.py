@@ -29,7 +29,7 @@ from prunus.manifest import Inputs, Manifest
 from prunus.model.destination import check_disk, check_whole
 from prunus.model.lock import locked
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.output import OutputFolder, check_output
+from prunus.output import OutputFolder, bytes_in, check_output, check_resume
 from prunus.plan import Job, RunOptions, prepare
 from prunus.ranks import ALONE, joined
 from prunus.recipe import Recipe, load_recipe, parse_bytes
@@ -150,7 +150,7 @@ def check(
         if output is None:
             return None
         earlier = check_output(output, Path(str(model)), overwrite)
-        _check_resume(output, earlier, resume)
+        check_resume(output, earlier, resume)
         if earlier is not None:
             earlier.check_same_run(recipe)
         return None if earlier is None else earlier.model_dump(mode="json")
@@ -167,7 +167,7 @@ def check(
         if output is not None:
             assert isinstance(job.source, CheckpointSource)
             check_output(output, job.source.checkpoint.folder, overwrite)
-            check_disk(output, job.disk - _bytes_in(output))
+            check_disk(output, job.disk - bytes_in(output))
 
     ranks.from_first(look_again)
     return job, earlier
@@ -326,17 +326,3 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _check_resume(output: Path, earlier: Manifest | None, resume: bool | None) -> None:
-    unfinished = earlier is not None and earlier.state == "running"
-    if resume is True and not unfinished:
-        raise FileNotFoundError(
-            f"there is no unfinished run in {output} to resume; leave --resume out to start one"
-        )
-    if resume is False and unfinished:
-        raise FileExistsError(f"{output} holds an unfinished run; --overwrite starts again, --resume goes on")
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0

@@ -74,8 +74,7 @@ def recover(
         resume: True insists on an unfinished recovery in `output`, False refuses one; by default it is resumed if
             it matches.
         memory: budget of mode block, such as "8GB" or bytes; default what is free. The other modes need the whole model.
-        ranks: processes that share the windows of every step; None for those that torchrun started, if it did. All of
-            them need `output`.
+        ranks: processes that share each step's windows, all with `output`; None for those that torchrun started.
         rank_timeout: seconds after which one of them that gives no sign of life counts as lost; default 600.
         progress: called after every step, evaluation and block.
         **options: further fields of `RecoveryOptions`: text, tokens, minutes, seqlen, batch, learning_rate, warmup,
