@@ -1,6 +1,6 @@
 """Wanda on a checkpoint with the shapes of LLaMA-7B: peak memory, and whether a block's time grows with depth.
 
-    python benchmarks/llama_shapes.py FOLDER [--blocks 32] [--samples 4] [--seqlen 512] [--json FILE]
+    python benchmarks/llama_shapes.py FOLDER [--blocks 32] [--hidden 4096] [--samples 4] [--seqlen 512] [--json FILE]
 
 Writes random bfloat16 weights (13.5 GB for 32 blocks, plus as much for the result) and prunes them in a process of
 its own. The weights mean nothing; shapes, bytes and arithmetic are those of the real model.
@@ -19,13 +19,22 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 11008, 32000
+VOCABULARY = 32000
 
 
-def write_checkpoint(folder: Path, blocks: int) -> None:
-    """One shard per block, as large checkpoints come."""
+def write_checkpoint(folder: Path, blocks: int, hidden: int) -> None:
+    """One shard per block, as large checkpoints come; narrower ones keep LLaMA-7B's proportions."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = LlamaConfig(num_hidden_layers=blocks, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    intermediate = hidden * 11008 // 4096
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=hidden // 128,
+        num_hidden_layers=blocks,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
 
@@ -41,18 +50,18 @@ def write_checkpoint(folder: Path, blocks: int) -> None:
     save(
         "outer.safetensors",
         {
-            "model.embed_tokens.weight": random(VOCABULARY, HIDDEN),
-            "lm_head.weight": random(VOCABULARY, HIDDEN),
-            "model.norm.weight": torch.ones(HIDDEN).bfloat16(),
+            "model.embed_tokens.weight": random(VOCABULARY, hidden),
+            "lm_head.weight": random(VOCABULARY, hidden),
+            "model.norm.weight": torch.ones(hidden).bfloat16(),
         },
     )
     for index in range(blocks):
         prefix = f"model.layers.{index}"
-        tensors = {f"{prefix}.self_attn.{n}_proj.weight": random(HIDDEN, HIDDEN) for n in "qkvo"}
-        tensors |= {f"{prefix}.mlp.{n}_proj.weight": random(INTERMEDIATE, HIDDEN) for n in ("gate", "up")}
-        tensors[f"{prefix}.mlp.down_proj.weight"] = random(HIDDEN, INTERMEDIATE)
+        tensors = {f"{prefix}.self_attn.{n}_proj.weight": random(hidden, hidden) for n in "qkvo"}
+        tensors |= {f"{prefix}.mlp.{n}_proj.weight": random(intermediate, hidden) for n in ("gate", "up")}
+        tensors[f"{prefix}.mlp.down_proj.weight"] = random(hidden, intermediate)
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}.{norm}.weight"] = torch.ones(HIDDEN).bfloat16()
+            tensors[f"{prefix}.{norm}.weight"] = torch.ones(hidden).bfloat16()
         save(f"block-{index:05d}.safetensors", tensors)
     index_file = folder / "model.safetensors.index.json"
     index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -64,6 +73,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--blocks", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--method", default="wanda")
@@ -71,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     dense, out = options.folder / "dense", options.folder / "pruned"
     if not (dense / "model.safetensors.index.json").exists():
-        write_checkpoint(dense, options.blocks)
+        write_checkpoint(dense, options.blocks, options.hidden)
     ids = torch.randint(0, VOCABULARY, (options.samples, options.seqlen), dtype=torch.int32)
     save_file({"input_ids": ids}, options.folder / "ids.safetensors")
     shutil.rmtree(out, ignore_errors=True)
@@ -89,6 +99,7 @@ def main() -> None:
         "seconds": manifest["totals"]["seconds"],
         "seconds_per_block_first_third": sum(sorted(seconds[:third])[third // 2 :][:1]),
         "seconds_per_block_last_third": sum(sorted(seconds[-third:])[third // 2 :][:1]),
+        "block_seconds": sum(seconds),
         "dtype": manifest["inputs"]["dtype"],
         "walks": sorted({block["walk"] for block in manifest["blocks"]}),
     }

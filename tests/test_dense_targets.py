@@ -129,18 +129,6 @@ def test_aiming_at_the_dense_model_lowers_the_error_against_its_outputs(method):
     assert error(targets="dense", mix=1.0) < error(targets="dense", mix=0.4) < error()
 
 
-def test_statistics_with_drift_merge():
-    whole, X_TI, dense_TI = drifted()
-    left, right = (InputStatistics(12, "gram", drift=True) for _ in range(2))
-    left.add(X_TI[:16], dense_TI[:16])
-    right.add(X_TI[16:], dense_TI[16:])
-    left.merge(right)
-    assert left.has_drift
-    assert torch.allclose(left.drift_II, whole.drift_II, atol=1e-4)
-    with pytest.raises(ValueError, match="drift"):
-        left.merge(InputStatistics(12, "gram"))
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "opt"])
 @pytest.mark.parametrize("options", [ALPS, BOTH], ids=["targets", "both"])
 def test_families_in_memory_replayed_and_spilled_give_the_same_bytes(family, options, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunus import statistics
+from prunus.ranks import ALONE
 from prunus.statistics import InputStatistics, statistics_bytes
 
 
@@ -56,26 +57,18 @@ def test_half_precision_does_not_overflow(dtype):
 
 
 @pytest.mark.parametrize("needs", ["none", "norms", "gram"])
-def test_merging_equals_adding(needs):
-    X_TI, Y_TI = torch.randn(10, 5), torch.randn(20, 5)
-    both, one, two = (InputStatistics(5, needs) for _ in range(3))
-    both.add(X_TI)
-    both.add(Y_TI)
-    one.add(X_TI)
-    two.add(Y_TI)
-    one.merge(two)
-    assert one.tokens == both.tokens == 30
-    assert torch.equal(one.sum_squares_I, both.sum_squares_I)
-    assert (one.gram_II is None) == (needs != "gram")
+def test_shared_statistics_of_one_rank_are_plain_ones(needs):
+    plain, shared = InputStatistics(5, needs, means=True), InputStatistics(5, needs, means=True, shared=True)
+    for x_TI in torch.randn(3, 10, 5):
+        plain.add(x_TI)
+        shared.add(x_TI)
+    shared.complete(ALONE)
+    assert shared.tokens == plain.tokens == 30
+    assert torch.equal(shared.sum_squares_I, plain.sum_squares_I)
+    assert torch.equal(shared.mean_I, plain.mean_I)
+    assert (shared.gram_II is None) == (needs != "gram")
     if needs == "gram":
-        torch.testing.assert_close(one.gram_II, both.gram_II)
-
-
-def test_only_like_can_be_merged():
-    with pytest.raises(ValueError, match="cannot merge statistics norms of 5 inputs into gram of 5"):
-        InputStatistics(5, "gram").merge(InputStatistics(5, "norms"))
-    with pytest.raises(ValueError, match="cannot merge"):
-        InputStatistics(5, "gram").merge(InputStatistics(6, "gram"))
+        assert torch.equal(shared.gram_II, plain.gram_II)
 
 
 def test_counting_alone_keeps_no_sums():

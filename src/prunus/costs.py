@@ -32,6 +32,10 @@ class Workload(Protocol):
     targets: list[list[str]]
 
     @property
+    def windows(self) -> int:
+        """Calibration windows of this process."""
+
+    @property
     def needs_inputs(self) -> bool:
         """Whether calibration windows go through the model at all."""
 
@@ -49,7 +53,7 @@ class Workload(Protocol):
 
 def estimate_seconds(work: Workload) -> float:
     """Matrix products of all forward passes at the rate measured now, plus 40 % for the rest."""
-    tokens = work.recipe.samples * work.recipe.seqlen
+    tokens = work.windows * work.recipe.seqlen
     flops = 0.0
     for index in range(len(work.skeleton)):
         weights = sum(rows * columns for rows, columns in (x.shape for x in work.skeleton.linears(index)))
@@ -79,7 +83,7 @@ def block_cost(work: Workload, index: int) -> BlockCost:
     """Bytes for one block; see `BlockCost`. The widths are those of the block's linears."""
     linears = work.skeleton.linears(index)
     size = work.dtype.itemsize
-    tokens = work.recipe.samples * work.recipe.seqlen
+    tokens = work.windows * work.recipe.seqlen
     hidden = _hidden_size(work.skeleton.model)
     widest = max(max(linear.shape) for linear in linears)
     largest = max(rows * columns for rows, columns in (linear.shape for linear in linears))

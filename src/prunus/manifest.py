@@ -77,8 +77,9 @@ class MatchRecord(BaseModel):
 
 
 class BlockRecord(BaseModel):
-    """One finished block: the hash of the weights it was made from, and its linears.
+    """One finished block: the hash of the weights it was made from, its linears, how many processes made it.
 
+    Gram matrices are summed rank by rank, so that of methods that need one the last bits depend on `ranks`.
     Errors of the linears are those before block matching, zeros and sparsity those of the result.
     """
 
@@ -88,6 +89,7 @@ class BlockRecord(BaseModel):
     input_sha256: str
     walk: Walk
     seconds: float = 0.0
+    ranks: int = 1
     linears: dict[str, LinearRecord]
     match: MatchRecord | None = None
 

@@ -24,8 +24,9 @@ from prunus.model.files import (
     write_text,
 )
 from prunus.model.source import CheckpointSource, tensors_digest
+from prunus.ranks import ALONE, Ranks
 
-__all__ = ["OutputFolder", "check_output"]
+__all__ = ["OutputFolder", "bytes_in", "check_output", "check_resume"]
 
 OUTER_SHARD = "outer.safetensors"
 
@@ -52,16 +53,47 @@ def check_output(output: Path, source: Path, overwrite: bool) -> Manifest | None
     return None if overwrite else Manifest.load(output)
 
 
-class OutputFolder:
-    """Writes one run's result. Every method leaves the folder in a state from which the run can go on."""
+def check_resume(output: Path, earlier: Manifest | None, resume: bool | None) -> None:
+    """See that an unfinished run is there where one is insisted on, and none where one is refused.
 
-    def __init__(self, folder: Path, source: CheckpointSource, manifest: Manifest) -> None:
+    Raises:
+        FileNotFoundError, FileExistsError: what to do instead.
+    """
+    unfinished = earlier is not None and earlier.state == "running"
+    if resume is True and not unfinished:
+        raise FileNotFoundError(
+            f"there is no unfinished run in {output} to resume; leave --resume out to start one"
+        )
+    if resume is False and unfinished:
+        raise FileExistsError(f"{output} holds an unfinished run; --overwrite starts again, --resume goes on")
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of the files in a folder, 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0
+
+
+class OutputFolder:
+    """Writes one run's result. Every method leaves the folder in a state from which the run can go on.
+
+    Of several ranks only the first touches the folder; the others call the same methods and learn what they need from it.
+    """
+
+    def __init__(
+        self, folder: Path, source: CheckpointSource, manifest: Manifest, ranks: Ranks = ALONE
+    ) -> None:
         self.folder = folder
+        self._ranks = ranks
         self.manifest = manifest
         self._source = source
 
     def begin(self, overwrite: bool) -> None:
         """Create the folder, or clean up what a killed run left half-written."""
+        kept = self._ranks.from_first(lambda: self._begin(overwrite))
+        del self.manifest.blocks[kept:]
+
+    def _begin(self, overwrite: bool) -> int:
+        """As `begin`; returns how many blocks the run can go on from."""
         make_folder(self.folder)
         # First the claim to the folder, then the index: what is left of an overwritten result is no model any more.
         self.manifest.save(self.folder)
@@ -81,6 +113,7 @@ class OutputFolder:
         # What surrounds the blocks was looked at just now and is needed next: read from disk once, if it is copied here.
         if not self.manifest.recipe.head and not (self.folder / OUTER_SHARD).exists():
             self._write_outer({})
+        return len(self.manifest.blocks)
 
     def commit_block(
         self,
@@ -97,6 +130,9 @@ class OutputFolder:
             changed: the pruned ones, by the same names, in their stored dtype and orientation.
             record: what the manifest is to say.
         """
+        if self._ranks.rank > 0:
+            self.manifest.blocks.append(record)
+            return
         keys = self._source.block_keys(index)
         tensors = {key: changed.get(name, stored[name]) for name, key in keys.items()}
         self._source.checkpoint.check_unchanged()
@@ -104,12 +140,15 @@ class OutputFolder:
         self.manifest.blocks.append(record)
         self.manifest.save(self.folder)
 
-    def read_block(self, index: int) -> dict[str, torch.Tensor]:
+    def read_block(self, index: int) -> Mapping[str, torch.Tensor]:
         """A finished block's tensors by names relative to the block.
 
         Raises:
             FileExistsError: it was made from other weights than the source has now.
         """
+        return self._ranks.tensors_from_first(lambda: self._read_block(index))
+
+    def _read_block(self, index: int) -> dict[str, torch.Tensor]:
         record = self.manifest.blocks[index]
         if tensors_digest(self._source.block(index)) != record.input_sha256:
             raise FileExistsError(
@@ -125,6 +164,9 @@ class OutputFolder:
 
         `changed` holds pruned tensors outside the blocks by the model's names: the head, if it was asked for.
         """
+        self._ranks.from_first(lambda: self._finish(trust_remote_code, changed))
+
+    def _finish(self, trust_remote_code: bool, changed: Mapping[str, torch.Tensor]) -> None:
         checkpoint = self._source.checkpoint
         outer = self._source.outer_keys()
         if changed or not (self.folder / OUTER_SHARD).exists():

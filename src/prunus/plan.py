@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.calibration import check_source
+from prunus.calibration import check_context, check_source
 from prunus.costs import block_cost, estimate_seconds
 from prunus.engine.folding import find_folds
 from prunus.engine.linear import LinearJob
@@ -30,6 +30,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.patterns import Pattern, check_shape
 from prunus.products import native_bfloat16
+from prunus.ranks import ALONE, Ranks
 from prunus.recipe import MEASURED_ALLOCATIONS, Recipe
 
 __all__ = ["Job", "RunOptions", "prepare"]
@@ -49,6 +50,8 @@ class RunOptions:
         tokenizer: of the model; loaded from its folder where it is None.
         input_ids: (samples, seqlen) token ids instead of a calibration source.
         trust_remote_code: let transformers run code that comes with the checkpoint.
+        ranks: processes that work on the run together; None for those that torchrun started, if it did.
+        rank_timeout: seconds after which one of them that gives no sign of life counts as lost; None for the default.
     """
 
     device: str = "auto"
@@ -57,6 +60,8 @@ class RunOptions:
     tokenizer: Any = None
     input_ids: torch.Tensor | None = None
     trust_remote_code: bool = False
+    ranks: Ranks | None = None
+    rank_timeout: float | None = None
 
 
 @dataclass
@@ -80,6 +85,17 @@ class Job:
     targets: list[list[str]]
     left_dense: dict[str, tuple[int, ...]]
     costs: list[BlockCost] = field(default_factory=list)
+
+    @property
+    def ranks(self) -> Ranks:
+        """Who works on the run."""
+        return self.options.ranks or ALONE
+
+    @property
+    def windows(self) -> int:
+        """The most calibration windows that any rank has; they are shared out in whole batches."""
+        batches = -(-self.recipe.samples // self.batch)
+        return min(self.recipe.samples, -(-batches // self.ranks.size) * self.batch)
 
     @property
     def needs_inputs(self) -> bool:
@@ -230,7 +246,7 @@ def prepare(
     # Structure and names are checked on a skeleton in the stored dtype, before a trial may cost time.
     skeleton = Skeleton(source.config, source.stored_dtype, options.trust_remote_code)
     source.bind(skeleton)
-    _check_context(source.config, recipe.seqlen, method.needs)
+    check_context(source.config, recipe.seqlen, method.needs)
     if recipe.head:
         head = skeleton.head()
         check_shape(pattern, head.shape, head.name)
@@ -250,7 +266,10 @@ def prepare(
             f"--match-blocks trains on some batches and judges by others: {recipe.samples} windows in batches of {batch} "
             "are one; give more --samples or a smaller --batch"
         )
-    budget = options.memory if options.memory is not None else available_memory() + resident_memory()
+    ranks = options.ranks or ALONE
+    budget = options.memory
+    if budget is None:
+        budget = available_memory() // ranks.on_host + resident_memory()
     job = Job(
         recipe=recipe,
         options=options,
@@ -285,20 +304,6 @@ def _needs_inputs(recipe: Recipe, method: Method) -> bool:
 def _free_on(device: torch.device) -> int:
     """Bytes of a CUDA device that a run may take; a tenth is left to the allocator's rounding."""
     return int(torch.cuda.mem_get_info(device)[0] * 0.9)
-
-
-def _check_context(config: Any, seqlen: int, needs: str) -> None:
-    """See that a window is no longer than what the model has positions for.
-
-    Raises:
-        ValueError: names both lengths.
-    """
-    positions = getattr(config, "max_position_embeddings", None)
-    if needs != "none" and isinstance(positions, int) and seqlen > positions:
-        raise ValueError(
-            f"windows of {seqlen} tokens do not fit: the model has {positions} positions. "
-            f"Use --seqlen {positions} or less"
-        )
 
 
 def _select(

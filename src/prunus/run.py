@@ -3,6 +3,9 @@
 checkpoint ──► skeleton ──► how the model calls each block
 windows ──► embeddings ──► hidden states
 for each block:  load weights ► one lockstep pass ► write shard ► release
+
+Where torchrun started several processes, each takes a share of the windows through the whole model; they meet at every
+linear, prune it alike, and the first of them writes.
 """
 
 from __future__ import annotations
@@ -11,13 +14,14 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from prunus.agreement import agree, check_shareable
 from prunus.calibration import Windows
 from prunus.engine.blocks import BlockEngine
 from prunus.machine import hardware, peak_memory, versions
@@ -25,8 +29,9 @@ from prunus.manifest import Inputs, Manifest
 from prunus.model.destination import check_disk, check_whole
 from prunus.model.lock import locked
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.output import OutputFolder, check_output
+from prunus.output import OutputFolder, bytes_in, check_output, check_resume
 from prunus.plan import Job, RunOptions, prepare
+from prunus.ranks import ALONE, joined
 from prunus.recipe import Recipe, load_recipe, parse_bytes
 from prunus.sharing import share_out
 from prunus.windows import calibration_windows
@@ -61,10 +66,11 @@ def prune(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     resume: bool | None = None,
+    rank_timeout: float | None = None,
     progress: Callable[[Progress], None] | None = None,
     **recipe_options: Any,
 ) -> Manifest:
-    """Prune a causal LM after training.
+    """Prune a causal LM after training. Under torchrun all processes call this alike, and share the work.
 
     Args:
         model: a checkpoint folder or hub id, streamed block by block into `output`; or a loaded transformers
@@ -83,7 +89,9 @@ def prune(
         overwrite: replace an earlier result of prunus in `output`.
         resume: True insists on an unfinished run in `output`, False refuses one; by default it is resumed if it
             matches.
-        progress: called after every block.
+        rank_timeout: under torchrun, seconds after which a process that gives no sign of life counts as lost; default
+            600.
+        progress: called after every block; under torchrun on rank 0.
         **recipe_options: further fields of `Recipe`: samples, seqlen, seed, batch, dtype, group, propagate, only,
             ignore, head, mask_from, mask_order, damping, ria_power, iterations, refine, refine_rounds, update,
             targets, mix, match_blocks, match_passes, match_rate, permute, allocation, allocation_by, allocation_spread.
@@ -95,6 +103,7 @@ def prune(
     Raises:
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: before any work where
             possible; the message says what was given, what is wrong and what to do.
+        RankError: under torchrun, another process was lost or met an error; names it.
     """
     overrides = {"method": method, "sparsity": sparsity, "pattern": pattern, **recipe_options}
     input_ids = None
@@ -115,6 +124,7 @@ def prune(
         tokenizer=tokenizer,
         input_ids=input_ids,
         trust_remote_code=trust_remote_code,
+        rank_timeout=rank_timeout,
     )
     target = Path(output) if output is not None else None
     return run(model, target, chosen, options, overwrite=overwrite, resume=resume, progress=progress)
@@ -133,18 +143,33 @@ def check(
 
     Returns the checked job, and the manifest of the run in `output` that it goes on with, if there is one.
     """
-    earlier = None
-    if output is not None:
-        # Before anything is downloaded or read: is there room for a result at all?
+    ranks = options.ranks or ALONE
+
+    def look() -> dict[str, Any] | None:
+        """Before anything is downloaded or read: is there room for a result at all?"""
+        if output is None:
+            return None
         earlier = check_output(output, Path(str(model)), overwrite)
-        _check_resume(output, earlier, resume)
+        check_resume(output, earlier, resume)
         if earlier is not None:
             earlier.check_same_run(recipe)
-    job = prepare(model, recipe, options, decided_dtype=earlier.inputs.dtype if earlier is not None else None)
-    if output is not None:
-        assert isinstance(job.source, CheckpointSource)
-        check_output(output, job.source.checkpoint.folder, overwrite)
-        check_disk(output, job.disk - _bytes_in(output))
+        return None if earlier is None else earlier.model_dump(mode="json")
+
+    found = ranks.from_first(look)
+    earlier = None if found is None else Manifest.model_validate(found)
+    with ranks.together():
+        check_shareable(recipe, ranks)
+        job = prepare(
+            model, recipe, options, decided_dtype=earlier.inputs.dtype if earlier is not None else None
+        )
+
+    def look_again() -> None:
+        if output is not None:
+            assert isinstance(job.source, CheckpointSource)
+            check_output(output, job.source.checkpoint.folder, overwrite)
+            check_disk(output, job.disk - bytes_in(output))
+
+    ranks.from_first(look_again)
     return job, earlier
 
 
@@ -159,7 +184,11 @@ def run(
     progress: Callable[[Progress], None] | None = None,
 ) -> Manifest:
     """Carry out a recipe; see `prune` for the meaning of the arguments."""
-    started = time.perf_counter()
+    if options.ranks is None:
+        with joined(options.rank_timeout) as ranks:
+            joint = replace(options, ranks=ranks)
+            return run(model, output, recipe, joint, overwrite=overwrite, resume=resume, progress=progress)
+    ranks, started = options.ranks, time.perf_counter()
     if isinstance(model, nn.Module) != (output is None):
         raise ValueError(
             "a loaded model is pruned in place: leave output out and call its save_pretrained afterwards"
@@ -181,20 +210,25 @@ def _carry_out(
     progress: Callable[[Progress], None] | None,
 ) -> Manifest:
     """What `run` does once everything is checked and the folder is its own."""
-    recipe, options = job.recipe, job.options
-    windows = calibration_windows(job)
-    manifest = _manifest(model, job, windows, earlier)
+    recipe, options, ranks = job.recipe, job.options, job.ranks
+    with ranks.together():
+        windows = calibration_windows(job)
+        manifest = _manifest(model, job, windows, earlier)
+    walks = agree(job, manifest)
     if manifest.state == "finished":
         assert output is not None
-        check_whole(output)
+        ranks.from_first(lambda: check_whole(output))
         return manifest
     if not manifest.allocation:
-        manifest.allocation = share_out(job, windows.ids)
+        with ranks.together():
+            manifest.allocation = share_out(job, windows.ids)
+        manifest.allocation = ranks.from_first(lambda: manifest.allocation)
     folder = None
     if output is not None:
         assert isinstance(job.source, CheckpointSource)
-        job.source.check_outer_finite()
-        folder = OutputFolder(output, job.source, manifest)
+        with ranks.together():
+            job.source.check_outer_finite()
+        folder = OutputFolder(output, job.source, manifest, ranks)
         folder.begin(overwrite)
 
     engine = BlockEngine(
@@ -205,9 +239,12 @@ def _carry_out(
         job.retouch_job,
         recipe.permute,
         manifest.allocation,
+        ranks,
     )
     with torch.no_grad(), contextlib.closing(engine), _threads(1 if job.as_original else None):
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()
+        mine = ranks.share(len(batches))
+        batches = batches[mine.start : mine.stop]
         scratch = output or Path(tempfile.gettempdir())
         engine.embed(batches, spill_to=scratch if job.spills else None, on_device=job.hidden_stay)
         for index in range(len(job.skeleton)):
@@ -218,7 +255,7 @@ def _carry_out(
                 message = "taken from the earlier run"
             else:
                 stored = job.source.block(index)
-                changed, record = engine.prune(index, stored, job.targets[index], job.walk(index))
+                changed, record = engine.prune(index, stored, job.targets[index], walks[index])
                 record.seconds = round(time.perf_counter() - block_started, 3)
                 if finished:
                     pass  # what was written is rounded; the next block needs the weights before that
@@ -232,7 +269,7 @@ def _carry_out(
                 if record.walk == "replay":
                     message += ", with one batch in flight: paused windows do not fit in the memory budget"
                 del stored, changed
-            if progress is not None:
+            if progress is not None and ranks.rank == 0:
                 progress(
                     Progress(
                         done=index + 1,
@@ -289,17 +326,3 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _check_resume(output: Path, earlier: Manifest | None, resume: bool | None) -> None:
-    unfinished = earlier is not None and earlier.state == "running"
-    if resume is True and not unfinished:
-        raise FileNotFoundError(
-            f"there is no unfinished run in {output} to resume; leave --resume out to start one"
-        )
-    if resume is False and unfinished:
-        raise FileExistsError(f"{output} holds an unfinished run; --overwrite starts again, --resume goes on")
-
-
-def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prunus.products import coarse_product
+from prunus.ranks import Ranks
 
 Needs = Literal["none", "norms", "gram"]
 NEEDS: tuple[Needs, ...] = ("none", "norms", "gram")
@@ -44,6 +45,7 @@ class InputStatistics:
             `hold_out` was asked for.
         held_tokens: how many of the tokens these are.
         as_original: sum a Gram in the order of SparseGPT's code; see `_add_as_original`.
+        shared: these are of some batches only, others see the rest; see `complete`.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class InputStatistics:
         means: bool = False,
         drift: bool = False,
         hold_out: bool = False,
+        shared: bool = False,
     ) -> None:
         if needs not in NEEDS:
             raise ValueError(f"statistics can be {', '.join(NEEDS)}, not {needs!r}")
@@ -75,6 +78,8 @@ class InputStatistics:
         )
         self.held_tokens = 0
         self._paired = 0
+        # What each batch added to the sums of squares and of values, where others have batches too.
+        self._by_batch: list[Tensor] | None = [] if shared else None
         self._derived: dict[Hashable, Any] = {}
 
     @property
@@ -123,17 +128,22 @@ class InputStatistics:
             raise ValueError(f"expected inputs (tokens, {self.in_features}), got {tuple(X_TI.shape)}")
         self.tokens += X_TI.shape[0]
         self._derived.clear()
-        if self.sum_I is not None:
-            self.sum_I += X_TI.sum(dim=0, dtype=torch.float64)
-        if self.needs == "none":
-            return
         if self.as_original:
             self._add_as_original(X_TI.float())
             return
-        elements = _CPU_ELEMENTS if X_TI.device.type == "cpu" else _GPU_ELEMENTS
-        for part_TI in X_TI.split(max(1, elements // self.in_features)):
-            part_TI = part_TI.float()  # before squaring: in float16 anything over 256 would overflow
-            self.sum_squares_I += (part_TI * part_TI).sum(dim=0)
+        # Row 0 sums squares, row 1 values: of this batch first, so that batches add up in one order whoever has them.
+        sums_2I = torch.zeros(2, self.in_features, dtype=torch.float64, device=X_TI.device)
+        if self.sum_I is not None:
+            sums_2I[1] = X_TI.sum(dim=0, dtype=torch.float64)
+        if self.needs != "none":
+            elements = _CPU_ELEMENTS if X_TI.device.type == "cpu" else _GPU_ELEMENTS
+            for part_TI in X_TI.split(max(1, elements // self.in_features)):
+                part_TI = part_TI.float()  # before squaring: in float16 anything over 256 would overflow
+                sums_2I[0] += (part_TI * part_TI).sum(dim=0)
+        if self._by_batch is None:
+            self._count(sums_2I)
+        else:
+            self._by_batch.append(sums_2I)
         if held_out:
             self.held_tokens += X_TI.shape[0]
         if self.gram_II is not None:
@@ -152,6 +162,35 @@ class InputStatistics:
                 self.held_drift_II += part_II
             self._paired += X_TI.shape[0]
 
+    def complete(self, ranks: Ranks) -> None:
+        """Make these the statistics of all ranks' batches, where they are shared. All ranks call it at once.
+
+        Sums of squares and of values add up batch by batch in the order of batches, and are those of one process to the
+        bit. Grams and drifts are summed rank by rank: the same on all ranks, and one process' but for rounding.
+        """
+        if self._by_batch is None:
+            return
+        assert not self.as_original, "a running mean knows its windows' order"
+        self._derived.clear()
+        nothing_2I = self.sum_squares_I.new_zeros(2, self.in_features)
+        mine_B2I = torch.stack([*self._by_batch, nothing_2I])[:-1]
+        # Values travel only where they were asked for.
+        everybodys = ranks.concatenate(mine_B2I if self.sum_I is not None else mine_B2I[:, :1])
+        self._by_batch = None
+        for sums in everybodys:
+            self._count(sums)
+        counts = ranks.gather([self.tokens, self._paired, self.held_tokens])
+        self.tokens, self._paired, self.held_tokens = (sum(each) for each in zip(*counts, strict=True))
+        for matrix_II in (self.gram_II, self.drift_II, self.held_gram_II, self.held_drift_II):
+            if matrix_II is not None:
+                ranks.add(matrix_II)
+
+    def _count(self, sums_2I: Tensor) -> None:
+        """Add one batch's sums, squares in row 0 and values in row 1."""
+        self.sum_squares_I += sums_2I[0]
+        if self.sum_I is not None:
+            self.sum_I += sums_2I[1]
+
     def _add_as_original(self, X_TI: Tensor) -> None:
         """Count one window as the code of SparseGPT and of Wanda's ablations does.
 
@@ -166,40 +205,6 @@ class InputStatistics:
         X_IT = math.sqrt(2 / self._windows) * X_TI.T
         self.gram_II += X_IT @ X_IT.T
         self.sum_squares_I += X_IT.norm(p=2, dim=1).square() / self._windows
-
-    def merge(self, other: InputStatistics) -> None:
-        """Add what another process or device saw of the same linear's inputs.
-
-        Raises:
-            ValueError: the two do not remember the same things.
-        """
-        assert not (self.as_original or other.as_original), "a running mean knows its windows' order"
-        if (self.in_features, self.needs) != (other.in_features, other.needs):
-            raise ValueError(
-                f"cannot merge statistics {other.needs} of {other.in_features} inputs "
-                f"into {self.needs} of {self.in_features}"
-            )
-        if (self.sum_I is None) != (other.sum_I is None):
-            raise ValueError("cannot merge statistics with means and statistics without")
-        if (self.drift_II is None) != (other.drift_II is None):
-            raise ValueError("cannot merge statistics with a drift and statistics without")
-        if (self.held_gram_II is None) != (other.held_gram_II is None):
-            raise ValueError("cannot merge statistics with tokens held out and statistics without")
-        self._derived.clear()
-        self.tokens += other.tokens
-        self.held_tokens += other.held_tokens
-        self.sum_squares_I += other.sum_squares_I.to(self.sum_squares_I.device)
-        if self.gram_II is not None and other.gram_II is not None:
-            self.gram_II += other.gram_II.to(self.gram_II.device)
-        if self.sum_I is not None and other.sum_I is not None:
-            self.sum_I += other.sum_I.to(self.sum_I.device)
-        if self.drift_II is not None and other.drift_II is not None:
-            self.drift_II += other.drift_II.to(self.drift_II.device)
-            self._paired += other._paired
-        if self.held_gram_II is not None and other.held_gram_II is not None:
-            self.held_gram_II += other.held_gram_II.to(self.held_gram_II.device)
-        if self.held_drift_II is not None and other.held_drift_II is not None:
-            self.held_drift_II += other.held_drift_II.to(self.held_drift_II.device)
 
     def reordered(self, order_I: Tensor) -> InputStatistics:
         """The statistics of the same inputs in another order: feature j is what `order_I[j]` was."""

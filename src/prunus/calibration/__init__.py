@@ -15,7 +15,7 @@ from prunus.calibration.corpora import NAMES, check_corpus, load_corpus
 from prunus.calibration.draw import TextTooShort, encode, windows_from_documents, windows_from_stream
 from prunus.calibration.files import check_file, kind, read_documents, read_ids
 
-__all__ = ["SOURCES", "Windows", "check_source", "load_windows"]
+__all__ = ["SOURCES", "Windows", "check_context", "check_source", "load_windows"]
 
 SOURCES = {
     "c4": "C4, English, first train shard: random windows of random documents, as in the papers",
@@ -194,3 +194,17 @@ def _from_file(
         f"; {len(documents)} documents joined, none is longer than a window" if len(documents) > 1 else ""
     )
     return ids, f"{path}{joined}"
+
+
+def check_context(config: Any, seqlen: int, needs: str) -> None:
+    """See that a window is no longer than what the model has positions for.
+
+    Raises:
+        ValueError: names both lengths.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if needs != "none" and isinstance(positions, int) and seqlen > positions:
+        raise ValueError(
+            f"windows of {seqlen} tokens do not fit: the model has {positions} positions. "
+            f"Use --seqlen {positions} or less"
+        )

@@ -13,6 +13,7 @@ __all__ = [
     "Json",
     "Memory",
     "Model",
+    "RankTimeout",
     "RecipeFile",
     "Trust",
 ]
@@ -37,6 +38,15 @@ Trust = Annotated[
 ]
 Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Budget, such as 8GB.", show_default="what is free")
+]
+RankTimeout = Annotated[
+    float | None,
+    typer.Option(
+        "--rank-timeout",
+        metavar="SECONDS",
+        help="Under torchrun: how long a process may give no sign of life before the others stop.",
+        show_default="600",
+    ),
 ]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", metavar="FILE.toml", help="Options from a file; flags override it.")

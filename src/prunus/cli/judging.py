@@ -79,12 +79,17 @@ def evaluate(
         bool, typer.Option("--no-cache", help="Compute everything anew and keep nothing.")
     ] = False,
     trust_remote_code: arg.Trust = False,
+    rank_timeout: arg.RankTimeout = None,
     json_file: arg.Json = None,
 ) -> None:
-    """Score MODELs side by side: perplexity as the papers compute it, accuracy on tasks through lm-eval."""
+    """Score MODELs side by side: perplexity as the papers compute it, accuracy on tasks through lm-eval.
+
+    Started by torchrun, the processes share windows and rows, each with the whole model.
+    """
     with for_people(json_file):
         from prunus.evaluation import check_text, default_cache_folder, find_folder, prepare, side_by_side
         from prunus.evaluation import perplexity as score
+        from prunus.ranks import joined
         from prunus.report.evaluation_tables import evaluation_tables
 
         shared: dict[str, Any] = {
@@ -107,14 +112,24 @@ def evaluate(
             find_folder(model)
         job = None if tasks is None else prepare(models, tasks, fewshot=fewshot, batch=at_once, **shared)
         windows = 1 if isinstance(at_once, str) else at_once
-        scores = {
-            model: [
-                score(model, text, seqlen=seqlen, batch=windows, memory=memory, stream=stream, **shared)
-                for text in texts
-            ]
-            for model in models
-        }
-        results = [] if job is None else job.run(say)
+        with joined(rank_timeout) as ranks:
+            scores = {
+                model: [
+                    score(
+                        model,
+                        text,
+                        seqlen=seqlen,
+                        batch=windows,
+                        memory=memory,
+                        stream=stream,
+                        ranks=ranks,
+                        **shared,
+                    )
+                    for text in texts
+                ]
+                for model in models
+            }
+            results = [] if job is None else job.run(say, ranks)
         show(evaluation_tables(scores, results), json_file, side_by_side(scores, results))
 
 

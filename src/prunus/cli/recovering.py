@@ -109,9 +109,13 @@ def recover(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier result of recover in OUT.")] = False,
+    rank_timeout: arg.RankTimeout = None,
     json_file: arg.Json = None,
 ) -> None:
-    """Win quality of a pruned MODEL back by a short training that keeps its zeros. Killed, the same command goes on."""
+    """Win quality of a pruned MODEL back by a short training that keeps its zeros. Killed, the same command goes on.
+
+    Started by torchrun, the processes share the windows of every step: --batch must be at least their number.
+    """
     values: dict[str, Any] = dict(locals())
     with for_people(json_file):
         from prunus.recovery import RecoveryOptions
@@ -132,6 +136,7 @@ def recover(
                 overwrite=overwrite,
                 resume=resume,
                 memory=memory,
+                rank_timeout=rank_timeout,
                 progress=progress,
                 **options,
             )

@@ -27,9 +27,13 @@ def sweep(
     memory: arg.Memory = None,
     data_dir: arg.DataDir = None,
     trust_remote_code: arg.Trust = False,
+    rank_timeout: arg.RankTimeout = None,
     json_file: arg.Json = None,
 ) -> None:
-    """Prune and score a grid of models, methods and sparsities. Killed or stopped, the same command goes on."""
+    """Prune and score a grid of models, methods and sparsities. Killed or stopped, the same command goes on.
+
+    Started by torchrun, the processes take one cell after the other, each the next that is free.
+    """
     with for_people(json_file):
         from prunus.plan import RunOptions
         from prunus.recipe import parse_bytes
@@ -44,6 +48,7 @@ def sweep(
             memory=parse_bytes(memory) if memory is not None else None,
             data_dir=data_dir,
             trust_remote_code=trust_remote_code,
+            rank_timeout=rank_timeout,
         )
         if check:
             results = check_sweep(chosen, output, options, file.name)

@@ -16,7 +16,10 @@ __all__ = ["for_people", "say", "say_step", "show", "tell", "write_json"]
 
 @contextlib.contextmanager
 def for_people(json_file: Path | None) -> Iterator[None]:
-    """Errors as one line and an exit status: 2 for what the user can put right, 1 for the rest, 130 for Ctrl-C."""
+    """Errors as one line and an exit status: 2 for what the user can put right, 1 for the rest, 130 for Ctrl-C.
+
+    Of several ranks the first speaks; the others only where they have something of their own to say.
+    """
     if os.environ.get("PRUNUS_TRACEBACK"):
         yield
         return
@@ -39,6 +42,15 @@ def for_people(json_file: Path | None) -> Iterator[None]:
         say("stopped; what is finished is kept, and the same command goes on from there")
         raise typer.Exit(130) from None
     except (OSError, MemoryError, RuntimeError) as fault:
+        from prunus.ranks import ElsewhereError, RankError
+
+        if isinstance(fault, ElsewhereError):
+            raise typer.Exit(1) from None
+        if isinstance(fault, RankError):
+            say(f"error: {fault}. What is finished is kept, and the same command goes on from there")
+            # Not by way of the interpreter's end, where the process group would wait for the rank that is lost.
+            sys.stdout.flush()
+            os._exit(1)
         say(f"error: {type(fault).__name__}: {fault} (PRUNUS_TRACEBACK=1 shows where)")
         raise typer.Exit(1) from None
 
@@ -51,8 +63,10 @@ def _quiet_transformers() -> None:
 
 
 def say(message: str) -> None:
-    """A line on standard error."""
-    print("prunus:", " ".join(message.splitlines()), file=sys.stderr, flush=True)
+    """A line on standard error; ranks other than the first give their number."""
+    rank = os.environ.get("RANK", "0")
+    who = "prunus:" if rank == "0" else f"prunus, rank {rank}:"
+    print(who, " ".join(message.splitlines()), file=sys.stderr, flush=True)
 
 
 def say_step(done: int, total: int, name: str) -> None:
@@ -61,8 +75,13 @@ def say_step(done: int, total: int, name: str) -> None:
 
 
 def show(table: Any, json_file: Path | None, content: Any) -> None:
-    """A table on standard output, and its figures as JSON where they are asked for."""
+    """A table on standard output, and its figures as JSON where they are asked for; of several ranks from the first."""
     from rich.console import Console
+
+    from prunus.ranks import is_first
+
+    if not is_first():
+        return
 
     console = Console()
     if not console.is_terminal:

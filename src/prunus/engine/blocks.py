@@ -22,6 +22,7 @@ from prunus.manifest import BlockRecord, LinearRecord, Walk
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source, tensors_digest
+from prunus.ranks import ALONE, RankError, Ranks
 from prunus.statistics import InputStatistics
 
 __all__ = ["BlockEngine"]
@@ -45,6 +46,7 @@ class BlockEngine:
         permute: look for a better order of each linear's inputs, where whoever writes them can follow; see `folding`.
         sparsities: by full name of a linear, where it is not the `linear_job`'s.
         retouch_job: how each block is matched to the dense block once it is pruned, or None.
+        ranks: who has windows of the same run; `embed` is given this rank's.
     """
 
     skeleton: Skeleton
@@ -54,6 +56,7 @@ class BlockEngine:
     retouch_job: RetouchJob | None = None
     permute: bool = False
     sparsities: Mapping[str, float] = field(default_factory=dict)
+    ranks: Ranks = ALONE
     stream: Stream = field(init=False)
     dense: DenseCompanion | None = field(init=False, default=None)
 
@@ -94,6 +97,7 @@ class BlockEngine:
         """
         name = self.skeleton.block_name(index)
         digest = _checked_digest(name, stored)
+        self.ranks.at(name)
         block = self.skeleton.fill(index, stored, self.device)
         linears = [linear for linear in self.skeleton.linears(index) if linear.name in targets]
         changed: dict[str, torch.Tensor] = {}
@@ -111,15 +115,17 @@ class BlockEngine:
                 means=method.needs_means,
                 drift=method.needs_drift,
                 hold_out=method.holds_out,
+                shared=self.ranks.size > 1,
             )
 
         def prune_one(linear: Linear, statistics: InputStatistics) -> None:
             key, full_name = f"{linear.name}.weight", f"{name}.{linear.name}"
             wanted = self.sparsities.get(full_name, self.linear_job.sparsity)
             job = replace(self.linear_job, sparsity=wanted)
+            self.ranks.at(full_name)
             channels = folds[linear.name].channels if linear.name in folds else None
             changed[key], record, order_I = prune_linear(
-                job, linear, full_name, stored[key], statistics, channels
+                job, linear, full_name, stored[key], statistics, channels, self.ranks
             )
             records[linear.name] = record
             if order_I is not None:
@@ -133,19 +139,26 @@ class BlockEngine:
 
         unreached, match = linears, None
         count = len(self.stream)
+        counts = [each for (each,) in self.ranks.gather([count])]
+        with_windows, before = sum(counts) > 0, sum(counts[: self.ranks.rank])
+        held_out = frozenset(batch - before for batch in _held_out(sum(counts)))
         with contextlib.ExitStack() as stack:
             feed: Feed = plain_feed
             if self.dense is not None:
                 beside = self.dense.beside(index, stored, targets, keep=walk == "lockstep")
                 dense_inputs = stack.enter_context(beside)
                 if self.linear_job.method.needs_drift:
-                    feed = _feed_both(dense_inputs, _held_out(count))
-            if count:
+                    feed = _feed_both(dense_inputs, held_out)
+            if with_windows:
                 forward, put = self.stream.forward(index, block), self.stream.states.put
                 finish = put if self.retouch_job is None and not self.permute else _forget
-                unreached = _WALKS[walk](linears, count, forward, finish, new_statistics, prune_one, feed)
+                unreached = _WALKS[walk](
+                    linears, count, forward, finish, new_statistics, prune_one, feed, self.ranks
+                )
             for linear in unreached:
-                prune_one(linear, new_statistics(linear))
+                nothing = new_statistics(linear)
+                nothing.complete(self.ranks)
+                prune_one(linear, nothing)
         if self.retouch_job is not None:
             assert self.dense is not None
             if changed:
@@ -169,8 +182,16 @@ class BlockEngine:
             # As when the run is resumed behind this block: sums in the order in which they are stored.
             self.stream.propagate(index, {**stored, **changed})
         self.skeleton.release(index)
+        self._check_same(name, changed)
         ordered = {linear.name: records[linear.name] for linear in linears}
-        return changed, BlockRecord(name=name, input_sha256=digest, walk=walk, linears=ordered, match=match)
+        return changed, BlockRecord(
+            name=name,
+            input_sha256=digest,
+            walk=walk,
+            ranks=self.ranks.size,
+            linears=ordered,
+            match=match,
+        )
 
     def _folds(self, index: int, block: torch.nn.Module, targets: Sequence[str]) -> dict[str, Fold]:
         """By relative name of a linear, the order of whose inputs is free: what follows it. Tried on the first batch."""
@@ -199,13 +220,40 @@ class BlockEngine:
         key = f"{head.name}.weight"
         with self.skeleton.surroundings(self.source.outer, self.device, with_head=True):
             method = self.linear_job.method
-            statistics = InputStatistics(head.shape[1], method.needs, self.device, means=method.needs_means)
+            self.ranks.at(head.name)
+            statistics = InputStatistics(
+                head.shape[1],
+                method.needs,
+                self.device,
+                means=method.needs_means,
+                shared=self.ranks.size > 1,
+            )
             for position, ids in enumerate(batches):
                 x = self.skeleton.head_input(ids.to(self.device), self.stream.states.get(position))
                 statistics.add(x.reshape(-1, x.shape[-1]))
+            statistics.complete(self.ranks)
             stored = self.source.outer([key], self.skeleton.model)[key]
-            pruned, record, _ = prune_linear(self.linear_job, head, head.name, stored, statistics)
+            pruned, record, _ = prune_linear(
+                self.linear_job, head, head.name, stored, statistics, ranks=self.ranks
+            )
+        self._check_same(head.name, {key: pruned})
         return {key: pruned}, record
+
+    def _check_same(self, name: str, changed: Mapping[str, torch.Tensor]) -> None:
+        """See that all ranks have pruned to the same bytes, as they must: each computes with its own.
+
+        Raises:
+            RankError: they have not, as processors of different kinds may not; names the ranks.
+        """
+        if self.ranks.size == 1:
+            return
+        digests = self.ranks.gather_text(tensors_digest(changed))
+        others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if others:
+            raise RankError(
+                f"{name} was pruned to other bytes on rank {', '.join(map(str, others))} than on rank 0: their machines "
+                "round differently. Run the ranks on machines of one kind"
+            )
 
     def close(self) -> None:
         """Release hidden states."""

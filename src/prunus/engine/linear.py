@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from prunus.engine.rows import rows_over
 from prunus.manifest import LinearRecord
 from prunus.methods import Method
 from prunus.methods.base import Options
 from prunus.methods.permutation import Channels, in_best_order
 from prunus.model.linears import Linear
 from prunus.patterns import Pattern
+from prunus.ranks import ALONE, Ranks
 from prunus.statistics import InputStatistics
 
 __all__ = ["LinearJob", "prune_linear"]
@@ -36,6 +38,7 @@ def prune_linear(
     stored: torch.Tensor,
     statistics: InputStatistics,
     channels: Channels | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[torch.Tensor, LinearRecord, torch.Tensor | None]:
     """Prune one linear in place and return what is to be stored.
 
@@ -48,8 +51,9 @@ def prune_linear(
         linear: the module; its weight is overwritten.
         full_name: for messages.
         stored: the weight as stored, in the checkpoint's dtype and orientation, on any device.
-        statistics: of its inputs.
+        statistics: of its inputs, complete; see `InputStatistics.complete`.
         channels: which inputs may change places, or None.
+        ranks: who prunes the same linear at the same time, and can take some of its rows.
 
     Returns:
         The pruned weight in dtype and orientation of `stored`, on its device; the record for the manifest; and the
@@ -70,7 +74,8 @@ def prune_linear(
         notes["unreached"] = "no calibration token reached this linear: its inputs were taken as equal"
     weight_OI = _oriented(stored, linear).to(linear.weight_OI.device, torch.float32)
     try:
-        pruned = method.prune(weight_OI, statistics, job.pattern, job.sparsity, job.options)
+        options = replace(job.options, rows=rows_over(ranks))
+        pruned = method.prune(weight_OI, statistics, job.pattern, job.sparsity, options)
     except ValueError as fault:
         raise ValueError(f"{full_name}: {fault}") from fault
     if method.updates_weights:
@@ -84,7 +89,7 @@ def prune_linear(
         )
     # The original goes on with the weight as computed, and rounds when it saves.
     linear.assign(pruned.weight_OI if job.options.as_original else new_OI)
-    error, energy = _damage(weight_OI, new_OI, statistics)
+    error, energy = _damage(weight_OI, new_OI, statistics, ranks)
     zeros = new_OI.numel() - int(torch.count_nonzero(new_OI))
     record = LinearRecord(
         shape=linear.shape,
@@ -118,14 +123,20 @@ def _equal_inputs(statistics: InputStatistics) -> InputStatistics:
 
 
 def _damage(
-    before_OI: torch.Tensor, after_OI: torch.Tensor, statistics: InputStatistics
+    before_OI: torch.Tensor, after_OI: torch.Tensor, statistics: InputStatistics, ranks: Ranks
 ) -> tuple[float | None, float | None]:
-    """(relative output error, removed energy); see `LinearRecord`. Rows are taken in slices to save memory."""
+    """(relative output error, removed energy); see `LinearRecord`. Rows are taken in slices to save memory.
+
+    The two products with a Gram matrix are shared out; what norms alone give is not worth a meeting.
+    """
     if statistics.needs == "none":
         return None, None
     gram_II = statistics.gram_II
     squares_I = statistics.sum_squares_I.float()
     lost = total = 0.0
+    if gram_II is not None:
+        mine = ranks.share(len(before_OI))
+        before_OI, after_OI = before_OI[mine.start : mine.stop], after_OI[mine.start : mine.stop]
     for before, after in zip(before_OI.split(1024), after_OI.split(1024), strict=True):
         change = before - after.float()
         if gram_II is not None:
@@ -134,5 +145,7 @@ def _damage(
         else:
             lost += float((change.square_() @ squares_I).sum(dtype=torch.float64))
             total += float((before.square() @ squares_I).sum(dtype=torch.float64))
+    if gram_II is not None:
+        lost, total = ranks.total(lost), ranks.total(total)
     share = max(0.0, lost / total) if total > 0 else 0.0
     return (share, None) if gram_II is not None else (None, share)

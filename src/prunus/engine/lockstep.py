@@ -11,6 +11,10 @@ The only forward hooks of prunus are here. Three ways lead through a block:
   propagate. Linears late in the block do not see what was pruned before them.
 
 None of them knows what a method does: `prune(linear, statistics)` changes the weight in place.
+
+Where other ranks have windows too, all ranks stand at the same linear before its statistics are complete: they agree on
+the one that comes first among all of them, and a rank that has nothing for it, or no windows at all, takes part with
+empty hands.
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ from typing import Any
 import torch
 from greenlet import greenlet
 
+from prunus.engine.meeting import LastFed, meet
 from prunus.model.linears import Linear
+from prunus.ranks import ALONE, Ranks
 from prunus.statistics import InputStatistics
 
 __all__ = ["input_hooks", "lockstep", "replay", "two_pass"]
@@ -50,20 +56,22 @@ def lockstep(
     new_statistics: NewStatistics,
     prune: Prune,
     feed: Feed = plain_feed,
+    ranks: Ranks = ALONE,
 ) -> list[Linear]:
     """Take `count` batches through the block in lockstep.
 
     Args:
         linears: the linears to prune.
-        count: number of batches.
+        count: number of batches, on this rank.
         forward: runs the block on batch i and returns its output hidden states.
         finish: stores the output of batch i; called as soon as the batch is through.
         new_statistics: an empty accumulator for the inputs of a linear.
         prune: called once per linear with the statistics of its inputs, in the order of execution.
         feed: adds the input of a linear, for one batch, to its statistics.
+        ranks: who else has batches of the same run.
 
     Returns:
-        The linears that no batch reached.
+        The linears that no batch of any rank reached.
     """
     order = {linear.name: position for position, linear in enumerate(linears)}
     pending = {linear.name: linear for linear in linears}
@@ -74,8 +82,10 @@ def lockstep(
 
     runners = [greenlet(forward) for _ in range(count)]
     waiting: dict[int, tuple[str, torch.Tensor]] = {}
-    # The statistics that were last fed by a batch, and the tensor that fed them.
-    last: list[tuple[weakref.ref[torch.Tensor], InputStatistics] | None] = [None] * count
+    # Per batch the linear that its statistics were last made for, and the tensor that fed them.
+    last: list[LastFed | None] = [None] * count
+    # By the linear that they were made for.
+    made: dict[str, InputStatistics] = {}
 
     def advance(index: int, *start: int) -> None:
         result = runners[index].switch(*start)
@@ -88,18 +98,24 @@ def lockstep(
         with input_hooks(linears, pause):
             for index in range(count):
                 advance(index, index)
-            while waiting:
+            while True:
                 # Where batches part (experts), the linear registered first goes first: blocks run their
                 # experts in that order, so nobody can still arrive at it.
-                name = min((name for name, _ in waiting.values()), key=order.__getitem__)
+                meeting = meet(waiting, last, order, ranks)
+                if meeting is None:
+                    break
+                name, leader = meeting.linear, meeting.leader
                 arrived = [index for index, (at, _) in sorted(waiting.items()) if at == name]
                 linear = pending[name]
-                shared = _shared_statistics(arrived, waiting, last, count)
-                statistics = shared if shared is not None else new_statistics(linear)
+                if leader is None:
+                    leader, made[name] = name, new_statistics(linear)
+                    for index in arrived:
+                        feed(made[name], linear, index, _tokens(waiting[index][1]))
+                    made[name].complete(ranks)
+                statistics = made[leader]
+                made = {key: kept for key, kept in made.items() if key in (*meeting.held, leader)}
                 for index in arrived:
-                    if shared is None:
-                        feed(statistics, linear, index, _tokens(waiting[index][1]))
-                    last[index] = (weakref.ref(waiting[index][1]), statistics)
+                    last[index] = (weakref.ref(waiting[index][1]), leader)
                 prune(linear, statistics)
                 del pending[name]
                 for index in arrived:
@@ -110,27 +126,6 @@ def lockstep(
             if not runner.dead:
                 runner.throw()
     return list(pending.values())
-
-
-def _shared_statistics(
-    arrived: list[int],
-    waiting: dict[int, tuple[str, torch.Tensor]],
-    last: list[tuple[weakref.ref[torch.Tensor], InputStatistics] | None],
-    count: int,
-) -> InputStatistics | None:
-    """The statistics of an earlier linear if this one gets the very same tensors (q, k, v; gate, up)."""
-    sources = {id(entry[1]) for index in arrived if (entry := last[index]) is not None}
-    if len(sources) != 1:
-        return None
-    for index in arrived:
-        entry = last[index]
-        if entry is None or entry[0]() is not waiting[index][1]:
-            return None
-    entry = last[arrived[0]]
-    assert entry is not None
-    # A batch that fed those statistics but is not here would leave its tokens in them.
-    fed = sum(1 for other in range(count) if (e := last[other]) is not None and e[1] is entry[1])
-    return entry[1] if fed == len(arrived) else None
 
 
 class _Stop(BaseException):
@@ -178,10 +173,11 @@ def replay(
     new_statistics: NewStatistics,
     prune: Prune,
     feed: Feed = plain_feed,
+    ranks: Ranks = ALONE,
 ) -> list[Linear]:
     """As `lockstep`, with one batch in flight: the block is run once per group of linears that share an input."""
     pending = {linear.name: linear for linear in linears}
-    order = {linear.name: position for position, linear in enumerate(linears)}
+    names = list(pending)
     while pending:
         # Per linear: its statistics and who fed them. A batch stops where a second input is asked for.
         groups: dict[str, _Group] = {}
@@ -191,11 +187,19 @@ def replay(
                 contextlib.suppress(_Stop),
             ):
                 forward(index)
-        if not groups:
+        mine = min((names.index(name) for name in groups), default=len(names))
+        first = min(each for (each,) in ranks.gather([mine]))
+        if first == len(names):
             break
-        group = groups[min(groups, key=order.__getitem__)]
-        for name in group.members:
-            prune(pending.pop(name), group.statistics)
+        leader = names[first]
+        group = groups.get(leader) or _Group(new_statistics(pending[leader]), [])
+        group.statistics.complete(ranks)
+        # In the order in which a rank that reached it met them.
+        met = [names.index(name) for name in group.members]
+        everybodys = ranks.gather(met + [-1] * (len(names) - len(met)))
+        members = dict.fromkeys(position for row in everybodys for position in row if position >= 0)
+        for position in members:
+            prune(pending.pop(names[position]), group.statistics)
     for index in range(count):
         finish(index, forward(index))
     return list(pending.values())
@@ -209,8 +213,10 @@ def two_pass(
     new_statistics: NewStatistics,
     prune: Prune,
     feed: Feed = plain_feed,
+    ranks: Ranks = ALONE,
 ) -> list[Linear]:
     """The original's two passes: statistics of the whole unpruned block, then the pruned block's outputs."""
+    names = [linear.name for linear in linears]
     statistics: dict[str, InputStatistics] = {}
     leader_of: dict[str, str] = {}
     for index in range(count):
@@ -225,20 +231,33 @@ def two_pass(
                     statistics[linear.name] = new_statistics(linear)
                 feed(statistics[linear.name], linear, index, _tokens(x))
             elif known != leader:
-                raise RuntimeError(
-                    f"{linear.name} shares its input with {known} for some windows and not for others"
-                )
+                raise _differently(linear.name, known)
             previous = (x, known)
 
         with input_hooks(linears, collect):
             forward(index)
         previous = None
+    mine = [names.index(leader_of[name]) if name in leader_of else -1 for name in names]
+    for name, leaders in zip(names, zip(*ranks.gather(mine), strict=True), strict=True):
+        known = {leader for leader in leaders if leader >= 0}
+        if len(known) > 1:
+            raise _differently(name, names[min(known)])
+        if known:
+            leader_of[name] = names[known.pop()]
     reached = [linear for linear in linears if linear.name in leader_of]
+    for linear in reached:
+        if leader_of[linear.name] == linear.name:
+            own = statistics.setdefault(linear.name, new_statistics(linear))
+            own.complete(ranks)
     for linear in reached:
         prune(linear, statistics[leader_of[linear.name]])
     for index in range(count):
         finish(index, forward(index))
     return [linear for linear in linears if linear.name not in leader_of]
+
+
+def _differently(name: str, leader: str) -> RuntimeError:
+    return RuntimeError(f"{name} shares its input with {leader} for some windows and not for others")
 
 
 def _tokens(x: torch.Tensor) -> torch.Tensor:

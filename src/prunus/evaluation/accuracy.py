@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from prunus.evaluation.scores import Metric, TaskResults, TaskScore
 from prunus.evaluation.tasks import LoadedTask, load_tasks, require_lm_eval, run_task, wrap_model
 from prunus.model.device import choose_device
 from prunus.model.loading import DTYPES, check_dtype, load_model
+from prunus.ranks import ALONE, Ranks
 
 __all__ = ["Judging", "evaluate", "prepare"]
 
@@ -98,11 +100,15 @@ class Judging:
     cache: ResultCache | None
     trust_remote_code: bool
 
-    def run(self, progress: Callable[[str], None] | None = None) -> list[TaskResults]:
-        """Judge one model after the other; each is loaded only if a result is missing, and one at a time."""
-        return [self._judge(candidate, progress or (lambda _: None)) for candidate in self.candidates]
+    def run(self, progress: Callable[[str], None] | None = None, ranks: Ranks = ALONE) -> list[TaskResults]:
+        """Judge one model after the other; each is loaded only if a result is missing, and one at a time.
 
-    def _judge(self, candidate: Candidate, progress: Callable[[str], None]) -> TaskResults:
+        Several `ranks` that call this alike share the rows, each with the whole model.
+        """
+        tell = progress if progress is not None and ranks.rank == 0 else lambda _: None
+        return [self._judge(candidate, tell, ranks) for candidate in self.candidates]
+
+    def _judge(self, candidate: Candidate, progress: Callable[[str], None], ranks: Ranks) -> TaskResults:
         protocol = self._protocol(candidate)
         key: dict[str, Any] | None = None
         if self.cache is not None and candidate.folder is not None:
@@ -112,16 +118,20 @@ class Judging:
         scores: list[TaskScore] = []
         for task in self.tasks:
             entry = None if key is None else {**key, "task": task.name, "definition": task.definition}
-            known = None if self.cache is None or entry is None else self.cache.find(entry)
+            ranks.at(f"{task.name} of {candidate.name}")
+            known = ranks.from_first(partial(self._known, entry))
             if known is not None:
                 found = [replace(_from_json(score), source=task.source) for score in known["scores"]]
                 progress(f"{candidate.name}: {task.name} is known from before")
             else:
                 if wrapped is None:
-                    wrapped = wrap_model(self._load(candidate), candidate.tokenizer, self.batch)
-                found = run_task(task, wrapped)
+                    with ranks.together():
+                        wrapped = wrap_model(self._load(candidate), candidate.tokenizer, self.batch, ranks)
+                scored = run_task(task, wrapped)
+                said = ranks.from_first(partial(list, map(_to_json, scored or [])))
+                found = scored or [replace(_from_json(score), cached=False) for score in said]
                 progress(f"{candidate.name}: {task.name} done in {found[0].seconds:.0f} s")
-                if self.cache is not None and entry is not None:
+                if self.cache is not None and entry is not None and ranks.rank == 0:
                     trouble = self.cache.keep(entry, {"scores": [_to_json(score) for score in found]})
                     if trouble is not None:
                         progress(trouble)
@@ -129,6 +139,9 @@ class Judging:
         del wrapped
         gc.collect()  # the next model need not find this one in memory
         return TaskResults(candidate.name, tuple(scores), protocol)
+
+    def _known(self, entry: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if self.cache is None or entry is None else self.cache.find(entry)
 
     def _load(self, candidate: Candidate) -> Any:
         if candidate.folder is None:

@@ -23,7 +23,9 @@ def read_scores(found: Mapping[str, Any], *, definition: str, source: str, secon
     """
     scores = []
     for name in sorted(found["results"], key=lambda name: name in found["samples"]):
-        samples, results = found["samples"].get(name, []), found["results"][name]
+        results = found["results"][name]
+        # In the order of rows, whoever scored them: outcomes of two models are compared row by row.
+        samples = sorted(found["samples"].get(name, []), key=lambda row: row["doc_id"])
         _check_finite(name, samples)
         scores.append(
             TaskScore(

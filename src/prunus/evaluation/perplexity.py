@@ -31,6 +31,7 @@ from prunus.evaluation.text import ScoringText, check_text, load_scoring_text, s
 from prunus.model.device import choose_device
 from prunus.model.loading import DTYPES, check_dtype, load_model
 from prunus.model.tokenizer import load_tokenizer
+from prunus.ranks import ALONE, Ranks
 from prunus.recipe import parse_bytes
 
 __all__ = [
@@ -90,17 +91,38 @@ def score_windows(
         )
     if batch < 1:
         raise ValueError(f"batch must be at least 1, not {batch}")
+    return _mean(_window_losses(logits_fn, ids, batch, progress))
+
+
+def _mean(losses: list[float]) -> float:
+    """Added from the first to the last, whoever computed them."""
     total = 0.0
-    done = 0
-    for ids_BS in ids.split(batch):
+    for loss in losses:
+        total += loss
+    return total / len(losses)
+
+
+def _everybodys(losses: list[float], ranks: Ranks) -> list[float]:
+    found: list[float] = ranks.concatenate(torch.tensor(losses, dtype=torch.float64)).tolist()
+    return found
+
+
+def _window_losses(
+    logits_fn: Callable[[torch.Tensor], torch.Tensor],
+    ids: torch.Tensor,
+    batch: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[float]:
+    """The mean loss of every window; see `score_windows`."""
+    losses: list[float] = []
+    for ids_BS in ids.split(batch) if len(ids) else ():  # a rank may have none
         logits_BSV = logits_fn(ids_BS)
         targets_BS = ids_BS.to(logits_BSV.device)
         for logits_SV, targets_S in zip(logits_BSV, targets_BS, strict=True):
-            total += window_loss(partial(_rows, logits_SV), targets_S, done)
-            done += 1
+            losses.append(window_loss(partial(_rows, logits_SV), targets_S, len(losses)))
         if progress is not None:
-            progress(done, len(ids))
-    return total / done
+            progress(len(losses), len(ids))
+    return losses
 
 
 def _rows(logits_SV: torch.Tensor, first: int, stop: int) -> torch.Tensor:
@@ -123,6 +145,7 @@ def perplexity(
     stream: bool | None = None,
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> PerplexityResult:
     """Perplexity of a causal LM on a text.
 
@@ -145,6 +168,8 @@ def perplexity(
             default a checkpoint is streamed where the whole model does not fit in `memory`. The figure is the same.
         cache: folder to find an earlier result in and to keep a new one; None for neither. Loaded models have none.
         progress: called with windows done and windows in all; a streamed model's are shares of each window.
+        ranks: processes that call this alike and share the windows, each with the whole model or all of its blocks in
+            turn; the figure is that of one process to the last digit.
 
     Raises:
         ValueError: arguments out of range, a text shorter than one window (the message gives its length in
@@ -171,7 +196,9 @@ def perplexity(
             )
         return load_tokenizer(folder, trust_remote_code)
 
-    ids, source, how = scoring_windows(text, get_tokenizer, seqlen, limit, data_dir)
+    ranks.at(f"the perplexity of {model_or_path if folder is not None else 'the model'} on {text}")
+    with ranks.together():
+        ids, source, how = scoring_windows(text, get_tokenizer, seqlen, limit, data_dir)
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
     streamed = (
         folder is not None
@@ -192,21 +219,22 @@ def perplexity(
             "dtype": dtype,
             **circumstances(place),
         }
-    found = None if store is None else store.find(key)
+    found = ranks.from_first(lambda: None if store is None else store.find(key))
     if found is None:
         if folder is None or place is None:
-            found = _score(model_or_path, ids, batch, progress)
+            found = _score(model_or_path, ids, batch, progress, ranks)
         elif streamed:
             found = _score_streamed(
                 StreamedModel.open(folder, dtype, place, budget, trust_remote_code),
                 ids,
                 batch,
                 progress,
+                ranks,
             )
         else:
             model = load_model(folder, DTYPES.get(dtype, "auto"), trust_remote_code).to(place)
-            found = _score(model, ids, batch, progress)
-        if store is not None:
+            found = _score(model, ids, batch, progress, ranks)
+        if store is not None and ranks.rank == 0:
             store.keep(key, found)  # one that cannot be written costs nothing but the next computation
     loss = found["loss"]
     return PerplexityResult(
@@ -224,7 +252,7 @@ def perplexity(
 
 
 def _score(
-    model: Any, ids: torch.Tensor, batch: int, progress: Callable[[int, int], None] | None
+    model: Any, ids: torch.Tensor, batch: int, progress: Callable[[int, int], None] | None, ranks: Ranks
 ) -> dict[str, Any]:
     """Loss in nats per token, seconds of scoring, dtype of the computation."""
     _check_model(model, ids)
@@ -234,30 +262,36 @@ def _score(
     begin = time.perf_counter()
     try:
         with torch.inference_mode():
-            loss = score_windows(
+            mine = ranks.share(len(ids), batch)
+            losses = _window_losses(
                 lambda batch_ids: model(input_ids=batch_ids.to(where.device), use_cache=False).logits,
-                ids,
+                ids[mine.start : mine.stop],
                 batch,
                 progress,
             )
     finally:
         model.train(was_training)
     return {
-        "loss": loss,
+        "loss": _mean(_everybodys(losses, ranks)),
         "seconds": time.perf_counter() - begin,
         "dtype": str(where.dtype).removeprefix("torch."),
     }
 
 
 def _score_streamed(
-    model: StreamedModel, ids: torch.Tensor, batch: int, progress: Callable[[int, int], None] | None
+    model: StreamedModel,
+    ids: torch.Tensor,
+    batch: int,
+    progress: Callable[[int, int], None] | None,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """As `_score`, block by block."""
     _check_model(model.skeleton.model, ids)
     begin = time.perf_counter()
-    losses = model.losses(ids, batch, progress)
+    mine = ranks.share(len(ids), batch)
+    losses = model.losses(ids[mine.start : mine.stop], batch, progress) if mine else []
     return {
-        "loss": sum(losses) / len(losses),
+        "loss": _mean(_everybodys(losses, ranks)),
         "seconds": time.perf_counter() - begin,
         "dtype": str(model.skeleton.dtype).removeprefix("torch."),
     }

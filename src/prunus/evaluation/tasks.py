@@ -29,6 +29,7 @@ import torch
 from prunus.evaluation.lm_eval_results import read_scores
 from prunus.evaluation.mirror import FOLDER, check_mirror, load_splits
 from prunus.evaluation.scores import PAPER7, TaskScore
+from prunus.ranks import ALONE, Ranks
 
 __all__ = ["LoadedTask", "load_tasks", "require_lm_eval", "run_task", "wrap_model"]
 
@@ -93,16 +94,32 @@ def load_tasks(
         return [_load(name, catalogue, shots, limit, mirror) for name in wanted]
 
 
-def wrap_model(model: Any, tokenizer: Any, batch: int | str) -> Any:
-    """A loaded transformers model as lm-eval takes it; batch "auto" lets lm-eval try what fits (CUDA)."""
+def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = ALONE) -> Any:
+    """A loaded transformers model as lm-eval takes it; batch "auto" lets lm-eval try what fits (CUDA).
+
+    Where there are several ranks, lm-eval gives each every so manieth row, as it does under its own launcher.
+    """
     with _calmly():
         from lm_eval.models.huggingface import HFLM
 
-        return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
+        class Shared(HFLM):
+            """lm-eval asks its model who shares the rows; it knows how for models that it loads itself only."""
+
+            def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+                return ranks.concatenate(tensor.reshape(-1).cpu())
+
+            def barrier(self) -> None:
+                ranks.gather([0])
+
+        wrapped = Shared(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
+        wrapped._rank, wrapped._world_size = ranks.rank, ranks.size
+        return wrapped
 
 
-def run_task(task: LoadedTask, wrapped: Any) -> list[TaskScore]:
+def run_task(task: LoadedTask, wrapped: Any) -> list[TaskScore] | None:
     """Score one task; a group gives its own figures first, then those of its members.
+
+    Of several ranks the first gets them, the others None.
 
     Raises:
         ValueError: a token id outside the model's vocabulary, outputs that are not finite.
@@ -126,6 +143,8 @@ def run_task(task: LoadedTask, wrapped: Any) -> list[TaskScore]:
             raise ValueError(
                 f"{task.name}: the tokenizer gives ids outside the model's vocabulary; it does not fit ({fault})"
             ) from fault
+    if found is None:
+        return None
     seconds = time.perf_counter() - began
     return read_scores(found, definition=task.definition, source=task.source, seconds=seconds)
 

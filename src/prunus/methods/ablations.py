@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Method, Options, Pruned, unchanged
+from prunus.methods.base import Method, Options, Part, Pruned, unchanged
 from prunus.methods.magnitude import magnitude_keep
 from prunus.methods.obs import block_keep, prune_by_obs
 from prunus.methods.wanda import wanda_score
@@ -30,14 +30,14 @@ def _prune(
         else:
             keep_OI = keep_mask(wanda_score(weight_OI, statistics), pattern, sparsity)
 
-        def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor) -> Tensor:
-            return keep_OI[:, start : start + weight_OB.shape[1]]
+        def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, part: Part) -> Tensor:
+            return keep_OI[part.rows, start : start + weight_OB.shape[1]]
     else:
         norms_I = statistics.norms_I if options.mask_from == "wanda" else torch.ones_like(statistics.norms_I)
 
-        def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor) -> Tensor:
+        def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, part: Part) -> Tensor:
             score_OB = weight_OB.abs() * norms_I[start : start + weight_OB.shape[1]]
-            return block_keep(score_OB, pattern, sparsity)
+            return block_keep(score_OB, pattern, sparsity, part)
 
     return prune_by_obs(weight_OI, statistics, pattern, options, choose)
 

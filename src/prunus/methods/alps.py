@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Method, Options, Pruned, masked, unchanged
+from prunus.methods.base import ALL_ROWS, Method, Options, Part, Pruned, masked, unchanged
 from prunus.methods.lsq import ScaledGram, conjugate_gradients, scaled_gram
 from prunus.patterns import Pattern, keep_mask
 from prunus.products import coarse_product
@@ -47,6 +47,26 @@ def _prune(
     if pattern.removes_nothing(sparsity):
         return unchanged(weight_OI)
     scaled = scaled_gram(statistics, options.damping)
+    # Where all rows compete in every step, one process solves them all.
+    compete = pattern.is_unstructured and pattern.group in ("layer", "column")
+    rows = ALL_ROWS if compete else options.rows
+    together = pattern.group if pattern.is_unstructured and isinstance(pattern.group, int) else 1
+
+    def split(part: Part) -> Pruned:
+        return _split(weight_OI[part.rows], statistics, scaled, pattern, sparsity, options, part)
+
+    return rows.share(len(weight_OI), together, split)
+
+
+def _split(
+    weight_OI: Tensor,
+    statistics: InputStatistics,
+    scaled: ScaledGram,
+    pattern: Pattern,
+    sparsity: float,
+    options: Options,
+    part: Part,
+) -> Pruned:
     target_OI = (weight_OI * scaled.scale_I).masked_fill_(scaled.dead_I, 0)
     # One matrix holds both: W + U is Z where it is kept, and the new U elsewhere.
     sum_OI = target_OI.clone()
@@ -63,7 +83,7 @@ def _prune(
         kept_OI.sub_(dual_OI).sub_(target_OI)
         torch.add(dual_OI.add_(target_OI), coarse_product(kept_OI, shrink_II), out=sum_OI)
     keep_OI = keep_mask(sum_OI.abs(), pattern, sparsity)
-    solution_OI, steps = conjugate_gradients(sum_OI, target_OI, keep_OI, scaled.gram_II, _FINAL_STEPS)
+    solution_OI, steps = conjugate_gradients(sum_OI, target_OI, keep_OI, scaled.gram_II, _FINAL_STEPS, part)
     notes = {"ridge": scaled.damping, "conjugate_gradients": steps}
     return masked(solution_OI.div_(scaled.scale_I), keep_OI, notes)
 

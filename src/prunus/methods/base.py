@@ -8,13 +8,65 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from prunus.patterns import Pattern
 from prunus.statistics import InputStatistics, Needs
+
+
+class Part(Protocol):
+    """Some rows of a linear, while they are solved.
+
+    Given the statistics of its inputs the rows of a linear are independent of each other, but where they compete, and
+    where an iteration ends for all of them at once.
+    """
+
+    @property
+    def rows(self) -> slice:
+        """Which."""
+
+    def among_all(self, score_OB: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mask of these rows where `keep` has seen the scores (all rows, B) of every part."""
+
+    def total(self, number: float) -> float:
+        """The sum of the parts' numbers; asked for equally often in every part."""
+
+
+class Rows(Protocol):
+    """Where the rows of a linear are solved: all here, or some here and the others elsewhere."""
+
+    def share(self, count: int, together: int, solve: Callable[[Part], Pruned]) -> Pruned:
+        """What `solve` makes of all `count` rows; parts hold whole runs of `together` rows."""
+
+
+@dataclass(frozen=True)
+class Everything:
+    """The only part."""
+
+    rows: slice
+
+    def among_all(self, score_OB: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
+        return keep(score_OB)
+
+    def total(self, number: float) -> float:
+        return number
+
+
+#: All rows, however many they are.
+WHOLE: Part = Everything(slice(None))
+
+
+class _AllHere:
+    """All rows in one part."""
+
+    def share(self, count: int, together: int, solve: Callable[[Part], Pruned]) -> Pruned:
+        return solve(Everything(slice(0, count)))
+
+
+ALL_ROWS: Rows = _AllHere()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +91,7 @@ class Options:
             for the best on tokens held out.
         as_original: update weights in the original code's order of operations, for its very masks; slower. See
             `obs_original.py`.
+        rows: how solvers share the rows of a linear out.
     """
 
     mask_from: Literal["wanda", "magnitude"] = "wanda"
@@ -53,6 +106,7 @@ class Options:
     targets: Literal["pruned", "dense"] = "pruned"
     mix: float | Literal["auto"] | None = None
     as_original: bool = False
+    rows: Rows = ALL_ROWS
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunus.methods.base import Method, Options, Pruned, masked, unchanged
+from prunus.methods.base import Method, Options, Part, Pruned, masked, unchanged
 from prunus.methods.dsnot import dsnot_keep
 from prunus.methods.lsq import fit
 from prunus.methods.swaps import swapped_keep
@@ -73,13 +73,21 @@ def compose(method: Method, options: Options) -> Method:
             mix = _mix(weight_OI, statistics, options)
             weight_OI = dense_target(weight_OI, statistics, mix, options.damping)
         pruned = method.prune(weight_OI, statistics, pattern, sparsity, options)
-        if refinement is not None:
-            keep_OI, notes = refinement.refine(
-                weight_OI, pruned.keep_OI, statistics, pattern, options.damping, options.refine_rounds
-            )
-            pruned = masked(weight_OI, keep_OI, pruned.notes | notes)
-        if updates:
-            pruned = fit(weight_OI, pruned, statistics, options.damping)
+
+        def finish(part: Part) -> Pruned:
+            mine_OI = weight_OI[part.rows]
+            found = Pruned(pruned.weight_OI[part.rows], pruned.keep_OI[part.rows], pruned.notes)
+            if refinement is not None:
+                keep_OI, notes = refinement.refine(
+                    mine_OI, found.keep_OI, statistics, pattern, options.damping, options.refine_rounds
+                )
+                found = masked(mine_OI, keep_OI, found.notes | notes)
+            if updates:
+                found = fit(mine_OI, found, statistics, options.damping, part=part)
+            return found
+
+        if refinement is not None or updates:
+            pruned = options.rows.share(len(weight_OI), 1, finish)
         if aims and not statistics.has_drift:
             pruned.notes["targets"] = "pruned: other tokens reach this linear in the dense model"
         elif aims and options.mix == "auto":

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Pruned, masked
+from prunus.methods.base import WHOLE, Part, Pruned, masked
 from prunus.statistics import InputStatistics
 
 _STEPS = 30
@@ -76,7 +76,7 @@ def _scaled_gram(statistics: InputStatistics, damping: float) -> ScaledGram:
 
 
 def conjugate_gradients(
-    start_OI: Tensor, target_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, steps: int
+    start_OI: Tensor, target_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, steps: int, part: Part = WHOLE
 ) -> tuple[Tensor, int]:
     """Minimise tr (Z − target) gram (Z − target)ᵀ over all Z that are 0 outside `keep_OI`.
 
@@ -84,7 +84,8 @@ def conjugate_gradients(
         start_OI: float32 first guess; what of it lies outside the mask does not count.
         target_OI: float32.
         gram_II: float32, symmetric positive definite.
-        steps: at most so many; fewer where the residual is small enough.
+        steps: at most so many; fewer where the residual of all rows is small enough.
+        part: which rows these are.
 
     Returns:
         Z, float32, 0 (or -0) outside the mask, and the steps taken.
@@ -96,9 +97,10 @@ def conjugate_gradients(
     direction_OI = residual_OI.clone()
     image_OI = torch.empty_like(residual_OI)
     size_O1 = residual_OI.square().sum(dim=1, keepdim=True)
-    enough = float(size_O1.sum()) * _TOLERANCE**2
+    left = part.total(float(size_O1.sum()))
+    enough = left * _TOLERANCE**2
     taken = 0
-    while taken < steps and float(size_O1.sum()) > enough:
+    while taken < steps and left > enough:
         torch.mm(direction_OI, gram_II, out=image_OI).mul_(support_OI)
         energy_O1 = torch.linalg.vecdot(direction_OI, image_OI).unsqueeze(1)
         # A row that has arrived has no direction left, and stays where it is.
@@ -106,6 +108,7 @@ def conjugate_gradients(
         solution_OI.addcmul_(length_O1, direction_OI)
         residual_OI.addcmul_(length_O1, image_OI, value=-1)
         before_O1, size_O1 = size_O1, residual_OI.square().sum(dim=1, keepdim=True)
+        left = part.total(float(size_O1.sum()))
         share_O1 = torch.where(before_O1 > 0, size_O1 / before_O1, 0)
         direction_OI.mul_(share_O1).add_(residual_OI)
         taken += 1
@@ -113,7 +116,12 @@ def conjugate_gradients(
 
 
 def fit(
-    weight_OI: Tensor, start: Pruned, statistics: InputStatistics, damping: float | None, steps: int = _STEPS
+    weight_OI: Tensor,
+    start: Pruned,
+    statistics: InputStatistics,
+    damping: float | None,
+    steps: int = _STEPS,
+    part: Part = WHOLE,
 ) -> Pruned:
     """The best weights for the mask of `start`, beginning with its weights; inputs always 0 keep theirs.
 
@@ -121,9 +129,10 @@ def fit(
         weight_OI: float32, the trained weights.
         start: mask and first guess.
         damping: λ, or None for `ridge`.
+        part: which rows these are.
     """
     scaled = scaled_gram(statistics, damping)
     first_OI, target_OI = start.weight_OI * scaled.scale_I, weight_OI * scaled.scale_I
-    solution_OI, steps = conjugate_gradients(first_OI, target_OI, start.keep_OI, scaled.gram_II, steps)
+    solution_OI, steps = conjugate_gradients(first_OI, target_OI, start.keep_OI, scaled.gram_II, steps, part)
     notes = start.notes | {"ridge": scaled.damping, "conjugate_gradients": steps}
     return masked(solution_OI.div_(scaled.scale_I), start.keep_OI, notes)

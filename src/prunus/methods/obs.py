@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Options, Pruned
+from prunus.methods.base import WHOLE, Options, Part, Pruned
 from prunus.methods.obs_original import sweep_as_original
 from prunus.patterns import Pattern, keep_above_threshold, keep_mask
 from prunus.statistics import InputStatistics
@@ -30,9 +30,9 @@ _TILE = 16
 _NOISE = 10
 _MOST_DAMPING = 1e4
 
-# From the weights of columns start…start+B as they stand (O, B), start, and the diagonal of U there (B,),
-# to the mask (O, B), True for what stays.
-Choose = Callable[[Tensor, int, Tensor], Tensor]
+# From the weights of columns start…start+B as they stand (O, B), start, the diagonal of U there (B,), and which rows
+# these are, to the mask (O, B), True for what stays.
+Choose = Callable[[Tensor, int, Tensor, Part], Tensor]
 
 
 def prune_by_obs(
@@ -51,21 +51,47 @@ def prune_by_obs(
     gram_II = statistics.gram_II
     assert gram_II is not None, "the update needs a Gram matrix"
     damping = DAMPING if options.damping is None else options.damping
+    spans = _spans(pattern, options.column_block)
     if options.as_original:
-        swept = sweep_as_original(weight_OI, gram_II, damping, _spans(pattern, options.column_block), choose)
+        swept = sweep_as_original(
+            weight_OI, gram_II, damping, spans, lambda w_OB, start, d_B: choose(w_OB, start, d_B, WHOLE)
+        )
         if swept is not None:
             return swept
     factor_II, notes = statistics.derived(
         ("inverse_factor", damping), lambda: inverse_factor(gram_II, damping)
     )
+    dead_I = gram_II.diagonal() == 0
+
+    def sweep(part: Part) -> Pruned:
+        swept_OI, keep_OI = _sweep(
+            weight_OI[part.rows],
+            factor_II,
+            dead_I,
+            spans,
+            lambda w_OB, start, d_B: choose(w_OB, start, d_B, part),
+        )
+        return Pruned(swept_OI, keep_OI, dict(notes))
+
+    return options.rows.share(len(weight_OI), 1, sweep)
+
+
+def _sweep(
+    weight_OI: Tensor,
+    factor_II: Tensor,
+    dead_I: Tensor,
+    spans: tuple[int, int],
+    choose: Callable[[Tensor, int, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The sweep itself, from weights (O, I) to weights and mask."""
     diagonal_I = factor_II.diagonal()
-    span, block = _spans(pattern, options.column_block)
+    span, block = spans
     # A choice needs its columns up to date: within a tile they always are, beyond it where a tile begins.
     tile = _TILE if span % _TILE == 0 else max(1, _TILE // span) * span
 
     # Transposed, a column is contiguous, and the updates are plain matrix products on contiguous memory.
     weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
-    weight_IO[gram_II.diagonal() == 0] = 0
+    weight_IO[dead_I] = 0
     keep_IO = torch.empty(weight_IO.shape, dtype=torch.bool, device=weight_IO.device)
     inputs = len(weight_IO)
     for start in range(0, inputs, block):
@@ -87,13 +113,13 @@ def prune_by_obs(
             done_BO = error_BO[first - start : last - start]
             weight_IO[last:stop].addmm_(factor_II[first:last, last:stop].T, done_BO, alpha=-1)
         weight_IO[stop:].addmm_(factor_II[start:stop, stop:].T, error_BO, alpha=-1)
-    return Pruned(weight_IO.T.contiguous(), keep_IO.T.contiguous(), dict(notes))
+    return weight_IO.T.contiguous(), keep_IO.T.contiguous()
 
 
-def block_keep(score_OB: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+def block_keep(score_OB: Tensor, pattern: Pattern, sparsity: float, part: Part) -> Tensor:
     """The mask within a block of columns, (O, B): one threshold for all its rows, unless rows or N:M compete."""
     if pattern.is_unstructured and pattern.group == "layer":
-        return keep_above_threshold(score_OB, sparsity)
+        return part.among_all(score_OB, lambda all_OB: keep_above_threshold(all_OB, sparsity))
     return keep_mask(score_OB, pattern, sparsity)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prunus.methods.base import Method, Options, Pruned, unchanged
+from prunus.methods.base import Method, Options, Part, Pruned, unchanged
 from prunus.methods.obs import block_keep, prune_by_obs
 from prunus.patterns import Pattern
 from prunus.statistics import InputStatistics
@@ -22,8 +22,8 @@ def _prune(
     if pattern.removes_nothing(sparsity):
         return unchanged(weight_OI)
 
-    def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor) -> Tensor:
-        return block_keep((weight_OB / diagonal_B).abs_(), pattern, sparsity)
+    def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, part: Part) -> Tensor:
+        return block_keep((weight_OB / diagonal_B).abs_(), pattern, sparsity, part)
 
     return prune_by_obs(weight_OI, statistics, pattern, options, choose)
 

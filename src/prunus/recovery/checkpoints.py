@@ -49,15 +49,18 @@ class TrainingState(BaseModel):
 
 
 class Checkpoints:
-    """The files of one training in `folder`."""
+    """The files of one training in `folder`; of several ranks the first alone `writes`, all read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder = folder
+        self._writes = writes
 
     def save(
         self, state: TrainingState, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> None:
         """Write the state after an evaluation, and the weights as the best if this evaluation was."""
+        if not self._writes:
+            return
         if state.best == len(state.evaluations) - 1:
             save_safetensors(self._best(state), dict(parameters))
         tensors: dict[str, torch.Tensor] = {}

@@ -22,13 +22,14 @@ from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.tokenizer import load_tokenizer
+from prunus.ranks import Ranks
 from prunus.recovery.block_matching import windows_of
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import RECORD_NAME, Inputs, RecoveryRecord
 from prunus.recovery.teacher import check_shapes, check_vocabulary, find_teacher
 from prunus.recovery.training import steps_of, training_dtype
 
-__all__ = ["Job", "prepare"]
+__all__ = ["Job", "check_ranks", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,29 @@ def prepare(
         machine=hardware(place),
     )
     return Job(options, output, source, skeleton, dense, dense_skeleton, text, place, dtype, record)
+
+
+def check_ranks(options: RecoveryOptions, ranks: Ranks) -> None:
+    """See that several processes can share this training.
+
+    Raises:
+        ValueError: says what they cannot share, and what to do.
+    """
+    if ranks.size == 1:
+        return
+    if options.mode == "block":
+        raise ValueError(
+            f"mode block trains one block after the other, a window at a time: {ranks.size} ranks cannot share "
+            "that. Run one process, or choose masked, sparse-lora or lora"
+        )
+    if options.batch < ranks.size:
+        raise ValueError(
+            f"steps of {options.batch} windows cannot be shared by {ranks.size} ranks: give --batch {ranks.size} or more"
+        )
+    if options.minutes is not None:
+        raise ValueError(
+            "clocks of several ranks differ, and so would their steps: give --tokens, not --minutes"
+        )
 
 
 def _text_of(teacher: str | Path | None) -> str | None:

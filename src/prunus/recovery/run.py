@@ -21,11 +21,12 @@ from prunus.model.linears import Linear
 from prunus.model.loading import load_model
 from prunus.model.lock import clear_stale_lock, locked
 from prunus.output import shard_name
+from prunus.ranks import Ranks, joined
 from prunus.recipe import parse_bytes
 from prunus.recovery.block_matching import match_blocks
 from prunus.recovery.card import adapter_card, checkpoint_card
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
-from prunus.recovery.job import Job, prepare
+from prunus.recovery.job import Job, check_ranks, prepare
 from prunus.recovery.lora import choose, lora
 from prunus.recovery.options import recovery_options
 from prunus.recovery.record import RecoveryRecord
@@ -52,6 +53,8 @@ def recover(
     overwrite: bool = False,
     resume: bool | None = None,
     memory: int | str | None = None,
+    ranks: Ranks | None = None,
+    rank_timeout: float | None = None,
     progress: Callable[[Step], None] | None = None,
     **options: Any,
 ) -> RecoveryRecord:
@@ -71,6 +74,8 @@ def recover(
         resume: True insists on an unfinished recovery in `output`, False refuses one; by default it is resumed if
             it matches.
         memory: budget of mode block, such as "8GB" or bytes; default what is free. The other modes need the whole model.
+        ranks: processes that share each step's windows, all with `output`; None for those that torchrun started.
+        rank_timeout: seconds after which one of them that gives no sign of life counts as lost; default 600.
         progress: called after every step, evaluation and block.
         **options: further fields of `RecoveryOptions`: text, tokens, minutes, seqlen, batch, learning_rate, warmup,
             weight_decay, seed, held_out, evaluations, patience, distill_weight, rank, alpha, targets, passes, dtype.
@@ -85,6 +90,22 @@ def recover(
             are the result in `output` all the same.
         RuntimeError: a pruned weight would not be zero; nothing is written.
     """
+    if ranks is None:
+        with joined(rank_timeout) as started_ranks:
+            return recover(
+                model,
+                output,
+                mode,
+                teacher=teacher,
+                device=device,
+                data_dir=data_dir,
+                overwrite=overwrite,
+                resume=resume,
+                memory=memory,
+                ranks=started_ranks,
+                progress=progress,
+                **options,
+            )
     started = time.perf_counter()
     chosen = recovery_options({"mode": mode, **options})
     if memory is not None and chosen.mode != "block":
@@ -92,34 +113,46 @@ def recover(
             f"mode {chosen.mode} trains the whole model in memory; a memory budget is for mode block. Leave it out"
         )
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
-    job = prepare(
-        model,
-        Path(output),
-        chosen,
-        teacher=teacher,
-        device=device,
-        data_dir=Path(data_dir) if data_dir is not None else None,
-        overwrite=overwrite,
-        resume=resume,
-    )
-    checkpoints = Checkpoints(job.output)
+    check_ranks(chosen, ranks)
+    with ranks.together():
+        job = prepare(
+            model,
+            Path(output),
+            chosen,
+            teacher=teacher,
+            device=device,
+            data_dir=Path(data_dir) if data_dir is not None else None,
+            overwrite=overwrite,
+            resume=resume,
+        )
+    checkpoints = Checkpoints(job.output, writes=ranks.rank == 0)
     if job.record.state == "finished":
         checkpoints.clear()  # a kill right after the end leaves them
         clear_stale_lock(job.output)
         return job.record
-    record = job.record
     with locked(job.output):
         if chosen.mode == "block":
             _recover_blocks(job, overwrite, progress, budget)
-        else:
-            _recover_whole(job, checkpoints, overwrite, progress, base=_base_name(model))
-        record.totals |= {
-            "seconds_this_time": round(time.perf_counter() - started, 2),
-            "peak_memory_bytes": peak_memory(),
-        }
-        record.state = "finished"
-        record.save(job.output)
-        checkpoints.clear()
+            return _close(job, output, checkpoints, started)
+        write = _recover_whole(job, checkpoints, overwrite, progress, _base_name(model), ranks)
+
+        def finish() -> str:
+            write()
+            return _close(job, output, checkpoints, started).model_dump_json()
+
+        return RecoveryRecord.model_validate_json(ranks.from_first(finish))
+
+
+def _close(job: Job, output: str | Path, checkpoints: Checkpoints, started: float) -> RecoveryRecord:
+    """The record of a recovery whose result is in place, finished and written."""
+    record = job.record
+    record.totals |= {
+        "seconds_this_time": round(time.perf_counter() - started, 2),
+        "peak_memory_bytes": peak_memory(),
+    }
+    record.state = "finished"
+    record.save(job.output)
+    checkpoints.clear()
     if record.diverged:
         raise ValueError(
             f"training stopped: {record.stopped}. {output} holds the weights of step "
@@ -172,7 +205,9 @@ def _recover_whole(
     overwrite: bool,
     progress: Callable[[Step], None] | None,
     base: str,
-) -> None:
+    ranks: Ranks,
+) -> Callable[[], None]:
+    """Train all that the mode trains, at once; returns what writes the result."""
     options, folder = job.options, job.source.checkpoint.folder
     stays = options.mode == "lora"
     attention = None
@@ -196,9 +231,14 @@ def _recover_whole(
     if job.teacher is not None:
         teacher = load_model(job.teacher.checkpoint.folder, job.dtype, attention=attention).to(job.device)
         teacher.requires_grad_(False)
-    check_disk(job.output, _disk(job, trainable))
-    _begin(job, overwrite)
-    state = train(trainable, job.text, options, job.dtype, teacher, checkpoints, progress)
+
+    def begin() -> None:
+        check_disk(job.output, _disk(job, trainable))
+        _begin(job, overwrite)
+
+    ranks.from_first(begin)
+    tell = progress if ranks.rank == 0 else None
+    state = train(trainable, job.text, options, job.dtype, teacher, checkpoints, tell, ranks)
     record = job.record
     _enter(record, state, trainable, parameters)
     if state.diverged and state.best == 0:
@@ -206,17 +246,21 @@ def _recover_whole(
             f"training stopped: {state.stopped}, and nothing was better before than at the start. {job.output} holds "
             "no result; use a smaller --learning-rate, with --overwrite"
         )
-    if stays:
-        save_adapter(trainable.model, job.output)
-        write_text(job.output / "README.md", adapter_card(record, base))
-        return
-    result = ResultFolder(job.output, job.source, job.skeleton, record)
-    changed: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    if options.mode == "sparse-lora":
-        changed = merged_weights(updated)
-    record.linears = _write(job, result, changed, linears)
-    record.totals |= _zeros(record)
-    result.finish(checkpoint_card(record, folder))
+
+    def write() -> None:
+        if stays:
+            save_adapter(trainable.model, job.output)
+            write_text(job.output / "README.md", adapter_card(record, base))
+            return
+        result = ResultFolder(job.output, job.source, job.skeleton, record)
+        changed: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        if options.mode == "sparse-lora":
+            changed = merged_weights(updated)
+        record.linears = _write(job, result, changed, linears)
+        record.totals |= _zeros(record)
+        result.finish(checkpoint_card(record, folder))
+
+    return write
 
 
 def _write(

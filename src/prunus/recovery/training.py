@@ -18,6 +18,7 @@ import torch
 from prunus.calibration.stream import TrainingText
 from prunus.engine.precision import native_bfloat16
 from prunus.engine.schedule import learning_rate
+from prunus.ranks import ALONE, Ranks
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.loss import next_token_loss
 from prunus.recovery.options import RecoveryOptions
@@ -68,7 +69,9 @@ class _Trainer:
         options: RecoveryOptions,
         dtype: torch.dtype,
         teacher: Any,
+        ranks: Ranks,
     ) -> None:
+        self.ranks = ranks
         self.trainable = trainable
         self.text = text
         self.options = options
@@ -100,13 +103,18 @@ class _Trainer:
         return next_token_loss(logits, ids, guide, self.options.distill_weight)
 
     def step(self, state: TrainingState, share: float) -> float:
-        """One step of the optimiser; returns its loss. Where that is not finite, nothing is changed."""
+        """One step of the optimiser; returns its loss. Where that is not finite, nothing is changed.
+
+        Each rank takes some of the step's windows; gradients are added up, and all ranks take the same step.
+        """
         ids = self.text.windows(state.step * self.options.batch, self.options.batch)
-        total = 0.0
-        for part in ids.split(max(1, _TOKENS_PER_PASS // self.options.seqlen)):
+        total, mine = 0.0, self.ranks.share(len(ids))
+        for part in ids[mine.start : mine.stop].split(max(1, _TOKENS_PER_PASS // self.options.seqlen)):
             loss = self.loss(part) * (len(part) / len(ids))
             loss.backward()
             total += float(loss.detach())
+        self._add_up()
+        total = self.ranks.total(total)
         for name, support in self.trainable.supports.items():
             gradient = self.trainable.parameters[name].grad
             if gradient is not None:
@@ -122,11 +130,23 @@ class _Trainer:
         self.optimizer.zero_grad()
         return total
 
+    def _add_up(self) -> None:
+        """Replace gradients by their sums over ranks; none stands for zeros."""
+        if self.ranks.size == 1:
+            return
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self.ranks.add(parameter.grad)
+
     @torch.no_grad()
     def judge(self) -> float:
         """Mean next-token cross entropy of the held-out windows, in nats per token."""
-        losses = [float(self.loss(ids, judge=True)) for ids in self.text.held_out.split(1)]
-        return sum(losses) / len(losses)
+        mine = self.ranks.share(len(self.text.held_out))
+        own = self.text.held_out[mine.start : mine.stop]
+        losses = [float(self.loss(ids, judge=True)) for ids in own.split(1) if len(ids)]
+        everybodys = self.ranks.concatenate(torch.tensor(losses, dtype=torch.float64)).tolist()
+        return sum(everybodys) / len(everybodys)
 
 
 def train(
@@ -137,6 +157,7 @@ def train(
     teacher: Any,
     checkpoints: Checkpoints,
     progress: Callable[[Step], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainingState:
     """Train until the budget is spent or nothing is gained any more; go on from a checkpoint where there is one.
 
@@ -148,6 +169,7 @@ def train(
         teacher: a causal LM whose logits are learnt, or None.
         checkpoints: where the state is kept.
         progress: called after every step and every evaluation.
+        ranks: processes that train the same parameters together, on windows of their own.
 
     Returns:
         The state at the end. Where the loss was not finite it says `diverged`, and the parameters are the best
@@ -156,7 +178,7 @@ def train(
     Raises:
         ValueError: the loss is not finite before any training.
     """
-    trainer = _Trainer(trainable, text, options, dtype, teacher)
+    trainer = _Trainer(trainable, text, options, dtype, teacher, ranks)
     state = checkpoints.load(trainable.parameters, trainer.optimizer) or TrainingState()
     begun, before, losses = time.perf_counter(), state.seconds, list[float]()
 
@@ -212,5 +234,7 @@ def train(
         if share >= min(1.0, len(state.evaluations) / options.evaluations):
             evaluate()
     state.seconds = seconds()
+    ranks.gather([0])  # the first rank has written them
     checkpoints.load_best(state, trainable.parameters)
+    ranks.gather([0])  # and may delete them once all have read
     return state

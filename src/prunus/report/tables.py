@@ -12,6 +12,7 @@ from prunus.manifest import Manifest
 from prunus.sparse.conversion import Record
 
 __all__ = [
+    "forecast_table",
     "inspection_table",
     "packing_table",
     "plan_table",
@@ -118,6 +119,34 @@ def _free_orders(orders: dict[str, str]) -> str:
     free = [f"{kind} (with {follow})" for kind, follow in kinds.items() if follow]
     kept = [kind for kind, follow in kinds.items() if not follow]
     return f"free for {', '.join(free) or 'none'}; as it is for {', '.join(kept) or 'none'}"
+
+
+def forecast_table(what: str, found: dict[str, Any]) -> Table:
+    """What a run would cost elsewhere; see `prunus.forecast.forecast`."""
+    table = Table(title=f"{what}, on {found['devices']}", title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("figure", overflow="fold")
+    room = {True: "", False: ", which is more than a device has in lockstep: replayed, five passes", None: ""}
+    parts = sorted(found["parts"].items(), key=lambda part: -part[1])
+    rows = {
+        "weights": f"{found['weights'] / 1e9:.2f} billion",
+        "ranks": f"{found['ranks']}, with at most {found['windows_per_rank']} windows each",
+        "memory per rank": f"{found['memory'] / 1e9:.2f} GB{room[found['lockstep']]}",
+        "disk": f"{found['disk'] / 1e9:.2f} GB; read {found['read'] / 1e9:.2f}, written {found['written'] / 1e9:.2f}",
+        "traffic to each rank": f"{found['traffic'] / 1e9:.2f} GB",
+        "time": _duration(found["seconds"]),
+        "of which": ", ".join(f"{name} {seconds / found['seconds']:.0%}" for name, seconds in parts),
+        "rates": found["rates"],
+    }
+    for name, figure in rows.items():
+        table.add_row(name, figure)
+    return table
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _allocation(planned: dict[str, Any]) -> str:

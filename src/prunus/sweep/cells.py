@@ -17,6 +17,7 @@ from prunus.evaluation.accuracy import evaluate
 from prunus.manifest import MANIFEST_NAME, Manifest
 from prunus.model.files import TEMPORARY_SUFFIX, copy_file, make_folder
 from prunus.plan import RunOptions
+from prunus.ranks import ALONE
 from prunus.recovery import recover
 from prunus.recovery.record import RECORD_NAME
 from prunus.results import CellResult, ModelResult, Pruning, Score, TaskFigure
@@ -56,6 +57,7 @@ def prune_cell(
         data_dir=options.data_dir,
         input_ids=ids,
         trust_remote_code=options.trust_remote_code,
+        ranks=ALONE,
     )
     make_folder(folder)
     manifest = run(model, weights, cell.recipe, own, progress=progress)
@@ -88,7 +90,7 @@ def recover_cell(
     weights = folder / WEIGHTS
     make_folder(folder)
     chosen = recovery | ({"teacher": dense} if recovery.get("teacher") == "dense" else {})
-    record = recover(pruned, weights, device=options.device, data_dir=options.data_dir, **chosen)
+    record = recover(pruned, weights, device=options.device, data_dir=options.data_dir, ranks=ALONE, **chosen)
     copy_file(weights / RECORD_NAME, folder / RECORD_NAME)
     cell.recovered = record.totals
     return weights

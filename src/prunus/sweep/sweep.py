@@ -2,6 +2,8 @@
 
 `results.json` is rewritten after every step, so a sweep that was killed goes on at the step it was at. What fails
 is written down, the rest goes on, and the next run of the same command tries it again.
+
+Several ranks take cells as they are free, each cell being one process' work; see `sharing_out.py`.
 """
 
 from __future__ import annotations
@@ -9,22 +11,22 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prunus.methods import METHODS
 from prunus.model.lock import locked
 from prunus.plan import RunOptions
+from prunus.ranks import ALONE, Ranks, joined
 from prunus.results import CellResult, ModelResult, SweepResults
 from prunus.run import Progress
 from prunus.sweep.cells import discard_weights, prune_cell, recover_cell, score_model
-from prunus.sweep.checks import check_sweep
 from prunus.sweep.grid import Sweep
+from prunus.sweep.sharing_out import CELLS, begin, collect, exchange_models, prepare, save
 from prunus.sweep.windows import shared_windows
 
 __all__ = ["run_sweep"]
 
-CELLS = "cells"
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -49,10 +51,14 @@ def run_sweep(
         What `check_sweep` raises, before any work.
     """
     options = options or RunOptions()
-    results = check_sweep(sweep, output, options, file)
-    with locked(output):
-        results.save(output)
-        return _Runner(sweep, results, output, options, progress or (lambda line: None)).run()
+    with contextlib.ExitStack() as stack:
+        ranks = options.ranks or stack.enter_context(joined(options.rank_timeout))
+        # A cell is one process' work, whoever does it.
+        options = replace(options, ranks=ALONE)
+        results = begin(sweep, output, options, file, ranks)
+        stack.enter_context(locked(output))
+        results = prepare(results, output, options, ranks)
+        return _Runner(sweep, results, output, options, progress or (lambda line: None), ranks).run()
 
 
 @dataclass
@@ -62,17 +68,27 @@ class _Runner:
     output: Path
     options: RunOptions
     say: Callable[[str], None]
+    ranks: Ranks
 
     def run(self) -> SweepResults:
-        for label, model in self.results.models.items():
+        models = list(self.results.models.items())
+        for number in self.ranks.claims("models", len(models)):
+            label, model = models[number]
             title = f"{label}, dense"
             with self._failures(model, title):
                 self._score(Path(model.path), model, title)
-            self.results.save(self.output)
-        for cell in self.results.cells:
-            if cell.recovers is None:
-                self._group(cell, [x for x in self.results.cells if x.recovers == cell.name])
-        return self.results
+            self._save()
+        exchange_models(self.results, self.ranks)
+        self._save()
+        plain = [cell for cell in self.results.cells if cell.recovers is None]
+        for number in self.ranks.claims("cells", len(plain)):
+            cell = plain[number]
+            self._group(cell, [x for x in self.results.cells if x.recovers == cell.name])
+        return collect(self.results, self.output, self.ranks)
+
+    def _save(self, cell: CellResult | None = None) -> None:
+        """Keep what was found by now: of `cell`, or of a dense model."""
+        save(self.results, cell, self.output, self.ranks)
 
     def _group(self, cell: CellResult, recoveries: list[CellResult]) -> None:
         """A cell and those that recover it: its weights are there for as long as one of them needs them."""
@@ -101,14 +117,14 @@ class _Runner:
             ids = shared_windows(
                 self.output, self.results, cell.model, Path(model.path), cell.recipe, self.options
             )
-            self.results.save(self.output)
+            self._save(cell)
         title, before = self._title(cell), cell.pruning
         weights = prune_cell(
             cell, self._folder(cell), Path(model.path), ids, self.options, self._now_and_then(title)
         )
         assert cell.pruning is not None
         cell.pruning = before or cell.pruning
-        self.results.save(self.output)
+        self._save(cell)
         self.say(f"{title}: {cell.pruning.sparsity:.2%} pruned in {cell.pruning.seconds:.0f} s")
         return weights
 
@@ -117,13 +133,13 @@ class _Runner:
         title, dense = self._title(cell), Path(self.results.models[cell.model].path)
         table = self.sweep.recovery[cell.recovery]
         weights = recover_cell(cell, self._folder(cell), pruned, dense, table, self.options)
-        self.results.save(self.output)
+        self._save(cell)
         self.say(f"{title}: recovered in {(cell.recovered or {}).get('seconds', 0):.0f} s")
         self._score(weights, cell, title)
 
     def _score(self, weights: Path, record: CellResult | ModelResult, title: str) -> None:
         def finished(what: str, figure: float | None) -> None:
-            self.results.save(self.output)
+            self._save(record if isinstance(record, CellResult) else None)
             self.say(f"{title}: {what} {'infinite' if figure is None else f'{figure:.4g}'}")
 
         score_model(weights, self.sweep.scoring, self.options, record, finished)
@@ -135,7 +151,7 @@ class _Runner:
         with self._failures(cell, self._title(cell)):
             yield
             cell.state = "done"
-        self.results.save(self.output)
+        self._save(cell)
 
     @contextlib.contextmanager
     def _failures(self, record: CellResult | ModelResult, title: str) -> Iterator[None]:

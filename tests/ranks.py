@@ -1,0 +1,64 @@
+"""Ranks for tests: forked from one process that has the imports behind it, with torchrun's environment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def forked(size: int, work: Callable[[int], Any]) -> Iterator[list[int]]:
+    """While active, `size` processes run `work(rank)` with torchrun's environment; yields their process numbers.
+
+    Only for a parent whose torch computes on one thread, and which has no group of its own.
+    """
+    port, children = free_port(), []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.environ |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(size),
+                    "LOCAL_WORLD_SIZE": str(size),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
+                # The first keeps the store. Who asks too early waits for a second.
+                time.sleep(0.15 if rank else 0)
+                work(rank)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        children.append(child)
+    try:
+        yield children
+    finally:
+        for child in children:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(child, 0)
+
+
+def in_ranks(size: int, work: Callable[[int], Any]) -> list[int]:
+    """Run `work(rank)` on `size` ranks; returns their exit statuses, 0 where it went well."""
+    with forked(size, work) as children:
+        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
