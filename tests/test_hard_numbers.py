@@ -91,7 +91,7 @@ def prune(
     dense = x.float() * 1.01 if method.needs_drift else None
     statistics.add(x, dense)
     job = LinearJob(method, pattern, 0.5, options)
-    return prune_linear(job, Linear("up_proj", module), NAME, w, statistics)
+    return prune_linear(job, Linear("up_proj", module), NAME, w, statistics)[:2]
 
 
 X_KINDS = [

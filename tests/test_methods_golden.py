@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import reference
+from golden import FED_BACK_LINEAR
 from prunus.methods import METHODS, Options
 from prunus.methods.obs import prune_by_obs
 from prunus.patterns import Pattern
@@ -45,10 +46,10 @@ FIXED = [
     ("ablate_wanda_seq_unstructured", "obs", Pattern(), {}, 0.999),
 ]
 FED_BACK = [
-    ("sparsegpt_unstructured", "sparsegpt", LAYER, {}, 0.999),
-    ("sparsegpt_2of4", "sparsegpt", Pattern(2, 4), {}, 0.999),
-    ("ablate_mag_iter_2of4", "obs", Pattern(2, 4), MAGNITUDE | BLOCKWISE, 0.999),
-    ("ablate_wanda_iter_unstructured", "obs", LAYER, BLOCKWISE, 0.999),
+    ("sparsegpt_unstructured", "sparsegpt", LAYER, {}, FED_BACK_LINEAR),
+    ("sparsegpt_2of4", "sparsegpt", Pattern(2, 4), {}, FED_BACK_LINEAR),
+    ("ablate_mag_iter_2of4", "obs", Pattern(2, 4), MAGNITUDE | BLOCKWISE, FED_BACK_LINEAR),
+    ("ablate_wanda_iter_unstructured", "obs", LAYER, BLOCKWISE, FED_BACK_LINEAR),
 ]
 
 
