@@ -15,6 +15,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ import torch
 import tqdm
 
 tqdm.tqdm.monitor_interval = 0
+# Its own is shared between processes: a child that is killed with it in hand would leave it locked for all others.
+tqdm.tqdm.set_lock(threading.RLock())
 torch.set_num_threads(1)
 
 from safetensors import safe_open  # noqa: E402

@@ -51,6 +51,7 @@ def test_runs_killed_at_random_moments_end_in_the_same_bytes(material, tmp_path)
         text=True,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 import reference
 from golden import FED_BACK_LINEAR
 from prunus.methods import METHODS, Options
+from prunus.methods.base import Part
 from prunus.methods.obs import prune_by_obs
 from prunus.patterns import Pattern
 from prunus.statistics import InputStatistics
@@ -61,7 +62,7 @@ def official_keep(official: dict[str, np.ndarray], name: str, weight_OI: Tensor)
 def with_its_mask(weight_OI: Tensor, statistics: InputStatistics, keep_OI: Tensor) -> Tensor:
     """The weight of the original: its mask, and the update around it."""
 
-    def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor) -> Tensor:
+    def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, part: Part) -> Tensor:
         return keep_OI[:, start : start + weight_OB.shape[1]]
 
     return prune_by_obs(weight_OI, statistics, Pattern(), Options(), choose).weight_OI

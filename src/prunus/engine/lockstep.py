@@ -247,8 +247,9 @@ def two_pass(
     reached = [linear for linear in linears if linear.name in leader_of]
     for linear in reached:
         if leader_of[linear.name] == linear.name:
-            own = statistics.setdefault(linear.name, new_statistics(linear))
-            own.complete(ranks)
+            if linear.name not in statistics:  # other ranks have fed it, this one has not
+                statistics[linear.name] = new_statistics(linear)
+            statistics[linear.name].complete(ranks)
     for linear in reached:
         prune(linear, statistics[leader_of[linear.name]])
     for index in range(count):
