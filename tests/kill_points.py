@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,8 +23,8 @@ import prunus  # noqa: E402
 RENAME = os.replace
 
 
-def child(work) -> int:
-    """Run `work` in a fork; returns the wait status."""
+def fork(work: Callable[[], object]) -> int:
+    """Process id of a fork that carries out `work`."""
     process = os.fork()
     if process == 0:
         code = 1
@@ -32,7 +33,12 @@ def child(work) -> int:
             code = 0
         finally:
             os._exit(code)
-    return os.waitpid(process, 0)[1]
+    return process
+
+
+def child(work: Callable[[], object]) -> int:
+    """Run `work` in a fork; returns the wait status."""
+    return os.waitpid(fork(work), 0)[1]
 
 
 def run(dense: str, out: Path, kill_at: int | None, after: bool) -> None:

@@ -34,6 +34,7 @@ torch.set_num_threads(1)
 from safetensors import safe_open  # noqa: E402
 
 import prunus  # noqa: E402
+from kill_points import fork  # noqa: E402
 from prunus.model.checkpoint import INDEX_NAME  # noqa: E402
 from prunus.sparse import pack  # noqa: E402
 from prunus.sweep import Sweep, run_sweep  # noqa: E402
@@ -64,19 +65,6 @@ def verbs(dense: Path, pruned: Path, text: Path, ids: Path) -> dict[str, Callabl
         "recover-masked": lambda out: recover(pruned, out, "masked", text, evaluations=2, tokens=128),
         "sweep": lambda out: run_sweep(sweep, out),
     }
-
-
-def fork(work: Callable[[], object]) -> int:
-    """Process id of a fork that carries out `work`."""
-    process = os.fork()
-    if process == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return process
 
 
 def end(process: int) -> int:
