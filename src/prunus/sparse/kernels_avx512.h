@@ -34,12 +34,10 @@ struct Pair {
 };
 
 PRUNUS_TARGET PRUNUS_INLINE Pair expand(uint64_t word, const uint16_t*& values) {
-    const uint32_t lower = uint32_t(word);
-    uint32_t upper = uint32_t(word >> 32);
-    // Otherwise the compiler shifts in a mask register, which takes the one port that expansion lives on.
-    asm("" : "+r"(upper));
-    const Pair pair = {_mm512_maskz_expand_epi16(__mmask32(lower), _mm512_loadu_si512(values)),
-                       _mm512_maskz_expand_epi16(__mmask32(upper), _mm512_loadu_si512(values + _mm_popcnt_u32(lower)))};
+    const __mmask64 mask = _cvtu64_mask64(word);
+    const int lower = _mm_popcnt_u32(uint32_t(word));
+    const Pair pair = {_mm512_maskz_expand_epi16(__mmask32(mask), _mm512_loadu_si512(values)),
+                       _mm512_maskz_expand_epi16(__mmask32(_kshiftri_mask64(mask, 32)), _mm512_loadu_si512(values + lower))};
     values += _mm_popcnt_u64(word);
     return pair;
 }

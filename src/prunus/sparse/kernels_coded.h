@@ -1,9 +1,8 @@
 // bfloat16 values in twelve bits: a low byte each, and half a byte that says which of sixteen high bytes it has.
 //
 // The exponents of a layer's weights differ little, so sixteen high bytes (a sign and seven of the eight bits of the
-// exponent) are nearly all there are; what has another is listed with its place. Decoding two rows or so into
-// the first-level cache and multiplying from there costs less than a fifth of the time in which memory brings them, and
-// lets every kernel work on coded values as on plain ones.
+// exponent) are nearly all there are; what has another is listed with its place. Two rows or so are decoded into the
+// first-level cache and multiplied from there, so that every kernel works on coded values as on plain ones.
 #pragma once
 
 #include <algorithm>
