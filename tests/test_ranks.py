@@ -6,13 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prunus.ranks import ALONE, joined, shares
+from prunus.ranks.watch import Watch
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked here")
 
@@ -96,6 +99,23 @@ def test_a_lost_rank_is_named_and_the_run_goes_on_without_it(found, case, says):
     assert result["blocks"] == 2
     assert not any(result["status"])
     assert result["bytes"], "norms add up in one order whatever the number of ranks"
+
+
+def test_who_keeps_the_store_stays_until_the_rest_have_heard_who_is_lost():
+    store = dist.HashStore()
+    for rank in (1, 2):
+        store.set(f"who/{rank}", f"elsewhere|-|{rank}")
+        store.set(f"beat/{rank}", "1|0|the start")
+    watch = Watch(store, 0, 3, timeout=60)
+    store.set("fault/1", "no good")
+    assert "rank 1 (process 1 on elsewhere) stopped: no good" in str(watch.explain("a broken connection"))
+    leaves = threading.Thread(target=watch.close, args=(True,))
+    leaves.start()
+    leaves.join(0.3)
+    assert leaves.is_alive(), "rank 2 could not read any more why"
+    store.set("heard/2", "")
+    leaves.join(10)
+    assert not leaves.is_alive()
 
 
 def test_perplexity_is_the_same_to_the_last_digit(found):

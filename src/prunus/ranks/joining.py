@@ -90,7 +90,7 @@ def joined(timeout: float | None = None) -> Iterator[Ranks]:
             watch.report(f"{type(fault).__name__}: {fault}".strip(": "))
         raise
     finally:
-        watch.close()
+        watch.close(lost)
         if not lost:  # a group that lost a member waits for it before it closes
             dist.destroy_process_group()
 

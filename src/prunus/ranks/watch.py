@@ -7,6 +7,9 @@ has died, hangs, or has met an error can so be named by those who wait for it, a
 - a process on the same machine is looked up by its number: gone, or stopped by a signal;
 - a rank whose counter stands still for `timeout` seconds hangs, or its machine is gone;
 - a rank whose counter moves but that does not come to a meeting for `timeout` seconds hangs as well.
+
+The store goes with the process that keeps it, as a rule rank 0's. A rank that leaves because another is lost therefore
+waits a moment until the rest have heard it too: they could not read the reason afterwards.
 """
 
 from __future__ import annotations
@@ -84,21 +87,30 @@ class Watch:
         # An error that was written down says more than that its process has gone.
         deadline = time.monotonic() + 3 * self._interval
         while self._trouble is None and time.monotonic() < deadline:
-            self._look()
+            try:
+                self._look()
+            except RuntimeError as fault:
+                self._unreachable(fault)
             self._trouble = self._trouble or self._dead()
             time.sleep(0.02)
         return RankError(self._trouble or f"{what}; no rank is known to be lost")
 
     def report(self, message: str) -> None:
-        """Tell the others of an error, and give them a moment to hear of it before this process goes."""
-        try:
+        """Tell the others of an error, and give them time to hear of it before this process goes."""
+        with contextlib.suppress(RuntimeError):  # nobody there to tell
             self._store.set(f"fault/{self._rank}", message)
-        except RuntimeError:
-            return  # nobody there to tell
-        time.sleep(2 * self._interval)
+            self._wait_until_heard()
 
-    def close(self) -> None:
-        """Give the last sign: this rank has left in peace, or said why it did not."""
+    def close(self, lost: bool = False) -> None:
+        """Give the last sign: this rank has left in peace, or said why it did not.
+
+        Args:
+            lost: it leaves because another is lost; the rest are then given time to hear of that.
+        """
+        if lost:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"heard/{self._rank}", "")
+                self._wait_until_heard()
         self._over.set()
         self._thread.join(5)
         with contextlib.suppress(RuntimeError):  # the store goes with the process that keeps it
@@ -113,13 +125,31 @@ class Watch:
             try:
                 self._beat()
                 self._look()
+                if self._trouble is not None:
+                    self._store.set(f"heard/{self._rank}", "")
             except RuntimeError as fault:
                 if not self._over.is_set():
-                    self._trouble = (
-                        "the rendezvous of torchrun does not answer any more: the machine that keeps it, as a rule rank "
-                        f"0's, is gone or out of reach ({str(fault).splitlines()[0]})"
-                    )
+                    self._unreachable(fault)
                 return
+
+    def _unreachable(self, fault: RuntimeError) -> None:
+        """The store does not answer; what was known before says more than that."""
+        self._trouble = self._trouble or (
+            "the rendezvous of torchrun does not answer any more: the machine that keeps it, as a rule rank 0's, is "
+            f"gone or out of reach ({str(fault).splitlines()[0]})"
+        )
+
+    def _wait_until_heard(self) -> None:
+        """Until every rank that can still hear knows that one is lost, ten looks at most."""
+        deadline = time.monotonic() + 10 * self._interval
+        while time.monotonic() < deadline and not all(
+            self._state(other) is not None
+            or self._store.check([f"heard/{other}"])
+            or self._store.check([f"fault/{other}"])
+            or self._store.get(f"beat/{other}").decode() == _LEFT
+            for other in self._others
+        ):
+            time.sleep(0.02)
 
     def _look(self) -> None:
         """See what the others have written."""
