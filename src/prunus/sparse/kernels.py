@@ -20,13 +20,16 @@ import torch
 
 from prunus.sparse.weight import PackedWeight
 
-__all__ = ["ISAS", "MAX_TOKENS", "Kernels", "load", "why_not"]
+__all__ = ["ISAS", "MAX_TOKENS", "MAX_TOKENS_AS_MATRIX", "Kernels", "load", "why_not"]
 
 #: Instruction sets from slowest to fastest, as `kernels.h` numbers them.
-ISAS = ("portable", "avx2", "avx512", "avx512-bf16")
-#: Up to this many tokens a product is computed straight from the packed weight.
+ISAS = ("portable", "avx2", "avx512", "avx512-bf16", "amx")
+#: Up to this many tokens a product is computed straight from the packed weight with every instruction set.
 MAX_TOKENS = 16
-_ABI = 2
+#: And up to this many where rows are written out to the cache and multiplied as matrices there. Still longer ones are worth
+#: writing the whole weight out for torch's product, whose blocks are better.
+MAX_TOKENS_AS_MATRIX = 1024
+_ABI = 3
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 _FAULTS = {1: "an argument is out of range", 2: "this machine lacks the instruction set", 3: "out of memory"}
 
@@ -136,6 +139,15 @@ class Kernels:
             raise RuntimeError(f"the kernel refused: {_FAULTS[fault]}")
         return out
 
+    def most_tokens(self, weight_dtype: torch.dtype, x_dtype: torch.dtype) -> int:
+        """Up to how many tokens `linear` is the fastest way, for a weight whose values are of that dtype."""
+        as_matrix = (
+            self.isa >= ISAS.index("avx512-bf16")
+            and x_dtype == torch.bfloat16
+            and weight_dtype in (torch.bfloat16, torch.int8)
+        )
+        return MAX_TOKENS_AS_MATRIX if as_matrix else MAX_TOKENS
+
     def expand(self, packed: PackedWeight, offsets: torch.Tensor | None, out: torch.Tensor) -> None:
         """Write the dense weight to `out` (O, I): of the entries' dtype, or bfloat16 or float16 for int8 values."""
         fault = self.library.prunus_expand(
@@ -147,7 +159,7 @@ class Kernels:
     @property
     def has_dense(self) -> bool:
         """Whether `dense_linear` can be called: it exists for AVX-512 with BF16 only."""
-        return self.isa == ISAS.index("avx512-bf16")
+        return self.isa >= ISAS.index("avx512-bf16")
 
     def dense_linear(
         self, x: torch.Tensor, weight_OI: torch.Tensor, bias: torch.Tensor | None

@@ -9,12 +9,13 @@
 
 namespace prunus {
 
-// kSplitInt16: as kInt16, but 64 low bytes and then 64 high bytes instead of 64 words.
-enum class XForm { kBf16, kFloat, kInt16, kSplitInt16 };
+// kSplitInt16: as kInt16, but 64 low bytes and then 64 high bytes instead of 64 words. kBlocks and kByteTiles are layouts of
+// their own, which kernels_panels.h and kernels_amx_int8.h describe.
+enum class XForm { kBf16, kFloat, kInt16, kSplitInt16, kBlocks, kByteTiles };
 
 // Per-thread memory that is reused from call to call.
 struct Scratch {
-    std::vector<uint8_t> x, x_float, x_scales, x_excess, sums, tail, ones, decoded;
+    std::vector<uint8_t> x, x_float, x_tiles, x_scales, x_excess, sums, tail, ones, decoded, panels;
 };
 
 template <typename T>
@@ -22,6 +23,13 @@ T* sized(std::vector<uint8_t>& buffer, int64_t count) {
     const size_t bytes = size_t(count) * sizeof(T);
     if (buffer.size() < bytes) buffer.resize(bytes);
     return reinterpret_cast<T*>(buffer.data());
+}
+
+// The same, from a multiple of 64 bytes on.
+template <typename T>
+T* aligned(std::vector<uint8_t>& buffer, int64_t count) {
+    uint8_t* at = sized<uint8_t>(buffer, count * int64_t(sizeof(T)) + 63);
+    return reinterpret_cast<T*>(at + (64 - reinterpret_cast<uintptr_t>(at) % 64) % 64);
 }
 
 // Calls fn(to, token, first column, columns) for every 64-wide piece of the layout.

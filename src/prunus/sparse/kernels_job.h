@@ -13,9 +13,11 @@ constexpr int64_t kSegment = 64;      // columns that one 64-bit mask word cover
 constexpr int64_t kGroup = 4;         // segments that share one activation scale (int8 weights)
 constexpr int64_t kOverrun = 64;      // values that a kernel may read, and ignore, past the end of a row
 constexpr int kTokenBlock = 8;        // tokens that a kernel works on at once
+constexpr int64_t kFewTokens = 16;    // more of them are multiplied as matrices,
+constexpr int64_t kTokensAtOnce = 512;  // as many at a time
 
 enum Kind : int { kBf16 = 0, kF16 = 1, kF32 = 2, kI8 = 3 };
-enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 // Spreads one row of 16-bit values over `out` (cols), zeros between them; may read kOverrun values too many.
 using ExpandRow = void (*)(const uint8_t* row_mask, const uint16_t* values, int64_t cols, uint16_t* out);
@@ -58,9 +60,12 @@ struct Job {
     const PrunusWeight* coded;
     Decode decode;
     void (*decoded_fn)(const Job&, int64_t begin, int64_t end);
-    int64_t decoded_rows;
+    int64_t decoded_rows, decoded_buffers;
     uint16_t* decoded;
     int64_t decoded_stride;     // elements between one thread's memory and the next one's
+    uint8_t* panels;            // only where rows are written out side by side: a thread's memory for that, on 64 bytes
+    int64_t panels_stride;      // bytes between one thread's and the next one's
+    int64_t rows_at_once;       // a chunk has a multiple of as many
     ExpandRow expand_row;       // only where W is to be written out
     DequantiseValues dequantise;
     std::atomic<int64_t>* next; // next row that no thread has taken

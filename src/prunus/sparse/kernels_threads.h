@@ -16,7 +16,9 @@ inline std::atomic<GompParallel> g_parallel{nullptr};
 
 inline void take_rows(void* data) {
     Job job = *static_cast<const Job*>(data);
-    if (job.decoded) job.decoded += job.decoded_stride * job.threads->fetch_add(1, std::memory_order_relaxed);
+    const int64_t thread = job.threads->fetch_add(1, std::memory_order_relaxed);
+    if (job.decoded) job.decoded += job.decoded_stride * thread;
+    if (job.panels) job.panels += job.panels_stride * thread;
     for (;;) {
         const int64_t begin = job.next->fetch_add(job.chunk, std::memory_order_relaxed);
         if (begin >= job.rows) return;
@@ -30,7 +32,8 @@ inline void run(Job& job, int threads, int64_t bytes_per_row, Scratch& scratch) 
     // A long chunk lets the hardware prefetch run; with several token blocks it must stay in the cache.
     const int64_t bytes_per_chunk = job.tokens > kTokenBlock ? 1 << 17 : 1 << 20;
     constexpr int64_t bytes_per_thread = 1 << 15;  // below this, waking a thread costs more than it brings
-    const int64_t useful = job.rows * bytes_per_row / bytes_per_thread;
+    // Up to four tokens cost what one does.
+    const int64_t useful = job.rows * bytes_per_row / bytes_per_thread * (job.tokens / 4 + 1);
     if (threads > useful) threads = int(useful);
     const GompParallel parallel = g_parallel.load(std::memory_order_relaxed);
     if (!parallel || threads < 1) threads = 1;
@@ -38,7 +41,9 @@ inline void run(Job& job, int threads, int64_t bytes_per_row, Scratch& scratch) 
     int64_t chunk = job.rows / (8 * threads) + 1;
     const int64_t most = bytes_per_chunk / (bytes_per_row + 1) + 1;
     job.chunk = chunk < most ? chunk : most;
+    if (job.rows_at_once) job.chunk = (job.chunk + job.rows_at_once - 1) / job.rows_at_once * job.rows_at_once;
     if (job.coded) share_out_decoded(job, threads, scratch);
+    if (job.panels_stride) job.panels = aligned<uint8_t>(scratch.panels, threads * job.panels_stride);
     std::atomic<int64_t> next{0};
     std::atomic<int> begun{0};
     job.next = &next;

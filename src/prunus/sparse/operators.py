@@ -4,8 +4,8 @@
 that gives shapes, and a gradient for the activations (never for packed weights). `run_bitmap` and
 `run_dense` are the implementations themselves, for eager code that wants to save the dispatcher's time.
 
-A few tokens at a time go through the kernels. Long inputs and other devices go through the dense weight,
-which exists for the length of the call.
+A few tokens at a time, and prompts where the machine multiplies bfloat16 matrices, go through the kernels. Longer inputs and
+other devices go through the dense weight, which exists for the length of the call.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def run_bitmap(
     if (
         compiled is None
         or _reference
-        or not 0 < x.numel() <= kernels.MAX_TOKENS * in_features
         or x.dtype not in _FLOATS
+        or not 0 < x.numel() <= compiled.most_tokens(packed.dtype, x.dtype) * in_features
         or (bias is not None and bias.dtype != x.dtype)
     ):
         return functional.linear(x, _expand_for_now(packed, x.dtype, offsets), bias)

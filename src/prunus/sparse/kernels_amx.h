@@ -1,0 +1,235 @@
+// AMX: tile registers (Sapphire Rapids and later), on top of everything in kernels_avx512.h.
+//
+// There, spreading values out and multiplying them wait for the same port: `vpexpandw` takes it twice, `vdpbf16ps` too. A
+// tile product takes it once for 512 weights, so expansion alone remains; the price is that weights go
+// through the first-level cache on their way. Sixteen rows are expanded side by side, 512 columns at a time; while a
+// block is expanded, the block before is multiplied and (with coded values) the next sixteen rows are decoded, so that
+// memory, ports and tiles are all busy all the time.
+//
+// Compilers know no tile registers here: they are named by number, and a barrier keeps loads behind stores.
+#pragma once
+
+#include "kernels_many.h"
+#include "kernels_panels.h"
+
+#define PRUNUS_AMX_TARGET                                                                                        \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16,"     \
+                          "popcnt,bmi,bmi2,amx-tile,amx-bf16,amx-int8")))
+
+namespace prunus::amx {
+
+using namespace panels;
+
+struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {};
+    uint8_t rows[16] = {};
+};
+
+PRUNUS_INLINE void barrier() { asm volatile("" ::: "memory"); }
+
+// Tiles `narrow` have `width` columns of 32 bits, all others sixteen.
+PRUNUS_AMX_TARGET PRUNUS_INLINE void configure(int64_t width, std::initializer_list<int> narrow) {
+    Config config;
+    for (int tile = 0; tile < 8; ++tile) config.rows[tile] = 16, config.bytes_per_row[tile] = 64;
+    for (const int tile : narrow) config.bytes_per_row[tile] = uint16_t(4 * width);
+    _tile_loadconfig(&config);
+}
+
+// How many tokens a tile of activations holds: one by itself takes no room for others.
+inline int64_t width_of(const Job& job) { return job.tokens == 1 ? 1 : kRows; }
+
+// Adds sums (16 rows, width), the sum of two such arrays, to where rows of results belong.
+PRUNUS_AMX_TARGET PRUNUS_INLINE void put_sums(const Job& job, int64_t row, int64_t end, const float* sums) {
+    const __mmask16 inside = end - row >= kRows ? __mmask16(~0) : __mmask16((1 << (end - row)) - 1);
+    if (job.tokens == 1) {
+        _mm512_mask_storeu_ps(job.sums + row, inside, _mm512_load_ps(sums));
+        return;
+    }
+    __m512i r[16];
+    PRUNUS_UNROLL for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(sums + i * 16);
+    transpose(r);
+    PRUNUS_UNROLL for (int i = 0; i < 16; ++i)
+        if (i < job.tokens) _mm512_mask_storeu_ps(job.sums + i * job.rows + row, inside, _mm512_castsi512_ps(r[i]));
+}
+
+// ---- bfloat16, a few tokens ------------------------------------------------------------------------------
+
+constexpr int64_t kBlock = 8;  // segments of a row that are expanded at a time: a tile of sixteen rows for every row
+
+// What is expanded and waits to be multiplied.
+struct Waiting {
+    const uint8_t* weights;
+    int64_t row_stride, tile_stride;  // bytes from row to row and from tile to tile
+    const uint8_t* x;
+    int64_t tiles, row, end;
+    bool last;  // of its rows
+};
+
+// Sums in tiles 0 and 1, which take turns.
+struct Multiplier {
+    const Job& job;
+    const int64_t width;
+
+    PRUNUS_AMX_TARGET PRUNUS_INLINE void start() const {
+        configure(width, {0, 1, 4, 5});
+        _tile_zero(0);
+        _tile_zero(1);
+    }
+    PRUNUS_AMX_TARGET PRUNUS_INLINE void step(const Waiting& waiting, int64_t tile) const {
+        if (tile >= waiting.tiles) return;
+        const uint8_t* weights = waiting.weights + tile * waiting.tile_stride;
+        const uint8_t* x = waiting.x + tile * 64 * width;
+        barrier();
+        if (tile & 1) {
+            _tile_loadd(3, weights, waiting.row_stride);
+            _tile_loadd(5, x, 4 * width);
+            _tile_dpbf16ps(1, 3, 5);
+        } else {
+            _tile_loadd(2, weights, waiting.row_stride);
+            _tile_loadd(4, x, 4 * width);
+            _tile_dpbf16ps(0, 2, 4);
+        }
+        barrier();
+    }
+    PRUNUS_AMX_TARGET PRUNUS_INLINE void finish(const Waiting& waiting) const {
+        if (!waiting.last) return;
+        alignas(64) float sums[2][kRows * kRows];
+        _tile_stored(0, sums[0], 4 * width);
+        _tile_stored(1, sums[1], 4 * width);
+        _tile_zero(0);
+        _tile_zero(1);
+        barrier();
+        for (int64_t i = 0; i < kRows * width; i += 16)
+            _mm512_store_ps(sums[0] + i, _mm512_add_ps(_mm512_load_ps(sums[0] + i), _mm512_load_ps(sums[1] + i)));
+        put_sums(job, waiting.row, waiting.end, sums[0]);
+    }
+};
+
+// Decodes the values of sixteen rows, a little at every step.
+struct Decoder {
+    const Job& job;
+    uint16_t* memory[2];
+    int64_t which = 0, first = 0, last = 0, done = 0;
+
+    PRUNUS_AMX_TARGET PRUNUS_INLINE void start(int64_t row, int64_t end) {
+        which ^= 1;
+        first = done = row_begin(job, row) / kCodedGroup * kCodedGroup;
+        last = (row_begin(job, end) + kCodedGroup - 1) / kCodedGroup * kCodedGroup;
+    }
+    PRUNUS_AMX_TARGET PRUNUS_INLINE void step(int64_t groups) {
+        const uint8_t* low = static_cast<const uint8_t*>(job.coded->values) + done;
+        const uint8_t* codes = job.coded->codes + done / 2;
+        int64_t count = groups * kCodedGroup;
+        if (count > last - done) count = last - done;
+        for (int64_t at = 0; at < count; at += kCodedGroup) {
+            avx512::prefetch(low + at, avx512::kCodedAhead);
+            avx512::prefetch(codes + at / 2, avx512::kCodedAhead / 2);
+        }
+        avx512::decode(low, codes, job.coded->high_bytes, count, memory[which] + (done - first));
+        done += count;
+    }
+    PRUNUS_AMX_TARGET PRUNUS_INLINE void finish() {
+        step((last - done) / kCodedGroup);
+        patch_rare(*job.coded, first, last, memory[which]);
+    }
+    const uint16_t* at(int64_t row) const { return memory[which] + (row_begin(job, row) - first); }
+};
+
+constexpr int64_t kPanel = kBlock * 2 * kTileBytes;
+
+// A row's next segments, to their places in a panel.
+template <bool inner>
+PRUNUS_AMX_TARGET PRUNUS_INLINE void expand_block(const Job& job, const uint8_t* mask, const uint16_t*& values, bool streamed,
+                                                  int64_t segment, int64_t count, uint8_t* to) {
+    PRUNUS_UNROLL for (int64_t i = 0; i < kBlock; ++i) {
+        if (!inner && i >= count) return;
+        uint64_t word;
+        if (inner) std::memcpy(&word, mask + (segment + i) * 8, 8);
+        else word = mask_word(mask, segment + i, job.cols);
+        if (streamed) {
+            avx512::prefetch(reinterpret_cast<const uint8_t*>(values), avx512::kValuesAhead);
+            avx512::prefetch(reinterpret_cast<const uint8_t*>(values), avx512::kValuesAhead + 64);
+        }
+        const Pair pair = avx512::expand(word, values);
+        _mm512_store_si512(to + i * 2 * kTileBytes, pair.low);
+        _mm512_store_si512(to + i * 2 * kTileBytes + kTileBytes, pair.high);
+    }
+}
+
+template <bool coded>
+PRUNUS_AMX_TARGET void rows_bitmap(const Job& job, int64_t begin, int64_t end) {
+    const Multiplier multiplier{job, width_of(job)};
+    uint8_t* const panels[2] = {job.panels, job.panels + kPanel};
+    Decoder decoder{job, {job.decoded, job.decoded + job.decoded_stride / 2}};
+    const int64_t blocks = (job.segments + kBlock - 1) / kBlock;
+    const auto* x = static_cast<const uint8_t*>(job.x);
+    Waiting waiting{};
+    multiplier.start();
+    if (coded) {
+        decoder.start(begin, begin + kRows < end ? begin + kRows : end);
+        decoder.finish();
+    }
+    int parity = 0;
+    for (int64_t row = begin; row < end; row += kRows) {
+        const int64_t stop = row + kRows < end ? row + kRows : end;
+        const uint16_t* values[kRows];
+        const uint8_t* masks[kRows];
+        for (int64_t r = 0; r < kRows; ++r) {
+            const int64_t which = row + r < stop ? row + r : stop - 1;  // rows past the last are computed in vain
+            values[r] = coded ? decoder.at(which) : row_values<uint16_t>(job, which);
+            masks[r] = job.mask + which * job.mask_stride;
+        }
+        int64_t share = 0;
+        if (coded && stop < end) {
+            decoder.start(stop, stop + kRows < end ? stop + kRows : end);
+            share = ((decoder.last - decoder.first) / kCodedGroup + kRows * blocks - 1) / (kRows * blocks);
+        }
+        for (int64_t block = 0; block < blocks; ++block, parity ^= 1) {
+            const int64_t segment = block * kBlock;
+            const int64_t count = job.segments - segment < kBlock ? job.segments - segment : kBlock;
+            uint8_t* panel = panels[parity];
+            for (int64_t r = 0; r < kRows; ++r) {
+                if (segment + kBlock < job.segments) expand_block<true>(job, masks[r], values[r], !coded, segment, kBlock, panel + r * 64);
+                else expand_block<false>(job, masks[r], values[r], !coded, segment, count, panel + r * 64);
+                multiplier.step(waiting, r);
+                if (coded && share) decoder.step(share);
+            }
+            multiplier.finish(waiting);
+            waiting = {panel, 64, kTileBytes, x + segment * 128 * multiplier.width, 2 * count, row, stop, block + 1 == blocks};
+        }
+        if (coded && share) decoder.finish();
+    }
+    for (int64_t tile = 0; tile < waiting.tiles; ++tile) multiplier.step(waiting, tile);
+    multiplier.finish(waiting);
+    _tile_release();
+}
+
+// All columns are stored: tiles are loaded straight from decoded rows. Only for whole tiles.
+PRUNUS_AMX_TARGET inline void rows_dense_coded(const Job& job, int64_t begin, int64_t end) {
+    const Multiplier multiplier{job, width_of(job)};
+    Decoder decoder{job, {job.decoded, job.decoded + job.decoded_stride / 2}};
+    const int64_t tiles = job.cols / kTileColumns;
+    multiplier.start();
+    decoder.start(begin, begin + kRows < end ? begin + kRows : end);
+    decoder.finish();
+    for (int64_t row = begin; row < end; row += kRows) {
+        const int64_t stop = row + kRows < end ? row + kRows : end;
+        const Waiting waiting{reinterpret_cast<const uint8_t*>(decoder.at(row)), 2 * job.cols, 64,
+                              static_cast<const uint8_t*>(job.x), tiles, row, stop, true};
+        int64_t share = 0;
+        if (stop < end) {
+            decoder.start(stop, stop + kRows < end ? stop + kRows : end);
+            share = ((decoder.last - decoder.first) / kCodedGroup + tiles - 1) / tiles;
+        }
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            multiplier.step(waiting, tile);
+            if (share) decoder.step(share);
+        }
+        multiplier.finish(waiting);
+        if (share) decoder.finish();
+    }
+    _tile_release();
+}
+
+}  // namespace prunus::amx

@@ -1,0 +1,132 @@
+// Weights in panels: sixteen rows side by side, as tile registers and blocked products read them.
+//
+// A panel is a row of tiles of 32 columns; a tile (16 rows, 32 columns of 16 bits) is 1 KiB in one piece. Activations of
+// sixteen tokens lie likewise: per 32 columns a tile (16 pairs of columns, 16 tokens, 2).
+#pragma once
+
+#include "kernels_avx512.h"
+#include "kernels_coded.h"
+
+namespace prunus::panels {
+
+using avx512::Pair;
+
+constexpr int64_t kRows = 16;         // of a panel; as many tokens are in a block
+constexpr int64_t kTileColumns = 32;
+constexpr int64_t kTileBytes = 1024;
+
+// Transposes sixteen rows of sixteen 32-bit words.
+PRUNUS_TARGET PRUNUS_INLINE void transpose(__m512i (&r)[16]) {
+    __m512i t[16];
+    PRUNUS_UNROLL for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    PRUNUS_UNROLL for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    PRUNUS_UNROLL for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    PRUNUS_UNROLL for (int i = 0; i < 4; ++i) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+// bf16 activations in blocks of sixteen tokens, zeros past the last token and column.
+PRUNUS_TARGET inline void lay_out_blocks(Job& job, const void* x, Scratch& scratch) {
+    const int64_t blocks = (job.tokens + kRows - 1) / kRows, tiles = 2 * job.segments;
+    uint8_t* to = aligned<uint8_t>(scratch.x, blocks * tiles * kTileBytes);
+    job.x = to;
+    for (int64_t block = 0; block < blocks; ++block) {
+        for (int64_t tile = 0; tile < tiles; ++tile, to += kTileBytes) {
+            const int64_t left = job.cols - tile * kTileColumns;
+            const __mmask32 inside = left >= kTileColumns ? ~__mmask32(0) : left > 0 ? (__mmask32(1) << left) - 1 : 0;
+            __m512i r[16];
+            PRUNUS_UNROLL for (int64_t i = 0; i < kRows; ++i) {
+                const int64_t token = block * kRows + i;
+                const uint16_t* from = static_cast<const uint16_t*>(x) + token * job.cols + tile * kTileColumns;
+                r[i] = _mm512_maskz_loadu_epi16(token < job.tokens ? inside : 0, from);
+            }
+            transpose(r);
+            PRUNUS_UNROLL for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, r[i]);
+        }
+    }
+}
+
+// Writes a block of finished sums (16 rows, 16 tokens), plus the bias, to `out` as bfloat16.
+PRUNUS_TARGET PRUNUS_INLINE void finish_block(const Job& job, int64_t row, int64_t end, int64_t token, const float* sums) {
+    const __mmask16 inside = end - row >= kRows ? __mmask16(~0) : __mmask16((1 << (end - row)) - 1);
+    __m512i r[16];
+    PRUNUS_UNROLL for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(sums + i * 16);
+    transpose(r);
+    __m512 bias = _mm512_setzero_ps();
+    if (job.bias)
+        bias = avx512::Float<kBf16>::widen(_mm256_maskz_loadu_epi16(inside, static_cast<const uint16_t*>(job.bias) + row));
+    uint16_t* out = static_cast<uint16_t*>(job.out) + token * job.rows + row;
+    const int64_t tokens = job.tokens - token < kRows ? job.tokens - token : kRows;
+    PRUNUS_UNROLL for (int i = 0; i < 16; ++i)
+        if (i < tokens)
+            _mm256_mask_storeu_epi16(out + i * job.rows, inside,
+                                     (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(_mm512_castsi512_ps(r[i]), bias)));
+}
+
+// ---- rows into a panel -----------------------------------------------------------------------------------
+
+// Spreads a row of 16-bit values over row `to` of a panel, zeros between them and up to a whole segment.
+PRUNUS_TARGET PRUNUS_INLINE void fill_row(const uint8_t* row_mask, const uint16_t* values, int64_t cols, uint8_t* to) {
+    const int64_t whole = cols / kSegment;
+    for (int64_t segment = 0; segment < whole; ++segment, to += 2 * kTileBytes) {
+        uint64_t word;
+        std::memcpy(&word, row_mask + segment * 8, 8);
+        const Pair pair = avx512::expand(word, values);
+        _mm512_store_si512(to, pair.low);
+        _mm512_store_si512(to + kTileBytes, pair.high);
+    }
+    if (whole * kSegment == cols) return;
+    const Pair pair = avx512::expand(mask_word(row_mask, whole, cols), values);
+    _mm512_store_si512(to, pair.low);
+    _mm512_store_si512(to + kTileBytes, pair.high);
+}
+
+PRUNUS_TARGET inline void fill_words(const Job& job, int64_t begin, int64_t end, uint8_t* to) {
+    for (int64_t row = begin; row < end; ++row, to += 64)
+        fill_row(job.mask + row * job.mask_stride, row_values<uint16_t>(job, row), job.cols, to);
+}
+
+PRUNUS_TARGET inline void fill_coded(const Job& job, int64_t begin, int64_t end, uint8_t* to) {
+    for (int64_t row = begin; row < end; row += job.decoded_rows) {
+        const int64_t stop = row + job.decoded_rows < end ? row + job.decoded_rows : end;
+        fill_words(decoded_rows(job, row, stop), row, stop, to + (row - begin) * 64);
+    }
+}
+
+// value · scale, rounded to bfloat16
+PRUNUS_TARGET inline void fill_int8(const Job& job, int64_t begin, int64_t end, uint8_t* to) {
+    constexpr int64_t kColumns = 64 * kSegment;
+    uint16_t words[kColumns + kOverrun];
+    for (int64_t row = begin; row < end; ++row, to += 64) {
+        const int8_t* values = row_values<int8_t>(job, row);
+        for (int64_t first = 0; first < job.cols; first += kColumns) {
+            const uint8_t* mask = job.mask + row * job.mask_stride + first / 8;
+            const int64_t columns = job.cols - first < kColumns ? job.cols - first : kColumns;
+            int64_t count = 0;
+            for (int64_t segment = 0; segment * kSegment < columns; ++segment)
+                count += _mm_popcnt_u64(mask_word(mask, segment, columns));
+            avx512::dequantise(values, count, job.scales[row], words);
+            values += count;
+            fill_row(mask, words, columns, to + first / kTileColumns * kTileBytes);
+        }
+    }
+}
+
+}  // namespace prunus::panels
