@@ -119,9 +119,8 @@ struct Matrix {
             int code = 0;
             while (code < known && high_bytes[code] != values[2 * i + 1]) ++code;
             if (code == known) rare_at.push_back(i), rare.push_back(values[2 * i + 1]), code = 0;
-            int64_t at = 0;
-            while (place_in_group(at) != i % kCodedGroup) ++at;
-            low_bytes[i / kCodedGroup * kCodedGroup + at] = values[2 * i];
+            const int64_t at = i % kCodedGroup;
+            low_bytes[i] = values[2 * i];
             codes[i / kCodedGroup * kCodedGroup / 2 + at % 32] |= uint8_t(code << (at < 32 ? 0 : 4));
         }
     }

@@ -64,11 +64,9 @@ def coded(values: torch.Tensor) -> tuple[list[int], list[int], list[int], list[i
     # What fills up the last group is a zero, whose high byte has a code only if one of the values has it.
     for number, word in enumerate(words + [0] * (64 * groups - len(words))):
         group, place = divmod(number, 64)
-        eighth, rest = divmod(place % 32, 8)
-        at = 16 * eighth + 8 * (place // 32) + rest
-        low[64 * group + at] = word & 255
+        low[number] = word & 255
         code = table.index(word >> 8) if word >> 8 in table else 0
-        codes[32 * group + at % 32] |= code << (4 * (at // 32))
+        codes[32 * group + place % 32] |= code << (4 * (place // 32))
         if word >> 8 not in table and number < len(words):
             rare_at.append(number)
             rare.append(word >> 8)

@@ -5,8 +5,7 @@ size by a few powers of two, so sixteen high bytes are nearly all there are; val
 places. The idea of coding exponents by how often they occur is that of DFloat11 (arXiv 2504.11651); codes of a fixed
 length can be decoded by a table look-up in a register, as fast as memory delivers them.
 
-Values come in groups of 64, the last one filled up with zeros, and in each group in the order in which vector
-instructions that interleave bytes want them (`_ORDER`).
+Values come in groups of 64, the last one filled up with zeros; a byte holds the codes of two values that are 32 apart.
 
 Shape suffixes: K values, P of them with the last group filled up, G groups, R rare values.
 """
@@ -21,8 +20,6 @@ __all__ = ["check_coding", "decode", "encode", "padded"]
 
 _CODES = 16
 _GROUP = 64
-# Byte `at` of a group belongs to this value of it.
-_ORDER = torch.tensor([at // 16 * 8 + at % 8 + (32 if at % 16 >= 8 else 0) for at in range(_GROUP)])
 #: Above this share of rare values, mending them takes a kernel longer than the missing bytes save.
 _RARE_SHARE = 1 / 256
 
@@ -45,10 +42,10 @@ def encode(values_K: torch.Tensor) -> tuple[torch.Tensor, Coding] | None:
     if rare_at.shape[0] > count * _RARE_SHARE:
         return None
     codes[is_rare] = 0
-    codes_G2 = codes.view(-1, _GROUP)[:, _ORDER].view(-1, 2, _GROUP // 2)
+    codes_G2 = codes.view(-1, 2, _GROUP // 2)
     pairs = (codes_G2[:, 0] + (codes_G2[:, 1] << 4)).flatten()
     coding = Coding(pairs, table.to(torch.uint8), rare_at, high[rare_at].clone())
-    low_P = low.reshape(-1, _GROUP)[:, _ORDER].flatten()
+    low_P = low.contiguous()
     nbytes = sum(part.numel() * part.element_size() for part in (low_P, *coding))
     return (low_P, coding) if nbytes < 2 * count else None
 
@@ -61,10 +58,7 @@ def decode(low_P: torch.Tensor, coding: Coding) -> torch.Tensor:
     pairs = coding.codes.view(-1, _GROUP // 2)
     codes_P = torch.cat([pairs & 15, pairs >> 4], dim=1).flatten()
     high_P = coding.high_bytes[codes_P.int()]
-    ordered = torch.stack([low_P, high_P], dim=1).view(-1, _GROUP, 2)
-    values = torch.empty_like(ordered)
-    values[:, _ORDER] = ordered
-    values = values.view(-1, 2)
+    values = torch.stack([low_P, high_P], dim=1)
     values[coding.rare_at, 1] = coding.rare
     return values.flatten().view(torch.bfloat16)
 

@@ -41,7 +41,6 @@ void rows_in_blocks(const Job& job, int64_t begin, int64_t end) {
                      [&](int64_t token, int64_t count) { fns[count - 1](job, begin, end, token); });
 }
 
-#define PRUNUS_COMMA ,
 #define PRUNUS_BLOCKS(name, ...)                                                                            \
     constexpr BlockFn name[kTokenBlock] = {__VA_ARGS__ 1>, __VA_ARGS__ 2>, __VA_ARGS__ 3>, __VA_ARGS__ 4>,  \
                                            __VA_ARGS__ 5>, __VA_ARGS__ 6>, __VA_ARGS__ 7>, __VA_ARGS__ 8>};
@@ -52,21 +51,21 @@ PRUNUS_BLOCKS(kAvx512Float, avx512::rows<avx512::Float<kBf16>, avx512::Bitmap<ui
 PRUNUS_BLOCKS(kAvx512F16, avx512::rows<avx512::Float<kF16>, avx512::Bitmap<uint16_t>,)
 PRUNUS_BLOCKS(kAvx512I8, avx512::rows<avx512::Int, avx512::Bitmap<int8_t>,)
 PRUNUS_BLOCKS(kAvx512Bitmap, avx512::rows<avx512::Bf16, avx512::Bitmap<uint16_t>,)
-PRUNUS_BLOCKS(kAvx512Coded, avx512::rows<avx512::Bf16, avx512::Bitmap<uint16_t PRUNUS_COMMA avx512::Values::kDecoded>,)
+PRUNUS_BLOCKS(kAvx512Coded, avx512::rows<avx512::Bf16, avx512::CodedBitmap,)
 PRUNUS_BLOCKS(kAvx512Dense, avx512::rows<avx512::Bf16, avx512::Dense<uint16_t>,)
-PRUNUS_BLOCKS(kAvx512DenseCoded, avx512::rows<avx512::Bf16, avx512::Dense<uint16_t PRUNUS_COMMA avx512::Values::kDecoded>,)
+PRUNUS_BLOCKS(kAvx512DenseCoded, avx512::rows<avx512::Bf16, avx512::CodedDense,)
 PRUNUS_BLOCKS(kAvx512DenseI8, avx512::rows<avx512::Int, avx512::Dense<int8_t>,)
 #undef PRUNUS_BLOCKS
-#undef PRUNUS_COMMA
 #endif
 
 struct Choice {
     void (*rows_fn)(const Job&, int64_t, int64_t);
     XForm form;
-    bool decodes = false;      // rows_fn decodes coded values itself
+    enum { kWhole, kHighBytes, kNothing } decoded = kWhole;  // of coded values, before rows_fn gets them
     int64_t rows_at_once = 0;  // what it takes in one go, and how much memory for it
     int64_t panel_bytes = 0;
     int64_t decoded_rows = 0, decoded_buffers = 0;
+    bool writes = false;  // results, and not only sums
 };
 
 #if PRUNUS_X86
@@ -78,24 +77,25 @@ Choice choose_many(int isa, int threads, const PrunusWeight& weight, const Job& 
     const bool amx = isa >= kAmx;
     const int64_t count = amx ? amx::panels_at_once(job, threads) : many::kRowsAtOnce / kRows;
     const int64_t bytes = amx ? amx::many_bytes(job, count) : count * 2 * job.segments * kTileBytes;
-    Choice choice{nullptr, XForm::kBlocks, true, count * kRows, bytes};
+    const XForm form = weight.codes ? XForm::kPartedBlocks : XForm::kBlocks;
+    Choice choice{nullptr, form, Choice::kNothing, count * kRows, bytes};
     if (weight.kind == kI8) choice.rows_fn = amx ? amx::rows_many<fill_int8> : many::rows<fill_int8>;
     else if (weight.codes) choice.rows_fn = amx ? amx::rows_many<fill_coded> : many::rows<fill_coded>;
     else choice.rows_fn = amx ? amx::rows_many<fill_words> : many::rows<fill_words>;
+    choice.writes = true;
     return choice;
 }
 
 // A few tokens with tile registers. Fewer still wait for memory, or for the ports that expansion needs, not for products:
 // from memory, 11008×4096 on two threads, 1, 4 and 16 tokens took 2.3, 3.3, 10.1 ms without tiles and 3.5, 3.6, 4.1 with them.
-Choice choose_tiles(const PrunusWeight& weight, Kind activations, const Job& job) {
-    if (weight.kind == kI8 && weight.mask) return {amx::rows_int8, XForm::kByteTiles, false, panels::kRows, 2 * amx::kBytePanel};
+Choice choose_tiles(const PrunusWeight& weight, Kind activations) {
+    if (weight.kind == kI8 && weight.mask) return {amx::rows_int8, XForm::kByteTiles, Choice::kNothing, panels::kRows, 2 * amx::kBytePanel};
     if (weight.kind != kBf16 || activations != kBf16) return {};
-    const XForm form = job.tokens == 1 ? XForm::kBf16 : XForm::kBlocks;
-    if (weight.mask)
-        return {weight.codes ? amx::rows_bitmap<true> : amx::rows_bitmap<false>, form, true, panels::kRows, 2 * amx::kPanel,
-                panels::kRows, 2};
-    if (weight.codes && weight.cols % panels::kTileColumns == 0)
-        return {amx::rows_dense_coded, form, true, panels::kRows, 0, panels::kRows, 2};
+    if (weight.mask && weight.codes)
+        return {amx::rows_bitmap<true>, XForm::kPartedBlocks, Choice::kNothing, panels::kRows, 2 * amx::kPanel, panels::kRows, 2};
+    if (weight.mask) return {amx::rows_bitmap<false>, XForm::kBlocks, Choice::kNothing, panels::kRows, 2 * amx::kPanel};
+    if (weight.codes && weight.cols % kSegment == 0)
+        return {amx::rows_dense_coded, XForm::kPartedBlocks, Choice::kNothing, panels::kRows, 0, panels::kRows, 1};
     return {};
 }
 #endif
@@ -106,11 +106,13 @@ Choice choose(int isa, int threads, const PrunusWeight& weight, Kind activations
     if (isa >= kAvx512Bf16 && job.tokens > kFewTokens && activations == kBf16 && values != kF16)
         return choose_many(isa, threads, weight, job);
     if (isa >= kAmx && job.tokens > kFewestForTiles && job.tokens <= kFewTokens) {
-        const Choice tiles = choose_tiles(weight, activations, job);
+        const Choice tiles = choose_tiles(weight, activations);
         if (tiles.rows_fn) return tiles;
     }
     if (isa >= kAvx512Bf16 && values == kBf16 && activations == kBf16) {
-        if (weight.codes) return {weight.mask ? rows_in_blocks<kAvx512Coded> : rows_in_blocks<kAvx512DenseCoded>, XForm::kBf16};
+        if (weight.codes)
+            return {weight.mask ? rows_in_blocks<kAvx512Coded> : rows_in_blocks<kAvx512DenseCoded>, XForm::kPartedBf16,
+                    Choice::kHighBytes};
         return {weight.mask ? rows_in_blocks<kAvx512Bitmap> : rows_in_blocks<kAvx512Dense>, XForm::kBf16};
     }
     if (isa >= kAvx512 && values == kI8)
@@ -128,7 +130,9 @@ Choice choose(int isa, int threads, const PrunusWeight& weight, Kind activations
 
 void lay_out(Job& job, XForm form, const void* x) {
 #if PRUNUS_X86
-    if (form == XForm::kBlocks) return panels::lay_out_blocks(job, x, t_scratch);
+    if (form == XForm::kPartedBf16) return avx512::lay_out_parted(job, x, t_scratch);
+    if (form == XForm::kBlocks) return panels::lay_out_blocks<false>(job, x, t_scratch);
+    if (form == XForm::kPartedBlocks) return panels::lay_out_blocks<true>(job, x, t_scratch);
     if (form == XForm::kByteTiles) {
         lay_out_int16(job, x, job.out_kind, XForm::kSplitInt16, t_scratch);
         return amx::lay_out_byte_tiles(job, t_scratch);
@@ -143,10 +147,12 @@ void lay_out(Job& job, XForm form, const void* x) {
 void choose_conversions(Job& job, int isa) {
     job.expand_row = portable::expand_row;
     job.decode = portable::decode;
+    job.decode_high = portable::decode_high;
     job.dequantise = portable::dequantise;
 #if PRUNUS_X86
     if (isa >= kAvx2) {
         job.expand_row = isa >= kAvx512 ? avx512::expand_row : avx2::expand_row;
+        if (isa >= kAvx512) job.decode_high = avx512::decode_high;
         job.decode = isa >= kAvx512 ? avx512::decode : avx2::decode;
         job.dequantise = isa >= kAvx512 ? avx512::dequantise : avx2::dequantise;
     }
@@ -238,7 +244,7 @@ int prunus_linear(int isa, int threads, const PrunusWeight* weight, int64_t toke
         Job described;
         const int fault = describe(described, weight, t_scratch);
         if (fault) return fault;
-        if (!described.coded) copy_tail(described, Kind(weight->kind), weight->count, t_scratch);
+        copy_tail(described, described.coded ? kI8 : Kind(weight->kind), weight->count, t_scratch);
         choose_conversions(described, isa);
         described.bias = bias;
         described.out_kind = Kind(act_kind);
@@ -248,12 +254,13 @@ int prunus_linear(int isa, int threads, const PrunusWeight* weight, int64_t toke
             job.tokens = tokens - token < kTokensAtOnce ? tokens - token : kTokensAtOnce;
             job.out = static_cast<uint8_t*>(out) + token * job.rows * size;
             const Choice choice = choose(isa, threads, *weight, Kind(act_kind), job);
-            if (choice.form != XForm::kBlocks || job.tokens <= kFewTokens)
+            if (!choice.writes)
                 job.sums = sized<float>(t_scratch.sums, job.tokens * job.rows);
             job.rows_fn = choice.rows_fn;
             job.rows_at_once = choice.rows_at_once;
             job.panels_stride = choice.panel_bytes;
-            if (job.coded && !choice.decodes) decode_first(job);
+            if (job.coded && choice.decoded == Choice::kWhole) decode_first<decoded_rows>(job);
+            if (job.coded && choice.decoded == Choice::kHighBytes) decode_first<high_rows>(job);
             job.decoded_rows = choice.decoded_rows;
             job.decoded_buffers = choice.decoded_buffers;
             lay_out(job, choice.form, static_cast<const uint8_t*>(x) + token * job.cols * size);
@@ -272,12 +279,12 @@ int prunus_expand(int isa, int threads, const PrunusWeight* weight, int out_kind
         const int fault = describe(job, weight, t_scratch);
         if (fault) return fault;
         choose_conversions(job, isa);
-        if (!job.coded) copy_tail(job, Kind(weight->kind), weight->count, t_scratch);
+        copy_tail(job, job.coded ? kI8 : Kind(weight->kind), weight->count, t_scratch);
         job.out = out;
         job.rows_fn = weight->kind != kI8 ? expand_words
                       : out_kind == kBf16 ? expand_int8<kBf16>
                                           : expand_int8<kF16>;
-        if (job.coded) decode_first(job);
+        if (job.coded) decode_first<decoded_rows>(job);
         run(job, threads, job.cols * 2, t_scratch);
         return int(PRUNUS_OK);
     });

@@ -2,7 +2,7 @@
 // the parallel runtime. src/prunus/sparse/kernels.py is its only caller in Python.
 //
 // Common to all functions:
-//   isa      0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16; must not exceed prunus_best_isa()
+//   isa      0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with BF16, 4 that and AMX; must not exceed prunus_best_isa()
 //   kinds    0 bfloat16, 1 float16, 2 float32, 3 int8
 // Returns 0, or one of the codes below. Nothing is read or written outside the given arrays.
 #pragma once
@@ -43,7 +43,8 @@ void prunus_set_runtime(void* gomp_parallel);
 int64_t prunus_row_offsets(int64_t rows, int64_t cols, const uint8_t* mask, int64_t* offsets);
 
 // out (tokens, rows) = x (tokens, cols) · Wᵀ + bias (rows, may be null); x, bias and out are of `act_kind`.
-// With int8 values, x is rounded to 16-bit integers with one scale per 256 columns. Sums are in float32.
+// With int8 values, x is rounded to 16-bit integers with one scale per 256 columns; for more than 16 bfloat16 tokens, with
+// BF16, the weights (value · scale) are rounded to bfloat16 instead. Sums are in float32.
 int prunus_linear(int isa, int threads, const PrunusWeight* weight, int64_t tokens, int act_kind, const void* x,
                   const void* bias, void* out);
 

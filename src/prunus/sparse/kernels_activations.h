@@ -9,9 +9,9 @@
 
 namespace prunus {
 
-// kSplitInt16: as kInt16, but 64 low bytes and then 64 high bytes instead of 64 words. kBlocks and kByteTiles are layouts of
-// their own, which kernels_panels.h and kernels_amx_int8.h describe.
-enum class XForm { kBf16, kFloat, kInt16, kSplitInt16, kBlocks, kByteTiles };
+// kSplitInt16: as kInt16, but 64 low bytes and then 64 high bytes instead of 64 words. The others are
+// layouts for particular kernels, which the functions that make them describe.
+enum class XForm { kBf16, kFloat, kInt16, kSplitInt16, kPartedBf16, kBlocks, kPartedBlocks, kByteTiles };
 
 // Per-thread memory that is reused from call to call.
 struct Scratch {

@@ -9,7 +9,9 @@
 // Compilers know no tile registers here: they are named by number, and a barrier keeps loads behind stores.
 #pragma once
 
-#include "kernels_many.h"
+#include <algorithm>
+#include <type_traits>
+
 #include "kernels_panels.h"
 
 #define PRUNUS_AMX_TARGET                                                                                        \
@@ -106,52 +108,68 @@ struct Multiplier {
     }
 };
 
-// Decodes the values of sixteen rows, a little at every step.
+// Decodes the high bytes of sixteen rows, a little at every step.
 struct Decoder {
     const Job& job;
-    uint16_t* memory[2];
+    uint8_t* memory[2];
     int64_t which = 0, first = 0, last = 0, done = 0;
 
     PRUNUS_AMX_TARGET PRUNUS_INLINE void start(int64_t row, int64_t end) {
+        const Groups groups(job, row, end);
         which ^= 1;
-        first = done = row_begin(job, row) / kCodedGroup * kCodedGroup;
-        last = (row_begin(job, end) + kCodedGroup - 1) / kCodedGroup * kCodedGroup;
+        first = done = groups.first;
+        last = groups.last;
     }
     PRUNUS_AMX_TARGET PRUNUS_INLINE void step(int64_t groups) {
-        const uint8_t* low = static_cast<const uint8_t*>(job.coded->values) + done;
+        const int64_t count = std::min(groups * kCodedGroup, last - done);
         const uint8_t* codes = job.coded->codes + done / 2;
-        int64_t count = groups * kCodedGroup;
-        if (count > last - done) count = last - done;
-        for (int64_t at = 0; at < count; at += kCodedGroup) {
-            avx512::prefetch(low + at, avx512::kCodedAhead);
-            avx512::prefetch(codes + at / 2, avx512::kCodedAhead / 2);
-        }
-        avx512::decode(low, codes, job.coded->high_bytes, count, memory[which] + (done - first));
+        for (int64_t at = 0; at < count; at += 2 * kCodedGroup) avx512::prefetch(codes + at / 2, avx512::kCodedAhead / 2);
+        avx512::decode_high(codes, job.coded->high_bytes, count, memory[which] + (done - first));
         done += count;
     }
     PRUNUS_AMX_TARGET PRUNUS_INLINE void finish() {
         step((last - done) / kCodedGroup);
-        patch_rare(*job.coded, first, last, memory[which]);
+        for_rare(*job.coded, first, last, [&](int64_t at, uint8_t high) { memory[which][at] = high; });
     }
-    const uint16_t* at(int64_t row) const { return memory[which] + (row_begin(job, row) - first); }
+    const uint8_t* at(int64_t row) const { return memory[which] + (row_begin(job, row) - first); }
 };
 
 constexpr int64_t kPanel = kBlock * 2 * kTileBytes;
 
+// Where the next values of a row are: words, or low bytes in memory and high bytes that were decoded.
+struct Words {
+    const uint16_t* values;
+
+    PRUNUS_AMX_TARGET PRUNUS_INLINE Pair next(uint64_t word) {
+        avx512::prefetch(reinterpret_cast<const uint8_t*>(values), avx512::kValuesAhead);
+        avx512::prefetch(reinterpret_cast<const uint8_t*>(values), avx512::kValuesAhead + 64);
+        return avx512::expand(word, values);
+    }
+};
+
+struct CodedWords {
+    const uint8_t *low, *high;
+
+    PRUNUS_AMX_TARGET PRUNUS_INLINE Pair next(uint64_t word) {
+        avx512::prefetch(low, avx512::kCodedAhead);
+        const Pair pair = avx512::expand_coded(word, low, high);
+        const int64_t count = _mm_popcnt_u64(word);
+        low += count;
+        high += count;
+        return pair;
+    }
+};
+
 // A row's next segments, to their places in a panel.
-template <bool inner>
-PRUNUS_AMX_TARGET PRUNUS_INLINE void expand_block(const Job& job, const uint8_t* mask, const uint16_t*& values, bool streamed,
-                                                  int64_t segment, int64_t count, uint8_t* to) {
+template <bool inner, typename Source>
+PRUNUS_AMX_TARGET PRUNUS_INLINE void expand_block(const Job& job, const uint8_t* mask, Source& source, int64_t segment,
+                                                  int64_t count, uint8_t* to) {
     PRUNUS_UNROLL for (int64_t i = 0; i < kBlock; ++i) {
         if (!inner && i >= count) return;
         uint64_t word;
         if (inner) std::memcpy(&word, mask + (segment + i) * 8, 8);
         else word = mask_word(mask, segment + i, job.cols);
-        if (streamed) {
-            avx512::prefetch(reinterpret_cast<const uint8_t*>(values), avx512::kValuesAhead);
-            avx512::prefetch(reinterpret_cast<const uint8_t*>(values), avx512::kValuesAhead + 64);
-        }
-        const Pair pair = avx512::expand(word, values);
+        const Pair pair = source.next(word);
         _mm512_store_si512(to + i * 2 * kTileBytes, pair.low);
         _mm512_store_si512(to + i * 2 * kTileBytes + kTileBytes, pair.high);
     }
@@ -159,6 +177,7 @@ PRUNUS_AMX_TARGET PRUNUS_INLINE void expand_block(const Job& job, const uint8_t*
 
 template <bool coded>
 PRUNUS_AMX_TARGET void rows_bitmap(const Job& job, int64_t begin, int64_t end) {
+    using Source = std::conditional_t<coded, CodedWords, Words>;
     const Multiplier multiplier{job, width_of(job)};
     uint8_t* const panels[2] = {job.panels, job.panels + kPanel};
     Decoder decoder{job, {job.decoded, job.decoded + job.decoded_stride / 2}};
@@ -173,11 +192,12 @@ PRUNUS_AMX_TARGET void rows_bitmap(const Job& job, int64_t begin, int64_t end) {
     int parity = 0;
     for (int64_t row = begin; row < end; row += kRows) {
         const int64_t stop = row + kRows < end ? row + kRows : end;
-        const uint16_t* values[kRows];
+        Source sources[kRows];
         const uint8_t* masks[kRows];
         for (int64_t r = 0; r < kRows; ++r) {
             const int64_t which = row + r < stop ? row + r : stop - 1;  // rows past the last are computed in vain
-            values[r] = coded ? decoder.at(which) : row_values<uint16_t>(job, which);
+            if constexpr (coded) sources[r] = {row_values<uint8_t>(job, which), decoder.at(which)};
+            else sources[r] = {row_values<uint16_t>(job, which)};
             masks[r] = job.mask + which * job.mask_stride;
         }
         int64_t share = 0;
@@ -190,8 +210,8 @@ PRUNUS_AMX_TARGET void rows_bitmap(const Job& job, int64_t begin, int64_t end) {
             const int64_t count = job.segments - segment < kBlock ? job.segments - segment : kBlock;
             uint8_t* panel = panels[parity];
             for (int64_t r = 0; r < kRows; ++r) {
-                if (segment + kBlock < job.segments) expand_block<true>(job, masks[r], values[r], !coded, segment, kBlock, panel + r * 64);
-                else expand_block<false>(job, masks[r], values[r], !coded, segment, count, panel + r * 64);
+                if (segment + kBlock < job.segments) expand_block<true>(job, masks[r], sources[r], segment, kBlock, panel + r * 64);
+                else expand_block<false>(job, masks[r], sources[r], segment, count, panel + r * 64);
                 multiplier.step(waiting, r);
                 if (coded && share) decoder.step(share);
             }
@@ -205,29 +225,30 @@ PRUNUS_AMX_TARGET void rows_bitmap(const Job& job, int64_t begin, int64_t end) {
     _tile_release();
 }
 
-// All columns are stored: tiles are loaded straight from decoded rows. Only for whole tiles.
+// All columns are stored and the width is whole segments: tiles are loaded straight from rows of joined words.
 PRUNUS_AMX_TARGET inline void rows_dense_coded(const Job& job, int64_t begin, int64_t end) {
     const Multiplier multiplier{job, width_of(job)};
-    Decoder decoder{job, {job.decoded, job.decoded + job.decoded_stride / 2}};
-    const int64_t tiles = job.cols / kTileColumns;
+    const uint8_t* const low = static_cast<const uint8_t*>(job.coded->values);
+    auto* const words = reinterpret_cast<uint16_t*>(job.decoded);
     multiplier.start();
-    decoder.start(begin, begin + kRows < end ? begin + kRows : end);
-    decoder.finish();
     for (int64_t row = begin; row < end; row += kRows) {
-        const int64_t stop = row + kRows < end ? row + kRows : end;
-        const Waiting waiting{reinterpret_cast<const uint8_t*>(decoder.at(row)), 2 * job.cols, 64,
-                              static_cast<const uint8_t*>(job.x), tiles, row, stop, true};
-        int64_t share = 0;
-        if (stop < end) {
-            decoder.start(stop, stop + kRows < end ? stop + kRows : end);
-            share = ((decoder.last - decoder.first) / kCodedGroup + tiles - 1) / tiles;
+        const int64_t stop = row + kRows < end ? row + kRows : end, first = row * job.cols, last = stop * job.cols;
+        for (int64_t at = first; at < last; at += kSegment) {
+            avx512::prefetch(low + at, avx512::kCodedAhead);
+            avx512::prefetch(job.coded->codes + at / 2, avx512::kCodedAhead / 2);
+            const __m512i high = avx512::look_up(job.coded->codes + at / 2, job.coded->high_bytes);
+            const Pair pair = avx512::join(_mm512_loadu_si512(low + at), high);
+            _mm512_store_si512(words + (at - first), pair.low);
+            _mm512_store_si512(words + (at - first) + 32, pair.high);
         }
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            multiplier.step(waiting, tile);
-            if (share) decoder.step(share);
-        }
+        for_rare(*job.coded, first, last, [&](int64_t at, uint8_t high) {
+            uint16_t& word = words[at / kSegment * kSegment + at % 2 * 32 + at % kSegment / 2];
+            word = uint16_t(high << 8 | (word & 255));
+        });
+        const Waiting waiting{job.decoded, 2 * job.cols, 64, static_cast<const uint8_t*>(job.x), job.cols / kTileColumns, row, stop,
+                              true};
+        for (int64_t tile = 0; tile < waiting.tiles; ++tile) multiplier.step(waiting, tile);
         multiplier.finish(waiting);
-        if (share) decoder.finish();
     }
     _tile_release();
 }

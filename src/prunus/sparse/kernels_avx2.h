@@ -152,8 +152,8 @@ PRUNUS_TARGET_AVX2 inline void decode(const uint8_t* low_bytes, const uint8_t* c
             __m128i pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + done / 2 + 16 * (quarter % 2)));
             if (quarter >= 2) pairs = _mm_srli_epi16(pairs, 4);
             const __m128i high = _mm_shuffle_epi8(table, _mm_and_si128(pairs, half));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + done + 8 * quarter), _mm_unpacklo_epi8(low, high));
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + done + 8 * quarter + 32), _mm_unpackhi_epi8(low, high));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + done + 16 * quarter), _mm_unpacklo_epi8(low, high));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + done + 16 * quarter + 8), _mm_unpackhi_epi8(low, high));
         }
 }
 

@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#include "kernels_activations.h"
 #include "kernels_job.h"
 
 // One target for everything here. BF16 instructions come from `Bf16` below alone, which is chosen only where
@@ -48,84 +49,68 @@ PRUNUS_TARGET PRUNUS_INLINE __m512i expand(uint64_t word, const int8_t*& values)
     return bytes;
 }
 
+// 64 words from their low and high bytes: those of even columns, then those of odd ones. Shifts and logic do not need
+// the port that expansion needs, as instructions that interleave bytes would.
+PRUNUS_TARGET PRUNUS_INLINE Pair join(__m512i low, __m512i high) {
+    const __m512i lower = _mm512_set1_epi16(0x00ff);
+    return {_mm512_ternarylogic_epi32(_mm512_slli_epi16(high, 8), low, lower, 0xf8),   // a | b & c
+            _mm512_ternarylogic_epi32(high, _mm512_srli_epi16(low, 8), lower, 0xdc)};  // a & ~c | b
+}
+
+PRUNUS_TARGET PRUNUS_INLINE Pair expand_coded(uint64_t word, const uint8_t* low, const uint8_t* high) {
+    const __mmask64 mask = _cvtu64_mask64(word);
+    return join(_mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(low)), _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(high)));
+}
+
+// Asks for the masks of a later row: addresses of values depend on the masks before them, so a mask that comes late holds
+// everything up.
+PRUNUS_TARGET PRUNUS_INLINE void ask_for_masks(const Job& job, const uint8_t* mask) {
+    for (int64_t byte = 0; byte < job.mask_stride; byte += 64) prefetch(mask, kMaskRowsAhead * job.mask_stride + byte);
+}
+
 // ---- sources of weights: each gives the segments of one row in order ------------------------------------
 
-// Where the values lie: in memory, or decoded in the cache from bytes that lie in memory.
-enum class Values { kStreamed, kDecoded };
-
-// Asks for what a decoded row further on is made of, while the values of this one are used up: left to the decoding,
-// these requests would come all at once, and then none while it is multiplied.
-struct CodesAhead {
-    const uint8_t *low_bytes, *codes;
-    const uint16_t* begin;
-
-    PRUNUS_TARGET PRUNUS_INLINE void start(const Job& job, const uint16_t* values) {
-        const int64_t number = job.first + (values - job.decoded);
-        low_bytes = static_cast<const uint8_t*>(job.coded->values) + number;
-        codes = job.coded->codes + number / 2;
-        begin = values;
-    }
-    PRUNUS_TARGET PRUNUS_INLINE void ask(const uint16_t* values) const {
-        prefetch(low_bytes + (values - begin), kCodedAhead);
-        prefetch(codes + (values - begin) / 2, kCodedAhead / 2);
-    }
-};
-
-template <typename Value, Values where = Values::kStreamed>
+template <typename Value>
 struct Bitmap {
     const uint8_t* mask;
     const Value* values;
     int64_t last;        // the last segment, and its mask: read beforehand, because a call to memcpy within
     uint64_t last_word;  // the loop would have every vector register saved around it
-    CodesAhead ahead;
 
     PRUNUS_TARGET PRUNUS_INLINE void start(const Job& job, int64_t row) {
         mask = job.mask + row * job.mask_stride;
         values = row_values<Value>(job, row);
-        if constexpr (where == Values::kDecoded) ahead.start(job, values);
         last = job.segments - 1;
         last_word = mask_word(mask, last, job.cols);
-        // Addresses of values depend on the masks before them, so a mask that comes late holds everything up.
-        for (int64_t byte = 0; byte < job.mask_stride; byte += 64)
-            prefetch(mask, kMaskRowsAhead * job.mask_stride + byte);
+        ask_for_masks(job, mask);
     }
     // `inner`: the segment is known not to be the row's last, and needs no look at where the row ends.
     template <bool inner>
     PRUNUS_TARGET PRUNUS_INLINE auto next(int64_t segment) {
         uint64_t word = last_word;
         if (inner || segment != last) std::memcpy(&word, mask + segment * 8, 8);
-        if constexpr (where == Values::kDecoded) {
-            ahead.ask(values);
-        } else {
-            // On average half of 64 columns survive: one line of 16-bit values. The second line keeps up with more.
-            prefetch(values, kValuesAhead);
-            if (sizeof(Value) == 2) prefetch(values, kValuesAhead + 64);
-        }
+        // On average half of 64 columns survive: one line of 16-bit values. The second line keeps up with more.
+        prefetch(values, kValuesAhead);
+        if (sizeof(Value) == 2) prefetch(values, kValuesAhead + 64);
         return expand(word, values);
     }
 };
 
 // All columns are stored.
-template <typename Value, Values where = Values::kStreamed>
+template <typename Value>
 struct Dense {
     const Value* values;
     int64_t cols;
-    CodesAhead ahead;
 
     PRUNUS_TARGET PRUNUS_INLINE void start(const Job& job, int64_t row) {
         values = static_cast<const Value*>(job.values) + (row * job.cols - job.first);
         cols = job.cols;
-        if constexpr (where == Values::kDecoded) ahead.start(job, values);
     }
     template <bool inner>
     PRUNUS_TARGET PRUNUS_INLINE auto next(int64_t segment) {
         const Value* from = values + segment * kSegment;
-        if constexpr (where == Values::kDecoded) {
-            ahead.ask(from);
-        } else {
-            prefetch(from, kDenseAhead);
-            if (sizeof(Value) == 2) prefetch(from, kDenseAhead + 64);
-        }
+        prefetch(from, kDenseAhead);
+        if (sizeof(Value) == 2) prefetch(from, kDenseAhead + 64);
         const int64_t left = cols - segment * kSegment;
         // Masked-off lanes are not touched in memory.
         const uint64_t mask = inner || left >= kSegment ? ~uint64_t(0) : (uint64_t(1) << left) - 1;
@@ -139,6 +124,93 @@ struct Dense {
         return _mm512_maskz_loadu_epi8(mask, from);
     }
 };
+
+// Low bytes in memory and decoded high bytes in the cache. Requests for codes must not be left to the decoding: they would
+// come all at once, and then none while what was decoded is multiplied.
+struct CodedBytes {
+    const uint8_t *low, *high, *codes;
+
+    PRUNUS_TARGET PRUNUS_INLINE void start(const Job& job, int64_t row) {
+        const int64_t number = row_begin(job, row);
+        low = row_values<uint8_t>(job, row);
+        codes = job.coded->codes + number / 2;
+        high = job.decoded + (number - job.high_first);
+    }
+    PRUNUS_TARGET PRUNUS_INLINE void ask(int64_t at) const {
+        prefetch(low + at, kCodedAhead);
+        prefetch(codes + at / 2, kCodedAhead / 2);
+    }
+};
+
+struct CodedBitmap {
+    CodedBytes bytes;
+    const uint8_t* mask;
+    int64_t at, last;
+    uint64_t last_word;
+
+    PRUNUS_TARGET PRUNUS_INLINE void start(const Job& job, int64_t row) {
+        bytes.start(job, row);
+        at = 0;
+        mask = job.mask + row * job.mask_stride;
+        last = job.segments - 1;
+        last_word = mask_word(mask, last, job.cols);
+        ask_for_masks(job, mask);
+    }
+    template <bool inner>
+    PRUNUS_TARGET PRUNUS_INLINE Pair next(int64_t segment) {
+        uint64_t word = last_word;
+        if (inner || segment != last) std::memcpy(&word, mask + segment * 8, 8);
+        bytes.ask(at);
+        const Pair pair = expand_coded(word, bytes.low + at, bytes.high + at);
+        at += _mm_popcnt_u64(word);
+        return pair;
+    }
+};
+
+struct CodedDense {
+    CodedBytes bytes;
+    int64_t cols;
+
+    PRUNUS_TARGET PRUNUS_INLINE void start(const Job& job, int64_t row) {
+        bytes.start(job, row);
+        cols = job.cols;
+    }
+    template <bool inner>
+    PRUNUS_TARGET PRUNUS_INLINE Pair next(int64_t segment) {
+        const int64_t at = segment * kSegment, left = cols - at;
+        bytes.ask(at);
+        const uint64_t inside = inner || left >= kSegment ? ~uint64_t(0) : (uint64_t(1) << left) - 1;
+        return join(_mm512_maskz_loadu_epi8(inside, bytes.low + at), _mm512_maskz_loadu_epi8(inside, bytes.high + at));
+    }
+};
+
+// Sixty-four words, the even ones before the odd ones.
+PRUNUS_TARGET PRUNUS_INLINE Pair part(const Pair& words) {
+    alignas(64) static constexpr uint16_t kEven[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                                       32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+    const __m512i even = _mm512_load_si512(kEven), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+    return {_mm512_permutex2var_epi16(words.low, even, words.high), _mm512_permutex2var_epi16(words.low, odd, words.high)};
+}
+
+// Up to 64 words, zeros past them.
+PRUNUS_TARGET PRUNUS_INLINE Pair load_words(const uint16_t* from, int64_t count) {
+    const uint64_t inside = count >= kSegment ? ~uint64_t(0) : count > 0 ? (uint64_t(1) << count) - 1 : 0;
+    return {_mm512_maskz_loadu_epi16(__mmask32(inside), from), _mm512_maskz_loadu_epi16(__mmask32(inside >> 32), from + 32)};
+}
+
+// bf16 activations for weights that were joined.
+PRUNUS_TARGET inline void lay_out_parted(Job& job, const void* x, Scratch& scratch) {
+    uint16_t* to = aligned<uint16_t>(scratch.x, job.segments * job.tokens * kSegment);
+    job.x = to;
+    for (int64_t segment = 0; segment < job.segments; ++segment) {
+        for (int64_t token = 0; token < job.tokens; ++token, to += kSegment) {
+            const int64_t first = segment * kSegment;
+            const Pair parted = part(load_words(static_cast<const uint16_t*>(x) + token * job.cols + first, job.cols - first));
+            _mm512_store_si512(to, parted.low);
+            _mm512_store_si512(to + 32, parted.high);
+        }
+    }
+}
 
 // ---- arithmetics: how 64 weights meet 64 activations -----------------------------------------------------
 // X, kWidth   the elements of the activations, and how many there are per segment and token
@@ -305,19 +377,30 @@ PRUNUS_TARGET inline void expand_row(const uint8_t* row_mask, const uint16_t* va
     }
 }
 
-PRUNUS_TARGET inline void decode(const uint8_t* low_bytes, const uint8_t* codes, const uint8_t* high_bytes, int64_t count,
-                                 uint16_t* out) {
-    // The upper half of a register takes the upper halves of the bytes. Look-ups use six bits of an index, of which the
-    // two above a code's four belong to the next code, so the table is there four times.
+// The high bytes of a group. Its upper 32 codes are the upper halves of the bytes. Look-ups use six bits of an index, of
+// which the two above a code's four belong to the other one, so the table is there four times.
+PRUNUS_TARGET PRUNUS_INLINE __m512i look_up(const uint8_t* codes, const uint8_t* high_bytes) {
     const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
     const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(high_bytes)));
+    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    return _mm512_permutexvar_epi8(_mm512_srlv_epi16(_mm512_broadcast_i64x4(pairs), shifts), table);
+}
+
+PRUNUS_TARGET inline void decode_high(const uint8_t* codes, const uint8_t* high_bytes, int64_t count, uint8_t* out) {
+    for (int64_t done = 0; done < count; done += kCodedGroup)
+        _mm512_storeu_si512(out + done, look_up(codes + done / 2, high_bytes));
+}
+
+PRUNUS_TARGET inline void decode(const uint8_t* low_bytes, const uint8_t* codes, const uint8_t* high_bytes, int64_t count,
+                                 uint16_t* out) {
     for (int64_t done = 0; done < count; done += kCodedGroup) {
-        const __m512i low = _mm512_loadu_si512(low_bytes + done);
-        const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + done / 2));
-        const __m512i apart = _mm512_srlv_epi16(_mm512_broadcast_i64x4(pairs), shifts);
-        const __m512i high = _mm512_permutexvar_epi8(apart, table);
-        _mm512_storeu_si512(out + done, _mm512_unpacklo_epi8(low, high));
-        _mm512_storeu_si512(out + done + 32, _mm512_unpackhi_epi8(low, high));
+        const __m512i high = look_up(codes + done / 2, high_bytes);
+        for (int half = 0; half < 2; ++half) {
+            const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low_bytes + done + 32 * half));
+            const __m256i upper = half ? _mm512_extracti64x4_epi64(high, 1) : _mm512_castsi512_si256(high);
+            _mm512_storeu_si512(out + done + 32 * half, _mm512_or_si512(_mm512_slli_epi16(_mm512_cvtepu8_epi16(upper), 8),
+                                                                        _mm512_cvtepu8_epi16(low)));
+        }
     }
 }
 

@@ -22,13 +22,15 @@ enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 
 // Spreads one row of 16-bit values over `out` (cols), zeros between them; may read kOverrun values too many.
 using ExpandRow = void (*)(const uint8_t* row_mask, const uint16_t* values, int64_t cols, uint16_t* out);
 
-// Coded values come in groups of as many, in an order that suits vectors: byte `at` of a group belongs to this value of it.
+// Coded values come in groups of as many; a byte of their codes is of two values that are 32 apart.
 constexpr int64_t kCodedGroup = 64;
-constexpr int64_t place_in_group(int64_t at) { return at / 16 * 8 + at % 8 + (at % 16 >= 8 ? 32 : 0); }
 
 // Writes `count` coded values, whole groups, as bfloat16: the low bytes as they are, the high bytes as the codes say.
 using Decode = void (*)(const uint8_t* low_bytes, const uint8_t* codes, const uint8_t* high_bytes, int64_t count,
                         uint16_t* out);
+
+// Writes the high bytes of `count` coded values, whole groups.
+using DecodeHigh = void (*)(const uint8_t* codes, const uint8_t* high_bytes, int64_t count, uint8_t* out);
 
 // Writes value · scale as bf16 for `count` values.
 using DequantiseValues = void (*)(const int8_t* values, int64_t count, float scale, uint16_t* words);
@@ -45,8 +47,8 @@ struct Job {
     const void* tail;           // copy, with room behind it, of the values from row `tail_row` on:
     int64_t tail_row;           // so near the end, a full-width load would leave the buffer
     const float* scales;        // (rows) for int8 values, else null
-    // Activations, laid out (segment, token, 64) and zero past `cols`: bf16, float32 or int16, the latter also
-    // as 64 low bytes and then 64 high bytes.
+    // Activations, laid out (segment, token, 64) and zero past `cols`: bf16, float32 or int16; bf16 also with even columns
+    // before odd ones, int16 also as 64 low bytes and then 64 high bytes.
     const void* x;
     const float* x_scales;      // int16 only: (group, token)
     const int32_t* x_excess;    // split int16 only: 128 times the sums of the high bytes, (group, token, 16)
@@ -55,14 +57,16 @@ struct Job {
     void* out;                  // (tokens, rows)
     Kind out_kind;
     void (*rows_fn)(const Job&, int64_t begin, int64_t end);
-    // Only with coded values: rows_fn decodes a few rows to `decoded`, which each thread has for itself, and leaves
-    // them to decoded_fn.
+    // Only with coded values: rows_fn decodes a few rows at a time, to memory that each thread has for itself, and leaves
+    // them to decoded_fn: whole values (then `values` are these), or high bytes alone.
     const PrunusWeight* coded;
     Decode decode;
+    DecodeHigh decode_high;
     void (*decoded_fn)(const Job&, int64_t begin, int64_t end);
     int64_t decoded_rows, decoded_buffers;
-    uint16_t* decoded;
-    int64_t decoded_stride;     // elements between one thread's memory and the next one's
+    uint8_t* decoded;
+    int64_t high_first;         // the number of the value that the first decoded high byte belongs to
+    int64_t decoded_stride;     // bytes between one thread's memory and the next one's
     uint8_t* panels;            // only where rows are written out side by side: a thread's memory for that, on 64 bytes
     int64_t panels_stride;      // bytes between one thread's and the next one's
     int64_t rows_at_once;       // a chunk has a multiple of as many

@@ -42,23 +42,29 @@ PRUNUS_TARGET PRUNUS_INLINE void transpose(__m512i (&r)[16]) {
     }
 }
 
-// bf16 activations in blocks of sixteen tokens, zeros past the last token and column.
+// bf16 activations in blocks of sixteen tokens, zeros past the last token and column; for weights that were joined, even
+// columns before odd ones.
+template <bool parted>
 PRUNUS_TARGET inline void lay_out_blocks(Job& job, const void* x, Scratch& scratch) {
-    const int64_t blocks = (job.tokens + kRows - 1) / kRows, tiles = 2 * job.segments;
-    uint8_t* to = aligned<uint8_t>(scratch.x, blocks * tiles * kTileBytes);
+    const int64_t blocks = (job.tokens + kRows - 1) / kRows;
+    uint8_t* to = aligned<uint8_t>(scratch.x, blocks * 2 * job.segments * kTileBytes);
     job.x = to;
     for (int64_t block = 0; block < blocks; ++block) {
-        for (int64_t tile = 0; tile < tiles; ++tile, to += kTileBytes) {
-            const int64_t left = job.cols - tile * kTileColumns;
-            const __mmask32 inside = left >= kTileColumns ? ~__mmask32(0) : left > 0 ? (__mmask32(1) << left) - 1 : 0;
-            __m512i r[16];
+        for (int64_t segment = 0; segment < job.segments; ++segment, to += 2 * kTileBytes) {
+            const int64_t left = job.cols - segment * kSegment;
+            __m512i low[16], high[16];
             PRUNUS_UNROLL for (int64_t i = 0; i < kRows; ++i) {
                 const int64_t token = block * kRows + i;
-                const uint16_t* from = static_cast<const uint16_t*>(x) + token * job.cols + tile * kTileColumns;
-                r[i] = _mm512_maskz_loadu_epi16(token < job.tokens ? inside : 0, from);
+                const uint16_t* from = static_cast<const uint16_t*>(x) + token * job.cols + segment * kSegment;
+                Pair words = avx512::load_words(from, token < job.tokens ? left : 0);
+                if (parted) words = avx512::part(words);
+                low[i] = words.low;
+                high[i] = words.high;
             }
-            transpose(r);
-            PRUNUS_UNROLL for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, r[i]);
+            transpose(low);
+            transpose(high);
+            PRUNUS_UNROLL for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, low[i]);
+            PRUNUS_UNROLL for (int i = 0; i < 16; ++i) _mm512_store_si512(to + kTileBytes + i * 64, high[i]);
         }
     }
 }
@@ -103,10 +109,24 @@ PRUNUS_TARGET inline void fill_words(const Job& job, int64_t begin, int64_t end,
         fill_row(job.mask + row * job.mask_stride, row_values<uint16_t>(job, row), job.cols, to);
 }
 
+// Words that are joined: for parted activations.
 PRUNUS_TARGET inline void fill_coded(const Job& job, int64_t begin, int64_t end, uint8_t* to) {
     for (int64_t row = begin; row < end; row += job.decoded_rows) {
         const int64_t stop = row + job.decoded_rows < end ? row + job.decoded_rows : end;
-        fill_words(decoded_rows(job, row, stop), row, stop, to + (row - begin) * 64);
+        const Job ready = high_rows(job, row, stop);
+        for (int64_t each = row; each < stop; ++each, to += 64) {
+            avx512::CodedBytes bytes;
+            bytes.start(ready, each);
+            const uint8_t* mask = job.mask + each * job.mask_stride;
+            int64_t at = 0;
+            for (int64_t segment = 0; segment < job.segments; ++segment) {
+                const uint64_t word = mask_word(mask, segment, job.cols);
+                const Pair pair = avx512::expand_coded(word, bytes.low + at, bytes.high + at);
+                at += _mm_popcnt_u64(word);
+                _mm512_store_si512(to + segment * 2 * kTileBytes, pair.low);
+                _mm512_store_si512(to + (segment * 2 + 1) * kTileBytes, pair.high);
+            }
+        }
     }
 }
 

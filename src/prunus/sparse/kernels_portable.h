@@ -65,13 +65,20 @@ inline void expand_row(const uint8_t* row_mask, const uint16_t* values, int64_t 
     }
 }
 
+inline void decode_high(const uint8_t* codes, const uint8_t* high_bytes, int64_t count, uint8_t* out) {
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = i % kCodedGroup;
+        out[i] = high_bytes[codes[i / kCodedGroup * kCodedGroup / 2 + at % 32] >> (at < 32 ? 0 : 4) & 15];
+    }
+}
+
 inline void decode(const uint8_t* low_bytes, const uint8_t* codes, const uint8_t* high_bytes, int64_t count,
                    uint16_t* out) {
-    for (int64_t done = 0; done < count; done += kCodedGroup)
-        for (int64_t at = 0; at < kCodedGroup; ++at) {
-            const int code = codes[done / 2 + at % 32] >> (at < 32 ? 0 : 4) & 15;
-            out[done + place_in_group(at)] = uint16_t(high_bytes[code] << 8 | low_bytes[done + at]);
-        }
+    for (int64_t done = 0; done < count; done += kCodedGroup) {
+        uint8_t high[kCodedGroup];
+        decode_high(codes + done / 2, high_bytes, kCodedGroup, high);
+        for (int64_t at = 0; at < kCodedGroup; ++at) out[done + at] = uint16_t(high[at] << 8 | low_bytes[done + at]);
+    }
 }
 
 inline void dequantise(const int8_t* values, int64_t count, float scale, uint16_t* words) {
