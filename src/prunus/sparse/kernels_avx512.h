@@ -52,6 +52,7 @@ PRUNUS_TARGET PRUNUS_INLINE __m512i expand(uint64_t word, const int8_t*& values)
 // 64 words from their low and high bytes: those of even columns, then those of odd ones. Shifts and logic do not need
 // the port that expansion needs, as instructions that interleave bytes would.
 PRUNUS_TARGET PRUNUS_INLINE Pair join(__m512i low, __m512i high) {
+    asm("" : "+v"(low), "+v"(high));  // else compilers load both from memory twice
     const __m512i lower = _mm512_set1_epi16(0x00ff);
     return {_mm512_ternarylogic_epi32(_mm512_slli_epi16(high, 8), low, lower, 0xf8),   // a | b & c
             _mm512_ternarylogic_epi32(high, _mm512_srli_epi16(low, 8), lower, 0xdc)};  // a & ~c | b
