@@ -18,7 +18,8 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 #: Room -> the rooms it may import from. Each may name only rooms above it, so that imports run one way.
 ROOMS: dict[str, set[str]] = {
     "presets": set(),
-    "recipe": {"presets"},
+    "sizes": set(),
+    "recipe": {"presets", "sizes"},
     "patterns": set(),
     "machine": set(),
     "products": set(),
@@ -145,7 +146,8 @@ LIBRARIES: dict[str, set[str]] = {
     "pydantic": {"recipe", "records", "manifest", "recovery", "results", "sparse", "sweep"},
     "huggingface_hub": {"model"},
     "transformers": {"cli", "model", "windows", "calibration", "evaluation", "sparse"},
-    "torch": set(ROOMS) - {"presets", "recipe", "rates", "forecast", "cli", "report", "__init__", "__main__"},
+    "torch": set(ROOMS)
+    - {"presets", "sizes", "recipe", "rates", "forecast", "cli", "report", "__init__", "__main__"},
 }
 
 #: Libraries that an extra installs: each is imported in one file, inside a function.

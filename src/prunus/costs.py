@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -56,10 +57,11 @@ def estimate_seconds(work: Workload) -> float:
     tokens = work.windows * work.recipe.seqlen
     flops = 0.0
     for index in range(len(work.skeleton)):
-        weights = sum(rows * columns for rows, columns in (x.shape for x in work.skeleton.linears(index)))
+        experts, share = _routing(work, index)
+        weights = sum(x.shape[0] * x.shape[1] * share(x.name) for x in work.skeleton.linears(index))
         passes = (1 if work.recipe.propagate == "linear" else 2) if work.needs_inputs else 0
         if passes == 1 and not work.fits_lockstep(index):
-            passes = 5
+            passes = 5 + experts  # each is two groups of linears, and half the block runs for one on average
         passes += work.carries_dense
         if work.recipe.permute:
             passes += 1  # behind the reordered block, and trials of one batch before it
@@ -67,16 +69,29 @@ def estimate_seconds(work: Workload) -> float:
             passes += 1 + 3 * retouch_job.passes
         flops += 2.0 * weights * tokens * passes
         if work.linear_job.method.needs == "gram":
-            columns = [x.shape for x in work.skeleton.linears(index) if x.name in work.targets[index]]
+            chosen = [x for x in work.skeleton.linears(index) if x.name in work.targets[index]]
+            columns = [(*x.shape, share(x.name)) for x in chosen]
             # A Gram per distinct input (about 4 of 7 linears), its factor, and what is done to the weights.
             products = work.linear_job.method.products
             flops += sum(
-                (1.2 + work.linear_job.method.needs_drift) * tokens * c * c
+                (1.2 + work.linear_job.method.needs_drift) * tokens * reached * c * c
                 + c**3
                 + 2.0 * products * r * c * c
-                for r, c in columns
+                for r, c, reached in columns
             )
     return round(1.4 * flops / matmul_rate(work.device, work.dtype), 1)
+
+
+def _routing(work: Workload, index: int) -> tuple[int, Callable[[str], float]]:
+    """Experts of a block, and the share of all tokens that reaches a linear: of experts, what each gets on average."""
+    fused = work.skeleton.fused(index)
+    if not fused:
+        return 0, lambda _name: 1.0
+    config = work.source.config.get_text_config()
+    names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+    chosen = next((k for name in names if isinstance(k := getattr(config, name, None), int)), 1)
+    owners = {member.removesuffix(".weight"): each.shape[0] for each in fused for member in each.members}
+    return max(owners.values()), lambda name: min(1.0, chosen / owners[name]) if name in owners else 1.0
 
 
 def block_cost(work: Workload, index: int) -> BlockCost:

@@ -133,8 +133,7 @@ class OutputFolder:
         if self._ranks.rank > 0:
             self.manifest.blocks.append(record)
             return
-        keys = self._source.block_keys(index)
-        tensors = {key: changed.get(name, stored[name]) for name, key in keys.items()}
+        tensors = self._source.as_stored(index, {**stored, **changed})
         self._source.checkpoint.check_unchanged()
         save_safetensors(self.folder / shard_name(index), tensors)
         self.manifest.blocks.append(record)
@@ -155,9 +154,8 @@ class OutputFolder:
                 f"{record.name} of {self._source.checkpoint.folder} is not what {shard_name(index)} in {self.folder} was "
                 "made from: the checkpoint was changed since. Put it back as it was, or --overwrite starts again"
             )
-        names = {key: name for name, key in self._source.block_keys(index).items()}
         checkpoint = Checkpoint(self.folder, only=[shard_name(index)])
-        return {names[key]: tensor for key, tensor in checkpoint.read(names)}
+        return self._source.from_stored(index, checkpoint.read(self._source.block_keys(index)))
 
     def finish(self, trust_remote_code: bool, changed: Mapping[str, torch.Tensor]) -> None:
         """Write what surrounds the blocks, copy config and tokenizer, write card and index, and the closed manifest.
@@ -176,7 +174,7 @@ class OutputFolder:
         write_text(self.folder / "README.md", model_card(self.manifest))
         weight_map = dict.fromkeys(outer, OUTER_SHARD)
         for index in range(len(self.manifest.blocks)):
-            weight_map |= dict.fromkeys(self._source.block_keys(index).values(), shard_name(index))
+            weight_map |= dict.fromkeys(self._source.block_keys(index), shard_name(index))
         total = checkpoint.nbytes(checkpoint.tensors)
         index_content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.folder / INDEX_NAME, index_content)

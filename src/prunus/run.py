@@ -93,8 +93,9 @@ def prune(
             600.
         progress: called after every block; under torchrun on rank 0.
         **recipe_options: further fields of `Recipe`: samples, seqlen, seed, batch, dtype, group, propagate, only,
-            ignore, head, mask_from, mask_order, damping, ria_power, iterations, refine, refine_rounds, update,
-            targets, mix, match_blocks, match_passes, match_rate, permute, allocation, allocation_by, allocation_spread.
+            ignore, head, min_expert_tokens, mask_from, mask_order, damping, ria_power, iterations, refine,
+            refine_rounds, update, targets, mix, match_blocks, match_passes, match_rate, permute, allocation,
+            allocation_by, allocation_spread.
 
     Returns:
         The manifest: recipe, inputs, per linear shape, sparsity reached, error and seconds, and totals. For a
@@ -240,6 +241,7 @@ def _carry_out(
         recipe.permute,
         manifest.allocation,
         ranks,
+        recipe.min_expert_tokens,
     )
     with torch.no_grad(), contextlib.closing(engine), _threads(1 if job.as_original else None):
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()

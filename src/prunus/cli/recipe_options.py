@@ -87,6 +87,15 @@ OPTIONS: dict[str, Any] = {
         list[str] | None,
         typer.Option(metavar="GLOB", help="Leave linears with such names dense; may be repeated."),
     ],
+    "min_expert_tokens": Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="In mixtures of experts: measure an expert that fewer than N calibration tokens choose as if all had "
+            "chosen it; 0 never does.",
+            show_default="32; 512 for methods that need a Gram matrix",
+        ),
+    ],
     "mask_from": Annotated[
         str | None, typer.Option(help="For obs: mask from wanda or magnitude.", show_default="wanda")
     ],

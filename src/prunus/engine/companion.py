@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from prunus.engine.lockstep import input_hooks
 from prunus.engine.stream import Stream
+from prunus.engine.watching import input_hooks
 from prunus.model.linears import Linear, find_linears
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source

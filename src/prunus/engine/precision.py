@@ -13,8 +13,9 @@ import math
 
 import torch
 
+from prunus.model.calls import hidden_of
 from prunus.model.loading import DTYPES
-from prunus.model.skeleton import Skeleton, hidden_of
+from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 from prunus.products import native_bfloat16
 from prunus.statistics import Needs

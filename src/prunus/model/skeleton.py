@@ -11,32 +11,21 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from prunus.model.calls import BlockCall, split_hidden
+from prunus.model.experts import Fused, take_apart
 from prunus.model.families import find_block_list
 from prunus.model.linears import Linear, find_linears, left_dense
 from prunus.model.placement import fill_with_zeros, move_buffers, parameters_on_meta, place, release
 
-__all__ = ["BlockCall", "Skeleton", "hidden_of"]
+__all__ = ["Skeleton"]
 
 ReadTensors = Callable[[list[str], nn.Module], dict[str, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """The arguments with which the model calls one block, besides the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def same_as(self, other: BlockCall) -> bool:
-        """Whether both calls pass equal values."""
-        return _equal(self.args, other.args) and _equal(self.kwargs, other.kwargs)
 
 
 class _LastBlockReached(BaseException):
@@ -85,6 +74,10 @@ class Skeleton:
         self.model.eval().requires_grad_(False)
         self.dtype = dtype
         self.path, self.blocks = find_block_list(self.model)
+        # Per block: tensors of the checkpoint's or the loaded model's that are several linears here.
+        self._fused = [
+            take_apart(self.model, block, self.block_name(i)) for i, block in enumerate(self.blocks)
+        ]
         self._returns_tuple: dict[type, bool] = {}
         inside = {id(module) for module in self.blocks.modules()}
         self._outer_modules = [module for module in self.model.modules() if id(module) not in inside]
@@ -99,6 +92,10 @@ class Skeleton:
     def linears(self, index: int) -> list[Linear]:
         """The prunable linears of a block."""
         return find_linears(self.blocks[index])
+
+    def fused(self, index: int) -> list[Fused]:
+        """The tensors of a block that are taken apart into linears here: fused experts."""
+        return self._fused[index]
 
     def left_dense(self, index: int) -> dict[str, tuple[int, ...]]:
         """Full name -> shape of the weights of a block that no method prunes."""
@@ -165,7 +162,7 @@ class Skeleton:
             block = self.blocks[index]
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, args, kwargs = _split_hidden(args, kwargs)
+                hidden, args, kwargs = split_hidden(args, kwargs)
                 if index != len(calls):
                     raise NotImplementedError(
                         f"{type(self.model).__name__} calls block {index} where block {len(calls)} was expected; "
@@ -244,7 +241,7 @@ class Skeleton:
             block = self.blocks[index]
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                passed = hidden if index == len(self.blocks) - 1 else _split_hidden(args, kwargs)[0]
+                passed = hidden if index == len(self.blocks) - 1 else split_hidden(args, kwargs)[0]
                 return (passed,) if self._returns_tuple.get(type(block), False) else passed
 
             return forward
@@ -296,29 +293,3 @@ class Skeleton:
     def release(self, index: int) -> None:
         """Take the weights of a block away again."""
         release(self.blocks[index])
-
-
-def hidden_of(output: Any) -> torch.Tensor:
-    """The hidden states in what a block returned: the tensor itself, or the first of a tuple."""
-    return output[0] if isinstance(output, tuple | list) else output
-
-
-def _split_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return args[0], args[1:], kwargs
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), (), rest
-
-
-def _equal(left: Any, right: Any) -> bool:
-    if left is right:
-        return True
-    if isinstance(left, torch.Tensor):
-        return isinstance(right, torch.Tensor) and left.shape == right.shape and torch.equal(left, right)
-    if isinstance(left, tuple | list):
-        return len(left) == len(right) and all(_equal(a, b) for a, b in zip(left, right, strict=True))
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)
-    return bool(left == right)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rich.table import Table
@@ -21,6 +22,10 @@ __all__ = [
 ]
 
 
+#: The number of an expert: all of them are one kind of linear.
+_NUMBER = re.compile(r"\.\d+\.")
+
+
 def run_table(manifest: Manifest) -> Table:
     """A finished run: one row per kind of linear, totals below."""
     error_name = "relative output error" if _has_gram(manifest) else "removed energy"
@@ -30,7 +35,7 @@ def run_table(manifest: Manifest) -> Table:
     kinds: dict[str, list[Any]] = {}
     for block in manifest.blocks:
         for name, record in block.linears.items():
-            kinds.setdefault(name, []).append(record)
+            kinds.setdefault(_NUMBER.sub(".*.", name), []).append(record)
     if manifest.head is not None:
         kinds["output head"] = [manifest.head]
     for name, records in kinds.items():
@@ -60,6 +65,12 @@ def run_table(manifest: Manifest) -> Table:
         f"computed in {manifest.inputs.dtype} on {manifest.inputs.device}; peak memory "
         f"{totals['peak_memory_bytes'] / 1e9:.2f} GB; calibration: {manifest.inputs.calibration}"
     )
+    if totals.get("expert_linears"):
+        few, all_ = totals["expert_linears_measured_on_all"], totals["expert_linears"]
+        table.caption += (
+            f"\nexperts: {few} of {all_} linears measured on all tokens, too few having chosen their expert "
+            f"(fewest: {totals['least_routed_tokens']:,} tokens)"
+        )
     table.caption_justify = "left"
     return table
 
