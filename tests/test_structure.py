@@ -40,6 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "engine": {"manifest", "methods", "model", "patterns", "products", "ranks", "statistics"},
     "evaluation": {"calibration", "engine", "machine", "model", "ranks", "recipe", "sparse"},
     "costs": {"engine", "machine", "model", "recipe", "statistics"},
+    "selection": {"calibration", "model", "patterns", "recipe"},
     "plan": {
         "calibration",
         "costs",
@@ -52,6 +53,7 @@ ROOMS: dict[str, set[str]] = {
         "products",
         "ranks",
         "recipe",
+        "selection",
     },
     "agreement": {"manifest", "plan", "ranks", "recipe"},
     "windows": {"calibration", "model", "plan"},
@@ -151,7 +153,7 @@ LIBRARIES: dict[str, set[str]] = {
 }
 
 #: Libraries that an extra installs: each is imported in one file, inside a function.
-OPTIONAL = {"datasets", "gguf", "pyarrow", "accelerate", "peft", "lm_eval", "plotly", "scipy"}
+OPTIONAL = {"datasets", "gguf", "pyarrow", "accelerate", "peft", "lm_eval", "plotly", "scipy", "PIL"}
 
 
 def room(path: Path) -> str:

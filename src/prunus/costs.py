@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch import nn
 
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
@@ -54,9 +53,9 @@ class Workload(Protocol):
 
 def estimate_seconds(work: Workload) -> float:
     """Matrix products of all forward passes at the rate measured now, plus 40 % for the rest."""
-    tokens = work.windows * work.recipe.seqlen
     flops = 0.0
     for index in range(len(work.skeleton)):
+        tokens = work.windows * work.skeleton.window_shape(index, work.recipe.seqlen)[0]
         experts, share = _routing(work, index)
         weights = sum(x.shape[0] * x.shape[1] * share(x.name) for x in work.skeleton.linears(index))
         passes = (1 if work.recipe.propagate == "linear" else 2) if work.needs_inputs else 0
@@ -98,14 +97,14 @@ def block_cost(work: Workload, index: int) -> BlockCost:
     """Bytes for one block; see `BlockCost`. The widths are those of the block's linears."""
     linears = work.skeleton.linears(index)
     size = work.dtype.itemsize
-    tokens = work.windows * work.recipe.seqlen
-    hidden = _hidden_size(work.skeleton.model)
+    in_window, hidden = work.skeleton.window_shape(index, work.recipe.seqlen)
+    tokens = work.windows * in_window
     widest = max(max(linear.shape) for linear in linears)
     largest = max(rows * columns for rows, columns in (linear.shape for linear in linears))
     stored = work.source.block_nbytes(index)
     computed = sum(p.numel() for p in work.skeleton.blocks[index].parameters()) * size
     inputs = max(linear.shape[1] for linear in linears)
-    batch_tokens = min(work.batch * work.recipe.seqlen, tokens)
+    batch_tokens = min(work.batch * in_window, tokens)
     needs = work.linear_job.method.needs
     # float32 weight, score, sorted copy and the rounded result; solvers hold six matrices of its size, and some
     # of the Gram's, which others invert in float64.
@@ -124,7 +123,7 @@ def block_cost(work: Workload, index: int) -> BlockCost:
         numbers = computed // size
         working += 24 * numbers
         heads = int(getattr(work.source.config.get_text_config(), "num_attention_heads", 1) or 1)
-        transient += 4 * batch_tokens * (24 * hidden + 8 * widest + 4 * heads * work.recipe.seqlen)
+        transient += 4 * batch_tokens * (24 * hidden + 8 * widest + 4 * heads * in_window)
     return BlockCost(
         weights=2 * stored + computed * (2 if work.carries_dense else 1),
         working=working,
@@ -132,8 +131,3 @@ def block_cost(work: Workload, index: int) -> BlockCost:
         paused=streams * tokens * (4 * hidden + widest) * size,
         transient=transient,
     )
-
-
-def _hidden_size(model: nn.Module) -> int:
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    return int(embedding.weight.shape[1])

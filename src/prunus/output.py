@@ -23,6 +23,7 @@ from prunus.model.files import (
     write_json,
     write_text,
 )
+from prunus.model.kinds import kind_of
 from prunus.model.source import CheckpointSource, tensors_digest
 from prunus.ranks import ALONE, Ranks
 
@@ -171,7 +172,7 @@ class OutputFolder:
             self._write_outer(changed)
         for path in companion_files(checkpoint.folder, code=trust_remote_code):
             copy_file(path, self.folder / path.name)
-        write_text(self.folder / "README.md", model_card(self.manifest))
+        write_text(self.folder / "README.md", model_card(self.manifest, kind_of(self._source.config).loader))
         weight_map = dict.fromkeys(outer, OUTER_SHARD)
         for index in range(len(self.manifest.blocks)):
             weight_map |= dict.fromkeys(self._source.block_keys(index), shard_name(index))
@@ -188,8 +189,8 @@ class OutputFolder:
             save_safetensors(self.folder / OUTER_SHARD, dict(self._source.checkpoint.read(keys)) | replaced)
 
 
-def model_card(manifest: Manifest) -> str:
-    """The README.md of the result: what it is, how it was made."""
+def model_card(manifest: Manifest, loader: str = "AutoModelForCausalLM") -> str:
+    """The README.md of the result: what it is, how it was made, and what loads it (a class of transformers)."""
     recipe = manifest.recipe
     shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
     name = Path(manifest.source).name or manifest.source
@@ -200,7 +201,7 @@ tags: [pruned, sparse, prunus]
 # {name}, pruned
 
 {name} with {shape} sparsity by {recipe.method}. Shapes, tokenizer and configuration are the source's:
-it loads with `AutoModelForCausalLM.from_pretrained` and is used like the dense model.
+it loads with `{loader}.from_pretrained` and is used like the dense model.
 
 Weights removed: {manifest.totals.get("zeros", 0):,} of {manifest.totals.get("weights", 0):,} in the pruned linears
 ({manifest.totals.get("sparsity", 0):.2%}). Calibration: {manifest.inputs.calibration}. Per-linear figures are in

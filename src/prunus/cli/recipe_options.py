@@ -51,7 +51,7 @@ OPTIONS: dict[str, Any] = {
         typer.Option(
             metavar="SOURCE",
             help="c4, wikitext2, ptb, python-docs, self, or a file: .txt .jsonl .jsonl.gz .parquet, "
-            ".safetensors with input_ids.",
+            ".safetensors with input_ids; for image classifiers a folder of images.",
             show_default="c4",
         ),
     ],

@@ -29,7 +29,7 @@ __all__ = ["CheckpointSource", "ModuleSource", "Source", "load_config", "tensors
 
 
 class Source(Protocol):
-    """Stored weights of a causal LM, addressed by the names of the model's own parameters."""
+    """Stored weights of a model, addressed by the names of the model's own parameters."""
 
     config: Any
     fingerprint: str
@@ -225,7 +225,7 @@ class ModuleSource:
         config = getattr(model, "config", None)
         if config is None or not hasattr(model, "get_input_embeddings"):
             raise TypeError(
-                f"expected a transformers causal LM or the path of a checkpoint; got {type(model).__name__}"
+                f"expected a transformers model or the path of a checkpoint; got {type(model).__name__}"
             )
         if getattr(config, "quantization_config", None):
             raise ValueError("the model is quantised; prune it in full precision, then quantise the result")
@@ -233,6 +233,7 @@ class ModuleSource:
         # A copy with the attention implementation in use, so that the skeleton computes as the model does.
         self.config = copy.deepcopy(config)
         self.config._attn_implementation = config._attn_implementation
+        self.config.architectures = [type(model).__name__]
         self.fingerprint = "in memory"
         state = model.state_dict()
         self.stored_dtype = _main_dtype({n: (t.dtype, t.nbytes) for n, t in state.items()})

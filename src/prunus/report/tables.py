@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
+from prunus.evaluation.images import ImageScore
 from prunus.evaluation.speed import Speed
 from prunus.inspection import Inspection
 from prunus.manifest import Manifest
@@ -14,6 +16,7 @@ from prunus.sparse.conversion import Record
 
 __all__ = [
     "forecast_table",
+    "images_table",
     "inspection_table",
     "packing_table",
     "plan_table",
@@ -71,6 +74,24 @@ def run_table(manifest: Manifest) -> Table:
             f"\nexperts: {few} of {all_} linears measured on all tokens, too few having chosen their expert "
             f"(fewest: {totals['least_routed_tokens']:,} tokens)"
         )
+    table.caption_justify = "left"
+    return table
+
+
+def images_table(scores: Sequence[ImageScore]) -> Table:
+    """One row per image classifier, with the difference to the first."""
+    table = Table(title=f"top-1 accuracy on {scores[0].images:,} images", title_justify="left")
+    for column in ("model", "accuracy", "difference to the first", "seconds"):
+        table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
+    for score in scores:
+        change, error = score.minus(scores[0])
+        table.add_row(
+            score.model,
+            f"{score.accuracy:.2%} ± {score.standard_error:.2%}",
+            "–" if score is scores[0] else f"{change:+.2%} ± {error:.2%}",
+            f"{score.seconds:.1f}",
+        )
+    table.caption = f"± one standard error; {scores[0].labels}"
     table.caption_justify = "left"
     return table
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from prunus.model.checkpoint import Checkpoint, resolve_folder
 from prunus.model.files import read_json
+from prunus.model.kinds import require_causal
 from prunus.model.linears import Linear
 from prunus.model.lock import clear_stale_lock, locked
 from prunus.model.skeleton import Skeleton
@@ -73,6 +74,7 @@ def pack(
     if values not in ("bf16", "int8"):
         raise ValueError(f"values must be bf16 or int8, got {values!r}")
     source = CheckpointSource(resolve_folder(model))
+    require_causal(source.config, "prunus pack")
     if values == "bf16" and source.stored_dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"{model} is stored in {str(source.stored_dtype).removeprefix('torch.')}, which bitmaps do not hold: convert "
