@@ -25,6 +25,7 @@ from prunus.plan import Job, RunOptions, prepare
 from prunus.recipe import Recipe
 from prunus.recovery.supports import pruned_linears
 from prunus.sparse import pack
+from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
 from tiny import EXPERT_FAMILIES, tiny_checkpoint, tiny_model, token_ids, weights
 
 CPU = torch.device("cpu")
@@ -434,3 +435,24 @@ def _flops(job: Job) -> float:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prunus.costs.matmul_rate", lambda device, dtype: 1.0)
         return estimate_seconds(job)
+
+
+def test_recovery_by_blocks_trains_experts_and_keeps_their_zeros(tmp_path):
+    dense = dense_checkpoint(tmp_path / "dense", "mixtral")
+    pruned = pruned_checkpoint(tmp_path / "pruned", dense)
+    record = recover(pruned, tmp_path / "out", "block", training_text(tmp_path), tokens=320)
+    assert all(block.error_after < block.error_before for block in record.blocks)
+    before, after = stored(pruned), stored(tmp_path / "out")
+    experts = [key for key in before if ".experts." in key]
+    assert all(bool((after[key][before[key] == 0] == 0).all()) for key in experts)
+    assert any(not torch.equal(before[key], after[key]) for key in experts)
+
+
+def test_an_inspection_shows_every_expert(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "gpt_oss")
+    prunus.prune(dense, tmp_path / "pruned", calibration=token_ids(), pattern="2:4")
+    found = prunus.inspect(tmp_path / "pruned")
+    assert found.sparsity == pytest.approx(0.5)
+    experts = [linear for linear in found.linears if ".experts." in linear.name]
+    assert len(experts) == 2 * 4 * 3
+    assert all("2:4" in linear.patterns for linear in experts)

@@ -190,7 +190,8 @@ def test_a_run_from_the_command_line(tmp_path):
     dense = save_classifier(tmp_path / "dense", "vit")
     folder = pictures(tmp_path / "pictures")
     call("prune", dense, tmp_path / "pruned", "--calibration", folder, "--samples", 6)
-    assert "60 weights" not in call("plan", dense, "--calibration", folder, "--samples", 6).stdout
+    assert "patch_embed" not in call("plan", dense, "--calibration", folder, "--samples", 6).stdout
+    assert prunus.inspect(tmp_path / "pruned").sparsity == pytest.approx(0.5)
     text = call("eval", dense, tmp_path / "pruned", "--images", folder).stdout
     assert "top-1 accuracy on 12 images" in text
     assert "label2id" in text

@@ -34,8 +34,8 @@ def described(given: torch.Tensor) -> dict[str, Any]:
     if given.numel() and len(shape) == 2 and not is_float:
         return {"calibration": "token ids", "samples": shape[0], "seqlen": shape[1]}
     raise ValueError(
-        f"calibration ids must be integers (samples, seqlen), got {given.dtype} {shape}; pixel values of images are floats "
-        "(samples, channels, height, width)"
+        f"calibration ids must be integers (samples, seqlen), got {given.dtype} {shape}; pixel values of images are "
+        "floats (samples, channels, height, width)"
     )
 
 

@@ -12,14 +12,14 @@ Shape suffixes: E experts, T tokens, K experts per token, H hidden size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Experts", "Fused", "find_routers", "fused_experts", "take_apart"]
+__all__ = ["Experts", "Fused", "find_routers", "fused_experts", "fusing_rules", "take_apart"]
 
 #: Gate, up and down where the checkpoint holds fused tensors and so has no names of its own.
 _LEAVES = ("gate_proj", "up_proj", "down_proj")
@@ -158,11 +158,24 @@ def _call_unseen(linear: nn.Module, x: Tensor) -> Tensor:
     return linear.forward(x)
 
 
-def take_apart(model: Any, block: nn.Module, path: str) -> list[Fused]:
+def fusing_rules(model: Any) -> list[Any]:
+    """Those of transformers' rules by which experts that a checkpoint stores one by one are fused for this model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    return [
+        rule
+        for rule in get_model_conversion_mapping(model)
+        if isinstance(rule, WeightConverter)
+        and [type(operation).__name__ for operation in rule.operations] in _FUSING
+    ]
+
+
+def take_apart(rules: Sequence[Any], block: nn.Module, path: str) -> list[Fused]:
     """Replace every fused experts module of a block, on the meta device, by an `Experts`.
 
     Args:
-        model: the transformers model, whose conversion rules know the checkpoint's names.
+        rules: the model's `fusing_rules`, which know the checkpoint's names.
         block: one of its blocks.
         path: of the block in the model.
 
@@ -173,7 +186,7 @@ def take_apart(model: Any, block: nn.Module, path: str) -> list[Fused]:
     for name, module in list(block.named_modules()):
         if not _is_fused(module):
             continue
-        leaves = _leaves(model, f"{path}.{name}", _is_gated(module))
+        leaves = _leaves(rules, f"{path}.{name}", _is_gated(module))
         found += _layout(name, module, leaves)
         owner, _, leaf = name.rpartition(".")
         dtype = next(module.parameters(recurse=False)).dtype
@@ -225,17 +238,10 @@ def _layout(path: str, module: Any, leaves: tuple[str, str, str]) -> list[Fused]
     return found
 
 
-def _leaves(model: Any, path: str, gated: bool) -> tuple[str, str, str]:
+def _leaves(rules: Sequence[Any], path: str, gated: bool) -> tuple[str, str, str]:
     """What the checkpoint calls gate, up and down of one expert, such as w1, w3, w2."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-
     found = dict(zip(("gate", "up", "down"), _LEAVES, strict=True))
-    for rule in get_model_conversion_mapping(model):
-        if not isinstance(rule, WeightConverter):
-            continue
-        if [type(operation).__name__ for operation in rule.operations] not in _FUSING:
-            continue
+    for rule in rules:
         for place, pattern in enumerate(rule.source_patterns):
             leaf = pattern.rpartition("*.")[2].removesuffix(".weight")
             target, matched = rule.rename_source_key(f"{path}.0.{leaf}.weight")
