@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelF
 
 import prunus
 from command_line import call
+from prunus.model.kinds import CAUSAL, kind_of
 from tiny import token_ids
 
 _COMMON: dict[str, Any] = {
@@ -143,3 +144,16 @@ def test_models_without_a_head_that_prunus_knows_are_refused(tmp_path):
     with pytest.raises(NotImplementedError, match=r"of type 'clip_text_model' .* cannot be pruned"):
         prunus.prune(tmp_path / "dense", tmp_path / "out", calibration=token_ids())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("architectures", [None, "LlamaForCausalLM", [3.5], [["x"]], {}])
+def test_damaged_architectures_are_no_reason_to_fall(architectures):
+    config = AutoConfig.for_model("llama")
+    config.architectures = architectures
+    assert kind_of(config) is CAUSAL
+
+
+def test_a_decoder_that_was_taken_from_an_encoder_decoder_is_causal():
+    config = AutoConfig.for_model("bart", is_encoder_decoder=False)
+    config.architectures = ["BartForCausalLM"]
+    assert kind_of(config) is CAUSAL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,10 @@ def test_verbs_of_language_models_refuse_a_classifier(tmp_path):
         ("recover", dense, tmp_path / "o", "--mode", "masked"),
     ):
         assert "image classifier" in call(*arguments, status=2).output.replace("\n", " ")
+    sweep = f'title = "x"\nmodels = ["{dense}"]\n[[grid]]\nmethod = "magnitude"\nsparsity = 0.5\n'
+    (tmp_path / "sweep.toml").write_text(sweep)
+    text = call("sweep", tmp_path / "sweep.toml", tmp_path / "o", status=2).output
+    assert "is for causal language models; this is an image classifier" in " ".join(text.split()), text
     assert "give it alone" in call("eval", dense, "--images", folder, "--tasks", "boolq", status=2).output
     assert not (tmp_path / "o").exists()
     from tiny import tiny_checkpoint
@@ -297,3 +302,16 @@ def test_the_plan_counts_positions_not_tokens(tmp_path):
     job = prepare(dense, Recipe(calibration=str(folder), samples=12), RunOptions())
     assert job.batch == 12
     assert job.costs[0].hidden == 12 * 18 * 32 * 4
+
+
+@pytest.mark.parametrize("size", [0, -4, "large", [16], [16, 0], None])
+def test_a_damaged_image_size_is_refused(size, tmp_path):
+    dense = save_classifier(tmp_path / "dense", "convnext")
+    edit_json(dense / "config.json", image_size=size)
+    with pytest.raises(ValueError, match=r"image_size|describes no model"):
+        prunus.prune(dense, tmp_path / "out", calibration=torch.randn(4, 3, 16, 16))
+    assert not (tmp_path / "out").exists()
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -39,14 +39,14 @@ class Kind:
         """A batch that the model takes and that costs next to nothing: two tokens, or one black image."""
         if self is not IMAGES:
             return torch.zeros((1, 2), dtype=torch.int64, device=device)
-        return torch.zeros((1, config.num_channels, *image_size(config)), dtype=dtype, device=device)
+        return torch.zeros((1, config.num_channels, *_trial_size(config)), dtype=dtype, device=device)
 
     def spread(self, config: Any, rows: int, tokens: int) -> Tensor:
         """A batch that reaches much of a model, always the same: `tokens` of all `rows` ids, or four images of noise."""
         if self is not IMAGES:
             return torch.linspace(0, rows - 1, tokens).long().unsqueeze(0)
         noise = torch.Generator().manual_seed(0)
-        return torch.randn((4, config.num_channels, *image_size(config)), generator=noise)
+        return torch.randn((4, config.num_channels, *_trial_size(config)), generator=noise)
 
 
 CAUSAL = Kind("causal language model", "AutoModelForCausalLM", "input_ids")
@@ -62,8 +62,10 @@ def kind_of(config: Any) -> Kind:
     """
     from transformers.models.auto import modeling_auto
 
-    model_type = getattr(config, "model_type", type(config).__name__)
-    named = ", ".join(getattr(config, "architectures", None) or ()) or "no architecture named"
+    model_type = str(getattr(config, "model_type", type(config).__name__))
+    listed = getattr(config, "architectures", None)
+    listed = [name for name in listed if isinstance(name, str)] if isinstance(listed, list | tuple) else []
+    named = ", ".join(listed) or "no architecture named"
     if getattr(config, "is_encoder_decoder", False) and "CausalLM" not in named:
         raise NotImplementedError(
             f"a model of type {model_type!r} ({named}) has an encoder and a decoder that takes both text and what the "
@@ -75,7 +77,7 @@ def kind_of(config: Any) -> Kind:
         return MASKED
     if model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "auto_map", None):
         return CAUSAL
-    if named == "no architecture named":
+    if not listed:
         for kind, known in (
             (IMAGES, modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
             (MASKED, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
@@ -104,9 +106,26 @@ def require_causal(config: Any, what: str) -> None:
 
 
 def image_size(config: Any) -> tuple[int, int]:
-    """(height, width) in pixels."""
-    size = config.image_size
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    """(height, width) in pixels.
+
+    Raises:
+        ValueError: the configuration's `image_size` is neither a number of pixels nor two.
+    """
+    size = getattr(config, "image_size", None)
+    sides = (size, size) if isinstance(size, int) else size
+    if not (
+        isinstance(sides, list | tuple)
+        and len(sides) == 2
+        and all(isinstance(x, int) and x > 0 for x in sides)
+    ):
+        raise ValueError(f"image_size in the configuration must be pixels, or [height, width]; got {size!r}")
+    return sides[0], sides[1]
+
+
+def _trial_size(config: Any) -> tuple[int, int]:
+    """As `image_size`; models without a table of positions do with less, whatever their configuration says."""
+    height, width = image_size(config)
+    return (min(height, 128), min(width, 128)) if getattr(config, "hidden_sizes", None) else (height, width)
 
 
 def image_tokens(config: Any, index: int) -> tuple[int, int]:
