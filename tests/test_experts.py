@@ -214,7 +214,7 @@ def test_experts_are_pruned_as_by_a_naive_reference(family, views, few, rule, tm
 
 def prune_with(monkeypatch: Any, lockstep: bool, *args: Any, **options: Any) -> Any:
     monkeypatch.setattr(Job, "fits_lockstep", lambda self, index: lockstep)
-    return prunus.prune(*args, calibration=token_ids(), batch=1, min_expert_tokens=48, **options)
+    return prunus.prune(*args, calibration=token_ids(), batch=3, min_expert_tokens=48, **options)
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
@@ -440,7 +440,7 @@ def _flops(job: Job) -> float:
 def test_recovery_by_blocks_trains_experts_and_keeps_their_zeros(tmp_path):
     dense = dense_checkpoint(tmp_path / "dense", "mixtral")
     pruned = pruned_checkpoint(tmp_path / "pruned", dense)
-    record = recover(pruned, tmp_path / "out", "block", training_text(tmp_path), tokens=320)
+    record = recover(pruned, tmp_path / "out", "block", training_text(tmp_path), tokens=160)
     assert all(block.error_after < block.error_before for block in record.blocks)
     before, after = stored(pruned), stored(tmp_path / "out")
     experts = [key for key in before if ".experts." in key]

@@ -71,8 +71,8 @@ def run_table(manifest: Manifest) -> Table:
     if totals.get("expert_linears"):
         few, all_ = totals["expert_linears_measured_on_all"], totals["expert_linears"]
         table.caption += (
-            f"\nexperts: {few} of {all_} linears measured on all tokens, too few having chosen their expert "
-            f"(fewest: {totals['least_routed_tokens']:,} tokens)"
+            f"\nexperts: {few} of {all_} linears measured on all tokens for want of their own; the fewest own were "
+            f"{totals['least_routed_tokens']:,} tokens"
         )
     table.caption_justify = "left"
     return table
