@@ -86,6 +86,14 @@ def uneven(scratch: Path) -> dict[str, Any]:
         status = in_ranks(size, lambda _: prune(llama, scratch / name, calibration=ids))  # noqa: B023
         assert not any(status), (name, status)
         found[name] = compare(scratch / f"{name} one", scratch / name)
+    routed = tiny_checkpoint(scratch / "routed", "qwen3_moe", torch.bfloat16)
+    for name, size, windows in (("experts, 5 windows on 3", 3, 5), ("experts, 2 windows on 4", 4, 2)):
+        options = {"calibration": token_ids(windows), "min_expert_tokens": 3 * windows}
+        alone = prune(routed, scratch / f"{name} one", **options)
+        assert 0 < alone.totals["expert_linears_measured_on_all"] < alone.totals["expert_linears"]
+        status = in_ranks(size, lambda _: prune(routed, scratch / name, **options))  # noqa: B023
+        assert not any(status), (name, status)
+        found[name] = compare(scratch / f"{name} one", scratch / name)
     status = in_ranks(3, lambda _: experts(scratch))
     assert status == [0, 0, 0], status
     return found
@@ -93,7 +101,9 @@ def uneven(scratch: Path) -> dict[str, Any]:
 
 def experts(scratch: Path) -> None:
     """On every rank: a block whose experts only some ranks' tokens reach, walked in all three ways, against one rank."""
-    from prunus.engine.lockstep import lockstep, replay, two_pass
+    from prunus.engine.lockstep import lockstep
+    from prunus.engine.replay import replay
+    from prunus.engine.two_pass import two_pass
     from prunus.model.linears import find_linears
     from prunus.ranks import ALONE
 

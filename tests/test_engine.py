@@ -10,7 +10,9 @@ from torch import nn
 
 import prunus
 from prunus.engine.hidden import HiddenStates
-from prunus.engine.lockstep import lockstep, replay, two_pass
+from prunus.engine.lockstep import lockstep
+from prunus.engine.replay import replay
+from prunus.engine.two_pass import two_pass
 from prunus.machine import available_memory
 from prunus.model.linears import Linear, find_linears
 from prunus.plan import Job

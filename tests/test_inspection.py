@@ -136,7 +136,7 @@ def test_as_dict_is_json(tmp_path):
 
 
 def test_what_is_no_causal_lm_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="expected a transformers causal LM"):
+    with pytest.raises(TypeError, match="expected a transformers model"):
         prunus.inspect(torch.nn.Linear(3, 3))
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         prunus.inspect(tmp_path)

@@ -18,7 +18,8 @@ TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 #: Room -> the rooms it may import from. Each may name only rooms above it, so that imports run one way.
 ROOMS: dict[str, set[str]] = {
     "presets": set(),
-    "recipe": {"presets"},
+    "sizes": set(),
+    "recipe": {"presets", "sizes"},
     "patterns": set(),
     "machine": set(),
     "products": set(),
@@ -39,6 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "engine": {"manifest", "methods", "model", "patterns", "products", "ranks", "statistics"},
     "evaluation": {"calibration", "engine", "machine", "model", "ranks", "recipe", "sparse"},
     "costs": {"engine", "machine", "model", "recipe", "statistics"},
+    "selection": {"calibration", "model", "patterns", "recipe"},
     "plan": {
         "calibration",
         "costs",
@@ -51,6 +53,7 @@ ROOMS: dict[str, set[str]] = {
         "products",
         "ranks",
         "recipe",
+        "selection",
     },
     "agreement": {"manifest", "plan", "ranks", "recipe"},
     "windows": {"calibration", "model", "plan"},
@@ -145,11 +148,12 @@ LIBRARIES: dict[str, set[str]] = {
     "pydantic": {"recipe", "records", "manifest", "recovery", "results", "sparse", "sweep"},
     "huggingface_hub": {"model"},
     "transformers": {"cli", "model", "windows", "calibration", "evaluation", "sparse"},
-    "torch": set(ROOMS) - {"presets", "recipe", "rates", "forecast", "cli", "report", "__init__", "__main__"},
+    "torch": set(ROOMS)
+    - {"presets", "sizes", "recipe", "rates", "forecast", "cli", "report", "__init__", "__main__"},
 }
 
 #: Libraries that an extra installs: each is imported in one file, inside a function.
-OPTIONAL = {"datasets", "gguf", "pyarrow", "accelerate", "peft", "lm_eval", "plotly", "scipy"}
+OPTIONAL = {"datasets", "gguf", "pyarrow", "accelerate", "peft", "lm_eval", "plotly", "scipy", "PIL"}
 
 
 def room(path: Path) -> str:

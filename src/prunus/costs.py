@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
-from torch import nn
 
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
@@ -53,13 +53,14 @@ class Workload(Protocol):
 
 def estimate_seconds(work: Workload) -> float:
     """Matrix products of all forward passes at the rate measured now, plus 40 % for the rest."""
-    tokens = work.windows * work.recipe.seqlen
     flops = 0.0
     for index in range(len(work.skeleton)):
-        weights = sum(rows * columns for rows, columns in (x.shape for x in work.skeleton.linears(index)))
+        tokens = work.windows * work.skeleton.window_shape(index, work.recipe.seqlen)[0]
+        experts, share = _routing(work, index)
+        weights = sum(x.shape[0] * x.shape[1] * share(x.name) for x in work.skeleton.linears(index))
         passes = (1 if work.recipe.propagate == "linear" else 2) if work.needs_inputs else 0
         if passes == 1 and not work.fits_lockstep(index):
-            passes = 5
+            passes = 5 + experts  # each is two groups of linears, and half the block runs for one on average
         passes += work.carries_dense
         if work.recipe.permute:
             passes += 1  # behind the reordered block, and trials of one batch before it
@@ -67,30 +68,43 @@ def estimate_seconds(work: Workload) -> float:
             passes += 1 + 3 * retouch_job.passes
         flops += 2.0 * weights * tokens * passes
         if work.linear_job.method.needs == "gram":
-            columns = [x.shape for x in work.skeleton.linears(index) if x.name in work.targets[index]]
+            chosen = [x for x in work.skeleton.linears(index) if x.name in work.targets[index]]
+            columns = [(*x.shape, share(x.name)) for x in chosen]
             # A Gram per distinct input (about 4 of 7 linears), its factor, and what is done to the weights.
             products = work.linear_job.method.products
             flops += sum(
-                (1.2 + work.linear_job.method.needs_drift) * tokens * c * c
+                (1.2 + work.linear_job.method.needs_drift) * tokens * reached * c * c
                 + c**3
                 + 2.0 * products * r * c * c
-                for r, c in columns
+                for r, c, reached in columns
             )
     return round(1.4 * flops / matmul_rate(work.device, work.dtype), 1)
+
+
+def _routing(work: Workload, index: int) -> tuple[int, Callable[[str], float]]:
+    """Experts of a block, and the share of all tokens that reaches a linear: of experts, what each gets on average."""
+    fused = work.skeleton.fused(index)
+    if not fused:
+        return 0, lambda _name: 1.0
+    config = work.source.config.get_text_config()
+    names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+    chosen = next((k for name in names if isinstance(k := getattr(config, name, None), int)), 1)
+    owners = {member.removesuffix(".weight"): each.shape[0] for each in fused for member in each.members}
+    return max(owners.values()), lambda name: min(1.0, chosen / owners[name]) if name in owners else 1.0
 
 
 def block_cost(work: Workload, index: int) -> BlockCost:
     """Bytes for one block; see `BlockCost`. The widths are those of the block's linears."""
     linears = work.skeleton.linears(index)
     size = work.dtype.itemsize
-    tokens = work.windows * work.recipe.seqlen
-    hidden = _hidden_size(work.skeleton.model)
+    in_window, hidden = work.skeleton.window_shape(index, work.recipe.seqlen)
+    tokens = work.windows * in_window
     widest = max(max(linear.shape) for linear in linears)
     largest = max(rows * columns for rows, columns in (linear.shape for linear in linears))
     stored = work.source.block_nbytes(index)
     computed = sum(p.numel() for p in work.skeleton.blocks[index].parameters()) * size
     inputs = max(linear.shape[1] for linear in linears)
-    batch_tokens = min(work.batch * work.recipe.seqlen, tokens)
+    batch_tokens = min(work.batch * in_window, tokens)
     needs = work.linear_job.method.needs
     # float32 weight, score, sorted copy and the rounded result; solvers hold six matrices of its size, and some
     # of the Gram's, which others invert in float64.
@@ -109,7 +123,7 @@ def block_cost(work: Workload, index: int) -> BlockCost:
         numbers = computed // size
         working += 24 * numbers
         heads = int(getattr(work.source.config.get_text_config(), "num_attention_heads", 1) or 1)
-        transient += 4 * batch_tokens * (24 * hidden + 8 * widest + 4 * heads * work.recipe.seqlen)
+        transient += 4 * batch_tokens * (24 * hidden + 8 * widest + 4 * heads * in_window)
     return BlockCost(
         weights=2 * stored + computed * (2 if work.carries_dense else 1),
         working=working,
@@ -117,8 +131,3 @@ def block_cost(work: Workload, index: int) -> BlockCost:
         paused=streams * tokens * (4 * hidden + widest) * size,
         transient=transient,
     )
-
-
-def _hidden_size(model: nn.Module) -> int:
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    return int(embedding.weight.shape[1])

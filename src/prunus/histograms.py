@@ -184,7 +184,8 @@ def _wanda_scores(job: Job, pruned: CheckpointSource, block: int, before_OI: Ten
         return inner.prune(weight_OI, statistics, pattern, sparsity, options)
 
     linear_job = dataclasses.replace(job.linear_job, method=dataclasses.replace(inner, prune=recording))
-    engine = BlockEngine(job.skeleton, job.source, linear_job, job.device)
+    minimum = job.recipe.min_expert_tokens
+    engine = BlockEngine(job.skeleton, job.source, linear_job, job.device, min_expert_tokens=minimum)
     with torch.no_grad(), contextlib.closing(engine):
         engine.embed(windows.ids.split(job.batch), spill_to=None)
         for index in range(block):

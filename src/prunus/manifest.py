@@ -5,6 +5,7 @@ It never claims more than is on disk: a block is entered after its shard has its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,6 +162,7 @@ class Manifest(BaseModel):
             "sparsity": zeros / weights if weights else 0.0,
             "mean_relative_output_error": sum(errors) / len(errors) if errors else None,
             "mean_removed_energy": sum(energy) / len(energy) if energy else None,
+            **_experts(linears),
             "block_seconds": sum(block.seconds for block in self.blocks),
         }
 
@@ -186,3 +188,15 @@ class Manifest(BaseModel):
         if device.type == "cuda":
             self.totals["peak_device_memory_bytes"] = peak_memory(device)
         self.state = "finished"
+
+
+def _experts(linears: Sequence[LinearRecord]) -> dict[str, int]:
+    """How many linears belong to experts, and how many of them were measured on all tokens; nothing of other models."""
+    notes = [linear.notes for linear in linears if "routed_tokens" in linear.notes]
+    if not notes:
+        return {}
+    return {
+        "expert_linears": len(notes),
+        "expert_linears_measured_on_all": sum("measured_on" in each for each in notes),
+        "least_routed_tokens": min(each["routed_tokens"] for each in notes),
+    }

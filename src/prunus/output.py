@@ -23,6 +23,7 @@ from prunus.model.files import (
     write_json,
     write_text,
 )
+from prunus.model.kinds import kind_of
 from prunus.model.source import CheckpointSource, tensors_digest
 from prunus.ranks import ALONE, Ranks
 
@@ -133,8 +134,7 @@ class OutputFolder:
         if self._ranks.rank > 0:
             self.manifest.blocks.append(record)
             return
-        keys = self._source.block_keys(index)
-        tensors = {key: changed.get(name, stored[name]) for name, key in keys.items()}
+        tensors = self._source.as_stored(index, {**stored, **changed})
         self._source.checkpoint.check_unchanged()
         save_safetensors(self.folder / shard_name(index), tensors)
         self.manifest.blocks.append(record)
@@ -155,9 +155,8 @@ class OutputFolder:
                 f"{record.name} of {self._source.checkpoint.folder} is not what {shard_name(index)} in {self.folder} was "
                 "made from: the checkpoint was changed since. Put it back as it was, or --overwrite starts again"
             )
-        names = {key: name for name, key in self._source.block_keys(index).items()}
         checkpoint = Checkpoint(self.folder, only=[shard_name(index)])
-        return {names[key]: tensor for key, tensor in checkpoint.read(names)}
+        return self._source.from_stored(index, checkpoint.read(self._source.block_keys(index)))
 
     def finish(self, trust_remote_code: bool, changed: Mapping[str, torch.Tensor]) -> None:
         """Write what surrounds the blocks, copy config and tokenizer, write card and index, and the closed manifest.
@@ -173,10 +172,10 @@ class OutputFolder:
             self._write_outer(changed)
         for path in companion_files(checkpoint.folder, code=trust_remote_code):
             copy_file(path, self.folder / path.name)
-        write_text(self.folder / "README.md", model_card(self.manifest))
+        write_text(self.folder / "README.md", model_card(self.manifest, kind_of(self._source.config).loader))
         weight_map = dict.fromkeys(outer, OUTER_SHARD)
         for index in range(len(self.manifest.blocks)):
-            weight_map |= dict.fromkeys(self._source.block_keys(index).values(), shard_name(index))
+            weight_map |= dict.fromkeys(self._source.block_keys(index), shard_name(index))
         total = checkpoint.nbytes(checkpoint.tensors)
         index_content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.folder / INDEX_NAME, index_content)
@@ -190,8 +189,8 @@ class OutputFolder:
             save_safetensors(self.folder / OUTER_SHARD, dict(self._source.checkpoint.read(keys)) | replaced)
 
 
-def model_card(manifest: Manifest) -> str:
-    """The README.md of the result: what it is, how it was made."""
+def model_card(manifest: Manifest, loader: str = "AutoModelForCausalLM") -> str:
+    """The README.md of the result: what it is, how it was made, and what loads it (a class of transformers)."""
     recipe = manifest.recipe
     shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
     name = Path(manifest.source).name or manifest.source
@@ -202,7 +201,7 @@ tags: [pruned, sparse, prunus]
 # {name}, pruned
 
 {name} with {shape} sparsity by {recipe.method}. Shapes, tokenizer and configuration are the source's:
-it loads with `AutoModelForCausalLM.from_pretrained` and is used like the dense model.
+it loads with `{loader}.from_pretrained` and is used like the dense model.
 
 Weights removed: {manifest.totals.get("zeros", 0):,} of {manifest.totals.get("weights", 0):,} in the pruned linears
 ({manifest.totals.get("sparsity", 0):.2%}). Calibration: {manifest.inputs.calibration}. Per-linear figures are in

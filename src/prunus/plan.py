@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.calibration import check_context, check_source
+from prunus.calibration import check_context
 from prunus.costs import block_cost, estimate_seconds
 from prunus.engine.folding import find_folds
 from prunus.engine.linear import LinearJob
@@ -26,12 +26,14 @@ from prunus.methods import METHODS, Method, Options, check_options, compose, def
 from prunus.methods.permutation import require_scipy
 from prunus.model.checkpoint import resolve_folder
 from prunus.model.device import choose_device
+from prunus.model.kinds import IMAGES, kind_of
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.patterns import Pattern, check_shape
 from prunus.products import native_bfloat16
 from prunus.ranks import ALONE, Ranks
 from prunus.recipe import MEASURED_ALLOCATIONS, Recipe
+from prunus.selection import check_inputs, select
 
 __all__ = ["Job", "RunOptions", "prepare"]
 
@@ -47,8 +49,8 @@ class RunOptions:
         device: auto, cpu, cuda or cuda:i.
         memory: budget in bytes for the whole process, or None for what is free.
         data_dir: local mirror of the calibration corpora.
-        tokenizer: of the model; loaded from its folder where it is None.
-        input_ids: (samples, seqlen) token ids instead of a calibration source.
+        tokenizer: of the model, or its image processor; loaded from its folder where it is None.
+        input_ids: (samples, seqlen) token ids, or pixel values (samples, channels, height, width), instead of a source.
         trust_remote_code: let transformers run code that comes with the checkpoint.
         ranks: processes that work on the run together; None for those that torchrun started, if it did.
         rank_timeout: seconds after which one of them that gives no sign of life counts as lost; None for the default.
@@ -236,21 +238,22 @@ def prepare(
     pattern = Pattern.parse(recipe.pattern, group)
     check_options(recipe.method, pattern, recipe.sparsity, method_options)
     device = choose_device(options.device, model if isinstance(model, nn.Module) else None)
-    if _needs_inputs(recipe, method) and options.input_ids is None:
-        check_source(recipe.calibration, options.data_dir)
     source: CheckpointSource | ModuleSource
     if isinstance(model, nn.Module):
         source = ModuleSource(model)
     else:
         source = CheckpointSource(resolve_folder(model), options.trust_remote_code)
+    if _needs_inputs(recipe, method):
+        check_inputs(kind_of(source.config), recipe, options.input_ids, options.data_dir)
     # Structure and names are checked on a skeleton in the stored dtype, before a trial may cost time.
     skeleton = Skeleton(source.config, source.stored_dtype, options.trust_remote_code)
     source.bind(skeleton)
-    check_context(source.config, recipe.seqlen, method.needs)
+    if skeleton.kind is not IMAGES:
+        check_context(skeleton.positions, recipe.seqlen, method.needs)
     if recipe.head:
         head = skeleton.head()
         check_shape(pattern, head.shape, head.name)
-    targets, left_dense = _select(skeleton, recipe, pattern)
+    targets, left_dense = select(skeleton, recipe, pattern)
     wanted = decided_dtype if recipe.dtype == "auto" and decided_dtype else recipe.dtype
     dtype, reason = decide_dtype(
         wanted, source, device, method.needs, options.trust_remote_code, ridged=method.ridged
@@ -258,7 +261,9 @@ def prepare(
     if dtype != source.stored_dtype:
         skeleton = Skeleton(source.config, dtype, options.trust_remote_code)
         source.bind(skeleton)
-    batch = recipe.batch or max(1, min(recipe.samples, _TOKENS_PER_BATCH // recipe.seqlen))
+    batch = recipe.batch or max(
+        1, min(recipe.samples, _TOKENS_PER_BATCH // skeleton.window_shape(0, recipe.seqlen)[0])
+    )
     if method_options.as_original or recipe.match_blocks:
         batch = recipe.batch or 1  # for matching, a step is a batch
     if recipe.match_blocks and recipe.samples <= batch:
@@ -304,27 +309,3 @@ def _needs_inputs(recipe: Recipe, method: Method) -> bool:
 def _free_on(device: torch.device) -> int:
     """Bytes of a CUDA device that a run may take; a tenth is left to the allocator's rounding."""
     return int(torch.cuda.mem_get_info(device)[0] * 0.9)
-
-
-def _select(
-    skeleton: Skeleton, recipe: Recipe, pattern: Pattern
-) -> tuple[list[list[str]], dict[str, tuple[int, ...]]]:
-    """Per block the linears to prune, and everything in the blocks that stays dense."""
-    linears = [
-        [(f"{skeleton.block_name(index)}.{linear.name}", linear) for linear in skeleton.linears(index)]
-        for index in range(len(skeleton))
-    ]
-    recipe.check_names(name for block in linears for name, _ in block)
-    dense: dict[str, tuple[int, ...]] = {}
-    targets: list[list[str]] = []
-    for index, block in enumerate(linears):
-        chosen = []
-        for name, linear in block:
-            if recipe.selects(name):
-                check_shape(pattern, linear.shape, name)
-                chosen.append(linear.name)
-            else:
-                dense[f"{name}.weight"] = linear.shape
-        targets.append(chosen)
-        dense |= skeleton.left_dense(index)
-    return targets, dense

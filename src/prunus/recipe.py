@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from prunus.presets import preset_options
+from prunus.sizes import parse_bytes
 
 __all__ = ["MEASURED_ALLOCATIONS", "Recipe", "load_recipe", "parse_bytes"]
 
@@ -35,8 +36,6 @@ MEASURED_ALLOCATIONS = ("owl", "dlp", "search")
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
-_BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*$", re.IGNORECASE)
-_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 class Recipe(BaseModel):
@@ -63,6 +62,10 @@ class Recipe(BaseModel):
     head: bool = Field(False, description="prune the output head too; dense unless asked for")
     only: tuple[str, ...] = Field((), description="name patterns: prune nothing else")
     ignore: tuple[str, ...] = Field((), description="name patterns: leave these dense")
+    min_expert_tokens: int | None = Field(
+        None,
+        description="an expert that fewer tokens choose is measured on all; 0: never; None: by the method",
+    )
     mask_from: Literal["wanda", "magnitude"] = "wanda"
     mask_order: Literal["before", "blockwise"] = "before"
     damping: float | None = Field(
@@ -128,6 +131,15 @@ class Recipe(BaseModel):
     def _some_tokens(cls, value: int) -> int:
         if value < 2:
             raise ValueError(f"seqlen must be at least 2 tokens; got {value}")
+        return value
+
+    @field_validator("min_expert_tokens")
+    @classmethod
+    def _not_negative(cls, value: int | None) -> int | None:
+        if value is not None and value < 0:
+            raise ValueError(
+                f"min_expert_tokens must be at least 0, which measures no expert on all; got {value}"
+            )
         return value
 
     @field_validator("batch")
@@ -292,21 +304,6 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
     except ValidationError as fault:
         where = f"recipe {path}: " if path is not None else ""
         raise ValueError(where + "; ".join(_explain(error) for error in fault.errors())) from None
-
-
-def parse_bytes(text: str) -> int:
-    """A size such as '8GB', '512MB', '1.5GiB' or '100000' in bytes; units are powers of 1024.
-
-    Raises:
-        ValueError: not a size, or zero.
-    """
-    match = _BYTES.match(text)
-    if not match:
-        raise ValueError(f"a memory size looks like 8GB, 512MB or 1.5GiB; got {text!r}")
-    value = int(float(match[1]) * 1024 ** _UNITS[match[2].upper().rstrip("B").rstrip("I")])
-    if value < 1:
-        raise ValueError(f"a memory size must be larger than zero; got {text!r}")
-    return value
 
 
 def _explain(error: Any) -> str:

@@ -34,7 +34,7 @@ from prunus.plan import Job, RunOptions, prepare
 from prunus.ranks import ALONE, joined
 from prunus.recipe import Recipe, load_recipe, parse_bytes
 from prunus.sharing import share_out
-from prunus.windows import calibration_windows
+from prunus.windows import calibration_windows, described
 
 __all__ = ["Progress", "check", "prune", "run"]
 
@@ -70,7 +70,7 @@ def prune(
     progress: Callable[[Progress], None] | None = None,
     **recipe_options: Any,
 ) -> Manifest:
-    """Prune a causal LM after training. Under torchrun all processes call this alike, and share the work.
+    """Prune a model after training. Under torchrun all processes call this alike, and share the work.
 
     Args:
         model: a checkpoint folder or hub id, streamed block by block into `output`; or a loaded transformers
@@ -79,12 +79,13 @@ def prune(
         method: magnitude, wanda (default), wanda-variant, ria, sparsegpt, obs or alps.
         sparsity: share of the weights of each linear that goes, in [0, 1); default 0.5.
         pattern: "N:M" keeps at most N of every M consecutive inputs; instead of `sparsity`.
-        calibration: a source (see `prunus.calibration.SOURCES`; default "c4"), or token ids (samples, seqlen).
+        calibration: a source (see `prunus.calibration.SOURCES`; default "c4"), token ids (samples, seqlen), or
+            for an image classifier a folder of images, or pixel values (samples, channels, height, width).
         recipe: TOML file with any of these options; arguments override it.
         device: auto, cpu, cuda or cuda:i.
         memory: budget, such as "8GB" or bytes; default what is free.
         data_dir: local mirror of the calibration corpora.
-        tokenizer: of the model; by default loaded from the checkpoint.
+        tokenizer: of the model, or its image processor; by default loaded from the checkpoint.
         trust_remote_code: run model code that comes with the checkpoint.
         overwrite: replace an earlier result of prunus in `output`.
         resume: True insists on an unfinished run in `output`, False refuses one; by default it is resumed if it
@@ -93,8 +94,9 @@ def prune(
             600.
         progress: called after every block; under torchrun on rank 0.
         **recipe_options: further fields of `Recipe`: samples, seqlen, seed, batch, dtype, group, propagate, only,
-            ignore, head, mask_from, mask_order, damping, ria_power, iterations, refine, refine_rounds, update,
-            targets, mix, match_blocks, match_passes, match_rate, permute, allocation, allocation_by, allocation_spread.
+            ignore, head, min_expert_tokens, mask_from, mask_order, damping, ria_power, iterations, refine,
+            refine_rounds, update, targets, mix, match_blocks, match_passes, match_rate, permute, allocation,
+            allocation_by, allocation_spread.
 
     Returns:
         The manifest: recipe, inputs, per linear shape, sparsity reached, error and seconds, and totals. For a
@@ -106,23 +108,15 @@ def prune(
         RankError: under torchrun, another process was lost or met an error; names it.
     """
     overrides = {"method": method, "sparsity": sparsity, "pattern": pattern, **recipe_options}
-    input_ids = None
-    if isinstance(calibration, torch.Tensor):
-        input_ids = calibration
-        if input_ids.dim() != 2 or input_ids.dtype.is_floating_point or input_ids.shape[0] < 1:
-            raise ValueError(
-                f"calibration ids must be integers (samples, seqlen), got {input_ids.dtype} {tuple(input_ids.shape)}"
-            )
-        overrides |= {"calibration": "token ids", "samples": input_ids.shape[0], "seqlen": input_ids.shape[1]}
-    else:
-        overrides["calibration"] = calibration
+    given = calibration if isinstance(calibration, torch.Tensor) else None
+    overrides |= {"calibration": calibration} if given is None else described(given)
     chosen = load_recipe(Path(recipe) if recipe is not None else None, overrides)
     options = RunOptions(
         device=device,
         memory=parse_bytes(memory) if isinstance(memory, str) else memory,
         data_dir=Path(data_dir) if data_dir is not None else None,
         tokenizer=tokenizer,
-        input_ids=input_ids,
+        input_ids=given,
         trust_remote_code=trust_remote_code,
         rank_timeout=rank_timeout,
     )
@@ -240,6 +234,7 @@ def _carry_out(
         recipe.permute,
         manifest.allocation,
         ranks,
+        recipe.min_expert_tokens,
     )
     with torch.no_grad(), contextlib.closing(engine), _threads(1 if job.as_original else None):
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()

@@ -127,7 +127,7 @@ def _finely(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _check_room(job: Job, tokens: int) -> None:
-    hidden = job.skeleton.model.get_input_embeddings().weight.shape[1]
+    hidden = job.skeleton.window_shape(0, 1)[1]
     need = tokens * hidden * job.dtype.itemsize
     if need > job.budget:
         raise ValueError(

@@ -25,6 +25,7 @@ SOURCES = {
     "self": "text that the model writes itself (arXiv 2410.17170)",
     "FILE": ".txt, .jsonl, .jsonl.gz or .parquet (text in the field or column `text`), "
     "or .safetensors with `input_ids` (windows, tokens)",
+    "FOLDER": "for image classifiers: images, or a subfolder of images per class",
 }
 
 
@@ -33,7 +34,8 @@ class Windows:
     """Calibration windows.
 
     Attributes:
-        ids: (samples, seqlen) int64, on the CPU.
+        ids: (samples, seqlen) int64, on the CPU; for an image classifier pixel values (samples, channels, height,
+            width) float32.
         source: where they are from, in words.
         sha256: of the shape and the ids, see `hash_ids`.
     """
@@ -196,14 +198,13 @@ def _from_file(
     return ids, f"{path}{joined}"
 
 
-def check_context(config: Any, seqlen: int, needs: str) -> None:
+def check_context(positions: int | None, seqlen: int, needs: str) -> None:
     """See that a window is no longer than what the model has positions for.
 
     Raises:
         ValueError: names both lengths.
     """
-    positions = getattr(config, "max_position_embeddings", None)
-    if needs != "none" and isinstance(positions, int) and seqlen > positions:
+    if needs != "none" and positions is not None and seqlen > positions:
         raise ValueError(
             f"windows of {seqlen} tokens do not fit: the model has {positions} positions. "
             f"Use --seqlen {positions} or less"

@@ -34,6 +34,13 @@ def evaluate(
             "arc_easy, arc_challenge, openbookqa.",
         ),
     ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Image classifiers: top-1 accuracy on a folder with a subfolder of images per class.",
+        ),
+    ] = None,
     fewshot: Annotated[
         int | None,
         typer.Option(
@@ -42,13 +49,16 @@ def evaluate(
     ] = None,
     seqlen: Annotated[int, typer.Option(help="Context: tokens per window of a text.")] = 2048,
     limit: Annotated[
-        int | None, typer.Option(help="Score the first LIMIT windows of a text, rows of a task, only.")
+        int | None,
+        typer.Option(
+            help="Score the first LIMIT windows of a text, rows of a task, or so many images, only."
+        ),
     ] = None,
     batch: Annotated[
         str,
         typer.Option(
             metavar="N|auto",
-            help="Windows or prompts at once; auto is 1 window, 8 prompts or what a card holds.",
+            help="Windows, prompts or images at once; auto is 1 window, 8 prompts or what a card holds, 16 images.",
         ),
     ] = "auto",
     dtype: Annotated[
@@ -82,7 +92,7 @@ def evaluate(
     rank_timeout: arg.RankTimeout = None,
     json_file: arg.Json = None,
 ) -> None:
-    """Score MODELs side by side: perplexity as the papers compute it, accuracy on tasks through lm-eval.
+    """Score MODELs side by side: perplexity as the papers compute it, accuracy on tasks through lm-eval, or on images.
 
     Started by torchrun, the processes share windows and rows, each with the whole model.
     """
@@ -92,6 +102,11 @@ def evaluate(
         from prunus.ranks import joined
         from prunus.report.evaluation_tables import evaluation_tables
 
+        if images is not None:
+            if perplexity is not None or tasks is not None:
+                raise ValueError("--images is for image classifiers, which read no text: give it alone")
+            _judge_images(models, images, limit, _batch(batch), dtype, device, trust_remote_code, json_file)
+            return
         shared: dict[str, Any] = {
             "limit": limit,
             "dtype": dtype,
@@ -131,6 +146,31 @@ def evaluate(
             }
             results = [] if job is None else job.run(say, ranks)
         show(evaluation_tables(scores, results), json_file, side_by_side(scores, results))
+
+
+def _judge_images(
+    models: list[str],
+    folder: Path,
+    limit: int | None,
+    batch: int | str,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    json_file: Path | None,
+) -> None:
+    from prunus.evaluation import image_accuracy
+    from prunus.report.tables import images_table
+
+    scores = image_accuracy(
+        list(dict.fromkeys(models)),
+        folder,
+        limit=limit,
+        batch=16 if isinstance(batch, str) else batch,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    show(images_table(scores), json_file, [score.as_dict() for score in scores])
 
 
 def _batch(text: str) -> int | str:

@@ -51,7 +51,7 @@ OPTIONS: dict[str, Any] = {
         typer.Option(
             metavar="SOURCE",
             help="c4, wikitext2, ptb, python-docs, self, or a file: .txt .jsonl .jsonl.gz .parquet, "
-            ".safetensors with input_ids.",
+            ".safetensors with input_ids; for image classifiers a folder of images.",
             show_default="c4",
         ),
     ],
@@ -86,6 +86,15 @@ OPTIONS: dict[str, Any] = {
     "ignore": Annotated[
         list[str] | None,
         typer.Option(metavar="GLOB", help="Leave linears with such names dense; may be repeated."),
+    ],
+    "min_expert_tokens": Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="In mixtures of experts: measure an expert that fewer than N calibration tokens choose as if all had "
+            "chosen it; 0 never does.",
+            show_default="32; 512 for methods that need a Gram matrix",
+        ),
     ],
     "mask_from": Annotated[
         str | None, typer.Option(help="For obs: mask from wanda or magnitude.", show_default="wanda")

@@ -12,17 +12,22 @@ from pathlib import Path
 
 import torch
 
+from prunus.engine.checks import check_same, checked_digest
 from prunus.engine.companion import DenseCompanion, DenseInputs
 from prunus.engine.folding import REFUSED, Fold, find_folds, fold, holds
 from prunus.engine.linear import LinearJob, prune_linear
-from prunus.engine.lockstep import Feed, lockstep, plain_feed, replay, two_pass
+from prunus.engine.lockstep import lockstep
+from prunus.engine.replay import replay
 from prunus.engine.retouch import RetouchJob, retouch
+from prunus.engine.routing import find_routings, least_tokens
 from prunus.engine.stream import Stream
+from prunus.engine.two_pass import two_pass
+from prunus.engine.watching import Feed, plain_feed
 from prunus.manifest import BlockRecord, LinearRecord, Walk
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import Source, tensors_digest
-from prunus.ranks import ALONE, RankError, Ranks
+from prunus.model.source import Source
+from prunus.ranks import ALONE, Ranks
 from prunus.statistics import InputStatistics
 
 __all__ = ["BlockEngine"]
@@ -45,6 +50,7 @@ class BlockEngine:
         device: where blocks and, between blocks, hidden states live.
         permute: look for a better order of each linear's inputs, where whoever writes them can follow; see `folding`.
         sparsities: by full name of a linear, where it is not the `linear_job`'s.
+        min_expert_tokens: an expert that fewer tokens choose is measured on all; see `routing`.
         retouch_job: how each block is matched to the dense block once it is pruned, or None.
         ranks: who has windows of the same run; `embed` is given this rank's.
     """
@@ -57,6 +63,7 @@ class BlockEngine:
     permute: bool = False
     sparsities: Mapping[str, float] = field(default_factory=dict)
     ranks: Ranks = ALONE
+    min_expert_tokens: int | None = None
     stream: Stream = field(init=False)
     dense: DenseCompanion | None = field(init=False, default=None)
 
@@ -96,7 +103,7 @@ class BlockEngine:
             ValueError: weights or activations that are not finite; names the tensor.
         """
         name = self.skeleton.block_name(index)
-        digest = _checked_digest(name, stored)
+        digest = checked_digest(name, stored)
         self.ranks.at(name)
         block = self.skeleton.fill(index, stored, self.device)
         linears = [linear for linear in self.skeleton.linears(index) if linear.name in targets]
@@ -104,6 +111,8 @@ class BlockEngine:
         records: dict[str, LinearRecord] = {}
         orders: dict[str, torch.Tensor] = {}
         folds = self._folds(index, block, targets) if self.permute else {}
+        minimum = least_tokens(self.linear_job.method.needs, self.min_expert_tokens)
+        routings = find_routings(block, (linear.name for linear in linears), minimum)
 
         def new_statistics(linear: Linear) -> InputStatistics:
             as_original, method = self.linear_job.options.as_original, self.linear_job.method
@@ -128,6 +137,9 @@ class BlockEngine:
                 job, linear, full_name, stored[key], statistics, channels, self.ranks
             )
             records[linear.name] = record
+            for routing in routings:
+                if routing.owns(linear.name):
+                    record.notes |= routing.notes(linear.name)
             if order_I is not None:
                 orders[linear.name] = order_I
             if self.permute:
@@ -153,7 +165,7 @@ class BlockEngine:
                 forward, put = self.stream.forward(index, block), self.stream.states.put
                 finish = put if self.retouch_job is None and not self.permute else _forget
                 unreached = _WALKS[walk](
-                    linears, count, forward, finish, new_statistics, prune_one, feed, self.ranks
+                    linears, count, forward, finish, new_statistics, prune_one, feed, self.ranks, routings
                 )
             for linear in unreached:
                 nothing = new_statistics(linear)
@@ -182,7 +194,7 @@ class BlockEngine:
             # As when the run is resumed behind this block: sums in the order in which they are stored.
             self.stream.propagate(index, {**stored, **changed})
         self.skeleton.release(index)
-        self._check_same(name, changed)
+        check_same(self.ranks, name, changed)
         ordered = {linear.name: records[linear.name] for linear in linears}
         return changed, BlockRecord(
             name=name,
@@ -236,24 +248,8 @@ class BlockEngine:
             pruned, record, _ = prune_linear(
                 self.linear_job, head, head.name, stored, statistics, ranks=self.ranks
             )
-        self._check_same(head.name, {key: pruned})
+        check_same(self.ranks, head.name, {key: pruned})
         return {key: pruned}, record
-
-    def _check_same(self, name: str, changed: Mapping[str, torch.Tensor]) -> None:
-        """See that all ranks have pruned to the same bytes, as they must: each computes with its own.
-
-        Raises:
-            RankError: they have not, as processors of different kinds may not; names the ranks.
-        """
-        if self.ranks.size == 1:
-            return
-        digests = self.ranks.gather_text(tensors_digest(changed))
-        others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-        if others:
-            raise RankError(
-                f"{name} was pruned to other bytes on rank {', '.join(map(str, others))} than on rank 0: their machines "
-                "round differently. Run the ranks on machines of one kind"
-            )
 
     def close(self) -> None:
         """Release hidden states."""
@@ -283,15 +279,3 @@ def _forget(_batch: int, _output: torch.Tensor) -> None:
 def _count_zeros(record: LinearRecord, weight: torch.Tensor) -> None:
     record.zeros = weight.numel() - int(torch.count_nonzero(weight))
     record.sparsity = record.zeros / weight.numel()
-
-
-def _checked_digest(block_name: str, stored: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of a block's tensors as stored, which must be finite."""
-    for key in sorted(stored):
-        tensor = stored[key]
-        # aminmax passes NaN on, and takes a fortieth of isfinite's time on a CPU.
-        if tensor.is_floating_point() and not all(x.isfinite() for x in torch.aminmax(tensor)):
-            raise ValueError(
-                f"{block_name}.{key} holds weights that are not finite (NaN or infinity); it cannot be pruned"
-            )
-    return tensors_digest(stored)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from prunus.engine.lockstep import input_hooks
 from prunus.engine.stream import Stream
+from prunus.engine.watching import input_hooks
 from prunus.model.linears import Linear, find_linears
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
@@ -86,7 +86,9 @@ class DenseInputs:
         `tokens` are the rows that reach it in the pruned model. Only where these are all tokens of the batch, on either
         side, is it certain that row t is the same token: an expert's tokens may be others.
         """
-        everything = self._stream.states.get(batch).shape[:-1].numel()
+        states = self._stream.states.get(batch)
+        # Of images as grids (images, channels, height, width) no positions are routed anywhere: all come along.
+        everything = tokens if states.dim() == 4 else states.shape[:-1].numel()
         if tokens != everything:
             return None
         x = self._recorded(batch, name) if self._keep else self._measured(batch, name)

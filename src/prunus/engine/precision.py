@@ -13,8 +13,9 @@ import math
 
 import torch
 
+from prunus.model.calls import hidden_of
 from prunus.model.loading import DTYPES
-from prunus.model.skeleton import Skeleton, hidden_of
+from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 from prunus.products import native_bfloat16
 from prunus.statistics import Needs
@@ -71,11 +72,8 @@ def _trial(source: Source, trust_remote_code: bool) -> float:
     for dtype in (torch.float32, torch.bfloat16):
         skeleton = Skeleton(source.config, dtype, trust_remote_code)
         source.bind(skeleton)
-        rows = skeleton.model.get_input_embeddings().weight.shape[0]
-        positions = getattr(source.config, "max_position_embeddings", None) or _TRIAL_TOKENS
-        ids = torch.linspace(0, rows - 1, min(_TRIAL_TOKENS, rows, positions)).long().unsqueeze(0)
         with skeleton.surroundings(source.outer, cpu):
-            hidden, calls = skeleton.record(ids)
+            hidden, calls = skeleton.record(skeleton.trial_batch(_TRIAL_TOKENS))
         block = skeleton.fill(0, source.block(0), cpu)
         output = hidden_of(block(hidden, *calls[0].args, **calls[0].kwargs))
         outputs.append((output - hidden).float())

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from prunus.engine.hidden import HiddenStates
-from prunus.model.skeleton import BlockCall, Skeleton, hidden_of
+from prunus.model.calls import BlockCall, hidden_of
+from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 
 __all__ = ["Stream"]

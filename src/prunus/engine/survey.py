@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from prunus.engine.lockstep import input_hooks
 from prunus.engine.stream import Stream
+from prunus.engine.watching import input_hooks
 from prunus.methods.wanda import wanda_score
 from prunus.model.linears import Linear
 from prunus.patterns import Pattern, keep_mask

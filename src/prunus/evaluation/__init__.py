@@ -4,6 +4,7 @@ from prunus.evaluation.accuracy import Judging, evaluate, prepare
 from prunus.evaluation.cache import default_cache_folder
 from prunus.evaluation.candidate import find_folder
 from prunus.evaluation.comparison import Difference, compare, side_by_side
+from prunus.evaluation.images import ImageScore, image_accuracy
 from prunus.evaluation.perplexity import (
     PerplexityResult,
     ScoringText,
@@ -17,6 +18,7 @@ from prunus.evaluation.text import check_text
 __all__ = [
     "PAPER7",
     "Difference",
+    "ImageScore",
     "Judging",
     "Metric",
     "PerplexityResult",
@@ -28,6 +30,7 @@ __all__ = [
     "default_cache_folder",
     "evaluate",
     "find_folder",
+    "image_accuracy",
     "load_scoring_text",
     "perplexity",
     "prepare",

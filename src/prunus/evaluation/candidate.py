@@ -10,9 +10,10 @@ from torch import nn
 
 from prunus.model.adapter import base_folder, check_adapter, is_adapter
 from prunus.model.checkpoint import resolve_folder
+from prunus.model.kinds import require_causal
 from prunus.model.tokenizer import load_tokenizer
 
-__all__ = ["Candidate", "find_candidate", "find_folder"]
+__all__ = ["Candidate", "find_candidate", "find_folder", "require_text"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def find_candidate(model: Any, tokenizer: Any, trust_remote_code: bool) -> Candi
         ValueError: no tokenizer, or one of another model; a configuration that cannot be loaded; see `check_adapter`.
         FileNotFoundError: no such model, or no model in the folder.
         ModuleNotFoundError: an adapter, and peft is not installed.
+        NotImplementedError: no causal language model.
     """
     if isinstance(model, nn.Module):
         if tokenizer is None:
@@ -59,25 +61,40 @@ def find_candidate(model: Any, tokenizer: Any, trust_remote_code: bool) -> Candi
     folder = find_folder(model)
     if is_adapter(folder):
         check_adapter(folder, trust_remote_code)
+    require_text(folder, trust_remote_code)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(folder, trust_remote_code)
     _check_tokenizer(str(model), tokenizer, _vocabulary(folder, trust_remote_code))
     return Candidate(str(model), tokenizer, folder)
 
 
+def require_text(folder: Path, trust_remote_code: bool) -> None:
+    """See that a folder holds a causal language model, or an adapter for one.
+
+    Raises:
+        NotImplementedError: it is of another kind.
+        ValueError: its configuration cannot be loaded.
+    """
+    require_causal(_config(folder, trust_remote_code), "scoring on text")
+
+
 def _vocabulary(folder: Path, trust_remote_code: bool) -> int | None:
+    size = getattr(_config(folder, trust_remote_code).get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _config(folder: Path, trust_remote_code: bool) -> Any:
+    """Of the checkpoint in a folder, or of the one that its adapter is for."""
     from transformers import AutoConfig
 
     while is_adapter(folder):
         folder = base_folder(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds where files are missing or broken
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{folder}: the configuration could not be loaded ({type(error).__name__}: {reason})"
         ) from error
-    size = getattr(config.get_text_config(), "vocab_size", None)
-    return size if isinstance(size, int) else None
 
 
 def _check_tokenizer(name: str, tokenizer: Any, vocabulary: int | None) -> None:

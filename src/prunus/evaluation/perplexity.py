@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from prunus.evaluation.cache import ResultCache, checkpoint_digest, circumstances, files_as_they_are
-from prunus.evaluation.candidate import find_folder
+from prunus.evaluation.candidate import find_folder, require_text
 from prunus.evaluation.loss import window_loss
 from prunus.evaluation.streamed import StreamedModel, streams
 from prunus.evaluation.text import ScoringText, check_text, load_scoring_text, scoring_windows
@@ -186,6 +186,8 @@ def perplexity(
     check_text(text, data_dir)
     place = None if loaded else choose_device(device)
     folder = None if loaded else find_folder(model_or_path)
+    if folder is not None:
+        require_text(folder, trust_remote_code)
 
     def get_tokenizer() -> Any:
         if tokenizer is not None:

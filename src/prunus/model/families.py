@@ -11,11 +11,17 @@ from torch import nn
 __all__ = ["BLOCK_LISTS", "find_block_list"]
 
 #: model_type -> path of the module list, for models whose own declaration is missing or ambiguous.
-BLOCK_LISTS: dict[str, str] = {}
+BLOCK_LISTS: dict[str, str] = {
+    "convnextv2": "convnextv2.encoder.stages",
+    "distilbert": "distilbert.transformer.layer",
+    "electra": "electra.encoder.layer",
+    "mpnet": "mpnet.encoder.layer",
+    "roformer": "roformer.encoder.layer",
+}
 
 
 def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The path and the module list of the transformer blocks of a causal LM.
+    """The path and the module list of a model's transformer blocks, or of its stages.
 
     Raises:
         NotImplementedError: no list of blocks, or more than one stack that could be meant.
@@ -35,6 +41,12 @@ def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
         and len(module) > 0
         and all(type(child).__name__ in block_classes for child in module)
     }
+    # Stages hold lists of layers themselves (ConvNeXt): a stage, with the downsampling before its layers, is a block.
+    stacks = {
+        path: module
+        for path, module in stacks.items()
+        if not any(path.startswith(f"{other}.") for other in stacks)
+    }
     if not stacks:
         raise NotImplementedError(
             f"no transformer blocks found in {type(model).__name__} (model type {model_type!r}): none of its "
@@ -44,6 +56,6 @@ def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if len(stacks) > 1:
         raise NotImplementedError(
             f"{type(model).__name__} has several stacks of blocks ({', '.join(stacks)}); prunus prunes "
-            "decoder-only causal language models. docs/adding-a-family.md tells how to name the one to prune"
+            "models with one. docs/adding-a-family.md tells how to name the one to prune"
         )
     return next(iter(stacks.items()))

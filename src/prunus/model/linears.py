@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from prunus.model.experts import find_routers
+
 __all__ = ["Linear", "find_linears", "left_dense"]
 
 
@@ -50,11 +52,12 @@ class Linear:
 
 
 def find_linears(block: nn.Module) -> list[Linear]:
-    """The prunable linears of a block in the order in which they are registered."""
+    """The prunable linears of a block in the order in which they are registered; routers of experts are not."""
+    routers = find_routers(block)
     return [
         Linear(name, module)
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
+        if isinstance(module, nn.Linear | Conv1D) and name not in routers
     ]
 
 
@@ -75,7 +78,8 @@ def left_dense(block: nn.Module, linears: list[Linear]) -> dict[str, tuple[int, 
             if parameter.dim() >= 3 and not is_convolution and parameter.shape[0] > 1:
                 raise NotImplementedError(
                     f"{full_name} of shape {tuple(parameter.shape)} looks like experts fused into one "
-                    "parameter; mixtures of experts in this form cannot be pruned yet"
+                    "parameter in a form that prunus does not know; such a mixture cannot be pruned yet. docs/zoo.md "
+                    "lists what can"
                 )
             found[full_name] = tuple(parameter.shape)
     return found

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from prunus.model.adapter import is_adapter, load_adapted
+from prunus.model.kinds import CAUSAL, Kind
 
 __all__ = ["DTYPES", "check_dtype", "import_architecture", "load_model"]
 
@@ -30,22 +31,23 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
     attention: str | None = None,
+    kind: Kind = CAUSAL,
 ) -> Any:
-    """The causal LM of a folder (dense, packed, or an adapter) in evaluation mode; safetensors only.
+    """The model of a folder (dense, packed, or an adapter) in evaluation mode; safetensors only.
 
     `dtype` "auto" is the checkpoint's own; `attention` one of transformers' implementations, which agree but for
-    rounding, None its choice; an adapter is always loaded with that.
+    rounding, None its choice; an adapter is always loaded with that. `kind` says which class is loaded.
 
     Raises:
         ValueError: it cannot be loaded; quotes the reason in one line.
         ModuleNotFoundError, FileNotFoundError: see `load_adapted`.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     if is_adapter(folder):
         return load_adapted(folder, dtype, trust_remote_code)
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        model, loaded = getattr(transformers, kind.loader).from_pretrained(
             folder,
             output_loading_info=True,
             dtype=dtype,

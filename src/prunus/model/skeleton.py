@@ -11,32 +11,22 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM
 
+from prunus.model.calls import BlockCall, split_hidden
+from prunus.model.experts import Fused, fusing_rules, take_apart
 from prunus.model.families import find_block_list
+from prunus.model.kinds import CAUSAL, IMAGES, image_tokens, kind_of
 from prunus.model.linears import Linear, find_linears, left_dense
 from prunus.model.placement import fill_with_zeros, move_buffers, parameters_on_meta, place, release
 
-__all__ = ["BlockCall", "Skeleton", "hidden_of"]
+__all__ = ["Skeleton"]
 
 ReadTensors = Callable[[list[str], nn.Module], dict[str, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class BlockCall:
-    """The arguments with which the model calls one block, besides the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def same_as(self, other: BlockCall) -> bool:
-        """Whether both calls pass equal values."""
-        return _equal(self.args, other.args) and _equal(self.kwargs, other.kwargs)
 
 
 class _LastBlockReached(BaseException):
@@ -48,29 +38,30 @@ class _HeadReached(BaseException):
 
 
 class Skeleton:
-    """A causal LM on the meta device, taken apart into blocks and what surrounds them.
+    """A model on the meta device, taken apart into blocks and what surrounds them.
 
     Args:
-        config: a transformers configuration of a causal LM.
+        config: a transformers configuration of a causal LM, a masked LM or an image classifier; see `kinds`.
         dtype: dtype of the computation; parameters that the model itself keeps in float32 stay so.
         trust_remote_code: let transformers run code that comes with the checkpoint.
 
     Raises:
-        ValueError: transformers knows no causal LM for this configuration.
-        NotImplementedError: the model is not a stack of blocks of linears (see `families`, `linears`).
+        ValueError: transformers makes no model of this configuration.
+        NotImplementedError: it is of another kind, or not a stack of blocks of linears (see `families`, `linears`).
     """
 
     def __init__(self, config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
+        self.kind = kind_of(config)
         with parameters_on_meta():
             # Buffers are computed for real: rotary frequencies and the like are in no checkpoint.
             try:
-                self.model = AutoModelForCausalLM.from_config(
+                self.model = getattr(transformers, self.kind.loader).from_config(
                     copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
                 )
             except ValueError as fault:
                 # The first line says it; then transformers lists some hundred classes that it would have taken.
                 raise ValueError(
-                    f"transformers makes no causal language model of model type {config.model_type!r}: "
+                    f"transformers makes no {self.kind.name} of model type {config.model_type!r}: "
                     f"{(str(fault).strip().splitlines() or [''])[0]}"
                 ) from fault
             except ImportError:
@@ -85,6 +76,9 @@ class Skeleton:
         self.model.eval().requires_grad_(False)
         self.dtype = dtype
         self.path, self.blocks = find_block_list(self.model)
+        # Per block: tensors of the checkpoint's or the loaded model's that are several linears here.
+        rules = fusing_rules(self.model)
+        self._fused = [take_apart(rules, block, self.block_name(i)) for i, block in enumerate(self.blocks)]
         self._returns_tuple: dict[type, bool] = {}
         inside = {id(module) for module in self.blocks.modules()}
         self._outer_modules = [module for module in self.model.modules() if id(module) not in inside]
@@ -99,6 +93,10 @@ class Skeleton:
     def linears(self, index: int) -> list[Linear]:
         """The prunable linears of a block."""
         return find_linears(self.blocks[index])
+
+    def fused(self, index: int) -> list[Fused]:
+        """The tensors of a block that are taken apart into linears here: fused experts."""
+        return self._fused[index]
 
     def left_dense(self, index: int) -> dict[str, tuple[int, ...]]:
         """Full name -> shape of the weights of a block that no method prunes."""
@@ -124,8 +122,8 @@ class Skeleton:
         An untied head gets its weights only `with_head`; without `with_embedding` an untied embedding gets none and
         gives zeros, for when only what comes after the blocks is of interest.
         """
-        head = self.model.get_output_embeddings()
-        embedding = self.model.get_input_embeddings()
+        head = self._output_head()
+        embedding: Any = self.model.get_input_embeddings() if self.kind is not IMAGES else nn.Module()
         of_head = {id(p) for p in head.parameters()} if head is not None else set()
         of_embedding = {id(p) for p in embedding.parameters()}
         skipped = set() if with_head else of_head - of_embedding  # a tied head is the embedding
@@ -141,15 +139,40 @@ class Skeleton:
             place(self.model, read(names, self.model), device)
             for module in self._outer_modules:
                 move_buffers(module, device)
-            # Two tokens are enough to learn what the blocks return before long inputs come.
-            self.record(torch.zeros((1, 2), dtype=torch.int64, device=device))
+            # A small batch is enough to learn what the blocks return before large ones come.
+            self.record(self.kind.smallest(self.model.config, self.dtype, device))
             yield
         finally:
             embedding.__dict__.pop("forward", None)
             release(self.model)
 
-    def record(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
-        """Run everything before the blocks on `input_ids` (batch, tokens) inside `surroundings`.
+    def window_shape(self, index: int, seqlen: int) -> tuple[int, int]:
+        """(positions, width) of one window's hidden states in block `index`: tokens, or what an image has of them."""
+        if self.kind is IMAGES:
+            return image_tokens(self.model.config, index)
+        return seqlen, int(self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that a window can have at most; None where the configuration does not say."""
+        count = getattr(self.model.config, "max_position_embeddings", None)
+        if not isinstance(count, int):
+            return None
+        # RoBERTa and its kin begin to count behind the position that stands for padding.
+        tables = [m for n, m in self.model.named_modules() if n.endswith("embeddings.position_embeddings")]
+        padding = next((m.padding_idx for m in tables if isinstance(m, nn.Embedding)), None)
+        return count if padding is None else count - padding - 1
+
+    def trial_batch(self, tokens: int) -> torch.Tensor:
+        """A batch to try the model on, always the same: at most `tokens` ids spread out, or images of noise."""
+        rows = 0 if self.kind is IMAGES else self.model.get_input_embeddings().weight.shape[0]
+        return self.kind.spread(self.model.config, rows, min(tokens, rows, self.positions or tokens))
+
+    def record(self, batch: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
+        """Run everything before the blocks on a batch of the model's kind of inputs, inside `surroundings`.
+
+        Args:
+            batch: token ids (windows, tokens), or pixel values (images, channels, height, width).
 
         Returns:
             The first block's hidden states (batch, tokens, hidden), and the call of every block.
@@ -165,7 +188,7 @@ class Skeleton:
             block = self.blocks[index]
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, args, kwargs = _split_hidden(args, kwargs)
+                hidden, args, kwargs = split_hidden(args, kwargs)
                 if index != len(calls):
                     raise NotImplementedError(
                         f"{type(self.model).__name__} calls block {index} where block {len(calls)} was expected; "
@@ -186,7 +209,8 @@ class Skeleton:
             return forward
 
         with self._stubs(stub), torch.no_grad(), contextlib.suppress(_LastBlockReached):
-            self.model.base_model(input_ids=input_ids, use_cache=False)
+            batch = batch.to(self.dtype) if batch.is_floating_point() else batch
+            self.model.base_model(**self.kind.arguments(batch))
         if len(calls) != len(self.blocks):
             raise NotImplementedError(
                 f"{type(self.model).__name__} called {len(calls)} of its {len(self.blocks)} blocks"
@@ -199,7 +223,7 @@ class Skeleton:
         Raises:
             NotImplementedError: there is none, it is no linear, or it is the embedding too (tied).
         """
-        head = self.model.get_output_embeddings()
+        head = self._output_head()
         name = next((name for name, module in self.model.named_modules() if module is head), None)
         if name is None or not isinstance(head, nn.Linear):
             raise NotImplementedError(
@@ -210,6 +234,11 @@ class Skeleton:
                 f"{name} is tied to the input embedding: pruning it would prune the embedding; leave --head out"
             )
         return Linear(name, head)
+
+    def _output_head(self) -> nn.Module | None:
+        """What makes logits over the vocabulary; classifiers of images have no such head."""
+        head: nn.Module | None = self.model.get_output_embeddings() if self.kind is CAUSAL else None
+        return head
 
     def head_input(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """What the head is given when the last block returns `hidden`; inside `surroundings(with_head=True)`."""
@@ -244,7 +273,7 @@ class Skeleton:
             block = self.blocks[index]
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                passed = hidden if index == len(self.blocks) - 1 else _split_hidden(args, kwargs)[0]
+                passed = hidden if index == len(self.blocks) - 1 else split_hidden(args, kwargs)[0]
                 return (passed,) if self._returns_tuple.get(type(block), False) else passed
 
             return forward
@@ -296,29 +325,3 @@ class Skeleton:
     def release(self, index: int) -> None:
         """Take the weights of a block away again."""
         release(self.blocks[index])
-
-
-def hidden_of(output: Any) -> torch.Tensor:
-    """The hidden states in what a block returned: the tensor itself, or the first of a tuple."""
-    return output[0] if isinstance(output, tuple | list) else output
-
-
-def _split_hidden(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return args[0], args[1:], kwargs
-    rest = dict(kwargs)
-    return rest.pop("hidden_states"), (), rest
-
-
-def _equal(left: Any, right: Any) -> bool:
-    if left is right:
-        return True
-    if isinstance(left, torch.Tensor):
-        return isinstance(right, torch.Tensor) and left.shape == right.shape and torch.equal(left, right)
-    if isinstance(left, tuple | list):
-        return len(left) == len(right) and all(_equal(a, b) for a, b in zip(left, right, strict=True))
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)
-    return bool(left == right)

@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,13 +21,15 @@ from torch import nn
 from transformers import AutoConfig
 
 from prunus.model.checkpoint import Checkpoint
+from prunus.model.experts import Fused
+from prunus.model.names import names_in_model
 from prunus.model.skeleton import Skeleton
 
 __all__ = ["CheckpointSource", "ModuleSource", "Source", "load_config", "tensors_digest"]
 
 
 class Source(Protocol):
-    """Stored weights of a causal LM, addressed by the names of the model's own parameters."""
+    """Stored weights of a model, addressed by the names of the model's own parameters."""
 
     config: Any
     fingerprint: str
@@ -87,29 +89,44 @@ class CheckpointSource:
         self.stored_dtype = _main_dtype({n: (t.dtype, t.nbytes) for n, t in self.checkpoint.tensors.items()})
         self._stored: dict[str, str] = {}
         self._blocks: list[dict[str, str]] = []
+        # Per block: key of a tensor that is several of the skeleton's -> how it is cut.
+        self._fused: list[dict[str, Fused]] = []
 
     def bind(self, skeleton: Skeleton) -> None:
-        stored, converted, unknown = _names_in_model(skeleton, self.checkpoint.tensors)
+        stored, converted, unknown = names_in_model(skeleton, self.checkpoint.tensors)
         self._stored = stored
         self._refuse_unknown(skeleton, unknown)
         self._check_outer(skeleton)
         expected = skeleton.model.state_dict()
-        self._blocks = []
+        self._blocks, self._fused = [], []
         for index in range(len(skeleton)):
             prefix = skeleton.block_name(index) + "."
-            members = [name for name in expected if name.startswith(prefix)]
+            fused = {
+                stored[prefix + each.name]: each
+                for each in skeleton.fused(index)
+                if prefix + each.name in stored
+            }
+            for key, each in fused.items():
+                self._check_shape(key, each.shape)
+            inside = {name for each in fused.values() for name in each.members}
+            members = [
+                name
+                for name in expected
+                if name.startswith(prefix) and name.removeprefix(prefix) not in inside
+            ]
             for name in members:
                 if name not in stored:
                     if converted:
                         raise NotImplementedError(
                             f"{name} is stored in another form ({next(iter(converted))!r} and others); models whose "
-                            "weights are regrouped when they are loaded, such as fused experts, cannot be pruned yet"
+                            "weights are regrouped in this way when they are loaded cannot be pruned yet"
                         )
                     raise ValueError(
                         f"{self.checkpoint.folder} holds no weight for {name}; is the checkpoint whole?"
                     )
-                self._check_shape(name, expected[name])
+                self._check_shape(stored[name], tuple(expected[name].shape))
             self._blocks.append({name.removeprefix(prefix): stored[name] for name in members})
+            self._fused.append(fused)
 
     def _refuse_unknown(self, skeleton: Skeleton, unknown: Mapping[str, str]) -> None:
         """A matrix among the blocks that the model has no place for would be passed on dense without a word."""
@@ -136,14 +153,14 @@ class CheckpointSource:
                     f"{self.checkpoint.folder} holds no weight for {name}; is the checkpoint whole?"
                 )
             if name in self._stored:
-                self._check_shape(name, state[name])
+                self._check_shape(self._stored[name], tuple(state[name].shape))
 
-    def _check_shape(self, name: str, expected: torch.Tensor) -> None:
-        info = self.checkpoint.tensors[self._stored[name]]
-        if info.shape != tuple(expected.shape):
+    def _check_shape(self, key: str, expected: tuple[int, ...]) -> None:
+        info = self.checkpoint.tensors[key]
+        if info.shape != expected:
             raise ValueError(
-                f"{self._stored[name]} has shape {info.shape}, but config.json asks for {tuple(expected.shape)}; config "
-                "and weights do not belong together"
+                f"{key} has shape {info.shape}, but config.json asks for {expected}; config and weights do not belong "
+                "together"
             )
 
     def outer(self, names: list[str], model: nn.Module) -> dict[str, torch.Tensor]:
@@ -158,20 +175,33 @@ class CheckpointSource:
         """The model's name -> the checkpoint's, for every tensor that is stored."""
         return dict(self._stored)
 
-    def block_keys(self, index: int) -> dict[str, str]:
-        """Name relative to the block -> name in the checkpoint."""
-        return self._blocks[index]
+    def block_keys(self, index: int) -> list[str]:
+        """Names in the checkpoint of a block's tensors."""
+        return [*self._blocks[index].values(), *self._fused[index]]
 
     def block(self, index: int) -> dict[str, torch.Tensor]:
+        return self.from_stored(index, self.checkpoint.read(self.block_keys(index)))
+
+    def from_stored(self, index: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """A block's tensors, given by the checkpoint's names, by names relative to the block; fused ones in pieces."""
         names = {key: name for name, key in self._blocks[index].items()}
-        return {names[key]: tensor for key, tensor in self.checkpoint.read(names)}
+        found: dict[str, torch.Tensor] = {}
+        for key, tensor in tensors:
+            fused = self._fused[index].get(key)
+            found |= {names[key]: tensor} if fused is None else fused.cut(tensor)
+        return found
+
+    def as_stored(self, index: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The way back from `from_stored`: a whole block's tensors by the checkpoint's names."""
+        plain = {key: tensors[name] for name, key in self._blocks[index].items()}
+        return plain | {key: fused.join(tensors) for key, fused in self._fused[index].items()}
 
     def block_nbytes(self, index: int) -> int:
-        return self.checkpoint.nbytes(self._blocks[index].values())
+        return self.checkpoint.nbytes(self.block_keys(index))
 
     def outer_keys(self) -> list[str]:
         """Checkpoint names of everything that belongs to no block, in sorted order."""
-        inside = {key for block in self._blocks for key in block.values()}
+        inside = {key for index in range(len(self._blocks)) for key in self.block_keys(index)}
         return sorted(key for key in self.checkpoint.tensors if key not in inside)
 
     def check_outer_finite(self) -> None:
@@ -195,7 +225,7 @@ class ModuleSource:
         config = getattr(model, "config", None)
         if config is None or not hasattr(model, "get_input_embeddings"):
             raise TypeError(
-                f"expected a transformers causal LM or the path of a checkpoint; got {type(model).__name__}"
+                f"expected a transformers model or the path of a checkpoint; got {type(model).__name__}"
             )
         if getattr(config, "quantization_config", None):
             raise ValueError("the model is quantised; prune it in full precision, then quantise the result")
@@ -203,20 +233,27 @@ class ModuleSource:
         # A copy with the attention implementation in use, so that the skeleton computes as the model does.
         self.config = copy.deepcopy(config)
         self.config._attn_implementation = config._attn_implementation
+        self.config.architectures = [type(model).__name__]
         self.fingerprint = "in memory"
         state = model.state_dict()
         self.stored_dtype = _main_dtype({n: (t.dtype, t.nbytes) for n, t in state.items()})
         self._path = ""
+        self._fused: list[dict[str, Fused]] = []
 
     def bind(self, skeleton: Skeleton) -> None:
         self._path = skeleton.path
+        self._fused = [{each.name: each for each in skeleton.fused(i)} for i in range(len(skeleton))]
 
     def outer(self, names: list[str], model: nn.Module) -> dict[str, torch.Tensor]:
         state = self.model.state_dict()
         return {name: state[name] for name in names}
 
     def block(self, index: int) -> dict[str, torch.Tensor]:
-        return self.model.get_submodule(f"{self._path}.{index}").state_dict()
+        found: dict[str, torch.Tensor] = {}
+        for name, tensor in self.model.get_submodule(f"{self._path}.{index}").state_dict().items():
+            fused = self._fused[index].get(name)
+            found |= {name: tensor} if fused is None else fused.cut(tensor)
+        return found
 
     def block_nbytes(self, index: int) -> int:
         return sum(tensor.nbytes for tensor in self.block(index).values())
@@ -268,38 +305,6 @@ def _copy_into(state: Mapping[str, torch.Tensor], changed: Mapping[str, torch.Te
     with torch.no_grad():
         for name, tensor in changed.items():
             state[name].copy_(tensor)
-
-
-def _names_in_model(
-    skeleton: Skeleton, keys: Mapping[str, Any]
-) -> tuple[dict[str, str], set[str], dict[str, str]]:
-    """The model's name -> stored name, by transformers' own renaming rules.
-
-    Also the keys that need more than a new name, and as the first those that the model has no place for.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    model = skeleton.model
-    expected = model.state_dict()
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    prefix = model.base_model_prefix
-    names: dict[str, str] = {}
-    converted: set[str] = set()
-    unknown: dict[str, str] = {}
-    for key in sorted(keys):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
-        if name not in expected and key in expected:
-            name, pattern = key, None
-        if pattern is not None:
-            converted.add(key)
-        elif name in expected:
-            names[name] = key
-        else:
-            unknown[name] = key
-    return names, converted, unknown
 
 
 def _main_dtype(sizes: Mapping[str, tuple[torch.dtype, int]]) -> torch.dtype:

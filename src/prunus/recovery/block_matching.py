@@ -171,8 +171,8 @@ def _in_words(entry: BlockMatch) -> str:
 
 
 def _finished_block(folder: Path, source: CheckpointSource, index: int) -> dict[str, torch.Tensor]:
-    names = {key: name for name, key in source.block_keys(index).items()}
-    return {names[key]: x for key, x in Checkpoint(folder, only=[shard_name(index)]).read(names)}
+    checkpoint = Checkpoint(folder, only=[shard_name(index)])
+    return source.from_stored(index, checkpoint.read(source.block_keys(index)))
 
 
 def _spill_to(

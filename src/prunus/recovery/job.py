@@ -18,6 +18,7 @@ from prunus.model.checkpoint import resolve_folder
 from prunus.model.destination import check_apart, check_whole, is_vacant
 from prunus.model.device import choose_device
 from prunus.model.files import read_json
+from prunus.model.kinds import require_causal
 from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
@@ -202,6 +203,7 @@ def _refuse_other_forms(folder: Path) -> None:
 
 def _open(folder: Path) -> tuple[CheckpointSource, Skeleton]:
     source = CheckpointSource(folder)
+    require_causal(source.config, "prunus recover")
     skeleton = Skeleton(source.config, source.stored_dtype)
     source.bind(skeleton)
     return source, skeleton

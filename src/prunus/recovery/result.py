@@ -75,9 +75,8 @@ class ResultFolder:
             )
             for name in pruned
         }
-        keys = self._source.block_keys(index)
         self._source.checkpoint.check_unchanged()
-        save(self.folder / shard_name(index), {keys[name]: tensor for name, tensor in written.items()})
+        save(self.folder / shard_name(index), self._source.as_stored(index, written))
         return written, linears
 
     def write_outer(
@@ -105,7 +104,7 @@ class ResultFolder:
         checkpoint = self._source.checkpoint
         weight_map = dict.fromkeys(self._source.outer_keys(), OUTER_SHARD)
         for index in range(len(self._skeleton)):
-            weight_map |= dict.fromkeys(self._source.block_keys(index).values(), shard_name(index))
+            weight_map |= dict.fromkeys(self._source.block_keys(index), shard_name(index))
         total = checkpoint.nbytes(checkpoint.tensors)
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.folder / INDEX_NAME, content)

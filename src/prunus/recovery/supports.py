@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from prunus.manifest import MANIFEST_NAME, Manifest
+from prunus.model.experts import fused_experts
 from prunus.model.families import find_block_list
 from prunus.model.linears import Linear, find_linears
 from prunus.recovery.record import RECORD_NAME, LinearSupport, RecoveryRecord
@@ -80,13 +81,18 @@ def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
 
     Raises:
         ValueError: there are none.
-        NotImplementedError: the model is not a stack of blocks.
+        NotImplementedError: the model is not a stack of blocks, or holds fused experts.
     """
     linears = block_linears(model)
     name = head_name(model)
     if name is not None:
         linears[name] = Linear(name, model.get_submodule(name))
     recorded = recorded_linears(folder, name)
+    if fused := fused_experts(model):
+        raise NotImplementedError(
+            f"{folder} is a mixture of experts whose matrices are fused in memory ({fused[0]}), where training would "
+            "fill their zeros; prunus recover --mode block trains them one by one and keeps the zeros"
+        )
     found = {name: x for name, x in linears.items() if is_pruned(name, x.weight_OI, recorded)}
     if not found:
         raise ValueError(

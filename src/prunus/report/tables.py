@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
 
+from prunus.evaluation.images import ImageScore
 from prunus.evaluation.speed import Speed
 from prunus.inspection import Inspection
 from prunus.manifest import Manifest
@@ -13,12 +16,17 @@ from prunus.sparse.conversion import Record
 
 __all__ = [
     "forecast_table",
+    "images_table",
     "inspection_table",
     "packing_table",
     "plan_table",
     "run_table",
     "speed_table",
 ]
+
+
+#: The number of an expert: all of them are one kind of linear.
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 def run_table(manifest: Manifest) -> Table:
@@ -30,7 +38,7 @@ def run_table(manifest: Manifest) -> Table:
     kinds: dict[str, list[Any]] = {}
     for block in manifest.blocks:
         for name, record in block.linears.items():
-            kinds.setdefault(name, []).append(record)
+            kinds.setdefault(_NUMBER.sub(".*.", name), []).append(record)
     if manifest.head is not None:
         kinds["output head"] = [manifest.head]
     for name, records in kinds.items():
@@ -60,6 +68,30 @@ def run_table(manifest: Manifest) -> Table:
         f"computed in {manifest.inputs.dtype} on {manifest.inputs.device}; peak memory "
         f"{totals['peak_memory_bytes'] / 1e9:.2f} GB; calibration: {manifest.inputs.calibration}"
     )
+    if totals.get("expert_linears"):
+        few, all_ = totals["expert_linears_measured_on_all"], totals["expert_linears"]
+        table.caption += (
+            f"\nexperts: {few} of {all_} linears measured on all tokens for want of their own; the fewest own were "
+            f"{totals['least_routed_tokens']:,} tokens"
+        )
+    table.caption_justify = "left"
+    return table
+
+
+def images_table(scores: Sequence[ImageScore]) -> Table:
+    """One row per image classifier, with the difference to the first."""
+    table = Table(title=f"top-1 accuracy on {scores[0].images:,} images", title_justify="left")
+    for column in ("model", "accuracy", "difference to the first", "seconds"):
+        table.add_column(column, justify="left" if column == "model" else "right", overflow="fold")
+    for score in scores:
+        change, error = score.minus(scores[0])
+        table.add_row(
+            score.model,
+            f"{score.accuracy:.2%} ± {score.standard_error:.2%}",
+            "–" if score is scores[0] else f"{change:+.2%} ± {error:.2%}",
+            f"{score.seconds:.1f}",
+        )
+    table.caption = f"± one standard error; {scores[0].labels}"
     table.caption_justify = "left"
     return table
 

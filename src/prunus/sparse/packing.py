@@ -15,6 +15,7 @@ from torch import nn
 
 from prunus.model.checkpoint import Checkpoint, resolve_folder
 from prunus.model.files import read_json
+from prunus.model.kinds import require_causal
 from prunus.model.linears import Linear
 from prunus.model.lock import clear_stale_lock, locked
 from prunus.model.skeleton import Skeleton
@@ -73,6 +74,7 @@ def pack(
     if values not in ("bf16", "int8"):
         raise ValueError(f"values must be bf16 or int8, got {values!r}")
     source = CheckpointSource(resolve_folder(model))
+    require_causal(source.config, "prunus pack")
     if values == "bf16" and source.stored_dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
             f"{model} is stored in {str(source.stored_dtype).removeprefix('torch.')}, which bitmaps do not hold: convert "
@@ -121,19 +123,25 @@ def _pack_block(
     source: CheckpointSource, skeleton: Skeleton, index: int, stored: Stored
 ) -> tuple[dict[str, torch.Tensor], dict[str, LinearRecord]]:
     """The tensors of a block's shard, and what became of its linears."""
-    keys = source.block_keys(index)
+    taken_apart = {name for fused in skeleton.fused(index) for name in fused.members}
     linears = {linear.name: linear for linear in skeleton.linears(index)}
     tensors: dict[str, torch.Tensor] = {}
     records: dict[str, LinearRecord] = {}
-    for relative, weight in source.block(index).items():
-        key, owner = keys[relative], relative.removesuffix(".weight")
+    block = source.block(index)
+    tensors = source.as_stored(index, block)
+    for relative, weight in block.items():
+        owner = relative.removesuffix(".weight")
         linear = linears.get(owner) if relative.endswith(".weight") else None
         if linear is None:
-            tensors[key] = weight
             continue
         name = f"{skeleton.block_name(index)}.{owner}"
-        packed, records[name] = _pack_linear(weight, stored, linear, renamed=key != f"{name}.weight")
-        tensors |= {key: weight} if packed is None else _named(name, packed)
+        key = f"{name}.weight"
+        packed, records[name] = _pack_linear(
+            weight, stored, linear, renamed=key not in tensors, fused=relative in taken_apart
+        )
+        if packed is not None:
+            del tensors[key]
+            tensors |= _named(name, packed)
     return tensors, records
 
 
@@ -157,14 +165,16 @@ def _pack_outer(
 
 
 def _pack_linear(
-    weight: torch.Tensor, stored: Stored, linear: Linear, renamed: bool
+    weight: torch.Tensor, stored: Stored, linear: Linear, renamed: bool, fused: bool = False
 ) -> tuple[PackedWeight | None, LinearRecord]:
     rows, columns = linear.shape
     kind = type(linear.module)
     before = weight.numel() * weight.element_size()
     count = int(torch.count_nonzero(kept(weight)))  # a sum of bool would make 8 bytes of each
     reason = packed = None
-    if linear.transposed:
+    if fused:
+        reason = "transformers fuses it with those of other experts, and bitmaps hold single linears"
+    elif linear.transposed:
         reason = f"{kind.__name__} stores its weight transposed"
     elif kind is not nn.Linear:
         reason = f"{kind.__name__} may compute something else than nn.Linear"

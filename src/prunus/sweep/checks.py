@@ -11,6 +11,7 @@ from prunus.machine import hardware, versions
 from prunus.model.checkpoint import resolve_folder
 from prunus.model.destination import check_apart, is_vacant
 from prunus.model.device import choose_device
+from prunus.model.kinds import require_causal
 from prunus.model.source import CheckpointSource
 from prunus.plan import RunOptions, prepare
 from prunus.recovery.options import recovery_options
@@ -44,8 +45,9 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
     for label, name in sweep.labels().items():
         folder = resolve_folder(name)
         check_apart(output, folder)
-        fingerprint = CheckpointSource(folder, options.trust_remote_code).fingerprint
-        models[label] = ModelResult(path=str(folder), fingerprint=fingerprint)
+        source = CheckpointSource(folder, options.trust_remote_code)
+        require_causal(source.config, f"a sweep (of {name})")
+        models[label] = ModelResult(path=str(folder), fingerprint=source.fingerprint)
     for text in sweep.scoring.texts:
         check_text(text, options.data_dir)
     if sweep.scoring.tasks:

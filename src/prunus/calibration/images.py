@@ -1,0 +1,133 @@
+"""Images from a folder, as an image classifier takes them.
+
+A folder holds images, or a subfolder of images per class. Order is by name, so that the same folder gives the same
+images on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["ImageFolder", "check_images", "draw_images", "hash_pixels", "list_images", "read_images"]
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """What is in a folder.
+
+    Attributes:
+        folder: the folder.
+        paths: its images, by class and name.
+        classes: names of the subfolders in sorted order; none in a flat folder.
+        labels: per image the position of its class; none in a flat folder.
+    """
+
+    folder: Path
+    paths: tuple[Path, ...]
+    classes: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+
+
+def list_images(folder: Path) -> ImageFolder:
+    """The images of a folder. Opens none.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: it holds no images, or images beside class folders.
+        ModuleNotFoundError: Pillow is not installed; names the extra.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is not a folder of images: give one with images in it, or with a subfolder of images per class"
+        )
+    if importlib.util.find_spec("PIL") is None:
+        raise ModuleNotFoundError("reading images needs Pillow: pip install 'prunus[vision]'")
+    flat = _images_in(folder)
+    found = {
+        each.name: images
+        for each in sorted(folder.iterdir(), key=lambda path: path.name)
+        if each.is_dir() and (images := _images_in(each))
+    }
+    if flat and found:
+        raise ValueError(
+            f"{folder} holds images ({flat[0].name}) beside folders of images ({next(iter(found))}): which class would "
+            "they be of? Keep either"
+        )
+    if flat:
+        return ImageFolder(folder, tuple(flat))
+    if not found:
+        raise ValueError(f"{folder} holds no images: names must end in {', '.join(SUFFIXES)}")
+    paths = [path for images in found.values() for path in images]
+    labels = [place for place, images in enumerate(found.values()) for _ in images]
+    return ImageFolder(folder, tuple(paths), tuple(found), tuple(labels))
+
+
+def _images_in(folder: Path) -> list[Path]:
+    files = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(files, key=lambda path: path.name)
+
+
+def check_images(folder: Path, samples: int) -> ImageFolder:
+    """See that a folder has enough images to calibrate on.
+
+    Raises:
+        ValueError: it has fewer than `samples`; and what `list_images` raises.
+    """
+    found = list_images(folder)
+    if len(found.paths) < samples:
+        raise ValueError(
+            f"{folder} holds {len(found.paths)} images, {samples} were asked for; use fewer --samples"
+        )
+    return found
+
+
+def draw_images(folder: Path, samples: int, seed: int) -> list[Path]:
+    """`samples` images of a folder at random, all different; the same seed draws the same.
+
+    Raises:
+        see `check_images`.
+    """
+    paths = check_images(folder, samples).paths
+    return [paths[place] for place in random.Random(seed).sample(range(len(paths)), samples)]
+
+
+def read_images(paths: Sequence[Path], processor: Any) -> torch.Tensor:
+    """Pixel values (N, channels, height, width) float32 as the model's image `processor` makes them.
+
+    Raises:
+        ValueError: a file is no image, or images come out in different sizes; names the file.
+    """
+    from PIL import Image
+
+    found: list[torch.Tensor] = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                colours = image.convert("RGB")
+        except (OSError, ValueError, SyntaxError) as fault:  # Pillow's decoders raise all of these
+            raise ValueError(f"{path} cannot be read as an image: {fault}") from fault
+        pixels = processor(colours, return_tensors="pt")["pixel_values"][0].float()
+        if found and pixels.shape != found[0].shape:
+            raise ValueError(
+                f"{path} becomes {tuple(pixels.shape)} pixel values, the images before it {tuple(found[0].shape)}: the "
+                "image processor must resize or crop all images to one size"
+            )
+        found.append(pixels)
+    return torch.stack(found)
+
+
+def hash_pixels(pixels: torch.Tensor) -> str:
+    """SHA-256 (hex) of the shape and the values (N, channels, height, width) as little-endian float32."""
+    digest = hashlib.sha256(f"{'x'.join(map(str, pixels.shape))}:".encode())
+    digest.update(pixels.numpy().astype("<f4").tobytes())
+    return digest.hexdigest()

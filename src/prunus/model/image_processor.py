@@ -1,0 +1,28 @@
+"""The image processor that lies beside an image classifier's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor
+
+__all__ = ["load_image_processor"]
+
+
+def load_image_processor(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers image processor of a checkpoint folder, which resizes and normalises by Pillow on every machine.
+
+    Raises:
+        ValueError: there is none, or it cannot be loaded; quotes the reason in one line.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(
+            folder, backend="pil", trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # transformers raises many kinds where files are missing or broken
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{folder}: no image processor could be loaded ({type(error).__name__}: {reason}); it belongs into "
+            "preprocessor_config.json beside the weights"
+        ) from error
