@@ -26,8 +26,8 @@ __all__ = ["ISAS", "MAX_TOKENS", "MAX_TOKENS_AS_MATRIX", "Kernels", "load", "why
 ISAS = ("portable", "avx2", "avx512", "avx512-bf16", "amx")
 #: Up to this many tokens a product is computed straight from the packed weight with every instruction set.
 MAX_TOKENS = 16
-#: And up to this many where rows are written out to the cache and multiplied as matrices there. Still longer ones are worth
-#: writing the whole weight out for torch's product, whose blocks are better.
+#: And up to this many where rows are written out to the cache and multiplied as matrices there. For more of them torch's
+#: product, whose blocks are better, is worth writing the whole weight out.
 MAX_TOKENS_AS_MATRIX = 1024
 _ABI = 3
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}

@@ -4,8 +4,8 @@
 that gives shapes, and a gradient for the activations (never for packed weights). `run_bitmap` and
 `run_dense` are the implementations themselves, for eager code that wants to save the dispatcher's time.
 
-A few tokens at a time, and prompts where the machine multiplies bfloat16 matrices, go through the kernels. Longer inputs and
-other devices go through the dense weight, which exists for the length of the call.
+A few tokens at a time, and prompts where the machine multiplies bfloat16 matrices, go through the kernels. Longer
+inputs and other devices go through the dense weight, which exists for the length of the call.
 """
 
 from __future__ import annotations
