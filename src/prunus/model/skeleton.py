@@ -18,7 +18,7 @@ import transformers
 from torch import nn
 
 from prunus.model.calls import BlockCall, split_hidden
-from prunus.model.experts import Fused, fusing_rules, take_apart
+from prunus.model.experts import Fused, fused_experts, fusing_rules, take_apart
 from prunus.model.families import find_block_list
 from prunus.model.kinds import CAUSAL, IMAGES, image_tokens, kind_of
 from prunus.model.linears import Linear, find_linears, left_dense
@@ -77,7 +77,7 @@ class Skeleton:
         self.dtype = dtype
         self.path, self.blocks = find_block_list(self.model)
         # Per block: tensors of the checkpoint's or the loaded model's that are several linears here.
-        rules = fusing_rules(self.model)
+        rules = fusing_rules(self.model) if fused_experts(self.blocks) else []
         self._fused = [take_apart(rules, block, self.block_name(i)) for i, block in enumerate(self.blocks)]
         self._returns_tuple: dict[type, bool] = {}
         inside = {id(module) for module in self.blocks.modules()}
