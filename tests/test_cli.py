@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from safetensors.torch import save_file
 from transformers.utils import logging
@@ -23,6 +24,7 @@ import prunus
 from command_line import call
 from prunus.cli import app
 from prunus.cli.recipe_options import OPTIONS
+from prunus.cli.terminal import for_people
 from prunus.manifest import MANIFEST_NAME
 from prunus.model.checkpoint import INDEX_NAME
 from prunus.recipe import Recipe
@@ -347,6 +349,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 from prunus.cli import app
 from prunus.cli.recipe_options import OPTIONS
+from prunus.cli.terminal import for_people
 for verb in {[[], *[[verb] for verb in VERBS]]}:
     for flag in ("--help", "-h"):
         result = CliRunner().invoke(app, [*verb, flag])
@@ -383,6 +386,20 @@ def interruptible():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
+def test_ctrl_c_that_c_code_takes_for_an_error_is_still_ctrl_c(capsys):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(typer.Exit) as stopped, for_people(None):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                raise TypeError("could not determine the shape of object type 'UntypedStorage'") from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.exit_code == 130
+    assert "stopped; what is finished is kept" in capsys.readouterr().err
+
+
 def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bytes(tmp_path, interruptible):
     blocks = 12
     dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=blocks)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import typer
@@ -24,10 +27,11 @@ def for_people(json_file: Path | None) -> Iterator[None]:
         yield
         return
     try:
-        _quiet_transformers()
-        if json_file is not None and json_file.is_dir():
-            raise ValueError(f"--json {json_file} is a folder; give the name of a file")
-        yield
+        with _interruptible():
+            _quiet_transformers()
+            if json_file is not None and json_file.is_dir():
+                raise ValueError(f"--json {json_file} is a folder; give the name of a file")
+            yield
     except (
         ValueError,
         TypeError,
@@ -53,6 +57,36 @@ def for_people(json_file: Path | None) -> Iterator[None]:
             os._exit(1)
         say(f"error: {type(fault).__name__}: {fault} (PRUNUS_TRACEBACK=1 shows where)")
         raise typer.Exit(1) from None
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """While active, Ctrl-C ends as a KeyboardInterrupt, even where C code takes it for an error of its own.
+
+    An interrupt that arrives while torch or safetensors look at an argument is reported as a TypeError about it.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    interrupted = False
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    except Exception as fault:
+        if interrupted:
+            raise KeyboardInterrupt from fault
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _quiet_transformers() -> None:
