@@ -386,14 +386,18 @@ def interruptible():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
+def _interrupted_within_c_code():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise TypeError("could not determine the shape of object type 'UntypedStorage'") from None
+
+
 def test_ctrl_c_that_c_code_takes_for_an_error_is_still_ctrl_c(capsys):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(typer.Exit) as stopped, for_people(None):
-            try:
-                signal.raise_signal(signal.SIGINT)
-            except KeyboardInterrupt:
-                raise TypeError("could not determine the shape of object type 'UntypedStorage'") from None
+            _interrupted_within_c_code()
     finally:
         signal.signal(signal.SIGINT, before)
     assert stopped.value.exit_code == 130
