@@ -65,7 +65,7 @@ OPTIONS: dict[str, Any] = {
         str | None,
         typer.Option(
             help="Of the computation: auto, float32, bfloat16, float16; the checkpoint keeps its own.",
-            show_default="0.25",
+            show_default="auto",
         ),
     ],
     "propagate": Annotated[
@@ -161,7 +161,7 @@ OPTIONS: dict[str, Any] = {
         bool | None,
         typer.Option(
             "--permute",
-            help="For N:M: let inputs change places so that groups keep more, inside MLPs and heads, folded into the "
+            help="With N:M, let inputs change places so that groups keep more, inside MLPs and heads, folded into the "
             "weights that write them. The result is an ordinary checkpoint.",
         ),
     ],
