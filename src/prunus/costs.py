@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from prunus.engine.divergence import TOKENS
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
 from prunus.engine.retouch import RetouchJob
@@ -16,7 +17,7 @@ from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.recipe import Recipe
 from prunus.statistics import statistics_bytes
 
-__all__ = ["Workload", "block_cost", "estimate_seconds"]
+__all__ = ["Workload", "block_cost", "estimate_seconds", "hidden_size"]
 
 
 class Workload(Protocol):
@@ -53,7 +54,7 @@ class Workload(Protocol):
 
 def estimate_seconds(work: Workload) -> float:
     """Matrix products of all forward passes at the rate measured now, plus 40 % for the rest."""
-    tokens = work.windows * work.recipe.seqlen
+    tokens, retouch_job = work.windows * work.recipe.seqlen, work.retouch_job
     flops = 0.0
     for index in range(len(work.skeleton)):
         weights = sum(rows * columns for rows, columns in (x.shape for x in work.skeleton.linears(index)))
@@ -63,7 +64,7 @@ def estimate_seconds(work: Workload) -> float:
         passes += work.carries_dense
         if work.recipe.permute:
             passes += 1  # behind the reordered block, and trials of one batch before it
-        if (retouch_job := work.retouch_job) is not None:
+        if retouch_job is not None:
             passes += 1 + 3 * retouch_job.passes
         flops += 2.0 * weights * tokens * passes
         if work.linear_job.method.needs == "gram":
@@ -76,6 +77,15 @@ def estimate_seconds(work: Workload) -> float:
                 + 2.0 * products * r * c * c
                 for r, c in columns
             )
+    if retouch_job is not None:
+        # The last block is matched by its logits: the head forwards twice, and once back.
+        flops += (
+            6.0
+            * _head_rows(work.skeleton.model)
+            * hidden_size(work.skeleton.model)
+            * tokens
+            * retouch_job.passes
+        )
     return round(1.4 * flops / matmul_rate(work.device, work.dtype), 1)
 
 
@@ -84,7 +94,7 @@ def block_cost(work: Workload, index: int) -> BlockCost:
     linears = work.skeleton.linears(index)
     size = work.dtype.itemsize
     tokens = work.windows * work.recipe.seqlen
-    hidden = _hidden_size(work.skeleton.model)
+    hidden = hidden_size(work.skeleton.model)
     widest = max(max(linear.shape) for linear in linears)
     largest = max(rows * columns for rows, columns in (linear.shape for linear in linears))
     stored = work.source.block_nbytes(index)
@@ -110,6 +120,10 @@ def block_cost(work: Workload, index: int) -> BlockCost:
         working += 24 * numbers
         heads = int(getattr(work.source.config.get_text_config(), "num_attention_heads", 1) or 1)
         transient += 4 * batch_tokens * (24 * hidden + 8 * widest + 4 * heads * work.recipe.seqlen)
+        if index == len(work.skeleton) - 1:
+            # The head, and of some tokens the logits on either side, with what is made of them; see `divergence`.
+            rows = _head_rows(work.skeleton.model)
+            transient += rows * hidden * size + 24 * TOKENS * work.batch * rows
     return BlockCost(
         weights=2 * stored + computed * (2 if work.carries_dense else 1),
         working=working,
@@ -119,6 +133,13 @@ def block_cost(work: Workload, index: int) -> BlockCost:
     )
 
 
-def _hidden_size(model: nn.Module) -> int:
+def _head_rows(model: nn.Module) -> int:
+    """Entries of the vocabulary."""
+    head: Any = model.get_output_embeddings() or model.get_input_embeddings()  # type: ignore[operator]
+    return int(head.weight.shape[0])
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Width of the residual stream."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     return int(embedding.weight.shape[1])

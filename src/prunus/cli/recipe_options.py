@@ -17,8 +17,8 @@ OPTIONS: dict[str, Any] = {
     "preset": Annotated[
         str | None,
         typer.Option(
-            help="fast (wanda), balanced (alps) or best (alps, --targets dense, --match-blocks); other options go before "
-            "it."
+            help="fast (wanda), balanced (alps, --targets dense) or best (the same with --match-blocks); other options "
+            "go before it."
         ),
     ],
     "method": Annotated[
@@ -146,16 +146,19 @@ OPTIONS: dict[str, Any] = {
         bool | None,
         typer.Option(
             "--match-blocks",
-            help="Train each block, once pruned, towards the dense block's outputs: surviving weights, norms, biases; "
-            "masks stay.",
+            help="Train each block, once pruned, towards the dense block's outputs, the last one towards the dense "
+            "model's logits: surviving weights, norms, biases; masks stay.",
         ),
     ],
     "match_passes": Annotated[
         int | None,
-        typer.Option(help="Of --match-blocks over the calibration windows.", show_default="2"),
+        typer.Option(help="Of --match-blocks over the calibration windows.", show_default="3"),
     ],
     "match_rate": Annotated[
-        float | None, typer.Option(help="Peak learning rate of --match-blocks.", show_default="7e-4")
+        float | None,
+        typer.Option(
+            help="Peak learning rate of --match-blocks.", show_default="1.2e-3, less in models wider than 576"
+        ),
     ],
     "permute": Annotated[
         bool | None,

@@ -6,13 +6,14 @@ Knows weights, hidden states and walks; nothing of folders, manifests on disk, o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from prunus.engine.companion import DenseCompanion, DenseInputs
+from prunus.engine.divergence import Compare, divergence
 from prunus.engine.folding import REFUSED, Fold, find_folds, fold, holds
 from prunus.engine.linear import LinearJob, prune_linear
 from prunus.engine.lockstep import Feed, lockstep, plain_feed, replay, two_pass
@@ -162,16 +163,18 @@ class BlockEngine:
         if self.retouch_job is not None:
             assert self.dense is not None
             if changed:
-                trained, match = retouch(
-                    self.retouch_job,
-                    name,
-                    block,
-                    stored,
-                    changed,
-                    forward,
-                    self.dense.stream.states.get,
-                    count,
-                )
+                with self._compare(index) as compare:
+                    trained, match = retouch(
+                        self.retouch_job,
+                        name,
+                        block,
+                        stored,
+                        changed,
+                        forward,
+                        self.dense.stream.states.get,
+                        count,
+                        compare,
+                    )
                 changed |= trained
                 for linear in linears:
                     _count_zeros(records[linear.name], changed[f"{linear.name}.weight"])
@@ -192,6 +195,20 @@ class BlockEngine:
             linears=ordered,
             match=match,
         )
+
+    @contextlib.contextmanager
+    def _compare(self, index: int) -> Iterator[Compare | None]:
+        """By what block `index` is matched: nothing is between the last one and the head, so by what that makes of it."""
+        if index < len(self.skeleton) - 1:
+            yield None
+            return
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+            return self.skeleton.logits(ids, hidden.to(self.skeleton.dtype))
+
+        with self.skeleton.surroundings(self.source.outer, self.device, with_head=True, with_embedding=False):
+            yield divergence(logits)
 
     def _folds(self, index: int, block: torch.nn.Module, targets: Sequence[str]) -> dict[str, Fold]:
         """By relative name of a linear, the order of whose inputs is free: what follows it. Tried on the first batch."""
