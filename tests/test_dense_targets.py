@@ -136,9 +136,11 @@ def test_families_in_memory_replayed_and_spilled_give_the_same_bytes(family, opt
     arguments = options | {"calibration": token_ids(8, 16), "batch": 2}
     plain = prunus.prune(dense, tmp_path / "plain", **arguments)
     assert plain.totals["sparsity"] == pytest.approx(0.5, abs=0.01)
+    last = plain.blocks[-1]
     for block in plain.blocks:
         assert (block.match is not None) == ("match_blocks" in options)
         assert block.match is None or block.match.error_after <= block.match.error_before
+        assert block.match is None or block.match.measure == ("logits" if block is last else "outputs")
         assert not any("targets" in linear.notes for linear in block.linears.values())
     monkeypatch.setattr(Job, "fits_lockstep", lambda self, index: False)
     monkeypatch.setattr(Job, "spills", property(lambda self: True))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from prunus.engine.divergence import divergence
 from prunus.engine.matching import MatchOptions, match_block
 
 
@@ -130,3 +131,37 @@ def test_nothing_to_match_is_refused(task):
     targets[0] = targets[0] / 0
     with pytest.raises(ValueError, match="not finite"):
         matched((block, inputs, targets, supports))
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_the_divergence_and_its_gradient_are_those_of_all_logits_at_once(tokens):
+    head = nn.Linear(6, 40)
+    output, target = torch.randn(2, tokens, 6), torch.randn(2, tokens, 6)
+    with torch.enable_grad():
+        whole = output.clone().requires_grad_(True)
+        logp, logq = (head(x).log_softmax(dim=-1) for x in (target, whole))
+        expected = nn.functional.kl_div(logq, logp.detach(), log_target=True, reduction="sum")
+        expected.backward()
+        parts = output.clone().requires_grad_(True)
+        lost, size = divergence(head)(parts, target)
+        (lost / size).backward()
+    assert float(lost.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert float(size) == 2 * tokens
+    torch.testing.assert_close(parts.grad * size, whole.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_a_block_can_be_matched_by_what_a_head_makes_of_its_outputs(task):
+    block, inputs, targets, supports = task
+    head = nn.Linear(6, 40).requires_grad_(False)
+    options = MatchOptions(learning_rate=1e-2, passes=30)
+    match = match_block(
+        block,
+        lambda batch: block(inputs[batch]),
+        targets.__getitem__,
+        range(2, 8),
+        range(2),
+        supports,
+        options,
+        divergence(head),
+    )
+    assert match.error_after < 0.5 * match.error_before

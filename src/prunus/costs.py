@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from prunus.engine.divergence import TOKENS
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
 from prunus.engine.retouch import RetouchJob
 from prunus.machine import matmul_rate
+from prunus.model.kinds import CAUSAL
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.recipe import Recipe
@@ -53,6 +55,7 @@ class Workload(Protocol):
 
 def estimate_seconds(work: Workload) -> float:
     """Matrix products of all forward passes at the rate measured now, plus 40 % for the rest."""
+    retouch_job = work.retouch_job
     flops = 0.0
     for index in range(len(work.skeleton)):
         tokens = work.windows * work.skeleton.window_shape(index, work.recipe.seqlen)[0]
@@ -64,7 +67,7 @@ def estimate_seconds(work: Workload) -> float:
         passes += work.carries_dense
         if work.recipe.permute:
             passes += 1  # behind the reordered block, and trials of one batch before it
-        if (retouch_job := work.retouch_job) is not None:
+        if retouch_job is not None:
             passes += 1 + 3 * retouch_job.passes
         flops += 2.0 * weights * tokens * passes
         if work.linear_job.method.needs == "gram":
@@ -78,6 +81,10 @@ def estimate_seconds(work: Workload) -> float:
                 + 2.0 * products * r * c * c
                 for r, c, reached in columns
             )
+    if retouch_job is not None:
+        # The last block is matched by its logits: the head forwards twice, and once back.
+        in_window, hidden = work.skeleton.window_shape(len(work.skeleton) - 1, work.recipe.seqlen)
+        flops += 6.0 * _head_rows(work.skeleton) * hidden * work.windows * in_window * retouch_job.passes
     return round(1.4 * flops / matmul_rate(work.device, work.dtype), 1)
 
 
@@ -124,6 +131,10 @@ def block_cost(work: Workload, index: int) -> BlockCost:
         working += 24 * numbers
         heads = int(getattr(work.source.config.get_text_config(), "num_attention_heads", 1) or 1)
         transient += 4 * batch_tokens * (24 * hidden + 8 * widest + 4 * heads * in_window)
+        if index == len(work.skeleton) - 1:
+            # The head, and of some tokens the logits on either side, with what is made of them; see `divergence`.
+            rows = _head_rows(work.skeleton)
+            transient += rows * hidden * size + 24 * TOKENS * work.batch * rows
     return BlockCost(
         weights=2 * stored + computed * (2 if work.carries_dense else 1),
         working=working,
@@ -131,3 +142,11 @@ def block_cost(work: Workload, index: int) -> BlockCost:
         paused=streams * tokens * (4 * hidden + widest) * size,
         transient=transient,
     )
+
+
+def _head_rows(skeleton: Skeleton) -> int:
+    """Entries of the vocabulary, where the last block is matched by its logits; else 0."""
+    if skeleton.kind is not CAUSAL:
+        return 0
+    head: Any = skeleton.model.get_output_embeddings() or skeleton.model.get_input_embeddings()
+    return int(head.weight.shape[0])

@@ -61,7 +61,9 @@ class MatchRecord(BaseModel):
     """What block matching did to a block.
 
     Attributes:
-        error_before, error_after: mean over held-out tokens of ‖output − dense output‖² / ‖dense output‖².
+        error_before, error_after: mean over held-out tokens of ‖output − dense output‖² / ‖dense output‖², or of the
+            divergence from the dense model's next token in nats.
+        measure: outputs or logits: which of the two.
         steps: gradient steps taken.
         stopped: why training ended early, or None.
         dtype: of its matrix products.
@@ -71,6 +73,7 @@ class MatchRecord(BaseModel):
 
     error_before: float
     error_after: float
+    measure: Literal["outputs", "logits"] = "outputs"
     steps: int
     stopped: str | None = None
     dtype: str

@@ -17,8 +17,8 @@ OPTIONS: dict[str, Any] = {
     "preset": Annotated[
         str | None,
         typer.Option(
-            help="fast (wanda), balanced (alps) or best (alps, --targets dense, --match-blocks); other options go before "
-            "it."
+            help="fast (wanda), balanced (alps, --targets dense) or best (the same with --match-blocks); other options "
+            "go before it."
         ),
     ],
     "method": Annotated[
@@ -65,7 +65,7 @@ OPTIONS: dict[str, Any] = {
         str | None,
         typer.Option(
             help="Of the computation: auto, float32, bfloat16, float16; the checkpoint keeps its own.",
-            show_default="0.25",
+            show_default="auto",
         ),
     ],
     "propagate": Annotated[
@@ -155,22 +155,25 @@ OPTIONS: dict[str, Any] = {
         bool | None,
         typer.Option(
             "--match-blocks",
-            help="Train each block, once pruned, towards the dense block's outputs: surviving weights, norms, biases; "
-            "masks stay.",
+            help="Train each block, once pruned, towards the dense block's outputs, the last one towards the dense "
+            "model's logits: surviving weights, norms, biases; masks stay.",
         ),
     ],
     "match_passes": Annotated[
         int | None,
-        typer.Option(help="Of --match-blocks over the calibration windows.", show_default="2"),
+        typer.Option(help="Of --match-blocks over the calibration windows.", show_default="3"),
     ],
     "match_rate": Annotated[
-        float | None, typer.Option(help="Peak learning rate of --match-blocks.", show_default="7e-4")
+        float | None,
+        typer.Option(
+            help="Peak learning rate of --match-blocks.", show_default="1.2e-3, less in models wider than 576"
+        ),
     ],
     "permute": Annotated[
         bool | None,
         typer.Option(
             "--permute",
-            help="For N:M: let inputs change places so that groups keep more, inside MLPs and heads, folded into the "
+            help="With N:M, let inputs change places so that groups keep more, inside MLPs and heads, folded into the "
             "weights that write them. The result is an ordinary checkpoint.",
         ),
     ],

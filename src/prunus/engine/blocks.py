@@ -6,7 +6,7 @@ Knows weights, hidden states and walks; nothing of folders, manifests on disk, o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 
 from prunus.engine.checks import check_same, checked_digest
 from prunus.engine.companion import DenseCompanion, DenseInputs
+from prunus.engine.divergence import Compare, divergence
 from prunus.engine.folding import REFUSED, Fold, find_folds, fold, holds
 from prunus.engine.linear import LinearJob, prune_linear
 from prunus.engine.lockstep import lockstep
@@ -24,6 +25,7 @@ from prunus.engine.stream import Stream
 from prunus.engine.two_pass import two_pass
 from prunus.engine.watching import Feed, plain_feed
 from prunus.manifest import BlockRecord, LinearRecord, Walk
+from prunus.model.kinds import CAUSAL
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
@@ -174,16 +176,18 @@ class BlockEngine:
         if self.retouch_job is not None:
             assert self.dense is not None
             if changed:
-                trained, match = retouch(
-                    self.retouch_job,
-                    name,
-                    block,
-                    stored,
-                    changed,
-                    forward,
-                    self.dense.stream.states.get,
-                    count,
-                )
+                with self._compare(index) as compare:
+                    trained, match = retouch(
+                        self.retouch_job,
+                        name,
+                        block,
+                        stored,
+                        changed,
+                        forward,
+                        self.dense.stream.states.get,
+                        count,
+                        compare,
+                    )
                 changed |= trained
                 for linear in linears:
                     _count_zeros(records[linear.name], changed[f"{linear.name}.weight"])
@@ -204,6 +208,20 @@ class BlockEngine:
             linears=ordered,
             match=match,
         )
+
+    @contextlib.contextmanager
+    def _compare(self, index: int) -> Iterator[Compare | None]:
+        """By what block `index` is matched: in front of a language model's head stands nothing but what makes logits."""
+        if index < len(self.skeleton) - 1 or self.skeleton.kind is not CAUSAL:
+            yield None
+            return
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+            return self.skeleton.logits(ids, hidden.to(self.skeleton.dtype))
+
+        with self.skeleton.surroundings(self.source.outer, self.device, with_head=True, with_embedding=False):
+            yield divergence(logits)
 
     def _folds(self, index: int, block: torch.nn.Module, targets: Sequence[str]) -> dict[str, Fold]:
         """By relative name of a linear, the order of whose inputs is free: what follows it. Tried on the first batch."""

@@ -13,6 +13,7 @@ functions that give inputs and targets, and masks; nothing of checkpoints, folde
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from prunus.engine.divergence import Compare
 from prunus.engine.schedule import learning_rate
 
 __all__ = ["Match", "MatchOptions", "match_block"]
@@ -75,6 +77,7 @@ def match_block(
     held_out: Sequence[int],
     supports: Mapping[str, torch.Tensor],
     options: MatchOptions,
+    compare: Compare | None = None,
 ) -> Match:
     """Train the surviving weights of `block` towards the targets. The block's own parameters end as they began.
 
@@ -86,6 +89,7 @@ def match_block(
         supports: relative name of a parameter -> bool of its shape, True where the weight is kept; these
             parameters are trained, all others stay as they are.
         options: see `MatchOptions`.
+        compare: what is lost between an output and its target, in place of the squared error.
 
     Raises:
         ValueError: nothing to train or no batches; outputs or targets that are not finite before any training.
@@ -98,7 +102,8 @@ def match_block(
         try:
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
-            return _train(parameters, forward, target, train, held_out, supports, options)
+            squares = functools.partial(_squares, per_token=options.per_token)
+            return _train(parameters, forward, target, train, held_out, supports, options, compare or squares)
         finally:
             for name, parameter in parameters.items():
                 parameter.requires_grad_(False).copy_(begin[name])
@@ -113,6 +118,7 @@ def _train(
     held_out: Sequence[int],
     supports: Mapping[str, torch.Tensor],
     options: MatchOptions,
+    compare: Compare,
 ) -> Match:
     device = next(iter(parameters.values())).device
     autocast = torch.autocast(device.type, options.dtype, enabled=options.dtype != torch.float32)
@@ -125,7 +131,7 @@ def _train(
 
     def judge() -> float:
         with torch.no_grad(), autocast:
-            pairs = [_squares(forward(batch), target(batch), options.per_token) for batch in held_out]
+            pairs = [compare(forward(batch), target(batch)) for batch in held_out]
         return float(sum(lost for lost, _ in pairs)) / float(sum(size for _, size in pairs))
 
     before = best = judge()
@@ -142,7 +148,7 @@ def _train(
                 break
             optimizer.param_groups[0]["lr"] = learning_rate(options.learning_rate, share(), _WARMUP)
             with torch.enable_grad(), autocast:
-                lost, size = _squares(forward(batch), target(batch), options.per_token)
+                lost, size = compare(forward(batch), target(batch))
                 loss = lost / size
             if not bool(loss.isfinite()):
                 stopped = "the error is not finite any more; a smaller learning rate may help"

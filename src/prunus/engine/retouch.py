@@ -12,16 +12,26 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from prunus.engine.divergence import Compare
 from prunus.engine.matching import MatchOptions, match_block
 from prunus.manifest import MatchRecord
 
-__all__ = ["LEARNING_RATE", "PASSES", "RetouchJob", "retouch"]
+__all__ = ["PASSES", "RetouchJob", "default_rate", "retouch"]
 
 # One batch in so many is not trained on, and says which pass was the best.
 _ONE_HELD_OUT_IN = 8
 
-#: What is taken where nothing else is asked for.
-PASSES, LEARNING_RATE = 2, 7e-4
+#: Over the calibration windows, where nothing else is asked for.
+PASSES = 3
+_RATE, _RATE_WIDTH = 1.2e-3, 576
+
+
+def default_rate(hidden: int) -> float:
+    """Adam's peak rate where none is asked for: measured at a hidden size of 576, less for wider models.
+
+    That the rate for the weights of wide layers falls with their width is the rule of arXiv 2203.03466.
+    """
+    return _RATE * min(1.0, _RATE_WIDTH / hidden)
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ def retouch(
     forward: Callable[[int], torch.Tensor],
     target: Callable[[int], torch.Tensor],
     count: int,
+    compare: Compare | None = None,
 ) -> tuple[dict[str, torch.Tensor], MatchRecord]:
     """Train a pruned block towards the dense block's outputs; `block` ends with the weights it began with.
 
@@ -54,6 +65,7 @@ def retouch(
         forward: batch -> output of `block` in the pruned model.
         target: batch -> output of the dense block in the dense model.
         count: number of batches, at least 2.
+        compare: by what outputs are judged where it is not the squared error per token; see `divergence`.
 
     Returns:
         All that was trained, by relative name, in dtype and orientation of `stored`; the record.
@@ -71,7 +83,14 @@ def retouch(
     options = MatchOptions(job.learning_rate, job.passes, None, job.dtype, per_token=True)
     try:
         match = match_block(
-            block, forward, target, range(count - held_out), range(count - held_out, count), supports, options
+            block,
+            forward,
+            target,
+            range(count - held_out),
+            range(count - held_out, count),
+            supports,
+            options,
+            compare,
         )
     except ValueError as fault:
         raise ValueError(f"{name}: {fault}") from fault
@@ -81,6 +100,7 @@ def retouch(
     record = MatchRecord(
         error_before=match.error_before,
         error_after=match.error_after,
+        measure="outputs" if compare is None else "logits",
         steps=match.steps,
         stopped=match.stopped,
         dtype=str(job.dtype).removeprefix("torch."),

@@ -261,8 +261,9 @@ class Skeleton:
         """The model's logits (batch, tokens, vocabulary) when the last block returns `hidden` (batch, tokens, hidden).
 
         Inside `surroundings(with_head=True)`. Tokens do not see each other here: any part of a sequence may be given.
+        Differentiable where `hidden` is.
         """
-        with self._stubs(self._ending_in(hidden)), torch.no_grad():
+        with self._stubs(self._ending_in(hidden)), torch.set_grad_enabled(hidden.requires_grad):
             logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
         return logits
 

@@ -1,0 +1,65 @@
+"""How far apart two hidden states behind the last block are: by what the head makes of them.
+
+Σ_t Σ_v p_tv (log p_tv − log q_tv), p the distribution of the next token by the target and q by the output. For block
+matching: a few tokens at a time, whose gradient is computed along with the sum, because logits of a whole window
+take more memory than the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["TOKENS", "Compare", "divergence"]
+
+#: (output, target) -> what is lost, and what it is a share of; the first is differentiable in the output.
+Compare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+#: Tokens whose logits are in memory at a time.
+TOKENS = 128
+
+
+def divergence(logits: Callable[[Tensor], Tensor]) -> Compare:
+    """The divergence of one batch's output from its target, summed over tokens, and their number.
+
+    Args:
+        logits: hidden states (windows, tokens, hidden) behind the last block -> logits, differentiable; what of a
+            sequence it is given makes no difference.
+    """
+
+    def compare(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        lost: Tensor = _Divergence.apply(output, target, logits)
+        return lost, torch.tensor(float(output.shape[:-1].numel()), device=output.device)
+
+    return compare
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, target: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(output) if wanted else None
+        total = torch.zeros((), dtype=torch.float64, device=output.device)
+        for first in range(0, output.shape[1], TOKENS):
+            part = slice(None), slice(first, first + TOKENS)
+            with torch.no_grad():
+                logp = logits(target[part]).float().log_softmax(dim=-1)
+            x = output[part].detach()
+            with torch.set_grad_enabled(wanted):
+                found = logits(x.requires_grad_(wanted))
+            logq = found.detach().float().log_softmax(dim=-1)
+            p = logp.exp()
+            total += torch.linalg.vecdot(p, logp.sub_(logq)).sum(dtype=torch.float64)
+            if gradient is not None:
+                (gradient[part],) = torch.autograd.grad(found, x, logq.exp_().sub_(p).to(found.dtype))
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total.float()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0].to(gradient.dtype), None, None
