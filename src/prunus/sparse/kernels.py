@@ -30,6 +30,7 @@ MAX_TOKENS = 16
 #: product, whose blocks are better, is worth writing the whole weight out.
 MAX_TOKENS_AS_MATRIX = 1024
 _ABI = 3
+_BF16 = ISAS.index("avx512-bf16")  # from here on there are products of bfloat16
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 _FAULTS = {1: "an argument is out of range", 2: "this machine lacks the instruction set", 3: "out of memory"}
 
@@ -141,12 +142,9 @@ class Kernels:
 
     def most_tokens(self, weight_dtype: torch.dtype, x_dtype: torch.dtype) -> int:
         """Up to how many tokens `linear` is the fastest way, for a weight whose values are of that dtype."""
-        as_matrix = (
-            self.isa >= ISAS.index("avx512-bf16")
-            and x_dtype == torch.bfloat16
-            and weight_dtype in (torch.bfloat16, torch.int8)
-        )
-        return MAX_TOKENS_AS_MATRIX if as_matrix else MAX_TOKENS
+        if self.isa >= _BF16 and x_dtype is torch.bfloat16 and weight_dtype is not torch.float16:
+            return MAX_TOKENS_AS_MATRIX
+        return MAX_TOKENS
 
     def expand(self, packed: PackedWeight, offsets: torch.Tensor | None, out: torch.Tensor) -> None:
         """Write the dense weight to `out` (O, I): of the entries' dtype, or bfloat16 or float16 for int8 values."""
@@ -159,7 +157,7 @@ class Kernels:
     @property
     def has_dense(self) -> bool:
         """Whether `dense_linear` can be called: it exists for AVX-512 with BF16 only."""
-        return self.isa >= ISAS.index("avx512-bf16")
+        return self.isa >= _BF16
 
     def dense_linear(
         self, x: torch.Tensor, weight_OI: torch.Tensor, bias: torch.Tensor | None

@@ -75,11 +75,11 @@ class BitmapLinear(nn.Module):
         """(..., in) -> (..., out)."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected inputs of width {self.in_features}, got {tuple(x.shape)}")
-        packed, offsets = self.packed, self._buffers["row_offsets"]
+        packed, offsets, bias = self.packed, self._buffers["row_offsets"], self._parameters["bias"]
         if _is_plain(x):
-            return run_bitmap(x, packed, offsets, self.bias)
+            return run_bitmap(x, packed, offsets, bias)
         coding = list(packed.coding or ())
-        return bitmap_linear(x, self.out_features, *packed[1:4], coding, offsets, self.bias)
+        return bitmap_linear(x, self.out_features, *packed[1:4], coding, offsets, bias)
 
     def extra_repr(self) -> str:
         packed = self.packed
