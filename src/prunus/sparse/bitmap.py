@@ -27,6 +27,10 @@ __all__ = [
 
 #: int8 values go from -INT8_LEVELS to INT8_LEVELS, so that the scale is the row's largest magnitude / 127.
 INT8_LEVELS = 127
+# Above this share of kept entries, a weight without a mask is tried first.
+_MOST_KEPT = 0.9
+# Rows that are in memory as float32 at a time: all of an output head would be gigabytes.
+_ROWS = 1024
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 _POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.int64)
 _PLACES = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
@@ -65,12 +69,20 @@ def pack_weight(weight_OI: torch.Tensor, values: torch.dtype) -> PackedWeight:
         )
     else:
         scales, stored = None, weight_OI
-    shape = (weight_OI.shape[0], weight_OI.shape[1])
+    shape, count = (weight_OI.shape[0], weight_OI.shape[1]), int(torch.count_nonzero(keep_OI))
+    whole = None
+    if count > _MOST_KEPT * keep_OI.numel():
+        # An output head, as a rule: what a mask takes at the least settles it, without a copy of gigabytes.
+        whole = _with_values(shape, stored.flatten(), None, scales)
+        least = 1.0 if values == torch.int8 else 1.5 if values == torch.bfloat16 else 2.0
+        if count * least + keep_OI.numel() / 8 >= whole.nbytes:
+            return whole
     sparse = _with_values(shape, stored[keep_OI], _mask(keep_OI), scales)
-    if sparse.nbytes < weight_OI.numel():
-        return sparse  # without a mask it is a byte per weight at the least
-    whole = _with_values(shape, stored.flatten(), None, scales)
-    return sparse if sparse.nbytes < whole.nbytes else whole
+    if (
+        whole is None and sparse.nbytes >= weight_OI.numel()
+    ):  # without a mask it is a byte per weight at the least
+        whole = _with_values(shape, stored.flatten(), None, scales)
+    return sparse if whole is None or sparse.nbytes < whole.nbytes else whole
 
 
 def _with_values(
@@ -90,7 +102,7 @@ def _mask(keep_OI: torch.Tensor) -> torch.Tensor:
 
 
 def _scales(weight_OI: torch.Tensor) -> torch.Tensor:
-    largest_O = weight_OI.float().abs().amax(dim=1)
+    largest_O = torch.cat([rows.float().abs().amax(dim=1) for rows in weight_OI.split(_ROWS)])
     if not torch.isfinite(largest_O).all():
         raise ValueError("weights that are infinite or not a number cannot be packed as int8")
     scales_O = largest_O / INT8_LEVELS
@@ -99,8 +111,10 @@ def _scales(weight_OI: torch.Tensor) -> torch.Tensor:
 
 
 def _levels(weight_OI: torch.Tensor, scales_O: torch.Tensor) -> torch.Tensor:
-    levels_OI = (weight_OI.float() / scales_O[:, None]).round()
-    return levels_OI.clamp(-INT8_LEVELS, INT8_LEVELS).to(torch.int8)
+    levels_OI = torch.empty(weight_OI.shape, dtype=torch.int8)
+    for levels, rows, scales in zip(*(x.split(_ROWS) for x in (levels_OI, weight_OI, scales_O)), strict=True):
+        levels.copy_((rows.float() / scales[:, None]).round_().clamp_(-INT8_LEVELS, INT8_LEVELS))
+    return levels_OI
 
 
 def row_offsets(mask: torch.Tensor, in_features: int) -> torch.Tensor:

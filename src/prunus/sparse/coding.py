@@ -12,6 +12,8 @@ Shape suffixes: K values, P of them with the last group filled up, G groups, R r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from prunus.sparse.weight import Coding
@@ -20,6 +22,7 @@ __all__ = ["check_coding", "decode", "encode", "padded"]
 
 _CODES = 16
 _GROUP = 64
+_PART = _GROUP << 16  # values that are encoded at a time
 #: Above this share of rare values, mending them takes a kernel longer than the missing bytes save.
 _RARE_SHARE = 1 / 256
 
@@ -28,26 +31,43 @@ def encode(values_K: torch.Tensor) -> tuple[torch.Tensor, Coding] | None:
     """Split bfloat16 values (K,) into low bytes, uint8 (P,), and coded high bytes; None where that would not pay."""
     assert values_K.dtype == torch.bfloat16
     count = values_K.shape[0]
-    filled = torch.zeros(padded(count), dtype=torch.bfloat16)
-    filled[:count] = values_K
-    low, high = filled.view(torch.uint8).view(-1, 2).unbind(1)
-    occurrences = torch.bincount(high[:count].int(), minlength=256)
+    occurrences = torch.zeros(256, dtype=torch.int64)
+    for _, part in _parts(values_K):
+        occurrences += torch.bincount(_bytes(part)[:, 1].int(), minlength=256)
     # Stable, so that the same values always give the same bytes.
     table = occurrences.argsort(descending=True, stable=True)[:_CODES]
+    rare = count - int(occurrences[table].sum())
+    whole = padded(count)
+    if rare > count * _RARE_SHARE or whole + whole // 2 + _CODES + 9 * rare >= 2 * count:
+        return None
     code_of = torch.full((256,), _CODES, dtype=torch.uint8)
     code_of[table] = torch.arange(_CODES, dtype=torch.uint8)
-    codes = code_of[high.int()]
-    is_rare = codes == _CODES
-    rare_at = is_rare[:count].nonzero().flatten()
-    if rare_at.shape[0] > count * _RARE_SHARE:
-        return None
-    codes[is_rare] = 0
-    codes_G2 = codes.view(-1, 2, _GROUP // 2)
-    pairs = (codes_G2[:, 0] + (codes_G2[:, 1] << 4)).flatten()
-    coding = Coding(pairs, table.to(torch.uint8), rare_at, high[rare_at].clone())
-    low_P = low.contiguous()
-    nbytes = sum(part.numel() * part.element_size() for part in (low_P, *coding))
-    return (low_P, coding) if nbytes < 2 * count else None
+    low_P, pairs = torch.empty(whole, dtype=torch.uint8), torch.empty(whole // 2, dtype=torch.uint8)
+    rare_at, rare_values = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.uint8)]
+    for first, part in _parts(values_K):
+        filled = torch.nn.functional.pad(part, (0, padded(part.shape[0]) - part.shape[0]))
+        low, high = _bytes(filled).unbind(1)
+        codes = code_of[high.int()]
+        is_rare = codes == _CODES
+        places = is_rare[: part.shape[0]].nonzero().flatten()
+        codes[is_rare] = 0
+        codes_G2 = codes.view(-1, 2, _GROUP // 2)
+        low_P[first : first + low.shape[0]] = low
+        pairs[first // 2 : (first + low.shape[0]) // 2] = (codes_G2[:, 0] + (codes_G2[:, 1] << 4)).flatten()
+        rare_at.append(places + first)
+        rare_values.append(high[places])
+    return low_P, Coding(pairs, table.to(torch.uint8), torch.cat(rare_at), torch.cat(rare_values))
+
+
+def _parts(values_K: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Whole groups at a time, and where they begin: all at once, an output head takes gigabytes to be encoded."""
+    for first in range(0, values_K.shape[0], _PART):
+        yield first, values_K[first : first + _PART]
+
+
+def _bytes(values_K: torch.Tensor) -> torch.Tensor:
+    """Low and high bytes (K, 2)."""
+    return values_K.contiguous().view(torch.uint8).view(-1, 2)
 
 
 def decode(low_P: torch.Tensor, coding: Coding) -> torch.Tensor:
