@@ -161,7 +161,7 @@ OPTIONS: dict[str, Any] = {
     ],
     "match_passes": Annotated[
         int | None,
-        typer.Option(help="Of --match-blocks over the calibration windows.", show_default="3"),
+        typer.Option(help="Of --match-blocks over the calibration windows.", show_default="5"),
     ],
     "match_rate": Annotated[
         float | None,

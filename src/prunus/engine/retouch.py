@@ -22,7 +22,7 @@ __all__ = ["PASSES", "RetouchJob", "default_rate", "retouch"]
 _ONE_HELD_OUT_IN = 8
 
 #: Over the calibration windows, where nothing else is asked for.
-PASSES = 3
+PASSES = 5
 _RATE, _RATE_WIDTH = 1.2e-3, 576
 
 
