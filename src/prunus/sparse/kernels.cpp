@@ -3,7 +3,6 @@
 
 #include "kernels.h"
 
-#include <initializer_list>
 #include <new>
 
 #include "kernels_activations.h"

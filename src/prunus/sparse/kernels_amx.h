@@ -30,24 +30,16 @@ struct alignas(64) Config {
 
 PRUNUS_INLINE void barrier() { asm volatile("" ::: "memory"); }
 
-// Tiles `narrow` have `width` columns of 32 bits, all others sixteen.
-PRUNUS_AMX_TARGET PRUNUS_INLINE void configure(int64_t width, std::initializer_list<int> narrow) {
+// All tiles are whole: sixteen rows of 64 bytes.
+PRUNUS_AMX_TARGET PRUNUS_INLINE void configure() {
     Config config;
     for (int tile = 0; tile < 8; ++tile) config.rows[tile] = 16, config.bytes_per_row[tile] = 64;
-    for (const int tile : narrow) config.bytes_per_row[tile] = uint16_t(4 * width);
     _tile_loadconfig(&config);
 }
 
-// How many tokens a tile of activations holds: one by itself takes no room for others.
-inline int64_t width_of(const Job& job) { return job.tokens == 1 ? 1 : kRows; }
-
-// Adds sums (16 rows, width), the sum of two such arrays, to where rows of results belong.
+// Puts sums (16 rows, 16 tokens) to where rows of results belong.
 PRUNUS_AMX_TARGET PRUNUS_INLINE void put_sums(const Job& job, int64_t row, int64_t end, const float* sums) {
     const __mmask16 inside = end - row >= kRows ? __mmask16(~0) : __mmask16((1 << (end - row)) - 1);
-    if (job.tokens == 1) {
-        _mm512_mask_storeu_ps(job.sums + row, inside, _mm512_load_ps(sums));
-        return;
-    }
     __m512i r[16];
     PRUNUS_UNROLL for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(sums + i * 16);
     transpose(r);
@@ -71,25 +63,24 @@ struct Waiting {
 // Sums in tiles 0 and 1, which take turns.
 struct Multiplier {
     const Job& job;
-    const int64_t width;
 
     PRUNUS_AMX_TARGET PRUNUS_INLINE void start() const {
-        configure(width, {0, 1, 4, 5});
+        configure();
         _tile_zero(0);
         _tile_zero(1);
     }
     PRUNUS_AMX_TARGET PRUNUS_INLINE void step(const Waiting& waiting, int64_t tile) const {
         if (tile >= waiting.tiles) return;
         const uint8_t* weights = waiting.weights + tile * waiting.tile_stride;
-        const uint8_t* x = waiting.x + tile * 64 * width;
+        const uint8_t* x = waiting.x + tile * kTileBytes;
         barrier();
         if (tile & 1) {
             _tile_loadd(3, weights, waiting.row_stride);
-            _tile_loadd(5, x, 4 * width);
+            _tile_loadd(5, x, 64);
             _tile_dpbf16ps(1, 3, 5);
         } else {
             _tile_loadd(2, weights, waiting.row_stride);
-            _tile_loadd(4, x, 4 * width);
+            _tile_loadd(4, x, 64);
             _tile_dpbf16ps(0, 2, 4);
         }
         barrier();
@@ -97,12 +88,12 @@ struct Multiplier {
     PRUNUS_AMX_TARGET PRUNUS_INLINE void finish(const Waiting& waiting) const {
         if (!waiting.last) return;
         alignas(64) float sums[2][kRows * kRows];
-        _tile_stored(0, sums[0], 4 * width);
-        _tile_stored(1, sums[1], 4 * width);
+        _tile_stored(0, sums[0], 64);
+        _tile_stored(1, sums[1], 64);
         _tile_zero(0);
         _tile_zero(1);
         barrier();
-        for (int64_t i = 0; i < kRows * width; i += 16)
+        for (int64_t i = 0; i < kRows * kRows; i += 16)
             _mm512_store_ps(sums[0] + i, _mm512_add_ps(_mm512_load_ps(sums[0] + i), _mm512_load_ps(sums[1] + i)));
         put_sums(job, waiting.row, waiting.end, sums[0]);
     }
@@ -178,7 +169,7 @@ PRUNUS_AMX_TARGET PRUNUS_INLINE void expand_block(const Job& job, const uint8_t*
 template <bool coded>
 PRUNUS_AMX_TARGET void rows_bitmap(const Job& job, int64_t begin, int64_t end) {
     using Source = std::conditional_t<coded, CodedWords, Words>;
-    const Multiplier multiplier{job, width_of(job)};
+    const Multiplier multiplier{job};
     uint8_t* const panels[2] = {job.panels, job.panels + kPanel};
     Decoder decoder{job, {job.decoded, job.decoded + job.decoded_stride / 2}};
     const int64_t blocks = (job.segments + kBlock - 1) / kBlock;
@@ -216,7 +207,7 @@ PRUNUS_AMX_TARGET void rows_bitmap(const Job& job, int64_t begin, int64_t end) {
                 if (coded && share) decoder.step(share);
             }
             multiplier.finish(waiting);
-            waiting = {panel, 64, kTileBytes, x + segment * 128 * multiplier.width, 2 * count, row, stop, block + 1 == blocks};
+            waiting = {panel, 64, kTileBytes, x + segment * 2 * kTileBytes, 2 * count, row, stop, block + 1 == blocks};
         }
         if (coded && share) decoder.finish();
     }
@@ -227,7 +218,7 @@ PRUNUS_AMX_TARGET void rows_bitmap(const Job& job, int64_t begin, int64_t end) {
 
 // All columns are stored and the width is whole segments: tiles are loaded straight from rows of joined words.
 PRUNUS_AMX_TARGET inline void rows_dense_coded(const Job& job, int64_t begin, int64_t end) {
-    const Multiplier multiplier{job, width_of(job)};
+    const Multiplier multiplier{job};
     const uint8_t* const low = static_cast<const uint8_t*>(job.coded->values);
     auto* const words = reinterpret_cast<uint16_t*>(job.decoded);
     multiplier.start();

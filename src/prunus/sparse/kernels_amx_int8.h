@@ -6,9 +6,8 @@
 
 namespace prunus::amx {
 
-// Low and high bytes as tiles (16 quadruples of columns, width, 4), one after the other for every segment.
+// Low and high bytes as tiles (16 quadruples of columns, 16 tokens, 4), one after the other for every segment.
 PRUNUS_AMX_TARGET inline void lay_out_byte_tiles(Job& job, Scratch& scratch) {
-    if (job.tokens == 1) return;  // that is how they lie already
     const int64_t groups = (job.segments + kGroup - 1) / kGroup;
     const auto* from = static_cast<const uint8_t*>(job.x);
     uint8_t* to = aligned<uint8_t>(scratch.x_tiles, job.segments * 2 * kTileBytes + groups * 64);
@@ -42,50 +41,47 @@ struct WaitingBytes {
 
 struct ByteMultiplier {
     const Job& job;
-    const int64_t width;
-    float* sums;  // (16 rows, width) of the groups so far
+    float* sums;  // (16 rows, 16 tokens) of the groups so far
 
     PRUNUS_AMX_TARGET PRUNUS_INLINE void start() const {
-        configure(width, {0, 1, 4, 5});
+        configure();
         _tile_zero(0);
         _tile_zero(1);
-        std::memset(sums, 0, size_t(kRows * width) * sizeof(float));
+        std::memset(sums, 0, size_t(kRows * kRows) * sizeof(float));
     }
     PRUNUS_AMX_TARGET PRUNUS_INLINE void step(const WaitingBytes& waiting, int64_t segment) const {
         if (segment >= waiting.segments) return;
-        const int64_t bytes = width == 1 ? kSegment : kTileBytes;
-        const uint8_t* x = static_cast<const uint8_t*>(job.x) + (waiting.group * kGroup + segment) * 2 * bytes;
+        const uint8_t* x = static_cast<const uint8_t*>(job.x) + (waiting.group * kGroup + segment) * 2 * kTileBytes;
         barrier();
         _tile_loadd(2, waiting.weights + segment * kTileBytes, 64);
-        _tile_loadd(4, x, 4 * width);
+        _tile_loadd(4, x, 64);
         _tile_dpbsud(0, 2, 4);
-        _tile_loadd(5, x + bytes, 4 * width);
+        _tile_loadd(5, x + kTileBytes, 64);
         _tile_dpbssd(1, 2, 5);
         barrier();
     }
     PRUNUS_AMX_TARGET PRUNUS_INLINE void finish(const WaitingBytes& waiting) const {
         if (!waiting.segments) return;
         alignas(64) int32_t low[kRows * kRows], high[kRows * kRows];
-        _tile_stored(0, low, 4 * width);
-        _tile_stored(1, high, 4 * width);
+        _tile_stored(0, low, 64);
+        _tile_stored(1, high, 64);
         _tile_zero(0);
         _tile_zero(1);
         barrier();
-        const __m512 scales = width == 1 ? _mm512_set1_ps(job.x_scales[waiting.group])
-                                         : _mm512_loadu_ps(job.x_scales + waiting.group * kRows);
-        for (int64_t i = 0; i < kRows * width; i += 16) {
+        const __m512 scales = _mm512_loadu_ps(job.x_scales + waiting.group * kRows);
+        for (int64_t i = 0; i < kRows * kRows; i += 16) {
             const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(high + i), 8), _mm512_load_si512(low + i));
             _mm512_store_ps(sums + i, _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), scales, _mm512_load_ps(sums + i)));
         }
         if (!waiting.last) return;
         put_sums(job, waiting.row, waiting.end, sums);
-        std::memset(sums, 0, size_t(kRows * width) * sizeof(float));
+        std::memset(sums, 0, size_t(kRows * kRows) * sizeof(float));
     }
 };
 
 PRUNUS_AMX_TARGET inline void rows_int8(const Job& job, int64_t begin, int64_t end) {
     alignas(64) float sums[kRows * kRows];
-    const ByteMultiplier multiplier{job, width_of(job), sums};
+    const ByteMultiplier multiplier{job, sums};
     const int64_t groups = (job.segments + kGroup - 1) / kGroup;
     WaitingBytes waiting{};
     multiplier.start();

@@ -78,7 +78,7 @@ PRUNUS_AMX_TARGET void rows_many(const Job& job, int64_t begin, int64_t end) {
     const int64_t blocks = (job.tokens + kRows - 1) / kRows, tiles = 2 * job.segments, size = tiles * kTileBytes;
     const int64_t panel_sums = blocks * kRows * kRows;
     float* const all_sums = reinterpret_cast<float*>(job.panels + job.rows_at_once / kRows * size);
-    configure(kRows, {});
+    configure();
     for (int64_t row = begin; row < end; row += job.rows_at_once) {
         const int64_t stop = row + job.rows_at_once < end ? row + job.rows_at_once : end;
         uint8_t* panel = job.panels;
