@@ -8,7 +8,7 @@ Shape suffixes: O outputs (rows), I inputs, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -174,6 +174,39 @@ def prune_two_pass(model: nn.Module, blocks: str, windows: Tensor, prune_linear:
         for name, linear in linears(block, f"{blocks}.{number}").items():
             if name in inputs:
                 weight_of(linear).copy_(prune_linear(name, weight_of(linear).clone(), inputs[name]))
+
+
+@torch.no_grad()
+def prune_as_called(
+    todo: list[nn.Linear],
+    parts: Sequence[Tensor],
+    run: Callable[[Tensor], object],
+    prune: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Prune linears in place in the order in which the whole model calls them, each on inputs from a run of all of it.
+
+    Args:
+        todo: the linears; none is left in it.
+        parts: what the model is run on, one after another.
+        run: the whole model on one of them.
+        prune: changes a weight (out, in) in place, given its inputs (tokens, in).
+    """
+    while todo:
+        seen: list[tuple[nn.Module, Tensor]] = []
+        handles = [
+            linear.register_forward_pre_hook(lambda module, args: seen.append((module, args[0].clone())))  # noqa: B023
+            for linear in todo
+        ]
+        firsts = []
+        for part in parts:
+            seen.clear()
+            run(part)
+            firsts.append(seen[0])
+        for handle in handles:
+            handle.remove()
+        linear = firsts[0][0]
+        prune(linear.weight.data, torch.cat([x.reshape(-1, x.shape[-1]) for _, x in firsts]))
+        todo.remove(linear)
 
 
 def ria_score(weight_OI: Tensor, X_TI: Tensor, power: float) -> Tensor:

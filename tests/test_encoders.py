@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelF
 import prunus
 from command_line import call
 from prunus.model.kinds import CAUSAL, kind_of
+from reference import prune_as_called
 from tiny import token_ids
 
 _COMMON: dict[str, Any] = {
@@ -44,28 +45,14 @@ def tiny_encoder(family: str) -> Any:
 def naive_wanda(model: Any, ids: torch.Tensor) -> None:
     """Linear by linear in the order of execution, each on inputs from a run of the whole model."""
     blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
-    todo = [m for m in blocks.modules() if isinstance(m, nn.Linear)]
-    while todo:
-        seen: list[tuple[nn.Module, torch.Tensor]] = []
-        hooks = [
-            m.register_forward_pre_hook(lambda m, args: seen.append((m, args[0].clone())))  # noqa: B023
-            for m in todo
-        ]
-        firsts = []
-        for part in ids.split(2):
-            seen.clear()
-            with torch.no_grad():
-                model(input_ids=part)
-            firsts.append(seen[0])
-        for hook in hooks:
-            hook.remove()
-        module = firsts[0][0]
-        weight_OI = module.weight.data
-        X_TI = torch.cat([x.reshape(-1, x.shape[-1]) for _, x in firsts])
+
+    def prune(weight_OI: torch.Tensor, X_TI: torch.Tensor) -> None:
         score_OI = weight_OI.abs() * X_TI.double().square().sum(0).sqrt().float()
         for row in range(len(score_OI)):
             weight_OI[row, score_OI[row].sort(stable=True).indices[: score_OI.shape[1] // 2]] = 0
-        todo.remove(module)
+
+    todo = [m for m in blocks.modules() if isinstance(m, nn.Linear)]
+    prune_as_called(todo, ids.split(2), lambda part: model(input_ids=part), prune)
 
 
 @pytest.mark.parametrize("family", sorted(ENCODERS))

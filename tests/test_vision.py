@@ -24,6 +24,7 @@ from prunus.evaluation.images import ImageScore, image_accuracy
 from prunus.model.skeleton import Skeleton
 from prunus.plan import Job, RunOptions, prepare
 from prunus.recipe import Recipe
+from reference import prune_as_called
 
 
 def loaded(folder: Path) -> Any:
@@ -37,23 +38,8 @@ def naive(model: Any, pixels: torch.Tensor, sparsity: float, group: str, wanda: 
         for n, m in model.named_modules()
         if isinstance(m, nn.Linear) and "classifier" not in n and "pooler" not in n
     ]
-    while todo:
-        seen: list[tuple[nn.Module, torch.Tensor]] = []
-        hooks = [
-            m.register_forward_pre_hook(lambda m, args: seen.append((m, args[0].clone())))  # noqa: B023
-            for m in todo
-        ]
-        firsts = []
-        for part in pixels.split(2):
-            seen.clear()
-            with torch.no_grad():
-                model(pixel_values=part)
-            firsts.append(seen[0])
-        for hook in hooks:
-            hook.remove()
-        module = firsts[0][0]
-        weight_OI = module.weight.data
-        X_TI = torch.cat([x.reshape(-1, x.shape[-1]) for _, x in firsts])
+
+    def prune(weight_OI: torch.Tensor, X_TI: torch.Tensor) -> None:
         score_OI = weight_OI.abs()
         if wanda:
             score_OI = score_OI * X_TI.double().square().sum(0).sqrt().float()
@@ -67,7 +53,8 @@ def naive(model: Any, pixels: torch.Tensor, sparsity: float, group: str, wanda: 
             count = int(score_OI.numel() * sparsity) + (0 if wanda else 1)
             lowest = score_OI.flatten().sort(stable=True).indices[:count]
             weight_OI.view(-1)[lowest] = 0
-        todo.remove(module)
+
+    prune_as_called(todo, pixels.split(2), lambda part: model(pixel_values=part), prune)
 
 
 @pytest.mark.parametrize(
