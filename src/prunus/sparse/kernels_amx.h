@@ -127,30 +127,6 @@ struct Decoder {
 
 constexpr int64_t kPanel = kBlock * 2 * kTileBytes;
 
-// Where the next values of a row are: words, or low bytes in memory and high bytes that were decoded.
-struct Words {
-    const uint16_t* values;
-
-    PRUNUS_AMX_TARGET PRUNUS_INLINE Pair next(uint64_t word) {
-        avx512::prefetch(reinterpret_cast<const uint8_t*>(values), avx512::kValuesAhead);
-        avx512::prefetch(reinterpret_cast<const uint8_t*>(values), avx512::kValuesAhead + 64);
-        return avx512::expand(word, values);
-    }
-};
-
-struct CodedWords {
-    const uint8_t *low, *high;
-
-    PRUNUS_AMX_TARGET PRUNUS_INLINE Pair next(uint64_t word) {
-        avx512::prefetch(low, avx512::kCodedAhead);
-        const Pair pair = avx512::expand_coded(word, low, high);
-        const int64_t count = _mm_popcnt_u64(word);
-        low += count;
-        high += count;
-        return pair;
-    }
-};
-
 // A row's next segments, to their places in a panel.
 template <bool inner, typename Source>
 PRUNUS_AMX_TARGET PRUNUS_INLINE void expand_block(const Job& job, const uint8_t* mask, Source& source, int64_t segment,
@@ -160,9 +136,7 @@ PRUNUS_AMX_TARGET PRUNUS_INLINE void expand_block(const Job& job, const uint8_t*
         uint64_t word;
         if (inner) std::memcpy(&word, mask + (segment + i) * 8, 8);
         else word = mask_word(mask, segment + i, job.cols);
-        const Pair pair = source.next(word);
-        _mm512_store_si512(to + i * 2 * kTileBytes, pair.low);
-        _mm512_store_si512(to + i * 2 * kTileBytes + kTileBytes, pair.high);
+        put_segment(source.next(word), to + i * 2 * kTileBytes);
     }
 }
 

@@ -88,25 +88,51 @@ PRUNUS_TARGET PRUNUS_INLINE void finish_block(const Job& job, int64_t row, int64
 
 // ---- rows into a panel -----------------------------------------------------------------------------------
 
-// Spreads a row of 16-bit values over row `to` of a panel, zeros between them and up to a whole segment.
-PRUNUS_TARGET PRUNUS_INLINE void fill_row(const uint8_t* row_mask, const uint16_t* values, int64_t cols, uint8_t* to) {
-    const int64_t whole = cols / kSegment;
-    for (int64_t segment = 0; segment < whole; ++segment, to += 2 * kTileBytes) {
-        uint64_t word;
-        std::memcpy(&word, row_mask + segment * 8, 8);
-        const Pair pair = avx512::expand(word, values);
-        _mm512_store_si512(to, pair.low);
-        _mm512_store_si512(to + kTileBytes, pair.high);
+// Where the next values of a row are: words, or low bytes in memory and high bytes that were decoded.
+struct Words {
+    const uint16_t* values;
+
+    PRUNUS_TARGET PRUNUS_INLINE Pair next(uint64_t word) {
+        avx512::prefetch(reinterpret_cast<const uint8_t*>(values), avx512::kValuesAhead);
+        avx512::prefetch(reinterpret_cast<const uint8_t*>(values), avx512::kValuesAhead + 64);
+        return avx512::expand(word, values);
     }
-    if (whole * kSegment == cols) return;
-    const Pair pair = avx512::expand(mask_word(row_mask, whole, cols), values);
+};
+
+struct CodedWords {
+    const uint8_t *low, *high;
+
+    PRUNUS_TARGET PRUNUS_INLINE Pair next(uint64_t word) {
+        avx512::prefetch(low, avx512::kCodedAhead);
+        const Pair pair = avx512::expand_coded(word, low, high);
+        const int64_t count = _mm_popcnt_u64(word);
+        low += count;
+        high += count;
+        return pair;
+    }
+};
+
+// A segment of a row, to its two tiles of a panel.
+PRUNUS_TARGET PRUNUS_INLINE void put_segment(const Pair& pair, uint8_t* to) {
     _mm512_store_si512(to, pair.low);
     _mm512_store_si512(to + kTileBytes, pair.high);
 }
 
+// Spreads a row over row `to` of a panel, zeros between its values and up to a whole segment.
+template <typename Source>
+PRUNUS_TARGET PRUNUS_INLINE void fill_row(const uint8_t* row_mask, Source source, int64_t cols, uint8_t* to) {
+    const int64_t whole = cols / kSegment;
+    for (int64_t segment = 0; segment < whole; ++segment, to += 2 * kTileBytes) {
+        uint64_t word;
+        std::memcpy(&word, row_mask + segment * 8, 8);
+        put_segment(source.next(word), to);
+    }
+    if (whole * kSegment < cols) put_segment(source.next(mask_word(row_mask, whole, cols)), to);
+}
+
 PRUNUS_TARGET inline void fill_words(const Job& job, int64_t begin, int64_t end, uint8_t* to) {
     for (int64_t row = begin; row < end; ++row, to += 64)
-        fill_row(job.mask + row * job.mask_stride, row_values<uint16_t>(job, row), job.cols, to);
+        fill_row(job.mask + row * job.mask_stride, Words{row_values<uint16_t>(job, row)}, job.cols, to);
 }
 
 // Words that are joined: for parted activations.
@@ -115,17 +141,8 @@ PRUNUS_TARGET inline void fill_coded(const Job& job, int64_t begin, int64_t end,
         const int64_t stop = row + job.decoded_rows < end ? row + job.decoded_rows : end;
         const Job ready = high_rows(job, row, stop);
         for (int64_t each = row; each < stop; ++each, to += 64) {
-            avx512::CodedBytes bytes;
-            bytes.start(ready, each);
-            const uint8_t* mask = job.mask + each * job.mask_stride;
-            int64_t at = 0;
-            for (int64_t segment = 0; segment < job.segments; ++segment) {
-                const uint64_t word = mask_word(mask, segment, job.cols);
-                const Pair pair = avx512::expand_coded(word, bytes.low + at, bytes.high + at);
-                at += _mm_popcnt_u64(word);
-                _mm512_store_si512(to + segment * 2 * kTileBytes, pair.low);
-                _mm512_store_si512(to + (segment * 2 + 1) * kTileBytes, pair.high);
-            }
+            const uint8_t* high = ready.decoded + (row_begin(job, each) - ready.high_first);
+            fill_row(job.mask + each * job.mask_stride, CodedWords{row_values<uint8_t>(job, each), high}, job.cols, to);
         }
     }
 }
@@ -144,7 +161,7 @@ PRUNUS_TARGET inline void fill_int8(const Job& job, int64_t begin, int64_t end, 
                 count += _mm_popcnt_u64(mask_word(mask, segment, columns));
             avx512::dequantise(values, count, job.scales[row], words);
             values += count;
-            fill_row(mask, words, columns, to + first / kTileColumns * kTileBytes);
+            fill_row(mask, Words{words}, columns, to + first / kTileColumns * kTileBytes);
         }
     }
 }
