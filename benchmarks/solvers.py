@@ -24,7 +24,7 @@ from prunus.methods import METHODS, Options, compose
 from prunus.patterns import Pattern
 from prunus.statistics import InputStatistics
 
-_ALPS_STEPS = 32
+_ALPS_STEPS = 16
 
 
 def from_pseudo_code(weight_OI: Tensor, gram_II: Tensor, sparsity: float, block: int = 128) -> Tensor:

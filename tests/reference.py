@@ -252,12 +252,13 @@ def alps(
     """ADMM with its three matrices, word for word, then exact least squares; float64 weight and mask."""
     target_OI, hessian_II, _ = scaled(weight_OI, gram_II, ridge)
     target_OI[:, gram_II.diagonal() == 0] = 0
-    dense_OI, dual_OI, penalty = target_OI.clone(), torch.zeros_like(target_OI), 0.1
+    dense_OI, dual_OI, penalty = target_OI.clone(), torch.zeros_like(target_OI), 0.2
     for iteration in range(iterations):
+        quarter = int(4 * iteration / iterations)
         sparse_OI = (dense_OI + dual_OI) * keep_mask((dense_OI + dual_OI).abs(), pattern, sparsity)
         dual_OI = dual_OI + dense_OI - sparse_OI
-        if iteration and iteration % 4 == 0:
-            penalty, dual_OI = penalty * 1.5, dual_OI / 1.5
+        while penalty < 0.2 * 2**quarter:
+            penalty, dual_OI = penalty * 2, dual_OI / 2
         right_OI = target_OI @ hessian_II + penalty * (sparse_OI - dual_OI)
         dense_OI = right_OI @ torch.linalg.inv(hessian_II + penalty * torch.eye(len(hessian_II)))
     keep_OI = keep_mask((dense_OI + dual_OI).abs(), pattern, sparsity)

@@ -132,7 +132,7 @@ def test_alps_is_that_of_the_reference(pattern, iterations):
     # The reference breaks ties of weights that are exactly 0 in its own order.
     alive_I = X_TI.any(dim=0)
     assert torch.equal(pruned.keep_OI[:, alive_I], keep[:, alive_I])
-    torch.testing.assert_close(pruned.weight_OI.double(), weight, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(pruned.weight_OI.double(), weight, rtol=0.02, atol=0.05)
 
 
 @given(
@@ -169,13 +169,13 @@ def test_inverses_are_shared_by_linears_with_the_same_input(monkeypatch):
     statistics, calls = gather(X_TI), []
     real = torch.linalg.cholesky_ex
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda *a, **k: calls.append(1) or real(*a, **k))
-    for name, count in (("alps", 8), ("sparsegpt", 1)):
+    for name, count in (("alps", 4), ("sparsegpt", 1)):
         for _ in range(3):
             METHODS[name].prune(weight_OI, statistics, Pattern(), 0.5, Options())
         assert len(calls) == count
         calls.clear()
     METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, Options(damping=0.5))
-    assert len(calls) == 8
+    assert len(calls) == 4
     calls.clear()
     statistics.add(X_TI)
     METHODS["sparsegpt"].prune(weight_OI, statistics, Pattern(), 0.5, Options())

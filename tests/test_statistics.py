@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunus import statistics
+from prunus import products, statistics
 from prunus.ranks import ALONE
 from prunus.statistics import InputStatistics, statistics_bytes
 
@@ -118,3 +118,21 @@ def test_bytes_are_those_of_the_tensors(needs):
     gathered = InputStatistics(33, needs)
     held = [gathered.sum_squares_I] + ([gathered.gram_II] if gathered.gram_II is not None else [])
     assert statistics_bytes(33, needs) == sum(tensor.nbytes for tensor in held)
+
+
+@pytest.mark.parametrize("width", [20, 600])  # the wider one in blocks on and above the diagonal
+def test_a_coarse_gram_rounds_products_of_different_features_only(monkeypatch, width):
+    monkeypatch.setattr(products, "native_bfloat16", lambda: True)
+    X_TI = torch.randn(96, width, generator=torch.Generator().manual_seed(0)).bfloat16()
+    coarse = InputStatistics(width, "gram", coarse=True)
+    unrounded = InputStatistics(width, "gram", coarse=True)
+    for part_TI in X_TI.split(32):
+        coarse.add(part_TI)
+        unrounded.add(part_TI.float())  # float32 inputs are worth float32 products
+    gram_II = X_TI.double().T @ X_TI.double()
+    torch.testing.assert_close(unrounded.gram_II.double(), gram_II, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(coarse.gram_II.diagonal().double(), gram_II.diagonal(), rtol=1e-6, atol=0)
+    assert torch.equal(coarse.gram_II, coarse.gram_II.T)
+    size_II = X_TI.double().abs().T @ X_TI.double().abs()
+    assert bool(((coarse.gram_II.double() - gram_II).abs() <= 2**-8 * size_II).all())
+    assert not torch.equal(coarse.gram_II, unrounded.gram_II)

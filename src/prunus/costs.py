@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 
-from prunus.engine.divergence import TOKENS
+from prunus.engine.divergence import ONE_IN, TOKENS
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
-from prunus.engine.retouch import RetouchJob
+from prunus.engine.retouch import ONE_HELD_OUT_IN, RetouchJob
 from prunus.machine import matmul_rate
 from prunus.model.kinds import CAUSAL
 from prunus.model.skeleton import Skeleton
@@ -82,9 +82,10 @@ def estimate_seconds(work: Workload) -> float:
                 for r, c, reached in columns
             )
     if retouch_job is not None:
-        # The last block is matched by its logits: the head forwards twice, and once back.
+        # The last block is matched by its logits: the head forwards twice, and once back for some of the tokens.
         in_window, hidden = work.skeleton.window_shape(len(work.skeleton) - 1, work.recipe.seqlen)
-        flops += 6.0 * _head_rows(work.skeleton) * hidden * work.windows * in_window * retouch_job.passes
+        tokens = work.windows * in_window * retouch_job.passes
+        flops += (4.0 / ONE_HELD_OUT_IN + 6.0 / ONE_IN) * _head_rows(work.skeleton) * hidden * tokens
     return round(1.4 * flops / matmul_rate(work.device, work.dtype), 1)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["coarse_product", "native_bfloat16"]
+__all__ = ["coarse_product", "multiplies_bfloat16", "native_bfloat16"]
 
 # Below so many multiplications, rounding costs more time than it saves.
 _WORTHWHILE = 2**24
@@ -21,12 +21,19 @@ def native_bfloat16() -> bool:
     return any(bool(getattr(torch.cpu, check, lambda: False)()) for check in checks)
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether that is a processor which does."""
+    return device.type == "cpu" and native_bfloat16()
+
+
 def coarse_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right of float32 matrices, float32: by way of bfloat16 where that is faster, else exactly as it stands.
+    """left @ right, float32: by way of bfloat16 where that is faster, else exactly as it stands.
+
+    Both are float32, or both are rounded already.
 
     For what is corrected afterwards anyway, such as the steps of an iteration, or is small against what it is added to.
     """
     multiplications = left.shape[0] * left.shape[1] * right.shape[1]
-    if left.device.type == "cpu" and multiplications >= _WORTHWHILE and native_bfloat16():
+    if multiplications >= _WORTHWHILE and multiplies_bfloat16(left.device):
         return (left.bfloat16() @ right.bfloat16()).float()
-    return left @ right
+    return left.float() @ right.float()

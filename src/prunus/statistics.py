@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from prunus.products import coarse_product
+from prunus.products import coarse_product, multiplies_bfloat16
 from prunus.ranks import Ranks
 
 Needs = Literal["none", "norms", "gram"]
@@ -45,6 +45,8 @@ class InputStatistics:
             `hold_out` was asked for.
         held_tokens: how many of the tokens these are.
         as_original: sum a Gram in the order of SparseGPT's code; see `_add_as_original`.
+        coarse: whoever uses the Gram bears rounding beside its diagonal: inputs in bfloat16 are multiplied in it where
+            the processor does so, and each batch's products rounded to 8 bits. The diagonal stays as it is.
         shared: these are of some batches only, others see the rest; see `complete`.
     """
 
@@ -58,6 +60,7 @@ class InputStatistics:
         drift: bool = False,
         hold_out: bool = False,
         shared: bool = False,
+        coarse: bool = False,
     ) -> None:
         if needs not in NEEDS:
             raise ValueError(f"statistics can be {', '.join(NEEDS)}, not {needs!r}")
@@ -66,6 +69,7 @@ class InputStatistics:
         self.in_features = in_features
         self.needs: Needs = needs
         self.as_original = as_original and needs == "gram"
+        self.coarse = coarse
         self.tokens = 0
         self._windows = 0
         self.sum_squares_I = torch.zeros(in_features, dtype=torch.float64, device=device)
@@ -149,18 +153,28 @@ class InputStatistics:
         if self.gram_II is not None:
             if held_out and self.held_gram_II is not None:
                 part_II = torch.zeros_like(self.gram_II)
-                _add_gram(part_II, X_TI.float())
+                self._add_gram(part_II, X_TI, sums_2I[0])
                 self.held_gram_II += part_II
                 self.gram_II += part_II
             else:
-                _add_gram(self.gram_II, X_TI.float())
+                self._add_gram(self.gram_II, X_TI, sums_2I[0])
         if self.drift_II is not None and dense_TI is not None:
-            X_TI = X_TI.float()
-            part_II = coarse_product((dense_TI.float() - X_TI).T, X_TI)
+            if not X_TI.dtype == dense_TI.dtype == torch.bfloat16:
+                X_TI, dense_TI = X_TI.float(), dense_TI.float()
+            part_II = coarse_product((dense_TI - X_TI).T, X_TI)
             self.drift_II += part_II
             if held_out and self.held_drift_II is not None:
                 self.held_drift_II += part_II
             self._paired += X_TI.shape[0]
+
+    def _add_gram(self, gram_II: Tensor, X_TI: Tensor, squares_I: Tensor) -> None:
+        """Add XᵀX to `gram_II`; `squares_I`, float64, is its diagonal."""
+        if self.coarse and X_TI.dtype == torch.bfloat16 and multiplies_bfloat16(X_TI.device):
+            diagonal_I = gram_II.diagonal() + squares_I
+            _add_gram(gram_II, X_TI)
+            gram_II.diagonal().copy_(diagonal_I)
+        else:
+            _add_gram(gram_II, X_TI.float())
 
     def complete(self, ranks: Ranks) -> None:
         """Make these the statistics of all ranks' batches, where they are shared. All ranks call it at once.
@@ -237,15 +251,22 @@ def _add_gram(gram_II: Tensor, X_TI: Tensor) -> None:
     """Add XᵀX, of which a processor computes only the blocks on and above the diagonal, and mirrors the rest."""
     width = len(gram_II)
     if gram_II.device.type != "cpu" or width < _SYMMETRIC_FROM:
-        gram_II.addmm_(X_TI.T, X_TI)
+        _add_product(gram_II, X_TI.T, X_TI)
         return
     edges = [width * part // _PARTS for part in range(_PARTS + 1)]
     spans = [slice(start, stop) for start, stop in pairwise(edges)]
     for place, rows in enumerate(spans):
         for columns in spans[place:]:
-            gram_II[rows, columns].addmm_(X_TI[:, rows].T, X_TI[:, columns])
+            _add_product(gram_II[rows, columns], X_TI[:, rows].T, X_TI[:, columns])
             if columns != rows:
                 gram_II[columns, rows] = gram_II[rows, columns].T
+
+
+def _add_product(sum_II: Tensor, left_IT: Tensor, right_TI: Tensor) -> None:
+    if right_TI.dtype == sum_II.dtype:
+        sum_II.addmm_(left_IT, right_TI)
+    else:
+        sum_II.add_(left_IT @ right_TI)
 
 
 def statistics_bytes(in_features: int, needs: Needs, drift: bool = False) -> int:

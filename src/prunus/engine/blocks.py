@@ -127,6 +127,7 @@ class BlockEngine:
                 drift=method.needs_drift,
                 hold_out=method.holds_out,
                 shared=self.ranks.size > 1,
+                coarse=method.ridged,
             )
 
         def prune_one(linear: Linear, statistics: InputStatistics) -> None:
@@ -257,6 +258,7 @@ class BlockEngine:
                 self.device,
                 means=method.needs_means,
                 shared=self.ranks.size > 1,
+                coarse=method.ridged,
             )
             for position, ids in enumerate(batches):
                 x = self.skeleton.head_input(ids.to(self.device), self.stream.states.get(position))

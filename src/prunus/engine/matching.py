@@ -40,7 +40,9 @@ class MatchOptions:
         seconds: stop after that long although passes are left, with the schedule shortened to fit; None: no limit.
         per_token: every token's error counts relative to that token's own target, not to all of them: the few tokens of
             enormous hidden states that most models have would count for all others otherwise.
-        dtype: of matrix products and activations (float32 or bfloat16); weights, gradients and moments are float32.
+        dtype: of matrix products and activations (float32 or bfloat16); the weights that are trained and their moments
+            are float32. A block that is in that dtype computes in it throughout, any other in float32 with its products
+            cast.
     """
 
     learning_rate: float = 3e-4
@@ -96,7 +98,8 @@ def match_block(
     """
     if not supports or not train or not held_out:
         raise ValueError("block matching needs pruned linears, batches to train on and batches to judge by")
-    with _float32(block):
+    native = all(p.dtype == options.dtype for p in block.parameters() if p.is_floating_point())
+    with contextlib.nullcontext() if native else _float32(block):
         parameters = {name: block.get_parameter(name) for name in supports}
         begin = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         try:
@@ -120,9 +123,14 @@ def _train(
     options: MatchOptions,
     compare: Compare,
 ) -> Match:
-    device = next(iter(parameters.values())).device
-    autocast = torch.autocast(device.type, options.dtype, enabled=options.dtype != torch.float32)
-    optimizer = torch.optim.Adam(parameters.values(), lr=options.learning_rate, fused=True)
+    first = next(iter(parameters.values()))
+    autocast = torch.autocast(first.device.type, options.dtype, enabled=options.dtype != first.dtype)
+    # In bfloat16 a parameter is what its float32 weight is rounded to, before every step: small steps add up there.
+    weights = {
+        name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+        for name, p in parameters.items()
+    }
+    optimizer = torch.optim.Adam(weights.values(), lr=options.learning_rate, fused=True)
     started, steps, total = time.perf_counter(), 0, options.passes * len(train)
 
     def share() -> float:
@@ -139,7 +147,7 @@ def _train(
         raise ValueError(
             "the block's outputs or their targets are not finite; check the checkpoints' weights"
         )
-    weights = _copies(parameters)
+    best_weights = _copies(weights)
     stopped = None
     while steps < total and share() < 1 and stopped is None:
         for batch in train:
@@ -155,17 +163,25 @@ def _train(
                 break
             loss.backward()
             for name, parameter in parameters.items():
-                if parameter.grad is not None:  # an expert that no token of this batch reached has none
-                    parameter.grad.mul_(supports[name])  # a tenth of masked_fill's time on a processor
+                if parameter.grad is None:  # an expert that no token of this batch reached
+                    continue
+                gradient, parameter.grad = parameter.grad.float(), None
+                weights[name].grad = gradient.mul_(
+                    supports[name]
+                )  # a tenth of masked_fill's time on a processor
             optimizer.step()
             optimizer.zero_grad()
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    if weights[name] is not parameter:
+                        parameter.copy_(weights[name])
             steps += 1
         error = judge()
         if error < best:
-            best, weights = error, _copies(parameters)
+            best, best_weights = error, _copies(weights)
     if stopped is None and steps < total:
         stopped = "out of time"  # while the last pass was judged
-    return Match(weights, before, best, steps, stopped)
+    return Match(best_weights, before, best, steps, stopped)
 
 
 def _squares(

@@ -16,10 +16,10 @@ from prunus.engine.divergence import Compare
 from prunus.engine.matching import MatchOptions, match_block
 from prunus.manifest import MatchRecord
 
-__all__ = ["PASSES", "RetouchJob", "default_rate", "retouch"]
+__all__ = ["ONE_HELD_OUT_IN", "PASSES", "RetouchJob", "default_rate", "retouch"]
 
-# One batch in so many is not trained on, and says which pass was the best.
-_ONE_HELD_OUT_IN = 8
+#: One batch in so many is not trained on, and says which pass was the best.
+ONE_HELD_OUT_IN = 8
 
 #: Over the calibration windows, where nothing else is asked for.
 PASSES = 5
@@ -79,7 +79,7 @@ def retouch(
     for key, parameter in block.named_parameters():
         if parameter.dim() == 1 and key in stored and stored[key].is_floating_point():
             supports[key] = torch.ones(parameter.shape, dtype=torch.bool, device=device)
-    held_out = max(1, count // _ONE_HELD_OUT_IN)
+    held_out = max(1, count // ONE_HELD_OUT_IN)
     options = MatchOptions(job.learning_rate, job.passes, None, job.dtype, per_token=True)
     try:
         match = match_block(

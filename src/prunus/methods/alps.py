@@ -28,14 +28,12 @@ from prunus.patterns import Pattern, keep_mask
 from prunus.products import coarse_product
 from prunus.statistics import InputStatistics
 
-# ρ, against a diagonal of H of about 1: where it starts, and by how much it grows, how often. Larger steps cost error,
-# smaller ones inverses.
-_FIRST_PENALTY = 0.1
-_GROWTH = 1.5
+# ρ, against a diagonal of H of about 1: each for a quarter of the iterations. On four linears of SmolLM2 at 50 % and 2:4
+# twice as many iterations with twice as many penalties, from 0.1 to 1.7, lower the error held out by 0.3 to 2 %.
+_PENALTIES = (0.2, 0.4, 0.8, 1.6)
 #: Of the splitting, where nothing else is asked for.
-ITERATIONS = 32
-_ITERATIONS_PER_PENALTY = 4
-_FINAL_STEPS = 10
+ITERATIONS = 16
+_FINAL_STEPS = 6
 # Inverses beyond this many bytes are not kept for the next linear with the same input.
 _MOST_KEPT = 2**28
 
@@ -72,14 +70,15 @@ def _split(
     sum_OI = target_OI.clone()
     dual_OI = torch.empty_like(sum_OI)
     iterations = options.iterations or ITERATIONS
+    penalty = 0.0
     for iteration in range(iterations):
-        step, within = divmod(iteration, _ITERATIONS_PER_PENALTY)
-        if within == 0:
-            shrink_II = _shrink(statistics, scaled, iterations, _FIRST_PENALTY * _GROWTH**step)
+        before, penalty = penalty, _PENALTIES[len(_PENALTIES) * iteration // iterations]
+        if penalty != before:
+            shrink_II = _shrink(statistics, scaled, penalty)
         kept_OI = keep_mask(sum_OI.abs(), pattern, sparsity) * sum_OI
         torch.sub(sum_OI, kept_OI, out=dual_OI)
-        if within == 0 and step > 0:
-            dual_OI.div_(_GROWTH)  # U is the multiplier in units of ρ
+        if penalty != before > 0:
+            dual_OI.mul_(before / penalty)  # U is the multiplier in units of ρ
         kept_OI.sub_(dual_OI).sub_(target_OI)
         torch.add(dual_OI.add_(target_OI), coarse_product(kept_OI, shrink_II), out=sum_OI)
     keep_OI = keep_mask(sum_OI.abs(), pattern, sparsity)
@@ -88,7 +87,7 @@ def _split(
     return masked(solution_OI.div_(scaled.scale_I), keep_OI, notes)
 
 
-def _shrink(statistics: InputStatistics, scaled: ScaledGram, iterations: int, penalty: float) -> Tensor:
+def _shrink(statistics: InputStatistics, scaled: ScaledGram, penalty: float) -> Tensor:
     """ρ(H + ρI)⁻¹, float32 (I, I), kept beside the statistics where all of a run's fit there."""
 
     def compute() -> Tensor:
@@ -99,8 +98,7 @@ def _shrink(statistics: InputStatistics, scaled: ScaledGram, iterations: int, pe
             raise ValueError("the Gram matrix of the inputs cannot be inverted: is it finite?")
         return torch.cholesky_inverse(lower_II).mul_(penalty)
 
-    penalties = -(-iterations // _ITERATIONS_PER_PENALTY)
-    if penalties * scaled.gram_II.nbytes > _MOST_KEPT:
+    if len(_PENALTIES) * scaled.gram_II.nbytes > _MOST_KEPT:
         return compute()
     return statistics.derived(("alps", scaled.damping, penalty), compute)
 
@@ -113,5 +111,5 @@ ALPS = Method(
     updates_weights=True,
     summary="mask and weights together by ADMM, then least squares; loses least, takes longest",
     ridged=True,
-    products=45,
+    products=25,
 )
