@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def found(tmp_path_factory) -> dict[str, dict]:
             "lost",
             "judged",
             "recovered",
+            *(["permuted"] if find_spec("scipy") else []),
         ],
         capture_output=True,
         text=True,
@@ -62,6 +64,15 @@ def test_uneven_shares_and_ranks_without_windows(found):
     uneven = {"5 windows on 3", "2 windows on 4"}
     assert set(found["uneven"]) == uneven | {f"experts, {name}" for name in uneven}
     assert all(case["bytes"] for case in found["uneven"].values())
+
+
+@pytest.mark.parametrize("method", ["wanda", "ria", "alps"])
+def test_orders_of_channels_are_those_of_one_process(found, method):
+    pytest.importorskip("scipy")
+    result = found["permuted"][method]
+    assert result["moved"] == 4, "o and down of two blocks"
+    assert result["masks"] <= 1e-4
+    assert result["bytes"] or method == "alps"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Knows weights, hidden states and walks; nothing of folders, manifests on disk, o
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,6 +69,8 @@ class BlockEngine:
     min_expert_tokens: int | None = None
     stream: Stream = field(init=False)
     dense: DenseCompanion | None = field(init=False, default=None)
+    #: Batches of every rank, this one's among them.
+    _counts: list[int] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.stream = Stream(self.skeleton, self.source, self.device)
@@ -77,8 +80,14 @@ class BlockEngine:
     def embed(self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True) -> None:
         """Run what comes before the blocks; see `Stream.embed`."""
         self.stream.embed(batches, spill_to, on_device)
+        self._counts = [each for (each,) in self.ranks.gather([len(batches)])]
         if self.dense is not None:
             self.dense.embed(batches, spill_to, on_device)
+
+    @property
+    def _before(self) -> int:
+        """Batches of the ranks before this one: the number of its first among all."""
+        return sum(self._counts[: self.ranks.rank])
 
     def propagate(self, index: int, stored: Mapping[str, torch.Tensor]) -> None:
         """Run a finished block (tensors by relative name) over all batches, as when it was pruned."""
@@ -152,10 +161,8 @@ class BlockEngine:
                 )
 
         unreached, match = linears, None
-        count = len(self.stream)
-        counts = [each for (each,) in self.ranks.gather([count])]
-        with_windows, before = sum(counts) > 0, sum(counts[: self.ranks.rank])
-        held_out = frozenset(batch - before for batch in _held_out(sum(counts)))
+        count, with_windows = len(self.stream), sum(self._counts) > 0
+        held_out = frozenset(batch - self._before for batch in _held_out(sum(self._counts)))
         with contextlib.ExitStack() as stack:
             feed: Feed = plain_feed
             if self.dense is not None:
@@ -224,21 +231,25 @@ class BlockEngine:
             yield divergence(logits)
 
     def _folds(self, index: int, block: torch.nn.Module, targets: Sequence[str]) -> dict[str, Fold]:
-        """By relative name of a linear, the order of whose inputs is free: what follows it. Tried on the first batch."""
-        if not len(self.stream):
-            return {}
+        """By relative name of a linear, the order of whose inputs is free: what follows it. Tried on the first batch.
+
+        One rank alone has that batch, and tells the others which guess held.
+        """
         linears = {linear.name: linear for linear in self.skeleton.linears(index)}
         heads = getattr(self.source.config.get_text_config(), "num_attention_heads", None)
         pattern = self.linear_job.pattern
         assert pattern.m is not None
-        forward = self.stream.forward(index, block)
-        found = {}
-        for name, guesses in find_folds(list(linears.values()), heads, pattern.m).items():
-            if name in targets:
-                works = (guess for guess in guesses if holds(guess, linears, lambda: forward(0)))
+        found = find_folds(list(linears.values()), heads, pattern.m)
+        guessed = {name: guesses for name, guesses in found.items() if name in targets}
+        held: dict[str, int] = {}
+        if self._before == 0 and len(self.stream):
+            forward = self.stream.forward(index, block)
+            for name, guesses in guessed.items():
+                works = (i for i, guess in enumerate(guesses) if holds(guess, linears, lambda: forward(0)))
                 if (chosen := next(works, None)) is not None:
-                    found[name] = chosen
-        return found
+                    held[name] = chosen
+        told = [json.loads(text) for text in self.ranks.gather_text(json.dumps(held))]
+        return {name: guessed[name][chosen] for each in told for name, chosen in each.items()}
 
     def prune_head(self, batches: Sequence[torch.Tensor]) -> tuple[dict[str, torch.Tensor], LinearRecord]:
         """Prune the output head on what the final norm gives after the last block.
