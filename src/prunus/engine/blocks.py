@@ -22,6 +22,7 @@ from prunus.engine.lockstep import lockstep
 from prunus.engine.replay import replay
 from prunus.engine.retouch import RetouchJob, retouch
 from prunus.engine.routing import find_routings, least_tokens
+from prunus.engine.step_batches import StepBatches, splitting
 from prunus.engine.stream import Stream
 from prunus.engine.two_pass import two_pass
 from prunus.engine.watching import Feed, plain_feed
@@ -30,7 +31,7 @@ from prunus.model.kinds import CAUSAL
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
-from prunus.ranks import ALONE, Ranks
+from prunus.ranks import ALONE, Ranks, shares
 from prunus.statistics import InputStatistics
 
 __all__ = ["BlockEngine"]
@@ -55,7 +56,7 @@ class BlockEngine:
         sparsities: by full name of a linear, where it is not the `linear_job`'s.
         min_expert_tokens: an expert that fewer tokens choose is measured on all; see `routing`.
         retouch_job: how each block is matched to the dense block once it is pruned, or None.
-        ranks: who has windows of the same run; `embed` is given this rank's.
+        ranks: who has windows of the same run.
     """
 
     skeleton: Skeleton
@@ -71,6 +72,8 @@ class BlockEngine:
     dense: DenseCompanion | None = field(init=False, default=None)
     #: Batches of every rank, this one's among them.
     _counts: list[int] = field(init=False, default_factory=list)
+    #: Who takes the windows of a training step apart; see `step_batches`.
+    _split: Ranks = field(init=False, default=ALONE)
 
     def __post_init__(self) -> None:
         self.stream = Stream(self.skeleton, self.source, self.device)
@@ -78,11 +81,21 @@ class BlockEngine:
             self.dense = DenseCompanion(self.skeleton, self.source, self.device)
 
     def embed(self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True) -> None:
-        """Run what comes before the blocks; see `Stream.embed`."""
-        self.stream.embed(batches, spill_to, on_device)
-        self._counts = [each for (each,) in self.ranks.gather([len(batches)])]
+        """Run what comes before the blocks on this rank's share of all `batches`; see `Stream.embed`."""
+        self._counts = [len(part) for part in shares(len(batches), self.ranks.size)]
+        others: list[torch.Tensor] = []
+        if self.retouch_job is not None:
+            self._split = splitting(self.ranks, max(map(len, batches)), self.device)
+            others = [ids[: len(self._split.share(len(ids)))] for ids in batches]
+        batches = self.mine(batches)
+        self.stream.embed(batches, spill_to, on_device, others)
         if self.dense is not None:
             self.dense.embed(batches, spill_to, on_device)
+
+    def mine(self, batches: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Of all batches those of this rank."""
+        share = self.ranks.share(len(batches))
+        return batches[share.start : share.stop]
 
     @property
     def _before(self) -> int:
@@ -183,6 +196,12 @@ class BlockEngine:
         if self.retouch_job is not None:
             assert self.dense is not None
             if changed:
+                self.ranks.at(f"{name}, matching")
+                inputs, wanted = (
+                    StepBatches(states, self._counts, self.ranks, self._split, self.device)
+                    for states in (self.stream.states, self.dense.stream.states)
+                )
+                run = self.stream.call(index, block)
                 with self._compare(index) as compare:
                     trained, match = retouch(
                         self.retouch_job,
@@ -190,10 +209,11 @@ class BlockEngine:
                         block,
                         stored,
                         changed,
-                        forward,
-                        self.dense.stream.states.get,
-                        count,
+                        lambda batch: run(x) if len(x := inputs.get(batch)) else x,
+                        wanted.get,
+                        len(inputs),
                         compare,
+                        self._split,
                     )
                 changed |= trained
                 for linear in linears:
@@ -228,7 +248,7 @@ class BlockEngine:
             return self.skeleton.logits(ids, hidden.to(self.skeleton.dtype))
 
         with self.skeleton.surroundings(self.source.outer, self.device, with_head=True, with_embedding=False):
-            yield divergence(logits)
+            yield divergence(logits, self.ranks if self._split is ALONE else ALONE)
 
     def _folds(self, index: int, block: torch.nn.Module, targets: Sequence[str]) -> dict[str, Fold]:
         """By relative name of a linear, the order of whose inputs is free: what follows it. Tried on the first batch.
@@ -269,7 +289,7 @@ class BlockEngine:
                 means=method.needs_means,
                 shared=self.ranks.size > 1,
             )
-            for position, ids in enumerate(batches):
+            for position, ids in enumerate(self.mine(batches)):
                 x = self.skeleton.head_input(ids.to(self.device), self.stream.states.get(position))
                 statistics.add(x.reshape(-1, x.shape[-1]))
             statistics.complete(self.ranks)
