@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import signal
@@ -20,7 +21,10 @@ import torch
 torch.set_num_threads(1)
 
 import prunus  # noqa: E402
-from prunus.ranks import joined  # noqa: E402
+from prunus.engine import divergence  # noqa: E402
+from prunus.engine.step_batches import StepBatches  # noqa: E402
+from prunus.manifest import Manifest  # noqa: E402
+from prunus.ranks import RankError, joined  # noqa: E402
 from prunus.statistics import InputStatistics  # noqa: E402
 from ranks import forked, in_ranks  # noqa: E402
 from tiny import tiny_checkpoint, token_ids  # noqa: E402
@@ -99,6 +103,79 @@ def uneven(scratch: Path) -> dict[str, Any]:
     return found
 
 
+def permuted(scratch: Path) -> dict[str, Any]:
+    """Orders of channels, also where the first rank has no window to try them on. Needs SciPy."""
+    dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
+    found = {}
+    for method, size, windows in (("wanda", 2, 6), ("ria", 4, 2), ("alps", 2, 6)):
+        options = {"calibration": token_ids(windows), "pattern": "2:4", "permute": True, "method": method}
+        alone = prune(dense, scratch / f"{method} one", **options)
+        status = in_ranks(size, lambda _: prune(dense, scratch / method, **options))  # noqa: B023
+        assert not any(status), (method, status)
+        notes = [linear.notes["permuted"] for block in alone.blocks for linear in block.linears.values()]
+        found[method] = {
+            "moved": sum(note.startswith("with ") for note in notes),
+            **compare(scratch / f"{method} one", scratch / method),
+        }
+    return found
+
+
+def matched(scratch: Path) -> dict[str, Any]:
+    """Blocks trained by several ranks, against one: alike window by window, or each a part of every step's windows."""
+    divergence.TOKENS = 6  # three pieces of a window in front of the head, for two ranks or four
+    llama = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
+    routed = tiny_checkpoint(scratch / "routed", "qwen3_moe", torch.bfloat16)
+    best = {"method": "alps", "targets": "dense"}
+    cases: dict[str, tuple[Path, int, int, dict[str, Any]]] = {
+        "alike": (llama, 2, 6, {}),
+        "more ranks than windows": (llama, 4, 3, {}),
+        "apart": (llama, 2, 7, {"batch": 2}),  # the last step has one window
+        "apart, best, 2:4": (llama, 3, 32, best | {"batch": 4, "pattern": "2:4"}),
+        "apart, experts": (routed, 2, 6, {"batch": 2}),
+    }
+    found = {}
+    for name, (dense, size, windows, more) in cases.items():
+        options = {"calibration": token_ids(windows), "match_blocks": True, "match_rate": 1e-3, **more}
+        one, several = scratch / f"{name} one", scratch / name
+        alone = prune(dense, one, **options)
+        status = in_ranks(size, lambda _: prune(dense, several, **options))  # noqa: B023
+        assert not any(status), (name, status)
+        both = Manifest.load(several)
+        found[name] = {
+            "before": [block.match.error_before for block in alone.blocks],
+            "alone": [block.match.error_after for block in alone.blocks],
+            "several": [block.match.error_after for block in both.blocks],
+            **compare(one, several),
+        }
+
+    def killed_in_training(rank: int) -> None:
+        original, steps = StepBatches.get, itertools.count()
+
+        def get(batches: Any, batch: int) -> torch.Tensor:
+            if rank == 1 and next(steps) == 100:  # in the second block
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(batches, batch)
+
+        StepBatches.get = get  # type: ignore[method-assign]
+        try:
+            prune(llama, scratch / "killed", match_blocks=True, match_rate=1e-3, rank_timeout=5.0)
+        except RankError as fault:
+            (scratch / f"killed {rank}").write_text(str(fault))
+
+    in_ranks(2, killed_in_training)
+    blocks = len(list((scratch / "killed").glob("block-*.safetensors")))
+    status = in_ranks(
+        3, lambda _: prune(llama, scratch / "killed", match_blocks=True, match_rate=1e-3, resume=True)
+    )
+    assert not any(status), status
+    found["killed"] = {
+        "said": (scratch / "killed 0").read_text(),
+        "blocks": blocks,
+        **compare(scratch / "alike one", scratch / "killed"),
+    }
+    return found
+
+
 def experts(scratch: Path) -> None:
     """On every rank: a block whose experts only some ranks' tokens reach, walked in all three ways, against one rank."""
     from prunus.engine.lockstep import lockstep
@@ -160,7 +237,6 @@ def refused(scratch: Path) -> dict[str, Any]:
     """What several processes cannot do together, and what is wrong on one of them, ends before any work."""
     dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
     cases: dict[str, dict[int, dict[str, Any]]] = {
-        "match": {0: {"match_blocks": True, "method": "alps"}},
         "original": {0: {"method": "sparsegpt", "propagate": "block"}},
         "other options": {0: {"sparsity": 0.5}, 1: {"sparsity": 0.6}},
     }

@@ -18,7 +18,7 @@ from command_line import call
 from prunus.costs import estimate_seconds
 from prunus.engine.stream import Stream
 from prunus.evaluation.streamed import StreamedModel
-from prunus.model.experts import Experts, Fused
+from prunus.model.experts import Experts, Fused, find_routers
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.plan import Job, RunOptions, prepare
@@ -456,3 +456,28 @@ def test_an_inspection_shows_every_expert(tmp_path):
     experts = [linear for linear in found.linears if ".experts." in linear.name]
     assert len(experts) == 2 * 4 * 3
     assert all("2:4" in linear.patterns for linear in experts)
+
+
+def test_what_passes_hidden_states_on_beside_experts_is_no_router():
+    """Attention and a shared expert whose inner widths happen to be the number of experts, or one."""
+
+    def of(**children: nn.Module) -> nn.Module:
+        module = nn.Module()
+        for name, child in children.items():
+            module.add_module(name, child)
+        return module
+
+    linear = nn.Linear
+    block = of(
+        mlp=of(
+            attention=of(q=linear(8, 8), k=linear(8, 4), v=linear(8, 1), o=linear(8, 8)),
+            shared=of(up=linear(8, 4), down=linear(4, 8)),
+            shared_gate=linear(8, 1),
+            gate=of(wg=linear(8, 4)),
+            deep=nn.Sequential(linear(8, 6), nn.Tanh(), linear(6, 4)),
+            latent=linear(8, 6),
+            experts=nn.ModuleList(of(up=linear(8, 4), down=linear(4, 8)) for _ in range(4)),
+        ),
+        head=linear(8, 4),
+    )
+    assert find_routers(block) == {"mlp.shared_gate", "mlp.gate.wg", "mlp.deep.2"}

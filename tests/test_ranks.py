@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,8 @@ def found(tmp_path_factory) -> dict[str, dict]:
             "lost",
             "judged",
             "recovered",
+            "matched",
+            *(["permuted"] if find_spec("scipy") else []),
         ],
         capture_output=True,
         text=True,
@@ -64,10 +67,43 @@ def test_uneven_shares_and_ranks_without_windows(found):
     assert all(case["bytes"] for case in found["uneven"].values())
 
 
+@pytest.mark.parametrize("name", ["alike", "more ranks than windows"])
+def test_steps_of_one_window_are_those_of_one_process(found, name):
+    result = found["matched"][name]
+    assert result["bytes"]
+    assert all(after < before for before, after in zip(result["before"], result["several"], strict=True)), (
+        "something was learnt"
+    )
+
+
+@pytest.mark.parametrize("name", ["apart", "apart, best, 2:4", "apart, experts"])
+def test_blocks_are_matched_as_well_as_by_one_process(found, name):
+    result = found["matched"][name]
+    assert result["several"] == pytest.approx(result["alone"], rel=0.1)
+    # What is rounded otherwise in the first block moves what ALPS chooses in the second.
+    assert result["masks"] <= (1e-2 if "best" in name else 1e-3)
+    assert sum(result["several"]) < sum(result["before"])
+
+
+def test_a_rank_lost_in_training_is_named_and_another_number_goes_on(found):
+    result = found["matched"]["killed"]
+    assert "rank 1 (process" in result["said"] and "has died" in result["said"]
+    assert result["blocks"] == 1
+    assert result["bytes"]
+
+
+@pytest.mark.parametrize("method", ["wanda", "ria", "alps"])
+def test_orders_of_channels_are_those_of_one_process(found, method):
+    pytest.importorskip("scipy")
+    result = found["permuted"][method]
+    assert result["moved"] == 4, "o and down of two blocks"
+    assert result["masks"] <= 1e-4
+    assert result["bytes"] or method == "alps"
+
+
 @pytest.mark.parametrize(
     ("case", "says"),
     [
-        ("match", "--match-blocks takes one step"),
         ("original", "--propagate block keeps"),
         ("other options", ""),
     ],

@@ -50,16 +50,6 @@ def check_shareable(recipe: Recipe, ranks: Ranks) -> None:
     """
     if ranks.size == 1:
         return
-    if recipe.match_blocks:
-        raise ValueError(
-            f"--match-blocks takes one step of training after the other, each on one batch: {ranks.size} ranks cannot "
-            "share that. Leave it out, or run one process"
-        )
-    if recipe.permute:
-        raise ValueError(
-            f"--permute tries orders of the inputs on the first window, which one of {ranks.size} ranks alone has. Leave "
-            "it out, or run one process"
-        )
     if recipe.propagate == "block" and recipe.method in ("sparsegpt", "obs"):
         raise ValueError(
             f"--propagate block keeps the original's order of operations for {recipe.method}, window after window: "

@@ -238,8 +238,6 @@ def _carry_out(
     )
     with torch.no_grad(), contextlib.closing(engine), _threads(1 if job.as_original else None):
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()
-        mine = ranks.share(len(batches))
-        batches = batches[mine.start : mine.stop]
         scratch = output or Path(tempfile.gettempdir())
         engine.embed(batches, spill_to=scratch if job.spills else None, on_device=job.hidden_stay)
         for index in range(len(job.skeleton)):

@@ -156,7 +156,8 @@ OPTIONS: dict[str, Any] = {
         typer.Option(
             "--match-blocks",
             help="Train each block, once pruned, towards the dense block's outputs, the last one towards the dense "
-            "model's logits: surviving weights, norms, biases; masks stay.",
+            "model's logits: surviving weights, norms, biases; masks stay. A step takes one batch, by default of one "
+            "window; under torchrun the processes share the windows of each.",
         ),
     ],
     "match_passes": Annotated[

@@ -6,6 +6,7 @@ Knows weights, hidden states and walks; nothing of folders, manifests on disk, o
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 
 from prunus.engine.checks import check_same, checked_digest
-from prunus.engine.companion import DenseCompanion, DenseInputs
+from prunus.engine.companion import DenseCompanion, feed_both, held_out_of
 from prunus.engine.divergence import Compare, divergence
 from prunus.engine.folding import REFUSED, Fold, find_folds, fold, holds
 from prunus.engine.linear import LinearJob, prune_linear
@@ -21,6 +22,7 @@ from prunus.engine.lockstep import lockstep
 from prunus.engine.replay import replay
 from prunus.engine.retouch import RetouchJob, retouch
 from prunus.engine.routing import find_routings, least_tokens
+from prunus.engine.step_batches import StepBatches, splitting
 from prunus.engine.stream import Stream
 from prunus.engine.two_pass import two_pass
 from prunus.engine.watching import Feed, plain_feed
@@ -29,7 +31,7 @@ from prunus.model.kinds import CAUSAL
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
-from prunus.ranks import ALONE, Ranks
+from prunus.ranks import ALONE, Ranks, shares
 from prunus.statistics import InputStatistics
 
 __all__ = ["BlockEngine"]
@@ -54,7 +56,7 @@ class BlockEngine:
         sparsities: by full name of a linear, where it is not the `linear_job`'s.
         min_expert_tokens: an expert that fewer tokens choose is measured on all; see `routing`.
         retouch_job: how each block is matched to the dense block once it is pruned, or None.
-        ranks: who has windows of the same run; `embed` is given this rank's.
+        ranks: who has windows of the same run.
     """
 
     skeleton: Skeleton
@@ -68,6 +70,10 @@ class BlockEngine:
     min_expert_tokens: int | None = None
     stream: Stream = field(init=False)
     dense: DenseCompanion | None = field(init=False, default=None)
+    #: Batches of every rank, this one's among them.
+    _counts: list[int] = field(init=False, default_factory=list)
+    #: Who takes the windows of a training step apart; see `step_batches`.
+    _split: Ranks = field(init=False, default=ALONE)
 
     def __post_init__(self) -> None:
         self.stream = Stream(self.skeleton, self.source, self.device)
@@ -75,10 +81,26 @@ class BlockEngine:
             self.dense = DenseCompanion(self.skeleton, self.source, self.device)
 
     def embed(self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True) -> None:
-        """Run what comes before the blocks; see `Stream.embed`."""
-        self.stream.embed(batches, spill_to, on_device)
+        """Run what comes before the blocks on this rank's share of all `batches`; see `Stream.embed`."""
+        self._counts = [len(part) for part in shares(len(batches), self.ranks.size)]
+        others: list[torch.Tensor] = []
+        if self.retouch_job is not None:
+            self._split = splitting(self.ranks, max(map(len, batches)), self.device)
+            others = [ids[: len(self._split.share(len(ids)))] for ids in batches]
+        batches = self.mine(batches)
+        self.stream.embed(batches, spill_to, on_device, others)
         if self.dense is not None:
             self.dense.embed(batches, spill_to, on_device)
+
+    def mine(self, batches: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Of all batches those of this rank."""
+        share = self.ranks.share(len(batches))
+        return batches[share.start : share.stop]
+
+    @property
+    def _before(self) -> int:
+        """Batches of the ranks before this one: the number of its first among all."""
+        return sum(self._counts[: self.ranks.rank])
 
     def propagate(self, index: int, stored: Mapping[str, torch.Tensor]) -> None:
         """Run a finished block (tensors by relative name) over all batches, as when it was pruned."""
@@ -116,20 +138,6 @@ class BlockEngine:
         minimum = least_tokens(self.linear_job.method.needs, self.min_expert_tokens)
         routings = find_routings(block, (linear.name for linear in linears), minimum)
 
-        def new_statistics(linear: Linear) -> InputStatistics:
-            as_original, method = self.linear_job.options.as_original, self.linear_job.method
-            return InputStatistics(
-                linear.shape[1],
-                method.needs,
-                self.device,
-                as_original,
-                means=method.needs_means,
-                drift=method.needs_drift,
-                hold_out=method.holds_out,
-                shared=self.ranks.size > 1,
-                coarse=method.ridged,
-            )
-
         def prune_one(linear: Linear, statistics: InputStatistics) -> None:
             key, full_name = f"{linear.name}.weight", f"{name}.{linear.name}"
             wanted = self.sparsities.get(full_name, self.linear_job.sparsity)
@@ -153,30 +161,42 @@ class BlockEngine:
                 )
 
         unreached, match = linears, None
-        count = len(self.stream)
-        counts = [each for (each,) in self.ranks.gather([count])]
-        with_windows, before = sum(counts) > 0, sum(counts[: self.ranks.rank])
-        held_out = frozenset(batch - before for batch in _held_out(sum(counts)))
+        count, with_windows = len(self.stream), sum(self._counts) > 0
+        held_out = frozenset(batch - self._before for batch in held_out_of(sum(self._counts)))
         with contextlib.ExitStack() as stack:
             feed: Feed = plain_feed
             if self.dense is not None:
                 beside = self.dense.beside(index, stored, targets, keep=walk == "lockstep")
                 dense_inputs = stack.enter_context(beside)
                 if self.linear_job.method.needs_drift:
-                    feed = _feed_both(dense_inputs, held_out)
+                    feed = feed_both(dense_inputs, held_out)
             if with_windows:
                 forward, put = self.stream.forward(index, block), self.stream.states.put
                 finish = put if self.retouch_job is None and not self.permute else _forget
                 unreached = _WALKS[walk](
-                    linears, count, forward, finish, new_statistics, prune_one, feed, self.ranks, routings
+                    linears,
+                    count,
+                    forward,
+                    finish,
+                    self._new_statistics,
+                    prune_one,
+                    feed,
+                    self.ranks,
+                    routings,
                 )
             for linear in unreached:
-                nothing = new_statistics(linear)
+                nothing = self._new_statistics(linear)
                 nothing.complete(self.ranks)
                 prune_one(linear, nothing)
         if self.retouch_job is not None:
             assert self.dense is not None
             if changed:
+                self.ranks.at(f"{name}, matching")
+                inputs, wanted = (
+                    StepBatches(states, self._counts, self.ranks, self._split, self.device)
+                    for states in (self.stream.states, self.dense.stream.states)
+                )
+                run = self.stream.call(index, block)
                 with self._compare(index) as compare:
                     trained, match = retouch(
                         self.retouch_job,
@@ -184,10 +204,11 @@ class BlockEngine:
                         block,
                         stored,
                         changed,
-                        forward,
-                        self.dense.stream.states.get,
-                        count,
+                        lambda batch: run(x) if len(x := inputs.get(batch)) else x,
+                        wanted.get,
+                        len(inputs),
                         compare,
+                        self._split,
                     )
                 changed |= trained
                 for linear in linears:
@@ -210,6 +231,20 @@ class BlockEngine:
             match=match,
         )
 
+    def _new_statistics(self, linear: Linear) -> InputStatistics:
+        method = self.linear_job.method
+        return InputStatistics(
+            linear.shape[1],
+            method.needs,
+            self.device,
+            self.linear_job.options.as_original,
+            means=method.needs_means,
+            drift=method.needs_drift,
+            hold_out=method.holds_out,
+            shared=self.ranks.size > 1,
+            coarse=method.ridged,
+        )
+
     @contextlib.contextmanager
     def _compare(self, index: int) -> Iterator[Compare | None]:
         """By what block `index` is matched: in front of a language model's head stands nothing but what makes logits."""
@@ -222,24 +257,28 @@ class BlockEngine:
             return self.skeleton.logits(ids, hidden.to(self.skeleton.dtype))
 
         with self.skeleton.surroundings(self.source.outer, self.device, with_head=True, with_embedding=False):
-            yield divergence(logits)
+            yield divergence(logits, self.ranks if self._split is ALONE else ALONE)
 
     def _folds(self, index: int, block: torch.nn.Module, targets: Sequence[str]) -> dict[str, Fold]:
-        """By relative name of a linear, the order of whose inputs is free: what follows it. Tried on the first batch."""
-        if not len(self.stream):
-            return {}
+        """By relative name of a linear, the order of whose inputs is free: what follows it. Tried on the first batch.
+
+        One rank alone has that batch, and tells the others which guess held.
+        """
         linears = {linear.name: linear for linear in self.skeleton.linears(index)}
         heads = getattr(self.source.config.get_text_config(), "num_attention_heads", None)
         pattern = self.linear_job.pattern
         assert pattern.m is not None
-        forward = self.stream.forward(index, block)
-        found = {}
-        for name, guesses in find_folds(list(linears.values()), heads, pattern.m).items():
-            if name in targets:
-                works = (guess for guess in guesses if holds(guess, linears, lambda: forward(0)))
+        found = find_folds(list(linears.values()), heads, pattern.m)
+        guessed = {name: guesses for name, guesses in found.items() if name in targets}
+        held: dict[str, int] = {}
+        if self._before == 0 and len(self.stream):
+            forward = self.stream.forward(index, block)
+            for name, guesses in guessed.items():
+                works = (i for i, guess in enumerate(guesses) if holds(guess, linears, lambda: forward(0)))
                 if (chosen := next(works, None)) is not None:
-                    found[name] = chosen
-        return found
+                    held[name] = chosen
+        told = [json.loads(text) for text in self.ranks.gather_text(json.dumps(held))]
+        return {name: guessed[name][chosen] for each in told for name, chosen in each.items()}
 
     def prune_head(self, batches: Sequence[torch.Tensor]) -> tuple[dict[str, torch.Tensor], LinearRecord]:
         """Prune the output head on what the final norm gives after the last block.
@@ -250,17 +289,9 @@ class BlockEngine:
         head = self.skeleton.head()
         key = f"{head.name}.weight"
         with self.skeleton.surroundings(self.source.outer, self.device, with_head=True):
-            method = self.linear_job.method
             self.ranks.at(head.name)
-            statistics = InputStatistics(
-                head.shape[1],
-                method.needs,
-                self.device,
-                means=method.needs_means,
-                shared=self.ranks.size > 1,
-                coarse=method.ridged,
-            )
-            for position, ids in enumerate(batches):
+            statistics = self._new_statistics(head)
+            for position, ids in enumerate(self.mine(batches)):
                 x = self.skeleton.head_input(ids.to(self.device), self.stream.states.get(position))
                 statistics.add(x.reshape(-1, x.shape[-1]))
             statistics.complete(self.ranks)
@@ -276,20 +307,6 @@ class BlockEngine:
         self.stream.close()
         if self.dense is not None:
             self.dense.close()
-
-
-def _held_out(count: int) -> frozenset[int]:
-    """Of `count` batches every fourth, or the last of fewer; none of a single one."""
-    return frozenset(range(3, count, 4) if count >= 4 else range(max(1, count - 1), count))
-
-
-def _feed_both(dense: DenseInputs, held_out: frozenset[int]) -> Feed:
-    """Adds what a linear is given in either model."""
-
-    def feed(statistics: InputStatistics, linear: Linear, batch: int, x_TI: torch.Tensor) -> None:
-        statistics.add(x_TI, dense.of(linear.name, batch, len(x_TI)), held_out=batch in held_out)
-
-    return feed
 
 
 def _forget(_batch: int, _output: torch.Tensor) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 from prunus.engine.stream import Stream
-from prunus.engine.watching import input_hooks
+from prunus.engine.watching import Feed, input_hooks
 from prunus.model.linears import Linear, find_linears
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
+from prunus.statistics import InputStatistics
 
-__all__ = ["DenseCompanion"]
+__all__ = ["DenseCompanion", "feed_both", "held_out_of"]
 
 
 class _Seen(BaseException):
@@ -126,3 +127,17 @@ class DenseInputs:
         with input_hooks([self._linears[name]], stop), contextlib.suppress(_Seen):
             self._forward(batch)
         return seen[0] if seen else None
+
+
+def held_out_of(count: int) -> frozenset[int]:
+    """Of `count` batches every fourth, or the last of fewer; none of a single one."""
+    return frozenset(range(3, count, 4) if count >= 4 else range(max(1, count - 1), count))
+
+
+def feed_both(dense: DenseInputs, held_out: frozenset[int]) -> Feed:
+    """Adds what a linear is given in either model."""
+
+    def feed(statistics: InputStatistics, linear: Linear, batch: int, x_TI: torch.Tensor) -> None:
+        statistics.add(x_TI, dense.of(linear.name, batch, len(x_TI)), held_out=batch in held_out)
+
+    return feed

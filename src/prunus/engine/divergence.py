@@ -3,7 +3,7 @@
 Σ_t Σ_v p_tv (log p_tv − log q_tv), p the distribution of the next token by the target and q by the output. For block
 matching: a few tokens at a time, whose gradient is computed along with the sum, because logits of a whole window
 take more memory than the block. They also take ten times as long as the block itself, so that every gradient looks at
-one token in four, another one each time.
+one token in four, another one each time. Ranks that have the same hidden states share these pieces out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from prunus.ranks import ALONE, Ranks, shares
 
 __all__ = ["ONE_IN", "TOKENS", "Compare", "divergence"]
 
@@ -26,7 +28,7 @@ TOKENS = 128
 ONE_IN = 4
 
 
-def divergence(logits: Callable[[Tensor], Tensor]) -> Compare:
+def divergence(logits: Callable[[Tensor], Tensor], ranks: Ranks = ALONE) -> Compare:
     """The divergence of one batch's output from its target, summed over the tokens that count, and their number.
 
     All of them count, except where a gradient is wanted of more than `TOKENS`: then every fourth, beginning one later
@@ -35,6 +37,7 @@ def divergence(logits: Callable[[Tensor], Tensor]) -> Compare:
     Args:
         logits: hidden states (windows, tokens, hidden) behind the last block -> logits, differentiable; what of a
             sequence it is given makes no difference.
+        ranks: who compares the same two at the same time.
     """
     gradients = itertools.count()
 
@@ -42,7 +45,7 @@ def divergence(logits: Callable[[Tensor], Tensor]) -> Compare:
         if output.requires_grad and torch.is_grad_enabled() and output.shape[1] > TOKENS:
             some = slice(next(gradients) % ONE_IN, None, ONE_IN)
             output, target = output[:, some], target[:, some]
-        lost: Tensor = _Divergence.apply(output, target, logits)
+        lost: Tensor = _Divergence.apply(output, target, logits, ranks)
         return lost, torch.tensor(float(output.shape[:-1].numel()), device=output.device)
 
     return compare
@@ -50,11 +53,16 @@ def divergence(logits: Callable[[Tensor], Tensor]) -> Compare:
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, target: Tensor, logits: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, target: Tensor, logits: Callable[[Tensor], Tensor], ranks: Ranks
+    ) -> Tensor:
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(output) if wanted else None
-        total = torch.zeros((), dtype=torch.float64, device=output.device)
-        for first in range(0, output.shape[1], TOKENS):
+        tokens = output.shape[1]
+        lost_P = torch.zeros(-(-tokens // TOKENS), dtype=torch.float64, device=output.device)
+        parts = shares(tokens, ranks.size, TOKENS)
+        mine = parts[ranks.rank]
+        for first in mine[::TOKENS]:
             part = slice(None), slice(first, first + TOKENS)
             with torch.no_grad():
                 logp = logits(target[part]).float().log_softmax(dim=-1)
@@ -63,14 +71,17 @@ class _Divergence(torch.autograd.Function):
                 found = logits(x.requires_grad_(wanted))
             logq = found.detach().float().log_softmax(dim=-1)
             p = logp.exp()
-            total += torch.linalg.vecdot(p, logp.sub_(logq)).sum(dtype=torch.float64)
+            lost_P[first // TOKENS] = torch.linalg.vecdot(p, logp.sub_(logq)).sum(dtype=torch.float64)
             if gradient is not None:
                 (gradient[part],) = torch.autograd.grad(found, x, logq.exp_().sub_(p).to(found.dtype))
+        ranks.add(lost_P)  # each piece is one rank's, and zero with the others
         if gradient is not None:
+            of_mine = gradient[:, mine.start : mine.stop].movedim(1, 0)
+            gradient = ranks.concatenate(of_mine, [len(part) for part in parts]).movedim(0, 1)
             ctx.save_for_backward(gradient)
-        return total.float()
+        return sum(lost_P, torch.zeros_like(lost_P[0])).float()
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0].to(gradient.dtype), None, None
+        return gradient * outer[0].to(gradient.dtype), None, None, None

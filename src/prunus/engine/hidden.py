@@ -88,6 +88,14 @@ class HiddenStates:
         del view
         return host.to(self._device)
 
+    def layout(self, index: int) -> tuple[torch.Size, torch.dtype]:
+        """Shape and dtype of batch `index`, without reading it."""
+        if self._file is not None:
+            return self._places[index][1:]
+        tensor = self._tensors[index]
+        assert tensor is not None, "batch was never filled"
+        return tensor.shape, tensor.dtype
+
     def close(self) -> None:
         """Release memory and file."""
         self._tensors = [None] * len(self._tensors)

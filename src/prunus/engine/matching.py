@@ -24,6 +24,7 @@ from torch import nn
 
 from prunus.engine.divergence import Compare
 from prunus.engine.schedule import learning_rate
+from prunus.ranks import ALONE, Ranks
 
 __all__ = ["Match", "MatchOptions", "match_block"]
 
@@ -80,6 +81,7 @@ def match_block(
     supports: Mapping[str, torch.Tensor],
     options: MatchOptions,
     compare: Compare | None = None,
+    ranks: Ranks = ALONE,
 ) -> Match:
     """Train the surviving weights of `block` towards the targets. The block's own parameters end as they began.
 
@@ -92,6 +94,8 @@ def match_block(
             parameters are trained, all others stay as they are.
         options: see `MatchOptions`.
         compare: what is lost between an output and its target, in place of the squared error.
+        ranks: who shares the windows of every batch: `forward` and `target` give this rank's, which may be none, and
+            gradients are summed. Not with a limit in seconds, since clocks differ.
 
     Raises:
         ValueError: nothing to train or no batches; outputs or targets that are not finite before any training.
@@ -106,7 +110,9 @@ def match_block(
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
             squares = functools.partial(_squares, per_token=options.per_token)
-            return _train(parameters, forward, target, train, held_out, supports, options, compare or squares)
+            return _train(
+                parameters, forward, target, train, held_out, supports, options, compare or squares, ranks
+            )
         finally:
             for name, parameter in parameters.items():
                 parameter.requires_grad_(False).copy_(begin[name])
@@ -122,9 +128,12 @@ def _train(
     supports: Mapping[str, torch.Tensor],
     options: MatchOptions,
     compare: Compare,
+    ranks: Ranks,
 ) -> Match:
+    assert ranks.size == 1 or options.seconds is None
     first = next(iter(parameters.values()))
-    autocast = torch.autocast(first.device.type, options.dtype, enabled=options.dtype != first.dtype)
+    device = first.device
+    autocast = torch.autocast(device.type, options.dtype, enabled=options.dtype != first.dtype)
     # In bfloat16 a parameter is what its float32 weight is rounded to, before every step: small steps add up there.
     weights = {
         name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
@@ -137,10 +146,19 @@ def _train(
         spent = (time.perf_counter() - started) / options.seconds if options.seconds is not None else 0.0
         return max(spent, (steps + 0.5) / total)
 
+    def measured(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What this rank's windows lose, and what that is a share of."""
+        output, wanted = forward(batch), target(batch)
+        if not len(output):
+            return torch.zeros((), device=device), torch.zeros((), device=device)
+        return compare(output, wanted)
+
     def judge() -> float:
         with torch.no_grad(), autocast:
-            pairs = [compare(forward(batch), target(batch)) for batch in held_out]
-        return float(sum(lost for lost, _ in pairs)) / float(sum(size for _, size in pairs))
+            pairs = [torch.stack(measured(batch)) for batch in held_out]
+        all_2 = sum(pairs, torch.zeros(2, device=device))
+        ranks.add(all_2)
+        return float(all_2[0]) / float(all_2[1])
 
     before = best = judge()
     if not math.isfinite(before):
@@ -156,16 +174,16 @@ def _train(
                 break
             optimizer.param_groups[0]["lr"] = learning_rate(options.learning_rate, share(), _WARMUP)
             with torch.enable_grad(), autocast:
-                lost, size = compare(forward(batch), target(batch))
-                loss = lost / size
-            if not bool(loss.isfinite()):
+                lost, size = measured(batch)
+                whole_2 = torch.stack([lost.detach(), size])
+                ranks.add(whole_2)
+                loss = lost / whole_2[1]
+            if not bool((whole_2[0] / whole_2[1]).isfinite()):
                 stopped = "the error is not finite any more; a smaller learning rate may help"
                 break
-            loss.backward()
-            for name, parameter in parameters.items():
-                if parameter.grad is None:  # an expert that no token of this batch reached
-                    continue
-                gradient, parameter.grad = parameter.grad.float(), None
+            if loss.requires_grad:  # not where none of the windows are this rank's
+                loss.backward()
+            for name, gradient in _gradients(parameters, ranks).items():
                 weights[name].grad = gradient.mul_(
                     supports[name]
                 )  # a tenth of masked_fill's time on a processor
@@ -184,6 +202,21 @@ def _train(
     return Match(best_weights, before, best, steps, stopped)
 
 
+def _gradients(parameters: Mapping[str, nn.Parameter], ranks: Ranks) -> dict[str, torch.Tensor]:
+    """Everybody's gradients added up, float32; none where nobody has one, as of an expert that no token reached."""
+    reached = ranks.gather([parameter.grad is not None for parameter in parameters.values()])
+    found = {}
+    for (name, parameter), somewhere in zip(
+        parameters.items(), map(any, zip(*reached, strict=True)), strict=True
+    ):
+        if somewhere:
+            nothing = torch.zeros_like(parameter, dtype=torch.float32)
+            found[name] = nothing if parameter.grad is None else parameter.grad.float()
+            ranks.add(found[name])
+        parameter.grad = None
+    return found
+
+
 def _squares(
     output: torch.Tensor, target: torch.Tensor, per_token: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,7 +229,7 @@ def _squares(
     return error.sum(), size.sum()
 
 
-def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+def _copies(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 

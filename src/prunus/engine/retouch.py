@@ -15,6 +15,7 @@ from torch import nn
 from prunus.engine.divergence import Compare
 from prunus.engine.matching import MatchOptions, match_block
 from prunus.manifest import MatchRecord
+from prunus.ranks import ALONE, Ranks
 
 __all__ = ["ONE_HELD_OUT_IN", "PASSES", "RetouchJob", "default_rate", "retouch"]
 
@@ -53,6 +54,7 @@ def retouch(
     target: Callable[[int], torch.Tensor],
     count: int,
     compare: Compare | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, torch.Tensor], MatchRecord]:
     """Train a pruned block towards the dense block's outputs; `block` ends with the weights it began with.
 
@@ -64,8 +66,9 @@ def retouch(
         pruned: the pruned weights by relative name, as stored. What is 0 in them stays 0.
         forward: batch -> output of `block` in the pruned model.
         target: batch -> output of the dense block in the dense model.
-        count: number of batches, at least 2.
+        count: number of batches, on all ranks, at least 2.
         compare: by what outputs are judged where it is not the squared error per token; see `divergence`.
+        ranks: who shares the windows of every batch; see `match_block`.
 
     Returns:
         All that was trained, by relative name, in dtype and orientation of `stored`; the record.
@@ -91,6 +94,7 @@ def retouch(
             supports,
             options,
             compare,
+            ranks,
         )
     except ValueError as fault:
         raise ValueError(f"{name}: {fault}") from fault

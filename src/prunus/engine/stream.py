@@ -44,20 +44,27 @@ class Stream:
         assert self._states is not None, "embed comes first"
         return self._states
 
-    def embed(self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True) -> None:
+    def embed(
+        self,
+        batches: Sequence[torch.Tensor],
+        spill_to: Path | None,
+        on_device: bool = True,
+        others: Sequence[torch.Tensor] = (),
+    ) -> None:
         """Run what comes before the blocks on token ids (windows, tokens) per batch.
 
         Args:
             batches: token ids; empty where no block's inputs are of interest.
             spill_to: folder for a file of hidden states, or None to keep them in memory.
             on_device: keep hidden states on the device between blocks rather than in pinned host memory.
+            others: token ids of batches that are not kept, for as many windows as these blocks will be called as well.
 
         Raises:
             ValueError: the embeddings give hidden states that are not finite.
             NotImplementedError: blocks are called with arguments that depend on the text.
         """
         self._states = HiddenStates(len(batches), spill_to=spill_to, device=self.device, on_device=on_device)
-        if not batches:
+        if not batches and not others:
             return
         with self.skeleton.surroundings(self.source.outer, self.device):
             for position, ids in enumerate(batches):
@@ -68,6 +75,9 @@ class Stream:
                     )
                 self._states.fill(position, hidden)
                 self._remember(len(ids), recorded)
+            for ids in others:
+                if len(ids) and len(ids) not in self._calls:
+                    self._remember(len(ids), self.skeleton.record(ids.to(self.device))[1])
 
     def _remember(self, windows: int, recorded: list[BlockCall]) -> None:
         """Blocks are called with the first batch's arguments for all, so these must not depend on the text."""

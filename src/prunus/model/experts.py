@@ -257,19 +257,24 @@ def _leaves(rules: Sequence[Any], path: str, gated: bool) -> tuple[str, str, str
 
 
 def find_routers(block: nn.Module) -> set[str]:
-    """Relative names of linears that choose among experts or weigh them: beside `experts`, one output each or one."""
+    """Relative names of linears that choose among experts or weigh them: beside `experts`, one output each or one.
+
+    What lies beside experts and gives as many features as it takes, such as attention or a shared expert, passes hidden
+    states on and chooses nothing, whatever the widths inside.
+    """
     routers = set()
     for path, module in block.named_modules():
         experts = getattr(module, "experts", None)
         if not isinstance(experts, Experts | nn.ModuleList):
             continue
         count = experts.count if isinstance(experts, Experts) else len(experts)
-        inside = {id(each) for each in experts.modules()}
-        for name, linear in module.named_modules():
-            if (
-                isinstance(linear, nn.Linear)
-                and id(linear) not in inside
-                and linear.out_features in (1, count)
+        for name, beside in module.named_children():
+            inside = [(n, x) for n, x in beside.named_modules() if isinstance(x, nn.Linear)]
+            if beside is experts or (
+                len(inside) > 1 and inside[0][1].in_features == inside[-1][1].out_features
             ):
-                routers.add(f"{path}.{name}".lstrip("."))
+                continue
+            for inner, linear in inside:
+                if linear.out_features in (1, count):
+                    routers.add(".".join(filter(None, (path, name, inner))))
     return routers

@@ -61,6 +61,9 @@ class Ranks(Protocol):
     def add(self, tensor: torch.Tensor) -> None:
         """Replace a contiguous tensor by the sum of everybody's; the same bits on all ranks."""
 
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        """Replace a contiguous tensor by the one of rank `source`, of the same shape and dtype."""
+
     def concatenate(self, tensor: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
         """Everybody's tensors (n, …), one after the other along the first dimension; each rank's n is its own.
 
@@ -108,6 +111,9 @@ class Alone:
         return number
 
     def add(self, tensor: torch.Tensor) -> None:
+        pass
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         pass
 
     def concatenate(self, tensor: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:

@@ -58,6 +58,11 @@ class Group:
     def add(self, tensor: torch.Tensor) -> None:
         self._wait(lambda: dist.all_reduce(tensor, async_op=True))
 
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        if tensor.numel():  # as bytes, for not every dtype can travel
+            data = tensor.view(-1).view(torch.uint8)
+            self._wait(lambda: dist.broadcast(data, src=source, async_op=True))
+
     def concatenate(self, tensor: torch.Tensor, lengths: Sequence[int] | None = None) -> torch.Tensor:
         return torch.cat(self._gather_uneven(tensor.contiguous(), lengths))
 
@@ -93,8 +98,7 @@ class Group:
         received = {}
         for name, dtype, shape in described:
             x = found[name] if self.rank == 0 else torch.empty(shape, dtype=_DTYPES[dtype])
-            if x.numel():
-                self._broadcast(x.reshape(-1).view(torch.uint8))
+            self.broadcast(x, 0)
             received[name] = x
         return received
 
@@ -122,12 +126,8 @@ class Group:
         buffer = torch.zeros(length, dtype=torch.uint8)
         if self.rank == 0 and length:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        if length:
-            self._broadcast(buffer)
+        self.broadcast(buffer, 0)
         return buffer.numpy().tobytes()
-
-    def _broadcast(self, tensor: torch.Tensor) -> None:
-        self._wait(lambda: dist.broadcast(tensor, src=0, async_op=True))
 
     def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Everybody's tensor of this shape."""
