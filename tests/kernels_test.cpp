@@ -185,6 +185,15 @@ void check_expand(int isa, int threads, Matrix& w, Kind out_kind) {
         const uint16_t bits = out_kind == kBf16 ? float_to_bf16(expected) : float_to_f16(expected);
         CHECK(out[i] == bits, "isa %d expand %ldx%ld at %ld", isa, long(w.rows), long(w.cols), long(i));
     }
+    Exact<int64_t> rows(3);
+    for (int64_t i = 0; i < rows.count; ++i) rows[i] = between(0, w.rows - 1);
+    Exact<uint16_t> some(rows.count * w.cols);
+    const int also = prunus_expand_rows(isa, &weight, rows.get(), rows.count, out_kind, some.get());
+    CHECK(also == PRUNUS_OK, "code %d", also);
+    for (int64_t i = 0; i < rows.count * w.cols; ++i)
+        CHECK(some[i] == out[rows[i / w.cols] * w.cols + i % w.cols], "isa %d rows of %ldx%ld at %ld", isa, long(w.rows), long(w.cols), long(i));
+    rows[1] = w.rows;
+    CHECK(prunus_expand_rows(isa, &weight, rows.get(), rows.count, out_kind, some.get()) == PRUNUS_BAD_ARGUMENT, "no such row");
 }
 
 void check_conversions() {

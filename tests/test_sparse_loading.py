@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from prunus.sparse import (
 )
 from prunus.sparse.bitmap import pack_weight
 from prunus.sparse.description import REFUSAL
+from prunus.sparse.embedding import TiedHead
 from sparse_reference import pruned_checkpoint, random_sparse
 from tiny import token_ids
 
@@ -105,12 +107,31 @@ def test_the_body_alone(folders, tmp_path):
     assert torch.equal(_logits(with_head), _logits(_load(folders / "packed-bf16")))
 
 
-def test_head_is_tied_and_uses_the_kernel(folders):
-    model = _load(folders / "packed-bf16")
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+def test_a_head_and_the_embedding_tied_to_it_are_packed_once(folders, values):
+    model, plain = _load(folders / f"packed-{values}"), _load(folders / f"plain-{values}")
+    assert isinstance(model.lm_head, TiedHead)
+    assert model.lm_head.embedding is model.model.embed_tokens
+    assert torch.equal(model.model.embed_tokens(IDS), plain.model.embed_tokens(IDS))
+    with pytest.raises(IndexError):
+        model.model.embed_tokens(IDS + model.config.vocab_size)
+    copied = copy.deepcopy(model)
+    assert copied.lm_head.embedding is copied.model.embed_tokens
+    model.tie_weights()  # as some of transformers' own functions do: there is nothing to tie
+    assert torch.equal(_logits(model), _logits(copied))
+    assert model.get_memory_footprint() < 0.75 * plain.get_memory_footprint()
+    dense = model.dequantize()
+    assert dense.lm_head.weight is dense.model.embed_tokens.weight
+    assert torch.equal(_logits(dense), _logits(plain))
+
+
+def test_a_tied_head_of_another_kind_stays_as_it_is(tmp_path):
+    source = pruned_checkpoint(tmp_path / "pruned", "gemma3_text", tie_word_embeddings=True)  # scales its embedding
+    record = pack(source, tmp_path / "packed")
+    assert all(".layers." in name for name in record.linears)
+    model = _load(tmp_path / "packed")
     assert isinstance(model.lm_head, DenseLinear)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    dense = _load(folders / "plain-bf16").get_memory_footprint()
-    assert model.get_memory_footprint() < 0.75 * dense
 
 
 def test_generation_and_dequantization(folders):

@@ -7,6 +7,7 @@ transposed `Conv1D` of GPT-2. Everything prunus does sees its weight as (out, in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunus.model.experts import find_routers
 
-__all__ = ["Linear", "find_linears", "left_dense"]
+__all__ = ["Linear", "find_linears", "left_dense", "tied_embedding"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +84,15 @@ def left_dense(block: nn.Module, linears: list[Linear]) -> dict[str, tuple[int, 
                 )
             found[full_name] = tuple(parameter.shape)
     return found
+
+
+def tied_embedding(model: Any) -> Linear | None:
+    """The input embedding of a transformers model, by its full name, whose rows are those of the output head as well.
+
+    None where the two are not tied, or one of them is of a kind of its own: an embedding that scales, a head with a bias.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    plain = type(embedding) is nn.Embedding and type(head) is nn.Linear and head.bias is None
+    if not plain or head.weight is not embedding.weight:
+        return None
+    return Linear(next(name for name, module in model.named_modules() if module is embedding), embedding)

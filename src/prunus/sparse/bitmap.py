@@ -19,6 +19,7 @@ __all__ = [
     "INT8_LEVELS",
     "check",
     "expand",
+    "expand_rows",
     "kept",
     "pack_weight",
     "relative_error",
@@ -225,6 +226,36 @@ def expand(
         values = values.float()
     weight = _placed(values, packed)
     return (weight if scales is None else weight * scales[:, None]).to(target)
+
+
+def expand_rows(
+    packed: PackedWeight, rows: torch.Tensor, offsets: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Some rows of the dense weight, as `expand` would give them: rows (...) int -> (..., I).
+
+    Args:
+        packed: a weight on the CPU that `check` accepted.
+        rows: on the CPU, in any order, more than once if need be.
+        offsets: what `check` returned.
+        dtype: bfloat16, float16 or float32.
+
+    Raises:
+        IndexError: there is no such row.
+    """
+    kernels = load()
+    if kernels is None:
+        return expand(packed, dtype, offsets)[rows]
+    if not rows.numel():
+        return torch.empty(*rows.shape, packed.shape[1], dtype=dtype)
+    scales, wanted = packed.scales, rows.to(torch.int64).contiguous()
+    written = packed.dtype if scales is None else dtype if dtype == torch.float16 else torch.bfloat16
+    out = torch.empty(*rows.shape, packed.shape[1], dtype=written)
+    if scales is None or dtype == written:
+        kernels.expand_rows(packed, offsets, wanted, out)
+        return out.to(dtype)
+    # Integers up to 128 are exact in bfloat16.
+    kernels.expand_rows(packed._replace(scales=torch.ones_like(scales)), offsets, wanted, out)
+    return out.float() * scales[wanted][..., None]
 
 
 def _placed(values_K: torch.Tensor, packed: PackedWeight) -> torch.Tensor:

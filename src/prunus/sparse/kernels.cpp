@@ -205,6 +205,22 @@ int detect_isa() {
     return kPortable;
 }
 
+// A job that writes weights out; where to is left open.
+int describe_expansion(Job& job, int isa, const PrunusWeight* weight, int out_kind) {
+    if (isa < 0 || isa > prunus_best_isa()) return PRUNUS_NO_SUCH_ISA;
+    if (!weight || !is_float16_kind(out_kind)) return PRUNUS_BAD_ARGUMENT;
+    if (weight->kind != kI8 && weight->kind != out_kind) return PRUNUS_BAD_ARGUMENT;
+    const int fault = describe(job, weight, t_scratch);
+    if (fault) return fault;
+    choose_conversions(job, isa);
+    copy_tail(job, job.coded ? kI8 : Kind(weight->kind), weight->count, t_scratch);
+    job.rows_fn = weight->kind != kI8 ? expand_words
+                  : out_kind == kBf16 ? expand_int8<kBf16>
+                                      : expand_int8<kF16>;
+    if (job.coded) decode_first<decoded_rows>(job);
+    return PRUNUS_OK;
+}
+
 }  // namespace
 }  // namespace prunus
 
@@ -212,7 +228,7 @@ using namespace prunus;
 
 extern "C" {
 
-int prunus_abi(void) { return 3; }
+int prunus_abi(void) { return 4; }
 
 int prunus_best_isa(void) {
     static const int best = detect_isa();
@@ -270,21 +286,31 @@ int prunus_linear(int isa, int threads, const PrunusWeight* weight, int64_t toke
 }
 
 int prunus_expand(int isa, int threads, const PrunusWeight* weight, int out_kind, void* out) {
-    if (isa < 0 || isa > prunus_best_isa()) return PRUNUS_NO_SUCH_ISA;
-    if (!weight || !out || !is_float16_kind(out_kind)) return PRUNUS_BAD_ARGUMENT;
-    if (weight->kind != kI8 && weight->kind != out_kind) return PRUNUS_BAD_ARGUMENT;
+    if (!out) return PRUNUS_BAD_ARGUMENT;
     return guarded([&] {
         Job job;
-        const int fault = describe(job, weight, t_scratch);
+        const int fault = describe_expansion(job, isa, weight, out_kind);
         if (fault) return fault;
-        choose_conversions(job, isa);
-        copy_tail(job, job.coded ? kI8 : Kind(weight->kind), weight->count, t_scratch);
         job.out = out;
-        job.rows_fn = weight->kind != kI8 ? expand_words
-                      : out_kind == kBf16 ? expand_int8<kBf16>
-                                          : expand_int8<kF16>;
-        if (job.coded) decode_first<decoded_rows>(job);
         run(job, threads, job.cols * 2, t_scratch);
+        return int(PRUNUS_OK);
+    });
+}
+
+int prunus_expand_rows(int isa, const PrunusWeight* weight, const int64_t* rows, int64_t count, int out_kind, void* out) {
+    if (!rows || count < 1 || !out) return PRUNUS_BAD_ARGUMENT;
+    return guarded([&] {
+        Job job;
+        const int fault = describe_expansion(job, isa, weight, out_kind);
+        if (fault) return fault;
+        for (int64_t i = 0; i < count; ++i)
+            if (rows[i] < 0 || rows[i] >= job.rows) return int(PRUNUS_BAD_ARGUMENT);
+        if (job.coded) share_out_decoded(job, 1, t_scratch);
+        for (int64_t i = 0; i < count; ++i) {
+            // Rows are written to where they are in the whole weight.
+            job.out = static_cast<uint16_t*>(out) + (i - rows[i]) * job.cols;
+            job.rows_fn(job, rows[i], rows[i] + 1);
+        }
         return int(PRUNUS_OK);
     });
 }

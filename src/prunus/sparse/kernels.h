@@ -52,6 +52,9 @@ int prunus_linear(int isa, int threads, const PrunusWeight* weight, int64_t toke
 // bfloat16 or float16 (value · scale, rounded to nearest even).
 int prunus_expand(int isa, int threads, const PrunusWeight* weight, int out_kind, void* out);
 
+// Writes row rows[i] of that array to row i of `out` (count, cols), on the calling thread.
+int prunus_expand_rows(int isa, const PrunusWeight* weight, const int64_t* rows, int64_t count, int out_kind, void* out);
+
 // Sums `bytes` (rounded down to 64 KiB) at `data` as 64-bit words: what memory bandwidth allows.
 uint64_t prunus_read(int threads, const void* data, int64_t bytes);
 }

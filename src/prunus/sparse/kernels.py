@@ -29,10 +29,15 @@ MAX_TOKENS = 16
 #: And up to this many where rows are written out to the cache and multiplied as matrices there. For more of them torch's
 #: product, whose blocks are better, is worth writing the whole weight out.
 MAX_TOKENS_AS_MATRIX = 1024
-_ABI = 3
+_ABI = 4
 _BF16 = ISAS.index("avx512-bf16")  # from here on there are products of bfloat16
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
-_FAULTS = {1: "an argument is out of range", 2: "this machine lacks the instruction set", 3: "out of memory"}
+_BAD_ARGUMENT = 1
+_FAULTS = {
+    _BAD_ARGUMENT: "an argument is out of range",
+    2: "this machine lacks the instruction set",
+    3: "out of memory",
+}
 
 
 class _Weight(ctypes.Structure):
@@ -154,6 +159,23 @@ class Kernels:
         if fault:
             raise RuntimeError(f"the kernel refused: {_FAULTS[fault]}")
 
+    def expand_rows(
+        self, packed: PackedWeight, offsets: torch.Tensor | None, rows: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Write row `rows[i]` (int64, contiguous) of the dense weight to row i of `out`, whose dtype is as for `expand`.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        fault = self.library.prunus_expand_rows(
+            self.isa, ctypes.byref(_weight(packed, offsets)), rows.data_ptr(), rows.numel(), _KINDS[out.dtype],
+            out.data_ptr(),
+        )  # fmt: skip
+        if fault == _BAD_ARGUMENT:
+            raise IndexError(f"there are {packed.shape[0]} rows, not all of {rows.tolist()}")
+        if fault:
+            raise RuntimeError(f"the kernel refused: {_FAULTS[fault]}")
+
     @property
     def has_dense(self) -> bool:
         """Whether `dense_linear` can be called: it exists for AVX-512 with BF16 only."""
@@ -252,5 +274,6 @@ def _declare(library: ctypes.CDLL) -> None:
     weight = ctypes.POINTER(_Weight)
     library.prunus_linear.argtypes = [number, number, weight, length, number, pointer, pointer, pointer]
     library.prunus_expand.argtypes = [number, number, weight, number, pointer]
+    library.prunus_expand_rows.argtypes = [number, weight, pointer, length, number, pointer]
     library.prunus_read.argtypes = [number, pointer, length]
     library.prunus_read.restype = ctypes.c_uint64

@@ -25,7 +25,15 @@ from prunus.sparse import kernels
 from prunus.sparse.bitmap import expand
 from prunus.sparse.weight import Coding, PackedWeight
 
-__all__ = ["bitmap_linear", "dense_linear", "on_reference_path", "reference_path", "run_bitmap", "run_dense"]
+__all__ = [
+    "bitmap_linear",
+    "dense_linear",
+    "joined",
+    "on_reference_path",
+    "reference_path",
+    "run_bitmap",
+    "run_dense",
+]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _reference = False
@@ -140,17 +148,17 @@ def bitmap_linear(
 ) -> torch.Tensor:
     """The operator; see `run_bitmap`. `coding` is empty where values are not coded."""
     shape = (out_features, x.shape[-1])
-    return run_bitmap(x, _joined(shape, values, mask, scales, coding), offsets, bias)
+    return run_bitmap(x, joined(shape, values, mask, scales, coding), offsets, bias)
 
 
-def _joined(
+def joined(
     shape: tuple[int, int],
     values: torch.Tensor,
     mask: torch.Tensor | None,
     scales: torch.Tensor | None,
     coding: list[torch.Tensor],
 ) -> PackedWeight:
-    """A weight from the parts that the operator takes: operators know tensors and lists of them only."""
+    """A weight from the parts that an operator takes: operators know tensors and lists of them only."""
     if mask is not None and mask.shape != (shape[0], (shape[1] + 7) // 8):
         raise ValueError(f"inputs of width {shape[1]} do not fit a mask of {mask.shape[1]} bytes a row")
     return PackedWeight(shape, values, mask, scales, Coding(*coding) if coding else None)
@@ -191,7 +199,7 @@ def _bitmap_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
     values, mask, scales, offsets, *coding = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        packed = _joined(ctx.shape, values, mask, scales, coding)
+        packed = joined(ctx.shape, values, mask, scales, coding)
         grad_x = gradient @ expand(packed, gradient.dtype, offsets)
     if ctx.needs_input_grad[7]:
         grad_bias = gradient.flatten(0, -2).sum(0)

@@ -16,7 +16,7 @@ from torch import nn
 from prunus.model.checkpoint import Checkpoint, resolve_folder
 from prunus.model.files import read_json
 from prunus.model.kinds import require_causal
-from prunus.model.linears import Linear
+from prunus.model.linears import Linear, tied_embedding
 from prunus.model.lock import clear_stale_lock, locked
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
@@ -54,8 +54,8 @@ def pack(
 ) -> Record:
     """Write a pruned checkpoint with its linears as bitmaps.
 
-    Linears are packed where that makes them smaller, and an output head too if it is not tied. Everything else
-    outside the blocks stays as it is, and so does GPT-2's transposed Conv1D.
+    Linears are packed where that makes them smaller, and so is the output head, or the embedding that it is tied to.
+    Everything else outside the blocks stays as it is, and so does GPT-2's transposed Conv1D.
 
     Args:
         model: checkpoint folder or hub id.
@@ -148,11 +148,11 @@ def _pack_block(
 def _pack_outer(
     source: CheckpointSource, skeleton: Skeleton, keys: Sequence[str], stored: Stored
 ) -> tuple[dict[str, torch.Tensor], dict[str, LinearRecord]]:
-    """What surrounds the blocks, with a pruned output head as a bitmap."""
+    """What surrounds the blocks, with the output head packed, or the embedding that is the head too."""
     tensors = dict(source.checkpoint.read(keys))
     try:
-        head = skeleton.head()
-    except NotImplementedError:  # none, or the embedding itself
+        head = tied_embedding(skeleton.model) or skeleton.head()
+    except NotImplementedError:  # there is none
         return tensors, {}
     weight = tensors.get(f"{head.name}.weight")
     if weight is None or weight.dim() != 2:
@@ -176,7 +176,7 @@ def _pack_linear(
         reason = "transformers fuses it with those of other experts, and bitmaps hold single linears"
     elif linear.transposed:
         reason = f"{kind.__name__} stores its weight transposed"
-    elif kind is not nn.Linear:
+    elif kind not in (nn.Linear, nn.Embedding):
         reason = f"{kind.__name__} may compute something else than nn.Linear"
     elif renamed:
         reason = "the checkpoint stores it under another name than the model's"

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from prunus.sparse.attention import use_decode_attention
 from prunus.sparse.description import FORMAT_VERSION, METHOD, Description, StoredTensor
+from prunus.sparse.embedding import BitmapEmbedding, pack_tied_embedding, unpack_tied_embedding
 from prunus.sparse.linear import BitmapLinear, use_dense_kernel
 from prunus.sparse.pages import use_large_pages
 
@@ -83,14 +84,18 @@ class PrunusQuantizer(HfQuantizer):
         for name, shape in described.linears.items():
             found = _find_linear(model, name)
             linear = model.get_submodule(found)
-            if (linear.out_features, linear.in_features) != (shape.out_features, shape.in_features):
+            if tuple(linear.weight.shape) != (shape.out_features, shape.in_features):
                 raise ValueError(
                     f"{name} is {shape.out_features} x {shape.in_features} in the packed checkpoint, but the model "
-                    f"that config.json describes has {linear.out_features} x {linear.in_features}"
+                    f"that config.json describes has {' x '.join(map(str, linear.weight.shape))}"
                 )
             tensors = described.tensors(name).items()
             on_meta = {part: torch.empty(t.shape, dtype=t.dtype, device="meta") for part, t in tensors}
-            model.set_submodule(found, BitmapLinear(described.weight(name, on_meta), linear.bias))
+            packed = described.weight(name, on_meta)
+            if isinstance(linear, nn.Embedding):
+                pack_tied_embedding(model, found, packed)
+            else:
+                model.set_submodule(found, BitmapLinear(packed, linear.bias))
             names[found] = shape
         # Saved again, the checkpoint has the names of this model's own parameters.
         renamed = Description(described.values, names, described.version)
@@ -113,7 +118,9 @@ class PrunusQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name, module in list(model.named_modules()):
-            if isinstance(module, BitmapLinear):
+            if isinstance(module, BitmapEmbedding):
+                unpack_tied_embedding(model, name, dtype)
+            elif isinstance(module, BitmapLinear):
                 has_bias = module.bias is not None
                 dense = nn.Linear(module.in_features, module.out_features, has_bias, device="meta")
                 dense.weight = nn.Parameter(module.dense(dtype))
@@ -171,7 +178,7 @@ def _find_linear(model: Any, name: str) -> str:
             module = model.get_submodule(candidate)
         except AttributeError:
             continue
-        if type(module) is nn.Linear:
+        if type(module) in (nn.Linear, nn.Embedding):
             return candidate
         raise ValueError(f"the packed linear {name!r} is a {type(module).__name__} in this model")
     raise ValueError(
