@@ -126,7 +126,9 @@ def test_a_head_and_the_embedding_tied_to_it_are_packed_once(folders, values):
 
 
 def test_a_tied_head_of_another_kind_stays_as_it_is(tmp_path):
-    source = pruned_checkpoint(tmp_path / "pruned", "gemma3_text", tie_word_embeddings=True)  # scales its embedding
+    source = pruned_checkpoint(
+        tmp_path / "pruned", "gemma3_text", tie_word_embeddings=True
+    )  # scales its embedding
     record = pack(source, tmp_path / "packed")
     assert all(".layers." in name for name in record.linears)
     model = _load(tmp_path / "packed")

@@ -216,7 +216,7 @@ def test_the_difference_of_two_models_is_taken_image_by_image():
     two = ImageScore("b", 4, (True, False, False, False), "", 0.0)
     mean, error = two.minus(one)
     assert mean == -0.5
-    assert error == pytest.approx(0.25)
+    assert error == pytest.approx(math.sqrt(1 / 3) / 2)
     assert one.minus(one) == (0.0, 0.0)
 
 

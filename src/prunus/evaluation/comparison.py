@@ -8,13 +8,12 @@ takes the models for independent, and is used where no outcomes of single rows a
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from prunus.evaluation.perplexity import PerplexityResult
-from prunus.evaluation.scores import MEAN, PAPER7, Metric, TaskResults
+from prunus.evaluation.scores import MEAN, PAPER7, Metric, TaskResults, paired_difference
 
 __all__ = ["Difference", "compare", "side_by_side"]
 
@@ -99,8 +98,7 @@ def _difference(first: Metric, other: Metric) -> tuple[float, float | None, bool
     """other − first, its standard error, and whether it is paired."""
     value = other.value - first.value
     if first.outcomes is not None and other.outcomes is not None and len(first.outcomes) > 1:
-        steps = [b - a for a, b in zip(first.outcomes, other.outcomes, strict=True)]
-        return value, statistics.stdev(steps) / math.sqrt(len(steps)), True
+        return value, paired_difference(first.outcomes, other.outcomes)[1], True
     if first.stderr is None or other.stderr is None:
         return value, None, False
     return value, math.hypot(first.stderr, other.stderr), False

@@ -16,6 +16,7 @@ import torch
 
 from prunus.calibration.images import ImageFolder, list_images, read_images
 from prunus.evaluation.candidate import find_folder
+from prunus.evaluation.scores import paired_difference
 from prunus.model.device import choose_device
 from prunus.model.image_processor import load_image_processor
 from prunus.model.kinds import IMAGES, kind_of
@@ -55,10 +56,7 @@ class ImageScore:
 
     def minus(self, other: ImageScore) -> tuple[float, float]:
         """The difference to another model's accuracy on the same images, and its standard error, image by image."""
-        steps = [int(mine) - int(its) for mine, its in zip(self.correct, other.correct, strict=True)]
-        mean = sum(steps) / len(steps)
-        variance = sum((step - mean) ** 2 for step in steps) / len(steps)
-        return mean, math.sqrt(variance / len(steps))
+        return paired_difference(other.correct, self.correct)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON can hold it."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MEAN", "PAPER7", "Metric", "TaskResults", "TaskScore", "paper_mean"]
+__all__ = ["MEAN", "PAPER7", "Metric", "TaskResults", "TaskScore", "paired_difference", "paper_mean"]
 
 #: The zero-shot tasks of the Wanda paper (its section 4.1), in the order of its tables.
 PAPER7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -110,3 +111,10 @@ def paper_mean(scores: Sequence[TaskScore]) -> Metric | None:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
+
+
+def paired_difference(first: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """The mean of other − first, row by row, and its standard error (sample variance, n - 1; nan of a single row)."""
+    steps = [b - a for a, b in zip(first, other, strict=True)]
+    error = statistics.stdev(steps) / math.sqrt(len(steps)) if len(steps) > 1 else math.nan
+    return statistics.fmean(steps), error
