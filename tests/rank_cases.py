@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import json
 import os
 import signal
@@ -149,10 +148,10 @@ def matched(scratch: Path) -> dict[str, Any]:
         }
 
     def killed_in_training(rank: int) -> None:
-        original, steps = StepBatches.get, itertools.count()
+        original = StepBatches.get
 
         def get(batches: Any, batch: int) -> torch.Tensor:
-            if rank == 1 and next(steps) == 100:  # in the second block
+            if rank == 1 and any((scratch / "killed").glob("block-*.safetensors")):  # the first block is safe
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(batches, batch)
 

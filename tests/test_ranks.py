@@ -80,8 +80,8 @@ def test_steps_of_one_window_are_those_of_one_process(found, name):
 def test_blocks_are_matched_as_well_as_by_one_process(found, name):
     result = found["matched"][name]
     assert result["several"] == pytest.approx(result["alone"], rel=0.1)
-    # What is rounded otherwise in the first block moves what ALPS chooses in the second.
-    assert result["masks"] <= (1e-2 if "best" in name else 1e-3)
+    # What is rounded otherwise in the first block moves what ALPS chooses, and where tokens are routed, in the second.
+    assert result["masks"] <= (1e-3 if name == "apart" else 1e-2)
     assert sum(result["several"]) < sum(result["before"])
 
 

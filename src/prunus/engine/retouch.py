@@ -1,4 +1,4 @@
-"""Block matching as the last step of pruning a block: its surviving weights, norms and biases learn the dense outputs.
+"""Block matching as the last step of pruning a block: its surviving weights and biases learn the dense outputs.
 
 Masks stay as they are. `matching.py` trains; this file says what is trained, on which batches, and what is stored.
 """
@@ -23,7 +23,7 @@ __all__ = ["ONE_HELD_OUT_IN", "PASSES", "RetouchJob", "default_rate", "retouch"]
 ONE_HELD_OUT_IN = 8
 
 #: Over the calibration windows, where nothing else is asked for.
-PASSES = 5
+PASSES = 3
 _RATE, _RATE_WIDTH = 1.2e-3, 576
 
 
@@ -62,7 +62,7 @@ def retouch(
         job: how.
         name: of the block, for messages.
         block: with the pruned weights in place.
-        stored: the block's tensors by relative name, as stored; norms and biases are taken from here.
+        stored: the block's tensors by relative name, as stored; biases are taken from here.
         pruned: the pruned weights by relative name, as stored. What is 0 in them stays 0.
         forward: batch -> output of `block` in the pruned model.
         target: batch -> output of the dense block in the dense model.
@@ -80,7 +80,8 @@ def retouch(
     device = next(block.parameters()).device
     supports = {key: (weight != 0).to(device) for key, weight in pruned.items()}
     for key, parameter in block.named_parameters():
-        if parameter.dim() == 1 and key in stored and stored[key].is_floating_point():
+        # Not norms: what they scale, the weights next to them can.
+        if key.endswith("bias") and key in stored and stored[key].is_floating_point():
             supports[key] = torch.ones(parameter.shape, dtype=torch.bool, device=device)
     held_out = max(1, count // ONE_HELD_OUT_IN)
     options = MatchOptions(job.learning_rate, job.passes, None, job.dtype, per_token=True)
