@@ -124,6 +124,7 @@ def matched(scratch: Path) -> dict[str, Any]:
     divergence.TOKENS = 6  # three pieces of a window in front of the head, for two ranks or four
     llama = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
     routed = tiny_checkpoint(scratch / "routed", "qwen3_moe", torch.bfloat16)
+    match = {"match_blocks": True, "match_rate": 1e-3, "match_passes": 5}
     best = {"method": "alps", "targets": "dense"}
     cases: dict[str, tuple[Path, int, int, dict[str, Any]]] = {
         "alike": (llama, 2, 6, {}),
@@ -134,7 +135,7 @@ def matched(scratch: Path) -> dict[str, Any]:
     }
     found = {}
     for name, (dense, size, windows, more) in cases.items():
-        options = {"calibration": token_ids(windows), "match_blocks": True, "match_rate": 1e-3, **more}
+        options = {"calibration": token_ids(windows), **match, **more}
         one, several = scratch / f"{name} one", scratch / name
         alone = prune(dense, one, **options)
         status = in_ranks(size, lambda _: prune(dense, several, **options))  # noqa: B023
@@ -157,15 +158,13 @@ def matched(scratch: Path) -> dict[str, Any]:
 
         StepBatches.get = get  # type: ignore[method-assign]
         try:
-            prune(llama, scratch / "killed", match_blocks=True, match_rate=1e-3, rank_timeout=5.0)
+            prune(llama, scratch / "killed", **match, rank_timeout=5.0)
         except RankError as fault:
             (scratch / f"killed {rank}").write_text(str(fault))
 
     in_ranks(2, killed_in_training)
     blocks = len(list((scratch / "killed").glob("block-*.safetensors")))
-    status = in_ranks(
-        3, lambda _: prune(llama, scratch / "killed", match_blocks=True, match_rate=1e-3, resume=True)
-    )
+    status = in_ranks(3, lambda _: prune(llama, scratch / "killed", **match, resume=True))
     assert not any(status), status
     found["killed"] = {
         "said": (scratch / "killed 0").read_text(),
