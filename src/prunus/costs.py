@@ -10,7 +10,7 @@ import torch
 from prunus.engine.divergence import ONE_IN, TOKENS
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
-from prunus.engine.retouch import ONE_HELD_OUT_IN, RetouchJob
+from prunus.engine.retouch import ONE_HELD_OUT_IN, RetouchJob, trained
 from prunus.machine import matmul_rate
 from prunus.model.kinds import CAUSAL
 from prunus.model.skeleton import Skeleton
@@ -46,6 +46,10 @@ class Workload(Protocol):
         """Whether the dense model's hidden states go along."""
 
     @property
+    def drift_one_in(self) -> int:
+        """One batch in so many shows what linears are given in the dense model."""
+
+    @property
     def retouch_job(self) -> RetouchJob | None:
         """How blocks are matched to the dense ones, if they are."""
 
@@ -61,14 +65,22 @@ def estimate_seconds(work: Workload) -> float:
         tokens = work.windows * work.skeleton.window_shape(index, work.recipe.seqlen)[0]
         experts, share = _routing(work, index)
         weights = sum(x.shape[0] * x.shape[1] * share(x.name) for x in work.skeleton.linears(index))
-        passes = (1 if work.recipe.propagate == "linear" else 2) if work.needs_inputs else 0
+        passes: float = (1 if work.recipe.propagate == "linear" else 2) if work.needs_inputs else 0
         if passes == 1 and not work.fits_lockstep(index):
             passes = 5 + experts  # each is two groups of linears, and half the block runs for one on average
-        passes += work.carries_dense
+        drift = 1 / work.drift_one_in if work.linear_job.method.needs_drift else 0.0
+        passes += 1.0 if retouch_job is not None else drift
         if work.recipe.permute:
             passes += 1  # behind the reordered block, and trials of one batch before it
         if retouch_job is not None:
-            passes += 1 + 3 * retouch_job.passes
+            names = [x.name for x in work.skeleton.linears(index)]
+            learn = set(trained(names, work.linear_job.method.updates_weights))
+            behind = sum(
+                x.shape[0] * x.shape[1] * share(x.name)
+                for x in work.skeleton.linears(index)
+                if x.name in learn
+            )
+            passes += 1 + 3 * retouch_job.passes * behind / weights
         flops += 2.0 * weights * tokens * passes
         if work.linear_job.method.needs == "gram":
             chosen = [x for x in work.skeleton.linears(index) if x.name in work.targets[index]]
@@ -76,9 +88,7 @@ def estimate_seconds(work: Workload) -> float:
             # A Gram per distinct input (about 4 of 7 linears), its factor, and what is done to the weights.
             products = work.linear_job.method.products
             flops += sum(
-                (1.2 + work.linear_job.method.needs_drift) * tokens * reached * c * c
-                + c**3
-                + 2.0 * products * r * c * c
+                (1.2 + drift) * tokens * reached * c * c + c**3 + 2.0 * products * r * c * c
                 for r, c, reached in columns
             )
     if retouch_job is not None:

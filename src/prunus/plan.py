@@ -15,6 +15,7 @@ from torch import nn
 
 from prunus.calibration import check_context
 from prunus.costs import block_cost, estimate_seconds
+from prunus.engine.companion import one_batch_in
 from prunus.engine.folding import find_folds
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
@@ -108,6 +109,17 @@ class Job:
     def carries_dense(self) -> bool:
         """Whether the dense model's hidden states go along."""
         return self.linear_job.method.needs_drift or self.recipe.match_blocks
+
+    @property
+    def drift_one_in(self) -> int:
+        """One batch in so many shows what linears are given in the dense model; all where some are held out to judge."""
+        if self.linear_job.method.holds_out:
+            return 1
+        blocks = map(self.skeleton.linears, range(len(self.skeleton)))
+        widest = max(linear.shape[1] for linears in blocks for linear in linears)
+        return one_batch_in(
+            self.recipe.samples * self.skeleton.window_shape(0, self.recipe.seqlen)[0], widest
+        )
 
     @property
     def free_orders(self) -> dict[str, str] | None:

@@ -235,6 +235,7 @@ def _carry_out(
         manifest.allocation,
         ranks,
         recipe.min_expert_tokens,
+        job.drift_one_in,
     )
     with torch.no_grad(), contextlib.closing(engine), _threads(1 if job.as_original else None):
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()

@@ -40,7 +40,7 @@ class InputStatistics:
         gram_II: float32 XᵀX, or None unless needs is "gram".
         sum_I: float64, Σ_t x, or None unless `means` were asked for.
         drift_II: float32 (Y − X)ᵀX where Y_TI is what the dense model gives this linear for the same tokens, or None
-            unless `drift` was asked for.
+            unless `drift` was asked for. Of those tokens only whose Y is known: see `drift_share`.
         held_gram_II, held_drift_II: the shares of `gram_II` and `drift_II` that come from tokens held out, or None unless
             `hold_out` was asked for.
         held_tokens: how many of the tokens these are.
@@ -92,9 +92,9 @@ class InputStatistics:
         return self.sum_squares_I.sqrt().float()
 
     @property
-    def has_drift(self) -> bool:
-        """Whether the dense model's inputs are known for every token that was added."""
-        return self.drift_II is not None and self._paired == self.tokens > 0
+    def drift_share(self) -> float:
+        """Of how many of the tokens that were added the dense model's inputs are known, 0 to 1."""
+        return self._paired / self.tokens if self.drift_II is not None and self.tokens else 0.0
 
     @property
     def mean_I(self) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,19 +15,18 @@ import torch
 
 from prunus.engine.checks import check_same, checked_digest
 from prunus.engine.companion import DenseCompanion, feed_both, held_out_of
-from prunus.engine.divergence import Compare, divergence
 from prunus.engine.folding import REFUSED, Fold, find_folds, fold, holds
 from prunus.engine.linear import LinearJob, prune_linear
 from prunus.engine.lockstep import lockstep
+from prunus.engine.matcher import Matcher
 from prunus.engine.replay import replay
-from prunus.engine.retouch import RetouchJob, retouch
+from prunus.engine.retouch import RetouchJob, trained
 from prunus.engine.routing import find_routings, least_tokens
-from prunus.engine.step_batches import StepBatches, splitting
+from prunus.engine.step_batches import splitting
 from prunus.engine.stream import Stream
 from prunus.engine.two_pass import two_pass
 from prunus.engine.watching import Feed, plain_feed
 from prunus.manifest import BlockRecord, LinearRecord, Walk
-from prunus.model.kinds import CAUSAL
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
@@ -57,6 +56,7 @@ class BlockEngine:
         min_expert_tokens: an expert that fewer tokens choose is measured on all; see `routing`.
         retouch_job: how each block is matched to the dense block once it is pruned, or None.
         ranks: who has windows of the same run.
+        drift_one_in: one batch in so many shows what linears are given in the dense model.
     """
 
     skeleton: Skeleton
@@ -68,6 +68,7 @@ class BlockEngine:
     sparsities: Mapping[str, float] = field(default_factory=dict)
     ranks: Ranks = ALONE
     min_expert_tokens: int | None = None
+    drift_one_in: int = 1
     stream: Stream = field(init=False)
     dense: DenseCompanion | None = field(init=False, default=None)
     #: Batches of every rank, this one's among them.
@@ -78,7 +79,8 @@ class BlockEngine:
     def __post_init__(self) -> None:
         self.stream = Stream(self.skeleton, self.source, self.device)
         if self.linear_job.method.needs_drift or self.retouch_job is not None:
-            self.dense = DenseCompanion(self.skeleton, self.source, self.device)
+            matched = self.retouch_job is not None
+            self.dense = DenseCompanion(self.skeleton, self.source, self.device, self.drift_one_in, matched)
 
     def embed(self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True) -> None:
         """Run what comes before the blocks on this rank's share of all `batches`; see `Stream.embed`."""
@@ -90,7 +92,7 @@ class BlockEngine:
         batches = self.mine(batches)
         self.stream.embed(batches, spill_to, on_device, others)
         if self.dense is not None:
-            self.dense.embed(batches, spill_to, on_device)
+            self.dense.embed(batches, spill_to, on_device, self._before)
 
     def mine(self, batches: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Of all batches those of this rank."""
@@ -160,7 +162,7 @@ class BlockEngine:
                     else REFUSED
                 )
 
-        unreached, match = linears, None
+        unreached, match, tail = linears, None, None
         count, with_windows = len(self.stream), sum(self._counts) > 0
         held_out = frozenset(batch - self._before for batch in held_out_of(sum(self._counts)))
         with contextlib.ExitStack() as stack:
@@ -188,35 +190,23 @@ class BlockEngine:
                 nothing = self._new_statistics(linear)
                 nothing.complete(self.ranks)
                 prune_one(linear, nothing)
-        if self.retouch_job is not None:
+        if self.retouch_job is not None and changed:
             assert self.dense is not None
-            if changed:
-                self.ranks.at(f"{name}, matching")
-                inputs, wanted = (
-                    StepBatches(states, self._counts, self.ranks, self._split, self.device)
-                    for states in (self.stream.states, self.dense.stream.states)
-                )
-                run = self.stream.call(index, block)
-                with self._compare(index) as compare:
-                    trained, match = retouch(
-                        self.retouch_job,
-                        name,
-                        block,
-                        stored,
-                        changed,
-                        lambda batch: run(x) if len(x := inputs.get(batch)) else x,
-                        wanted.get,
-                        len(inputs),
-                        compare,
-                        self._split,
-                    )
-                changed |= trained
-                for linear in linears:
-                    _count_zeros(records[linear.name], changed[f"{linear.name}.weight"])
+            names = trained([linear.name for linear in linears], self.linear_job.method.updates_weights)
+            matcher = Matcher(
+                self.retouch_job, self.stream, self.dense.stream, self._counts, self.ranks, self._split
+            )
+            learnt, match, tail = matcher.match(index, block, stored, changed, names, keep=walk == "lockstep")
+            changed |= learnt
+            for linear in linears:
+                _count_zeros(records[linear.name], changed[f"{linear.name}.weight"])
         by_name = {linear.name: linear for linear in self.skeleton.linears(index)}
         for relative, order_I in orders.items():
             changed |= fold({**stored, **changed}, folds[relative], order_I, by_name)
-        if self.retouch_job is not None or self.permute:
+        if tail is not None and not orders:
+            self.skeleton.fill(index, {**stored, **changed}, self.device)
+            self.stream.advance(tail)
+        elif self.retouch_job is not None or self.permute:
             # As when the run is resumed behind this block: sums in the order in which they are stored.
             self.stream.propagate(index, {**stored, **changed})
         self.skeleton.release(index)
@@ -244,20 +234,6 @@ class BlockEngine:
             shared=self.ranks.size > 1,
             coarse=method.ridged,
         )
-
-    @contextlib.contextmanager
-    def _compare(self, index: int) -> Iterator[Compare | None]:
-        """By what block `index` is matched: in front of a language model's head stands nothing but what makes logits."""
-        if index < len(self.skeleton) - 1 or self.skeleton.kind is not CAUSAL:
-            yield None
-            return
-
-        def logits(hidden: torch.Tensor) -> torch.Tensor:
-            ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-            return self.skeleton.logits(ids, hidden.to(self.skeleton.dtype))
-
-        with self.skeleton.surroundings(self.source.outer, self.device, with_head=True, with_embedding=False):
-            yield divergence(logits, self.ranks if self._split is ALONE else ALONE)
 
     def _folds(self, index: int, block: torch.nn.Module, targets: Sequence[str]) -> dict[str, Fold]:
         """By relative name of a linear, the order of whose inputs is free: what follows it. Tried on the first batch.

@@ -19,7 +19,11 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 from prunus.statistics import InputStatistics
 
-__all__ = ["DenseCompanion", "feed_both", "held_out_of"]
+__all__ = ["MOST_APART", "DenseCompanion", "feed_both", "held_out_of", "one_batch_in"]
+
+#: At least one batch in so many goes through the dense model as well.
+MOST_APART = 4
+_TOKENS_PER_FEATURE = 4
 
 
 class _Seen(BaseException):
@@ -32,14 +36,31 @@ class DenseCompanion:
     Args:
         skeleton, source: as of the run; the source gives the trained weights.
         device: where the copies of the blocks run.
+        one_in: the inputs of linears are told for one batch in so many, from the first on.
+        all_outputs: outputs are wanted of every batch. Otherwise the other batches do not go along.
     """
 
-    def __init__(self, skeleton: Skeleton, source: Source, device: torch.device) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        source: Source,
+        device: torch.device,
+        one_in: int = 1,
+        all_outputs: bool = True,
+    ) -> None:
         self.stream = Stream(skeleton, source, device)
+        self._one_in, self._all_outputs = one_in, all_outputs
+        #: Batch of the pruned model whose inputs are told -> its number here.
+        self._told: dict[int, int] = {}
 
-    def embed(self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True) -> None:
-        """As `Stream.embed`."""
-        self.stream.embed(batches, spill_to, on_device)
+    def embed(
+        self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True, before: int = 0
+    ) -> None:
+        """As `Stream.embed`; `before` batches come before these, on other ranks."""
+        told = [batch for batch in range(len(batches)) if (before + batch) % self._one_in == 0]
+        along = range(len(batches)) if self._all_outputs else told
+        self._told = {batch: here for here, batch in enumerate(along) if batch in told}
+        self.stream.embed([batches[batch] for batch in along], spill_to, on_device)
 
     def propagate(self, index: int) -> None:
         """Take all batches through dense block `index`."""
@@ -60,7 +81,7 @@ class DenseCompanion:
         """
         block = self.stream.skeleton.duplicate(index, stored, self.stream.device)
         linears = [linear for linear in find_linears(block) if linear.name in names]
-        inputs = DenseInputs(self.stream, index, block, linears, keep)
+        inputs = DenseInputs(self.stream, self._told, index, block, linears, keep)
         yield inputs
         inputs.finish()
 
@@ -73,20 +94,32 @@ class DenseInputs:
     """What the linears of one dense block are given, batch by batch; see `DenseCompanion.beside`."""
 
     def __init__(
-        self, stream: Stream, index: int, block: torch.nn.Module, linears: list[Linear], keep: bool
+        self,
+        stream: Stream,
+        told: Mapping[int, int],
+        index: int,
+        block: torch.nn.Module,
+        linears: list[Linear],
+        keep: bool,
     ) -> None:
         self._stream = stream
+        self._told = told
         self._forward = stream.forward(index, block)
         self._linears = {linear.name: linear for linear in linears}
         self._keep = keep
         self._kept: dict[int, dict[str, torch.Tensor]] = {}
 
     def of(self, name: str, batch: int, tokens: int) -> torch.Tensor | None:
-        """The input (tokens, in) of linear `name` for `batch`, once; None where other tokens than its reach it.
+        """The input (tokens, in) of linear `name` for `batch`, once; None where it is not told.
+
+        That is for batches that are not among those in question, and where other tokens than the linear's reach it.
 
         `tokens` are the rows that reach it in the pruned model. Only where these are all tokens of the batch, on either
         side, is it certain that row t is the same token: an expert's tokens may be others.
         """
+        if batch not in self._told:
+            return None
+        batch = self._told[batch]
         states = self._stream.states.get(batch)
         # Of images as grids (images, channels, height, width) no positions are routed anywhere: all come along.
         everything = tokens if states.dim() == 4 else states.shape[:-1].numel()
@@ -127,6 +160,15 @@ class DenseInputs:
         with input_hooks([self._linears[name]], stop), contextlib.suppress(_Seen):
             self._forward(batch)
         return seen[0] if seen else None
+
+
+def one_batch_in(tokens: int, width: int) -> int:
+    """Of how many batches one is enough to see how far inputs have drifted, with `tokens` in all.
+
+    The drift (X − X̂)ᵀX̂ is far smaller than the Gram X̂ᵀX̂, so fewer tokens will do for it: `_TOKENS_PER_FEATURE` of them
+    for each of the widest linear's `width` inputs.
+    """
+    return max(1, min(MOST_APART, tokens // (_TOKENS_PER_FEATURE * width)))
 
 
 def held_out_of(count: int) -> frozenset[int]:

@@ -6,7 +6,7 @@ Masks stay as they are. `matching.py` trains; this file says what is trained, on
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +14,11 @@ from torch import nn
 
 from prunus.engine.divergence import Compare
 from prunus.engine.matching import MatchOptions, match_block
+from prunus.engine.tail import behind_attention
 from prunus.manifest import MatchRecord
 from prunus.ranks import ALONE, Ranks
 
-__all__ = ["ONE_HELD_OUT_IN", "PASSES", "RetouchJob", "default_rate", "retouch"]
+__all__ = ["ONE_HELD_OUT_IN", "PASSES", "RetouchJob", "default_rate", "retouch", "trained"]
 
 #: One batch in so many is not trained on, and says which pass was the best.
 ONE_HELD_OUT_IN = 8
@@ -33,6 +34,15 @@ def default_rate(hidden: int) -> float:
     That the rate for the weights of wide layers falls with their width is the rule of arXiv 2203.03466.
     """
     return _RATE * min(1.0, _RATE_WIDTH / hidden)
+
+
+def trained(linears: Sequence[str], updated: bool) -> list[str]:
+    """Which of a block's pruned linears are trained, by relative name in the order in which they run.
+
+    Those behind the attention, for half the time and nearly all of the gain; all where the method has not `updated` any
+    weights, since nothing has made up then for what attention lost.
+    """
+    return behind_attention(linears) if updated else list(linears)
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,8 @@ def retouch(
         name: of the block, for messages.
         block: with the pruned weights in place.
         stored: the block's tensors by relative name, as stored; biases are taken from here.
-        pruned: the pruned weights by relative name, as stored. What is 0 in them stays 0.
+        pruned: the pruned weights that are trained, by relative name, as stored, the biases of their linears with them.
+            What is 0 in them stays 0.
         forward: batch -> output of `block` in the pruned model.
         target: batch -> output of the dense block in the dense model.
         count: number of batches, on all ranks, at least 2.
@@ -81,7 +92,7 @@ def retouch(
     supports = {key: (weight != 0).to(device) for key, weight in pruned.items()}
     for key, parameter in block.named_parameters():
         # Not norms: what they scale, the weights next to them can.
-        if key.endswith("bias") and key in stored and stored[key].is_floating_point():
+        if key.endswith(".bias") and f"{key.removesuffix('.bias')}.weight" in pruned and key in stored:
             supports[key] = torch.ones(parameter.shape, dtype=torch.bool, device=device)
     held_out = max(1, count // ONE_HELD_OUT_IN)
     options = MatchOptions(job.learning_rate, job.passes, None, job.dtype, per_token=True)
@@ -99,7 +110,7 @@ def retouch(
         )
     except ValueError as fault:
         raise ValueError(f"{name}: {fault}") from fault
-    trained = {
+    learnt = {
         key: weight.to(stored[key].dtype).to(stored[key].device) for key, weight in match.weights.items()
     }
     record = MatchRecord(
@@ -111,4 +122,4 @@ def retouch(
         dtype=str(job.dtype).removeprefix("torch."),
         seconds=round(time.perf_counter() - started, 3),
     )
-    return trained, record
+    return learnt, record

@@ -115,10 +115,13 @@ class Stream:
         """Take all batches through block `index` with the weights `stored` (by relative name)."""
         if not len(self):
             return
-        forward = self.forward(index, self.skeleton.fill(index, stored, self.device))
+        self.advance(self.forward(index, self.skeleton.fill(index, stored, self.device)))
+        self.skeleton.release(index)
+
+    def advance(self, forward: Callable[[int], torch.Tensor]) -> None:
+        """Put what `forward` gives for every batch in the place of its hidden states."""
         for batch in range(len(self)):
             self.states.put(batch, forward(batch))
-        self.skeleton.release(index)
 
     def close(self) -> None:
         """Release hidden states."""

@@ -15,7 +15,7 @@ from prunus.methods.base import Method, Options, Part, Pruned, masked, unchanged
 from prunus.methods.dsnot import dsnot_keep
 from prunus.methods.lsq import fit
 from prunus.methods.swaps import swapped_keep
-from prunus.methods.targets import MIX, dense_target, held_out_mix
+from prunus.methods.targets import MIX, dense_target, has_drift, held_out_mix
 from prunus.patterns import Pattern
 from prunus.statistics import NEEDS, InputStatistics, Needs
 
@@ -88,7 +88,7 @@ def compose(method: Method, options: Options) -> Method:
 
         if refinement is not None or updates:
             pruned = options.rows.share(len(weight_OI), 1, finish)
-        if aims and not statistics.has_drift:
+        if aims and not has_drift(statistics):
             pruned.notes["targets"] = "pruned: other tokens reach this linear in the dense model"
         elif aims and options.mix == "auto":
             pruned.notes["mix"] = round(mix, 4)

@@ -24,10 +24,12 @@ from torch import Tensor
 from prunus.methods.lsq import ridge, scaled_gram
 from prunus.statistics import InputStatistics
 
-__all__ = ["MIX", "dense_target", "held_out_mix"]
+__all__ = ["MIX", "dense_target", "has_drift", "held_out_mix"]
 
 #: α where none is given, or no tokens are held out to find it; see docs/pruning-better.md.
 MIX = 0.25
+# Calibration lets at least a quarter of the tokens through the dense model.
+_LEAST_SHARE = 0.25
 
 
 def dense_target(
@@ -41,7 +43,7 @@ def dense_target(
         mix: α, or None for `MIX`.
         damping: λ, or None for `lsq.ridge`.
     """
-    if not statistics.has_drift:
+    if not has_drift(statistics):
         return weight_OI
     scaled = scaled_gram(statistics, damping)
     drift_II = statistics.drift_II
@@ -50,7 +52,13 @@ def dense_target(
         ("dense_target", scaled.damping), lambda: _shift(scaled.gram_II, drift_II, scaled.scale_I)
     )
     change_OI = (weight_OI * scaled.scale_I) @ shift_II
-    return weight_OI + change_OI.div_(scaled.scale_I).mul_(MIX if mix is None else mix)
+    alpha = MIX if mix is None else mix
+    return weight_OI + change_OI.div_(scaled.scale_I).mul_(alpha / statistics.drift_share)
+
+
+def has_drift(statistics: InputStatistics) -> bool:
+    """Whether enough is known of the dense inputs: of an expert's tokens, say, only where all came its way."""
+    return statistics.drift_share >= _LEAST_SHARE
 
 
 def held_out_mix(weight_OI: Tensor, statistics: InputStatistics, damping: float | None) -> float | None:
@@ -69,7 +77,7 @@ def held_out_mix(weight_OI: Tensor, statistics: InputStatistics, damping: float 
     """
     held_gram_II, held_drift_II = statistics.held_gram_II, statistics.held_drift_II
     gram_II, drift_II, tokens = statistics.gram_II, statistics.drift_II, statistics.held_tokens
-    if not statistics.has_drift or held_gram_II is None or held_drift_II is None:
+    if statistics.drift_share < 1 or held_gram_II is None or held_drift_II is None:
         return None
     if not 0 < tokens < statistics.tokens:
         return None

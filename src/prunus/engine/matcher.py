@@ -1,0 +1,109 @@
+"""Matches pruned blocks to the dense model's while both models' hidden states stand before and behind them.
+
+`retouch.py` says how; this file knows where inputs and targets are, whose they are, and what of a block is trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from prunus.engine.divergence import Compare, divergence
+from prunus.engine.retouch import RetouchJob, retouch
+from prunus.engine.step_batches import StepBatches
+from prunus.engine.stream import Stream
+from prunus.engine.tail import Tail, find_tail
+from prunus.manifest import MatchRecord
+from prunus.model.kinds import CAUSAL
+from prunus.ranks import ALONE, Ranks
+
+__all__ = ["Matcher"]
+
+
+@dataclass(frozen=True)
+class Matcher:
+    """What is needed to match any block.
+
+    Attributes:
+        job: how.
+        stream: the pruned model's hidden states, before the block.
+        dense: the dense model's, behind it.
+        counts: batches of every rank.
+        ranks: of the run.
+        split: who takes the windows of a step apart; see `step_batches`.
+    """
+
+    job: RetouchJob
+    stream: Stream
+    dense: Stream
+    counts: Sequence[int]
+    ranks: Ranks
+    split: Ranks
+
+    def match(
+        self,
+        index: int,
+        block: nn.Module,
+        stored: Mapping[str, torch.Tensor],
+        pruned: Mapping[str, torch.Tensor],
+        names: Sequence[str],
+        keep: bool,
+    ) -> tuple[dict[str, torch.Tensor], MatchRecord, Tail | None]:
+        """Train linears of a pruned block; it ends with the weights it began with.
+
+        Args:
+            index: position of the block.
+            block: with the pruned weights in place.
+            stored: its trained tensors by relative name.
+            pruned: the pruned weights by relative name.
+            names: of the linears that are trained.
+            keep: there is room for two more hidden states, for what reaches the part that is trained.
+
+        Returns:
+            What was trained, by relative name; the record; the part that was, where what reaches it was kept.
+        """
+        self.ranks.at(f"{self.stream.skeleton.block_name(index)}, matching")
+        inputs, wanted = (
+            StepBatches(stream.states, self.counts, self.ranks, self.split, self.stream.device)
+            for stream in (self.stream, self.dense)
+        )
+        run = self.stream.call(index, block)
+
+        def forward(batch: int) -> torch.Tensor:
+            return run(x) if len(x := inputs.get(batch)) else x
+
+        # Of several ranks each would keep what all have.
+        tail = find_tail(block, names, forward, 0) if keep and self.ranks.size == 1 else None
+        with self._compare(index) as compare:
+            learnt, record = retouch(
+                self.job,
+                self.stream.skeleton.block_name(index),
+                block,
+                stored,
+                {f"{linear}.weight": pruned[f"{linear}.weight"] for linear in names},
+                tail or forward,
+                wanted.get,
+                len(inputs),
+                compare,
+                self.split,
+            )
+        return learnt, record, tail
+
+    @contextlib.contextmanager
+    def _compare(self, index: int) -> Iterator[Compare | None]:
+        """By what block `index` is matched: in front of a language model's head stands nothing but what makes logits."""
+        skeleton, device = self.stream.skeleton, self.stream.device
+        if index < len(skeleton) - 1 or skeleton.kind is not CAUSAL:
+            yield None
+            return
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+            return skeleton.logits(ids, hidden.to(skeleton.dtype))
+
+        with skeleton.surroundings(self.stream.source.outer, device, with_head=True, with_embedding=False):
+            yield divergence(logits, self.ranks if self.split is ALONE else ALONE)

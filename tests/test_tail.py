@@ -1,0 +1,77 @@
+"""What is behind a block's attention, run on what was kept: the same to the bit, or not taken at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from prunus.engine.tail import behind_attention, find_tail
+
+
+def test_attention_is_the_submodule_that_comes_first():
+    llama = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+    assert behind_attention(llama) == ["mlp.gate_proj", "mlp.down_proj"]
+    assert behind_attention(["self_attn.q_proj", "fc1", "fc2"]) == ["fc1", "fc2"]
+    assert behind_attention(llama[:2]) == llama[:2], "where nothing else is pruned, attention it is"
+    assert behind_attention(["fc1"]) == ["fc1"]
+
+
+class Block(nn.Module):
+    """One linear beside attention's place, combined in some way."""
+
+    def __init__(self, combine):
+        super().__init__()
+        self.attention, self.mlp = (
+            nn.Linear(8, 8),
+            nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8)),
+        )
+        self.combine = combine
+
+    def forward(self, x):
+        return self.combine(self, x + self.attention(x))
+
+
+COMBINED = {
+    "added": (lambda block, x: x + block.mlp(x), True),
+    "alone": (lambda block, x: block.mlp(x), True),
+    "scaled": (lambda block, x: x + 0.5 * block.mlp(x), False),
+    "normed": (lambda block, x: torch.nn.functional.layer_norm(x + block.mlp(x), (8,)), False),
+    "twice": (lambda block, x: block.mlp(block.mlp(x)), False),
+    "never": (lambda block, x: x, False),
+    "given more": (lambda block, x: x + block.mlp(input=x), False),
+}
+
+
+@pytest.mark.parametrize("name", COMBINED)
+@torch.no_grad()
+def test_only_what_is_added_last_is_a_tail(name):
+    combine, works = COMBINED[name]
+    torch.manual_seed(0)
+    block, inputs = Block(combine).eval(), torch.randn(3, 2, 5, 8)
+    calls = []
+    tail = find_tail(block, ["mlp.0", "mlp.2"], lambda batch: calls.append(batch) or block(inputs[batch]), 0)
+    assert (tail is not None) is works
+    assert "forward" not in vars(block.mlp)
+    if tail is None:
+        return
+    calls.clear()
+    for _ in range(3):
+        for weight in (block.mlp[0].weight, block.mlp[2].bias):
+            weight += 0.1
+        for batch in range(3):
+            expected = block(inputs[batch])
+            assert torch.equal(tail(batch), expected)
+    assert calls == [1, 2], "what comes before it runs once for every batch"
+
+
+def test_gradients_reach_the_tail_and_nothing_else():
+    torch.manual_seed(0)
+    block, x = Block(COMBINED["added"][0]), torch.randn(2, 5, 8)
+    tail = find_tail(block, ["mlp.0"], lambda _: block(x), 0)
+    tail(0).square().sum().backward()
+    got = block.mlp[0].weight.grad.clone()
+    assert block.attention.weight.grad is None
+    block.zero_grad()
+    block(x).square().sum().backward()
+    torch.testing.assert_close(got, block.mlp[0].weight.grad)
