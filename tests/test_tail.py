@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import greenlet
 import pytest
 import torch
 from torch import nn
@@ -75,3 +76,30 @@ def test_gradients_reach_the_tail_and_nothing_else():
     block.zero_grad()
     block(x).square().sum().backward()
     torch.testing.assert_close(got, block.mlp[0].weight.grad)
+
+
+@torch.no_grad()
+def test_what_a_pass_in_lockstep_has_seen_need_not_run_again():
+    torch.manual_seed(0)
+    block, inputs, calls = Block(COMBINED["added"][0]), torch.randn(3, 2, 5, 8), []
+    tail = find_tail(block, ["mlp.0"], lambda batch: calls.append(batch) or block(inputs[batch]), 0)
+    calls.clear()
+    linear = block.mlp[2]
+
+    def pause(*_):
+        greenlet.getcurrent().parent.switch()
+
+    hook = linear.register_forward_pre_hook(pause)
+    with tail.recording() as forward:
+        walks = [greenlet.greenlet(forward) for _ in range(3)]
+        for batch, walk in enumerate(walks):
+            walk.switch(batch)
+        linear.weight *= 0.5  # while all stand in front of it
+        for walk in walks:
+            walk.switch()
+        assert all(walk.dead for walk in walks)
+    hook.remove()
+    assert calls == [0, 1, 2]
+    for batch in range(3):
+        assert torch.equal(tail(batch), block(inputs[batch]))
+    assert calls == [0, 1, 2]

@@ -24,6 +24,7 @@ from prunus.engine.retouch import RetouchJob, trained
 from prunus.engine.routing import find_routings, least_tokens
 from prunus.engine.step_batches import splitting
 from prunus.engine.stream import Stream
+from prunus.engine.tail import find_tail
 from prunus.engine.two_pass import two_pass
 from prunus.engine.watching import Feed, plain_feed
 from prunus.manifest import BlockRecord, LinearRecord, Walk
@@ -163,6 +164,7 @@ class BlockEngine:
                 )
 
         unreached, match, tail = linears, None, None
+        names = trained([linear.name for linear in linears], self.linear_job.method.updates_weights)
         count, with_windows = len(self.stream), sum(self._counts) > 0
         held_out = frozenset(batch - self._before for batch in held_out_of(sum(self._counts)))
         with contextlib.ExitStack() as stack:
@@ -174,6 +176,11 @@ class BlockEngine:
                     feed = feed_both(dense_inputs, held_out)
             if with_windows:
                 forward, put = self.stream.forward(index, block), self.stream.states.put
+                # Of several ranks each would keep what all have.
+                if self.retouch_job is not None and walk == "lockstep" and self.ranks.size == 1:
+                    tail = find_tail(block, names, forward, 0)
+                if tail is not None:
+                    forward = stack.enter_context(tail.recording())
                 finish = put if self.retouch_job is None and not self.permute else _forget
                 unreached = _WALKS[walk](
                     linears,
@@ -192,11 +199,10 @@ class BlockEngine:
                 prune_one(linear, nothing)
         if self.retouch_job is not None and changed:
             assert self.dense is not None
-            names = trained([linear.name for linear in linears], self.linear_job.method.updates_weights)
             matcher = Matcher(
                 self.retouch_job, self.stream, self.dense.stream, self._counts, self.ranks, self._split
             )
-            learnt, match, tail = matcher.match(index, block, stored, changed, names, keep=walk == "lockstep")
+            learnt, match = matcher.match(index, block, stored, changed, names, tail)
             changed |= learnt
             for linear in linears:
                 _count_zeros(records[linear.name], changed[f"{linear.name}.weight"])

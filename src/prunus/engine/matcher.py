@@ -16,7 +16,7 @@ from prunus.engine.divergence import Compare, divergence
 from prunus.engine.retouch import RetouchJob, retouch
 from prunus.engine.step_batches import StepBatches
 from prunus.engine.stream import Stream
-from prunus.engine.tail import Tail, find_tail
+from prunus.engine.tail import Tail
 from prunus.manifest import MatchRecord
 from prunus.model.kinds import CAUSAL
 from prunus.ranks import ALONE, Ranks
@@ -51,8 +51,8 @@ class Matcher:
         stored: Mapping[str, torch.Tensor],
         pruned: Mapping[str, torch.Tensor],
         names: Sequence[str],
-        keep: bool,
-    ) -> tuple[dict[str, torch.Tensor], MatchRecord, Tail | None]:
+        tail: Tail | None,
+    ) -> tuple[dict[str, torch.Tensor], MatchRecord]:
         """Train linears of a pruned block; it ends with the weights it began with.
 
         Args:
@@ -61,10 +61,10 @@ class Matcher:
             stored: its trained tensors by relative name.
             pruned: the pruned weights by relative name.
             names: of the linears that are trained.
-            keep: there is room for two more hidden states, for what reaches the part that is trained.
+            tail: the part of the block that holds them, where there is one.
 
         Returns:
-            What was trained, by relative name; the record; the part that was, where what reaches it was kept.
+            What was trained, by relative name; the record.
         """
         self.ranks.at(f"{self.stream.skeleton.block_name(index)}, matching")
         inputs, wanted = (
@@ -76,10 +76,8 @@ class Matcher:
         def forward(batch: int) -> torch.Tensor:
             return run(x) if len(x := inputs.get(batch)) else x
 
-        # Of several ranks each would keep what all have.
-        tail = find_tail(block, names, forward, 0) if keep and self.ranks.size == 1 else None
         with self._compare(index) as compare:
-            learnt, record = retouch(
+            return retouch(
                 self.job,
                 self.stream.skeleton.block_name(index),
                 block,
@@ -91,7 +89,6 @@ class Matcher:
                 compare,
                 self.split,
             )
-        return learnt, record, tail
 
     @contextlib.contextmanager
     def _compare(self, index: int) -> Iterator[Compare | None]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
 
 __all__ = ["Tail", "behind_attention", "find_tail"]
+
+_BATCH: ContextVar[int] = ContextVar("batch")
 
 
 def behind_attention(linears: Sequence[str]) -> list[str]:
@@ -28,12 +31,34 @@ def behind_attention(linears: Sequence[str]) -> list[str]:
 class Tail:
     """Batch -> output of the block, as often as you like with other weights in `module`; see `find_tail`.
 
-    What reaches it from before is computed at a batch's first time and kept: two hidden states.
+    What reaches the module from before is kept, two hidden states: from `recording`, or from a batch's first time.
     """
 
     def __init__(self, module: nn.Module, forward: Callable[[int], torch.Tensor]) -> None:
         self._module, self._forward = module, forward
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[Callable[[int], torch.Tensor]]:
+        """While active: batch -> output of the block without the module's part, which runs all the same.
+
+        What reaches the module is kept. Several batches may be on their way at a time, each in a greenlet of its own.
+        """
+        inner = self._module.forward
+        given: dict[int, torch.Tensor] = {}
+
+        def see(x: torch.Tensor) -> torch.Tensor:
+            given[_BATCH.get()] = x
+            return torch.zeros_like(inner(x))
+
+        def forward(batch: int) -> torch.Tensor:
+            _BATCH.set(batch)  # every greenlet has a context of its own
+            beside = self._forward(batch)
+            self._kept[batch] = given.pop(batch), beside
+            return beside
+
+        with _in_place_of(self._module, see):
+            yield forward
 
     def __call__(self, batch: int) -> torch.Tensor:
         if batch not in self._kept:

@@ -33,7 +33,7 @@ from prunus.statistics import InputStatistics
 _PENALTIES = (0.2, 0.4, 0.8, 1.6)
 #: Of the splitting, where nothing else is asked for.
 ITERATIONS = 16
-_FINAL_STEPS = 6
+_FINAL_STEPS = 3
 # Inverses beyond this many bytes are not kept for the next linear with the same input.
 _MOST_KEPT = 2**28
 
