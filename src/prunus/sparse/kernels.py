@@ -29,7 +29,7 @@ MAX_TOKENS = 16
 #: And up to this many where rows are written out to the cache and multiplied as matrices there. For more of them torch's
 #: product, whose blocks are better, is worth writing the whole weight out.
 MAX_TOKENS_AS_MATRIX = 1024
-_ABI = 4
+_ABI = 5
 _BF16 = ISAS.index("avx512-bf16")  # from here on there are products of bfloat16
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 _BAD_ARGUMENT = 1
@@ -189,6 +189,46 @@ class Kernels:
         weight = _Weight(rows, in_features, rows * in_features, None, None, weight_OI.data_ptr())
         return self._product(x, weight, bias)
 
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, form: int) -> torch.Tensor:
+        """`x` normed over its last dimension, in its dtype and shape.
+
+        Args:
+            x: bfloat16, float16 or float32 (..., I), contiguous and not empty.
+            weight: (I,), contiguous, in the dtype of `x`.
+            eps: added to the mean of squares.
+            form: how the weight comes in, as `prunus_rms_norm` numbers it.
+        """
+        out = torch.empty(x.shape, dtype=x.dtype)
+        width = weight.shape[0]
+        fault = self.library.prunus_rms_norm(
+            self.isa, _KINDS[x.dtype], form, x.numel() // width, width, x.data_ptr(), weight.data_ptr(), eps,
+            out.data_ptr(),
+        )  # fmt: skip
+        if fault:
+            raise RuntimeError(f"the kernel refused: {_FAULTS[fault]}")
+        return out
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary embedding of one token with halves split.
+
+        Args:
+            query: bfloat16, float16 or float32 (1, heads, 1, D), contiguous; D is even.
+            key: (1, key heads, 1, D), likewise.
+            cos: D numbers, likewise.
+            sin: D numbers, likewise.
+        """
+        shape, key_shape = query.shape, key.shape
+        out, out_key = torch.empty(shape, dtype=query.dtype), torch.empty(key_shape, dtype=query.dtype)
+        fault = self.library.prunus_rotate(
+            self.isa, _KINDS[query.dtype], shape[1], key_shape[1], shape[3], query.data_ptr(), key.data_ptr(),
+            cos.data_ptr(), sin.data_ptr(), out.data_ptr(), out_key.data_ptr(),
+        )  # fmt: skip
+        if fault:
+            raise RuntimeError(f"the kernel refused: {_FAULTS[fault]}")
+        return out, out_key
+
     def read(self, data: torch.Tensor) -> int:
         """Sum the bytes of `data` as 64-bit words (whole 64 KiB pieces): as fast as memory can be read."""
         return int(
@@ -275,5 +315,18 @@ def _declare(library: ctypes.CDLL) -> None:
     library.prunus_linear.argtypes = [number, number, weight, length, number, pointer, pointer, pointer]
     library.prunus_expand.argtypes = [number, number, weight, number, pointer]
     library.prunus_expand_rows.argtypes = [number, weight, pointer, length, number, pointer]
+    real = ctypes.c_float
+    library.prunus_rms_norm.argtypes = [
+        number,
+        number,
+        number,
+        length,
+        length,
+        pointer,
+        pointer,
+        real,
+        pointer,
+    ]
+    library.prunus_rotate.argtypes = [number, number, length, length, length, *[pointer] * 6]
     library.prunus_read.argtypes = [number, pointer, length]
     library.prunus_read.restype = ctypes.c_uint64
