@@ -15,7 +15,7 @@ setup(
     ext_modules=[
         Extension(
             "prunus.sparse._kernels",
-            sources=[f"{KERNELS}/kernels.cpp"],
+            sources=[f"{KERNELS}/kernels.cpp", f"{KERNELS}/kernels_elementwise.cpp"],
             depends=sorted(str(header) for header in Path(KERNELS).glob("*.h")),
             language="c++",
             extra_compile_args=["-O3", "-std=c++17", "-g0"],

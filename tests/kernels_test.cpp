@@ -196,6 +196,53 @@ void check_expand(int isa, int threads, Matrix& w, Kind out_kind) {
     CHECK(prunus_expand_rows(isa, &weight, rows.get(), rows.count, out_kind, some.get()) == PRUNUS_BAD_ARGUMENT, "no such row");
 }
 
+// A value as the kind holds it.
+double as_held(Kind kind, double value) {
+    Floats one(kind, 1);
+    one.set(0, float(value));
+    return one.at(0);
+}
+
+void check_norm(int isa, Kind kind, int form, int64_t rows, int64_t width) {
+    const float eps = between(0, 1) ? 1e-6f : 0.5f;
+    Floats x(kind, rows * width), weight(kind, width), out(kind, rows * width);
+    for (int64_t i = 0; i < rows * width; ++i) x.set(i, normal());
+    for (int64_t i = 0; i < width; ++i) weight.set(i, normal());
+    const int code = prunus_rms_norm(isa, kind, form, rows, width, x.bytes.get(), weight.bytes.get(), eps, out.bytes.get());
+    CHECK(code == PRUNUS_OK, "code %d", code);
+    for (int64_t row = 0; row < rows; ++row) {
+        double squares = 0;
+        for (int64_t i = row * width; i < (row + 1) * width; ++i) squares += x.at(i) * x.at(i);
+        for (int64_t i = 0; i < width; ++i) {
+            const double normed = x.at(row * width + i) / std::sqrt(squares / double(width) + eps);
+            const double exact = normed * (weight.at(i) + (form == 2));
+            const double bound = std::fabs(exact) * (2.02 * unit_roundoff(kind) + 1e-6) + 1e-7;
+            CHECK(std::fabs(out.at(row * width + i) - exact) <= bound, "isa %d norm %d of %ldx%ld, kind %d", isa, form, long(rows),
+                  long(width), int(kind));
+        }
+    }
+}
+
+void check_rotation(int isa, Kind kind, int64_t heads, int64_t key_heads, int64_t dim) {
+    Floats query(kind, heads * dim), key(kind, key_heads * dim), cos(kind, dim), sin(kind, dim), out(kind, heads * dim),
+        out_key(kind, key_heads * dim);
+    for (Floats* floats : {&query, &key, &cos, &sin})
+        for (int64_t i = 0; i < floats->bytes.count / (kind == kF32 ? 4 : 2); ++i) floats->set(i, normal());
+    const int code = prunus_rotate(isa, kind, heads, key_heads, dim, query.bytes.get(), key.bytes.get(), cos.bytes.get(),
+                                   sin.bytes.get(), out.bytes.get(), out_key.bytes.get());
+    CHECK(code == PRUNUS_OK, "code %d", code);
+    auto compare = [&](Floats& x, Floats& found, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t at = i % dim, half = dim / 2;
+            const double other = at < half ? -x.at(i + half) : x.at(i - half);
+            const double expected = as_held(kind, as_held(kind, x.at(i) * cos.at(at)) + as_held(kind, other * sin.at(at)));
+            CHECK(found.at(i) == expected, "isa %d rotation of %ldx%ld, kind %d", isa, long(count / dim), long(dim), int(kind));
+        }
+    };
+    compare(query, out, heads * dim);
+    compare(key, out_key, key_heads * dim);
+}
+
 void check_conversions() {
     for (uint32_t bits = 0; bits < 0x10000; ++bits) {
         const float half = f16_to_float(uint16_t(bits)), brain = bf16_to_float(uint16_t(bits));
@@ -229,6 +276,26 @@ void check_refusals() {
     CHECK(call(0, 0, w.count, kBf16, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "no rows");
     CHECK(call(0, 3, w.count, kBf16, nullptr) == PRUNUS_BAD_ARGUMENT, "no activations");
     CHECK(call(9, 3, w.count, kBf16, x.bytes.get()) == PRUNUS_NO_SUCH_ISA, "instruction set 9");
+    void* to = out.bytes.get();
+    auto norm = [&](int isa, int kind, int form, int64_t rows, int64_t width, const void* data) {
+        return prunus_rms_norm(isa, kind, form, rows, width, data, x.bytes.get(), 1e-6f, to);
+    };
+    CHECK(norm(9, kBf16, 0, 1, 3, x.bytes.get()) == PRUNUS_NO_SUCH_ISA, "norm: instruction set 9");
+    CHECK(norm(0, kI8, 0, 1, 3, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "norm: int8");
+    CHECK(norm(0, -1, 0, 1, 3, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "norm: no kind");
+    CHECK(norm(0, kBf16, 3, 1, 3, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "norm: no form");
+    CHECK(norm(0, kBf16, 0, 0, 3, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "norm: no rows");
+    CHECK(norm(0, kBf16, 0, 1, 0, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "norm: no width");
+    CHECK(norm(0, kBf16, 0, 1, 3, nullptr) == PRUNUS_BAD_ARGUMENT, "norm: no data");
+    auto rotate = [&](int isa, int kind, int64_t heads, int64_t key_heads, int64_t dim, const void* data) {
+        return prunus_rotate(isa, kind, heads, key_heads, dim, data, data, data, data, to, to);
+    };
+    CHECK(rotate(9, kBf16, 1, 1, 2, x.bytes.get()) == PRUNUS_NO_SUCH_ISA, "rotation: instruction set 9");
+    CHECK(rotate(0, kI8, 1, 1, 2, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "rotation: int8");
+    CHECK(rotate(0, kBf16, 0, 1, 2, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "rotation: no heads");
+    CHECK(rotate(0, kBf16, 1, 0, 2, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "rotation: no key heads");
+    CHECK(rotate(0, kBf16, 1, 1, 3, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "rotation: an odd width");
+    CHECK(rotate(0, kBf16, 1, 1, 2, nullptr) == PRUNUS_BAD_ARGUMENT, "rotation: no data");
     w.mask[8] |= 0x80;  // column 71 of a row of 70
     CHECK(prunus_row_offsets(3, 70, w.mask.get(), w.offsets.get()) == -1, "a bit past the last column");
 }
@@ -262,6 +329,11 @@ int main() {
         check_product(isa, 3, large, 2, kBf16, true);
         large.encode(12);
         check_product(isa, 3, large, 2, kBf16, true);
+        for (int round = 0; round < 150; ++round) {
+            const Kind kind = activations[round % 3];
+            check_norm(isa, kind, round / 3 % 3, between(1, 5), between(1, 200));
+            check_rotation(isa, kind, between(1, 5), between(1, 3), 2 * between(1, 70));
+        }
         std::printf("instruction set %d: done\n", isa);
     }
     Exact<uint8_t> bytes(3 << 16);

@@ -6,5 +6,5 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 ${CXX:-c++} -std=c++17 -O1 -g -Wall -Wextra -Werror -pthread \
     -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer \
-    tests/kernels_test.cpp src/prunus/sparse/kernels.cpp -o "$folder/kernels_test"
+    tests/kernels_test.cpp src/prunus/sparse/kernels.cpp src/prunus/sparse/kernels_elementwise.cpp -o "$folder/kernels_test"
 ASAN_OPTIONS=detect_leaks=1 "$folder/kernels_test"

@@ -210,7 +210,7 @@ def test_operators_pass_torch_checks():
 
 def test_without_kernels_there_is_one_warning(folders, monkeypatch):
     monkeypatch.setenv("PRUNUS_ISA", "off")
-    operators._compiled.cache_clear()
+    operators.loaded_kernels.cache_clear()
     try:
         packed = _load(folders / "packed-bf16")
         with pytest.warns(RuntimeWarning, match="no kernels here.*switched off by PRUNUS_ISA=off") as caught:
@@ -218,7 +218,7 @@ def test_without_kernels_there_is_one_warning(folders, monkeypatch):
         assert len(caught) == 1
         assert torch.equal(logits, _logits(_load(folders / "plain-bf16"), IDS[:1, :3]))
     finally:
-        operators._compiled.cache_clear()
+        operators.loaded_kernels.cache_clear()
 
 
 def test_wrong_width_is_refused():

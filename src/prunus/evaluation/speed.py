@@ -22,7 +22,13 @@ from prunus.machine import resident_memory
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint import resolve_folder
 from prunus.model.loading import import_architecture, load_model
-from prunus.sparse import use_decode_attention, use_dense_kernel, use_large_pages
+from prunus.sparse import (
+    use_decode_attention,
+    use_decode_norms,
+    use_decode_rotary,
+    use_dense_kernel,
+    use_large_pages,
+)
 
 __all__ = ["Speed", "bench", "measure"]
 
@@ -70,8 +76,8 @@ def bench(
         new_tokens: tokens to decode, at least 2.
         rounds: processes per model.
         threads: torch threads; torch's own choice where None.
-        dense_kernel: measure the first model once more with prunus's own dense kernel and attention in the place
-            of torch's, to tell what these win from what sparsity wins.
+        dense_kernel: measure the first model once more with prunus's own dense kernel, attention, norms and
+            rotary embedding in the place of torch's, to tell what these win from what sparsity wins.
         progress: told what is measured.
 
     Raises:
@@ -117,6 +123,8 @@ def measure(
     if dense_kernel:
         use_dense_kernel(loaded)
         use_decode_attention(loaded)
+        use_decode_norms(loaded)
+        use_decode_rotary(loaded)
         use_large_pages(loaded)
     vocabulary = loaded.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(seed)

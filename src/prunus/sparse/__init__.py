@@ -8,6 +8,8 @@ BitmapLinear    the module that runs on a bitmap
 DenseLinear     a dense linear that uses the kernels too
 use_dense_kernel    give a loaded dense model such linears
 use_decode_attention    and the attention that packed models have
+use_decode_norms        and their norms
+use_decode_rotary       and their rotary embedding
 use_large_pages     and their memory
 to_semi_structured  on a CUDA device: 2:4 linears on sparse tensor cores, where that is faster
 """
@@ -19,9 +21,11 @@ if TYPE_CHECKING:
     from prunus.sparse.attention import use_decode_attention
     from prunus.sparse.doctor import describe
     from prunus.sparse.linear import BitmapLinear, DenseLinear, use_dense_kernel
+    from prunus.sparse.norm import use_decode_norms
     from prunus.sparse.operators import reference_path
     from prunus.sparse.packing import pack, unpack
     from prunus.sparse.pages import use_large_pages
+    from prunus.sparse.rotary import use_decode_rotary
     from prunus.sparse.semi_structured import to_semi_structured
 
 __all__ = [
@@ -33,6 +37,8 @@ __all__ = [
     "to_semi_structured",
     "unpack",
     "use_decode_attention",
+    "use_decode_norms",
+    "use_decode_rotary",
     "use_dense_kernel",
     "use_large_pages",
 ]
@@ -47,6 +53,8 @@ _HOMES = {
     "to_semi_structured": "semi_structured",
     "unpack": "packing",
     "use_decode_attention": "attention",
+    "use_decode_norms": "norm",
+    "use_decode_rotary": "rotary",
     "use_dense_kernel": "linear",
     "use_large_pages": "pages",
 }

@@ -55,6 +55,16 @@ int prunus_expand(int isa, int threads, const PrunusWeight* weight, int out_kind
 // Writes row rows[i] of that array to row i of `out` (count, cols), on the calling thread.
 int prunus_expand_rows(int isa, const PrunusWeight* weight, const int64_t* rows, int64_t count, int out_kind, void* out);
 
+// out (rows, width) = x / sqrt(mean of x² + eps), per row, times the weight (width); all of `kind`, which is not int8. `form` says
+// how: 0 the quotient is rounded to `kind` first, 1 it is not, 2 it is not and the weight counts from one.
+int prunus_rms_norm(int isa, int kind, int form, int64_t rows, int64_t width, const void* x, const void* weight, float eps,
+                    void* out);
+
+// Rotary embedding of one token, halves split: out = x · cos + (-second half of x, first half of x) · sin, for each row of the
+// query (heads, dim) and of the key (key_heads, dim); cos and sin are (dim), all of `kind`, which is not int8.
+int prunus_rotate(int isa, int kind, int64_t heads, int64_t key_heads, int64_t dim, const void* query, const void* key,
+                  const void* cos, const void* sin, void* out_query, void* out_key);
+
 // Sums `bytes` (rounded down to 64 KiB) at `data` as 64-bit words: what memory bandwidth allows.
 uint64_t prunus_read(int threads, const void* data, int64_t bytes);
 }

@@ -29,7 +29,7 @@ MAX_TOKENS = 16
 #: And up to this many where rows are written out to the cache and multiplied as matrices there. For more of them torch's
 #: product, whose blocks are better, is worth writing the whole weight out.
 MAX_TOKENS_AS_MATRIX = 1024
-_ABI = 4
+_ABI = 5
 _BF16 = ISAS.index("avx512-bf16")  # from here on there are products of bfloat16
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 _BAD_ARGUMENT = 1
@@ -85,6 +85,11 @@ def _weight(packed: PackedWeight, offsets: torch.Tensor | None) -> _Weight:
     return described
 
 
+def _check(fault: int) -> None:
+    if fault:
+        raise RuntimeError(f"the kernel refused: {_FAULTS[fault]}")
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """An opened library and the instruction set that it uses.
@@ -136,13 +141,12 @@ class Kernels:
 
     def _product(self, x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None) -> torch.Tensor:
         shape = x.shape
-        out = torch.empty(shape[:-1] + (weight.rows,), dtype=x.dtype)  # noqa: RUF005 - twice as quick as unpacking
+        out = torch.empty(*shape[:-1], weight.rows, dtype=x.dtype)  # a shape takes torch twice as long
         fault = self.library.prunus_linear(
             self.isa, torch.get_num_threads(), ctypes.byref(weight), x.numel() // shape[-1], _KINDS[x.dtype],
             x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
         )  # fmt: skip
-        if fault:
-            raise RuntimeError(f"the kernel refused: {_FAULTS[fault]}")
+        _check(fault)
         return out
 
     def most_tokens(self, weight_dtype: torch.dtype, x_dtype: torch.dtype) -> int:
@@ -156,8 +160,7 @@ class Kernels:
         fault = self.library.prunus_expand(
             self.isa, torch.get_num_threads(), ctypes.byref(_weight(packed, offsets)), _KINDS[out.dtype], out.data_ptr()
         )  # fmt: skip
-        if fault:
-            raise RuntimeError(f"the kernel refused: {_FAULTS[fault]}")
+        _check(fault)
 
     def expand_rows(
         self, packed: PackedWeight, offsets: torch.Tensor | None, rows: torch.Tensor, out: torch.Tensor
@@ -173,8 +176,7 @@ class Kernels:
         )  # fmt: skip
         if fault == _BAD_ARGUMENT:
             raise IndexError(f"there are {packed.shape[0]} rows, not all of {rows.tolist()}")
-        if fault:
-            raise RuntimeError(f"the kernel refused: {_FAULTS[fault]}")
+        _check(fault)
 
     @property
     def has_dense(self) -> bool:
@@ -188,6 +190,41 @@ class Kernels:
         rows, in_features = weight_OI.shape
         weight = _Weight(rows, in_features, rows * in_features, None, None, weight_OI.data_ptr())
         return self._product(x, weight, bias)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, form: int) -> torch.Tensor:
+        """`x` normed over its last dimension, in its dtype and shape.
+
+        Args:
+            x: bfloat16, float16 or float32 (..., I), contiguous and not empty.
+            weight: (I,), contiguous, in the dtype of `x`.
+            eps: added to the mean of squares.
+            form: how the weight comes in, as `prunus_rms_norm` numbers it.
+        """
+        out, width = torch.empty_like(x), weight.shape[0]
+        fault = self.library.prunus_rms_norm(
+            self.isa, _KINDS[x.dtype], form, x.numel() // width, width, x.data_ptr(), weight.data_ptr(), eps,
+            out.data_ptr(),
+        )  # fmt: skip
+        _check(fault)
+        return out
+
+    def rotate(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary embedding of one token with halves split.
+
+        Args:
+            query: bfloat16, float16 or float32 (1, heads, 1, D), contiguous; D is even.
+            key: (1, key heads, 1, D), likewise.
+            cos, sin: D numbers each, likewise.
+        """
+        out, out_key = torch.empty_like(query), torch.empty_like(key)
+        fault = self.library.prunus_rotate(
+            self.isa, _KINDS[query.dtype], query.shape[1], key.shape[1], query.shape[3], query.data_ptr(), key.data_ptr(),
+            cos.data_ptr(), sin.data_ptr(), out.data_ptr(), out_key.data_ptr(),
+        )  # fmt: skip
+        _check(fault)
+        return out, out_key
 
     def read(self, data: torch.Tensor) -> int:
         """Sum the bytes of `data` as 64-bit words (whole 64 KiB pieces): as fast as memory can be read."""
@@ -275,5 +312,18 @@ def _declare(library: ctypes.CDLL) -> None:
     library.prunus_linear.argtypes = [number, number, weight, length, number, pointer, pointer, pointer]
     library.prunus_expand.argtypes = [number, number, weight, number, pointer]
     library.prunus_expand_rows.argtypes = [number, weight, pointer, length, number, pointer]
+    real = ctypes.c_float
+    library.prunus_rms_norm.argtypes = [
+        number,
+        number,
+        number,
+        length,
+        length,
+        pointer,
+        pointer,
+        real,
+        pointer,
+    ]
+    library.prunus_rotate.argtypes = [number, number, length, length, length, *[pointer] * 6]
     library.prunus_read.argtypes = [number, pointer, length]
     library.prunus_read.restype = ctypes.c_uint64

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prunus.sparse.bitmap import check, expand
-from prunus.sparse.operators import bitmap_linear, dense_linear, run_bitmap, run_dense
+from prunus.sparse.operators import bitmap_linear, dense_linear, is_plain, run_bitmap, run_dense
 from prunus.sparse.weight import Coding, PackedWeight
 
 __all__ = ["BitmapLinear", "DenseLinear", "use_dense_kernel"]
@@ -76,7 +76,7 @@ class BitmapLinear(nn.Module):
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected inputs of width {self.in_features}, got {tuple(x.shape)}")
         packed, offsets, bias = self.packed, self._buffers["row_offsets"], self._parameters["bias"]
-        if _is_plain(x):
+        if is_plain(x):
             return run_bitmap(x, packed, offsets, bias)
         coding = list(packed.coding or ())
         return bitmap_linear(x, self.out_features, *packed[1:4], coding, offsets, bias)
@@ -112,7 +112,7 @@ class DenseLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
         weight = self.weight
-        plain = _is_plain(input) and not (weight.requires_grad and torch.is_grad_enabled())
+        plain = is_plain(input) and not (weight.requires_grad and torch.is_grad_enabled())
         return (run_dense if plain else dense_linear)(input, weight, self.bias)
 
 
@@ -131,13 +131,3 @@ def use_dense_kernel(model: nn.Module) -> int:
         dense.weight, dense.bias = module.weight, module.bias
         model.set_submodule(name, dense)
     return len(found)
-
-
-def _is_plain(x: torch.Tensor) -> bool:
-    """Whether the operator's dispatch can be skipped: no tracing, no gradient, a real tensor."""
-    return (
-        type(x) is torch.Tensor
-        and not x.is_meta
-        and not torch.compiler.is_compiling()
-        and not (x.requires_grad and torch.is_grad_enabled())
-    )

@@ -28,7 +28,9 @@ from prunus.sparse.weight import Coding, PackedWeight
 __all__ = [
     "bitmap_linear",
     "dense_linear",
+    "is_plain",
     "joined",
+    "loaded_kernels",
     "on_reference_path",
     "reference_path",
     "run_bitmap",
@@ -60,7 +62,8 @@ def on_reference_path() -> bool:
 
 
 @functools.cache
-def _compiled() -> kernels.Kernels | None:
+def loaded_kernels() -> kernels.Kernels | None:
+    """The kernels, or None where there are none, with a warning the first time."""
     found = kernels.load()
     if found is None:
         warnings.warn(
@@ -69,6 +72,17 @@ def _compiled() -> kernels.Kernels | None:
             stacklevel=4,
         )
     return found
+
+
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether a kernel may get this tensor's address: no tracing, no gradient, a real tensor."""
+    return (
+        type(x) is torch.Tensor
+        and not x.is_meta
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and not (x.requires_grad and torch.is_grad_enabled())
+    )
 
 
 def run_bitmap(
@@ -86,7 +100,7 @@ def run_bitmap(
         (..., O) in the dtype of `x`.
     """
     in_features = packed.shape[1]
-    compiled = _compiled() if x.is_cpu else None
+    compiled = loaded_kernels() if x.is_cpu else None
     if (
         compiled is None
         or _reference
@@ -113,7 +127,7 @@ def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
         or weight.shape[1] != in_features
         or not weight.is_contiguous()
         or (bias is not None and bias.dtype != torch.bfloat16)
-        or (compiled := _compiled()) is None
+        or (compiled := loaded_kernels()) is None
         or not compiled.has_dense
     ):
         return functional.linear(x, weight, bias)

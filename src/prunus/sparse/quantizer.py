@@ -24,7 +24,9 @@ from prunus.sparse.attention import use_decode_attention
 from prunus.sparse.description import FORMAT_VERSION, METHOD, Description, StoredTensor
 from prunus.sparse.embedding import BitmapEmbedding, pack_tied_embedding, unpack_tied_embedding
 from prunus.sparse.linear import BitmapLinear, use_dense_kernel
+from prunus.sparse.norm import use_decode_norms
 from prunus.sparse.pages import use_large_pages
+from prunus.sparse.rotary import use_decode_rotary
 
 __all__ = ["PrunusConfig", "PrunusQuantizer", "register_with_transformers"]
 
@@ -113,6 +115,8 @@ class PrunusQuantizer(HfQuantizer):
                 except ValueError as fault:
                     raise ValueError(f"{name} is damaged: {fault}") from fault
         use_decode_attention(model)
+        use_decode_norms(model)
+        use_decode_rotary(model)
         use_large_pages(model)
         return model
 
