@@ -51,20 +51,22 @@ def test_without_drift_or_without_the_dense_tokens_the_target_is_the_weight():
     same = InputStatistics(12, "gram", drift=True)
     same.add(X_TI, X_TI.clone())
     assert torch.equal(dense_target(weight_OI, same, 0.5, 0.01), weight_OI)
-    unknown = InputStatistics(12, "gram", drift=True)
-    unknown.add(X_TI, X_TI)
-    for _ in range(4):
-        unknown.add(X_TI)
-    assert dense_target(weight_OI, unknown, 0.5, 0.01) is weight_OI
+    for drift, times in ((True, 1), ("some", 4)):
+        unknown = InputStatistics(12, "gram", drift=drift)
+        unknown.add(X_TI, X_TI + 1)
+        for _ in range(times):
+            unknown.add(X_TI)
+        assert dense_target(weight_OI, unknown, 0.5, 0.01) is weight_OI
 
 
 def test_the_drift_of_some_batches_stands_for_all():
     torch.manual_seed(8)
     weight_OI, X_TI, dense_TI = torch.randn(5, 12), torch.randn(40, 12), torch.randn(40, 12)
-    whole, part = (InputStatistics(12, "gram", drift=True) for _ in range(2))
-    for batch in range(4):
-        whole.add(X_TI, dense_TI)
-        part.add(X_TI, dense_TI if batch == 0 else None)
+    whole, part = InputStatistics(12, "gram", drift=True), InputStatistics(12, "gram", drift="some")
+    whole.add(X_TI, dense_TI)
+    part.add(X_TI, dense_TI)
+    for _ in range(3):
+        part.add(torch.randn(40, 12))
     assert (whole.drift_share, part.drift_share) == (1, 0.25)
     found, expected = (dense_target(weight_OI, each, 0.5, 0.01) for each in (part, whole))
     torch.testing.assert_close(found, expected)

@@ -136,12 +136,13 @@ def test_a_tied_head_of_another_kind_stays_as_it_is(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_generation_and_dequantization(folders):
+def test_generation_and_dequantization(folders, tmp_path):
     packed, plain = _load(folders / "packed-bf16"), _load(folders / "plain-bf16")
     options = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6}
     with reference_path():
         assert torch.equal(packed.generate(IDS[:1, :4], **options), plain.generate(IDS[:1, :4], **options))
     assert packed.generate(IDS[:1, :4], **options).shape == (1, 10)
+    packed.save_pretrained(tmp_path)  # which leaves the dtype's name in the configuration
     dense = packed.dequantize()
     assert not any(isinstance(module, BitmapLinear) for module in dense.modules())
     assert torch.equal(_logits(dense), _logits(plain))

@@ -134,7 +134,7 @@ def block_cost(work: Workload, index: int) -> BlockCost:
     streams = work.needs_inputs * (2 if work.carries_dense else 1)
     transient = work.needs_inputs * batch_tokens * (6 * hidden + 3 * widest) * size
     if work.linear_job.method.needs_drift:
-        working += (36 if work.linear_job.method.holds_out else 12) * inputs**2
+        working += (36 if work.linear_job.method.holds_out else 16) * inputs**2
     if work.recipe.match_blocks:
         # Trained in float32: weights, gradients, two moments, a copy of where they began and one of the best; every
         # activation waits for the way back, attention's among them.

@@ -41,6 +41,7 @@ class InputStatistics:
         sum_I: float64, Σ_t x, or None unless `means` were asked for.
         drift_II: float32 (Y − X)ᵀX where Y_TI is what the dense model gives this linear for the same tokens, or None
             unless `drift` was asked for. Of those tokens only whose Y is known: see `drift_share`.
+        drift_gram_II: the share of `gram_II` that comes from these tokens, or None unless `drift` is "some".
         held_gram_II, held_drift_II: the shares of `gram_II` and `drift_II` that come from tokens held out, or None unless
             `hold_out` was asked for.
         held_tokens: how many of the tokens these are.
@@ -57,7 +58,7 @@ class InputStatistics:
         device: torch.device | str = "cpu",
         as_original: bool = False,
         means: bool = False,
-        drift: bool = False,
+        drift: bool | Literal["some"] = False,
         hold_out: bool = False,
         shared: bool = False,
         coarse: bool = False,
@@ -76,6 +77,8 @@ class InputStatistics:
         self.gram_II = torch.zeros(in_features, in_features, device=device) if needs == "gram" else None
         self.sum_I = torch.zeros(in_features, dtype=torch.float64, device=device) if means else None
         self.drift_II = torch.zeros(in_features, in_features, device=device) if drift else None
+        some = drift == "some" and self.gram_II is not None
+        self.drift_gram_II = torch.zeros_like(self.gram_II) if some and self.gram_II is not None else None
         self.held_gram_II = torch.zeros_like(self.gram_II) if hold_out and self.gram_II is not None else None
         self.held_drift_II = (
             torch.zeros_like(self.drift_II) if hold_out and self.drift_II is not None else None
@@ -151,13 +154,16 @@ class InputStatistics:
         if held_out:
             self.held_tokens += X_TI.shape[0]
         if self.gram_II is not None:
-            if held_out and self.held_gram_II is not None:
+            held_II = self.held_gram_II if held_out else None
+            known_II = self.drift_gram_II if dense_TI is not None else None
+            if held_II is None and known_II is None:
+                self._add_gram(self.gram_II, X_TI, sums_2I[0])
+            else:
                 part_II = torch.zeros_like(self.gram_II)
                 self._add_gram(part_II, X_TI, sums_2I[0])
-                self.held_gram_II += part_II
-                self.gram_II += part_II
-            else:
-                self._add_gram(self.gram_II, X_TI, sums_2I[0])
+                for sum_II in (self.gram_II, held_II, known_II):
+                    if sum_II is not None:
+                        sum_II += part_II
         if self.drift_II is not None and dense_TI is not None:
             if not X_TI.dtype == dense_TI.dtype == torch.bfloat16:
                 X_TI, dense_TI = X_TI.float(), dense_TI.float()
@@ -195,7 +201,13 @@ class InputStatistics:
             self._count(sums)
         counts = ranks.gather([self.tokens, self._paired, self.held_tokens])
         self.tokens, self._paired, self.held_tokens = (sum(each) for each in zip(*counts, strict=True))
-        for matrix_II in (self.gram_II, self.drift_II, self.held_gram_II, self.held_drift_II):
+        for matrix_II in (
+            self.gram_II,
+            self.drift_II,
+            self.drift_gram_II,
+            self.held_gram_II,
+            self.held_drift_II,
+        ):
             if matrix_II is not None:
                 ranks.add(matrix_II)
 
@@ -226,7 +238,7 @@ class InputStatistics:
         other.tokens, other.held_tokens, other._paired = self.tokens, self.held_tokens, self._paired
         other.sum_squares_I = self.sum_squares_I[order_I]
         other.sum_I = self.sum_I[order_I] if self.sum_I is not None else None
-        for name in ("gram_II", "drift_II", "held_gram_II", "held_drift_II"):
+        for name in ("gram_II", "drift_II", "drift_gram_II", "held_gram_II", "held_drift_II"):
             matrix_II = getattr(self, name)
             setattr(other, name, matrix_II[order_I][:, order_I] if matrix_II is not None else None)
         return other

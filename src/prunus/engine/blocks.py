@@ -235,7 +235,7 @@ class BlockEngine:
             self.device,
             self.linear_job.options.as_original,
             means=method.needs_means,
-            drift=method.needs_drift,
+            drift=method.needs_drift and ("some" if self.drift_one_in > 1 else True),
             hold_out=method.holds_out,
             shared=self.ranks.size > 1,
             coarse=method.ridged,

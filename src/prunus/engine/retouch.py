@@ -25,7 +25,7 @@ ONE_HELD_OUT_IN = 8
 
 #: Over the calibration windows, where nothing else is asked for.
 PASSES = 3
-_RATE, _RATE_WIDTH = 1.2e-3, 576
+_RATE, _RATE_WIDTH = 1.8e-3, 576
 
 
 def default_rate(hidden: int) -> float:

@@ -120,14 +120,16 @@ class PrunusQuantizer(HfQuantizer):
         use_large_pages(model)
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # A model that was saved once has it as a name in its configuration.
+        stored: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, module in list(model.named_modules()):
             if isinstance(module, BitmapEmbedding):
-                unpack_tied_embedding(model, name, dtype)
+                unpack_tied_embedding(model, name, stored)
             elif isinstance(module, BitmapLinear):
                 has_bias = module.bias is not None
                 dense = nn.Linear(module.in_features, module.out_features, has_bias, device="meta")
-                dense.weight = nn.Parameter(module.dense(dtype))
+                dense.weight = nn.Parameter(module.dense(stored))
                 dense.bias = module.bias  # type: ignore[assignment]
                 model.set_submodule(name, dense)
         return model
