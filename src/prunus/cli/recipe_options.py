@@ -156,18 +156,18 @@ OPTIONS: dict[str, Any] = {
         typer.Option(
             "--match-blocks",
             help="Train each block, once pruned, towards the dense block's outputs, the last one towards the dense "
-            "model's logits: surviving weights, norms, biases; masks stay. A step takes one batch, by default of one "
-            "window; under torchrun the processes share the windows of each.",
+            "model's logits: surviving weights and biases behind its attention, or all for methods that only mask; masks stay. "
+            "A step takes one batch, by default of one window; under torchrun the processes share the windows of each.",
         ),
     ],
     "match_passes": Annotated[
         int | None,
-        typer.Option(help="Of --match-blocks over the calibration windows.", show_default="5"),
+        typer.Option(help="Of --match-blocks over the calibration windows.", show_default="3"),
     ],
     "match_rate": Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate of --match-blocks.", show_default="1.2e-3, less in models wider than 576"
+            help="Peak learning rate of --match-blocks.", show_default="1.8e-3, less in models wider than 576"
         ),
     ],
     "permute": Annotated[
