@@ -156,8 +156,9 @@ OPTIONS: dict[str, Any] = {
         typer.Option(
             "--match-blocks",
             help="Train each block, once pruned, towards the dense block's outputs, the last one towards the dense "
-            "model's logits: surviving weights and biases behind its attention, or all for methods that only mask; masks stay. "
-            "A step takes one batch, by default of one window; under torchrun the processes share the windows of each.",
+            "model's logits: surviving weights and biases behind its attention, or all for methods that only mask; masks "
+            "stay. A step takes one batch, by default of one window; under torchrun the processes share the windows of "
+            "each.",
         ),
     ],
     "match_passes": Annotated[
