@@ -60,27 +60,22 @@ class Workload(Protocol):
 def estimate_seconds(work: Workload) -> float:
     """Matrix products of all forward passes at the rate measured now, plus 40 % for the rest."""
     retouch_job = work.retouch_job
+    drift = 1 / work.drift_one_in if work.linear_job.method.needs_drift else 0.0
     flops = 0.0
     for index in range(len(work.skeleton)):
         tokens = work.windows * work.skeleton.window_shape(index, work.recipe.seqlen)[0]
         experts, share = _routing(work, index)
-        weights = sum(x.shape[0] * x.shape[1] * share(x.name) for x in work.skeleton.linears(index))
+        sizes = {x.name: x.shape[0] * x.shape[1] * share(x.name) for x in work.skeleton.linears(index)}
+        weights = sum(sizes.values())
         passes: float = (1 if work.recipe.propagate == "linear" else 2) if work.needs_inputs else 0
         if passes == 1 and not work.fits_lockstep(index):
             passes = 5 + experts  # each is two groups of linears, and half the block runs for one on average
-        drift = 1 / work.drift_one_in if work.linear_job.method.needs_drift else 0.0
         passes += 1.0 if retouch_job is not None else drift
         if work.recipe.permute:
             passes += 1  # behind the reordered block, and trials of one batch before it
         if retouch_job is not None:
-            names = [x.name for x in work.skeleton.linears(index)]
-            learn = set(trained(names, work.linear_job.method.updates_weights))
-            behind = sum(
-                x.shape[0] * x.shape[1] * share(x.name)
-                for x in work.skeleton.linears(index)
-                if x.name in learn
-            )
-            passes += 1 + 3 * retouch_job.passes * behind / weights
+            learn = trained(list(sizes), work.linear_job.method.updates_weights)
+            passes += 1 + 3 * retouch_job.passes * sum(sizes[name] for name in learn) / weights
         flops += 2.0 * weights * tokens * passes
         if work.linear_job.method.needs == "gram":
             chosen = [x for x in work.skeleton.linears(index) if x.name in work.targets[index]]

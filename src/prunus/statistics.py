@@ -27,6 +27,8 @@ _CPU_ELEMENTS = 2**20
 _GPU_ELEMENTS = 2**26
 # Gram matrices from this width on are computed in blocks; smaller products would be too small to be fast.
 _SYMMETRIC_FROM, _PARTS = 512, 4
+# Sums over tokens of (I, I) products, those of them that were asked for.
+_MATRICES = ("gram_II", "drift_II", "drift_gram_II", "held_gram_II", "held_drift_II")
 
 
 class InputStatistics:
@@ -77,8 +79,9 @@ class InputStatistics:
         self.gram_II = torch.zeros(in_features, in_features, device=device) if needs == "gram" else None
         self.sum_I = torch.zeros(in_features, dtype=torch.float64, device=device) if means else None
         self.drift_II = torch.zeros(in_features, in_features, device=device) if drift else None
-        some = drift == "some" and self.gram_II is not None
-        self.drift_gram_II = torch.zeros_like(self.gram_II) if some and self.gram_II is not None else None
+        self.drift_gram_II = (
+            torch.zeros_like(self.gram_II) if drift == "some" and self.gram_II is not None else None
+        )
         self.held_gram_II = torch.zeros_like(self.gram_II) if hold_out and self.gram_II is not None else None
         self.held_drift_II = (
             torch.zeros_like(self.drift_II) if hold_out and self.drift_II is not None else None
@@ -201,14 +204,8 @@ class InputStatistics:
             self._count(sums)
         counts = ranks.gather([self.tokens, self._paired, self.held_tokens])
         self.tokens, self._paired, self.held_tokens = (sum(each) for each in zip(*counts, strict=True))
-        for matrix_II in (
-            self.gram_II,
-            self.drift_II,
-            self.drift_gram_II,
-            self.held_gram_II,
-            self.held_drift_II,
-        ):
-            if matrix_II is not None:
+        for name in _MATRICES:
+            if (matrix_II := getattr(self, name)) is not None:
                 ranks.add(matrix_II)
 
     def _count(self, sums_2I: Tensor) -> None:
@@ -238,7 +235,7 @@ class InputStatistics:
         other.tokens, other.held_tokens, other._paired = self.tokens, self.held_tokens, self._paired
         other.sum_squares_I = self.sum_squares_I[order_I]
         other.sum_I = self.sum_I[order_I] if self.sum_I is not None else None
-        for name in ("gram_II", "drift_II", "drift_gram_II", "held_gram_II", "held_drift_II"):
+        for name in _MATRICES:
             matrix_II = getattr(self, name)
             setattr(other, name, matrix_II[order_I][:, order_I] if matrix_II is not None else None)
         return other

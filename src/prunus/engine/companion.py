@@ -14,15 +14,14 @@ import torch
 
 from prunus.engine.stream import Stream
 from prunus.engine.watching import Feed, input_hooks
+from prunus.methods.targets import MOST_APART
 from prunus.model.linears import Linear, find_linears
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 from prunus.statistics import InputStatistics
 
-__all__ = ["MOST_APART", "DenseCompanion", "feed_both", "held_out_of", "one_batch_in"]
+__all__ = ["DenseCompanion", "feed_both", "held_out_of", "one_batch_in"]
 
-#: At least one batch in so many goes through the dense model as well.
-MOST_APART = 4
 _TOKENS_PER_FEATURE = 4
 
 

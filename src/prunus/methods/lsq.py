@@ -58,19 +58,21 @@ def ridge(in_features: int, tokens: int) -> float:
 
 def scaled_gram(statistics: InputStatistics, damping: float | None) -> ScaledGram:
     """Scale and damp a Gram matrix, once for all linears that share it; `damping` None takes `ridge`."""
+    gram_II = statistics.gram_II
+    assert gram_II is not None, "least squares need a Gram matrix"
     damping = ridge(statistics.in_features, statistics.tokens) if damping is None else damping
+    return statistics.derived(("scaled_gram", damping), lambda: scale_gram(gram_II, damping))
+
+
+def scale_gram(gram_II: Tensor, damping: float) -> ScaledGram:
+    """Scale and damp a float32 Gram matrix (I, I) by λ = `damping`."""
     # What rounding may take below 0 in the eigenvalues of A.
-    damping = max(damping, statistics.in_features * torch.finfo(torch.float32).eps)
-    return statistics.derived(("scaled_gram", damping), lambda: _scaled_gram(statistics, damping))
-
-
-def _scaled_gram(statistics: InputStatistics, damping: float) -> ScaledGram:
-    assert statistics.gram_II is not None, "least squares need a Gram matrix"
-    scale_I = statistics.gram_II.diagonal().sqrt()
+    damping = max(damping, len(gram_II) * torch.finfo(torch.float32).eps)
+    scale_I = gram_II.diagonal().sqrt()
     dead_I = scale_I == 0
     scale_I.masked_fill_(dead_I, 1)
     # One division after the other: a product of two small scales would underflow.
-    gram_II = (statistics.gram_II / scale_I[:, None]).div_(scale_I)
+    gram_II = (gram_II / scale_I[:, None]).div_(scale_I)
     gram_II.diagonal().fill_(1 + damping)
     return ScaledGram(gram_II, scale_I, dead_I, damping)
 

@@ -21,15 +21,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods.lsq import ridge, scaled_gram
+from prunus.methods.lsq import ScaledGram, ridge, scale_gram, scaled_gram
 from prunus.statistics import InputStatistics
 
-__all__ = ["MIX", "dense_target", "has_drift", "held_out_mix"]
+__all__ = ["MIX", "MOST_APART", "dense_target", "has_drift", "held_out_mix"]
 
 #: α where none is given, or no tokens are held out to find it; see docs/pruning-better.md.
 MIX = 0.25
-# Calibration lets at least a quarter of the tokens through the dense model.
-_LEAST_SHARE = 0.25
+#: At least one batch in so many goes through the dense model as well.
+MOST_APART = 4
 
 
 def dense_target(
@@ -47,40 +47,27 @@ def dense_target(
         return weight_OI
     drift_II = statistics.drift_II
     assert drift_II is not None
-    if statistics.drift_gram_II is None:
-        scaled = scaled_gram(statistics, damping)
-        scale_I = scaled.scale_I
-        shift_II = statistics.derived(
-            ("dense_target", scaled.damping), lambda: _shift(scaled.gram_II, drift_II, scale_I)
-        )
-    else:
-        shift_II, scale_I = statistics.derived(
-            ("dense_target", damping), lambda: _shift_of_some(statistics, damping)
-        )
-    change_OI = (weight_OI * scale_I) @ shift_II
-    return weight_OI + change_OI.div_(scale_I).mul_(MIX if mix is None else mix)
+    scaled = _scaled_gram(statistics, damping)
+    shift_II = statistics.derived(
+        ("dense_target", scaled.damping), lambda: _shift(scaled.gram_II, drift_II, scaled.scale_I)
+    )
+    change_OI = (weight_OI * scaled.scale_I) @ shift_II
+    return weight_OI + change_OI.div_(scaled.scale_I).mul_(MIX if mix is None else mix)
 
 
-def _shift_of_some(statistics: InputStatistics, damping: float | None) -> tuple[Tensor, Tensor]:
-    """`_shift` and its scales, from those tokens alone whose dense inputs are known.
-
-    With their own Gram, that is: what these tokens happen to be then is in both, and cancels.
-    """
-    gram_II, drift_II = statistics.drift_gram_II, statistics.drift_II
-    assert gram_II is not None and drift_II is not None
+def _scaled_gram(statistics: InputStatistics, damping: float | None) -> ScaledGram:
+    """Of the tokens whose dense inputs are known: what they happen to be is then in Gram and drift, and cancels."""
+    gram_II = statistics.drift_gram_II
+    if gram_II is None:
+        return scaled_gram(statistics, damping)
     tokens = round(statistics.drift_share * statistics.tokens)
     damping = ridge(statistics.in_features, tokens) if damping is None else damping
-    damping = max(damping, statistics.in_features * torch.finfo(torch.float32).eps)
-    scale_I = gram_II.diagonal().sqrt()
-    scale_I.masked_fill_(scale_I == 0, 1)
-    scaled_II = (gram_II / scale_I[:, None]).div_(scale_I)
-    scaled_II.diagonal().fill_(1 + damping)
-    return _shift(scaled_II, drift_II, scale_I), scale_I
+    return statistics.derived(("scaled_drift_gram", damping), lambda: scale_gram(gram_II, damping))
 
 
 def has_drift(statistics: InputStatistics) -> bool:
     """Whether enough is known of the dense inputs: of an expert's tokens, say, only where all came its way."""
-    return statistics.drift_share >= (1 if statistics.drift_gram_II is None else _LEAST_SHARE)
+    return statistics.drift_share >= (1 if statistics.drift_gram_II is None else 1 / MOST_APART)
 
 
 def held_out_mix(weight_OI: Tensor, statistics: InputStatistics, damping: float | None) -> float | None:

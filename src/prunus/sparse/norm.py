@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from prunus.sparse import kernels
-from prunus.sparse.operators import is_plain, loaded_kernels, on_reference_path
+from prunus.sparse.operators import FLOATS, is_plain, loaded_kernels, on_reference_path
 
 __all__ = ["use_decode_norms"]
 
@@ -57,7 +57,7 @@ def _forward(module: nn.Module, eps: str, form: int, *inputs: Any, **named: Any)
         or not x.is_cpu
         or not weight.is_cpu
         or x.dtype is not weight.dtype
-        or x.dtype not in (torch.bfloat16, torch.float16, torch.float32)
+        or x.dtype not in FLOATS
         or not 0 < x.numel() <= _MOST
         or x.shape[-1] != weight.shape[0]
         or not x.is_contiguous()

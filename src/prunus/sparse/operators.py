@@ -26,6 +26,7 @@ from prunus.sparse.bitmap import expand
 from prunus.sparse.weight import Coding, PackedWeight
 
 __all__ = [
+    "FLOATS",
     "bitmap_linear",
     "dense_linear",
     "is_plain",
@@ -37,7 +38,8 @@ __all__ = [
     "run_dense",
 ]
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+#: Dtypes of activations that kernels take.
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _reference = False
 _workspace = threading.local()
 
@@ -104,7 +106,7 @@ def run_bitmap(
     if (
         compiled is None
         or _reference
-        or x.dtype not in _FLOATS
+        or x.dtype not in FLOATS
         or not 0 < x.numel() <= compiled.most_tokens(packed.dtype, x.dtype) * in_features
         or (bias is not None and bias.dtype != x.dtype)
     ):

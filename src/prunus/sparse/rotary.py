@@ -18,13 +18,12 @@ import torch
 from torch import nn
 
 from prunus.sparse import kernels
-from prunus.sparse.operators import is_plain, loaded_kernels, on_reference_path
+from prunus.sparse.operators import FLOATS, is_plain, loaded_kernels, on_reference_path
 
 __all__ = ["use_decode_rotary"]
 
 _NAME = "apply_rotary_pos_emb"
 _MARK = "_prunus_rotary"
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def use_decode_rotary(model: nn.Module) -> int:
@@ -58,7 +57,7 @@ def _with_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fit(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
     """Whether these are the plain tensors of one token: (1, heads, 1, D) twice, (1, 1, D) twice."""
-    if not is_plain(query) or on_reference_path() or query.dtype not in _DTYPES or query.dim() != 4:
+    if not is_plain(query) or on_reference_path() or query.dtype not in FLOATS or query.dim() != 4:
         return False
     dtype, (batch, heads, tokens, dim) = query.dtype, query.shape
     if batch != 1 or tokens != 1 or heads == 0 or dim == 0 or dim % 2:
@@ -79,7 +78,7 @@ def _is_half_split(original: Any, compiled: kernels.Kernels) -> bool:
     if not callable(original) or list(inspect.signature(original).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
     generator = torch.Generator().manual_seed(0)
-    for dtype in _DTYPES:
+    for dtype in FLOATS:
         for dim in (6, 64):
             shapes = ((1, 3, 1, dim), (1, 2, 1, dim), (1, 1, dim), (1, 1, dim))
             inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
