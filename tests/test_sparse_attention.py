@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prunus.sparse import pack, reference_path, use_decode_attention
+from prunus.sparse import pack, reference_path
+from prunus.sparse.attention import use_decode_attention
 from sparse_reference import pruned_checkpoint
 from tiny import tiny_model, token_ids
 

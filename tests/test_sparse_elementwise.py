@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from prunus.sparse import kernels, pack, reference_path, use_decode_norms, use_decode_rotary
+from prunus.sparse import kernels, pack, reference_path
+from prunus.sparse.norm import use_decode_norms
+from prunus.sparse.rotary import use_decode_rotary
 from sparse_reference import pruned_checkpoint
 from tiny import tiny_model, token_ids
 

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prunus.machine import resident_memory
-from prunus.sparse import DenseLinear, pages, use_dense_kernel, use_large_pages
+from prunus.sparse import DenseLinear, pages, use_dense_kernel
+from prunus.sparse.pages import use_large_pages
 from tiny import tiny_model, token_ids
 
 pytestmark = pytest.mark.skipif(

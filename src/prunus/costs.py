@@ -87,10 +87,10 @@ def estimate_seconds(work: Workload) -> float:
                 for r, c, reached in columns
             )
     if retouch_job is not None:
-        # The last block is matched by its logits: the head forwards twice, and once back for some of the tokens.
+        # The last block is matched by its logits: for some tokens the head forwards twice, and once back.
         in_window, hidden = work.skeleton.window_shape(len(work.skeleton) - 1, work.recipe.seqlen)
         tokens = work.windows * in_window * retouch_job.passes
-        flops += (4.0 / ONE_HELD_OUT_IN + 6.0 / ONE_IN) * _head_rows(work.skeleton) * hidden * tokens
+        flops += (4.0 / ONE_HELD_OUT_IN + 6.0) / ONE_IN * _head_rows(work.skeleton) * hidden * tokens
     return round(1.4 * flops / matmul_rate(work.device, work.dtype), 1)
 
 

@@ -2,8 +2,8 @@
 
 Σ_t Σ_v p_tv (log p_tv − log q_tv), p the distribution of the next token by the target and q by the output. For block
 matching: a few tokens at a time, whose gradient is computed along with the sum, because logits of a whole window
-take more memory than the block. They also take ten times as long as the block itself, so that every gradient looks at
-one token in four, another one each time. Ranks that have the same hidden states share these pieces out.
+take more memory than the block. They also take ten times as long as the block itself, so that one token in four is looked
+at: another one each time for a gradient, always the same ones where none is wanted. Ranks that have the same hidden states share these pieces out.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ Compare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 #: Tokens whose logits are in memory at a time.
 TOKENS = 128
-#: Tokens of which one counts in a gradient.
+#: Tokens of which one counts.
 ONE_IN = 4
 
 
 def divergence(logits: Callable[[Tensor], Tensor], ranks: Ranks = ALONE) -> Compare:
     """The divergence of one batch's output from its target, summed over the tokens that count, and their number.
 
-    All of them count, except where a gradient is wanted of more than `TOKENS`: then every fourth, beginning one later
-    with every call.
+    Of more than `TOKENS` every fourth counts: from the first on, and for gradients beginning one later with every call.
 
     Args:
         logits: hidden states (windows, tokens, hidden) behind the last block -> logits, differentiable; what of a
@@ -42,8 +41,9 @@ def divergence(logits: Callable[[Tensor], Tensor], ranks: Ranks = ALONE) -> Comp
     gradients = itertools.count()
 
     def compare(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        if output.requires_grad and torch.is_grad_enabled() and output.shape[1] > TOKENS:
-            some = slice(next(gradients) % ONE_IN, None, ONE_IN)
+        if output.shape[1] > TOKENS:
+            turn = next(gradients) if output.requires_grad and torch.is_grad_enabled() else 0
+            some = slice(turn % ONE_IN, None, ONE_IN)
             output, target = output[:, some], target[:, some]
         lost: Tensor = _Divergence.apply(output, target, logits, ranks)
         return lost, torch.tensor(float(output.shape[:-1].numel()), device=output.device)

@@ -22,13 +22,7 @@ from prunus.machine import resident_memory
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint import resolve_folder
 from prunus.model.loading import import_architecture, load_model
-from prunus.sparse import (
-    use_decode_attention,
-    use_decode_norms,
-    use_decode_rotary,
-    use_dense_kernel,
-    use_large_pages,
-)
+from prunus.sparse import use_dense_kernel, use_fast_decoding
 
 __all__ = ["Speed", "bench", "measure"]
 
@@ -122,10 +116,7 @@ def measure(
     loaded = load_model(folder)
     if dense_kernel:
         use_dense_kernel(loaded)
-        use_decode_attention(loaded)
-        use_decode_norms(loaded)
-        use_decode_rotary(loaded)
-        use_large_pages(loaded)
+        use_fast_decoding(loaded)
     vocabulary = loaded.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)

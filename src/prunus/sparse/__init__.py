@@ -7,10 +7,7 @@ reference_path  a context in which packed models compute exactly as unpacked one
 BitmapLinear    the module that runs on a bitmap
 DenseLinear     a dense linear that uses the kernels too
 use_dense_kernel    give a loaded dense model such linears
-use_decode_attention    and the attention that packed models have
-use_decode_norms        and their norms
-use_decode_rotary       and their rotary embedding
-use_large_pages     and their memory
+use_fast_decoding   and the attention, norms, rotary embedding and memory that packed models have
 to_semi_structured  on a CUDA device: 2:4 linears on sparse tensor cores, where that is faster
 """
 
@@ -18,14 +15,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunus.sparse.attention import use_decode_attention
+    from prunus.sparse.decoding import use_fast_decoding
     from prunus.sparse.doctor import describe
     from prunus.sparse.linear import BitmapLinear, DenseLinear, use_dense_kernel
-    from prunus.sparse.norm import use_decode_norms
     from prunus.sparse.operators import reference_path
     from prunus.sparse.packing import pack, unpack
-    from prunus.sparse.pages import use_large_pages
-    from prunus.sparse.rotary import use_decode_rotary
     from prunus.sparse.semi_structured import to_semi_structured
 
 __all__ = [
@@ -36,11 +30,8 @@ __all__ = [
     "reference_path",
     "to_semi_structured",
     "unpack",
-    "use_decode_attention",
-    "use_decode_norms",
-    "use_decode_rotary",
     "use_dense_kernel",
-    "use_large_pages",
+    "use_fast_decoding",
 ]
 
 # Imported when first used, so that `import prunus` need not wait for torch.
@@ -52,11 +43,8 @@ _HOMES = {
     "reference_path": "operators",
     "to_semi_structured": "semi_structured",
     "unpack": "packing",
-    "use_decode_attention": "attention",
-    "use_decode_norms": "norm",
-    "use_decode_rotary": "rotary",
     "use_dense_kernel": "linear",
-    "use_large_pages": "pages",
+    "use_fast_decoding": "decoding",
 }
 
 

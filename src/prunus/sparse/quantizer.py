@@ -20,13 +20,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from prunus.sparse.attention import use_decode_attention
+from prunus.sparse.decoding import use_fast_decoding
 from prunus.sparse.description import FORMAT_VERSION, METHOD, Description, StoredTensor
 from prunus.sparse.embedding import BitmapEmbedding, pack_tied_embedding, unpack_tied_embedding
 from prunus.sparse.linear import BitmapLinear, use_dense_kernel
-from prunus.sparse.norm import use_decode_norms
-from prunus.sparse.pages import use_large_pages
-from prunus.sparse.rotary import use_decode_rotary
 
 __all__ = ["PrunusConfig", "PrunusQuantizer", "register_with_transformers"]
 
@@ -114,10 +111,7 @@ class PrunusQuantizer(HfQuantizer):
                     module.prepare(linears[name].stored)
                 except ValueError as fault:
                     raise ValueError(f"{name} is damaged: {fault}") from fault
-        use_decode_attention(model)
-        use_decode_norms(model)
-        use_decode_rotary(model)
-        use_large_pages(model)
+        use_fast_decoding(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
