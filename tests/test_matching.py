@@ -8,6 +8,7 @@ from torch import nn
 
 from prunus.engine.divergence import ONE_IN, TOKENS, divergence
 from prunus.engine.matching import MatchOptions, match_block
+from prunus.engine.retouch import Pace, pace
 
 
 class TwoLinears(nn.Module):
@@ -40,7 +41,7 @@ def task():
 def matched(task, **options):
     block, inputs, targets, supports = task
     chosen = MatchOptions(**({"learning_rate": 1e-2, "passes": 30} | options))
-    forward = lambda batch: block(inputs[batch])  # noqa: E731
+    forward = lambda batch, tokens: block(inputs[batch])[:, tokens]  # noqa: E731
     return match_block(block, forward, targets.__getitem__, range(2, 8), range(2), supports, chosen)
 
 
@@ -81,7 +82,7 @@ def test_one_linear_reaches_the_least_squares_solution():
     y = torch.randn(1, 200, 3)
     match = match_block(
         block,
-        lambda batch: block(x),
+        lambda batch, tokens: block(x),
         lambda batch: y,
         [0],
         [0],
@@ -110,6 +111,24 @@ def test_what_does_worse_on_held_out_batches_is_not_taken(task):
     match = matched((block, inputs, spoiled, supports), learning_rate=0.1)
     assert match.error_after <= match.error_before
     assert match.steps == 30 * 6
+
+
+def test_a_step_looks_at_some_tokens_and_passes_at_all_of_them(task):
+    block, inputs, targets, supports = task
+    seen = []
+
+    def forward(batch, tokens):
+        if torch.is_grad_enabled():
+            seen.append((batch, tuple(range(5)[tokens])))
+        return block(inputs[batch])[:, tokens]
+
+    options = MatchOptions(learning_rate=1e-2, passes=4, one_token_in=2)
+    match = match_block(block, forward, targets.__getitem__, range(2, 8), range(2), supports, options)
+    assert match.steps == len(seen) == 4 * 6
+    for batch in range(2, 8):
+        turns = [tokens for each, tokens in seen if each == batch]
+        assert turns[:2] == turns[2:] and sorted(turns[0] + turns[1]) == list(range(5))
+    assert match.error_after < match.error_before
 
 
 def test_time_that_is_up_ends_the_training(task):
@@ -166,7 +185,7 @@ def test_a_block_can_be_matched_by_what_a_head_makes_of_its_outputs(task):
     options = MatchOptions(learning_rate=1e-2, passes=30)
     match = match_block(
         block,
-        lambda batch: block(inputs[batch]),
+        lambda batch, tokens: block(inputs[batch]),
         targets.__getitem__,
         range(2, 8),
         range(2),
@@ -175,3 +194,13 @@ def test_a_block_can_be_matched_by_what_a_head_makes_of_its_outputs(task):
         divergence(head),
     )
     assert match.error_after < 0.5 * match.error_before
+
+
+def test_long_batches_are_taken_in_many_small_steps():
+    assert pace(1024, 576, by_token=True) == Pace(8, 4, 2.5e-3)
+    assert pace(1024, 576, by_token=False) == Pace(3, 1, 1.8e-3)
+    assert pace(256, 576, by_token=True).one_token_in == 1
+    for tokens in (32, 512, 2048, 2**20):
+        own = pace(tokens, 1152, by_token=True)
+        assert own.passes >= own.one_token_in, "passes see all tokens"
+        assert own.learning_rate == pace(tokens, 576, by_token=True).learning_rate / 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.engine.tail import behind_attention, find_tail
+from prunus.engine.tail import Tail, behind_attention, find_tail
 
 
 def test_attention_is_the_submodule_that_comes_first():
@@ -103,3 +103,39 @@ def test_what_a_pass_in_lockstep_has_seen_need_not_run_again():
     for batch in range(3):
         assert torch.equal(tail(batch), block(inputs[batch]))
     assert calls == [0, 1, 2]
+
+
+class Shifting(nn.Module):
+    """Looks at the token before, as some models' MLPs do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x + nn.functional.pad(x, (0, 0, 1, -1)))
+
+
+@torch.no_grad()
+def test_some_tokens_are_run_alone_where_a_module_takes_them_apart():
+    torch.manual_seed(0)
+    block, inputs = Block(COMBINED["added"][0]).eval(), torch.randn(3, 2, 12, 8)
+    calls = []
+    for keep in (True, False):
+        tail = find_tail(block, ["mlp.0"], lambda batch: calls.append(batch) or block(inputs[batch]), 0, keep)
+        assert tail.by_token
+        calls.clear()
+        for batch in (1, 1, 2):
+            whole = block(inputs[batch])
+            torch.testing.assert_close(tail(batch, slice(2, None, 5)), whole[:, 2::5])
+            assert torch.equal(tail(batch), whole)
+        assert calls == ([1, 2] if keep else [1, 1, 1, 1, 2, 2])
+    block.mlp = Shifting()
+    assert not find_tail(block, ["mlp.linear"], lambda batch: block(inputs[batch]), 0).by_token
+
+
+@torch.no_grad()
+def test_of_no_windows_nothing_is_run():
+    block, nothing = Block(COMBINED["added"][0]).eval(), torch.empty(0, 5, 8)
+    tail = Tail(block.mlp, lambda _: nothing, keep=False, by_token=True)
+    assert tail(0).shape == (0, 5, 8) and tail(0, slice(1, None, 2)).shape == (0, 2, 8)

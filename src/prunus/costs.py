@@ -10,7 +10,7 @@ import torch
 from prunus.engine.divergence import ONE_IN, TOKENS
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
-from prunus.engine.retouch import ONE_HELD_OUT_IN, RetouchJob, trained
+from prunus.engine.retouch import ONE_HELD_OUT_IN, RetouchJob, pace, trained
 from prunus.machine import matmul_rate
 from prunus.model.kinds import CAUSAL
 from prunus.model.skeleton import Skeleton
@@ -75,7 +75,7 @@ def estimate_seconds(work: Workload) -> float:
             passes += 1  # behind the reordered block, and trials of one batch before it
         if retouch_job is not None:
             learn = trained(list(sizes), work.linear_job.method.updates_weights)
-            passes += 1 + 3 * retouch_job.passes * sum(sizes[name] for name in learn) / weights
+            passes += 1 + 3 * _token_passes(work, index) * sum(sizes[name] for name in learn) / weights
         flops += 2.0 * weights * tokens * passes
         if work.linear_job.method.needs == "gram":
             chosen = [x for x in work.skeleton.linears(index) if x.name in work.targets[index]]
@@ -89,9 +89,17 @@ def estimate_seconds(work: Workload) -> float:
     if retouch_job is not None:
         # The last block is matched by its logits: for some tokens the head forwards twice, and once back.
         in_window, hidden = work.skeleton.window_shape(len(work.skeleton) - 1, work.recipe.seqlen)
-        tokens = work.windows * in_window * retouch_job.passes
-        flops += (4.0 / ONE_HELD_OUT_IN + 6.0) / ONE_IN * _head_rows(work.skeleton) * hidden * tokens
+        seen = work.windows * in_window * _token_passes(work, len(work.skeleton) - 1)
+        flops += (4.0 / ONE_HELD_OUT_IN + 6.0) / ONE_IN * _head_rows(work.skeleton) * hidden * seen
     return round(1.4 * flops / matmul_rate(work.device, work.dtype), 1)
+
+
+def _token_passes(work: Workload, index: int) -> float:
+    """How often matching looks at every token of block `index`, if what it trains takes tokens apart."""
+    tokens, hidden = work.skeleton.window_shape(index, work.recipe.seqlen)
+    own = pace(work.batch * tokens, hidden, work.linear_job.method.updates_weights)
+    assert work.retouch_job is not None
+    return (work.retouch_job.passes or own.passes) / own.one_token_in
 
 
 def _routing(work: Workload, index: int) -> tuple[int, Callable[[str], float]]:

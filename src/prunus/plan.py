@@ -20,7 +20,7 @@ from prunus.engine.folding import find_folds
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
 from prunus.engine.precision import decide_dtype
-from prunus.engine.retouch import PASSES, RetouchJob, default_rate
+from prunus.engine.retouch import RetouchJob
 from prunus.machine import available_memory, resident_memory
 from prunus.manifest import Walk
 from prunus.methods import METHODS, Method, Options, check_options, compose, default_group
@@ -147,8 +147,7 @@ class Job:
             return None
         fast = self.device.type == "cuda" or native_bfloat16()
         dtype = torch.bfloat16 if fast and self.dtype != torch.float16 else torch.float32
-        rate = self.recipe.match_rate or default_rate(self.skeleton.window_shape(0, self.recipe.seqlen)[1])
-        return RetouchJob(self.recipe.match_passes or PASSES, rate, dtype)
+        return RetouchJob(self.recipe.match_passes, self.recipe.match_rate, dtype)
 
     @property
     def as_original(self) -> bool:

@@ -2,8 +2,9 @@
 
 Σ_t Σ_v p_tv (log p_tv − log q_tv), p the distribution of the next token by the target and q by the output. For block
 matching: a few tokens at a time, whose gradient is computed along with the sum, because logits of a whole window
-take more memory than the block. They also take ten times as long as the block itself, so that one token in four is looked
-at: another one each time for a gradient, always the same ones where none is wanted. Ranks that have the same hidden states share these pieces out.
+take more memory than the block. They also take ten times as long as the block itself, so that one token in four is
+looked at: another one each time for a gradient, always the same ones where none is wanted. Ranks that have the same
+hidden states share these pieces out.
 """
 
 from __future__ import annotations

@@ -6,17 +6,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from prunus.engine.divergence import Compare, divergence
-from prunus.engine.retouch import RetouchJob, retouch
+from prunus.engine.retouch import Pace, RetouchJob, pace, retouch
 from prunus.engine.step_batches import StepBatches
 from prunus.engine.stream import Stream
-from prunus.engine.tail import Tail
+from prunus.engine.tail import Tail, find_tail, tail_module
 from prunus.manifest import MatchRecord
 from prunus.model.kinds import CAUSAL
 from prunus.ranks import ALONE, Ranks
@@ -61,7 +62,7 @@ class Matcher:
             stored: its trained tensors by relative name.
             pruned: the pruned weights by relative name.
             names: of the linears that are trained.
-            tail: the part of the block that holds them, where there is one.
+            tail: the part of the block that holds them, where it is known and what reaches it was kept.
 
         Returns:
             What was trained, by relative name; the record.
@@ -76,6 +77,8 @@ class Matcher:
         def forward(batch: int) -> torch.Tensor:
             return run(x) if len(x := inputs.get(batch)) else x
 
+        tail = tail or self._tail(block, names, run, inputs, forward)
+        own_pace = _pace(inputs.shape(0), tail is not None and tail.by_token)
         with self._compare(index) as compare:
             return retouch(
                 self.job,
@@ -86,9 +89,29 @@ class Matcher:
                 tail or forward,
                 wanted.get,
                 len(inputs),
+                own_pace,
                 compare,
                 self.split,
             )
+
+    def _tail(
+        self,
+        block: nn.Module,
+        names: Sequence[str],
+        run: Callable[[torch.Tensor], torch.Tensor],
+        inputs: StepBatches,
+        forward: Callable[[int], torch.Tensor],
+    ) -> Tail | None:
+        """The part that holds `names`, of which nothing is kept. All ranks take it or none; some may have no windows."""
+        module, x = tail_module(block, names), inputs.get(0)
+        if module is None:
+            return None
+        found = find_tail(block, names, lambda _batch: run(x), 0, keep=False) if len(x) else None
+        mine = [len(x) > 0, found is not None, found is not None and found.by_token]
+        votes = [vote for vote in self.ranks.gather(mine) if vote[0]]
+        if not all(vote[1] for vote in votes):
+            return None
+        return Tail(module, forward, keep=False, by_token=all(vote[2] for vote in votes))
 
     @contextlib.contextmanager
     def _compare(self, index: int) -> Iterator[Compare | None]:
@@ -104,3 +127,9 @@ class Matcher:
 
         with skeleton.surroundings(self.stream.source.outer, device, with_head=True, with_embedding=False):
             yield divergence(logits, self.ranks if self.split is ALONE else ALONE)
+
+
+def _pace(shape: Sequence[int], by_token: bool) -> Pace:
+    """For batches of hidden states (windows, tokens, hidden), or of images as grids (images, channels, height, width)."""
+    hidden = shape[-1] if len(shape) == 3 else shape[1]
+    return pace(math.prod(shape) // hidden, hidden, by_token)

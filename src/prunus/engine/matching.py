@@ -24,6 +24,7 @@ from torch import nn
 
 from prunus.engine.divergence import Compare
 from prunus.engine.schedule import learning_rate
+from prunus.engine.tail import ALL_TOKENS
 from prunus.ranks import ALONE, Ranks
 
 __all__ = ["Match", "MatchOptions", "match_block"]
@@ -44,10 +45,12 @@ class MatchOptions:
         dtype: of matrix products and activations (float32 or bfloat16); the weights that are trained and their moments
             are float32. A block that is in that dtype computes in it throughout, any other in float32 with its products
             cast.
+        one_token_in: a step looks at one token in so many of its batch, every pass at the next ones.
     """
 
     learning_rate: float = 3e-4
     passes: int = 3
+    one_token_in: int = 1
     seconds: float | None = None
     dtype: torch.dtype = torch.float32
     per_token: bool = False
@@ -74,7 +77,7 @@ class Match:
 
 def match_block(
     block: nn.Module,
-    forward: Callable[[int], torch.Tensor],
+    forward: Callable[[int, slice], torch.Tensor],
     target: Callable[[int], torch.Tensor],
     train: Sequence[int],
     held_out: Sequence[int],
@@ -87,8 +90,9 @@ def match_block(
 
     Args:
         block: with its weights in place, on the device where it runs.
-        forward: batch -> output (windows, tokens, hidden) of `block` on that batch; called under autograd.
-        target: batch -> what that output should be, same shape, any floating dtype.
+        forward: batch and some of its tokens -> output (windows, tokens, hidden) of `block` on that batch, of these
+            tokens; called under autograd.
+        target: batch -> what that output should be of all tokens, any floating dtype.
         train, held_out: numbers of the batches to learn from, and to judge by after every pass.
         supports: relative name of a parameter -> bool of its shape, True where the weight is kept; these
             parameters are trained, all others stay as they are.
@@ -121,7 +125,7 @@ def match_block(
 
 def _train(
     parameters: Mapping[str, nn.Parameter],
-    forward: Callable[[int], torch.Tensor],
+    forward: Callable[[int, slice], torch.Tensor],
     target: Callable[[int], torch.Tensor],
     train: Sequence[int],
     held_out: Sequence[int],
@@ -146,9 +150,9 @@ def _train(
         spent = (time.perf_counter() - started) / options.seconds if options.seconds is not None else 0.0
         return max(spent, (steps + 0.5) / total)
 
-    def measured(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def measured(batch: int, tokens: slice = ALL_TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
         """What this rank's windows lose, and what that is a share of."""
-        output, wanted = forward(batch), target(batch)
+        output, wanted = forward(batch, tokens), target(batch)[:, tokens]
         if not len(output):
             return torch.zeros((), device=device), torch.zeros((), device=device)
         return compare(output, wanted)
@@ -174,7 +178,8 @@ def _train(
                 break
             optimizer.param_groups[0]["lr"] = learning_rate(options.learning_rate, share(), _WARMUP)
             with torch.enable_grad(), autocast:
-                lost, size = measured(batch)
+                turn = steps // len(train) + batch  # batches begin at tokens of their own
+                lost, size = measured(batch, _every(options.one_token_in, turn))
                 whole_2 = torch.stack([lost.detach(), size])
                 ranks.add(whole_2)
                 loss = lost / whole_2[1]
@@ -200,6 +205,10 @@ def _train(
     if stopped is None and steps < total:
         stopped = "out of time"  # while the last pass was judged
     return Match(best_weights, before, best, steps, stopped)
+
+
+def _every(one_in: int, turn: int) -> slice:
+    return ALL_TOKENS if one_in == 1 else slice(turn % one_in, None, one_in)
 
 
 def _gradients(parameters: Mapping[str, nn.Parameter], ranks: Ranks) -> dict[str, torch.Tensor]:

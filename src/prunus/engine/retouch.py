@@ -14,26 +14,46 @@ from torch import nn
 
 from prunus.engine.divergence import Compare
 from prunus.engine.matching import MatchOptions, match_block
-from prunus.engine.tail import behind_attention
+from prunus.engine.tail import Tail, behind_attention
 from prunus.manifest import MatchRecord
 from prunus.ranks import ALONE, Ranks
 
-__all__ = ["ONE_HELD_OUT_IN", "PASSES", "RetouchJob", "default_rate", "retouch", "trained"]
+__all__ = ["ONE_HELD_OUT_IN", "Pace", "RetouchJob", "pace", "retouch", "trained"]
 
 #: One batch in so many is not trained on, and says which pass was the best.
-ONE_HELD_OUT_IN = 8
+ONE_HELD_OUT_IN = 16
 
-#: Over the calibration windows, where nothing else is asked for.
-PASSES = 3
-_RATE, _RATE_WIDTH = 1.8e-3, 576
+# Many small steps win more than few large ones of the same tokens: a step looks at so many of its batch's tokens where it
+# can choose, and at more where passes would not see them all.
+_TOKENS_A_STEP = 256
+_MOST_PASSES, _LEAST_PASSES = 8, 3
+_RATE, _RATE_OF_MANY_STEPS, _RATE_WIDTH = 1.8e-3, 2.5e-3, 576
 
 
-def default_rate(hidden: int) -> float:
-    """Adam's peak rate where none is asked for: measured at a hidden size of 576, less for wider models.
+@dataclass(frozen=True)
+class Pace:
+    """Passes over the calibration windows, of which a step looks at one token in so many, and Adam's peak rate."""
 
-    That the rate for the weights of wide layers falls with their width is the rule of arXiv 2203.03466.
+    passes: int
+    one_token_in: int
+    learning_rate: float
+
+
+def pace(tokens: int, hidden: int, by_token: bool) -> Pace:
+    """What is done where nothing else is asked for. A pass costs `1 / one_token_in` of one over all tokens.
+
+    Rates are measured at a hidden size of 576 and are less for wider models: that the rate for the weights of wide layers
+    falls with their width is the rule of arXiv 2203.03466.
+
+    Args:
+        tokens: of a batch.
+        hidden: size of the block's hidden states.
+        by_token: what is trained can be run on some tokens of a batch.
     """
-    return _RATE * min(1.0, _RATE_WIDTH / hidden)
+    one_in = min(_MOST_PASSES, max(1, tokens // _TOKENS_A_STEP)) if by_token else 1
+    passes = min(_MOST_PASSES, max(_LEAST_PASSES, 2 * one_in)) if by_token else _LEAST_PASSES
+    rate = _RATE_OF_MANY_STEPS if one_in > 1 else _RATE
+    return Pace(passes, one_in, rate * min(1.0, _RATE_WIDTH / hidden))
 
 
 def trained(linears: Sequence[str], updated: bool) -> list[str]:
@@ -47,10 +67,11 @@ def trained(linears: Sequence[str], updated: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class RetouchJob:
-    """How blocks are matched: passes over the calibration windows, Adam's peak rate, dtype of the products."""
+    """How blocks are matched: passes over the calibration windows and Adam's peak rate, or None for those of `pace`;
+    dtype of the products."""
 
-    passes: int
-    learning_rate: float
+    passes: int | None
+    learning_rate: float | None
     dtype: torch.dtype
 
 
@@ -60,9 +81,10 @@ def retouch(
     block: nn.Module,
     stored: Mapping[str, torch.Tensor],
     pruned: Mapping[str, torch.Tensor],
-    forward: Callable[[int], torch.Tensor],
+    forward: Callable[[int], torch.Tensor] | Tail,
     target: Callable[[int], torch.Tensor],
     count: int,
+    own_pace: Pace,
     compare: Compare | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[dict[str, torch.Tensor], MatchRecord]:
@@ -75,9 +97,10 @@ def retouch(
         stored: the block's tensors by relative name, as stored; biases are taken from here.
         pruned: the pruned weights that are trained, by relative name, as stored, the biases of their linears with them.
             What is 0 in them stays 0.
-        forward: batch -> output of `block` in the pruned model.
+        forward: batch -> output of `block` in the pruned model, of some of its tokens where a `Tail` can do that.
         target: batch -> output of the dense block in the dense model.
         count: number of batches, on all ranks, at least 2.
+        own_pace: where `job` leaves it open.
         compare: by what outputs are judged where it is not the squared error per token; see `divergence`.
         ranks: who shares the windows of every batch; see `match_block`.
 
@@ -95,11 +118,21 @@ def retouch(
         if key.endswith(".bias") and f"{key.removesuffix('.bias')}.weight" in pruned and key in stored:
             supports[key] = torch.ones(parameter.shape, dtype=torch.bool, device=device)
     held_out = max(1, count // ONE_HELD_OUT_IN)
-    options = MatchOptions(job.learning_rate, job.passes, None, job.dtype, per_token=True)
+    options = MatchOptions(
+        job.learning_rate or own_pace.learning_rate,
+        job.passes or own_pace.passes,
+        own_pace.one_token_in,
+        dtype=job.dtype,
+        per_token=True,
+    )
+
+    def run(batch: int, tokens: slice) -> torch.Tensor:
+        return forward(batch, tokens) if isinstance(forward, Tail) else forward(batch)
+
     try:
         match = match_block(
             block,
-            forward,
+            run,
             target,
             range(count - held_out),
             range(count - held_out, count),

@@ -55,6 +55,10 @@ class StepBatches:
     def __len__(self) -> int:
         return len(self._owners)
 
+    def shape(self, batch: int) -> tuple[int, ...]:
+        """Of a batch with all its windows."""
+        return tuple(self._layouts[batch][0])
+
     def get(self, batch: int) -> torch.Tensor:
         """This rank's windows of a batch, which may be none."""
         owner, (shape, dtype) = self._owners[batch], self._layouts[batch]

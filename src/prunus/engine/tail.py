@@ -1,7 +1,8 @@
 """A block from behind its attention on: what is trained when a block is matched, and run many times over.
 
 Nothing before it changes meanwhile, so what reaches it may be kept: neither attention nor its gradients are computed
-again. Knows a module and a function that runs it; nothing of weights in files, or of what training is for.
+again. Where it takes every token for itself, it can be run on some of them. Knows a module and a function that runs it;
+nothing of weights in files, or of what training is for.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Tail", "behind_attention", "find_tail"]
+__all__ = ["ALL_TOKENS", "Tail", "behind_attention", "find_tail", "tail_module"]
 
+ALL_TOKENS = slice(None)
 _BATCH: ContextVar[int] = ContextVar("batch")
+#: Products of other shapes are rounded differently; a module that looks at other tokens is off by its whole output.
+_ROUNDING = 0.02
 
 
 def behind_attention(linears: Sequence[str]) -> list[str]:
@@ -31,11 +35,22 @@ def behind_attention(linears: Sequence[str]) -> list[str]:
 class Tail:
     """Batch -> output of the block, as often as you like with other weights in `module`; see `find_tail`.
 
-    What reaches the module from before is kept, two hidden states: from `recording`, or from a batch's first time.
+    Args:
+        module: the last word of the block.
+        forward: batch -> output of the block; of no windows it may be none.
+        keep: what reaches the module from before is kept, two hidden states: from `recording`, or from a batch's first
+            time. Otherwise it is computed every time.
+        by_token: the module takes every token for itself, so that it can be run on some of them.
     """
 
-    def __init__(self, module: nn.Module, forward: Callable[[int], torch.Tensor]) -> None:
-        self._module, self._forward = module, forward
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Callable[[int], torch.Tensor],
+        keep: bool = True,
+        by_token: bool = False,
+    ) -> None:
+        self._module, self._forward, self._keep, self.by_token = module, forward, keep, by_token
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @contextlib.contextmanager
@@ -60,11 +75,15 @@ class Tail:
         with _in_place_of(self._module, see):
             yield forward
 
-    def __call__(self, batch: int) -> torch.Tensor:
-        if batch not in self._kept:
-            self._kept[batch] = self._before(batch)
-        x, beside = self._kept[batch]
-        return beside + self._module(x)
+    def __call__(self, batch: int, tokens: slice = ALL_TOKENS) -> torch.Tensor:
+        """The block's output (windows, tokens, hidden) of these tokens; of others than all only where `by_token`."""
+        kept = self._kept.get(batch)
+        x, beside = kept if kept is not None else self._before(batch)
+        if self._keep and kept is None:
+            self._kept[batch] = x, beside
+        if tokens != ALL_TOKENS:
+            x, beside = x[:, tokens], beside[:, tokens]
+        return beside + self._module(x) if len(x) else beside
 
     @torch.no_grad()
     def _before(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,12 +96,27 @@ class Tail:
 
         with _in_place_of(self._module, zeros):
             beside = self._forward(batch)
-        (x,) = given
+        (x,) = given or [beside]  # of no windows the block may not have been run
         return x, beside
 
 
+def tail_module(block: nn.Module, trained: Sequence[str]) -> nn.Module | None:
+    """The one submodule of `block` that holds all of these linears, if it is more than a linear itself."""
+    children = {name.partition(".")[0] for name in trained}
+    module = getattr(block, children.pop()) if len(children) == 1 else None
+    return (
+        module
+        if isinstance(module, nn.Module) and not isinstance(module, (nn.Linear, nn.ModuleList))
+        else None
+    )
+
+
 def find_tail(
-    block: nn.Module, trained: Sequence[str], forward: Callable[[int], torch.Tensor], batch: int
+    block: nn.Module,
+    trained: Sequence[str],
+    forward: Callable[[int], torch.Tensor],
+    batch: int,
+    keep: bool = True,
 ) -> Tail | None:
     """The submodule of `block` that holds all trained linears, where it is the block's last word; tried on a batch.
 
@@ -94,26 +128,35 @@ def find_tail(
         trained: relative names of linears.
         forward: batch -> output of `block`.
         batch: number of the batch to try it on.
+        keep: see `Tail`.
 
     Returns:
         None where there is no such submodule.
     """
-    children = {name.partition(".")[0] for name in trained}
-    module = getattr(block, children.pop()) if len(children) == 1 else None
-    if not isinstance(module, nn.Module) or isinstance(module, (nn.Linear, nn.ModuleList)):
+    module = tail_module(block, trained)
+    if module is None:
         return None
-    tail = Tail(module, forward)
+    tail = Tail(module, forward, keep)
     try:
         with torch.no_grad():
-            parts = tail(batch)
-            same = torch.equal(parts, forward(batch))
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ):  # called with more, or not once; or it gives more than a tensor
-        return None
-    return tail if same else None
+            parts, whole = tail(batch), forward(batch)
+            if not torch.equal(parts, whole):
+                return None
+            tail.by_token = _takes_tokens_apart(tail, batch, whole)
+    except (TypeError, ValueError, RuntimeError):
+        return None  # called with more, or not once; or it gives more than a tensor
+    return tail
+
+
+def _takes_tokens_apart(tail: Tail, batch: int, whole: torch.Tensor) -> bool:
+    """Whether every second token alone gives what it gives among all."""
+    if whole.dim() != 3 or whole.shape[1] < 2:
+        return False
+    some = slice(1, None, 2)
+    own, among_all = tail(batch, some), whole[:, some]
+    _, beside = tail._before(batch)
+    made = (among_all - beside[:, some]).float().norm()
+    return bool((own - among_all).float().norm() <= _ROUNDING * made)
 
 
 @contextlib.contextmanager

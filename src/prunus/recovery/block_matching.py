@@ -136,10 +136,11 @@ def _match_one(
         seconds=seconds,
         dtype=dtype,
     )
+    forward = student.forward(index, block)
     try:
         match = match_block(
             block,
-            student.forward(index, block),
+            lambda batch, _all: forward(batch),
             teacher.states.get,
             *split,
             supports=supports,
