@@ -26,9 +26,6 @@ from prunus.methods.wanda import wanda_score
 from prunus.patterns import Pattern, check_shape, keep_mask
 from prunus.statistics import InputStatistics
 
-# Elements of the largest temporary.
-_ELEMENTS = 2**24
-
 
 @dataclass(frozen=True, slots=True)
 class Channels:
@@ -160,14 +157,13 @@ def kept_score(score_OI: Tensor, pattern: Pattern, order_I: Tensor) -> float:
 
 
 def _gain(score_OC: Tensor, rival_OG: Tensor) -> Tensor:
-    """Σ over rows of max(score of the channel, what it must beat), float64 (C, G)."""
-    gain_CG = torch.empty(score_OC.shape[1], rival_OG.shape[1], dtype=torch.float64)
-    channels = max(1, _ELEMENTS // max(1, rival_OG.numel()))
-    for first in range(0, len(gain_CG), channels):
-        part_OC = score_OC[:, first : first + channels]
-        best_OCG = torch.maximum(part_OC[:, :, None], rival_OG[:, None, :])
-        gain_CG[first : first + channels] = best_OCG.sum(dim=0, dtype=torch.float64)
-    return gain_CG
+    """Σ over rows of max(score of the channel, what it must beat), float64 (C, G).
+
+    By way of max(a, b) = (a + b + |a − b|) / 2, whose last sum is a distance.
+    """
+    apart_CG = torch.cdist(score_OC.T.contiguous(), rival_OG.T.contiguous(), p=1).double()
+    sums_C, sums_G = (x.sum(dim=0, dtype=torch.float64) for x in (score_OC, rival_OG))
+    return (apart_CG + sums_C[:, None] + sums_G) / 2
 
 
 def _width(score_OI: Tensor, pattern: Pattern) -> int:
