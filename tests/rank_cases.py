@@ -103,7 +103,7 @@ def uneven(scratch: Path) -> dict[str, Any]:
 
 
 def permuted(scratch: Path) -> dict[str, Any]:
-    """Orders of channels, also where the first rank has no window to try them on. Needs SciPy."""
+    """Orders of channels, also where the first rank has no window to try them on."""
     dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
     found = {}
     for method, size, windows in (("wanda", 2, 6), ("ria", 4, 2), ("alps", 2, 6)):

@@ -308,7 +308,6 @@ def test_what_is_measured_on_all_tokens_leaves_no_trace_in_what_comes_after(tmp_
     ids=lambda options: " ".join(map(str, options.values())),
 )
 def test_every_kind_of_run_takes_experts_as_linears(options, tmp_path):
-    pytest.importorskip("scipy")
     dense = tiny_checkpoint(tmp_path / "dense", "gpt_oss" if options.get("permute") else "qwen2_moe")
     report = prunus.prune(
         dense,

@@ -19,7 +19,6 @@ from prunus.plan import Job
 from test_resume import StopError, stop_after
 from tiny import FAMILIES, tiny_checkpoint, tiny_model, token_ids, weights
 
-pytest.importorskip("scipy")
 RIA = {"method": "ria", "pattern": "2:4", "permute": True}
 #: Family -> linears whose inputs are free. In Bloom, queries, keys and values of a head stand side by side.
 FREE = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import itertools
 
 import pytest
@@ -23,7 +22,6 @@ def scores(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 8), st.integers(0, 99), st.data())
 @settings(deadline=None, max_examples=60)
 def test_every_order_holds_every_channel_once_and_none_gets_worse(rows, groups, m, seed, data):
-    pytest.importorskip("scipy")
     pattern = Pattern(data.draw(st.integers(0, m)), m)
     score_OI = scores(rows, groups * m, seed)
     dealt_I = deal(score_OI, pattern)
@@ -39,7 +37,6 @@ def test_cards_are_dealt_in_turn():
 
 
 def test_sorted_channels_gain_much_and_come_near_the_best_order():
-    pytest.importorskip("scipy")
     pattern, score_OI = Pattern(2, 4), scores(5, 8)
     best = max(
         kept_score(score_OI, pattern, torch.tensor([*first, *(set(range(8)) - set(first))]))
@@ -53,7 +50,6 @@ def test_sorted_channels_gain_much_and_come_near_the_best_order():
 
 def test_one_exchange_is_the_best_of_all():
     """With one place per group to give back, all assignments can be tried."""
-    pytest.importorskip("scipy")
     pattern, score_OI = Pattern(1, 2), scores(4, 8, seed=3)
     order_GM = torch.arange(8).view(4, 2)
 
@@ -75,16 +71,3 @@ def test_only_n_of_m_has_groups():
         deal(scores(2, 8), Pattern())
     with pytest.raises(ValueError, match="no multiple of 4"):
         deal(scores(2, 6), Pattern(2, 4))
-
-
-def test_scipy_is_asked_for_by_its_extra(monkeypatch):
-    real = builtins.__import__
-
-    def refuse(name, *args, **kwargs):
-        if name.startswith("scipy"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'prunus\[permute\]'"):
-        assign(scores(2, 8), Pattern(2, 4), torch.arange(8))

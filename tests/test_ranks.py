@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -38,7 +37,7 @@ def found(tmp_path_factory) -> dict[str, dict]:
             "judged",
             "recovered",
             "matched",
-            *(["permuted"] if find_spec("scipy") else []),
+            "permuted",
         ],
         capture_output=True,
         text=True,
@@ -92,7 +91,6 @@ def test_a_rank_lost_in_training_is_named_and_another_number_goes_on(found):
 
 @pytest.mark.parametrize("method", ["wanda", "ria", "alps"])
 def test_orders_of_channels_are_those_of_one_process(found, method):
-    pytest.importorskip("scipy")
     result = found["permuted"][method]
     assert result["moved"] == 4, "o and down of two blocks"
     assert result["masks"] <= 1e-4

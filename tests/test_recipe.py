@@ -239,6 +239,17 @@ def test_a_preset_fills_in_what_is_not_given(name):
     assert (other.method, other.sparsity, other.seed, other.damping) == (chosen.method, 0.7, 3, 0.2)
 
 
+def test_what_best_is_depends_on_the_pattern():
+    chosen = {pattern: Recipe(preset="best", pattern=pattern) for pattern in ("unstructured", "2:4", "4:8")}
+    assert {pattern: (each.allocation, each.permute) for pattern, each in chosen.items()} == {
+        "unstructured": ("search", False),
+        "2:4": ("uniform", True),
+        "4:8": ("uniform", True),
+    }
+    assert Recipe(preset="best", allocation="owl").allocation == "owl"
+    assert not Recipe(preset="best", pattern="2:4", permute=False).permute
+
+
 def test_options_go_before_a_preset(tmp_path):
     chosen = Recipe(preset="best", method="sparsegpt", match_blocks=False, pattern="2:4")
     assert (chosen.method, chosen.targets, chosen.match_blocks, chosen.sparsity) == (

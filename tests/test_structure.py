@@ -153,7 +153,7 @@ LIBRARIES: dict[str, set[str]] = {
 }
 
 #: Libraries that an extra installs: each is imported in one file, inside a function.
-OPTIONAL = {"datasets", "gguf", "pyarrow", "accelerate", "peft", "lm_eval", "plotly", "scipy", "PIL"}
+OPTIONAL = {"datasets", "gguf", "pyarrow", "accelerate", "peft", "lm_eval", "plotly", "PIL"}
 
 
 def room(path: Path) -> str:

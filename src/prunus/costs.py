@@ -11,6 +11,7 @@ from prunus.engine.divergence import ONE_IN, TOKENS
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
 from prunus.engine.retouch import ONE_HELD_OUT_IN, RetouchJob, pace, trained
+from prunus.engine.survey import TRIAL_STEPS, TRIAL_TOKENS, TRIAL_WINDOWS
 from prunus.machine import matmul_rate
 from prunus.model.kinds import CAUSAL
 from prunus.model.skeleton import Skeleton
@@ -86,6 +87,8 @@ def estimate_seconds(work: Workload) -> float:
                 (1.2 + drift) * tokens * reached * c * c + c**3 + 2.0 * products * r * c * c
                 for r, c, reached in columns
             )
+    if work.recipe.allocation == "search":
+        flops += _search_flops(work)
     if retouch_job is not None:
         # The last block is matched by its logits: for some tokens the head forwards twice, and once back.
         in_window, hidden = work.skeleton.window_shape(len(work.skeleton) - 1, work.recipe.seqlen)
@@ -100,6 +103,18 @@ def _token_passes(work: Workload, index: int) -> float:
     own = pace(work.batch * tokens, hidden, work.linear_job.method.updates_weights)
     assert work.retouch_job is not None
     return (work.retouch_job.passes or own.passes) / own.one_token_in
+
+
+def _search_flops(work: Workload) -> float:
+    """Every layer's trials run through all blocks from its own on, half of them on average."""
+    sizes = [
+        sum(x.shape[0] * x.shape[1] for x in work.skeleton.linears(i)) for i in range(len(work.skeleton))
+    ]
+    layers = sum(
+        len(names) if work.recipe.allocation_by == "linear" else 1 for names in work.targets if names
+    )
+    tokens = TRIAL_WINDOWS * min(TRIAL_TOKENS, work.recipe.seqlen)
+    return 2.0 * sum(sizes) * tokens * (1 + 0.5 * layers * len(TRIAL_STEPS))
 
 
 def _routing(work: Workload, index: int) -> tuple[int, Callable[[str], float]]:

@@ -24,7 +24,6 @@ from prunus.engine.retouch import RetouchJob
 from prunus.machine import available_memory, resident_memory
 from prunus.manifest import Walk
 from prunus.methods import METHODS, Method, Options, check_options, compose, default_group
-from prunus.methods.permutation import require_scipy
 from prunus.model.checkpoint import resolve_folder
 from prunus.model.device import choose_device
 from prunus.model.kinds import IMAGES, kind_of
@@ -236,8 +235,6 @@ def prepare(
         FileNotFoundError, ValueError, NotImplementedError, OSError: see the functions that are called; each
             message names what was given, what is wrong and what to do.
     """
-    if recipe.permute:
-        require_scipy()
     published = METHODS[recipe.method]
     # Whatever option of a method a recipe has goes by the same name.
     shared = {each.name for each in fields(Options)} & set(Recipe.model_fields)

@@ -12,6 +12,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"method": "alps", "targets": "dense"},
     "best": {"method": "alps", "targets": "dense", "match_blocks": True},
 }
+# Only unstructured sparsity can be shared out, and only groups of N:M care who stands next to whom.
+_UNSTRUCTURED: dict[str, dict[str, Any]] = {"best": {"allocation": "search"}}
+_N_OF_M: dict[str, dict[str, Any]] = {"best": {"permute": True}}
 
 
 def preset_options(values: dict[str, Any]) -> dict[str, Any]:
@@ -25,4 +28,5 @@ def preset_options(values: dict[str, Any]) -> dict[str, Any]:
         return values
     if name not in PRESETS:
         raise ValueError(f"the preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
-    return PRESETS[name] | values
+    unstructured = values.get("pattern", "unstructured") == "unstructured"
+    return PRESETS[name] | (_UNSTRUCTURED if unstructured else _N_OF_M).get(name, {}) | values

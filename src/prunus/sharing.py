@@ -22,15 +22,20 @@ from prunus.allocation import (
     uniform,
 )
 from prunus.engine.stream import Stream
-from prunus.engine.survey import Layer, scores_of_layers, trial_errors
+from prunus.engine.survey import (
+    TRIAL_STEPS,
+    TRIAL_TOKENS,
+    TRIAL_WINDOWS,
+    Layer,
+    scores_of_layers,
+    trial_errors,
+)
 from prunus.plan import Job
 from prunus.recipe import MEASURED_ALLOCATIONS
 
 __all__ = ["planned", "share_out"]
 
-_SURVEY_WINDOWS, _TRIAL_TOKENS = 8, 2048
-# Where the curves of the search are measured, against the sparsity asked for; errors grow exponentially between them.
-_STEPS = (-0.2, -0.1, 0.0, 0.1, 0.2)
+_SURVEY_WINDOWS = 8
 _SPREADS = {"owl": 0.08, "dlp": 0.15, "arithmetic": 0.05}
 
 
@@ -101,10 +106,10 @@ def _measured(
     stream = Stream(job.skeleton, job.source, job.device)
     with torch.no_grad(), contextlib.closing(stream):
         if recipe.allocation == "search":
-            tokens = min(ids.shape[1], _TRIAL_TOKENS // min(len(ids), 4))
-            stream.embed(ids[:4, :tokens].split(1), None)
-            _check_room(job, len(layers) * len(_STEPS) * tokens * min(len(ids), 4))
-            points = [s for step in _STEPS if 0 < (s := round(recipe.sparsity + step, 6)) < 0.95]
+            some = ids[:TRIAL_WINDOWS, :TRIAL_TOKENS]
+            stream.embed([some], None)
+            _check_room(job, len(layers) * len(TRIAL_STEPS) * len(some), some.shape[1])
+            points = [s for step in TRIAL_STEPS if 0 < (s := round(recipe.sparsity + step, 6)) < 0.95]
             curves = trial_errors(stream, layers, points)
             return by_error([_finely(curve) for curve in curves], weights, recipe.sparsity)
         stream.embed(ids[:_SURVEY_WINDOWS].split(1), None)
@@ -126,9 +131,9 @@ def _finely(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return points
 
 
-def _check_room(job: Job, tokens: int) -> None:
-    hidden = job.skeleton.window_shape(0, 1)[1]
-    need = tokens * hidden * job.dtype.itemsize
+def _check_room(job: Job, windows: int, seqlen: int) -> None:
+    tokens, hidden = job.skeleton.window_shape(0, seqlen)
+    need = windows * tokens * hidden * job.dtype.itemsize
     if need > job.budget:
         raise ValueError(
             f"the trials of --allocation search hold {need / 1e9:.1f} GB of hidden states at the end, the memory budget "

@@ -17,8 +17,8 @@ OPTIONS: dict[str, Any] = {
     "preset": Annotated[
         str | None,
         typer.Option(
-            help="fast (wanda), balanced (alps, --targets dense) or best (the same with --match-blocks); other options "
-            "go before it."
+            help="fast (wanda), balanced (alps, --targets dense) or best (the same, --match-blocks and "
+            "--allocation search, with N:M --permute); other options go before it."
         ),
     ],
     "method": Annotated[
@@ -163,12 +163,16 @@ OPTIONS: dict[str, Any] = {
     ],
     "match_passes": Annotated[
         int | None,
-        typer.Option(help="Of --match-blocks over the calibration windows.", show_default="3"),
+        typer.Option(
+            help="Of --match-blocks over the calibration windows.",
+            show_default="8 of a quarter of the tokens each in windows of 1024, 3 for whole blocks",
+        ),
     ],
     "match_rate": Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate of --match-blocks.", show_default="1.8e-3, less in models wider than 576"
+            help="Peak learning rate of --match-blocks.",
+            show_default="2.5e-3 (whole blocks 1.8e-3), less in models wider than 576",
         ),
     ],
     "permute": Annotated[

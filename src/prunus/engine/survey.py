@@ -19,7 +19,19 @@ from prunus.model.linears import Linear
 from prunus.patterns import Pattern, keep_mask
 from prunus.statistics import InputStatistics
 
-__all__ = ["Layer", "scores_of_layers", "trial_errors"]
+__all__ = [
+    "TRIAL_STEPS",
+    "TRIAL_TOKENS",
+    "TRIAL_WINDOWS",
+    "Layer",
+    "scores_of_layers",
+    "trial_errors",
+]
+
+#: A search tries every layer on so many tokens of as many windows, as one batch: other texts tell more than longer ones.
+TRIAL_WINDOWS, TRIAL_TOKENS = 4, 128
+#: Where it measures their curves, against the sparsity asked for; between them errors grow exponentially.
+TRIAL_STEPS = (-0.15, 0.0, 0.15)
 
 
 @dataclass(frozen=True)

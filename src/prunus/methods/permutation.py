@@ -52,7 +52,7 @@ def best_order(score_OI: Tensor, pattern: Pattern, channels: Channels) -> Tensor
     """The order of the inputs that `deal` and `assign` find for each group, int64 (I,); as it was where that is better.
 
     Raises:
-        ValueError, ModuleNotFoundError: as `deal` and `assign`; the width of a head must be a multiple of M.
+        ValueError: as `deal` and `assign`; the width of a head must be a multiple of M.
     """
     rows = len(score_OI)
     # Repeats share an order: to it they are more rows.
@@ -116,10 +116,8 @@ def assign(score_OI: Tensor, pattern: Pattern, order_I: Tensor) -> Tensor:
 
     Raises:
         ValueError: the pattern is not N:M or does not fit.
-        ModuleNotFoundError: SciPy is not installed.
     """
-    require_scipy()
-    from scipy.optimize import linear_sum_assignment
+    from scipy.optimize import linear_sum_assignment  # takes a moment, and few runs need it
 
     m = _width(score_OI, pattern)
     order_GM = order_I.view(-1, m).clone()
@@ -134,20 +132,6 @@ def assign(score_OI: Tensor, pattern: Pattern, order_I: Tensor) -> Tensor:
         channel, group = linear_sum_assignment(gain_CG.cpu().numpy(), maximize=True)
         order_GM[torch.from_numpy(group), place] = order_GM[torch.from_numpy(channel), place]
     return order_GM.flatten()
-
-
-def require_scipy() -> None:
-    """See that SciPy is there.
-
-    Raises:
-        ModuleNotFoundError: it is not installed; names the extra.
-    """
-    try:
-        import scipy.optimize  # noqa: F401
-    except ImportError:
-        raise ModuleNotFoundError(
-            "the assignment of channels needs SciPy: pip install 'prunus[permute]'"
-        ) from None
 
 
 def kept_score(score_OI: Tensor, pattern: Pattern, order_I: Tensor) -> float:
