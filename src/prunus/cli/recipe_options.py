@@ -165,7 +165,7 @@ OPTIONS: dict[str, Any] = {
         int | None,
         typer.Option(
             help="Of --match-blocks over the calibration windows.",
-            show_default="8 of a quarter of the tokens each in windows of 1024, 3 for whole blocks",
+            show_default="6, each of a quarter of the tokens of windows of 1024; 3 for whole blocks",
         ),
     ],
     "match_rate": Annotated[
