@@ -107,14 +107,13 @@ def _token_passes(work: Workload, index: int) -> float:
 
 def _search_flops(work: Workload) -> float:
     """Every layer's trials run through all blocks from its own on, half of them on average."""
-    sizes = [
-        sum(x.shape[0] * x.shape[1] for x in work.skeleton.linears(i)) for i in range(len(work.skeleton))
-    ]
+    blocks = range(len(work.skeleton))
+    weights = sum(x.shape[0] * x.shape[1] for index in blocks for x in work.skeleton.linears(index))
     layers = sum(
         len(names) if work.recipe.allocation_by == "linear" else 1 for names in work.targets if names
     )
     tokens = TRIAL_WINDOWS * min(TRIAL_TOKENS, work.recipe.seqlen)
-    return 2.0 * sum(sizes) * tokens * (1 + 0.5 * layers * len(TRIAL_STEPS))
+    return 2.0 * weights * tokens * (1 + 0.5 * layers * len(TRIAL_STEPS))
 
 
 def _routing(work: Workload, index: int) -> tuple[int, Callable[[str], float]]:

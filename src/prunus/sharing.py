@@ -107,8 +107,8 @@ def _measured(
     with torch.no_grad(), contextlib.closing(stream):
         if recipe.allocation == "search":
             some = ids[:TRIAL_WINDOWS, :TRIAL_TOKENS]
-            stream.embed([some], None)
             _check_room(job, len(layers) * len(TRIAL_STEPS) * len(some), some.shape[1])
+            stream.embed([some], None)
             points = [s for step in TRIAL_STEPS if 0 < (s := round(recipe.sparsity + step, 6)) < 0.95]
             curves = trial_errors(stream, layers, points)
             return by_error([_finely(curve) for curve in curves], weights, recipe.sparsity)

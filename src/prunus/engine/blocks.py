@@ -164,6 +164,8 @@ class BlockEngine:
                 )
 
         unreached, match, tail = linears, None, None
+        # Of several ranks each would keep what all have.
+        keeps = self.retouch_job is not None and walk == "lockstep" and self.ranks.size == 1
         names = trained([linear.name for linear in linears], self.linear_job.method.updates_weights)
         count, with_windows = len(self.stream), sum(self._counts) > 0
         held_out = frozenset(batch - self._before for batch in held_out_of(sum(self._counts)))
@@ -176,8 +178,7 @@ class BlockEngine:
                     feed = feed_both(dense_inputs, held_out)
             if with_windows:
                 forward, put = self.stream.forward(index, block), self.stream.states.put
-                # Of several ranks each would keep what all have.
-                if self.retouch_job is not None and walk == "lockstep" and self.ranks.size == 1:
+                if keeps:
                     tail = find_tail(block, names, forward, 0)
                 if tail is not None:
                     forward = stack.enter_context(tail.recording())
@@ -202,7 +203,7 @@ class BlockEngine:
             matcher = Matcher(
                 self.retouch_job, self.stream, self.dense.stream, self._counts, self.ranks, self._split
             )
-            learnt, match = matcher.match(index, block, stored, changed, names, tail)
+            learnt, match = matcher.match(index, block, stored, changed, names, tail, keeps)
             changed |= learnt
             for linear in linears:
                 _count_zeros(records[linear.name], changed[f"{linear.name}.weight"])

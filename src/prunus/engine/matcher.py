@@ -53,6 +53,7 @@ class Matcher:
         pruned: Mapping[str, torch.Tensor],
         names: Sequence[str],
         tail: Tail | None,
+        looked: bool,
     ) -> tuple[dict[str, torch.Tensor], MatchRecord]:
         """Train linears of a pruned block; it ends with the weights it began with.
 
@@ -62,7 +63,8 @@ class Matcher:
             stored: its trained tensors by relative name.
             pruned: the pruned weights by relative name.
             names: of the linears that are trained.
-            tail: the part of the block that holds them, where it is known and what reaches it was kept.
+            tail: the part of the block that holds them, where what reaches it was kept.
+            looked: the block was tried for such a part, whatever came of it.
 
         Returns:
             What was trained, by relative name; the record.
@@ -77,7 +79,8 @@ class Matcher:
         def forward(batch: int) -> torch.Tensor:
             return run(x) if len(x := inputs.get(batch)) else x
 
-        tail = tail or self._tail(block, names, run, inputs, forward)
+        if not looked:
+            tail = self._tail(block, names, run, inputs, forward)
         own_pace = _pace(inputs.shape(0), tail is not None and tail.by_token)
         with self._compare(index) as compare:
             return retouch(
@@ -86,7 +89,7 @@ class Matcher:
                 block,
                 stored,
                 {f"{linear}.weight": pruned[f"{linear}.weight"] for linear in names},
-                tail or forward,
+                tail or (lambda batch, _all: forward(batch)),
                 wanted.get,
                 len(inputs),
                 own_pace,
@@ -103,9 +106,10 @@ class Matcher:
         forward: Callable[[int], torch.Tensor],
     ) -> Tail | None:
         """The part that holds `names`, of which nothing is kept. All ranks take it or none; some may have no windows."""
-        module, x = tail_module(block, names), inputs.get(0)
+        module = tail_module(block, names)
         if module is None:
             return None
+        x = inputs.get(0)
         found = find_tail(block, names, lambda _batch: run(x), 0, keep=False) if len(x) else None
         mine = [len(x) > 0, found is not None, found is not None and found.by_token]
         votes = [vote for vote in self.ranks.gather(mine) if vote[0]]

@@ -179,7 +179,7 @@ def _train(
             optimizer.param_groups[0]["lr"] = learning_rate(options.learning_rate, share(), _WARMUP)
             with torch.enable_grad(), autocast:
                 turn = steps // len(train) + batch  # batches begin at tokens of their own
-                lost, size = measured(batch, _every(options.one_token_in, turn))
+                lost, size = measured(batch, slice(turn % options.one_token_in, None, options.one_token_in))
                 whole_2 = torch.stack([lost.detach(), size])
                 ranks.add(whole_2)
                 loss = lost / whole_2[1]
@@ -205,10 +205,6 @@ def _train(
     if stopped is None and steps < total:
         stopped = "out of time"  # while the last pass was judged
     return Match(best_weights, before, best, steps, stopped)
-
-
-def _every(one_in: int, turn: int) -> slice:
-    return ALL_TOKENS if one_in == 1 else slice(turn % one_in, None, one_in)
 
 
 def _gradients(parameters: Mapping[str, nn.Parameter], ranks: Ranks) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from prunus.engine.divergence import Compare
 from prunus.engine.matching import MatchOptions, match_block
-from prunus.engine.tail import Tail, behind_attention
+from prunus.engine.tail import behind_attention
 from prunus.manifest import MatchRecord
 from prunus.ranks import ALONE, Ranks
 
@@ -51,7 +51,7 @@ def pace(tokens: int, hidden: int, by_token: bool) -> Pace:
         by_token: what is trained can be run on some tokens of a batch.
     """
     one_in = min(_MOST_PASSES, max(1, tokens // _TOKENS_A_STEP)) if by_token else 1
-    passes = min(_MOST_PASSES, max(_LEAST_PASSES, 2 * one_in)) if by_token else _LEAST_PASSES
+    passes = min(_MOST_PASSES, max(_LEAST_PASSES, 2 * one_in))
     rate = _RATE_OF_MANY_STEPS if one_in > 1 else _RATE
     return Pace(passes, one_in, rate * min(1.0, _RATE_WIDTH / hidden))
 
@@ -81,7 +81,7 @@ def retouch(
     block: nn.Module,
     stored: Mapping[str, torch.Tensor],
     pruned: Mapping[str, torch.Tensor],
-    forward: Callable[[int], torch.Tensor] | Tail,
+    forward: Callable[[int, slice], torch.Tensor],
     target: Callable[[int], torch.Tensor],
     count: int,
     own_pace: Pace,
@@ -97,7 +97,8 @@ def retouch(
         stored: the block's tensors by relative name, as stored; biases are taken from here.
         pruned: the pruned weights that are trained, by relative name, as stored, the biases of their linears with them.
             What is 0 in them stays 0.
-        forward: batch -> output of `block` in the pruned model, of some of its tokens where a `Tail` can do that.
+        forward: batch and some of its tokens -> output of `block` in the pruned model, of these tokens; others than all
+            are asked for only where `own_pace` says so.
         target: batch -> output of the dense block in the dense model.
         count: number of batches, on all ranks, at least 2.
         own_pace: where `job` leaves it open.
@@ -126,13 +127,10 @@ def retouch(
         per_token=True,
     )
 
-    def run(batch: int, tokens: slice) -> torch.Tensor:
-        return forward(batch, tokens) if isinstance(forward, Tail) else forward(batch)
-
     try:
         match = match_block(
             block,
-            run,
+            forward,
             target,
             range(count - held_out),
             range(count - held_out, count),

@@ -77,17 +77,18 @@ class Tail:
 
     def __call__(self, batch: int, tokens: slice = ALL_TOKENS) -> torch.Tensor:
         """The block's output (windows, tokens, hidden) of these tokens; of others than all only where `by_token`."""
-        kept = self._kept.get(batch)
-        x, beside = kept if kept is not None else self._before(batch)
-        if self._keep and kept is None:
-            self._kept[batch] = x, beside
-        if tokens != ALL_TOKENS:
-            x, beside = x[:, tokens], beside[:, tokens]
+        x, beside = (whole[:, tokens] for whole in self.before(batch))
         return beside + self._module(x) if len(x) else beside
 
+    def before(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The module's input, and the block's output if the module gave zeros: as kept, or by running the block."""
+        found = self._kept.get(batch) or self._run_before(batch)
+        if self._keep:
+            self._kept[batch] = found
+        return found
+
     @torch.no_grad()
-    def _before(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The module's input, and the block's output if the module gave zeros."""
+    def _run_before(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         given: list[torch.Tensor] = []
 
         def zeros(x: torch.Tensor) -> torch.Tensor:
@@ -104,11 +105,9 @@ def tail_module(block: nn.Module, trained: Sequence[str]) -> nn.Module | None:
     """The one submodule of `block` that holds all of these linears, if it is more than a linear itself."""
     children = {name.partition(".")[0] for name in trained}
     module = getattr(block, children.pop()) if len(children) == 1 else None
-    return (
-        module
-        if isinstance(module, nn.Module) and not isinstance(module, (nn.Linear, nn.ModuleList))
-        else None
-    )
+    if not isinstance(module, nn.Module) or isinstance(module, (nn.Linear, nn.ModuleList)):
+        return None
+    return module
 
 
 def find_tail(
@@ -139,24 +138,23 @@ def find_tail(
     tail = Tail(module, forward, keep)
     try:
         with torch.no_grad():
-            parts, whole = tail(batch), forward(batch)
-            if not torch.equal(parts, whole):
+            x, beside = tail.before(batch)
+            made = module(x)
+            if not torch.equal(beside + made, forward(batch)):
                 return None
-            tail.by_token = _takes_tokens_apart(tail, batch, whole)
+            tail.by_token = _takes_tokens_apart(module, x, made)
     except (TypeError, ValueError, RuntimeError):
         return None  # called with more, or not once; or it gives more than a tensor
     return tail
 
 
-def _takes_tokens_apart(tail: Tail, batch: int, whole: torch.Tensor) -> bool:
-    """Whether every second token alone gives what it gives among all."""
-    if whole.dim() != 3 or whole.shape[1] < 2:
+def _takes_tokens_apart(module: nn.Module, x: torch.Tensor, made: torch.Tensor) -> bool:
+    """Whether `module` makes of every second token of `x` alone what it `made` of them among all."""
+    if x.dim() != 3 or x.shape[1] < 2:
         return False
     some = slice(1, None, 2)
-    own, among_all = tail(batch, some), whole[:, some]
-    _, beside = tail._before(batch)
-    made = (among_all - beside[:, some]).float().norm()
-    return bool((own - among_all).float().norm() <= _ROUNDING * made)
+    alone, among_all = module(x[:, some]).float(), made[:, some].float()
+    return bool((alone - among_all).norm() <= _ROUNDING * among_all.norm())
 
 
 @contextlib.contextmanager
