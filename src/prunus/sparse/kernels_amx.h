@@ -114,7 +114,6 @@ struct Decoder {
     PRUNUS_AMX_TARGET PRUNUS_INLINE void step(int64_t groups) {
         const int64_t count = std::min(groups * kCodedGroup, last - done);
         const uint8_t* codes = job.coded->codes + done / 2;
-        for (int64_t at = 0; at < count; at += 2 * kCodedGroup) avx512::prefetch(codes + at / 2, avx512::kCodedAhead / 2);
         avx512::decode_high(codes, job.coded->high_bytes, count, memory[which] + (done - first));
         done += count;
     }
