@@ -249,13 +249,18 @@ def least_squares(weight_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, ridge: fl
 def alps(
     weight_OI: Tensor, gram_II: Tensor, pattern: Pattern, sparsity: float, ridge: float, iterations: int
 ) -> tuple[Tensor, Tensor]:
-    """ADMM with its three matrices, word for word, then exact least squares; float64 weight and mask."""
+    """ADMM with its three matrices, word for word, then exact least squares; float64 weight and mask.
+
+    Every third mask of four is the one before.
+    """
     target_OI, hessian_II, _ = scaled(weight_OI, gram_II, ridge)
     target_OI[:, gram_II.diagonal() == 0] = 0
     dense_OI, dual_OI, penalty = target_OI.clone(), torch.zeros_like(target_OI), 0.2
     for iteration in range(iterations):
         quarter = int(4 * iteration / iterations)
-        sparse_OI = (dense_OI + dual_OI) * keep_mask((dense_OI + dual_OI).abs(), pattern, sparsity)
+        if iteration % 4 != 2:
+            keep_OI = keep_mask((dense_OI + dual_OI).abs(), pattern, sparsity)
+        sparse_OI = (dense_OI + dual_OI) * keep_OI
         dual_OI = dual_OI + dense_OI - sparse_OI
         while penalty < 0.2 * 2**quarter:
             penalty, dual_OI = penalty * 2, dual_OI / 2

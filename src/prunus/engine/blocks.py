@@ -23,8 +23,9 @@ from prunus.engine.replay import replay
 from prunus.engine.retouch import RetouchJob, trained
 from prunus.engine.routing import find_routings, least_tokens
 from prunus.engine.step_batches import splitting
+from prunus.engine.stored_order import in_stored_order
 from prunus.engine.stream import Stream
-from prunus.engine.tail import find_tail
+from prunus.engine.tail import Tail, find_tail
 from prunus.engine.two_pass import two_pass
 from prunus.engine.watching import Feed, plain_feed
 from prunus.manifest import BlockRecord, LinearRecord, Walk
@@ -156,6 +157,7 @@ class BlockEngine:
                     record.notes |= routing.notes(linear.name)
             if order_I is not None:
                 orders[linear.name] = order_I
+                put_in_order(linear, order_I)
             if self.permute:
                 record.notes["permuted"] = (
                     "with " + ", ".join(p.name for p in folds[linear.name].producers)
@@ -169,53 +171,55 @@ class BlockEngine:
         names = trained([linear.name for linear in linears], self.linear_job.method.updates_weights)
         count, with_windows = len(self.stream), sum(self._counts) > 0
         held_out = frozenset(batch - self._before for batch in held_out_of(sum(self._counts)))
-        with contextlib.ExitStack() as stack:
-            feed: Feed = plain_feed
-            if self.dense is not None:
-                beside = self.dense.beside(index, stored, targets, keep=walk == "lockstep")
-                dense_inputs = stack.enter_context(beside)
-                if self.linear_job.method.needs_drift:
-                    feed = feed_both(dense_inputs, held_out)
-            if with_windows:
-                forward, put = self.stream.forward(index, block), self.stream.states.put
-                if keeps:
-                    tail = find_tail(block, names, forward, 0)
-                if tail is not None:
-                    forward = stack.enter_context(tail.recording())
-                finish = put if self.retouch_job is None and not self.permute else _forget
-                unreached = _WALKS[walk](
-                    linears,
-                    count,
-                    forward,
-                    finish,
-                    self._new_statistics,
-                    prune_one,
-                    feed,
-                    self.ranks,
-                    routings,
+        # What is trained keeps the order in which it was pruned until then; what is not can go on as it will be stored.
+        settled = [linear for linear in linears if linear.name in folds and linear.name not in names]
+        settled = settled if self.retouch_job is not None else []
+        with contextlib.ExitStack() as outer:
+            with contextlib.ExitStack() as stack:
+                feed: Feed = plain_feed
+                if self.dense is not None:
+                    beside = self.dense.beside(index, stored, targets, keep=walk == "lockstep")
+                    dense_inputs = stack.enter_context(beside)
+                    if self.linear_job.method.needs_drift:
+                        feed = feed_both(dense_inputs, held_out)
+                # Once the dense block is copied, which must not follow.
+                put_in_order = outer.enter_context(in_stored_order(settled))
+                if with_windows:
+                    forward, put = self.stream.forward(index, block), self.stream.states.put
+                    if keeps:
+                        tail = find_tail(block, names, forward, 0)
+                    if tail is not None:
+                        forward = stack.enter_context(tail.recording())
+                    finish = put if self.retouch_job is None and not self.permute else _forget
+                    unreached = _WALKS[walk](
+                        linears,
+                        count,
+                        forward,
+                        finish,
+                        self._new_statistics,
+                        prune_one,
+                        feed,
+                        self.ranks,
+                        routings,
+                    )
+                for linear in unreached:
+                    nothing = self._new_statistics(linear)
+                    nothing.complete(self.ranks)
+                    prune_one(linear, nothing)
+            if self.retouch_job is not None and changed:
+                assert self.dense is not None
+                matcher = Matcher(
+                    self.retouch_job, self.stream, self.dense.stream, self._counts, self.ranks, self._split
                 )
-            for linear in unreached:
-                nothing = self._new_statistics(linear)
-                nothing.complete(self.ranks)
-                prune_one(linear, nothing)
-        if self.retouch_job is not None and changed:
-            assert self.dense is not None
-            matcher = Matcher(
-                self.retouch_job, self.stream, self.dense.stream, self._counts, self.ranks, self._split
-            )
-            learnt, match = matcher.match(index, block, stored, changed, names, tail, keeps)
-            changed |= learnt
-            for linear in linears:
-                _count_zeros(records[linear.name], changed[f"{linear.name}.weight"])
+                learnt, match = matcher.match(index, block, stored, changed, names, tail, keeps)
+                changed |= learnt
+                for linear in linears:
+                    _count_zeros(records[linear.name], changed[f"{linear.name}.weight"])
         by_name = {linear.name: linear for linear in self.skeleton.linears(index)}
         for relative, order_I in orders.items():
             changed |= fold({**stored, **changed}, folds[relative], order_I, by_name)
-        if tail is not None and not orders:
-            self.skeleton.fill(index, {**stored, **changed}, self.device)
-            self.stream.advance(tail)
-        elif self.retouch_job is not None or self.permute:
-            # As when the run is resumed behind this block: sums in the order in which they are stored.
-            self.stream.propagate(index, {**stored, **changed})
+        if self.retouch_job is not None or self.permute:
+            self._advance(index, {**stored, **changed}, tail, reordered=bool(orders))
         self.skeleton.release(index)
         check_same(self.ranks, name, changed)
         ordered = {linear.name: records[linear.name] for linear in linears}
@@ -227,6 +231,17 @@ class BlockEngine:
             linears=ordered,
             match=match,
         )
+
+    def _advance(
+        self, index: int, finished: Mapping[str, torch.Tensor], tail: Tail | None, reordered: bool
+    ) -> None:
+        """Take all batches through the finished block, as when a run is resumed behind it; by its tail, if it can be."""
+        if not len(self.stream):
+            return
+        whole = self.stream.forward(index, self.skeleton.fill(index, finished, self.device))
+        # What reaches the tail came from values in another order, which most attentions do not notice.
+        same = tail is not None and (not reordered or torch.equal(tail(0), whole(0)))
+        self.stream.advance(tail if tail is not None and same else whole)
 
     def _new_statistics(self, linear: Linear) -> InputStatistics:
         method = self.linear_job.method

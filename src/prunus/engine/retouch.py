@@ -26,7 +26,7 @@ ONE_HELD_OUT_IN = 16
 # Many small steps win more than few large ones of the same tokens: a step looks at so many of its batch's tokens where it
 # can choose, and at more where passes would not see them all.
 _TOKENS_A_STEP = 256
-_MOST_PASSES, _LEAST_PASSES = 6, 3
+_MOST_PASSES, _LEAST_PASSES = 7, 3
 _RATE, _RATE_OF_MANY_STEPS, _RATE_WIDTH = 1.8e-3, 2.5e-3, 576
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["ALL_TOKENS", "Tail", "behind_attention", "find_tail", "tail_module"]
+__all__ = ["ALL_TOKENS", "Tail", "behind_attention", "find_tail", "in_place_of", "tail_module"]
 
 ALL_TOKENS = slice(None)
 _BATCH: ContextVar[int] = ContextVar("batch")
@@ -72,7 +72,7 @@ class Tail:
             self._kept[batch] = given.pop(batch), beside
             return beside
 
-        with _in_place_of(self._module, see):
+        with in_place_of(self._module, see):
             yield forward
 
     def __call__(self, batch: int, tokens: slice = ALL_TOKENS) -> torch.Tensor:
@@ -95,7 +95,7 @@ class Tail:
             given.append(x)
             return torch.zeros_like(x)
 
-        with _in_place_of(self._module, zeros):
+        with in_place_of(self._module, zeros):
             beside = self._forward(batch)
         (x,) = given or [beside]  # of no windows the block may not have been run
         return x, beside
@@ -158,7 +158,7 @@ def _takes_tokens_apart(module: nn.Module, x: torch.Tensor, made: torch.Tensor) 
 
 
 @contextlib.contextmanager
-def _in_place_of(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+def in_place_of(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
     """While active, `module` does what `function` does."""
     before = module.__dict__.get("forward")
     module.forward = function

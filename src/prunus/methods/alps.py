@@ -11,8 +11,8 @@ splitting asks for W = Z where Z alone must be sparse (Boža 2024, arXiv 2401.02
 In the scaled weights the first mask is Wanda's. The penalty ρ grows by a fixed rule instead of ALPS's, which looks at how
 much the mask still changes: all linears with the same input then share the inverses, each iteration is one matrix
 product (in the eigenbasis of H it would be two), and no eigenvectors are needed. These products may be coarse, since
-every step makes up for the last one's rounding; conjugate gradients, in float32, finish on the last mask. Weights of
-inputs that were always 0 become 0, as in SparseGPT.
+every step makes up for the last one's rounding; conjugate gradients finish on the last mask, from a residual in float32.
+Weights of inputs that were always 0 become 0, as in SparseGPT.
 
 Shape suffixes: O outputs (rows), I inputs.
 """
@@ -33,7 +33,10 @@ from prunus.statistics import InputStatistics
 _PENALTIES = (0.2, 0.4, 0.8, 1.6)
 #: Of the splitting, where nothing else is asked for.
 ITERATIONS = 16
-_FINAL_STEPS = 3
+# Of four iterations this one takes the mask of the one before: a fifth of the solver's time for half a per cent of error.
+_MASK_STAYS = 2
+# A third step lowers the error by less than a thousandth.
+_FINAL_STEPS = 2
 # Inverses beyond this many bytes are not kept for the next linear with the same input.
 _MOST_KEPT = 2**28
 
@@ -75,14 +78,18 @@ def _split(
         before, penalty = penalty, _PENALTIES[len(_PENALTIES) * iteration // iterations]
         if penalty != before:
             shrink_II = _shrink(statistics, scaled, penalty)
-        kept_OI = keep_mask(sum_OI.abs(), pattern, sparsity) * sum_OI
+        if iteration % 4 != _MASK_STAYS:
+            keep_OI = keep_mask(sum_OI.abs(), pattern, sparsity)
+        kept_OI = keep_OI * sum_OI
         torch.sub(sum_OI, kept_OI, out=dual_OI)
         if penalty != before > 0:
             dual_OI.mul_(before / penalty)  # U is the multiplier in units of ρ
         kept_OI.sub_(dual_OI).sub_(target_OI)
         torch.add(dual_OI.add_(target_OI), coarse_product(kept_OI, shrink_II), out=sum_OI)
     keep_OI = keep_mask(sum_OI.abs(), pattern, sparsity)
-    solution_OI, steps = conjugate_gradients(sum_OI, target_OI, keep_OI, scaled.gram_II, _FINAL_STEPS, part)
+    solution_OI, steps = conjugate_gradients(
+        sum_OI, target_OI, keep_OI, scaled.gram_II, _FINAL_STEPS, part, coarse=True
+    )
     notes = {"ridge": scaled.damping, "conjugate_gradients": steps}
     return masked(solution_OI.div_(scaled.scale_I), keep_OI, notes)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from prunus.methods.base import WHOLE, Part, Pruned, masked
+from prunus.products import coarse_product
 from prunus.statistics import InputStatistics
 
 _STEPS = 30
@@ -78,7 +79,13 @@ def scale_gram(gram_II: Tensor, damping: float) -> ScaledGram:
 
 
 def conjugate_gradients(
-    start_OI: Tensor, target_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, steps: int, part: Part = WHOLE
+    start_OI: Tensor,
+    target_OI: Tensor,
+    keep_OI: Tensor,
+    gram_II: Tensor,
+    steps: int,
+    part: Part = WHOLE,
+    coarse: bool = False,
 ) -> tuple[Tensor, int]:
     """Minimise tr (Z − target) gram (Z − target)ᵀ over all Z that are 0 outside `keep_OI`.
 
@@ -88,6 +95,7 @@ def conjugate_gradients(
         gram_II: float32, symmetric positive definite.
         steps: at most so many; fewer where the residual of all rows is small enough.
         part: which rows these are.
+        coarse: how far a step goes may be rounded, as by `coarse_product`: for a few steps of a solution that is near.
 
     Returns:
         Z, float32, 0 (or -0) outside the mask, and the steps taken.
@@ -97,13 +105,13 @@ def conjugate_gradients(
     solution_OI = start_OI * support_OI
     residual_OI = ((target_OI - solution_OI) @ gram_II).mul_(support_OI)
     direction_OI = residual_OI.clone()
-    image_OI = torch.empty_like(residual_OI)
     size_O1 = residual_OI.square().sum(dim=1, keepdim=True)
     left = part.total(float(size_O1.sum()))
     enough = left * _TOLERANCE**2
     taken = 0
     while taken < steps and left > enough:
-        torch.mm(direction_OI, gram_II, out=image_OI).mul_(support_OI)
+        image_OI = coarse_product(direction_OI, gram_II) if coarse else direction_OI @ gram_II
+        image_OI.mul_(support_OI)
         energy_O1 = torch.linalg.vecdot(direction_OI, image_OI).unsqueeze(1)
         # A row that has arrived has no direction left, and stays where it is.
         length_O1 = torch.where(energy_O1 > 0, size_O1 / energy_O1, 0)

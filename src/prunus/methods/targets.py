@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from prunus.methods.lsq import ScaledGram, ridge, scale_gram, scaled_gram
+from prunus.products import coarse_product
 from prunus.statistics import InputStatistics
 
 __all__ = ["MIX", "MOST_APART", "dense_target", "has_drift", "held_out_mix"]
@@ -48,11 +49,18 @@ def dense_target(
     drift_II = statistics.drift_II
     assert drift_II is not None
     scaled = _scaled_gram(statistics, damping)
-    shift_II = statistics.derived(
-        ("dense_target", scaled.damping), lambda: _shift(scaled.gram_II, drift_II, scaled.scale_I)
-    )
-    change_OI = (weight_OI * scaled.scale_I) @ shift_II
-    return weight_OI + change_OI.div_(scaled.scale_I).mul_(MIX if mix is None else mix)
+    lower_II = statistics.derived(("dense_factor", scaled.damping), lambda: _factor(scaled.gram_II, drift_II))
+    if 2 * len(weight_OI) <= len(
+        drift_II
+    ):  # fewer columns to solve for than in a shift that others could share
+        aimed_OI = coarse_product(weight_OI, drift_II).div_(scaled.scale_I)
+        change_OI = torch.cholesky_solve(aimed_OI.T, lower_II).T
+    else:
+        shift_II = statistics.derived(
+            ("dense_target", scaled.damping), lambda: _shift(lower_II, drift_II, scaled.scale_I)
+        )
+        change_OI = coarse_product(weight_OI * scaled.scale_I, shift_II)
+    return weight_OI + change_OI.div(scaled.scale_I).mul_(MIX if mix is None else mix)
 
 
 def _scaled_gram(statistics: InputStatistics, damping: float | None) -> ScaledGram:
@@ -100,7 +108,8 @@ def held_out_mix(weight_OI: Tensor, statistics: InputStatistics, damping: float 
         share = 1 - tokens / statistics.tokens
         rest_II = ((gram_II - held_gram_II) / scale_I[:, None]).div_(scale_I)
         rest_II.diagonal().add_(left * share)
-        return _shift(rest_II, drift_II - held_drift_II, scale_I)
+        rest_drift_II = drift_II - held_drift_II
+        return _shift(_factor(rest_II, rest_drift_II), rest_drift_II, scale_I)
 
     shift_II = statistics.derived(("held_out_shift", left), compute)
     scaled_OI = weight_OI * scale_I
@@ -110,10 +119,15 @@ def held_out_mix(weight_OI: Tensor, statistics: InputStatistics, damping: float 
     return min(1.0, max(0.0, float(gain / size))) if float(size) > 0 else 0.0
 
 
-def _shift(damped_II: Tensor, drift_II: Tensor, scale_I: Tensor) -> Tensor:
-    """D⁻¹(X − X̂)ᵀX̂D⁻¹ · (A + λI)⁻¹, by way of its transpose; A + λI is symmetric."""
+def _factor(damped_II: Tensor, drift_II: Tensor) -> Tensor:
+    """The lower Cholesky factor of A + λI."""
     lower_II, failed = torch.linalg.cholesky_ex(damped_II)
     if int(failed) or not bool(drift_II.isfinite().all()):
         raise ValueError("the inputs of the dense model cannot be matched: are they finite?")
+    return lower_II
+
+
+def _shift(lower_II: Tensor, drift_II: Tensor, scale_I: Tensor) -> Tensor:
+    """D⁻¹(X − X̂)ᵀX̂D⁻¹ · (A + λI)⁻¹, by way of its transpose; A + λI is symmetric, `lower_II` its factor."""
     scaled_II = (drift_II / scale_I[:, None]).div_(scale_I)
     return torch.cholesky_solve(scaled_II.T, lower_II).T.contiguous()
