@@ -11,7 +11,7 @@ from prunus.engine.divergence import ONE_IN, TOKENS
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
 from prunus.engine.retouch import ONE_HELD_OUT_IN, RetouchJob, pace, trained
-from prunus.engine.survey import TRIAL_STEPS, TRIAL_TOKENS, TRIAL_WINDOWS
+from prunus.engine.survey import TRIAL_STEPS, TRIAL_TOKENS, TRIAL_WINDOWS, layers_of
 from prunus.machine import matmul_rate
 from prunus.model.kinds import CAUSAL
 from prunus.model.skeleton import Skeleton
@@ -109,9 +109,7 @@ def _search_flops(work: Workload) -> float:
     """Every layer's trials run through all blocks from its own on, half of them on average."""
     blocks = range(len(work.skeleton))
     weights = sum(x.shape[0] * x.shape[1] for index in blocks for x in work.skeleton.linears(index))
-    layers = sum(
-        len(names) if work.recipe.allocation_by == "linear" else 1 for names in work.targets if names
-    )
+    layers = len(layers_of(work.targets, work.recipe.allocation_by))
     tokens = TRIAL_WINDOWS * min(TRIAL_TOKENS, work.recipe.seqlen)
     return 2.0 * weights * tokens * (1 + 0.5 * layers * len(TRIAL_STEPS))
 

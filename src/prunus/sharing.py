@@ -27,6 +27,7 @@ from prunus.engine.survey import (
     TRIAL_TOKENS,
     TRIAL_WINDOWS,
     Layer,
+    layers_of,
     scores_of_layers,
     trial_errors,
 )
@@ -78,7 +79,7 @@ def share_out(job: Job, ids: torch.Tensor | None) -> dict[str, float]:
     recipe = job.recipe
     if recipe.allocation == "uniform":
         return {}
-    layers = _layers(job)
+    layers = layers_of(job.targets, job.recipe.allocation_by)
     shapes = [_shapes(job, layer) for layer in layers]
     weights = [sum(rows * columns for rows, columns in shape) for shape in shapes]
     spread = recipe.allocation_spread
@@ -139,12 +140,6 @@ def _check_room(job: Job, windows: int, seqlen: int) -> None:
             f"the trials of --allocation search hold {need / 1e9:.1f} GB of hidden states at the end, the memory budget "
             f"is {job.budget / 1e9:.1f} GB: choose --allocation-by block, owl or dlp, or raise --memory"
         )
-
-
-def _layers(job: Job) -> list[Layer]:
-    if job.recipe.allocation_by == "block":
-        return [Layer(index, tuple(names)) for index, names in enumerate(job.targets) if names]
-    return [Layer(index, (name,)) for index, names in enumerate(job.targets) for name in names]
 
 
 def _shapes(job: Job, layer: Layer) -> list[tuple[int, int]]:

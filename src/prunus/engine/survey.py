@@ -24,6 +24,7 @@ __all__ = [
     "TRIAL_TOKENS",
     "TRIAL_WINDOWS",
     "Layer",
+    "layers_of",
     "scores_of_layers",
     "trial_errors",
 ]
@@ -40,6 +41,13 @@ class Layer:
 
     block: int
     linears: tuple[str, ...]
+
+
+def layers_of(targets: Sequence[Sequence[str]], by: str) -> list[Layer]:
+    """What gets a sparsity of its own, by "block" or by "linear"; `targets` are the relative names per block."""
+    if by == "block":
+        return [Layer(index, tuple(names)) for index, names in enumerate(targets) if names]
+    return [Layer(index, (name,)) for index, names in enumerate(targets) for name in names]
 
 
 @dataclass
