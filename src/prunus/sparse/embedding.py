@@ -46,18 +46,8 @@ def bitmap_embedding(
 
 
 @bitmap_embedding.register_fake
-def _(
-    ids: torch.Tensor,
-    num_embeddings: int,
-    embedding_dim: int,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scales: torch.Tensor | None,
-    coding: list[torch.Tensor],
-    offsets: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return values.new_empty(*ids.shape, embedding_dim, dtype=dtype)
+def _(ids: torch.Tensor, _tokens: int, width: int, values: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return values.new_empty(*ids.shape, width, dtype=rest[-1])
 
 
 class BitmapEmbedding(BitmapLinear):

@@ -187,16 +187,7 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 @bitmap_linear.register_fake
-def _(
-    x: torch.Tensor,
-    out_features: int,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scales: torch.Tensor | None,
-    coding: list[torch.Tensor],
-    offsets: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
+def _(x: torch.Tensor, out_features: int, *_weight: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
