@@ -24,7 +24,8 @@ from prunus.model.source import CheckpointSource
 from prunus.plan import Job, RunOptions, prepare
 from prunus.recipe import Recipe
 from prunus.recovery.supports import pruned_linears
-from prunus.sparse import pack
+from prunus.sparse import pack, unpack
+from prunus.sparse.linear import BitmapLinear
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
 from tiny import EXPERT_FAMILIES, tiny_checkpoint, tiny_model, token_ids, weights
 
@@ -335,22 +336,37 @@ def test_perplexity_by_blocks_is_the_whole_models(tmp_path):
         assert loss == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_packing_leaves_fused_experts_as_they_are(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", "mixtral", torch.bfloat16, hidden_size=64)
+@pytest.mark.parametrize("family", sorted(EXPERT_FAMILIES))
+def test_packed_experts_are_bitmaps_of_their_own(family, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", family, torch.bfloat16)
     prunus.prune(dense, tmp_path / "pruned", calibration=token_ids())
     record = pack(tmp_path / "pruned", tmp_path / "packed")
-    packed = {name: x.packed for name, x in record.linears.items() if name.startswith("model.layers")}
-    assert {".experts." in name for name, yes in packed.items() if yes} == {False}
-    assert all("fuses" in str(x.reason) for name, x in record.linears.items() if ".experts." in name)
+    experts = {name: x for name, x in record.linears.items() if ".experts." in name}
+    in_one_tensor = family in ("gpt_oss", "granitemoe", "granitemoeshared")
+    assert {x.packed for x in experts.values()} == {not in_one_tensor}
+    assert all(("one tensor" in str(x.reason)) == in_one_tensor for x in experts.values())
+    unpack(tmp_path / "packed", tmp_path / "unpacked")
+    before, after = stored(tmp_path / "pruned"), stored(tmp_path / "unpacked")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
     ids = token_ids()
+    plain, packed = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
+        for name in ("pruned", "packed")
+    )
+    assert any(isinstance(module, BitmapLinear) for module in packed.modules())
+    assert any(isinstance(module, Experts) for module in packed.modules()) != in_one_tensor
+    packed.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
     with torch.no_grad():
-        plain, from_bitmaps = (
-            AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)(ids).logits
-            for name in ("pruned", "packed")
-        )
-    # A token whose two best experts are all but equal may go elsewhere for the sake of one rounding.
-    far = (plain - from_bitmaps).abs().amax(dim=-1) > 0.05 * plain.abs().max()
-    assert float(far.float().mean()) < 0.1
+        expected, found = plain(ids).logits, packed(ids).logits
+        assert torch.equal(again(ids).logits, found)
+        dequantised = packed.dequantize()(ids).logits
+    for logits in (found, dequantised):
+        # A token whose two best experts are all but equal may go elsewhere for the sake of one rounding.
+        far = (expected - logits).abs().amax(dim=-1) > 0.05 * expected.abs().max()
+        assert float(far.float().mean()) < 0.1
 
 
 def test_training_that_would_lose_the_zeros_of_fused_experts_is_refused(tmp_path):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Experts", "Fused", "find_routers", "fused_experts", "fusing_rules", "take_apart"]
+__all__ = ["Experts", "Fused", "find_routers", "fused_experts", "fusing_rules", "is_fusing", "take_apart"]
 
 #: Gate, up and down where the checkpoint holds fused tensors and so has no names of its own.
 _LEAVES = ("gate_proj", "up_proj", "down_proj")
@@ -121,7 +121,8 @@ class Experts(nn.Module):
         """What the experts make of each token, added up by its shares; (T, H)."""
         X_TH, chosen_TK, share_TK = self.arguments(args, kwargs)
         out_TH = torch.zeros_like(X_TH)
-        for number in range(self.count):
+        chosen = set(chosen_TK.unique().tolist()) & set(range(self.count))
+        for number in sorted(chosen | self.measured_on_all):
             expert = self._modules[str(number)]
             assert expert is not None
             watched = number not in self.measured_on_all
@@ -161,14 +162,18 @@ def _call_unseen(linear: nn.Module, x: Tensor) -> Tensor:
 def fusing_rules(model: Any) -> list[Any]:
     """Those of transformers' rules by which experts that a checkpoint stores one by one are fused for this model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return [rule for rule in get_model_conversion_mapping(model) if is_fusing(rule)]
+
+
+def is_fusing(rule: Any) -> bool:
+    """Whether one of transformers' rules for the names of weights fuses experts."""
     from transformers.core_model_loading import WeightConverter
 
-    return [
-        rule
-        for rule in get_model_conversion_mapping(model)
-        if isinstance(rule, WeightConverter)
-        and [type(operation).__name__ for operation in rule.operations] in _FUSING
-    ]
+    operations = (
+        [type(operation).__name__ for operation in rule.operations] if hasattr(rule, "operations") else []
+    )
+    return isinstance(rule, WeightConverter) and operations in _FUSING
 
 
 def take_apart(rules: Sequence[Any], block: nn.Module, path: str) -> list[Fused]:
@@ -176,8 +181,8 @@ def take_apart(rules: Sequence[Any], block: nn.Module, path: str) -> list[Fused]
 
     Args:
         rules: the model's `fusing_rules`, which know the checkpoint's names.
-        block: one of its blocks.
-        path: of the block in the model.
+        block: one of its blocks, or the model.
+        path: of the block in the model, or "".
 
     Returns:
         The tensors that the block no longer has, in the order of registration.
@@ -186,7 +191,7 @@ def take_apart(rules: Sequence[Any], block: nn.Module, path: str) -> list[Fused]
     for name, module in list(block.named_modules()):
         if not _is_fused(module):
             continue
-        leaves = _leaves(rules, f"{path}.{name}", _is_gated(module))
+        leaves = _leaves(rules, f"{path}.{name}".lstrip("."), _is_gated(module))
         found += _layout(name, module, leaves)
         owner, _, leaf = name.rpartition(".")
         dtype = next(module.parameters(recurse=False)).dtype

@@ -123,9 +123,8 @@ def _pack_block(
     source: CheckpointSource, skeleton: Skeleton, index: int, stored: Stored
 ) -> tuple[dict[str, torch.Tensor], dict[str, LinearRecord]]:
     """The tensors of a block's shard, and what became of its linears."""
-    taken_apart = {name for fused in skeleton.fused(index) for name in fused.members}
     linears = {linear.name: linear for linear in skeleton.linears(index)}
-    tensors: dict[str, torch.Tensor] = {}
+    keys = source.stored_names()
     records: dict[str, LinearRecord] = {}
     block = source.block(index)
     tensors = source.as_stored(index, block)
@@ -134,11 +133,11 @@ def _pack_block(
         linear = linears.get(owner) if relative.endswith(".weight") else None
         if linear is None:
             continue
+        # The checkpoint's own names, under which transformers finds the parts as it would find the weight.
         name = f"{skeleton.block_name(index)}.{owner}"
-        key = f"{name}.weight"
-        packed, records[name] = _pack_linear(
-            weight, stored, linear, renamed=key not in tensors, fused=relative in taken_apart
-        )
+        key = keys.get(f"{name}.weight", "")
+        name = key.removesuffix(".weight") or name
+        packed, records[name] = _pack_linear(weight, stored, linear, key)
         if packed is not None:
             del tensors[key]
             tensors |= _named(name, packed)
@@ -157,7 +156,7 @@ def _pack_outer(
     weight = tensors.get(f"{head.name}.weight")
     if weight is None or weight.dim() != 2:
         return tensors, {}
-    packed, record = _pack_linear(weight, stored, head, renamed=False)
+    packed, record = _pack_linear(weight, stored, head, f"{head.name}.weight")
     if packed is None:
         return tensors, {}
     del tensors[f"{head.name}.weight"]
@@ -165,21 +164,21 @@ def _pack_outer(
 
 
 def _pack_linear(
-    weight: torch.Tensor, stored: Stored, linear: Linear, renamed: bool, fused: bool = False
+    weight: torch.Tensor, stored: Stored, linear: Linear, key: str
 ) -> tuple[PackedWeight | None, LinearRecord]:
     rows, columns = linear.shape
     kind = type(linear.module)
     before = weight.numel() * weight.element_size()
     count = int(torch.count_nonzero(kept(weight)))  # a sum of bool would make 8 bytes of each
     reason = packed = None
-    if fused:
-        reason = "transformers fuses it with those of other experts, and bitmaps hold single linears"
-    elif linear.transposed:
+    if linear.transposed:
         reason = f"{kind.__name__} stores its weight transposed"
     elif kind not in (nn.Linear, nn.Embedding):
         reason = f"{kind.__name__} may compute something else than nn.Linear"
-    elif renamed:
-        reason = "the checkpoint stores it under another name than the model's"
+    elif not key:
+        reason = "the checkpoint stores it in one tensor with other experts'"
+    elif not key.endswith(".weight"):
+        reason = f"the checkpoint calls it {key!r}"
     elif stored != "int8" and str(weight.dtype) != f"torch.{stored}":
         reason = f"it is stored in {str(weight.dtype).removeprefix('torch.')}"
     else:

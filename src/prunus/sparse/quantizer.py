@@ -6,7 +6,7 @@ may be imported at the head of this file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,9 @@ class PrunusConfig(QuantizationConfigMixin):
 class PrunusQuantizer(HfQuantizer):
     """Puts packed linears in the place of dense ones before weights are loaded, and checks them afterwards."""
 
+    #: Path of a packed linear in the model -> stored weights, while the model is loaded.
+    _stored: dict[str, int]
+
     requires_calibration = True  # only checkpoints that are packed already: `prunus pack` makes them
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -79,9 +82,13 @@ class PrunusQuantizer(HfQuantizer):
         described = self.quantization_config.description
         if checkpoint_files:
             described.check_tensors(_headers(checkpoint_files))
+        rules = _renamings(model)
+        paths = {name: _paths(model, rules, name) for name in described.linears}
+        self._take_experts_apart(model, [path for candidates in paths.values() for path in candidates])
         names = {}
+        self._stored = {}
         for name, shape in described.linears.items():
-            found = _find_linear(model, name)
+            found = _find_linear(model, name, paths[name])
             linear = model.get_submodule(found)
             if tuple(linear.weight.shape) != (shape.out_features, shape.in_features):
                 raise ValueError(
@@ -95,20 +102,39 @@ class PrunusQuantizer(HfQuantizer):
                 pack_tied_embedding(model, found, packed)
             else:
                 model.set_submodule(found, BitmapLinear(packed, linear.bias))
-            names[found] = shape
-        # Saved again, the checkpoint has the names of this model's own parameters.
+            self._stored[found] = shape.stored
+            names[paths[name][found]] = shape
+        # What the checkpoint's linears are called once it is saved again.
         renamed = Description(described.values, names, described.version)
         self.quantization_config.linears = renamed.to_dict()["linears"]
         use_dense_kernel(model)
 
+    def _take_experts_apart(self, model: Any, paths: Sequence[str]) -> None:
+        """Where packed linears are experts', give them modules of their own, which transformers fuses otherwise."""
+        from prunus.model.experts import fused_experts, fusing_rules, take_apart
+
+        fused = tuple(f"{path}." for path in fused_experts(model))
+        if not any(path.startswith(fused) for path in paths):
+            return
+        if not hasattr(HfQuantizer, "update_weight_conversions"):
+            raise ValueError("packed experts need a newer transformers: pip install --upgrade transformers")
+        take_apart(fusing_rules(model), model, "")
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Those rules by which a checkpoint's tensors become this model's: experts that stay apart are not fused."""
+        from prunus.model.experts import Experts, is_fusing
+
+        rules: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        apart = any(isinstance(module, Experts) for module in model.modules())
+        return [rule for rule in rules if not (apart and is_fusing(rule))]
+
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        linears = self.quantization_config.description.linears
         for name, module in model.named_modules():
             if isinstance(module, BitmapLinear):
                 if module.weight.device.type == "meta":
                     raise ValueError(f"{name} was not loaded: packed checkpoints cannot be offloaded to disk")
                 try:
-                    module.prepare(linears[name].stored)
+                    module.prepare(self._stored[name])
                 except ValueError as fault:
                     raise ValueError(f"{name} is damaged: {fault}") from fault
         use_fast_decoding(model)
@@ -170,10 +196,34 @@ def _headers(files: Sequence[str]) -> dict[str, StoredTensor]:
     return found
 
 
-def _find_linear(model: Any, name: str) -> str:
-    """The path of a packed linear in this model, which may be the one saved, its body alone, or a body with a head."""
+def _renamings(model: Any) -> list[Any]:
+    """Transformers' rules by which names in this model's checkpoints become those of the model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+
+
+def _paths(model: Any, rules: Sequence[Any], name: str) -> dict[str, str]:
+    """Where a checkpoint's linear may be in this model: the one that was saved, its body alone, or a body with a head.
+
+    With what it would be called in a checkpoint of this model. `rules` are those that rename.
+    """
+    renamed = f"{name}.weight"
+    for rule in rules:
+        renamed, _ = rule.rename_source_key(renamed)
     prefix = f"{model.base_model_prefix}."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
+    found: dict[str, str] = {}
+    for way in (name, renamed.removesuffix(".weight")):
+        found.setdefault(way, name)
+        found.setdefault(way.removeprefix(prefix), name.removeprefix(prefix))
+        found.setdefault(prefix + way, prefix + name)
+    return found
+
+
+def _find_linear(model: Any, name: str, paths: Iterable[str]) -> str:
+    """The one of `paths` at which the packed linear `name` is in this model."""
+    for candidate in paths:
         try:
             module = model.get_submodule(candidate)
         except AttributeError:
