@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ SINGLE_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 # Weights in any format and prunus' own files: everything else beside them is copied along.
 _NOT_COMPANIONS = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".partial", *_PICKLE_SUFFIXES}
+_LONGEST_HEADER, _PIECE = 10**8, 1 << 16  # the library refuses longer ones
 _OWN_FILES = {INDEX_NAME, "prunus.json", "README.md"}
 
 
@@ -116,6 +118,7 @@ class Checkpoint:
                 f"shard {file} is missing from {self.folder}; download or copy the checkpoint again"
             )
         self._opened[file] = _state(path)
+        _read_header_alone(path)
         try:
             # The library checks that the header's offsets and the file's length agree.
             with safe_open(path, framework="pt") as handle:
@@ -176,6 +179,24 @@ class Checkpoint:
     def nbytes(self, names: Iterable[str]) -> int:
         """Bytes of the named tensors as stored."""
         return sum(self.tensors[name].nbytes for name in names)
+
+
+def _read_header_alone(path: Path) -> None:
+    """Bring a file's header into the page cache, and nothing of what follows it.
+
+    Mapped, its first page would bring along as much as the system reads ahead, megabytes on some disks: of every shard,
+    long before its turn, and where memory is short once more when it comes.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
+        length = int.from_bytes(os.pread(handle, 8, 0), "little")
+        for start in range(0, min(8 + length, os.fstat(handle).st_size, _LONGEST_HEADER), _PIECE):
+            os.pread(handle, _PIECE, start)
+    finally:
+        os.close(handle)
 
 
 def _state(path: Path) -> tuple[int, int, int]:
