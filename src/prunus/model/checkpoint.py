@@ -118,8 +118,8 @@ class Checkpoint:
                 f"shard {file} is missing from {self.folder}; download or copy the checkpoint again"
             )
         self._opened[file] = _state(path)
-        _read_header_alone(path)
         try:
+            _read_header_alone(path)
             # The library checks that the header's offsets and the file's length agree.
             with safe_open(path, framework="pt") as handle:
                 names = list(handle.keys())
