@@ -132,7 +132,7 @@ def test_alps_is_that_of_the_reference(pattern, iterations):
     # The reference breaks ties of weights that are exactly 0 in its own order.
     alive_I = X_TI.any(dim=0)
     assert torch.equal(pruned.keep_OI[:, alive_I], keep[:, alive_I])
-    # Two steps of conjugate gradients end it: nearly all of the error is gone then. One iteration leaves more to them.
+    # A few steps of conjugate gradients end it: nearly all of the error is gone then, from wherever they began.
     _, hessian_II, scale_I = reference.scaled(weight_OI, gram_II, 0.1)
     alive_II = hessian_II[alive_I][:, alive_I]
 
@@ -140,11 +140,7 @@ def test_alps_is_that_of_the_reference(pattern, iterations):
         change_OI = (found_OI.double() - weight_OI)[:, alive_I] * scale_I[alive_I]
         return float(reference.squared_error(change_OI, alive_II).sum())
 
-    assert (
-        lost(weight) * (1 - 1e-6)
-        <= lost(pruned.weight_OI)
-        <= lost(weight) * (1.01 if iterations > 1 else 1.03)
-    )
+    assert lost(weight) * (1 - 1e-6) <= lost(pruned.weight_OI) <= lost(weight) * 1.01
     if iterations == 32:
         torch.testing.assert_close(pruned.weight_OI.double(), weight, rtol=0.02, atol=0.05)
 

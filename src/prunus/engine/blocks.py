@@ -172,40 +172,43 @@ class BlockEngine:
         count, with_windows = len(self.stream), sum(self._counts) > 0
         held_out = frozenset(batch - self._before for batch in held_out_of(sum(self._counts)))
         # What is trained keeps the order in which it was pruned until then; what is not can go on as it will be stored.
-        settled = [linear for linear in linears if linear.name in folds and linear.name not in names]
-        settled = settled if self.retouch_job is not None else []
-        with contextlib.ExitStack() as outer:
-            with contextlib.ExitStack() as stack:
-                feed: Feed = plain_feed
-                if self.dense is not None:
-                    beside = self.dense.beside(index, stored, targets, keep=walk == "lockstep")
-                    dense_inputs = stack.enter_context(beside)
-                    if self.linear_job.method.needs_drift:
-                        feed = feed_both(dense_inputs, held_out)
-                # Once the dense block is copied, which must not follow.
-                put_in_order = outer.enter_context(in_stored_order(settled))
-                if with_windows:
-                    forward, put = self.stream.forward(index, block), self.stream.states.put
-                    if keeps:
-                        tail = find_tail(block, names, forward, 0)
-                    if tail is not None:
-                        forward = stack.enter_context(tail.recording())
-                    finish = put if self.retouch_job is None and not self.permute else _forget
-                    unreached = _WALKS[walk](
-                        linears,
-                        count,
-                        forward,
-                        finish,
-                        self._new_statistics,
-                        prune_one,
-                        feed,
-                        self.ranks,
-                        routings,
-                    )
-                for linear in unreached:
-                    nothing = self._new_statistics(linear)
-                    nothing.complete(self.ranks)
-                    prune_one(linear, nothing)
+        settled = [
+            linear
+            for linear in linears
+            if self.retouch_job is not None and linear.name in folds and linear.name not in names
+        ]
+        with contextlib.ExitStack() as outer, contextlib.ExitStack() as stack:
+            feed: Feed = plain_feed
+            if self.dense is not None:
+                beside = self.dense.beside(index, stored, targets, keep=walk == "lockstep")
+                dense_inputs = stack.enter_context(beside)
+                if self.linear_job.method.needs_drift:
+                    feed = feed_both(dense_inputs, held_out)
+            # Once the dense block is copied, which must not follow.
+            put_in_order = outer.enter_context(in_stored_order(settled))
+            if with_windows:
+                forward, put = self.stream.forward(index, block), self.stream.states.put
+                if keeps:
+                    tail = find_tail(block, names, forward, 0)
+                if tail is not None:
+                    forward = stack.enter_context(tail.recording())
+                finish = put if self.retouch_job is None and not self.permute else _forget
+                unreached = _WALKS[walk](
+                    linears,
+                    count,
+                    forward,
+                    finish,
+                    self._new_statistics,
+                    prune_one,
+                    feed,
+                    self.ranks,
+                    routings,
+                )
+            for linear in unreached:
+                nothing = self._new_statistics(linear)
+                nothing.complete(self.ranks)
+                prune_one(linear, nothing)
+            stack.close()  # the dense block's outputs are where its inputs were
             if self.retouch_job is not None and changed:
                 assert self.dense is not None
                 matcher = Matcher(

@@ -50,9 +50,8 @@ def dense_target(
     assert drift_II is not None
     scaled = _scaled_gram(statistics, damping)
     lower_II = statistics.derived(("dense_factor", scaled.damping), lambda: _factor(scaled.gram_II, drift_II))
-    if 2 * len(weight_OI) <= len(
-        drift_II
-    ):  # fewer columns to solve for than in a shift that others could share
+    # Few rows are solved for by themselves, sooner than for a shift that other linears could share.
+    if 2 * len(weight_OI) <= len(drift_II):
         aimed_OI = coarse_product(weight_OI, drift_II).div_(scaled.scale_I)
         change_OI = torch.cholesky_solve(aimed_OI.T, lower_II).T
     else:

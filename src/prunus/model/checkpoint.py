@@ -26,8 +26,8 @@ SINGLE_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 # Weights in any format and prunus' own files: everything else beside them is copied along.
 _NOT_COMPANIONS = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".partial", *_PICKLE_SUFFIXES}
-_LONGEST_HEADER, _PIECE = 10**8, 1 << 16  # the library refuses longer ones
 _OWN_FILES = {INDEX_NAME, "prunus.json", "README.md"}
+_LONGEST_HEADER, _PIECE = 10**8, 1 << 16  # the library refuses longer ones
 
 
 @dataclass(frozen=True, slots=True)

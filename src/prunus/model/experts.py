@@ -170,10 +170,10 @@ def is_fusing(rule: Any) -> bool:
     """Whether one of transformers' rules for the names of weights fuses experts."""
     from transformers.core_model_loading import WeightConverter
 
-    operations = (
-        [type(operation).__name__ for operation in rule.operations] if hasattr(rule, "operations") else []
+    return (
+        isinstance(rule, WeightConverter)
+        and [type(operation).__name__ for operation in rule.operations] in _FUSING
     )
-    return isinstance(rule, WeightConverter) and operations in _FUSING
 
 
 def take_apart(rules: Sequence[Any], block: nn.Module, path: str) -> list[Fused]:
