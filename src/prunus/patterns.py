@@ -242,5 +242,8 @@ def _kth_lowest(score_GC: Tensor, k: int) -> Tensor:
     # On the CPU NumPy selects 2.5 times faster than torch.kthvalue, which also carries 64-bit indices along.
     # NumPy has no bfloat16; to widen a float changes no order.
     wide = score_GC if score_GC.dtype in (torch.float32, torch.float64) else score_GC.float()
-    lowest = np.partition(wide.numpy(), k - 1, axis=1)[:, k - 1 : k]
-    return torch.from_numpy(np.ascontiguousarray(lowest)).to(score_GC.dtype)
+    # The bits of floats from 0 on are in their order, and integers take a fifth less time.
+    as_bits = wide.dtype == torch.float32 and bool(wide.amin() >= 0)
+    ordered = (wide.view(torch.int32) if as_bits else wide).numpy()
+    lowest = torch.from_numpy(np.partition(ordered, k - 1, axis=1)[:, k - 1 : k].copy())
+    return (lowest.view(torch.float32) if as_bits else lowest).to(score_GC.dtype)

@@ -116,7 +116,7 @@ OPTIONS: dict[str, Any] = {
     "ria_power": Annotated[
         float | None, typer.Option(help="For ria: exponent of the input norms.", show_default="0.5")
     ],
-    "iterations": Annotated[int | None, typer.Option(help="For alps.", show_default="16")],
+    "iterations": Annotated[int | None, typer.Option(help="For alps.", show_default="12")],
     "refine": Annotated[
         str | None,
         typer.Option(

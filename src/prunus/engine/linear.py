@@ -15,6 +15,7 @@ from prunus.methods.base import Options
 from prunus.methods.permutation import Channels, in_best_order
 from prunus.model.linears import Linear
 from prunus.patterns import Pattern
+from prunus.products import coarse_product
 from prunus.ranks import ALONE, Ranks
 from prunus.statistics import InputStatistics
 
@@ -132,6 +133,8 @@ def _damage(
     if statistics.needs == "none":
         return None, None
     gram_II = statistics.gram_II
+    # A coarse Gram matrix is of inputs rounded as far as factors are here.
+    product = coarse_product if statistics.coarse else torch.matmul
     squares_I = statistics.sum_squares_I.float()
     lost = total = 0.0
     if gram_II is not None:
@@ -140,8 +143,8 @@ def _damage(
     for before, after in zip(before_OI.split(1024), after_OI.split(1024), strict=True):
         change = before - after.float()
         if gram_II is not None:
-            lost += float(((change @ gram_II) * change).sum(dtype=torch.float64))
-            total += float(((before @ gram_II) * before).sum(dtype=torch.float64))
+            lost += float((product(change, gram_II) * change).sum(dtype=torch.float64))
+            total += float((product(before, gram_II) * before).sum(dtype=torch.float64))
         else:
             lost += float((change.square_() @ squares_I).sum(dtype=torch.float64))
             total += float((before.square() @ squares_I).sum(dtype=torch.float64))

@@ -7,6 +7,7 @@ splitting asks for W = Z where Z alone must be sparse (Boža 2024, arXiv 2401.02
     Z ← the entries of W + U that the pattern keeps (the exact projection)
     U ← U + W − Z
     W ← (W₀H + ρ(Z − U))(H + ρI)⁻¹ = W₀ + (Z − U − W₀) · ρ(H + ρI)⁻¹
+    W ← ωW + (1 − ω)Z, a little over the mark (Eckstein & Bertsekas 1992), which saves a quarter of the iterations
 
 In the scaled weights the first mask is Wanda's. The penalty ρ grows by a fixed rule instead of ALPS's, which looks at how
 much the mask still changes: all linears with the same input then share the inverses, each iteration is one matrix
@@ -31,8 +32,10 @@ from prunus.statistics import InputStatistics
 # ρ, against a diagonal of H of about 1: each for a quarter of the iterations. On four linears of SmolLM2 at 50 % and 2:4
 # twice as many iterations with twice as many penalties, from 0.1 to 1.7, lower the error held out by 0.3 to 2 %.
 _PENALTIES = (0.2, 0.4, 0.8, 1.6)
+# ω: twelve iterations at 1.2 come as far as sixteen at 1, at 1.6 they are 1 % worse.
+_OVER_RELAXATION = 1.2
 #: Of the splitting, where nothing else is asked for.
-ITERATIONS = 16
+ITERATIONS = 12
 # Of four iterations this one takes the mask of the one before: a fifth of the solver's time for half a per cent of error.
 _MASK_STAYS = 2
 # A third step lowers the error by less than a thousandth, but after fewer iterations, which end farther away.
@@ -85,7 +88,9 @@ def _split(
         if penalty != before > 0:
             dual_OI.mul_(before / penalty)  # U is the multiplier in units of ρ
         kept_OI.sub_(dual_OI).sub_(target_OI)
-        torch.add(dual_OI.add_(target_OI), coarse_product(kept_OI, shrink_II), out=sum_OI)
+        # ωW + (1 − ω)Z + U, with what is linear in Z − U − W₀ in the matrix
+        torch.add(target_OI, dual_OI, alpha=2 - _OVER_RELAXATION, out=sum_OI)
+        sum_OI.add_(coarse_product(kept_OI, shrink_II))
     keep_OI = keep_mask(sum_OI.abs(), pattern, sparsity)
     final_steps = _FINAL_STEPS + (iterations < ITERATIONS)
     solution_OI, steps = conjugate_gradients(
@@ -96,7 +101,7 @@ def _split(
 
 
 def _shrink(statistics: InputStatistics, scaled: ScaledGram, penalty: float) -> Tensor:
-    """ρ(H + ρI)⁻¹, float32 (I, I), kept beside the statistics where all of a run's fit there."""
+    """ωρ(H + ρI)⁻¹ + (1 − ω)I, float32 (I, I), kept beside the statistics where all of a run's fit there."""
 
     def compute() -> Tensor:
         damped_II = scaled.gram_II.clone()
@@ -104,7 +109,9 @@ def _shrink(statistics: InputStatistics, scaled: ScaledGram, penalty: float) -> 
         lower_II, failed = torch.linalg.cholesky_ex(damped_II)
         if int(failed):
             raise ValueError("the Gram matrix of the inputs cannot be inverted: is it finite?")
-        return torch.cholesky_inverse(lower_II).mul_(penalty)
+        relaxed_II = torch.cholesky_inverse(lower_II).mul_(_OVER_RELAXATION * penalty)
+        relaxed_II.diagonal().add_(1 - _OVER_RELAXATION)
+        return relaxed_II
 
     if len(_PENALTIES) * scaled.gram_II.nbytes > _MOST_KEPT:
         return compute()
@@ -119,5 +126,5 @@ ALPS = Method(
     updates_weights=True,
     summary="mask and weights together by ADMM, then least squares; loses least, takes longest",
     ridged=True,
-    products=25,
+    products=21,
 )
