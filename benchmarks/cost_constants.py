@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 from prunus.methods import METHODS, Options  # noqa: E402
 from prunus.methods.obs import inverse_factor  # noqa: E402
 from prunus.model.files import save_safetensors  # noqa: E402
-from prunus.patterns import Pattern  # noqa: E402
+from prunus.patterns import Pattern, count_zeros  # noqa: E402
 from prunus.statistics import InputStatistics  # noqa: E402
 
 WIDTH = 2048
@@ -68,7 +68,7 @@ def compute(width: int) -> dict[str, float]:
         wide32 = weight16.float()
         pruned = METHODS["wanda"].prune(wide32, norms, Pattern(), 0.5, Options())
         new = weight16.masked_fill(~pruned.keep_OI, 0)
-        torch.count_nonzero(new)
+        count_zeros(new)
         (wide32 - new.float()).square_() @ norms.sum_squares_I.float()
         wide32.square() @ norms.sum_squares_I.float()
 
@@ -76,9 +76,23 @@ def compute(width: int) -> dict[str, float]:
     sparsegpt = METHODS["sparsegpt"]
     inverse = gram.derived(("inverse_factor", 0.01), lambda: inverse_factor(gram.gram_II, 0.01))
     assert inverse is not None
-    took = best(lambda: sparsegpt.prune(weight, gram, Pattern(group="layer"), 0.5, Options()), 2)
+
+    def sweep(rows: int) -> float:
+        return best(lambda: sparsegpt.prune(weight[:rows], gram, Pattern(group="layer"), 0.5, Options()), 2)
+
+    # A few rows take the time of their columns alone.
+    columns = sweep(16)
+    found["columns"] = width / columns
     products = 1.0 * wide * width * width / found["products32"]
-    found["swept"] = weight.numel() / max(took - products, 1e-9)
+    found["swept"] = weight.numel() / max(sweep(wide) - products - columns, 1e-9)
+
+    def finish() -> None:
+        # As in `engine/linear.py`: to float32 and back, finite or not, zeros.
+        new = weight16.float().to(torch.bfloat16)
+        torch.aminmax(new)
+        count_zeros(new)
+
+    found["finished"] = weight.numel() / best(finish)
     return found
 
 

@@ -79,6 +79,22 @@ def methods(scratch: Path) -> dict[str, Any]:
     return found
 
 
+def spoken(scratch: Path) -> dict[str, Any]:
+    """What three ranks hear of each other: texts short, long and of neither, numbers, rows of a matrix."""
+    texts = [["", "a", "ä" * 124], ["", "b" * 249, ""], ["x" * 248, "y" * 5000, "é" * 300]]
+
+    def hear(_rank: int) -> None:
+        with joined(60) as ranks:
+            heard = [ranks.gather_text(each[ranks.rank]) for each in texts]
+            totals = ranks.totals([ranks.rank, 0.5])
+            rows = ranks.concatenate(torch.full((ranks.rank, 2), float(ranks.rank)).bfloat16())
+            found = {"same": heard == texts, "totals": totals, "rows": rows.tolist()}
+            (scratch / f"{ranks.rank}.json").write_text(json.dumps(found))
+
+    assert in_ranks(3, hear) == [0, 0, 0]
+    return {str(rank): json.loads((scratch / f"{rank}.json").read_text()) for rank in range(3)}
+
+
 def uneven(scratch: Path) -> dict[str, Any]:
     """Uneven shares, ranks without a window, experts that no window of a rank reaches, replayed as well."""
     llama = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)

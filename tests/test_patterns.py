@@ -10,7 +10,7 @@ from torch import Tensor
 
 import reference
 from prunus import patterns
-from prunus.patterns import Pattern, check_shape, keep_above_threshold, keep_mask
+from prunus.patterns import Pattern, check_shape, count_zeros, keep_above_threshold, keep_mask
 
 GROUPS = st.sampled_from(["row", "layer", "column", 1, 2, 3, 100])
 SPARSITIES = st.one_of(st.just(0.0), st.floats(0, 0.999))
@@ -78,6 +78,19 @@ def test_any_float_dtype_and_layout(dtype, pattern):
     expected = keep_mask(score_OI, pattern, 0.5)
     assert torch.equal(keep_mask(score_OI.to(dtype), pattern, 0.5), expected)
     assert torch.equal(keep_mask(score_OI.T.contiguous().T, pattern, 0.5), expected)
+
+
+@given(rows=SIZES, columns=SIZES, sparsity=SPARSITIES, seed=st.integers(0, 99))
+def test_negative_scores_are_ordered_too(rows, columns, sparsity, seed):
+    score_OI = distinct_scores(rows, columns, seed) - rows * columns / 2
+    keep_OI = keep_mask(score_OI, Pattern(), sparsity)
+    assert torch.equal(keep_OI, reference.keep_mask(score_OI, Pattern(), sparsity))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_zeros_are_counted_with_either_sign(dtype):
+    assert count_zeros(torch.tensor([[0.0, -0.0, 1.0], [float("nan"), float("inf"), 0.0]], dtype=dtype)) == 3
+    assert count_zeros(torch.empty(0, 4, dtype=dtype)) == 0
 
 
 def test_an_infinite_score_is_the_last_to_go():

@@ -31,6 +31,7 @@ def found(tmp_path_factory) -> dict[str, dict]:
             str(HERE / "rank_cases.py"),
             str(tmp_path_factory.mktemp("ranks")),
             "methods",
+            "spoken",
             "uneven",
             "refused",
             "lost",
@@ -58,6 +59,11 @@ def test_what_needs_norms_only_is_the_same_to_the_byte(found, name):
 def test_what_needs_a_gram_matrix_is_the_same_within_rounding(found, name):
     assert found["methods"][name]["masks"] <= 1e-3
     assert found["methods"][name]["weights"] < 0.05
+
+
+def test_ranks_hear_texts_of_any_length_and_the_sums_of_numbers(found):
+    told = {"same": True, "totals": [3.0, 1.5], "rows": [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]}
+    assert found["spoken"] == {"0": told, "1": told, "2": told}
 
 
 def test_uneven_shares_and_ranks_without_windows(found):

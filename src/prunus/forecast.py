@@ -179,7 +179,9 @@ class _Work:
             by_rows = (
                 sum(5.0 * r * c * c for r, c in shape.linears) / rates.products32 + weights / rates.swept
             )
-            solve = factors + by_rows / ranks
+            # Every rank goes through all columns of its rows, and stores all rows.
+            columns = sum(c for _, c in shape.linears) / rates.columns
+            solve = factors + columns + by_rows / ranks + weights / rates.finished
         stored = _STORED * weights
         files = stored / rates.read + (1 + (ranks > 1)) * stored / rates.hashed + stored / rates.write
         return {
@@ -206,10 +208,10 @@ class _Work:
         """How often all ranks wait for each other."""
         if self.devices.ranks == 1:
             return 0
-        count = 4 + 2 * len(self.shape.linears) + 3 * len(self.shape.inputs)
+        count = 4 + len(self.shape.linears) + 3 * len(self.shape.inputs)
         if self.gram:
             count += len(self.shape.inputs)
-            count += sum(6 + math.ceil(columns / _COLUMN_BLOCK) for _, columns in self.shape.linears)
+            count += sum(3 + math.ceil(columns / _COLUMN_BLOCK) for _, columns in self.shape.linears)
         return count
 
     def memory(self, lockstep: bool) -> float:

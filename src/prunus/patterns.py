@@ -102,6 +102,12 @@ class Pattern:
         return "unstructured" if self.n is None else f"{self.n}:{self.m}"
 
 
+def count_zeros(tensor: Tensor) -> int:
+    """How many numbers of `tensor` are 0 (or -0)."""
+    # count_nonzero of floats branches at each of them, and takes ten times as long as comparing first.
+    return tensor.numel() - int(torch.count_nonzero(tensor != 0))
+
+
 def check_shape(pattern: Pattern, shape: tuple[int, int], name: str) -> None:
     """See that `pattern` fits a linear of `shape` (out, in), before any work is done.
 

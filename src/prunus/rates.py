@@ -27,7 +27,8 @@ class Rates:
         attention: floating-point operations a second in attention.
         elements: elements a second of simple work on activations: norms, activation functions, sums of squares.
         weights: weights a second from stored weight to score, mask and pruned weight.
-        swept: weights a second in SparseGPT's sweep, beside its matrix products.
+        swept: weights a second in SparseGPT's sweep, beside its matrix products; and columns a second, however short.
+        finished: weights a second from solved weight to stored one: rounded, seen to be finite, zeros counted.
         read, write: bytes a second of the disk. hashed: bytes a second of SHA-256.
         link: bytes a second from one rank to another. latency: seconds of a meeting.
         memory: bytes of one device; None for a processor, whose memory is the host's.
@@ -43,6 +44,8 @@ class Rates:
     elements: float
     weights: float
     swept: float
+    columns: float
+    finished: float
     read: float
     write: float
     hashed: float
@@ -65,6 +68,8 @@ def _vendor(name: str, half: float, single: float, memory: float, bandwidth: flo
         elements=usable / 16,
         weights=usable / 60,
         swept=usable / 200,
+        columns=4e4,
+        finished=usable / 20,
         read=2e9,
         write=1e9,
         hashed=1.5e9,
@@ -78,22 +83,24 @@ def _vendor(name: str, half: float, single: float, memory: float, bandwidth: flo
 
 DEVICES: dict[str, Rates] = {
     "core": Rates(
-        source="one core of an Intel Xeon (family 6 model 167, AMX), measured by benchmarks/cost_constants.py",
-        products=9.5e11,
-        products32=1.59e11,
-        factor32=4.19e10,
-        attention=4.44e11,
-        elements=1.19e9,
-        weights=3.54e7,
-        swept=4.77e7,
-        read=2.24e9,
-        write=1.38e9,
-        hashed=1.14e9,
-        link=1.2e9,
-        latency=4.26e-4,
+        source="one core of an AMD EPYC (family 25, Zen 4), measured by benchmarks/cost_constants.py",
+        products=2.13e11,
+        products32=9.4e10,
+        factor32=4.01e10,
+        attention=8.11e10,
+        elements=2.28e9,
+        weights=3.23e7,
+        swept=6.47e7,
+        columns=5.26e4,
+        finished=5.9e8,
+        read=1.78e9,
+        write=7.88e8,
+        hashed=1.8e9,
+        link=1.01e9,
+        latency=0.00046,
         memory=None,
-        process=4.41e8,
-        start=1.39,
+        process=4.4e8,
+        start=0.15,
     ),
     "a100": _vendor("A100 80 GB SXM", half=312, single=19.5, memory=80, bandwidth=2039, link=300),
     "h100": _vendor("H100 80 GB SXM", half=989, single=67, memory=80, bandwidth=3350, link=450),
@@ -129,5 +136,5 @@ def parse_devices(text: str) -> Devices:
     if found[3] is not None:
         return Devices(text, ranks, DEVICES[found[3]])
     core, cores = DEVICES["core"], int(found[2])
-    each = ("products", "products32", "factor32", "attention", "elements", "weights", "swept")
+    each = ("products", "products32", "factor32", "attention", "elements", "weights", "swept", "finished")
     return Devices(text, ranks, replace(core, **{name: cores * getattr(core, name) for name in each}))

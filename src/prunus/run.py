@@ -24,7 +24,7 @@ from torch import nn
 from prunus.agreement import agree, check_shareable
 from prunus.calibration import Windows
 from prunus.engine.blocks import BlockEngine
-from prunus.machine import hardware, peak_memory, versions
+from prunus.machine import ScatteredMemory, hardware, peak_memory, versions
 from prunus.manifest import Inputs, Manifest
 from prunus.model.destination import check_disk, check_whole
 from prunus.model.lock import locked
@@ -240,6 +240,7 @@ def _carry_out(
     with torch.no_grad(), contextlib.closing(engine), _threads(1 if job.as_original else None):
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()
         scratch = output or Path(tempfile.gettempdir())
+        scattered = ScatteredMemory()
         engine.embed(batches, spill_to=scratch if job.spills else None, on_device=job.hidden_stay)
         for index in range(len(job.skeleton)):
             block_started = time.perf_counter()
@@ -263,6 +264,8 @@ def _carry_out(
                 if record.walk == "replay":
                     message += ", with one batch in flight: paused windows do not fit in the memory budget"
                 del stored, changed
+                if ranks.size > 1:
+                    scattered.tidy()
             if progress is not None and ranks.rank == 0:
                 progress(
                     Progress(

@@ -32,6 +32,7 @@ from prunus.manifest import BlockRecord, LinearRecord, Walk
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
+from prunus.patterns import count_zeros
 from prunus.ranks import ALONE, Ranks, shares
 from prunus.statistics import InputStatistics
 
@@ -315,5 +316,5 @@ def _forget(_batch: int, _output: torch.Tensor) -> None:
 
 
 def _count_zeros(record: LinearRecord, weight: torch.Tensor) -> None:
-    record.zeros = weight.numel() - int(torch.count_nonzero(weight))
+    record.zeros = count_zeros(weight)
     record.sparsity = record.zeros / weight.numel()

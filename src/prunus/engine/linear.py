@@ -14,7 +14,7 @@ from prunus.methods import Method
 from prunus.methods.base import Options
 from prunus.methods.permutation import Channels, in_best_order
 from prunus.model.linears import Linear
-from prunus.patterns import Pattern
+from prunus.patterns import Pattern, count_zeros
 from prunus.products import coarse_product
 from prunus.ranks import ALONE, Ranks
 from prunus.statistics import InputStatistics
@@ -91,7 +91,7 @@ def prune_linear(
     # The original goes on with the weight as computed, and rounds when it saves.
     linear.assign(pruned.weight_OI if job.options.as_original else new_OI)
     error, energy = _damage(weight_OI, new_OI, statistics, ranks)
-    zeros = new_OI.numel() - int(torch.count_nonzero(new_OI))
+    zeros = count_zeros(new_OI)
     record = LinearRecord(
         shape=linear.shape,
         zeros=zeros,
@@ -149,6 +149,6 @@ def _damage(
             lost += float((change.square_() @ squares_I).sum(dtype=torch.float64))
             total += float((before.square() @ squares_I).sum(dtype=torch.float64))
     if gram_II is not None:
-        lost, total = ranks.total(lost), ranks.total(total)
+        lost, total = ranks.totals([lost, total])
     share = max(0.0, lost / total) if total > 0 else 0.0
     return (share, None) if gram_II is not None else (None, share)

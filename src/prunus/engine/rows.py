@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prunus.methods.base import ALL_ROWS, Part, Pruned, Rows
@@ -35,7 +36,7 @@ class _Share:
         return keep(self.ranks.concatenate(score_OB, self.lengths))[self.rows]
 
     def total(self, number: float) -> float:
-        return self.ranks.total(number)
+        return self.ranks.totals([number])[0]
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,16 @@ class _SharedRows:
         mine = self.ranks.share(count, together)
         pruned = solve(_Share(self.ranks, slice(mine.start, mine.stop), lengths))
         notes = [json.loads(text) for text in self.ranks.gather_text(json.dumps(pruned.notes))]
-        weight_OI = self.ranks.concatenate(pruned.weight_OI, lengths)
-        return Pruned(weight_OI, self.ranks.concatenate(pruned.keep_OI, lengths), _merged(notes))
+        # Weights and masks travel side by side, row by row, in one meeting.
+        weight_OI, keep_OI = pruned.weight_OI.contiguous(), pruned.keep_OI.contiguous()
+        sides = [weight_OI.view(torch.uint8), keep_OI.view(torch.uint8)]
+        all_OB = self.ranks.concatenate(torch.cat(sides, dim=1), lengths)
+        weight_OB, keep_OI = all_OB.split([side.shape[1] for side in sides], dim=1)
+        return Pruned(
+            weight_OB.contiguous().view(pruned.weight_OI.dtype),
+            keep_OI.contiguous().view(torch.bool),
+            _merged(notes),
+        )
 
 
 def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:

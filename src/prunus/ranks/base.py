@@ -55,8 +55,8 @@ class Ranks(Protocol):
     def gather_text(self, text: str) -> list[str]:
         """A text from every rank, in the order of ranks."""
 
-    def total(self, number: float) -> float:
-        """The sum of everybody's number, float64, added in the order of ranks."""
+    def totals(self, numbers: Sequence[float]) -> list[float]:
+        """The sums of everybody's numbers, equally many, float64, added in the order of ranks."""
 
     def add(self, tensor: torch.Tensor) -> None:
         """Replace a contiguous tensor by the sum of everybody's; the same bits on all ranks."""
@@ -107,8 +107,8 @@ class Alone:
     def gather_text(self, text: str) -> list[str]:
         return [text]
 
-    def total(self, number: float) -> float:
-        return number
+    def totals(self, numbers: Sequence[float]) -> list[float]:
+        return list(numbers)
 
     def add(self, tensor: torch.Tensor) -> None:
         pass

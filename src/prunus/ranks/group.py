@@ -23,6 +23,10 @@ __all__ = ["Group"]
 
 _DTYPES = {str(dtype): dtype for dtype in torch.__dict__.values() if isinstance(dtype, torch.dtype)}
 _LONGEST_PAUSE = 1e-3
+# Seconds of a meeting that are spent awake.
+_AWAKE = 1e-3
+# Bytes that say how long a text is, and bytes of it that are sent along.
+_LENGTH, _SHORT_TEXT = 8, 248
 
 
 class Group:
@@ -46,14 +50,21 @@ class Group:
         return [x.tolist() for x in self._gather(mine)]
 
     def gather_text(self, text: str) -> list[str]:
-        data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
-        if not text:
-            data = data[:0]
-        return [bytes(x.tolist()).decode() for x in self._gather_uneven(data)]
+        # A short text goes along with its length.
+        data = text.encode()
+        short = len(data).to_bytes(_LENGTH, "little") + data[:_SHORT_TEXT].ljust(_SHORT_TEXT, b"\0")
+        found = [
+            bytes(x.tolist()) for x in self._gather(torch.frombuffer(bytearray(short), dtype=torch.uint8))
+        ]
+        lengths = [int.from_bytes(each[:_LENGTH], "little") for each in found]
+        if max(lengths) > _SHORT_TEXT:
+            rest = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
+            return [bytes(x.tolist()).decode() for x in self._gather_uneven(rest, lengths)]
+        return [each[_LENGTH:][:n].decode() for each, n in zip(found, lengths, strict=True)]
 
-    def total(self, number: float) -> float:
-        parts = self._gather(torch.tensor([number], dtype=torch.float64))
-        return sum(float(x) for x in parts)
+    def totals(self, numbers: Sequence[float]) -> list[float]:
+        parts = self._gather(torch.tensor(list(numbers), dtype=torch.float64))
+        return [sum(each) for each in zip(*(x.tolist() for x in parts), strict=True)]
 
     def add(self, tensor: torch.Tensor) -> None:
         self._wait(lambda: dist.all_reduce(tensor, async_op=True))
@@ -160,6 +171,9 @@ class Group:
         begun, pause = time.monotonic(), 2e-5
         try:
             work = start()
+            # Most meetings are over sooner than the shortest sleep; others on this core may run meanwhile.
+            while not work.is_completed() and time.monotonic() < begun + _AWAKE:
+                os.sched_yield()
             while not work.is_completed():
                 self._watch.check(begun)
                 time.sleep(pause)

@@ -17,6 +17,7 @@ from prunus.manifest import MANIFEST_NAME, Manifest
 from prunus.model.experts import fused_experts
 from prunus.model.families import find_block_list
 from prunus.model.linears import Linear, find_linears
+from prunus.patterns import count_zeros
 from prunus.recovery.record import RECORD_NAME, LinearSupport, RecoveryRecord
 
 __all__ = [
@@ -122,5 +123,4 @@ def verify(name: str, shape: tuple[int, int], before: torch.Tensor, after: torch
     grown = int(torch.count_nonzero(after[zero]))
     if grown:
         raise RuntimeError(f"{name}: {grown} pruned weights are not zero after training; nothing was written")
-    count = after.numel() - int(torch.count_nonzero(after))
-    return LinearSupport(shape=shape, zeros_before=int(zero.sum()), zeros_after=count)
+    return LinearSupport(shape=shape, zeros_before=int(zero.sum()), zeros_after=count_zeros(after))

@@ -114,7 +114,7 @@ class _Trainer:
             loss.backward()
             total += float(loss.detach())
         self._add_up()
-        total = self.ranks.total(total)
+        total = self.ranks.totals([total])[0]
         for name, support in self.trainable.supports.items():
             gradient = self.trainable.parameters[name].grad
             if gradient is not None:

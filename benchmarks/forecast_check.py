@@ -1,0 +1,113 @@
+"""What `prunus plan --model-shape` foretells against what runs take: memory and time of sizes that fit here.
+
+    python benchmarks/forecast_check.py FOLDER SMOLLM2 [--data DIR] [--json FILE]
+
+SMOLLM2 is SmolLM2-135M. The others get random weights in the proportions of LLaMA-7B, written to FOLDER (2 GB). One
+thread per process. Seconds count from the start of a run, without imports. Five minutes; nothing else should run then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from llama_shapes import VOCABULARY, write_checkpoint
+from safetensors.torch import save_file
+
+from prunus.forecast import SHAPES, Shape, forecast
+from prunus.rates import parse_devices
+
+SAMPLES, SEQLEN = 8, 512
+# Width, blocks, method of the models with random weights.
+RANDOM = [
+    (1024, 3, "wanda"),
+    (1024, 3, "sparsegpt"),
+    (2048, 3, "wanda"),
+    (2048, 3, "sparsegpt"),
+    (4096, 1, "wanda"),
+]
+# Method and ranks on SmolLM2, one window a batch.
+REAL = [("wanda", 1), ("wanda", 2), ("sparsegpt", 1), ("sparsegpt", 2)]
+
+
+def shape_of(hidden: int, blocks: int) -> Shape:
+    heads = hidden // 128
+    return Shape(hidden, hidden * 11008 // 4096, blocks, heads, heads, 128, VOCABULARY)
+
+
+def measure(model: Path, out: Path, options: list[str], ranks: int = 1) -> dict[str, Any]:
+    """The totals of a run."""
+    shutil.rmtree(out, ignore_errors=True)
+    report = out.parent / "report.json"
+    command = [sys.executable, "-m", "prunus"]
+    if ranks > 1:
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [sys.executable, "-m", *torchrun, "-m", "prunus"]
+    command += ["prune", str(model), str(out), "--samples", str(SAMPLES), "--seqlen", str(SEQLEN), *options]
+    command += ["--json", str(report)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
+    return json.loads(report.read_text())["totals"]
+
+
+def row(name: str, found: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    """Both figures of a case, printed as a row of a table."""
+    memory, seconds = found["peak_memory_bytes"], found["seconds"]
+    figures = {
+        "run": name,
+        "memory": memory,
+        "memory_forecast": told["memory"],
+        "seconds": seconds,
+        "seconds_forecast": told["seconds"],
+    }
+    by_memory, by_time = told["memory"] / memory - 1, told["seconds"] / seconds - 1
+    print(
+        f"| {name} | {memory / 1e9:.2f} | {told['memory'] / 1e9:.2f} ({by_memory:+.0%}) "
+        f"| {seconds:.1f} | {told['seconds']:.1f} ({by_time:+.0%}) |",
+        flush=True,
+    )
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("smollm2", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    rows, out, ids = [], options.folder / "out", options.folder / "ids.safetensors"
+    tokens = torch.randint(0, VOCABULARY, (SAMPLES, SEQLEN), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": tokens.int()}, ids)
+    core = parse_devices("1-cores")
+    for hidden, blocks, method in RANDOM:
+        model = options.folder / f"{hidden}-{blocks}"
+        if not (model / "model.safetensors.index.json").exists():
+            write_checkpoint(model, blocks, hidden)
+        found = measure(model, out, ["--method", method, "--calibration", str(ids)])
+        told = forecast(shape_of(hidden, blocks), core, method, SAMPLES, SEQLEN)
+        rows.append(row(f"width {hidden}, {blocks} blocks, {method}", found, told))
+    where = ["--data", str(options.data)] if options.data else []
+    for method, ranks in REAL:
+        given = ["--method", method, "--calibration", "c4", "--batch", "1", *where]
+        found = measure(options.smollm2, out, given, ranks)
+        devices = parse_devices(f"{ranks}x1-cores")
+        told = forecast(SHAPES["smollm2-135m"], devices, method, SAMPLES, SEQLEN, batch=1)
+        rows.append(row(f"SmolLM2, {ranks} rank{'s' * (ranks > 1)}, {method}", found, told))
+    shutil.rmtree(out)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()
