@@ -179,6 +179,7 @@ def main() -> None:
             [
                 "eval",
                 str(model),
+                "--no-cache",
                 "--limit",
                 str(options.windows),
                 *size,

@@ -81,12 +81,18 @@ class OutputFolder:
     """
 
     def __init__(
-        self, folder: Path, source: CheckpointSource, manifest: Manifest, ranks: Ranks = ALONE
+        self,
+        folder: Path,
+        source: CheckpointSource,
+        manifest: Manifest,
+        ranks: Ranks = ALONE,
+        memory: float = float("inf"),
     ) -> None:
         self.folder = folder
         self._ranks = ranks
         self.manifest = manifest
         self._source = source
+        self._memory = memory  # bytes that the run may take
 
     def begin(self, overwrite: bool) -> None:
         """Create the folder, or clean up what a killed run left half-written."""
@@ -186,7 +192,10 @@ class OutputFolder:
         keys = self._source.outer_keys()
         if keys:
             replaced = {self._source.stored_name(name): tensor for name, tensor in changed.items()}
-            save_safetensors(self.folder / OUTER_SHARD, dict(self._source.checkpoint.read(keys)) | replaced)
+            # Where memory is short, what was written would push out what was looked at and is to be copied next.
+            uncached = 4 * self._source.checkpoint.nbytes(keys) > self._memory
+            tensors = dict(self._source.checkpoint.read(keys)) | replaced
+            save_safetensors(self.folder / OUTER_SHARD, tensors, uncached=uncached)
 
 
 def model_card(manifest: Manifest, loader: str = "AutoModelForCausalLM") -> str:

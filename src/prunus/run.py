@@ -222,7 +222,7 @@ def _carry_out(
         assert isinstance(job.source, CheckpointSource)
         with ranks.together():
             job.source.check_outer_finite()
-        folder = OutputFolder(output, job.source, manifest, ranks)
+        folder = OutputFolder(output, job.source, manifest, ranks, job.host_budget)
         folder.begin(overwrite)
 
     engine = BlockEngine(

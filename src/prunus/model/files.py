@@ -101,13 +101,16 @@ def read_json(path: Path) -> Any:
 
 
 def save_safetensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    uncached: bool = False,
 ) -> None:
     """Write tensors (any dtype of `TENSOR_DTYPES`) as one safetensors file, atomically.
 
     The bytes depend on the tensors and the metadata alone, so equal content gives equal files. Not by the library's
     `save_file`: that puts metadata in another order each time, and what it is writing when it is killed stays in the
-    folder under a name that nobody knows.
+    folder under a name that nobody knows. With `uncached`, what is written leaves memory at once.
 
     Raises:
         OSError: it cannot be written, such as to a full disk.
@@ -136,6 +139,8 @@ def save_safetensors(
                     # Pages that wait to be written count against the memory of a control group.
                     file.flush()
                     os.fsync(file.fileno())
+                    if uncached and hasattr(os, "posix_fadvise"):
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                     unwritten = 0
 
 

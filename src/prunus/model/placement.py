@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import ctypes
+import mmap
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import nn
 
-__all__ = ["fill_with_zeros", "move_buffers", "parameters_on_meta", "place", "release"]
+__all__ = ["fill_with_zeros", "move_buffers", "parameters_on_meta", "place", "release", "rows_alone"]
 
 
-def place(module: nn.Module, values: Mapping[str, torch.Tensor], device: torch.device | None = None) -> None:
+def place(
+    module: nn.Module,
+    values: Mapping[str, torch.Tensor],
+    device: torch.device | None = None,
+    by_rows: Collection[int] = (),
+) -> None:
     """Replace parameters and buffers by `values`, converted to the dtype that each has in the skeleton.
 
-    Floating-point values are copied, so that no mapped file is kept alive. Tied parameters stay tied.
+    Floating-point values are copied, so that no mapped file is kept alive. Tied parameters stay tied. Parameters
+    `by_rows` (the `id` of each) stay as stored, and in their file, on a processor; see `rows_alone`.
     """
     replaced: dict[int, nn.Parameter] = {}
     for name, value in values.items():
@@ -26,12 +34,44 @@ def place(module: nn.Module, values: Mapping[str, torch.Tensor], device: torch.d
             assert buffer is not None
             owner._buffers[leaf] = value.to(device=device or value.device, dtype=buffer.dtype, copy=True)
             continue
-        new = value.to(device=device or value.device, dtype=old.dtype, copy=True)
+        to = device or value.device
+        if id(old) in by_rows and to.type == value.device.type == "cpu":
+            new = _read_by_rows(value)
+        else:
+            new = value.to(device=to, dtype=old.dtype, copy=True)
         replaced[id(old)] = nn.Parameter(new, requires_grad=False)
     for owner in module.modules():
         for leaf, old in owner._parameters.items():
             if old is not None and id(old) in replaced:
                 owner._parameters[leaf] = replaced[id(old)]
+
+
+def _read_by_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, of which the system reads what is asked for, and nothing ahead of it, where it is mapped."""
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last and hasattr(mmap, "MADV_RANDOM"):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_RANDOM)
+    return tensor.detach()
+
+
+@contextlib.contextmanager
+def rows_alone(embedding: nn.Module, dtype: torch.dtype) -> Iterator[Collection[int]]:
+    """While active, a plain embedding gives rows in `dtype` of a weight that may be in another.
+
+    So none but the rows asked for need be read, converted or kept. Yields what `place` is to leave as it is. At the end
+    the weight is expected to be back on the meta device.
+    """
+    if type(embedding) is not nn.Embedding:  # others may compute with the weight
+        yield ()
+        return
+    look_up = embedding.forward
+    embedding.forward = lambda ids: look_up(ids).to(dtype)  # type: ignore[assignment]
+    try:
+        yield (id(embedding.weight),)
+    finally:
+        embedding.__dict__.pop("forward", None)
+        embedding.to(dtype)
 
 
 def release(module: nn.Module) -> None:

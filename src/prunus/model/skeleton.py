@@ -17,12 +17,12 @@ import torch
 import transformers
 from torch import nn
 
+from prunus.model import placement
 from prunus.model.calls import BlockCall, split_hidden
 from prunus.model.experts import Fused, fused_experts, fusing_rules, take_apart
 from prunus.model.families import find_block_list
 from prunus.model.kinds import CAUSAL, IMAGES, image_tokens, kind_of
 from prunus.model.linears import Linear, find_linears, left_dense
-from prunus.model.placement import fill_with_zeros, move_buffers, parameters_on_meta, place, release
 
 __all__ = ["Skeleton"]
 
@@ -52,7 +52,7 @@ class Skeleton:
 
     def __init__(self, config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
         self.kind = kind_of(config)
-        with parameters_on_meta():
+        with placement.parameters_on_meta():
             # Buffers are computed for real: rotary frequencies and the like are in no checkpoint.
             try:
                 self.model = getattr(transformers, self.kind.loader).from_config(
@@ -132,19 +132,20 @@ class Skeleton:
             skipped |= of_embedding
         state = self.model.state_dict(keep_vars=True)
         names = [n for n in self.outer_parameter_names if id(state[n]) not in skipped]
-        try:
+        with contextlib.ExitStack() as stack:
+            whole = with_head and of_head & of_embedding
+            by_rows = () if whole else stack.enter_context(placement.rows_alone(embedding, self.dtype))
+            stack.callback(placement.release, self.model)
             if blank:
                 zero = torch.zeros((), dtype=self.dtype, device=device)
                 embedding.forward = lambda ids, *_, **__: zero.expand(*ids.shape, embedding.embedding_dim)
-            place(self.model, read(names, self.model), device)
+                stack.callback(embedding.__dict__.pop, "forward", None)
+            placement.place(self.model, read(names, self.model), device, by_rows)
             for module in self._outer_modules:
-                move_buffers(module, device)
+                placement.move_buffers(module, device)
             # A small batch is enough to learn what the blocks return before large ones come.
             self.record(self.kind.smallest(self.model.config, self.dtype, device))
             yield
-        finally:
-            embedding.__dict__.pop("forward", None)
-            release(self.model)
 
     def window_shape(self, index: int, seqlen: int) -> tuple[int, int]:
         """(positions, width) of one window's hidden states in block `index`: tokens, or what an image has of them."""
@@ -302,7 +303,7 @@ class Skeleton:
         if kind not in self._returns_tuple:
             trial = copy.deepcopy(block)
             trial.__dict__.pop("forward", None)
-            fill_with_zeros(trial, hidden.device)
+            placement.fill_with_zeros(trial, hidden.device)
             output = trial(hidden, *call.args, **call.kwargs)
             self._returns_tuple[kind] = isinstance(output, tuple | list)
         return self._returns_tuple[kind]
@@ -310,19 +311,19 @@ class Skeleton:
     def fill(self, index: int, values: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
         """Give block `index` its weights (names relative to the block) and return it, ready to run."""
         block = self.blocks[index]
-        place(block, values, device)
+        placement.place(block, values, device)
         for module in block.modules():
-            move_buffers(module, device)
+            placement.move_buffers(module, device)
         return block
 
     def duplicate(self, index: int, values: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
         """A copy of block `index` with weights of its own, by relative name, ready to run."""
         block = copy.deepcopy(self.blocks[index])
-        place(block, values, device)
+        placement.place(block, values, device)
         for module in block.modules():
-            move_buffers(module, device)
+            placement.move_buffers(module, device)
         return block
 
     def release(self, index: int) -> None:
         """Take the weights of a block away again."""
-        release(self.blocks[index])
+        placement.release(self.blocks[index])

@@ -17,7 +17,6 @@ from prunus.manifest import MANIFEST_NAME, Manifest
 from prunus.model.experts import fused_experts
 from prunus.model.families import find_block_list
 from prunus.model.linears import Linear, find_linears
-from prunus.patterns import count_zeros
 from prunus.recovery.record import RECORD_NAME, LinearSupport, RecoveryRecord
 
 __all__ = [
@@ -123,4 +122,5 @@ def verify(name: str, shape: tuple[int, int], before: torch.Tensor, after: torch
     grown = int(torch.count_nonzero(after[zero]))
     if grown:
         raise RuntimeError(f"{name}: {grown} pruned weights are not zero after training; nothing was written")
-    return LinearSupport(shape=shape, zeros_before=int(zero.sum()), zeros_after=count_zeros(after))
+    count = after.numel() - int(torch.count_nonzero(after))
+    return LinearSupport(shape=shape, zeros_before=int(zero.sum()), zeros_after=count)
