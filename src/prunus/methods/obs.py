@@ -29,6 +29,7 @@ _TILE = 16
 # A pivot this small against its own diagonal entry, in units of the rounding error, is noise.
 _NOISE = 10
 _MOST_DAMPING = 1e4
+_SMALL_TRIANGLE = 256
 
 # From the weights of columns start…start+B as they stand (O, B), start, the diagonal of U there (B,), and which rows
 # these are, to the mask (O, B), True for what stays.
@@ -166,10 +167,28 @@ def _inverse_factor_at(gram_II: Tensor, damping: float, dtype: torch.dtype) -> T
     if int(info) or not bool((pivot_I > _NOISE * torch.finfo(dtype).eps * diagonal_I).all()):
         return None
     del scaled_II, diagonal_I
-    inverse_II = torch.eye(len(lower_II), dtype=dtype, device=lower_II.device)
-    torch.linalg.solve_triangular(lower_II, inverse_II, upper=False, out=inverse_II)
+    inverse_II = torch.zeros_like(lower_II)
+    _invert_triangle(lower_II, inverse_II)
     factor_II = inverse_II.flip(0, 1).float()
     return factor_II if bool(factor_II.isfinite().all()) else None
+
+
+def _invert_triangle(lower_II: Tensor, inverse_II: Tensor) -> None:
+    """Fill `inverse_II`, zeros, with the inverse of a lower triangle.
+
+    By halves: nearly all of it is matrix products, and less than half as long as a triangular solve for every column of
+    the identity, most of which are zeros.
+    """
+    width = len(lower_II)
+    if width <= _SMALL_TRIANGLE:
+        eye_II = torch.eye(width, dtype=lower_II.dtype, device=lower_II.device)
+        inverse_II.copy_(torch.linalg.solve_triangular(lower_II, eye_II, upper=False))
+        return
+    first, last = slice(width // 2), slice(width // 2, width)
+    _invert_triangle(lower_II[first, first], inverse_II[first, first])
+    _invert_triangle(lower_II[last, last], inverse_II[last, last])
+    between_II = lower_II[last, first] @ inverse_II[first, first]
+    inverse_II[last, first] = (inverse_II[last, last] @ between_II).neg_()
 
 
 def _spans(pattern: Pattern, column_block: int) -> tuple[int, int]:
