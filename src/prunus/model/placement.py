@@ -66,7 +66,7 @@ def rows_alone(embedding: nn.Module, dtype: torch.dtype) -> Iterator[Collection[
         yield ()
         return
     look_up = embedding.forward
-    embedding.forward = lambda ids: look_up(ids).to(dtype)  # type: ignore[assignment]
+    embedding.forward = lambda *args, **named: look_up(*args, **named).to(dtype)  # type: ignore[method-assign]
     try:
         yield (id(embedding.weight),)
     finally:
