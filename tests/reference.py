@@ -255,17 +255,22 @@ def alps(
     """
     target_OI, hessian_II, _ = scaled(weight_OI, gram_II, ridge)
     target_OI[:, gram_II.diagonal() == 0] = 0
-    dense_OI, dual_OI, penalty = target_OI.clone(), torch.zeros_like(target_OI), 0.2
+    dense_OI, dual_OI, penalty = target_OI.clone(), torch.zeros_like(target_OI), 0.25
+    eye_II = torch.eye(len(hessian_II), dtype=torch.float64)
+    first_II, last_II = (end * torch.linalg.inv(hessian_II + end * eye_II) for end in (0.25, 1.6))
     for iteration in range(iterations):
         quarter = int(4 * iteration / iterations)
         if iteration % 4 != 2:
             keep_OI = keep_mask((dense_OI + dual_OI).abs(), pattern, sparsity)
         sparse_OI = (dense_OI + dual_OI) * keep_OI
         dual_OI = dual_OI + dense_OI - sparse_OI
-        while penalty < 0.2 * 2**quarter:
-            penalty, dual_OI = penalty * 2, dual_OI / 2
-        right_OI = target_OI @ hessian_II + penalty * (sparse_OI - dual_OI)
-        solved_OI = right_OI @ torch.linalg.inv(hessian_II + penalty * torch.eye(len(hessian_II)))
+        before, penalty = penalty, (0.25, 0.4, 0.8, 1.6)[quarter]
+        dual_OI = dual_OI * before / penalty
+        # Of both ends as much as gives a half where an eigenvalue is the penalty.
+        at_first, at_last = 0.25 / (penalty + 0.25), 1.6 / (penalty + 1.6)
+        share = (0.5 - at_last) / (at_first - at_last)
+        shrink_II = share * first_II + (1 - share) * last_II
+        solved_OI = target_OI + (sparse_OI - dual_OI - target_OI) @ shrink_II
         dense_OI = 1.2 * solved_OI - 0.2 * sparse_OI
     keep_OI = keep_mask((dense_OI + dual_OI).abs(), pattern, sparsity)
     weight_OI = weight_OI.masked_fill(gram_II.diagonal() == 0, 0)
