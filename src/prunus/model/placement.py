@@ -10,7 +10,16 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import nn
 
-__all__ = ["fill_with_zeros", "move_buffers", "parameters_on_meta", "place", "release", "rows_alone"]
+__all__ = [
+    "advise",
+    "fill_with_zeros",
+    "move_buffers",
+    "parameters_on_meta",
+    "place",
+    "release",
+    "rows_alone",
+    "whole_pages",
+]
 
 
 def place(
@@ -36,7 +45,9 @@ def place(
             continue
         to = device or value.device
         if id(old) in by_rows and to.type == value.device.type == "cpu":
-            new = _read_by_rows(value)
+            new = value.detach()
+            if hasattr(mmap, "MADV_RANDOM"):  # of a mapped file nothing is read ahead
+                advise(new, mmap.MADV_RANDOM)
         else:
             new = value.to(device=to, dtype=old.dtype, copy=True)
         replaced[id(old)] = nn.Parameter(new, requires_grad=False)
@@ -46,13 +57,16 @@ def place(
                 owner._parameters[leaf] = replaced[id(old)]
 
 
-def _read_by_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, of which the system reads what is asked for, and nothing ahead of it, where it is mapped."""
+def whole_pages(tensor: torch.Tensor) -> range:
+    """Addresses of the whole pages that a contiguous tensor takes; none where it fills no page."""
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if first < last and hasattr(mmap, "MADV_RANDOM"):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_RANDOM)
-    return tensor.detach()
+    return range(first, (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE)
+
+
+def advise(tensor: torch.Tensor, advice: int) -> None:
+    """Tell the system how the whole pages of a tensor are used; `advice` is one of mmap's MADV_*."""
+    if pages := whole_pages(tensor):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(pages.start), ctypes.c_size_t(len(pages)), advice)
 
 
 @contextlib.contextmanager

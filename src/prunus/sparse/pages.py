@@ -7,7 +7,6 @@ A product of one token reads every weight once, in order. With pages of 4 KiB th
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from prunus.model.placement import advise, whole_pages
 from prunus.sparse.linear import BitmapLinear, DenseLinear
 
 __all__ = ["use_large_pages"]
@@ -99,8 +99,6 @@ def _release(tensor: torch.Tensor, files: list[range]) -> None:
     The mapping itself lives on: transformers keeps tensors of it for as long as the model lives. Pages that are asked for
     again come back from the file, as long as nobody wrote to them, which nobody does to a weight that was replaced.
     """
-    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if first < last and any(first in file and last - 1 in file for file in files):
-        madvise = ctypes.CDLL(None, use_errno=True).madvise
-        madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+    pages = whole_pages(tensor)
+    if pages and any(pages[0] in file and pages[-1] in file for file in files):
+        advise(tensor, mmap.MADV_DONTNEED)
