@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["coarse_product", "multiplies_bfloat16", "native_bfloat16"]
+__all__ = ["coarse_factor", "coarse_product", "multiplies_bfloat16", "native_bfloat16"]
 
 # Below so many multiplications, rounding costs more time than it saves.
 _WORTHWHILE = 2**24
@@ -33,7 +33,15 @@ def coarse_product(left: Tensor, right: Tensor) -> Tensor:
 
     For what is corrected afterwards anyway, such as the steps of an iteration, or is small against what it is added to.
     """
-    multiplications = left.shape[0] * left.shape[1] * right.shape[1]
-    if multiplications >= _WORTHWHILE and multiplies_bfloat16(left.device):
+    if _rounds(left.shape[0], right):
         return (left.bfloat16() @ right.bfloat16()).float()
     return left.float() @ right.float()
+
+
+def coarse_factor(right: Tensor, rows: int) -> Tensor:
+    """`right`, float32, rounded once for many a `coarse_product` with `rows` rows to its left, where these round it."""
+    return right.bfloat16() if _rounds(rows, right) else right
+
+
+def _rounds(rows: int, right: Tensor) -> bool:
+    return rows * right.numel() >= _WORTHWHILE and multiplies_bfloat16(right.device)

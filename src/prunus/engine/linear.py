@@ -17,7 +17,7 @@ from prunus.model.linears import Linear
 from prunus.patterns import Pattern, count_zeros
 from prunus.products import coarse_product
 from prunus.ranks import ALONE, Ranks
-from prunus.statistics import InputStatistics
+from prunus.statistics import InputStatistics, all_finite
 
 __all__ = ["LinearJob", "prune_linear"]
 
@@ -84,7 +84,7 @@ def prune_linear(
     else:
         # Kept weights stay as stored, bit for bit: no way through float32 for dtypes wider than it.
         new_OI = _oriented(stored, linear).to(pruned.keep_OI.device).masked_fill(~pruned.keep_OI, 0)
-    if method.updates_weights and not all(x.isfinite() for x in torch.aminmax(new_OI)):
+    if method.updates_weights and not all_finite(new_OI):
         raise ValueError(
             f"{method.name} gave weights that are not finite for {full_name}; try a larger --damping or more samples"
         )

@@ -28,7 +28,7 @@ from torch import Tensor
 from prunus.methods.base import ALL_ROWS, Method, Options, Part, Pruned, masked, unchanged
 from prunus.methods.lsq import ScaledGram, conjugate_gradients, scaled_gram
 from prunus.patterns import Pattern, keep_mask
-from prunus.products import coarse_product
+from prunus.products import coarse_factor, coarse_product
 from prunus.statistics import InputStatistics
 
 # ρ, against a diagonal of H of about 1: each for a quarter of the iterations. On four linears of SmolLM2 at 50 % and 2:4
@@ -85,6 +85,7 @@ def _split(
         if penalty != before:
             before_share, share = share, _share_of_first(penalty)
             shrink_II.lerp_(last_II, 1 - share / before_share)
+            factor_II = coarse_factor(shrink_II, len(sum_OI))
         if iteration % 4 != _MASK_STAYS:
             keep_OI = keep_mask(sum_OI.abs(), pattern, sparsity)
         kept_OI = keep_OI * sum_OI
@@ -94,7 +95,7 @@ def _split(
         kept_OI.sub_(dual_OI).sub_(target_OI)
         # ωW + (1 − ω)Z + U, with what is linear in Z − U − W₀ in the matrix
         torch.add(target_OI, dual_OI, alpha=2 - _OVER_RELAXATION, out=sum_OI)
-        sum_OI.add_(coarse_product(kept_OI, shrink_II))
+        sum_OI.add_(coarse_product(kept_OI, factor_II))
     keep_OI = keep_mask(sum_OI.abs(), pattern, sparsity)
     final_steps = _FINAL_STEPS + (iterations < ITERATIONS)
     solution_OI, steps = conjugate_gradients(

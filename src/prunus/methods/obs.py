@@ -20,7 +20,7 @@ from torch import Tensor
 from prunus.methods.base import WHOLE, Options, Part, Pruned
 from prunus.methods.obs_original import sweep_as_original
 from prunus.patterns import Pattern, keep_above_threshold, keep_mask
-from prunus.statistics import InputStatistics
+from prunus.statistics import InputStatistics, all_finite
 
 #: λ as published, a fraction of the Gram's mean diagonal.
 DAMPING = 0.01
@@ -170,7 +170,7 @@ def _inverse_factor_at(gram_II: Tensor, damping: float, dtype: torch.dtype) -> T
     inverse_II = torch.zeros_like(lower_II)
     _invert_triangle(lower_II, inverse_II)
     factor_II = inverse_II.flip(0, 1).float()
-    return factor_II if bool(factor_II.isfinite().all()) else None
+    return factor_II if all_finite(factor_II) else None
 
 
 def _invert_triangle(lower_II: Tensor, inverse_II: Tensor) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from prunus.methods.base import Pruned
+from prunus.statistics import all_finite
 
 
 def sweep_as_original(
@@ -44,7 +45,7 @@ def sweep_as_original(
     if int(failed):
         return None
     factor_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
-    if int(failed) or not bool(factor_II.isfinite().all()):
+    if int(failed) or not all_finite(factor_II):
         return None
     diagonal_I = factor_II.diagonal()
     span, block = spans

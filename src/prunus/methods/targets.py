@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prunus.methods.lsq import ScaledGram, ridge, scale_gram, scaled_gram
 from prunus.products import coarse_product
-from prunus.statistics import InputStatistics
+from prunus.statistics import InputStatistics, all_finite
 
 __all__ = ["MIX", "MOST_APART", "dense_target", "has_drift", "held_out_mix"]
 
@@ -121,7 +121,7 @@ def held_out_mix(weight_OI: Tensor, statistics: InputStatistics, damping: float 
 def _factor(damped_II: Tensor, drift_II: Tensor) -> Tensor:
     """The lower Cholesky factor of A + λI."""
     lower_II, failed = torch.linalg.cholesky_ex(damped_II)
-    if int(failed) or not bool(drift_II.isfinite().all()):
+    if int(failed) or not all_finite(drift_II):
         raise ValueError("the inputs of the dense model cannot be matched: are they finite?")
     return lower_II
 
