@@ -7,7 +7,15 @@ from typing import Any
 
 from prunus.model.skeleton import Skeleton
 
-__all__ = ["names_in_model"]
+__all__ = ["names_in_model", "renaming_rules"]
+
+
+def renaming_rules(model: Any) -> list[Any]:
+    """Transformers' rules by which names in this model's checkpoints become those of the model, whole tensors alone."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
 
 
 def names_in_model(
@@ -18,7 +26,7 @@ def names_in_model(
     Also the keys that need more than a new name, and as the first those that the model has no place for.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, rename_source_key
 
     model = skeleton.model
     fused = [
@@ -29,9 +37,8 @@ def names_in_model(
     taken_apart = {name for name, _, _ in fused}
     of_experts = {prefix + member for _, prefix, each in fused for member in each.members}
     expected = dict(model.state_dict()) | dict.fromkeys(taken_apart, True)
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings = renaming_rules(model)
+    converters = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
     prefix = model.base_model_prefix
     names: dict[str, str] = {}
     converted: set[str] = set()

@@ -79,10 +79,12 @@ class PrunusQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
+        from prunus.model.names import renaming_rules
+
         described = self.quantization_config.description
         if checkpoint_files:
             described.check_tensors(_headers(checkpoint_files))
-        rules = _renamings(model)
+        rules = renaming_rules(model)
         paths = {name: _paths(model, rules, name) for name in described.linears}
         self._take_experts_apart(model, [path for candidates in paths.values() for path in candidates])
         names = {}
@@ -194,14 +196,6 @@ def _headers(files: Sequence[str]) -> dict[str, StoredTensor]:
                 f"{file} is not a whole safetensors file: {fault}. Download or copy it again"
             ) from fault
     return found
-
-
-def _renamings(model: Any) -> list[Any]:
-    """Transformers' rules by which names in this model's checkpoints become those of the model."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
 
 
 def _paths(model: Any, rules: Sequence[Any], name: str) -> dict[str, str]:
