@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prunus.engine.divergence import ONE_IN, TOKENS, divergence
-from prunus.engine.matching import MatchOptions, match_block
+from prunus.engine.matching import MatchOptions, _sizes, match_block
 from prunus.engine.retouch import Pace, pace
 
 
@@ -196,11 +196,49 @@ def test_a_block_can_be_matched_by_what_a_head_makes_of_its_outputs(task):
     assert match.error_after < 0.5 * match.error_before
 
 
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_relative_rate_knows_nothing_of_the_size_of_the_weights(relative):
+    """Weights 32 times smaller on inputs 32 times larger are the same task; a power of two rounds nothing."""
+    dense, begun = torch.randn(6, 6), torch.randn(6, 6)
+    support = torch.rand(6, 6) > 0.3
+    inputs = [torch.randn(1, 5, 6) for _ in range(6)]
+    targets = [x @ dense.T for x in inputs]
+    found = []
+    for scale in (1.0, 32.0):
+        block = nn.Linear(6, 6, bias=False).requires_grad_(False)
+        block.weight.copy_(begun * support / scale)
+        match = match_block(
+            block,
+            lambda batch, _, block=block, scale=scale: block(inputs[batch] * scale),
+            targets.__getitem__,
+            range(1, 6),
+            range(1),
+            {"weight": support},
+            MatchOptions(learning_rate=0.02, relative=relative, passes=20),
+        )
+        found.append(match.weights["weight"] * scale)
+        assert match.error_after < match.error_before or not relative
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-5) == relative
+
+
+def test_a_bias_is_trained_at_its_linears_rate():
+    weights = {
+        "a.weight": torch.tensor([[3.0, 100.0], [4.0, 0.0]]),
+        "a.bias": torch.zeros(2),
+        "norm": torch.full((4,), 2.0),
+    }
+    supports = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    supports["a.weight"] = torch.tensor([[True, False], [True, False]])
+    sizes = _sizes(weights, supports)
+    assert sizes["a.weight"] == sizes["a.bias"] == pytest.approx(12.5**0.5)
+    assert sizes["norm"] == pytest.approx(2.0)
+
+
 def test_long_batches_are_taken_in_many_small_steps():
-    assert pace(1024, 576, by_token=True) == Pace(7, 4, 2.5e-3)
-    assert pace(1024, 576, by_token=False) == Pace(3, 1, 1.8e-3)
+    assert pace(1024, 576, by_token=True) == Pace(7, 4, 7e-3)
+    assert pace(1024, 576, by_token=False) == Pace(3, 1, 7e-3)
     assert pace(256, 576, by_token=True).one_token_in == 1
     for tokens in (32, 512, 2048, 2**20):
-        own = pace(tokens, 1152, by_token=True)
+        own = pace(tokens, 4 * 576, by_token=True)
         assert own.passes >= own.one_token_in, "passes see all tokens"
         assert own.learning_rate == pace(tokens, 576, by_token=True).learning_rate / 2

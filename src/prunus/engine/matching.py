@@ -38,6 +38,9 @@ class MatchOptions:
 
     Attributes:
         learning_rate: Adam's, at its peak; it falls along a cosine.
+        relative: the rate counts in units of each parameter's own size, the root mean square of its kept weights (of a
+            bias, that of its linear's), as in Adafactor (arXiv 1804.04235, section 8). A step of Adam moves every weight
+            by about the rate, and models differ tenfold in how large their weights are.
         passes: over the training batches.
         seconds: stop after that long although passes are left, with the schedule shortened to fit; None: no limit.
         per_token: every token's error counts relative to that token's own target, not to all of them: the few tokens of
@@ -49,6 +52,7 @@ class MatchOptions:
     """
 
     learning_rate: float = 3e-4
+    relative: bool = False
     passes: int = 3
     one_token_in: int = 1
     seconds: float | None = None
@@ -143,7 +147,9 @@ def _train(
         name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
         for name, p in parameters.items()
     }
-    optimizer = torch.optim.Adam(weights.values(), lr=options.learning_rate, fused=True)
+    sizes = _sizes(weights, supports) if options.relative else dict.fromkeys(weights, 1.0)
+    groups = [{"params": [weight], "size": sizes[name]} for name, weight in weights.items()]
+    optimizer = torch.optim.Adam(groups, fused=True)
     started, steps, total = time.perf_counter(), 0, options.passes * len(train)
 
     def share() -> float:
@@ -176,7 +182,9 @@ def _train(
             if share() >= 1:
                 stopped = "out of time"
                 break
-            optimizer.param_groups[0]["lr"] = learning_rate(options.learning_rate, share(), _WARMUP)
+            rate = learning_rate(options.learning_rate, share(), _WARMUP)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["size"]
             with torch.enable_grad(), autocast:
                 turn = steps // len(train) + batch  # batches begin at tokens of their own
                 lost, size = measured(batch, slice(turn % options.one_token_in, None, options.one_token_in))
@@ -205,6 +213,15 @@ def _train(
     if stopped is None and steps < total:
         stopped = "out of time"  # while the last pass was judged
     return Match(best_weights, before, best, steps, stopped)
+
+
+def _sizes(weights: Mapping[str, torch.Tensor], supports: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The root mean square of what each parameter keeps; a bias, which may begin at 0, has its linear's."""
+    found = {
+        name: float((weight.detach() * supports[name]).norm() / supports[name].sum().clamp_min(1).sqrt())
+        for name, weight in weights.items()
+    }
+    return {name: found.get(f"{name.removesuffix('.bias')}.weight", size) for name, size in found.items()}
 
 
 def _gradients(parameters: Mapping[str, nn.Parameter], ranks: Ranks) -> dict[str, torch.Tensor]:
