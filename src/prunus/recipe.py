@@ -87,7 +87,9 @@ class Recipe(BaseModel):
     match_passes: int | None = Field(
         None, description="of match_blocks over the calibration windows; None: its own"
     )
-    match_rate: float | None = Field(None, description="peak learning rate of match_blocks; None: its own")
+    match_rate: float | None = Field(
+        None, description="peak learning rate of match_blocks; None: relative, its own"
+    )
     permute: bool = Field(False, description="for N:M: reorder inputs first, where that can be folded away")
     allocation: Literal["uniform", "owl", "dlp", "arithmetic", "search"] = Field(
         "uniform", description="how the sparsity is shared out; its mean stays what was asked for"

@@ -165,14 +165,14 @@ OPTIONS: dict[str, Any] = {
         int | None,
         typer.Option(
             help="Of --match-blocks over the calibration windows.",
-            show_default="6, each of a quarter of the tokens of windows of 1024; 3 for whole blocks",
+            show_default="7, each of a quarter of the tokens of windows of 1024; 3 for whole blocks",
         ),
     ],
     "match_rate": Annotated[
         float | None,
         typer.Option(
             help="Peak learning rate of --match-blocks.",
-            show_default="2.5e-3 (whole blocks 1.8e-3), less in models wider than 576",
+            show_default="0.7 % of the size of a tensor's weights, less in models wider than 576",
         ),
     ],
     "permute": Annotated[
