@@ -12,8 +12,9 @@ Mode = Literal["lora", "sparse-lora", "masked", "block"]
 MODES: tuple[Mode, ...] = ("lora", "sparse-lora", "masked", "block")
 
 DEFAULT_TOKENS = 131_072
-#: Peak learning rates that served SmolLM2-135M with steps of 1024 tokens; higher ones for `masked` lose, see docs/log.md.
-_RATES: dict[Mode, float] = {"lora": 1e-3, "sparse-lora": 1e-3, "masked": 3e-4, "block": 3e-4}
+#: Peak learning rates that served SmolLM2-135M with steps of 1024 tokens; higher ones for `masked` lose, see docs/log.md. That of
+#: `block` is in units of the weights' size, see `MatchOptions.relative`.
+_RATES: dict[Mode, float] = {"lora": 1e-3, "sparse-lora": 1e-3, "masked": 3e-4, "block": 1.2e-3}
 #: Options that mean something in some modes only.
 _BELONGS: dict[str, tuple[Mode, ...]] = {
     "rank": ("lora", "sparse-lora"),
@@ -94,7 +95,7 @@ class RecoveryOptions(BaseModel):
 
     @property
     def peak_rate(self) -> float:
-        """The learning rate at its peak."""
+        """The learning rate at its peak; where it is the mode's own, in the units of `_RATES`."""
         return self.learning_rate if self.learning_rate is not None else _RATES[self.mode]
 
 
