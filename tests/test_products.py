@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prunus.products import coarse_product, native_bfloat16
+from prunus.products import coarse_factor, coarse_product, native_bfloat16
 from prunus.statistics import InputStatistics
 
 
@@ -23,6 +23,14 @@ def test_large_products_are_right_to_a_few_bits(native, monkeypatch):
     error = float((found - exact).norm() / exact.norm())
     assert error < 0.005
     assert (error == 0) == (not native)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("rows", [2, 300])
+def test_a_factor_rounded_once_gives_the_same_products(rows, native, monkeypatch):
+    monkeypatch.setattr("prunus.products.native_bfloat16", lambda: native)
+    left, right = torch.randn(rows, 300), torch.randn(300, 300)
+    assert torch.equal(coarse_product(left, coarse_factor(right, rows)), coarse_product(left, right))
 
 
 def test_this_processor_says_whether_it_has_bfloat16():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from prunus import products, statistics
 from prunus.ranks import ALONE
-from prunus.statistics import InputStatistics, statistics_bytes
+from prunus.statistics import InputStatistics, all_finite, statistics_bytes
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(1, 20), st.integers(0, 99))
@@ -54,6 +54,15 @@ def test_half_precision_does_not_overflow(dtype):
     assert gathered.sum_squares_I[0].item() == pytest.approx(expected.item(), rel=1e-6)
     assert gathered.gram_II[0, 1].item() == pytest.approx(expected.item(), rel=1e-6)
     gathered.check_finite("q_proj")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 5, 11])
+def test_what_is_not_finite_is_seen_wherever_it_is(bad, place):
+    tensor = torch.randn(3, 4)
+    assert all_finite(tensor) and all_finite(torch.empty(0))
+    tensor.view(-1)[place] = bad
+    assert not all_finite(tensor)
 
 
 @pytest.mark.parametrize("needs", ["none", "norms", "gram"])
