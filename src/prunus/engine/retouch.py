@@ -68,8 +68,8 @@ def trained(linears: Sequence[str], updated: bool) -> list[str]:
 
 @dataclass(frozen=True)
 class RetouchJob:
-    """How blocks are matched: passes over the calibration windows and Adam's peak rate, in no one's units, or None for
-    those of `pace`; dtype of the products."""
+    """How blocks are matched: passes over the calibration windows and Adam's peak rate, the same for all tensors, or
+    None for those of `pace`; dtype of the products."""
 
     passes: int | None
     learning_rate: float | None
