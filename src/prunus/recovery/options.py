@@ -12,8 +12,8 @@ Mode = Literal["lora", "sparse-lora", "masked", "block"]
 MODES: tuple[Mode, ...] = ("lora", "sparse-lora", "masked", "block")
 
 DEFAULT_TOKENS = 131_072
-#: Peak learning rates that served SmolLM2-135M with steps of 1024 tokens; higher ones for `masked` lose, see docs/log.md. That of
-#: `block` is in units of the weights' size, see `MatchOptions.relative`.
+#: Peak learning rates that served SmolLM2-135M with steps of 1024 tokens; higher ones for `masked` lose, see docs/log.md.
+#: That of `block` is in units of the weights' size, see `MatchOptions.relative`.
 _RATES: dict[Mode, float] = {"lora": 1e-3, "sparse-lora": 1e-3, "masked": 3e-4, "block": 1.2e-3}
 #: Options that mean something in some modes only.
 _BELONGS: dict[str, tuple[Mode, ...]] = {
