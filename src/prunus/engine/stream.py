@@ -15,6 +15,7 @@ from prunus.engine.hidden import HiddenStates
 from prunus.model.calls import BlockCall, hidden_of
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
+from prunus.statistics import all_finite
 
 __all__ = ["Stream"]
 
@@ -69,7 +70,7 @@ class Stream:
         with self.skeleton.surroundings(self.source.outer, self.device):
             for position, ids in enumerate(batches):
                 hidden, recorded = self.skeleton.record(ids.to(self.device))
-                if not bool(torch.isfinite(hidden).all()):
+                if not all_finite(hidden):
                     raise ValueError(
                         "the embeddings give hidden states that are not finite; check the checkpoint's weights"
                     )

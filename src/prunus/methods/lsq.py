@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prunus.methods.base import WHOLE, Part, Pruned, masked
-from prunus.products import coarse_product
+from prunus.products import coarse_factor, coarse_product
 from prunus.statistics import InputStatistics
 
 _STEPS = 30
@@ -109,8 +109,9 @@ def conjugate_gradients(
     left = part.total(float(size_O1.sum()))
     enough = left * _TOLERANCE**2
     taken = 0
+    factor_II = coarse_factor(gram_II, len(direction_OI)) if coarse else gram_II
     while taken < steps and left > enough:
-        image_OI = coarse_product(direction_OI, gram_II) if coarse else direction_OI @ gram_II
+        image_OI = coarse_product(direction_OI, factor_II) if coarse else direction_OI @ factor_II
         image_OI.mul_(support_OI)
         energy_O1 = torch.linalg.vecdot(direction_OI, image_OI).unsqueeze(1)
         # A row that has arrived has no direction left, and stays where it is.

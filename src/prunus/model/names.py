@@ -7,15 +7,18 @@ from typing import Any
 
 from prunus.model.skeleton import Skeleton
 
-__all__ = ["names_in_model", "renaming_rules"]
+__all__ = ["names_in_model", "naming_rules"]
 
 
-def renaming_rules(model: Any) -> list[Any]:
-    """Transformers' rules by which names in this model's checkpoints become those of the model, whole tensors alone."""
+def naming_rules(model: Any) -> tuple[list[Any], list[Any]]:
+    """Transformers' rules by which names in this model's checkpoints become those of the model: those that rename whole
+    tensors, and those that make one of several or the other way round."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    return [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    return renamings, [rule for rule in rules if isinstance(rule, WeightConverter)]
 
 
 def names_in_model(
@@ -25,8 +28,7 @@ def names_in_model(
 
     Also the keys that need more than a new name, and as the first those that the model has no place for.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, rename_source_key
+    from transformers.core_model_loading import rename_source_key
 
     model = skeleton.model
     fused = [
@@ -37,8 +39,7 @@ def names_in_model(
     taken_apart = {name for name, _, _ in fused}
     of_experts = {prefix + member for _, prefix, each in fused for member in each.members}
     expected = dict(model.state_dict()) | dict.fromkeys(taken_apart, True)
-    renamings = renaming_rules(model)
-    converters = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
+    renamings, converters = naming_rules(model)
     prefix = model.base_model_prefix
     names: dict[str, str] = {}
     converted: set[str] = set()

@@ -79,13 +79,13 @@ class PrunusQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        from prunus.model.names import renaming_rules
+        from prunus.model.names import naming_rules
 
         described = self.quantization_config.description
         if checkpoint_files:
             described.check_tensors(_headers(checkpoint_files))
-        rules = renaming_rules(model)
-        paths = {name: _paths(model, rules, name) for name in described.linears}
+        renamings = naming_rules(model)[0]
+        paths = {name: _paths(model, renamings, name) for name in described.linears}
         self._take_experts_apart(model, [path for candidates in paths.values() for path in candidates])
         names = {}
         self._stored = {}
