@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import prunus
 from prunus.model.checkpoint import Checkpoint
@@ -61,6 +62,22 @@ def test_prune(method, dense, tmp_path, traffic):
     assert read["dense", "model.embed_tokens.weight"] == 2 + (method != "magnitude")
     assert read["dense", "lm_head.weight"] == 2
     assert set(written.values()) == {1} and len(written) == 3
+
+
+def test_tensors_begin_where_the_checkpoint_says(dense):
+    """What is asked of the disk before a tensor is mapped, in whatever order the file holds them."""
+    stored = {
+        "b": torch.arange(6.0),
+        "a": torch.arange(5, dtype=torch.uint8),
+        "c": torch.ones(2, 3).bfloat16(),
+    }
+    save_file(stored, dense / "mixed.safetensors")
+    checkpoint = Checkpoint(dense, only=["mixed.safetensors"])
+    content = (dense / "mixed.safetensors").read_bytes()
+    for name, tensor in stored.items():
+        info = checkpoint.tensors[name]
+        raw = tensor.view(-1).view(torch.uint8).numpy().tobytes()
+        assert content[info.begin : info.begin + info.nbytes] == raw
 
 
 def test_pack_and_unpack(dense, tmp_path, traffic):

@@ -28,15 +28,17 @@ _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _NOT_COMPANIONS = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".partial", *_PICKLE_SUFFIXES}
 _OWN_FILES = {INDEX_NAME, "prunus.json", "README.md"}
 _LONGEST_HEADER, _PIECE = 10**8, 1 << 16  # the library refuses longer ones
+_LARGE = 2**28
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What the header says of one tensor: its file, shape and dtype."""
+    """What the header says of one tensor: its file, shape, dtype, and where in the file it begins (in bytes)."""
 
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    begin: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -119,16 +121,18 @@ class Checkpoint:
             )
         self._opened[file] = _state(path)
         try:
-            _read_header_alone(path)
-            # The library checks that the header's offsets and the file's length agree.
+            begin = _read_header_alone(path)
+            # The library sees to it that offsets and file length agree and that nothing lies between tensors.
             with safe_open(path, framework="pt") as handle:
                 names = list(handle.keys())
-                for name in names:
+                for name in handle.offset_keys():
                     piece = handle.get_slice(name)
                     code = piece.get_dtype()
                     if code not in TENSOR_DTYPES:
                         raise ValueError(f"{path}: tensor {name!r} has dtype {code}, which is not supported")
-                    self.tensors[name] = TensorInfo(file, tuple(piece.get_shape()), TENSOR_DTYPES[code])
+                    info = TensorInfo(file, tuple(piece.get_shape()), TENSOR_DTYPES[code], begin)
+                    self.tensors[name] = info
+                    begin += info.nbytes
         except (SafetensorError, OSError) as fault:
             raise ValueError(
                 f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file: {fault}. "
@@ -150,8 +154,12 @@ class Checkpoint:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         self.check_unchanged(by_file)
         for file, members in by_file.items():
-            with safe_open(self.folder / file, framework="pt") as handle:
+            with (
+                safe_open(self.folder / file, framework="pt") as handle,
+                open(self.folder / file, "rb") as plain,
+            ):
                 for name in members:
+                    _fetch(plain.fileno(), self.tensors[name])
                     yield name, handle.get_tensor(name)
 
     def check_unchanged(self, files: Iterable[str] | None = None) -> None:
@@ -181,22 +189,31 @@ class Checkpoint:
         return sum(self.tensors[name].nbytes for name in names)
 
 
-def _read_header_alone(path: Path) -> None:
-    """Bring a file's header into the page cache, and nothing of what follows it.
+def _fetch(file: int, info: TensorInfo) -> None:
+    """Bring a tensor into the page cache, and nothing of what lies around it.
+
+    Touched through the mapping, its pages would bring along as much as the system reads ahead, megabytes on some disks,
+    of tensors whose turn comes later: where memory is short these are read again. Beyond `_LARGE` bytes that is little
+    beside the tensor, which might not fit in memory as a whole, or be an embedding of which a few rows are wanted.
+    """
+    if info.nbytes <= _LARGE and hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, info.begin, info.nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def _read_header_alone(path: Path) -> int:
+    """Bring a file's header into the page cache, and nothing of what follows it; gives the length of the two.
 
     Mapped, its first page would bring along as much as the system reads ahead, megabytes on some disks: of every shard,
     long before its turn, and where memory is short once more when it comes.
     """
-    if not hasattr(os, "posix_fadvise"):
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
-        length = int.from_bytes(os.pread(handle, 8, 0), "little")
-        for start in range(0, min(8 + length, os.fstat(handle).st_size, _LONGEST_HEADER), _PIECE):
-            os.pread(handle, _PIECE, start)
-    finally:
-        os.close(handle)
+    with open(path, "rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        end = 8 + int.from_bytes(file.read(8), "little")
+        for start in range(8, min(end, os.fstat(file.fileno()).st_size, _LONGEST_HEADER), _PIECE):
+            file.seek(start)
+            file.read(_PIECE)
+        return end
 
 
 def _state(path: Path) -> tuple[int, int, int]:
