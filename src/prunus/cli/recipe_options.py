@@ -12,6 +12,16 @@ import typer
 
 __all__ = ["OPTIONS", "chosen_recipe", "takes_recipe"]
 
+
+def _share(text: str) -> float:
+    """A sparsity as given; what is no number is bad usage, with a word on what was probably meant."""
+    try:
+        return float(text)
+    except ValueError:
+        hint = f"; is it --pattern {text}?" if ":" in text else ""
+        raise typer.BadParameter(f"{text!r} is no share such as 0.5{hint}") from None
+
+
 #: Field of a recipe -> type and help of its option, in the order of --help. What is not given stays None.
 OPTIONS: dict[str, Any] = {
     "preset": Annotated[
@@ -29,7 +39,12 @@ OPTIONS: dict[str, Any] = {
     ],
     "sparsity": Annotated[
         float | None,
-        typer.Option(help="Share of each linear's weights that goes, in [0, 1).", show_default="0.5"),
+        typer.Option(
+            parser=_share,
+            metavar="<float>",
+            help="Share of each linear's weights that goes, in [0, 1).",
+            show_default="0.5",
+        ),
     ],
     "pattern": Annotated[
         str | None,
