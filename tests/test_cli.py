@@ -304,13 +304,8 @@ def test_bad_usage_is_status_2_and_shows_the_usage(arguments):
     assert "Traceback" not in result.output
 
 
-def test_a_pattern_given_as_sparsity_is_told_where_it_belongs(tmp_path):
+def test_a_pattern_given_as_sparsity_is_told_where_it_belongs():
     assert "--pattern 2:4?" in call("prune", "a", "b", "--sparsity", "2:4", status=2).output
-    (tmp_path / "recipe.toml").write_text('sparsity = "2:4"\n')
-    assert (
-        "give it as pattern 2:4"
-        in call("prune", "a", "b", "--recipe", tmp_path / "recipe.toml", status=2).output
-    )
 
 
 def test_what_the_machine_lacks_is_one_line_and_status_1(dense, tmp_path, monkeypatch):

@@ -114,15 +114,6 @@ class Recipe(BaseModel):
             )
         return {**values, "sparsity": implied}
 
-    @field_validator("sparsity", mode="before")
-    @classmethod
-    def _no_pattern(cls, value: Any) -> Any:
-        if isinstance(value, str) and _PATTERN.match(value):
-            raise ValueError(
-                f"the sparsity {value} is a pattern, not a share of the weights: give it as pattern {value}"
-            )
-        return value
-
     @field_validator("sparsity")
     @classmethod
     def _sparsity_in_range(cls, value: float) -> float:

@@ -41,7 +41,9 @@ def recover(
     batch: Annotated[int | None, typer.Option(help="Windows per step.", show_default="1")] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="At its peak; it falls along a cosine.", show_default="the mode's own"),
+        typer.Option(
+            help="At its peak; it falls along a cosine.", show_default="the mode's own, by the weights' size"
+        ),
     ] = None,
     warmup: Annotated[
         float | None,

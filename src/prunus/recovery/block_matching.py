@@ -131,7 +131,7 @@ def _match_one(
     block = skeleton.fill(index, stored, student.device)
     supports = {f"{name}.weight": support_of(block.get_parameter(f"{name}.weight")) for name in names}
     matching = MatchOptions(
-        learning_rate=options.peak_rate,
+        learning_rate=options.peak_rate(),
         relative=options.learning_rate is None,
         passes=options.passes if seconds is None else _MANY_PASSES,
         seconds=seconds,

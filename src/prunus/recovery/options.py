@@ -12,9 +12,10 @@ Mode = Literal["lora", "sparse-lora", "masked", "block"]
 MODES: tuple[Mode, ...] = ("lora", "sparse-lora", "masked", "block")
 
 DEFAULT_TOKENS = 131_072
-#: Peak learning rates that served SmolLM2-135M with steps of 1024 tokens; higher ones for `masked` lose, see docs/log.md.
-#: That of `block` is in units of the weights' size, see `MatchOptions.relative`.
-_RATES: dict[Mode, float] = {"lora": 1e-3, "sparse-lora": 1e-3, "masked": 3e-4, "block": 1.2e-3}
+#: Peak learning rates in units of the weights' size: models differ tenfold in it, and a step of Adam moves every weight
+#: by about the rate. On SmolLM2-135M at 50 %, of size 0.26, they are 1e-3 and 3e-4, with steps of 1024 tokens; higher
+#: ones for `masked` lose, see docs/log.md.
+_RATES: dict[Mode, float] = {"lora": 3.8e-3, "sparse-lora": 3.8e-3, "masked": 1.15e-3, "block": 1.2e-3}
 #: Options that mean something in some modes only.
 _BELONGS: dict[str, tuple[Mode, ...]] = {
     "rank": ("lora", "sparse-lora"),
@@ -93,10 +94,9 @@ class RecoveryOptions(BaseModel):
         """The budget in tokens; None where it is in minutes."""
         return self.tokens if self.tokens is not None or self.minutes is not None else DEFAULT_TOKENS
 
-    @property
-    def peak_rate(self) -> float:
-        """The learning rate at its peak; where it is the mode's own, in the units of `_RATES`."""
-        return self.learning_rate if self.learning_rate is not None else _RATES[self.mode]
+    def peak_rate(self, size: float = 1.0) -> float:
+        """The learning rate at its peak; the mode's own goes by the weights' `size`, see `supports.kept_size`."""
+        return self.learning_rate if self.learning_rate is not None else _RATES[self.mode] * size
 
 
 def recovery_options(values: dict[str, Any]) -> RecoveryOptions:

@@ -267,8 +267,7 @@ def _write(
     job: Job, result: ResultFolder, changed: dict[str, torch.Tensor], linears: dict[str, Linear]
 ) -> dict[str, Any]:
     """All shards; returns the pruned linears, compared."""
-    found: dict[str, Any] = {}
-    inside = set()
+    found, inside = dict[str, Any](), set[str]()
     for index in range(len(job.skeleton)):
         prefix = f"{job.skeleton.block_name(index)}."
         new = {name.removeprefix(prefix): x for name, x in changed.items() if name.startswith(prefix)}
@@ -304,6 +303,7 @@ def _enter(record: RecoveryRecord, state: TrainingState, trainable: Trainable, p
         "trained_parameters": trained,
         "added_parameters": trainable.added,
         "added_share": trainable.added / parameters,
+        "peak_learning_rate": record.options.peak_rate(trainable.size),
         "tokens": state.tokens,
         "seconds": round(state.seconds, 2),
         "held_out_perplexity_before": state.evaluations[0].perplexity,

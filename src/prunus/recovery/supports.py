@@ -7,7 +7,8 @@ zeros. Zeros anywhere else are ordinary weights: biases often begin as zeros.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "block_linears",
     "head_name",
     "is_pruned",
+    "kept_size",
     "pruned_linears",
     "recorded_linears",
     "support_of",
@@ -74,6 +76,16 @@ def block_linears(model: nn.Module) -> dict[str, Linear]:
     """
     path, blocks = find_block_list(model)
     return {f"{path}.{i}.{x.name}": x for i, block in enumerate(blocks) for x in find_linears(block)}
+
+
+def kept_size(linears: Mapping[str, Linear]) -> float:
+    """The root mean square of all weights of these linears that are not zero; 1 where there are none."""
+    squares, kept = 0.0, 0
+    for linear in linears.values():
+        weight = linear.parameter.detach()
+        squares += float(weight.float().square().sum(dtype=torch.float64))
+        kept += int(torch.count_nonzero(weight))
+    return math.sqrt(squares / kept) if squares else 1.0
 
 
 def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:

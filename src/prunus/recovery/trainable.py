@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prunus.model.linears import Linear
-from prunus.recovery.supports import support_of
+from prunus.recovery.supports import kept_size, support_of
 
 __all__ = ["Trainable", "masked"]
 
@@ -23,12 +23,14 @@ class Trainable:
         parameters: what is trained, float32, by names that tell them apart in a checkpoint.
         supports: name of a parameter -> bool of its shape, False where it is zero and stays so.
         added: how many parameters the model has that its checkpoint had not, and that stay.
+        size: of the weights that the model comes with, see `supports.kept_size`; the mode's own rate goes by it.
     """
 
     model: Any
     parameters: dict[str, nn.Parameter]
     supports: dict[str, torch.Tensor] = field(default_factory=dict)
     added: int = 0
+    size: float = 1.0
 
 
 def masked(model: Any, linears: dict[str, Linear]) -> Trainable:
@@ -40,4 +42,4 @@ def masked(model: Any, linears: dict[str, Linear]) -> Trainable:
     """
     model.requires_grad_(True)
     supports = {f"{name}.weight": support_of(linear.parameter) for name, linear in linears.items()}
-    return Trainable(model, dict(model.named_parameters()), supports)
+    return Trainable(model, dict(model.named_parameters()), supports, size=kept_size(linears))

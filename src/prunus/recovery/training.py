@@ -121,7 +121,7 @@ class _Trainer:
                 gradient.mul_(support)  # in a quarter of the time that masked_fill_ takes, or less
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, _MAX_NORM)
         if math.isfinite(total) and bool(norm.isfinite()):
-            rate = learning_rate(self.options.peak_rate, share, self.options.warmup)
+            rate = learning_rate(self.options.peak_rate(self.trainable.size), share, self.options.warmup)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
