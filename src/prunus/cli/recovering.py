@@ -42,7 +42,7 @@ def recover(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            help="At its peak; it falls along a cosine.", show_default="the mode's own, by the weights' size"
+            help="At its peak; it falls along a cosine.", show_default="the mode's own, see docs/recovery.md"
         ),
     ] = None,
     warmup: Annotated[

@@ -11,7 +11,6 @@ from typing import Any
 from prunus.model.adapter import add_lora
 from prunus.model.linears import Linear
 from prunus.recovery.sparse_lora import check_rank
-from prunus.recovery.supports import kept_size
 from prunus.recovery.trainable import Trainable
 
 __all__ = ["choose", "default_targets", "lora"]
@@ -84,12 +83,11 @@ def lora(
             f"--targets {','.join(targets)} mixes linears that are stored transposed with others"
         )
     model.requires_grad_(False)
-    size = kept_size(linears)
     adapted = add_lora(
         model, targets, rank=rank, alpha=alpha, seed=seed, base=base, transposed=orientations.pop()
     )
     parameters = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    return Trainable(adapted, parameters, added=sum(p.numel() for p in parameters.values()), size=size)
+    return Trainable(adapted, parameters, added=sum(p.numel() for p in parameters.values()))
 
 
 def _listed(names: set[str]) -> str:

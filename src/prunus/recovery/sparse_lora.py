@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from prunus.model.linears import Linear
-from prunus.recovery.supports import kept_size, support_of
+from prunus.recovery.supports import support_of
 from prunus.recovery.trainable import Trainable
 
 __all__ = ["merged_weights", "sparse_lora"]
@@ -58,7 +58,6 @@ def sparse_lora(model: Any, linears: Mapping[str, Linear], rank: int, alpha: flo
         ValueError: the rank is larger than a linear allows.
     """
     model.requires_grad_(False)
-    size = kept_size(linears)
     generator = torch.Generator().manual_seed(seed)
     parameters: dict[str, nn.Parameter] = {}
     for name, linear in linears.items():
@@ -67,7 +66,7 @@ def sparse_lora(model: Any, linears: Mapping[str, Linear], rank: int, alpha: flo
         # unsafe: torch would otherwise call the update once more to see that shapes agree, which they do.
         parametrize.register_parametrization(linear.module, "weight", update, unsafe=True)
         parameters |= {f"{name}.lora_A": update.lora_A, f"{name}.lora_B": update.lora_B}
-    return Trainable(model, parameters, size=size)
+    return Trainable(model, parameters)
 
 
 def check_rank(rank: int, name: str, linear: Linear) -> None:

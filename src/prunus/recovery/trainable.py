@@ -23,7 +23,7 @@ class Trainable:
         parameters: what is trained, float32, by names that tell them apart in a checkpoint.
         supports: name of a parameter -> bool of its shape, False where it is zero and stays so.
         added: how many parameters the model has that its checkpoint had not, and that stay.
-        size: of the weights that the model comes with, see `supports.kept_size`; the mode's own rate goes by it.
+        size: of the model's own weights where these are trained, see `supports.kept_size`; default rates go by it.
     """
 
     model: Any
