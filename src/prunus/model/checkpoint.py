@@ -28,7 +28,7 @@ _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _NOT_COMPANIONS = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".partial", *_PICKLE_SUFFIXES}
 _OWN_FILES = {INDEX_NAME, "prunus.json", "README.md"}
 _LONGEST_HEADER, _PIECE = 10**8, 1 << 16  # the library refuses longer ones
-_LARGE = 2**28
+_LARGE = 2**28  # bytes; see `_fetch`
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class TensorInfo:
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    begin: int = 0
+    begin: int
 
     @property
     def nbytes(self) -> int:

@@ -84,7 +84,7 @@ def kept_size(linears: Mapping[str, Linear]) -> float:
     for linear in linears.values():
         weight = linear.parameter.detach()
         squares += float(weight.float().square().sum(dtype=torch.float64))
-        kept += int(torch.count_nonzero(weight))
+        kept += int(torch.count_nonzero(support_of(linear.parameter)))
     return math.sqrt(squares / kept) if squares else 1.0
 
 
