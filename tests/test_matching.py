@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prunus.engine.divergence import ONE_IN, TOKENS, divergence
-from prunus.engine.matching import MatchOptions, _sizes, match_block
+from prunus.engine.matching import MatchOptions, _on_the_way, _sizes, match_block
 from prunus.engine.retouch import Pace, pace
 
 
@@ -111,6 +111,42 @@ def test_what_does_worse_on_held_out_batches_is_not_taken(task):
     match = matched((block, inputs, spoiled, supports), learning_rate=0.1)
     assert match.error_after <= match.error_before
     assert match.steps == 30 * 6
+
+
+def test_training_that_went_too_far_is_taken_part_of_the_way():
+    """A linear of many inputs fits few tokens' noise: held out, the end is worse than the beginning, the middle better."""
+    block = nn.Linear(20, 4, bias=False).requires_grad_(False)
+    x, held = torch.randn(1, 24, 20), torch.randn(1, 2000, 20)
+    better = block.weight + 0.1 * torch.randn(4, 20)
+    targets = [x @ better.T + 1.5 * torch.randn(1, 24, 4), held @ better.T]
+    supports = {"weight": torch.ones(4, 20, dtype=torch.bool)}
+    options = MatchOptions(learning_rate=0.02, passes=400)
+    inputs = [x, held]
+    match = match_block(
+        block, lambda batch, _: block(inputs[batch]), targets.__getitem__, [0], [1], supports, options
+    )
+    noisy = torch.linalg.lstsq(x[0], targets[0][0]).solution.T
+    error = lambda weight: float((held @ (weight - better).T).square().sum() / targets[1].square().sum())  # noqa: E731
+    assert error(noisy) > match.error_before > match.error_after == pytest.approx(
+        error(match.weights["weight"]), rel=1e-4
+    )
+    way = noisy - block.weight
+    shares = torch.linspace(0, 1, 101)
+    least = min(error(block.weight + share * way) for share in shares)
+    assert match.error_after < 1.1 * least
+
+
+@pytest.mark.parametrize("best", [0.1, 0.5, 0.93])
+def test_the_way_is_searched_by_a_parabola(best):
+    error_at = lambda share: 3.0 + 2.0 * (share - best) ** 2  # noqa: E731
+    tried = dict(_on_the_way(error_at(0.0), error_at(1.0), error_at))
+    assert min(tried, key=tried.__getitem__) == pytest.approx(best)
+    assert all(tried[share] == error_at(share) for share in tried)
+
+
+@pytest.mark.parametrize("after", [float("nan"), float("inf"), 0.5])
+def test_where_no_parabola_fits_the_middle_alone_is_tried(after):
+    assert list(_on_the_way(1.0, after, lambda share: 0.9)) == [(0.5, 0.9)]
 
 
 def test_a_step_looks_at_some_tokens_and_passes_at_all_of_them(task):
@@ -237,6 +273,8 @@ def test_a_bias_is_trained_at_its_linears_rate():
 def test_long_batches_are_taken_in_many_small_steps():
     assert pace(1024, 576, by_token=True) == Pace(7, 4, 7e-3)
     assert pace(1024, 576, by_token=False) == Pace(3, 1, 7e-3)
+    assert pace(1024, 576, by_token=True, by_logits=True) == Pace(4, 4, 2e-3)
+    assert pace(1024, 576, by_token=False, by_logits=True) == Pace(3, 1, 2e-3)
     assert pace(256, 576, by_token=True).one_token_in == 1
     for tokens in (32, 512, 2048, 2**20):
         own = pace(tokens, 4 * 576, by_token=True)

@@ -26,7 +26,9 @@ def test_best_gives_the_same_bytes_in_memory_replayed_and_resumed(family, patter
     report = prunus.prune(dense, tmp_path / "plain", **options)
     assert report.totals["sparsity"] == pytest.approx(0.5, abs=0.01)
     # Of eight windows one is held out. Where attention and MLP are added in one go, the MLP's part cannot be taken apart.
-    assert {block.match.steps for block in report.blocks} == {3 * 7 if family == "gpt_neox" else 7 * 7}
+    *earlier, last = [block.match.steps for block in report.blocks]
+    assert set(earlier) == {3 * 7 if family == "gpt_neox" else 7 * 7}
+    assert last == (3 * 7 if family == "gpt_neox" else 4 * 7), "by logits"
     shares = {
         linear.zeros / (linear.shape[0] * linear.shape[1])
         for b in report.blocks

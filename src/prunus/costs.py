@@ -61,7 +61,7 @@ class Workload(Protocol):
 def estimate_seconds(work: Workload) -> float:
     """Matrix products of all forward passes at the rate measured now, plus 40 % for the rest."""
     retouch_job = work.retouch_job
-    drift = 1 / work.drift_one_in if work.linear_job.method.needs_drift else 0.0
+    dense = 1 / work.drift_one_in if work.carries_dense else 0.0
     flops = 0.0
     for index in range(len(work.skeleton)):
         tokens = work.windows * work.skeleton.window_shape(index, work.recipe.seqlen)[0]
@@ -71,7 +71,7 @@ def estimate_seconds(work: Workload) -> float:
         passes: float = (1 if work.recipe.propagate == "linear" else 2) if work.needs_inputs else 0
         if passes == 1 and not work.fits_lockstep(index):
             passes = 5 + experts  # each is two groups of linears, and half the block runs for one on average
-        passes += 1.0 if retouch_job is not None else drift
+        passes += dense
         if work.recipe.permute:
             passes += 1  # behind the reordered block, and trials of one batch before it
         if retouch_job is not None:
@@ -100,7 +100,8 @@ def estimate_seconds(work: Workload) -> float:
 def _token_passes(work: Workload, index: int) -> float:
     """How often matching looks at every token of block `index`, if what it trains takes tokens apart."""
     tokens, hidden = work.skeleton.window_shape(index, work.recipe.seqlen)
-    own = pace(work.batch * tokens, hidden, work.linear_job.method.updates_weights)
+    by_logits = index == len(work.skeleton) - 1 and work.skeleton.kind is CAUSAL
+    own = pace(work.batch * tokens, hidden, work.linear_job.method.updates_weights, by_logits)
     assert work.retouch_job is not None
     return (work.retouch_job.passes or own.passes) / own.one_token_in
 

@@ -111,8 +111,9 @@ class Job:
 
     @property
     def drift_one_in(self) -> int:
-        """One batch in so many shows what linears are given in the dense model; all where some are held out to judge."""
-        if self.linear_job.method.holds_out or not self.linear_job.method.needs_drift:
+        """One batch in so many goes through the dense model too: all where some are held out to judge, or blocks matched."""
+        method = self.linear_job.method
+        if method.holds_out or self.recipe.match_blocks or not method.needs_drift:
             return 1
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
         widest = max(linear.shape[1] for linears in blocks for linear in linears)

@@ -59,7 +59,7 @@ class BlockEngine:
         min_expert_tokens: an expert that fewer tokens choose is measured on all; see `routing`.
         retouch_job: how each block is matched to the dense block once it is pruned, or None.
         ranks: who has windows of the same run.
-        drift_one_in: one batch in so many shows what linears are given in the dense model.
+        drift_one_in: one batch in so many goes through the dense model too; all, where blocks are matched.
     """
 
     skeleton: Skeleton
@@ -82,8 +82,7 @@ class BlockEngine:
     def __post_init__(self) -> None:
         self.stream = Stream(self.skeleton, self.source, self.device)
         if self.linear_job.method.needs_drift or self.retouch_job is not None:
-            matched = self.retouch_job is not None
-            self.dense = DenseCompanion(self.skeleton, self.source, self.device, self.drift_one_in, matched)
+            self.dense = DenseCompanion(self.skeleton, self.source, self.device, self.drift_one_in)
 
     def embed(self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True) -> None:
         """Run what comes before the blocks on this rank's share of all `batches`; see `Stream.embed`."""

@@ -35,8 +35,7 @@ class DenseCompanion:
     Args:
         skeleton, source: as of the run; the source gives the trained weights.
         device: where the copies of the blocks run.
-        one_in: the inputs of linears are told for one batch in so many, from the first on.
-        all_outputs: outputs are wanted of every batch. Otherwise the other batches do not go along.
+        one_in: one batch in so many goes along, from the first on.
     """
 
     def __init__(
@@ -45,20 +44,18 @@ class DenseCompanion:
         source: Source,
         device: torch.device,
         one_in: int = 1,
-        all_outputs: bool = True,
     ) -> None:
         self.stream = Stream(skeleton, source, device)
-        self._one_in, self._all_outputs = one_in, all_outputs
-        #: Batch of the pruned model whose inputs are told -> its number here.
+        self._one_in = one_in
+        #: Batch of the pruned model -> its number here.
         self._told: dict[int, int] = {}
 
     def embed(
         self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True, before: int = 0
     ) -> None:
         """As `Stream.embed`; `before` batches come before these, on other ranks."""
-        told = [batch for batch in range(len(batches)) if (before + batch) % self._one_in == 0]
-        along = range(len(batches)) if self._all_outputs else told
-        self._told = {batch: here for here, batch in enumerate(along) if batch in told}
+        along = [batch for batch in range(len(batches)) if (before + batch) % self._one_in == 0]
+        self._told = {batch: here for here, batch in enumerate(along)}
         self.stream.embed([batches[batch] for batch in along], spill_to, on_device)
 
     def propagate(self, index: int) -> None:
@@ -111,7 +108,7 @@ class DenseInputs:
     def of(self, name: str, batch: int, tokens: int) -> torch.Tensor | None:
         """The input (tokens, in) of linear `name` for `batch`, once; None where it is not told.
 
-        That is for batches that are not among those in question, and where other tokens than the linear's reach it.
+        That is for batches that did not go along, and where other tokens than the linear's reach it.
 
         `tokens` are the rows that reach it in the pruned model. Only where these are all tokens of the batch, on either
         side, is it certain that row t is the same token: an expert's tokens may be others.

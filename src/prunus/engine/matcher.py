@@ -81,8 +81,9 @@ class Matcher:
 
         if not looked:
             tail = self._tail(block, names, run, inputs, forward)
-        own_pace = _pace(inputs.shape(0), tail is not None and tail.by_token)
         with self._compare(index) as compare:
+            by_token = tail is not None and tail.by_token
+            own_pace = _pace(inputs.shape(0), by_token, compare is not None)
             return retouch(
                 self.job,
                 self.stream.skeleton.block_name(index),
@@ -133,7 +134,7 @@ class Matcher:
             yield divergence(logits, self.ranks if self.split is ALONE else ALONE)
 
 
-def _pace(shape: Sequence[int], by_token: bool) -> Pace:
+def _pace(shape: Sequence[int], by_token: bool, by_logits: bool) -> Pace:
     """For batches of hidden states (windows, tokens, hidden), or of images as grids (images, channels, height, width)."""
     hidden = shape[-1] if len(shape) == 3 else shape[1]
-    return pace(math.prod(shape) // hidden, hidden, by_token)
+    return pace(math.prod(shape) // hidden, hidden, by_token, by_logits)

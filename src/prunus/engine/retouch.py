@@ -29,6 +29,8 @@ _TOKENS_A_STEP = 256
 _MOST_PASSES, _LEAST_PASSES = 7, 3
 # Of the size of the weights, and the hidden size at which that was measured.
 _RATE, _RATE_WIDTH = 7e-3, 576
+# By logits, of which a step sees a quarter of its tokens', gradients are noisier and take ten times as long.
+_MOST_PASSES_BY_LOGITS, _RATE_BY_LOGITS = 4, 2e-3
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Pace:
     learning_rate: float
 
 
-def pace(tokens: int, hidden: int, by_token: bool) -> Pace:
+def pace(tokens: int, hidden: int, by_token: bool, by_logits: bool = False) -> Pace:
     """What is done where nothing else is asked for. A pass costs `1 / one_token_in` of one over all tokens.
 
     The rate falls with the root of the width: 7 thousandths of the size of the weights are best in SmolLM2-135M, whose
@@ -51,10 +53,13 @@ def pace(tokens: int, hidden: int, by_token: bool) -> Pace:
         tokens: of a batch.
         hidden: size of the block's hidden states.
         by_token: what is trained can be run on some tokens of a batch.
+        by_logits: the block is judged by what the head makes of its outputs.
     """
     one_in = min(_MOST_PASSES, max(1, tokens // _TOKENS_A_STEP)) if by_token else 1
     passes = min(_MOST_PASSES, max(_LEAST_PASSES, 2 * one_in))
-    return Pace(passes, one_in, _RATE * min(1.0, (_RATE_WIDTH / hidden) ** 0.5))
+    rate = _RATE_BY_LOGITS if by_logits else _RATE
+    passes = min(passes, _MOST_PASSES_BY_LOGITS) if by_logits else passes
+    return Pace(passes, one_in, rate * min(1.0, (_RATE_WIDTH / hidden) ** 0.5))
 
 
 def trained(linears: Sequence[str], updated: bool) -> list[str]:
