@@ -114,7 +114,7 @@ def test_what_does_worse_on_held_out_batches_is_not_taken(task):
 
 
 def test_training_that_went_too_far_is_taken_part_of_the_way():
-    """A linear of many inputs fits few tokens' noise: held out, the end is worse than the beginning, the middle better."""
+    """Many inputs fit few tokens' noise: held out, the end is worse than the beginning, the middle better."""
     block = nn.Linear(20, 4, bias=False).requires_grad_(False)
     x, held = torch.randn(1, 24, 20), torch.randn(1, 2000, 20)
     better = block.weight + 0.1 * torch.randn(4, 20)
@@ -127,8 +127,11 @@ def test_training_that_went_too_far_is_taken_part_of_the_way():
     )
     noisy = torch.linalg.lstsq(x[0], targets[0][0]).solution.T
     error = lambda weight: float((held @ (weight - better).T).square().sum() / targets[1].square().sum())  # noqa: E731
-    assert error(noisy) > match.error_before > match.error_after == pytest.approx(
-        error(match.weights["weight"]), rel=1e-4
+    assert (
+        error(noisy)
+        > match.error_before
+        > match.error_after
+        == pytest.approx(error(match.weights["weight"]), rel=1e-4)
     )
     way = noisy - block.weight
     shares = torch.linspace(0, 1, 101)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import prunus
+from prunus.costs import estimate_seconds
 from prunus.engine import retouch
-from prunus.plan import Job
+from prunus.plan import Job, RunOptions, prepare
+from prunus.recipe import Recipe
 from test_resume import StopError, stop_after
 from tiny import tiny_checkpoint, token_ids
 
@@ -47,3 +49,24 @@ def test_best_gives_the_same_bytes_in_memory_replayed_and_resumed(family, patter
     for shard in (tmp_path / "plain").glob("*.safetensors"):
         for other in ("resumed", "replayed"):
             assert (tmp_path / other / shard.name).read_bytes() == shard.read_bytes(), (other, shard.name)
+
+
+def test_the_estimate_counts_what_a_preset_does_more(tmp_path, monkeypatch):
+    monkeypatch.setattr("prunus.costs.matmul_rate", lambda device, dtype: 1.0)
+    dense = tiny_checkpoint(tmp_path / "dense")
+
+    def seconds(**options):
+        job = prepare(
+            dense, Recipe(samples=8, seqlen=32, batch=1, **options), RunOptions(input_ids=token_ids(8, 32))
+        )
+        return estimate_seconds(job)
+
+    steps = [
+        seconds(preset="fast"),
+        seconds(method="alps"),
+        seconds(preset="balanced"),
+        seconds(method="alps", targets="dense", match_blocks=True),
+        seconds(preset="best"),
+    ]
+    assert steps == sorted(steps) and len(set(steps)) == len(steps)
+    assert steps[0] < seconds(match_blocks=True)

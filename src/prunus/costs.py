@@ -62,6 +62,7 @@ def estimate_seconds(work: Workload) -> float:
     """Matrix products of all forward passes at the rate measured now, plus 40 % for the rest."""
     retouch_job = work.retouch_job
     dense = 1 / work.drift_one_in if work.carries_dense else 0.0
+    drift = dense if work.linear_job.method.needs_drift else 0.0
     flops = 0.0
     for index in range(len(work.skeleton)):
         tokens = work.windows * work.skeleton.window_shape(index, work.recipe.seqlen)[0]

@@ -111,7 +111,7 @@ class Job:
 
     @property
     def drift_one_in(self) -> int:
-        """One batch in so many goes through the dense model too: all where some are held out to judge, or blocks matched."""
+        """One batch in so many goes through the dense model too: all where some are held out, or blocks matched."""
         method = self.linear_job.method
         if method.holds_out or self.recipe.match_blocks or not method.needs_drift:
             return 1

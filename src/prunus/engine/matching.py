@@ -119,7 +119,16 @@ def match_block(
                 parameter.requires_grad_(True)
             squares = functools.partial(_squares, per_token=options.per_token)
             return _train(
-                parameters, begin, forward, target, train, held_out, supports, options, compare or squares, ranks
+                parameters,
+                begin,
+                forward,
+                target,
+                train,
+                held_out,
+                supports,
+                options,
+                compare or squares,
+                ranks,
             )
         finally:
             for name, parameter in parameters.items():
@@ -217,9 +226,9 @@ def _train(
         _put(_between(begin, end, share), parameters)
         return judge()
 
-    for share_of_way, error in _on_the_way(before, error, error_at) if steps else ():
-        if error < best:
-            best, best_weights = error, _between(begin, end, share_of_way)
+    for share_of_way, found in _on_the_way(before, error, error_at) if steps else ():
+        if found < best:
+            best, best_weights = found, _between(begin, end, share_of_way)
     return Match(best_weights, before, best, steps, stopped)
 
 
