@@ -20,7 +20,7 @@ import torch
 torch.set_num_threads(1)
 
 import prunus  # noqa: E402
-from prunus.engine import divergence  # noqa: E402
+from prunus.engine import companion, divergence  # noqa: E402
 from prunus.engine.step_batches import StepBatches  # noqa: E402
 from prunus.manifest import Manifest  # noqa: E402
 from prunus.ranks import RankError, joined  # noqa: E402
@@ -138,16 +138,22 @@ def permuted(scratch: Path) -> dict[str, Any]:
 def matched(scratch: Path) -> dict[str, Any]:
     """Blocks trained by several ranks, against one: alike window by window, or each a part of every step's windows."""
     divergence.TOKENS = 6  # three pieces of a window in front of the head, for two ranks or four
+    companion._TOKENS_PER_FEATURE = (
+        0.1  # so that every fourth batch goes through the dense model where some will do
+    )
     llama = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
     routed = tiny_checkpoint(scratch / "routed", "qwen3_moe", torch.bfloat16)
     match = {"match_blocks": True, "match_rate": 1e-3, "match_passes": 5}
     best = {"method": "alps", "targets": "dense"}
+    last = {"match_blocks": False, "match_last": True}
     cases: dict[str, tuple[Path, int, int, dict[str, Any]]] = {
         "alike": (llama, 2, 6, {}),
         "more ranks than windows": (llama, 4, 3, {}),
         "apart": (llama, 2, 7, {"batch": 2}),  # the last step has one window
         "apart, best, 2:4": (llama, 3, 32, best | {"batch": 4, "pattern": "2:4"}),
         "apart, experts": (routed, 2, 6, {"batch": 2}),
+        "last alone": (llama, 2, 6, last),
+        "last alone, on every fourth": (llama, 3, 21, best | last),
     }
     found = {}
     for name, (dense, size, windows, more) in cases.items():
@@ -158,9 +164,10 @@ def matched(scratch: Path) -> dict[str, Any]:
         assert not any(status), (name, status)
         both = Manifest.load(several)
         found[name] = {
-            "before": [block.match.error_before for block in alone.blocks],
-            "alone": [block.match.error_after for block in alone.blocks],
-            "several": [block.match.error_after for block in both.blocks],
+            "before": [block.match.error_before for block in alone.blocks if block.match],
+            "alone": [block.match.error_after for block in alone.blocks if block.match],
+            "several": [block.match.error_after for block in both.blocks if block.match],
+            "steps": [block.match.steps if block.match else 0 for block in both.blocks],
             **compare(one, several),
         }
 

@@ -274,12 +274,18 @@ def test_a_bias_is_trained_at_its_linears_rate():
 
 
 def test_long_batches_are_taken_in_many_small_steps():
-    assert pace(1024, 576, by_token=True) == Pace(7, 4, 7e-3)
-    assert pace(1024, 576, by_token=False) == Pace(3, 1, 7e-3)
-    assert pace(1024, 576, by_token=True, by_logits=True) == Pace(4, 4, 2e-3)
-    assert pace(1024, 576, by_token=False, by_logits=True) == Pace(3, 1, 2e-3)
-    assert pace(256, 576, by_token=True).one_token_in == 1
+    assert pace(1024, 576, by_token=True, batches=32) == Pace(7, 4, 7e-3)
+    assert pace(1024, 576, by_token=False, batches=32) == Pace(3, 1, 7e-3)
+    assert pace(256, 576, by_token=True, batches=32).one_token_in == 1
     for tokens in (32, 512, 2048, 2**20):
-        own = pace(tokens, 4 * 576, by_token=True)
+        own = pace(tokens, 4 * 576, by_token=True, batches=32)
         assert own.passes >= own.one_token_in, "passes see all tokens"
-        assert own.learning_rate == pace(tokens, 576, by_token=True).learning_rate / 2
+        assert own.learning_rate == pace(tokens, 576, by_token=True, batches=32).learning_rate / 2
+
+
+def test_by_logits_so_many_steps_are_enough_however_many_batches_there_are():
+    by_logits = lambda batches, by_token=True: pace(1024, 576, by_token, batches, by_logits=True)  # noqa: E731
+    assert by_logits(32) == Pace(4, 4, 2e-3)
+    assert by_logits(8) == Pace(8, 4, 2e-3), "a pass is a sixteenth of the tokens, half of them are enough"
+    assert by_logits(200) == by_logits(1000) == Pace(1, 4, 2e-3)
+    assert by_logits(32, by_token=False) == Pace(3, 1, 2e-3)

@@ -72,20 +72,24 @@ def test_uneven_shares_and_ranks_without_windows(found):
     assert all(case["bytes"] for case in found["uneven"].values())
 
 
-@pytest.mark.parametrize("name", ["alike", "more ranks than windows"])
+@pytest.mark.parametrize("name", ["alike", "more ranks than windows", "last alone"])
 def test_steps_of_one_window_are_those_of_one_process(found, name):
     result = found["matched"][name]
     assert result["bytes"]
     assert sum(result["several"]) < sum(result["before"]), "something was learnt"
 
 
-@pytest.mark.parametrize("name", ["apart", "apart, best, 2:4", "apart, experts"])
+@pytest.mark.parametrize(
+    "name", ["apart", "apart, best, 2:4", "apart, experts", "last alone, on every fourth"]
+)
 def test_blocks_are_matched_as_well_as_by_one_process(found, name):
     result = found["matched"][name]
     assert result["several"] == pytest.approx(result["alone"], rel=0.1)
     # What is rounded otherwise in the first block moves what ALPS chooses, and where tokens are routed, in the second.
     assert result["masks"] <= (1e-3 if name == "apart" else 1e-2)
     assert sum(result["several"]) < sum(result["before"])
+    if name == "last alone, on every fourth":
+        assert result["steps"] == [0, 5 * 5], "six of 21 batches go along, five are learnt from"
 
 
 def test_a_rank_lost_in_training_is_named_and_another_number_goes_on(found):

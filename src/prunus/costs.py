@@ -75,9 +75,11 @@ def estimate_seconds(work: Workload) -> float:
         passes += dense
         if work.recipe.permute:
             passes += 1  # behind the reordered block, and trials of one batch before it
-        if retouch_job is not None:
+        if retouch_job is not None and retouch_job.takes(index, len(work.skeleton)):
             learn = trained(list(sizes), work.linear_job.method.updates_weights)
-            passes += 1 + 3 * _token_passes(work, index) * sum(sizes[name] for name in learn) / weights
+            passes += (
+                1 + 3 * dense * _token_passes(work, index) * sum(sizes[name] for name in learn) / weights
+            )
         flops += 2.0 * weights * tokens * passes
         if work.linear_job.method.needs == "gram":
             chosen = [x for x in work.skeleton.linears(index) if x.name in work.targets[index]]
@@ -93,7 +95,7 @@ def estimate_seconds(work: Workload) -> float:
     if retouch_job is not None:
         # The last block is matched by its logits: for some tokens the head forwards twice, and once back.
         in_window, hidden = work.skeleton.window_shape(len(work.skeleton) - 1, work.recipe.seqlen)
-        seen = work.windows * in_window * _token_passes(work, len(work.skeleton) - 1)
+        seen = work.windows * in_window * dense * _token_passes(work, len(work.skeleton) - 1)
         flops += (4.0 / ONE_HELD_OUT_IN + 6.0) / ONE_IN * _head_rows(work.skeleton) * hidden * seen
     return round(1.4 * flops / matmul_rate(work.device, work.dtype), 1)
 
@@ -102,7 +104,8 @@ def _token_passes(work: Workload, index: int) -> float:
     """How often matching looks at every token of block `index`, if what it trains takes tokens apart."""
     tokens, hidden = work.skeleton.window_shape(index, work.recipe.seqlen)
     by_logits = index == len(work.skeleton) - 1 and work.skeleton.kind is CAUSAL
-    own = pace(work.batch * tokens, hidden, work.linear_job.method.updates_weights, by_logits)
+    batches = -(-work.windows // work.batch) // work.drift_one_in
+    own = pace(work.batch * tokens, hidden, work.linear_job.method.updates_weights, batches, by_logits)
     assert work.retouch_job is not None
     return (work.retouch_job.passes or own.passes) / own.one_token_in
 
@@ -152,7 +155,7 @@ def block_cost(work: Workload, index: int) -> BlockCost:
     transient = work.needs_inputs * batch_tokens * (6 * hidden + 3 * widest) * size
     if work.linear_job.method.needs_drift:
         working += (36 if work.linear_job.method.holds_out else 16) * inputs**2
-    if work.recipe.match_blocks:
+    if work.retouch_job is not None and work.retouch_job.takes(index, len(work.skeleton)):
         # Trained in float32: weights, gradients, two moments, a copy of where they began and one of the best; every
         # activation waits for the way back, attention's among them.
         numbers = computed // size

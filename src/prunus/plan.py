@@ -107,7 +107,7 @@ class Job:
     @property
     def carries_dense(self) -> bool:
         """Whether the dense model's hidden states go along."""
-        return self.linear_job.method.needs_drift or self.recipe.match_blocks
+        return self.linear_job.method.needs_drift or self.recipe.matches
 
     @property
     def drift_one_in(self) -> int:
@@ -117,8 +117,11 @@ class Job:
             return 1
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
         widest = max(linear.shape[1] for linears in blocks for linear in linears)
-        return one_batch_in(
-            self.recipe.samples * self.skeleton.window_shape(0, self.recipe.seqlen)[0], widest
+        tokens = self.recipe.samples * self.skeleton.window_shape(0, self.recipe.seqlen)[0]
+        one_in = one_batch_in(tokens, widest)
+        # Matching needs two: one to learn from, one to judge by.
+        return (
+            max(1, min(one_in, -(-self.recipe.samples // self.batch) - 1)) if self.recipe.matches else one_in
         )
 
     @property
@@ -143,11 +146,12 @@ class Job:
     @property
     def retouch_job(self) -> RetouchJob | None:
         """How blocks are matched to the dense ones; products in bfloat16 where the processor has it."""
-        if not self.recipe.match_blocks:
+        if not self.recipe.matches:
             return None
         fast = self.device.type == "cuda" or native_bfloat16()
         dtype = torch.bfloat16 if fast and self.dtype != torch.float16 else torch.float32
-        return RetouchJob(self.recipe.match_passes, self.recipe.match_rate, dtype)
+        last_alone = not self.recipe.match_blocks
+        return RetouchJob(self.recipe.match_passes, self.recipe.match_rate, dtype, last_alone)
 
     @property
     def as_original(self) -> bool:
@@ -273,11 +277,11 @@ def prepare(
     batch = recipe.batch or max(
         1, min(recipe.samples, _TOKENS_PER_BATCH // skeleton.window_shape(0, recipe.seqlen)[0])
     )
-    if method_options.as_original or recipe.match_blocks:
+    if method_options.as_original or recipe.matches:
         batch = recipe.batch or 1  # for matching, a step is a batch
-    if recipe.match_blocks and recipe.samples <= batch:
+    if recipe.matches and recipe.samples <= batch:
         raise ValueError(
-            f"--match-blocks trains on some batches and judges by others: {recipe.samples} windows in batches of {batch} "
+            f"matching trains on some batches and judges by others: {recipe.samples} windows in batches of {batch} "
             "are one; give more --samples or a smaller --batch"
         )
     ranks = options.ranks or ALONE
@@ -312,7 +316,7 @@ def prepare(
 
 def _needs_inputs(recipe: Recipe, method: Method) -> bool:
     measured = recipe.allocation in MEASURED_ALLOCATIONS
-    return method.needs != "none" or recipe.match_blocks or measured
+    return method.needs != "none" or recipe.matches or measured
 
 
 def _free_on(device: torch.device) -> int:

@@ -9,7 +9,7 @@ __all__ = ["PRESETS", "preset_options"]
 #: Name -> options of a recipe; what the user gives goes before them.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda"},
-    "balanced": {"method": "alps", "targets": "dense"},
+    "balanced": {"method": "alps", "targets": "dense", "match_last": True},
     "best": {"method": "alps", "targets": "dense", "match_blocks": True},
 }
 # Only unstructured sparsity can be shared out, and only groups of N:M care who stands next to whom.

@@ -84,20 +84,15 @@ class Recipe(BaseModel):
         description="share of the dense model in the targets; auto: by windows held out, per linear",
     )
     match_blocks: bool = Field(False, description="train each pruned block towards the dense block's outputs")
-    match_passes: int | None = Field(
-        None, description="of match_blocks over the calibration windows; None: its own"
-    )
-    match_rate: float | None = Field(
-        None, description="peak learning rate of match_blocks; None: relative, its own"
-    )
+    match_last: bool = Field(False, description="train the last pruned block alone, towards the dense logits")
+    match_passes: int | None = Field(None, description="of matching over the windows; None: its own")
+    match_rate: float | None = Field(None, description="peak learning rate of matching; None: its own")
     permute: bool = Field(False, description="for N:M: reorder inputs first, where that can be folded away")
     allocation: Literal["uniform", "owl", "dlp", "arithmetic", "search"] = Field(
         "uniform", description="how the sparsity is shared out; its mean stays what was asked for"
     )
     allocation_by: Literal["block", "linear"] = Field("block", description="what gets a sparsity of its own")
-    allocation_spread: float | None = Field(
-        None, description="of owl, dlp, arithmetic: half the distance from the densest to the sparsest"
-    )
+    allocation_spread: float | None = Field(None, description="of owl, dlp, arithmetic: half the range")
 
     @model_validator(mode="before")
     @classmethod
@@ -239,15 +234,20 @@ class Recipe(BaseModel):
             )
         if self.allocation == "uniform" and self.allocation_by != "block":
             raise ValueError("allocation_by needs an --allocation other than uniform")
-        if not self.match_blocks and (self.match_passes is not None or self.match_rate is not None):
+        if not self.matches and (self.match_passes is not None or self.match_rate is not None):
             raise ValueError("match_passes and match_rate belong to --match-blocks: drop them or add it")
-        if self.match_blocks and self.propagate == "block":
+        if self.matches and self.propagate == "block":
             raise ValueError(
                 "match_blocks needs propagate linear: what the original goes on with is never trained"
             )
         if self.refine == "none" and self.refine_rounds is not None:
             raise ValueError("refine_rounds belong to --refine dsnot or swaps: drop them or add one")
         return self
+
+    @property
+    def matches(self) -> bool:
+        """Whether any block is matched to the dense model's."""
+        return self.match_blocks or self.match_last
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:

@@ -95,8 +95,8 @@ def prune(
         progress: called after every block; under torchrun on rank 0.
         **recipe_options: further fields of `Recipe`: samples, seqlen, seed, batch, dtype, group, propagate, only,
             ignore, head, min_expert_tokens, mask_from, mask_order, damping, ria_power, iterations, refine,
-            refine_rounds, update, targets, mix, match_blocks, match_passes, match_rate, permute, allocation,
-            allocation_by, allocation_spread.
+            refine_rounds, update, targets, mix, match_blocks, match_last, match_passes, match_rate, permute,
+            allocation, allocation_by, allocation_spread.
 
     Returns:
         The manifest: recipe, inputs, per linear shape, sparsity reached, error and seconds, and totals. For a

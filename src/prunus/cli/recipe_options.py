@@ -27,7 +27,7 @@ OPTIONS: dict[str, Any] = {
     "preset": Annotated[
         str | None,
         typer.Option(
-            help="fast (wanda), balanced (alps, --targets dense) or best (the same, --match-blocks and "
+            help="fast (wanda), balanced (alps, --targets dense, --match-last) or best (--match-blocks and "
             "--allocation search, with N:M --permute); other options go before it."
         ),
     ],
@@ -176,18 +176,27 @@ OPTIONS: dict[str, Any] = {
             "each.",
         ),
     ],
+    "match_last": Annotated[
+        bool | None,
+        typer.Option(
+            "--match-last",
+            help="The last block alone is trained, towards the dense model's logits: a tenth of what was lost for a "
+            "tenth of the time.",
+        ),
+    ],
     "match_passes": Annotated[
         int | None,
         typer.Option(
-            help="Of --match-blocks over the calibration windows.",
-            show_default="7, each of a quarter of the tokens of windows of 1024; 3 for whole blocks",
+            help="Of --match-blocks or --match-last over the windows.",
+            show_default="7, each of a quarter of the tokens of windows of 1024; 3 for whole blocks; about 100 steps by "
+            "logits",
         ),
     ],
     "match_rate": Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate of --match-blocks.",
-            show_default="0.7 % of the size of a tensor's weights, less in models wider than 576",
+            help="Peak learning rate of --match-blocks or --match-last.",
+            show_default="0.7 % of the size of a tensor's weights, by logits 0.2 %, less in models wider than 576",
         ),
     ],
     "permute": Annotated[

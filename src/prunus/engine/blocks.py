@@ -59,7 +59,7 @@ class BlockEngine:
         min_expert_tokens: an expert that fewer tokens choose is measured on all; see `routing`.
         retouch_job: how each block is matched to the dense block once it is pruned, or None.
         ranks: who has windows of the same run.
-        drift_one_in: one batch in so many goes through the dense model too; all, where blocks are matched.
+        drift_one_in: one batch in so many goes through the dense model too.
     """
 
     skeleton: Skeleton
@@ -167,7 +167,9 @@ class BlockEngine:
 
         unreached, match, tail = linears, None, None
         # Of several ranks each would keep what all have.
-        keeps = self.retouch_job is not None and walk == "lockstep" and self.ranks.size == 1
+        job = self.retouch_job
+        retouch_job = job if job is not None and job.takes(index, len(self.skeleton)) else None
+        keeps = retouch_job is not None and walk == "lockstep" and self.ranks.size == 1
         names = trained([linear.name for linear in linears], self.linear_job.method.updates_weights)
         count, with_windows = len(self.stream), sum(self._counts) > 0
         held_out = frozenset(batch - self._before for batch in held_out_of(sum(self._counts)))
@@ -175,7 +177,7 @@ class BlockEngine:
         settled = [
             linear
             for linear in linears
-            if self.retouch_job is not None and linear.name in folds and linear.name not in names
+            if retouch_job is not None and linear.name in folds and linear.name not in names
         ]
         with contextlib.ExitStack() as outer, contextlib.ExitStack() as stack:
             feed: Feed = plain_feed
@@ -192,7 +194,7 @@ class BlockEngine:
                     tail = find_tail(block, names, forward, 0)
                 if tail is not None:
                     forward = stack.enter_context(tail.recording())
-                finish = put if self.retouch_job is None and not self.permute else _forget
+                finish = put if retouch_job is None and not self.permute else _forget
                 unreached = _WALKS[walk](
                     linears,
                     count,
@@ -209,10 +211,16 @@ class BlockEngine:
                 nothing.complete(self.ranks)
                 prune_one(linear, nothing)
             stack.close()  # the dense block's outputs are where its inputs were
-            if self.retouch_job is not None and changed:
+            if retouch_job is not None and changed:
                 assert self.dense is not None
                 matcher = Matcher(
-                    self.retouch_job, self.stream, self.dense.stream, self._counts, self.ranks, self._split
+                    retouch_job,
+                    self.stream,
+                    self.dense.stream,
+                    list(self.dense.along),
+                    self.dense.counts_along(self._counts),
+                    self.ranks,
+                    self._split,
                 )
                 learnt, match = matcher.match(index, block, stored, changed, names, tail, keeps)
                 changed |= learnt
@@ -221,7 +229,7 @@ class BlockEngine:
         by_name = {linear.name: linear for linear in self.skeleton.linears(index)}
         for relative, order_I in orders.items():
             changed |= fold({**stored, **changed}, folds[relative], order_I, by_name)
-        if self.retouch_job is not None or self.permute:
+        if retouch_job is not None or self.permute:
             self._advance(index, {**stored, **changed}, tail, reordered=bool(orders))
         self.skeleton.release(index)
         check_same(self.ranks, name, changed)

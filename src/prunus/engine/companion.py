@@ -7,6 +7,7 @@ that pruning cannot touch it; its outputs take the place of its inputs once the 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -47,16 +48,21 @@ class DenseCompanion:
     ) -> None:
         self.stream = Stream(skeleton, source, device)
         self._one_in = one_in
-        #: Batch of the pruned model -> its number here.
-        self._told: dict[int, int] = {}
+        #: Batch of the pruned model that goes along -> its number here.
+        self.along: dict[int, int] = {}
 
     def embed(
         self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True, before: int = 0
     ) -> None:
         """As `Stream.embed`; `before` batches come before these, on other ranks."""
         along = [batch for batch in range(len(batches)) if (before + batch) % self._one_in == 0]
-        self._told = {batch: here for here, batch in enumerate(along)}
+        self.along = {batch: here for here, batch in enumerate(along)}
         self.stream.embed([batches[batch] for batch in along], spill_to, on_device)
+
+    def counts_along(self, counts: Sequence[int]) -> list[int]:
+        """How many go along of the batches of every rank, which are so many."""
+        ends = [-(-end // self._one_in) for end in itertools.accumulate(counts, initial=0)]
+        return [end - start for start, end in itertools.pairwise(ends)]
 
     def propagate(self, index: int) -> None:
         """Take all batches through dense block `index`."""
@@ -77,7 +83,7 @@ class DenseCompanion:
         """
         block = self.stream.skeleton.duplicate(index, stored, self.stream.device)
         linears = [linear for linear in find_linears(block) if linear.name in names]
-        inputs = DenseInputs(self.stream, self._told, index, block, linears, keep)
+        inputs = DenseInputs(self.stream, self.along, index, block, linears, keep)
         yield inputs
         inputs.finish()
 
@@ -92,14 +98,14 @@ class DenseInputs:
     def __init__(
         self,
         stream: Stream,
-        told: Mapping[int, int],
+        along: Mapping[int, int],
         index: int,
         block: torch.nn.Module,
         linears: list[Linear],
         keep: bool,
     ) -> None:
         self._stream = stream
-        self._told = told
+        self._along = along
         self._forward = stream.forward(index, block)
         self._linears = {linear.name: linear for linear in linears}
         self._keep = keep
@@ -113,9 +119,9 @@ class DenseInputs:
         `tokens` are the rows that reach it in the pruned model. Only where these are all tokens of the batch, on either
         side, is it certain that row t is the same token: an expert's tokens may be others.
         """
-        if batch not in self._told:
+        if batch not in self._along:
             return None
-        batch = self._told[batch]
+        batch = self._along[batch]
         states = self._stream.states.get(batch)
         # Of images as grids (images, channels, height, width) no positions are routed anywhere: all come along.
         everything = tokens if states.dim() == 4 else states.shape[:-1].numel()

@@ -32,8 +32,9 @@ class Matcher:
     Attributes:
         job: how.
         stream: the pruned model's hidden states, before the block.
-        dense: the dense model's, behind it.
-        counts: batches of every rank.
+        dense: the dense model's, behind it, of some batches.
+        along: numbers of these in `stream`.
+        counts: how many they are of every rank.
         ranks: of the run.
         split: who takes the windows of a step apart; see `step_batches`.
     """
@@ -41,6 +42,7 @@ class Matcher:
     job: RetouchJob
     stream: Stream
     dense: Stream
+    along: Sequence[int]
     counts: Sequence[int]
     ranks: Ranks
     split: Ranks
@@ -71,26 +73,28 @@ class Matcher:
         """
         self.ranks.at(f"{self.stream.skeleton.block_name(index)}, matching")
         inputs, wanted = (
-            StepBatches(stream.states, self.counts, self.ranks, self.split, self.stream.device)
-            for stream in (self.stream, self.dense)
+            StepBatches(stream.states, chosen, self.counts, self.ranks, self.split, self.stream.device)
+            for stream, chosen in ((self.stream, self.along), (self.dense, range(len(self.along))))
         )
         run = self.stream.call(index, block)
 
         def forward(batch: int) -> torch.Tensor:
             return run(x) if len(x := inputs.get(batch)) else x
 
+        numbers = self.along  # a tail that was kept knows all batches
         if not looked:
-            tail = self._tail(block, names, run, inputs, forward)
+            tail, numbers = self._tail(block, names, run, inputs, forward), range(len(inputs))
+        last = tail or (lambda batch, _all: forward(batch))
         with self._compare(index) as compare:
             by_token = tail is not None and tail.by_token
-            own_pace = _pace(inputs.shape(0), by_token, compare is not None)
+            own_pace = _pace(inputs, by_token, compare is not None)
             return retouch(
                 self.job,
                 self.stream.skeleton.block_name(index),
                 block,
                 stored,
                 {f"{linear}.weight": pruned[f"{linear}.weight"] for linear in names},
-                tail or (lambda batch, _all: forward(batch)),
+                last if tail is None else (lambda batch, tokens: last(numbers[batch], tokens)),
                 wanted.get,
                 len(inputs),
                 own_pace,
@@ -134,7 +138,8 @@ class Matcher:
             yield divergence(logits, self.ranks if self.split is ALONE else ALONE)
 
 
-def _pace(shape: Sequence[int], by_token: bool, by_logits: bool) -> Pace:
+def _pace(inputs: StepBatches, by_token: bool, by_logits: bool) -> Pace:
     """For batches of hidden states (windows, tokens, hidden), or of images as grids (images, channels, height, width)."""
+    shape = inputs.shape(0)
     hidden = shape[-1] if len(shape) == 3 else shape[1]
-    return pace(math.prod(shape) // hidden, hidden, by_token, by_logits)
+    return pace(math.prod(shape) // hidden, hidden, by_token, len(inputs), by_logits)

@@ -29,8 +29,9 @@ _TOKENS_A_STEP = 256
 _MOST_PASSES, _LEAST_PASSES = 7, 3
 # Of the size of the weights, and the hidden size at which that was measured.
 _RATE, _RATE_WIDTH = 7e-3, 576
-# By logits, of which a step sees a quarter of its tokens', gradients are noisier and take ten times as long.
-_MOST_PASSES_BY_LOGITS, _RATE_BY_LOGITS = 4, 2e-3
+# By logits, of which a step sees a quarter of its tokens', gradients are noisier and take ten times as long: so many
+# steps are enough.
+_STEPS_BY_LOGITS, _RATE_BY_LOGITS = 120, 2e-3
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Pace:
     learning_rate: float
 
 
-def pace(tokens: int, hidden: int, by_token: bool, by_logits: bool = False) -> Pace:
+def pace(tokens: int, hidden: int, by_token: bool, batches: int, by_logits: bool = False) -> Pace:
     """What is done where nothing else is asked for. A pass costs `1 / one_token_in` of one over all tokens.
 
     The rate falls with the root of the width: 7 thousandths of the size of the weights are best in SmolLM2-135M, whose
@@ -53,13 +54,21 @@ def pace(tokens: int, hidden: int, by_token: bool, by_logits: bool = False) -> P
         tokens: of a batch.
         hidden: size of the block's hidden states.
         by_token: what is trained can be run on some tokens of a batch.
+        batches: how many there are.
         by_logits: the block is judged by what the head makes of its outputs.
     """
     one_in = min(_MOST_PASSES, max(1, tokens // _TOKENS_A_STEP)) if by_token else 1
     passes = min(_MOST_PASSES, max(_LEAST_PASSES, 2 * one_in))
     rate = _RATE_BY_LOGITS if by_logits else _RATE
-    passes = min(passes, _MOST_PASSES_BY_LOGITS) if by_logits else passes
+    if by_logits:
+        enough = round(_STEPS_BY_LOGITS / max(1, batches - held_out(batches)))
+        passes = max(1, min(max(_LEAST_PASSES, 2 * one_in), enough))
     return Pace(passes, one_in, rate * min(1.0, (_RATE_WIDTH / hidden) ** 0.5))
+
+
+def held_out(batches: int) -> int:
+    """How many of `batches`, the last ones, are not trained on."""
+    return max(1, batches // ONE_HELD_OUT_IN)
 
 
 def trained(linears: Sequence[str], updated: bool) -> list[str]:
@@ -74,11 +83,16 @@ def trained(linears: Sequence[str], updated: bool) -> list[str]:
 @dataclass(frozen=True)
 class RetouchJob:
     """How blocks are matched: passes over the calibration windows and Adam's peak rate, the same for all tensors, or
-    None for those of `pace`; dtype of the products."""
+    None for those of `pace`; dtype of the products; whether it is the last block alone."""
 
     passes: int | None
     learning_rate: float | None
     dtype: torch.dtype
+    last_alone: bool = False
+
+    def takes(self, index: int, blocks: int) -> bool:
+        """Whether block `index` of so many `blocks` is matched."""
+        return not self.last_alone or index == blocks - 1
 
 
 def retouch(
@@ -124,7 +138,7 @@ def retouch(
         # Not norms: what they scale, the weights next to them can.
         if key.endswith(".bias") and f"{key.removesuffix('.bias')}.weight" in pruned and key in stored:
             supports[key] = torch.ones(parameter.shape, dtype=torch.bool, device=device)
-    held_out = max(1, count // ONE_HELD_OUT_IN)
+    learnt_from = count - held_out(count)
     options = MatchOptions(
         learning_rate=job.learning_rate or own_pace.learning_rate,
         relative=job.learning_rate is None,
@@ -139,8 +153,8 @@ def retouch(
             block,
             forward,
             target,
-            range(count - held_out),
-            range(count - held_out, count),
+            range(learnt_from),
+            range(learnt_from, count),
             supports,
             options,
             compare,

@@ -36,19 +36,27 @@ class StepBatches:
 
     Args:
         states: this rank's.
-        counts: how many each rank has.
+        chosen: numbers of those among them that are meant.
+        counts: how many of them each rank has.
         ranks: of the run.
         split: see `splitting`.
         device: where `get` puts them.
     """
 
     def __init__(
-        self, states: HiddenStates, counts: Sequence[int], ranks: Ranks, split: Ranks, device: torch.device
+        self,
+        states: HiddenStates,
+        chosen: Sequence[int],
+        counts: Sequence[int],
+        ranks: Ranks,
+        split: Ranks,
+        device: torch.device,
     ) -> None:
-        self._states, self._ranks, self._split, self._device = states, ranks, split, device
+        self._states, self._chosen = states, chosen
+        self._ranks, self._split, self._device = ranks, split, device
         self._owners = [rank for rank, count in enumerate(counts) for _ in range(count)]
         self._first = sum(counts[: ranks.rank])
-        layouts = [states.layout(batch) for batch in range(len(states))]
+        layouts = [states.layout(batch) for batch in chosen]
         mine = json.dumps([[list(shape), str(dtype).removeprefix("torch.")] for shape, dtype in layouts])
         self._layouts = [each for text in ranks.gather_text(mine) for each in json.loads(text)]
 
@@ -64,7 +72,7 @@ class StepBatches:
         owner, (shape, dtype) = self._owners[batch], self._layouts[batch]
         if owner == self._ranks.rank:
             # Kernels may round differently on other strides, and those who are sent it get none.
-            whole = self._states.get(batch - self._first).contiguous()
+            whole = self._states.get(self._chosen[batch - self._first]).contiguous()
         else:
             whole = torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
         self._ranks.broadcast(whole, owner)
