@@ -30,6 +30,8 @@ from prunus.ranks import ALONE, Ranks
 __all__ = ["Match", "MatchOptions", "match_block"]
 
 _WARMUP = 0.05
+# Passes between two looks at what is held out, but for the last one's: at least two looks, where there are two passes.
+_MOST_UNSEEN = 4
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Match:
 
     Attributes:
         weights: the trained parameters by relative name, float32, zero outside their support; the best on the
-            held-out batches of those behind each pass, those on the way to the last, and those that it began with.
+            held-out batches of those behind some passes, those on the way to the last, and those that it began with.
         error_before, error_after: Σ‖block(x̂) − y‖² / Σ‖y‖² over the held-out batches, or its mean per token.
         steps: gradient steps that were taken.
         stopped: why training ended early, or None.
@@ -97,7 +99,7 @@ def match_block(
         forward: batch and some of its tokens -> output (windows, tokens, hidden) of `block` on that batch, of these
             tokens; called under autograd.
         target: batch -> what that output should be of all tokens, any floating dtype.
-        train, held_out: numbers of the batches to learn from, and to judge by after every pass.
+        train, held_out: numbers of the batches to learn from, and to judge by after passes of half the training or less.
         supports: relative name of a parameter -> bool of its shape, True where the weight is kept; these
             parameters are trained, all others stay as they are.
         options: see `MatchOptions`.
@@ -187,6 +189,14 @@ def _train(
         )
     best_weights = _copies(weights)
     error, stopped = before, None
+    unseen, often = 0, min(max(1, options.passes // 2), _MOST_UNSEEN)
+
+    def look() -> None:
+        nonlocal error, best, best_weights, unseen
+        error, unseen = judge(), 0
+        if error < best:
+            best, best_weights = error, _copies(weights)
+
     while steps < total and share() < 1 and stopped is None:
         for batch in train:
             if share() >= 1:
@@ -214,9 +224,11 @@ def _train(
             optimizer.zero_grad()
             _put(weights, parameters)
             steps += 1
-        error = judge()
-        if error < best:
-            best, best_weights = error, _copies(weights)
+        unseen += 1
+        if unseen >= often:
+            look()
+    if unseen:
+        look()
     if stopped is None and steps < total:
         stopped = "out of time"  # while the last pass was judged
     del optimizer, groups  # the moments' memory is for what comes now
