@@ -274,11 +274,11 @@ def prepare(
     if dtype != source.stored_dtype:
         skeleton = Skeleton(source.config, dtype, options.trust_remote_code)
         source.bind(skeleton)
-    batch = recipe.batch or max(
-        1, min(recipe.samples, _TOKENS_PER_BATCH // skeleton.window_shape(0, recipe.seqlen)[0])
-    )
-    if method_options.as_original or recipe.matches:
-        batch = recipe.batch or 1  # for matching, a step is a batch
+    # For matching, a step is a batch: one window, or half as many as otherwise where it is for one block alone.
+    at_once = _TOKENS_PER_BATCH // (2 if recipe.matches else 1) // skeleton.window_shape(0, recipe.seqlen)[0]
+    batch = recipe.batch or max(1, min(recipe.samples // 2 if recipe.matches else recipe.samples, at_once))
+    if method_options.as_original or recipe.match_blocks:
+        batch = recipe.batch or 1
     if recipe.matches and recipe.samples <= batch:
         raise ValueError(
             f"matching trains on some batches and judges by others: {recipe.samples} windows in batches of {batch} "
