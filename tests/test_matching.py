@@ -139,7 +139,7 @@ def test_training_that_went_too_far_is_taken_part_of_the_way():
     assert match.error_after < 1.1 * least
 
 
-@pytest.mark.parametrize("best", [0.1, 0.5, 0.93])
+@pytest.mark.parametrize("best", [0.125, 0.5, 0.875])
 def test_the_way_is_searched_by_a_parabola(best):
     error_at = lambda share: 3.0 + 2.0 * (share - best) ** 2  # noqa: E731
     tried = dict(_on_the_way(error_at(0.0), error_at(1.0), error_at))
@@ -289,3 +289,16 @@ def test_by_logits_so_many_steps_are_enough_however_many_batches_there_are():
     assert by_logits(8) == Pace(8, 4, 2e-3), "a pass is a sixteenth of the tokens, half of them are enough"
     assert by_logits(200) == by_logits(1000) == Pace(1, 4, 2e-3)
     assert by_logits(32, by_token=False) == Pace(3, 1, 2e-3)
+
+
+def test_what_rounding_moves_does_not_move_the_share():
+    shares = [
+        [
+            share
+            for share, _ in _on_the_way(
+                1.0 + noise, 1.2, lambda share: 1.0 + 0.2 * share - 0.5 * share * (1 - share)
+            )
+        ]
+        for noise in (-1e-3, 0.0, 1e-3)
+    ]
+    assert shares[0] == shares[1] == shares[2] == [0.5, 0.25]

@@ -30,8 +30,8 @@ from prunus.ranks import ALONE, Ranks
 __all__ = ["Match", "MatchOptions", "match_block"]
 
 _WARMUP = 0.05
-# Passes between two looks at what is held out, but for the last one's: at least two looks, where there are two passes.
-_MOST_UNSEEN = 4
+# What is held out is looked at after every quarter of the training, or after every pass.
+_LOOKS = 4
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def match_block(
         forward: batch and some of its tokens -> output (windows, tokens, hidden) of `block` on that batch, of these
             tokens; called under autograd.
         target: batch -> what that output should be of all tokens, any floating dtype.
-        train, held_out: numbers of the batches to learn from, and to judge by after passes of half the training or less.
+        train, held_out: numbers of the batches to learn from, and to judge by after every pass or quarter of them.
         supports: relative name of a parameter -> bool of its shape, True where the weight is kept; these
             parameters are trained, all others stay as they are.
         options: see `MatchOptions`.
@@ -189,7 +189,7 @@ def _train(
         )
     best_weights = _copies(weights)
     error, stopped = before, None
-    unseen, often = 0, min(max(1, options.passes // 2), _MOST_UNSEEN)
+    unseen, often = 0, max(1, min(options.passes // _LOOKS, _LOOKS))
 
     def look() -> None:
         nonlocal error, best, best_weights, unseen
@@ -247,7 +247,8 @@ def _train(
 def _on_the_way(
     before: float, after: float, error_at: Callable[[float], float]
 ) -> Iterator[tuple[float, float]]:
-    """Shares of the way that training went, and their errors: the middle, and where a parabola through it is least.
+    """Shares of the way that training went, and their errors: the middle, and where a parabola through it is least, in
+    eighths, which other rounding on other ranks hardly moves.
 
     Part of what was learnt from few tokens is noise. A shorter way has less of both, and of noise's error, which grows
     as the square, the more so: a rate that is too high for a block costs little then.
@@ -257,7 +258,7 @@ def _on_the_way(
     curvature = 2 * (before - 2 * middle + after)
     if curvature > 0:  # not where any of them is NaN
         share = (3 * before - 4 * middle + after) / (2 * curvature)
-        if 0 < share < 1:
+        if 0 < share < 1 and (share := round(8 * share) / 8) not in (0, 0.5, 1):
             yield share, error_at(share)
 
 
