@@ -138,9 +138,8 @@ def permuted(scratch: Path) -> dict[str, Any]:
 def matched(scratch: Path) -> dict[str, Any]:
     """Blocks trained by several ranks, against one: alike window by window, or each a part of every step's windows."""
     divergence.TOKENS = 6  # three pieces of a window in front of the head, for two ranks or four
-    companion._TOKENS_PER_FEATURE = (
-        0.1  # so that every fourth batch goes through the dense model where some will do
-    )
+    # So that every fourth batch goes through the dense model where some will do.
+    companion._TOKENS_PER_FEATURE = 0.1
     llama = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
     routed = tiny_checkpoint(scratch / "routed", "qwen3_moe", torch.bfloat16)
     match = {"match_blocks": True, "match_rate": 1e-3, "match_passes": 5}

@@ -96,8 +96,12 @@ class Job:
     @property
     def windows(self) -> int:
         """The most calibration windows that any rank has; they are shared out in whole batches."""
-        batches = -(-self.recipe.samples // self.batch)
-        return min(self.recipe.samples, -(-batches // self.ranks.size) * self.batch)
+        return min(self.recipe.samples, -(-self.batches // self.ranks.size) * self.batch)
+
+    @property
+    def batches(self) -> int:
+        """Of calibration windows, of all ranks."""
+        return -(-self.recipe.samples // self.batch)
 
     @property
     def needs_inputs(self) -> bool:
@@ -120,9 +124,7 @@ class Job:
         tokens = self.recipe.samples * self.skeleton.window_shape(0, self.recipe.seqlen)[0]
         one_in = one_batch_in(tokens, widest)
         # Matching needs two: one to learn from, one to judge by.
-        return (
-            max(1, min(one_in, -(-self.recipe.samples // self.batch) - 1)) if self.recipe.matches else one_in
-        )
+        return max(1, min(one_in, self.batches - 1)) if self.recipe.matches else one_in
 
     @property
     def free_orders(self) -> dict[str, str] | None:
@@ -275,10 +277,9 @@ def prepare(
         skeleton = Skeleton(source.config, dtype, options.trust_remote_code)
         source.bind(skeleton)
     # For matching, a step is a batch: one window, or half as many as otherwise where it is for one block alone.
-    at_once = _TOKENS_PER_BATCH // (2 if recipe.matches else 1) // skeleton.window_shape(0, recipe.seqlen)[0]
-    batch = recipe.batch or max(1, min(recipe.samples // 2 if recipe.matches else recipe.samples, at_once))
-    if method_options.as_original or recipe.match_blocks:
-        batch = recipe.batch or 1
+    one_each = method_options.as_original or recipe.match_blocks
+    most = 1 if one_each else _TOKENS_PER_BATCH // skeleton.window_shape(0, recipe.seqlen)[0]
+    batch = recipe.batch or max(1, min(recipe.samples, most) // (2 if recipe.matches else 1))
     if recipe.matches and recipe.samples <= batch:
         raise ValueError(
             f"matching trains on some batches and judges by others: {recipe.samples} windows in batches of {batch} "

@@ -235,11 +235,11 @@ class Recipe(BaseModel):
         if self.allocation == "uniform" and self.allocation_by != "block":
             raise ValueError("allocation_by needs an --allocation other than uniform")
         if not self.matches and (self.match_passes is not None or self.match_rate is not None):
-            raise ValueError("match_passes and match_rate belong to --match-blocks: drop them or add it")
-        if self.matches and self.propagate == "block":
             raise ValueError(
-                "match_blocks needs propagate linear: what the original goes on with is never trained"
+                "match_passes and match_rate belong to --match-blocks or --match-last: drop them or add one"
             )
+        if self.matches and self.propagate == "block":
+            raise ValueError("matching needs propagate linear: the original's two passes train nothing")
         if self.refine == "none" and self.refine_rounds is not None:
             raise ValueError("refine_rounds belong to --refine dsnot or swaps: drop them or add one")
         return self

@@ -180,16 +180,16 @@ OPTIONS: dict[str, Any] = {
         bool | None,
         typer.Option(
             "--match-last",
-            help="The last block alone is trained, towards the dense model's logits: a tenth of what was lost for a "
-            "tenth of the time.",
+            help="The last block alone is trained, towards the dense model's logits: up to a tenth of what was lost "
+            "for a tenth of the time.",
         ),
     ],
     "match_passes": Annotated[
         int | None,
         typer.Option(
             help="Of --match-blocks or --match-last over the windows.",
-            show_default="7, each of a quarter of the tokens of windows of 1024; 3 for whole blocks; about 100 steps by "
-            "logits",
+            show_default="7, each of a quarter of the tokens of windows of 1024; 3 for whole blocks; at most 120 steps "
+            "by logits",
         ),
     ],
     "match_rate": Annotated[

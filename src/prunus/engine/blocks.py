@@ -166,9 +166,9 @@ class BlockEngine:
                 )
 
         unreached, match, tail = linears, None, None
-        # Of several ranks each would keep what all have.
         job = self.retouch_job
         retouch_job = job if job is not None and job.takes(index, len(self.skeleton)) else None
+        # Of several ranks each would keep what all have.
         keeps = retouch_job is not None and walk == "lockstep" and self.ranks.size == 1
         names = trained([linear.name for linear in linears], self.linear_job.method.updates_weights)
         count, with_windows = len(self.stream), sum(self._counts) > 0

@@ -84,7 +84,10 @@ class Matcher:
         numbers = self.along  # a tail that was kept knows all batches
         if not looked:
             tail, numbers = self._tail(block, names, run, inputs, forward), range(len(inputs))
-        last = tail or (lambda batch, _all: forward(batch))
+
+        def outputs(batch: int, tokens: slice) -> torch.Tensor:
+            return forward(batch) if tail is None else tail(numbers[batch], tokens)
+
         with self._compare(index) as compare:
             by_token = tail is not None and tail.by_token
             own_pace = _pace(inputs, by_token, compare is not None)
@@ -94,7 +97,7 @@ class Matcher:
                 block,
                 stored,
                 {f"{linear}.weight": pruned[f"{linear}.weight"] for linear in names},
-                last if tail is None else (lambda batch, tokens: last(numbers[batch], tokens)),
+                outputs,
                 wanted.get,
                 len(inputs),
                 own_pace,

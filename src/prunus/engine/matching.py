@@ -30,8 +30,8 @@ from prunus.ranks import ALONE, Ranks
 __all__ = ["Match", "MatchOptions", "match_block"]
 
 _WARMUP = 0.05
-# What is held out is looked at after every quarter of the training, or after every pass.
-_LOOKS = 4
+# What is held out is looked at after every quarter of the training, but at least after so many passes.
+_LOOKS, _MOST_UNSEEN = 4, 4
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _train(
         )
     best_weights = _copies(weights)
     error, stopped = before, None
-    unseen, often = 0, max(1, min(options.passes // _LOOKS, _LOOKS))
+    unseen, often = 0, max(1, min(options.passes // _LOOKS, _MOST_UNSEEN))
 
     def look() -> None:
         nonlocal error, best, best_weights, unseen
@@ -217,9 +217,8 @@ def _train(
             if loss.requires_grad:  # not where none of the windows are this rank's
                 loss.backward()
             for name, gradient in _gradients(parameters, ranks).items():
-                weights[name].grad = gradient.mul_(
-                    supports[name]
-                )  # a tenth of masked_fill's time on a processor
+                # A tenth of masked_fill's time on a processor.
+                weights[name].grad = gradient.mul_(supports[name])
             optimizer.step()
             optimizer.zero_grad()
             _put(weights, parameters)
@@ -231,14 +230,16 @@ def _train(
         look()
     if stopped is None and steps < total:
         stopped = "out of time"  # while the last pass was judged
+    if not steps:
+        return Match(best_weights, before, best, steps, stopped)
     del optimizer, groups  # the moments' memory is for what comes now
-    end = _copies(weights) if steps else {}
+    end = _copies(weights)
 
     def error_at(share: float) -> float:
         _put(_between(begin, end, share), parameters)
         return judge()
 
-    for share_of_way, found in _on_the_way(before, error, error_at) if steps else ():
+    for share_of_way, found in _on_the_way(before, error, error_at):
         if found < best:
             best, best_weights = found, _between(begin, end, share_of_way)
     return Match(best_weights, before, best, steps, stopped)

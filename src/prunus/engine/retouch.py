@@ -59,8 +59,9 @@ def pace(tokens: int, hidden: int, by_token: bool, batches: int, by_logits: bool
     """
     one_in = min(_MOST_PASSES, max(1, tokens // _TOKENS_A_STEP)) if by_token else 1
     passes = min(_MOST_PASSES, max(_LEAST_PASSES, 2 * one_in))
-    rate = _RATE_BY_LOGITS if by_logits else _RATE
+    rate = _RATE
     if by_logits:
+        rate = _RATE_BY_LOGITS
         enough = round(_STEPS_BY_LOGITS / max(1, batches - held_out(batches)))
         passes = max(1, min(max(_LEAST_PASSES, 2 * one_in), enough))
     return Pace(passes, one_in, rate * min(1.0, (_RATE_WIDTH / hidden) ** 0.5))
