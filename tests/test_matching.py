@@ -285,10 +285,31 @@ def test_long_batches_are_taken_in_many_small_steps():
 
 def test_by_logits_so_many_steps_are_enough_however_many_batches_there_are():
     by_logits = lambda batches, by_token=True: pace(1024, 576, by_token, batches, by_logits=True)  # noqa: E731
-    assert by_logits(32) == Pace(4, 4, 2e-3)
-    assert by_logits(8) == Pace(8, 4, 2e-3), "a pass is a sixteenth of the tokens, half of them are enough"
-    assert by_logits(200) == by_logits(1000) == Pace(1, 4, 2e-3)
-    assert by_logits(32, by_token=False) == Pace(3, 1, 2e-3)
+    assert by_logits(32) == Pace(4, 16, 2e-3)
+    assert by_logits(8) == Pace(8, 16, 2e-3), "a pass is a sixteenth of the tokens, half of them are enough"
+    assert by_logits(200) == by_logits(1000) == Pace(1, 16, 2e-3)
+    assert by_logits(32, by_token=False) == Pace(3, 1, 2e-3, one_logit_in=4)
+
+
+@pytest.mark.parametrize("tokens", [64, 256, 2048, 8192])
+def test_by_logits_a_quarter_of_the_tokens_is_looked_at_whoever_chooses_them(tokens):
+    as_outputs, by_token, whole = (
+        pace(tokens, 576, by_token, 32, by_logits)
+        for by_token, by_logits in ((True, False), (True, True), (False, True))
+    )
+    assert by_token.one_logit_in == 1, "what was run for a step is looked at"
+    assert by_token.one_token_in in (4 * as_outputs.one_token_in, max(1, tokens // 64))
+    assert (whole.one_token_in, whole.one_logit_in) == (1, 4)
+
+
+def test_tokens_that_were_chosen_already_are_not_chosen_from_again():
+    head = nn.Linear(6, 40).requires_grad_(False)
+    output, target = torch.randn(2, 2, TOKENS + 5, 6)
+    with torch.enable_grad():
+        sizes = [
+            divergence(head, one_in=one_in)(output.clone().requires_grad_(True), target)[1] for one_in in (1, 4)
+        ]
+    assert sizes == [2 * (TOKENS + 5), 2 * -(-(TOKENS + 5) // 4)]
 
 
 def test_what_rounding_moves_does_not_move_the_share():

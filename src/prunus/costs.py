@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import torch
 
-from prunus.engine.divergence import ONE_IN, TOKENS
+from prunus.engine.divergence import TOKENS
 from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
-from prunus.engine.retouch import ONE_HELD_OUT_IN, RetouchJob, pace, trained
+from prunus.engine.retouch import ONE_HELD_OUT_IN, Pace, RetouchJob, pace, trained
 from prunus.engine.survey import TRIAL_STEPS, TRIAL_TOKENS, TRIAL_WINDOWS, layers_of
 from prunus.machine import matmul_rate
 from prunus.model.kinds import CAUSAL
@@ -37,6 +37,10 @@ class Workload(Protocol):
     @property
     def windows(self) -> int:
         """Calibration windows of this process."""
+
+    @property
+    def batches(self) -> int:
+        """Of calibration windows, of all processes."""
 
     @property
     def needs_inputs(self) -> bool:
@@ -95,19 +99,24 @@ def estimate_seconds(work: Workload) -> float:
     if retouch_job is not None:
         # The last block is matched by its logits: for some tokens the head forwards twice, and once back.
         in_window, hidden = work.skeleton.window_shape(len(work.skeleton) - 1, work.recipe.seqlen)
-        seen = work.windows * in_window * dense * _token_passes(work, len(work.skeleton) - 1)
-        flops += (4.0 / ONE_HELD_OUT_IN + 6.0) / ONE_IN * _head_rows(work.skeleton) * hidden * seen
+        last = len(work.skeleton) - 1
+        seen = work.windows * in_window * dense * _token_passes(work, last) / _pace(work, last).one_logit_in
+        flops += (4.0 / ONE_HELD_OUT_IN + 6.0) * _head_rows(work.skeleton) * hidden * seen
     return round(1.4 * flops / matmul_rate(work.device, work.dtype), 1)
 
 
 def _token_passes(work: Workload, index: int) -> float:
     """How often matching looks at every token of block `index`, if what it trains takes tokens apart."""
+    assert work.retouch_job is not None
+    own = _pace(work, index)
+    return (work.retouch_job.passes or own.passes) / own.one_token_in
+
+
+def _pace(work: Workload, index: int) -> Pace:
     tokens, hidden = work.skeleton.window_shape(index, work.recipe.seqlen)
     by_logits = index == len(work.skeleton) - 1 and work.skeleton.kind is CAUSAL
-    batches = -(-work.windows // work.batch) // work.drift_one_in
-    own = pace(work.batch * tokens, hidden, work.linear_job.method.updates_weights, batches, by_logits)
-    assert work.retouch_job is not None
-    return (work.retouch_job.passes or own.passes) / own.one_token_in
+    along = -(-work.batches // work.drift_one_in)
+    return pace(work.batch * tokens, hidden, work.linear_job.method.updates_weights, along, by_logits)
 
 
 def _search_flops(work: Workload) -> float:

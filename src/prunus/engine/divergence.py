@@ -2,8 +2,8 @@
 
 Σ_t Σ_v p_tv (log p_tv − log q_tv), p the distribution of the next token by the target and q by the output. For block
 matching: a few tokens at a time, whose gradient is computed along with the sum, because logits of a whole window
-take more memory than the block. They also take ten times as long as the block itself, so that one token in four is
-looked at: another one each time for a gradient, always the same ones where none is wanted. Ranks that have the same
+take more memory than the block. They also take ten times as long as the block itself, so that not all tokens are
+looked at: others each time for a gradient, always the same ones where none is wanted. Ranks that have the same
 hidden states share these pieces out.
 """
 
@@ -25,26 +25,28 @@ Compare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 #: Tokens whose logits are in memory at a time.
 TOKENS = 128
-#: Tokens of which one counts.
+#: Tokens of which one counts where none other is asked for, and where no gradient is wanted.
 ONE_IN = 4
 
 
-def divergence(logits: Callable[[Tensor], Tensor], ranks: Ranks = ALONE) -> Compare:
+def divergence(logits: Callable[[Tensor], Tensor], ranks: Ranks = ALONE, one_in: int = ONE_IN) -> Compare:
     """The divergence of one batch's output from its target, summed over the tokens that count, and their number.
 
-    Of more than `TOKENS` every fourth counts: from the first on, and for gradients beginning one later with every call.
+    Of more than `TOKENS` every fourth counts, from the first on; for gradients one of `one_in`, beginning one later with
+    every call.
 
     Args:
         logits: hidden states (windows, tokens, hidden) behind the last block -> logits, differentiable; what of a
             sequence it is given makes no difference.
         ranks: who compares the same two at the same time.
+        one_in: 1 where whoever calls for a gradient has chosen the tokens.
     """
     gradients = itertools.count()
 
     def compare(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if output.shape[1] > TOKENS:
-            turn = next(gradients) if output.requires_grad and torch.is_grad_enabled() else 0
-            some = slice(turn % ONE_IN, None, ONE_IN)
+            wanted = output.requires_grad and torch.is_grad_enabled()
+            some = slice(next(gradients) % one_in, None, one_in) if wanted else slice(None, None, ONE_IN)
             output, target = output[:, some], target[:, some]
         lost: Tensor = _Divergence.apply(output, target, logits, ranks)
         return lost, torch.tensor(float(output.shape[:-1].numel()), device=output.device)

@@ -88,9 +88,9 @@ class Matcher:
         def outputs(batch: int, tokens: slice) -> torch.Tensor:
             return forward(batch) if tail is None else tail(numbers[batch], tokens)
 
-        with self._compare(index) as compare:
-            by_token = tail is not None and tail.by_token
-            own_pace = _pace(inputs, by_token, compare is not None)
+        by_token, by_logits = tail is not None and tail.by_token, self._in_front_of_head(index)
+        own_pace = _pace(inputs, by_token, by_logits)
+        with self._compare(own_pace.one_logit_in) if by_logits else contextlib.nullcontext() as compare:
             return retouch(
                 self.job,
                 self.stream.skeleton.block_name(index),
@@ -125,20 +125,22 @@ class Matcher:
             return None
         return Tail(module, forward, keep=False, by_token=all(vote[2] for vote in votes))
 
+    def _in_front_of_head(self, index: int) -> bool:
+        """Whether nothing but what makes logits follows on block `index`."""
+        skeleton = self.stream.skeleton
+        return index == len(skeleton) - 1 and skeleton.kind is CAUSAL
+
     @contextlib.contextmanager
-    def _compare(self, index: int) -> Iterator[Compare | None]:
-        """By what block `index` is matched: in front of a language model's head stands nothing but what makes logits."""
+    def _compare(self, one_logit_in: int) -> Iterator[Compare]:
+        """The divergence, with the head in place."""
         skeleton, device = self.stream.skeleton, self.stream.device
-        if index < len(skeleton) - 1 or skeleton.kind is not CAUSAL:
-            yield None
-            return
 
         def logits(hidden: torch.Tensor) -> torch.Tensor:
             ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
             return skeleton.logits(ids, hidden.to(skeleton.dtype))
 
         with skeleton.surroundings(self.stream.source.outer, device, with_head=True, with_embedding=False):
-            yield divergence(logits, self.ranks if self.split is ALONE else ALONE)
+            yield divergence(logits, self.ranks if self.split is ALONE else ALONE, one_logit_in)
 
 
 def _pace(inputs: StepBatches, by_token: bool, by_logits: bool) -> Pace:

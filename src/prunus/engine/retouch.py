@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from prunus.engine.divergence import Compare
+from prunus.engine.divergence import ONE_IN, Compare
 from prunus.engine.matching import MatchOptions, match_block
 from prunus.engine.tail import behind_attention
 from prunus.manifest import MatchRecord
@@ -29,19 +29,21 @@ _TOKENS_A_STEP = 256
 _MOST_PASSES, _LEAST_PASSES = 7, 3
 # Of the size of the weights, and the hidden size at which that was measured.
 _RATE, _RATE_WIDTH = 7e-3, 576
-# By logits, of which a step sees a quarter of its tokens', gradients are noisier and take ten times as long: so many
-# steps are enough.
+# By logits a token takes ten times as long, so that a step looks at one of `ONE_IN` of these: gradients are noisier. So
+# many steps are enough, and no more passes than show half of the tokens.
 _STEPS_BY_LOGITS, _RATE_BY_LOGITS = 120, 2e-3
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Passes over the calibration windows, of which a step looks at one token in so many, and Adam's peak rate, in units
-    of the size of the weights; see `MatchOptions.relative`."""
+    """Passes over the calibration windows, of which a step runs what is trained on one token in so many, and Adam's peak
+    rate, in units of the size of the weights; see `MatchOptions.relative`. Of the tokens that were run one in so many is
+    given to the head, where it judges."""
 
     passes: int
     one_token_in: int
     learning_rate: float
+    one_logit_in: int = 1
 
 
 def pace(tokens: int, hidden: int, by_token: bool, batches: int, by_logits: bool = False) -> Pace:
@@ -57,14 +59,15 @@ def pace(tokens: int, hidden: int, by_token: bool, batches: int, by_logits: bool
         batches: how many there are.
         by_logits: the block is judged by what the head makes of its outputs.
     """
-    one_in = min(_MOST_PASSES, max(1, tokens // _TOKENS_A_STEP)) if by_token else 1
-    passes = min(_MOST_PASSES, max(_LEAST_PASSES, 2 * one_in))
-    rate = _RATE
-    if by_logits:
-        rate = _RATE_BY_LOGITS
-        enough = round(_STEPS_BY_LOGITS / max(1, batches - held_out(batches)))
-        passes = max(1, min(max(_LEAST_PASSES, 2 * one_in), enough))
-    return Pace(passes, one_in, rate * min(1.0, (_RATE_WIDTH / hidden) ** 0.5))
+    fewer = ONE_IN if by_logits else 1
+    one_in = min(fewer * _MOST_PASSES, max(1, fewer * tokens // _TOKENS_A_STEP)) if by_token else 1
+    narrower = min(1.0, (_RATE_WIDTH / hidden) ** 0.5)
+    if not by_logits:
+        passes = min(_MOST_PASSES, max(_LEAST_PASSES, 2 * one_in))
+        return Pace(passes, one_in, _RATE * narrower)
+    enough = round(_STEPS_BY_LOGITS / max(1, batches - held_out(batches)))
+    passes = max(1, min(max(_LEAST_PASSES, one_in // 2), enough))
+    return Pace(passes, one_in, _RATE_BY_LOGITS * narrower, 1 if by_token else ONE_IN)
 
 
 def held_out(batches: int) -> int:
