@@ -307,7 +307,8 @@ def test_tokens_that_were_chosen_already_are_not_chosen_from_again():
     output, target = torch.randn(2, 2, TOKENS + 5, 6)
     with torch.enable_grad():
         sizes = [
-            divergence(head, one_in=one_in)(output.clone().requires_grad_(True), target)[1] for one_in in (1, 4)
+            divergence(head, one_in=one_in)(output.clone().requires_grad_(True), target)[1]
+            for one_in in (1, 4)
         ]
     assert sizes == [2 * (TOKENS + 5), 2 * -(-(TOKENS + 5) // 4)]
 
