@@ -299,6 +299,7 @@ def test_by_logits_a_quarter_of_the_tokens_is_looked_at_whoever_chooses_them(tok
     )
     assert by_token.one_logit_in == 1, "what was run for a step is looked at"
     assert by_token.one_token_in in (4 * as_outputs.one_token_in, max(1, tokens // 64))
+    assert by_token.one_token_in == min(28, max(1, tokens // 64))
     assert (whole.one_token_in, whole.one_logit_in) == (1, 4)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from prunus.engine.divergence import TOKENS
 from prunus.engine.linear import LinearJob
+from prunus.engine.matcher import in_front_of_head
 from prunus.engine.memory import BlockCost
 from prunus.engine.retouch import ONE_HELD_OUT_IN, Pace, RetouchJob, pace, trained
 from prunus.engine.survey import TRIAL_STEPS, TRIAL_TOKENS, TRIAL_WINDOWS, layers_of
@@ -98,8 +99,8 @@ def estimate_seconds(work: Workload) -> float:
         flops += _search_flops(work)
     if retouch_job is not None:
         # The last block is matched by its logits: for some tokens the head forwards twice, and once back.
-        in_window, hidden = work.skeleton.window_shape(len(work.skeleton) - 1, work.recipe.seqlen)
         last = len(work.skeleton) - 1
+        in_window, hidden = work.skeleton.window_shape(last, work.recipe.seqlen)
         seen = work.windows * in_window * dense * _token_passes(work, last) / _pace(work, last).one_logit_in
         flops += (4.0 / ONE_HELD_OUT_IN + 6.0) * _head_rows(work.skeleton) * hidden * seen
     return round(1.4 * flops / matmul_rate(work.device, work.dtype), 1)
@@ -114,7 +115,7 @@ def _token_passes(work: Workload, index: int) -> float:
 
 def _pace(work: Workload, index: int) -> Pace:
     tokens, hidden = work.skeleton.window_shape(index, work.recipe.seqlen)
-    by_logits = index == len(work.skeleton) - 1 and work.skeleton.kind is CAUSAL
+    by_logits = in_front_of_head(work.skeleton, index)
     along = -(-work.batches // work.drift_one_in)
     return pace(work.batch * tokens, hidden, work.linear_job.method.updates_weights, along, by_logits)
 

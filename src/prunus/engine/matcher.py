@@ -20,9 +20,10 @@ from prunus.engine.stream import Stream
 from prunus.engine.tail import Tail, find_tail, tail_module
 from prunus.manifest import MatchRecord
 from prunus.model.kinds import CAUSAL
+from prunus.model.skeleton import Skeleton
 from prunus.ranks import ALONE, Ranks
 
-__all__ = ["Matcher"]
+__all__ = ["Matcher", "in_front_of_head"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,10 @@ class Matcher:
         def outputs(batch: int, tokens: slice) -> torch.Tensor:
             return forward(batch) if tail is None else tail(numbers[batch], tokens)
 
-        by_token, by_logits = tail is not None and tail.by_token, self._in_front_of_head(index)
+        by_token, by_logits = (
+            tail is not None and tail.by_token,
+            in_front_of_head(self.stream.skeleton, index),
+        )
         own_pace = _pace(inputs, by_token, by_logits)
         with self._compare(own_pace.one_logit_in) if by_logits else contextlib.nullcontext() as compare:
             return retouch(
@@ -125,11 +129,6 @@ class Matcher:
             return None
         return Tail(module, forward, keep=False, by_token=all(vote[2] for vote in votes))
 
-    def _in_front_of_head(self, index: int) -> bool:
-        """Whether nothing but what makes logits follows on block `index`."""
-        skeleton = self.stream.skeleton
-        return index == len(skeleton) - 1 and skeleton.kind is CAUSAL
-
     @contextlib.contextmanager
     def _compare(self, one_logit_in: int) -> Iterator[Compare]:
         """The divergence, with the head in place."""
@@ -141,6 +140,11 @@ class Matcher:
 
         with skeleton.surroundings(self.stream.source.outer, device, with_head=True, with_embedding=False):
             yield divergence(logits, self.ranks if self.split is ALONE else ALONE, one_logit_in)
+
+
+def in_front_of_head(skeleton: Skeleton, index: int) -> bool:
+    """Whether nothing but what makes logits follows on block `index`, so that it is matched by these."""
+    return index == len(skeleton) - 1 and skeleton.kind is CAUSAL
 
 
 def _pace(inputs: StepBatches, by_token: bool, by_logits: bool) -> Pace:
