@@ -102,6 +102,28 @@ def test_steps_end_when_nothing_is_left_to_do():
     assert torch.equal(solution_OI, weight_OI)
 
 
+def test_steps_end_when_one_is_not_worthwhile_any_more():
+    # Correlated inputs: the first steps take far more of the error away than the last ones.
+    weight_OI, X_TI = example(12, 48, tokens=60)
+    target_OI, hessian_II, _ = reference.scaled(weight_OI, gather(X_TI).gram_II, 0.01)
+    keep_OI = torch.rand(12, 48) < 0.5
+    start_OI, target_OI, gram_II = torch.randn(12, 48), target_OI.float(), hessian_II.float()
+
+    def error(steps, worthwhile=0.0):
+        solution_OI, taken = conjugate_gradients(
+            start_OI, target_OI, keep_OI, gram_II, steps, worthwhile=worthwhile
+        )
+        return float(reference.squared_error(solution_OI - target_OI, hessian_II).sum()), taken
+
+    errors = [error(steps)[0] for steps in range(12)]
+    for share in (0.3, 0.1, 0.01, 0.003):
+        expected = next(n for n in range(1, 12) if errors[n - 1] - errors[n] < share * errors[n])
+        found, taken = error(12, share)
+        assert taken == expected
+        assert found == pytest.approx(errors[taken], rel=1e-5)
+    assert error(12, 0.3)[1] < error(12, 0.003)[1] < 12
+
+
 def test_the_ridge_follows_features_per_token():
     assert ridge(576, 16384) == pytest.approx(2.5 * 576 / 16384)
     assert ridge(576, 10**9) == 0.01
