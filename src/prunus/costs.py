@@ -14,7 +14,6 @@ from prunus.engine.memory import BlockCost
 from prunus.engine.retouch import ONE_HELD_OUT_IN, Pace, RetouchJob, pace, trained
 from prunus.engine.survey import TRIAL_STEPS, TRIAL_TOKENS, TRIAL_WINDOWS, layers_of
 from prunus.machine import matmul_rate
-from prunus.model.kinds import CAUSAL
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.recipe import Recipe
@@ -83,7 +82,12 @@ def estimate_seconds(work: Workload) -> float:
         if retouch_job is not None and retouch_job.takes(index, len(work.skeleton)):
             learn = trained(list(sizes), work.linear_job.method.updates_weights)
             passes += (
-                1 + 3 * dense * _token_passes(work, index) * sum(sizes[name] for name in learn) / weights
+                1
+                + 3
+                * dense
+                * _token_passes(work, _pace(work, index))
+                * sum(sizes[name] for name in learn)
+                / weights
             )
         flops += 2.0 * weights * tokens * passes
         if work.linear_job.method.needs == "gram":
@@ -97,19 +101,19 @@ def estimate_seconds(work: Workload) -> float:
             )
     if work.recipe.allocation == "search":
         flops += _search_flops(work)
-    if retouch_job is not None:
+    last = len(work.skeleton) - 1
+    if retouch_job is not None and in_front_of_head(work.skeleton, last):
         # The last block is matched by its logits: for some tokens the head forwards twice, and once back.
-        last = len(work.skeleton) - 1
         in_window, hidden = work.skeleton.window_shape(last, work.recipe.seqlen)
-        seen = work.windows * in_window * dense * _token_passes(work, last) / _pace(work, last).one_logit_in
+        own = _pace(work, last)
+        seen = work.windows * in_window * dense * _token_passes(work, own) / own.one_logit_in
         flops += (4.0 / ONE_HELD_OUT_IN + 6.0) * _head_rows(work.skeleton) * hidden * seen
     return round(1.4 * flops / matmul_rate(work.device, work.dtype), 1)
 
 
-def _token_passes(work: Workload, index: int) -> float:
-    """How often matching looks at every token of block `index`, if what it trains takes tokens apart."""
+def _token_passes(work: Workload, own: Pace) -> float:
+    """How often matching looks at every token of a block at its `own` pace, if what it trains takes tokens apart."""
     assert work.retouch_job is not None
-    own = _pace(work, index)
     return (work.retouch_job.passes or own.passes) / own.one_token_in
 
 
@@ -172,7 +176,7 @@ def block_cost(work: Workload, index: int) -> BlockCost:
         working += 24 * numbers
         heads = int(getattr(work.source.config.get_text_config(), "num_attention_heads", 1) or 1)
         transient += 4 * batch_tokens * (24 * hidden + 8 * widest + 4 * heads * in_window)
-        if index == len(work.skeleton) - 1:
+        if in_front_of_head(work.skeleton, index):
             # The head, and of some tokens the logits on either side, with what is made of them; see `divergence`.
             rows = _head_rows(work.skeleton)
             transient += rows * hidden * size + 24 * TOKENS * work.batch * rows
@@ -186,8 +190,6 @@ def block_cost(work: Workload, index: int) -> BlockCost:
 
 
 def _head_rows(skeleton: Skeleton) -> int:
-    """Entries of the vocabulary, where the last block is matched by its logits; else 0."""
-    if skeleton.kind is not CAUSAL:
-        return 0
+    """Entries of the vocabulary."""
     head: Any = skeleton.model.get_output_embeddings() or skeleton.model.get_input_embeddings()
     return int(head.weight.shape[0])

@@ -89,10 +89,8 @@ class Matcher:
         def outputs(batch: int, tokens: slice) -> torch.Tensor:
             return forward(batch) if tail is None else tail(numbers[batch], tokens)
 
-        by_token, by_logits = (
-            tail is not None and tail.by_token,
-            in_front_of_head(self.stream.skeleton, index),
-        )
+        by_token = tail is not None and tail.by_token
+        by_logits = in_front_of_head(self.stream.skeleton, index)
         own_pace = _pace(inputs, by_token, by_logits)
         with self._compare(own_pace.one_logit_in) if by_logits else contextlib.nullcontext() as compare:
             return retouch(

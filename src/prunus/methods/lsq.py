@@ -14,7 +14,6 @@ Shape suffixes: O outputs (rows), I inputs.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -106,8 +105,10 @@ def conjugate_gradients(
     # A product with 0 and 1 takes a fiftieth of masked_fill's time, whose branches a processor cannot foresee.
     support_OI = keep_OI.float()
     solution_OI = start_OI * support_OI
-    residual_OI = (target_OI - solution_OI) @ gram_II
-    error = part.total(_dot(target_OI - solution_OI, residual_OI)) if worthwhile else math.inf
+    change_OI = target_OI - solution_OI
+    residual_OI = change_OI @ gram_II
+    error = part.total(inner_product(change_OI, residual_OI)) if worthwhile else 0.0
+    del change_OI
     residual_OI.mul_(support_OI)
     direction_OI = residual_OI.clone()
     size_O1 = residual_OI.square().sum(dim=1, keepdim=True)
@@ -122,22 +123,23 @@ def conjugate_gradients(
         # A row that has arrived has no direction left, and stays where it is.
         length_O1 = torch.where(energy_O1 > 0, size_O1 / energy_O1, 0)
         solution_OI.addcmul_(length_O1, direction_OI)
+        taken += 1
+        if worthwhile:
+            # Along its direction a step goes to the lowest point: the error falls by its length times the slope.
+            gain = part.total(inner_product(length_O1, size_O1))
+            error -= gain
+            if gain < worthwhile * error:
+                break
         residual_OI.addcmul_(length_O1, image_OI, value=-1)
         before_O1, size_O1 = size_O1, residual_OI.square().sum(dim=1, keepdim=True)
         left = part.total(float(size_O1.sum()))
         share_O1 = torch.where(before_O1 > 0, size_O1 / before_O1, 0)
         direction_OI.mul_(share_O1).add_(residual_OI)
-        taken += 1
-        if worthwhile:
-            # Along its direction a step goes to the lowest point: the error falls by its length times the slope.
-            gain = part.total(_dot(length_O1, before_O1))
-            error -= gain
-            if gain < worthwhile * error:
-                break
     return solution_OI, taken
 
 
-def _dot(left_OI: Tensor, right_OI: Tensor) -> float:
+def inner_product(left_OI: Tensor, right_OI: Tensor) -> float:
+    """tr (left rightᵀ): of float32 rows, summed over rows in float64."""
     return float(torch.linalg.vecdot(left_OI, right_OI).sum(dtype=torch.float64))
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods.lsq import ScaledGram, ridge, scale_gram, scaled_gram
+from prunus.methods.lsq import ScaledGram, inner_product, ridge, scale_gram, scaled_gram
 from prunus.products import coarse_product
 from prunus.statistics import InputStatistics, all_finite
 
@@ -113,9 +113,9 @@ def held_out_mix(weight_OI: Tensor, statistics: InputStatistics, damping: float 
     shift_II = statistics.derived(("held_out_shift", left), compute)
     scaled_OI = weight_OI * scale_I
     found_OI = (scaled_OI @ shift_II).div_(scale_I)
-    size = torch.linalg.vecdot(found_OI @ held_gram_II, found_OI).sum(dtype=torch.float64)
-    gain = torch.linalg.vecdot(weight_OI @ held_drift_II, found_OI).sum(dtype=torch.float64)
-    return min(1.0, max(0.0, float(gain / size))) if float(size) > 0 else 0.0
+    size = inner_product(found_OI @ held_gram_II, found_OI)
+    gain = inner_product(weight_OI @ held_drift_II, found_OI)
+    return min(1.0, max(0.0, gain / size)) if size > 0 else 0.0
 
 
 def _factor(damped_II: Tensor, drift_II: Tensor) -> Tensor:
