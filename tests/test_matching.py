@@ -285,7 +285,8 @@ def test_long_batches_are_taken_in_many_small_steps():
 
 def test_by_logits_so_many_steps_are_enough_however_many_batches_there_are():
     by_logits = lambda batches, by_token=True: pace(1024, 576, by_token, batches, by_logits=True)  # noqa: E731
-    assert by_logits(32) == Pace(4, 16, 2e-3)
+    assert by_logits(32) == Pace(8, 16, 2e-3)
+    assert by_logits(64) == Pace(4, 16, 2e-3)
     assert by_logits(8) == Pace(8, 16, 2e-3), "a pass is a sixteenth of the tokens, half of them are enough"
     assert by_logits(200) == by_logits(1000) == Pace(1, 16, 2e-3)
     assert by_logits(32, by_token=False) == Pace(3, 1, 2e-3, one_logit_in=4)

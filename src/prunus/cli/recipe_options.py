@@ -188,7 +188,7 @@ OPTIONS: dict[str, Any] = {
         int | None,
         typer.Option(
             help="Of --match-blocks or --match-last over the windows.",
-            show_default="7, each of a quarter of the tokens of windows of 1024; 3 for whole blocks; at most 120 steps "
+            show_default="7, each of a quarter of the tokens of windows of 1024; 3 for whole blocks; at most 240 steps "
             "by logits",
         ),
     ],
