@@ -81,14 +81,8 @@ def estimate_seconds(work: Workload) -> float:
             passes += 1  # behind the reordered block, and trials of one batch before it
         if retouch_job is not None and retouch_job.takes(index, len(work.skeleton)):
             learn = trained(list(sizes), work.linear_job.method.updates_weights)
-            passes += (
-                1
-                + 3
-                * dense
-                * _token_passes(work, _pace(work, index))
-                * sum(sizes[name] for name in learn)
-                / weights
-            )
+            learnt = sum(sizes[name] for name in learn)
+            passes += 1 + 3 * dense * _token_passes(work, _pace(work, index)) * learnt / weights
         flops += 2.0 * weights * tokens * passes
         if work.linear_job.method.needs == "gram":
             chosen = [x for x in work.skeleton.linears(index) if x.name in work.targets[index]]
