@@ -218,7 +218,7 @@ def test_inverses_that_take_too_much_memory_are_not_kept(monkeypatch):
     weight_OI, X_TI = example(6, 24)
     statistics = gather(X_TI)
     kept = METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, Options())
-    monkeypatch.setattr("prunus.methods.alps._MOST_KEPT", 1)
+    monkeypatch.setattr("prunus.methods.shrink._MOST_KEPT", 1)
     statistics = gather(X_TI)
     again = METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, Options())
     assert torch.equal(kept.weight_OI, again.weight_OI)

@@ -50,6 +50,9 @@ class Workload(Protocol):
     def carries_dense(self) -> bool:
         """Whether the dense model's hidden states go along."""
 
+    def aims(self, in_features: int) -> bool:
+        """Whether a linear with so many inputs is told what the dense model gives it."""
+
     @property
     def drift_one_in(self) -> int:
         """One batch in so many shows what linears are given in the dense model."""
@@ -66,7 +69,6 @@ def estimate_seconds(work: Workload) -> float:
     """Matrix products of all forward passes at the rate measured now, plus 40 % for the rest."""
     retouch_job = work.retouch_job
     dense = 1 / work.drift_one_in if work.carries_dense else 0.0
-    drift = dense if work.linear_job.method.needs_drift else 0.0
     flops = 0.0
     for index in range(len(work.skeleton)):
         tokens = work.windows * work.skeleton.window_shape(index, work.recipe.seqlen)[0]
@@ -90,7 +92,7 @@ def estimate_seconds(work: Workload) -> float:
             # A Gram per distinct input (about 4 of 7 linears), its factor, and what is done to the weights.
             products = work.linear_job.method.products
             flops += sum(
-                (1.2 + drift) * tokens * reached * c * c + c**3 + 2.0 * products * r * c * c
+                (1.2 + dense * work.aims(c)) * tokens * reached * c * c + c**3 + 2.0 * products * r * c * c
                 for r, c, reached in columns
             )
     if work.recipe.allocation == "search":
@@ -154,15 +156,15 @@ def block_cost(work: Workload, index: int) -> BlockCost:
     needs = work.linear_job.method.needs
     # float32 weight, score, sorted copy and the rounded result; solvers hold six matrices of its size, and some
     # of the Gram's, which others invert in float64.
-    working = 14 * largest + statistics_bytes(inputs, needs, work.linear_job.method.needs_drift)
+    working = 14 * largest + statistics_bytes(inputs, needs)
     if needs == "gram":
         working += 24 * largest + 24 * inputs**2
     if needs == "gram" and work.recipe.propagate == "block":
         working += sum(statistics_bytes(linear.shape[1], needs) for linear in linears)
     streams = work.needs_inputs * (2 if work.carries_dense else 1)
     transient = work.needs_inputs * batch_tokens * (6 * hidden + 3 * widest) * size
-    if work.linear_job.method.needs_drift:
-        working += (36 if work.linear_job.method.holds_out else 16) * inputs**2
+    aimed = max((linear.shape[1] for linear in linears if work.aims(linear.shape[1])), default=0)
+    working += (40 if work.linear_job.method.holds_out else 20) * aimed**2
     if work.retouch_job is not None and work.retouch_job.takes(index, len(work.skeleton)):
         # Trained in float32: weights, gradients, two moments, a copy of where they began and one of the best; every
         # activation waits for the way back, attention's among them.

@@ -21,9 +21,10 @@ from prunus.engine.linear import LinearJob
 from prunus.engine.memory import BlockCost
 from prunus.engine.precision import decide_dtype
 from prunus.engine.retouch import RetouchJob
-from prunus.machine import available_memory, resident_memory
+from prunus.machine import available_memory, memory_budget, resident_memory
 from prunus.manifest import Walk
 from prunus.methods import METHODS, Method, Options, check_options, compose, default_group
+from prunus.methods.targets import tells_drift
 from prunus.model.checkpoint import resolve_folder
 from prunus.model.device import choose_device
 from prunus.model.kinds import IMAGES, kind_of
@@ -114,15 +115,23 @@ class Job:
         return self.linear_job.method.needs_drift or self.recipe.matches
 
     @property
+    def tokens(self) -> int:
+        """Of all calibration windows, in the first block."""
+        return self.recipe.samples * self.skeleton.window_shape(0, self.recipe.seqlen)[0]
+
+    def aims(self, in_features: int) -> bool:
+        """Whether a linear with so many inputs is told what the dense model gives it."""
+        return self.linear_job.method.needs_drift and tells_drift(in_features, self.tokens)
+
+    @property
     def drift_one_in(self) -> int:
         """One batch in so many goes through the dense model too: all where some are held out, or blocks matched."""
         method = self.linear_job.method
         if method.holds_out or self.recipe.match_blocks or not method.needs_drift:
             return 1
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
-        widest = max(linear.shape[1] for linears in blocks for linear in linears)
-        tokens = self.recipe.samples * self.skeleton.window_shape(0, self.recipe.seqlen)[0]
-        one_in = one_batch_in(tokens, widest)
+        widths = (linear.shape[1] for linears in blocks for linear in linears)
+        one_in = one_batch_in(self.tokens, max(filter(self.aims, widths), default=1))
         # Matching needs two: one to learn from, one to judge by.
         return max(1, min(one_in, self.batches - 1)) if self.recipe.matches else one_in
 
@@ -299,7 +308,7 @@ def prepare(
         dtype=dtype,
         dtype_reason=reason,
         batch=batch,
-        budget=_free_on(device) if device.type == "cuda" else budget - resident_memory(),
+        budget=memory_budget(device, None) if device.type == "cuda" else budget - resident_memory(),
         host_budget=budget - resident_memory(),
         targets=targets,
         left_dense=left_dense,
@@ -318,8 +327,3 @@ def prepare(
 def _needs_inputs(recipe: Recipe, method: Method) -> bool:
     measured = recipe.allocation in MEASURED_ALLOCATIONS
     return method.needs != "none" or recipe.matches or measured
-
-
-def _free_on(device: torch.device) -> int:
-    """Bytes of a CUDA device that a run may take; a tenth is left to the allocator's rounding."""
-    return int(torch.cuda.mem_get_info(device)[0] * 0.9)

@@ -9,10 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["coarse_factor", "coarse_product", "multiplies_bfloat16", "native_bfloat16"]
+__all__ = ["coarse_factor", "coarse_product", "multiplies_bfloat16", "native_bfloat16", "row_spans"]
 
 # Below so many multiplications, rounding costs more time than it saves.
 _WORTHWHILE = 2**24
+# Elements of a temporary on a processor: 16 MB as float32. glibc gives back at once what is larger than 32 MB, and each
+# new one begins with page faults, a third of the time of a product and what is done with it.
+_AT_A_TIME = 2**22
 
 
 def native_bfloat16() -> bool:
@@ -41,6 +44,15 @@ def coarse_product(left: Tensor, right: Tensor) -> Tensor:
 def coarse_factor(right: Tensor, rows: int) -> Tensor:
     """`right`, float32, rounded once for many a `coarse_product` with `rows` rows to its left, where these round it."""
     return right.bfloat16() if _rounds(rows, right) else right
+
+
+def row_spans(matrix: Tensor, together: int = 1) -> list[slice]:
+    """The rows of a matrix in runs whose temporaries are cheap; each run but the last a multiple of `together` rows."""
+    rows, width = matrix.shape
+    if matrix.device.type != "cpu":
+        return [slice(0, rows)]
+    run = max(1, _AT_A_TIME // max(1, width * together)) * together
+    return [slice(start, min(start + run, rows)) for start in range(0, max(1, rows), run)]
 
 
 def _rounds(rows: int, right: Tensor) -> bool:

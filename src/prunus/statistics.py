@@ -283,6 +283,6 @@ def all_finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(bool(end.isfinite()) for end in torch.aminmax(tensor))
 
 
-def statistics_bytes(in_features: int, needs: Needs, drift: bool = False) -> int:
+def statistics_bytes(in_features: int, needs: Needs) -> int:
     """Bytes that the statistics of one linear hold."""
-    return 8 * in_features + 4 * in_features**2 * ((needs == "gram") + drift)
+    return 8 * in_features + 4 * in_features**2 * (needs == "gram")

@@ -23,7 +23,7 @@ from prunus.statistics import InputStatistics
 
 __all__ = ["DenseCompanion", "feed_both", "held_out_of", "one_batch_in"]
 
-_TOKENS_PER_FEATURE = 4
+_TOKENS_PER_FEATURE = 2.5
 
 
 class _Seen(BaseException):
@@ -170,7 +170,7 @@ def one_batch_in(tokens: int, width: int) -> int:
     The drift (X − X̂)ᵀX̂ is far smaller than the Gram X̂ᵀX̂, so fewer tokens will do for it: `_TOKENS_PER_FEATURE` of them
     for each of the widest linear's `width` inputs.
     """
-    return max(1, min(MOST_APART, tokens // (_TOKENS_PER_FEATURE * width)))
+    return max(1, min(MOST_APART, int(tokens / (_TOKENS_PER_FEATURE * width))))
 
 
 def held_out_of(count: int) -> frozenset[int]:
@@ -179,9 +179,10 @@ def held_out_of(count: int) -> frozenset[int]:
 
 
 def feed_both(dense: DenseInputs, held_out: frozenset[int]) -> Feed:
-    """Adds what a linear is given in either model."""
+    """Adds what a linear is given in either model, where its statistics have a place for both."""
 
     def feed(statistics: InputStatistics, linear: Linear, batch: int, x_TI: torch.Tensor) -> None:
-        statistics.add(x_TI, dense.of(linear.name, batch, len(x_TI)), held_out=batch in held_out)
+        dense_TI = None if statistics.drift_II is None else dense.of(linear.name, batch, len(x_TI))
+        statistics.add(x_TI, dense_TI, held_out=batch in held_out)
 
     return feed

@@ -15,7 +15,7 @@ from prunus.methods.base import Options
 from prunus.methods.permutation import Channels, in_best_order
 from prunus.model.linears import Linear
 from prunus.patterns import Pattern, count_zeros
-from prunus.products import coarse_product
+from prunus.products import coarse_product, row_spans
 from prunus.ranks import ALONE, Ranks
 from prunus.statistics import InputStatistics, all_finite
 
@@ -140,7 +140,8 @@ def _damage(
     if gram_II is not None:
         mine = ranks.share(len(before_OI))
         before_OI, after_OI = before_OI[mine.start : mine.stop], after_OI[mine.start : mine.stop]
-    for before, after in zip(before_OI.split(1024), after_OI.split(1024), strict=True):
+    for span in row_spans(before_OI):
+        before, after = before_OI[span], after_OI[span]
         change = before - after.float()
         if gram_II is not None:
             lost += float((product(change, gram_II) * change).sum(dtype=torch.float64))

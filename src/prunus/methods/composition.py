@@ -88,7 +88,9 @@ def compose(method: Method, options: Options) -> Method:
 
         if refinement is not None or updates:
             pruned = options.rows.share(len(weight_OI), 1, finish)
-        if aims and not has_drift(statistics):
+        if aims and statistics.drift_II is None:
+            pruned.notes["targets"] = "pruned: too few tokens for so many inputs"
+        elif aims and not has_drift(statistics):
             pruned.notes["targets"] = "pruned: other tokens reach this linear in the dense model"
         elif aims and options.mix == "auto":
             pruned.notes["mix"] = round(mix, 4)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prunus.methods.base import WHOLE, Part, Pruned, masked
-from prunus.products import coarse_factor, coarse_product
+from prunus.products import coarse_factor, coarse_product, row_spans
 from prunus.statistics import InputStatistics
 
 _STEPS = 30
@@ -29,6 +29,9 @@ _TOLERANCE = 1e-3
 # λ per input feature and token; see `ridge`.
 _RIDGE = 2.5
 _LEAST_RIDGE, _MOST_RIDGE = 0.01, 1.0
+# Inputs from which on a product (I, I) takes so long that few tokens are not worth all that could be made of them, and λ
+# where few begin, at five for each input.
+_WIDE, _SCARCE_RIDGE = 4096, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,11 @@ def ridge(in_features: int, tokens: int) -> float:
     of those tried by the error on tokens held out (SmolLM2-135M, 16,384 tokens of C4; flat within a factor of 3).
     """
     return min(_MOST_RIDGE, max(_LEAST_RIDGE, _RIDGE * in_features / max(1, tokens)))
+
+
+def is_scarce(in_features: int, damping: float) -> bool:
+    """Whether inputs are many and tell little, judged by λ = `damping`: then less work comes about as far."""
+    return in_features >= _WIDE and damping >= _SCARCE_RIDGE
 
 
 def scaled_gram(statistics: InputStatistics, damping: float | None) -> ScaledGram:
@@ -87,6 +95,7 @@ def conjugate_gradients(
     part: Part = WHOLE,
     coarse: bool = False,
     worthwhile: float = 0.0,
+    coarse_start: bool = False,
 ) -> tuple[Tensor, int]:
     """Minimise tr (Z − target) gram (Z − target)ᵀ over all Z that are 0 outside `keep_OI`.
 
@@ -98,44 +107,64 @@ def conjugate_gradients(
         part: which rows these are.
         coarse: how far a step goes may be rounded, as by `coarse_product`: for a few steps of a solution that is near.
         worthwhile: stop behind a step that lowers what is minimised by less than this share of it.
+        coarse_start: the residual that they start from may be rounded too; with `coarse` only.
 
     Returns:
         Z, float32, 0 (or -0) outside the mask, and the steps taken.
     """
-    # A product with 0 and 1 takes a fiftieth of masked_fill's time, whose branches a processor cannot foresee.
-    support_OI = keep_OI.float()
-    solution_OI = start_OI * support_OI
-    change_OI = target_OI - solution_OI
-    residual_OI = change_OI @ gram_II
-    error = part.total(inner_product(change_OI, residual_OI)) if worthwhile else 0.0
-    del change_OI
-    residual_OI.mul_(support_OI)
-    direction_OI = residual_OI.clone()
-    size_O1 = residual_OI.square().sum(dim=1, keepdim=True)
-    left = part.total(float(size_O1.sum()))
+    factor_II = coarse_factor(gram_II, len(start_OI)) if coarse else gram_II
+    spans = row_spans(start_OI)
+    first_II = factor_II if coarse_start else gram_II
+    solvers = [_Descent(start_OI[s], target_OI[s], keep_OI[s], first_II, coarse_start) for s in spans]
+    error = part.total(sum(solver.error for solver in solvers)) if worthwhile else 0.0
+    left = part.total(sum(float(solver.size_S1.sum()) for solver in solvers))
     enough = left * _TOLERANCE**2
     taken = 0
-    factor_II = coarse_factor(gram_II, len(direction_OI)) if coarse else gram_II
     while taken < steps and left > enough:
-        image_OI = coarse_product(direction_OI, factor_II) if coarse else direction_OI @ factor_II
-        image_OI.mul_(support_OI)
-        energy_O1 = torch.linalg.vecdot(direction_OI, image_OI).unsqueeze(1)
-        # A row that has arrived has no direction left, and stays where it is.
-        length_O1 = torch.where(energy_O1 > 0, size_O1 / energy_O1, 0)
-        solution_OI.addcmul_(length_O1, direction_OI)
+        gain = sum(solver.step(factor_II, coarse) for solver in solvers)
         taken += 1
         if worthwhile:
-            # Along its direction a step goes to the lowest point: the error falls by its length times the slope.
-            gain = part.total(inner_product(length_O1, size_O1))
+            gain = part.total(gain)
             error -= gain
             if gain < worthwhile * error:
                 break
-        residual_OI.addcmul_(length_O1, image_OI, value=-1)
-        before_O1, size_O1 = size_O1, residual_OI.square().sum(dim=1, keepdim=True)
-        left = part.total(float(size_O1.sum()))
-        share_O1 = torch.where(before_O1 > 0, size_O1 / before_O1, 0)
-        direction_OI.mul_(share_O1).add_(residual_OI)
-    return solution_OI, taken
+        left = part.total(sum(float(solver.size_S1.sum()) for solver in solvers))
+    return torch.cat([solver.solution_SI for solver in solvers]), taken
+
+
+class _Descent:
+    """Conjugate gradients for some rows (S)."""
+
+    def __init__(
+        self, start_SI: Tensor, target_SI: Tensor, keep_SI: Tensor, factor_II: Tensor, coarse: bool
+    ) -> None:
+        # A product with 0 and 1 takes a fiftieth of masked_fill's time, whose branches a processor cannot foresee.
+        self._support_SI = keep_SI.float()
+        self.solution_SI = start_SI * self._support_SI
+        change_SI = target_SI - self.solution_SI
+        self._residual_SI = coarse_product(change_SI, factor_II) if coarse else change_SI @ factor_II
+        #: What is minimised, before the first step.
+        self.error = inner_product(change_SI, self._residual_SI)
+        self._residual_SI.mul_(self._support_SI)
+        self._direction_SI = self._residual_SI.clone()
+        #: Of the residual of each row, squared.
+        self.size_S1 = self._residual_SI.square().sum(dim=1, keepdim=True)
+
+    def step(self, factor_II: Tensor, coarse: bool) -> float:
+        """Go to the lowest point along the direction; returns by how much what is minimised falls."""
+        direction_SI, size_S1 = self._direction_SI, self.size_S1
+        image_SI = coarse_product(direction_SI, factor_II) if coarse else direction_SI @ factor_II
+        image_SI.mul_(self._support_SI)
+        energy_S1 = torch.linalg.vecdot(direction_SI, image_SI).unsqueeze(1)
+        # A row that has arrived has no direction left, and stays where it is.
+        length_S1 = torch.where(energy_S1 > 0, size_S1 / energy_S1, 0)
+        self.solution_SI.addcmul_(length_S1, direction_SI)
+        self._residual_SI.addcmul_(length_S1, image_SI, value=-1)
+        self.size_S1 = self._residual_SI.square().sum(dim=1, keepdim=True)
+        share_S1 = torch.where(size_S1 > 0, self.size_S1 / size_S1, 0)
+        direction_SI.mul_(share_S1).add_(self._residual_SI)
+        # Its length times the slope.
+        return inner_product(length_S1, size_S1)
 
 
 def inner_product(left_OI: Tensor, right_OI: Tensor) -> float:

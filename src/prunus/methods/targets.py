@@ -21,11 +21,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods.lsq import ScaledGram, inner_product, ridge, scale_gram, scaled_gram
+from prunus.methods.lsq import ScaledGram, inner_product, is_scarce, ridge, scale_gram, scaled_gram
 from prunus.products import coarse_product
 from prunus.statistics import InputStatistics, all_finite
 
-__all__ = ["MIX", "MOST_APART", "dense_target", "has_drift", "held_out_mix"]
+__all__ = ["MIX", "MOST_APART", "dense_target", "has_drift", "held_out_mix", "tells_drift"]
 
 #: α where none is given, or no tokens are held out to find it; see docs/pruning-better.md.
 MIX = 0.25
@@ -70,6 +70,15 @@ def _scaled_gram(statistics: InputStatistics, damping: float | None) -> ScaledGr
     tokens = round(statistics.drift_share * statistics.tokens)
     damping = ridge(statistics.in_features, tokens) if damping is None else damping
     return statistics.derived(("scaled_drift_gram", damping), lambda: scale_gram(gram_II, damping))
+
+
+def tells_drift(in_features: int, tokens: int) -> bool:
+    """Whether it is worth while to learn from so many tokens how a linear's inputs drift.
+
+    Not where it is wide and the ridge is large: W* is then hardly another than W₀, and what is to be learnt would take
+    longer than all other linears' drift together.
+    """
+    return not is_scarce(in_features, ridge(in_features, tokens))
 
 
 def has_drift(statistics: InputStatistics) -> bool:
