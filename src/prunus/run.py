@@ -236,7 +236,7 @@ def _carry_out(
         ranks,
         recipe.min_expert_tokens,
         job.drift_one_in,
-        job.tokens,
+        job.aims,
     )
     with torch.no_grad(), contextlib.closing(engine), _threads(1 if job.as_original else None):
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()

@@ -29,7 +29,6 @@ from prunus.engine.tail import Tail, find_tail
 from prunus.engine.two_pass import two_pass
 from prunus.engine.watching import Feed, plain_feed
 from prunus.manifest import BlockRecord, LinearRecord, Walk
-from prunus.methods.targets import tells_drift
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
@@ -61,7 +60,7 @@ class BlockEngine:
         retouch_job: how each block is matched to the dense block once it is pruned, or None.
         ranks: who has windows of the same run.
         drift_one_in: one batch in so many goes through the dense model too.
-        tokens: of all calibration windows; see `tells_drift`.
+        aims: whether a linear with so many inputs is told what the dense model gives it.
     """
 
     skeleton: Skeleton
@@ -74,7 +73,7 @@ class BlockEngine:
     ranks: Ranks = ALONE
     min_expert_tokens: int | None = None
     drift_one_in: int = 1
-    tokens: int = 0
+    aims: Callable[[int], bool] = lambda in_features: False
     stream: Stream = field(init=False)
     dense: DenseCompanion | None = field(init=False, default=None)
     #: Batches of every rank, this one's among them.
@@ -185,7 +184,7 @@ class BlockEngine:
         with contextlib.ExitStack() as outer, contextlib.ExitStack() as stack:
             feed: Feed = plain_feed
             if self.dense is not None:
-                told = [linear.name for linear in linears if self._aims(linear)]
+                told = [linear.name for linear in linears if self.aims(linear.shape[1])]
                 dense_inputs = stack.enter_context(self.dense.beside(index, stored, told, walk == "lockstep"))
                 if self.linear_job.method.needs_drift:
                     feed = feed_both(dense_inputs, held_out)
@@ -252,9 +251,6 @@ class BlockEngine:
         same = tail is not None and (not reordered or torch.equal(tail(0), whole(0)))
         self.stream.advance(tail if tail is not None and same else whole)
 
-    def _aims(self, linear: Linear) -> bool:
-        return self.linear_job.method.needs_drift and tells_drift(linear.shape[1], self.tokens)
-
     def _new_statistics(self, linear: Linear) -> InputStatistics:
         method = self.linear_job.method
         return InputStatistics(
@@ -263,7 +259,7 @@ class BlockEngine:
             self.device,
             self.linear_job.options.as_original,
             means=method.needs_means,
-            drift=self._aims(linear) and ("some" if self.drift_one_in > 1 else True),
+            drift=self.aims(linear.shape[1]) and ("some" if self.drift_one_in > 1 else True),
             hold_out=method.holds_out,
             shared=self.ranks.size > 1,
             coarse=method.ridged,

@@ -12,7 +12,8 @@ splitting asks for W = Z where Z alone must be sparse (Boža 2024, arXiv 2401.02
 In the scaled weights the first mask is Wanda's. The penalty ρ grows by a fixed rule instead of ALPS's, which looks at how
 much the mask still changes: all linears with the same input then share what takes the inverse's place, see `shrink.py`,
 and each iteration is one matrix product (in the eigenbasis of H it would be two). These products may be coarse, since
-every step makes up for the last one's rounding; conjugate gradients finish on the last mask, from a residual in float32.
+every step makes up for the last one's rounding; conjugate gradients finish on the last mask, from a residual in float32
+but where few tokens reach a wide linear.
 Weights of inputs that were always 0 become 0, as in SparseGPT.
 
 Shape suffixes: O outputs (rows), S some of them, I inputs.
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from prunus.methods.base import ALL_ROWS, Method, Options, Part, Pruned, masked, unchanged
-from prunus.methods.lsq import ScaledGram, conjugate_gradients, is_scarce, scaled_gram
+from prunus.methods.lsq import ScaledGram, conjugate_gradients, scaled_gram
 from prunus.methods.shrink import OVER_RELAXATION, penalties, shrinking
 from prunus.patterns import Pattern, keep_mask
 from prunus.products import coarse_product, row_spans
@@ -73,7 +74,7 @@ def _split(
     # One matrix holds both: W + U is Z where it is kept, and the new U elsewhere.
     sum_OI = target_OI.clone()
     keep_OI = torch.empty_like(sum_OI, dtype=torch.bool)
-    scarce = is_scarce(len(scaled.gram_II), scaled.damping)
+    scarce = scaled.is_scarce
     iterations = options.iterations or (SCARCE_ITERATIONS if scarce else ITERATIONS)
     shrink = shrinking(statistics, scaled, len(sum_OI))
     penalty = 0.0

@@ -50,6 +50,11 @@ class ScaledGram:
     dead_I: Tensor
     damping: float
 
+    @property
+    def is_scarce(self) -> bool:
+        """Whether its inputs are many and tell little."""
+        return is_scarce(len(self.gram_II), self.damping)
+
 
 def ridge(in_features: int, tokens: int) -> float:
     """λ where the user gives none: 2.5 features a token, between 0.01 and 1.

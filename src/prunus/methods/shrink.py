@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunus.methods.lsq import ScaledGram, is_scarce
+from prunus.methods.lsq import ScaledGram
 from prunus.products import coarse_factor, coarse_product
 from prunus.statistics import InputStatistics, all_finite
 
@@ -42,7 +42,7 @@ _ONE_LEADING_IN = 16
 
 def penalties(scaled: ScaledGram, iterations: int) -> list[float]:
     """ρ of each iteration, growing."""
-    if not _is_scarce(scaled):
+    if not scaled.is_scarce:
         return [_PENALTIES[len(_PENALTIES) * i // iterations] for i in range(iterations)]
     growth = (_LAST_SCARCE / _FIRST_SCARCE) ** (1 / max(1, iterations - 1))
     return [(1 + scaled.damping) * _FIRST_SCARCE * growth**i for i in range(iterations)]
@@ -50,11 +50,7 @@ def penalties(scaled: ScaledGram, iterations: int) -> list[float]:
 
 def shrinking(statistics: InputStatistics, scaled: ScaledGram, rows: int) -> Callable[[float], Tensor]:
     """From ρ to the matrix (I, I), as `coarse_factor` gives it for `rows` rows; to be asked as `penalties` grow."""
-    return (_spectrum if _is_scarce(scaled) else _inverses)(statistics, scaled, rows)
-
-
-def _is_scarce(scaled: ScaledGram) -> bool:
-    return is_scarce(len(scaled.gram_II), scaled.damping)
+    return (_spectrum if scaled.is_scarce else _inverses)(statistics, scaled, rows)
 
 
 def _inverses(statistics: InputStatistics, scaled: ScaledGram, rows: int) -> Callable[[float], Tensor]:
