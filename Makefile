@@ -35,4 +35,4 @@ clean:
 
 # Memory errors and undefined behaviour in the kernels.
 sanitize:
-	sh tests/sanitize.sh
+	sh tests/packed/kernels/sanitize.sh

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-KERNELS = "src/prunus/sparse"
+KERNELS = "src/prunus/packed/kernels"
 
 setup(
     ext_modules=[
         Extension(
-            "prunus.sparse._kernels",
-            sources=[f"{KERNELS}/kernels.cpp", f"{KERNELS}/kernels_elementwise.cpp"],
+            "prunus.packed.kernels._kernels",
+            sources=[f"{KERNELS}/kernels.cpp", f"{KERNELS}/elementwise.cpp"],
             depends=sorted(str(header) for header in Path(KERNELS).glob("*.h")),
             language="c++",
             extra_compile_args=["-O3", "-std=c++17", "-g0"],

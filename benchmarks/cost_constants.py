@@ -23,11 +23,12 @@ import torch
 
 torch.set_num_threads(1)
 
+from prunus.hardware.numerics import count_zeros  # noqa: E402
 from prunus.methods import METHODS, Options  # noqa: E402
-from prunus.methods.obs import inverse_factor  # noqa: E402
-from prunus.model.files import save_safetensors  # noqa: E402
-from prunus.patterns import Pattern, count_zeros  # noqa: E402
-from prunus.statistics import InputStatistics  # noqa: E402
+from prunus.methods.patterns import Pattern
+from prunus.methods.solvers.obs import inverse_factor  # noqa: E402
+from prunus.methods.statistics import InputStatistics  # noqa: E402
+from prunus.model.checkpoint.atomic_files import save_safetensors  # noqa: E402
 
 WIDTH = 2048
 TOKENS = 2048
@@ -78,7 +79,9 @@ def compute(width: int) -> dict[str, float]:
     assert inverse is not None
 
     def sweep(rows: int) -> float:
-        return best(lambda: sparsegpt.prune(weight[:rows], gram, Pattern(group="layer"), 0.5, Options()), 2)
+        return best(
+            lambda: sparsegpt.prune(weight[:rows], gram, Pattern(group="layer"), 0.5, Options()), 2
+        )
 
     # A few rows take the time of their columns alone.
     columns = sweep(16)
@@ -105,12 +108,16 @@ def disk(folder: Path) -> dict[str, float]:
         write = size / best(lambda: save_safetensors(file, data), 2)
         read = size / best(file.read_bytes, 2)
     buffer = data["x"].view(torch.uint8).numpy().data
-    return {"read": read, "write": write, "hashed": size / best(lambda: hashlib.sha256(buffer).digest(), 2)}
+    return {
+        "read": read,
+        "write": write,
+        "hashed": size / best(lambda: hashlib.sha256(buffer).digest(), 2),
+    }
 
 
 def link() -> None:
     """On each of two ranks: bytes a second of summing a matrix, and seconds of a meeting."""
-    from prunus.ranks import joined
+    from prunus.distributed import joined
 
     with joined(60) as ranks:
         matrix = torch.ones(2048, 2048)
@@ -139,7 +146,14 @@ def start(folder: Path) -> dict[str, float]:
             Path(scratch) / "ids.safetensors", {"input_ids": torch.zeros(1, 8, dtype=torch.int64)}
         )
         command = [sys.executable, "-m", "prunus", "prune", f"{scratch}/dense", f"{scratch}/out"]
-        command += ["--calibration", f"{scratch}/ids.safetensors", "--samples", "1", "--seqlen", "8"]
+        command += [
+            "--calibration",
+            f"{scratch}/ids.safetensors",
+            "--samples",
+            "1",
+            "--seqlen",
+            "8",
+        ]
         command += ["--json", f"{scratch}/run.json"]
         subprocess.run(command, check=True, capture_output=True)
         totals = json.loads(Path(f"{scratch}/run.json").read_text())["totals"]
@@ -167,7 +181,11 @@ def main() -> None:
         __file__,
     ]
     said = subprocess.run(
-        command, check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command,
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     found |= json.loads(said.stdout.splitlines()[-1])
     found |= start(options.folder)

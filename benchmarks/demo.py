@@ -43,10 +43,21 @@ def main() -> None:
     runs: dict[str, dict[str, Any]] = {}
     for method in ("magnitude", "wanda"):
         out = folder / method
-        arguments = ["prune", str(dense), str(out), "--method", method, "--sparsity", "0.5", "--overwrite"]
+        arguments = [
+            "prune",
+            str(dense),
+            str(out),
+            "--method",
+            method,
+            "--sparsity",
+            "0.5",
+            "--overwrite",
+        ]
         runs[method] = prunus(*arguments, *CALIBRATION, json_file=folder / f"{method}.json")
 
-    table = Table(title="SmolLM2-135M-Instruct, 50 % of the weights of all linears in its blocks removed")
+    table = Table(
+        title="SmolLM2-135M-Instruct, 50 % of the weights of all linears in its blocks removed"
+    )
     for column in ("", "perplexity", "sparsity", "seconds to prune", "peak memory"):
         table.add_column(column, justify="left" if not column else "right")
     score: dict[str, Any] = {}
@@ -72,9 +83,13 @@ def main() -> None:
             f"{totals['seconds']:.0f}" if totals else "–",
             f"{totals['peak_memory_bytes'] / 1e9:.2f} GB" if totals else "–",
         )
-    table.caption = f"Perplexity: {score['protocol']}. Calibration: {runs['wanda']['inputs']['calibration']}."
+    table.caption = (
+        f"Perplexity: {score['protocol']}. Calibration: {runs['wanda']['inputs']['calibration']}."
+    )
     Console().print(table)
-    print(f"Done in {(time.perf_counter() - started) / 60:.1f} minutes. The models are in {folder}/;")
+    print(
+        f"Done in {(time.perf_counter() - started) / 60:.1f} minutes. The models are in {folder}/;"
+    )
     print(f"try: prunus inspect {folder / 'wanda'}")
 
 

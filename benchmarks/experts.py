@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import prunus
-from prunus.sparse import pack
+from prunus.packed import pack
 
 
 def make(folder: Path) -> None:
@@ -53,7 +53,14 @@ def main() -> None:
     if not (options.folder / "packed" / "config.json").exists():
         make(options.folder)
     models = [str(options.folder / name) for name in ("pruned", "packed")]
-    how = ["--threads", options.threads, "--new-tokens", options.new_tokens, "--rounds", options.rounds]
+    how = [
+        "--threads",
+        options.threads,
+        "--new-tokens",
+        options.new_tokens,
+        "--rounds",
+        options.rounds,
+    ]
     subprocess.run([sys.executable, "-m", "prunus", "bench", *models, *how], check=True)
 
 

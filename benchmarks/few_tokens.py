@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
 
 from prunus.methods import METHODS, Options  # noqa: E402
-from prunus.patterns import Pattern  # noqa: E402
-from prunus.statistics import InputStatistics  # noqa: E402
+from prunus.methods.patterns import Pattern  # noqa: E402
+from prunus.methods.statistics import InputStatistics  # noqa: E402
 
 TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024)
 WINDOWS, LENGTH, OF_ALL, HELD_OUT = 72, 512, 8192, 512
@@ -66,7 +66,9 @@ def pruned_by(method: str, weight_OI: Tensor, X_TI: Tensor) -> Tensor:
 
 
 def output_error(weight_OI: Tensor, after_OI: Tensor, X_TI: Tensor) -> float:
-    return float((X_TI @ (weight_OI - after_OI).T).square().sum() / (X_TI @ weight_OI.T).square().sum())
+    return float(
+        (X_TI @ (weight_OI - after_OI).T).square().sum() / (X_TI @ weight_OI.T).square().sum()
+    )
 
 
 @torch.no_grad()
@@ -90,7 +92,10 @@ def measure(folder: Path, text: Path, experts: int) -> dict[str, float]:
             rows = rows[torch.randperm(len(rows))]
             judged, own = rows[:HELD_OUT], rows[HELD_OUT:]
             everybody = torch.randperm(len(X_TI))[:OF_ALL]
-            for name, inputs_TI, linear in (("gate", X_TI, mlp.gate_proj), ("down", inner_TI, mlp.down_proj)):
+            for name, inputs_TI, linear in (
+                ("gate", X_TI, mlp.gate_proj),
+                ("down", inner_TI, mlp.down_proj),
+            ):
                 weight_OI = linear.weight.detach()
                 for method in ("wanda", "sparsegpt"):
                     by_all = pruned_by(method, weight_OI, inputs_TI[everybody])

@@ -21,8 +21,8 @@ import torch
 from llama_shapes import VOCABULARY, write_checkpoint
 from safetensors.torch import save_file
 
-from prunus.forecast import SHAPES, Shape, forecast
-from prunus.rates import parse_devices
+from prunus.hardware.rates import parse_devices
+from prunus.pruning.forecast import SHAPES, Shape, forecast
 
 SAMPLES, SEQLEN = 8, 512
 # Width, blocks, method of the models with random weights.
@@ -50,7 +50,16 @@ def measure(model: Path, out: Path, options: list[str], ranks: int = 1) -> dict[
     if ranks > 1:
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [sys.executable, "-m", *torchrun, "-m", "prunus"]
-    command += ["prune", str(model), str(out), "--samples", str(SAMPLES), "--seqlen", str(SEQLEN), *options]
+    command += [
+        "prune",
+        str(model),
+        str(out),
+        "--samples",
+        str(SAMPLES),
+        "--seqlen",
+        str(SEQLEN),
+        *options,
+    ]
     command += ["--json", str(report)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
@@ -87,7 +96,9 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     rows, out, ids = [], options.folder / "out", options.folder / "ids.safetensors"
-    tokens = torch.randint(0, VOCABULARY, (SAMPLES, SEQLEN), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0, VOCABULARY, (SAMPLES, SEQLEN), generator=torch.Generator().manual_seed(0)
+    )
     save_file({"input_ids": tokens.int()}, ids)
     core = parse_devices("1-cores")
     for hidden, blocks, method in RANDOM:

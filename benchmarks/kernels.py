@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from prunus.sparse import kernels
-from prunus.sparse.bitmap import check, pack_weight
-from prunus.sparse.weight import Coding, PackedWeight
+from prunus.packed.bitmap import check, pack_weight
+from prunus.packed.kernels import library as kernels
+from prunus.packed.weight import Coding, PackedWeight
 
 #: Twice as much as the largest caches hold, at the least.
 WORKING_SET = 160e6
@@ -72,7 +72,9 @@ def make_kernels(
     whole = dense.bfloat16()
     packed(pack_weight(whole, torch.bfloat16), "whole bf16, coded")
     packed(pack_weight(whole, torch.int8), "whole int8")
-    places = [w.values.view_as(whole) for w in copies(PackedWeight((rows, columns), whole.flatten()))]
+    places = [
+        w.values.view_as(whole) for w in copies(PackedWeight((rows, columns), whole.flatten()))
+    ]
     if engine.has_dense:
         add("dense bf16", whole.nbytes, places, lambda w: engine.dense_linear(x, w, None))
     add("torch bf16", whole.nbytes, places, lambda w: torch.nn.functional.linear(x, w))

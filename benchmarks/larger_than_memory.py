@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prunus.recipe import parse_bytes
+from prunus.hardware.sizes import parse_bytes
 
 GROUP = f"prunus-larger-than-memory-{os.getpid()}"
 # The process of a verb: its imports first, which come from the disk too, then the verb, then what it cost.
@@ -29,7 +29,7 @@ CHILD = """
 import json, resource, sys
 import torch
 torch.set_num_threads(int(sys.argv[2]))
-import transformers.models.auto.modeling_auto, prunus.run, prunus.recovery, prunus.evaluation, prunus.sparse
+import transformers.models.auto.modeling_auto, prunus.pruning.run, prunus.recovery, prunus.evaluation, prunus.packed
 from prunus.cli import app
 from transformers import AutoConfig, AutoModelForCausalLM
 AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(sys.argv[3]))]
@@ -59,10 +59,16 @@ def memory_group(limit: int) -> Iterator[Path]:
         )
     }
     if first.is_dir():
-        group, limit_name = first / own.get("memory", "").lstrip("/") / GROUP, "memory.limit_in_bytes"
+        group, limit_name = (
+            first / own.get("memory", "").lstrip("/") / GROUP,
+            "memory.limit_in_bytes",
+        )
         swap_name = "memory.memsw.limit_in_bytes"
     else:
-        group, limit_name = Path("/sys/fs/cgroup") / own.get("", "").lstrip("/") / GROUP, "memory.max"
+        group, limit_name = (
+            Path("/sys/fs/cgroup") / own.get("", "").lstrip("/") / GROUP,
+            "memory.max",
+        )
         swap_name = "memory.swap.max"
     group.mkdir()
     try:
@@ -108,7 +114,15 @@ def measure(
     report = Path(arguments[-1])
     report.unlink(missing_ok=True)
     with memory_group(limit) as group:
-        command = [sys.executable, "-c", CHILD, str(report), str(threads), str(model), *arguments[:-1]]
+        command = [
+            sys.executable,
+            "-c",
+            CHILD,
+            str(report),
+            str(threads),
+            str(model),
+            *arguments[:-1],
+        ]
         began = time.monotonic()
         done = subprocess.run(
             command,
@@ -163,7 +177,9 @@ def main() -> None:
     pruned, packed, better = (scratch / x for x in ("pruned", "packed", "better"))
     report = str(scratch / "report.json")
     # A tenth of the limit is left to what is not the process's own memory: pages of files on their way.
-    budgets = {x: str(int(parse_bytes(getattr(options, x)) * 0.9)) for x in ("memory", "training_memory")}
+    budgets = {
+        x: str(int(parse_bytes(getattr(options, x)) * 0.9)) for x in ("memory", "training_memory")
+    }
     data = ["--data", str(options.data)] if options.data else []
     size = ["--seqlen", str(options.seqlen)]
     few = ["--samples", str(options.windows), *size]
@@ -214,7 +230,9 @@ def main() -> None:
                 parser.error(
                     f"{model} holds {weights:,} bytes of weights: no more than the limit of {limit:,}"
                 )
-            found.append(measure(name, limit, model, [*arguments, report], inputs, output, options.threads))
+            found.append(
+                measure(name, limit, model, [*arguments, report], inputs, output, options.threads)
+            )
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     sys.exit(any(entry["status"] != 0 for entry in found))

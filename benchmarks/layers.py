@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from prunus.methods import METHODS, Options, check_options, compose, default_group
-from prunus.patterns import Pattern
-from prunus.statistics import InputStatistics
+from prunus.methods.patterns import Pattern
+from prunus.methods.statistics import InputStatistics
 
 _CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in METHODS),
@@ -41,7 +41,11 @@ def inputs_of(
     """Name -> weight (O, I) and the inputs (tokens, in) of each window."""
     found: dict[str, tuple[Tensor, list[Tensor]]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and f".{block}." in name and name.endswith(tuple(endings)):
+        if (
+            isinstance(module, torch.nn.Linear)
+            and f".{block}." in name
+            and name.endswith(tuple(endings))
+        ):
             found[name] = (module.weight.detach().float(), [])
 
             def keep(seen: list[Tensor], _module: Any, args: tuple[Tensor, ...]) -> None:
@@ -55,7 +59,9 @@ def inputs_of(
 
 def error(weight_OI: Tensor, pruned_OI: Tensor, X_TI: Tensor) -> float:
     """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²."""
-    return float((X_TI @ (weight_OI - pruned_OI).T).square().sum() / (X_TI @ weight_OI.T).square().sum())
+    return float(
+        (X_TI @ (weight_OI - pruned_OI).T).square().sum() / (X_TI @ weight_OI.T).square().sum()
+    )
 
 
 def main() -> None:
@@ -77,7 +83,10 @@ def main() -> None:
         for name, (weight_OI, seen) in inputs_of(
             model, options.block, options.linears.split(","), windows
         ).items():
-            X_TI, unseen_TI = torch.cat(seen[: -options.held_out]), torch.cat(seen[-options.held_out :])
+            X_TI, unseen_TI = (
+                torch.cat(seen[: -options.held_out]),
+                torch.cat(seen[-options.held_out :]),
+            )
             statistics = InputStatistics(weight_OI.shape[1], "gram", means=True)
             statistics.add(X_TI)
             layers.append({"name": name, "methods": []})

@@ -58,7 +58,9 @@ def write_checkpoint(folder: Path, blocks: int, hidden: int) -> None:
     for index in range(blocks):
         prefix = f"model.layers.{index}"
         tensors = {f"{prefix}.self_attn.{n}_proj.weight": random(hidden, hidden) for n in "qkvo"}
-        tensors |= {f"{prefix}.mlp.{n}_proj.weight": random(intermediate, hidden) for n in ("gate", "up")}
+        tensors |= {
+            f"{prefix}.mlp.{n}_proj.weight": random(intermediate, hidden) for n in ("gate", "up")
+        }
         tensors[f"{prefix}.mlp.down_proj.weight"] = random(hidden, intermediate)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}.{norm}.weight"] = torch.ones(hidden).bfloat16()
@@ -86,8 +88,22 @@ def main() -> None:
     save_file({"input_ids": ids}, options.folder / "ids.safetensors")
     shutil.rmtree(out, ignore_errors=True)
     report = options.folder / "report.json"
-    command = [sys.executable, "-m", "prunus", "prune", str(dense), str(out), "--method", options.method]
-    command += ["--calibration", str(options.folder / "ids.safetensors"), "--samples", str(options.samples)]
+    command = [
+        sys.executable,
+        "-m",
+        "prunus",
+        "prune",
+        str(dense),
+        str(out),
+        "--method",
+        options.method,
+    ]
+    command += [
+        "--calibration",
+        str(options.folder / "ids.safetensors"),
+        "--samples",
+        str(options.samples),
+    ]
     command += ["--seqlen", str(options.seqlen), "--json", str(report)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     manifest = json.loads(report.read_text())

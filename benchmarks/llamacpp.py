@@ -40,7 +40,9 @@ def llama_decode(program: Path, file: Path, depth: int, new_tokens: int, threads
         "-o",
         "json",
     ]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=True
+    )
     return float(json.loads(done.stdout)[0]["avg_ts"])
 
 
@@ -75,10 +77,16 @@ def main() -> None:
             found.setdefault(f"prunus {speed.model}", []).append(speed.decode_tokens_per_second[1])
 
     medians = {name: statistics.median(values) for name, values in found.items()}
-    table = Table("program and model", "decode tokens/s", *(f"/ {file.name}" for file in options.gguf))
+    table = Table(
+        "program and model", "decode tokens/s", *(f"/ {file.name}" for file in options.gguf)
+    )
     for name, values in found.items():
-        ratios = [f"{medians[name] / medians[f'llama.cpp {file.name}']:.2f}" for file in options.gguf]
-        table.add_row(name, f"{medians[name]:.1f} ({min(values):.1f} to {max(values):.1f})", *ratios)
+        ratios = [
+            f"{medians[name] / medians[f'llama.cpp {file.name}']:.2f}" for file in options.gguf
+        ]
+        table.add_row(
+            name, f"{medians[name]:.1f} ({min(values):.1f} to {max(values):.1f})", *ratios
+        )
     Console().print(table)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")

@@ -28,14 +28,28 @@ def measure(
     shutil.rmtree(out, ignore_errors=True)
     source = "c4" if os.environ.get("PRUNUS_DATA") else "python-docs"
     command = [sys.executable, "-m", "prunus", "prune", model, str(out), "--method", options.method]
-    command += ["--propagate", propagate, "--samples", "32", "--seqlen", "1024", "--dtype", options.dtype]
+    command += [
+        "--propagate",
+        propagate,
+        "--samples",
+        "32",
+        "--seqlen",
+        "1024",
+        "--dtype",
+        options.dtype,
+    ]
     command += ["--calibration", source, "--json", str(report)]
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     total = time.perf_counter() - started
     manifest = json.loads(report.read_text())
     totals = manifest["totals"]
-    return total, totals["block_seconds"], totals["peak_memory_bytes"] / 1e9, manifest["inputs"]["dtype"]
+    return (
+        total,
+        totals["block_seconds"],
+        totals["peak_memory_bytes"] / 1e9,
+        manifest["inputs"]["dtype"],
+    )
 
 
 def main() -> None:

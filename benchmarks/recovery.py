@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.calibration.corpora import load_corpus
-from prunus.model.files import write_text
+from prunus.model.checkpoint.atomic_files import write_text
 
 CALIBRATION_DOCUMENTS, TRAINING_DOCUMENTS = 300, 20_000
 PATTERNS = {"50 %": ["--sparsity", "0.5"], "2:4": ["--pattern", "2:4"]}
@@ -61,7 +61,9 @@ def split_c4(folder: Path, data: Path | None) -> None:
     }
     for name, part in parts.items():
         if not (folder / f"{name}.jsonl").exists():
-            write_text(folder / f"{name}.jsonl", "".join(json.dumps({"text": x}) + "\n" for x in part))
+            write_text(
+                folder / f"{name}.jsonl", "".join(json.dumps({"text": x}) + "\n" for x in part)
+            )
 
 
 def perplexity(model: Path | str, name: str, folder: Path, data: list[str]) -> float:
@@ -70,7 +72,9 @@ def perplexity(model: Path | str, name: str, folder: Path, data: list[str]) -> f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", type=Path, help="local mirror of the corpora")
     parser.add_argument("--model", help="the dense model (default: fetched)")
@@ -98,7 +102,14 @@ def main() -> None:
             "--seqlen",
             "1024",
         ]
-        prunus("prune", dense, str(pruned), *asked, *calibration, json_file=folder / f"{pruned.name}.json")
+        prunus(
+            "prune",
+            dense,
+            str(pruned),
+            *asked,
+            *calibration,
+            json_file=folder / f"{pruned.name}.json",
+        )
         worst = perplexity(pruned, pruned.name, folder, data)
         for mode, options in MODES.items():
             name = f"{pruned.name}-{mode.replace(', ', '-')}"
@@ -107,7 +118,12 @@ def main() -> None:
             options = [dense if word == "DENSE" else word for word in options]
             text = ["--text", str(folder / "training.jsonl"), "--tokens", str(given.tokens)]
             found = prunus(
-                "recover", str(pruned), str(folder / name), *options, *text, json_file=folder / f"{name}.json"
+                "recover",
+                str(pruned),
+                str(folder / name),
+                *options,
+                *text,
+                json_file=folder / f"{name}.json",
             )
             after = perplexity(folder / name, name, folder, data)
             if not mode.startswith("lora"):

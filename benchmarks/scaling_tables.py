@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from prunus.forecast import Shape, find_shape, forecast
-from prunus.rates import parse_devices
+from prunus.hardware.rates import parse_devices
+from prunus.pruning.forecast import Shape, find_shape, forecast
 
 MODELS = ["llama-7b", "llama-13b", "llama-30b", "llama-65b", "llama2-70b", "llama3-405b"]
 WINDOWS, TOKENS = 128, 2048
@@ -32,12 +32,17 @@ def spent(seconds: float) -> str:
 
 
 def models() -> None:
-    print("| model | method | 2 cores: memory | time | 8 H100 (not measured): memory per rank ", end="")
+    print(
+        "| model | method | 2 cores: memory | time | 8 H100 (not measured): memory per rank ",
+        end="",
+    )
     print("| traffic to each | time | communication |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name in MODELS:
         for method in ("wanda", "sparsegpt"):
-            cores, cards = (told(find_shape(name), devices, method) for devices in ("2-cores", "8xh100"))
+            cores, cards = (
+                told(find_shape(name), devices, method) for devices in ("2-cores", "8xh100")
+            )
             share = cards["parts"]["communication"] / cards["seconds"]
             print(
                 f"| {name} | {method} | {cores['memory'] / 1e9:.0f} GB | {spent(cores['seconds'])} "
@@ -78,7 +83,10 @@ def ranks() -> None:
             found = told(find_shape("llama-7b"), f"{count}x8-cores", method)
             parts = found["parts"]
             forward = parts["forward"] + parts["statistics"]
-            cells += [spent(x) for x in (found["seconds"], forward, parts["solve"], parts["communication"])]
+            cells += [
+                spent(x)
+                for x in (found["seconds"], forward, parts["solve"], parts["communication"])
+            ]
         print(f"| {' | '.join(cells)} |")
 
 

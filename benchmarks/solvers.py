@@ -19,22 +19,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.machine import hardware, versions
+from prunus.hardware.memory import hardware, versions
 from prunus.methods import METHODS, Options, compose
-from prunus.patterns import Pattern
-from prunus.statistics import InputStatistics
+from prunus.methods.patterns import Pattern
+from prunus.methods.statistics import InputStatistics
 
 _ALPS_STEPS = 16
 
 
-def from_pseudo_code(weight_OI: Tensor, gram_II: Tensor, sparsity: float, block: int = 128) -> Tensor:
+def from_pseudo_code(
+    weight_OI: Tensor, gram_II: Tensor, sparsity: float, block: int = 128
+) -> Tensor:
     """Algorithm 1 of arXiv 2301.00774, line by line: one column at a time, the rest of its block after each."""
     weight_OI = weight_OI.clone()
     damped_II = gram_II + 0.01 * gram_II.diagonal().mean() * torch.eye(len(gram_II))
-    factor_II = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped_II)), upper=True)
+    factor_II = torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(damped_II)), upper=True
+    )
     for start in range(0, weight_OI.shape[1], block):
         stop = min(start + block, weight_OI.shape[1])
-        part_OB, error_OB = weight_OI[:, start:stop].clone(), torch.zeros(len(weight_OI), stop - start)
+        part_OB, error_OB = (
+            weight_OI[:, start:stop].clone(),
+            torch.zeros(len(weight_OI), stop - start),
+        )
         upper_BB = factor_II[start:stop, start:stop]
         cost_OB = part_OB**2 / upper_BB.diagonal() ** 2
         threshold = cost_OB.flatten().sort().values[int(cost_OB.numel() * sparsity)]
@@ -84,7 +91,9 @@ def measure(rows: int, columns: int, rounds: int) -> dict[str, dict[str, float]]
 
     def conjugate_steps(method: str, **options: Any) -> int:
         chosen = Options(**options)
-        pruned = compose(METHODS[method], chosen).prune(weight_OI, statistics, Pattern(), 0.5, chosen)
+        pruned = compose(METHODS[method], chosen).prune(
+            weight_OI, statistics, Pattern(), 0.5, chosen
+        )
         return int(pruned.notes["conjugate_gradients"]) + 1
 
     inverse = columns**3
@@ -95,7 +104,10 @@ def measure(rows: int, columns: int, rounds: int) -> dict[str, dict[str, float]]
         "sparsegpt": (prune("sparsegpt"), inverse + product / 2),
         "pseudo-code": (lambda: from_pseudo_code(weight_OI, gram_II, 0.5), inverse + product / 2),
         "alps": (prune("alps"), alps_products * product + 8 * inverse),
-        "wanda + lsq": (prune("wanda", update="lsq"), conjugate_steps("wanda", update="lsq") * product),
+        "wanda + lsq": (
+            prune("wanda", update="lsq"),
+            conjugate_steps("wanda", update="lsq") * product,
+        ),
         "wanda + swaps": (prune("wanda", refine="swaps"), 0.0),
     }
     best: dict[str, float] = {}
@@ -128,7 +140,11 @@ def main() -> None:
             ratio = found[shape]["pseudo-code"]["seconds"] / found[shape]["sparsegpt"]["seconds"]
             print(f"{shape:>12} sparsegpt is {ratio:.2f} times as fast as its pseudo-code")
     if options.json:
-        content = {"machine": hardware(torch.device("cpu")), "versions": versions(), "shapes": found}
+        content = {
+            "machine": hardware(torch.device("cpu")),
+            "versions": versions(),
+            "shapes": found,
+        }
         options.json.write_text(json.dumps(content, indent=2))
 
 

@@ -34,7 +34,13 @@ from prunus.evaluation import image_accuracy  # noqa: E402
 
 SIDE, TRAINED, BATCH = 8, 1297, 64
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
-WAYS = (("magnitude", "layer"), ("magnitude", "row"), ("wanda", "layer"), ("wanda", "row"), ("alps", "row"))
+WAYS = (
+    ("magnitude", "layer"),
+    ("magnitude", "row"),
+    ("wanda", "layer"),
+    ("wanda", "row"),
+    ("alps", "row"),
+)
 EPOCHS = {"vit": 60, "convnext": 40}
 
 
@@ -52,7 +58,10 @@ def pictures(work: Path) -> tuple[Path, Path]:
 
 
 def classifier(kind: str) -> Any:
-    labels = {"id2label": {i: str(i) for i in range(10)}, "label2id": {str(i): i for i in range(10)}}
+    labels = {
+        "id2label": {i: str(i) for i in range(10)},
+        "label2id": {str(i): i for i in range(10)},
+    }
     if kind == "vit":
         return ViTForImageClassification(
             ViTConfig(
@@ -116,7 +125,9 @@ def main() -> None:
         if not (dense / "model.safetensors").exists():
             train(kind, training, dense)
         [score] = image_accuracy([dense], judging)
-        print(f"{kind}: {score.accuracy:.1%} ± {score.standard_error:.1%} dense, {score.images} pictures")
+        print(
+            f"{kind}: {score.accuracy:.1%} ± {score.standard_error:.1%} dense, {score.images} pictures"
+        )
         found.append({"model": kind, "method": "dense", "accuracy": score.accuracy})
         print("sparsity".ljust(18), *(f"{sparsity:>7.0%}" for sparsity in SPARSITIES))
         for method, group in WAYS:
@@ -145,7 +156,11 @@ def main() -> None:
                         "accuracy": row[-1],
                     }
                 )
-            print(f"{method}, per {group}".ljust(18), *(f"{accuracy:7.1%}" for accuracy in row), flush=True)
+            print(
+                f"{method}, per {group}".ljust(18),
+                *(f"{accuracy:7.1%}" for accuracy in row),
+                flush=True,
+            )
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

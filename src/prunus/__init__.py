@@ -11,15 +11,15 @@ recover      win quality of a pruned checkpoint back
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from prunus.sparse.register import register
+from prunus.packed.register import register
 
 if TYPE_CHECKING:
     from prunus.evaluation import PerplexityResult, TaskResults, compare, evaluate, perplexity
-    from prunus.inspection import Inspection, inspect
-    from prunus.manifest import Manifest
-    from prunus.recipe import Recipe
+    from prunus.evaluation.inspection import Inspection, inspect
+    from prunus.pruning.manifest import Manifest
+    from prunus.pruning.recipe import Recipe
+    from prunus.pruning.run import prune
     from prunus.recovery import RecoveryRecord, recover
-    from prunus.run import prune
 
 __all__ = [
     "Inspection",
@@ -39,17 +39,17 @@ __all__ = [
 # Where each public name lives. It is imported when it is first used: torch and transformers take seconds, which
 # `prunus --help` need not wait for. No module may bear a public name, or importing it would hide the name.
 _HOMES = {
-    "Inspection": "prunus.inspection",
-    "Manifest": "prunus.manifest",
+    "Inspection": "prunus.evaluation.inspection",
+    "Manifest": "prunus.pruning.manifest",
     "PerplexityResult": "prunus.evaluation",
-    "Recipe": "prunus.recipe",
+    "Recipe": "prunus.pruning.recipe",
     "RecoveryRecord": "prunus.recovery",
     "TaskResults": "prunus.evaluation",
     "compare": "prunus.evaluation",
     "evaluate": "prunus.evaluation",
-    "inspect": "prunus.inspection",
+    "inspect": "prunus.evaluation.inspection",
     "perplexity": "prunus.evaluation",
-    "prune": "prunus.run",
+    "prune": "prunus.pruning.run",
     "recover": "prunus.recovery",
 }
 

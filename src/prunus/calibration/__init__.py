@@ -12,7 +12,12 @@ from typing import Any
 import torch
 
 from prunus.calibration.corpora import NAMES, check_corpus, load_corpus
-from prunus.calibration.draw import TextTooShort, encode, windows_from_documents, windows_from_stream
+from prunus.calibration.draw import (
+    TextTooShort,
+    encode,
+    windows_from_documents,
+    windows_from_stream,
+)
 from prunus.calibration.files import check_file, kind, read_documents, read_ids
 
 __all__ = ["SOURCES", "Windows", "check_context", "check_source", "load_windows"]
@@ -113,9 +118,13 @@ def load_windows(
             f"a .safetensors file with input_ids"
         )
     elif source in NAMES:
-        ids, described = _from_corpus(source, data_dir, tokenizer, samples=samples, seqlen=seqlen, rng=rng)
+        ids, described = _from_corpus(
+            source, data_dir, tokenizer, samples=samples, seqlen=seqlen, rng=rng
+        )
     else:
-        ids, described = _from_file(Path(source), tokenizer, samples=samples, seqlen=seqlen, rng=rng)
+        ids, described = _from_file(
+            Path(source), tokenizer, samples=samples, seqlen=seqlen, rng=rng
+        )
     assert tuple(ids.shape) == (samples, seqlen)
     return Windows(ids, described, hash_ids(ids))
 
@@ -160,7 +169,13 @@ def _from_ids(path: Path, samples: int, seqlen: int) -> torch.Tensor:
 
 
 def _from_corpus(
-    name: str, data_dir: Path | None, tokenizer: Any, *, samples: int, seqlen: int, rng: random.Random
+    name: str,
+    data_dir: Path | None,
+    tokenizer: Any,
+    *,
+    samples: int,
+    seqlen: int,
+    rng: random.Random,
 ) -> tuple[torch.Tensor, str]:
     corpus = load_corpus(name, "calibration", data_dir)
     try:
@@ -182,7 +197,9 @@ def _from_file(
     documents = read_documents(path)
     if len(documents) > 1:
         try:
-            ids, used = windows_from_documents(documents, tokenizer, samples=samples, seqlen=seqlen, rng=rng)
+            ids, used = windows_from_documents(
+                documents, tokenizer, samples=samples, seqlen=seqlen, rng=rng
+            )
             return ids, f"{path}; windows from {used} documents"
         except TextTooShort:
             pass
@@ -193,7 +210,9 @@ def _from_file(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     joined = (
-        f"; {len(documents)} documents joined, none is longer than a window" if len(documents) > 1 else ""
+        f"; {len(documents)} documents joined, none is longer than a window"
+        if len(documents) > 1
+        else ""
     )
     return ids, f"{path}{joined}"
 

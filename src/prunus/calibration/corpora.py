@@ -50,7 +50,10 @@ class _Place:
 _WIKITEXT2 = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
 # That repository is a loading script, which `datasets` no longer runs; the hub keeps a Parquet copy too.
 _PTB = {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet"}
-_C4_TRAIN, _C4_VALIDATION = "c4-train.00000-of-01024.json.gz", "c4-validation.00000-of-00008.json.gz"
+_C4_TRAIN, _C4_VALIDATION = (
+    "c4-train.00000-of-01024.json.gz",
+    "c4-validation.00000-of-00008.json.gz",
+)
 
 _PLACES: dict[tuple[str, Part], _Place] = {
     ("c4", "calibration"): _Place(
@@ -60,7 +63,8 @@ _PLACES: dict[tuple[str, Part], _Place] = {
         mirror=(
             _MirrorFile(f"c4/{_C4_TRAIN}"),
             _MirrorFile(
-                "c4/c4_en_train_shard0_first1000.jsonl.gz", "the first 1,000 documents of train shard 0"
+                "c4/c4_en_train_shard0_first1000.jsonl.gz",
+                "the first 1,000 documents of train shard 0",
             ),
         ),
     ),
@@ -96,10 +100,16 @@ _PLACES: dict[tuple[str, Part], _Place] = {
         mirror=(_MirrorFile("wikitext2/wiki.test.raw"),),
     ),
     ("ptb", "calibration"): _Place(
-        known_as="ptb_text_only, train", hub=_PTB, split="train", mirror=(_MirrorFile("ptb/ptb.train.txt"),)
+        known_as="ptb_text_only, train",
+        hub=_PTB,
+        split="train",
+        mirror=(_MirrorFile("ptb/ptb.train.txt"),),
     ),
     ("ptb", "scoring"): _Place(
-        known_as="ptb_text_only, test", hub=_PTB, split="test", mirror=(_MirrorFile("ptb/ptb.test.txt"),)
+        known_as="ptb_text_only, test",
+        hub=_PTB,
+        split="test",
+        mirror=(_MirrorFile("ptb/ptb.test.txt"),),
     ),
 }
 
@@ -129,7 +139,9 @@ def check_corpus(name: str, part: Part, data_dir: Path | None) -> None:
     """Raise unless `load_corpus` has what it needs here: the file, the library. Asks no network."""
     if name == "python-docs":
         if importlib.util.find_spec("pydoc_data") is None:
-            raise ModuleNotFoundError("this Python comes without pydoc_data, which python-docs is made of")
+            raise ModuleNotFoundError(
+                "this Python comes without pydoc_data, which python-docs is made of"
+            )
     elif _mirror_file(name, part, data_dir) is None:
         require("datasets", f"loading {name} from the hub")
 
@@ -209,4 +221,6 @@ def python_docs(part: Part) -> list[str]:
         characters += len(paragraph)
         if characters >= half:
             return paragraphs[: cut + 1] if part == "calibration" else paragraphs[cut + 1 :]
-    raise ValueError("pydoc_data.topics holds no text in this Python, so python-docs is not available")
+    raise ValueError(
+        "pydoc_data.topics holds no text in this Python, so python-docs is not available"
+    )

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-_AT_ONCE = 32  # documents tokenised per call: fast tokenizers work on them in parallel, few are wasted
+_AT_ONCE = (
+    32  # documents tokenised per call: fast tokenizers work on them in parallel, few are wasted
+)
 
 
 class TextTooShort(ValueError):  # noqa: N818 - named for what it says
@@ -92,7 +94,9 @@ def windows_from_stream(
             f"Use a smaller --seqlen or more text"
         )
     _check_enough(starts, samples, seqlen)
-    return torch.stack([tokens_T[start : start + seqlen] for start in rng.sample(range(starts), samples)])
+    return torch.stack(
+        [tokens_T[start : start + seqlen] for start in rng.sample(range(starts), samples)]
+    )
 
 
 def _check_enough(different: int, samples: int, seqlen: int) -> None:

@@ -28,7 +28,9 @@ def kind(path: Path) -> str:
             f"{path}: cannot tell what this file holds; its name must end in {', '.join(SUFFIXES)}"
         )
     stem = name.removesuffix(".gz")
-    return {".txt": "text", ".jsonl": "json", ".json": "json"}.get(Path(stem).suffix, Path(stem).suffix[1:])
+    return {".txt": "text", ".jsonl": "json", ".json": "json"}.get(
+        Path(stem).suffix, Path(stem).suffix[1:]
+    )
 
 
 def check_file(path: Path) -> None:
@@ -76,7 +78,11 @@ def read_documents(path: Path) -> list[str]:
 def read_text(path: Path) -> str:
     """The whole of a text file, gunzipped where its name ends in `.gz`; line ends stay as they are."""
     try:
-        data = gzip.decompress(path.read_bytes()) if path.name.lower().endswith(".gz") else path.read_bytes()
+        data = (
+            gzip.decompress(path.read_bytes())
+            if path.name.lower().endswith(".gz")
+            else path.read_bytes()
+        )
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged or truncated gzip file ({error})") from error
     try:
@@ -138,7 +144,9 @@ def read_ids(path: Path) -> torch.Tensor:
     except SafetensorError as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
     if ids is None:
-        raise ValueError(f"{path}: no tensor 'input_ids'; it holds {', '.join(sorted(names)) or 'nothing'}")
+        raise ValueError(
+            f"{path}: no tensor 'input_ids'; it holds {', '.join(sorted(names)) or 'nothing'}"
+        )
     if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(
             f"{path}: input_ids must be integers of shape (windows, tokens), "

@@ -51,7 +51,9 @@ def write_windows(model: Any, first_N: torch.Tensor, *, seqlen: int, seed: int) 
 
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and seqlen > positions:
-        raise ValueError(f"windows of {seqlen} tokens are longer than the model's {positions} positions")
+        raise ValueError(
+            f"windows of {seqlen} tokens are longer than the model's {positions} positions"
+        )
     device = model.get_input_embeddings().weight.device
     kept_config, was_training = model.generation_config, model.training
     # In the model's place, not as an argument: generate() fills what an argument leaves open, such as the
@@ -79,5 +81,7 @@ def write_windows(model: Any, first_N: torch.Tensor, *, seqlen: int, seed: int) 
 def _finite(ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
     # Not the logits themselves: some models rule tokens out with minus infinity.
     if not torch.isfinite(torch.softmax(logits_BV.float(), dim=-1)).all():
-        raise ValueError("the model's logits are not finite, so it cannot write its own calibration text")
+        raise ValueError(
+            "the model's logits are not finite, so it cannot write its own calibration text"
+        )
     return logits_BV

@@ -8,7 +8,9 @@ from typing import Any
 __all__ = ["as_dataset", "load_column"]
 
 
-def load_column(name: str, arguments: dict[str, Any], split: str, column: str, local: str) -> Sequence[str]:
+def load_column(
+    name: str, arguments: dict[str, Any], split: str, column: str, local: str
+) -> Sequence[str]:
     """One column of a split of a data set on the hub, read row by row when it is indexed.
 
     Args:
@@ -25,7 +27,9 @@ def load_column(name: str, arguments: dict[str, Any], split: str, column: str, l
     try:
         # A shard of C4 never lies in memory as Python strings.
         documents: Sequence[str] = datasets.load_dataset(**arguments, split=split)[column]
-    except Exception as error:  # the library raises many kinds: network, cache, missing files, its own
+    except (
+        Exception
+    ) as error:  # the library raises many kinds: network, cache, missing files, its own
         raise OSError(
             f"{name} could not be loaded from the hub ({type(error).__name__}: {error}). "
             f"Without a network, give a data folder (--data or PRUNUS_DATA) that holds {local}"

@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["ImageFolder", "check_images", "draw_images", "hash_pixels", "list_images", "read_images"]
+__all__ = [
+    "ImageFolder",
+    "check_images",
+    "draw_images",
+    "hash_pixels",
+    "list_images",
+    "read_images",
+]
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -73,7 +80,9 @@ def list_images(folder: Path) -> ImageFolder:
 
 
 def _images_in(folder: Path) -> list[Path]:
-    files = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = (
+        path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
     return sorted(files, key=lambda path: path.name)
 
 

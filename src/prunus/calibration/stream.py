@@ -41,7 +41,9 @@ class TrainingText:
         ValueError: no window is left to train on.
     """
 
-    def __init__(self, windows: Iterator[torch.Tensor], source: str, held_out: int, seed: int) -> None:
+    def __init__(
+        self, windows: Iterator[torch.Tensor], source: str, held_out: int, seed: int
+    ) -> None:
         self.source = source
         self._windows = windows
         self._seed = seed
@@ -68,7 +70,9 @@ class TrainingText:
         if self._extend(index + 1):
             return self._rows[index]
         times, place = divmod(index, len(self._rows))
-        order = random.Random(f"{self._seed} {times}").sample(range(len(self._rows)), len(self._rows))
+        order = random.Random(f"{self._seed} {times}").sample(
+            range(len(self._rows)), len(self._rows)
+        )
         return self._rows[order[place] if times else place]
 
     def _extend(self, count: int) -> bool:
@@ -112,7 +116,9 @@ def training_text(
     check_source(source, data_dir)
     if source == "self":
         if windows is None:
-            raise ValueError("the source 'self' writes a given number of tokens: give the budget in --tokens")
+            raise ValueError(
+                "the source 'self' writes a given number of tokens: give the budget in --tokens"
+            )
         written = load_windows(
             source,
             tokenizer=tokenizer,
@@ -140,7 +146,9 @@ def training_text(
     if len(documents) == 1:
         rows = _shuffled(list(_cut(iter([encode(tokenizer, documents[0])]), seqlen)), seed)
         return TrainingText(iter(rows), described, held_out, seed)
-    return TrainingText(_cut(_in_random_order(documents, tokenizer, seed), seqlen), described, held_out, seed)
+    return TrainingText(
+        _cut(_in_random_order(documents, tokenizer, seed), seqlen), described, held_out, seed
+    )
 
 
 def _in_random_order(documents: Sequence[str], tokenizer: Any, seed: int) -> Iterator[torch.Tensor]:
@@ -152,7 +160,9 @@ def _in_random_order(documents: Sequence[str], tokenizer: Any, seed: int) -> Ite
             yield torch.tensor([*ids, end] if end is not None else ids, dtype=torch.int64)
 
 
-def _cut(pieces: Iterator[torch.Tensor], seqlen: int, across: bool = True) -> Iterator[torch.Tensor]:
+def _cut(
+    pieces: Iterator[torch.Tensor], seqlen: int, across: bool = True
+) -> Iterator[torch.Tensor]:
     """Windows (S,) of the pieces end to end; what is left at the end is dropped, or, unless `across`, of each piece."""
     rest = torch.zeros(0, dtype=torch.int64)
     for piece in pieces:

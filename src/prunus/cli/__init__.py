@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import typer
 
-from prunus.cli.converting import fetch, import_, pack, unpack
-from prunus.cli.judging import bench, doctor, evaluate, generate
-from prunus.cli.pruning import inspect, plan, prune
-from prunus.cli.recovering import recover
-from prunus.cli.sweeping import report, sweep
+from prunus.cli.convert import fetch, import_, pack, unpack
+from prunus.cli.evaluate import bench, doctor, evaluate, generate
+from prunus.cli.prune import inspect, plan, prune
+from prunus.cli.recover import recover
+from prunus.cli.sweep import report, sweep
 
 __all__ = ["app", "main"]
 

@@ -21,11 +21,16 @@ __all__ = [
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Checkpoint folder, or hub id (safetensors only).")
 ]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.")
+]
 DataDir = Annotated[
     Path | None,
     typer.Option(
-        "--data", metavar="DIR", envvar="PRUNUS_DATA", help="Local mirror of the corpora (see docs)."
+        "--data",
+        metavar="DIR",
+        envvar="PRUNUS_DATA",
+        help="Local mirror of the corpora (see docs).",
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")]
@@ -37,7 +42,8 @@ Trust = Annotated[
     ),
 ]
 Memory = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Budget, such as 8GB.", show_default="what is free")
+    str | None,
+    typer.Option(metavar="SIZE", help="Budget, such as 8GB.", show_default="what is free"),
 ]
 RankTimeout = Annotated[
     float | None,
@@ -49,5 +55,6 @@ RankTimeout = Annotated[
     ),
 ]
 RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", metavar="FILE.toml", help="Options from a file; flags override it.")
+    Path | None,
+    typer.Option("--recipe", metavar="FILE.toml", help="Options from a file; flags override it."),
 ]

@@ -34,7 +34,8 @@ OPTIONS: dict[str, Any] = {
     "method": Annotated[
         str | None,
         typer.Option(
-            help="magnitude, wanda, wanda-variant, ria, sparsegpt, obs or alps.", show_default="wanda"
+            help="magnitude, wanda, wanda-variant, ria, sparsegpt, obs or alps.",
+            show_default="wanda",
         ),
     ],
     "sparsity": Annotated[
@@ -74,7 +75,8 @@ OPTIONS: dict[str, Any] = {
     "seqlen": Annotated[int | None, typer.Option(help="Tokens per window.", show_default="2048")],
     "seed": Annotated[int | None, typer.Option(help="Of the calibration draw.", show_default="0")],
     "batch": Annotated[
-        int | None, typer.Option(help="Windows per forward pass.", show_default="about 4096 tokens' worth")
+        int | None,
+        typer.Option(help="Windows per forward pass.", show_default="about 4096 tokens' worth"),
     ],
     "dtype": Annotated[
         str | None,
@@ -92,7 +94,8 @@ OPTIONS: dict[str, Any] = {
         ),
     ],
     "head": Annotated[
-        bool | None, typer.Option("--head", help="Prune the output head too; refused where it is tied.")
+        bool | None,
+        typer.Option("--head", help="Prune the output head too; refused where it is tied."),
     ],
     "only": Annotated[
         list[str] | None,
@@ -112,7 +115,8 @@ OPTIONS: dict[str, Any] = {
         ),
     ],
     "mask_from": Annotated[
-        str | None, typer.Option(help="For obs: mask from wanda or magnitude.", show_default="wanda")
+        str | None,
+        typer.Option(help="For obs: mask from wanda or magnitude.", show_default="wanda"),
     ],
     "mask_order": Annotated[
         str | None,
@@ -141,7 +145,8 @@ OPTIONS: dict[str, Any] = {
         ),
     ],
     "refine_rounds": Annotated[
-        int | None, typer.Option(help="Most rounds of --refine.", show_default="50 for dsnot, 100 for swaps")
+        int | None,
+        typer.Option(help="Most rounds of --refine.", show_default="50 for dsnot, 100 for swaps"),
     ],
     "update": Annotated[
         str | None,
@@ -217,7 +222,9 @@ OPTIONS: dict[str, Any] = {
     ],
     "allocation_by": Annotated[
         str | None,
-        typer.Option(help="What gets a sparsity of its own: block or linear.", show_default="block"),
+        typer.Option(
+            help="What gets a sparsity of its own: block or linear.", show_default="block"
+        ),
     ],
     "allocation_spread": Annotated[
         float | None,
@@ -251,6 +258,8 @@ def takes_recipe(verb: Callable[..., None]) -> Callable[..., None]:
 
 def chosen_recipe(path: Path | None, options: dict[str, Any]) -> Any:
     """The recipe in the file `path`, or the defaults, with the options that were given on top."""
-    from prunus.recipe import load_recipe
+    from prunus.pruning.recipe import load_recipe
 
-    return load_recipe(path, {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    return load_recipe(
+        path, {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    )

@@ -46,12 +46,14 @@ def for_people(json_file: Path | None) -> Iterator[None]:
         say("stopped; what is finished is kept, and the same command goes on from there")
         raise typer.Exit(130) from None
     except (OSError, MemoryError, RuntimeError) as fault:
-        from prunus.ranks import ElsewhereError, RankError
+        from prunus.distributed import ElsewhereError, RankError
 
         if isinstance(fault, ElsewhereError):
             raise typer.Exit(1) from None
         if isinstance(fault, RankError):
-            say(f"error: {fault}. What is finished is kept, and the same command goes on from there")
+            say(
+                f"error: {fault}. What is finished is kept, and the same command goes on from there"
+            )
             # Not by way of the interpreter's end, where the process group would wait for the rank that is lost.
             sys.stdout.flush()
             os._exit(1)
@@ -112,14 +114,16 @@ def show(table: Any, json_file: Path | None, content: Any) -> None:
     """A table on standard output, and its figures as JSON where they are asked for; of several ranks from the first."""
     from rich.console import Console
 
-    from prunus.ranks import is_first
+    from prunus.distributed import is_first
 
     if not is_first():
         return
 
     console = Console()
     if not console.is_terminal:
-        console.width = max(console.width, 160)  # a file or a pipe has no width: names need not be cut
+        console.width = max(
+            console.width, 160
+        )  # a file or a pipe has no width: names need not be cut
     console.print(table)
     write_json(json_file, content)
 
@@ -133,7 +137,7 @@ def tell(summary: dict[str, Any], dest: Path, json_file: Path | None) -> None:
 def write_json(json_file: Path | None, content: Any) -> None:
     """The figures of a verb as JSON, where they are asked for."""
     if json_file is not None:
-        from prunus.model import files
+        from prunus.model.checkpoint import atomic_files as files
 
         json_file.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(json_file, content)

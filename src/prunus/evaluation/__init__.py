@@ -1,10 +1,9 @@
 """What a model is worth: perplexity, accuracy on tasks, and whether two models differ."""
 
-from prunus.evaluation.accuracy import Judging, evaluate, prepare
 from prunus.evaluation.cache import default_cache_folder
-from prunus.evaluation.candidate import find_folder
 from prunus.evaluation.comparison import Difference, compare, side_by_side
 from prunus.evaluation.images import ImageScore, image_accuracy
+from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.perplexity import (
     PerplexityResult,
     ScoringText,
@@ -12,7 +11,8 @@ from prunus.evaluation.perplexity import (
     perplexity,
     score_windows,
 )
-from prunus.evaluation.scores import PAPER7, Metric, TaskResults, TaskScore
+from prunus.evaluation.task_runner import Judging, evaluate, prepare
+from prunus.evaluation.task_scores import PAPER7, Metric, TaskResults, TaskScore
 from prunus.evaluation.text import check_text
 
 __all__ = [

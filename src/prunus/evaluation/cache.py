@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from prunus.machine import hardware, processor_name, versions
+from prunus.hardware.memory import hardware, processor_name, versions
 from prunus.model.adapter import base_folder, is_adapter
-from prunus.model.checkpoint import INDEX_NAME, companion_files
-from prunus.model.files import file_digest, read_json, write_json
+from prunus.model.checkpoint.atomic_files import file_digest, read_json, write_json
+from prunus.model.checkpoint.reader import INDEX_NAME, companion_files
 
 __all__ = [
     "ResultCache",
@@ -107,7 +107,9 @@ def files_as_they_are(folder: Path) -> list[list[Any]]:
     its last change of status back.
     """
     found = []
-    for path in sorted({*folder.resolve().glob("*.safetensors"), *companion_files(folder.resolve())}):
+    for path in sorted(
+        {*folder.resolve().glob("*.safetensors"), *companion_files(folder.resolve())}
+    ):
         state = path.stat()
         found.append([str(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns])
     return found

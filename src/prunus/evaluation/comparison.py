@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prunus.evaluation.perplexity import PerplexityResult
-from prunus.evaluation.scores import MEAN, PAPER7, Metric, TaskResults, paired_difference
+from prunus.evaluation.task_scores import MEAN, PAPER7, Metric, TaskResults, paired_difference
 
 __all__ = ["Difference", "compare", "side_by_side"]
 
@@ -87,7 +87,11 @@ def side_by_side(
     on_tasks = {result.model: result.as_dict() for result in results}
     return {
         "models": [
-            {"model": model, "perplexity": [one.as_dict() for one in ones], "tasks": on_tasks.get(model)}
+            {
+                "model": model,
+                "perplexity": [one.as_dict() for one in ones],
+                "tasks": on_tasks.get(model),
+            }
             for model, ones in perplexities.items()
         ],
         "differences": [change.as_dict() for change in compare(results)],

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from prunus.calibration.images import ImageFolder, list_images, read_images
-from prunus.evaluation.candidate import find_folder
-from prunus.evaluation.scores import paired_difference
+from prunus.evaluation.model_input import find_folder
+from prunus.evaluation.task_scores import paired_difference
 from prunus.model.device import choose_device
+from prunus.model.dtypes import check_dtype
 from prunus.model.image_processor import load_image_processor
 from prunus.model.kinds import IMAGES, kind_of
-from prunus.model.loading import check_dtype, load_model
+from prunus.model.loading import load_model
 from prunus.model.source import load_config
 
 __all__ = ["ImageScore", "image_accuracy"]
@@ -101,7 +102,9 @@ def image_accuracy(
         raise ValueError(f"batch and limit must be at least 1; got {batch} and {limit}")
     images = list_images(Path(folder))
     if not images.classes:
-        raise ValueError(f"{folder} has no class folders: accuracy needs a subfolder of images per class")
+        raise ValueError(
+            f"{folder} has no class folders: accuracy needs a subfolder of images per class"
+        )
     place = choose_device(device, None)
     wanted = range(len(images.paths))
     if limit is not None and limit < len(wanted):
@@ -111,10 +114,24 @@ def image_accuracy(
         found = find_folder(model)
         config = load_config(found, trust_remote_code)
         if (kind := kind_of(config)) is not IMAGES:
-            raise NotImplementedError(f"{model} is a {kind.name}; --images is for image classifiers")
+            raise NotImplementedError(
+                f"{model} is a {kind.name}; --images is for image classifiers"
+            )
         checked.append((str(model), found, *_labels(images, config)))
     return [
-        _score(name, found, labels, how, images, wanted, batch, dtype, place, trust_remote_code, progress)
+        _score(
+            name,
+            found,
+            labels,
+            how,
+            images,
+            wanted,
+            batch,
+            dtype,
+            place,
+            trust_remote_code,
+            progress,
+        )
         for name, found, labels, how in checked
     ]
 
@@ -123,7 +140,9 @@ def _labels(images: ImageFolder, config: Any) -> tuple[list[int], str]:
     """Per class folder the model's label, and how it was found."""
     by_name = {str(name): int(number) for name, number in (config.label2id or {}).items()}
     if all(name in by_name for name in images.classes):
-        return [by_name[name] for name in images.classes], "folders by name, through the model's label2id"
+        return [
+            by_name[name] for name in images.classes
+        ], "folders by name, through the model's label2id"
     if len(images.classes) == config.num_labels:
         return list(range(config.num_labels)), "folders by sorted order"
     strange = next(name for name in images.classes if name not in by_name)
@@ -156,7 +175,9 @@ def _score(
         pixels = read_images([images.paths[i] for i in places], processor)
         logits_NK = model(pixel_values=pixels.to(device, model.dtype)).logits.float()
         if not bool(torch.isfinite(logits_NK).all()):
-            raise ValueError(f"{name}: the model gives logits that are not finite; try --dtype float32")
+            raise ValueError(
+                f"{name}: the model gives logits that are not finite; try --dtype float32"
+            )
         expected = [labels[images.labels[i]] for i in places]
         correct += [a == b for a, b in zip(logits_NK.argmax(dim=1).tolist(), expected, strict=True)]
         if progress is not None:

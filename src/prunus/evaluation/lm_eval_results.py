@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prunus.evaluation.scores import Metric, TaskScore
+from prunus.evaluation.task_scores import Metric, TaskScore
 
 __all__ = ["read_scores"]
 
 
-def read_scores(found: Mapping[str, Any], *, definition: str, source: str, seconds: float) -> list[TaskScore]:
+def read_scores(
+    found: Mapping[str, Any], *, definition: str, source: str, seconds: float
+) -> list[TaskScore]:
     """The scores in what `lm_eval.evaluate` returned; groups come before their members.
 
     Args:
@@ -69,7 +71,9 @@ def _check_finite(name: str, samples: Sequence[Mapping[str, Any]]) -> None:
     """A choice among likelihoods that are not numbers would be scored as if it were one."""
     for row in samples:
         for response in row["filtered_resps"]:
-            likelihood = response[0] if isinstance(response, tuple | list) and response else response
+            likelihood = (
+                response[0] if isinstance(response, tuple | list) and response else response
+            )
             if isinstance(likelihood, float) and math.isnan(likelihood):
                 raise ValueError(
                     f"{name}, row {row['doc_id']}: the model's outputs are not finite. Damaged weights, or a dtype "

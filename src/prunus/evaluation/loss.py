@@ -17,7 +17,9 @@ __all__ = ["ROWS", "window_loss"]
 ROWS = 512
 
 
-def window_loss(rows: Callable[[int, int], torch.Tensor], ids_S: torch.Tensor, window: int) -> float:
+def window_loss(
+    rows: Callable[[int, int], torch.Tensor], ids_S: torch.Tensor, window: int
+) -> float:
     """The mean next-token cross entropy of one window in nats per token: float32, summed in float64.
 
     Args:
@@ -33,7 +35,9 @@ def window_loss(rows: Callable[[int, int], torch.Tensor], ids_S: torch.Tensor, w
     for first in range(0, last, ROWS):
         stop = min(first + ROWS, last)
         logits = rows(first, stop).float()
-        total += functional.cross_entropy(logits, ids_S[first + 1 : stop + 1], reduction="sum").item()
+        total += functional.cross_entropy(
+            logits, ids_S[first + 1 : stop + 1], reduction="sum"
+        ).item()
     if not math.isfinite(total):
         raise ValueError(
             f"the loss of window {window} is {total}: the model's outputs are not finite. "

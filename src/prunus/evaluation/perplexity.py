@@ -23,16 +23,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunus.distributed import ALONE, Ranks
 from prunus.evaluation.cache import ResultCache, checkpoint_digest, circumstances, files_as_they_are
-from prunus.evaluation.candidate import find_folder, require_text
 from prunus.evaluation.loss import window_loss
-from prunus.evaluation.streamed import StreamedModel, streams
+from prunus.evaluation.model_input import find_folder, require_text
+from prunus.evaluation.streamed_perplexity import StreamedModel, streams
 from prunus.evaluation.text import ScoringText, check_text, load_scoring_text, scoring_windows
+from prunus.hardware.sizes import parse_bytes
 from prunus.model.device import choose_device
-from prunus.model.loading import DTYPES, check_dtype, load_model
+from prunus.model.dtypes import DTYPES, check_dtype
+from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
-from prunus.ranks import ALONE, Ranks
-from prunus.recipe import parse_bytes
 
 __all__ = [
     "PerplexityResult",
@@ -216,7 +217,10 @@ def perplexity(
             "checkpoint": files_as_they_are(folder)
             if streamed
             else checkpoint_digest(folder, trust_remote_code),
-            "ids": [list(ids.shape), hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()],
+            "ids": [
+                list(ids.shape),
+                hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest(),
+            ],
             "batch": batch,
             "dtype": dtype,
             **circumstances(place),
@@ -237,7 +241,9 @@ def perplexity(
             model = load_model(folder, DTYPES.get(dtype, "auto"), trust_remote_code).to(place)
             found = _score(model, ids, batch, progress, ranks)
         if store is not None and ranks.rank == 0:
-            store.keep(key, found)  # one that cannot be written costs nothing but the next computation
+            store.keep(
+                key, found
+            )  # one that cannot be written costs nothing but the next computation
     loss = found["loss"]
     return PerplexityResult(
         source=source,
@@ -254,7 +260,11 @@ def perplexity(
 
 
 def _score(
-    model: Any, ids: torch.Tensor, batch: int, progress: Callable[[int, int], None] | None, ranks: Ranks
+    model: Any,
+    ids: torch.Tensor,
+    batch: int,
+    progress: Callable[[int, int], None] | None,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Loss in nats per token, seconds of scoring, dtype of the computation."""
     _check_model(model, ids)
@@ -266,7 +276,9 @@ def _score(
         with torch.inference_mode():
             mine = ranks.share(len(ids), batch)
             losses = _window_losses(
-                lambda batch_ids: model(input_ids=batch_ids.to(where.device), use_cache=False).logits,
+                lambda batch_ids: (
+                    model(input_ids=batch_ids.to(where.device), use_cache=False).logits
+                ),
                 ids[mine.start : mine.stop],
                 batch,
                 progress,

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from prunus.machine import resident_memory
+from prunus.hardware.memory import resident_memory
 from prunus.model.adapter import base_folder, is_adapter
-from prunus.model.checkpoint import resolve_folder
+from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.loading import import_architecture, load_model
-from prunus.sparse import use_dense_kernel, use_fast_decoding
+from prunus.packed import use_dense_kernel, use_fast_decoding
 
 __all__ = ["Speed", "bench", "measure"]
 
@@ -183,7 +183,10 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def _main() -> None:
-    folder, prompt_tokens, new_tokens, threads, dense_kernel = sys.argv[1], *(int(x) for x in sys.argv[2:6])
+    folder, prompt_tokens, new_tokens, threads, dense_kernel = (
+        sys.argv[1],
+        *(int(x) for x in sys.argv[2:6]),
+    )
     if threads:
         torch.set_num_threads(threads)
     print(json.dumps(measure(Path(folder), prompt_tokens, new_tokens, bool(dense_kernel))))

@@ -26,16 +26,18 @@ from typing import Any
 
 import torch
 
+from prunus.distributed import ALONE, Ranks
 from prunus.evaluation.lm_eval_results import read_scores
-from prunus.evaluation.mirror import FOLDER, check_mirror, load_splits
-from prunus.evaluation.scores import PAPER7, TaskScore
-from prunus.ranks import ALONE, Ranks
+from prunus.evaluation.local_datasets import FOLDER, check_mirror, load_splits
+from prunus.evaluation.task_scores import PAPER7, TaskScore
 
 __all__ = ["LoadedTask", "load_tasks", "require_lm_eval", "run_task", "wrap_model"]
 
 ALIASES = {"paper7": PAPER7}
 SEED = 1234  # lm-eval's own, of the draw of few-shot examples
-_BOOTSTRAP = 1000  # draws for the standard error of what has no formula (lm-eval's own 100,000 take minutes)
+_BOOTSTRAP = (
+    1000  # draws for the standard error of what has no formula (lm-eval's own 100,000 take minutes)
+)
 # Where lm-eval keeps the tasks of a mirror: reading its whole catalogue takes many seconds.
 _HOMES = ("super_glue/boolq", "glue/rte", "hellaswag", "winogrande", "arc", "openbookqa", "lambada")
 
@@ -65,7 +67,10 @@ def require_lm_eval() -> None:
 
 
 def load_tasks(
-    names: Sequence[str], shots: int | None = None, limit: int | None = None, mirror: Path | None = None
+    names: Sequence[str],
+    shots: int | None = None,
+    limit: int | None = None,
+    mirror: Path | None = None,
 ) -> list[LoadedTask]:
     """Find tasks in lm-eval's catalogue and get their rows.
 
@@ -171,7 +176,11 @@ def _expand(name: str, catalogue: Any) -> list[str]:
     entry = catalogue.task_index.get(name)
     if entry is None:
         near = difflib.get_close_matches(name, [*ALIASES, *catalogue.all_tasks], n=4, cutoff=0.6)
-        hint = f"did you mean {', '.join(near)}?" if near else "lm-eval lists its own: lm-eval ls tasks"
+        hint = (
+            f"did you mean {', '.join(near)}?"
+            if near
+            else "lm-eval lists its own: lm-eval ls tasks"
+        )
         raise ValueError(f"unknown task {name!r}: {hint}")
     return sorted(entry.tags) if name in catalogue.all_tags else [name]
 
@@ -185,7 +194,9 @@ def _config(name: str, catalogue: Any) -> Mapping[str, Any] | None:
 # --- loading ---
 
 
-def _load(name: str, catalogue: Any, shots: int | None, limit: int | None, mirror: Path | None) -> LoadedTask:
+def _load(
+    name: str, catalogue: Any, shots: int | None, limit: int | None, mirror: Path | None
+) -> LoadedTask:
     config = _config(name, catalogue)
     spec: Any = name
     source = f"{(config or {}).get('dataset_path', 'several data sets')}, from the hub"
@@ -227,7 +238,9 @@ def _definition(task: Any, limit: int | None) -> str:
     config = {key: value for key, value in task.dump_config().items() if key != "custom_dataset"}
     # The path of lm-eval's file, and where the rows came from, say nothing of the task.
     config["metadata"] = {"version": (config.get("metadata") or {}).get("version")}
-    docs = getattr(task, "task_docs", None) or task.eval_docs  # the first is the second, computed already
+    docs = (
+        getattr(task, "task_docs", None) or task.eval_docs
+    )  # the first is the second, computed already
     rows = [docs[index] for index in range(len(docs) if limit is None else min(limit, len(docs)))]
     examples = list(task.sampler.df) if task.config.num_fewshot and hasattr(task, "sampler") else []
     return json.dumps([config, rows, examples], sort_keys=True, default=_as_text)
@@ -251,7 +264,11 @@ def _calmly() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     # It would fork this process, model and threads included, to bootstrap.
     os.environ["DISABLE_MULTIPROC"] = "1"
-    elsewhere = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    elsewhere = (
+        contextlib.nullcontext()
+        if sys.stderr.isatty()
+        else contextlib.redirect_stderr(io.StringIO())
+    )
     try:
         with elsewhere, contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.simplefilter("ignore")

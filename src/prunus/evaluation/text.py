@@ -48,7 +48,9 @@ def load_scoring_text(name: str, data_dir: Path | None = None) -> ScoringText:
     if name not in NAMES:
         documents = read_documents(Path(name))
         how = (
-            f"{len(documents)} documents joined with blank lines" if len(documents) > 1 else "the whole text"
+            f"{len(documents)} documents joined with blank lines"
+            if len(documents) > 1
+            else "the whole text"
         )
         return ScoringText("\n\n".join(documents), how, name)
     corpus = load_corpus(name, "scoring", data_dir)
@@ -62,9 +64,7 @@ def load_scoring_text(name: str, data_dir: Path | None = None) -> ScoringText:
         how = "raw test lines joined with two newlines"
         digest = hashlib.sha256(text.encode()).hexdigest()
         if digest != WIKITEXT2_TEST_SHA256:
-            how += (
-                f" (WARNING: not the text that papers score: sha256 {digest}, {len(text.encode()):,} bytes)"
-            )
+            how += f" (WARNING: not the text that papers score: sha256 {digest}, {len(text.encode()):,} bytes)"
     else:
         how = {
             "ptb": "test sentences joined with spaces",
@@ -80,7 +80,9 @@ def check_text(name: str, data_dir: Path | None) -> None:
         return
     path = Path(name)
     if not name or (not path.exists() and (name == "self" or not path.suffix)):
-        raise ValueError(f"unknown text {name!r}: give {', '.join(NAMES)} or a file of text or input_ids")
+        raise ValueError(
+            f"unknown text {name!r}: give {', '.join(NAMES)} or a file of text or input_ids"
+        )
     check_file(path)
 
 

@@ -21,16 +21,16 @@ from __future__ import annotations
 
 import math
 
-from prunus.methods.ablations import OBS
 from prunus.methods.alps import ALPS
 from prunus.methods.base import Method, Options, Pruned
-from prunus.methods.composition import compose
+from prunus.methods.compose import compose
 from prunus.methods.magnitude import MAGNITUDE
+from prunus.methods.obs_ablations import OBS
+from prunus.methods.patterns import Pattern
 from prunus.methods.ria import RIA
 from prunus.methods.sparsegpt import SPARSEGPT
 from prunus.methods.wanda import WANDA
 from prunus.methods.wanda_variant import WANDA_VARIANT
-from prunus.patterns import Pattern
 
 __all__ = [
     "METHODS",
@@ -78,7 +78,9 @@ def default_group(name: str, options: Options | None = None) -> str | int:
     return method.default_group
 
 
-def check_options(name: str, pattern: Pattern, sparsity: float, options: Options | None = None) -> None:
+def check_options(
+    name: str, pattern: Pattern, sparsity: float, options: Options | None = None
+) -> None:
     """See that a method can do what is asked of it, before any work is done.
 
     Whether an N:M pattern fits the widths is `patterns.check_shape`'s to say, linear by linear.
@@ -97,9 +99,13 @@ def check_options(name: str, pattern: Pattern, sparsity: float, options: Options
     _check_ranges(options)
 
     if method is WANDA_VARIANT and not pattern.is_unstructured:
-        raise ValueError(f"wanda-variant has no {pattern} form, its rows differ in sparsity: use wanda")
+        raise ValueError(
+            f"wanda-variant has no {pattern} form, its rows differ in sparsity: use wanda"
+        )
     if method is WANDA_VARIANT and pattern.group != "row":
-        raise ValueError(f"wanda-variant always works row by row, not by {pattern.group}: use wanda")
+        raise ValueError(
+            f"wanda-variant always works row by row, not by {pattern.group}: use wanda"
+        )
     by_blocks = method is SPARSEGPT or (method is OBS and options.mask_order == "blockwise")
     if by_blocks and pattern.is_unstructured and pattern.group not in ("row", "layer"):
         raise ValueError(
@@ -118,7 +124,9 @@ def check_options(name: str, pattern: Pattern, sparsity: float, options: Options
 def _check_ranges(options: Options) -> None:
     damping, power = options.damping, options.ria_power
     if damping is not None and not (math.isfinite(damping) and 0 <= damping <= 1):
-        raise ValueError(f"the damping is {damping}: it is a fraction of the mean diagonal, from 0 to 1")
+        raise ValueError(
+            f"the damping is {damping}: it is a fraction of the mean diagonal, from 0 to 1"
+        )
     if options.column_block < 1:
         raise ValueError(f"the column block is {options.column_block}: it must be at least 1")
     if not (math.isfinite(power) and 0 <= power <= 2):
@@ -130,7 +138,9 @@ def _check_ranges(options: Options) -> None:
     if options.targets not in ("pruned", "dense"):
         raise ValueError(f"the targets are {options.targets!r}: choose pruned or dense")
     if options.mix not in (None, "auto") and not 0 <= float(options.mix) <= 1:
-        raise ValueError(f"the mix is {options.mix}: it is a share of the dense targets, from 0 to 1")
+        raise ValueError(
+            f"the mix is {options.mix}: it is a share of the dense targets, from 0 to 1"
+        )
     if options.update not in ("none", "lsq"):
         raise ValueError(f"the update is {options.update!r}: choose none or lsq")
     if options.refine_rounds is not None and options.refine_rounds < 1:

@@ -24,12 +24,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prunus.hardware.numerics import coarse_product, row_spans
 from prunus.methods.base import ALL_ROWS, Method, Options, Part, Pruned, masked, unchanged
-from prunus.methods.lsq import ScaledGram, conjugate_gradients, scaled_gram
-from prunus.methods.shrink import OVER_RELAXATION, penalties, shrinking
-from prunus.patterns import Pattern, keep_mask
-from prunus.products import coarse_product, row_spans
-from prunus.statistics import InputStatistics
+from prunus.methods.patterns import Pattern, keep_mask
+from prunus.methods.solvers.admm_operator import OVER_RELAXATION, penalties, shrinking
+from prunus.methods.solvers.least_squares import ScaledGram, conjugate_gradients, scaled_gram
+from prunus.methods.statistics import InputStatistics
 
 #: Of the splitting, where nothing else is asked for; where wide inputs see few tokens, see `shrink.py`.
 ITERATIONS, SCARCE_ITERATIONS = 12, 5
@@ -41,7 +41,11 @@ _FINAL_STEPS, _SCARCE_STEPS, _WORTHWHILE = 8, 2, 0.003
 
 
 def _prune(
-    weight_OI: Tensor, statistics: InputStatistics | None, pattern: Pattern, sparsity: float, options: Options
+    weight_OI: Tensor,
+    statistics: InputStatistics | None,
+    pattern: Pattern,
+    sparsity: float,
+    options: Options,
 ) -> Pruned:
     assert statistics is not None, "ALPS needs a Gram matrix"
     if pattern.removes_nothing(sparsity):

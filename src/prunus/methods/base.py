@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from prunus.patterns import Pattern
-from prunus.statistics import InputStatistics, Needs
+from prunus.methods.patterns import Pattern
+from prunus.methods.statistics import InputStatistics, Needs
 
 
 class Part(Protocol):

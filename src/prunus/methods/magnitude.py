@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from prunus.methods.base import Method, Options, Pruned, masked
-from prunus.patterns import Pattern, keep_above_threshold, keep_mask
-from prunus.statistics import InputStatistics
+from prunus.methods.patterns import Pattern, keep_above_threshold, keep_mask
+from prunus.methods.statistics import InputStatistics
 
 
 def magnitude_keep(weight_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
@@ -21,7 +21,11 @@ def magnitude_keep(weight_OI: Tensor, pattern: Pattern, sparsity: float) -> Tens
 
 
 def _prune(
-    weight_OI: Tensor, statistics: InputStatistics | None, pattern: Pattern, sparsity: float, options: Options
+    weight_OI: Tensor,
+    statistics: InputStatistics | None,
+    pattern: Pattern,
+    sparsity: float,
+    options: Options,
 ) -> Pruned:
     return masked(weight_OI, magnitude_keep(weight_OI, pattern, sparsity))
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from prunus.methods.base import Method, Options, Pruned, masked
-from prunus.patterns import Pattern, keep_mask
-from prunus.statistics import InputStatistics
+from prunus.methods.patterns import Pattern, keep_mask
+from prunus.methods.statistics import InputStatistics
 
 
 def ria_score(weight_OI: Tensor, statistics: InputStatistics | None, power: float) -> Tensor:
@@ -30,7 +30,11 @@ def ria_score(weight_OI: Tensor, statistics: InputStatistics | None, power: floa
 
 
 def _prune(
-    weight_OI: Tensor, statistics: InputStatistics | None, pattern: Pattern, sparsity: float, options: Options
+    weight_OI: Tensor,
+    statistics: InputStatistics | None,
+    pattern: Pattern,
+    sparsity: float,
+    options: Options,
 ) -> Pruned:
     score_OI = ria_score(weight_OI, statistics, options.ria_power)
     return masked(weight_OI, keep_mask(score_OI, pattern, sparsity))

@@ -10,13 +10,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from prunus.methods.base import Method, Options, Part, Pruned, unchanged
-from prunus.methods.obs import block_keep, prune_by_obs
-from prunus.patterns import Pattern
-from prunus.statistics import InputStatistics
+from prunus.methods.patterns import Pattern
+from prunus.methods.solvers.obs import block_keep, prune_by_obs
+from prunus.methods.statistics import InputStatistics
 
 
 def _prune(
-    weight_OI: Tensor, statistics: InputStatistics | None, pattern: Pattern, sparsity: float, options: Options
+    weight_OI: Tensor,
+    statistics: InputStatistics | None,
+    pattern: Pattern,
+    sparsity: float,
+    options: Options,
 ) -> Pruned:
     assert statistics is not None, "SparseGPT needs a Gram matrix"
     if pattern.removes_nothing(sparsity):

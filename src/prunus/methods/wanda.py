@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from prunus.methods.base import Method, Options, Pruned, masked
-from prunus.patterns import Pattern, keep_mask
-from prunus.statistics import InputStatistics
+from prunus.methods.patterns import Pattern, keep_mask
+from prunus.methods.statistics import InputStatistics
 
 
 def wanda_score(weight_OI: Tensor, statistics: InputStatistics | None) -> Tensor:
@@ -19,7 +19,11 @@ def wanda_score(weight_OI: Tensor, statistics: InputStatistics | None) -> Tensor
 
 
 def _prune(
-    weight_OI: Tensor, statistics: InputStatistics | None, pattern: Pattern, sparsity: float, options: Options
+    weight_OI: Tensor,
+    statistics: InputStatistics | None,
+    pattern: Pattern,
+    sparsity: float,
+    options: Options,
 ) -> Pruned:
     return masked(weight_OI, keep_mask(wanda_score(weight_OI, statistics), pattern, sparsity))
 

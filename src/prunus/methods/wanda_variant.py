@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from prunus.methods.base import Method, Options, Pruned, masked
+from prunus.methods.patterns import Pattern
+from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import wanda_score
-from prunus.patterns import Pattern
-from prunus.statistics import InputStatistics
 
 _TOLERANCE = 0.001
 _CEILING = 0.8
@@ -40,11 +40,17 @@ def _thresholds(ascending_OI: Tensor, running_OI: Tensor, sum_O1: Tensor, alpha:
 
 
 def _sparsity(ascending_OI: Tensor, threshold_O1: Tensor) -> float:
-    return int(torch.searchsorted(ascending_OI, threshold_O1, right=True).sum()) / ascending_OI.numel()
+    return (
+        int(torch.searchsorted(ascending_OI, threshold_O1, right=True).sum()) / ascending_OI.numel()
+    )
 
 
 def _prune(
-    weight_OI: Tensor, statistics: InputStatistics | None, pattern: Pattern, sparsity: float, options: Options
+    weight_OI: Tensor,
+    statistics: InputStatistics | None,
+    pattern: Pattern,
+    sparsity: float,
+    options: Options,
 ) -> Pruned:
     score_OI = wanda_score(weight_OI, statistics)
     if sparsity == 0:

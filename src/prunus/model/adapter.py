@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from prunus.model.checkpoint import resolve_folder
-from prunus.model.files import read_json, save_safetensors, write_json
+from prunus.model.checkpoint.atomic_files import read_json, save_safetensors, write_json
+from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.placement import parameters_on_meta
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "base_folder",
     "check_adapter",
     "is_adapter",
-    "load_adapted",
     "require_peft",
     "save_adapter",
 ]
@@ -51,7 +50,9 @@ def base_folder(folder: Path) -> Path:
     config = read_json(folder / CONFIG_NAME)
     name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{folder / CONFIG_NAME} names no base_model_name_or_path: which model is it for?")
+        raise ValueError(
+            f"{folder / CONFIG_NAME} names no base_model_name_or_path: which model is it for?"
+        )
     try:
         base = next((path for path in (Path(name), folder / name) if path.is_dir()), None)
         base = base or resolve_folder(name)
@@ -93,26 +94,14 @@ def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
             f"prunus unpack {base} DEST, and name DEST in {CONFIG_NAME}"
         )
     with parameters_on_meta():
-        _attach(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code), folder, base)
+        attach(
+            AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code),
+            folder,
+            base,
+        )
 
 
-def load_adapted(folder: Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False) -> Any:
-    """The base of an adapter with the adapter in place, in evaluation mode; safetensors only, nothing merged.
-
-    `dtype` is the base's, "auto" its own; the adapter's few weights compute in float32, as when peft loads them.
-
-    Raises:
-        ModuleNotFoundError, FileNotFoundError, ValueError: see `check_adapter`, and `load_model` for the base.
-    """
-    # That page loads adapters through this one: the circle is closed here, when both are there.
-    from prunus.model.loading import load_model
-
-    check_adapter(folder, trust_remote_code)
-    base = base_folder(folder)
-    return _attach(load_model(base, dtype, trust_remote_code), folder, base).eval()
-
-
-def _attach(model: Any, folder: Path, base: Path) -> Any:
+def attach(model: Any, folder: Path, base: Path) -> Any:
     """`model` with the adapter's layers in it; see `check_adapter` for the errors."""
     import peft
 
@@ -124,7 +113,9 @@ def _attach(model: Any, folder: Path, base: Path) -> Any:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as fault:
-        raise ValueError(f"{path} is not a whole safetensors file: {fault}; copy it again") from fault
+        raise ValueError(
+            f"{path} is not a whole safetensors file: {fault}; copy it again"
+        ) from fault
     unfit = f"the adapter {folder} does not fit its base {base}"
     hint = "was it trained on another model?"
     with warnings.catch_warnings():
@@ -138,9 +129,14 @@ def _attach(model: Any, folder: Path, base: Path) -> Any:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{unfit}: {hint} ({type(error).__name__}: {reason})") from error
     missing = [name for name in result.missing_keys if f".{_NAME}" in name]
-    for names, what in ((result.unexpected_keys, "it has no place for"), (missing, "the adapter lacks")):
+    for names, what in (
+        (result.unexpected_keys, "it has no place for"),
+        (missing, "the adapter lacks"),
+    ):
         if names:
-            raise ValueError(f"{unfit}: {what} {names[0]} and {len(names) - 1} more tensors; {hint}")
+            raise ValueError(
+                f"{unfit}: {what} {names[0]} and {len(names) - 1} more tensors; {hint}"
+            )
     return adapted
 
 
@@ -181,7 +177,9 @@ def add_lora(
         base_model_name_or_path=base,
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft's own use of transformers, nothing to act on
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # peft's own use of transformers, nothing to act on
         torch.manual_seed(seed)
         return peft.PeftModelForCausalLM(model, config, _NAME)
 
@@ -190,9 +188,13 @@ def save_adapter(adapted: Any, folder: Path) -> None:
     """Write the adapter of a peft model as peft would, each file atomically, the configuration last."""
     import peft
 
-    save_safetensors(folder / WEIGHTS_NAME, peft.get_peft_model_state_dict(adapted, adapter_name=_NAME))
+    save_safetensors(
+        folder / WEIGHTS_NAME, peft.get_peft_model_state_dict(adapted, adapter_name=_NAME)
+    )
     config = adapted.peft_config[_NAME].to_dict() | {"inference_mode": True}
-    content = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    content = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
+    }
     write_json(folder / CONFIG_NAME, content)
 
 

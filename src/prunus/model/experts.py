@@ -19,7 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Experts", "Fused", "find_routers", "fused_experts", "fusing_rules", "is_fusing", "take_apart"]
+__all__ = [
+    "Experts",
+    "Fused",
+    "find_routers",
+    "fused_experts",
+    "fusing_rules",
+    "is_fusing",
+    "take_apart",
+]
 
 #: Gate, up and down where the checkpoint holds fused tensors and so has no names of its own.
 _LEAVES = ("gate_proj", "up_proj", "down_proj")
@@ -99,7 +107,9 @@ class Experts(nn.Module):
         for number in range(self.count):
             expert = nn.Module()
             for leaf, (inputs, outputs) in shapes.items():
-                expert.add_module(leaf, nn.Linear(inputs, outputs, bias=biased, device="meta", dtype=dtype))
+                expert.add_module(
+                    leaf, nn.Linear(inputs, outputs, bias=biased, device="meta", dtype=dtype)
+                )
             self.add_module(str(number), expert)
         self.post_expert_norm: nn.Module | None = None
         if getattr(fused, "has_post_expert_norm", False):
@@ -111,7 +121,9 @@ class Experts(nn.Module):
         self._fused = (fused,)
         self.measured_on_all = frozenset()
 
-    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    def arguments(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Of one call: hidden states (T, H), the experts that each token chose (T, K), and their shares (T, K)."""
         given = dict(zip(self._names, args, strict=False)) | dict(kwargs)
         X_TH, chosen_TK, share_TK = (given[name] for name in self._names)
@@ -136,13 +148,19 @@ class Experts(nn.Module):
                 out_TH.index_add_(0, token, weighted.to(out_TH.dtype))
         return out_TH
 
-    def _run(self, expert: nn.Module, X_TH: Tensor, call: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    def _run(
+        self, expert: nn.Module, X_TH: Tensor, call: Callable[[Any, Tensor], Tensor]
+    ) -> Tensor:
         fused: Any = self._fused[0]
         gate, up, down = self.leaves
         inner = call(expert.get_submodule(up), X_TH) if not self.gated else None
         if inner is None:
             both = (call(expert.get_submodule(gate), X_TH), call(expert.get_submodule(up), X_TH))
-            joined = torch.cat(both, dim=-1) if self._concatenated else torch.stack(both, dim=-1).flatten(-2)
+            joined = (
+                torch.cat(both, dim=-1)
+                if self._concatenated
+                else torch.stack(both, dim=-1).flatten(-2)
+            )
             inner = fused._apply_gate(joined)
         else:
             inner = fused.act_fn(inner)
@@ -215,12 +233,17 @@ def _is_fused(module: Any) -> bool:
     if not all(hasattr(module, name) for name in declared):
         return False
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    wanted = {first, "down_proj"} | ({f"{first}_bias", "down_proj_bias"} if module.has_bias else set())
+    wanted = {first, "down_proj"} | (
+        {f"{first}_bias", "down_proj_bias"} if module.has_bias else set()
+    )
     parameters = dict(module._parameters)
     takes = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
     return (
         set(parameters) == wanted
-        and all(p is not None and p.dim() == (2 if n.endswith("_bias") else 3) for n, p in parameters.items())
+        and all(
+            p is not None and p.dim() == (2 if n.endswith("_bias") else 3)
+            for n, p in parameters.items()
+        )
         and len(takes) == 3
     )
 
@@ -230,7 +253,13 @@ def _layout(path: str, module: Any, leaves: tuple[str, str, str]) -> list[Fused]
     found = []
     for name, parameter in module.named_parameters(recurse=False):
         kind = "bias" if name.endswith("_bias") else "weight"
-        parts = (down,) if name.startswith("down") else (gate, up) if name.startswith("gate_up") else (up,)
+        parts = (
+            (down,)
+            if name.startswith("down")
+            else (gate, up)
+            if name.startswith("gate_up")
+            else (up,)
+        )
         found.append(
             Fused(
                 name=f"{path}.{name}",

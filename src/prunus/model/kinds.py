@@ -14,7 +14,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["CAUSAL", "IMAGES", "MASKED", "Kind", "image_size", "image_tokens", "kind_of", "require_causal"]
+__all__ = [
+    "CAUSAL",
+    "IMAGES",
+    "MASKED",
+    "Kind",
+    "image_size",
+    "image_tokens",
+    "kind_of",
+    "require_causal",
+]
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,9 @@ class Kind:
     """
 
     name: str
-    loader: Literal["AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForImageClassification"]
+    loader: Literal[
+        "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForImageClassification"
+    ]
     takes: Literal["input_ids", "pixel_values"]
 
     def arguments(self, batch: Tensor) -> dict[str, Any]:
@@ -39,7 +50,9 @@ class Kind:
         """A batch that the model takes and that costs next to nothing: two tokens, or one black image."""
         if self is not IMAGES:
             return torch.zeros((1, 2), dtype=torch.int64, device=device)
-        return torch.zeros((1, config.num_channels, *_trial_size(config)), dtype=dtype, device=device)
+        return torch.zeros(
+            (1, config.num_channels, *_trial_size(config)), dtype=dtype, device=device
+        )
 
     def spread(self, config: Any, rows: int, tokens: int) -> Tensor:
         """A batch that reaches much of a model, always the same: `tokens` of all `rows` ids, or four images of noise."""
@@ -64,7 +77,11 @@ def kind_of(config: Any) -> Kind:
 
     model_type = str(getattr(config, "model_type", type(config).__name__))
     listed = getattr(config, "architectures", None)
-    listed = [name for name in listed if isinstance(name, str)] if isinstance(listed, list | tuple) else []
+    listed = (
+        [name for name in listed if isinstance(name, str)]
+        if isinstance(listed, list | tuple)
+        else []
+    )
     named = ", ".join(listed) or "no architecture named"
     if getattr(config, "is_encoder_decoder", False) and "CausalLM" not in named:
         raise NotImplementedError(
@@ -75,7 +92,9 @@ def kind_of(config: Any) -> Kind:
         return IMAGES
     if "ForMaskedLM" in named:
         return MASKED
-    if model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(config, "auto_map", None):
+    if model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(
+        config, "auto_map", None
+    ):
         return CAUSAL
     if not listed:
         for kind, known in (
@@ -118,14 +137,20 @@ def image_size(config: Any) -> tuple[int, int]:
         and len(sides) == 2
         and all(isinstance(x, int) and x > 0 for x in sides)
     ):
-        raise ValueError(f"image_size in the configuration must be pixels, or [height, width]; got {size!r}")
+        raise ValueError(
+            f"image_size in the configuration must be pixels, or [height, width]; got {size!r}"
+        )
     return sides[0], sides[1]
 
 
 def _trial_size(config: Any) -> tuple[int, int]:
     """As `image_size`; models without a table of positions do with less, whatever their configuration says."""
     height, width = image_size(config)
-    return (min(height, 128), min(width, 128)) if getattr(config, "hidden_sizes", None) else (height, width)
+    return (
+        (min(height, 128), min(width, 128))
+        if getattr(config, "hidden_sizes", None)
+        else (height, width)
+    )
 
 
 def image_tokens(config: Any, index: int) -> tuple[int, int]:
@@ -135,5 +160,7 @@ def image_tokens(config: Any, index: int) -> tuple[int, int]:
     height, width = image_size(config)
     widths = getattr(config, "hidden_sizes", None)
     if widths:
-        return max(1, height // rows >> index) * max(1, width // columns >> index), int(widths[index])
+        return max(1, height // rows >> index) * max(1, width // columns >> index), int(
+            widths[index]
+        )
     return (height // rows) * (width // columns) + 2, int(config.hidden_size)

@@ -95,4 +95,6 @@ def tied_embedding(model: Any) -> Linear | None:
     plain = type(embedding) is nn.Embedding and type(head) is nn.Linear and head.bias is None
     if not plain or head.weight is not embedding.weight:
         return None
-    return Linear(next(name for name, module in model.named_modules() if module is embedding), embedding)
+    return Linear(
+        next(name for name, module in model.named_modules() if module is embedding), embedding
+    )

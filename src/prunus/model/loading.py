@@ -7,23 +7,10 @@ from typing import Any
 
 import torch
 
-from prunus.model.adapter import is_adapter, load_adapted
+from prunus.model.adapter import attach, base_folder, check_adapter, is_adapter
 from prunus.model.kinds import CAUSAL, Kind
 
-__all__ = ["DTYPES", "check_dtype", "import_architecture", "load_model"]
-
-#: The dtypes that users can name, for computation and storage.
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def check_dtype(name: str) -> None:
-    """See that `name` is "auto" or one of `DTYPES`.
-
-    Raises:
-        ValueError: it is not; names those.
-    """
-    if name != "auto" and name not in DTYPES:
-        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {name!r}")
+__all__ = ["import_architecture", "load_adapted", "load_model"]
 
 
 def load_model(
@@ -77,3 +64,18 @@ def import_architecture(folder: Path) -> None:
 
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+
+def load_adapted(
+    folder: Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
+) -> Any:
+    """The base of an adapter with the adapter in place, in evaluation mode; safetensors only, nothing merged.
+
+    `dtype` is the base's, "auto" its own; the adapter's few weights compute in float32, as when peft loads them.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError, ValueError: see `check_adapter`, and `load_model` for the base.
+    """
+    check_adapter(folder, trust_remote_code)
+    base = base_folder(folder)
+    return attach(load_model(base, dtype, trust_remote_code), folder, base).eval()

@@ -41,7 +41,9 @@ def place(
         if old is None:
             buffer = owner._buffers[leaf]
             assert buffer is not None
-            owner._buffers[leaf] = value.to(device=device or value.device, dtype=buffer.dtype, copy=True)
+            owner._buffers[leaf] = value.to(
+                device=device or value.device, dtype=buffer.dtype, copy=True
+            )
             continue
         to = device or value.device
         if id(old) in by_rows and to.type == value.device.type == "cpu":

@@ -18,9 +18,9 @@ import transformers
 from torch import nn
 
 from prunus.model import placement
+from prunus.model.block_lists import find_block_list
 from prunus.model.calls import BlockCall, split_hidden
 from prunus.model.experts import Fused, fused_experts, fusing_rules, take_apart
-from prunus.model.families import find_block_list
 from prunus.model.kinds import CAUSAL, IMAGES, image_tokens, kind_of
 from prunus.model.linears import Linear, find_linears, left_dense
 
@@ -78,10 +78,14 @@ class Skeleton:
         self.path, self.blocks = find_block_list(self.model)
         # Per block: tensors of the checkpoint's or the loaded model's that are several linears here.
         rules = fusing_rules(self.model) if fused_experts(self.blocks) else []
-        self._fused = [take_apart(rules, block, self.block_name(i)) for i, block in enumerate(self.blocks)]
+        self._fused = [
+            take_apart(rules, block, self.block_name(i)) for i, block in enumerate(self.blocks)
+        ]
         self._returns_tuple: dict[type, bool] = {}
         inside = {id(module) for module in self.blocks.modules()}
-        self._outer_modules = [module for module in self.model.modules() if id(module) not in inside]
+        self._outer_modules = [
+            module for module in self.model.modules() if id(module) not in inside
+        ]
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -123,22 +127,32 @@ class Skeleton:
         gives zeros, for when only what comes after the blocks is of interest.
         """
         head = self._output_head()
-        embedding: Any = self.model.get_input_embeddings() if self.kind is not IMAGES else nn.Module()
+        embedding: Any = (
+            self.model.get_input_embeddings() if self.kind is not IMAGES else nn.Module()
+        )
         of_head = {id(p) for p in head.parameters()} if head is not None else set()
         of_embedding = {id(p) for p in embedding.parameters()}
         skipped = set() if with_head else of_head - of_embedding  # a tied head is the embedding
-        blank = not with_embedding and isinstance(embedding, nn.Embedding) and not of_head & of_embedding
+        blank = (
+            not with_embedding
+            and isinstance(embedding, nn.Embedding)
+            and not of_head & of_embedding
+        )
         if blank:
             skipped |= of_embedding
         state = self.model.state_dict(keep_vars=True)
         names = [n for n in self.outer_parameter_names if id(state[n]) not in skipped]
         with contextlib.ExitStack() as stack:
             whole = with_head and of_head & of_embedding
-            by_rows = () if whole else stack.enter_context(placement.rows_alone(embedding, self.dtype))
+            by_rows = (
+                () if whole else stack.enter_context(placement.rows_alone(embedding, self.dtype))
+            )
             stack.callback(placement.release, self.model)
             if blank:
                 zero = torch.zeros((), dtype=self.dtype, device=device)
-                embedding.forward = lambda ids, *_, **__: zero.expand(*ids.shape, embedding.embedding_dim)
+                embedding.forward = lambda ids, *_, **__: zero.expand(
+                    *ids.shape, embedding.embedding_dim
+                )
                 stack.callback(embedding.__dict__.pop, "forward", None)
             placement.place(self.model, read(names, self.model), device, by_rows)
             for module in self._outer_modules:
@@ -160,14 +174,18 @@ class Skeleton:
         if not isinstance(count, int):
             return None
         # RoBERTa and its kin begin to count behind the position that stands for padding.
-        tables = [m for n, m in self.model.named_modules() if n.endswith("embeddings.position_embeddings")]
+        tables = [
+            m for n, m in self.model.named_modules() if n.endswith("embeddings.position_embeddings")
+        ]
         padding = next((m.padding_idx for m in tables if isinstance(m, nn.Embedding)), None)
         return count if padding is None else count - padding - 1
 
     def trial_batch(self, tokens: int) -> torch.Tensor:
         """A batch to try the model on, always the same: at most `tokens` ids spread out, or images of noise."""
         rows = 0 if self.kind is IMAGES else self.model.get_input_embeddings().weight.shape[0]
-        return self.kind.spread(self.model.config, rows, min(tokens, rows, self.positions or tokens))
+        return self.kind.spread(
+            self.model.config, rows, min(tokens, rows, self.positions or tokens)
+        )
 
     def record(self, batch: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
         """Run everything before the blocks on a batch of the model's kind of inputs, inside `surroundings`.
@@ -252,7 +270,11 @@ class Skeleton:
         head = self.head().module
         head.forward = stop
         try:
-            with self._stubs(self._ending_in(hidden)), torch.no_grad(), contextlib.suppress(_HeadReached):
+            with (
+                self._stubs(self._ending_in(hidden)),
+                torch.no_grad(),
+                contextlib.suppress(_HeadReached),
+            ):
                 self.model(input_ids=input_ids, use_cache=False)
         finally:
             del head.forward
@@ -308,7 +330,9 @@ class Skeleton:
             self._returns_tuple[kind] = isinstance(output, tuple | list)
         return self._returns_tuple[kind]
 
-    def fill(self, index: int, values: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
+    def fill(
+        self, index: int, values: Mapping[str, torch.Tensor], device: torch.device
+    ) -> nn.Module:
         """Give block `index` its weights (names relative to the block) and return it, ready to run."""
         block = self.blocks[index]
         placement.place(block, values, device)
@@ -316,7 +340,9 @@ class Skeleton:
             placement.move_buffers(module, device)
         return block
 
-    def duplicate(self, index: int, values: Mapping[str, torch.Tensor], device: torch.device) -> nn.Module:
+    def duplicate(
+        self, index: int, values: Mapping[str, torch.Tensor], device: torch.device
+    ) -> nn.Module:
         """A copy of block `index` with weights of its own, by relative name, ready to run."""
         block = copy.deepcopy(self.blocks[index])
         placement.place(block, values, device)

@@ -20,7 +20,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig
 
-from prunus.model.checkpoint import Checkpoint
+from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.experts import Fused
 from prunus.model.names import names_in_model
 from prunus.model.skeleton import Skeleton
@@ -60,7 +60,9 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         ValueError: a configuration that this version of transformers does not know, or a quantised model.
     """
     if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} has no config.json; is it a Hugging Face checkpoint folder?")
+        raise FileNotFoundError(
+            f"{folder} has no config.json; is it a Hugging Face checkpoint folder?"
+        )
     try:
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -85,8 +87,12 @@ class CheckpointSource:
         self.checkpoint = Checkpoint(folder)
         _check_sizes(folder, self.config, self.checkpoint)
         config_bytes = (folder / "config.json").read_bytes()
-        self.fingerprint = hashlib.sha256(self.checkpoint.fingerprint.encode() + config_bytes).hexdigest()
-        self.stored_dtype = _main_dtype({n: (t.dtype, t.nbytes) for n, t in self.checkpoint.tensors.items()})
+        self.fingerprint = hashlib.sha256(
+            self.checkpoint.fingerprint.encode() + config_bytes
+        ).hexdigest()
+        self.stored_dtype = _main_dtype(
+            {n: (t.dtype, t.nbytes) for n, t in self.checkpoint.tensors.items()}
+        )
         self._stored: dict[str, str] = {}
         self._blocks: list[dict[str, str]] = []
         # Per block: key of a tensor that is several of the skeleton's -> how it is cut.
@@ -134,7 +140,9 @@ class CheckpointSource:
         for name, key in unknown.items():
             if (
                 name.startswith(f"{skeleton.path}.")
-                and name.endswith(".weight")  # old checkpoints of GPT-2 and others store masks as attn.bias
+                and name.endswith(
+                    ".weight"
+                )  # old checkpoints of GPT-2 and others store masks as attn.bias
                 and len(self.checkpoint.tensors[key].shape) > 1
                 and not any(re.search(rule, name) for rule in ignored)
             ):
@@ -182,7 +190,9 @@ class CheckpointSource:
     def block(self, index: int) -> dict[str, torch.Tensor]:
         return self.from_stored(index, self.checkpoint.read(self.block_keys(index)))
 
-    def from_stored(self, index: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def from_stored(
+        self, index: int, tensors: Iterable[tuple[str, torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
         """A block's tensors, given by the checkpoint's names, by names relative to the block; fused ones in pieces."""
         names = {key: name for name, key in self._blocks[index].items()}
         found: dict[str, torch.Tensor] = {}
@@ -212,7 +222,9 @@ class CheckpointSource:
         """
         for key in self.outer_keys():
             for _, tensor in self.checkpoint.read([key]):
-                if tensor.is_floating_point() and not all(x.isfinite() for x in torch.aminmax(tensor)):
+                if tensor.is_floating_point() and not all(
+                    x.isfinite() for x in torch.aminmax(tensor)
+                ):
                     raise ValueError(
                         f"{key} holds weights that are not finite (NaN or infinity); the checkpoint is damaged"
                     )
@@ -228,7 +240,9 @@ class ModuleSource:
                 f"expected a transformers model or the path of a checkpoint; got {type(model).__name__}"
             )
         if getattr(config, "quantization_config", None):
-            raise ValueError("the model is quantised; prune it in full precision, then quantise the result")
+            raise ValueError(
+                "the model is quantised; prune it in full precision, then quantise the result"
+            )
         self.model = model
         # A copy with the attention implementation in use, so that the skeleton computes as the model does.
         self.config = copy.deepcopy(config)
@@ -242,7 +256,9 @@ class ModuleSource:
 
     def bind(self, skeleton: Skeleton) -> None:
         self._path = skeleton.path
-        self._fused = [{each.name: each for each in skeleton.fused(i)} for i in range(len(skeleton))]
+        self._fused = [
+            {each.name: each for each in skeleton.fused(i)} for i in range(len(skeleton))
+        ]
 
     def outer(self, names: list[str], model: nn.Module) -> dict[str, torch.Tensor]:
         state = self.model.state_dict()
@@ -271,7 +287,9 @@ class ModuleSource:
 _SIZES = re.compile(
     r"(hidden|intermediate|vocab|embd|embed|inner|ffn|expert|head|layer|model|rank|conv|state|block)\w*$|d_\w+$"
 )
-_OTHERS = re.compile(r"token_id|_type|_pdrop|dropout|eps|version|step|length|window|position|max_|chunk")
+_OTHERS = re.compile(
+    r"token_id|_type|_pdrop|dropout|eps|version|step|length|window|position|max_|chunk"
+)
 
 
 def _check_sizes(folder: Path, config: Any, checkpoint: Checkpoint) -> None:
@@ -297,7 +315,9 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for key in sorted(tensors):
         digest.update(key.encode())
-        digest.update(tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(
+            tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        )
     return digest.hexdigest()
 
 
@@ -314,5 +334,7 @@ def _main_dtype(sizes: Mapping[str, tuple[torch.dtype, int]]) -> torch.dtype:
         if dtype.is_floating_point:
             totals[dtype] = totals.get(dtype, 0) + nbytes
     if not totals:
-        raise ValueError("the checkpoint holds no floating-point weights; a quantised one cannot be pruned")
+        raise ValueError(
+            "the checkpoint holds no floating-point weights; a quantised one cannot be pruned"
+        )
     return max(totals, key=lambda dtype: totals[dtype])

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from torch import nn
 
-from prunus.model.files import save_safetensors
+from prunus.model.checkpoint.atomic_files import save_safetensors
 from prunus.recovery.record import Evaluation
 
 __all__ = ["Checkpoints", "TrainingState"]
@@ -56,7 +56,10 @@ class Checkpoints:
         self._writes = writes
 
     def save(
-        self, state: TrainingState, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+        self,
+        state: TrainingState,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
     ) -> None:
         """Write the state after an evaluation, and the weights as the best if this evaluation was."""
         if not self._writes:

@@ -11,20 +11,20 @@ import torch
 
 from prunus.calibration import check_source
 from prunus.calibration.stream import TrainingText, training_text
-from prunus.engine.precision import decide_dtype
-from prunus.machine import hardware, versions
+from prunus.distributed import Ranks
+from prunus.hardware.memory import hardware, versions
 from prunus.model.adapter import CONFIG_NAME, is_adapter, require_peft
-from prunus.model.checkpoint import resolve_folder
-from prunus.model.destination import check_apart, check_whole, is_vacant
+from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.output_folder import check_apart, check_whole, is_vacant
+from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.device import choose_device
-from prunus.model.files import read_json
 from prunus.model.kinds import require_causal
 from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.tokenizer import load_tokenizer
-from prunus.ranks import Ranks
-from prunus.recovery.block_matching import windows_of
+from prunus.pruning.compute_dtype import decide_dtype
+from prunus.recovery.blockwise import windows_of
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import RECORD_NAME, Inputs, RecoveryRecord
 from prunus.recovery.teacher import check_shapes, check_vocabulary, find_teacher
@@ -104,7 +104,9 @@ def prepare(
     dtype, reason = training_dtype(options.dtype, place)
     if options.mode == "block":
         dtype, reason = decide_dtype(options.dtype, source, place, "norms")
-        skeleton, dense_skeleton = (Skeleton(x.config, dtype) for x in (source, dense) if x is not None)
+        skeleton, dense_skeleton = (
+            Skeleton(x.config, dtype) for x in (source, dense) if x is not None
+        )
         source.bind(skeleton)
         assert dense is not None
         dense.bind(dense_skeleton)
@@ -124,7 +126,9 @@ def prepare(
             check_whole(output)
     record = earlier or RecoveryRecord(
         source=str(model),
-        teacher=str(dense.checkpoint.folder) if dense is not None and teacher is None else _text_of(teacher),
+        teacher=str(dense.checkpoint.folder)
+        if dense is not None and teacher is None
+        else _text_of(teacher),
         options=options,
         inputs=inputs,
         versions=versions(),

@@ -81,6 +81,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient_WSV,) = ctx.saved_tensors
-        if float(outer[0]) != 1:  # a step of one part: nothing to scale, and no pass over all logits
+        if (
+            float(outer[0]) != 1
+        ):  # a step of one part: nothing to scale, and no pass over all logits
             gradient_WSV = gradient_WSV * outer[0].to(gradient_WSV.dtype)
         return gradient_WSV, None, None, None

@@ -81,18 +81,25 @@ class RecoveryOptions(BaseModel):
         if self.tokens is not None and self.minutes is not None:
             raise ValueError("the budget is in tokens or in minutes, not in both")
         for name, modes in _BELONGS.items():
-            if self.mode not in modes and getattr(self, name) != type(self).model_fields[name].default:
+            if (
+                self.mode not in modes
+                and getattr(self, name) != type(self).model_fields[name].default
+            ):
                 raise ValueError(
                     f"{name} means nothing in mode {self.mode}; it belongs to {', '.join(modes)}"
                 )
         if self.targets is not None and not self.targets:
-            raise ValueError("targets names no linear; leave it out, or give names such as q_proj,v_proj")
+            raise ValueError(
+                "targets names no linear; leave it out, or give names such as q_proj,v_proj"
+            )
         return self
 
     @property
     def budget_tokens(self) -> int | None:
         """The budget in tokens; None where it is in minutes."""
-        return self.tokens if self.tokens is not None or self.minutes is not None else DEFAULT_TOKENS
+        return (
+            self.tokens if self.tokens is not None or self.minutes is not None else DEFAULT_TOKENS
+        )
 
     def peak_rate(self, size: float = 1.0) -> float:
         """The learning rate at its peak; the mode's own may go by the weights' `size`, see `supports.kept_size`."""
@@ -106,7 +113,9 @@ def recovery_options(values: dict[str, Any]) -> RecoveryOptions:
         ValueError: an unknown option, a value out of range, options that do not go together.
     """
     try:
-        return RecoveryOptions(**{name: value for name, value in values.items() if value is not None})
+        return RecoveryOptions(
+            **{name: value for name, value in values.items() if value is not None}
+        )
     except ValidationError as fault:
         raise ValueError("; ".join(_explain(error) for error in fault.errors())) from None
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from prunus.model.files import write_json
-from prunus.records import check_alike, read_record
+from prunus.model.checkpoint.atomic_files import write_json
+from prunus.model.checkpoint.records import check_alike, read_record
 from prunus.recovery.options import RecoveryOptions
 
 __all__ = ["RECORD_NAME", "BlockMatch", "Evaluation", "Inputs", "LinearSupport", "RecoveryRecord"]

@@ -12,27 +12,32 @@ from typing import Any
 
 import torch
 
-from prunus.machine import keep_freed_memory, peak_memory
+from prunus.distributed import Ranks, joined
+from prunus.hardware.memory import keep_freed_memory, peak_memory
+from prunus.hardware.sizes import parse_bytes
 from prunus.model.adapter import CONFIG_NAME, save_adapter
-from prunus.model.checkpoint import INDEX_NAME, resolve_folder
-from prunus.model.destination import check_disk
-from prunus.model.files import TEMPORARY_SUFFIX, fsync_folder, make_folder, write_text
+from prunus.model.checkpoint.atomic_files import (
+    TEMPORARY_SUFFIX,
+    fsync_folder,
+    make_folder,
+    write_text,
+)
+from prunus.model.checkpoint.lock import clear_stale_lock, locked
+from prunus.model.checkpoint.output_folder import check_disk
+from prunus.model.checkpoint.reader import INDEX_NAME, resolve_folder
 from prunus.model.linears import Linear
 from prunus.model.loading import load_model
-from prunus.model.lock import clear_stale_lock, locked
-from prunus.output import shard_name
-from prunus.ranks import Ranks, joined
-from prunus.recipe import parse_bytes
-from prunus.recovery.block_matching import match_blocks
+from prunus.pruning.output import shard_name
+from prunus.recovery.blockwise import match_blocks
 from prunus.recovery.card import adapter_card, checkpoint_card
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.job import Job, check_ranks, prepare
 from prunus.recovery.lora import choose, lora
+from prunus.recovery.masks import block_linears, head_name, pruned_linears, recorded_linears
 from prunus.recovery.options import recovery_options
+from prunus.recovery.output import ResultFolder
 from prunus.recovery.record import RecoveryRecord
-from prunus.recovery.result import ResultFolder
 from prunus.recovery.sparse_lora import merged_weights, sparse_lora
-from prunus.recovery.supports import block_linears, head_name, pruned_linears, recorded_linears
 from prunus.recovery.trainable import Trainable, masked
 from prunus.recovery.training import Step, train
 
@@ -143,7 +148,9 @@ def recover(
         return RecoveryRecord.model_validate_json(ranks.from_first(finish))
 
 
-def _close(job: Job, output: str | Path, checkpoints: Checkpoints, started: float) -> RecoveryRecord:
+def _close(
+    job: Job, output: str | Path, checkpoints: Checkpoints, started: float
+) -> RecoveryRecord:
     """The record of a recovery whose result is in place, finished and written."""
     record = job.record
     record.totals |= {
@@ -215,13 +222,23 @@ def _recover_whole(
         keep_freed_memory()
         if options.seqlen <= _SHORT:
             attention = "eager"
-    model = load_model(folder, job.dtype if stays else torch.float32, attention=attention).to(job.device)
+    model = load_model(folder, job.dtype if stays else torch.float32, attention=attention).to(
+        job.device
+    )
     parameters = sum(p.numel() for p in model.parameters())
     linears: dict[str, Linear] = {} if stays else pruned_linears(model, folder)
-    updated = choose(linears, options.targets) if options.targets is not None and not stays else linears
+    updated = (
+        choose(linears, options.targets) if options.targets is not None and not stays else linears
+    )
     if stays:
         trainable = lora(
-            model, block_linears(model), options.targets, options.rank, options.alpha, options.seed, base
+            model,
+            block_linears(model),
+            options.targets,
+            options.rank,
+            options.alpha,
+            options.seed,
+            base,
         )
     elif options.mode == "sparse-lora":
         trainable = sparse_lora(model, updated, options.rank, options.alpha, options.seed)
@@ -229,7 +246,9 @@ def _recover_whole(
         trainable = masked(model, linears)
     teacher = None
     if job.teacher is not None:
-        teacher = load_model(job.teacher.checkpoint.folder, job.dtype, attention=attention).to(job.device)
+        teacher = load_model(job.teacher.checkpoint.folder, job.dtype, attention=attention).to(
+            job.device
+        )
         teacher.requires_grad_(False)
 
     def begin() -> None:
@@ -270,7 +289,9 @@ def _write(
     found, inside = dict[str, Any](), set[str]()
     for index in range(len(job.skeleton)):
         prefix = f"{job.skeleton.block_name(index)}."
-        new = {name.removeprefix(prefix): x for name, x in changed.items() if name.startswith(prefix)}
+        new = {
+            name.removeprefix(prefix): x for name, x in changed.items() if name.startswith(prefix)
+        }
         pruned = [name.removeprefix(prefix) for name in linears if name.startswith(prefix)]
         inside |= {f"{prefix}{name}" for name in pruned}
         _, records = result.write_block(index, new, pruned)
@@ -282,7 +303,9 @@ def _begin(job: Job, overwrite: bool) -> None:
     """Create the folder and claim it; what an earlier result left goes, so that no half of one looks whole."""
     make_folder(job.output)
     blocks = job.record.blocks
-    whole = next((i for i in range(len(blocks)) if not (job.output / shard_name(i)).exists()), len(blocks))
+    whole = next(
+        (i for i in range(len(blocks)) if not (job.output / shard_name(i)).exists()), len(blocks)
+    )
     del blocks[whole:]  # somebody took a shard away: what comes after it is made again too
     job.record.save(job.output)
     (job.output / INDEX_NAME).unlink(missing_ok=True)
@@ -293,7 +316,9 @@ def _begin(job: Job, overwrite: bool) -> None:
             path.unlink()
 
 
-def _enter(record: RecoveryRecord, state: TrainingState, trainable: Trainable, parameters: int) -> None:
+def _enter(
+    record: RecoveryRecord, state: TrainingState, trainable: Trainable, parameters: int
+) -> None:
     record.evaluations, record.best = state.evaluations, state.best
     record.stopped, record.diverged = state.stopped, state.diverged
     trained = sum(p.numel() for p in trainable.parameters.values())
@@ -322,7 +347,9 @@ def _disk(job: Job, trainable: Trainable) -> int:
     """Bytes for the result and, until it is there, for weights, two moments and the best weights in float32."""
     trained = sum(p.numel() for p in trainable.parameters.values())
     checkpoint = job.source.checkpoint
-    return 16 * trained + (0 if job.options.mode == "lora" else checkpoint.nbytes(checkpoint.tensors))
+    return 16 * trained + (
+        0 if job.options.mode == "lora" else checkpoint.nbytes(checkpoint.tensors)
+    )
 
 
 def _base_name(model: str | Path) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from prunus.model.linears import Linear
-from prunus.recovery.supports import support_of
+from prunus.recovery.masks import support_of
 from prunus.recovery.trainable import Trainable
 
 __all__ = ["merged_weights", "sparse_lora"]
@@ -34,7 +34,9 @@ class MaskedLowRank(nn.Module):
 
     support: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, rank: int, scale: float, generator: torch.Generator) -> None:
+    def __init__(
+        self, weight: torch.Tensor, rank: int, scale: float, generator: torch.Generator
+    ) -> None:
         super().__init__()
         rows, columns = weight.shape
         self.scale = scale
@@ -51,7 +53,9 @@ class MaskedLowRank(nn.Module):
         return weight + (product * self.support).to(weight.dtype)
 
 
-def sparse_lora(model: Any, linears: Mapping[str, Linear], rank: int, alpha: float, seed: int) -> Trainable:
+def sparse_lora(
+    model: Any, linears: Mapping[str, Linear], rank: int, alpha: float, seed: int
+) -> Trainable:
     """Give each of these linears (by full name) a masked low-rank update; nothing else is trained.
 
     Raises:

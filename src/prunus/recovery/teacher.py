@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prunus.manifest import MANIFEST_NAME, Manifest
-from prunus.model.checkpoint import resolve_folder
+from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.tokenizer import load_tokenizer
+from prunus.pruning.manifest import MANIFEST_NAME, Manifest
 
 __all__ = ["check_shapes", "check_vocabulary", "find_teacher"]
 

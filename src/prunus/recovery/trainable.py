@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prunus.model.linears import Linear
-from prunus.recovery.supports import kept_size, support_of
+from prunus.recovery.masks import kept_size, support_of
 
 __all__ = ["Trainable", "masked"]
 

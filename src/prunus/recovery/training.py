@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from prunus.calibration.stream import TrainingText
-from prunus.engine.precision import native_bfloat16
-from prunus.engine.schedule import learning_rate
-from prunus.ranks import ALONE, Ranks
+from prunus.distributed import ALONE, Ranks
+from prunus.pruning.compute_dtype import native_bfloat16
+from prunus.pruning.reconstruction.learning_rate import learning_rate
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.loss import next_token_loss
 from prunus.recovery.options import RecoveryOptions
@@ -109,7 +109,9 @@ class _Trainer:
         """
         ids = self.text.windows(state.step * self.options.batch, self.options.batch)
         total, mine = 0.0, self.ranks.share(len(ids))
-        for part in ids[mine.start : mine.stop].split(max(1, _TOKENS_PER_PASS // self.options.seqlen)):
+        for part in ids[mine.start : mine.stop].split(
+            max(1, _TOKENS_PER_PASS // self.options.seqlen)
+        ):
             loss = self.loss(part) * (len(part) / len(ids))
             loss.backward()
             total += float(loss.detach())
@@ -121,7 +123,9 @@ class _Trainer:
                 gradient.mul_(support)  # in a quarter of the time that masked_fill_ takes, or less
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, _MAX_NORM)
         if math.isfinite(total) and bool(norm.isfinite()):
-            rate = learning_rate(self.options.peak_rate(self.trainable.size), share, self.options.warmup)
+            rate = learning_rate(
+                self.options.peak_rate(self.trainable.size), share, self.options.warmup
+            )
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
@@ -198,7 +202,10 @@ def train(
                     f"the held-out loss is {held_out} before any training: the model's outputs are not finite. "
                     "Damaged weights, or a dtype too small for this model; try --dtype float32"
                 )
-            state.stopped, state.diverged = f"the held-out loss became {held_out} at step {state.step}", True
+            state.stopped, state.diverged = (
+                f"the held-out loss became {held_out} at step {state.step}",
+                True,
+            )
             return
         entry = Evaluation(
             step=state.step,
@@ -224,7 +231,10 @@ def train(
     while state.stopped is None and trainer.share(state, seconds()) < 1:
         loss = trainer.step(state, trainer.share(state, seconds(), ahead=0.5))
         if not math.isfinite(loss):
-            state.stopped, state.diverged = f"the loss was not finite at step {state.step + 1}", True
+            state.stopped, state.diverged = (
+                f"the loss was not finite at step {state.step + 1}",
+                True,
+            )
             break
         losses.append(loss)
         state.step += 1

@@ -160,6 +160,8 @@ def text_of(value: Any, form: str | None) -> str:
         return MISSING
     if isinstance(value, Measured):
         form = value.form or form
-        error = "" if value.stderr is None else f" ± {text_of(value.stderr, form and form.lstrip('+'))}"
+        error = (
+            "" if value.stderr is None else f" ± {text_of(value.stderr, form and form.lstrip('+'))}"
+        )
         return f"{text_of(value.value, form)}{error}"
     return str(value) if form is None else format(value, form)

@@ -54,10 +54,16 @@ def _tasks(content: dict[str, Any], names: dict[str, str]) -> list[Any]:
         return []
     figures = {one["model"]: _figures(one["tasks"]) for one in models}
     keys = list(figures[models[0]["model"]])
-    columns = (Column("task"), Column("metric"), *(Column(names[model], ".2%") for model in figures))
+    columns = (
+        Column("task"),
+        Column("metric"),
+        *(Column(names[model], ".2%") for model in figures),
+    )
     rows = tuple((*key, *(found.get(key) for found in figures.values())) for key in keys)
     protocol = models[0]["tasks"]["protocol"]
-    shown = {key: str(value) for key, value in protocol.items() if key != "versions"} | protocol["versions"]
+    shown = {key: str(value) for key, value in protocol.items() if key != "versions"} | protocol[
+        "versions"
+    ]
     parts: list[Any] = [
         Table("Tasks", columns, rows, "± one standard error."),
         Facts("Protocol of the tasks", tuple(shown.items())),
@@ -81,7 +87,9 @@ def _tasks(content: dict[str, Any], names: dict[str, str]) -> list[Any]:
             Column("beyond chance"),
         )
         note = "Beyond chance: more than two standard errors of the difference."
-        parts.insert(1, Table(f"Differences to {next(iter(names.values()))}", titles, changes, note))
+        parts.insert(
+            1, Table(f"Differences to {next(iter(names.values()))}", titles, changes, note)
+        )
     return parts
 
 
@@ -118,7 +126,11 @@ def speed_section(content: list[dict[str, Any]]) -> Section:
                 row["file_bytes"] / 1e9,
                 *(
                     tuple(row[key])
-                    for key in ("resident_bytes", "prefill_tokens_per_second", "decode_tokens_per_second")
+                    for key in (
+                        "resident_bytes",
+                        "prefill_tokens_per_second",
+                        "decode_tokens_per_second",
+                    )
                 ),
             )
             for row in content
@@ -137,7 +149,9 @@ def speed_section(content: list[dict[str, Any]]) -> Section:
         Column("decode, tokens/s", ",.1f"),
         Column("decode / first", ".2f"),
     )
-    sizes = Bars("Size on disk", "GB", tuple((name, size, size, size) for name, size, *_ in found), ",.3f")
+    sizes = Bars(
+        "Size on disk", "GB", tuple((name, size, size, size) for name, size, *_ in found), ",.3f"
+    )
     speeds = Bars(
         "Decoding speed",
         "tokens per second: median, lowest and highest",
@@ -145,5 +159,6 @@ def speed_section(content: list[dict[str, Any]]) -> Section:
         ",.1f",
     )
     return Section(
-        "Size and speed", parts=(sizes, speeds, Table("Medians over processes of their own", columns, rows))
+        "Size and speed",
+        parts=(sizes, speeds, Table("Medians over processes of their own", columns, rows)),
     )

@@ -50,7 +50,9 @@ def perplexity_table(results: Mapping[str, Sequence[PerplexityResult]]) -> Table
             f"{result.tokens:,}",
             f"{sum(score.seconds for score in scores):.1f}",
         )
-    table.caption = "\n".join(dict.fromkeys(score.protocol for model in models for score in results[model]))
+    table.caption = "\n".join(
+        dict.fromkeys(score.protocol for model in models for score in results[model])
+    )
     table.caption_justify = "left"
     return table
 
@@ -127,7 +129,9 @@ def _figure(metric: str, figure: Metric | None) -> str:
 def _change(metric: str, change: Difference | None) -> str:
     if change is None:
         return "–"
-    return _with_error(metric, change.value, change.stderr, "+") + (" *" if change.significant else "")
+    return _with_error(metric, change.value, change.stderr, "+") + (
+        " *" if change.significant else ""
+    )
 
 
 def _with_error(metric: str, value: float, stderr: float | None, sign: str) -> str:

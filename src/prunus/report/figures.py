@@ -53,7 +53,9 @@ def _plotly() -> tuple[Any, Any]:
         import plotly.graph_objects
         import plotly.offline
     except ImportError:
-        raise ModuleNotFoundError("the HTML report needs plotly: pip install 'prunus[report]'") from None
+        raise ModuleNotFoundError(
+            "the HTML report needs plotly: pip install 'prunus[report]'"
+        ) from None
     return plotly.graph_objects, plotly.offline.get_plotlyjs
 
 
@@ -94,10 +96,18 @@ def _lines(graph: Any, chart: Lines) -> Any:
     x_axis: dict[str, Any] = {"title": {"text": html.escape(chart.x_title)}}
     if places:
         names = [html.escape(name) for name in places]
-        x_axis |= {"tickvals": list(places.values()), "ticktext": names, "range": [-0.4, len(names) - 0.6]}
+        x_axis |= {
+            "tickvals": list(places.values()),
+            "ticktext": names,
+            "range": [-0.4, len(names) - 0.6],
+        }
     else:
         ticks = [f"{x:g}" for x in measured]
-        x_axis |= {"tickvals": measured, "ticktext": ticks, "type": "log" if chart.log_x else "linear"}
+        x_axis |= {
+            "tickvals": measured,
+            "ticktext": ticks,
+            "type": "log" if chart.log_x else "linear",
+        }
     y_axis: dict[str, Any] = {"title": {"text": html.escape(chart.y_title)}}
     if chart.log_y:
         y_axis["title"]["text"] += " (logarithmic)"
@@ -122,7 +132,12 @@ def _heat_map(graph: Any, chart: HeatMap) -> Any:
         hoverinfo="text",
         xgap=1,
         ygap=1,
-        colorbar={"tickformat": _ticks(chart.form), "nticks": 5, "thickness": 10, "outlinewidth": 0},
+        colorbar={
+            "tickformat": _ticks(chart.form),
+            "nticks": 5,
+            "thickness": 10,
+            "outlinewidth": 0,
+        },
         meta={"colour": "scale"},
         **_scale(chart),
     )
@@ -223,4 +238,7 @@ def _log_ticks(low: float, high: float) -> dict[str, Any]:
     steps = (1, 2, 5) if high / low < 1000 else (1,)
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
-    return {"tickvals": ticks, "ticktext": [f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks]}
+    return {
+        "tickvals": ticks,
+        "ticktext": [f"{tick:,g}" if tick < 1e6 else f"{tick:.0e}" for tick in ticks],
+    }

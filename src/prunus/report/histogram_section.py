@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prunus.histograms import LinearHistograms
+from prunus.evaluation.histograms import LinearHistograms
 from prunus.report.document import Column, Histogram, Section, Table
 
 __all__ = ["histogram_section"]
@@ -21,9 +21,15 @@ def histogram_section(found: LinearHistograms) -> Section:
         kept = tuple(all_ - gone for all_, gone in zip(found.before, found.removed, strict=True))
         dense = (("kept", kept), ("removed", found.removed))
         highest = max((*found.before, *found.after))
-        parts.append(Histogram("Dense weights, kept and removed", "weight", edges, dense, highest=highest))
+        parts.append(
+            Histogram("Dense weights, kept and removed", "weight", edges, dense, highest=highest)
+        )
         parts.append(Histogram("Weights after pruning", "weight", edges, after, highest=highest))
-        counts = [("dense", found.before), ("removed", found.removed), ("after pruning", found.after)]
+        counts = [
+            ("dense", found.before),
+            ("removed", found.removed),
+            ("after pruning", found.after),
+        ]
         parts.append(_counts_table("Weights, counts", edges, counts))
     else:
         parts.append(Histogram("Weights after pruning", "weight", edges, after))
@@ -34,14 +40,27 @@ def histogram_section(found: LinearHistograms) -> Section:
         name, _, source = found.score.partition(", ")
         note = f"Scores: {source}." if source else ""
         parts.append(
-            Histogram("Scores of kept and removed weights", name, found.score_edges, series, note, log_x=True)
+            Histogram(
+                "Scores of kept and removed weights",
+                name,
+                found.score_edges,
+                series,
+                note,
+                log_x=True,
+            )
         )
         powers = tuple(10**edge for edge in found.score_edges)
         parts.append(_counts_table("Scores, counts", powers, list(series)))
     return Section(f"Histograms of {found.linear}", " ".join(notes), tuple(parts))
 
 
-def _counts_table(title: str, edges: tuple[float, ...], series: list[tuple[str, tuple[int, ...]]]) -> Table:
-    columns = (Column("from", ".4g"), Column("to", ".4g"), *(Column(name, ",d") for name, _ in series))
+def _counts_table(
+    title: str, edges: tuple[float, ...], series: list[tuple[str, tuple[int, ...]]]
+) -> Table:
+    columns = (
+        Column("from", ".4g"),
+        Column("to", ".4g"),
+        *(Column(name, ",d") for name, _ in series),
+    )
     rows = zip(edges[:-1], edges[1:], *(counts for _, counts in series), strict=True)
     return Table(title, columns, tuple(rows), folded=True)

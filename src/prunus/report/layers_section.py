@@ -27,7 +27,9 @@ def layers_section(content: dict[str, Any]) -> Section:
         protocol = tuple((name, str(value)) for name, value in content["protocol"].items())
     except (KeyError, TypeError, AttributeError) as fault:
         raise ValueError(f"this is not the JSON of benchmarks/layers.py: {fault!r}") from None
-    return Section("Relative output error of single linears", parts=(*tables, Facts("Protocol", protocol)))
+    return Section(
+        "Relative output error of single linears", parts=(*tables, Facts("Protocol", protocol))
+    )
 
 
 def _table(linear: dict[str, Any]) -> Table:

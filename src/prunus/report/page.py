@@ -29,7 +29,9 @@ def to_html(document: Document) -> str:
     Raises:
         ModuleNotFoundError: it has charts, and plotly is not installed.
     """
-    charts = [part for section in document.sections for part in section.parts if isinstance(part, Chart)]
+    charts = [
+        part for section in document.sections for part in section.parts if isinstance(part, Chart)
+    ]
     scripts = [*([plotly_script()] if charts else []), _asset("page.js")]
     policy = "; ".join(
         (
@@ -43,7 +45,9 @@ def to_html(document: Document) -> str:
     )
     # A page on one subject has its title at the top already.
     alone = [section.title for section in document.sections] == [document.title]
-    sections = [_section(section, number, alone) for number, section in enumerate(document.sections)]
+    sections = [
+        _section(section, number, alone) for number, section in enumerate(document.sections)
+    ]
     return Template(_asset("page.html")).substitute(
         policy=escape(policy),
         title=escape(document.title),
@@ -77,7 +81,9 @@ def _section(section: Section, number: int, alone: bool) -> str:
     title = "" if alone else f'<h2 id="title-{number}">{escape(section.title)}</h2>\n'
     name = "title" if alone else f"title-{number}"
     lead = f'<p class="lead">{escape(section.lead)}</p>\n' if section.lead else ""
-    parts = (_part(part, f"part-{number}-{position}") for position, part in enumerate(section.parts))
+    parts = (
+        _part(part, f"part-{number}-{position}") for position, part in enumerate(section.parts)
+    )
     return (
         f'<section id="section-{number}" aria-labelledby="{name}"{" class=alone" if alone else ""}>\n'
         f"{title}{lead}{''.join(parts)}</section>\n"
@@ -94,9 +100,14 @@ def _part(part: Facts | Table | Chart, name: str) -> str:
 
 def _facts(facts: Facts) -> str:
     if facts.headline:
-        items = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items)
+        items = (
+            f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+            for name, value in facts.items
+        )
         return f'<div><dl class="tiles">{"".join(items)}</dl></div>\n'
-    items = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items)
+    items = (
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items
+    )
     kind = "facts short" if all(len(value) <= _SHORT for _, value in facts.items) else "facts"
     return f'<div><h3>{escape(facts.title)}</h3><dl class="{kind}">{"".join(items)}</dl></div>\n'
 
@@ -108,7 +119,9 @@ def _table(table: Table) -> str:
     )
     rows = "".join(
         "<tr>"
-        + "".join(_cell(value, column.form) for value, column in zip(row, table.columns, strict=True))
+        + "".join(
+            _cell(value, column.form) for value, column in zip(row, table.columns, strict=True)
+        )
         + "</tr>\n"
         for row in table.rows
     )

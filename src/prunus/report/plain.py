@@ -27,7 +27,11 @@ def to_terminal(document: Document) -> Group:
             if isinstance(part, Facts):
                 shown += [Text(), _facts(part)]
             elif isinstance(part, Table):
-                shown += [Text(), _table(part), *([Text(part.note, style="italic")] if part.note else [])]
+                shown += [
+                    Text(),
+                    _table(part),
+                    *([Text(part.note, style="italic")] if part.note else []),
+                ]
         shown.append(Text())
     return Group(*shown)
 
@@ -59,7 +63,9 @@ def _facts(facts: Facts) -> RichTable:
 def _table(part: Table) -> RichTable:
     table = RichTable(title=Text(part.title), title_justify="left")
     for column in part.columns:
-        table.add_column(Text(column.title), justify="right" if column.is_number else "left", overflow="fold")
+        table.add_column(
+            Text(column.title), justify="right" if column.is_number else "left", overflow="fold"
+        )
     for row in part.rows:
         cells = zip(row, part.columns, strict=True)
         table.add_row(*(Text(text_of(value, column.form)) for value, column in cells))
@@ -68,7 +74,10 @@ def _table(part: Table) -> RichTable:
 
 def _markdown_facts(facts: Facts) -> list[str]:
     if facts.headline:
-        return [" · ".join(f"{_escape(name)}: **{_escape(value)}**" for name, value in facts.items), ""]
+        return [
+            " · ".join(f"{_escape(name)}: **{_escape(value)}**" for name, value in facts.items),
+            "",
+        ]
     listed = "; ".join(f"{_escape(name)}: {_escape(value)}" for name, value in facts.items)
     return [f"{_escape(facts.title)}: {listed}.", ""]
 
@@ -76,11 +85,15 @@ def _markdown_facts(facts: Facts) -> list[str]:
 def _markdown_table(part: Table) -> list[str]:
     lines = [f"### {_escape(part.title)}", ""]
     lines.append("| " + " | ".join(_escape(column.title) for column in part.columns) + " |")
-    lines.append("| " + " | ".join("---:" if column.is_number else "---" for column in part.columns) + " |")
+    lines.append(
+        "| " + " | ".join("---:" if column.is_number else "---" for column in part.columns) + " |"
+    )
     for row in part.rows:
         cells = zip(row, part.columns, strict=True)
         lines.append(
-            "| " + " | ".join(_escape(text_of(value, column.form)) for value, column in cells) + " |"
+            "| "
+            + " | ".join(_escape(text_of(value, column.form)) for value, column in cells)
+            + " |"
         )
     return [*lines, "", *([_escape(part.note), ""] if part.note else [])]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from prunus.run import Progress as Step
+from prunus.pruning.run import Progress as Step
 
 __all__ = ["eta", "show_progress"]
 

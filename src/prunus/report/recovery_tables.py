@@ -29,14 +29,20 @@ def recovery_table(record: RecoveryRecord) -> Table:
             f"{len(record.linears)} pruned linears, compared weight by weight"
         )
     if totals.get("added_parameters"):
-        lines.append(f"parameters added: {totals['added_parameters']:,} ({totals['added_share']:.3%})")
+        lines.append(
+            f"parameters added: {totals['added_parameters']:,} ({totals['added_share']:.3%})"
+        )
     learnt = (
-        f"learning from {record.teacher}" if record.teacher is not None else "learning from the text alone"
+        f"learning from {record.teacher}"
+        if record.teacher is not None
+        else "learning from the text alone"
     )
     lines.append(
         f"text: {record.inputs.text}; {learnt}; computed in {record.inputs.dtype} on {record.inputs.device}"
     )
-    lines.append(f"{totals['seconds']:.0f} s; peak memory {totals['peak_memory_bytes'] / 1e9:.2f} GB")
+    lines.append(
+        f"{totals['seconds']:.0f} s; peak memory {totals['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
     if record.stopped is not None:
         lines.append(f"stopped early: {record.stopped}")
     if record.best == 0:
@@ -65,8 +71,12 @@ def _fill_with_blocks(table: Table, record: RecoveryRecord) -> None:
     for column in ("block", "error before", "error after", "steps", "seconds", ""):
         table.add_column(column, justify="left" if column in ("block", "") else "right")
     for block in record.blocks:
-        errors = (f"{e:.3%}" if e is not None else "–" for e in (block.error_before, block.error_after))
-        table.add_row(block.name, *errors, str(block.steps), f"{block.seconds:.1f}", block.stopped or "")
+        errors = (
+            f"{e:.3%}" if e is not None else "–" for e in (block.error_before, block.error_after)
+        )
+        table.add_row(
+            block.name, *errors, str(block.steps), f"{block.seconds:.1f}", block.stopped or ""
+        )
     table.add_section()
     means = (f"{record.totals[key]:.3%}" for key in ("mean_error_before", "mean_error_after"))
     table.add_row("mean", *means, str(sum(block.steps for block in record.blocks)), "", "")
@@ -107,7 +117,9 @@ def show_recovery(title: str, console: Console | None = None) -> Iterator[Callab
         task = bar.add_task(title, total=1.0, loss="", message="")
 
         def update(step: Step) -> None:
-            fields: dict[str, Any] = {"loss": f"loss {step.loss:.3f} "} if step.loss is not None else {}
+            fields: dict[str, Any] = (
+                {"loss": f"loss {step.loss:.3f} "} if step.loss is not None else {}
+            )
             if step.loss is None or step.perplexity is not None:
                 fields["message"] = step.message
             bar.update(task, completed=step.share, **fields)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prunus.manifest import LinearRecord, Manifest
+from prunus.pruning.manifest import Manifest
+from prunus.pruning.records import LinearRecord
 from prunus.report.document import Column, Facts, HeatMap, Section, Table
 
 __all__ = ["run_section"]
@@ -18,8 +19,15 @@ _MEANING = {
 
 def run_section(manifest: Manifest) -> Section:
     """A finished or unfinished run."""
-    parts: list[Any] = [_headline(manifest), _by_kind(manifest), *_heat_maps(manifest), _by_linear(manifest)]
-    recipe = {key: value for key, value in manifest.recipe.model_dump().items() if value not in (None, ())}
+    parts: list[Any] = [
+        _headline(manifest),
+        _by_kind(manifest),
+        *_heat_maps(manifest),
+        _by_linear(manifest),
+    ]
+    recipe = {
+        key: value for key, value in manifest.recipe.model_dump().items() if value not in (None, ())
+    }
     parts += [
         Facts("Recipe", _items(recipe)),
         Facts(
@@ -38,7 +46,9 @@ def run_section(manifest: Manifest) -> Section:
     ]
     name = Path(manifest.source).name or manifest.source
     shape = (
-        manifest.recipe.pattern if manifest.recipe.n_of_m else f"{manifest.recipe.sparsity:.0%} unstructured"
+        manifest.recipe.pattern
+        if manifest.recipe.n_of_m
+        else f"{manifest.recipe.sparsity:.0%} unstructured"
     )
     return Section(f"{name}: {manifest.recipe.method}, {shape}", parts=tuple(parts))
 
@@ -73,7 +83,11 @@ def _error_of_totals(totals: dict[str, Any]) -> tuple[str, float | None]:
 
 
 def _error(record: LinearRecord) -> float | None:
-    return record.relative_output_error if record.relative_output_error is not None else record.removed_energy
+    return (
+        record.relative_output_error
+        if record.relative_output_error is not None
+        else record.removed_energy
+    )
 
 
 def _kinds(manifest: Manifest) -> list[str]:
@@ -84,7 +98,8 @@ def _kinds(manifest: Manifest) -> list[str]:
 def _by_kind(manifest: Manifest) -> Table:
     rows = []
     groups = {
-        kind: [b.linears[kind] for b in manifest.blocks if kind in b.linears] for kind in _kinds(manifest)
+        kind: [b.linears[kind] for b in manifest.blocks if kind in b.linears]
+        for kind in _kinds(manifest)
     }
     if manifest.head is not None:
         groups["output head"] = [manifest.head]
@@ -93,7 +108,9 @@ def _by_kind(manifest: Manifest) -> Table:
         zeros = sum(r.zeros for r in records)
         errors = [e for r in records if (e := _error(r)) is not None]
         mean = sum(errors) / len(errors) if errors else None
-        rows.append((kind, len(records), weights, zeros / weights, mean, sum(r.seconds for r in records)))
+        rows.append(
+            (kind, len(records), weights, zeros / weights, mean, sum(r.seconds for r in records))
+        )
     error_name = _error_of_totals(manifest.summary())[0]
     columns = (
         Column("linear"),
@@ -103,7 +120,9 @@ def _by_kind(manifest: Manifest) -> Table:
         Column(error_name, ".3%"),
         Column("seconds", ".2f"),
     )
-    return Table("By kind of linear", columns, tuple(rows), _MEANING[error_name.removeprefix("mean ")])
+    return Table(
+        "By kind of linear", columns, tuple(rows), _MEANING[error_name.removeprefix("mean ")]
+    )
 
 
 def _heat_maps(manifest: Manifest) -> list[HeatMap]:
@@ -112,16 +131,24 @@ def _heat_maps(manifest: Manifest) -> list[HeatMap]:
 
     def grid(figure: Any) -> tuple[tuple[float | None, ...], ...]:
         return tuple(
-            tuple(figure(block.linears[kind]) if kind in block.linears else None for block in manifest.blocks)
+            tuple(
+                figure(block.linears[kind]) if kind in block.linears else None
+                for block in manifest.blocks
+            )
             for kind in kinds
         )
 
     error_name, mean = _error_of_totals(manifest.summary())
     maps = [("Sparsity per block and linear", lambda r: r.sparsity, ".2%")]
     if mean is not None:
-        maps.append((f"{error_name.removeprefix('mean ').capitalize()} per block and linear", _error, ".3%"))
+        maps.append(
+            (f"{error_name.removeprefix('mean ').capitalize()} per block and linear", _error, ".3%")
+        )
     maps.append(("Seconds per block and linear", lambda r: r.seconds, ".3f"))
-    return [HeatMap(title, "block", blocks, tuple(kinds), grid(figure), form) for title, figure, form in maps]
+    return [
+        HeatMap(title, "block", blocks, tuple(kinds), grid(figure), form)
+        for title, figure, form in maps
+    ]
 
 
 def _by_linear(manifest: Manifest) -> Table:

@@ -6,20 +6,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunus.manifest import MANIFEST_NAME, Manifest
-from prunus.model.files import read_json
+from prunus.model.checkpoint.atomic_files import read_json
+from prunus.pruning.manifest import MANIFEST_NAME, Manifest
 from prunus.report.document import Document, Section
 from prunus.report.evaluation_sections import evaluation_section, speed_section
 from prunus.report.layers_section import is_layers, layers_section
 from prunus.report.run_sections import run_section
 from prunus.report.sweep_tables import sweep_section
-from prunus.results import RESULTS_NAME, SweepResults
+from prunus.sweep.results import RESULTS_NAME, SweepResults
 
 __all__ = ["read_document"]
 
 
 def read_document(
-    paths: list[Path], bench: Path | None = None, extra: Sequence[Section] = (), title: str | None = None
+    paths: list[Path],
+    bench: Path | None = None,
+    extra: Sequence[Section] = (),
+    title: str | None = None,
 ) -> Document:
     """A report on runs, sweeps and evaluations, in this order.
 
@@ -56,7 +59,10 @@ def read_section(path: Path) -> Section:
             f"{path} is not there; give the folder of a run or a sweep, or the file of prunus eval --json"
         )
     return _explained(
-        path, lambda content: layers_section(content) if is_layers(content) else evaluation_section(content)
+        path,
+        lambda content: (
+            layers_section(content) if is_layers(content) else evaluation_section(content)
+        ),
     )
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prunus.recipe import Recipe
+from prunus.pruning.recipe import Recipe
 from prunus.report.document import Column, Lines, Series, Table
-from prunus.results import CellResult, SweepResults
+from prunus.sweep.results import CellResult, SweepResults
 
 __all__ = ["quality_parts", "text_name"]
 
@@ -24,7 +24,9 @@ _NOT_IN_ROWS = {"method", "sparsity", "pattern", "seed"}
 _LOG_FROM = 6.0
 
 
-def quality_parts(results: SweepResults, label: str, cells: list[CellResult], text: str) -> list[Any]:
+def quality_parts(
+    results: SweepResults, label: str, cells: list[CellResult], text: str
+) -> list[Any]:
     """Tables of perplexity and residual gap and a chart for one model and text; means over seeds where these vary."""
     axis, place = next(
         ((name, f) for name, f in _AXES.items() if len({f(cell.recipe) for cell in cells}) > 1),
@@ -44,7 +46,10 @@ def quality_parts(results: SweepResults, label: str, cells: list[CellResult], te
     columns = (Column("method"), *(Column(_column_title(axis, top), ",.2f") for top in tops))
 
     def table(
-        title: str, figure: Callable[[CellResult], float | None], note: str, first: tuple[Any, ...] = ()
+        title: str,
+        figure: Callable[[CellResult], float | None],
+        note: str,
+        first: tuple[Any, ...] = (),
     ) -> Table:
         rows = [
             (name, *(_mean([figure(cell) for cell in row.get(top, [])]) for top in tops))
@@ -125,16 +130,23 @@ def _chart(
 def _row_names(cells: list[CellResult], axis: str) -> dict[str, str]:
     """A name per cell: its method, and the options that vary among the cells of that method."""
     found = {}
-    hidden = _NOT_IN_ROWS | {"calibration windows": {"samples"}, "tokens per window": {"seqlen"}}.get(
-        axis, set()
-    )
+    hidden = _NOT_IN_ROWS | {
+        "calibration windows": {"samples"},
+        "tokens per window": {"seqlen"},
+    }.get(axis, set())
     for cell in cells:
-        alike = [other.recipe.model_dump() for other in cells if other.recipe.method == cell.recipe.method]
+        alike = [
+            other.recipe.model_dump()
+            for other in cells
+            if other.recipe.method == cell.recipe.method
+        ]
         parts: list[str] = [cell.recipe.method]
         for key, value in cell.recipe.model_dump().items():
             if key not in hidden and any(other[key] != value for other in alike):
                 parts.append(f"{key.replace('_', ' ')} {value}")
-        if axis != "sparsity" and any(_shape(other.recipe) != _shape(cell.recipe) for other in cells):
+        if axis != "sparsity" and any(
+            _shape(other.recipe) != _shape(cell.recipe) for other in cells
+        ):
             parts.append(_shape(cell.recipe))
         if cell.recovery is not None:
             parts.append(f"recovered by {cell.recovery}")

@@ -7,7 +7,7 @@ from typing import Any
 from prunus.report.document import Column, Facts, Measured, Section, Table
 from prunus.report.evaluation_sections import form_of
 from prunus.report.sweep_quality import quality_parts, text_name
-from prunus.results import CellResult, SweepResults, Tasks
+from prunus.sweep.results import CellResult, SweepResults, Tasks
 
 __all__ = ["sweep_section"]
 
@@ -28,7 +28,9 @@ def sweep_section(results: SweepResults) -> Section:
     )
     if failed:
         parts.append(Table("What failed", (Column("cell"), Column("reason")), failed))
-    return Section(results.title, " ".join(results.description.split()), (*parts, *_circumstances(results)))
+    return Section(
+        results.title, " ".join(results.description.split()), (*parts, *_circumstances(results))
+    )
 
 
 def _headline(results: SweepResults) -> Facts:
@@ -59,7 +61,8 @@ def _tasks(results: SweepResults) -> Table:
                 (task, metric) for metric in metrics if metric == "acc" or "acc" not in metrics
             )
     columns = [
-        Column(task if metric == "acc" else f"{task}, {metric}", form_of(metric)) for task, metric in found
+        Column(task if metric == "acc" else f"{task}, {metric}", form_of(metric))
+        for task, metric in found
     ]
     lines = tuple((name, *(_measured(tasks, *key) for key in found)) for name, tasks in rows)
     return Table(
@@ -72,7 +75,11 @@ def _tasks(results: SweepResults) -> Table:
 
 def _measured(tasks: Tasks, task: str, metric: str) -> Measured | None:
     figure = tasks.get(task, {}).get(metric)
-    return Measured(figure.value, figure.stderr) if figure is not None and figure.value is not None else None
+    return (
+        Measured(figure.value, figure.stderr)
+        if figure is not None and figure.value is not None
+        else None
+    )
 
 
 def _cells(results: SweepResults) -> Table:
@@ -117,9 +124,7 @@ def _cells(results: SweepResults) -> Table:
                 cell.state,
             )
         )
-    note = (
-        "Error: mean relative output error, or mean removed energy (E), which takes inputs as uncorrelated."
-    )
+    note = "Error: mean relative output error, or mean removed energy (E), which takes inputs as uncorrelated."
     return Table("Cells", tuple(columns), tuple(rows), note, folded=True)
 
 
@@ -143,6 +148,8 @@ def _circumstances(results: SweepResults) -> tuple[Facts, ...]:
         if len(results.models) > 1:
             name += f", {windows.model}"
         protocol.append((name, windows.source))
-    machine = tuple((key, str(value)) for key, value in (results.machine | results.versions).items())
+    machine = tuple(
+        (key, str(value)) for key, value in (results.machine | results.versions).items()
+    )
     command = f"prunus sweep {results.file} OUT"
     return Facts("Protocol", (("command", command), *protocol)), Facts("Machine", machine)

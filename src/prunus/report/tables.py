@@ -9,10 +9,10 @@ from typing import Any
 from rich.table import Table
 
 from prunus.evaluation.images import ImageScore
+from prunus.evaluation.inspection import Inspection
 from prunus.evaluation.speed import Speed
-from prunus.inspection import Inspection
-from prunus.manifest import Manifest
-from prunus.sparse.conversion import Record
+from prunus.packed.conversion import Record
+from prunus.pruning.manifest import Manifest
 
 __all__ = [
     "forecast_table",
@@ -100,7 +100,9 @@ def inspection_table(inspection: Inspection) -> Table:
     """One row per linear."""
     table = Table(title=f"{inspection.model}: {inspection.blocks} blocks", title_justify="left")
     for column in ("linear", "shape", "dtype", "sparsity", "N:M that hold"):
-        table.add_column(column, justify="right" if column == "sparsity" else "left", overflow="fold")
+        table.add_column(
+            column, justify="right" if column == "sparsity" else "left", overflow="fold"
+        )
     block = 0
     for linear in inspection.linears:
         if linear.block != block:
@@ -154,11 +156,15 @@ def _free_orders(orders: dict[str, str]) -> str:
 
 
 def forecast_table(what: str, found: dict[str, Any]) -> Table:
-    """What a run would cost elsewhere; see `prunus.forecast.forecast`."""
+    """What a run would cost elsewhere; see `prunus.pruning.forecast.forecast`."""
     table = Table(title=f"{what}, on {found['devices']}", title_justify="left", show_header=False)
     table.add_column("what")
     table.add_column("figure", overflow="fold")
-    room = {True: "", False: ", which is more than a device has in lockstep: replayed, five passes", None: ""}
+    room = {
+        True: "",
+        False: ", which is more than a device has in lockstep: replayed, five passes",
+        None: "",
+    }
     parts = sorted(found["parts"].items(), key=lambda part: -part[1])
     rows = {
         "weights": f"{found['weights'] / 1e9:.2f} billion",
@@ -167,7 +173,9 @@ def forecast_table(what: str, found: dict[str, Any]) -> Table:
         "disk": f"{found['disk'] / 1e9:.2f} GB; read {found['read'] / 1e9:.2f}, written {found['written'] / 1e9:.2f}",
         "traffic to each rank": f"{found['traffic'] / 1e9:.2f} GB",
         "time": _duration(found["seconds"]),
-        "of which": ", ".join(f"{name} {seconds / found['seconds']:.0%}" for name, seconds in parts),
+        "of which": ", ".join(
+            f"{name} {seconds / found['seconds']:.0%}" for name, seconds in parts
+        ),
         "rates": found["rates"],
     }
     for name, figure in rows.items():
@@ -182,7 +190,7 @@ def _duration(seconds: float) -> str:
 
 
 def _allocation(planned: dict[str, Any]) -> str:
-    """Who gets what sparsity, as `prunus.sharing.planned` says."""
+    """Who gets what sparsity, as `prunus.pruning.allocate.planned` says."""
     if planned.get("blocks"):
         return f"{planned['rule']}: " + ", ".join(f"{value:.1%}" for value in planned["blocks"])
     if planned["measured"]:
@@ -225,7 +233,9 @@ def packing_table(record: Record) -> Table:
 
 def speed_table(found: list[Speed]) -> Table:
     """Models side by side; ratios are to the first."""
-    table = Table(title="medians (minimum to maximum) over processes of their own", title_justify="left")
+    table = Table(
+        title="medians (minimum to maximum) over processes of their own", title_justify="left"
+    )
     columns = ("model", "file", "resident", "prefill tokens/s", "decode tokens/s", "decode / first")
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right")
@@ -246,7 +256,11 @@ def _with_spread(figure: tuple[float, float, float]) -> str:
 
 
 def _error(record: Any) -> float | None:
-    return record.relative_output_error if record.relative_output_error is not None else record.removed_energy
+    return (
+        record.relative_output_error
+        if record.relative_output_error is not None
+        else record.removed_energy
+    )
 
 
 def _has_gram(manifest: Manifest) -> bool:

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
+from prunus.distributed import ALONE
 from prunus.evaluation import perplexity
-from prunus.evaluation.accuracy import evaluate
-from prunus.manifest import MANIFEST_NAME, Manifest
-from prunus.model.files import TEMPORARY_SUFFIX, copy_file, make_folder
-from prunus.plan import RunOptions
-from prunus.ranks import ALONE
+from prunus.evaluation.task_runner import evaluate
+from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, copy_file, make_folder
+from prunus.pruning.job import RunOptions
+from prunus.pruning.manifest import MANIFEST_NAME, Manifest
+from prunus.pruning.run import Progress, run
 from prunus.recovery import recover
 from prunus.recovery.record import RECORD_NAME
-from prunus.results import CellResult, ModelResult, Pruning, Score, TaskFigure
-from prunus.run import Progress, run
 from prunus.sweep.grid import Scoring
+from prunus.sweep.results import CellResult, ModelResult, Pruning, Score, TaskFigure
 
 __all__ = ["discard_weights", "prune_cell", "recover_cell", "score_model", "task_options"]
 
@@ -90,7 +90,9 @@ def recover_cell(
     weights = folder / WEIGHTS
     make_folder(folder)
     chosen = recovery | ({"teacher": dense} if recovery.get("teacher") == "dense" else {})
-    record = recover(pruned, weights, device=options.device, data_dir=options.data_dir, ranks=ALONE, **chosen)
+    record = recover(
+        pruned, weights, device=options.device, data_dir=options.data_dir, ranks=ALONE, **chosen
+    )
     copy_file(weights / RECORD_NAME, folder / RECORD_NAME)
     cell.recovered = record.totals
     return weights
@@ -106,7 +108,7 @@ def score_model(
     """Judge a checkpoint on every text and task that `record` lacks; `finished` is told each text and its perplexity.
 
     Raises:
-        What `prunus.perplexity` and `prunus.evaluation.accuracy.evaluate` raise.
+        What `prunus.perplexity` and `prunus.evaluation.task_runner.evaluate` raise.
     """
     for text in scoring.texts:
         if text in record.scores:

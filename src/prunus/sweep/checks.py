@@ -5,19 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prunus.evaluation import accuracy
+from prunus.evaluation import task_runner as accuracy
 from prunus.evaluation.text import check_text
-from prunus.machine import hardware, versions
-from prunus.model.checkpoint import resolve_folder
-from prunus.model.destination import check_apart, is_vacant
+from prunus.hardware.memory import hardware, versions
+from prunus.model.checkpoint.output_folder import check_apart, is_vacant
+from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.device import choose_device
 from prunus.model.kinds import require_causal
 from prunus.model.source import CheckpointSource
-from prunus.plan import RunOptions, prepare
+from prunus.pruning.job import RunOptions
+from prunus.pruning.plan import prepare
 from prunus.recovery.options import recovery_options
-from prunus.results import RESULTS_NAME, CellResult, ModelResult, SweepResults
 from prunus.sweep.cells import task_options
 from prunus.sweep.grid import Sweep
+from prunus.sweep.results import RESULTS_NAME, CellResult, ModelResult, SweepResults
 
 __all__ = ["check_sweep"]
 
@@ -67,7 +68,13 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
         versions=versions(),
         models=models,
         cells=[
-            CellResult(name=x.name, model=x.model, recipe=x.recipe, recovery=x.recovery, recovers=x.recovers)
+            CellResult(
+                name=x.name,
+                model=x.model,
+                recipe=x.recipe,
+                recovery=x.recovery,
+                recovers=x.recovers,
+            )
             for x in sweep.cells()
         ],
     )
@@ -110,7 +117,9 @@ def _take_over(earlier: SweepResults, now: SweepResults, output: Path) -> None:
         if label not in now.models:
             refuse("set of models", sorted(earlier.models), sorted(now.models))
         if now.models[label].fingerprint != model.fingerprint:
-            refuse(f"checkpoint {label}", model.fingerprint[:12], now.models[label].fingerprint[:12])
+            refuse(
+                f"checkpoint {label}", model.fingerprint[:12], now.models[label].fingerprint[:12]
+            )
         now.models[label].scores, now.models[label].tasks = model.scores, model.tasks
     for key, value in earlier.scoring.items():
         if now.scoring[key] != value:
@@ -123,8 +132,19 @@ def _take_over(earlier: SweepResults, now: SweepResults, output: Path) -> None:
         for key, value in its.items():
             if mine[key] != value:
                 refuse(f"{key} in cell {cell.name}", value, mine[key])
-        if cell.recovery is not None and earlier.recovery[cell.recovery] != now.recovery[cell.recovery]:
-            refuse(f"recovery.{cell.recovery}", earlier.recovery[cell.recovery], now.recovery[cell.recovery])
+        if (
+            cell.recovery is not None
+            and earlier.recovery[cell.recovery] != now.recovery[cell.recovery]
+        ):
+            refuse(
+                f"recovery.{cell.recovery}",
+                earlier.recovery[cell.recovery],
+                now.recovery[cell.recovery],
+            )
     done = {cell.name: cell for cell in earlier.cells}
     now.cells = [done.get(cell.name, cell) for cell in now.cells]
-    now.calibration, now.machine, now.versions = earlier.calibration, earlier.machine, earlier.versions
+    now.calibration, now.machine, now.versions = (
+        earlier.calibration,
+        earlier.machine,
+        earlier.versions,
+    )

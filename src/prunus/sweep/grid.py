@@ -27,7 +27,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from prunus.recipe import DtypeName, Recipe, load_recipe
+from prunus.pruning.recipe import DtypeName, Recipe, load_recipe
 
 __all__ = ["Cell", "Scoring", "Sweep", "load_sweep"]
 
@@ -47,7 +47,9 @@ class Scoring(BaseModel):
     dtype: DtypeName = "auto"
     tasks: tuple[str, ...] = Field(default=(), description="tasks of lm-eval, or paper7")
     fewshot: int | None = Field(default=None, ge=0)
-    task_limit: int | None = Field(default=None, ge=1, description="score the first rows of each task only")
+    task_limit: int | None = Field(
+        default=None, ge=1, description="score the first rows of each task only"
+    )
 
 
 class Sweep(BaseModel):
@@ -61,8 +63,12 @@ class Sweep(BaseModel):
     recipe: dict[str, Any] = {}
     scoring: Scoring = Scoring()
     grid: tuple[dict[str, Any], ...] = Field(min_length=1)
-    recovery: dict[str, dict[str, Any]] = Field(default={}, description="name -> options of `prunus recover`")
-    keep_checkpoints: bool = Field(default=False, description="keep the weights of cells that are done")
+    recovery: dict[str, dict[str, Any]] = Field(
+        default={}, description="name -> options of `prunus recover`"
+    )
+    keep_checkpoints: bool = Field(
+        default=False, description="keep the weights of cells that are done"
+    )
 
     def labels(self) -> dict[str, str]:
         """The models by the names that cells call them: the last part of their path or hub id.
@@ -99,7 +105,9 @@ class Sweep(BaseModel):
                 for values in _combinations(where, table):
                     recovery = values.pop("recovery", _PLAIN)
                     if recovery != _PLAIN and recovery not in self.recovery:
-                        raise ValueError(f"{where}: recovery {recovery!r} has no table [recovery.{recovery}]")
+                        raise ValueError(
+                            f"{where}: recovery {recovery!r} has no table [recovery.{recovery}]"
+                        )
                     recipe = _recipe(where, _merged(self.recipe, values))
                     cell = Cell(_name(label, recipe, base), label, recipe)
                     if plain.setdefault(cell.name, cell) != cell:
@@ -108,7 +116,9 @@ class Sweep(BaseModel):
                             "write their values so that they differ in more than punctuation"
                         )
                     followers = recovered.setdefault(cell.name, [])
-                    if recovery != _PLAIN and recovery not in [other.recovery for other in followers]:
+                    if recovery != _PLAIN and recovery not in [
+                        other.recovery for other in followers
+                    ]:
                         name = f"{cell.name}+{_slug(recovery)}"
                         followers.append(Cell(name, label, recipe, recovery, recovers=cell.name))
         return [cell for name in plain for cell in (plain[name], *recovered[name])]
@@ -144,7 +154,9 @@ def load_sweep(path: Path, models: tuple[str, ...] = ()) -> Sweep:
         sweep = Sweep.model_validate(values)
         sweep.cells()
     except ValidationError as fault:
-        raise ValueError(f"sweep file {path}: " + "; ".join(map(_explain, fault.errors()))) from None
+        raise ValueError(
+            f"sweep file {path}: " + "; ".join(map(_explain, fault.errors()))
+        ) from None
     except ValueError as fault:
         raise ValueError(f"sweep file {path}: {fault}") from None
     return sweep
@@ -155,7 +167,9 @@ def _combinations(where: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]
     known = [*Recipe.model_fields, "recovery"]
     for key, value in table.items():
         if key not in known or key == "pattern" or key in _NOT_AXES:
-            hint = f"known are {', '.join(x for x in known if x != 'pattern' and x not in _NOT_AXES)}"
+            hint = (
+                f"known are {', '.join(x for x in known if x != 'pattern' and x not in _NOT_AXES)}"
+            )
             if key == "pattern":
                 hint = 'patterns stand under sparsity: sparsity = [0.5, "2:4"]'
             elif key in _NOT_AXES:

@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from prunus.distributed import ALONE, Ranks, joined
 from prunus.methods import METHODS
-from prunus.model.lock import locked
-from prunus.plan import RunOptions
-from prunus.ranks import ALONE, Ranks, joined
-from prunus.results import CellResult, ModelResult, SweepResults
-from prunus.run import Progress
+from prunus.model.checkpoint.lock import locked
+from prunus.pruning.job import RunOptions
+from prunus.pruning.run import Progress
+from prunus.sweep.calibration_windows import shared_windows
 from prunus.sweep.cells import discard_weights, prune_cell, recover_cell, score_model
 from prunus.sweep.grid import Sweep
-from prunus.sweep.sharing_out import CELLS, begin, collect, exchange_models, prepare, save
-from prunus.sweep.windows import shared_windows
+from prunus.sweep.rank_results import CELLS, begin, collect, exchange_models, prepare, save
+from prunus.sweep.results import CellResult, ModelResult, SweepResults
 
 __all__ = ["run_sweep"]
 
@@ -58,7 +58,9 @@ def run_sweep(
         results = begin(sweep, output, options, file, ranks)
         stack.enter_context(locked(output))
         results = prepare(results, output, options, ranks)
-        return _Runner(sweep, results, output, options, progress or (lambda line: None), ranks).run()
+        return _Runner(
+            sweep, results, output, options, progress or (lambda line: None), ranks
+        ).run()
 
 
 @dataclass

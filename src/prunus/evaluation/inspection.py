@@ -1,0 +1,115 @@
+"""What is in a checkpoint: per block and linear the shape, the dtype, the sparsity, and which N:M patterns hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource, ModuleSource
+
+__all__ = ["Inspection", "LinearInfo", "inspect"]
+
+#: Patterns that are looked for, the strictest first.
+PATTERNS = ((1, 4), (2, 4), (2, 8), (4, 8))
+
+
+@dataclass(frozen=True)
+class LinearInfo:
+    """One linear: `shape` is (out, in), `zeros` counts exact zeros, `patterns` the N:M patterns that hold."""
+
+    block: int
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    zeros: int
+    patterns: tuple[str, ...]
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / (self.shape[0] * self.shape[1])
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All linears of a model's blocks, and the weights in its blocks that no method prunes."""
+
+    model: str
+    blocks: int
+    linears: tuple[LinearInfo, ...]
+    left_dense: dict[str, tuple[int, ...]]
+
+    @property
+    def weights(self) -> int:
+        return sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of exact zeros among the weights of all linears."""
+        return sum(linear.zeros for linear in self.linears) / self.weights
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as JSON can hold it."""
+        rows = [asdict(linear) | {"sparsity": linear.sparsity} for linear in self.linears]
+        return {
+            "model": self.model,
+            "blocks": self.blocks,
+            "weights": self.weights,
+            "sparsity": self.sparsity,
+            "linears": rows,
+            "left_dense": {name: list(shape) for name, shape in self.left_dense.items()},
+        }
+
+
+def inspect(model: str | Path | nn.Module, *, trust_remote_code: bool = False) -> Inspection:
+    """Look at a checkpoint (one block in memory at a time) or at a loaded model.
+
+    Args:
+        model: a checkpoint folder, a hub id, or a transformers causal LM.
+        trust_remote_code: let transformers run code that comes with the checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError, NotImplementedError: the checkpoint is damaged or not a causal LM.
+    """
+    source: CheckpointSource | ModuleSource
+    if isinstance(model, nn.Module):
+        source, name = ModuleSource(model), type(model).__name__
+    else:
+        source, name = CheckpointSource(resolve_folder(model), trust_remote_code), str(model)
+    skeleton = Skeleton(source.config, source.stored_dtype, trust_remote_code)
+    source.bind(skeleton)
+    dense: dict[str, tuple[int, ...]] = {}
+    for index in range(len(skeleton)):
+        dense |= skeleton.left_dense(index)
+    return Inspection(name, len(skeleton), tuple(_linears(source, skeleton)), dense)
+
+
+def _linears(source: CheckpointSource | ModuleSource, skeleton: Skeleton) -> Iterator[LinearInfo]:
+    for index in range(len(skeleton)):
+        stored = source.block(index)
+        for linear in skeleton.linears(index):
+            weight = stored[f"{linear.name}.weight"]
+            weight_OI = weight.T if linear.transposed else weight
+            yield LinearInfo(
+                block=index,
+                name=f"{skeleton.block_name(index)}.{linear.name}",
+                shape=linear.shape,
+                dtype=str(weight.dtype).removeprefix("torch."),
+                zeros=int((weight_OI == 0).sum()),
+                patterns=tuple(f"{n}:{m}" for n, m in PATTERNS if holds(weight_OI, n, m)),
+            )
+
+
+def holds(weight_OI: torch.Tensor, n: int, m: int) -> bool:
+    """Whether at most n of every m consecutive inputs of each row are not zero."""
+    rows, columns = weight_OI.shape
+    if columns % m:
+        return False
+    kept = (weight_OI != 0).reshape(rows, columns // m, m).sum(dim=2)
+    return bool((kept <= n).all())

@@ -1,0 +1,108 @@
+"""A model that is to be judged on text: found, and seen to fit its tokenizer, before anything else is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prunus.model.adapter import base_folder, check_adapter, is_adapter
+from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.kinds import require_causal
+from prunus.model.tokenizer import load_tokenizer
+
+__all__ = ["Candidate", "find_candidate", "find_folder", "require_text"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model by its `folder`, or `loaded`; `name` is what users call it."""
+
+    name: str
+    tokenizer: Any
+    folder: Path | None = None
+    loaded: Any = None
+
+
+def find_folder(model: str | Path) -> Path:
+    """The folder of a checkpoint or an adapter, downloaded where `model` is a hub id.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a hub id, or a folder without a model.
+    """
+    folder = resolve_folder(model)
+    if not (folder / "config.json").is_file() and not is_adapter(folder):
+        raise FileNotFoundError(
+            f"{model}: no config.json in this folder; is it a Hugging Face checkpoint?"
+        )
+    return folder
+
+
+def find_candidate(model: Any, tokenizer: Any, trust_remote_code: bool) -> Candidate:
+    """See that a model can be judged: it is there, its adapter and its tokenizer fit. No weights are read.
+
+    Args:
+        model: a folder, a hub id, or a loaded transformers model.
+        tokenizer: for a loaded model; in place of the folder's own for another.
+        trust_remote_code: run code that comes with the checkpoint.
+
+    Raises:
+        ValueError: no tokenizer, or one of another model; a configuration that cannot be loaded; see `check_adapter`.
+        FileNotFoundError: no such model, or no model in the folder.
+        ModuleNotFoundError: an adapter, and peft is not installed.
+        NotImplementedError: no causal language model.
+    """
+    if isinstance(model, nn.Module):
+        if tokenizer is None:
+            raise ValueError("a loaded model comes without its tokenizer: pass tokenizer=")
+        name = str(getattr(model, "name_or_path", "")) or type(model).__name__
+        _check_tokenizer(name, tokenizer, model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        return Candidate(name, tokenizer, loaded=model)
+    folder = find_folder(model)
+    if is_adapter(folder):
+        check_adapter(folder, trust_remote_code)
+    require_text(folder, trust_remote_code)
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(folder, trust_remote_code)
+    _check_tokenizer(str(model), tokenizer, _vocabulary(folder, trust_remote_code))
+    return Candidate(str(model), tokenizer, folder)
+
+
+def require_text(folder: Path, trust_remote_code: bool) -> None:
+    """See that a folder holds a causal language model, or an adapter for one.
+
+    Raises:
+        NotImplementedError: it is of another kind.
+        ValueError: its configuration cannot be loaded.
+    """
+    require_causal(_config(folder, trust_remote_code), "scoring on text")
+
+
+def _vocabulary(folder: Path, trust_remote_code: bool) -> int | None:
+    size = getattr(_config(folder, trust_remote_code).get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _config(folder: Path, trust_remote_code: bool) -> Any:
+    """Of the checkpoint in a folder, or of the one that its adapter is for."""
+    from transformers import AutoConfig
+
+    while is_adapter(folder):
+        folder = base_folder(folder)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds where files are missing or broken
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{folder}: the configuration could not be loaded ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _check_tokenizer(name: str, tokenizer: Any, vocabulary: int | None) -> None:
+    """See that ordinary tokens have a place in the embedding. A special token added past its end may never occur."""
+    if vocabulary is not None and tokenizer.vocab_size > vocabulary:
+        raise ValueError(
+            f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of {vocabulary}; "
+            "the tokenizer does not fit, is it another model's?"
+        )

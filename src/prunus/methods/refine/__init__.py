@@ -1,0 +1,1 @@
+"""Steps that improve the mask or the targets of any method: swaps, DSnoT, dense targets, permutation."""

@@ -1,0 +1,1 @@
+"""Checkpoints as files: safetensors, GGUF, locks, atomic writes and records beside results."""

@@ -1,0 +1,211 @@
+"""GGUF import: one file of llama.cpp becomes a checkpoint folder that transformers, and so prunus, can read.
+
+Quantised tensors are unpacked: the result has the weights that llama.cpp computes with, not those that the
+model had before it was quantised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus.model.checkpoint.atomic_files import fsync_folder, read_json, write_json
+from prunus.model.checkpoint.gguf_header import check_header
+from prunus.model.dtypes import DTYPES
+
+__all__ = ["check_import", "import_gguf"]
+
+
+def import_gguf(
+    path: Path,
+    dest: Path,
+    *,
+    overwrite: bool = False,
+    dtype: str = "bfloat16",
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Write the model and tokenizer of a GGUF file to the folder `dest`, which appears whole or not at all.
+
+    The whole model is in memory for a while.
+
+    Args:
+        path: the GGUF file.
+        dest: a folder that is not there or empty.
+        overwrite: replace what `dest` holds.
+        dtype: of the weights in the checkpoint, a name of `DTYPES`.
+        progress: called with a line of text before each step.
+
+    Returns:
+        `architecture`, `parameters` (count), `dtype`, `files` (names), `bytes` (of all files),
+        `chat_template` (whether there is one).
+
+    Raises:
+        ValueError: not a GGUF file, a truncated one, a model or weights that transformers cannot take over.
+        FileNotFoundError: no such file.
+        FileExistsError: `dest` holds something and `overwrite` is not given.
+        ModuleNotFoundError: the extra `gguf` is not installed.
+    """
+    path, dest = Path(path), Path(dest)
+    check_import(path, dest, overwrite=overwrite, dtype=dtype)
+    say = progress or (lambda line: None)
+    say(f"reading {path.name}")
+    header = _read_header(path)
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    temporary = dest.parent / f".{dest.name}.partial-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        say(f"unpacking {header['tensors']} tensors to {dtype}")
+        with _quiet():
+            summary = _convert(path, temporary, DTYPES[dtype])
+        _tidy(temporary)
+        say(f"writing {dest}")
+        _move(temporary, dest)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    files = sorted(file for file in dest.iterdir() if file.is_file())
+    return {
+        "architecture": header["architecture"],
+        **summary,
+        "dtype": dtype,
+        "files": [file.name for file in files],
+        "bytes": sum(file.stat().st_size for file in files),
+    }
+
+
+def check_import(
+    path: Path, dest: Path, *, overwrite: bool = False, dtype: str = "bfloat16"
+) -> None:
+    """Raise what `import_gguf` would for its arguments, before any work; see there."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(sorted(DTYPES))}, not {dtype!r}")
+    check_destination(dest, overwrite=overwrite)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ValueError(f"{path}: not a GGUF file; it starts with {magic!r} instead of b'GGUF'")
+    check_extra()
+
+
+def check_extra() -> None:
+    """Raise ModuleNotFoundError unless what the import needs is installed."""
+    for module in ("gguf", "accelerate"):
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(
+                f"importing a GGUF file needs {module}: pip install 'prunus[gguf]'"
+            )
+
+
+def check_destination(dest: Path, *, overwrite: bool) -> None:
+    """Raise FileExistsError unless the folder `dest` is not there, empty, or to be overwritten."""
+    if dest.is_symlink() or (dest.exists() and not dest.is_dir()):
+        raise FileExistsError(
+            f"{dest}: is there already and is not a plain folder; choose another name"
+        )
+    if dest.is_dir() and any(dest.iterdir()) and not overwrite:
+        raise FileExistsError(
+            f"{dest}: the folder is not empty; choose another one or give --overwrite"
+        )
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Architecture and number of tensors. Also finds a truncated file: every tensor has to lie inside it."""
+    from gguf import GGUFReader
+
+    header = check_header(path)
+    try:
+        GGUFReader(path)
+        return header
+    except Exception as error:  # the reader trusts its input: numpy and index errors of many kinds
+        raise ValueError(
+            f"{path}: the GGUF file is truncated or damaged ({type(error).__name__}: {error}); fetch it again"
+        ) from error
+
+
+def _convert(path: Path, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    import transformers
+
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    # Before GgufConfig came, transformers unpacked every GGUF file without being told.
+    config = getattr(transformers, "GgufConfig", None)
+    unpack = {"quantization_config": config(dequantize=True)} if config is not None else {}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            **source, **unpack, dtype=dtype, output_loading_info=True
+        )
+    except Exception as error:
+        raise ValueError(
+            f"{path}: transformers cannot import this file ({type(error).__name__}: {error})"
+        ) from error
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if loading.get(problem):
+            names = sorted(str(key) for key in loading[problem])
+            raise ValueError(
+                f"{path}: transformers does not fully know this kind of model: {problem.replace('_', ' ')} "
+                f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+            )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "chat_template": tokenizer.chat_template is not None,
+    }
+
+
+def _tidy(folder: Path) -> None:
+    """Remove from config.json what speaks of the GGUF file; give all files the permissions of config.json."""
+    config = read_json(folder / "config.json")
+    for leftover in ("_model_name_or_path", "_name_or_path", "quantization_config"):
+        config.pop(leftover, None)
+    write_json(folder / "config.json", config)
+    mode = (folder / "config.json").stat().st_mode
+    for file in folder.iterdir():
+        file.chmod(mode)  # safetensors writes its files readable by their owner alone
+
+
+def _move(folder: Path, dest: Path) -> None:
+    """Make the finished `folder` be `dest`. What `dest` held goes only after the new one is on the disk."""
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    fsync_folder(folder)
+    if dest.is_dir() and any(dest.iterdir()):
+        old = dest.parent / f".{dest.name}.old-{os.getpid()}"
+        dest.rename(old)
+        try:
+            folder.rename(dest)
+        except BaseException:
+            old.rename(dest)
+            raise
+        shutil.rmtree(old)
+    else:
+        folder.replace(dest)
+    fsync_folder(dest.parent)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers: the caller shows progress in its own way."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        # The GGUF reader draws a bar of its own that only the stream can silence; faults are raised.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

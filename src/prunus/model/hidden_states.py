@@ -1,0 +1,118 @@
+"""The hidden states of all calibration windows between two blocks.
+
+In memory where they fit, otherwise in one memory-mapped file. Either way `get` returns what `put` stored,
+bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+__all__ = ["HiddenStates"]
+
+# numpy has no bfloat16; the file holds bytes and torch gives them their meaning back.
+_AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class HiddenStates:
+    """One tensor (windows, tokens, hidden), or of images (images, channels, height, width), per batch of windows.
+
+    Args:
+        count: number of batches.
+        spill_to: folder for the memory-mapped file, or None to keep the tensors in memory. The file has no
+            name, so that nothing is left behind when the process is killed.
+        device: where `get` puts the tensors. Off the device they are kept in pinned host memory.
+        on_device: keep the tensors on `device` between blocks.
+    """
+
+    def __init__(
+        self, count: int, *, spill_to: Path | None, device: torch.device, on_device: bool = True
+    ) -> None:
+        self._device = device
+        self._keep_on = device if on_device else torch.device("cpu")
+        self._tensors: list[torch.Tensor | None] = [None] * count
+        self._file = tempfile.TemporaryFile(dir=spill_to) if spill_to is not None else None
+        self._places: list[tuple[int, torch.Size, torch.dtype]] = []
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def fill(self, index: int, tensor: torch.Tensor) -> None:
+        """Store batch `index` for the first time; batches are filled in order."""
+        if self._file is None:
+            self._keep(index, tensor)
+            return
+        assert index == len(self._places), "batches are filled in order"
+        end = os.fstat(self._file.fileno()).st_size
+        self._places.append((end, tensor.shape, tensor.dtype))
+        # Real bytes rather than a hole: a full disk then fails here and not as a bus error in a mapping.
+        self._file.seek(end)
+        self._file.write(_bytes_of(tensor).data)
+        self._file.flush()
+
+    def put(self, index: int, tensor: torch.Tensor) -> None:
+        """Replace batch `index`."""
+        if self._file is None:
+            self._keep(index, tensor)
+            return
+        offset, shape, dtype = self._places[index]
+        assert tensor.dtype == dtype, "a block must keep the dtype"
+        # Stages of image models make grids smaller and channels more; in all that never gets larger.
+        assert tensor.numel() <= shape.numel(), "a block must not make hidden states larger"
+        self._places[index] = (offset, tensor.shape, dtype)
+        data = _bytes_of(tensor)
+        view = np.memmap(self._file, dtype=np.uint8, mode="r+", offset=offset, shape=(len(data),))
+        view[:] = data
+        view.flush()
+        # Dropping the mapping lets its pages leave the resident set.
+        del view
+
+    def get(self, index: int) -> torch.Tensor:
+        """Batch `index` on the device. In memory this is the stored tensor itself: do not write to it."""
+        if self._file is None:
+            tensor = self._tensors[index]
+            assert tensor is not None, "batch was never filled"
+            return tensor.to(self._device, non_blocking=True)
+        offset, shape, dtype = self._places[index]
+        integers = _AS_INTEGERS[dtype.itemsize]
+        host = torch.empty(shape, dtype=dtype)
+        view = np.memmap(
+            self._file,
+            dtype=np.uint8,
+            mode="r",
+            offset=offset,
+            shape=(shape.numel() * dtype.itemsize,),
+        )
+        host.view(integers).reshape(-1).view(torch.uint8).numpy()[:] = view
+        del view
+        return host.to(self._device)
+
+    def layout(self, index: int) -> tuple[torch.Size, torch.dtype]:
+        """Shape and dtype of batch `index`, without reading it."""
+        if self._file is not None:
+            return self._places[index][1:]
+        tensor = self._tensors[index]
+        assert tensor is not None, "batch was never filled"
+        return tensor.shape, tensor.dtype
+
+    def close(self) -> None:
+        """Release memory and file."""
+        self._tensors = [None] * len(self._tensors)
+        if self._file is not None:
+            self._file.close()
+
+    def _keep(self, index: int, tensor: torch.Tensor) -> None:
+        kept = tensor.to(self._keep_on)
+        if self._keep_on.type == "cpu" and self._device.type == "cuda":
+            kept = kept.pin_memory()
+        self._tensors[index] = kept
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    host = tensor.detach().to("cpu").contiguous()
+    return host.view(_AS_INTEGERS[host.dtype.itemsize]).reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,115 @@
+"""bfloat16 values in twelve bits without loss: a low byte each, and four bits for the high byte.
+
+The high byte of a bfloat16 is its sign and seven of the eight bits of its exponent. The weights of a layer differ in
+size by a few powers of two, so sixteen high bytes are nearly all there are; values with another are listed with their
+places. The idea of coding exponents by how often they occur is that of DFloat11 (arXiv 2504.11651); codes of a fixed
+length can be decoded by a table look-up in a register, as fast as memory delivers them.
+
+Values come in groups of 64, the last one filled up with zeros; a byte holds the codes of two values that are 32 apart.
+
+Shape suffixes: K values, P of them with the last group filled up, G groups, R rare values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from prunus.packed.weight import Coding
+
+__all__ = ["check_coding", "decode", "encode", "padded"]
+
+_CODES = 16
+_GROUP = 64
+_PART = _GROUP << 16  # values that are encoded at a time
+#: Above this share of rare values, mending them takes a kernel longer than the missing bytes save.
+_RARE_SHARE = 1 / 256
+
+
+def encode(values_K: torch.Tensor) -> tuple[torch.Tensor, Coding] | None:
+    """Split bfloat16 values (K,) into low bytes, uint8 (P,), and coded high bytes; None where that would not pay."""
+    assert values_K.dtype == torch.bfloat16
+    count = values_K.shape[0]
+    occurrences = torch.zeros(256, dtype=torch.int64)
+    for _, part in _parts(values_K):
+        occurrences += torch.bincount(_bytes(part)[:, 1].int(), minlength=256)
+    # Stable, so that the same values always give the same bytes.
+    table = occurrences.argsort(descending=True, stable=True)[:_CODES]
+    rare = count - int(occurrences[table].sum())
+    whole = padded(count)
+    if rare > count * _RARE_SHARE or whole + whole // 2 + _CODES + 9 * rare >= 2 * count:
+        return None
+    code_of = torch.full((256,), _CODES, dtype=torch.uint8)
+    code_of[table] = torch.arange(_CODES, dtype=torch.uint8)
+    low_P, pairs = torch.empty(whole, dtype=torch.uint8), torch.empty(whole // 2, dtype=torch.uint8)
+    rare_at, rare_values = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.uint8)]
+    for first, part in _parts(values_K):
+        filled = torch.nn.functional.pad(part, (0, padded(part.shape[0]) - part.shape[0]))
+        low, high = _bytes(filled).unbind(1)
+        codes = code_of[high.int()]
+        is_rare = codes == _CODES
+        places = is_rare[: part.shape[0]].nonzero().flatten()
+        codes[is_rare] = 0
+        codes_G2 = codes.view(-1, 2, _GROUP // 2)
+        low_P[first : first + low.shape[0]] = low
+        pairs[first // 2 : (first + low.shape[0]) // 2] = (
+            codes_G2[:, 0] + (codes_G2[:, 1] << 4)
+        ).flatten()
+        rare_at.append(places + first)
+        rare_values.append(high[places])
+    return low_P, Coding(pairs, table.to(torch.uint8), torch.cat(rare_at), torch.cat(rare_values))
+
+
+def _parts(values_K: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Whole groups at a time, and where they begin: all at once, an output head takes gigabytes to be encoded."""
+    for first in range(0, values_K.shape[0], _PART):
+        yield first, values_K[first : first + _PART]
+
+
+def _bytes(values_K: torch.Tensor) -> torch.Tensor:
+    """Low and high bytes (K, 2)."""
+    return values_K.contiguous().view(torch.uint8).view(-1, 2)
+
+
+def decode(low_P: torch.Tensor, coding: Coding) -> torch.Tensor:
+    """The bfloat16 values (P,) that `encode` was given, bit for bit, and what its last group was filled with.
+
+    What the kernels do, in torch.
+    """
+    pairs = coding.codes.view(-1, _GROUP // 2)
+    codes_P = torch.cat([pairs & 15, pairs >> 4], dim=1).flatten()
+    high_P = coding.high_bytes[codes_P.int()]
+    values = torch.stack([low_P, high_P], dim=1)
+    values[coding.rare_at, 1] = coding.rare
+    return values.flatten().view(torch.bfloat16)
+
+
+def padded(count: int) -> int:
+    """Bytes that the low bytes of as many values take: P for K."""
+    return -(-count // _GROUP) * _GROUP
+
+
+def check_coding(low_P: torch.Tensor, count: int, coding: Coding) -> None:
+    """See that the parts of `count` coded values fit each other.
+
+    Raises:
+        ValueError: saying what does not.
+    """
+    codes, high_bytes, rare_at, rare = coding
+    whole = padded(count)
+    expected = {
+        "low bytes": (low_P, torch.uint8, (whole,)),
+        "codes": (codes, torch.uint8, (whole // 2,)),
+        "high bytes": (high_bytes, torch.uint8, (_CODES,)),
+        "places of rare values": (rare_at, torch.int64, (rare_at.numel(),)),
+        "rare values": (rare, torch.uint8, (rare_at.numel(),)),
+    }
+    for name, (part, dtype, shape) in expected.items():
+        if part.dtype != dtype or tuple(part.shape) != shape:
+            raise ValueError(
+                f"the {name} of {count:,} coded values must be {dtype} {shape}, got {part.dtype} {tuple(part.shape)}"
+            )
+    inside = (rare_at >= 0) & (rare_at < count)
+    if not bool(inside.all()) or not bool((rare_at.diff() > 0).all()):
+        raise ValueError(f"the places of rare values must ascend within {count:,} coded values")

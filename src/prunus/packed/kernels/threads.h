@@ -1,0 +1,55 @@
+// Runs the rows of a job on the threads that torch already has.
+//
+// A second pool beside torch's would compete with its spinning workers for the cores: with a pool of our own
+// a matrix-vector product took twice as long and the torch operation before it four times as long.
+#pragma once
+
+#include <atomic>
+
+#include "coded.h"
+#include "job.h"
+
+namespace prunus {
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+inline std::atomic<GompParallel> g_parallel{nullptr};
+
+inline void take_rows(void* data) {
+    Job job = *static_cast<const Job*>(data);
+    const int64_t thread = job.threads->fetch_add(1, std::memory_order_relaxed);
+    if (job.decoded) job.decoded += job.decoded_stride * thread;
+    if (job.panels) job.panels += job.panels_stride * thread;
+    for (;;) {
+        const int64_t begin = job.next->fetch_add(job.chunk, std::memory_order_relaxed);
+        if (begin >= job.rows) return;
+        const int64_t end = begin + job.chunk < job.rows ? begin + job.chunk : job.rows;
+        job.rows_fn(job, begin, end);
+        if (job.sums) finish_rows(job, begin, end);
+    }
+}
+
+inline void run(Job& job, int threads, int64_t bytes_per_row, Scratch& scratch) {
+    // A long chunk lets the hardware prefetch run; with several token blocks it must stay in the cache.
+    const int64_t bytes_per_chunk = job.tokens > kTokenBlock ? 1 << 17 : 1 << 20;
+    constexpr int64_t bytes_per_thread = 1 << 15;  // below this, waking a thread costs more than it brings
+    // Up to four tokens cost what one does.
+    const int64_t useful = job.rows * bytes_per_row / bytes_per_thread * (job.tokens / 4 + 1);
+    if (threads > useful) threads = int(useful);
+    const GompParallel parallel = g_parallel.load(std::memory_order_relaxed);
+    if (!parallel || threads < 1) threads = 1;
+    // Threads take chunks as they come, so one that is held up does not hold up the others.
+    int64_t chunk = job.rows / (8 * threads) + 1;
+    const int64_t most = bytes_per_chunk / (bytes_per_row + 1) + 1;
+    job.chunk = chunk < most ? chunk : most;
+    if (job.rows_at_once) job.chunk = (job.chunk + job.rows_at_once - 1) / job.rows_at_once * job.rows_at_once;
+    if (job.coded) share_out_decoded(job, threads, scratch);
+    if (job.panels_stride) job.panels = aligned<uint8_t>(scratch.panels, threads * job.panels_stride);
+    std::atomic<int64_t> next{0};
+    std::atomic<int> begun{0};
+    job.next = &next;
+    job.threads = &begun;
+    if (threads == 1) take_rows(&job);
+    else parallel(take_rows, &job, unsigned(threads), 0);
+}
+
+}  // namespace prunus

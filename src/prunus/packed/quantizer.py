@@ -1,0 +1,240 @@
+"""How transformers loads, saves and expands a packed checkpoint: its public interface for quantizers.
+
+Imported while transformers is itself being imported (see `register`): only modules that are loaded by then
+may be imported at the head of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from prunus.packed.decoding import use_fast_decoding
+from prunus.packed.description import FORMAT_VERSION, METHOD, Description, StoredTensor
+from prunus.packed.embedding import BitmapEmbedding, pack_tied_embedding, unpack_tied_embedding
+from prunus.packed.linear import BitmapLinear, use_dense_kernel
+
+__all__ = ["PrunusConfig", "PrunusQuantizer", "register_with_transformers"]
+
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I64": torch.int64,
+}
+
+
+class PrunusConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed checkpoint; see `description.Description`.
+
+    Raises:
+        ValueError: the content is not one that this version of prunus can read.
+    """
+
+    def __init__(
+        self,
+        version: int = FORMAT_VERSION,
+        values: str | None = None,
+        linears: dict[str, list[int]] | None = None,
+        **_: Any,
+    ) -> None:
+        content = {"quant_method": METHOD, "version": version, "values": values, "linears": linears}
+        self.__dict__.update(Description.from_dict(content).to_dict())
+
+    @property
+    def description(self) -> Description:
+        """The same, checked and typed."""
+        return Description.from_dict(self.__dict__)
+
+
+class PrunusQuantizer(HfQuantizer):
+    """Puts packed linears in the place of dense ones before weights are loaded, and checks them afterwards."""
+
+    #: Path of a packed linear in the model -> stored weights, while the model is loaded.
+    _stored: dict[str, int]
+
+    requires_calibration = (
+        True  # only checkpoints that are packed already: `prunus pack` makes them
+    )
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Take away the refusal (see `description.REFUSAL`); of the hooks, those that see the configuration."""
+        return _without_refusal(config)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The same in earlier versions of transformers."""
+        return _without_refusal(config)
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        from prunus.model.names import naming_rules
+
+        described = self.quantization_config.description
+        if checkpoint_files:
+            described.check_tensors(_headers(checkpoint_files))
+        renamings = naming_rules(model)[0]
+        paths = {name: _paths(model, renamings, name) for name in described.linears}
+        self._take_experts_apart(
+            model, [path for candidates in paths.values() for path in candidates]
+        )
+        names = {}
+        self._stored = {}
+        for name, shape in described.linears.items():
+            found = _find_linear(model, name, paths[name])
+            linear = model.get_submodule(found)
+            if tuple(linear.weight.shape) != (shape.out_features, shape.in_features):
+                raise ValueError(
+                    f"{name} is {shape.out_features} x {shape.in_features} in the packed checkpoint, but the model "
+                    f"that config.json describes has {' x '.join(map(str, linear.weight.shape))}"
+                )
+            tensors = described.tensors(name).items()
+            on_meta = {
+                part: torch.empty(t.shape, dtype=t.dtype, device="meta") for part, t in tensors
+            }
+            packed = described.weight(name, on_meta)
+            if isinstance(linear, nn.Embedding):
+                pack_tied_embedding(model, found, packed)
+            else:
+                model.set_submodule(found, BitmapLinear(packed, linear.bias))
+            self._stored[found] = shape.stored
+            names[paths[name][found]] = shape
+        # What the checkpoint's linears are called once it is saved again.
+        renamed = Description(described.values, names, described.version)
+        self.quantization_config.linears = renamed.to_dict()["linears"]
+        use_dense_kernel(model)
+
+    def _take_experts_apart(self, model: Any, paths: Sequence[str]) -> None:
+        """Where packed linears are experts', give them modules of their own, which transformers fuses otherwise."""
+        from prunus.model.experts import fused_experts, fusing_rules, take_apart
+
+        fused = tuple(f"{path}." for path in fused_experts(model))
+        if not any(path.startswith(fused) for path in paths):
+            return
+        if not hasattr(HfQuantizer, "update_weight_conversions"):
+            raise ValueError(
+                "packed experts need a newer transformers: pip install --upgrade transformers"
+            )
+        take_apart(fusing_rules(model), model, "")
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Those rules by which a checkpoint's tensors become this model's: experts that stay apart are not fused."""
+        from prunus.model.experts import Experts, is_fusing
+
+        rules: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        apart = any(isinstance(module, Experts) for module in model.modules())
+        return [rule for rule in rules if not (apart and is_fusing(rule))]
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        for name, module in model.named_modules():
+            if isinstance(module, BitmapLinear):
+                if module.weight.device.type == "meta":
+                    raise ValueError(
+                        f"{name} was not loaded: packed checkpoints cannot be offloaded to disk"
+                    )
+                try:
+                    module.prepare(self._stored[name])
+                except ValueError as fault:
+                    raise ValueError(f"{name} is damaged: {fault}") from fault
+        use_fast_decoding(model)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        # A model that was saved once has it as a name in its configuration.
+        stored: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for name, module in list(model.named_modules()):
+            if isinstance(module, BitmapEmbedding):
+                unpack_tied_embedding(model, name, stored)
+            elif isinstance(module, BitmapLinear):
+                has_bias = module.bias is not None
+                dense = nn.Linear(module.in_features, module.out_features, has_bias, device="meta")
+                dense.weight = nn.Parameter(module.dense(stored))
+                dense.bias = module.bias  # type: ignore[assignment]
+                model.set_submodule(name, dense)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True  # the products are torch operators that compile sees as one node each
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def register_with_transformers() -> None:
+    """Enter the quantizer in transformers' tables, once."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(PrunusConfig)
+        register_quantizer(METHOD)(PrunusQuantizer)
+
+
+def _without_refusal(config: Any) -> Any:
+    if getattr(config, "transformers_weights", None) is not None:
+        del config.transformers_weights
+    return config
+
+
+def _headers(files: Sequence[str]) -> dict[str, StoredTensor]:
+    """Shapes and dtypes of all tensors of the shards, from their headers."""
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118
+                    piece = handle.get_slice(name)
+                    dtype = _DTYPES.get(piece.get_dtype(), torch.float64)
+                    found[name] = StoredTensor(tuple(piece.get_shape()), dtype)
+        except (SafetensorError, OSError) as fault:
+            raise ValueError(
+                f"{file} is not a whole safetensors file: {fault}. Download or copy it again"
+            ) from fault
+    return found
+
+
+def _paths(model: Any, rules: Sequence[Any], name: str) -> dict[str, str]:
+    """Where a checkpoint's linear may be in this model: the one that was saved, its body alone, or a body with a head.
+
+    With what it would be called in a checkpoint of this model. `rules` are those that rename.
+    """
+    renamed = f"{name}.weight"
+    for rule in rules:
+        renamed, _ = rule.rename_source_key(renamed)
+    prefix = f"{model.base_model_prefix}."
+    found: dict[str, str] = {}
+    for way in (name, renamed.removesuffix(".weight")):
+        found.setdefault(way, name)
+        found.setdefault(way.removeprefix(prefix), name.removeprefix(prefix))
+        found.setdefault(prefix + way, prefix + name)
+    return found
+
+
+def _find_linear(model: Any, name: str, paths: Iterable[str]) -> str:
+    """The one of `paths` at which the packed linear `name` is in this model."""
+    for candidate in paths:
+        try:
+            module = model.get_submodule(candidate)
+        except AttributeError:
+            continue
+        if type(module) in (nn.Linear, nn.Embedding):
+            return candidate
+        raise ValueError(f"the packed linear {name!r} is a {type(module).__name__} in this model")
+    raise ValueError(
+        f"the model that config.json describes has no linear {name!r}; config and weights do not belong together"
+    )

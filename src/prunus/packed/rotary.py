@@ -1,0 +1,98 @@
+"""The rotary embedding of one new token in one call instead of a dozen small operations of torch.
+
+Families apply it with a function of their modeling file, `apply_rotary_pos_emb`, which attention modules look up when
+they run. The function there is replaced by one that hands everything but a plain token on a CPU to the original. Other
+models of the family in the same process get it too, and the same numbers to the bit: only a function that gives these
+is replaced.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunus.packed.kernels import library as kernels
+from prunus.packed.operators import FLOATS, is_plain, loaded_kernels, on_reference_path
+
+__all__ = ["use_decode_rotary"]
+
+_NAME = "apply_rotary_pos_emb"
+_MARK = "_prunus_rotary"
+
+
+def use_decode_rotary(model: nn.Module) -> int:
+    """Let the families that a model is made of use the kernel for one token; others are left as they are.
+
+    Returns:
+        How many families there were that did not use it yet; 0 where there are no kernels.
+    """
+    compiled, count = kernels.load(), 0
+    if compiled is None:
+        return 0
+    for name in {type(module).__module__ for module in model.modules()}:
+        home = sys.modules.get(name)
+        original: Any = getattr(home, _NAME, None)
+        if not hasattr(original, _MARK) and _is_half_split(original, compiled):
+            setattr(home, _NAME, _with_kernel(original))
+            count += 1
+    return count
+
+
+def _with_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def rotate(*inputs: Any, **named: Any) -> Any:
+        if len(inputs) != 4 or named or not _fit(*inputs) or (compiled := loaded_kernels()) is None:
+            return original(*inputs, **named)
+        return compiled.rotate(*inputs)
+
+    setattr(rotate, _MARK, True)
+    return rotate
+
+
+def _fit(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether these are the plain tensors of one token: (1, heads, 1, D) twice, (1, 1, D) twice."""
+    if not is_plain(query) or on_reference_path() or query.dtype not in FLOATS or query.dim() != 4:
+        return False
+    dtype, (batch, heads, tokens, dim) = query.dtype, query.shape
+    if batch != 1 or tokens != 1 or heads == 0 or dim == 0 or dim % 2:
+        return False
+    for each in (key, cos, sin):
+        if not is_plain(each) or each.dtype is not dtype:
+            return False
+    if key.dim() != 4 or key.shape[1] == 0 or key.shape != (1, key.shape[1], 1, dim):
+        return False
+    if cos.shape != (1, 1, dim) or sin.shape != (1, 1, dim):
+        return False
+    return all(each.is_cpu and each.is_contiguous() for each in (query, key, cos, sin))
+
+
+@torch.no_grad()
+def _is_half_split(original: Any, compiled: kernels.Kernels) -> bool:
+    """Whether a function gives, to the bit, what the kernel gives, on random numbers of every dtype."""
+    if not callable(original) or list(inspect.signature(original).parameters)[:4] != [
+        "q",
+        "k",
+        "cos",
+        "sin",
+    ]:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    for dtype in FLOATS:
+        for dim in (6, 64):
+            shapes = ((1, 3, 1, dim), (1, 2, 1, dim), (1, 1, dim), (1, 1, dim))
+            inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+            found = compiled.rotate(*inputs)
+            try:
+                expected = original(*inputs)
+                same = len(expected) == 2 and all(map(torch.equal, found, expected))
+            except Exception:  # it wants other inputs
+                return False
+            if not same or any(each.dtype != dtype for each in expected):
+                return False
+    return True

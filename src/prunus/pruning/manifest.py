@@ -1,0 +1,136 @@
+"""What was done to a checkpoint, written beside it as `prunus.json`. Verbs meet through this file.
+
+It never claims more than is on disk: a block is entered after its shard has its final name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from prunus.hardware.memory import peak_memory
+from prunus.model.checkpoint.atomic_files import write_json
+from prunus.model.checkpoint.records import check_alike, read_record
+from prunus.pruning.recipe import Recipe
+from prunus.pruning.records import BlockRecord, LinearRecord
+
+__all__ = [
+    "MANIFEST_NAME",
+    "Inputs",
+    "Manifest",
+]
+
+MANIFEST_NAME = "prunus.json"
+
+
+class Inputs(BaseModel):
+    """Everything besides the recipe that decides the bytes of the result."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    checkpoint: str = Field(description="fingerprint of the source checkpoint")
+    calibration: str = Field(description="where the calibration windows come from")
+    calibration_sha256: str
+    dtype: str = Field(description="of the computation, as decided for dtype 'auto'")
+    dtype_reason: str
+    device: str = Field(description="cpu or cuda")
+    batch: int
+
+
+class Manifest(BaseModel):
+    """The state of a run: `running` until every shard and the index are in place, then `finished`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    state: Literal["running", "finished"] = "running"
+    source: str
+    recipe: Recipe
+    inputs: Inputs
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    blocks: list[BlockRecord] = Field(default_factory=list)
+    head: LinearRecord | None = None
+    allocation: dict[str, float] = Field(
+        default_factory=dict,
+        description="full name of a linear -> sparsity asked for; empty where all are alike",
+    )
+    left_dense: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    totals: dict[str, Any] = Field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write `prunus.json` atomically."""
+        write_json(folder / MANIFEST_NAME, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read `prunus.json`.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged or of another format.
+        """
+        path = folder / MANIFEST_NAME
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{folder} has no {MANIFEST_NAME}: it is not the output of prunus"
+            )
+        return read_record(path, cls)
+
+    def summary(self) -> dict[str, Any]:
+        """Totals over the pruned linears: weights, zeros, sparsity, mean error, seconds."""
+        linears = [linear for block in self.blocks for linear in block.linears.values()]
+        linears += [self.head] if self.head is not None else []
+        weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
+        zeros = sum(linear.zeros for linear in linears)
+        errors = [x.relative_output_error for x in linears if x.relative_output_error is not None]
+        energy = [x.removed_energy for x in linears if x.removed_energy is not None]
+        return {
+            "linears": len(linears),
+            "weights": weights,
+            "zeros": zeros,
+            "sparsity": zeros / weights if weights else 0.0,
+            "mean_relative_output_error": sum(errors) / len(errors) if errors else None,
+            "mean_removed_energy": sum(energy) / len(energy) if energy else None,
+            **_experts(linears),
+            "block_seconds": sum(block.seconds for block in self.blocks),
+        }
+
+    def check_same_run(self, recipe: Recipe, inputs: Inputs | None = None) -> None:
+        """See that this manifest is of the run that `recipe` and, where they are known yet, `inputs` describe.
+
+        Raises:
+            FileExistsError: it is of another one; names the first difference.
+        """
+        before, now = self.recipe.model_dump(), recipe.model_dump()
+        if inputs is not None:
+            # What the inputs say of batch and dtype is what the recipe's "auto" came to.
+            before |= self.inputs.model_dump(exclude={"dtype_reason"})
+            now |= inputs.model_dump(exclude={"dtype_reason"})
+        check_alike(before, now, "run")
+
+    def close(self, seconds: float, device: torch.device) -> None:
+        """Enter the totals and call the run finished; the files are the caller's to write."""
+        self.totals = self.summary() | {
+            "seconds": round(seconds, 2),
+            "peak_memory_bytes": peak_memory(),
+        }
+        if device.type == "cuda":
+            self.totals["peak_device_memory_bytes"] = peak_memory(device)
+        self.state = "finished"
+
+
+def _experts(linears: Sequence[LinearRecord]) -> dict[str, int]:
+    """How many linears belong to experts, and how many of them were measured on all tokens; nothing of other models."""
+    notes = [linear.notes for linear in linears if "routed_tokens" in linear.notes]
+    if not notes:
+        return {}
+    return {
+        "expert_linears": len(notes),
+        "expert_linears_measured_on_all": sum("measured_on" in each for each in notes),
+        "least_routed_tokens": min(each["routed_tokens"] for each in notes),
+    }

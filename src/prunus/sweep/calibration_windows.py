@@ -1,0 +1,93 @@
+"""The calibration windows of a sweep: drawn once per model, source, size and seed, and shared by the cells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from prunus.calibration import hash_ids, load_windows
+from prunus.calibration.files import read_ids
+from prunus.model.checkpoint.atomic_files import make_folder, save_safetensors
+from prunus.model.loading import load_model
+from prunus.model.tokenizer import load_tokenizer
+from prunus.pruning.job import RunOptions
+from prunus.pruning.recipe import Recipe
+from prunus.sweep.results import CalibrationSet, SweepResults
+
+__all__ = ["shared_windows"]
+
+FOLDER = "calibration"
+
+
+def shared_windows(
+    output: Path,
+    results: SweepResults,
+    label: str,
+    model: Path,
+    recipe: Recipe,
+    options: RunOptions,
+) -> torch.Tensor:
+    """The windows that `recipe` calibrates `model` on, (samples, seqlen) int64; drawn where no cell has asked yet.
+
+    New ones are written into `output` and entered in `results`, which the caller saves.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError, OSError: see `prunus.calibration.load_windows`.
+        FileExistsError: the windows are not those that earlier cells were calibrated on.
+    """
+    wanted = (label, recipe.calibration, recipe.samples, recipe.seqlen, recipe.seed)
+    known = next((x for x in results.calibration if _key(x) == wanted), None)
+    if known is not None and (output / known.file).exists():
+        ids = read_ids(output / known.file)
+        _check_same(known, hash_ids(ids), f"{output / known.file} was changed")
+        return ids
+    windows = load_windows(
+        recipe.calibration,
+        tokenizer=None
+        if recipe.calibration.endswith(".safetensors")
+        else load_tokenizer(model, options.trust_remote_code),
+        samples=recipe.samples,
+        seqlen=recipe.seqlen,
+        seed=recipe.seed,
+        data_dir=options.data_dir,
+        model=lambda: load_model(model, trust_remote_code=options.trust_remote_code),
+    )
+    if known is not None:
+        _check_same(known, windows.sha256, f"{recipe.calibration} gives other windows than before")
+    file = (
+        f"{FOLDER}/{label}-{len(results.calibration):02}.safetensors"
+        if known is None
+        else known.file
+    )
+    make_folder(output / FOLDER)
+    # A file of ids is read only as far as it is needed, so the ids may be a view: save_safetensors makes them whole.
+    save_safetensors(
+        output / file, {"input_ids": windows.ids.to(torch.int32)}, {"source": windows.source}
+    )
+    if known is None:
+        results.calibration.append(
+            CalibrationSet(
+                model=label,
+                calibration=recipe.calibration,
+                samples=recipe.samples,
+                seqlen=recipe.seqlen,
+                seed=recipe.seed,
+                source=windows.source,
+                sha256=windows.sha256,
+                file=file,
+            )
+        )
+    return windows.ids
+
+
+def _key(windows: CalibrationSet) -> tuple[str, str, int, int, int]:
+    return windows.model, windows.calibration, windows.samples, windows.seqlen, windows.seed
+
+
+def _check_same(known: CalibrationSet, sha256: str, what: str) -> None:
+    if known.sha256 != sha256:
+        raise FileExistsError(
+            f"{what}: cells of this sweep were calibrated on windows with the sha256 {known.sha256[:12]}…, these have "
+            f"{sha256[:12]}…. Choose another output folder"
+        )

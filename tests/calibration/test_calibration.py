@@ -1,0 +1,603 @@
+"""Where calibration windows come from."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import json
+import random
+import struct
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from prunus.calibration import SOURCES, check_source, load_windows
+from prunus.calibration.corpora import load_corpus, python_docs, wikitext_lines
+from prunus.calibration.draw import TextTooShort, windows_from_documents, windows_from_stream
+from prunus.calibration.generate import first_ids, write_windows
+from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
+
+C4_FILE = "c4_en_train_shard0_first1000.jsonl.gz"
+
+
+@pytest.fixture(autouse=True)
+def _no_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PRUNUS_DATA", raising=False)
+
+
+def load(source, tokenizer=None, *, samples=4, seqlen=8, seed=0, data_dir=None, model=None):
+    return load_windows(
+        str(source),
+        tokenizer=tokenizer,
+        samples=samples,
+        seqlen=seqlen,
+        seed=seed,
+        data_dir=data_dir,
+        model=model,
+    )
+
+
+def json_lines(path: Path, documents: list[str]) -> Path:
+    text = "".join(json.dumps({"text": document, "url": "x"}) + "\n" for document in documents)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(text.encode()) if path.name.endswith(".gz") else text.encode())
+    return path
+
+
+def letters(count: int, seed: int) -> str:
+    return "".join(random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz ", k=count))
+
+
+class SpellingTokenizer:
+    """A document is a string of comma-separated numbers, which are its token ids. Counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, texts, verbose=True):
+        assert not verbose
+        if isinstance(texts, str):
+            return {"input_ids": [int(piece) for piece in texts.split(",")]}
+        self.seen += len(texts)
+        return {"input_ids": [[int(piece) for piece in text.split(",")] for text in texts]}
+
+
+def numbered(lengths: list[int]) -> list[str]:
+    """Documents whose token ids say where they stand: 1000 * document + position."""
+    return [",".join(str(1000 * d + p) for p in range(length)) for d, length in enumerate(lengths)]
+
+
+# --- random windows of documents ---
+
+
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40),
+    seqlen=st.integers(2, 12),
+    samples=st.integers(1, 50),
+    seed=st.integers(0, 1000),
+)
+def test_document_windows_are_different_pieces_of_long_documents(lengths, seqlen, samples, seed):
+    def draw():
+        return windows_from_documents(
+            numbered(lengths),
+            SpellingTokenizer(),
+            samples=samples,
+            seqlen=seqlen,
+            rng=random.Random(seed),
+        )
+
+    starts = sum(max(length - seqlen, 0) for length in lengths)
+    if starts == 0:
+        with pytest.raises(TextTooShort, match=f"the longest has {max(lengths)}"):
+            draw()
+        return
+    if starts < samples:
+        with pytest.raises(ValueError, match=f"only {starts} different windows of {seqlen} tokens"):
+            draw()
+        return
+    ids, used = draw()
+    assert ids.shape == (samples, seqlen)
+    assert ids.dtype == torch.int64
+    assert len({tuple(row) for row in ids.tolist()}) == samples
+    per_document = Counter()
+    for row in ids.tolist():
+        document, start = divmod(row[0], 1000)
+        assert row == list(range(row[0], row[0] + seqlen))
+        # As in the paper: the document is longer than a window, and the window starts before its last S tokens.
+        assert start < lengths[document] - seqlen
+        per_document[document] += 1
+    long_enough = [d for d, length in enumerate(lengths) if length > seqlen]
+    assert used == len(per_document) == min(samples, len(long_enough))
+    if samples <= len(long_enough):
+        assert max(per_document.values()) == 1, "a document is used again only when all have been"
+    assert torch.equal(ids, draw()[0])
+
+
+def test_no_more_documents_are_tokenised_than_are_looked_at():
+    tokenizer = SpellingTokenizer()
+    documents = numbered([20] * 500)
+    windows_from_documents(documents, tokenizer, samples=40, seqlen=8, rng=random.Random(0))
+    assert tokenizer.seen == 64
+
+
+def test_every_start_of_a_document_can_be_drawn():
+    starts = Counter(
+        int(
+            windows_from_documents(
+                numbered([12]), SpellingTokenizer(), samples=1, seqlen=8, rng=random.Random(s)
+            )[0][0, 0]
+        )
+        for s in range(200)
+    )
+    assert set(starts) == {0, 1, 2, 3}
+    assert min(starts.values()) > 20
+
+
+@given(
+    length=st.integers(1, 60),
+    seqlen=st.integers(2, 20),
+    samples=st.integers(1, 60),
+    seed=st.integers(0, 99),
+)
+def test_stream_windows_are_different_pieces_of_the_text(length, seqlen, samples, seed):
+    def draw():
+        return windows_from_stream(
+            torch.arange(length), samples=samples, seqlen=seqlen, rng=random.Random(seed)
+        )
+
+    if length <= seqlen:
+        with pytest.raises(ValueError, match=f"the whole text has {length} tokens"):
+            draw()
+    elif length - seqlen < samples:
+        with pytest.raises(ValueError, match=f"only {length - seqlen} different windows"):
+            draw()
+    else:
+        ids = draw()
+        assert torch.equal(ids, ids[:, :1] + torch.arange(seqlen))
+        assert int(ids.max()) < length
+        assert len(set(ids[:, 0].tolist())) == samples
+        assert torch.equal(ids, draw())
+
+
+# --- c4, wikitext2, ptb ---
+
+
+def test_c4_from_a_data_folder(tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer()
+    documents = [letters(5 + 3 * i, i) for i in range(30)]
+    json_lines(tmp_path / "c4" / C4_FILE, documents)
+    windows = load("c4", tokenizer, samples=6, seqlen=50, data_dir=tmp_path)
+    assert windows.ids.shape == (6, 50)
+    for row in windows.ids:
+        text = tokenizer.decode(row)
+        assert any(text in document and len(document) > 50 for document in documents)
+    assert C4_FILE in windows.source
+    assert str(tmp_path) not in windows.source
+    monkeypatch.setenv("PRUNUS_DATA", str(tmp_path))
+    again = load("c4", tokenizer, samples=6, seqlen=50)
+    other = load("c4", tokenizer, samples=6, seqlen=50, seed=1)
+    assert torch.equal(windows.ids, again.ids)
+    assert windows.sha256 == again.sha256 != other.sha256
+    # The original file, where a data folder has it, goes before its stand-in.
+    json_lines(tmp_path / "c4" / "c4-train.00000-of-01024.json.gz", [letters(100, 5)])
+    assert "c4-train.00000-of-01024.json.gz" in load("c4", tokenizer).source
+
+
+def test_c4_counts_the_special_tokens_of_a_document(tmp_path):
+    json_lines(tmp_path / "c4" / C4_FILE, ["x" * 8])
+    windows = load("c4", byte_tokenizer(bos=True), samples=1, seqlen=8, data_dir=tmp_path)
+    assert windows.ids[0, 0] == BOS
+    with pytest.raises(
+        ValueError, match="none of the 1 documents is longer than 8 tokens; the longest has 8"
+    ):
+        load("c4", byte_tokenizer(), samples=1, seqlen=8, data_dir=tmp_path)
+
+
+def test_c4_search_that_cannot_succeed_says_how_long_the_longest_is(tmp_path):
+    json_lines(tmp_path / "c4" / C4_FILE, [letters(n, n) for n in (3, 41, 7)])
+    with pytest.raises(ValueError, match=r"the longest has 41\. Use a smaller --seqlen"):
+        load("c4", byte_tokenizer(), seqlen=64, data_dir=tmp_path)
+
+
+def test_wikitext_lines_are_those_of_the_hub():
+    raw = " \n = Title = \n \n One line . \n"
+    assert wikitext_lines(raw) == ["", " = Title = \n", "", " One line . \n"]
+
+
+def test_wikitext2_calibration_prefers_the_raw_text_and_says_what_it_used(tmp_path):
+    tokenizer = byte_tokenizer()
+    folder = tmp_path / "wikitext2"
+    folder.mkdir()
+    (folder / "train_unk_shuffled_articles.txt.gz").write_bytes(
+        gzip.compress(b" \n = A = \n <unk> words \n" * 9, mtime=0)
+    )
+    windows = load("wikitext2", tokenizer, data_dir=tmp_path)
+    assert "<unk>" in windows.source
+    text = "\n\n".join(["", " = A = \n", " <unk> words \n"] * 9)
+    assert all(tokenizer.decode(row) in text for row in windows.ids)
+    (folder / "wiki.train.raw").write_text(" \n = B = \n raw words \n" * 9)
+    assert (
+        load("wikitext2", tokenizer, data_dir=tmp_path).source
+        == "wikitext2 (wikitext2/wiki.train.raw)"
+    )
+
+
+def test_ptb_from_a_data_folder(tmp_path):
+    (tmp_path / "ptb").mkdir()
+    (tmp_path / "ptb" / "ptb.train.txt").write_text(" one sentence \n another one \n")
+    assert load_corpus("ptb", "calibration", tmp_path).text() == "one sentence another one"
+    assert load("ptb", byte_tokenizer(), data_dir=tmp_path).ids.shape == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("source", "column", "expected"),
+    [
+        (
+            "c4",
+            "text",
+            {
+                "path": "allenai/c4",
+                "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"},
+                "split": "train",
+            },
+        ),
+        (
+            "wikitext2",
+            "text",
+            {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
+        ),
+        (
+            "ptb",
+            "sentence",
+            {
+                "path": "ptb-text-only/ptb_text_only",
+                "revision": "refs/convert/parquet",
+                "split": "train",
+            },
+        ),
+    ],
+)
+def test_without_a_data_folder_corpora_come_from_the_hub(monkeypatch, source, column, expected):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(**arguments):
+        asked.append(arguments)
+        return datasets.Dataset.from_dict(
+            {column: [letters(60, i) for i in range(20)], "other": ["x"] * 20}
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    check_source(source, None)
+    assert not asked, "a check must not download"
+    windows = load(source, byte_tokenizer(), samples=5, seqlen=16)
+    assert asked == [expected]
+    assert windows.ids.shape == (5, 16)
+    assert "from the hub" in windows.source
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(**arguments):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(
+        OSError, match=r"c4 could not be loaded .*no route to host.*PRUNUS_DATA.*c4-train"
+    ):
+        load("c4", byte_tokenizer())
+
+
+def test_data_folder_that_lacks_the_corpus(tmp_path):
+    for source, file in (
+        ("c4", C4_FILE),
+        ("wikitext2", "wiki.train.raw"),
+        ("ptb", "ptb.train.txt"),
+    ):
+        with pytest.raises(FileNotFoundError, match=file):
+            check_source(source, tmp_path)
+
+
+def test_data_folder_that_is_not_there(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="nowhere: the data folder does not exist"):
+        check_source("c4", tmp_path / "nowhere")
+    monkeypatch.setenv("PRUNUS_DATA", str(tmp_path / "lost"))
+    with pytest.raises(FileNotFoundError, match="lost: the data folder in PRUNUS_DATA"):
+        check_source("wikitext2", None)
+
+
+@pytest.mark.parametrize(("source", "library"), [("c4", "datasets"), ("rows.parquet", "pyarrow")])
+def test_missing_extra_is_named_before_any_work(tmp_path, monkeypatch, source, library):
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    monkeypatch.chdir(tmp_path)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == library else found(name)
+    )
+    with pytest.raises(
+        ModuleNotFoundError, match=rf"needs {library}: pip install 'prunus\[data\]'"
+    ):
+        check_source(source, None)
+
+
+def test_real_c4_sample(data):
+    windows = load("c4", byte_tokenizer(), samples=40, seqlen=4096, data_dir=data)
+    assert len({tuple(row) for row in windows.ids.tolist()}) == 40
+
+
+# --- python-docs ---
+
+
+def test_python_docs_halves_share_no_paragraph():
+    halves = {
+        part: [" ".join(paragraph.split()) for paragraph in python_docs(part)]
+        for part in ("calibration", "scoring")
+    }
+    assert not set(halves["calibration"]) & set(halves["scoring"])
+    sizes = [sum(map(len, half)) for half in halves.values()]
+    assert min(sizes) > 100_000
+    assert min(sizes) / max(sizes) > 0.9
+
+
+def test_python_docs_windows_come_from_the_calibration_half():
+    tokenizer = byte_tokenizer()
+    windows = load("python-docs", tokenizer, samples=8, seqlen=300)
+    text = "\n\n".join(python_docs("calibration"))
+    assert all(tokenizer.decode(row) in text for row in windows.ids)
+
+
+# --- files ---
+
+
+def write_parquet(path: Path, columns: dict) -> Path:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pytest.importorskip("pyarrow").table(columns), path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.JSONL.gz", "a.parquet"])
+def test_documents_of_a_file(tmp_path, name):
+    # U+2028 inside a document must not be taken for the end of a JSON line.
+    documents = ["short", letters(40, 1) + "\u2028" + letters(40, 2), "", letters(90, 3)]
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        write_parquet(path, {"text": [*documents, None], "n": [1, 2, 3, 4, 5]})
+    else:
+        json_lines(path, documents)
+    tokenizer = byte_tokenizer()
+    windows = load(path, tokenizer, samples=10, seqlen=50)
+    texts = [tokenizer.decode(row) for row in windows.ids]
+    # A window may cut the three bytes of U+2028; those that do not are whole pieces of one document.
+    assert all(
+        any(text in document for document in documents) for text in texts if "\ufffd" not in text
+    )
+    assert windows.source == f"{path}; windows from 2 documents"
+
+
+def test_short_documents_are_joined(tmp_path):
+    tokenizer = byte_tokenizer()
+    documents = [letters(20, i) for i in range(6)]
+    path = json_lines(tmp_path / "short.jsonl", documents)
+    windows = load(path, tokenizer, samples=5, seqlen=40)
+    assert all(tokenizer.decode(row) in "\n\n".join(documents) for row in windows.ids)
+    assert "6 documents joined, none is longer than a window" in windows.source
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_plain_text_keeps_every_byte(tmp_path, name):
+    text = "one\r\ntwo\n\nüber\x0c" * 4
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    whole = len(text.encode())
+    windows = load(path, byte_tokenizer(), samples=1, seqlen=whole - 1)
+    assert torch.equal(windows.ids[0], torch.tensor(byte_tokenizer()(text)["input_ids"])[:-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "the file is empty"),
+        ("a.txt", b" \n\t\n", "there is no text in this file"),
+        ("a.txt", b"caf\xe9 " * 20, "not UTF-8"),
+        ("a.txt", b"seven..", r"a.txt: the whole text has 7 tokens.*smaller --seqlen"),
+        ("a.txt", b"ten tokens", "only 2 different windows of 8 tokens, 4 were asked for"),
+        ("a.txt.gz", gzip.compress(b"some text " * 50, mtime=0)[:-12], "damaged or truncated gzip"),
+        ("a.jsonl.gz", b"not gzip at all", "damaged or truncated gzip"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": "y', r"a.jsonl, line 3: not a JSON object"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"body": "y"}\n',
+            r"line 2: expected a JSON object with text in 'text'",
+        ),
+        ("a.jsonl", b'["x"]\n', "line 1: expected a JSON object"),
+        ("a.jsonl", b'{"text": ""}\n', "there is no text"),
+        ("a.parquet", b"PAR1 this is not it", "not a readable Parquet file"),
+        ("a.safetensors", b"\x08\0\0\0\0\0\0\0{}", "not a readable safetensors file"),
+        ("a.csv", b"text\nx\n", r"cannot tell what this file holds.*\.jsonl"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load(path, byte_tokenizer())
+
+
+def test_parquet_without_text(tmp_path):
+    with pytest.raises(ValueError, match="no column 'text'; its columns are body, n"):
+        load(write_parquet(tmp_path / "a.parquet", {"body": ["x"], "n": [1]}), byte_tokenizer())
+    with pytest.raises(ValueError, match="something other than text"):
+        load(write_parquet(tmp_path / "b.parquet", {"text": [1, 2]}), byte_tokenizer())
+
+
+def test_token_ids_need_no_tokenizer(tmp_path):
+    ids = torch.randint(0, 1000, (6, 20), dtype=torch.int32)
+    path = tmp_path / "ids.safetensors"
+    save_file({"input_ids": ids, "other": torch.zeros(1)}, path)
+    windows = load(path, samples=4, seqlen=12)
+    assert torch.equal(windows.ids, ids[:4, :12].long())
+    assert windows.source == str(path)
+    with pytest.raises(ValueError, match="it has 6 windows, 7 were asked for"):
+        load(path, samples=7, seqlen=12)
+    with pytest.raises(ValueError, match="its windows have 20 tokens, 21 were asked for"):
+        load(path, samples=2, seqlen=21)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"ids": torch.zeros(2, 2, dtype=torch.int32)}, "no tensor 'input_ids'; it holds ids"),
+        (
+            {"input_ids": torch.zeros(4)},
+            r"integers of shape \(windows, tokens\), not torch.float32 of shape \(4,\)",
+        ),
+        ({"input_ids": torch.zeros(4, dtype=torch.int64)}, r"not torch.int64 of shape \(4,\)"),
+        ({"input_ids": torch.zeros(0, 4, dtype=torch.int64)}, "input_ids is empty"),
+        ({"input_ids": torch.full((9, 9), -100)}, "negative id -100"),
+    ],
+)
+def test_bad_token_ids(tmp_path, tensors, message):
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "bad.safetensors")
+
+
+# --- the rest of load_windows ---
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": 0}, "samples must be at least 1, not 0"),
+        ({"seqlen": 1}, "seqlen must be at least 2 tokens, not 1"),
+        ({"source": "c5"}, "unknown source 'c5': it is none of c4, wikitext2, ptb"),
+        ({"source": "self"}, "'self' needs the model"),
+        ({"tokenizer": None}, "python-docs is text, and this model comes without a tokenizer"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments = {"source": "python-docs", "tokenizer": byte_tokenizer(), **change}
+    with pytest.raises(ValueError, match=message):
+        load(**arguments)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl: no such file"):
+        check_source(str(tmp_path / "gone.jsonl"), None)
+
+
+def test_every_named_source_passes_its_check(tmp_path):
+    json_lines(tmp_path / "c4" / C4_FILE, ["x"])
+    for file in ("wikitext2/wiki.train.raw", "ptb/ptb.train.txt"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text("x")
+    for source in SOURCES:
+        if source not in ("FILE", "FOLDER"):
+            check_source(source, tmp_path)
+
+
+def test_hash_is_of_shape_and_little_endian_int32(tmp_path):
+    ids = torch.arange(12).view(3, 4) * 70_000
+    save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
+    windows = load(tmp_path / "ids.safetensors", samples=3, seqlen=4)
+    packed = struct.pack("<12i", *ids.flatten().tolist())
+    assert windows.sha256 == hashlib.sha256(b"3x4:" + packed).hexdigest()
+
+
+# --- self ---
+
+
+def tiny_llama(**config) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }
+    return LlamaForCausalLM(LlamaConfig(**sizes | config)).eval()
+
+
+def test_self_samples_from_the_model_s_own_distribution():
+    model = tiny_llama()
+    # None of a model's own habits may show: they would cut its distribution or stop its text.
+    habits = GenerationConfig(
+        do_sample=True,
+        top_k=2,
+        temperature=0.1,
+        repetition_penalty=9.0,
+        eos_token_id=list(range(200)),
+    )
+    model.generation_config = habits
+    model.train()
+    first = torch.tensor([5, 6, 7])
+    before = torch.random.get_rng_state()
+    windows = write_windows(model, first, seqlen=30, seed=11)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert model.training
+    assert model.generation_config is habits
+    model.eval()
+    torch.manual_seed(11)
+    expected = first.unsqueeze(1)
+    with torch.no_grad():
+        for _ in range(29):
+            probabilities = torch.softmax(model(input_ids=expected).logits[:, -1].float(), dim=-1)
+            expected = torch.cat([expected, torch.multinomial(probabilities, 1)], dim=1)
+    assert torch.equal(windows, expected)
+
+
+def test_self_is_seeded_and_calls_the_model_only_when_asked(tmp_path):
+    model = tiny_llama()
+    calls = []
+
+    def get():
+        calls.append(1)
+        return model
+
+    (tmp_path / "a.txt").write_text(letters(99, 0))
+    load(tmp_path / "a.txt", byte_tokenizer(), model=get)
+    assert not calls
+    one, again, other = (
+        load("self", byte_tokenizer(), samples=40, seqlen=9, seed=seed, model=get)
+        for seed in (0, 0, 1)
+    )
+    assert len(calls) == 3
+    assert one.ids.shape == (40, 9)
+    assert one.sha256 == again.sha256 != other.sha256
+
+
+def test_self_starts_as_the_tokenizer_starts_a_text():
+    model = tiny_llama()
+    rng = random.Random(0)
+    assert first_ids(model, byte_tokenizer(bos=True), 5, rng).tolist() == [BOS] * 5
+    assert first_ids(model, None, 5, rng).tolist() == [BOS] * 5
+    without = first_ids(model, byte_tokenizer(), 500, rng)
+    assert not set(without.tolist()) & {BOS, EOS}
+    assert len(set(without.tolist())) > 100
+    # An embedding smaller than the tokenizer's vocabulary bounds the draw.
+    assert int(first_ids(tiny_llama(vocab_size=50), byte_tokenizer(), 500, rng).max()) < 50
+
+
+def test_self_with_a_broken_model_or_too_long_windows():
+    model = tiny_llama()
+    with pytest.raises(
+        ValueError, match="windows of 65 tokens are longer than the model's 64 positions"
+    ):
+        write_windows(model, torch.tensor([3]), seqlen=65, seed=0)
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        write_windows(model, torch.tensor([3]), seqlen=8, seed=0)

@@ -1,0 +1,614 @@
+"""Bad input: the message says what is wrong, and no file is changed or added."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import prunus
+from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.pruning.manifest import MANIFEST_NAME, Manifest
+from prunus.pruning.output import OUTER_SHARD
+from tiny import tiny_checkpoint, tiny_model, token_ids
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every file below a folder with its bytes, every folder with None."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def refused(
+    kind: type[Exception], message: str, model: Any, root: Path, out: str = "out", **options: Any
+) -> None:
+    """`prune` raises, and everything below `root` (model, text, output) stays as it was."""
+    before = tree(root)
+    with pytest.raises(kind, match=message):
+        prunus.prune(model, root / out, **{"calibration": token_ids(), **options})
+    assert tree(root) == before
+
+
+@pytest.fixture(scope="module")
+def master(tmp_path_factory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("master") / "dense", vocab_size=VOCABULARY)
+
+
+@pytest.fixture
+def dense(master, tmp_path) -> Path:
+    """A checkpoint of one file, without a tokenizer, alone in `tmp_path`."""
+    return Path(shutil.copytree(master, tmp_path / "dense"))
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    tiny_model().save_pretrained(tmp_path / "dense", max_shard_size="50KB")
+    assert len(list((tmp_path / "dense").glob("model-*-of-00003.safetensors"))) == 3
+    return tmp_path / "dense"
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; None takes a key away."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def cut(path: Path, keep: int) -> None:
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+# --- the checkpoint ---
+
+
+def test_a_missing_shard(sharded, tmp_path):
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    refused(
+        FileNotFoundError, r"shard model-00002-of-00003\.safetensors is missing", sharded, tmp_path
+    )
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_a_truncated_shard(keep, sharded, tmp_path):
+    cut(sharded / "model-00002-of-00003.safetensors", keep)
+    refused(
+        ValueError,
+        r"model-00002-of-00003\.safetensors \([\d,]+ bytes\) is not a whole",
+        sharded,
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_a_truncated_single_file(keep, dense, tmp_path):
+    cut(dense / "model.safetensors", keep)
+    refused(
+        ValueError,
+        r"model\.safetensors .* not a whole safetensors file.* download or copy",
+        dense,
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "../outside.safetensors",
+        "{root}/outside.safetensors",
+        r"..\outside.safetensors",
+        "sub/x.safetensors",
+        "..",
+    ],
+)
+def test_an_index_that_names_a_file_elsewhere(place, sharded, tmp_path):
+    # What it points to is there and whole, so that only the name can be the reason.
+    for folder in (tmp_path, sharded / "sub"):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(sharded / "model-00001-of-00003.safetensors", folder / "outside.safetensors")
+    place = place.format(root=tmp_path)
+    index = json.loads((sharded / INDEX_NAME).read_text())
+    name = next(iter(index["weight_map"]))
+    edit_json(sharded / INDEX_NAME, weight_map=index["weight_map"] | {name: place})
+    refused(
+        ValueError,
+        f"places '{name}' in .*shards must be plain file names inside",
+        sharded,
+        tmp_path,
+    )
+
+
+def test_an_index_that_names_a_pickle(sharded, tmp_path):
+    (sharded / "weights.bin").write_bytes(b"\x80\x04K\x01.")
+    index = json.loads((sharded / INDEX_NAME).read_text())
+    edit_json(sharded / INDEX_NAME, weight_map=dict.fromkeys(index["weight_map"], "weights.bin"))
+    refused(ValueError, r"'weights\.bin', which is not a \.safetensors file", sharded, tmp_path)
+
+
+def test_an_index_that_names_a_tensor_the_shard_does_not_hold(sharded, tmp_path):
+    index = json.loads((sharded / INDEX_NAME).read_text())
+    wrong = {"model.norm.weight": "model-00001-of-00003.safetensors"}
+    assert index["weight_map"]["model.norm.weight"] != wrong["model.norm.weight"]
+    edit_json(sharded / INDEX_NAME, weight_map=index["weight_map"] | wrong)
+    refused(
+        ValueError,
+        r"'model\.norm\.weight' is in .*does not hold it.*belong together",
+        sharded,
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}'])
+def test_a_damaged_index(content, sharded, tmp_path):
+    (sharded / INDEX_NAME).write_text(content)
+    refused(ValueError, rf"{INDEX_NAME} (is not valid JSON|has no 'weight_map')", sharded, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "nonsense"}, "describes no model that transformers .* knows: .*`nonsense`"),
+        (
+            {"model_type": None, "architectures": None},
+            "describes no model that transformers .* knows",
+        ),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "holds quantised weights; prune the full-prec",
+        ),
+        (
+            {"num_hidden_layers": 3},
+            r"holds no weight for model\.layers\.2\..*is the checkpoint whole",
+        ),
+        ({"num_hidden_layers": 1}, r"holds 'model\.layers\.1\..*no such weight in its 1 blocks"),
+        ({"intermediate_size": 96}, r"shape \(64, 32\), but config\.json asks for \(96, 32\)"),
+    ],
+)
+def test_a_config_that_does_not_describe_the_weights(changes, message, dense, tmp_path):
+    edit_json(dense / "config.json", **changes)
+    refused(ValueError, message, dense, tmp_path)
+
+
+def test_a_config_that_is_not_json(dense, tmp_path):
+    (dense / "config.json").write_text('{"model_type": ')
+    refused(ValueError, r"config\.json.* not a valid JSON file", dense, tmp_path)
+
+
+def test_no_config(dense, tmp_path):
+    (dense / "config.json").unlink()
+    refused(FileNotFoundError, r"dense has no config\.json", dense, tmp_path)
+
+
+def test_no_weights(dense, tmp_path):
+    (dense / "model.safetensors").unlink()
+    refused(
+        FileNotFoundError,
+        r"no safetensors checkpoint\. Expected model\.safetensors",
+        dense,
+        tmp_path,
+    )
+
+
+def test_pickle_only(dense, tmp_path):
+    (dense / "model.safetensors").unlink()
+    (dense / "pytorch_model.bin").write_bytes(b"\x80\x04K\x01.")
+    refused(FileNotFoundError, r"pytorch_model\.bin, a pickle, .* never loaded", dense, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "lm_head.weight",
+    ],
+)
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_a_weight_that_is_not_there(name, method, dense, tmp_path):
+    tensors = load_file(dense / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, dense / "model.safetensors")
+    refused(ValueError, f"holds no weight for {name}", dense, tmp_path, method=method)
+
+
+def test_a_gguf_file_as_model(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    refused(
+        FileNotFoundError,
+        r"is a file; .*prunus import FILE\.gguf DEST",
+        tmp_path / "model.gguf",
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("model", ["./gone", "{root}/gone", "~/gone", "a/b/c", r"C:\gone"])
+def test_a_folder_that_is_not_there(model, tmp_path):
+    refused(
+        FileNotFoundError, "neither a folder nor a hub id", model.format(root=tmp_path), tmp_path
+    )
+
+
+def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch):
+    asked = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options["allow_patterns"]))
+        raise ConnectionError("no route to the hub\nand more lines")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    refused(
+        FileNotFoundError,
+        r"'org/model' is neither .* hub: no route to the hub$",
+        "org/model",
+        tmp_path,
+    )
+    [(name, patterns)] = asked
+    assert name == "org/model"
+    assert not any(glob.endswith((".bin", ".pt", ".py", "*")) for glob in patterns), (
+        "no pickle, no code"
+    )
+
+
+# --- what is asked for ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.0}, r"sparsity must lie in \[0, 1\).*got 1\.0"),
+        ({"sparsity": -0.1}, r"sparsity must lie in \[0, 1\).*got -0\.1"),
+        ({"sparsity": float("nan")}, r"sparsity must lie in \[0, 1\).*got nan"),
+        (
+            {"pattern": "2:5"},
+            r"model\.layers\.0\.self_attn\.q_proj has 32 inputs, which is no multiple of 5",
+        ),
+        (
+            {"pattern": "32:64"},
+            r"model\.layers\.0\.self_attn\.q_proj has 32 inputs, which is no multiple of 64",
+        ),
+        ({"pattern": "5:4"}, "1 <= N <= M; got '5:4'"),
+        ({"pattern": "0:4"}, "1 <= N <= M; got '0:4'"),
+        ({"pattern": "half"}, "pattern must be 'unstructured' or N:M such as 2:4; got 'half'"),
+        (
+            {"pattern": "2:4", "sparsity": 0.7},
+            r"pattern 2:4 already fixes the sparsity at 0\.5; got sparsity 0\.7",
+        ),
+        ({"method": "wander"}, "method: .*'magnitude', 'wanda'.*got 'wander'"),
+        ({"method": "wanda-variant", "pattern": "2:4"}, "wanda-variant has no 2:4 form"),
+        ({"dtype": "float8"}, "dtype: .*got 'float8'"),
+        ({"group": "head"}, "group must be row, layer, column or a number of rows"),
+        ({"batch": 0}, "batch must be at least 1 window; got 0"),
+        ({"damping": 0.0}, r"damping must lie in \(0, 1\)"),
+        ({"mask_from": "magnitude"}, "mask_from and mask_order belong to method 'obs'"),
+        ({"sparsities": 0.5}, "unknown option 'sparsities'; known are preset, method, sparsity"),
+        (
+            {"only": ["*.qproj"]},
+            r"--only '\*\.qproj' matches none of the 14 linears; names look like 'model\.layers",
+        ),
+        ({"ignore": ["lm_head"]}, "--ignore 'lm_head' matches none of the 14 linears"),
+        ({"ignore": ["model.*"]}, "leave no linear to prune"),
+        (
+            {"device": "cuda:99"},
+            r"device 'cuda:99' is not there: \d+ CUDA devices are visible; use --device cpu",
+        ),
+        ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:<number>, not 'tpu'"),
+        ({"device": "meta"}, "device must be auto, cpu, cuda or cuda:<number>, not 'meta'"),
+        ({"memory": "lots"}, "a memory size looks like 8GB.*got 'lots'"),
+        ({"memory": "1MB", "device": "cpu"}, "the memory budget is .*Raise --memory"),
+        (
+            {"calibration": token_ids().float()},
+            r"must be integers \(samples, seqlen\), got torch\.float32",
+        ),
+        ({"calibration": token_ids()[0]}, r"must be integers \(samples, seqlen\)"),
+        (
+            {"calibration": token_ids()[:0]},
+            r"must be integers \(samples, seqlen\), got torch\.int64 \(0, 16\)",
+        ),
+        ({"calibration": token_ids()[:, :1]}, "seqlen must be at least 2 tokens; got 1"),
+        (
+            {"calibration": token_ids() + VOCABULARY},
+            f"run from 261 to 382, but .* has {VOCABULARY} rows",
+        ),
+        ({"calibration": token_ids() - 100}, "the calibration token ids run from -97 to"),
+        (
+            {"calibration": token_ids(2, 65)},
+            r"windows of 65 tokens do not fit: the model has 64 positions",
+        ),
+        ({"calibration": "c5"}, "unknown source 'c5': it is none of c4, wikitext2, ptb"),
+        (
+            {"calibration": "self", "seqlen": 65},
+            "windows of 65 tokens do not fit: the model has 64 positions",
+        ),
+    ],
+)
+def test_options_that_make_no_sense(options, message, dense, tmp_path):
+    refused(ValueError, message, dense, tmp_path, **options)
+
+
+def test_a_model_and_an_output_that_do_not_go_together(dense, tmp_path):
+    refused(ValueError, "leave output out and call its save_pretrained", tiny_model(), tmp_path)
+    with pytest.raises(ValueError, match="pruned into a new folder: give output"):
+        prunus.prune(dense, calibration=token_ids())
+    with pytest.raises(TypeError, match=r"expected a transformers model .* got Linear"):
+        prunus.prune(torch.nn.Linear(3, 3), calibration=token_ids())
+    with pytest.raises(ValueError, match="needs its tokenizer: pass tokenizer="):
+        prunus.prune(tiny_model(), calibration="python-docs", samples=2, seqlen=16)
+
+
+def test_no_samples(dense, tmp_path):
+    for options in ({"samples": 0}, {"samples": -1}):
+        refused(
+            ValueError,
+            "samples must be at least 1",
+            dense,
+            tmp_path,
+            calibration="python-docs",
+            **options,
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        (" \n\t\n", "there is no text in this file"),
+        ("Hello world. ", "the whole text has 13 tokens, and windows of 32 need more than that"),
+        ("Hello world. " * 3, "only 7 different windows of 32 tokens, 8 were asked for"),
+    ],
+)
+def test_text_that_is_too_short(text, message, dense, tmp_path):
+    byte_tokenizer().save_pretrained(dense)
+    (tmp_path / "text.txt").write_text(text)
+    options = {"calibration": str(tmp_path / "text.txt"), "samples": 8, "seqlen": 32}
+    refused(ValueError, message, dense, tmp_path, **options)
+
+
+def test_documents_that_are_too_short(dense, tmp_path):
+    """The longest is told, and the search ends."""
+    byte_tokenizer().save_pretrained(dense)
+    lines = [json.dumps({"text": "word " * count}) for count in (1, 4, 2)]
+    (tmp_path / "c4").mkdir()
+    (tmp_path / "c4" / "c4-train.00000-of-01024.json.gz").write_bytes(
+        gzip.compress("\n".join(lines).encode())
+    )
+    options = {"calibration": "c4", "data_dir": tmp_path, "samples": 2, "seqlen": 32}
+    refused(
+        ValueError,
+        "none of the 3 documents is longer than 32 tokens; the longest has 20",
+        dense,
+        tmp_path,
+        **options,
+    )
+
+
+def test_text_that_is_not_there(dense, tmp_path):
+    gone = tmp_path / "gone.txt"
+    refused(FileNotFoundError, r"gone\.txt: no such file", dense, tmp_path, calibration=str(gone))
+    refused(
+        FileNotFoundError,
+        "the data folder does not exist",
+        dense,
+        tmp_path,
+        calibration="c4",
+        data_dir=gone,
+    )
+
+
+def test_no_tokenizer(dense, tmp_path):
+    (tmp_path / "text.txt").write_text("Hello world. " * 20)
+    options = {"calibration": str(tmp_path / "text.txt"), "samples": 2, "seqlen": 32}
+    refused(
+        ValueError,
+        "dense: no tokenizer could be loaded .*give token ids instead",
+        dense,
+        tmp_path,
+        **options,
+    )
+
+
+def test_another_models_tokenizer(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    byte_tokenizer().save_pretrained(dense)
+    (tmp_path / "text.txt").write_text("Hello world. " * 20)
+    options = {"calibration": str(tmp_path / "text.txt"), "samples": 2, "seqlen": 32}
+    refused(
+        ValueError,
+        r"token ids run from \d+ to 2\d\d, but .* has 128 rows",
+        dense,
+        tmp_path,
+        **options,
+    )
+
+
+# --- the output folder ---
+
+
+def test_an_output_with_another_recipe(dense, tmp_path):
+    prunus.prune(dense, tmp_path / "out", calibration=token_ids())
+    refused(
+        FileExistsError,
+        r"another sparsity \(0\.5, now 0\.25\); it is left as it is",
+        dense,
+        tmp_path,
+        sparsity=0.25,
+    )
+    refused(
+        FileExistsError, "another calibration_sha256", dense, tmp_path, calibration=token_ids() + 1
+    )
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_with_other_peoples_files(overwrite, dense, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    refused(
+        FileExistsError,
+        "does not come from prunus; it is left",
+        dense,
+        tmp_path,
+        overwrite=overwrite,
+    )
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_in_place_of_the_output(overwrite, dense, tmp_path):
+    (tmp_path / "out").write_text("years of work")
+    refused(FileExistsError, "exists and is not a folder", dense, tmp_path, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("out", ["dense", "dense/out", "dense/deep/out", "out/../dense", "."])
+def test_output_and_model_overlap(out, overwrite, dense, tmp_path):
+    (tmp_path / "out").mkdir()
+    refused(
+        ValueError, "overlap: choose a folder of its own", dense, tmp_path, out, overwrite=overwrite
+    )
+
+
+def test_a_damaged_manifest(dense, tmp_path):
+    (tmp_path / "out").mkdir()
+    for content in ("{", "{}", '{"format": 2}'):
+        (tmp_path / "out" / MANIFEST_NAME).write_text(content)
+        refused(
+            ValueError,
+            rf"{MANIFEST_NAME} is (not valid JSON|damaged or of another)",
+            dense,
+            tmp_path,
+        )
+    assert (
+        prunus.prune(dense, tmp_path / "out", calibration=token_ids(), overwrite=True).state
+        == "finished"
+    )
+
+
+@pytest.mark.parametrize("harm", ["gone", "cut"])
+def test_a_finished_run_that_lost_a_shard_does_not_pass_for_finished(harm, dense, tmp_path):
+    prunus.prune(dense, tmp_path / "out", calibration=token_ids())
+    shard = tmp_path / "out" / "block-00001.safetensors"
+    if harm == "gone":
+        shard.unlink()
+    else:
+        cut(shard, 1000)
+    refused(
+        FileExistsError,
+        r"damaged since: .*block-00001\.safetensors.*--overwrite makes it",
+        dense,
+        tmp_path,
+    )
+
+
+def test_no_disk_space(dense, tmp_path, monkeypatch):
+    size = (dense / "model.safetensors").stat().st_size
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10 * size, 9 * size, size // 2))
+    refused(OSError, r"not enough disk for .*out: the result needs .* GB are free", dense, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10 * size, 9 * size, size))
+    assert prunus.prune(dense, tmp_path / "out", calibration=token_ids()).state == "finished"
+
+
+# --- what only shows in the middle of a run ---
+
+
+def spoil(dense: Path, name: str, value: float, everywhere: bool = False) -> None:
+    tensors = load_file(dense / "model.safetensors")
+    if everywhere:
+        tensors[name] *= value
+    else:
+        tensors[name][1, 2] = value
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+
+
+def check_unfinished(out: Path, blocks: int) -> None:
+    """The folder is no model, and holds the blocks that were finished and nothing half-written."""
+    shards = [f"block-{index:05d}.safetensors" for index in range(blocks)]
+    assert sorted(path.name for path in out.iterdir()) == [*shards, OUTER_SHARD, MANIFEST_NAME]
+    manifest = Manifest.load(out)
+    assert (manifest.state, len(manifest.blocks)) == ("running", blocks)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_weights_that_are_not_finite(value, method, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=3)
+    whole = load_file(dense / "model.safetensors")
+    spoil(dense, "model.layers.1.mlp.up_proj.weight", value)
+    source = tree(dense)
+    with pytest.raises(
+        ValueError,
+        match=r"model\.layers\.1\.mlp\.up_proj\.weight holds weights that are not finite",
+    ):
+        prunus.prune(dense, tmp_path / "out", method, calibration=token_ids())
+    assert tree(dense) == source
+    check_unfinished(tmp_path / "out", blocks=1)
+    # Put right, the run goes on with what was finished, to the result of a run that never failed.
+    save_file(whole, dense / "model.safetensors", metadata={"format": "pt"})
+    messages: list[str] = []
+    for name in ("out", "undisturbed"):
+        prunus.prune(
+            dense,
+            tmp_path / name,
+            method,
+            calibration=token_ids(),
+            progress=lambda step: messages.append(step.message),
+        )
+    assert "earlier run" in messages[0]
+    for shard in (tmp_path / "undisturbed").glob("*.safetensors"):
+        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor"),
+    [("float32", 1e30), ("float16", 1e5), ("bfloat16", 1e30)],
+    ids=str,
+)
+@pytest.mark.parametrize("propagate", ["linear", "block"])
+def test_activations_that_are_not_finite(dtype, factor, propagate, dense, tmp_path):
+    for name in ("gate_proj", "up_proj"):
+        spoil(dense, f"model.layers.1.mlp.{name}.weight", factor, everywhere=True)
+    source = tree(dense)
+    with pytest.raises(ValueError, match=r"reach model\.layers\.1\.mlp\.down_proj are not finite"):
+        prunus.prune(
+            dense, tmp_path / "out", calibration=token_ids(), dtype=dtype, propagate=propagate
+        )
+    assert tree(dense) == source
+    check_unfinished(tmp_path / "out", blocks=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+)
+def test_weights_outside_the_blocks_that_are_not_finite(name, dense, tmp_path):
+    tensors = load_file(dense / "model.safetensors")
+    tensors[name].view(-1)[3] = torch.inf
+    save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} holds weights that are not finite"):
+        prunus.prune(dense, tmp_path / "out", calibration=token_ids())
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_of_a_loaded_model_that_are_not_finite():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match="the embeddings give hidden states that are not finite"):
+        prunus.prune(model, calibration=token_ids())
+
+
+def test_a_loaded_model_names_the_linear_too():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[0, 0] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1\.self_attn\.o_proj\.weight .* not finite"
+    ):
+        prunus.prune(model, calibration=token_ids())

@@ -1,0 +1,528 @@
+"""The command line: exit statuses, one-line errors, figures as JSON, Ctrl-C."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from rich.console import Console
+from safetensors.torch import save_file
+from transformers.utils import logging
+from typer.main import get_command
+
+import prunus
+from command_line import call
+from prunus.cli import app
+from prunus.cli.recipe_options import OPTIONS
+from prunus.cli.terminal import for_people
+from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.pruning.manifest import MANIFEST_NAME
+from prunus.pruning.recipe import Recipe
+from prunus.pruning.run import Progress
+from prunus.report.progress import eta, show_progress
+from tiny import tiny_checkpoint, token_ids
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+VERBS = [
+    "prune",
+    "plan",
+    "eval",
+    "inspect",
+    "recover",
+    "fetch",
+    "import",
+    "pack",
+    "unpack",
+    "generate",
+    "bench",
+    "doctor",
+    "sweep",
+    "report",
+]
+WINDOWS = ["--samples", "4", "--seqlen", "16"]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    """A checkpoint with a tokenizer; no test writes to it."""
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("cli") / "dense", vocab_size=VOCABULARY)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 12)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _transformers_speaks_again_afterwards():
+    """The command silences transformers for its process, which here is also that of the other tests."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
+    logging.enable_progress_bar()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+# --- success ---
+
+
+def test_prune_writes_the_manifest_as_json(dense, text, tmp_path):
+    out, report = tmp_path / "out", tmp_path / "new" / "report.json"
+    result = call("prune", dense, out, "--calibration", text, *WINDOWS, "--json", report)
+    assert "wanda" in result.stdout
+    assert "self_attn.q_proj" in result.stdout
+    lines = result.stderr.splitlines()
+    assert len(lines) == 2, "a line per block where there is no terminal"
+    assert "[1/2] model.layers.0 pruned" in lines[0]
+    assert "[2/2] model.layers.1 pruned" in lines[1]
+    figures = json.loads(report.read_text())
+    assert figures == json.loads((out / MANIFEST_NAME).read_text())
+    assert figures["state"] == "finished"
+    assert figures["totals"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert figures["recipe"]["calibration"] == str(text)
+
+
+def test_int8_says_what_it_costs(dense, text, tmp_path):
+    call("prune", dense, tmp_path / "pruned", "--method", "magnitude")
+    options = ["--values", "int8", "--perplexity", text, "--seqlen", 16, "--limit", 4]
+    result = call(
+        "pack", tmp_path / "pruned", tmp_path / "int8", *options, "--json", tmp_path / "pack.json"
+    )
+    assert "with int8 values" in result.stdout
+    before, after = (
+        prunus.perplexity(tmp_path / name, str(text), seqlen=16, limit=4).perplexity
+        for name in ("pruned", "int8")
+    )
+    scores = json.loads((tmp_path / "pack.json").read_text())["perplexity"]
+    assert [score["perplexity"] for score in scores] == pytest.approx([before, after])
+    assert before != after
+
+
+def test_int8_that_cannot_be_scored_is_refused_before_any_work(text, tmp_path):
+    call("prune", tiny_checkpoint(tmp_path / "dense"), tmp_path / "pruned", "--method", "magnitude")
+    arguments = ["pack", tmp_path / "pruned", tmp_path / "int8", "--values", "int8"]
+    assert (
+        "--perplexity none"
+        in call(*arguments, "--perplexity", text, "--seqlen", 16, status=2).stderr
+    )
+    assert not (tmp_path / "int8").exists()
+    call(*arguments, "--perplexity", "none")
+
+
+def test_the_command_and_the_function_give_the_same_bytes(dense, text, tmp_path):
+    options = [
+        "--method",
+        "sparsegpt",
+        "--pattern",
+        "2:4",
+        "--ignore",
+        "*.q_proj",
+        "--ignore",
+        "*.k_proj",
+    ]
+    call("prune", dense, tmp_path / "a", "--calibration", text, *WINDOWS, *options)
+    prunus.prune(
+        dense,
+        tmp_path / "b",
+        "sparsegpt",
+        pattern="2:4",
+        ignore=("*.q_proj", "*.k_proj"),
+        calibration=str(text),
+        samples=4,
+        seqlen=16,
+    )
+    for shard in (tmp_path / "b").glob("*.safetensors"):
+        assert (tmp_path / "a" / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_flags_override_the_recipe_file(dense, text, tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f'method = "sparsegpt"\nsparsity = 0.25\nsamples = 4\nseqlen = 16\ncalibration = {json.dumps(str(text))}\n'
+        'ignore = ["*.mlp.*"]\n'
+    )
+    report = tmp_path / "report.json"
+    call(
+        "prune", dense, tmp_path / "out", "--recipe", recipe, "--sparsity", "0.75", "--json", report
+    )
+    figures = json.loads(report.read_text())
+    used = figures["recipe"]
+    assert (used["method"], used["sparsity"], used["samples"]) == ("sparsegpt", 0.75, 4)
+    assert used["ignore"] == ["*.mlp.*"]
+    assert figures["totals"]["sparsity"] == pytest.approx(0.75, abs=0.01)
+    # The card of the result holds the recipe; given as a file it makes the same run.
+    card = (tmp_path / "out" / "README.md").read_text()
+    recipe.write_text(card.split("```toml\n")[1].split("```")[0])
+    again = call("prune", dense, tmp_path / "out", "--recipe", recipe)
+    assert again.stderr == "", "the run was finished: no block is pruned again"
+
+
+def test_prune_and_plan_have_an_option_for_every_field_of_a_recipe():
+    assert list(OPTIONS) == list(Recipe.model_fields)
+    for verb in ("prune", "plan"):
+        taken = {p.name for p in get_command(app).commands[verb].params}
+        assert set(OPTIONS) <= taken, verb
+
+
+def test_plan_says_what_prune_would_do_and_writes_nothing(dense, text, tmp_path):
+    arguments = [dense, tmp_path / "out", "--calibration", text, *WINDOWS, "--sparsity", "0.25"]
+    before = contents(tmp_path), contents(dense)
+    result = call("plan", *arguments)
+    assert (contents(tmp_path), contents(dense)) == before
+    assert not (tmp_path / "out").exists()
+    assert "peak memory" in result.stdout
+    call("plan", *arguments, "--json", tmp_path / "plan.json")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    call("prune", *arguments, "--json", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert plan["linears"] == report["totals"]["linears"] == 14
+    assert plan["weights"] == report["totals"]["weights"]
+    assert plan["to_remove"] == report["totals"]["zeros"]
+    assert (plan["dtype"], plan["batch"]) == (report["inputs"]["dtype"], report["inputs"]["batch"])
+    weights = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
+    assert 0.9 * weights < plan["disk_bytes"] <= weights
+
+
+def test_eval_gives_the_figures_of_the_function(dense, text, tmp_path):
+    second = tmp_path / "second.txt"
+    second.write_text(text.read_text()[:100])
+    report = tmp_path / "report.json"
+    result = call(
+        "eval", dense, "--perplexity", f"{text},{second}", "--seqlen", 32, "--json", report
+    )
+    assert "perplexity" in result.stdout
+    [figures] = json.loads(report.read_text())["models"]
+    assert figures["model"] == str(dense)
+    assert figures["tasks"] is None
+    assert [entry["source"] for entry in figures["perplexity"]] == [str(text), str(second)]
+    for entry, path in zip(figures["perplexity"], (text, second), strict=True):
+        expected = prunus.perplexity(dense, str(path), seqlen=32).as_dict()
+        assert {**entry, "seconds": 0} == {**expected, "seconds": 0}
+    call("eval", dense, "--perplexity", text, "--seqlen", 32, "--limit", 2, "--json", report)
+    [limited] = json.loads(report.read_text())["models"][0]["perplexity"]
+    assert (limited["windows"], limited["tokens"]) == (2, 64)
+
+
+def test_inspect_gives_the_figures_of_the_function(dense, tmp_path):
+    result = call("inspect", dense, "--json", tmp_path / "report.json")
+    assert "model.layers.1.mlp.down_proj" in result.stdout
+    assert "…" not in result.stdout, "a pipe has no width that names would have to be cut to"
+    assert json.loads((tmp_path / "report.json").read_text()) == json.loads(
+        json.dumps(prunus.inspect(dense).as_dict())
+    )
+
+
+def test_import_and_fetch_pass_on_what_they_are_told(tmp_path, monkeypatch):
+    seen = []
+
+    def stand_in(*arguments, progress, **options):
+        progress("working")
+        seen.append((arguments, options))
+        return {"architecture": "llama", "parameters": 3}
+
+    monkeypatch.setattr("prunus.model.checkpoint.gguf.import_gguf", stand_in)
+    monkeypatch.setattr("prunus.model.checkpoint.download.fetch", stand_in)
+    report = tmp_path / "report.json"
+    result = call("import", "a.gguf", "b", "--dtype", "float16", "--overwrite", "--json", report)
+    assert result.stdout == "b: architecture llama, parameters 3\n"
+    assert result.stderr == "prunus: working\n"
+    assert json.loads(report.read_text()) == {"architecture": "llama", "parameters": 3}
+    call("fetch", "smollm2-135m", "c")
+    assert seen == [
+        ((Path("a.gguf"), Path("b")), {"overwrite": True, "dtype": "float16"}),
+        (("smollm2-135m", Path("c")), {"overwrite": False}),
+    ]
+
+
+def test_time_left_is_told_from_the_time_of_blocks_alone():
+    """A minute of preparation must not count as if every block took it."""
+    screen = io.StringIO()
+    with show_progress("run", Console(file=screen, width=80)) as show:
+        for done in (1, 2, 3, 62):
+            show(Progress(done, 62, f"block {done}", 60 + 2.0 * done, peak_memory=3_000_000_000))
+    lines = screen.getvalue().splitlines()
+    assert [line.split("; ")[1] for line in lines] == [
+        "left unknown",
+        "left 2:00",
+        "left 1:58",
+        "left 0:00",
+    ]
+    assert all(line.endswith("; peak 3.00 GB") for line in lines)
+    assert eta(1, 101, 72.0) == "2:00:00"
+
+
+# --- what goes wrong ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "{dense}", "{tmp}/out", "--sparsity", "1"], "sparsity must lie in [0, 1)"),
+        (
+            ["prune", "{dense}", "{tmp}/out", "--pattern", "2:5", "--method", "magnitude"],
+            "no multiple of 5",
+        ),
+        (["prune", "{dense}", "{tmp}/out", "--method", "wander"], "got 'wander'"),
+        (["prune", "{dense}", "{tmp}/out", "--samples", "0"], "samples must be at least 1"),
+        (["prune", "{dense}", "{tmp}/out", "--calibration", "c5"], "unknown source 'c5'"),
+        (
+            ["prune", "{dense}", "{tmp}/out", "--data", "{tmp}/none"],
+            "the data folder does not exist",
+        ),
+        (["prune", "{dense}", "{tmp}/out", "--memory", "lots"], "a memory size looks like 8GB"),
+        (
+            ["prune", "{dense}", "{tmp}/out", "--recipe", "{tmp}/none.toml"],
+            "there is no recipe file",
+        ),
+        (["prune", "{dense}", "{dense}/out", "--method", "magnitude"], "overlap"),
+        (
+            ["prune", "{dense}", "{tmp}/out", "--method", "magnitude", "--resume"],
+            "no unfinished run",
+        ),
+        (["prune", "{dense}", "{tmp}/out", "--device", "cuda:99"], "device 'cuda:99' is not there"),
+        (
+            ["prune", "{tmp}/none", "{tmp}/out", "--method", "magnitude"],
+            "neither a folder nor a hub id",
+        ),
+        (
+            ["prune", "{dense}", "{tmp}/out", "--json", "{tmp}"],
+            "is a folder; give the name of a file",
+        ),
+        (["plan", "{dense}", "--sparsity", "-1"], "sparsity must lie in [0, 1)"),
+        (["plan", "{dense}", "{dense}", "--method", "magnitude"], "overlap"),
+        (
+            ["plan", "{dense}", "--method", "magnitude", "--only", "*.none"],
+            "--only '*.none' matches none",
+        ),
+        (["eval", "{tmp}/none"], "neither a folder nor a hub id"),
+        (["eval", "{dense}", "--perplexity", ""], "no texts are named"),
+        (["eval", "{dense}", "--perplexity", "wikitext3"], "unknown text 'wikitext3'"),
+        (
+            ["eval", "{dense}", "--perplexity", "python-docs", "--seqlen", "1"],
+            "seqlen must be at least 2",
+        ),
+        (
+            ["eval", "{dense}", "--perplexity", "python-docs", "--seqlen", "65"],
+            "model's 64 positions",
+        ),
+        (["inspect", "{tmp}"], "no config.json"),
+        (["inspect", "{tmp}/none.gguf"], "neither a folder nor a hub id"),
+        (["fetch", "gpt-5", "{tmp}/out"], "unknown model 'gpt-5'; there is smollm2-135m"),
+        (["import", "{tmp}/none.gguf", "{tmp}/out"], "no such file"),
+        (
+            ["import", "{dense}/config.json", "{tmp}/out", "--dtype", "int8"],
+            "dtype must be one of bfloat16",
+        ),
+    ],
+)
+def test_what_the_user_can_put_right_is_one_line_and_status_2(arguments, message, dense, tmp_path):
+    result = call(*(part.format(dense=dense, tmp=tmp_path) for part in arguments), status=2)
+    [line] = result.stderr.splitlines()
+    assert line.startswith("prunus: error: ")
+    assert message in line
+    assert not result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prone"],
+        ["prune"],
+        ["prune", "a", "b", "--sparsity", "half"],
+        ["eval", "a", "--perplexities", "c4"],
+        [],
+    ],
+)
+def test_bad_usage_is_status_2_and_shows_the_usage(arguments):
+    result = call(*arguments, status=2)
+    assert "Usage: " in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_pattern_given_as_sparsity_is_told_where_it_belongs():
+    assert "--pattern 2:4?" in call("prune", "a", "b", "--sparsity", "2:4", status=2).output
+
+
+def test_what_the_machine_lacks_is_one_line_and_status_1(dense, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 9, 1))
+    result = call("prune", dense, tmp_path / "out", "--method", "magnitude", status=1)
+    [line] = result.stderr.splitlines()
+    assert line.startswith("prunus: error: ")
+    assert "not enough disk" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_refuses_what_prune_would_refuse(dense, tmp_path, monkeypatch):
+    call("prune", dense, tmp_path / "out", "--method", "magnitude")
+    before = contents(tmp_path)
+    plan = ["plan", dense, tmp_path / "out", "--method", "magnitude"]
+    assert "another sparsity (0.5, now 0.25)" in call(*plan, "--sparsity", "0.25", status=2).stderr
+    call(*plan)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 9, 1))
+    assert "not enough disk" in call(*plan[:2], tmp_path / "other", *plan[3:], status=1).stderr
+    assert contents(tmp_path) == before
+
+
+def test_a_message_of_several_lines_is_shown_on_one(dense, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise ValueError("first\nsecond")
+
+    monkeypatch.setattr("prunus.evaluation.inspection.inspect", fail)
+    assert call("inspect", dense, status=2).stderr == "prunus: error: first second\n"
+    monkeypatch.setenv("PRUNUS_TRACEBACK", "1")
+    result = call("inspect", dense, status=1)
+    assert isinstance(result.exception, ValueError)
+
+
+# --- help, and processes of their own ---
+
+
+def test_help_of_every_verb_is_quick():
+    """In a process of its own: torch takes seconds to import, and no help needs it."""
+    assert sorted(VERBS) == sorted(c.name or c.callback.__name__ for c in app.registered_commands)
+    script = f"""
+import sys
+from typer.main import get_command
+from typer.testing import CliRunner
+from prunus.cli import app
+from prunus.cli.recipe_options import OPTIONS
+from prunus.cli.terminal import for_people
+for verb in {[[], *[[verb] for verb in VERBS]]}:
+    for flag in ("--help", "-h"):
+        result = CliRunner().invoke(app, [*verb, flag])
+        assert result.exit_code == 0, result.output
+        assert "Usage: " in result.output and " ".join(verb) in result.output
+slow = {{"torch", "transformers", "numpy", "datasets"}} & set(sys.modules)
+assert not slow, slow
+import prunus
+assert prunus.Recipe().sparsity == 0.5
+assert not {{"torch", "transformers"}} & set(sys.modules), "a recipe knows nothing of torch"
+assert callable(prunus.prune) and "torch" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "prunus", "prune", "--sparsity", "half", "a", "b"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "Invalid value for '--sparsity'" in done.stderr
+
+
+@pytest.fixture
+def interruptible():
+    """Processes that a test starts end on Ctrl-C, also where the tests are a shell's background job, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
+def _interrupted_within_c_code():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        raise TypeError("could not determine the shape of object type 'UntypedStorage'") from None
+
+
+def test_ctrl_c_that_c_code_takes_for_an_error_is_still_ctrl_c(capsys):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(typer.Exit) as stopped, for_people(None):
+            _interrupted_within_c_code()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.exit_code == 130
+    assert "stopped; what is finished is kept" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bytes(tmp_path, interruptible):
+    blocks = 12
+    dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=blocks)
+    # One window a batch and many of them: a block takes long enough to be interrupted in its middle.
+    ids = token_ids(64, 32)
+    save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
+
+    def start(out: str) -> subprocess.Popen[str]:
+        options = ["--samples", "64", "--seqlen", "32", "--batch", "1"]
+        options += ["--calibration", str(tmp_path / "ids.safetensors")]
+        command = [
+            sys.executable,
+            "-m",
+            "prunus",
+            "prune",
+            str(dense),
+            str(tmp_path / out),
+            *options,
+        ]
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    with start("out") as interrupted:
+        assert interrupted.stderr is not None
+        first = interrupted.stderr.readline()
+        assert f"[1/{blocks}] model.layers.0 pruned" in first
+        interrupted.send_signal(signal.SIGINT)
+        _, rest = interrupted.communicate(timeout=120)
+    assert interrupted.returncode == 130, rest
+    assert rest.splitlines()[-1].startswith("prunus: stopped; what is finished is kept")
+    assert "Traceback" not in rest
+    state = json.loads((tmp_path / "out" / MANIFEST_NAME).read_text())
+    assert state["state"] == "running"
+    assert 1 <= len(state["blocks"]) < blocks
+    assert not (tmp_path / "out" / INDEX_NAME).exists()
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+    with start("out") as resumed:
+        _, log = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, log
+    assert sum("taken from the earlier run" in line for line in log.splitlines()) == len(
+        state["blocks"]
+    )
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        prunus.prune(dense, tmp_path / "undisturbed", calibration=ids, batch=1)
+    finally:
+        torch.set_num_threads(threads)
+    shards = sorted(path.name for path in (tmp_path / "undisturbed").glob("*.safetensors"))
+    assert len(shards) == blocks + 1
+    for shard in shards:
+        assert (tmp_path / "out" / shard).read_bytes() == (
+            tmp_path / "undisturbed" / shard
+        ).read_bytes()

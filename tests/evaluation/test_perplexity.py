@@ -1,0 +1,358 @@
+"""Perplexity and the texts it is measured on."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import logging
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prunus.calibration.corpora import python_docs
+from prunus.evaluation import load_scoring_text, perplexity, score_windows
+from prunus.evaluation.loss import ROWS
+from prunus.evaluation.text import check_text
+from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
+
+SENTENCES = "The quick brown fox jumps over the lazy dog; " * 12
+
+
+@pytest.fixture(autouse=True)
+def _no_data_folder(monkeypatch):
+    monkeypatch.delenv("PRUNUS_DATA", raising=False)
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(SENTENCES)
+    return path
+
+
+def slow_loss(model, ids: torch.Tensor) -> float:
+    """Token by token, in float64: each given those before it in its window, a mean per window, a mean of these."""
+    losses = []
+    for window in ids:
+        terms = []
+        for position in range(1, len(window)):
+            with torch.no_grad():
+                logits = model(input_ids=window[None, :position]).logits[0, -1].double()
+            terms.append(-torch.log_softmax(logits, dim=-1)[window[position]].item())
+        losses.append(sum(terms) / len(terms))
+    return sum(losses) / len(losses)
+
+
+# --- the number ---
+
+
+def test_against_token_by_token_scoring(model, text_file):
+    result = perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=25, limit=4)
+    ids = torch.tensor(byte_tokenizer()(SENTENCES)["input_ids"])[:100].view(4, 25)
+    expected = slow_loss(model, ids)
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
+    assert (result.windows, result.seqlen, result.tokens) == (4, 25, 100)
+
+
+def test_windows_do_not_overlap_and_the_rest_is_dropped(model, text_file):
+    tokens = len(SENTENCES.encode())
+    result = perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=77)
+    assert result.windows == tokens // 77
+    assert tokens % 77 != 0
+    ids = torch.tensor(byte_tokenizer()(SENTENCES)["input_ids"])[: 77 * result.windows].view(-1, 77)
+    with torch.no_grad():
+        expected = score_windows(lambda batch: model(input_ids=batch).logits, ids)
+    assert result.loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_windows_count_alike_whatever_the_batch(model):
+    ids = torch.randint(0, VOCABULARY, (7, 20))
+    seen = []
+    with torch.no_grad():
+        losses = [
+            score_windows(
+                lambda batch: model(input_ids=batch).logits,
+                ids,
+                batch,
+                lambda done, of: seen.append((done, of)),
+            )
+            for batch in (1, 3, 7, 50)
+        ]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
+    assert seen[7:10] == [(3, 7), (6, 7), (7, 7)]
+
+
+def test_rows_are_scored_in_pieces_without_a_seam():
+    vocabulary, length = 11, 2 * ROWS + 3
+    logits = torch.randn(1, length, vocabulary, dtype=torch.bfloat16)
+    ids = torch.randint(0, vocabulary, (1, length))
+    log_probabilities = torch.log_softmax(logits[0].double(), dim=-1)
+    expected = -sum(log_probabilities[i, ids[0, i + 1]].item() for i in range(length - 1)) / (
+        length - 1
+    )
+    assert score_windows(lambda _: logits, ids) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_model_that_knows_nothing_scores_the_size_of_its_vocabulary(model, text_file):
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    result = perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=32, limit=2)
+    assert result.perplexity == pytest.approx(VOCABULARY, rel=1e-5)
+
+
+def test_a_folder_scores_as_the_loaded_model(model, text_file, tmp_path):
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    loaded = perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=32)
+    stored = perplexity(str(folder), str(text_file), seqlen=32, device="cpu")
+    assert stored.loss == loaded.loss
+    assert stored.protocol == loaded.protocol
+    half = perplexity(folder, str(text_file), seqlen=32, dtype="bfloat16", device="cpu")
+    assert half.loss != stored.loss
+    assert half.loss == pytest.approx(stored.loss, rel=0.05)
+    assert half.protocol.endswith("bfloat16")
+
+
+def test_result_says_how_it_was_measured(model, text_file):
+    result = perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=32, limit=3)
+    assert "3 windows of 32 tokens without overlap (96 tokens)" in result.protocol
+    assert "float32" in result.protocol
+    assert result.source == str(text_file)
+    assert json.loads(json.dumps(result.as_dict()))["tokens"] == 96
+
+
+def test_a_loaded_model_is_left_as_it_was(model, text_file):
+    model.train()
+    perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=32, limit=1)
+    assert model.training
+
+
+def test_no_warning_about_long_texts(model, text_file, caplog):
+    logger = logging.getLogger("transformers")
+    caplog.set_level(logging.WARNING, logger="transformers")  # whatever was imported before
+    logger.addHandler(caplog.handler)
+    try:
+        tokenizer = byte_tokenizer(max_length=16)
+        perplexity(model, str(text_file), tokenizer=tokenizer, seqlen=16, limit=1)
+        assert not caplog.records
+        tokenizer(SENTENCES)  # this is what would have been printed
+        assert "longer than the specified maximum" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+def test_token_ids_need_no_tokenizer(model, tmp_path):
+    ids = torch.randint(0, VOCABULARY, (3, 50), dtype=torch.int32)
+    path = tmp_path / "ids.safetensors"
+    save_file({"input_ids": ids}, path)
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    result = perplexity(folder, str(path), seqlen=20, device="cpu")
+    assert result.windows == 6
+    pieces = torch.cat([torch.stack([row[:20], row[20:40]]) for row in ids.long()])
+    with torch.no_grad():
+        assert result.loss == pytest.approx(
+            score_windows(lambda b: model(input_ids=b).logits, pieces), rel=1e-6
+        )
+    assert perplexity(folder, str(path), seqlen=50, limit=2, device="cpu").windows == 2
+    with pytest.raises(ValueError, match="its rows have 50 tokens, less than a window of 51"):
+        perplexity(folder, str(path), seqlen=51, device="cpu")
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seqlen": 1}, "seqlen must be at least 2"),
+        ({"limit": 0}, "limit must be at least 1 window"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"dtype": "int8"}, "dtype must be one of auto, float32"),
+        ({"dtype": "float32"}, "a loaded model is scored as it is"),
+        ({"device": "cpu"}, "a loaded model is scored as it is"),
+        (
+            {"text": "wikitext"},
+            "unknown text 'wikitext': give c4, wikitext2, ptb, python-docs or a file",
+        ),
+        ({"text": "self"}, "unknown text 'self'"),
+        ({"tokenizer": None}, "a loaded model comes without its tokenizer"),
+        (
+            {"seqlen": 2000},
+            r"the text has 540 tokens, less than a window of 2000; use a smaller --seqlen",
+        ),
+    ],
+)
+def test_bad_arguments(model, text_file, change, message):
+    arguments = {"text": str(text_file), "tokenizer": byte_tokenizer(), "seqlen": 32, **change}
+    with pytest.raises(ValueError, match=message):
+        perplexity(model, **arguments)
+
+
+def test_windows_longer_than_the_context(model, text_file):
+    model.config.max_position_embeddings = 64
+    with pytest.raises(
+        ValueError, match="65 tokens are longer than the model's 64 positions; use --seqlen 64"
+    ):
+        perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=65)
+
+
+def test_token_ids_outside_the_vocabulary(model, tmp_path):
+    save_file({"input_ids": torch.full((1, 8), VOCABULARY)}, tmp_path / "ids.safetensors")
+    with pytest.raises(
+        ValueError, match=f"token id {VOCABULARY} is outside the model's vocabulary of {VOCABULARY}"
+    ):
+        perplexity(model, str(tmp_path / "ids.safetensors"), seqlen=8)
+
+
+def test_a_loss_that_is_not_a_number(model, text_file):
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 3] = torch.nan
+    with pytest.raises(ValueError, match="the loss of window 0 is nan"):
+        perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=32)
+
+
+def test_a_loss_beyond_what_exp_can_hold(model, text_file):
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e5)
+    result = perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=32, limit=1)
+    assert result.loss > 1000
+    assert result.perplexity == math.inf
+
+
+def test_folders_that_are_not_models(model, text_file, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json in this folder"):
+        perplexity(tmp_path, str(text_file))
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
+        perplexity(str(tmp_path / "gone"), str(text_file))
+    folder = tmp_path / "bare"
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"no tokenizer could be loaded .*give token ids instead"):
+        perplexity(folder, str(text_file), seqlen=32, device="cpu")
+    byte_tokenizer().save_pretrained(folder)
+    shard = folder / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="the model could not be loaded"):
+        perplexity(folder, str(text_file), seqlen=32, device="cpu")
+
+
+def test_devices_that_are_not_there(tmp_path, text_file):
+    with pytest.raises(ValueError, match="device 'cuda:99' is not there"):
+        perplexity(tmp_path, str(text_file), device="cuda:99")
+    with pytest.raises(
+        ValueError, match="device must be auto, cpu, cuda or cuda:<number>, not 'tpu'"
+    ):
+        perplexity(tmp_path, str(text_file), device="tpu")
+
+
+# --- the texts ---
+
+
+def test_wikitext2_is_the_text_that_papers_score(data):
+    scoring = load_scoring_text("wikitext2", data)
+    encoded = scoring.text.encode()
+    assert len(encoded) == 1_296_370
+    expected = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
+    assert hashlib.sha256(encoded).hexdigest() == expected
+    assert "WARNING" not in scoring.protocol
+
+
+def test_another_wikitext2_is_scored_with_a_warning(tmp_path):
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "wikitext2" / "wiki.test.raw").write_text(" \n = Title = \n \n Words . \n")
+    scoring = load_scoring_text("wikitext2", tmp_path)
+    assert scoring.text == "\n\n = Title = \n\n\n\n\n Words . \n"
+    assert "WARNING: not the text that papers score" in scoring.protocol
+
+
+def test_wikitext2_from_the_hub(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(**arguments):
+        asked.append(arguments)
+        return datasets.Dataset.from_dict({"text": ["", " = Title = \n", "", " Words . \n"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_scoring_text("wikitext2").text == "\n\n = Title = \n\n\n\n\n Words . \n"
+    assert asked == [{"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"}]
+
+
+def test_c4_from_the_hub_is_1100_documents_and_256_windows(monkeypatch, model):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(**arguments):
+        asked.append(arguments)
+        return datasets.Dataset.from_dict({"text": [f"d{i}" for i in range(1300)]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    scoring = load_scoring_text("c4")
+    assert scoring.text == " ".join(f"d{i}" for i in range(1100))
+    assert asked[0]["data_files"] == {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+    assert asked[0]["split"] == "validation"
+    result = perplexity(model, "c4", tokenizer=byte_tokenizer(), seqlen=16, batch=64)
+    assert len(scoring.text) // 16 > 256
+    assert result.windows == 256
+    assert perplexity(model, "c4", tokenizer=byte_tokenizer(), seqlen=16, limit=3).windows == 3
+
+
+def test_c4_from_a_data_folder_is_not_the_calibration_text(tmp_path):
+    (tmp_path / "c4").mkdir()
+    lines = "\n".join(
+        json.dumps({"prefix": f"start {i} ", "gold_completion": "end"}) for i in range(3)
+    )
+    (tmp_path / "c4" / "c4_en_1480_prefix_completion.jsonl.gz").write_bytes(
+        gzip.compress(lines.encode())
+    )
+    scoring = load_scoring_text("c4", tmp_path)
+    assert scoring.text == "start 0 end start 1 end start 2 end"
+    assert "not the validation shard" in scoring.source
+
+
+def test_ptb_and_python_docs(tmp_path):
+    (tmp_path / "ptb").mkdir()
+    (tmp_path / "ptb" / "ptb.test.txt").write_text(" a b \n c <unk> \n")
+    assert load_scoring_text("ptb", tmp_path).text == "a b c <unk>"
+    assert load_scoring_text("python-docs").text == "\n\n".join(python_docs("scoring"))
+
+
+def test_documents_of_a_file_are_joined(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    scoring = load_scoring_text(str(path))
+    assert scoring.text == "one\n\ntwo"
+    assert "2 documents" in scoring.protocol
+
+
+def test_missing_texts(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.txt: no such file"):
+        check_text(str(tmp_path / "gone.txt"), None)
+    with pytest.raises(FileNotFoundError, match=r"wikitext2/wiki\.test\.raw"):
+        check_text("wikitext2", tmp_path)
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="the file is empty"):
+        load_scoring_text(str(tmp_path / "empty.txt"))

@@ -1,0 +1,149 @@
+"""Perplexity block by block: the whole model's figure, to the bit, and no weight read twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import prunus
+from command_line import call
+from packed_reference import pruned_checkpoint
+from prunus.evaluation import streamed_perplexity as streamed
+from prunus.model.checkpoint.reader import Checkpoint
+from prunus.packed import pack
+from tiny import FAMILIES, tiny_checkpoint, token_ids
+
+
+@pytest.fixture
+def ids(tmp_path):
+    save_file({"input_ids": token_ids(7, 24)}, tmp_path / "ids.safetensors")
+    return str(tmp_path / "ids.safetensors")
+
+
+def score(folder, ids, **options):
+    return prunus.perplexity(folder, ids, seqlen=24, device="cpu", **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_figure_is_the_whole_models(family, ids, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", family)
+    whole = score(dense, ids, batch=2, stream=False)
+    parts = score(dense, ids, batch=2, stream=True)
+    assert (whole.streamed, parts.streamed) == (False, True)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert (parts.windows, parts.protocol) == (whole.windows, whole.protocol)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
+def test_the_figure_is_the_same_to_the_bit(tied, dtype, ids, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, tie_word_embeddings=tied)
+    losses = {score(dense, ids, dtype=dtype, stream=stream).loss for stream in (False, True)}
+    assert len(losses) == 1
+
+
+def test_logits_come_in_parts_without_a_seam(monkeypatch, ids, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "gemma2")
+    whole = score(dense, ids, stream=True)
+    monkeypatch.setattr("prunus.evaluation.loss.ROWS", 5)
+    assert score(dense, ids, stream=True).loss == pytest.approx(whole.loss, rel=1e-6)
+
+
+def test_every_tensor_is_read_once(monkeypatch, ids, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", tie_word_embeddings=False)
+    seen: Counter[str] = Counter()
+    read = Checkpoint.read
+
+    def counting(self, names):
+        names = list(names)
+        seen.update(names)
+        return read(self, names)
+
+    monkeypatch.setattr(Checkpoint, "read", counting)
+    score(dense, ids, stream=True, cache=tmp_path / "cache")
+    # Final norm and rotary tables come with the embedding and with the head.
+    assert {name for name, count in seen.items() if count > 1} == {"model.norm.weight"}
+    assert set(seen) == set(Checkpoint(dense).tensors)
+
+
+def test_what_does_not_fit_is_streamed_and_what_does_is_not(monkeypatch, ids, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", hidden_size=64, num_hidden_layers=12)
+    monkeypatch.setattr(streamed, "resident_memory", lambda: 0)
+    need = streamed.whole_model_bytes(Checkpoint(dense), prunus_config(dense), None, 24)
+    large = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
+    assert large < need < 2 * large
+    assert not score(dense, ids, memory=need).streamed
+    assert score(dense, ids, memory=need - 1).streamed
+    assert score(dense, ids, memory=f"{need // 2048}KB").streamed
+    with pytest.raises(
+        ValueError, match=r"block by block needs .* the memory budget is .* Raise --memory"
+    ):
+        score(dense, ids, memory=large // 12)
+
+
+def prunus_config(folder):
+    from prunus.model.source import load_config
+
+    return load_config(folder)
+
+
+def test_hidden_states_on_disk_change_nothing(monkeypatch, ids, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    kept = score(dense, ids, stream=True)
+    spilled = []
+    embed = streamed.Stream.embed
+
+    def watched(self, batches, spill_to, **options):
+        spilled.append(spill_to)
+        embed(self, batches, spill_to, **options)
+
+    monkeypatch.setattr(streamed.Stream, "embed", watched)
+    monkeypatch.setattr(streamed.StreamedModel, "_needs", lambda self, *_: (self.budget, 1))
+    assert score(dense, ids, stream=True).loss == kept.loss
+    assert spilled[0] is not None
+
+
+def test_a_block_that_breaks_is_named(ids, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1 gives hidden states that are not finite"
+    ):
+        score(dense, ids, stream=True)
+
+
+def test_packed_models_are_not_streamed(ids, tmp_path):
+    source = pruned_checkpoint(tmp_path / "pruned", "llama")
+    pack(source, tmp_path / "packed")
+    with pytest.raises(
+        ValueError, match="packed or quantised, which is scored with the whole model"
+    ):
+        score(tmp_path / "packed", ids, stream=True)
+    assert not score(tmp_path / "packed", ids, memory="1GB").streamed
+
+
+def test_a_kept_result_is_found_until_a_file_changes(monkeypatch, ids, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    first = score(dense, ids, stream=True, cache=tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(streamed.StreamedModel, "losses", lambda *_: pytest.fail("computed again"))
+        assert score(dense, ids, stream=True, cache=tmp_path / "cache") == first
+    tensors = load_file(dense / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": tensors["lm_head.weight"] * 2}, dense / "model.safetensors"
+    )
+    assert score(dense, ids, stream=True, cache=tmp_path / "cache").loss != first.loss
+
+
+def test_the_verb_streams(ids, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    options = ["--perplexity", ids, "--seqlen", 24, "--no-cache", "--json", tmp_path / "out.json"]
+    call("eval", dense, *options, "--stream", "--memory", "4GB")
+    assert '"streamed": true' in (tmp_path / "out.json").read_text()
+    call("eval", dense, *options)
+    assert '"streamed": false' in (tmp_path / "out.json").read_text()

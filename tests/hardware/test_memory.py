@@ -1,0 +1,44 @@
+"""What is said of the machine and of this process."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from prunus.hardware.memory import ScatteredMemory, peak_memory, resident_memory
+
+
+def test_the_peak_is_at_least_what_is_resident():
+    resident = resident_memory()
+    # The system counts what is resident a few pages late.
+    assert peak_memory() > 0.95 * resident > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_the_peak_is_not_that_of_the_process_that_started_this_one():
+    lines = [
+        "import subprocess, sys",
+        "held = bytearray(3 * 2**30)",
+        "held[::4096] = b'x' * (3 * 2**18)",
+    ]
+    child = "from prunus.hardware.memory import peak_memory; print(peak_memory())"
+    lines.append(f"print(subprocess.check_output([sys.executable, '-c', {child!r}], text=True))")
+    said = subprocess.check_output([sys.executable, "-c", "\n".join(lines)], text=True)
+    assert 0 < int(said) < 2**31
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+def test_scattered_memory_is_given_back_once_it_has_grown():
+    scattered = ScatteredMemory()
+    scattered.tidy()
+    before = resident_memory()
+    # Every second piece of many is freed, below one that stays: the top of the heap does not shrink.
+    pieces = [bytearray(b"x") * 50_000 for _ in range(6 * before // 50_000)]
+    stays = pieces[1::2]
+    del pieces
+    grown = resident_memory()
+    scattered.tidy()
+    assert len(stays) * 50_000 < resident_memory() < grown - before

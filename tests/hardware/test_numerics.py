@@ -1,0 +1,50 @@
+"""Coarse products are nearly right where they are fast, and exactly what they were where they are not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prunus.hardware.numerics import coarse_factor, coarse_product, native_bfloat16
+from prunus.methods.statistics import InputStatistics
+
+
+def test_small_products_are_exact():
+    left, right = torch.randn(7, 9), torch.randn(9, 5)
+    assert torch.equal(coarse_product(left, right), left @ right)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_large_products_are_right_to_a_few_bits(native, monkeypatch):
+    monkeypatch.setattr("prunus.hardware.numerics.native_bfloat16", lambda: native)
+    left, right = torch.randn(300, 300), torch.randn(300, 300)
+    exact, found = left @ right, coarse_product(left, right)
+    assert found.dtype == torch.float32
+    error = float((found - exact).norm() / exact.norm())
+    assert error < 0.005
+    assert (error == 0) == (not native)
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("rows", [2, 300])
+def test_a_factor_rounded_once_gives_the_same_products(rows, native, monkeypatch):
+    monkeypatch.setattr("prunus.hardware.numerics.native_bfloat16", lambda: native)
+    left, right = torch.randn(rows, 300), torch.randn(300, 300)
+    assert torch.equal(
+        coarse_product(left, coarse_factor(right, rows)), coarse_product(left, right)
+    )
+
+
+def test_this_processor_says_whether_it_has_bfloat16():
+    assert native_bfloat16() in (True, False)
+
+
+@pytest.mark.parametrize("width", [511, 512, 578])
+def test_the_gram_matrix_is_symmetric_and_that_of_the_inputs(width):
+    X_TI = torch.randn(300, width)
+    statistics = InputStatistics(width, "gram")
+    for part in X_TI.split(128):
+        statistics.add(part)
+    assert torch.equal(statistics.gram_II, statistics.gram_II.T)
+    exact = X_TI.double().T @ X_TI.double()
+    assert float((statistics.gram_II - exact).abs().max()) < 1e-3

@@ -1,0 +1,320 @@
+"""The dense model beside the pruned one: targets mixed from both, and blocks matched to the dense outputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import prunus
+import reference
+from prunus.methods import METHODS, Options, compose
+from prunus.methods.patterns import Pattern
+from prunus.methods.refine.dense_targets import MIX, dense_target, held_out_mix
+from prunus.methods.statistics import InputStatistics
+from prunus.model.hidden_states import HiddenStates
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource
+from prunus.pruning.block.dense_stream import DenseCompanion, DenseInputs, one_batch_in
+from prunus.pruning.job import Job
+from stopping import StopError, stop_after
+from tiny import tiny_checkpoint, token_ids, weights
+
+ALPS = {"method": "alps", "targets": "dense"}
+BOTH = ALPS | {"mix": "auto", "match_blocks": True, "match_passes": 1, "match_rate": 1e-3}
+
+
+def drifted(
+    width: int = 12, tokens: int = 40
+) -> tuple[InputStatistics, torch.Tensor, torch.Tensor]:
+    """Statistics of inputs, these inputs, and what the dense model would give in their place."""
+    dense_TI = torch.randn(tokens, width)
+    X_TI = dense_TI + 0.3 * torch.randn(tokens, width) @ torch.randn(width, width)
+    statistics = InputStatistics(width, "gram", drift=True)
+    for x, y in zip(X_TI.split(16), dense_TI.split(16), strict=True):
+        statistics.add(x, y)
+    return statistics, X_TI, dense_TI
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("damping", [0.01, 0.3])
+def test_the_target_is_the_solution_of_the_mixed_least_squares(mix, damping):
+    statistics, X_TI, dense_TI = drifted()
+    weight_OI = torch.randn(5, 12)
+    found = dense_target(weight_OI, statistics, mix, damping)
+    assert torch.allclose(
+        found.double(), reference.dense_target(weight_OI, X_TI, dense_TI, mix, damping), atol=1e-4
+    )
+
+
+def test_without_drift_or_without_the_dense_tokens_the_target_is_the_weight():
+    weight_OI, X_TI = torch.randn(5, 12), torch.randn(40, 12)
+    same = InputStatistics(12, "gram", drift=True)
+    same.add(X_TI, X_TI.clone())
+    assert torch.equal(dense_target(weight_OI, same, 0.5, 0.01), weight_OI)
+    for drift, times in ((True, 1), ("some", 4)):
+        unknown = InputStatistics(12, "gram", drift=drift)
+        unknown.add(X_TI, X_TI + 1)
+        for _ in range(times):
+            unknown.add(X_TI)
+        assert dense_target(weight_OI, unknown, 0.5, 0.01) is weight_OI
+
+
+def test_the_drift_of_some_batches_stands_for_all():
+    torch.manual_seed(8)
+    weight_OI, X_TI, dense_TI = torch.randn(5, 12), torch.randn(40, 12), torch.randn(40, 12)
+    whole, part = InputStatistics(12, "gram", drift=True), InputStatistics(12, "gram", drift="some")
+    whole.add(X_TI, dense_TI)
+    part.add(X_TI, dense_TI)
+    for _ in range(3):
+        part.add(torch.randn(40, 12))
+    assert (whole.drift_share, part.drift_share) == (1, 0.25)
+    found, expected = (dense_target(weight_OI, each, 0.5, 0.01) for each in (part, whole))
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, weight_OI)
+
+
+def test_how_many_batches_show_the_drift():
+    assert one_batch_in(32 * 1024, 1536) == 4
+    assert one_batch_in(8 * 512, 8960) == 1
+    assert one_batch_in(16 * 1024, 1536) == 4
+    assert one_batch_in(128 * 2048, 28672) == 3
+
+
+def test_batches_that_do_not_show_it_do_not_go_along(tmp_path):
+    """Five batches on the second of two ranks, after three of the first: of all eight, 0 and 4 show it."""
+    source = CheckpointSource(tiny_checkpoint(tmp_path / "dense"))
+    skeleton = Skeleton(source.config, torch.float32)
+    source.bind(skeleton)
+    dense = DenseCompanion(skeleton, source, torch.device("cpu"), one_in=4)
+    batches = token_ids(5, 8).split(1)
+    with torch.no_grad():
+        dense.embed(batches, None, before=3)
+        assert len(dense.stream) == 1
+        stored = source.block(0)
+        with dense.beside(0, stored, ["self_attn.q_proj"], keep=True) as inputs:
+            told = [inputs.of("self_attn.q_proj", batch, 8) is not None for batch in range(5)]
+    assert told == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("noise", "least", "most"), [(0.0, 0.9, 1.0), (10.0, 0.02, 0.6), (100.0, 0.0, 0.1)]
+)
+def test_the_mix_is_the_best_of_all_on_tokens_held_out(noise, least, most):
+    torch.manual_seed(5)
+    width, tokens, damping = 12, 120, 0.1
+    dense_TI = torch.randn(tokens, width) @ torch.randn(width, width)
+    X_TI = dense_TI @ (torch.eye(width) + 0.2 * torch.randn(width, width))
+    dense_TI[:80] += noise * torch.randn(
+        80, width
+    )  # what looks as if it could be learnt, but for tokens held out
+    statistics = InputStatistics(width, "gram", drift=True, hold_out=True)
+    for place, (x, y) in enumerate(zip(X_TI.split(40), dense_TI.split(40), strict=True)):
+        statistics.add(x, y, held_out=place == 2)
+    weight_OI = torch.randn(7, width)
+    found = held_out_mix(weight_OI, statistics, damping)
+
+    scale_I = X_TI.norm(dim=0)
+    rest_II = X_TI[:80].T @ X_TI[:80] + damping * 2 / 3 * torch.diag(scale_I**2)
+    shift_II = torch.linalg.solve(rest_II, X_TI[:80].T @ (dense_TI - X_TI)[:80])  # Y ≈ X + X·shift
+
+    def error(mix: float) -> float:
+        outputs = X_TI[80:] @ (torch.eye(width) + mix * shift_II) @ weight_OI.T
+        return float((outputs - dense_TI[80:] @ weight_OI.T).square().sum())
+
+    grid = [step / 200 for step in range(201)]
+    assert found == pytest.approx(min(grid, key=error), abs=0.01)
+    assert least <= found <= most
+
+
+def test_without_tokens_held_out_the_mix_is_the_constant():
+    statistics, _, _ = drifted()
+    weight_OI, chosen = torch.randn(5, 12), Options(targets="dense", mix="auto")
+    assert held_out_mix(weight_OI, statistics, None) is None
+    pruned = compose(METHODS["alps"], chosen).prune(weight_OI, statistics, Pattern(), 0.5, chosen)
+    constant = replace(chosen, mix=MIX)
+    expected = compose(METHODS["alps"], constant).prune(
+        weight_OI, statistics, Pattern(), 0.5, constant
+    )
+    assert torch.equal(pruned.weight_OI, expected.weight_OI)
+
+
+def test_shares_held_out_are_shares_of_the_whole():
+    dense_TI, X_TI = torch.randn(40, 12), torch.randn(40, 12)
+    whole = InputStatistics(12, "gram", drift=True)
+    whole.add(X_TI, dense_TI)
+    split = InputStatistics(12, "gram", drift=True, hold_out=True)
+    split.add(X_TI[:30], dense_TI[:30])
+    split.add(X_TI[30:], dense_TI[30:], held_out=True)
+    assert (split.tokens, split.held_tokens) == (40, 10)
+    assert torch.allclose(split.gram_II, whole.gram_II, atol=1e-4)
+    assert torch.allclose(split.drift_II, whole.drift_II, atol=1e-4)
+    assert torch.allclose(split.held_gram_II, X_TI[30:].T @ X_TI[30:], atol=1e-4)
+    assert torch.allclose(split.held_drift_II, (dense_TI - X_TI)[30:].T @ X_TI[30:], atol=1e-4)
+    order_I = torch.randperm(12)
+    moved = InputStatistics(12, "gram", drift=True, hold_out=True)
+    moved.add(X_TI[:30, order_I], dense_TI[:30, order_I])
+    moved.add(X_TI[30:, order_I], dense_TI[30:, order_I], held_out=True)
+    for name in ("gram_II", "drift_II", "held_gram_II", "held_drift_II", "sum_squares_I"):
+        assert torch.allclose(
+            getattr(split.reordered(order_I), name), getattr(moved, name), atol=1e-4
+        ), name
+
+
+@pytest.mark.parametrize("method", ["alps", "sparsegpt", "obs", "wanda"])
+def test_aiming_at_the_dense_model_lowers_the_error_against_its_outputs(method):
+    torch.manual_seed(3)
+    statistics, X_TI, dense_TI = drifted(width=16, tokens=400)
+    weight_OI = torch.randn(24, 16)
+    update = "lsq" if method == "wanda" else "none"
+
+    def error(**options) -> float:
+        chosen = Options(update=update, damping=0.01, **options)
+        pruned = compose(METHODS[method], chosen).prune(
+            weight_OI, statistics, Pattern(), 0.5, chosen
+        )
+        assert int((~pruned.keep_OI).sum()) >= 24 * 8
+        return float((X_TI @ pruned.weight_OI.T - dense_TI @ weight_OI.T).square().sum())
+
+    assert error(targets="dense", mix=1.0) < error(targets="dense", mix=0.4) < error()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "opt", "mixtral"])
+@pytest.mark.parametrize("options", [ALPS, BOTH], ids=["targets", "both"])
+def test_families_in_memory_replayed_and_spilled_give_the_same_bytes(
+    family, options, tmp_path, monkeypatch
+):
+    dense = tiny_checkpoint(tmp_path / "dense", family, torch.bfloat16)
+    arguments = options | {"calibration": token_ids(8, 16), "batch": 2}
+    plain = prunus.prune(dense, tmp_path / "plain", **arguments)
+    assert plain.totals["sparsity"] == pytest.approx(0.5, abs=0.01)
+    last = plain.blocks[-1]
+    for block in plain.blocks:
+        assert (block.match is not None) == ("match_blocks" in options)
+        assert block.match is None or block.match.error_after <= block.match.error_before
+        assert block.match is None or block.match.measure == (
+            "logits" if block is last else "outputs"
+        )
+        if family != "mixtral":  # where not all tokens reach an expert in both models
+            assert not any("targets" in linear.notes for linear in block.linears.values())
+    monkeypatch.setattr(Job, "fits_lockstep", lambda self, index: False)
+    monkeypatch.setattr(Job, "spills", property(lambda self: True))
+    monkeypatch.setattr(Job, "hidden_stay", property(lambda self: False))
+    prunus.prune(dense, tmp_path / "other", **arguments)
+    for shard in (tmp_path / "plain").glob("*.safetensors"):
+        assert (tmp_path / "other" / shard.name).read_bytes() == shard.read_bytes(), shard.name
+
+
+def test_dense_targets_change_what_later_blocks_become(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    ids = token_ids(8, 16)
+    for name, options in (
+        ("plain", {"method": "alps"}),
+        ("mixed", ALPS),
+        ("none", ALPS | {"mix": 0.0}),
+    ):
+        prunus.prune(dense, tmp_path / name, calibration=ids, **options)
+    first, second, third = (weights(tmp_path / name) for name in ("plain", "mixed", "none"))
+    q, later = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(first[q], second[q]), "nothing has drifted before the first linear"
+    assert not torch.equal(first[later], second[later])
+    assert all(torch.equal(first[key], third[key]) for key in first)
+
+
+def test_wide_linears_with_few_tokens_aim_at_their_own_weights(tmp_path, monkeypatch):
+    """128 tokens for the 64 inputs of `down`; in lockstep and without."""
+    monkeypatch.setattr("prunus.methods.solvers.least_squares._WIDE", 64)
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
+    arguments = ALPS | {"calibration": token_ids(8, 16), "batch": 2}
+    report = prunus.prune(dense, tmp_path / "plain", **arguments)
+    told = {name: linear.notes.get("targets") for name, linear in report.blocks[1].linears.items()}
+    few = "pruned: too few tokens for so many inputs"
+    assert told == dict.fromkeys(told) | {"mlp.down_proj": few}
+    monkeypatch.setattr(Job, "fits_lockstep", lambda self, index: False)
+    prunus.prune(dense, tmp_path / "other", **arguments)
+    for shard in (tmp_path / "plain").glob("*.safetensors"):
+        assert (tmp_path / "other" / shard.name).read_bytes() == shard.read_bytes(), shard.name
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_an_interrupted_run_ends_in_the_same_bytes(blocks, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, num_hidden_layers=3)
+    options = BOTH | {"calibration": token_ids(8, 16), "batch": 2}
+    prunus.prune(dense, tmp_path / "whole", **options)
+    with pytest.raises(StopError):
+        prunus.prune(dense, tmp_path / "out", **options, progress=stop_after(blocks))
+    prunus.prune(dense, tmp_path / "out", **options)
+    for shard in (tmp_path / "whole").glob("*.safetensors"):
+        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_matching_keeps_masks_and_lowers_the_error_of_every_block(method, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    options = {
+        "method": method,
+        "pattern": "2:4",
+        "calibration": token_ids(32, 32),
+        "match_rate": 1e-3,
+    }
+    report = prunus.prune(dense, tmp_path / "out", match_blocks=True, batch=1, **options)
+    assert all(block.match.error_after < block.match.error_before for block in report.blocks)
+    before, after = weights(dense), weights(tmp_path / "out")
+    norm, ignored = "model.layers.0.input_layernorm.weight", "model.norm.weight"
+    assert torch.equal(before[norm], after[norm]), "norms are left alone"
+    assert torch.equal(before[ignored], after[ignored])
+    for block in report.blocks:
+        for name, linear in block.linears.items():
+            weight = after[f"{block.name}.{name}.weight"]
+            assert int((weight == 0).sum()) == linear.zeros
+            assert int((weight.view(-1, 4) != 0).sum(dim=1).max()) <= 2
+
+
+def test_a_loaded_model_is_pruned_to_the_same_weights(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    dense = tiny_checkpoint(tmp_path / "dense")
+    options = BOTH | {"calibration": token_ids(8, 16), "batch": 2}
+    prunus.prune(dense, tmp_path / "out", **options)
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
+    prunus.prune(model, **options)
+    expected = weights(tmp_path / "out")
+    assert all(torch.equal(x, expected[key]) for key, x in model.state_dict().items())
+
+
+def test_the_dense_inputs_of_an_expert_are_not_known():
+    class Stream:
+        def __init__(self):
+            self.states = HiddenStates(1, spill_to=None, device=torch.device("cpu"))
+            self.states.fill(0, torch.zeros(1, 4, 8))
+
+        def forward(self, index, block):
+            return pytest.fail
+
+    inputs = DenseInputs(Stream(), {0: 0}, 0, torch.nn.Identity(), [], True)
+    assert inputs.of("expert", 0, 3) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": "dense"}, "wanda keeps its weights"),
+        ({"method": "alps", "mix": 0.3}, "mix belongs to --targets dense"),
+        ({"method": "alps", "targets": "dense", "mix": 2.0}, r"mix must lie in"),
+        ({"method": "alps", "targets": "dense", "mix": "most"}, "or be auto; got most"),
+        (
+            {"method": "sparsegpt", "targets": "dense", "propagate": "block"},
+            "needs propagate linear",
+        ),
+        ({"match_blocks": True, "propagate": "block"}, "needs propagate linear"),
+        ({"match_rate": 0.1}, "belong to --match-blocks"),
+        ({"match_blocks": True, "match_passes": 0}, "match_passes must be at least 1"),
+        ({"match_blocks": True, "batch": 8}, "are one; give more --samples"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_any_work(options, message, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    with pytest.raises(ValueError, match=message):
+        prunus.prune(dense, tmp_path / "out", calibration=token_ids(8, 16), **options)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,281 @@
+"""Refinements of a mask against naive versions, and what they promise whatever they are given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import reference
+from method_cases import WEIRD, example, weird_example
+from prunus.methods import METHODS, Options, check_options, compose
+from prunus.methods.compose import REFINEMENTS
+from prunus.methods.patterns import Pattern
+from prunus.methods.refine.dsnot import dsnot_keep
+from prunus.methods.refine.swaps import swapped_keep
+from prunus.methods.statistics import InputStatistics
+
+BY_ROWS = [
+    Pattern(),
+    Pattern(group="layer"),
+    Pattern(group=3),
+    Pattern(2, 4),
+    Pattern(1, 3),
+    Pattern(5, 6),
+]
+
+
+def gather(X_TI: Tensor) -> InputStatistics:
+    statistics = InputStatistics(X_TI.shape[1], "gram", means=True)
+    statistics.add(X_TI)
+    return statistics
+
+
+def start(weight_OI: Tensor, X_TI: Tensor, pattern: Pattern, sparsity: float = 0.5) -> Tensor:
+    return METHODS["wanda"].prune(weight_OI, gather(X_TI), pattern, sparsity, Options()).keep_OI
+
+
+def error(weight_OI: Tensor, keep_OI: Tensor, X_TI: Tensor, damping: float) -> Tensor:
+    """Squared output error per row, as the swaps see it: inputs of norm 1, damped."""
+    scaled_OI, hessian_II, _ = reference.scaled(weight_OI, X_TI.double().T @ X_TI.double(), damping)
+    return reference.squared_error(scaled_OI * ~keep_OI, hessian_II)
+
+
+def offset(X_TI: Tensor) -> Tensor:
+    """Inputs with means, as those behind an activation have them."""
+    return X_TI + torch.linspace(-1, 2, X_TI.shape[1]) * X_TI.std(dim=0)
+
+
+# --- what both promise -----------------------------------------------------------------------------------------
+
+
+@given(
+    st.sampled_from(list(REFINEMENTS)),
+    st.sampled_from(BY_ROWS),
+    st.sampled_from(WEIRD),
+    st.integers(1, 7),
+    st.sampled_from([0.1, 0.5, 0.8]),
+    st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=120)
+def test_counts_stay_and_nothing_given_is_changed(name, pattern, kind, rows, sparsity, seed):
+    weight_OI, X_TI = weird_example(kind, rows, 12, seed)
+    keep_OI, statistics, before = (
+        start(weight_OI, X_TI, pattern, sparsity),
+        gather(X_TI),
+        gather(X_TI),
+    )
+    given_OI, given_keep_OI = weight_OI.clone(), keep_OI.clone()
+    refined_OI, notes = REFINEMENTS[name].refine(
+        weight_OI, keep_OI, statistics, pattern, None, None
+    )
+    assert torch.equal(weight_OI, given_OI)
+    assert torch.equal(keep_OI, given_keep_OI)
+    assert torch.equal(statistics.gram_II, before.gram_II)
+    assert torch.equal(statistics.sum_I, before.sum_I)
+    assert notes["swaps"] >= int((refined_OI & ~keep_OI).sum())
+    width = pattern.m or 12
+    assert torch.equal(
+        refined_OI.view(rows, -1, width).sum(dim=2), keep_OI.view(rows, -1, width).sum(dim=2)
+    )
+
+
+@pytest.mark.parametrize("name", REFINEMENTS)
+def test_a_mask_that_keeps_or_drops_all_stays(name):
+    weight_OI, X_TI = example(4, 12)
+    for keep_OI in (torch.zeros(4, 12, dtype=torch.bool), torch.ones(4, 12, dtype=torch.bool)):
+        refined_OI, notes = REFINEMENTS[name].refine(
+            weight_OI, keep_OI, gather(X_TI), Pattern(), None, None
+        )
+        assert torch.equal(refined_OI, keep_OI)
+        assert notes["swaps"] == 0
+
+
+# --- swaps -----------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.sampled_from(BY_ROWS),
+    st.integers(1, 9),
+    st.sampled_from([12, 60]),
+    st.integers(1, 5),
+    st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_no_round_of_swaps_raises_the_error_of_a_row(pattern, rows, columns, rounds, seed):
+    weight_OI, X_TI = example(rows, columns, seed)
+    keep_OI = start(weight_OI, X_TI, pattern)
+    refined_OI, notes = swapped_keep(weight_OI, keep_OI, gather(X_TI), pattern, 0.05, rounds)
+    assert notes["rounds"] <= rounds
+    before, after = (error(weight_OI, mask, X_TI, 0.05) for mask in (keep_OI, refined_OI))
+    changed_O = (refined_OI != keep_OI).any(dim=1)
+    assert (after[changed_O] < before[changed_O]).all()
+
+
+@pytest.mark.parametrize("pattern", BY_ROWS, ids=repr)
+@pytest.mark.parametrize("seed", range(3))
+def test_at_the_end_no_swap_lowers_the_error(pattern, seed):
+    """All swaps of all rows tried out in full. 24 features are fewer than the candidates of a round."""
+    weight_OI, X_TI = example(5, 24, seed)
+    keep_OI = start(weight_OI, X_TI, pattern)
+    refined_OI, notes = swapped_keep(weight_OI, keep_OI, gather(X_TI), pattern, 0.05)
+    assert 0 < notes["rounds"] < 100
+    assert not torch.equal(refined_OI, keep_OI)
+    scaled_OI, hessian_II, _ = reference.scaled(weight_OI, X_TI.double().T @ X_TI.double(), 0.05)
+    for weight_I, keep_I in zip(scaled_OI, refined_OI, strict=True):
+        worth = 1e-4 * reference.squared_error((weight_I * ~keep_I)[None], hessian_II).item()
+        changes = reference.swap_changes(weight_I, keep_I, hessian_II)
+        allowed = {
+            pair: change
+            for pair, change in changes.items()
+            if pattern.m is None or pair[0] // pattern.m == pair[1] // pattern.m
+        }
+        assert allowed
+        assert min(allowed.values()) > -worth
+
+
+def test_one_swap_is_the_best_of_all(monkeypatch):
+    monkeypatch.setattr("prunus.methods.refine.swaps._PAIRS", 1)
+    for pattern in (Pattern(), Pattern(2, 4)):
+        weight_OI, X_TI = example(4, 16)
+        keep_OI = start(weight_OI, X_TI, pattern)
+        refined_OI, _ = swapped_keep(weight_OI, keep_OI, gather(X_TI), pattern, 0.05, rounds=1)
+        scaled_OI, hessian_II, _ = reference.scaled(
+            weight_OI, X_TI.double().T @ X_TI.double(), 0.05
+        )
+        for weight_I, keep_I, refined_I in zip(scaled_OI, keep_OI, refined_OI, strict=True):
+            changes = reference.swap_changes(weight_I, keep_I, hessian_II)
+            if pattern.m is not None:
+                changes = {pair: x for pair, x in changes.items() if pair[0] // 4 == pair[1] // 4}
+            best = min(changes, key=changes.__getitem__)
+            swapped = [
+                (keep_I & ~refined_I).nonzero().flatten(),
+                (refined_I & ~keep_I).nonzero().flatten(),
+            ]
+            assert [x.tolist() for x in swapped] == (
+                [[x] for x in best] if changes[best] < 0 else [[], []]
+            )
+
+
+def test_slices_of_rows_make_no_difference(monkeypatch):
+    weight_OI, X_TI = example(40, 60)
+    keep_OI = start(weight_OI, X_TI, Pattern())
+    whole, notes = swapped_keep(weight_OI, keep_OI, gather(X_TI), Pattern(), 0.05)
+    monkeypatch.setattr("prunus.methods.refine.swaps._ELEMENTS", 5000)
+    sliced, again = swapped_keep(weight_OI, keep_OI, gather(X_TI), Pattern(), 0.05)
+    assert notes == again
+    assert torch.equal(whole, sliced)
+
+
+def test_swaps_cut_wandas_error_by_a_fifth():
+    weight_OI, X_TI = example(32, 96, tokens=2000)
+    for pattern in (Pattern(), Pattern(2, 4)):
+        keep_OI = start(weight_OI, X_TI, pattern)
+        refined_OI, _ = swapped_keep(weight_OI, keep_OI, gather(X_TI), pattern)
+        lost, left = (
+            ((weight_OI * ~mask) @ X_TI.T).square().sum() for mask in (keep_OI, refined_OI)
+        )
+        assert left < 0.8 * lost
+
+
+# --- DSnoT -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", BY_ROWS, ids=repr)
+@pytest.mark.parametrize("rounds", [1, 3, 50])
+def test_dsnot_is_that_of_the_reference(pattern, rounds):
+    weight_OI, X_TI = example(12, 24)
+    X_TI = offset(X_TI)
+    keep_OI = start(weight_OI, X_TI, pattern)
+    refined_OI, notes = dsnot_keep(weight_OI, keep_OI, gather(X_TI), pattern, rounds=rounds)
+    assert notes["swaps"] > 0
+    for weight_I, keep_I, refined_I in zip(weight_OI, keep_OI, refined_OI, strict=True):
+        expected_I, before, after = reference.dsnot_row(
+            weight_I, keep_I, X_TI, pattern.m or 24, rounds
+        )
+        assert torch.equal(refined_I, expected_I)
+        assert abs(after) <= abs(before)
+
+
+def test_dsnot_leaves_inputs_without_a_mean_alone():
+    weight_OI, X_TI = example(6, 12)
+    X_TI = torch.cat([X_TI, -X_TI])
+    keep_OI = start(weight_OI, X_TI, Pattern())
+    refined_OI, notes = dsnot_keep(weight_OI, keep_OI, gather(X_TI), Pattern())
+    assert torch.equal(refined_OI, keep_OI)
+    assert notes["swaps"] == 0
+
+
+# --- composition -----------------------------------------------------------------------------------------------
+
+
+def test_a_composition_needs_what_its_most_demanding_part_needs():
+    def needs(name: str, **options: str) -> tuple[str, bool, bool]:
+        method = compose(METHODS[name], Options(**options))
+        return method.needs, method.needs_means, method.updates_weights
+
+    assert compose(METHODS["wanda"], Options()) is METHODS["wanda"]
+    assert needs("magnitude", refine="dsnot") == ("norms", True, False)
+    assert needs("wanda", refine="swaps") == ("gram", False, False)
+    assert needs("magnitude", update="lsq") == ("gram", False, True)
+    assert needs("ria", refine="dsnot", update="lsq") == ("gram", True, True)
+    assert needs("alps", update="lsq") == ("gram", False, True)
+
+
+@pytest.mark.parametrize("refine", ["none", "dsnot", "swaps"])
+@pytest.mark.parametrize("update", ["none", "lsq"])
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(2, 4)], ids=repr)
+def test_mask_then_refinement_then_update(refine, update, pattern):
+    weight_OI, X_TI = example(8, 24)
+    X_TI = offset(X_TI)
+    options = Options(refine=refine, update=update, damping=0.02, refine_rounds=7)
+    pruned = compose(METHODS["wanda"], options).prune(
+        weight_OI, gather(X_TI), pattern, 0.5, options
+    )
+    keep_OI = start(weight_OI, X_TI, pattern)
+    if refine != "none":
+        keep_OI, _ = REFINEMENTS[refine].refine(weight_OI, keep_OI, gather(X_TI), pattern, 0.02, 7)
+    assert torch.equal(pruned.keep_OI, keep_OI)
+    if update == "none":
+        assert torch.equal(pruned.weight_OI, weight_OI * keep_OI)
+    else:
+        expected = reference.least_squares(weight_OI, keep_OI, gather(X_TI).gram_II, 0.02)
+        torch.testing.assert_close(pruned.weight_OI.double(), expected, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt", "alps"])
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(4, 4)], ids=repr)
+def test_nothing_to_remove_changes_nothing(name, pattern):
+    weight_OI, X_TI = example(5, 12)
+    options = Options(refine="swaps", update="lsq")
+    pruned = compose(METHODS[name], options).prune(weight_OI, gather(X_TI), pattern, 0.0, options)
+    assert torch.equal(pruned.weight_OI.view(torch.int32), weight_OI.view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "options", "message"),
+    [
+        ("sparsegpt", Pattern(), {"refine": "swaps"}, "changes that mask: add --update lsq"),
+        ("alps", Pattern(2, 4), {"refine": "dsnot"}, "changes that mask: add --update lsq"),
+        ("wanda", Pattern(group="column"), {"refine": "swaps"}, "choose another group"),
+        ("wanda", Pattern(), {"refine": "swap"}, "'swap': choose none, dsnot or swaps"),
+        (
+            "wanda",
+            Pattern(),
+            {"refine": "swaps", "refine_rounds": 0},
+            "rounds of the refinement are 0",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(name, pattern, options, message):
+    with pytest.raises(ValueError, match=message):
+        check_options(name, pattern, 0.5, Options(**options))
+
+
+def test_what_goes_together_passes():
+    check_options("alps", Pattern(), 0.5, Options(refine="swaps", update="lsq"))
+    check_options("wanda", Pattern(2, 4, group="column"), 0.5, Options(refine="dsnot"))
+    check_options("wanda-variant", Pattern(), 0.5, Options(refine="swaps"))
+    check_options("wanda", Pattern(group="column"), 0.5, Options(update="lsq"))

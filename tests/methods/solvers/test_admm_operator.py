@@ -1,0 +1,137 @@
+"""ALPS's steps without an inverse for every penalty: against exact inverses, and where few tokens reach wide linears."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from method_cases import gather
+from prunus.methods import METHODS, Options
+from prunus.methods.patterns import Pattern
+from prunus.methods.refine.dense_targets import tells_drift
+from prunus.methods.solvers.admm_operator import (
+    OVER_RELAXATION,
+    leading_eigenvectors,
+    penalties,
+    shrinking,
+)
+from prunus.methods.solvers.least_squares import ScaledGram, is_scarce, ridge, scaled_gram
+from prunus.methods.statistics import InputStatistics
+
+
+@pytest.fixture
+def wide_from_64(monkeypatch):
+    monkeypatch.setattr("prunus.methods.solvers.least_squares._WIDE", 64)
+
+
+def decaying(tokens: int, width: int, seed: int = 0) -> Tensor:
+    """Inputs whose Gram matrix has a few large eigenvalues, and many small ones."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(tokens, width, generator=generator)
+    turn_II = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+    return draw * (1 + 12 * torch.arange(1, width + 1) ** -0.7) @ turn_II
+
+
+def scarce(width: int = 256) -> tuple[Tensor, InputStatistics, ScaledGram]:
+    weight_OI = torch.randn(48, width, generator=torch.Generator().manual_seed(1))
+    statistics = gather(decaying(2 * width, width))
+    return weight_OI, statistics, scaled_gram(statistics, None)
+
+
+def exact(scaled: ScaledGram, penalty: float) -> Tensor:
+    identity_II = torch.eye(len(scaled.gram_II), dtype=torch.float64)
+    inverse_II = torch.linalg.inv(scaled.gram_II.double() + penalty * identity_II)
+    return OVER_RELAXATION * penalty * inverse_II + (1 - OVER_RELAXATION) * identity_II
+
+
+def test_only_wide_linears_with_few_tokens_are_scarce(wide_from_64):
+    assert is_scarce(64, ridge(64, 320))
+    assert not is_scarce(64, ridge(64, 321)), "five tokens for each input"
+    assert not is_scarce(63, ridge(63, 100)), "narrow"
+    assert (tells_drift(64, 320), tells_drift(64, 321), tells_drift(63, 100)) == (False, True, True)
+
+
+def test_without_few_tokens_a_quarter_of_the_iterations_has_each_penalty():
+    scaled = scaled_gram(gather(decaying(640, 64)), None)
+    assert penalties(scaled, 8) == [0.25, 0.25, 0.4, 0.4, 0.8, 0.8, 1.6, 1.6]
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 5])
+def test_with_few_tokens_penalties_grow_from_half_the_diagonal(wide_from_64, iterations):
+    scaled = scaled_gram(gather(decaying(64, 64)), None)
+    found = penalties(scaled, iterations)
+    assert len(found) == iterations
+    assert found[0] == 1.0
+    assert iterations == 1 or found[-1] == pytest.approx(4.0)
+    assert all(first < second for first, second in itertools.pairwise(found))
+
+
+def test_the_leading_eigenvectors_are_those_of_a_decomposition():
+    gram_II = scarce()[2].gram_II
+    vectors_IR, values_R = leading_eigenvectors(gram_II, 16)
+    expected_I = torch.linalg.eigvalsh(gram_II.double())
+    torch.testing.assert_close(values_R[-2:].double(), expected_I[-2:], rtol=1e-2, atol=0)
+    assert (values_R <= expected_I[-16:] * (1 + 1e-5)).all(), "Ritz values are not larger"
+    assert (values_R > 0.6 * expected_I[-16:]).all()
+    torch.testing.assert_close(vectors_IR.T @ vectors_IR, torch.eye(16), rtol=0, atol=1e-3)
+    again_IR, _ = leading_eigenvectors(gram_II, 16)
+    assert torch.equal(vectors_IR, again_IR)
+
+
+def test_the_spectrum_stands_in_for_inverses(wide_from_64):
+    weight_OI, statistics, scaled = scarce()
+    shrink = shrinking(statistics, scaled, len(weight_OI))
+    for penalty in penalties(scaled, 5):
+        expected_OI = weight_OI @ exact(scaled, penalty).float()
+        found_OI = weight_OI @ shrink(penalty).float()
+        assert float((found_OI - expected_OI).norm() / expected_OI.norm()) < 0.25
+        blunt_OI = weight_OI * float(exact(scaled, penalty).diagonal().mean())
+        assert (found_OI - expected_OI).norm() < 0.65 * (blunt_OI - expected_OI).norm()
+
+
+@pytest.mark.parametrize(
+    "pattern", [Pattern(), Pattern(group="layer"), Pattern.parse("2:4", "row")], ids=repr
+)
+def test_with_few_tokens_alps_loses_hardly_more_than_by_inverses(pattern, monkeypatch):
+    weight_OI, statistics, scaled = scarce()
+
+    def error(method: str) -> float:
+        pruned = METHODS[method].prune(weight_OI, statistics, pattern, 0.5, Options())
+        change_OI = (pruned.weight_OI - weight_OI) * scaled.scale_I
+        return float((change_OI @ scaled.gram_II * change_OI).sum())
+
+    by_inverses = error("alps")
+    monkeypatch.setattr("prunus.methods.solvers.least_squares._WIDE", 64)
+    found = error("alps")
+    assert found != by_inverses
+    assert found < 1.05 * by_inverses
+    assert found < 0.85 * error("wanda")
+
+
+def test_rows_in_runs_are_pruned_as_all_at_once(wide_from_64, monkeypatch):
+    weight_OI, statistics, _ = scarce()
+    for pattern in (
+        Pattern(),
+        Pattern(group=3),
+        Pattern(group="layer"),
+        Pattern.parse("4:8", "row"),
+    ):
+        whole = METHODS["alps"].prune(weight_OI, statistics, pattern, 0.5, Options())
+        monkeypatch.setattr("prunus.hardware.numerics._AT_A_TIME", 10 * 256)
+        runs = METHODS["alps"].prune(weight_OI, statistics, pattern, 0.5, Options())
+        monkeypatch.undo()
+        monkeypatch.setattr("prunus.methods.solvers.least_squares._WIDE", 64)
+        assert (whole.keep_OI == runs.keep_OI).float().mean() > 0.999
+        torch.testing.assert_close(whole.weight_OI, runs.weight_OI, rtol=1e-2, atol=1e-2)
+
+
+def test_what_is_no_gram_matrix_is_refused(wide_from_64):
+    weight_OI, statistics, _ = scarce(64)
+    statistics._derived.clear()
+    assert statistics.gram_II is not None
+    statistics.gram_II.fill_(float("nan"))
+    with pytest.raises(ValueError, match="is it finite"):
+        METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, Options(damping=1.0))

@@ -1,0 +1,259 @@
+"""How sparsity is shared out: exact budgets, the published rules, and the greedy search against all others."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from prunus.methods import allocation
+from prunus.methods.allocation import (
+    arithmetic,
+    by_error,
+    dlp,
+    in_whole_weights,
+    median_score,
+    meet_budget,
+    outlier_share,
+    owl,
+    removed_energy,
+    uniform,
+)
+
+LAYERS = st.lists(st.tuples(st.integers(1, 10**7), st.floats(-3, 3)), min_size=1, max_size=12)
+SPARSITY = st.floats(0, 0.94)
+
+
+def mean(sparsities: list[float], weights: list[int]) -> float:
+    return math.fsum(s * n for s, n in zip(sparsities, weights, strict=True)) / sum(weights)
+
+
+# --- the budget ------------------------------------------------------------------------------------------------
+
+
+@given(LAYERS, SPARSITY)
+def test_the_budget_is_met_exactly_and_by_one_shift(layers, sparsity):
+    weights, wanted = [n for n, _ in layers], [value for _, value in layers]
+    found = meet_budget(wanted, weights, sparsity)
+    assert mean(found, weights) == pytest.approx(sparsity, abs=1e-12)
+    assert all(0 <= s <= 0.95 for s in found)
+    shifts = [s - value for s, value in zip(found, wanted, strict=True) if 0 < s < 0.95]
+    assert max(shifts, default=0) - min(shifts, default=0) < 1e-9
+    for (s, value), (t, other) in itertools.combinations(zip(found, wanted, strict=True), 2):
+        assert (s <= t) if value < other else (t <= s) if other < value else s == t
+
+
+@given(LAYERS, SPARSITY, st.floats(0, 0.5), st.floats(-0.05, 0.05))
+def test_every_rule_meets_the_budget(layers, sparsity, spread, step):
+    weights, values = [n for n, _ in layers], [abs(value) for _, value in layers]
+    for found in (
+        uniform(weights, sparsity),
+        owl(values, weights, sparsity, spread),
+        dlp(values, weights, sparsity, spread),
+        arithmetic(weights, sparsity, step),
+    ):
+        assert mean(found, weights) == pytest.approx(sparsity, abs=1e-12)
+        assert all(0 <= s < 1 for s in found)
+
+
+def test_bounds_are_kept_by_moving_the_others():
+    assert meet_budget([0.1, 0.5, 2.0], [1, 1, 1], 0.5, most=0.8) == pytest.approx(
+        [0.15, 0.55, 0.8]
+    )
+    assert meet_budget([-1.0, 0.5], [3, 1], 0.2) == pytest.approx([0, 0.8])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "weights", "sparsity", "most", "message"),
+    [
+        ([], [], 0.5, 0.9, "every layer must have weights"),
+        ([0.5], [0], 0.5, 0.9, "every layer must have weights"),
+        ([0.5], [1, 1], 0.5, 0.9, "one finite value for each of the 2 layers"),
+        ([math.nan, 0.5], [1, 1], 0.5, 0.9, "one finite value for each of the 2 layers"),
+        ([0.5], [1], 1.0, 0.9, r"the sparsity is 1\.0"),
+        ([0.5], [1], math.nan, 0.9, "the sparsity is nan"),
+        ([0.5], [1], 0.95, 0.9, r"0\.95 in all does not fit under a most of 0\.9"),
+        ([0.5], [1], 0.5, 1.0, "does not fit"),
+    ],
+)
+def test_budgets_that_cannot_be_met_are_refused(wanted, weights, sparsity, most, message):
+    with pytest.raises(ValueError, match=message):
+        meet_budget(wanted, weights, sparsity, most)
+
+
+# --- the published rules ---------------------------------------------------------------------------------------
+
+
+def test_uniform_is_uniform():
+    assert uniform([5, 1, 100], 0.3) == pytest.approx([0.3] * 3, abs=1e-15)
+    assert uniform([1], 0.97) == [0.97]
+
+
+def test_owl_spares_layers_with_many_outliers():
+    found = owl([0.01, 0.03, 0.02], [10, 10, 10], 0.5)
+    assert found == pytest.approx([0.58, 0.42, 0.5])
+    assert owl([0.01, 0.01], [1, 3], 0.5) == pytest.approx([0.5, 0.5])
+
+
+def test_dlp_spares_layers_with_a_low_median():
+    found = dlp([1.0, 3.0, 2.0], [10, 10, 10], 0.7)
+    assert found == pytest.approx([0.55, 0.85, 0.7])
+    assert dlp([0.0, 0.0], [1, 1], 0.5) == pytest.approx([0.5, 0.5])
+
+
+def test_arithmetic_rises_by_its_step():
+    assert arithmetic([7] * 4, 0.5, 0.1) == pytest.approx([0.35, 0.45, 0.55, 0.65])
+    assert arithmetic([7] * 4, 0.5, -0.1) == pytest.approx([0.65, 0.55, 0.45, 0.35])
+
+
+def test_a_spread_out_of_range_is_refused():
+    for spread in (-0.1, 0.6, math.nan):
+        with pytest.raises(ValueError, match="the spread is"):
+            owl([0.1, 0.2], [1, 1], 0.5, spread)
+
+
+def test_outliers_and_medians_are_those_of_all_scores_together():
+    first, second = torch.ones(10, 10), torch.full((5, 4), 2.0)
+    first[0, :3] = 100.0
+    everything = torch.cat([first.flatten(), second.flatten()])
+    assert (
+        outlier_share([first, second])
+        == (everything > 5 * everything.mean()).double().mean()
+        == 3 / 120
+    )
+    assert (
+        outlier_share([first, second], multiple=0.3)
+        == (everything > 0.3 * everything.mean()).sum() / 120
+    )
+    assert median_score([first, second]) == everything.median() == 1.0
+
+
+# --- by error --------------------------------------------------------------------------------------------------
+
+
+def interpolated(curve: list[tuple[float, float]], at: float) -> float:
+    for (x1, y1), (x2, y2) in itertools.pairwise(curve):
+        if at <= x2 + 1e-12:
+            return y1 + (y2 - y1) * (at - x1) / (x2 - x1)
+    raise AssertionError(at)
+
+
+@st.composite
+def convex_curves(draw):
+    curves, weights = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        slopes = sorted(draw(st.lists(st.floats(0, 10), min_size=2, max_size=4)))
+        points = [(0.0, 0.0)]
+        for slope in slopes:
+            points.append((points[-1][0] + 0.2, points[-1][1] + 0.2 * slope))
+        curves.append(points)
+        weights.append(draw(st.integers(1, 5)))
+    return curves, weights
+
+
+@given(convex_curves(), st.floats(0, 0.75))
+@settings(deadline=None, max_examples=60)
+def test_no_other_sparsities_of_the_same_budget_cost_less(drawn, sparsity):
+    curves, weights = drawn
+    reach = mean([curve[-1][0] for curve in curves], weights)
+    assume(sparsity <= reach)
+    found = by_error(curves, weights, sparsity)
+    assert mean(found, weights) == pytest.approx(sparsity, abs=1e-12)
+    cost = sum(interpolated(curve, s) for curve, s in zip(curves, found, strict=True))
+    grid = [[i * curve[-1][0] / 20 for i in range(21)] for curve in curves[:-1]]
+    for others in itertools.product(*grid):
+        spent = sum(s * n for s, n in zip(others, weights[:-1], strict=True))
+        last = (sparsity * sum(weights) - spent) / weights[-1]
+        if 0 <= last <= curves[-1][-1][0]:
+            trial = sum(interpolated(c, s) for c, s in zip(curves, [*others, last], strict=True))
+            assert cost <= trial + 1e-9
+
+
+def test_the_budget_goes_where_error_is_cheapest_per_weight():
+    cheap, dear = [(0.0, 0.0), (0.5, 1.0), (0.9, 3.0)], [(0.0, 0.0), (0.5, 10.0), (0.9, 30.0)]
+    assert by_error([cheap, dear], [100, 100], 0.25) == pytest.approx([0.5, 0.0])
+    assert by_error([cheap, dear], [100, 100], 0.5) == pytest.approx([0.9, 0.1])
+    # The same error for a hundred times the weights is cheap again.
+    assert by_error([cheap, dear], [1, 100], 0.45) == pytest.approx([0.0, 0.4545], abs=1e-3)
+
+
+def test_a_dent_in_a_curve_is_bridged():
+    """From 0 to 0.4 the first costs more per weight than from 0.4 to 0.8; half of the way would be the worst of both."""
+    dented, straight = [(0.0, 0.0), (0.4, 8.0), (0.8, 8.1)], [(0.0, 0.0), (0.4, 4.5), (0.8, 9.0)]
+    assert by_error([dented, straight], [10, 10], 0.4) == pytest.approx([0.8, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("curves", "sparsity", "message"),
+    [
+        (
+            [[(0.0, 0.0), (0.5, 1.0)]],
+            0.6,
+            r"go from a sparsity of 0\.0000 to 0\.5000 in all; 0\.6 is not",
+        ),
+        (
+            [[(0.3, 0.0), (0.5, 1.0)]],
+            0.2,
+            r"go from a sparsity of 0\.3000 to 0\.5000 in all; 0\.2 is not",
+        ),
+        ([[(0.0, 0.0)]], 0.2, "layer 0 needs two or more"),
+        ([[(0.0, 0.0), (0.0, 1.0)]], 0.2, "points of rising sparsity"),
+        ([[(0.0, 0.0), (0.5, math.nan)]], 0.2, "finite points"),
+        ([], 0.2, "0 error curves for 1 layers"),
+    ],
+)
+def test_curves_that_do_not_serve_are_refused(curves, sparsity, message):
+    with pytest.raises(ValueError, match=message):
+        by_error(curves, [10], sparsity)
+
+
+def test_removed_energy_is_the_lowest_squares_of_every_row():
+    score_OI = torch.tensor([[3.0, 1.0, 2.0, 0.5], [1.0, 4.0, 0.0, 2.0]])
+    curve = removed_energy(score_OI, [0.0, 0.25, 0.3, 0.5, 0.99])
+    assert curve == [(0.0, 0.0), (0.25, 0.25), (0.5, 2.25), (0.75, 10.25)]
+    assert by_error([curve, curve], [8, 8], 0.5) == pytest.approx([0.5, 0.5])
+
+
+# --- whole weights ---------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 300), st.integers(1, 300), st.floats(-0.3, 0.3)),
+        min_size=1,
+        max_size=9,
+    ),
+    st.floats(0, 0.9),
+)
+@settings(deadline=None)
+def test_whole_weights_come_within_a_column_of_the_budget(layers, sparsity):
+    shapes = [(rows, columns) for rows, columns, _ in layers]
+    weights = [rows * columns for rows, columns in shapes]
+    wanted = meet_budget([sparsity + value for *_, value in layers], weights, sparsity)
+    found = in_whole_weights(wanted, shapes, sparsity)
+    removed = sum(rows * int(columns * s) for (rows, columns), s in zip(shapes, found, strict=True))
+    budget = sparsity * sum(weights)
+    assert removed <= budget + 1e-5
+    for (rows, columns), before, after in zip(shapes, wanted, found, strict=True):
+        assert 0 <= after < 1
+        assert abs(int(columns * after) - columns * before) <= 1 + 1e-6
+        # Nobody is left whose next weight would still have fitted, and who had not been rounded up.
+        rounded_up = int(columns * after) > columns * before + 1e-6
+        last = int(columns * after) + 1 == columns
+        whole = abs(columns * before - round(columns * before)) < 1e-6
+        assert rounded_up or last or whole or rows > budget - removed - 1e-5
+
+
+def test_what_is_whole_stays():
+    assert in_whole_weights([0.5, 0.25], [(3, 8), (5, 4)], 17 / 44) == [0.5, 0.25]
+    # 29/49·49 is a little less than 29 in floating point.
+    (found,) = in_whole_weights([29 / 49], [(1, 49)], 29 / 49)
+    assert int(49 * found) == 29
+
+
+def test_the_module_says_what_it_offers():
+    assert all(callable(getattr(allocation, name)) for name in allocation.__all__)

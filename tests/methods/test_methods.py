@@ -1,0 +1,310 @@
+"""Each method against a slow obvious version, and its promises on matrices that nobody wishes for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import reference
+from method_cases import BY_BLOCKS, PATTERNS, WEIRD, example, gather, prune, weird_example
+from prunus.methods import METHODS, Options, check_options, default_group, get_method
+from prunus.methods.patterns import Pattern
+from prunus.methods.solvers.obs import inverse_factor
+
+# --- against the references ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
+def test_magnitude_and_wanda_are_those_of_the_reference(pattern):
+    weight_OI, X_TI = example(7, 12)
+    pruned = prune("magnitude", weight_OI, X_TI, pattern)
+    assert torch.equal(pruned.keep_OI, reference.block_keep(weight_OI.abs(), pattern, 0.5))
+    pruned = prune("wanda", weight_OI, X_TI, pattern)
+    assert torch.equal(
+        pruned.keep_OI, reference.keep_mask(reference.wanda_score(weight_OI, X_TI), pattern, 0.5)
+    )
+
+
+@pytest.mark.parametrize("sparsity", [0.02, 0.3, 0.5, 0.8, 0.97])
+def test_the_variant_takes_the_same_share_of_every_row(sparsity):
+    weight_OI, X_TI = example(20, 200)
+    weight_OI *= torch.linspace(0.1, 3, 200) ** torch.randn(20, 1)
+    pruned = prune("wanda-variant", weight_OI, X_TI, Pattern(), sparsity)
+    expected = reference.variant_keep(reference.wanda_score(weight_OI, X_TI), pruned.notes["alpha"])
+    assert (
+        pruned.keep_OI == expected
+    ).float().mean() > 0.999  # a sum in float32 may fall on the other side of α
+    assert (~pruned.keep_OI).float().mean().item() == pytest.approx(sparsity, abs=0.0011)
+    assert len({int(count) for count in pruned.keep_OI.sum(dim=1)}) > 1
+
+
+@pytest.mark.parametrize("pattern", [*BY_BLOCKS, Pattern(5, 6), Pattern(9, 20)], ids=repr)
+@pytest.mark.parametrize("column_block", [1, 7, 20, 128])
+def test_sparsegpt_is_that_of_the_reference(pattern, column_block):
+    weight_OI, X_TI = example(6, 60)
+    X_TI[:, 13] = 0
+    pruned = prune("sparsegpt", weight_OI, X_TI, pattern, column_block=column_block)
+    gram_II = X_TI.double().T @ X_TI.double()
+    weight, keep = reference.sparsegpt(weight_OI, gram_II, pattern, 0.5, block=column_block)
+    assert torch.equal(pruned.keep_OI, keep)
+    assert torch.equal(pruned.weight_OI[:, 13], torch.zeros(6))
+    torch.testing.assert_close(pruned.weight_OI.double(), weight, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("pattern", BY_BLOCKS, ids=repr)
+@pytest.mark.parametrize("mask_from", ["wanda", "magnitude"])
+@pytest.mark.parametrize("mask_order", ["before", "blockwise"])
+def test_the_ablations_are_those_of_the_reference(pattern, mask_from, mask_order):
+    weight_OI, X_TI = example(6, 60)
+    norms_I = (
+        X_TI.double().norm(dim=0) if mask_from == "wanda" else torch.ones(60, dtype=torch.float64)
+    )
+    draw = reference.block_keep if mask_from == "magnitude" else reference.keep_mask
+    fixed_OI = draw(weight_OI.abs() * norms_I, pattern, 0.5)
+
+    def choose(weight_OB: Tensor, cost_B: Tensor, start: int) -> Tensor:
+        columns = slice(start, start + len(cost_B))
+        if mask_order == "before":
+            return fixed_OI[:, columns]
+        return reference.block_keep(weight_OB.abs() * norms_I[columns], pattern, 0.5)
+
+    pruned = prune(
+        "obs", weight_OI, X_TI, pattern, mask_from=mask_from, mask_order=mask_order, column_block=20
+    )
+    weight, keep = reference.obs_sweep(
+        weight_OI, gather(X_TI).gram_II, 0.01, pattern.m or 20, choose
+    )
+    assert torch.equal(pruned.keep_OI, keep)
+    torch.testing.assert_close(pruned.weight_OI.double(), weight, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("pattern", BY_BLOCKS, ids=repr)
+def test_the_update_lowers_the_output_error(pattern):
+    weight_OI, X_TI = example(16, 96)
+    for name in ("sparsegpt", "obs"):
+        pruned = prune(name, weight_OI, X_TI, pattern)
+        left = ((weight_OI - pruned.weight_OI) @ X_TI.T).norm()
+        masked = ((weight_OI * ~pruned.keep_OI) @ X_TI.T).norm()
+        assert left < 0.95 * masked
+
+
+# --- promises --------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.sampled_from(["magnitude", "wanda"]),
+    st.sampled_from(PATTERNS),
+    st.integers(1, 9),
+    st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=50)
+def test_counts_are_exact(name, pattern, rows, seed):
+    weight_OI, X_TI = example(rows, 12, seed)
+    pruned = prune(name, weight_OI, X_TI, pattern, 0.4)
+    for places in reference.competitors((rows, 12), pattern):
+        gone = int(len(places) * 0.4) if pattern.n is None else pattern.m - pattern.n
+        over = name == "magnitude" and pattern.group == "layer" and len(places) >= 100
+        assert sum(not pruned.keep_OI[place] for place in places) == gone + over
+
+
+@given(
+    st.sampled_from(["sparsegpt", "obs"]),
+    st.integers(1, 20),
+    st.integers(1, 4),
+    st.integers(1, 7),
+    st.data(),
+)
+@settings(deadline=None, max_examples=40)
+def test_n_of_m_holds_whatever_the_block(name, m, groups, rows, data):
+    n, block = data.draw(st.integers(0, m)), data.draw(st.integers(1, 50))
+    order = data.draw(st.sampled_from(["before", "blockwise"]))
+    weight_OI, X_TI = example(rows, groups * m)
+    pruned = prune(name, weight_OI, X_TI, Pattern(n, m), column_block=block, mask_order=order)
+    assert (pruned.keep_OI.view(rows, groups, m).sum(dim=2) == n).all()
+
+
+@given(st.integers(1, 9), st.integers(1, 30), st.floats(0, 0.99), st.integers(0, 99))
+@settings(deadline=None, max_examples=50)
+def test_wanda_with_equal_norms_is_row_wise_magnitude(rows, columns, sparsity, seed):
+    weight_OI, _ = example(rows, columns, seed)
+    X_TI = torch.full((4, columns), 0.5)
+    wanda = prune("wanda", weight_OI, X_TI, Pattern(), sparsity)
+    magnitude = prune("magnitude", weight_OI, X_TI, Pattern(), sparsity)
+    assert torch.equal(wanda.weight_OI, magnitude.weight_OI)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(4, 4)], ids=repr)
+def test_nothing_to_remove_changes_nothing(name, pattern):
+    weight_OI, X_TI = example(5, 12)
+    weight_OI[2, 3], weight_OI[3, 3] = 0.0, -0.0
+    X_TI[:, 1] = 0
+    if name != "wanda-variant" or pattern.is_unstructured:
+        pruned = prune(name, weight_OI, X_TI, pattern, 0.0)
+        assert pruned.keep_OI.all()
+        assert torch.equal(pruned.weight_OI.view(torch.int32), weight_OI.view(torch.int32))
+
+
+@given(
+    st.sampled_from(list(METHODS)),
+    st.sampled_from(WEIRD),
+    st.sampled_from([Pattern(), Pattern(2, 4)]),
+    st.integers(1, 6),
+    st.sampled_from([4, 8, 40]),
+    st.sampled_from([0.0, 1e-6, 0.01]),
+    st.integers(0, 20),
+)
+@settings(deadline=None, max_examples=150)
+def test_no_input_makes_a_weight_that_is_not_finite(
+    name, kind, pattern, rows, columns, damping, seed
+):
+    weight_OI, X_TI = weird_example(kind, rows, columns, seed)
+    if name == "wanda-variant":
+        pattern = Pattern()
+    pruned = prune(name, weight_OI, X_TI, pattern, 0.5, damping=damping)
+    if name != "wanda-variant":
+        assert (pruned.keep_OI.sum(dim=1) == columns // 2).all()
+    if METHODS[name].updates_weights:
+        assert not pruned.weight_OI[:, (X_TI == 0).all(dim=0)].any()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_width_one(name):
+    weight_OI, X_TI = example(10, 1)
+    pruned = prune(name, weight_OI, X_TI, Pattern())
+    if name != "wanda-variant":  # int(1 * 0.5) is 0
+        assert torch.equal(pruned.weight_OI, weight_OI)
+
+
+def test_magnitude_over_the_layer_takes_ties_along():
+    weight_OI = torch.arange(1000.0).view(20, 50)
+    weight_OI.view(-1)[500:503] = torch.tensor([-500.0, 500.0, -500.0])
+    assert torch.equal(
+        METHODS["magnitude"].prune(weight_OI, None, Pattern(group="layer"), 0.5, Options()).keep_OI,
+        weight_OI > 502,
+    )
+
+
+# --- damping ---------------------------------------------------------------------------------------------------
+
+
+def test_damping_that_suffices_is_left_alone():
+    _, X_TI = example(1, 30)
+    factor_II, notes = inverse_factor(gather(X_TI).gram_II, 0.01)
+    assert notes == {"damping": 0.01}
+    scaled_II = X_TI.double().T @ X_TI.double()
+    scaled_II /= scaled_II.diagonal().mean()
+    expected = torch.linalg.cholesky(torch.linalg.inv(scaled_II + 0.01 * torch.eye(30)), upper=True)
+    torch.testing.assert_close(factor_II.double(), expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(factor_II, factor_II.triu())
+
+
+def test_damping_is_raised_until_the_gram_can_be_inverted():
+    _, X_TI = weird_example("duplicates", 1, 30, 0)
+    factor_II, notes = inverse_factor(gather(X_TI).gram_II, 0.0)
+    assert notes == {"damping": 0.01, "damping_raised": 1}
+    assert factor_II.isfinite().all()
+
+    indefinite_II = torch.tensor([[1.0, 1.05], [1.05, 1.0]])  # eigenvalues 2.05 and -0.05
+    factor_II, notes = inverse_factor(indefinite_II, 0.01)
+    assert notes == {"damping": 0.1, "damping_raised": 1}
+    torch.testing.assert_close(
+        factor_II.T @ factor_II, torch.linalg.inv(indefinite_II + 0.1 * torch.eye(2))
+    )
+
+
+def test_float64_is_tried_before_more_damping():
+    gram_II = torch.eye(3)
+    gram_II[0, 1] = gram_II[1, 0] = 1 - 2**-22
+    factor_II, notes = inverse_factor(gram_II, 0.0)
+    assert notes == {"damping": 0.0, "factored_in": "float64"}
+    torch.testing.assert_close(
+        factor_II.double(),
+        torch.linalg.cholesky(torch.linalg.inv(gram_II.double()), upper=True),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+def test_the_scale_of_the_inputs_does_not_matter():
+    weight_OI, X_TI = example(6, 40)
+    expected = prune("sparsegpt", weight_OI, X_TI, Pattern(group="layer"))
+    for factor in (2.0**-30, 2.0**20):
+        assert torch.equal(
+            prune("sparsegpt", weight_OI, X_TI * factor, Pattern(group="layer")).weight_OI,
+            expected.weight_OI,
+        )
+
+
+def test_what_is_no_gram_matrix_is_refused():
+    with pytest.raises(ValueError, match="cannot be inverted"):
+        inverse_factor(torch.full((3, 3), float("nan")), 0.01)
+
+
+# --- the table -------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_keyed_by_name():
+    assert list(METHODS) == [
+        "magnitude",
+        "wanda",
+        "wanda-variant",
+        "ria",
+        "sparsegpt",
+        "obs",
+        "alps",
+    ]
+    assert all(method.name == name for name, method in METHODS.items())
+    with pytest.raises(ValueError, match="'wandb' is unknown: choose one of magnitude, wanda"):
+        get_method("wandb")
+
+
+def test_default_groups_are_those_of_the_paper():
+    assert {name: default_group(name) for name in METHODS} == {
+        "magnitude": "layer",
+        "wanda": "row",
+        "wanda-variant": "row",
+        "ria": "layer",
+        "sparsegpt": "layer",
+        "obs": "row",
+        "alps": "row",
+    }
+    assert default_group("obs", Options(mask_from="magnitude")) == "layer"
+    assert default_group("obs", Options(mask_order="blockwise")) == "layer"
+    for name in METHODS:
+        check_options(name, Pattern(group=default_group(name)), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "sparsity", "options", "message"),
+    [
+        ("wandb", Pattern(), 0.5, {}, "unknown"),
+        ("wanda", Pattern(), 1.0, {}, "sparsity is 1.0"),
+        ("wanda", Pattern(), -0.1, {}, "sparsity is -0.1"),
+        ("wanda", Pattern(), float("nan"), {}, "sparsity is nan"),
+        ("wanda-variant", Pattern(2, 4), 0.5, {}, "no 2:4 form.*use wanda"),
+        ("wanda-variant", Pattern(group="layer"), 0.5, {}, "row by row"),
+        ("sparsegpt", Pattern(group="column"), 0.5, {}, "not by column"),
+        ("sparsegpt", Pattern(group=4), 0.5, {}, "not by 4"),
+        ("obs", Pattern(group="column"), 0.5, {"mask_order": "blockwise"}, "not by column"),
+        ("obs", Pattern(), 0.5, {"mask_order": "after"}, "'after'.*before or blockwise"),
+        ("obs", Pattern(), 0.5, {"mask_from": "ria"}, "'ria'.*wanda or magnitude"),
+        ("sparsegpt", Pattern(), 0.5, {"damping": -1.0}, "damping is -1.0"),
+        ("sparsegpt", Pattern(), 0.5, {"damping": float("nan")}, "damping is nan"),
+        ("sparsegpt", Pattern(), 0.5, {"column_block": 0}, "column block is 0"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(name, pattern, sparsity, options, message):
+    with pytest.raises(ValueError, match=message):
+        check_options(name, pattern, sparsity, Options(**options))
+
+
+def test_what_goes_together_passes():
+    for name in ("magnitude", "wanda", "sparsegpt", "obs"):
+        check_options(name, Pattern(2, 4), 0.5)
+    check_options("sparsegpt", Pattern(2, 4, group="column"), 0.5)
+    check_options("obs", Pattern(group="column"), 0.0)
+    check_options("wanda", Pattern(group=7), 0.99)

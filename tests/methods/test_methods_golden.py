@@ -1,0 +1,119 @@
+"""Each method against what the original code made of two real Llama blocks.
+
+Whole models are pruned as the original does it, two passes per block, with `reference.prune_two_pass`. Two things
+about the original must be known to read the comparison:
+
+- Where a mask depends on weights already updated (SparseGPT, the "iterative" ablations), rounding feeds back: the
+  original run with two threads instead of one agrees with itself on only 94 % of the mask of block 1's down_proj
+  (2:4). Such a mask is compared linear by linear on the inputs that the original saw: after each comparison the
+  linear goes on with the original's mask, and the update around it.
+- Its ablations weigh the squared norms of the k-th window by 2/k instead of equally. That is a slip, which prunus
+  repeats under `--propagate block` only; the comparison feeds it such norms.
+
+Here it is the default arithmetic that is compared; test_golden.py does it end to end, in the original's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import reference
+from golden import FED_BACK_LINEAR
+from prunus.methods import METHODS, Options
+from prunus.methods.base import Part
+from prunus.methods.patterns import Pattern
+from prunus.methods.solvers.obs import prune_by_obs
+from prunus.methods.statistics import InputStatistics
+
+LAYER = Pattern(group="layer")
+MAGNITUDE = {"mask_from": "magnitude"}
+BLOCKWISE = {"mask_order": "blockwise"}
+
+FIXED = [
+    ("magnitude_unstructured", "magnitude", LAYER, {}, 0.9999),
+    ("magnitude_2of4", "magnitude", Pattern(2, 4), {}, 0.9999),
+    ("wanda_unstructured", "wanda", Pattern(), {}, 0.9999),
+    ("wanda_2of4", "wanda", Pattern(2, 4), {}, 0.9999),
+    ("wanda_4of8", "wanda", Pattern(4, 8), {}, 0.9999),
+    ("wanda_variant_unstructured", "wanda-variant", Pattern(), {}, 0.9999),
+    ("ablate_mag_seq_unstructured", "obs", LAYER, MAGNITUDE, 0.999),
+    ("ablate_wanda_seq_unstructured", "obs", Pattern(), {}, 0.999),
+]
+FED_BACK = [
+    ("sparsegpt_unstructured", "sparsegpt", LAYER, {}, FED_BACK_LINEAR),
+    ("sparsegpt_2of4", "sparsegpt", Pattern(2, 4), {}, FED_BACK_LINEAR),
+    ("ablate_mag_iter_2of4", "obs", Pattern(2, 4), MAGNITUDE | BLOCKWISE, FED_BACK_LINEAR),
+    ("ablate_wanda_iter_unstructured", "obs", LAYER, BLOCKWISE, FED_BACK_LINEAR),
+]
+
+
+def official_keep(official: dict[str, np.ndarray], name: str, weight_OI: Tensor) -> Tensor:
+    bits = np.unpackbits(official[f"{name}.weight.keep"], bitorder="little")[: weight_OI.numel()]
+    return torch.from_numpy(bits.astype(bool)).view_as(weight_OI)
+
+
+def with_its_mask(weight_OI: Tensor, statistics: InputStatistics, keep_OI: Tensor) -> Tensor:
+    """The weight of the original: its mask, and the update around it."""
+
+    def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, part: Part) -> Tensor:
+        return keep_OI[:, start : start + weight_OB.shape[1]]
+
+    return prune_by_obs(weight_OI, statistics, Pattern(), Options(), choose).weight_OI
+
+
+@pytest.mark.parametrize(
+    ("file", "method", "pattern", "options", "share"),
+    FIXED + FED_BACK,
+    ids=[case[0] for case in FIXED + FED_BACK],
+)
+def test_masks_and_norms_are_those_of_the_original(
+    golden: Path, file: str, method: str, pattern: Pattern, options: dict[str, str], share: float
+):
+    with np.load(golden / f"official_{file}_0.5.npz") as arrays:
+        official = {name: arrays[name] for name in arrays.files}
+    windows = load_file(golden / "calibration.safetensors")["input_ids"].long()
+    model = AutoModelForCausalLM.from_pretrained(golden, dtype=torch.float32).eval()
+    compared = []
+
+    def prune_linear(name: str, weight_OI: Tensor, inputs: list[Tensor]) -> Tensor:
+        statistics = InputStatistics(weight_OI.shape[1], METHODS[method].needs)
+        for X_TI in inputs:
+            statistics.add(X_TI)
+        if method == "obs":
+            weighed = [
+                X_TI.double().square().sum(dim=0) / k for k, X_TI in enumerate(inputs, start=1)
+            ]
+            statistics.sum_squares_I = torch.stack(weighed).sum(dim=0)
+        pruned = METHODS[method].prune(weight_OI, statistics, pattern, 0.5, Options(**options))
+        keep_OI = official_keep(official, name, weight_OI)
+        agreement = ((pruned.weight_OI != 0) == keep_OI).double().mean().item()
+        assert agreement >= share, f"{name}: {agreement}"
+        norm = pruned.weight_OI.double().norm().item()
+        assert norm == pytest.approx(official[f"{name}.weight.norm"].item(), rel=1e-4), name
+        compared.append(name)
+        fed_back = file in {case[0] for case in FED_BACK}
+        return with_its_mask(weight_OI, statistics, keep_OI) if fed_back else pruned.weight_OI
+
+    reference.prune_two_pass(model, "model.layers", windows, prune_linear)
+    assert len(compared) == 14
+
+    with torch.no_grad():
+        hidden = torch.cat(
+            [model.model(window[None], use_cache=False).last_hidden_state for window in windows]
+        )
+    assert hidden.double().norm().item() == pytest.approx(
+        official["last_hidden_state_norm"].item(), rel=1e-5
+    )
+    torch.testing.assert_close(
+        hidden[0, :4, :16],
+        torch.from_numpy(official["last_hidden_state_sample"]),
+        rtol=1e-3,
+        atol=2e-3,
+    )

@@ -1,0 +1,189 @@
+"""Masks: exact counts, the right weights, whatever competes and however scores tie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import reference
+from prunus.hardware.numerics import count_zeros
+from prunus.methods import patterns
+from prunus.methods.patterns import Pattern, check_shape, keep_above_threshold, keep_mask
+
+GROUPS = st.sampled_from(["row", "layer", "column", 1, 2, 3, 100])
+SPARSITIES = st.one_of(st.just(0.0), st.floats(0, 0.999))
+SIZES = st.integers(1, 12)
+
+
+def scores(rows: int, columns: int, seed: int, levels: int) -> Tensor:
+    """Few levels make many ties."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(levels, (rows, columns), generator=generator).float()
+
+
+def distinct_scores(rows: int, columns: int, seed: int) -> Tensor:
+    return (
+        torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed))
+        .float()
+        .view(rows, columns)
+    )
+
+
+@given(SIZES, SIZES, GROUPS, SPARSITIES, st.integers(0, 99), st.sampled_from([1, 2, 5, 10**6]))
+@settings(deadline=None)
+def test_unstructured_masks_are_those_of_the_reference(
+    rows, columns, group, sparsity, seed, levels
+):
+    score_OI = scores(rows, columns, seed, levels)
+    pattern = Pattern(group=group)
+    kept = keep_mask(score_OI, pattern, sparsity)
+    assert torch.equal(kept, reference.keep_mask(score_OI, pattern, sparsity))
+    for places in reference.competitors((rows, columns), pattern):
+        assert sum(not kept[place] for place in places) == int(len(places) * sparsity)
+
+
+@given(SIZES, SIZES, st.data(), st.integers(0, 99), st.sampled_from([1, 3, 10**6]))
+@settings(deadline=None)
+def test_n_of_m_holds_for_all_n_and_m(rows, groups, data, seed, levels):
+    m = data.draw(st.integers(1, 20))
+    n = data.draw(st.integers(0, m))
+    kept = keep_mask(scores(rows, groups * m, seed, levels), Pattern(n, m), 0.3)
+    assert (kept.view(rows, groups, m).sum(dim=2) == n).all()
+    score_OI = distinct_scores(rows, groups * m, seed)
+    assert torch.equal(
+        keep_mask(score_OI, Pattern(n, m), 0.3), reference.keep_mask(score_OI, Pattern(n, m), 0.3)
+    )
+
+
+@pytest.mark.parametrize(
+    "pattern", [Pattern(), Pattern(2, 4), Pattern(group="column"), Pattern(group=3)], ids=repr
+)
+@pytest.mark.parametrize("at_a_time", [1, 64, 1000])
+def test_blocks_and_threads_change_nothing(monkeypatch, pattern, at_a_time):
+    score_OI = scores(50, 64, 0, 20)
+    expected = keep_mask(score_OI, pattern, 0.6)
+    monkeypatch.setattr(patterns, "_SCORES_AT_A_TIME", at_a_time)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(keep_mask(score_OI, pattern, 0.6), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(3, 4), Pattern(group="layer")], ids=repr)
+def test_any_float_dtype_and_layout(dtype, pattern):
+    score_OI = distinct_scores(8, 16, 0)
+    expected = keep_mask(score_OI, pattern, 0.5)
+    assert torch.equal(keep_mask(score_OI.to(dtype), pattern, 0.5), expected)
+    assert torch.equal(keep_mask(score_OI.T.contiguous().T, pattern, 0.5), expected)
+
+
+@given(rows=SIZES, columns=SIZES, sparsity=SPARSITIES, seed=st.integers(0, 99))
+def test_negative_scores_are_ordered_too(rows, columns, sparsity, seed):
+    score_OI = distinct_scores(rows, columns, seed) - rows * columns / 2
+    keep_OI = keep_mask(score_OI, Pattern(), sparsity)
+    assert torch.equal(keep_OI, reference.keep_mask(score_OI, Pattern(), sparsity))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_zeros_are_counted_with_either_sign(dtype):
+    assert (
+        count_zeros(
+            torch.tensor([[0.0, -0.0, 1.0], [float("nan"), float("inf"), 0.0]], dtype=dtype)
+        )
+        == 3
+    )
+    assert count_zeros(torch.empty(0, 4, dtype=dtype)) == 0
+
+
+def test_an_infinite_score_is_the_last_to_go():
+    score_OI = torch.tensor([[float("inf"), 1.0, float("inf"), 0.0]])
+    assert keep_mask(score_OI, Pattern(), 0.5).tolist() == [[True, False, True, False]]
+    assert keep_mask(score_OI, Pattern(), 0.75).tolist() == [[False, False, True, False]]
+
+
+def test_a_threshold_takes_all_equal_scores_along():
+    score_OI = torch.arange(1000.0).view(20, 50)
+    score_OI[score_OI == 502] = 500
+    score_OI[score_OI == 501] = 500
+    kept = keep_above_threshold(score_OI, 0.5)
+    assert torch.equal(kept, score_OI > 500)
+    assert (~kept).sum() == 503
+    assert torch.equal(keep_above_threshold(score_OI, 0.25), score_OI > 250)
+
+
+def test_a_threshold_on_coarse_scores_counts_exactly():
+    score_OI = scores(20, 50, 0, 3)
+    kept = keep_above_threshold(score_OI, 0.5)
+    assert (~kept).sum() == 500
+    assert score_OI[kept].min() >= score_OI[~kept].max()
+    assert keep_above_threshold(torch.zeros(4, 4), 0.25).sum() == 12
+
+
+def test_a_threshold_at_sparsity_0_keeps_everything():
+    assert keep_above_threshold(torch.arange(1000.0).view(20, 50), 0.0).all()
+
+
+@given(st.integers(0, 64), st.integers(1, 64))
+def test_patterns_are_read_back_as_written(n, m):
+    if n > m:
+        with pytest.raises(ValueError, match="impossible"):
+            Pattern(n, m)
+        return
+    pattern = Pattern.parse(f"{n}:{m}")
+    assert pattern == Pattern(n, m) == Pattern.parse(str(pattern))
+    assert pattern.sparsity == pytest.approx((m - n) / m)
+    assert pattern.removes_nothing(0.5) == (n == m)
+
+
+def test_unstructured_patterns():
+    assert Pattern.parse("unstructured") == Pattern() == Pattern.parse(str(Pattern()))
+    assert Pattern.parse("unstructured", "16") == Pattern(group=16)
+    assert Pattern.parse("unstructured", "layer").group == "layer"
+    assert Pattern().removes_nothing(0.0)
+    assert not Pattern().removes_nothing(0.1)
+    with pytest.raises(ValueError, match="implies no sparsity"):
+        _ = Pattern().sparsity
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2", "2:", "2:4:8", "-2:4", "2.0:4", "half", " 2:4", "2:4\n", "5:4", "0:0"]
+)
+def test_what_is_no_pattern_is_refused(text):
+    with pytest.raises(ValueError, match="pattern"):
+        Pattern.parse(text)
+
+
+@pytest.mark.parametrize("group", ["rows", "", "0", "-1", 0, -3, True, 2.5])
+def test_what_is_no_group_is_refused(group):
+    with pytest.raises(ValueError, match=r"group .* is unknown"):
+        Pattern.parse("unstructured", group)
+
+
+def test_one_number_is_no_pattern():
+    with pytest.raises(ValueError, match="both numbers"):
+        Pattern(n=2)
+
+
+def test_a_pattern_that_does_not_fit_is_named_before_any_work():
+    check_shape(Pattern(2, 4), (3, 8), "q_proj")
+    check_shape(Pattern(), (3, 7), "q_proj")
+    with pytest.raises(ValueError, match=r"q_proj has 10 inputs.*multiple of 4.*2:4"):
+        check_shape(Pattern(2, 4), (3, 10), "q_proj")
+    with pytest.raises(ValueError, match="conv has the shape"):
+        check_shape(Pattern(), (3, 10, 3), "conv")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="multiple of 4"):
+        keep_mask(torch.ones(3, 10), Pattern(2, 4), 0.5)
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 50, float("nan")])
+def test_a_sparsity_out_of_range_is_refused(sparsity):
+    with pytest.raises(ValueError, match="sparsity"):
+        keep_mask(torch.ones(3, 10), Pattern(), sparsity)
+    with pytest.raises(ValueError, match="sparsity"):
+        keep_above_threshold(torch.ones(3, 10), sparsity)

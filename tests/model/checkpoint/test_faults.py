@@ -1,0 +1,285 @@
+"""Kills at random moments, full disks, folders that cannot be written, shards that change, power cuts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
+
+import prunus
+from places import SUPPORT
+from prunus.model.checkpoint import atomic_files as files
+from prunus.model.checkpoint.atomic_files import TENSOR_DTYPES
+from prunus.model.checkpoint.lock import LOCK_NAME
+from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.packed import pack
+from random_kills import audit, outcome, verbs
+from recovery_cases import dense_checkpoint, pruned_checkpoint, training_text
+from tiny import token_ids
+
+NO_SPACE = re.compile(
+    r"^OSError: .*(No space left|os error 28)|^(RuntimeError|ValueError): .*(No space|os error 28)"
+)
+VERBS = ["prune", "pack", "recover-block", "recover-masked", "sweep"]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> tuple[Path, Path, Path, Path]:
+    """A dense and a pruned checkpoint, text, token ids; no test writes to them."""
+    folder = tmp_path_factory.mktemp("faults")
+    dense = dense_checkpoint(folder / "dense", dtype=torch.bfloat16)
+    pruned = pruned_checkpoint(folder / "pruned", dense)
+    save_file({"input_ids": token_ids()}, folder / "ids.safetensors")
+    return dense, pruned, training_text(folder), folder / "ids.safetensors"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_runs_killed_at_random_moments_end_in_the_same_bytes(material, tmp_path):
+    script = SUPPORT.joinpath("random_kills.py")
+    kills = ["prune:14", "pack:10", "recover-block:10", "recover-masked:10", "sweep:10"]
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, material), str(tmp_path), "2026", *kills],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    fallen = Counter(result["verb"] for result in results)
+    assert sum(fallen.values()) >= 50, fallen
+    assert all(fallen[verb] >= 8 for verb in VERBS), fallen
+    for result in results:
+        assert result["audit"] == [], result
+        assert result.get("status", 0) == 0, result
+        assert result.get("differs", []) == [], result
+
+
+# --- the disk is full ---
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that makes a file system of some bytes."""
+    mounted = []
+
+    def make(size: int) -> Path:
+        place = tmp_path / f"disk{len(mounted)}"
+        place.mkdir()
+        options = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
+        try:
+            done = subprocess.run(options, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("there is no mount here")
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        mounted.append(place)
+        return place
+
+    yield make
+    for place in mounted:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_disk_that_is_full_at_any_write(verb, material, small_disk, monkeypatch, tmp_path):
+    """What is on the disk is whole, and with room the same command goes on to the same bytes."""
+    work = verbs(*material)[verb]
+    work(tmp_path / "whole")
+    expected = outcome(tmp_path / "whole")
+    # That there is room is looked at beforehand; here it goes while the run is under way.
+    for module in ("run", "sparse.conversion", "recovery.run"):
+        monkeypatch.setattr(f"prunus.{module}.check_disk", lambda *_: None)
+    total = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file())
+    failed = 0
+    for share in (0.05, 0.2, 0.4, 0.6, 0.8, 0.95):
+        disk = small_disk(int(total * share) // 4096 * 4096 + 4096)
+        out = disk / "out"
+        fault = None
+        try:
+            work(out)
+        except Exception as caught:
+            fault = caught
+        failed += fault is not None
+        assert fault is None or NO_SPACE.search(f"{type(fault).__name__}: {fault}"), fault
+        assert audit(out) == []
+        assert not list(out.rglob("*.partial"))
+        subprocess.run(["mount", "-o", f"remount,size={8 * total + 2**20}", str(disk)], check=True)
+        work(out)
+        assert outcome(out) == expected
+        assert not (out / LOCK_NAME).exists()
+    if verb != "sweep":  # which enters a cell's fault in its results and goes on, as far as it can
+        assert failed >= 3
+
+
+def test_a_disk_that_is_too_small_is_seen_before_any_work(material, small_disk):
+    dense, pruned, *_ = material
+    disk = small_disk(65536)
+    with pytest.raises(OSError, match=r"not enough disk for .* the result needs"):
+        prunus.prune(dense, disk / "out", calibration=token_ids())
+    with pytest.raises(OSError, match="not enough disk"):
+        pack(pruned, disk / "out")
+    assert list(disk.iterdir()) == []
+
+
+# --- a folder that cannot be written ---
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_output_that_is_read_only(verb, material, small_disk):
+    disk = small_disk(2**22)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(OSError, match=r"Read-only file system.*out"):
+        verbs(*material)[verb](disk / "out")
+    assert list(disk.iterdir()) == []
+
+
+# --- a shard that changes under the run ---
+
+
+def test_a_source_that_changes_while_a_run_is_interrupted(material, tmp_path):
+    """Another header is another checkpoint; other weights under the same header are seen by their hash."""
+    dense = dense_checkpoint(tmp_path / "dense", dtype=torch.bfloat16)
+
+    class StopError(Exception):
+        pass
+
+    def stop(step):
+        raise StopError
+
+    with pytest.raises(StopError):
+        prunus.prune(dense, tmp_path / "out", calibration=token_ids(), progress=stop)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    tensors = load_file(dense / "model.safetensors")
+    original = dict(tensors)
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"] * 2
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FileExistsError, match=r"model\.layers\.0 .*is not what .* was made from"):
+        prunus.prune(dense, tmp_path / "out", calibration=token_ids())
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    save_file(original, dense / "model.safetensors", {"format": "pt"})
+    assert prunus.prune(dense, tmp_path / "out", calibration=token_ids()).state == "finished"
+
+
+@pytest.mark.parametrize("change", ["cut", "replace", "rewrite", "remove"])
+def test_a_shard_that_changes_while_it_is_read(change, material, tmp_path):
+    dense = dense_checkpoint(tmp_path / "dense", dtype=torch.bfloat16)
+    path = dense / "model.safetensors"
+
+    def disturb(step):
+        if step.done == 1:
+            if change == "cut":
+                path.write_bytes(path.read_bytes()[:-1000])
+            elif change == "replace":
+                tensors = load_file(path)
+                save_file(
+                    {k: x * 2 for k, x in tensors.items()}, tmp_path / "other", {"format": "pt"}
+                )
+                os.replace(tmp_path / "other", path)
+            elif change == "rewrite":
+                os.utime(path, ns=(1, 1))
+            else:
+                path.unlink()
+
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=r"model\.safetensors .*(changed|gone)"
+    ):
+        prunus.prune(dense, tmp_path / "out", calibration=token_ids(), progress=disturb)
+    assert audit(tmp_path / "out") == []
+    assert not (tmp_path / "out" / INDEX_NAME).exists()
+
+
+# --- a power cut ---
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_a_power_cut_can_leave(verb, material, monkeypatch, tmp_path):
+    """Data before its name, a name before the record of it: seen from the calls that make them last.
+
+    A file's content lasts from its fsync on, a name from the fsync of its folder on. So every rename needs its content
+    to last, and when a record is written, every earlier rename needs to last.
+    """
+    written: dict[tuple[int, int], bool] = {}
+    pending: set[Path] = set()
+    renamed: list[str] = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(handle):
+        place = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        if place.is_dir():
+            pending.difference_update({path for path in pending if path.parent == place})
+        else:
+            state = os.fstat(handle)
+            written[state.st_ino, state.st_mtime_ns] = True
+        real_fsync(handle)
+
+    def replace(source, target):
+        state, target = os.stat(source), Path(target)
+        assert (state.st_ino, state.st_mtime_ns) in written, (
+            f"{target.name} gets its name before its data lasts"
+        )
+        assert not pending, f"{target.name} is renamed while {pending} may still be lost"
+        real_replace(source, target)
+        pending.add(target.resolve())
+        renamed.append(target.name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    out = tmp_path / "out"
+    verbs(*material)[verb](out)
+    assert not pending
+    # Nothing has its name but by such a rename.
+    names = {path.name for path in out.rglob("*") if path.is_file()}
+    assert names <= set(renamed)
+    if verb == "prune":
+        last = [name for name in renamed if name in (INDEX_NAME, "prunus.json")]
+        assert last[-2:] == [INDEX_NAME, "prunus.json"], (
+            "first the index, then the record that says finished"
+        )
+        first = renamed.index("block-00000.safetensors")
+        assert "prunus.json" in renamed[:first]
+        assert renamed[first + 1] == "prunus.json"
+
+
+def test_a_new_folder_lasts_before_what_is_in_it(monkeypatch, tmp_path):
+    order = []
+    monkeypatch.setattr(files, "fsync_folder", order.append)
+    files.make_folder(tmp_path / "a" / "b")
+    assert order == [tmp_path, tmp_path / "a"]
+    order.clear()
+    files.make_folder(tmp_path / "a" / "b")
+    assert order == []
+
+
+def test_equal_content_gives_equal_files(tmp_path):
+    metadata = {f"key {number}": "é\n" * number for number in range(9)}
+    for number in range(8):
+        files.save_safetensors(tmp_path / f"{number}", {"a": torch.arange(5)}, metadata)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    with safe_open(tmp_path / "0", framework="pt") as file:
+        assert file.metadata() == metadata | {"format": "pt"}
+        assert torch.equal(file.get_tensor("a"), torch.arange(5))
+
+
+def test_files_are_those_of_the_library(tmp_path):
+    tensors = {
+        f"{code}.{n}": torch.arange(n).to(dtype)
+        for code, dtype in TENSOR_DTYPES.items()
+        for n in (0, 3, 7)
+    }
+    tensors |= {"scalar": torch.tensor(3.0), "é.turned": torch.arange(6.0).reshape(2, 3).T}
+    files.save_safetensors(tmp_path / "ours", tensors)
+    library = save(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}
+    )
+    assert (tmp_path / "ours").read_bytes() == library

@@ -1,0 +1,150 @@
+"""Checkpoints made to harm: an error for people, never a crash, a hang, a file elsewhere, or memory without end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import prunus
+from places import SUPPORT
+from prunus.model.checkpoint.gguf_header import check_header
+from tiny import tiny_checkpoint, token_ids
+
+resource = pytest.importorskip("resource")
+
+CASES = {"header": 300, "index": 200, "config": 200, "packed": 200, "gguf": 200}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its own memory from /proc")
+def test_over_a_thousand_damaged_files(tmp_path):
+    script = SUPPORT.joinpath("hostile.py")
+    cases = [f"{kind}:{count}" for kind, count in CASES.items()]
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), "1", *cases],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    where = (tmp_path / "case").read_text() if (tmp_path / "case").exists() else "none"
+    assert done.returncode == 0, f"at case {where}: {done.stderr[-3000:]}"
+    outcomes = json.loads(done.stdout.splitlines()[-1])
+    assert sum(sum(count.values()) for count in outcomes.values()) >= 1000
+    for kind, count in outcomes.items():
+        refused = sum(number for name, number in count.items() if name != "fine")
+        assert refused > CASES[kind] / 4, (kind, count)
+
+
+class Bomb:
+    """Says where it was when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return (Path.touch, (self.target,))
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "training_args.bin"]
+)
+@pytest.mark.parametrize("alone", [True, False])
+def test_no_pickle_is_ever_loaded(name, alone, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    with (dense / name).open("wb") as file:
+        pickle.dump(Bomb(tmp_path / "exploded"), file)
+    if alone:
+        (dense / "model.safetensors").unlink()
+    for work in (
+        lambda: prunus.prune(dense, tmp_path / "out", calibration=token_ids()),
+        lambda: prunus.inspect(dense),
+        lambda: prunus.perplexity(dense, "python-docs", seqlen=16, limit=1, tokenizer=None),
+    ):
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            work()
+    assert not (tmp_path / "exploded").exists()
+    assert (tmp_path / "out" / "prunus.json").exists() != alone
+    assert not (tmp_path / "out" / name).exists(), "and none is passed on"
+
+
+def test_code_of_a_checkpoint_runs_with_the_flag_only(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    (dense / "configuration_own.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+        "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    config = json.loads((dense / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (dense / "config.json").write_text(json.dumps(config))
+    save_file({"input_ids": token_ids()}, tmp_path / "ids.safetensors")
+    for work in (
+        lambda: prunus.prune(dense, tmp_path / "out", calibration=token_ids()),
+        lambda: prunus.inspect(dense),
+        lambda: prunus.perplexity(dense, str(tmp_path / "ids.safetensors"), seqlen=16, limit=1),
+    ):
+        with pytest.raises(ValueError, match=r"own|custom code"):
+            work()
+        assert not (tmp_path / "ran").exists()
+    with pytest.raises(ValueError):
+        prunus.prune(dense, tmp_path / "out", calibration=token_ids(), trust_remote_code=True)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (b"", "damaged"),
+        (b"GGUF", "are left"),
+        (b"GGUF" + (9).to_bytes(4, "little") + bytes(16), "version 9"),
+        (b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (2**60).to_bytes(8, "little"), "fields in"),
+        (
+            b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (1).to_bytes(8, "little")
+            + (1).to_bytes(8, "little") + b"a" + (9).to_bytes(4, "little") + (9).to_bytes(4, "little")
+            + (2**60).to_bytes(8, "little"),
+            "an array of",
+        ),
+    ],
+)  # fmt: skip
+def test_numbers_in_a_gguf_header_are_not_believed(head, message, tmp_path):
+    (tmp_path / "x.gguf").write_bytes(head)
+    with pytest.raises(
+        ValueError, match=f"truncated or damaged .*{message}" if head else "damaged"
+    ):
+        check_header(tmp_path / "x.gguf")
+
+
+def test_weights_that_are_not_there_are_not_made_up(tmp_path):
+    """transformers would go on with random ones."""
+    dense = tiny_checkpoint(tmp_path / "dense")
+    save_file({"input_ids": token_ids()}, tmp_path / "ids.safetensors")
+    config = json.loads((dense / "config.json").read_text())
+    for change, what in (
+        ({"num_hidden_layers": 3}, "9 of its weights are not there"),
+        ({"head_dim": 4}, ""),
+    ):
+        (dense / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=f"could not be loaded.*{what}"):
+            prunus.perplexity(dense, str(tmp_path / "ids.safetensors"), seqlen=16, stream=False)
+
+
+def test_a_config_far_larger_than_its_weights_is_refused_before_a_model_is_made(
+    monkeypatch, tmp_path
+):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("something is made"))
+    config = json.loads((dense / "config.json").read_text())
+    for field in ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"):
+        (dense / "config.json").write_text(json.dumps(config | {field: 10**9}))
+        with pytest.raises(
+            ValueError, match=f"asks for {field} = 1,000,000,000, and the checkpoint holds"
+        ):
+            prunus.prune(dense, tmp_path / "out", calibration=token_ids())

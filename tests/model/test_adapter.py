@@ -1,0 +1,171 @@
+"""Adapter folders as models: loaded, scored, refused where they do not fit their base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import prunus
+from packed_reference import pruned_checkpoint
+from prunus.evaluation.generation import generate
+from prunus.evaluation.speed import _weight_bytes
+from prunus.model.adapter import CONFIG_NAME, WEIGHTS_NAME, base_folder, check_adapter, is_adapter
+from prunus.model.loading import load_model
+from prunus.model.tokenizer import load_tokenizer
+from prunus.packed import pack
+from tiny import tiny_checkpoint, token_ids
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+peft = pytest.importorskip("peft", reason="adapters need the extra adapters")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("base"), vocab_size=VOCABULARY)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(base, tmp_path) -> Path:
+    """What peft itself saves of a LoRA whose update is not zero."""
+    return make_adapter(base, tmp_path / "adapter")
+
+
+def make_adapter(base: Path, folder: Path) -> Path:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(load_model(base), config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.5)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def rewrite(adapter: Path, **changes) -> None:
+    path = adapter / CONFIG_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_an_adapter_computes_base_plus_update(base, adapter):
+    tensors = load_file(adapter / WEIGHTS_NAME)
+    merged = load_model(base)
+    with torch.no_grad():
+        for name, B_OR in tensors.items():
+            if "lora_B" in name:
+                path = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+                A_RI = tensors[name.replace("lora_B", "lora_A")]
+                merged.get_submodule(path).weight += (
+                    8 / 2 * B_OR @ A_RI
+                )  # lora_alpha is 8 by default
+        ids = token_ids(2, 16)
+        found, expected = load_model(adapter)(ids).logits, merged(ids).logits
+        assert torch.allclose(found, expected, atol=1e-4)
+        assert not torch.allclose(found, load_model(base)(ids).logits, atol=1e-2)
+
+
+def test_everything_that_loads_models_takes_adapters(base, adapter, tmp_path):
+    assert is_adapter(adapter)
+    assert not is_adapter(base)
+    assert base_folder(adapter) == base
+    assert load_tokenizer(adapter).get_vocab() == load_tokenizer(base).get_vocab()
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    found, plain = (
+        prunus.perplexity(folder, str(text), seqlen=32).perplexity for folder in (adapter, base)
+    )
+    assert found != pytest.approx(plain, rel=1e-3)
+    assert isinstance("".join(generate(adapter, "The", max_new_tokens=3)), str)
+    sizes = [
+        path.stat().st_size for folder in (adapter, base) for path in folder.glob("*.safetensors")
+    ]
+    assert _weight_bytes(adapter) == sum(sizes)
+
+
+def test_the_base_is_found_beside_the_adapter(base, adapter, tmp_path, monkeypatch):
+    shutil.copytree(base, tmp_path / "model")
+    rewrite(adapter, base_model_name_or_path="../model")
+    assert base_folder(adapter).resolve() == tmp_path / "model"
+    (tmp_path / "here" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    rewrite(adapter, base_model_name_or_path="model")
+    assert base_folder(adapter).resolve() == tmp_path / "here" / "model"
+
+
+@pytest.mark.parametrize(
+    "options", [{"hidden_size": 48}, {"num_hidden_layers": 1}, {"num_key_value_heads": 4}]
+)
+def test_an_adapter_of_another_base_is_refused_without_reading_it(adapter, tmp_path, options):
+    tiny_checkpoint(tmp_path / "other", vocab_size=VOCABULARY, **options)
+    (tmp_path / "other" / "model.safetensors").unlink()
+    rewrite(adapter, base_model_name_or_path=str(tmp_path / "other"))
+    with pytest.raises(
+        ValueError, match=r"does not fit its base .*was it trained on another model\?"
+    ):
+        check_adapter(adapter)
+
+
+def test_an_adapter_of_another_family_or_with_fewer_tensors_is_refused(adapter, tmp_path):
+    tiny_checkpoint(tmp_path / "gpt2", "gpt2")
+    rewrite(adapter, base_model_name_or_path=str(tmp_path / "gpt2"))
+    with pytest.raises(ValueError, match="does not fit its base"):
+        load_model(adapter)
+    tiny_checkpoint(tmp_path / "deeper", num_hidden_layers=3)
+    rewrite(adapter, base_model_name_or_path=str(tmp_path / "deeper"))
+    with pytest.raises(ValueError, match=r"the adapter lacks .*layers\.2"):
+        load_model(adapter)
+
+
+def test_damaged_adapters_are_refused(base, adapter, tmp_path):
+    with (adapter / WEIGHTS_NAME).open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        check_adapter(adapter)
+    (adapter / WEIGHTS_NAME).rename(adapter / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="from safetensors only, never from pickles"):
+        load_model(adapter)
+    rewrite(adapter, base_model_name_or_path=None)
+    with pytest.raises(ValueError, match="names no base_model_name_or_path"):
+        load_model(adapter)
+    rewrite(adapter, base_model_name_or_path=str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match=r"is for '.*gone', which is not there"):
+        load_model(adapter)
+    rewrite(adapter, base_model_name_or_path=str(adapter))
+    with pytest.raises(ValueError, match="is an adapter itself"):
+        load_model(adapter)
+    (adapter / CONFIG_NAME).write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load_model(adapter)
+
+
+def test_extra_tensors_are_refused(adapter):
+    tensors = load_file(adapter / WEIGHTS_NAME)
+    name = next(iter(tensors))
+    save_file(
+        tensors | {name.replace("layers.0", "layers.7"): tensors[name].clone()},
+        adapter / WEIGHTS_NAME,
+    )
+    with pytest.raises(ValueError, match=r"it has no place for .*layers\.7"):
+        check_adapter(adapter)
+
+
+def test_a_packed_base_is_refused_with_the_way_out(adapter, tmp_path):
+    pack(pruned_checkpoint(tmp_path / "pruned", vocab_size=VOCABULARY), tmp_path / "packed")
+    rewrite(adapter, base_model_name_or_path=str(tmp_path / "packed"))
+    with pytest.raises(
+        ValueError, match=r"is packed, and peft adapts ordinary linears only: prunus unpack"
+    ):
+        load_model(adapter)
+
+
+def test_without_peft_the_extra_is_named(adapter, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'prunus\[adapters\]'"):
+        load_model(adapter)

@@ -1,0 +1,340 @@
+"""Packed checkpoints through transformers: load, run, save, compile; and what happens without prunus."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+from packed_reference import pruned_checkpoint, random_sparse
+from prunus.packed import (
+    BitmapLinear,
+    DenseLinear,
+    describe,
+    operators,
+    pack,
+    reference_path,
+    unpack,
+)
+from prunus.packed.bitmap import pack_weight
+from prunus.packed.description import REFUSAL
+from prunus.packed.embedding import TiedHead
+from prunus.packed.kernels import library as kernels
+from tiny import token_ids
+
+IDS = token_ids(2, 24)
+UP = "model.layers.0.mlp.up_proj"
+
+
+def _load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def _logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A pruned model, packed and unpacked, with bf16 and with int8 values."""
+    root = tmp_path_factory.mktemp("loading")
+    source = pruned_checkpoint(root / "pruned", "qwen2", tie_word_embeddings=True)
+    for values in ("bf16", "int8"):
+        pack(source, root / f"packed-{values}", values)
+        unpack(root / f"packed-{values}", root / f"plain-{values}")
+    return root
+
+
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+@pytest.mark.parametrize("tokens", [1, 5, 24])
+def test_reference_path_is_bitwise_the_unpacked_model(folders, values, tokens):
+    packed, plain = _load(folders / f"packed-{values}"), _load(folders / f"plain-{values}")
+    with reference_path():
+        assert torch.equal(_logits(packed, IDS[:1, :tokens]), _logits(plain, IDS[:1, :tokens]))
+    long = IDS.repeat(1, 2)  # beyond the kernels' tokens, the ordinary path is that one too
+    assert torch.equal(_logits(packed, long), _logits(plain, long))
+
+
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+def test_kernels_are_as_close_to_float32_as_torch_is(folders, values):
+    packed, plain = _load(folders / f"packed-{values}"), _load(folders / f"plain-{values}")
+    exact = _load(folders / f"plain-{values}", dtype=torch.float32)
+    ids = IDS[:1, :4]
+    error = (_logits(packed, ids) - _logits(exact, ids)).norm()
+    assert error < 1.5 * (_logits(plain, ids) - _logits(exact, ids)).norm()
+
+
+FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "opt", "gpt_neo", "gptj", "gpt_neox",
+            "bloom", "mpt", "olmo2", "granite", "stablelm", "starcoder2", "cohere", "glm", "nemotron",
+            "smollm3"]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(tmp_path, family):
+    source = pruned_checkpoint(tmp_path / "pruned", family)
+    record = pack(source, tmp_path / "packed")
+    packed, plain = _load(tmp_path / "packed"), _load(source)
+    assert sum(isinstance(m, BitmapLinear) for m in packed.modules()) == len(record.linears)
+    with reference_path():
+        assert torch.equal(_logits(packed), _logits(plain))
+    close = (_logits(packed, IDS[:1, :3]) - _logits(plain, IDS[:1, :3])).float()
+    assert close.norm() < 0.05 * _logits(plain, IDS[:1, :3]).float().norm()
+
+
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+def test_saving_and_loading_again(folders, tmp_path, values):
+    model = _load(folders / f"packed-{values}")
+    model.save_pretrained(tmp_path / "again", max_shard_size="6KB")
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 3
+    again = _load(tmp_path / "again")
+    assert torch.equal(_logits(again), _logits(model))
+    unpack(tmp_path / "again", tmp_path / "plain")
+    assert torch.equal(
+        _logits(_load(tmp_path / "plain")), _logits(_load(folders / f"plain-{values}"))
+    )
+
+
+def test_the_body_alone(folders, tmp_path):
+    body = AutoModel.from_pretrained(folders / "packed-bf16")
+    assert isinstance(body.layers[0].mlp.up_proj, BitmapLinear)
+    body.save_pretrained(tmp_path / "body")
+    with_head = _load(tmp_path / "body")  # the head is tied, so nothing is missing
+    assert torch.equal(_logits(with_head), _logits(_load(folders / "packed-bf16")))
+
+
+@pytest.mark.parametrize("values", ["bf16", "int8"])
+def test_a_head_and_the_embedding_tied_to_it_are_packed_once(folders, values):
+    model, plain = _load(folders / f"packed-{values}"), _load(folders / f"plain-{values}")
+    assert isinstance(model.lm_head, TiedHead)
+    assert model.lm_head.embedding is model.model.embed_tokens
+    assert torch.equal(model.model.embed_tokens(IDS), plain.model.embed_tokens(IDS))
+    with pytest.raises(IndexError):
+        model.model.embed_tokens(IDS + model.config.vocab_size)
+    copied = copy.deepcopy(model)
+    assert copied.lm_head.embedding is copied.model.embed_tokens
+    model.tie_weights()  # as some of transformers' own functions do: there is nothing to tie
+    assert torch.equal(_logits(model), _logits(copied))
+    assert model.get_memory_footprint() < 0.75 * plain.get_memory_footprint()
+    dense = model.dequantize()
+    assert dense.lm_head.weight is dense.model.embed_tokens.weight
+    assert torch.equal(_logits(dense), _logits(plain))
+
+
+def test_a_tied_head_of_another_kind_stays_as_it_is(tmp_path):
+    source = pruned_checkpoint(
+        tmp_path / "pruned", "gemma3_text", tie_word_embeddings=True
+    )  # scales its embedding
+    record = pack(source, tmp_path / "packed")
+    assert all(".layers." in name for name in record.linears)
+    model = _load(tmp_path / "packed")
+    assert isinstance(model.lm_head, DenseLinear)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_generation_and_dequantization(folders, tmp_path):
+    packed, plain = _load(folders / "packed-bf16"), _load(folders / "plain-bf16")
+    options = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6}
+    with reference_path():
+        assert torch.equal(
+            packed.generate(IDS[:1, :4], **options), plain.generate(IDS[:1, :4], **options)
+        )
+    assert packed.generate(IDS[:1, :4], **options).shape == (1, 10)
+    packed.save_pretrained(tmp_path)  # which leaves the dtype's name in the configuration
+    dense = packed.dequantize()
+    assert not any(isinstance(module, BitmapLinear) for module in dense.modules())
+    assert torch.equal(_logits(dense), _logits(plain))
+
+
+def test_other_dtypes(folders):
+    model = _load(folders / "packed-int8", dtype=torch.float32)
+    linear = model.get_submodule(UP)
+    assert (linear.weight.dtype, linear.weight_scales.dtype) == (torch.int8, torch.float32)
+    scales = linear.weight_scales.clone()
+    assert linear.half().weight_scales.dtype == torch.float32
+    assert (linear.weight_scales == scales).all(), "stored scales are not rounded by .half()"
+    exact = _load(folders / "plain-bf16", dtype=torch.float32)
+    full = _load(folders / "packed-bf16", dtype=torch.float32)
+    assert torch.allclose(_logits(full, IDS[:1, :4]), _logits(exact, IDS[:1, :4]), atol=1e-4)
+
+
+def test_gradients_reach_the_inputs():
+    weight = random_sparse(12, 30, 0.5, torch.float16).float().bfloat16()
+    packed = BitmapLinear(pack_weight(weight, torch.bfloat16), torch.randn(12).bfloat16())
+    x = torch.randn(3, 30).bfloat16().requires_grad_()
+    packed(x).sum().backward()
+    assert torch.allclose(x.grad.float(), weight.float().sum(0).expand(3, 30), atol=2e-2)
+    plain, own = nn.Linear(30, 12, dtype=torch.bfloat16), DenseLinear(30, 12, dtype=torch.bfloat16)
+    own.load_state_dict(plain.state_dict())
+    for linear in (plain, own):
+        linear(x).float().square().sum().backward()
+    for left, right in zip(plain.parameters(), own.parameters(), strict=True):
+        assert torch.allclose(left.grad.float(), right.grad.float(), rtol=0.05, atol=0.1)
+
+
+def test_compile_and_export(folders):
+    model = _load(folders / "packed-bf16")
+    ids = IDS[:1, :3]
+    expected = _logits(model, ids)
+    compiled = torch.compile(
+        lambda ids: model(ids, use_cache=False).logits, fullgraph=True, backend="aot_eager"
+    )
+    with torch.no_grad():
+        assert torch.equal(compiled(ids), expected)
+    mlp = model.model.layers[0].mlp
+    x = torch.randn(2, 3, 32).bfloat16()
+    with torch.no_grad():
+        program = torch.export.export(mlp, (x,))
+        assert torch.equal(program.module()(x), mlp(x))
+    assert sum("prunus.bitmap_linear" in str(node.target) for node in program.graph.nodes) == 3
+
+
+def test_compiled_code_calls_the_operator():
+    packed = pack_weight(random_sparse(8, 40, 0.5, torch.bfloat16), torch.bfloat16)
+    model = nn.Sequential(BitmapLinear(packed), nn.ReLU())
+    x = torch.randn(2, 40).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+def test_operators_pass_torch_checks():
+    linear = BitmapLinear(pack_weight(random_sparse(30, 20, 0.5, torch.bfloat16), torch.bfloat16))
+    x = torch.randn(2, 20)
+    coding = list(linear.packed.coding)
+    arguments = (x, 30, linear.weight, linear.weight_mask, None, coding, linear.row_offsets, None)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(operators.bitmap_linear, arguments, test_utils=tests)
+    torch.library.opcheck(operators.dense_linear, (x, torch.randn(6, 20), None), test_utils=tests)
+
+
+def test_without_kernels_there_is_one_warning(folders, monkeypatch):
+    monkeypatch.setenv("PRUNUS_ISA", "off")
+    operators.loaded_kernels.cache_clear()
+    try:
+        packed = _load(folders / "packed-bf16")
+        with pytest.warns(
+            RuntimeWarning, match="no kernels here.*switched off by PRUNUS_ISA=off"
+        ) as caught:
+            logits = _logits(packed, IDS[:1, :3])
+        assert len(caught) == 1
+        assert torch.equal(logits, _logits(_load(folders / "plain-bf16"), IDS[:1, :3]))
+    finally:
+        operators.loaded_kernels.cache_clear()
+
+
+def test_wrong_width_is_refused():
+    linear = BitmapLinear(pack_weight(random_sparse(6, 20, 0.5, torch.bfloat16), torch.bfloat16))
+    with pytest.raises(ValueError, match="width 20"):
+        linear(torch.ones(1, 21))
+    x = torch.ones(1, 40)
+    with pytest.raises(ValueError, match="do not fit"):
+        operators.bitmap_linear(
+            x, 6, linear.weight, linear.weight_mask, None, [], linear.row_offsets, None
+        )
+
+
+def test_empty_input():
+    linear = BitmapLinear(pack_weight(random_sparse(6, 20, 0.5, torch.bfloat16), torch.bfloat16))
+    assert linear(torch.ones(0, 20).bfloat16()).shape == (0, 6)
+
+
+@pytest.mark.parametrize(
+    ("linears", "message"),
+    [
+        ({UP: [64, 32, 100, 0]}, "config.json asks for"),
+        ({"model.layers.7.mlp.up_proj": [64, 32, 1024]}, "holds no tensor"),
+    ],
+)
+def test_hostile_descriptions_do_not_load(folders, tmp_path, linears, message):
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    for path in (folders / "packed-bf16").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["linears"] |= linears
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        _load(folder)
+
+
+def test_damaged_masks_do_not_load(folders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    for path in (folders / "packed-bf16").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(folder / "block-00000.safetensors")
+    tensors[f"{UP}.weight_mask"][0, 0] ^= 1
+    save_file(tensors, folder / "block-00000.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{UP} is damaged: the mask keeps"):
+        _load(folder)
+    shard = folder / "block-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        _load(folder)
+
+
+def _python(code, *arguments):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_without_prunus_transformers_refuses(folders, tmp_path):
+    _load(folders / "packed-bf16").save_pretrained(tmp_path / "again")
+    code = """
+import sys
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+    except Exception as fault:
+        print(type(fault).__name__, fault)
+    else:
+        print("loaded")
+"""
+    result = _python(code, folders / "packed-bf16", tmp_path / "again")
+    first, second = result.stdout.splitlines()
+    assert first.startswith("ValueError")
+    assert first.endswith(REFUSAL)
+    assert second.startswith("RuntimeError"), (
+        "saved by transformers, the shapes alone keep it from loading"
+    )
+    assert "got prunus" in result.stderr, "the unknown method is named"
+
+
+def test_registration_is_lazy():
+    code = """
+import sys
+import prunus
+from prunus.packed.register import register
+register()
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+import transformers.quantizers.auto as table
+assert "prunus" in table.AUTO_QUANTIZER_MAPPING and "prunus" in table.AUTO_QUANTIZATION_CONFIG_MAPPING
+assert table.__spec__.loader.__class__.__name__ == "SourceFileLoader"
+assert not any(type(finder).__name__ == "_Waiting" for finder in sys.meta_path)
+register()
+print("fine")
+"""
+    result = _python(code)
+    assert result.stdout == "fine\n", result.stderr
+
+
+def test_doctor_tells_the_state(monkeypatch):
+    state = describe()
+    json.dumps(state)
+    assert state["registered"]
+    assert state["kernels"] == (kernels.load() is not None)
+    if state["kernels"]:
+        assert state["instruction_set"] in kernels.ISAS
+        assert state["why_not"] is None
+    monkeypatch.setenv("PRUNUS_ISA", "off")
+    assert describe()["why_not"] == "switched off by PRUNUS_ISA=off"
+    assert describe()["chosen_by"] == "PRUNUS_ISA=off"

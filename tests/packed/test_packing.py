@@ -1,0 +1,377 @@
+"""Packing checkpoints and unpacking them: lossless, resumable, and safe against damaged files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import prunus.packed.conversion as conversion_module
+from packed_reference import bitmap, pruned_checkpoint
+from prunus import prune
+from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
+from prunus.packed import BitmapLinear, pack, reference_path, unpack
+from prunus.packed.bitmap import expand
+from prunus.packed.description import FORMAT_VERSION, Description
+from tiny import tiny_checkpoint, tiny_model, token_ids
+
+
+def _tensors(folder):
+    checkpoint = Checkpoint(folder)
+    return {name: tensor.clone() for name, tensor in checkpoint.read(checkpoint.tensors)}
+
+
+def _same_bits(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype
+        assert torch.equal(left[name].view(torch.int8), right[name].view(torch.int8)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_round_trip_is_lossless(tmp_path, dtype):
+    source = pruned_checkpoint(tmp_path / "pruned", dtype=dtype)
+    record = pack(source, tmp_path / "packed")
+    assert len(record.linears) == (15 if dtype == torch.bfloat16 else 14), (
+        "coded, a dense head is smaller too"
+    )
+    assert all(r.packed and r.relative_error is None for r in record.linears.values())
+    packed, dense = _tensors(tmp_path / "packed"), _tensors(source)
+    for name, linear in record.linears.items():
+        assert linear.kept == dense[f"{name}.weight"].count_nonzero()
+        assert linear.nbytes[1] < (0.76 if name == "lm_head" else 0.6) * linear.nbytes[0]
+        stored = [tensor for key, tensor in packed.items() if key.startswith(f"{name}.")]
+        assert linear.nbytes[1] == sum(t.numel() * t.element_size() for t in stored)
+        assert (f"{name}.weight_codes" in packed) == (dtype == torch.bfloat16)
+    unpack(tmp_path / "packed", tmp_path / "plain")
+    _same_bits(_tensors(tmp_path / "plain"), dense)
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "plain")
+    )
+    assert before == after
+
+
+def _as_version_1(packed, folder):
+    """A packed checkpoint as it was written before values were coded: a mask for all, values as they are."""
+    shutil.copytree(packed, folder)
+    described = Description.from_dict(_quantization(packed))
+    linears = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(shard)
+        for name, (rows, columns, _, _) in described.linears.items():
+            if f"{name}.weight" not in tensors:
+                continue
+            parts = {key: tensors.pop(key) for key in described.tensors(name)}
+            weight = expand(described.weight(name, parts))
+            mask, values = bitmap(weight)
+            tensors[f"{name}.weight"] = torch.tensor(values, dtype=weight.dtype)
+            tensors[f"{name}.weight_mask"] = torch.tensor(mask, dtype=torch.uint8)
+            linears[name] = [rows, columns, len(values)]
+        save_file(tensors, shard, metadata={"format": "pt"})
+    (folder / INDEX_NAME).unlink()
+    index = {
+        tensor: info.file
+        for tensor, info in Checkpoint(folder, only=_shards(folder)).tensors.items()
+    }
+    (folder / INDEX_NAME).write_text(
+        json.dumps({"metadata": {"total_size": 0}, "weight_map": index})
+    )
+    _rewrite(folder, version=1, linears=linears)
+    return folder
+
+
+def _shards(folder):
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def test_version_1_is_still_read(packed_once, tmp_path):
+    older = _as_version_1(packed_once, tmp_path / "older")
+    unpack(packed_once, tmp_path / "plain")
+    unpack(older, tmp_path / "from-older")
+    _same_bits(_tensors(tmp_path / "plain"), _tensors(tmp_path / "from-older"))
+    model = AutoModelForCausalLM.from_pretrained(older)
+    assert model.lm_head.weight_mask is not None, "full, and still with a mask"
+    model.save_pretrained(tmp_path / "again")
+    assert _quantization(tmp_path / "again")["version"] == 1
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    with torch.no_grad(), reference_path():
+        for loaded in (model, again):
+            assert torch.equal(loaded(token_ids(1, 6)).logits, plain(token_ids(1, 6)).logits)
+
+
+def test_negative_zero_survives(tmp_path):
+    model = tiny_model(dtype=torch.bfloat16)
+    with torch.no_grad():
+        weight = model.model.layers[0].mlp.up_proj.weight
+        weight[:, ::2] = 0
+        weight[0, :4] = -0.0
+    model.save_pretrained(tmp_path / "pruned")
+    record = pack(tmp_path / "pruned", tmp_path / "packed")
+    assert record.linears["model.layers.0.mlp.up_proj"].kept == weight.numel() // 2 + 2
+    unpack(tmp_path / "packed", tmp_path / "plain")
+    _same_bits(_tensors(tmp_path / "plain"), _tensors(tmp_path / "pruned"))
+
+
+def test_int8_reports_its_error(tmp_path):
+    source = pruned_checkpoint(tmp_path / "pruned")
+    record = pack(source, tmp_path / "packed", "int8")
+    unpack(tmp_path / "packed", tmp_path / "plain")
+    dense, plain = _tensors(source), _tensors(tmp_path / "plain")
+    assert dense.keys() == plain.keys()
+    for name, linear in record.linears.items():
+        old, new = dense[f"{name}.weight"].double(), plain[f"{name}.weight"].double()
+        assert new.dtype == old.dtype
+        error = float((old - new).square().sum() / old.square().sum())
+        # The record counts int8's own rounding; expanding to bfloat16 rounds once more.
+        assert 0 < linear.relative_error < error < 1e-4
+    untouched = [name for name in dense if name.removesuffix(".weight") not in record.linears]
+    assert untouched
+    _same_bits({n: dense[n] for n in untouched}, {n: plain[n] for n in untouched})
+
+
+def test_a_pruned_head_is_packed(tmp_path):
+    """Lossless, loaded and saved like any other."""
+    source = pruned_checkpoint(tmp_path / "pruned", tie_word_embeddings=False)
+    prune(source, tmp_path / "again", "magnitude", head=True, dtype="bfloat16")
+    record = pack(tmp_path / "again", tmp_path / "packed")
+    assert record.linears["lm_head"].packed
+    unpack(tmp_path / "packed", tmp_path / "plain")
+    _same_bits(_tensors(tmp_path / "again"), _tensors(tmp_path / "plain"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert isinstance(model.lm_head, BitmapLinear)
+    with torch.no_grad(), reference_path():
+        assert torch.equal(model(token_ids(1, 6)).logits, plain(token_ids(1, 6)).logits)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.lm_head.dense(), plain.lm_head.weight)
+
+
+def test_what_would_not_get_smaller_stays_dense(tmp_path):
+    source = pruned_checkpoint(tmp_path / "pruned", dtype=torch.float16, sparsity=0.04)
+    with pytest.raises(ValueError, match=r"no linear of .* would get smaller"):
+        pack(source, tmp_path / "packed")
+    assert not (tmp_path / "packed" / INDEX_NAME).exists()
+
+
+EMBEDDING = {"gpt2": "transformer.wte", "falcon": "transformer.word_embeddings"}
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("gpt2", "stores its weight transposed"), ("falcon", "something else than nn.Linear")],
+)
+def test_other_kinds_of_linears_stay_dense(tmp_path, family, reason):
+    source = pruned_checkpoint(tmp_path / "pruned", family)
+    record = pack(source, tmp_path / "packed")
+    dense = {name: linear for name, linear in record.linears.items() if not linear.packed}
+    assert set(record.linears) - set(dense) == {EMBEDDING[family]}
+    assert len(dense) == 8
+    assert all(reason in linear.reason for linear in dense.values())
+
+
+def test_float32_is_told_what_to_do(tmp_path):
+    source = pruned_checkpoint(tmp_path / "pruned", dtype=torch.float32)
+    with pytest.raises(ValueError, match="convert it to bfloat16 first"):
+        pack(source, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+    pack(source, tmp_path / "packed", "int8")
+    unpack(tmp_path / "packed", tmp_path / "plain")
+    assert {t.dtype for t in _tensors(tmp_path / "plain").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("action", ["pack", "unpack"])
+def test_a_killed_conversion_goes_on(tmp_path, monkeypatch, action):
+    source = pruned_checkpoint(tmp_path / "pruned")
+    run = pack if action == "pack" else unpack
+    if action == "unpack":
+        pack(source, tmp_path / "packed")
+        source = tmp_path / "packed"
+    run(source, tmp_path / "whole")
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    writes, save, limit = [], conversion_module.save_safetensors, 0
+
+    def counted(path, tensors):
+        if len(writes) == limit:
+            raise KeyboardInterrupt
+        writes.append(path.name)
+        save(path, tensors)
+
+    monkeypatch.setattr(conversion_module, "save_safetensors", counted)
+    for limit in range(3):  # noqa: B007 - read by `counted`
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "result")
+        assert not (tmp_path / "result" / INDEX_NAME).exists()
+    monkeypatch.setattr(conversion_module, "save_safetensors", save)
+    run(source, tmp_path / "result")
+    assert writes == ["block-00000.safetensors", "block-00001.safetensors"], (
+        "no shard is written twice"
+    )
+    assert {path.name: path.read_bytes() for path in (tmp_path / "result").iterdir()} == expected
+    assert run(source, tmp_path / "result").finished, "a finished one is recognised"
+
+
+def test_other_folders_are_left_alone(tmp_path):
+    source = pruned_checkpoint(tmp_path / "pruned")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="left as it is"):
+        pack(source, tmp_path / "mine", overwrite=True)
+    with pytest.raises(ValueError, match="overlap"):
+        pack(source, source / "packed")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="not a folder"):
+        pack(source, tmp_path / "file")
+
+
+def test_another_conversion_is_not_mixed_in(tmp_path):
+    source = pruned_checkpoint(tmp_path / "pruned")
+    pack(source, tmp_path / "packed")
+    with pytest.raises(FileExistsError, match="another pack"):
+        pack(source, tmp_path / "packed", "int8")
+    pack(source, tmp_path / "packed", "int8", overwrite=True)
+    assert Description.from_dict(_quantization(tmp_path / "packed")).values == "int8"
+    (tmp_path / "packed" / "block-00001.safetensors").unlink()
+    with pytest.raises(FileExistsError, match="damaged since"):
+        pack(source, tmp_path / "packed", "int8")
+
+
+def test_packed_is_not_packed_again(tmp_path):
+    source = pruned_checkpoint(tmp_path / "pruned")
+    pack(source, tmp_path / "packed")
+    with pytest.raises(ValueError, match="quantised weights"):
+        pack(tmp_path / "packed", tmp_path / "twice")
+    with pytest.raises(ValueError, match="no quantization_config"):
+        unpack(source, tmp_path / "plain")
+    with pytest.raises(ValueError, match="bf16 or int8"):
+        pack(source, tmp_path / "other", "int4")
+
+
+def test_progress_counts_every_shard(tmp_path):
+    seen = []
+    pack(
+        pruned_checkpoint(tmp_path / "pruned"),
+        tmp_path / "packed",
+        progress=lambda *step: seen.append(step),
+    )
+    assert [step[:2] for step in seen] == [(1, 3), (2, 3), (3, 3)]
+
+
+def _quantization(folder):
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+def _rewrite(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def packed_once(tmp_path_factory):
+    root = tmp_path_factory.mktemp("packed")
+    pack(pruned_checkpoint(root / "pruned"), root / "packed")
+    return root / "packed"
+
+
+@pytest.fixture
+def packed(packed_once, tmp_path):
+    return shutil.copytree(packed_once, tmp_path / "packed")
+
+
+NAME = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": FORMAT_VERSION + 1}, "update prunus"),
+        ({"version": 0}, "positive integer"),
+        ({"version": True}, "positive integer"),
+        ({"version": "1"}, "positive integer"),
+        ({"version": None}, "positive integer"),
+        ({"values": "int8"}, "must be three integers"),
+        ({"version": 1}, "must be three integers"),
+        ({"values": "float64"}, "must be one of"),
+        ({"values": ["int8"]}, "must be one of"),
+        ({"linears": {}}, "names no packed linears"),
+        ({"linears": [NAME]}, "names no packed linears"),
+        ({"linears": {NAME: [64, 32]}}, "three integers"),
+        ({"linears": {NAME: [64.0, 32, 1024]}}, "three integers"),
+        ({"linears": {NAME: "64x32"}}, "three integers"),
+        ({"linears": {NAME: [64, 32, 2049, 0]}}, "cannot have"),
+        ({"linears": {NAME: [64, 32, -1]}}, "cannot have"),
+        ({"linears": {NAME: [0, 32, 0, 0]}}, "cannot have"),
+        ({"linears": {NAME: [2**40, 2**40, 1]}}, "cannot have"),
+        ({"linears": {NAME: [64, 32, 900, 0]}}, "config.json asks for"),
+        ({"linears": {NAME: [64, 40, 1024, 0]}}, "config.json asks for"),
+        ({"linears": {NAME: [64, 32, 1024, 1]}}, "config.json asks for"),
+        ({"linears": {NAME: [64, 32, 1024, 1025]}}, "cannot have 1025 rare"),
+        ({"linears": {NAME: [64, 32, 1024]}}, "config.json asks for"),
+        ({"linears": {"": [64, 32, 1024]}}, "not the name of a linear"),
+        ({"linears": {"a..b": [64, 32, 1024]}}, "not the name of a linear"),
+        ({"linears": {"model.layers.9.mlp.up_proj": [64, 32, 1024, 0]}}, "holds no tensor"),
+        ({"linears": {"model.norm": [1, 1, 1, 0]}}, "config.json asks for"),
+    ],
+)
+def test_hostile_descriptions(packed, tmp_path, changes, message):
+    _rewrite(packed, **changes)
+    with pytest.raises(ValueError, match=message):
+        unpack(packed, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists(), "refused before any work"
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_damaged_shards_give_clear_errors(packed_once, tmp_path_factory, data):
+    """A shard cut off, or with flipped bits, is refused or gives a checkpoint of the right shapes: no crash."""
+    root = tmp_path_factory.mktemp("fuzz")
+    folder = shutil.copytree(packed_once, root / "packed")
+    shard = folder / data.draw(
+        st.sampled_from(["block-00000.safetensors", "block-00001.safetensors"]), label="shard"
+    )
+    content = bytearray(shard.read_bytes())
+    if data.draw(st.booleans(), label="cut"):
+        content = content[: data.draw(st.integers(0, len(content) - 1), label="length")]
+    else:
+        header = 8 + int.from_bytes(content[:8], "little")
+        for _ in range(data.draw(st.integers(1, 4), label="flips")):
+            last = header - 1 if data.draw(st.booleans(), label="header") else len(content) - 1
+            place = data.draw(st.integers(0, last), label="place")
+            content[place] ^= 1 << data.draw(st.integers(0, 7), label="bit")
+    shard.write_bytes(content)
+    with contextlib.suppress(ValueError, FileNotFoundError):
+        unpack(folder, root / "plain")
+        shapes = {name: tensor.shape for name, tensor in _tensors(root / "plain").items()}
+        assert shapes[f"{NAME}.weight"] == (64, 32)
+    shutil.rmtree(root)
+
+
+def test_a_flipped_mask_bit_is_found(packed, tmp_path):
+    shard = packed / "block-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    start = header[f"{NAME}.weight_mask"]["data_offsets"][0]
+    content[
+        len(content) - max(h["data_offsets"][1] for k, h in header.items() if k[0] != "_") + start
+    ] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{NAME} is damaged: the mask keeps"):
+        unpack(packed, tmp_path / "plain")
+
+
+def test_a_dense_checkpoint_that_claims_to_be_packed(packed, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", dtype=torch.bfloat16)
+    shutil.copy(packed / "config.json", dense / "config.json")
+    with pytest.raises(ValueError, match=r"holds no tensor|config.json asks for"):
+        unpack(dense, tmp_path / "plain")

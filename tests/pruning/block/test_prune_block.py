@@ -1,0 +1,244 @@
+"""The walks through a block: what is equal to the bit, what is shared, what is never left hanging."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import prunus
+from prunus.hardware.memory import available_memory
+from prunus.methods.statistics import InputStatistics
+from prunus.model.hidden_states import HiddenStates
+from prunus.model.linears import Linear, find_linears
+from prunus.pruning.block.lockstep import lockstep
+from prunus.pruning.block.replay import replay
+from prunus.pruning.block.two_pass import two_pass
+from prunus.pruning.job import Job
+from tiny import tiny_checkpoint, tiny_model, token_ids, weights
+
+
+class Experts(nn.Module):
+    """Half of the features choose one of two experts per batch, so that some batches never reach some linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        for index, expert in enumerate(self.experts[:2]):
+            if int(x[0, 0, 0]) == index:
+                h = h + expert(h)
+        return self.last(h)
+
+
+def walk_through(walk, block: nn.Module, inputs: list[torch.Tensor]):
+    """Run a walk with 'pruning' that halves the weight by a factor which depends on the statistics."""
+    tokens: dict[str, int] = {}
+    created: list[str] = []
+    outputs: list[torch.Tensor | None] = [None] * len(inputs)
+
+    def new_statistics(linear: Linear) -> InputStatistics:
+        created.append(linear.name)
+        return InputStatistics(linear.shape[1], "norms")
+
+    def prune(linear: Linear, statistics: InputStatistics) -> None:
+        tokens[linear.name] = statistics.tokens
+        linear.assign(linear.weight_OI * (statistics.norms_I > statistics.norms_I.median()))
+
+    with torch.no_grad():
+        unreached = walk(
+            find_linears(block),
+            len(inputs),
+            lambda index: block(inputs[index]),
+            outputs.__setitem__,
+            new_statistics,
+            prune,
+        )
+    return outputs, tokens, created, [linear.name for linear in unreached]
+
+
+@pytest.mark.parametrize("walk", [lockstep, replay, two_pass])
+def test_linears_that_some_batches_never_reach_do_not_hang_the_others(walk):
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 5, 4) for _ in range(4)]
+    for index, choice in enumerate((1, 0, 1, 7)):
+        inputs[index][0, 0, 0] = choice
+    outputs, tokens, _, unreached = walk_through(walk, Experts(), inputs)
+    assert all(output is not None for output in outputs)
+    assert unreached == ["experts.2"]
+    assert tokens == {"first": 20, "experts.0": 5, "experts.1": 10, "last": 20}
+
+
+def test_lockstep_and_replay_agree_to_the_bit_where_batches_part():
+    inputs = [torch.randn(1, 5, 4) for _ in range(4)]
+    for index, choice in enumerate((1, 0, 1, 7)):
+        inputs[index][0, 0, 0] = choice
+    results = []
+    for walk in (lockstep, replay):
+        torch.manual_seed(3)
+        block = Experts()
+        outputs, *_ = walk_through(walk, block, inputs)
+        results.append((outputs, block.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
+
+
+@pytest.mark.parametrize("walk", [lockstep, replay, two_pass])
+def test_linears_with_the_same_input_share_one_statistic(walk):
+    model = tiny_model("llama")
+    block = model.model.layers[0]
+    position = model.model.rotary_emb(torch.zeros(1, 8, 32), torch.arange(8).unsqueeze(0))
+    hidden = [torch.randn(2, 8, 32) for _ in range(3)]
+    plain = block.forward
+    block.forward = lambda x: plain(x, position_embeddings=position)
+    _, tokens, created, unreached = walk_through(walk, block, hidden)
+    kinds = [name.rpartition(".")[2] for name in created]
+    assert sorted(set(kinds)) == ["down_proj", "gate_proj", "o_proj", "q_proj"]
+    assert set(tokens.values()) == {48}
+    assert not unreached
+    if walk is not replay:  # a replay may open an accumulator that a later pass replaces
+        assert len(created) == 4
+
+
+def test_an_error_in_one_batch_ends_all_coroutines_and_removes_the_hooks():
+    block = Experts()
+    linears = find_linears(block)
+
+    def forward(index: int) -> torch.Tensor:
+        if index == 2:
+            raise ZeroDivisionError("batch 2")
+        return block(torch.zeros(1, 2, 4))
+
+    with pytest.raises(ZeroDivisionError, match="batch 2"):
+        lockstep(
+            linears,
+            3,
+            forward,
+            lambda i, t: None,
+            lambda linear: InputStatistics(4, "norms"),
+            lambda linear, s: None,
+        )
+    assert not any(linear.module._forward_pre_hooks for linear in linears)
+    gc.collect()
+
+
+def test_spilled_hidden_states_come_back_to_the_bit(tmp_path):
+    tensors = [torch.randn(2, 5, 8).bfloat16(), torch.randn(1, 5, 8).bfloat16()]
+    spilled = HiddenStates(2, spill_to=tmp_path, device=torch.device("cpu"))
+    for index, tensor in enumerate(tensors):
+        spilled.fill(index, tensor)
+    assert all(torch.equal(spilled.get(i), t) for i, t in enumerate(tensors))
+    spilled.put(0, tensors[0] * 3)
+    assert torch.equal(spilled.get(0), tensors[0] * 3)
+    assert torch.equal(spilled.get(1), tensors[1])
+    assert not list(tmp_path.iterdir()), (
+        "the file has no name, so that a kill leaves nothing behind"
+    )
+    spilled.close()
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_streamed_in_memory_spilled_and_replayed_runs_are_equal_to_the_byte(
+    method, tmp_path, monkeypatch
+):
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
+    ids = token_ids(8, 16)
+    options = {"method": method, "calibration": ids, "batch": 3}
+    plain = prunus.prune(dense, tmp_path / "plain", **options)
+    assert {block.walk for block in plain.blocks} == {"lockstep"}
+
+    monkeypatch.setattr(Job, "fits_lockstep", lambda self, index: False)
+    replayed = prunus.prune(dense, tmp_path / "replayed", **options)
+    assert {block.walk for block in replayed.blocks} == {"replay"}
+    monkeypatch.setattr(Job, "spills", property(lambda self: True))
+    monkeypatch.setattr(Job, "hidden_stay", property(lambda self: False))
+    prunus.prune(dense, tmp_path / "spilled_replayed", **options)
+    monkeypatch.setattr(Job, "fits_lockstep", lambda self, index: True)
+    prunus.prune(dense, tmp_path / "spilled", **options)
+
+    shards = sorted(path.name for path in (tmp_path / "plain").glob("*.safetensors"))
+    assert shards == ["block-00000.safetensors", "block-00001.safetensors", "outer.safetensors"]
+    for other in ("replayed", "spilled_replayed", "spilled"):
+        for shard in shards:
+            assert (tmp_path / other / shard).read_bytes() == (
+                tmp_path / "plain" / shard
+            ).read_bytes()
+
+
+def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, monkeypatch):
+    from prunus.pruning.job import RunOptions
+    from prunus.pruning.plan import prepare
+    from prunus.pruning.recipe import Recipe
+
+    dense = tiny_checkpoint(tmp_path / "dense")
+    ids = token_ids(64, 64)
+    recipe = Recipe(calibration="token ids", samples=64, seqlen=64, batch=1)
+
+    def job(memory: int | None) -> Job:
+        return prepare(dense, recipe, RunOptions(memory=memory, input_ids=ids))
+
+    free = available_memory()
+    # Other processes come and go, and this one's pages too.
+    monkeypatch.setattr("prunus.pruning.plan.available_memory", lambda: free)
+    monkeypatch.setattr("prunus.pruning.plan.resident_memory", lambda: 2**28)
+    roomy = job(None)
+    assert roomy.budget == free
+    assert (roomy.walk(0), roomy.spills) == ("lockstep", False)
+    cost, resident = roomy.costs[0], 0
+    assert cost.least < cost.replay_in_memory < cost.lockstep_in_memory
+    for budget, walk, spills in (
+        (cost.lockstep_in_memory, "lockstep", False),
+        (cost.replay_in_memory, "replay", False),
+        (cost.least, "replay", True),
+    ):
+        roomy.budget = budget + resident
+        assert (roomy.walk(0), roomy.spills) == (walk, spills)
+    with pytest.raises(ValueError, match=r"memory budget is .* Raise --memory or lower --batch"):
+        job(1000)
+
+
+def test_sparsity_zero_changes_nothing(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "qwen2", torch.bfloat16)
+    for method in ("magnitude", "wanda", "wanda-variant", "sparsegpt", "obs"):
+        out = tmp_path / method
+        prunus.prune(dense, out, method, sparsity=0.0, calibration=token_ids())
+        before, after = weights(dense), weights(out)
+        assert all(torch.equal(before[name], after[name]) for name in before), method
+
+
+def test_magnitude_needs_no_calibration(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    report = prunus.prune(dense, tmp_path / "out", "magnitude", calibration="c4")
+    assert report.inputs.calibration.startswith("none")
+    assert report.totals["sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_block_propagation_is_the_originals_and_differs(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    linear = prunus.prune(dense, tmp_path / "linear", calibration=token_ids())
+    block = prunus.prune(dense, tmp_path / "block", calibration=token_ids(), propagate="block")
+    assert {b.walk for b in block.blocks} == {"two_pass"}
+    first, second = weights(tmp_path / "linear"), weights(tmp_path / "block")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(first[name], second[name]), (
+        "the first linear sees the same inputs either way"
+    )
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert linear.totals["sparsity"] == block.totals["sparsity"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_prunes_as_the_cpu_does(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    prunus.prune(dense, tmp_path / "cpu", calibration=token_ids(), device="cpu", dtype="float32")
+    prunus.prune(dense, tmp_path / "cuda", calibration=token_ids(), device="cuda", dtype="float32")
+    cpu, cuda = weights(tmp_path / "cpu"), weights(tmp_path / "cuda")
+    equal = sum(int(((cpu[n] != 0) == (cuda[n] != 0)).sum()) for n in cpu)
+    assert equal / sum(t.numel() for t in cpu.values()) > 0.999

@@ -1,0 +1,145 @@
+"""What is behind a block's attention, run on what was kept: the same to the bit, or not taken at all."""
+
+from __future__ import annotations
+
+import greenlet
+import pytest
+import torch
+from torch import nn
+
+from prunus.pruning.reconstruction.cached_suffix import Tail, behind_attention, find_tail
+
+
+def test_attention_is_the_submodule_that_comes_first():
+    llama = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+    assert behind_attention(llama) == ["mlp.gate_proj", "mlp.down_proj"]
+    assert behind_attention(["self_attn.q_proj", "fc1", "fc2"]) == ["fc1", "fc2"]
+    assert behind_attention(llama[:2]) == llama[:2], "where nothing else is pruned, attention it is"
+    assert behind_attention(["fc1"]) == ["fc1"]
+
+
+class Block(nn.Module):
+    """One linear beside attention's place, combined in some way."""
+
+    def __init__(self, combine):
+        super().__init__()
+        self.attention, self.mlp = (
+            nn.Linear(8, 8),
+            nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8)),
+        )
+        self.combine = combine
+
+    def forward(self, x):
+        return self.combine(self, x + self.attention(x))
+
+
+COMBINED = {
+    "added": (lambda block, x: x + block.mlp(x), True),
+    "alone": (lambda block, x: block.mlp(x), True),
+    "scaled": (lambda block, x: x + 0.5 * block.mlp(x), False),
+    "normed": (lambda block, x: torch.nn.functional.layer_norm(x + block.mlp(x), (8,)), False),
+    "twice": (lambda block, x: block.mlp(block.mlp(x)), False),
+    "never": (lambda block, x: x, False),
+    "given more": (lambda block, x: x + block.mlp(input=x), False),
+}
+
+
+@pytest.mark.parametrize("name", COMBINED)
+@torch.no_grad()
+def test_only_what_is_added_last_is_a_tail(name):
+    combine, works = COMBINED[name]
+    torch.manual_seed(0)
+    block, inputs = Block(combine).eval(), torch.randn(3, 2, 5, 8)
+    calls = []
+    tail = find_tail(
+        block, ["mlp.0", "mlp.2"], lambda batch: calls.append(batch) or block(inputs[batch]), 0
+    )
+    assert (tail is not None) is works
+    assert "forward" not in vars(block.mlp)
+    if tail is None:
+        return
+    calls.clear()
+    for _ in range(3):
+        for weight in (block.mlp[0].weight, block.mlp[2].bias):
+            weight += 0.1
+        for batch in range(3):
+            expected = block(inputs[batch])
+            assert torch.equal(tail(batch), expected)
+    assert calls == [1, 2], "what comes before it runs once for every batch"
+
+
+def test_gradients_reach_the_tail_and_nothing_else():
+    torch.manual_seed(0)
+    block, x = Block(COMBINED["added"][0]), torch.randn(2, 5, 8)
+    tail = find_tail(block, ["mlp.0"], lambda _: block(x), 0)
+    tail(0).square().sum().backward()
+    got = block.mlp[0].weight.grad.clone()
+    assert block.attention.weight.grad is None
+    block.zero_grad()
+    block(x).square().sum().backward()
+    torch.testing.assert_close(got, block.mlp[0].weight.grad)
+
+
+@torch.no_grad()
+def test_what_a_pass_in_lockstep_has_seen_need_not_run_again():
+    torch.manual_seed(0)
+    block, inputs, calls = Block(COMBINED["added"][0]), torch.randn(3, 2, 5, 8), []
+    tail = find_tail(block, ["mlp.0"], lambda batch: calls.append(batch) or block(inputs[batch]), 0)
+    calls.clear()
+    linear = block.mlp[2]
+
+    def pause(*_):
+        greenlet.getcurrent().parent.switch()
+
+    hook = linear.register_forward_pre_hook(pause)
+    with tail.recording() as forward:
+        walks = [greenlet.greenlet(forward) for _ in range(3)]
+        for batch, walk in enumerate(walks):
+            walk.switch(batch)
+        linear.weight *= 0.5  # while all stand in front of it
+        for walk in walks:
+            walk.switch()
+        assert all(walk.dead for walk in walks)
+    hook.remove()
+    assert calls == [0, 1, 2]
+    for batch in range(3):
+        assert torch.equal(tail(batch), block(inputs[batch]))
+    assert calls == [0, 1, 2]
+
+
+class Shifting(nn.Module):
+    """Looks at the token before, as some models' MLPs do."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x + nn.functional.pad(x, (0, 0, 1, -1)))
+
+
+@torch.no_grad()
+def test_some_tokens_are_run_alone_where_a_module_takes_them_apart():
+    torch.manual_seed(0)
+    block, inputs = Block(COMBINED["added"][0]).eval(), torch.randn(3, 2, 12, 8)
+    calls = []
+    for keep in (True, False):
+        tail = find_tail(
+            block, ["mlp.0"], lambda batch: calls.append(batch) or block(inputs[batch]), 0, keep
+        )
+        assert tail.by_token
+        calls.clear()
+        for batch in (1, 1, 2):
+            whole = block(inputs[batch])
+            torch.testing.assert_close(tail(batch, slice(2, None, 5)), whole[:, 2::5])
+            assert torch.equal(tail(batch), whole)
+        assert calls == ([1, 2] if keep else [1, 1, 1, 1, 2, 2])
+    block.mlp = Shifting()
+    assert not find_tail(block, ["mlp.linear"], lambda batch: block(inputs[batch]), 0).by_token
+
+
+@torch.no_grad()
+def test_of_no_windows_nothing_is_run():
+    block, nothing = Block(COMBINED["added"][0]).eval(), torch.empty(0, 5, 8)
+    tail = Tail(block.mlp, lambda _: nothing, keep=False, by_token=True)
+    assert tail(0).shape == (0, 5, 8) and tail(0, slice(1, None, 2)).shape == (0, 2, 8)

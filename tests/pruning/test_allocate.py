@@ -1,0 +1,174 @@
+"""From an allocation rule to the sparsity of every linear of a run: exact, recorded, the same after an interruption."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import prunus
+import reference
+from prunus.methods.patterns import Pattern
+from prunus.model.stream import Stream
+from prunus.pruning.allocate import planned
+from prunus.pruning.job import RunOptions
+from prunus.pruning.manifest import Manifest
+from prunus.pruning.plan import prepare
+from prunus.pruning.recipe import Recipe
+from prunus.pruning.sensitivity import Layer, scores_of_layers, trial_errors
+from stopping import StopError, stop_after
+from tiny import tiny_checkpoint, tiny_model, token_ids
+
+RULES = ["owl", "dlp", "arithmetic", "search"]
+
+
+@pytest.mark.parametrize("by", ["block", "linear"])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_budget_is_exact_and_every_linear_gets_what_the_manifest_says(rule, by, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=3)
+    report = prunus.prune(
+        dense,
+        tmp_path / "out",
+        sparsity=0.5,
+        calibration=token_ids(),
+        allocation=rule,
+        allocation_by=by,
+    )
+    linears = {
+        f"{b.name}.{name}": record for b in report.blocks for name, record in b.linears.items()
+    }
+    assert set(report.allocation) == set(linears)
+    assert len(set(report.allocation.values())) > 1
+    for name, record in linears.items():
+        assert record.zeros == record.shape[0] * int(record.shape[1] * report.allocation[name]), (
+            name
+        )
+    missing = report.totals["weights"] // 2 - report.totals["zeros"]
+    assert 0 <= missing < max(record.shape[0] for record in linears.values())
+
+
+@pytest.mark.parametrize("rule", ["owl", "search"])
+def test_an_interrupted_run_goes_on_with_the_same_sparsities(rule, tmp_path, monkeypatch):
+    dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=3)
+    options = {"calibration": token_ids(), "allocation": rule}
+    prunus.prune(dense, tmp_path / "whole", **options)
+    with pytest.raises(StopError):
+        prunus.prune(dense, tmp_path / "out", **options, progress=stop_after(1))
+    kept = Manifest.load(tmp_path / "out").allocation
+    monkeypatch.setattr(
+        "prunus.pruning.allocate._measured", lambda *a: pytest.fail("measured twice")
+    )
+    report = prunus.prune(dense, tmp_path / "out", **options)
+    assert report.allocation == kept
+    for shard in (tmp_path / "whole").glob("*.safetensors"):
+        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
+
+
+def surveyed(folder, ids, batch=2) -> Stream:
+    recipe = Recipe(calibration="token ids", samples=len(ids), seqlen=ids.shape[1], dtype="float32")
+    job = prepare(folder, recipe, RunOptions(input_ids=ids))
+    stream = Stream(job.skeleton, job.source, job.device)
+    stream.embed(ids.split(batch), None)
+    return stream
+
+
+def inputs_of(model, block, ids) -> dict[str, torch.Tensor]:
+    """What the linears of a block are given, (tokens, in), by name under "block."."""
+    found: dict[str, list[torch.Tensor]] = {}
+    handles = [
+        linear.register_forward_pre_hook(partial(reference.collect_inputs, found, name))
+        for name, linear in reference.linears(block, "block").items()
+    ]
+    model(ids)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_trials_are_what_pruning_one_block_of_the_whole_model_does(family, tmp_path):
+    ids = token_ids(4, 16)
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "dense")
+    names = [linear.name for linear in surveyed(tmp_path / "dense", ids).skeleton.linears(0)]
+    with torch.no_grad():
+        curves = trial_errors(
+            surveyed(tmp_path / "dense", ids),
+            [Layer(0, tuple(names)), Layer(1, tuple(names))],
+            [0.25, 0.5],
+        )
+        blocks = model.model.layers if family == "llama" else model.transformer.h
+        outputs: list[torch.Tensor] = []
+        hook = blocks[-1].register_forward_hook(
+            lambda m, args, out: outputs.append(out[0] if isinstance(out, tuple) else out)
+        )
+        inputs = [inputs_of(model, blocks[at], ids) for at in range(2)]
+        for at, curve in enumerate(curves):
+            assert curve[0] == (0.0, 0.0)
+            for sparsity, error in curve[1:]:
+                outputs.clear()
+                trained = {k: v.clone() for k, v in blocks[at].state_dict().items()}
+                model(ids)
+                for name, linear in reference.linears(blocks[at], "block").items():
+                    weight = reference.weight_of(linear)
+                    score = reference.wanda_score(weight, inputs[at][name])
+                    weight.mul_(reference.keep_mask(score, Pattern(), sparsity))
+                model(ids)
+                blocks[at].load_state_dict(trained)
+                dense, pruned = outputs
+                share = (pruned - dense).square().sum(-1) / dense.square().sum(-1)
+                assert error == pytest.approx(float(share.mean()), rel=1e-3)
+    hook.remove()
+
+
+def test_scores_are_those_of_wanda_on_the_dense_model(tmp_path):
+    ids = token_ids(4, 16)
+    dense = tiny_checkpoint(tmp_path / "dense")
+    names = ("self_attn.q_proj", "mlp.down_proj")
+    with torch.no_grad():
+        found = scores_of_layers(
+            surveyed(dense, ids),
+            [Layer(1, names)],
+            lambda scores: float(sum(s.sum() for s in scores)),
+        )
+        model = AutoModelForCausalLM.from_pretrained(dense)
+        block = model.model.layers[1]
+        inputs = inputs_of(model, block, ids)
+        expected = sum(
+            reference.wanda_score(block.get_submodule(name).weight, inputs[f"block.{name}"]).sum()
+            for name in names
+        )
+    assert found[0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_the_plan_says_what_needs_no_measuring(tmp_path):
+    dense, ids = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=4), token_ids()
+
+    def plan_of(**options):
+        recipe = Recipe(calibration="token ids", samples=6, seqlen=16, **options)
+        return planned(prepare(dense, recipe, RunOptions(input_ids=ids)))
+
+    assert plan_of() == {"rule": "uniform", "measured": False}
+    assert plan_of(allocation="owl") == {"rule": "owl", "measured": True}
+    rising = plan_of(allocation="arithmetic", allocation_spread=0.1)["blocks"]
+    assert rising == sorted(rising)
+    assert rising[-1] - rising[0] == pytest.approx(0.2, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"allocation": "owl", "pattern": "2:4"}, "shares out an unstructured sparsity"),
+        ({"allocation_by": "linear"}, "needs an --allocation"),
+        ({"allocation": "search", "allocation_spread": 0.1}, "belongs to owl, dlp and arithmetic"),
+        ({"allocation": "owl", "allocation_spread": 0.7}, r"must lie in \[0, 0.5\]"),
+        ({"allocation": "everything"}, "allocation"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options, message, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    with pytest.raises(ValueError, match=message):
+        prunus.prune(dense, tmp_path / "out", calibration=token_ids(), **options)
+    assert not (tmp_path / "out").exists()

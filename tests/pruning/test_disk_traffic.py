@@ -1,0 +1,110 @@
+"""Every weight is read once and written once: counted where checkpoints are read, and where files get their names.
+
+What the system reads from the disk, page cache and all, is measured by benchmarks/larger_than_memory.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import prunus
+from prunus.model.checkpoint.reader import Checkpoint
+from prunus.packed import pack, unpack
+from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
+from tiny import token_ids
+
+
+@pytest.fixture
+def dense(tmp_path) -> Path:
+    return dense_checkpoint(tmp_path / "dense", dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def traffic(monkeypatch):
+    """(folder name, tensor) -> how often it was read; name of a weights file -> how often it was written."""
+    read: Counter[tuple[str, str]] = Counter()
+    written: Counter[str] = Counter()
+    original_read, original_replace = Checkpoint.read, os.replace
+
+    def counting_read(self, names):
+        names = list(names)
+        read.update((self.folder.name, name) for name in names)
+        return original_read(self, names)
+
+    def counting_replace(source, target):
+        if Path(target).suffix == ".safetensors":
+            written[Path(target).name] += 1
+        original_replace(source, target)
+
+    monkeypatch.setattr(Checkpoint, "read", counting_read)
+    monkeypatch.setattr(os, "replace", counting_replace)
+    return read, written
+
+
+def of_blocks(read: Counter[tuple[str, str]], folder: str) -> set[int]:
+    found = {
+        count for (name, tensor), count in read.items() if name == folder and ".layers." in tensor
+    }
+    assert sum(name == folder and ".layers." in tensor for name, tensor in read) == 18
+    return found
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
+def test_prune(method, dense, tmp_path, traffic):
+    read, written = traffic
+    prunus.prune(dense, tmp_path / "out", method, calibration=token_ids(), dtype="float32")
+    assert of_blocks(read, "dense") == {1}
+    # Looked at, copied and used one right after the other, before the first block; magnitude uses no embedding.
+    assert read["dense", "model.embed_tokens.weight"] == 2 + (method != "magnitude")
+    assert read["dense", "lm_head.weight"] == 2
+    assert set(written.values()) == {1} and len(written) == 3
+
+
+def test_tensors_begin_where_the_checkpoint_says(dense):
+    """What is asked of the disk before a tensor is mapped, in whatever order the file holds them."""
+    stored = {
+        "b": torch.arange(6.0),
+        "a": torch.arange(5, dtype=torch.uint8),
+        "c": torch.ones(2, 3).bfloat16(),
+    }
+    save_file(stored, dense / "mixed.safetensors")
+    checkpoint = Checkpoint(dense, only=["mixed.safetensors"])
+    content = (dense / "mixed.safetensors").read_bytes()
+    for name, tensor in stored.items():
+        info = checkpoint.tensors[name]
+        raw = tensor.view(-1).view(torch.uint8).numpy().tobytes()
+        assert content[info.begin : info.begin + info.nbytes] == raw
+
+
+def test_pack_and_unpack(dense, tmp_path, traffic):
+    read, written = traffic
+    pruned_checkpoint(tmp_path / "pruned", dense)
+    read.clear()
+    written.clear()
+    pack(tmp_path / "pruned", tmp_path / "packed")
+    assert set(read.values()) == {1}
+    assert set(written.values()) == {1}
+    read.clear()
+    written.clear()
+    unpack(tmp_path / "packed", tmp_path / "unpacked")
+    assert set(read.values()) == {1}
+    assert set(written.values()) == {1}
+
+
+def test_block_recovery(dense, tmp_path, traffic):
+    read, written = traffic
+    pruned = pruned_checkpoint(tmp_path / "pruned", dense)
+    text = training_text(tmp_path)
+    read.clear()
+    written.clear()
+    recover(pruned, tmp_path / "out", "block", text, tokens=480)
+    assert of_blocks(read, "dense") == {1}
+    # Once to be trained, and once more, still mapped by the system, to be compared weight by weight before it is written.
+    assert of_blocks(read, "pruned") == {2}
+    assert set(written.values()) == {1} and len(written) == 3

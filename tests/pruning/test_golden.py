@@ -1,0 +1,51 @@
+"""Through the whole engine to the masks of the original code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import prunus
+from golden import CASES, agreement
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.file)
+def test_masks_and_norms_are_the_originals(case, golden, tmp_path):
+    prunus.prune(
+        golden,
+        tmp_path / "out",
+        calibration=str(golden / "calibration.safetensors"),
+        samples=8,
+        seqlen=256,
+        dtype="float32",
+        propagate="block",
+        **case.options,
+    )
+    weights: dict[str, torch.Tensor] = {}
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(shard, "pt") as file:
+            weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    result = agreement(golden, case, weights)
+    assert len(result) == 14
+    for name, (bits, norm) in result.items():
+        assert bits >= case.bits, (name, bits)
+        assert norm <= case.norm, (name, norm)
+
+
+def test_the_pruned_stack_computes_what_the_originals_does(golden):
+    import numpy as np
+
+    model = AutoModelForCausalLM.from_pretrained(golden, dtype=torch.float32)
+    with safe_open(golden / "calibration.safetensors", "pt") as file:
+        ids = file.get_tensor("input_ids").long()
+    prunus.prune(model, calibration=ids, propagate="block", dtype="float32")
+    with torch.no_grad():
+        last = model.model(ids).last_hidden_state
+    with np.load(golden / "official_wanda_unstructured_0.5.npz") as stored:
+        norm, sample = float(stored["last_hidden_state_norm"]), stored["last_hidden_state_sample"]
+    assert float(last.double().norm()) == pytest.approx(norm, rel=1e-4)
+    torch.testing.assert_close(
+        last[0, :4, :16], torch.from_numpy(sample).float(), rtol=1e-3, atol=1e-3
+    )

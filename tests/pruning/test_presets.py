@@ -1,0 +1,128 @@
+"""The best preset as a whole: sparsities or orders of channels, targets, and blocks matched in steps of some tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import prunus
+from prunus.pruning.block import dense_stream as companion
+from prunus.pruning.block import retouch
+from prunus.pruning.cost import estimate_seconds
+from prunus.pruning.job import Job, RunOptions
+from prunus.pruning.plan import prepare
+from prunus.pruning.recipe import Recipe
+from stopping import StopError, stop_after
+from tiny import tiny_checkpoint, token_ids
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """Windows of these tests would be one step each."""
+    monkeypatch.setattr(retouch, "_TOKENS_A_STEP", 8)
+
+
+def same_bytes_however(dense, tmp_path, monkeypatch, options):
+    """What `plain` is, comes of a run that was killed, and of one that runs blocks again instead of waiting in them."""
+    with pytest.raises(StopError):
+        prunus.prune(dense, tmp_path / "resumed", **options, progress=stop_after(1))
+    prunus.prune(dense, tmp_path / "resumed", **options)
+    monkeypatch.setattr(Job, "fits_lockstep", lambda self, index: False)
+    prunus.prune(dense, tmp_path / "replayed", **options)
+    for shard in (tmp_path / "plain").glob("*.safetensors"):
+        for other in ("resumed", "replayed"):
+            assert (tmp_path / other / shard.name).read_bytes() == shard.read_bytes(), (
+                other,
+                shard.name,
+            )
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "mixtral"])
+def test_best_gives_the_same_bytes_in_memory_replayed_and_resumed(
+    family, pattern, tmp_path, monkeypatch
+):
+    dense = tiny_checkpoint(tmp_path / "dense", family, torch.bfloat16)
+    options = {"preset": "best", "pattern": pattern, "calibration": token_ids(8, 32), "batch": 1}
+    report = prunus.prune(dense, tmp_path / "plain", **options)
+    assert report.totals["sparsity"] == pytest.approx(0.5, abs=0.01)
+    # Of eight windows one is held out. Where attention and MLP are added in one go, the MLP's part cannot be taken apart.
+    *earlier, last = [block.match.steps for block in report.blocks]
+    assert set(earlier) == {3 * 7 if family == "gpt_neox" else 7 * 7}
+    assert last == (3 * 7 if family == "gpt_neox" else 8 * 7), "by logits"
+    shares = {
+        linear.zeros / (linear.shape[0] * linear.shape[1])
+        for b in report.blocks
+        for linear in b.linears.values()
+    }
+    assert (max(shares) > min(shares) + 0.01) == (pattern == "unstructured")
+    permuted = [
+        linear.notes.get("permuted", "")
+        for block in report.blocks
+        for linear in block.linears.values()
+    ]
+    assert any(note.startswith("with ") for note in permuted) == (pattern != "unstructured")
+    same_bytes_however(dense, tmp_path, monkeypatch, options)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "mixtral"])
+def test_balanced_matches_the_last_block_alone_on_what_went_along(
+    family, pattern, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(companion, "_TOKENS_PER_FEATURE", 0.5)
+    dense = tiny_checkpoint(tmp_path / "dense", family, torch.bfloat16)
+    options = {
+        "preset": "balanced",
+        "pattern": pattern,
+        "calibration": token_ids(16, 32),
+        "batch": 1,
+    }
+    report = prunus.prune(dense, tmp_path / "plain", **options)
+    *earlier, last = [block.match for block in report.blocks]
+    assert earlier and not any(earlier)
+    # Every fourth of sixteen windows, one of them held out.
+    assert last.steps == (3 if family == "gpt_neox" else 8) * 3
+    assert last.measure == "logits" and last.error_after <= last.error_before
+    without = prunus.prune(dense, tmp_path / "without", **options, match_last=False)
+    assert not any(block.match for block in without.blocks)
+    for mine, others in zip(report.blocks[:-1], without.blocks, strict=False):
+        errors = [
+            [linear.relative_output_error for linear in b.linears.values()] for b in (mine, others)
+        ]
+        assert errors[0] == errors[1], "nothing before it changes"
+    same_bytes_however(dense, tmp_path, monkeypatch, options)
+
+
+def test_two_batches_go_along_where_one_would_show_the_drift(tmp_path, monkeypatch):
+    monkeypatch.setattr(companion, "_TOKENS_PER_FEATURE", 0.01)
+    dense = tiny_checkpoint(tmp_path / "dense")
+    options = {"preset": "balanced", "calibration": token_ids(3, 32), "batch": 1}
+    report = prunus.prune(dense, tmp_path / "out", **options)
+    assert report.blocks[-1].match.steps > 0
+    with pytest.raises(ValueError, match="1 windows in batches of 1"):
+        prunus.prune(dense, tmp_path / "one", **options | {"calibration": token_ids(1, 32)})
+
+
+def test_the_estimate_counts_what_a_preset_does_more(tmp_path, monkeypatch):
+    monkeypatch.setattr("prunus.pruning.cost.matmul_rate", lambda device, dtype: 1.0)
+    dense = tiny_checkpoint(tmp_path / "dense")
+
+    def seconds(**options):
+        job = prepare(
+            dense,
+            Recipe(samples=8, seqlen=32, batch=1, **options),
+            RunOptions(input_ids=token_ids(8, 32)),
+        )
+        return estimate_seconds(job)
+
+    steps = [
+        seconds(preset="fast"),
+        seconds(method="alps"),
+        seconds(method="alps", targets="dense"),
+        seconds(preset="balanced"),
+        seconds(method="alps", targets="dense", match_blocks=True),
+        seconds(preset="best"),
+    ]
+    assert steps == sorted(steps) and len(set(steps)) == len(steps)
+    assert steps[0] < seconds(match_blocks=True)

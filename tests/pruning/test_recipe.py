@@ -1,0 +1,275 @@
+"""What a recipe takes, refuses, selects and writes."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from prunus.hardware.sizes import parse_bytes
+from prunus.pruning.presets import PRESETS
+from prunus.pruning.recipe import Recipe, load_recipe
+
+# Any text that UTF-8 can hold: names of files and of linears may be anything.
+TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
+SHAPES = st.one_of(
+    st.fixed_dictionaries({"sparsity": st.floats(0, 1, exclude_max=True)}),
+    st.integers(1, 16).flatmap(
+        lambda m: st.builds(lambda n: {"pattern": f"{n}:{m}"}, st.integers(1, m)),
+    ),
+)
+METHODS = st.one_of(
+    st.fixed_dictionaries(
+        {"method": st.sampled_from(["magnitude", "wanda", "wanda-variant", "sparsegpt"])}
+    ),
+    st.fixed_dictionaries({"method": st.just("ria"), "ria_power": st.floats(0, 2)}),
+    st.fixed_dictionaries({"method": st.just("alps"), "iterations": st.integers(1, 999)}),
+    st.fixed_dictionaries(
+        {
+            "method": st.just("obs"),
+            "mask_from": st.sampled_from(["wanda", "magnitude"]),
+            "mask_order": st.sampled_from(["before", "blockwise"]),
+        }
+    ),
+)
+OTHERS = st.fixed_dictionaries(
+    {},
+    optional={
+        "group": st.one_of(st.sampled_from(["row", "layer", "column"]), st.integers(1, 9999)),
+        "calibration": TEXT,
+        "samples": st.integers(1, 10**6),
+        "seqlen": st.integers(2, 10**6),
+        "seed": st.integers(-(2**63), 2**63 - 1),
+        "batch": st.integers(1, 10**4),
+        "dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16"]),
+        "propagate": st.sampled_from(["linear", "block"]),
+        "only": st.lists(TEXT, max_size=3).map(tuple),
+        "ignore": st.lists(TEXT, max_size=3).map(tuple),
+        "damping": st.floats(0, 1, exclude_min=True, exclude_max=True),
+        "refine": st.sampled_from(["none", "dsnot", "swaps"]),
+        "update": st.sampled_from(["none", "lsq"]),
+    },
+)
+RECIPES = st.builds(
+    lambda *parts: Recipe(**parts[0], **parts[1], **parts[2]), SHAPES, METHODS, OTHERS
+)
+
+
+@given(recipe=RECIPES)
+def test_toml_brings_every_recipe_back(recipe, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "recipe.toml"
+    path.write_text(recipe.to_toml(), encoding="utf-8")
+    assert load_recipe(path, {}) == recipe
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+@given(recipe=RECIPES)
+def test_toml_says_everything_that_has_a_value(recipe):
+    written = tomllib.loads(recipe.to_toml())
+    assert set(written) == {key for key, value in recipe.model_dump().items() if value is not None}
+
+
+def test_the_defaults_are_the_papers():
+    recipe = load_recipe(None, {})
+    assert (recipe.method, recipe.sparsity, recipe.n_of_m) == ("wanda", 0.5, None)
+    assert (recipe.calibration, recipe.samples, recipe.seqlen, recipe.seed) == ("c4", 128, 2048, 0)
+
+
+def test_overrides_win_and_none_does_not_override(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('method = "sparsegpt"\nsparsity = 0.3\nignore = ["*.q_proj"]\n')
+    recipe = load_recipe(path, {"sparsity": 0.4, "method": None, "only": ("*.mlp.*",)})
+    assert (recipe.method, recipe.sparsity) == ("sparsegpt", 0.4)
+    assert (recipe.only, recipe.ignore) == (("*.mlp.*",), ("*.q_proj",))
+
+
+def test_a_recipe_cannot_be_changed():
+    recipe = Recipe()
+    with pytest.raises(ValidationError):
+        recipe.sparsity = 0.9
+    assert recipe.sparsity == 0.5
+
+
+def test_a_pattern_fixes_the_sparsity():
+    assert Recipe(pattern="2:4").sparsity == 0.5
+    assert Recipe(pattern="1:4").sparsity == 0.75
+    assert Recipe(pattern="1:4", sparsity=0.75).n_of_m == (1, 4)
+    assert Recipe(pattern="4:4").sparsity == 0
+    with pytest.raises(
+        ValueError, match=r"pattern 1:4 already fixes the sparsity at 0\.75; got sparsity 0\.5"
+    ):
+        Recipe(pattern="1:4", sparsity=0.5)
+
+
+def test_a_number_of_rows_may_be_text():
+    assert Recipe(group="8").group == 8
+    for wrong in ("0", "-1", "1.5", "rows", True, 0):
+        with pytest.raises(
+            ValueError, match="group must be row, layer, column or a number of rows"
+        ):
+            Recipe(group=wrong)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("sparsity = ", r"recipe .*recipe\.toml is not valid TOML"),
+        (
+            "sparcity = 0.5",
+            r"recipe .*recipe\.toml: unknown option 'sparcity'; known are preset, method, sparsity, ",
+        ),
+        ("[prune]\nsparsity = 0.5", "unknown option 'prune'"),
+        ('sparsity = "half"', "sparsity: .*got 'half'"),
+        ("sparsity = 1.5", r"sparsity must lie in \[0, 1\).*got 1\.5"),
+        ("samples = 0\nseqlen = 1", r"samples must be at least 1.*; seqlen must be at least 2"),
+        ("samples = 1.5", r"samples: .*got 1\.5"),
+        ('only = "*.mlp.*"', "only: "),
+        ('device = "cpu"', "unknown option 'device'"),
+    ],
+)
+def test_bad_recipe_files(content, message, tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path, {})
+    assert path.read_text() == content
+
+
+def test_a_recipe_file_that_is_not_there_or_not_text(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no recipe file .*gone\.toml"):
+        load_recipe(tmp_path / "gone.toml", {})
+    (tmp_path / "latin.toml").write_bytes(b'calibration = "\xe9"')
+    with pytest.raises(ValueError, match=r"latin\.toml is not valid TOML"):
+        load_recipe(tmp_path / "latin.toml", {})
+
+
+NAMES = [
+    f"model.layers.{i}.{name}"
+    for i in range(3)
+    for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+]
+
+
+@pytest.mark.parametrize(
+    ("only", "ignore", "count"),
+    [
+        ((), (), 9),
+        (("*.mlp.*",), (), 6),
+        (("*.mlp.*", "*.q_proj"), (), 9),
+        ((), ("*.down_proj",), 6),
+        (("*.mlp.*",), ("*.down_proj",), 3),
+        (("model.layers.[02].*",), ("*.1.*", "*.up_proj"), 4),
+        (("mlp.up_proj",), (), 0),
+        (("*.MLP.*",), (), 0),
+    ],
+)
+def test_only_and_ignore_select_by_full_name(only, ignore, count):
+    recipe = Recipe(only=only, ignore=ignore)
+    assert sum(map(recipe.selects, NAMES)) == count
+
+
+@pytest.mark.parametrize(
+    ("only", "ignore", "message"),
+    [
+        (
+            ("*.mlp.*", "mlp"),
+            (),
+            r"--only 'mlp' matches none of the 9 linears; names look like 'model\.layers\.0",
+        ),
+        ((), ("lm_head",), "--ignore 'lm_head' matches none of the 9 linears"),
+        (("*.q_proj",), ("*.self_attn.*",), "--only and --ignore leave no linear to prune"),
+    ],
+)
+def test_patterns_that_select_nothing_are_refused(only, ignore, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(only=only, ignore=ignore).check_names(NAMES)
+
+
+def test_patterns_that_match_are_not_refused():
+    Recipe(only=("*.mlp.*",), ignore=("*.up_proj",)).check_names(iter(NAMES))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1", 1),
+        ("100000", 100_000),
+        ("4B", 4),
+        ("1KB", 1024),
+        ("8GB", 8 * 1024**3),
+        ("8 gib", 8 * 1024**3),
+        (" 512mb ", 512 * 1024**2),
+        ("1.5GiB", 3 * 1024**3 // 2),
+        ("0.5k", 512),
+        ("2T", 2 * 1024**4),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_bytes(text) == size
+
+
+@given(st.integers(1, 10**15), st.sampled_from("KMGT"), st.sampled_from(["", "B", "iB", "b", "ib"]))
+def test_whole_sizes_are_exact(number, unit, ending):
+    number %= 2**20
+    expected = number * 1024 ** ("KMGT".index(unit) + 1)
+    if number:
+        assert parse_bytes(f"{number}{unit}{ending}") == expected
+    else:
+        with pytest.raises(ValueError, match="larger than zero"):
+            parse_bytes(f"{number}{unit}{ending}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "GB", "-1GB", "8PB", "1e9", "8 GB free", "8,5GB", "0", "0.0GB", "0.1", "nan", "inf"],
+)
+def test_sizes_that_are_none(text):
+    with pytest.raises(ValueError, match=r"a memory size (looks like|must be larger than zero)"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.0, 2, math.nan, math.inf])
+def test_sparsity_lies_between_zero_and_one(value):
+    with pytest.raises(ValueError, match=r"sparsity must lie in \[0, 1\)"):
+        Recipe(sparsity=value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fills_in_what_is_not_given(name):
+    chosen = Recipe(preset=name)
+    for key, value in PRESETS[name].items():
+        assert getattr(chosen, key) == value
+    other = Recipe(preset=name, sparsity=0.7, seed=3, damping=0.2)
+    assert (other.method, other.sparsity, other.seed, other.damping) == (chosen.method, 0.7, 3, 0.2)
+
+
+def test_what_best_is_depends_on_the_pattern():
+    chosen = {
+        pattern: Recipe(preset="best", pattern=pattern)
+        for pattern in ("unstructured", "2:4", "4:8")
+    }
+    assert {pattern: (each.allocation, each.permute) for pattern, each in chosen.items()} == {
+        "unstructured": ("search", False),
+        "2:4": ("uniform", True),
+        "4:8": ("uniform", True),
+    }
+    assert Recipe(preset="best", allocation="owl").allocation == "owl"
+    assert not Recipe(preset="best", pattern="2:4", permute=False).permute
+
+
+def test_options_go_before_a_preset(tmp_path):
+    chosen = Recipe(preset="best", method="sparsegpt", match_blocks=False, pattern="2:4")
+    assert (chosen.method, chosen.targets, chosen.match_blocks, chosen.sparsity) == (
+        "sparsegpt",
+        "dense",
+        False,
+        0.5,
+    )
+    (tmp_path / "recipe.toml").write_text(chosen.to_toml(), encoding="utf-8")
+    assert load_recipe(tmp_path / "recipe.toml", {}) == chosen
+    with pytest.raises(ValueError, match="choose one of fast, balanced, best"):
+        load_recipe(None, {"preset": "fastest"})

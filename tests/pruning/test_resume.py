@@ -1,0 +1,139 @@
+"""Killed anywhere, the same command ends in the same bytes; another command does not touch what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import prunus
+from places import SUPPORT
+from prunus.model.checkpoint.reader import INDEX_NAME
+from stopping import StopError, stop_after
+from tiny import tiny_checkpoint, token_ids
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
+    script = SUPPORT.joinpath("kill_points.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(dense), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert len(results) >= 14, (
+        "two blocks, their manifests, what surrounds them and the index, before and after"
+    )
+    assert {r["blocks_before_resume"] for r in results} == {0, 1, 2}
+    for result in results:
+        assert result["status"] == 0, result
+        assert result["equal"], result
+        assert not result["left_behind"], result
+    unfinished = [r for r in results if not r["index_before_resume"]]
+    assert len(unfinished) >= 10, (
+        "until the very end there is no index: a half-finished folder is no model"
+    )
+
+
+def test_an_interrupted_run_is_resumed_not_redone(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=3)
+    ids, out = token_ids(), tmp_path / "out"
+    with pytest.raises(StopError):
+        prunus.prune(dense, out, calibration=ids, progress=stop_after(2))
+    assert not (out / INDEX_NAME).exists()
+    first = (out / "block-00000.safetensors").stat().st_mtime_ns
+    messages = []
+    report = prunus.prune(
+        dense, out, calibration=ids, resume=True, progress=lambda s: messages.append(s.message)
+    )
+    assert ["earlier run" in m for m in messages] == [True, True, False]
+    assert (out / "block-00000.safetensors").stat().st_mtime_ns == first
+    assert report.state == "finished"
+    assert [block.name for block in report.blocks] == [f"model.layers.{i}" for i in range(3)]
+
+
+def test_a_run_that_goes_on_with_unrounded_weights_resumes_to_the_same_bytes(tmp_path):
+    """What is stored is rounded to bfloat16; the original's order of operations goes on with what is not."""
+    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, num_hidden_layers=3)
+    options = {"calibration": token_ids(), "method": "sparsegpt", "propagate": "block"}
+    prunus.prune(dense, tmp_path / "whole", **options)
+    with pytest.raises(StopError):
+        prunus.prune(dense, tmp_path / "out", **options, progress=stop_after(2))
+    prunus.prune(dense, tmp_path / "out", **options)
+    for shard in (tmp_path / "whole").glob("*.safetensors"):
+        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_a_finished_run_is_not_done_again(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    prunus.prune(dense, tmp_path / "out", calibration=token_ids())
+    before = contents(tmp_path / "out")
+    report = prunus.prune(dense, tmp_path / "out", calibration=token_ids())
+    assert report.state == "finished"
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"sparsity": 0.25}, "sparsity"),
+        ({"calibration": token_ids() + 1}, "calibration_sha256"),
+        ({"batch": 3}, "batch"),
+    ],
+)
+def test_another_recipe_in_the_same_folder_is_refused(change, named, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    options = {"calibration": token_ids(), "sparsity": 0.5, "batch": 2}
+    with pytest.raises(StopError):
+        prunus.prune(dense, tmp_path / "out", **options, progress=stop_after(1))
+    before = contents(tmp_path / "out")
+    with pytest.raises(FileExistsError, match=f"another {named}"):
+        prunus.prune(dense, tmp_path / "out", **(options | change))
+    assert contents(tmp_path / "out") == before
+    report = prunus.prune(dense, tmp_path / "out", **(options | change), overwrite=True)
+    assert report.state == "finished"
+
+
+def test_another_model_in_the_same_folder_is_refused(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    other = tiny_checkpoint(tmp_path / "other", num_hidden_layers=3)
+    prunus.prune(dense, tmp_path / "out", calibration=token_ids())
+    with pytest.raises(FileExistsError, match="another checkpoint"):
+        prunus.prune(other, tmp_path / "out", calibration=token_ids())
+
+
+def test_resume_flags(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense")
+    with pytest.raises(FileNotFoundError, match="no unfinished run"):
+        prunus.prune(dense, tmp_path / "out", calibration=token_ids(), resume=True)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(StopError):
+        prunus.prune(dense, tmp_path / "out", calibration=token_ids(), progress=stop_after(1))
+    with pytest.raises(FileExistsError, match="unfinished run"):
+        prunus.prune(dense, tmp_path / "out", calibration=token_ids(), resume=False)
+
+
+def test_a_shard_lost_from_an_unfinished_run_is_made_again(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=3)
+    whole = tmp_path / "whole"
+    prunus.prune(dense, whole, calibration=token_ids())
+    with pytest.raises(StopError):
+        prunus.prune(dense, tmp_path / "out", calibration=token_ids(), progress=stop_after(2))
+    (tmp_path / "out" / "block-00001.safetensors").unlink()
+    prunus.prune(dense, tmp_path / "out", calibration=token_ids())
+    for shard in whole.glob("*.safetensors"):
+        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()

@@ -1,0 +1,327 @@
+"""Image classifiers: the same engine on pixel values, calibration from folders, top-1 accuracy."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("PIL")
+
+from transformers import AutoModelForImageClassification, ViTImageProcessorPil
+
+import prunus
+from command_line import call
+from pictures import CLASSES, CLASSIFIERS, pictures, save_classifier, tiny_classifier
+from prunus.calibration.images import draw_images, list_images, read_images
+from prunus.evaluation.images import ImageScore, image_accuracy
+from prunus.model.hidden_states import HiddenStates
+from prunus.model.skeleton import Skeleton
+from prunus.pruning.job import Job, RunOptions
+from prunus.pruning.plan import prepare
+from prunus.pruning.recipe import Recipe
+from reference import prune_as_called
+
+
+def loaded(folder: Path) -> Any:
+    return AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def naive(model: Any, pixels: torch.Tensor, sparsity: float, group: str, wanda: bool) -> None:
+    """Prune in place, linear by linear in the order in which the whole model calls them."""
+    todo = [
+        m
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and "classifier" not in n and "pooler" not in n
+    ]
+
+    def prune(weight_OI: torch.Tensor, X_TI: torch.Tensor) -> None:
+        score_OI = weight_OI.abs()
+        if wanda:
+            score_OI = score_OI * X_TI.double().square().sum(0).sqrt().float()
+        if group == "row":
+            for row in range(len(score_OI)):
+                weight_OI[
+                    row,
+                    score_OI[row].sort(stable=True).indices[: int(score_OI.shape[1] * sparsity)],
+                ] = 0
+        else:
+            # As the original, magnitude takes the threshold's own weight too.
+            count = int(score_OI.numel() * sparsity) + (0 if wanda else 1)
+            lowest = score_OI.flatten().sort(stable=True).indices[:count]
+            weight_OI.view(-1)[lowest] = 0
+
+    prune_as_called(todo, pixels.split(2), lambda part: model(pixel_values=part), prune)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "group"),
+    [(family, "wanda", "row") for family in sorted(CLASSIFIERS)]
+    + [
+        (family, *way)
+        for family in ("vit", "convnext")
+        for way in (("wanda", "layer"), ("magnitude", "layer"))
+    ],
+)
+def test_streaming_equals_in_memory_equals_naive(family, method, group, tmp_path):
+    dense = save_classifier(tmp_path / "dense", family)
+    folder = pictures(tmp_path / "pictures")
+    options: dict[str, Any] = {"method": method, "group": group, "sparsity": 0.5, "batch": 2}
+    report = prunus.prune(dense, tmp_path / "pruned", calibration=str(folder), samples=6, **options)
+    processor = ViTImageProcessorPil.from_pretrained(dense)
+    pixels = read_images(draw_images(folder, 6, 0), processor)
+    expected = loaded(dense)
+    naive(expected, pixels, 0.5, group, method == "wanda")
+    in_place = tiny_classifier(family)
+    prunus.prune(in_place, calibration=pixels, **options)
+    result = loaded(tmp_path / "pruned")
+    assert report.totals["sparsity"] == pytest.approx(0.5, abs=0.01)
+    for name, tensor in result.state_dict().items():
+        assert torch.equal(tensor, in_place.state_dict()[name]), name
+        assert float((tensor != expected.state_dict()[name]).float().mean()) <= 2e-3, name
+    assert (tmp_path / "pruned" / "preprocessor_config.json").exists()
+    assert "AutoModelForImageClassification" in (tmp_path / "pruned" / "README.md").read_text()
+
+
+def test_stages_are_blocks_with_what_lies_between_them(tmp_path):
+    dense = save_classifier(tmp_path / "dense", "convnext")
+    report = prunus.prune(
+        dense, tmp_path / "pruned", calibration=str(pictures(tmp_path / "pictures")), samples=4
+    )
+    assert [len(block.linears) for block in report.blocks] == [2, 4]
+    assert any("downsampling_layer" in name for name in report.left_dense)
+    assert any("dwconv" in name for name in report.left_dense)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "sparsegpt"},
+        {"method": "alps", "pattern": "2:4"},
+        {"propagate": "block"},
+        {"allocation": "owl"},
+        {"method": "alps", "targets": "dense"},
+        {"match_blocks": True, "match_passes": 1, "samples": 4, "batch": 1},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+@pytest.mark.parametrize("family", ["vit", "convnext"])
+def test_other_kinds_of_runs(family, options, tmp_path):
+    dense = save_classifier(tmp_path / "dense", family)
+    arguments = {"calibration": str(pictures(tmp_path / "pictures")), "samples": 6, **options}
+    report = prunus.prune(dense, tmp_path / "pruned", **arguments)
+    assert report.totals["sparsity"] == pytest.approx(0.5, abs=0.02)
+    if options.get("targets") == "dense":
+        notes = [record.notes for block in report.blocks for record in block.linears.values()]
+        assert not any("targets" in each for each in notes), (
+            "each position is the same one in the dense model"
+        )
+    with torch.no_grad():
+        assert bool(loaded(tmp_path / "pruned")(torch.randn(2, 3, 16, 16)).logits.isfinite().all())
+
+
+def test_resumed_spilled_and_replayed_runs_give_the_same_bytes(tmp_path, monkeypatch):
+    dense = save_classifier(tmp_path / "dense", "convnext")
+    options: dict[str, Any] = {
+        "calibration": str(pictures(tmp_path / "pictures")),
+        "samples": 6,
+        "batch": 2,
+    }
+    prunus.prune(dense, tmp_path / "whole", **options)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(step: Any) -> None:
+        if step.done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        prunus.prune(dense, tmp_path / "resumed", progress=kill, **options)
+    prunus.prune(dense, tmp_path / "resumed", resume=True, **options)
+    monkeypatch.setattr(Job, "spills", True)
+    monkeypatch.setattr(Job, "fits_lockstep", lambda self, index: False)
+    prunus.prune(dense, tmp_path / "replayed", **options)
+    expected = loaded(tmp_path / "whole").state_dict()
+    for other in ("resumed", "replayed"):
+        found = loaded(tmp_path / other).state_dict()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items()), other
+
+
+def test_spilled_hidden_states_may_shrink(tmp_path):
+    states = HiddenStates(2, spill_to=tmp_path, device=torch.device("cpu"))
+    first = [torch.randn(2, 4, 6, 6) for _ in range(2)]
+    for index, tensor in enumerate(first):
+        states.fill(index, tensor)
+    smaller = torch.randn(2, 8, 3, 3)
+    states.put(0, smaller)
+    assert torch.equal(states.get(0), smaller)
+    assert torch.equal(states.get(1), first[1])
+    states.close()
+
+
+@pytest.mark.parametrize("family", ["vit", "convnext"])
+def test_what_a_plan_says_of_an_image_is_what_the_model_makes_of_it(family):
+    model = tiny_classifier(family)
+    skeleton = Skeleton(model.config, torch.float32)
+    with torch.no_grad():
+        hidden = model(torch.randn(1, 3, 16, 16), output_hidden_states=True).hidden_states
+    for index in range(len(skeleton)):
+        after = hidden[index + 1]
+        positions = after[0, 0].numel() if after.dim() == 4 else after.shape[1]
+        width = after.shape[1] if after.dim() == 4 else after.shape[2]
+        planned = skeleton.window_shape(index, 2048)
+        assert planned[1] == width
+        assert positions <= planned[0] <= positions + 1
+
+
+def test_a_run_from_the_command_line(tmp_path):
+    dense = save_classifier(tmp_path / "dense", "vit")
+    folder = pictures(tmp_path / "pictures")
+    call("prune", dense, tmp_path / "pruned", "--calibration", folder, "--samples", 6)
+    assert "patch_embed" not in call("plan", dense, "--calibration", folder, "--samples", 6).stdout
+    assert prunus.inspect(tmp_path / "pruned").sparsity == pytest.approx(0.5)
+    text = call("eval", dense, tmp_path / "pruned", "--images", folder).stdout
+    assert "top-1 accuracy on 12 images" in text
+    assert "label2id" in text
+
+
+def naive_accuracy(folder: Path, images: Path, label_of: dict[str, int]) -> float:
+    from PIL import Image
+
+    model, processor, right = loaded(folder), ViTImageProcessorPil.from_pretrained(folder), []
+    for path in sorted(images.rglob("*.png")):
+        pixels = processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            right.append(int(model(pixels).logits.argmax()) == label_of[path.parent.name])
+    return sum(right) / len(right)
+
+
+def test_accuracy_is_that_of_a_naive_loop(tmp_path):
+    dense = save_classifier(tmp_path / "dense", "vit")
+    folder = pictures(tmp_path / "pictures")
+    [score] = image_accuracy([dense], folder, batch=5)
+    # The classifier's labels run the other way than the folders' sorted order.
+    assert score.accuracy == naive_accuracy(dense, folder, {"cat": 2, "dog": 1, "eel": 0})
+    assert score.standard_error == pytest.approx(
+        math.sqrt(score.accuracy * (1 - score.accuracy) / 12)
+    )
+    numbered = pictures(tmp_path / "numbered", classes=("n01", "n02", "n03"))
+    [score] = image_accuracy([dense], numbered)
+    assert score.accuracy == naive_accuracy(dense, numbered, {"n01": 0, "n02": 1, "n03": 2})
+    assert "sorted order" in score.labels
+    [score] = image_accuracy([dense], folder, limit=6)
+    assert score.images == 6
+
+
+def test_the_difference_of_two_models_is_taken_image_by_image():
+    one = ImageScore("a", 4, (True, True, False, True), "", 0.0)
+    two = ImageScore("b", 4, (True, False, False, False), "", 0.0)
+    mean, error = two.minus(one)
+    assert mean == -0.5
+    assert error == pytest.approx(math.sqrt(1 / 3) / 2)
+    assert one.minus(one) == (0.0, 0.0)
+
+
+def test_images_are_drawn_by_seed_whatever_the_order_of_the_file_system(tmp_path, monkeypatch):
+    folder = pictures(tmp_path / "pictures", per_class=5)
+    drawn = draw_images(folder, 7, 1)
+    assert len(set(drawn)) == 7
+    assert drawn != draw_images(folder, 7, 2)
+    plain = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(sorted(plain(self), reverse=True)))
+    assert draw_images(folder, 7, 1) == drawn
+    assert list_images(folder).classes == CLASSES
+    flat = pictures(tmp_path / "flat", classes=())
+    assert list_images(flat).labels == ()
+
+
+def test_what_cannot_be_calibrated_on_is_refused(tmp_path):
+    dense = save_classifier(tmp_path / "dense", "vit")
+    folder = pictures(tmp_path / "pictures")
+
+    def refused(error: type[Exception], message: str, **options: Any) -> None:
+        with pytest.raises(error, match=message):
+            prunus.prune(dense, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+
+    refused(
+        ValueError, "calibrated on images, and 'c4' is no folder: give --calibration DIR", samples=4
+    )
+    refused(ValueError, "holds 12 images, 13 were asked for", calibration=str(folder), samples=13)
+    refused(
+        ValueError,
+        "pixel values .*got torch.int64",
+        calibration=torch.ones(2, 4, dtype=torch.int64),
+    )
+    refused(
+        NotImplementedError,
+        "no linear as its output head",
+        calibration=str(folder),
+        samples=4,
+        head=True,
+    )
+    (folder / "stray.png").write_bytes(b"nothing")
+    refused(ValueError, "beside folders of images", calibration=str(folder), samples=4)
+    (tmp_path / "empty").mkdir()
+    refused(ValueError, "holds no images", calibration=str(tmp_path / "empty"), samples=4)
+    (folder / "stray.png").rename(folder / "cat" / "9.png")
+    refused(ValueError, r"9\.png cannot be read as an image", calibration=str(folder), samples=13)
+    (dense / "preprocessor_config.json").unlink()
+    (folder / "cat" / "9.png").unlink()
+    refused(ValueError, "no image processor could be loaded", calibration=str(folder), samples=4)
+
+
+def test_verbs_of_language_models_refuse_a_classifier(tmp_path):
+    dense = save_classifier(tmp_path / "dense", "vit", torch.bfloat16)
+    folder = pictures(tmp_path / "pictures")
+    for arguments in (
+        ("eval", dense),
+        ("pack", dense, tmp_path / "o"),
+        ("recover", dense, tmp_path / "o", "--mode", "masked"),
+    ):
+        assert "image classifier" in call(*arguments, status=2).output.replace("\n", " ")
+    sweep = f'title = "x"\nmodels = ["{dense}"]\n[[grid]]\nmethod = "magnitude"\nsparsity = 0.5\n'
+    (tmp_path / "sweep.toml").write_text(sweep)
+    text = call("sweep", tmp_path / "sweep.toml", tmp_path / "o", status=2).output
+    assert "is for causal language models; this is an image classifier" in " ".join(text.split()), (
+        text
+    )
+    assert (
+        "give it alone"
+        in call("eval", dense, "--images", folder, "--tasks", "boolq", status=2).output
+    )
+    assert not (tmp_path / "o").exists()
+    from tiny import tiny_checkpoint
+
+    llama = tiny_checkpoint(tmp_path / "llama")
+    with pytest.raises(NotImplementedError, match="--images is for image classifiers"):
+        image_accuracy([llama], folder)
+    with pytest.raises(ValueError, match=r"3 labels, and 'x' .*is none of these"):
+        image_accuracy([dense], pictures(tmp_path / "other", classes=("x", "y")))
+
+
+def test_the_plan_counts_positions_not_tokens(tmp_path):
+    dense = save_classifier(tmp_path / "dense", "vit")
+    folder = pictures(tmp_path / "pictures")
+    job = prepare(dense, Recipe(calibration=str(folder), samples=12), RunOptions())
+    assert job.batch == 12
+    assert job.costs[0].hidden == 12 * 18 * 32 * 4
+
+
+@pytest.mark.parametrize("size", [0, -4, "large", [16], [16, 0], None])
+def test_a_damaged_image_size_is_refused(size, tmp_path):
+    dense = save_classifier(tmp_path / "dense", "convnext")
+    edit_json(dense / "config.json", image_size=size)
+    with pytest.raises(ValueError, match=r"image_size|describes no model"):
+        prunus.prune(dense, tmp_path / "out", calibration=torch.randn(4, 3, 16, 16))
+    assert not (tmp_path / "out").exists()
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -1,0 +1,290 @@
+"""What cannot work is refused before any work, in words; what goes wrong later loses nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import prunus
+from prunus.model.loading import load_model
+from prunus.recovery import training
+from prunus.recovery.masks import verify
+from prunus.recovery.record import RecoveryRecord
+from recovery_cases import (
+    SHORT,
+    dense_checkpoint,
+    pruned_checkpoint,
+    recover,
+    shards,
+    training_text,
+)
+from tiny import tiny_checkpoint, weights
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return dense_checkpoint(tmp_path_factory.mktemp("bad") / "dense")
+
+
+@pytest.fixture(scope="module")
+def pruned(dense):
+    return pruned_checkpoint(dense.parent / "pruned", dense)
+
+
+@pytest.fixture(scope="module")
+def text(dense):
+    return training_text(dense.parent)
+
+
+def refused(fault, words, model, output, mode, text, **options):
+    """The call raises with these words, and nothing was written."""
+    with pytest.raises(fault, match=words):
+        recover(model, output, mode, text, **options)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "words"),
+    [
+        ("maskd", {}, "mode: input should be 'lora', 'sparse-lora', 'masked' or 'block'"),
+        ("masked", {"minutes": 1.0}, "in tokens or in minutes, not in both"),
+        (
+            "masked",
+            {"rank": 4},
+            "rank means nothing in mode masked; it belongs to lora, sparse-lora",
+        ),
+        ("block", {"patience": 4}, "patience means nothing in mode block"),
+        ("masked", {"tokens": 0}, "tokens: input should be greater than or equal to 1"),
+        ("masked", {"learning_rate": math.nan}, "learning_rate: input should be"),
+        ("masked", {"lerning_rate": 1.0}, "unknown option 'lerning_rate'; known are mode, text"),
+        ("masked", {"distill_weight": 0.5}, "give the dense model with --teacher"),
+        ("masked", {"seqlen": 65}, r"windows of 65 tokens do not fit: the model has 64 positions"),
+        ("masked", {"device": "gpu"}, "device must be auto"),
+        (
+            "lora",
+            {"targets": ("q_poj",)},
+            r"'q_poj' names none of the linears; their names are down_proj, .*q_proj",
+        ),
+        (
+            "lora",
+            {"rank": 40},
+            r"--rank 40 is more than .*q_proj of shape \(32, 32\) can have: give 32 or less",
+        ),
+        ("sparse-lora", {"targets": ("lm_head",)}, "'lm_head' names none"),
+        ("sparse-lora", {"rank": 33}, "--rank 33 is more than"),
+    ],
+)
+def test_options_that_mean_nothing(mode, options, words, pruned, text, tmp_path):
+    refused(ValueError, words, pruned, tmp_path / "out", mode, text, **options)
+
+
+def test_a_model_that_is_not_pruned(dense, text, tmp_path):
+    for mode in ("masked", "sparse-lora"):
+        refused(ValueError, "has no pruned linears", dense, tmp_path / "out", mode, text)
+
+
+def test_folders_that_are_something_else(dense, pruned, text, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds no result of prunus recover"):
+        recover(pruned, tmp_path / "full", "masked", text, overwrite=True)
+    assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="overlap"):
+        recover(pruned, pruned / "in" / "it", "masked", text)
+    with pytest.raises(ValueError, match="overlap"):
+        recover(pruned, dense / "in", "masked", text, teacher=dense)
+    recover(pruned, tmp_path / "adapter", "lora", text, tokens=32, evaluations=1)
+    refused(ValueError, "is an adapter", tmp_path / "adapter", tmp_path / "out", "masked", text)
+    half = pruned_checkpoint(
+        tmp_path / "half", dense_checkpoint(tmp_path / "d16", dtype=torch.bfloat16)
+    )
+    from prunus.packed import pack
+
+    pack(half, tmp_path / "packed")
+    refused(ValueError, "prunus unpack", tmp_path / "packed", tmp_path / "out", "lora", text)
+    refused(FileNotFoundError, "neither a folder", "./nothing", tmp_path / "out", "lora", text)
+
+
+def test_text_that_is_not_there_or_too_short(pruned, tmp_path):
+    refused(
+        FileNotFoundError, "no such file", pruned, tmp_path / "out", "masked", tmp_path / "no.txt"
+    )
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    refused(ValueError, "the text has 0 windows", pruned, tmp_path / "out", "masked", short)
+    foreign = tmp_path / "ids.safetensors"
+    save_file({"input_ids": torch.full((9, 16), VOCABULARY)}, foreign)
+    refused(
+        ValueError, "outside the model's vocabulary", pruned, tmp_path / "out", "masked", foreign
+    )
+    short = {key: value for key, value in SHORT.items() if key != "tokens"}
+    with pytest.raises(ValueError, match="budget in --tokens"):
+        prunus.recover(pruned, tmp_path / "out", "masked", text="self", minutes=1, **short)
+
+
+def test_a_teacher_with_another_vocabulary(dense, pruned, text, tmp_path):
+    larger = tiny_checkpoint(tmp_path / "larger", vocab_size=VOCABULARY + 6)
+    words = f"has a vocabulary of {VOCABULARY + 6} tokens, .* one of {VOCABULARY}"
+    refused(ValueError, words, pruned, tmp_path / "out", "masked", text, teacher=larger)
+    other = tiny_checkpoint(tmp_path / "other", vocab_size=VOCABULARY)
+    byte_tokenizer().save_pretrained(other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    refused(
+        ValueError,
+        "the tokenizers .* differ, at 'a'",
+        pruned,
+        tmp_path / "out",
+        "lora",
+        text,
+        teacher=other,
+    )
+
+
+def test_a_teacher_of_another_shape_in_mode_block(pruned, text, tmp_path):
+    deeper = tiny_checkpoint(tmp_path / "deeper", vocab_size=VOCABULARY, num_hidden_layers=3)
+    refused(
+        ValueError,
+        "has 3 blocks, the pruned model 2",
+        pruned,
+        tmp_path / "out",
+        "block",
+        text,
+        teacher=deeper,
+    )
+    wider = tiny_checkpoint(tmp_path / "wider", vocab_size=VOCABULARY, intermediate_size=96)
+    refused(ValueError, "has the shape", pruned, tmp_path / "out", "block", text, teacher=wider)
+
+
+def test_mode_block_has_to_know_the_dense_model(dense, pruned, text, tmp_path):
+    model = load_model(pruned)
+    model.save_pretrained(tmp_path / "stray")
+    byte_tokenizer().save_pretrained(tmp_path / "stray")
+    refused(
+        FileNotFoundError,
+        "give it with --teacher",
+        tmp_path / "stray",
+        tmp_path / "out",
+        "block",
+        text,
+    )
+    gone = dense_checkpoint(tmp_path / "gone")
+    orphan = pruned_checkpoint(tmp_path / "orphan", gone)
+    gone.rename(tmp_path / "elsewhere")
+    refused(FileNotFoundError, "which is not there", orphan, tmp_path / "out", "block", text)
+    tiny_checkpoint(gone, vocab_size=VOCABULARY, rms_norm_eps=1e-3)
+    refused(ValueError, "has changed since", orphan, tmp_path / "out", "block", text)
+
+
+def test_a_family_whose_projections_have_other_names(text, tmp_path):
+    mpt = pruned_checkpoint(tmp_path / "pruned", dense_checkpoint(tmp_path / "dense", "codegen"))
+    recover(mpt, tmp_path / "out", "lora", text, tokens=32, evaluations=1)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == [
+        "qkv_proj"
+    ]
+
+
+def test_peft_that_is_not_installed_is_named_with_its_extra(pruned, text, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "peft" else found(name, *a)
+    )
+    refused(ModuleNotFoundError, r"pip install 'prunus\[", pruned, tmp_path / "out", "lora", text)
+
+
+def test_an_adapter_for_another_base(pruned, text, tmp_path):
+    recover(pruned, tmp_path / "adapter", "lora", text, tokens=32, evaluations=1)
+    wider = tiny_checkpoint(tmp_path / "wider", vocab_size=VOCABULARY, hidden_size=64)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(wider)})
+    )
+    with pytest.raises(ValueError, match="does not fit its base"):
+        load_model(tmp_path / "adapter")
+
+
+# --- losses that are not finite ---
+
+
+def nan_after(monkeypatch, calls):
+    """The training loss is NaN from a certain call on; the held-out one is not counted."""
+    real, seen = training.next_token_loss, []
+
+    def loss(*arguments):
+        result = real(*arguments)
+        if torch.is_grad_enabled():
+            seen.append(1)
+            if len(seen) > calls:
+                return result * math.nan
+        return result
+
+    monkeypatch.setattr(training, "next_token_loss", loss)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_checkpoint(
+    pruned, text, tmp_path, monkeypatch
+):
+    recover(pruned, tmp_path / "whole", "masked", text)
+    nan_after(monkeypatch, calls=12)
+    with pytest.raises(
+        ValueError, match=r"loss was not finite at step 13.* holds the weights of step 10"
+    ):
+        recover(pruned, tmp_path / "out", "masked", text)
+    record = RecoveryRecord.load(tmp_path / "out")
+    assert record.state == "finished" and record.diverged
+    assert record.evaluations[record.best].step == 10
+    kept = weights(tmp_path / "out")
+    assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
+    loss = prunus.perplexity(tmp_path / "out", str(text), seqlen=16, limit=2).loss
+    before = prunus.perplexity(pruned, str(text), seqlen=16, limit=2).loss
+    assert loss < before
+
+
+def test_a_loss_that_is_not_finite_before_anything_was_gained(pruned, text, tmp_path, monkeypatch):
+    nan_after(monkeypatch, calls=2)
+    with pytest.raises(ValueError, match="holds no result; use a smaller --learning-rate"):
+        recover(pruned, tmp_path / "out", "masked", text)
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert RecoveryRecord.load(tmp_path / "out").state == "running"
+
+
+def test_a_model_that_gives_no_finite_loss_at_all(pruned, text, tmp_path):
+    broken = tmp_path / "broken"
+    model = load_model(pruned)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    model.save_pretrained(broken)
+    byte_tokenizer().save_pretrained(broken)
+    with pytest.raises(ValueError, match="before any training"):
+        recover(broken, tmp_path / "out", "lora", text)
+
+
+def test_a_step_that_would_not_be_finite_changes_nothing(pruned, text, tmp_path):
+    """A rate that no weight survives: what is written is still finite, and better than the start or not there."""
+    with pytest.raises(ValueError, match="training stopped"):
+        recover(pruned, tmp_path / "out", "masked", text, learning_rate=1e30, patience=100)
+    for tensors in shards(tmp_path / "out"):
+        assert tensors.startswith(("training", "best", "block", "outer"))
+
+
+def test_block_matching_that_diverges_keeps_the_weights_it_began_with(pruned, text, tmp_path):
+    record = recover(pruned, tmp_path / "out", "block", text, learning_rate=1e30)
+    assert all(block.error_after == block.error_before for block in record.blocks)
+    old, new = weights(pruned), weights(tmp_path / "out")
+    assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_a_weight_that_grew_back_is_never_written():
+    before = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+    with pytest.raises(RuntimeError, match=r"x: 1 pruned weights are not zero"):
+        verify("x", (2, 2), before, before + torch.tensor([[0.0, 0.0], [0.0, 1e-30]]))
+    kept = verify("x", (2, 2), before, before * torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    assert (kept.zeros_before, kept.zeros_after) == (2, 3)

@@ -1,0 +1,357 @@
+"""Every mode on a tiny model: quality goes up, zeros stay, what is written is what plain libraries load."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import prunus
+from prunus.calibration.stream import training_text as windows
+from prunus.evaluation.inspection import inspect
+from prunus.model.adapter import add_lora
+from prunus.model.loading import load_model
+from prunus.pruning.manifest import MANIFEST_NAME
+from prunus.recovery.masks import pruned_linears
+from prunus.recovery.record import RECORD_NAME
+from prunus.recovery.trainable import masked
+from recovery_cases import (
+    SHORT,
+    dense_checkpoint,
+    pruned_checkpoint,
+    recover,
+    shards,
+    training_text,
+)
+from tiny import tiny_checkpoint, weights
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return dense_checkpoint(tmp_path_factory.mktemp("recovery") / "dense")
+
+
+@pytest.fixture(scope="module")
+def pruned(dense):
+    return pruned_checkpoint(dense.parent / "pruned", dense, sparsity=0.5)
+
+
+@pytest.fixture(scope="module")
+def text(dense):
+    return training_text(dense.parent)
+
+
+def zeros_of(model, names):
+    return {name: weights(model)[f"{name}.weight"] == 0 for name in names}
+
+
+# --- masked ---
+
+
+def test_masked_training_wins_quality_and_keeps_every_zero(pruned, text, tmp_path):
+    before = shards(pruned)
+    record = recover(pruned, tmp_path / "out", "masked", text, weight_decay=0.1)
+    assert shards(pruned) == before, "the pruned model is not changed"
+    totals = record.totals
+    assert totals["held_out_perplexity_after"] < 0.5 * totals["held_out_perplexity_before"]
+    assert set(record.linears) == {linear.name for linear in inspect(pruned).linears}
+    old, new = weights(pruned), weights(tmp_path / "out")
+    for name, entry in record.linears.items():
+        was, now = old[f"{name}.weight"] == 0, new[f"{name}.weight"] == 0
+        assert int(was.sum()) == entry.zeros_before > 0
+        assert bool(now[was].all())
+        assert not torch.equal(old[f"{name}.weight"], new[f"{name}.weight"])
+    assert not torch.equal(old["model.embed_tokens.weight"], new["model.embed_tokens.weight"])
+    assert totals["zeros"] == sum(
+        int((new[f"{name}.weight"] == 0).sum()) for name in record.linears
+    )
+
+
+def test_the_record_is_what_was_measured(pruned, text, tmp_path):
+    record = recover(pruned, tmp_path / "out", "masked", text)
+    assert json.loads((tmp_path / "out" / RECORD_NAME).read_text()) == record.model_dump(
+        mode="json"
+    )
+    steps = [entry.step for entry in record.evaluations]
+    assert steps == [0, 5, 10, 15, 20], (
+        "640 tokens in steps of 32, scored four times and at the start"
+    )
+    assert record.totals["tokens"] == 640
+    best = min(record.evaluations, key=lambda entry: entry.held_out_loss)
+    assert record.evaluations[record.best] == best
+    # The figure is the perplexity of what was written, on windows that plain torch can score.
+    model = load_model(tmp_path / "out")
+    ids = windows(
+        str(text), tokenizer=byte_tokenizer(), seqlen=16, held_out=2, seed=0, data_dir=None
+    ).held_out
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss
+    assert float(loss) == pytest.approx(best.held_out_loss, rel=1e-4)
+
+
+def test_patterns_survive_bfloat16(tmp_path, text):
+    dense = dense_checkpoint(tmp_path / "dense", dtype=torch.bfloat16)
+    pruned = pruned_checkpoint(tmp_path / "pruned", dense, pattern="2:4")
+    recover(pruned, tmp_path / "out", "masked", text, dtype="bfloat16", weight_decay=0.5)
+    found = inspect(tmp_path / "out")
+    assert all("2:4" in linear.patterns for linear in found.linears)
+    assert {linear.dtype for linear in found.linears} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_zeros_stay_under_momentum_and_decay(pruned, optimizer):
+    """The loop's rule, a gradient of zero where a weight is, with torch's optimisers and gradients of any size."""
+    model = load_model(pruned, torch.float32)
+    trainable = masked(model, pruned_linears(model, pruned))
+    options = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+    steps = optimizer(trainable.parameters.values(), lr=0.1, weight_decay=0.3, **options)
+    for size in (1e-8, 1.0, 1e8):
+        for name, parameter in trainable.parameters.items():
+            parameter.grad = torch.randn_like(parameter) * size
+            if name in trainable.supports:
+                parameter.grad.mul_(trainable.supports[name])
+        steps.step()
+    for name, support in trainable.supports.items():
+        assert bool((trainable.parameters[name][~support] == 0).all())
+        assert bool((trainable.parameters[name][support] != 0).all())
+
+
+def test_an_untied_head_that_was_pruned_is_kept_too(tmp_path, text):
+    dense = tiny_checkpoint(tmp_path / "dense", vocab_size=VOCABULARY, tie_word_embeddings=False)
+    byte_tokenizer().save_pretrained(dense)
+    pruned = pruned_checkpoint(tmp_path / "pruned", dense, head=True)
+    for mode in ("masked", "block"):
+        record = recover(pruned, tmp_path / mode, mode, text)
+        assert record.linears["lm_head"].zeros_after >= record.linears["lm_head"].zeros_before > 0
+    again = recover(tmp_path / "block", tmp_path / "again", "masked", text)
+    assert again.linears["lm_head"].zeros_before == record.linears["lm_head"].zeros_before
+
+
+def test_without_a_manifest_linears_with_many_zeros_count_as_pruned(pruned, text, tmp_path):
+    model = load_model(pruned)
+    with torch.no_grad():
+        dense_one = model.model.layers[0].mlp.up_proj.weight
+        dense_one.copy_(torch.randn_like(dense_one))
+        dense_one[0, 0] = 0
+    model.save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other" / MANIFEST_NAME).exists()
+    record = recover(tmp_path / "other", tmp_path / "out", "masked", text)
+    assert "model.layers.0.mlp.up_proj" not in record.linears
+    assert len(record.linears) == len(inspect(pruned).linears) - 1
+    assert float(weights(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"][0, 0]) != 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma2", "phi3"])
+@pytest.mark.parametrize("mode", ["masked", "sparse-lora", "lora", "block"])
+def test_other_families(family, mode, tmp_path, text):
+    dense = dense_checkpoint(tmp_path / "dense", family)
+    pruned = pruned_checkpoint(tmp_path / "pruned", dense)
+    record = recover(pruned, tmp_path / "out", mode, text)
+    if mode == "block":
+        assert record.totals["mean_error_after"] < record.totals["mean_error_before"]
+    else:
+        assert (
+            record.totals["held_out_perplexity_after"] < record.totals["held_out_perplexity_before"]
+        )
+    logits = load_model(tmp_path / "out")(input_ids=torch.arange(3, 11)[None]).logits
+    assert bool(logits.isfinite().all())
+
+
+# --- sparse-lora ---
+
+
+def test_sparse_lora_is_merged_and_nothing_is_added(pruned, text, tmp_path):
+    record = recover(pruned, tmp_path / "out", "sparse-lora", text, rank=4)
+    assert record.totals["held_out_perplexity_after"] < record.totals["held_out_perplexity_before"]
+    assert record.totals["added_parameters"] == 0
+    old, new = weights(pruned), weights(tmp_path / "out")
+    assert set(old) == set(new)
+    for name, entry in record.linears.items():
+        change = new[f"{name}.weight"] - old[f"{name}.weight"]
+        support = old[f"{name}.weight"] != 0
+        assert float(change[~support].abs().max()) == 0
+        assert entry.zeros_after == entry.zeros_before
+        # Masked, the change has any rank; but every column of it lies in the span of B within the support.
+        assert float(change.abs().max()) > 0
+    assert torch.equal(old["model.embed_tokens.weight"], new["model.embed_tokens.weight"])
+
+
+def test_sparse_lora_changes_its_targets_alone(pruned, text, tmp_path):
+    recover(
+        pruned, tmp_path / "out", "sparse-lora", text, targets=("q_proj", "down_proj"), tokens=64
+    )
+    old, new = weights(pruned), weights(tmp_path / "out")
+    changed = {name.split(".")[-2] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"q_proj", "down_proj"}
+
+
+# --- lora ---
+
+
+def test_the_adapter_is_an_ordinary_one(pruned, text, tmp_path):
+    import peft
+
+    record = recover(pruned, tmp_path / "out", "lora", text)
+    totals = record.totals
+    assert totals["held_out_perplexity_after"] < totals["held_out_perplexity_before"]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (
+        8,
+        16,
+        ["q_proj", "v_proj"],
+    )
+    base = AutoModelForCausalLM.from_pretrained(pruned)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out")
+    ids = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        theirs, ours = (
+            adapted(input_ids=ids).logits,
+            load_model(tmp_path / "out")(input_ids=ids).logits,
+        )
+    torch.testing.assert_close(theirs, ours)
+    added = sum(p.numel() for name, p in adapted.named_parameters() if "lora" in name)
+    assert totals["added_parameters"] == added
+    assert totals["added_share"] == pytest.approx(added / (totals["parameters"]))
+    assert prunus.perplexity(tmp_path / "out", str(text), seqlen=16, limit=2).perplexity > 0
+
+
+def test_rank_8_on_query_and_value_adds_0_06_per_cent_to_llama_7b():
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("llama", **shape, **heads, tie_word_embeddings=False)
+        )
+        total = sum(p.numel() for p in model.parameters())
+        adapted = add_lora(model, ("q_proj", "v_proj"), rank=8, alpha=16, seed=0, base="x")
+    added = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+    assert added == 32 * 2 * 8 * (4096 + 4096)
+    assert f"{added / total:.2%}" == "0.06%"
+
+
+# --- the rate ---
+
+
+def test_the_rate_of_masked_training_goes_by_the_size_of_the_weights(dense, text, tmp_path):
+    rates = []
+    for factor in (1.0, 0.125):
+        small = shutil.copytree(dense, tmp_path / f"dense-{factor}")
+        tensors = load_file(small / "model.safetensors")
+        for name, tensor in tensors.items():
+            if name.endswith("_proj.weight"):
+                tensors[name] = tensor * factor
+        save_file(tensors, small / "model.safetensors", metadata={"format": "pt"})
+        pruned = pruned_checkpoint(tmp_path / f"pruned-{factor}", small)
+        record = recover(
+            pruned, tmp_path / f"out-{factor}", "masked", text, tokens=64, learning_rate=None
+        )
+        kept = [x for n, x in weights(pruned).items() if n.endswith("_proj.weight")]
+        size = math.sqrt(
+            sum(float(x.square().sum()) for x in kept) / sum(int((x != 0).sum()) for x in kept)
+        )
+        rates.append(record.totals["peak_learning_rate"] / size)
+    assert rates[0] == pytest.approx(rates[1], rel=1e-5)
+    assert rates[0] * 0.26 == pytest.approx(3e-4, rel=0.02), "SmolLM2's"
+
+
+def test_a_rate_that_is_given_is_the_rate(pruned, text, tmp_path):
+    record = recover(pruned, tmp_path / "out", "masked", text, tokens=64, learning_rate=2e-5)
+    assert record.totals["peak_learning_rate"] == 2e-5
+
+
+# --- a teacher ---
+
+
+def test_a_student_that_starts_as_its_teacher_has_nothing_to_learn(pruned, text, tmp_path):
+    record = recover(
+        pruned, tmp_path / "out", "masked", text, teacher=pruned, tokens=64, learning_rate=1e-6
+    )
+    assert record.evaluations[1].training_loss == pytest.approx(0, abs=1e-6)
+
+
+def test_learning_from_the_dense_model_alone_brings_logits_closer(dense, pruned, text, tmp_path):
+    record = recover(pruned, tmp_path / "out", "masked", text, teacher=dense, patience=100)
+    assert record.inputs.teacher is not None
+    losses = [entry.training_loss for entry in record.evaluations[1:]]
+    assert losses[-1] < 0.5 * losses[0]
+    mixed = recover(
+        pruned, tmp_path / "mix", "masked", text, teacher=dense, distill_weight=0.25, patience=100
+    )
+    assert mixed.evaluations[1].training_loss > losses[0], "the text's cross entropy counts too"
+
+
+# --- block matching ---
+
+
+def test_block_matching_lowers_every_blocks_error_and_keeps_zeros(dense, pruned, text, tmp_path):
+    record = recover(pruned, tmp_path / "out", "block", text)
+    assert [block.name for block in record.blocks] == ["model.layers.0", "model.layers.1"]
+    for block in record.blocks:
+        assert block.error_after < block.error_before
+        assert block.steps == 1440 // 32
+    assert record.teacher == str(dense), "prunus.json says which model was pruned"
+    old, new = weights(pruned), weights(tmp_path / "out")
+    for name in old:
+        gone = old[name] == 0
+        if f"{name.removesuffix('.weight')}" in record.linears:
+            assert bool((new[name][gone] == 0).all())
+            assert not torch.equal(old[name], new[name])
+        else:
+            assert torch.equal(old[name], new[name]), (
+                "only surviving weights of pruned linears are trained"
+            )
+    assert (tmp_path / "out" / MANIFEST_NAME).read_bytes() == (pruned / MANIFEST_NAME).read_bytes()
+
+
+def test_block_matching_brings_the_whole_model_closer_to_the_dense_one(
+    dense, pruned, text, tmp_path
+):
+    recover(pruned, tmp_path / "out", "block", text)
+    ids = byte_tokenizer()("The quick brown fox jumps", return_tensors="pt").input_ids
+    with torch.no_grad():
+        target, before, after = (
+            load_model(path)(input_ids=ids).logits for path in (dense, pruned, tmp_path / "out")
+        )
+    assert float((after - target).norm()) < 0.8 * float((before - target).norm())
+
+
+# --- budgets ---
+
+
+def test_a_budget_in_minutes_ends(pruned, text, tmp_path):
+    short = {key: value for key, value in SHORT.items() if key != "tokens"}
+    record = prunus.recover(
+        pruned, tmp_path / "out", "sparse-lora", text=str(text), minutes=0.02, **short
+    )
+    assert record.state == "finished"
+    assert record.totals["tokens"] > 0
+    assert record.totals["seconds"] >= 1.2
+    assert len(record.evaluations) == 5
+
+
+def test_training_stops_when_nothing_is_gained_and_the_result_is_the_best(pruned, text, tmp_path):
+    """A rate at which things get worse after a while; the schedule is too long for them to get better again."""
+    record = recover(
+        pruned,
+        tmp_path / "out",
+        "masked",
+        text,
+        learning_rate=0.3,
+        tokens=64_000,
+        evaluations=400,
+        patience=2,
+    )
+    assert record.stopped == "no better held-out loss in 2 evaluations"
+    assert record.totals["tokens"] < 64_000
+    assert record.best == len(record.evaluations) - 1 - 2
+    scored = [entry.held_out_loss for entry in record.evaluations]
+    assert scored[record.best] == min(scored)
+    assert not list((tmp_path / "out").glob("best-*"))
+    assert not (tmp_path / "out" / "training.safetensors").exists()

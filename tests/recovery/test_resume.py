@@ -1,0 +1,148 @@
+"""Killed anywhere, the same recovery ends in the same weights; another one does not touch what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from places import SUPPORT
+from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.recovery.checkpoints import Checkpoints
+from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, shards, training_text
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    return pruned_checkpoint(folder / "pruned", dense_checkpoint(folder / "dense"))
+
+
+@pytest.fixture(scope="module")
+def text(pruned):
+    return training_text(pruned.parent)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_a_recovery_killed_at_any_rename_resumes_to_the_same_bytes(pruned, text, tmp_path):
+    script = SUPPORT.joinpath("recovery_kill_points.py")
+    arguments = [pruned, text, tmp_path, "masked:1", "lora:3", "block:2"]
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    found = {
+        mode: {name for result in results[mode] for name in result["found"]} for mode in results
+    }
+    assert "training.safetensors" in found["masked"] & found["lora"]
+    assert len({name for name in found["masked"] if name.startswith("best-")}) >= 2
+    assert "block-00000.safetensors" in found["block"]
+    for mode, killed in results.items():
+        assert len(killed) >= 4
+        for result in killed:
+            assert result["status"] == 0, (mode, result)
+            assert result["equal"], (mode, result)
+            assert not result["left_behind"], (mode, result)
+
+
+class StopError(Exception):
+    """Interrupts a recovery from its progress callback."""
+
+
+def stop_at(share):
+    def progress(step):
+        if step.share >= share:
+            raise StopError
+
+    return progress
+
+
+def test_training_goes_on_from_its_last_checkpoint(pruned, text, tmp_path):
+    with pytest.raises(StopError):
+        recover(pruned, tmp_path / "out", "masked", text, progress=stop_at(0.6))
+    assert not (tmp_path / "out" / INDEX_NAME).exists(), "a half-finished folder is no model"
+    seen = []
+    record = recover(pruned, tmp_path / "out", "masked", text, resume=True, progress=seen.append)
+    assert seen[0].message == "goes on from step 10"
+    assert [entry.step for entry in record.evaluations] == [0, 5, 10, 15, 20]
+    whole = recover(pruned, tmp_path / "whole", "masked", text)
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    assert [e.held_out_loss for e in record.evaluations] == [
+        e.held_out_loss for e in whole.evaluations
+    ]
+
+
+def test_a_finished_recovery_is_not_done_again(pruned, text, tmp_path, monkeypatch):
+    first = recover(pruned, tmp_path / "out", "sparse-lora", text)
+    before = shards(tmp_path / "out")
+    monkeypatch.setattr("prunus.recovery.run.train", None)
+    assert recover(pruned, tmp_path / "out", "sparse-lora", text) == first
+    assert shards(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"tokens": 320}, "tokens"), ({"seed": 1}, "seed"), ({"teacher": "dense"}, "teacher")],
+)
+def test_another_recovery_in_the_same_folder_is_refused(change, named, pruned, text, tmp_path):
+    with pytest.raises(StopError):
+        recover(pruned, tmp_path / "out", "masked", text, progress=stop_at(0.3))
+    before = shards(tmp_path / "out")
+    change = {k: pruned.parent / v if k == "teacher" else v for k, v in change.items()}
+    with pytest.raises(FileExistsError, match=f"another {named}"):
+        recover(pruned, tmp_path / "out", "masked", text, **change)
+    assert shards(tmp_path / "out") == before
+    record = recover(pruned, tmp_path / "out", "masked", text, **change, overwrite=True)
+    assert record.state == "finished"
+
+
+def test_another_mode_takes_a_folder_over_whole(pruned, text, tmp_path):
+    """What an adapter left would make a checkpoint look like one."""
+    recover(pruned, tmp_path / "out", "lora", text)
+    recover(pruned, tmp_path / "out", "masked", text, overwrite=True)
+    assert not list((tmp_path / "out").glob("adapter*"))
+    recover(pruned, tmp_path / "out", "lora", text, overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == [
+        "adapter_model.safetensors"
+    ]
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_shard_lost_from_an_unfinished_recovery_is_made_again(pruned, text, tmp_path):
+    whole = tmp_path / "whole"
+    recover(pruned, whole, "block", text)
+    with pytest.raises(StopError):
+        recover(pruned, tmp_path / "out", "block", text, progress=stop_at(1.0))
+    (tmp_path / "out" / "block-00000.safetensors").unlink()
+    recover(pruned, tmp_path / "out", "block", text)
+    assert shards(tmp_path / "out") == shards(whole)
+
+
+def test_resume_flags(pruned, text, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no unfinished recovery"):
+        recover(pruned, tmp_path / "out", "masked", text, resume=True)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(StopError):
+        recover(pruned, tmp_path / "out", "masked", text, progress=stop_at(0.1))
+    with pytest.raises(FileExistsError, match="unfinished recovery"):
+        recover(pruned, tmp_path / "out", "masked", text, resume=False)
+
+
+def test_a_state_without_its_best_weights_is_not_gone_on_with(pruned, text, tmp_path):
+    with pytest.raises(StopError):
+        recover(pruned, tmp_path / "out", "masked", text, progress=stop_at(0.6))
+    for path in (tmp_path / "out").glob("best-*"):
+        path.unlink()
+    assert (tmp_path / "out" / "training.safetensors").exists()
+    assert Checkpoints(tmp_path / "out").load({}, None) is None
+    recover(pruned, tmp_path / "out", "masked", text)
+    recover(pruned, tmp_path / "whole", "masked", text)
+    assert shards(tmp_path / "out") == shards(tmp_path / "whole")

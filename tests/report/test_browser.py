@@ -1,0 +1,262 @@
+"""The report in a real browser: headless Chromium, driven through playwright.
+
+Skips where there is neither a Chromium in PATH (Debian: apt install chromium) nor one named by PRUNUS_CHROMIUM.
+Screenshots go into the test's own temporary folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import prunus
+from prunus.pruning.manifest import Manifest
+from prunus.report.document import Document, Measured, Table, text_of
+from prunus.report.page import to_html
+from prunus.sweep.results import SweepResults
+from report_samples import hostile_document, whole_document
+from tiny import tiny_checkpoint
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    program = os.environ.get("PRUNUS_CHROMIUM") or next(
+        filter(None, map(shutil.which, NAMES)), None
+    )
+    if program is None:
+        pytest.skip(
+            "no Chromium: install it (Debian: apt install chromium) or name it in PRUNUS_CHROMIUM"
+        )
+    # Chromium's sandbox does not work for root, who only runs tests in containers.
+    options = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=program, args=options)
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("browser")
+    prunus.prune(tiny_checkpoint(folder / "dense"), folder / "out", "magnitude")
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def documents(run, tmp_path_factory) -> dict[str, Document]:
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("whole", "hostile")}
+    return {
+        "whole": whole_document(folders["whole"], run),
+        "hostile": hostile_document(folders["hostile"], run),
+    }
+
+
+@pytest.fixture(scope="module")
+def files(documents, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    for name, document in documents.items():
+        (folder / f"{name}.html").write_text(to_html(document), encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in documents}
+
+
+class Opened:
+    """A page that has been drawn, and what the browser had to say about it."""
+
+    def __init__(self, browser: Any, path: Path, width: int = 1280, scheme: str = "light") -> None:
+        self.page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
+        self.page.set_default_timeout(120_000)  # the machine may be busy; nothing here is measured
+        self.messages: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.messages.append(message.text))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("html[data-charts]")
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.page.close()
+
+    def table(self, title: str, section: str = "main") -> list[list[dict[str, str | None]]]:
+        """Text and raw value of every cell of a table's body, in the order shown; within a section's selector."""
+        return self.page.evaluate(
+            """([section, title]) => {
+              const box = Array.from(document.querySelectorAll(`${section} .scroll`)).find(b => b.ariaLabel === title);
+              return Array.from(box.querySelectorAll("tbody tr"), row => Array.from(
+                row.cells, cell => ({ text: cell.textContent, value: cell.dataset.value ?? null })));
+            }""",
+            [section, title],
+        )
+
+    def sort(self, title: str, column: int) -> str:
+        """Click a column's title; returns what the column says of its order."""
+        header = self.page.locator(f'.scroll[aria-label="{title}"] th').nth(column)
+        header.locator("button").click()
+        return header.get_attribute("aria-sort")
+
+
+@pytest.mark.parametrize("name", ["whole", "hostile"])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light")])
+def test_the_page_is_drawn_without_errors_requests_or_overflow(
+    browser, files, name, width, scheme, tmp_path
+):
+    with Opened(browser, files[name], width, scheme) as opened:
+        assert opened.messages == []
+        assert [url for url in opened.requests if not url.startswith(("data:", "blob:"))] == [
+            files[name].as_uri()
+        ]
+        drawn, boxes = opened.page.evaluate(
+            "[document.querySelectorAll('.chart .main-svg').length, document.querySelectorAll('.chart').length]"
+        )
+        assert boxes >= 8
+        assert drawn >= boxes
+        if name == "whole":
+            opened.page.screenshot(path=tmp_path / f"{width}-{scheme}.png", full_page=True)
+        opened.page.evaluate(
+            "document.querySelectorAll('details').forEach(box => { box.open = true; })"
+        )
+        wide = opened.page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= width
+        outside = opened.page.evaluate(
+            """() => Array.from(document.querySelectorAll("body *")).filter(
+                 e => !e.closest(".scroll, .chart") && e.getBoundingClientRect().right > innerWidth + 1
+               ).map(e => e.outerHTML.slice(0, 80))"""
+        )
+        assert outside == []
+        assert opened.page.evaluate("window.owned === undefined")
+        assert (
+            opened.page.evaluate("document.querySelectorAll('img, iframe, .chart a').length") == 0
+        )
+
+
+def test_tables_show_the_figures_of_the_documents(browser, files, documents):
+    with Opened(browser, files["whole"]) as opened:
+        seen = 0
+        for number, section in enumerate(documents["whole"].sections):
+            for part in section.parts:
+                if not isinstance(part, Table):
+                    continue
+                shown = opened.table(part.title, f"#section-{number}")
+                assert len(shown) == len(part.rows)
+                for cells, row in zip(shown, part.rows, strict=True):
+                    for cell, value, column in zip(cells, row, part.columns, strict=True):
+                        plain = value.value if isinstance(value, Measured) else value
+                        assert cell["text"] == text_of(value, column.form)
+                        assert cell["value"] == (None if plain is None else str(plain))
+                        seen += 1
+        assert seen > 500
+
+
+def test_figures_equal_the_json_they_come_from(browser, files, run, documents, tmp_path):
+    """Past the documents: from the files on disk to the numbers in tables and plots."""
+    manifest = json.loads((run / "prunus.json").read_text())
+    with Opened(browser, files["whole"]) as opened:
+        rows = opened.table("All 14 linears")
+        for row, (block, name) in zip(
+            rows, ((b, n) for b in manifest["blocks"] for n in b["linears"]), strict=True
+        ):
+            record = block["linears"][name]
+            assert row[1]["value"] == f"{block['name']}.{name}"
+            assert (int(row[3]["value"]), float(row[4]["value"])) == (
+                record["zeros"],
+                record["sparsity"],
+            )
+        plots = {
+            title: opened.page.evaluate(
+                """title => {
+                  const box = Array.from(document.querySelectorAll(".chart")).find(b => b.ariaLabel === title);
+                  return box.data.map(({ name, x, y, z, hovertext }) => ({ name, x, y, z, hover: hovertext }));
+                }""",
+                title,
+            )
+            for title in (
+                "Sparsity per block and linear",
+                "Perplexity on wikitext2 by sparsity",
+                "Decoding speed",
+            )
+        }
+    [sparsity] = plots["Sparsity per block and linear"]
+    assert sparsity["z"] == [
+        [block["linears"][name]["sparsity"] for block in manifest["blocks"]]
+        for name in manifest["blocks"][0]["linears"]
+    ]
+    lines = {trace["name"]: trace for trace in plots["Perplexity on wikitext2 by sparsity"]}
+    assert lines["wanda"]["y"] == [32.0, 61.5]
+    assert lines["wanda"]["hover"] == [
+        "wanda, 50%: 32.000 (mean of 2 seeds, 31.250 to 32.750)",
+        "wanda, 2:4: 61.500",
+    ]
+    assert lines["dense 20.50"]["y"] == [20.5, 20.5]
+    [speed] = plots["Decoding speed"]
+    assert speed["x"] == [16.0, 32.0]
+    assert Manifest.load(run).recipe.method == "magnitude"
+    assert SweepResults.model_fields["cells"]
+
+
+def test_a_click_sorts_by_the_figures_and_leaves_missing_ones_last(browser, files):
+    title = "Cells"
+    with Opened(browser, files["whole"]) as opened:
+        opened.page.evaluate(
+            "document.querySelectorAll('details').forEach(box => { box.open = true; })"
+        )
+        before = opened.table(title)
+        column = 3  # perplexity: one is infinite, one was never measured
+
+        def values() -> list[float | None]:
+            return [
+                None if row[column]["value"] is None else float(row[column]["value"])
+                for row in opened.table(title)
+            ]
+
+        known = [value for value in values() if value is not None]
+        missing = [None] * (len(before) - len(known))
+        assert len(missing) == 2
+        assert known != sorted(known)
+        assert opened.sort(title, column) == "ascending"
+        assert values() == sorted(known) + missing
+        assert opened.sort(title, column) == "descending"
+        assert values() == sorted(known, reverse=True) + missing
+        assert opened.sort(title, 0) == "ascending"
+        names = [row[0]["text"] for row in opened.table(title)]
+        assert sorted(names) == sorted(row[0]["text"] for row in before)
+        assert names[0] == min(names)
+        marked = opened.page.locator(f'.scroll[aria-label="{title}"] th[aria-sort]').count()
+        assert marked == 1, "one column says that it is sorted by"
+        # The same without a mouse.
+        opened.page.locator(f'.scroll[aria-label="{title}"] th button').nth(column).press("Enter")
+        assert values() == sorted(known) + missing
+
+
+def test_colours_follow_the_readers_preference_while_the_page_is_open(browser, files):
+    with Opened(browser, files["whole"]) as opened:
+
+        def colours() -> tuple[str, str, str]:
+            return tuple(
+                opened.page.evaluate(
+                    """() => [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,
+                      document.querySelector(".chart .js-line")?.style.stroke ?? ""]"""
+                )
+            )
+
+        def brightness(colour: str) -> float:
+            return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
+
+        light = colours()
+        opened.page.emulate_media(color_scheme="dark")
+        opened.page.wait_for_timeout(300)
+        dark = colours()
+        assert brightness(light[0]) - brightness(light[1]) > 150
+        assert brightness(dark[1]) - brightness(dark[0]) > 150
+        assert light[2]
+        assert light[2] != dark[2]

@@ -1,0 +1,498 @@
+"""Reports: figures as in the JSON they come from, nothing of a hostile name but its letters, the page in a browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+import prunus
+from command_line import call
+from prunus.evaluation.histograms import linear_histograms
+from prunus.pruning.job import RunOptions
+from prunus.pruning.manifest import Manifest
+from prunus.pruning.recipe import Recipe
+from prunus.report.document import Document, Histogram, Measured, Section, Table, text_of
+from prunus.report.figures import figure_json
+from prunus.report.histogram_section import histogram_section
+from prunus.report.page import document_json, to_html
+from prunus.report.plain import to_markdown, to_terminal
+from prunus.report.sources import read_document
+from prunus.report.sweep_tables import sweep_section
+from prunus.sweep.results import CellResult
+from report_samples import (
+    HOSTILE,
+    bench,
+    evaluation,
+    hostile_document,
+    sweep_results,
+    whole_document,
+    write,
+)
+from tiny import tiny_checkpoint, token_ids
+
+# --- what reports are made from ---
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A pruned checkpoint; no test writes to it."""
+    folder = tmp_path_factory.mktemp("report")
+    dense = tiny_checkpoint(folder / "dense")
+    save_file({"input_ids": token_ids(4, 16)}, folder / "ids.safetensors")
+    prunus.prune(
+        dense, folder / "out", calibration=str(folder / "ids.safetensors"), samples=4, seqlen=16
+    )
+    return folder / "out"
+
+
+@pytest.fixture
+def everything(run, tmp_path) -> Document:
+    return whole_document(tmp_path, run)
+
+
+def table(section: Section, title: str) -> dict[object, dict[str, object]]:
+    """A table of a section: first cell of a row -> column title -> raw value."""
+    [part] = [part for part in section.parts if isinstance(part, Table) and part.title == title]
+    names = [column.title for column in part.columns]
+    return {row[0]: dict(zip(names, row, strict=True)) for row in part.rows}
+
+
+# --- the figures ---
+
+
+def test_a_run_is_shown_with_its_manifests_figures(run):
+    [section] = read_document([run]).sections
+    manifest = Manifest.load(run)
+    kinds = table(section, "By kind of linear")
+    assert list(kinds) == list(manifest.blocks[0].linears)
+    for name, row in kinds.items():
+        records = [block.linears[name] for block in manifest.blocks]
+        assert row["count"] == 2
+        assert row["seconds"] == sum(record.seconds for record in records)
+        assert row["mean removed energy"] == pytest.approx(
+            np.mean([record.removed_energy for record in records])
+        )
+    [linears] = [
+        part for part in section.parts if isinstance(part, Table) and part.title == "All 14 linears"
+    ]
+    [energy] = [
+        part
+        for part in section.parts
+        if getattr(part, "title", "") == "Removed energy per block and linear"
+    ]
+    for index, block in enumerate(manifest.blocks):
+        for place, (name, record) in enumerate(block.linears.items()):
+            row = linears.rows[index * 7 + place]
+            assert row[1] == f"{block.name}.{name}"
+            assert (row[3], row[4], row[5]) == (
+                record.zeros,
+                record.sparsity,
+                record.removed_energy,
+            )
+            assert energy.values[energy.rows.index(name)][index] == record.removed_energy
+    assert len(linears.rows) == 14
+
+
+def test_an_unfinished_run_is_shown_as_one(run, tmp_path):
+    manifest = Manifest.load(run)
+    manifest.state, manifest.totals, manifest.blocks = "running", {}, manifest.blocks[:1]
+    manifest.save(tmp_path)
+    text = to_markdown(read_document([tmp_path]))
+    assert "unfinished: 1 blocks are done" in text
+
+
+def test_a_sweep_is_shown_with_means_over_seeds_gaps_and_failures():
+    results = sweep_results()
+    for cell in results.cells:
+        cell.residual_gap = {"wikitext2": 2.0 if cell.state == "done" else None}
+    section = sweep_section(results)
+    shown = table(section, "Perplexity on wikitext2")
+    assert list(shown) == ["dense", "magnitude", "wanda", "wanda, recovered by lora", "sparsegpt"]
+    assert (shown["dense"]["50%"], shown["dense"]["2:4"]) == (20.5, 20.5)
+    assert (shown["magnitude"]["50%"], shown["magnitude"]["2:4"]) == (522.02, None)
+    assert (shown["wanda"]["50%"], shown["wanda"]["2:4"]) == ((31.25 + 32.75) / 2, 61.5)
+    assert shown["wanda, recovered by lora"]["50%"] == 27.5
+    assert table(section, "Residual gap on wikitext2")["wanda"]["2:4"] == 2.0
+    assert table(section, "What failed") == {
+        "smol-sparsegpt": {"cell": "smol-sparsegpt", "reason": "OSError: full"}
+    }
+    cells = table(section, "Cells")
+    assert cells["smol-dense"]["perplexity, wikitext2"] == 20.5
+    assert cells["smol-wanda-0.5-1"]["perplexity, wikitext2"] == 32.75
+    assert cells["smol-wanda+lora"]["recovery seconds"] == 99.0
+    assert table(section, "Tasks")["smol-dense"]["boolq"] == Measured(0.7, 0.0123)
+    text = to_markdown(Document("t", (section,)))
+    assert "| smol-dense | 70.00% ± 1.23% | 9.5 |" in text
+    assert "What it is for." in text
+
+
+def test_rows_are_named_by_what_tells_them_apart():
+    def names(*recipes: dict) -> list[str]:
+        results = sweep_results()
+        model = results.models["smol"].scores
+        results.cells = [
+            CellResult(
+                name=str(place), model="smol", recipe=Recipe(**recipe), state="done", scores=model
+            )
+            for place, recipe in enumerate(recipes)
+        ]
+        [shown] = [
+            p
+            for p in sweep_section(results).parts
+            if isinstance(p, Table) and p.title.startswith("Perplexity")
+        ]
+        return [column.title for column in shown.columns[1:]] + [row[0] for row in shown.rows[1:]]
+
+    assert names({"group": "layer"}, {"group": 128}) == [
+        "50%",
+        "wanda, group layer",
+        "wanda, group 128",
+    ]
+    assert names({}, {"method": "obs"}, {"method": "obs", "mask_order": "blockwise"}) == [
+        "50%",
+        "wanda",
+        "obs, mask order before",
+        "obs, mask order blockwise",
+    ]
+    assert names({"samples": 1}, {"samples": 64}) == ["1 window", "64 windows", "wanda"]
+    assert names({"samples": 1, "sparsity": 0.1}, {"sparsity": 0.2, "samples": 2}) == [
+        "10%",
+        "20%",
+        "wanda, samples 1",
+        "wanda, samples 2",
+    ]
+
+
+def test_charts_join_what_is_numeric_and_leave_categories_apart():
+    charts = {}
+    for shapes in ((0.1, 0.5, 0.8), (0.5, "2:4", "4:8")):
+        results = sweep_results()
+        score = results.models["smol"].scores
+        results.cells = [
+            CellResult(
+                name=f"{shape}", model="smol", state="done",
+                recipe=Recipe(**({"pattern": shape} if isinstance(shape, str) else {"sparsity": shape})),
+                scores={"wikitext2": score["wikitext2"].model_copy(update={"perplexity": 30.0 * (place + 1)})},
+            )
+            for place, shape in enumerate(shapes)
+        ]  # fmt: skip
+        [chart] = [part for part in sweep_section(results).parts if type(part).__name__ == "Lines"]
+        charts[shapes] = json.loads(figure_json(chart))
+    numeric, categories = charts.values()
+    assert numeric["data"][0]["x"] == [10.0, 50.0, 80.0]
+    assert numeric["data"][0]["y"] == [30.0, 60.0, 90.0]
+    assert numeric["data"][0]["mode"] == "lines+markers"
+    assert numeric["data"][1]["y"] == [20.5, 20.5]
+    assert categories["data"][0]["mode"] == "markers"
+    assert categories["layout"]["xaxis"]["ticktext"] == ["50%", "2:4", "4:8"]
+
+
+def compare_by_hand(first: list[float], second: list[float]) -> tuple[float, float]:
+    steps = np.array(second) - np.array(first)
+    return float(steps.mean()), float(steps.std(ddof=1) / np.sqrt(len(steps)))
+
+
+def test_an_evaluation_is_shown_with_differences(tmp_path):
+    [section] = read_document(
+        [write(tmp_path / "eval.json", evaluation("a/dense", "b/pruned"))]
+    ).sections
+    assert section.title == "Evaluation of dense, pruned"
+    assert table(section, "Perplexity")["wikitext2"] == {
+        "text": "wikitext2",
+        "dense": 19.125,
+        "pruned": 42.5,
+    }
+    [tasks] = [part for part in section.parts if isinstance(part, Table) and part.title == "Tasks"]
+    assert tasks.rows[0] == (
+        "boolq",
+        "acc",
+        Measured(0.75, 0.25, ".2%"),
+        Measured(0.25, 0.25, ".2%"),
+    )
+    [changes] = [
+        part
+        for part in section.parts
+        if isinstance(part, Table) and part.title.startswith("Differences")
+    ]
+    difference = compare_by_hand([1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0])
+    assert changes.rows[0] == ("pruned", "boolq", "acc", Measured(*difference, "+.2%"), "no")
+
+
+def test_size_and_speed_are_shown_with_their_spread(tmp_path):
+    document = read_document(
+        [write(tmp_path / "e.json", evaluation())], write(tmp_path / "b.json", bench("x", "y"))
+    )
+    section = document.sections[1]
+    shown = table(section, "Medians over processes of their own")
+    assert shown["x"]["file, GB"] == 0.269
+    assert shown["y"]["decode, tokens/s"] == 32.0
+    assert shown["y"]["decode / first"] == 2.0
+    bars = json.loads(figure_json(section.parts[1]))["data"][0]
+    assert (bars["x"], bars["error_x"]["array"], bars["error_x"]["arrayminus"]) == (
+        [16.0, 32.0],
+        [2.0, 4.0],
+        [1.0, 2.0],
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "text"),
+    [
+        (None, ".2f", "–"),
+        (1234.567, ",.2f", "1,234.57"),
+        (0.5, ".2%", "50.00%"),
+        ("2:4", None, "2:4"),
+        (Measured(0.5, 0.25), ".1%", "50.0% ± 25.0%"),
+        (Measured(7.0, None, ".2f"), ".1%", "7.00"),
+        (Measured(-0.5, 0.25, "+.1%"), None, "-50.0% ± 25.0%"),
+    ],
+)
+def test_figures_are_written_in_one_way(value, form, text):
+    assert text_of(value, form) == text
+
+
+# --- histograms ---
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+)
+def test_histograms_count_weights_and_scores_as_they_were_when_pruned(run, name):
+    found = linear_histograms(run, name)
+    manifest = Manifest.load(run)
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder).get_submodule(name).weight.detach().numpy()
+        for folder in (manifest.source, run)
+    )
+    edges = np.array(found.weight_edges)
+    assert found.before == tuple(np.histogram(before, edges)[0])
+    assert found.after == tuple(np.histogram(after[after != 0], edges)[0])
+    assert found.removed == tuple(np.histogram(before[after == 0], edges)[0])
+    assert sum(found.before) + sum(found.after) + found.beyond == before.size + np.count_nonzero(
+        after
+    )
+    # Inputs of a linear in the finished model are those that it was pruned on.
+    model, inputs = AutoModelForCausalLM.from_pretrained(run), []
+    model.get_submodule(name).register_forward_pre_hook(
+        lambda _, x: inputs.append(x[0].reshape(-1, x[0].shape[-1]))
+    )
+    with torch.no_grad():
+        model(token_ids(4, 16))
+    scores = np.abs(before) * inputs[0].norm(dim=0).numpy()
+    edges = np.array(found.score_edges)
+    kept, gone = (
+        np.histogram(np.log10(scores[which]), edges)[0] for which in (after != 0, after == 0)
+    )
+    assert np.abs(np.array(found.score_kept) - kept).sum() <= 4, (
+        "rounding may move a score over an edge"
+    )
+    assert np.abs(np.array(found.score_removed) - gone).sum() <= 4
+    assert sum(found.score_kept) == np.count_nonzero(after)
+
+
+def test_histograms_make_do_with_what_is_there(run, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree(run, folder)
+    manifest = Manifest.load(folder)
+    dense, manifest.source = manifest.source, str(tmp_path / "gone")
+    manifest.save(folder)
+    name = "model.layers.0.mlp.up_proj"
+    alone = linear_histograms(folder, name)
+    assert alone.before is None
+    assert "The dense checkpoint is not at hand" in alone.notes[0]
+    whole = linear_histograms(folder, name, dense=dense)
+    assert whole == linear_histograms(run, name)
+    with pytest.raises(ValueError, match="its fingerprint differs"):
+        linear_histograms(
+            folder, name, dense=str(tiny_checkpoint(tmp_path / "other", num_hidden_layers=1))
+        )
+    with pytest.raises(
+        ValueError,
+        match=r"no linear 'model\.layers\.0\.up'; there are 14, such as model\.layers\.0\.mlp\.up_proj",
+    ):
+        linear_histograms(folder, "model.layers.0.up")
+    manifest.recipe = manifest.recipe.model_copy(update={"calibration": "token ids"})
+    manifest.save(folder)
+    unscored = linear_histograms(folder, name, dense=dense)
+    assert (unscored.before, unscored.score_kept) == (whole.before, ())
+    assert "No scores, which need the calibration text" in unscored.notes[0]
+
+
+def test_magnitude_needs_no_text_and_other_methods_say_whose_score_is_shown(run, tmp_path):
+    dense = Manifest.load(run).source
+    ids = token_ids(2, 16)
+    for method, score in (("magnitude", "|W|"), ("sparsegpt", "|W|·‖X‖")):
+        save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
+        options = {"calibration": str(tmp_path / "ids.safetensors"), "samples": 2, "seqlen": 16}
+        prunus.prune(dense, tmp_path / method, method, **options)
+        found = linear_histograms(
+            tmp_path / method, "model.layers.0.mlp.up_proj", options=RunOptions()
+        )
+        assert found.score.startswith(score)
+        assert ("chooses by a score of its own" in " ".join(found.notes)) == (method == "sparsegpt")
+        [chart] = [
+            x for x in histogram_section(found).parts if isinstance(x, Histogram) and x.log_x
+        ]
+        assert chart.x_title == score, "an axis has room for no more"
+        assert chart.note == (
+            f"Scores: inputs of 2 windows of {options['calibration']}." if "X" in score else ""
+        )
+
+
+# --- the page as a file ---
+
+
+class Tags(HTMLParser):
+    """Elements and attributes of a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+
+def tags(page: str) -> list[tuple[str, dict[str, str | None]]]:
+    parser = Tags()
+    parser.feed(page)
+    return parser.found
+
+
+def test_hostile_names_are_text_and_nothing_else(run, tmp_path):
+    plain = to_html(read_document([run]))
+    page = to_html(hostile_document(tmp_path, run))
+    assert {tag for tag, _ in tags(page)} - {"a", "h2", "li", "nav", "ul"} <= {
+        tag for tag, _ in tags(plain)
+    }
+    assert all(not name.startswith("on") for _, attributes in tags(page) for name in attributes)
+    assert {attributes.get("href") for tag, attributes in tags(page) if tag == "a"} == {
+        f"#section-{k}" for k in range(5)
+    }
+    executed = [
+        attributes for tag, attributes in tags(page) if tag == "script" and "type" not in attributes
+    ]
+    assert len(executed) == 2
+
+
+def test_hostile_names_are_text_in_markdown_and_in_the_terminal_too(run, tmp_path):
+    document = hostile_document(tmp_path, run)
+    text = to_markdown(document)
+    assert not re.search(r"(?<!\\)<", text)
+    assert not re.search(r"(?<!\\)\[a\]", text)
+    for line in text.splitlines():
+        if line.startswith("| "):
+            assert len(re.findall(r"(?<!\\)\|", line)) >= 3
+    console = Console(width=4000, record=True, file=io.StringIO())
+    console.print(to_terminal(document))
+    assert HOSTILE in console.export_text()
+
+
+def test_the_page_carries_everything_and_may_run_only_its_own_scripts(everything):
+    page = to_html(everything)
+    [policy] = [
+        a["content"] for tag, a in tags(page) if a.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policy.startswith("default-src 'none'; ")
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    hashes = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        for script in scripts
+    ]
+    assert f"script-src {' '.join(hashes)};" in policy
+    for tag, attributes in tags(page):
+        assert "src" not in attributes
+        assert attributes.get("href", "#").startswith(("#", "data:,")), tag
+    assert {a["name"]: a["content"] for tag, a in tags(page) if "name" in a}["viewport"].startswith(
+        "width=device-width"
+    )
+
+
+def test_a_page_without_charts_needs_no_plotting_library(tmp_path, monkeypatch, run):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    page = to_html(read_document([write(tmp_path / "e.json", evaluation())]))
+    assert len(page) < 50_000
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'prunus\[report\]'"):
+        to_html(read_document([run]))
+
+
+# --- the command ---
+
+
+def test_the_command_writes_a_page_markdown_or_the_terminal(run, tmp_path):
+    linear = "model.layers.1.mlp.down_proj"
+    call(
+        "report",
+        run,
+        "-o",
+        tmp_path / "new" / "r.html",
+        "--histogram",
+        linear,
+        "--bench",
+        write(tmp_path / "b.json", bench("x")),
+    )
+    page = (tmp_path / "new" / "r.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert f"Histograms of {linear}" in page
+    assert "Size and speed" in page
+    result = call(
+        "report", run, "-o", tmp_path / "r.md", "--title", "My run", "--json", tmp_path / "r.json"
+    )
+    assert "r.md is written" in result.stderr
+    assert (tmp_path / "r.md").read_text().startswith("# My run\n")
+    assert json.loads((tmp_path / "r.json").read_text()) == document_json(
+        read_document([run], title="My run")
+    )
+    assert "self_attn.q_proj" in call("report", run).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp}/none"], "is not there; give the folder of a run or a sweep"),
+        (["{tmp}"], "holds neither prunus.json (of a run) nor results.json"),
+        (["{tmp}/list.json"], "this is not the JSON of prunus eval"),
+        (["{tmp}/broken.json"], "is not valid JSON"),
+        (["{run}", "--bench", "{tmp}/dict.json"], "this is not the JSON of prunus bench"),
+        (["{run}", "-o", "{tmp}/page.pdf"], "the name must end in .html or .md"),
+        (["{run}", "--histogram", "q_proj"], "the run pruned no linear 'q_proj'"),
+        (["{run}", "{run}", "--histogram", "q_proj"], "looks into one run; got 2 paths"),
+    ],
+)
+def test_what_cannot_be_reported_on_is_named(arguments, message, run, tmp_path):
+    write(tmp_path / "list.json", [1])
+    write(tmp_path / "dict.json", {"model": "x"})
+    (tmp_path / "broken.json").write_text("{")
+    result = call("report", *(part.format(tmp=tmp_path, run=run) for part in arguments), status=2)
+    [line] = result.stderr.splitlines()
+    assert message in line
+
+
+def test_single_linears_show_every_method_and_what_it_lost(tmp_path):
+    errors = {"50 %": [0.0125, 0.02], "2:4": None}
+    layers = [{"name": "o_proj", "methods": [{"method": "wanda", "errors": errors}]}]
+    path = tmp_path / "layers.json"
+    path.write_text(json.dumps({"layers": layers, "protocol": {"tokens": 1536}}))
+    text = to_markdown(read_document([path]))
+    assert "| wanda | 1.250% | 2.000% | – | – |" in text
+    assert "1536" in text
+    path.write_text(json.dumps({"layers": [{"name": "o_proj"}], "protocol": {}}))
+    with pytest.raises(
+        ValueError, match=r"layers.json: this is not the JSON of benchmarks/layers.py"
+    ):
+        read_document([path])

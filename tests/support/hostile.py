@@ -1,0 +1,328 @@
+"""A child of the test of hostile checkpoints: thousands of damaged files, in a process whose memory is limited.
+
+    python hostile.py SCRATCH SEED KIND:CASES ...
+
+Prints one JSON line: kind -> how often each kind of error came. A case that ends otherwise than well or in an error for
+people, that takes longer than `LONGEST` seconds, that opens a file outside its folder or leaves one there, ends the child
+with a description. Before every case its number is written to SCRATCH/case, for crashes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+torch.set_num_threads(1)
+
+import prunus  # noqa: E402
+from packed_reference import pruned_checkpoint  # noqa: E402
+from prunus.model.checkpoint import reader as checkpoint_module  # noqa: E402
+from prunus.model.checkpoint.gguf import import_gguf  # noqa: E402
+from prunus.packed import pack, unpack  # noqa: E402
+from tiny import tiny_checkpoint, tiny_model, token_ids  # noqa: E402
+
+LONGEST = 10
+#: Bytes that a case may take on top of what the process has; the files are a hundred kilobytes.
+ROOM = 2**30
+FOR_PEOPLE = (ValueError, FileNotFoundError, FileExistsError, NotImplementedError)
+NUMBERS = [
+    -1,
+    0,
+    1,
+    3,
+    7,
+    255,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**53,
+    2**62,
+    2**63 - 1,
+    2**64 - 1,
+    -(2**63),
+    10**30,
+]
+VALUES: list[Any] = [
+    None,
+    True,
+    "",
+    "x",
+    "../x",
+    "/etc/passwd",
+    "\0",
+    "é" * 99,
+    0.5,
+    -1.5,
+    1e300,
+    [],
+    [0],
+    {},
+    {"a": 1},
+]
+VALUES += [[[]] * 3, "auto", *NUMBERS]
+
+
+class TooLong(BaseException):
+    """A case did not end."""
+
+
+def mutate_json(value: Any, dice: random.Random) -> Any:
+    """`value` with one thing changed, somewhere in it."""
+    value = json.loads(json.dumps(value))
+    place, key = None, None
+    at = value
+    while isinstance(at, dict | list) and at and (place is None or dice.random() < 0.8):
+        place, key = at, dice.choice(list(at)) if isinstance(at, dict) else dice.randrange(len(at))
+        at = at[key]
+    if place is None:
+        return dice.choice(VALUES)
+    kind = dice.random()
+    if kind < 0.15:
+        del place[key]
+    elif kind < 0.3 and isinstance(place, dict):
+        place[str(key) + dice.choice(["x", "/", ".weight", "\0", ".."])] = place.pop(key)
+    elif kind < 0.5 and isinstance(at, int) and not isinstance(at, bool):
+        place[key] = at + dice.choice([-1, 1, 8, at, 10 * at, -2 * at])
+    else:
+        place[key] = dice.choice(VALUES)
+    return value
+
+
+def mutate_bytes(data: bytes, dice: random.Random, until: int) -> bytes:
+    """`data` with a few bytes changed before `until`, a number put in, a piece taken out, or its end cut off."""
+    data = bytearray(data)
+    for _ in range(dice.choice((1, 1, 2, 5))):
+        at = dice.randrange(min(until, len(data)) or 1)
+        kind = dice.random()
+        if kind < 0.4:
+            data[at : at + 1] = bytes([dice.randrange(256)])
+        elif kind < 0.6:
+            data[at : at + 8] = struct.pack("<Q", dice.choice(NUMBERS) % 2**64)
+        elif kind < 0.75:
+            data[at : at + 4] = struct.pack("<I", dice.choice(NUMBERS) % 2**32)
+        elif kind < 0.85:
+            del data[at : at + dice.randrange(1, 40)]
+        elif kind < 0.95:
+            data[at:at] = bytes(dice.randrange(1, 40))
+        else:
+            del data[at:]
+    return bytes(data)
+
+
+def damage_header(path: Path, dice: random.Random) -> None:
+    """Change the JSON at the head of a safetensors file, or the bytes around it."""
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    if dice.random() < 0.5:
+        path.write_bytes(mutate_bytes(data, dice, 8 + length))
+        return
+    header = json.loads(data[8 : 8 + length])
+    if dice.random() < 0.4:
+        _disagree(header, dice)
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+        return
+    for _ in range(dice.choice((1, 1, 2))):
+        header = mutate_json(header, dice)
+    text = json.dumps(header).encode()
+    stated = len(text) if dice.random() < 0.9 else dice.choice(NUMBERS) % 2**64
+    path.write_bytes(struct.pack("<Q", stated) + text + data[8 + length :])
+
+
+def _disagree(header: dict[str, Any], dice: random.Random) -> None:
+    """Make a header say other things of the same bytes: valid in itself, and wrong."""
+    one, other = dice.sample([name for name in header if name != "__metadata__"], 2)
+    kind = dice.randrange(5)
+    if kind == 0:
+        header[one], header[other] = header[other], header[one]
+    elif kind == 1:
+        same = {
+            "F32": ["I32", "U32"],
+            "BF16": ["F16", "I16", "U16"],
+            "U8": ["I8", "BOOL", "F8_E4M3"],
+        }
+        header[one]["dtype"] = dice.choice(same.get(header[one]["dtype"], ["F64"]))
+    elif kind == 2:
+        header[one]["shape"] = dice.choice(
+            [header[one]["shape"][::-1], [1, *header[one]["shape"]], [-1]]
+        )
+    elif kind == 3:
+        header[one + dice.choice(["x", "/../x", "\0", "." * 50])] = header.pop(one)
+    else:
+        del header[dice.choice((one, "__metadata__"))]
+
+
+def damage_json(path: Path, dice: random.Random) -> None:
+    if dice.random() < 0.15:
+        path.write_bytes(mutate_bytes(path.read_bytes(), dice, 10**9))
+        return
+    content = json.loads(path.read_text())
+    for _ in range(dice.choice((1, 1, 2, 3))):
+        content = mutate_json(content, dice)
+    path.write_text(json.dumps(content))
+
+
+def prune(case: Path) -> None:
+    prunus.prune(case / "model", case / "out", calibration=token_ids(2, 16), batch=2)
+
+
+def inspect(case: Path) -> None:
+    prunus.inspect(case / "model")
+
+
+def unpack_and_load(case: Path) -> None:
+    from prunus.model.loading import load_model
+
+    faults = []
+    for work in (lambda: unpack(case / "model", case / "out"), lambda: load_model(case / "model")):
+        try:
+            work()
+        except FOR_PEOPLE as fault:
+            faults.append(fault)
+    if faults:
+        raise faults[0]
+
+
+def bring_in(case: Path) -> None:
+    import_gguf(case / "model" / "model.gguf", case / "out")
+
+
+def kinds(
+    scratch: Path,
+) -> dict[str, tuple[Path, Callable[[Path, random.Random], None], Callable[[Path], None]]]:
+    """Kind -> a good folder, what damages a copy of it, what is done with that."""
+    dense = tiny_checkpoint(scratch / "dense")
+    sharded = scratch / "sharded"
+    tiny_model().save_pretrained(sharded, max_shard_size="50KB")
+    packed = scratch / "packed"
+    pack(pruned_checkpoint(scratch / "pruned"), packed)
+    index = "model.safetensors.index.json"
+
+    def damage_packed(model: Path, dice: random.Random) -> None:
+        if dice.random() < 0.4:
+            damage_json(model / "config.json", dice)
+        else:
+            damage_header(dice.choice(sorted(model.glob("*.safetensors"))), dice)
+
+    found = {
+        "header": (dense, lambda m, dice: damage_header(m / "model.safetensors", dice), prune),
+        "index": (sharded, lambda m, dice: damage_json(m / index, dice), inspect),
+        "config": (dense, lambda m, dice: damage_json(m / "config.json", dice), prune),
+        "packed": (packed, damage_packed, unpack_and_load),
+    }
+    try:
+        from test_gguf import tiny_llama, write_gguf
+    except BaseException:  # the extra is not installed: pytest skips what imports it
+        return found
+    (scratch / "gguf").mkdir()
+    write_gguf(tiny_llama(), scratch / "gguf" / "model.gguf")
+    head = (scratch / "gguf" / "model.gguf").stat().st_size // 3
+
+    def damage_gguf(model: Path, dice: random.Random) -> None:
+        path = model / "model.gguf"
+        path.write_bytes(mutate_bytes(path.read_bytes(), dice, dice.choice((200, 2000, head))))
+
+    return found | {"gguf": (scratch / "gguf", damage_gguf, bring_in)}
+
+
+def watch(allowed: list[Path]) -> list[str]:
+    """From now on: files of the scratch folder that are opened outside the `allowed` folders."""
+    seen: list[str] = []
+    root = allowed[0]
+
+    def note(name: Any) -> None:
+        if isinstance(name, str | bytes | os.PathLike):
+            path = os.path.realpath(os.fsdecode(name))
+            inside = path.startswith(str(allowed[1]) + os.sep) or path == str(allowed[1])
+            if (path.startswith(str(root) + os.sep) and not inside) or path == "/etc/passwd":
+                seen.append(path)
+
+    sys.addaudithook(lambda event, arguments: note(arguments[0]) if event == "open" else None)
+    opened = checkpoint_module.safe_open  # opens files past Python
+
+    def noting(path: Any, *arguments: Any, **options: Any) -> Any:
+        note(path)
+        return opened(path, *arguments, **options)
+
+    checkpoint_module.safe_open = noting
+    return seen
+
+
+def main() -> None:
+    scratch = Path(sys.argv[1]).resolve()
+    known = kinds(scratch)
+    # What a case may need is imported before memory is limited.
+    for name, (good, _, work) in known.items():
+        shutil.copytree(good, scratch / "warm" / name / "model")
+        work(scratch / "warm" / name)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, taken + ROOM))
+
+    def too_long(*_: Any) -> None:
+        raise TooLong
+
+    signal.signal(signal.SIGALRM, too_long)
+    case = scratch / "case-folder"
+    marker = os.open(scratch / "case", os.O_WRONLY | os.O_CREAT)
+    seen = watch([scratch, case])
+    outcomes: dict[str, Counter[str]] = {}
+    for argument in sys.argv[3:]:
+        kind, cases = argument.split(":")
+        if kind not in known:
+            continue
+        good, damage, work = known[kind]
+        count = outcomes[kind] = Counter()
+        for number in range(int(cases)):
+            dice = random.Random(f"{sys.argv[2]} {kind} {number}")
+            shutil.rmtree(case, ignore_errors=True)
+            shutil.copytree(good, case / "model")
+            damage(case / "model", dice)
+            seen.clear()
+            before = sorted(str(path) for path in scratch.iterdir())
+            os.pwrite(marker, f"{kind} {number}".ljust(40).encode(), 0)
+            trouble = ""
+            signal.alarm(LONGEST)
+            try:
+                work(case)
+                count["fine"] += 1
+            except FOR_PEOPLE as fault:
+                count[type(fault).__name__] += 1
+                if len(str(fault)) < 20:
+                    trouble = f"says too little: {fault!r}"
+            except TooLong:
+                trouble = f"took longer than {LONGEST} s: {traceback.format_exc()[-1500:]}"
+            except BaseException:
+                trouble = traceback.format_exc()[-2500:]
+            finally:
+                signal.alarm(0)
+            if seen:
+                trouble = f"opened {seen}"
+            if sorted(str(path) for path in scratch.iterdir()) != before:
+                trouble = "wrote outside its folder"
+            if trouble:
+                if "HOSTILE_ALL" not in os.environ:
+                    shutil.copytree(case, scratch / "found", dirs_exist_ok=True)
+                    sys.exit(f"{kind} case {number}: {trouble}")
+                print(
+                    f"{kind} case {number}: {trouble.strip().splitlines()[-1][:300]}",
+                    file=sys.stderr,
+                )
+    print(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""A child of the resume test: forks runs that are killed with SIGKILL at every place where a file gets its name.
+
+Prints one JSON line: for each kill point, whether the run that followed was resumed and what its files hash to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+torch.set_num_threads(1)
+
+import prunus  # noqa: E402
+
+RENAME = os.replace
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Process id of a fork that carries out `work`."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return process
+
+
+def child(work: Callable[[], object]) -> int:
+    """Run `work` in a fork; returns the wait status."""
+    return os.waitpid(fork(work), 0)[1]
+
+
+def run(dense: str, out: Path, kill_at: int | None, after: bool) -> None:
+    """Prune, and die at the `kill_at`-th rename: before it, or after it."""
+    original, count = RENAME, 0
+
+    def replace(source, target):
+        nonlocal count
+        if count == kill_at and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(source, target)
+        if count == kill_at and after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+
+    os.replace = replace
+    ids = torch.arange(96).reshape(6, 16) % 120
+    prunus.prune(dense, out, calibration=ids, batch=2, dtype="float32")
+
+
+def digests(out: Path) -> dict[str, str]:
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(out.glob("*.safetensors"))
+    }
+
+
+def main() -> None:
+    dense, scratch = sys.argv[1], Path(sys.argv[2])
+    # In the parent, so that the children need not import the model's code again; one thread forks safely.
+    run(dense, scratch / "whole", None, False)
+    expected, results = digests(scratch / "whole"), []
+    # Just after a rename is much like just before the next one: every third place is enough there.
+    for after, step in ((False, 1), (True, 3)):
+        kill_at = 0
+        while True:
+            out = scratch / "killed"
+            shutil.rmtree(out, ignore_errors=True)
+            status = child(lambda: run(dense, out, kill_at, after))  # noqa: B023
+            if status == 0:
+                break
+            assert os.WTERMSIG(status) == signal.SIGKILL, status
+            loads = (out / "model.safetensors.index.json").exists()
+            finished = len(list(out.glob("block-*.safetensors")))
+            second = child(lambda: run(dense, out, None, False))  # noqa: B023
+            left = [p.name for p in out.glob("*.partial")]
+            results.append(
+                {
+                    "kill_at": kill_at,
+                    "after": after,
+                    "index_before_resume": loads,
+                    "blocks_before_resume": finished,
+                    "status": second,
+                    "equal": digests(out) == expected,
+                    "left_behind": left,
+                }
+            )
+            kill_at += step
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

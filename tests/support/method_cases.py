@@ -1,0 +1,84 @@
+"""Weights and inputs for the tests of methods, from well-behaved to the strangest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunus.methods import METHODS, Options, Pruned
+from prunus.methods.patterns import Pattern
+from prunus.methods.statistics import InputStatistics
+
+PATTERNS = [
+    Pattern(),
+    Pattern(group="layer"),
+    Pattern(group="column"),
+    Pattern(group=3),
+    Pattern(2, 4),
+    Pattern(1, 3),
+]
+BY_BLOCKS = [Pattern(), Pattern(group="layer"), Pattern(2, 4), Pattern(1, 3)]
+WEIRD = [
+    "rank one",
+    "fewer tokens than inputs",
+    "dead",
+    "all dead",
+    "duplicates",
+    "zero weight",
+    "one outlier",
+]
+
+
+def example(rows: int, columns: int, seed: int = 0, tokens: int = 200) -> tuple[Tensor, Tensor]:
+    """A weight and correlated inputs whose norms differ."""
+    generator = torch.Generator().manual_seed(seed)
+    weight_OI = torch.randn(rows, columns, generator=generator)
+    mix_II = torch.randn(columns, columns, generator=generator) + torch.eye(columns) * columns**0.5
+    X_TI = torch.randn(tokens, columns, generator=generator) @ mix_II
+    return weight_OI, X_TI * torch.rand(columns, generator=generator).add(0.1)
+
+
+def weird_example(kind: str, rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
+    weight_OI, X_TI = example(rows, columns, seed)
+    match kind:
+        case "rank one":
+            X_TI = X_TI[:, :1] * X_TI[:1]
+        case "fewer tokens than inputs":
+            X_TI = X_TI[: max(1, columns // 3)]
+        case "dead":
+            X_TI[:, ::2] = 0
+        case "all dead":
+            X_TI = torch.zeros_like(X_TI)
+        case "duplicates":
+            X_TI = X_TI[:, :1].repeat(1, columns)
+        case "zero weight":
+            weight_OI = torch.zeros_like(weight_OI)
+        case "one outlier":
+            X_TI[:, -1] *= 1e6
+    return weight_OI, X_TI
+
+
+def gather(X_TI: Tensor) -> InputStatistics:
+    statistics = InputStatistics(X_TI.shape[1], "gram")
+    statistics.add(X_TI)
+    return statistics
+
+
+def prune(
+    name: str, weight_OI: Tensor, X_TI: Tensor, pattern: Pattern, sparsity: float = 0.5, **options
+) -> Pruned:
+    """Prune, and see that the method changed nothing it was given."""
+    statistics, before = gather(X_TI), gather(X_TI)
+    given_OI = weight_OI.clone()
+    pruned = METHODS[name].prune(weight_OI, statistics, pattern, sparsity, Options(**options))
+    assert torch.equal(weight_OI, given_OI)
+    assert torch.equal(statistics.gram_II, before.gram_II)
+    assert torch.equal(statistics.sum_squares_I, before.sum_squares_I)
+    assert pruned.weight_OI.shape == pruned.keep_OI.shape == weight_OI.shape
+    assert pruned.weight_OI.is_contiguous()
+    assert pruned.keep_OI.is_contiguous()
+    assert pruned.weight_OI.isfinite().all()
+    assert not pruned.weight_OI[~pruned.keep_OI].any()
+    if not METHODS[name].updates_weights:
+        assert torch.equal(pruned.weight_OI[pruned.keep_OI], weight_OI[pruned.keep_OI])
+    return pruned

@@ -1,0 +1,8 @@
+"""Where things are: the repository, and the scripts that tests start as processes of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SUPPORT = Path(__file__).resolve().parent
+REPOSITORY = SUPPORT.parent.parent

@@ -1,0 +1,185 @@
+"""A child of the test of faults: forks runs of every verb and kills them with SIGKILL at seeded random moments.
+
+    python random_kills.py DENSE PRUNED TEXT IDS SCRATCH SEED VERB:KILLS ...
+
+Prints one JSON line: per kill the verb, the share of the run after which it fell, what an audit of the folder found, how
+the run that followed ended, and whether its files are those of an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# A fork has one thread: none may be in the middle of something, as those of transformers' loading and tqdm's would be.
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+
+import torch
+import tqdm
+
+tqdm.tqdm.monitor_interval = 0
+# Its own is shared between processes: a child that is killed with it in hand would leave it locked for all others.
+tqdm.tqdm.set_lock(threading.RLock())
+torch.set_num_threads(1)
+
+from safetensors import safe_open  # noqa: E402
+
+import prunus  # noqa: E402
+from kill_points import fork  # noqa: E402
+from prunus.model.checkpoint.reader import INDEX_NAME  # noqa: E402
+from prunus.packed import pack  # noqa: E402
+from prunus.sweep import Sweep, run_sweep  # noqa: E402
+from recovery_cases import recover  # noqa: E402
+
+LONGEST = 60
+_TIMES = ("seconds", "peak_memory_bytes")
+
+
+def verbs(dense: Path, pruned: Path, text: Path, ids: Path) -> dict[str, Callable[[Path], object]]:
+    """What is killed: each writes into the folder it is given."""
+    windows = torch.arange(96).reshape(6, 16) % 120
+    scoring = {"texts": [str(ids)], "seqlen": 16, "limit": 2}
+    sweep = Sweep.model_validate(
+        {
+            "title": "t",
+            "models": [str(dense)],
+            "recipe": {"calibration": str(ids), "samples": 3, "seqlen": 16, "dtype": "float32"},
+            "scoring": scoring,
+            "grid": [{"method": ["magnitude", "wanda"], "sparsity": 0.5}],
+            "keep_checkpoints": True,
+        }
+    )
+    return {
+        "prune": lambda out: prunus.prune(
+            dense, out, calibration=windows, batch=2, dtype="float32"
+        ),
+        "pack": lambda out: pack(pruned, out),
+        "recover-block": lambda out: recover(pruned, out, "block", text, tokens=480),
+        "recover-masked": lambda out: recover(
+            pruned, out, "masked", text, evaluations=2, tokens=128
+        ),
+        "sweep": lambda out: run_sweep(sweep, out),
+    }
+
+
+def end(process: int) -> int:
+    """The wait status of a fork that should end by itself; one that does not in `LONGEST` seconds is ended."""
+    until = time.monotonic() + LONGEST
+    while True:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return status
+        if time.monotonic() > until:
+            os.kill(process, signal.SIGABRT)
+            return os.waitpid(process, 0)[1]
+        time.sleep(0.002)
+
+
+def audit(out: Path) -> list[str]:
+    """What is not as it must be at any time: half a file under a final name, a record of what is not there."""
+    faults = []
+    for path in out.rglob("*"):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    for key in file.keys():  # noqa: SIM118
+                        file.get_tensor(key)
+            elif path.suffix == ".json":
+                content = json.loads(path.read_text())
+                claimed = []
+                if path.name == INDEX_NAME:
+                    claimed = list(content["weight_map"].values())
+                elif path.name == "prunus-pack.json":
+                    claimed = list(content["shards"])
+                elif path.name == "prunus.json" and any(path.parent.glob("prunus-*.json")):
+                    pass  # of the checkpoint that is packed or recovered
+                elif (
+                    path.name in ("prunus.json", "prunus-recovery.json")
+                    and path.parent.name != "cells"
+                ):
+                    if any(path.parent.glob("model*")) and not (path.parent / INDEX_NAME).exists():
+                        continue  # a cell's copy
+                    claimed = [
+                        f"block-{index:05d}.safetensors" for index in range(len(content["blocks"]))
+                    ]
+                    if content["state"] == "finished":
+                        claimed.append(INDEX_NAME)
+                faults += [
+                    f"{path.name} names {name}"
+                    for name in claimed
+                    if not (path.parent / name).exists()
+                ]
+        except Exception as fault:
+            faults.append(f"{path.name}: {type(fault).__name__}: {fault}")
+    return faults
+
+
+def outcome(out: Path) -> dict[str, object]:
+    """Everything in a finished folder but times."""
+
+    def timeless(value: object) -> object:
+        if isinstance(value, dict):
+            return {
+                k: timeless(x) for k, x in value.items() if not any(word in k for word in _TIMES)
+            }
+        return [timeless(x) for x in value] if isinstance(value, list) else value
+
+    found: dict[str, object] = {}
+    for path in sorted(out.rglob("*")):
+        name = str(path.relative_to(out))
+        if path.suffix == ".json":
+            found[name] = timeless(json.loads(path.read_text()))
+        elif path.is_file() and path.suffix != ".csv":
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def main() -> None:
+    dense, pruned, text, ids, scratch = map(Path, sys.argv[1:6])
+    moments = random.Random(int(sys.argv[6]))
+    known, results = verbs(dense, pruned, text, ids), []
+    for argument in sys.argv[7:]:
+        verb, kills = argument.split(":")
+        work = known[verb]
+        # Once in the parent, so that the children need not import the model's code again; one thread forks safely.
+        work(scratch / f"{verb}-whole")
+        expected, out = outcome(scratch / f"{verb}-whole"), scratch / "killed"
+        shutil.rmtree(out, ignore_errors=True)
+        began = time.monotonic()
+        assert end(fork(lambda: work(out))) == 0  # noqa: B023
+        length, fallen, tries = time.monotonic() - began, 0, 0
+        while fallen < int(kills) and tries < 4 * int(kills):
+            tries += 1
+            shutil.rmtree(out, ignore_errors=True)
+            # Now and then what goes on after a kill is killed as well.
+            for _ in range(moments.choice((1, 1, 2, 3))):
+                share = moments.random()
+                process = fork(lambda: work(out))  # noqa: B023
+                time.sleep(share * length)
+                os.kill(process, signal.SIGKILL)
+                if os.WIFSIGNALED(os.waitpid(process, 0)[1]):
+                    fallen += 1
+                    results.append({"verb": verb, "share": round(share, 3), "audit": audit(out)})
+            if results and results[-1]["verb"] == verb:
+                status = end(fork(lambda: work(out)))  # noqa: B023
+                found = outcome(out)
+                results[-1] |= {
+                    "status": status,
+                    "differs": [
+                        name for name in expected | found if expected.get(name) != found.get(name)
+                    ],
+                }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,452 @@
+"""A child of the rank tests: one process with the imports behind it forks ranks for every case.
+
+python rank_cases.py SCRATCH CASE…     prints one JSON line: what each case found
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+torch.set_num_threads(1)
+
+import prunus  # noqa: E402
+from prunus.distributed import RankError, joined  # noqa: E402
+from prunus.methods.statistics import InputStatistics  # noqa: E402
+from prunus.pruning.block import dense_stream as companion  # noqa: E402
+from prunus.pruning.block import divergence
+from prunus.pruning.manifest import Manifest  # noqa: E402
+from prunus.pruning.reconstruction.batches import StepBatches  # noqa: E402
+from ranks import forked, in_ranks  # noqa: E402
+from tiny import tiny_checkpoint, token_ids  # noqa: E402
+
+METHODS: dict[str, dict[str, Any]] = {
+    "wanda": {},
+    "variant": {"method": "wanda-variant"},
+    "dsnot, two passes": {"refine": "dsnot", "propagate": "block"},
+    "owl": {"allocation": "owl"},
+    "sparsegpt": {"method": "sparsegpt"},
+    "sparsegpt 2:4": {"method": "sparsegpt", "pattern": "2:4"},
+    "obs": {"method": "obs", "mask_order": "blockwise", "mask_from": "magnitude"},
+    "alps, dense targets": {"method": "alps", "targets": "dense"},
+    "swaps, lsq": {"refine": "swaps", "update": "lsq"},
+}
+
+
+def prune(dense: Path, out: Path, **options: Any) -> Any:
+    arguments = {"calibration": token_ids(), "batch": 1, "rank_timeout": 60.0}
+    return prunus.prune(dense, out, **(arguments | options))
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {
+        k: x for path in sorted(folder.glob("*.safetensors")) for k, x in load_file(path).items()
+    }
+
+
+def compare(left: Path, right: Path) -> dict[str, Any]:
+    """Share of mask bits that differ, the largest difference of a weight, and whether the files are the same."""
+    a, b = tensors(left), tensors(right)
+    assert a.keys() == b.keys()
+    bits = sum(int(((a[k] == 0) != (b[k] == 0)).sum()) for k in a)
+    return {
+        "masks": bits / sum(x.numel() for x in a.values()),
+        "weights": max(float((a[k].float() - b[k].float()).abs().max()) for k in a),
+        "bytes": all(
+            path.read_bytes() == (right / path.name).read_bytes()
+            for path in left.glob("*.safetensors")
+        ),
+    }
+
+
+def methods(scratch: Path) -> dict[str, Any]:
+    """Two ranks against one, for everything that a linear can go through."""
+    dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
+    found = {}
+    for name, options in METHODS.items():
+        one, two = scratch / f"{name} one", scratch / f"{name} two"
+        prune(dense, one, **options)
+        status = in_ranks(2, lambda _: prune(dense, two, **options))  # noqa: B023
+        assert status == [0, 0], (name, status)
+        found[name] = compare(one, two)
+    return found
+
+
+def spoken(scratch: Path) -> dict[str, Any]:
+    """What three ranks hear of each other: texts short, long and of neither, numbers, rows of a matrix."""
+    texts = [["", "a", "ä" * 124], ["", "b" * 249, ""], ["x" * 248, "y" * 5000, "é" * 300]]
+
+    def hear(_rank: int) -> None:
+        with joined(60) as ranks:
+            heard = [ranks.gather_text(each[ranks.rank]) for each in texts]
+            totals = ranks.totals([ranks.rank, 0.5])
+            rows = ranks.concatenate(torch.full((ranks.rank, 2), float(ranks.rank)).bfloat16())
+            found = {"same": heard == texts, "totals": totals, "rows": rows.tolist()}
+            (scratch / f"{ranks.rank}.json").write_text(json.dumps(found))
+
+    assert in_ranks(3, hear) == [0, 0, 0]
+    return {str(rank): json.loads((scratch / f"{rank}.json").read_text()) for rank in range(3)}
+
+
+def uneven(scratch: Path) -> dict[str, Any]:
+    """Uneven shares, ranks without a window, experts that no window of a rank reaches, replayed as well."""
+    llama = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
+    found = {}
+    for name, size, windows in (("5 windows on 3", 3, 5), ("2 windows on 4", 4, 2)):
+        ids = token_ids(windows)
+        prune(llama, scratch / f"{name} one", calibration=ids)
+        status = in_ranks(size, lambda _: prune(llama, scratch / name, calibration=ids))  # noqa: B023
+        assert not any(status), (name, status)
+        found[name] = compare(scratch / f"{name} one", scratch / name)
+    routed = tiny_checkpoint(scratch / "routed", "qwen3_moe", torch.bfloat16)
+    for name, size, windows in (
+        ("experts, 5 windows on 3", 3, 5),
+        ("experts, 2 windows on 4", 4, 2),
+    ):
+        options = {"calibration": token_ids(windows), "min_expert_tokens": 3 * windows}
+        alone = prune(routed, scratch / f"{name} one", **options)
+        assert 0 < alone.totals["expert_linears_measured_on_all"] < alone.totals["expert_linears"]
+        status = in_ranks(size, lambda _: prune(routed, scratch / name, **options))  # noqa: B023
+        assert not any(status), (name, status)
+        found[name] = compare(scratch / f"{name} one", scratch / name)
+    status = in_ranks(3, lambda _: experts(scratch))
+    assert status == [0, 0, 0], status
+    return found
+
+
+def permuted(scratch: Path) -> dict[str, Any]:
+    """Orders of channels, also where the first rank has no window to try them on."""
+    dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
+    found = {}
+    for method, size, windows in (("wanda", 2, 6), ("ria", 4, 2), ("alps", 2, 6)):
+        options = {
+            "calibration": token_ids(windows),
+            "pattern": "2:4",
+            "permute": True,
+            "method": method,
+        }
+        alone = prune(dense, scratch / f"{method} one", **options)
+        status = in_ranks(size, lambda _: prune(dense, scratch / method, **options))  # noqa: B023
+        assert not any(status), (method, status)
+        notes = [
+            linear.notes["permuted"] for block in alone.blocks for linear in block.linears.values()
+        ]
+        found[method] = {
+            "moved": sum(note.startswith("with ") for note in notes),
+            **compare(scratch / f"{method} one", scratch / method),
+        }
+    return found
+
+
+def matched(scratch: Path) -> dict[str, Any]:
+    """Blocks trained by several ranks, against one: alike window by window, or each a part of every step's windows."""
+    divergence.TOKENS = 6  # three pieces of a window in front of the head, for two ranks or four
+    # So that every fourth batch goes through the dense model where some will do.
+    companion._TOKENS_PER_FEATURE = 0.1
+    llama = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
+    routed = tiny_checkpoint(scratch / "routed", "qwen3_moe", torch.bfloat16)
+    match = {"match_blocks": True, "match_rate": 1e-3, "match_passes": 5}
+    best = {"method": "alps", "targets": "dense"}
+    last = {"match_blocks": False, "match_last": True}
+    cases: dict[str, tuple[Path, int, int, dict[str, Any]]] = {
+        "alike": (llama, 2, 6, {}),
+        "more ranks than windows": (llama, 4, 3, {}),
+        "apart": (llama, 2, 7, {"batch": 2}),  # the last step has one window
+        "apart, best, 2:4": (llama, 3, 32, best | {"batch": 4, "pattern": "2:4"}),
+        "apart, experts": (routed, 2, 6, {"batch": 2}),
+        "last alone": (llama, 2, 6, last),
+        "last alone, on every fourth": (llama, 3, 21, best | last),
+    }
+    found = {}
+    for name, (dense, size, windows, more) in cases.items():
+        options = {"calibration": token_ids(windows), **match, **more}
+        one, several = scratch / f"{name} one", scratch / name
+        alone = prune(dense, one, **options)
+        status = in_ranks(size, lambda _: prune(dense, several, **options))  # noqa: B023
+        assert not any(status), (name, status)
+        both = Manifest.load(several)
+        found[name] = {
+            "before": [block.match.error_before for block in alone.blocks if block.match],
+            "alone": [block.match.error_after for block in alone.blocks if block.match],
+            "several": [block.match.error_after for block in both.blocks if block.match],
+            "steps": [block.match.steps if block.match else 0 for block in both.blocks],
+            **compare(one, several),
+        }
+
+    def killed_in_training(rank: int) -> None:
+        original = StepBatches.get
+
+        def get(batches: Any, batch: int) -> torch.Tensor:
+            if rank == 1 and any(
+                (scratch / "killed").glob("block-*.safetensors")
+            ):  # the first block is safe
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(batches, batch)
+
+        StepBatches.get = get  # type: ignore[method-assign]
+        try:
+            prune(llama, scratch / "killed", **match, rank_timeout=5.0)
+        except RankError as fault:
+            (scratch / f"killed {rank}").write_text(str(fault))
+
+    in_ranks(2, killed_in_training)
+    blocks = len(list((scratch / "killed").glob("block-*.safetensors")))
+    status = in_ranks(3, lambda _: prune(llama, scratch / "killed", **match, resume=True))
+    assert not any(status), status
+    found["killed"] = {
+        "said": (scratch / "killed 0").read_text(),
+        "blocks": blocks,
+        **compare(scratch / "alike one", scratch / "killed"),
+    }
+    return found
+
+
+def experts(scratch: Path) -> None:
+    """On every rank: a block whose experts only some ranks' tokens reach, walked in all three ways, against one rank."""
+    from prunus.distributed import ALONE
+    from prunus.model.linears import find_linears
+    from prunus.pruning.block.lockstep import lockstep
+    from prunus.pruning.block.replay import replay
+    from prunus.pruning.block.two_pass import two_pass
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = (torch.nn.Linear(6, 6, bias=False) for _ in range(2))
+            self.gate, self.up = (
+                torch.nn.ModuleList(torch.nn.Linear(6, 6, bias=False) for _ in range(4))
+                for _ in range(2)
+            )
+
+        def forward(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+            x = x + self.q(x) + self.k(x)
+            return x + self.gate[expert](x) * self.up[expert](x)
+
+    torch.manual_seed(0)
+    block, x_BTI = Block(), torch.randn(5, 3, 6)
+    route = [2, 0, 0, 2, 1]  # nobody goes to expert 3, and each rank sees other experts
+    begin = {name: p.clone() for name, p in block.named_parameters()}
+
+    def walk(way: Any, ranks: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
+        seen: list[Any] = []
+        with torch.no_grad():
+            for name, p in block.named_parameters():
+                p.copy_(begin[name])
+
+            def prune_one(linear: Any, statistics: InputStatistics) -> None:
+                seen.append((linear.name, statistics.tokens, statistics.norms_I.tolist()))
+                linear.module.weight.mul_(0.5 + statistics.norms_I.sum() / 100)
+
+            linears = find_linears(block)
+            mine = ranks.share(5)
+            unreached = way(
+                linears,
+                len(mine),
+                lambda i: block(x_BTI[mine[i]], route[mine[i]]),
+                lambda _i, _x: None,
+                lambda linear: InputStatistics(6, "norms", shared=ranks.size > 1),
+                prune_one,
+                ranks=ranks,
+            )
+            seen.append([linear.name for linear in unreached])
+        return seen, {name: p.clone() for name, p in block.named_parameters()}
+
+    with joined(60) as ranks:
+        for way in (lockstep, replay, two_pass):
+            (seen, after), (alone, expected) = walk(way, ranks), walk(way, ALONE)
+            assert seen == alone, (way, seen, alone)
+            assert all(torch.equal(after[name], expected[name]) for name in expected)
+        assert seen[-1] == ["gate.3", "up.3"], seen
+
+
+def refused(scratch: Path) -> dict[str, Any]:
+    """What several processes cannot do together, and what is wrong on one of them, ends before any work."""
+    dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
+    cases: dict[str, dict[int, dict[str, Any]]] = {
+        "original": {0: {"method": "sparsegpt", "propagate": "block"}},
+        "other options": {0: {"sparsity": 0.5}, 1: {"sparsity": 0.6}},
+    }
+    found = {}
+    for name, options in cases.items():
+        out = scratch / name
+
+        def work(rank: int, name: str = name, options: Any = options, out: Path = out) -> None:
+            try:
+                prune(dense, out, **options.get(rank, options[0]))
+            except (ValueError, RuntimeError) as fault:
+                (scratch / f"{name} {rank}").write_text(f"{type(fault).__name__}: {fault}")
+
+        in_ranks(2, work)
+        found[name] = {
+            "errors": [(scratch / f"{name} {rank}").read_text() for rank in range(2)],
+            "left": out.exists(),
+        }
+    return found
+
+
+def lost(scratch: Path) -> dict[str, Any]:
+    """A rank that is killed, stopped or has an error: the others stop, name it, and any number of ranks goes on."""
+    dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16, num_hidden_layers=4)
+    prune(dense, scratch / "whole")
+    found = {}
+    for name, act in (("killed", signal.SIGKILL), ("stopped", signal.SIGSTOP), ("error", None)):
+        out = scratch / name
+
+        def work(rank: int, name: str = name, act: Any = act, out: Path = out) -> None:
+            from prunus.pruning.block.prune_block import BlockEngine
+
+            original = BlockEngine.prune
+
+            def prune_block(engine: Any, index: int, *rest: Any) -> Any:
+                if rank == 1 and index == 2:
+                    if act is None:
+                        raise ValueError("no good")
+                    os.kill(os.getpid(), act)
+                return original(engine, index, *rest)
+
+            BlockEngine.prune = prune_block  # type: ignore[method-assign]
+            began = time.monotonic()
+            try:
+                prune(dense, out, rank_timeout=3.0)
+            except RuntimeError as fault:
+                (scratch / f"{name} {rank}").write_text(
+                    json.dumps([str(fault), time.monotonic() - began, type(fault).__name__])
+                )
+
+        with contextlib.redirect_stderr(io.StringIO()), forked(3, work) as children:
+            for rank in (0, 2):
+                os.waitpid(children[rank], 0)
+            os.kill(children[1], signal.SIGKILL) if act is signal.SIGSTOP else None
+        # Goes on with another number of ranks.
+        blocks = len(list(out.glob("block-*.safetensors")))
+        size = {"killed": 2, "stopped": 1, "error": 4}[name]
+        status = in_ranks(size, lambda _, out=out: prune(dense, out, resume=True))
+        found[name] = {
+            "said": [json.loads((scratch / f"{name} {rank}").read_text()) for rank in (0, 2)],
+            "process": children[1],
+            "blocks": blocks,
+            "status": status,
+            **compare(scratch / "whole", out),
+        }
+    return found
+
+
+def judged(scratch: Path) -> dict[str, Any]:
+    """Perplexity over ranks, more of them than windows as well, and a sweep whose cells they share."""
+    from safetensors.torch import save_file
+
+    from prunus.evaluation import perplexity
+    from prunus.sweep import load_sweep, run_sweep
+
+    dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
+    text, ids = scratch / "text.safetensors", scratch / "ids.safetensors"
+    save_file({"input_ids": token_ids(5, 32)}, text)
+    save_file({"input_ids": token_ids(6, 16)}, ids)
+    found: dict[str, Any] = {"alone": perplexity(dense, str(text), seqlen=32).loss}
+
+    def score(rank: int) -> None:
+        with joined(60) as ranks:
+            loss = perplexity(dense, str(text), seqlen=32, ranks=ranks).loss
+        (scratch / f"loss {rank}").write_text(json.dumps(loss))
+
+    for size in (2, 7):
+        assert not any(in_ranks(size, score)), size
+        found[str(size)] = [
+            json.loads((scratch / f"loss {rank}").read_text()) for rank in range(size)
+        ]
+    file = scratch / "sweep.toml"
+    file.write_text(
+        f'title = "t"\nmodels = ["{dense}"]\n[recipe]\ncalibration = "{ids}"\nsamples = 6\nseqlen = 16\n'
+        f'[scoring]\ntexts = ["{text}"]\nseqlen = 32\n'
+        '[[grid]]\nmethod = ["wanda", "magnitude", "ria"]\nsparsity = [0.25, 0.5]\n'
+    )
+    sweep = load_sweep(file)
+    alone = run_sweep(sweep, scratch / "one")
+
+    def share(rank: int) -> None:
+        def progress(line: str) -> None:
+            (scratch / f"lines {rank}").open("a").write(line + "\n")
+
+        run_sweep(sweep, scratch / "two", progress=progress)
+
+    assert not any(in_ranks(2, share))
+    both = json.loads((scratch / "two" / "results.json").read_text())
+    found["sweep"] = {
+        "figures": [[x.name, [s.perplexity for s in x.scores.values()]] for x in alone.cells],
+        "shared": [
+            [x["name"], [s["perplexity"] for s in x["scores"].values()]] for x in both["cells"]
+        ],
+        "states": [x["state"] for x in both["cells"]],
+        "lines": [(scratch / f"lines {rank}").read_text() for rank in range(2)],
+        "left": [str(path) for path in (scratch / "two").rglob("cell.json")],
+    }
+    return found
+
+
+def recovered(scratch: Path) -> dict[str, Any]:
+    """Two ranks that share the windows of every step of a training, against one."""
+    from safetensors.torch import save_file
+
+    dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
+    pruned, text = scratch / "pruned", scratch / "text.safetensors"
+    prune(dense, pruned)
+    save_file({"input_ids": token_ids(40, 16)}, text)
+    options = {
+        "text": str(text),
+        "tokens": 16 * 4 * 6,
+        "seqlen": 16,
+        "batch": 4,
+        "held_out": 3,
+        "evaluations": 2,
+    }
+    options |= {"dtype": "float32", "teacher": dense, "rank_timeout": 60.0}
+
+    def train(out: Path, **more: Any) -> Any:
+        return prunus.recover(pruned, out, "masked", **(options | more))
+
+    alone = train(scratch / "one")
+    assert in_ranks(2, lambda _: train(scratch / "two")) == [0, 0]
+
+    def refused(rank: int) -> None:
+        try:
+            train(scratch / "three", batch=1)
+        except (ValueError, RuntimeError) as fault:
+            (scratch / f"refused {rank}").write_text(str(fault))
+
+    in_ranks(2, refused)
+    both = json.loads((scratch / "two" / "prunus-recovery.json").read_text())
+    return {
+        "alone": [x.held_out_loss for x in alone.evaluations],
+        "both": [x["held_out_loss"] for x in both["evaluations"]],
+        "state": both["state"],
+        "refused": (scratch / "refused 0").read_text(),
+        "left": (scratch / "three").exists(),
+        **compare(scratch / "one", scratch / "two"),
+    }
+
+
+def main() -> None:
+    scratch = Path(sys.argv[1])
+    found = {}
+    for case in sys.argv[2:]:
+        folder = scratch / case
+        folder.mkdir()
+        began = time.monotonic()
+        found[case] = globals()[case](folder)
+        print(case, round(time.monotonic() - began, 1), file=sys.stderr)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

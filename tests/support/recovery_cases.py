@@ -1,0 +1,58 @@
+"""What the tests of recovery share: a tiny pruned model with a tokenizer, and text that it can learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import prunus
+from prunus.recovery import RecoveryRecord
+from tiny import tiny_checkpoint, token_ids
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+#: A short run that learns: windows of 16 bytes of one repeated sentence.
+SHORT: dict[str, Any] = {
+    "tokens": 640,
+    "seqlen": 16,
+    "batch": 2,
+    "held_out": 2,
+    "evaluations": 4,
+    "learning_rate": 1e-2,
+    "dtype": "float32",
+}
+
+
+def dense_checkpoint(
+    folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32
+) -> Path:
+    """A tiny dense checkpoint with a tokenizer of bytes."""
+    tiny_checkpoint(folder, family, dtype, vocab_size=VOCABULARY)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def pruned_checkpoint(folder: Path, dense: Path, **options: Any) -> Path:
+    """`dense`, pruned."""
+    prunus.prune(dense, folder, calibration=token_ids(), dtype="float32", **options)
+    return folder
+
+
+def training_text(folder: Path) -> Path:
+    """A text file that a few steps learn something of."""
+    path = folder / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    return path
+
+
+def recover(model: Path, output: Path, mode: str, text: Path, **options: Any) -> RecoveryRecord:
+    """`prunus.recover` with the options of `SHORT`."""
+    short = SHORT | {"learning_rate": 1e-3, "tokens": 1440} if mode == "block" else SHORT
+    short = {k: v for k, v in short.items() if mode != "block" or k != "evaluations"}
+    return prunus.recover(model, output, mode, text=str(text), **(short | options))
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    """The weights of a folder as bytes."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}

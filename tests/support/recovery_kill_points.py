@@ -1,0 +1,83 @@
+"""A child of the recovery's resume test: forks runs that are killed with SIGKILL where a file gets its name.
+
+    python recovery_kill_points.py MODEL TEXT SCRATCH MODE:EVERY ...
+
+EVERY is 1 for all such places, 2 for every second. Prints one JSON line: mode -> per kill point, how the run that
+followed ended and whether its weights are the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+torch.set_num_threads(1)
+
+from kill_points import child, digests  # noqa: E402
+from recovery_cases import recover  # noqa: E402
+
+RENAME = os.replace
+
+
+def run(mode: str, model: Path, text: Path, out: Path, kill_at: int | None) -> None:
+    """Recover, and die at the `kill_at`-th rename: after it where the number divides by 3, else before it."""
+    count = 0
+
+    def replace(source, target):
+        nonlocal count
+        if count == kill_at and kill_at % 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        RENAME(source, target)
+        if count == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        count += 1
+
+    os.replace = replace
+    options = {"evaluations": 2, "tokens": 128} if mode != "block" else {"tokens": 480}
+    recover(model, out, mode, text, **options)
+
+
+def kill_everywhere(mode: str, every: int, model: Path, text: Path, scratch: Path) -> list[dict]:
+    """What became of every run that was killed."""
+    # In the parent, so that the children need not import the model's code again; one thread forks safely.
+    run(mode, model, text, scratch / f"{mode}-whole", None)
+    expected, results, kill_at = digests(scratch / f"{mode}-whole"), [], 0
+    while True:
+        out = scratch / "killed"
+        shutil.rmtree(out, ignore_errors=True)
+        status = child(lambda: run(mode, model, text, out, kill_at))  # noqa: B023
+        if status == 0:
+            return results
+        assert os.WTERMSIG(status) == signal.SIGKILL, status
+        found = sorted(path.name for path in out.iterdir())
+        second = child(lambda: run(mode, model, text, out, None))  # noqa: B023
+        left = [path.name for path in out.iterdir() if path.name.startswith("best-")]
+        left += [path.name for path in out.glob("*.partial")]
+        results.append(
+            {
+                "found": found,
+                "status": second,
+                "equal": digests(out) == expected,
+                "left_behind": left,
+            }
+        )
+        kill_at += every
+
+
+def main() -> None:
+    model, text, scratch = map(Path, sys.argv[1:4])
+    found = {}
+    for argument in sys.argv[4:]:
+        mode, every = argument.split(":")
+        found[mode] = kill_everywhere(mode, int(every), model, text, scratch)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,358 @@
+"""Slow, obvious versions of what prunus does fast, to compare with. Nothing in here is imported by prunus.
+
+One weight at a time and in Python floats where that is bearable; whole models with plain forward hooks, every window
+on its own, every linear's inputs kept in full.
+
+Shape suffixes: O outputs (rows), I inputs, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from prunus.methods.patterns import Pattern
+
+# From a linear's full name, its weight (out, in) and its inputs (tokens, in), one tensor a window, to the new weight.
+PruneLinear = Callable[[str, Tensor, list[Tensor]], Tensor]
+
+
+def competitors(shape: tuple[int, int], pattern: Pattern) -> list[list[tuple[int, int]]]:
+    """The groups of places (row, column) that compete with each other, in the order of their indices."""
+    rows, columns = range(shape[0]), range(shape[1])
+    if pattern.m is not None:
+        starts = range(0, shape[1], pattern.m)
+        return [[(i, j) for j in range(start, start + pattern.m)] for i in rows for start in starts]
+    if pattern.group == "column":
+        return [[(i, j) for i in rows] for j in columns]
+    size = {"row": 1, "layer": shape[0]}.get(pattern.group) or int(pattern.group)
+    return [
+        [(i, j) for i in rows[at : at + size] for j in columns] for at in range(0, shape[0], size)
+    ]
+
+
+def keep_mask(score_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+    """Sort every group of competitors, drop from the lowest score on."""
+    keep_OI = torch.ones(score_OI.shape, dtype=torch.bool)
+    for places in competitors(tuple(score_OI.shape), pattern):
+        drop = int(len(places) * sparsity) if pattern.n is None else pattern.m - pattern.n
+        for i, j in sorted(places, key=lambda place: score_OI[place].item())[:drop]:
+            keep_OI[i, j] = False
+    return keep_OI
+
+
+def keep_above_threshold(score_OI: Tensor, sparsity: float) -> Tensor:
+    """Drop the k lowest scores, the next one, and all equal to it; but only the k lowest if that costs over 1 %."""
+    drop = int(score_OI.numel() * sparsity)
+    threshold = sorted(score_OI.flatten().tolist())[drop]
+    keep_OI = torch.tensor([[score > threshold for score in row] for row in score_OI.tolist()])
+    if (~keep_OI).sum() - drop > 0.01 * score_OI.numel():
+        return keep_mask(score_OI, Pattern(group="layer"), sparsity)
+    return keep_OI
+
+
+def block_keep(score_OB: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+    """The mask of a block of columns, as SparseGPT draws it."""
+    if pattern == Pattern(group="layer"):
+        return keep_above_threshold(score_OB, sparsity)
+    return keep_mask(score_OB, pattern, sparsity)
+
+
+def wanda_score(weight_OI: Tensor, X_TI: Tensor) -> Tensor:
+    """|W_ij| · ‖X_j‖₂, float64."""
+    score_OI = torch.zeros(weight_OI.shape, dtype=torch.float64)
+    for i in range(weight_OI.shape[0]):
+        for j in range(weight_OI.shape[1]):
+            norm = sum(x.item() ** 2 for x in X_TI[:, j]) ** 0.5
+            score_OI[i, j] = abs(weight_OI[i, j].item()) * norm
+    return score_OI
+
+
+def variant_keep(score_OI: Tensor, alpha: float) -> Tensor:
+    """Row by row, drop the lowest scores while what is dropped sums to at most `alpha` of the row."""
+    keep_OI = torch.ones(score_OI.shape, dtype=torch.bool)
+    for i, row in enumerate(score_OI.tolist()):
+        dropped = 0.0
+        for j in sorted(range(len(row)), key=row.__getitem__):
+            dropped += row[j]
+            if dropped > alpha * sum(row):
+                break
+            keep_OI[i, j] = False
+    return keep_OI
+
+
+def obs_sweep(
+    weight_OI: Tensor,
+    gram_II: Tensor,
+    damping: float,
+    span: int,
+    choose: Callable[[Tensor, Tensor, int], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Prune column by column in float64, each time with the inverse Hessian of the columns that are left.
+
+    `choose(weight (O, B), cost (B,), start)` says every `span` columns which weights stay; to remove a weight w of
+    column b costs w² / cost_b.
+    """
+    weight_OI, hessian_II = weight_OI.double().clone(), gram_II.double().clone()
+    dead_I = hessian_II.diagonal() == 0
+    weight_OI[:, dead_I] = 0
+    mean = hessian_II.diagonal().mean()
+    hessian_II += (damping * mean) * torch.eye(len(hessian_II))
+    hessian_II[dead_I, dead_I] += mean
+    keep_OI = torch.ones(weight_OI.shape, dtype=torch.bool)
+    columns = weight_OI.shape[1]
+    for j in range(columns):
+        if j % span == 0:
+            block = range(j, min(j + span, columns))
+            cost_B = torch.stack([torch.linalg.inv(hessian_II[k:, k:])[0, 0] for k in block])
+            keep_OI[:, j : block.stop] = choose(weight_OI[:, j : block.stop], cost_B, j)
+        inverse = torch.linalg.inv(hessian_II[j:, j:])
+        for i in range(weight_OI.shape[0]):
+            if not keep_OI[i, j]:
+                weight_OI[i, j:] -= weight_OI[i, j] / inverse[0, 0] * inverse[0]
+                weight_OI[i, j] = 0
+    return weight_OI, keep_OI
+
+
+def sparsegpt(
+    weight_OI: Tensor,
+    gram_II: Tensor,
+    pattern: Pattern,
+    sparsity: float,
+    damping: float = 0.01,
+    block: int = 128,
+) -> tuple[Tensor, Tensor]:
+    """SparseGPT in float64: weight and mask."""
+
+    def choose(weight_OB: Tensor, cost_B: Tensor, start: int) -> Tensor:
+        return block_keep(weight_OB**2 / cost_B, pattern, sparsity)
+
+    return obs_sweep(weight_OI, gram_II, damping, pattern.m or block, choose)
+
+
+def linears(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """All linears below a module by full name, with GPT-2's Conv1D among them."""
+    return {
+        f"{prefix}.{n}": m for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D)
+    }
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight as (out, in), a view; Conv1D stores it the other way round."""
+    return linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
+
+
+def collect_inputs(
+    inputs: dict[str, list[Tensor]], name: str, module: nn.Module, args: tuple[Tensor, ...]
+) -> None:
+    """Keep a copy of what reaches a linear, as (tokens, in)."""
+    inputs.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]).clone())
+
+
+@torch.no_grad()
+def prune_two_pass(
+    model: nn.Module, blocks: str, windows: Tensor, prune_linear: PruneLinear
+) -> None:
+    """Prune a model in place as the original code does: two passes per block.
+
+    First the dense block runs on all windows and the inputs of all its linears are collected; then all of them are
+    pruned; what the next block sees comes from the pruned one.
+
+    Args:
+        model: a loaded transformers model, evaluated in its own dtype.
+        blocks: name of the list of blocks, "model.layers".
+        windows: (windows, tokens) token ids.
+    """
+    for number, block in enumerate(model.get_submodule(blocks)):
+        inputs: dict[str, list[Tensor]] = {}
+        handles = [
+            linear.register_forward_pre_hook(partial(collect_inputs, inputs, name))
+            for name, linear in linears(block, f"{blocks}.{number}").items()
+        ]
+        for window in windows:
+            model(input_ids=window[None], use_cache=False)
+        for handle in handles:
+            handle.remove()
+        for name, linear in linears(block, f"{blocks}.{number}").items():
+            if name in inputs:
+                weight_of(linear).copy_(prune_linear(name, weight_of(linear).clone(), inputs[name]))
+
+
+@torch.no_grad()
+def prune_as_called(
+    todo: list[nn.Linear],
+    parts: Sequence[Tensor],
+    run: Callable[[Tensor], object],
+    prune: Callable[[Tensor, Tensor], None],
+) -> None:
+    """Prune linears in place in the order in which the whole model calls them, each on inputs from a run of all of it.
+
+    Args:
+        todo: the linears; none is left in it.
+        parts: what the model is run on, one after another.
+        run: the whole model on one of them.
+        prune: changes a weight (out, in) in place, given its inputs (tokens, in).
+    """
+    while todo:
+        seen: list[tuple[nn.Module, Tensor]] = []
+        handles = [
+            linear.register_forward_pre_hook(
+                lambda module, args: seen.append((module, args[0].clone()))
+            )  # noqa: B023
+            for linear in todo
+        ]
+        firsts = []
+        for part in parts:
+            seen.clear()
+            run(part)
+            firsts.append(seen[0])
+        for handle in handles:
+            handle.remove()
+        linear = firsts[0][0]
+        prune(linear.weight.data, torch.cat([x.reshape(-1, x.shape[-1]) for _, x in firsts]))
+        todo.remove(linear)
+
+
+def ria_score(weight_OI: Tensor, X_TI: Tensor, power: float) -> Tensor:
+    """(|W_ij| / its column's sum + |W_ij| / its row's sum) · ‖X_j‖^power, float64."""
+    magnitude_OI = weight_OI.double().abs()
+    score_OI = torch.zeros_like(magnitude_OI)
+    for i in range(weight_OI.shape[0]):
+        for j in range(weight_OI.shape[1]):
+            share = (
+                magnitude_OI[i, j] / magnitude_OI[:, j].sum()
+                + magnitude_OI[i, j] / magnitude_OI[i].sum()
+            )
+            score_OI[i, j] = share * X_TI[:, j].double().norm() ** power
+    return score_OI
+
+
+def scaled(weight_OI: Tensor, gram_II: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The problem with inputs of norm 1 and `ridge` on the diagonal, in float64: weight, Gram matrix, norms."""
+    norms_I = gram_II.double().diagonal().sqrt()
+    norms_I = torch.where(norms_I == 0, torch.ones_like(norms_I), norms_I)
+    hessian_II = gram_II.double() / norms_I / norms_I[:, None]
+    hessian_II.fill_diagonal_(1 + ridge)
+    return weight_OI.double() * norms_I, hessian_II, norms_I
+
+
+def squared_error(change_OI: Tensor, hessian_II: Tensor) -> Tensor:
+    """Per row c·H·cᵀ, float64 (O,)."""
+    change_OI, hessian_II = change_OI.double(), hessian_II.double()
+    return torch.stack([row @ hessian_II @ row for row in change_OI])
+
+
+def least_squares(weight_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, ridge: float) -> Tensor:
+    """The best weights for a mask: every row's normal equations on its support, in float64."""
+    target_OI, hessian_II, norms_I = scaled(weight_OI, gram_II, ridge)
+    result_OI = torch.zeros_like(target_OI)
+    for i, keep_I in enumerate(keep_OI):
+        if keep_I.any():
+            right = (hessian_II @ target_OI[i])[keep_I]
+            result_OI[i, keep_I] = torch.linalg.solve(hessian_II[keep_I][:, keep_I], right)
+    return result_OI / norms_I
+
+
+def alps(
+    weight_OI: Tensor,
+    gram_II: Tensor,
+    pattern: Pattern,
+    sparsity: float,
+    ridge: float,
+    iterations: int,
+) -> tuple[Tensor, Tensor]:
+    """ADMM with its three matrices, word for word, then exact least squares; float64 weight and mask.
+
+    Every third mask of four is the one before; each step goes a fifth too far.
+    """
+    target_OI, hessian_II, _ = scaled(weight_OI, gram_II, ridge)
+    target_OI[:, gram_II.diagonal() == 0] = 0
+    dense_OI, dual_OI, penalty = target_OI.clone(), torch.zeros_like(target_OI), 0.25
+    eye_II = torch.eye(len(hessian_II), dtype=torch.float64)
+    first_II, last_II = (end * torch.linalg.inv(hessian_II + end * eye_II) for end in (0.25, 1.6))
+    for iteration in range(iterations):
+        quarter = int(4 * iteration / iterations)
+        if iteration % 4 != 2:
+            keep_OI = keep_mask((dense_OI + dual_OI).abs(), pattern, sparsity)
+        sparse_OI = (dense_OI + dual_OI) * keep_OI
+        dual_OI = dual_OI + dense_OI - sparse_OI
+        before, penalty = penalty, (0.25, 0.4, 0.8, 1.6)[quarter]
+        dual_OI = dual_OI * before / penalty
+        # Of both ends as much as gives a half where an eigenvalue is the penalty.
+        at_first, at_last = 0.25 / (penalty + 0.25), 1.6 / (penalty + 1.6)
+        share = (0.5 - at_last) / (at_first - at_last)
+        shrink_II = share * first_II + (1 - share) * last_II
+        solved_OI = target_OI + (sparse_OI - dual_OI - target_OI) @ shrink_II
+        dense_OI = 1.2 * solved_OI - 0.2 * sparse_OI
+    keep_OI = keep_mask((dense_OI + dual_OI).abs(), pattern, sparsity)
+    weight_OI = weight_OI.masked_fill(gram_II.diagonal() == 0, 0)
+    return least_squares(weight_OI, keep_OI, gram_II, ridge), keep_OI
+
+
+def swap_changes(
+    weight_I: Tensor, keep_I: Tensor, hessian_II: Tensor
+) -> dict[tuple[int, int], float]:
+    """What each swap (kept, pruned) of one row would change its squared error by, each tried out in full."""
+    changes = {}
+    before = squared_error((weight_I * ~keep_I)[None], hessian_II).item()
+    for gone in keep_I.nonzero().flatten().tolist():
+        for back in (~keep_I).nonzero().flatten().tolist():
+            trial_I = keep_I.clone()
+            trial_I[gone], trial_I[back] = False, True
+            after = squared_error((weight_I * ~trial_I)[None], hessian_II).item()
+            changes[gone, back] = after - before
+    return changes
+
+
+def dsnot_row(
+    weight_I: Tensor, keep_I: Tensor, X_TI: Tensor, group: int, rounds: int
+) -> tuple[Tensor, float, float]:
+    """DSnoT on one row, one swap after the other, in float64: mask, and the mean error before and after."""
+    X_TI, weight_I, keep_I = X_TI.double(), weight_I.double(), keep_I.clone()
+    shift_I, spread_I = weight_I * X_TI.mean(dim=0), X_TI.var(dim=0, unbiased=False)
+    score_I = weight_I.abs() * X_TI.norm(dim=0)
+    small = 1e-4 * (score_I.square().sum() / len(X_TI)).sqrt().item()
+    error = first = shift_I[~keep_I].sum().item()
+    used: set[int] = set()
+    for _ in range(rounds):
+        if abs(error) <= small or error * first < 0:
+            break
+        sign = 1 if error > 0 else -1
+
+        def givers(group_of: int, sign: int = sign, used: set[int] = used) -> list[int]:
+            """Kept weights that may go for one of this group."""
+            places = range(group_of * group, (group_of + 1) * group)
+            return [j for j in places if keep_I[j] and j not in used and sign * shift_I[j] < 0]
+
+        gains = {
+            j: sign * shift_I[j].item() / max(spread_I[j].item(), 1.2e-38)
+            for j in range(len(weight_I))
+            if not keep_I[j] and j not in used and givers(j // group)
+        }
+        back = max(gains, key=gains.__getitem__, default=None)
+        if back is None or gains[back] <= 0:
+            break
+        gone = min(givers(back // group), key=lambda j: score_I[j].item())
+        after = error - shift_I[back].item() + shift_I[gone].item()
+        if abs(after) >= abs(error):
+            break
+        keep_I[back], keep_I[gone] = True, False
+        used |= {back, gone}
+        error = after
+    return keep_I, first, error
+
+
+def dense_target(
+    weight_OI: Tensor, X_TI: Tensor, dense_TI: Tensor, mix: float, ridge: float
+) -> Tensor:
+    """Least squares by stacking: the mixed outputs to meet, and the ridge's rows beneath them; float64."""
+    weight, X, dense = weight_OI.double(), X_TI.double(), dense_TI.double()
+    scale = X.square().sum(dim=0).sqrt()
+    below = torch.diag(scale) * ridge**0.5
+    inputs = torch.cat([X, below])
+    outputs = torch.cat([(mix * dense + (1 - mix) * X) @ weight.T, below @ weight.T])
+    return torch.linalg.lstsq(inputs, outputs).solution.T

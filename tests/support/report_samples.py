@@ -1,0 +1,191 @@
+"""What reports are made from, in small: a sweep, an evaluation, a measurement, hostile names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from prunus.evaluation import PerplexityResult
+from prunus.evaluation.comparison import compare
+from prunus.evaluation.histograms import linear_histograms
+from prunus.evaluation.speed import Speed
+from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
+from prunus.pruning.manifest import Manifest
+from prunus.pruning.recipe import Recipe
+from prunus.report.document import Document
+from prunus.report.histogram_section import histogram_section
+from prunus.report.sources import read_document
+from prunus.sweep.results import (
+    CalibrationSet,
+    CellResult,
+    ModelResult,
+    Pruning,
+    Score,
+    SweepResults,
+    TaskFigure,
+)
+
+HOSTILE = """<script>window.owned=1</script><img src=x onerror="window.owned=1">'"|*_`[a](javascript:owned=1)&amp;"""
+
+
+def sweep_results(
+    name: str = "smol", text: str = "wikitext2", error: str | None = None
+) -> SweepResults:
+    """A sweep with all that one can have: patterns, seeds, tasks, a recovery, failures."""
+
+    def scores(perplexity: float | None) -> dict[str, Score]:
+        numbers = {"loss": 1.0, "windows": 2, "tokens": 32, "seqlen": 16, "seconds": 1.5}
+        return {
+            text: Score(
+                source=f"{text} source",
+                perplexity=perplexity,
+                protocol=f"{text} protocol",
+                **numbers,
+            )
+        }
+
+    def tasks(value: float) -> dict[str, dict[str, TaskFigure]]:
+        return {
+            "boolq": {"acc": TaskFigure(value=value, stderr=0.0123)},
+            "lambada": {"perplexity": TaskFigure(value=9.5, stderr=None)},
+        }
+
+    done = Pruning(
+        weights=1000, zeros=500, sparsity=0.5, mean_relative_output_error=None, mean_removed_energy=0.0375,
+        seconds=12.25, dtype="float32", calibration_sha256="ab",
+    )  # fmt: skip
+    figures = {
+        ("magnitude", 0.5, 0): 522.02,
+        ("magnitude", "2:4", 0): None,
+        ("wanda", 0.5, 0): 31.25,
+        ("wanda", 0.5, 1): 32.75,
+        ("wanda", "2:4", 0): 61.5,
+    }
+    cells = []
+    for (method, shape, seed), perplexity in figures.items():
+        where = {"pattern": shape} if isinstance(shape, str) else {"sparsity": shape}
+        recipe = Recipe(method=method, seed=seed, **where)
+        cell = CellResult(
+            name=f"{name}-{method}-{shape}-{seed}", model=name, recipe=recipe, state="done"
+        )
+        cells.append(
+            cell.model_copy(
+                update={"pruning": done, "scores": scores(perplexity), "tasks": tasks(0.5)}
+            )
+        )
+    recovered = cells[2].model_copy(
+        update={
+            "name": f"{name}-wanda+lora",
+            "recovery": "lora",
+            "scores": scores(27.5),
+            "recovered": {"seconds": 99.0},
+            "pruning": None,
+        }
+    )
+    failed = CellResult(
+        name=f"{name}-sparsegpt",
+        model=name,
+        recipe=Recipe(method="sparsegpt"),
+        state="failed",
+        error=error or "OSError: full",
+    )
+    return SweepResults(
+        file="table.toml", title=f"Sweep of {name}", description="What it is\n  for.",
+        scoring={"texts": [text], "tasks": ["boolq", "lambada"]},
+        machine={"processor": "EPYC", "cores": 2}, versions={"torch": "2.13"},
+        models={name: ModelResult(path=name, fingerprint="f", scores=scores(20.5), tasks=tasks(0.7))},
+        calibration=[CalibrationSet(model=name, calibration="c4", samples=128, seqlen=2048, seed=0, source="c4, shard 0", sha256="ab", file="x")],  # noqa: E501
+        cells=[*cells, recovered, failed],
+    )  # fmt: skip
+
+
+def evaluation(first: str = "dense", second: str = "pruned") -> dict:
+    """As `prunus eval dense pruned --json` writes it."""
+
+    def perplexity(value: float) -> dict:
+        return PerplexityResult(
+            "wikitext2", value, 3.0, 24, 24576, 1024, "raw lines", 9.5
+        ).as_dict()
+
+    def tasks(model: str, outcomes: tuple[float, ...]) -> TaskResults:
+        metrics = {
+            "acc": Metric(sum(outcomes) / 4, 0.25, outcomes),
+            "acc_norm": Metric(0.125, None),
+        }
+        score = TaskScore("boolq", metrics, 0, 4, "1", "sha", "mirror", 1.0)
+        return TaskResults(model, (score,), {"dtype": "auto", "versions": {"lm_eval": "0.4.13"}})
+
+    results = [tasks(first, (1.0, 1.0, 1.0, 0.0)), tasks(second, (1.0, 0.0, 0.0, 0.0))]
+    return {
+        "models": [
+            {"model": one.model, "perplexity": [perplexity(value)], "tasks": one.as_dict()}
+            for one, value in zip(results, (19.125, 42.5), strict=True)
+        ],
+        "differences": [change.as_dict() for change in compare(results)],
+    }
+
+
+def bench(*names: str) -> list[dict]:
+    """As `prunus bench --json` writes it."""
+    return [
+        Speed(
+            name,
+            269_000_000 // (k + 1),
+            (3e8, 4e8, 5e8),
+            (100.0, 120.0, 130.0),
+            (15.0 * (k + 1), 16.0 * (k + 1), 18.0 * (k + 1)),
+        ).as_dict()
+        for k, name in enumerate(names)
+    ]
+
+
+def write(path: Path, content: object) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def whole_document(tmp_path: Path, run: Path) -> Document:
+    """A run, a sweep, an evaluation, a measurement and histograms in one report."""
+    (tmp_path / "sweep").mkdir()
+    sweep_results().save(tmp_path / "sweep")
+    found = linear_histograms(run, "model.layers.1.mlp.down_proj")
+    return read_document(
+        [run, tmp_path / "sweep", write(tmp_path / "eval.json", evaluation())],
+        write(tmp_path / "bench.json", bench("dense", "packed")),
+        [histogram_section(found)],
+        "All of it",
+    )
+
+
+def hostile_document(tmp_path: Path, run: Path) -> Document:
+    """Hostile text wherever a user, a model or a file name can put some."""
+    manifest = Manifest.load(run)
+    manifest.source = HOSTILE
+    manifest.inputs.calibration = HOSTILE
+    manifest.blocks[0].name = HOSTILE
+    manifest.blocks[0].linears[HOSTILE] = (
+        manifest.blocks[0].linears["mlp.up_proj"].model_copy(update={"notes": {HOSTILE: HOSTILE}})
+    )
+    (tmp_path / "run").mkdir()
+    manifest.save(tmp_path / "run")
+    (tmp_path / "sweep").mkdir()
+    results = sweep_results(HOSTILE, HOSTILE, error=HOSTILE)
+    results.description = results.file = HOSTILE
+    results.save(tmp_path / "sweep")
+    found = replace(
+        linear_histograms(run, "model.layers.0.mlp.up_proj"),
+        linear=HOSTILE,
+        score=HOSTILE,
+        notes=(HOSTILE,),
+    )
+    return read_document(
+        [
+            tmp_path / "run",
+            tmp_path / "sweep",
+            write(tmp_path / "e.json", evaluation(HOSTILE, "x" + HOSTILE)),
+        ],
+        write(tmp_path / "b.json", bench(HOSTILE)),
+        [histogram_section(found)],
+        HOSTILE,
+    )

@@ -1,0 +1,15 @@
+"""Runs that are interrupted after a given number of blocks."""
+
+from __future__ import annotations
+
+
+class StopError(Exception):
+    """Interrupts a run from its progress callback."""
+
+
+def stop_after(blocks: int):
+    def progress(step):
+        if step.done == blocks:
+            raise StopError
+
+    return progress

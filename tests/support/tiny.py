@@ -1,0 +1,176 @@
+"""Tiny random checkpoints of many families."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+
+#: Options that a family needs beside the common ones.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 8},
+    "gemma3_text": {
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "phi": {},
+    "phi3": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": True},
+    "gpt2": _GPT2,
+    "gptj": _GPT2 | {"rotary_dim": 4},
+    "codegen": _GPT2 | {"rotary_dim": 4},
+    "gpt_neo": {
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+    },
+    "gpt_neox": {},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "falcon": {"alibi": False, "new_decoder_architecture": False},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2},
+    "olmo": {},
+    "olmo2": {},
+    "granite": {},
+    "stablelm": {},
+    "starcoder2": {},
+    "cohere": {},
+    "glm": {"head_dim": 8},
+    "nemotron": {},
+    "smollm3": {},
+}
+
+
+_ROUTED: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+_LATENT: dict[str, Any] = _ROUTED | {
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+_SHARED: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 32,
+    "head_dim": 8,
+}
+
+#: Mixtures of experts, as `FAMILIES`.
+EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "phimoe": {"num_local_experts": 4},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "qwen2_moe": _SHARED,
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "head_dim": 8},
+    "qwen3_next": _SHARED | {"layer_types": ["full_attention"] * 2},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "glm4_moe": _ROUTED | {"head_dim": 8},
+    "dots1": _ROUTED,
+    "ernie4_5_moe": {
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_layer_start_index": 1,
+        "moe_num_shared_experts": 1,
+    },
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 8},
+    "lfm2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_dense_layers": 1,
+        "layer_types": ["full_attention"] * 2,
+    },
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "sliding_window": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "granitemoe": {"num_local_experts": 4},
+    "granitemoeshared": {"num_local_experts": 4, "shared_intermediate_size": 32},
+    "nemotron_h": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "layers_block_type": ["attention", "moe"],
+        "head_dim": 8,
+        "moe_shared_expert_intermediate_size": 32,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+}
+
+
+def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A random causal LM with blocks of width 32."""
+    config = AutoConfig.for_model(
+        family, **{**_COMMON, **FAMILIES.get(family, {}), **_of_experts(family), **options}
+    )
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if family in EXPERT_FAMILIES and (
+                ".experts." in name or "router" in name or ".gate." in name
+            ):
+                parameter.normal_(0, 0.3)  # experts that matter, and tokens that part
+            elif parameter.dim() == 1:  # norms and biases that are not all ones or zeros
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def _of_experts(family: str) -> dict[str, Any]:
+    if family not in EXPERT_FAMILIES:
+        return {}
+    return {"moe_intermediate_size": 16, **EXPERT_FAMILIES[family]}
+
+
+def tiny_checkpoint(
+    folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any
+) -> Path:
+    """`tiny_model`, saved."""
+    tiny_model(family, dtype, **options).save_pretrained(folder)
+    return folder
+
+
+def token_ids(windows: int = 6, tokens: int = 16, vocabulary: int = 128) -> torch.Tensor:
+    """Random calibration windows."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(3, vocabulary, (windows, tokens), generator=generator)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint as transformers loads them."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()

@@ -1,0 +1,26 @@
+"""A tokenizer for tests that needs no download: every UTF-8 byte of a text is one token."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+BOS, EOS = 0, 1
+VOCABULARY = 258  # BOS, EOS and 256 bytes
+
+
+def byte_tokenizer(*, bos: bool = False, max_length: int | None = None) -> PreTrainedTokenizerFast:
+    """bos: put BOS before every text. max_length: what the tokenizer takes for the model's context."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<s>": BOS, "</s>": EOS, **{byte: 2 + index for index, byte in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", BOS)]
+        )
+    extra = {} if max_length is None else {"model_max_length": max_length}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **extra
+    )

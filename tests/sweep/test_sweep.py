@@ -1,0 +1,692 @@
+"""Sweeps: the grid and its cells, the same figures as single commands give, resuming, failures, what is refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import prunus
+from command_line import call
+from places import REPOSITORY
+from prunus.calibration import load_windows
+from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
+from prunus.pruning.job import RunOptions
+from prunus.pruning.manifest import MANIFEST_NAME, Manifest
+from prunus.pruning.recipe import Recipe
+from prunus.sweep import Scoring, Sweep, check_sweep, load_sweep, run_sweep
+from prunus.sweep import cells as sweep_cells
+from prunus.sweep.results import (
+    CellResult,
+    ModelResult,
+    Pruning,
+    Score,
+    SweepResults,
+    residual_gaps,
+)
+from tiny import tiny_checkpoint, weights
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+EXAMPLES = REPOSITORY / "examples"
+SCORING = {"texts": ["python-docs"], "seqlen": 32, "limit": 4}
+BASE = {"calibration": "python-docs", "samples": 3, "seqlen": 32}
+GRID = {"method": ["magnitude", "wanda"], "sparsity": [0.5, "2:4"]}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    """A checkpoint with a tokenizer; no test writes to it."""
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("sweep") / "dense", vocab_size=VOCABULARY)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def sweep_of(dense: Path, grid: dict = GRID, **keys) -> Sweep:
+    values = {
+        "title": "t",
+        "models": [str(dense)],
+        "recipe": BASE,
+        "scoring": SCORING,
+        "grid": [grid],
+    }
+    return Sweep.model_validate(values | keys)
+
+
+def figures(results: SweepResults) -> dict:
+    """Everything but times."""
+    content = results.model_dump(mode="json")
+
+    def without_seconds(value):
+        if isinstance(value, dict):
+            return {key: without_seconds(x) for key, x in value.items() if "seconds" not in key}
+        return [without_seconds(x) for x in value] if isinstance(value, list) else value
+
+    return without_seconds(content)
+
+
+# --- the grid ---
+
+
+def test_a_grid_spans_all_combinations_and_names_say_where_they_depart_from_the_base():
+    sweep = Sweep.model_validate(
+        {
+            "title": "t",
+            "models": ["models/My Model", "b"],
+            "recipe": {"samples": 8, "sparsity": 0.6},
+            "grid": [
+                {"method": ["wanda", "magnitude"], "sparsity": [0.5, "2:4"], "seed": [0, 1]},
+                {"method": "obs", "mask_from": "magnitude", "mask_order": ["before", "blockwise"]},
+            ],
+        }
+    )
+    cells = sweep.cells()
+    assert len(cells) == 2 * (8 + 2)
+    names = [cell.name for cell in cells]
+    assert names[:4] == [
+        "My_Model-wanda-0.5",
+        "My_Model-wanda-0.5-seed=1",
+        "My_Model-wanda-2of4",
+        "My_Model-wanda-2of4-seed=1",
+    ]
+    assert names[9] == "My_Model-obs-0.6-mask_from=magnitude-mask_order=blockwise"
+    assert {cell.recipe.samples for cell in cells} == {8}
+    assert cells[2].recipe.n_of_m == (2, 4)
+    assert cells[2].recipe.sparsity == 0.5
+
+
+def test_a_grid_takes_the_place_of_the_base_in_both_directions():
+    pattern = Sweep.model_validate(
+        {
+            "title": "t",
+            "models": ["m"],
+            "recipe": {"pattern": "2:4"},
+            "grid": [{"sparsity": [0.3, "4:8"]}],
+        }
+    )
+    assert [(c.recipe.pattern, c.recipe.sparsity) for c in pattern.cells()] == [
+        ("unstructured", 0.3),
+        ("4:8", 0.5),
+    ]
+
+
+def test_cells_that_two_grids_share_are_one_and_recoveries_follow_what_they_recover():
+    sweep = Sweep.model_validate(
+        {
+            "title": "t",
+            "models": ["m"],
+            "grid": [
+                {"sparsity": [0.5, 0.6], "recovery": "short"},
+                {"sparsity": 0.5, "recovery": ["none", "short", "long"]},
+            ],
+            "recovery": {"short": {"mode": "lora"}, "long": {"mode": "masked"}},
+        }
+    )
+    assert [(cell.name, cell.recovers) for cell in sweep.cells()] == [
+        ("m-wanda-0.5", None),
+        ("m-wanda-0.5+short", "m-wanda-0.5"),
+        ("m-wanda-0.5+long", "m-wanda-0.5"),
+        ("m-wanda-0.6", None),
+        ("m-wanda-0.6+short", "m-wanda-0.6"),
+    ]
+
+
+AXES = {
+    "method": st.sampled_from(["magnitude", "wanda", "sparsegpt"]),
+    "sparsity": st.sampled_from([0.1, 0.5, 0.75, "1:4", "2:4", "4:8"]),
+    "seed": st.integers(0, 3),
+    "samples": st.integers(1, 3),
+    "group": st.sampled_from(["row", "layer", 16]),
+}
+
+
+@given(
+    st.fixed_dictionaries(
+        {}, optional={k: st.lists(v, min_size=1, max_size=3, unique=True) for k, v in AXES.items()}
+    )
+)
+def test_names_are_unique_plain_and_stay_when_values_are_added(grid):
+    def cells(table):
+        return {c.name: c for c in Sweep(title="t", models=("m",), grid=(table,)).cells()}
+
+    before = cells(grid)
+    count = 1
+    for values in grid.values():
+        count *= len(values)
+    assert len(before) == count
+    assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._=-") for name in before)
+    wider = {key: [*values, 0.9] if key == "sparsity" else values for key, values in grid.items()}
+    after = cells(wider | {"dtype": ["auto", "float32"]})
+    assert all(after[name].recipe == cell.recipe for name, cell in before.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title = ", "is not valid TOML"),
+        ('title = "t"', "grid is missing"),
+        ('title = "t"\ngrid = []', "grid: "),
+        ('title = "t"\nmodel = "m"\n[[grid]]', "unknown key 'model'; known are title"),
+        (
+            'title = "t"\nmodels = ["m"]\nscoring = {text = ["c4"]}\n[[grid]]',
+            "unknown key 'scoring.text'; known are texts",
+        ),
+        ('title = "t"\nmodels = ["m"]\nscoring = {seqlen = 1}\n[[grid]]', "scoring.seqlen: "),
+        ('title = "t"\n[[grid]]', "no model: give models"),
+        (
+            'title = "t"\nmodels = ["a/m", "b/m"]\n[[grid]]',
+            "two models are called 'm' (a/m and b/m)",
+        ),
+        (
+            'title = "t"\nmodels = ["m"]\n[[grid]]\nmethods = ["wanda"]',
+            "grid 1 cannot vary 'methods': known are preset, method",
+        ),
+        (
+            'title = "t"\nmodels = ["m"]\n[[grid]]\npattern = ["2:4"]',
+            "patterns stand under sparsity",
+        ),
+        ('title = "t"\nmodels = ["m"]\n[[grid]]\nignore = ["*.q"]', "it belongs into [recipe]"),
+        ('title = "t"\nmodels = ["m"]\n[[grid]]\nsparsity = []', "sparsity is an empty list"),
+        (
+            'title = "t"\nmodels = ["m"]\n[[grid]]\n[[grid]]\nsparsity = [1.5]',
+            "grid 2: sparsity must lie in [0, 1)",
+        ),
+        (
+            'title = "t"\nmodels = ["m"]\n[[grid]]\nsparsity = ["2:x"]',
+            "pattern must be 'unstructured' or N:M",
+        ),
+        (
+            'title = "t"\nmodels = ["m"]\n[[grid]]\nmask_order = ["blockwise"]',
+            "belong to method 'obs'",
+        ),
+        (
+            'title = "t"\nmodels = ["m"]\nrecipe = {sample = 3}\n[[grid]]',
+            "[recipe]: unknown option 'sample'",
+        ),
+        (
+            'title = "t"\nmodels = ["m"]\n[[grid]]\nrecovery = ["lora"]',
+            "recovery 'lora' has no table [recovery.lora]",
+        ),
+    ],
+)
+def test_a_sweep_file_with_a_fault_is_refused_by_name(text, message, tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as fault:
+        load_sweep(path)
+    assert message in str(fault.value)
+    assert str(path) in str(fault.value)
+
+
+def test_the_command_lines_models_take_the_place_of_the_files(tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text('title = "t"\nmodels = ["one"]\n[[grid]]\n')
+    assert [cell.model for cell in load_sweep(path, ("a/two", "three")).cells()] == ["two", "three"]
+    with pytest.raises(FileNotFoundError, match="there is no sweep file"):
+        load_sweep(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "cells"),
+    [
+        ("table2", 9),
+        ("sparsity-curve", 24),
+        ("calibration-size", 8),
+        ("comparison-group", 8),
+        ("weight-update", 6),
+    ],
+)
+def test_the_examples_are_sweeps_that_a_model_passes(name, cells, dense, tmp_path):
+    sweep = load_sweep(EXAMPLES / f"{name}.toml", (str(dense),))
+    assert len(sweep.cells()) == cells
+    # The tiny model has 64 positions and Python's own text: only these are not the example's.
+    small = {"recipe": sweep.recipe | BASE, "scoring": Scoring.model_validate(SCORING)}
+    if name == "calibration-size":
+        small["recipe"].pop("samples")
+    results = check_sweep(sweep.model_copy(update=small), tmp_path / "out", RunOptions(), name)
+    assert [cell.state for cell in results.cells] == ["waiting"] * cells
+    assert not (tmp_path / "out").exists()
+
+
+# --- running ---
+
+
+@pytest.fixture(scope="module")
+def swept(dense, tmp_path_factory) -> Path:
+    """A finished sweep; no test writes to it."""
+    folder = tmp_path_factory.mktemp("swept") / "out"
+    run_sweep(sweep_of(dense), folder)
+    return folder
+
+
+def test_cells_give_the_figures_of_the_single_commands(dense, swept, tmp_path):
+    results = SweepResults.load(swept)
+    assert results.models["dense"].scores["python-docs"].perplexity == pytest.approx(
+        prunus.perplexity(dense, "python-docs", seqlen=32, limit=4).perplexity, rel=1e-12
+    )
+    assert [cell.state for cell in results.cells] == ["done"] * 4
+    for cell in results.cells:
+        recipe = cell.recipe
+        shape = {"pattern": recipe.pattern} if recipe.n_of_m else {"sparsity": recipe.sparsity}
+        manifest = prunus.prune(dense, tmp_path / cell.name, recipe.method, **shape, **BASE)
+        expected = prunus.perplexity(tmp_path / cell.name, "python-docs", seqlen=32, limit=4)
+        assert {**cell.scores["python-docs"].model_dump(), "seconds": 0} == {
+            **expected.as_dict(),
+            "seconds": 0,
+        }
+        assert cell.pruning.zeros == manifest.totals["zeros"]
+        assert cell.pruning.mean_removed_energy == manifest.totals["mean_removed_energy"]
+        kept = Manifest.load(swept / "cells" / cell.name)
+        assert kept.summary() | {"block_seconds": 0} == manifest.summary() | {"block_seconds": 0}
+        assert kept.recipe == recipe
+
+
+def test_windows_are_drawn_once_and_shared(swept):
+    results = SweepResults.load(swept)
+    [windows] = results.calibration
+    expected = load_windows(
+        "python-docs", tokenizer=byte_tokenizer(), samples=3, seqlen=32, seed=0, data_dir=None
+    )
+    stored = load_file(swept / windows.file)["input_ids"]
+    assert torch.equal(stored.long(), expected.ids)
+    assert windows.sha256 == expected.sha256
+    used = {
+        cell.pruning.calibration_sha256 for cell in results.cells if cell.recipe.method == "wanda"
+    }
+    assert used == {expected.sha256}
+
+
+def test_the_weights_of_finished_cells_go_unless_they_are_to_be_kept(dense, swept, tmp_path):
+    assert not list(swept.glob("cells/*/model"))
+    assert len(list(swept.glob(f"cells/*/{MANIFEST_NAME}"))) == 4
+    run_sweep(sweep_of(dense, {"method": "wanda"}, keep_checkpoints=True), tmp_path / "out")
+    kept = weights(tmp_path / "out" / "cells" / "dense-wanda-0.5" / "model")
+    assert (kept["model.layers.0.mlp.up_proj.weight"] == 0).float().mean() == 0.5
+
+
+def test_the_table_holds_the_figures_of_the_json(swept):
+    content = json.loads((swept / "results.json").read_text())
+    rows = list(csv.DictReader(io.StringIO((swept / "results.csv").read_text())))
+    assert [row["name"] for row in rows] == ["dense-dense"] + [
+        cell["name"] for cell in content["cells"]
+    ]
+    base = content["models"]["dense"]["scores"]["python-docs"]["perplexity"]
+    assert (rows[0]["method"], float(rows[0]["perplexity python-docs"])) == ("dense", base)
+    for row, cell in zip(rows[1:], content["cells"], strict=True):
+        assert float(row["perplexity python-docs"]) == cell["scores"]["python-docs"]["perplexity"]
+        assert float(row["dense perplexity python-docs"]) == base
+        assert float(row["sparsity reached"]) == cell["pruning"]["sparsity"]
+        assert (row["method"], row["pattern"]) == (
+            cell["recipe"]["method"],
+            cell["recipe"]["pattern"],
+        )
+        gap = cell["residual_gap"]["python-docs"]
+        assert row["residual gap python-docs"] == ("" if gap is None else str(gap))
+
+
+class Stopped(BaseException):
+    """As a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("lines", [1, 2, 3, 6])
+def test_a_sweep_that_was_stopped_goes_on_to_the_same_results(
+    lines, dense, swept, tmp_path, monkeypatch
+):
+    said: list[str] = []
+
+    def stop(line: str) -> None:
+        said.append(line)
+        if len(said) == lines:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run_sweep(sweep_of(dense), tmp_path / "out", progress=stop)
+    done = [cell.name for cell in SweepResults.load(tmp_path / "out").cells if cell.state == "done"]
+    pruned = []
+    original = sweep_cells.run
+    monkeypatch.setattr(
+        sweep_cells, "run", lambda *a, **k: pruned.append(a[1].parent.name) or original(*a, **k)
+    )
+    again = run_sweep(sweep_of(dense), tmp_path / "out", file="sweep.toml")
+    assert not set(pruned) & set(done), "a finished cell is not begun again"
+    assert figures(again) == figures(SweepResults.load(swept))
+    assert figures(SweepResults.load(tmp_path / "out")) == figures(again)
+
+
+def test_a_finished_sweep_does_nothing_more(dense, swept, tmp_path, monkeypatch):
+    shutil.copytree(swept, tmp_path / "out")
+    monkeypatch.setattr(sweep_cells, "run", None)
+    monkeypatch.setattr(sweep_cells, "perplexity", None)
+    said: list[str] = []
+    run_sweep(sweep_of(dense), tmp_path / "out", progress=said.append)
+    assert not said
+    assert (tmp_path / "out/results.json").read_bytes() == (swept / "results.json").read_bytes()
+
+
+def test_what_fails_is_written_down_and_tried_again(dense, swept, tmp_path, monkeypatch):
+    original = sweep_cells.perplexity
+
+    def faulty(model, *arguments, **options):
+        if "wanda-0.5" in str(model):
+            raise RuntimeError("no luck\nthis time")
+        return original(model, *arguments, **options)
+
+    monkeypatch.setattr(sweep_cells, "perplexity", faulty)
+    said: list[str] = []
+    results = run_sweep(sweep_of(dense), tmp_path / "out", progress=said.append)
+    assert {cell.name: cell.state for cell in results.cells} == {
+        "dense-magnitude-0.5": "done",
+        "dense-magnitude-2of4": "done",
+        "dense-wanda-0.5": "failed",
+        "dense-wanda-2of4": "done",
+    }
+    assert results.cells[2].error == "RuntimeError: no luck this time"
+    assert "[3/4] dense-wanda-0.5: failed: RuntimeError: no luck this time" in said
+    assert results.cells[0].residual_gap == {"python-docs": None}, (
+        "there is no Wanda to compare with yet"
+    )
+    monkeypatch.setattr(sweep_cells, "perplexity", original)
+    again = run_sweep(sweep_of(dense), tmp_path / "out")
+    assert figures(again) == figures(SweepResults.load(swept))
+
+
+def test_without_a_dense_baseline_no_cell_is_pruned(dense, tmp_path, monkeypatch):
+    def faulty(*arguments, **options):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(sweep_cells, "perplexity", faulty)
+    monkeypatch.setattr(sweep_cells, "run", None)
+    results = run_sweep(sweep_of(dense), tmp_path / "out")
+    assert results.models["dense"].error == "OSError: the disk is full"
+    assert {cell.state for cell in results.cells} == {"failed"}
+    assert all("the dense model dense could not be scored" in cell.error for cell in results.cells)
+
+
+def test_cells_can_be_added_and_nothing_else_changed(dense, swept, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(swept, out)
+    before = (out / "results.json").read_bytes()
+    other = tiny_checkpoint(
+        tmp_path / "other" / "dense", vocab_size=VOCABULARY, num_hidden_layers=1
+    )
+    byte_tokenizer().save_pretrained(other)
+    for changed, message in (
+        (sweep_of(dense, {**GRID, "method": "wanda"}), "another set of cells"),
+        (sweep_of(dense, scoring=SCORING | {"limit": 5}), "another scoring.limit (4, now 5)"),
+        (
+            sweep_of(dense, recipe=BASE | {"samples": 4}),
+            "another samples in cell dense-magnitude-0.5 (3, now 4)",
+        ),
+        (sweep_of(other), "another checkpoint dense"),
+        (sweep_of(dense, models=[str(other.parent)]), "config.json"),
+    ):
+        with pytest.raises((FileExistsError, FileNotFoundError)) as fault:
+            run_sweep(changed, out)
+        assert message in str(fault.value)
+        assert (out / "results.json").read_bytes() == before
+    pruned = []
+    original = sweep_cells.run
+    monkeypatch.setattr(
+        sweep_cells, "run", lambda *a, **k: pruned.append(a[1].parent.name) or original(*a, **k)
+    )
+    wider = run_sweep(
+        sweep_of(dense, {**GRID, "sparsity": [0.75, 0.5, "2:4"]}, title="another"), out
+    )
+    assert pruned == ["dense-magnitude-0.75", "dense-wanda-0.75"]
+    assert wider.title == "another"
+    earlier = {cell.name: cell for cell in SweepResults.load(swept).cells}
+    assert all(
+        cell.model_copy(update={"residual_gap": {}})
+        == earlier[cell.name].model_copy(update={"residual_gap": {}})
+        for cell in wider.cells
+        if cell.name in earlier
+    )
+
+
+def test_changed_calibration_windows_are_noticed(dense, swept, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(swept, out)
+    wider = sweep_of(dense, {**GRID, "sparsity": [0.5, "2:4", 0.75]})
+    [windows] = out.glob("calibration/*")
+    windows.unlink()  # drawn again, and found to be the same
+    assert {cell.state for cell in run_sweep(wider, out).cells} == {"done"}
+    assert torch.equal(
+        load_file(windows)["input_ids"], load_file(swept / windows.relative_to(out))["input_ids"]
+    )
+    other = load_windows(
+        "python-docs", tokenizer=byte_tokenizer(), samples=3, seqlen=32, seed=9, data_dir=None
+    )
+    sweep_windows = load_file(windows)
+    sweep_windows["input_ids"] = other.ids.to(torch.int32)
+    save_file(sweep_windows, windows)
+    results = run_sweep(sweep_of(dense, {**GRID, "sparsity": [0.5, "2:4", 0.75, 0.25]}), out)
+    [failed] = [cell for cell in results.cells if cell.state == "failed"]
+    assert failed.name == "dense-wanda-0.25"
+    assert "was changed" in failed.error
+
+
+def test_recoveries_share_one_pruned_model_and_can_be_added(dense, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    out = tmp_path / "out"
+    short = {"text": "python-docs", "tokens": 128, "seqlen": 32, "held_out": 2, "evaluations": 1}
+    recovery = {
+        "adapter": {"mode": "lora", **short},
+        "tuned": {"mode": "masked", "teacher": "dense", **short},
+    }
+    grid = {"method": "wanda", "sparsity": 0.5, "recovery": "adapter"}
+    pruned = []
+    original = sweep_cells.run
+    monkeypatch.setattr(
+        sweep_cells, "run", lambda *a, **k: pruned.append(a[1]) or original(*a, **k)
+    )
+    first = run_sweep(sweep_of(dense, grid, recovery=recovery), out)
+    assert len(pruned) == 1
+    both = run_sweep(
+        sweep_of(dense, {**grid, "recovery": ["adapter", "tuned"]}, recovery=recovery), out
+    )
+    assert len(pruned) == 2, "its weights were gone, and are made again for the second recovery"
+    assert [(cell.name, cell.state, cell.error) for cell in both.cells] == [
+        ("dense-wanda-0.5", "done", None),
+        ("dense-wanda-0.5+adapter", "done", None),
+        ("dense-wanda-0.5+tuned", "done", None),
+    ]
+    assert both.cells[:2] == first.cells
+    assert both.cells[2].recovered["sparsity"] == 0.5
+    assert both.cells[1].recovered["added_parameters"] > 0
+    assert not list(out.glob("cells/*/model"))
+    changed = {**recovery, "tuned": {**recovery["tuned"], "tokens": 64}}
+    with pytest.raises(FileExistsError, match=r"another recovery\.tuned"):
+        run_sweep(
+            sweep_of(dense, {**grid, "recovery": ["adapter", "tuned"]}, recovery=changed), out
+        )
+    with pytest.raises(ValueError, match=r"recovery\.adapter: unknown option 'token'"):
+        run_sweep(
+            sweep_of(dense, grid, recovery={"adapter": {"mode": "lora", "token": 3}}),
+            tmp_path / "none",
+        )
+
+
+def test_tasks_are_checked_judged_and_kept_with_their_errors(dense, tmp_path, monkeypatch):
+    checked = []
+
+    def judge(model, tasks, **options):
+        metrics = {"acc": Metric(0.5, 0.1, (0.0, 1.0)), "acc_norm": Metric(float("nan"), None)}
+        score = TaskScore("boolq", metrics, 0, 2, "1", "sha", "mirror", 0.1)
+        assert (tasks, options["limit"], options["fewshot"]) == (("boolq",), 2, None)
+        return TaskResults(str(model), (score,), {})
+
+    monkeypatch.setattr(
+        "prunus.evaluation.task_runner.prepare",
+        lambda models, tasks, **_: checked.append((models, tasks)),
+    )
+    monkeypatch.setattr(sweep_cells, "evaluate", judge)
+    sweep = sweep_of(
+        dense, {"method": "magnitude"}, scoring={"texts": [], "tasks": ["boolq"], "task_limit": 2}
+    )
+    run_sweep(sweep, tmp_path / "out")
+    assert checked == [([str(dense)], ("boolq",))]
+    results = SweepResults.load(tmp_path / "out")
+    expected = {
+        "boolq": {"acc": {"value": 0.5, "stderr": 0.1}, "acc_norm": {"value": None, "stderr": None}}
+    }
+    assert results.model_dump()["cells"][0]["tasks"] == expected
+    assert results.model_dump()["models"]["dense"]["tasks"] == expected
+    rows = list(csv.DictReader(io.StringIO(results.to_csv())))
+    assert [(row["boolq acc"], row["boolq acc stderr"], row["boolq acc_norm"]) for row in rows] == [
+        ("0.5", "0.1", "")
+    ] * 2
+    monkeypatch.setattr(sweep_cells, "evaluate", None)
+    run_sweep(sweep, tmp_path / "out")  # all is known
+
+
+# --- the residual gap ---
+
+
+def made(name: str, perplexity: float | None, **recipe) -> CellResult:
+    score = Score(
+        source="s",
+        perplexity=perplexity,
+        loss=1.0,
+        windows=1,
+        tokens=2,
+        seqlen=2,
+        protocol="p",
+        seconds=0.0,
+    )
+    return CellResult(
+        name=name, model="m", recipe=Recipe(**recipe), state="done", scores={"text": score}
+    )
+
+
+def results_of(dense: float, *cells: CellResult) -> SweepResults:
+    model = ModelResult(path="m", fingerprint="f", scores=made("", dense).scores)
+    scoring = {"texts": ["text"]}
+    return SweepResults(
+        file="f",
+        title="t",
+        scoring=scoring,
+        machine={},
+        versions={},
+        models={"m": model},
+        cells=[*cells],
+    )
+
+
+def test_the_residual_gap_is_to_wanda_in_the_same_circumstances():
+    wanda = made("w", 30.0)
+    cells = {
+        "wanda": (wanda, 1.0),
+        "halved": (made("a", 25.0, method="sparsegpt"), 0.5),
+        "worse": (made("b", 60.0, method="magnitude", group="row"), 4.0),
+        "better than dense": (
+            made("c", 18.0, method="obs", mask_order="blockwise", damping=0.1),
+            -0.2,
+        ),
+        "by layer": (made("d", 40.0, group="layer"), 2.0),
+        "recovered": (made("e", 22.0).model_copy(update={"recovery": "lora"}), 0.2),
+        "another sparsity": (made("f", 25.0, sparsity=0.6, method="sparsegpt"), None),
+        "another pattern": (made("g", 25.0, pattern="2:4", method="sparsegpt"), None),
+        "another seed": (made("h", 25.0, seed=1, method="sparsegpt"), None),
+        "infinite": (made("i", None, method="magnitude"), None),
+    }
+    results = results_of(20.0, *(cell for cell, _ in cells.values()))
+    for name, (cell, expected) in cells.items():
+        assert residual_gaps(results, cell) == {"text": pytest.approx(expected)}, name
+    lossless = results_of(29.9, *(cell for cell, _ in cells.values()))
+    assert residual_gaps(lossless, cells["halved"][0]) == {"text": None}, (
+        "Wanda loses a third of a per cent"
+    )
+
+
+def test_results_that_are_damaged_or_missing_are_named(swept, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no results\.json"):
+        SweepResults.load(tmp_path)
+    content = json.loads((swept / "results.json").read_text())
+    content["cells"][0]["state"] = "lost"
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"damaged or of another version: cells\.0\.state"):
+        SweepResults.load(tmp_path)
+    assert Pruning.model_fields.keys() >= {"zeros", "weights"}
+
+
+# --- the command ---
+
+
+def write_toml(path: Path, dense: Path, sparsity: str = "[0.5]") -> Path:
+    path.write_text(
+        f'title = "t"\nmodels = [{json.dumps(str(dense))}]\n[recipe]\ncalibration = "python-docs"\nsamples = 2\n'
+        f'seqlen = 16\n[scoring]\ntexts = ["python-docs"]\nseqlen = 16\nlimit = 2\n'
+        f'[[grid]]\nmethod = ["magnitude"]\nsparsity = {sparsity}\n'
+    )
+    return path
+
+
+def test_the_command_checks_runs_and_shows(dense, tmp_path):
+    file, out = write_toml(tmp_path / "s.toml", dense), tmp_path / "out"
+    assert "waiting" in call("sweep", file, out, "--check").stdout
+    assert not out.exists()
+    result = call("sweep", file, out, "--json", tmp_path / "copy.json")
+    assert "dense-magnitude-0.5" in result.stdout
+    assert "perplexity on python-docs" in result.stderr
+    assert json.loads((tmp_path / "copy.json").read_text()) == json.loads(
+        (out / "results.json").read_text()
+    )
+    assert json.loads((out / "results.json").read_text())["file"] == "s.toml"
+
+
+def test_the_command_fails_where_a_cell_failed(dense, tmp_path, monkeypatch):
+    def faulty(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(sweep_cells, "run", faulty)
+    result = call("sweep", write_toml(tmp_path / "s.toml", dense), tmp_path / "out", status=1)
+    assert "1 of 1 cells failed" in result.stderr
+    assert "MemoryError: no message" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda text: text.replace("0.5", '"2:5"'), "cell dense-magnitude-2of5: "),
+        (
+            lambda text: text.replace('calibration = "python-docs"', 'calibration = "c5"').replace(
+                "magnitude", "wanda"
+            ),
+            "unknown source 'c5'",
+        ),
+        (
+            lambda text: text.replace('texts = ["python-docs"]', 'texts = ["wikitext3"]'),
+            "unknown text 'wikitext3'",
+        ),
+        (
+            lambda text: text.replace("seqlen = 16\n[scoring]", "seqlen = 65\n[scoring]").replace(
+                "magnitude", "wanda"
+            ),
+            "64 positions",
+        ),
+        (lambda text: text.replace("/dense", "/none"), "neither a folder nor a hub id"),
+    ],
+)
+def test_what_would_fail_is_refused_before_any_work(edit, message, dense, tmp_path):
+    file = write_toml(tmp_path / "s.toml", dense)
+    file.write_text(edit(file.read_text()))
+    result = call("sweep", file, tmp_path / "out", status=2)
+    assert result.stderr.startswith("prunus: error: ")
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_something_else_is_left_alone(dense, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    file = write_toml(tmp_path / "s.toml", dense)
+    assert "is not a sweep's" in call("sweep", file, tmp_path / "out", status=2).stderr
+    assert "overlap" in call("sweep", file, dense / "out", status=2).stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
