@@ -24,8 +24,8 @@ import torch
 torch.set_num_threads(1)
 
 from prunus.hardware.numerics import count_zeros  # noqa: E402
-from prunus.methods import METHODS, Options  # noqa: E402
-from prunus.methods.patterns import Pattern
+from prunus.methods import METHODS, MethodOptions  # noqa: E402
+from prunus.methods.patterns import Pattern  # noqa: E402
 from prunus.methods.solvers.obs import inverse_factor  # noqa: E402
 from prunus.methods.statistics import InputStatistics  # noqa: E402
 from prunus.model.checkpoint.atomic_files import save_safetensors  # noqa: E402
@@ -67,7 +67,7 @@ def compute(width: int) -> dict[str, float]:
     def wanda() -> None:
         # As in `engine/linear.py`: to float32, score, mask, the result, its zeros, the damage.
         wide32 = weight16.float()
-        pruned = METHODS["wanda"].prune(wide32, norms, Pattern(), 0.5, Options())
+        pruned = METHODS["wanda"].prune(wide32, norms, Pattern(), 0.5, MethodOptions())
         new = weight16.masked_fill(~pruned.keep_OI, 0)
         count_zeros(new)
         (wide32 - new.float()).square_() @ norms.sum_squares_I.float()
@@ -80,7 +80,10 @@ def compute(width: int) -> dict[str, float]:
 
     def sweep(rows: int) -> float:
         return best(
-            lambda: sparsegpt.prune(weight[:rows], gram, Pattern(group="layer"), 0.5, Options()), 2
+            lambda: sparsegpt.prune(
+                weight[:rows], gram, Pattern(group="layer"), 0.5, MethodOptions()
+            ),
+            2,
         )
 
     # A few rows take the time of their columns alone.
@@ -117,13 +120,13 @@ def disk(folder: Path) -> dict[str, float]:
 
 def link() -> None:
     """On each of two ranks: bytes a second of summing a matrix, and seconds of a meeting."""
-    from prunus.distributed import joined
+    from prunus.distributed import process_group
 
-    with joined(60) as ranks:
+    with process_group(60) as ranks:
         matrix = torch.ones(2048, 2048)
-        ranks.add(matrix)
-        moved = best(lambda: ranks.add(matrix))
-        meeting = best(lambda: [ranks.gather([1]) for _ in range(100)]) / 100
+        ranks.all_reduce(matrix)
+        moved = best(lambda: ranks.all_reduce(matrix))
+        meeting = best(lambda: [ranks.gather_ints([1]) for _ in range(100)]) / 100
         if ranks.rank == 0:
             print(json.dumps({"link": matrix.numel() * 4 / moved, "latency": meeting}))
 

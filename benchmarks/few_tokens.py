@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 torch.set_num_threads(1)
 
-from prunus.methods import METHODS, Options  # noqa: E402
+from prunus.methods import METHODS, MethodOptions  # noqa: E402
 from prunus.methods.patterns import Pattern  # noqa: E402
 from prunus.methods.statistics import InputStatistics  # noqa: E402
 
@@ -62,7 +62,7 @@ def pruned_by(method: str, weight_OI: Tensor, X_TI: Tensor) -> Tensor:
     """The weight at 50 % sparsity, by the statistics of X_TI."""
     statistics = InputStatistics(X_TI.shape[1], METHODS[method].needs)
     statistics.add(X_TI)
-    return METHODS[method].prune(weight_OI, statistics, Pattern(), 0.5, Options()).weight_OI
+    return METHODS[method].prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions()).weight_OI
 
 
 def output_error(weight_OI: Tensor, after_OI: Tensor, X_TI: Tensor) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from prunus.methods import METHODS, Options, check_options, compose, default_group
+from prunus.methods import METHODS, MethodOptions, check_options, compose, default_group
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
 
@@ -30,8 +30,8 @@ _CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in METHODS),
     ("wanda", {"refine": "dsnot"}),
     ("wanda", {"refine": "swaps"}),
-    ("wanda", {"update": "lsq"}),
-    ("wanda", {"refine": "swaps", "update": "lsq"}),
+    ("wanda", {"weight_update": "least-squares"}),
+    ("wanda", {"refine": "swaps", "weight_update": "least-squares"}),
 ]
 
 
@@ -98,7 +98,7 @@ def main() -> None:
                 errors: dict[str, tuple[float, float] | None] = {}
                 for text, title in (("unstructured", "50 %"), ("2:4", "2:4")):
                     errors[title] = None
-                    chosen = Options(**extra)
+                    chosen = MethodOptions(**extra)
                     pattern = Pattern.parse(text, default_group(method, chosen))
                     try:
                         check_options(method, pattern, 0.5, chosen)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prunus.hardware.memory import hardware, versions
-from prunus.methods import METHODS, Options, compose
+from prunus.methods import METHODS, MethodOptions, compose
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
 
@@ -77,7 +77,7 @@ def measure(rows: int, columns: int, rounds: int) -> dict[str, dict[str, float]]
     assert gram_II is not None
 
     def prune(method: str, **options: Any) -> Callable[[], Any]:
-        chosen = Options(**options)
+        chosen = MethodOptions(**options)
         composed = compose(METHODS[method], chosen)
 
         def work() -> None:
@@ -90,7 +90,7 @@ def measure(rows: int, columns: int, rounds: int) -> dict[str, dict[str, float]]
         InputStatistics(columns, "gram").add(X_TI)
 
     def conjugate_steps(method: str, **options: Any) -> int:
-        chosen = Options(**options)
+        chosen = MethodOptions(**options)
         pruned = compose(METHODS[method], chosen).prune(
             weight_OI, statistics, Pattern(), 0.5, chosen
         )
@@ -105,8 +105,8 @@ def measure(rows: int, columns: int, rounds: int) -> dict[str, dict[str, float]]
         "pseudo-code": (lambda: from_pseudo_code(weight_OI, gram_II, 0.5), inverse + product / 2),
         "alps": (prune("alps"), alps_products * product + 8 * inverse),
         "wanda + lsq": (
-            prune("wanda", update="lsq"),
-            conjugate_steps("wanda", update="lsq") * product,
+            prune("wanda", weight_update="least-squares"),
+            conjugate_steps("wanda", weight_update="least-squares") * product,
         ),
         "wanda + swaps": (prune("wanda", refine="swaps"), 0.0),
     }

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import prunus
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
-from prunus.pruning.output import OUTER_SHARD
+from prunus.pruning.output import OUTSIDE_SHARD
 from tiny import tiny_checkpoint, tiny_model, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -531,7 +531,7 @@ def spoil(dense: Path, name: str, value: float, everywhere: bool = False) -> Non
 def check_unfinished(out: Path, blocks: int) -> None:
     """The folder is no model, and holds the blocks that were finished and nothing half-written."""
     shards = [f"block-{index:05d}.safetensors" for index in range(blocks)]
-    assert sorted(path.name for path in out.iterdir()) == [*shards, OUTER_SHARD, MANIFEST_NAME]
+    assert sorted(path.name for path in out.iterdir()) == [*shards, OUTSIDE_SHARD, MANIFEST_NAME]
     manifest = Manifest.load(out)
     assert (manifest.state, len(manifest.blocks)) == ("running", blocks)
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from places import SUPPORT
-from prunus.distributed import ALONE, joined, shares
-from prunus.distributed.heartbeat import Watch
+from prunus.distributed import SINGLE_PROCESS, process_group, split_range
+from prunus.distributed.heartbeat import Heartbeat
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked here")
 
@@ -123,7 +123,7 @@ def test_what_cannot_be_shared_is_refused_before_any_work(found, case, says):
     if case == "other options":
         says = "rank 1 has another recipe than rank 0"
     assert says in first
-    assert second.startswith("ElsewhereError")
+    assert second.startswith("OtherRankError")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_who_keeps_the_store_stays_until_the_rest_have_heard_who_is_lost():
     for rank in (1, 2):
         store.set(f"who/{rank}", f"elsewhere|-|{rank}")
         store.set(f"beat/{rank}", "1|0|the start")
-    watch = Watch(store, 0, 3, timeout=60)
+    watch = Heartbeat(store, 0, 3, timeout=60)
     store.set("fault/1", "no good")
     assert "rank 1 (process 1 on elsewhere) stopped: no good" in str(
         watch.explain("a broken connection")
@@ -192,7 +192,7 @@ def test_a_training_step_is_shared_out(found):
 
 @given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 7))
 def test_shares_are_whole_in_order_and_even(count, size, together):
-    parts = shares(count, size, together)
+    parts = split_range(count, size, together)
     assert [x for part in parts for x in part] == list(range(count))
     assert all(part.start % together == 0 or not part for part in parts)
     runs = [-(-len(part) // together) for part in parts]
@@ -201,7 +201,7 @@ def test_shares_are_whole_in_order_and_even(count, size, together):
 
 def test_without_torchrun_there_is_one_rank(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    with joined() as ranks:
-        assert ranks is ALONE
-    with pytest.raises(ValueError, match="rank timeout"), joined(0):
+    with process_group() as ranks:
+        assert ranks is SINGLE_PROCESS
+    with pytest.raises(ValueError, match="rank timeout"), process_group(0):
         pass

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from prunus.methods import allocation
 from prunus.methods.allocation import (
+    allocate_by_error,
     arithmetic,
-    by_error,
     dlp,
-    in_whole_weights,
     median_score,
     meet_budget,
     outlier_share,
     owl,
     removed_energy,
+    round_to_whole_weights,
     uniform,
 )
 
@@ -161,7 +161,7 @@ def test_no_other_sparsities_of_the_same_budget_cost_less(drawn, sparsity):
     curves, weights = drawn
     reach = mean([curve[-1][0] for curve in curves], weights)
     assume(sparsity <= reach)
-    found = by_error(curves, weights, sparsity)
+    found = allocate_by_error(curves, weights, sparsity)
     assert mean(found, weights) == pytest.approx(sparsity, abs=1e-12)
     cost = sum(interpolated(curve, s) for curve, s in zip(curves, found, strict=True))
     grid = [[i * curve[-1][0] / 20 for i in range(21)] for curve in curves[:-1]]
@@ -175,16 +175,18 @@ def test_no_other_sparsities_of_the_same_budget_cost_less(drawn, sparsity):
 
 def test_the_budget_goes_where_error_is_cheapest_per_weight():
     cheap, dear = [(0.0, 0.0), (0.5, 1.0), (0.9, 3.0)], [(0.0, 0.0), (0.5, 10.0), (0.9, 30.0)]
-    assert by_error([cheap, dear], [100, 100], 0.25) == pytest.approx([0.5, 0.0])
-    assert by_error([cheap, dear], [100, 100], 0.5) == pytest.approx([0.9, 0.1])
+    assert allocate_by_error([cheap, dear], [100, 100], 0.25) == pytest.approx([0.5, 0.0])
+    assert allocate_by_error([cheap, dear], [100, 100], 0.5) == pytest.approx([0.9, 0.1])
     # The same error for a hundred times the weights is cheap again.
-    assert by_error([cheap, dear], [1, 100], 0.45) == pytest.approx([0.0, 0.4545], abs=1e-3)
+    assert allocate_by_error([cheap, dear], [1, 100], 0.45) == pytest.approx(
+        [0.0, 0.4545], abs=1e-3
+    )
 
 
 def test_a_dent_in_a_curve_is_bridged():
     """From 0 to 0.4 the first costs more per weight than from 0.4 to 0.8; half of the way would be the worst of both."""
     dented, straight = [(0.0, 0.0), (0.4, 8.0), (0.8, 8.1)], [(0.0, 0.0), (0.4, 4.5), (0.8, 9.0)]
-    assert by_error([dented, straight], [10, 10], 0.4) == pytest.approx([0.8, 0.0])
+    assert allocate_by_error([dented, straight], [10, 10], 0.4) == pytest.approx([0.8, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -208,14 +210,14 @@ def test_a_dent_in_a_curve_is_bridged():
 )
 def test_curves_that_do_not_serve_are_refused(curves, sparsity, message):
     with pytest.raises(ValueError, match=message):
-        by_error(curves, [10], sparsity)
+        allocate_by_error(curves, [10], sparsity)
 
 
 def test_removed_energy_is_the_lowest_squares_of_every_row():
     score_OI = torch.tensor([[3.0, 1.0, 2.0, 0.5], [1.0, 4.0, 0.0, 2.0]])
     curve = removed_energy(score_OI, [0.0, 0.25, 0.3, 0.5, 0.99])
     assert curve == [(0.0, 0.0), (0.25, 0.25), (0.5, 2.25), (0.75, 10.25)]
-    assert by_error([curve, curve], [8, 8], 0.5) == pytest.approx([0.5, 0.5])
+    assert allocate_by_error([curve, curve], [8, 8], 0.5) == pytest.approx([0.5, 0.5])
 
 
 # --- whole weights ---------------------------------------------------------------------------------------------
@@ -234,7 +236,7 @@ def test_whole_weights_come_within_a_column_of_the_budget(layers, sparsity):
     shapes = [(rows, columns) for rows, columns, _ in layers]
     weights = [rows * columns for rows, columns in shapes]
     wanted = meet_budget([sparsity + value for *_, value in layers], weights, sparsity)
-    found = in_whole_weights(wanted, shapes, sparsity)
+    found = round_to_whole_weights(wanted, shapes, sparsity)
     removed = sum(rows * int(columns * s) for (rows, columns), s in zip(shapes, found, strict=True))
     budget = sparsity * sum(weights)
     assert removed <= budget + 1e-5
@@ -249,9 +251,9 @@ def test_whole_weights_come_within_a_column_of_the_budget(layers, sparsity):
 
 
 def test_what_is_whole_stays():
-    assert in_whole_weights([0.5, 0.25], [(3, 8), (5, 4)], 17 / 44) == [0.5, 0.25]
+    assert round_to_whole_weights([0.5, 0.25], [(3, 8), (5, 4)], 17 / 44) == [0.5, 0.25]
     # 29/49·49 is a little less than 29 in floating point.
-    (found,) = in_whole_weights([29 / 49], [(1, 49)], 29 / 49)
+    (found,) = round_to_whole_weights([29 / 49], [(1, 49)], 29 / 49)
     assert int(49 * found) == 29
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import reference
 from method_cases import BY_BLOCKS, PATTERNS, WEIRD, example, gather, prune, weird_example
-from prunus.methods import METHODS, Options, check_options, default_group, get_method
+from prunus.methods import METHODS, MethodOptions, check_options, default_group, get_method
 from prunus.methods.patterns import Pattern
 from prunus.methods.solvers.obs import inverse_factor
 
@@ -183,7 +183,9 @@ def test_magnitude_over_the_layer_takes_ties_along():
     weight_OI = torch.arange(1000.0).view(20, 50)
     weight_OI.view(-1)[500:503] = torch.tensor([-500.0, 500.0, -500.0])
     assert torch.equal(
-        METHODS["magnitude"].prune(weight_OI, None, Pattern(group="layer"), 0.5, Options()).keep_OI,
+        METHODS["magnitude"]
+        .prune(weight_OI, None, Pattern(group="layer"), 0.5, MethodOptions())
+        .keep_OI,
         weight_OI > 502,
     )
 
@@ -272,8 +274,8 @@ def test_default_groups_are_those_of_the_paper():
         "obs": "row",
         "alps": "row",
     }
-    assert default_group("obs", Options(mask_from="magnitude")) == "layer"
-    assert default_group("obs", Options(mask_order="blockwise")) == "layer"
+    assert default_group("obs", MethodOptions(mask_from="magnitude")) == "layer"
+    assert default_group("obs", MethodOptions(mask_order="blockwise")) == "layer"
     for name in METHODS:
         check_options(name, Pattern(group=default_group(name)), 0.5)
 
@@ -299,7 +301,7 @@ def test_default_groups_are_those_of_the_paper():
 )
 def test_what_does_not_go_together_is_refused(name, pattern, sparsity, options, message):
     with pytest.raises(ValueError, match=message):
-        check_options(name, pattern, sparsity, Options(**options))
+        check_options(name, pattern, sparsity, MethodOptions(**options))
 
 
 def test_what_goes_together_passes():

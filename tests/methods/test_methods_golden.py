@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM
 
 import reference
 from golden import FED_BACK_LINEAR
-from prunus.methods import METHODS, Options
-from prunus.methods.base import Part
+from prunus.methods import METHODS, MethodOptions
+from prunus.methods.base import RowShard
 from prunus.methods.patterns import Pattern
 from prunus.methods.solvers.obs import prune_by_obs
 from prunus.methods.statistics import InputStatistics
@@ -62,10 +62,10 @@ def official_keep(official: dict[str, np.ndarray], name: str, weight_OI: Tensor)
 def with_its_mask(weight_OI: Tensor, statistics: InputStatistics, keep_OI: Tensor) -> Tensor:
     """The weight of the original: its mask, and the update around it."""
 
-    def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, part: Part) -> Tensor:
+    def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, shard: RowShard) -> Tensor:
         return keep_OI[:, start : start + weight_OB.shape[1]]
 
-    return prune_by_obs(weight_OI, statistics, Pattern(), Options(), choose).weight_OI
+    return prune_by_obs(weight_OI, statistics, Pattern(), MethodOptions(), choose).weight_OI
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,9 @@ def test_masks_and_norms_are_those_of_the_original(
                 X_TI.double().square().sum(dim=0) / k for k, X_TI in enumerate(inputs, start=1)
             ]
             statistics.sum_squares_I = torch.stack(weighed).sum(dim=0)
-        pruned = METHODS[method].prune(weight_OI, statistics, pattern, 0.5, Options(**options))
+        pruned = METHODS[method].prune(
+            weight_OI, statistics, pattern, 0.5, MethodOptions(**options)
+        )
         keep_OI = official_keep(official, name, weight_OI)
         agreement = ((pruned.weight_OI != 0) == keep_OI).double().mean().item()
         assert agreement >= share, f"{name}: {agreement}"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import reference
 from method_cases import PATTERNS, WEIRD, example, gather, prune, weird_example
-from prunus.methods import METHODS, Options, check_options, compose
+from prunus.methods import METHODS, MethodOptions, check_options, compose
 from prunus.methods.patterns import Pattern
 from prunus.methods.solvers.least_squares import conjugate_gradients, fit, ridge, scaled_gram
 from prunus.methods.statistics import InputStatistics
@@ -61,7 +61,7 @@ def test_the_fit_is_the_exact_solution(pattern, damping, monkeypatch):
     weight_OI, X_TI = example(9, 24)
     X_TI[:, 7] = 0
     statistics = gather(X_TI)
-    start = METHODS["wanda"].prune(weight_OI, statistics, pattern, 0.5, Options())
+    start = METHODS["wanda"].prune(weight_OI, statistics, pattern, 0.5, MethodOptions())
     fitted = fit(weight_OI, start, statistics, damping, steps=200)
     used = damping or ridge(24, 200)
     assert fitted.notes["ridge"] == used
@@ -141,7 +141,7 @@ def test_the_ridge_follows_features_per_token():
 def test_a_large_ridge_leaves_the_weights_where_they_were():
     weight_OI, X_TI = example(6, 20, tokens=10)
     statistics = gather(X_TI)
-    start = METHODS["wanda"].prune(weight_OI, statistics, Pattern(), 0.5, Options())
+    start = METHODS["wanda"].prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions())
     moved = [
         (fit(weight_OI, start, statistics, d).weight_OI - start.weight_OI).norm()
         for d in (0.01, 0.1, 1)
@@ -198,9 +198,13 @@ def test_alps_keeps_exact_counts(pattern, rows, sparsity, kind, seed):
 def test_alps_beats_sparsegpt_and_the_best_weights_for_wandas_mask(pattern):
     weight_OI, X_TI = example(32, 96, tokens=2000)
     errors = {}
-    for name, options in (("wanda", {"update": "lsq"}), ("sparsegpt", {}), ("alps", {})):
-        method = compose(METHODS[name], Options(**options))
-        pruned = method.prune(weight_OI, gather(X_TI), pattern, 0.5, Options(**options))
+    for name, options in (
+        ("wanda", {"weight_update": "least-squares"}),
+        ("sparsegpt", {}),
+        ("alps", {}),
+    ):
+        method = compose(METHODS[name], MethodOptions(**options))
+        pruned = method.prune(weight_OI, gather(X_TI), pattern, 0.5, MethodOptions(**options))
         errors[name] = ((weight_OI - pruned.weight_OI) @ X_TI.T).norm()
     assert errors["alps"] < 0.97 * min(errors["wanda"], errors["sparsegpt"])
 
@@ -214,24 +218,24 @@ def test_inverses_are_shared_by_linears_with_the_same_input(monkeypatch):
     )
     for name, count in (("alps", 2), ("sparsegpt", 1)):
         for _ in range(3):
-            METHODS[name].prune(weight_OI, statistics, Pattern(), 0.5, Options())
+            METHODS[name].prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions())
         assert len(calls) == count
         calls.clear()
-    METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, Options(damping=0.5))
+    METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions(damping=0.5))
     assert len(calls) == 2
     calls.clear()
     statistics.add(X_TI)
-    METHODS["sparsegpt"].prune(weight_OI, statistics, Pattern(), 0.5, Options())
+    METHODS["sparsegpt"].prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions())
     assert len(calls) == 1
 
 
 def test_inverses_that_take_too_much_memory_are_not_kept(monkeypatch):
     weight_OI, X_TI = example(6, 24)
     statistics = gather(X_TI)
-    kept = METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, Options())
+    kept = METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions())
     monkeypatch.setattr("prunus.methods.solvers.admm_operator._MOST_KEPT", 1)
     statistics = gather(X_TI)
-    again = METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, Options())
+    again = METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions())
     assert torch.equal(kept.weight_OI, again.weight_OI)
     assert [key[0] for key in statistics._derived] == ["scaled_gram"]
 
@@ -241,7 +245,7 @@ def test_what_is_no_gram_matrix_is_refused():
     statistics = gather(X_TI)
     statistics.gram_II.fill_(float("nan"))
     with pytest.raises(ValueError, match="cannot be inverted"):
-        METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, Options())
+        METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions())
 
 
 @given(
@@ -258,7 +262,7 @@ def test_no_input_makes_an_update_that_is_not_finite(
     name, kind, pattern, damping, rows, columns, seed
 ):
     weight_OI, X_TI = weird_example(kind, rows, columns, seed)
-    options = Options(update="lsq", damping=damping)
+    options = MethodOptions(weight_update="least-squares", damping=damping)
     before = METHODS[name].prune(weight_OI, gather(X_TI), pattern, 0.5, options)
     pruned = compose(METHODS[name], options).prune(weight_OI, gather(X_TI), pattern, 0.5, options)
     assert torch.equal(pruned.keep_OI, before.keep_OI)
@@ -279,13 +283,13 @@ def test_no_input_makes_an_update_that_is_not_finite(
         ({"ria_power": -0.5}, r"power of the input norms is -0\.5"),
         ({"ria_power": float("nan")}, "power of the input norms is nan"),
         ({"iterations": 0}, "iterations are 0"),
-        ({"update": "ridge"}, "update is 'ridge': choose none or lsq"),
+        ({"weight_update": "ridge"}, "weight update is 'ridge': choose none or least-squares"),
         ({"damping": 1.5}, r"damping is 1\.5"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        check_options("alps", Pattern(), 0.5, Options(**options))
+        check_options("alps", Pattern(), 0.5, MethodOptions(**options))
 
 
 # --- on real blocks --------------------------------------------------------------------------------------------
@@ -316,7 +320,7 @@ def test_wanda_loses_more_than_sparsegpt_and_sparsegpt_more_than_alps(real_linea
         energy = float(((weight_OI @ statistics.gram_II) * weight_OI).sum())
         errors = []
         for method in ("wanda", "sparsegpt", "alps"):
-            pruned = METHODS[method].prune(weight_OI, statistics, pattern, 0.5, Options())
+            pruned = METHODS[method].prune(weight_OI, statistics, pattern, 0.5, MethodOptions())
             change_OI = weight_OI - pruned.weight_OI
             seen = float(((change_OI @ statistics.gram_II) * change_OI).sum()) / energy
             unseen = (change_OI @ held_out_TI.T).square().sum() / (

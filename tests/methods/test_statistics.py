@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunus.distributed import ALONE
+from prunus.distributed import SINGLE_PROCESS
 from prunus.hardware import numerics as products
 from prunus.hardware.numerics import all_finite
 from prunus.methods import statistics
@@ -80,7 +80,7 @@ def test_shared_statistics_of_one_rank_are_plain_ones(needs):
     for x_TI in torch.randn(3, 10, 5):
         plain.add(x_TI)
         shared.add(x_TI)
-    shared.complete(ALONE)
+    shared.complete(SINGLE_PROCESS)
     assert shared.tokens == plain.tokens == 30
     assert torch.equal(shared.sum_squares_I, plain.sum_squares_I)
     assert torch.equal(shared.mean_I, plain.mean_I)

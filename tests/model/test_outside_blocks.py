@@ -34,7 +34,7 @@ def test_rows_are_read_as_stored_and_given_in_the_dtype_of_the_computation(tied,
         "model.embed_tokens.weight"
     ]
     ids = token_ids(2)
-    with skeleton.surroundings(source.outer, CPU):
+    with skeleton.outside_blocks(source.outer, CPU):
         assert embedding.weight.dtype == torch.bfloat16
         hidden, _ = skeleton.record(ids)
     assert hidden.dtype == dtype
@@ -47,8 +47,8 @@ def test_rows_are_read_as_stored_and_given_in_the_dtype_of_the_computation(tied,
 def test_a_tied_head_gets_all_of_it_whatever_was_read_before(tied):
     source, skeleton = opened(tied, torch.float32)
     model = skeleton.model
-    with skeleton.surroundings(source.outer, CPU):
+    with skeleton.outside_blocks(source.outer, CPU):
         pass
-    with skeleton.surroundings(source.outer, CPU, with_head=True):
+    with skeleton.outside_blocks(source.outer, CPU, with_head=True):
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
         assert model.get_output_embeddings().weight.dtype == torch.float32

@@ -206,7 +206,7 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch, action):
         save(path, tensors)
 
     monkeypatch.setattr(conversion_module, "save_safetensors", counted)
-    for limit in range(3):  # noqa: B007 - read by `counted`
+    for limit in range(3):  # noqa: B007
         with pytest.raises(KeyboardInterrupt):
             run(source, tmp_path / "result")
         assert not (tmp_path / "result" / INDEX_NAME).exists()

@@ -12,12 +12,12 @@ import prunus
 import reference
 from prunus.methods.patterns import Pattern
 from prunus.model.stream import Stream
-from prunus.pruning.allocate import planned
+from prunus.pruning.allocate import planned_allocation
 from prunus.pruning.job import RunOptions
 from prunus.pruning.manifest import Manifest
-from prunus.pruning.plan import prepare
+from prunus.pruning.plan import plan_run
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.sensitivity import Layer, scores_of_layers, trial_errors
+from prunus.pruning.sensitivity import Layer, layer_scores, sensitivity_curves
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, tiny_model, token_ids
 
@@ -68,7 +68,7 @@ def test_an_interrupted_run_goes_on_with_the_same_sparsities(rule, tmp_path, mon
 
 def surveyed(folder, ids, batch=2) -> Stream:
     recipe = Recipe(calibration="token ids", samples=len(ids), seqlen=ids.shape[1], dtype="float32")
-    job = prepare(folder, recipe, RunOptions(input_ids=ids))
+    job = plan_run(folder, recipe, RunOptions(input_ids=ids))
     stream = Stream(job.skeleton, job.source, job.device)
     stream.embed(ids.split(batch), None)
     return stream
@@ -94,7 +94,7 @@ def test_trials_are_what_pruning_one_block_of_the_whole_model_does(family, tmp_p
     model.save_pretrained(tmp_path / "dense")
     names = [linear.name for linear in surveyed(tmp_path / "dense", ids).skeleton.linears(0)]
     with torch.no_grad():
-        curves = trial_errors(
+        curves = sensitivity_curves(
             surveyed(tmp_path / "dense", ids),
             [Layer(0, tuple(names)), Layer(1, tuple(names))],
             [0.25, 0.5],
@@ -128,7 +128,7 @@ def test_scores_are_those_of_wanda_on_the_dense_model(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
     names = ("self_attn.q_proj", "mlp.down_proj")
     with torch.no_grad():
-        found = scores_of_layers(
+        found = layer_scores(
             surveyed(dense, ids),
             [Layer(1, names)],
             lambda scores: float(sum(s.sum() for s in scores)),
@@ -148,7 +148,7 @@ def test_the_plan_says_what_needs_no_measuring(tmp_path):
 
     def plan_of(**options):
         recipe = Recipe(calibration="token ids", samples=6, seqlen=16, **options)
-        return planned(prepare(dense, recipe, RunOptions(input_ids=ids)))
+        return planned_allocation(plan_run(dense, recipe, RunOptions(input_ids=ids)))
 
     assert plan_of() == {"rule": "uniform", "measured": False}
     assert plan_of(allocation="owl") == {"rule": "owl", "measured": True}

@@ -23,8 +23,8 @@ from prunus.model.stream import Stream
 from prunus.packed import pack, unpack
 from prunus.packed.linear import BitmapLinear
 from prunus.pruning.cost import estimate_seconds
-from prunus.pruning.job import Job, RunOptions
-from prunus.pruning.plan import prepare
+from prunus.pruning.job import PruningJob, RunOptions
+from prunus.pruning.plan import plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.masks import pruned_linears
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
@@ -55,7 +55,7 @@ def logits_by_blocks(folder: Path, ids: Tensor) -> Tensor:
         stream.embed([ids], None)
         for index in range(len(skeleton)):
             stream.propagate(index, source.block(index))
-        with skeleton.surroundings(source.outer, CPU, with_head=True):
+        with skeleton.outside_blocks(source.outer, CPU, with_head=True):
             return skeleton.logits(ids, stream.states.get(0))
 
 
@@ -232,7 +232,7 @@ def test_experts_are_pruned_as_by_a_naive_reference(family, views, few, rule, tm
 
 
 def prune_with(monkeypatch: Any, lockstep: bool, *args: Any, **options: Any) -> Any:
-    monkeypatch.setattr(Job, "fits_lockstep", lambda self, index: lockstep)
+    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: lockstep)
     return prunus.prune(*args, calibration=token_ids(), batch=3, min_expert_tokens=48, **options)
 
 
@@ -324,10 +324,16 @@ def test_what_is_measured_on_all_tokens_leaves_no_trace_in_what_comes_after(tmp_
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "alps", "targets": "dense"},
+        {"method": "alps", "dense_weight": 0.25},
         {"method": "sparsegpt", "pattern": "2:4", "permute": True},
-        {"method": "wanda", "refine": "dsnot", "update": "lsq"},
-        {"method": "wanda", "match_blocks": True, "match_passes": 1, "samples": 3, "batch": 1},
+        {"method": "wanda", "refine": "dsnot", "weight_update": "least-squares"},
+        {
+            "method": "wanda",
+            "reconstruct": "all",
+            "reconstruct_epochs": 1,
+            "samples": 3,
+            "batch": 1,
+        },
         {"method": "magnitude"},
         {"allocation": "owl"},
     ],
@@ -479,7 +485,7 @@ def test_a_plan_counts_routed_tokens_only(tmp_path):
     few = tiny_checkpoint(tmp_path / "few", "mixtral", num_experts_per_tok=1)
     all_ = tiny_checkpoint(tmp_path / "all", "mixtral", num_experts_per_tok=4)
     jobs = [
-        prepare(folder, Recipe(samples=6, seqlen=16), RunOptions(input_ids=token_ids()))
+        plan_run(folder, Recipe(samples=6, seqlen=16), RunOptions(input_ids=token_ids()))
         for folder in (few, all_)
     ]
     seconds = [_flops(job) for job in jobs]
@@ -490,7 +496,7 @@ def test_a_plan_counts_routed_tokens_only(tmp_path):
     )
 
 
-def _flops(job: Job) -> float:
+def _flops(job: PruningJob) -> float:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("prunus.pruning.cost.matmul_rate", lambda device, dtype: 1.0)
         return estimate_seconds(job)

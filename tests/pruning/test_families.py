@@ -21,8 +21,8 @@ def naive_wanda(model: nn.Module, ids: torch.Tensor, batch: int, sparsity: float
         seen: list[tuple[nn.Module, torch.Tensor]] = []
         hooks = [
             module.register_forward_pre_hook(
-                lambda m, args: seen.append((m, args[0].detach().clone()))
-            )  # noqa: B023
+                lambda m, args: seen.append((m, args[0].detach().clone()))  # noqa: B023
+            )
             for module in todo
         ]
         firsts = []

@@ -7,11 +7,11 @@ import torch
 
 import prunus
 from prunus.pruning.block import dense_stream as companion
-from prunus.pruning.block import retouch
 from prunus.pruning.cost import estimate_seconds
-from prunus.pruning.job import Job, RunOptions
-from prunus.pruning.plan import prepare
+from prunus.pruning.job import PruningJob, RunOptions
+from prunus.pruning.plan import plan_run
 from prunus.pruning.recipe import Recipe
+from prunus.pruning.reconstruction import schedule as reconstruct
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, token_ids
 
@@ -19,7 +19,7 @@ from tiny import tiny_checkpoint, token_ids
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Windows of these tests would be one step each."""
-    monkeypatch.setattr(retouch, "_TOKENS_A_STEP", 8)
+    monkeypatch.setattr(reconstruct, "_TOKENS_A_STEP", 8)
 
 
 def same_bytes_however(dense, tmp_path, monkeypatch, options):
@@ -27,7 +27,7 @@ def same_bytes_however(dense, tmp_path, monkeypatch, options):
     with pytest.raises(StopError):
         prunus.prune(dense, tmp_path / "resumed", **options, progress=stop_after(1))
     prunus.prune(dense, tmp_path / "resumed", **options)
-    monkeypatch.setattr(Job, "fits_lockstep", lambda self, index: False)
+    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)
     prunus.prune(dense, tmp_path / "replayed", **options)
     for shard in (tmp_path / "plain").glob("*.safetensors"):
         for other in ("resumed", "replayed"):
@@ -84,7 +84,7 @@ def test_balanced_matches_the_last_block_alone_on_what_went_along(
     # Every fourth of sixteen windows, one of them held out.
     assert last.steps == (3 if family == "gpt_neox" else 8) * 3
     assert last.measure == "logits" and last.error_after <= last.error_before
-    without = prunus.prune(dense, tmp_path / "without", **options, match_last=False)
+    without = prunus.prune(dense, tmp_path / "without", **options, reconstruct="none")
     assert not any(block.match for block in without.blocks)
     for mine, others in zip(report.blocks[:-1], without.blocks, strict=False):
         errors = [
@@ -109,7 +109,7 @@ def test_the_estimate_counts_what_a_preset_does_more(tmp_path, monkeypatch):
     dense = tiny_checkpoint(tmp_path / "dense")
 
     def seconds(**options):
-        job = prepare(
+        job = plan_run(
             dense,
             Recipe(samples=8, seqlen=32, batch=1, **options),
             RunOptions(input_ids=token_ids(8, 32)),
@@ -119,10 +119,10 @@ def test_the_estimate_counts_what_a_preset_does_more(tmp_path, monkeypatch):
     steps = [
         seconds(preset="fast"),
         seconds(method="alps"),
-        seconds(method="alps", targets="dense"),
+        seconds(method="alps", dense_weight=0.25),
         seconds(preset="balanced"),
-        seconds(method="alps", targets="dense", match_blocks=True),
+        seconds(method="alps", dense_weight=0.25, reconstruct="all"),
         seconds(preset="best"),
     ]
     assert steps == sorted(steps) and len(set(steps)) == len(steps)
-    assert steps[0] < seconds(match_blocks=True)
+    assert steps[0] < seconds(reconstruct="all")

@@ -51,7 +51,7 @@ OTHERS = st.fixed_dictionaries(
         "ignore": st.lists(TEXT, max_size=3).map(tuple),
         "damping": st.floats(0, 1, exclude_min=True, exclude_max=True),
         "refine": st.sampled_from(["none", "dsnot", "swaps"]),
-        "update": st.sampled_from(["none", "lsq"]),
+        "weight_update": st.sampled_from(["none", "least-squares"]),
     },
 )
 RECIPES = st.builds(
@@ -262,11 +262,11 @@ def test_what_best_is_depends_on_the_pattern():
 
 
 def test_options_go_before_a_preset(tmp_path):
-    chosen = Recipe(preset="best", method="sparsegpt", match_blocks=False, pattern="2:4")
-    assert (chosen.method, chosen.targets, chosen.match_blocks, chosen.sparsity) == (
+    chosen = Recipe(preset="best", method="sparsegpt", reconstruct="none", pattern="2:4")
+    assert (chosen.method, chosen.dense_weight, chosen.reconstruct, chosen.sparsity) == (
         "sparsegpt",
-        "dense",
-        False,
+        0.25,
+        "none",
         0.5,
     )
     (tmp_path / "recipe.toml").write_text(chosen.to_toml(), encoding="utf-8")

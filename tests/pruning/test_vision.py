@@ -22,8 +22,8 @@ from prunus.calibration.images import draw_images, list_images, read_images
 from prunus.evaluation.images import ImageScore, image_accuracy
 from prunus.model.hidden_states import HiddenStates
 from prunus.model.skeleton import Skeleton
-from prunus.pruning.job import Job, RunOptions
-from prunus.pruning.plan import prepare
+from prunus.pruning.job import PruningJob, RunOptions
+from prunus.pruning.plan import plan_run
 from prunus.pruning.recipe import Recipe
 from reference import prune_as_called
 
@@ -105,8 +105,8 @@ def test_stages_are_blocks_with_what_lies_between_them(tmp_path):
         {"method": "alps", "pattern": "2:4"},
         {"propagate": "block"},
         {"allocation": "owl"},
-        {"method": "alps", "targets": "dense"},
-        {"match_blocks": True, "match_passes": 1, "samples": 4, "batch": 1},
+        {"method": "alps", "dense_weight": 0.25},
+        {"reconstruct": "all", "reconstruct_epochs": 1, "samples": 4, "batch": 1},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
@@ -116,9 +116,9 @@ def test_other_kinds_of_runs(family, options, tmp_path):
     arguments = {"calibration": str(pictures(tmp_path / "pictures")), "samples": 6, **options}
     report = prunus.prune(dense, tmp_path / "pruned", **arguments)
     assert report.totals["sparsity"] == pytest.approx(0.5, abs=0.02)
-    if options.get("targets") == "dense":
+    if options.get("dense_weight"):
         notes = [record.notes for block in report.blocks for record in block.linears.values()]
-        assert not any("targets" in each for each in notes), (
+        assert not any("dense_targets" in each for each in notes), (
             "each position is the same one in the dense model"
         )
     with torch.no_grad():
@@ -144,8 +144,8 @@ def test_resumed_spilled_and_replayed_runs_give_the_same_bytes(tmp_path, monkeyp
     with pytest.raises(Killed):
         prunus.prune(dense, tmp_path / "resumed", progress=kill, **options)
     prunus.prune(dense, tmp_path / "resumed", resume=True, **options)
-    monkeypatch.setattr(Job, "spills", True)
-    monkeypatch.setattr(Job, "fits_lockstep", lambda self, index: False)
+    monkeypatch.setattr(PruningJob, "spills", True)
+    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)
     prunus.prune(dense, tmp_path / "replayed", **options)
     expected = loaded(tmp_path / "whole").state_dict()
     for other in ("resumed", "replayed"):
@@ -175,9 +175,9 @@ def test_what_a_plan_says_of_an_image_is_what_the_model_makes_of_it(family):
         after = hidden[index + 1]
         positions = after[0, 0].numel() if after.dim() == 4 else after.shape[1]
         width = after.shape[1] if after.dim() == 4 else after.shape[2]
-        planned = skeleton.window_shape(index, 2048)
-        assert planned[1] == width
-        assert positions <= planned[0] <= positions + 1
+        planned_allocation = skeleton.window_shape(index, 2048)
+        assert planned_allocation[1] == width
+        assert positions <= planned_allocation[0] <= positions + 1
 
 
 def test_a_run_from_the_command_line(tmp_path):
@@ -309,7 +309,7 @@ def test_verbs_of_language_models_refuse_a_classifier(tmp_path):
 def test_the_plan_counts_positions_not_tokens(tmp_path):
     dense = save_classifier(tmp_path / "dense", "vit")
     folder = pictures(tmp_path / "pictures")
-    job = prepare(dense, Recipe(calibration=str(folder), samples=12), RunOptions())
+    job = plan_run(dense, Recipe(calibration=str(folder), samples=12), RunOptions())
     assert job.batch == 12
     assert job.costs[0].hidden == 12 * 18 * 32 * 4
 

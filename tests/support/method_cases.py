@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods import METHODS, Options, Pruned
+from prunus.methods import METHODS, MethodOptions, Pruned
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
 
@@ -70,7 +70,7 @@ def prune(
     """Prune, and see that the method changed nothing it was given."""
     statistics, before = gather(X_TI), gather(X_TI)
     given_OI = weight_OI.clone()
-    pruned = METHODS[name].prune(weight_OI, statistics, pattern, sparsity, Options(**options))
+    pruned = METHODS[name].prune(weight_OI, statistics, pattern, sparsity, MethodOptions(**options))
     assert torch.equal(weight_OI, given_OI)
     assert torch.equal(statistics.gram_II, before.gram_II)
     assert torch.equal(statistics.sum_squares_I, before.sum_squares_I)

@@ -19,13 +19,13 @@ import torch
 
 torch.set_num_threads(1)
 
-import prunus  # noqa: E402
-from prunus.distributed import RankError, joined  # noqa: E402
+import prunus  # noqa: E402, I001
+from prunus.distributed import RankError, process_group  # noqa: E402
 from prunus.methods.statistics import InputStatistics  # noqa: E402
 from prunus.pruning.block import dense_stream as companion  # noqa: E402
-from prunus.pruning.block import divergence
+from prunus.pruning.reconstruction import kl_loss  # noqa: E402
 from prunus.pruning.manifest import Manifest  # noqa: E402
-from prunus.pruning.reconstruction.batches import StepBatches  # noqa: E402
+from prunus.pruning.reconstruction.batches import ReconstructionBatches  # noqa: E402
 from ranks import forked, in_ranks  # noqa: E402
 from tiny import tiny_checkpoint, token_ids  # noqa: E402
 
@@ -37,8 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "sparsegpt": {"method": "sparsegpt"},
     "sparsegpt 2:4": {"method": "sparsegpt", "pattern": "2:4"},
     "obs": {"method": "obs", "mask_order": "blockwise", "mask_from": "magnitude"},
-    "alps, dense targets": {"method": "alps", "targets": "dense"},
-    "swaps, lsq": {"refine": "swaps", "update": "lsq"},
+    "alps, dense targets": {"method": "alps", "dense_weight": 0.25},
+    "swaps, lsq": {"refine": "swaps", "weight_update": "least-squares"},
 }
 
 
@@ -88,10 +88,10 @@ def spoken(scratch: Path) -> dict[str, Any]:
     texts = [["", "a", "ä" * 124], ["", "b" * 249, ""], ["x" * 248, "y" * 5000, "é" * 300]]
 
     def hear(_rank: int) -> None:
-        with joined(60) as ranks:
+        with process_group(60) as ranks:
             heard = [ranks.gather_text(each[ranks.rank]) for each in texts]
-            totals = ranks.totals([ranks.rank, 0.5])
-            rows = ranks.concatenate(torch.full((ranks.rank, 2), float(ranks.rank)).bfloat16())
+            totals = ranks.sum_floats([ranks.rank, 0.5])
+            rows = ranks.all_gather(torch.full((ranks.rank, 2), float(ranks.rank)).bfloat16())
             found = {"same": heard == texts, "totals": totals, "rows": rows.tolist()}
             (scratch / f"{ranks.rank}.json").write_text(json.dumps(found))
 
@@ -151,14 +151,14 @@ def permuted(scratch: Path) -> dict[str, Any]:
 
 def matched(scratch: Path) -> dict[str, Any]:
     """Blocks trained by several ranks, against one: alike window by window, or each a part of every step's windows."""
-    divergence.TOKENS = 6  # three pieces of a window in front of the head, for two ranks or four
+    kl_loss.TOKENS = 6  # three pieces of a window in front of the head, for two ranks or four
     # So that every fourth batch goes through the dense model where some will do.
     companion._TOKENS_PER_FEATURE = 0.1
     llama = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
     routed = tiny_checkpoint(scratch / "routed", "qwen3_moe", torch.bfloat16)
-    match = {"match_blocks": True, "match_rate": 1e-3, "match_passes": 5}
-    best = {"method": "alps", "targets": "dense"}
-    last = {"match_blocks": False, "match_last": True}
+    match = {"reconstruct": "all", "reconstruct_lr": 1e-3, "reconstruct_epochs": 5}
+    best = {"method": "alps", "dense_weight": 0.25}
+    last = {"reconstruct": "last"}
     cases: dict[str, tuple[Path, int, int, dict[str, Any]]] = {
         "alike": (llama, 2, 6, {}),
         "more ranks than windows": (llama, 4, 3, {}),
@@ -185,7 +185,7 @@ def matched(scratch: Path) -> dict[str, Any]:
         }
 
     def killed_in_training(rank: int) -> None:
-        original = StepBatches.get
+        original = ReconstructionBatches.get
 
         def get(batches: Any, batch: int) -> torch.Tensor:
             if rank == 1 and any(
@@ -194,7 +194,7 @@ def matched(scratch: Path) -> dict[str, Any]:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(batches, batch)
 
-        StepBatches.get = get  # type: ignore[method-assign]
+        ReconstructionBatches.get = get  # type: ignore[method-assign]
         try:
             prune(llama, scratch / "killed", **match, rank_timeout=5.0)
         except RankError as fault:
@@ -214,7 +214,7 @@ def matched(scratch: Path) -> dict[str, Any]:
 
 def experts(scratch: Path) -> None:
     """On every rank: a block whose experts only some ranks' tokens reach, walked in all three ways, against one rank."""
-    from prunus.distributed import ALONE
+    from prunus.distributed import SINGLE_PROCESS
     from prunus.model.linears import find_linears
     from prunus.pruning.block.lockstep import lockstep
     from prunus.pruning.block.replay import replay
@@ -249,7 +249,7 @@ def experts(scratch: Path) -> None:
                 linear.module.weight.mul_(0.5 + statistics.norms_I.sum() / 100)
 
             linears = find_linears(block)
-            mine = ranks.share(5)
+            mine = ranks.own_range(5)
             unreached = way(
                 linears,
                 len(mine),
@@ -262,9 +262,9 @@ def experts(scratch: Path) -> None:
             seen.append([linear.name for linear in unreached])
         return seen, {name: p.clone() for name, p in block.named_parameters()}
 
-    with joined(60) as ranks:
+    with process_group(60) as ranks:
         for way in (lockstep, replay, two_pass):
-            (seen, after), (alone, expected) = walk(way, ranks), walk(way, ALONE)
+            (seen, after), (alone, expected) = walk(way, ranks), walk(way, SINGLE_PROCESS)
             assert seen == alone, (way, seen, alone)
             assert all(torch.equal(after[name], expected[name]) for name in expected)
         assert seen[-1] == ["gate.3", "up.3"], seen
@@ -304,9 +304,9 @@ def lost(scratch: Path) -> dict[str, Any]:
         out = scratch / name
 
         def work(rank: int, name: str = name, act: Any = act, out: Path = out) -> None:
-            from prunus.pruning.block.prune_block import BlockEngine
+            from prunus.pruning.block.prune_block import BlockPruner
 
-            original = BlockEngine.prune
+            original = BlockPruner.prune
 
             def prune_block(engine: Any, index: int, *rest: Any) -> Any:
                 if rank == 1 and index == 2:
@@ -315,7 +315,7 @@ def lost(scratch: Path) -> dict[str, Any]:
                     os.kill(os.getpid(), act)
                 return original(engine, index, *rest)
 
-            BlockEngine.prune = prune_block  # type: ignore[method-assign]
+            BlockPruner.prune = prune_block  # type: ignore[method-assign]
             began = time.monotonic()
             try:
                 prune(dense, out, rank_timeout=3.0)
@@ -356,7 +356,7 @@ def judged(scratch: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"alone": perplexity(dense, str(text), seqlen=32).loss}
 
     def score(rank: int) -> None:
-        with joined(60) as ranks:
+        with process_group(60) as ranks:
             loss = perplexity(dense, str(text), seqlen=32, ranks=ranks).loss
         (scratch / f"loss {rank}").write_text(json.dumps(loss))
 

@@ -201,8 +201,8 @@ def prune_as_called(
         seen: list[tuple[nn.Module, Tensor]] = []
         handles = [
             linear.register_forward_pre_hook(
-                lambda module, args: seen.append((module, args[0].clone()))
-            )  # noqa: B023
+                lambda module, args: seen.append((module, args[0].clone()))  # noqa: B023
+            )
             for linear in todo
         ]
         firsts = []

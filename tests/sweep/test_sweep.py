@@ -523,7 +523,7 @@ def test_tasks_are_checked_judged_and_kept_with_their_errors(dense, tmp_path, mo
         return TaskResults(str(model), (score,), {})
 
     monkeypatch.setattr(
-        "prunus.evaluation.task_runner.prepare",
+        "prunus.evaluation.task_runner.prepare_tasks",
         lambda models, tasks, **_: checked.append((models, tasks)),
     )
     monkeypatch.setattr(sweep_cells, "evaluate", judge)

@@ -18,7 +18,7 @@ _AT_ONCE = (
 )
 
 
-class TextTooShort(ValueError):  # noqa: N818 - named for what it says
+class TextTooShort(ValueError):  # noqa: N818
     """No document has more than `seqlen` tokens. `longest` is the length of the longest, in tokens."""
 
     def __init__(self, longest: int, seqlen: int, documents: int) -> None:

@@ -101,12 +101,12 @@ def evaluate(
     Started by torchrun, the processes share windows and rows, each with the whole model.
     """
     with for_people(json_file):
-        from prunus.distributed import joined
+        from prunus.distributed import process_group
         from prunus.evaluation import (
             check_text,
             default_cache_folder,
             find_folder,
-            prepare,
+            prepare_tasks,
             side_by_side,
         )
         from prunus.evaluation import perplexity as score
@@ -117,7 +117,7 @@ def evaluate(
                 raise ValueError(
                     "--images is for image classifiers, which read no text: give it alone"
                 )
-            _judge_images(
+            _score_images(
                 models, images, limit, _batch(batch), dtype, device, trust_remote_code, json_file
             )
             return
@@ -144,10 +144,10 @@ def evaluate(
         job = (
             None
             if tasks is None
-            else prepare(models, tasks, fewshot=fewshot, batch=at_once, **shared)
+            else prepare_tasks(models, tasks, fewshot=fewshot, batch=at_once, **shared)
         )
         windows = 1 if isinstance(at_once, str) else at_once
-        with joined(rank_timeout) as ranks:
+        with process_group(rank_timeout) as ranks:
             scores = {
                 model: [
                     score(
@@ -168,7 +168,7 @@ def evaluate(
         show(evaluation_tables(scores, results), json_file, side_by_side(scores, results))
 
 
-def _judge_images(
+def _score_images(
     models: list[str],
     folder: Path,
     limit: int | None,

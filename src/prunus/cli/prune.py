@@ -110,15 +110,15 @@ def plan(
             raise ValueError(
                 "--devices belongs to --model-shape: a MODEL at hand is planned for this machine"
             )
-        from prunus.pruning.allocate import planned
-        from prunus.pruning.run import check
+        from prunus.pruning.allocate import planned_allocation
+        from prunus.pruning.run import check_run
         from prunus.report.tables import plan_table
 
         chosen = chosen_recipe(recipe, options)
-        job, _ = check(
+        job, _ = check_run(
             model, output, chosen, _run_options(device, memory, data_dir, trust_remote_code)
         )
-        described = job.describe() | {"allocation": planned(job)}
+        described = job.describe() | {"allocation": planned_allocation(job)}
         show(plan_table(described), json_file, described)
 
 

@@ -26,10 +26,7 @@ def _share(text: str) -> float:
 OPTIONS: dict[str, Any] = {
     "preset": Annotated[
         str | None,
-        typer.Option(
-            help="fast (wanda), balanced (alps, --targets dense, --match-last) or best (--match-blocks and "
-            "--allocation search, with N:M --permute); other options go before it."
-        ),
+        typer.Option(help="fast (wanda), balanced or best. Explicit options override the preset."),
     ],
     "method": Annotated[
         str | None,
@@ -144,64 +141,45 @@ OPTIONS: dict[str, Any] = {
             show_default="none",
         ),
     ],
-    "refine_rounds": Annotated[
+    "refine_steps": Annotated[
         int | None,
-        typer.Option(help="Most rounds of --refine.", show_default="50 for dsnot, 100 for swaps"),
+        typer.Option(help="Maximum steps of --refine.", show_default="50 for dsnot, 100 for swaps"),
     ],
-    "update": Annotated[
+    "weight_update": Annotated[
         str | None,
         typer.Option(
-            help="lsq: the best weights for the mask, whatever method it is from, by least squares.",
+            help="least-squares: fit the kept weights to the mask, whatever method it is from.",
             show_default="none",
         ),
     ],
-    "targets": Annotated[
+    "dense_weight": Annotated[
         str | None,
         typer.Option(
-            help="What updated weights aim at: pruned (what the dense weight gives on the pruned model's inputs) or "
-            "dense (mixed with what the dense model gives, whose hidden states go along).",
-            show_default="pruned",
+            help="Share of the dense model in the outputs that updated weights approximate, 0 to 1, "
+            "or auto: chosen per linear on held-out windows. Above 0 the dense model runs as well.",
+            show_default="0",
         ),
     ],
-    "mix": Annotated[
+    "reconstruct": Annotated[
         str | None,
         typer.Option(
-            help="Share of the dense model in --targets dense, 0 to 1, or auto: per linear what does best on calibration "
-            "windows held out.",
-            show_default="0.25",
+            help="Train pruned blocks towards the dense model, with the masks fixed: none, last "
+            "(the last block, towards the dense logits) or all.",
+            show_default="none",
         ),
     ],
-    "match_blocks": Annotated[
-        bool | None,
-        typer.Option(
-            "--match-blocks",
-            help="Train each block, once pruned, towards the dense block's outputs, the last one towards the dense "
-            "model's logits: surviving weights and biases behind its attention, or all for methods that only mask; masks "
-            "stay. A step takes one batch, by default of one window; under torchrun the processes share the windows of "
-            "each.",
-        ),
-    ],
-    "match_last": Annotated[
-        bool | None,
-        typer.Option(
-            "--match-last",
-            help="The last block alone is trained, towards the dense model's logits: up to a tenth of what was lost "
-            "for a tenth of the time.",
-        ),
-    ],
-    "match_passes": Annotated[
+    "reconstruct_epochs": Annotated[
         int | None,
         typer.Option(
-            help="Of --match-blocks or --match-last over the windows.",
-            show_default="7, each of a quarter of the tokens of windows of 1024; 3 for whole blocks; at most 240 steps "
-            "by logits",
+            help="Epochs of block reconstruction.",
+            show_default="by the number of tokens, at most 7",
         ),
     ],
-    "match_rate": Annotated[
+    "reconstruct_lr": Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate of --match-blocks or --match-last.",
-            show_default="0.7 % of the size of a tensor's weights, by logits 0.2 %, less in models wider than 576",
+            help="Peak learning rate of block reconstruction.",
+            show_default="0.7 % of the RMS of a tensor's weights, 0.2 % for the last block",
         ),
     ],
     "permute": Annotated[

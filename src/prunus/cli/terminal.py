@@ -46,9 +46,9 @@ def for_people(json_file: Path | None) -> Iterator[None]:
         say("stopped; what is finished is kept, and the same command goes on from there")
         raise typer.Exit(130) from None
     except (OSError, MemoryError, RuntimeError) as fault:
-        from prunus.distributed import ElsewhereError, RankError
+        from prunus.distributed import OtherRankError, RankError
 
-        if isinstance(fault, ElsewhereError):
+        if isinstance(fault, OtherRankError):
             raise typer.Exit(1) from None
         if isinstance(fault, RankError):
             say(
@@ -114,9 +114,9 @@ def show(table: Any, json_file: Path | None, content: Any) -> None:
     """A table on standard output, and its figures as JSON where they are asked for; of several ranks from the first."""
     from rich.console import Console
 
-    from prunus.distributed import is_first
+    from prunus.distributed import is_rank_0
 
-    if not is_first():
+    if not is_rank_0():
         return
 
     console = Console()

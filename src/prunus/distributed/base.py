@@ -12,18 +12,18 @@ from typing import Any, Protocol
 
 import torch
 
-__all__ = ["ALONE", "Alone", "ElsewhereError", "RankError", "Ranks", "shares"]
+__all__ = ["SINGLE_PROCESS", "OtherRankError", "RankError", "Ranks", "SingleProcess", "split_range"]
 
 
 class RankError(RuntimeError):
     """Another rank has died, hangs or met an error; the message names it."""
 
 
-class ElsewhereError(RuntimeError):
+class OtherRankError(RuntimeError):
     """Rank 0 has met an error and says so itself."""
 
 
-def shares(count: int, size: int, together: int = 1) -> list[range]:
+def split_range(count: int, size: int, together: int = 1) -> list[range]:
     """`count` things shared out over `size` ranks: contiguous, in order, as equal as whole runs of `together` allow."""
     runs = -(-count // together)
     edges = [min(count, runs * rank // size * together) for rank in range(size + 1)]
@@ -43,28 +43,28 @@ class Ranks(Protocol):
     size: int
     on_host: int
 
-    def share(self, count: int, together: int = 1) -> range:
+    def own_range(self, count: int, together: int = 1) -> range:
         """Which of `count` things are this rank's; see `shares`."""
 
-    def at(self, place: str) -> None:
+    def set_location(self, place: str) -> None:
         """Say where this rank stands, for the others' messages should it never come back."""
 
-    def gather(self, numbers: Sequence[int]) -> list[list[int]]:
+    def gather_ints(self, numbers: Sequence[int]) -> list[list[int]]:
         """Equally many integers from every rank, in the order of ranks."""
 
     def gather_text(self, text: str) -> list[str]:
         """A text from every rank, in the order of ranks."""
 
-    def totals(self, numbers: Sequence[float]) -> list[float]:
+    def sum_floats(self, numbers: Sequence[float]) -> list[float]:
         """The sums of everybody's numbers, equally many, float64, added in the order of ranks."""
 
-    def add(self, tensor: torch.Tensor) -> None:
+    def all_reduce(self, tensor: torch.Tensor) -> None:
         """Replace a contiguous tensor by the sum of everybody's; the same bits on all ranks."""
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         """Replace a contiguous tensor by the one of rank `source`, of the same shape and dtype."""
 
-    def concatenate(
+    def all_gather(
         self, tensor: torch.Tensor, lengths: Sequence[int] | None = None
     ) -> torch.Tensor:
         """Everybody's tensors (n, …), one after the other along the first dimension; each rank's n is its own.
@@ -72,74 +72,74 @@ class Ranks(Protocol):
         `lengths` are everybody's n where they are known: one meeting less.
         """
 
-    def claims(self, what: str, count: int) -> Iterator[int]:
+    def claim(self, what: str, count: int) -> Iterator[int]:
         """Numbers below `count` that are this rank's to work on: whoever is free takes the next. No meeting."""
 
-    def wait_for_all(self, what: str) -> None:
+    def barrier(self, what: str) -> None:
         """A meeting that may be long in coming: only signs of life are asked for meanwhile."""
 
-    def from_first(self, make: Callable[[], Any]) -> Any:
+    def on_rank_0(self, make: Callable[[], Any]) -> Any:
         """What `make` gives on rank 0, plain values that JSON can hold; an error in it is an error of all."""
 
-    def tensors_from_first(
+    def tensors_from_rank_0(
         self, make: Callable[[], Mapping[str, torch.Tensor]]
     ) -> Mapping[str, torch.Tensor]:
         """The tensors that `make` gives on rank 0, on the processor, on all ranks."""
 
-    def together(self) -> contextlib.AbstractContextManager[None]:
+    def fail_together(self) -> contextlib.AbstractContextManager[None]:
         """A piece of work that either all ranks get through or none."""
 
 
-class Alone:
+class SingleProcess:
     """The only process there is."""
 
     rank = 0
     size = 1
     on_host = 1
 
-    def share(self, count: int, together: int = 1) -> range:
+    def own_range(self, count: int, together: int = 1) -> range:
         return range(count)
 
-    def at(self, place: str) -> None:
+    def set_location(self, place: str) -> None:
         pass
 
-    def gather(self, numbers: Sequence[int]) -> list[list[int]]:
+    def gather_ints(self, numbers: Sequence[int]) -> list[list[int]]:
         return [list(numbers)]
 
     def gather_text(self, text: str) -> list[str]:
         return [text]
 
-    def totals(self, numbers: Sequence[float]) -> list[float]:
+    def sum_floats(self, numbers: Sequence[float]) -> list[float]:
         return list(numbers)
 
-    def add(self, tensor: torch.Tensor) -> None:
+    def all_reduce(self, tensor: torch.Tensor) -> None:
         pass
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         pass
 
-    def concatenate(
+    def all_gather(
         self, tensor: torch.Tensor, lengths: Sequence[int] | None = None
     ) -> torch.Tensor:
         return tensor
 
-    def claims(self, what: str, count: int) -> Iterator[int]:
+    def claim(self, what: str, count: int) -> Iterator[int]:
         return iter(range(count))
 
-    def wait_for_all(self, what: str) -> None:
+    def barrier(self, what: str) -> None:
         pass
 
-    def from_first(self, make: Callable[[], Any]) -> Any:
+    def on_rank_0(self, make: Callable[[], Any]) -> Any:
         return make()
 
-    def tensors_from_first(
+    def tensors_from_rank_0(
         self, make: Callable[[], Mapping[str, torch.Tensor]]
     ) -> Mapping[str, torch.Tensor]:
         return make()
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         yield
 
 
-ALONE: Ranks = Alone()
+SINGLE_PROCESS: Ranks = SingleProcess()

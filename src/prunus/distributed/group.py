@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from prunus.distributed.base import ElsewhereError, RankError, shares
-from prunus.distributed.heartbeat import Watch
+from prunus.distributed.base import OtherRankError, RankError, split_range
+from prunus.distributed.heartbeat import Heartbeat
 
-__all__ = ["Group"]
+__all__ = ["ProcessGroup"]
 
 _DTYPES = {str(dtype): dtype for dtype in torch.__dict__.values() if isinstance(dtype, torch.dtype)}
 _LONGEST_PAUSE = 1e-3
@@ -29,23 +29,23 @@ _AWAKE = 1e-3
 _LENGTH, _SHORT_TEXT = 8, 248
 
 
-class Group:
+class ProcessGroup:
     """The ranks of a run; see `Ranks` for what each call gives. The process group is torch's default one."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Heartbeat) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._watch = watch
         #: Whether the error that ends this rank is one that all ranks have heard of already.
         self.told = False
 
-    def share(self, count: int, together: int = 1) -> range:
-        return shares(count, self.size, together)[self.rank]
+    def own_range(self, count: int, together: int = 1) -> range:
+        return split_range(count, self.size, together)[self.rank]
 
-    def at(self, place: str) -> None:
+    def set_location(self, place: str) -> None:
         self._watch.place = place
 
-    def gather(self, numbers: Sequence[int]) -> list[list[int]]:
+    def gather_ints(self, numbers: Sequence[int]) -> list[list[int]]:
         mine = torch.tensor(list(numbers), dtype=torch.int64)
         return [x.tolist() for x in self._gather(mine)]
 
@@ -63,11 +63,11 @@ class Group:
             return [bytes(x.tolist()).decode() for x in self._gather_uneven(rest, lengths)]
         return [each[_LENGTH:][:n].decode() for each, n in zip(found, lengths, strict=True)]
 
-    def totals(self, numbers: Sequence[float]) -> list[float]:
+    def sum_floats(self, numbers: Sequence[float]) -> list[float]:
         parts = self._gather(torch.tensor(list(numbers), dtype=torch.float64))
         return [sum(each) for each in zip(*(x.tolist() for x in parts), strict=True)]
 
-    def add(self, tensor: torch.Tensor) -> None:
+    def all_reduce(self, tensor: torch.Tensor) -> None:
         self._wait(lambda: dist.all_reduce(tensor, async_op=True))
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
@@ -75,30 +75,30 @@ class Group:
             data = tensor.view(-1).view(torch.uint8)
             self._wait(lambda: dist.broadcast(data, src=source, async_op=True))
 
-    def concatenate(
+    def all_gather(
         self, tensor: torch.Tensor, lengths: Sequence[int] | None = None
     ) -> torch.Tensor:
         return torch.cat(self._gather_uneven(tensor.contiguous(), lengths))
 
-    def claims(self, what: str, count: int) -> Iterator[int]:
+    def claim(self, what: str, count: int) -> Iterator[int]:
         while (number := self._watch.claim(what)) < count:
             yield number
 
-    def wait_for_all(self, what: str) -> None:
-        self.at(f"the end of {what}")
+    def barrier(self, what: str) -> None:
+        self.set_location(f"the end of {what}")
         for rank in self._watch.arrivals(what):
             while not self._watch.has_arrived(what, rank):
                 self._watch.check()
                 time.sleep(0.1)
 
-    def from_first(self, make: Callable[[], Any]) -> Any:
+    def on_rank_0(self, make: Callable[[], Any]) -> Any:
         text = ""
-        with self.together():
+        with self.fail_together():
             if self.rank == 0:
                 text = json.dumps(make())
-        return json.loads(self._bytes_from_first(text.encode()).decode())
+        return json.loads(self._bytes_from_rank_0(text.encode()).decode())
 
-    def tensors_from_first(
+    def tensors_from_rank_0(
         self, make: Callable[[], Mapping[str, torch.Tensor]]
     ) -> Mapping[str, torch.Tensor]:
         found: Mapping[str, torch.Tensor] = {}
@@ -108,7 +108,7 @@ class Group:
             found = {name: x.detach().cpu().contiguous() for name, x in make().items()}
             return [[name, str(x.dtype), list(x.shape)] for name, x in found.items()]
 
-        described = self.from_first(describe)
+        described = self.on_rank_0(describe)
         received = {}
         for name, dtype, shape in described:
             x = found[name] if self.rank == 0 else torch.empty(shape, dtype=_DTYPES[dtype])
@@ -117,7 +117,7 @@ class Group:
         return received
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         fault: Exception | None = None
         try:
             yield
@@ -128,15 +128,15 @@ class Group:
         said = self.gather_text("" if fault is None else f"{type(fault).__name__}: {fault}")
         self.told = any(said)
         if self.rank > 0 and said[0]:
-            raise ElsewhereError(said[0]) from fault
+            raise OtherRankError(said[0]) from fault
         if fault is not None:
             raise fault
         for rank, text in enumerate(said):
             if text:
                 raise RankError(f"rank {rank} stopped: {text}")
 
-    def _bytes_from_first(self, data: bytes) -> bytes:
-        length = self.gather([len(data)])[0][0]
+    def _bytes_from_rank_0(self, data: bytes) -> bytes:
+        length = self.gather_ints([len(data)])[0][0]
         buffer = torch.zeros(length, dtype=torch.uint8)
         if self.rank == 0 and length:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -154,7 +154,7 @@ class Group:
     ) -> list[torch.Tensor]:
         """Everybody's tensor (n, …); bytes travel, padded to the longest, for not every dtype can."""
         if lengths is None:
-            lengths = [numbers[0] for numbers in self.gather([len(tensor)])]
+            lengths = [numbers[0] for numbers in self.gather_ints([len(tensor)])]
         longest = max(lengths)
         if not longest:
             return [tensor.new_empty((n, *tensor.shape[1:])) for n in lengths]

@@ -24,12 +24,12 @@ from typing import Any
 
 from prunus.distributed.base import RankError
 
-__all__ = ["Watch"]
+__all__ = ["Heartbeat"]
 
 _LEFT = "left"
 
 
-class Watch:
+class Heartbeat:
     """The signs of life of all ranks of a run, as one of them sees them.
 
     Args:

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from prunus.distributed.base import ALONE, ElsewhereError, RankError, Ranks
-from prunus.distributed.group import Group
-from prunus.distributed.heartbeat import Watch
+from prunus.distributed.base import SINGLE_PROCESS, OtherRankError, RankError, Ranks
+from prunus.distributed.group import ProcessGroup
+from prunus.distributed.heartbeat import Heartbeat
 
-__all__ = ["DEFAULT_TIMEOUT", "is_first", "joined"]
+__all__ = ["DEFAULT_TIMEOUT", "is_rank_0", "process_group"]
 
 #: Seconds after which a rank that gives no sign, or does not come to a meeting, counts as lost.
 DEFAULT_TIMEOUT = 600.0
@@ -30,7 +30,7 @@ _NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _joined_before = itertools.count()
 
 
-def is_first() -> bool:
+def is_rank_0() -> bool:
     """Whether this process is the one that speaks: rank 0, or not started by torchrun at all."""
     return not _started_by_torchrun() or os.environ["RANK"] == "0"
 
@@ -40,8 +40,8 @@ def _started_by_torchrun() -> bool:
 
 
 @contextlib.contextmanager
-def joined(timeout: float | None = None) -> Iterator[Ranks]:
-    """While active, the ranks that torchrun started, of which this process is one; `ALONE` without torchrun.
+def process_group(timeout: float | None = None) -> Iterator[Ranks]:
+    """While active, the ranks that torchrun started, of which this process is one; `SINGLE_PROCESS` without torchrun.
 
     Args:
         timeout: seconds after which a rank that gives no sign of life, or does not come to a meeting, counts as lost;
@@ -55,12 +55,12 @@ def joined(timeout: float | None = None) -> Iterator[Ranks]:
     if not (math.isfinite(timeout) and timeout > 0):
         raise ValueError(f"the rank timeout is {timeout}: it is a number of seconds over 0")
     if not _started_by_torchrun():
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     if dist.is_initialized():
         raise ValueError(
             "torch.distributed is in use already: prunus sets its process group up itself under torchrun; call "
-            "destroy_process_group before, or give ranks=prunus.distributed.ALONE"
+            "destroy_process_group before, or give ranks=prunus.distributed.SINGLE_PROCESS"
         )
     cuda = torch.cuda.is_available()
     if cuda:
@@ -75,15 +75,15 @@ def joined(timeout: float | None = None) -> Iterator[Ranks]:
         world_size=size,
         timeout=generous,
     )
-    watch = Watch(_own_store(store, name, timeout), rank, size, timeout)
-    group, lost = Group(watch), False
+    watch = Heartbeat(_own_store(store, name, timeout), rank, size, timeout)
+    group, lost = ProcessGroup(watch), False
     try:
         with _told_to_stop(watch):
             yield group
     except RankError:
         lost = True
         raise
-    except ElsewhereError:
+    except OtherRankError:
         raise
     except BaseException as fault:
         if not group.told:
@@ -104,7 +104,7 @@ def _own_store(store: Any, name: str, timeout: float) -> Any:
 
 
 @contextlib.contextmanager
-def _told_to_stop(watch: Watch) -> Iterator[None]:
+def _told_to_stop(watch: Heartbeat) -> Iterator[None]:
     """While active, SIGTERM is an error that says why: torchrun sends it to all once one rank has ended badly."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -11,7 +11,7 @@ from prunus.evaluation.perplexity import (
     perplexity,
     score_windows,
 )
-from prunus.evaluation.task_runner import Judging, evaluate, prepare
+from prunus.evaluation.task_runner import TaskRun, evaluate, prepare_tasks
 from prunus.evaluation.task_scores import PAPER7, Metric, TaskResults, TaskScore
 from prunus.evaluation.text import check_text
 
@@ -19,11 +19,11 @@ __all__ = [
     "PAPER7",
     "Difference",
     "ImageScore",
-    "Judging",
     "Metric",
     "PerplexityResult",
     "ScoringText",
     "TaskResults",
+    "TaskRun",
     "TaskScore",
     "check_text",
     "compare",
@@ -33,7 +33,7 @@ __all__ = [
     "image_accuracy",
     "load_scoring_text",
     "perplexity",
-    "prepare",
+    "prepare_tasks",
     "score_windows",
     "side_by_side",
 ]

@@ -20,13 +20,13 @@ import torch
 from prunus.hardware.memory import hardware, processor_name, versions
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import file_digest, read_json, write_json
-from prunus.model.checkpoint.reader import INDEX_NAME, companion_files
+from prunus.model.checkpoint.reader import INDEX_NAME, auxiliary_files
 
 __all__ = [
     "ResultCache",
     "checkpoint_digest",
-    "circumstances",
     "default_cache_folder",
+    "environment",
     "files_as_they_are",
 ]
 
@@ -74,7 +74,7 @@ class ResultCache:
         return self.folder / digest[:2] / f"{digest}.json"
 
 
-def circumstances(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     """The hardware and the versions that a figure depends on, for keys."""
     return {
         "processor": processor_name(),
@@ -89,7 +89,7 @@ def checkpoint_digest(folder: Path, code: bool = False) -> str:
     Names count, the folder's own does not: a copy elsewhere has the same digest. What only describes the checkpoint
     (`prunus.json`, the model card) does not count. Python files count where they may run (`code`).
     """
-    files = {*folder.glob("*.safetensors"), *companion_files(folder, code)}
+    files = {*folder.glob("*.safetensors"), *auxiliary_files(folder, code)}
     if (folder / INDEX_NAME).is_file():
         files.add(folder / INDEX_NAME)
     digest = hashlib.sha256()
@@ -108,7 +108,7 @@ def files_as_they_are(folder: Path) -> list[list[Any]]:
     """
     found = []
     for path in sorted(
-        {*folder.resolve().glob("*.safetensors"), *companion_files(folder.resolve())}
+        {*folder.resolve().glob("*.safetensors"), *auxiliary_files(folder.resolve())}
     ):
         state = path.stat()
         found.append([str(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns])

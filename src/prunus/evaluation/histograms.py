@@ -15,18 +15,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prunus.methods import METHODS, Options, Pruned
+from prunus.methods import METHODS, MethodOptions, Pruned
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import WANDA, wanda_score
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
-from prunus.pruning.block.prune_block import BlockEngine
+from prunus.pruning.block.prune_block import BlockPruner
 from prunus.pruning.calibration_windows import calibration_windows
-from prunus.pruning.job import Job, RunOptions
+from prunus.pruning.job import PruningJob, RunOptions
 from prunus.pruning.manifest import Manifest
-from prunus.pruning.plan import prepare
+from prunus.pruning.plan import plan_run
 
 __all__ = ["LinearHistograms", "linear_histograms"]
 
@@ -176,7 +176,7 @@ def _scores(
     if method.needs == "none":
         return before_OI.abs(), "|W|", ()
     recipe = manifest.recipe.model_copy(update={"samples": min(samples, manifest.recipe.samples)})
-    job = prepare(dense.checkpoint.folder, recipe, options, decided_dtype=manifest.inputs.dtype)
+    job = plan_run(dense.checkpoint.folder, recipe, options, decided_dtype=manifest.inputs.dtype)
     score_OI = _wanda_scores(job, pruned, block, before_OI)
     own = (
         ()
@@ -186,7 +186,9 @@ def _scores(
     return score_OI, f"|W|·‖X‖, inputs of {recipe.samples} windows of {recipe.calibration}", own
 
 
-def _wanda_scores(job: Job, pruned: CheckpointSource, block: int, before_OI: Tensor) -> Tensor:
+def _wanda_scores(
+    job: PruningJob, pruned: CheckpointSource, block: int, before_OI: Tensor
+) -> Tensor:
     """Wanda's score of the linear whose dense weight is `before_OI`, on the inputs it had when it was pruned."""
     windows = calibration_windows(job)
     pruned.bind(job.skeleton)
@@ -198,7 +200,7 @@ def _wanda_scores(job: Job, pruned: CheckpointSource, block: int, before_OI: Ten
         statistics: InputStatistics | None,
         pattern: Pattern,
         sparsity: float,
-        options: Options,
+        options: MethodOptions,
     ) -> Pruned:
         if weight_OI.shape == before_OI.shape and torch.equal(weight_OI.cpu(), before_OI):
             scores.append(wanda_score(weight_OI, statistics).cpu())
@@ -208,14 +210,14 @@ def _wanda_scores(job: Job, pruned: CheckpointSource, block: int, before_OI: Ten
         job.linear_job, method=dataclasses.replace(inner, prune=recording)
     )
     minimum = job.recipe.min_expert_tokens
-    engine = BlockEngine(
+    engine = BlockPruner(
         job.skeleton, job.source, linear_job, job.device, min_expert_tokens=minimum
     )
     with torch.no_grad(), contextlib.closing(engine):
         engine.embed(windows.ids.split(job.batch), spill_to=None)
         for index in range(block):
             engine.propagate(index, pruned.block(index))
-        engine.prune(block, job.source.block(block), job.targets[block], job.walk(block))
+        engine.prune(block, job.source.block(block), job.selected[block], job.walk(block))
     assert scores, "the linear was not met again"
     return scores[0]
 

@@ -17,7 +17,7 @@ from typing import Any
 from prunus.calibration.files import read_text
 from prunus.calibration.hub import as_dataset
 
-__all__ = ["FOLDER", "check_mirror", "fewshot_split", "load_splits", "read_rows"]
+__all__ = ["FOLDER", "check_local_datasets", "fewshot_split", "load_splits", "read_rows"]
 
 FOLDER = "zeroshot"
 Row = dict[str, Any]
@@ -78,7 +78,7 @@ _DATASETS: dict[tuple[str, str | None], _DataSet] = {
 }
 
 
-def check_mirror(
+def check_local_datasets(
     folder: Path, configs: Mapping[str, Mapping[str, Any] | None], shots: int | None = None
 ) -> None:
     """See that a mirror has every file that will be needed, before any is read.
@@ -118,7 +118,7 @@ def load_splits(folder: Path, task: str, config: Mapping[str, Any]) -> tuple[dic
     """Split -> `datasets.Dataset` as lm-eval asks for them, and the file of the rows that are scored.
 
     lm-eval asks for the split of the examples even where it takes none from it: one that the mirror lacks is empty.
-    `check_mirror` sees to it that none is missing that is used.
+    `check_local_datasets` sees to it that none is missing that is used.
     """
     scored = _scored_split(config)
     named = [config.get(f"{kind}_split") for kind in ("test", "validation", "training", "fewshot")]

@@ -13,11 +13,11 @@ from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.kinds import require_causal
 from prunus.model.tokenizer import load_tokenizer
 
-__all__ = ["Candidate", "find_candidate", "find_folder", "require_text"]
+__all__ = ["ModelInput", "find_folder", "require_text", "resolve_model_input"]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ModelInput:
     """A model by its `folder`, or `loaded`; `name` is what users call it."""
 
     name: str
@@ -40,7 +40,7 @@ def find_folder(model: str | Path) -> Path:
     return folder
 
 
-def find_candidate(model: Any, tokenizer: Any, trust_remote_code: bool) -> Candidate:
+def resolve_model_input(model: Any, tokenizer: Any, trust_remote_code: bool) -> ModelInput:
     """See that a model can be judged: it is there, its adapter and its tokenizer fit. No weights are read.
 
     Args:
@@ -59,14 +59,14 @@ def find_candidate(model: Any, tokenizer: Any, trust_remote_code: bool) -> Candi
             raise ValueError("a loaded model comes without its tokenizer: pass tokenizer=")
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__
         _check_tokenizer(name, tokenizer, model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        return Candidate(name, tokenizer, loaded=model)
+        return ModelInput(name, tokenizer, loaded=model)
     folder = find_folder(model)
     if is_adapter(folder):
         check_adapter(folder, trust_remote_code)
     require_text(folder, trust_remote_code)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(folder, trust_remote_code)
     _check_tokenizer(str(model), tokenizer, _vocabulary(folder, trust_remote_code))
-    return Candidate(str(model), tokenizer, folder)
+    return ModelInput(str(model), tokenizer, folder)
 
 
 def require_text(folder: Path, trust_remote_code: bool) -> None:

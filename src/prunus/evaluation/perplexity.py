@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.distributed import ALONE, Ranks
-from prunus.evaluation.cache import ResultCache, checkpoint_digest, circumstances, files_as_they_are
+from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.evaluation.cache import ResultCache, checkpoint_digest, environment, files_as_they_are
 from prunus.evaluation.loss import window_loss
 from prunus.evaluation.model_input import find_folder, require_text
 from prunus.evaluation.streamed_perplexity import StreamedModel, streams
@@ -104,7 +104,7 @@ def _mean(losses: list[float]) -> float:
 
 
 def _everybodys(losses: list[float], ranks: Ranks) -> list[float]:
-    found: list[float] = ranks.concatenate(torch.tensor(losses, dtype=torch.float64)).tolist()
+    found: list[float] = ranks.all_gather(torch.tensor(losses, dtype=torch.float64)).tolist()
     return found
 
 
@@ -146,7 +146,7 @@ def perplexity(
     stream: bool | None = None,
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> PerplexityResult:
     """Perplexity of a causal LM on a text.
 
@@ -199,8 +199,10 @@ def perplexity(
             )
         return load_tokenizer(folder, trust_remote_code)
 
-    ranks.at(f"the perplexity of {model_or_path if folder is not None else 'the model'} on {text}")
-    with ranks.together():
+    ranks.set_location(
+        f"the perplexity of {model_or_path if folder is not None else 'the model'} on {text}"
+    )
+    with ranks.fail_together():
         ids, source, how = scoring_windows(text, get_tokenizer, seqlen, limit, data_dir)
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
     streamed = (
@@ -223,9 +225,9 @@ def perplexity(
             ],
             "batch": batch,
             "dtype": dtype,
-            **circumstances(place),
+            **environment(place),
         }
-    found = ranks.from_first(lambda: None if store is None else store.find(key))
+    found = ranks.on_rank_0(lambda: None if store is None else store.find(key))
     if found is None:
         if folder is None or place is None:
             found = _score(model_or_path, ids, batch, progress, ranks)
@@ -274,7 +276,7 @@ def _score(
     begin = time.perf_counter()
     try:
         with torch.inference_mode():
-            mine = ranks.share(len(ids), batch)
+            mine = ranks.own_range(len(ids), batch)
             losses = _window_losses(
                 lambda batch_ids: (
                     model(input_ids=batch_ids.to(where.device), use_cache=False).logits
@@ -302,7 +304,7 @@ def _score_streamed(
     """As `_score`, block by block."""
     _check_model(model.skeleton.model, ids)
     begin = time.perf_counter()
-    mine = ranks.share(len(ids), batch)
+    mine = ranks.own_range(len(ids), batch)
     losses = model.losses(ids[mine.start : mine.stop], batch, progress) if mine else []
     return {
         "loss": _mean(_everybodys(losses, ranks)),

@@ -176,7 +176,7 @@ class StreamedModel:
                 self._check_finite(index, stream)
                 if progress is not None:
                     progress(len(ids) * (index + 1) // steps, len(ids))
-            with self.skeleton.surroundings(
+            with self.skeleton.outside_blocks(
                 self.source.outer, self.device, with_head=True, with_embedding=False
             ):
                 for position, ids_BS in enumerate(batches):
@@ -215,7 +215,7 @@ class StreamedModel:
         block = max(b + self.source.block_nbytes(i) for i, b in enumerate(blocks))
         widest = max(max(linear.shape) for linear in skeleton.linears(0))
         transient = batch * seqlen * (6 * hidden + 3 * widest) * size
-        outer = self.source.checkpoint.nbytes(self.source.outer_keys())
+        outer = self.source.checkpoint.nbytes(self.source.outside_keys())
         head = skeleton.model.get_output_embeddings()
         embedding = skeleton.model.get_input_embeddings().weight
         if head is not None and head.weight is not embedding:

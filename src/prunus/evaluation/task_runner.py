@@ -18,16 +18,16 @@ import torch
 from torch import nn
 
 from prunus.calibration.corpora import data_folder
-from prunus.distributed import ALONE, Ranks
-from prunus.evaluation.cache import ResultCache, checkpoint_digest, circumstances
-from prunus.evaluation.model_input import Candidate, find_candidate
+from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.evaluation.cache import ResultCache, checkpoint_digest, environment
+from prunus.evaluation.model_input import ModelInput, resolve_model_input
 from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
 from prunus.evaluation.tasks import LoadedTask, load_tasks, require_lm_eval, run_task, wrap_model
 from prunus.model.device import choose_device
 from prunus.model.dtypes import DTYPES, check_dtype
 from prunus.model.loading import load_model
 
-__all__ = ["Judging", "evaluate", "prepare"]
+__all__ = ["TaskRun", "evaluate", "prepare_tasks"]
 
 _CPU_BATCH = 8  # sequences at once where "auto" has no memory of a card to fill
 
@@ -73,7 +73,7 @@ def evaluate(
         FileNotFoundError: no such model, or a data folder that lacks files (the message names them).
         OSError: the hub does not answer.
     """
-    job = prepare(
+    job = prepare_tasks(
         [model_or_path],
         tasks,
         tokenizer=tokenizer,
@@ -90,10 +90,10 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class Judging:
-    """Models and tasks that were found to fit each other; made by `prepare`."""
+class TaskRun:
+    """Models and tasks that were found to fit each other; made by `prepare_tasks`."""
 
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[ModelInput, ...]
     tasks: tuple[LoadedTask, ...]
     batch: int | str
     dtype: str
@@ -102,7 +102,7 @@ class Judging:
     trust_remote_code: bool
 
     def run(
-        self, progress: Callable[[str], None] | None = None, ranks: Ranks = ALONE
+        self, progress: Callable[[str], None] | None = None, ranks: Ranks = SINGLE_PROCESS
     ) -> list[TaskResults]:
         """Judge one model after the other; each is loaded only if a result is missing, and one at a time.
 
@@ -112,7 +112,7 @@ class Judging:
         return [self._judge(candidate, tell, ranks) for candidate in self.candidates]
 
     def _judge(
-        self, candidate: Candidate, progress: Callable[[str], None], ranks: Ranks
+        self, candidate: ModelInput, progress: Callable[[str], None], ranks: Ranks
     ) -> TaskResults:
         protocol = self._protocol(candidate)
         key: dict[str, Any] | None = None
@@ -125,8 +125,8 @@ class Judging:
             entry = (
                 None if key is None else {**key, "task": task.name, "definition": task.definition}
             )
-            ranks.at(f"{task.name} of {candidate.name}")
-            known = ranks.from_first(partial(self._known, entry))
+            ranks.set_location(f"{task.name} of {candidate.name}")
+            known = ranks.on_rank_0(partial(self._known, entry))
             if known is not None:
                 found = [
                     replace(_from_json(score), source=task.source) for score in known["scores"]
@@ -134,12 +134,12 @@ class Judging:
                 progress(f"{candidate.name}: {task.name} is known from before")
             else:
                 if wrapped is None:
-                    with ranks.together():
+                    with ranks.fail_together():
                         wrapped = wrap_model(
                             self._load(candidate), candidate.tokenizer, self.batch, ranks
                         )
                 scored = run_task(task, wrapped)
-                said = ranks.from_first(partial(list, map(_to_json, scored or [])))
+                said = ranks.on_rank_0(partial(list, map(_to_json, scored or [])))
                 found = scored or [replace(_from_json(score), cached=False) for score in said]
                 progress(f"{candidate.name}: {task.name} done in {found[0].seconds:.0f} s")
                 if self.cache is not None and entry is not None and ranks.rank == 0:
@@ -156,15 +156,15 @@ class Judging:
     def _known(self, entry: dict[str, Any] | None) -> dict[str, Any] | None:
         return None if self.cache is None or entry is None else self.cache.find(entry)
 
-    def _load(self, candidate: Candidate) -> Any:
+    def _load(self, candidate: ModelInput) -> Any:
         if candidate.folder is None:
             return candidate.loaded
         dtype = DTYPES.get(self.dtype, "auto")
         return load_model(candidate.folder, dtype, self.trust_remote_code).to(self.device)
 
-    def _protocol(self, candidate: Candidate) -> dict[str, Any]:
+    def _protocol(self, candidate: ModelInput) -> dict[str, Any]:
         loaded = candidate.loaded
-        known = circumstances(self.device)
+        known = environment(self.device)
         return known | {
             "dtype": self.dtype if loaded is None else str(loaded.dtype).removeprefix("torch."),
             "batch": self.batch,
@@ -172,7 +172,7 @@ class Judging:
         }
 
 
-def prepare(
+def prepare_tasks(
     models: Sequence[Any],
     tasks: str | Sequence[str] = "paper7",
     *,
@@ -185,7 +185,7 @@ def prepare(
     data_dir: Path | None = None,
     cache: Path | None = None,
     trust_remote_code: bool = False,
-) -> Judging:
+) -> TaskRun:
     """Check models and tasks for judging them side by side: the same rows for all. See `evaluate`, also for errors."""
     require_lm_eval()
     if fewshot is not None and fewshot < 0:
@@ -203,8 +203,8 @@ def prepare(
     place = choose_device(device, loaded)
     names = tasks.split(",") if isinstance(tasks, str) else tasks
     names = [name.strip() for name in names if name.strip()]
-    candidates = tuple(find_candidate(model, tokenizer, trust_remote_code) for model in models)
-    return Judging(
+    candidates = tuple(resolve_model_input(model, tokenizer, trust_remote_code) for model in models)
+    return TaskRun(
         candidates=candidates,
         tasks=tuple(load_tasks(names, fewshot, limit, data_folder(data_dir))),
         batch=_CPU_BATCH if batch == "auto" and place.type == "cpu" else batch,

@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from prunus.distributed import ALONE, Ranks
+from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.evaluation.lm_eval_results import read_scores
-from prunus.evaluation.local_datasets import FOLDER, check_mirror, load_splits
+from prunus.evaluation.local_datasets import FOLDER, check_local_datasets, load_splits
 from prunus.evaluation.task_scores import PAPER7, TaskScore
 
 __all__ = ["LoadedTask", "load_tasks", "require_lm_eval", "run_task", "wrap_model"]
@@ -95,11 +95,11 @@ def load_tasks(
         expanded = [task for name in names for task in _expand(name, catalogue)]
         wanted = list(dict.fromkeys(expanded))
         if mirror is not None:
-            check_mirror(mirror, {name: _config(name, catalogue) for name in wanted}, shots)
+            check_local_datasets(mirror, {name: _config(name, catalogue) for name in wanted}, shots)
         return [_load(name, catalogue, shots, limit, mirror) for name in wanted]
 
 
-def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = ALONE) -> Any:
+def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = SINGLE_PROCESS) -> Any:
     """A loaded transformers model as lm-eval takes it; batch "auto" lets lm-eval try what fits (CUDA).
 
     Where there are several ranks, lm-eval gives each every so manieth row, as it does under its own launcher.
@@ -111,10 +111,10 @@ def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = ALON
             """lm-eval asks its model who shares the rows; it knows how for models that it loads itself only."""
 
             def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-                return ranks.concatenate(tensor.reshape(-1).cpu())
+                return ranks.all_gather(tensor.reshape(-1).cpu())
 
             def barrier(self) -> None:
-                ranks.gather([0])
+                ranks.gather_ints([0])
 
         wrapped = Shared(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
         wrapped._rank, wrapped._world_size = ranks.rank, ranks.size
@@ -201,7 +201,7 @@ def _load(
     spec: Any = name
     source = f"{(config or {}).get('dataset_path', 'several data sets')}, from the hub"
     if mirror is not None:
-        assert config is not None, "check_mirror has seen it"
+        assert config is not None, "check_local_datasets has seen it"
         rows, source = load_splits(mirror, name, config)
         # A group of one is lm-eval's way to override a field of a task that it ships.
         spec = {"group": "mirror", "task": [{"task": name, "custom_dataset": lambda **_: rows}]}

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 
 from prunus.methods.alps import ALPS
-from prunus.methods.base import Method, Options, Pruned
+from prunus.methods.base import Method, MethodOptions, Pruned
 from prunus.methods.compose import compose
 from prunus.methods.magnitude import MAGNITUDE
 from prunus.methods.obs_ablations import OBS
@@ -35,7 +35,7 @@ from prunus.methods.wanda_variant import WANDA_VARIANT
 __all__ = [
     "METHODS",
     "Method",
-    "Options",
+    "MethodOptions",
     "Pruned",
     "check_options",
     "compose",
@@ -65,13 +65,13 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def default_group(name: str, options: Options | None = None) -> str | int:
+def default_group(name: str, options: MethodOptions | None = None) -> str | int:
     """Who competes in the paper where the user does not say. For `obs` it is the mask that decides.
 
     Raises:
         ValueError: the method is unknown.
     """
-    options = options or Options()
+    options = options or MethodOptions()
     method = get_method(name)
     if method is OBS and (options.mask_from == "magnitude" or options.mask_order == "blockwise"):
         return "layer"
@@ -79,7 +79,7 @@ def default_group(name: str, options: Options | None = None) -> str | int:
 
 
 def check_options(
-    name: str, pattern: Pattern, sparsity: float, options: Options | None = None
+    name: str, pattern: Pattern, sparsity: float, options: MethodOptions | None = None
 ) -> None:
     """See that a method can do what is asked of it, before any work is done.
 
@@ -88,7 +88,7 @@ def check_options(
     Raises:
         ValueError: says what does not go together, and what would.
     """
-    options = options or Options()
+    options = options or MethodOptions()
     method = get_method(name)
     if pattern.is_unstructured and not 0 <= sparsity < 1:
         raise ValueError(f"the sparsity is {sparsity}: it must be at least 0 and less than 1")
@@ -112,16 +112,16 @@ def check_options(
             f"{name} chooses its mask in blocks of columns, where all rows compete (layer) "
             f"or each on its own (row), not by {pattern.group}"
         )
-    if options.targets == "dense" and not method.updates_weights and options.update == "none":
+    if options.dense_weight != 0 and not method.updates_weights and options.weight_update == "none":
         raise ValueError(
-            f"{name} keeps its weights as they are, so it has no targets to aim at: add --update lsq, choose a method "
-            "that updates weights (alps, sparsegpt, obs), or leave --targets out"
+            f"{name} keeps its weights as they are, so it has no targets to aim at: add --weight-update least-squares, choose a method "
+            "that updates weights (alps, sparsegpt, obs), or leave --dense-weight out"
         )
     if options.refine != "none":
         _check_refinement(name, pattern, options)
 
 
-def _check_ranges(options: Options) -> None:
+def _check_ranges(options: MethodOptions) -> None:
     damping, power = options.damping, options.ria_power
     if damping is not None and not (math.isfinite(damping) and 0 <= damping <= 1):
         raise ValueError(
@@ -135,24 +135,25 @@ def _check_ranges(options: Options) -> None:
         raise ValueError(f"the iterations are {options.iterations}: there must be at least 1")
     if options.refine not in ("none", "dsnot", "swaps"):
         raise ValueError(f"the refinement is {options.refine!r}: choose none, dsnot or swaps")
-    if options.targets not in ("pruned", "dense"):
-        raise ValueError(f"the targets are {options.targets!r}: choose pruned or dense")
-    if options.mix not in (None, "auto") and not 0 <= float(options.mix) <= 1:
+    if options.dense_weight != "auto" and not 0 <= float(options.dense_weight) <= 1:
         raise ValueError(
-            f"the mix is {options.mix}: it is a share of the dense targets, from 0 to 1"
+            f"the dense weight is {options.dense_weight}: it is the share of the dense model in the "
+            "targets, from 0 to 1, or auto"
         )
-    if options.update not in ("none", "lsq"):
-        raise ValueError(f"the update is {options.update!r}: choose none or lsq")
-    if options.refine_rounds is not None and options.refine_rounds < 1:
+    if options.weight_update not in ("none", "least-squares"):
         raise ValueError(
-            f"the rounds of the refinement are {options.refine_rounds}: there must be at least 1"
+            f"the weight update is {options.weight_update!r}: choose none or least-squares"
+        )
+    if options.refine_steps is not None and options.refine_steps < 1:
+        raise ValueError(
+            f"the rounds of the refinement are {options.refine_steps}: there must be at least 1"
         )
 
 
-def _check_refinement(name: str, pattern: Pattern, options: Options) -> None:
-    if get_method(name).updates_weights and options.update == "none":
+def _check_refinement(name: str, pattern: Pattern, options: MethodOptions) -> None:
+    if get_method(name).updates_weights and options.weight_update == "none":
         raise ValueError(
-            f"{name} fits the weights to its mask, and --refine {options.refine} changes that mask: add --update lsq, "
+            f"{name} fits the weights to its mask, and --refine {options.refine} changes that mask: add --weight-update least-squares, "
             "which fits them again"
         )
     if pattern.is_unstructured and pattern.group == "column":

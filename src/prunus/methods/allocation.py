@@ -7,9 +7,9 @@ uniform      the same for all
 owl          layers with many outliers keep more (Yin et al. 2023, arXiv 2310.05175)
 dlp          layers with a low median score keep more (Chen et al. 2025, arXiv 2505.23807)
 arithmetic   rising evenly from the first to the last (Huang et al. 2025, arXiv 2502.14770)
-by_error     spent where the error per removed weight is least
+allocate_by_error     spent where the error per removed weight is least
 
-The published ones are rules of thumb about the network; `by_error` compares the layers' own errors. Scores are those of a
+The published ones are rules of thumb about the network; `allocate_by_error` compares the layers' own errors. Scores are those of a
 method, such as Wanda's |W_ij|·‖X_j‖₂. Shape suffixes: O outputs (rows), I inputs.
 """
 
@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "allocate_by_error",
     "arithmetic",
-    "by_error",
     "dlp",
-    "in_whole_weights",
     "median_score",
     "meet_budget",
     "outlier_share",
     "owl",
     "removed_energy",
+    "round_to_whole_weights",
     "uniform",
 ]
 
@@ -92,7 +92,7 @@ def arithmetic(weights: Sequence[int], sparsity: float, step: float) -> list[flo
     )
 
 
-def by_error(
+def allocate_by_error(
     curves: Sequence[Sequence[tuple[float, float]]], weights: Sequence[int], sparsity: float
 ) -> list[float]:
     """Remove weights where that costs least error per weight, until the budget is spent.
@@ -177,7 +177,7 @@ def meet_budget(
     return [min(most, max(0.0, value + high)) for value in wanted]
 
 
-def in_whole_weights(
+def round_to_whole_weights(
     sparsities: Sequence[float], shapes: Sequence[tuple[int, int]], sparsity: float
 ) -> list[float]:
     """Sparsities that remove whole weights from every row, with a total that misses the budget by less than a column.
@@ -240,7 +240,7 @@ def removed_energy(score_OI: Tensor, sparsities: Sequence[float]) -> list[tuple[
         sparsities: rising, in [0, 1).
 
     Returns:
-        Points (share really removed, error) for `by_error`, one for every different count of weights.
+        Points (share really removed, error) for `allocate_by_error`, one for every different count of weights.
     """
     width = score_OI.shape[1]
     lost_I = score_OI.double().sort(dim=1).values.square_().sum(dim=0).cumsum(dim=0)

@@ -25,9 +25,17 @@ import torch
 from torch import Tensor
 
 from prunus.hardware.numerics import coarse_product, row_spans
-from prunus.methods.base import ALL_ROWS, Method, Options, Part, Pruned, masked, unchanged
+from prunus.methods.base import (
+    UNSHARDED,
+    Method,
+    MethodOptions,
+    Pruned,
+    RowShard,
+    masked,
+    unchanged,
+)
 from prunus.methods.patterns import Pattern, keep_mask
-from prunus.methods.solvers.admm_operator import OVER_RELAXATION, penalties, shrinking
+from prunus.methods.solvers.admm_operator import OVER_RELAXATION, admm_operator, penalties
 from prunus.methods.solvers.least_squares import ScaledGram, conjugate_gradients, scaled_gram
 from prunus.methods.statistics import InputStatistics
 
@@ -45,7 +53,7 @@ def _prune(
     statistics: InputStatistics | None,
     pattern: Pattern,
     sparsity: float,
-    options: Options,
+    options: MethodOptions,
 ) -> Pruned:
     assert statistics is not None, "ALPS needs a Gram matrix"
     if pattern.removes_nothing(sparsity):
@@ -53,15 +61,15 @@ def _prune(
     scaled = scaled_gram(statistics, options.damping)
     # Where all rows compete in every step, one process solves them all.
     compete = pattern.is_unstructured and pattern.group in ("layer", "column")
-    rows = ALL_ROWS if compete else options.rows
+    rows = UNSHARDED if compete else options.rows
     together = pattern.group if pattern.is_unstructured and isinstance(pattern.group, int) else 1
 
-    def split(part: Part) -> Pruned:
-        mine_OI = weight_OI[part.rows]
+    def split(shard: RowShard) -> Pruned:
+        mine_OI = weight_OI[shard.rows]
         spans = [slice(0, len(mine_OI))] if compete else row_spans(mine_OI, together)
-        return _split(mine_OI, spans, statistics, scaled, pattern, sparsity, options, part)
+        return _split(mine_OI, spans, statistics, scaled, pattern, sparsity, options, shard)
 
-    return rows.share(len(weight_OI), together, split)
+    return rows.solve(len(weight_OI), together, split)
 
 
 def _split(
@@ -71,16 +79,16 @@ def _split(
     scaled: ScaledGram,
     pattern: Pattern,
     sparsity: float,
-    options: Options,
-    part: Part,
+    options: MethodOptions,
+    shard: RowShard,
 ) -> Pruned:
     target_OI = (weight_OI * scaled.scale_I).masked_fill_(scaled.dead_I, 0)
     # One matrix holds both: W + U is Z where it is kept, and the new U elsewhere.
     sum_OI = target_OI.clone()
     keep_OI = torch.empty_like(sum_OI, dtype=torch.bool)
-    scarce = scaled.is_scarce
+    scarce = scaled.is_data_limited
     iterations = options.iterations or (SCARCE_ITERATIONS if scarce else ITERATIONS)
-    shrink = shrinking(statistics, scaled, len(sum_OI))
+    shrink = admm_operator(statistics, scaled, len(sum_OI))
     penalty = 0.0
     for iteration, now in enumerate(penalties(scaled, iterations)):
         before, penalty = penalty, now
@@ -107,7 +115,7 @@ def _split(
         keep_OI,
         scaled.gram_II,
         _SCARCE_STEPS if scarce else _FINAL_STEPS,
-        part,
+        shard,
         coarse=True,
         worthwhile=_WORTHWHILE,
         coarse_start=scarce,
@@ -123,6 +131,6 @@ ALPS = Method(
     default_group="row",
     updates_weights=True,
     summary="mask and weights together by ADMM, then least squares; loses least, takes longest",
-    ridged=True,
+    adds_ridge=True,
     products=21,
 )

@@ -17,7 +17,7 @@ from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics, Needs
 
 
-class Part(Protocol):
+class RowShard(Protocol):
     """Some rows of a linear, while they are solved.
 
     Given the statistics of its inputs the rows of a linear are independent of each other, but where they compete, and
@@ -28,49 +28,49 @@ class Part(Protocol):
     def rows(self) -> slice:
         """Which."""
 
-    def among_all(self, score_OB: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
+    def keep_among_all_rows(self, score_OB: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
         """The mask of these rows where `keep` has seen the scores (all rows, B) of every part."""
 
-    def total(self, number: float) -> float:
+    def sum(self, number: float) -> float:
         """The sum of the parts' numbers; asked for equally often in every part."""
 
 
-class Rows(Protocol):
+class RowSharding(Protocol):
     """Where the rows of a linear are solved: all here, or some here and the others elsewhere."""
 
-    def share(self, count: int, together: int, solve: Callable[[Part], Pruned]) -> Pruned:
+    def solve(self, count: int, together: int, solve: Callable[[RowShard], Pruned]) -> Pruned:
         """What `solve` makes of all `count` rows; parts hold whole runs of `together` rows."""
 
 
 @dataclass(frozen=True)
-class Everything:
+class AllRows:
     """The only part."""
 
     rows: slice
 
-    def among_all(self, score_OB: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
+    def keep_among_all_rows(self, score_OB: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
         return keep(score_OB)
 
-    def total(self, number: float) -> float:
+    def sum(self, number: float) -> float:
         return number
 
 
 #: All rows, however many they are.
-WHOLE: Part = Everything(slice(None))
+EVERY_ROW: RowShard = AllRows(slice(None))
 
 
 class _AllHere:
     """All rows in one part."""
 
-    def share(self, count: int, together: int, solve: Callable[[Part], Pruned]) -> Pruned:
-        return solve(Everything(slice(0, count)))
+    def solve(self, count: int, together: int, solve: Callable[[RowShard], Pruned]) -> Pruned:
+        return solve(AllRows(slice(0, count)))
 
 
-ALL_ROWS: Rows = _AllHere()
+UNSHARDED: RowSharding = _AllHere()
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class MethodOptions:
     """What only some methods ask for; see `prunus.methods.check_options` for the ranges.
 
     Attributes:
@@ -83,13 +83,12 @@ class Options:
         ria_power: exponent of the input norms in RIA's score.
         iterations: of the splitting in `alps`; None for its own number.
         refine: what looks over the mask of whatever method: nothing, `dsnot.py` or `swaps.py`.
-        refine_rounds: most rounds of that; None for the refinement's own.
-        update: "lsq" fits the kept weights of whatever method to the mask at the end.
-        targets: "dense" aims at the outputs of the dense model, see `targets.py`; "pruned" at those of the dense weight
-            on the pruned model's inputs.
-        mix: share of the dense model's inputs in the targets, α in `targets.py`; None for the constant there, "auto"
-            for the best on tokens held out.
-        as_original: update weights in the original code's order of operations, for its very masks; slower. See
+        refine_steps: most rounds of that; None for the refinement's own.
+        weight_update: "least-squares" fits the kept weights of any method to the mask at the end.
+        dense_weight: α of `refine/dense_targets.py`: the share of the dense model's inputs in the
+            outputs that the weights approximate. 0 uses the pruned model's inputs only; "auto"
+            chooses α per linear on held-out tokens.
+        reference_order: update weights in the original code's order of operations, for its very masks; slower. See
             `obs_original.py`.
         rows: how solvers share the rows of a linear out.
     """
@@ -101,12 +100,11 @@ class Options:
     ria_power: float = 0.5
     iterations: int | None = None
     refine: Literal["none", "dsnot", "swaps"] = "none"
-    refine_rounds: int | None = None
-    update: Literal["none", "lsq"] = "none"
-    targets: Literal["pruned", "dense"] = "pruned"
-    mix: float | Literal["auto"] | None = None
-    as_original: bool = False
-    rows: Rows = ALL_ROWS
+    refine_steps: int | None = None
+    weight_update: Literal["none", "least-squares"] = "none"
+    dense_weight: float | Literal["auto"] = 0.0
+    reference_order: bool = False
+    rows: RowSharding = UNSHARDED
 
 
 @dataclass(slots=True)
@@ -124,7 +122,7 @@ class Pruned:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-PruneFunction = Callable[[Tensor, InputStatistics | None, Pattern, float, Options], Pruned]
+PruneFunction = Callable[[Tensor, InputStatistics | None, Pattern, float, MethodOptions], Pruned]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +139,7 @@ class Method:
         summary: one line for the help.
         needs_means: True where `prune` also reads the means of the inputs.
         needs_drift: True where it reads how the inputs differ from the dense model's.
-        holds_out: True where it judges by the statistics of some tokens that it keeps apart.
+        needs_held_out: True where it judges by the statistics of some tokens that it keeps apart.
         ridged: True where the Gram matrix gets a ridge by features per token before it is inverted, which keeps the
             rounding of the inputs small; False where a small fixed damping lets it grow.
         products: to how many matrix products (O, I) × (I, I) its time comes, for the estimate of a run's.
@@ -155,8 +153,8 @@ class Method:
     summary: str
     needs_means: bool = False
     needs_drift: bool = False
-    holds_out: bool = False
-    ridged: bool = False
+    needs_held_out: bool = False
+    adds_ridge: bool = False
     products: int = 0
 
 

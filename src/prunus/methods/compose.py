@@ -11,11 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
-from prunus.methods.base import Method, Options, Part, Pruned, masked, unchanged
+from prunus.methods.base import Method, MethodOptions, Pruned, RowShard, masked, unchanged
 from prunus.methods.patterns import Pattern
-from prunus.methods.refine.dense_targets import MIX, dense_target, has_drift, held_out_mix
-from prunus.methods.refine.dsnot import dsnot_keep
-from prunus.methods.refine.swaps import swapped_keep
+from prunus.methods.refine.dense_targets import (
+    DEFAULT_DENSE_WEIGHT,
+    best_dense_weight,
+    dense_target,
+    has_drift,
+)
+from prunus.methods.refine.dsnot import refine_by_dsnot
+from prunus.methods.refine.swaps import refine_by_swaps
 from prunus.methods.solvers.least_squares import fit
 from prunus.methods.statistics import NEEDS, InputStatistics, Needs
 
@@ -44,19 +49,19 @@ class Refinement:
 
 
 REFINEMENTS: dict[str, Refinement] = {
-    "dsnot": Refinement("norms", True, 0, dsnot_keep),
-    "swaps": Refinement("gram", False, 100, swapped_keep),
+    "dsnot": Refinement("norms", True, 0, refine_by_dsnot),
+    "swaps": Refinement("gram", False, 100, refine_by_swaps),
 }
 
 
-def compose(method: Method, options: Options) -> Method:
+def compose(method: Method, options: MethodOptions) -> Method:
     """The method that aims as `options` say, prunes by `method`, then refines and updates as `options` say.
 
     It needs what the most demanding of its parts needs. `check_options` says what does not go together.
     """
     refinement = REFINEMENTS.get(options.refine)
-    updates, aims = options.update == "lsq", options.targets == "dense"
-    if refinement is None and not updates and not aims:
+    updates, uses_dense_target = options.weight_update == "least-squares", options.dense_weight != 0
+    if refinement is None and not updates and not uses_dense_target:
         return method
 
     def prune(
@@ -64,20 +69,20 @@ def compose(method: Method, options: Options) -> Method:
         statistics: InputStatistics | None,
         pattern: Pattern,
         sparsity: float,
-        options: Options,
+        options: MethodOptions,
     ) -> Pruned:
         assert statistics is not None, "a refinement needs input statistics"
         if pattern.removes_nothing(sparsity):
             return unchanged(weight_OI)
-        mix = 0.0
-        if aims:
-            mix = _mix(weight_OI, statistics, options)
-            weight_OI = dense_target(weight_OI, statistics, mix, options.damping)
+        dense_weight = 0.0
+        if uses_dense_target:
+            dense_weight = _dense_weight(weight_OI, statistics, options)
+            weight_OI = dense_target(weight_OI, statistics, dense_weight, options.damping)
         pruned = method.prune(weight_OI, statistics, pattern, sparsity, options)
 
-        def finish(part: Part) -> Pruned:
-            mine_OI = weight_OI[part.rows]
-            found = Pruned(pruned.weight_OI[part.rows], pruned.keep_OI[part.rows], pruned.notes)
+        def finish(shard: RowShard) -> Pruned:
+            mine_OI = weight_OI[shard.rows]
+            found = Pruned(pruned.weight_OI[shard.rows], pruned.keep_OI[shard.rows], pruned.notes)
             if refinement is not None:
                 keep_OI, notes = refinement.refine(
                     mine_OI,
@@ -85,47 +90,49 @@ def compose(method: Method, options: Options) -> Method:
                     statistics,
                     pattern,
                     options.damping,
-                    options.refine_rounds,
+                    options.refine_steps,
                 )
                 found = masked(mine_OI, keep_OI, found.notes | notes)
             if updates:
-                found = fit(mine_OI, found, statistics, options.damping, part=part)
+                found = fit(mine_OI, found, statistics, options.damping, shard=shard)
             return found
 
         if refinement is not None or updates:
-            pruned = options.rows.share(len(weight_OI), 1, finish)
-        if aims and statistics.drift_II is None:
-            pruned.notes["targets"] = "pruned: too few tokens for so many inputs"
-        elif aims and not has_drift(statistics):
-            pruned.notes["targets"] = "pruned: other tokens reach this linear in the dense model"
-        elif aims and options.mix == "auto":
-            pruned.notes["mix"] = round(mix, 4)
+            pruned = options.rows.solve(len(weight_OI), 1, finish)
+        if uses_dense_target and statistics.drift_II is None:
+            pruned.notes["dense_targets"] = "pruned: too few tokens for so many inputs"
+        elif uses_dense_target and not has_drift(statistics):
+            pruned.notes["dense_targets"] = (
+                "pruned: other tokens reach this linear in the dense model"
+            )
+        elif uses_dense_target and options.dense_weight == "auto":
+            pruned.notes["dense_weight"] = round(dense_weight, 4)
         return pruned
 
     needs: list[Needs] = [
         method.needs,
         refinement.needs if refinement else "none",
-        "gram" if updates or aims else "none",
+        "gram" if updates or uses_dense_target else "none",
     ]
     return replace(
         method,
         prune=prune,
         needs=max(needs, key=NEEDS.index),
         needs_means=method.needs_means or (refinement is not None and refinement.needs_means),
-        needs_drift=aims,
-        holds_out=aims and options.mix == "auto",
-        ridged=method.ridged or method.needs != "gram",
+        needs_drift=uses_dense_target,
+        needs_held_out=uses_dense_target and options.dense_weight == "auto",
+        adds_ridge=method.adds_ridge or method.needs != "gram",
         updates_weights=method.updates_weights or updates,
         products=method.products
         + (refinement.products if refinement else 0)
         + (25 if updates else 0)
-        + aims,
+        + uses_dense_target,
     )
 
 
-def _mix(weight_OI: Tensor, statistics: InputStatistics, options: Options) -> float:
+def _dense_weight(weight_OI: Tensor, statistics: InputStatistics, options: MethodOptions) -> float:
     """α of the dense targets: the constant, as given, or by tokens held out where there are any."""
-    if options.mix != "auto":
-        return MIX if options.mix is None else options.mix
-    found = held_out_mix(weight_OI, statistics, options.damping)
-    return MIX if found is None else found
+    if options.dense_weight != "auto":
+        return options.dense_weight
+    found = best_dense_weight(weight_OI, statistics, options.damping)
+    return DEFAULT_DENSE_WEIGHT if found is None else found

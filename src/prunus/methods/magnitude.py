@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prunus.methods.base import Method, Options, Pruned, masked
+from prunus.methods.base import Method, MethodOptions, Pruned, masked
 from prunus.methods.patterns import Pattern, keep_above_threshold, keep_mask
 from prunus.methods.statistics import InputStatistics
 
@@ -25,7 +25,7 @@ def _prune(
     statistics: InputStatistics | None,
     pattern: Pattern,
     sparsity: float,
-    options: Options,
+    options: MethodOptions,
 ) -> Pruned:
     return masked(weight_OI, magnitude_keep(weight_OI, pattern, sparsity))
 

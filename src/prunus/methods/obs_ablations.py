@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Method, Options, Part, Pruned, unchanged
+from prunus.methods.base import Method, MethodOptions, Pruned, RowShard, unchanged
 from prunus.methods.magnitude import magnitude_keep
 from prunus.methods.patterns import Pattern, keep_mask
 from prunus.methods.solvers.obs import block_keep, prune_by_obs
@@ -22,7 +22,7 @@ def _prune(
     statistics: InputStatistics | None,
     pattern: Pattern,
     sparsity: float,
-    options: Options,
+    options: MethodOptions,
 ) -> Pruned:
     assert statistics is not None, "the update needs a Gram matrix"
     if pattern.removes_nothing(sparsity):
@@ -34,8 +34,8 @@ def _prune(
         else:
             keep_OI = keep_mask(wanda_score(weight_OI, statistics), pattern, sparsity)
 
-        def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, part: Part) -> Tensor:
-            return keep_OI[part.rows, start : start + weight_OB.shape[1]]
+        def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, shard: RowShard) -> Tensor:
+            return keep_OI[shard.rows, start : start + weight_OB.shape[1]]
     else:
         norms_I = (
             statistics.norms_I
@@ -43,9 +43,9 @@ def _prune(
             else torch.ones_like(statistics.norms_I)
         )
 
-        def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, part: Part) -> Tensor:
+        def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, shard: RowShard) -> Tensor:
             score_OB = weight_OB.abs() * norms_I[start : start + weight_OB.shape[1]]
-            return block_keep(score_OB, pattern, sparsity, part)
+            return block_keep(score_OB, pattern, sparsity, shard)
 
     return prune_by_obs(weight_OI, statistics, pattern, options, choose)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Method, Options, Pruned, masked
+from prunus.methods.base import Method, MethodOptions, Pruned, masked
 from prunus.methods.patterns import Pattern, keep_mask
 from prunus.methods.statistics import InputStatistics
 
@@ -34,7 +34,7 @@ def _prune(
     statistics: InputStatistics | None,
     pattern: Pattern,
     sparsity: float,
-    options: Options,
+    options: MethodOptions,
 ) -> Pruned:
     score_OI = ria_score(weight_OI, statistics, options.ria_power)
     return masked(weight_OI, keep_mask(score_OI, pattern, sparsity))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prunus.methods.base import Method, Options, Part, Pruned, unchanged
+from prunus.methods.base import Method, MethodOptions, Pruned, RowShard, unchanged
 from prunus.methods.patterns import Pattern
 from prunus.methods.solvers.obs import block_keep, prune_by_obs
 from prunus.methods.statistics import InputStatistics
@@ -20,14 +20,14 @@ def _prune(
     statistics: InputStatistics | None,
     pattern: Pattern,
     sparsity: float,
-    options: Options,
+    options: MethodOptions,
 ) -> Pruned:
     assert statistics is not None, "SparseGPT needs a Gram matrix"
     if pattern.removes_nothing(sparsity):
         return unchanged(weight_OI)
 
-    def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, part: Part) -> Tensor:
-        return block_keep((weight_OB / diagonal_B).abs_(), pattern, sparsity, part)
+    def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, shard: RowShard) -> Tensor:
+        return block_keep((weight_OB / diagonal_B).abs_(), pattern, sparsity, shard)
 
     return prune_by_obs(weight_OI, statistics, pattern, options, choose)
 

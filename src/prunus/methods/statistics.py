@@ -47,7 +47,7 @@ class InputStatistics:
         held_gram_II, held_drift_II: the shares of `gram_II` and `drift_II` that come from tokens held out, or None unless
             `hold_out` was asked for.
         held_tokens: how many of the tokens these are.
-        as_original: sum a Gram in the order of SparseGPT's code; see `_add_as_original`.
+        reference_order: sum a Gram in the order of SparseGPT's code; see `_add_in_reference_order`.
         coarse: whoever uses the Gram bears rounding beside its diagonal: inputs in bfloat16 are multiplied in it where
             the processor does so, and each batch's products rounded to 8 bits. The diagonal stays as it is.
         shared: these are of some batches only, others see the rest; see `complete`.
@@ -58,7 +58,7 @@ class InputStatistics:
         in_features: int,
         needs: Needs,
         device: torch.device | str = "cpu",
-        as_original: bool = False,
+        reference_order: bool = False,
         means: bool = False,
         drift: bool | Literal["some"] = False,
         hold_out: bool = False,
@@ -71,7 +71,7 @@ class InputStatistics:
             raise ValueError(f"a linear with {in_features} inputs has no statistics")
         self.in_features = in_features
         self.needs: Needs = needs
-        self.as_original = as_original and needs == "gram"
+        self.reference_order = reference_order and needs == "gram"
         self.coarse = coarse
         self.tokens = 0
         self._windows = 0
@@ -144,8 +144,8 @@ class InputStatistics:
             )
         self.tokens += X_TI.shape[0]
         self._derived.clear()
-        if self.as_original:
-            self._add_as_original(X_TI.float())
+        if self.reference_order:
+            self._add_in_reference_order(X_TI.float())
             return
         # Row 0 sums squares, row 1 values: of this batch first, so that batches add up in one order whoever has them.
         sums_2I = torch.zeros(2, self.in_features, dtype=torch.float64, device=X_TI.device)
@@ -201,22 +201,22 @@ class InputStatistics:
         """
         if self._by_batch is None:
             return
-        assert not self.as_original, "a running mean knows its windows' order"
+        assert not self.reference_order, "a running mean knows its windows' order"
         self._derived.clear()
         nothing_2I = self.sum_squares_I.new_zeros(2, self.in_features)
         mine_B2I = torch.stack([*self._by_batch, nothing_2I])[:-1]
         # Values travel only where they were asked for.
-        everybodys = ranks.concatenate(mine_B2I if self.sum_I is not None else mine_B2I[:, :1])
+        everybodys = ranks.all_gather(mine_B2I if self.sum_I is not None else mine_B2I[:, :1])
         self._by_batch = None
         for sums in everybodys:
             self._count(sums)
-        counts = ranks.gather([self.tokens, self._paired, self.held_tokens])
+        counts = ranks.gather_ints([self.tokens, self._paired, self.held_tokens])
         self.tokens, self._paired, self.held_tokens = (
             sum(each) for each in zip(*counts, strict=True)
         )
         for name in _MATRICES:
             if (matrix_II := getattr(self, name)) is not None:
-                ranks.add(matrix_II)
+                ranks.all_reduce(matrix_II)
 
     def _count(self, sums_2I: Tensor) -> None:
         """Add one batch's sums, squares in row 0 and values in row 1."""
@@ -224,7 +224,7 @@ class InputStatistics:
         if self.sum_I is not None:
             self.sum_I += sums_2I[1]
 
-    def _add_as_original(self, X_TI: Tensor) -> None:
+    def _add_in_reference_order(self, X_TI: Tensor) -> None:
         """Count one window as the code of SparseGPT and of Wanda's ablations does.
 
         The Gram is a running mean of 2·xᵀx over windows, float32. The squares are taken of inputs that are scaled

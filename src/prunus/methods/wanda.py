@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prunus.methods.base import Method, Options, Pruned, masked
+from prunus.methods.base import Method, MethodOptions, Pruned, masked
 from prunus.methods.patterns import Pattern, keep_mask
 from prunus.methods.statistics import InputStatistics
 
@@ -23,7 +23,7 @@ def _prune(
     statistics: InputStatistics | None,
     pattern: Pattern,
     sparsity: float,
-    options: Options,
+    options: MethodOptions,
 ) -> Pruned:
     return masked(weight_OI, keep_mask(wanda_score(weight_OI, statistics), pattern, sparsity))
 

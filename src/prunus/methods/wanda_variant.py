@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Method, Options, Pruned, masked
+from prunus.methods.base import Method, MethodOptions, Pruned, masked
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import wanda_score
@@ -50,7 +50,7 @@ def _prune(
     statistics: InputStatistics | None,
     pattern: Pattern,
     sparsity: float,
-    options: Options,
+    options: MethodOptions,
 ) -> Pruned:
     score_OI = wanda_score(weight_OI, statistics)
     if sparsity == 0:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["BlockCall", "hidden_of", "in_place_of", "split_hidden"]
+__all__ = ["BlockCall", "hidden_of", "replaced_forward", "split_hidden"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _equal(left: Any, right: Any) -> bool:
 
 
 @contextlib.contextmanager
-def in_place_of(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
     """While active, `module` does what `function` does."""
     before = module.__dict__.get("forward")
     module.forward = function

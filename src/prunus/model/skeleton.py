@@ -108,13 +108,13 @@ class Skeleton:
         return {f"{self.block_name(index)}.{name}": shape for name, shape in found.items()}
 
     @property
-    def outer_parameter_names(self) -> list[str]:
+    def outside_parameter_names(self) -> list[str]:
         """Names of parameters and persistent buffers outside the blocks."""
         prefix = f"{self.path}."
         return [name for name in self.model.state_dict() if not name.startswith(prefix)]
 
     @contextlib.contextmanager
-    def surroundings(
+    def outside_blocks(
         self,
         read: ReadTensors,
         device: torch.device,
@@ -141,7 +141,7 @@ class Skeleton:
         if blank:
             skipped |= of_embedding
         state = self.model.state_dict(keep_vars=True)
-        names = [n for n in self.outer_parameter_names if id(state[n]) not in skipped]
+        names = [n for n in self.outside_parameter_names if id(state[n]) not in skipped]
         with contextlib.ExitStack() as stack:
             whole = with_head and of_head & of_embedding
             by_rows = (
@@ -188,7 +188,7 @@ class Skeleton:
         )
 
     def record(self, batch: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
-        """Run everything before the blocks on a batch of the model's kind of inputs, inside `surroundings`.
+        """Run everything before the blocks on a batch of the model's kind of inputs, inside `outside_blocks`.
 
         Args:
             batch: token ids (windows, tokens), or pixel values (images, channels, height, width).

@@ -102,7 +102,7 @@ class CheckpointSource:
         stored, converted, unknown = names_in_model(skeleton, self.checkpoint.tensors)
         self._stored = stored
         self._refuse_unknown(skeleton, unknown)
-        self._check_outer(skeleton)
+        self._check_outside(skeleton)
         expected = skeleton.model.state_dict()
         self._blocks, self._fused = [], []
         for index in range(len(skeleton)):
@@ -151,11 +151,11 @@ class CheckpointSource:
                     f"weight in its {len(skeleton)} blocks; config and weights do not belong together"
                 )
 
-    def _check_outer(self, skeleton: Skeleton) -> None:
+    def _check_outside(self, skeleton: Skeleton) -> None:
         """Embeddings, norms and head must be stored, under one of their names where they are tied."""
         state = skeleton.model.state_dict(keep_vars=True)
         tied = {id(tensor) for name, tensor in state.items() if name in self._stored}
-        for name in skeleton.outer_parameter_names:
+        for name in skeleton.outside_parameter_names:
             if name not in self._stored and id(state[name]) not in tied:
                 raise ValueError(
                     f"{self.checkpoint.folder} holds no weight for {name}; is the checkpoint whole?"
@@ -209,18 +209,18 @@ class CheckpointSource:
     def block_nbytes(self, index: int) -> int:
         return self.checkpoint.nbytes(self.block_keys(index))
 
-    def outer_keys(self) -> list[str]:
+    def outside_keys(self) -> list[str]:
         """Checkpoint names of everything that belongs to no block, in sorted order."""
         inside = {key for index in range(len(self._blocks)) for key in self.block_keys(index)}
         return sorted(key for key in self.checkpoint.tensors if key not in inside)
 
-    def check_outer_finite(self) -> None:
+    def check_outside_finite(self) -> None:
         """See that embeddings, final norm and head, which a run copies, hold no NaN and no infinity.
 
         Raises:
             ValueError: names the tensor.
         """
-        for key in self.outer_keys():
+        for key in self.outside_keys():
             for _, tensor in self.checkpoint.read([key]):
                 if tensor.is_floating_point() and not all(
                     x.isfinite() for x in torch.aminmax(tensor)
@@ -278,7 +278,7 @@ class ModuleSource:
         """Copy pruned tensors (names relative to the block) into the model."""
         _copy_into(self.block(index), changed)
 
-    def write_outer(self, changed: Mapping[str, torch.Tensor]) -> None:
+    def write_outside(self, changed: Mapping[str, torch.Tensor]) -> None:
         """Copy pruned tensors outside the blocks (the model's names) into the model."""
         _copy_into(self.model.state_dict(), changed)
 

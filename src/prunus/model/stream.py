@@ -69,7 +69,7 @@ class Stream:
         )
         if not batches and not others:
             return
-        with self.skeleton.surroundings(self.source.outer, self.device):
+        with self.skeleton.outside_blocks(self.source.outer, self.device):
             for position, ids in enumerate(batches):
                 hidden, recorded = self.skeleton.record(ids.to(self.device))
                 if not all_finite(hidden):

@@ -24,7 +24,7 @@ from prunus.model.checkpoint.atomic_files import (
     write_text,
 )
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_whole, is_vacant
-from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint, companion_files
+from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint, auxiliary_files
 
 __all__ = ["Conversion", "LinearRecord", "Record"]
 
@@ -160,7 +160,7 @@ class Conversion:
             config: content of config.json.
             card: makes the README from the source's.
         """
-        for path in companion_files(self.source.folder):
+        for path in auxiliary_files(self.source.folder):
             if path.name != "config.json" and not path.name.startswith("prunus-"):
                 copy_file(path, self.folder / path.name)
         if (self.source.folder / _MANIFEST).exists():

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from prunus.packed.bitmap import expand, expand_rows
 from prunus.packed.linear import BitmapLinear
-from prunus.packed.operators import joined
+from prunus.packed.operators import as_packed_weight
 from prunus.packed.weight import PackedWeight
 
 __all__ = ["BitmapEmbedding", "TiedHead", "pack_tied_embedding", "unpack_tied_embedding"]
@@ -41,7 +41,7 @@ def bitmap_embedding(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Rows of a packed weight as a torch operator, so that compile and export see them as one node."""
-    packed = joined((num_embeddings, embedding_dim), values, mask, scales, coding)
+    packed = as_packed_weight((num_embeddings, embedding_dim), values, mask, scales, coding)
     return _look_up(ids, packed, offsets, dtype)
 
 

@@ -27,10 +27,10 @@ from prunus.packed.weight import Coding, PackedWeight
 
 __all__ = [
     "FLOATS",
+    "as_packed_weight",
     "bitmap_linear",
     "dense_linear",
     "is_plain",
-    "joined",
     "loaded_kernels",
     "on_reference_path",
     "reference_path",
@@ -166,10 +166,10 @@ def bitmap_linear(
 ) -> torch.Tensor:
     """The operator; see `run_bitmap`. `coding` is empty where values are not coded."""
     shape = (out_features, x.shape[-1])
-    return run_bitmap(x, joined(shape, values, mask, scales, coding), offsets, bias)
+    return run_bitmap(x, as_packed_weight(shape, values, mask, scales, coding), offsets, bias)
 
 
-def joined(
+def as_packed_weight(
     shape: tuple[int, int],
     values: torch.Tensor,
     mask: torch.Tensor | None,
@@ -210,7 +210,7 @@ def _bitmap_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
     values, mask, scales, offsets, *coding = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        packed = joined(ctx.shape, values, mask, scales, coding)
+        packed = as_packed_weight(ctx.shape, values, mask, scales, coding)
         grad_x = gradient @ expand(packed, gradient.dtype, offsets)
     if ctx.needs_input_grad[7]:
         grad_bias = gradient.flatten(0, -2).sum(0)

@@ -115,9 +115,9 @@ def _pack_all(
             conversion.commit(shard, *_pack_block(source, skeleton, index, stored))
         if progress is not None:
             progress(index + 1, shards, skeleton.block_name(index))
-    outer = source.outer_keys()
+    outer = source.outside_keys()
     if outer:
-        conversion.commit("outer.safetensors", *_pack_outer(source, skeleton, outer, stored))
+        conversion.commit("outer.safetensors", *_pack_outside(source, skeleton, outer, stored))
     if progress is not None:
         progress(shards, shards, "what surrounds the blocks")
     _finish_packed(conversion, stored)
@@ -148,7 +148,7 @@ def _pack_block(
     return tensors, records
 
 
-def _pack_outer(
+def _pack_outside(
     source: CheckpointSource, skeleton: Skeleton, keys: Sequence[str], stored: Stored
 ) -> tuple[dict[str, torch.Tensor], dict[str, LinearRecord]]:
     """What surrounds the blocks, with the output head packed, or the embedding that is the head too."""

@@ -12,35 +12,35 @@ from typing import Any
 import torch
 
 from prunus.methods.allocation import (
+    allocate_by_error,
     arithmetic,
-    by_error,
     dlp,
-    in_whole_weights,
     median_score,
     outlier_share,
     owl,
+    round_to_whole_weights,
     uniform,
 )
 from prunus.model.stream import Stream
-from prunus.pruning.job import Job
+from prunus.pruning.job import PruningJob
 from prunus.pruning.recipe import MEASURED_ALLOCATIONS
 from prunus.pruning.sensitivity import (
-    TRIAL_STEPS,
-    TRIAL_TOKENS,
-    TRIAL_WINDOWS,
+    PROBE_STEPS,
+    PROBE_TOKENS,
+    PROBE_WINDOWS,
     Layer,
+    layer_scores,
     layers_of,
-    scores_of_layers,
-    trial_errors,
+    sensitivity_curves,
 )
 
-__all__ = ["planned", "share_out"]
+__all__ = ["allocate", "planned_allocation"]
 
 _SURVEY_WINDOWS = 8
 _SPREADS = {"owl": 0.08, "dlp": 0.15, "arithmetic": 0.05}
 
 
-def planned(job: Job) -> dict[str, Any]:
+def planned_allocation(job: PruningJob) -> dict[str, Any]:
     """What is known of the sparsities before a run, for `prunus plan`.
 
     `rule`; `measured`: whether the model has to be run first; `linears`: full name -> sparsity and `blocks`: mean
@@ -53,10 +53,10 @@ def planned(job: Job) -> dict[str, Any]:
     }
     if recipe.allocation == "uniform" or found["measured"]:
         return found
-    shared = share_out(job, None)
+    shared = allocate(job, None)
     blocks = []
     for index in range(len(job.skeleton)):
-        layer = Layer(index, tuple(job.targets[index]))
+        layer = Layer(index, tuple(job.selected[index]))
         sizes = [rows * columns for rows, columns in _shapes(job, layer)]
         values = [shared[f"{job.skeleton.block_name(index)}.{name}"] for name in layer.linears]
         if sizes:
@@ -64,7 +64,7 @@ def planned(job: Job) -> dict[str, Any]:
     return found | {"linears": shared, "blocks": blocks}
 
 
-def share_out(job: Job, ids: torch.Tensor | None) -> dict[str, float]:
+def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
     """Full name -> sparsity of every linear that is pruned; their mean by weights is the recipe's sparsity.
 
     It misses that by less than one column of one linear, since whole weights go. Empty for "uniform".
@@ -79,7 +79,7 @@ def share_out(job: Job, ids: torch.Tensor | None) -> dict[str, float]:
     recipe = job.recipe
     if recipe.allocation == "uniform":
         return {}
-    layers = layers_of(job.targets, job.recipe.allocation_by)
+    layers = layers_of(job.selected, job.recipe.allocation_by)
     shapes = [_shapes(job, layer) for layer in layers]
     weights = [sum(rows * columns for rows, columns in shape) for shape in shapes]
     spread = recipe.allocation_spread
@@ -99,30 +99,30 @@ def share_out(job: Job, ids: torch.Tensor | None) -> dict[str, float]:
         for layer in layers
         for linear in layer.linears
     ]
-    return dict(zip(names, in_whole_weights(each, flat, recipe.sparsity), strict=True))
+    return dict(zip(names, round_to_whole_weights(each, flat, recipe.sparsity), strict=True))
 
 
 def _measured(
-    job: Job, ids: torch.Tensor, layers: list[Layer], weights: list[int], spread: float
+    job: PruningJob, ids: torch.Tensor, layers: list[Layer], weights: list[int], spread: float
 ) -> list[float]:
     recipe = job.recipe
     stream = Stream(job.skeleton, job.source, job.device)
     with torch.no_grad(), contextlib.closing(stream):
         if recipe.allocation == "search":
-            some = ids[:TRIAL_WINDOWS, :TRIAL_TOKENS]
-            _check_room(job, len(layers) * len(TRIAL_STEPS) * len(some), some.shape[1])
+            some = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
+            _check_room(job, len(layers) * len(PROBE_STEPS) * len(some), some.shape[1])
             stream.embed([some], None)
             points = [
-                s for step in TRIAL_STEPS if 0 < (s := round(recipe.sparsity + step, 6)) < 0.95
+                s for step in PROBE_STEPS if 0 < (s := round(recipe.sparsity + step, 6)) < 0.95
             ]
-            curves = trial_errors(stream, layers, points)
-            return by_error([_finely(curve) for curve in curves], weights, recipe.sparsity)
+            curves = sensitivity_curves(stream, layers, points)
+            return allocate_by_error([_finely(curve) for curve in curves], weights, recipe.sparsity)
         stream.embed(ids[:_SURVEY_WINDOWS].split(1), None)
         if recipe.allocation == "owl":
             return owl(
-                scores_of_layers(stream, layers, outlier_share), weights, recipe.sparsity, spread
+                layer_scores(stream, layers, outlier_share), weights, recipe.sparsity, spread
             )
-        return dlp(scores_of_layers(stream, layers, median_score), weights, recipe.sparsity, spread)
+        return dlp(layer_scores(stream, layers, median_score), weights, recipe.sparsity, spread)
 
 
 def _finely(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -140,7 +140,7 @@ def _finely(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return points
 
 
-def _check_room(job: Job, windows: int, seqlen: int) -> None:
+def _check_room(job: PruningJob, windows: int, seqlen: int) -> None:
     tokens, hidden = job.skeleton.window_shape(0, seqlen)
     need = windows * tokens * hidden * job.dtype.itemsize
     if need > job.budget:
@@ -150,6 +150,6 @@ def _check_room(job: Job, windows: int, seqlen: int) -> None:
         )
 
 
-def _shapes(job: Job, layer: Layer) -> list[tuple[int, int]]:
+def _shapes(job: PruningJob, layer: Layer) -> list[tuple[int, int]]:
     shapes = {linear.name: linear.shape for linear in job.skeleton.linears(layer.block)}
     return [shapes[name] for name in layer.linears]

@@ -17,7 +17,7 @@ from prunus.model.kinds import IMAGES
 from prunus.model.loading import load_model
 from prunus.model.source import ModuleSource
 from prunus.model.tokenizer import load_tokenizer
-from prunus.pruning.job import Job
+from prunus.pruning.job import PruningJob
 
 __all__ = ["calibration_windows", "described"]
 
@@ -39,7 +39,7 @@ def described(given: torch.Tensor) -> dict[str, Any]:
     )
 
 
-def calibration_windows(job: Job) -> Windows:
+def calibration_windows(job: PruningJob) -> Windows:
     """The calibration windows of a run; none where the method does not look at inputs.
 
     Raises:
@@ -74,7 +74,7 @@ def calibration_windows(job: Job) -> Windows:
     return windows
 
 
-def _images(job: Job) -> Windows:
+def _images(job: PruningJob) -> Windows:
     recipe, pixels = job.recipe, job.options.input_ids
     if pixels is None:
         processor = job.options.tokenizer
@@ -105,7 +105,7 @@ def _images(job: Job) -> Windows:
     return Windows(pixels, source, hash_pixels(pixels))
 
 
-def _tokenizer(job: Job) -> Any:
+def _tokenizer(job: PruningJob) -> Any:
     if job.options.tokenizer is not None or job.recipe.calibration.endswith(".safetensors"):
         return job.options.tokenizer
     if isinstance(job.source, ModuleSource):
@@ -115,7 +115,7 @@ def _tokenizer(job: Job) -> Any:
     return load_tokenizer(job.source.checkpoint.folder, job.options.trust_remote_code)
 
 
-def _load_whole(job: Job) -> Any:
+def _load_whole(job: PruningJob) -> Any:
     """The dense model in memory, to let it write its own calibration text."""
     if isinstance(job.source, ModuleSource):
         return job.source.model

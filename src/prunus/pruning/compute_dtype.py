@@ -33,7 +33,7 @@ def decide_dtype(
     device: torch.device,
     needs: Needs,
     trust_remote_code: bool = False,
-    ridged: bool = False,
+    adds_ridge: bool = False,
 ) -> tuple[torch.dtype, str]:
     """The dtype of the computation and the reason in words.
 
@@ -54,7 +54,7 @@ def decide_dtype(
         return torch.float32, "the checkpoint's own"
     if stored is not torch.bfloat16:
         return torch.float32, f"the checkpoint is stored in {str(stored).removeprefix('torch.')}"
-    if needs == "gram" and not ridged:
+    if needs == "gram" and not adds_ridge:
         return torch.float32, "the method inverts Gram matrices of little damping"
     if not native_bfloat16():
         return torch.float32, "this processor has no native bfloat16"
@@ -72,7 +72,7 @@ def _trial(source: Source, trust_remote_code: bool) -> float:
     for dtype in (torch.float32, torch.bfloat16):
         skeleton = Skeleton(source.config, dtype, trust_remote_code)
         source.bind(skeleton)
-        with skeleton.surroundings(source.outer, cpu):
+        with skeleton.outside_blocks(source.outer, cpu):
             hidden, calls = skeleton.record(skeleton.trial_batch(_TRIAL_TOKENS))
         block = skeleton.fill(0, source.block(0), cpu)
         output = hidden_of(block(hidden, *calls[0].args, **calls[0].kwargs))

@@ -16,8 +16,14 @@ from prunus.pruning.block.linear import LinearJob
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.reconstruction.kl_loss import TOKENS
 from prunus.pruning.reconstruction.reconstruct_block import in_front_of_head
-from prunus.pruning.reconstruction.schedule import ONE_HELD_OUT_IN, Pace, RetouchJob, pace, trained
-from prunus.pruning.sensitivity import TRIAL_STEPS, TRIAL_TOKENS, TRIAL_WINDOWS, layers_of
+from prunus.pruning.reconstruction.schedule import (
+    VALIDATION_STRIDE,
+    ReconstructionSchedule,
+    ReconstructionSettings,
+    default_schedule,
+    trained,
+)
+from prunus.pruning.sensitivity import PROBE_STEPS, PROBE_TOKENS, PROBE_WINDOWS, layers_of
 
 __all__ = ["Workload", "block_cost", "estimate_seconds"]
 
@@ -71,7 +77,7 @@ class Workload(Protocol):
     device: torch.device
     dtype: torch.dtype
     batch: int
-    targets: list[list[str]]
+    selected: list[list[str]]
 
     @property
     def windows(self) -> int:
@@ -86,18 +92,18 @@ class Workload(Protocol):
         """Whether calibration windows go through the model at all."""
 
     @property
-    def carries_dense(self) -> bool:
+    def runs_dense_stream(self) -> bool:
         """Whether the dense model's hidden states go along."""
 
-    def aims(self, in_features: int) -> bool:
+    def uses_dense_target(self, in_features: int) -> bool:
         """Whether a linear with so many inputs is told what the dense model gives it."""
 
     @property
-    def drift_one_in(self) -> int:
+    def drift_stride(self) -> int:
         """One batch in so many shows what linears are given in the dense model."""
 
     @property
-    def retouch_job(self) -> RetouchJob | None:
+    def reconstruction(self) -> ReconstructionSettings | None:
         """How blocks are matched to the dense ones, if they are."""
 
     def fits_lockstep(self, index: int) -> bool:
@@ -106,8 +112,8 @@ class Workload(Protocol):
 
 def estimate_seconds(work: Workload) -> float:
     """Matrix products of all forward passes at the rate measured now, plus 40 % for the rest."""
-    retouch_job = work.retouch_job
-    dense = 1 / work.drift_one_in if work.carries_dense else 0.0
+    reconstruction = work.reconstruction
+    dense = 1 / work.drift_stride if work.runs_dense_stream else 0.0
     flops = 0.0
     for index in range(len(work.skeleton)):
         tokens = work.windows * work.skeleton.window_shape(index, work.recipe.seqlen)[0]
@@ -124,18 +130,21 @@ def estimate_seconds(work: Workload) -> float:
         passes += dense
         if work.recipe.permute:
             passes += 1  # behind the reordered block, and trials of one batch before it
-        if retouch_job is not None and retouch_job.takes(index, len(work.skeleton)):
+        if reconstruction is not None and reconstruction.takes(index, len(work.skeleton)):
             learn = trained(list(sizes), work.linear_job.method.updates_weights)
             learnt = sum(sizes[name] for name in learn)
-            passes += 1 + 3 * dense * _token_passes(work, _pace(work, index)) * learnt / weights
+            passes += (
+                1
+                + 3 * dense * _token_passes(work, _default_schedule(work, index)) * learnt / weights
+            )
         flops += 2.0 * weights * tokens * passes
         if work.linear_job.method.needs == "gram":
-            chosen = [x for x in work.skeleton.linears(index) if x.name in work.targets[index]]
+            chosen = [x for x in work.skeleton.linears(index) if x.name in work.selected[index]]
             columns = [(*x.shape, share(x.name)) for x in chosen]
             # A Gram per distinct input (about 4 of 7 linears), its factor, and what is done to the weights.
             products = work.linear_job.method.products
             flops += sum(
-                (1.2 + dense * work.aims(c)) * tokens * reached * c * c
+                (1.2 + dense * work.uses_dense_target(c)) * tokens * reached * c * c
                 + c**3
                 + 2.0 * products * r * c * c
                 for r, c, reached in columns
@@ -143,26 +152,26 @@ def estimate_seconds(work: Workload) -> float:
     if work.recipe.allocation == "search":
         flops += _search_flops(work)
     last = len(work.skeleton) - 1
-    if retouch_job is not None and in_front_of_head(work.skeleton, last):
+    if reconstruction is not None and in_front_of_head(work.skeleton, last):
         # The last block is matched by its logits: for some tokens the head forwards twice, and once back.
         in_window, hidden = work.skeleton.window_shape(last, work.recipe.seqlen)
-        own = _pace(work, last)
-        seen = work.windows * in_window * dense * _token_passes(work, own) / own.one_logit_in
-        flops += (4.0 / ONE_HELD_OUT_IN + 6.0) * _head_rows(work.skeleton) * hidden * seen
+        own = _default_schedule(work, last)
+        seen = work.windows * in_window * dense * _token_passes(work, own) / own.logit_stride
+        flops += (4.0 / VALIDATION_STRIDE + 6.0) * _head_rows(work.skeleton) * hidden * seen
     return round(1.4 * flops / matmul_rate(work.device, work.dtype), 1)
 
 
-def _token_passes(work: Workload, own: Pace) -> float:
+def _token_passes(work: Workload, own: ReconstructionSchedule) -> float:
     """How often matching looks at every token of a block at its `own` pace, if what it trains takes tokens apart."""
-    assert work.retouch_job is not None
-    return (work.retouch_job.passes or own.passes) / own.one_token_in
+    assert work.reconstruction is not None
+    return (work.reconstruction.passes or own.passes) / own.token_stride
 
 
-def _pace(work: Workload, index: int) -> Pace:
+def _default_schedule(work: Workload, index: int) -> ReconstructionSchedule:
     tokens, hidden = work.skeleton.window_shape(index, work.recipe.seqlen)
     by_logits = in_front_of_head(work.skeleton, index)
-    along = -(-work.batches // work.drift_one_in)
-    return pace(
+    along = -(-work.batches // work.drift_stride)
+    return default_schedule(
         work.batch * tokens, hidden, work.linear_job.method.updates_weights, along, by_logits
     )
 
@@ -171,9 +180,9 @@ def _search_flops(work: Workload) -> float:
     """Every layer's trials run through all blocks from its own on, half of them on average."""
     blocks = range(len(work.skeleton))
     weights = sum(x.shape[0] * x.shape[1] for index in blocks for x in work.skeleton.linears(index))
-    layers = len(layers_of(work.targets, work.recipe.allocation_by))
-    tokens = TRIAL_WINDOWS * min(TRIAL_TOKENS, work.recipe.seqlen)
-    return 2.0 * weights * tokens * (1 + 0.5 * layers * len(TRIAL_STEPS))
+    layers = len(layers_of(work.selected, work.recipe.allocation_by))
+    tokens = PROBE_WINDOWS * min(PROBE_TOKENS, work.recipe.seqlen)
+    return 2.0 * weights * tokens * (1 + 0.5 * layers * len(PROBE_STEPS))
 
 
 def _routing(work: Workload, index: int) -> tuple[int, Callable[[str], float]]:
@@ -212,11 +221,14 @@ def block_cost(work: Workload, index: int) -> BlockCost:
         working += 24 * largest + 24 * inputs**2
     if needs == "gram" and work.recipe.propagate == "block":
         working += sum(statistics_bytes(linear.shape[1], needs) for linear in linears)
-    streams = work.needs_inputs * (2 if work.carries_dense else 1)
+    streams = work.needs_inputs * (2 if work.runs_dense_stream else 1)
     transient = work.needs_inputs * batch_tokens * (6 * hidden + 3 * widest) * size
-    aimed = max((linear.shape[1] for linear in linears if work.aims(linear.shape[1])), default=0)
-    working += (40 if work.linear_job.method.holds_out else 20) * aimed**2
-    if work.retouch_job is not None and work.retouch_job.takes(index, len(work.skeleton)):
+    aimed = max(
+        (linear.shape[1] for linear in linears if work.uses_dense_target(linear.shape[1])),
+        default=0,
+    )
+    working += (40 if work.linear_job.method.needs_held_out else 20) * aimed**2
+    if work.reconstruction is not None and work.reconstruction.takes(index, len(work.skeleton)):
         # Trained in float32: weights, gradients, two moments, a copy of where they began and one of the best; every
         # activation waits for the way back, attention's among them.
         numbers = computed // size
@@ -224,11 +236,11 @@ def block_cost(work: Workload, index: int) -> BlockCost:
         heads = int(getattr(work.source.config.get_text_config(), "num_attention_heads", 1) or 1)
         transient += 4 * batch_tokens * (24 * hidden + 8 * widest + 4 * heads * in_window)
         if in_front_of_head(work.skeleton, index):
-            # The head, and of some tokens the logits on either side, with what is made of them; see `divergence`.
+            # The head, and of some tokens the logits on either side, with what is made of them; see `kl_divergence`.
             rows = _head_rows(work.skeleton)
             transient += rows * hidden * size + 24 * TOKENS * work.batch * rows
     return BlockCost(
-        weights=2 * stored + computed * (2 if work.carries_dense else 1),
+        weights=2 * stored + computed * (2 if work.runs_dense_stream else 1),
         working=working,
         hidden=streams * tokens * hidden * size,
         paused=streams * tokens * (4 * hidden + widest) * size,

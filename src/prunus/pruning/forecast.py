@@ -52,7 +52,7 @@ class Shape:
         return sum(rows * columns for rows, columns in self.linears)
 
     @property
-    def outer_weights(self) -> int:
+    def outside_weights(self) -> int:
         """Weights of embedding and head."""
         return (1 if self.tied else 2) * self.vocabulary * self.hidden
 
@@ -113,7 +113,7 @@ def forecast(
         shape, devices, method, batches, mine * seqlen, min(batch, samples) * seqlen, seqlen
     )
     parts = {name: shape.blocks * seconds for name, seconds in work.seconds().items()}
-    parts["embeddings"] = _STORED * 2 * shape.outer_weights / devices.rates.write
+    parts["embeddings"] = _STORED * 2 * shape.outside_weights / devices.rates.write
     parts["start"] = devices.rates.start
     memory = work.memory(lockstep=True)
     room = devices.rates.memory
@@ -121,12 +121,12 @@ def forecast(
     if fits is False:
         memory = work.memory(lockstep=False)
         parts["forward"] *= 5  # see `engine/lockstep.py`, replay
-    checkpoint = _STORED * (shape.blocks * shape.block_weights + shape.outer_weights)
+    checkpoint = _STORED * (shape.blocks * shape.block_weights + shape.outside_weights)
     return {
         "devices": devices.text,
         "rates": devices.rates.source,
         "ranks": devices.ranks,
-        "weights": shape.blocks * shape.block_weights + shape.outer_weights,
+        "weights": shape.blocks * shape.block_weights + shape.outside_weights,
         "windows_per_rank": mine,
         "memory": memory,
         "lockstep": fits,

@@ -8,22 +8,22 @@ from typing import Any
 
 import torch
 
-from prunus.distributed import ALONE, Ranks
+from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.memory import resident_memory
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods import Method
-from prunus.methods.refine.dense_targets import tells_drift
+from prunus.methods.refine.dense_targets import drift_is_worthwhile
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.pruning.block.dense_stream import one_batch_in
+from prunus.pruning.block.dense_stream import drift_stride_for
 from prunus.pruning.block.linear import LinearJob
 from prunus.pruning.block.permute import find_folds
 from prunus.pruning.cost import BlockCost, estimate_seconds
 from prunus.pruning.recipe import MEASURED_ALLOCATIONS, Recipe
-from prunus.pruning.reconstruction.schedule import RetouchJob
+from prunus.pruning.reconstruction.schedule import ReconstructionSettings
 from prunus.pruning.records import Walk
 
-__all__ = ["Job", "RunOptions"]
+__all__ = ["PruningJob", "RunOptions"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class RunOptions:
 
 
 @dataclass
-class Job:
+class PruningJob:
     """A checked run: what is pruned, how, and what it will cost.
 
     `budget` is the memory, in bytes, where blocks run; `host_budget` what the host has. On a CPU they are one.
@@ -69,14 +69,14 @@ class Job:
     batch: int
     budget: int
     host_budget: int
-    targets: list[list[str]]
+    selected: list[list[str]]
     left_dense: dict[str, tuple[int, ...]]
     costs: list[BlockCost] = field(default_factory=list)
 
     @property
     def ranks(self) -> Ranks:
         """Who works on the run."""
-        return self.options.ranks or ALONE
+        return self.options.ranks or SINGLE_PROCESS
 
     @property
     def windows(self) -> int:
@@ -94,30 +94,32 @@ class Job:
         return needs_inputs(self.recipe, self.linear_job.method)
 
     @property
-    def carries_dense(self) -> bool:
+    def runs_dense_stream(self) -> bool:
         """Whether the dense model's hidden states go along."""
-        return self.linear_job.method.needs_drift or self.recipe.matches
+        return self.linear_job.method.needs_drift or self.recipe.reconstructs
 
     @property
     def tokens(self) -> int:
         """Of all calibration windows, in the first block."""
         return self.recipe.samples * self.skeleton.window_shape(0, self.recipe.seqlen)[0]
 
-    def aims(self, in_features: int) -> bool:
+    def uses_dense_target(self, in_features: int) -> bool:
         """Whether a linear with so many inputs is told what the dense model gives it."""
-        return self.linear_job.method.needs_drift and tells_drift(in_features, self.tokens)
+        return self.linear_job.method.needs_drift and drift_is_worthwhile(in_features, self.tokens)
 
     @property
-    def drift_one_in(self) -> int:
+    def drift_stride(self) -> int:
         """One batch in so many goes through the dense model too: all where some are held out, or blocks matched."""
         method = self.linear_job.method
-        if method.holds_out or self.recipe.match_blocks or not method.needs_drift:
+        if method.needs_held_out or self.recipe.reconstruct == "all" or not method.needs_drift:
             return 1
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
         widths = (linear.shape[1] for linears in blocks for linear in linears)
-        one_in = one_batch_in(self.tokens, max(filter(self.aims, widths), default=1))
+        stride = drift_stride_for(
+            self.tokens, max(filter(self.uses_dense_target, widths), default=1)
+        )
         # Matching needs two: one to learn from, one to judge by.
-        return max(1, min(one_in, self.batches - 1)) if self.recipe.matches else one_in
+        return max(1, min(stride, self.batches - 1)) if self.recipe.reconstructs else stride
 
     @property
     def free_orders(self) -> dict[str, str] | None:
@@ -131,7 +133,7 @@ class Job:
         m = self.linear_job.pattern.m
         assert m is not None
         found = {}
-        for index, names in enumerate(self.targets):
+        for index, names in enumerate(self.selected):
             folds = find_folds(self.skeleton.linears(index), heads, m)
             for name in names:
                 follow = (
@@ -141,29 +143,31 @@ class Job:
         return found
 
     @property
-    def retouch_job(self) -> RetouchJob | None:
+    def reconstruction(self) -> ReconstructionSettings | None:
         """How blocks are matched to the dense ones; products in bfloat16 where the processor has it."""
-        if not self.recipe.matches:
+        if not self.recipe.reconstructs:
             return None
         fast = self.device.type == "cuda" or native_bfloat16()
         dtype = torch.bfloat16 if fast and self.dtype != torch.float16 else torch.float32
-        last_alone = not self.recipe.match_blocks
-        return RetouchJob(self.recipe.match_passes, self.recipe.match_rate, dtype, last_alone)
+        last_alone = self.recipe.reconstruct != "all"
+        return ReconstructionSettings(
+            self.recipe.reconstruct_epochs, self.recipe.reconstruct_lr, dtype, last_alone
+        )
 
     @property
-    def as_original(self) -> bool:
+    def reference_order(self) -> bool:
         """Whether the original's order of operations is kept, on one thread: its sums depend on their number."""
-        return self.linear_job.options.as_original
+        return self.linear_job.options.reference_order
 
     @property
-    def hidden_stay(self) -> bool:
+    def hidden_states_stay(self) -> bool:
         """Whether hidden states stay where the blocks run: one batch in flight fits beside them."""
         return all(cost.replay_in_memory <= self.budget for cost in self.costs)
 
     @property
     def spills(self) -> bool:
         """Whether hidden states go to a file: neither the device nor the host has room for them."""
-        if self.hidden_stay:
+        if self.hidden_states_stay:
             return False
         return (
             self.device.type == "cpu" or max(cost.hidden for cost in self.costs) > self.host_budget
@@ -173,7 +177,7 @@ class Job:
         """Whether block `index` can be walked with all its batches paused in memory."""
         cost = self.costs[index]
         return (
-            cost.lockstep_in_memory if self.hidden_stay else cost.lockstep_spilled
+            cost.lockstep_in_memory if self.hidden_states_stay else cost.lockstep_spilled
         ) <= self.budget
 
     def walk(self, index: int) -> Walk:
@@ -195,7 +199,7 @@ class Job:
         peak = 0
         for index, cost in enumerate(self.costs):
             lockstep = self.fits_lockstep(index)
-            if self.hidden_stay:
+            if self.hidden_states_stay:
                 need = cost.lockstep_in_memory if lockstep else cost.replay_in_memory
             else:
                 need = cost.lockstep_spilled if lockstep else cost.least
@@ -204,7 +208,7 @@ class Job:
             linear.shape
             for index in range(len(self.skeleton))
             for linear in self.skeleton.linears(index)
-            if linear.name in self.targets[index]
+            if linear.name in self.selected[index]
         ]
         weights = sum(rows * columns for rows, columns in shapes)
         return {
@@ -221,7 +225,7 @@ class Job:
             "hidden_states": "file"
             if self.spills
             else "memory"
-            if self.hidden_stay
+            if self.hidden_states_stay
             else "pinned host memory",
             "blocks_in_lockstep": sum(
                 self.fits_lockstep(index) for index in range(len(self.skeleton))
@@ -234,4 +238,4 @@ class Job:
 
 def needs_inputs(recipe: Recipe, method: Method) -> bool:
     measured = recipe.allocation in MEASURED_ALLOCATIONS
-    return method.needs != "none" or recipe.matches or measured
+    return method.needs != "none" or recipe.reconstructs or measured

@@ -20,14 +20,14 @@ from prunus.pruning.records import BlockRecord, LinearRecord
 
 __all__ = [
     "MANIFEST_NAME",
-    "Inputs",
     "Manifest",
+    "RunInputs",
 ]
 
 MANIFEST_NAME = "prunus.json"
 
 
-class Inputs(BaseModel):
+class RunInputs(BaseModel):
     """Everything besides the recipe that decides the bytes of the result."""
 
     model_config = ConfigDict(extra="forbid")
@@ -50,7 +50,7 @@ class Manifest(BaseModel):
     state: Literal["running", "finished"] = "running"
     source: str
     recipe: Recipe
-    inputs: Inputs
+    inputs: RunInputs
     versions: dict[str, str]
     machine: dict[str, Any]
     blocks: list[BlockRecord] = Field(default_factory=list)
@@ -100,7 +100,7 @@ class Manifest(BaseModel):
             "block_seconds": sum(block.seconds for block in self.blocks),
         }
 
-    def check_same_run(self, recipe: Recipe, inputs: Inputs | None = None) -> None:
+    def check_same_run(self, recipe: Recipe, inputs: RunInputs | None = None) -> None:
         """See that this manifest is of the run that `recipe` and, where they are known yet, `inputs` describe.
 
         Raises:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from prunus.distributed import ALONE, Ranks
+from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.model.checkpoint.atomic_files import (
     TEMPORARY_SUFFIX,
     copy_file,
@@ -22,7 +22,7 @@ from prunus.model.checkpoint.atomic_files import (
     write_text,
 )
 from prunus.model.checkpoint.output_folder import check_apart, is_vacant
-from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint, companion_files
+from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint, auxiliary_files
 from prunus.model.kinds import kind_of
 from prunus.model.source import CheckpointSource, tensors_digest
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
@@ -30,7 +30,7 @@ from prunus.pruning.records import BlockRecord
 
 __all__ = ["OutputFolder", "bytes_in", "check_output", "check_resume"]
 
-OUTER_SHARD = "outer.safetensors"
+OUTSIDE_SHARD = "outer.safetensors"
 
 
 def shard_name(index: int) -> str:
@@ -92,7 +92,7 @@ class OutputFolder:
         folder: Path,
         source: CheckpointSource,
         manifest: Manifest,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
         memory: float = float("inf"),
     ) -> None:
         self.folder = folder
@@ -103,7 +103,7 @@ class OutputFolder:
 
     def begin(self, overwrite: bool) -> None:
         """Create the folder, or clean up what a killed run left half-written."""
-        kept = self._ranks.from_first(lambda: self._begin(overwrite))
+        kept = self._ranks.on_rank_0(lambda: self._begin(overwrite))
         del self.manifest.blocks[kept:]
 
     def _begin(self, overwrite: bool) -> int:
@@ -125,8 +125,8 @@ class OutputFolder:
                 self.manifest.save(self.folder)
                 break
         # What surrounds the blocks was looked at just now and is needed next: read from disk once, if it is copied here.
-        if not self.manifest.recipe.head and not (self.folder / OUTER_SHARD).exists():
-            self._write_outer({})
+        if not self.manifest.recipe.head and not (self.folder / OUTSIDE_SHARD).exists():
+            self._write_outside({})
         return len(self.manifest.blocks)
 
     def commit_block(
@@ -159,7 +159,7 @@ class OutputFolder:
         Raises:
             FileExistsError: it was made from other weights than the source has now.
         """
-        return self._ranks.tensors_from_first(lambda: self._read_block(index))
+        return self._ranks.tensors_from_rank_0(lambda: self._read_block(index))
 
     def _read_block(self, index: int) -> dict[str, torch.Tensor]:
         record = self.manifest.blocks[index]
@@ -176,20 +176,20 @@ class OutputFolder:
 
         `changed` holds pruned tensors outside the blocks by the model's names: the head, if it was asked for.
         """
-        self._ranks.from_first(lambda: self._finish(trust_remote_code, changed))
+        self._ranks.on_rank_0(lambda: self._finish(trust_remote_code, changed))
 
     def _finish(self, trust_remote_code: bool, changed: Mapping[str, torch.Tensor]) -> None:
         checkpoint = self._source.checkpoint
-        outer = self._source.outer_keys()
-        if changed or not (self.folder / OUTER_SHARD).exists():
-            self._write_outer(changed)
-        for path in companion_files(checkpoint.folder, code=trust_remote_code):
+        outer = self._source.outside_keys()
+        if changed or not (self.folder / OUTSIDE_SHARD).exists():
+            self._write_outside(changed)
+        for path in auxiliary_files(checkpoint.folder, code=trust_remote_code):
             copy_file(path, self.folder / path.name)
         write_text(
             self.folder / "README.md",
             model_card(self.manifest, kind_of(self._source.config).loader),
         )
-        weight_map = dict.fromkeys(outer, OUTER_SHARD)
+        weight_map = dict.fromkeys(outer, OUTSIDE_SHARD)
         for index in range(len(self.manifest.blocks)):
             weight_map |= dict.fromkeys(self._source.block_keys(index), shard_name(index))
         total = checkpoint.nbytes(checkpoint.tensors)
@@ -200,15 +200,15 @@ class OutputFolder:
         write_json(self.folder / INDEX_NAME, index_content)
         self.manifest.save(self.folder)
 
-    def _write_outer(self, changed: Mapping[str, torch.Tensor]) -> None:
+    def _write_outside(self, changed: Mapping[str, torch.Tensor]) -> None:
         """The shard of everything that belongs to no block, with `changed` tensors by the model's names."""
-        keys = self._source.outer_keys()
+        keys = self._source.outside_keys()
         if keys:
             replaced = {self._source.stored_name(name): tensor for name, tensor in changed.items()}
             # Where memory is short, what was written would push out what was looked at and is to be copied next.
             uncached = 4 * self._source.checkpoint.nbytes(keys) > self._memory
             tensors = dict(self._source.checkpoint.read(keys)) | replaced
-            save_safetensors(self.folder / OUTER_SHARD, tensors, uncached=uncached)
+            save_safetensors(self.folder / OUTSIDE_SHARD, tensors, uncached=uncached)
 
 
 def model_card(manifest: Manifest, loader: str = "AutoModelForCausalLM") -> str:

@@ -1,6 +1,6 @@
 """Everything that is known, checked and decided before a run does any work.
 
-`prepare` raises for whatever would make the run fail later; `prune` works through the job it returns, and
+`plan_run` raises for whatever would make the run fail later; `prune` works through the job it returns, and
 `prunus plan` prints it.
 """
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import nn
 
 from prunus.calibration import check_context
-from prunus.distributed import ALONE
+from prunus.distributed import SINGLE_PROCESS
 from prunus.hardware.memory import available_memory, memory_budget, resident_memory
-from prunus.methods import METHODS, Options, check_options, compose, default_group
+from prunus.methods import METHODS, MethodOptions, check_options, compose, default_group
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.device import choose_device
@@ -24,22 +24,22 @@ from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.pruning.block.linear import LinearJob
 from prunus.pruning.compute_dtype import decide_dtype
 from prunus.pruning.cost import block_cost
-from prunus.pruning.job import Job, RunOptions, needs_inputs
+from prunus.pruning.job import PruningJob, RunOptions, needs_inputs
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.selection import check_inputs, select
+from prunus.pruning.selection import check_inputs, select_linears
 
-__all__ = ["prepare"]
+__all__ = ["plan_run"]
 
 # Tokens of one forward pass: long enough for large matrix products, short enough to stay in the cache.
 _TOKENS_PER_BATCH = 4096
 
 
-def prepare(
+def plan_run(
     model: str | Path | nn.Module,
     recipe: Recipe,
     options: RunOptions,
     decided_dtype: str | None = None,
-) -> Job:
+) -> PruningJob:
     """Check everything that can be checked without reading weights or text, and decide what is left open.
 
     `decided_dtype` is what dtype "auto" came to in the run that is resumed: it holds without a second trial.
@@ -50,15 +50,15 @@ def prepare(
     """
     published = METHODS[recipe.method]
     # Whatever option of a method a recipe has goes by the same name.
-    shared = {each.name for each in fields(Options)} & set(Recipe.model_fields)
-    method_options = Options(**{name: getattr(recipe, name) for name in shared})
+    shared = {each.name for each in fields(MethodOptions)} & set(Recipe.model_fields)
+    method_options = MethodOptions(**{name: getattr(recipe, name) for name in shared})
     method = compose(published, method_options)
     if (
         recipe.propagate == "block"
         and method is published
         and recipe.method in ("sparsegpt", "obs")
     ):
-        method_options = replace(method_options, as_original=True)
+        method_options = replace(method_options, reference_order=True)
     group = (
         recipe.group if recipe.group is not None else default_group(recipe.method, method_options)
     )
@@ -80,28 +80,33 @@ def prepare(
     if recipe.head:
         head = skeleton.head()
         check_shape(pattern, head.shape, head.name)
-    targets, left_dense = select(skeleton, recipe, pattern)
+    selected, left_dense = select_linears(skeleton, recipe, pattern)
     wanted = decided_dtype if recipe.dtype == "auto" and decided_dtype else recipe.dtype
     dtype, reason = decide_dtype(
-        wanted, source, device, method.needs, options.trust_remote_code, ridged=method.ridged
+        wanted,
+        source,
+        device,
+        method.needs,
+        options.trust_remote_code,
+        adds_ridge=method.adds_ridge,
     )
     if dtype != source.stored_dtype:
         skeleton = Skeleton(source.config, dtype, options.trust_remote_code)
         source.bind(skeleton)
     # For matching, a step is a batch: one window, or half as many as otherwise where it is for one block alone.
-    one_each = method_options.as_original or recipe.match_blocks
+    one_each = method_options.reference_order or recipe.reconstruct == "all"
     most = 1 if one_each else _TOKENS_PER_BATCH // skeleton.window_shape(0, recipe.seqlen)[0]
-    batch = recipe.batch or max(1, min(recipe.samples, most) // (2 if recipe.matches else 1))
-    if recipe.matches and recipe.samples <= batch:
+    batch = recipe.batch or max(1, min(recipe.samples, most) // (2 if recipe.reconstructs else 1))
+    if recipe.reconstructs and recipe.samples <= batch:
         raise ValueError(
             f"matching trains on some batches and judges by others: {recipe.samples} windows in batches of {batch} "
             "are one; give more --samples or a smaller --batch"
         )
-    ranks = options.ranks or ALONE
+    ranks = options.ranks or SINGLE_PROCESS
     budget = options.memory
     if budget is None:
         budget = available_memory() // ranks.on_host + resident_memory()
-    job = Job(
+    job = PruningJob(
         recipe=recipe,
         options=options,
         source=source,
@@ -113,7 +118,7 @@ def prepare(
         batch=batch,
         budget=memory_budget(device, None) if device.type == "cuda" else budget - resident_memory(),
         host_budget=budget - resident_memory(),
-        targets=targets,
+        selected=selected,
         left_dense=left_dense,
     )
     job.costs = [block_cost(job, index) for index in range(len(skeleton))]

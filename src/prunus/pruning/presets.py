@@ -9,8 +9,8 @@ __all__ = ["PRESETS", "preset_options"]
 #: Name -> options of a recipe; what the user gives goes before them.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda"},
-    "balanced": {"method": "alps", "targets": "dense", "match_last": True},
-    "best": {"method": "alps", "targets": "dense", "match_blocks": True},
+    "balanced": {"method": "alps", "dense_weight": 0.25, "reconstruct": "last"},
+    "best": {"method": "alps", "dense_weight": 0.25, "reconstruct": "all"},
 }
 # Only unstructured sparsity can be shared out, and only groups of N:M care who stands next to whom.
 _UNSTRUCTURED: dict[str, dict[str, Any]] = {"best": {"allocation": "search"}}

@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 
 from prunus.distributed import Ranks
-from prunus.pruning.job import Job
+from prunus.pruning.job import PruningJob
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.records import Walk
 
-__all__ = ["agree", "check_shareable"]
+__all__ = ["check_ranks_can_share", "check_same_on_all_ranks"]
 
 
-def agree(job: Job, manifest: Manifest) -> list[Walk]:
+def check_same_on_all_ranks(job: PruningJob, manifest: Manifest) -> list[Walk]:
     """See that all ranks are about to do the same; returns how the windows go through each block, on all of them.
 
     Raises:
         ValueError: they are not; names the rank and what differs.
     """
     ranks = job.ranks
-    ranks.at("the start")
+    ranks.set_location("the start")
     mine = {
         "recipe": job.recipe.model_dump(mode="json"),
         **manifest.inputs.model_dump(mode="json", exclude={"dtype_reason", "calibration"}),
@@ -28,7 +28,7 @@ def agree(job: Job, manifest: Manifest) -> list[Walk]:
         "state": manifest.state,
     }
     said = [json.loads(text) for text in ranks.gather_text(json.dumps(mine))]
-    with ranks.together():
+    with ranks.fail_together():
         for rank, its in enumerate(said):
             for key, value in said[0].items():
                 if its[key] != value:
@@ -40,10 +40,10 @@ def agree(job: Job, manifest: Manifest) -> list[Walk]:
     # Lockstep where it fits on every rank; replay gives the same bits.
     order: list[Walk] = ["lockstep", "replay", "two_pass"]
     walks = [order.index(job.walk(index)) for index in range(len(job.skeleton))]
-    return [order[max(each)] for each in zip(*ranks.gather(walks), strict=True)]
+    return [order[max(each)] for each in zip(*ranks.gather_ints(walks), strict=True)]
 
 
-def check_shareable(recipe: Recipe, ranks: Ranks) -> None:
+def check_ranks_can_share(recipe: Recipe, ranks: Ranks) -> None:
     """See that what is asked for can be done by several processes together.
 
     Raises:

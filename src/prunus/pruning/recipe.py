@@ -84,30 +84,25 @@ class Recipe(BaseModel):
     refine: Literal["none", "dsnot", "swaps"] = Field(
         "none", description="look over the mask afterwards"
     )
-    refine_rounds: int | None = Field(
-        None, description="most rounds of refine; None: the refinement's own"
+    refine_steps: int | None = Field(
+        None, description="maximum number of steps of refine; None: the refinement's own"
     )
-    update: Literal["none", "lsq"] = Field(
+    weight_update: Literal["none", "least-squares"] = Field(
         "none", description="fit the kept weights to the mask at the end"
     )
-    targets: Literal["pruned", "dense"] = Field(
-        "pruned", description="aim at what the dense weight, or the dense model, gives"
+    dense_weight: float | Literal["auto"] = Field(
+        0.0,
+        description="share of the dense model in the outputs that the weights approximate; "
+        "auto: chosen per linear on held-out windows",
     )
-    mix: float | Literal["auto"] | None = Field(
-        None,
-        description="share of the dense model in the targets; auto: by windows held out, per linear",
+    reconstruct: Literal["none", "last", "all"] = Field(
+        "none", description="which blocks are trained towards the dense model after pruning"
     )
-    match_blocks: bool = Field(
-        False, description="train each pruned block towards the dense block's outputs"
+    reconstruct_epochs: int | None = Field(
+        None, description="epochs of block reconstruction; None: by the number of tokens"
     )
-    match_last: bool = Field(
-        False, description="train the last pruned block alone, towards the dense logits"
-    )
-    match_passes: int | None = Field(
-        None, description="of matching over the windows; None: its own"
-    )
-    match_rate: float | None = Field(
-        None, description="peak learning rate of matching; None: its own"
+    reconstruct_lr: float | None = Field(
+        None, description="peak learning rate of block reconstruction; None: by the weights' size"
     )
     permute: bool = Field(
         False, description="for N:M: reorder inputs first, where that can be folded away"
@@ -178,7 +173,7 @@ class Recipe(BaseModel):
             raise ValueError(f"batch must be at least 1 window; got {value}")
         return value
 
-    @field_validator("damping", "match_rate")
+    @field_validator("damping", "reconstruct_lr")
     @classmethod
     def _positive(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value is not None and not 0 < value < 1:
@@ -193,18 +188,19 @@ class Recipe(BaseModel):
             raise ValueError(f"{info.field_name} must lie in [0, {most}]; got {value}")
         return value
 
-    @field_validator("mix", mode="before")
+    @field_validator("dense_weight", mode="before")
     @classmethod
     def _share(cls, value: Any) -> Any:
         with contextlib.suppress(TypeError, ValueError):
             value = float(value)
-        if value not in (None, "auto") and not (isinstance(value, float) and 0 <= value <= 1):
+        if value != "auto" and not (isinstance(value, float) and 0 <= value <= 1):
             raise ValueError(
-                f"mix must lie in [0, 1], 0 being the pruned model's, or be auto; got {value}"
+                "dense_weight must lie in [0, 1], 0 using the pruned model only, or be auto; "
+                f"got {value}"
             )
         return value
 
-    @field_validator("iterations", "refine_rounds", "match_passes")
+    @field_validator("iterations", "refine_steps", "reconstruct_epochs")
     @classmethod
     def _at_least_once(cls, value: int | None, info: ValidationInfo) -> int | None:
         if value is not None and value < 1:
@@ -252,11 +248,10 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"iterations belong to method 'alps', not to {self.method!r}: drop them"
             )
-        if self.targets == "pruned" and self.mix is not None:
-            raise ValueError("mix belongs to --targets dense: drop it or add that")
-        if self.targets == "dense" and self.propagate == "block":
+        if self.dense_weight != 0 and self.propagate == "block":
             raise ValueError(
-                "targets dense needs propagate linear: the original's two passes know no dense targets"
+                "dense_weight needs propagate linear: the original's two passes have no dense "
+                "targets"
             )
         if self.permute and not self.n_of_m:
             raise ValueError(
@@ -276,24 +271,25 @@ class Recipe(BaseModel):
             )
         if self.allocation == "uniform" and self.allocation_by != "block":
             raise ValueError("allocation_by needs an --allocation other than uniform")
-        if not self.matches and (self.match_passes is not None or self.match_rate is not None):
+        if not self.reconstructs and (
+            self.reconstruct_epochs is not None or self.reconstruct_lr is not None
+        ):
             raise ValueError(
-                "match_passes and match_rate belong to --match-blocks or --match-last: drop them or add one"
+                "reconstruct_epochs and reconstruct_lr belong to --reconstruct last or all: drop "
+                "them or add one"
             )
-        if self.matches and self.propagate == "block":
+        if self.reconstructs and self.propagate == "block":
             raise ValueError(
-                "matching needs propagate linear: the original's two passes train nothing"
+                "reconstruct needs propagate linear: the original's two passes train nothing"
             )
-        if self.refine == "none" and self.refine_rounds is not None:
-            raise ValueError(
-                "refine_rounds belong to --refine dsnot or swaps: drop them or add one"
-            )
+        if self.refine == "none" and self.refine_steps is not None:
+            raise ValueError("refine_steps belong to --refine dsnot or swaps: drop them or add one")
         return self
 
     @property
-    def matches(self) -> bool:
-        """Whether any block is matched to the dense model's."""
-        return self.match_blocks or self.match_last
+    def reconstructs(self) -> bool:
+        """Whether any block is reconstructed."""
+        return self.reconstruct != "none"
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["BlockRecord", "LinearRecord", "MatchRecord", "Walk"]
+__all__ = ["BlockRecord", "LinearRecord", "ReconstructionRecord", "Walk"]
 
 #: How the windows went through a block; see `prunus.pruning.block.lockstep`.
 Walk = Literal["lockstep", "replay", "two_pass"]
@@ -37,7 +37,7 @@ class LinearRecord(BaseModel):
     notes: dict[str, Any] = Field(default_factory=dict)
 
 
-class MatchRecord(BaseModel):
+class ReconstructionRecord(BaseModel):
     """What block matching did to a block.
 
     Attributes:
@@ -75,4 +75,4 @@ class BlockRecord(BaseModel):
     seconds: float = 0.0
     ranks: int = 1
     linears: dict[str, LinearRecord]
-    match: MatchRecord | None = None
+    match: ReconstructionRecord | None = None

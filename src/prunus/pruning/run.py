@@ -22,23 +22,23 @@ import torch
 from torch import nn
 
 from prunus.calibration import Windows
-from prunus.distributed import ALONE, joined
+from prunus.distributed import SINGLE_PROCESS, process_group
 from prunus.hardware.memory import ScatteredMemory, hardware, peak_memory, versions
 from prunus.hardware.sizes import parse_bytes
 from prunus.model.checkpoint.lock import locked
 from prunus.model.checkpoint.output_folder import check_disk, check_whole
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.pruning.allocate import share_out
-from prunus.pruning.block.prune_block import BlockEngine
+from prunus.pruning.allocate import allocate
+from prunus.pruning.block.prune_block import BlockPruner
 from prunus.pruning.calibration_windows import calibration_windows, described
-from prunus.pruning.job import Job, RunOptions
-from prunus.pruning.manifest import Inputs, Manifest
+from prunus.pruning.job import PruningJob, RunOptions
+from prunus.pruning.manifest import Manifest, RunInputs
 from prunus.pruning.output import OutputFolder, bytes_in, check_output, check_resume
-from prunus.pruning.plan import prepare
-from prunus.pruning.rank_checks import agree, check_shareable
+from prunus.pruning.plan import plan_run
+from prunus.pruning.rank_checks import check_ranks_can_share, check_same_on_all_ranks
 from prunus.pruning.recipe import Recipe, load_recipe
 
-__all__ = ["Progress", "check", "prune", "run"]
+__all__ = ["Progress", "check_run", "prune", "run"]
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def prune(
     )
 
 
-def check(
+def check_run(
     model: str | Path | nn.Module,
     output: Path | None,
     recipe: Recipe,
@@ -136,12 +136,12 @@ def check(
     *,
     overwrite: bool = False,
     resume: bool | None = None,
-) -> tuple[Job, Manifest | None]:
+) -> tuple[PruningJob, Manifest | None]:
     """Everything that is looked at before a run does any work, and where `prunus plan` stops.
 
     Returns the checked job, and the manifest of the run in `output` that it goes on with, if there is one.
     """
-    ranks = options.ranks or ALONE
+    ranks = options.ranks or SINGLE_PROCESS
 
     def look() -> dict[str, Any] | None:
         """Before anything is downloaded or read: is there room for a result at all?"""
@@ -153,11 +153,11 @@ def check(
             earlier.check_same_run(recipe)
         return None if earlier is None else earlier.model_dump(mode="json")
 
-    found = ranks.from_first(look)
+    found = ranks.on_rank_0(look)
     earlier = None if found is None else Manifest.model_validate(found)
-    with ranks.together():
-        check_shareable(recipe, ranks)
-        job = prepare(
+    with ranks.fail_together():
+        check_ranks_can_share(recipe, ranks)
+        job = plan_run(
             model,
             recipe,
             options,
@@ -170,7 +170,7 @@ def check(
             check_output(output, job.source.checkpoint.folder, overwrite)
             check_disk(output, job.disk - bytes_in(output))
 
-    ranks.from_first(look_again)
+    ranks.on_rank_0(look_again)
     return job, earlier
 
 
@@ -186,7 +186,7 @@ def run(
 ) -> Manifest:
     """Carry out a recipe; see `prune` for the meaning of the arguments."""
     if options.ranks is None:
-        with joined(options.rank_timeout) as ranks:
+        with process_group(options.rank_timeout) as ranks:
             joint = replace(options, ranks=ranks)
             return run(
                 model, output, recipe, joint, overwrite=overwrite, resume=resume, progress=progress
@@ -198,7 +198,7 @@ def run(
             if output is not None
             else "a checkpoint is pruned into a new folder: give output"
         )
-    job, earlier = check(model, output, recipe, options, overwrite=overwrite, resume=resume)
+    job, earlier = check_run(model, output, recipe, options, overwrite=overwrite, resume=resume)
     with locked(output) if output is not None else contextlib.nullcontext():
         return _carry_out(model, output, job, earlier, started, overwrite, progress)
 
@@ -206,7 +206,7 @@ def run(
 def _carry_out(
     model: str | Path | nn.Module,
     output: Path | None,
-    job: Job,
+    job: PruningJob,
     earlier: Manifest | None,
     started: float,
     overwrite: bool,
@@ -214,53 +214,55 @@ def _carry_out(
 ) -> Manifest:
     """What `run` does once everything is checked and the folder is its own."""
     recipe, options, ranks = job.recipe, job.options, job.ranks
-    with ranks.together():
+    with ranks.fail_together():
         windows = calibration_windows(job)
         manifest = _manifest(model, job, windows, earlier)
-    walks = agree(job, manifest)
+    walks = check_same_on_all_ranks(job, manifest)
     if manifest.state == "finished":
         assert output is not None
-        ranks.from_first(lambda: check_whole(output))
+        ranks.on_rank_0(lambda: check_whole(output))
         return manifest
     if not manifest.allocation:
-        with ranks.together():
-            manifest.allocation = share_out(job, windows.ids)
-        manifest.allocation = ranks.from_first(lambda: manifest.allocation)
+        with ranks.fail_together():
+            manifest.allocation = allocate(job, windows.ids)
+        manifest.allocation = ranks.on_rank_0(lambda: manifest.allocation)
     folder = None
     if output is not None:
         assert isinstance(job.source, CheckpointSource)
-        with ranks.together():
-            job.source.check_outer_finite()
+        with ranks.fail_together():
+            job.source.check_outside_finite()
         folder = OutputFolder(output, job.source, manifest, ranks, job.host_budget)
         folder.begin(overwrite)
 
-    engine = BlockEngine(
+    engine = BlockPruner(
         job.skeleton,
         job.source,
         job.linear_job,
         job.device,
-        job.retouch_job,
+        job.reconstruction,
         recipe.permute,
         manifest.allocation,
         ranks,
         recipe.min_expert_tokens,
-        job.drift_one_in,
-        job.aims,
+        job.drift_stride,
+        job.uses_dense_target,
     )
-    with torch.no_grad(), contextlib.closing(engine), _threads(1 if job.as_original else None):
+    with torch.no_grad(), contextlib.closing(engine), _threads(1 if job.reference_order else None):
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()
         scratch = output or Path(tempfile.gettempdir())
         scattered = ScatteredMemory()
-        engine.embed(batches, spill_to=scratch if job.spills else None, on_device=job.hidden_stay)
+        engine.embed(
+            batches, spill_to=scratch if job.spills else None, on_device=job.hidden_states_stay
+        )
         for index in range(len(job.skeleton)):
             block_started = time.perf_counter()
             finished = folder is not None and index < len(manifest.blocks)
-            if folder is not None and finished and not job.as_original:
+            if folder is not None and finished and not job.reference_order:
                 engine.propagate(index, folder.read_block(index))
                 message = "taken from the earlier run"
             else:
                 stored = job.source.block(index)
-                changed, record = engine.prune(index, stored, job.targets[index], walks[index])
+                changed, record = engine.prune(index, stored, job.selected[index], walks[index])
                 record.seconds = round(time.perf_counter() - block_started, 3)
                 if finished:
                     pass  # what was written is rounded; the next block needs the weights before that
@@ -293,7 +295,7 @@ def _carry_out(
         if recipe.head:
             outside, manifest.head = engine.prune_head(batches)
             if isinstance(job.source, ModuleSource):
-                job.source.write_outer(outside)
+                job.source.write_outside(outside)
 
     manifest.close(seconds=time.perf_counter() - started, device=job.device)
     if folder is not None:
@@ -301,9 +303,9 @@ def _carry_out(
     return manifest
 
 
-def _manifest(model: Any, job: Job, windows: Windows, earlier: Manifest | None) -> Manifest:
+def _manifest(model: Any, job: PruningJob, windows: Windows, earlier: Manifest | None) -> Manifest:
     """A new manifest, or the earlier run's where it is this very run."""
-    inputs = Inputs(
+    inputs = RunInputs(
         checkpoint=job.source.fingerprint,
         calibration=windows.source,
         calibration_sha256=windows.sha256,

@@ -13,10 +13,10 @@ from prunus.model.kinds import IMAGES, Kind
 from prunus.model.skeleton import Skeleton
 from prunus.pruning.recipe import Recipe
 
-__all__ = ["check_inputs", "select"]
+__all__ = ["check_inputs", "select_linears"]
 
 
-def select(
+def select_linears(
     skeleton: Skeleton, recipe: Recipe, pattern: Pattern
 ) -> tuple[list[list[str]], dict[str, tuple[int, ...]]]:
     """Per block the linears to prune, and everything in the blocks that stays dense, by full name with its shape.
@@ -34,7 +34,7 @@ def select(
     ]
     recipe.check_names(name for block in linears for name, _ in block)
     dense: dict[str, tuple[int, ...]] = {}
-    targets: list[list[str]] = []
+    selected: list[list[str]] = []
     for index, block in enumerate(linears):
         chosen = []
         for name, linear in block:
@@ -43,9 +43,9 @@ def select(
                 chosen.append(linear.name)
             else:
                 dense[f"{name}.weight"] = linear.shape
-        targets.append(chosen)
+        selected.append(chosen)
         dense |= skeleton.left_dense(index)
-    return targets, dense
+    return selected, dense
 
 
 def check_inputs(

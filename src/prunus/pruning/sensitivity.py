@@ -20,19 +20,19 @@ from prunus.model.stream import Stream
 from prunus.pruning.block.hooks import input_hooks
 
 __all__ = [
-    "TRIAL_STEPS",
-    "TRIAL_TOKENS",
-    "TRIAL_WINDOWS",
+    "PROBE_STEPS",
+    "PROBE_TOKENS",
+    "PROBE_WINDOWS",
     "Layer",
+    "layer_scores",
     "layers_of",
-    "scores_of_layers",
-    "trial_errors",
+    "sensitivity_curves",
 ]
 
 #: A search tries every layer on so many tokens of as many windows, as one batch: other texts tell more than longer ones.
-TRIAL_WINDOWS, TRIAL_TOKENS = 4, 128
+PROBE_WINDOWS, PROBE_TOKENS = 4, 128
 #: Where it measures their curves, against the sparsity asked for; between them errors grow exponentially.
-TRIAL_STEPS = (-0.15, 0.0, 0.15)
+PROBE_STEPS = (-0.15, 0.0, 0.15)
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class Layer:
     linears: tuple[str, ...]
 
 
-def layers_of(targets: Sequence[Sequence[str]], by: str) -> list[Layer]:
-    """What gets a sparsity of its own, by "block" or by "linear"; `targets` are the relative names per block."""
+def layers_of(selected: Sequence[Sequence[str]], by: str) -> list[Layer]:
+    """What gets a sparsity of its own, by "block" or by "linear"; `selected` are the relative names per block."""
     if by == "block":
-        return [Layer(index, tuple(names)) for index, names in enumerate(targets) if names]
-    return [Layer(index, (name,)) for index, names in enumerate(targets) for name in names]
+        return [Layer(index, tuple(names)) for index, names in enumerate(selected) if names]
+    return [Layer(index, (name,)) for index, names in enumerate(selected) for name in names]
 
 
 @dataclass
-class _Trial:
+class _Probe:
     """A layer pruned to a sparsity, and the hidden states of all batches since."""
 
     layer: int
@@ -59,7 +59,7 @@ class _Trial:
     states: list[Tensor] = field(default_factory=list)
 
 
-def scores_of_layers(
+def layer_scores(
     stream: Stream, layers: Sequence[Layer], measure: Callable[[list[Tensor]], float]
 ) -> list[float]:
     """Per layer what `measure` makes of the Wanda scores (O, I) of its linears, all on the dense model's inputs.
@@ -68,7 +68,7 @@ def scores_of_layers(
     """
     found = [0.0] * len(layers)
     for index in range(len(stream.skeleton)):
-        with _surveyed(stream, index) as (linears, norms):
+        with _dense_pass(stream, index) as (linears, norms):
             for at, layer in enumerate(layers):
                 if layer.block == index:
                     weights = [linears[name].weight_OI.float() for name in layer.linears]
@@ -81,7 +81,7 @@ def scores_of_layers(
     return found
 
 
-def trial_errors(
+def sensitivity_curves(
     stream: Stream, layers: Sequence[Layer], sparsities: Sequence[float]
 ) -> list[list[tuple[float, float]]]:
     """Per layer a curve (sparsity, error): what pruning this layer alone, by Wanda, does to the last block's outputs.
@@ -94,11 +94,11 @@ def trial_errors(
         layers: in the order of their blocks.
         sparsities: rising, over 0; every curve begins with (0, 0).
     """
-    trials: list[_Trial] = []
+    trials: list[_Probe] = []
     states = stream.states
     for index in range(len(stream.skeleton)):
         before = [states.get(batch) for batch in range(len(stream))]
-        with _surveyed(stream, index) as (linears, norms):
+        with _dense_pass(stream, index) as (linears, norms):
             run = stream.call(index)
             for trial in trials:
                 trial.states = [run(hidden) for hidden in trial.states]
@@ -110,7 +110,7 @@ def trial_errors(
                     for name, weight_OI in trained.items():
                         score_OI = wanda_score(weight_OI.float(), norms[name])
                         linears[name].assign(weight_OI * keep_mask(score_OI, Pattern(), sparsity))
-                    trials.append(_Trial(at, sparsity, [run(hidden) for hidden in before]))
+                    trials.append(_Probe(at, sparsity, [run(hidden) for hidden in before]))
                 for name, weight_OI in trained.items():
                     linears[name].assign(weight_OI)
     curves: list[list[tuple[float, float]]] = [[(0.0, 0.0)] for _ in layers]
@@ -127,7 +127,7 @@ def trial_errors(
 
 
 @contextlib.contextmanager
-def _surveyed(
+def _dense_pass(
     stream: Stream, index: int
 ) -> Iterator[tuple[Mapping[str, Linear], Mapping[str, InputStatistics]]]:
     """Block `index` with its weights, after one pass: its linears and their inputs' norms by relative name."""

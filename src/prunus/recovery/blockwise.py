@@ -22,8 +22,8 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import Stream
 from prunus.pruning.output import shard_name
-from prunus.pruning.reconstruction.train import Match, MatchOptions, match_block
-from prunus.recovery.masks import is_pruned, recorded_linears, support_of
+from prunus.pruning.reconstruction.train import TrainOptions, TrainResult, train_block
+from prunus.recovery.masks import is_pruned, mask_of, recorded_linears
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.output import ResultFolder
 from prunus.recovery.record import BlockMatch
@@ -121,7 +121,7 @@ def _match_one(
     recorded: set[str] | None,
     dtype: torch.dtype,
     seconds: float | None,
-) -> tuple[Match | None, list[str]]:
+) -> tuple[TrainResult | None, list[str]]:
     """Train block `index`; returns None where none of its linears is pruned, and the names of those that are."""
     stored, skeleton = student.source.block(index), student.skeleton
     prefix = skeleton.block_name(index)
@@ -133,10 +133,8 @@ def _match_one(
     if not names:
         return None, []
     block = skeleton.fill(index, stored, student.device)
-    supports = {
-        f"{name}.weight": support_of(block.get_parameter(f"{name}.weight")) for name in names
-    }
-    matching = MatchOptions(
+    supports = {f"{name}.weight": mask_of(block.get_parameter(f"{name}.weight")) for name in names}
+    matching = TrainOptions(
         learning_rate=options.peak_rate(),
         relative=options.learning_rate is None,
         passes=options.passes if seconds is None else _MANY_PASSES,
@@ -145,7 +143,7 @@ def _match_one(
     )
     forward = student.forward(index, block)
     try:
-        match = match_block(
+        match = train_block(
             block,
             lambda batch, _all: forward(batch),
             teacher.states.get,
@@ -159,7 +157,7 @@ def _match_one(
     return match, names
 
 
-def _entry(name: str, match: Match | None, seconds: float) -> BlockMatch:
+def _entry(name: str, match: TrainResult | None, seconds: float) -> BlockMatch:
     return BlockMatch(
         name=name,
         error_before=match.error_before if match is not None else None,

@@ -87,7 +87,7 @@ class Checkpoints:
             state = TrainingState.model_validate_json(file.metadata()[_KEY])
             if not self._best(state).exists():
                 return None
-            for key in file.keys():  # noqa: SIM118 - a file is no dict
+            for key in file.keys():  # noqa: SIM118
                 kind, _, name = key.partition("/")
                 if kind == "weight":
                     parameters[name].copy_(file.get_tensor(key))

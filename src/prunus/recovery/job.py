@@ -26,15 +26,15 @@ from prunus.model.tokenizer import load_tokenizer
 from prunus.pruning.compute_dtype import decide_dtype
 from prunus.recovery.blockwise import windows_of
 from prunus.recovery.options import RecoveryOptions
-from prunus.recovery.record import RECORD_NAME, Inputs, RecoveryRecord
+from prunus.recovery.record import RECORD_NAME, RecoveryInputs, RecoveryRecord
 from prunus.recovery.teacher import check_shapes, check_vocabulary, find_teacher
 from prunus.recovery.training import steps_of, training_dtype
 
-__all__ = ["Job", "check_ranks", "prepare"]
+__all__ = ["RecoveryJob", "check_ranks", "plan_recovery"]
 
 
 @dataclass(frozen=True)
-class Job:
+class RecoveryJob:
     """A checked recovery.
 
     Attributes:
@@ -59,7 +59,7 @@ class Job:
     record: RecoveryRecord
 
 
-def prepare(
+def plan_recovery(
     model: str | Path,
     output: Path,
     options: RecoveryOptions,
@@ -69,7 +69,7 @@ def prepare(
     data_dir: Path | None,
     overwrite: bool,
     resume: bool | None,
-) -> Job:
+) -> RecoveryJob:
     """Check what can be checked and decide what is left open; nothing is written.
 
     Raises:
@@ -111,7 +111,7 @@ def prepare(
         assert dense is not None
         dense.bind(dense_skeleton)
     text = _text(options, source, dense, place, data_dir)
-    inputs = Inputs(
+    inputs = RecoveryInputs(
         checkpoint=source.fingerprint,
         teacher=dense.fingerprint if dense is not None else None,
         text=text.source,
@@ -134,7 +134,9 @@ def prepare(
         versions=versions(),
         machine=hardware(place),
     )
-    return Job(options, output, source, skeleton, dense, dense_skeleton, text, place, dtype, record)
+    return RecoveryJob(
+        options, output, source, skeleton, dense, dense_skeleton, text, place, dtype, record
+    )
 
 
 def check_ranks(options: RecoveryOptions, ranks: Ranks) -> None:

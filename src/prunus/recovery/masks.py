@@ -18,7 +18,7 @@ from prunus.model.block_lists import find_block_list
 from prunus.model.experts import fused_experts
 from prunus.model.linears import Linear, find_linears
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
-from prunus.recovery.record import RECORD_NAME, LinearSupport, RecoveryRecord
+from prunus.recovery.record import RECORD_NAME, LinearMask, RecoveryRecord
 
 __all__ = [
     "LEAST",
@@ -26,9 +26,9 @@ __all__ = [
     "head_name",
     "is_pruned",
     "kept_size",
+    "mask_of",
     "pruned_linears",
     "recorded_linears",
-    "support_of",
     "verify",
 ]
 
@@ -86,7 +86,7 @@ def kept_size(linears: Mapping[str, Linear]) -> float:
     for linear in linears.values():
         weight = linear.parameter.detach()
         squares += float(weight.float().square().sum(dtype=torch.float64))
-        kept += int(torch.count_nonzero(support_of(linear.parameter)))
+        kept += int(torch.count_nonzero(mask_of(linear.parameter)))
     return math.sqrt(squares / kept) if squares else 1.0
 
 
@@ -116,14 +116,14 @@ def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
     return found
 
 
-def support_of(weight: torch.Tensor) -> torch.Tensor:
+def mask_of(weight: torch.Tensor) -> torch.Tensor:
     """True where a weight was kept, bool of its shape."""
     return weight != 0
 
 
 def verify(
     name: str, shape: tuple[int, int], before: torch.Tensor, after: torch.Tensor
-) -> LinearSupport:
+) -> LinearMask:
     """Compare a linear weight by weight.
 
     Args:
@@ -141,4 +141,4 @@ def verify(
             f"{name}: {grown} pruned weights are not zero after training; nothing was written"
         )
     count = after.numel() - int(torch.count_nonzero(after))
-    return LinearSupport(shape=shape, zeros_before=int(zero.sum()), zeros_after=count)
+    return LinearMask(shape=shape, zeros_before=int(zero.sum()), zeros_after=count)

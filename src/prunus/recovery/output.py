@@ -13,20 +13,20 @@ import torch
 
 from prunus.model.checkpoint.atomic_files import copy_file, write_json, write_text
 from prunus.model.checkpoint.atomic_files import save_safetensors as save
-from prunus.model.checkpoint.reader import INDEX_NAME, companion_files
+from prunus.model.checkpoint.reader import INDEX_NAME, auxiliary_files
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.pruning.manifest import MANIFEST_NAME
-from prunus.pruning.output import OUTER_SHARD, shard_name
+from prunus.pruning.output import OUTSIDE_SHARD, shard_name
 from prunus.recovery.masks import verify
-from prunus.recovery.record import LinearSupport, RecoveryRecord
+from prunus.recovery.record import LinearMask, RecoveryRecord
 
 __all__ = ["ResultFolder", "companions"]
 
 
 def companions(source: Path) -> list[Path]:
     """Files that a result takes over from the pruned checkpoint as they are, `prunus.json` among them."""
-    found = [path for path in companion_files(source) if not path.name.startswith("prunus-")]
+    found = [path for path in auxiliary_files(source) if not path.name.startswith("prunus-")]
     manifest = source / MANIFEST_NAME
     return [*found, manifest] if manifest.exists() else found
 
@@ -51,7 +51,7 @@ class ResultFolder:
 
     def write_block(
         self, index: int, changed: Mapping[str, torch.Tensor], pruned: Collection[str]
-    ) -> tuple[dict[str, torch.Tensor], dict[str, LinearSupport]]:
+    ) -> tuple[dict[str, torch.Tensor], dict[str, LinearMask]]:
         """Write a block's shard.
 
         Args:
@@ -84,11 +84,11 @@ class ResultFolder:
         save(self.folder / shard_name(index), self._source.as_stored(index, written))
         return written, linears
 
-    def write_outer(
+    def write_outside(
         self, changed: Mapping[str, torch.Tensor], pruned: Collection[str]
-    ) -> dict[str, LinearSupport]:
+    ) -> dict[str, LinearMask]:
         """Write what surrounds the blocks: `changed` tensors and `pruned` linears by the model's full names."""
-        stored = dict(self._source.checkpoint.read(self._source.outer_keys()))
+        stored = dict(self._source.checkpoint.read(self._source.outside_keys()))
         known = self._source.stored_names()
         new = {known[name]: tensor for name, tensor in changed.items() if name in known}
         written = {key: _like(new.get(key, tensor), tensor) for key, tensor in stored.items()}
@@ -98,7 +98,7 @@ class ResultFolder:
             rows, columns = stored[key].shape
             linears[name] = verify(name, (rows, columns), stored[key], written[key])
         if written:
-            save(self.folder / OUTER_SHARD, written)
+            save(self.folder / OUTSIDE_SHARD, written)
         return linears
 
     def finish(self, card: str) -> None:
@@ -107,7 +107,7 @@ class ResultFolder:
             copy_file(path, self.folder / path.name)
         write_text(self.folder / "README.md", card)
         checkpoint = self._source.checkpoint
-        weight_map = dict.fromkeys(self._source.outer_keys(), OUTER_SHARD)
+        weight_map = dict.fromkeys(self._source.outside_keys(), OUTSIDE_SHARD)
         for index in range(len(self._skeleton)):
             weight_map |= dict.fromkeys(self._source.block_keys(index), shard_name(index))
         total = checkpoint.nbytes(checkpoint.tensors)

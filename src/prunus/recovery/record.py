@@ -12,7 +12,14 @@ from prunus.model.checkpoint.atomic_files import write_json
 from prunus.model.checkpoint.records import check_alike, read_record
 from prunus.recovery.options import RecoveryOptions
 
-__all__ = ["RECORD_NAME", "BlockMatch", "Evaluation", "Inputs", "LinearSupport", "RecoveryRecord"]
+__all__ = [
+    "RECORD_NAME",
+    "BlockMatch",
+    "Evaluation",
+    "LinearMask",
+    "RecoveryInputs",
+    "RecoveryRecord",
+]
 
 RECORD_NAME = "prunus-recovery.json"
 
@@ -44,7 +51,7 @@ class Evaluation(_Model):
         return math.exp(self.held_out_loss) if self.held_out_loss < 700 else math.inf
 
 
-class LinearSupport(_Model):
+class LinearMask(_Model):
     """A pruned linear before and after: `shape` is (out, in); no weight that was zero is anything else now."""
 
     shape: tuple[int, int]
@@ -61,10 +68,10 @@ class BlockMatch(_Model):
     steps: int
     seconds: float
     stopped: str | None
-    linears: dict[str, LinearSupport]
+    linears: dict[str, LinearMask]
 
 
-class Inputs(_Model):
+class RecoveryInputs(_Model):
     """What decides the bytes of the result beside the options."""
 
     checkpoint: str = Field(description="fingerprint of the pruned checkpoint")
@@ -94,13 +101,13 @@ class RecoveryRecord(_Model):
     source: str
     teacher: str | None
     options: RecoveryOptions
-    inputs: Inputs
+    inputs: RecoveryInputs
     versions: dict[str, str]
     machine: dict[str, Any]
     evaluations: list[Evaluation] = Field(default_factory=list)
     best: int | None = None
     blocks: list[BlockMatch] = Field(default_factory=list)
-    linears: dict[str, LinearSupport] = Field(default_factory=dict)
+    linears: dict[str, LinearMask] = Field(default_factory=dict)
     stopped: str | None = None
     diverged: bool = False
     totals: dict[str, Any] = Field(default_factory=dict)
@@ -118,7 +125,7 @@ class RecoveryRecord(_Model):
         """
         return read_record(folder / RECORD_NAME, cls)
 
-    def check_same(self, options: RecoveryOptions, inputs: Inputs | None = None) -> None:
+    def check_same(self, options: RecoveryOptions, inputs: RecoveryInputs | None = None) -> None:
         """See that this is the record of the recovery that `options` and, where they are known yet, `inputs` describe.
 
         Raises:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from prunus.distributed import Ranks, joined
+from prunus.distributed import Ranks, process_group
 from prunus.hardware.memory import keep_freed_memory, peak_memory
 from prunus.hardware.sizes import parse_bytes
 from prunus.model.adapter import CONFIG_NAME, save_adapter
@@ -31,7 +31,7 @@ from prunus.pruning.output import shard_name
 from prunus.recovery.blockwise import match_blocks
 from prunus.recovery.card import adapter_card, checkpoint_card
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
-from prunus.recovery.job import Job, check_ranks, prepare
+from prunus.recovery.job import RecoveryJob, check_ranks, plan_recovery
 from prunus.recovery.lora import choose, lora
 from prunus.recovery.masks import block_linears, head_name, pruned_linears, recorded_linears
 from prunus.recovery.options import recovery_options
@@ -96,7 +96,7 @@ def recover(
         RuntimeError: a pruned weight would not be zero; nothing is written.
     """
     if ranks is None:
-        with joined(rank_timeout) as started_ranks:
+        with process_group(rank_timeout) as started_ranks:
             return recover(
                 model,
                 output,
@@ -119,8 +119,8 @@ def recover(
         )
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
     check_ranks(chosen, ranks)
-    with ranks.together():
-        job = prepare(
+    with ranks.fail_together():
+        job = plan_recovery(
             model,
             Path(output),
             chosen,
@@ -145,11 +145,11 @@ def recover(
             write()
             return _close(job, output, checkpoints, started).model_dump_json()
 
-        return RecoveryRecord.model_validate_json(ranks.from_first(finish))
+        return RecoveryRecord.model_validate_json(ranks.on_rank_0(finish))
 
 
 def _close(
-    job: Job, output: str | Path, checkpoints: Checkpoints, started: float
+    job: RecoveryJob, output: str | Path, checkpoints: Checkpoints, started: float
 ) -> RecoveryRecord:
     """The record of a recovery whose result is in place, finished and written."""
     record = job.record
@@ -169,7 +169,7 @@ def _close(
 
 
 def _recover_blocks(
-    job: Job, overwrite: bool, progress: Callable[[Step], None] | None, memory: int | None
+    job: RecoveryJob, overwrite: bool, progress: Callable[[Step], None] | None, memory: int | None
 ) -> None:
     assert job.teacher is not None and job.teacher_skeleton is not None
     check_disk(job.output, job.source.checkpoint.nbytes(job.source.checkpoint.tensors))
@@ -192,7 +192,7 @@ def _recover_blocks(
     }
     head = head_name(job.skeleton.model)
     known = recorded_linears(job.source.checkpoint.folder, head) or set()
-    record.linears |= result.write_outer({}, [head] if head in known and head is not None else [])
+    record.linears |= result.write_outside({}, [head] if head in known and head is not None else [])
     result.finish(checkpoint_card(record, job.source.checkpoint.folder))
     errors = [(b.error_before, b.error_after) for b in record.blocks if b.error_before is not None]
     record.totals = _zeros(record) | {
@@ -207,7 +207,7 @@ def _recover_blocks(
 
 
 def _recover_whole(
-    job: Job,
+    job: RecoveryJob,
     checkpoints: Checkpoints,
     overwrite: bool,
     progress: Callable[[Step], None] | None,
@@ -255,7 +255,7 @@ def _recover_whole(
         check_disk(job.output, _disk(job, trainable))
         _begin(job, overwrite)
 
-    ranks.from_first(begin)
+    ranks.on_rank_0(begin)
     tell = progress if ranks.rank == 0 else None
     state = train(trainable, job.text, options, job.dtype, teacher, checkpoints, tell, ranks)
     record = job.record
@@ -283,7 +283,10 @@ def _recover_whole(
 
 
 def _write(
-    job: Job, result: ResultFolder, changed: dict[str, torch.Tensor], linears: dict[str, Linear]
+    job: RecoveryJob,
+    result: ResultFolder,
+    changed: dict[str, torch.Tensor],
+    linears: dict[str, Linear],
 ) -> dict[str, Any]:
     """All shards; returns the pruned linears, compared."""
     found, inside = dict[str, Any](), set[str]()
@@ -296,10 +299,10 @@ def _write(
         inside |= {f"{prefix}{name}" for name in pruned}
         _, records = result.write_block(index, new, pruned)
         found |= {f"{prefix}{name}": entry for name, entry in records.items()}
-    return found | result.write_outer(changed, [name for name in linears if name not in inside])
+    return found | result.write_outside(changed, [name for name in linears if name not in inside])
 
 
-def _begin(job: Job, overwrite: bool) -> None:
+def _begin(job: RecoveryJob, overwrite: bool) -> None:
     """Create the folder and claim it; what an earlier result left goes, so that no half of one looks whole."""
     make_folder(job.output)
     blocks = job.record.blocks
@@ -343,7 +346,7 @@ def _zeros(record: RecoveryRecord) -> dict[str, Any]:
     return {"weights": weights, "zeros": zeros, "sparsity": zeros / weights if weights else 0.0}
 
 
-def _disk(job: Job, trainable: Trainable) -> int:
+def _disk(job: RecoveryJob, trainable: Trainable) -> int:
     """Bytes for the result and, until it is there, for weights, two moments and the best weights in float32."""
     trained = sum(p.numel() for p in trainable.parameters.values())
     checkpoint = job.source.checkpoint

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from prunus.model.linears import Linear
-from prunus.recovery.masks import support_of
+from prunus.recovery.masks import mask_of
 from prunus.recovery.trainable import Trainable
 
 __all__ = ["merged_weights", "sparse_lora"]
@@ -44,7 +44,7 @@ class MaskedLowRank(nn.Module):
         drawn = (torch.rand(rank, columns, generator=generator) * 2 - 1) * bound
         self.lora_A = nn.Parameter(drawn.to(weight.device))
         self.lora_B = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
-        self.register_buffer("support", support_of(weight))
+        self.register_buffer("support", mask_of(weight))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight with the update, in its dtype; the product is taken in float32."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prunus.model.linears import Linear
-from prunus.recovery.masks import kept_size, support_of
+from prunus.recovery.masks import kept_size, mask_of
 
 __all__ = ["Trainable", "masked"]
 
@@ -41,5 +41,5 @@ def masked(model: Any, linears: dict[str, Linear]) -> Trainable:
     gradient is clipped by is the gradient of what is trained.
     """
     model.requires_grad_(True)
-    supports = {f"{name}.weight": support_of(linear.parameter) for name, linear in linears.items()}
+    supports = {f"{name}.weight": mask_of(linear.parameter) for name, linear in linears.items()}
     return Trainable(model, dict(model.named_parameters()), supports, size=kept_size(linears))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from prunus.calibration.stream import TrainingText
-from prunus.distributed import ALONE, Ranks
+from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.pruning.compute_dtype import native_bfloat16
 from prunus.pruning.reconstruction.learning_rate import learning_rate
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
@@ -108,7 +108,7 @@ class _Trainer:
         Each rank takes some of the step's windows; gradients are added up, and all ranks take the same step.
         """
         ids = self.text.windows(state.step * self.options.batch, self.options.batch)
-        total, mine = 0.0, self.ranks.share(len(ids))
+        total, mine = 0.0, self.ranks.own_range(len(ids))
         for part in ids[mine.start : mine.stop].split(
             max(1, _TOKENS_PER_PASS // self.options.seqlen)
         ):
@@ -116,7 +116,7 @@ class _Trainer:
             loss.backward()
             total += float(loss.detach())
         self._add_up()
-        total = self.ranks.totals([total])[0]
+        total = self.ranks.sum_floats([total])[0]
         for name, support in self.trainable.supports.items():
             gradient = self.trainable.parameters[name].grad
             if gradient is not None:
@@ -141,15 +141,15 @@ class _Trainer:
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            self.ranks.add(parameter.grad)
+            self.ranks.all_reduce(parameter.grad)
 
     @torch.no_grad()
     def judge(self) -> float:
         """Mean next-token cross entropy of the held-out windows, in nats per token."""
-        mine = self.ranks.share(len(self.text.held_out))
+        mine = self.ranks.own_range(len(self.text.held_out))
         own = self.text.held_out[mine.start : mine.stop]
         losses = [float(self.loss(ids, judge=True)) for ids in own.split(1) if len(ids)]
-        everybodys = self.ranks.concatenate(torch.tensor(losses, dtype=torch.float64)).tolist()
+        everybodys = self.ranks.all_gather(torch.tensor(losses, dtype=torch.float64)).tolist()
         return sum(everybodys) / len(everybodys)
 
 
@@ -161,7 +161,7 @@ def train(
     teacher: Any,
     checkpoints: Checkpoints,
     progress: Callable[[Step], None] | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> TrainingState:
     """Train until the budget is spent or nothing is gained any more; go on from a checkpoint where there is one.
 
@@ -244,7 +244,7 @@ def train(
         if share >= min(1.0, len(state.evaluations) / options.evaluations):
             evaluate()
     state.seconds = seconds()
-    ranks.gather([0])  # the first rank has written them
+    ranks.gather_ints([0])  # the first rank has written them
     checkpoints.load_best(state, trainable.parameters)
-    ranks.gather([0])  # and may delete them once all have read
+    ranks.gather_ints([0])  # and may delete them once all have read
     return state

@@ -14,7 +14,7 @@ __all__ = ["quality_parts", "text_name"]
 
 #: What may stand along the top of a table and the x axis of a chart, the first of these that varies.
 _AXES: dict[str, Callable[[Recipe], Any]] = {
-    "sparsity": lambda recipe: _shape(recipe),  # noqa: PLW0108 (defined below)
+    "sparsity": lambda recipe: _shape(recipe),  # noqa: PLW0108
     "calibration windows": lambda recipe: recipe.samples,
     "tokens per window": lambda recipe: recipe.seqlen,
 }

@@ -189,12 +189,14 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _allocation(planned: dict[str, Any]) -> str:
+def _allocation(planned_allocation: dict[str, Any]) -> str:
     """Who gets what sparsity, as `prunus.pruning.allocate.planned` says."""
-    if planned.get("blocks"):
-        return f"{planned['rule']}: " + ", ".join(f"{value:.1%}" for value in planned["blocks"])
-    if planned["measured"]:
-        return f"{planned['rule']}: measured when the run starts, and entered in its manifest"
+    if planned_allocation.get("blocks"):
+        return f"{planned_allocation['rule']}: " + ", ".join(
+            f"{value:.1%}" for value in planned_allocation["blocks"]
+        )
+    if planned_allocation["measured"]:
+        return f"{planned_allocation['rule']}: measured when the run starts, and entered in its manifest"
     return "the same everywhere"
 
 

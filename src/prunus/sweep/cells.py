@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from prunus.distributed import ALONE
+from prunus.distributed import SINGLE_PROCESS
 from prunus.evaluation import perplexity
 from prunus.evaluation.task_runner import evaluate
 from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, copy_file, make_folder
@@ -57,7 +57,7 @@ def prune_cell(
         data_dir=options.data_dir,
         input_ids=ids,
         trust_remote_code=options.trust_remote_code,
-        ranks=ALONE,
+        ranks=SINGLE_PROCESS,
     )
     make_folder(folder)
     manifest = run(model, weights, cell.recipe, own, progress=progress)
@@ -91,7 +91,12 @@ def recover_cell(
     make_folder(folder)
     chosen = recovery | ({"teacher": dense} if recovery.get("teacher") == "dense" else {})
     record = recover(
-        pruned, weights, device=options.device, data_dir=options.data_dir, ranks=ALONE, **chosen
+        pruned,
+        weights,
+        device=options.device,
+        data_dir=options.data_dir,
+        ranks=SINGLE_PROCESS,
+        **chosen,
     )
     copy_file(weights / RECORD_NAME, folder / RECORD_NAME)
     cell.recovered = record.totals

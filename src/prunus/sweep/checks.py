@@ -14,7 +14,7 @@ from prunus.model.device import choose_device
 from prunus.model.kinds import require_causal
 from prunus.model.source import CheckpointSource
 from prunus.pruning.job import RunOptions
-from prunus.pruning.plan import prepare
+from prunus.pruning.plan import plan_run
 from prunus.recovery.options import recovery_options
 from prunus.sweep.cells import task_options
 from prunus.sweep.grid import Sweep
@@ -85,7 +85,7 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
             try:
                 # A given dtype: the trial that "auto" makes is work, which the run itself will do.
                 recipe = cell.recipe.model_copy(update={"dtype": "float32"})
-                prepare(models[cell.model].path, recipe, options)
+                plan_run(models[cell.model].path, recipe, options)
             except (ValueError, FileNotFoundError, NotImplementedError) as fault:
                 raise type(fault)(f"cell {cell.name}: {fault}") from fault
     return results
@@ -93,7 +93,7 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
 
 def _check_tasks(sweep: Sweep, models: dict[str, ModelResult], options: RunOptions) -> None:
     scoring = sweep.scoring
-    accuracy.prepare(
+    accuracy.prepare_tasks(
         [model.path for model in models.values()],
         scoring.tasks,
         **task_options(scoring, options),

@@ -30,7 +30,7 @@ def begin(sweep: Sweep, output: Path, options: RunOptions, file: str, ranks: Ran
     Raises:
         What `check_sweep` raises.
     """
-    found = ranks.from_first(
+    found = ranks.on_rank_0(
         lambda: check_sweep(sweep, output, options, file).model_dump(mode="json")
     )
     return SweepResults.model_validate(found)
@@ -50,7 +50,7 @@ def prepare(results: SweepResults, output: Path, options: RunOptions, ranks: Ran
             results.save(output)
         return results.model_dump(mode="json")
 
-    return SweepResults.model_validate(ranks.from_first(settle))
+    return SweepResults.model_validate(ranks.on_rank_0(settle))
 
 
 def save(results: SweepResults, cell: CellResult | None, output: Path, ranks: Ranks) -> None:
@@ -65,7 +65,7 @@ def save(results: SweepResults, cell: CellResult | None, output: Path, ranks: Ra
 
 def exchange_models(results: SweepResults, ranks: Ranks) -> None:
     """Put what each rank found of the dense models into everybody's results."""
-    ranks.wait_for_all("the dense models")
+    ranks.barrier("the dense models")
     mine = {label: model.model_dump(mode="json") for label, model in results.models.items()}
     for text in ranks.gather_text(json.dumps(mine)):
         for label, content in json.loads(text).items():
@@ -77,7 +77,7 @@ def exchange_models(results: SweepResults, ranks: Ranks) -> None:
 
 def collect(results: SweepResults, output: Path, ranks: Ranks) -> SweepResults:
     """The results of all ranks, written by the first; on all of them."""
-    ranks.wait_for_all("the cells")
+    ranks.barrier("the cells")
 
     def together() -> object:
         if ranks.size > 1:
@@ -85,7 +85,7 @@ def collect(results: SweepResults, output: Path, ranks: Ranks) -> SweepResults:
             results.save(output)
         return results.model_dump(mode="json")
 
-    return SweepResults.model_validate(ranks.from_first(together))
+    return SweepResults.model_validate(ranks.on_rank_0(together))
 
 
 def _take_in(results: SweepResults, output: Path) -> None:

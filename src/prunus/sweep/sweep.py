@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prunus.distributed import ALONE, Ranks, joined
+from prunus.distributed import SINGLE_PROCESS, Ranks, process_group
 from prunus.methods import METHODS
 from prunus.model.checkpoint.lock import locked
 from prunus.pruning.job import RunOptions
@@ -52,9 +52,9 @@ def run_sweep(
     """
     options = options or RunOptions()
     with contextlib.ExitStack() as stack:
-        ranks = options.ranks or stack.enter_context(joined(options.rank_timeout))
+        ranks = options.ranks or stack.enter_context(process_group(options.rank_timeout))
         # A cell is one process' work, whoever does it.
-        options = replace(options, ranks=ALONE)
+        options = replace(options, ranks=SINGLE_PROCESS)
         results = begin(sweep, output, options, file, ranks)
         stack.enter_context(locked(output))
         results = prepare(results, output, options, ranks)
@@ -74,7 +74,7 @@ class _Runner:
 
     def run(self) -> SweepResults:
         models = list(self.results.models.items())
-        for number in self.ranks.claims("models", len(models)):
+        for number in self.ranks.claim("models", len(models)):
             label, model = models[number]
             title = f"{label}, dense"
             with self._failures(model, title):
@@ -83,7 +83,7 @@ class _Runner:
         exchange_models(self.results, self.ranks)
         self._save()
         plain = [cell for cell in self.results.cells if cell.recovers is None]
-        for number in self.ranks.claims("cells", len(plain)):
+        for number in self.ranks.claim("cells", len(plain)):
             cell = plain[number]
             self._group(cell, [x for x in self.results.cells if x.recovers == cell.name])
         return collect(self.results, self.output, self.ranks)

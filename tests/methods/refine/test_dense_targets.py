@@ -9,20 +9,29 @@ import torch
 
 import prunus
 import reference
-from prunus.methods import METHODS, Options, compose
+from prunus.methods import METHODS, MethodOptions, compose
 from prunus.methods.patterns import Pattern
-from prunus.methods.refine.dense_targets import MIX, dense_target, held_out_mix
+from prunus.methods.refine.dense_targets import (
+    DEFAULT_DENSE_WEIGHT,
+    best_dense_weight,
+    dense_target,
+)
 from prunus.methods.statistics import InputStatistics
 from prunus.model.hidden_states import HiddenStates
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
-from prunus.pruning.block.dense_stream import DenseCompanion, DenseInputs, one_batch_in
-from prunus.pruning.job import Job
+from prunus.pruning.block.dense_stream import DenseBlockInputs, DenseStream, drift_stride_for
+from prunus.pruning.job import PruningJob
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, token_ids, weights
 
-ALPS = {"method": "alps", "targets": "dense"}
-BOTH = ALPS | {"mix": "auto", "match_blocks": True, "match_passes": 1, "match_rate": 1e-3}
+ALPS = {"method": "alps", "dense_weight": 0.25}
+BOTH = ALPS | {
+    "dense_weight": "auto",
+    "reconstruct": "all",
+    "reconstruct_epochs": 1,
+    "reconstruct_lr": 1e-3,
+}
 
 
 def drifted(
@@ -76,10 +85,10 @@ def test_the_drift_of_some_batches_stands_for_all():
 
 
 def test_how_many_batches_show_the_drift():
-    assert one_batch_in(32 * 1024, 1536) == 4
-    assert one_batch_in(8 * 512, 8960) == 1
-    assert one_batch_in(16 * 1024, 1536) == 4
-    assert one_batch_in(128 * 2048, 28672) == 3
+    assert drift_stride_for(32 * 1024, 1536) == 4
+    assert drift_stride_for(8 * 512, 8960) == 1
+    assert drift_stride_for(16 * 1024, 1536) == 4
+    assert drift_stride_for(128 * 2048, 28672) == 3
 
 
 def test_batches_that_do_not_show_it_do_not_go_along(tmp_path):
@@ -87,7 +96,7 @@ def test_batches_that_do_not_show_it_do_not_go_along(tmp_path):
     source = CheckpointSource(tiny_checkpoint(tmp_path / "dense"))
     skeleton = Skeleton(source.config, torch.float32)
     source.bind(skeleton)
-    dense = DenseCompanion(skeleton, source, torch.device("cpu"), one_in=4)
+    dense = DenseStream(skeleton, source, torch.device("cpu"), stride=4)
     batches = token_ids(5, 8).split(1)
     with torch.no_grad():
         dense.embed(batches, None, before=3)
@@ -113,7 +122,7 @@ def test_the_mix_is_the_best_of_all_on_tokens_held_out(noise, least, most):
     for place, (x, y) in enumerate(zip(X_TI.split(40), dense_TI.split(40), strict=True)):
         statistics.add(x, y, held_out=place == 2)
     weight_OI = torch.randn(7, width)
-    found = held_out_mix(weight_OI, statistics, damping)
+    found = best_dense_weight(weight_OI, statistics, damping)
 
     scale_I = X_TI.norm(dim=0)
     rest_II = X_TI[:80].T @ X_TI[:80] + damping * 2 / 3 * torch.diag(scale_I**2)
@@ -130,10 +139,10 @@ def test_the_mix_is_the_best_of_all_on_tokens_held_out(noise, least, most):
 
 def test_without_tokens_held_out_the_mix_is_the_constant():
     statistics, _, _ = drifted()
-    weight_OI, chosen = torch.randn(5, 12), Options(targets="dense", mix="auto")
-    assert held_out_mix(weight_OI, statistics, None) is None
+    weight_OI, chosen = torch.randn(5, 12), MethodOptions(dense_weight="auto")
+    assert best_dense_weight(weight_OI, statistics, None) is None
     pruned = compose(METHODS["alps"], chosen).prune(weight_OI, statistics, Pattern(), 0.5, chosen)
-    constant = replace(chosen, mix=MIX)
+    constant = replace(chosen, dense_weight=DEFAULT_DENSE_WEIGHT)
     expected = compose(METHODS["alps"], constant).prune(
         weight_OI, statistics, Pattern(), 0.5, constant
     )
@@ -167,17 +176,17 @@ def test_aiming_at_the_dense_model_lowers_the_error_against_its_outputs(method):
     torch.manual_seed(3)
     statistics, X_TI, dense_TI = drifted(width=16, tokens=400)
     weight_OI = torch.randn(24, 16)
-    update = "lsq" if method == "wanda" else "none"
+    update = "least-squares" if method == "wanda" else "none"
 
     def error(**options) -> float:
-        chosen = Options(update=update, damping=0.01, **options)
+        chosen = MethodOptions(weight_update=update, damping=0.01, **options)
         pruned = compose(METHODS[method], chosen).prune(
             weight_OI, statistics, Pattern(), 0.5, chosen
         )
         assert int((~pruned.keep_OI).sum()) >= 24 * 8
         return float((X_TI @ pruned.weight_OI.T - dense_TI @ weight_OI.T).square().sum())
 
-    assert error(targets="dense", mix=1.0) < error(targets="dense", mix=0.4) < error()
+    assert error(dense_weight=1.0) < error(dense_weight=0.4) < error()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "opt", "mixtral"])
@@ -191,16 +200,16 @@ def test_families_in_memory_replayed_and_spilled_give_the_same_bytes(
     assert plain.totals["sparsity"] == pytest.approx(0.5, abs=0.01)
     last = plain.blocks[-1]
     for block in plain.blocks:
-        assert (block.match is not None) == ("match_blocks" in options)
+        assert (block.match is not None) == ("reconstruct" in options)
         assert block.match is None or block.match.error_after <= block.match.error_before
         assert block.match is None or block.match.measure == (
             "logits" if block is last else "outputs"
         )
         if family != "mixtral":  # where not all tokens reach an expert in both models
-            assert not any("targets" in linear.notes for linear in block.linears.values())
-    monkeypatch.setattr(Job, "fits_lockstep", lambda self, index: False)
-    monkeypatch.setattr(Job, "spills", property(lambda self: True))
-    monkeypatch.setattr(Job, "hidden_stay", property(lambda self: False))
+            assert not any("dense_targets" in linear.notes for linear in block.linears.values())
+    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)
+    monkeypatch.setattr(PruningJob, "spills", property(lambda self: True))
+    monkeypatch.setattr(PruningJob, "hidden_states_stay", property(lambda self: False))
     prunus.prune(dense, tmp_path / "other", **arguments)
     for shard in (tmp_path / "plain").glob("*.safetensors"):
         assert (tmp_path / "other" / shard.name).read_bytes() == shard.read_bytes(), shard.name
@@ -212,7 +221,7 @@ def test_dense_targets_change_what_later_blocks_become(tmp_path):
     for name, options in (
         ("plain", {"method": "alps"}),
         ("mixed", ALPS),
-        ("none", ALPS | {"mix": 0.0}),
+        ("none", ALPS | {"dense_weight": 0.0}),
     ):
         prunus.prune(dense, tmp_path / name, calibration=ids, **options)
     first, second, third = (weights(tmp_path / name) for name in ("plain", "mixed", "none"))
@@ -228,10 +237,12 @@ def test_wide_linears_with_few_tokens_aim_at_their_own_weights(tmp_path, monkeyp
     dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
     arguments = ALPS | {"calibration": token_ids(8, 16), "batch": 2}
     report = prunus.prune(dense, tmp_path / "plain", **arguments)
-    told = {name: linear.notes.get("targets") for name, linear in report.blocks[1].linears.items()}
+    told = {
+        name: linear.notes.get("dense_targets") for name, linear in report.blocks[1].linears.items()
+    }
     few = "pruned: too few tokens for so many inputs"
     assert told == dict.fromkeys(told) | {"mlp.down_proj": few}
-    monkeypatch.setattr(Job, "fits_lockstep", lambda self, index: False)
+    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)
     prunus.prune(dense, tmp_path / "other", **arguments)
     for shard in (tmp_path / "plain").glob("*.safetensors"):
         assert (tmp_path / "other" / shard.name).read_bytes() == shard.read_bytes(), shard.name
@@ -256,9 +267,9 @@ def test_matching_keeps_masks_and_lowers_the_error_of_every_block(method, tmp_pa
         "method": method,
         "pattern": "2:4",
         "calibration": token_ids(32, 32),
-        "match_rate": 1e-3,
+        "reconstruct_lr": 1e-3,
     }
-    report = prunus.prune(dense, tmp_path / "out", match_blocks=True, batch=1, **options)
+    report = prunus.prune(dense, tmp_path / "out", reconstruct="all", batch=1, **options)
     assert all(block.match.error_after < block.match.error_before for block in report.blocks)
     before, after = weights(dense), weights(tmp_path / "out")
     norm, ignored = "model.layers.0.input_layernorm.weight", "model.norm.weight"
@@ -292,25 +303,24 @@ def test_the_dense_inputs_of_an_expert_are_not_known():
         def forward(self, index, block):
             return pytest.fail
 
-    inputs = DenseInputs(Stream(), {0: 0}, 0, torch.nn.Identity(), [], True)
+    inputs = DenseBlockInputs(Stream(), {0: 0}, 0, torch.nn.Identity(), [], True)
     assert inputs.of("expert", 0, 3) is None
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"targets": "dense"}, "wanda keeps its weights"),
-        ({"method": "alps", "mix": 0.3}, "mix belongs to --targets dense"),
-        ({"method": "alps", "targets": "dense", "mix": 2.0}, r"mix must lie in"),
-        ({"method": "alps", "targets": "dense", "mix": "most"}, "or be auto; got most"),
+        ({"dense_weight": 0.25}, "wanda keeps its weights"),
+        ({"method": "alps", "dense_weight": 2.0}, r"dense_weight must lie in"),
+        ({"method": "alps", "dense_weight": "most"}, "or be auto; got most"),
         (
-            {"method": "sparsegpt", "targets": "dense", "propagate": "block"},
+            {"method": "sparsegpt", "dense_weight": 0.25, "propagate": "block"},
             "needs propagate linear",
         ),
-        ({"match_blocks": True, "propagate": "block"}, "needs propagate linear"),
-        ({"match_rate": 0.1}, "belong to --match-blocks"),
-        ({"match_blocks": True, "match_passes": 0}, "match_passes must be at least 1"),
-        ({"match_blocks": True, "batch": 8}, "are one; give more --samples"),
+        ({"reconstruct": "all", "propagate": "block"}, "needs propagate linear"),
+        ({"reconstruct_lr": 0.1}, "belong to --reconstruct last or all"),
+        ({"reconstruct": "all", "reconstruct_epochs": 0}, "reconstruct_epochs must be at least 1"),
+        ({"reconstruct": "all", "batch": 8}, "are one; give more --samples"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_any_work(options, message, tmp_path):

@@ -10,11 +10,11 @@ from torch import Tensor
 
 import reference
 from method_cases import WEIRD, example, weird_example
-from prunus.methods import METHODS, Options, check_options, compose
+from prunus.methods import METHODS, MethodOptions, check_options, compose
 from prunus.methods.compose import REFINEMENTS
 from prunus.methods.patterns import Pattern
-from prunus.methods.refine.dsnot import dsnot_keep
-from prunus.methods.refine.swaps import swapped_keep
+from prunus.methods.refine.dsnot import refine_by_dsnot
+from prunus.methods.refine.swaps import refine_by_swaps
 from prunus.methods.statistics import InputStatistics
 
 BY_ROWS = [
@@ -34,7 +34,9 @@ def gather(X_TI: Tensor) -> InputStatistics:
 
 
 def start(weight_OI: Tensor, X_TI: Tensor, pattern: Pattern, sparsity: float = 0.5) -> Tensor:
-    return METHODS["wanda"].prune(weight_OI, gather(X_TI), pattern, sparsity, Options()).keep_OI
+    return (
+        METHODS["wanda"].prune(weight_OI, gather(X_TI), pattern, sparsity, MethodOptions()).keep_OI
+    )
 
 
 def error(weight_OI: Tensor, keep_OI: Tensor, X_TI: Tensor, damping: float) -> Tensor:
@@ -107,7 +109,7 @@ def test_a_mask_that_keeps_or_drops_all_stays(name):
 def test_no_round_of_swaps_raises_the_error_of_a_row(pattern, rows, columns, rounds, seed):
     weight_OI, X_TI = example(rows, columns, seed)
     keep_OI = start(weight_OI, X_TI, pattern)
-    refined_OI, notes = swapped_keep(weight_OI, keep_OI, gather(X_TI), pattern, 0.05, rounds)
+    refined_OI, notes = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), pattern, 0.05, rounds)
     assert notes["rounds"] <= rounds
     before, after = (error(weight_OI, mask, X_TI, 0.05) for mask in (keep_OI, refined_OI))
     changed_O = (refined_OI != keep_OI).any(dim=1)
@@ -120,7 +122,7 @@ def test_at_the_end_no_swap_lowers_the_error(pattern, seed):
     """All swaps of all rows tried out in full. 24 features are fewer than the candidates of a round."""
     weight_OI, X_TI = example(5, 24, seed)
     keep_OI = start(weight_OI, X_TI, pattern)
-    refined_OI, notes = swapped_keep(weight_OI, keep_OI, gather(X_TI), pattern, 0.05)
+    refined_OI, notes = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), pattern, 0.05)
     assert 0 < notes["rounds"] < 100
     assert not torch.equal(refined_OI, keep_OI)
     scaled_OI, hessian_II, _ = reference.scaled(weight_OI, X_TI.double().T @ X_TI.double(), 0.05)
@@ -141,7 +143,7 @@ def test_one_swap_is_the_best_of_all(monkeypatch):
     for pattern in (Pattern(), Pattern(2, 4)):
         weight_OI, X_TI = example(4, 16)
         keep_OI = start(weight_OI, X_TI, pattern)
-        refined_OI, _ = swapped_keep(weight_OI, keep_OI, gather(X_TI), pattern, 0.05, rounds=1)
+        refined_OI, _ = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), pattern, 0.05, rounds=1)
         scaled_OI, hessian_II, _ = reference.scaled(
             weight_OI, X_TI.double().T @ X_TI.double(), 0.05
         )
@@ -162,9 +164,9 @@ def test_one_swap_is_the_best_of_all(monkeypatch):
 def test_slices_of_rows_make_no_difference(monkeypatch):
     weight_OI, X_TI = example(40, 60)
     keep_OI = start(weight_OI, X_TI, Pattern())
-    whole, notes = swapped_keep(weight_OI, keep_OI, gather(X_TI), Pattern(), 0.05)
+    whole, notes = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), Pattern(), 0.05)
     monkeypatch.setattr("prunus.methods.refine.swaps._ELEMENTS", 5000)
-    sliced, again = swapped_keep(weight_OI, keep_OI, gather(X_TI), Pattern(), 0.05)
+    sliced, again = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), Pattern(), 0.05)
     assert notes == again
     assert torch.equal(whole, sliced)
 
@@ -173,7 +175,7 @@ def test_swaps_cut_wandas_error_by_a_fifth():
     weight_OI, X_TI = example(32, 96, tokens=2000)
     for pattern in (Pattern(), Pattern(2, 4)):
         keep_OI = start(weight_OI, X_TI, pattern)
-        refined_OI, _ = swapped_keep(weight_OI, keep_OI, gather(X_TI), pattern)
+        refined_OI, _ = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), pattern)
         lost, left = (
             ((weight_OI * ~mask) @ X_TI.T).square().sum() for mask in (keep_OI, refined_OI)
         )
@@ -189,7 +191,7 @@ def test_dsnot_is_that_of_the_reference(pattern, rounds):
     weight_OI, X_TI = example(12, 24)
     X_TI = offset(X_TI)
     keep_OI = start(weight_OI, X_TI, pattern)
-    refined_OI, notes = dsnot_keep(weight_OI, keep_OI, gather(X_TI), pattern, rounds=rounds)
+    refined_OI, notes = refine_by_dsnot(weight_OI, keep_OI, gather(X_TI), pattern, rounds=rounds)
     assert notes["swaps"] > 0
     for weight_I, keep_I, refined_I in zip(weight_OI, keep_OI, refined_OI, strict=True):
         expected_I, before, after = reference.dsnot_row(
@@ -203,7 +205,7 @@ def test_dsnot_leaves_inputs_without_a_mean_alone():
     weight_OI, X_TI = example(6, 12)
     X_TI = torch.cat([X_TI, -X_TI])
     keep_OI = start(weight_OI, X_TI, Pattern())
-    refined_OI, notes = dsnot_keep(weight_OI, keep_OI, gather(X_TI), Pattern())
+    refined_OI, notes = refine_by_dsnot(weight_OI, keep_OI, gather(X_TI), Pattern())
     assert torch.equal(refined_OI, keep_OI)
     assert notes["swaps"] == 0
 
@@ -213,24 +215,24 @@ def test_dsnot_leaves_inputs_without_a_mean_alone():
 
 def test_a_composition_needs_what_its_most_demanding_part_needs():
     def needs(name: str, **options: str) -> tuple[str, bool, bool]:
-        method = compose(METHODS[name], Options(**options))
+        method = compose(METHODS[name], MethodOptions(**options))
         return method.needs, method.needs_means, method.updates_weights
 
-    assert compose(METHODS["wanda"], Options()) is METHODS["wanda"]
+    assert compose(METHODS["wanda"], MethodOptions()) is METHODS["wanda"]
     assert needs("magnitude", refine="dsnot") == ("norms", True, False)
     assert needs("wanda", refine="swaps") == ("gram", False, False)
-    assert needs("magnitude", update="lsq") == ("gram", False, True)
-    assert needs("ria", refine="dsnot", update="lsq") == ("gram", True, True)
-    assert needs("alps", update="lsq") == ("gram", False, True)
+    assert needs("magnitude", weight_update="least-squares") == ("gram", False, True)
+    assert needs("ria", refine="dsnot", weight_update="least-squares") == ("gram", True, True)
+    assert needs("alps", weight_update="least-squares") == ("gram", False, True)
 
 
 @pytest.mark.parametrize("refine", ["none", "dsnot", "swaps"])
-@pytest.mark.parametrize("update", ["none", "lsq"])
+@pytest.mark.parametrize("update", ["none", "least-squares"])
 @pytest.mark.parametrize("pattern", [Pattern(), Pattern(2, 4)], ids=repr)
 def test_mask_then_refinement_then_update(refine, update, pattern):
     weight_OI, X_TI = example(8, 24)
     X_TI = offset(X_TI)
-    options = Options(refine=refine, update=update, damping=0.02, refine_rounds=7)
+    options = MethodOptions(refine=refine, weight_update=update, damping=0.02, refine_steps=7)
     pruned = compose(METHODS["wanda"], options).prune(
         weight_OI, gather(X_TI), pattern, 0.5, options
     )
@@ -249,7 +251,7 @@ def test_mask_then_refinement_then_update(refine, update, pattern):
 @pytest.mark.parametrize("pattern", [Pattern(), Pattern(4, 4)], ids=repr)
 def test_nothing_to_remove_changes_nothing(name, pattern):
     weight_OI, X_TI = example(5, 12)
-    options = Options(refine="swaps", update="lsq")
+    options = MethodOptions(refine="swaps", weight_update="least-squares")
     pruned = compose(METHODS[name], options).prune(weight_OI, gather(X_TI), pattern, 0.0, options)
     assert torch.equal(pruned.weight_OI.view(torch.int32), weight_OI.view(torch.int32))
 
@@ -257,25 +259,39 @@ def test_nothing_to_remove_changes_nothing(name, pattern):
 @pytest.mark.parametrize(
     ("name", "pattern", "options", "message"),
     [
-        ("sparsegpt", Pattern(), {"refine": "swaps"}, "changes that mask: add --update lsq"),
-        ("alps", Pattern(2, 4), {"refine": "dsnot"}, "changes that mask: add --update lsq"),
+        (
+            "sparsegpt",
+            Pattern(),
+            {"refine": "swaps"},
+            "changes that mask: add --weight-update least-squares",
+        ),
+        (
+            "alps",
+            Pattern(2, 4),
+            {"refine": "dsnot"},
+            "changes that mask: add --weight-update least-squares",
+        ),
         ("wanda", Pattern(group="column"), {"refine": "swaps"}, "choose another group"),
         ("wanda", Pattern(), {"refine": "swap"}, "'swap': choose none, dsnot or swaps"),
         (
             "wanda",
             Pattern(),
-            {"refine": "swaps", "refine_rounds": 0},
+            {"refine": "swaps", "refine_steps": 0},
             "rounds of the refinement are 0",
         ),
     ],
 )
 def test_what_does_not_go_together_is_refused(name, pattern, options, message):
     with pytest.raises(ValueError, match=message):
-        check_options(name, pattern, 0.5, Options(**options))
+        check_options(name, pattern, 0.5, MethodOptions(**options))
 
 
 def test_what_goes_together_passes():
-    check_options("alps", Pattern(), 0.5, Options(refine="swaps", update="lsq"))
-    check_options("wanda", Pattern(2, 4, group="column"), 0.5, Options(refine="dsnot"))
-    check_options("wanda-variant", Pattern(), 0.5, Options(refine="swaps"))
-    check_options("wanda", Pattern(group="column"), 0.5, Options(update="lsq"))
+    check_options(
+        "alps", Pattern(), 0.5, MethodOptions(refine="swaps", weight_update="least-squares")
+    )
+    check_options("wanda", Pattern(2, 4, group="column"), 0.5, MethodOptions(refine="dsnot"))
+    check_options("wanda-variant", Pattern(), 0.5, MethodOptions(refine="swaps"))
+    check_options(
+        "wanda", Pattern(group="column"), 0.5, MethodOptions(weight_update="least-squares")
+    )

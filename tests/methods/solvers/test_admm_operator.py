@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from method_cases import gather
-from prunus.methods import METHODS, Options
+from prunus.methods import METHODS, MethodOptions
 from prunus.methods.patterns import Pattern
-from prunus.methods.refine.dense_targets import tells_drift
+from prunus.methods.refine.dense_targets import drift_is_worthwhile
 from prunus.methods.solvers.admm_operator import (
     OVER_RELAXATION,
+    admm_operator,
     leading_eigenvectors,
     penalties,
-    shrinking,
 )
-from prunus.methods.solvers.least_squares import ScaledGram, is_scarce, ridge, scaled_gram
+from prunus.methods.solvers.least_squares import ScaledGram, is_data_limited, ridge, scaled_gram
 from prunus.methods.statistics import InputStatistics
 
 
@@ -48,10 +48,14 @@ def exact(scaled: ScaledGram, penalty: float) -> Tensor:
 
 
 def test_only_wide_linears_with_few_tokens_are_scarce(wide_from_64):
-    assert is_scarce(64, ridge(64, 320))
-    assert not is_scarce(64, ridge(64, 321)), "five tokens for each input"
-    assert not is_scarce(63, ridge(63, 100)), "narrow"
-    assert (tells_drift(64, 320), tells_drift(64, 321), tells_drift(63, 100)) == (False, True, True)
+    assert is_data_limited(64, ridge(64, 320))
+    assert not is_data_limited(64, ridge(64, 321)), "five tokens for each input"
+    assert not is_data_limited(63, ridge(63, 100)), "narrow"
+    assert (
+        drift_is_worthwhile(64, 320),
+        drift_is_worthwhile(64, 321),
+        drift_is_worthwhile(63, 100),
+    ) == (False, True, True)
 
 
 def test_without_few_tokens_a_quarter_of_the_iterations_has_each_penalty():
@@ -83,7 +87,7 @@ def test_the_leading_eigenvectors_are_those_of_a_decomposition():
 
 def test_the_spectrum_stands_in_for_inverses(wide_from_64):
     weight_OI, statistics, scaled = scarce()
-    shrink = shrinking(statistics, scaled, len(weight_OI))
+    shrink = admm_operator(statistics, scaled, len(weight_OI))
     for penalty in penalties(scaled, 5):
         expected_OI = weight_OI @ exact(scaled, penalty).float()
         found_OI = weight_OI @ shrink(penalty).float()
@@ -99,7 +103,7 @@ def test_with_few_tokens_alps_loses_hardly_more_than_by_inverses(pattern, monkey
     weight_OI, statistics, scaled = scarce()
 
     def error(method: str) -> float:
-        pruned = METHODS[method].prune(weight_OI, statistics, pattern, 0.5, Options())
+        pruned = METHODS[method].prune(weight_OI, statistics, pattern, 0.5, MethodOptions())
         change_OI = (pruned.weight_OI - weight_OI) * scaled.scale_I
         return float((change_OI @ scaled.gram_II * change_OI).sum())
 
@@ -119,9 +123,9 @@ def test_rows_in_runs_are_pruned_as_all_at_once(wide_from_64, monkeypatch):
         Pattern(group="layer"),
         Pattern.parse("4:8", "row"),
     ):
-        whole = METHODS["alps"].prune(weight_OI, statistics, pattern, 0.5, Options())
+        whole = METHODS["alps"].prune(weight_OI, statistics, pattern, 0.5, MethodOptions())
         monkeypatch.setattr("prunus.hardware.numerics._AT_A_TIME", 10 * 256)
-        runs = METHODS["alps"].prune(weight_OI, statistics, pattern, 0.5, Options())
+        runs = METHODS["alps"].prune(weight_OI, statistics, pattern, 0.5, MethodOptions())
         monkeypatch.undo()
         monkeypatch.setattr("prunus.methods.solvers.least_squares._WIDE", 64)
         assert (whole.keep_OI == runs.keep_OI).float().mean() > 0.999
@@ -134,4 +138,4 @@ def test_what_is_no_gram_matrix_is_refused(wide_from_64):
     assert statistics.gram_II is not None
     statistics.gram_II.fill_(float("nan"))
     with pytest.raises(ValueError, match="is it finite"):
-        METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, Options(damping=1.0))
+        METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions(damping=1.0))

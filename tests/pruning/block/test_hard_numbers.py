@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import prunus
-from prunus.methods import METHODS, Options, compose, default_group
+from prunus.methods import METHODS, MethodOptions, compose, default_group
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
@@ -22,12 +22,12 @@ WAYS = [(name, {}) for name in METHODS]
 WAYS += [
     ("obs", {"mask_from": "magnitude"}),
     ("obs", {"mask_order": "blockwise"}),
-    ("alps", {"targets": "dense"}),
+    ("alps", {"dense_weight": 0.25}),
 ]
 WAYS += [
     ("wanda", {"refine": "dsnot"}),
-    ("wanda", {"refine": "swaps", "update": "lsq"}),
-    ("magnitude", {"update": "lsq"}),
+    ("wanda", {"refine": "swaps", "weight_update": "least-squares"}),
+    ("magnitude", {"weight_update": "least-squares"}),
 ]
 IDS = ["-".join([name, *map(str, options.values())]) for name, options in WAYS]
 LARGEST_HALF = 65504.0
@@ -82,7 +82,7 @@ def prune(
     way: tuple[str, dict], x: torch.Tensor, w: torch.Tensor, pattern: Pattern | None = None
 ) -> tuple[torch.Tensor, LinearRecord]:
     name, chosen = way
-    options = Options(**chosen)
+    options = MethodOptions(**chosen)
     method = compose(METHODS[name], options)
     pattern = pattern or Pattern(group=default_group(name, options))
     module = nn.Linear(w.shape[1], w.shape[0], bias=False)
@@ -123,7 +123,7 @@ def test_inputs(way, x_kind):
             except ValueError as fault:
                 # Only where an update leaves the range of the stored dtype.
                 outside = "half at its end" in w_kind and METHODS[way[0]].updates_weights | (
-                    "update" in way[1]
+                    "weight_update" in way[1]
                 )
                 if not outside or NAME not in str(fault):
                     raise
@@ -137,13 +137,13 @@ def test_inputs(way, x_kind):
             if nm is not None:
                 assert int((result.view(12, 4, 4) != 0).sum(-1).max()) <= 2, what
             kept = result != 0
-            if not (METHODS[way[0]].updates_weights or "update" in way[1]):
+            if not (METHODS[way[0]].updates_weights or "weight_update" in way[1]):
                 assert torch.equal(result[kept], w[kept]), what
             if w_kind == "all zero":
                 assert zeros == w.numel(), what
             # No worse than no weights at all, but where the drift is what is aimed at.
             lost = record.relative_output_error
-            if lost is not None and "targets" not in way[1]:
+            if lost is not None and "dense_weight" not in way[1]:
                 assert lost <= 1.01, what
 
 
@@ -152,7 +152,7 @@ def test_inputs(way, x_kind):
 def test_activations_that_are_not_finite_name_the_linear(way, bad):
     x = inputs("plain", 16)
     x[7, 3] = bad
-    if compose(METHODS[way[0]], Options(**way[1])).needs == "none":
+    if compose(METHODS[way[0]], MethodOptions(**way[1])).needs == "none":
         result, _ = prune(way, x, weight("plain", 12, 16))
         assert bool(result.isfinite().all()), "activations are not looked at"
         return
@@ -164,7 +164,7 @@ def test_activations_that_are_not_finite_name_the_linear(way, bad):
 def test_products_beyond_float32_name_the_linear(way):
     """Squares are summed in float64; a Gram matrix is float32."""
     x = inputs("plain", 16) * 1e19
-    method = compose(METHODS[way[0]], Options(**way[1]))
+    method = compose(METHODS[way[0]], MethodOptions(**way[1]))
     if method.needs == "gram":
         with pytest.raises(ValueError, match=NAME):
             prune(way, x, weight("plain", 12, 16))

@@ -15,7 +15,7 @@ from command_line import call
 from prunus.model.block_lists import find_block_list
 from prunus.model.linears import find_linears
 from prunus.pruning.block.permute import REFUSED, Producer, find_folds, fold, holds
-from prunus.pruning.job import Job
+from prunus.pruning.job import PruningJob
 from stopping import StopError, stop_after
 from tiny import FAMILIES, tiny_checkpoint, tiny_model, token_ids, weights
 
@@ -114,7 +114,7 @@ def test_streamed_replayed_resumed_and_in_place_runs_give_the_same_weights(
     prunus.prune(dense, tmp_path / "resumed", **arguments)
     model = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
     prunus.prune(model, **arguments)
-    monkeypatch.setattr(Job, "fits_lockstep", lambda self, index: False)
+    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)
     prunus.prune(dense, tmp_path / "replayed", **arguments)
     for other in (
         weights(tmp_path / "resumed"),

@@ -16,7 +16,7 @@ from prunus.model.linears import Linear, find_linears
 from prunus.pruning.block.lockstep import lockstep
 from prunus.pruning.block.replay import replay
 from prunus.pruning.block.two_pass import two_pass
-from prunus.pruning.job import Job
+from prunus.pruning.job import PruningJob
 from tiny import tiny_checkpoint, tiny_model, token_ids, weights
 
 
@@ -153,13 +153,13 @@ def test_streamed_in_memory_spilled_and_replayed_runs_are_equal_to_the_byte(
     plain = prunus.prune(dense, tmp_path / "plain", **options)
     assert {block.walk for block in plain.blocks} == {"lockstep"}
 
-    monkeypatch.setattr(Job, "fits_lockstep", lambda self, index: False)
+    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)
     replayed = prunus.prune(dense, tmp_path / "replayed", **options)
     assert {block.walk for block in replayed.blocks} == {"replay"}
-    monkeypatch.setattr(Job, "spills", property(lambda self: True))
-    monkeypatch.setattr(Job, "hidden_stay", property(lambda self: False))
+    monkeypatch.setattr(PruningJob, "spills", property(lambda self: True))
+    monkeypatch.setattr(PruningJob, "hidden_states_stay", property(lambda self: False))
     prunus.prune(dense, tmp_path / "spilled_replayed", **options)
-    monkeypatch.setattr(Job, "fits_lockstep", lambda self, index: True)
+    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: True)
     prunus.prune(dense, tmp_path / "spilled", **options)
 
     shards = sorted(path.name for path in (tmp_path / "plain").glob("*.safetensors"))
@@ -173,15 +173,15 @@ def test_streamed_in_memory_spilled_and_replayed_runs_are_equal_to_the_byte(
 
 def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, monkeypatch):
     from prunus.pruning.job import RunOptions
-    from prunus.pruning.plan import prepare
+    from prunus.pruning.plan import plan_run
     from prunus.pruning.recipe import Recipe
 
     dense = tiny_checkpoint(tmp_path / "dense")
     ids = token_ids(64, 64)
     recipe = Recipe(calibration="token ids", samples=64, seqlen=64, batch=1)
 
-    def job(memory: int | None) -> Job:
-        return prepare(dense, recipe, RunOptions(memory=memory, input_ids=ids))
+    def job(memory: int | None) -> PruningJob:
+        return plan_run(dense, recipe, RunOptions(memory=memory, input_ids=ids))
 
     free = available_memory()
     # Other processes come and go, and this one's pages too.

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from prunus.model.linears import Linear
-from prunus.pruning.block.permute import in_stored_order
+from prunus.pruning.block.permute import inputs_permuted
 
 
 def test_inputs_and_columns_take_the_order_together():
@@ -17,7 +17,7 @@ def test_inputs_and_columns_take_the_order_together():
         x, order_I = torch.randn(5, 24), torch.randperm(24)
         folded, before = copy.deepcopy(module), other.module(x)
         Linear("o", folded).assign(linear.weight_OI[:, order_I])
-        with torch.no_grad(), in_stored_order([linear]) as put:
+        with torch.no_grad(), inputs_permuted([linear]) as put:
             plain = module(x)
             put(linear, order_I)
             put(other, order_I)

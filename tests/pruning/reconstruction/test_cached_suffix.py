@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.pruning.reconstruction.cached_suffix import Tail, behind_attention, find_tail
+from prunus.pruning.reconstruction.cached_suffix import CachedSuffix, after_attention, find_suffix
 
 
 def test_attention_is_the_submodule_that_comes_first():
     llama = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
-    assert behind_attention(llama) == ["mlp.gate_proj", "mlp.down_proj"]
-    assert behind_attention(["self_attn.q_proj", "fc1", "fc2"]) == ["fc1", "fc2"]
-    assert behind_attention(llama[:2]) == llama[:2], "where nothing else is pruned, attention it is"
-    assert behind_attention(["fc1"]) == ["fc1"]
+    assert after_attention(llama) == ["mlp.gate_proj", "mlp.down_proj"]
+    assert after_attention(["self_attn.q_proj", "fc1", "fc2"]) == ["fc1", "fc2"]
+    assert after_attention(llama[:2]) == llama[:2], "where nothing else is pruned, attention it is"
+    assert after_attention(["fc1"]) == ["fc1"]
 
 
 class Block(nn.Module):
@@ -51,7 +51,7 @@ def test_only_what_is_added_last_is_a_tail(name):
     torch.manual_seed(0)
     block, inputs = Block(combine).eval(), torch.randn(3, 2, 5, 8)
     calls = []
-    tail = find_tail(
+    tail = find_suffix(
         block, ["mlp.0", "mlp.2"], lambda batch: calls.append(batch) or block(inputs[batch]), 0
     )
     assert (tail is not None) is works
@@ -71,7 +71,7 @@ def test_only_what_is_added_last_is_a_tail(name):
 def test_gradients_reach_the_tail_and_nothing_else():
     torch.manual_seed(0)
     block, x = Block(COMBINED["added"][0]), torch.randn(2, 5, 8)
-    tail = find_tail(block, ["mlp.0"], lambda _: block(x), 0)
+    tail = find_suffix(block, ["mlp.0"], lambda _: block(x), 0)
     tail(0).square().sum().backward()
     got = block.mlp[0].weight.grad.clone()
     assert block.attention.weight.grad is None
@@ -84,7 +84,9 @@ def test_gradients_reach_the_tail_and_nothing_else():
 def test_what_a_pass_in_lockstep_has_seen_need_not_run_again():
     torch.manual_seed(0)
     block, inputs, calls = Block(COMBINED["added"][0]), torch.randn(3, 2, 5, 8), []
-    tail = find_tail(block, ["mlp.0"], lambda batch: calls.append(batch) or block(inputs[batch]), 0)
+    tail = find_suffix(
+        block, ["mlp.0"], lambda batch: calls.append(batch) or block(inputs[batch]), 0
+    )
     calls.clear()
     linear = block.mlp[2]
 
@@ -124,7 +126,7 @@ def test_some_tokens_are_run_alone_where_a_module_takes_them_apart():
     block, inputs = Block(COMBINED["added"][0]).eval(), torch.randn(3, 2, 12, 8)
     calls = []
     for keep in (True, False):
-        tail = find_tail(
+        tail = find_suffix(
             block, ["mlp.0"], lambda batch: calls.append(batch) or block(inputs[batch]), 0, keep
         )
         assert tail.by_token
@@ -135,11 +137,11 @@ def test_some_tokens_are_run_alone_where_a_module_takes_them_apart():
             assert torch.equal(tail(batch), whole)
         assert calls == ([1, 2] if keep else [1, 1, 1, 1, 2, 2])
     block.mlp = Shifting()
-    assert not find_tail(block, ["mlp.linear"], lambda batch: block(inputs[batch]), 0).by_token
+    assert not find_suffix(block, ["mlp.linear"], lambda batch: block(inputs[batch]), 0).by_token
 
 
 @torch.no_grad()
 def test_of_no_windows_nothing_is_run():
     block, nothing = Block(COMBINED["added"][0]).eval(), torch.empty(0, 5, 8)
-    tail = Tail(block.mlp, lambda _: nothing, keep=False, by_token=True)
+    tail = CachedSuffix(block.mlp, lambda _: nothing, keep=False, by_token=True)
     assert tail(0).shape == (0, 5, 8) and tail(0, slice(1, None, 2)).shape == (0, 2, 8)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.pruning.reconstruction.kl_loss import ONE_IN, TOKENS, divergence
-from prunus.pruning.reconstruction.schedule import Pace, pace
-from prunus.pruning.reconstruction.train import MatchOptions, _on_the_way, _sizes, match_block
+from prunus.pruning.reconstruction.kl_loss import LOGIT_STRIDE, TOKENS, kl_divergence
+from prunus.pruning.reconstruction.schedule import ReconstructionSchedule, default_schedule
+from prunus.pruning.reconstruction.train import TrainOptions, _on_the_way, _sizes, train_block
 
 
 class TwoLinears(nn.Module):
@@ -40,9 +40,9 @@ def task():
 
 def matched(task, **options):
     block, inputs, targets, supports = task
-    chosen = MatchOptions(**({"learning_rate": 1e-2, "passes": 30} | options))
+    chosen = TrainOptions(**({"learning_rate": 1e-2, "passes": 30} | options))
     forward = lambda batch, tokens: block(inputs[batch])[:, tokens]  # noqa: E731
-    return match_block(block, forward, targets.__getitem__, range(2, 8), range(2), supports, chosen)
+    return train_block(block, forward, targets.__getitem__, range(2, 8), range(2), supports, chosen)
 
 
 def test_the_error_falls_and_only_survivors_move(task):
@@ -80,14 +80,14 @@ def test_one_linear_reaches_the_least_squares_solution():
     block.weight.mul_(support)
     x = torch.randn(1, 200, 5) @ torch.randn(5, 5)
     y = torch.randn(1, 200, 3)
-    match = match_block(
+    match = train_block(
         block,
         lambda batch, tokens: block(x),
         lambda batch: y,
         [0],
         [0],
         {"weight": support},
-        MatchOptions(learning_rate=0.05, passes=1500),
+        TrainOptions(learning_rate=0.05, passes=1500),
     )
     for row, kept in enumerate(support):
         best = torch.linalg.lstsq(x[0][:, kept], y[0][:, row, None]).solution.flatten()
@@ -120,9 +120,9 @@ def test_training_that_went_too_far_is_taken_part_of_the_way():
     better = block.weight + 0.1 * torch.randn(4, 20)
     targets = [x @ better.T + 1.5 * torch.randn(1, 24, 4), held @ better.T]
     supports = {"weight": torch.ones(4, 20, dtype=torch.bool)}
-    options = MatchOptions(learning_rate=0.02, passes=400)
+    options = TrainOptions(learning_rate=0.02, passes=400)
     inputs = [x, held]
-    match = match_block(
+    match = train_block(
         block,
         lambda batch, _: block(inputs[batch]),
         targets.__getitem__,
@@ -132,9 +132,9 @@ def test_training_that_went_too_far_is_taken_part_of_the_way():
         options,
     )
     noisy = torch.linalg.lstsq(x[0], targets[0][0]).solution.T
-    error = lambda weight: float(
+    error = lambda weight: float(  # noqa: E731
         (held @ (weight - better).T).square().sum() / targets[1].square().sum()
-    )  # noqa: E731
+    )
     assert (
         error(noisy)
         > match.error_before
@@ -169,8 +169,8 @@ def test_a_step_looks_at_some_tokens_and_passes_at_all_of_them(task):
             seen.append((batch, tuple(range(5)[tokens])))
         return block(inputs[batch])[:, tokens]
 
-    options = MatchOptions(learning_rate=1e-2, passes=4, one_token_in=2)
-    match = match_block(
+    options = TrainOptions(learning_rate=1e-2, passes=4, token_stride=2)
+    match = train_block(
         block, forward, targets.__getitem__, range(2, 8), range(2), supports, options
     )
     assert match.steps == len(seen) == 4 * 6
@@ -195,7 +195,7 @@ def test_a_rate_that_is_too_high_is_noticed(task):
 def test_nothing_to_match_is_refused(task):
     block, inputs, targets, supports = task
     with pytest.raises(ValueError, match="needs pruned linears"):
-        match_block(block, None, None, [0], [1], {}, MatchOptions())
+        train_block(block, None, None, [0], [1], {}, TrainOptions())
     targets[0] = targets[0] / 0
     with pytest.raises(ValueError, match="not finite"):
         matched((block, inputs, targets, supports))
@@ -211,15 +211,15 @@ def test_the_divergence_and_its_gradients_in_turn_are_those_of_all_logits_at_onc
         expected = nn.functional.kl_div(logq, logp.detach(), log_target=True, reduction="sum")
         expected.backward()
         parts = output.clone().requires_grad_(True)
-        compare = divergence(head)
-        in_turn = [compare(parts, target) for _ in range(ONE_IN if tokens > TOKENS else 1)]
+        compare = kl_divergence(head)
+        in_turn = [compare(parts, target) for _ in range(LOGIT_STRIDE if tokens > TOKENS else 1)]
         sum(lost for lost, _ in in_turn).backward()
     assert float(sum(lost.detach() for lost, _ in in_turn)) == pytest.approx(
         float(expected.detach()), rel=1e-4
     )
     assert sum(float(size) for _, size in in_turn) == 2 * tokens
     torch.testing.assert_close(parts.grad, whole.grad, atol=1e-5, rtol=1e-4)
-    judged = slice(None) if tokens <= TOKENS else slice(None, None, ONE_IN)
+    judged = slice(None) if tokens <= TOKENS else slice(None, None, LOGIT_STRIDE)
     logp, logq = (head(x[:, judged]).log_softmax(dim=-1) for x in (target, output))
     expected = nn.functional.kl_div(logq, logp, log_target=True, reduction="sum")
     for _ in range(2):
@@ -231,8 +231,8 @@ def test_the_divergence_and_its_gradients_in_turn_are_those_of_all_logits_at_onc
 def test_a_block_can_be_matched_by_what_a_head_makes_of_its_outputs(task):
     block, inputs, targets, supports = task
     head = nn.Linear(6, 40).requires_grad_(False)
-    options = MatchOptions(learning_rate=1e-2, passes=30)
-    match = match_block(
+    options = TrainOptions(learning_rate=1e-2, passes=30)
+    match = train_block(
         block,
         lambda batch, tokens: block(inputs[batch]),
         targets.__getitem__,
@@ -240,7 +240,7 @@ def test_a_block_can_be_matched_by_what_a_head_makes_of_its_outputs(task):
         range(2),
         supports,
         options,
-        divergence(head),
+        kl_divergence(head),
     )
     assert match.error_after < 0.5 * match.error_before
 
@@ -256,14 +256,14 @@ def test_a_relative_rate_knows_nothing_of_the_size_of_the_weights(relative):
     for scale in (1.0, 32.0):
         block = nn.Linear(6, 6, bias=False).requires_grad_(False)
         block.weight.copy_(begun * support / scale)
-        match = match_block(
+        match = train_block(
             block,
             lambda batch, _, block=block, scale=scale: block(inputs[batch] * scale),
             targets.__getitem__,
             range(1, 6),
             range(1),
             {"weight": support},
-            MatchOptions(learning_rate=0.02, relative=relative, passes=20),
+            TrainOptions(learning_rate=0.02, relative=relative, passes=20),
         )
         found.append(match.weights["weight"] * scale)
         assert match.error_after < match.error_before or not relative
@@ -284,36 +284,45 @@ def test_a_bias_is_trained_at_its_linears_rate():
 
 
 def test_long_batches_are_taken_in_many_small_steps():
-    assert pace(1024, 576, by_token=True, batches=32) == Pace(7, 4, 7e-3)
-    assert pace(1024, 576, by_token=False, batches=32) == Pace(3, 1, 7e-3)
-    assert pace(256, 576, by_token=True, batches=32).one_token_in == 1
+    assert default_schedule(1024, 576, by_token=True, batches=32) == ReconstructionSchedule(
+        7, 4, 7e-3
+    )
+    assert default_schedule(1024, 576, by_token=False, batches=32) == ReconstructionSchedule(
+        3, 1, 7e-3
+    )
+    assert default_schedule(256, 576, by_token=True, batches=32).token_stride == 1
     for tokens in (32, 512, 2048, 2**20):
-        own = pace(tokens, 4 * 576, by_token=True, batches=32)
-        assert own.passes >= own.one_token_in, "passes see all tokens"
-        assert own.learning_rate == pace(tokens, 576, by_token=True, batches=32).learning_rate / 2
+        own = default_schedule(tokens, 4 * 576, by_token=True, batches=32)
+        assert own.passes >= own.token_stride, "passes see all tokens"
+        assert (
+            own.learning_rate
+            == default_schedule(tokens, 576, by_token=True, batches=32).learning_rate / 2
+        )
 
 
 def test_by_logits_so_many_steps_are_enough_however_many_batches_there_are():
-    by_logits = lambda batches, by_token=True: pace(1024, 576, by_token, batches, by_logits=True)  # noqa: E731
-    assert by_logits(32) == Pace(8, 16, 2e-3)
-    assert by_logits(64) == Pace(4, 16, 2e-3)
-    assert by_logits(8) == Pace(8, 16, 2e-3), (
+    by_logits = lambda batches, by_token=True: default_schedule(  # noqa: E731
+        1024, 576, by_token, batches, by_logits=True
+    )
+    assert by_logits(32) == ReconstructionSchedule(8, 16, 2e-3)
+    assert by_logits(64) == ReconstructionSchedule(4, 16, 2e-3)
+    assert by_logits(8) == ReconstructionSchedule(8, 16, 2e-3), (
         "a pass is a sixteenth of the tokens, half of them are enough"
     )
-    assert by_logits(200) == by_logits(1000) == Pace(1, 16, 2e-3)
-    assert by_logits(32, by_token=False) == Pace(3, 1, 2e-3, one_logit_in=4)
+    assert by_logits(200) == by_logits(1000) == ReconstructionSchedule(1, 16, 2e-3)
+    assert by_logits(32, by_token=False) == ReconstructionSchedule(3, 1, 2e-3, logit_stride=4)
 
 
 @pytest.mark.parametrize("tokens", [64, 256, 2048, 8192])
 def test_by_logits_a_quarter_of_the_tokens_is_looked_at_whoever_chooses_them(tokens):
     as_outputs, by_token, whole = (
-        pace(tokens, 576, by_token, 32, by_logits)
+        default_schedule(tokens, 576, by_token, 32, by_logits)
         for by_token, by_logits in ((True, False), (True, True), (False, True))
     )
-    assert by_token.one_logit_in == 1, "what was run for a step is looked at"
-    assert by_token.one_token_in in (4 * as_outputs.one_token_in, max(1, tokens // 64))
-    assert by_token.one_token_in == min(28, max(1, tokens // 64))
-    assert (whole.one_token_in, whole.one_logit_in) == (1, 4)
+    assert by_token.logit_stride == 1, "what was run for a step is looked at"
+    assert by_token.token_stride in (4 * as_outputs.token_stride, max(1, tokens // 64))
+    assert by_token.token_stride == min(28, max(1, tokens // 64))
+    assert (whole.token_stride, whole.logit_stride) == (1, 4)
 
 
 def test_tokens_that_were_chosen_already_are_not_chosen_from_again():
@@ -321,8 +330,8 @@ def test_tokens_that_were_chosen_already_are_not_chosen_from_again():
     output, target = torch.randn(2, 2, TOKENS + 5, 6)
     with torch.enable_grad():
         sizes = [
-            divergence(head, one_in=one_in)(output.clone().requires_grad_(True), target)[1]
-            for one_in in (1, 4)
+            kl_divergence(head, stride=stride)(output.clone().requires_grad_(True), target)[1]
+            for stride in (1, 4)
         ]
     assert sizes == [2 * (TOKENS + 5), 2 * -(-(TOKENS + 5) // 4)]
 

@@ -10,7 +10,7 @@ with the ridge λ and the scales D of `lsq.py`. For dense W the solution is W* =
 the error of any other W exceeds it by tr (W − W*)(X̂ᵀX̂ + λD²)(W − W*)ᵀ: what every method that works on a Gram matrix
 minimises, once it is handed W* in place of W₀.
 
-How much of it to ask for, `held_out_mix` says: the drift (X − X̂) of some windows is kept apart, W* is found from the
+How much of it to ask for, `best_dense_weight` says: the drift (X − X̂) of some windows is kept apart, W* is found from the
 others, and its error on those kept apart is a parabola in α.
 
 Shape suffixes: O outputs (rows), I inputs.
@@ -25,30 +25,37 @@ from prunus.hardware.numerics import all_finite, coarse_product
 from prunus.methods.solvers.least_squares import (
     ScaledGram,
     inner_product,
-    is_scarce,
+    is_data_limited,
     ridge,
     scale_gram,
     scaled_gram,
 )
 from prunus.methods.statistics import InputStatistics
 
-__all__ = ["MIX", "MOST_APART", "dense_target", "has_drift", "held_out_mix", "tells_drift"]
+__all__ = [
+    "DEFAULT_DENSE_WEIGHT",
+    "MAX_STRIDE",
+    "best_dense_weight",
+    "dense_target",
+    "drift_is_worthwhile",
+    "has_drift",
+]
 
 #: α where none is given, or no tokens are held out to find it; see docs/pruning-better.md.
-MIX = 0.25
+DEFAULT_DENSE_WEIGHT = 0.25
 #: At least one batch in so many goes through the dense model as well.
-MOST_APART = 4
+MAX_STRIDE = 4
 
 
 def dense_target(
-    weight_OI: Tensor, statistics: InputStatistics, mix: float | None, damping: float | None
+    weight_OI: Tensor, statistics: InputStatistics, dense_weight: float, damping: float | None
 ) -> Tensor:
     """W*, float32 (O, I); the weight itself where nothing has drifted or the dense inputs are not known.
 
     Args:
         weight_OI: float32, the trained weights.
         statistics: with Gram and drift.
-        mix: α, or None for `MIX`.
+        dense_weight: α.
         damping: λ, or None for `lsq.ridge`.
     """
     if not has_drift(statistics):
@@ -68,7 +75,7 @@ def dense_target(
             ("dense_target", scaled.damping), lambda: _shift(lower_II, drift_II, scaled.scale_I)
         )
         change_OI = coarse_product(weight_OI * scaled.scale_I, shift_II)
-    return weight_OI + change_OI.div(scaled.scale_I).mul_(MIX if mix is None else mix)
+    return weight_OI + change_OI.div(scaled.scale_I).mul_(dense_weight)
 
 
 def _scaled_gram(statistics: InputStatistics, damping: float | None) -> ScaledGram:
@@ -81,21 +88,21 @@ def _scaled_gram(statistics: InputStatistics, damping: float | None) -> ScaledGr
     return statistics.derived(("scaled_drift_gram", damping), lambda: scale_gram(gram_II, damping))
 
 
-def tells_drift(in_features: int, tokens: int) -> bool:
+def drift_is_worthwhile(in_features: int, tokens: int) -> bool:
     """Whether it is worth while to learn from so many tokens how a linear's inputs drift.
 
     Not where it is wide and the ridge is large: W* is then hardly another than W₀, and what is to be learnt would take
     longer than all other linears' drift together.
     """
-    return not is_scarce(in_features, ridge(in_features, tokens))
+    return not is_data_limited(in_features, ridge(in_features, tokens))
 
 
 def has_drift(statistics: InputStatistics) -> bool:
     """Whether enough is known of the dense inputs: of an expert's tokens, say, only where all came its way."""
-    return statistics.drift_share >= (1 if statistics.drift_gram_II is None else 1 / MOST_APART)
+    return statistics.drift_share >= (1 if statistics.drift_gram_II is None else 1 / MAX_STRIDE)
 
 
-def held_out_mix(
+def best_dense_weight(
     weight_OI: Tensor, statistics: InputStatistics, damping: float | None
 ) -> float | None:
     """The α whose W*, found without the tokens held out, comes closest to the dense model's outputs on these.

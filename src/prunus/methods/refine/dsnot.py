@@ -25,7 +25,7 @@ _ROUNDS = 50
 _SMALL = 1e-4
 
 
-def dsnot_keep(
+def refine_by_dsnot(
     weight_OI: Tensor,
     keep_OI: Tensor,
     statistics: InputStatistics,

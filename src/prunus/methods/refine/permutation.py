@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Method, Options, Pruned
+from prunus.methods.base import Method, MethodOptions, Pruned
 from prunus.methods.patterns import Pattern, check_shape, keep_mask
 from prunus.methods.ria import ria_score
 from prunus.methods.statistics import InputStatistics
@@ -50,7 +50,7 @@ class Channels:
         return order_I.view(self.groups, self.repeats, self.width)[:, 0] % self.width
 
 
-def best_order(score_OI: Tensor, pattern: Pattern, channels: Channels) -> Tensor:
+def best_permutation(score_OI: Tensor, pattern: Pattern, channels: Channels) -> Tensor:
     """The order of the inputs that `deal` and `assign` find for each group, int64 (I,); as it was where that is better.
 
     Raises:
@@ -70,7 +70,7 @@ def best_order(score_OI: Tensor, pattern: Pattern, channels: Channels) -> Tensor
     return channels.spread(torch.stack(orders))
 
 
-def in_best_order(method: Method, channels: Channels) -> tuple[Method, Callable[[], Tensor]]:
+def with_permutation(method: Method, channels: Channels) -> tuple[Method, Callable[[], Tensor]]:
     """A method that prunes as `method` would with the inputs in their best order, and puts them back afterwards.
 
     The order is judged by RIA's score for `ria`, by magnitude where nothing is known of the inputs, by Wanda's score
@@ -83,7 +83,7 @@ def in_best_order(method: Method, channels: Channels) -> tuple[Method, Callable[
         statistics: InputStatistics | None,
         pattern: Pattern,
         sparsity: float,
-        options: Options,
+        options: MethodOptions,
     ) -> Pruned:
         if method.name == "ria":
             score_OI = ria_score(weight_OI, statistics, options.ria_power)
@@ -91,7 +91,7 @@ def in_best_order(method: Method, channels: Channels) -> tuple[Method, Callable[
             score_OI = weight_OI.abs()
         else:
             score_OI = wanda_score(weight_OI, statistics)
-        order_I = best_order(score_OI, pattern, channels).to(weight_OI.device)
+        order_I = best_permutation(score_OI, pattern, channels).to(weight_OI.device)
         back_I = order_I.argsort()
         seen = statistics.reordered(order_I) if statistics is not None else None
         pruned = method.prune(weight_OI[:, order_I], seen, pattern, sparsity, options)

@@ -35,7 +35,7 @@ _WORTH = 1e-5
 _ELEMENTS = 2**24
 
 
-def swapped_keep(
+def refine_by_swaps(
     weight_OI: Tensor,
     keep_OI: Tensor,
     statistics: InputStatistics,

@@ -7,7 +7,7 @@ H is the scaled and damped Gram matrix of `lsq.py`, whose diagonal is 1 + λ. Tw
 - `_spectrum` has none inverted for. The largest eigenvalues h of H get what is right for them, ρ/(h + ρ), by way of their
   eigenvectors; the others lie close together above λ, and share a straight line, a + bH. The larger λ, the straighter.
 
-The second is for wide linears with few tokens (`lsq.is_scarce`), whose inverses would take as long as a dozen iterations.
+The second is for wide linears with few tokens (`lsq.is_data_limited`), whose inverses would take as long as a dozen iterations.
 There, where λ is large, 5 iterations with a penalty that grows at each come about as far as 12: on `down` of
 Qwen2.5-Coder-1.5B (8960 inputs, 16,384 tokens) a third of the time, for 1.5 % more error on tokens held out.
 
@@ -25,7 +25,7 @@ from prunus.hardware.numerics import all_finite, coarse_factor, coarse_product
 from prunus.methods.solvers.least_squares import ScaledGram
 from prunus.methods.statistics import InputStatistics
 
-__all__ = ["OVER_RELAXATION", "leading_eigenvectors", "penalties", "shrinking"]
+__all__ = ["OVER_RELAXATION", "admm_operator", "leading_eigenvectors", "penalties"]
 
 #: ω, a little over the mark: twelve iterations at 1.2 come as far as sixteen at 1, at 1.6 they are 1 % worse.
 OVER_RELAXATION = 1.2
@@ -42,17 +42,17 @@ _ONE_LEADING_IN = 16
 
 def penalties(scaled: ScaledGram, iterations: int) -> list[float]:
     """ρ of each iteration, growing."""
-    if not scaled.is_scarce:
+    if not scaled.is_data_limited:
         return [_PENALTIES[len(_PENALTIES) * i // iterations] for i in range(iterations)]
     growth = (_LAST_SCARCE / _FIRST_SCARCE) ** (1 / max(1, iterations - 1))
     return [(1 + scaled.damping) * _FIRST_SCARCE * growth**i for i in range(iterations)]
 
 
-def shrinking(
+def admm_operator(
     statistics: InputStatistics, scaled: ScaledGram, rows: int
 ) -> Callable[[float], Tensor]:
     """From ρ to the matrix (I, I), as `coarse_factor` gives it for `rows` rows; to be asked as `penalties` grow."""
-    return (_spectrum if scaled.is_scarce else _inverses)(statistics, scaled, rows)
+    return (_spectrum if scaled.is_data_limited else _inverses)(statistics, scaled, rows)
 
 
 def _inverses(

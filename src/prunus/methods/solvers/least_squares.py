@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prunus.hardware.numerics import coarse_factor, coarse_product, row_spans
-from prunus.methods.base import WHOLE, Part, Pruned, masked
+from prunus.methods.base import EVERY_ROW, Pruned, RowShard, masked
 from prunus.methods.statistics import InputStatistics
 
 _STEPS = 30
@@ -51,9 +51,9 @@ class ScaledGram:
     damping: float
 
     @property
-    def is_scarce(self) -> bool:
+    def is_data_limited(self) -> bool:
         """Whether its inputs are many and tell little."""
-        return is_scarce(len(self.gram_II), self.damping)
+        return is_data_limited(len(self.gram_II), self.damping)
 
 
 def ridge(in_features: int, tokens: int) -> float:
@@ -65,7 +65,7 @@ def ridge(in_features: int, tokens: int) -> float:
     return min(_MOST_RIDGE, max(_LEAST_RIDGE, _RIDGE * in_features / max(1, tokens)))
 
 
-def is_scarce(in_features: int, damping: float) -> bool:
+def is_data_limited(in_features: int, damping: float) -> bool:
     """Whether inputs are many and tell little, judged by λ = `damping`: then less work comes about as far."""
     return in_features >= _WIDE and damping >= _SCARCE_RIDGE
 
@@ -97,7 +97,7 @@ def conjugate_gradients(
     keep_OI: Tensor,
     gram_II: Tensor,
     steps: int,
-    part: Part = WHOLE,
+    shard: RowShard = EVERY_ROW,
     coarse: bool = False,
     worthwhile: float = 0.0,
     coarse_start: bool = False,
@@ -123,19 +123,19 @@ def conjugate_gradients(
     solvers = [
         _Descent(start_OI[s], target_OI[s], keep_OI[s], first_II, coarse_start) for s in spans
     ]
-    error = part.total(sum(solver.error for solver in solvers)) if worthwhile else 0.0
-    left = part.total(sum(float(solver.size_S1.sum()) for solver in solvers))
+    error = shard.sum(sum(solver.error for solver in solvers)) if worthwhile else 0.0
+    left = shard.sum(sum(float(solver.size_S1.sum()) for solver in solvers))
     enough = left * _TOLERANCE**2
     taken = 0
     while taken < steps and left > enough:
         gain = sum(solver.step(factor_II, coarse) for solver in solvers)
         taken += 1
         if worthwhile:
-            gain = part.total(gain)
+            gain = shard.sum(gain)
             error -= gain
             if gain < worthwhile * error:
                 break
-        left = part.total(sum(float(solver.size_S1.sum()) for solver in solvers))
+        left = shard.sum(sum(float(solver.size_S1.sum()) for solver in solvers))
     return torch.cat([solver.solution_SI for solver in solvers]), taken
 
 
@@ -187,7 +187,7 @@ def fit(
     statistics: InputStatistics,
     damping: float | None,
     steps: int = _STEPS,
-    part: Part = WHOLE,
+    shard: RowShard = EVERY_ROW,
 ) -> Pruned:
     """The best weights for the mask of `start`, beginning with its weights; inputs always 0 keep theirs.
 
@@ -200,7 +200,7 @@ def fit(
     scaled = scaled_gram(statistics, damping)
     first_OI, target_OI = start.weight_OI * scaled.scale_I, weight_OI * scaled.scale_I
     solution_OI, steps = conjugate_gradients(
-        first_OI, target_OI, start.keep_OI, scaled.gram_II, steps, part
+        first_OI, target_OI, start.keep_OI, scaled.gram_II, steps, shard
     )
     notes = start.notes | {"ridge": scaled.damping, "conjugate_gradients": steps}
     return masked(solution_OI.div_(scaled.scale_I), start.keep_OI, notes)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from prunus.hardware.numerics import all_finite
-from prunus.methods.base import WHOLE, Options, Part, Pruned
+from prunus.methods.base import EVERY_ROW, MethodOptions, Pruned, RowShard
 from prunus.methods.patterns import Pattern, keep_above_threshold, keep_mask
-from prunus.methods.solvers.obs_reference_order import sweep_as_original
+from prunus.methods.solvers.obs_reference_order import sweep_in_reference_order
 from prunus.methods.statistics import InputStatistics
 
 #: λ as published, a fraction of the Gram's mean diagonal.
@@ -34,14 +34,14 @@ _SMALL_TRIANGLE = 256
 
 # From the weights of columns start…start+B as they stand (O, B), start, the diagonal of U there (B,), and which rows
 # these are, to the mask (O, B), True for what stays.
-Choose = Callable[[Tensor, int, Tensor, Part], Tensor]
+Choose = Callable[[Tensor, int, Tensor, RowShard], Tensor]
 
 
 def prune_by_obs(
     weight_OI: Tensor,
     statistics: InputStatistics,
     pattern: Pattern,
-    options: Options,
+    options: MethodOptions,
     choose: Choose,
 ) -> Pruned:
     """Prune from left to right, each pruned weight's error spread over the columns to its right.
@@ -58,13 +58,13 @@ def prune_by_obs(
     assert gram_II is not None, "the update needs a Gram matrix"
     damping = DAMPING if options.damping is None else options.damping
     spans = _spans(pattern, options.column_block)
-    if options.as_original:
-        swept = sweep_as_original(
+    if options.reference_order:
+        swept = sweep_in_reference_order(
             weight_OI,
             gram_II,
             damping,
             spans,
-            lambda w_OB, start, d_B: choose(w_OB, start, d_B, WHOLE),
+            lambda w_OB, start, d_B: choose(w_OB, start, d_B, EVERY_ROW),
         )
         if swept is not None:
             return swept
@@ -73,17 +73,17 @@ def prune_by_obs(
     )
     dead_I = gram_II.diagonal() == 0
 
-    def sweep(part: Part) -> Pruned:
+    def sweep(shard: RowShard) -> Pruned:
         swept_OI, keep_OI = _sweep(
-            weight_OI[part.rows],
+            weight_OI[shard.rows],
             factor_II,
             dead_I,
             spans,
-            lambda w_OB, start, d_B: choose(w_OB, start, d_B, part),
+            lambda w_OB, start, d_B: choose(w_OB, start, d_B, shard),
         )
         return Pruned(swept_OI, keep_OI, dict(notes))
 
-    return options.rows.share(len(weight_OI), 1, sweep)
+    return options.rows.solve(len(weight_OI), 1, sweep)
 
 
 def _sweep(
@@ -126,10 +126,12 @@ def _sweep(
     return weight_IO.T.contiguous(), keep_IO.T.contiguous()
 
 
-def block_keep(score_OB: Tensor, pattern: Pattern, sparsity: float, part: Part) -> Tensor:
+def block_keep(score_OB: Tensor, pattern: Pattern, sparsity: float, shard: RowShard) -> Tensor:
     """The mask within a block of columns, (O, B): one threshold for all its rows, unless rows or N:M compete."""
     if pattern.is_unstructured and pattern.group == "layer":
-        return part.among_all(score_OB, lambda all_OB: keep_above_threshold(all_OB, sparsity))
+        return shard.keep_among_all_rows(
+            score_OB, lambda all_OB: keep_above_threshold(all_OB, sparsity)
+        )
     return keep_mask(score_OB, pattern, sparsity)
 
 

@@ -20,7 +20,7 @@ from prunus.hardware.numerics import all_finite
 from prunus.methods.base import Pruned
 
 
-def sweep_as_original(
+def sweep_in_reference_order(
     weight_OI: Tensor,
     gram_II: Tensor,
     damping: float,

@@ -24,7 +24,7 @@ __all__ = [
     "SINGLE_NAME",
     "Checkpoint",
     "TensorInfo",
-    "companion_files",
+    "auxiliary_files",
     "resolve_folder",
 ]
 
@@ -32,7 +32,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 # Weights in any format and prunus' own files: everything else beside them is copied along.
-_NOT_COMPANIONS = {
+_NOT_AUXILIARY = {
     ".safetensors",
     ".gguf",
     ".h5",
@@ -245,7 +245,7 @@ def _state(path: Path) -> tuple[int, int, int]:
     return state.st_ino, state.st_size, state.st_mtime_ns
 
 
-def companion_files(folder: Path, code: bool = False) -> list[Path]:
+def auxiliary_files(folder: Path, code: bool = False) -> list[Path]:
     """Files of a checkpoint folder that travel with the weights: config, tokenizer, chat template, licence.
 
     Python files travel only where the user trusts the checkpoint's `code`.
@@ -254,7 +254,7 @@ def companion_files(folder: Path, code: bool = False) -> list[Path]:
         path
         for path in folder.iterdir()
         if path.is_file()
-        and path.suffix not in _NOT_COMPANIONS
+        and path.suffix not in _NOT_AUXILIARY
         and (code or path.suffix != ".py")
         and path.name not in _OWN_FILES
         and not path.name.startswith(".")

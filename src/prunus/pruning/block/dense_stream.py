@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from prunus.methods.refine.dense_targets import MOST_APART
+from prunus.methods.refine.dense_targets import MAX_STRIDE
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear, find_linears
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 from prunus.model.stream import Stream
-from prunus.pruning.block.hooks import Feed, input_hooks
+from prunus.pruning.block.hooks import Accumulate, input_hooks
 
-__all__ = ["DenseCompanion", "feed_both", "held_out_of", "one_batch_in"]
+__all__ = ["DenseStream", "accumulate_both", "drift_stride_for", "held_out_batches"]
 
 _TOKENS_PER_FEATURE = 2.5
 
@@ -30,7 +30,7 @@ class _Seen(BaseException):
     """Ends a dense forward pass: its input to the linear in question is known."""
 
 
-class DenseCompanion:
+class DenseStream:
     """All calibration windows on their way through the dense model.
 
     Args:
@@ -44,10 +44,10 @@ class DenseCompanion:
         skeleton: Skeleton,
         source: Source,
         device: torch.device,
-        one_in: int = 1,
+        stride: int = 1,
     ) -> None:
         self.stream = Stream(skeleton, source, device)
-        self._one_in = one_in
+        self._one_in = stride
         #: Batch of the pruned model that goes along -> its number here.
         self.along: dict[int, int] = {}
 
@@ -63,7 +63,7 @@ class DenseCompanion:
         self.along = {batch: here for here, batch in enumerate(along)}
         self.stream.embed([batches[batch] for batch in along], spill_to, on_device)
 
-    def counts_along(self, counts: Sequence[int]) -> list[int]:
+    def counts_per_rank(self, counts: Sequence[int]) -> list[int]:
         """How many go along of the batches of every rank, which are so many."""
         ends = [-(-end // self._one_in) for end in itertools.accumulate(counts, initial=0)]
         return [end - start for start, end in itertools.pairwise(ends)]
@@ -76,7 +76,7 @@ class DenseCompanion:
     @contextlib.contextmanager
     def beside(
         self, index: int, stored: Mapping[str, torch.Tensor], names: Sequence[str], keep: bool
-    ) -> Iterator[DenseInputs]:
+    ) -> Iterator[DenseBlockInputs]:
         """While block `index` is pruned: the dense block's inputs of the linears `names`; after it, its outputs.
 
         Args:
@@ -87,7 +87,7 @@ class DenseCompanion:
         """
         block = self.stream.skeleton.duplicate(index, stored, self.stream.device)
         linears = [linear for linear in find_linears(block) if linear.name in names]
-        inputs = DenseInputs(self.stream, self.along, index, block, linears, keep)
+        inputs = DenseBlockInputs(self.stream, self.along, index, block, linears, keep)
         yield inputs
         inputs.finish()
 
@@ -96,8 +96,8 @@ class DenseCompanion:
         self.stream.close()
 
 
-class DenseInputs:
-    """What the linears of one dense block are given, batch by batch; see `DenseCompanion.beside`."""
+class DenseBlockInputs:
+    """What the linears of one dense block are given, batch by batch; see `DenseStream.beside`."""
 
     def __init__(
         self,
@@ -170,21 +170,21 @@ class DenseInputs:
         return seen[0] if seen else None
 
 
-def one_batch_in(tokens: int, width: int) -> int:
+def drift_stride_for(tokens: int, width: int) -> int:
     """Of how many batches one is enough to see how far inputs have drifted, with `tokens` in all.
 
     The drift (X − X̂)ᵀX̂ is far smaller than the Gram X̂ᵀX̂, so fewer tokens will do for it: `_TOKENS_PER_FEATURE` of them
     for each of the widest linear's `width` inputs.
     """
-    return max(1, min(MOST_APART, int(tokens / (_TOKENS_PER_FEATURE * width))))
+    return max(1, min(MAX_STRIDE, int(tokens / (_TOKENS_PER_FEATURE * width))))
 
 
-def held_out_of(count: int) -> frozenset[int]:
+def held_out_batches(count: int) -> frozenset[int]:
     """Of `count` batches every fourth, or the last of fewer; none of a single one."""
     return frozenset(range(3, count, 4) if count >= 4 else range(max(1, count - 1), count))
 
 
-def feed_both(dense: DenseInputs, held_out: frozenset[int]) -> Feed:
+def accumulate_both(dense: DenseBlockInputs, held_out: frozenset[int]) -> Accumulate:
     """Adds what a linear is given in either model, where its statistics have a place for both."""
 
     def feed(statistics: InputStatistics, linear: Linear, batch: int, x_TI: torch.Tensor) -> None:

@@ -18,19 +18,19 @@ from prunus.distributed import Ranks
 from prunus.methods.statistics import Needs
 from prunus.model.experts import Experts
 
-__all__ = ["FEWEST", "Routing", "find_routings", "least_tokens"]
+__all__ = ["MIN_TOKENS", "ExpertCounter", "find_expert_counters", "min_tokens"]
 
 #: Below so many tokens of its own an expert's linears lose less when they are pruned by those of all: measured, see
 #: docs/zoo.md. Norms are known soon; a Gram matrix of few tokens has no full rank.
-FEWEST: dict[Needs, int] = {"none": 0, "norms": 32, "gram": 512}
+MIN_TOKENS: dict[Needs, int] = {"none": 0, "norms": 32, "gram": 512}
 
 
-def least_tokens(needs: Needs, wanted: int | None) -> int:
+def min_tokens(needs: Needs, wanted: int | None) -> int:
     """The minimum of tokens for a method that needs these statistics: as it is wanted, or by measurement."""
-    return 0 if needs == "none" else FEWEST[needs] if wanted is None else wanted
+    return 0 if needs == "none" else MIN_TOKENS[needs] if wanted is None else wanted
 
 
-class Routing:
+class ExpertCounter:
     """The way to one experts module of a block.
 
     Args:
@@ -59,7 +59,9 @@ class Routing:
     def decide(self, ranks: Ranks) -> None:
         """Once all batches were seen, on all ranks at once: who is measured on all tokens."""
         mine_E = sum(self._by_batch.values(), torch.zeros(self.experts.count, dtype=torch.int64))
-        self.tokens_E = [sum(each) for each in zip(*ranks.gather(mine_E.tolist()), strict=True)]
+        self.tokens_E = [
+            sum(each) for each in zip(*ranks.gather_ints(mine_E.tolist()), strict=True)
+        ]
         self.experts.measured_on_all = frozenset(
             number for number, tokens in enumerate(self.tokens_E) if tokens < self.minimum
         )
@@ -81,14 +83,20 @@ class Routing:
         }
 
 
-def find_routings(block: nn.Module, linears: Iterable[str], minimum: int) -> list[Routing]:
+def find_expert_counters(
+    block: nn.Module, linears: Iterable[str], minimum: int
+) -> list[ExpertCounter]:
     """The experts modules of a block that own any of `linears` (relative names); none where the minimum is 0."""
     if minimum == 0:
         return []
     names = list(linears)
     found = [
-        Routing(name, each, minimum)
+        ExpertCounter(name, each, minimum)
         for name, each in block.named_modules()
         if isinstance(each, Experts)
     ]
-    return [routing for routing in found if any(routing.owns(name) for name in names)]
+    return [
+        expert_counter
+        for expert_counter in found
+        if any(expert_counter.owns(name) for name in names)
+    ]

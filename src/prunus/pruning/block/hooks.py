@@ -13,17 +13,17 @@ import torch
 
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
-from prunus.pruning.block.expert_tokens import Routing
+from prunus.pruning.block.expert_tokens import ExpertCounter
 
 __all__ = [
-    "Feed",
+    "Accumulate",
     "Finish",
     "Forward",
     "NewStatistics",
     "Prune",
+    "accumulate_inputs",
+    "execution_order",
     "input_hooks",
-    "order_of",
-    "plain_feed",
     "tokens_of",
 ]
 
@@ -32,10 +32,12 @@ Finish = Callable[[int, torch.Tensor], None]
 Prune = Callable[[Linear, InputStatistics], None]
 NewStatistics = Callable[[Linear], InputStatistics]
 # Adds the input (tokens, in) of a linear in batch i to statistics.
-Feed = Callable[[InputStatistics, Linear, int, torch.Tensor], None]
+Accumulate = Callable[[InputStatistics, Linear, int, torch.Tensor], None]
 
 
-def plain_feed(statistics: InputStatistics, linear: Linear, batch: int, x_TI: torch.Tensor) -> None:
+def accumulate_inputs(
+    statistics: InputStatistics, linear: Linear, batch: int, x_TI: torch.Tensor
+) -> None:
     """Add the input to the statistics, and nothing else."""
     statistics.add(x_TI)
 
@@ -45,12 +47,16 @@ def tokens_of(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def order_of(linears: Sequence[Linear], routings: Sequence[Routing]) -> list[str]:
+def execution_order(
+    linears: Sequence[Linear], expert_counters: Sequence[ExpertCounter]
+) -> list[str]:
     """Names of linears in the order in which they are registered, each experts module before its first linear."""
     names: list[str] = []
     for linear in linears:
         names += [
-            each.name for each in routings if each.owns(linear.name) and each.name not in names
+            each.name
+            for each in expert_counters
+            if each.owns(linear.name) and each.name not in names
         ]
         names.append(linear.name)
     return names
@@ -60,8 +66,8 @@ def order_of(linears: Sequence[Linear], routings: Sequence[Routing]) -> list[str
 def input_hooks(
     linears: Sequence[Linear],
     see: Callable[[Linear, torch.Tensor], object],
-    routings: Sequence[Routing] = (),
-    see_routing: Callable[[Routing, torch.Tensor], object] | None = None,
+    expert_counters: Sequence[ExpertCounter] = (),
+    see_routing: Callable[[ExpertCounter, torch.Tensor], object] | None = None,
 ) -> Iterator[None]:
     """While active, `see(linear, input)` is called before every forward of every linear.
 
@@ -75,18 +81,20 @@ def input_hooks(
         return hook
 
     def routing_hook_for(
-        routing: Routing,
+        expert_counter: ExpertCounter,
     ) -> Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             assert see_routing is not None
-            see_routing(routing, routing.experts.arguments(args, kwargs)[1])
+            see_routing(expert_counter, expert_counter.experts.arguments(args, kwargs)[1])
 
         return hook
 
     handles = [linear.module.register_forward_pre_hook(hook_for(linear)) for linear in linears]
     handles += [
-        routing.experts.register_forward_pre_hook(routing_hook_for(routing), with_kwargs=True)
-        for routing in routings
+        expert_counter.experts.register_forward_pre_hook(
+            routing_hook_for(expert_counter), with_kwargs=True
+        )
+        for expert_counter in expert_counters
     ]
     try:
         yield

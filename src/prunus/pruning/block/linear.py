@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from prunus.distributed import ALONE, Ranks
+from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.numerics import all_finite, coarse_product, count_zeros, row_spans
 from prunus.methods import Method
-from prunus.methods.base import Options
+from prunus.methods.base import MethodOptions
 from prunus.methods.patterns import Pattern
-from prunus.methods.refine.permutation import Channels, in_best_order
+from prunus.methods.refine.permutation import Channels, with_permutation
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
-from prunus.pruning.block.row_sharding import rows_over
+from prunus.pruning.block.row_sharding import row_sharding
 from prunus.pruning.records import LinearRecord
 
 __all__ = ["LinearJob", "prune_linear"]
@@ -29,7 +29,7 @@ class LinearJob:
     method: Method
     pattern: Pattern
     sparsity: float
-    options: Options
+    options: MethodOptions
 
 
 def prune_linear(
@@ -39,13 +39,13 @@ def prune_linear(
     stored: torch.Tensor,
     statistics: InputStatistics,
     channels: Channels | None = None,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> tuple[torch.Tensor, LinearRecord, torch.Tensor | None]:
     """Prune one linear in place and return what is to be stored.
 
     Scores and updates start from the stored weight in float32, whatever dtype the computation uses; what
     the block goes on with is the stored result, so that a run resumed from the shard sees the same numbers
-    (but for `Options.as_original`, whose resumed runs prune finished blocks again).
+    (but for `Options.reference_order`, whose resumed runs prune finished blocks again).
 
     Args:
         job: method, pattern, sparsity.
@@ -67,7 +67,7 @@ def prune_linear(
     method, notes = job.method, {}
     order: Callable[[], torch.Tensor] | None = None
     if channels is not None and not job.pattern.removes_nothing(job.sparsity):
-        method, order = in_best_order(method, channels)
+        method, order = with_permutation(method, channels)
     statistics.check_finite(full_name)
     if statistics.tokens == 0 and method.needs != "none":
         # Without inputs every feature counts the same, which makes Wanda's score row-wise magnitude.
@@ -77,7 +77,7 @@ def prune_linear(
         )
     weight_OI = _oriented(stored, linear).to(linear.weight_OI.device, torch.float32)
     try:
-        options = replace(job.options, rows=rows_over(ranks))
+        options = replace(job.options, rows=row_sharding(ranks))
         pruned = method.prune(weight_OI, statistics, job.pattern, job.sparsity, options)
     except ValueError as fault:
         raise ValueError(f"{full_name}: {fault}") from fault
@@ -91,7 +91,7 @@ def prune_linear(
             f"{method.name} gave weights that are not finite for {full_name}; try a larger --damping or more samples"
         )
     # The original goes on with the weight as computed, and rounds when it saves.
-    linear.assign(pruned.weight_OI if job.options.as_original else new_OI)
+    linear.assign(pruned.weight_OI if job.options.reference_order else new_OI)
     error, energy = _damage(weight_OI, new_OI, statistics, ranks)
     zeros = count_zeros(new_OI)
     record = LinearRecord(
@@ -140,7 +140,7 @@ def _damage(
     squares_I = statistics.sum_squares_I.float()
     lost = total = 0.0
     if gram_II is not None:
-        mine = ranks.share(len(before_OI))
+        mine = ranks.own_range(len(before_OI))
         before_OI, after_OI = before_OI[mine.start : mine.stop], after_OI[mine.start : mine.stop]
     for span in row_spans(before_OI):
         before, after = before_OI[span], after_OI[span]
@@ -152,6 +152,6 @@ def _damage(
             lost += float((change.square_() @ squares_I).sum(dtype=torch.float64))
             total += float((before.square() @ squares_I).sum(dtype=torch.float64))
     if gram_II is not None:
-        lost, total = ranks.totals([lost, total])
+        lost, total = ranks.sum_floats([lost, total])
     share = max(0.0, lost / total) if total > 0 else 0.0
     return (share, None) if gram_II is not None else (None, share)

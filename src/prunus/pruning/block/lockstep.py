@@ -10,7 +10,7 @@ Three ways lead through a block:
 - `two_pass`: the original's way. Statistics of all linears from the unpruned block, then a second pass to
   propagate. Linears late in the block do not see what was pruned before them.
 
-Before experts all batches stand still as well, until it is known how many tokens each expert gets; see `routing`.
+Before experts all batches stand still as well, until it is known how many tokens each expert gets; see `expert_counter`.
 
 None of them knows what a method does: `prune(linear, statistics)` changes the weight in place.
 
@@ -28,19 +28,19 @@ from dataclasses import dataclass
 import torch
 from greenlet import greenlet
 
-from prunus.distributed import ALONE, Ranks
+from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
-from prunus.pruning.block.expert_tokens import Routing
+from prunus.pruning.block.expert_tokens import ExpertCounter
 from prunus.pruning.block.hooks import (
-    Feed,
+    Accumulate,
     Finish,
     Forward,
     NewStatistics,
     Prune,
+    accumulate_inputs,
+    execution_order,
     input_hooks,
-    order_of,
-    plain_feed,
     tokens_of,
 )
 
@@ -54,9 +54,9 @@ def lockstep(
     finish: Finish,
     new_statistics: NewStatistics,
     prune: Prune,
-    feed: Feed = plain_feed,
-    ranks: Ranks = ALONE,
-    routings: Sequence[Routing] = (),
+    feed: Accumulate = accumulate_inputs,
+    ranks: Ranks = SINGLE_PROCESS,
+    expert_counters: Sequence[ExpertCounter] = (),
 ) -> list[Linear]:
     """Take `count` batches through the block in lockstep.
 
@@ -74,22 +74,24 @@ def lockstep(
     Returns:
         The linears that no batch of any rank reached.
     """
-    order = {name: position for position, name in enumerate(order_of(linears, routings))}
-    uncounted = {routing.name: routing for routing in routings}
+    order = {
+        name: position for position, name in enumerate(execution_order(linears, expert_counters))
+    }
+    uncounted = {expert_counter.name: expert_counter for expert_counter in expert_counters}
     pending = {linear.name: linear for linear in linears}
 
     def pause(linear: Linear, x: torch.Tensor) -> None:
         if linear.name in pending:
             greenlet.getcurrent().parent.switch((linear.name, x))
 
-    def pause_before_experts(routing: Routing, chosen_TK: torch.Tensor) -> None:
-        if routing.name in uncounted:
-            greenlet.getcurrent().parent.switch((routing.name, chosen_TK))
+    def pause_before_experts(expert_counter: ExpertCounter, chosen_TK: torch.Tensor) -> None:
+        if expert_counter.name in uncounted:
+            greenlet.getcurrent().parent.switch((expert_counter.name, chosen_TK))
 
     runners = [greenlet(forward) for _ in range(count)]
     waiting: dict[int, tuple[str, torch.Tensor]] = {}
     # Per batch the linear that its statistics were last made for, and the tensor that fed them.
-    last: list[LastFed | None] = [None] * count
+    last: list[LastInput | None] = [None] * count
     # By the linear that they were made for.
     made: dict[str, InputStatistics] = {}
 
@@ -101,13 +103,13 @@ def lockstep(
             waiting[index] = result
 
     try:
-        with input_hooks(linears, pause, routings, pause_before_experts):
+        with input_hooks(linears, pause, expert_counters, pause_before_experts):
             for index in range(count):
                 advance(index, index)
             while True:
                 # Where batches part (experts), the linear registered first goes first: blocks run their
                 # experts in that order, so nobody can still arrive at it.
-                meeting = meet(waiting, last, order, ranks)
+                meeting = synchronize(waiting, last, order, ranks)
                 if meeting is None:
                     break
                 name, leader = meeting.linear, meeting.leader
@@ -139,17 +141,17 @@ def lockstep(
         for runner in runners:
             if not runner.dead:
                 runner.throw()
-        for routing in routings:
-            routing.end()
+        for expert_counter in expert_counters:
+            expert_counter.end()
     return list(pending.values())
 
 
 #: The tensor that a batch last gave to statistics, and the linear that those were made for.
-LastFed = tuple[weakref.ref[torch.Tensor], str]
+LastInput = tuple[weakref.ref[torch.Tensor], str]
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """What all ranks agree on before a linear is pruned.
 
     Attributes:
@@ -164,12 +166,12 @@ class Meeting:
     held: frozenset[str]
 
 
-def meet(
+def synchronize(
     waiting: Mapping[int, tuple[str, torch.Tensor]],
-    last: Sequence[LastFed | None],
+    last: Sequence[LastInput | None],
     order: Mapping[str, int],
     ranks: Ranks,
-) -> Meeting | None:
+) -> Rendezvous | None:
     """The first linear that any batch of any rank waits at; None once all are through.
 
     Args:
@@ -194,7 +196,7 @@ def meet(
         if entry is not None:
             fed[order[entry[1]]] += 1
             stay[order[entry[1]]] += index not in arrived
-    said = ranks.gather([mine, leader, len(arrived), *fed, *stay])
+    said = ranks.gather_ints([mine, leader, len(arrived), *fed, *stay])
     first = min(row[0] for row in said)
     if first == through:
         return None
@@ -210,4 +212,4 @@ def meet(
     }
     if leader >= 0:
         held.add(names[leader])
-    return Meeting(names[first], names[leader] if leader >= 0 else None, frozenset(held))
+    return Rendezvous(names[first], names[leader] if leader >= 0 else None, frozenset(held))

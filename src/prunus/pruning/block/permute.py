@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from prunus.methods.refine.permutation import Channels
-from prunus.model.calls import in_place_of
+from prunus.model.calls import replaced_forward
 from prunus.model.linears import Linear
 
-__all__ = ["REFUSED", "Fold", "find_folds", "fold", "holds", "in_stored_order"]
+__all__ = ["REFUSED", "Fold", "find_folds", "fold", "holds", "inputs_permuted"]
 
 #: What the manifest says of a linear whose inputs keep their order.
 REFUSED = "its inputs keep their order: nothing that writes them could follow without changing the model's outputs"
@@ -221,7 +221,7 @@ def _outputs(consumer: Linear, run: Callable[[], Tensor]) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def in_stored_order(linears: Sequence[Linear]) -> Iterator[Callable[[Linear, torch.Tensor], None]]:
+def inputs_permuted(linears: Sequence[Linear]) -> Iterator[Callable[[Linear, torch.Tensor], None]]:
     """While active: a function that puts the inputs of one of `linears` in an order, int64 (in,), from then on.
 
     It puts the columns of the linear's weight in that order too, and leaves them there. Other linears it leaves alone.
@@ -246,5 +246,5 @@ def in_stored_order(linears: Sequence[Linear]) -> Iterator[Callable[[Linear, tor
 
     with contextlib.ExitStack() as stack:
         for linear in linears:
-            stack.enter_context(in_place_of(linear.module, wrapped(linear)))
+            stack.enter_context(replaced_forward(linear.module, wrapped(linear)))
         yield put

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from prunus.distributed import ALONE, Ranks, shares
+from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
 from prunus.hardware.numerics import count_zeros
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
@@ -21,21 +21,21 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 from prunus.model.stream import Stream
 from prunus.pruning.block.checks import check_same, checked_digest
-from prunus.pruning.block.dense_stream import DenseCompanion, feed_both, held_out_of
-from prunus.pruning.block.expert_tokens import find_routings, least_tokens
-from prunus.pruning.block.hooks import Feed, plain_feed
+from prunus.pruning.block.dense_stream import DenseStream, accumulate_both, held_out_batches
+from prunus.pruning.block.expert_tokens import find_expert_counters, min_tokens
+from prunus.pruning.block.hooks import Accumulate, accumulate_inputs
 from prunus.pruning.block.linear import LinearJob, prune_linear
 from prunus.pruning.block.lockstep import lockstep
-from prunus.pruning.block.permute import REFUSED, Fold, find_folds, fold, holds, in_stored_order
+from prunus.pruning.block.permute import REFUSED, Fold, find_folds, fold, holds, inputs_permuted
 from prunus.pruning.block.replay import replay
 from prunus.pruning.block.two_pass import two_pass
-from prunus.pruning.reconstruction.batches import splitting
-from prunus.pruning.reconstruction.cached_suffix import Tail, find_tail
-from prunus.pruning.reconstruction.reconstruct_block import Matcher
-from prunus.pruning.reconstruction.schedule import RetouchJob, trained
+from prunus.pruning.reconstruction.batches import step_ranks
+from prunus.pruning.reconstruction.cached_suffix import CachedSuffix, find_suffix
+from prunus.pruning.reconstruction.reconstruct_block import BlockReconstructor
+from prunus.pruning.reconstruction.schedule import ReconstructionSettings, trained
 from prunus.pruning.records import BlockRecord, LinearRecord, Walk
 
-__all__ = ["BlockEngine"]
+__all__ = ["BlockPruner"]
 
 _WALKS: dict[Walk, Callable[..., list[Linear]]] = {
     "lockstep": lockstep,
@@ -45,7 +45,7 @@ _WALKS: dict[Walk, Callable[..., list[Linear]]] = {
 
 
 @dataclass
-class BlockEngine:
+class BlockPruner:
     """Takes all calibration windows through a model, one block at a time.
 
     Attributes:
@@ -55,10 +55,10 @@ class BlockEngine:
         device: where blocks and, between blocks, hidden states live.
         permute: look for a better order of each linear's inputs, where whoever writes them can follow; see `folding`.
         sparsities: by full name of a linear, where it is not the `linear_job`'s.
-        min_expert_tokens: an expert that fewer tokens choose is measured on all; see `routing`.
-        retouch_job: how each block is matched to the dense block once it is pruned, or None.
+        min_expert_tokens: an expert that fewer tokens choose is measured on all; see `expert_counter`.
+        reconstruction: how each block is matched to the dense block once it is pruned, or None.
         ranks: who has windows of the same run.
-        drift_one_in: one batch in so many goes through the dense model too.
+        drift_stride: one batch in so many goes through the dense model too.
         aims: whether a linear with so many inputs is told what the dense model gives it.
     """
 
@@ -66,34 +66,34 @@ class BlockEngine:
     source: Source
     linear_job: LinearJob
     device: torch.device
-    retouch_job: RetouchJob | None = None
+    reconstruction: ReconstructionSettings | None = None
     permute: bool = False
     sparsities: Mapping[str, float] = field(default_factory=dict)
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS
     min_expert_tokens: int | None = None
-    drift_one_in: int = 1
-    aims: Callable[[int], bool] = lambda in_features: False
+    drift_stride: int = 1
+    uses_dense_target: Callable[[int], bool] = lambda in_features: False
     stream: Stream = field(init=False)
-    dense: DenseCompanion | None = field(init=False, default=None)
+    dense: DenseStream | None = field(init=False, default=None)
     #: Batches of every rank, this one's among them.
     _counts: list[int] = field(init=False, default_factory=list)
     #: Who takes the windows of a training step apart; see `step_batches`.
-    _split: Ranks = field(init=False, default=ALONE)
+    _split: Ranks = field(init=False, default=SINGLE_PROCESS)
 
     def __post_init__(self) -> None:
         self.stream = Stream(self.skeleton, self.source, self.device)
-        if self.linear_job.method.needs_drift or self.retouch_job is not None:
-            self.dense = DenseCompanion(self.skeleton, self.source, self.device, self.drift_one_in)
+        if self.linear_job.method.needs_drift or self.reconstruction is not None:
+            self.dense = DenseStream(self.skeleton, self.source, self.device, self.drift_stride)
 
     def embed(
         self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True
     ) -> None:
         """Run what comes before the blocks on this rank's share of all `batches`; see `Stream.embed`."""
-        self._counts = [len(part) for part in shares(len(batches), self.ranks.size)]
+        self._counts = [len(part) for part in split_range(len(batches), self.ranks.size)]
         others: list[torch.Tensor] = []
-        if self.retouch_job is not None:
-            self._split = splitting(self.ranks, max(map(len, batches)), self.device)
-            others = [ids[: len(self._split.share(len(ids)))] for ids in batches]
+        if self.reconstruction is not None:
+            self._split = step_ranks(self.ranks, max(map(len, batches)), self.device)
+            others = [ids[: len(self._split.own_range(len(ids)))] for ids in batches]
         batches = self.mine(batches)
         self.stream.embed(batches, spill_to, on_device, others)
         if self.dense is not None:
@@ -101,7 +101,7 @@ class BlockEngine:
 
     def mine(self, batches: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Of all batches those of this rank."""
-        share = self.ranks.share(len(batches))
+        share = self.ranks.own_range(len(batches))
         return batches[share.start : share.stop]
 
     @property
@@ -116,14 +116,14 @@ class BlockEngine:
             self.dense.propagate(index)
 
     def prune(
-        self, index: int, stored: Mapping[str, torch.Tensor], targets: Sequence[str], walk: Walk
+        self, index: int, stored: Mapping[str, torch.Tensor], selected: Sequence[str], walk: Walk
     ) -> tuple[dict[str, torch.Tensor], BlockRecord]:
         """Prune one block and take all batches through it.
 
         Args:
             index: position of the block.
             stored: its tensors by relative name, in the checkpoint's dtypes.
-            targets: relative names of the linears to prune.
+            selected: relative names of the linears to prune.
             walk: how the batches go through; see `lockstep`.
 
         Returns:
@@ -135,29 +135,29 @@ class BlockEngine:
         """
         name = self.skeleton.block_name(index)
         digest = checked_digest(name, stored)
-        self.ranks.at(name)
+        self.ranks.set_location(name)
         block = self.skeleton.fill(index, stored, self.device)
-        linears = [linear for linear in self.skeleton.linears(index) if linear.name in targets]
+        linears = [linear for linear in self.skeleton.linears(index) if linear.name in selected]
         changed: dict[str, torch.Tensor] = {}
         records: dict[str, LinearRecord] = {}
         orders: dict[str, torch.Tensor] = {}
-        folds = self._folds(index, block, targets) if self.permute else {}
-        minimum = least_tokens(self.linear_job.method.needs, self.min_expert_tokens)
-        routings = find_routings(block, (linear.name for linear in linears), minimum)
+        folds = self._folds(index, block, selected) if self.permute else {}
+        minimum = min_tokens(self.linear_job.method.needs, self.min_expert_tokens)
+        expert_counters = find_expert_counters(block, (linear.name for linear in linears), minimum)
 
         def prune_one(linear: Linear, statistics: InputStatistics) -> None:
             key, full_name = f"{linear.name}.weight", f"{name}.{linear.name}"
             wanted = self.sparsities.get(full_name, self.linear_job.sparsity)
             job = replace(self.linear_job, sparsity=wanted)
-            self.ranks.at(full_name)
+            self.ranks.set_location(full_name)
             channels = folds[linear.name].channels if linear.name in folds else None
             changed[key], record, order_I = prune_linear(
                 job, linear, full_name, stored[key], statistics, channels, self.ranks
             )
             records[linear.name] = record
-            for routing in routings:
-                if routing.owns(linear.name):
-                    record.notes |= routing.notes(linear.name)
+            for expert_counter in expert_counters:
+                if expert_counter.owns(linear.name):
+                    record.notes |= expert_counter.notes(linear.name)
             if order_I is not None:
                 orders[linear.name] = order_I
                 put_in_order(linear, order_I)
@@ -169,37 +169,39 @@ class BlockEngine:
                 )
 
         unreached, match, tail = linears, None, None
-        job = self.retouch_job
-        retouch_job = job if job is not None and job.takes(index, len(self.skeleton)) else None
+        job = self.reconstruction
+        reconstruction = job if job is not None and job.takes(index, len(self.skeleton)) else None
         # Of several ranks each would keep what all have.
-        keeps = retouch_job is not None and walk == "lockstep" and self.ranks.size == 1
+        keeps = reconstruction is not None and walk == "lockstep" and self.ranks.size == 1
         names = trained([linear.name for linear in linears], self.linear_job.method.updates_weights)
         count, with_windows = len(self.stream), sum(self._counts) > 0
-        held_out = frozenset(batch - self._before for batch in held_out_of(sum(self._counts)))
+        held_out = frozenset(batch - self._before for batch in held_out_batches(sum(self._counts)))
         # What is trained keeps the order in which it was pruned until then; what is not can go on as it will be stored.
         settled = [
             linear
             for linear in linears
-            if retouch_job is not None and linear.name in folds and linear.name not in names
+            if reconstruction is not None and linear.name in folds and linear.name not in names
         ]
         with contextlib.ExitStack() as outer, contextlib.ExitStack() as stack:
-            feed: Feed = plain_feed
+            feed: Accumulate = accumulate_inputs
             if self.dense is not None:
-                told = [linear.name for linear in linears if self.aims(linear.shape[1])]
+                told = [
+                    linear.name for linear in linears if self.uses_dense_target(linear.shape[1])
+                ]
                 dense_inputs = stack.enter_context(
                     self.dense.beside(index, stored, told, walk == "lockstep")
                 )
                 if self.linear_job.method.needs_drift:
-                    feed = feed_both(dense_inputs, held_out)
+                    feed = accumulate_both(dense_inputs, held_out)
             # Once the dense block is copied, which must not follow.
-            put_in_order = outer.enter_context(in_stored_order(settled))
+            put_in_order = outer.enter_context(inputs_permuted(settled))
             if with_windows:
                 forward, put = self.stream.forward(index, block), self.stream.states.put
                 if keeps:
-                    tail = find_tail(block, names, forward, 0)
+                    tail = find_suffix(block, names, forward, 0)
                 if tail is not None:
                     forward = stack.enter_context(tail.recording())
-                finish = put if retouch_job is None and not self.permute else _forget
+                finish = put if reconstruction is None and not self.permute else _forget
                 unreached = _WALKS[walk](
                     linears,
                     count,
@@ -209,21 +211,21 @@ class BlockEngine:
                     prune_one,
                     feed,
                     self.ranks,
-                    routings,
+                    expert_counters,
                 )
             for linear in unreached:
                 nothing = self._new_statistics(linear)
                 nothing.complete(self.ranks)
                 prune_one(linear, nothing)
             stack.close()  # the dense block's outputs are where its inputs were
-            if retouch_job is not None and changed:
+            if reconstruction is not None and changed:
                 assert self.dense is not None
-                matcher = Matcher(
-                    retouch_job,
+                matcher = BlockReconstructor(
+                    reconstruction,
                     self.stream,
                     self.dense.stream,
                     list(self.dense.along),
-                    self.dense.counts_along(self._counts),
+                    self.dense.counts_per_rank(self._counts),
                     self.ranks,
                     self._split,
                 )
@@ -234,7 +236,7 @@ class BlockEngine:
         by_name = {linear.name: linear for linear in self.skeleton.linears(index)}
         for relative, order_I in orders.items():
             changed |= fold({**stored, **changed}, folds[relative], order_I, by_name)
-        if retouch_job is not None or self.permute:
+        if reconstruction is not None or self.permute:
             self._advance(index, {**stored, **changed}, tail, reordered=bool(orders))
         self.skeleton.release(index)
         check_same(self.ranks, name, changed)
@@ -249,7 +251,11 @@ class BlockEngine:
         )
 
     def _advance(
-        self, index: int, finished: Mapping[str, torch.Tensor], tail: Tail | None, reordered: bool
+        self,
+        index: int,
+        finished: Mapping[str, torch.Tensor],
+        tail: CachedSuffix | None,
+        reordered: bool,
     ) -> None:
         """Take all batches through the finished block, as when a run is resumed behind it; by its tail, if it can be."""
         if not len(self.stream):
@@ -265,15 +271,18 @@ class BlockEngine:
             linear.shape[1],
             method.needs,
             self.device,
-            self.linear_job.options.as_original,
+            self.linear_job.options.reference_order,
             means=method.needs_means,
-            drift=self.aims(linear.shape[1]) and ("some" if self.drift_one_in > 1 else True),
-            hold_out=method.holds_out,
+            drift=self.uses_dense_target(linear.shape[1])
+            and ("some" if self.drift_stride > 1 else True),
+            hold_out=method.needs_held_out,
             shared=self.ranks.size > 1,
-            coarse=method.ridged,
+            coarse=method.adds_ridge,
         )
 
-    def _folds(self, index: int, block: torch.nn.Module, targets: Sequence[str]) -> dict[str, Fold]:
+    def _folds(
+        self, index: int, block: torch.nn.Module, selected: Sequence[str]
+    ) -> dict[str, Fold]:
         """By relative name of a linear, the order of whose inputs is free: what follows it. Tried on the first batch.
 
         One rank alone has that batch, and tells the others which guess held.
@@ -283,7 +292,7 @@ class BlockEngine:
         pattern = self.linear_job.pattern
         assert pattern.m is not None
         found = find_folds(list(linears.values()), heads, pattern.m)
-        guessed = {name: guesses for name, guesses in found.items() if name in targets}
+        guessed = {name: guesses for name, guesses in found.items() if name in selected}
         held: dict[str, int] = {}
         if self._before == 0 and len(self.stream):
             forward = self.stream.forward(index, block)
@@ -308,8 +317,8 @@ class BlockEngine:
         """
         head = self.skeleton.head()
         key = f"{head.name}.weight"
-        with self.skeleton.surroundings(self.source.outer, self.device, with_head=True):
-            self.ranks.at(head.name)
+        with self.skeleton.outside_blocks(self.source.outer, self.device, with_head=True):
+            self.ranks.set_location(head.name)
             statistics = self._new_statistics(head)
             for position, ids in enumerate(self.mine(batches)):
                 x = self.skeleton.head_input(ids.to(self.device), self.stream.states.get(position))

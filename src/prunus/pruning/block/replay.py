@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 import torch
 
-from prunus.distributed import ALONE, Ranks
+from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
-from prunus.pruning.block.expert_tokens import Routing
+from prunus.pruning.block.expert_tokens import ExpertCounter
 from prunus.pruning.block.hooks import (
-    Feed,
+    Accumulate,
     Finish,
     Forward,
     NewStatistics,
     Prune,
+    accumulate_inputs,
+    execution_order,
     input_hooks,
-    order_of,
-    plain_feed,
     tokens_of,
 )
 
@@ -48,7 +48,7 @@ class _FirstGroup:
 
     groups: dict[str, _Group]
     new_statistics: NewStatistics
-    feed: Feed
+    feed: Accumulate
     batch: int
     counted: set[str]
     leader: str | None = None
@@ -67,11 +67,11 @@ class _FirstGroup:
         if linear.name not in members:
             members.append(linear.name)
 
-    def count(self, routing: Routing, chosen_TK: torch.Tensor) -> None:
+    def count(self, expert_counter: ExpertCounter, chosen_TK: torch.Tensor) -> None:
         """Experts whose tokens are to be counted before any of them is measured: a group of their own."""
         if self.leader is None:
-            routing.see(self.batch, chosen_TK)
-            self.counted.add(routing.name)
+            expert_counter.see(self.batch, chosen_TK)
+            self.counted.add(expert_counter.name)
         raise _Stop
 
 
@@ -82,14 +82,14 @@ def replay(
     finish: Finish,
     new_statistics: NewStatistics,
     prune: Prune,
-    feed: Feed = plain_feed,
-    ranks: Ranks = ALONE,
-    routings: Sequence[Routing] = (),
+    feed: Accumulate = accumulate_inputs,
+    ranks: Ranks = SINGLE_PROCESS,
+    expert_counters: Sequence[ExpertCounter] = (),
 ) -> list[Linear]:
     """As `lockstep`, with one batch in flight: the block is run once per group of linears that share an input."""
     pending = {linear.name: linear for linear in linears}
-    uncounted = {routing.name: routing for routing in routings}
-    names = order_of(linears, routings)
+    uncounted = {expert_counter.name: expert_counter for expert_counter in expert_counters}
+    names = execution_order(linears, expert_counters)
     while pending:
         # Per linear: its statistics and who fed them. A batch stops where a second input is asked for.
         groups: dict[str, _Group] = {}
@@ -102,7 +102,7 @@ def replay(
             ):
                 forward(index)
         mine = min((names.index(name) for name in (*groups, *counted)), default=len(names))
-        first = min(each for (each,) in ranks.gather([mine]))
+        first = min(each for (each,) in ranks.gather_ints([mine]))
         if first == len(names):
             break
         leader = names[first]
@@ -113,12 +113,12 @@ def replay(
         group.statistics.complete(ranks)
         # In the order in which a rank that reached it met them.
         met = [names.index(name) for name in group.members]
-        everybodys = ranks.gather(met + [-1] * (len(names) - len(met)))
+        everybodys = ranks.gather_ints(met + [-1] * (len(names) - len(met)))
         members = dict.fromkeys(position for row in everybodys for position in row if position >= 0)
         for position in members:
             prune(pending.pop(names[position]), group.statistics)
-    for routing in routings:
-        routing.end()
+    for expert_counter in expert_counters:
+        expert_counter.end()
     for index in range(count):
         finish(index, forward(index))
     return list(pending.values())

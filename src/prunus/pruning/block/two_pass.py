@@ -10,18 +10,18 @@ from collections.abc import Sequence
 
 import torch
 
-from prunus.distributed import ALONE, Ranks
+from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
-from prunus.pruning.block.expert_tokens import Routing
+from prunus.pruning.block.expert_tokens import ExpertCounter
 from prunus.pruning.block.hooks import (
-    Feed,
+    Accumulate,
     Finish,
     Forward,
     NewStatistics,
     Prune,
+    accumulate_inputs,
     input_hooks,
-    plain_feed,
     tokens_of,
 )
 
@@ -35,13 +35,13 @@ def two_pass(
     finish: Finish,
     new_statistics: NewStatistics,
     prune: Prune,
-    feed: Feed = plain_feed,
-    ranks: Ranks = ALONE,
-    routings: Sequence[Routing] = (),
+    feed: Accumulate = accumulate_inputs,
+    ranks: Ranks = SINGLE_PROCESS,
+    expert_counters: Sequence[ExpertCounter] = (),
 ) -> list[Linear]:
     """The original's two passes: statistics of the whole unpruned block, then the pruned block's outputs."""
     names = [linear.name for linear in linears]
-    _count(routings, count, forward, ranks)
+    _count(expert_counters, count, forward, ranks)
     statistics: dict[str, InputStatistics] = {}
     leader_of: dict[str, str] = {}
     for index in range(count):
@@ -63,7 +63,7 @@ def two_pass(
             forward(index)
         previous = None
     mine = [names.index(leader_of[name]) if name in leader_of else -1 for name in names]
-    for name, leaders in zip(names, zip(*ranks.gather(mine), strict=True), strict=True):
+    for name, leaders in zip(names, zip(*ranks.gather_ints(mine), strict=True), strict=True):
         known = {leader for leader in leaders if leader >= 0}
         if len(known) > 1:
             raise _differently(name, names[min(known)])
@@ -75,8 +75,8 @@ def two_pass(
             if linear.name not in statistics:  # other ranks have fed it, this one has not
                 statistics[linear.name] = new_statistics(linear)
             statistics[linear.name].complete(ranks)
-    for routing in routings:
-        routing.end()
+    for expert_counter in expert_counters:
+        expert_counter.end()
     for linear in reached:
         prune(linear, statistics[leader_of[linear.name]])
     for index in range(count):
@@ -88,29 +88,31 @@ class _Counted(BaseException):
     """Ends a pass behind the last experts whose tokens are counted."""
 
 
-def _count(routings: Sequence[Routing], count: int, forward: Forward, ranks: Ranks) -> None:
+def _count(
+    expert_counters: Sequence[ExpertCounter], count: int, forward: Forward, ranks: Ranks
+) -> None:
     """One pass of the unpruned block to see which experts the tokens choose, before anything is measured."""
-    for index in range(count) if routings else ():
-        missing = {routing.name for routing in routings}
+    for index in range(count) if expert_counters else ():
+        missing = {expert_counter.name for expert_counter in expert_counters}
 
         def see(
-            routing: Routing,
+            expert_counter: ExpertCounter,
             chosen_TK: torch.Tensor,
             index: int = index,
             missing: set[str] = missing,
         ) -> None:
-            routing.see(index, chosen_TK)
-            missing.discard(routing.name)
+            expert_counter.see(index, chosen_TK)
+            missing.discard(expert_counter.name)
             if not missing:
                 raise _Counted
 
         with (
-            input_hooks((), lambda _linear, _x: None, routings, see),
+            input_hooks((), lambda _linear, _x: None, expert_counters, see),
             contextlib.suppress(_Counted),
         ):
             forward(index)
-    for routing in routings:
-        routing.decide(ranks)
+    for expert_counter in expert_counters:
+        expert_counter.decide(ranks)
 
 
 def _differently(name: str, leader: str) -> RuntimeError:

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 
 import torch
 
-from prunus.distributed import ALONE, Ranks
+from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.model.hidden_states import HiddenStates
 
-__all__ = ["StepBatches", "splitting"]
+__all__ = ["ReconstructionBatches", "step_ranks"]
 
 
-def splitting(ranks: Ranks, windows: int, device: torch.device) -> Ranks:
+def step_ranks(ranks: Ranks, windows: int, device: torch.device) -> Ranks:
     """Those who take a step's windows apart: all ranks, or each all of them alone.
 
     Args:
@@ -28,10 +28,10 @@ def splitting(ranks: Ranks, windows: int, device: torch.device) -> Ranks:
         device: where gradients are computed. On CUDA they need not come out twice the same, so they are always summed:
             of a single window one rank then computes them for all.
     """
-    return ranks if windows > 1 or device.type == "cuda" else ALONE
+    return ranks if windows > 1 or device.type == "cuda" else SINGLE_PROCESS
 
 
-class StepBatches:
+class ReconstructionBatches:
     """The batches of all ranks in one row, in the order of ranks. To make one, and `get`, are meetings.
 
     Args:
@@ -39,7 +39,7 @@ class StepBatches:
         chosen: numbers of those among them that are meant.
         counts: how many of them each rank has.
         ranks: of the run.
-        split: see `splitting`.
+        split: see `step_ranks`.
         device: where `get` puts them.
     """
 
@@ -78,5 +78,5 @@ class StepBatches:
         else:
             whole = torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
         self._ranks.broadcast(whole, owner)
-        mine = self._split.share(len(whole))
+        mine = self._split.own_range(len(whole))
         return whole[mine.start : mine.stop]

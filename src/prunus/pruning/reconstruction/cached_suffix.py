@@ -14,9 +14,9 @@ from contextvars import ContextVar
 import torch
 from torch import nn
 
-from prunus.model.calls import in_place_of
+from prunus.model.calls import replaced_forward
 
-__all__ = ["ALL_TOKENS", "Tail", "behind_attention", "find_tail", "tail_module"]
+__all__ = ["ALL_TOKENS", "CachedSuffix", "after_attention", "find_suffix", "suffix_module"]
 
 ALL_TOKENS = slice(None)
 _BATCH: ContextVar[int] = ContextVar("batch")
@@ -24,7 +24,7 @@ _BATCH: ContextVar[int] = ContextVar("batch")
 _ROUNDING = 0.02
 
 
-def behind_attention(linears: Sequence[str]) -> list[str]:
+def after_attention(linears: Sequence[str]) -> list[str]:
     """Of a block's linears, by relative name in the order in which they run, those behind its attention.
 
     These are the ones outside the submodule that holds the first; where nothing else is left, all of them.
@@ -33,8 +33,8 @@ def behind_attention(linears: Sequence[str]) -> list[str]:
     return [name for name in linears if name.partition(".")[0] != first] or list(linears)
 
 
-class Tail:
-    """Batch -> output of the block, as often as you like with other weights in `module`; see `find_tail`.
+class CachedSuffix:
+    """Batch -> output of the block, as often as you like with other weights in `module`; see `find_suffix`.
 
     Args:
         module: the last word of the block.
@@ -73,7 +73,7 @@ class Tail:
             self._kept[batch] = given.pop(batch), beside
             return beside
 
-        with in_place_of(self._module, see):
+        with replaced_forward(self._module, see):
             yield forward
 
     def __call__(self, batch: int, tokens: slice = ALL_TOKENS) -> torch.Tensor:
@@ -96,13 +96,13 @@ class Tail:
             given.append(x)
             return torch.zeros_like(x)
 
-        with in_place_of(self._module, zeros):
+        with replaced_forward(self._module, zeros):
             beside = self._forward(batch)
         (x,) = given or [beside]  # of no windows the block may not have been run
         return x, beside
 
 
-def tail_module(block: nn.Module, trained: Sequence[str]) -> nn.Module | None:
+def suffix_module(block: nn.Module, trained: Sequence[str]) -> nn.Module | None:
     """The one submodule of `block` that holds all of these linears, if it is more than a linear itself."""
     children = {name.partition(".")[0] for name in trained}
     module = getattr(block, children.pop()) if len(children) == 1 else None
@@ -111,13 +111,13 @@ def tail_module(block: nn.Module, trained: Sequence[str]) -> nn.Module | None:
     return module
 
 
-def find_tail(
+def find_suffix(
     block: nn.Module,
     trained: Sequence[str],
     forward: Callable[[int], torch.Tensor],
     batch: int,
     keep: bool = True,
-) -> Tail | None:
+) -> CachedSuffix | None:
     """The submodule of `block` that holds all trained linears, where it is the block's last word; tried on a batch.
 
     That is where it is called once, with one tensor and nothing else, and its result is added to what the block gives
@@ -128,15 +128,15 @@ def find_tail(
         trained: relative names of linears.
         forward: batch -> output of `block`.
         batch: number of the batch to try it on.
-        keep: see `Tail`.
+        keep: see `CachedSuffix`.
 
     Returns:
         None where there is no such submodule.
     """
-    module = tail_module(block, trained)
+    module = suffix_module(block, trained)
     if module is None:
         return None
-    tail = Tail(module, forward, keep)
+    tail = CachedSuffix(module, forward, keep)
     try:
         with torch.no_grad():
             x, beside = tail.before(batch)

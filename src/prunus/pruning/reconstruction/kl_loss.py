@@ -16,25 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.distributed import ALONE, Ranks, shares
+from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
 
-__all__ = ["ONE_IN", "TOKENS", "Compare", "divergence"]
+__all__ = ["LOGIT_STRIDE", "TOKENS", "OutputLoss", "kl_divergence"]
 
 #: (output, target) -> what is lost, and what it is a share of; the first is differentiable in the output.
-Compare = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+OutputLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 #: Tokens whose logits are in memory at a time.
 TOKENS = 128
 #: Tokens of which one counts where none other is asked for, and where no gradient is wanted.
-ONE_IN = 4
+LOGIT_STRIDE = 4
 
 
-def divergence(
-    logits: Callable[[Tensor], Tensor], ranks: Ranks = ALONE, one_in: int = ONE_IN
-) -> Compare:
+def kl_divergence(
+    logits: Callable[[Tensor], Tensor], ranks: Ranks = SINGLE_PROCESS, stride: int = LOGIT_STRIDE
+) -> OutputLoss:
     """The divergence of one batch's output from its target, summed over the tokens that count, and their number.
 
-    Of more than `TOKENS` every fourth counts, from the first on; for gradients one of `one_in`, beginning one later with
+    Of more than `TOKENS` every fourth counts, from the first on; for gradients one of `stride`, beginning one later with
     every call.
 
     Args:
@@ -49,18 +49,18 @@ def divergence(
         if output.shape[1] > TOKENS:
             wanted = output.requires_grad and torch.is_grad_enabled()
             some = (
-                slice(next(gradients) % one_in, None, one_in)
+                slice(next(gradients) % stride, None, stride)
                 if wanted
-                else slice(None, None, ONE_IN)
+                else slice(None, None, LOGIT_STRIDE)
             )
             output, target = output[:, some], target[:, some]
-        lost: Tensor = _Divergence.apply(output, target, logits, ranks)
+        lost: Tensor = _KLDivergence.apply(output, target, logits, ranks)
         return lost, torch.tensor(float(output.shape[:-1].numel()), device=output.device)
 
     return compare
 
 
-class _Divergence(torch.autograd.Function):
+class _KLDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, output: Tensor, target: Tensor, logits: Callable[[Tensor], Tensor], ranks: Ranks
@@ -69,7 +69,7 @@ class _Divergence(torch.autograd.Function):
         gradient = torch.empty_like(output) if wanted else None
         tokens = output.shape[1]
         lost_P = torch.zeros(-(-tokens // TOKENS), dtype=torch.float64, device=output.device)
-        parts = shares(tokens, ranks.size, TOKENS)
+        parts = split_range(tokens, ranks.size, TOKENS)
         mine = parts[ranks.rank]
         for first in mine[::TOKENS]:
             part = slice(None), slice(first, first + TOKENS)
@@ -87,10 +87,10 @@ class _Divergence(torch.autograd.Function):
                 (gradient[part],) = torch.autograd.grad(
                     found, x, logq.exp_().sub_(p).to(found.dtype)
                 )
-        ranks.add(lost_P)  # each piece is one rank's, and zero with the others
+        ranks.all_reduce(lost_P)  # each piece is one rank's, and zero with the others
         if gradient is not None:
             of_mine = gradient[:, mine.start : mine.stop].movedim(1, 0)
-            gradient = ranks.concatenate(of_mine, [len(part) for part in parts]).movedim(0, 1)
+            gradient = ranks.all_gather(of_mine, [len(part) for part in parts]).movedim(0, 1)
             ctx.save_for_backward(gradient)
         return sum(lost_P, torch.zeros_like(lost_P[0])).float()
 

@@ -13,21 +13,26 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from prunus.distributed import ALONE, Ranks
+from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.model.kinds import CAUSAL
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
-from prunus.pruning.reconstruction.batches import StepBatches
-from prunus.pruning.reconstruction.cached_suffix import Tail, find_tail, tail_module
-from prunus.pruning.reconstruction.kl_loss import Compare, divergence
-from prunus.pruning.reconstruction.schedule import Pace, RetouchJob, pace, retouch
-from prunus.pruning.records import MatchRecord
+from prunus.pruning.reconstruction.batches import ReconstructionBatches
+from prunus.pruning.reconstruction.cached_suffix import CachedSuffix, find_suffix, suffix_module
+from prunus.pruning.reconstruction.kl_loss import OutputLoss, kl_divergence
+from prunus.pruning.reconstruction.schedule import (
+    ReconstructionSchedule,
+    ReconstructionSettings,
+    default_schedule,
+    reconstruct,
+)
+from prunus.pruning.records import ReconstructionRecord
 
-__all__ = ["Matcher", "in_front_of_head"]
+__all__ = ["BlockReconstructor", "in_front_of_head"]
 
 
 @dataclass(frozen=True)
-class Matcher:
+class BlockReconstructor:
     """What is needed to match any block.
 
     Attributes:
@@ -40,7 +45,7 @@ class Matcher:
         split: who takes the windows of a step apart; see `step_batches`.
     """
 
-    job: RetouchJob
+    job: ReconstructionSettings
     stream: Stream
     dense: Stream
     along: Sequence[int]
@@ -55,9 +60,9 @@ class Matcher:
         stored: Mapping[str, torch.Tensor],
         pruned: Mapping[str, torch.Tensor],
         names: Sequence[str],
-        tail: Tail | None,
+        tail: CachedSuffix | None,
         looked: bool,
-    ) -> tuple[dict[str, torch.Tensor], MatchRecord]:
+    ) -> tuple[dict[str, torch.Tensor], ReconstructionRecord]:
         """Train linears of a pruned block; it ends with the weights it began with.
 
         Args:
@@ -72,9 +77,9 @@ class Matcher:
         Returns:
             What was trained, by relative name; the record.
         """
-        self.ranks.at(f"{self.stream.skeleton.block_name(index)}, matching")
+        self.ranks.set_location(f"{self.stream.skeleton.block_name(index)}, matching")
         inputs, wanted = (
-            StepBatches(
+            ReconstructionBatches(
                 stream.states, chosen, self.counts, self.ranks, self.split, self.stream.device
             )
             for stream, chosen in ((self.stream, self.along), (self.dense, range(len(self.along))))
@@ -86,20 +91,20 @@ class Matcher:
 
         numbers = self.along  # a tail that was kept knows all batches
         if not looked:
-            tail, numbers = self._tail(block, names, run, inputs, forward), range(len(inputs))
+            tail, numbers = self._suffix(block, names, run, inputs, forward), range(len(inputs))
 
         def outputs(batch: int, tokens: slice) -> torch.Tensor:
             return forward(batch) if tail is None else tail(numbers[batch], tokens)
 
         by_token = tail is not None and tail.by_token
         by_logits = in_front_of_head(self.stream.skeleton, index)
-        own_pace = _pace(inputs, by_token, by_logits)
+        schedule = _default_schedule(inputs, by_token, by_logits)
         with (
-            self._compare(own_pace.one_logit_in)
+            self._compare(schedule.logit_stride)
             if by_logits
             else contextlib.nullcontext() as compare
         ):
-            return retouch(
+            return reconstruct(
                 self.job,
                 self.stream.skeleton.block_name(index),
                 block,
@@ -108,33 +113,33 @@ class Matcher:
                 outputs,
                 wanted.get,
                 len(inputs),
-                own_pace,
+                schedule,
                 compare,
                 self.split,
             )
 
-    def _tail(
+    def _suffix(
         self,
         block: nn.Module,
         names: Sequence[str],
         run: Callable[[torch.Tensor], torch.Tensor],
-        inputs: StepBatches,
+        inputs: ReconstructionBatches,
         forward: Callable[[int], torch.Tensor],
-    ) -> Tail | None:
+    ) -> CachedSuffix | None:
         """The part that holds `names`, of which nothing is kept. All ranks take it or none; some may have no windows."""
-        module = tail_module(block, names)
+        module = suffix_module(block, names)
         if module is None:
             return None
         x = inputs.get(0)
-        found = find_tail(block, names, lambda _batch: run(x), 0, keep=False) if len(x) else None
+        found = find_suffix(block, names, lambda _batch: run(x), 0, keep=False) if len(x) else None
         mine = [len(x) > 0, found is not None, found is not None and found.by_token]
-        votes = [vote for vote in self.ranks.gather(mine) if vote[0]]
+        votes = [vote for vote in self.ranks.gather_ints(mine) if vote[0]]
         if not all(vote[1] for vote in votes):
             return None
-        return Tail(module, forward, keep=False, by_token=all(vote[2] for vote in votes))
+        return CachedSuffix(module, forward, keep=False, by_token=all(vote[2] for vote in votes))
 
     @contextlib.contextmanager
-    def _compare(self, one_logit_in: int) -> Iterator[Compare]:
+    def _compare(self, logit_stride: int) -> Iterator[OutputLoss]:
         """The divergence, with the head in place."""
         skeleton, device = self.stream.skeleton, self.stream.device
 
@@ -142,10 +147,12 @@ class Matcher:
             ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
             return skeleton.logits(ids, hidden.to(skeleton.dtype))
 
-        with skeleton.surroundings(
+        with skeleton.outside_blocks(
             self.stream.source.outer, device, with_head=True, with_embedding=False
         ):
-            yield divergence(logits, self.ranks if self.split is ALONE else ALONE, one_logit_in)
+            yield kl_divergence(
+                logits, self.ranks if self.split is SINGLE_PROCESS else SINGLE_PROCESS, logit_stride
+            )
 
 
 def in_front_of_head(skeleton: Skeleton, index: int) -> bool:
@@ -153,8 +160,10 @@ def in_front_of_head(skeleton: Skeleton, index: int) -> bool:
     return index == len(skeleton) - 1 and skeleton.kind is CAUSAL
 
 
-def _pace(inputs: StepBatches, by_token: bool, by_logits: bool) -> Pace:
+def _default_schedule(
+    inputs: ReconstructionBatches, by_token: bool, by_logits: bool
+) -> ReconstructionSchedule:
     """For batches of hidden states (windows, tokens, hidden), or of images as grids (images, channels, height, width)."""
     shape = inputs.shape(0)
     hidden = shape[-1] if len(shape) == 3 else shape[1]
-    return pace(math.prod(shape) // hidden, hidden, by_token, len(inputs), by_logits)
+    return default_schedule(math.prod(shape) // hidden, hidden, by_token, len(inputs), by_logits)

@@ -12,16 +12,23 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from prunus.distributed import ALONE, Ranks
-from prunus.pruning.reconstruction.cached_suffix import behind_attention
-from prunus.pruning.reconstruction.kl_loss import ONE_IN, Compare
-from prunus.pruning.reconstruction.train import MatchOptions, match_block
-from prunus.pruning.records import MatchRecord
+from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.pruning.reconstruction.cached_suffix import after_attention
+from prunus.pruning.reconstruction.kl_loss import LOGIT_STRIDE, OutputLoss
+from prunus.pruning.reconstruction.train import TrainOptions, train_block
+from prunus.pruning.records import ReconstructionRecord
 
-__all__ = ["ONE_HELD_OUT_IN", "Pace", "RetouchJob", "pace", "retouch", "trained"]
+__all__ = [
+    "VALIDATION_STRIDE",
+    "ReconstructionSchedule",
+    "ReconstructionSettings",
+    "default_schedule",
+    "reconstruct",
+    "trained",
+]
 
 #: One batch in so many is not trained on, and says which pass was the best.
-ONE_HELD_OUT_IN = 16
+VALIDATION_STRIDE = 16
 
 # Many small steps win more than few large ones of the same tokens: a step looks at so many of its batch's tokens where it
 # can choose, and at more where passes would not see them all.
@@ -29,26 +36,28 @@ _TOKENS_A_STEP = 256
 _MOST_PASSES, _LEAST_PASSES = 7, 3
 # Of the size of the weights, and the hidden size at which that was measured.
 _RATE, _RATE_WIDTH = 7e-3, 576
-# By logits a token takes ten times as long, so that a step looks at one of `ONE_IN` of these: gradients are noisier. So
+# By logits a token takes ten times as long, so that a step looks at one of `LOGIT_STRIDE` of these: gradients are noisier. So
 # many steps are enough, and no more passes than show half of the tokens: of 32 windows of 1024 tokens those are 240, and
 # with half as many of either, perplexity was a per cent higher.
 _STEPS_BY_LOGITS, _RATE_BY_LOGITS = 240, 2e-3
 
 
 @dataclass(frozen=True)
-class Pace:
+class ReconstructionSchedule:
     """Passes over the calibration windows, of which a step runs what is trained on one token in so many, and Adam's peak
-    rate, in units of the size of the weights; see `MatchOptions.relative`. Of the tokens that were run one in so many is
+    rate, in units of the size of the weights; see `TrainOptions.relative`. Of the tokens that were run one in so many is
     given to the head, where it judges."""
 
     passes: int
-    one_token_in: int
+    token_stride: int
     learning_rate: float
-    one_logit_in: int = 1
+    logit_stride: int = 1
 
 
-def pace(tokens: int, hidden: int, by_token: bool, batches: int, by_logits: bool = False) -> Pace:
-    """What is done where nothing else is asked for. A pass costs `1 / one_token_in` of one over all tokens.
+def default_schedule(
+    tokens: int, hidden: int, by_token: bool, batches: int, by_logits: bool = False
+) -> ReconstructionSchedule:
+    """What is done where nothing else is asked for. A pass costs `1 / token_stride` of one over all tokens.
 
     The rate falls with the root of the width: 7 thousandths of the size of the weights are best in SmolLM2-135M, whose
     hidden size is 576, about 3 in Qwen2.5-Coder-1.5B, whose is 1536; both are flat within a factor of 1.5.
@@ -60,20 +69,22 @@ def pace(tokens: int, hidden: int, by_token: bool, batches: int, by_logits: bool
         batches: how many there are.
         by_logits: the block is judged by what the head makes of its outputs.
     """
-    fewer = ONE_IN if by_logits else 1
-    one_in = min(fewer * _MOST_PASSES, max(1, fewer * tokens // _TOKENS_A_STEP)) if by_token else 1
+    fewer = LOGIT_STRIDE if by_logits else 1
+    stride = min(fewer * _MOST_PASSES, max(1, fewer * tokens // _TOKENS_A_STEP)) if by_token else 1
     narrower = min(1.0, (_RATE_WIDTH / hidden) ** 0.5)
     if not by_logits:
-        passes = min(_MOST_PASSES, max(_LEAST_PASSES, 2 * one_in))
-        return Pace(passes, one_in, _RATE * narrower)
+        passes = min(_MOST_PASSES, max(_LEAST_PASSES, 2 * stride))
+        return ReconstructionSchedule(passes, stride, _RATE * narrower)
     enough = round(_STEPS_BY_LOGITS / max(1, batches - held_out(batches)))
-    passes = max(1, min(max(_LEAST_PASSES, one_in // 2), enough))
-    return Pace(passes, one_in, _RATE_BY_LOGITS * narrower, 1 if by_token else ONE_IN)
+    passes = max(1, min(max(_LEAST_PASSES, stride // 2), enough))
+    return ReconstructionSchedule(
+        passes, stride, _RATE_BY_LOGITS * narrower, 1 if by_token else LOGIT_STRIDE
+    )
 
 
 def held_out(batches: int) -> int:
     """How many of `batches`, the last ones, are not trained on."""
-    return max(1, batches // ONE_HELD_OUT_IN)
+    return max(1, batches // VALIDATION_STRIDE)
 
 
 def trained(linears: Sequence[str], updated: bool) -> list[str]:
@@ -82,13 +93,13 @@ def trained(linears: Sequence[str], updated: bool) -> list[str]:
     Those behind the attention, for half the time and nearly all of the gain; all where the method has not `updated` any
     weights, since nothing has made up then for what attention lost.
     """
-    return behind_attention(linears) if updated else list(linears)
+    return after_attention(linears) if updated else list(linears)
 
 
 @dataclass(frozen=True)
-class RetouchJob:
+class ReconstructionSettings:
     """How blocks are matched: passes over the calibration windows and Adam's peak rate, the same for all tensors, or
-    None for those of `pace`; dtype of the products; whether it is the last block alone."""
+    None for those of `default_schedule`; dtype of the products; whether it is the last block alone."""
 
     passes: int | None
     learning_rate: float | None
@@ -100,8 +111,8 @@ class RetouchJob:
         return not self.last_alone or index == blocks - 1
 
 
-def retouch(
-    job: RetouchJob,
+def reconstruct(
+    job: ReconstructionSettings,
     name: str,
     block: nn.Module,
     stored: Mapping[str, torch.Tensor],
@@ -109,10 +120,10 @@ def retouch(
     forward: Callable[[int, slice], torch.Tensor],
     target: Callable[[int], torch.Tensor],
     count: int,
-    own_pace: Pace,
-    compare: Compare | None = None,
-    ranks: Ranks = ALONE,
-) -> tuple[dict[str, torch.Tensor], MatchRecord]:
+    schedule: ReconstructionSchedule,
+    compare: OutputLoss | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
+) -> tuple[dict[str, torch.Tensor], ReconstructionRecord]:
     """Train a pruned block towards the dense block's outputs; `block` ends with the weights it began with.
 
     Args:
@@ -123,12 +134,12 @@ def retouch(
         pruned: the pruned weights that are trained, by relative name, as stored, the biases of their linears with them.
             What is 0 in them stays 0.
         forward: batch and some of its tokens -> output of `block` in the pruned model, of these tokens; others than all
-            are asked for only where `own_pace` says so.
+            are asked for only where `schedule` says so.
         target: batch -> output of the dense block in the dense model.
         count: number of batches, on all ranks, at least 2.
-        own_pace: where `job` leaves it open.
-        compare: by what outputs are judged where it is not the squared error per token; see `divergence`.
-        ranks: who shares the windows of every batch; see `match_block`.
+        schedule: where `job` leaves it open.
+        compare: by what outputs are judged where it is not the squared error per token; see `kl_divergence`.
+        ranks: who shares the windows of every batch; see `train_block`.
 
     Returns:
         All that was trained, by relative name, in dtype and orientation of `stored`; the record.
@@ -148,17 +159,17 @@ def retouch(
         ):
             supports[key] = torch.ones(parameter.shape, dtype=torch.bool, device=device)
     learnt_from = count - held_out(count)
-    options = MatchOptions(
-        learning_rate=job.learning_rate or own_pace.learning_rate,
+    options = TrainOptions(
+        learning_rate=job.learning_rate or schedule.learning_rate,
         relative=job.learning_rate is None,
-        passes=job.passes or own_pace.passes,
-        one_token_in=own_pace.one_token_in,
+        passes=job.passes or schedule.passes,
+        token_stride=schedule.token_stride,
         dtype=job.dtype,
         per_token=True,
     )
 
     try:
-        match = match_block(
+        match = train_block(
             block,
             forward,
             target,
@@ -175,7 +186,7 @@ def retouch(
         key: weight.to(stored[key].dtype).to(stored[key].device)
         for key, weight in match.weights.items()
     }
-    record = MatchRecord(
+    record = ReconstructionRecord(
         error_before=match.error_before,
         error_after=match.error_after,
         measure="outputs" if compare is None else "logits",

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from prunus.distributed import ALONE, Ranks
+from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.pruning.reconstruction.cached_suffix import ALL_TOKENS
-from prunus.pruning.reconstruction.kl_loss import Compare
+from prunus.pruning.reconstruction.kl_loss import OutputLoss
 from prunus.pruning.reconstruction.learning_rate import learning_rate
 
-__all__ = ["Match", "MatchOptions", "match_block"]
+__all__ = ["TrainOptions", "TrainResult", "train_block"]
 
 _WARMUP = 0.05
 # What is held out is looked at after every quarter of the training, but at least after so many passes.
@@ -35,7 +35,7 @@ _LOOKS, _MOST_UNSEEN = 4, 4
 
 
 @dataclass(frozen=True)
-class MatchOptions:
+class TrainOptions:
     """How a block is trained.
 
     Attributes:
@@ -50,20 +50,20 @@ class MatchOptions:
         dtype: of matrix products and activations (float32 or bfloat16); the weights that are trained and their moments
             are float32. A block that is in that dtype computes in it throughout, any other in float32 with its products
             cast.
-        one_token_in: a step looks at one token in so many of its batch, every pass at the next ones.
+        token_stride: a step looks at one token in so many of its batch, every pass at the next ones.
     """
 
     learning_rate: float = 3e-4
     relative: bool = False
     passes: int = 3
-    one_token_in: int = 1
+    token_stride: int = 1
     seconds: float | None = None
     dtype: torch.dtype = torch.float32
     per_token: bool = False
 
 
 @dataclass(frozen=True)
-class Match:
+class TrainResult:
     """What came of it.
 
     Attributes:
@@ -81,17 +81,17 @@ class Match:
     stopped: str | None = None
 
 
-def match_block(
+def train_block(
     block: nn.Module,
     forward: Callable[[int, slice], torch.Tensor],
     target: Callable[[int], torch.Tensor],
     train: Sequence[int],
     held_out: Sequence[int],
     supports: Mapping[str, torch.Tensor],
-    options: MatchOptions,
-    compare: Compare | None = None,
-    ranks: Ranks = ALONE,
-) -> Match:
+    options: TrainOptions,
+    compare: OutputLoss | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
+) -> TrainResult:
     """Train the surviving weights of `block` towards the targets. The block's own parameters end as they began.
 
     Args:
@@ -102,7 +102,7 @@ def match_block(
         train, held_out: numbers of the batches to learn from, and to judge by after every pass or quarter of them.
         supports: relative name of a parameter -> bool of its shape, True where the weight is kept; these
             parameters are trained, all others stay as they are.
-        options: see `MatchOptions`.
+        options: see `TrainOptions`.
         compare: what is lost between an output and its target, in place of the squared error.
         ranks: who shares the windows of every batch: `forward` and `target` give this rank's, which may be none, and
             gradients are summed. Not with a limit in seconds, since clocks differ.
@@ -148,10 +148,10 @@ def _train(
     train: Sequence[int],
     held_out: Sequence[int],
     supports: Mapping[str, torch.Tensor],
-    options: MatchOptions,
-    compare: Compare,
+    options: TrainOptions,
+    compare: OutputLoss,
     ranks: Ranks,
-) -> Match:
+) -> TrainResult:
     assert ranks.size == 1 or options.seconds is None
     first = next(iter(parameters.values()))
     device = first.device
@@ -185,7 +185,7 @@ def _train(
         with torch.no_grad(), autocast:
             pairs = [torch.stack(measured(batch)) for batch in held_out]
         all_2 = sum(pairs, torch.zeros(2, device=device))
-        ranks.add(all_2)
+        ranks.all_reduce(all_2)
         return float(all_2[0]) / float(all_2[1])
 
     before = best = judge()
@@ -214,10 +214,10 @@ def _train(
             with torch.enable_grad(), autocast:
                 turn = steps // len(train) + batch  # batches begin at tokens of their own
                 lost, size = measured(
-                    batch, slice(turn % options.one_token_in, None, options.one_token_in)
+                    batch, slice(turn % options.token_stride, None, options.token_stride)
                 )
                 whole_2 = torch.stack([lost.detach(), size])
-                ranks.add(whole_2)
+                ranks.all_reduce(whole_2)
                 loss = lost / whole_2[1]
             if not bool((whole_2[0] / whole_2[1]).isfinite()):
                 stopped = "the error is not finite any more; a smaller learning rate may help"
@@ -239,7 +239,7 @@ def _train(
     if stopped is None and steps < total:
         stopped = "out of time"  # while the last pass was judged
     if not steps:
-        return Match(best_weights, before, best, steps, stopped)
+        return TrainResult(best_weights, before, best, steps, stopped)
     del optimizer, groups  # the moments' memory is for what comes now
     end = _copies(weights)
 
@@ -250,7 +250,7 @@ def _train(
     for share_of_way, found in _on_the_way(before, error, error_at):
         if found < best:
             best, best_weights = found, _between(begin, end, share_of_way)
-    return Match(best_weights, before, best, steps, stopped)
+    return TrainResult(best_weights, before, best, steps, stopped)
 
 
 def _on_the_way(
@@ -303,7 +303,7 @@ def _sizes(
 
 def _gradients(parameters: Mapping[str, nn.Parameter], ranks: Ranks) -> dict[str, torch.Tensor]:
     """Everybody's gradients added up, float32; none where nobody has one, as of an expert that no token reached."""
-    reached = ranks.gather([parameter.grad is not None for parameter in parameters.values()])
+    reached = ranks.gather_ints([parameter.grad is not None for parameter in parameters.values()])
     found = {}
     for (name, parameter), somewhere in zip(
         parameters.items(), map(any, zip(*reached, strict=True)), strict=True
@@ -311,7 +311,7 @@ def _gradients(parameters: Mapping[str, nn.Parameter], ranks: Ranks) -> dict[str
         if somewhere:
             nothing = torch.zeros_like(parameter, dtype=torch.float32)
             found[name] = nothing if parameter.grad is None else parameter.grad.float()
-            ranks.add(found[name])
+            ranks.all_reduce(found[name])
         parameter.grad = None
     return found
 
