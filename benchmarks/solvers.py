@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.hardware.memory import hardware, versions
+from prunus.hardware.memory import describe_hardware, versions
 from prunus.methods import METHODS, MethodOptions, compose
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
@@ -141,7 +141,7 @@ def main() -> None:
             print(f"{shape:>12} sparsegpt is {ratio:.2f} times as fast as its pseudo-code")
     if options.json:
         content = {
-            "machine": hardware(torch.device("cpu")),
+            "machine": describe_hardware(torch.device("cpu")),
             "versions": versions(),
             "shapes": found,
         }

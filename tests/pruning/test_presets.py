@@ -47,7 +47,7 @@ def test_best_gives_the_same_bytes_in_memory_replayed_and_resumed(
     report = prunus.prune(dense, tmp_path / "plain", **options)
     assert report.totals["sparsity"] == pytest.approx(0.5, abs=0.01)
     # Of eight windows one is held out. Where attention and MLP are added in one go, the MLP's part cannot be taken apart.
-    *earlier, last = [block.match.steps for block in report.blocks]
+    *earlier, last = [block.reconstruction.steps for block in report.blocks]
     assert set(earlier) == {3 * 7 if family == "gpt_neox" else 7 * 7}
     assert last == (3 * 7 if family == "gpt_neox" else 8 * 7), "by logits"
     shares = {
@@ -79,13 +79,13 @@ def test_balanced_matches_the_last_block_alone_on_what_went_along(
         "batch": 1,
     }
     report = prunus.prune(dense, tmp_path / "plain", **options)
-    *earlier, last = [block.match for block in report.blocks]
+    *earlier, last = [block.reconstruction for block in report.blocks]
     assert earlier and not any(earlier)
     # Every fourth of sixteen windows, one of them held out.
     assert last.steps == (3 if family == "gpt_neox" else 8) * 3
     assert last.measure == "logits" and last.error_after <= last.error_before
     without = prunus.prune(dense, tmp_path / "without", **options, reconstruct="none")
-    assert not any(block.match for block in without.blocks)
+    assert not any(block.reconstruction for block in without.blocks)
     for mine, others in zip(report.blocks[:-1], without.blocks, strict=False):
         errors = [
             [linear.relative_output_error for linear in b.linears.values()] for b in (mine, others)

@@ -177,10 +177,18 @@ def matched(scratch: Path) -> dict[str, Any]:
         assert not any(status), (name, status)
         both = Manifest.load(several)
         found[name] = {
-            "before": [block.match.error_before for block in alone.blocks if block.match],
-            "alone": [block.match.error_after for block in alone.blocks if block.match],
-            "several": [block.match.error_after for block in both.blocks if block.match],
-            "steps": [block.match.steps if block.match else 0 for block in both.blocks],
+            "before": [
+                block.reconstruction.error_before for block in alone.blocks if block.reconstruction
+            ],
+            "alone": [
+                block.reconstruction.error_after for block in alone.blocks if block.reconstruction
+            ],
+            "several": [
+                block.reconstruction.error_after for block in both.blocks if block.reconstruction
+            ],
+            "steps": [
+                block.reconstruction.steps if block.reconstruction else 0 for block in both.blocks
+            ],
             **compare(one, several),
         }
 

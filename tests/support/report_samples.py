@@ -93,7 +93,7 @@ def sweep_results(
     return SweepResults(
         file="table.toml", title=f"Sweep of {name}", description="What it is\n  for.",
         scoring={"texts": [text], "tasks": ["boolq", "lambada"]},
-        machine={"processor": "EPYC", "cores": 2}, versions={"torch": "2.13"},
+        hardware={"processor": "EPYC", "cores": 2}, versions={"torch": "2.13"},
         models={name: ModelResult(path=name, fingerprint="f", scores=scores(20.5), tasks=tasks(0.7))},
         calibration=[CalibrationSet(model=name, calibration="c4", samples=128, seqlen=2048, seed=0, source="c4, shard 0", sha256="ab", file="x")],
         cells=[*cells, recovered, failed],

@@ -572,7 +572,7 @@ def results_of(dense: float, *cells: CellResult) -> SweepResults:
         file="f",
         title="t",
         scoring=scoring,
-        machine={},
+        hardware={},
         versions={},
         models={"m": model},
         cells=[*cells],

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from prunus.hardware.memory import hardware, processor_name, versions
+from prunus.hardware.memory import describe_hardware, processor_name, versions
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import file_digest, read_json, write_json
 from prunus.model.checkpoint.reader import INDEX_NAME, auxiliary_files
@@ -78,7 +78,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """The hardware and the versions that a figure depends on, for keys."""
     return {
         "processor": processor_name(),
-        "device": hardware(device)["device"],
+        "device": describe_hardware(device)["device"],
         "versions": {name: number for name, number in versions().items() if name in _DECISIVE},
     }
 

@@ -192,7 +192,7 @@ def _wanda_scores(
     """Wanda's score of the linear whose dense weight is `before_OI`, on the inputs it had when it was pruned."""
     windows = calibration_windows(job)
     pruned.bind(job.skeleton)
-    inner = job.linear_job.method
+    inner = job.linear_settings.method
     scores: list[Tensor] = []
 
     def recording(
@@ -206,12 +206,12 @@ def _wanda_scores(
             scores.append(wanda_score(weight_OI, statistics).cpu())
         return inner.prune(weight_OI, statistics, pattern, sparsity, options)
 
-    linear_job = dataclasses.replace(
-        job.linear_job, method=dataclasses.replace(inner, prune=recording)
+    linear_settings = dataclasses.replace(
+        job.linear_settings, method=dataclasses.replace(inner, prune=recording)
     )
     minimum = job.recipe.min_expert_tokens
     engine = BlockPruner(
-        job.skeleton, job.source, linear_job, job.device, min_expert_tokens=minimum
+        job.skeleton, job.source, linear_settings, job.device, min_expert_tokens=minimum
     )
     with torch.no_grad(), contextlib.closing(engine):
         engine.embed(windows.ids.split(job.batch), spill_to=None)

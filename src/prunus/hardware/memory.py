@@ -18,7 +18,7 @@ import torch
 __all__ = [
     "ScatteredMemory",
     "available_memory",
-    "hardware",
+    "describe_hardware",
     "keep_freed_memory",
     "matmul_rate",
     "memory_budget",
@@ -160,7 +160,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
+def describe_hardware(device: torch.device) -> dict[str, Any]:
     """The hardware a run is carried out on."""
     return {
         "processor": processor_name(),

@@ -12,7 +12,7 @@ from prunus.hardware.memory import matmul_rate
 from prunus.methods.statistics import statistics_bytes
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.pruning.block.linear import LinearJob
+from prunus.pruning.block.linear import LinearSettings
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.reconstruction.kl_loss import TOKENS
 from prunus.pruning.reconstruction.reconstruct_block import in_front_of_head
@@ -73,7 +73,7 @@ class Workload(Protocol):
     recipe: Recipe
     source: CheckpointSource | ModuleSource
     skeleton: Skeleton
-    linear_job: LinearJob
+    linear_settings: LinearSettings
     device: torch.device
     dtype: torch.dtype
     batch: int
@@ -131,18 +131,18 @@ def estimate_seconds(work: Workload) -> float:
         if work.recipe.permute:
             passes += 1  # behind the reordered block, and trials of one batch before it
         if reconstruction is not None and reconstruction.takes(index, len(work.skeleton)):
-            learn = trained(list(sizes), work.linear_job.method.updates_weights)
+            learn = trained(list(sizes), work.linear_settings.method.updates_weights)
             learnt = sum(sizes[name] for name in learn)
             passes += (
                 1
                 + 3 * dense * _token_passes(work, _default_schedule(work, index)) * learnt / weights
             )
         flops += 2.0 * weights * tokens * passes
-        if work.linear_job.method.needs == "gram":
+        if work.linear_settings.method.needs == "gram":
             chosen = [x for x in work.skeleton.linears(index) if x.name in work.selected[index]]
             columns = [(*x.shape, share(x.name)) for x in chosen]
             # A Gram per distinct input (about 4 of 7 linears), its factor, and what is done to the weights.
-            products = work.linear_job.method.products
+            products = work.linear_settings.method.products
             flops += sum(
                 (1.2 + dense * work.uses_dense_target(c)) * tokens * reached * c * c
                 + c**3
@@ -172,7 +172,7 @@ def _default_schedule(work: Workload, index: int) -> ReconstructionSchedule:
     by_logits = in_front_of_head(work.skeleton, index)
     along = -(-work.batches // work.drift_stride)
     return default_schedule(
-        work.batch * tokens, hidden, work.linear_job.method.updates_weights, along, by_logits
+        work.batch * tokens, hidden, work.linear_settings.method.updates_weights, along, by_logits
     )
 
 
@@ -213,7 +213,7 @@ def block_cost(work: Workload, index: int) -> BlockCost:
     computed = sum(p.numel() for p in work.skeleton.blocks[index].parameters()) * size
     inputs = max(linear.shape[1] for linear in linears)
     batch_tokens = min(work.batch * in_window, tokens)
-    needs = work.linear_job.method.needs
+    needs = work.linear_settings.method.needs
     # float32 weight, score, sorted copy and the rounded result; solvers hold six matrices of its size, and some
     # of the Gram's, which others invert in float64.
     working = 14 * largest + statistics_bytes(inputs, needs)
@@ -227,7 +227,7 @@ def block_cost(work: Workload, index: int) -> BlockCost:
         (linear.shape[1] for linear in linears if work.uses_dense_target(linear.shape[1])),
         default=0,
     )
-    working += (40 if work.linear_job.method.needs_held_out else 20) * aimed**2
+    working += (40 if work.linear_settings.method.needs_held_out else 20) * aimed**2
     if work.reconstruction is not None and work.reconstruction.takes(index, len(work.skeleton)):
         # Trained in float32: weights, gradients, two moments, a copy of where they began and one of the best; every
         # activation waits for the way back, attention's among them.

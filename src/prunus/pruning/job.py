@@ -16,7 +16,7 @@ from prunus.methods.refine.dense_targets import drift_is_worthwhile
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.pruning.block.dense_stream import drift_stride_for
-from prunus.pruning.block.linear import LinearJob
+from prunus.pruning.block.linear import LinearSettings
 from prunus.pruning.block.permute import find_folds
 from prunus.pruning.cost import BlockCost, estimate_seconds
 from prunus.pruning.recipe import MEASURED_ALLOCATIONS, Recipe
@@ -62,7 +62,7 @@ class PruningJob:
     options: RunOptions
     source: CheckpointSource | ModuleSource
     skeleton: Skeleton
-    linear_job: LinearJob
+    linear_settings: LinearSettings
     device: torch.device
     dtype: torch.dtype
     dtype_reason: str
@@ -91,12 +91,12 @@ class PruningJob:
     @property
     def needs_inputs(self) -> bool:
         """Whether calibration windows have to go through the model at all."""
-        return needs_inputs(self.recipe, self.linear_job.method)
+        return needs_inputs(self.recipe, self.linear_settings.method)
 
     @property
     def runs_dense_stream(self) -> bool:
         """Whether the dense model's hidden states go along."""
-        return self.linear_job.method.needs_drift or self.recipe.reconstructs
+        return self.linear_settings.method.needs_drift or self.recipe.reconstructs
 
     @property
     def tokens(self) -> int:
@@ -105,12 +105,14 @@ class PruningJob:
 
     def uses_dense_target(self, in_features: int) -> bool:
         """Whether a linear with so many inputs is told what the dense model gives it."""
-        return self.linear_job.method.needs_drift and drift_is_worthwhile(in_features, self.tokens)
+        return self.linear_settings.method.needs_drift and drift_is_worthwhile(
+            in_features, self.tokens
+        )
 
     @property
     def drift_stride(self) -> int:
         """One batch in so many goes through the dense model too: all where some are held out, or blocks matched."""
-        method = self.linear_job.method
+        method = self.linear_settings.method
         if method.needs_held_out or self.recipe.reconstruct == "all" or not method.needs_drift:
             return 1
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
@@ -130,7 +132,7 @@ class PruningJob:
         if not self.recipe.permute:
             return None
         heads = getattr(self.source.config.get_text_config(), "num_attention_heads", None)
-        m = self.linear_job.pattern.m
+        m = self.linear_settings.pattern.m
         assert m is not None
         found = {}
         for index, names in enumerate(self.selected):
@@ -157,7 +159,7 @@ class PruningJob:
     @property
     def reference_order(self) -> bool:
         """Whether the original's order of operations is kept, on one thread: its sums depend on their number."""
-        return self.linear_job.options.reference_order
+        return self.linear_settings.options.reference_order
 
     @property
     def hidden_states_stay(self) -> bool:
@@ -215,7 +217,7 @@ class PruningJob:
             "blocks": len(self.skeleton),
             "linears": len(shapes),
             "weights": weights,
-            "to_remove": int(weights * self.linear_job.sparsity),
+            "to_remove": int(weights * self.linear_settings.sparsity),
             "free_orders": self.free_orders,
             "left_dense": {name: list(shape) for name, shape in self.left_dense.items()},
             "dtype": str(self.dtype).removeprefix("torch."),

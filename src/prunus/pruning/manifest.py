@@ -52,7 +52,7 @@ class Manifest(BaseModel):
     recipe: Recipe
     inputs: RunInputs
     versions: dict[str, str]
-    machine: dict[str, Any]
+    hardware: dict[str, Any]
     blocks: list[BlockRecord] = Field(default_factory=list)
     head: LinearRecord | None = None
     allocation: dict[str, float] = Field(

@@ -21,7 +21,7 @@ from prunus.model.device import choose_device
 from prunus.model.kinds import IMAGES, kind_of
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.pruning.block.linear import LinearJob
+from prunus.pruning.block.linear import LinearSettings
 from prunus.pruning.compute_dtype import decide_dtype
 from prunus.pruning.cost import block_cost
 from prunus.pruning.job import PruningJob, RunOptions, needs_inputs
@@ -111,7 +111,7 @@ def plan_run(
         options=options,
         source=source,
         skeleton=skeleton,
-        linear_job=LinearJob(method, pattern, recipe.sparsity, method_options),
+        linear_settings=LinearSettings(method, pattern, recipe.sparsity, method_options),
         device=device,
         dtype=dtype,
         dtype_reason=reason,

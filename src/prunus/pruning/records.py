@@ -75,4 +75,4 @@ class BlockRecord(BaseModel):
     seconds: float = 0.0
     ranks: int = 1
     linears: dict[str, LinearRecord]
-    match: ReconstructionRecord | None = None
+    reconstruction: ReconstructionRecord | None = None

@@ -23,7 +23,7 @@ from torch import nn
 
 from prunus.calibration import Windows
 from prunus.distributed import SINGLE_PROCESS, process_group
-from prunus.hardware.memory import ScatteredMemory, hardware, peak_memory, versions
+from prunus.hardware.memory import ScatteredMemory, describe_hardware, peak_memory, versions
 from prunus.hardware.sizes import parse_bytes
 from prunus.model.checkpoint.lock import locked
 from prunus.model.checkpoint.output_folder import check_disk, check_whole
@@ -237,7 +237,7 @@ def _carry_out(
     engine = BlockPruner(
         job.skeleton,
         job.source,
-        job.linear_job,
+        job.linear_settings,
         job.device,
         job.reconstruction,
         recipe.permute,
@@ -322,7 +322,7 @@ def _manifest(model: Any, job: PruningJob, windows: Windows, earlier: Manifest |
         recipe=job.recipe,
         inputs=inputs,
         versions=versions(),
-        machine=hardware(job.device),
+        hardware=describe_hardware(job.device),
         left_dense=job.left_dense,
     )
 

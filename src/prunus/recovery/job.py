@@ -12,7 +12,7 @@ import torch
 from prunus.calibration import check_source
 from prunus.calibration.stream import TrainingText, training_text
 from prunus.distributed import Ranks
-from prunus.hardware.memory import hardware, versions
+from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.adapter import CONFIG_NAME, is_adapter, require_peft
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.output_folder import check_apart, check_whole, is_vacant
@@ -132,7 +132,7 @@ def plan_recovery(
         options=options,
         inputs=inputs,
         versions=versions(),
-        machine=hardware(place),
+        hardware=describe_hardware(place),
     )
     return RecoveryJob(
         options, output, source, skeleton, dense, dense_skeleton, text, place, dtype, record

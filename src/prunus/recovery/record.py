@@ -103,7 +103,7 @@ class RecoveryRecord(_Model):
     options: RecoveryOptions
     inputs: RecoveryInputs
     versions: dict[str, str]
-    machine: dict[str, Any]
+    hardware: dict[str, Any]
     evaluations: list[Evaluation] = Field(default_factory=list)
     best: int | None = None
     blocks: list[BlockMatch] = Field(default_factory=list)

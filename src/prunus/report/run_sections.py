@@ -42,7 +42,7 @@ def run_section(manifest: Manifest) -> Section:
                 }
             ),
         ),
-        Facts("Machine", _items(manifest.machine | manifest.versions)),
+        Facts("Machine", _items(manifest.hardware | manifest.versions)),
     ]
     name = Path(manifest.source).name or manifest.source
     shape = (

@@ -149,7 +149,7 @@ def _circumstances(results: SweepResults) -> tuple[Facts, ...]:
             name += f", {windows.model}"
         protocol.append((name, windows.source))
     machine = tuple(
-        (key, str(value)) for key, value in (results.machine | results.versions).items()
+        (key, str(value)) for key, value in (results.hardware | results.versions).items()
     )
     command = f"prunus sweep {results.file} OUT"
     return Facts("Protocol", (("command", command), *protocol)), Facts("Machine", machine)

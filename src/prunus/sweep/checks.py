@@ -7,7 +7,7 @@ from typing import Any
 
 from prunus.evaluation import task_runner as accuracy
 from prunus.evaluation.text import check_text
-from prunus.hardware.memory import hardware, versions
+from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.output_folder import check_apart, is_vacant
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.device import choose_device
@@ -64,7 +64,7 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
         description=sweep.description,
         scoring=sweep.scoring.model_dump(mode="json"),
         recovery=sweep.recovery,
-        machine=hardware(choose_device(options.device)),
+        hardware=describe_hardware(choose_device(options.device)),
         versions=versions(),
         models=models,
         cells=[
@@ -143,8 +143,8 @@ def _take_over(earlier: SweepResults, now: SweepResults, output: Path) -> None:
             )
     done = {cell.name: cell for cell in earlier.cells}
     now.cells = [done.get(cell.name, cell) for cell in now.cells]
-    now.calibration, now.machine, now.versions = (
+    now.calibration, now.hardware, now.versions = (
         earlier.calibration,
-        earlier.machine,
+        earlier.hardware,
         earlier.versions,
     )

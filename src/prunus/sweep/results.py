@@ -147,7 +147,7 @@ class SweepResults(_Record):
     recovery: dict[str, dict[str, Any]] = Field(
         default={}, description="name -> options of `prunus recover`"
     )
-    machine: dict[str, Any]
+    hardware: dict[str, Any]
     versions: dict[str, str]
     models: dict[str, ModelResult]
     calibration: list[CalibrationSet] = []

@@ -200,9 +200,12 @@ def test_families_in_memory_replayed_and_spilled_give_the_same_bytes(
     assert plain.totals["sparsity"] == pytest.approx(0.5, abs=0.01)
     last = plain.blocks[-1]
     for block in plain.blocks:
-        assert (block.match is not None) == ("reconstruct" in options)
-        assert block.match is None or block.match.error_after <= block.match.error_before
-        assert block.match is None or block.match.measure == (
+        assert (block.reconstruction is not None) == ("reconstruct" in options)
+        assert (
+            block.reconstruction is None
+            or block.reconstruction.error_after <= block.reconstruction.error_before
+        )
+        assert block.reconstruction is None or block.reconstruction.measure == (
             "logits" if block is last else "outputs"
         )
         if family != "mixtral":  # where not all tokens reach an expert in both models
@@ -270,7 +273,10 @@ def test_matching_keeps_masks_and_lowers_the_error_of_every_block(method, tmp_pa
         "reconstruct_lr": 1e-3,
     }
     report = prunus.prune(dense, tmp_path / "out", reconstruct="all", batch=1, **options)
-    assert all(block.match.error_after < block.match.error_before for block in report.blocks)
+    assert all(
+        block.reconstruction.error_after < block.reconstruction.error_before
+        for block in report.blocks
+    )
     before, after = weights(dense), weights(tmp_path / "out")
     norm, ignored = "model.layers.0.input_layernorm.weight", "model.norm.weight"
     assert torch.equal(before[norm], after[norm]), "norms are left alone"

@@ -12,7 +12,7 @@ from prunus.methods import METHODS, MethodOptions, compose, default_group
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
-from prunus.pruning.block.linear import LinearJob, prune_linear
+from prunus.pruning.block.linear import LinearSettings, prune_linear
 from prunus.pruning.records import LinearRecord
 from tiny import tiny_checkpoint, token_ids
 
@@ -92,7 +92,7 @@ def prune(
     )
     dense = x.float() * 1.01 if method.needs_drift else None
     statistics.add(x, dense)
-    job = LinearJob(method, pattern, 0.5, options)
+    job = LinearSettings(method, pattern, 0.5, options)
     return prune_linear(job, Linear("up_proj", module), NAME, w, statistics)[:2]
 
 

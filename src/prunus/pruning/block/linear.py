@@ -19,11 +19,11 @@ from prunus.model.linears import Linear
 from prunus.pruning.block.row_sharding import row_sharding
 from prunus.pruning.records import LinearRecord
 
-__all__ = ["LinearJob", "prune_linear"]
+__all__ = ["LinearSettings", "prune_linear"]
 
 
 @dataclass(frozen=True)
-class LinearJob:
+class LinearSettings:
     """How every linear of a run is pruned."""
 
     method: Method
@@ -33,7 +33,7 @@ class LinearJob:
 
 
 def prune_linear(
-    job: LinearJob,
+    job: LinearSettings,
     linear: Linear,
     full_name: str,
     stored: torch.Tensor,

@@ -24,7 +24,7 @@ from prunus.pruning.block.checks import check_same, checked_digest
 from prunus.pruning.block.dense_stream import DenseStream, accumulate_both, held_out_batches
 from prunus.pruning.block.expert_tokens import find_expert_counters, min_tokens
 from prunus.pruning.block.hooks import Accumulate, accumulate_inputs
-from prunus.pruning.block.linear import LinearJob, prune_linear
+from prunus.pruning.block.linear import LinearSettings, prune_linear
 from prunus.pruning.block.lockstep import lockstep
 from prunus.pruning.block.permute import REFUSED, Fold, find_folds, fold, holds, inputs_permuted
 from prunus.pruning.block.replay import replay
@@ -51,10 +51,10 @@ class BlockPruner:
     Attributes:
         skeleton: the model without weights.
         source: its weights.
-        linear_job: what is done to each linear.
+        linear_settings: what is done to each linear.
         device: where blocks and, between blocks, hidden states live.
         permute: look for a better order of each linear's inputs, where whoever writes them can follow; see `folding`.
-        sparsities: by full name of a linear, where it is not the `linear_job`'s.
+        sparsities: by full name of a linear, where it is not the `linear_settings`'s.
         min_expert_tokens: an expert that fewer tokens choose is measured on all; see `expert_counter`.
         reconstruction: how each block is matched to the dense block once it is pruned, or None.
         ranks: who has windows of the same run.
@@ -64,7 +64,7 @@ class BlockPruner:
 
     skeleton: Skeleton
     source: Source
-    linear_job: LinearJob
+    linear_settings: LinearSettings
     device: torch.device
     reconstruction: ReconstructionSettings | None = None
     permute: bool = False
@@ -82,7 +82,7 @@ class BlockPruner:
 
     def __post_init__(self) -> None:
         self.stream = Stream(self.skeleton, self.source, self.device)
-        if self.linear_job.method.needs_drift or self.reconstruction is not None:
+        if self.linear_settings.method.needs_drift or self.reconstruction is not None:
             self.dense = DenseStream(self.skeleton, self.source, self.device, self.drift_stride)
 
     def embed(
@@ -142,13 +142,13 @@ class BlockPruner:
         records: dict[str, LinearRecord] = {}
         orders: dict[str, torch.Tensor] = {}
         folds = self._folds(index, block, selected) if self.permute else {}
-        minimum = min_tokens(self.linear_job.method.needs, self.min_expert_tokens)
+        minimum = min_tokens(self.linear_settings.method.needs, self.min_expert_tokens)
         expert_counters = find_expert_counters(block, (linear.name for linear in linears), minimum)
 
         def prune_one(linear: Linear, statistics: InputStatistics) -> None:
             key, full_name = f"{linear.name}.weight", f"{name}.{linear.name}"
-            wanted = self.sparsities.get(full_name, self.linear_job.sparsity)
-            job = replace(self.linear_job, sparsity=wanted)
+            wanted = self.sparsities.get(full_name, self.linear_settings.sparsity)
+            job = replace(self.linear_settings, sparsity=wanted)
             self.ranks.set_location(full_name)
             channels = folds[linear.name].channels if linear.name in folds else None
             changed[key], record, order_I = prune_linear(
@@ -173,7 +173,9 @@ class BlockPruner:
         reconstruction = job if job is not None and job.takes(index, len(self.skeleton)) else None
         # Of several ranks each would keep what all have.
         keeps = reconstruction is not None and walk == "lockstep" and self.ranks.size == 1
-        names = trained([linear.name for linear in linears], self.linear_job.method.updates_weights)
+        names = trained(
+            [linear.name for linear in linears], self.linear_settings.method.updates_weights
+        )
         count, with_windows = len(self.stream), sum(self._counts) > 0
         held_out = frozenset(batch - self._before for batch in held_out_batches(sum(self._counts)))
         # What is trained keeps the order in which it was pruned until then; what is not can go on as it will be stored.
@@ -191,7 +193,7 @@ class BlockPruner:
                 dense_inputs = stack.enter_context(
                     self.dense.beside(index, stored, told, walk == "lockstep")
                 )
-                if self.linear_job.method.needs_drift:
+                if self.linear_settings.method.needs_drift:
                     feed = accumulate_both(dense_inputs, held_out)
             # Once the dense block is copied, which must not follow.
             put_in_order = outer.enter_context(inputs_permuted(settled))
@@ -247,7 +249,7 @@ class BlockPruner:
             walk=walk,
             ranks=self.ranks.size,
             linears=ordered,
-            match=match,
+            reconstruction=match,
         )
 
     def _advance(
@@ -266,12 +268,12 @@ class BlockPruner:
         self.stream.advance(tail if tail is not None and same else whole)
 
     def _new_statistics(self, linear: Linear) -> InputStatistics:
-        method = self.linear_job.method
+        method = self.linear_settings.method
         return InputStatistics(
             linear.shape[1],
             method.needs,
             self.device,
-            self.linear_job.options.reference_order,
+            self.linear_settings.options.reference_order,
             means=method.needs_means,
             drift=self.uses_dense_target(linear.shape[1])
             and ("some" if self.drift_stride > 1 else True),
@@ -289,7 +291,7 @@ class BlockPruner:
         """
         linears = {linear.name: linear for linear in self.skeleton.linears(index)}
         heads = getattr(self.source.config.get_text_config(), "num_attention_heads", None)
-        pattern = self.linear_job.pattern
+        pattern = self.linear_settings.pattern
         assert pattern.m is not None
         found = find_folds(list(linears.values()), heads, pattern.m)
         guessed = {name: guesses for name, guesses in found.items() if name in selected}
@@ -326,7 +328,7 @@ class BlockPruner:
             statistics.complete(self.ranks)
             stored = self.source.outer([key], self.skeleton.model)[key]
             pruned, record, _ = prune_linear(
-                self.linear_job, head, head.name, stored, statistics, ranks=self.ranks
+                self.linear_settings, head, head.name, stored, statistics, ranks=self.ranks
             )
         check_same(self.ranks, head.name, {key: pruned})
         return {key: pruned}, record
