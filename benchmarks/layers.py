@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from prunus.methods import METHODS, MethodOptions, check_options, compose, default_group
 from prunus.methods.patterns import Pattern
-from prunus.methods.statistics import InputStatistics
+from prunus.methods.statistics import InputStatistics, StatisticsSpec
 
 _CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in METHODS),
@@ -87,7 +87,9 @@ def main() -> None:
                 torch.cat(seen[: -options.held_out]),
                 torch.cat(seen[-options.held_out :]),
             )
-            statistics = InputStatistics(weight_OI.shape[1], "gram", means=True)
+            statistics = InputStatistics(
+                weight_OI.shape[1], StatisticsSpec(needs="gram", means=True)
+            )
             statistics.add(X_TI)
             layers.append({"name": name, "methods": []})
             protocol |= {"tokens": len(X_TI), "tokens held out": len(unseen_TI)}

@@ -90,7 +90,7 @@ def test_masks_and_norms_are_those_of_the_original(
             weighed = [
                 X_TI.double().square().sum(dim=0) / k for k, X_TI in enumerate(inputs, start=1)
             ]
-            statistics.sum_squares_I = torch.stack(weighed).sum(dim=0)
+            statistics.sum_squares_I.copy_(torch.stack(weighed).sum(dim=0))
         pruned = METHODS[method].prune(
             weight_OI, statistics, pattern, 0.5, MethodOptions(**options)
         )

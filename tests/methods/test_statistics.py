@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from prunus.distributed import SINGLE_PROCESS
 from prunus.hardware import numerics as products
 from prunus.hardware.numerics import all_finite
-from prunus.methods import statistics
-from prunus.methods.statistics import InputStatistics, statistics_bytes
+from prunus.methods import input_sums
+from prunus.methods.statistics import InputStatistics, StatisticsSpec, statistics_bytes
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(1, 20), st.integers(0, 99))
@@ -42,7 +42,7 @@ def test_norms_do_not_depend_on_whether_a_gram_is_kept(width, seed):
 
 
 def test_long_batches_are_summed_in_parts(monkeypatch):
-    monkeypatch.setattr(statistics, "_CPU_ELEMENTS", 10)
+    monkeypatch.setattr(input_sums, "_CPU_ELEMENTS", 10)
     X_TI = torch.randn(101, 4)
     gathered = InputStatistics(4, "norms")
     gathered.add(X_TI)
@@ -74,8 +74,8 @@ def test_what_is_not_finite_is_seen_wherever_it_is(bad, place):
 @pytest.mark.parametrize("needs", ["none", "norms", "gram"])
 def test_shared_statistics_of_one_rank_are_plain_ones(needs):
     plain, shared = (
-        InputStatistics(5, needs, means=True),
-        InputStatistics(5, needs, means=True, shared=True),
+        InputStatistics(5, StatisticsSpec(needs=needs, means=True)),
+        InputStatistics(5, StatisticsSpec(needs=needs, means=True, distributed=True)),
     )
     for x_TI in torch.randn(3, 10, 5):
         plain.add(x_TI)
@@ -144,8 +144,9 @@ def test_bytes_are_those_of_the_tensors(needs):
 def test_a_coarse_gram_rounds_products_of_different_features_only(monkeypatch, width):
     monkeypatch.setattr(products, "native_bfloat16", lambda: True)
     X_TI = torch.randn(96, width, generator=torch.Generator().manual_seed(0)).bfloat16()
-    coarse = InputStatistics(width, "gram", coarse=True)
-    unrounded = InputStatistics(width, "gram", coarse=True)
+    spec = StatisticsSpec(needs="gram", low_precision=True)
+    coarse = InputStatistics(width, spec)
+    unrounded = InputStatistics(width, spec)
     for part_TI in X_TI.split(32):
         coarse.add(part_TI)
         unrounded.add(part_TI.float())  # float32 inputs are worth float32 products

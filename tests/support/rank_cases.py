@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 import prunus  # noqa: E402, I001
 from prunus.distributed import RankError, process_group  # noqa: E402
-from prunus.methods.statistics import InputStatistics  # noqa: E402
+from prunus.methods.statistics import InputStatistics, StatisticsSpec  # noqa: E402
 from prunus.pruning.block import dense_stream as companion  # noqa: E402
 from prunus.pruning.reconstruction import kl_loss  # noqa: E402
 from prunus.pruning.manifest import Manifest  # noqa: E402
@@ -263,7 +263,9 @@ def experts(scratch: Path) -> None:
                 len(mine),
                 lambda i: block(x_BTI[mine[i]], route[mine[i]]),
                 lambda _i, _x: None,
-                lambda linear: InputStatistics(6, "norms", shared=ranks.size > 1),
+                lambda linear: InputStatistics(
+                    6, StatisticsSpec(needs="norms", distributed=ranks.size > 1)
+                ),
                 prune_one,
                 ranks=ranks,
             )

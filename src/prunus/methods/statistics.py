@@ -1,126 +1,234 @@
-"""What is remembered of a linear's inputs: norms of the features, or their whole Gram matrix; means where asked for.
+"""What a method learns about a linear's inputs: norms of the features, or their Gram matrix.
 
-It knows nothing of models or methods. Batches are added as they pass; nothing of them is kept.
+The statistics know nothing of models or methods. Batches of tokens are added as they pass, and
+only sums are kept. A `StatisticsSpec` says which sums; `input_sums.py` computes them.
 
-Shape suffixes: T tokens, I inputs. X_TI are the inputs of a linear, G_II = XᵀX, its diagonal d_j = ‖X_j‖².
+Shape suffixes: T tokens, I inputs (features). X_TI are the inputs of a linear, Y_TI its inputs in
+the dense model for the same tokens. G_II = XᵀX, with the diagonal d_j = ‖X_j‖².
 """
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Callable, Hashable
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from prunus.distributed import Ranks
-from prunus.hardware.numerics import all_finite, coarse_product, multiplies_bfloat16
+from prunus.hardware.numerics import all_finite
+from prunus.methods.input_sums import (
+    DriftSums,
+    FeatureSums,
+    GramSums,
+    TokenCounts,
+    add_in_reference_order,
+)
+
+__all__ = ["NEEDS", "Drift", "InputStatistics", "Needs", "StatisticsSpec", "statistics_bytes"]
 
 Needs = Literal["none", "norms", "gram"]
 NEEDS: tuple[Needs, ...] = ("none", "norms", "gram")
+#: Whose drift from the dense model is summed: nobody's, that of some batches, or that of all.
+Drift = Literal["none", "some", "all"]
 _Value = TypeVar("_Value")
 
-# Elements squared at once: a CPU's temporary must stay in the cache (ten times faster), a GPU wants long kernels.
-_CPU_ELEMENTS = 2**20
-_GPU_ELEMENTS = 2**26
-# Gram matrices from this width on are computed in blocks; smaller products would be too small to be fast.
-_SYMMETRIC_FROM, _PARTS = 512, 4
-# Sums over tokens of (I, I) products, those of them that were asked for.
-_MATRICES = ("gram_II", "drift_II", "drift_gram_II", "held_gram_II", "held_drift_II")
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsSpec:
+    """Which sums over a linear's inputs are kept.
+
+    Attributes:
+        needs: "none" counts tokens only, "norms" also sums squares, "gram" also the Gram matrix.
+        means: also sum the values themselves.
+        drift: also sum how far the inputs have drifted from the dense model's. "some" is for runs
+            that know the dense inputs of some batches only, and keeps the Gram of these apart.
+        hold_out: also keep the sums over held-out tokens apart.
+        low_precision: round the products beside the Gram's diagonal to bfloat16 where that is
+            faster. Only for methods that add a ridge before they invert the Gram.
+        reference_order: sum the Gram in the order of SparseGPT's code, to reproduce its masks.
+        distributed: other ranks see the rest of the batches; see `InputStatistics.complete`.
+
+    Raises:
+        ValueError: `needs` is none of the three.
+
+    >>> StatisticsSpec(needs="gram", drift="all").hold_out
+    False
+    """
+
+    needs: Needs
+    means: bool = False
+    drift: Drift = "none"
+    hold_out: bool = False
+    low_precision: bool = False
+    reference_order: bool = False
+    distributed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.needs not in NEEDS:
+            raise ValueError(f"statistics can be {', '.join(NEEDS)}, not {self.needs!r}")
 
 
 class InputStatistics:
     """Sums over all tokens that reached a linear.
 
-    Attributes:
+    Args:
         in_features: width of the inputs.
-        needs: "none" counts tokens only, "norms" also sums squares, "gram" also the Gram matrix.
-        tokens: rows of X_TI added so far.
-        sum_squares_I: float64, Σ_t x², zeros for "none". The same to the bit for "norms" and "gram".
-        gram_II: float32 XᵀX, or None unless needs is "gram".
-        sum_I: float64, Σ_t x, or None unless `means` were asked for.
-        drift_II: float32 (Y − X)ᵀX where Y_TI is what the dense model gives this linear for the same tokens, or None
-            unless `drift` was asked for. Of those tokens only whose Y is known: see `drift_share`.
-        drift_gram_II: the share of `gram_II` that comes from these tokens, or None unless `drift` is "some".
-        held_gram_II, held_drift_II: the shares of `gram_II` and `drift_II` that come from tokens held out, or None unless
-            `hold_out` was asked for.
-        held_tokens: how many of the tokens these are.
-        reference_order: sum a Gram in the order of SparseGPT's code; see `_add_in_reference_order`.
-        coarse: whoever uses the Gram bears rounding beside its diagonal: inputs in bfloat16 are multiplied in it where
-            the processor does so, and each batch's products rounded to 8 bits. The diagonal stays as it is.
-        shared: these are of some batches only, others see the rest; see `complete`.
+        spec: which sums; "norms" alone stands for `StatisticsSpec(needs="norms")`.
+        device: where the sums live.
+
+    Raises:
+        ValueError: the linear has no inputs, or the spec is not known.
+
+    >>> statistics = InputStatistics(2, "gram")
+    >>> statistics.add(torch.tensor([[3.0, 0.0], [4.0, 1.0]]))
+    >>> statistics.norms_I
+    tensor([5., 1.])
+    >>> statistics.gram_II
+    tensor([[25.,  4.],
+            [ 4.,  1.]])
     """
 
     def __init__(
         self,
         in_features: int,
-        needs: Needs,
+        spec: StatisticsSpec | Needs,
         device: torch.device | str = "cpu",
-        reference_order: bool = False,
-        means: bool = False,
-        drift: bool | Literal["some"] = False,
-        hold_out: bool = False,
-        shared: bool = False,
-        coarse: bool = False,
     ) -> None:
-        if needs not in NEEDS:
-            raise ValueError(f"statistics can be {', '.join(NEEDS)}, not {needs!r}")
+        self.spec = spec if isinstance(spec, StatisticsSpec) else StatisticsSpec(needs=spec)
+        spec = self.spec
         if in_features < 1:
             raise ValueError(f"a linear with {in_features} inputs has no statistics")
         self.in_features = in_features
-        self.needs: Needs = needs
-        self.reference_order = reference_order and needs == "gram"
-        self.coarse = coarse
-        self.tokens = 0
+        self._counts = TokenCounts()
         self._windows = 0
-        self.sum_squares_I = torch.zeros(in_features, dtype=torch.float64, device=device)
-        self.gram_II = (
-            torch.zeros(in_features, in_features, device=device) if needs == "gram" else None
+        self._complete = not spec.distributed
+        self._features = FeatureSums(
+            in_features,
+            squares=spec.needs != "none",
+            means=spec.means,
+            by_batch=spec.distributed,
+            device=device,
         )
-        self.sum_I = torch.zeros(in_features, dtype=torch.float64, device=device) if means else None
-        self.drift_II = torch.zeros(in_features, in_features, device=device) if drift else None
-        self.drift_gram_II = (
-            torch.zeros_like(self.gram_II) if drift == "some" and self.gram_II is not None else None
+        self._gram = (
+            GramSums(
+                in_features,
+                paired=spec.drift == "some",
+                hold_out=spec.hold_out,
+                low_precision=spec.low_precision,
+                device=device,
+            )
+            if spec.needs == "gram"
+            else None
         )
-        self.held_gram_II = (
-            torch.zeros_like(self.gram_II) if hold_out and self.gram_II is not None else None
+        self._drift = (
+            DriftSums(in_features, hold_out=spec.hold_out, device=device)
+            if spec.drift != "none"
+            else None
         )
-        self.held_drift_II = (
-            torch.zeros_like(self.drift_II) if hold_out and self.drift_II is not None else None
-        )
-        self.held_tokens = 0
-        self._paired = 0
-        # What each batch added to the sums of squares and of values, where others have batches too.
-        self._by_batch: list[Tensor] | None = [] if shared else None
         self._derived: dict[Hashable, Any] = {}
+
+    @classmethod
+    def of_equal_inputs(
+        cls, in_features: int, spec: StatisticsSpec, device: torch.device | str
+    ) -> InputStatistics:
+        """Statistics in which all features are alike: norm 1, mean 0, and not correlated.
+
+        They stand in where no token reached a linear. Wanda's score is then the magnitude.
+        """
+        equal = cls(in_features, StatisticsSpec(needs=spec.needs, means=spec.means), device)
+        equal.sum_squares_I.fill_(1)
+        if equal.gram_II is not None:
+            equal.gram_II.fill_diagonal_(1)
+        return equal
+
+    @property
+    def needs(self) -> Needs:
+        """The kind of statistics these are; see `StatisticsSpec`."""
+        return self.spec.needs
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were added: rows of X_TI."""
+        return self._counts.total
+
+    @property
+    def held_tokens(self) -> int:
+        """How many of the tokens are held out."""
+        return self._counts.held_out
+
+    @property
+    def sum_squares_I(self) -> Tensor:
+        """Σ_t x², float64. Equal to the bit for "norms" and "gram", and zeros for "none"."""
+        return self._features.sum_squares_I
 
     @property
     def norms_I(self) -> Tensor:
-        """‖X_j‖₂ of every input feature over all tokens, float32."""
+        """‖X_j‖₂ of every feature over all tokens, float32."""
         return self.sum_squares_I.sqrt().float()
 
     @property
-    def drift_share(self) -> float:
-        """Of how many of the tokens that were added the dense model's inputs are known, 0 to 1."""
-        return self._paired / self.tokens if self.drift_II is not None and self.tokens else 0.0
+    def sum_I(self) -> Tensor | None:
+        """Σ_t x, float64, or None without `means`."""
+        return self._features.sum_I
 
     @property
     def mean_I(self) -> Tensor:
-        """The mean of every input feature over all tokens, float64; 0 before any token."""
-        assert self.sum_I is not None, "means were not asked for"
+        """The mean of every feature over all tokens, float64; 0 before any token."""
+        assert self.sum_I is not None, "the specification has no means"
         return self.sum_I / max(1, self.tokens)
 
     @property
     def variance_I(self) -> Tensor:
-        """The (biased) variance of every input feature over all tokens, float64, at least 0."""
+        """The (biased) variance of every feature over all tokens, float64, at least 0."""
         return (self.sum_squares_I / max(1, self.tokens) - self.mean_I.square()).clamp_(min=0)
 
-    def derived(self, key: Hashable, compute: Callable[[], _Value]) -> _Value:
-        """What `compute` makes of these statistics, made once: linears with the same input share its cost.
+    @property
+    def gram_II(self) -> Tensor | None:
+        """XᵀX, float32, or None unless `needs` is "gram"."""
+        return self._gram.gram_II if self._gram is not None else None
 
-        Whoever calls must name in `key` everything else that the value depends on, and must not write to it.
+    @property
+    def drift_II(self) -> Tensor | None:
+        """(Y − X)ᵀX, float32, over the tokens whose Y is known, or None without `drift`."""
+        return self._drift.drift_II if self._drift is not None else None
+
+    @property
+    def drift_gram_II(self) -> Tensor | None:
+        """The share of `gram_II` from tokens whose Y is known, or None unless drift is "some"."""
+        return self._gram.paired_II if self._gram is not None else None
+
+    @property
+    def held_gram_II(self) -> Tensor | None:
+        """The share of `gram_II` that comes from held-out tokens, or None without `hold_out`."""
+        return self._gram.held_II if self._gram is not None else None
+
+    @property
+    def held_drift_II(self) -> Tensor | None:
+        """The share of `drift_II` that comes from held-out tokens, or None without `hold_out`."""
+        return self._drift.held_II if self._drift is not None else None
+
+    @property
+    def drift_share(self) -> float:
+        """The share of all tokens whose inputs in the dense model are known, 0 to 1."""
+        if self._drift is None or not self.tokens:
+            return 0.0
+        return self._counts.paired / self.tokens
+
+    def derived(self, key: Hashable, compute: Callable[[], _Value]) -> _Value:
+        """The result of `compute`, computed once: linears with the same inputs share its cost.
+
+        Args:
+            key: names the value, and everything beside these statistics that it depends on.
+            compute: computes the value. Callers must not write to it.
+
+        >>> statistics = InputStatistics(2, "norms")
+        >>> statistics.derived("answer", lambda: 42)
+        42
+        >>> statistics.derived("answer", lambda: 43)
+        42
         """
         if key not in self._derived:
             self._derived[key] = compute()
@@ -128,12 +236,13 @@ class InputStatistics:
 
     @torch.no_grad()
     def add(self, X_TI: Tensor, dense_TI: Tensor | None = None, held_out: bool = False) -> None:
-        """Count one batch of tokens, any float dtype; squares and products are taken in float32.
+        """Add one batch of tokens; squares and products are taken in float32.
 
         Args:
-            X_TI: inputs of the linear.
-            dense_TI: its inputs in the dense model for the same tokens, where `drift` was asked for and they are known.
-            held_out: count these tokens in `held_gram_II` and `held_drift_II` too.
+            X_TI: inputs of the linear, in any float dtype.
+            dense_TI: its inputs in the dense model for the same tokens, where they are known.
+                Without `drift` they are not used.
+            held_out: add these tokens to the held-out sums too.
 
         Raises:
             ValueError: X_TI is not a matrix of `in_features` columns.
@@ -142,119 +251,66 @@ class InputStatistics:
             raise ValueError(
                 f"expected inputs (tokens, {self.in_features}), got {tuple(X_TI.shape)}"
             )
-        self.tokens += X_TI.shape[0]
+        self._counts.total += len(X_TI)
         self._derived.clear()
-        if self.reference_order:
-            self._add_in_reference_order(X_TI.float())
+        if self.spec.reference_order and self._gram is not None:
+            add_in_reference_order(self._gram.gram_II, self.sum_squares_I, X_TI, self._windows)
+            self._windows += 1
             return
-        # Row 0 sums squares, row 1 values: of this batch first, so that batches add up in one order whoever has them.
-        sums_2I = torch.zeros(2, self.in_features, dtype=torch.float64, device=X_TI.device)
-        if self.sum_I is not None:
-            sums_2I[1] = X_TI.sum(dim=0, dtype=torch.float64)
-        if self.needs != "none":
-            elements = _CPU_ELEMENTS if X_TI.device.type == "cpu" else _GPU_ELEMENTS
-            for part_TI in X_TI.split(max(1, elements // self.in_features)):
-                part_TI = (
-                    part_TI.float()
-                )  # before squaring: in float16 anything over 256 would overflow
-                sums_2I[0] += (part_TI * part_TI).sum(dim=0)
-        if self._by_batch is None:
-            self._count(sums_2I)
-        else:
-            self._by_batch.append(sums_2I)
-        if held_out:
-            self.held_tokens += X_TI.shape[0]
-        if self.gram_II is not None:
-            held_II = self.held_gram_II if held_out else None
-            known_II = self.drift_gram_II if dense_TI is not None else None
-            if held_II is None and known_II is None:
-                self._add_gram(self.gram_II, X_TI, sums_2I[0])
-            else:
-                part_II = torch.zeros_like(self.gram_II)
-                self._add_gram(part_II, X_TI, sums_2I[0])
-                for sum_II in (self.gram_II, held_II, known_II):
-                    if sum_II is not None:
-                        sum_II += part_II
-        if self.drift_II is not None and dense_TI is not None:
-            if not X_TI.dtype == dense_TI.dtype == torch.bfloat16:
-                X_TI, dense_TI = X_TI.float(), dense_TI.float()
-            part_II = coarse_product((dense_TI - X_TI).T, X_TI)
-            self.drift_II += part_II
-            if held_out and self.held_drift_II is not None:
-                self.held_drift_II += part_II
-            self._paired += X_TI.shape[0]
-
-    def _add_gram(self, gram_II: Tensor, X_TI: Tensor, squares_I: Tensor) -> None:
-        """Add XᵀX to `gram_II`; `squares_I`, float64, is its diagonal."""
-        if self.coarse and X_TI.dtype == torch.bfloat16 and multiplies_bfloat16(X_TI.device):
-            diagonal_I = gram_II.diagonal() + squares_I
-            _add_gram(gram_II, X_TI)
-            gram_II.diagonal().copy_(diagonal_I)
-        else:
-            _add_gram(gram_II, X_TI.float())
+        squares_I = self._features.add(X_TI)
+        self._counts.held_out += len(X_TI) if held_out else 0
+        if self._gram is not None:
+            self._gram.add(X_TI, squares_I, paired=dense_TI is not None, held_out=held_out)
+        if self._drift is not None and dense_TI is not None:
+            self._drift.add(X_TI, dense_TI, held_out=held_out)
+            self._counts.paired += len(X_TI)
 
     def complete(self, ranks: Ranks) -> None:
-        """Make these the statistics of all ranks' batches, where they are shared. All ranks call it at once.
+        """Make these the statistics of all ranks' batches. All ranks call it at the same linear.
 
-        Sums of squares and of values add up batch by batch in the order of batches, and are those of one process to the
-        bit. Grams and drifts are summed rank by rank: the same on all ranks, and one process' but for rounding.
+        Sums of squares and of values add up batch by batch in the order of batches, so they equal
+        those of one process to the bit. Gram and drift add up rank by rank: they are the same on
+        all ranks, and equal one process's within rounding. Without `distributed` nothing happens.
         """
-        if self._by_batch is None:
+        if self._complete:
             return
-        assert not self.reference_order, "a running mean knows its windows' order"
-        self._derived.clear()
-        nothing_2I = self.sum_squares_I.new_zeros(2, self.in_features)
-        mine_B2I = torch.stack([*self._by_batch, nothing_2I])[:-1]
-        # Values travel only where they were asked for.
-        everybodys = ranks.all_gather(mine_B2I if self.sum_I is not None else mine_B2I[:, :1])
-        self._by_batch = None
-        for sums in everybodys:
-            self._count(sums)
-        counts = ranks.gather_ints([self.tokens, self._paired, self.held_tokens])
-        self.tokens, self._paired, self.held_tokens = (
-            sum(each) for each in zip(*counts, strict=True)
+        assert not self.spec.reference_order or self._gram is None, (
+            "a running mean depends on the order of the windows, so ranks cannot split them"
         )
-        for name in _MATRICES:
-            if (matrix_II := getattr(self, name)) is not None:
-                ranks.all_reduce(matrix_II)
-
-    def _count(self, sums_2I: Tensor) -> None:
-        """Add one batch's sums, squares in row 0 and values in row 1."""
-        self.sum_squares_I += sums_2I[0]
-        if self.sum_I is not None:
-            self.sum_I += sums_2I[1]
-
-    def _add_in_reference_order(self, X_TI: Tensor) -> None:
-        """Count one window as the code of SparseGPT and of Wanda's ablations does.
-
-        The Gram is a running mean of 2·xᵀx over windows, float32. The squares are taken of inputs that are scaled
-        already, so that the k-th window counts 2/k in them: the original's slip, without which its masks cannot
-        be had. Only ratios between features matter to either.
-        """
-        assert self.gram_II is not None
-        self.gram_II *= self._windows / (self._windows + 1)
-        self.sum_squares_I *= self._windows / (self._windows + 1)
-        self._windows += 1
-        X_IT = math.sqrt(2 / self._windows) * X_TI.T
-        self.gram_II += X_IT @ X_IT.T
-        self.sum_squares_I += X_IT.norm(p=2, dim=1).square() / self._windows
+        self._complete = True
+        self._derived.clear()
+        self._features.reduce(ranks)
+        self._counts.reduce(ranks)
+        for part in (self._gram, self._drift):
+            if part is not None:
+                part.reduce(ranks)
 
     def reordered(self, order_I: Tensor) -> InputStatistics:
-        """The statistics of the same inputs in another order: feature j is what `order_I[j]` was."""
-        other = InputStatistics(self.in_features, self.needs, self.sum_squares_I.device)
-        other.tokens, other.held_tokens, other._paired = self.tokens, self.held_tokens, self._paired
-        other.sum_squares_I = self.sum_squares_I[order_I]
-        other.sum_I = self.sum_I[order_I] if self.sum_I is not None else None
-        for name in _MATRICES:
-            matrix_II = getattr(self, name)
-            setattr(other, name, matrix_II[order_I][:, order_I] if matrix_II is not None else None)
+        """The statistics of the same inputs in another order.
+
+        Args:
+            order_I: int64 (I,). Feature j of the result is feature `order_I[j]` of these.
+
+        >>> statistics = InputStatistics(2, "norms")
+        >>> statistics.add(torch.tensor([[3.0, 1.0]]))
+        >>> statistics.reordered(torch.tensor([1, 0])).norms_I
+        tensor([1., 3.])
+        """
+        other = copy.copy(self)
+        other._derived = {}
+        other._counts = copy.copy(self._counts)
+        other._features = copy.copy(self._features)
+        other._gram, other._drift = copy.copy(self._gram), copy.copy(self._drift)
+        for part in (other._features, other._gram, other._drift):
+            if part is not None:
+                part.reorder(order_I)
         return other
 
     def check_finite(self, name: str) -> None:
-        """See that no activation was infinite or NaN; any that was shows in the sums.
+        """Check that no activation was infinite or NaN; any that was shows in the sums.
 
         Raises:
-            ValueError: names the linear.
+            ValueError: one was; the message contains `name`, the linear's.
         """
         bad = int((~self.sum_squares_I.isfinite()).sum())
         if bad == 0 and (self.gram_II is None or all_finite(self.gram_II)):
@@ -265,33 +321,15 @@ class InputStatistics:
             else "products of its input features"
         )
         raise ValueError(
-            f"the activations that reach {name} are not finite ({where}): compute in bfloat16 or float32, "
-            "or check the weights before it"
+            f"the activations that reach {name} are not finite ({where}): "
+            "compute in bfloat16 or float32, or check the weights before it"
         )
 
 
-def _add_gram(gram_II: Tensor, X_TI: Tensor) -> None:
-    """Add XᵀX, of which a processor computes only the blocks on and above the diagonal, and mirrors the rest."""
-    width = len(gram_II)
-    if gram_II.device.type != "cpu" or width < _SYMMETRIC_FROM:
-        _add_product(gram_II, X_TI.T, X_TI)
-        return
-    edges = [width * part // _PARTS for part in range(_PARTS + 1)]
-    spans = [slice(start, stop) for start, stop in pairwise(edges)]
-    for place, rows in enumerate(spans):
-        for columns in spans[place:]:
-            _add_product(gram_II[rows, columns], X_TI[:, rows].T, X_TI[:, columns])
-            if columns != rows:
-                gram_II[columns, rows] = gram_II[rows, columns].T
-
-
-def _add_product(sum_II: Tensor, left_IT: Tensor, right_TI: Tensor) -> None:
-    if right_TI.dtype == sum_II.dtype:
-        sum_II.addmm_(left_IT, right_TI)
-    else:
-        sum_II.add_(left_IT @ right_TI)
-
-
 def statistics_bytes(in_features: int, needs: Needs) -> int:
-    """Bytes that the statistics of one linear hold."""
+    """Bytes that the statistics of one linear hold, without means and drift.
+
+    >>> statistics_bytes(1000, "norms"), statistics_bytes(1000, "gram")
+    (8000, 4008000)
+    """
     return 8 * in_features + 4 * in_features**2 * (needs == "gram")

@@ -16,7 +16,7 @@ from prunus.methods.refine.dense_targets import (
     best_dense_weight,
     dense_target,
 )
-from prunus.methods.statistics import InputStatistics
+from prunus.methods.statistics import InputStatistics, StatisticsSpec
 from prunus.model.hidden_states import HiddenStates
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
@@ -25,6 +25,9 @@ from prunus.pruning.job import PruningJob
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, token_ids, weights
 
+DRIFT = StatisticsSpec(needs="gram", drift="all")
+SOME_DRIFT = StatisticsSpec(needs="gram", drift="some")
+HELD_OUT = StatisticsSpec(needs="gram", drift="all", hold_out=True)
 ALPS = {"method": "alps", "dense_weight": 0.25}
 BOTH = ALPS | {
     "dense_weight": "auto",
@@ -40,7 +43,7 @@ def drifted(
     """Statistics of inputs, these inputs, and what the dense model would give in their place."""
     dense_TI = torch.randn(tokens, width)
     X_TI = dense_TI + 0.3 * torch.randn(tokens, width) @ torch.randn(width, width)
-    statistics = InputStatistics(width, "gram", drift=True)
+    statistics = InputStatistics(width, DRIFT)
     for x, y in zip(X_TI.split(16), dense_TI.split(16), strict=True):
         statistics.add(x, y)
     return statistics, X_TI, dense_TI
@@ -59,11 +62,11 @@ def test_the_target_is_the_solution_of_the_mixed_least_squares(mix, damping):
 
 def test_without_drift_or_without_the_dense_tokens_the_target_is_the_weight():
     weight_OI, X_TI = torch.randn(5, 12), torch.randn(40, 12)
-    same = InputStatistics(12, "gram", drift=True)
+    same = InputStatistics(12, DRIFT)
     same.add(X_TI, X_TI.clone())
     assert torch.equal(dense_target(weight_OI, same, 0.5, 0.01), weight_OI)
-    for drift, times in ((True, 1), ("some", 4)):
-        unknown = InputStatistics(12, "gram", drift=drift)
+    for spec, times in ((DRIFT, 1), (SOME_DRIFT, 4)):
+        unknown = InputStatistics(12, spec)
         unknown.add(X_TI, X_TI + 1)
         for _ in range(times):
             unknown.add(X_TI)
@@ -73,7 +76,7 @@ def test_without_drift_or_without_the_dense_tokens_the_target_is_the_weight():
 def test_the_drift_of_some_batches_stands_for_all():
     torch.manual_seed(8)
     weight_OI, X_TI, dense_TI = torch.randn(5, 12), torch.randn(40, 12), torch.randn(40, 12)
-    whole, part = InputStatistics(12, "gram", drift=True), InputStatistics(12, "gram", drift="some")
+    whole, part = InputStatistics(12, DRIFT), InputStatistics(12, SOME_DRIFT)
     whole.add(X_TI, dense_TI)
     part.add(X_TI, dense_TI)
     for _ in range(3):
@@ -118,7 +121,7 @@ def test_the_mix_is_the_best_of_all_on_tokens_held_out(noise, least, most):
     dense_TI[:80] += noise * torch.randn(
         80, width
     )  # what looks as if it could be learnt, but for tokens held out
-    statistics = InputStatistics(width, "gram", drift=True, hold_out=True)
+    statistics = InputStatistics(width, HELD_OUT)
     for place, (x, y) in enumerate(zip(X_TI.split(40), dense_TI.split(40), strict=True)):
         statistics.add(x, y, held_out=place == 2)
     weight_OI = torch.randn(7, width)
@@ -151,9 +154,9 @@ def test_without_tokens_held_out_the_mix_is_the_constant():
 
 def test_shares_held_out_are_shares_of_the_whole():
     dense_TI, X_TI = torch.randn(40, 12), torch.randn(40, 12)
-    whole = InputStatistics(12, "gram", drift=True)
+    whole = InputStatistics(12, DRIFT)
     whole.add(X_TI, dense_TI)
-    split = InputStatistics(12, "gram", drift=True, hold_out=True)
+    split = InputStatistics(12, HELD_OUT)
     split.add(X_TI[:30], dense_TI[:30])
     split.add(X_TI[30:], dense_TI[30:], held_out=True)
     assert (split.tokens, split.held_tokens) == (40, 10)
@@ -162,7 +165,7 @@ def test_shares_held_out_are_shares_of_the_whole():
     assert torch.allclose(split.held_gram_II, X_TI[30:].T @ X_TI[30:], atol=1e-4)
     assert torch.allclose(split.held_drift_II, (dense_TI - X_TI)[30:].T @ X_TI[30:], atol=1e-4)
     order_I = torch.randperm(12)
-    moved = InputStatistics(12, "gram", drift=True, hold_out=True)
+    moved = InputStatistics(12, HELD_OUT)
     moved.add(X_TI[:30, order_I], dense_TI[:30, order_I])
     moved.add(X_TI[30:, order_I], dense_TI[30:, order_I], held_out=True)
     for name in ("gram_II", "drift_II", "held_gram_II", "held_drift_II", "sum_squares_I"):

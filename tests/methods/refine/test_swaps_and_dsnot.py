@@ -11,11 +11,11 @@ from torch import Tensor
 import reference
 from method_cases import WEIRD, example, weird_example
 from prunus.methods import METHODS, MethodOptions, check_options, compose
-from prunus.methods.compose import REFINEMENTS
+from prunus.methods.composition import REFINEMENTS
 from prunus.methods.patterns import Pattern
 from prunus.methods.refine.dsnot import refine_by_dsnot
 from prunus.methods.refine.swaps import refine_by_swaps
-from prunus.methods.statistics import InputStatistics
+from prunus.methods.statistics import InputStatistics, StatisticsSpec
 
 BY_ROWS = [
     Pattern(),
@@ -28,7 +28,7 @@ BY_ROWS = [
 
 
 def gather(X_TI: Tensor) -> InputStatistics:
-    statistics = InputStatistics(X_TI.shape[1], "gram", means=True)
+    statistics = InputStatistics(X_TI.shape[1], StatisticsSpec(needs="gram", means=True))
     statistics.add(X_TI)
     return statistics
 

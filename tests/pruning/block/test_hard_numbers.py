@@ -10,7 +10,7 @@ from torch import nn
 import prunus
 from prunus.methods import METHODS, MethodOptions, compose, default_group
 from prunus.methods.patterns import Pattern
-from prunus.methods.statistics import InputStatistics
+from prunus.methods.statistics import InputStatistics, StatisticsSpec
 from prunus.model.linears import Linear
 from prunus.pruning.block.linear import LinearSettings, prune_linear
 from prunus.pruning.records import LinearRecord
@@ -87,9 +87,12 @@ def prune(
     pattern = pattern or Pattern(group=default_group(name, options))
     module = nn.Linear(w.shape[1], w.shape[0], bias=False)
     module.weight = nn.Parameter(w.float().clone(), requires_grad=False)
-    statistics = InputStatistics(
-        w.shape[1], method.needs, means=method.needs_means, drift=method.needs_drift
+    spec = StatisticsSpec(
+        needs=method.needs,
+        means=method.needs_means,
+        drift="all" if method.needs_drift else "none",
     )
+    statistics = InputStatistics(w.shape[1], spec)
     dense = x.float() * 1.01 if method.needs_drift else None
     statistics.add(x, dense)
     job = LinearSettings(method, pattern, 0.5, options)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.hardware.numerics import all_finite, coarse_product, count_zeros, row_spans
+from prunus.hardware.numerics import all_finite, low_precision_product, count_zeros, row_spans
 from prunus.methods import Method
 from prunus.methods.base import MethodOptions
 from prunus.methods.patterns import Pattern
@@ -113,16 +113,9 @@ def _oriented(stored: torch.Tensor, linear: Linear) -> torch.Tensor:
 
 
 def _equal_inputs(statistics: InputStatistics) -> InputStatistics:
-    equal = InputStatistics(
-        statistics.in_features,
-        statistics.needs,
-        statistics.sum_squares_I.device,
-        means=statistics.sum_I is not None,
+    return InputStatistics.of_equal_inputs(
+        statistics.in_features, statistics.spec, statistics.sum_squares_I.device
     )
-    equal.sum_squares_I.fill_(1)
-    if equal.gram_II is not None:
-        equal.gram_II.fill_diagonal_(1)
-    return equal
 
 
 def _damage(
@@ -135,8 +128,8 @@ def _damage(
     if statistics.needs == "none":
         return None, None
     gram_II = statistics.gram_II
-    # A coarse Gram matrix is of inputs rounded as far as factors are here.
-    product = coarse_product if statistics.coarse else torch.matmul
+    # A low-precision Gram matrix is of inputs rounded as far as factors are here.
+    product = low_precision_product if statistics.spec.low_precision else torch.matmul
     squares_I = statistics.sum_squares_I.float()
     lost = total = 0.0
     if gram_II is not None:

@@ -15,7 +15,7 @@ import torch
 
 from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
 from prunus.hardware.numerics import count_zeros
-from prunus.methods.statistics import InputStatistics
+from prunus.methods.statistics import Drift, InputStatistics, StatisticsSpec
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
@@ -269,18 +269,17 @@ class BlockPruner:
 
     def _new_statistics(self, linear: Linear) -> InputStatistics:
         method = self.linear_settings.method
-        return InputStatistics(
-            linear.shape[1],
-            method.needs,
-            self.device,
-            self.linear_settings.options.reference_order,
+        drift: Drift = "some" if self.drift_stride > 1 else "all"
+        spec = StatisticsSpec(
+            needs=method.needs,
             means=method.needs_means,
-            drift=self.uses_dense_target(linear.shape[1])
-            and ("some" if self.drift_stride > 1 else True),
+            drift=drift if self.uses_dense_target(linear.shape[1]) else "none",
             hold_out=method.needs_held_out,
-            shared=self.ranks.size > 1,
-            coarse=method.adds_ridge,
+            low_precision=method.adds_ridge,
+            reference_order=self.linear_settings.options.reference_order,
+            distributed=self.ranks.size > 1,
         )
+        return InputStatistics(linear.shape[1], spec, self.device)
 
     def _folds(
         self, index: int, block: torch.nn.Module, selected: Sequence[str]
