@@ -16,7 +16,7 @@ from prunus.packed.coding import decode, encode
 from prunus.packed.kernels import library as kernels
 from prunus.packed.weight import PackedWeight
 
-DOCUMENT = REPOSITORY / "docs" / "bitmap-format.md"
+DOCUMENT = REPOSITORY / "docs" / "reference" / "bitmap-format.md"
 
 
 @pytest.fixture(params=["best", "off"])
@@ -72,7 +72,9 @@ def test_the_smallest_form_is_taken():
 @given(st.integers(1, 700), st.sampled_from([1, 16, 200]), st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
 def test_coding_is_lossless(count, kinds, seed):
-    """Whatever the bits: with few kinds of high bytes, with as many as there are codes, and with too many."""
+    """Whatever the bits: with few kinds of high bytes, with as many as there are codes, and with
+    too many.
+    """
     generator = torch.Generator().manual_seed(seed)
     high = torch.randint(0, kinds, (count,), generator=generator)
     high[torch.rand(count, generator=generator) < 0.001] = 255

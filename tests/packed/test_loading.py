@@ -1,4 +1,6 @@
-"""Packed checkpoints through transformers: load, run, save, compile; and what happens without prunus."""
+"""Packed checkpoints through transformers: load, run, save, compile; and what happens without
+prunus.
+"""
 
 from __future__ import annotations
 

@@ -59,7 +59,9 @@ def test_round_trip_is_lossless(tmp_path, dtype):
 
 
 def _as_version_1(packed, folder):
-    """A packed checkpoint as it was written before values were coded: a mask for all, values as they are."""
+    """A packed checkpoint as it was written before values were coded: a mask for all, values as
+    they are.
+    """
     shutil.copytree(packed, folder)
     described = Description.from_dict(_quantization(packed))
     linears = {}
@@ -334,7 +336,9 @@ def test_hostile_descriptions(packed, tmp_path, changes, message):
 )
 @given(data=st.data())
 def test_damaged_shards_give_clear_errors(packed_once, tmp_path_factory, data):
-    """A shard cut off, or with flipped bits, is refused or gives a checkpoint of the right shapes: no crash."""
+    """A shard cut off, or with flipped bits, is refused or gives a checkpoint of the right shapes:
+    no crash.
+    """
     root = tmp_path_factory.mktemp("fuzz")
     folder = shutil.copytree(packed_once, root / "packed")
     shard = folder / data.draw(

@@ -50,7 +50,9 @@ def levels_of(packed: PackedWeight) -> torch.Tensor:
 
 
 def with_all_exponents(weight: torch.Tensor) -> torch.Tensor:
-    """The weight with one entry in five hundred replaced by one of another size, from 2^-126 to 2^120."""
+    """The weight with one entry in five hundred replaced by one of another size, from 2^-126 to
+    2^120.
+    """
     weight = weight.clone()
     kept = weight.view(-1).nonzero().flatten()[::500]
     exponents = torch.linspace(-126, 120, len(kept)).round()
@@ -59,13 +61,16 @@ def with_all_exponents(weight: torch.Tensor) -> torch.Tensor:
 
 
 def coded(values: torch.Tensor) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
-    """Low bytes, codes, high bytes, places of rare values and these of bfloat16 values, one value after another."""
+    """Low bytes, codes, high bytes, places of rare values and these of bfloat16 values, one value
+    after another.
+    """
     words = [word & 0xFFFF for word in values.view(torch.int16).tolist()]
     count = {high: sum(word >> 8 == high for word in words) for high in range(256)}
     table = sorted(range(256), key=lambda high: (-count[high], high))[:16]
     groups = -(-len(words) // 64)
     low, codes, rare_at, rare = [0] * (64 * groups), [0] * (32 * groups), [], []
-    # What fills up the last group is a zero, whose high byte has a code only if one of the values has it.
+    # What fills up the last group is a zero, whose high byte has a code only if one of the values
+    # has it.
     for number, word in enumerate(words + [0] * (64 * groups - len(words))):
         group, place = divmod(number, 64)
         low[number] = word & 255

@@ -1,13 +1,13 @@
-"""Running pruned models: the bitmap format, the kernels, loading through transformers.
+"""Compressed checkpoints: the bitmap format, its CPU kernels, and loading through transformers.
 
-pack            write a pruned checkpoint with its linears as bitmaps
-unpack          and back
-describe        which kernels run here, and why
-reference_path  a context in which packed models compute exactly as unpacked ones
-BitmapLinear    the module that runs on a bitmap
-DenseLinear     a dense linear that uses the kernels too
+pack                write a pruned checkpoint with its linears as bitmaps
+unpack              turn a packed checkpoint into an ordinary one again
+describe            say which kernels run on this machine, and why
+reference_path      a context in which packed models compute exactly as unpacked ones
+BitmapLinear        the module that computes with a bitmap
+DenseLinear         a dense linear that uses the kernels as well
 use_dense_kernel    give a loaded dense model such linears
-use_fast_decoding   and the attention, norms, rotary embedding and memory that packed models have
+use_fast_decoding   give it the attention, norms, rotary embedding and memory of packed models
 to_semi_structured  on a CUDA device: 2:4 linears on sparse tensor cores, where that is faster
 """
 
@@ -15,8 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunus.packed.decoding import use_fast_decoding
     from prunus.packed.doctor import describe
+    from prunus.packed.fast_decoding import use_fast_decoding
     from prunus.packed.linear import BitmapLinear, DenseLinear, use_dense_kernel
     from prunus.packed.operators import reference_path
     from prunus.packed.packing import pack, unpack
@@ -34,7 +34,7 @@ __all__ = [
     "use_fast_decoding",
 ]
 
-# Imported when first used, so that `import prunus` need not wait for torch.
+# Names are imported when they are first used, so that `import prunus` does not wait for torch.
 _HOMES = {
     "BitmapLinear": "linear",
     "DenseLinear": "linear",
@@ -44,7 +44,7 @@ _HOMES = {
     "to_semi_structured": "semi_structured",
     "unpack": "packing",
     "use_dense_kernel": "linear",
-    "use_fast_decoding": "decoding",
+    "use_fast_decoding": "fast_decoding",
 }
 
 

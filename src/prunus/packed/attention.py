@@ -1,9 +1,10 @@
-"""Attention of one new token for models whose heads share keys and values, without copying these for every head.
+"""Attention of one new token for models whose heads share keys and values.
 
-transformers' `sdpa` hands such a token to torch with `enable_gqa`, whose CPU path copies keys and values for every
-head. Heads that share a key are here the rows of one small product instead, which takes a tenth of the time (12 heads
-on 2 keys, 170 tokens: 30 µs instead of 320) and gives the same result but for rounding. Everything else goes to
-`sdpa` as it was, and all of it does on the reference path.
+transformers' `sdpa` hands such a token to torch with `enable_gqa`, and torch's CPU path copies the
+keys and values for every head. Here the heads that share a key become the rows of one small product
+instead. The result is the same up to rounding and takes a tenth of the time: 30 µs instead of
+320 µs for 12 heads on 2 keys and 170 tokens, on one core of an AMD EPYC (Zen 4). All other calls go
+to `sdpa` unchanged, and so does every call on the reference path.
 """
 
 from __future__ import annotations
@@ -21,10 +22,16 @@ _NAME = "prunus_sdpa"
 
 
 def use_decode_attention(model: Any) -> bool:
-    """Let a transformers model on `sdpa` use this attention, in place; a model on any other attention is left as it is.
+    """Let a transformers model that uses `sdpa` use this attention, in place.
+
+    A model with any other attention stays as it is.
+
+    Args:
+        model: a loaded transformers model.
 
     Returns:
-        Whether it does: only where heads share keys and the family takes its attention from transformers' table.
+        True if the model uses this attention now. That needs heads that share keys and a family
+        that takes its attention function from transformers' table.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -50,7 +57,20 @@ def _attention(
     scaling: float | None = None,
     **further: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As transformers calls it: query (batch, heads, tokens, dim), key and value (batch, shared heads, length, dim)."""
+    """Compute the attention of one token, in the signature that transformers expects.
+
+    Args:
+        module: the attention module.
+        query: (batch, heads, tokens, dim).
+        key, value: (batch, shared heads, length, dim).
+        attention_mask: broadcastable to (batch, heads, tokens, length), or None.
+        dropout: probability; anything but 0 goes to `sdpa`.
+        scaling: factor of the scores; None for dim ** -0.5.
+        **further: other arguments of transformers' interface.
+
+    Returns:
+        The output (batch, tokens, heads, dim), and None in place of the attention weights.
+    """
     batch, heads, tokens, dim = query.shape
     shared = key.shape[1]
     plain = tokens == 1 and heads > shared and query.device.type == "cpu" and dropout == 0.0
@@ -66,7 +86,7 @@ def _attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **further
         )
         return done
-    # Head h uses key h // (heads / shared): neighbours share.
+    # Head h uses key h // (heads / shared), so heads that share a key are neighbours.
     grouped = query.reshape(batch, shared, heads // shared, dim)
     out = torch.nn.functional.scaled_dot_product_attention(
         grouped, key, value, attn_mask=attention_mask, scale=scaling

@@ -1,10 +1,9 @@
-"""Packing one weight: which entries are stored, and how; checked and expanded again.
+"""Pack one weight, check a packed weight, and expand it again.
 
-`docs/bitmap-format.md` is the reference.
+`docs/bitmap-format.md` is the reference of the layout. This file works on tensors; it knows nothing
+of files, modules or models.
 
-Knows tensors; nothing of files, modules or models.
-
-Shape suffixes: O output features (rows), I input features (columns).
+Shape suffixes: O output features (rows), I input features (columns), K stored values.
 """
 
 from __future__ import annotations
@@ -26,11 +25,12 @@ __all__ = [
     "row_offsets",
 ]
 
-#: int8 values go from -INT8_LEVELS to INT8_LEVELS, so that the scale is the row's largest magnitude / 127.
+#: int8 values lie in [-INT8_LEVELS, INT8_LEVELS]; the scale of a row is its largest magnitude /
+#: 127.
 INT8_LEVELS = 127
-# Above this share of kept entries, a weight without a mask is tried first.
-_MOST_KEPT = 0.9
-# Rows that are in memory as float32 at a time: all of an output head would be gigabytes.
+# Above this share of kept entries, the form without a mask is tried first.
+_MAX_KEPT = 0.9
+# Rows converted to float32 at a time: a whole output head would take gigabytes.
 _ROWS = 1024
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 _POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.int64)
@@ -38,7 +38,19 @@ _PLACES = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 
 def kept(weight_OI: torch.Tensor) -> torch.Tensor:
-    """bool (O, I): entries that are not exactly +0.0. A -0.0 counts as kept, so that packing loses no bit."""
+    """Return which entries are not exactly +0.0, as bool (O, I).
+
+    A -0.0 counts as kept: it compares equal to 0, but its bits differ, and packing is lossless.
+
+    Args:
+        weight_OI: bfloat16, float16 or float32.
+
+    Raises:
+        ValueError: another dtype.
+
+    >>> kept(torch.tensor([[0.0, -0.0, 2.0]], dtype=torch.bfloat16)).tolist()
+    [[False, True, True]]
+    """
     if weight_OI.dtype not in _BITS:
         raise ValueError(
             f"weights must be bfloat16, float16 or float32 to be packed, got {weight_OI.dtype}"
@@ -49,16 +61,25 @@ def kept(weight_OI: torch.Tensor) -> torch.Tensor:
 def pack_weight(weight_OI: torch.Tensor, values: torch.dtype) -> PackedWeight:
     """Pack a weight in the form that takes the fewest bytes.
 
-    With a mask, entries that are exactly +0.0 are left out; without one, all are stored. bfloat16 values are coded
-    (see `coding`) where their exponents allow it.
+    With a mask, entries that are exactly +0.0 are left out; without one, all entries are stored.
+    bfloat16 values are coded (see `coding.py`) where their exponents allow it.
 
     Args:
-        weight_OI: on the CPU, at least one entry; any strides.
-        values: the dtype of `weight_OI` (lossless, bfloat16 or float16), or int8: symmetric, one scale per
-            row, nearest; which entries are 0 does not depend on it, but kept entries may be rounded to 0.
+        weight_OI: a tensor on the CPU with at least one entry, any strides.
+        values: the dtype of `weight_OI` (lossless: bfloat16 or float16) or int8. int8 rounds to the
+            nearest of 255 symmetric levels with one scale per row. The mask does not depend on the
+            choice, but int8 may round a kept entry to 0.
 
     Raises:
-        ValueError: a dtype that cannot be packed this way, or, for int8, a weight that is not finite.
+        ValueError: the dtype cannot be packed this way, or a weight is not finite and int8 is asked
+            for.
+
+    >>> weight = torch.tensor([[0.0, 1.5], [0.0, -2.0]], dtype=torch.float16)
+    >>> packed = pack_weight(weight, torch.float16)
+    >>> packed.values.tolist(), packed.mask.tolist()
+    ([1.5, -2.0], [[2], [2]])
+    >>> torch.equal(expand(packed), weight)
+    True
     """
     weight_OI = weight_OI.contiguous()
     keep_OI = kept(weight_OI)
@@ -67,23 +88,23 @@ def pack_weight(weight_OI: torch.Tensor, values: torch.dtype) -> PackedWeight:
         stored = _levels(weight_OI, scales)
     elif values != weight_OI.dtype or values == torch.float32:
         raise ValueError(
-            f"weights of {weight_OI.dtype} cannot be packed as {values} without loss; float32 weights must be "
-            "converted to bfloat16 or float16 first, or packed as int8"
+            f"weights of {weight_OI.dtype} cannot be packed as {values} without loss; convert "
+            "float32 weights to bfloat16 or float16 first, or pack them as int8"
         )
     else:
         scales, stored = None, weight_OI
     shape, count = (weight_OI.shape[0], weight_OI.shape[1]), int(torch.count_nonzero(keep_OI))
     whole = None
-    if count > _MOST_KEPT * keep_OI.numel():
-        # An output head, as a rule: what a mask takes at the least settles it, without a copy of gigabytes.
+    if count > _MAX_KEPT * keep_OI.numel():
+        # Usually an output head. A lower bound of the masked form's size decides, because building
+        # that form would copy gigabytes.
         whole = _with_values(shape, stored.flatten(), None, scales)
-        least = 1.0 if values == torch.int8 else 1.5 if values == torch.bfloat16 else 2.0
-        if count * least + keep_OI.numel() / 8 >= whole.nbytes:
+        min_bytes = 1.0 if values == torch.int8 else 1.5 if values == torch.bfloat16 else 2.0
+        if count * min_bytes + keep_OI.numel() / 8 >= whole.nbytes:
             return whole
     sparse = _with_values(shape, stored[keep_OI], _mask(keep_OI), scales)
-    if (
-        whole is None and sparse.nbytes >= weight_OI.numel()
-    ):  # without a mask it is a byte per weight at the least
+    # Without a mask a weight takes at least one byte per entry, so smaller ones need no comparison.
+    if whole is None and sparse.nbytes >= weight_OI.numel():
         whole = _with_values(shape, stored.flatten(), None, scales)
     return sparse if whole is None or sparse.nbytes < whole.nbytes else whole
 
@@ -112,7 +133,7 @@ def _scales(weight_OI: torch.Tensor) -> torch.Tensor:
     if not torch.isfinite(largest_O).all():
         raise ValueError("weights that are infinite or not a number cannot be packed as int8")
     scales_O = largest_O / INT8_LEVELS
-    # A row of zeros has none, and a row of subnormals can have a scale of 0 once divided.
+    # A row of zeros has scale 0, and so may a row of subnormal numbers after the division.
     return torch.where(scales_O > 0, scales_O, torch.ones_like(scales_O))
 
 
@@ -126,7 +147,11 @@ def _levels(weight_OI: torch.Tensor, scales_O: torch.Tensor) -> torch.Tensor:
 
 
 def row_offsets(mask: torch.Tensor, in_features: int) -> torch.Tensor:
-    """Where each row's values begin: int64 (O + 1); the last entry is the number of survivors. `mask` is on the CPU.
+    """Return where the values of each row begin: int64 (O + 1); the last entry is their number.
+
+    Args:
+        mask: uint8 (O, ceil(I / 8)) on the CPU.
+        in_features: I.
 
     Raises:
         ValueError: a bit beyond the last column is set.
@@ -142,18 +167,20 @@ def row_offsets(mask: torch.Tensor, in_features: int) -> torch.Tensor:
 
 
 def check(packed: PackedWeight, stored: int | None = None) -> torch.Tensor | None:
-    """See that mask, values, scales and coding belong together, before anything is computed with them.
+    """Check that mask, values, scales and coding fit each other, before anything computes with
+    them.
 
     Args:
-        packed: what was read.
-        stored: how many entries are said to be stored, where that is said; coded values do not tell it, since their
-            last group is filled up.
+        packed: the weight as it was read.
+        stored: the declared number of stored entries, or None. Coded values do not tell it, because
+            their last group of 64 is padded.
 
     Returns:
-        The row offsets (see `row_offsets`), or None where there is no mask: row i begins at i · I.
+        The row offsets (see `row_offsets`), or None for a weight without a mask, whose row i begins
+        at value i · I.
 
     Raises:
-        ValueError: saying what does not fit.
+        ValueError: the message says what does not fit.
     """
     (rows, columns), mask = packed.shape, packed.mask
     if rows < 1 or columns < 1:
@@ -167,8 +194,8 @@ def check(packed: PackedWeight, stored: int | None = None) -> torch.Tensor | Non
     if mask is not None:
         if mask.dtype != torch.uint8 or tuple(mask.shape) != (rows, -(-columns // 8)):
             raise ValueError(
-                f"the mask of a weight of {rows} x {columns} must be uint8 ({rows}, {-(-columns // 8)}), "
-                f"got {mask.dtype} {tuple(mask.shape)}"
+                f"the mask of a weight of {rows} x {columns} must be uint8 "
+                f"({rows}, {-(-columns // 8)}), got {mask.dtype} {tuple(mask.shape)}"
             )
         offsets = row_offsets(mask.cpu().contiguous(), columns).to(mask.device)
         count = int(offsets[-1])
@@ -210,16 +237,17 @@ def expand(
     offsets: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The dense weight (O, I).
+    """Return the dense weight (O, I).
 
-    Values that are stored as floats come back bit for bit where `dtype` is theirs (the default); int8 values
-    are multiplied by their scale in float32 and rounded once to `dtype` (default bfloat16).
+    Values that are stored as floats come back bit for bit in their own dtype, which is the default.
+    int8 values are multiplied by their scale in float32 and rounded once to `dtype` (default
+    bfloat16).
 
     Args:
         packed: a weight that `check` accepted.
         dtype: bfloat16, float16 or float32.
-        offsets: what `check` returned, to save counting again.
-        out: contiguous memory that the kernel may write the result to: (O, I) of `dtype`.
+        offsets: what `check` returned; it saves counting the mask again.
+        out: contiguous memory (O, I) of `dtype` that the kernel may write to.
     """
     scales, device = packed.scales, packed.values.device
     written = torch.bfloat16 if scales is not None else packed.dtype
@@ -244,16 +272,19 @@ def expand(
 def expand_rows(
     packed: PackedWeight, rows: torch.Tensor, offsets: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Some rows of the dense weight, as `expand` would give them: rows (...) int -> (..., I).
+    """Return some rows of the dense weight, as `expand` would give them.
 
     Args:
         packed: a weight on the CPU that `check` accepted.
-        rows: on the CPU, in any order, more than once if need be.
+        rows: integer tensor (...) on the CPU; rows may repeat and come in any order.
         offsets: what `check` returned.
         dtype: bfloat16, float16 or float32.
 
+    Returns:
+        (..., I) of `dtype`.
+
     Raises:
-        IndexError: there is no such row.
+        IndexError: a row number is out of range.
     """
     kernels = load()
     if kernels is None:
@@ -268,13 +299,13 @@ def expand_rows(
     if scales is None or dtype == written:
         kernels.expand_rows(packed, offsets, wanted, out)
         return out.to(dtype)
-    # Integers up to 128 are exact in bfloat16.
+    # Integers up to 128 are exact in bfloat16, so the scale is applied in float32 afterwards.
     kernels.expand_rows(packed._replace(scales=torch.ones_like(scales)), offsets, wanted, out)
     return out.float() * scales[wanted][..., None]
 
 
 def _placed(values_K: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
-    """Values (K,) of any dtype, perhaps filled up, where the mask has them, zeros elsewhere: (O, I)."""
+    """Put values (K,), possibly padded, where the mask has ones, and zeros elsewhere: (O, I)."""
     rows, columns = packed.shape
     if packed.mask is None:
         return values_K[: rows * columns].view(rows, columns)
@@ -287,7 +318,7 @@ def _placed(values_K: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
 
 
 def relative_error(weight_OI: torch.Tensor, packed: PackedWeight) -> float:
-    """‖W − Ŵ‖² / ‖W‖² of a packed weight in float64 (0 where W is all zero)."""
+    """Return ‖W − Ŵ‖² / ‖W‖² of a packed weight, computed in float64; 0 for a weight of zeros."""
     weight = weight_OI.double()
     total = weight.square().sum()
     if total == 0:

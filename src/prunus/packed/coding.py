@@ -1,13 +1,15 @@
-"""bfloat16 values in twelve bits without loss: a low byte each, and four bits for the high byte.
+"""Store bfloat16 values in twelve bits without loss: a low byte and four bits for the high byte.
 
-The high byte of a bfloat16 is its sign and seven of the eight bits of its exponent. The weights of a layer differ in
-size by a few powers of two, so sixteen high bytes are nearly all there are; values with another are listed with their
-places. The idea of coding exponents by how often they occur is that of DFloat11 (arXiv 2504.11651); codes of a fixed
-length can be decoded by a table look-up in a register, as fast as memory delivers them.
+The high byte of a bfloat16 holds the sign and seven of the eight exponent bits. The weights of a
+layer differ in size by a few powers of two, so sixteen high bytes cover nearly all of them. The few
+other values are listed with their positions. Coding exponents by how often they occur is the idea
+of DFloat11 (arXiv 2504.11651). Codes of a fixed length have the advantage that a look-up in a
+register decodes them as fast as memory delivers them.
 
-Values come in groups of 64, the last one filled up with zeros; a byte holds the codes of two values that are 32 apart.
+Values come in groups of 64, and the last group is padded with zeros. One byte holds the codes of
+two values that are 32 positions apart, so that a vector register unpacks them with one shift.
 
-Shape suffixes: K values, P of them with the last group filled up, G groups, R rare values.
+Shape suffixes: K values, P values with the last group padded, G groups, R rare values.
 """
 
 from __future__ import annotations
@@ -22,19 +24,27 @@ __all__ = ["check_coding", "decode", "encode", "padded"]
 
 _CODES = 16
 _GROUP = 64
-_PART = _GROUP << 16  # values that are encoded at a time
-#: Above this share of rare values, mending them takes a kernel longer than the missing bytes save.
+_PART = _GROUP << 16  # values encoded at a time
+#: Above this share of rare values, patching them costs a kernel more time than coding saves.
 _RARE_SHARE = 1 / 256
 
 
 def encode(values_K: torch.Tensor) -> tuple[torch.Tensor, Coding] | None:
-    """Split bfloat16 values (K,) into low bytes, uint8 (P,), and coded high bytes; None where that would not pay."""
+    """Split bfloat16 values into low bytes and coded high bytes.
+
+    Args:
+        values_K: bfloat16 (K,).
+
+    Returns:
+        Low bytes, uint8 (P,), and the coding; None where coding would not save bytes, or where rare
+        values are so many that decoding becomes slow.
+    """
     assert values_K.dtype == torch.bfloat16
     count = values_K.shape[0]
     occurrences = torch.zeros(256, dtype=torch.int64)
     for _, part in _parts(values_K):
         occurrences += torch.bincount(_bytes(part)[:, 1].int(), minlength=256)
-    # Stable, so that the same values always give the same bytes.
+    # The sort is stable, so that equal values always give equal files.
     table = occurrences.argsort(descending=True, stable=True)[:_CODES]
     rare = count - int(occurrences[table].sum())
     whole = padded(count)
@@ -62,20 +72,28 @@ def encode(values_K: torch.Tensor) -> tuple[torch.Tensor, Coding] | None:
 
 
 def _parts(values_K: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Whole groups at a time, and where they begin: all at once, an output head takes gigabytes to be encoded."""
+    """Yield runs of whole groups with their first position.
+
+    Encoding a whole output head at once would take gigabytes of temporaries.
+    """
     for first in range(0, values_K.shape[0], _PART):
         yield first, values_K[first : first + _PART]
 
 
 def _bytes(values_K: torch.Tensor) -> torch.Tensor:
-    """Low and high bytes (K, 2)."""
+    """View bfloat16 values as low and high bytes, uint8 (K, 2)."""
     return values_K.contiguous().view(torch.uint8).view(-1, 2)
 
 
 def decode(low_P: torch.Tensor, coding: Coding) -> torch.Tensor:
-    """The bfloat16 values (P,) that `encode` was given, bit for bit, and what its last group was filled with.
+    """Return the bfloat16 values (P,) that `encode` was given, bit for bit, with the padding.
 
-    What the kernels do, in torch.
+    This is the reference in torch for what the kernels do.
+
+    >>> values = torch.linspace(-2, 2, 2048).bfloat16()
+    >>> low, coding = encode(values)
+    >>> torch.equal(decode(low, coding)[:2048], values)
+    True
     """
     pairs = coding.codes.view(-1, _GROUP // 2)
     codes_P = torch.cat([pairs & 15, pairs >> 4], dim=1).flatten()
@@ -86,15 +104,19 @@ def decode(low_P: torch.Tensor, coding: Coding) -> torch.Tensor:
 
 
 def padded(count: int) -> int:
-    """Bytes that the low bytes of as many values take: P for K."""
+    """Return the number of low bytes of `count` values: `count` rounded up to whole groups of 64.
+
+    >>> padded(65)
+    128
+    """
     return -(-count // _GROUP) * _GROUP
 
 
 def check_coding(low_P: torch.Tensor, count: int, coding: Coding) -> None:
-    """See that the parts of `count` coded values fit each other.
+    """Check that the parts of `count` coded values fit each other.
 
     Raises:
-        ValueError: saying what does not.
+        ValueError: the message says what does not fit.
     """
     codes, high_bytes, rare_at, rare = coding
     whole = padded(count)
@@ -108,7 +130,8 @@ def check_coding(low_P: torch.Tensor, count: int, coding: Coding) -> None:
     for name, (part, dtype, shape) in expected.items():
         if part.dtype != dtype or tuple(part.shape) != shape:
             raise ValueError(
-                f"the {name} of {count:,} coded values must be {dtype} {shape}, got {part.dtype} {tuple(part.shape)}"
+                f"the {name} of {count:,} coded values must be {dtype} {shape}, "
+                f"got {part.dtype} {tuple(part.shape)}"
             )
     inside = (rare_at >= 0) & (rare_at < count)
     if not bool(inside.all()) or not bool((rare_at.diff() > 0).all()):

@@ -1,7 +1,8 @@
-"""A folder that is written shard by shard from another, and can be taken up again after a kill.
+"""A folder that is written shard by shard from another one, and resumes after a kill.
 
-Knows folders and shards; what happens to the tensors is the caller's. A shard is entered in the record after
-it has its final name, and the index, without which no loader finds the weights, comes last.
+This file knows folders and shards; the caller decides what happens to the tensors. A shard enters
+the record after it has its final name. The index comes last: without it no loader finds the
+weights, so that a half-written folder is never taken for a model.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ _MANIFEST = "prunus.json"
 
 
 class LinearRecord(BaseModel):
-    """What became of one linear.
+    """What happened to one linear.
 
     Attributes:
         shape: (out, in).
-        kept: weights that are not exactly zero.
-        stored, rare: as `description.PackedShape` has them, of a linear that is packed.
-        packed: whether it is a bitmap in the result.
-        reason: why it is not.
-        nbytes: of the weight before and after.
-        relative_error: ‖W−Ŵ‖² / ‖W‖² where values were rounded to int8.
+        kept: number of weights that are not exactly zero.
+        stored, rare: as in `description.PackedShape`, for a packed linear.
+        packed: whether the result stores it as a bitmap.
+        reason: why it is not packed, or None.
+        nbytes: bytes of the weight before and after.
+        relative_error: ‖W−Ŵ‖² / ‖W‖² where values were rounded to int8, or None.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -57,13 +58,16 @@ class LinearRecord(BaseModel):
 
 
 class Record(BaseModel):
-    """What a conversion does and how far it is, beside the result as `prunus-pack.json` or `prunus-unpack.json`."""
+    """What a conversion does and how far it is.
+
+    It lies beside the result as `prunus-pack.json` or `prunus-unpack.json`.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     action: Literal["pack", "unpack"]
-    source: str = Field(description="the folder or hub id as it was given")
-    fingerprint: str = Field(description="of the source's headers and configuration")
+    source: str = Field(description="the folder or hub id as the user gave it")
+    fingerprint: str = Field(description="hash of the source's headers and configuration")
     values: str = Field(description="dtype of stored values (pack) or of expanded weights (unpack)")
     shards: dict[str, dict[str, LinearRecord]] = Field(default_factory=dict)
     finished: bool = False
@@ -81,15 +85,17 @@ class Conversion:
     """Writes the result of one conversion.
 
     Args:
-        source: the checkpoint that is read.
+        source: the checkpoint to read.
         output: folder of the result.
-        record: the conversion as it is wanted, without shards.
+        record: the conversion that is asked for, without shards.
         overwrite: replace an earlier result of the same action.
+        needed: bytes of disk that the result takes.
 
     Raises:
         ValueError: source and output overlap.
-        FileExistsError: something else is in `output`, or a conversion of another source or with other values.
-        OSError: the disk is too small for `needed` bytes.
+        FileExistsError: `output` holds something else, or a conversion of another source or with
+            other values.
+        OSError: the disk has less than `needed` bytes free.
     """
 
     def __init__(
@@ -103,14 +109,14 @@ class Conversion:
             check_disk(output, needed)
 
     def _earlier(self, wanted: Record, overwrite: bool) -> Record | None:
-        """The record of the same conversion in the output folder, if it holds one."""
+        """Return the record of the same conversion in the output folder, if there is one."""
         if is_vacant(self.folder):
             return None
         path = self.folder / wanted.file_name
         if not path.exists():
             raise FileExistsError(
-                f"output {self.folder} exists and holds no result of prunus {wanted.action}; it is left as it is. "
-                "Choose another folder"
+                f"output {self.folder} exists and holds no result of prunus {wanted.action}; it is "
+                "left as it is. Choose another folder"
             )
         if overwrite:
             return None
@@ -123,15 +129,18 @@ class Conversion:
         same = {"action", "fingerprint", "values"}
         if earlier.model_dump(include=same) != wanted.model_dump(include=same):
             raise FileExistsError(
-                f"{self.folder} holds the result of another {wanted.action} (of {earlier.source}, {earlier.values}); "
-                "choose another folder, or --overwrite"
+                f"{self.folder} holds the result of another {wanted.action} (of {earlier.source}, "
+                f"{earlier.values}); choose another folder, or --overwrite"
             )
         if earlier.finished:
             check_whole(self.folder)
         return earlier
 
     def begin(self) -> None:
-        """Create the folder; what is in it and not in the record goes, so that no half of a result looks whole."""
+        """Create the folder and remove what the record does not name.
+
+        A leftover of an interrupted run must not make half of a result look whole.
+        """
         make_folder(self.folder)
         for name in list(self.record.shards):
             if not (self.folder / name).exists():
@@ -154,11 +163,12 @@ class Conversion:
         self._save()
 
     def finish(self, config: Mapping[str, Any], card: Callable[[str | None], str]) -> None:
-        """Write configuration, model card and what travels along, then the index, then close the record.
+        """Write configuration, model card and auxiliary files, then the index, then close the
+        record.
 
         Args:
             config: content of config.json.
-            card: makes the README from the source's.
+            card: makes the README of the result from the source's README, or from None.
         """
         for path in auxiliary_files(self.source.folder):
             if path.name != "config.json" and not path.name.startswith("prunus-"):

@@ -1,7 +1,7 @@
-"""What a packed checkpoint says about itself in `config.json`, and whether its tensors agree.
+"""What a packed checkpoint declares in `config.json`, and whether its tensors agree.
 
-Everything here is read from files that may be damaged or hostile, so nothing is believed: names, numbers and
-shapes are checked against each other and against the headers of the shards before any weight is touched.
+Everything here is read from files that may be damaged or hostile. Names, numbers and shapes are
+checked against each other and against the shards' headers before any weight is touched.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ __all__ = [
 
 #: `quant_method` in config.json.
 METHOD = "prunus"
-#: Changes whenever a reader of an earlier version would misread the files.
+#: This number grows whenever a reader of an earlier version would misread the files.
 FORMAT_VERSION = 2
-#: Stands where transformers expects the name of a weights file. Without prunus it is quoted in the error with
-#: which transformers refuses the checkpoint; with prunus the quantizer takes it away first.
+#: This text stands where transformers expects the name of a weights file. Without prunus,
+#: transformers refuses the checkpoint with an error that quotes it. With prunus, the quantizer
+#: removes it first.
 REFUSAL = (
     "this checkpoint is packed by prunus: pip install prunus, then import prunus before loading it"
 )
@@ -41,13 +42,18 @@ _DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
-# Far above any real model, far below where a product of two of them overflows.
-_LARGEST = 2**31
+# Far above any real model, and small enough that a product of two such numbers fits in 64 bits.
+_MAX_FEATURES = 2**31
 
 
 class PackedShape(NamedTuple):
-    """Of one packed linear: output features, input features, stored weights, and, where they are coded, how many of them
-    are rare."""
+    """Shape of one packed linear.
+
+    Attributes:
+        out_features, in_features: size of the dense weight.
+        stored: number of stored entries.
+        rare: number of rare values among coded ones; None where values are not coded.
+    """
 
     out_features: int
     in_features: int
@@ -56,7 +62,7 @@ class PackedShape(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """Shape and dtype of a tensor as a shard's header gives them."""
+    """Shape and dtype of a tensor, as a shard's header gives them."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -67,9 +73,9 @@ class Description:
     """The packed linears of a checkpoint.
 
     Attributes:
-        values: how stored weights are stored.
+        values: dtype in which entries are stored.
         linears: module name (`model.layers.0.mlp.up_proj`) -> shape.
-        version: of the format.
+        version: version of the format.
     """
 
     values: Stored
@@ -78,15 +84,15 @@ class Description:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of stored values."""
+        """The torch dtype of stored values."""
         return _DTYPES[self.values]
 
     def tensors(self, linear: str) -> dict[str, StoredTensor]:
-        """The tensors that stand for one linear's weight: name -> shape and dtype."""
+        """Return the tensors that stand for one linear's weight: name -> shape and dtype."""
         rows, columns, stored, rare = self.linears[linear]
         length = stored if rare is None else padded(stored)
         expected = {"weight": StoredTensor((length,), self.dtype if rare is None else torch.uint8)}
-        # In the first version everything had a mask.
+        # In version 1 of the format every weight had a mask.
         if stored < rows * columns or self.version == 1:
             expected["weight_mask"] = StoredTensor((rows, -(-columns // 8)), torch.uint8)
         if self.values == "int8":
@@ -99,7 +105,7 @@ class Description:
         return {f"{linear}.{name}": tensor for name, tensor in expected.items()}
 
     def weight(self, linear: str, tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
-        """The weight of a linear, from the tensors that `tensors` names."""
+        """Return a linear's weight, built from the tensors that `Description.tensors` names."""
         rows, columns, _, rare = self.linears[linear]
         coding = (
             None
@@ -115,7 +121,10 @@ class Description:
         )
 
     def check_tensors(self, found: Mapping[str, StoredTensor]) -> None:
-        """Compare with what the shards hold.
+        """Compare the declared tensors with those of the shards.
+
+        Args:
+            found: name -> shape and dtype of every tensor in the shards.
 
         Raises:
             ValueError: a tensor is missing, or has another shape or dtype.
@@ -124,16 +133,18 @@ class Description:
             for name, expected in self.tensors(linear).items():
                 if name not in found:
                     raise ValueError(
-                        f"the packed checkpoint holds no tensor {name!r}; is it whole, and was it packed by prunus?"
+                        f"the packed checkpoint holds no tensor {name!r}; is it whole, and was it "
+                        "packed by prunus?"
                     )
                 if found[name] != expected:
                     raise ValueError(
-                        f"{name!r} is {found[name].dtype} {found[name].shape} in the file, but config.json asks for "
-                        f"{expected.dtype} {expected.shape}; config and weights do not belong together"
+                        f"{name!r} is {found[name].dtype} {found[name].shape} in the file, but "
+                        f"config.json asks for {expected.dtype} {expected.shape}; config and "
+                        "weights do not belong together"
                     )
 
     def to_dict(self) -> dict[str, Any]:
-        """The `quantization_config` of config.json."""
+        """Return the `quantization_config` of config.json."""
         return {
             "quant_method": METHOD,
             "version": self.version,
@@ -149,7 +160,8 @@ class Description:
         """Read a `quantization_config`.
 
         Raises:
-            ValueError: it does not describe a packed checkpoint of a version that this prunus can read.
+            ValueError: it does not describe a packed checkpoint in a version that this prunus can
+                read.
         """
         if not isinstance(content, Mapping) or content.get("quant_method") != METHOD:
             raise ValueError(f"config.json has no quantization_config with quant_method {METHOD!r}")
@@ -160,8 +172,8 @@ class Description:
             )
         if version > FORMAT_VERSION:
             raise ValueError(
-                f"the checkpoint is packed in version {version} of the format; this prunus reads up to version "
-                f"{FORMAT_VERSION}: update prunus"
+                f"the checkpoint is packed in version {version} of the format; this prunus reads "
+                f"up to version {FORMAT_VERSION}: update prunus"
             )
         values = content.get("values")
         if not isinstance(values, str) or values not in _DTYPES:
@@ -188,7 +200,9 @@ def _shape(name: str, shape: Any, may_be_coded: bool) -> PackedShape:
         )
         raise ValueError(f"the shape of packed linear {name!r} must be {expected}, got {shape!r}")
     rows, columns, stored, *rare = shape
-    if not (0 < rows < _LARGEST and 0 < columns < _LARGEST and 0 <= stored <= rows * columns):
+    if not (
+        0 < rows < _MAX_FEATURES and 0 < columns < _MAX_FEATURES and 0 <= stored <= rows * columns
+    ):
         raise ValueError(
             f"packed linear {name!r} cannot have {rows} x {columns} weights and store {stored}"
         )

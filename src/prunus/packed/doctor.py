@@ -1,4 +1,4 @@
-"""What the packed models of this installation run on, and why: for people who wonder why it is slow."""
+"""Say which kernels run packed models on this machine, and why: for users who miss speed."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ __all__ = ["describe"]
 
 
 def describe() -> dict[str, Any]:
-    """The state of the kernels in words and numbers.
+    """Describe the state of the kernels.
 
     Returns:
-        A JSON-ready dict:
+        A dict that JSON can hold:
 
-        - kernels: whether packed linears are multiplied without expanding them; why_not: if not, the reason.
+        - kernels: whether packed linears are multiplied without being expanded.
+        - why_not: the reason if they are not, else None.
         - library: the file that was opened.
-        - instruction_set, best_instruction_set: in use, and the best this machine has; chosen_by: what decided.
+        - instruction_set, best_instruction_set: the one in use, and the best of this machine.
+        - chosen_by: what decided on the instruction set.
         - dense_kernel: whether dense bfloat16 linears of packed models use a kernel as well.
-        - threads: how many torch uses; thread_runtime: whose threads the kernels run on.
+        - threads: how many threads torch uses.
+        - thread_runtime: whose threads the kernels run on.
         - registered: whether transformers knows the packed format in this process.
         - torch, transformers, python, machine: versions.
     """

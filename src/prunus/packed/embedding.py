@@ -1,7 +1,7 @@
 """A packed embedding, and the output head that is tied to it.
 
-The two are one weight, stored once. Looked up, only the rows of the tokens at hand are expanded; the head multiplies
-straight from the packed weight as any other linear does.
+Both are one weight, which is stored once. The embedding expands only the rows of the tokens that
+are looked up. The head multiplies straight from the packed weight, as any other linear does.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def bitmap_embedding(
     offsets: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Rows of a packed weight as a torch operator, so that compile and export see them as one node."""
+    """Return rows of a packed weight, as a torch operator.
+
+    torch.compile and torch.export see an operator as one node.
+    """
     packed = as_packed_weight((num_embeddings, embedding_dim), values, mask, scales, coding)
     return _look_up(ids, packed, offsets, dtype)
 
@@ -53,11 +56,12 @@ def _(
 
 
 class BitmapEmbedding(BitmapLinear):
-    """Takes the place of an `nn.Embedding` whose weight is packed; its state is that of a `BitmapLinear`.
+    """Replaces an `nn.Embedding` whose weight is packed; its state is that of a `BitmapLinear`.
 
     Args:
-        packed: the weight (tokens of the vocabulary, width).
-        dtype: of the rows that are looked up: the model's, which int8 values do not tell.
+        packed: the weight (vocabulary, width).
+        dtype: dtype of the rows that are looked up. It is the model's dtype, which int8 values do
+            not tell.
     """
 
     def __init__(self, packed: PackedWeight, dtype: torch.dtype) -> None:
@@ -65,7 +69,7 @@ class BitmapEmbedding(BitmapLinear):
         self.num_embeddings, self.embedding_dim, self.dtype = *packed.shape, dtype
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Token ids (...) -> (..., width)."""
+        """Map token ids (...) to rows (..., width)."""
         packed, offsets = self.packed, self._buffers["row_offsets"]
         if not torch.compiler.is_compiling() and not input.is_meta:
             return _look_up(input, packed, offsets, self.dtype)
@@ -73,54 +77,56 @@ class BitmapEmbedding(BitmapLinear):
         return bitmap_embedding(input, *packed.shape, *packed[1:4], coding, offsets, self.dtype)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., width) -> logits (..., tokens of the vocabulary)."""
+        """Map hidden states (..., width) to logits (..., vocabulary)."""
         return super().forward(x)
 
 
 class TiedHead(nn.Module):
-    """The output head whose weight is a packed embedding's. It has no state of its own."""
+    """The output head that uses the weight of a packed embedding. It has no state of its own."""
 
     def __init__(self, embedding: BitmapEmbedding) -> None:
         super().__init__()
-        self._embedding = (
-            embedding,
-        )  # in a tuple, so that it is no submodule and is not saved twice
+        # Inside a tuple the embedding is not a submodule, so that it is not saved twice.
+        self._embedding = (embedding,)
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
 
     @property
     def embedding(self) -> BitmapEmbedding:
-        """Whose weight it is."""
+        """The embedding that owns the weight."""
         return self._embedding[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., width) -> logits (..., tokens of the vocabulary)."""
+        """Map hidden states (..., width) to logits (..., vocabulary)."""
         return self.embedding.project(x)
 
 
 def pack_tied_embedding(model: Any, name: str, packed: PackedWeight) -> None:
-    """Put a packed weight in the place of the embedding `name` of a transformers model, and of the head tied to it.
+    """Replace the embedding `name` of a transformers model, and the head tied to it, by packed
+    ones.
 
     Args:
-        packed: its tensors may be on the meta device, see `BitmapLinear`.
+        model: a transformers model.
+        name: path of the embedding.
+        packed: the weight; its tensors may be on the meta device, see `BitmapLinear`.
 
     Raises:
-        ValueError: a head is tied to the embedding that is no plain linear.
+        ValueError: the head that is tied to the embedding is not a plain linear.
     """
     embedding = BitmapEmbedding(packed, model.get_submodule(name).weight.dtype)
-    # Which weights will be tied is known before they are.
+    # transformers knows which weights it will tie before it ties them.
     ties = getattr(model, "all_tied_weights_keys", {})
     for target in [target for target, source in ties.items() if source == f"{name}.weight"]:
         head = target.removesuffix(".weight")
         module = model.get_submodule(head)
         if type(module) is not nn.Linear or module.bias is not None:
-            raise ValueError(f"{head}, tied to the packed {name}, is no plain linear")
+            raise ValueError(f"{head}, tied to the packed {name}, is not a plain linear")
         model.set_submodule(head, TiedHead(embedding))
         del ties[target]
     model.set_submodule(name, embedding)
 
 
 def unpack_tied_embedding(model: Any, name: str, dtype: torch.dtype | None = None) -> None:
-    """Make the packed embedding `name` and its head ordinary modules that share a dense weight."""
+    """Replace the packed embedding `name` and its head by modules with one dense weight."""
     packed = model.get_submodule(name)
     weight = nn.Parameter(packed.dense(dtype or packed.dtype))
     embedding = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")

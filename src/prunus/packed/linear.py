@@ -1,4 +1,4 @@
-"""The modules of a packed model: a linear on a bitmap, and a dense linear that uses the kernels too."""
+"""The modules of a packed model: a linear on a bitmap, and a dense linear that uses the kernels."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ _PACKED = ("weight", "weight_mask", "weight_scales", *_CODING, "row_offsets")
 
 
 class BitmapLinear(nn.Module):
-    """Takes the place of an `nn.Linear` whose weight is packed.
+    """Replaces an `nn.Linear` whose weight is packed.
 
-    Its state is what `docs/bitmap-format.md` stores: `weight` holds the stored values in one row, and the
-    other buffers, those of them that the weight's form has, what is needed to place and read them. They are buffers:
-    packed weights are not trained, but a gradient passes through to the inputs.
+    Its state is what `docs/bitmap-format.md` describes. `weight` holds the stored values in one
+    row; the other buffers hold what is needed to place and to decode them, where the form of the
+    weight has it. They are buffers and not parameters: packed weights are not trained, but a
+    gradient passes through to the inputs.
 
     Args:
-        packed: the weight. Its tensors may be on the meta device, to be filled by a state that is loaded; then
-            `prepare` must be called before the module runs.
+        packed: the weight. Its tensors may be on the meta device, to be filled from a loaded state;
+            then `prepare` must be called before the module runs.
         bias: (O,), or None.
     """
 
@@ -54,7 +55,8 @@ class BitmapLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The weight as it is stored."""
-        # Straight from the dict: a module's attributes cost as much as a small product.
+        # Read straight from the dict: the attribute lookup of a module costs as much as a small
+        # product.
         stored: Any = self._buffers
         codes = stored["weight_codes"]
         coding = None if codes is None else Coding(codes, *(stored[name] for name in _CODING[1:]))
@@ -62,10 +64,12 @@ class BitmapLinear(nn.Module):
         return PackedWeight((self.out_features, self.in_features), values, mask, scales, coding)
 
     def prepare(self, stored: int | None = None) -> None:
-        """Check a state that was loaded and count its rows; until then the module must not run.
+        """Check a state that was loaded and count the entries of every row.
+
+        The module must not run before this call.
 
         Args:
-            stored: see `bitmap.check`.
+            stored: the declared number of stored entries; see `bitmap.check`.
 
         Raises:
             ValueError: mask, values, scales and coding do not belong together.
@@ -73,11 +77,11 @@ class BitmapLinear(nn.Module):
         self.row_offsets = check(self.packed, stored)
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The dense weight (out, in); by default in the stored dtype, bfloat16 for int8."""
+        """Return the dense weight (out, in), by default in the stored dtype, bfloat16 for int8."""
         return expand(self.packed, dtype, self.row_offsets)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
+        """Map (..., in) to (..., out)."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected inputs of width {self.in_features}, got {tuple(x.shape)}")
         packed, offsets, bias = self.packed, self._buffers["row_offsets"], self._parameters["bias"]
@@ -90,8 +94,9 @@ class BitmapLinear(nn.Module):
         packed = self.packed
         share = packed.nbytes / (2 * self.in_features * self.out_features)
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, values={packed.dtype}, "
-            f"coded={packed.coding is not None}, masked={packed.mask is not None}, of_bfloat16={share:.3f}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"values={packed.dtype}, coded={packed.coding is not None}, "
+            f"masked={packed.mask is not None}, of_bfloat16={share:.3f}, "
             f"bias={self.bias is not None}"
         )
 
@@ -113,21 +118,24 @@ class BitmapLinear(nn.Module):
 class DenseLinear(nn.Linear):
     """An `nn.Linear` that multiplies a few bfloat16 tokens with the kernel instead of torch.
 
-    It is one in every other respect: same parameters, same state, and it can be tied, trained and adapted.
+    It is an `nn.Linear` in every other respect: the same parameters and state, and it can be tied,
+    trained and adapted.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)."""
+        """Map (..., in) to (..., out)."""
         weight = self.weight
         plain = is_plain(input) and not (weight.requires_grad and torch.is_grad_enabled())
         return (run_dense if plain else dense_linear)(input, weight, self.bias)
 
 
 def use_dense_kernel(model: nn.Module) -> int:
-    """Turn every `nn.Linear` of a model into a `DenseLinear` with the same parameters, in place; ties stay ties.
+    """Turn every `nn.Linear` of a model into a `DenseLinear` with the same parameters, in place.
+
+    Tied weights stay tied.
 
     Returns:
-        How many there were.
+        The number of linears that were turned.
     """
     found = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
     for name, module in found:

@@ -1,8 +1,9 @@
-"""Root mean square norms of a few tokens in one call instead of half a dozen small operations of torch.
+"""RMS norms of a few tokens in one kernel call instead of half a dozen small torch operations.
 
-A norm keeps its class, its weight and its name; only what runs for a few plain CPU vectors is another function. Which
-modules are such norms is tried, not read off their names: families differ in whether the weight counts from one and
-where they round.
+A norm keeps its class, its weight and its name; only the function that runs for a few plain CPU
+vectors is another. Families differ in whether the weight counts from 0 or from 1 and in where they
+round. A trial on random vectors decides which form a module computes, because its name does not
+tell.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ __all__ = ["use_decode_norms"]
 
 _FORMS = range(3)  # as `prunus_rms_norm` numbers them
 _EPS = ("variance_epsilon", "eps")
-#: Longer inputs, in numbers, are left to torch, which has several threads.
-_MOST = 1 << 14
+#: Inputs of more numbers than this are left to torch, which uses several threads.
+_MAX_NUMBERS = 1 << 14
 
 
 def use_decode_norms(model: nn.Module) -> int:
-    """Let a model's RMS norms use the kernel, in place; modules that compute anything else are left as they are.
+    """Let the RMS norms of a model use the kernel, in place.
+
+    Modules that compute anything else stay as they are.
 
     Returns:
-        How many there were that did not use it yet; 0 where there are no kernels.
+        The number of norms that did not use the kernel before; 0 where there are no kernels.
     """
     compiled, count = kernels.load(), 0
     if compiled is None:
@@ -38,14 +41,17 @@ def use_decode_norms(model: nn.Module) -> int:
     for module in model.modules():
         eps = _name_of_eps(module)
         if eps is not None and (form := _form(module, eps, compiled)) is not None:
-            # Bound through a partial: copied or pickled with its module, it is bound to the copy.
+            # A partial is copied with its module, so that a copy of the model is bound to itself.
             module.forward = functools.partial(_forward, module, eps, form)
             count += 1
     return count
 
 
 def _forward(module: nn.Module, eps: str, form: int, *inputs: Any, **named: Any) -> Any:
-    """(..., width) -> (..., width), in place of the class's own `forward`, which gets everything unusual."""
+    """Compute the norm (..., width) with the kernel.
+
+    Everything unusual goes to the class's own `forward`.
+    """
     x: Any = inputs[0] if len(inputs) == 1 and not named else None
     weight = module._parameters.get("weight")
     if (
@@ -58,7 +64,7 @@ def _forward(module: nn.Module, eps: str, form: int, *inputs: Any, **named: Any)
         or not weight.is_cpu
         or x.dtype is not weight.dtype
         or x.dtype not in FLOATS
-        or not 0 < x.numel() <= _MOST
+        or not 0 < x.numel() <= _MAX_NUMBERS
         or x.shape[-1] != weight.shape[0]
         or not x.is_contiguous()
         or not weight.is_contiguous()
@@ -69,7 +75,7 @@ def _forward(module: nn.Module, eps: str, form: int, *inputs: Any, **named: Any)
 
 
 def _name_of_eps(module: nn.Module) -> str | None:
-    """What a module that could be a norm calls its epsilon; None if it is built in another way."""
+    """Return the name of the epsilon attribute of a module that could be a norm, else None."""
     own = vars(module)
     if (
         "forward" in own
@@ -89,19 +95,23 @@ def _name_of_eps(module: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _form(module: nn.Module, eps: str, compiled: kernels.Kernels) -> int | None:
-    """The form of the kernel that gives what the module gives, on random vectors and weights; None if none does."""
+    """Return the form of the kernel that gives what the module gives; None if no form does.
+
+    The trial uses random vectors and weights. Half of the vectors are so small that the epsilon
+    counts.
+    """
     probe: Any = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(0)
     width = probe.weight.shape[0]
     x = torch.randn(4 + 2048 // width, width, generator=generator)
-    x[::2] *= max(getattr(module, eps), 1e-12) ** 0.5  # so small that the epsilon counts
+    x[::2] *= max(getattr(module, eps), 1e-12) ** 0.5  # small enough for the epsilon to count
     weight = torch.randn(width, generator=generator)
     left = list(_FORMS)
     for dtype in (torch.float32, torch.bfloat16):
         probe.weight = nn.Parameter(weight.to(dtype))
         try:
             expected = probe.forward(x.to(dtype))
-        except Exception:  # whatever it wants for an input, it is not such a norm
+        except Exception:  # it takes other inputs, so it is no such norm
             return None
         left = [
             form
@@ -114,7 +124,11 @@ def _form(module: nn.Module, eps: str, compiled: kernels.Kernels) -> int | None:
 
 
 def _agree(found: torch.Tensor, expected: Any) -> bool:
-    """In float32 to the last digits; in bfloat16, where forms differ by roundings, in nearly all numbers exactly."""
+    """Whether two results are equal up to the rounding that forms may differ in.
+
+    In float32 they must agree to the last digits. In bfloat16 forms differ by single roundings, so
+    nearly all numbers must agree exactly.
+    """
     if (
         not isinstance(expected, torch.Tensor)
         or expected.dtype != found.dtype

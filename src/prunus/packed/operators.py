@@ -1,11 +1,12 @@
-"""The two products of a packed model as torch operators, so that compile and export see them as one node.
+"""The two products of a packed model as torch operators.
 
-`prunus::bitmap_linear` and `prunus::dense_linear` have a real implementation for every device, a fake one
-that gives shapes, and a gradient for the activations (never for packed weights). `run_bitmap` and
-`run_dense` are the implementations themselves, for eager code that wants to save the dispatcher's time.
+`prunus::bitmap_linear` and `prunus::dense_linear` have a real implementation for every device, a
+fake one that gives shapes, and a gradient for the activations (never for packed weights).
+torch.compile and torch.export see each as one node. `run_bitmap` and `run_dense` are the
+implementations themselves; eager code calls them directly and saves the time of the dispatcher.
 
-A few tokens at a time, and prompts where the machine multiplies bfloat16 matrices, go through the kernels. Longer
-inputs and other devices go through the dense weight, which exists for the length of the call.
+Few tokens go through the kernels, and so do prompts where the machine multiplies bfloat16 matrices.
+Longer inputs and other devices use the dense weight, which exists only during the call.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ __all__ = [
     "run_dense",
 ]
 
-#: Dtypes of activations that kernels take.
+#: Dtypes of activations that the kernels take.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _reference = False
 _workspace = threading.local()
@@ -46,9 +47,11 @@ _workspace = threading.local()
 
 @contextlib.contextmanager
 def reference_path() -> Iterator[None]:
-    """While active, no kernel multiplies: packed weights are expanded and torch computes everything.
+    """While active, no kernel multiplies: packed weights are expanded and torch computes
+    everything.
 
-    Logits are then bitwise those of the unpacked model. For tests and checks; it holds for all threads.
+    Logits are then bitwise those of the unpacked model. It is meant for tests and checks, and it
+    holds for all threads.
     """
     global _reference  # noqa: PLW0603
     before, _reference = _reference, True
@@ -65,11 +68,12 @@ def on_reference_path() -> bool:
 
 @functools.cache
 def loaded_kernels() -> kernels.Kernels | None:
-    """The kernels, or None where there are none, with a warning the first time."""
+    """Return the kernels, or None where there are none, with a warning the first time."""
     found = kernels.load()
     if found is None:
         warnings.warn(
-            f"prunus has no kernels here, so packed models run slower than dense ones: {kernels.why_not()}",
+            "prunus has no kernels here, so packed models run slower than dense ones: "
+            f"{kernels.why_not()}",
             RuntimeWarning,
             stacklevel=4,
         )
@@ -77,7 +81,7 @@ def loaded_kernels() -> kernels.Kernels | None:
 
 
 def is_plain(x: torch.Tensor) -> bool:
-    """Whether a kernel may get this tensor's address: no tracing, no gradient, a real tensor."""
+    """Whether a kernel may read this tensor's memory: a real tensor, no tracing, no gradient."""
     return (
         type(x) is torch.Tensor
         and not x.is_meta
@@ -90,13 +94,13 @@ def is_plain(x: torch.Tensor) -> bool:
 def run_bitmap(
     x: torch.Tensor, packed: PackedWeight, offsets: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """`x · Wᵀ + bias` for a packed W (O, I).
+    """Return `x · Wᵀ + bias` for a packed W (O, I).
 
     Args:
         x: (..., I).
         packed: a weight that `bitmap.check` accepted.
-        offsets: what it returned.
-        bias: (O,) or None.
+        offsets: what `bitmap.check` returned.
+        bias: (O,), or None.
 
     Returns:
         (..., O) in the dtype of `x`.
@@ -107,7 +111,7 @@ def run_bitmap(
         compiled is None
         or _reference
         or x.dtype not in FLOATS
-        or not 0 < x.numel() <= compiled.most_tokens(packed.dtype, x.dtype) * in_features
+        or not 0 < x.numel() <= compiled.max_tokens(packed.dtype, x.dtype) * in_features
         or (bias is not None and bias.dtype != x.dtype)
     ):
         return functional.linear(x, _expand_for_now(packed, x.dtype, offsets), bias)
@@ -115,9 +119,10 @@ def run_bitmap(
 
 
 def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x · weightᵀ + bias` for a dense weight (O, I); see `run_bitmap`.
+    """Return `x · weightᵀ + bias` for a dense weight (O, I).
 
-    For a few bfloat16 tokens torch reaches some 60 % of the memory's bandwidth; the kernel here reaches it.
+    For a few bfloat16 tokens torch reaches about 60 % of the memory's bandwidth; this kernel
+    reaches nearly all of it. See `run_bitmap` for the arguments.
     """
     in_features = x.shape[-1]
     if (
@@ -139,10 +144,10 @@ def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
 def _expand_for_now(
     packed: PackedWeight, dtype: torch.dtype, offsets: torch.Tensor | None
 ) -> torch.Tensor:
-    """The dense weight in memory that the next call on this thread uses again.
+    """Return the dense weight in memory that the next call on this thread reuses.
 
-    Fresh memory for every linear of every forward would have to be mapped page by page, which costs more
-    than the expansion. What stays allocated is the size of the largest linear.
+    Fresh memory for every linear of every forward pass would be mapped page by page, which costs
+    more than the expansion. What stays allocated has the size of the largest linear.
     """
     if packed.values.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return expand(packed, dtype, offsets)
@@ -164,7 +169,7 @@ def bitmap_linear(
     offsets: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The operator; see `run_bitmap`. `coding` is empty where values are not coded."""
+    """The operator form of `run_bitmap`. `coding` is empty where values are not coded."""
     shape = (out_features, x.shape[-1])
     return run_bitmap(x, as_packed_weight(shape, values, mask, scales, coding), offsets, bias)
 
@@ -176,7 +181,7 @@ def as_packed_weight(
     scales: torch.Tensor | None,
     coding: list[torch.Tensor],
 ) -> PackedWeight:
-    """A weight from the parts that an operator takes: operators know tensors and lists of them only."""
+    """Build a weight from the parts that an operator takes: tensors and lists of tensors."""
     if mask is not None and mask.shape != (shape[0], (shape[1] + 7) // 8):
         raise ValueError(
             f"inputs of width {shape[1]} do not fit a mask of {mask.shape[1]} bytes a row"
@@ -186,7 +191,7 @@ def as_packed_weight(
 
 @torch.library.custom_op("prunus::dense_linear", mutates_args=())
 def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The operator; see `run_dense`."""
+    """The operator form of `run_dense`."""
     return run_dense(x, weight, bias)
 
 

@@ -1,6 +1,7 @@
-"""Packing a pruned checkpoint into bitmaps, and back.
+"""Pack a pruned checkpoint into bitmaps, and unpack it again.
 
-A block at a time, like pruning: a shard is read, converted and written before the next is touched.
+It works block by block, like pruning: a shard is read, converted and written before the next one is
+read.
 """
 
 from __future__ import annotations
@@ -54,22 +55,26 @@ def pack(
 ) -> Record:
     """Write a pruned checkpoint with its linears as bitmaps.
 
-    Linears are packed where that makes them smaller, and so is the output head, or the embedding that it is tied to.
-    Everything else outside the blocks stays as it is, and so does GPT-2's transposed Conv1D.
+    Linears are packed where that makes them smaller, and so is the output head, or the embedding
+    that it is tied to. Everything else outside the blocks stays as it is, and so does GPT-2's
+    transposed Conv1D.
 
     Args:
         model: checkpoint folder or hub id.
         output: folder of the result.
-        values: "bf16" keeps the surviving weights bit for bit, as the bfloat16 (coded in twelve bits, where
-            exponents allow it) or float16 they are stored in; "int8" rounds them to 8 bits with one scale per row.
+        values: "bf16" keeps the surviving weights bit for bit in their dtype, bfloat16 (coded in
+            twelve bits where exponents allow it) or float16; "int8" rounds them to 8 bits with one
+            scale per row.
         overwrite: replace an earlier result in `output`.
-        progress: called after every shard with (done, total, what was done).
+        progress: called after every shard with (done, total, name of the shard's content).
 
     Returns:
-        The record, also written to `prunus-pack.json`: per linear its shape, survivors, bytes and error.
+        The record, which is also written to `prunus-pack.json`: per linear its shape, survivors,
+        bytes and error.
 
     Raises:
-        ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: before any work.
+        ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: before any
+        work.
     """
     if values not in ("bf16", "int8"):
         raise ValueError(f"values must be bf16 or int8, got {values!r}")
@@ -77,8 +82,9 @@ def pack(
     require_causal(source.config, "prunus pack")
     if values == "bf16" and source.stored_dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
-            f"{model} is stored in {str(source.stored_dtype).removeprefix('torch.')}, which bitmaps do not hold: convert "
-            "it to bfloat16 first (from_pretrained with dtype=torch.bfloat16, then save_pretrained), or pack int8"
+            f"{model} is stored in {str(source.stored_dtype).removeprefix('torch.')}, which "
+            "bitmaps do not hold: convert it to bfloat16 first (from_pretrained with "
+            "dtype=torch.bfloat16, then save_pretrained), or pack int8"
         )
     stored: Stored = (
         "int8"
@@ -119,14 +125,14 @@ def _pack_all(
     if outer:
         conversion.commit("outer.safetensors", *_pack_outside(source, skeleton, outer, stored))
     if progress is not None:
-        progress(shards, shards, "what surrounds the blocks")
+        progress(shards, shards, "outside the blocks")
     _finish_packed(conversion, stored)
 
 
 def _pack_block(
     source: CheckpointSource, skeleton: Skeleton, index: int, stored: Stored
 ) -> tuple[dict[str, torch.Tensor], dict[str, LinearRecord]]:
-    """The tensors of a block's shard, and what became of its linears."""
+    """Return the tensors of a block's shard, and the records of its linears."""
     linears = {linear.name: linear for linear in skeleton.linears(index)}
     keys = source.stored_names()
     records: dict[str, LinearRecord] = {}
@@ -137,7 +143,7 @@ def _pack_block(
         linear = linears.get(owner) if relative.endswith(".weight") else None
         if linear is None:
             continue
-        # The checkpoint's own names, under which transformers finds the parts as it would find the weight.
+        # Parts get the checkpoint's own name for the weight, under which transformers looks for it.
         name = f"{skeleton.block_name(index)}.{owner}"
         key = keys.get(f"{name}.weight", "")
         name = key.removesuffix(".weight") or name
@@ -151,11 +157,11 @@ def _pack_block(
 def _pack_outside(
     source: CheckpointSource, skeleton: Skeleton, keys: Sequence[str], stored: Stored
 ) -> tuple[dict[str, torch.Tensor], dict[str, LinearRecord]]:
-    """What surrounds the blocks, with the output head packed, or the embedding that is the head too."""
+    """Return the tensors outside the blocks, with the output head or its tied embedding packed."""
     tensors = dict(source.checkpoint.read(keys))
     try:
         head = tied_embedding(skeleton.model) or skeleton.head()
-    except NotImplementedError:  # there is none
+    except NotImplementedError:  # the model has no output head
         return tensors, {}
     weight = tensors.get(f"{head.name}.weight")
     if weight is None or weight.dim() != 2:
@@ -173,12 +179,12 @@ def _pack_linear(
     rows, columns = linear.shape
     kind = type(linear.module)
     before = weight.numel() * weight.element_size()
-    count = int(torch.count_nonzero(kept(weight)))  # a sum of bool would make 8 bytes of each
+    count = int(torch.count_nonzero(kept(weight)))  # a sum would convert each bool to 8 bytes
     reason = packed = None
     if linear.transposed:
         reason = f"{kind.__name__} stores its weight transposed"
     elif kind not in (nn.Linear, nn.Embedding):
-        reason = f"{kind.__name__} may compute something else than nn.Linear"
+        reason = f"{kind.__name__} may compute something other than nn.Linear"
     elif not key:
         reason = "the checkpoint stores it in one tensor with other experts'"
     elif not key.endswith(".weight"):
@@ -215,7 +221,8 @@ def _finish_packed(conversion: Conversion, stored: Stored) -> None:
     packed = {name: record for name, record in conversion.record.linears.items() if record.packed}
     if not packed:
         raise ValueError(
-            f"no linear of {conversion.record.source} would get smaller; is it pruned? (prunus inspect tells)"
+            f"no linear of {conversion.record.source} would get smaller; is it pruned? "
+            "(prunus inspect shows it)"
         )
     shapes = {name: PackedShape(*r.shape, r.stored, r.rare) for name, r in packed.items()}
     described = Description(stored, shapes)
@@ -232,9 +239,10 @@ def unpack(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Record:
-    """Write a packed checkpoint as an ordinary one: same names and shapes as before packing.
+    """Write a packed checkpoint as an ordinary one, with the names and shapes from before packing.
 
-    Float values come back bit for bit. int8 values are expanded to the dtype that config.json names.
+    Float values come back bit for bit. int8 values are expanded to the dtype that config.json
+    names.
 
     Args:
         model: folder or hub id of a packed checkpoint.
@@ -243,10 +251,10 @@ def unpack(
         progress: called after every shard with (done, total, shard).
 
     Returns:
-        The record, also written to `prunus-unpack.json`.
+        The record, which is also written to `prunus-unpack.json`.
 
     Raises:
-        ValueError: not a packed checkpoint, or a damaged one.
+        ValueError: the checkpoint is not packed, or it is damaged.
         FileNotFoundError, FileExistsError, OSError: before any work.
     """
     folder = resolve_folder(model)
@@ -303,7 +311,10 @@ def _unpack_all(
 
 
 def _by_file(checkpoint: Checkpoint, described: Description) -> dict[str, list[str]]:
-    """Shard -> its tensors. The tensors of one linear go with its values, wherever a sharder has put them."""
+    """Map every shard to its tensors.
+
+    All parts of a linear go with its values, whatever their shard.
+    """
     home = {
         part: f"{linear}.weight"
         for linear in described.linears
@@ -338,7 +349,7 @@ def _unpack_shard(
 
 
 def _config_dtype(config: dict[str, Any]) -> torch.dtype:
-    """The dtype that config.json gives the model; bfloat16 where it gives none."""
+    """Return the dtype that config.json gives the model; bfloat16 where it gives none."""
     name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     dtype = getattr(torch, name, None) if isinstance(name, str) else None
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):

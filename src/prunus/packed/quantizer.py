@@ -1,7 +1,7 @@
-"""How transformers loads, saves and expands a packed checkpoint: its public interface for quantizers.
+"""How transformers loads, saves and expands a packed checkpoint, by its interface for quantizers.
 
-Imported while transformers is itself being imported (see `register`): only modules that are loaded by then
-may be imported at the head of this file.
+This file is imported while transformers itself is being imported (see `register.py`). Its head may
+import only modules that are loaded by then.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from prunus.packed.decoding import use_fast_decoding
 from prunus.packed.description import FORMAT_VERSION, METHOD, Description, StoredTensor
 from prunus.packed.embedding import BitmapEmbedding, pack_tied_embedding, unpack_tied_embedding
+from prunus.packed.fast_decoding import use_fast_decoding
 from prunus.packed.linear import BitmapLinear, use_dense_kernel
 
 __all__ = ["PrunusConfig", "PrunusQuantizer", "register_with_transformers"]
@@ -38,10 +38,10 @@ _DTYPES = {
 
 
 class PrunusConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed checkpoint; see `description.Description`.
+    """The `quantization_config` of a packed checkpoint; see `description.Description`.
 
     Raises:
-        ValueError: the content is not one that this version of prunus can read.
+        ValueError: this version of prunus cannot read the content.
     """
 
     def __init__(
@@ -56,26 +56,28 @@ class PrunusConfig(QuantizationConfigMixin):
 
     @property
     def description(self) -> Description:
-        """The same, checked and typed."""
+        """The same content, checked and typed."""
         return Description.from_dict(self.__dict__)
 
 
 class PrunusQuantizer(HfQuantizer):
-    """Puts packed linears in the place of dense ones before weights are loaded, and checks them afterwards."""
+    """Replaces dense linears by packed ones before weights are loaded, and checks them after."""
 
     #: Path of a packed linear in the model -> stored weights, while the model is loaded.
     _stored: dict[str, int]
 
-    requires_calibration = (
-        True  # only checkpoints that are packed already: `prunus pack` makes them
-    )
+    # transformers must not quantize on the fly: only `prunus pack` makes packed checkpoints.
+    requires_calibration = True
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Take away the refusal (see `description.REFUSAL`); of the hooks, those that see the configuration."""
+        """Remove the refusal (see `description.REFUSAL`) from the configuration.
+
+        This hook is used because it is one of the few that see the configuration in time.
+        """
         return _without_refusal(config)
 
     def update_tp_plan(self, config: Any) -> Any:
-        """The same in earlier versions of transformers."""
+        """Do the same in earlier versions of transformers."""
         return _without_refusal(config)
 
     def _process_model_before_weight_loading(
@@ -98,8 +100,9 @@ class PrunusQuantizer(HfQuantizer):
             linear = model.get_submodule(found)
             if tuple(linear.weight.shape) != (shape.out_features, shape.in_features):
                 raise ValueError(
-                    f"{name} is {shape.out_features} x {shape.in_features} in the packed checkpoint, but the model "
-                    f"that config.json describes has {' x '.join(map(str, linear.weight.shape))}"
+                    f"{name} is {shape.out_features} x {shape.in_features} in the packed "
+                    "checkpoint, but the model that config.json describes has "
+                    f"{' x '.join(map(str, linear.weight.shape))}"
                 )
             tensors = described.tensors(name).items()
             on_meta = {
@@ -112,13 +115,13 @@ class PrunusQuantizer(HfQuantizer):
                 model.set_submodule(found, BitmapLinear(packed, linear.bias))
             self._stored[found] = shape.stored
             names[paths[name][found]] = shape
-        # What the checkpoint's linears are called once it is saved again.
+        # Names that the linears have when this model is saved again.
         renamed = Description(described.values, names, described.version)
         self.quantization_config.linears = renamed.to_dict()["linears"]
         use_dense_kernel(model)
 
     def _take_experts_apart(self, model: Any, paths: Sequence[str]) -> None:
-        """Where packed linears are experts', give them modules of their own, which transformers fuses otherwise."""
+        """Give packed experts modules of their own, which transformers would fuse otherwise."""
         from prunus.model.experts import fused_experts, fusing_rules, take_apart
 
         fused = tuple(f"{path}." for path in fused_experts(model))
@@ -131,7 +134,10 @@ class PrunusQuantizer(HfQuantizer):
         take_apart(fusing_rules(model), model, "")
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Those rules by which a checkpoint's tensors become this model's: experts that stay apart are not fused."""
+        """Return the rules that turn a checkpoint's tensors into this model's.
+
+        Experts that stay apart are not fused.
+        """
         from prunus.model.experts import Experts, is_fusing
 
         rules: list[Any] = super().update_weight_conversions(weight_conversions, model)
@@ -153,7 +159,7 @@ class PrunusQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        # A model that was saved once has it as a name in its configuration.
+        # A model that was saved once has the dtype as a name in its configuration.
         stored: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, module in list(model.named_modules()):
             if isinstance(module, BitmapEmbedding):
@@ -171,7 +177,7 @@ class PrunusQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return True  # the products are torch operators that compile sees as one node each
+        return True  # torch.compile sees each product as one operator
 
     @property
     def is_trainable(self) -> bool:
@@ -192,7 +198,7 @@ def _without_refusal(config: Any) -> Any:
 
 
 def _headers(files: Sequence[str]) -> dict[str, StoredTensor]:
-    """Shapes and dtypes of all tensors of the shards, from their headers."""
+    """Return the shapes and dtypes of all tensors of the shards, from their headers."""
     found = {}
     for file in files:
         try:
@@ -209,9 +215,11 @@ def _headers(files: Sequence[str]) -> dict[str, StoredTensor]:
 
 
 def _paths(model: Any, rules: Sequence[Any], name: str) -> dict[str, str]:
-    """Where a checkpoint's linear may be in this model: the one that was saved, its body alone, or a body with a head.
+    """Return the paths at which a checkpoint's linear may be in this model.
 
-    With what it would be called in a checkpoint of this model. `rules` are those that rename.
+    The model may be the one that was saved, its body alone, or a body with a head added. Each path
+    comes with the name that the linear has in a checkpoint of this model. `rules` are transformers'
+    renaming rules.
     """
     renamed = f"{name}.weight"
     for rule in rules:
@@ -226,7 +234,7 @@ def _paths(model: Any, rules: Sequence[Any], name: str) -> dict[str, str]:
 
 
 def _find_linear(model: Any, name: str, paths: Iterable[str]) -> str:
-    """The one of `paths` at which the packed linear `name` is in this model."""
+    """Return the one of `paths` at which the packed linear `name` is in this model."""
     for candidate in paths:
         try:
             module = model.get_submodule(candidate)
@@ -236,5 +244,6 @@ def _find_linear(model: Any, name: str, paths: Iterable[str]) -> str:
             return candidate
         raise ValueError(f"the packed linear {name!r} is a {type(module).__name__} in this model")
     raise ValueError(
-        f"the model that config.json describes has no linear {name!r}; config and weights do not belong together"
+        f"the model that config.json describes has no linear {name!r}; config and weights do not "
+        "belong together"
     )

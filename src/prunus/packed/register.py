@@ -1,7 +1,8 @@
-"""Makes `from_pretrained` know packed checkpoints as soon as both prunus and transformers are imported.
+"""Make `from_pretrained` know packed checkpoints once prunus and transformers are both imported.
 
-`import prunus` must stay quick, and transformers takes seconds: so prunus does not import it. If transformers
-is there, the quantizer is registered at once; if not, right after it has loaded its table of quantizers.
+`import prunus` must be quick, and importing transformers takes seconds, so prunus does not import
+it. If transformers is loaded already, the quantizer is registered at once. If not, an import hook
+registers it right after transformers has loaded its table of quantizers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _TABLE = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Register the quantizer now, or when transformers is imported. Calling it again does nothing."""
+    """Register the quantizer now, or when transformers is imported. A second call does nothing."""
     if _TABLE in sys.modules:
         _register_now()
     elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
@@ -33,7 +34,10 @@ def _register_now() -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Sees the import of transformers' table, steps aside, and has the quantizer registered after it."""
+    """Waits for the import of transformers' table and adds the registration after it.
+
+    It removes itself at once, so that it cannot disturb later imports.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -48,7 +52,7 @@ class _Waiting(MetaPathFinder):
 
 
 class _ThenRegister(Loader):
-    """Another loader, with one step after it."""
+    """Wraps a loader and registers the quantizer after it has run."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader

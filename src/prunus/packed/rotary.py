@@ -1,9 +1,10 @@
-"""The rotary embedding of one new token in one call instead of a dozen small operations of torch.
+"""The rotary embedding of one new token in one kernel call instead of a dozen torch operations.
 
-Families apply it with a function of their modeling file, `apply_rotary_pos_emb`, which attention modules look up when
-they run. The function there is replaced by one that hands everything but a plain token on a CPU to the original. Other
-models of the family in the same process get it too, and the same numbers to the bit: only a function that gives these
-is replaced.
+Every family applies it with a function of its modeling file, `apply_rotary_pos_emb`, which
+attention modules look up when they run. This file replaces that function by one that hands
+everything but a plain CPU token to the original. Other models of the family in the same process use
+it too, and get
+the same numbers to the bit: a function is replaced only if the kernel reproduces it exactly.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ _MARK = "_prunus_rotary"
 
 
 def use_decode_rotary(model: nn.Module) -> int:
-    """Let the families that a model is made of use the kernel for one token; others are left as they are.
+    """Let the families in a model use the kernel for one token; others stay as they are.
 
     Returns:
-        How many families there were that did not use it yet; 0 where there are no kernels.
+        The number of families that did not use it before; 0 where there are no kernels.
     """
     compiled, count = kernels.load(), 0
     if compiled is None:
@@ -56,7 +57,7 @@ def _with_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fit(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Whether these are the plain tensors of one token: (1, heads, 1, D) twice, (1, 1, D) twice."""
+    """Whether these are plain tensors of one token: (1, heads, 1, D) twice and (1, 1, D) twice."""
     if not is_plain(query) or on_reference_path() or query.dtype not in FLOATS or query.dim() != 4:
         return False
     dtype, (batch, heads, tokens, dim) = query.dtype, query.shape
@@ -74,7 +75,7 @@ def _fit(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.T
 
 @torch.no_grad()
 def _is_half_split(original: Any, compiled: kernels.Kernels) -> bool:
-    """Whether a function gives, to the bit, what the kernel gives, on random numbers of every dtype."""
+    """Whether a function equals the kernel to the bit, on random numbers of every dtype."""
     if not callable(original) or list(inspect.signature(original).parameters)[:4] != [
         "q",
         "k",
@@ -91,7 +92,7 @@ def _is_half_split(original: Any, compiled: kernels.Kernels) -> bool:
             try:
                 expected = original(*inputs)
                 same = len(expected) == 2 and all(map(torch.equal, found, expected))
-            except Exception:  # it wants other inputs
+            except Exception:  # it takes other inputs
                 return False
             if not same or any(each.dtype != dtype for each in expected):
                 return False

@@ -1,7 +1,7 @@
-"""2:4 on a GPU: verified linears on torch's own semi-structured tensors, where these are faster than dense.
+"""2:4 on a GPU: linears on torch's semi-structured tensors, where these are faster than dense.
 
-Whether they are depends on the device, the shape and the number of tokens, so every linear is measured on the
-spot and keeps the faster of its two forms. Nothing is written to disk: an ordinary checkpoint stays one.
+The gain depends on the device, the shape and the number of tokens. So every linear is checked and
+measured, and keeps the faster of its two forms. Nothing is written to disk.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import nn
 
 __all__ = ["SemiStructuredChoice", "to_semi_structured"]
 
-# What torch's kernels take: rows and columns in multiples of these for 16-bit weights.
+# torch's kernels take 16-bit weights whose rows and columns are multiples of these numbers.
 _ROWS, _COLUMNS = 32, 64
 _ROUNDS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class SemiStructuredChoice:
-    """What became of one linear.
+    """The decision about one linear.
 
     Attributes:
         name: path in the model.
-        converted: whether it runs on 2:4 now.
+        converted: whether the linear now runs on 2:4.
         reason: why, or why not.
-        speedup: seconds of the dense product over those of the 2:4 product; None where nothing was measured.
+        speedup: seconds of the dense product over those of the 2:4 product; None if not measured.
     """
 
     name: str
@@ -41,36 +41,41 @@ class SemiStructuredChoice:
 def to_semi_structured(
     model: nn.Module, tokens: int = 1, only: Sequence[str] | None = None
 ) -> list[SemiStructuredChoice]:
-    """Let the 2:4 linears of a loaded model run on sparse tensor cores, in place, wherever that is faster.
+    """Run the 2:4 linears of a loaded model on sparse tensor cores, in place, where that is faster.
 
     Args:
         model: on a CUDA device, float16 or bfloat16.
-        tokens: how many tokens a product is measured with; the best choice for decoding is not that for prefill.
-        only: names of linears to look at; all where None.
+        tokens: number of tokens of the measured product. The best choice for decoding (1 token) is
+            not the best for prompts.
+        only: names of linears to look at; None for all.
 
     Returns:
         One choice per linear, in the order of the model.
 
     Raises:
-        RuntimeError: there is no CUDA device, or it has no sparse tensor cores (compute capability below 8.0).
-        ValueError: the model is not on the device, tokens is below 1, or `only` names no linear of the model.
+        RuntimeError: there is no CUDA device, or it has no sparse tensor cores (compute capability
+            below 8.0).
+        ValueError: the model is not on the device, tokens is below 1, or `only` names no linear of
+            the model.
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     if not torch.cuda.is_available():
         raise RuntimeError(
-            "2:4 runs on sparse tensor cores, and this machine has no CUDA device. On a CPU, `prunus pack` makes "
-            "a pruned model smaller and faster"
+            "2:4 runs on sparse tensor cores, and this machine has no CUDA device. On a CPU, "
+            "`prunus pack` makes a pruned model smaller and faster"
         )
     if torch.cuda.get_device_capability() < (8, 0):
         raise RuntimeError(
-            f"{torch.cuda.get_device_name()} has no sparse tensor cores: 2:4 needs compute capability 8.0 or more"
+            f"{torch.cuda.get_device_name()} has no sparse tensor cores: 2:4 needs compute "
+            "capability 8.0 or more"
         )
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     unknown = set(only or ()) - set(linears)
     if unknown:
         raise ValueError(
-            f"the model has no linear {sorted(unknown)[0]!r}; names look like {next(iter(linears))!r}"
+            f"the model has no linear {sorted(unknown)[0]!r}; names look like "
+            f"{next(iter(linears))!r}"
         )
     chosen = {name: module for name, module in linears.items() if only is None or name in only}
     if any(module.weight.device.type != "cuda" for module in chosen.values()):
@@ -96,10 +101,14 @@ def _choose(name: str, linear: nn.Linear, tokens: int) -> SemiStructuredChoice:
 
 
 def unsuitable(weight_OI: torch.Tensor) -> str | None:
-    """Why a weight cannot run as 2:4; None where it can. Looks at every group of four."""
+    """Return why a weight cannot run as 2:4, or None where it can.
+
+    Every group of four is checked.
+    """
     rows, columns = weight_OI.shape
     if weight_OI.dtype not in (torch.float16, torch.bfloat16):
-        return f"{str(weight_OI.dtype).removeprefix('torch.')} weights: 2:4 is for float16 and bfloat16"
+        name = str(weight_OI.dtype).removeprefix("torch.")
+        return f"{name} weights: 2:4 is for float16 and bfloat16"
     if rows % _ROWS or columns % _COLUMNS:
         return f"{rows} x {columns} is no multiple of {_ROWS} x {_COLUMNS}"
     if bool((weight_OI.reshape(-1, 4).count_nonzero(dim=1) > 2).any()):
@@ -108,7 +117,7 @@ def unsuitable(weight_OI: torch.Tensor) -> str | None:
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """Median seconds of one call on the device."""
+    """Return the median seconds of one call on the device."""
     for _ in range(3):
         run()
     times = []

@@ -1,6 +1,9 @@
-"""One weight as a packed checkpoint stores it. `docs/bitmap-format.md` is the reference.
+"""One weight as a packed checkpoint stores it; `docs/bitmap-format.md` is the reference.
 
-Knows tensors and their places; how they are made, checked and expanded is in `bitmap.py` and `coding.py`.
+This file defines the parts. `bitmap.py` and `coding.py` make, check and expand them.
+
+Shape suffixes: O output features (rows), I input features (columns), K stored values, R rare
+values.
 """
 
 from __future__ import annotations
@@ -13,14 +16,14 @@ __all__ = ["Coding", "PackedWeight"]
 
 
 class Coding(NamedTuple):
-    """The high bytes of bfloat16 values in four bits each.
+    """The high bytes of bfloat16 values, in four bits each.
 
     Attributes:
-        codes: uint8 (32 per group of 64 values); byte i holds the code of low byte i of the group in its four low bits,
-            that of low byte i + 32 in its four high bits.
-        high_bytes: uint8 (16,): the high byte that a code stands for.
-        rare_at: int64 (R,), ascending: numbers of the values whose high byte no code stands for.
-        rare: uint8 (R,): and what it is.
+        codes: uint8 (32 per group of 64 values). Byte i of a group holds the code of its value i in
+            the low four bits, and the code of value i + 32 in the high four bits.
+        high_bytes: uint8 (16,): the high byte that each code stands for.
+        rare_at: int64 (R,), ascending: positions of the values whose high byte has no code.
+        rare: uint8 (R,): the high bytes of those values.
     """
 
     codes: torch.Tensor
@@ -29,17 +32,18 @@ class Coding(NamedTuple):
     rare: torch.Tensor
 
 
-# A tuple, not a dataclass: one is made for every linear and token, and a frozen dataclass takes four times as long.
+# This is a tuple because one is made for every linear and token, and a frozen dataclass takes four
+# times as long to make.
 class PackedWeight(NamedTuple):
-    """A weight, of whose entries K are stored.
+    """A weight of which K entries are stored.
 
     Attributes:
         shape: (O, I).
-        values: (K,) the stored entries, row after row, left to right: bfloat16 or float16 as in the original, or int8.
-            Where there is a coding, uint8 (K filled up to whole groups of 64): the low bytes of bfloat16, in
-            the order that `coding.py` describes.
-        mask: uint8 (O, ceil(I / 8)); bit j % 8 of byte j // 8 is set where column j is stored. Bits beyond
-            the last column are 0. None where all are stored: K is O · I.
+        values: (K,) the stored entries, row after row, left to right: bfloat16 or float16 as in the
+            original, or int8. With a coding: uint8, K padded to whole groups of 64, the low bytes
+            of bfloat16 in the order that `coding.py` describes.
+        mask: uint8 (O, ceil(I / 8)); bit j % 8 of byte j // 8 is set where column j is stored. Bits
+            beyond the last column are 0. None where all entries are stored: K is O · I.
         scales: float32 (O,) for int8 values: entry = value · scale of its row; otherwise None.
         coding: the high bytes of coded bfloat16 values; otherwise None.
     """
@@ -52,10 +56,11 @@ class PackedWeight(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the entries as they are stored: bfloat16 for coded ones."""
+        """The dtype of the entries: bfloat16 for coded values."""
         return self.values.dtype if self.coding is None else torch.bfloat16
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all parts together."""
         parts = [self.values, self.mask, self.scales, *(self.coding or ())]
         return sum(part.numel() * part.element_size() for part in parts if part is not None)

@@ -1,4 +1,6 @@
-"""The norms and the rotary embedding of one token that packed models have, against transformers' own."""
+"""The norms and the rotary embedding of one token that packed models have, against transformers'
+own.
+"""
 
 from __future__ import annotations
 

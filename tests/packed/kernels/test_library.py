@@ -84,7 +84,9 @@ def test_expansion_is_exact(isa, columns):
 @pytest.mark.parametrize("density", [0.5, 1.0])
 @pytest.mark.parametrize("shape", [(40, 300), (3, 9001), (900, 65)])
 def test_coded_values_with_rare_exponents(isa, density, shape):
-    """Rare values are mended before they are used, in expansions and in products of any number of tokens."""
+    """Rare values are mended before they are used, in expansions and in products of any number of
+    tokens.
+    """
     dense = with_all_exponents(random_sparse(*shape, density, torch.bfloat16))
     packed = pack_weight(dense, torch.bfloat16)
     assert packed.coding is not None and packed.coding.rare.shape[0] > 0

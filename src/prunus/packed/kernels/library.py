@@ -1,8 +1,8 @@
-"""The compiled kernels, seen from Python: found, opened with ctypes, and called on CPU tensors.
+"""The Python binding of the compiled kernels: find, open with ctypes, call on CPU tensors.
 
-Knows pointers, dtypes and instruction sets; nothing of files, modules or models. The C interface is
-`kernels.h`. Where the library was not built (no compiler at install time) `load` says why and the callers
-expand the weights in torch instead.
+It knows pointers, dtypes and instruction sets; nothing of files, modules or models. `kernels.h` is
+the C interface. Where the library was not built (no compiler at install time), `load` says why, and
+the callers expand the weights in torch instead.
 
 Shape suffixes: I input features, O output features.
 """
@@ -24,13 +24,14 @@ __all__ = ["ISAS", "MAX_TOKENS", "MAX_TOKENS_AS_MATRIX", "Kernels", "load", "why
 
 #: Instruction sets from slowest to fastest, as `kernels.h` numbers them.
 ISAS = ("portable", "avx2", "avx512", "avx512-bf16", "amx")
-#: Up to this many tokens a product is computed straight from the packed weight with every instruction set.
+#: Up to this many tokens every instruction set multiplies straight from the packed weight.
 MAX_TOKENS = 16
-#: And up to this many where rows are written out to the cache and multiplied as matrices there. For more of them torch's
-#: product, whose blocks are better, is worth writing the whole weight out.
+#: Up to this many tokens, instruction sets with matrix products expand a few rows into the cache
+#: and multiply them there. Beyond it, expanding the whole weight pays, because torch blocks its
+#: product better.
 MAX_TOKENS_AS_MATRIX = 1024
 _ABI = 5
-_BF16 = ISAS.index("avx512-bf16")  # from here on there are products of bfloat16
+_BF16 = ISAS.index("avx512-bf16")  # the first with bfloat16 products
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 _BAD_ARGUMENT = 1
 _FAULTS = {
@@ -61,7 +62,10 @@ class _Weight(ctypes.Structure):
 
 
 def _weight(packed: PackedWeight, offsets: torch.Tensor | None) -> _Weight:
-    """Where a packed weight lies. It holds addresses only: `packed` must outlive it."""
+    """Describe where a packed weight lies in memory.
+
+    The result holds addresses only, so `packed` must outlive it.
+    """
     (rows, in_features), values, mask, scales, coding = packed
     described = _Weight(
         rows,
@@ -94,22 +98,29 @@ def _check(fault: int) -> None:
 class Kernels:
     """An opened library and the instruction set that it uses.
 
-    All methods take contiguous CPU tensors; shapes and dtypes are the caller's promise except where an
+    All methods take contiguous CPU tensors. The caller guarantees shapes and dtypes except where an
     error is listed, because these calls are made hundreds of times per generated token.
+
+    Attributes:
+        library: the opened library.
+        path: its file.
+        isa: index of the instruction set in `ISAS`.
+        runtime: name of the OpenMP runtime that runs the loops; None where every call stays on the
+            calling thread.
     """
 
     library: ctypes.CDLL
     path: Path
     isa: int
-    #: Which OpenMP runtime runs the loops, or None: then every call stays on the calling thread.
     runtime: str | None
 
     @property
     def isa_name(self) -> str:
+        """The instruction set by name."""
         return ISAS[self.isa]
 
     def row_offsets(self, mask: torch.Tensor, in_features: int) -> torch.Tensor:
-        """Where each row's values begin: int64 (O + 1), the last entry is the number of values.
+        """Return where the values of each row begin: int64 (O + 1); the last entry is their number.
 
         Args:
             mask: uint8 (O, ceil(I / 8)).
@@ -133,39 +144,51 @@ class Kernels:
         offsets: torch.Tensor | None,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
-        """`x · Wᵀ + bias` -> (..., O) in the dtype of `x`, straight from the packed weight.
+        """Return `x · Wᵀ + bias` (..., O) in the dtype of `x`, straight from the packed weight.
 
         Args:
             x: bfloat16, float16 or float32 (..., I), contiguous and not empty.
             packed: a weight that `bitmap.check` accepted.
-            offsets: what it returned.
+            offsets: what `bitmap.check` returned.
             bias: (O,) in the dtype of `x`, or None.
         """
         return self._product(x, _weight(packed, offsets), bias)
 
     def _product(self, x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None) -> torch.Tensor:
         shape = x.shape
-        out = torch.empty(
-            *shape[:-1], weight.rows, dtype=x.dtype
-        )  # a shape takes torch twice as long
+        # torch parses separate numbers in half the time of a shape.
+        out = torch.empty(*shape[:-1], weight.rows, dtype=x.dtype)
         fault = self.library.prunus_linear(
-            self.isa, torch.get_num_threads(), ctypes.byref(weight), x.numel() // shape[-1], _KINDS[x.dtype],
-            x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(),
-        )  # fmt: skip
+            self.isa,
+            torch.get_num_threads(),
+            ctypes.byref(weight),
+            x.numel() // shape[-1],
+            _KINDS[x.dtype],
+            x.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+        )
         _check(fault)
         return out
 
-    def most_tokens(self, weight_dtype: torch.dtype, x_dtype: torch.dtype) -> int:
-        """Up to how many tokens `linear` is the fastest way, for a weight whose values are of that dtype."""
+    def max_tokens(self, weight_dtype: torch.dtype, x_dtype: torch.dtype) -> int:
+        """Return the number of tokens up to which `linear` is the fastest way for these dtypes."""
         if self.isa >= _BF16 and x_dtype is torch.bfloat16 and weight_dtype is not torch.float16:
             return MAX_TOKENS_AS_MATRIX
         return MAX_TOKENS
 
     def expand(self, packed: PackedWeight, offsets: torch.Tensor | None, out: torch.Tensor) -> None:
-        """Write the dense weight to `out` (O, I): of the entries' dtype, or bfloat16 or float16 for int8 values."""
+        """Write the dense weight to `out` (O, I).
+
+        `out` has the entries' dtype, or bfloat16 or float16 for int8 values.
+        """
         fault = self.library.prunus_expand(
-            self.isa, torch.get_num_threads(), ctypes.byref(_weight(packed, offsets)), _KINDS[out.dtype], out.data_ptr()
-        )  # fmt: skip
+            self.isa,
+            torch.get_num_threads(),
+            ctypes.byref(_weight(packed, offsets)),
+            _KINDS[out.dtype],
+            out.data_ptr(),
+        )
         _check(fault)
 
     def expand_rows(
@@ -175,15 +198,24 @@ class Kernels:
         rows: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """Write row `rows[i]` (int64, contiguous) of the dense weight to row i of `out`, whose dtype is as for `expand`.
+        """Write row `rows[i]` of the dense weight to row i of `out`.
+
+        Args:
+            packed, offsets: as for `linear`.
+            rows: int64, contiguous.
+            out: (number of rows, I); its dtype is as for `expand`.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: a row number is out of range.
         """
         fault = self.library.prunus_expand_rows(
-            self.isa, ctypes.byref(_weight(packed, offsets)), rows.data_ptr(), rows.numel(), _KINDS[out.dtype],
+            self.isa,
+            ctypes.byref(_weight(packed, offsets)),
+            rows.data_ptr(),
+            rows.numel(),
+            _KINDS[out.dtype],
             out.data_ptr(),
-        )  # fmt: skip
+        )
         if fault == _BAD_ARGUMENT:
             raise IndexError(f"there are {packed.shape[0]} rows, not all of {rows.tolist()}")
         _check(fault)
@@ -196,7 +228,7 @@ class Kernels:
     def dense_linear(
         self, x: torch.Tensor, weight_OI: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """`x · weight_OIᵀ + bias` -> (..., O), everything bfloat16, for the same `x` as `linear`."""
+        """Return `x · weight_OIᵀ + bias` (..., O), everything bfloat16; `x` is as for `linear`."""
         rows, in_features = weight_OI.shape
         weight = _Weight(rows, in_features, rows * in_features, None, None, weight_OI.data_ptr())
         return self._product(x, weight, bias)
@@ -204,26 +236,33 @@ class Kernels:
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, form: int
     ) -> torch.Tensor:
-        """`x` normed over its last dimension, in its dtype and shape.
+        """Return the RMS norm of `x` over its last dimension, in its dtype and shape.
 
         Args:
             x: bfloat16, float16 or float32 (..., I), contiguous and not empty.
             weight: (I,), contiguous, in the dtype of `x`.
             eps: added to the mean of squares.
-            form: how the weight comes in, as `prunus_rms_norm` numbers it.
+            form: how the weight enters, as `prunus_rms_norm` numbers it.
         """
         out, width = torch.empty_like(x), weight.shape[0]
         fault = self.library.prunus_rms_norm(
-            self.isa, _KINDS[x.dtype], form, x.numel() // width, width, x.data_ptr(), weight.data_ptr(), eps,
+            self.isa,
+            _KINDS[x.dtype],
+            form,
+            x.numel() // width,
+            width,
+            x.data_ptr(),
+            weight.data_ptr(),
+            eps,
             out.data_ptr(),
-        )  # fmt: skip
+        )
         _check(fault)
         return out
 
     def rotate(
         self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rotary embedding of one token with halves split.
+        """Return the rotary embedding of one token, in the form that splits heads into halves.
 
         Args:
             query: bfloat16, float16 or float32 (1, heads, 1, D), contiguous; D is even.
@@ -232,14 +271,26 @@ class Kernels:
         """
         out, out_key = torch.empty_like(query), torch.empty_like(key)
         fault = self.library.prunus_rotate(
-            self.isa, _KINDS[query.dtype], query.shape[1], key.shape[1], query.shape[3], query.data_ptr(), key.data_ptr(),
-            cos.data_ptr(), sin.data_ptr(), out.data_ptr(), out_key.data_ptr(),
-        )  # fmt: skip
+            self.isa,
+            _KINDS[query.dtype],
+            query.shape[1],
+            key.shape[1],
+            query.shape[3],
+            query.data_ptr(),
+            key.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            out.data_ptr(),
+            out_key.data_ptr(),
+        )
         _check(fault)
         return out, out_key
 
     def read(self, data: torch.Tensor) -> int:
-        """Sum the bytes of `data` as 64-bit words (whole 64 KiB pieces): as fast as memory can be read."""
+        """Sum the bytes of `data` as 64-bit words, in whole pieces of 64 KiB.
+
+        It runs as fast as memory can be read, which makes it a measure of the bandwidth.
+        """
         return int(
             self.library.prunus_read(
                 torch.get_num_threads(), data.data_ptr(), data.numel() * data.element_size()
@@ -248,20 +299,20 @@ class Kernels:
 
 
 def load(isa: str | None = None) -> Kernels | None:
-    """Open the kernels, or return None where there are none (`why_not` says why).
+    """Open the kernels, or return None where there are none (`why_not` gives the reason).
 
     Args:
-        isa: one of `ISAS`; by default the best of this machine, or what the environment variable
-            PRUNUS_ISA names (`off` switches the kernels off).
+        isa: one of `ISAS`. By default it is the best of this machine, or what the environment
+            variable PRUNUS_ISA names (`off` switches the kernels off).
 
     Raises:
-        ValueError: no such instruction set, or this machine does not have it.
+        ValueError: there is no such instruction set, or this machine does not have it.
     """
     return _load(isa or os.environ.get("PRUNUS_ISA") or "best")[0]
 
 
 def why_not() -> str | None:
-    """Why `load` returns None, or None where it does not."""
+    """Return why `load` returns None, or None where it does not."""
     return _load(os.environ.get("PRUNUS_ISA") or "best")[1]
 
 
@@ -277,7 +328,8 @@ def _load(isa: str) -> tuple[Kernels | None, str | None]:
     if not found:
         return (
             None,
-            "they were not compiled when prunus was installed: install a C++17 compiler and reinstall",
+            "they were not compiled when prunus was installed: install a C++17 compiler and "
+            "reinstall",
         )
     try:
         library = ctypes.CDLL(str(found[0]))
@@ -299,11 +351,11 @@ def _load(isa: str) -> tuple[Kernels | None, str | None]:
 
 
 def _torch_runtime() -> Any:
-    """The entry point of the OpenMP library that torch brought into this process, or None.
+    """Return the entry point of the OpenMP library that torch loaded into this process, or None.
 
-    The wheels ship a libgomp of their own. Linking against one at build time could load a second, whose
-    threads would fight torch's for the cores; so the one that is there is looked up. LLVM's and Intel's
-    libraries on Linux have the same entry point.
+    The wheels of torch ship a libgomp of their own. Linking against one at build time could load a
+    second one, whose threads would compete with torch's for the cores; so the loaded one is looked
+    up. LLVM's and Intel's libraries on Linux have the same entry point.
     """
     for name in (None, "libgomp.so.1"):
         try:
@@ -321,27 +373,15 @@ def _declare(library: ctypes.CDLL) -> None:
     library.prunus_row_offsets.argtypes = [length, length, pointer, pointer]
     library.prunus_row_offsets.restype = length
     weight = ctypes.POINTER(_Weight)
-    library.prunus_linear.argtypes = [
-        number,
-        number,
-        weight,
-        length,
-        number,
-        pointer,
-        pointer,
-        pointer,
-    ]
+    library.prunus_linear.argtypes = [number, number, weight, length, number, *[pointer] * 3]
     library.prunus_expand.argtypes = [number, number, weight, number, pointer]
     library.prunus_expand_rows.argtypes = [number, weight, pointer, length, number, pointer]
     real = ctypes.c_float
     library.prunus_rms_norm.argtypes = [
-        number,
-        number,
-        number,
+        *[number] * 3,
         length,
         length,
-        pointer,
-        pointer,
+        *[pointer] * 2,
         real,
         pointer,
     ]

@@ -1,4 +1,4 @@
-"""All that a loaded model can have of prunus besides its linears, in one call."""
+"""One call that gives a loaded model everything from prunus besides its linears."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ __all__ = ["use_fast_decoding"]
 
 
 def use_fast_decoding(model: nn.Module) -> None:
-    """Give a loaded model prunus's attention, norms and rotary embedding for one token at a time, and large pages.
+    """Give a loaded model prunus's attention, norms, rotary embedding and large pages.
 
-    Each only where it computes what the model does; prompts take the way they took. Packed models have it from loading.
+    Each part is used only where it computes what the model computes, and only for one token at a
+    time; prompts run as before. A packed model gets all of this when it is loaded.
     """
     use_decode_attention(model)
     use_decode_norms(model)
