@@ -154,7 +154,7 @@ def test_who_keeps_the_store_stays_until_the_rest_have_heard_who_is_lost():
     watch = Heartbeat(store, 0, 3, timeout=60)
     store.set("fault/1", "no good")
     assert "rank 1 (process 1 on elsewhere) stopped: no good" in str(
-        watch.explain("a broken connection")
+        watch.lost_rank_error("a broken connection")
     )
     leaves = threading.Thread(target=watch.close, args=(True,))
     leaves.start()

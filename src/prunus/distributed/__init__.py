@@ -1,11 +1,12 @@
-"""One run in several processes: torchrun starts them, torch.distributed carries what they tell each other.
+"""Several processes on one run: torchrun starts them, torch.distributed carries their messages.
 
-base.py     what a run asks of its ranks; `SINGLE_PROCESS` is the one process that has nobody to ask
-group.py    the same over a process group of torch (gloo, nccl)
-watch.py    who has died, hangs, or met an error
-joining.py  from torchrun's environment to one of them
+base.py       `Ranks`, what a run needs from its processes; `SINGLE_PROCESS` for a run with one
+group.py      `Ranks` over a process group of torch (gloo, NCCL)
+heartbeat.py  finds ranks that died, hang, or raised an error
+launch.py     from torchrun's environment to one of the two kinds of `Ranks`
 
-Knows tensors, numbers and texts; nothing of models, windows or files.
+Code that uses `Ranks` needs no branch for the single process. This room knows tensors, numbers and
+texts; it knows nothing of models, windows or files.
 """
 
 from prunus.distributed.base import SINGLE_PROCESS, OtherRankError, RankError, Ranks, split_range

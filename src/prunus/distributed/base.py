@@ -1,6 +1,7 @@
-"""What a run asks of its ranks, and the answers where there is one process only: its own.
+"""What a run needs from its ranks (processes), and the answers of a run with one process.
 
-Every call but `share` and `at` is a meeting: all ranks make it, in the same order, and each goes on once all have come.
+A collective call is one that all ranks must make, in the same order; each returns once all ranks
+have made it. The docstring of every method of `Ranks` says whether it is collective.
 """
 
 from __future__ import annotations
@@ -16,91 +17,140 @@ __all__ = ["SINGLE_PROCESS", "OtherRankError", "RankError", "Ranks", "SingleProc
 
 
 class RankError(RuntimeError):
-    """Another rank has died, hangs or met an error; the message names it."""
+    """Another rank has died, hangs, or raised an error. The message names the rank."""
 
 
 class OtherRankError(RuntimeError):
-    """Rank 0 has met an error and says so itself."""
+    """Rank 0 raised this error and reports it itself; this rank only ends."""
 
 
-def split_range(count: int, size: int, together: int = 1) -> list[range]:
-    """`count` things shared out over `size` ranks: contiguous, in order, as equal as whole runs of `together` allow."""
-    runs = -(-count // together)
-    edges = [min(count, runs * rank // size * together) for rank in range(size + 1)]
+def split_range(count: int, size: int, multiple_of: int = 1) -> list[range]:
+    """Split `range(count)` into one contiguous range per rank, in order and as equal as possible.
+
+    Args:
+        count: how many items there are.
+        size: number of ranks.
+        multiple_of: every boundary between two ranges is a multiple of this, for items that must
+            stay together in runs of that many.
+
+    Returns:
+        `size` ranges; some are empty where there are fewer runs than ranks.
+
+    >>> split_range(10, 3)
+    [range(0, 3), range(3, 6), range(6, 10)]
+    >>> split_range(10, 3, multiple_of=4)
+    [range(0, 4), range(4, 8), range(8, 10)]
+    """
+    runs = -(-count // multiple_of)
+    edges = [min(count, runs * rank // size * multiple_of) for rank in range(size + 1)]
     return [range(start, stop) for start, stop in pairwise(edges)]
 
 
 class Ranks(Protocol):
-    """All processes of a run, as one of them sees them.
+    """All processes of a run, as seen by one of them.
 
     Attributes:
-        rank: this process, from 0.
-        size: how many there are.
-        on_host: how many of them share this machine and its memory.
+        rank: number of this process, from 0.
+        size: number of processes.
+        local_size: how many of them run on this host and share its memory.
     """
 
     rank: int
     size: int
-    on_host: int
+    local_size: int
 
-    def own_range(self, count: int, together: int = 1) -> range:
-        """Which of `count` things are this rank's; see `shares`."""
+    def own_range(self, count: int, multiple_of: int = 1) -> range:
+        """This rank's part of `range(count)`; see `split_range`. Not collective."""
 
-    def set_location(self, place: str) -> None:
-        """Say where this rank stands, for the others' messages should it never come back."""
+    def set_location(self, location: str) -> None:
+        """Say what this rank works on, for messages if it is lost. Not collective."""
 
     def gather_ints(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Equally many integers from every rank, in the order of ranks."""
+        """The integers of every rank, by rank. All ranks must call it, with equally many."""
 
     def gather_text(self, text: str) -> list[str]:
-        """A text from every rank, in the order of ranks."""
+        """The text of every rank, by rank. All ranks must call it."""
 
     def sum_floats(self, numbers: Sequence[float]) -> list[float]:
-        """The sums of everybody's numbers, equally many, float64, added in the order of ranks."""
+        """Elementwise sums over ranks, in float64. All ranks must call it, with equally many.
+
+        Ranks are added in order, so that the sums are the same bits on all of them.
+        """
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Replace a contiguous tensor by the sum of everybody's; the same bits on all ranks."""
+        """Replace a contiguous tensor by its sum over ranks, in place. All ranks must call it.
+
+        The result is the same bits on all ranks.
+        """
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
-        """Replace a contiguous tensor by the one of rank `source`, of the same shape and dtype."""
+        """Replace a contiguous tensor by that of rank `source`, in place. All ranks must call it.
+
+        Shape and dtype must be the same on all ranks.
+        """
 
     def all_gather(
         self, tensor: torch.Tensor, lengths: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Everybody's tensors (n, …), one after the other along the first dimension; each rank's n is its own.
+        """Concatenate the tensors (n, …) of all ranks along axis 0. All ranks must call it.
 
-        `lengths` are everybody's n where they are known: one meeting less.
+        Args:
+            tensor: this rank's part; its length n may differ between ranks.
+            lengths: the n of every rank, if known. This saves one exchange of messages.
         """
 
     def claim(self, what: str, count: int) -> Iterator[int]:
-        """Numbers below `count` that are this rank's to work on: whoever is free takes the next. No meeting."""
+        """Yield numbers below `count` that no other rank gets, until none is left. Not collective.
+
+        A rank that is free takes the next number, so fast ranks do more work than slow ones.
+
+        Args:
+            what: name of the work; the same on all ranks, and used only once in a run.
+            count: how many pieces the work has.
+        """
 
     def barrier(self, what: str) -> None:
-        """A meeting that may be long in coming: only signs of life are asked for meanwhile."""
+        """Wait until all ranks have finished `what`. All ranks must call it.
+
+        Waiting may take as long as the work does: only a rank without a heartbeat counts as lost,
+        and no timeout applies to the others.
+        """
 
     def on_rank_0(self, make: Callable[[], Any]) -> Any:
-        """What `make` gives on rank 0, plain values that JSON can hold; an error in it is an error of all."""
+        """Run `make` on rank 0 and return its result on all ranks. All ranks must call it.
+
+        The result must consist of plain values that JSON can hold. If `make` raises an error, all
+        ranks raise one.
+        """
 
     def tensors_from_rank_0(
         self, make: Callable[[], Mapping[str, torch.Tensor]]
     ) -> Mapping[str, torch.Tensor]:
-        """The tensors that `make` gives on rank 0, on the processor, on all ranks."""
+        """Run `make` on rank 0 and return its tensors, on the CPU. All ranks must call it."""
 
     def fail_together(self) -> contextlib.AbstractContextManager[None]:
-        """A piece of work that either all ranks get through or none."""
+        """A `with` block that succeeds on all ranks or fails on all. All ranks must enter it.
+
+        Without it, the ranks that succeed would wait in their next collective call for the one
+        that failed.
+
+        Raises:
+            OtherRankError: on all ranks but 0, if rank 0 failed.
+            RankError: on the ranks that succeeded, if another rank than 0 failed.
+        """
 
 
 class SingleProcess:
-    """The only process there is."""
+    """The `Ranks` of a run with one process. Every call returns at once; see there for each."""
 
     rank = 0
     size = 1
-    on_host = 1
+    local_size = 1
 
-    def own_range(self, count: int, together: int = 1) -> range:
+    def own_range(self, count: int, multiple_of: int = 1) -> range:
         return range(count)
 
-    def set_location(self, place: str) -> None:
+    def set_location(self, location: str) -> None:
         pass
 
     def gather_ints(self, numbers: Sequence[int]) -> list[list[int]]:

@@ -1,7 +1,10 @@
-"""Ranks over a process group of torch: gloo between processors, nccl between CUDA devices.
+"""`Ranks` over a process group of torch: gloo between CPUs, NCCL between CUDA devices.
 
-Every operation is started in the background and looked at until it is done, so that a rank that is lost ends the waiting;
-see `watch.py`. What carries names and texts is JSON and plain bytes.
+torch's own collectives wait for ever, or for one fixed time, when a rank is lost. So every
+collective starts in the background here, and this rank checks it and the heartbeats of the others
+in turn: a lost rank then ends the waiting with an error that names it (see `heartbeat.py`).
+
+Texts travel as bytes and other values as JSON. Nothing is pickled: a pickle can run code.
 """
 
 from __future__ import annotations
@@ -22,46 +25,52 @@ from prunus.distributed.heartbeat import Heartbeat
 __all__ = ["ProcessGroup"]
 
 _DTYPES = {str(dtype): dtype for dtype in torch.__dict__.values() if isinstance(dtype, torch.dtype)}
-_LONGEST_PAUSE = 1e-3
-# Seconds of a meeting that are spent awake.
-_AWAKE = 1e-3
-# Bytes that say how long a text is, and bytes of it that are sent along.
-_LENGTH, _SHORT_TEXT = 8, 248
+_MAX_SLEEP = 1e-3  # seconds between two looks at a collective
+_SPIN = 1e-3  # seconds in which a rank that waits does not sleep
+# A text travels with its length in one message of 256 bytes; a longer one needs a second message.
+_LENGTH_BYTES, _SHORT_TEXT = 8, 248
 
 
 class ProcessGroup:
-    """The ranks of a run; see `Ranks` for what each call gives. The process group is torch's default one."""
+    """The ranks of a run over torch's default process group; see `Ranks` for each call.
 
-    def __init__(self, watch: Heartbeat) -> None:
+    Args:
+        heartbeat: of this rank.
+
+    Attributes:
+        error_reported: whether all ranks know already of the error that ends this rank.
+    """
+
+    def __init__(self, heartbeat: Heartbeat) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.on_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self._watch = watch
-        #: Whether the error that ends this rank is one that all ranks have heard of already.
-        self.told = False
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.error_reported = False
+        self._heartbeat = heartbeat
 
-    def own_range(self, count: int, together: int = 1) -> range:
-        return split_range(count, self.size, together)[self.rank]
+    def own_range(self, count: int, multiple_of: int = 1) -> range:
+        return split_range(count, self.size, multiple_of)[self.rank]
 
-    def set_location(self, place: str) -> None:
-        self._watch.place = place
+    def set_location(self, location: str) -> None:
+        self._heartbeat.location = location
 
     def gather_ints(self, numbers: Sequence[int]) -> list[list[int]]:
-        mine = torch.tensor(list(numbers), dtype=torch.int64)
-        return [x.tolist() for x in self._gather(mine)]
+        own = torch.tensor(list(numbers), dtype=torch.int64)
+        return [x.tolist() for x in self._gather(own)]
 
     def gather_text(self, text: str) -> list[str]:
-        # A short text goes along with its length.
         data = text.encode()
-        short = len(data).to_bytes(_LENGTH, "little") + data[:_SHORT_TEXT].ljust(_SHORT_TEXT, b"\0")
+        message = len(data).to_bytes(_LENGTH_BYTES, "little")
+        message += data[:_SHORT_TEXT].ljust(_SHORT_TEXT, b"\0")
         found = [
             bytes(x.tolist())
-            for x in self._gather(torch.frombuffer(bytearray(short), dtype=torch.uint8))
+            for x in self._gather(torch.frombuffer(bytearray(message), dtype=torch.uint8))
         ]
-        lengths = [int.from_bytes(each[:_LENGTH], "little") for each in found]
+        lengths = [int.from_bytes(each[:_LENGTH_BYTES], "little") for each in found]
         if max(lengths) > _SHORT_TEXT:
-            rest = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
-            return [bytes(x.tolist()).decode() for x in self._gather_uneven(rest, lengths)]
-        return [each[_LENGTH:][:n].decode() for each, n in zip(found, lengths, strict=True)]
+            # frombuffer refuses an empty buffer, so an empty text starts from one byte.
+            whole = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
+            return [bytes(x.tolist()).decode() for x in self._gather_uneven(whole, lengths)]
+        return [each[_LENGTH_BYTES:][:n].decode() for each, n in zip(found, lengths, strict=True)]
 
     def sum_floats(self, numbers: Sequence[float]) -> list[float]:
         parts = self._gather(torch.tensor(list(numbers), dtype=torch.float64))
@@ -71,7 +80,8 @@ class ProcessGroup:
         self._wait(lambda: dist.all_reduce(tensor, async_op=True))
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
-        if tensor.numel():  # as bytes, for not every dtype can travel
+        if tensor.numel():
+            # As bytes: gloo and NCCL do not carry every dtype.
             data = tensor.view(-1).view(torch.uint8)
             self._wait(lambda: dist.broadcast(data, src=source, async_op=True))
 
@@ -81,14 +91,17 @@ class ProcessGroup:
         return torch.cat(self._gather_uneven(tensor.contiguous(), lengths))
 
     def claim(self, what: str, count: int) -> Iterator[int]:
-        while (number := self._watch.claim(what)) < count:
+        while (number := self._heartbeat.claim(what)) < count:
             yield number
 
     def barrier(self, what: str) -> None:
+        # Over the store rather than by a collective, which would apply the rank timeout to ranks
+        # that still work.
         self.set_location(f"the end of {what}")
-        for rank in self._watch.arrivals(what):
-            while not self._watch.has_arrived(what, rank):
-                self._watch.check()
+        self._heartbeat.set_finished(what)
+        for rank in self._heartbeat.others:
+            while not self._heartbeat.has_finished(what, rank):
+                self._heartbeat.check()
                 time.sleep(0.1)
 
     def on_rank_0(self, make: Callable[[], Any]) -> Any:
@@ -101,37 +114,39 @@ class ProcessGroup:
     def tensors_from_rank_0(
         self, make: Callable[[], Mapping[str, torch.Tensor]]
     ) -> Mapping[str, torch.Tensor]:
-        found: Mapping[str, torch.Tensor] = {}
+        made: Mapping[str, torch.Tensor] = {}
 
         def describe() -> list[Any]:
-            nonlocal found
-            found = {name: x.detach().cpu().contiguous() for name, x in make().items()}
-            return [[name, str(x.dtype), list(x.shape)] for name, x in found.items()]
+            nonlocal made
+            made = {name: x.detach().cpu().contiguous() for name, x in make().items()}
+            return [[name, str(x.dtype), list(x.shape)] for name, x in made.items()]
 
+        # Names, dtypes and shapes go first, so that the others can allocate what they receive.
         described = self.on_rank_0(describe)
         received = {}
         for name, dtype, shape in described:
-            x = found[name] if self.rank == 0 else torch.empty(shape, dtype=_DTYPES[dtype])
+            x = made[name] if self.rank == 0 else torch.empty(shape, dtype=_DTYPES[dtype])
             self.broadcast(x, 0)
             received[name] = x
         return received
 
     @contextlib.contextmanager
     def fail_together(self) -> Iterator[None]:
-        fault: Exception | None = None
+        error: Exception | None = None
         try:
             yield
         except RankError:
+            # A rank is lost: the others cannot take part in the exchange below.
             raise
         except Exception as raised:
-            fault = raised
-        said = self.gather_text("" if fault is None else f"{type(fault).__name__}: {fault}")
-        self.told = any(said)
-        if self.rank > 0 and said[0]:
-            raise OtherRankError(said[0]) from fault
-        if fault is not None:
-            raise fault
-        for rank, text in enumerate(said):
+            error = raised
+        texts = self.gather_text("" if error is None else f"{type(error).__name__}: {error}")
+        self.error_reported = any(texts)
+        if self.rank > 0 and texts[0]:
+            raise OtherRankError(texts[0]) from error
+        if error is not None:
+            raise error
+        for rank, text in enumerate(texts):
             if text:
                 raise RankError(f"rank {rank} stopped: {text}")
 
@@ -144,7 +159,7 @@ class ProcessGroup:
         return buffer.numpy().tobytes()
 
     def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Everybody's tensor of this shape."""
+        """The tensors of all ranks, which have the same shape."""
         found = [torch.empty_like(tensor) for _ in range(self.size)]
         self._wait(lambda: dist.all_gather(found, tensor, async_op=True))
         return found
@@ -152,7 +167,11 @@ class ProcessGroup:
     def _gather_uneven(
         self, tensor: torch.Tensor, lengths: Sequence[int] | None = None
     ) -> list[torch.Tensor]:
-        """Everybody's tensor (n, …); bytes travel, padded to the longest, for not every dtype can."""
+        """The tensors (n, …) of all ranks, where n differs.
+
+        They travel padded to the longest, because a collective needs one shape, and as bytes,
+        because gloo and NCCL do not carry every dtype.
+        """
         if lengths is None:
             lengths = [numbers[0] for numbers in self.gather_ints([len(tensor)])]
         longest = max(lengths)
@@ -169,22 +188,27 @@ class ProcessGroup:
         ]
 
     def _wait(self, start: Callable[[], Any]) -> None:
-        """One meeting: until it is done, or a rank is known to be lost."""
-        self._watch.meeting += 1
+        """Run one collective: wait until it is done, or until a rank is known to be lost.
+
+        Raises:
+            RankError: a rank is lost.
+        """
+        self._heartbeat.collectives += 1
         begun, pause = time.monotonic(), 2e-5
         try:
             work = start()
-            # Most meetings are over sooner than the shortest sleep; others on this core may run meanwhile.
-            while not work.is_completed() and time.monotonic() < begun + _AWAKE:
+            # Most collectives end sooner than the shortest sleep does. Yielding lets other
+            # processes on this core run meanwhile.
+            while not work.is_completed() and time.monotonic() < begun + _SPIN:
                 os.sched_yield()
             while not work.is_completed():
-                self._watch.check(begun)
+                self._heartbeat.check(begun)
                 time.sleep(pause)
-                pause = min(1.5 * pause, _LONGEST_PAUSE)
+                pause = min(1.5 * pause, _MAX_SLEEP)
             work.wait()
         except RankError:
             raise
-        except RuntimeError as fault:  # a connection that broke
-            raise self._watch.explain(
-                f"{self._watch.place}: {str(fault).splitlines()[0]}"
+        except RuntimeError as fault:  # a connection broke
+            raise self._heartbeat.lost_rank_error(
+                f"{self._heartbeat.location}: {str(fault).splitlines()[0]}"
             ) from fault

@@ -1,15 +1,24 @@
-"""Signs of life: every rank gives one every so often, and looks at those of the others.
+"""Heartbeats: every rank shows regularly that it lives, and watches the heartbeats of the others.
 
-A thread of each rank writes a counter, and where its rank stands, into the store that torchrun's rendezvous keeps. Who
-has died, hangs, or has met an error can so be named by those who wait for it, and nobody waits for ever:
+A thread of each rank writes a counter and the rank's location (what it works on) into the key-value
+store that torchrun's rendezvous keeps. A rank that waits for another can thus name the one that
+died, hangs, or raised an error, and no rank waits for ever:
 
-- an error is written into the store before its rank leaves;
-- a process on the same machine is looked up by its number: gone, or stopped by a signal;
-- a rank whose counter stands still for `timeout` seconds hangs, or its machine is gone;
-- a rank whose counter moves but that does not come to a meeting for `timeout` seconds hangs as well.
+- a rank that raises an error writes it into the store before it leaves;
+- a process on the same host is looked up by its process id: it may be gone, or stopped by a signal;
+- a rank whose counter stands still for `timeout` seconds hangs, or its host is gone;
+- a rank whose counter moves, but that does not reach a collective call for `timeout` seconds, hangs
+  as well.
 
-The store goes with the process that keeps it, as a rule rank 0's. A rank that leaves because another is lost therefore
-waits a moment until the rest have heard it too: they could not read the reason afterwards.
+Why a store and not the process group: the process group itself blocks when a rank is lost, and a
+message in it needs both sides. The store answers a single rank at any time.
+
+The store ends with the process that keeps it, usually rank 0. So a rank that leaves because another
+one is lost waits a moment until the rest have learnt the reason: afterwards they could not read it.
+
+Keys of the store, per rank: `who` (host, namespace of process ids, process id), `beat` (counter,
+number of collectives, location), `fault` (its error), `heard` (it knows of a loss); and `claim/…`
+(a counter) and `through/…` (a rank has finished a piece of work) per piece of work.
 """
 
 from __future__ import annotations
@@ -26,196 +35,219 @@ from prunus.distributed.base import RankError
 
 __all__ = ["Heartbeat"]
 
-_LEFT = "left"
+_LEFT = "left"  # the last heartbeat of a rank that left on purpose
 
 
 class Heartbeat:
-    """The signs of life of all ranks of a run, as one of them sees them.
+    """The heartbeats of all ranks of a run, as seen by one of them.
 
     Args:
-        store: of torch.distributed; used by the watch alone.
-        rank, size: as of `Ranks`.
-        timeout: seconds of silence after which a rank counts as lost.
+        store: a store of torch.distributed, with a connection of its own: a call that waits for a
+            value would delay other users of the connection.
+        rank, size: see `Ranks`.
+        timeout: seconds without a sign after which a rank counts as lost.
+
+    Attributes:
+        others: the ranks but this one.
+        collectives: how many collective calls this rank has started.
+        location: what this rank works on, for the messages of the others.
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
+        self.others = [other for other in range(size) if other != rank]
+        self.collectives = 0
+        self.location = "the start"
         self._store = store
-        self._rank, self._others = rank, [other for other in range(size) if other != rank]
+        self._rank = rank
         self._timeout = timeout
         self._interval = min(2.0, max(0.1, timeout / 10))
-        self.meeting = 0
-        self.place = "the start"
+        # Per other rank: its last heartbeat, and when this rank first saw it (time.monotonic).
         self._seen: dict[int, tuple[str, float]] = {}
-        self._trouble: str | None = None
-        self._over = threading.Event()
+        # What is known of a lost rank, for people; None while all are well.
+        self._loss: str | None = None
+        self._closed = threading.Event()
         self._beats = 0
-        store.set(f"who/{rank}", _whoami())
+        store.set(f"who/{rank}", _own_process())
         self._beat()
-        # Waits until everybody has written it.
-        self._who = {other: store.get(f"who/{other}").decode().split("|") for other in self._others}
-        self._thread = threading.Thread(target=self._run, name="prunus-watch", daemon=True)
+        # `get` waits until the other rank has written its key.
+        self._processes = {
+            other: store.get(f"who/{other}").decode().split("|") for other in self.others
+        }
+        # A thread, because the main thread may compute for minutes in one call of torch.
+        self._thread = threading.Thread(target=self._run, name="prunus-heartbeat", daemon=True)
         self._thread.start()
 
     def check(self, waiting_since: float | None = None) -> None:
-        """Raise if a rank is known to be lost; for those who wait for one, since when they do (time.monotonic).
-
-        Raises:
-            RankError: names it.
-        """
-        if self._trouble is None and waiting_since is not None:
-            waited = time.monotonic() - waiting_since
-            if waited > self._timeout:
-                self._trouble = self._absent(waited)
-        if self._trouble is not None:
-            raise RankError(self._trouble)
-
-    def claim(self, what: str) -> int:
-        """The next number of `what`, from 0, that no rank has had."""
-        return int(self._store.add(f"claim/{what}", 1)) - 1
-
-    def arrivals(self, what: str) -> list[int]:
-        """Say that this rank is through with `what`; returns the others."""
-        self._store.set(f"through/{what}/{self._rank}", "")
-        return self._others
-
-    def has_arrived(self, what: str, rank: int) -> bool:
-        """Whether another rank is through with `what`."""
-        return bool(self._store.check([f"through/{what}/{rank}"]))
-
-    def explain(self, what: str) -> RankError:
-        """The error for something that only a lost rank can have caused; waits a moment to learn which."""
-        # An error that was written down says more than that its process has gone.
-        deadline = time.monotonic() + 3 * self._interval
-        while self._trouble is None and time.monotonic() < deadline:
-            try:
-                self._look()
-            except RuntimeError as fault:
-                self._unreachable(fault)
-            self._trouble = self._trouble or self._dead()
-            time.sleep(0.02)
-        return RankError(self._trouble or f"{what}; no rank is known to be lost")
-
-    def report(self, message: str) -> None:
-        """Tell the others of an error, and give them time to hear of it before this process goes."""
-        with contextlib.suppress(RuntimeError):  # nobody there to tell
-            self._store.set(f"fault/{self._rank}", message)
-            self._wait_until_heard()
-
-    def close(self, lost: bool = False) -> None:
-        """Give the last sign: this rank has left in peace, or said why it did not.
+        """Raise an error if a rank is known to be lost.
 
         Args:
-            lost: it leaves because another is lost; the rest are then given time to hear of that.
+            waiting_since: when this rank began to wait in a collective call (time.monotonic); None
+                if it does not wait in one.
+
+        Raises:
+            RankError: names the lost rank.
         """
-        if lost:
+        if self._loss is None and waiting_since is not None:
+            waited = time.monotonic() - waiting_since
+            if waited > self._timeout:
+                self._loss = self._describe_late_rank(waited)
+        if self._loss is not None:
+            raise RankError(self._loss)
+
+    def claim(self, what: str) -> int:
+        """The next number of `what`, counted from 0, that no rank has had yet."""
+        return int(self._store.add(f"claim/{what}", 1)) - 1
+
+    def set_finished(self, what: str) -> None:
+        """Tell the others that this rank has finished `what`."""
+        self._store.set(f"through/{what}/{self._rank}", "")
+
+    def has_finished(self, what: str, rank: int) -> bool:
+        """Whether another rank has finished `what`."""
+        return bool(self._store.check([f"through/{what}/{rank}"]))
+
+    def lost_rank_error(self, symptom: str) -> RankError:
+        """The error to raise for a symptom that only a lost rank can cause.
+
+        It names the rank if that can be learnt within a moment, and quotes the symptom if not.
+        """
+        # A broken connection shows at once, the reason for it a little later. An error in the
+        # store says more than that a process is gone, so the store comes first.
+        deadline = time.monotonic() + 3 * self._interval
+        while self._loss is None and time.monotonic() < deadline:
+            try:
+                self._read_others()
+            except RuntimeError as fault:
+                self._set_store_lost(fault)
+            self._loss = self._loss or self._describe_dead_process()
+            time.sleep(0.02)
+        return RankError(self._loss or f"{symptom}; no rank is known to be lost")
+
+    def report_error(self, message: str) -> None:
+        """Tell the others of an error of this rank, and wait a moment until they have read it."""
+        with contextlib.suppress(RuntimeError):  # the store is gone, and with it the others
+            self._store.set(f"fault/{self._rank}", message)
+            self._wait_until_others_know()
+
+    def close(self, rank_lost: bool = False) -> None:
+        """Write the last heartbeat: this rank leaves on purpose, or has reported its error.
+
+        Args:
+            rank_lost: it leaves because another rank is lost. Then it first waits a moment until
+                the rest know of that too.
+        """
+        if rank_lost:
             with contextlib.suppress(RuntimeError):
                 self._store.set(f"heard/{self._rank}", "")
-                self._wait_until_heard()
-        self._over.set()
+                self._wait_until_others_know()
+        self._closed.set()
         self._thread.join(5)
-        with contextlib.suppress(RuntimeError):  # the store goes with the process that keeps it
+        with contextlib.suppress(RuntimeError):  # the process that keeps the store may be gone
             self._store.set(f"beat/{self._rank}", _LEFT)
 
     def _beat(self) -> None:
         self._beats += 1
-        self._store.set(f"beat/{self._rank}", f"{self._beats}|{self.meeting}|{self.place}")
+        self._store.set(f"beat/{self._rank}", f"{self._beats}|{self.collectives}|{self.location}")
 
     def _run(self) -> None:
-        while not self._over.wait(self._interval):
+        while not self._closed.wait(self._interval):
             try:
                 self._beat()
-                self._look()
-                if self._trouble is not None:
+                self._read_others()
+                if self._loss is not None:
                     self._store.set(f"heard/{self._rank}", "")
             except RuntimeError as fault:
-                if not self._over.is_set():
-                    self._unreachable(fault)
+                if not self._closed.is_set():
+                    self._set_store_lost(fault)
                 return
 
-    def _unreachable(self, fault: RuntimeError) -> None:
-        """The store does not answer; what was known before says more than that."""
-        self._trouble = self._trouble or (
-            "the rendezvous of torchrun does not answer any more: the machine that keeps it, as a rule rank 0's, is "
-            f"gone or out of reach ({str(fault).splitlines()[0]})"
+    def _set_store_lost(self, fault: RuntimeError) -> None:
+        """Note that the store does not answer, unless a more exact reason is known already."""
+        self._loss = self._loss or (
+            "the rendezvous of torchrun does not answer any more: the host that keeps it, usually "
+            f"that of rank 0, is gone or out of reach ({str(fault).splitlines()[0]})"
         )
 
-    def _wait_until_heard(self) -> None:
-        """Until every rank that can still hear knows that one is lost, ten looks at most."""
+    def _wait_until_others_know(self) -> None:
+        """Wait until every rank that still runs knows of the loss, for at most ten intervals."""
         deadline = time.monotonic() + 10 * self._interval
         while time.monotonic() < deadline and not all(
-            self._state(other) is not None
+            self._process_state(other) is not None
             or self._store.check([f"heard/{other}"])
             or self._store.check([f"fault/{other}"])
             or self._store.get(f"beat/{other}").decode() == _LEFT
-            for other in self._others
+            for other in self.others
         ):
             time.sleep(0.02)
 
-    def _look(self) -> None:
-        """See what the others have written."""
+    def _read_others(self) -> None:
+        """Read the heartbeats and errors of the others, and note the first loss."""
         now = time.monotonic()
-        for other in self._others:
+        for other in self.others:
             if self._store.check([f"fault/{other}"]):
                 text = self._store.get(f"fault/{other}").decode()
-                self._trouble = f"rank {other}{self._where(other)} stopped: {text}"
+                self._loss = f"rank {other}{self._where(other)} stopped: {text}"
                 return
             beat = self._store.get(f"beat/{other}").decode()
             if other not in self._seen or self._seen[other][0] != beat:
                 self._seen[other] = (beat, now)
-        if self._trouble is None:
+        if self._loss is None:
             for other, (beat, since) in self._seen.items():
                 if beat != _LEFT and now - since > self._timeout:
-                    self._trouble = (
-                        f"rank {other}{self._where(other)} {self._state(other) or 'hangs, or its machine is gone'}: no "
-                        f"sign of life for {now - since:.0f} s; it was last at {beat.split('|')[-1]}"
+                    state = self._process_state(other) or "hangs, or its host is gone"
+                    self._loss = (
+                        f"rank {other}{self._where(other)} {state}: no heartbeat for "
+                        f"{now - since:.0f} s; it was last at {beat.split('|')[-1]}"
                     )
 
-    def _dead(self) -> str | None:
-        """A rank of this machine whose process has ended or is stopped."""
-        for other in self._others:
+    def _describe_dead_process(self) -> str | None:
+        """Name a rank on this host whose process has ended or is stopped; None if there is none."""
+        for other in self.others:
             left = self._seen.get(other, ("", 0.0))[0] == _LEFT
-            if (state := self._state(other)) is not None and not left:
+            if (state := self._process_state(other)) is not None and not left:
                 return f"rank {other}{self._where(other)} {state}"
         return None
 
-    def _absent(self, waited: float) -> str:
-        """Who has not come to the meeting that this rank waits at."""
-        for other in self._others:
+    def _describe_late_rank(self, waited: float) -> str:
+        """Name the rank that has not reached the collective call in which this rank waits."""
+        for other in self.others:
             fields = self._seen.get(other, ("", 0.0))[0].split("|")
-            if len(fields) == 3 and int(fields[1]) < self.meeting:
-                state = self._state(other) or "hangs"
+            if len(fields) == 3 and int(fields[1]) < self.collectives:
+                state = self._process_state(other) or "hangs"
                 return (
-                    f"rank {other}{self._where(other)} {state}: it has been waited for at {self.place} for "
-                    f"{waited:.0f} s, and is at {fields[2]} (--rank-timeout gives it longer)"
+                    f"rank {other}{self._where(other)} {state}: the others have waited for it at "
+                    f"{self.location} for {waited:.0f} s, and it is at {fields[2]} "
+                    "(--rank-timeout gives it longer)"
                 )
-        return f"the ranks have waited for each other at {self.place} for {waited:.0f} s"
+        return f"the ranks have waited for each other at {self.location} for {waited:.0f} s"
 
     def _where(self, other: int) -> str:
-        host, _, process = self._who[other]
+        host, _, process = self._processes[other]
         return f" (process {process} on {host})"
 
-    def _state(self, other: int) -> str | None:
-        """What is wrong with a process of this machine, as far as its number tells."""
-        mine = self._whoami_here()
-        host, space, process = self._who[other]
-        if (host, space) != mine or not Path("/proc/self/stat").exists():
+    def _process_state(self, other: int) -> str | None:
+        """What is wrong with a process on this host; None if it runs or is on another host."""
+        host, namespace, process = self._processes[other]
+        own_host, own_namespace, _ = _own_process().split("|")
+        same_ids = (host, namespace) == (own_host, own_namespace)
+        if not same_ids or not Path("/proc/self/stat").exists():
             return None
         try:
+            # The state follows the process's name, which stands in brackets and may hold any text.
             state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
         except (OSError, IndexError):
             return "has died"
         return {"Z": "has died", "X": "has died", "T": "is stopped by a signal"}.get(state)
 
-    @staticmethod
-    def _whoami_here() -> tuple[str, str]:
-        host, space, _ = _whoami().split("|")
-        return host, space
 
+def _own_process() -> str:
+    """Host, namespace of process ids, and process id of this process, divided by `|`.
 
-def _whoami() -> str:
-    """Host, namespace of process numbers, process number."""
+    Containers on one host may use the same process ids for different processes; the namespace tells
+    them apart.
+    """
     try:
-        space = os.readlink("/proc/self/ns/pid")
+        namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
-        space = "-"
-    return f"{socket.gethostname()}|{space}|{os.getpid()}"
+        namespace = "-"
+    return f"{socket.gethostname()}|{namespace}|{os.getpid()}"

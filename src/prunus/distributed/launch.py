@@ -1,4 +1,7 @@
-"""From torchrun's environment to the ranks of a run. torchrun starts processes and finds them; nothing here does."""
+"""From torchrun's environment variables to the ranks of a run.
+
+torchrun starts the processes and lets them find each other; this file only joins them.
+"""
 
 from __future__ import annotations
 
@@ -24,79 +27,88 @@ from prunus.distributed.heartbeat import Heartbeat
 
 __all__ = ["DEFAULT_TIMEOUT", "is_rank_0", "process_group"]
 
-#: Seconds after which a rank that gives no sign, or does not come to a meeting, counts as lost.
+#: Seconds after which a rank without a heartbeat, or late for a collective call, counts as lost.
 DEFAULT_TIMEOUT = 600.0
-_NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_joined_before = itertools.count()
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Counts the process groups of this process. All ranks count alike, so the number names a group.
+_group_numbers = itertools.count()
 
 
 def is_rank_0() -> bool:
-    """Whether this process is the one that speaks: rank 0, or not started by torchrun at all."""
+    """Whether this process is rank 0, which alone writes to the terminal; true without torchrun."""
     return not _started_by_torchrun() or os.environ["RANK"] == "0"
 
 
 def _started_by_torchrun() -> bool:
-    return all(os.environ.get(name) for name in _NAMES) and int(os.environ["WORLD_SIZE"]) > 1
+    return all(os.environ.get(name) for name in _VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 @contextlib.contextmanager
 def process_group(timeout: float | None = None) -> Iterator[Ranks]:
-    """While active, the ranks that torchrun started, of which this process is one; `SINGLE_PROCESS` without torchrun.
+    """Join the processes that torchrun started, for the length of a `with` block.
+
+    All ranks must enter it. Without torchrun it yields `SINGLE_PROCESS`.
 
     Args:
-        timeout: seconds after which a rank that gives no sign of life, or does not come to a meeting, counts as lost;
-            None for `DEFAULT_TIMEOUT`.
+        timeout: seconds after which a rank without a heartbeat, or late for a collective call,
+            counts as lost; None for `DEFAULT_TIMEOUT`.
 
     Raises:
-        ValueError: a timeout that is not over 0, or a process group that somebody else set up.
-        RankError: inside, wherever this rank waits for one that is lost.
+        ValueError: the timeout is not above 0, or torch.distributed is in use already.
+        RankError: inside the block, wherever this rank waits for one that is lost.
     """
     timeout = DEFAULT_TIMEOUT if timeout is None else timeout
     if not (math.isfinite(timeout) and timeout > 0):
-        raise ValueError(f"the rank timeout is {timeout}: it is a number of seconds over 0")
+        raise ValueError(f"the rank timeout is {timeout}; it must be a number of seconds above 0")
     if not _started_by_torchrun():
         yield SINGLE_PROCESS
         return
     if dist.is_initialized():
         raise ValueError(
-            "torch.distributed is in use already: prunus sets its process group up itself under torchrun; call "
-            "destroy_process_group before, or give ranks=prunus.distributed.SINGLE_PROCESS"
+            "torch.distributed is in use already, and prunus sets up its own process group under "
+            "torchrun; call destroy_process_group first, or pass "
+            "ranks=prunus.distributed.SINGLE_PROCESS"
         )
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    generous = datetime.timedelta(seconds=2 * timeout + 60)  # the watch comes first, and says who
-    store, rank, size = next(rendezvous("env://", timeout=generous))
-    name = f"prunus/{next(_joined_before)}"
+    # torch's own timeout is longer than ours: the heartbeat comes first, and names the lost rank.
+    torch_timeout = datetime.timedelta(seconds=2 * timeout + 60)
+    store, rank, size = next(rendezvous("env://", timeout=torch_timeout))
+    name = f"prunus/{next(_group_numbers)}"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=PrefixStore(f"{name}/group", store),
         rank=rank,
         world_size=size,
-        timeout=generous,
+        timeout=torch_timeout,
     )
-    watch = Heartbeat(_own_store(store, name, timeout), rank, size, timeout)
-    group, lost = ProcessGroup(watch), False
+    heartbeat = Heartbeat(_own_connection(store, name, timeout), rank, size, timeout)
+    group, rank_lost = ProcessGroup(heartbeat), False
     try:
-        with _told_to_stop(watch):
+        with _sigterm_raises(heartbeat):
             yield group
     except RankError:
-        lost = True
+        rank_lost = True
         raise
     except OtherRankError:
         raise
     except BaseException as fault:
-        if not group.told:
-            watch.report(f"{type(fault).__name__}: {fault}".strip(": "))
+        if not group.error_reported:
+            heartbeat.report_error(f"{type(fault).__name__}: {fault}".strip(": "))
         raise
     finally:
-        watch.close(lost)
-        if not lost:  # a group that lost a member waits for it before it closes
+        heartbeat.close(rank_lost)
+        # Destroying a group that has lost a member would wait for that member.
+        if not rank_lost:
             dist.destroy_process_group()
 
 
-def _own_store(store: Any, name: str, timeout: float) -> Any:
-    """A connection that only the watch uses: one that waits for a value would hold the others up."""
+def _own_connection(store: Any, name: str, timeout: float) -> Any:
+    """A connection to the store for the heartbeat alone.
+
+    A call that waits for a value blocks its connection, and heartbeats must not be delayed.
+    """
     prefixed: Any = PrefixStore(f"{name}/watch", store)
     own = prefixed.clone()
     own.set_timeout(datetime.timedelta(seconds=max(10.0, timeout)))
@@ -104,15 +116,18 @@ def _own_store(store: Any, name: str, timeout: float) -> Any:
 
 
 @contextlib.contextmanager
-def _told_to_stop(watch: Heartbeat) -> Iterator[None]:
-    """While active, SIGTERM is an error that says why: torchrun sends it to all once one rank has ended badly."""
+def _sigterm_raises(heartbeat: Heartbeat) -> Iterator[None]:
+    """While active, SIGTERM raises an error that says why it came.
+
+    torchrun sends SIGTERM to all processes once one of them has ended badly.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield  # Python allows signal handlers in the main thread only.
         return
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough
-        raise watch.explain("stopped from outside (SIGTERM)")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt the clean-up
+        raise heartbeat.lost_rank_error("stopped from outside (SIGTERM)")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

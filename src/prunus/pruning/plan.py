@@ -105,7 +105,7 @@ def plan_run(
     ranks = options.ranks or SINGLE_PROCESS
     budget = options.memory
     if budget is None:
-        budget = available_memory() // ranks.on_host + resident_memory()
+        budget = available_memory() // ranks.local_size + resident_memory()
     job = PruningJob(
         recipe=recipe,
         options=options,
