@@ -1,6 +1,6 @@
-// Compares every kernel of every instruction set that this machine has with float64 arithmetic, on arrays
-// that end where their last element does: under AddressSanitizer a read or write past them is an error.
-// Run by tests/sanitize.sh.
+// Compares every kernel of every instruction set that this machine has with float64 arithmetic, on
+// arrays that end where their last element does: under AddressSanitizer a read or write past them
+// is an error. Run by tests/sanitize.sh.
 
 #include <cmath>
 #include <cstdio>
@@ -20,14 +20,14 @@ namespace {
 std::mt19937 g_random(20240611);
 int g_failures = 0;
 
-#define CHECK(condition, ...)                                 \
-    do {                                                      \
-        if (!(condition)) {                                   \
-            std::printf("FAILED %s: ", #condition);           \
-            std::printf(__VA_ARGS__);                         \
-            std::printf("\n");                                \
-            if (++g_failures > 10) std::exit(1);              \
-        }                                                     \
+#define CHECK(condition, ...)                       \
+    do {                                            \
+        if (!(condition)) {                         \
+            std::printf("FAILED %s: ", #condition); \
+            std::printf(__VA_ARGS__);               \
+            std::printf("\n");                      \
+            if (++g_failures > 10) std::exit(1);    \
+        }                                           \
     } while (0)
 
 // An array of exactly `count` elements on the heap.
@@ -41,7 +41,9 @@ struct Exact {
 };
 
 float normal() { return std::normal_distribution<float>()(g_random); }
-int64_t between(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(g_random); }
+int64_t between(int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(g_random);
+}
 
 // Stands in for an OpenMP runtime, so that the threaded path runs without one.
 void fork_and_join(void (*fn)(void*), void* data, unsigned threads, unsigned) {
@@ -76,21 +78,34 @@ struct Matrix {
     std::vector<uint8_t> rare;
 
     Matrix(int64_t r, int64_t c, double density, Kind k, bool all = false)
-        : rows(r), cols(c), count(0), kind(k), whole(all), dense(size_t(r * c)), mask(r * ((c + 7) / 8)), values(0),
-          offsets(r + 1), scales(r) {
+        : rows(r),
+          cols(c),
+          count(0),
+          kind(k),
+          whole(all),
+          dense(size_t(r * c)),
+          mask(r * ((c + 7) / 8)),
+          values(0),
+          offsets(r + 1),
+          scales(r) {
         const int64_t stride = (c + 7) / 8;
         std::vector<bool> kept(size_t(r * c));
         for (int64_t i = 0; i < mask.count; ++i) mask[i] = 0;
         for (int64_t row = 0; row < r; ++row) {
             const int64_t kind_of_row = between(0, 9);  // some rows empty, some full
             for (int64_t col = 0; col < c; ++col) {
-                const bool keep = whole ? true : kind_of_row == 0 ? false : kind_of_row == 1 ? true : std::bernoulli_distribution(density)(g_random);
+                const bool keep = whole              ? true
+                                  : kind_of_row == 0 ? false
+                                  : kind_of_row == 1
+                                      ? true
+                                      : std::bernoulli_distribution(density)(g_random);
                 kept[size_t(row * c + col)] = keep;
                 count += keep;
                 if (keep) mask[row * stride + col / 8] |= uint8_t(1 << col % 8);
             }
         }
-        CHECK(prunus_row_offsets(r, c, mask.get(), offsets.get()) == count, "rows %ld cols %ld", long(r), long(c));
+        CHECK(prunus_row_offsets(r, c, mask.get(), offsets.get()) == count, "rows %ld cols %ld",
+              long(r), long(c));
         values = Exact<uint8_t>(count * (k == kI8 ? 1 : 2));
         int64_t next = 0;
         for (int64_t i = 0; i < r * c; ++i) {
@@ -106,13 +121,15 @@ struct Matrix {
             }
         }
     }
-    // Splits bfloat16 values into low bytes and codes, an entry at a time. With few high bytes, some values are rare.
+    // Splits bfloat16 values into low bytes and codes, an entry at a time. With few high bytes,
+    // some values are rare.
     void encode(int known) {
         coded = true;
         const int64_t groups = (count + kCodedGroup - 1) / kCodedGroup;
         low_bytes = Exact<uint8_t>(groups * kCodedGroup);
         codes = Exact<uint8_t>(groups * kCodedGroup / 2);
-        for (int code = 0; code < 16; ++code) high_bytes[code] = uint8_t((code % 2 ? 0xbf : 0x3f) - code / 2);
+        for (int code = 0; code < 16; ++code)
+            high_bytes[code] = uint8_t((code % 2 ? 0xbf : 0x3f) - code / 2);
         for (int64_t i = 0; i < low_bytes.count; ++i) low_bytes[i] = 0;
         for (int64_t i = 0; i < codes.count; ++i) codes[i] = 0;
         for (int64_t i = 0; i < count; ++i) {
@@ -121,7 +138,8 @@ struct Matrix {
             if (code == known) rare_at.push_back(i), rare.push_back(values[2 * i + 1]), code = 0;
             const int64_t at = i % kCodedGroup;
             low_bytes[i] = values[2 * i];
-            codes[i / kCodedGroup * kCodedGroup / 2 + at % 32] |= uint8_t(code << (at < 32 ? 0 : 4));
+            codes[i / kCodedGroup * kCodedGroup / 2 + at % 32] |=
+                uint8_t(code << (at < 32 ? 0 : 4));
         }
     }
     PrunusWeight weight() {
@@ -149,28 +167,39 @@ void check_product(int isa, int threads, Matrix& w, int64_t tokens, Kind act, bo
     for (int64_t i = 0; i < w.rows; ++i) bias.set(i, normal());
     const void* bias_data = with_bias ? bias.bytes.get() : nullptr;
     const PrunusWeight weight = w.weight();
-    const int code = prunus_linear(isa, threads, &weight, tokens, act, x.bytes.get(), bias_data, out.bytes.get());
+    const int code = prunus_linear(isa, threads, &weight, tokens, act, x.bytes.get(), bias_data,
+                                   out.bytes.get());
     CHECK(code == PRUNUS_OK, "code %d", code);
-    // Then int8 values are rounded to bfloat16, times their scale, instead of the activations to integers.
+    // Then int8 values are rounded to bfloat16, times their scale, instead of the activations to
+    // integers.
     const bool as_matrix = isa >= kAvx512Bf16 && tokens > kFewTokens && act == kBf16;
     for (int64_t token = 0; token < tokens; ++token) {
         double largest = 0;
-        for (int64_t col = 0; col < w.cols; ++col) largest = std::fmax(largest, std::fabs(x.at(token * w.cols + col)));
+        for (int64_t col = 0; col < w.cols; ++col)
+            largest = std::fmax(largest, std::fabs(x.at(token * w.cols + col)));
         for (int64_t row = 0; row < w.rows; ++row) {
             double sum = 0, magnitude = 0, weight_sum = 0;
             for (int64_t col = 0; col < w.cols; ++col) {
-                const double weight = w.dense[size_t(row * w.cols + col)], product = weight * x.at(token * w.cols + col);
+                const double weight = w.dense[size_t(row * w.cols + col)],
+                             product = weight * x.at(token * w.cols + col);
                 sum += product;
                 magnitude += std::fabs(product);
                 weight_sum += std::fabs(weight);
             }
             if (with_bias) sum += bias.at(row), magnitude += std::fabs(bias.at(row));
-            // Float32 summation, the rounding of the result, and for int8 that of the activations or the weights.
-            const double bound = 1e-6 * magnitude + unit_roundoff(act) * std::fabs(sum) * 1.01 + 1e-7 +
-                                 (w.kind != kI8 ? 0 : as_matrix ? magnitude * 0x1p-8 : weight_sum * largest / 65000);
+            // Float32 summation, the rounding of the result, and for int8 that of the activations
+            // or the weights.
+            const double bound = 1e-6 * magnitude + unit_roundoff(act) * std::fabs(sum) * 1.01 +
+                                 1e-7 +
+                                 (w.kind != kI8 ? 0
+                                  : as_matrix   ? magnitude * 0x1p-8
+                                                : weight_sum * largest / 65000);
             const double error = std::fabs(out.at(token * w.rows + row) - sum);
-            CHECK(error <= bound, "isa %d threads %d %ldx%ld tokens %ld values %d activations %d: error %g bound %g", isa,
-                  threads, long(w.rows), long(w.cols), long(tokens), int(w.kind), int(act), error, bound);
+            CHECK(
+                error <= bound,
+                "isa %d threads %d %ldx%ld tokens %ld values %d activations %d: error %g bound %g",
+                isa, threads, long(w.rows), long(w.cols), long(tokens), int(w.kind), int(act),
+                error, bound);
         }
     }
 }
@@ -183,7 +212,8 @@ void check_expand(int isa, int threads, Matrix& w, Kind out_kind) {
     for (int64_t i = 0; i < w.rows * w.cols; ++i) {
         const float expected = float(w.dense[size_t(i)]);
         const uint16_t bits = out_kind == kBf16 ? float_to_bf16(expected) : float_to_f16(expected);
-        CHECK(out[i] == bits, "isa %d expand %ldx%ld at %ld", isa, long(w.rows), long(w.cols), long(i));
+        CHECK(out[i] == bits, "isa %d expand %ldx%ld at %ld", isa, long(w.rows), long(w.cols),
+              long(i));
     }
     Exact<int64_t> rows(3);
     for (int64_t i = 0; i < rows.count; ++i) rows[i] = between(0, w.rows - 1);
@@ -191,9 +221,12 @@ void check_expand(int isa, int threads, Matrix& w, Kind out_kind) {
     const int also = prunus_expand_rows(isa, &weight, rows.get(), rows.count, out_kind, some.get());
     CHECK(also == PRUNUS_OK, "code %d", also);
     for (int64_t i = 0; i < rows.count * w.cols; ++i)
-        CHECK(some[i] == out[rows[i / w.cols] * w.cols + i % w.cols], "isa %d rows of %ldx%ld at %ld", isa, long(w.rows), long(w.cols), long(i));
+        CHECK(some[i] == out[rows[i / w.cols] * w.cols + i % w.cols],
+              "isa %d rows of %ldx%ld at %ld", isa, long(w.rows), long(w.cols), long(i));
     rows[1] = w.rows;
-    CHECK(prunus_expand_rows(isa, &weight, rows.get(), rows.count, out_kind, some.get()) == PRUNUS_BAD_ARGUMENT, "no such row");
+    CHECK(prunus_expand_rows(isa, &weight, rows.get(), rows.count, out_kind, some.get()) ==
+              PRUNUS_BAD_ARGUMENT,
+          "no such row");
 }
 
 // A value as the kind holds it.
@@ -208,7 +241,8 @@ void check_norm(int isa, Kind kind, int form, int64_t rows, int64_t width) {
     Floats x(kind, rows * width), weight(kind, width), out(kind, rows * width);
     for (int64_t i = 0; i < rows * width; ++i) x.set(i, normal());
     for (int64_t i = 0; i < width; ++i) weight.set(i, normal());
-    const int code = prunus_rms_norm(isa, kind, form, rows, width, x.bytes.get(), weight.bytes.get(), eps, out.bytes.get());
+    const int code = prunus_rms_norm(isa, kind, form, rows, width, x.bytes.get(),
+                                     weight.bytes.get(), eps, out.bytes.get());
     CHECK(code == PRUNUS_OK, "code %d", code);
     for (int64_t row = 0; row < rows; ++row) {
         double squares = 0;
@@ -217,26 +251,31 @@ void check_norm(int isa, Kind kind, int form, int64_t rows, int64_t width) {
             const double normed = x.at(row * width + i) / std::sqrt(squares / double(width) + eps);
             const double exact = normed * (weight.at(i) + (form == 2));
             const double bound = std::fabs(exact) * (2.02 * unit_roundoff(kind) + 1e-6) + 1e-7;
-            CHECK(std::fabs(out.at(row * width + i) - exact) <= bound, "isa %d norm %d of %ldx%ld, kind %d", isa, form, long(rows),
-                  long(width), int(kind));
+            CHECK(std::fabs(out.at(row * width + i) - exact) <= bound,
+                  "isa %d norm %d of %ldx%ld, kind %d", isa, form, long(rows), long(width),
+                  int(kind));
         }
     }
 }
 
 void check_rotation(int isa, Kind kind, int64_t heads, int64_t key_heads, int64_t dim) {
-    Floats query(kind, heads * dim), key(kind, key_heads * dim), cos(kind, dim), sin(kind, dim), out(kind, heads * dim),
-        out_key(kind, key_heads * dim);
+    Floats query(kind, heads * dim), key(kind, key_heads * dim), cos(kind, dim), sin(kind, dim),
+        out(kind, heads * dim), out_key(kind, key_heads * dim);
     for (Floats* floats : {&query, &key, &cos, &sin})
-        for (int64_t i = 0; i < floats->bytes.count / (kind == kF32 ? 4 : 2); ++i) floats->set(i, normal());
-    const int code = prunus_rotate(isa, kind, heads, key_heads, dim, query.bytes.get(), key.bytes.get(), cos.bytes.get(),
-                                   sin.bytes.get(), out.bytes.get(), out_key.bytes.get());
+        for (int64_t i = 0; i < floats->bytes.count / (kind == kF32 ? 4 : 2); ++i)
+            floats->set(i, normal());
+    const int code =
+        prunus_rotate(isa, kind, heads, key_heads, dim, query.bytes.get(), key.bytes.get(),
+                      cos.bytes.get(), sin.bytes.get(), out.bytes.get(), out_key.bytes.get());
     CHECK(code == PRUNUS_OK, "code %d", code);
     auto compare = [&](Floats& x, Floats& found, int64_t count) {
         for (int64_t i = 0; i < count; ++i) {
             const int64_t at = i % dim, half = dim / 2;
             const double other = at < half ? -x.at(i + half) : x.at(i - half);
-            const double expected = as_held(kind, as_held(kind, x.at(i) * cos.at(at)) + as_held(kind, other * sin.at(at)));
-            CHECK(found.at(i) == expected, "isa %d rotation of %ldx%ld, kind %d", isa, long(count / dim), long(dim), int(kind));
+            const double expected = as_held(
+                kind, as_held(kind, x.at(i) * cos.at(at)) + as_held(kind, other * sin.at(at)));
+            CHECK(found.at(i) == expected, "isa %d rotation of %ldx%ld, kind %d", isa,
+                  long(count / dim), long(dim), int(kind));
         }
     };
     compare(query, out, heads * dim);
@@ -246,13 +285,18 @@ void check_rotation(int isa, Kind kind, int64_t heads, int64_t key_heads, int64_
 void check_conversions() {
     for (uint32_t bits = 0; bits < 0x10000; ++bits) {
         const float half = f16_to_float(uint16_t(bits)), brain = bf16_to_float(uint16_t(bits));
-        if (half == half) CHECK(float_to_f16(half) == bits, "f16 %x", bits);
-        else CHECK(std::isnan(f16_to_float(float_to_f16(half))), "f16 NaN %x", bits);
-        if (brain == brain) CHECK(float_to_bf16(brain) == bits, "bf16 %x", bits);
-        else CHECK(std::isnan(bf16_to_float(float_to_bf16(brain))), "bf16 NaN %x", bits);
+        if (half == half)
+            CHECK(float_to_f16(half) == bits, "f16 %x", bits);
+        else
+            CHECK(std::isnan(f16_to_float(float_to_f16(half))), "f16 NaN %x", bits);
+        if (brain == brain)
+            CHECK(float_to_bf16(brain) == bits, "bf16 %x", bits);
+        else
+            CHECK(std::isnan(bf16_to_float(float_to_bf16(brain))), "bf16 NaN %x", bits);
     }
     CHECK(float_to_f16(65519.9f) == 0x7bff && float_to_f16(65520.0f) == 0x7c00, "f16 overflow");
-    CHECK(float_to_bf16(1.00390625f) == 0x3f80 && float_to_bf16(1.01171875f) == 0x3f82, "ties go to even");
+    CHECK(float_to_bf16(1.00390625f) == 0x3f80 && float_to_bf16(1.01171875f) == 0x3f82,
+          "ties go to even");
 }
 
 void check_refusals() {
@@ -266,10 +310,12 @@ void check_refusals() {
     };
     PrunusWeight weight = w.weight();
     weight.codes = weight.mask;  // codes without the bytes that they stand for
-    CHECK(prunus_expand(0, 1, &weight, kBf16, out.bytes.get()) == PRUNUS_BAD_ARGUMENT, "no high bytes");
+    CHECK(prunus_expand(0, 1, &weight, kBf16, out.bytes.get()) == PRUNUS_BAD_ARGUMENT,
+          "no high bytes");
     weight = w.weight();
     weight.mask = nullptr;
-    CHECK(prunus_expand(0, 1, &weight, kBf16, out.bytes.get()) == PRUNUS_BAD_ARGUMENT, "offsets without a mask");
+    CHECK(prunus_expand(0, 1, &weight, kBf16, out.bytes.get()) == PRUNUS_BAD_ARGUMENT,
+          "offsets without a mask");
     CHECK(prunus_expand(0, 1, nullptr, kBf16, out.bytes.get()) == PRUNUS_BAD_ARGUMENT, "no weight");
     CHECK(call(0, 3, w.count, kI8, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "int8 activations");
     CHECK(call(0, 3, w.count - 1, kBf16, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "a value too few");
@@ -287,17 +333,22 @@ void check_refusals() {
     CHECK(norm(0, kBf16, 0, 0, 3, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "norm: no rows");
     CHECK(norm(0, kBf16, 0, 1, 0, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "norm: no width");
     CHECK(norm(0, kBf16, 0, 1, 3, nullptr) == PRUNUS_BAD_ARGUMENT, "norm: no data");
-    auto rotate = [&](int isa, int kind, int64_t heads, int64_t key_heads, int64_t dim, const void* data) {
+    auto rotate = [&](int isa, int kind, int64_t heads, int64_t key_heads, int64_t dim,
+                      const void* data) {
         return prunus_rotate(isa, kind, heads, key_heads, dim, data, data, data, data, to, to);
     };
-    CHECK(rotate(9, kBf16, 1, 1, 2, x.bytes.get()) == PRUNUS_NO_SUCH_ISA, "rotation: instruction set 9");
+    CHECK(rotate(9, kBf16, 1, 1, 2, x.bytes.get()) == PRUNUS_NO_SUCH_ISA,
+          "rotation: instruction set 9");
     CHECK(rotate(0, kI8, 1, 1, 2, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "rotation: int8");
     CHECK(rotate(0, kBf16, 0, 1, 2, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "rotation: no heads");
-    CHECK(rotate(0, kBf16, 1, 0, 2, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "rotation: no key heads");
-    CHECK(rotate(0, kBf16, 1, 1, 3, x.bytes.get()) == PRUNUS_BAD_ARGUMENT, "rotation: an odd width");
+    CHECK(rotate(0, kBf16, 1, 0, 2, x.bytes.get()) == PRUNUS_BAD_ARGUMENT,
+          "rotation: no key heads");
+    CHECK(rotate(0, kBf16, 1, 1, 3, x.bytes.get()) == PRUNUS_BAD_ARGUMENT,
+          "rotation: an odd width");
     CHECK(rotate(0, kBf16, 1, 1, 2, nullptr) == PRUNUS_BAD_ARGUMENT, "rotation: no data");
     w.mask[8] |= 0x80;  // column 71 of a row of 70
-    CHECK(prunus_row_offsets(3, 70, w.mask.get(), w.offsets.get()) == -1, "a bit past the last column");
+    CHECK(prunus_row_offsets(3, 70, w.mask.get(), w.offsets.get()) == -1,
+          "a bit past the last column");
 }
 
 }  // namespace
@@ -310,7 +361,8 @@ int main() {
     const Kind activations[] = {kBf16, kF16, kF32};
     for (int isa = 0; isa <= prunus_best_isa(); ++isa) {
         for (int round = 0; round < 150; ++round) {
-            const int64_t rows = between(1, 60), cols = round % 3 ? between(1, 700) : between(1, 10) * 64;
+            const int64_t rows = between(1, 60),
+                          cols = round % 3 ? between(1, 700) : between(1, 10) * 64;
             const Kind kind = round % 3 == 0 ? kBf16 : round % 3 == 1 ? kF16 : kI8;
             Matrix w(rows, cols, densities[between(0, 4)], kind, round % 4 == 3);
             const int threads = round % 5 == 0 ? 3 : 1;

@@ -1,5 +1,5 @@
-// Brings activations into the layout and the dtype that the inner loops read: (segment, token, 64), zeros
-// past the last column.
+// Puts activations into the layout and the dtype that the inner loops read: (segment, token, 64),
+// with zeros past the last column.
 #pragma once
 
 #include <cmath>
@@ -9,11 +9,20 @@
 
 namespace prunus {
 
-// kSplitInt16: as kInt16, but 64 low bytes and then 64 high bytes instead of 64 words. The others are
-// layouts for particular kernels, which the functions that make them describe.
-enum class XForm { kBf16, kFloat, kInt16, kSplitInt16, kPartedBf16, kBlocks, kPartedBlocks, kByteTiles };
+// kSplitInt16 is kInt16 with 64 low bytes followed by 64 high bytes instead of 64 words. The other
+// layouts serve particular kernels; the functions that make them describe them.
+enum class XForm {
+    kBf16,
+    kFloat,
+    kInt16,
+    kSplitInt16,
+    kPartedBf16,
+    kBlocks,
+    kPartedBlocks,
+    kByteTiles
+};
 
-// Per-thread memory that is reused from call to call.
+// Memory of one thread that is reused from call to call.
 struct Scratch {
     std::vector<uint8_t> x, x_float, x_tiles, x_scales, x_excess, sums, tail, ones, decoded, panels;
 };
@@ -25,7 +34,7 @@ T* sized(std::vector<uint8_t>& buffer, int64_t count) {
     return reinterpret_cast<T*>(buffer.data());
 }
 
-// The same, from a multiple of 64 bytes on.
+// The same, aligned to 64 bytes.
 template <typename T>
 T* aligned(std::vector<uint8_t>& buffer, int64_t count) {
     uint8_t* at = sized<uint8_t>(buffer, count * int64_t(sizeof(T)) + 63);
@@ -49,7 +58,8 @@ inline void lay_out_bf16(Job& job, const void* x, Scratch& scratch) {
     uint16_t* to = sized<uint16_t>(scratch.x, job.segments * job.tokens * kSegment);
     job.x = to;
     for_pieces(job, to, [&](uint16_t* piece, int64_t token, int64_t first, int64_t columns) {
-        std::memcpy(piece, static_cast<const uint16_t*>(x) + token * job.cols + first, size_t(columns) * 2);
+        std::memcpy(piece, static_cast<const uint16_t*>(x) + token * job.cols + first,
+                    size_t(columns) * 2);
     });
 }
 
@@ -58,7 +68,7 @@ inline const float* lay_out_float(Job& job, const void* x, Kind kind, Scratch& s
     job.x = to;
     for_pieces(job, to, [&](float* piece, int64_t token, int64_t first, int64_t columns) {
         const int64_t from = token * job.cols + first;
-        if (kind == kBf16)  // a loop of its own is vectorised
+        if (kind == kBf16)  // a separate loop can be vectorised
             for (int64_t i = 0; i < columns; ++i)
                 piece[i] = bf16_to_float(static_cast<const uint16_t*>(x)[from + i]);
         else
@@ -67,9 +77,11 @@ inline const float* lay_out_float(Job& job, const void* x, Kind kind, Scratch& s
     return to;
 }
 
-// Symmetric 16-bit integers, one scale per token and group of 256 columns. The rounding error is at most
-// 2^-16 of the group's largest activation, far below that of the int8 weights; a group that holds an
-// infinity or a NaN gets a NaN scale, so that the result is NaN and not a plausible number.
+// Rounds to symmetric 16-bit integers with one scale per token and group of 256 columns.
+//
+// The rounding error is at most 2^-16 of the group's largest activation, far below that of the int8
+// weights. A group that holds an infinity or a NaN gets a NaN scale, so that the result is NaN and
+// not a plausible number.
 inline void lay_out_int16(Job& job, const void* x, Kind kind, XForm form, Scratch& scratch) {
     const float* floats = lay_out_float(job, x, kind, scratch);
     const int64_t groups = (job.segments + kGroup - 1) / kGroup;
@@ -83,7 +95,7 @@ inline void lay_out_int16(Job& job, const void* x, Kind kind, XForm form, Scratc
         const int64_t first = group * kGroup;
         const int64_t last = first + kGroup < job.segments ? first + kGroup : job.segments;
         for (int64_t token = 0; token < job.tokens; ++token) {
-            int32_t largest = 0;  // magnitudes of floats order like their bits
+            int32_t largest = 0;  // magnitudes of floats are ordered like their bits
             for (int64_t segment = first; segment < last; ++segment) {
                 const float* piece = floats + (segment * job.tokens + token) * kSegment;
                 for (int64_t i = 0; i < kSegment; ++i) {
@@ -94,7 +106,8 @@ inline void lay_out_int16(Job& job, const void* x, Kind kind, XForm form, Scratc
             const bool finite = largest < 0x7f800000;
             const float scale = finite ? bits_to_float(uint32_t(largest)) / 32767.0f : NAN;
             float inverse = 1.0f / scale;
-            // All zero, too small for a scale, or not finite: the integers are 0, and only the scale counts.
+            // The group is all zero, too small for a scale, or not finite: the integers are 0, and
+            // only the scale counts.
             const bool usable = finite && scale > 0 && std::isfinite(inverse);
             if (!usable) inverse = 0.0f;
             scales[group * job.tokens + token] = scale;
@@ -104,9 +117,11 @@ inline void lay_out_int16(Job& job, const void* x, Kind kind, XForm form, Scratc
                 const int64_t at = (segment * job.tokens + token) * kSegment;
                 int16_t words[kSegment] = {};
                 for (int64_t i = 0; usable && i < kSegment; ++i) {
-                    // Adding and taking away 1.5 · 2^23 rounds to nearest even without a library call. The
-                    // largest gives 32767, perhaps plus an ulp of the product: still 32767 when rounded.
-                    words[i] = int16_t(int32_t((floats[at + i] * inverse + 12582912.0f) - 12582912.0f));
+                    // Adding and subtracting 1.5 · 2^23 rounds to nearest even without a library
+                    // call. The largest activation gives 32767, perhaps plus an ulp of the product,
+                    // which still rounds to 32767.
+                    words[i] =
+                        int16_t(int32_t((floats[at + i] * inverse + 12582912.0f) - 12582912.0f));
                 }
                 if (form == XForm::kInt16) {
                     std::memcpy(to + at * 2, words, sizeof words);
@@ -116,7 +131,7 @@ inline void lay_out_int16(Job& job, const void* x, Kind kind, XForm form, Scratc
                     to[at * 2 + i] = uint8_t(words[i] & 255);
                     to[at * 2 + kSegment + i] = uint8_t(words[i] >> 8);
                 }
-                // A lane of 32 bits sums the products of four neighbouring bytes.
+                // A 32-bit lane sums the products of four neighbouring bytes.
                 for (int64_t i = 0; i < kSegment; ++i) lanes[i / 4] += 128 * (words[i] >> 8);
             }
         }

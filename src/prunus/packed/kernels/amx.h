@@ -1,12 +1,16 @@
 // AMX: tile registers (Sapphire Rapids and later), on top of everything in avx512.h.
 //
-// There, spreading values out and multiplying them wait for the same port: `vpexpandw` takes it twice, `vdpbf16ps` too. A
-// tile product takes it once for 512 weights, so expansion alone remains; the price is that weights go
-// through the first-level cache on their way. Sixteen rows are expanded side by side, 512 columns at a time; while a
-// block is expanded, the block before is multiplied and (with coded values) the next sixteen rows are decoded, so that
-// memory, ports and tiles are all busy all the time.
+// On these processors, expanding values and multiplying them wait for the same execution port:
+// `vpexpandw` takes it twice, and so does `vdpbf16ps`. A tile product takes it once per 512
+// weights, so that only the expansion remains. The price is that weights pass through the first-
+// level cache.
 //
-// Compilers know no tile registers here: they are named by number, and a barrier keeps loads behind stores.
+// Sixteen rows are expanded side by side, 512 columns at a time. While one block is expanded, the
+// block before it is multiplied, and (with coded values) the next sixteen rows are decoded. So
+// memory, ports and tiles are busy at the same time.
+//
+// Compilers do not allocate tile registers here: they are named by number, and a barrier keeps
+// loads behind stores.
 #pragma once
 
 #include <algorithm>
@@ -14,9 +18,10 @@
 
 #include "panels.h"
 
-#define PRUNUS_AMX_TARGET                                                                                        \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16,"     \
-                          "popcnt,bmi,bmi2,amx-tile,amx-bf16,amx-int8")))
+#define PRUNUS_AMX_TARGET                                                                         \
+    __attribute__((                                                                               \
+        target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bf16," \
+               "popcnt,bmi,bmi2,amx-tile,amx-bf16,amx-int8")))
 
 namespace prunus::amx {
 
@@ -37,21 +42,23 @@ PRUNUS_AMX_TARGET PRUNUS_INLINE void configure() {
     _tile_loadconfig(&config);
 }
 
-// Puts sums (16 rows, 16 tokens) to where rows of results belong.
-PRUNUS_AMX_TARGET PRUNUS_INLINE void put_sums(const Job& job, int64_t row, int64_t end, const float* sums) {
+// Copies sums (16 rows, 16 tokens) to the places of the rows' results.
+PRUNUS_AMX_TARGET PRUNUS_INLINE void put_sums(const Job& job, int64_t row, int64_t end,
+                                              const float* sums) {
     const __mmask16 inside = end - row >= kRows ? __mmask16(~0) : __mmask16((1 << (end - row)) - 1);
     __m512i r[16];
     PRUNUS_UNROLL for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(sums + i * 16);
     transpose(r);
-    PRUNUS_UNROLL for (int i = 0; i < 16; ++i)
-        if (i < job.tokens) _mm512_mask_storeu_ps(job.sums + i * job.rows + row, inside, _mm512_castsi512_ps(r[i]));
+    PRUNUS_UNROLL for (int i = 0; i < 16; ++i) if (i < job.tokens)
+        _mm512_mask_storeu_ps(job.sums + i * job.rows + row, inside, _mm512_castsi512_ps(r[i]));
 }
 
-// ---- bfloat16, a few tokens ------------------------------------------------------------------------------
+// ---- bfloat16, a few tokens. ----
 
-constexpr int64_t kBlock = 8;  // segments of a row that are expanded at a time: a tile of sixteen rows for every row
+constexpr int64_t kBlock =
+    8;  // segments of a row that are expanded at a time: a tile of sixteen rows for every row
 
-// What is expanded and waits to be multiplied.
+// A block that is expanded and waits to be multiplied.
 struct Waiting {
     const uint8_t* weights;
     int64_t row_stride, tile_stride;  // bytes from row to row and from tile to tile
@@ -60,7 +67,7 @@ struct Waiting {
     bool last;  // of its rows
 };
 
-// Sums in tiles 0 and 1, which take turns.
+// Sums are in tiles 0 and 1, which take turns.
 struct Multiplier {
     const Job& job;
 
@@ -94,12 +101,13 @@ struct Multiplier {
         _tile_zero(1);
         barrier();
         for (int64_t i = 0; i < kRows * kRows; i += 16)
-            _mm512_store_ps(sums[0] + i, _mm512_add_ps(_mm512_load_ps(sums[0] + i), _mm512_load_ps(sums[1] + i)));
+            _mm512_store_ps(sums[0] + i, _mm512_add_ps(_mm512_load_ps(sums[0] + i),
+                                                       _mm512_load_ps(sums[1] + i)));
         put_sums(job, waiting.row, waiting.end, sums[0]);
     }
 };
 
-// Decodes the high bytes of sixteen rows, a little at every step.
+// Decodes the high bytes of sixteen rows, a few at every step.
 struct Decoder {
     const Job& job;
     uint8_t* memory[2];
@@ -119,22 +127,26 @@ struct Decoder {
     }
     PRUNUS_AMX_TARGET PRUNUS_INLINE void finish() {
         step((last - done) / kCodedGroup);
-        for_rare(*job.coded, first, last, [&](int64_t at, uint8_t high) { memory[which][at] = high; });
+        for_rare(*job.coded, first, last,
+                 [&](int64_t at, uint8_t high) { memory[which][at] = high; });
     }
     const uint8_t* at(int64_t row) const { return memory[which] + (row_begin(job, row) - first); }
 };
 
 constexpr int64_t kPanel = kBlock * 2 * kTileBytes;
 
-// A row's next segments, to their places in a panel.
+// Writes the next segments of a row to their places in a panel.
 template <bool inner, typename Source>
-PRUNUS_AMX_TARGET PRUNUS_INLINE void expand_block(const Job& job, const uint8_t* mask, Source& source, int64_t segment,
-                                                  int64_t count, uint8_t* to) {
+PRUNUS_AMX_TARGET PRUNUS_INLINE void expand_block(const Job& job, const uint8_t* mask,
+                                                  Source& source, int64_t segment, int64_t count,
+                                                  uint8_t* to) {
     PRUNUS_UNROLL for (int64_t i = 0; i < kBlock; ++i) {
         if (!inner && i >= count) return;
         uint64_t word;
-        if (inner) std::memcpy(&word, mask + (segment + i) * 8, 8);
-        else word = mask_word(mask, segment + i, job.cols);
+        if (inner)
+            std::memcpy(&word, mask + (segment + i) * 8, 8);
+        else
+            word = mask_word(mask, segment + i, job.cols);
         put_segment(source.next(word), to + i * 2 * kTileBytes);
     }
 }
@@ -159,28 +171,35 @@ PRUNUS_AMX_TARGET void rows_bitmap(const Job& job, int64_t begin, int64_t end) {
         Source sources[kRows];
         const uint8_t* masks[kRows];
         for (int64_t r = 0; r < kRows; ++r) {
-            const int64_t which = row + r < stop ? row + r : stop - 1;  // rows past the last are computed in vain
-            if constexpr (coded) sources[r] = {row_values<uint8_t>(job, which), decoder.at(which)};
-            else sources[r] = {row_values<uint16_t>(job, which)};
+            const int64_t which =
+                row + r < stop ? row + r : stop - 1;  // rows past the last are computed in vain
+            if constexpr (coded)
+                sources[r] = {row_values<uint8_t>(job, which), decoder.at(which)};
+            else
+                sources[r] = {row_values<uint16_t>(job, which)};
             masks[r] = job.mask + which * job.mask_stride;
         }
         int64_t share = 0;
         if (coded && stop < end) {
             decoder.start(stop, stop + kRows < end ? stop + kRows : end);
-            share = ((decoder.last - decoder.first) / kCodedGroup + kRows * blocks - 1) / (kRows * blocks);
+            share = ((decoder.last - decoder.first) / kCodedGroup + kRows * blocks - 1) /
+                    (kRows * blocks);
         }
         for (int64_t block = 0; block < blocks; ++block, parity ^= 1) {
             const int64_t segment = block * kBlock;
             const int64_t count = job.segments - segment < kBlock ? job.segments - segment : kBlock;
             uint8_t* panel = panels[parity];
             for (int64_t r = 0; r < kRows; ++r) {
-                if (segment + kBlock < job.segments) expand_block<true>(job, masks[r], sources[r], segment, kBlock, panel + r * 64);
-                else expand_block<false>(job, masks[r], sources[r], segment, count, panel + r * 64);
+                if (segment + kBlock < job.segments)
+                    expand_block<true>(job, masks[r], sources[r], segment, kBlock, panel + r * 64);
+                else
+                    expand_block<false>(job, masks[r], sources[r], segment, count, panel + r * 64);
                 multiplier.step(waiting, r);
                 if (coded && share) decoder.step(share);
             }
             multiplier.finish(waiting);
-            waiting = {panel, 64, kTileBytes, x + segment * 2 * kTileBytes, 2 * count, row, stop, block + 1 == blocks};
+            waiting = {panel,     64,  kTileBytes, x + segment * 2 * kTileBytes,
+                       2 * count, row, stop,       block + 1 == blocks};
         }
         if (coded && share) decoder.finish();
     }
@@ -189,14 +208,16 @@ PRUNUS_AMX_TARGET void rows_bitmap(const Job& job, int64_t begin, int64_t end) {
     _tile_release();
 }
 
-// All columns are stored and the width is whole segments: tiles are loaded straight from rows of joined words.
+// All columns are stored and the width is a whole number of segments: tiles are loaded straight
+// from rows of joined words.
 PRUNUS_AMX_TARGET inline void rows_dense_coded(const Job& job, int64_t begin, int64_t end) {
     const Multiplier multiplier{job};
     const uint8_t* const low = static_cast<const uint8_t*>(job.coded->values);
     auto* const words = reinterpret_cast<uint16_t*>(job.decoded);
     multiplier.start();
     for (int64_t row = begin; row < end; row += kRows) {
-        const int64_t stop = row + kRows < end ? row + kRows : end, first = row * job.cols, last = stop * job.cols;
+        const int64_t stop = row + kRows < end ? row + kRows : end, first = row * job.cols,
+                      last = stop * job.cols;
         for (int64_t at = first; at < last; at += kSegment) {
             avx512::prefetch(low + at, avx512::kCodedAhead);
             avx512::prefetch(job.coded->codes + at / 2, avx512::kCodedAhead / 2);
@@ -209,7 +230,13 @@ PRUNUS_AMX_TARGET inline void rows_dense_coded(const Job& job, int64_t begin, in
             uint16_t& word = words[at / kSegment * kSegment + at % 2 * 32 + at % kSegment / 2];
             word = uint16_t(high << 8 | (word & 255));
         });
-        const Waiting waiting{job.decoded, 2 * job.cols, 64, static_cast<const uint8_t*>(job.x), job.cols / kTileColumns, row, stop,
+        const Waiting waiting{job.decoded,
+                              2 * job.cols,
+                              64,
+                              static_cast<const uint8_t*>(job.x),
+                              job.cols / kTileColumns,
+                              row,
+                              stop,
                               true};
         for (int64_t tile = 0; tile < waiting.tiles; ++tile) multiplier.step(waiting, tile);
         multiplier.finish(waiting);

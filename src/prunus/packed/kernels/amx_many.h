@@ -1,4 +1,5 @@
-// Many tokens with AMX: as many.h, two panels times two blocks of tokens at a time in four tiles of sums.
+// Many tokens with AMX: as in many.h, with two panels times two blocks of tokens at a time in four
+// tiles of sums.
 #pragma once
 
 #include <algorithm>
@@ -8,20 +9,22 @@
 
 namespace prunus::amx {
 
-// Columns are taken in turns of 2048, so that what meets is in the second-level cache: 64 KiB of a panel and of a block.
+// Columns are processed in turns of 2048, so that 64 KiB of a panel and of a block meet in the
+// second-level cache.
 constexpr int64_t kTilesAtOnce = 64;
 constexpr int64_t kMostPanels = 8;
 
-// A turn of columns: tiles `first` to `last` - 1 of `total`.
+// One turn of columns: tiles `first` to `last` - 1 of `total`.
 struct Turn {
     int64_t first, last, total;
 };
 
-// P panels times B blocks of tokens, whose sums so far lie at `sums`, one block's (16 rows, 16 tokens) after the other and
-// `panel_sums` apart from panel to panel.
+// Multiplies P panels by B blocks of tokens. The sums so far are at `sums`: one block (16 rows, 16
+// tokens) after the other, and `panel_sums` apart from panel to panel.
 template <int P, int B>
-PRUNUS_AMX_TARGET void multiply_panels(const Job& job, const Turn& turn, const uint8_t* weights, int64_t row, int64_t end,
-                                       int64_t block, float* sums, int64_t panel_sums) {
+PRUNUS_AMX_TARGET void multiply_panels(const Job& job, const Turn& turn, const uint8_t* weights,
+                                       int64_t row, int64_t end, int64_t block, float* sums,
+                                       int64_t panel_sums) {
     constexpr int64_t kSums = kRows * kRows;
     const int64_t size = turn.total * kTileBytes;
     const uint8_t* x = static_cast<const uint8_t*>(job.x) + block * size + turn.first * kTileBytes;
@@ -38,7 +41,8 @@ PRUNUS_AMX_TARGET void multiply_panels(const Job& job, const Turn& turn, const u
         if (P > 1) _tile_loadd(2, sums + panel_sums, 64);
         if (P > 1 && B > 1) _tile_loadd(3, sums + panel_sums + kSums, 64);
     }
-    for (int64_t tile = turn.first; tile < turn.last; ++tile, weights += kTileBytes, x += kTileBytes) {
+    for (int64_t tile = turn.first; tile < turn.last;
+         ++tile, weights += kTileBytes, x += kTileBytes) {
         _tile_loadd(4, weights, 64);
         _tile_loadd(6, x, 64);
         if (P > 1) _tile_loadd(5, weights + size, 64);
@@ -56,26 +60,31 @@ PRUNUS_AMX_TARGET void multiply_panels(const Job& job, const Turn& turn, const u
     if (turn.last < turn.total) return;
     for (int p = 0; p < P; ++p)
         for (int b = 0; b < B; ++b)
-            finish_block(job, row + p * kRows, end, (block + b) * kRows, sums + p * panel_sums + b * kSums);
+            finish_block(job, row + p * kRows, end, (block + b) * kRows,
+                         sums + p * panel_sums + b * kSums);
 }
 
-// Panels that are multiplied before the next are filled: each block of tokens is read once for all of them. As many as
-// leave every thread some rounds.
+// The number of panels that are multiplied before the next ones are filled: each block of tokens is
+// read once for all of them. It leaves every thread several rounds.
 inline int64_t panels_at_once(const Job& job, int threads) {
-    const int64_t blocks = (job.tokens + kRows - 1) / kRows;  // with few, panels had better stay in the cache
-    const int64_t panels = std::min({kMostPanels, blocks, job.rows / (kRows * 4 * std::max(threads, 1))});
+    const int64_t blocks =
+        (job.tokens + kRows - 1) / kRows;  // with few, panels had better stay in the cache
+    const int64_t panels =
+        std::min({kMostPanels, blocks, job.rows / (kRows * 4 * std::max(threads, 1))});
     return std::max<int64_t>(panels & ~int64_t(1), 2);
 }
 
-// Bytes of a thread's panels and sums.
+// Bytes of one thread's panels and sums.
 inline int64_t many_bytes(const Job& job, int64_t panels) {
     const int64_t blocks = (job.tokens + kRows - 1) / kRows;
-    return panels * (2 * job.segments * kTileBytes + blocks * kRows * kRows * int64_t(sizeof(float)));
+    return panels *
+           (2 * job.segments * kTileBytes + blocks * kRows * kRows * int64_t(sizeof(float)));
 }
 
 template <many::Fill fill>
 PRUNUS_AMX_TARGET void rows_many(const Job& job, int64_t begin, int64_t end) {
-    const int64_t blocks = (job.tokens + kRows - 1) / kRows, tiles = 2 * job.segments, size = tiles * kTileBytes;
+    const int64_t blocks = (job.tokens + kRows - 1) / kRows, tiles = 2 * job.segments,
+                  size = tiles * kTileBytes;
     const int64_t panel_sums = blocks * kRows * kRows;
     float* const all_sums = reinterpret_cast<float*>(job.panels + job.rows_at_once / kRows * size);
     configure();
@@ -90,9 +99,12 @@ PRUNUS_AMX_TARGET void rows_many(const Job& job, int64_t begin, int64_t end) {
                 const bool two = block + 1 < blocks;
                 float* sums = all_sums + block * kRows * kRows;
                 panel = job.panels;
-                for (int64_t first = row; first < stop; first += 2 * kRows, panel += 2 * size, sums += 2 * panel_sums) {
-                    const auto multiply = first + kRows < stop ? (two ? multiply_panels<2, 2> : multiply_panels<2, 1>)
-                                                               : (two ? multiply_panels<1, 2> : multiply_panels<1, 1>);
+                for (int64_t first = row; first < stop;
+                     first += 2 * kRows, panel += 2 * size, sums += 2 * panel_sums) {
+                    const auto multiply =
+                        first + kRows < stop
+                            ? (two ? multiply_panels<2, 2> : multiply_panels<2, 1>)
+                            : (two ? multiply_panels<1, 2> : multiply_panels<1, 1>);
                     multiply(job, turn, panel, first, stop, block, sums, panel_sums);
                 }
             }

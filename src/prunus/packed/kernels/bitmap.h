@@ -1,4 +1,5 @@
-// Bitmaps as arguments: checked, made safe to read past, and written out as dense weights.
+// Bitmap weights as arguments: checked, made safe to read past the end, and expanded to dense
+// weights.
 #pragma once
 
 #include "kernels.h"
@@ -22,14 +23,17 @@ inline bool is_float16_kind(int kind) { return kind == kBf16 || kind == kF16; }
 inline int describe(Job& job, const PrunusWeight* weight, Scratch& scratch) {
     if (!weight) return PRUNUS_BAD_ARGUMENT;
     const PrunusWeight& w = *weight;
-    if (w.rows < 1 || w.cols < 1 || w.count < 0 || (w.count > 0 && !w.values)) return PRUNUS_BAD_ARGUMENT;
+    if (w.rows < 1 || w.cols < 1 || w.count < 0 || (w.count > 0 && !w.values))
+        return PRUNUS_BAD_ARGUMENT;
     if (w.kind != kI8 && !is_float16_kind(w.kind)) return PRUNUS_BAD_ARGUMENT;
     if ((w.kind == kI8) != (w.scales != nullptr)) return PRUNUS_BAD_ARGUMENT;
     if ((w.mask != nullptr) != (w.offsets != nullptr)) return PRUNUS_BAD_ARGUMENT;
     if (w.mask ? w.offsets[0] != 0 : w.rows > INT64_MAX / 2 / w.cols) return PRUNUS_BAD_ARGUMENT;
-    const int64_t stored = w.mask ? w.offsets[w.rows] : w.rows * w.cols, group = w.codes ? kCodedGroup : 1;
+    const int64_t stored = w.mask ? w.offsets[w.rows] : w.rows * w.cols,
+                  group = w.codes ? kCodedGroup : 1;
     if (w.count != (stored + group - 1) / group * group) return PRUNUS_BAD_ARGUMENT;
-    if (w.codes && (w.kind != kBf16 || !w.high_bytes || w.rare < 0 || (w.rare && (!w.rare_at || !w.rare_values))))
+    if (w.codes && (w.kind != kBf16 || !w.high_bytes || w.rare < 0 ||
+                    (w.rare && (!w.rare_at || !w.rare_values))))
         return PRUNUS_BAD_ARGUMENT;
     job = Job{};
     job.rows = w.rows;
@@ -42,7 +46,8 @@ inline int describe(Job& job, const PrunusWeight* weight, Scratch& scratch) {
     job.scales = w.scales;
     job.tail_row = w.rows;
     if (w.codes) job.coded = weight;
-    if (!w.mask) {  // for kernels that know weights with a mask alone
+    if (!w.mask) {
+        // Some kernels know only weights with a mask, so one row of ones serves all rows.
         uint8_t* ones = sized<uint8_t>(scratch.ones, job.mask_stride);
         std::memset(ones, 255, size_t(job.mask_stride));
         job.mask = ones;
@@ -51,7 +56,7 @@ inline int describe(Job& job, const PrunusWeight* weight, Scratch& scratch) {
     return PRUNUS_OK;
 }
 
-// Copies the values of the last rows to where full-width loads may run past their end.
+// Copies the values of the last rows to a place where full-width loads may run past their end.
 inline void copy_tail(Job& job, Kind kind, int64_t count, Scratch& scratch) {
     int64_t row = job.rows;
     while (row > 0 && row_begin(job, row) + kOverrun > count) --row;
@@ -81,10 +86,13 @@ inline void expand_int8(const Job& job, int64_t begin, int64_t end) {
             const uint8_t* mask = job.mask + row * job.mask_stride + first / 8;
             const int64_t columns = job.cols - first < kColumns ? job.cols - first : kColumns;
             const int64_t count = count_bits(mask, columns);
-            if (out_kind == kBf16) job.dequantise(values, count, scale, words);
-            else for (int64_t i = 0; i < count; ++i) words[i] = float_to_f16(values[i] * scale);
+            if (out_kind == kBf16)
+                job.dequantise(values, count, scale, words);
+            else
+                for (int64_t i = 0; i < count; ++i) words[i] = float_to_f16(values[i] * scale);
             values += count;
-            job.expand_row(mask, words, columns, static_cast<uint16_t*>(job.out) + row * job.cols + first);
+            job.expand_row(mask, words, columns,
+                           static_cast<uint16_t*>(job.out) + row * job.cols + first);
         }
     }
 }

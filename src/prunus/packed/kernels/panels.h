@@ -1,7 +1,8 @@
 // Weights in panels: sixteen rows side by side, as tile registers and blocked products read them.
 //
-// A panel is a row of tiles of 32 columns; a tile (16 rows, 32 columns of 16 bits) is 1 KiB in one piece. Activations of
-// sixteen tokens lie likewise: per 32 columns a tile (16 pairs of columns, 16 tokens, 2).
+// A panel is a row of tiles of 32 columns. A tile (16 rows, 32 columns of 16 bits) is 1 KiB of
+// contiguous memory. The activations of sixteen tokens lie likewise: per 32 columns one tile (16
+// pairs of columns, 16 tokens, 2).
 #pragma once
 
 #include "avx512.h"
@@ -11,7 +12,7 @@ namespace prunus::panels {
 
 using avx512::Pair;
 
-constexpr int64_t kRows = 16;         // of a panel; as many tokens are in a block
+constexpr int64_t kRows = 16;  // rows of a panel, and tokens of a block
 constexpr int64_t kTileColumns = 32;
 constexpr int64_t kTileBytes = 1024;
 
@@ -42,8 +43,8 @@ PRUNUS_TARGET PRUNUS_INLINE void transpose(__m512i (&r)[16]) {
     }
 }
 
-// bf16 activations in blocks of sixteen tokens, zeros past the last token and column; for weights that were joined, even
-// columns before odd ones.
+// bf16 activations in blocks of sixteen tokens, with zeros past the last token and column. For
+// joined weights even columns come before odd ones.
 template <bool parted>
 PRUNUS_TARGET inline void lay_out_blocks(Job& job, const void* x, Scratch& scratch) {
     const int64_t blocks = (job.tokens + kRows - 1) / kRows;
@@ -55,7 +56,8 @@ PRUNUS_TARGET inline void lay_out_blocks(Job& job, const void* x, Scratch& scrat
             __m512i low[16], high[16];
             PRUNUS_UNROLL for (int64_t i = 0; i < kRows; ++i) {
                 const int64_t token = block * kRows + i;
-                const uint16_t* from = static_cast<const uint16_t*>(x) + token * job.cols + segment * kSegment;
+                const uint16_t* from =
+                    static_cast<const uint16_t*>(x) + token * job.cols + segment * kSegment;
                 Pair words = avx512::load_words(from, token < job.tokens ? left : 0);
                 if (parted) words = avx512::part(words);
                 low[i] = words.low;
@@ -64,31 +66,33 @@ PRUNUS_TARGET inline void lay_out_blocks(Job& job, const void* x, Scratch& scrat
             transpose(low);
             transpose(high);
             PRUNUS_UNROLL for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, low[i]);
-            PRUNUS_UNROLL for (int i = 0; i < 16; ++i) _mm512_store_si512(to + kTileBytes + i * 64, high[i]);
+            PRUNUS_UNROLL for (int i = 0; i < 16; ++i)
+                _mm512_store_si512(to + kTileBytes + i * 64, high[i]);
         }
     }
 }
 
 // Writes a block of finished sums (16 rows, 16 tokens), plus the bias, to `out` as bfloat16.
-PRUNUS_TARGET PRUNUS_INLINE void finish_block(const Job& job, int64_t row, int64_t end, int64_t token, const float* sums) {
+PRUNUS_TARGET PRUNUS_INLINE void finish_block(const Job& job, int64_t row, int64_t end,
+                                              int64_t token, const float* sums) {
     const __mmask16 inside = end - row >= kRows ? __mmask16(~0) : __mmask16((1 << (end - row)) - 1);
     __m512i r[16];
     PRUNUS_UNROLL for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(sums + i * 16);
     transpose(r);
     __m512 bias = _mm512_setzero_ps();
     if (job.bias)
-        bias = avx512::Float<kBf16>::widen(_mm256_maskz_loadu_epi16(inside, static_cast<const uint16_t*>(job.bias) + row));
+        bias = avx512::Float<kBf16>::widen(
+            _mm256_maskz_loadu_epi16(inside, static_cast<const uint16_t*>(job.bias) + row));
     uint16_t* out = static_cast<uint16_t*>(job.out) + token * job.rows + row;
     const int64_t tokens = job.tokens - token < kRows ? job.tokens - token : kRows;
-    PRUNUS_UNROLL for (int i = 0; i < 16; ++i)
-        if (i < tokens)
-            _mm256_mask_storeu_epi16(out + i * job.rows, inside,
-                                     (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(_mm512_castsi512_ps(r[i]), bias)));
+    PRUNUS_UNROLL for (int i = 0; i < 16; ++i) if (i < tokens) _mm256_mask_storeu_epi16(
+        out + i * job.rows, inside,
+        (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(_mm512_castsi512_ps(r[i]), bias)));
 }
 
-// ---- rows into a panel -----------------------------------------------------------------------------------
+// ---- Rows into a panel. ----
 
-// Where the next values of a row are: words, or low bytes in memory and high bytes that were decoded.
+// Where the next values of a row are: words, or low bytes in memory and decoded high bytes.
 struct Words {
     const uint16_t* values;
 
@@ -112,15 +116,16 @@ struct CodedWords {
     }
 };
 
-// A segment of a row, to its two tiles of a panel.
+// Writes one segment of a row to its two tiles of a panel.
 PRUNUS_TARGET PRUNUS_INLINE void put_segment(const Pair& pair, uint8_t* to) {
     _mm512_store_si512(to, pair.low);
     _mm512_store_si512(to + kTileBytes, pair.high);
 }
 
-// Spreads a row over row `to` of a panel, zeros between its values and up to a whole segment.
+// Spreads a row over row `to` of a panel, with zeros between its values and up to a whole segment.
 template <typename Source>
-PRUNUS_TARGET PRUNUS_INLINE void fill_row(const uint8_t* row_mask, Source source, int64_t cols, uint8_t* to) {
+PRUNUS_TARGET PRUNUS_INLINE void fill_row(const uint8_t* row_mask, Source source, int64_t cols,
+                                          uint8_t* to) {
     const int64_t whole = cols / kSegment;
     for (int64_t segment = 0; segment < whole; ++segment, to += 2 * kTileBytes) {
         uint64_t word;
@@ -132,22 +137,24 @@ PRUNUS_TARGET PRUNUS_INLINE void fill_row(const uint8_t* row_mask, Source source
 
 PRUNUS_TARGET inline void fill_words(const Job& job, int64_t begin, int64_t end, uint8_t* to) {
     for (int64_t row = begin; row < end; ++row, to += 64)
-        fill_row(job.mask + row * job.mask_stride, Words{row_values<uint16_t>(job, row)}, job.cols, to);
+        fill_row(job.mask + row * job.mask_stride, Words{row_values<uint16_t>(job, row)}, job.cols,
+                 to);
 }
 
-// Words that are joined: for parted activations.
+// Joined words, for activations with even columns before odd ones.
 PRUNUS_TARGET inline void fill_coded(const Job& job, int64_t begin, int64_t end, uint8_t* to) {
     for (int64_t row = begin; row < end; row += job.decoded_rows) {
         const int64_t stop = row + job.decoded_rows < end ? row + job.decoded_rows : end;
         const Job ready = high_rows(job, row, stop);
         for (int64_t each = row; each < stop; ++each, to += 64) {
             const uint8_t* high = ready.decoded + (row_begin(job, each) - ready.high_first);
-            fill_row(job.mask + each * job.mask_stride, CodedWords{row_values<uint8_t>(job, each), high}, job.cols, to);
+            fill_row(job.mask + each * job.mask_stride,
+                     CodedWords{row_values<uint8_t>(job, each), high}, job.cols, to);
         }
     }
 }
 
-// value · scale, rounded to bfloat16
+// int8 values: value · scale, rounded to bfloat16.
 PRUNUS_TARGET inline void fill_int8(const Job& job, int64_t begin, int64_t end, uint8_t* to) {
     constexpr int64_t kColumns = 64 * kSegment;
     uint16_t words[kColumns + kOverrun];

@@ -1,4 +1,5 @@
-// Plain C++ for every machine: slow, short, and what the other instruction sets are compared with.
+// Plain C++ for every machine. It is slow and short, and tests compare the other instruction sets
+// with it.
 #pragma once
 
 #include "job.h"
@@ -42,7 +43,8 @@ inline void rows_int8(const Job& job, int64_t begin, int64_t end) {
             float sum = 0;
             for (int64_t first = 0; first < job.segments; first += kGroup) {
                 int32_t dot = 0;  // at most 256 · 128 · 32767: fits
-                for (int64_t segment = first; segment < first + kGroup && segment < job.segments; ++segment) {
+                for (int64_t segment = first; segment < first + kGroup && segment < job.segments;
+                     ++segment) {
                     const int16_t* x_segment = x + (segment * job.tokens + token) * kSegment;
                     uint64_t word = mask_word(job.mask + row * job.mask_stride, segment, job.cols);
                     for (int column = 0; word; ++column, word >>= 1)
@@ -55,8 +57,9 @@ inline void rows_int8(const Job& job, int64_t begin, int64_t end) {
     }
 }
 
-// Spreads one row of 16-bit values over `out` (cols), zeros between them.
-inline void expand_row(const uint8_t* row_mask, const uint16_t* values, int64_t cols, uint16_t* out) {
+// Spreads one row of 16-bit values over `out` (cols) with zeros between them.
+inline void expand_row(const uint8_t* row_mask, const uint16_t* values, int64_t cols,
+                       uint16_t* out) {
     for (int64_t segment = 0; segment * kSegment < cols; ++segment) {
         const uint64_t word = mask_word(row_mask, segment, cols);
         const int64_t left = cols - segment * kSegment;
@@ -65,19 +68,23 @@ inline void expand_row(const uint8_t* row_mask, const uint16_t* values, int64_t 
     }
 }
 
-inline void decode_high(const uint8_t* codes, const uint8_t* high_bytes, int64_t count, uint8_t* out) {
+inline void decode_high(const uint8_t* codes, const uint8_t* high_bytes, int64_t count,
+                        uint8_t* out) {
     for (int64_t i = 0; i < count; ++i) {
         const int64_t at = i % kCodedGroup;
-        out[i] = high_bytes[codes[i / kCodedGroup * kCodedGroup / 2 + at % 32] >> (at < 32 ? 0 : 4) & 15];
+        out[i] =
+            high_bytes[codes[i / kCodedGroup * kCodedGroup / 2 + at % 32] >> (at < 32 ? 0 : 4) &
+                       15];
     }
 }
 
-inline void decode(const uint8_t* low_bytes, const uint8_t* codes, const uint8_t* high_bytes, int64_t count,
-                   uint16_t* out) {
+inline void decode(const uint8_t* low_bytes, const uint8_t* codes, const uint8_t* high_bytes,
+                   int64_t count, uint16_t* out) {
     for (int64_t done = 0; done < count; done += kCodedGroup) {
         uint8_t high[kCodedGroup];
         decode_high(codes + done / 2, high_bytes, kCodedGroup, high);
-        for (int64_t at = 0; at < kCodedGroup; ++at) out[done + at] = uint16_t(high[at] << 8 | low_bytes[done + at]);
+        for (int64_t at = 0; at < kCodedGroup; ++at)
+            out[done + at] = uint16_t(high[at] << 8 | low_bytes[done + at]);
     }
 }
 

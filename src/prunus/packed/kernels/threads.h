@@ -1,7 +1,7 @@
 // Runs the rows of a job on the threads that torch already has.
 //
-// A second pool beside torch's would compete with its spinning workers for the cores: with a pool of our own
-// a matrix-vector product took twice as long and the torch operation before it four times as long.
+// A second pool would compete with torch's spinning workers for the cores. With a pool of our own,
+// a matrix-vector product took twice as long, and the torch operation before it four times as long.
 #pragma once
 
 #include <atomic>
@@ -29,27 +29,33 @@ inline void take_rows(void* data) {
 }
 
 inline void run(Job& job, int threads, int64_t bytes_per_row, Scratch& scratch) {
-    // A long chunk lets the hardware prefetch run; with several token blocks it must stay in the cache.
+    // A long chunk lets the hardware prefetch run ahead. With several token blocks a chunk must
+    // also stay in the cache.
     const int64_t bytes_per_chunk = job.tokens > kTokenBlock ? 1 << 17 : 1 << 20;
-    constexpr int64_t bytes_per_thread = 1 << 15;  // below this, waking a thread costs more than it brings
-    // Up to four tokens cost what one does.
+    // Below this size, waking a thread costs more time than it saves.
+    constexpr int64_t bytes_per_thread = 1 << 15;
+    // Up to four tokens take as long as one.
     const int64_t useful = job.rows * bytes_per_row / bytes_per_thread * (job.tokens / 4 + 1);
     if (threads > useful) threads = int(useful);
     const GompParallel parallel = g_parallel.load(std::memory_order_relaxed);
     if (!parallel || threads < 1) threads = 1;
-    // Threads take chunks as they come, so one that is held up does not hold up the others.
+    // Threads take chunks one by one, so that a delayed thread does not delay the others.
     int64_t chunk = job.rows / (8 * threads) + 1;
     const int64_t most = bytes_per_chunk / (bytes_per_row + 1) + 1;
     job.chunk = chunk < most ? chunk : most;
-    if (job.rows_at_once) job.chunk = (job.chunk + job.rows_at_once - 1) / job.rows_at_once * job.rows_at_once;
-    if (job.coded) share_out_decoded(job, threads, scratch);
-    if (job.panels_stride) job.panels = aligned<uint8_t>(scratch.panels, threads * job.panels_stride);
+    if (job.rows_at_once)
+        job.chunk = (job.chunk + job.rows_at_once - 1) / job.rows_at_once * job.rows_at_once;
+    if (job.coded) split_decoded_memory(job, threads, scratch);
+    if (job.panels_stride)
+        job.panels = aligned<uint8_t>(scratch.panels, threads * job.panels_stride);
     std::atomic<int64_t> next{0};
     std::atomic<int> begun{0};
     job.next = &next;
     job.threads = &begun;
-    if (threads == 1) take_rows(&job);
-    else parallel(take_rows, &job, unsigned(threads), 0);
+    if (threads == 1)
+        take_rows(&job);
+    else
+        parallel(take_rows, &job, unsigned(threads), 0);
 }
 
 }  // namespace prunus
