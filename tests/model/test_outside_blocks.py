@@ -1,4 +1,4 @@
-"""What surrounds the blocks: an embedding of which rows are read, a head that needs all of it."""
+"""Outside the blocks: an embedding of which only some rows are read, and a head that needs all."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def opened(folder, dtype):
 def test_rows_are_read_as_stored_and_given_in_the_dtype_of_the_computation(tied, dtype):
     source, skeleton = opened(tied, dtype)
     embedding = skeleton.model.get_input_embeddings()
-    weight_VI = source.outer(["model.embed_tokens.weight"], skeleton.model)[
+    weight_VI = source.read_outside(["model.embed_tokens.weight"], skeleton.model)[
         "model.embed_tokens.weight"
     ]
     ids = token_ids(2)
-    with skeleton.outside_blocks(source.outer, CPU):
+    with skeleton.outside_blocks(source.read_outside, CPU):
         assert embedding.weight.dtype == torch.bfloat16
         hidden, _ = skeleton.record(ids)
     assert hidden.dtype == dtype
@@ -47,8 +47,8 @@ def test_rows_are_read_as_stored_and_given_in_the_dtype_of_the_computation(tied,
 def test_a_tied_head_gets_all_of_it_whatever_was_read_before(tied):
     source, skeleton = opened(tied, torch.float32)
     model = skeleton.model
-    with skeleton.outside_blocks(source.outer, CPU):
+    with skeleton.outside_blocks(source.read_outside, CPU):
         pass
-    with skeleton.outside_blocks(source.outer, CPU, with_head=True):
+    with skeleton.outside_blocks(source.read_outside, CPU, with_head=True):
         assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
         assert model.get_output_embeddings().weight.dtype == torch.float32

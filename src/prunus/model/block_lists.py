@@ -1,7 +1,8 @@
 """Where a model keeps its blocks.
 
-transformers says it itself: `_no_split_modules` names the classes that must stay on one device, and the
-blocks of a decoder are a module list of them. The table below is for models where that is not enough.
+transformers itself says so: `_no_split_modules` names the classes that must stay on one device, and
+the blocks of a decoder are a module list of such classes. The table below is for models where that
+is not enough.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The path and the module list of a model's transformer blocks, or of its stages.
 
     Raises:
-        NotImplementedError: no list of blocks, or more than one stack that could be meant.
+        NotImplementedError: there is no list of blocks, or more than one that could be meant.
     """
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", type(model).__name__)
@@ -41,7 +42,8 @@ def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
         and len(module) > 0
         and all(type(child).__name__ in block_classes for child in module)
     }
-    # Stages hold lists of layers themselves (ConvNeXt): a stage, with the downsampling before its layers, is a block.
+    # A stage of ConvNeXt holds a list of layers itself. The outer list counts: a block is a stage,
+    # with the downsampling before its layers.
     stacks = {
         path: module
         for path, module in stacks.items()
@@ -49,13 +51,14 @@ def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     }
     if not stacks:
         raise NotImplementedError(
-            f"no transformer blocks found in {type(model).__name__} (model type {model_type!r}): none of its "
-            f"module lists consists of {sorted(block_classes) or 'declared block classes'}. "
-            "docs/adding-a-family.md tells how to name the list for such a model"
+            f"no transformer blocks found in {type(model).__name__} (model type {model_type!r}): "
+            f"none of its module lists consists of "
+            f"{sorted(block_classes) or 'declared block classes'}. docs/how-to/add-a-family.md says "
+            "how to name the list of such a model"
         )
     if len(stacks) > 1:
         raise NotImplementedError(
-            f"{type(model).__name__} has several stacks of blocks ({', '.join(stacks)}); prunus prunes "
-            "models with one. docs/adding-a-family.md tells how to name the one to prune"
+            f"{type(model).__name__} has several stacks of blocks ({', '.join(stacks)}); prunus "
+            "prunes models with one. docs/how-to/add-a-family.md says how to name the one to prune"
         )
     return next(iter(stacks.items()))

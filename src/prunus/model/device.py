@@ -11,10 +11,18 @@ __all__ = ["choose_device"]
 
 
 def choose_device(name: str, loaded: nn.Module | None = None) -> torch.device:
-    """The device called `name`; for "auto" where the `loaded` model is, or else CUDA where there is one.
+    """The device called `name`.
+
+    Args:
+        name: "cpu", "cuda", "cuda:<number>" or "auto".
+        loaded: for "auto", a loaded model, whose device is taken. Without one, "auto" is CUDA if
+            there is any, and the CPU if not.
 
     Raises:
-        ValueError: not a device name, or a CUDA device that is not there.
+        ValueError: this is no name of a device, or that CUDA device does not exist.
+
+    >>> choose_device("cpu")
+    device(type='cpu')
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
@@ -26,6 +34,7 @@ def choose_device(name: str, loaded: nn.Module | None = None) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= available:
         raise ValueError(
-            f"device {name!r} is not there: {available} CUDA devices are visible; use --device cpu or auto"
+            f"device {name!r} is not there: {available} CUDA devices are visible; use --device cpu "
+            "or auto"
         )
     return device

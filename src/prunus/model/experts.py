@@ -1,10 +1,15 @@
-"""Experts that transformers fuses into three-dimensional parameters, taken apart into one linear per matrix.
+"""Fused experts, split into one linear per matrix.
 
-transformers 5 holds the experts of a layer in one module with `gate_up_proj` (experts, out, in) and `down_proj`, and
-says in attributes how they are laid out (`is_transposed`, `is_concatenated`, `has_bias`, `has_gate`) and in
-`_apply_gate` what lies between them. `take_apart` replaces such a module by an `Experts` of the same arithmetic whose
-matrices are `nn.Linear` modules under the names that the checkpoint gives them, so that everything else sees linears.
-`Fused` is the way back: which piece of which fused tensor each linear is.
+A mixture of experts has, in place of one MLP per block, several (the experts), and a router that
+sends each token to a few of them. transformers 5 holds the experts of a block in one module, with
+fused parameters: `gate_up_proj` (experts, out, in) and `down_proj`. Attributes of that module say
+how they are laid out (`is_transposed`, `is_concatenated`, `has_bias`, `has_gate`), and its method
+`_apply_gate` computes what lies between the two.
+
+Methods prune linears. So `unfuse_experts` replaces such a module by an `Experts` module with the
+same arithmetic, whose matrices are `nn.Linear` modules, under the names that checkpoints give them.
+All other code then sees linears only. `Fused` is the way back: it says which piece of which fused
+tensor each linear is.
 
 Shape suffixes: E experts, T tokens, K experts per token, H hidden size.
 """
@@ -22,16 +27,16 @@ from torch import Tensor, nn
 __all__ = [
     "Experts",
     "Fused",
+    "find_fused_experts",
     "find_routers",
-    "fused_experts",
     "fusing_rules",
-    "is_fusing",
-    "take_apart",
+    "is_fusing_rule",
+    "unfuse_experts",
 ]
 
-#: Gate, up and down where the checkpoint holds fused tensors and so has no names of its own.
+#: Names of gate, up and down if the checkpoint stores fused tensors and so has no names for them.
 _LEAVES = ("gate_proj", "up_proj", "down_proj")
-#: How transformers makes a fused parameter of experts stored one by one; anything else is not taken apart.
+#: How transformers fuses experts that are stored one by one. Other conversions are not undone here.
 _FUSING = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
 
@@ -41,11 +46,21 @@ class Fused:
 
     Attributes:
         name: relative to the block, e.g. `mlp.experts.gate_up_proj`.
-        shape: as the model has it.
-        leaves: what one expert's slice holds, by name relative to the block's `experts` module: `{}` stands for the
-            expert's number, e.g. ("{}.gate_proj.weight", "{}.up_proj.weight").
-        transposed: a slice is (in, out).
-        concatenated: the leaves follow each other in a slice; otherwise their rows alternate.
+        shape: in the model, (experts, …).
+        leaves: what the slice of one expert holds, by name relative to the block's `experts`
+            module; `{}` stands for the number of the expert, e.g. ("{}.gate_proj.weight",
+            "{}.up_proj.weight").
+        transposed: whether a slice is (in, out).
+        concatenated: whether the leaves follow each other in a slice; if not, their rows alternate.
+
+    >>> fused = Fused("experts.up", (2, 2, 1), ("{}.up.weight",), False, True)
+    >>> fused.members
+    ['experts.0.up.weight', 'experts.1.up.weight']
+    >>> tensor = torch.arange(4.0).view(2, 2, 1)
+    >>> fused.cut(tensor)["experts.1.up.weight"].tolist()
+    [[2.0], [3.0]]
+    >>> torch.equal(fused.join(fused.cut(tensor)), tensor)
+    True
     """
 
     name: str
@@ -56,7 +71,7 @@ class Fused:
 
     @property
     def members(self) -> list[str]:
-        """Names relative to the block of the tensors it is made of."""
+        """Names relative to the block of the tensors that it consists of, expert by expert."""
         path = self.name.rpartition(".")[0]
         return [f"{path}.{leaf.format(e)}" for e in range(self.shape[0]) for leaf in self.leaves]
 
@@ -67,8 +82,8 @@ class Fused:
             rows = slice_.T if self.transposed and slice_.dim() == 2 else slice_
             step = len(rows) // len(self.leaves)
             for place in range(len(self.leaves)):
-                by_part = rows[place * step : (place + 1) * step]
-                pieces.append(by_part if self.concatenated else rows[place :: len(self.leaves)])
+                in_one_run = rows[place * step : (place + 1) * step]
+                pieces.append(in_one_run if self.concatenated else rows[place :: len(self.leaves)])
         return dict(zip(self.members, pieces, strict=True))
 
     def join(self, pieces: Mapping[str, Tensor]) -> Tensor:
@@ -81,13 +96,16 @@ class Fused:
 
 
 class Experts(nn.Module):
-    """The experts of a layer, each with linears of its own. Made by `take_apart`; takes the fused module's arguments.
+    """The experts of a block, each with linears of its own. Made by `unfuse_experts`.
 
-    Experts run in the order of their numbers, each on the tokens that chose it, in the order of the text.
+    Experts run in the order of their numbers, each on the tokens that chose it, in text order. The
+    order is fixed so that the result does not depend on how tokens are grouped.
 
     Attributes:
-        measured_on_all: experts whose linears are called with all tokens, so that whoever watches them sees these; what
-            the module returns is not touched by it.
+        count: number of experts.
+        measured_on_all: experts whose linears also run on all tokens, so that hooks on them see
+            all tokens. An expert that few tokens chose gets usable statistics in this way. What
+            the module returns does not change.
     """
 
     measured_on_all: frozenset[int]
@@ -116,7 +134,8 @@ class Experts(nn.Module):
             self.post_expert_norm = fused.get_submodule("post_expert_norm")
         self._concatenated = bool(fused.is_concatenated)
         self._names = list(inspect.signature(type(fused).forward).parameters)[1:4]
-        # Kept for its activation and gate, out of sight of whoever looks for modules; its parameters are gone.
+        # The fused module computes activation and gate; its parameters are not needed. In a tuple,
+        # nn.Module does not register it, and searches for modules do not find it.
         fused._parameters.clear()
         self._fused = (fused,)
         self.measured_on_all = frozenset()
@@ -124,38 +143,47 @@ class Experts(nn.Module):
     def arguments(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of one call: hidden states (T, H), the experts that each token chose (T, K), and their shares (T, K)."""
+        """The arguments of one call, by position.
+
+        Returns:
+            Hidden states (T, H), the experts that each token chose (T, K), their weights (T, K).
+        """
         given = dict(zip(self._names, args, strict=False)) | dict(kwargs)
-        X_TH, chosen_TK, share_TK = (given[name] for name in self._names)
-        return X_TH, chosen_TK, share_TK
+        X_TH, chosen_TK, weight_TK = (given[name] for name in self._names)
+        return X_TH, chosen_TK, weight_TK
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """What the experts make of each token, added up by its shares; (T, H)."""
-        X_TH, chosen_TK, share_TK = self.arguments(args, kwargs)
+        """The weighted sum of what its experts return for each token, (T, H).
+
+        Takes the arguments of the fused module; see `arguments`.
+        """
+        X_TH, chosen_TK, weight_TK = self.arguments(args, kwargs)
         out_TH = torch.zeros_like(X_TH)
         chosen = set(chosen_TK.unique().tolist()) & set(range(self.count))
         for number in sorted(chosen | self.measured_on_all):
             expert = self._modules[str(number)]
             assert expert is not None
-            watched = number not in self.measured_on_all
-            if not watched:
-                self._run(expert, X_TH, _call)
+            on_all = number in self.measured_on_all
+            if on_all:
+                self._run(expert, X_TH, _call)  # for the hooks; the output is not used
             token, slot = torch.where(chosen_TK == number)
             if len(token):
-                # Past the hooks where all tokens were seen already: the same arithmetic as without them.
-                made = self._run(expert, X_TH[token], _call if watched else _call_unseen)
-                weighted = made * share_TK[token, slot, None]
+                # Hooks have seen all tokens already, and must not see these a second time.
+                made = self._run(expert, X_TH[token], _call_without_hooks if on_all else _call)
+                weighted = made * weight_TK[token, slot, None]
                 out_TH.index_add_(0, token, weighted.to(out_TH.dtype))
         return out_TH
 
     def _run(
         self, expert: nn.Module, X_TH: Tensor, call: Callable[[Any, Tensor], Tensor]
     ) -> Tensor:
+        """The output (T, H) of one expert for tokens (T, H)."""
         fused: Any = self._fused[0]
         gate, up, down = self.leaves
-        inner = call(expert.get_submodule(up), X_TH) if not self.gated else None
-        if inner is None:
+        if self.gated:
             both = (call(expert.get_submodule(gate), X_TH), call(expert.get_submodule(up), X_TH))
+            # `_apply_gate` expects the two as the fused product has them: one after the other, or
+            # in alternating columns.
             joined = (
                 torch.cat(both, dim=-1)
                 if self._concatenated
@@ -163,7 +191,7 @@ class Experts(nn.Module):
             )
             inner = fused._apply_gate(joined)
         else:
-            inner = fused.act_fn(inner)
+            inner = fused.act_fn(call(expert.get_submodule(up), X_TH))
         out: Tensor = call(expert.get_submodule(down), inner)
         return out if self.post_expert_norm is None else self.post_expert_norm(out)
 
@@ -172,20 +200,25 @@ def _call(linear: nn.Module, x: Tensor) -> Tensor:
     return linear(x)
 
 
-def _call_unseen(linear: nn.Module, x: Tensor) -> Tensor:
-    """As `_call`, without the hooks."""
+def _call_without_hooks(linear: nn.Module, x: Tensor) -> Tensor:
     return linear.forward(x)
 
 
+# --- from fused to single experts ---
+
+
 def fusing_rules(model: Any) -> list[Any]:
-    """Those of transformers' rules by which experts that a checkpoint stores one by one are fused for this model."""
+    """The rules of transformers that fuse the experts of this model when a checkpoint is loaded.
+
+    They know the names that checkpoints give to single experts.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    return [rule for rule in get_model_conversion_mapping(model) if is_fusing(rule)]
+    return [rule for rule in get_model_conversion_mapping(model) if is_fusing_rule(rule)]
 
 
-def is_fusing(rule: Any) -> bool:
-    """Whether one of transformers' rules for the names of weights fuses experts."""
+def is_fusing_rule(rule: Any) -> bool:
+    """Whether a rule of transformers for the names of weights fuses experts."""
     from transformers.core_model_loading import WeightConverter
 
     return (
@@ -194,16 +227,16 @@ def is_fusing(rule: Any) -> bool:
     )
 
 
-def take_apart(rules: Sequence[Any], block: nn.Module, path: str) -> list[Fused]:
-    """Replace every fused experts module of a block, on the meta device, by an `Experts`.
+def unfuse_experts(rules: Sequence[Any], block: nn.Module, path: str) -> list[Fused]:
+    """Replace every module of fused experts in a block by an `Experts` module on the meta device.
 
     Args:
-        rules: the model's `fusing_rules`, which know the checkpoint's names.
-        block: one of its blocks, or the model.
-        path: of the block in the model, or "".
+        rules: `fusing_rules` of the model.
+        block: one of its blocks, or the whole model.
+        path: name of the block in the model, or "".
 
     Returns:
-        The tensors that the block no longer has, in the order of registration.
+        The tensors that the block no longer has, in the order in which they were registered.
     """
     found: list[Fused] = []
     for name, module in list(block.named_modules()):
@@ -218,8 +251,8 @@ def take_apart(rules: Sequence[Any], block: nn.Module, path: str) -> list[Fused]
     return found
 
 
-def fused_experts(model: nn.Module) -> list[str]:
-    """Names of the modules of a loaded model that hold fused experts."""
+def find_fused_experts(model: nn.Module) -> list[str]:
+    """Names of the modules of a model that hold fused experts."""
     return [name for name, module in model.named_modules() if _is_fused(module)]
 
 
@@ -228,7 +261,10 @@ def _is_gated(module: Any) -> bool:
 
 
 def _is_fused(module: Any) -> bool:
-    """Whether this is an experts module as `transformers.integrations.moe` describes them, with nothing else in it."""
+    """Whether this is a module of experts as `transformers.integrations.moe` declares them.
+
+    A module with other parameters, or with another call, is not: its arithmetic is unknown here.
+    """
     declared = ("is_transposed", "is_concatenated", "has_bias", "has_gate", "_apply_gate")
     if not all(hasattr(module, name) for name in declared):
         return False
@@ -249,6 +285,7 @@ def _is_fused(module: Any) -> bool:
 
 
 def _layout(path: str, module: Any, leaves: tuple[str, str, str]) -> list[Fused]:
+    """How each parameter of a fused module is made of the linears of its experts."""
     gate, up, down = leaves
     found = []
     for name, parameter in module.named_parameters(recurse=False):
@@ -273,10 +310,11 @@ def _layout(path: str, module: Any, leaves: tuple[str, str, str]) -> list[Fused]
 
 
 def _leaves(rules: Sequence[Any], path: str, gated: bool) -> tuple[str, str, str]:
-    """What the checkpoint calls gate, up and down of one expert, such as w1, w3, w2."""
+    """What the checkpoint calls gate, up and down of one expert, such as w1, w3 and w2."""
     found = dict(zip(("gate", "up", "down"), _LEAVES, strict=True))
     for rule in rules:
         for place, pattern in enumerate(rule.source_patterns):
+            # Apply the rule to a name of expert 0, and see which fused parameter it becomes.
             leaf = pattern.rpartition("*.")[2].removesuffix(".weight")
             target, matched = rule.rename_source_key(f"{path}.0.{leaf}.weight")
             if matched != pattern or not leaf.isidentifier():
@@ -290,11 +328,15 @@ def _leaves(rules: Sequence[Any], path: str, gated: bool) -> tuple[str, str, str
     return found["gate"], found["up"], found["down"]
 
 
-def find_routers(block: nn.Module) -> set[str]:
-    """Relative names of linears that choose among experts or weigh them: beside `experts`, one output each or one.
+# --- routers ---
 
-    What lies beside experts and gives as many features as it takes, such as attention or a shared expert, passes hidden
-    states on and chooses nothing, whatever the widths inside.
+
+def find_routers(block: nn.Module) -> set[str]:
+    """Relative names of the linears that choose experts or weigh them. No method prunes these.
+
+    A router is a linear in a module beside `experts`, with one output per expert or one output
+    (the gate of a shared expert). A module beside them that returns as many features as it takes,
+    such as attention or a shared expert, passes hidden states on and holds no router.
     """
     routers = set()
     for path, module in block.named_modules():

@@ -11,7 +11,9 @@ __all__ = ["load_image_processor"]
 
 
 def load_image_processor(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers image processor of a checkpoint folder, which resizes and normalises by Pillow on every machine.
+    """The transformers image processor of a checkpoint folder.
+
+    It resizes and normalises by Pillow, so that every host computes the same pixel values.
 
     Raises:
         ValueError: there is none, or it cannot be loaded; quotes the reason in one line.
@@ -20,9 +22,9 @@ def load_image_processor(folder: Path, trust_remote_code: bool = False) -> Any:
         return AutoImageProcessor.from_pretrained(
             folder, backend="pil", trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except Exception as error:  # transformers raises many kinds where files are missing or broken
+    except Exception as error:  # transformers raises errors of many kinds for missing or bad files
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{folder}: no image processor could be loaded ({type(error).__name__}: {reason}); it belongs into "
-            "preprocessor_config.json beside the weights"
+            f"{folder}: no image processor could be loaded ({type(error).__name__}: {reason}); add "
+            "its preprocessor_config.json beside the weights"
         ) from error

@@ -1,9 +1,7 @@
-"""What kinds of models there are for prunus: which transformers class loads one, and what it is given.
+"""The kinds of models that prunus can prune: which transformers class loads one, and its inputs.
 
-A causal language model and an encoder with a masked-language-model head take windows of token ids, an image classifier
-takes pixel values. Everything else is refused here, by name, before any work.
-
-Shape suffixes: N samples, S tokens of a window, C channels.
+A causal language model and an encoder with a masked-language-model head take windows of token ids.
+An image classifier takes pixel values. Any other model is refused here, before any work.
 """
 
 from __future__ import annotations
@@ -31,31 +29,44 @@ class Kind:
     """One kind of model.
 
     Attributes:
-        name: in words.
-        loader: transformers' class that loads it.
-        takes: the argument of its forward that holds a batch.
+        name: for people.
+        loader: the class of transformers that loads it.
+        input_name: the argument of its forward that takes a batch.
     """
 
     name: str
     loader: Literal[
         "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForImageClassification"
     ]
-    takes: Literal["input_ids", "pixel_values"]
+    input_name: Literal["input_ids", "pixel_values"]
 
     def arguments(self, batch: Tensor) -> dict[str, Any]:
-        """The keyword arguments of a forward pass on a batch."""
-        return {self.takes: batch} | ({"use_cache": False} if self is CAUSAL else {})
+        """The keyword arguments of a forward pass on a batch.
 
-    def smallest(self, config: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A batch that the model takes and that costs next to nothing: two tokens, or one black image."""
+        >>> MASKED.arguments(torch.tensor([[1, 2]]))
+        {'input_ids': tensor([[1, 2]])}
+        """
+        return {self.input_name: batch} | ({"use_cache": False} if self is CAUSAL else {})
+
+    def smallest_batch(self, config: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A batch that costs next to nothing to run: two tokens, or one black image."""
         if self is not IMAGES:
             return torch.zeros((1, 2), dtype=torch.int64, device=device)
         return torch.zeros(
             (1, config.num_channels, *_trial_size(config)), dtype=dtype, device=device
         )
 
-    def spread(self, config: Any, rows: int, tokens: int) -> Tensor:
-        """A batch that reaches much of a model, always the same: `tokens` of all `rows` ids, or four images of noise."""
+    def trial_batch(self, config: Any, rows: int, tokens: int) -> Tensor:
+        """A batch that reaches many of the model's weights, always the same.
+
+        Args:
+            config: of the model.
+            rows: size of the vocabulary.
+            tokens: how many ids, spread evenly over the vocabulary.
+
+        Returns:
+            Ids (1, tokens), or four images of noise (4, channels, height, width).
+        """
         if self is not IMAGES:
             return torch.linspace(0, rows - 1, tokens).long().unsqueeze(0)
         noise = torch.Generator().manual_seed(0)
@@ -66,12 +77,17 @@ CAUSAL = Kind("causal language model", "AutoModelForCausalLM", "input_ids")
 MASKED = Kind("encoder with a masked-language-model head", "AutoModelForMaskedLM", "input_ids")
 IMAGES = Kind("image classifier", "AutoModelForImageClassification", "pixel_values")
 
+_WHAT = (
+    "prunus prunes causal language models, encoders with a masked-language-model head and image "
+    "classifiers that are stacks of blocks. docs/reference/models.md lists them"
+)
+
 
 def kind_of(config: Any) -> Kind:
     """The kind of model that a transformers configuration describes.
 
     Raises:
-        NotImplementedError: none that can be pruned; names the model type and what can.
+        NotImplementedError: it is of none of the kinds; names the model type and the kinds.
     """
     from transformers.models.auto import modeling_auto
 
@@ -85,9 +101,10 @@ def kind_of(config: Any) -> Kind:
     named = ", ".join(listed) or "no architecture named"
     if getattr(config, "is_encoder_decoder", False) and "CausalLM" not in named:
         raise NotImplementedError(
-            f"a model of type {model_type!r} ({named}) has an encoder and a decoder that takes both text and what the "
-            f"encoder makes; {_WHAT}"
+            f"a model of type {model_type!r} ({named}) has an encoder and a decoder, and its "
+            f"decoder takes both text and the output of the encoder; {_WHAT}"
         )
+    # The name of the architecture comes first: one model type may have several heads.
     if "ForImageClassification" in named:
         return IMAGES
     if "ForMaskedLM" in named:
@@ -106,29 +123,32 @@ def kind_of(config: Any) -> Kind:
     raise NotImplementedError(f"a model of type {model_type!r} ({named}) cannot be pruned; {_WHAT}")
 
 
-_WHAT = (
-    "prunus prunes causal language models, encoders with a masked-language-model head and image classifiers that are "
-    "stacks of blocks. docs/zoo.md lists them"
-)
-
-
 def require_causal(config: Any, what: str) -> None:
-    """See that a configuration is of a causal language model, for what only these can do.
+    """Check that a configuration is of a causal language model.
+
+    Args:
+        config: a transformers configuration.
+        what: the operation that only causal language models support, for the message.
 
     Raises:
-        NotImplementedError: it is of another kind; `what` names what was asked for.
+        NotImplementedError: it is of another kind.
     """
     if (kind := kind_of(config)) is not CAUSAL:
         raise NotImplementedError(
-            f"{what} is for causal language models; this is an {kind.name} of type {config.model_type!r}"
+            f"{what} is for causal language models; this is an {kind.name} of type "
+            f"{config.model_type!r}"
         )
 
 
 def image_size(config: Any) -> tuple[int, int]:
-    """(height, width) in pixels.
+    """(height, width) of the images of a classifier, in pixels.
 
     Raises:
         ValueError: the configuration's `image_size` is neither a number of pixels nor two.
+
+    >>> from types import SimpleNamespace
+    >>> image_size(SimpleNamespace(image_size=224))
+    (224, 224)
     """
     size = getattr(config, "image_size", None)
     sides = (size, size) if isinstance(size, int) else size
@@ -144,7 +164,10 @@ def image_size(config: Any) -> tuple[int, int]:
 
 
 def _trial_size(config: Any) -> tuple[int, int]:
-    """As `image_size`; models without a table of positions do with less, whatever their configuration says."""
+    """(height, width) of the images to try a model on.
+
+    A model with stages has no table of positions, so smaller images than `image_size` do.
+    """
     height, width = image_size(config)
     return (
         (min(height, 128), min(width, 128))
@@ -154,7 +177,11 @@ def _trial_size(config: Any) -> tuple[int, int]:
 
 
 def image_tokens(config: Any, index: int) -> tuple[int, int]:
-    """(positions, width) of the hidden states of one image in block `index`; stages halve the sides of the grid."""
+    """(positions, width) of the hidden states of one image in block `index`.
+
+    In a transformer the positions are patches and two special tokens. In a model with stages each
+    stage halves the height and the width of the grid of patches.
+    """
     patch = config.patch_size
     rows, columns = (patch, patch) if isinstance(patch, int) else (int(patch[0]), int(patch[1]))
     height, width = image_size(config)

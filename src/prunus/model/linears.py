@@ -1,7 +1,9 @@
 """The weight matrices of a block: which ones can be pruned, and which stay dense and why.
 
-A linear is anything that multiplies its input's last axis by one matrix: torch's `nn.Linear`, and the
-transposed `Conv1D` of GPT-2. Everything prunus does sees its weight as (out, in).
+A linear is any module that multiplies the last axis of its input by one matrix: `nn.Linear` of
+torch, and the transposed `Conv1D` of GPT-2. All other code sees its weight as (out, in).
+
+Shape suffixes: O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -20,7 +22,19 @@ __all__ = ["Linear", "find_linears", "left_dense", "tied_embedding"]
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """One prunable linear of a block. `name` is relative to the block, e.g. `self_attn.q_proj`."""
+    """One prunable linear of a block.
+
+    Attributes:
+        name: relative to the block, e.g. `self_attn.q_proj`.
+        module: an `nn.Linear` or a `Conv1D`.
+
+    >>> linear = Linear("c_fc", Conv1D(3, 2))  # 3 outputs, 2 inputs
+    >>> linear.transposed, linear.shape, tuple(linear.parameter.shape)
+    (True, (3, 2), (2, 3))
+    >>> linear.assign(torch.zeros(3, 2))
+    >>> linear.weight_OI.count_nonzero().item()
+    0
+    """
 
     name: str
     module: nn.Module
@@ -38,22 +52,29 @@ class Linear:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The weight as the module has it: (out, in), or (in, out) where it is `transposed`."""
+        """The weight as the module has it: (out, in), or (in, out) if it is `transposed`."""
         return self.module.weight  # type: ignore[return-value]
 
     @property
     def weight_OI(self) -> torch.Tensor:
-        """The weight as an (out, in) view in the dtype of the computation."""
+        """The weight as an (out, in) view, in the dtype of the computation."""
         weight = self.parameter.detach()
         return weight.T if self.transposed else weight
 
     def assign(self, weight_OI: torch.Tensor) -> None:
-        """Overwrite the weight in place with (out, in) values, converted to the dtype of the computation."""
+        """Overwrite the weight in place, converting to the dtype of the computation."""
         self.weight_OI.copy_(weight_OI)
 
 
 def find_linears(block: nn.Module) -> list[Linear]:
-    """The prunable linears of a block in the order in which they are registered; routers of experts are not."""
+    """The prunable linears of a block, in the order in which they are registered.
+
+    Routers of experts are not among them: they are small, and a pruned one sends tokens to other
+    experts.
+
+    >>> [linear.name for linear in find_linears(nn.Sequential(nn.Linear(2, 3), nn.ReLU()))]
+    ['0']
+    """
     routers = find_routers(block)
     return [
         Linear(name, module)
@@ -66,7 +87,8 @@ def left_dense(block: nn.Module, linears: list[Linear]) -> dict[str, tuple[int, 
     """Weights of two or more dimensions in `block` that are not among `linears`: name -> shape.
 
     Raises:
-        NotImplementedError: experts fused into one parameter of three or more dimensions.
+        NotImplementedError: experts fused into one parameter of three or more dimensions. Most of
+            such a model would stay dense without a word.
     """
     taken = {id(parameter) for linear in linears for parameter in linear.module.parameters()}
     found: dict[str, tuple[int, ...]] = {}
@@ -78,18 +100,20 @@ def left_dense(block: nn.Module, linears: list[Linear]) -> dict[str, tuple[int, 
             is_convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
             if parameter.dim() >= 3 and not is_convolution and parameter.shape[0] > 1:
                 raise NotImplementedError(
-                    f"{full_name} of shape {tuple(parameter.shape)} looks like experts fused into one "
-                    "parameter in a form that prunus does not know; such a mixture cannot be pruned yet. docs/zoo.md "
-                    "lists what can"
+                    f"{full_name} of shape {tuple(parameter.shape)} looks like experts fused into "
+                    "one parameter in a form that prunus does not know; such a mixture of experts "
+                    "cannot be pruned yet. docs/reference/models.md lists what can"
                 )
             found[full_name] = tuple(parameter.shape)
     return found
 
 
 def tied_embedding(model: Any) -> Linear | None:
-    """The input embedding of a transformers model, by its full name, whose rows are those of the output head as well.
+    """The input embedding of a transformers model as a linear, if it is tied to the output head.
 
-    None where the two are not tied, or one of them is of a kind of its own: an embedding that scales, a head with a bias.
+    Returns:
+        The embedding by its full name. None if the two are not tied, or if one of them is special:
+        an embedding that scales its rows, a head with a bias.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     plain = type(embedding) is nn.Embedding and type(head) is nn.Linear and head.bias is None

@@ -1,4 +1,4 @@
-"""A whole model in memory: to score it, to let it write, to measure it."""
+"""A whole model in memory: to evaluate it, to let it write text, to measure its speed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ def load_model(
     attention: str | None = None,
     kind: Kind = CAUSAL,
 ) -> Any:
-    """The model of a folder (dense, packed, or an adapter) in evaluation mode; safetensors only.
+    """The model of a folder (dense, packed, or an adapter), in evaluation mode; safetensors only.
 
-    `dtype` "auto" is the checkpoint's own; `attention` one of transformers' implementations, which agree but for
-    rounding, None its choice; an adapter is always loaded with that. `kind` says which class is loaded.
+    Args:
+        folder: a checkpoint or an adapter.
+        dtype: of weights and computation; "auto" is that of the checkpoint.
+        trust_remote_code: let transformers run code that comes with the checkpoint.
+        attention: one of transformers' implementations, which agree up to rounding; None for the
+            default of transformers, which an adapter always gets.
+        kind: which class of transformers loads it; an adapter is always a causal LM.
 
     Raises:
         ValueError: it cannot be loaded; quotes the reason in one line.
@@ -42,24 +47,28 @@ def load_model(
             trust_remote_code=trust_remote_code,
             attn_implementation=attention,
         )
-    except Exception as error:  # transformers raises many kinds where files are missing or broken
+    except Exception as error:  # transformers raises errors of many kinds for missing or bad files
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{folder}: the model could not be loaded ({type(error).__name__}: {reason})"
         ) from error
-    # transformers fills what it does not find with random numbers, and only warns.
+    # transformers only warns of weights that it does not find, and fills them with random numbers.
     for what in ("missing_keys", "mismatched_keys"):
         if names := sorted(str(key) for key in loaded.get(what) or ()):
+            problem = "not there" if what == "missing_keys" else "of another shape"
+            shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
             raise ValueError(
                 f"{folder}: the model could not be loaded: {len(names)} of its weights are "
-                f"{'not there' if what == 'missing_keys' else 'of another shape'} ({', '.join(names[:3])}"
-                f"{', …' if len(names) > 3 else ''}); is the checkpoint whole, and is config.json its own?"
+                f"{problem} ({shown}); is the checkpoint whole, and is config.json its own?"
             )
     return model.eval()
 
 
 def import_architecture(folder: Path) -> None:
-    """Import what transformers needs for this model, by way of one without weights."""
+    """Import the code that transformers needs for this model, by building it without weights.
+
+    Measurements of memory call it first, so that they do not count the imported code.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -69,12 +78,16 @@ def import_architecture(folder: Path) -> None:
 def load_adapted(
     folder: Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
 ) -> Any:
-    """The base of an adapter with the adapter in place, in evaluation mode; safetensors only, nothing merged.
+    """The base of an adapter with the adapter in place, in evaluation mode; nothing is merged.
 
-    `dtype` is the base's, "auto" its own; the adapter's few weights compute in float32, as when peft loads them.
+    Args:
+        folder: of the adapter.
+        dtype: of the base. The few weights of the adapter compute in float32, as peft loads them.
+        trust_remote_code: let transformers run code that comes with the base.
 
     Raises:
-        ModuleNotFoundError, FileNotFoundError, ValueError: see `check_adapter`, and `load_model` for the base.
+        ModuleNotFoundError, FileNotFoundError, ValueError: see `check_adapter`, and `load_model`
+            for the base.
     """
     check_adapter(folder, trust_remote_code)
     base = base_folder(folder)

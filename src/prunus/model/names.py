@@ -1,4 +1,8 @@
-"""What a checkpoint's tensors are called in the skeleton, by transformers' own rules of renaming."""
+"""The names of a checkpoint's tensors in the skeleton, by transformers' own rules.
+
+A checkpoint may be older than the model's code, or store experts one by one. transformers therefore
+has rules that turn stored names into names of the model; prunus applies the same rules.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,12 @@ __all__ = ["names_in_model", "naming_rules"]
 
 
 def naming_rules(model: Any) -> tuple[list[Any], list[Any]]:
-    """Transformers' rules by which names in this model's checkpoints become those of the model: those that rename whole
-    tensors, and those that make one of several or the other way round."""
+    """The rules by which names in checkpoints of this model become names of the model.
+
+    Returns:
+        Rules that rename whole tensors, and rules that make one tensor of several or several of
+        one.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
@@ -24,9 +32,18 @@ def naming_rules(model: Any) -> tuple[list[Any], list[Any]]:
 def names_in_model(
     skeleton: Skeleton, keys: Mapping[str, Any]
 ) -> tuple[dict[str, str], set[str], dict[str, str]]:
-    """The skeleton's name -> stored name. Fused tensors that the skeleton takes apart go by their own name.
+    """Match stored names with the names of the skeleton.
 
-    Also the keys that need more than a new name, and as the first those that the model has no place for.
+    Args:
+        skeleton: the model.
+        keys: the stored names; the values are not used.
+
+    Returns:
+        The skeleton's name -> stored name. A stored fused tensor, which is several in the skeleton,
+        appears under its own name.
+        The stored names of tensors that need more than a new name.
+        The name that a tensor would have -> stored name, of tensors that the model has no place
+        for.
     """
     from transformers.core_model_loading import rename_source_key
 
@@ -36,18 +53,19 @@ def names_in_model(
         for index in range(len(skeleton))
         for each in skeleton.fused(index)
     ]
-    taken_apart = {name for name, _, _ in fused}
+    fused_names = {name for name, _, _ in fused}
     of_experts = {prefix + member for _, prefix, each in fused for member in each.members}
-    expected = dict(model.state_dict()) | dict.fromkeys(taken_apart, True)
+    expected = dict(model.state_dict()) | dict.fromkeys(fused_names, True)
     renamings, converters = naming_rules(model)
     prefix = model.base_model_prefix
     names: dict[str, str] = {}
     converted: set[str] = set()
     unknown: dict[str, str] = {}
     for key in sorted(keys):
+        # First without the converters: what they would fuse, the skeleton wants one by one.
         name, _ = rename_source_key(key, renamings, [], prefix, expected)
-        if name in of_experts or name in taken_apart:
-            names[name] = key  # what transformers would fuse is what is wanted here, one by one
+        if name in of_experts or name in fused_names:
+            names[name] = key
             continue
         name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
         if name not in expected and key in expected:

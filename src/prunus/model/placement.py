@@ -1,4 +1,8 @@
-"""Giving the modules of a skeleton their weights, and taking them away again."""
+"""Giving the modules of a skeleton their weights, and taking the weights away again.
+
+A parameter on the meta device has a shape and a dtype but no memory. A model of any size can be
+built of such parameters; only the block in work gets real ones.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,16 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import nn
 
+from prunus.model.calls import replaced_forward
+
 __all__ = [
     "advise",
+    "embedding_as_stored",
     "fill_with_zeros",
     "move_buffers",
     "parameters_on_meta",
     "place",
     "release",
-    "rows_alone",
     "whole_pages",
 ]
 
@@ -26,12 +32,17 @@ def place(
     module: nn.Module,
     values: Mapping[str, torch.Tensor],
     device: torch.device | None = None,
-    by_rows: Collection[int] = (),
+    as_stored: Collection[int] = (),
 ) -> None:
-    """Replace parameters and buffers by `values`, converted to the dtype that each has in the skeleton.
+    """Replace parameters and buffers of `module` by `values`. Tied parameters stay tied.
 
-    Floating-point values are copied, so that no mapped file is kept alive. Tied parameters stay tied. Parameters
-    `by_rows` (the `id` of each) stay as stored, and in their file, on a processor; see `rows_alone`.
+    Args:
+        module: its parameters are on the meta device.
+        values: tensors by name relative to `module`. Each is converted to the dtype that the
+            parameter has in the skeleton, and copied, so that no mapped file is kept alive.
+        device: where they go; None leaves each where it is.
+        as_stored: `id` of each parameter that is not converted or copied on the CPU, but stays a
+            view of its mapped file; see `embedding_as_stored`.
     """
     replaced: dict[int, nn.Parameter] = {}
     for name, value in values.items():
@@ -46,13 +57,15 @@ def place(
             )
             continue
         to = device or value.device
-        if id(old) in by_rows and to.type == value.device.type == "cpu":
+        if id(old) in as_stored and to.type == value.device.type == "cpu":
             new = value.detach()
-            if hasattr(mmap, "MADV_RANDOM"):  # of a mapped file nothing is read ahead
+            if hasattr(mmap, "MADV_RANDOM"):
+                # Rows are read here and there; reading ahead would fill memory with other rows.
                 advise(new, mmap.MADV_RANDOM)
         else:
             new = value.to(device=to, dtype=old.dtype, copy=True)
         replaced[id(old)] = nn.Parameter(new, requires_grad=False)
+    # In a second pass over all owners, because a tied parameter has several.
     for owner in module.modules():
         for leaf, old in owner._parameters.items():
             if old is not None and id(old) in replaced:
@@ -60,38 +73,47 @@ def place(
 
 
 def whole_pages(tensor: torch.Tensor) -> range:
-    """Addresses of the whole pages that a contiguous tensor takes; none where it fills no page."""
+    """Addresses of the memory pages that a contiguous tensor fills; empty if it fills none."""
     first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     return range(first, (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE)
 
 
 def advise(tensor: torch.Tensor, advice: int) -> None:
-    """Tell the system how the whole pages of a tensor are used; `advice` is one of mmap's MADV_*."""
+    """Tell the system how a tensor's whole pages will be used; `advice` is one of mmap's MADV_*."""
     if pages := whole_pages(tensor):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(pages.start), ctypes.c_size_t(len(pages)), advice)
 
 
 @contextlib.contextmanager
-def rows_alone(embedding: nn.Module, dtype: torch.dtype) -> Iterator[Collection[int]]:
-    """While active, a plain embedding gives rows in `dtype` of a weight that may be in another.
+def embedding_as_stored(embedding: nn.Module, dtype: torch.dtype) -> Iterator[Collection[int]]:
+    """While active, an embedding may keep its weight as stored, and gives rows in `dtype`.
 
-    So none but the rows asked for need be read, converted or kept. Yields what `place` is to leave as it is. At the end
-    the weight is expected to be back on the meta device.
+    Calibration looks up a small part of the vocabulary. So the weight stays a mapped file, and only
+    the rows that are looked up are read and converted.
+
+    The weight must be back on the meta device when the block ends.
+
+    Args:
+        embedding: the input embedding of a model.
+        dtype: of the rows that it returns.
+
+    Yields:
+        What to pass to `place` as `as_stored`; empty if this is no plain `nn.Embedding`, as
+        subclasses may compute with their weight.
     """
-    if type(embedding) is not nn.Embedding:  # others may compute with the weight
+    if type(embedding) is not nn.Embedding:
         yield ()
         return
     look_up = embedding.forward
-    embedding.forward = lambda *args, **named: look_up(*args, **named).to(dtype)  # type: ignore[method-assign]
     try:
-        yield (id(embedding.weight),)
+        with replaced_forward(embedding, lambda *args, **named: look_up(*args, **named).to(dtype)):
+            yield (id(embedding.weight),)
     finally:
-        embedding.__dict__.pop("forward", None)
         embedding.to(dtype)
 
 
 def release(module: nn.Module) -> None:
-    """Send every parameter back to the meta device; ties are kept."""
+    """Send every parameter back to the meta device; tied parameters stay tied."""
     empty: dict[int, nn.Parameter] = {}
     for owner in module.modules():
         for leaf, old in owner._parameters.items():
@@ -101,7 +123,7 @@ def release(module: nn.Module) -> None:
 
 
 def fill_with_zeros(module: nn.Module, device: torch.device) -> None:
-    """Parameters of zeros that take no memory: one element each, read again and again."""
+    """Give every parameter zeros that take no memory: one element, expanded to the whole shape."""
     for owner in module.modules():
         move_buffers(owner, device)
         for leaf, old in owner._parameters.items():
@@ -112,7 +134,11 @@ def fill_with_zeros(module: nn.Module, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """While active, every parameter that a module registers goes to the meta device; buffers stay real."""
+    """While active, every parameter that a module registers goes to the meta device.
+
+    Buffers stay real, unlike under `torch.device("meta")`: models compute rotary frequencies and
+    the like into buffers that no checkpoint stores.
+    """
     original = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -128,7 +154,7 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:
-    """Send the buffers of this one module to `device`."""
+    """Send the buffers of this module, without its children, to `device`."""
     for name, buffer in module._buffers.items():
         if buffer is not None and buffer.device != device:
             module._buffers[name] = buffer.to(device)

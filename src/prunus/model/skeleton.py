@@ -1,9 +1,11 @@
-"""The model without its weights, and how it calls its blocks.
+"""The model without its weights, taken apart into its blocks and what is outside the blocks.
 
-The skeleton is the real transformers model with every parameter on the meta device. Only what surrounds
-the blocks (embeddings, rotary tables) is given weights, and only while it is used. Running it with every
-block replaced by a stub tells exactly how this version of transformers calls each block: no mask, position
-or rotary embedding is built by hand here.
+The skeleton is the real transformers model with every parameter on the meta device, where a
+parameter has a shape but no memory. A block gets its weights while it is in work (`fill`,
+`release`), and so do the modules outside the blocks: embeddings, final norm and head
+(`outside_blocks`). Memory thus holds one block, whatever the size of the model.
+
+How the model calls its blocks is recorded from the model itself; see `stubs.py`.
 """
 
 from __future__ import annotations
@@ -19,76 +21,64 @@ from torch import nn
 
 from prunus.model import placement
 from prunus.model.block_lists import find_block_list
-from prunus.model.calls import BlockCall, split_hidden
-from prunus.model.experts import Fused, fused_experts, fusing_rules, take_apart
-from prunus.model.kinds import CAUSAL, IMAGES, image_tokens, kind_of
+from prunus.model.calls import BlockCall, replaced_forward
+from prunus.model.experts import Fused, find_fused_experts, fusing_rules, unfuse_experts
+from prunus.model.kinds import CAUSAL, IMAGES, Kind, image_tokens, kind_of
 from prunus.model.linears import Linear, find_linears, left_dense
+from prunus.model.stubs import BlockStubs
 
 __all__ = ["Skeleton"]
 
 ReadTensors = Callable[[list[str], nn.Module], dict[str, torch.Tensor]]
 
 
-class _LastBlockReached(BaseException):
-    """Ends a recording run: the final norm and the head are of no interest."""
-
-
 class _HeadReached(BaseException):
-    """Ends a run through the final norm: only what the head is given is of interest."""
+    """Ends a run early: only the input of the head is needed."""
 
 
 class Skeleton:
-    """A model on the meta device, taken apart into blocks and what surrounds them.
+    """A model on the meta device, as a row of blocks and what is outside the blocks.
 
     Args:
-        config: a transformers configuration of a causal LM, a masked LM or an image classifier; see `kinds`.
-        dtype: dtype of the computation; parameters that the model itself keeps in float32 stay so.
+        config: a transformers configuration of a causal LM, a masked LM or an image classifier;
+            see `kinds`.
+        dtype: dtype of the computation. Parameters that the model itself keeps in float32 stay so.
         trust_remote_code: let transformers run code that comes with the checkpoint.
+
+    Attributes:
+        model: the transformers model, in evaluation mode and without gradients.
+        kind: what the model takes and returns.
+        blocks: its blocks, in order.
+        path: name of the list of blocks in the model, e.g. `model.layers`.
 
     Raises:
         ValueError: transformers makes no model of this configuration.
-        NotImplementedError: it is of another kind, or not a stack of blocks of linears (see `families`, `linears`).
+        NotImplementedError: the model is of another kind, or no stack of blocks of linears (see
+            `block_lists`, `linears`).
     """
 
     def __init__(self, config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
         self.kind = kind_of(config)
-        with placement.parameters_on_meta():
-            # Buffers are computed for real: rotary frequencies and the like are in no checkpoint.
-            try:
-                self.model = getattr(transformers, self.kind.loader).from_config(
-                    copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
-                )
-            except ValueError as fault:
-                # The first line says it; then transformers lists some hundred classes that it would have taken.
-                raise ValueError(
-                    f"transformers makes no {self.kind.name} of model type {config.model_type!r}: "
-                    f"{(str(fault).strip().splitlines() or [''])[0]}"
-                ) from fault
-            except ImportError:
-                raise
-            except (
-                Exception
-            ) as fault:  # a damaged configuration: of any kind, and from anywhere in a model's code
-                raise ValueError(
-                    f"transformers cannot make the model of type {config.model_type!r} that the configuration describes: "
-                    f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}"
-                ) from fault
-        self.model.eval().requires_grad_(False)
         self.dtype = dtype
+        self.model: Any = _build_on_meta(self.kind, config, dtype, trust_remote_code)
+        self.model.eval().requires_grad_(False)
         self.path, self.blocks = find_block_list(self.model)
-        # Per block: tensors of the checkpoint's or the loaded model's that are several linears here.
-        rules = fusing_rules(self.model) if fused_experts(self.blocks) else []
+        # Per block: tensors of the checkpoint or the loaded model that are several linears here.
+        rules = fusing_rules(self.model) if find_fused_experts(self.blocks) else []
         self._fused = [
-            take_apart(rules, block, self.block_name(i)) for i, block in enumerate(self.blocks)
+            unfuse_experts(rules, block, self.block_name(i)) for i, block in enumerate(self.blocks)
         ]
-        self._returns_tuple: dict[type, bool] = {}
+        self._stubs = BlockStubs(type(self.model).__name__, list(self.blocks))
         inside = {id(module) for module in self.blocks.modules()}
-        self._outer_modules = [
+        self._outside_modules = [
             module for module in self.model.modules() if id(module) not in inside
         ]
 
     def __len__(self) -> int:
+        """Number of blocks."""
         return len(self.blocks)
+
+    # --- the blocks ---
 
     def block_name(self, index: int) -> str:
         """Path of a block in the model, e.g. `model.layers.17`."""
@@ -99,13 +89,44 @@ class Skeleton:
         return find_linears(self.blocks[index])
 
     def fused(self, index: int) -> list[Fused]:
-        """The tensors of a block that are taken apart into linears here: fused experts."""
+        """The tensors of a block, such as fused experts, that are split into linears here."""
         return self._fused[index]
 
     def left_dense(self, index: int) -> dict[str, tuple[int, ...]]:
         """Full name -> shape of the weights of a block that no method prunes."""
         found = left_dense(self.blocks[index], self.linears(index))
         return {f"{self.block_name(index)}.{name}": shape for name, shape in found.items()}
+
+    def fill(
+        self, index: int, values: Mapping[str, torch.Tensor], device: torch.device
+    ) -> nn.Module:
+        """Give block `index` its weights, by relative name, and return it, ready to run."""
+        block = self.blocks[index]
+        _give_weights(block, values, device)
+        return block
+
+    def duplicate(
+        self, index: int, values: Mapping[str, torch.Tensor], device: torch.device
+    ) -> nn.Module:
+        """A copy of block `index` with weights of its own, by relative name, ready to run."""
+        block = copy.deepcopy(self.blocks[index])
+        _give_weights(block, values, device)
+        return block
+
+    def release(self, index: int) -> None:
+        """Take the weights of a block away again."""
+        placement.release(self.blocks[index])
+
+    def window_shape(self, index: int, seqlen: int) -> tuple[int, int]:
+        """(positions, width) of one window's hidden states in block `index`.
+
+        A position is a token, or a patch of an image.
+        """
+        if self.kind is IMAGES:
+            return image_tokens(self.model.config, index)
+        return seqlen, int(self.model.get_input_embeddings().weight.shape[1])
+
+    # --- outside the blocks ---
 
     @property
     def outside_parameter_names(self) -> list[str]:
@@ -121,10 +142,14 @@ class Skeleton:
         with_head: bool = False,
         with_embedding: bool = True,
     ) -> Iterator[None]:
-        """Give what surrounds the blocks its weights for the length of a `with`.
+        """Give the modules outside the blocks their weights for the length of a `with` block.
 
-        An untied head gets its weights only `with_head`; without `with_embedding` an untied embedding gets none and
-        gives zeros, for when only what comes after the blocks is of interest.
+        Args:
+            read: gives the stored tensors of some names; `Source.read_outside`.
+            device: where the weights go.
+            with_head: give an untied head its weights too.
+            with_embedding: give an untied embedding its weights. Without them it returns zeros,
+                which is enough to run only what comes after the blocks.
         """
         head = self._output_head()
         embedding: Any = (
@@ -132,7 +157,8 @@ class Skeleton:
         )
         of_head = {id(p) for p in head.parameters()} if head is not None else set()
         of_embedding = {id(p) for p in embedding.parameters()}
-        skipped = set() if with_head else of_head - of_embedding  # a tied head is the embedding
+        # A tied head has the parameters of the embedding, which are needed in any case.
+        skipped = set() if with_head else of_head - of_embedding
         blank = (
             not with_embedding
             and isinstance(embedding, nn.Embedding)
@@ -143,37 +169,128 @@ class Skeleton:
         state = self.model.state_dict(keep_vars=True)
         names = [n for n in self.outside_parameter_names if id(state[n]) not in skipped]
         with contextlib.ExitStack() as stack:
+            # A tied head computes with the whole embedding, so its weight must be converted.
             whole = with_head and of_head & of_embedding
-            by_rows = (
-                () if whole else stack.enter_context(placement.rows_alone(embedding, self.dtype))
+            as_stored = (
+                ()
+                if whole
+                else stack.enter_context(placement.embedding_as_stored(embedding, self.dtype))
             )
             stack.callback(placement.release, self.model)
             if blank:
                 zero = torch.zeros((), dtype=self.dtype, device=device)
-                embedding.forward = lambda ids, *_, **__: zero.expand(
-                    *ids.shape, embedding.embedding_dim
+                width = embedding.embedding_dim
+                stack.enter_context(
+                    replaced_forward(
+                        embedding, lambda ids, *_, **__: zero.expand(*ids.shape, width)
+                    )
                 )
-                stack.callback(embedding.__dict__.pop, "forward", None)
-            placement.place(self.model, read(names, self.model), device, by_rows)
-            for module in self._outer_modules:
+            placement.place(self.model, read(names, self.model), device, as_stored)
+            for module in self._outside_modules:
                 placement.move_buffers(module, device)
-            # A small batch is enough to learn what the blocks return before large ones come.
-            self.record(self.kind.smallest(self.model.config, self.dtype, device))
+            # The first call finds out what the blocks return; a small batch is enough for it.
+            self.record(self.kind.smallest_batch(self.model.config, self.dtype, device))
             yield
 
-    def window_shape(self, index: int, seqlen: int) -> tuple[int, int]:
-        """(positions, width) of one window's hidden states in block `index`: tokens, or what an image has of them."""
-        if self.kind is IMAGES:
-            return image_tokens(self.model.config, index)
-        return seqlen, int(self.model.get_input_embeddings().weight.shape[1])
+    def record(self, batch: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
+        """Run what comes before the blocks, and record how the model calls each block.
+
+        Only inside `outside_blocks`.
+
+        Args:
+            batch: token ids (windows, tokens), or pixel values (images, channels, height, width).
+
+        Returns:
+            The hidden states (batch, tokens, hidden) that the first block receives, and the call of
+            every block.
+
+        Raises:
+            NotImplementedError: see `BlockStubs.record`.
+        """
+        batch = batch.to(self.dtype) if batch.is_floating_point() else batch
+        return self._stubs.record(lambda: self.model.base_model(**self.kind.arguments(batch)))
+
+    def head_input(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The input of the head when the last block returns `hidden`: its final norm, as a rule.
+
+        Only inside `outside_blocks(with_head=True)`.
+
+        Args:
+            input_ids: (windows, tokens); only the shape matters.
+            hidden: (windows, tokens, hidden).
+
+        Returns:
+            (windows, tokens, hidden).
+
+        Raises:
+            NotImplementedError: see `head`.
+        """
+        seen: list[torch.Tensor] = []
+
+        def stop(x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            raise _HeadReached
+
+        with (
+            replaced_forward(self.head().module, stop),
+            self._stubs.returning(hidden),
+            torch.no_grad(),
+            contextlib.suppress(_HeadReached),
+        ):
+            self.model(input_ids=input_ids, use_cache=False)
+        return seen[0]
+
+    def logits(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits of the model when its last block returns `hidden`.
+
+        Only inside `outside_blocks(with_head=True)`. After the blocks no token sees another, so any
+        part of a sequence may be given. Differentiable if `hidden` is.
+
+        Args:
+            input_ids: (batch, tokens); only the shape matters.
+            hidden: (batch, tokens, hidden).
+
+        Returns:
+            (batch, tokens, vocabulary).
+        """
+        with self._stubs.returning(hidden), torch.set_grad_enabled(hidden.requires_grad):
+            logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+    def head(self) -> Linear:
+        """The output head as a linear, by its full name.
+
+        Raises:
+            NotImplementedError: there is none, it is no linear, or it is tied to the embedding.
+        """
+        head = self._output_head()
+        name = next((name for name, module in self.model.named_modules() if module is head), None)
+        if name is None or not isinstance(head, nn.Linear):
+            raise NotImplementedError(
+                f"{type(self.model).__name__} has no linear as its output head, so its head cannot "
+                "be pruned; leave --head out"
+            )
+        if head.weight is self.model.get_input_embeddings().weight:
+            raise NotImplementedError(
+                f"{name} is tied to the input embedding: pruning it would prune the embedding; "
+                "leave --head out"
+            )
+        return Linear(name, head)
+
+    def _output_head(self) -> nn.Module | None:
+        """The module that makes logits over the vocabulary; None for models without one."""
+        head: nn.Module | None = self.model.get_output_embeddings() if self.kind is CAUSAL else None
+        return head
+
+    # --- inputs ---
 
     @property
-    def positions(self) -> int | None:
-        """Tokens that a window can have at most; None where the configuration does not say."""
+    def max_positions(self) -> int | None:
+        """The longest window in tokens; None if the configuration does not say."""
         count = getattr(self.model.config, "max_position_embeddings", None)
         if not isinstance(count, int):
             return None
-        # RoBERTa and its kin begin to count behind the position that stands for padding.
+        # RoBERTa and its relatives start to count after the position that stands for padding.
         tables = [
             m for n, m in self.model.named_modules() if n.endswith("embeddings.position_embeddings")
         ]
@@ -181,175 +298,40 @@ class Skeleton:
         return count if padding is None else count - padding - 1
 
     def trial_batch(self, tokens: int) -> torch.Tensor:
-        """A batch to try the model on, always the same: at most `tokens` ids spread out, or images of noise."""
+        """A batch to try the model on, always the same: up to `tokens` ids, or images of noise."""
         rows = 0 if self.kind is IMAGES else self.model.get_input_embeddings().weight.shape[0]
-        return self.kind.spread(
-            self.model.config, rows, min(tokens, rows, self.positions or tokens)
+        return self.kind.trial_batch(
+            self.model.config, rows, min(tokens, rows, self.max_positions or tokens)
         )
 
-    def record(self, batch: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
-        """Run everything before the blocks on a batch of the model's kind of inputs, inside `outside_blocks`.
 
-        Args:
-            batch: token ids (windows, tokens), or pixel values (images, channels, height, width).
-
-        Returns:
-            The first block's hidden states (batch, tokens, hidden), and the call of every block.
-
-        Raises:
-            NotImplementedError: the model changes hidden states between its blocks, or does not call each
-                block exactly once in order.
-        """
-        calls: list[BlockCall] = []
-        first: list[torch.Tensor] = []
-
-        def stub(index: int) -> Callable[..., Any]:
-            block = self.blocks[index]
-
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, args, kwargs = split_hidden(args, kwargs)
-                if index != len(calls):
-                    raise NotImplementedError(
-                        f"{type(self.model).__name__} calls block {index} where block {len(calls)} was expected; "
-                        "only models that call every block once and in order can be pruned"
-                    )
-                if index > 0 and hidden is not first[0]:
-                    raise NotImplementedError(
-                        f"{type(self.model).__name__} changes the hidden states between blocks {index - 1} and "
-                        f"{index}; such models cannot be pruned block by block yet"
-                    )
-                if index == 0:
-                    first.append(hidden)
-                calls.append(BlockCall(args, kwargs))
-                if index == len(self.blocks) - 1:
-                    raise _LastBlockReached
-                return (hidden,) if self._returns_tuple_of(block, calls[-1], hidden) else hidden
-
-            return forward
-
-        with self._stubs(stub), torch.no_grad(), contextlib.suppress(_LastBlockReached):
-            batch = batch.to(self.dtype) if batch.is_floating_point() else batch
-            self.model.base_model(**self.kind.arguments(batch))
-        if len(calls) != len(self.blocks):
-            raise NotImplementedError(
-                f"{type(self.model).__name__} called {len(calls)} of its {len(self.blocks)} blocks"
+def _build_on_meta(kind: Kind, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The transformers model of a configuration, with its parameters on the meta device."""
+    loader = getattr(transformers, kind.loader)
+    try:
+        with placement.parameters_on_meta():
+            return loader.from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
             )
-        return first[0], calls
+    except ValueError as fault:
+        # The first line has the reason; then transformers lists a hundred classes it would accept.
+        raise ValueError(
+            f"transformers makes no {kind.name} of model type {config.model_type!r}: "
+            f"{(str(fault).strip().splitlines() or [''])[0]}"
+        ) from fault
+    except ImportError:
+        raise
+    except Exception as fault:
+        # A damaged configuration can raise any error, anywhere in the code of a model.
+        raise ValueError(
+            f"transformers cannot make the model of type {config.model_type!r} that the "
+            f"configuration describes: {type(fault).__name__}: {' '.join(str(fault).split())[:300]}"
+        ) from fault
 
-    def head(self) -> Linear:
-        """The output head as a linear, by its full name.
 
-        Raises:
-            NotImplementedError: there is none, it is no linear, or it is the embedding too (tied).
-        """
-        head = self._output_head()
-        name = next((name for name, module in self.model.named_modules() if module is head), None)
-        if name is None or not isinstance(head, nn.Linear):
-            raise NotImplementedError(
-                f"{type(self.model).__name__} has no linear as its output head to prune"
-            )
-        if head.weight is self.model.get_input_embeddings().weight:
-            raise NotImplementedError(
-                f"{name} is tied to the input embedding: pruning it would prune the embedding; leave --head out"
-            )
-        return Linear(name, head)
-
-    def _output_head(self) -> nn.Module | None:
-        """What makes logits over the vocabulary; classifiers of images have no such head."""
-        head: nn.Module | None = self.model.get_output_embeddings() if self.kind is CAUSAL else None
-        return head
-
-    def head_input(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """What the head is given when the last block returns `hidden`; inside `surroundings(with_head=True)`."""
-        seen: list[torch.Tensor] = []
-
-        def stop(x: torch.Tensor) -> torch.Tensor:
-            seen.append(x)
-            raise _HeadReached
-
-        head = self.head().module
-        head.forward = stop
-        try:
-            with (
-                self._stubs(self._ending_in(hidden)),
-                torch.no_grad(),
-                contextlib.suppress(_HeadReached),
-            ):
-                self.model(input_ids=input_ids, use_cache=False)
-        finally:
-            del head.forward
-        return seen[0]
-
-    def logits(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The model's logits (batch, tokens, vocabulary) when the last block returns `hidden` (batch, tokens, hidden).
-
-        Inside `surroundings(with_head=True)`. Tokens do not see each other here: any part of a sequence may be given.
-        Differentiable where `hidden` is.
-        """
-        with self._stubs(self._ending_in(hidden)), torch.set_grad_enabled(hidden.requires_grad):
-            logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
-        return logits
-
-    def _ending_in(self, hidden: torch.Tensor) -> Callable[[int], Callable[..., Any]]:
-        """Stubs for all blocks: they pass on what they get, and the last one `hidden`."""
-
-        def stub(index: int) -> Callable[..., Any]:
-            block = self.blocks[index]
-
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                passed = hidden if index == len(self.blocks) - 1 else split_hidden(args, kwargs)[0]
-                return (passed,) if self._returns_tuple.get(type(block), False) else passed
-
-            return forward
-
-        return stub
-
-    @contextlib.contextmanager
-    def _stubs(self, stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-        """While active, block i runs `stub(i)` in place of its forward."""
-        originals = [block.__dict__.get("forward") for block in self.blocks]
-        try:
-            for index, block in enumerate(self.blocks):
-                block.forward = stub(index)
-            yield
-        finally:
-            for block, original in zip(self.blocks, originals, strict=True):
-                if original is None:
-                    block.__dict__.pop("forward", None)
-                else:
-                    block.forward = original
-
-    def _returns_tuple_of(self, block: nn.Module, call: BlockCall, hidden: torch.Tensor) -> bool:
-        """Whether blocks of this class return a tuple (hidden first): seen by running one made of zeros."""
-        kind = type(block)
-        if kind not in self._returns_tuple:
-            trial = copy.deepcopy(block)
-            trial.__dict__.pop("forward", None)
-            placement.fill_with_zeros(trial, hidden.device)
-            output = trial(hidden, *call.args, **call.kwargs)
-            self._returns_tuple[kind] = isinstance(output, tuple | list)
-        return self._returns_tuple[kind]
-
-    def fill(
-        self, index: int, values: Mapping[str, torch.Tensor], device: torch.device
-    ) -> nn.Module:
-        """Give block `index` its weights (names relative to the block) and return it, ready to run."""
-        block = self.blocks[index]
-        placement.place(block, values, device)
-        for module in block.modules():
-            placement.move_buffers(module, device)
-        return block
-
-    def duplicate(
-        self, index: int, values: Mapping[str, torch.Tensor], device: torch.device
-    ) -> nn.Module:
-        """A copy of block `index` with weights of its own, by relative name, ready to run."""
-        block = copy.deepcopy(self.blocks[index])
-        placement.place(block, values, device)
-        for module in block.modules():
-            placement.move_buffers(module, device)
-        return block
-
-    def release(self, index: int) -> None:
-        """Take the weights of a block away again."""
-        placement.release(self.blocks[index])
+def _give_weights(
+    block: nn.Module, values: Mapping[str, torch.Tensor], device: torch.device
+) -> None:
+    placement.place(block, values, device)
+    for module in block.modules():
+        placement.move_buffers(module, device)

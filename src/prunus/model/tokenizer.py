@@ -15,7 +15,7 @@ _FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers tokenizer of a checkpoint folder; that of its base for an adapter that has none.
+    """The transformers tokenizer of a checkpoint folder; an adapter may use that of its base.
 
     Raises:
         ValueError: there is none, or it cannot be loaded; quotes the reason in one line.
@@ -26,9 +26,9 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except Exception as error:  # transformers raises many kinds where files are missing or broken
+    except Exception as error:  # transformers raises errors of many kinds for missing or bad files
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{folder}: no tokenizer could be loaded ({type(error).__name__}: {reason}); add its files, or give "
-            "token ids instead: a .safetensors file with input_ids"
+            f"{folder}: no tokenizer could be loaded ({type(error).__name__}: {reason}); add its "
+            "files, or give token ids instead: a .safetensors file with input_ids"
         ) from error
