@@ -227,6 +227,7 @@ def experts(scratch: Path) -> None:
     from prunus.pruning.block.lockstep import lockstep
     from prunus.pruning.block.replay import replay
     from prunus.pruning.block.two_pass import two_pass
+    from prunus.pruning.block.walk import BlockWalk
 
     class Block(torch.nn.Module):
         def __init__(self) -> None:
@@ -258,16 +259,17 @@ def experts(scratch: Path) -> None:
 
             linears = find_linears(block)
             mine = ranks.own_range(5)
+            spec = StatisticsSpec(needs="norms", distributed=ranks.size > 1)
             unreached = way(
-                linears,
-                len(mine),
-                lambda i: block(x_BTI[mine[i]], route[mine[i]]),
-                lambda _i, _x: None,
-                lambda linear: InputStatistics(
-                    6, StatisticsSpec(needs="norms", distributed=ranks.size > 1)
-                ),
-                prune_one,
-                ranks=ranks,
+                BlockWalk(
+                    linears=linears,
+                    count=len(mine),
+                    forward=lambda i: block(x_BTI[mine[i]], route[mine[i]]),
+                    finish=lambda _i, _x: None,
+                    new_statistics=lambda linear: InputStatistics(6, spec),
+                    prune=prune_one,
+                    ranks=ranks,
+                )
             )
             seen.append([linear.name for linear in unreached])
         return seen, {name: p.clone() for name, p in block.named_parameters()}

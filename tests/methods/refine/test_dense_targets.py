@@ -102,12 +102,12 @@ def test_batches_that_do_not_show_it_do_not_go_along(tmp_path):
     dense = DenseStream(skeleton, source, torch.device("cpu"), stride=4)
     batches = token_ids(5, 8).split(1)
     with torch.no_grad():
-        dense.embed(batches, None, before=3)
+        dense.embed(batches, None, first_batch=3)
         assert len(dense.stream) == 1
         stored = source.block(0)
-        with dense.beside(0, stored, ["self_attn.q_proj"], keep=True) as inputs:
-            told = [inputs.of("self_attn.q_proj", batch, 8) is not None for batch in range(5)]
-    assert told == [False, True, False, False, False]
+        inputs = dense.copy_block(0, stored, ["self_attn.q_proj"], cache=True)
+        known = [inputs.get("self_attn.q_proj", batch, 8) is not None for batch in range(5)]
+    assert known == [False, True, False, False, False]
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_the_dense_inputs_of_an_expert_are_not_known():
             return pytest.fail
 
     inputs = DenseBlockInputs(Stream(), {0: 0}, 0, torch.nn.Identity(), [], True)
-    assert inputs.of("expert", 0, 3) is None
+    assert inputs.get("expert", 0, 3) is None
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_the_dense_inputs_of_an_expert_are_not_known():
     [
         ({"dense_weight": 0.25}, "wanda keeps its weights"),
         ({"method": "alps", "dense_weight": 2.0}, r"dense_weight must lie in"),
-        ({"method": "alps", "dense_weight": "most"}, "or be auto; got most"),
+        ({"method": "alps", "dense_weight": "most"}, "or be auto; got 'most'"),
         (
             {"method": "sparsegpt", "dense_weight": 0.25, "propagate": "block"},
             "needs propagate linear",
@@ -329,7 +329,7 @@ def test_the_dense_inputs_of_an_expert_are_not_known():
         ({"reconstruct": "all", "propagate": "block"}, "needs propagate linear"),
         ({"reconstruct_lr": 0.1}, "belong to --reconstruct last or all"),
         ({"reconstruct": "all", "reconstruct_epochs": 0}, "reconstruct_epochs must be at least 1"),
-        ({"reconstruct": "all", "batch": 8}, "are one; give more --samples"),
+        ({"reconstruct": "all", "batch": 8}, "are one batch; give more --samples"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_any_work(options, message, tmp_path):

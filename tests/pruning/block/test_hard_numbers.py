@@ -12,7 +12,8 @@ from prunus.methods import METHODS, MethodOptions, compose, default_group
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
 from prunus.model.linears import Linear
-from prunus.pruning.block.linear import LinearSettings, prune_linear
+from prunus.pruning.block.linear import prune_linear
+from prunus.pruning.block.settings import LinearSettings
 from prunus.pruning.records import LinearRecord
 from tiny import tiny_checkpoint, token_ids
 
@@ -95,7 +96,7 @@ def prune(
     statistics = InputStatistics(w.shape[1], spec)
     dense = x.float() * 1.01 if method.needs_drift else None
     statistics.add(x, dense)
-    job = LinearSettings(method, pattern, 0.5, options)
+    job = LinearSettings(method=method, pattern=pattern, sparsity=0.5, options=options)
     return prune_linear(job, Linear("up_proj", module), NAME, w, statistics)[:2]
 
 

@@ -14,7 +14,13 @@ import prunus
 from command_line import call
 from prunus.model.block_lists import find_block_list
 from prunus.model.linears import find_linears
-from prunus.pruning.block.permute import REFUSED, Producer, find_folds, fold, holds
+from prunus.pruning.block.permute import (
+    KEPT_ORDER,
+    Producer,
+    find_permutable,
+    fold_permutation,
+    keeps_outputs,
+)
 from prunus.pruning.job import PruningJob
 from stopping import StopError, stop_after
 from tiny import FAMILIES, tiny_checkpoint, tiny_model, token_ids, weights
@@ -37,12 +43,12 @@ def found_in(model, run):
     heads = model.config.get_text_config().num_attention_heads
     for block in blocks:
         linears = {linear.name: linear for linear in find_linears(block)}
-        guesses = find_folds(list(linears.values()), heads, 4)
+        guesses = find_permutable(list(linears.values()), heads, 4)
         yield (
             block,
             linears,
             {
-                name: next((guess for guess in all_ if holds(guess, linears, run)), None)
+                name: next((guess for guess in all_ if keeps_outputs(guess, linears, run)), None)
                 for name, all_ in guesses.items()
             },
         )
@@ -66,7 +72,9 @@ def test_a_folded_order_leaves_the_logits_of_the_dense_model(family):
             )
             order_I = channels.spread(within_GW)
             assert torch.equal(channels.within(order_I), within_GW)
-            for key, tensor in fold(block.state_dict(), chosen, order_I, linears).items():
+            for key, tensor in fold_permutation(
+                block.state_dict(), chosen, order_I, linears
+            ).items():
                 moved += int((block.get_parameter(key) != tensor).sum())
                 block.get_parameter(key).copy_(tensor)
     assert torch.allclose(run(), before, atol=1e-5)
@@ -83,9 +91,9 @@ def test_what_would_change_the_outputs_does_not_hold_and_leaves_the_weights_alon
     _, linears, folds = next(found_in(model, run))
     attention, mlp = folds["self_attn.o_proj"], folds["mlp.down_proj"]
     keys = Producer("self_attn.k_proj", attention.producers[0].rows_CGW)
-    assert not holds(replace(attention, producers=(keys,)), linears, run)
-    assert not holds(replace(mlp, producers=mlp.producers[:1]), linears, run)
-    assert not holds(attention, linears, lambda: torch.zeros(1)), (
+    assert not keeps_outputs(replace(attention, producers=(keys,)), linears, run)
+    assert not keeps_outputs(replace(mlp, producers=mlp.producers[:1]), linears, run)
+    assert not keeps_outputs(attention, linears, lambda: torch.zeros(1)), (
         "a linear that no token reaches proves nothing"
     )
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -103,7 +111,7 @@ def test_streamed_replayed_resumed_and_in_place_runs_give_the_same_weights(
         notes = {name: linear.notes["permuted"] for name, linear in block.linears.items()}
         assert notes["self_attn.o_proj"] == "with self_attn.v_proj"
         assert notes["mlp.down_proj"] == "with mlp.gate_proj, mlp.up_proj"
-        assert notes["self_attn.q_proj"] == notes["mlp.up_proj"] == REFUSED
+        assert notes["self_attn.q_proj"] == notes["mlp.up_proj"] == KEPT_ORDER
         for name in block.linears:
             assert (
                 int((plain[f"{block.name}.{name}.weight"].view(-1, 4) != 0).sum(dim=1).max()) <= 2

@@ -16,6 +16,7 @@ from prunus.model.linears import Linear, find_linears
 from prunus.pruning.block.lockstep import lockstep
 from prunus.pruning.block.replay import replay
 from prunus.pruning.block.two_pass import two_pass
+from prunus.pruning.block.walk import BlockWalk
 from prunus.pruning.job import PruningJob
 from tiny import tiny_checkpoint, tiny_model, token_ids, weights
 
@@ -53,12 +54,14 @@ def walk_through(walk, block: nn.Module, inputs: list[torch.Tensor]):
 
     with torch.no_grad():
         unreached = walk(
-            find_linears(block),
-            len(inputs),
-            lambda index: block(inputs[index]),
-            outputs.__setitem__,
-            new_statistics,
-            prune,
+            BlockWalk(
+                linears=find_linears(block),
+                count=len(inputs),
+                forward=lambda index: block(inputs[index]),
+                finish=outputs.__setitem__,
+                new_statistics=new_statistics,
+                prune=prune,
+            )
         )
     return outputs, tokens, created, [linear.name for linear in unreached]
 
@@ -117,12 +120,14 @@ def test_an_error_in_one_batch_ends_all_coroutines_and_removes_the_hooks():
 
     with pytest.raises(ZeroDivisionError, match="batch 2"):
         lockstep(
-            linears,
-            3,
-            forward,
-            lambda i, t: None,
-            lambda linear: InputStatistics(4, "norms"),
-            lambda linear, s: None,
+            BlockWalk(
+                linears=linears,
+                count=3,
+                forward=forward,
+                finish=lambda i, t: None,
+                new_statistics=lambda linear: InputStatistics(4, "norms"),
+                prune=lambda linear, s: None,
+            )
         )
     assert not any(linear.module._forward_pre_hooks for linear in linears)
     gc.collect()
@@ -190,12 +195,14 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, 
     roomy = job(None)
     assert roomy.budget == free
     assert (roomy.walk(0), roomy.spills) == ("lockstep", False)
-    cost, resident = roomy.costs[0], 0
-    assert cost.least < cost.replay_in_memory < cost.lockstep_in_memory
+    memory, resident = roomy.block_memory[0], 0
+    replayed = memory.total(hidden=True, paused=False)
+    in_lockstep = memory.total(hidden=True, paused=True)
+    assert memory.minimum < replayed < in_lockstep
     for budget, walk, spills in (
-        (cost.lockstep_in_memory, "lockstep", False),
-        (cost.replay_in_memory, "replay", False),
-        (cost.least, "replay", True),
+        (in_lockstep, "lockstep", False),
+        (replayed, "replay", False),
+        (memory.minimum, "replay", True),
     ):
         roomy.budget = budget + resident
         assert (roomy.walk(0), roomy.spills) == (walk, spills)

@@ -1,4 +1,4 @@
-"""What is looked at before a block is pruned and after: weights that can be, and the same result on all ranks."""
+"""Checks around the pruning of a block: finite weights before it, equal results on all ranks after it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ __all__ = ["check_same", "checked_digest"]
 
 
 def check_same(ranks: Ranks, name: str, changed: Mapping[str, torch.Tensor]) -> None:
-    """See that all ranks have pruned to the same bytes, as they must: each computes with its own.
+    """Check that all ranks have pruned to the same bytes. Each must: it goes on with its own.
+
+    Args:
+        ranks: the processes of the run; all call it at once.
+        name: what was pruned, for the message.
+        changed: the pruned tensors of this rank.
 
     Raises:
-        RankError: they have not, as processors of different kinds may not; names the ranks.
+        RankError: the bytes differ, as they may on processors of different kinds. Names the ranks.
     """
     if ranks.size == 1:
         return
@@ -25,21 +30,22 @@ def check_same(ranks: Ranks, name: str, changed: Mapping[str, torch.Tensor]) -> 
     others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if others:
         raise RankError(
-            f"{name} was pruned to other bytes on rank {', '.join(map(str, others))} than on rank 0: their machines "
-            "round differently. Run the ranks on machines of one kind"
+            f"{name} was pruned to other bytes on rank {', '.join(map(str, others))} than on "
+            "rank 0: their machines round differently. Run the ranks on machines of one kind"
         )
 
 
 def checked_digest(block_name: str, stored: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of a block's tensors as stored, which must be finite.
+    """The SHA-256 of a block's tensors as stored, after a check that all are finite.
 
     Raises:
-        ValueError: they are not; names the tensor.
+        ValueError: a tensor holds NaN or infinity; names the tensor.
     """
     for key in sorted(stored):
         tensor = stored[key]
         if tensor.is_floating_point() and not all_finite(tensor):
             raise ValueError(
-                f"{block_name}.{key} holds weights that are not finite (NaN or infinity); it cannot be pruned"
+                f"{block_name}.{key} holds weights that are not finite (NaN or infinity), so the "
+                "block cannot be pruned: check the checkpoint"
             )
     return tensors_digest(stored)

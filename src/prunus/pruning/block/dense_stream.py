@@ -1,71 +1,94 @@
-"""The dense model beside the pruned one: its hidden states, and what its linears are given for the same tokens.
+"""The dense stream: the hidden states of the dense model, which run beside those of the pruned one.
 
-Only where targets from the dense model or block matching ask for it. Every dense block runs in a copy of its own, so
-that pruning cannot touch it; its outputs take the place of its inputs once the pruned block is through.
+It runs only for methods with targets from the dense model and for block reconstruction. Every
+dense block runs in a copy of its own, so that pruning cannot touch it:
+
+    pruned stream  X̂ ──► block k, its linears pruned on the way ──► X̂ of block k + 1
+    dense stream   X  ──► copy of the dense block k             ──► X  of block k + 1
+
+The drift X − X̂ of a linear's inputs is small and needs fewer tokens than the Gram matrix. So
+where possible only one batch in `stride` runs through the dense model.
+
+Shape suffixes: T tokens, I inputs of a linear.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from prunus.methods.refine.dense_targets import MAX_STRIDE
+from prunus.methods.refine.dense_targets import MAX_DRIFT_STRIDE
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear, find_linears
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 from prunus.model.stream import Stream
-from prunus.pruning.block.hooks import Accumulate, input_hooks
+from prunus.pruning.block.hooks import input_hooks
+from prunus.pruning.block.walk import Accumulate
 
-__all__ = ["DenseStream", "accumulate_both", "drift_stride_for", "held_out_batches"]
+__all__ = [
+    "DenseBlockInputs",
+    "DenseStream",
+    "accumulate_with_drift",
+    "drift_stride_for",
+    "held_out_batches",
+]
 
+# Tokens per input feature that are enough to measure a linear's drift.
 _TOKENS_PER_FEATURE = 2.5
-
-
-class _Seen(BaseException):
-    """Ends a dense forward pass: its input to the linear in question is known."""
 
 
 class DenseStream:
     """All calibration windows on their way through the dense model.
 
     Args:
-        skeleton, source: as of the run; the source gives the trained weights.
+        skeleton: the model without weights.
+        source: its trained weights.
         device: where the copies of the blocks run.
-        one_in: one batch in so many goes along, from the first on.
+        stride: one batch in `stride` runs through the dense model, counted over all ranks, from
+            the first batch on.
+
+    Attributes:
+        stream: hidden states before the next block.
+        dense_number: number of a batch in the pruned stream -> its number in this stream. Batches
+            that do not run through the dense model are missing.
     """
 
     def __init__(
-        self,
-        skeleton: Skeleton,
-        source: Source,
-        device: torch.device,
-        stride: int = 1,
+        self, skeleton: Skeleton, source: Source, device: torch.device, stride: int = 1
     ) -> None:
         self.stream = Stream(skeleton, source, device)
-        self._one_in = stride
-        #: Batch of the pruned model that goes along -> its number here.
-        self.along: dict[int, int] = {}
+        self._stride = stride
+        self.dense_number: dict[int, int] = {}
 
     def embed(
         self,
         batches: Sequence[torch.Tensor],
         spill_to: Path | None,
         on_device: bool = True,
-        before: int = 0,
+        first_batch: int = 0,
     ) -> None:
-        """As `Stream.embed`; `before` batches come before these, on other ranks."""
-        along = [batch for batch in range(len(batches)) if (before + batch) % self._one_in == 0]
-        self.along = {batch: here for here, batch in enumerate(along)}
-        self.stream.embed([batches[batch] for batch in along], spill_to, on_device)
+        """Run what comes before the blocks; see `Stream.embed`.
+
+        Args:
+            batches: token ids of all batches of this rank.
+            spill_to: folder for a file of hidden states, or None to keep them in memory.
+            on_device: keep hidden states on the device between blocks.
+            first_batch: number of this rank's first batch among those of all ranks.
+        """
+        chosen = [
+            batch for batch in range(len(batches)) if (first_batch + batch) % self._stride == 0
+        ]
+        self.dense_number = {batch: number for number, batch in enumerate(chosen)}
+        self.stream.embed([batches[batch] for batch in chosen], spill_to, on_device)
 
     def counts_per_rank(self, counts: Sequence[int]) -> list[int]:
-        """How many go along of the batches of every rank, which are so many."""
-        ends = [-(-end // self._one_in) for end in itertools.accumulate(counts, initial=0)]
+        """Per rank, how many of its `counts` batches also run through the dense model."""
+        ends = [-(-end // self._stride) for end in itertools.accumulate(counts, initial=0)]
         return [end - start for start, end in itertools.pairwise(ends)]
 
     def propagate(self, index: int) -> None:
@@ -73,122 +96,162 @@ class DenseStream:
         if len(self.stream):
             self.stream.propagate(index, self.stream.source.block(index))
 
-    @contextlib.contextmanager
-    def beside(
-        self, index: int, stored: Mapping[str, torch.Tensor], names: Sequence[str], keep: bool
-    ) -> Iterator[DenseBlockInputs]:
-        """While block `index` is pruned: the dense block's inputs of the linears `names`; after it, its outputs.
+    def copy_block(
+        self, index: int, stored: Mapping[str, torch.Tensor], names: Sequence[str], cache: bool
+    ) -> DenseBlockInputs:
+        """Copy dense block `index`, to read its inputs while the original is pruned.
 
         Args:
             index: position of the block.
             stored: its trained tensors by relative name.
-            names: linears that may be asked for.
-            keep: run every batch once and keep what its linears were given (lockstep), rather than once per question.
+            names: linears whose inputs may be read.
+            cache: see `DenseBlockInputs`.
         """
         block = self.stream.skeleton.duplicate(index, stored, self.stream.device)
         linears = [linear for linear in find_linears(block) if linear.name in names]
-        inputs = DenseBlockInputs(self.stream, self.along, index, block, linears, keep)
-        yield inputs
-        inputs.finish()
+        return DenseBlockInputs(self.stream, self.dense_number, index, block, linears, cache)
 
     def close(self) -> None:
-        """Release hidden states."""
+        """Release the hidden states."""
         self.stream.close()
 
 
 class DenseBlockInputs:
-    """What the linears of one dense block are given, batch by batch; see `DenseStream.beside`."""
+    """The inputs of the linears of one dense block, batch by batch; see `DenseStream.copy_block`.
+
+    Args:
+        stream: hidden states before the block.
+        dense_number: number of a batch in the pruned stream -> its number in `stream`.
+        index: position of the block.
+        block: a copy of the block, with its trained weights.
+        linears: linears of the copy whose inputs may be read.
+        cache: run every batch once and keep the inputs of all `linears` (for lockstep, which keeps
+            all batches in memory anyway). Otherwise every call of `get` runs the batch again.
+    """
 
     def __init__(
         self,
         stream: Stream,
-        along: Mapping[int, int],
+        dense_number: Mapping[int, int],
         index: int,
         block: torch.nn.Module,
         linears: list[Linear],
-        keep: bool,
+        cache: bool,
     ) -> None:
         self._stream = stream
-        self._along = along
+        self._dense_number = dense_number
         self._forward = stream.forward(index, block)
         self._linears = {linear.name: linear for linear in linears}
-        self._keep = keep
-        self._kept: dict[int, dict[str, torch.Tensor]] = {}
+        self._caches = cache
+        self._cache: dict[int, dict[str, torch.Tensor]] = {}
 
-    def of(self, name: str, batch: int, tokens: int) -> torch.Tensor | None:
-        """The input (tokens, in) of linear `name` for `batch`, once; None where it is not told.
+    def get(self, name: str, batch: int, tokens: int) -> torch.Tensor | None:
+        """The input X_TI (tokens, in) of a dense linear; may be asked for once per batch.
 
-        That is for batches that did not go along, and where other tokens than the linear's reach it.
+        Args:
+            name: of the linear, relative to the block.
+            batch: number of the batch in the pruned stream.
+            tokens: number of rows that reach the linear in the pruned model.
 
-        `tokens` are the rows that reach it in the pruned model. Only where these are all tokens of the batch, on either
-        side, is it certain that row t is the same token: an expert's tokens may be others.
+        Returns:
+            None if the batch does not run through the dense model, or if other tokens reach the
+            linear there. Row t is certainly the same token in both models only where all tokens of
+            the batch reach the linear in both. An expert may get other tokens in each model.
         """
-        if batch not in self._along:
+        if batch not in self._dense_number:
             return None
-        batch = self._along[batch]
-        states = self._stream.states.get(batch)
-        # Of images as grids (images, channels, height, width) no positions are routed anywhere: all come along.
-        everything = tokens if states.dim() == 4 else states.shape[:-1].numel()
-        if tokens != everything:
+        number = self._dense_number[batch]
+        states = self._stream.states.get(number)
+        # Images as grids (images, channels, height, width) are never routed: all rows are there.
+        all_tokens = tokens if states.dim() == 4 else states.shape[:-1].numel()
+        if tokens != all_tokens:
             return None
-        x = self._recorded(batch, name) if self._keep else self._measured(batch, name)
-        if x is None or x.shape[:-1].numel() != everything:
+        x = self._cached(number, name) if self._caches else self._recomputed(number, name)
+        if x is None or x.shape[:-1].numel() != all_tokens:
             return None
-        return x.reshape(everything, x.shape[-1])
+        return x.reshape(all_tokens, x.shape[-1])
 
     def finish(self) -> None:
-        """Put the dense block's outputs in the place of its inputs."""
-        for batch in range(len(self._stream)):
-            if batch not in self._kept:
-                self._stream.states.put(batch, self._forward(batch))
-        self._kept.clear()
+        """Replace the hidden states before the block by the dense block's outputs."""
+        for number in range(len(self._stream)):
+            if number not in self._cache:
+                self._stream.states.put(number, self._forward(number))
+        self._cache.clear()
 
-    def _recorded(self, batch: int, name: str) -> torch.Tensor | None:
-        if batch not in self._kept:
-            seen: dict[str, torch.Tensor] = {}
+    def _cached(self, number: int, name: str) -> torch.Tensor | None:
+        if number not in self._cache:
+            inputs: dict[str, torch.Tensor] = {}
             with input_hooks(
-                list(self._linears.values()), lambda linear, x: seen.update({linear.name: x})
+                list(self._linears.values()), lambda linear, x: inputs.update({linear.name: x})
             ):
-                output = self._forward(batch)
-            self._stream.states.put(batch, output)
-            self._kept[batch] = seen
-        kept = self._kept[batch]
-        found = kept.get(name)
-        # Linears with the same input ask once: its statistics are shared.
-        self._kept[batch] = {other: x for other, x in kept.items() if x is not found}
+                output = self._forward(number)
+            # All inputs are known now, so the output can replace the block's input at once.
+            self._stream.states.put(number, output)
+            self._cache[number] = inputs
+        cached = self._cache[number]
+        found = cached.get(name)
+        # Linears with the same input share their statistics and ask once, so drop it for all.
+        self._cache[number] = {other: x for other, x in cached.items() if x is not found}
         return found
 
-    def _measured(self, batch: int, name: str) -> torch.Tensor | None:
-        seen: list[torch.Tensor] = []
+    def _recomputed(self, number: int, name: str) -> torch.Tensor | None:
+        inputs: list[torch.Tensor] = []
 
         def stop(_linear: Linear, x: torch.Tensor) -> None:
-            seen.append(x)
-            raise _Seen
+            inputs.append(x)
+            raise _InputFound
 
-        with input_hooks([self._linears[name]], stop), contextlib.suppress(_Seen):
-            self._forward(batch)
-        return seen[0] if seen else None
+        with input_hooks([self._linears[name]], stop), contextlib.suppress(_InputFound):
+            self._forward(number)
+        return inputs[0] if inputs else None
+
+
+class _InputFound(BaseException):
+    """Ends a dense forward pass as soon as the input of the wanted linear is known."""
 
 
 def drift_stride_for(tokens: int, width: int) -> int:
-    """Of how many batches one is enough to see how far inputs have drifted, with `tokens` in all.
+    """The largest stride that still shows how far inputs have drifted, at most `MAX_DRIFT_STRIDE`.
 
-    The drift (X − X̂)ᵀX̂ is far smaller than the Gram X̂ᵀX̂, so fewer tokens will do for it: `_TOKENS_PER_FEATURE` of them
-    for each of the widest linear's `width` inputs.
+    The drift (X − X̂)ᵀX̂ is far smaller than the Gram matrix X̂ᵀX̂, so its relative error may be
+    larger: `_TOKENS_PER_FEATURE` tokens per input feature are enough.
+
+    Args:
+        tokens: of all calibration windows.
+        width: inputs of the widest linear.
+
+    >>> drift_stride_for(tokens=32 * 1024, width=1536)
+    4
+    >>> drift_stride_for(tokens=8 * 512, width=8960)
+    1
     """
-    return max(1, min(MAX_STRIDE, int(tokens / (_TOKENS_PER_FEATURE * width))))
+    return max(1, min(MAX_DRIFT_STRIDE, int(tokens / (_TOKENS_PER_FEATURE * width))))
 
 
 def held_out_batches(count: int) -> frozenset[int]:
-    """Of `count` batches every fourth, or the last of fewer; none of a single one."""
+    """Numbers of the held-out batches: every fourth, or the last if there are fewer than four.
+
+    A single batch is not held out.
+
+    >>> sorted(held_out_batches(9)), sorted(held_out_batches(3)), sorted(held_out_batches(1))
+    ([3, 7], [2], [])
+    """
     return frozenset(range(3, count, 4) if count >= 4 else range(max(1, count - 1), count))
 
 
-def accumulate_both(dense: DenseBlockInputs, held_out: frozenset[int]) -> Accumulate:
-    """Adds what a linear is given in either model, where its statistics have a place for both."""
+def accumulate_with_drift(dense_inputs: DenseBlockInputs, held_out: frozenset[int]) -> Accumulate:
+    """Make a function that adds a linear's inputs in both models to its statistics.
 
-    def feed(statistics: InputStatistics, linear: Linear, batch: int, x_TI: torch.Tensor) -> None:
-        dense_TI = None if statistics.drift_II is None else dense.of(linear.name, batch, len(x_TI))
-        statistics.add(x_TI, dense_TI, held_out=batch in held_out)
+    Args:
+        dense_inputs: the inputs in the dense model.
+        held_out: numbers of this rank's held-out batches.
+    """
 
-    return feed
+    def accumulate(
+        statistics: InputStatistics, linear: Linear, batch: int, X_TI: torch.Tensor
+    ) -> None:
+        has_target = statistics.drift_II is not None
+        dense_TI = dense_inputs.get(linear.name, batch, len(X_TI)) if has_target else None
+        statistics.add(X_TI, dense_TI, held_out=batch in held_out)
+
+    return accumulate

@@ -1,9 +1,14 @@
-"""How many calibration tokens chose each expert, and what is done where these are too few.
+"""How many calibration tokens choose each expert, and what happens to experts with too few.
 
-The rule: an expert that fewer than the minimum of tokens chose is measured as if all tokens of the calibration set had
-chosen it, its gate and up on what the experts are given, its down on what they make of that. What the block goes on
-with are the chosen tokens alone. Tokens are counted at the moment when all batches of all ranks stand before the
-experts, so the counts are those of the pruned model.
+The rule: an expert that fewer than `min_tokens` tokens chose is measured on all tokens of the
+calibration set, as if all had chosen it. Its gate and up projections see what the experts module
+is given, its down projection sees what they make of that. The block itself goes on with the tokens
+that chose the expert, and nothing else.
+
+Tokens are counted while all batches of all ranks stand before the experts module. So the counts
+are those of the pruned model.
+
+Shape suffixes: T tokens, K experts per token, E experts.
 """
 
 from __future__ import annotations
@@ -18,85 +23,108 @@ from prunus.distributed import Ranks
 from prunus.methods.statistics import Needs
 from prunus.model.experts import Experts
 
-__all__ = ["MIN_TOKENS", "ExpertCounter", "find_expert_counters", "min_tokens"]
+__all__ = ["MIN_TOKENS", "ExpertCounter", "find_expert_counters", "min_expert_tokens"]
 
-#: Below so many tokens of its own an expert's linears lose less when they are pruned by those of all: measured, see
-#: docs/zoo.md. Norms are known soon; a Gram matrix of few tokens has no full rank.
+#: An expert with fewer tokens than this loses less when it is pruned by the statistics of all
+#: tokens. Norms need few tokens; a Gram matrix of few tokens has no full rank. docs/zoo.md has the
+#: measurements.
 MIN_TOKENS: dict[Needs, int] = {"none": 0, "norms": 32, "gram": 512}
 
 
-def min_tokens(needs: Needs, wanted: int | None) -> int:
-    """The minimum of tokens for a method that needs these statistics: as it is wanted, or by measurement."""
-    return 0 if needs == "none" else MIN_TOKENS[needs] if wanted is None else wanted
+def min_expert_tokens(needs: Needs, requested: int | None) -> int:
+    """The tokens below which an expert is measured on all of them.
+
+    Args:
+        needs: the statistics that the method needs.
+        requested: the user's minimum, or None for the measured one.
+
+    >>> min_expert_tokens("gram", None), min_expert_tokens("gram", 100)
+    (512, 100)
+    >>> min_expert_tokens("none", 100)
+    0
+    """
+    if needs == "none":
+        return 0
+    return MIN_TOKENS[needs] if requested is None else requested
 
 
 class ExpertCounter:
-    """The way to one experts module of a block.
+    """Counts the tokens that choose each expert of one experts module.
 
     Args:
         name: of the module, relative to the block.
-        experts: it.
-        minimum: tokens below which an expert is measured on all of them.
+        experts: the module.
+        min_tokens: tokens below which an expert is measured on all of them.
     """
 
-    def __init__(self, name: str, experts: Experts, minimum: int) -> None:
+    def __init__(self, name: str, experts: Experts, min_tokens: int) -> None:
         self.name = name
         self.experts = experts
-        self.minimum = minimum
+        self.min_tokens = min_tokens
         self._by_batch: dict[int, Tensor] = {}
-        self.tokens_E: list[int] | None = None
+        self._tokens_E: list[int] | None = None
 
     def owns(self, linear: str) -> bool:
-        """Whether a linear, by its name relative to the block, is one of these experts'."""
+        """Whether a linear, by its name relative to the block, belongs to these experts."""
         return linear.startswith(f"{self.name}.")
 
-    def see(self, batch: int, chosen_TK: Tensor) -> None:
-        """Count the tokens of one batch; `chosen_TK` holds the numbers of their experts."""
+    def count(self, batch: int, chosen_TK: Tensor) -> None:
+        """Count the tokens of one batch; `chosen_TK` holds the numbers of their experts.
+
+        A batch that is run again replaces its earlier count.
+        """
         chosen = chosen_TK.flatten()
+        # Some models use numbers out of range for slots that no expert fills.
         known = chosen[(chosen >= 0) & (chosen < self.experts.count)]
         self._by_batch[batch] = torch.bincount(known, minlength=self.experts.count).cpu()
 
-    def decide(self, ranks: Ranks) -> None:
-        """Once all batches were seen, on all ranks at once: who is measured on all tokens."""
-        mine_E = sum(self._by_batch.values(), torch.zeros(self.experts.count, dtype=torch.int64))
-        self.tokens_E = [
-            sum(each) for each in zip(*ranks.gather_ints(mine_E.tolist()), strict=True)
-        ]
+    def complete(self, ranks: Ranks) -> None:
+        """Add up the counts of all ranks and choose the experts that are measured on all tokens.
+
+        All ranks call it at once, after all their batches are counted.
+        """
+        own_E = sum(self._by_batch.values(), torch.zeros(self.experts.count, dtype=torch.int64))
+        counts = ranks.gather_ints(own_E.tolist())
+        self._tokens_E = [sum(each) for each in zip(*counts, strict=True)]
         self.experts.measured_on_all = frozenset(
-            number for number, tokens in enumerate(self.tokens_E) if tokens < self.minimum
+            number for number, tokens in enumerate(self._tokens_E) if tokens < self.min_tokens
         )
 
-    def end(self) -> None:
-        """From here on experts see the tokens that chose them only."""
+    def reset(self) -> None:
+        """Let every expert see only the tokens that chose it again."""
         self.experts.measured_on_all = frozenset()
 
     def notes(self, linear: str) -> dict[str, Any]:
-        """What the manifest says of a linear of these experts."""
-        if self.tokens_E is None:
+        """The manifest's notes on a linear of these experts; none before `complete`."""
+        if self._tokens_E is None:
             return {}
-        tokens = self.tokens_E[int(linear.removeprefix(f"{self.name}.").partition(".")[0])]
-        if tokens >= self.minimum:
+        tokens = self._tokens_E[int(linear.removeprefix(f"{self.name}.").partition(".")[0])]
+        if tokens >= self.min_tokens:
             return {"routed_tokens": tokens}
         return {
             "routed_tokens": tokens,
-            "measured_on": f"all tokens of the block: fewer than {self.minimum} chose this expert",
+            "measured_on": (
+                f"all tokens of the block: fewer than {self.min_tokens} chose this expert"
+            ),
         }
 
 
 def find_expert_counters(
-    block: nn.Module, linears: Iterable[str], minimum: int
+    block: nn.Module, linears: Iterable[str], min_tokens: int
 ) -> list[ExpertCounter]:
-    """The experts modules of a block that own any of `linears` (relative names); none where the minimum is 0."""
-    if minimum == 0:
+    """Make a counter for every experts module of a block that owns one of `linears`.
+
+    Args:
+        block: the block.
+        linears: names relative to the block.
+        min_tokens: see `ExpertCounter`. With 0 there is nothing to decide, and no counter.
+    """
+    if min_tokens == 0:
         return []
     names = list(linears)
-    found = [
-        ExpertCounter(name, each, minimum)
-        for name, each in block.named_modules()
-        if isinstance(each, Experts)
+    counters = [
+        ExpertCounter(name, module, min_tokens)
+        for name, module in block.named_modules()
+        if isinstance(module, Experts)
     ]
-    return [
-        expert_counter
-        for expert_counter in found
-        if any(expert_counter.owns(name) for name in names)
-    ]
+    return [counter for counter in counters if any(counter.owns(name) for name in names)]

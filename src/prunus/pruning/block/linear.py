@@ -1,39 +1,31 @@
-"""One linear: score, mask, write back, measure. The only place where a method meets a module."""
+"""One linear: score, mask, write back, measure. The only place where a method meets a module.
+
+Shape suffixes: O outputs (rows), I inputs (columns).
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.hardware.numerics import all_finite, low_precision_product, count_zeros, row_spans
-from prunus.methods import Method
-from prunus.methods.base import MethodOptions
-from prunus.methods.patterns import Pattern
+from prunus.hardware.numerics import all_finite, count_zeros, low_precision_product, row_spans
 from prunus.methods.refine.permutation import Channels, with_permutation
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
 from prunus.pruning.block.row_sharding import row_sharding
+from prunus.pruning.block.settings import LinearSettings
 from prunus.pruning.records import LinearRecord
 
-__all__ = ["LinearSettings", "prune_linear"]
-
-
-@dataclass(frozen=True)
-class LinearSettings:
-    """How every linear of a run is pruned."""
-
-    method: Method
-    pattern: Pattern
-    sparsity: float
-    options: MethodOptions
+__all__ = ["prune_linear"]
 
 
 def prune_linear(
-    job: LinearSettings,
+    settings: LinearSettings,
     linear: Linear,
     full_name: str,
     stored: torch.Tensor,
@@ -41,58 +33,62 @@ def prune_linear(
     channels: Channels | None = None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> tuple[torch.Tensor, LinearRecord, torch.Tensor | None]:
-    """Prune one linear in place and return what is to be stored.
+    """Prune one linear in place and return what is stored.
 
-    Scores and updates start from the stored weight in float32, whatever dtype the computation uses; what
-    the block goes on with is the stored result, so that a run resumed from the shard sees the same numbers
-    (but for `Options.reference_order`, whose resumed runs prune finished blocks again).
+    Scores and updates start from the stored weight in float32, whatever dtype the block computes
+    in. The block goes on with the stored result, so that a run resumed from the shard sees the same
+    numbers. The exception is `MethodOptions.reference_order`: the block goes on with unrounded
+    weights, and a resumed run prunes finished blocks again.
 
     Args:
-        job: method, pattern, sparsity.
+        settings: method, pattern, sparsity and options.
         linear: the module; its weight is overwritten.
-        full_name: for messages.
-        stored: the weight as stored, in the checkpoint's dtype and orientation, on any device.
+        full_name: name of the linear in the model, for messages.
+        stored: the weight in the checkpoint's dtype and orientation, on any device.
         statistics: of its inputs, complete; see `InputStatistics.complete`.
         channels: which inputs may change places, or None.
-        ranks: who prunes the same linear at the same time, and can take some of its rows.
+        ranks: processes that prune the same linear at the same time and can split its rows.
 
     Returns:
-        The pruned weight in dtype and orientation of `stored`, on its device; the record for the manifest; and the
-        order of the inputs in which the weight keeps the pattern, int64 (in,), or None where that is theirs.
+        The pruned weight in dtype and orientation of `stored`, on its device. The record for the
+        manifest. The order of the inputs in which the weight keeps the pattern, int64 (in,), or
+        None if the inputs keep their order.
 
     Raises:
-        ValueError: non-finite weights or activations; names the linear.
+        ValueError: weights or activations are not finite; names the linear.
     """
     started = time.perf_counter()
-    method, notes = job.method, {}
-    order: Callable[[], torch.Tensor] | None = None
-    if channels is not None and not job.pattern.removes_nothing(job.sparsity):
-        method, order = with_permutation(method, channels)
+    method, notes = settings.method, dict[str, Any]()
+    found_order: Callable[[], torch.Tensor] | None = None
+    if channels is not None and not settings.pattern.removes_nothing(settings.sparsity):
+        method, found_order = with_permutation(method, channels)
     statistics.check_finite(full_name)
     if statistics.tokens == 0 and method.needs != "none":
-        # Without inputs every feature counts the same, which makes Wanda's score row-wise magnitude.
-        statistics = _equal_inputs(statistics)
+        statistics = InputStatistics.of_equal_inputs(
+            statistics.in_features, statistics.spec, statistics.sum_squares_I.device
+        )
         notes["unreached"] = (
             "no calibration token reached this linear: its inputs were taken as equal"
         )
     weight_OI = _oriented(stored, linear).to(linear.weight_OI.device, torch.float32)
+    options = replace(settings.options, row_sharding=row_sharding(ranks))
     try:
-        options = replace(job.options, rows=row_sharding(ranks))
-        pruned = method.prune(weight_OI, statistics, job.pattern, job.sparsity, options)
+        pruned = method.prune(weight_OI, statistics, settings.pattern, settings.sparsity, options)
     except ValueError as fault:
         raise ValueError(f"{full_name}: {fault}") from fault
     if method.updates_weights:
         new_OI = pruned.weight_OI.to(stored.dtype)
     else:
-        # Kept weights stay as stored, bit for bit: no way through float32 for dtypes wider than it.
+        # Kept weights stay as stored, bit for bit. A way through float32 would round wider dtypes.
         new_OI = _oriented(stored, linear).to(pruned.keep_OI.device).masked_fill(~pruned.keep_OI, 0)
     if method.updates_weights and not all_finite(new_OI):
         raise ValueError(
-            f"{method.name} gave weights that are not finite for {full_name}; try a larger --damping or more samples"
+            f"{method.name} gave weights that are not finite for {full_name}; "
+            "try a larger --damping or more samples"
         )
-    # The original goes on with the weight as computed, and rounds when it saves.
-    linear.assign(pruned.weight_OI if job.options.reference_order else new_OI)
-    error, energy = _damage(weight_OI, new_OI, statistics, ranks)
+    # The original code goes on with the weight as computed, and rounds only when it saves.
+    linear.assign(pruned.weight_OI if settings.options.reference_order else new_OI)
+    error, energy = _output_error(weight_OI, new_OI, statistics, ranks)
     zeros = count_zeros(new_OI)
     record = LinearRecord(
         shape=linear.shape,
@@ -105,36 +101,34 @@ def prune_linear(
         notes=notes | pruned.notes,
     )
     result = new_OI.T if linear.transposed else new_OI
-    return result.to(stored.device).contiguous(), record, order() if order is not None else None
+    order_I = found_order() if found_order is not None else None
+    return result.to(stored.device).contiguous(), record, order_I
 
 
 def _oriented(stored: torch.Tensor, linear: Linear) -> torch.Tensor:
     return stored.T if linear.transposed else stored
 
 
-def _equal_inputs(statistics: InputStatistics) -> InputStatistics:
-    return InputStatistics.of_equal_inputs(
-        statistics.in_features, statistics.spec, statistics.sum_squares_I.device
-    )
-
-
-def _damage(
+def _output_error(
     before_OI: torch.Tensor, after_OI: torch.Tensor, statistics: InputStatistics, ranks: Ranks
 ) -> tuple[float | None, float | None]:
-    """(relative output error, removed energy); see `LinearRecord`. Rows are taken in slices to save memory.
+    """(relative output error, removed energy); see `LinearRecord`.
 
-    The two products with a Gram matrix are shared out; what norms alone give is not worth a meeting.
+    With the Gram matrix G and the change D = W − Ŵ, the lost energy of the outputs is
+    ‖XDᵀ‖² = tr(D G Dᵀ) = Σ (D G) ⊙ D. With norms alone, G is taken as diagonal.
     """
     if statistics.needs == "none":
         return None, None
     gram_II = statistics.gram_II
-    # A low-precision Gram matrix is of inputs rounded as far as factors are here.
+    # A low-precision Gram is rounded already, so its products may be rounded as far.
     product = low_precision_product if statistics.spec.low_precision else torch.matmul
     squares_I = statistics.sum_squares_I.float()
     lost = total = 0.0
     if gram_II is not None:
-        mine = ranks.own_range(len(before_OI))
-        before_OI, after_OI = before_OI[mine.start : mine.stop], after_OI[mine.start : mine.stop]
+        # Only these two products take long enough to split their rows over ranks.
+        own = ranks.own_range(len(before_OI))
+        before_OI, after_OI = before_OI[own.start : own.stop], after_OI[own.start : own.stop]
+    # Slices of rows keep the temporaries small.
     for span in row_spans(before_OI):
         before, after = before_OI[span], after_OI[span]
         change = before - after.float()

@@ -1,22 +1,22 @@
-"""Walking all calibration windows through one block and pruning its linears on the way.
+"""One pass through a block, in which every linear is pruned when all windows stand before it.
 
-Three ways lead through a block:
+The forward pass of each batch is a coroutine (a greenlet), which pauses at every linear:
 
-- `lockstep`: each batch's forward pass is a coroutine that pauses at every linear. When all of them stand
-  at the same linear, its statistics are complete; it is pruned, and all go on with the pruned weight. One
-  pass in all.
-- `replay`: bit for bit the same result without paused coroutines: the block is run again from its start for
-  every group of linears, so that only one batch is in flight. For when paused batches do not fit in memory.
-- `two_pass`: the original's way. Statistics of all linears from the unpruned block, then a second pass to
-  propagate. Linears late in the block do not see what was pruned before them.
+    batch 0  ──► q (pause) ──► o (pause) ──► up (pause) ──► down (pause) ──► output
+    batch 1  ──► q (pause) ──► o (pause) ──► up (pause) ──► down (pause) ──► output
+                 │
+                 └ all batches wait here: complete the statistics, prune q, resume all batches
 
-Before experts all batches stand still as well, until it is known how many tokens each expert gets; see `expert_counter`.
+Python needs no change in the model for that: a greenlet switches in the middle of any call stack,
+here inside a forward pre-hook. So the statistics of every linear come from a block whose earlier
+linears are pruned already, and yet the block runs only once.
 
-None of them knows what a method does: `prune(linear, statistics)` changes the weight in place.
+Linears with the very same input (q, k and v; gate and up) share their statistics. Before experts
+all batches pause as well, until the tokens of each expert are counted; see `expert_tokens.py`.
 
-Where other ranks have windows too, all ranks stand at the same linear before its statistics are complete: they agree on
-the one that comes first among all of them, and a rank that has nothing for it, or no windows at all, takes part with
-empty hands.
+With several ranks, all of them prune the same linear at the same time. `synchronize` finds the
+next linear, the first that any batch of any rank waits at. A rank without a batch there takes part
+with empty statistics.
 """
 
 from __future__ import annotations
@@ -28,142 +28,133 @@ from dataclasses import dataclass
 import torch
 from greenlet import greenlet
 
-from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.distributed import Ranks
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
 from prunus.pruning.block.expert_tokens import ExpertCounter
-from prunus.pruning.block.hooks import (
-    Accumulate,
-    Finish,
-    Forward,
-    NewStatistics,
-    Prune,
-    accumulate_inputs,
-    execution_order,
-    input_hooks,
-    tokens_of,
-)
+from prunus.pruning.block.hooks import input_hooks, tokens_of
+from prunus.pruning.block.walk import BlockWalk
 
 __all__ = ["lockstep"]
 
+#: The tensor that a batch last added to statistics, and the linear that these belong to. The
+#: reference is weak: an input must not stay in memory only to be compared with the next one.
+LastInput = tuple[weakref.ref[torch.Tensor], str]
 
-def lockstep(
-    linears: Sequence[Linear],
-    count: int,
-    forward: Forward,
-    finish: Finish,
-    new_statistics: NewStatistics,
-    prune: Prune,
-    feed: Accumulate = accumulate_inputs,
-    ranks: Ranks = SINGLE_PROCESS,
-    expert_counters: Sequence[ExpertCounter] = (),
-) -> list[Linear]:
-    """Take `count` batches through the block in lockstep.
+
+def lockstep(walk: BlockWalk) -> list[Linear]:
+    """Take all batches through the block in lockstep.
 
     Args:
-        linears: the linears to prune.
-        count: number of batches, on this rank.
-        forward: runs the block on batch i and returns its output hidden states.
-        finish: stores the output of batch i; called as soon as the batch is through.
-        new_statistics: an empty accumulator for the inputs of a linear.
-        prune: called once per linear with the statistics of its inputs, in the order of execution.
-        feed: adds the input of a linear, for one batch, to its statistics.
-        ranks: who else has batches of the same run.
-        routings: experts modules of the block whose tokens are to be counted before any of them is measured.
+        walk: the block's linears, its forward pass and what is done to each linear.
 
     Returns:
         The linears that no batch of any rank reached.
     """
-    order = {
-        name: position for position, name in enumerate(execution_order(linears, expert_counters))
-    }
-    uncounted = {expert_counter.name: expert_counter for expert_counter in expert_counters}
-    pending = {linear.name: linear for linear in linears}
+    return _Lockstep(walk).run()
 
-    def pause(linear: Linear, x: torch.Tensor) -> None:
-        if linear.name in pending:
+
+class _Lockstep:
+    """The state of one lockstep pass: which batch waits where, and what is left to prune."""
+
+    def __init__(self, walk: BlockWalk) -> None:
+        self.walk = walk
+        self.order = {name: place for place, name in enumerate(walk.execution_order())}
+        self.uncounted = {counter.name: counter for counter in walk.expert_counters}
+        self.pending = {linear.name: linear for linear in walk.linears}
+        self.runners = [greenlet(walk.forward) for _ in range(walk.count)]
+        # Batch -> the module that it waits at, and its input there.
+        self.waiting: dict[int, tuple[str, torch.Tensor]] = {}
+        self.last: list[LastInput | None] = [None] * walk.count
+        # Statistics that are complete, by the linear that they were made for.
+        self.statistics: dict[str, InputStatistics] = {}
+
+    def run(self) -> list[Linear]:
+        walk = self.walk
+        try:
+            with input_hooks(
+                walk.linears, self._pause, walk.expert_counters, self._pause_at_experts
+            ):
+                for batch in range(walk.count):
+                    self._advance(batch, batch)
+                # Batches may take different ways through experts. The linear registered first
+                # goes first: blocks run their experts in that order, so that no batch can still
+                # arrive at a linear after it was pruned.
+                while turn := synchronize(self.waiting, self.last, self.order, walk.ranks):
+                    self._take_turn(turn)
+        finally:
+            # After an error, paused batches end here, so that none keeps its activations alive.
+            for runner in self.runners:
+                if not runner.dead:
+                    runner.throw()
+            for counter in walk.expert_counters:
+                counter.reset()
+        return list(self.pending.values())
+
+    def _take_turn(self, turn: Turn) -> None:
+        """Count the experts' tokens or prune the linear, then resume the batches that wait there."""
+        arrived = [batch for batch, (at, _) in sorted(self.waiting.items()) if at == turn.name]
+        if turn.name in self.uncounted:
+            counter = self.uncounted.pop(turn.name)
+            for batch in arrived:
+                counter.count(batch, self.waiting[batch][1])
+            counter.complete(self.walk.ranks)
+        else:
+            self._prune(turn, arrived)
+        for batch in arrived:
+            del self.waiting[batch]
+            self._advance(batch)
+
+    def _prune(self, turn: Turn, arrived: Sequence[int]) -> None:
+        linear, leader = self.pending[turn.name], turn.leader
+        if leader is None:
+            leader = linear.name
+            statistics = self.walk.new_statistics(linear)
+            for batch in arrived:
+                self.walk.accumulate(statistics, linear, batch, tokens_of(self.waiting[batch][1]))
+            statistics.complete(self.walk.ranks)
+            self.statistics[leader] = statistics
+        statistics = self.statistics[leader]
+        # A Gram matrix is large, so statistics go as soon as no later linear can reuse them.
+        self.statistics = {
+            name: kept for name, kept in self.statistics.items() if name in (*turn.keep, leader)
+        }
+        for batch in arrived:
+            self.last[batch] = (weakref.ref(self.waiting[batch][1]), leader)
+        self.walk.prune(linear, statistics)
+        del self.pending[linear.name]
+
+    def _advance(self, batch: int, *start: int) -> None:
+        """Run a batch until it pauses again or is through; `start` is the argument of its forward."""
+        result = self.runners[batch].switch(*start)
+        if self.runners[batch].dead:
+            self.walk.finish(batch, result)
+        else:
+            self.waiting[batch] = result
+
+    def _pause(self, linear: Linear, x: torch.Tensor) -> None:
+        if linear.name in self.pending:
             greenlet.getcurrent().parent.switch((linear.name, x))
 
-    def pause_before_experts(expert_counter: ExpertCounter, chosen_TK: torch.Tensor) -> None:
-        if expert_counter.name in uncounted:
-            greenlet.getcurrent().parent.switch((expert_counter.name, chosen_TK))
-
-    runners = [greenlet(forward) for _ in range(count)]
-    waiting: dict[int, tuple[str, torch.Tensor]] = {}
-    # Per batch the linear that its statistics were last made for, and the tensor that fed them.
-    last: list[LastInput | None] = [None] * count
-    # By the linear that they were made for.
-    made: dict[str, InputStatistics] = {}
-
-    def advance(index: int, *start: int) -> None:
-        result = runners[index].switch(*start)
-        if runners[index].dead:
-            finish(index, result)
-        else:
-            waiting[index] = result
-
-    try:
-        with input_hooks(linears, pause, expert_counters, pause_before_experts):
-            for index in range(count):
-                advance(index, index)
-            while True:
-                # Where batches part (experts), the linear registered first goes first: blocks run their
-                # experts in that order, so nobody can still arrive at it.
-                meeting = synchronize(waiting, last, order, ranks)
-                if meeting is None:
-                    break
-                name, leader = meeting.linear, meeting.leader
-                arrived = [index for index, (at, _) in sorted(waiting.items()) if at == name]
-                if name in uncounted:
-                    for index in arrived:
-                        uncounted[name].see(index, waiting[index][1])
-                    uncounted.pop(name).decide(ranks)
-                    for index in arrived:
-                        del waiting[index]
-                        advance(index)
-                    continue
-                linear = pending[name]
-                if leader is None:
-                    leader, made[name] = name, new_statistics(linear)
-                    for index in arrived:
-                        feed(made[name], linear, index, tokens_of(waiting[index][1]))
-                    made[name].complete(ranks)
-                statistics = made[leader]
-                made = {key: kept for key, kept in made.items() if key in (*meeting.held, leader)}
-                for index in arrived:
-                    last[index] = (weakref.ref(waiting[index][1]), leader)
-                prune(linear, statistics)
-                del pending[name]
-                for index in arrived:
-                    del waiting[index]
-                    advance(index)
-    finally:
-        for runner in runners:
-            if not runner.dead:
-                runner.throw()
-        for expert_counter in expert_counters:
-            expert_counter.end()
-    return list(pending.values())
-
-
-#: The tensor that a batch last gave to statistics, and the linear that those were made for.
-LastInput = tuple[weakref.ref[torch.Tensor], str]
+    def _pause_at_experts(self, counter: ExpertCounter, chosen_TK: torch.Tensor) -> None:
+        if counter.name in self.uncounted:
+            greenlet.getcurrent().parent.switch((counter.name, chosen_TK))
 
 
 @dataclass(frozen=True)
-class Rendezvous:
-    """What all ranks agree on before a linear is pruned.
+class Turn:
+    """What all ranks do next.
 
     Attributes:
-        linear: the one whose turn it is.
-        leader: an earlier linear whose statistics are this one's too, since every batch gives it the very same tensor
-            (q, k, v; gate, up); None where there is none.
-        held: linears whose statistics somebody may still ask for once this one is measured.
+        name: the linear to prune, or the experts module whose tokens are counted.
+        leader: an earlier linear whose statistics serve for this one too, because every batch gives
+            both the very same tensor (q, k, v; gate, up). None if there is none.
+        keep: linears whose statistics a later linear may reuse, so they must stay in memory.
     """
 
-    linear: str
+    name: str
     leader: str | None
-    held: frozenset[str]
+    keep: frozenset[str]
 
 
 def synchronize(
@@ -171,45 +162,54 @@ def synchronize(
     last: Sequence[LastInput | None],
     order: Mapping[str, int],
     ranks: Ranks,
-) -> Rendezvous | None:
-    """The first linear that any batch of any rank waits at; None once all are through.
+) -> Turn | None:
+    """Find the first module that any batch of any rank waits at. All ranks call it at once.
 
     Args:
-        waiting: by batch of this rank: the linear that it waits at, and its input there.
-        last: by batch of this rank.
-        order: the linears in the order in which they are registered, with their positions.
-        ranks: who else has batches.
+        waiting: per batch of this rank: the module that it waits at, and its input there.
+        last: per batch of this rank: the input that it last added to statistics.
+        order: positions of the modules in the order of execution.
+        ranks: the processes that have batches of the same run.
+
+    Returns:
+        The same on all ranks; None once all batches of all ranks are through.
     """
     names, through = list(order), len(order)
-    mine = min((order[name] for name, _ in waiting.values()), default=through)
-    arrived = {index for index, (name, _) in waiting.items() if order[name] == mine}
+    own = min((order[name] for name, _ in waiting.values()), default=through)
+    arrived = {batch for batch, (name, _) in waiting.items() if order[name] == own}
+    # The statistics that already hold this very tensor. All batches must agree on them.
     sources = {
         order[entry[1]]
-        if (entry := last[index]) is not None and entry[0]() is waiting[index][1]
+        if (entry := last[batch]) is not None and entry[0]() is waiting[batch][1]
         else -1
-        for index in arrived
+        for batch in arrived
     }
     leader = sources.pop() if len(sources) == 1 else -1
-    # How many batches each linear's statistics were the last of: all of them, and those that do not go on now.
-    fed, stay = [0] * through, [0] * through
-    for index, entry in enumerate(last):
+    # Per linear: of how many batches its statistics were the last, and how many of these batches
+    # stay where they are in this turn.
+    added, staying = [0] * through, [0] * through
+    for batch, entry in enumerate(last):
         if entry is not None:
-            fed[order[entry[1]]] += 1
-            stay[order[entry[1]]] += index not in arrived
-    said = ranks.gather_ints([mine, leader, len(arrived), *fed, *stay])
-    first = min(row[0] for row in said)
+            added[order[entry[1]]] += 1
+            staying[order[entry[1]]] += batch not in arrived
+    rows = ranks.gather_ints([own, leader, len(arrived), *added, *staying])
+    first = min(row[0] for row in rows)
     if first == through:
         return None
-    there = [row for row in said if row[0] == first]
+    there = [row for row in rows if row[0] == first]
     leaders = {row[1] for row in there}
     leader = leaders.pop() if len(leaders) == 1 else -1
-    # A batch that fed those statistics but is not here would leave its tokens in them.
-    if leader >= 0 and sum(row[3 + leader] for row in said) != sum(row[2] for row in there):
+    # A batch that is in the leader's statistics but does not wait here would leave its tokens in
+    # them. Then this linear needs statistics of its own.
+    if leader >= 0 and sum(row[3 + leader] for row in rows) != sum(row[2] for row in there):
         leader = -1
-    still = [row[3 + through :] if row[0] == first else row[3 : 3 + through] for row in said]
-    held = {
-        name for name, batches in zip(names, zip(*still, strict=True), strict=True) if any(batches)
+    # On a rank that does not take part in this turn, all batches stay.
+    remaining = [row[3 + through :] if row[0] == first else row[3 : 3 + through] for row in rows]
+    keep = {
+        name
+        for name, batches in zip(names, zip(*remaining, strict=True), strict=True)
+        if any(batches)
     }
     if leader >= 0:
-        held.add(names[leader])
-    return Rendezvous(names[first], names[leader] if leader >= 0 else None, frozenset(held))
+        keep.add(names[leader])
+    return Turn(names[first], names[leader] if leader >= 0 else None, frozenset(keep))

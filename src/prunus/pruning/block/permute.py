@@ -1,18 +1,27 @@
-"""Which linears' inputs may change places, because whoever writes them can follow: an order folded into the weights.
+"""Reorders the inputs of a linear, and folds the permutation into the weights that write them.
 
-A linear's inputs can be reordered without a trace in the model's outputs if the rows that produce them are reordered
-alike and nothing in between tells channels apart: the inner channels of an MLP (rows of gate and up, columns of down),
-and within a head from v to o. Heads that share keys and values share their v, so they must share one order. What reads
-the residual stream cannot be reordered, since all blocks share that.
+N:M keeps the best N of every M consecutive inputs, so the order of the inputs matters. It can
+change without a trace in the model's outputs if the rows that write the inputs change places alike:
 
-`find_folds` guesses from names and shapes; `holds` tries a guess on the dense block with real hidden states, and
-nothing is folded that did not pass. Whatever else may lie between two linears (a norm with weights, another order of
-heads) fails there.
+    rows of up and gate   ──►  inner channels of the MLP  ──►  columns of down
+    rows of v             ──►  channels of a head         ──►  columns of the output projection
+
+Nothing in between may tell channels apart. Heads that share their keys and values share one v, so
+they share one order. Linears that read the residual stream keep their order, because all blocks
+share that stream.
+
+`find_permutable` guesses from names and shapes. `choose_permutable` tries every guess on the dense
+block with real hidden states, and only a guess that passes is used. Whatever else may lie between
+two linears (a norm with weights, another order of heads) fails there.
+
+Shape suffixes: O outputs (rows), I inputs (columns). For channels that can change places: G groups,
+W channels of a group, C copies (rows of one producer that write the same channel).
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,36 +29,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunus.distributed import Ranks
 from prunus.methods.refine.permutation import Channels
 from prunus.model.calls import replaced_forward
 from prunus.model.linears import Linear
 
-__all__ = ["REFUSED", "Fold", "find_folds", "fold", "holds", "inputs_permuted"]
+__all__ = [
+    "KEPT_ORDER",
+    "PermutableInputs",
+    "Producer",
+    "choose_permutable",
+    "find_permutable",
+    "fold_permutation",
+    "inputs_permuted",
+    "keeps_outputs",
+]
 
-#: What the manifest says of a linear whose inputs keep their order.
-REFUSED = "its inputs keep their order: nothing that writes them could follow without changing the model's outputs"
+#: The manifest's note on a linear whose inputs keep their order.
+KEPT_ORDER = "its inputs keep their order: any other would change the model's outputs"
 
 _VALUES = ("v_proj", "v", "value", "value_proj")
 _QUERIES_AND_KEYS = ("q_proj", "k_proj", "q", "k", "query", "key", "query_proj", "key_proj")
-# A wrong order changes a linear's outputs by about their own size, rounding by less than a hundredth of it.
-_MOST_CHANGE = 0.05
+# A wrong order changes a linear's outputs by about their own size, rounding by less than 1 %.
+_MAX_CHANGE = 0.05
 
 
 @dataclass(frozen=True)
 class Producer:
-    """A linear that writes the inputs of another: its row `rows_CGW[c, g, d]` gives channel d of group g, in copy c."""
+    """A linear that writes the inputs of another.
+
+    Attributes:
+        name: relative to the block.
+        rows_CGW: its row `rows_CGW[c, g, w]` writes channel w of group g, in copy c.
+    """
 
     name: str
     rows_CGW: Tensor
 
 
 @dataclass(frozen=True)
-class Fold:
-    """A linear whose inputs can change places, and the linears that follow.
+class PermutableInputs:
+    """A linear whose inputs can change places, and the linears that write them.
 
     Attributes:
         consumer: relative name of the linear.
-        producers: of its inputs.
+        producers: the linears that write its inputs.
         channels: which of its inputs can change places with which.
     """
 
@@ -58,23 +82,29 @@ class Fold:
     channels: Channels
 
 
-def find_folds(linears: Sequence[Linear], heads: int | None, m: int) -> dict[str, list[Fold]]:
-    """Relative name of a linear -> what might be folded, likeliest first; nothing for what reads the residual stream.
+def find_permutable(
+    linears: Sequence[Linear], heads: int | None, m: int
+) -> dict[str, list[PermutableInputs]]:
+    """Guess from names and shapes which linears' inputs can be permuted.
 
     Args:
-        linears: all of a block.
-        heads: of its attention, where known.
-        m: channels of a group of N:M, which must divide those that may change places.
+        linears: all linears of a block.
+        heads: attention heads of the block, if known.
+        m: group size of N:M. It must divide the number of channels that can change places.
+
+    Returns:
+        Relative name of a linear -> guesses, the likeliest first. Linears that read the residual
+        stream are missing.
     """
-    families: dict[str, list[Linear]] = {}
+    siblings: dict[str, list[Linear]] = {}
     for linear in linears:
-        families.setdefault(linear.name.rpartition(".")[0], []).append(linear)
-    found: dict[str, list[Fold]] = {}
-    for family in families.values():
+        siblings.setdefault(linear.name.rpartition(".")[0], []).append(linear)
+    found: dict[str, list[PermutableInputs]] = {}
+    for family in siblings.values():
         for consumer in family:
             guesses = [
-                *_mlp(consumer, family),
-                *(_attention(consumer, family, heads) if heads else ()),
+                *_mlp_guesses(consumer, family),
+                *(_attention_guesses(consumer, family, heads) if heads else ()),
             ]
             guesses = [guess for guess in guesses if guess.channels.width % m == 0]
             if guesses:
@@ -82,28 +112,34 @@ def find_folds(linears: Sequence[Linear], heads: int | None, m: int) -> dict[str
     return found
 
 
-def _mlp(consumer: Linear, family: Sequence[Linear]) -> list[Fold]:
-    """Up and perhaps gate, apart or (gate, up) in one, before down."""
+def _mlp_guesses(consumer: Linear, family: Sequence[Linear]) -> list[PermutableInputs]:
+    """Down as consumer; as producers up and perhaps gate, or one linear that holds (gate, up)."""
     out, width = consumer.shape
     others = [linear for linear in family if linear is not consumer]
-    writers = [other for other in others if other.shape == (width, out)]
+    separate = [other for other in others if other.shape == (width, out)]
     fused = [other for other in others if other.shape == (2 * width, out)]
     rows = torch.arange(width)
     channels = Channels(1, 1, width)
     guesses = []
-    # By its shape up could as well read what down writes; what writes is registered first.
-    after = all(consumer in family[family.index(writer) :] for writer in writers)
-    if writers == others and (len(others) == 2 or (len(others) == 1 and after)) and width != out:
-        producers = tuple(Producer(writer.name, rows.view(1, 1, width)) for writer in writers)
-        guesses.append(Fold(consumer.name, producers, channels))
+    # By shapes alone, up might as well be the consumer of down. Producers are registered first.
+    after = all(consumer in family[family.index(writer) :] for writer in separate)
+    if separate == others and (len(others) == 2 or (len(others) == 1 and after)) and width != out:
+        producers = tuple(Producer(writer.name, rows.view(1, 1, width)) for writer in separate)
+        guesses.append(PermutableInputs(consumer.name, producers, channels))
     for writer in fused:
         both = torch.stack([rows, width + rows]).view(2, 1, width)
-        guesses.append(Fold(consumer.name, (Producer(writer.name, both),), channels))
+        guesses.append(PermutableInputs(consumer.name, (Producer(writer.name, both),), channels))
     return guesses
 
 
-def _attention(consumer: Linear, family: Sequence[Linear], heads: int) -> list[Fold]:
-    """Values, apart or at the end of, or per head in, one linear with queries and keys, before the output projection."""
+def _attention_guesses(
+    consumer: Linear, family: Sequence[Linear], heads: int
+) -> list[PermutableInputs]:
+    """The output projection as consumer; as producer the values.
+
+    Values are a linear of their own, or share one with queries and keys: either after all queries
+    and keys, or head by head.
+    """
     width, rest = divmod(consumer.shape[1], heads)
     if rest or not width or consumer.name.rpartition(".")[2] in (*_VALUES, *_QUERIES_AND_KEYS):
         return []
@@ -113,7 +149,8 @@ def _attention(consumer: Linear, family: Sequence[Linear], heads: int) -> list[F
         groups = len(rows_GW)
         if 1 <= groups <= heads and heads % groups == 0:
             channels = Channels(groups, heads // groups, width)
-            guesses.append(Fold(consumer.name, (Producer(writer.name, rows_GW[None]),), channels))
+            producers = (Producer(writer.name, rows_GW[None]),)
+            guesses.append(PermutableInputs(consumer.name, producers, channels))
 
     for writer in (linear for linear in family if linear is not consumer):
         rows = writer.shape[0]
@@ -129,62 +166,99 @@ def _attention(consumer: Linear, family: Sequence[Linear], heads: int) -> list[F
     return guesses
 
 
-def holds(guess: Fold, linears: Mapping[str, Linear], run: Callable[[], Tensor]) -> bool:
-    """Whether the block gives the same outputs with the inputs of `guess.consumer` in some other order.
+def choose_permutable(
+    guesses: Mapping[str, Sequence[PermutableInputs]],
+    linears: Mapping[str, Linear],
+    run: Callable[[], Tensor] | None,
+    ranks: Ranks,
+) -> dict[str, PermutableInputs]:
+    """Choose for every linear the first guess that keeps the block's outputs. All ranks call it.
 
     Args:
-        guess: from `find_folds`.
-        linears: by relative name, with the dense weights; they end as they began.
+        guesses: from `find_permutable`.
+        linears: all linears of the block by relative name, with the dense weights.
+        run: runs the block on the first batch of all; None on the ranks that do not have it.
+        ranks: the processes of the run.
+
+    Returns:
+        Relative name of a linear -> the guess; linears without a guess that holds are missing.
+    """
+    own: dict[str, int] = {}
+    if run is not None:
+        for name, each in guesses.items():
+            passing = (i for i, guess in enumerate(each) if keeps_outputs(guess, linears, run))
+            if (chosen := next(passing, None)) is not None:
+                own[name] = chosen
+    # Only one rank has the first batch. It tells the others which guesses passed.
+    rows = [json.loads(text) for text in ranks.gather_text(json.dumps(own))]
+    return {name: guesses[name][chosen] for row in rows for name, chosen in row.items()}
+
+
+@torch.no_grad()
+def keeps_outputs(
+    guess: PermutableInputs, linears: Mapping[str, Linear], run: Callable[[], Tensor]
+) -> bool:
+    """Whether the block gives the same outputs with the consumer's inputs in a random order.
+
+    Args:
+        guess: from `find_permutable`.
+        linears: by relative name, with the dense weights. They end with the same weights.
         run: runs the block on hidden states and returns its outputs.
     """
     generator = torch.Generator().manual_seed(0)
-    within_GW = torch.stack(
-        [
-            torch.randperm(guess.channels.width, generator=generator)
-            for _ in range(guess.channels.groups)
-        ]
-    )
-    touched = [
-        linears[name].module for name in (guess.consumer, *(p.name for p in guess.producers))
+    orders = [
+        torch.randperm(guess.channels.width, generator=generator)
+        for _ in range(guess.channels.groups)
     ]
-    before = [
-        {name: p.detach().clone() for name, p in module.named_parameters()} for module in touched
-    ]
+    order_I = guess.channels.spread(torch.stack(orders))
+    names = (guess.consumer, *(producer.name for producer in guess.producers))
+    parameters = {
+        f"{name}.{key}": parameter
+        for name in names
+        for key, parameter in linears[name].module.named_parameters()
+    }
+    dense = {key: parameter.detach().clone() for key, parameter in parameters.items()}
     consumer = linears[guess.consumer]
-    plain = _outputs(consumer, run)
-    if len(plain) == 1:
-        return False  # an expert that no token of these reaches proves nothing
+    before = _outputs(consumer, run)
+    if len(before) == 1:
+        return False  # no token reached this linear (an expert), so the test would prove nothing
     try:
-        for module, values in zip(touched, before, strict=True):
-            tensors = {
-                f"{_name_of(module, linears)}.{name}": value for name, value in values.items()
-            }
-            for key, tensor in fold(
-                tensors, guess, guess.channels.spread(within_GW), linears
-            ).items():
-                module.get_parameter(key.rpartition(".")[2]).copy_(tensor)
-        ordered = _outputs(consumer, run)
+        for key, tensor in fold_permutation(dense, guess, order_I, linears).items():
+            parameters[key].copy_(tensor)
+        after = _outputs(consumer, run)
     finally:
-        for module, values in zip(touched, before, strict=True):
-            for name, value in values.items():
-                module.get_parameter(name).copy_(value)
-    return len(plain) == len(ordered) and all(
-        float((after - was).norm()) <= _MOST_CHANGE * float(was.norm())
-        for was, after in zip(plain, ordered, strict=True)
+        for key, tensor in dense.items():
+            parameters[key].copy_(tensor)
+    return len(before) == len(after) and all(
+        float((new - old).norm()) <= _MAX_CHANGE * float(old.norm())
+        for old, new in zip(before, after, strict=True)
     )
 
 
-def fold(
-    tensors: Mapping[str, Tensor], chosen: Fold, order_I: Tensor, linears: Mapping[str, Linear]
+def fold_permutation(
+    tensors: Mapping[str, Tensor],
+    permutable: PermutableInputs,
+    order_I: Tensor,
+    linears: Mapping[str, Linear],
 ) -> dict[str, Tensor]:
-    """What changes of `tensors` (by relative name, as stored) when the consumer's inputs take the order `order_I`."""
+    """Reorder a linear's inputs in the stored tensors of a block.
+
+    Args:
+        tensors: tensors of the block by relative name, as stored.
+        permutable: the linear, and the linears that write its inputs.
+        order_I: int64 (I,). Input j of the result is input `order_I[j]` of `tensors`.
+        linears: all linears of the block by relative name.
+
+    Returns:
+        The tensors that change, by relative name.
+    """
     changed: dict[str, Tensor] = {}
-    key = f"{chosen.consumer}.weight"
+    key = f"{permutable.consumer}.weight"
     if key in tensors:
-        dim = 0 if linears[chosen.consumer].transposed else 1
+        dim = 0 if linears[permutable.consumer].transposed else 1
         changed[key] = tensors[key].index_select(dim, order_I.to(tensors[key].device))
-    within_GW = chosen.channels.within(order_I)
-    for producer in chosen.producers:
+    within_GW = permutable.channels.within(order_I)
+    for producer in permutable.producers:
         rows_CGW = producer.rows_CGW
         from_CGW = rows_CGW.gather(2, within_GW.expand_as(rows_CGW))
         for key, dim in (
@@ -193,58 +267,55 @@ def fold(
         ):
             if key not in tensors:
                 continue
+            # Rows that write other channels (queries, keys) keep their places.
             order_O = torch.arange(tensors[key].shape[dim])
             order_O[rows_CGW.flatten()] = from_CGW.flatten()
             changed[key] = tensors[key].index_select(dim, order_O.to(tensors[key].device))
     return changed
 
 
-def _name_of(module: nn.Module, linears: Mapping[str, Linear]) -> str:
-    return next(name for name, linear in linears.items() if linear.module is module)
-
-
-@torch.no_grad()
 def _outputs(consumer: Linear, run: Callable[[], Tensor]) -> list[Tensor]:
-    """What the consumer gives, each time it is called, and what the block gives; float32."""
-    seen: list[Tensor] = []
+    """The consumer's output in each of its calls, then the block's; float32."""
+    outputs: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        seen.append(output.float())
+        outputs.append(output.float())
 
     handle = consumer.module.register_forward_hook(keep)
     try:
-        output = run()
-        seen.append(output.float())
+        outputs.append(run().float())
     finally:
         handle.remove()
-    return seen
+    return outputs
 
 
 @contextlib.contextmanager
-def inputs_permuted(linears: Sequence[Linear]) -> Iterator[Callable[[Linear, torch.Tensor], None]]:
-    """While active: a function that puts the inputs of one of `linears` in an order, int64 (in,), from then on.
+def inputs_permuted(linears: Sequence[Linear]) -> Iterator[Callable[[Linear, Tensor], None]]:
+    """Let linears take their inputs in another order before it is folded into the producers.
 
-    It puts the columns of the linear's weight in that order too, and leaves them there. Other linears it leaves alone.
+    While active, every call of the yielded function `permute(linear, order_I)` reorders the columns
+    of the linear's weight, and from then on the linear reorders its inputs alike. At the end the
+    weight stays reordered and the inputs no longer are. Linears beside `linears` are left alone.
     """
-    known = {linear.name for linear in linears}
-    orders: dict[str, torch.Tensor] = {}
+    names = {linear.name for linear in linears}
+    orders: dict[str, Tensor] = {}
 
-    def put(linear: Linear, order_I: torch.Tensor) -> None:
-        if linear.name in known:
+    def permute(linear: Linear, order_I: Tensor) -> None:
+        if linear.name in names:
             orders[linear.name] = order_I.to(linear.parameter.device)
             linear.assign(linear.weight_OI[:, orders[linear.name]])
 
-    def wrapped(linear: Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+    def permuted_forward(linear: Linear) -> Callable[[Tensor], Tensor]:
         plain = linear.module.forward
 
-        def forward(x: torch.Tensor) -> torch.Tensor:
+        def forward(x: Tensor) -> Tensor:
             order_I = orders.get(linear.name)
-            result: torch.Tensor = plain(x if order_I is None else x.index_select(-1, order_I))
+            result: Tensor = plain(x if order_I is None else x.index_select(-1, order_I))
             return result
 
         return forward
 
     with contextlib.ExitStack() as stack:
         for linear in linears:
-            stack.enter_context(replaced_forward(linear.module, wrapped(linear)))
-        yield put
+            stack.enter_context(replaced_forward(linear.module, permuted_forward(linear)))
+        yield permute

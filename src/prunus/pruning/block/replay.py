@@ -1,42 +1,40 @@
-"""A way through a block with one batch in flight: for when paused batches do not fit in memory.
+"""A walk through a block with one batch in flight, for blocks whose paused batches need too much memory.
 
-Bit for bit the result of `lockstep`: the block is run again from its start for every group of linears.
+The result equals that of `lockstep` to the bit. Linears that get the very same input form a group,
+such as q, k and v. For every group the block runs once from its start on all batches:
+
+    pass 1   every batch runs up to q, k, v and stops     ──► prune q, k, v
+    pass 2   every batch runs up to o and stops           ──► prune o
+    pass 3   every batch runs up to gate, up and stops    ──► prune gate, up
+    ...
+    last     every batch runs through                     ──► outputs
+
+Earlier linears are pruned by then, so each pass sees the same values as lockstep does.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
 from prunus.pruning.block.expert_tokens import ExpertCounter
-from prunus.pruning.block.hooks import (
-    Accumulate,
-    Finish,
-    Forward,
-    NewStatistics,
-    Prune,
-    accumulate_inputs,
-    execution_order,
-    input_hooks,
-    tokens_of,
-)
+from prunus.pruning.block.hooks import input_hooks, tokens_of
+from prunus.pruning.block.walk import BlockWalk
 
 __all__ = ["replay"]
 
 
 class _Stop(BaseException):
-    """Ends a replay at the first linear behind the group that is being measured."""
+    """Ends the forward pass of a batch at the first input after the group that is measured."""
 
 
 @dataclass
 class _Group:
-    """Linears that get the very same input, and its statistics."""
+    """Linears that get the very same input, and the statistics of that input."""
 
     statistics: InputStatistics
     members: list[str]
@@ -44,22 +42,30 @@ class _Group:
 
 @dataclass
 class _FirstGroup:
-    """Watches one batch: feeds the first linear it meets, notes who shares its input, stops at the next input."""
+    """Observes one batch: measures the first linear that it reaches, and finds the rest of its group.
 
-    groups: dict[str, _Group]
-    new_statistics: NewStatistics
-    feed: Accumulate
+    Attributes:
+        walk: the walk.
+        batch: number of the batch.
+        groups: the groups that batches have reached in this pass, by their first linear.
+        counted: names of the experts modules that batches have reached first in this pass.
+    """
+
+    walk: BlockWalk
     batch: int
+    groups: dict[str, _Group]
     counted: set[str]
     leader: str | None = None
     input: torch.Tensor | None = None
 
-    def __call__(self, linear: Linear, x: torch.Tensor) -> None:
+    def on_input(self, linear: Linear, x: torch.Tensor) -> None:
+        """Add the first input to its group's statistics; stop at the first input that differs."""
         if self.leader is None:
             self.leader, self.input = linear.name, x
             if linear.name not in self.groups:
-                self.groups[linear.name] = _Group(self.new_statistics(linear), [linear.name])
-            self.feed(self.groups[linear.name].statistics, linear, self.batch, tokens_of(x))
+                self.groups[linear.name] = _Group(self.walk.new_statistics(linear), [linear.name])
+            group = self.groups[linear.name]
+            self.walk.accumulate(group.statistics, linear, self.batch, tokens_of(x))
             return
         if x is not self.input:
             raise _Stop
@@ -67,58 +73,61 @@ class _FirstGroup:
         if linear.name not in members:
             members.append(linear.name)
 
-    def count(self, expert_counter: ExpertCounter, chosen_TK: torch.Tensor) -> None:
-        """Experts whose tokens are to be counted before any of them is measured: a group of their own."""
+    def on_routing(self, counter: ExpertCounter, chosen_TK: torch.Tensor) -> None:
+        """Count the tokens of experts that no linear comes before; such experts are a group."""
         if self.leader is None:
-            expert_counter.see(self.batch, chosen_TK)
-            self.counted.add(expert_counter.name)
+            counter.count(self.batch, chosen_TK)
+            self.counted.add(counter.name)
         raise _Stop
 
 
-def replay(
-    linears: Sequence[Linear],
-    count: int,
-    forward: Forward,
-    finish: Finish,
-    new_statistics: NewStatistics,
-    prune: Prune,
-    feed: Accumulate = accumulate_inputs,
-    ranks: Ranks = SINGLE_PROCESS,
-    expert_counters: Sequence[ExpertCounter] = (),
-) -> list[Linear]:
-    """As `lockstep`, with one batch in flight: the block is run once per group of linears that share an input."""
-    pending = {linear.name: linear for linear in linears}
-    uncounted = {expert_counter.name: expert_counter for expert_counter in expert_counters}
-    names = execution_order(linears, expert_counters)
+def replay(walk: BlockWalk) -> list[Linear]:
+    """Take all batches through the block, one at a time and once per group of linears.
+
+    Args:
+        walk: the block's linears, its forward pass and what is done to each linear.
+
+    Returns:
+        The linears that no batch of any rank reached.
+    """
+    ranks = walk.ranks
+    pending = {linear.name: linear for linear in walk.linears}
+    uncounted = {counter.name: counter for counter in walk.expert_counters}
+    names = walk.execution_order()
     while pending:
-        # Per linear: its statistics and who fed them. A batch stops where a second input is asked for.
         groups: dict[str, _Group] = {}
         counted: set[str] = set()
-        for index in range(count):
-            watch = _FirstGroup(groups, new_statistics, feed, index, counted)
-            with (
-                input_hooks(list(pending.values()), watch, list(uncounted.values()), watch.count),
-                contextlib.suppress(_Stop),
-            ):
-                forward(index)
-        mine = min((names.index(name) for name in (*groups, *counted)), default=len(names))
-        first = min(each for (each,) in ranks.gather_ints([mine]))
+        for batch in range(walk.count):
+            observer = _FirstGroup(walk, batch, groups, counted)
+            hooks = input_hooks(
+                list(pending.values()),
+                observer.on_input,
+                list(uncounted.values()),
+                observer.on_routing,
+            )
+            with hooks, contextlib.suppress(_Stop):
+                walk.forward(batch)
+        # Batches may have reached different groups (experts). All ranks take the first one; the
+        # others are measured again in a later pass, with its linears pruned.
+        own = min((names.index(name) for name in (*groups, *counted)), default=len(names))
+        first = min(each for (each,) in ranks.gather_ints([own]))
         if first == len(names):
             break
         leader = names[first]
         if leader in uncounted:
-            uncounted.pop(leader).decide(ranks)
+            uncounted.pop(leader).complete(ranks)
             continue
-        group = groups.get(leader) or _Group(new_statistics(pending[leader]), [])
+        group = groups.get(leader) or _Group(walk.new_statistics(pending[leader]), [])
         group.statistics.complete(ranks)
-        # In the order in which a rank that reached it met them.
-        met = [names.index(name) for name in group.members]
-        everybodys = ranks.gather_ints(met + [-1] * (len(names) - len(met)))
-        members = dict.fromkeys(position for row in everybodys for position in row if position >= 0)
-        for position in members:
-            prune(pending.pop(names[position]), group.statistics)
-    for expert_counter in expert_counters:
-        expert_counter.end()
-    for index in range(count):
-        finish(index, forward(index))
+        # Members in the order in which the first rank that reached the group has found them. Every
+        # rank sends a row of the same length; -1 fills it up.
+        found = [names.index(name) for name in group.members]
+        rows = ranks.gather_ints(found + [-1] * (len(names) - len(found)))
+        members = dict.fromkeys(place for row in rows for place in row if place >= 0)
+        for place in members:
+            walk.prune(pending.pop(names[place]), group.statistics)
+    for counter in walk.expert_counters:
+        counter.reset()
+    for batch in range(walk.count):
+        walk.finish(batch, walk.forward(batch))
     return list(pending.values())

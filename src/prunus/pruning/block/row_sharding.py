@@ -1,4 +1,7 @@
-"""The rows of a linear shared out over ranks: each solves its part, and all get the whole."""
+"""Splits the rows of a linear over ranks: each rank solves its rows, and all get the whole linear.
+
+Shape suffixes: O outputs (rows), I inputs (columns), B bytes or columns of a block.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +14,30 @@ import torch
 from torch import Tensor
 
 from prunus.distributed import Ranks, split_range
-from prunus.methods.base import UNSHARDED, Pruned, RowShard, RowSharding
+from prunus.methods.base import Pruned
+from prunus.methods.row_shards import UNSHARDED, RowShard, RowSharding
 
 __all__ = ["row_sharding"]
 
-# Notes that count: those of parts add up. Of other numbers the largest holds, and of words anybody's.
+# Notes that count something: those of the shards add up. Of other numbers the largest is kept.
 _COUNTS = frozenset({"swaps"})
 
 
 def row_sharding(ranks: Ranks) -> RowSharding:
-    """How methods share rows out where there are these ranks."""
+    """How methods split the rows of a linear over these ranks."""
     return _RowsOverRanks(ranks) if ranks.size > 1 else UNSHARDED
 
 
 @dataclass(frozen=True)
-class _Share:
-    """See `RowShard`."""
+class _RankShard:
+    """The rows of one rank; see `RowShard`."""
 
     ranks: Ranks
     rows: slice
     lengths: list[int]
 
-    def keep_among_all_rows(self, score_OB: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
-        return keep(self.ranks.all_gather(score_OB, self.lengths))[self.rows]
+    def joint_mask(self, score_OB: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
+        return choose(self.ranks.all_gather(score_OB, self.lengths))[self.rows]
 
     def sum(self, number: float) -> float:
         return self.ranks.sum_floats([number])[0]
@@ -41,18 +45,18 @@ class _Share:
 
 @dataclass(frozen=True)
 class _RowsOverRanks:
-    """See `RowSharding`. Where there are not enough rows for all ranks, each solves all of them."""
+    """One shard per rank; see `RowSharding`. With too few rows, every rank solves all of them."""
 
     ranks: Ranks
 
-    def solve(self, count: int, together: int, solve: Callable[[RowShard], Pruned]) -> Pruned:
-        lengths = [len(part) for part in split_range(count, self.ranks.size, together)]
+    def solve(self, rows: int, rows_per_group: int, solve: Callable[[RowShard], Pruned]) -> Pruned:
+        lengths = [len(part) for part in split_range(rows, self.ranks.size, rows_per_group)]
         if not all(lengths):
-            return UNSHARDED.solve(count, together, solve)
-        mine = self.ranks.own_range(count, together)
-        pruned = solve(_Share(self.ranks, slice(mine.start, mine.stop), lengths))
+            return UNSHARDED.solve(rows, rows_per_group, solve)
+        own = self.ranks.own_range(rows, rows_per_group)
+        pruned = solve(_RankShard(self.ranks, slice(own.start, own.stop), lengths))
         notes = [json.loads(text) for text in self.ranks.gather_text(json.dumps(pruned.notes))]
-        # Weights and masks travel side by side, row by row, in one meeting.
+        # Weights and masks travel side by side, row by row, as bytes: one message instead of two.
         weight_OI, keep_OI = pruned.weight_OI.contiguous(), pruned.keep_OI.contiguous()
         sides = [weight_OI.view(torch.uint8), keep_OI.view(torch.uint8)]
         all_OB = self.ranks.all_gather(torch.cat(sides, dim=1), lengths)
@@ -60,13 +64,18 @@ class _RowsOverRanks:
         return Pruned(
             weight_OB.contiguous().view(pruned.weight_OI.dtype),
             keep_OI.contiguous().view(torch.bool),
-            _merged(notes),
+            _merge_notes(notes),
         )
 
 
-def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+def _merge_notes(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
+    """Add up counts, keep the largest of other numbers, and keep the last of texts.
+
+    >>> _merge_notes([{"swaps": 2, "damping": 0.1}, {"swaps": 3, "damping": 0.2}])
+    {'swaps': 5, 'damping': 0.2}
+    """
     merged: dict[str, Any] = {}
-    for notes in parts:
+    for notes in by_rank:
         for key, value in notes.items():
             if key not in merged or isinstance(value, str):
                 merged[key] = value

@@ -1,121 +1,132 @@
-"""The original's way through a block: statistics of all linears from the unpruned block, then a pass to propagate.
+"""The walk of the original code: one pass to measure the unpruned block, one pass to propagate.
 
-Linears late in the block do not see what was pruned before them.
+Linears late in the block do not see what was pruned before them. This walk exists to reproduce the
+original's results; `lockstep` is better and needs one pass less.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 
 import torch
 
-from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
 from prunus.pruning.block.expert_tokens import ExpertCounter
-from prunus.pruning.block.hooks import (
-    Accumulate,
-    Finish,
-    Forward,
-    NewStatistics,
-    Prune,
-    accumulate_inputs,
-    input_hooks,
-    tokens_of,
-)
+from prunus.pruning.block.hooks import input_hooks, tokens_of
+from prunus.pruning.block.walk import BlockWalk
 
 __all__ = ["two_pass"]
 
 
-def two_pass(
-    linears: Sequence[Linear],
-    count: int,
-    forward: Forward,
-    finish: Finish,
-    new_statistics: NewStatistics,
-    prune: Prune,
-    feed: Accumulate = accumulate_inputs,
-    ranks: Ranks = SINGLE_PROCESS,
-    expert_counters: Sequence[ExpertCounter] = (),
-) -> list[Linear]:
-    """The original's two passes: statistics of the whole unpruned block, then the pruned block's outputs."""
-    names = [linear.name for linear in linears]
-    _count(expert_counters, count, forward, ranks)
+def two_pass(walk: BlockWalk) -> list[Linear]:
+    """Measure all linears of the unpruned block, prune them, then run the pruned block.
+
+    Args:
+        walk: the block's linears, its forward pass and what is done to each linear.
+
+    Returns:
+        The linears that no batch of any rank reached.
+
+    Raises:
+        RuntimeError: two linears share their input for some windows and not for others.
+    """
+    _count_expert_tokens(walk)
+    statistics, leaders = _measure(walk)
+    leaders = _agree_on_leaders(walk, leaders)
+    reached = [linear for linear in walk.linears if linear.name in leaders]
+    for linear in reached:
+        if leaders[linear.name] == linear.name:
+            # Only other ranks may have had batches for this linear.
+            if linear.name not in statistics:
+                statistics[linear.name] = walk.new_statistics(linear)
+            statistics[linear.name].complete(walk.ranks)
+    for counter in walk.expert_counters:
+        counter.reset()
+    for linear in reached:
+        walk.prune(linear, statistics[leaders[linear.name]])
+    for batch in range(walk.count):
+        walk.finish(batch, walk.forward(batch))
+    return [linear for linear in walk.linears if linear.name not in leaders]
+
+
+def _measure(walk: BlockWalk) -> tuple[dict[str, InputStatistics], dict[str, str]]:
+    """Run the unpruned block on all batches of this rank.
+
+    Returns:
+        Statistics by the name of the linear that they were made for; and for every linear that was
+        reached the one whose statistics are its own too, because both get the very same input.
+    """
     statistics: dict[str, InputStatistics] = {}
-    leader_of: dict[str, str] = {}
-    for index in range(count):
+    leaders: dict[str, str] = {}
+    for batch in range(walk.count):
         previous: tuple[torch.Tensor, str] | None = None
 
-        def collect(linear: Linear, x: torch.Tensor, index: int = index) -> None:
+        def collect(linear: Linear, x: torch.Tensor, batch: int = batch) -> None:
             nonlocal previous
-            leader = previous[1] if previous is not None and previous[0] is x else linear.name
-            known = leader_of.setdefault(linear.name, leader)
+            same_input = previous is not None and previous[0] is x
+            leader = previous[1] if previous is not None and same_input else linear.name
+            known = leaders.setdefault(linear.name, leader)
             if known == linear.name:
                 if linear.name not in statistics:
-                    statistics[linear.name] = new_statistics(linear)
-                feed(statistics[linear.name], linear, index, tokens_of(x))
+                    statistics[linear.name] = walk.new_statistics(linear)
+                walk.accumulate(statistics[linear.name], linear, batch, tokens_of(x))
             elif known != leader:
-                raise _differently(linear.name, known)
+                raise _sharing_error(linear.name, known)
             previous = (x, known)
 
-        with input_hooks(linears, collect):
-            forward(index)
+        with input_hooks(walk.linears, collect):
+            walk.forward(batch)
         previous = None
-    mine = [names.index(leader_of[name]) if name in leader_of else -1 for name in names]
-    for name, leaders in zip(names, zip(*ranks.gather_ints(mine), strict=True), strict=True):
-        known = {leader for leader in leaders if leader >= 0}
-        if len(known) > 1:
-            raise _differently(name, names[min(known)])
-        if known:
-            leader_of[name] = names[known.pop()]
-    reached = [linear for linear in linears if linear.name in leader_of]
-    for linear in reached:
-        if leader_of[linear.name] == linear.name:
-            if linear.name not in statistics:  # other ranks have fed it, this one has not
-                statistics[linear.name] = new_statistics(linear)
-            statistics[linear.name].complete(ranks)
-    for expert_counter in expert_counters:
-        expert_counter.end()
-    for linear in reached:
-        prune(linear, statistics[leader_of[linear.name]])
-    for index in range(count):
-        finish(index, forward(index))
-    return [linear for linear in linears if linear.name not in leader_of]
+    return statistics, leaders
+
+
+def _agree_on_leaders(walk: BlockWalk, leaders: dict[str, str]) -> dict[str, str]:
+    """The leaders that the batches of all ranks have found; ranks must not contradict each other."""
+    names = [linear.name for linear in walk.linears]
+    own = [names.index(leaders[name]) if name in leaders else -1 for name in names]
+    agreed: dict[str, str] = {}
+    for name, each in zip(names, zip(*walk.ranks.gather_ints(own), strict=True), strict=True):
+        found = {leader for leader in each if leader >= 0}
+        if len(found) > 1:
+            raise _sharing_error(name, names[min(found)])
+        if found:
+            agreed[name] = names[found.pop()]
+    return agreed
 
 
 class _Counted(BaseException):
-    """Ends a pass behind the last experts whose tokens are counted."""
+    """Ends a forward pass after the last experts module whose tokens are counted."""
 
 
-def _count(
-    expert_counters: Sequence[ExpertCounter], count: int, forward: Forward, ranks: Ranks
-) -> None:
-    """One pass of the unpruned block to see which experts the tokens choose, before anything is measured."""
-    for index in range(count) if expert_counters else ():
-        missing = {expert_counter.name for expert_counter in expert_counters}
+def _count_expert_tokens(walk: BlockWalk) -> None:
+    """Run the unpruned block once to count the tokens of every expert, before the measuring pass."""
+    counters = walk.expert_counters
+    for batch in range(walk.count) if counters else ():
+        missing = {counter.name for counter in counters}
 
-        def see(
-            expert_counter: ExpertCounter,
+        def count(
+            counter: ExpertCounter,
             chosen_TK: torch.Tensor,
-            index: int = index,
+            batch: int = batch,
             missing: set[str] = missing,
         ) -> None:
-            expert_counter.see(index, chosen_TK)
-            missing.discard(expert_counter.name)
+            counter.count(batch, chosen_TK)
+            missing.discard(counter.name)
             if not missing:
                 raise _Counted
 
         with (
-            input_hooks((), lambda _linear, _x: None, expert_counters, see),
+            input_hooks((), lambda _linear, _x: None, counters, count),
             contextlib.suppress(_Counted),
         ):
-            forward(index)
-    for expert_counter in expert_counters:
-        expert_counter.decide(ranks)
+            walk.forward(batch)
+    for counter in counters:
+        counter.complete(walk.ranks)
 
 
-def _differently(name: str, leader: str) -> RuntimeError:
+def _sharing_error(name: str, leader: str) -> RuntimeError:
     return RuntimeError(
-        f"{name} shares its input with {leader} for some windows and not for others"
+        f"{name} shares its input with {leader} for some windows and not for others, so their "
+        "statistics cannot be told apart: prune with propagate linear instead of block"
     )

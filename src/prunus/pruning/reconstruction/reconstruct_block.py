@@ -1,6 +1,10 @@
-"""Matches pruned blocks to the dense model's while both models' hidden states stand before and behind them.
+"""The reconstruction of one block inside a run: where its inputs and targets are, and who has them.
 
-`retouch.py` says how; this file knows where inputs and targets are, whose they are, and what of a block is trained.
+    inputs    hidden states of the pruned model before the block    (pruned stream)
+    targets   hidden states of the dense model behind the block     (dense stream)
+
+`schedule.py` decides what is trained and for how long, `train.py` trains. This file finds the
+inputs and targets on every rank, and runs only the suffix of the block where that is possible.
 """
 
 from __future__ import annotations
@@ -19,151 +23,209 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
 from prunus.pruning.reconstruction.batches import ReconstructionBatches
 from prunus.pruning.reconstruction.cached_suffix import CachedSuffix, find_suffix, suffix_module
-from prunus.pruning.reconstruction.kl_loss import OutputLoss, kl_divergence
+from prunus.pruning.reconstruction.kl_loss import kl_divergence
+from prunus.pruning.reconstruction.output_loss import OutputLoss
 from prunus.pruning.reconstruction.schedule import (
+    PrunedBlock,
     ReconstructionSchedule,
     ReconstructionSettings,
     default_schedule,
     reconstruct,
+    split_batches,
 )
-from prunus.pruning.records import ReconstructionRecord
+from prunus.pruning.reconstruction.train import BlockBatches
+from prunus.pruning.records import ReconstructionRecord, Walk
 
-__all__ = ["BlockReconstructor", "in_front_of_head"]
+__all__ = ["BlockReconstruction", "BlockReconstructor", "in_front_of_head"]
+
+Forward = Callable[[int], torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockReconstructor:
-    """What is needed to match any block.
+    """What the reconstruction of any block of a run needs.
 
     Attributes:
-        job: how.
-        stream: the pruned model's hidden states, before the block.
-        dense: the dense model's, behind it, of some batches.
-        along: numbers of these in `stream`.
-        counts: how many they are of every rank.
-        ranks: of the run.
-        split: who takes the windows of a step apart; see `step_batches`.
+        settings: of the run.
+        stream: hidden states of the pruned model, before the block.
+        dense: hidden states of the dense model, of some of these batches.
+        numbers: per batch of `dense`, its number in `stream`.
+        counts: per rank, how many batches `dense` has.
+        ranks: the processes of the run.
+        split: ranks that split the windows of a training step; see `step_ranks`.
     """
 
-    job: ReconstructionSettings
+    settings: ReconstructionSettings
     stream: Stream
     dense: Stream
-    along: Sequence[int]
+    numbers: Sequence[int]
     counts: Sequence[int]
     ranks: Ranks
     split: Ranks
 
-    def match(
-        self,
-        index: int,
-        block: nn.Module,
-        stored: Mapping[str, torch.Tensor],
-        pruned: Mapping[str, torch.Tensor],
-        names: Sequence[str],
-        tail: CachedSuffix | None,
-        looked: bool,
-    ) -> tuple[dict[str, torch.Tensor], ReconstructionRecord]:
-        """Train linears of a pruned block; it ends with the weights it began with.
+    def begin(
+        self, index: int, block: nn.Module, trained: Sequence[str], walk: Walk
+    ) -> BlockReconstruction | None:
+        """Prepare the reconstruction of a block, before the windows walk through it.
 
         Args:
             index: position of the block.
-            block: with the pruned weights in place.
-            stored: its trained tensors by relative name.
-            pruned: the pruned weights by relative name.
-            names: of the linears that are trained.
-            tail: the part of the block that holds them, where what reaches it was kept.
-            looked: the block was tried for such a part, whatever came of it.
+            block: the block, with its weights in place.
+            trained: relative names of the linears to train.
+            walk: how the windows go through the block.
 
         Returns:
-            What was trained, by relative name; the record.
+            None if the run does not reconstruct this block, or if nothing would be trained.
         """
-        self.ranks.set_location(f"{self.stream.skeleton.block_name(index)}, matching")
-        inputs, wanted = (
-            ReconstructionBatches(
-                stream.states, chosen, self.counts, self.ranks, self.split, self.stream.device
-            )
-            for stream, chosen in ((self.stream, self.along), (self.dense, range(len(self.along))))
-        )
-        run = self.stream.call(index, block)
+        if not trained or not self.settings.takes(index, len(self.stream.skeleton)):
+            return None
+        # With several ranks every rank would have to cache the batches of all ranks, so they
+        # recompute instead. So does replay, which exists to save memory.
+        caches_suffix = walk == "lockstep" and self.ranks.size == 1
+        return BlockReconstruction(self, index, block, trained, caches_suffix)
+
+
+@dataclass
+class BlockReconstruction:
+    """The reconstruction of one block, from the walk of its windows to its trained weights.
+
+    Attributes:
+        shared: what the blocks of a run have in common.
+        index: position of the block.
+        block: the block.
+        trained: relative names of the linears that are trained.
+        caches_suffix: the walk records what reaches the block's suffix, if it has one.
+        suffix: the suffix, with its inputs cached during the walk; None before it or without one.
+    """
+
+    shared: BlockReconstructor
+    index: int
+    block: nn.Module
+    trained: Sequence[str]
+    caches_suffix: bool
+    suffix: CachedSuffix | None = None
+
+    @contextlib.contextmanager
+    def recording(self, forward: Forward) -> Iterator[Forward]:
+        """Yield a forward pass of the block that caches what reaches its suffix.
+
+        It yields `forward` itself, batch -> output of the block, if nothing can be cached.
+        """
+        if self.caches_suffix:
+            self.suffix = find_suffix(self.block, self.trained, forward, 0)
+        if self.suffix is None:
+            yield forward
+            return
+        with self.suffix.recording() as recording:
+            yield recording
+
+    def run(
+        self, stored: Mapping[str, torch.Tensor], pruned: Mapping[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], ReconstructionRecord]:
+        """Train the pruned block; it ends with the weights it began with.
+
+        Args:
+            stored: its dense tensors by relative name, as stored.
+            pruned: the pruned weights by relative name, as stored.
+
+        Returns:
+            The trained tensors by relative name, as stored, and the record for the manifest.
+        """
+        shared, skeleton = self.shared, self.shared.stream.skeleton
+        name = skeleton.block_name(self.index)
+        shared.ranks.set_location(f"{name}, reconstruction")
+        inputs = self._batches(shared.stream, shared.numbers)
+        targets = self._batches(shared.dense, range(len(shared.numbers)))
+        run = shared.stream.call(self.index, self.block)
 
         def forward(batch: int) -> torch.Tensor:
             return run(x) if len(x := inputs.get(batch)) else x
 
-        numbers = self.along  # a tail that was kept knows all batches
-        if not looked:
-            tail, numbers = self._suffix(block, names, run, inputs, forward), range(len(inputs))
+        # A suffix that was cached during the walk numbers all batches of the pruned stream; a new
+        # one numbers the batches that are trained on.
+        suffix, numbers = self.suffix, shared.numbers
+        if not self.caches_suffix:
+            suffix, numbers = self._uncached_suffix(run, inputs, forward), range(len(inputs))
 
         def outputs(batch: int, tokens: slice) -> torch.Tensor:
-            return forward(batch) if tail is None else tail(numbers[batch], tokens)
+            return forward(batch) if suffix is None else suffix(numbers[batch], tokens)
 
-        by_token = tail is not None and tail.by_token
-        by_logits = in_front_of_head(self.stream.skeleton, index)
+        by_token = suffix is not None and suffix.by_token
+        by_logits = in_front_of_head(skeleton, self.index)
         schedule = _default_schedule(inputs, by_token, by_logits)
+        block = PrunedBlock(
+            name,
+            self.block,
+            stored,
+            {f"{linear}.weight": pruned[f"{linear}.weight"] for linear in self.trained},
+        )
+        batches = BlockBatches(outputs, targets.get, *split_batches(len(inputs)))
         with (
-            self._compare(schedule.logit_stride)
-            if by_logits
-            else contextlib.nullcontext() as compare
-        ):
-            return reconstruct(
-                self.job,
-                self.stream.skeleton.block_name(index),
-                block,
-                stored,
-                {f"{linear}.weight": pruned[f"{linear}.weight"] for linear in names},
-                outputs,
-                wanted.get,
-                len(inputs),
-                schedule,
-                compare,
-                self.split,
-            )
+            self._logit_loss(schedule.logit_stride) if by_logits else contextlib.nullcontext()
+        ) as loss:
+            return reconstruct(block, batches, shared.settings, schedule, loss, shared.split)
 
-    def _suffix(
+    def _batches(self, stream: Stream, numbers: Sequence[int]) -> ReconstructionBatches:
+        shared = self.shared
+        return ReconstructionBatches(
+            stream.states, numbers, shared.counts, shared.ranks, shared.split, stream.device
+        )
+
+    def _uncached_suffix(
         self,
-        block: nn.Module,
-        names: Sequence[str],
         run: Callable[[torch.Tensor], torch.Tensor],
         inputs: ReconstructionBatches,
-        forward: Callable[[int], torch.Tensor],
+        forward: Forward,
     ) -> CachedSuffix | None:
-        """The part that holds `names`, of which nothing is kept. All ranks take it or none; some may have no windows."""
-        module = suffix_module(block, names)
+        """The suffix that holds the trained linears, whose inputs are computed in every step.
+
+        All ranks use it or none does. Ranks without windows of the first batch cannot try it.
+        """
+        module = suffix_module(self.block, self.trained)
         if module is None:
             return None
         x = inputs.get(0)
-        found = find_suffix(block, names, lambda _batch: run(x), 0, keep=False) if len(x) else None
-        mine = [len(x) > 0, found is not None, found is not None and found.by_token]
-        votes = [vote for vote in self.ranks.gather_ints(mine) if vote[0]]
+        found = (
+            find_suffix(self.block, self.trained, lambda _batch: run(x), 0, keep=False)
+            if len(x)
+            else None
+        )
+        own = [len(x) > 0, found is not None, found is not None and found.by_token]
+        votes = [vote for vote in self.shared.ranks.gather_ints(own) if vote[0]]
         if not all(vote[1] for vote in votes):
             return None
         return CachedSuffix(module, forward, keep=False, by_token=all(vote[2] for vote in votes))
 
     @contextlib.contextmanager
-    def _compare(self, logit_stride: int) -> Iterator[OutputLoss]:
-        """The divergence, with the head in place."""
-        skeleton, device = self.stream.skeleton, self.stream.device
+    def _logit_loss(self, logit_stride: int) -> Iterator[OutputLoss]:
+        """The KL divergence of the logits, with the model's head in place."""
+        shared = self.shared
+        skeleton, device = shared.stream.skeleton, shared.stream.device
 
         def logits(hidden: torch.Tensor) -> torch.Tensor:
+            # The head needs no token ids, only their shape.
             ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
             return skeleton.logits(ids, hidden.to(skeleton.dtype))
 
+        # Ranks that do not split the windows of a step hold the same tensors, so they can split
+        # the tokens that are compared instead.
+        ranks = shared.ranks if shared.split is SINGLE_PROCESS else SINGLE_PROCESS
         with skeleton.outside_blocks(
-            self.stream.source.outer, device, with_head=True, with_embedding=False
+            shared.stream.source.read_outside, device, with_head=True, with_embedding=False
         ):
-            yield kl_divergence(
-                logits, self.ranks if self.split is SINGLE_PROCESS else SINGLE_PROCESS, logit_stride
-            )
+            yield kl_divergence(logits, ranks, logit_stride)
 
 
 def in_front_of_head(skeleton: Skeleton, index: int) -> bool:
-    """Whether nothing but what makes logits follows on block `index`, so that it is matched by these."""
+    """Whether only the final norm and the head follow block `index`, so that logits can be compared."""
     return index == len(skeleton) - 1 and skeleton.kind is CAUSAL
 
 
 def _default_schedule(
     inputs: ReconstructionBatches, by_token: bool, by_logits: bool
 ) -> ReconstructionSchedule:
-    """For batches of hidden states (windows, tokens, hidden), or of images as grids (images, channels, height, width)."""
+    # Hidden states are (windows, tokens, hidden), or images as grids (images, channels, height,
+    # width).
     shape = inputs.shape(0)
     hidden = shape[-1] if len(shape) == 3 else shape[1]
     return default_schedule(math.prod(shape) // hidden, hidden, by_token, len(inputs), by_logits)

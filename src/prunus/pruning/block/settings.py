@@ -1,0 +1,91 @@
+"""The settings of a run that decide how its blocks and linears are pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from prunus.methods import Method, MethodOptions
+from prunus.methods.patterns import Pattern
+from prunus.methods.statistics import Drift, StatisticsSpec
+from prunus.pruning.reconstruction.schedule import ReconstructionSettings
+
+__all__ = ["BlockSettings", "LinearSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSettings:
+    """How a linear is pruned.
+
+    Attributes:
+        method: the method, with refinements and weight updates composed in.
+        pattern: which weights compete.
+        sparsity: share of the weights that are removed, in [0, 1).
+        options: what only some methods read.
+    """
+
+    method: Method
+    pattern: Pattern
+    sparsity: float
+    options: MethodOptions
+
+
+def _no_dense_target(_in_features: int) -> bool:
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSettings:
+    """How every block of a run is pruned.
+
+    Attributes:
+        linear: how its linears are pruned, where `sparsities` does not say otherwise.
+        device: where blocks run and, between blocks, hidden states live.
+        sparsities: the sparsity of single linears, by full name.
+        permute: look for a better order of each linear's inputs; see `permute.py`.
+        min_expert_tokens: an expert that fewer tokens choose is measured on all tokens; None for
+            the method's own minimum. See `expert_tokens.py`.
+        reconstruction: how blocks are reconstructed after they are pruned, or None.
+        drift_stride: one batch in `drift_stride` also runs through the dense model.
+        uses_dense_target: whether a linear with so many inputs is pruned towards the outputs of
+            the dense model.
+    """
+
+    linear: LinearSettings
+    device: torch.device
+    sparsities: Mapping[str, float] = field(default_factory=dict)
+    permute: bool = False
+    min_expert_tokens: int | None = None
+    reconstruction: ReconstructionSettings | None = None
+    drift_stride: int = 1
+    uses_dense_target: Callable[[int], bool] = _no_dense_target
+
+    @property
+    def runs_dense_stream(self) -> bool:
+        """Whether the hidden states of the dense model are needed."""
+        return self.linear.method.needs_drift or self.reconstruction is not None
+
+    def for_linear(self, full_name: str) -> LinearSettings:
+        """The settings of one linear, with a sparsity of its own where it has one."""
+        return replace(self.linear, sparsity=self.sparsities.get(full_name, self.linear.sparsity))
+
+    def statistics_spec(self, in_features: int, distributed: bool) -> StatisticsSpec:
+        """The statistics that the method needs of a linear with so many inputs.
+
+        Args:
+            in_features: inputs of the linear.
+            distributed: several ranks have batches of the run.
+        """
+        method = self.linear.method
+        drift: Drift = "some" if self.drift_stride > 1 else "all"
+        return StatisticsSpec(
+            needs=method.needs,
+            means=method.needs_means,
+            drift=drift if self.uses_dense_target(in_features) else "none",
+            hold_out=method.needs_held_out,
+            low_precision=method.adds_ridge,
+            reference_order=self.linear.options.reference_order,
+            distributed=distributed,
+        )

@@ -1,0 +1,89 @@
+"""What the three walks through a block have in common: their arguments.
+
+A walk takes all calibration windows through one block and has its linears pruned on the way:
+
+- `lockstep` pauses the forward pass of every batch at every linear. When all batches stand at the
+  same linear, its statistics are complete. It is pruned, and all go on with the pruned weight.
+- `replay` gives the same bits with one batch in flight: it runs the block from its start again for
+  every group of linears. It is for blocks whose paused batches do not fit in memory.
+- `two_pass` is the way of the original code: statistics of all linears from the unpruned block,
+  then a second pass. Linears late in the block do not see what was pruned before them.
+
+No walk knows what a method does: `prune(linear, statistics)` changes the weight in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.methods.statistics import InputStatistics
+from prunus.model.linears import Linear
+from prunus.pruning.block.expert_tokens import ExpertCounter
+
+__all__ = [
+    "Accumulate",
+    "BlockWalk",
+    "Finish",
+    "Forward",
+    "NewStatistics",
+    "Prune",
+    "accumulate_inputs",
+]
+
+Forward = Callable[[int], torch.Tensor]
+Finish = Callable[[int, torch.Tensor], None]
+Prune = Callable[[Linear, InputStatistics], None]
+NewStatistics = Callable[[Linear], InputStatistics]
+Accumulate = Callable[[InputStatistics, Linear, int, torch.Tensor], None]
+
+
+def accumulate_inputs(
+    statistics: InputStatistics, linear: Linear, batch: int, X_TI: torch.Tensor
+) -> None:
+    """Add the input X_TI (tokens, in) of a linear in one batch to its statistics."""
+    statistics.add(X_TI)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockWalk:
+    """The arguments of a walk. Every walk returns the linears that no batch of any rank reached.
+
+    Attributes:
+        linears: the linears to prune, in the order of registration.
+        count: number of batches on this rank.
+        forward: runs the block on batch i and returns its output hidden states.
+        finish: stores the output of batch i; called as soon as the batch is through.
+        new_statistics: makes empty statistics for the inputs of a linear.
+        prune: prunes a linear, given the complete statistics of its inputs. It is called once per
+            linear, in the order of execution.
+        accumulate: adds the input of a linear, for one batch, to its statistics.
+        ranks: the processes that have batches of the same run.
+        expert_counters: the experts modules of the block whose tokens must be counted before any
+            of their linears is measured.
+    """
+
+    linears: Sequence[Linear]
+    count: int
+    forward: Forward
+    finish: Finish
+    new_statistics: NewStatistics
+    prune: Prune
+    accumulate: Accumulate = accumulate_inputs
+    ranks: Ranks = SINGLE_PROCESS
+    expert_counters: Sequence[ExpertCounter] = ()
+
+    def execution_order(self) -> list[str]:
+        """Names of the linears in the order of registration, experts modules before their own."""
+        names: list[str] = []
+        for linear in self.linears:
+            names += [
+                counter.name
+                for counter in self.expert_counters
+                if counter.owns(linear.name) and counter.name not in names
+            ]
+            names.append(linear.name)
+        return names
