@@ -1,7 +1,7 @@
 """The hidden states of all calibration windows between two blocks.
 
-In memory where they fit, otherwise in one memory-mapped file. Either way `get` returns what `put` stored,
-bit for bit.
+They stay in memory where they fit, otherwise in one memory-mapped file. Either way `get` returns
+what `put` stored, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,19 +15,25 @@ import torch
 
 __all__ = ["HiddenStates"]
 
-# numpy has no bfloat16; the file holds bytes and torch gives them their meaning back.
+# numpy has no bfloat16. Tensors are therefore written and read as integers of the same size.
 _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class HiddenStates:
-    """One tensor (windows, tokens, hidden), or of images (images, channels, height, width), per batch of windows.
+    """One tensor per batch: (windows, tokens, hidden), or images (images, channels, height, width).
 
     Args:
         count: number of batches.
-        spill_to: folder for the memory-mapped file, or None to keep the tensors in memory. The file has no
-            name, so that nothing is left behind when the process is killed.
-        device: where `get` puts the tensors. Off the device they are kept in pinned host memory.
-        on_device: keep the tensors on `device` between blocks.
+        spill_to: folder for the memory-mapped file, or None to keep the tensors in memory. The
+            file has no name, so nothing is left behind when the process is killed.
+        device: where `get` puts the tensors.
+        on_device: keep the tensors on `device` between blocks; otherwise in pinned host memory.
+
+    >>> states = HiddenStates(1, spill_to=None, device=torch.device("cpu"))
+    >>> states.fill(0, torch.zeros(2, 5, 8))
+    >>> states.put(0, torch.ones(2, 5, 8))
+    >>> states.get(0).sum()
+    tensor(80.)
     """
 
     def __init__(
@@ -37,43 +43,45 @@ class HiddenStates:
         self._keep_on = device if on_device else torch.device("cpu")
         self._tensors: list[torch.Tensor | None] = [None] * count
         self._file = tempfile.TemporaryFile(dir=spill_to) if spill_to is not None else None
+        # Per batch in the file: offset in bytes, shape and dtype.
         self._places: list[tuple[int, torch.Size, torch.dtype]] = []
 
     def __len__(self) -> int:
         return len(self._tensors)
 
     def fill(self, index: int, tensor: torch.Tensor) -> None:
-        """Store batch `index` for the first time; batches are filled in order."""
+        """Store batch `index` for the first time. Batches must be filled in order."""
         if self._file is None:
             self._keep(index, tensor)
             return
         assert index == len(self._places), "batches are filled in order"
         end = os.fstat(self._file.fileno()).st_size
         self._places.append((end, tensor.shape, tensor.dtype))
-        # Real bytes rather than a hole: a full disk then fails here and not as a bus error in a mapping.
+        # Write real bytes rather than leave a hole: a full disk then fails here with an error, and
+        # not later as a bus error in a mapping.
         self._file.seek(end)
         self._file.write(_bytes_of(tensor).data)
         self._file.flush()
 
     def put(self, index: int, tensor: torch.Tensor) -> None:
-        """Replace batch `index`."""
+        """Replace batch `index` by a tensor of the same dtype that is not larger."""
         if self._file is None:
             self._keep(index, tensor)
             return
         offset, shape, dtype = self._places[index]
         assert tensor.dtype == dtype, "a block must keep the dtype"
-        # Stages of image models make grids smaller and channels more; in all that never gets larger.
+        # A stage of an image model makes grids smaller and channels more, but never the total.
         assert tensor.numel() <= shape.numel(), "a block must not make hidden states larger"
         self._places[index] = (offset, tensor.shape, dtype)
         data = _bytes_of(tensor)
         view = np.memmap(self._file, dtype=np.uint8, mode="r+", offset=offset, shape=(len(data),))
         view[:] = data
         view.flush()
-        # Dropping the mapping lets its pages leave the resident set.
+        # Without the mapping its pages can leave the resident set.
         del view
 
     def get(self, index: int) -> torch.Tensor:
-        """Batch `index` on the device. In memory this is the stored tensor itself: do not write to it."""
+        """Batch `index` on the device. In memory it is the stored tensor: do not write to it."""
         if self._file is None:
             tensor = self._tensors[index]
             assert tensor is not None, "batch was never filled"
@@ -108,6 +116,7 @@ class HiddenStates:
 
     def _keep(self, index: int, tensor: torch.Tensor) -> None:
         kept = tensor.to(self._keep_on)
+        # From pinned memory the copy to the device can run beside other work.
         if self._keep_on.type == "cpu" and self._device.type == "cuda":
             kept = kept.pin_memory()
         self._tensors[index] = kept

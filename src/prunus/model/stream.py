@@ -1,6 +1,7 @@
-"""Hidden states on their way through a model: all windows stand before the same block, and are run through it.
+"""The hidden states of all windows on their way through a model, block by block.
 
-Knows blocks, their calls and hidden states; not what is done to a block in between.
+A stream knows blocks, how the model calls them, and hidden states. It does not know what is done to
+a block in between.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ __all__ = ["Stream"]
 
 
 class Stream:
-    """The windows of one model, batch by batch. `len` counts batches; `embed` comes first.
+    """The windows of one model in batches; all stand before the same block. `len` counts batches.
+
+    Call `embed` first.
 
     Args:
         skeleton: the model without weights.
@@ -34,6 +37,7 @@ class Stream:
         self.source = source
         self.device = device
         self._states: HiddenStates | None = None
+        # Number of windows -> how the model calls each block with so many.
         self._calls: dict[int, list[BlockCall]] = {}
 
     def __len__(self) -> int:
@@ -41,7 +45,7 @@ class Stream:
 
     @property
     def states(self) -> HiddenStates:
-        """The hidden states before the block that comes next."""
+        """The hidden states before the next block."""
         assert self._states is not None, "embed comes first"
         return self._states
 
@@ -50,15 +54,17 @@ class Stream:
         batches: Sequence[torch.Tensor],
         spill_to: Path | None,
         on_device: bool = True,
-        others: Sequence[torch.Tensor] = (),
+        partial: Sequence[torch.Tensor] = (),
     ) -> None:
-        """Run what comes before the blocks on token ids (windows, tokens) per batch.
+        """Run what comes before the blocks, and record how the model calls each block.
 
         Args:
-            batches: token ids; empty where no block's inputs are of interest.
+            batches: token ids (windows, tokens) per batch. Empty if no block's inputs are needed.
             spill_to: folder for a file of hidden states, or None to keep them in memory.
-            on_device: keep hidden states on the device between blocks rather than in pinned host memory.
-            others: token ids of batches that are not kept, for as many windows as these blocks will be called as well.
+            on_device: keep hidden states on the device between blocks, rather than in pinned host
+                memory.
+            partial: token ids of batches that are not kept. Blocks will be called with so many
+                windows too, so their calls are recorded.
 
         Raises:
             ValueError: the embeddings give hidden states that are not finite.
@@ -67,50 +73,68 @@ class Stream:
         self._states = HiddenStates(
             len(batches), spill_to=spill_to, device=self.device, on_device=on_device
         )
-        if not batches and not others:
+        if not batches and not partial:
             return
-        with self.skeleton.outside_blocks(self.source.outer, self.device):
+        with self.skeleton.outside_blocks(self.source.read_outside, self.device):
             for position, ids in enumerate(batches):
                 hidden, recorded = self.skeleton.record(ids.to(self.device))
                 if not all_finite(hidden):
                     raise ValueError(
-                        "the embeddings give hidden states that are not finite; check the checkpoint's weights"
+                        "the embeddings give hidden states that are not finite; "
+                        "check the checkpoint's weights"
                     )
                 self._states.fill(position, hidden)
                 self._remember(len(ids), recorded)
-            for ids in others:
+            for ids in partial:
                 if len(ids) and len(ids) not in self._calls:
                     self._remember(len(ids), self.skeleton.record(ids.to(self.device))[1])
 
     def _remember(self, windows: int, recorded: list[BlockCall]) -> None:
-        """Blocks are called with the first batch's arguments for all, so these must not depend on the text."""
+        """Keep the calls of the first batch with so many windows; all other batches use them.
+
+        Their arguments (masks, positions) must therefore not depend on the text.
+        """
         known = self._calls.setdefault(windows, recorded)
         for index, (left, right) in enumerate(zip(known, recorded, strict=True)):
             if not left.same_as(right):
                 raise NotImplementedError(
-                    f"block {index} is called with arguments that depend on the text itself; such models cannot be "
-                    "pruned block by block yet"
+                    f"block {index} is called with arguments that depend on the text itself; such "
+                    "models cannot be pruned block by block yet"
                 )
 
     def forward(self, index: int, block: nn.Module) -> Callable[[int], torch.Tensor]:
-        """A function that runs `block`, the model's block `index` with its weights, on batch i; states stay."""
+        """A function that runs a block on batch i. It does not change the hidden states.
 
+        Args:
+            index: position of the block, which decides how the model calls it.
+            block: the block, with its weights.
+        """
         run = self.call(index, block)
         return lambda batch: run(self.states.get(batch))
 
     def call(
         self, index: int, block: nn.Module | None = None
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function that runs block `index`, or `block` in its place, on hidden states of as many windows as a batch."""
+        """A function that runs a block on hidden states (windows, tokens, hidden).
+
+        The number of windows must be that of a batch that was embedded.
+
+        Args:
+            index: position of the block, which decides how the model calls it.
+            block: the block, with its weights; None for the skeleton's.
+        """
         block = block if block is not None else self.skeleton.blocks[index]
 
         def run(hidden: torch.Tensor) -> torch.Tensor:
             call = self._calls[hidden.shape[0]][index]
+            # torch counts in-place changes of a tensor. The input must survive: replay and
+            # reconstruction run the block on it again.
             version = hidden._version
             output = hidden_of(block(hidden, *call.args, **call.kwargs))
             if hidden._version != version:
                 raise NotImplementedError(
-                    f"{self.skeleton.block_name(index)} changes its input in place; such models cannot be pruned yet"
+                    f"{self.skeleton.block_name(index)} changes its input in place; such models "
+                    "cannot be pruned yet"
                 )
             return output
 
@@ -124,11 +148,11 @@ class Stream:
         self.skeleton.release(index)
 
     def advance(self, forward: Callable[[int], torch.Tensor]) -> None:
-        """Put what `forward` gives for every batch in the place of its hidden states."""
+        """Replace the hidden states of every batch i by `forward(i)`."""
         for batch in range(len(self)):
             self.states.put(batch, forward(batch))
 
     def close(self) -> None:
-        """Release hidden states."""
+        """Release the hidden states."""
         if self._states is not None:
             self._states.close()
