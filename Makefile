@@ -7,7 +7,7 @@ JOBS   ?= 2
 # Reference data and golden masks; tests that need them skip where the folder is absent.
 export PRUNUS_SHARED ?= ../shared
 
-.PHONY: demo test check sanitize install clean
+.PHONY: demo test check docs sanitize install clean
 
 # One stamp per environment: installing again is a no-op until the project file changes.
 STAMP := $(VENV)/.prunus-installed
@@ -29,6 +29,16 @@ check: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py
+
+# The site, in build/site. Warnings are errors; nothing is loaded from the network.
+DOCS_STAMP := $(VENV)/.prunus-docs-installed
+
+$(DOCS_STAMP): pyproject.toml $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache

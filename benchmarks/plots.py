@@ -1,0 +1,387 @@
+"""The plots and generated tables of the documentation, from the figures in docs/results/*.json.
+
+    python benchmarks/plots.py                            plots and tables from the JSON files
+    python benchmarks/plots.py --take OUT/results.json    first take the cells of a finished sweep
+
+`--take` copies what was measured from the results of `prunus sweep examples/presets-curve.toml OUT`
+into docs/results/curve.json, without paths. Cells that are not finished are left out, so the script
+can run again while the sweep goes on.
+
+Figures that a cell of the sweep does not have yet come from docs/results/patterns.json, which holds
+earlier runs of the same code on the same processor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+#: Files with tables between `<!-- table: NAME -->` and `<!-- end -->`.
+WITH_TABLES = (
+    ROOT / "docs" / "results" / "index.md",
+    ROOT / "docs" / "start" / "presets.md",
+    ROOT / "docs" / "tutorials" / "two-of-four.md",
+)
+TEXT = "wikitext2"
+#: Series of all plots, in the order of their loss: name in the JSON -> label and colour.
+SERIES = {
+    "magnitude": ("magnitude", "#8c8c8c"),
+    "wanda": ("Wanda", "#d1495b"),
+    "sparsegpt": ("SparseGPT", "#e0902f"),
+    "balanced": ("balanced", "#3d85c6"),
+    "best": ("best", "#1b7f4c"),
+}
+#: Points by which labels at the end of a curve move apart.
+LABEL_SHIFT = {"balanced": 5, "best": -5}
+CURVE = ("40 %", "50 %", "60 %", "70 %")
+PATTERNS = ("50 %", "60 %", "70 %", "4:8", "2:4")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: perplexity, and the seconds of its blocks where they were measured alone."""
+
+    perplexity: float
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """All that the plots and tables show: dense perplexity, and (series, pattern) -> cell."""
+
+    dense: float
+    cells: dict[tuple[str, str], Cell]
+
+    def gap(self, series: str, pattern: str) -> float | None:
+        """The residual gap: 1 is Wanda, 0 is lossless. None where a figure is missing."""
+        cell, wanda = self.cells.get((series, pattern)), self.cells.get(("wanda", pattern))
+        if cell is None or wanda is None:
+            return None
+        return (cell.perplexity - self.dense) / (wanda.perplexity - self.dense)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--take", type=Path, metavar="RESULTS.json", help="a finished sweep")
+    options = parser.parse_args()
+    if options.take is not None:
+        take(options.take)
+    figures = read_figures()
+    write_plots(figures)
+    for path in WITH_TABLES:
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), figures), encoding="utf-8")
+
+
+# From a sweep to the repository.
+
+
+def take(source: Path) -> None:
+    """Keep what a sweep measured: dense score, and of each finished cell its figures and recipe."""
+    sweep = json.loads(source.read_text(encoding="utf-8"))
+    model = next(iter(sweep["models"].values()))
+    kept = {
+        "command": "prunus sweep examples/presets-curve.toml OUT",
+        "title": sweep["title"],
+        "model": next(iter(sweep["models"])),
+        "fingerprint": model["fingerprint"],
+        "hardware": sweep.get("hardware") or sweep["machine"],
+        "versions": sweep["versions"],
+        "scoring": sweep["scoring"],
+        "dense": model["scores"],
+        "cells": [kept_cell(cell) for cell in sweep["cells"] if cell["state"] == "done"],
+    }
+    text = json.dumps(kept, indent=1, ensure_ascii=False) + "\n"
+    (RESULTS / "curve.json").write_text(text, encoding="utf-8")
+
+
+def kept_cell(cell: dict[str, Any]) -> dict[str, Any]:
+    recipe = cell["recipe"]
+    chosen = {
+        key: recipe[key]
+        for key in ("preset", "method", "sparsity", "pattern", "calibration", "samples", "seqlen")
+    }
+    return {
+        "series": recipe["preset"] or recipe["method"],
+        "pattern": pattern_of(recipe),
+        "recipe": chosen | {"seed": recipe["seed"]},
+        "pruning": cell["pruning"],
+        "scores": cell["scores"],
+    }
+
+
+def pattern_of(recipe: dict[str, Any]) -> str:
+    """The pattern as the tables name it: `2:4`, or a sparsity in per cent."""
+    if recipe["pattern"] != "unstructured":
+        return str(recipe["pattern"])
+    return f"{round(100 * recipe['sparsity'])} %"
+
+
+def read_figures() -> Figures:
+    """The figures of curve.json, completed from patterns.json."""
+    earlier = json.loads((RESULTS / "patterns.json").read_text(encoding="utf-8"))
+    curve = json.loads((RESULTS / "curve.json").read_text(encoding="utf-8"))
+    cells = {
+        (series, pattern): Cell(perplexity)
+        for series, row in earlier["perplexity"].items()
+        for pattern, perplexity in row.items()
+    }
+    for cell in curve["cells"]:
+        cells[cell["series"], cell["pattern"]] = Cell(
+            cell["scores"][TEXT]["perplexity"], cell["pruning"]["seconds"]
+        )
+    return Figures(curve["dense"][TEXT]["perplexity"], cells)
+
+
+# Tables.
+
+
+def with_tables(text: str, figures: Figures) -> str:
+    """A page with each of its marked tables made anew."""
+
+    def replaced(match: re.Match[str]) -> str:
+        table = TABLES[match[1]](figures)
+        return f"<!-- table: {match[1]} -->\n\n{table}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\S+) -->.*?<!-- end -->", replaced, text, flags=re.DOTALL)
+
+
+def perplexity_table(figures: Figures) -> str:
+    """Perplexity of every series at every pattern."""
+    patterns = [p for p in ("40 %", *PATTERNS) if any(key[1] == p for key in figures.cells)]
+    rows = [[label, *(perplexity(figures, name, p) for p in patterns)] for name, label in labels()]
+    return markdown(["", *patterns], rows)
+
+
+def gap_table(figures: Figures) -> str:
+    """The residual gap of every series but magnitude."""
+    patterns = [p for p in ("40 %", *PATTERNS) if any(key[1] == p for key in figures.cells)]
+    rows = [
+        [label, *(spelled_gap(figures, name, p) for p in patterns)]
+        for name, label in labels()
+        if name != "magnitude"
+    ]
+    return markdown(["", *patterns], rows)
+
+
+def time_table(figures: Figures) -> str:
+    """Seconds of every series, for the patterns that were timed alone."""
+    patterns = [
+        p
+        for p in ("40 %", *PATTERNS)
+        if any(c.seconds for key, c in figures.cells.items() if key[1] == p)
+    ]
+    rows = [[label, *(seconds(figures, name, p) for p in patterns)] for name, label in labels()]
+    return markdown(["seconds", *patterns], rows)
+
+
+def preset_table(figures: Figures) -> str:
+    """What the presets cost and lose at 50 %."""
+    what = {
+        "wanda": ("`fast`", "Wanda: a mask from weights and input norms"),
+        "balanced": (
+            "`balanced`",
+            "ALPS, aimed at a mixture with the dense model; the last block reconstructed",
+        ),
+        "best": (
+            "`best`",
+            "the same with every block reconstructed; sparsities by search, or for N:M a better "
+            "order of channels",
+        ),
+    }
+    rows = [
+        [
+            name,
+            meaning,
+            seconds(figures, series, "50 %"),
+            perplexity(figures, series, "50 %"),
+            spelled_gap(figures, series, "50 %"),
+        ]
+        for series, (name, meaning) in what.items()
+    ]
+    return markdown(["preset", "what it does", "seconds", "perplexity", "gap"], rows, text=2)
+
+
+def two_of_four_table(figures: Figures) -> str:
+    """Perplexity and gap at 2:4."""
+    rows = [
+        [label, perplexity(figures, name, "2:4"), spelled_gap(figures, name, "2:4")]
+        for name, label in labels()
+    ]
+    return markdown(["", "perplexity at 2:4", "residual gap"], rows)
+
+
+TABLES = {
+    "perplexity": perplexity_table,
+    "gap": gap_table,
+    "time": time_table,
+    "presets": preset_table,
+    "two-of-four": two_of_four_table,
+}
+
+
+def labels() -> list[tuple[str, str]]:
+    return [(name, label) for name, (label, _) in SERIES.items()]
+
+
+def perplexity(figures: Figures, series: str, pattern: str) -> str:
+    cell = figures.cells.get((series, pattern))
+    return "" if cell is None else f"{cell.perplexity:,.2f}"
+
+
+def seconds(figures: Figures, series: str, pattern: str) -> str:
+    cell = figures.cells.get((series, pattern))
+    return "" if cell is None or cell.seconds is None else f"{cell.seconds:.0f}"
+
+
+def spelled_gap(figures: Figures, series: str, pattern: str) -> str:
+    gap = figures.gap(series, pattern)
+    return "" if gap is None else f"{gap:.2f}"
+
+
+def markdown(header: list[str], rows: list[list[str]], text: int = 1) -> str:
+    """A Markdown table; the first `text` columns are words, the others numbers."""
+    marks = ["---"] * text + ["---:"] * (len(header) - text)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, marks, *rows])
+
+
+# Plots.
+
+
+def write_plots(figures: Figures) -> None:
+    """Three SVG files, the same bytes for the same figures."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams |= {
+        "svg.hashsalt": "prunus",
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e6e6e6",
+        "axes.axisbelow": True,
+    }
+    for name, draw in (("curve", draw_curve), ("gap", draw_gap), ("time", draw_time)):
+        figure = draw(figures)
+        figure.savefig(
+            RESULTS / f"{name}.svg", metadata={"Date": None}, facecolor="white", bbox_inches="tight"
+        )
+
+
+def draw_curve(figures: Figures) -> Any:
+    """Perplexity against sparsity, on a logarithmic axis."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.2, 3.8))
+    axes.axhline(figures.dense, color="black", linewidth=1, linestyle=":")
+    axes.text(39.2, figures.dense * 0.97, f"dense {figures.dense:.1f}", va="top")
+    for name, (label, color) in SERIES.items():
+        points = [
+            (float(pattern.split()[0]), figures.cells[name, pattern].perplexity)
+            for pattern in CURVE
+            if (name, pattern) in figures.cells
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, color=color, marker="o", markersize=4, linewidth=2)
+            # Magnitude leaves the plot, so its label stands where it does.
+            place, words = (
+                ((58.5, 1900), f"{label}: {y[-1]:,.0f} at {x[-1]:.0f} %")
+                if name == "magnitude"
+                else ((x[-1], y[-1]), f"{label} {y[-1]:,.0f}")
+            )
+            axes.annotate(
+                words,
+                place,
+                (7, LABEL_SHIFT.get(name, 0)),
+                textcoords="offset points",
+                color=color,
+                va="center",
+            )
+    axes.set_yscale("log")
+    axes.set_ylim(17, 2500)
+    axes.set_yticks([20, 50, 100, 200, 500, 1000, 2000], [20, 50, 100, 200, 500, "1,000", "2,000"])
+    axes.minorticks_off()
+    axes.set_xticks([float(pattern.split()[0]) for pattern in CURVE], CURVE)
+    axes.set_xlim(39, 79)
+    axes.set_xlabel("weights removed")
+    axes.set_ylabel("perplexity, WikiText-2 (log scale)")
+    axes.set_title("SmolLM2-135M: what pruning costs", loc="left")
+    return figure
+
+
+def draw_gap(figures: Figures) -> Any:
+    """The residual gap by pattern: bars of SparseGPT and the presets; Wanda is 1."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.2, 3.4))
+    names = ("sparsegpt", "balanced", "best")
+    for place, name in enumerate(names):
+        label, color = SERIES[name]
+        bars = [
+            (index + (place - 1) * 0.27, gap)
+            for index, pattern in enumerate(PATTERNS)
+            if (gap := figures.gap(name, pattern)) is not None
+        ]
+        x, y = zip(*bars, strict=True) if bars else ((), ())
+        axes.bar(x, y, 0.25, color=color, label=label)
+        for left, height in bars:
+            axes.text(left, height + 0.01, f"{height:.2f}", ha="center", fontsize=8)
+    axes.axhline(1, color=SERIES["wanda"][1], linewidth=1.5)
+    axes.text(len(PATTERNS) - 0.45, 1.01, "Wanda", color=SERIES["wanda"][1], ha="right")
+    axes.set_xticks(range(len(PATTERNS)), PATTERNS)
+    axes.set_ylim(0, 1.25)
+    axes.grid(axis="x", visible=False)
+    axes.set_ylabel("residual gap (0 is lossless)")
+    axes.set_title("What is lost, as a share of what Wanda loses", loc="left")
+    axes.legend(frameon=False, ncols=3, loc="upper left", bbox_to_anchor=(0, 1.02))
+    return figure
+
+
+def draw_time(figures: Figures) -> Any:
+    """Loss against the time of a run, at 50 and 60 %."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.2, 3.4))
+    for pattern, marker in (("50 %", "o"), ("60 %", "s")):
+        points = []
+        for name, (label, color) in SERIES.items():
+            cell = figures.cells.get((name, pattern))
+            if name == "magnitude" or cell is None or cell.seconds is None:
+                continue
+            loss = math.log(cell.perplexity)
+            points.append((cell.seconds, loss))
+            axes.plot(cell.seconds, loss, marker, color=color, markersize=7)
+            axes.annotate(
+                f"{label}, {pattern}",
+                (cell.seconds, loss),
+                (7, 3),
+                textcoords="offset points",
+                color=color,
+                fontsize=9,
+            )
+        if points:
+            axes.plot(*zip(*points, strict=True), color="#bbbbbb", linewidth=1, zorder=0)
+    axes.axhline(math.log(figures.dense), color="black", linewidth=1, linestyle=":")
+    axes.text(50, math.log(figures.dense) + 0.02, "dense")
+    axes.set_xscale("log")
+    axes.set_xlim(45, 1500)
+    axes.set_xticks([60, 120, 300, 600, 1200], ["1", "2", "5", "10", "20"])
+    axes.set_xlabel("minutes for all 30 blocks, one core (log scale)")
+    axes.set_ylabel("loss, nats per token")
+    axes.set_title("Loss against time", loc="left")
+    axes.minorticks_off()
+    return figure
+
+
+if __name__ == "__main__":
+    main()
