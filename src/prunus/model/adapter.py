@@ -1,6 +1,9 @@
-"""Adapters: folders that hold a change to a base model, as peft saves them. The one file that knows peft.
+"""Adapters: folders that hold a change to a base model, as peft saves them.
 
-Such a folder has an `adapter_config.json`, which names the base, and an `adapter_model.safetensors`.
+Such a folder has an `adapter_config.json`, which names the base, and an
+`adapter_model.safetensors`. This is the only file that uses peft.
+
+Shape suffixes: R rank of the adapter, O outputs, I inputs.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ __all__ = [
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_NAME = "default"  # what peft calls the only adapter of a model
+_NAME = "default"  # the name that peft gives to the only adapter of a model
 
 
 def is_adapter(folder: Path) -> bool:
@@ -39,9 +42,10 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_folder(folder: Path) -> Path:
-    """The folder of the model that an adapter changes, downloaded where its configuration names a hub id.
+    """The folder of the model that an adapter changes, downloaded if it is a hub id.
 
-    A relative path is looked up from the working directory, as peft does, and then from the adapter's folder.
+    A relative path counts from the working directory, as in peft, and then from the adapter's
+    folder.
 
     Raises:
         ValueError: the configuration names no base, or one that is an adapter itself.
@@ -58,8 +62,8 @@ def base_folder(folder: Path) -> Path:
         base = base or resolve_folder(name)
     except FileNotFoundError as fault:
         raise FileNotFoundError(
-            f"the adapter {folder} is for {name!r}, which is not there ({fault}); put it in place, or correct "
-            f"base_model_name_or_path in its {CONFIG_NAME}"
+            f"the adapter {folder} is for {name!r}, which is not there ({fault}); put it in place, "
+            f"or correct base_model_name_or_path in its {CONFIG_NAME}"
         ) from fault
     if is_adapter(base):
         raise ValueError(
@@ -69,11 +73,13 @@ def base_folder(folder: Path) -> Path:
 
 
 def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
-    """See that an adapter is whole and fits its base, by names and shapes; no weight of the base is read.
+    """Check that an adapter is whole and fits its base, by names and shapes.
+
+    No weight of the base is read: its model is built on the meta device.
 
     Raises:
         ModuleNotFoundError: peft is not installed; names the extra.
-        FileNotFoundError: base or weights are not there.
+        FileNotFoundError: the base or the weights are not there.
         ValueError: the adapter is damaged, does not fit, or its base is packed.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -82,7 +88,7 @@ def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
     base = base_folder(folder)
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds where files are missing or broken
+    except Exception as error:  # transformers raises errors of many kinds for missing or bad files
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{base}, the base of {folder}: no configuration could be loaded ({reason})"
@@ -90,8 +96,8 @@ def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") == "prunus":
         raise ValueError(
-            f"{base}, the base of the adapter {folder}, is packed, and peft adapts ordinary linears only: "
-            f"prunus unpack {base} DEST, and name DEST in {CONFIG_NAME}"
+            f"{base}, the base of the adapter {folder}, is packed, and peft adapts ordinary "
+            f"linears only: prunus unpack {base} DEST, and name DEST in {CONFIG_NAME}"
         )
     with parameters_on_meta():
         attach(
@@ -102,13 +108,26 @@ def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
 
 
 def attach(model: Any, folder: Path, base: Path) -> Any:
-    """`model` with the adapter's layers in it; see `check_adapter` for the errors."""
+    """Put the layers of an adapter into a model.
+
+    Args:
+        model: the base, which changes; may be on the meta device.
+        folder: of the adapter.
+        base: folder of the base, for messages.
+
+    Returns:
+        The model of peft.
+
+    Raises:
+        FileNotFoundError, ValueError: see `check_adapter`.
+    """
     import peft
 
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} has no {WEIGHTS_NAME}; adapters are read from safetensors only, never from pickles"
+            f"{folder} has no {WEIGHTS_NAME}; adapters are read from safetensors only, never from "
+            "pickles"
         )
     try:
         tensors = load_file(path)
@@ -119,13 +138,13 @@ def attach(model: Any, folder: Path, base: Path) -> Any:
     unfit = f"the adapter {folder} does not fit its base {base}"
     hint = "was it trained on another model?"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft warns of what is an error here
+        warnings.simplefilter("ignore")  # peft only warns of what is an error here
         try:
             config = peft.PeftConfig.from_pretrained(str(folder))
             config.inference_mode = True
             adapted = peft.PeftModelForCausalLM(model, config, _NAME)
             result = peft.set_peft_model_state_dict(adapted, tensors, _NAME)
-        except Exception as error:  # peft and torch raise many kinds, with a line per tensor
+        except Exception as error:  # peft and torch raise errors of many kinds, a line per tensor
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{unfit}: {hint} ({type(error).__name__}: {reason})") from error
     missing = [name for name in result.missing_keys if f".{_NAME}" in name]
@@ -150,15 +169,21 @@ def add_lora(
     base: str,
     transposed: bool = False,
 ) -> Any:
-    """A peft model around `model` (which it changes) with fresh LoRA layers; they alone are trained, in float32.
+    """Add fresh LoRA layers (Hu et al. 2021, arXiv 2106.09685) to a model.
+
+    A layer adds alpha / rank · B_OR A_RI to its linear, with A random and B zero. Only A and B are
+    trained, in float32.
 
     Args:
-        model: a causal LM.
-        targets: last parts of the names of the linears that get a layer.
-        rank, alpha: the update is alpha / rank · B A with A (rank, in) random and B (out, rank) zero.
+        model: a causal LM, which changes.
+        targets: last parts of the names of the linears that get a layer, e.g. `q_proj`.
+        rank, alpha: of the update.
         seed: of A.
-        base: what the adapter's configuration is to name as its base.
-        transposed: the linears store (in, out), as GPT-2's Conv1D does.
+        base: the name of the base for the adapter's configuration.
+        transposed: whether the linears store (in, out), as GPT-2's Conv1D does.
+
+    Returns:
+        The model of peft.
 
     Raises:
         ModuleNotFoundError: peft is not installed; names the extra.
@@ -177,15 +202,17 @@ def add_lora(
         base_model_name_or_path=base,
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # peft's own use of transformers, nothing to act on
+        # The warning is about how peft uses transformers; a user can do nothing about it.
+        warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(seed)
         return peft.PeftModelForCausalLM(model, config, _NAME)
 
 
 def save_adapter(adapted: Any, folder: Path) -> None:
-    """Write the adapter of a peft model as peft would, each file atomically, the configuration last."""
+    """Write the adapter of a peft model as peft would, but each file atomically.
+
+    The configuration comes last: a folder that has it is a whole adapter.
+    """
     import peft
 
     save_safetensors(
@@ -199,10 +226,6 @@ def save_adapter(adapted: Any, folder: Path) -> None:
 
 
 def require_peft() -> None:
-    """See that peft is there.
-
-    Raises:
-        ModuleNotFoundError: it is not installed; names the extra.
-    """
+    """Raise ModuleNotFoundError, which names the extra, unless peft is installed."""
     if importlib.util.find_spec("peft") is None:
         raise ModuleNotFoundError("adapters need peft: pip install 'prunus[adapters]'")

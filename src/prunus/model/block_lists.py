@@ -52,9 +52,9 @@ def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not stacks:
         raise NotImplementedError(
             f"no transformer blocks found in {type(model).__name__} (model type {model_type!r}): "
-            f"none of its module lists consists of "
-            f"{sorted(block_classes) or 'declared block classes'}. docs/how-to/add-a-family.md says "
-            "how to name the list of such a model"
+            "none of its module lists consists of "
+            f"{sorted(block_classes) or 'declared block classes'}. docs/how-to/add-a-family.md "
+            "says how to name the list of such a model"
         )
     if len(stacks) > 1:
         raise NotImplementedError(

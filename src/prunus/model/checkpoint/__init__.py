@@ -1,1 +1,11 @@
-"""Checkpoints as files: safetensors, GGUF, locks, atomic writes and records beside results."""
+"""Checkpoints as files.
+
+reader.py         safetensors, opened by their headers and read one tensor at a time
+atomic_files.py   files that are either whole or not there
+output_folder.py  checks of the folder for a result, before any work
+lock.py           one run at a time in a folder
+records.py        records as JSON beside results
+gguf.py           import of a file of llama.cpp; gguf_header.py checks its header first
+
+Import from these files; this page exports nothing.
+"""

@@ -1,8 +1,12 @@
 """Files that are either whole or not there.
 
-Everything prunus writes goes through this page: a temporary name in the same folder, fsync, rename,
-fsync of the folder. A reader, or a run that is resumed after a kill or a power cut, therefore finds under
-a final name either nothing, the old content, or all of the new content.
+Everything that prunus writes goes through this file, in four steps: write to a temporary name in
+the same folder, fsync the file, rename it, fsync the folder. After a kill or a power cut, a final
+name therefore holds nothing, the old content, or all of the new content.
+
+The order matters. Without the first fsync, a power cut may leave the final name with no data behind
+it, because a file system may store the rename before the data. Without the second fsync, the rename
+itself may be lost, although a record written later says that it took place.
 """
 
 from __future__ import annotations
@@ -33,18 +37,19 @@ __all__ = [
 ]
 
 TEMPORARY_SUFFIX = ".partial"
-#: How safetensors call the dtypes that are read and written, in the order in which a file holds them.
+#: Names that safetensors gives to dtypes, in the order in which a file holds them.
 TENSOR_DTYPES = {
-    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
-    "F16": torch.float16, "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32,
+    "BF16": torch.bfloat16, "F16": torch.float16, "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_BYTES_AT_A_TIME = 2**27
 _CODES = {dtype: code for code, dtype in TENSOR_DTYPES.items()}
+_PIECE = 2**27  # bytes to write between two calls of fsync
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut. A no-op where folders cannot be opened (Windows)."""
+    """Make renames in `folder` survive a power cut. Does nothing on Windows, which lacks this."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -56,7 +61,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` and those above it that are not there, so that they survive a power cut."""
+    """Make `folder` and the missing ones above it, so that they survive a power cut."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):
@@ -65,7 +70,21 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; on success it becomes `path` atomically, on an error it is removed."""
+    """Replace the file `path` atomically.
+
+    Yields a temporary path to write to. When the block ends, the file there becomes `path`; after
+    an error it is removed, and `path` stays as it was.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "a.txt")
+    ...     with replacing(path) as temporary:
+    ...         _ = temporary.write_text("new")
+    ...         path.exists()
+    ...     path.read_text()
+    False
+    'new'
+    """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
         yield temporary
@@ -88,12 +107,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON atomically. NaN and infinity are refused: they are not JSON."""
+    """Write `content` atomically as indented JSON.
+
+    Raises:
+        ValueError: it holds NaN or infinity, which JSON does not have.
+    """
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a malformed one raises ValueError with its name and the place of the fault."""
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it is not valid JSON; names the file and the place of the fault.
+        FileNotFoundError: there is no such file.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as fault:
@@ -108,17 +136,26 @@ def save_safetensors(
     metadata: Mapping[str, str] | None = None,
     uncached: bool = False,
 ) -> None:
-    """Write tensors (any dtype of `TENSOR_DTYPES`) as one safetensors file, atomically.
+    """Write tensors as one safetensors file, atomically.
 
-    The bytes depend on the tensors and the metadata alone, so equal content gives equal files. Not by the library's
-    `save_file`: that puts metadata in another order each time, and what it is writing when it is killed stays in the
-    folder under a name that nobody knows. With `uncached`, what is written leaves memory at once.
+    Equal tensors and metadata give equal bytes. `save_file` of the safetensors library is not used
+    for two reasons: it puts the metadata in another order each time, and when killed it leaves a
+    half-written file under a name of its own.
+
+    Format (https://github.com/huggingface/safetensors): the length of the header as 8 bytes, the
+    header as JSON, then the bytes of the tensors without gaps.
+
+    Args:
+        path: the file.
+        tensors: name -> tensor, of any dtype of `TENSOR_DTYPES`, on any device.
+        metadata: goes into the header.
+        uncached: drop the written pages from the page cache at once, if memory is short.
 
     Raises:
-        OSError: it cannot be written, such as to a full disk.
+        OSError: the file cannot be written, for example because the disk is full.
     """
     with replacing(path) as temporary, temporary.open("wb") as file:
-        # As the library has it: wide numbers first, so that all are aligned, then by name.
+        # As in the library: wide dtypes first, which keeps all tensors aligned, then by name.
         place = {dtype: position for position, dtype in enumerate(_CODES)}
         names = sorted(tensors, key=lambda name: (place[tensors[name].dtype], name))
         header: dict[str, Any] = {
@@ -134,13 +171,14 @@ def save_safetensors(
         file.write(len(text).to_bytes(8, "little") + text)
         unwritten = 0
         for name in names:
-            # One at a time: a tensor on another device, or one that is not contiguous, is copied for its turn only.
+            # One tensor at a time: one on another device, or not contiguous, is copied here, and
+            # the copy goes before the next one comes.
             flat = tensors[name].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-            for piece in flat.split(_BYTES_AT_A_TIME):
+            for piece in flat.split(_PIECE):
                 file.write(piece.numpy().data)
                 unwritten += len(piece)
-                if unwritten >= _BYTES_AT_A_TIME:
-                    # Pages that wait to be written count against the memory of a control group.
+                if unwritten >= _PIECE:
+                    # Pages that wait to be written count against the memory limit of a container.
                     file.flush()
                     os.fsync(file.fileno())
                     if uncached and hasattr(os, "posix_fadvise"):
@@ -149,7 +187,7 @@ def save_safetensors(
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy one file's bytes (not its permissions) atomically."""
+    """Copy the bytes of one file, without its permissions, atomically."""
     with replacing(target) as temporary:
         shutil.copyfile(source, temporary)
 

@@ -1,7 +1,7 @@
-"""GGUF import: one file of llama.cpp becomes a checkpoint folder that transformers, and so prunus, can read.
+"""GGUF import: one file of llama.cpp becomes a checkpoint folder that transformers can read.
 
-Quantised tensors are unpacked: the result has the weights that llama.cpp computes with, not those that the
-model had before it was quantised.
+Quantised tensors are unpacked. The result has the weights that llama.cpp computes with, not those
+that the model had before it was quantised.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prunus.model.checkpoint.atomic_files import fsync_folder, read_json, write_
 from prunus.model.checkpoint.gguf_header import check_header
 from prunus.model.dtypes import DTYPES
 
-__all__ = ["check_import", "import_gguf"]
+__all__ = ["check_destination", "check_extra", "import_gguf"]
 
 
 def import_gguf(
@@ -32,13 +32,13 @@ def import_gguf(
     dtype: str = "bfloat16",
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Write the model and tokenizer of a GGUF file to the folder `dest`, which appears whole or not at all.
+    """Write the model and tokenizer of a GGUF file to the folder `dest`.
 
-    The whole model is in memory for a while.
+    The folder appears whole or not at all. The whole model is in memory for a while.
 
     Args:
         path: the GGUF file.
-        dest: a folder that is not there or empty.
+        dest: a folder that does not exist or is empty.
         overwrite: replace what `dest` holds.
         dtype: of the weights in the checkpoint, a name of `DTYPES`.
         progress: called with a line of text before each step.
@@ -48,13 +48,13 @@ def import_gguf(
         `chat_template` (whether there is one).
 
     Raises:
-        ValueError: not a GGUF file, a truncated one, a model or weights that transformers cannot take over.
-        FileNotFoundError: no such file.
-        FileExistsError: `dest` holds something and `overwrite` is not given.
+        ValueError: no GGUF file, a truncated one, or a model that transformers cannot import.
+        FileNotFoundError: there is no such file.
+        FileExistsError: `dest` holds something and `overwrite` is not set.
         ModuleNotFoundError: the extra `gguf` is not installed.
     """
     path, dest = Path(path), Path(dest)
-    check_import(path, dest, overwrite=overwrite, dtype=dtype)
+    _check_arguments(path, dest, overwrite=overwrite, dtype=dtype)
     say = progress or (lambda line: None)
     say(f"reading {path.name}")
     header = _read_header(path)
@@ -64,7 +64,7 @@ def import_gguf(
     temporary.mkdir()
     try:
         say(f"unpacking {header['tensors']} tensors to {dtype}")
-        with _quiet():
+        with _without_progress_bars():
             summary = _convert(path, temporary, DTYPES[dtype])
         _tidy(temporary)
         say(f"writing {dest}")
@@ -82,10 +82,8 @@ def import_gguf(
     }
 
 
-def check_import(
-    path: Path, dest: Path, *, overwrite: bool = False, dtype: str = "bfloat16"
-) -> None:
-    """Raise what `import_gguf` would for its arguments, before any work; see there."""
+def _check_arguments(path: Path, dest: Path, *, overwrite: bool, dtype: str) -> None:
+    """Raise the errors of `import_gguf` that can be found before any work."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(sorted(DTYPES))}, not {dtype!r}")
     check_destination(dest, overwrite=overwrite)
@@ -99,7 +97,7 @@ def check_import(
 
 
 def check_extra() -> None:
-    """Raise ModuleNotFoundError unless what the import needs is installed."""
+    """Raise ModuleNotFoundError unless the packages that the import needs are installed."""
     for module in ("gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(
@@ -108,7 +106,7 @@ def check_extra() -> None:
 
 
 def check_destination(dest: Path, *, overwrite: bool) -> None:
-    """Raise FileExistsError unless the folder `dest` is not there, empty, or to be overwritten."""
+    """Raise FileExistsError unless the folder `dest` is missing, empty, or may be overwritten."""
     if dest.is_symlink() or (dest.exists() and not dest.is_dir()):
         raise FileExistsError(
             f"{dest}: is there already and is not a plain folder; choose another name"
@@ -120,24 +118,26 @@ def check_destination(dest: Path, *, overwrite: bool) -> None:
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """Architecture and number of tensors. Also finds a truncated file: every tensor has to lie inside it."""
+    """Architecture and number of tensors of a whole GGUF file: every tensor must lie inside it."""
     from gguf import GGUFReader
 
     header = check_header(path)
     try:
         GGUFReader(path)
         return header
-    except Exception as error:  # the reader trusts its input: numpy and index errors of many kinds
+    except Exception as error:  # the reader trusts its input and raises errors of many kinds
         raise ValueError(
-            f"{path}: the GGUF file is truncated or damaged ({type(error).__name__}: {error}); fetch it again"
+            f"{path}: the GGUF file is truncated or damaged ({type(error).__name__}: {error}); "
+            "fetch it again"
         ) from error
 
 
 def _convert(path: Path, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Let transformers read a GGUF file and save it to `folder`; returns figures of the model."""
     import transformers
 
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    # Before GgufConfig came, transformers unpacked every GGUF file without being told.
+    # Versions of transformers without GgufConfig unpack every GGUF file by default.
     config = getattr(transformers, "GgufConfig", None)
     unpack = {"quantization_config": config(dequantize=True)} if config is not None else {}
     try:
@@ -149,12 +149,14 @@ def _convert(path: Path, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         raise ValueError(
             f"{path}: transformers cannot import this file ({type(error).__name__}: {error})"
         ) from error
+    # transformers would fill missing weights with random numbers.
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if loading.get(problem):
             names = sorted(str(key) for key in loading[problem])
             raise ValueError(
-                f"{path}: transformers does not fully know this kind of model: {problem.replace('_', ' ')} "
-                f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+                f"{path}: transformers does not fully know this kind of model: "
+                f"{problem.replace('_', ' ')} {', '.join(names[:5])}"
+                f"{' ...' if len(names) > 5 else ''}"
             )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -165,23 +167,24 @@ def _convert(path: Path, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove from config.json what speaks of the GGUF file; give all files the permissions of config.json."""
+    """Remove traces of the GGUF file from config.json; give all files the same permissions."""
     config = read_json(folder / "config.json")
     for leftover in ("_model_name_or_path", "_name_or_path", "quantization_config"):
         config.pop(leftover, None)
     write_json(folder / "config.json", config)
     mode = (folder / "config.json").stat().st_mode
     for file in folder.iterdir():
-        file.chmod(mode)  # safetensors writes its files readable by their owner alone
+        file.chmod(mode)  # the safetensors library makes its files readable by their owner alone
 
 
 def _move(folder: Path, dest: Path) -> None:
-    """Make the finished `folder` be `dest`. What `dest` held goes only after the new one is on the disk."""
+    """Rename the finished `folder` to `dest`. What `dest` held goes once the new one is on disk."""
     for file in folder.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
     fsync_folder(folder)
     if dest.is_dir() and any(dest.iterdir()):
+        # A folder that is not empty cannot be replaced in one step.
         old = dest.parent / f".{dest.name}.old-{os.getpid()}"
         dest.rename(old)
         try:
@@ -196,14 +199,14 @@ def _move(folder: Path, dest: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of transformers: the caller shows progress in its own way."""
+def _without_progress_bars() -> Iterator[None]:
+    """While active, transformers and gguf show no progress bars; the caller shows its own."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        # The GGUF reader draws a bar of its own that only the stream can silence; faults are raised.
+        # The bar of the GGUF reader has no switch, so its stream goes. Errors are raised anyway.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:

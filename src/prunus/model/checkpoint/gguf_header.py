@@ -1,7 +1,8 @@
-"""What a GGUF file says before its weights, walked through without believing a number in it.
+"""The header of a GGUF file, parsed without trust in any number in it.
 
-The reader in package gguf trusts its input: an array that claims 2^60 entries keeps it busy until memory is full. Here
-every length is compared with what is left of the file before it is followed.
+The reader of the package gguf trusts its input: an array that claims 2^60 entries keeps it busy
+until memory is full. So this file walks through the header first. It compares every length with the
+rest of the file before it follows it.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
 """
@@ -15,8 +16,8 @@ from typing import Any
 
 __all__ = ["check_header"]
 
+# Types of values: a string, an array, and scalars with their struct codes.
 _STRING, _ARRAY = 8, 9
-# Type of a value -> its struct code.
 _SCALARS = {
     0: "B",
     1: "b",
@@ -30,30 +31,31 @@ _SCALARS = {
     11: "q",
     12: "d",
 }
-_DEEPEST = 4  # arrays in arrays
-_MOST_DIMENSIONS = 8
+_MAX_DEPTH = 4  # arrays in arrays
+_MAX_DIMENSIONS = 8
 
 
-class _Walk:
-    """A place in the file, which can only be moved inside it."""
+class _Cursor:
+    """A position in the file that cannot leave it."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
-        self.at = 0
-        self.order = "<"
+        self.position = 0
+        self.byte_order = "<"
 
     def skip(self, count: int) -> int:
-        """Go on by `count` bytes; returns where they begin."""
-        start, self.at = self.at, self.at + count
-        if self.at > len(self.data):
+        """Move on by `count` bytes, and return the position before."""
+        start, self.position = self.position, self.position + count
+        if self.position > len(self.data):
             raise ValueError(
-                f"{count:,} bytes are announced at {start:,}, and {len(self.data) - start:,} are left"
+                f"{count:,} bytes are announced at {start:,}, and {len(self.data) - start:,} are "
+                "left"
             )
         return start
 
     def scalar(self, code: str) -> Any:
         size = struct.calcsize("<" + code)
-        return struct.unpack_from(self.order + code, self.data, self.skip(size))[0]
+        return struct.unpack_from(self.byte_order + code, self.data, self.skip(size))[0]
 
     def string(self) -> str:
         length = self.scalar("Q")
@@ -61,33 +63,37 @@ class _Walk:
         return self.data[start : start + length].decode("utf-8", errors="replace")
 
     def value(self, kind: int, depth: int = 0) -> Any:
-        """A value of type `kind`; of an array nothing is kept."""
+        """A value of type `kind`. The content of an array is checked and dropped."""
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:
             return self.string()
-        if kind != _ARRAY or depth >= _DEEPEST:
-            raise ValueError(f"a value of type {kind} at {self.at:,}")
+        if kind != _ARRAY or depth >= _MAX_DEPTH:
+            raise ValueError(f"a value of type {kind} at {self.position:,}")
         inner, count = self.scalar("I"), self.scalar("Q")
         if inner in _SCALARS:
             self.skip(count * struct.calcsize("<" + _SCALARS[inner]))
             return None
-        if count > len(self.data) - self.at:
-            raise ValueError(f"an array of {count:,} entries at {self.at:,}")
+        # Every other entry takes at least a byte, so more entries than bytes cannot be true.
+        if count > len(self.data) - self.position:
+            raise ValueError(f"an array of {count:,} entries at {self.position:,}")
         for _ in range(count):
             self.value(inner, depth + 1)
         return None
 
 
 def check_header(path: Path) -> dict[str, Any]:
-    """`architecture` and number of `tensors` of a GGUF file.
+    """Check the header of a GGUF file.
+
+    Returns:
+        `architecture` and number of `tensors`.
 
     Raises:
         ValueError: it is truncated or damaged, or describes more blocks than it has tensors.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            fields, tensors = _walk(_Walk(data))
+            fields, tensors = _walk(_Cursor(data))
     except (ValueError, struct.error) as fault:
         raise ValueError(
             f"{path}: the GGUF file is truncated or damaged ({fault}); fetch it again"
@@ -98,30 +104,33 @@ def check_header(path: Path) -> dict[str, Any]:
             not isinstance(value, int) or not 0 <= value <= tensors
         ):
             raise ValueError(
-                f"{path}: the GGUF file is damaged: {name} is {value!r}, and there are {tensors} tensors"
+                f"{path}: the GGUF file is damaged: {name} is {value!r}, and there are {tensors} "
+                "tensors; fetch it again"
             )
     return {"architecture": str(architecture), "tensors": tensors}
 
 
-def _walk(walk: _Walk) -> tuple[dict[str, Any], int]:
-    walk.skip(4)  # the magic number
-    version = walk.scalar("I")
+def _walk(cursor: _Cursor) -> tuple[dict[str, Any], int]:
+    """The fields of a header, and its number of tensors."""
+    cursor.skip(4)  # the magic number
+    version = cursor.scalar("I")
     if version and version & 0xFFFF == 0:
-        walk.order = ">"
+        # A small number with its bytes swapped: the file is big-endian.
+        cursor.byte_order = ">"
         version = struct.unpack(">I", struct.pack("<I", version))[0]
     if version not in (2, 3):
-        raise ValueError(f"version {version} of the format, of which 2 and 3 can be read")
-    tensors, count = walk.scalar("Q"), walk.scalar("Q")
-    if max(tensors, count) > len(walk.data):
-        raise ValueError(f"{tensors:,} tensors and {count:,} fields in {len(walk.data):,} bytes")
+        raise ValueError(f"version {version} of the format; versions 2 and 3 can be read")
+    tensors, count = cursor.scalar("Q"), cursor.scalar("Q")
+    if max(tensors, count) > len(cursor.data):
+        raise ValueError(f"{tensors:,} tensors and {count:,} fields in {len(cursor.data):,} bytes")
     fields = {}
     for _ in range(count):
-        name = walk.string()
-        fields[name] = walk.value(walk.scalar("I"))
+        name = cursor.string()
+        fields[name] = cursor.value(cursor.scalar("I"))
     for _ in range(tensors):
-        walk.string()
-        dimensions = walk.scalar("I")
-        if dimensions > _MOST_DIMENSIONS:
+        cursor.string()  # its name
+        dimensions = cursor.scalar("I")
+        if dimensions > _MAX_DIMENSIONS:
             raise ValueError(f"a tensor of {dimensions:,} dimensions")
-        walk.skip(8 * dimensions + 4 + 8)
+        cursor.skip(8 * dimensions + 4 + 8)  # its shape, type and offset
     return fields, tensors

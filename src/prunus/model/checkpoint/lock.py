@@ -1,7 +1,9 @@
 """One run at a time in a folder.
 
-The lock is a file in the folder that the running process holds by flock(2) and that says who it is. The kernel lets go
-of it when the process ends, however it ends: a file that nobody holds is what a killed run left, and is taken over.
+The lock is a file in the folder. The running process holds it with flock(2), and the file says
+which process that is. The kernel releases the lock when the process ends, in whatever way. A lock
+file that nobody holds was left by a killed run, and the next run takes it over: no run needs the
+help of its user after a kill, which a lock that is a mere file would need.
 """
 
 from __future__ import annotations
@@ -20,15 +22,17 @@ from prunus.model.checkpoint.atomic_files import make_folder
 __all__ = ["LOCK_NAME", "clear_stale_lock", "locked"]
 
 LOCK_NAME = ".prunus.lock"
-# What a file system says that knows no such locks; who holds one is then told from the file alone.
+# Errors of file systems without flock, such as some network file systems. There the process id in
+# the file decides.
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`, which is made where it is not there, against other runs while the `with` lasts.
+    """Hold `folder` against other runs for the length of a `with` block.
 
-    Of processes that share one run (torchrun's), the one that writes holds it: rank 0.
+    Makes the folder if it is missing, and removes what it made if nothing was written there. Of
+    the processes of one run under torchrun, only rank 0 writes, so only rank 0 holds the lock.
 
     Raises:
         FileExistsError: another run holds it; names host and process id.
@@ -43,29 +47,33 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # The name goes while the lock is still held: whoever waits for it sees that it has another file than the name.
+        # The name goes first and the lock second. In the other order, a run that takes the lock in
+        # between would hold a file that has lost its name, and a third run could enter.
         with contextlib.suppress(OSError):
             (folder / LOCK_NAME).unlink(missing_ok=True)
         os.close(handle)
         with contextlib.suppress(OSError):
             for path in made:
-                path.rmdir()  # those that nothing was written to
+                path.rmdir()  # fails, as it should, for a folder with something in it
 
 
 def clear_stale_lock(folder: Path) -> None:
-    """Take away the lock that a run left which was killed once its result was finished; never fails."""
+    """Remove the lock of a run that was killed after its result was finished. Never fails."""
     if (folder / LOCK_NAME).exists():
         with contextlib.suppress(OSError), locked(folder):
             pass
 
 
 def _acquire(folder: Path) -> int:
+    """The handle of the lock file, with the lock held and this process signed in."""
     path = folder / LOCK_NAME
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if not _take(handle):
                 raise FileExistsError(_refusal(folder, _holder(handle)))
+            # Between open and lock, the previous holder may have removed the name, and another run
+            # may have made a new file. The lock counts only on the file that has the name now.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), path.stat()):
                     _sign(handle)
@@ -73,11 +81,11 @@ def _acquire(folder: Path) -> int:
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # the name was given to another file in between: once more
+        os.close(handle)
 
 
 def _take(handle: int) -> bool:
-    """Get the lock of an open file, or False where another process has it."""
+    """Take the lock of an open file; False if another process has it."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -94,6 +102,7 @@ def _take(handle: int) -> bool:
 
 
 def _sign(handle: int) -> None:
+    """Write host and process id into the lock file, for the messages of other runs."""
     os.ftruncate(handle, 0)
     os.pwrite(
         handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode() + b"\n", 0
@@ -101,7 +110,7 @@ def _sign(handle: int) -> None:
 
 
 def _holder(handle: int) -> dict[str, Any]:
-    """Who signed an open lock file; empty where nobody did, or not yet."""
+    """Host and process id in an open lock file; empty if there are none, or none yet."""
     try:
         content = json.loads(os.pread(handle, 4096, 0))
     except ValueError:
@@ -110,17 +119,20 @@ def _holder(handle: int) -> dict[str, Any]:
 
 
 def _seems_alive(holder: dict[str, Any]) -> bool:
-    """Whether the process that signed is there; of another host's nothing is known, so it counts as there."""
+    """Whether the process that signed still runs.
+
+    A process of another host counts as running: its process id says nothing here.
+    """
     pid = holder.get("pid")
     if not isinstance(pid, int) or pid == os.getpid():
         return False
     if holder.get("host") != socket.gethostname():
         return True
     try:
-        os.kill(pid, 0)
+        os.kill(pid, 0)  # signal 0 only checks that the process exists
     except ProcessLookupError:
         return False
-    except OSError:
+    except OSError:  # it exists and belongs to another user
         pass
     return True
 
@@ -128,6 +140,6 @@ def _seems_alive(holder: dict[str, Any]) -> bool:
 def _refusal(folder: Path, holder: dict[str, Any]) -> str:
     who = f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
     return (
-        f"{folder} is being written by another run: {who}. Wait until it ends, or choose another folder "
-        f"({LOCK_NAME} in it is the lock; a run that was killed holds none)"
+        f"{folder} is being written by another run: {who}. Wait until it ends, or choose another "
+        f"folder ({LOCK_NAME} in it is the lock; a run that was killed holds none)"
     )

@@ -1,4 +1,4 @@
-"""The folder that a result is to go to, looked at before any work: is it apart, vacant, large enough, whole?"""
+"""Checks of the folder for a result, before any work: is it apart, vacant, large enough, whole?"""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ __all__ = ["check_apart", "check_disk", "check_whole", "is_vacant"]
 
 
 def check_apart(output: Path, source: Path) -> None:
-    """See that output and source are different folders, and neither lies in the other.
+    """Check that output and source are different folders, and that neither lies in the other.
 
     Raises:
         ValueError: names both.
+
+    >>> check_apart(Path("pruned"), Path("dense"))
+    >>> check_apart(Path("dense/pruned"), Path("dense"))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: output dense/pruned and model dense overlap: choose a folder of its own ...
     """
     here, there = output.resolve(), source.resolve()
     if here == there or here in there.parents or there in here.parents:
@@ -26,23 +32,34 @@ def check_apart(output: Path, source: Path) -> None:
 
 
 def is_vacant(output: Path) -> bool:
-    """Whether nothing is there yet, or nothing but what a killed run had not given its name.
+    """Whether a folder holds no result: it does not exist, or holds only what a killed run left.
+
+    A killed run leaves files under their temporary names and the file of its lock.
 
     Raises:
-        FileExistsError: something that is no folder is there.
+        FileExistsError: `output` exists and is no folder.
+
+    >>> is_vacant(Path("no such folder"))
+    True
     """
     if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output {output} exists and is not a folder")
+        raise FileExistsError(
+            f"output {output} exists and is not a folder; choose another name for the result"
+        )
     return not output.exists() or all(
         path.name.endswith(TEMPORARY_SUFFIX) or path.name == LOCK_NAME for path in output.iterdir()
     )
 
 
 def check_disk(output: Path, needed: int) -> None:
-    """Refuse to start where the result cannot fit.
+    """Check that the result fits on the disk of `output`.
+
+    Args:
+        output: folder for the result; need not exist.
+        needed: size of the result in bytes.
 
     Raises:
-        OSError: less than `needed` bytes are free on the disk of `output`.
+        OSError: less is free.
     """
     here = output.resolve()
     free = shutil.disk_usage(
@@ -50,19 +67,21 @@ def check_disk(output: Path, needed: int) -> None:
     ).free
     if free < needed:
         raise OSError(
-            f"not enough disk for {output}: the result needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
+            f"not enough disk for {output}: the result needs {needed / 1e9:.2f} GB and "
+            f"{free / 1e9:.2f} GB are free; make room, or choose a folder on another disk"
         )
 
 
 def check_whole(output: Path) -> None:
-    """See that a result that is said to be finished still has all its shards, whole.
+    """Check that a finished result still has all its shards, whole.
 
     Raises:
-        FileExistsError: something was taken away or cut off since.
+        FileExistsError: a file was removed or cut off since.
     """
     try:
         Checkpoint(output)
     except (FileNotFoundError, ValueError) as fault:
         raise FileExistsError(
-            f"{output} holds a finished result that was damaged since: {fault}. --overwrite makes it again"
+            f"{output} holds a finished result that was damaged since: {fault}. --overwrite makes "
+            "it again"
         ) from fault

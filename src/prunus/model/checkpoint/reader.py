@@ -1,7 +1,11 @@
 """A checkpoint on disk as named tensors that are read one at a time.
 
-Knows file formats and nothing else: no model class, no block, no pruning. Only safetensors are read,
-never pickle, and no path that an index file names is followed out of the checkpoint's folder.
+This file knows file formats and nothing else: no model class, no block, no pruning. It reads
+safetensors only, never pickles, which can run code, and it follows no path that an index file names
+out of the checkpoint's folder.
+
+Shards are mapped into memory: a tensor is a view of its file, and the system brings in the pages
+that are touched and drops them again. No shard need fit in memory as a whole.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ __all__ = [
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-# Weights in any format and prunus' own files: everything else beside them is copied along.
+# Weights in any format and prunus' own files. All other files are copied beside the result.
 _NOT_AUXILIARY = {
     ".safetensors",
     ".gguf",
@@ -42,13 +46,20 @@ _NOT_AUXILIARY = {
     *_PICKLE_SUFFIXES,
 }
 _OWN_FILES = {INDEX_NAME, "prunus.json", "README.md"}
-_LONGEST_HEADER, _PIECE = 10**8, 1 << 16  # the library refuses longer ones
-_LARGE = 2**28  # bytes; see `_fetch`
+_MAX_HEADER = 10**8  # bytes; the safetensors library refuses longer headers
+_PIECE = 1 << 16  # bytes of a header to read at a time
+_MAX_PREFETCH = 2**28  # bytes; see `_prefetch`
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What the header says of one tensor: its file, shape, dtype, and where in the file it begins (in bytes)."""
+    """What the header of a shard says of one tensor.
+
+    Attributes:
+        file: name of the shard.
+        shape, dtype: of the tensor.
+        begin: offset in the file of its first byte.
+    """
 
     file: str
     shape: tuple[int, ...]
@@ -61,13 +72,19 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """The safetensors of one folder.
+    """The safetensors files of one folder.
 
-    Opening reads the headers only: every shard must be there, whole, and hold what the index says.
+    Opening reads the headers only. Every shard must be there, whole, and hold what the index says.
 
     Args:
         folder: the checkpoint.
-        only: read these shards and no index, for a folder that is still being written.
+        only: names of shards to read in place of the index, for a folder that is still being
+            written.
+
+    Attributes:
+        tensors: stored name -> what the header says of the tensor.
+        fingerprint: SHA-256 over names, sizes and headers of the shards. It tells checkpoints apart
+            without reading their weights.
 
     Raises:
         FileNotFoundError: no such folder, no safetensors in it, or a shard is missing.
@@ -86,6 +103,7 @@ class Checkpoint:
         )
         digest = hashlib.sha256()
         self.tensors: dict[str, TensorInfo] = {}
+        # Shard -> the state of its file when it was opened; see `check_unchanged`.
         self._opened: dict[str, tuple[int, int, int]] = {}
         for file in files:
             self._read_header(file, digest)
@@ -93,21 +111,21 @@ class Checkpoint:
             for name, file in weight_map.items():
                 if name not in self.tensors or self.tensors[name].file != file:
                     raise ValueError(
-                        f"{folder / INDEX_NAME} says that {name!r} is in {file}, but that file does not hold it; "
-                        "the index and the shards do not belong together"
+                        f"{folder / INDEX_NAME} says that {name!r} is in {file}, but that file "
+                        "does not hold it; the index and the shards do not belong together"
                     )
-        #: SHA-256 over shard names, sizes and headers: tells checkpoints apart without reading the weights.
         self.fingerprint = digest.hexdigest()
 
     def _read_index(self) -> dict[str, str] | None:
+        """Stored name -> shard, from the index file; None for a checkpoint of one file."""
         path = self.folder / INDEX_NAME
         if not path.exists():
             if (self.folder / SINGLE_NAME).exists():
                 return None
             pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
             hint = (
-                f" It holds {pickles[0]}, a pickle, which can run code when it is read and is never loaded: "
-                "save the model as safetensors first (save_pretrained does)."
+                f" It holds {pickles[0]}, a pickle, which can run code when it is read and is "
+                "never loaded: save the model as safetensors first (save_pretrained does)."
                 if pickles
                 else " Expected model.safetensors, or model.safetensors.index.json with its shards."
             )
@@ -126,7 +144,8 @@ class Checkpoint:
                 or file == ".."
             ):
                 raise ValueError(
-                    f"{path} places {name!r} in {file!r}: shards must be plain file names inside the folder"
+                    f"{path} places {name!r} in {file!r}: shards must be plain file names inside "
+                    "the folder"
                 )
             if not file.endswith(".safetensors"):
                 raise ValueError(
@@ -142,8 +161,9 @@ class Checkpoint:
             )
         self._opened[file] = _state(path)
         try:
-            begin = _read_header_alone(path)
-            # The library sees to it that offsets and file length agree and that nothing lies between tensors.
+            begin = _prefetch_header(path)
+            # The library checks that offsets and file length agree and that there are no gaps
+            # between tensors. So the sizes, added up in file order, are the offsets.
             with safe_open(path, framework="pt") as handle:
                 names = list(handle.keys())
                 for name in handle.offset_keys():
@@ -151,7 +171,8 @@ class Checkpoint:
                     code = piece.get_dtype()
                     if code not in TENSOR_DTYPES:
                         raise ValueError(
-                            f"{path}: tensor {name!r} has dtype {code}, which is not supported"
+                            f"{path}: tensor {name!r} has dtype {code}, which is not supported; "
+                            f"convert it to one of {', '.join(TENSOR_DTYPES)}"
                         )
                     info = TensorInfo(file, tuple(piece.get_shape()), TENSOR_DTYPES[code], begin)
                     self.tensors[name] = info
@@ -169,8 +190,8 @@ class Checkpoint:
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) on the CPU in the dtype of the file.
 
-        The tensors are views of the mapped file: convert or copy what is to be kept, and let go of them
-        before the next is taken, so that the pages can leave memory.
+        The tensors are views of the mapped file. Convert or copy what you keep, and drop each one
+        before you take the next, so that its pages can leave memory.
         """
         by_file: dict[str, list[str]] = {}
         for name in names:
@@ -182,13 +203,17 @@ class Checkpoint:
                 open(self.folder / file, "rb") as plain,
             ):
                 for name in members:
-                    _fetch(plain.fileno(), self.tensors[name])
+                    _prefetch(plain.fileno(), self.tensors[name])
                     yield name, handle.get_tensor(name)
 
     def check_unchanged(self, files: Iterable[str] | None = None) -> None:
-        """See that `files` of the checkpoint, by default all, are those that were opened.
+        """Check that shards are still the files that were opened.
 
-        Whoever made something of weights asks before that gets its name: a mapped file shows what is written to it later.
+        A mapped file shows what is written to it later. So call this after reading weights and
+        before the result of the work gets its final name.
+
+        Args:
+            files: names of shards; None for all.
 
         Raises:
             FileNotFoundError: one is gone.
@@ -199,12 +224,14 @@ class Checkpoint:
                 now = _state(self.folder / file)
             except FileNotFoundError as fault:
                 raise FileNotFoundError(
-                    f"{self.folder / file} is gone since it was opened; put it back, and the same command goes on"
+                    f"{self.folder / file} is gone since it was opened; put it back, and the same "
+                    "command continues"
                 ) from fault
             if now != self._opened[file]:
                 raise ValueError(
-                    f"{self.folder / file} was changed since it was opened: what was read of it cannot be relied on. "
-                    "Put the checkpoint back as it was, and the same command goes on"
+                    f"{self.folder / file} was changed since it was opened, so what was read from "
+                    "it cannot be relied on. Put the checkpoint back as it was, and the same "
+                    "command continues"
                 )
 
     def nbytes(self, names: Iterable[str]) -> int:
@@ -212,43 +239,52 @@ class Checkpoint:
         return sum(self.tensors[name].nbytes for name in names)
 
 
-def _fetch(file: int, info: TensorInfo) -> None:
-    """Bring a tensor into the page cache, and nothing of what lies around it.
+def _prefetch(file: int, info: TensorInfo) -> None:
+    """Bring a tensor into the page cache, without what lies around it in the file.
 
-    Touched through the mapping, its pages would bring along as much as the system reads ahead, megabytes on some disks,
-    of tensors whose turn comes later: where memory is short these are read again. Beyond `_LARGE` bytes that is little
-    beside the tensor, which might not fit in memory as a whole, or be an embedding of which a few rows are wanted.
+    Touching the pages through the mapping would also bring in what the system reads ahead:
+    megabytes, on some disks, of tensors whose turn comes later. If memory is short, these are
+    dropped and read a second time. A tensor beyond `_MAX_PREFETCH` is left to the mapping: there
+    the read-ahead is small beside the tensor, which may not fit in memory as a whole, or may be an
+    embedding of which only a few rows are needed.
     """
-    if info.nbytes <= _LARGE and hasattr(os, "posix_fadvise"):
+    if info.nbytes <= _MAX_PREFETCH and hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, info.begin, info.nbytes, os.POSIX_FADV_WILLNEED)
 
 
-def _read_header_alone(path: Path) -> int:
-    """Bring a file's header into the page cache, and nothing of what follows it; gives the length of the two.
+def _prefetch_header(path: Path) -> int:
+    """Bring a shard's header into the page cache, without what follows it.
 
-    Mapped, its first page would bring along as much as the system reads ahead, megabytes on some disks: of every shard,
-    long before its turn, and where memory is short once more when it comes.
+    The library maps the file to read the header. The first page touched would bring in what the
+    system reads ahead, of every shard and long before its turn (see `_prefetch`). Reading the
+    header first, with read-ahead switched off, avoids that.
+
+    Returns:
+        The offset at which the header ends and the tensors begin.
     """
     with open(path, "rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         end = 8 + int.from_bytes(file.read(8), "little")
-        for start in range(8, min(end, os.fstat(file.fileno()).st_size, _LONGEST_HEADER), _PIECE):
+        # A damaged file may state any length.
+        for start in range(8, min(end, os.fstat(file.fileno()).st_size, _MAX_HEADER), _PIECE):
             file.seek(start)
             file.read(_PIECE)
         return end
 
 
 def _state(path: Path) -> tuple[int, int, int]:
-    """What tells that a file is still the same: its number, length and time of the last writing."""
+    """Inode, length and time of the last change: equal as long as a file is the same."""
     state = path.stat()
     return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def auxiliary_files(folder: Path, code: bool = False) -> list[Path]:
-    """Files of a checkpoint folder that travel with the weights: config, tokenizer, chat template, licence.
+    """Files of a checkpoint that are copied beside the result, such as config and tokenizer.
 
-    Python files travel only where the user trusts the checkpoint's `code`.
+    Args:
+        folder: the checkpoint.
+        code: copy Python files too; only if the user trusts the code of the checkpoint.
     """
     return sorted(
         path
@@ -263,9 +299,12 @@ def auxiliary_files(folder: Path, code: bool = False) -> list[Path]:
 
 
 def resolve_folder(model: str | Path) -> Path:
-    """The folder of `model`: itself where it is one, otherwise a snapshot downloaded from the hub.
+    """The folder of a model: a local folder, or a snapshot downloaded from the Hugging Face hub.
 
     Downloads safetensors, configuration and tokenizer files only.
+
+    Args:
+        model: path of a folder, or a hub id such as `owner/name`.
 
     Raises:
         FileNotFoundError: neither a folder nor a hub id, or the hub cannot be reached.
@@ -295,6 +334,7 @@ def resolve_folder(model: str | Path) -> Path:
     except Exception as fault:
         reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         raise FileNotFoundError(
-            f"{name!r} is neither a local folder nor a model that could be downloaded from the hub: {reason}"
+            f"{name!r} is neither a local folder nor a model that could be downloaded from the "
+            f"hub: {reason}"
         ) from fault
     return Path(found)

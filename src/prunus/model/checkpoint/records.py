@@ -1,4 +1,4 @@
-"""Records that lie beside results as JSON: how one is read, and how one of other work is refused."""
+"""Records beside results, as JSON: how to read one, and how to refuse one of other work."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from pydantic import BaseModel, ValidationError
 
 from prunus.model.checkpoint.atomic_files import read_json
 
-__all__ = ["check_alike", "read_record"]
+__all__ = ["check_same_work", "read_record"]
 
 _Record = TypeVar("_Record", bound=BaseModel)
 
 
 def read_record(path: Path, kind: type[_Record]) -> _Record:
-    """The record in the file `path`, which exists.
+    """The record in the file `path`, which must exist.
+
+    Args:
+        path: a JSON file.
+        kind: the pydantic model of the record.
 
     Raises:
         ValueError: it is damaged or of another version; names the first fault.
@@ -31,20 +35,27 @@ def read_record(path: Path, kind: type[_Record]) -> _Record:
         ) from fault
 
 
-def check_alike(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
-    """See that a folder's record has every value of `now`.
+def check_same_work(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
+    """Check that the record of a folder agrees with the work to do, so that it can be resumed.
 
     Args:
-        before: of the work that the folder holds.
-        now: of the work that is asked for.
-        what: a word for the work.
+        before: fields of the record in the folder.
+        now: fields of the work to do; only these are compared.
+        what: a word for the work, such as "run".
 
     Raises:
-        FileExistsError: names the first difference.
+        FileExistsError: names the first field that differs.
+
+    >>> check_same_work({"seed": 0, "blocks": 3}, {"seed": 0}, "run")
+    >>> check_same_work({"seed": 0}, {"seed": 1}, "run")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    FileExistsError: the output folder holds a run with another seed (0, now 1); it is left ...
     """
     for key, value in now.items():
         if before[key] != value:
             raise FileExistsError(
-                f"the output folder holds a {what} with another {key} ({before[key]!r}, now {value!r}); it is left "
-                "as it is. Choose another folder, or --overwrite to replace it"
+                f"the output folder holds a {what} with another {key} ({before[key]!r}, now "
+                f"{value!r}); it is left as it is. Choose another folder, or --overwrite to "
+                "replace it"
             )
