@@ -1,4 +1,4 @@
-"""Several processes prune as one does, and none waits for ever for one that is lost."""
+"""Several processes prune as one does, and none waits for ever for a lost one."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ HERE = SUPPORT
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, dict]:
-    """What every case of rank_cases.py found."""
+    """The results of all cases of rank_cases.py."""
     done = subprocess.run(
         [
             sys.executable,
             str(HERE / "rank_cases.py"),
             str(tmp_path_factory.mktemp("ranks")),
             "methods",
-            "spoken",
+            "messages",
             "uneven",
             "refused",
             "lost",
-            "judged",
+            "evaluated",
             "recovered",
-            "matched",
+            "reconstructed",
             "permuted",
         ],
         capture_output=True,
@@ -51,21 +51,21 @@ def found(tmp_path_factory) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", ["wanda", "variant", "dsnot, two passes", "owl"])
-def test_what_needs_norms_only_is_the_same_to_the_byte(found, name):
+def test_methods_that_need_norms_give_the_same_bytes(found, name):
     assert found["methods"][name] == {"masks": 0.0, "weights": 0.0, "bytes": True}
 
 
 @pytest.mark.parametrize(
     "name", ["sparsegpt", "sparsegpt 2:4", "obs", "alps, dense targets", "swaps, lsq"]
 )
-def test_what_needs_a_gram_matrix_is_the_same_within_rounding(found, name):
+def test_methods_that_need_a_gram_matrix_are_equal_within_rounding(found, name):
     assert found["methods"][name]["masks"] <= 1e-3
     assert found["methods"][name]["weights"] < 0.05
 
 
-def test_ranks_hear_texts_of_any_length_and_the_sums_of_numbers(found):
-    told = {"same": True, "totals": [3.0, 1.5], "rows": [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]}
-    assert found["spoken"] == {"0": told, "1": told, "2": told}
+def test_ranks_receive_texts_of_any_length_and_sums_of_numbers(found):
+    received = {"same": True, "totals": [3.0, 1.5], "rows": [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]}
+    assert found["messages"] == {"0": received, "1": received, "2": received}
 
 
 def test_uneven_shares_and_ranks_without_windows(found):
@@ -74,35 +74,37 @@ def test_uneven_shares_and_ranks_without_windows(found):
     assert all(case["bytes"] for case in found["uneven"].values())
 
 
-@pytest.mark.parametrize("name", ["alike", "more ranks than windows", "last alone"])
+@pytest.mark.parametrize("name", ["one window per step", "more ranks than windows", "last only"])
 def test_steps_of_one_window_are_those_of_one_process(found, name):
-    result = found["matched"][name]
+    result = found["reconstructed"][name]
     assert result["bytes"]
-    assert sum(result["several"]) < sum(result["before"]), "something was learnt"
+    assert sum(result["several"]) < sum(result["before"]), "training lowered the error"
 
 
 @pytest.mark.parametrize(
-    "name", ["apart", "apart, best, 2:4", "apart, experts", "last alone, on every fourth"]
+    "name", ["split", "split, best, 2:4", "split, experts", "last only, one batch in four"]
 )
-def test_blocks_are_matched_as_well_as_by_one_process(found, name):
-    result = found["matched"][name]
+def test_blocks_are_reconstructed_as_well_as_by_one_process(found, name):
+    result = found["reconstructed"][name]
     assert result["several"] == pytest.approx(result["alone"], rel=0.1)
-    # What is rounded otherwise in the first block moves what ALPS chooses, and where tokens are routed, in the second.
-    assert result["masks"] <= (1e-3 if name == "apart" else 1e-2)
+    # Other rounding in the first block changes the masks of ALPS and the routing in the second.
+    assert result["masks"] <= (1e-3 if name == "split" else 1e-2)
     assert sum(result["several"]) < sum(result["before"])
-    if name == "last alone, on every fourth":
-        assert result["steps"] == [0, 5 * 5], "six of 21 batches go along, five are learnt from"
+    if name == "last only, one batch in four":
+        assert result["steps"] == [0, 5 * 5], (
+            "six of 21 batches are in the dense stream, five are trained on"
+        )
 
 
 def test_a_rank_lost_in_training_is_named_and_another_number_goes_on(found):
-    result = found["matched"]["killed"]
-    assert "rank 1 (process" in result["said"] and "has died" in result["said"]
+    result = found["reconstructed"]["killed"]
+    assert "rank 1 (process" in result["messages"] and "has died" in result["messages"]
     assert result["blocks"] == 1
     assert result["bytes"]
 
 
 @pytest.mark.parametrize("method", ["wanda", "ria", "alps"])
-def test_orders_of_channels_are_those_of_one_process(found, method):
+def test_permutations_are_those_of_one_process(found, method):
     result = found["permuted"][method]
     assert result["moved"] == 4, "o and down of two blocks"
     assert result["masks"] <= 1e-4
@@ -116,7 +118,7 @@ def test_orders_of_channels_are_those_of_one_process(found, method):
         ("other options", ""),
     ],
 )
-def test_what_cannot_be_shared_is_refused_before_any_work(found, case, says):
+def test_a_run_that_ranks_cannot_split_is_refused_before_any_work(found, case, says):
     first, second = found["refused"][case]["errors"]
     assert not found["refused"][case]["left"]
     assert first.startswith("ValueError")
@@ -136,7 +138,7 @@ def test_what_cannot_be_shared_is_refused_before_any_work(found, case, says):
 )
 def test_a_lost_rank_is_named_and_the_run_goes_on_without_it(found, case, says):
     result = found["lost"][case]
-    for message, seconds, kind in result["said"]:
+    for message, seconds, kind in result["messages"]:
         assert kind == "RankError"
         assert f"rank 1 (process {result['process']} on " in message
         assert says in message
@@ -166,25 +168,25 @@ def test_who_keeps_the_store_stays_until_the_rest_have_heard_who_is_lost():
 
 
 def test_perplexity_is_the_same_to_the_last_digit(found):
-    losses = found["judged"]
+    losses = found["evaluated"]
     assert losses["2"] == [losses["alone"]] * 2
     assert losses["7"] == [losses["alone"]] * 7
 
 
-def test_cells_of_a_sweep_are_shared_out(found):
-    sweep = found["judged"]["sweep"]
+def test_cells_of_a_sweep_are_split_over_ranks(found):
+    sweep = found["evaluated"]["sweep"]
     assert sweep["states"] == ["done"] * 6
     assert sweep["shared"] == sweep["figures"]
     assert all("pruned in" in lines for lines in sweep["lines"]), "both ranks had cells"
     assert not sweep["left"]
 
 
-def test_a_training_step_is_shared_out(found):
+def test_a_training_step_is_split_over_ranks(found):
     result = found["recovered"]
     assert result["state"] == "finished"
     assert len(result["alone"]) == 3
     assert result["both"] == pytest.approx(result["alone"], rel=1e-5)
-    assert result["alone"][-1] != result["alone"][0], "something was learnt"
+    assert result["alone"][-1] != result["alone"][0], "training lowered the error"
     assert result["masks"] == 0
     assert "give --batch 2 or more" in result["refused"]
     assert not result["left"]

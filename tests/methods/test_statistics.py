@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunus.distributed import SINGLE_PROCESS
-from prunus.hardware import numerics as products
+from prunus.hardware import numerics
 from prunus.hardware.numerics import all_finite
 from prunus.methods import input_sums
 from prunus.methods.statistics import InputStatistics, StatisticsSpec, statistics_bytes
@@ -18,16 +18,16 @@ from prunus.methods.statistics import InputStatistics, StatisticsSpec, statistic
 @settings(deadline=None, max_examples=50)
 def test_sums_over_batches_are_sums_over_all_tokens(batches, width, seed):
     X_TI = torch.randn(sum(batches), width, generator=torch.Generator().manual_seed(seed))
-    gathered = InputStatistics(width, "gram")
+    statistics = InputStatistics(width, "gram")
     for X in X_TI.split(batches):
-        gathered.add(X)
+        statistics.add(X)
     gram_II = X_TI.double().T @ X_TI.double()
-    assert gathered.tokens == len(X_TI)
-    torch.testing.assert_close(gathered.sum_squares_I, gram_II.diagonal(), rtol=1e-6, atol=1e-12)
+    assert statistics.tokens == len(X_TI)
+    torch.testing.assert_close(statistics.sum_squares_I, gram_II.diagonal(), rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(
-        gathered.norms_I, gram_II.diagonal().sqrt().float(), rtol=1e-6, atol=1e-6
+        statistics.norms_I, gram_II.diagonal().sqrt().float(), rtol=1e-6, atol=1e-6
     )
-    torch.testing.assert_close(gathered.gram_II.double(), gram_II, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(statistics.gram_II.double(), gram_II, rtol=1e-5, atol=1e-4)
 
 
 @given(st.integers(1, 30), st.integers(0, 99))
@@ -44,27 +44,27 @@ def test_norms_do_not_depend_on_whether_a_gram_is_kept(width, seed):
 def test_long_batches_are_summed_in_parts(monkeypatch):
     monkeypatch.setattr(input_sums, "_CPU_ELEMENTS", 10)
     X_TI = torch.randn(101, 4)
-    gathered = InputStatistics(4, "norms")
-    gathered.add(X_TI)
+    statistics = InputStatistics(4, "norms")
+    statistics.add(X_TI)
     torch.testing.assert_close(
-        gathered.sum_squares_I, X_TI.double().square().sum(dim=0), rtol=1e-6, atol=0
+        statistics.sum_squares_I, X_TI.double().square().sum(dim=0), rtol=1e-6, atol=0
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_half_precision_does_not_overflow(dtype):
     X_TI = torch.full((100, 3), 60000.0, dtype=dtype)
-    gathered = InputStatistics(3, "gram")
-    gathered.add(X_TI)
+    statistics = InputStatistics(3, "gram")
+    statistics.add(X_TI)
     expected = 100 * X_TI[0, 0].double() ** 2
-    assert gathered.sum_squares_I[0].item() == pytest.approx(expected.item(), rel=1e-6)
-    assert gathered.gram_II[0, 1].item() == pytest.approx(expected.item(), rel=1e-6)
-    gathered.check_finite("q_proj")
+    assert statistics.sum_squares_I[0].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert statistics.gram_II[0, 1].item() == pytest.approx(expected.item(), rel=1e-6)
+    statistics.check_finite("q_proj")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [0, 5, 11])
-def test_what_is_not_finite_is_seen_wherever_it_is(bad, place):
+def test_a_value_that_is_not_finite_is_found_at_any_place(bad, place):
     tensor = torch.randn(3, 4)
     assert all_finite(tensor) and all_finite(torch.empty(0))
     tensor.view(-1)[place] = bad
@@ -72,21 +72,21 @@ def test_what_is_not_finite_is_seen_wherever_it_is(bad, place):
 
 
 @pytest.mark.parametrize("needs", ["none", "norms", "gram"])
-def test_shared_statistics_of_one_rank_are_plain_ones(needs):
-    plain, shared = (
+def test_distributed_statistics_of_one_rank_equal_plain_ones(needs):
+    plain, distributed = (
         InputStatistics(5, StatisticsSpec(needs=needs, means=True)),
         InputStatistics(5, StatisticsSpec(needs=needs, means=True, distributed=True)),
     )
     for x_TI in torch.randn(3, 10, 5):
         plain.add(x_TI)
-        shared.add(x_TI)
-    shared.complete(SINGLE_PROCESS)
-    assert shared.tokens == plain.tokens == 30
-    assert torch.equal(shared.sum_squares_I, plain.sum_squares_I)
-    assert torch.equal(shared.mean_I, plain.mean_I)
-    assert (shared.gram_II is None) == (needs != "gram")
+        distributed.add(x_TI)
+    distributed.complete(SINGLE_PROCESS)
+    assert distributed.tokens == plain.tokens == 30
+    assert torch.equal(distributed.sum_squares_I, plain.sum_squares_I)
+    assert torch.equal(distributed.mean_I, plain.mean_I)
+    assert (distributed.gram_II is None) == (needs != "gram")
     if needs == "gram":
-        assert torch.equal(shared.gram_II, plain.gram_II)
+        assert torch.equal(distributed.gram_II, plain.gram_II)
 
 
 def test_counting_alone_keeps_no_sums():
@@ -99,27 +99,26 @@ def test_counting_alone_keeps_no_sums():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("needs", ["norms", "gram"])
 def test_activations_that_are_not_finite_are_named(needs, bad):
-    gathered = InputStatistics(4, needs)
-    gathered.add(torch.randn(10, 4))
-    gathered.check_finite("model.layers.3.mlp.up_proj")
+    statistics = InputStatistics(4, needs)
+    statistics.add(torch.randn(10, 4))
+    statistics.check_finite("model.layers.3.mlp.up_proj")
     X_TI = torch.randn(10, 4)
     X_TI[5, 2] = bad
-    gathered.add(X_TI)
+    statistics.add(X_TI)
     with pytest.raises(
         ValueError, match=r"model.layers.3.mlp.up_proj are not finite \(1 of its 4 input"
     ):
-        gathered.check_finite("model.layers.3.mlp.up_proj")
+        statistics.check_finite("model.layers.3.mlp.up_proj")
 
 
 def test_a_gram_that_overflows_on_its_own_is_found():
-    gathered = InputStatistics(2, "gram")
-    for _ in range(
-        2
-    ):  # each batch is finite in float32, and so is the float64 sum of squares; the Gram is not
-        gathered.add(torch.full((1, 2), 1.5e19))
-    assert gathered.sum_squares_I.isfinite().all()
+    statistics = InputStatistics(2, "gram")
+    # Each batch is finite in float32, and so is the float64 sum of squares. The Gram is not.
+    for _ in range(2):
+        statistics.add(torch.full((1, 2), 1.5e19))
+    assert statistics.sum_squares_I.isfinite().all()
     with pytest.raises(ValueError, match="products"):
-        gathered.check_finite("o_proj")
+        statistics.check_finite("o_proj")
 
 
 def test_inputs_of_another_width_are_refused():
@@ -134,28 +133,30 @@ def test_inputs_of_another_width_are_refused():
 
 
 @pytest.mark.parametrize("needs", ["none", "norms", "gram"])
-def test_bytes_are_those_of_the_tensors(needs):
-    gathered = InputStatistics(33, needs)
-    held = [gathered.sum_squares_I] + ([gathered.gram_II] if gathered.gram_II is not None else [])
+def test_the_stated_bytes_are_those_of_the_tensors(needs):
+    statistics = InputStatistics(33, needs)
+    held = [statistics.sum_squares_I] + (
+        [statistics.gram_II] if statistics.gram_II is not None else []
+    )
     assert statistics_bytes(33, needs) == sum(tensor.nbytes for tensor in held)
 
 
 @pytest.mark.parametrize("width", [20, 600])  # the wider one in blocks on and above the diagonal
-def test_a_coarse_gram_rounds_products_of_different_features_only(monkeypatch, width):
-    monkeypatch.setattr(products, "native_bfloat16", lambda: True)
+def test_a_low_precision_gram_rounds_only_products_of_different_features(monkeypatch, width):
+    monkeypatch.setattr(numerics, "native_bfloat16", lambda: True)
     X_TI = torch.randn(96, width, generator=torch.Generator().manual_seed(0)).bfloat16()
     spec = StatisticsSpec(needs="gram", low_precision=True)
-    coarse = InputStatistics(width, spec)
+    rounded = InputStatistics(width, spec)
     unrounded = InputStatistics(width, spec)
     for part_TI in X_TI.split(32):
-        coarse.add(part_TI)
-        unrounded.add(part_TI.float())  # float32 inputs are worth float32 products
+        rounded.add(part_TI)
+        unrounded.add(part_TI.float())  # float32 inputs get float32 products
     gram_II = X_TI.double().T @ X_TI.double()
     torch.testing.assert_close(unrounded.gram_II.double(), gram_II, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(
-        coarse.gram_II.diagonal().double(), gram_II.diagonal(), rtol=1e-6, atol=0
+        rounded.gram_II.diagonal().double(), gram_II.diagonal(), rtol=1e-6, atol=0
     )
-    assert torch.equal(coarse.gram_II, coarse.gram_II.T)
+    assert torch.equal(rounded.gram_II, rounded.gram_II.T)
     size_II = X_TI.double().abs().T @ X_TI.double().abs()
-    assert bool(((coarse.gram_II.double() - gram_II).abs() <= 2**-8 * size_II).all())
-    assert not torch.equal(coarse.gram_II, unrounded.gram_II)
+    assert bool(((rounded.gram_II.double() - gram_II).abs() <= 2**-8 * size_II).all())
+    assert not torch.equal(rounded.gram_II, unrounded.gram_II)

@@ -1,6 +1,8 @@
-"""A child of the rank tests: one process with the imports behind it forks ranks for every case.
+"""A child process of the rank tests, which forks the ranks of every case.
 
-python rank_cases.py SCRATCH CASE…     prints one JSON line: what each case found
+It has imported torch already, so that each rank starts at once.
+
+python rank_cases.py SCRATCH CASE…     prints one JSON line: the result of each case
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ torch.set_num_threads(1)
 import prunus  # noqa: E402, I001
 from prunus.distributed import RankError, process_group  # noqa: E402
 from prunus.methods.statistics import InputStatistics, StatisticsSpec  # noqa: E402
-from prunus.pruning.block import dense_stream as companion  # noqa: E402
+from prunus.pruning.block import dense_stream  # noqa: E402
 from prunus.pruning.reconstruction import kl_loss  # noqa: E402
 from prunus.pruning.manifest import Manifest  # noqa: E402
 from prunus.pruning.reconstruction.batches import ReconstructionBatches  # noqa: E402
@@ -56,7 +58,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def compare(left: Path, right: Path) -> dict[str, Any]:
-    """Share of mask bits that differ, the largest difference of a weight, and whether the files are the same."""
+    """The share of mask bits and the largest weight that differ, and whether files are equal."""
     a, b = tensors(left), tensors(right)
     assert a.keys() == b.keys()
     bits = sum(int(((a[k] == 0) != (b[k] == 0)).sum()) for k in a)
@@ -71,7 +73,7 @@ def compare(left: Path, right: Path) -> dict[str, Any]:
 
 
 def methods(scratch: Path) -> dict[str, Any]:
-    """Two ranks against one, for everything that a linear can go through."""
+    """Two ranks against one, for every kind of method and option."""
     dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
     found = {}
     for name, options in METHODS.items():
@@ -83,24 +85,24 @@ def methods(scratch: Path) -> dict[str, Any]:
     return found
 
 
-def spoken(scratch: Path) -> dict[str, Any]:
-    """What three ranks hear of each other: texts short, long and of neither, numbers, rows of a matrix."""
+def messages(scratch: Path) -> dict[str, Any]:
+    """What three ranks receive: texts of any length, sums of numbers, rows of a matrix."""
     texts = [["", "a", "ä" * 124], ["", "b" * 249, ""], ["x" * 248, "y" * 5000, "é" * 300]]
 
-    def hear(_rank: int) -> None:
+    def receive(_rank: int) -> None:
         with process_group(60) as ranks:
-            heard = [ranks.gather_text(each[ranks.rank]) for each in texts]
+            received = [ranks.gather_text(each[ranks.rank]) for each in texts]
             totals = ranks.sum_floats([ranks.rank, 0.5])
             rows = ranks.all_gather(torch.full((ranks.rank, 2), float(ranks.rank)).bfloat16())
-            found = {"same": heard == texts, "totals": totals, "rows": rows.tolist()}
+            found = {"same": received == texts, "totals": totals, "rows": rows.tolist()}
             (scratch / f"{ranks.rank}.json").write_text(json.dumps(found))
 
-    assert in_ranks(3, hear) == [0, 0, 0]
+    assert in_ranks(3, receive) == [0, 0, 0]
     return {str(rank): json.loads((scratch / f"{rank}.json").read_text()) for rank in range(3)}
 
 
 def uneven(scratch: Path) -> dict[str, Any]:
-    """Uneven shares, ranks without a window, experts that no window of a rank reaches, replayed as well."""
+    """Uneven shares, ranks without windows, and experts that no window of a rank reaches."""
     llama = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
     found = {}
     for name, size, windows in (("5 windows on 3", 3, 5), ("2 windows on 4", 4, 2)):
@@ -126,7 +128,7 @@ def uneven(scratch: Path) -> dict[str, Any]:
 
 
 def permuted(scratch: Path) -> dict[str, Any]:
-    """Orders of channels, also where the first rank has no window to try them on."""
+    """Permuted inputs, also where ranks have no windows."""
     dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
     found = {}
     for method, size, windows in (("wanda", 2, 6), ("ria", 4, 2), ("alps", 2, 6)):
@@ -149,28 +151,31 @@ def permuted(scratch: Path) -> dict[str, Any]:
     return found
 
 
-def matched(scratch: Path) -> dict[str, Any]:
-    """Blocks trained by several ranks, against one: alike window by window, or each a part of every step's windows."""
-    kl_loss.TOKENS = 6  # three pieces of a window in front of the head, for two ranks or four
-    # So that every fourth batch goes through the dense model where some will do.
-    companion._TOKENS_PER_FEATURE = 0.1
+def reconstructed(scratch: Path) -> dict[str, Any]:
+    """Blocks trained by several ranks against one.
+
+    With one window per step all ranks compute the same. With several they split the windows.
+    """
+    kl_loss.TOKENS = 6  # the logits of a window are computed in three pieces
+    # Low enough that one batch in four runs through the dense model where the method allows it.
+    dense_stream._TOKENS_PER_FEATURE = 0.1
     llama = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
     routed = tiny_checkpoint(scratch / "routed", "qwen3_moe", torch.bfloat16)
-    match = {"reconstruct": "all", "reconstruct_lr": 1e-3, "reconstruct_epochs": 5}
+    every_block = {"reconstruct": "all", "reconstruct_lr": 1e-3, "reconstruct_epochs": 5}
     best = {"method": "alps", "dense_weight": 0.25}
     last = {"reconstruct": "last"}
     cases: dict[str, tuple[Path, int, int, dict[str, Any]]] = {
-        "alike": (llama, 2, 6, {}),
+        "one window per step": (llama, 2, 6, {}),
         "more ranks than windows": (llama, 4, 3, {}),
-        "apart": (llama, 2, 7, {"batch": 2}),  # the last step has one window
-        "apart, best, 2:4": (llama, 3, 32, best | {"batch": 4, "pattern": "2:4"}),
-        "apart, experts": (routed, 2, 6, {"batch": 2}),
-        "last alone": (llama, 2, 6, last),
-        "last alone, on every fourth": (llama, 3, 21, best | last),
+        "split": (llama, 2, 7, {"batch": 2}),  # the last step has one window
+        "split, best, 2:4": (llama, 3, 32, best | {"batch": 4, "pattern": "2:4"}),
+        "split, experts": (routed, 2, 6, {"batch": 2}),
+        "last only": (llama, 2, 6, last),
+        "last only, one batch in four": (llama, 3, 21, best | last),
     }
     found = {}
     for name, (dense, size, windows, more) in cases.items():
-        options = {"calibration": token_ids(windows), **match, **more}
+        options = {"calibration": token_ids(windows), **every_block, **more}
         one, several = scratch / f"{name} one", scratch / name
         alone = prune(dense, one, **options)
         status = in_ranks(size, lambda _: prune(dense, several, **options))  # noqa: B023
@@ -198,30 +203,30 @@ def matched(scratch: Path) -> dict[str, Any]:
         def get(batches: Any, batch: int) -> torch.Tensor:
             if rank == 1 and any(
                 (scratch / "killed").glob("block-*.safetensors")
-            ):  # the first block is safe
+            ):  # the first block is written
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(batches, batch)
 
         ReconstructionBatches.get = get  # type: ignore[method-assign]
         try:
-            prune(llama, scratch / "killed", **match, rank_timeout=5.0)
+            prune(llama, scratch / "killed", **every_block, rank_timeout=5.0)
         except RankError as fault:
             (scratch / f"killed {rank}").write_text(str(fault))
 
     in_ranks(2, killed_in_training)
     blocks = len(list((scratch / "killed").glob("block-*.safetensors")))
-    status = in_ranks(3, lambda _: prune(llama, scratch / "killed", **match, resume=True))
+    status = in_ranks(3, lambda _: prune(llama, scratch / "killed", **every_block, resume=True))
     assert not any(status), status
     found["killed"] = {
-        "said": (scratch / "killed 0").read_text(),
+        "messages": (scratch / "killed 0").read_text(),
         "blocks": blocks,
-        **compare(scratch / "alike one", scratch / "killed"),
+        **compare(scratch / "one window per step one", scratch / "killed"),
     }
     return found
 
 
 def experts(scratch: Path) -> None:
-    """On every rank: a block whose experts only some ranks' tokens reach, walked in all three ways, against one rank."""
+    """On every rank: all three walks through a block with experts, against the walk of one rank."""
     from prunus.distributed import SINGLE_PROCESS
     from prunus.model.linears import find_linears
     from prunus.pruning.block.lockstep import lockstep
@@ -244,7 +249,7 @@ def experts(scratch: Path) -> None:
 
     torch.manual_seed(0)
     block, x_BTI = Block(), torch.randn(5, 3, 6)
-    route = [2, 0, 0, 2, 1]  # nobody goes to expert 3, and each rank sees other experts
+    route = [2, 0, 0, 2, 1]  # no window reaches expert 3, and each rank reaches other experts
     begin = {name: p.clone() for name, p in block.named_parameters()}
 
     def walk(way: Any, ranks: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
@@ -283,7 +288,7 @@ def experts(scratch: Path) -> None:
 
 
 def refused(scratch: Path) -> dict[str, Any]:
-    """What several processes cannot do together, and what is wrong on one of them, ends before any work."""
+    """What several processes cannot do, or what is wrong on one, fails before any work."""
     dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
     cases: dict[str, dict[int, dict[str, Any]]] = {
         "original": {0: {"method": "sparsegpt", "propagate": "block"}},
@@ -308,7 +313,10 @@ def refused(scratch: Path) -> dict[str, Any]:
 
 
 def lost(scratch: Path) -> dict[str, Any]:
-    """A rank that is killed, stopped or has an error: the others stop, name it, and any number of ranks goes on."""
+    """A rank is killed, is stopped or fails: the others end and name it.
+
+    The run can be resumed with any number of ranks.
+    """
     dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16, num_hidden_layers=4)
     prune(dense, scratch / "whole")
     found = {}
@@ -340,12 +348,12 @@ def lost(scratch: Path) -> dict[str, Any]:
             for rank in (0, 2):
                 os.waitpid(children[rank], 0)
             os.kill(children[1], signal.SIGKILL) if act is signal.SIGSTOP else None
-        # Goes on with another number of ranks.
+        # Resume with another number of ranks.
         blocks = len(list(out.glob("block-*.safetensors")))
         size = {"killed": 2, "stopped": 1, "error": 4}[name]
         status = in_ranks(size, lambda _, out=out: prune(dense, out, resume=True))
         found[name] = {
-            "said": [json.loads((scratch / f"{name} {rank}").read_text()) for rank in (0, 2)],
+            "messages": [json.loads((scratch / f"{name} {rank}").read_text()) for rank in (0, 2)],
             "process": children[1],
             "blocks": blocks,
             "status": status,
@@ -354,8 +362,8 @@ def lost(scratch: Path) -> dict[str, Any]:
     return found
 
 
-def judged(scratch: Path) -> dict[str, Any]:
-    """Perplexity over ranks, more of them than windows as well, and a sweep whose cells they share."""
+def evaluated(scratch: Path) -> dict[str, Any]:
+    """Perplexity over ranks, also over more ranks than windows, and a sweep split by cells."""
     from safetensors.torch import save_file
 
     from prunus.evaluation import perplexity
@@ -379,7 +387,8 @@ def judged(scratch: Path) -> dict[str, Any]:
         ]
     file = scratch / "sweep.toml"
     file.write_text(
-        f'title = "t"\nmodels = ["{dense}"]\n[recipe]\ncalibration = "{ids}"\nsamples = 6\nseqlen = 16\n'
+        f'title = "t"\nmodels = ["{dense}"]\n'
+        f'[recipe]\ncalibration = "{ids}"\nsamples = 6\nseqlen = 16\n'
         f'[scoring]\ntexts = ["{text}"]\nseqlen = 32\n'
         '[[grid]]\nmethod = ["wanda", "magnitude", "ria"]\nsparsity = [0.25, 0.5]\n'
     )
@@ -407,7 +416,7 @@ def judged(scratch: Path) -> dict[str, Any]:
 
 
 def recovered(scratch: Path) -> dict[str, Any]:
-    """Two ranks that share the windows of every step of a training, against one."""
+    """A training whose steps two ranks split by windows, against one rank."""
     from safetensors.torch import save_file
 
     dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)

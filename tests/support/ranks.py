@@ -1,4 +1,4 @@
-"""Ranks for tests: forked from one process that has the imports behind it, with torchrun's environment."""
+"""Ranks for tests: processes with torchrun's environment, forked from one that has torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A free TCP port."""
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -21,9 +21,9 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def forked(size: int, work: Callable[[int], Any]) -> Iterator[list[int]]:
-    """While active, `size` processes run `work(rank)` with torchrun's environment; yields their process numbers.
+    """While active, `size` processes run `work(rank)`; yields their process numbers.
 
-    Only for a parent whose torch computes on one thread, and which has no group of its own.
+    The parent must compute on one thread, and must have no process group of its own.
     """
     port, children = free_port(), []
     for rank in range(size):
@@ -39,7 +39,7 @@ def forked(size: int, work: Callable[[int], Any]) -> Iterator[list[int]]:
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                 }
-                # The first keeps the store. Who asks too early waits for a second.
+                # Rank 0 serves the store. A rank that connects before it waits for a second.
                 time.sleep(0.15 if rank else 0)
                 work(rank)
                 status = 0
@@ -59,6 +59,6 @@ def forked(size: int, work: Callable[[int], Any]) -> Iterator[list[int]]:
 
 
 def in_ranks(size: int, work: Callable[[int], Any]) -> list[int]:
-    """Run `work(rank)` on `size` ranks; returns their exit statuses, 0 where it went well."""
+    """Run `work(rank)` on `size` ranks; returns their exit statuses."""
     with forked(size, work) as children:
         return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

@@ -1,4 +1,4 @@
-"""Numbers that break others, for every method: a right result, or an error with the linear's name."""
+"""Extreme numbers for every method: a correct result, or an error that names the linear."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prunus.pruning.records import LinearRecord
 from tiny import tiny_checkpoint, token_ids
 
 NAME = "model.layers.3.mlp.up_proj"
-#: Every method as it is, and what can be put behind it.
+#: Every method alone, and with each kind of option that composes with it.
 WAYS = [(name, {}) for name in METHODS]
 WAYS += [
     ("obs", {"mask_from": "magnitude"}),
@@ -125,7 +125,7 @@ def test_inputs(way, x_kind):
             try:
                 result, record = prune(way, x, w, nm)
             except ValueError as fault:
-                # Only where an update leaves the range of the stored dtype.
+                # Only an update may leave the range of the stored dtype.
                 outside = "half at its end" in w_kind and METHODS[way[0]].updates_weights | (
                     "weight_update" in way[1]
                 )
@@ -145,7 +145,7 @@ def test_inputs(way, x_kind):
                 assert torch.equal(result[kept], w[kept]), what
             if w_kind == "all zero":
                 assert zeros == w.numel(), what
-            # No worse than no weights at all, but where the drift is what is aimed at.
+            # The result is no worse than no weights at all, unless it aims at the dense model.
             lost = record.relative_output_error
             if lost is not None and "dense_weight" not in way[1]:
                 assert lost <= 1.01, what
@@ -158,7 +158,7 @@ def test_activations_that_are_not_finite_name_the_linear(way, bad):
     x[7, 3] = bad
     if compose(METHODS[way[0]], MethodOptions(**way[1])).needs == "none":
         result, _ = prune(way, x, weight("plain", 12, 16))
-        assert bool(result.isfinite().all()), "activations are not looked at"
+        assert bool(result.isfinite().all()), "the method does not read activations"
         return
     with pytest.raises(ValueError, match=NAME):
         prune(way, x, weight("plain", 12, 16))
@@ -198,7 +198,7 @@ def test_float16_inputs_are_squared_where_they_do_not_overflow():
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps"])
-def test_a_model_that_overflows_in_float16_is_told_where(method, tmp_path):
+def test_the_error_of_a_model_that_overflows_in_float16_names_the_linear(method, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.float16)
     tensors = load_file(dense / "model.safetensors")
     for name in ("up_proj", "gate_proj"):
@@ -216,9 +216,7 @@ def test_a_model_that_overflows_in_float16_is_told_where(method, tmp_path):
 def test_a_linear_of_zeros_in_a_model(method, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "llama")
     tensors = load_file(dense / "model.safetensors")
-    tensors[
-        "model.layers.0.self_attn.v_proj.weight"
-    ].zero_()  # what follows it gets nothing but zeros
+    tensors["model.layers.0.self_attn.v_proj.weight"].zero_()  # so o_proj gets only zeros
     save_file(tensors, dense / "model.safetensors", {"format": "pt"})
     report = prunus.prune(dense, tmp_path / "out", method, calibration=token_ids())
     assert report.blocks[0].linears["self_attn.v_proj"].sparsity == 1.0

@@ -1,4 +1,4 @@
-"""Orders of a linear's inputs, folded into the weights that write them: the dense model stays what it was."""
+"""Permuted inputs, folded into the weights that write them, leave the dense model unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from stopping import StopError, stop_after
 from tiny import FAMILIES, tiny_checkpoint, tiny_model, token_ids, weights
 
 RIA = {"method": "ria", "pattern": "2:4", "permute": True}
-#: Family -> linears whose inputs are free. In Bloom, queries, keys and values of a head stand side by side.
+#: Family -> linears whose inputs can be permuted. In Bloom the queries, keys and values of a head
+#: are next to each other.
 FREE = {
     "llama": {"self_attn.o_proj", "mlp.down_proj"},
     "gpt2": {"attn.c_proj", "mlp.c_proj"},
@@ -38,7 +39,7 @@ FREE = {
 
 
 def found_in(model, run):
-    """Per block the folds that hold, by relative name."""
+    """Per block: its linears, and the guess that keeps the outputs for each of them."""
     _, blocks = find_block_list(model)
     heads = model.config.get_text_config().num_attention_heads
     for block in blocks:
@@ -48,24 +49,24 @@ def found_in(model, run):
             block,
             linears,
             {
-                name: next((guess for guess in all_ if keeps_outputs(guess, linears, run)), None)
-                for name, all_ in guesses.items()
+                name: next((guess for guess in each if keeps_outputs(guess, linears, run)), None)
+                for name, each in guesses.items()
             },
         )
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_a_folded_order_leaves_the_logits_of_the_dense_model(family):
+def test_a_folded_permutation_keeps_the_logits_of_the_dense_model(family):
     model, ids = tiny_model(family).requires_grad_(False), token_ids(2, 16)
 
     def run():
         return model(input_ids=ids, use_cache=False).logits
 
     before, moved = run(), 0
-    for block, linears, folds in found_in(model, run):
+    for block, linears, permutable in found_in(model, run):
         if family in FREE:
-            assert {name for name, chosen in folds.items() if chosen} == FREE[family]
-        for chosen in filter(None, folds.values()):
+            assert {name for name, chosen in permutable.items() if chosen} == FREE[family]
+        for chosen in filter(None, permutable.values()):
             channels = chosen.channels
             within_GW = torch.stack(
                 [torch.randperm(channels.width) for _ in range(channels.groups)]
@@ -81,15 +82,15 @@ def test_a_folded_order_leaves_the_logits_of_the_dense_model(family):
     assert moved > 0 or family not in FREE
 
 
-def test_what_would_change_the_outputs_does_not_hold_and_leaves_the_weights_alone():
+def test_a_wrong_guess_is_rejected_and_leaves_the_weights_alone():
     model, ids = tiny_model("llama").requires_grad_(False), token_ids(2, 16)
     before = {key: value.clone() for key, value in model.state_dict().items()}
 
     def run():
         return model(input_ids=ids, use_cache=False).logits
 
-    _, linears, folds = next(found_in(model, run))
-    attention, mlp = folds["self_attn.o_proj"], folds["mlp.down_proj"]
+    _, linears, permutable = next(found_in(model, run))
+    attention, mlp = permutable["self_attn.o_proj"], permutable["mlp.down_proj"]
     keys = Producer("self_attn.k_proj", attention.producers[0].rows_CGW)
     assert not keeps_outputs(replace(attention, producers=(keys,)), linears, run)
     assert not keeps_outputs(replace(mlp, producers=mlp.producers[:1]), linears, run)
@@ -132,7 +133,7 @@ def test_streamed_replayed_resumed_and_in_place_runs_give_the_same_weights(
         assert all(torch.equal(tensor, plain[key]) for key, tensor in other.items())
 
 
-def test_an_order_keeps_more_of_the_outputs(tmp_path):
+def test_a_permutation_keeps_more_of_the_outputs(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "llama", intermediate_size=128)
     arguments = {"method": "alps", "pattern": "2:4", "calibration": token_ids(16, 32)}
     errors = {}
@@ -149,14 +150,14 @@ def test_an_order_keeps_more_of_the_outputs(tmp_path):
         ({"permute": True, "pattern": "2:4", "propagate": "block"}, "needs propagate linear"),
     ],
 )
-def test_what_does_not_go_with_an_order_is_refused(options, message, tmp_path):
+def test_options_that_exclude_permute_are_refused(options, message, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
     with pytest.raises(ValueError, match=message):
         prunus.prune(dense, tmp_path / "out", calibration=token_ids(8, 16), **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_says_whose_inputs_are_free(tmp_path):
+def test_a_plan_lists_the_linears_whose_inputs_can_be_permuted(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "llama")
     windows = tmp_path / "ids.safetensors"
     save_file({"input_ids": token_ids(8, 16)}, windows)

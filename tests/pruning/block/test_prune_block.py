@@ -1,4 +1,4 @@
-"""The walks through a block: what is equal to the bit, what is shared, what is never left hanging."""
+"""The walks through a block: equal bits, shared statistics, and no batch that waits for ever."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tiny import tiny_checkpoint, tiny_model, token_ids, weights
 
 
 class Experts(nn.Module):
-    """Half of the features choose one of two experts per batch, so that some batches never reach some linears."""
+    """Each batch chooses at most one expert, so some batches never reach some linears."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Experts(nn.Module):
 
 
 def walk_through(walk, block: nn.Module, inputs: list[torch.Tensor]):
-    """Run a walk with 'pruning' that halves the weight by a factor which depends on the statistics."""
+    """Run a walk; pruning removes the columns of inputs with small norms."""
     tokens: dict[str, int] = {}
     created: list[str] = []
     outputs: list[torch.Tensor | None] = [None] * len(inputs)
@@ -67,7 +67,7 @@ def walk_through(walk, block: nn.Module, inputs: list[torch.Tensor]):
 
 
 @pytest.mark.parametrize("walk", [lockstep, replay, two_pass])
-def test_linears_that_some_batches_never_reach_do_not_hang_the_others(walk):
+def test_linears_that_some_batches_never_reach_do_not_block_the_others(walk):
     torch.manual_seed(0)
     inputs = [torch.randn(1, 5, 4) for _ in range(4)]
     for index, choice in enumerate((1, 0, 1, 7)):
@@ -78,7 +78,7 @@ def test_linears_that_some_batches_never_reach_do_not_hang_the_others(walk):
     assert tokens == {"first": 20, "experts.0": 5, "experts.1": 10, "last": 20}
 
 
-def test_lockstep_and_replay_agree_to_the_bit_where_batches_part():
+def test_lockstep_and_replay_agree_to_the_bit_where_batches_take_different_ways():
     inputs = [torch.randn(1, 5, 4) for _ in range(4)]
     for index, choice in enumerate((1, 0, 1, 7)):
         inputs[index][0, 0, 0] = choice
@@ -93,7 +93,7 @@ def test_lockstep_and_replay_agree_to_the_bit_where_batches_part():
 
 
 @pytest.mark.parametrize("walk", [lockstep, replay, two_pass])
-def test_linears_with_the_same_input_share_one_statistic(walk):
+def test_linears_with_the_same_input_share_their_statistics(walk):
     model = tiny_model("llama")
     block = model.model.layers[0]
     position = model.model.rotary_emb(torch.zeros(1, 8, 32), torch.arange(8).unsqueeze(0))
@@ -105,7 +105,7 @@ def test_linears_with_the_same_input_share_one_statistic(walk):
     assert sorted(set(kinds)) == ["down_proj", "gate_proj", "o_proj", "q_proj"]
     assert set(tokens.values()) == {48}
     assert not unreached
-    if walk is not replay:  # a replay may open an accumulator that a later pass replaces
+    if walk is not replay:  # a replay may make statistics that a later pass replaces
         assert len(created) == 4
 
 
@@ -189,7 +189,7 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, 
         return plan_run(dense, recipe, RunOptions(memory=memory, input_ids=ids))
 
     free = available_memory()
-    # Other processes come and go, and this one's pages too.
+    # Free and resident memory change during the test, so they are fixed here.
     monkeypatch.setattr("prunus.pruning.plan.available_memory", lambda: free)
     monkeypatch.setattr("prunus.pruning.plan.resident_memory", lambda: 2**28)
     roomy = job(None)
