@@ -19,7 +19,7 @@ from tiny import tiny_checkpoint, token_ids
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
     """Windows of these tests would be one step each."""
-    monkeypatch.setattr(reconstruct, "_TOKENS_A_STEP", 8)
+    monkeypatch.setattr(reconstruct, "_TOKENS_PER_STEP", 8)
 
 
 def same_bytes_however(dense, tmp_path, monkeypatch, options):
@@ -99,7 +99,7 @@ def test_two_batches_go_along_where_one_would_show_the_drift(tmp_path, monkeypat
     dense = tiny_checkpoint(tmp_path / "dense")
     options = {"preset": "balanced", "calibration": token_ids(3, 32), "batch": 1}
     report = prunus.prune(dense, tmp_path / "out", **options)
-    assert report.blocks[-1].match.steps > 0
+    assert report.blocks[-1].reconstruction.steps > 0
     with pytest.raises(ValueError, match="1 windows in batches of 1"):
         prunus.prune(dense, tmp_path / "one", **options | {"calibration": token_ids(1, 32)})
 

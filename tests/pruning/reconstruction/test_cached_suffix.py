@@ -1,4 +1,4 @@
-"""What is behind a block's attention, run on what was kept: the same to the bit, or not taken at all."""
+"""The end of a block on cached inputs: the same to the bit as the whole block, or not used."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def test_attention_is_the_submodule_that_comes_first():
     llama = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
     assert after_attention(llama) == ["mlp.gate_proj", "mlp.down_proj"]
     assert after_attention(["self_attn.q_proj", "fc1", "fc2"]) == ["fc1", "fc2"]
-    assert after_attention(llama[:2]) == llama[:2], "where nothing else is pruned, attention it is"
+    assert after_attention(llama[:2]) == llama[:2], "if only attention is pruned, it is trained"
     assert after_attention(["fc1"]) == ["fc1"]
 
 
 class Block(nn.Module):
-    """One linear beside attention's place, combined in some way."""
+    """A linear in place of attention, and an MLP that `combine` puts behind it."""
 
     def __init__(self, combine):
         super().__init__()
@@ -46,17 +46,17 @@ COMBINED = {
 
 @pytest.mark.parametrize("name", COMBINED)
 @torch.no_grad()
-def test_only_what_is_added_last_is_a_tail(name):
+def test_only_a_module_that_is_added_last_is_a_suffix(name):
     combine, works = COMBINED[name]
     torch.manual_seed(0)
     block, inputs = Block(combine).eval(), torch.randn(3, 2, 5, 8)
     calls = []
-    tail = find_suffix(
+    suffix = find_suffix(
         block, ["mlp.0", "mlp.2"], lambda batch: calls.append(batch) or block(inputs[batch]), 0
     )
-    assert (tail is not None) is works
+    assert (suffix is not None) is works
     assert "forward" not in vars(block.mlp)
-    if tail is None:
+    if suffix is None:
         return
     calls.clear()
     for _ in range(3):
@@ -64,15 +64,15 @@ def test_only_what_is_added_last_is_a_tail(name):
             weight += 0.1
         for batch in range(3):
             expected = block(inputs[batch])
-            assert torch.equal(tail(batch), expected)
-    assert calls == [1, 2], "what comes before it runs once for every batch"
+            assert torch.equal(suffix(batch), expected)
+    assert calls == [1, 2], "the part before the suffix runs once per batch"
 
 
-def test_gradients_reach_the_tail_and_nothing_else():
+def test_gradients_reach_only_the_suffix():
     torch.manual_seed(0)
     block, x = Block(COMBINED["added"][0]), torch.randn(2, 5, 8)
-    tail = find_suffix(block, ["mlp.0"], lambda _: block(x), 0)
-    tail(0).square().sum().backward()
+    suffix = find_suffix(block, ["mlp.0"], lambda _: block(x), 0)
+    suffix(0).square().sum().backward()
     got = block.mlp[0].weight.grad.clone()
     assert block.attention.weight.grad is None
     block.zero_grad()
@@ -81,10 +81,10 @@ def test_gradients_reach_the_tail_and_nothing_else():
 
 
 @torch.no_grad()
-def test_what_a_pass_in_lockstep_has_seen_need_not_run_again():
+def test_a_pass_in_lockstep_fills_the_cache():
     torch.manual_seed(0)
     block, inputs, calls = Block(COMBINED["added"][0]), torch.randn(3, 2, 5, 8), []
-    tail = find_suffix(
+    suffix = find_suffix(
         block, ["mlp.0"], lambda batch: calls.append(batch) or block(inputs[batch]), 0
     )
     calls.clear()
@@ -94,23 +94,23 @@ def test_what_a_pass_in_lockstep_has_seen_need_not_run_again():
         greenlet.getcurrent().parent.switch()
 
     hook = linear.register_forward_pre_hook(pause)
-    with tail.recording() as forward:
+    with suffix.recording() as forward:
         walks = [greenlet.greenlet(forward) for _ in range(3)]
         for batch, walk in enumerate(walks):
             walk.switch(batch)
-        linear.weight *= 0.5  # while all stand in front of it
+        linear.weight *= 0.5  # while all batches are paused in front of it
         for walk in walks:
             walk.switch()
         assert all(walk.dead for walk in walks)
     hook.remove()
     assert calls == [0, 1, 2]
     for batch in range(3):
-        assert torch.equal(tail(batch), block(inputs[batch]))
+        assert torch.equal(suffix(batch), block(inputs[batch]))
     assert calls == [0, 1, 2]
 
 
 class Shifting(nn.Module):
-    """Looks at the token before, as some models' MLPs do."""
+    """Also reads the previous token, as the MLPs of some models do."""
 
     def __init__(self):
         super().__init__()
@@ -121,27 +121,27 @@ class Shifting(nn.Module):
 
 
 @torch.no_grad()
-def test_some_tokens_are_run_alone_where_a_module_takes_them_apart():
+def test_a_module_that_treats_tokens_independently_runs_on_some_of_them():
     torch.manual_seed(0)
     block, inputs = Block(COMBINED["added"][0]).eval(), torch.randn(3, 2, 12, 8)
     calls = []
     for keep in (True, False):
-        tail = find_suffix(
+        suffix = find_suffix(
             block, ["mlp.0"], lambda batch: calls.append(batch) or block(inputs[batch]), 0, keep
         )
-        assert tail.by_token
+        assert suffix.by_token
         calls.clear()
         for batch in (1, 1, 2):
             whole = block(inputs[batch])
-            torch.testing.assert_close(tail(batch, slice(2, None, 5)), whole[:, 2::5])
-            assert torch.equal(tail(batch), whole)
+            torch.testing.assert_close(suffix(batch, slice(2, None, 5)), whole[:, 2::5])
+            assert torch.equal(suffix(batch), whole)
         assert calls == ([1, 2] if keep else [1, 1, 1, 1, 2, 2])
     block.mlp = Shifting()
     assert not find_suffix(block, ["mlp.linear"], lambda batch: block(inputs[batch]), 0).by_token
 
 
 @torch.no_grad()
-def test_of_no_windows_nothing_is_run():
+def test_a_batch_without_windows_runs_nothing():
     block, nothing = Block(COMBINED["added"][0]).eval(), torch.empty(0, 5, 8)
-    tail = CachedSuffix(block.mlp, lambda _: nothing, keep=False, by_token=True)
-    assert tail(0).shape == (0, 5, 8) and tail(0, slice(1, None, 2)).shape == (0, 2, 8)
+    suffix = CachedSuffix(block.mlp, lambda _: nothing, keep=False, by_token=True)
+    assert suffix(0).shape == (0, 5, 8) and suffix(0, slice(1, None, 2)).shape == (0, 2, 8)

@@ -1,4 +1,4 @@
-"""Block matching on small modules whose best weights are known."""
+"""Block reconstruction on small modules whose best weights are knschedule."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ import torch
 from torch import nn
 
 from prunus.pruning.reconstruction.kl_loss import LOGIT_STRIDE, TOKENS, kl_divergence
+from prunus.pruning.reconstruction.output_loss import relative_error
 from prunus.pruning.reconstruction.schedule import ReconstructionSchedule, default_schedule
-from prunus.pruning.reconstruction.train import TrainOptions, _on_the_way, _sizes, train_block
+from prunus.pruning.reconstruction.train import (
+    BlockBatches,
+    TrainOptions,
+    _interpolations,
+    train_block,
+)
+from prunus.pruning.reconstruction.trained_weights import kept_rms
 
 
 class TwoLinears(nn.Module):
@@ -21,147 +28,139 @@ class TwoLinears(nn.Module):
         return x + self.second(torch.tanh(self.first(x)))
 
 
+def squared_error(output, target):
+    """A loss whose minimum torch.linalg.lstsq knows: all tokens count by their squares."""
+    return (output.float() - target).square().sum(), target.square().sum()
+
+
 @pytest.fixture
 def task():
-    """A dense block's outputs, a pruned copy of it, and its supports; eight batches of inputs."""
+    """A pruned copy of a dense block, eight batches of inputs, the dense outputs, and masks."""
     dense, block = TwoLinears(), TwoLinears()
     block.load_state_dict(dense.state_dict())
-    supports = {}
+    masks = {}
     for name in ("first.weight", "second.weight"):
         weight = block.get_parameter(name).requires_grad_(False)
-        supports[name] = torch.rand_like(weight) > 0.5
-        weight.mul_(supports[name])
+        masks[name] = torch.rand_like(weight) > 0.5
+        weight.mul_(masks[name])
     block.requires_grad_(False)
     inputs = [torch.randn(2, 5, 6) for _ in range(8)]
     with torch.no_grad():
         targets = [dense(x) for x in inputs]
-    return block, inputs, targets, supports
+    return block, inputs, targets, masks
 
 
-def matched(task, **options):
-    block, inputs, targets, supports = task
-    chosen = TrainOptions(**({"learning_rate": 1e-2, "passes": 30} | options))
+def train(block, inputs, targets, masks, training, validation, loss=squared_error, **options):
+    """Train a block that runs all tokens and picks some of its output."""
     forward = lambda batch, tokens: block(inputs[batch])[:, tokens]  # noqa: E731
-    return train_block(block, forward, targets.__getitem__, range(2, 8), range(2), supports, chosen)
+    batches = BlockBatches(forward, targets.__getitem__, training, validation)
+    return train_block(block, batches, masks, TrainOptions(**options), loss)
+
+
+def trained(task, **options):
+    """Train the block of `task` on its last six batches and validate on the first two."""
+    return train(*task, range(2, 8), range(2), **({"learning_rate": 1e-2, "epochs": 30} | options))
 
 
 def test_the_error_falls_and_only_survivors_move(task):
-    block, _, _, supports = task
-    begin = {name: parameter.clone() for name, parameter in block.named_parameters()}
-    match = matched(task)
-    assert match.error_after < 0.5 * match.error_before
-    assert set(match.weights) == set(supports)
-    for name, weight in match.weights.items():
-        assert bool((weight[~supports[name]] == 0).all())
-        assert bool((weight[supports[name]] != begin[name][supports[name]]).any())
+    block, _, _, masks = task
+    start = {name: parameter.clone() for name, parameter in block.named_parameters()}
+    result = trained(task)
+    assert result.error_after < 0.5 * result.error_before
+    assert set(result.weights) == set(masks)
+    for name, weight in result.weights.items():
+        assert bool((weight[~masks[name]] == 0).all())
+        assert bool((weight[masks[name]] != start[name][masks[name]]).any())
     for name, parameter in block.named_parameters():
-        assert torch.equal(parameter, begin[name]), "the block itself ends as it began"
+        assert torch.equal(parameter, start[name]), "the block itself ends as it began"
         assert not parameter.requires_grad and parameter.grad is None
 
 
 def test_the_errors_are_those_of_the_returned_weights(task):
     block, inputs, targets, _ = task
-    match = matched(task)
+    result = trained(task)
 
     def error():
         lost = sum(float((block(inputs[i]) - targets[i]).square().sum()) for i in range(2))
         return lost / sum(float(targets[i].square().sum()) for i in range(2))
 
-    assert match.error_before == pytest.approx(error(), rel=1e-5)
-    for name, weight in match.weights.items():
+    assert result.error_before == pytest.approx(error(), rel=1e-5)
+    for name, weight in result.weights.items():
         block.get_parameter(name).copy_(weight)
-    assert match.error_after == pytest.approx(error(), rel=1e-5)
+    assert result.error_after == pytest.approx(error(), rel=1e-5)
 
 
 def test_one_linear_reaches_the_least_squares_solution():
-    """Per row, the best weights on a support are those of a regression on the inputs that are left."""
+    """Per row, the best weights under a mask are those of a regression on the kept inputs."""
     block = nn.Linear(5, 3, bias=False).requires_grad_(False)
-    support = torch.tensor([[1, 1, 0, 0, 1], [0, 1, 1, 1, 0], [1, 0, 0, 1, 1]], dtype=torch.bool)
-    block.weight.mul_(support)
+    mask = torch.tensor([[1, 1, 0, 0, 1], [0, 1, 1, 1, 0], [1, 0, 0, 1, 1]], dtype=torch.bool)
+    block.weight.mul_(mask)
     x = torch.randn(1, 200, 5) @ torch.randn(5, 5)
     y = torch.randn(1, 200, 3)
-    match = train_block(
-        block,
-        lambda batch, tokens: block(x),
-        lambda batch: y,
-        [0],
-        [0],
-        {"weight": support},
-        TrainOptions(learning_rate=0.05, passes=1500),
-    )
-    for row, kept in enumerate(support):
+    result = train(block, [x], [y], {"weight": mask}, [0], [0], learning_rate=0.05, epochs=1500)
+    for row, kept in enumerate(mask):
         best = torch.linalg.lstsq(x[0][:, kept], y[0][:, row, None]).solution.flatten()
-        torch.testing.assert_close(match.weights["weight"][row, kept], best, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(result.weights["weight"][row, kept], best, atol=2e-3, rtol=2e-3)
 
 
 def test_weights_of_bfloat16_are_trained_in_float32_and_keep_their_dtype(task):
     block, _, _, _ = task
     block.to(torch.bfloat16)
     inputs = [x.to(torch.bfloat16) for x in task[1]]
-    match = matched((block, inputs, task[2], task[3]), dtype=torch.bfloat16, learning_rate=1e-3)
-    assert match.error_after < match.error_before
-    assert all(weight.dtype == torch.float32 for weight in match.weights.values())
-    assert any(not torch.equal(w, w.to(torch.bfloat16).float()) for w in match.weights.values())
+    result = trained((block, inputs, task[2], task[3]), dtype=torch.bfloat16, learning_rate=1e-3)
+    assert result.error_after < result.error_before
+    assert all(weight.dtype == torch.float32 for weight in result.weights.values())
+    assert any(not torch.equal(w, w.to(torch.bfloat16).float()) for w in result.weights.values())
     assert {parameter.dtype for parameter in block.parameters()} == {torch.bfloat16}
 
 
-def test_what_does_worse_on_held_out_batches_is_not_taken(task):
-    block, inputs, targets, supports = task
+def test_weights_that_validate_worse_are_not_taken(task):
+    block, inputs, targets, masks = task
     spoiled = [*targets[:2], *(torch.randn_like(y) * 50 for y in targets[2:])]
-    match = matched((block, inputs, spoiled, supports), learning_rate=0.1)
-    assert match.error_after <= match.error_before
-    assert match.steps == 30 * 6
+    result = trained((block, inputs, spoiled, masks), learning_rate=0.1)
+    assert result.error_after <= result.error_before
+    assert result.steps == 30 * 6
 
 
-def test_training_that_went_too_far_is_taken_part_of_the_way():
-    """Many inputs fit few tokens' noise: held out, the end is worse than the beginning, the middle better."""
+def test_a_training_that_overfits_is_interpolated():
+    """With many inputs and few tokens, the end validates worse than the start; the middle better."""
     block = nn.Linear(20, 4, bias=False).requires_grad_(False)
     x, held = torch.randn(1, 24, 20), torch.randn(1, 2000, 20)
     better = block.weight + 0.1 * torch.randn(4, 20)
     targets = [x @ better.T + 1.5 * torch.randn(1, 24, 4), held @ better.T]
-    supports = {"weight": torch.ones(4, 20, dtype=torch.bool)}
-    options = TrainOptions(learning_rate=0.02, passes=400)
-    inputs = [x, held]
-    match = train_block(
-        block,
-        lambda batch, _: block(inputs[batch]),
-        targets.__getitem__,
-        [0],
-        [1],
-        supports,
-        options,
-    )
+    masks = {"weight": torch.ones(4, 20, dtype=torch.bool)}
+    result = train(block, [x, held], targets, masks, [0], [1], learning_rate=0.02, epochs=400)
     noisy = torch.linalg.lstsq(x[0], targets[0][0]).solution.T
     error = lambda weight: float(  # noqa: E731
         (held @ (weight - better).T).square().sum() / targets[1].square().sum()
     )
     assert (
         error(noisy)
-        > match.error_before
-        > match.error_after
-        == pytest.approx(error(match.weights["weight"]), rel=1e-4)
+        > result.error_before
+        > result.error_after
+        == pytest.approx(error(result.weights["weight"]), rel=1e-4)
     )
     way = noisy - block.weight
-    shares = torch.linspace(0, 1, 101)
-    least = min(error(block.weight + share * way) for share in shares)
-    assert match.error_after < 1.1 * least
+    fractions = torch.linspace(0, 1, 101)
+    least = min(error(block.weight + fraction * way) for fraction in fractions)
+    assert result.error_after < 1.1 * least
 
 
 @pytest.mark.parametrize("best", [0.125, 0.5, 0.875])
-def test_the_way_is_searched_by_a_parabola(best):
-    error_at = lambda share: 3.0 + 2.0 * (share - best) ** 2  # noqa: E731
-    tried = dict(_on_the_way(error_at(0.0), error_at(1.0), error_at))
+def test_interpolations_follow_a_parabola(best):
+    error_at = lambda fraction: 3.0 + 2.0 * (fraction - best) ** 2  # noqa: E731
+    tried = dict(_interpolations(error_at(0.0), error_at(1.0), error_at))
     assert min(tried, key=tried.__getitem__) == pytest.approx(best)
-    assert all(tried[share] == error_at(share) for share in tried)
+    assert all(tried[fraction] == error_at(fraction) for fraction in tried)
 
 
 @pytest.mark.parametrize("after", [float("nan"), float("inf"), 0.5])
-def test_where_no_parabola_fits_the_middle_alone_is_tried(after):
-    assert list(_on_the_way(1.0, after, lambda share: 0.9)) == [(0.5, 0.9)]
+def test_without_a_parabola_only_the_middle_is_tried(after):
+    assert list(_interpolations(1.0, after, lambda fraction: 0.9)) == [(0.5, 0.9)]
 
 
-def test_a_step_looks_at_some_tokens_and_passes_at_all_of_them(task):
-    block, inputs, targets, supports = task
+def test_a_step_sees_some_tokens_and_the_epochs_all_of_them(task):
+    block, inputs, targets, masks = task
     seen = []
 
     def forward(batch, tokens):
@@ -169,40 +168,45 @@ def test_a_step_looks_at_some_tokens_and_passes_at_all_of_them(task):
             seen.append((batch, tuple(range(5)[tokens])))
         return block(inputs[batch])[:, tokens]
 
-    options = TrainOptions(learning_rate=1e-2, passes=4, token_stride=2)
-    match = train_block(
-        block, forward, targets.__getitem__, range(2, 8), range(2), supports, options
-    )
-    assert match.steps == len(seen) == 4 * 6
+    batches = BlockBatches(forward, targets.__getitem__, range(2, 8), range(2))
+    options = TrainOptions(learning_rate=1e-2, epochs=4, token_stride=2)
+    result = train_block(block, batches, masks, options, squared_error)
+    assert result.steps == len(seen) == 4 * 6
     for batch in range(2, 8):
         turns = [tokens for each, tokens in seen if each == batch]
         assert turns[:2] == turns[2:] and sorted(turns[0] + turns[1]) == list(range(5))
-    assert match.error_after < match.error_before
+    assert result.error_after < result.error_before
 
 
-def test_time_that_is_up_ends_the_training(task):
-    match = matched(task, passes=10**9, seconds=0.2)
-    assert match.stopped == "out of time"
-    assert match.error_after < match.error_before
+def test_by_default_every_token_counts_relative_to_its_target(task):
+    block, inputs, targets, _ = task
+    targets[0][0, 0] *= 1000
+    result = trained(task, loss=relative_error)
+    errors = [
+        (block(x) - y).square().sum(-1) / y.square().sum(-1)
+        for x, y in zip(inputs, targets, strict=True)
+    ]
+    assert result.error_before == pytest.approx(float(torch.stack(errors[:2]).mean()), rel=1e-5)
+    assert result.error_after < result.error_before
 
 
-def test_a_rate_that_is_too_high_is_noticed(task):
-    match = matched(task, learning_rate=1e30)
-    assert match.error_after == match.error_before
-    assert match.stopped is not None and "not finite" in match.stopped
+def test_a_rate_that_is_too_high_changes_nothing(task):
+    result = trained(task, learning_rate=1e30)
+    assert result.error_after == result.error_before
+    assert result.stopped is not None and "not finite" in result.stopped
 
 
-def test_nothing_to_match_is_refused(task):
-    block, inputs, targets, supports = task
-    with pytest.raises(ValueError, match="needs pruned linears"):
-        train_block(block, None, None, [0], [1], {}, TrainOptions())
+def test_an_empty_training_is_refused(task):
+    block, inputs, targets, masks = task
+    with pytest.raises(ValueError, match="got 0 weights, 1 training batches"):
+        train(block, None, [], {}, [0], [1])
     targets[0] = targets[0] / 0
     with pytest.raises(ValueError, match="not finite"):
-        matched((block, inputs, targets, supports))
+        trained((block, inputs, targets, masks))
 
 
 @pytest.mark.parametrize("tokens", [5, 300])
-def test_the_divergence_and_its_gradients_in_turn_are_those_of_all_logits_at_once(tokens):
+def test_kl_divergence_in_chunks_is_that_of_all_logits_at_once(tokens):
     head = nn.Linear(6, 40)
     output, target = torch.randn(2, tokens, 6), torch.randn(2, tokens, 6)
     with torch.enable_grad():
@@ -211,62 +215,48 @@ def test_the_divergence_and_its_gradients_in_turn_are_those_of_all_logits_at_onc
         expected = nn.functional.kl_div(logq, logp.detach(), log_target=True, reduction="sum")
         expected.backward()
         parts = output.clone().requires_grad_(True)
-        compare = kl_divergence(head)
-        in_turn = [compare(parts, target) for _ in range(LOGIT_STRIDE if tokens > TOKENS else 1)]
+        loss = kl_divergence(head)
+        in_turn = [loss(parts, target) for _ in range(LOGIT_STRIDE if tokens > TOKENS else 1)]
         sum(lost for lost, _ in in_turn).backward()
     assert float(sum(lost.detach() for lost, _ in in_turn)) == pytest.approx(
         float(expected.detach()), rel=1e-4
     )
     assert sum(float(size) for _, size in in_turn) == 2 * tokens
     torch.testing.assert_close(parts.grad, whole.grad, atol=1e-5, rtol=1e-4)
-    judged = slice(None) if tokens <= TOKENS else slice(None, None, LOGIT_STRIDE)
-    logp, logq = (head(x[:, judged]).log_softmax(dim=-1) for x in (target, output))
+    compared = slice(None) if tokens <= TOKENS else slice(None, None, LOGIT_STRIDE)
+    logp, logq = (head(x[:, compared]).log_softmax(dim=-1) for x in (target, output))
     expected = nn.functional.kl_div(logq, logp, log_target=True, reduction="sum")
     for _ in range(2):
-        lost, size = compare(output, target)
+        lost, size = loss(output, target)
         assert float(lost) == pytest.approx(float(expected.detach()), rel=1e-4)
-        assert float(size) == output[:, judged, 0].numel()
+        assert float(size) == output[:, compared, 0].numel()
 
 
-def test_a_block_can_be_matched_by_what_a_head_makes_of_its_outputs(task):
-    block, inputs, targets, supports = task
+def test_a_block_can_be_trained_by_the_logits_of_a_head(task):
     head = nn.Linear(6, 40).requires_grad_(False)
-    options = TrainOptions(learning_rate=1e-2, passes=30)
-    match = train_block(
-        block,
-        lambda batch, tokens: block(inputs[batch]),
-        targets.__getitem__,
-        range(2, 8),
-        range(2),
-        supports,
-        options,
-        kl_divergence(head),
-    )
-    assert match.error_after < 0.5 * match.error_before
+    result = trained(task, loss=kl_divergence(head))
+    assert result.error_after < 0.5 * result.error_before
 
 
 @pytest.mark.parametrize("relative", [True, False])
-def test_a_relative_rate_knows_nothing_of_the_size_of_the_weights(relative):
-    """Weights 32 times smaller on inputs 32 times larger are the same task; a power of two rounds nothing."""
+def test_a_relative_rate_does_not_depend_on_the_size_of_the_weights(relative):
+    """Weights 32 times smaller on inputs 32 times larger are the same task.
+
+    A power of two rounds nothing.
+    """
     dense, begun = torch.randn(6, 6), torch.randn(6, 6)
-    support = torch.rand(6, 6) > 0.3
+    mask = torch.rand(6, 6) > 0.3
     inputs = [torch.randn(1, 5, 6) for _ in range(6)]
     targets = [x @ dense.T for x in inputs]
     found = []
     for scale in (1.0, 32.0):
         block = nn.Linear(6, 6, bias=False).requires_grad_(False)
-        block.weight.copy_(begun * support / scale)
-        match = train_block(
-            block,
-            lambda batch, _, block=block, scale=scale: block(inputs[batch] * scale),
-            targets.__getitem__,
-            range(1, 6),
-            range(1),
-            {"weight": support},
-            TrainOptions(learning_rate=0.02, relative=relative, passes=20),
-        )
-        found.append(match.weights["weight"] * scale)
-        assert match.error_after < match.error_before or not relative
+        block.weight.copy_(begun * mask / scale)
+        options = {"learning_rate": 0.02, "relative": relative, "epochs": 20}
+        scaled = [x * scale for x in inputs]
+        result = train(block, scaled, targets, {"weight": mask}, range(1, 6), range(1), **options)
+        found.append(result.weights["weight"] * scale)
+        assert result.error_after < result.error_before or not relative
     assert torch.allclose(*found, rtol=1e-4, atol=1e-5) == relative
 
 
@@ -276,14 +266,14 @@ def test_a_bias_is_trained_at_its_linears_rate():
         "a.bias": torch.zeros(2),
         "norm": torch.full((4,), 2.0),
     }
-    supports = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    supports["a.weight"] = torch.tensor([[True, False], [True, False]])
-    sizes = _sizes(weights, supports)
+    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    masks["a.weight"] = torch.tensor([[True, False], [True, False]])
+    sizes = kept_rms(weights, masks)
     assert sizes["a.weight"] == sizes["a.bias"] == pytest.approx(12.5**0.5)
     assert sizes["norm"] == pytest.approx(2.0)
 
 
-def test_long_batches_are_taken_in_many_small_steps():
+def test_long_batches_make_many_small_steps():
     assert default_schedule(1024, 576, by_token=True, batches=32) == ReconstructionSchedule(
         7, 4, 7e-3
     )
@@ -292,40 +282,40 @@ def test_long_batches_are_taken_in_many_small_steps():
     )
     assert default_schedule(256, 576, by_token=True, batches=32).token_stride == 1
     for tokens in (32, 512, 2048, 2**20):
-        own = default_schedule(tokens, 4 * 576, by_token=True, batches=32)
-        assert own.passes >= own.token_stride, "passes see all tokens"
+        schedule = default_schedule(tokens, 4 * 576, by_token=True, batches=32)
+        assert schedule.epochs >= schedule.token_stride, "the epochs see all tokens"
         assert (
-            own.learning_rate
+            schedule.learning_rate
             == default_schedule(tokens, 576, by_token=True, batches=32).learning_rate / 2
         )
 
 
-def test_by_logits_so_many_steps_are_enough_however_many_batches_there_are():
+def test_the_number_of_steps_by_logits_does_not_grow_with_the_batches():
     by_logits = lambda batches, by_token=True: default_schedule(  # noqa: E731
         1024, 576, by_token, batches, by_logits=True
     )
     assert by_logits(32) == ReconstructionSchedule(8, 16, 2e-3)
     assert by_logits(64) == ReconstructionSchedule(4, 16, 2e-3)
     assert by_logits(8) == ReconstructionSchedule(8, 16, 2e-3), (
-        "a pass is a sixteenth of the tokens, half of them are enough"
+        "an epoch sees a sixteenth of the tokens, and half of them are enough"
     )
     assert by_logits(200) == by_logits(1000) == ReconstructionSchedule(1, 16, 2e-3)
     assert by_logits(32, by_token=False) == ReconstructionSchedule(3, 1, 2e-3, logit_stride=4)
 
 
 @pytest.mark.parametrize("tokens", [64, 256, 2048, 8192])
-def test_by_logits_a_quarter_of_the_tokens_is_looked_at_whoever_chooses_them(tokens):
+def test_by_logits_a_quarter_of_the_tokens_is_compared(tokens):
     as_outputs, by_token, whole = (
         default_schedule(tokens, 576, by_token, 32, by_logits)
         for by_token, by_logits in ((True, False), (True, True), (False, True))
     )
-    assert by_token.logit_stride == 1, "what was run for a step is looked at"
+    assert by_token.logit_stride == 1, "all tokens that a step runs are compared"
     assert by_token.token_stride in (4 * as_outputs.token_stride, max(1, tokens // 64))
     assert by_token.token_stride == min(28, max(1, tokens // 64))
     assert (whole.token_stride, whole.logit_stride) == (1, 4)
 
 
-def test_tokens_that_were_chosen_already_are_not_chosen_from_again():
+def test_tokens_that_the_step_chose_are_all_compared():
     head = nn.Linear(6, 40).requires_grad_(False)
     output, target = torch.randn(2, 2, TOKENS + 5, 6)
     with torch.enable_grad():
@@ -336,14 +326,16 @@ def test_tokens_that_were_chosen_already_are_not_chosen_from_again():
     assert sizes == [2 * (TOKENS + 5), 2 * -(-(TOKENS + 5) // 4)]
 
 
-def test_what_rounding_moves_does_not_move_the_share():
-    shares = [
+def test_rounding_does_not_move_the_interpolated_fraction():
+    fractions = [
         [
-            share
-            for share, _ in _on_the_way(
-                1.0 + noise, 1.2, lambda share: 1.0 + 0.2 * share - 0.5 * share * (1 - share)
+            fraction
+            for fraction, _ in _interpolations(
+                1.0 + noise,
+                1.2,
+                lambda fraction: 1.0 + 0.2 * fraction - 0.5 * fraction * (1 - fraction),
             )
         ]
         for noise in (-1e-3, 0.0, 1e-3)
     ]
-    assert shares[0] == shares[1] == shares[2] == [0.5, 0.25]
+    assert fractions[0] == fractions[1] == fractions[2] == [0.5, 0.25]

@@ -1,9 +1,11 @@
-"""What a step of training takes, on every rank: a batch of hidden states, whoever has it.
+"""The batches of hidden states that training steps use, on every rank.
 
-Which batches make a step is the recipe's, so that one process and many take the same steps. A batch is therefore
-handed to all ranks when its turn comes: two hidden states of a few windows, where a block's gradients would be many
-times as much. Of a batch of several windows each rank then takes its part, and gradients are summed; a single window
-is every rank's, and each computes the same with it.
+The recipe decides which windows form a step, so that one process and many take the same steps.
+When the turn of a batch comes, its owner therefore sends it to all ranks. That is cheap: the input
+and the target of a few windows are much smaller than the gradients of a block.
+
+Each rank then computes with a part of the windows, and the gradients are summed. A batch of a
+single window cannot be split: all ranks compute the same with it.
 """
 
 from __future__ import annotations
@@ -20,27 +22,32 @@ __all__ = ["ReconstructionBatches", "step_ranks"]
 
 
 def step_ranks(ranks: Ranks, windows: int, device: torch.device) -> Ranks:
-    """Those who take a step's windows apart: all ranks, or each all of them alone.
+    """Return the ranks that split the windows of one training step.
+
+    These are all ranks, or only this one if a batch cannot be split. On CUDA they are always all
+    ranks: gradients need not be the same twice there, so even the gradient of a single window comes
+    from one rank for all.
 
     Args:
         ranks: of the run.
         windows: in the largest batch.
-        device: where gradients are computed. On CUDA they need not come out twice the same, so they are always summed:
-            of a single window one rank then computes them for all.
+        device: where gradients are computed.
     """
     return ranks if windows > 1 or device.type == "cuda" else SINGLE_PROCESS
 
 
 class ReconstructionBatches:
-    """The batches of all ranks in one row, in the order of ranks. To make one, and `get`, are meetings.
+    """The batches of all ranks as one sequence, in the order of ranks.
+
+    The constructor and `get` synchronize: every rank calls them, in the same order.
 
     Args:
-        states: this rank's.
-        chosen: numbers of those among them that are meant.
-        counts: how many of them each rank has.
+        states: hidden states of this rank.
+        chosen: positions of the used batches in `states`.
+        counts: per rank, how many batches are used.
         ranks: of the run.
-        split: see `step_ranks`.
-        device: where `get` puts them.
+        split: ranks that split the windows of a step; see `step_ranks`.
+        device: where `get` puts the batches.
     """
 
     def __init__(
@@ -56,27 +63,29 @@ class ReconstructionBatches:
         self._ranks, self._split, self._device = ranks, split, device
         self._owners = [rank for rank, count in enumerate(counts) for _ in range(count)]
         self._first = sum(counts[: ranks.rank])
+        # A rank must allocate a batch before it receives it, so all ranks learn shapes and dtypes.
         layouts = [states.layout(batch) for batch in chosen]
-        mine = json.dumps(
+        own = json.dumps(
             [[list(shape), str(dtype).removeprefix("torch.")] for shape, dtype in layouts]
         )
-        self._layouts = [each for text in ranks.gather_text(mine) for each in json.loads(text)]
+        self._layouts = [layout for text in ranks.gather_text(own) for layout in json.loads(text)]
 
     def __len__(self) -> int:
         return len(self._owners)
 
     def shape(self, batch: int) -> tuple[int, ...]:
-        """Of a batch with all its windows."""
+        """Return the shape of a batch with all its windows."""
         return tuple(self._layouts[batch][0])
 
     def get(self, batch: int) -> torch.Tensor:
-        """This rank's windows of a batch, which may be none."""
+        """Return this rank's windows of a batch; there may be none."""
         owner, (shape, dtype) = self._owners[batch], self._layouts[batch]
         if owner == self._ranks.rank:
-            # Kernels may round differently on other strides, and those who are sent it get none.
+            # Receivers get contiguous memory. Kernels may round differently on other strides, so
+            # the owner must use the same layout.
             whole = self._states.get(self._chosen[batch - self._first]).contiguous()
         else:
             whole = torch.empty(shape, dtype=getattr(torch, dtype), device=self._device)
         self._ranks.broadcast(whole, owner)
-        mine = self._split.own_range(len(whole))
-        return whole[mine.start : mine.stop]
+        own = self._split.own_range(len(whole))
+        return whole[own.start : own.stop]

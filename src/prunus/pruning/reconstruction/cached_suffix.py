@@ -1,8 +1,21 @@
-"""A block from behind its attention on: what is trained when a block is matched, and run many times over.
+"""The end of a block, behind its attention, which runs many times on cached inputs.
 
-Nothing before it changes meanwhile, so what reaches it may be kept: neither attention nor its gradients are computed
-again. Where it takes every token for itself, it can be run on some of them. Knows a module and a function that runs it;
-nothing of weights in files, or of what training is for.
+Most architectures end a block with `hidden + mlp(norm(hidden))`. Block reconstruction then trains
+only the linears of `mlp`, the suffix of the block:
+
+    block input ──► norm, attention, norm ──► x ──► suffix (trained) ──► (+) ──► block output
+                            │                                             ▲
+                            └──────────────── residual ───────────────────┘
+
+Nothing before the suffix changes while it is trained. So `x` and `residual` are computed once per
+batch and cached: every later step runs neither attention nor its gradient. If the suffix treats
+every token independently, a step can also run it on a part of the tokens.
+
+A module is recognised as a suffix by trial, not by its name. This file knows a module and a
+function that runs the block; it knows nothing about weights in files or about what the training is
+for.
+
+Legend: W windows, T tokens per window, H hidden size.
 """
 
 from __future__ import annotations
@@ -19,29 +32,45 @@ from prunus.model.calls import replaced_forward
 __all__ = ["ALL_TOKENS", "CachedSuffix", "after_attention", "find_suffix", "suffix_module"]
 
 ALL_TOKENS = slice(None)
+
+#: The batch whose forward pass is running. Each greenlet has a context of its own, so that paused
+#: forward passes of other batches do not disturb it.
 _BATCH: ContextVar[int] = ContextVar("batch")
-#: Products of other shapes are rounded differently; a module that looks at other tokens is off by its whole output.
+
+#: Largest relative difference that still counts as rounding. Matrix products of another shape round
+#: differently; a module that mixes tokens differs by as much as its whole output.
 _ROUNDING = 0.02
 
 
 def after_attention(linears: Sequence[str]) -> list[str]:
-    """Of a block's linears, by relative name in the order in which they run, those behind its attention.
+    """Return the linears of a block that run after its attention.
 
-    These are the ones outside the submodule that holds the first; where nothing else is left, all of them.
+    Attention is taken to be the submodule that holds the first linear. If it holds all of them, all
+    are returned.
+
+    Args:
+        linears: relative names in the order in which they run.
+
+    Example:
+        >>> after_attention(["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"])
+        ['mlp.up_proj']
     """
     first = linears[0].partition(".")[0]
     return [name for name in linears if name.partition(".")[0] != first] or list(linears)
 
 
 class CachedSuffix:
-    """Batch -> output of the block, as often as you like with other weights in `module`; see `find_suffix`.
+    """A function from the number of a batch to the block's output; `find_suffix` makes one.
+
+    It always uses the current weights of `module`.
 
     Args:
-        module: the last word of the block.
-        forward: batch -> output of the block; of no windows it may be none.
-        keep: what reaches the module from before is kept, two hidden states: from `recording`, or from a batch's first
-            time. Otherwise it is computed every time.
-        by_token: the module takes every token for itself, so that it can be run on some of them.
+        module: the suffix.
+        forward: batch -> output of the whole block. With no windows it may skip the block.
+        keep: cache what reaches the suffix, two tensors of the size of the hidden states per batch.
+            They come from `recording` or from the first call. If False, they are computed again in
+            every call.
+        by_token: the suffix treats every token independently and can run on some of them.
     """
 
     def __init__(
@@ -52,59 +81,70 @@ class CachedSuffix:
         by_token: bool = False,
     ) -> None:
         self._module, self._forward, self._keep, self.by_token = module, forward, keep, by_token
-        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[Callable[[int], torch.Tensor]]:
-        """While active: batch -> output of the block without the module's part, which runs all the same.
+        """Yield a function that runs the block on a batch and fills the cache on the way.
 
-        What reaches the module is kept. Several batches may be on their way at a time, each in a greenlet of its own.
+        The pass in which the linears are pruned runs every batch anyway, so caching then saves a
+        forward pass. The suffix runs too, because its linears need their input statistics, but its
+        result is replaced by zeros: the function returns the residual. Several batches may be
+        paused at a time, each in a greenlet of its own.
         """
-        inner = self._module.forward
-        given: dict[int, torch.Tensor] = {}
+        suffix_forward = self._module.forward
+        inputs: dict[int, torch.Tensor] = {}
 
-        def see(x: torch.Tensor) -> torch.Tensor:
-            given[_BATCH.get()] = x
-            return torch.zeros_like(inner(x))
+        def run_and_return_zeros(x_WTH: torch.Tensor) -> torch.Tensor:
+            inputs[_BATCH.get()] = x_WTH
+            return torch.zeros_like(suffix_forward(x_WTH))
 
         def forward(batch: int) -> torch.Tensor:
-            _BATCH.set(batch)  # every greenlet has a context of its own
-            beside = self._forward(batch)
-            self._kept[batch] = given.pop(batch), beside
-            return beside
+            _BATCH.set(batch)
+            residual_WTH = self._forward(batch)
+            self._cache[batch] = inputs.pop(batch), residual_WTH
+            return residual_WTH
 
-        with replaced_forward(self._module, see):
+        with replaced_forward(self._module, run_and_return_zeros):
             yield forward
 
     def __call__(self, batch: int, tokens: slice = ALL_TOKENS) -> torch.Tensor:
-        """The block's output (windows, tokens, hidden) of these tokens; of others than all only where `by_token`."""
-        x, beside = (whole[:, tokens] for whole in self.before(batch))
-        return beside + self._module(x) if len(x) else beside
+        """Return the block's output (windows, tokens, hidden) on these tokens of a batch.
 
-    def before(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The module's input, and the block's output if the module gave zeros: as kept, or by running the block."""
-        found = self._kept.get(batch) or self._run_before(batch)
+        Only a suffix that is `by_token` can run on a part of the tokens.
+        """
+        x_WTH, residual_WTH = (whole[:, tokens] for whole in self.inputs(batch))
+        return residual_WTH + self._module(x_WTH) if len(x_WTH) else residual_WTH
+
+    def inputs(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the suffix's input and the residual that its output is added to."""
+        found = self._cache.get(batch) or self._run_prefix(batch)
         if self._keep:
-            self._kept[batch] = found
+            self._cache[batch] = found
         return found
 
     @torch.no_grad()
-    def _run_before(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        given: list[torch.Tensor] = []
+    def _run_prefix(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs: list[torch.Tensor] = []
 
-        def zeros(x: torch.Tensor) -> torch.Tensor:
-            given.append(x)
-            return torch.zeros_like(x)
+        def record_and_return_zeros(x_WTH: torch.Tensor) -> torch.Tensor:
+            inputs.append(x_WTH)
+            return torch.zeros_like(x_WTH)
 
-        with replaced_forward(self._module, zeros):
-            beside = self._forward(batch)
-        (x,) = given or [beside]  # of no windows the block may not have been run
-        return x, beside
+        # With zeros in place of the suffix's result, the block's output is the residual.
+        with replaced_forward(self._module, record_and_return_zeros):
+            residual_WTH = self._forward(batch)
+        # A batch without windows may not run the block at all.
+        (x_WTH,) = inputs or [residual_WTH]
+        return x_WTH, residual_WTH
 
 
-def suffix_module(block: nn.Module, trained: Sequence[str]) -> nn.Module | None:
-    """The one submodule of `block` that holds all of these linears, if it is more than a linear itself."""
-    children = {name.partition(".")[0] for name in trained}
+def suffix_module(block: nn.Module, linears: Sequence[str]) -> nn.Module | None:
+    """Return the one submodule of `block` that holds all these linears.
+
+    Returns None if there are several, or if it is itself a linear or a plain list of modules.
+    """
+    children = {name.partition(".")[0] for name in linears}
     module = getattr(block, children.pop()) if len(children) == 1 else None
     if not isinstance(module, nn.Module) or isinstance(module, (nn.Linear, nn.ModuleList)):
         return None
@@ -113,46 +153,50 @@ def suffix_module(block: nn.Module, trained: Sequence[str]) -> nn.Module | None:
 
 def find_suffix(
     block: nn.Module,
-    trained: Sequence[str],
+    linears: Sequence[str],
     forward: Callable[[int], torch.Tensor],
     batch: int,
     keep: bool = True,
 ) -> CachedSuffix | None:
-    """The submodule of `block` that holds all trained linears, where it is the block's last word; tried on a batch.
+    """Find the submodule that holds all trained linears, and check on one batch that it is a
+    suffix.
 
-    That is where it is called once, with one tensor and nothing else, and its result is added to what the block gives
-    without it: to the bit, so that it does not matter which of the two ways is taken.
+    It is one if the block calls it once, with a single tensor, and adds its result to the residual
+    as the last operation. The check demands equality to the bit, so it makes no difference to the
+    result whether a run uses the cache or the whole block.
 
     Args:
         block: with its weights in place.
-        trained: relative names of linears.
+        linears: relative names of the trained linears.
         forward: batch -> output of `block`.
-        batch: number of the batch to try it on.
+        batch: number of the batch for the check.
         keep: see `CachedSuffix`.
 
     Returns:
-        None where there is no such submodule.
+        None if the block has no such submodule.
     """
-    module = suffix_module(block, trained)
+    module = suffix_module(block, linears)
     if module is None:
         return None
-    tail = CachedSuffix(module, forward, keep)
+    suffix = CachedSuffix(module, forward, keep)
     try:
         with torch.no_grad():
-            x, beside = tail.before(batch)
-            made = module(x)
-            if not torch.equal(beside + made, forward(batch)):
+            x, residual = suffix.inputs(batch)
+            output = module(x)
+            if not torch.equal(residual + output, forward(batch)):
                 return None
-            tail.by_token = _takes_tokens_apart(module, x, made)
+            suffix.by_token = _treats_tokens_independently(module, x, output)
     except (TypeError, ValueError, RuntimeError):
-        return None  # called with more, or not once; or it gives more than a tensor
-    return tail
+        # The module takes more than one tensor, or is not called exactly once, or it returns
+        # something other than a tensor.
+        return None
+    return suffix
 
 
-def _takes_tokens_apart(module: nn.Module, x: torch.Tensor, made: torch.Tensor) -> bool:
-    """Whether `module` makes of every second token of `x` alone what it `made` of them among all."""
+def _treats_tokens_independently(module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> bool:
+    """Whether `module` computes the same for every second token, with and without the others."""
     if x.dim() != 3 or x.shape[1] < 2:
         return False
     some = slice(1, None, 2)
-    alone, among_all = module(x[:, some]).float(), made[:, some].float()
+    alone, among_all = module(x[:, some]).float(), output[:, some].float()
     return bool((alone - among_all).norm() <= _ROUNDING * among_all.norm())

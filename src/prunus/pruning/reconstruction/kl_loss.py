@@ -1,10 +1,19 @@
-"""How far apart two hidden states behind the last block are: by what the head makes of them.
+"""KL divergence between the next-token distributions that the head computes from two hidden states.
 
-Σ_t Σ_v p_tv (log p_tv − log q_tv), p the distribution of the next token by the target and q by the output. For block
-matching: a few tokens at a time, whose gradient is computed along with the sum, because logits of a whole window
-take more memory than the block. They also take ten times as long as the block itself, so that not all tokens are
-looked at: others each time for a gradient, always the same ones where none is wanted. Ranks that have the same
-hidden states share these pieces out.
+Σ_t Σ_v p_tv (log p_tv − log q_tv), where p is the distribution of the target (the dense model) and
+q that of the output (the pruned model).
+
+Block reconstruction uses it for the last block only. Logits are expensive in two ways, and the code
+has an answer to each:
+
+- *Memory*: the logits of one window can take more memory than the block. So they are computed for
+  `TOKENS` tokens at a time, and the gradient of each chunk is computed together with its sum.
+- *Time*: they take about ten times as long as the block itself. So only some tokens are compared:
+  other ones in each call that needs a gradient, always the same ones for validation.
+
+Several ranks that hold the same hidden states split the chunks among themselves.
+
+Legend: W windows, T tokens per window, H hidden size, P chunks of tokens.
 """
 
 from __future__ import annotations
@@ -17,84 +26,107 @@ import torch
 from torch import Tensor
 
 from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
+from prunus.pruning.reconstruction.output_loss import OutputLoss
 
-__all__ = ["LOGIT_STRIDE", "TOKENS", "OutputLoss", "kl_divergence"]
+__all__ = ["LOGIT_STRIDE", "TOKENS", "kl_divergence"]
 
-#: (output, target) -> what is lost, and what it is a share of; the first is differentiable in the output.
-OutputLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-#: Tokens whose logits are in memory at a time.
+#: Tokens per window whose logits are in memory at a time.
 TOKENS = 128
-#: Tokens of which one counts where none other is asked for, and where no gradient is wanted.
+
+#: One token in this many is compared during validation, and for gradients by default.
 LOGIT_STRIDE = 4
 
 
 def kl_divergence(
     logits: Callable[[Tensor], Tensor], ranks: Ranks = SINGLE_PROCESS, stride: int = LOGIT_STRIDE
 ) -> OutputLoss:
-    """The divergence of one batch's output from its target, summed over the tokens that count, and their number.
+    """Return a loss: the KL divergence summed over the compared tokens, and their number.
 
-    Of more than `TOKENS` every fourth counts, from the first on; for gradients one of `stride`, beginning one later with
-    every call.
+    Windows of up to `TOKENS` tokens are compared in full. In longer ones, a call without gradient
+    compares every `LOGIT_STRIDE`-th token from the first on, so that validation errors are
+    comparable. A call with gradient compares one token in `stride` and starts one token later than
+    the call before, so that training sees all tokens in turn.
 
     Args:
-        logits: hidden states (windows, tokens, hidden) behind the last block -> logits, differentiable; what of a
-            sequence it is given makes no difference.
-        ranks: who compares the same two at the same time.
-        one_in: 1 where whoever calls for a gradient has chosen the tokens.
-    """
-    gradients = itertools.count()
+        logits: hidden states (windows, tokens, hidden) after the last block -> logits. It must be
+            differentiable and treat every token independently.
+        ranks: processes that call the loss with the same two tensors at the same time.
+        stride: 1 if the caller has already chosen the tokens for a gradient step.
 
-    def compare(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        if output.shape[1] > TOKENS:
-            wanted = output.requires_grad and torch.is_grad_enabled()
-            some = (
-                slice(next(gradients) % stride, None, stride)
-                if wanted
+    Example:
+        >>> x = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
+        >>> loss = kl_divergence(lambda hidden: hidden)
+        >>> [float(value) for value in loss(x, x)]
+        [0.0, 2.0]
+        >>> bool(loss(x.flip(-1), x)[0] > 0)
+        True
+    """
+    gradient_calls = itertools.count()
+
+    def loss(output_WTH: Tensor, target_WTH: Tensor) -> tuple[Tensor, Tensor]:
+        if output_WTH.shape[1] > TOKENS:
+            with_gradient = output_WTH.requires_grad and torch.is_grad_enabled()
+            compared = (
+                slice(next(gradient_calls) % stride, None, stride)
+                if with_gradient
                 else slice(None, None, LOGIT_STRIDE)
             )
-            output, target = output[:, some], target[:, some]
-        lost: Tensor = _KLDivergence.apply(output, target, logits, ranks)
-        return lost, torch.tensor(float(output.shape[:-1].numel()), device=output.device)
+            output_WTH, target_WTH = output_WTH[:, compared], target_WTH[:, compared]
+        total: Tensor = _KLDivergence.apply(output_WTH, target_WTH, logits, ranks)
+        tokens = float(output_WTH.shape[:-1].numel())
+        return total, torch.tensor(tokens, device=output_WTH.device)
 
-    return compare
+    return loss
 
 
 class _KLDivergence(torch.autograd.Function):
+    """The sum over all tokens, chunk by chunk; the forward pass computes the gradient as well.
+
+    The usual order, all chunks forward and then all backward, would keep the logits of every chunk.
+    With q = softmax(logits), the gradient with respect to the logits is q − p.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, target: Tensor, logits: Callable[[Tensor], Tensor], ranks: Ranks
+        ctx: Any,
+        output_WTH: Tensor,
+        target_WTH: Tensor,
+        logits: Callable[[Tensor], Tensor],
+        ranks: Ranks,
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(output) if wanted else None
-        tokens = output.shape[1]
-        lost_P = torch.zeros(-(-tokens // TOKENS), dtype=torch.float64, device=output.device)
+        with_gradient = ctx.needs_input_grad[0]
+        gradient_WTH = torch.empty_like(output_WTH) if with_gradient else None
+        tokens, device = output_WTH.shape[1], output_WTH.device
+        sums_P = torch.zeros(-(-tokens // TOKENS), dtype=torch.float64, device=device)
         parts = split_range(tokens, ranks.size, TOKENS)
-        mine = parts[ranks.rank]
-        for first in mine[::TOKENS]:
-            part = slice(None), slice(first, first + TOKENS)
+        own = parts[ranks.rank]
+        for first in own[::TOKENS]:
+            chunk = slice(None), slice(first, first + TOKENS)
             with torch.no_grad():
-                logp = logits(target[part]).float().log_softmax(dim=-1)
-            x = output[part].detach()
-            with torch.set_grad_enabled(wanted):
-                found = logits(x.requires_grad_(wanted))
-            logq = found.detach().float().log_softmax(dim=-1)
+                logp = logits(target_WTH[chunk]).float().log_softmax(dim=-1)
+            x = output_WTH[chunk].detach()
+            with torch.set_grad_enabled(with_gradient):
+                own_logits = logits(x.requires_grad_(with_gradient))
+            logq = own_logits.detach().float().log_softmax(dim=-1)
             p = logp.exp()
-            lost_P[first // TOKENS] = torch.linalg.vecdot(p, logp.sub_(logq)).sum(
+            # In place: logp becomes log p − log q, and below logq becomes q − p.
+            sums_P[first // TOKENS] = torch.linalg.vecdot(p, logp.sub_(logq)).sum(
                 dtype=torch.float64
             )
-            if gradient is not None:
-                (gradient[part],) = torch.autograd.grad(
-                    found, x, logq.exp_().sub_(p).to(found.dtype)
+            if gradient_WTH is not None:
+                (gradient_WTH[chunk],) = torch.autograd.grad(
+                    own_logits, x, logq.exp_().sub_(p).to(own_logits.dtype)
                 )
-        ranks.all_reduce(lost_P)  # each piece is one rank's, and zero with the others
-        if gradient is not None:
-            of_mine = gradient[:, mine.start : mine.stop].movedim(1, 0)
-            gradient = ranks.all_gather(of_mine, [len(part) for part in parts]).movedim(0, 1)
-            ctx.save_for_backward(gradient)
-        return sum(lost_P, torch.zeros_like(lost_P[0])).float()
+        # Each chunk belongs to one rank and is zero on the others, so this sum is exact.
+        ranks.all_reduce(sums_P)
+        if gradient_WTH is not None:
+            own_TWH = gradient_WTH[:, own.start : own.stop].movedim(1, 0)
+            gradient_WTH = ranks.all_gather(own_TWH, [len(part) for part in parts]).movedim(0, 1)
+            ctx.save_for_backward(gradient_WTH)
+        # Python's sum adds the chunks in order, whatever rank computed them.
+        return sum(sums_P, torch.zeros_like(sums_P[0])).float()
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * outer[0].to(gradient.dtype), None, None, None
+        (gradient_WTH,) = ctx.saved_tensors
+        return gradient_WTH * outer[0].to(gradient_WTH.dtype), None, None, None

@@ -1,12 +1,14 @@
-"""Block matching as the last step of pruning a block: its surviving weights and biases learn the dense outputs.
+"""Block reconstruction: what is trained after a block is pruned, on which batches, and how long.
 
-Masks stay as they are. `matching.py` trains; this file says what is trained, on which batches, and what is stored.
+The surviving weights and biases of a pruned block learn the outputs of the dense block. The masks
+stay as they are. `train.py` does the training; this file decides the schedule and turns the result
+into tensors as they are stored.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,185 +16,244 @@ from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.pruning.reconstruction.cached_suffix import after_attention
-from prunus.pruning.reconstruction.kl_loss import LOGIT_STRIDE, OutputLoss
-from prunus.pruning.reconstruction.train import TrainOptions, train_block
+from prunus.pruning.reconstruction.kl_loss import LOGIT_STRIDE
+from prunus.pruning.reconstruction.output_loss import OutputLoss, relative_error
+from prunus.pruning.reconstruction.train import BlockBatches, TrainOptions, train_block
 from prunus.pruning.records import ReconstructionRecord
 
 __all__ = [
     "VALIDATION_STRIDE",
+    "PrunedBlock",
     "ReconstructionSchedule",
     "ReconstructionSettings",
     "default_schedule",
     "reconstruct",
+    "split_batches",
     "trained",
+    "validation_count",
 ]
 
-#: One batch in so many is not trained on, and says which pass was the best.
+#: One batch in this many is a validation batch: it is not trained on, and chooses the result.
 VALIDATION_STRIDE = 16
 
-# Many small steps win more than few large ones of the same tokens: a step looks at so many of its batch's tokens where it
-# can choose, and at more where passes would not see them all.
-_TOKENS_A_STEP = 256
-_MOST_PASSES, _LEAST_PASSES = 7, 3
-# Of the size of the weights, and the hidden size at which that was measured.
+# Many small steps lower the error more than few large ones on the same tokens. So a step uses about
+# this many tokens of its batch if the trained part treats tokens independently. It uses more if
+# seven epochs would otherwise not see all of them.
+_TOKENS_PER_STEP = 256
+_MIN_EPOCHS, _MAX_EPOCHS = 3, 7
+
+# Peak learning rate relative to the RMS of the weights, and the hidden size it was measured at.
 _RATE, _RATE_WIDTH = 7e-3, 576
-# By logits a token takes ten times as long, so that a step looks at one of `LOGIT_STRIDE` of these: gradients are noisier. So
-# many steps are enough, and no more passes than show half of the tokens: of 32 windows of 1024 tokens those are 240, and
-# with half as many of either, perplexity was a per cent higher.
-_STEPS_BY_LOGITS, _RATE_BY_LOGITS = 240, 2e-3
+
+# With the loss on logits, a token takes about ten times as long, so a step compares only one token
+# in `LOGIT_STRIDE` of those above. Fewer tokens make noisier gradients, which need a lower rate.
+# The number of steps is limited too. 240 steps are what eight epochs over 30 windows of 1024
+# tokens take; they compare half of the tokens, each once. With half as many of either, perplexity
+# was one per cent higher.
+_LOGIT_STEPS, _LOGIT_RATE = 240, 2e-3
 
 
 @dataclass(frozen=True)
 class ReconstructionSchedule:
-    """Passes over the calibration windows, of which a step runs what is trained on one token in so many, and Adam's peak
-    rate, in units of the size of the weights; see `TrainOptions.relative`. Of the tokens that were run one in so many is
-    given to the head, where it judges."""
+    """Training schedule of one block.
 
-    passes: int
+    Attributes:
+        epochs: passes over the training batches.
+        token_stride: a step runs the trained part of the block on one token in this many.
+        learning_rate: peak rate relative to the RMS of each tensor's kept weights; see
+            `TrainOptions.relative`.
+        logit_stride: with the loss on logits, one in this many of the tokens of a step is compared.
+    """
+
+    epochs: int
     token_stride: int
     learning_rate: float
     logit_stride: int = 1
 
 
+@dataclass(frozen=True)
+class ReconstructionSettings:
+    """What a run says about the reconstruction of all its blocks.
+
+    Attributes:
+        epochs: passes over the training batches; None for the block's `default_schedule`.
+        learning_rate: peak rate of Adam, the same for all tensors; None for the relative rate of
+            the block's `default_schedule`.
+        dtype: of matrix products and activations.
+        last_only: only the last block is reconstructed.
+    """
+
+    epochs: int | None
+    learning_rate: float | None
+    dtype: torch.dtype
+    last_only: bool = False
+
+    def takes(self, index: int, blocks: int) -> bool:
+        """Whether block `index` of a model with this many `blocks` is reconstructed."""
+        return not self.last_only or index == blocks - 1
+
+
 def default_schedule(
     tokens: int, hidden: int, by_token: bool, batches: int, by_logits: bool = False
 ) -> ReconstructionSchedule:
-    """What is done where nothing else is asked for. A pass costs `1 / token_stride` of one over all tokens.
+    """Return the schedule for a block where the user sets nothing.
 
-    The rate falls with the root of the width: 7 thousandths of the size of the weights are best in SmolLM2-135M, whose
-    hidden size is 576, about 3 in Qwen2.5-Coder-1.5B, whose is 1536; both are flat within a factor of 1.5.
+    An epoch costs `1 / token_stride` of a pass over all tokens.
+
+    The rate falls with the square root of the width. Relative to the RMS of the weights, 0.007 is
+    best for SmolLM2-135M (hidden size 576) and about 0.003 for Qwen2.5-Coder-1.5B (1536). Both
+    optima are flat within a factor of 1.5.
 
     Args:
-        tokens: of a batch.
+        tokens: per batch.
         hidden: size of the block's hidden states.
-        by_token: what is trained can be run on some tokens of a batch.
-        batches: how many there are.
-        by_logits: the block is judged by what the head makes of its outputs.
+        by_token: the trained part of the block can run on some tokens of a batch.
+        batches: number of batches, for training and validation together.
+        by_logits: the loss compares logits, as it does for the last block.
+
+    Example:
+        >>> default_schedule(tokens=1024, hidden=576, by_token=True, batches=32)
+        ReconstructionSchedule(epochs=7, token_stride=4, learning_rate=0.007, logit_stride=1)
     """
     fewer = LOGIT_STRIDE if by_logits else 1
-    stride = min(fewer * _MOST_PASSES, max(1, fewer * tokens // _TOKENS_A_STEP)) if by_token else 1
-    narrower = min(1.0, (_RATE_WIDTH / hidden) ** 0.5)
+    stride = min(fewer * _MAX_EPOCHS, max(1, fewer * tokens // _TOKENS_PER_STEP)) if by_token else 1
+    width_factor = min(1.0, (_RATE_WIDTH / hidden) ** 0.5)
     if not by_logits:
-        passes = min(_MOST_PASSES, max(_LEAST_PASSES, 2 * stride))
-        return ReconstructionSchedule(passes, stride, _RATE * narrower)
-    enough = round(_STEPS_BY_LOGITS / max(1, batches - held_out(batches)))
-    passes = max(1, min(max(_LEAST_PASSES, stride // 2), enough))
-    return ReconstructionSchedule(
-        passes, stride, _RATE_BY_LOGITS * narrower, 1 if by_token else LOGIT_STRIDE
-    )
+        # Two strides of epochs see every token twice.
+        epochs = min(_MAX_EPOCHS, max(_MIN_EPOCHS, 2 * stride))
+        return ReconstructionSchedule(epochs, stride, _RATE * width_factor)
+    # Half a stride of epochs sees every second token once.
+    enough = round(_LOGIT_STEPS / max(1, batches - validation_count(batches)))
+    epochs = max(1, min(max(_MIN_EPOCHS, stride // 2), enough))
+    # A block that must run on all tokens leaves the choice of tokens to the loss.
+    logit_stride = 1 if by_token else LOGIT_STRIDE
+    return ReconstructionSchedule(epochs, stride, _LOGIT_RATE * width_factor, logit_stride)
 
 
-def held_out(batches: int) -> int:
-    """How many of `batches`, the last ones, are not trained on."""
+def validation_count(batches: int) -> int:
+    """Return how many of the batches are for validation.
+
+    Example:
+        >>> validation_count(32), validation_count(2)
+        (2, 1)
+    """
     return max(1, batches // VALIDATION_STRIDE)
 
 
-def trained(linears: Sequence[str], updated: bool) -> list[str]:
-    """Which of a block's pruned linears are trained, by relative name in the order in which they run.
+def split_batches(batches: int) -> tuple[range, range]:
+    """Return the numbers of the training batches and of the validation batches, which come last.
 
-    Those behind the attention, for half the time and nearly all of the gain; all where the method has not `updated` any
-    weights, since nothing has made up then for what attention lost.
+    Args:
+        batches: number of batches on all ranks, at least 2.
+
+    Example:
+        >>> split_batches(32)
+        (range(0, 30), range(30, 32))
+    """
+    first = batches - validation_count(batches)
+    return range(first), range(first, batches)
+
+
+def trained(linears: Sequence[str], updated: bool) -> list[str]:
+    """Return which of a block's pruned linears are trained.
+
+    After a method that updates weights, these are the ones behind attention: that takes half of
+    the time for nearly all of the gain. A method that only masks leaves the error of attention as
+    it is, so then all are trained.
+
+    Args:
+        linears: relative names in the order in which they run.
+        updated: the pruning method updates the surviving weights.
+
+    Example:
+        >>> trained(["self_attn.q_proj", "mlp.up_proj"], updated=True)
+        ['mlp.up_proj']
+        >>> trained(["self_attn.q_proj", "mlp.up_proj"], updated=False)
+        ['self_attn.q_proj', 'mlp.up_proj']
     """
     return after_attention(linears) if updated else list(linears)
 
 
 @dataclass(frozen=True)
-class ReconstructionSettings:
-    """How blocks are matched: passes over the calibration windows and Adam's peak rate, the same for all tensors, or
-    None for those of `default_schedule`; dtype of the products; whether it is the last block alone."""
+class PrunedBlock:
+    """A pruned block whose weights are to be trained.
 
-    passes: int | None
-    learning_rate: float | None
-    dtype: torch.dtype
-    last_alone: bool = False
+    Attributes:
+        name: for messages.
+        module: the block, with the pruned weights in place.
+        stored: the dense block's tensors by relative name, as stored. Biases come from here.
+        weights: relative name -> pruned weight, as stored, for every trained linear. Its zeros are
+            the mask. The linear's bias is trained as well.
+    """
 
-    def takes(self, index: int, blocks: int) -> bool:
-        """Whether block `index` of so many `blocks` is matched."""
-        return not self.last_alone or index == blocks - 1
+    name: str
+    module: nn.Module
+    stored: Mapping[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor]
+
+    def masks(self) -> dict[str, torch.Tensor]:
+        """Return relative name -> bool of the parameter's shape, True for what is trained."""
+        device = next(self.module.parameters()).device
+        masks = {key: (weight != 0).to(device) for key, weight in self.weights.items()}
+        for key, parameter in self.module.named_parameters():
+            # Norms are left alone: the weights next to them can learn the same scale.
+            linear = key.removesuffix(".bias")
+            if linear != key and f"{linear}.weight" in self.weights and key in self.stored:
+                masks[key] = torch.ones(parameter.shape, dtype=torch.bool, device=device)
+        return masks
 
 
 def reconstruct(
-    job: ReconstructionSettings,
-    name: str,
-    block: nn.Module,
-    stored: Mapping[str, torch.Tensor],
-    pruned: Mapping[str, torch.Tensor],
-    forward: Callable[[int, slice], torch.Tensor],
-    target: Callable[[int], torch.Tensor],
-    count: int,
+    block: PrunedBlock,
+    batches: BlockBatches,
+    settings: ReconstructionSettings,
     schedule: ReconstructionSchedule,
-    compare: OutputLoss | None = None,
+    loss: OutputLoss | None = None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> tuple[dict[str, torch.Tensor], ReconstructionRecord]:
-    """Train a pruned block towards the dense block's outputs; `block` ends with the weights it began with.
+    """Train a pruned block towards the dense block's outputs; its module ends as it began.
 
     Args:
-        job: how.
-        name: of the block, for messages.
-        block: with the pruned weights in place.
-        stored: the block's tensors by relative name, as stored; biases are taken from here.
-        pruned: the pruned weights that are trained, by relative name, as stored, the biases of their linears with them.
-            What is 0 in them stays 0.
-        forward: batch and some of its tokens -> output of `block` in the pruned model, of these tokens; others than all
-            are asked for only where `schedule` says so.
-        target: batch -> output of the dense block in the dense model.
-        count: number of batches, on all ranks, at least 2.
-        schedule: where `job` leaves it open.
-        compare: by what outputs are judged where it is not the squared error per token; see `kl_divergence`.
-        ranks: who shares the windows of every batch; see `train_block`.
+        block: what is trained.
+        batches: outputs of the block in the pruned model, and of the dense block in the dense model
+            as their targets. `schedule.token_stride` must be 1 if only all tokens can be run.
+        settings: of the run.
+        schedule: for what `settings` leaves open.
+        loss: KL divergence of logits; None for the relative error of outputs.
+        ranks: processes that split the windows of every batch; see `train_block`.
 
     Returns:
-        All that was trained, by relative name, in dtype and orientation of `stored`; the record.
+        The trained tensors by relative name, in the dtype and orientation of `block.stored`, and
+        the record for the manifest.
 
     Raises:
-        ValueError: outputs that are not finite; names the block.
+        ValueError: outputs or targets are not finite; the message names the block.
     """
     started = time.perf_counter()
-    device = next(block.parameters()).device
-    supports = {key: (weight != 0).to(device) for key, weight in pruned.items()}
-    for key, parameter in block.named_parameters():
-        # Not norms: what they scale, the weights next to them can.
-        if (
-            key.endswith(".bias")
-            and f"{key.removesuffix('.bias')}.weight" in pruned
-            and key in stored
-        ):
-            supports[key] = torch.ones(parameter.shape, dtype=torch.bool, device=device)
-    learnt_from = count - held_out(count)
     options = TrainOptions(
-        learning_rate=job.learning_rate or schedule.learning_rate,
-        relative=job.learning_rate is None,
-        passes=job.passes or schedule.passes,
+        learning_rate=settings.learning_rate or schedule.learning_rate,
+        relative=settings.learning_rate is None,
+        epochs=settings.epochs or schedule.epochs,
         token_stride=schedule.token_stride,
-        dtype=job.dtype,
-        per_token=True,
+        dtype=settings.dtype,
     )
-
     try:
-        match = train_block(
-            block,
-            forward,
-            target,
-            range(learnt_from),
-            range(learnt_from, count),
-            supports,
-            options,
-            compare,
-            ranks,
+        result = train_block(
+            block.module, batches, block.masks(), options, loss or relative_error, ranks
         )
     except ValueError as fault:
-        raise ValueError(f"{name}: {fault}") from fault
-    learnt = {
-        key: weight.to(stored[key].dtype).to(stored[key].device)
-        for key, weight in match.weights.items()
+        raise ValueError(f"{block.name}: {fault}") from fault
+    trained_tensors = {
+        key: weight.to(block.stored[key].dtype).to(block.stored[key].device)
+        for key, weight in result.weights.items()
     }
     record = ReconstructionRecord(
-        error_before=match.error_before,
-        error_after=match.error_after,
-        measure="outputs" if compare is None else "logits",
-        steps=match.steps,
-        stopped=match.stopped,
-        dtype=str(job.dtype).removeprefix("torch."),
+        error_before=result.error_before,
+        error_after=result.error_after,
+        measure="outputs" if loss is None else "logits",
+        steps=result.steps,
+        stopped=result.stopped,
+        dtype=str(settings.dtype).removeprefix("torch."),
         seconds=round(time.perf_counter() - started, 3),
     )
-    return learnt, record
+    return trained_tensors, record

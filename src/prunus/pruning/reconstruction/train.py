@@ -1,21 +1,26 @@
-"""Block matching: the surviving weights of one block are trained until its outputs come close to given ones.
+"""Train the surviving weights of one block until its outputs come close to given targets.
 
-The mask stays as it is, nothing flows through other blocks, and only this block's weights, gradients and moments
-are in memory. In the spirit of Wanda++ (arXiv 2503.04992) and EBFT (arXiv 2402.12419), with the whole block's
-output as the target:
+    minimise over the kept W    Σ_t ‖block(x̂_t; W) − y_t‖² / ‖y_t‖²
 
-    minimise over the surviving W   Σ_t ‖block(x̂_t; W) − y_t‖² / Σ_t ‖y_t‖²
+x̂ are the block's inputs in the pruned model, and y the outputs of the dense block in the dense
+model. The mask stays as it is, and no gradient leaves the block. So only this block's weights,
+gradients and moments are in memory. Wanda++ (arXiv 2503.04992) and EBFT (arXiv 2402.12419) train
+pruned blocks in this spirit; the target here is the output of the whole block.
 
-x̂ are the block's inputs in the pruned model, y the outputs of the dense block in the dense model. Knows a module,
-functions that give inputs and targets, and masks; nothing of checkpoints, folders or text.
+The result is the candidate with the lowest error on validation batches: the weights before
+training, a snapshot that was taken during training, or a point interpolated between start and end.
+A training that does harm is therefore never taken over.
+
+This file knows a module, functions that give outputs and targets, and masks. It knows nothing about
+checkpoints, folders or text.
+
+Legend: 2, as a suffix, stands for the pair (summed loss, what to divide it by).
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,14 +29,39 @@ from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.pruning.reconstruction.cached_suffix import ALL_TOKENS
-from prunus.pruning.reconstruction.kl_loss import OutputLoss
 from prunus.pruning.reconstruction.learning_rate import learning_rate
+from prunus.pruning.reconstruction.output_loss import OutputLoss, relative_error
+from prunus.pruning.reconstruction.trained_weights import (
+    TrainedWeights,
+    in_float32,
+    kept_rms,
+    trainable,
+)
 
-__all__ = ["TrainOptions", "TrainResult", "train_block"]
+__all__ = ["BlockBatches", "TrainOptions", "TrainResult", "train_block"]
 
 _WARMUP = 0.05
-# What is held out is looked at after every quarter of the training, but at least after so many passes.
-_LOOKS, _MOST_UNSEEN = 4, 4
+
+# Validate four times per training, and at least once every four epochs.
+_VALIDATIONS, _MAX_EPOCHS_BETWEEN = 4, 4
+
+
+@dataclass(frozen=True)
+class BlockBatches:
+    """The batches that a block learns from, by number.
+
+    Attributes:
+        forward: (batch, tokens) -> the block's output (windows, tokens, hidden) on these tokens of
+            the batch. Training calls it under autograd.
+        target: batch -> what the output should be, for all tokens, in any floating dtype.
+        train: numbers of the batches to train on.
+        validation: numbers of the batches that choose between the candidates.
+    """
+
+    forward: Callable[[int, slice], torch.Tensor]
+    target: Callable[[int], torch.Tensor]
+    train: Sequence[int]
+    validation: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -39,38 +69,34 @@ class TrainOptions:
     """How a block is trained.
 
     Attributes:
-        learning_rate: Adam's, at its peak; it falls along a cosine.
-        relative: the rate counts in units of each parameter's own size, the root mean square of its kept weights (of a
-            bias, that of its linear's), as in Adafactor (arXiv 1804.04235, section 8). A step of Adam moves every weight
-            by about the rate, and models differ tenfold in how large their weights are.
-        passes: over the training batches.
-        seconds: stop after that long although passes are left, with the schedule shortened to fit; None: no limit.
-        per_token: every token's error counts relative to that token's own target, not to all of them: the few tokens of
-            enormous hidden states that most models have would count for all others otherwise.
-        dtype: of matrix products and activations (float32 or bfloat16); the weights that are trained and their moments
-            are float32. A block that is in that dtype computes in it throughout, any other in float32 with its products
-            cast.
-        token_stride: a step looks at one token in so many of its batch, every pass at the next ones.
+        learning_rate: peak rate of Adam; see `learning_rate` for its course.
+        relative: the rate is a fraction of the root mean square (RMS) of each parameter's kept
+            weights, as in Adafactor (arXiv 1804.04235, section 8). A step of Adam moves every
+            weight by about the rate, whatever the gradient's size. Models differ tenfold in the
+            size of their weights, so a plain rate that suits one model destroys another.
+        epochs: passes over the training batches.
+        token_stride: a step uses one token in this many. The next epoch uses the next ones.
+        dtype: of matrix products and activations, float32 or bfloat16. A block in this dtype
+            computes in it throughout; any other computes in float32 with its products cast.
     """
 
     learning_rate: float = 3e-4
     relative: bool = False
-    passes: int = 3
+    epochs: int = 3
     token_stride: int = 1
-    seconds: float | None = None
     dtype: torch.dtype = torch.float32
-    per_token: bool = False
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What came of it.
+    """The outcome of training a block.
 
     Attributes:
-        weights: the trained parameters by relative name, float32, zero outside their support; the best on the
-            held-out batches of those behind some passes, those on the way to the last, and those that it began with.
-        error_before, error_after: Σ‖block(x̂) − y‖² / Σ‖y‖² over the held-out batches, or its mean per token.
-        steps: gradient steps that were taken.
+        weights: the best candidate: the trained parameters by relative name, float32, zero outside
+            their masks.
+        error_before, error_after: loss on the validation batches, of the weights before training
+            and of the best candidate.
+        steps: gradient steps taken.
         stopped: why training ended early, or None.
     """
 
@@ -83,267 +109,191 @@ class TrainResult:
 
 def train_block(
     block: nn.Module,
-    forward: Callable[[int, slice], torch.Tensor],
-    target: Callable[[int], torch.Tensor],
-    train: Sequence[int],
-    held_out: Sequence[int],
-    supports: Mapping[str, torch.Tensor],
+    batches: BlockBatches,
+    masks: Mapping[str, torch.Tensor],
     options: TrainOptions,
-    compare: OutputLoss | None = None,
+    loss: OutputLoss = relative_error,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> TrainResult:
-    """Train the surviving weights of `block` towards the targets. The block's own parameters end as they began.
+    """Train the surviving weights of `block`; its own parameters end as they began.
 
     Args:
         block: with its weights in place, on the device where it runs.
-        forward: batch and some of its tokens -> output (windows, tokens, hidden) of `block` on that batch, of these
-            tokens; called under autograd.
-        target: batch -> what that output should be of all tokens, any floating dtype.
-        train, held_out: numbers of the batches to learn from, and to judge by after every pass or quarter of them.
-        supports: relative name of a parameter -> bool of its shape, True where the weight is kept; these
-            parameters are trained, all others stay as they are.
-        options: see `TrainOptions`.
-        compare: what is lost between an output and its target, in place of the squared error.
-        ranks: who shares the windows of every batch: `forward` and `target` give this rank's, which may be none, and
-            gradients are summed. Not with a limit in seconds, since clocks differ.
+        batches: what it learns from.
+        masks: relative name of a parameter -> bool of its shape, True for kept weights. Only these
+            parameters are trained.
+        options: how it is trained.
+        loss: compares an output with its target.
+        ranks: processes that split the windows of every batch. `batches` gives each its own
+            windows, which may be none, and gradients are summed.
 
     Raises:
-        ValueError: nothing to train or no batches; outputs or targets that are not finite before any training.
+        ValueError: there is nothing to train, or no batches; or outputs or targets are not finite
+            before any training.
+
+    Example:
+        >>> block = nn.Linear(2, 1, bias=False).requires_grad_(False)
+        >>> _ = block.weight.copy_(torch.tensor([[1.0, 0.0]]))
+        >>> x = torch.tensor([[[1.0, 0.0], [2.0, 1.0]]])
+        >>> target = 3 * x[..., :1]
+        >>> batches = BlockBatches(lambda batch, tokens: block(x), lambda batch: target, [0], [0])
+        >>> options = TrainOptions(learning_rate=0.1, epochs=200)
+        >>> result = train_block(block, batches, {"weight": block.weight != 0}, options)
+        >>> [round(value, 2) for value in result.weights["weight"].flatten().tolist()]
+        [3.0, 0.0]
     """
-    if not supports or not train or not held_out:
+    if not masks or not batches.train or not batches.validation:
         raise ValueError(
-            "block matching needs pruned linears, batches to train on and batches to judge by"
+            f"block reconstruction got {len(masks)} weights, {len(batches.train)} training batches "
+            f"and {len(batches.validation)} validation batches; it needs at least one of each"
         )
     native = all(p.dtype == options.dtype for p in block.parameters() if p.is_floating_point())
-    with contextlib.nullcontext() if native else _float32(block):
-        parameters = {name: block.get_parameter(name) for name in supports}
-        begin = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        try:
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
-            squares = functools.partial(_squares, per_token=options.per_token)
-            return _train(
-                parameters,
-                begin,
-                forward,
-                target,
-                train,
-                held_out,
-                supports,
-                options,
-                compare or squares,
-                ranks,
-            )
-        finally:
-            for name, parameter in parameters.items():
-                parameter.requires_grad_(False).copy_(begin[name])
-                parameter.grad = None
+    with (
+        contextlib.nullcontext() if native else in_float32(block),
+        trainable(block, masks) as weights,
+    ):
+        return _train(weights, batches, options, loss, ranks)
+
+
+class _Objective:
+    """The loss of the block's current parameters on batches."""
+
+    def __init__(
+        self, weights: TrainedWeights, batches: BlockBatches, dtype: torch.dtype, loss: OutputLoss
+    ) -> None:
+        first = next(iter(weights.parameters.values()))
+        self.device = first.device
+        self.autocast = torch.autocast(first.device.type, dtype, enabled=dtype != first.dtype)
+        self._batches, self._loss = batches, loss
+
+    def sums(self, batch: int, tokens: slice = ALL_TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss of this rank's windows, and what to divide it by."""
+        output, target = self._batches.forward(batch, tokens), self._batches.target(batch)
+        if not len(output):
+            return torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        return self._loss(output, target[:, tokens])
+
+    def validate(self, ranks: Ranks) -> float:
+        """Loss on all validation batches of all ranks."""
+        with torch.no_grad(), self.autocast:
+            pairs = [torch.stack(self.sums(batch)) for batch in self._batches.validation]
+        total_2 = sum(pairs, torch.zeros(2, device=self.device))
+        ranks.all_reduce(total_2)
+        return float(total_2[0]) / float(total_2[1])
+
+
+@dataclass
+class _Best:
+    """The best candidate so far."""
+
+    weights: dict[str, torch.Tensor]
+    error: float
+
+    def offer(self, error: float, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
+        """Take a candidate over if it is better. `weights` makes the copy only then."""
+        if error < self.error:  # False for NaN
+            self.weights, self.error = weights(), error
 
 
 def _train(
-    parameters: Mapping[str, nn.Parameter],
-    begin: Mapping[str, torch.Tensor],
-    forward: Callable[[int, slice], torch.Tensor],
-    target: Callable[[int], torch.Tensor],
-    train: Sequence[int],
-    held_out: Sequence[int],
-    supports: Mapping[str, torch.Tensor],
+    weights: TrainedWeights,
+    batches: BlockBatches,
     options: TrainOptions,
-    compare: OutputLoss,
+    loss: OutputLoss,
     ranks: Ranks,
 ) -> TrainResult:
-    assert ranks.size == 1 or options.seconds is None
-    first = next(iter(parameters.values()))
-    device = first.device
-    autocast = torch.autocast(device.type, options.dtype, enabled=options.dtype != first.dtype)
-    # In bfloat16 a parameter is what its float32 weight is rounded to, before every step: small steps add up there.
-    weights = {
-        name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-        for name, p in parameters.items()
-    }
-    sizes = _sizes(weights, supports) if options.relative else dict.fromkeys(weights, 1.0)
-    groups = [{"params": [weight], "size": sizes[name]} for name, weight in weights.items()]
-    optimizer = torch.optim.Adam(groups, fused=True)
-    started, steps, total = time.perf_counter(), 0, options.passes * len(train)
-
-    def share() -> float:
-        spent = (
-            (time.perf_counter() - started) / options.seconds
-            if options.seconds is not None
-            else 0.0
-        )
-        return max(spent, (steps + 0.5) / total)
-
-    def measured(batch: int, tokens: slice = ALL_TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
-        """What this rank's windows lose, and what that is a share of."""
-        output, wanted = forward(batch, tokens), target(batch)[:, tokens]
-        if not len(output):
-            return torch.zeros((), device=device), torch.zeros((), device=device)
-        return compare(output, wanted)
-
-    def judge() -> float:
-        with torch.no_grad(), autocast:
-            pairs = [torch.stack(measured(batch)) for batch in held_out]
-        all_2 = sum(pairs, torch.zeros(2, device=device))
-        ranks.all_reduce(all_2)
-        return float(all_2[0]) / float(all_2[1])
-
-    before = best = judge()
+    objective = _Objective(weights, batches, options.dtype, loss)
+    before = objective.validate(ranks)
     if not math.isfinite(before):
         raise ValueError(
             "the block's outputs or their targets are not finite; check the checkpoints' weights"
         )
-    best_weights = _copies(weights)
-    error, stopped = before, None
-    unseen, often = 0, max(1, min(options.passes // _LOOKS, _MOST_UNSEEN))
+    best = _Best(weights.snapshot(), before)
+    # Adam's moments are freed when this function returns; the interpolations below need memory.
+    after, steps, stopped = _run_epochs(weights, objective, batches.train, options, best, ranks)
+    if not steps:
+        return TrainResult(best.weights, before, best.error, steps, stopped)
+    end = weights.snapshot()
 
-    def look() -> None:
-        nonlocal error, best, best_weights, unseen
-        error, unseen = judge(), 0
-        if error < best:
-            best, best_weights = error, _copies(weights)
+    def error_at(fraction: float) -> float:
+        weights.load(weights.interpolate(end, fraction))
+        return objective.validate(ranks)
 
-    while steps < total and share() < 1 and stopped is None:
+    for fraction, error in _interpolations(before, after, error_at):
+        best.offer(error, lambda fraction=fraction: weights.interpolate(end, fraction))  # type: ignore[misc]
+    return TrainResult(best.weights, before, best.error, steps, stopped)
+
+
+def _run_epochs(
+    weights: TrainedWeights,
+    objective: _Objective,
+    train: Sequence[int],
+    options: TrainOptions,
+    best: _Best,
+    ranks: Ranks,
+) -> tuple[float, int, str | None]:
+    """Run Adam over all epochs and offer snapshots to `best`.
+
+    Returns:
+        The last validation error, the steps taken, and why training ended early, or None.
+    """
+    masters = weights.masters
+    scales = kept_rms(masters, weights.masks) if options.relative else dict.fromkeys(masters, 1.0)
+    groups = [{"params": [master], "scale": scales[name]} for name, master in masters.items()]
+    optimizer = torch.optim.Adam(groups, fused=True)
+    steps, total, stride = 0, options.epochs * len(train), options.token_stride
+    interval = max(1, min(options.epochs // _VALIDATIONS, _MAX_EPOCHS_BETWEEN))
+    error, stopped = best.error, None
+    for epoch in range(options.epochs):
         for batch in train:
-            if share() >= 1:
-                stopped = "out of time"
-                break
-            rate = learning_rate(options.learning_rate, share(), _WARMUP)
+            rate = learning_rate(options.learning_rate, (steps + 0.5) / total, _WARMUP)
             for group in optimizer.param_groups:
-                group["lr"] = rate * group["size"]
-            with torch.enable_grad(), autocast:
-                turn = steps // len(train) + batch  # batches begin at tokens of their own
-                lost, size = measured(
-                    batch, slice(turn % options.token_stride, None, options.token_stride)
-                )
-                whole_2 = torch.stack([lost.detach(), size])
+                group["lr"] = rate * group["scale"]
+            # The first token moves by one per epoch, so that `stride` epochs use every token once.
+            # Different batches start at different tokens.
+            tokens = slice((epoch + batch) % stride, None, stride)
+            with torch.enable_grad(), objective.autocast:
+                summed, size = objective.sums(batch, tokens)
+                whole_2 = torch.stack([summed.detach(), size])
+                # Dividing by the size over all ranks makes the summed gradients those of one
+                # process.
                 ranks.all_reduce(whole_2)
-                loss = lost / whole_2[1]
+                loss = summed / whole_2[1]
             if not bool((whole_2[0] / whole_2[1]).isfinite()):
                 stopped = "the error is not finite any more; a smaller learning rate may help"
                 break
-            if loss.requires_grad:  # not where none of the windows are this rank's
+            if loss.requires_grad:  # False on a rank that has no windows of this batch
                 loss.backward()
-            for name, gradient in _gradients(parameters, ranks).items():
-                # A tenth of masked_fill's time on a processor.
-                weights[name].grad = gradient.mul_(supports[name])
+            for name, gradient in weights.take_gradients(ranks).items():
+                masters[name].grad = gradient
             optimizer.step()
             optimizer.zero_grad()
-            _put(weights, parameters)
+            weights.load(masters)
             steps += 1
-        unseen += 1
-        if unseen >= often:
-            look()
-    if unseen:
-        look()
-    if stopped is None and steps < total:
-        stopped = "out of time"  # while the last pass was judged
-    if not steps:
-        return TrainResult(best_weights, before, best, steps, stopped)
-    del optimizer, groups  # the moments' memory is for what comes now
-    end = _copies(weights)
-
-    def error_at(share: float) -> float:
-        _put(_between(begin, end, share), parameters)
-        return judge()
-
-    for share_of_way, found in _on_the_way(before, error, error_at):
-        if found < best:
-            best, best_weights = found, _between(begin, end, share_of_way)
-    return TrainResult(best_weights, before, best, steps, stopped)
+        if stopped is not None or (epoch + 1) % interval == 0 or epoch + 1 == options.epochs:
+            error = objective.validate(ranks)
+            best.offer(error, weights.snapshot)
+        if stopped is not None:
+            break
+    return error, steps, stopped
 
 
-def _on_the_way(
+def _interpolations(
     before: float, after: float, error_at: Callable[[float], float]
 ) -> Iterator[tuple[float, float]]:
-    """Shares of the way that training went, and their errors: the middle, and where a parabola through it is least, in
-    eighths, which other rounding on other ranks hardly moves.
+    """Yield fractions of the way from start to end weights, and their validation errors.
 
-    Part of what was learnt from few tokens is noise. A shorter way has less of both, and of noise's error, which grows
-    as the square, the more so: a rate that is too high for a block costs little then.
+    These are the middle, and the lowest point of the parabola through start, middle and end. It is
+    rounded to eighths, so that ranks whose errors differ by rounding choose the same point.
+
+    Why: part of what few tokens teach is noise. Halving the step keeps half of the gain but only a
+    quarter of the noise's error, which grows with the square of the step. So a rate that is too
+    high for a block costs little, and two evaluations replace a search for the rate of each block.
     """
     middle = error_at(0.5)
     yield 0.5, middle
     curvature = 2 * (before - 2 * middle + after)
-    if curvature > 0:  # not where any of them is NaN
-        share = (3 * before - 4 * middle + after) / (2 * curvature)
-        if 0 < share < 1 and (share := round(8 * share) / 8) not in (0, 0.5, 1):
-            yield share, error_at(share)
-
-
-def _between(
-    begin: Mapping[str, torch.Tensor], end: Mapping[str, torch.Tensor], share: float
-) -> dict[str, torch.Tensor]:
-    """float32."""
-    return {name: begin[name].float().lerp(last, share) for name, last in end.items()}
-
-
-@torch.no_grad()
-def _put(weights: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
-    for name, parameter in parameters.items():
-        if weights[name] is not parameter:
-            parameter.copy_(weights[name])
-
-
-def _sizes(
-    weights: Mapping[str, torch.Tensor], supports: Mapping[str, torch.Tensor]
-) -> dict[str, float]:
-    """The root mean square of what each parameter keeps; a bias, which may begin at 0, has its linear's."""
-    found = {
-        name: float(
-            (weight.detach() * supports[name]).norm() / supports[name].sum().clamp_min(1).sqrt()
-        )
-        for name, weight in weights.items()
-    }
-    return {
-        name: found.get(f"{name.removesuffix('.bias')}.weight", size)
-        for name, size in found.items()
-    }
-
-
-def _gradients(parameters: Mapping[str, nn.Parameter], ranks: Ranks) -> dict[str, torch.Tensor]:
-    """Everybody's gradients added up, float32; none where nobody has one, as of an expert that no token reached."""
-    reached = ranks.gather_ints([parameter.grad is not None for parameter in parameters.values()])
-    found = {}
-    for (name, parameter), somewhere in zip(
-        parameters.items(), map(any, zip(*reached, strict=True)), strict=True
-    ):
-        if somewhere:
-            nothing = torch.zeros_like(parameter, dtype=torch.float32)
-            found[name] = nothing if parameter.grad is None else parameter.grad.float()
-            ranks.all_reduce(found[name])
-        parameter.grad = None
-    return found
-
-
-def _squares(
-    output: torch.Tensor, target: torch.Tensor, per_token: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """‖output − target‖² and ‖target‖², float32; `per_token` their quotients, summed over tokens, and the tokens."""
-    target = target.float()
-    error, size = (output.float() - target).square().sum(dim=-1), target.square().sum(dim=-1)
-    if per_token:
-        known = size > 0
-        error, size = error[known] / size[known], known.float()
-    return error.sum(), size.sum()
-
-
-def _copies(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-
-@contextlib.contextmanager
-def _float32(block: nn.Module) -> Iterator[None]:
-    """While active, the block's parameters are float32: in bfloat16, small steps would be rounded away."""
-    before = {
-        parameter: parameter.dtype
-        for parameter in block.parameters()
-        if parameter.is_floating_point()
-    }
-    for parameter in before:
-        parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        for parameter, dtype in before.items():
-            parameter.data = parameter.data.to(dtype)
+    if curvature > 0:  # False if any error is NaN
+        fraction = (3 * before - 4 * middle + after) / (2 * curvature)
+        if 0 < fraction < 1 and (fraction := round(8 * fraction) / 8) not in (0, 0.5, 1):
+            yield fraction, error_at(fraction)
