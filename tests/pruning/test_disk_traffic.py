@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import prunus
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.packed import pack, unpack
-from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
+from recovery_cases import dense_checkpoint, pruned_checkpoint
 from tiny import token_ids
 
 
@@ -95,16 +95,3 @@ def test_pack_and_unpack(dense, tmp_path, traffic):
     unpack(tmp_path / "packed", tmp_path / "unpacked")
     assert set(read.values()) == {1}
     assert set(written.values()) == {1}
-
-
-def test_block_recovery(dense, tmp_path, traffic):
-    read, written = traffic
-    pruned = pruned_checkpoint(tmp_path / "pruned", dense)
-    text = training_text(tmp_path)
-    read.clear()
-    written.clear()
-    recover(pruned, tmp_path / "out", "block", text, tokens=480)
-    assert of_blocks(read, "dense") == {1}
-    # Once to be trained, and once more, still mapped by the system, to be compared weight by weight before it is written.
-    assert of_blocks(read, "pruned") == {2}
-    assert set(written.values()) == {1} and len(written) == 3

@@ -14,7 +14,7 @@ from command_line import call
 from prunus.model.loading import load_model
 from prunus.recovery import Step
 from prunus.recovery.record import RECORD_NAME
-from prunus.report.recovery_tables import show_recovery
+from prunus.report.progress import show_recovery
 from recovery_cases import dense_checkpoint, pruned_checkpoint, training_text
 
 SHORT = ["--tokens", "320", "--seqlen", "16", "--held-out", "2", "--learning-rate", "0.01"]
@@ -39,25 +39,25 @@ def _transformers_speaks_again_afterwards():
     logging.enable_progress_bar()
 
 
-def test_recover_shows_what_was_won_and_writes_it_as_json(pruned, text, tmp_path):
+def test_recover_shows_its_figures_and_writes_them_as_json(pruned, text, tmp_path):
     out, figures = tmp_path / "out", tmp_path / "figures.json"
     result = call(
-        "recover", pruned, out, "--mode", "masked", "--text", text, *SHORT, "--teacher", pruned.parent / "dense",
-        "--evaluations", 2, "--json", figures,
+        "recover", pruned, out, "--mode", "masked", "--text", text, *SHORT,
+        "--teacher", pruned.parent / "dense", "--evaluations", 2, "--json", figures,
     )  # fmt: skip
     assert "the result" in result.stdout
-    told = " ".join(result.stdout.split())  # the lines below a table are wrapped to its width
-    assert "compared weight by weight" in told
+    shown = " ".join(result.stdout.split())  # the lines below a table are wrapped to its width
+    assert "compared weight by weight" in shown
     record = json.loads(figures.read_text())
     assert record == json.loads((out / RECORD_NAME).read_text())
-    assert f"{record['totals']['zeros']:,} of {record['totals']['weights']:,}" in told
+    assert f"{record['totals']['zeros']:,} of {record['totals']['weights']:,}" in shown
     lines = [line for line in result.stderr.splitlines() if "held-out perplexity" in line]
     assert len(lines) == 3, "before, half way and at the end"
     assert "100% 320 tokens" in lines[2]
     call("inspect", out)
 
 
-def test_lora_and_block_have_their_own_tables(pruned, text, tmp_path):
+def test_lora_shows_the_parameters_it_adds(pruned, text, tmp_path):
     result = call(
         "recover",
         pruned,
@@ -67,27 +67,13 @@ def test_lora_and_block_have_their_own_tables(pruned, text, tmp_path):
         "--text",
         text,
         *SHORT,
-        "--targets",
+        "--target-modules",
         "q_proj",
     )
     assert "parameters added" in " ".join(result.stdout.split())
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())[
         "target_modules"
     ] == ["q_proj"]
-    result = call(
-        "recover",
-        pruned,
-        tmp_path / "block",
-        "--mode",
-        "block",
-        "--text",
-        text,
-        *SHORT,
-        "--passes",
-        2,
-    )
-    assert "model.layers.1" in result.stdout
-    assert "mean" in result.stdout
 
 
 def test_a_recovery_that_won_nothing_says_so(pruned, text, tmp_path):
@@ -105,7 +91,7 @@ def test_a_recovery_that_won_nothing_says_so(pruned, text, tmp_path):
         "1",
     ]
     result = call("recover", pruned, out, "--mode", "masked", "--text", text, *absurd)
-    assert "nothing was better than the start" in " ".join(result.stdout.split())
+    assert "no evaluation was better than the start" in " ".join(result.stdout.split())
     weights = load_model(pruned).state_dict()
     assert all(torch.equal(weights[name], x) for name, x in load_model(out).state_dict().items())
 
@@ -115,8 +101,8 @@ def test_a_recovery_that_won_nothing_says_so(pruned, text, tmp_path):
     [
         (["--mode", "magic"], "mode: input should be 'lora'"),
         (["--mode", "masked", "--minutes", "1"], "in tokens or in minutes"),
-        (["--mode", "lora", "--targets", ","], "targets names no linear"),
-        (["--mode", "block", "--teacher", "./nowhere"], "neither a folder nor a hub id"),
+        (["--mode", "lora", "--target-modules", ","], "target_modules names no linear"),
+        (["--mode", "masked", "--teacher", "./nowhere"], "neither a folder nor a hub id"),
     ],
 )
 def test_errors_are_one_line(arguments, words, pruned, text, tmp_path):

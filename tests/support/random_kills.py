@@ -63,7 +63,6 @@ def verbs(dense: Path, pruned: Path, text: Path, ids: Path) -> dict[str, Callabl
             dense, out, calibration=windows, batch=2, dtype="float32"
         ),
         "pack": lambda out: pack(pruned, out),
-        "recover-block": lambda out: recover(pruned, out, "block", text, tokens=480),
         "recover-masked": lambda out: recover(
             pruned, out, "masked", text, evaluations=2, tokens=128
         ),
@@ -109,7 +108,7 @@ def audit(out: Path) -> list[str]:
                     if any(path.parent.glob("model*")) and not (path.parent / INDEX_NAME).exists():
                         continue  # a cell's copy
                     claimed = [
-                        f"block-{index:05d}.safetensors" for index in range(len(content["blocks"]))
+                        f"block-{index:05d}.safetensors" for index in range(len(content.get("blocks", ())))
                     ]
                     if content["state"] == "finished":
                         claimed.append(INDEX_NAME)

@@ -1,4 +1,4 @@
-"""What the tests of recovery share: a tiny pruned model with a tokenizer, and text that it can learn."""
+"""For the tests of recovery: a tiny pruned model with a tokenizer, and text that it can learn."""
 
 from __future__ import annotations
 
@@ -27,32 +27,30 @@ SHORT: dict[str, Any] = {
 def dense_checkpoint(
     folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32
 ) -> Path:
-    """A tiny dense checkpoint with a tokenizer of bytes."""
+    """Make a tiny dense checkpoint with a tokenizer of bytes."""
     tiny_checkpoint(folder, family, dtype, vocab_size=VOCABULARY)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
 
 def pruned_checkpoint(folder: Path, dense: Path, **options: Any) -> Path:
-    """`dense`, pruned."""
+    """Prune the checkpoint `dense`."""
     prunus.prune(dense, folder, calibration=token_ids(), dtype="float32", **options)
     return folder
 
 
 def training_text(folder: Path) -> Path:
-    """A text file that a few steps learn something of."""
+    """Write a text that a few training steps can learn."""
     path = folder / "text.txt"
     path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
     return path
 
 
 def recover(model: Path, output: Path, mode: str, text: Path, **options: Any) -> RecoveryRecord:
-    """`prunus.recover` with the options of `SHORT`."""
-    short = SHORT | {"learning_rate": 1e-3, "tokens": 1440} if mode == "block" else SHORT
-    short = {k: v for k, v in short.items() if mode != "block" or k != "evaluations"}
-    return prunus.recover(model, output, mode, text=str(text), **(short | options))
+    """Call `prunus.recover` with the options of `SHORT`."""
+    return prunus.recover(model, output, mode, text=str(text), **(SHORT | options))
 
 
 def shards(folder: Path) -> dict[str, bytes]:
-    """The weights of a folder as bytes."""
+    """Return the weights of a folder as bytes."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}

@@ -1,9 +1,9 @@
-"""A child of the recovery's resume test: forks runs that are killed with SIGKILL where a file gets its name.
+"""A child of the resume test of recovery: forks runs and kills them where a file gets its name.
 
     python recovery_kill_points.py MODEL TEXT SCRATCH MODE:EVERY ...
 
-EVERY is 1 for all such places, 2 for every second. Prints one JSON line: mode -> per kill point, how the run that
-followed ended and whether its weights are the same bytes.
+EVERY is 1 for all such places, 2 for every second. The script prints one JSON line: mode -> per
+kill point, how the run that followed ended and whether its weights are the same bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RENAME = os.replace
 
 
 def run(mode: str, model: Path, text: Path, out: Path, kill_at: int | None) -> None:
-    """Recover, and die at the `kill_at`-th rename: after it where the number divides by 3, else before it."""
+    """Recover, and die at rename `kill_at`: after it if 3 divides the number, else before."""
     count = 0
 
     def replace(source, target):
@@ -39,13 +39,13 @@ def run(mode: str, model: Path, text: Path, out: Path, kill_at: int | None) -> N
         count += 1
 
     os.replace = replace
-    options = {"evaluations": 2, "tokens": 128} if mode != "block" else {"tokens": 480}
-    recover(model, out, mode, text, **options)
+    recover(model, out, mode, text, evaluations=2, tokens=128)
 
 
 def kill_everywhere(mode: str, every: int, model: Path, text: Path, scratch: Path) -> list[dict]:
-    """What became of every run that was killed."""
-    # In the parent, so that the children need not import the model's code again; one thread forks safely.
+    """Kill a run at every place, resume it, and return what happened."""
+    # The first run is in the parent, so that the children need not import the model's code again.
+    # The process has one thread, so it forks safely.
     run(mode, model, text, scratch / f"{mode}-whole", None)
     expected, results, kill_at = digests(scratch / f"{mode}-whole"), [], 0
     while True:

@@ -57,7 +57,7 @@ def main() -> None:
         lambda: pack(pruned, out),
         lambda: unpack(packed, out),
         lambda: prunus.inspect(pruned),
-        lambda: recover(pruned, out, "block", text, tokens=480),
+        lambda: recover(pruned, out, "masked", text, tokens=64, evaluations=1),
         refused,
     ]
     found = []

@@ -1,19 +1,19 @@
-"""Winning quality back after pruning, with the zeros kept.
+"""Recovery: train a pruned model for a short time to win quality back, with its zeros kept.
 
-options.py         what to do: validated, frozen
-job.py             everything checked and decided before any work
-run.py             the story of one recovery
-training.py        the loop: schedule, held-out scores, checkpoints, early stop
-loss.py            cross entropy and distillation, a few rows of logits at a time
-trainable.py       what a mode trains; masked: everything but what was pruned
-lora.py            LoRA through peft
-sparse_lora.py     low-rank updates of surviving weights, merged at the end
-block_matching.py  block by block towards the dense model's, streaming
-supports.py        which weights were pruned, and whether they still are
-teacher.py         the dense model, and whether it fits
-checkpoints.py     the state of a training on disk
-result.py          the folder of the result
-record.py, card.py what was done, for machines and for people
+options.py      what to do: validated and frozen
+job.py          everything that is checked and decided before any work
+run.py          the story of one recovery
+training.py     the loop: schedule, held-out evaluations, checkpoints, early stop
+loss.py         cross entropy and distillation, a few rows of logits at a time
+trainable.py    what a mode trains; mode masked: everything but the pruned weights
+lora.py         mode lora: LoRA layers through peft
+sparse_lora.py  mode sparse-lora: low-rank updates of surviving weights, merged at the end
+masks.py        which weights are pruned, and the check that they still are
+teacher.py      whether the dense model can teach the pruned one
+checkpoints.py  the state of a training on disk
+output.py       the folder of the result
+record.py       what was done, for programs
+card.py         what was done, for readers
 """
 
 from prunus.recovery.options import MODES, RecoveryOptions

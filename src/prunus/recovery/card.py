@@ -1,31 +1,34 @@
-"""The README.md of a result: what was done, and that the rest is the pruned model's."""
+"""The README.md of a result: what the recovery did."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from prunus.recovery.options import Mode
 from prunus.recovery.record import RECORD_NAME, RecoveryRecord
 
 __all__ = ["adapter_card", "checkpoint_card"]
 
-_DONE = {
+_WHAT_WAS_TRAINED: dict[Mode, str] = {
     "lora": "low-rank layers beside its linears (LoRA)",
     "sparse-lora": "low-rank updates of its surviving weights, merged",
-    "masked": "training of all its surviving weights",
-    "block": "matching of each block's outputs to the dense model's",
+    "masked": "all its weights except the pruned ones",
 }
 
 
 def checkpoint_card(record: RecoveryRecord, source: Path) -> str:
-    """The pruned model's card with a section about its recovery; an earlier such section goes."""
+    """Return the pruned model's card with a section about its recovery.
+
+    A section about an earlier recovery is replaced.
+    """
     path = source / "README.md"
     before = path.read_text("utf-8") if path.exists() else f"# {source.name}, recovered\n"
     title = "## Recovery"
-    return f"{before.split(title)[0].rstrip()}\n\n{title}\n\n{_told(record)}"
+    return f"{before.split(title)[0].rstrip()}\n\n{title}\n\n{_section(record)}"
 
 
 def adapter_card(record: RecoveryRecord, base: str) -> str:
-    """The card of an adapter, with the fields that peft's cards have."""
+    """Return the card of an adapter, with the fields that the cards of peft have."""
     return f"""---
 base_model: {base}
 library_name: peft
@@ -34,12 +37,13 @@ tags: [lora, pruned, sparse, prunus]
 
 # Adapter for {Path(base).name}
 
-{_told(record)}"""
+{_section(record)}"""
 
 
-def _told(record: RecoveryRecord) -> str:
-    learnt = "the dense model" if record.teacher is not None else "the text alone"
+def _section(record: RecoveryRecord) -> str:
+    target = "the dense model" if record.teacher is not None else "the text alone"
     return (
-        f"Recovered by prunus: {_DONE[record.options.mode]}, on {record.inputs.text}, learning from {learnt}. "
-        f"Every weight that was pruned is still zero. Figures are in `{RECORD_NAME}`.\n"
+        f"Recovered by prunus. Trained: {_WHAT_WAS_TRAINED[record.options.mode]}, "
+        f"on {record.inputs.text}, learning from {target}. "
+        f"Every pruned weight is still zero. Figures are in `{RECORD_NAME}`.\n"
     )

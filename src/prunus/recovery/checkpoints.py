@@ -1,8 +1,8 @@
-"""The state of a training on disk, whole or not there: weights, the optimiser's moments, and how far it is.
+"""The state of a training on disk: weights, the optimizer's moments, and how far the training is.
 
-Two files in the folder of the result: `training.safetensors` is what training goes on from, and
-`best-<step>.safetensors` the weights that did best on the held-out text. The second is written first and named by
-the first, so that a kill between the two loses neither.
+Two files lie in the folder of the result. `training.safetensors` is the state that training resumes
+from. `best-<step>.safetensors` holds the weights with the lowest held-out loss. The second is
+written first, and the first names it, so a kill between the two writes loses neither.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class TrainingState(BaseModel):
     """How far a training is.
 
     Attributes:
-        step: steps of the optimiser so far.
-        tokens: trained on so far.
-        seconds: of training and scoring so far, over all attempts.
-        evaluations: so far, the first before any training.
+        step: steps of the optimizer so far.
+        tokens: tokens trained on so far.
+        seconds: of training and evaluation so far, over all attempts.
+        evaluations: so far; the first one is from before any training.
         best: number of the evaluation with the lowest held-out loss.
-        stopped: why training ended before the budget was spent.
-        diverged: whether it ended because the loss was not finite.
+        stopped: why training ended before the budget was spent, or None.
+        diverged: training ended because the loss was not finite.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -49,7 +49,12 @@ class TrainingState(BaseModel):
 
 
 class Checkpoints:
-    """The files of one training in `folder`; of several ranks the first alone `writes`, all read."""
+    """The files of one training.
+
+    Args:
+        folder: of the result.
+        writes: True on the rank that writes; all ranks read.
+    """
 
     def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder = folder
@@ -61,7 +66,7 @@ class Checkpoints:
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        """Write the state after an evaluation, and the weights as the best if this evaluation was."""
+        """Write the state after an evaluation, and the weights if it is the best so far."""
         if not self._writes:
             return
         if state.best == len(state.evaluations) - 1:
@@ -79,7 +84,7 @@ class Checkpoints:
     def load(
         self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> TrainingState | None:
-        """Put weights and moments back and return the state, or None where there is none to go on from."""
+        """Restore weights and moments, and return the state; None if there is nothing to resume."""
         path = self.folder / _STATE_NAME
         if not path.exists():
             return None
@@ -97,7 +102,7 @@ class Checkpoints:
         return state
 
     def load_best(self, state: TrainingState, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Put the weights back that did best."""
+        """Restore the weights with the lowest held-out loss."""
         with safe_open(self._best(state), framework="pt") as file, torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(file.get_tensor(name))

@@ -1,8 +1,10 @@
-"""Everything that is looked at and decided before a recovery does any work: whatever would fail later, fails here."""
+"""Everything that is checked and decided before a recovery does any work.
+
+What can fail later for a reason that is known now fails here, before anything is written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,10 @@ from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.tokenizer import load_tokenizer
-from prunus.pruning.compute_dtype import decide_dtype
-from prunus.recovery.blockwise import windows_of
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import RECORD_NAME, RecoveryInputs, RecoveryRecord
-from prunus.recovery.teacher import check_shapes, check_vocabulary, find_teacher
-from prunus.recovery.training import steps_of, training_dtype
+from prunus.recovery.teacher import check_vocabulary
+from prunus.recovery.training import step_count, training_dtype
 
 __all__ = ["RecoveryJob", "check_ranks", "plan_recovery"]
 
@@ -38,13 +38,13 @@ class RecoveryJob:
     """A checked recovery.
 
     Attributes:
-        options: what is to be done.
+        options: how the model is recovered.
         output: where the result goes.
         source, skeleton: the pruned checkpoint and its model without weights, bound to each other.
-        teacher, teacher_skeleton: the dense ones; the skeleton in mode block only.
-        text: windows to train on and held-out ones.
-        device, dtype: where matrix products are computed, and in what.
-        record: new, or that of the attempt that is gone on with.
+        teacher: the dense checkpoint, or None.
+        text: windows to train on and held-out windows.
+        device, dtype: of matrix products.
+        record: a new one, or that of the unfinished or finished recovery in `output`.
     """
 
     options: RecoveryOptions
@@ -52,11 +52,16 @@ class RecoveryJob:
     source: CheckpointSource
     skeleton: Skeleton
     teacher: CheckpointSource | None
-    teacher_skeleton: Skeleton | None
     text: TrainingText
     device: torch.device
     dtype: torch.dtype
     record: RecoveryRecord
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of all tensors of the pruned checkpoint in bytes."""
+        checkpoint = self.source.checkpoint
+        return checkpoint.nbytes(checkpoint.tensors)
 
 
 def plan_recovery(
@@ -70,47 +75,41 @@ def plan_recovery(
     overwrite: bool,
     resume: bool | None,
 ) -> RecoveryJob:
-    """Check what can be checked and decide what is left open; nothing is written.
+    """Check everything that can be checked and decide what is left open; nothing is written.
+
+    Args:
+        model, output, teacher, device, data_dir, overwrite, resume: see `prunus.recover`.
+        options: how the model is recovered.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError, NotImplementedError, ModuleNotFoundError, OSError: each
-            message names what was given, what is wrong and what to do.
+        FileNotFoundError, FileExistsError, ValueError, NotImplementedError, ModuleNotFoundError,
+        OSError: each message says what was given, what is wrong and what to do.
     """
-    earlier = _earlier(output, overwrite, resume)
+    earlier = _earlier_record(output, overwrite, resume)
     if earlier is not None:
         earlier.check_same(options)
     if options.mode == "lora":
         require_peft()
-    if options.text != "self" or options.mode != "block":
-        check_source(options.text, data_dir)
+    check_source(options.text, data_dir)
     folder = resolve_folder(model)
-    _refuse_other_forms(folder)
+    _check_trainable_form(folder)
     check_apart(output, folder)
-    place = choose_device(device)
+    chosen_device = choose_device(device)
     source, skeleton = _open(folder)
-    dense = dense_skeleton = None
-    if teacher is not None or options.mode == "block":
-        dense_folder = find_teacher(teacher, folder)
-        _refuse_other_forms(dense_folder)
+    dense = None
+    if teacher is not None:
+        dense_folder = resolve_folder(teacher)
+        _check_trainable_form(dense_folder)
         check_apart(output, dense_folder)
-        dense, dense_skeleton = _open(dense_folder)
+        dense, _ = _open(dense_folder)
         check_vocabulary(source, dense)
-        if options.mode == "block":
-            check_shapes(skeleton, dense_skeleton, dense_folder)
     elif options.distill_weight != 1:
         raise ValueError(
-            "distill_weight weighs what is learnt from a teacher: give the dense model with --teacher"
+            f"distill_weight {options.distill_weight} weighs a teacher, and there is none: "
+            "give the dense model with --teacher"
         )
-    dtype, reason = training_dtype(options.dtype, place)
-    if options.mode == "block":
-        dtype, reason = decide_dtype(options.dtype, source, place, "norms")
-        skeleton, dense_skeleton = (
-            Skeleton(x.config, dtype) for x in (source, dense) if x is not None
-        )
-        source.bind(skeleton)
-        assert dense is not None
-        dense.bind(dense_skeleton)
-    text = _text(options, source, dense, place, data_dir)
+    dtype, reason = training_dtype(options.dtype, chosen_device)
+    text = _training_text(options, source, dense, chosen_device, data_dir)
     inputs = RecoveryInputs(
         checkpoint=source.fingerprint,
         teacher=dense.fingerprint if dense is not None else None,
@@ -118,7 +117,7 @@ def plan_recovery(
         text_sha256=text.sha256,
         dtype=str(dtype).removeprefix("torch."),
         dtype_reason=reason,
-        device=place.type,
+        device=chosen_device.type,
     )
     if earlier is not None:
         earlier.check_same(options, inputs)
@@ -126,60 +125,50 @@ def plan_recovery(
             check_whole(output)
     record = earlier or RecoveryRecord(
         source=str(model),
-        teacher=str(dense.checkpoint.folder)
-        if dense is not None and teacher is None
-        else _text_of(teacher),
+        teacher=str(teacher) if teacher is not None else None,
         options=options,
         inputs=inputs,
         versions=versions(),
-        hardware=describe_hardware(place),
+        hardware=describe_hardware(chosen_device),
     )
-    return RecoveryJob(
-        options, output, source, skeleton, dense, dense_skeleton, text, place, dtype, record
-    )
+    return RecoveryJob(options, output, source, skeleton, dense, text, chosen_device, dtype, record)
 
 
 def check_ranks(options: RecoveryOptions, ranks: Ranks) -> None:
-    """See that several processes can share this training.
+    """Check that several processes can split this training.
 
     Raises:
-        ValueError: says what they cannot share, and what to do.
+        ValueError: they cannot; the message says why and what to do.
     """
     if ranks.size == 1:
         return
-    if options.mode == "block":
-        raise ValueError(
-            f"mode block trains one block after the other, a window at a time: {ranks.size} ranks cannot share "
-            "that. Run one process, or choose masked, sparse-lora or lora"
-        )
     if options.batch < ranks.size:
         raise ValueError(
-            f"steps of {options.batch} windows cannot be shared by {ranks.size} ranks: give --batch {ranks.size} or more"
+            f"a step of {options.batch} windows cannot be split over {ranks.size} ranks: "
+            f"give --batch {ranks.size} or more"
         )
     if options.minutes is not None:
         raise ValueError(
-            "clocks of several ranks differ, and so would their steps: give --tokens, not --minutes"
+            f"--minutes {options.minutes:g} would end at a different step on each of "
+            f"{ranks.size} ranks, because their clocks differ: give --tokens"
         )
 
 
-def _text_of(teacher: str | Path | None) -> str | None:
-    return None if teacher is None else str(teacher)
-
-
-def _earlier(output: Path, overwrite: bool, resume: bool | None) -> RecoveryRecord | None:
-    """The record of an earlier attempt in the output folder, if it holds one that is to be gone on with."""
+def _earlier_record(output: Path, overwrite: bool, resume: bool | None) -> RecoveryRecord | None:
+    """The record of an earlier attempt in the output folder; None for a fresh start."""
     earlier = None
     if not is_vacant(output):
         if not (output / RECORD_NAME).exists():
             raise FileExistsError(
-                f"output {output} exists and holds no result of prunus recover; it is left as it is. "
-                "Choose another folder"
+                f"output {output} exists and holds no result of prunus recover; "
+                "it is left as it is. Choose another folder"
             )
         earlier = None if overwrite else RecoveryRecord.load(output)
     unfinished = earlier is not None and earlier.state == "running"
     if resume is True and not unfinished:
         raise FileNotFoundError(
-            f"there is no unfinished recovery in {output} to resume; leave --resume out to start one"
+            f"there is no unfinished recovery in {output} to resume; "
+            "leave --resume out to start one"
         )
     if resume is False and unfinished:
         raise FileExistsError(
@@ -188,22 +177,24 @@ def _earlier(output: Path, overwrite: bool, resume: bool | None) -> RecoveryReco
     return earlier
 
 
-def _refuse_other_forms(folder: Path) -> None:
-    """Only whole checkpoints can be trained and learnt from.
+def _check_trainable_form(folder: Path) -> None:
+    """Check that a folder holds a whole checkpoint.
 
     Raises:
-        ValueError: the folder holds an adapter or a packed model; says what to do.
+        ValueError: it holds an adapter or a packed model; the message says what to do.
     """
     if is_adapter(folder):
         raise ValueError(
-            f"{folder} is an adapter ({CONFIG_NAME}), not a checkpoint; give the model that it is for"
+            f"{folder} is an adapter ({CONFIG_NAME}), not a checkpoint; "
+            "give the model that it is for"
         )
     path = folder / "config.json"
     config = read_json(path) if path.exists() else {}
     packing = config.get("quantization_config") if isinstance(config, dict) else None
     if isinstance(packing, dict) and packing.get("quant_method") == "prunus":
         raise ValueError(
-            f"{folder} is packed, and packed weights cannot be trained: prunus unpack {folder} DEST first"
+            f"{folder} is packed, and packed weights cannot be trained: "
+            f"prunus unpack {folder} DEST first"
         )
 
 
@@ -215,15 +206,14 @@ def _open(folder: Path) -> tuple[CheckpointSource, Skeleton]:
     return source, skeleton
 
 
-def _text(
+def _training_text(
     options: RecoveryOptions,
     source: CheckpointSource,
     dense: CheckpointSource | None,
     device: torch.device,
     data_dir: Path | None,
 ) -> TrainingText:
-    """Windows of the text, seen to fit the model."""
-    folder = source.checkpoint.folder
+    """The windows of the text; they are checked to fit the model."""
     config = source.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and options.seqlen > positions:
@@ -233,12 +223,13 @@ def _text(
         )
     tokenizer: Any = None
     if not options.text.endswith(".safetensors"):
-        tokenizer = load_tokenizer(folder)
-    windows = windows_of(options) if options.mode == "block" else None
-    steps = steps_of(options)
-    if windows is None and steps is not None:
-        windows = steps * options.batch
-    writer: Callable[[], Any] = lambda: load_model((dense or source).checkpoint.folder).to(device)  # noqa: E731
+        tokenizer = load_tokenizer(source.checkpoint.folder)
+
+    def load_writer() -> Any:
+        """The model that writes the text of source `self`: the dense one if there is one."""
+        return load_model((dense or source).checkpoint.folder).to(device)
+
+    steps = step_count(options)
     text = training_text(
         options.text,
         tokenizer=tokenizer,
@@ -246,13 +237,13 @@ def _text(
         held_out=options.held_out,
         seed=options.seed,
         data_dir=data_dir,
-        model=writer,
-        windows=windows,
+        model=load_writer,
+        windows=steps * options.batch if steps is not None else None,
     )
     largest = int(torch.cat([text.held_out, text.windows(0, 1)]).max())
     if largest >= config.vocab_size:
         raise ValueError(
-            f"token id {largest} is outside the model's vocabulary of {config.vocab_size}: the tokenizer or the file "
-            "of ids belongs to another model"
+            f"token id {largest} is outside the model's vocabulary of {config.vocab_size}: the "
+            "tokenizer or the file of ids belongs to another model"
         )
     return text

@@ -1,6 +1,7 @@
-"""LoRA (Hu et al., arXiv 2106.09685) as the Wanda paper recovers models: rank 8 on query and value projections.
+"""Mode lora: LoRA (Hu et al., arXiv 2106.09685) as the Wanda paper recovers models.
 
-The layers and the folder they are saved to are peft's; the base stays as it is, zeros included.
+Layers of rank 8 stand beside the query and value projections. The layers and the folder they are
+saved to are those of peft. The base model stays as it is, zeros included.
 """
 
 from __future__ import annotations
@@ -13,78 +14,102 @@ from prunus.model.linears import Linear
 from prunus.recovery.sparse_lora import check_rank
 from prunus.recovery.trainable import Trainable
 
-__all__ = ["choose", "default_targets", "lora"]
+__all__ = ["default_target_modules", "lora", "select_linears"]
 
 _QUERY_AND_VALUE = ("q_proj", "v_proj")
-#: Names under which families store query, key and value in one matrix.
+#: Names under which some families store query, key and value in one matrix.
 _FUSED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
 
 
-def default_targets(linears: Mapping[str, Linear]) -> tuple[str, ...]:
-    """Last parts of the names of the query and value projections, or of the matrix that holds them.
+def default_target_modules(linears: Mapping[str, Linear]) -> tuple[str, ...]:
+    """Return the names of the query and value projections, or of the matrix that holds them.
+
+    Args:
+        linears: full name -> linear. The result holds last parts of such names.
 
     Raises:
-        ValueError: none of the names is known; lists those there are.
+        ValueError: none of the names is known; the message lists the names there are.
+
+    Example:
+        >>> default_target_modules({"h.0.attn.c_attn": None, "h.0.mlp.c_fc": None})
+        ('c_attn',)
     """
-    last = {name.rpartition(".")[2] for name in linears}
-    if last.issuperset(_QUERY_AND_VALUE):
+    known = {name.rpartition(".")[2] for name in linears}
+    if known.issuperset(_QUERY_AND_VALUE):
         return _QUERY_AND_VALUE
-    fused = tuple(name for name in _FUSED if name in last)
+    fused = tuple(name for name in _FUSED if name in known)
     if not fused:
         raise ValueError(
-            f"this model names its query and value projections otherwise; choose with --targets among {_listed(last)}"
+            "the query and value projections of this model have unknown names; choose with "
+            f"--target-modules among {_listed(known)}"
         )
     return fused
 
 
-def choose(linears: Mapping[str, Linear], targets: tuple[str, ...]) -> dict[str, Linear]:
-    """The linears whose names end in one of `targets`.
+def select_linears(
+    linears: Mapping[str, Linear], target_modules: tuple[str, ...]
+) -> dict[str, Linear]:
+    """Return the linears whose names end in one of `target_modules`.
 
     Raises:
-        ValueError: one of them names none.
+        ValueError: one of `target_modules` is the name of no linear.
     """
-    last = {name.rpartition(".")[2] for name in linears}
-    for target in targets:
-        if target not in last:
+    known = {name.rpartition(".")[2] for name in linears}
+    for target in target_modules:
+        if target not in known:
             raise ValueError(
-                f"--targets {target!r} names none of the linears; their names are {_listed(last)}"
+                f"--target-modules {target!r} names none of the linears; their names are "
+                f"{_listed(known)}"
             )
-    return {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in targets}
+    return {
+        name: linear
+        for name, linear in linears.items()
+        if name.rpartition(".")[2] in target_modules
+    }
 
 
 def lora(
     model: Any,
     linears: Mapping[str, Linear],
-    targets: tuple[str, ...] | None,
+    target_modules: tuple[str, ...] | None,
     rank: int,
     alpha: float,
     seed: int,
     base: str,
 ) -> Trainable:
-    """Give linears fresh LoRA layers; `Trainable.model` is then a peft model.
+    """Add fresh LoRA layers to linears; `Trainable.model` is then a peft model.
 
     Args:
         model: a causal LM.
         linears: all linears of its blocks by full name.
-        targets: last parts of names; None for query and value projections.
+        target_modules: last parts of the names of the linears that get a layer; None for the query
+            and value projections.
         rank, alpha, seed, base: see `add_lora`.
 
     Raises:
-        ValueError: a target that is not there, a rank that is too large, linears of two orientations.
-        ModuleNotFoundError: peft is not installed; names the extra.
+        ValueError: a target does not exist, the rank is too large, or some linears store their
+            weight transposed and others do not.
+        ModuleNotFoundError: peft is not installed; the message names the extra.
     """
-    targets = targets or default_targets(linears)
-    chosen = choose(linears, targets)
-    for name, linear in chosen.items():
+    target_modules = target_modules or default_target_modules(linears)
+    selected = select_linears(linears, target_modules)
+    for name, linear in selected.items():
         check_rank(rank, name, linear)
-    orientations = {linear.transposed for linear in chosen.values()}
+    orientations = {linear.transposed for linear in selected.values()}
     if len(orientations) > 1:
         raise ValueError(
-            f"--targets {','.join(targets)} mixes linears that are stored transposed with others"
+            f"--target-modules {','.join(target_modules)} mixes linears that store their weight "
+            "transposed with others; train them in two runs"
         )
     model.requires_grad_(False)
     adapted = add_lora(
-        model, targets, rank=rank, alpha=alpha, seed=seed, base=base, transposed=orientations.pop()
+        model,
+        target_modules,
+        rank=rank,
+        alpha=alpha,
+        seed=seed,
+        base=base,
+        transposed=orientations.pop(),
     )
     parameters = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     return Trainable(adapted, parameters, added=sum(p.numel() for p in parameters.values()))

@@ -1,8 +1,9 @@
-"""Which weights of a checkpoint were pruned, and whether they still are.
+"""Which weights of a checkpoint are pruned, and the check that they still are.
 
-A weight counts as pruned where it is exactly zero and belongs to a pruned linear: one that `prunus.json` (or the
-record of an earlier recovery) names, or, in a checkpoint of other origin, one with a share of at least `LEAST`
-zeros. Zeros anywhere else are ordinary weights: biases often begin as zeros.
+A weight counts as pruned if it is exactly zero and belongs to a pruned linear. `prunus.json`, or
+the record of an earlier recovery, names the pruned linears. In a checkpoint from elsewhere these
+are the linears with at least a fraction `MIN_ZERO_FRACTION` of zeros. Zeros in all other places are
+ordinary weights: biases, for example, often begin as zeros.
 """
 
 from __future__ import annotations
@@ -15,61 +16,46 @@ import torch
 from torch import nn
 
 from prunus.model.block_lists import find_block_list
-from prunus.model.experts import fused_experts
+from prunus.model.experts import find_fused_experts
 from prunus.model.linears import Linear, find_linears
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
 from prunus.recovery.record import RECORD_NAME, LinearMask, RecoveryRecord
 
 __all__ = [
-    "LEAST",
+    "MIN_ZERO_FRACTION",
     "block_linears",
-    "head_name",
-    "is_pruned",
-    "kept_size",
+    "check_zeros",
+    "kept_rms",
     "mask_of",
     "pruned_linears",
-    "recorded_linears",
-    "verify",
 ]
 
-#: Share of zeros from which a linear counts as pruned where nothing is recorded.
-LEAST = 0.05
+#: Fraction of zeros from which a linear counts as pruned if no record names the pruned linears.
+MIN_ZERO_FRACTION = 0.05
 
 
-def head_name(model: nn.Module) -> str | None:
-    """Full name of the output head, where it is a linear of its own and not the embedding."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    if not isinstance(head, nn.Linear) or head.weight is embedding.weight:
-        return None
-    return next((name for name, module in model.named_modules() if module is head), None)
+def mask_of(weight: torch.Tensor) -> torch.Tensor:
+    """Return the mask of a weight: bool of its shape, True for kept weights.
 
-
-def recorded_linears(folder: Path, head: str | None = None) -> set[str] | None:
-    """Full names of the pruned linears of a checkpoint folder as prunus recorded them; None where it did not.
-
-    `head` is the name of the model's output head, which `prunus.json` does not name where it was pruned.
-
-    Raises:
-        ValueError: the record is damaged.
+    Example:
+        >>> mask_of(torch.tensor([[0.5, 0.0]]))
+        tensor([[ True, False]])
     """
-    if (folder / RECORD_NAME).exists():
-        return set(RecoveryRecord.load(folder).linears)
-    if not (folder / MANIFEST_NAME).exists():
-        return None
-    manifest = Manifest.load(folder)
-    names = {f"{block.name}.{linear}" for block in manifest.blocks for linear in block.linears}
-    return names | ({head} if manifest.head is not None and head is not None else set())
+    return weight != 0
 
 
-def is_pruned(name: str, weight: torch.Tensor, recorded: Collection[str] | None) -> bool:
-    """Whether the linear `name` with this weight counts as pruned."""
-    if recorded is not None:
-        return name in recorded
-    return float((weight == 0).float().mean()) >= LEAST
+def kept_rms(linears: Mapping[str, Linear]) -> float:
+    """Return the root mean square of all kept weights of these linears; 1 if there are none."""
+    squares, kept = 0.0, 0
+    for linear in linears.values():
+        weight = linear.parameter.detach()
+        squares += float(weight.float().square().sum(dtype=torch.float64))
+        kept += int(torch.count_nonzero(mask_of(linear.parameter)))
+    return math.sqrt(squares / kept) if squares else 1.0
 
 
 def block_linears(model: nn.Module) -> dict[str, Linear]:
-    """All linears in the blocks of a model, by full name.
+    """Return all linears in the blocks of a model by full name.
 
     Raises:
         NotImplementedError: the model is not a stack of blocks.
@@ -80,65 +66,85 @@ def block_linears(model: nn.Module) -> dict[str, Linear]:
     }
 
 
-def kept_size(linears: Mapping[str, Linear]) -> float:
-    """The root mean square of all weights of these linears that are not zero; 1 where there are none."""
-    squares, kept = 0.0, 0
-    for linear in linears.values():
-        weight = linear.parameter.detach()
-        squares += float(weight.float().square().sum(dtype=torch.float64))
-        kept += int(torch.count_nonzero(mask_of(linear.parameter)))
-    return math.sqrt(squares / kept) if squares else 1.0
-
-
 def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
-    """The pruned linears of a model that was loaded from `folder`, by full name.
+    """Return the pruned linears of a model that was loaded from `folder`, by full name.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or a record is damaged.
         NotImplementedError: the model is not a stack of blocks, or holds fused experts.
     """
     linears = block_linears(model)
-    name = head_name(model)
-    if name is not None:
-        linears[name] = Linear(name, model.get_submodule(name))
-    recorded = recorded_linears(folder, name)
-    if fused := fused_experts(model):
+    head = _head_name(model)
+    if head is not None:
+        linears[head] = Linear(head, model.get_submodule(head))
+    recorded = _recorded_linears(folder, head)
+    if fused := find_fused_experts(model):
         raise NotImplementedError(
-            f"{folder} is a mixture of experts whose matrices are fused in memory ({fused[0]}), where training would "
-            "fill their zeros; prunus recover --mode block trains them one by one and keeps the zeros"
+            f"{folder} is a mixture of experts whose matrices are fused in memory ({fused[0]}). "
+            "Training the whole model would fill their zeros. Train its blocks while they are "
+            "pruned instead: prunus prune --reconstruct all"
         )
-    found = {name: x for name, x in linears.items() if is_pruned(name, x.weight_OI, recorded)}
+    found = {name: x for name, x in linears.items() if _is_pruned(name, x.weight_OI, recorded)}
     if not found:
         raise ValueError(
-            f"{folder} has no pruned linears: no {MANIFEST_NAME} names any, and none has {LEAST:.0%} zeros; "
-            "prune it first (prunus prune)"
+            f"{folder} has no pruned linears: no {MANIFEST_NAME} names any, and none has "
+            f"{MIN_ZERO_FRACTION:.0%} zeros; prune it first (prunus prune)"
         )
     return found
 
 
-def mask_of(weight: torch.Tensor) -> torch.Tensor:
-    """True where a weight was kept, bool of its shape."""
-    return weight != 0
+def _head_name(model: nn.Module) -> str | None:
+    """Full name of the output head, if it is a linear of its own and not the embedding."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    if not isinstance(head, nn.Linear) or head.weight is embedding.weight:
+        return None
+    return next((name for name, module in model.named_modules() if module is head), None)
 
 
-def verify(
+def _recorded_linears(folder: Path, head: str | None) -> set[str] | None:
+    """Full names of the pruned linears by the records in a folder; None if there is no record.
+
+    `prunus.json` says that the output head was pruned, but not its name, so `head` gives it.
+    """
+    if (folder / RECORD_NAME).exists():
+        return set(RecoveryRecord.load(folder).linears)
+    if not (folder / MANIFEST_NAME).exists():
+        return None
+    manifest = Manifest.load(folder)
+    names = {f"{block.name}.{linear}" for block in manifest.blocks for linear in block.linears}
+    return names | ({head} if manifest.head is not None and head is not None else set())
+
+
+def _is_pruned(name: str, weight: torch.Tensor, recorded: Collection[str] | None) -> bool:
+    if recorded is not None:
+        return name in recorded
+    return float((weight == 0).float().mean()) >= MIN_ZERO_FRACTION
+
+
+def check_zeros(
     name: str, shape: tuple[int, int], before: torch.Tensor, after: torch.Tensor
 ) -> LinearMask:
-    """Compare a linear weight by weight.
+    """Check, weight by weight, that every zero of a linear is still zero.
 
     Args:
         name: for the message.
         shape: (out, in).
-        before, after: the weight as it was stored and as it will be, in one orientation.
+        before, after: the weight as it was stored and as it will be, in the same orientation.
 
     Raises:
-        RuntimeError: a weight that was zero is not any more, which no training may do; the result is worth nothing.
+        RuntimeError: a pruned weight is not zero any more. Training never does that, so the result
+            is worthless.
+
+    Example:
+        >>> before = torch.tensor([[0.0, 1.0, 2.0]])
+        >>> check_zeros("up_proj", (1, 3), before, 2 * before)
+        LinearMask(shape=(1, 3), zeros_before=1, zeros_after=1)
     """
-    zero = before == 0
-    grown = int(torch.count_nonzero(after[zero]))
+    pruned = before == 0
+    grown = int(torch.count_nonzero(after[pruned]))
     if grown:
         raise RuntimeError(
             f"{name}: {grown} pruned weights are not zero after training; nothing was written"
         )
-    count = after.numel() - int(torch.count_nonzero(after))
-    return LinearMask(shape=shape, zeros_before=int(zero.sum()), zeros_after=count)
+    zeros_after = after.numel() - int(torch.count_nonzero(after))
+    return LinearMask(shape=shape, zeros_before=int(pruned.sum()), zeros_after=zeros_after)

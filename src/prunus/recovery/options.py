@@ -1,4 +1,4 @@
-"""How a model is to be recovered: validated and frozen; knows nothing of torch, files or models."""
+"""How a model is recovered: validated and frozen. This file knows no torch, files or models."""
 
 from __future__ import annotations
 
@@ -8,50 +8,51 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 __all__ = ["MODES", "Mode", "RecoveryOptions", "recovery_options"]
 
-Mode = Literal["lora", "sparse-lora", "masked", "block"]
-MODES: tuple[Mode, ...] = ("lora", "sparse-lora", "masked", "block")
+Mode = Literal["lora", "sparse-lora", "masked"]
+MODES: tuple[Mode, ...] = ("lora", "sparse-lora", "masked")
 
 DEFAULT_TOKENS = 131_072
-#: Peak learning rates. A step of Adam moves every weight by about the rate, and models differ tenfold in the size of
-#: theirs, so where weights themselves are trained it is in units of that. Low-rank factors begin alike in all models.
-#: On SmolLM2-135M at 50 %, of size 0.26, `masked` comes to 3e-4, with steps of 1024 tokens; see docs/log.md.
-_RATES: dict[Mode, float] = {"lora": 1e-3, "sparse-lora": 1e-3, "masked": 1.15e-3, "block": 1.2e-3}
-#: Options that mean something in some modes only.
-_BELONGS: dict[str, tuple[Mode, ...]] = {
+
+#: Default peak learning rates. A step of Adam moves every weight by about the rate, and models
+#: differ tenfold in the size of their weights. So mode masked, which trains the weights themselves,
+#: has a rate relative to their root mean square. Low-rank factors begin alike in all models, so
+#: their rate is plain. On SmolLM2-135M at 50 % (0.26), masked comes to 3e-4, with steps of 1024
+#: tokens.
+_RATES: dict[Mode, float] = {"lora": 1e-3, "sparse-lora": 1e-3, "masked": 1.15e-3}
+
+#: Options that have a meaning in some modes only.
+_MODES_OF_OPTION: dict[str, tuple[Mode, ...]] = {
     "rank": ("lora", "sparse-lora"),
     "alpha": ("lora", "sparse-lora"),
-    "targets": ("lora", "sparse-lora"),
-    "weight_decay": ("lora", "sparse-lora", "masked"),
-    "warmup": ("lora", "sparse-lora", "masked"),
-    "evaluations": ("lora", "sparse-lora", "masked"),
-    "patience": ("lora", "sparse-lora", "masked"),
-    "distill_weight": ("lora", "sparse-lora", "masked"),
-    "passes": ("block",),
+    "target_modules": ("lora", "sparse-lora"),
 }
 
 
 class RecoveryOptions(BaseModel):
-    """Everything about a recovery that decides the bytes of its result, beside the checkpoints and the machine.
+    """Everything about a recovery that decides the bytes of its result, except its inputs.
 
     Attributes:
         mode: what is trained; see `prunus.recovery`.
         text: source of the training text, as for calibration.
-        tokens, minutes: the budget; one of them. Tokens are counted as often as they are trained on.
+        tokens, minutes: the budget; one of the two. A token counts each time it is trained on.
         seqlen: tokens per window.
-        batch: windows per step of the optimiser.
-        learning_rate: at its peak; None is the mode's own.
-        warmup: share of the budget over which the rate rises.
-        weight_decay: AdamW's, per step and unit of learning rate.
+        batch: windows per step of the optimizer.
+        learning_rate: peak rate; None for the default of the mode.
+        warmup: fraction of the budget over which the rate rises.
+        weight_decay: of AdamW, per step and unit of learning rate.
         seed: of the order of the text and of fresh low-rank factors.
-        held_out: windows that are never trained on, to judge by.
-        evaluations: how often the held-out windows are scored over the budget, each time with a checkpoint.
-        patience: evaluations without a new best after which training stops.
-        distill_weight: of the divergence from the teacher's logits, with 1 - distill_weight for the text itself.
+        held_out: number of windows that are only evaluated, never trained on.
+        evaluations: how often the held-out windows are evaluated over the budget. Each evaluation
+            writes a checkpoint.
+        patience: training stops after this many evaluations without a new best.
+        distill_weight: of the KL divergence from the teacher's logits. The cross entropy with the
+            text has the weight 1 - distill_weight.
         rank, alpha: of low-rank updates, which are scaled by alpha / rank.
-        targets: last parts of the names of the linears that get one; None: query and value projections for lora,
-            every pruned linear for sparse-lora.
-        passes: of block matching over its windows.
-        dtype: of matrix products and activations: auto, float32 or bfloat16. What is trained is float32.
+        target_modules: last parts of the names of the linears that get an update. None stands for
+            the query and value projections in mode lora, and for every pruned linear in mode
+            sparse-lora.
+        dtype: of matrix products and activations: auto, float32 or bfloat16. Trained parameters are
+            always float32.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,45 +73,58 @@ class RecoveryOptions(BaseModel):
     distill_weight: float = Field(1.0, gt=0, le=1)
     rank: int = Field(8, ge=1)
     alpha: float = Field(16.0, gt=0, allow_inf_nan=False)
-    targets: tuple[str, ...] | None = None
-    passes: int = Field(3, ge=1)
+    target_modules: tuple[str, ...] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @model_validator(mode="after")
-    def _fits(self) -> RecoveryOptions:
+    def _check_combination(self) -> RecoveryOptions:
         if self.tokens is not None and self.minutes is not None:
             raise ValueError("the budget is in tokens or in minutes, not in both")
-        for name, modes in _BELONGS.items():
-            if (
-                self.mode not in modes
-                and getattr(self, name) != type(self).model_fields[name].default
-            ):
+        for name, modes in _MODES_OF_OPTION.items():
+            default = type(self).model_fields[name].default
+            if self.mode not in modes and getattr(self, name) != default:
                 raise ValueError(
-                    f"{name} means nothing in mode {self.mode}; it belongs to {', '.join(modes)}"
+                    f"{name} has no meaning in mode {self.mode}; it belongs to {', '.join(modes)}"
                 )
-        if self.targets is not None and not self.targets:
+        if self.target_modules is not None and not self.target_modules:
             raise ValueError(
-                "targets names no linear; leave it out, or give names such as q_proj,v_proj"
+                "target_modules names no linear; leave it out, or give names such as q_proj,v_proj"
             )
         return self
 
     @property
     def budget_tokens(self) -> int | None:
-        """The budget in tokens; None where it is in minutes."""
+        """The budget in tokens; None if it is in minutes."""
         return (
             self.tokens if self.tokens is not None or self.minutes is not None else DEFAULT_TOKENS
         )
 
-    def peak_rate(self, size: float = 1.0) -> float:
-        """The learning rate at its peak; the mode's own may go by the weights' `size`, see `supports.kept_size`."""
-        return self.learning_rate if self.learning_rate is not None else _RATES[self.mode] * size
+    def peak_rate(self, weight_rms: float = 1.0) -> float:
+        """Return the peak learning rate.
+
+        Args:
+            weight_rms: what a default rate is relative to; see `Trainable.weight_rms`.
+
+        Example:
+            >>> RecoveryOptions(mode="masked").peak_rate(weight_rms=0.2)
+            0.00023
+            >>> RecoveryOptions(mode="masked", learning_rate=1e-4).peak_rate(weight_rms=0.2)
+            0.0001
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return _RATES[self.mode] * weight_rms
 
 
 def recovery_options(values: dict[str, Any]) -> RecoveryOptions:
-    """Options from keyword arguments; None stands for the default.
+    """Return options from keyword arguments; None stands for the default.
 
     Raises:
-        ValueError: an unknown option, a value out of range, options that do not go together.
+        ValueError: an option is unknown or out of range, or options contradict each other.
+
+    Example:
+        >>> recovery_options({"mode": "lora", "rank": None}).rank
+        8
     """
     try:
         return RecoveryOptions(

@@ -1,7 +1,8 @@
-"""The folder of a recovered checkpoint: shards under the pruned checkpoint's own names, and what travels along.
+"""The folder of a recovered checkpoint: shards, and the files that the pruned checkpoint lends it.
 
-As for a pruning run, a finished shard is a checkpoint of the work, and the index, without which no loader finds
-the weights, comes last. Every pruned linear is compared weight by weight before its shard is written.
+The index comes last: without it no loader finds the weights, so a folder with half of the shards
+does not look like a checkpoint. Every pruned linear is checked, weight by weight, before its shard
+is written.
 """
 
 from __future__ import annotations
@@ -11,24 +12,21 @@ from pathlib import Path
 
 import torch
 
-from prunus.model.checkpoint.atomic_files import copy_file, write_json, write_text
-from prunus.model.checkpoint.atomic_files import save_safetensors as save
+from prunus.model.checkpoint.atomic_files import (
+    copy_file,
+    save_safetensors,
+    write_json,
+    write_text,
+)
 from prunus.model.checkpoint.reader import INDEX_NAME, auxiliary_files
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.pruning.manifest import MANIFEST_NAME
 from prunus.pruning.output import OUTSIDE_SHARD, shard_name
-from prunus.recovery.masks import verify
-from prunus.recovery.record import LinearMask, RecoveryRecord
+from prunus.recovery.masks import check_zeros
+from prunus.recovery.record import LinearMask
 
-__all__ = ["ResultFolder", "companions"]
-
-
-def companions(source: Path) -> list[Path]:
-    """Files that a result takes over from the pruned checkpoint as they are, `prunus.json` among them."""
-    found = [path for path in auxiliary_files(source) if not path.name.startswith("prunus-")]
-    manifest = source / MANIFEST_NAME
-    return [*found, manifest] if manifest.exists() else found
+__all__ = ["ResultFolder"]
 
 
 class ResultFolder:
@@ -38,72 +36,46 @@ class ResultFolder:
         folder: where it goes.
         source: the pruned checkpoint, bound to `skeleton`.
         skeleton: of the model.
-        record: entered into as shards are finished.
     """
 
-    def __init__(
-        self, folder: Path, source: CheckpointSource, skeleton: Skeleton, record: RecoveryRecord
-    ) -> None:
+    def __init__(self, folder: Path, source: CheckpointSource, skeleton: Skeleton) -> None:
         self.folder = folder
-        self.record = record
         self._source = source
         self._skeleton = skeleton
 
-    def write_block(
-        self, index: int, changed: Mapping[str, torch.Tensor], pruned: Collection[str]
-    ) -> tuple[dict[str, torch.Tensor], dict[str, LinearMask]]:
-        """Write a block's shard.
-
-        Args:
-            index: position of the block.
-            changed: new tensors by relative name, in the model's orientation; stored in the old ones' dtypes.
-            pruned: relative names of the pruned linears.
-
-        Returns:
-            The block's tensors as written, and its pruned linears before and after.
-
-        Raises:
-            RuntimeError: a pruned weight is not zero; nothing is written.
-        """
-        stored = self._source.block(index)
-        written = {
-            name: _like(changed.get(name, tensor), tensor) for name, tensor in stored.items()
-        }
-        prefix = self._skeleton.block_name(index)
-        shapes = {linear.name: linear.shape for linear in self._skeleton.linears(index)}
-        linears = {
-            name: verify(
-                f"{prefix}.{name}",
-                shapes[name],
-                stored[f"{name}.weight"],
-                written[f"{name}.weight"],
-            )
-            for name in pruned
-        }
-        self._source.checkpoint.check_unchanged()
-        save(self.folder / shard_name(index), self._source.as_stored(index, written))
-        return written, linears
-
-    def write_outside(
+    def write_shards(
         self, changed: Mapping[str, torch.Tensor], pruned: Collection[str]
     ) -> dict[str, LinearMask]:
-        """Write what surrounds the blocks: `changed` tensors and `pruned` linears by the model's full names."""
-        stored = dict(self._source.checkpoint.read(self._source.outside_keys()))
-        known = self._source.stored_names()
-        new = {known[name]: tensor for name, tensor in changed.items() if name in known}
-        written = {key: _like(new.get(key, tensor), tensor) for key, tensor in stored.items()}
-        linears = {}
-        for name in pruned:
-            key = known[f"{name}.weight"]
-            rows, columns = stored[key].shape
-            linears[name] = verify(name, (rows, columns), stored[key], written[key])
-        if written:
-            save(self.folder / OUTSIDE_SHARD, written)
-        return linears
+        """Write one shard per block and one for everything outside the blocks.
+
+        Args:
+            changed: full parameter name -> new tensor, in the model's orientation. It is stored in
+                the dtype of the pruned checkpoint. All other tensors are copied from there.
+            pruned: full names of the pruned linears.
+
+        Returns:
+            Full name of each pruned linear -> its zeros before and after.
+
+        Raises:
+            RuntimeError: a pruned weight is not zero; its shard is not written.
+        """
+        found: dict[str, LinearMask] = {}
+        for index in range(len(self._skeleton)):
+            prefix = f"{self._skeleton.block_name(index)}."
+            in_block = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in changed.items()
+                if name.startswith(prefix)
+            }
+            names = [name.removeprefix(prefix) for name in pruned if name.startswith(prefix)]
+            linears = self._write_block(index, in_block, names)
+            found |= {f"{prefix}{name}": linear for name, linear in linears.items()}
+        outside = [name for name in pruned if name not in found]
+        return found | self._write_outside(changed, outside)
 
     def finish(self, card: str) -> None:
-        """Copy configuration and tokenizer, write card and index; `record` is then closed by the caller."""
-        for path in companions(self._source.checkpoint.folder):
+        """Copy configuration and tokenizer, then write the card and, last, the index."""
+        for path in _files_to_copy(self._source.checkpoint.folder):
             copy_file(path, self.folder / path.name)
         write_text(self.folder / "README.md", card)
         checkpoint = self._source.checkpoint
@@ -117,7 +89,57 @@ class ResultFolder:
         }
         write_json(self.folder / INDEX_NAME, content)
 
+    def _write_block(
+        self, index: int, changed: Mapping[str, torch.Tensor], pruned: Collection[str]
+    ) -> dict[str, LinearMask]:
+        """Write the shard of a block; all names are relative to it."""
+        stored = self._source.block(index)
+        written = {
+            name: _in_stored_form(changed.get(name, tensor), tensor)
+            for name, tensor in stored.items()
+        }
+        prefix = self._skeleton.block_name(index)
+        shapes = {linear.name: linear.shape for linear in self._skeleton.linears(index)}
+        linears = {
+            name: check_zeros(
+                f"{prefix}.{name}",
+                shapes[name],
+                stored[f"{name}.weight"],
+                written[f"{name}.weight"],
+            )
+            for name in pruned
+        }
+        self._source.checkpoint.check_unchanged()
+        save_safetensors(self.folder / shard_name(index), self._source.as_stored(index, written))
+        return linears
 
-def _like(tensor: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
-    """`tensor` as it is stored: dtype of `stored`, on the CPU."""
+    def _write_outside(
+        self, changed: Mapping[str, torch.Tensor], pruned: Collection[str]
+    ) -> dict[str, LinearMask]:
+        """Write the shard of everything outside the blocks; all names are full names."""
+        stored = dict(self._source.checkpoint.read(self._source.outside_keys()))
+        keys = self._source.stored_names()
+        new = {keys[name]: tensor for name, tensor in changed.items() if name in keys}
+        written = {
+            key: _in_stored_form(new.get(key, tensor), tensor) for key, tensor in stored.items()
+        }
+        linears = {}
+        for name in pruned:
+            key = keys[f"{name}.weight"]
+            rows, columns = stored[key].shape
+            linears[name] = check_zeros(name, (rows, columns), stored[key], written[key])
+        if written:
+            save_safetensors(self.folder / OUTSIDE_SHARD, written)
+        return linears
+
+
+def _files_to_copy(source: Path) -> list[Path]:
+    """The files that a result copies from the pruned checkpoint, including its manifest."""
+    found = [path for path in auxiliary_files(source) if not path.name.startswith("prunus-")]
+    manifest = source / MANIFEST_NAME
+    return [*found, manifest] if manifest.exists() else found
+
+
+def _in_stored_form(tensor: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+    """`tensor` in the dtype of `stored`, on the CPU."""
     return tensor.detach().to("cpu", stored.dtype)

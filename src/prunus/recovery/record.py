@@ -1,4 +1,4 @@
-"""What a recovery was given, what it did and what came of it: `prunus-recovery.json` beside the result."""
+"""The record of a recovery, `prunus-recovery.json`: its inputs, its options and its figures."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from prunus.model.checkpoint.atomic_files import write_json
-from prunus.model.checkpoint.records import check_alike, read_record
+from prunus.model.checkpoint.records import check_same_work, read_record
 from prunus.recovery.options import RecoveryOptions
 
 __all__ = [
     "RECORD_NAME",
-    "BlockMatch",
     "Evaluation",
     "LinearMask",
     "RecoveryInputs",
@@ -29,14 +28,15 @@ class _Model(BaseModel):
 
 
 class Evaluation(_Model):
-    """The held-out windows scored once.
+    """One evaluation of the held-out windows.
 
     Attributes:
-        step: steps of the optimiser before it.
-        tokens: that were trained on before it.
-        seconds: of training and scoring before it.
-        training_loss: mean of the loss since the evaluation before; None at the start.
-        held_out_loss: mean next-token cross entropy in nats per token, whatever the training minimises.
+        step: steps of the optimizer before it.
+        tokens: tokens trained on before it.
+        seconds: of training and evaluation before it.
+        training_loss: mean training loss since the previous evaluation; None at the start.
+        held_out_loss: mean next-token cross entropy in nats per token. It is the cross entropy with
+            the text even if the training minimises something else.
     """
 
     step: int
@@ -47,32 +47,23 @@ class Evaluation(_Model):
 
     @property
     def perplexity(self) -> float:
-        """exp of the held-out loss; infinite where that is too large."""
+        """exp of the held-out loss; infinite if that overflows."""
         return math.exp(self.held_out_loss) if self.held_out_loss < 700 else math.inf
 
 
 class LinearMask(_Model):
-    """A pruned linear before and after: `shape` is (out, in); no weight that was zero is anything else now."""
+    """A pruned linear of shape (out, in), before and after.
+
+    Every weight that was zero before is zero afterwards.
+    """
 
     shape: tuple[int, int]
     zeros_before: int
     zeros_after: int
 
 
-class BlockMatch(_Model):
-    """A block that was matched; errors are relative to the dense outputs' squared norm, None where nothing is pruned."""
-
-    name: str
-    error_before: float | None
-    error_after: float | None
-    steps: int
-    seconds: float
-    stopped: str | None
-    linears: dict[str, LinearMask]
-
-
 class RecoveryInputs(_Model):
-    """What decides the bytes of the result beside the options."""
+    """What decides the bytes of the result, together with the options."""
 
     checkpoint: str = Field(description="fingerprint of the pruned checkpoint")
     teacher: str | None = Field(description="fingerprint of the dense checkpoint")
@@ -84,15 +75,15 @@ class RecoveryInputs(_Model):
 
 
 class RecoveryRecord(_Model):
-    """The state of a recovery: `running` until the result is in place, then `finished`.
+    """What a recovery did.
 
     Attributes:
-        evaluations: of the held-out windows, the first before any training; none in mode block.
+        state: `running` until the result is in place, then `finished`.
+        evaluations: of the held-out windows; the first one is from before any training.
         best: number of the evaluation whose weights are the result.
-        blocks: finished ones, in mode block.
-        linears: full name -> what became of a pruned linear; empty for lora, which changes none.
-        stopped: why training ended before the budget was spent.
-        diverged: whether that was because the loss was not finite.
+        linears: full name -> pruned linear; empty in mode lora, which changes none.
+        stopped: why training ended before the budget was spent, or None.
+        diverged: training ended because the loss was not finite.
         totals: parameters, zeros, tokens, seconds, memory.
     """
 
@@ -106,7 +97,6 @@ class RecoveryRecord(_Model):
     hardware: dict[str, Any]
     evaluations: list[Evaluation] = Field(default_factory=list)
     best: int | None = None
-    blocks: list[BlockMatch] = Field(default_factory=list)
     linears: dict[str, LinearMask] = Field(default_factory=dict)
     stopped: str | None = None
     diverged: bool = False
@@ -121,18 +111,22 @@ class RecoveryRecord(_Model):
         """Read `prunus-recovery.json`.
 
         Raises:
-            ValueError: it is damaged or of another version.
+            ValueError: the file is damaged or of another version.
         """
         return read_record(folder / RECORD_NAME, cls)
 
     def check_same(self, options: RecoveryOptions, inputs: RecoveryInputs | None = None) -> None:
-        """See that this is the record of the recovery that `options` and, where they are known yet, `inputs` describe.
+        """Check that this record describes the same recovery.
+
+        Args:
+            options: of the recovery that is about to run.
+            inputs: its inputs, if they are known already.
 
         Raises:
-            FileExistsError: it is of another one; names the first difference.
+            FileExistsError: it is another recovery; the message names the first difference.
         """
         before, now = self.options.model_dump(), options.model_dump()
         if inputs is not None:
             before |= self.inputs.model_dump(exclude={"dtype_reason"})
             now |= inputs.model_dump(exclude={"dtype_reason"})
-        check_alike(before, now, "recovery")
+        check_same_work(before, now, "recovery")

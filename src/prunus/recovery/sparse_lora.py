@@ -1,9 +1,10 @@
-"""Sparse LoRA: a low-rank update that reaches surviving weights only, and goes into the weights in the end.
+"""Mode sparse-lora: a low-rank update of the surviving weights only, merged into them at the end.
 
-    W' = W + S ⊙ (α/r · B A)      S the support of W, B (out, r) begins as zero, A (r, in) random
+    W' = W + M ⊙ (α/r · B A)      M the mask of W; B (out, r) begins as zero, A (r, in) is random
 
-in the spirit of LoSA (arXiv 2405.18886) and SPP (arXiv 2405.16057). The product is masked while it is trained,
-so merging it loses nothing: no parameter is added, and every pruned weight is still zero.
+LoSA (arXiv 2405.18886) and SPP (arXiv 2405.16057) train pruned models in this spirit. The product
+is masked during training, not only at the end. So merging loses nothing, adds no parameter, and
+leaves every pruned weight at zero.
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ from prunus.model.linears import Linear
 from prunus.recovery.masks import mask_of
 from prunus.recovery.trainable import Trainable
 
-__all__ = ["merged_weights", "sparse_lora"]
+__all__ = ["check_rank", "merged_weights", "sparse_lora"]
 
 
 class MaskedLowRank(nn.Module):
-    """A parametrisation of a weight (rows, columns): adds the masked product of two trained factors.
+    """A parametrization of a weight (rows, columns): adds the masked product of two factors.
 
     Args:
-        weight: as it begins; its zeros stay.
+        weight: the weight at the start; its zeros stay.
         rank: of the product.
         scale: of the product, alpha / rank.
-        generator: for the random factor, drawn as peft draws LoRA's: uniform within ±1/√columns.
+        generator: for the random factor. It is drawn as peft draws that of LoRA: uniform within
+            ±1/√columns.
     """
 
-    support: torch.Tensor
+    mask: torch.Tensor
 
     def __init__(
         self, weight: torch.Tensor, rank: int, scale: float, generator: torch.Generator
@@ -44,19 +46,25 @@ class MaskedLowRank(nn.Module):
         drawn = (torch.rand(rank, columns, generator=generator) * 2 - 1) * bound
         self.lora_A = nn.Parameter(drawn.to(weight.device))
         self.lora_B = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
-        self.register_buffer("support", mask_of(weight))
+        self.register_buffer("mask", mask_of(weight))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight with the update, in its dtype; the product is taken in float32."""
+        """Return the weight with its update, in its dtype. The product is computed in float32."""
         with torch.autocast(weight.device.type, enabled=False):
             product = (self.lora_B * self.scale) @ self.lora_A
-        return weight + (product * self.support).to(weight.dtype)
+        return weight + (product * self.mask).to(weight.dtype)
 
 
 def sparse_lora(
     model: Any, linears: Mapping[str, Linear], rank: int, alpha: float, seed: int
 ) -> Trainable:
-    """Give each of these linears (by full name) a masked low-rank update; nothing else is trained.
+    """Give each of these linears a masked low-rank update; nothing else is trained.
+
+    Args:
+        model: a causal LM, float32.
+        linears: full name -> linear of the model.
+        rank, alpha: the update is masked alpha / rank · B A.
+        seed: of the random factors.
 
     Raises:
         ValueError: the rank is larger than a linear allows.
@@ -67,25 +75,26 @@ def sparse_lora(
     for name, linear in linears.items():
         check_rank(rank, name, linear)
         update = MaskedLowRank(linear.parameter.detach(), rank, alpha / rank, generator)
-        # unsafe: torch would otherwise call the update once more to see that shapes agree, which they do.
+        # Without `unsafe`, torch would run the update once more to compare shapes, which agree.
         parametrize.register_parametrization(linear.module, "weight", update, unsafe=True)
         parameters |= {f"{name}.lora_A": update.lora_A, f"{name}.lora_B": update.lora_B}
     return Trainable(model, parameters)
 
 
 def check_rank(rank: int, name: str, linear: Linear) -> None:
-    """See that a low-rank update of this rank is one.
+    """Check that an update of this rank fits a linear.
 
     Raises:
-        ValueError: names the linear.
+        ValueError: it does not; the message names the linear.
     """
     if rank > min(linear.shape):
         raise ValueError(
-            f"--rank {rank} is more than {name} of shape {linear.shape} can have: give {min(linear.shape)} or less"
+            f"--rank {rank} is more than {name} of shape {linear.shape} can have: "
+            f"give {min(linear.shape)} or less"
         )
 
 
 def merged_weights(linears: Mapping[str, Linear]) -> dict[str, torch.Tensor]:
-    """Full parameter name -> weight with its update merged, in the module's orientation."""
+    """Return full parameter name -> weight with its update merged, in the module's orientation."""
     with torch.no_grad():
         return {f"{name}.weight": linear.parameter.detach() for name, linear in linears.items()}

@@ -1,4 +1,4 @@
-"""What a mode gives to the training loop: a model, the parameters to train, and where they must stay zero."""
+"""What a mode hands to the training loop: a model, the trained parameters, and their masks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prunus.model.linears import Linear
-from prunus.recovery.masks import kept_size, mask_of
+from prunus.recovery.masks import kept_rms, mask_of
 
 __all__ = ["Trainable", "masked"]
 
@@ -19,27 +19,32 @@ class Trainable:
     """A model that is ready to be trained.
 
     Attributes:
-        model: a causal LM; all else in it stays as it is.
-        parameters: what is trained, float32, by names that tell them apart in a checkpoint.
-        supports: name of a parameter -> bool of its shape, False where it is zero and stays so.
-        added: how many parameters the model has that its checkpoint had not, and that stay.
-        size: of the model's own weights where these are trained, see `supports.kept_size`; default rates go by it.
+        model: a causal LM. Everything in it but `parameters` stays as it is.
+        parameters: what is trained, float32. The names identify them in a checkpoint.
+        masks: name of a parameter -> bool of its shape, False where it must stay zero.
+        added: number of parameters that the result has and the pruned checkpoint has not.
+        weight_rms: root mean square of the model's own kept weights if these are trained. The
+            default learning rate is relative to it. 1 for low-rank factors.
     """
 
     model: Any
     parameters: dict[str, nn.Parameter]
-    supports: dict[str, torch.Tensor] = field(default_factory=dict)
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
     added: int = 0
-    size: float = 1.0
+    weight_rms: float = 1.0
 
 
 def masked(model: Any, linears: dict[str, Linear]) -> Trainable:
-    """Train everything: all parameters of a float32 model, but for the pruned weights of its pruned linears.
+    """Mode masked: train all parameters of a float32 model except its pruned weights.
 
-    Gradients of pruned weights are set to zero before the optimiser sees them. So their moments stay zero, and a
-    step of Adam (0 / (√0 + ε)) and weight decay (0 · λ) leave an exact zero where it is; and what the norm of the
-    gradient is clipped by is the gradient of what is trained.
+    Gradients of pruned weights are set to zero before the optimizer sees them. Their moments then
+    stay zero. So a step of Adam (0 / (√0 + ε)) and weight decay (0 · λ) leave an exact zero in
+    place. Gradient clipping sees only the gradients of what is trained.
+
+    Args:
+        model: a causal LM, float32.
+        linears: its pruned linears by full name.
     """
     model.requires_grad_(True)
-    supports = {f"{name}.weight": mask_of(linear.parameter) for name, linear in linears.items()}
-    return Trainable(model, dict(model.named_parameters()), supports, size=kept_size(linears))
+    masks = {f"{name}.weight": mask_of(linear.parameter) for name, linear in linears.items()}
+    return Trainable(model, dict(model.named_parameters()), masks, weight_rms=kept_rms(linears))

@@ -1,8 +1,8 @@
-"""The training loop: windows in, steps of AdamW under a schedule, held-out scores, checkpoints, early stop.
+"""The training loop: windows in, steps of AdamW, held-out evaluations, checkpoints, early stop.
 
-Knows a model that gives logits and the parameters to train; not which mode they come from, nor where they go.
-Weights, gradients and moments are float32; matrix products and activations are what `dtype` says. The model is
-in evaluation mode, so that no dropout makes two attempts differ.
+The loop knows a model that gives logits, and the parameters to train. It does not know which mode
+they come from or where they go. Weights, gradients and moments are float32; matrix products and
+activations are in `dtype`. The model is in evaluation mode: dropout would make two attempts differ.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from prunus.calibration.stream import TrainingText
 from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.pruning.compute_dtype import native_bfloat16
+from prunus.hardware.numerics import native_bfloat16
 from prunus.pruning.reconstruction.learning_rate import learning_rate
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.loss import next_token_loss
@@ -25,18 +25,29 @@ from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import Evaluation
 from prunus.recovery.trainable import Trainable
 
-__all__ = ["Step", "steps_of", "train", "training_dtype"]
+__all__ = ["Step", "step_count", "train", "training_dtype"]
 
-# Tokens of one forward pass; a step of more is made of several, whose gradients add up.
+# A step of more tokens is split into several forward passes, whose gradients add up.
 _TOKENS_PER_PASS = 2048
-_MAX_NORM = 1.0  # gradients are scaled down to this, as is usual for language models
+
+# Gradients are scaled down to this norm, as is usual for language models.
+_MAX_NORM = 1.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step, for whoever shows it. `perplexity` is the held-out one, where it was just measured."""
+    """Progress of a training, for display.
 
-    share: float
+    Attributes:
+        fraction: of the budget that is spent, from 0 to 1.
+        tokens: tokens trained on so far.
+        seconds: of training and evaluation so far.
+        message: what has just happened.
+        loss: training loss, if there is one.
+        perplexity: on the held-out windows, if they have just been evaluated.
+    """
+
+    fraction: float
     tokens: int
     seconds: float
     message: str
@@ -45,23 +56,135 @@ class Step:
 
 
 def training_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The dtype of matrix products and activations, and why: bfloat16 wherever it is native, for its speed."""
+    """Return the dtype of matrix products and activations, and the reason for it.
+
+    It is bfloat16 wherever that is native, because it is faster. Trained parameters stay float32.
+
+    Example:
+        >>> training_dtype("float32", torch.device("cpu"))
+        (torch.float32, 'requested')
+    """
     if requested != "auto":
-        return (torch.float32 if requested == "float32" else torch.bfloat16), "asked for"
+        return (torch.float32 if requested == "float32" else torch.bfloat16), "requested"
     if device.type == "cuda":
-        return torch.bfloat16, "native on this device; what is trained stays float32"
+        return torch.bfloat16, "native on this device; trained parameters stay float32"
     if native_bfloat16():
-        return torch.bfloat16, "native on this processor; what is trained stays float32"
+        return torch.bfloat16, "native on this processor; trained parameters stay float32"
     return torch.float32, "this processor has no native bfloat16"
 
 
-def steps_of(options: RecoveryOptions) -> int | None:
-    """Steps that a budget in tokens is worth, the last one whole; None for a budget in minutes."""
+def step_count(options: RecoveryOptions) -> int | None:
+    """Return how many steps a budget in tokens allows; None for a budget in minutes.
+
+    The last step may exceed the budget.
+
+    Example:
+        >>> step_count(RecoveryOptions(mode="masked", tokens=2500, seqlen=512, batch=2))
+        3
+    """
     tokens = options.budget_tokens
     return None if tokens is None else math.ceil(tokens / (options.batch * options.seqlen))
 
 
+def train(
+    trainable: Trainable,
+    text: TrainingText,
+    options: RecoveryOptions,
+    dtype: torch.dtype,
+    teacher: Any,
+    checkpoints: Checkpoints,
+    progress: Callable[[Step], None] | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
+) -> TrainingState:
+    """Train until the budget is spent or evaluations stop improving; resume from a checkpoint.
+
+    Args:
+        trainable: model and parameters. The parameters end as the best on the held-out windows.
+        text: windows to train on and held-out windows.
+        options: budget, schedule and so on.
+        dtype: of matrix products and activations; see `training_dtype`.
+        teacher: a causal LM whose logits are the target, or None.
+        checkpoints: where the state is kept.
+        progress: called after every step and every evaluation.
+        ranks: processes that split the windows of every step.
+
+    Returns:
+        The state at the end. If a loss was not finite, `diverged` is set, and the parameters are
+        the best ones from before.
+
+    Raises:
+        ValueError: the loss is not finite before any training.
+    """
+    trainer = _Trainer(trainable, text, options, dtype, teacher, ranks)
+    state = checkpoints.load(trainable.parameters, trainer.optimizer) or TrainingState()
+    started, seconds_before, losses = time.perf_counter(), state.seconds, list[float]()
+
+    def seconds() -> float:
+        return seconds_before + time.perf_counter() - started
+
+    def report(message: str, loss: float | None = None, perplexity: float | None = None) -> None:
+        if progress is not None:
+            fraction = min(1.0, trainer.spent(state, seconds()))
+            progress(Step(fraction, state.tokens, seconds(), message, loss, perplexity))
+
+    def evaluate() -> None:
+        held_out_loss = trainer.held_out_loss()
+        if not math.isfinite(held_out_loss):
+            if not state.evaluations:
+                raise ValueError(
+                    f"the held-out loss is {held_out_loss} before any training: the model's "
+                    "outputs are not finite. Weights are damaged, or the dtype is too small for "
+                    "this model; try --dtype float32"
+                )
+            state.stopped = f"the held-out loss became {held_out_loss} at step {state.step}"
+            state.diverged = True
+            return
+        entry = Evaluation(
+            step=state.step,
+            tokens=state.tokens,
+            seconds=round(seconds(), 2),
+            training_loss=sum(losses) / len(losses) if losses else None,
+            held_out_loss=held_out_loss,
+        )
+        losses.clear()
+        state.evaluations.append(entry)
+        if held_out_loss < state.evaluations[state.best].held_out_loss:
+            state.best = len(state.evaluations) - 1
+        elif len(state.evaluations) - 1 - state.best >= options.patience:
+            state.stopped = f"no better held-out loss in {options.patience} evaluations"
+        state.seconds = seconds()
+        checkpoints.save(state, trainable.parameters, trainer.optimizer)
+        report(f"held-out perplexity {entry.perplexity:.3f}", entry.training_loss, entry.perplexity)
+
+    if not state.evaluations:
+        evaluate()
+    elif state.stopped is None:
+        report(f"resumed at step {state.step}")
+    while state.stopped is None and trainer.spent(state, seconds()) < 1:
+        # The rate is that of the middle of the step.
+        loss = trainer.step(state, trainer.spent(state, seconds(), ahead=0.5))
+        if not math.isfinite(loss):
+            state.stopped = f"the loss was not finite at step {state.step + 1}"
+            state.diverged = True
+            break
+        losses.append(loss)
+        state.step += 1
+        state.tokens += options.batch * options.seqlen
+        report(f"loss {loss:.3f}", loss)
+        # Evaluation 0 was before training; evaluation k is due after k parts of the budget.
+        due = min(1.0, len(state.evaluations) / options.evaluations)
+        if trainer.spent(state, seconds()) >= due:
+            evaluate()
+    state.seconds = seconds()
+    ranks.gather_ints([0])  # Wait until rank 0 has written the best weights,
+    checkpoints.load_best(state, trainable.parameters)
+    ranks.gather_ints([0])  # and let rank 0 delete them only when all ranks have read them.
+    return state
+
+
 class _Trainer:
+    """Steps and evaluations of one training."""
+
     def __init__(
         self,
         trainable: Trainable,
@@ -83,168 +206,71 @@ class _Trainer:
             self.parameters, lr=0.0, weight_decay=options.weight_decay, fused=True
         )
 
-    def share(self, state: TrainingState, seconds: float, ahead: float = 0.0) -> float:
-        """Share of the budget that is spent when `seconds` have passed, `ahead` steps from now."""
-        steps = steps_of(self.options)
+    def spent(self, state: TrainingState, seconds: float, ahead: float = 0.0) -> float:
+        """Fraction of the budget that is spent after `seconds`, `ahead` steps from now."""
+        steps = step_count(self.options)
         if steps is not None:
             return (state.step + ahead) / steps
         assert self.options.minutes is not None
         return seconds / (60 * self.options.minutes)
 
-    def loss(self, ids: torch.Tensor, judge: bool = False) -> torch.Tensor:
-        """Mean loss of windows (W, S); to `judge` by it is the plain cross entropy with the text."""
-        ids = ids.to(self.device)
-        guide = None
-        if self.teacher is not None and not judge:
-            with torch.no_grad():
-                guide = self.teacher(input_ids=ids, use_cache=False).logits
-        with self.autocast:
-            logits = self.trainable.model(input_ids=ids, use_cache=False).logits
-        return next_token_loss(logits, ids, guide, self.options.distill_weight)
+    def step(self, state: TrainingState, spent: float) -> float:
+        """Take one step of the optimizer and return its loss.
 
-    def step(self, state: TrainingState, share: float) -> float:
-        """One step of the optimiser; returns its loss. Where that is not finite, nothing is changed.
-
-        Each rank takes some of the step's windows; gradients are added up, and all ranks take the same step.
+        If the loss is not finite, nothing changes. Each rank computes the gradients of some of the
+        step's windows; their sum makes all ranks take the same step.
         """
         ids = self.text.windows(state.step * self.options.batch, self.options.batch)
-        total, mine = 0.0, self.ranks.own_range(len(ids))
-        for part in ids[mine.start : mine.stop].split(
+        total, own = 0.0, self.ranks.own_range(len(ids))
+        for part in ids[own.start : own.stop].split(
             max(1, _TOKENS_PER_PASS // self.options.seqlen)
         ):
-            loss = self.loss(part) * (len(part) / len(ids))
+            loss = self._loss(part, self.teacher) * (len(part) / len(ids))
             loss.backward()
             total += float(loss.detach())
-        self._add_up()
+        self._sum_gradients()
         total = self.ranks.sum_floats([total])[0]
-        for name, support in self.trainable.supports.items():
+        for name, mask in self.trainable.masks.items():
             gradient = self.trainable.parameters[name].grad
             if gradient is not None:
-                gradient.mul_(support)  # in a quarter of the time that masked_fill_ takes, or less
+                # On a CPU this takes a quarter of the time of masked_fill_, or less.
+                gradient.mul_(mask)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, _MAX_NORM)
         if math.isfinite(total) and bool(norm.isfinite()):
-            rate = learning_rate(
-                self.options.peak_rate(self.trainable.size), share, self.options.warmup
-            )
+            peak = self.options.peak_rate(self.trainable.weight_rms)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = learning_rate(peak, spent, self.options.warmup)
             self.optimizer.step()
         else:
             total = math.nan
         self.optimizer.zero_grad()
         return total
 
-    def _add_up(self) -> None:
-        """Replace gradients by their sums over ranks; none stands for zeros."""
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """Mean next-token cross entropy of the held-out windows, in nats per token."""
+        own = self.ranks.own_range(len(self.text.held_out))
+        windows = self.text.held_out[own.start : own.stop]
+        losses = [float(self._loss(ids, teacher=None)) for ids in windows.split(1) if len(ids)]
+        gathered = self.ranks.all_gather(torch.tensor(losses, dtype=torch.float64)).tolist()
+        return sum(gathered) / len(gathered)
+
+    def _loss(self, ids_WS: torch.Tensor, teacher: Any) -> torch.Tensor:
+        """Mean loss of windows; without a teacher it is the plain cross entropy with the text."""
+        ids_WS = ids_WS.to(self.device)
+        teacher_WSV = None
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_WSV = teacher(input_ids=ids_WS, use_cache=False).logits
+        with self.autocast:
+            logits_WSV = self.trainable.model(input_ids=ids_WS, use_cache=False).logits
+        return next_token_loss(logits_WSV, ids_WS, teacher_WSV, self.options.distill_weight)
+
+    def _sum_gradients(self) -> None:
+        """Replace gradients by their sums over ranks; a missing one counts as zeros."""
         if self.ranks.size == 1:
             return
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             self.ranks.all_reduce(parameter.grad)
-
-    @torch.no_grad()
-    def judge(self) -> float:
-        """Mean next-token cross entropy of the held-out windows, in nats per token."""
-        mine = self.ranks.own_range(len(self.text.held_out))
-        own = self.text.held_out[mine.start : mine.stop]
-        losses = [float(self.loss(ids, judge=True)) for ids in own.split(1) if len(ids)]
-        everybodys = self.ranks.all_gather(torch.tensor(losses, dtype=torch.float64)).tolist()
-        return sum(everybodys) / len(everybodys)
-
-
-def train(
-    trainable: Trainable,
-    text: TrainingText,
-    options: RecoveryOptions,
-    dtype: torch.dtype,
-    teacher: Any,
-    checkpoints: Checkpoints,
-    progress: Callable[[Step], None] | None = None,
-    ranks: Ranks = SINGLE_PROCESS,
-) -> TrainingState:
-    """Train until the budget is spent or nothing is gained any more; go on from a checkpoint where there is one.
-
-    Args:
-        trainable: model and parameters; they end as the best on the held-out windows.
-        text: windows to train on and held-out ones.
-        options: budget, schedule and so on.
-        dtype: of matrix products and activations, see `training_dtype`.
-        teacher: a causal LM whose logits are learnt, or None.
-        checkpoints: where the state is kept.
-        progress: called after every step and every evaluation.
-        ranks: processes that train the same parameters together, on windows of their own.
-
-    Returns:
-        The state at the end. Where the loss was not finite it says `diverged`, and the parameters are the best
-        until then.
-
-    Raises:
-        ValueError: the loss is not finite before any training.
-    """
-    trainer = _Trainer(trainable, text, options, dtype, teacher, ranks)
-    state = checkpoints.load(trainable.parameters, trainer.optimizer) or TrainingState()
-    begun, before, losses = time.perf_counter(), state.seconds, list[float]()
-
-    def seconds() -> float:
-        return before + time.perf_counter() - begun
-
-    def show(message: str, loss: float | None = None, perplexity: float | None = None) -> None:
-        if progress is not None:
-            share = min(1.0, trainer.share(state, seconds()))
-            progress(Step(share, state.tokens, seconds(), message, loss, perplexity))
-
-    def evaluate() -> None:
-        held_out = trainer.judge()
-        if not math.isfinite(held_out):
-            if not state.evaluations:
-                raise ValueError(
-                    f"the held-out loss is {held_out} before any training: the model's outputs are not finite. "
-                    "Damaged weights, or a dtype too small for this model; try --dtype float32"
-                )
-            state.stopped, state.diverged = (
-                f"the held-out loss became {held_out} at step {state.step}",
-                True,
-            )
-            return
-        entry = Evaluation(
-            step=state.step,
-            tokens=state.tokens,
-            seconds=round(seconds(), 2),
-            training_loss=sum(losses) / len(losses) if losses else None,
-            held_out_loss=held_out,
-        )
-        losses.clear()
-        state.evaluations.append(entry)
-        if held_out < state.evaluations[state.best].held_out_loss:
-            state.best = len(state.evaluations) - 1
-        elif len(state.evaluations) - 1 - state.best >= options.patience:
-            state.stopped = f"no better held-out loss in {options.patience} evaluations"
-        state.seconds = seconds()
-        checkpoints.save(state, trainable.parameters, trainer.optimizer)
-        show(f"held-out perplexity {entry.perplexity:.3f}", entry.training_loss, entry.perplexity)
-
-    if not state.evaluations:
-        evaluate()
-    elif state.stopped is None:
-        show(f"goes on from step {state.step}")
-    while state.stopped is None and trainer.share(state, seconds()) < 1:
-        loss = trainer.step(state, trainer.share(state, seconds(), ahead=0.5))
-        if not math.isfinite(loss):
-            state.stopped, state.diverged = (
-                f"the loss was not finite at step {state.step + 1}",
-                True,
-            )
-            break
-        losses.append(loss)
-        state.step += 1
-        state.tokens += options.batch * options.seqlen
-        show(f"loss {loss:.3f}", loss)
-        share = trainer.share(state, seconds())
-        if share >= min(1.0, len(state.evaluations) / options.evaluations):
-            evaluate()
-    state.seconds = seconds()
-    ranks.gather_ints([0])  # the first rank has written them
-    checkpoints.load_best(state, trainable.parameters)
-    ranks.gather_ints([0])  # and may delete them once all have read
-    return state
