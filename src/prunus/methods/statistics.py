@@ -252,6 +252,7 @@ class InputStatistics:
                 f"expected inputs (tokens, {self.in_features}), got {tuple(X_TI.shape)}"
             )
         self._counts.total += len(X_TI)
+        # Values derived from the sums so far are out of date.
         self._derived.clear()
         if self.spec.reference_order and self._gram is not None:
             add_in_reference_order(self._gram.gram_II, self.sum_squares_I, X_TI, self._windows)
@@ -279,6 +280,7 @@ class InputStatistics:
         )
         self._complete = True
         self._derived.clear()
+        # Every rank has the same parts, so all make the same calls in the same order.
         self._features.reduce(ranks)
         self._counts.reduce(ranks)
         for part in (self._gram, self._drift):
@@ -296,6 +298,7 @@ class InputStatistics:
         >>> statistics.reordered(torch.tensor([1, 0])).norms_I
         tensor([1., 3.])
         """
+        # The parts are copied one level deep: `reorder` replaces their tensors and changes none.
         other = copy.copy(self)
         other._derived = {}
         other._counts = copy.copy(self._counts)

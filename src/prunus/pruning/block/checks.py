@@ -1,4 +1,4 @@
-"""Checks around the pruning of a block: finite weights before it, equal results on all ranks after it."""
+"""Checks around the pruning of a block: finite weights, equal results on all ranks."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ from prunus.model.experts import Experts
 __all__ = ["MIN_TOKENS", "ExpertCounter", "find_expert_counters", "min_expert_tokens"]
 
 #: An expert with fewer tokens than this loses less when it is pruned by the statistics of all
-#: tokens. Norms need few tokens; a Gram matrix of few tokens has no full rank. docs/reference/models.md has the
-#: measurements.
+#: tokens. Norms need few tokens; a Gram matrix of few tokens has no full rank. The measurements are
+#: in docs/reference/models.md.
 MIN_TOKENS: dict[Needs, int] = {"none": 0, "norms": 32, "gram": 512}
 
 

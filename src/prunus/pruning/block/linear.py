@@ -64,6 +64,7 @@ def prune_linear(
         method, found_order = with_permutation(method, channels)
     statistics.check_finite(full_name)
     if statistics.tokens == 0 and method.needs != "none":
+        # Nothing is known of the inputs, so no weight can be preferred because of them.
         statistics = InputStatistics.of_equal_inputs(
             statistics.in_features, statistics.spec, statistics.sum_squares_I.device
         )

@@ -92,7 +92,7 @@ class _Lockstep:
         return list(self.pending.values())
 
     def _take_turn(self, turn: Turn) -> None:
-        """Count the experts' tokens or prune the linear, then resume the batches that wait there."""
+        """Count the experts' tokens or prune the linear, then resume the batches there."""
         arrived = [batch for batch, (at, _) in sorted(self.waiting.items()) if at == turn.name]
         if turn.name in self.uncounted:
             counter = self.uncounted.pop(turn.name)
@@ -125,7 +125,7 @@ class _Lockstep:
         del self.pending[linear.name]
 
     def _advance(self, batch: int, *start: int) -> None:
-        """Run a batch until it pauses again or is through; `start` is the argument of its forward."""
+        """Run a batch until it pauses or ends; `start` is the argument of its forward."""
         result = self.runners[batch].switch(*start)
         if self.runners[batch].dead:
             self.walk.finish(batch, result)

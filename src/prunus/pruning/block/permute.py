@@ -95,7 +95,12 @@ def find_permutable(
     Returns:
         Relative name of a linear -> guesses, the likeliest first. Linears that read the residual
         stream are missing.
+
+    >>> up, down = Linear("up", nn.Linear(2, 8)), Linear("down", nn.Linear(8, 2))
+    >>> [guess.producers[0].name for guess in find_permutable([up, down], None, 4)["down"]]
+    ['up']
     """
+    # Linears of one submodule, such as an attention or an MLP, can write each other's inputs.
     siblings: dict[str, list[Linear]] = {}
     for linear in linears:
         siblings.setdefault(linear.name.rpartition(".")[0], []).append(linear)
@@ -127,6 +132,7 @@ def _mlp_guesses(consumer: Linear, family: Sequence[Linear]) -> list[PermutableI
         producers = tuple(Producer(writer.name, rows.view(1, 1, width)) for writer in separate)
         guesses.append(PermutableInputs(consumer.name, producers, channels))
     for writer in fused:
+        # Gate and up in one linear: channel w is written by row w and by row width + w.
         both = torch.stack([rows, width + rows]).view(2, 1, width)
         guesses.append(PermutableInputs(consumer.name, (Producer(writer.name, both),), channels))
     return guesses
@@ -157,11 +163,14 @@ def _attention_guesses(
         if rows % width:
             continue
         if writer.name.rpartition(".")[2] in _VALUES:
+            # A linear of its own. With fewer rows than the consumer has inputs, heads share them.
             guess(writer, torch.arange(rows).view(-1, width))
         elif len(family) == 2 and rows > heads * width and (rows // width - heads) % 2 == 0:
+            # All queries (one per head), then as many keys as values.
             groups = (rows // width - heads) // 2
             guess(writer, torch.arange(rows)[rows - groups * width :].view(-1, width))
             if groups == heads:
+                # The same number of rows may also be (query, key, value) of one head after another.
                 guess(writer, torch.arange(rows).view(heads, 3, width)[:, 2])
     return guesses
 
@@ -205,6 +214,7 @@ def keeps_outputs(
         linears: by relative name, with the dense weights. They end with the same weights.
         run: runs the block on hidden states and returns its outputs.
     """
+    # A generator of its own: the test must not change the random numbers of the run.
     generator = torch.Generator().manual_seed(0)
     orders = [
         torch.randperm(guess.channels.width, generator=generator)
@@ -257,6 +267,8 @@ def fold_permutation(
     if key in tensors:
         dim = 0 if linears[permutable.consumer].transposed else 1
         changed[key] = tensors[key].index_select(dim, order_I.to(tensors[key].device))
+    # A producer's rows move as the consumer's inputs do: the row that writes the channel's new
+    # place is the row that wrote the channel.
     within_GW = permutable.channels.within(order_I)
     for producer in permutable.producers:
         rows_CGW = producer.rows_CGW

@@ -143,7 +143,7 @@ class BlockPruner:
         return sum(self._counts[: self.ranks.rank])
 
     def propagate(self, index: int, stored: Mapping[str, torch.Tensor]) -> None:
-        """Take all batches through a finished block, with the result of the run that pruned it.
+        """Take all batches through a block that an earlier run finished; they end as after `prune`.
 
         Args:
             index: position of the block.
@@ -195,6 +195,7 @@ class BlockPruner:
         minimum = min_expert_tokens(method.needs, settings.min_expert_tokens)
         permutable = self._find_permutable(index, module, selected) if settings.permute else {}
         counters = find_expert_counters(module, names, minimum)
+        # Copied before anything changes in the block: neither weights nor wrapped forwards follow.
         dense_inputs = None
         if self.dense is not None:
             aimed = [x.name for x in linears if settings.uses_dense_target(x.shape[1])]
@@ -245,6 +246,7 @@ class BlockPruner:
                     expert_counters=state.expert_counters,
                 )
                 unreached = _WALKS[state.walk](walk)
+        # Linears that no token reached are pruned too, by their weights alone.
         for linear in unreached:
             empty = self._new_statistics(linear)
             empty.complete(self.ranks)

@@ -1,4 +1,4 @@
-"""A walk through a block with one batch in flight, for blocks whose paused batches need too much memory.
+"""A walk through a block with one batch in flight, for when paused batches need too much memory.
 
 The result equals that of `lockstep` to the bit. Linears that get the very same input form a group,
 such as q, k and v. For every group the block runs once from its start on all batches:
@@ -42,7 +42,7 @@ class _Group:
 
 @dataclass
 class _FirstGroup:
-    """Observes one batch: measures the first linear that it reaches, and finds the rest of its group.
+    """Observes one batch: measures the first linear that it reaches, finds the rest of its group.
 
     Attributes:
         walk: the walk.

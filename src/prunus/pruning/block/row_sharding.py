@@ -53,6 +53,7 @@ class _RowsOverRanks:
         lengths = [len(part) for part in split_range(rows, self.ranks.size, rows_per_group)]
         if not all(lengths):
             return UNSHARDED.solve(rows, rows_per_group, solve)
+        # Rows that compete with each other stay on one rank.
         own = self.ranks.own_range(rows, rows_per_group)
         pruned = solve(_RankShard(self.ranks, slice(own.start, own.stop), lengths))
         notes = [json.loads(text) for text in self.ranks.gather_text(json.dumps(pruned.notes))]

@@ -60,6 +60,8 @@ def _measure(walk: BlockWalk) -> tuple[dict[str, InputStatistics], dict[str, str
     statistics: dict[str, InputStatistics] = {}
     leaders: dict[str, str] = {}
     for batch in range(walk.count):
+        # The last input of this batch, and the linear that its statistics were made for. Linears
+        # with the same input follow each other, so one is enough to find them.
         previous: tuple[torch.Tensor, str] | None = None
 
         def collect(linear: Linear, x: torch.Tensor, batch: int = batch) -> None:
@@ -77,12 +79,13 @@ def _measure(walk: BlockWalk) -> tuple[dict[str, InputStatistics], dict[str, str
 
         with input_hooks(walk.linears, collect):
             walk.forward(batch)
+        # Let the batch's last activation go before the next batch runs.
         previous = None
     return statistics, leaders
 
 
 def _agree_on_leaders(walk: BlockWalk, leaders: dict[str, str]) -> dict[str, str]:
-    """The leaders that the batches of all ranks have found; ranks must not contradict each other."""
+    """The leaders that all ranks have found; they must not contradict each other."""
     names = [linear.name for linear in walk.linears]
     own = [names.index(leaders[name]) if name in leaders else -1 for name in names]
     agreed: dict[str, str] = {}
@@ -100,7 +103,7 @@ class _Counted(BaseException):
 
 
 def _count_expert_tokens(walk: BlockWalk) -> None:
-    """Run the unpruned block once to count the tokens of every expert, before the measuring pass."""
+    """Run the unpruned block to count every expert's tokens, before the measuring pass."""
     counters = walk.expert_counters
     for batch in range(walk.count) if counters else ():
         missing = {counter.name for counter in counters}
