@@ -217,7 +217,7 @@ class BlockReconstruction:
 
 
 def in_front_of_head(skeleton: Skeleton, index: int) -> bool:
-    """Whether only the final norm and the head follow block `index`, so that logits can be compared."""
+    """Whether only the final norm and the head follow block `index`, so it can compare logits."""
     return index == len(skeleton) - 1 and skeleton.kind is CAUSAL
 
 
