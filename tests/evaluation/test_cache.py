@@ -1,4 +1,4 @@
-"""Models side by side: differences with their errors, and results that are found again by content."""
+"""The cache of results, models side by side, and differences with their standard errors."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from prunus.evaluation import (
     TaskScore,
     default_cache_folder,
     perplexity,
+    task_runner,
 )
-from prunus.evaluation import task_runner as accuracy
 from prunus.evaluation.cache import ResultCache, checkpoint_digest
 from prunus.packed import pack, unpack
 from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
-from zeroshot_rows import write_mirror
+from zeroshot_rows import write_local_datasets
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and its dependencies' own
@@ -46,8 +46,8 @@ def _no_data_folder(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def mirror(tmp_path_factory) -> Path:
-    return write_mirror(tmp_path_factory.mktemp("mirror"), count=9)
+def local_datasets(tmp_path_factory) -> Path:
+    return write_local_datasets(tmp_path_factory.mktemp("data"), count=9)
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +70,15 @@ def alter(folder: Path) -> None:
 
 @pytest.fixture
 def loads(monkeypatch) -> list[str]:
-    """The names of the folders that were loaded for judging."""
+    """The names of the folders that were loaded."""
     seen: list[str] = []
-    load = accuracy.load_model
+    load = task_runner.load_model
 
     def counted(folder, *rest):
         seen.append(folder.name)
         return load(folder, *rest)
 
-    monkeypatch.setattr(accuracy, "load_model", counted)
+    monkeypatch.setattr(task_runner, "load_model", counted)
     return seen
 
 
@@ -88,22 +88,24 @@ def loads(monkeypatch) -> list[str]:
 def test_results_are_found_by_everything_in_the_key(tmp_path):
     cache = ResultCache(tmp_path / "new")
     key = {"checkpoint": "abc", "limit": None, "versions": {"torch": "2"}}
-    assert cache.find(key) is None
-    assert cache.keep(key, {"value": 0.1 + 0.2}) is None
-    assert cache.find(dict(reversed(key.items()))) == {"value": 0.1 + 0.2}
+    assert cache.get(key) is None
+    assert cache.put(key, {"value": 0.1 + 0.2}) is None
+    assert cache.get(dict(reversed(key.items()))) == {"value": 0.1 + 0.2}
     for changed in ({"checkpoint": "abd"}, {"limit": 1}, {"versions": {"torch": "3"}}, {"more": 1}):
-        assert cache.find(key | changed) is None
+        assert cache.get(key | changed) is None
     [entry] = (tmp_path / "new").rglob("*.json")
     for damaged in ("", "[]", "{}", json.dumps({"key": {"other": 1}, "result": {}}), '{"key": '):
         entry.write_text(damaged)
-        assert cache.find(key) is None
-    assert cache.keep(key, {"value": 1}) is None
-    assert cache.find(key) == {"value": 1}
+        assert cache.get(key) is None
+    assert cache.put(key, {"value": 1}) is None
+    assert cache.get(key) == {"value": 1}
     (tmp_path / "file").touch()
-    assert "could not be kept" in (ResultCache(tmp_path / "file").keep(key, {}) or "")
+    assert "could not be written to the cache" in (
+        ResultCache(tmp_path / "file").put(key, {}) or ""
+    )
 
 
-def test_where_results_are_kept(monkeypatch, tmp_path):
+def test_where_results_are_cached(monkeypatch, tmp_path):
     monkeypatch.setenv("PRUNUS_CACHE", str(tmp_path))
     assert default_cache_folder() == tmp_path
     monkeypatch.delenv("PRUNUS_CACHE")
@@ -180,9 +182,9 @@ def test_perplexity_is_computed_once(models, tmp_path, monkeypatch):
 
 
 @needs_lm_eval
-def test_a_model_is_judged_once(models, mirror, tmp_path, loads):
+def test_a_model_is_evaluated_once(models, local_datasets, tmp_path, loads):
     cache = tmp_path / "cache"
-    options = {"data_dir": mirror, "cache": cache, "limit": 4}
+    options = {"data_dir": local_datasets, "cache": cache, "limit": 4}
     fresh = prunus.evaluate(models["first"], "rte,arc_easy", **options)
     assert loads == ["first"]
     again = prunus.evaluate(models["first"], "arc_easy,rte,boolq", **options)
@@ -193,7 +195,7 @@ def test_a_model_is_judged_once(models, mirror, tmp_path, loads):
     ]
     known = {score.task: replace(score, cached=False) for score in again.scores}
     assert [known[score.task] for score in fresh.scores] == list(fresh.scores)
-    assert prunus.evaluate(models["first"], "rte,boolq", **options).figures().keys() == {
+    assert prunus.evaluate(models["first"], "rte,boolq", **options).metrics().keys() == {
         ("rte", "acc"),
         ("boolq", "acc"),
     }
@@ -208,49 +210,49 @@ def test_a_model_is_judged_once(models, mirror, tmp_path, loads):
 
 
 @needs_lm_eval
-def test_a_cache_that_cannot_be_written_costs_nothing(models, mirror, tmp_path):
+def test_a_cache_that_cannot_be_written_costs_nothing(models, local_datasets, tmp_path):
     (tmp_path / "file").touch()
     said: list[str] = []
-    options = {"data_dir": mirror, "limit": 2, "progress": said.append}
+    options = {"data_dir": local_datasets, "limit": 2, "progress": said.append}
     found = prunus.evaluate(models["first"], "rte", cache=tmp_path / "file", **options)
-    assert found.figures() == prunus.evaluate(models["first"], "rte", **options).figures()
-    assert any("could not be kept" in line for line in said)
+    assert found.metrics() == prunus.evaluate(models["first"], "rte", **options).metrics()
+    assert any("could not be written to the cache" in line for line in said)
 
 
 @needs_lm_eval
-def test_packed_models_and_adapters_are_judged(models, mirror, tmp_path):
+def test_packed_models_and_adapters_are_evaluated(models, local_datasets, tmp_path):
     source = pruned_checkpoint(
         tmp_path / "pruned", vocab_size=VOCABULARY, max_position_embeddings=1024, hidden_size=64
     )
     byte_tokenizer().save_pretrained(source)
     pack(source, tmp_path / "packed")
     unpack(tmp_path / "packed", tmp_path / "plain")
-    options = {"data_dir": mirror, "dtype": "bfloat16"}
+    options = {"data_dir": local_datasets, "dtype": "bfloat16"}
     packed, plain = (
         prunus.evaluate(tmp_path / name, "rte,arc_easy", **options) for name in ("packed", "plain")
     )
     # Kernels add in another order: a likelihood may differ in its last bits, an answer hardly ever.
-    for key, metric in packed.figures().items():
-        assert metric.value == pytest.approx(plain.figures()[key].value, abs=0.25)
+    for key, metric in packed.metrics().items():
+        assert metric.value == pytest.approx(plain.metrics()[key].value, abs=0.25)
     peft = pytest.importorskip("peft", reason="adapters need the extra adapters")
     config = peft.LoraConfig(
         r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=True
     )
-    adapted = peft.get_peft_model(accuracy.load_model(models["first"]), config)
+    adapted = peft.get_peft_model(task_runner.load_model(models["first"]), config)
     adapted.save_pretrained(tmp_path / "adapter")
-    options = {"data_dir": mirror, "cache": tmp_path / "cache"}
+    options = {"data_dir": local_datasets, "cache": tmp_path / "cache"}
     found = prunus.evaluate(tmp_path / "adapter", "rte,arc_easy", **options)
     # A fresh LoRA changes nothing.
-    assert found.figures() == prunus.evaluate(models["first"], "rte,arc_easy", **options).figures()
+    assert found.metrics() == prunus.evaluate(models["first"], "rte,arc_easy", **options).metrics()
 
 
 @needs_lm_eval
-def test_eval_puts_models_side_by_side(models, mirror, tmp_path, monkeypatch):
+def test_eval_puts_models_side_by_side(models, local_datasets, tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNUS_CACHE", str(tmp_path / "cache"))
     text, report = tmp_path / "text.txt", tmp_path / "report.json"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 12)
     first, second = map(str, models.values())
-    options = ["--data", str(mirror), "--limit", "4", "--json", str(report)]
+    options = ["--data", str(local_datasets), "--limit", "4", "--json", str(report)]
     arguments = [
         "eval",
         first,
@@ -277,7 +279,7 @@ def test_eval_puts_models_side_by_side(models, mirror, tmp_path, monkeypatch):
     assert changes["mean of paper7", "acc"]["value"] == pytest.approx(after - before)
     assert "second − first" in " ".join(result.stdout.split())
     again = CliRunner().invoke(app, ["eval", first, "--tasks", "rte", *options])
-    assert "rte is known from before" in again.stderr
+    assert "rte found in the cache" in again.stderr
     assert "1 tasks computed earlier" in " ".join(again.stdout.split())
     anew = CliRunner().invoke(app, ["eval", first, "--tasks", "rte", "--no-cache", *options])
     assert "rte done in" in anew.stderr
@@ -293,10 +295,12 @@ def test_eval_puts_models_side_by_side(models, mirror, tmp_path, monkeypatch):
         (["{first}", "--tasks", "rte", "--perplexity", "wikitext3"], "unknown text 'wikitext3'"),
     ],
 )
-def test_eval_refuses_before_it_judges(arguments, complaint, models, mirror, loads, tmp_path):
+def test_eval_refuses_before_any_work(
+    arguments, complaint, models, local_datasets, loads, tmp_path
+):
     filled = [argument.format(first=models["first"]) for argument in arguments]
     result = CliRunner().invoke(
-        app, ["eval", *filled, "--data", str(mirror), "--cache", str(tmp_path / "c")]
+        app, ["eval", *filled, "--data", str(local_datasets), "--cache", str(tmp_path / "c")]
     )
     assert result.exit_code == 2
     assert complaint in result.stderr
@@ -373,7 +377,7 @@ def test_the_papers_mean_is_compared_by_its_tasks():
     # The paper's own row for dense LLaMA-7B, and the mean that it prints.
     table = dict(zip(PAPER7, (0.7505, 0.6643, 0.5692, 0.6993, 0.7534, 0.4189, 0.3440), strict=True))
     dense = results("llama", **{task: (value, 0.01) for task, value in table.items()})
-    assert round(100 * dense.figures()["mean of paper7", "acc"].value, 2) == 59.99
+    assert round(100 * dense.metrics()["mean of paper7", "acc"].value, 2) == 59.99
 
 
 def test_different_rows_are_not_compared():

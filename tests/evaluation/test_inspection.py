@@ -1,4 +1,4 @@
-"""What `inspect` says of a checkpoint and of a loaded model."""
+"""Inspection of a checkpoint and of a loaded model."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def text_file(tmp_path):
 
 
 def slow_loss(model, ids: torch.Tensor) -> float:
-    """Token by token, in float64: each given those before it in its window, a mean per window, a mean of these."""
+    """The loss token by token in float64: a mean per window, then the mean over windows."""
     losses = []
     for window in ids:
         terms = []
@@ -64,7 +64,7 @@ def slow_loss(model, ids: torch.Tensor) -> float:
     return sum(losses) / len(losses)
 
 
-# --- the number ---
+# --- the loss ---
 
 
 def test_against_token_by_token_scoring(model, text_file):
@@ -87,7 +87,7 @@ def test_windows_do_not_overlap_and_the_rest_is_dropped(model, text_file):
     assert result.loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_windows_count_alike_whatever_the_batch(model):
+def test_the_loss_does_not_depend_on_the_batch(model):
     ids = torch.randint(0, VOCABULARY, (7, 20))
     seen = []
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_windows_count_alike_whatever_the_batch(model):
     assert seen[7:10] == [(3, 7), (6, 7), (7, 7)]
 
 
-def test_rows_are_scored_in_pieces_without_a_seam():
+def test_scoring_rows_in_pieces_gives_the_same_loss():
     vocabulary, length = 11, 2 * ROWS + 3
     logits = torch.randn(1, length, vocabulary, dtype=torch.bfloat16)
     ids = torch.randint(0, vocabulary, (1, length))
@@ -115,7 +115,7 @@ def test_rows_are_scored_in_pieces_without_a_seam():
     assert score_windows(lambda _: logits, ids) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_model_that_knows_nothing_scores_the_size_of_its_vocabulary(model, text_file):
+def test_uniform_logits_give_the_size_of_the_vocabulary(model, text_file):
     with torch.no_grad():
         model.lm_head.weight.zero_()
     result = perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=32, limit=2)
@@ -136,7 +136,7 @@ def test_a_folder_scores_as_the_loaded_model(model, text_file, tmp_path):
     assert half.protocol.endswith("bfloat16")
 
 
-def test_result_says_how_it_was_measured(model, text_file):
+def test_the_result_has_its_protocol(model, text_file):
     result = perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=32, limit=3)
     assert "3 windows of 32 tokens without overlap (96 tokens)" in result.protocol
     assert "float32" in result.protocol

@@ -1,4 +1,4 @@
-"""Perplexity block by block: the whole model's figure, to the bit, and no weight read twice."""
+"""Perplexity block by block: equal to the whole model's to the bit, and no weight read twice."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def score(folder, ids, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_figure_is_the_whole_models(family, ids, tmp_path):
+def test_streaming_gives_the_perplexity_of_the_whole_model(family, ids, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", family)
     whole = score(dense, ids, batch=2, stream=False)
     parts = score(dense, ids, batch=2, stream=True)
@@ -39,13 +39,13 @@ def test_the_figure_is_the_whole_models(family, ids, tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
-def test_the_figure_is_the_same_to_the_bit(tied, dtype, ids, tmp_path):
+def test_streaming_gives_the_same_bits(tied, dtype, ids, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, tie_word_embeddings=tied)
     losses = {score(dense, ids, dtype=dtype, stream=stream).loss for stream in (False, True)}
     assert len(losses) == 1
 
 
-def test_logits_come_in_parts_without_a_seam(monkeypatch, ids, tmp_path):
+def test_logits_in_parts_give_the_same_loss(monkeypatch, ids, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "gemma2")
     whole = score(dense, ids, stream=True)
     monkeypatch.setattr("prunus.evaluation.loss.ROWS", 5)
@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_streamed_and_what_does_is_not(monkeypatch, ids, tm
 
 
 def prunus_config(folder):
-    from prunus.model.source import load_config
+    from prunus.model.config import load_config
 
     return load_config(folder)
 
@@ -127,7 +127,7 @@ def test_packed_models_are_not_streamed(ids, tmp_path):
     assert not score(tmp_path / "packed", ids, memory="1GB").streamed
 
 
-def test_a_kept_result_is_found_until_a_file_changes(monkeypatch, ids, tmp_path):
+def test_a_cached_result_is_found_until_a_file_changes(monkeypatch, ids, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
     first = score(dense, ids, stream=True, cache=tmp_path / "cache")
     with monkeypatch.context() as patch:
@@ -140,7 +140,7 @@ def test_a_kept_result_is_found_until_a_file_changes(monkeypatch, ids, tmp_path)
     assert score(dense, ids, stream=True, cache=tmp_path / "cache").loss != first.loss
 
 
-def test_the_verb_streams(ids, tmp_path):
+def test_the_command_streams(ids, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
     options = ["--perplexity", ids, "--seqlen", 24, "--no-cache", "--json", tmp_path / "out.json"]
     call("eval", dense, *options, "--stream", "--memory", "4GB")

@@ -1,4 +1,4 @@
-"""Tasks: a mirror changes nothing but where rows come from; accuracy as a slow reference computes it."""
+"""Tasks: local datasets change only where rows come from, and accuracy equals a slow reference."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from prunus.evaluation.local_datasets import fewshot_split
 from prunus.evaluation.tasks import load_tasks
 from tiny import tiny_model
 from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
-from zeroshot_rows import SPLIT, TASKS, reduced, upstream, write_mirror, write_split
+from zeroshot_rows import SPLIT, TASKS, reduced, upstream, write_local_datasets, write_split
 
-lm_eval = pytest.importorskip("lm_eval", reason="judging on tasks needs the extra eval")
+lm_eval = pytest.importorskip("lm_eval", reason="tasks need the extra eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and its dependencies' own
 
 CHOICES = ("arc_easy", "arc_challenge", "openbookqa")
@@ -31,8 +31,8 @@ def _no_data_folder(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def mirror(tmp_path_factory) -> Path:
-    return write_mirror(tmp_path_factory.mktemp("mirror"))
+def local_datasets(tmp_path_factory) -> Path:
+    return write_local_datasets(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +75,12 @@ def theirs(name: str, splits: dict[str, list[dict]], monkeypatch, shots: int = 0
         patch.setattr(datasets, "load_dataset", load_dataset)
         root = Path(lm_eval.tasks.__file__).parent
         manager = TaskManager(
-            include_defaults=False, include_path=[root / home for home in tasks._HOMES]
+            include_defaults=False, include_path=[root / home for home in tasks._LOCAL_TASK_FOLDERS]
         )
         return requests(manager.load([name])["tasks"][name], shots)
 
 
-# --- the mirror ---
+# --- local datasets ---
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -137,8 +137,8 @@ def test_real_rows_in_upstream_form_give_the_prompts_of_lm_evals_own_task(
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_real_mirror_gives_every_task_its_rows(name, data):
-    [loaded] = load_tasks([name], mirror=data, limit=2)
+def test_real_local_datasets_give_every_task_its_rows(name, data):
+    [loaded] = load_tasks([name], folder=data, limit=2)
     [task] = loaded.content["tasks"].values()
     counts = {"boolq": 3270, "rte": 277, "hellaswag": 10042, "winogrande": 1267, "arc_easy": 2376}
     counts |= {"arc_challenge": 1172, "openbookqa": 500, "lambada_openai": 5153}
@@ -151,24 +151,47 @@ def test_the_real_mirror_gives_every_task_its_rows(name, data):
 @pytest.mark.parametrize(
     ("name", "prompt", "continuations", "target"),
     [
-        ("boolq", "Stone -- Birch is 1 ages old.\u2028It lasts.\nQuestion: is birch older than stone?\nAnswer:",
-         [" no", " yes"], 1),
-        ("rte", "The birch fell 1 days ago.\nQuestion: The birch stands. True or False?\nAnswer:",
-         [" True", " False"], 0),
-        ("hellaswag", "Wrapping gifts: A man has 1 boxes. How to wrap them He takes paper",
-         [" and folds the birch.", " and eats the birch.", " and burns the birch.", " and is the birch."], 1),
-        ("arc_easy", "Question: What grows in 1 years?\nAnswer:", [" birch 0", " cedar 1", " dune 2", " ember 3"], 1),
-        ("openbookqa", "After 1 rains there is", [" birch 0", " cedar 1", " dune 2", " ember 3"], 1),
+        (
+            "boolq",
+            "Stone -- Birch is 1 ages old.\u2028It lasts.\n"
+            "Question: is birch older than stone?\nAnswer:",
+            [" no", " yes"],
+            1,
+        ),
+        (
+            "rte",
+            "The birch fell 1 days ago.\nQuestion: The birch stands. True or False?\nAnswer:",
+            [" True", " False"],
+            0,
+        ),
+        (
+            "hellaswag",
+            "Wrapping gifts: A man has 1 boxes. How to wrap them He takes paper",
+            [f" and {verb} the birch." for verb in ("folds", "eats", "burns", "is")],
+            1,
+        ),
+        (
+            "arc_easy",
+            "Question: What grows in 1 years?\nAnswer:",
+            [" birch 0", " cedar 1", " dune 2", " ember 3"],
+            1,
+        ),
+        (
+            "openbookqa",
+            "After 1 rains there is",
+            [" birch 0", " cedar 1", " dune 2", " ember 3"],
+            1,
+        ),
     ],
-)  # fmt: skip
-def test_prompts_written_out_by_hand(name, prompt, continuations, target, mirror):
-    second = [request for request in ours(name, mirror) if request[0][0] == prompt]
+)
+def test_prompts_written_out_by_hand(name, prompt, continuations, target, local_datasets):
+    second = [request for request in ours(name, local_datasets) if request[0][0] == prompt]
     assert [args[1] for args, _, _ in second] == continuations
     assert {right for _, _, right in second} == {target}
 
 
-def test_winogrande_puts_the_choice_into_the_prompt(mirror):
-    found = ours("winogrande", mirror)[2:4]
+def test_winogrande_puts_the_choice_into_the_prompt(local_datasets):
+    found = ours("winogrande", local_datasets)[2:4]
     assert [args for args, _, _ in found] == [
         ("The birch did not fit in the chest because the birch", " was too big for 1 men."),
         ("The birch did not fit in the chest because the chest", " was too big for 1 men."),
@@ -201,9 +224,9 @@ def test_the_split_of_the_examples_is_lm_evals_choice():
     assert fewshot_split({"training_split": None, "test_split": "test"}) == "test"
 
 
-def test_a_mirror_without_files_is_refused_with_all_their_names(model, tmp_path):
+def test_missing_files_are_refused_with_all_their_names(model, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"boolq_validation.jsonl.*openbookqa_test.jsonl"):
-        load_tasks(["boolq", "openbookqa"], mirror=tmp_path)
+        load_tasks(["boolq", "openbookqa"], folder=tmp_path)
     with pytest.raises(FileNotFoundError, match="data folder does not exist"):
         prunus.evaluate(model, "boolq", tokenizer=byte_tokenizer(), data_dir=tmp_path / "none")
 
@@ -227,14 +250,14 @@ def test_damaged_rows_are_named(line, complaint, tmp_path):
     with path.open("a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError, match=re.escape(f"{path}, {complaint}")):
-        load_tasks(["arc_easy"], mirror=tmp_path)
+        load_tasks(["arc_easy"], folder=tmp_path)
     path.write_text("\n")
     with pytest.raises(ValueError, match="no rows"):
-        load_tasks(["arc_easy"], mirror=tmp_path)
+        load_tasks(["arc_easy"], folder=tmp_path)
 
 
 def test_short_catalogue_holds_the_definitions_of_the_long_one():
-    """No other file of lm-eval defines one of the mirror's tasks, so reading few files finds the same ones."""
+    """No other file of lm-eval defines a task of the local datasets, so a few files are enough."""
     root = Path(lm_eval.__file__).parent / "tasks"
     wanted = re.compile(rf"^task: ({'|'.join(TASKS)})\s*$", re.M)
     found = [
@@ -243,26 +266,26 @@ def test_short_catalogue_holds_the_definitions_of_the_long_one():
         for match in wanted.findall(path.read_text(encoding="utf-8"))
     ]
     assert sorted(match for match, _ in found) == sorted(TASKS)
-    assert all(path.startswith(tasks._HOMES) for _, path in found)
+    assert all(path.startswith(tasks._LOCAL_TASK_FOLDERS) for _, path in found)
 
 
 # --- names ---
 
 
-def test_unknown_tasks_are_refused_with_the_nearest_names(mirror):
+def test_unknown_tasks_are_refused_with_the_nearest_names(local_datasets):
     with pytest.raises(ValueError, match=r"unknown task 'arc_eazy': did you mean arc_easy"):
-        load_tasks(["boolq", "arc_eazy"], mirror=mirror)
+        load_tasks(["boolq", "arc_eazy"], folder=local_datasets)
     with pytest.raises(ValueError, match="no tasks are named"):
-        load_tasks([], mirror=mirror)
+        load_tasks([], folder=local_datasets)
 
 
-def test_paper7_stands_for_the_papers_tasks(mirror):
-    loaded = load_tasks(["rte", "paper7"], mirror=mirror, limit=1)
+def test_paper7_stands_for_the_papers_tasks(local_datasets):
+    loaded = load_tasks(["rte", "paper7"], folder=local_datasets, limit=1)
     assert [task.name for task in loaded] == ["rte", *(task for task in PAPER7 if task != "rte")]
 
 
-def test_empty_names_are_passed_over(model, mirror):
-    options = {"tokenizer": byte_tokenizer(), "data_dir": mirror, "limit": 1}
+def test_empty_names_are_passed_over(model, local_datasets):
+    options = {"tokenizer": byte_tokenizer(), "data_dir": local_datasets, "limit": 1}
     assert [score.task for score in prunus.evaluate(model, " rte, ", **options).scores] == ["rte"]
     with pytest.raises(ValueError, match="no tasks are named"):
         prunus.evaluate(model, ",", **options)
@@ -280,8 +303,8 @@ def test_a_task_with_a_fixed_number_of_examples_keeps_it():
         tasks._set_shots(Task(), 5)
 
 
-def test_the_definition_changes_with_whatever_changes_the_prompts(mirror, tmp_path):
-    def definition(folder=mirror, limit=None, shots=None):
+def test_the_definition_changes_with_whatever_changes_the_prompts(local_datasets, tmp_path):
+    def definition(folder=local_datasets, limit=None, shots=None):
         return load_tasks(["openbookqa"], shots, limit, folder)[0].definition
 
     assert definition() == definition()
@@ -302,7 +325,10 @@ def test_the_definition_changes_with_whatever_changes_the_prompts(mirror, tmp_pa
 
 
 def reference_accuracy(model, tokenizer, asked: list[tuple], winogrande: bool = False):
-    """acc and acc_norm from one plain forward pass per choice: the likelihood of its tokens, alone and per byte."""
+    """acc and acc_norm from one plain forward pass per choice.
+
+    acc takes the choice whose tokens have the largest likelihood, acc_norm the largest per byte.
+    """
     rows: dict[int, list[tuple[float, float, int]]] = {}
     number = -1
     for (context, continuation), choice, target in asked:
@@ -341,9 +367,9 @@ def test_accuracy_is_that_of_a_slow_reference(name, model, tmp_path):
     assert (score.task, score.rows, score.shots, score.cached) == (name, 14, 0, False)
 
 
-def test_the_paper_mean_and_limits(model, mirror):
+def test_the_paper_mean_and_limits(model, local_datasets):
     seen: list[str] = []
-    options = {"tokenizer": byte_tokenizer(), "data_dir": mirror, "progress": seen.append}
+    options = {"tokenizer": byte_tokenizer(), "data_dir": local_datasets, "progress": seen.append}
     found = prunus.evaluate(model, limit=3, **options)
     assert [score.task for score in found.scores] == list(PAPER7)
     assert {score.rows for score in found.scores} == {3}
@@ -378,7 +404,7 @@ def test_a_group_gives_its_own_figures_first(model, tmp_path):
     group = Group.from_config(GroupConfig(group="pair", aggregate_metric_list=metrics))
     for name, count in (("rte", 8), ("openbookqa", 4)):
         write_split(tmp_path, name, SPLIT[name], upstream(name, count))
-    for loaded in load_tasks(["rte", "openbookqa"], mirror=tmp_path):
+    for loaded in load_tasks(["rte", "openbookqa"], folder=tmp_path):
         group.add(*loaded.content["tasks"].values())
     content = TaskManager(include_defaults=False).load([group])
     pair = tasks.LoadedTask("pair", "definition", "the hub", None, content)
@@ -399,7 +425,7 @@ def test_few_shot_numbers_are_reported(model, tmp_path):
         two.scores[0].definition
         != prunus.evaluate(model, "arc_easy", **options).scores[0].definition
     )
-    assert two.figures() == prunus.evaluate(model, "arc_easy", fewshot=2, **options).figures()
+    assert two.metrics() == prunus.evaluate(model, "arc_easy", fewshot=2, **options).metrics()
 
 
 # --- bad input ---
@@ -413,30 +439,30 @@ def test_few_shot_numbers_are_reported(model, tmp_path):
         ({"batch": 0}, "batch must be 'auto' or at least 1"),
         ({"batch": "many"}, "batch must be 'auto' or at least 1"),
         ({"dtype": "int8"}, "dtype must be one of"),
-        ({"dtype": "float32"}, "a loaded model is judged as it is"),
+        ({"dtype": "float32"}, "a loaded model is evaluated as it is"),
         ({"tokenizer": None}, "comes without its tokenizer"),
     ],
 )
-def test_options_out_of_range(options, complaint, model, mirror):
+def test_options_out_of_range(options, complaint, model, local_datasets):
     with pytest.raises(ValueError, match=complaint):
         prunus.evaluate(
-            model, "rte", **{"tokenizer": byte_tokenizer(), "data_dir": mirror, **options}
+            model, "rte", **{"tokenizer": byte_tokenizer(), "data_dir": local_datasets, **options}
         )
 
 
-def test_a_tokenizer_of_another_model_is_refused_before_anything_is_read(mirror, tmp_path):
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_read(local_datasets, tmp_path):
     narrow = tiny_model(vocab_size=100, max_position_embeddings=1024)
     with pytest.raises(
         ValueError, match="its tokenizer has 258 tokens, the model a vocabulary of 100"
     ):
-        prunus.evaluate(narrow, "rte", tokenizer=byte_tokenizer(), data_dir=mirror)
+        prunus.evaluate(narrow, "rte", tokenizer=byte_tokenizer(), data_dir=local_datasets)
     narrow.config.save_pretrained(tmp_path)  # no weights: they would be missed if they were read
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="the tokenizer does not fit"):
-        prunus.evaluate(tmp_path, "rte", data_dir=mirror)
+        prunus.evaluate(tmp_path, "rte", data_dir=local_datasets)
 
 
-def test_token_ids_past_the_vocabulary_are_explained(mirror):
+def test_token_ids_past_the_vocabulary_are_explained(local_datasets):
     """A special token that was added to the tokenizer alone, and is used after all."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["fell"])
@@ -446,29 +472,29 @@ def test_token_ids_past_the_vocabulary_are_explained(mirror):
     with pytest.raises(
         ValueError, match="rte: the tokenizer gives ids outside the model's vocabulary"
     ):
-        prunus.evaluate(model, "rte", tokenizer=tokenizer, data_dir=mirror)
+        prunus.evaluate(model, "rte", tokenizer=tokenizer, data_dir=local_datasets)
 
 
-def test_outputs_that_are_no_numbers_are_refused(mirror):
+def test_outputs_that_are_no_numbers_are_refused(local_datasets):
     model = tiny_model(
         vocab_size=VOCABULARY, max_position_embeddings=1024, bos_token_id=BOS, eos_token_id=EOS
     )
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(ValueError, match=r"rte, row 0: the model's outputs are not finite"):
-        prunus.evaluate(model, "rte", tokenizer=byte_tokenizer(), data_dir=mirror)
+        prunus.evaluate(model, "rte", tokenizer=byte_tokenizer(), data_dir=local_datasets)
 
 
-def test_without_the_extra_its_name_is_given(model, mirror, monkeypatch):
+def test_without_the_extra_its_name_is_given(model, local_datasets, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name)
     )
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'prunus\[eval\]'"):
-        prunus.evaluate(model, "rte", tokenizer=byte_tokenizer(), data_dir=mirror)
+        prunus.evaluate(model, "rte", tokenizer=byte_tokenizer(), data_dir=local_datasets)
 
 
-def test_a_group_cannot_come_from_a_mirror(mirror, monkeypatch):
+def test_a_group_cannot_come_from_local_datasets(local_datasets, monkeypatch):
     class Catalogue:
         class Entry:
             cfg = {"group": "mixed", "task": ["rte"]}  # noqa: RUF012
@@ -477,11 +503,11 @@ def test_a_group_cannot_come_from_a_mirror(mirror, monkeypatch):
         all_tags = all_subtasks = ()
 
     monkeypatch.setattr(tasks, "_catalogue", lambda names: Catalogue)
-    with pytest.raises(ValueError, match="mixed is not a single task with one data set"):
-        load_tasks(["mixed"], mirror=mirror)
+    with pytest.raises(ValueError, match="mixed is not a single task with one dataset"):
+        load_tasks(["mixed"], folder=local_datasets)
 
 
-def test_without_a_mirror_and_a_network_the_mirror_is_offered(monkeypatch):
+def test_without_network_the_error_offers_local_datasets(monkeypatch):
     import datasets
 
     def load_dataset(*_, **__):
@@ -489,6 +515,6 @@ def test_without_a_mirror_and_a_network_the_mirror_is_offered(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(
-        OSError, match=r"rows of rte could not be had .*no route.*--data or PRUNUS_DATA"
+        OSError, match=r"rows of rte could not be loaded .*no route.*--data or PRUNUS_DATA"
     ):
         load_tasks(["rte"])

@@ -1,4 +1,4 @@
-"""A few made-up rows of every zero-shot task, as they are on the hub, and how a mirror keeps them."""
+"""A few made-up rows of every zero-shot task: as on the hub, and as in local datasets."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def _hellaswag(n: int) -> Row:
 
 def _winogrande(n: int) -> Row:
     return {
-        "sentence": f"The {_WORDS[n % 8]} did not fit in the chest because the _ was too big for {n} men.",
+        "sentence": (
+            f"The {_WORDS[n % 8]} did not fit in the chest because the _ was too big for {n} men."
+        ),
         "option1": _WORDS[n % 8],
         "option2": "chest",
         "answer": str(1 + n % 2),
@@ -97,7 +99,7 @@ _MAKERS = {
     "lambada_openai": _lambada,
 }
 TASKS = tuple(_MAKERS)
-#: What each task scores, as upstream names the split.
+#: The split that each task scores, by its name on the hub.
 SPLIT = {
     task: "test" if task.startswith(("arc", "open", "lam")) else "validation" for task in TASKS
 }
@@ -105,12 +107,15 @@ _STEM = {"winogrande": "winogrande_xl"}
 
 
 def upstream(task: str, count: int = 6, first: int = 0) -> list[Row]:
-    """Rows as the hub has them."""
+    """Rows as they are on the hub."""
     return [_MAKERS[task](n) for n in range(first, first + count)]
 
 
 def reduced(task: str, row: Row) -> Row:
-    """What a mirror keeps of a row: choices as a list with the index of the right one; the last word apart."""
+    """A row as a local folder has it.
+
+    Choices are a list with the index of the correct one, and LAMBADA's last word is separate.
+    """
     if task.startswith(("arc", "openbookqa")):
         gold = row["choices"]["label"].index(row["answerKey"].strip())
         question = row["question" if "question" in row else "question_stem"]
@@ -126,9 +131,9 @@ def reduced(task: str, row: Row) -> Row:
     return row
 
 
-def write_split(mirror: Path, task: str, split: str, rows: list[Row]) -> Path:
-    """A file of a mirror; HellaSwag's is compressed, as in the real one."""
-    folder = mirror / "zeroshot"
+def write_split(data: Path, task: str, split: str, rows: list[Row]) -> Path:
+    """Write one file of local datasets. HellaSwag's is compressed, to cover that as well."""
+    folder = data / "zeroshot"
     folder.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path = folder / f"{_STEM.get(task, task)}_{split}.jsonl"
@@ -140,10 +145,8 @@ def write_split(mirror: Path, task: str, split: str, rows: list[Row]) -> Path:
     return path
 
 
-def write_mirror(mirror: Path, count: int = 6) -> Path:
-    """All tasks' scored splits, as a mirror keeps them."""
+def write_local_datasets(data: Path, count: int = 6) -> Path:
+    """Write the split that is scored, for all tasks."""
     for task in TASKS:
-        write_split(
-            mirror, task, SPLIT[task], [reduced(task, row) for row in upstream(task, count)]
-        )
-    return mirror
+        write_split(data, task, SPLIT[task], [reduced(task, row) for row in upstream(task, count)])
+    return data

@@ -1,4 +1,4 @@
-"""Sweeps: the grid and its cells, the same figures as single commands give, resuming, failures, what is refused."""
+"""Sweeps: grid and cells, the same results as single commands, resuming, failures, refusals."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def sweep_of(dense: Path, grid: dict = GRID, **keys) -> Sweep:
     return Sweep.model_validate(values | keys)
 
 
-def figures(results: SweepResults) -> dict:
-    """Everything but times."""
+def without_times(results: SweepResults) -> dict:
+    """The results without all times."""
     content = results.model_dump(mode="json")
 
     def without_seconds(value):
@@ -75,7 +75,7 @@ def figures(results: SweepResults) -> dict:
 # --- the grid ---
 
 
-def test_a_grid_spans_all_combinations_and_names_say_where_they_depart_from_the_base():
+def test_a_grid_spans_all_combinations_and_names_have_what_differs_from_the_recipe():
     sweep = Sweep.model_validate(
         {
             "title": "t",
@@ -102,7 +102,7 @@ def test_a_grid_spans_all_combinations_and_names_say_where_they_depart_from_the_
     assert cells[2].recipe.sparsity == 0.5
 
 
-def test_a_grid_takes_the_place_of_the_base_in_both_directions():
+def test_a_grid_replaces_a_pattern_by_a_sparsity_and_vice_versa():
     pattern = Sweep.model_validate(
         {
             "title": "t",
@@ -117,7 +117,7 @@ def test_a_grid_takes_the_place_of_the_base_in_both_directions():
     ]
 
 
-def test_cells_that_two_grids_share_are_one_and_recoveries_follow_what_they_recover():
+def test_a_cell_of_two_grids_is_one_cell_and_recoveries_follow_it():
     sweep = Sweep.model_validate(
         {
             "title": "t",
@@ -152,7 +152,7 @@ AXES = {
         {}, optional={k: st.lists(v, min_size=1, max_size=3, unique=True) for k, v in AXES.items()}
     )
 )
-def test_names_are_unique_plain_and_stay_when_values_are_added(grid):
+def test_names_are_unique_and_stay_when_values_are_added(grid):
     def cells(table):
         return {c.name: c for c in Sweep(title="t", models=("m",), grid=(table,)).cells()}
 
@@ -204,7 +204,7 @@ def test_names_are_unique_plain_and_stay_when_values_are_added(grid):
         ),
         (
             'title = "t"\nmodels = ["m"]\n[[grid]]\nmask_order = ["blockwise"]',
-            "belong to method 'obs'",
+            "belongs to method 'obs'",
         ),
         (
             'title = "t"\nmodels = ["m"]\nrecipe = {sample = 3}\n[[grid]]',
@@ -225,7 +225,7 @@ def test_a_sweep_file_with_a_fault_is_refused_by_name(text, message, tmp_path):
     assert str(path) in str(fault.value)
 
 
-def test_the_command_lines_models_take_the_place_of_the_files(tmp_path):
+def test_models_of_the_command_line_replace_those_of_the_file(tmp_path):
     path = tmp_path / "sweep.toml"
     path.write_text('title = "t"\nmodels = ["one"]\n[[grid]]\n')
     assert [cell.model for cell in load_sweep(path, ("a/two", "three")).cells()] == ["two", "three"]
@@ -243,7 +243,7 @@ def test_the_command_lines_models_take_the_place_of_the_files(tmp_path):
         ("weight-update", 6),
     ],
 )
-def test_the_examples_are_sweeps_that_a_model_passes(name, cells, dense, tmp_path):
+def test_the_examples_are_sweeps_that_pass_all_checks(name, cells, dense, tmp_path):
     sweep = load_sweep(EXAMPLES / f"{name}.toml", (str(dense),))
     assert len(sweep.cells()) == cells
     # The tiny model has 64 positions and Python's own text: only these are not the example's.
@@ -266,7 +266,7 @@ def swept(dense, tmp_path_factory) -> Path:
     return folder
 
 
-def test_cells_give_the_figures_of_the_single_commands(dense, swept, tmp_path):
+def test_cells_give_the_results_of_single_commands(dense, swept, tmp_path):
     results = SweepResults.load(swept)
     assert results.models["dense"].scores["python-docs"].perplexity == pytest.approx(
         prunus.perplexity(dense, "python-docs", seqlen=32, limit=4).perplexity, rel=1e-12
@@ -303,7 +303,7 @@ def test_windows_are_drawn_once_and_shared(swept):
     assert used == {expected.sha256}
 
 
-def test_the_weights_of_finished_cells_go_unless_they_are_to_be_kept(dense, swept, tmp_path):
+def test_weights_of_finished_cells_are_deleted_unless_they_are_kept(dense, swept, tmp_path):
     assert not list(swept.glob("cells/*/model"))
     assert len(list(swept.glob(f"cells/*/{MANIFEST_NAME}"))) == 4
     run_sweep(sweep_of(dense, {"method": "wanda"}, keep_checkpoints=True), tmp_path / "out")
@@ -311,7 +311,7 @@ def test_the_weights_of_finished_cells_go_unless_they_are_to_be_kept(dense, swep
     assert (kept["model.layers.0.mlp.up_proj.weight"] == 0).float().mean() == 0.5
 
 
-def test_the_table_holds_the_figures_of_the_json(swept):
+def test_the_table_holds_the_values_of_the_json(swept):
     content = json.loads((swept / "results.json").read_text())
     rows = list(csv.DictReader(io.StringIO((swept / "results.csv").read_text())))
     assert [row["name"] for row in rows] == ["dense-dense"] + [
@@ -332,13 +332,11 @@ def test_the_table_holds_the_figures_of_the_json(swept):
 
 
 class Stopped(BaseException):
-    """As a kill: nothing catches it."""
+    """Works like a kill: nothing catches it."""
 
 
 @pytest.mark.parametrize("lines", [1, 2, 3, 6])
-def test_a_sweep_that_was_stopped_goes_on_to_the_same_results(
-    lines, dense, swept, tmp_path, monkeypatch
-):
+def test_a_stopped_sweep_continues_to_the_same_results(lines, dense, swept, tmp_path, monkeypatch):
     said: list[str] = []
 
     def stop(line: str) -> None:
@@ -355,12 +353,12 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_same_results(
         sweep_cells, "run", lambda *a, **k: pruned.append(a[1].parent.name) or original(*a, **k)
     )
     again = run_sweep(sweep_of(dense), tmp_path / "out", file="sweep.toml")
-    assert not set(pruned) & set(done), "a finished cell is not begun again"
-    assert figures(again) == figures(SweepResults.load(swept))
-    assert figures(SweepResults.load(tmp_path / "out")) == figures(again)
+    assert not set(pruned) & set(done), "a finished cell is not started again"
+    assert without_times(again) == without_times(SweepResults.load(swept))
+    assert without_times(SweepResults.load(tmp_path / "out")) == without_times(again)
 
 
-def test_a_finished_sweep_does_nothing_more(dense, swept, tmp_path, monkeypatch):
+def test_a_finished_sweep_does_no_work(dense, swept, tmp_path, monkeypatch):
     shutil.copytree(swept, tmp_path / "out")
     monkeypatch.setattr(sweep_cells, "run", None)
     monkeypatch.setattr(sweep_cells, "perplexity", None)
@@ -370,7 +368,7 @@ def test_a_finished_sweep_does_nothing_more(dense, swept, tmp_path, monkeypatch)
     assert (tmp_path / "out/results.json").read_bytes() == (swept / "results.json").read_bytes()
 
 
-def test_what_fails_is_written_down_and_tried_again(dense, swept, tmp_path, monkeypatch):
+def test_failures_are_recorded_and_tried_again(dense, swept, tmp_path, monkeypatch):
     original = sweep_cells.perplexity
 
     def faulty(model, *arguments, **options):
@@ -394,7 +392,7 @@ def test_what_fails_is_written_down_and_tried_again(dense, swept, tmp_path, monk
     )
     monkeypatch.setattr(sweep_cells, "perplexity", original)
     again = run_sweep(sweep_of(dense), tmp_path / "out")
-    assert figures(again) == figures(SweepResults.load(swept))
+    assert without_times(again) == without_times(SweepResults.load(swept))
 
 
 def test_without_a_dense_baseline_no_cell_is_pruned(dense, tmp_path, monkeypatch):
@@ -513,12 +511,12 @@ def test_recoveries_share_one_pruned_model_and_can_be_added(dense, tmp_path, mon
         )
 
 
-def test_tasks_are_checked_judged_and_kept_with_their_errors(dense, tmp_path, monkeypatch):
+def test_tasks_are_checked_scored_and_stored_with_their_errors(dense, tmp_path, monkeypatch):
     checked = []
 
-    def judge(model, tasks, **options):
+    def evaluate(model, tasks, **options):
         metrics = {"acc": Metric(0.5, 0.1, (0.0, 1.0)), "acc_norm": Metric(float("nan"), None)}
-        score = TaskScore("boolq", metrics, 0, 2, "1", "sha", "mirror", 0.1)
+        score = TaskScore("boolq", metrics, 0, 2, "1", "sha", "local", 0.1)
         assert (tasks, options["limit"], options["fewshot"]) == (("boolq",), 2, None)
         return TaskResults(str(model), (score,), {})
 
@@ -526,7 +524,7 @@ def test_tasks_are_checked_judged_and_kept_with_their_errors(dense, tmp_path, mo
         "prunus.evaluation.task_runner.prepare_tasks",
         lambda models, tasks, **_: checked.append((models, tasks)),
     )
-    monkeypatch.setattr(sweep_cells, "evaluate", judge)
+    monkeypatch.setattr(sweep_cells, "evaluate", evaluate)
     sweep = sweep_of(
         dense, {"method": "magnitude"}, scoring={"texts": [], "tasks": ["boolq"], "task_limit": 2}
     )
@@ -543,7 +541,7 @@ def test_tasks_are_checked_judged_and_kept_with_their_errors(dense, tmp_path, mo
         ("0.5", "0.1", "")
     ] * 2
     monkeypatch.setattr(sweep_cells, "evaluate", None)
-    run_sweep(sweep, tmp_path / "out")  # all is known
+    run_sweep(sweep, tmp_path / "out")  # nothing is left to do
 
 
 # --- the residual gap ---
@@ -579,7 +577,7 @@ def results_of(dense: float, *cells: CellResult) -> SweepResults:
     )
 
 
-def test_the_residual_gap_is_to_wanda_in_the_same_circumstances():
+def test_the_residual_gap_compares_to_wanda_under_the_same_conditions():
     wanda = made("w", 30.0)
     cells = {
         "wanda": (wanda, 1.0),
@@ -621,8 +619,9 @@ def test_results_that_are_damaged_or_missing_are_named(swept, tmp_path):
 
 def write_toml(path: Path, dense: Path, sparsity: str = "[0.5]") -> Path:
     path.write_text(
-        f'title = "t"\nmodels = [{json.dumps(str(dense))}]\n[recipe]\ncalibration = "python-docs"\nsamples = 2\n'
-        f'seqlen = 16\n[scoring]\ntexts = ["python-docs"]\nseqlen = 16\nlimit = 2\n'
+        f'title = "t"\nmodels = [{json.dumps(str(dense))}]\n'
+        '[recipe]\ncalibration = "python-docs"\nsamples = 2\nseqlen = 16\n'
+        '[scoring]\ntexts = ["python-docs"]\nseqlen = 16\nlimit = 2\n'
         f'[[grid]]\nmethod = ["magnitude"]\nsparsity = {sparsity}\n'
     )
     return path

@@ -1,4 +1,22 @@
-"""What a model is worth: perplexity, accuracy on tasks, and whether two models differ."""
+"""How good a model is: perplexity, accuracy on tasks and images, and whether two models differ.
+
+text.py                 scoring texts, cut into windows that do not overlap
+perplexity.py           perplexity of a model on a text
+streamed_perplexity.py  the same for a model that does not fit in memory: block by block
+loss.py                 the loss of one window
+tasks.py                tasks of lm-eval, with rows from the hub or from local_datasets.py
+task_runner.py          models on tasks: checked, looked up in the cache, scored
+lm_eval_results.py      results of lm-eval as our own scores
+task_scores.py          scores with standard errors
+comparison.py           differences between models, paired row by row
+images.py               top-1 accuracy of image classifiers
+cache.py                results of earlier calls, found by what determines them
+model_input.py          the model that is given: folder, hub id, adapter or loaded model
+speed.py                decoding speed, file size and memory
+generation.py           text that a model writes
+inspection.py           sparsity and N:M patterns in a checkpoint
+histograms.py           how weights and scores of one linear are distributed
+"""
 
 from prunus.evaluation.cache import default_cache_folder
 from prunus.evaluation.comparison import Difference, compare, side_by_side

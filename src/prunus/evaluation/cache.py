@@ -1,8 +1,11 @@
-"""Results that were computed before, found again by what determines them.
+"""A cache of evaluation results, addressed by everything that determines them.
 
-An entry is a JSON file. Its name is the SHA-256 of its key, and the key holds everything that decides the figure:
-the bytes of the checkpoint, the task or text, options, versions. Nothing is ever out of date; entries may be
-deleted at any time.
+An entry is a JSON file. Its name is the SHA-256 of its key. The key holds all inputs of the result:
+the bytes of the checkpoint, the task or text, the options and the versions.
+
+Results are addressed by content and not by path for two reasons. A copied or renamed checkpoint
+finds its results again, and a checkpoint that was changed in place does not find stale ones. An
+entry is therefore never out of date, and you may delete any entry at any time.
 """
 
 from __future__ import annotations
@@ -27,46 +30,71 @@ __all__ = [
     "checkpoint_digest",
     "default_cache_folder",
     "environment",
-    "files_as_they_are",
+    "file_states",
 ]
 
-# The number of threads is left out: it can change the last bit of a sum, and would make every machine start anew.
-_DECISIVE = ("prunus", "torch", "transformers")
+#: Packages whose versions are part of a key.
+_KEY_VERSIONS = ("prunus", "torch", "transformers")
 
 
 def default_cache_folder() -> Path:
-    """PRUNUS_CACHE where it is set; otherwise `prunus/results` in the user's cache folder (XDG_CACHE_HOME)."""
-    if place := os.environ.get("PRUNUS_CACHE"):
-        return Path(place)
+    """The folder in PRUNUS_CACHE if it is set, else `prunus/results` in the user's cache folder.
+
+    The user's cache folder is the one in XDG_CACHE_HOME, or `~/.cache`.
+    """
+    if folder := os.environ.get("PRUNUS_CACHE"):
+        return Path(folder)
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "prunus" / "results"
 
 
 @dataclass(frozen=True)
 class ResultCache:
-    """A folder of results. It is made when the first one is kept."""
+    """A folder of results. The first `put` creates it.
+
+    >>> import tempfile
+    >>> cache = ResultCache(Path(tempfile.mkdtemp()))
+    >>> cache.get({"task": "rte", "limit": 10}) is None
+    True
+    >>> cache.put({"task": "rte", "limit": 10}, {"acc": 0.5})
+    >>> cache.get({"limit": 10, "task": "rte"})
+    {'acc': 0.5}
+    """
 
     folder: Path
 
-    def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The result kept under `key` (JSON values only), None where there is none or it is damaged."""
+    def get(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Look up the result of `key`.
+
+        Args:
+            key: everything that determines the result, as JSON values. The order does not matter.
+
+        Returns:
+            The result, or None if there is none or its file is damaged.
+        """
         try:
             entry = read_json(self._path(key))
         except (OSError, ValueError):
             return None
+        # The whole key is compared: a damaged file must not pass for a result.
         if not isinstance(entry, dict) or entry.get("key") != dict(key):
             return None
         result = entry.get("result")
         return result if isinstance(result, dict) else None
 
-    def keep(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
-        """Keep a result. A cache that cannot be written must not cost the result: the reason comes back as text."""
+    def put(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> str | None:
+        """Write a result.
+
+        Returns:
+            None, or a message if the cache cannot be written. This is no exception, because the
+            result itself is fine and may have taken hours.
+        """
         path = self._path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"key": dict(key), "result": dict(result)})
         except OSError as fault:
-            return f"the result could not be kept in {self.folder}: {fault}"
+            return f"the result could not be written to the cache {self.folder}: {fault}"
         return None
 
     def _path(self, key: Mapping[str, Any]) -> Path:
@@ -75,19 +103,28 @@ class ResultCache:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The hardware and the versions that a figure depends on, for keys."""
+    """The processor, the device and the versions on which a result depends, as part of a key.
+
+    The number of threads is not in it. It can change the last bit of a sum, but with it in the key
+    the cache would be of no use on another number of threads.
+    """
     return {
         "processor": processor_name(),
         "device": describe_hardware(device)["device"],
-        "versions": {name: number for name, number in versions().items() if name in _DECISIVE},
+        "versions": {name: number for name, number in versions().items() if name in _KEY_VERSIONS},
     }
 
 
 def checkpoint_digest(folder: Path, code: bool = False) -> str:
-    """SHA-256 over the content of a checkpoint: weights, index, configuration, tokenizer; an adapter's base too.
+    """SHA-256 of a checkpoint's content: weights, index, configuration, tokenizer, adapter base.
 
-    Names count, the folder's own does not: a copy elsewhere has the same digest. What only describes the checkpoint
-    (`prunus.json`, the model card) does not count. Python files count where they may run (`code`).
+    File names are part of the digest, the folder's own name is not: a copy in another folder has
+    the same digest. Files that only describe the checkpoint (`prunus.json`, the model card) are not
+    part of it.
+
+    Args:
+        folder: the checkpoint.
+        code: include Python files, because they may run.
     """
     files = {*folder.glob("*.safetensors"), *auxiliary_files(folder, code)}
     if (folder / INDEX_NAME).is_file():
@@ -100,11 +137,11 @@ def checkpoint_digest(folder: Path, code: bool = False) -> str:
     return digest.hexdigest()
 
 
-def files_as_they_are(folder: Path) -> list[list[Any]]:
-    """What stands for `checkpoint_digest` where no byte is to be read: every file's place, size and times.
+def file_states(folder: Path) -> list[list[Any]]:
+    """Path, size in bytes and times of every file, for checkpoints that are too large to hash.
 
-    A copy elsewhere is another checkpoint then; a file that was changed in place is too, as nothing sets the time of
-    its last change of status back.
+    A copy in another folder counts as another checkpoint. A file that was changed in place does
+    too: no program can set back the time of the last status change (ctime).
     """
     found = []
     for path in sorted(

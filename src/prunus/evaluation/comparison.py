@@ -1,8 +1,13 @@
-"""Models side by side: is a difference more than chance?
+"""Differences between models, with their standard errors.
 
-All models answer the same rows, so the difference is taken row by row: with d_i the difference of two models'
-outcomes on row i, its standard error is sd(d)/√n (sd with n − 1). That is smaller than √(s₁² + s₂²), which
-takes the models for independent, and is used where no outcomes of single rows are known.
+All models answer the same rows, so we subtract row by row. Let d_i be the difference of two models'
+outcomes on row i of n. The difference of their means is the mean of d, and its standard error is
+
+    se(d) = sd(d) / √n,   sd(d)² = Σ (d_i − mean(d))² / (n − 1).
+
+This paired error is smaller than √(s₁² + s₂²), the error for independent samples, because two
+models mostly fail on the same rows. The independent error is used only where the outcomes of single
+rows are unknown.
 """
 
 from __future__ import annotations
@@ -10,23 +15,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prunus.evaluation.perplexity import PerplexityResult
 from prunus.evaluation.task_scores import MEAN, PAPER7, Metric, TaskResults, paired_difference
+
+if TYPE_CHECKING:
+    from prunus.evaluation.perplexity import PerplexityResult
 
 __all__ = ["Difference", "compare", "side_by_side"]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One model's figure minus the first model's.
+    """The value of one metric for a model, minus the value for the first model.
+
+    >>> Difference("pruned", "rte", "acc", value=-0.05, stderr=0.02, paired=True).significant
+    True
 
     Attributes:
-        model, task, metric: whose and which.
+        model: the model that is compared to the first one.
+        task: name of the task.
+        metric: name of the metric.
         value: the difference, in the unit of the metric.
-        stderr: its standard error, None where it is not known.
-        paired: whether it was taken row by row.
+        stderr: standard error of the difference, or None if it is unknown.
+        paired: whether the difference was taken row by row.
     """
 
     model: str
@@ -38,51 +50,55 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether it is beyond two standard errors. An unknown error makes nothing significant."""
+        """Whether the difference exceeds two standard errors; False if the error is unknown."""
         return self.stderr is not None and abs(self.value) > 2 * self.stderr
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The fields and the significance as plain values for JSON."""
         return asdict(self) | {"beyond_two_standard_errors": self.significant}
 
 
 def compare(results: Sequence[TaskResults]) -> list[Difference]:
-    """Differences of every model but the first to the first, figure by figure.
+    """Compare every model to the first one, metric by metric.
+
+    >>> from prunus.evaluation.task_scores import TaskScore
+    >>> def scored(model, *outcomes):
+    ...     metrics = {"acc": Metric(sum(outcomes) / len(outcomes), None, outcomes)}
+    ...     return TaskResults(model, (TaskScore("rte", metrics, 0, 4, "1", "", "", 1.0),), {})
+    >>> [change] = compare([scored("dense", 1, 1, 1, 0), scored("pruned", 1, 0, 1, 0)])
+    >>> change.value, change.stderr, change.paired
+    (-0.25, 0.25, True)
+
+    Args:
+        results: of all models, on the same tasks.
+
+    Returns:
+        The differences, model by model. The mean over the paper's seven tasks comes last.
 
     Raises:
-        ValueError: a task was not the same for two models: other rows, another number of examples.
+        ValueError: a task differs between two models: other rows, prompts or number of examples.
     """
     found = []
     for other in results[1:]:
         _check_same_tasks(results[0], other)
-        before, after = results[0].figures(), other.figures()
+        before, after = results[0].metrics(), other.metrics()
         for task, metric in [key for key in before if key in after and key[0] != MEAN]:
             value, stderr, paired = _difference(before[task, metric], after[task, metric])
             found.append(Difference(other.model, task, metric, value, stderr, paired))
         if (MEAN, "acc") in before and (MEAN, "acc") in after:
             parts = [_difference(before[task, "acc"], after[task, "acc"]) for task in PAPER7]
-            errors = [stderr for _, stderr, _ in parts if stderr is not None]
-            found.append(
-                Difference(
-                    other.model,
-                    MEAN,
-                    "acc",
-                    sum(value for value, _, _ in parts) / len(PAPER7),
-                    math.hypot(*errors) / len(PAPER7) if len(errors) == len(PAPER7) else None,
-                    all(paired for _, _, paired in parts),
-                )
-            )
+            found.append(_mean_difference(other.model, parts))
     return found
 
 
 def side_by_side(
     perplexities: Mapping[str, Sequence[PerplexityResult]], results: Sequence[TaskResults]
 ) -> dict[str, Any]:
-    """What `prunus eval --json` writes: every model's figures, and the differences to the first.
+    """What `prunus eval --json` writes: every model's results, and the differences to the first.
 
     Args:
-        perplexities: model -> its results, possibly none.
-        results: of the same models on tasks, or none at all.
+        perplexities: model -> its perplexities. The lists may be empty.
+        results: of the same models on tasks, or an empty sequence.
     """
     on_tasks = {result.model: result.as_dict() for result in results}
     return {
@@ -108,11 +124,27 @@ def _difference(first: Metric, other: Metric) -> tuple[float, float | None, bool
     return value, math.hypot(first.stderr, other.stderr), False
 
 
+def _mean_difference(model: str, parts: Sequence[tuple[float, float | None, bool]]) -> Difference:
+    """The mean of the differences on the paper's tasks.
+
+    The tasks have different rows, so their errors are independent: se = √(Σ se²) / 7.
+    """
+    errors = [stderr for _, stderr, _ in parts if stderr is not None]
+    return Difference(
+        model,
+        MEAN,
+        "acc",
+        sum(value for value, _, _ in parts) / len(PAPER7),
+        math.hypot(*errors) / len(PAPER7) if len(errors) == len(PAPER7) else None,
+        all(paired for _, _, paired in parts),
+    )
+
+
 def _check_same_tasks(first: TaskResults, other: TaskResults) -> None:
     definitions = {score.task: score.definition for score in first.scores}
     for score in other.scores:
         if definitions.get(score.task, score.definition) != score.definition:
             raise ValueError(
-                f"{score.task} was not the same for {first.model} and {other.model}: other rows, prompts or "
-                "examples; judge both again with the same options"
+                f"{score.task} was not the same for {first.model} and {other.model}: other rows, "
+                "prompts or examples; evaluate both again with the same options"
             )

@@ -1,4 +1,4 @@
-"""Letting a model write: for a person at a terminal, and for measuring how fast it does."""
+"""Text that a model writes, piece by piece: for a person at a terminal."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ __all__ = ["generate"]
 def generate(
     model: str | Path, prompt: str, *, max_new_tokens: int = 128, chat: bool = False
 ) -> Iterator[str]:
-    """Yield the continuation of `prompt` piece by piece, by the model's own generation settings.
+    """Yield the continuation of `prompt` piece by piece, with the model's own generation settings.
 
     Args:
         model: checkpoint folder or hub id, dense or packed.
-        prompt: text to continue, or with `chat` what the user says.
-        max_new_tokens: where to stop at the latest.
+        prompt: the text to continue. With `chat`, the message of the user.
+        max_new_tokens: the largest number of tokens to generate.
         chat: put the prompt into the tokenizer's chat template.
 
     Raises:
-        ValueError: an empty prompt, a length below 1, or `chat` with a tokenizer that has no template.
+        ValueError: an empty prompt, a length below 1, or `chat` with a tokenizer that has no
+            template.
     """
     if not prompt:
         raise ValueError("the prompt is empty; give some text")
@@ -52,20 +53,22 @@ def generate(
 
 
 def _stream(loaded: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> Iterator[str]:
+    """Generate in a second thread, and yield each piece as soon as it is there."""
     from transformers import TextIteratorStreamer
 
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
 
-    def work() -> None:
+    def generate_in_thread() -> None:
         try:
             with torch.no_grad():
                 loaded.generate(**inputs, streamer=streamer, max_new_tokens=max_new_tokens)
         except BaseException as fault:
+            # The reader below would wait forever for the next piece.
             failure.append(fault)
             streamer.end()
 
-    thread = Thread(target=work, daemon=True)
+    thread = Thread(target=generate_in_thread, daemon=True)
     thread.start()
     yield from streamer
     thread.join()

@@ -1,4 +1,4 @@
-"""What an image classifier is worth: top-1 accuracy on a folder with a subfolder of images per class.
+"""Top-1 accuracy of image classifiers, on a folder with a subfolder of images per class.
 
 Legend: N images, K labels.
 """
@@ -17,12 +17,12 @@ import torch
 from prunus.calibration.images import ImageFolder, list_images, read_images
 from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.task_scores import paired_difference
+from prunus.model.config import load_config
 from prunus.model.device import choose_device
 from prunus.model.dtypes import check_dtype
 from prunus.model.image_processor import load_image_processor
 from prunus.model.kinds import IMAGES, kind_of
 from prunus.model.loading import load_model
-from prunus.model.source import load_config
 
 __all__ = ["ImageScore", "image_accuracy"]
 
@@ -31,12 +31,17 @@ __all__ = ["ImageScore", "image_accuracy"]
 class ImageScore:
     """Top-1 accuracy of one model.
 
+    >>> dense = ImageScore("dense", 4, (True, True, True, False), "by name", 1.0)
+    >>> pruned = ImageScore("pruned", 4, (True, False, True, False), "by name", 1.0)
+    >>> dense.accuracy, pruned.minus(dense)
+    (0.75, (-0.25, 0.25))
+
     Attributes:
-        model: as it was named.
-        images: how many were judged.
-        correct: per image whether the label with the largest logit is its class.
+        model: name of the model.
+        images: number of images.
+        correct: for every image, whether the label with the largest logit is its class.
         labels: how folders were matched with labels, in words.
-        seconds: for reading and judging all images.
+        seconds: time of reading and classifying all images.
     """
 
     model: str
@@ -47,22 +52,35 @@ class ImageScore:
 
     @property
     def accuracy(self) -> float:
-        """Share of images that are labelled as their folder says."""
+        """Share of correct images, 0 to 1."""
         return sum(self.correct) / self.images
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy, by the binomial distribution."""
+        """Standard error of the accuracy p on n images, √(p (1 − p) / n): it is binomial."""
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.images)
 
     def minus(self, other: ImageScore) -> tuple[float, float]:
-        """The difference to another model's accuracy on the same images, and its standard error, image by image."""
+        """The difference to another model's accuracy on the same images, and its paired error."""
         return paired_difference(other.correct, self.correct)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
-        figures = {"accuracy": self.accuracy, "standard_error": self.standard_error}
-        return {k: v for k, v in asdict(self).items() if k != "correct"} | figures
+        """The score as plain values for JSON, without the outcomes of single images."""
+        shares = {"accuracy": self.accuracy, "standard_error": self.standard_error}
+        return {k: v for k, v in asdict(self).items() if k != "correct"} | shares
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How all models are evaluated: which images, and how they are computed."""
+
+    images: ImageFolder
+    chosen: Sequence[int]
+    batch: int
+    dtype: str
+    device: torch.device
+    trust_remote_code: bool
+    progress: Callable[[str], None] | None
 
 
 def image_accuracy(
@@ -76,25 +94,26 @@ def image_accuracy(
     trust_remote_code: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> list[ImageScore]:
-    """Top-1 accuracy of image classifiers on the images of a folder, each as its own image processor prepares them.
+    """Top-1 accuracy of image classifiers. Each model's own image processor prepares the images.
 
-    A subfolder is the label of its name, where the model's `label2id` knows all of their names; else, where there are
-    as many subfolders as labels, the label of its place in sorted order, as ImageNet's folders are meant.
+    The name of a subfolder is its label, if the model's `label2id` has the names of all subfolders.
+    Otherwise there must be as many subfolders as labels, and the position in sorted order is the
+    label, as for ImageNet's folders.
 
     Args:
         models: checkpoint folders or hub ids.
-        folder: with a subfolder of images per class.
-        limit: judge at most so many images, spread evenly over the folder.
-        batch: images at once.
-        dtype: of the computation: auto (the checkpoint's own), float32, bfloat16 or float16.
-        device: auto (CUDA where there is one), cpu, cuda, cuda:i.
+        folder: a folder with a subfolder of images per class.
+        limit: the largest number of images, spread evenly over the folder. None takes all.
+        batch: number of images in one forward pass.
+        dtype: dtype of the computation: auto (the checkpoint's own), float32, bfloat16 or float16.
+        device: auto (CUDA if there is a device), cpu, cuda or cuda:i.
         trust_remote_code: run model code that comes with the checkpoint.
-        progress: told what is done.
+        progress: called with a line of text after every batch.
 
     Raises:
-        ValueError: arguments out of range, no class folders, or ones that are not the model's labels; a file that is no
-            image; outputs that are not finite.
-        NotImplementedError: a model that is no image classifier.
+        ValueError: an argument is out of range, there are no class folders, they do not match the
+            model's labels, a file is not an image, or outputs are not finite.
+        NotImplementedError: a model is not an image classifier.
         FileNotFoundError, ModuleNotFoundError: no such folder or model, or Pillow is not installed.
     """
     check_dtype(dtype)
@@ -105,10 +124,14 @@ def image_accuracy(
         raise ValueError(
             f"{folder} has no class folders: accuracy needs a subfolder of images per class"
         )
-    place = choose_device(device, None)
-    wanted = range(len(images.paths))
-    if limit is not None and limit < len(wanted):
-        wanted = [step * len(wanted) // limit for step in range(limit)]  # type: ignore[assignment]
+    chosen: Sequence[int] = range(len(images.paths))
+    if limit is not None and limit < len(chosen):
+        # Images are sorted by class. The first ones would all be of the same class.
+        chosen = [step * len(chosen) // limit for step in range(limit)]
+    settings = _Settings(
+        images, chosen, batch, dtype, choose_device(device, None), trust_remote_code, progress
+    )
+    # All models are checked before the first is loaded.
     checked = []
     for model in models:
         found = find_folder(model)
@@ -118,26 +141,11 @@ def image_accuracy(
                 f"{model} is a {kind.name}; --images is for image classifiers"
             )
         checked.append((str(model), found, *_labels(images, config)))
-    return [
-        _score(
-            name,
-            found,
-            labels,
-            how,
-            images,
-            wanted,
-            batch,
-            dtype,
-            place,
-            trust_remote_code,
-            progress,
-        )
-        for name, found, labels, how in checked
-    ]
+    return [_score(name, found, labels, how, settings) for name, found, labels, how in checked]
 
 
 def _labels(images: ImageFolder, config: Any) -> tuple[list[int], str]:
-    """Per class folder the model's label, and how it was found."""
+    """The model's label of every class folder, and how it was found."""
     by_name = {str(name): int(number) for name, number in (config.label2id or {}).items()}
     if all(name in by_name for name in images.classes):
         return [
@@ -145,42 +153,34 @@ def _labels(images: ImageFolder, config: Any) -> tuple[list[int], str]:
         ], "folders by name, through the model's label2id"
     if len(images.classes) == config.num_labels:
         return list(range(config.num_labels)), "folders by sorted order"
-    strange = next(name for name in images.classes if name not in by_name)
+    unknown = next(name for name in images.classes if name not in by_name)
     raise ValueError(
-        f"{images.folder} has {len(images.classes)} class folders, the model {config.num_labels} labels, and {strange!r} "
-        f"is none of these ({', '.join(list(by_name)[:3])}, …): name the folders as the labels, or give all of them"
+        f"{images.folder} has {len(images.classes)} class folders, the model {config.num_labels} "
+        f"labels, and {unknown!r} is none of these ({', '.join(list(by_name)[:3])}, …): name the "
+        "folders as the labels, or give all of them"
     )
 
 
 @torch.no_grad()
-def _score(
-    name: str,
-    folder: Path,
-    labels: list[int],
-    how: str,
-    images: ImageFolder,
-    wanted: Sequence[int],
-    batch: int,
-    dtype: str,
-    device: torch.device,
-    trust_remote_code: bool,
-    progress: Callable[[str], None] | None,
-) -> ImageScore:
-    began = time.perf_counter()
-    processor = load_image_processor(folder, trust_remote_code)
-    model = load_model(folder, dtype, trust_remote_code, kind=IMAGES).to(device)
+def _score(name: str, folder: Path, labels: list[int], how: str, settings: _Settings) -> ImageScore:
+    """Score one model. `labels` has the model's label of every class folder."""
+    started = time.perf_counter()
+    images, chosen = settings.images, settings.chosen
+    processor = load_image_processor(folder, settings.trust_remote_code)
+    model = load_model(folder, settings.dtype, settings.trust_remote_code, kind=IMAGES)
+    model = model.to(settings.device)
     correct: list[bool] = []
-    for start in range(0, len(wanted), batch):
-        places = wanted[start : start + batch]
+    for start in range(0, len(chosen), settings.batch):
+        places = chosen[start : start + settings.batch]
         pixels = read_images([images.paths[i] for i in places], processor)
-        logits_NK = model(pixel_values=pixels.to(device, model.dtype)).logits.float()
+        logits_NK = model(pixel_values=pixels.to(settings.device, model.dtype)).logits.float()
         if not bool(torch.isfinite(logits_NK).all()):
             raise ValueError(
                 f"{name}: the model gives logits that are not finite; try --dtype float32"
             )
         expected = [labels[images.labels[i]] for i in places]
         correct += [a == b for a, b in zip(logits_NK.argmax(dim=1).tolist(), expected, strict=True)]
-        if progress is not None:
-            progress(f"{name}: {len(correct)} of {len(wanted)} images")
-    seconds = round(time.perf_counter() - began, 2)
+        if settings.progress is not None:
+            settings.progress(f"{name}: {len(correct)} of {len(chosen)} images")
+    seconds = round(time.perf_counter() - started, 2)
     return ImageScore(name, len(correct), tuple(correct), how, seconds)

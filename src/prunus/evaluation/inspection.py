@@ -1,4 +1,7 @@
-"""What is in a checkpoint: per block and linear the shape, the dtype, the sparsity, and which N:M patterns hold."""
+"""The linears of a checkpoint: shape, dtype, sparsity, and the N:M patterns that hold.
+
+Legend: O outputs, I inputs of a linear.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,22 @@ from prunus.model.source import CheckpointSource, ModuleSource
 
 __all__ = ["Inspection", "LinearInfo", "inspect"]
 
-#: Patterns that are looked for, the strictest first.
+#: The patterns that are checked, the strictest first.
 PATTERNS = ((1, 4), (2, 4), (2, 8), (4, 8))
 
 
 @dataclass(frozen=True)
 class LinearInfo:
-    """One linear: `shape` is (out, in), `zeros` counts exact zeros, `patterns` the N:M patterns that hold."""
+    """One linear of a block.
+
+    Attributes:
+        block: index of the block.
+        name: full name of the linear.
+        shape: (outputs, inputs).
+        dtype: dtype in which the weight is stored.
+        zeros: number of weights that are exactly zero.
+        patterns: the N:M patterns of `PATTERNS` that hold, such as "2:4".
+    """
 
     block: int
     name: str
@@ -33,12 +45,20 @@ class LinearInfo:
 
     @property
     def sparsity(self) -> float:
+        """Share of exact zeros, 0 to 1."""
         return self.zeros / (self.shape[0] * self.shape[1])
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """All linears of a model's blocks, and the weights in its blocks that no method prunes."""
+    """All linears of a model's blocks, and the other weights in its blocks, which no method prunes.
+
+    Attributes:
+        model: name of the model.
+        blocks: number of blocks.
+        linears: all linears, in the order of the model.
+        left_dense: name -> shape of weights that stay dense.
+    """
 
     model: str
     blocks: int
@@ -47,6 +67,7 @@ class Inspection:
 
     @property
     def weights(self) -> int:
+        """Number of weights in all linears."""
         return sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
 
     @property
@@ -55,7 +76,7 @@ class Inspection:
         return sum(linear.zeros for linear in self.linears) / self.weights
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
+        """All fields as plain values for JSON."""
         rows = [asdict(linear) | {"sparsity": linear.sparsity} for linear in self.linears]
         return {
             "model": self.model,
@@ -68,14 +89,15 @@ class Inspection:
 
 
 def inspect(model: str | Path | nn.Module, *, trust_remote_code: bool = False) -> Inspection:
-    """Look at a checkpoint (one block in memory at a time) or at a loaded model.
+    """Inspect a checkpoint, one block in memory at a time, or a loaded model.
 
     Args:
-        model: a checkpoint folder, a hub id, or a transformers causal LM.
+        model: a checkpoint folder, a hub id, or a loaded transformers model.
         trust_remote_code: let transformers run code that comes with the checkpoint.
 
     Raises:
-        FileNotFoundError, ValueError, NotImplementedError: the checkpoint is damaged or not a causal LM.
+        FileNotFoundError, ValueError, NotImplementedError: the checkpoint is damaged, or of an
+            unknown kind.
     """
     source: CheckpointSource | ModuleSource
     if isinstance(model, nn.Module):
@@ -107,7 +129,12 @@ def _linears(source: CheckpointSource | ModuleSource, skeleton: Skeleton) -> Ite
 
 
 def holds(weight_OI: torch.Tensor, n: int, m: int) -> bool:
-    """Whether at most n of every m consecutive inputs of each row are not zero."""
+    """Whether at most n of every m consecutive inputs of each row are not zero.
+
+    >>> weight_OI = torch.tensor([[1.0, 0.0, 2.0, 0.0], [0.0, 0.0, 3.0, 0.0]])
+    >>> holds(weight_OI, 2, 4), holds(weight_OI, 1, 4)
+    (True, False)
+    """
     rows, columns = weight_OI.shape
     if columns % m:
         return False

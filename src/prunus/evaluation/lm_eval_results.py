@@ -1,4 +1,4 @@
-"""What the dictionary says that lm-eval gives for its results, as scores. Needs no lm-eval."""
+"""Results of lm-eval, read into our own scores. Needs no lm-eval."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ __all__ = ["read_scores"]
 def read_scores(
     found: Mapping[str, Any], *, definition: str, source: str, seconds: float
 ) -> list[TaskScore]:
-    """The scores in what `lm_eval.evaluate` returned; groups come before their members.
+    """Read the scores that `lm_eval.evaluate` returned; groups come before their members.
 
     Args:
-        found: with the samples of every task.
-        definition, source, seconds: of all of them, see `TaskScore`.
+        found: the dictionary, with the samples of every task.
+        definition: SHA-256 of the task, see `TaskScore`.
+        source: where the rows come from.
+        seconds: time of scoring.
 
     Raises:
-        ValueError: likelihoods that are not numbers.
+        ValueError: a log-likelihood is NaN.
     """
     scores = []
     for name in sorted(found["results"], key=lambda name: name in found["samples"]):
         results = found["results"][name]
-        # In the order of rows, whoever scored them: outcomes of two models are compared row by row.
+        # Several ranks return the rows in another order. Two models are compared row by row, so we
+        # sort.
         samples = sorted(found["samples"].get(name, []), key=lambda row: row["doc_id"])
         _check_finite(name, samples)
         scores.append(
@@ -45,7 +48,13 @@ def read_scores(
 
 
 def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
-    """lm-eval's keys are `metric,filter` and `metric_stderr,filter`; "N/A" stands for an unknown error."""
+    """Read the metrics of one task.
+
+    lm-eval's keys are `metric,filter` and `metric_stderr,filter`; "N/A" is an unknown error.
+
+    >>> list(_metrics({"acc,none": 0.5, "acc_stderr,none": "N/A", "alias": "rte"}, []).items())
+    [('acc', Metric(value=0.5, stderr=None, outcomes=None))]
+    """
     metrics = {}
     for key, value in results.items():
         name, comma, kind = key.partition(",")
@@ -62,13 +71,14 @@ def _metrics(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -
 
 
 def _is_mean(value: float, outcomes: Sequence[Any]) -> bool:
+    """Whether a value is the mean of its rows' outcomes. A perplexity, for example, is not."""
     if not outcomes or not all(isinstance(outcome, int | float) for outcome in outcomes):
         return False
     return math.isclose(sum(outcomes) / len(outcomes), value, abs_tol=1e-9)
 
 
 def _check_finite(name: str, samples: Sequence[Mapping[str, Any]]) -> None:
-    """A choice among likelihoods that are not numbers would be scored as if it were one."""
+    """Refuse log-likelihoods that are NaN: lm-eval would choose among them and score the choice."""
     for row in samples:
         for response in row["filtered_resps"]:
             likelihood = (
@@ -76,6 +86,6 @@ def _check_finite(name: str, samples: Sequence[Mapping[str, Any]]) -> None:
             )
             if isinstance(likelihood, float) and math.isnan(likelihood):
                 raise ValueError(
-                    f"{name}, row {row['doc_id']}: the model's outputs are not finite. Damaged weights, or a dtype "
-                    "too small for this model; try --dtype float32"
+                    f"{name}, row {row['doc_id']}: the model's outputs are not finite. Damaged "
+                    "weights, or a dtype too small for this model; try --dtype float32"
                 )

@@ -1,9 +1,10 @@
-"""Rows of benchmark data sets from a local folder, in the form that they have on the hub.
+"""Rows of benchmark datasets from a local folder, in the form that they have on the hub.
 
-A split is a file `zeroshot/<name>_<split>.jsonl` (or `.jsonl.gz`), a JSON object per line. <name> is the data set's
-where the table below knows it, and otherwise the task's. Some files leave out what no prompt needs: of ARC and
-OpenBookQA they keep the choices as a list and the index of the right one, of LAMBADA the last word apart. Such
-rows are given their upstream columns back, and nothing else is done to any row: prompts are lm-eval's own.
+Each split of a dataset is a file `zeroshot/<name>_<split>.jsonl` (or `.jsonl.gz`) with one JSON
+object per line. <name> is the name in the table below, or else the name of the task. Some files
+leave out what no prompt needs. ARC and OpenBookQA have the choices as a list and the index of the
+correct one, LAMBADA has the last word separately. Such rows get their upstream columns back.
+Nothing else is done to any row, so the prompts are lm-eval's own.
 """
 
 from __future__ import annotations
@@ -25,8 +26,14 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
-class _DataSet:
-    """A data set of the mirror: its name in file names, its upstream columns, what brings them back."""
+class _LocalDataset:
+    """A dataset in the local folder.
+
+    Attributes:
+        name: its name in file names.
+        columns: the columns that a row has on the hub and that prompts need.
+        restore: a function from a row in the file to a row with these columns.
+    """
 
     name: str
     columns: tuple[str, ...]
@@ -34,7 +41,11 @@ class _DataSet:
 
 
 def _restore_choices(row: Row) -> Row:
-    """choices as a list and gold as an index -> choices with labels and the label of the right one."""
+    """Turn a list of choices and the index `gold` into labelled choices and the correct label.
+
+    >>> _restore_choices({"question": "2 + 2?", "choices": ["3", "4"], "gold": 1})
+    {'question': '2 + 2?', 'choices': {'text': ['3', '4'], 'label': ['A', 'B']}, 'answerKey': 'B'}
+    """
     if isinstance(row["choices"], dict):
         return row
     rest = {key: value for key, value in row.items() if key not in ("choices", "gold")}
@@ -59,79 +70,89 @@ def _restore_lambada(row: Row) -> Row:
 
 
 _ARC = ("id", "question", "choices", "answerKey")
-#: (last part of the data set's path on the hub, its configuration) -> its place in a mirror.
-_DATASETS: dict[tuple[str, str | None], _DataSet] = {
-    ("super_glue", "boolq"): _DataSet("boolq", ("question", "passage", "label")),
-    ("glue", "rte"): _DataSet("rte", ("sentence1", "sentence2", "label")),
-    ("hellaswag", None): _DataSet(
+#: (last part of the dataset's path on the hub, its configuration) -> the local dataset.
+_DATASETS: dict[tuple[str, str | None], _LocalDataset] = {
+    ("super_glue", "boolq"): _LocalDataset("boolq", ("question", "passage", "label")),
+    ("glue", "rte"): _LocalDataset("rte", ("sentence1", "sentence2", "label")),
+    ("hellaswag", None): _LocalDataset(
         "hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label")
     ),
-    ("winogrande", "winogrande_xl"): _DataSet(
+    ("winogrande", "winogrande_xl"): _LocalDataset(
         "winogrande_xl", ("sentence", "option1", "option2", "answer")
     ),
-    ("ai2_arc", "ARC-Easy"): _DataSet("arc_easy", _ARC, _restore_choices),
-    ("ai2_arc", "ARC-Challenge"): _DataSet("arc_challenge", _ARC, _restore_choices),
-    ("openbookqa", "main"): _DataSet(
+    ("ai2_arc", "ARC-Easy"): _LocalDataset("arc_easy", _ARC, _restore_choices),
+    ("ai2_arc", "ARC-Challenge"): _LocalDataset("arc_challenge", _ARC, _restore_choices),
+    ("openbookqa", "main"): _LocalDataset(
         "openbookqa", ("id", "question_stem", "choices", "answerKey"), _restore_openbookqa
     ),
-    ("lambada_openai", "default"): _DataSet("lambada_openai", ("text",), _restore_lambada),
+    ("lambada_openai", "default"): _LocalDataset("lambada_openai", ("text",), _restore_lambada),
 }
 
 
 def check_local_datasets(
     folder: Path, configs: Mapping[str, Mapping[str, Any] | None], shots: int | None = None
 ) -> None:
-    """See that a mirror has every file that will be needed, before any is read.
+    """Check that a local folder has every file that will be needed, before any is read.
 
     Args:
-        folder: what holds `zeroshot/`.
-        configs: task -> its definition by lm-eval, None for what is more than one task or more than a definition.
-        shots: examples per prompt, None for the task's own number.
+        folder: the folder that contains `zeroshot/`.
+        configs: task -> its definition in lm-eval. None for a group, and for a task that is Python
+            code.
+        shots: worked examples per prompt; None takes the task's own number.
 
     Raises:
-        ValueError: a task whose rows no mirror can give.
-        FileNotFoundError: names all files that are not there.
+        ValueError: a local folder cannot provide the rows of a task.
+        FileNotFoundError: files are missing; the message names all of them.
     """
-    lacking = []
+    missing = []
     for task, config in configs.items():
         if config is None or "dataset_path" not in config:
             raise ValueError(
-                f"{task} is not a single task with one data set, so the data folder {folder} cannot give its rows; "
-                "without a data folder (--data, PRUNUS_DATA) they come from the hub"
+                f"{task} is not a single task with one dataset, so the data folder {folder} "
+                "cannot give its rows; without a data folder (--data, PRUNUS_DATA) they come from "
+                "the hub"
             )
         splits = {"the rows": _scored_split(config)}
         own_examples = "samples" in (config.get("fewshot_config") or {})
         if (config.get("num_fewshot") if shots is None else shots) and not own_examples:
             splits["the examples"] = fewshot_split(config)
         for what, split in splits.items():
-            if _find(folder, task, config, split) is None:
-                lacking.append(
+            if _find_file(folder, task, config, split) is None:
+                missing.append(
                     f"{FOLDER}/{_stem(task, config, split)}.jsonl ({split} split: {what} of {task})"
                 )
-    if lacking:
+    if missing:
         raise FileNotFoundError(
-            f"the data folder {folder} lacks {', '.join(lacking)}; no other split takes its place"
+            f"the data folder {folder} lacks {', '.join(missing)}; no other split takes its place"
         )
 
 
 def load_splits(folder: Path, task: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Split -> `datasets.Dataset` as lm-eval asks for them, and the file of the rows that are scored.
+    """Load all splits of a task that lm-eval opens.
 
-    lm-eval asks for the split of the examples even where it takes none from it: one that the mirror lacks is empty.
-    `check_local_datasets` sees to it that none is missing that is used.
+    lm-eval opens the split of the few-shot examples even for zero-shot prompts. If the local folder
+    does not have this split, it is empty here. `check_local_datasets` has made sure that it is not
+    used then.
+
+    Returns:
+        Split -> `datasets.Dataset`, and the name of the file with the rows that are scored.
+
+    Raises:
+        FileNotFoundError: the file with the rows that are scored is missing.
+        ValueError: a row is damaged, see `read_rows`.
     """
     scored = _scored_split(config)
     named = [config.get(f"{kind}_split") for kind in ("test", "validation", "training", "fewshot")]
     splits = [split for split in (*named, fewshot_split(config)) if split]
-    files = {split: _find(folder, task, config, split) for split in splits}
+    files = {split: _find_file(folder, task, config, split) for split in splits}
     file = files[scored]
     if file is None:
         raise FileNotFoundError(
             f"the data folder {folder} lacks {FOLDER}/{_stem(task, config, scored)}.jsonl"
         )
-    place = config["dataset_path"], config.get("dataset_name")
+    on_hub = config["dataset_path"], config.get("dataset_name")
     found = {
-        split: as_dataset(read_rows(path, *place))
+        split: as_dataset(read_rows(path, *on_hub))
         for split, path in files.items()
         if path is not None
     }
@@ -140,36 +161,50 @@ def load_splits(folder: Path, task: str, config: Mapping[str, Any]) -> tuple[dic
 
 
 def fewshot_split(config: Mapping[str, Any]) -> str:
-    """The split that lm-eval draws examples from: the one that is named, or else training, validation, test."""
+    """The split from which lm-eval draws examples.
+
+    It is the split that the definition names, or else the first of training, validation and test.
+
+    >>> fewshot_split({"training_split": None, "validation_split": "dev", "test_split": "test"})
+    'dev'
+    """
     named = (config.get("fewshot_config") or {}).get("split") or config.get("fewshot_split")
     rest = (config.get(f"{kind}_split") for kind in ("training", "validation", "test"))
     return str(named or next(split for split in rest if split))
 
 
 def _scored_split(config: Mapping[str, Any]) -> str:
+    """The split with the rows that are scored: test, or validation if there is no test split."""
     return str(config.get("test_split") or config["validation_split"])
 
 
 def _stem(task: str, config: Mapping[str, Any], split: str) -> str:
-    known = _dataset(config["dataset_path"], config.get("dataset_name"))
+    """The file name of a split, without its suffix."""
+    known = _local_dataset(config["dataset_path"], config.get("dataset_name"))
     return f"{task if known is None else known.name}_{split}"
 
 
-def _find(folder: Path, task: str, config: Mapping[str, Any], split: str) -> Path | None:
+def _find_file(folder: Path, task: str, config: Mapping[str, Any], split: str) -> Path | None:
     stem = _stem(task, config, split)
-    candidates = [folder / FOLDER / f"{stem}{suffix}" for suffix in (".jsonl", ".jsonl.gz")]
-    return next((candidate for candidate in candidates if candidate.is_file()), None)
+    paths = [folder / FOLDER / f"{stem}{suffix}" for suffix in (".jsonl", ".jsonl.gz")]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_rows(file: Path, path: str, configuration: str | None) -> list[Row]:
     """The rows of one file in upstream form, in the order of the file.
 
+    Args:
+        file: a `.jsonl` or `.jsonl.gz` file.
+        path: path of the dataset on the hub.
+        configuration: name of its configuration on the hub, or None.
+
     Raises:
-        ValueError: a line is no JSON object or lacks a column, or there are no rows; names file and line.
+        ValueError: a line is no JSON object or lacks a column, or there are no rows. The message
+            names file and line.
     """
-    known = _dataset(path, configuration)
+    known = _local_dataset(path, configuration)
     rows = []
-    # Not splitlines: JSON strings may hold U+2028 and other characters that it takes for line ends.
+    # str.splitlines would also split at U+2028 and other characters that JSON strings may contain.
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
@@ -194,5 +229,5 @@ def read_rows(file: Path, path: str, configuration: str | None) -> list[Row]:
     return rows
 
 
-def _dataset(path: str, configuration: str | None) -> _DataSet | None:
+def _local_dataset(path: str, configuration: str | None) -> _LocalDataset | None:
     return _DATASETS.get((path.rpartition("/")[2], configuration))

@@ -1,4 +1,4 @@
-"""A model that is to be judged on text: found, and seen to fit its tokenizer, before anything else is done."""
+"""The model to evaluate on text: found, and checked against its tokenizer before any work."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.kinds import require_causal
 from prunus.model.tokenizer import load_tokenizer
 
-__all__ = ["ModelInput", "find_folder", "require_text", "resolve_model_input"]
+__all__ = ["ModelInput", "check_language_model", "find_folder", "resolve_model_input"]
 
 
 @dataclass(frozen=True)
 class ModelInput:
-    """A model by its `folder`, or `loaded`; `name` is what users call it."""
+    """A model to evaluate: a checkpoint folder, or a loaded model.
+
+    Attributes:
+        name: what the user calls it.
+        tokenizer: its tokenizer.
+        folder: the checkpoint, or None for a loaded model.
+        loaded: the loaded model, or None for a folder.
+    """
 
     name: str
     tokenizer: Any
@@ -27,7 +34,7 @@ class ModelInput:
 
 
 def find_folder(model: str | Path) -> Path:
-    """The folder of a checkpoint or an adapter, downloaded where `model` is a hub id.
+    """The folder of a checkpoint or an adapter; a hub id is downloaded.
 
     Raises:
         FileNotFoundError: neither a folder nor a hub id, or a folder without a model.
@@ -41,39 +48,41 @@ def find_folder(model: str | Path) -> Path:
 
 
 def resolve_model_input(model: Any, tokenizer: Any, trust_remote_code: bool) -> ModelInput:
-    """See that a model can be judged: it is there, its adapter and its tokenizer fit. No weights are read.
+    """Check that a model exists and that its adapter and its tokenizer fit. Reads no weights.
 
     Args:
         model: a folder, a hub id, or a loaded transformers model.
-        tokenizer: for a loaded model; in place of the folder's own for another.
+        tokenizer: the tokenizer of a loaded model; for others, None takes the one in the folder.
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
-        ValueError: no tokenizer, or one of another model; a configuration that cannot be loaded; see `check_adapter`.
+        ValueError: no tokenizer, or another model's; a configuration that cannot be loaded; see
+            `check_adapter`.
         FileNotFoundError: no such model, or no model in the folder.
-        ModuleNotFoundError: an adapter, and peft is not installed.
-        NotImplementedError: no causal language model.
+        ModuleNotFoundError: an adapter is given, and peft is not installed.
+        NotImplementedError: the model is not a causal language model.
     """
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise ValueError("a loaded model comes without its tokenizer: pass tokenizer=")
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__
-        _check_tokenizer(name, tokenizer, model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+        _check_tokenizer(name, tokenizer, embedding.num_embeddings)
         return ModelInput(name, tokenizer, loaded=model)
     folder = find_folder(model)
     if is_adapter(folder):
         check_adapter(folder, trust_remote_code)
-    require_text(folder, trust_remote_code)
+    check_language_model(folder, trust_remote_code)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(folder, trust_remote_code)
     _check_tokenizer(str(model), tokenizer, _vocabulary(folder, trust_remote_code))
     return ModelInput(str(model), tokenizer, folder)
 
 
-def require_text(folder: Path, trust_remote_code: bool) -> None:
-    """See that a folder holds a causal language model, or an adapter for one.
+def check_language_model(folder: Path, trust_remote_code: bool) -> None:
+    """Check that a folder holds a causal language model, or an adapter for one.
 
     Raises:
-        NotImplementedError: it is of another kind.
+        NotImplementedError: it holds another kind of model.
         ValueError: its configuration cannot be loaded.
     """
     require_causal(_config(folder, trust_remote_code), "scoring on text")
@@ -85,7 +94,7 @@ def _vocabulary(folder: Path, trust_remote_code: bool) -> int | None:
 
 
 def _config(folder: Path, trust_remote_code: bool) -> Any:
-    """Of the checkpoint in a folder, or of the one that its adapter is for."""
+    """The configuration of a checkpoint, or of the checkpoint that an adapter is for."""
     from transformers import AutoConfig
 
     while is_adapter(folder):
@@ -100,9 +109,12 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _check_tokenizer(name: str, tokenizer: Any, vocabulary: int | None) -> None:
-    """See that ordinary tokens have a place in the embedding. A special token added past its end may never occur."""
+    """Check that the embedding has a row for every ordinary token.
+
+    Special tokens that were added past the end of the embedding are allowed: they may never occur.
+    """
     if vocabulary is not None and tokenizer.vocab_size > vocabulary:
         raise ValueError(
-            f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of {vocabulary}; "
-            "the tokenizer does not fit, is it another model's?"
+            f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of "
+            f"{vocabulary}; the tokenizer does not fit, is it another model's?"
         )

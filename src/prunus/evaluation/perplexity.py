@@ -1,9 +1,13 @@
 """Perplexity as pruning papers report it.
 
-The text is tokenised as one string and cut into windows of `seqlen` tokens that do not overlap; what is
-left at the end is dropped. Loss of a window: mean cross entropy of its tokens 2..S, each given those before
-it in the window. Perplexity: exp of the mean over windows. (GPTQ, SparseGPT and Wanda all score this way.)
-A number says nothing without its protocol: text, context, windows, dtype.
+The text is tokenized as one string and cut into windows of `seqlen` tokens that do not overlap. The
+rest at the end is dropped. The loss of a window is the mean cross entropy of its tokens 2..S, each
+predicted from the tokens before it in the window. The perplexity is exp(mean loss over all
+windows).
+
+GPTQ, SparseGPT and Wanda all score this way, so we do too. Overlapping windows would give every
+token more context and a lower perplexity, which could not be compared with the papers' numbers. A
+perplexity means nothing without its protocol: text, context, number of windows, dtype.
 
 Legend: W windows, B windows at once, S tokens per window (seqlen), V vocabulary.
 """
@@ -24,10 +28,10 @@ import torch
 from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.evaluation.cache import ResultCache, checkpoint_digest, environment, files_as_they_are
-from prunus.evaluation.loss import window_loss
-from prunus.evaluation.model_input import find_folder, require_text
-from prunus.evaluation.streamed_perplexity import StreamedModel, streams
+from prunus.evaluation.cache import ResultCache, checkpoint_digest, environment, file_states
+from prunus.evaluation.loss import WindowProgress, window_loss
+from prunus.evaluation.model_input import check_language_model, find_folder
+from prunus.evaluation.streamed_perplexity import StreamedModel, should_stream
 from prunus.evaluation.text import ScoringText, check_text, load_scoring_text, scoring_windows
 from prunus.hardware.sizes import parse_bytes
 from prunus.model.device import choose_device
@@ -46,9 +50,19 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """perplexity = exp(loss); loss in nats per token; tokens = windows * seqlen; seconds of scoring alone.
+    """The perplexity of a model on a text, and how it was measured.
 
-    `streamed` says that the model went through memory block by block; the figure does not depend on it.
+    Attributes:
+        source: where the text comes from.
+        perplexity: exp(loss), or infinity if that does not fit in a float.
+        loss: mean cross entropy in nats per token.
+        windows: number of windows.
+        tokens: windows * seqlen.
+        seqlen: tokens per window.
+        protocol: text, windows and dtype in words.
+        seconds: time of scoring alone, without loading.
+        streamed: whether the model went through memory block by block. The perplexity does not
+            depend on it.
     """
 
     source: str
@@ -62,7 +76,7 @@ class PerplexityResult:
     streamed: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values, for JSON, which knows no infinity: None stands for it."""
+        """The fields as plain values for JSON, which has no infinity: None stands for it."""
         finite = self.perplexity if math.isfinite(self.perplexity) else None
         return dataclasses.asdict(self) | {"perplexity": finite}
 
@@ -71,24 +85,31 @@ def score_windows(
     logits_fn: Callable[[torch.Tensor], torch.Tensor],
     ids: torch.Tensor,
     batch: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: WindowProgress | None = None,
 ) -> float:
-    """Mean over windows of the mean next-token cross entropy, in nats per token.
+    """The mean over windows of the mean next-token cross entropy, in nats per token.
 
-    Computed in float32, a few rows of logits at a time, and summed in float64.
+    The cross entropy is computed in float32, a few rows of logits at a time, and summed in float64.
+
+    >>> ids_WS = torch.zeros(2, 5, dtype=torch.int64)
+    >>> uniform = lambda ids_BS: torch.zeros(*ids_BS.shape, 8)  # a vocabulary of 8
+    >>> round(math.exp(score_windows(uniform, ids_WS)), 4)
+    8.0
 
     Args:
-        logits_fn: ids (B, S) int64 -> logits (B, S, V), any floating dtype, any device.
-        ids: (W, S) int64.
-        batch: B, windows per call.
-        progress: called with windows done and windows in all.
+        logits_fn: a function of ids (B, S) int64 that returns logits (B, S, V), any floating dtype
+            and device.
+        ids: token ids (W, S), int64.
+        batch: B, the number of windows per call.
+        progress: called with the number of windows done, and the number of all windows.
 
     Raises:
-        ValueError: no windows, S < 2, batch < 1, a loss that is not finite.
+        ValueError: no windows, S < 2, batch < 1, or a loss that is not finite.
     """
     if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise ValueError(
-            f"ids must be (windows, tokens) with at least 1 window of 2 tokens, not {tuple(ids.shape)}"
+            "ids must be (windows, tokens) with at least 1 window of 2 tokens, not "
+            f"{tuple(ids.shape)}"
         )
     if batch < 1:
         raise ValueError(f"batch must be at least 1, not {batch}")
@@ -96,14 +117,14 @@ def score_windows(
 
 
 def _mean(losses: list[float]) -> float:
-    """Added from the first to the last, whoever computed them."""
+    """The mean, added in the order of the windows, so that the number of ranks changes no bit."""
     total = 0.0
     for loss in losses:
         total += loss
     return total / len(losses)
 
 
-def _everybodys(losses: list[float], ranks: Ranks) -> list[float]:
+def _losses_of_all_ranks(losses: list[float], ranks: Ranks) -> list[float]:
     found: list[float] = ranks.all_gather(torch.tensor(losses, dtype=torch.float64)).tolist()
     return found
 
@@ -112,11 +133,12 @@ def _window_losses(
     logits_fn: Callable[[torch.Tensor], torch.Tensor],
     ids: torch.Tensor,
     batch: int,
-    progress: Callable[[int, int], None] | None,
+    progress: WindowProgress | None,
 ) -> list[float]:
     """The mean loss of every window; see `score_windows`."""
     losses: list[float] = []
-    for ids_BS in ids.split(batch) if len(ids) else ():  # a rank may have none
+    # With more ranks than batches, a rank may have no windows.
+    for ids_BS in ids.split(batch) if len(ids) else ():
         logits_BSV = logits_fn(ids_BS)
         targets_BS = ids_BS.to(logits_BSV.device)
         for logits_SV, targets_S in zip(logits_BSV, targets_BS, strict=True):
@@ -145,57 +167,64 @@ def perplexity(
     memory: int | str | None = None,
     stream: bool | None = None,
     cache: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: WindowProgress | None = None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> PerplexityResult:
-    """Perplexity of a causal LM on a text.
+    """The perplexity of a causal language model on a text.
 
     Args:
-        model_or_path: a folder or hub id (safetensors only), or a loaded transformers model, which is scored
-            where and as it is, in evaluation mode.
-        text: see `load_scoring_text`; or a `.safetensors` file with input_ids (N, T) int, whose rows are cut
-            into windows, which needs no tokenizer.
-        tokenizer: default is the one in the model's folder.
+        model_or_path: a folder or hub id (safetensors only), or a loaded transformers model. A
+            loaded model is scored in evaluation mode, on its device and in its dtype.
+        text: name of a text, see `load_scoring_text`. A `.safetensors` file with input_ids (N, T)
+            int needs no tokenizer; its rows are cut into windows one by one.
+        tokenizer: None takes the one in the model's folder.
         seqlen: tokens per window.
-        limit: score at most this many windows, the first ones.
-        batch: windows at once.
-        dtype: auto (the checkpoint's own), float32, bfloat16 or float16, of the computation.
-        device: auto (CUDA where there is one), cpu, cuda, cuda:i.
-        data_dir: local copy of the corpora; None means the folder in PRUNUS_DATA, or the hub where that is
-            unset.
+        limit: score only this many windows, from the start of the text. None scores all.
+        batch: number of windows in one forward pass.
+        dtype: dtype of the computation: auto (the checkpoint's own), float32, bfloat16 or float16.
+        device: auto (CUDA if there is a device), cpu, cuda or cuda:i.
+        data_dir: local folder with the corpora. None takes the folder in PRUNUS_DATA, or the hub if
+            that is unset.
         trust_remote_code: run model code that comes with the checkpoint.
-        memory: budget of the process, such as "8GB" or bytes; default what is free.
-        stream: True takes all windows through one block before the next is read, False loads the whole model; by
-            default a checkpoint is streamed where the whole model does not fit in `memory`. The figure is the same.
-        cache: folder to find an earlier result in and to keep a new one; None for neither. Loaded models have none.
-        progress: called with windows done and windows in all; a streamed model's are shares of each window.
-        ranks: processes that call this alike and share the windows, each with the whole model or all of its blocks in
-            turn; the figure is that of one process to the last digit.
+        memory: memory budget of the process, in bytes or such as "8GB". None takes what is free.
+        stream: True reads the model block by block and takes all windows through each block. False
+            loads the whole model. None streams a checkpoint if the whole model does not fit in
+            `memory`. The perplexity is the same.
+        cache: folder with earlier results, to which a new result is added. None uses no cache.
+            Results of loaded models are not cached.
+        progress: called with the number of windows done, and the number of all windows. A streamed
+            model counts shares of windows: half of the blocks for all windows count as half of the
+            windows.
+        ranks: processes that make this call together and split the windows. Each has the whole
+            model, or all blocks in turn. The perplexity is that of one process to the last digit.
 
     Raises:
-        ValueError: arguments out of range, a text shorter than one window (the message gives its length in
-            tokens), token ids outside the vocabulary, no tokenizer, a window longer than the model's context,
-            a model that cannot be loaded, a loss that is not finite.
+        ValueError: an argument is out of range, the text is shorter than one window (the message
+            gives its length in tokens), a token id is outside the vocabulary, there is no
+            tokenizer, a window is longer than the model's context, the model cannot be loaded, or
+            the loss is not finite.
         FileNotFoundError, ModuleNotFoundError, OSError: see `load_scoring_text`.
     """
     _check_arguments(seqlen, limit, batch, dtype)
     loaded = isinstance(model_or_path, nn.Module)
     if loaded and (dtype != "auto" or device != "auto"):
         raise ValueError(
-            "a loaded model is scored as it is: leave dtype and device at 'auto', or convert it before"
+            "a loaded model is scored as it is: leave dtype and device at 'auto', or convert it "
+            "before"
         )
     check_text(text, data_dir)
     place = None if loaded else choose_device(device)
     folder = None if loaded else find_folder(model_or_path)
     if folder is not None:
-        require_text(folder, trust_remote_code)
+        check_language_model(folder, trust_remote_code)
 
     def get_tokenizer() -> Any:
         if tokenizer is not None:
             return tokenizer
         if folder is None:
             raise ValueError(
-                "a loaded model comes without its tokenizer: pass tokenizer=, or score a file of input_ids"
+                "a loaded model comes without its tokenizer: pass tokenizer=, or score a file of "
+                "input_ids"
             )
         return load_tokenizer(folder, trust_remote_code)
 
@@ -208,15 +237,15 @@ def perplexity(
     streamed = (
         folder is not None
         and place is not None
-        and streams(folder, stream, budget, dtype, place, batch * seqlen, trust_remote_code)
+        and should_stream(folder, stream, budget, dtype, place, batch * seqlen, trust_remote_code)
     )
     store, key = None, {}
     if cache is not None and folder is not None and place is not None:
         store = ResultCache(cache)
         key = {
             "kind": "perplexity",
-            # To read what does not fit in memory for its hash alone would double the traffic.
-            "checkpoint": files_as_they_are(folder)
+            # A model that does not fit in memory would be read twice, once for its hash.
+            "checkpoint": file_states(folder)
             if streamed
             else checkpoint_digest(folder, trust_remote_code),
             "ids": [
@@ -227,35 +256,30 @@ def perplexity(
             "dtype": dtype,
             **environment(place),
         }
-    found = ranks.on_rank_0(lambda: None if store is None else store.find(key))
+    found = ranks.on_rank_0(lambda: None if store is None else store.get(key))
     if found is None:
         if folder is None or place is None:
             found = _score(model_or_path, ids, batch, progress, ranks)
         elif streamed:
-            found = _score_streamed(
-                StreamedModel.open(folder, dtype, place, budget, trust_remote_code),
-                ids,
-                batch,
-                progress,
-                ranks,
-            )
+            opened = StreamedModel.open(folder, dtype, place, budget, trust_remote_code)
+            found = _score_streamed(opened, ids, batch, progress, ranks)
         else:
             model = load_model(folder, DTYPES.get(dtype, "auto"), trust_remote_code).to(place)
             found = _score(model, ids, batch, progress, ranks)
         if store is not None and ranks.rank == 0:
-            store.keep(
-                key, found
-            )  # one that cannot be written costs nothing but the next computation
+            # A cache that cannot be written is no error: the next call computes the result again.
+            store.put(key, found)
     loss = found["loss"]
     return PerplexityResult(
         source=source,
+        # exp(709.8) is the largest that a float64 holds.
         perplexity=math.exp(loss) if loss < 700 else math.inf,
         loss=loss,
         windows=len(ids),
         tokens=ids.numel(),
         seqlen=seqlen,
-        protocol=f"{how}; {len(ids)} windows of {seqlen} tokens without overlap ({ids.numel()} tokens), "
-        f"mean loss over windows, {found['dtype']}",
+        protocol=f"{how}; {len(ids)} windows of {seqlen} tokens without overlap "
+        f"({ids.numel()} tokens), mean loss over windows, {found['dtype']}",
         seconds=found["seconds"],
         streamed=streamed,
     )
@@ -265,32 +289,32 @@ def _score(
     model: Any,
     ids: torch.Tensor,
     batch: int,
-    progress: Callable[[int, int], None] | None,
+    progress: WindowProgress | None,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """Loss in nats per token, seconds of scoring, dtype of the computation."""
+    """Score a loaded model: loss in nats per token, seconds of scoring, dtype."""
     _check_model(model, ids)
-    where = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings().weight
     was_training = model.training
     model.eval()
-    begin = time.perf_counter()
+    started = time.perf_counter()
     try:
         with torch.inference_mode():
-            mine = ranks.own_range(len(ids), batch)
+            own = ranks.own_range(len(ids), batch)
             losses = _window_losses(
                 lambda batch_ids: (
-                    model(input_ids=batch_ids.to(where.device), use_cache=False).logits
+                    model(input_ids=batch_ids.to(embedding.device), use_cache=False).logits
                 ),
-                ids[mine.start : mine.stop],
+                ids[own.start : own.stop],
                 batch,
                 progress,
             )
     finally:
         model.train(was_training)
     return {
-        "loss": _mean(_everybodys(losses, ranks)),
-        "seconds": time.perf_counter() - begin,
-        "dtype": str(where.dtype).removeprefix("torch."),
+        "loss": _mean(_losses_of_all_ranks(losses, ranks)),
+        "seconds": time.perf_counter() - started,
+        "dtype": str(embedding.dtype).removeprefix("torch."),
     }
 
 
@@ -298,17 +322,17 @@ def _score_streamed(
     model: StreamedModel,
     ids: torch.Tensor,
     batch: int,
-    progress: Callable[[int, int], None] | None,
+    progress: WindowProgress | None,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """As `_score`, block by block."""
+    """Score a checkpoint block by block; returns the same as `_score`."""
     _check_model(model.skeleton.model, ids)
-    begin = time.perf_counter()
-    mine = ranks.own_range(len(ids), batch)
-    losses = model.losses(ids[mine.start : mine.stop], batch, progress) if mine else []
+    started = time.perf_counter()
+    own = ranks.own_range(len(ids), batch)
+    losses = model.losses(ids[own.start : own.stop], batch, progress) if own else []
     return {
-        "loss": _mean(_everybodys(losses, ranks)),
-        "seconds": time.perf_counter() - begin,
+        "loss": _mean(_losses_of_all_ranks(losses, ranks)),
+        "seconds": time.perf_counter() - started,
         "dtype": str(model.skeleton.dtype).removeprefix("torch."),
     }
 
@@ -324,11 +348,13 @@ def _check_arguments(seqlen: int, limit: int | None, batch: int, dtype: str) -> 
 
 
 def _check_model(model: Any, ids: torch.Tensor) -> None:
+    """Check that the token ids are in the vocabulary, and that the windows fit in the context."""
     vocabulary = model.get_input_embeddings().num_embeddings
     largest = int(ids.max())
     if largest >= vocabulary:
         raise ValueError(
-            f"token id {largest} is outside the model's vocabulary of {vocabulary}; another tokenizer's ids?"
+            f"token id {largest} is outside the model's vocabulary of {vocabulary}; "
+            "are these another tokenizer's ids?"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and ids.shape[1] > positions:

@@ -1,7 +1,8 @@
-"""How fast a model decodes and what it weighs: on disk, in memory, in tokens per second.
+"""Size and speed of a model: bytes on disk and in memory, tokens per second.
 
-Each measurement is a process of its own, and models take turns, so that neither one's memory nor the
-machine's drift is booked to another. `python -m prunus.evaluation.speed MODEL …` is such a process.
+Each measurement runs in a process of its own, so that memory of one model does not count for
+another. The models take turns, so that a computer that slows down slows down all models alike.
+`python -m prunus.evaluation.speed MODEL …` is such a process.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ from prunus.packed import use_dense_kernel, use_fast_decoding
 
 __all__ = ["Speed", "bench", "measure"]
 
-FIGURES = ("resident_bytes", "prefill_tokens_per_second", "decode_tokens_per_second")
+_MEASUREMENTS = ("resident_bytes", "prefill_tokens_per_second", "decode_tokens_per_second")
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One model's figures over all rounds: (minimum, median, maximum) each.
+    """Size and speed of one model. Measurements are (minimum, median, maximum) over all rounds.
 
     Attributes:
-        model: as given.
-        file_bytes: of its safetensors, those of an adapter's base included.
-        resident_bytes: of the process after generating, minus what it had before the model was loaded.
-        prefill_tokens_per_second: prompt tokens over the time to the first new token.
-        decode_tokens_per_second: new tokens after the first over the time they took.
+        model: the name that was given.
+        file_bytes: size of its safetensors; an adapter's base is included.
+        resident_bytes: resident memory of the process after generation, minus that before the model
+            was loaded.
+        prefill_tokens_per_second: prompt tokens, divided by the time to the first new token.
+        decode_tokens_per_second: new tokens after the first, divided by the time that they took.
     """
 
     model: str
@@ -48,7 +50,7 @@ class Speed:
     decode_tokens_per_second: tuple[float, float, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The fields as plain values for JSON."""
         return asdict(self)
 
 
@@ -62,22 +64,23 @@ def bench(
     dense_kernel: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> list[Speed]:
-    """Measure models side by side, interleaved.
+    """Measure models side by side, in turns.
 
     Args:
         models: checkpoint folders, dense or packed.
-        prompt_tokens: length of the prompt, random token ids.
-        new_tokens: tokens to decode, at least 2.
-        rounds: processes per model.
-        threads: torch threads; torch's own choice where None.
-        dense_kernel: measure the first model once more with prunus's own dense kernel, attention, norms and
-            rotary embedding in the place of torch's, to tell what these win from what sparsity wins.
-        progress: told what is measured.
+        prompt_tokens: length of the prompt, which consists of random token ids.
+        new_tokens: number of tokens to decode, at least 2.
+        rounds: number of processes per model.
+        threads: number of torch threads; None leaves the choice to torch.
+        dense_kernel: measure the first model a second time with prunus's own dense kernel,
+            attention, norms and rotary embedding instead of torch's. This separates the gain of
+            these from the gain of sparsity.
+        progress: called with a line of text before each measurement.
 
     Raises:
-        ValueError: a length or a number of rounds out of range.
-        FileNotFoundError: a model that is not there.
-        RuntimeError: a process failed; ends with what it said.
+        ValueError: a length or a number of rounds is out of range.
+        FileNotFoundError: a model does not exist.
+        RuntimeError: a process failed; the message ends with the last line that it wrote.
     """
     if prompt_tokens < 1 or new_tokens < 2 or rounds < 1 or (threads is not None and threads < 1):
         raise ValueError(
@@ -96,12 +99,12 @@ def bench(
             if progress is not None:
                 progress(f"round {turn + 1} of {rounds}: {names[position]}")
             settings = (prompt_tokens, new_tokens, threads, with_kernel[position])
-            found[position].append(_in_own_process(folder, *settings))
+            found[position].append(_measure_in_subprocess(folder, *settings))
     return [
         Speed(
             model=model,
             file_bytes=_weight_bytes(folder),
-            **{name: _spread([row[name] for row in rows]) for name in FIGURES},
+            **{name: _min_median_max([row[name] for row in rows]) for name in _MEASUREMENTS},
         )
         for model, folder, rows in zip(names, folders, found, strict=True)
     ]
@@ -110,8 +113,9 @@ def bench(
 def measure(
     folder: Path, prompt_tokens: int, new_tokens: int, dense_kernel: bool = False, seed: int = 0
 ) -> dict[str, float]:
-    """The figures of one model in this process; see `Speed`."""
-    import_architecture(folder)  # the code is no part of the model's size
+    """Measure one model in this process; see `bench` for arguments, `Speed` for results."""
+    # Imported first, because the memory of code is no part of the model's size.
+    import_architecture(folder)
     before = resident_memory()
     loaded = load_model(folder)
     if dense_kernel:
@@ -121,8 +125,9 @@ def measure(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
 
-    # No end token: every round decodes as many tokens. A minimum length would do too, by a look at the whole
-    # vocabulary for every token, which takes milliseconds.
+    # Without an end token every round decodes the same number of tokens. A minimum length would do
+    # so as well, but it changes the logits of the whole vocabulary for every token, which takes
+    # milliseconds.
     loaded.generation_config.eos_token_id = None
 
     def seconds(tokens: int) -> float:
@@ -141,7 +146,7 @@ def measure(
         assert whole.shape[1] == prompt_tokens + tokens, "generation ended early"
         return took
 
-    seconds(2)  # first use: kernels are chosen, pages come in
+    seconds(2)  # warm-up: kernels are selected, and pages of the file are read
     first = min(seconds(1) for _ in range(2))
     whole = seconds(new_tokens)
     return {
@@ -151,9 +156,10 @@ def measure(
     }
 
 
-def _in_own_process(
+def _measure_in_subprocess(
     folder: Path, prompt_tokens: int, new_tokens: int, threads: int | None, dense_kernel: bool
 ) -> dict[str, float]:
+    """Run `measure` in a new process, which writes its result as JSON."""
     command = [
         sys.executable,
         "-m",
@@ -173,16 +179,17 @@ def _in_own_process(
 
 
 def _weight_bytes(folder: Path) -> int:
-    """Bytes of a checkpoint's safetensors; an adapter is nothing without its base."""
+    """Bytes of a checkpoint's safetensors, plus those of its base if it is an adapter."""
     below = _weight_bytes(base_folder(folder)) if is_adapter(folder) else 0
     return below + sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _spread(values: list[float]) -> tuple[float, float, float]:
+def _min_median_max(values: list[float]) -> tuple[float, float, float]:
     return min(values), statistics.median(values), max(values)
 
 
 def _main() -> None:
+    """One measurement, with the arguments that `_measure_in_subprocess` gives."""
     folder, prompt_tokens, new_tokens, threads, dense_kernel = (
         sys.argv[1],
         *(int(x) for x in sys.argv[2:6]),

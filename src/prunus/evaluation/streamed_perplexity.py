@@ -1,10 +1,13 @@
-"""Perplexity of a model that does not fit in memory: all windows through one block before the next is read.
+"""Perplexity of a model that does not fit in memory.
 
-The same blocks are called with the same arguments as by the whole model, so the figure is the same. Embeddings,
-blocks and head are read from the checkpoint once each; between blocks the hidden states of all windows wait in memory,
-or in a nameless file where they do not fit beside a block.
+All windows pass through one block before the next block is read.
 
-Legend: W windows, B windows at once, S tokens per window.
+The blocks are called with the same arguments as in the whole model, so the perplexity is the same.
+Embeddings, blocks and head are read from the checkpoint once each. Between two blocks the hidden
+states of all windows wait in memory, or in an unnamed temporary file if they do not fit beside a
+block.
+
+Legend: W windows, B windows at once, S tokens per window, H hidden size.
 """
 
 from __future__ import annotations
@@ -12,32 +15,37 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunus.evaluation.loss import ROWS, window_loss
+from prunus.evaluation.loss import ROWS, WindowProgress, window_loss
 from prunus.hardware.memory import memory_budget, resident_memory
 from prunus.model.adapter import is_adapter
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.config import load_config
 from prunus.model.dtypes import DTYPES
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource, load_config
+from prunus.model.source import CheckpointSource
 from prunus.model.stream import Stream
 
-__all__ = ["StreamedModel", "streams", "whole_model_bytes"]
-
-Progress = Callable[[int, int], None]
+__all__ = ["StreamedModel", "should_stream", "whole_model_bytes"]
 
 
 def whole_model_bytes(
     checkpoint: Checkpoint, config: Any, dtype: torch.dtype | None, tokens: int
 ) -> int:
-    """What scoring with the whole model takes, in bytes: its weights in `dtype` (None: as stored), logits of `tokens`."""
+    """The memory in bytes that scoring with the whole model takes: its weights, and logits.
+
+    Args:
+        checkpoint: the stored model.
+        config: its configuration.
+        dtype: dtype of the computation; None for the stored one.
+        tokens: tokens in one forward pass.
+    """
     weights = 0
     for info in checkpoint.tensors.values():
         changes = dtype is not None and info.dtype.is_floating_point
@@ -46,12 +54,12 @@ def whole_model_bytes(
 
 
 def _logits_bytes(config: Any, tokens: int, size: int) -> int:
-    """Logits as the model gives them, and those of `ROWS` tokens in float32 with their log-probabilities."""
+    """Logits as the model returns them, and `ROWS` rows in float32 with log-probabilities."""
     vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
     return vocabulary * (tokens * size + min(tokens, ROWS) * 8)
 
 
-def streams(
+def should_stream(
     folder: Path,
     stream: bool | None,
     memory: int | None,
@@ -60,12 +68,19 @@ def streams(
     tokens: int,
     trust_remote_code: bool,
 ) -> bool:
-    """Whether a checkpoint is scored block by block: as `stream` says, or else where the whole model does not fit.
+    """Decide whether a checkpoint is scored block by block.
 
-    `tokens` are in flight at once; the other arguments are those of `perplexity`.
+    Args:
+        folder: the checkpoint.
+        stream: what the user chose; None streams if the whole model does not fit in memory.
+        memory: memory budget in bytes; None takes what is free.
+        dtype: dtype of the computation, or "auto".
+        place: device of the computation.
+        tokens: tokens in one forward pass.
+        trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
-        ValueError: `stream` asks for it, and the model is packed or an adapter.
+        ValueError: `stream` is True, and the model is packed or an adapter.
     """
     if stream is False:
         return False
@@ -73,7 +88,8 @@ def streams(
     if whole_only is not None:
         if stream:
             raise ValueError(
-                f"{folder} {whole_only} is scored with the whole model in memory; leave --stream out"
+                f"{folder} {whole_only} is scored with the whole model in memory; "
+                "leave --stream out"
             )
         return False
     if stream:
@@ -81,15 +97,14 @@ def streams(
     try:
         checkpoint, config = Checkpoint(folder), load_config(folder, trust_remote_code)
     except (ValueError, FileNotFoundError):
-        return (
-            False  # transformers may know more forms; what is wrong is said when it loads the model
-        )
+        # transformers may know other formats. If something is wrong, loading the model will say so.
+        return False
     need = whole_model_bytes(checkpoint, config, DTYPES.get(dtype), tokens)
     return need + (resident_memory() if place.type == "cpu" else 0) > memory_budget(place, memory)
 
 
 def _whole_only(folder: Path) -> str | None:
-    """What kind of model it is, if it is one that cannot be taken block by block from its checkpoint."""
+    """Why a model cannot be read block by block, as the start of a clause; None if it can."""
     if is_adapter(folder):
         return "is an adapter, which"
     config = read_json(folder / "config.json")
@@ -99,12 +114,15 @@ def _whole_only(folder: Path) -> str | None:
 
 @dataclass(frozen=True)
 class StreamedModel:
-    """A checkpoint to be scored block by block. `open` makes one; nothing but headers is read until `losses`.
+    """A checkpoint that is scored block by block.
+
+    `open` creates one. Only headers are read before `losses` is called.
 
     Attributes:
-        source, skeleton: weights, and the model without them in the dtype of the computation.
+        source: the weights.
+        skeleton: the model without weights, in the dtype of the computation.
         device: where blocks run.
-        budget: bytes that may be taken beside what the process has.
+        budget: bytes that may be used in addition to what the process holds already.
     """
 
     source: CheckpointSource
@@ -125,13 +143,14 @@ class StreamedModel:
 
         Args:
             folder: an ordinary checkpoint, neither packed nor an adapter.
-            dtype: auto (as transformers would load it) or a name of `DTYPES`.
+            dtype: a name of `DTYPES`, or auto for the dtype in which transformers would load it.
             device: where blocks run.
-            memory: budget in bytes for the whole process; None for what is free.
+            memory: budget in bytes for the whole process; None takes what is free.
             trust_remote_code: run model code that comes with the checkpoint.
 
         Raises:
-            ValueError, FileNotFoundError, NotImplementedError: see `CheckpointSource` and `Skeleton`.
+            ValueError, FileNotFoundError, NotImplementedError: see `CheckpointSource` and
+                `Skeleton`.
         """
         source = CheckpointSource(folder, trust_remote_code)
         own = getattr(source.config, "dtype", None)
@@ -144,28 +163,31 @@ class StreamedModel:
         )
 
     def losses(
-        self, ids: torch.Tensor, batch: int, progress: Progress | None = None
+        self, ids: torch.Tensor, batch: int, progress: WindowProgress | None = None
     ) -> list[float]:
         """The mean next-token cross entropy of every window, in nats per token.
 
         Args:
-            ids: (W, S) int64.
-            batch: B; as many windows go through a block at once.
-            progress: called after every block with the share done, in windows, and W.
+            ids: token ids (W, S), int64.
+            batch: B, the number of windows that pass a block at once.
+            progress: called after every block. It counts shares of windows: half of the blocks for
+                all W windows count as W / 2.
 
         Raises:
-            ValueError: the budget does not hold a block; hidden states that are not finite, with the block's name.
+            ValueError: the budget does not hold a block, or hidden states are not finite (the
+                message names the block).
             NotImplementedError: see `Stream`.
         """
         batches = ids.split(batch)
-        least, hidden = self._needs(batch, ids.shape)
-        if least > self.budget:
+        minimum, hidden = self._needs(batch, ids.shape)
+        if minimum > self.budget:
             raise ValueError(
-                f"scoring block by block needs {(least + resident_memory()) / 1e9:.2f} GB with {batch} windows of "
-                f"{ids.shape[1]} tokens in flight; the memory budget is "
-                f"{(self.budget + resident_memory()) / 1e9:.2f} GB. Raise --memory, or lower --batch or --seqlen"
+                f"scoring block by block needs {(minimum + resident_memory()) / 1e9:.2f} GB with "
+                f"{batch} windows of {ids.shape[1]} tokens in flight; the memory budget is "
+                f"{(self.budget + resident_memory()) / 1e9:.2f} GB. Raise --memory, or lower "
+                "--batch or --seqlen"
             )
-        spill_to = Path(tempfile.gettempdir()) if least + hidden > self.budget else None
+        spill_to = Path(tempfile.gettempdir()) if minimum + hidden > self.budget else None
         stream = Stream(self.skeleton, self.source, self.device)
         steps = len(self.skeleton) + 1
         found: list[float] = []
@@ -177,7 +199,7 @@ class StreamedModel:
                 if progress is not None:
                     progress(len(ids) * (index + 1) // steps, len(ids))
             with self.skeleton.outside_blocks(
-                self.source.outer, self.device, with_head=True, with_embedding=False
+                self.source.read_outside, self.device, with_head=True, with_embedding=False
             ):
                 for position, ids_BS in enumerate(batches):
                     hidden_BSH = stream.states.get(position)
@@ -197,7 +219,10 @@ class StreamedModel:
         return found
 
     def _check_finite(self, index: int, stream: Stream) -> None:
-        """Look at the first batch: what is wrong with a block is wrong with all, and hours may lie before the end."""
+        """Check the first batch after every block.
+
+        A block that breaks one batch breaks all of them, and the loss at the end may be hours away.
+        """
         if not all(x.isfinite() for x in torch.aminmax(stream.states.get(0))):
             raise ValueError(
                 f"{self.skeleton.block_name(index)} gives hidden states that are not finite. "
@@ -205,22 +230,28 @@ class StreamedModel:
             )
 
     def _needs(self, batch: int, shape: torch.Size) -> tuple[int, int]:
-        """Bytes for the largest step with one batch in flight, and for the hidden states of all windows."""
+        """Bytes for the largest step with one batch in flight, and for all hidden states.
+
+        The largest step is one of three: a block with its activations, loading the weights outside
+        the blocks, or computing logits.
+        """
         skeleton, size = self.skeleton, self.skeleton.dtype.itemsize
         windows, seqlen = shape
         config = self.source.config.get_text_config()
         hidden = int(getattr(config, "hidden_size", 0) or skeleton.linears(0)[0].shape[1])
         blocks = [sum(p.numel() for p in block.parameters()) * size for block in skeleton.blocks]
-        # A block as it is mapped from the file, and its copy in the dtype of the computation.
+        # A block takes its pages of the mapped file, and its copy in the dtype of the computation.
         block = max(b + self.source.block_nbytes(i) for i, b in enumerate(blocks))
         widest = max(max(linear.shape) for linear in skeleton.linears(0))
+        # Activations, roughly: six tensors as wide as the hidden states, three as the widest
+        # linear.
         transient = batch * seqlen * (6 * hidden + 3 * widest) * size
         outer = self.source.checkpoint.nbytes(self.source.outside_keys())
         head = skeleton.model.get_output_embeddings()
         embedding = skeleton.model.get_input_embeddings().weight
         if head is not None and head.weight is not embedding:
             outer -= min(head.weight.numel(), embedding.numel()) * self.source.stored_dtype.itemsize
-        # Mapped while it is copied; the logits come when only the copy is left.
+        # The file is mapped while it is copied. When logits are computed, only the copy is left.
         copy = outer * max(1, size // self.source.stored_dtype.itemsize)
         logits = _logits_bytes(config, min(ROWS, seqlen), size)
         return max(block + transient, outer + copy, copy + logits), windows * seqlen * hidden * size

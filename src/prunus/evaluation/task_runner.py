@@ -1,7 +1,8 @@
-"""Models on tasks, zero-shot or few-shot: checked, looked up among earlier results, and judged.
+"""Models on tasks, zero-shot or few-shot: checked, looked up in the cache, and scored.
 
-Everything that can be refused is refused before any weight is read. Each task is scored by itself, so that its
-figure does not depend on which others are asked for, and is kept as soon as it is there.
+Every check that needs no weights runs before any weights are read. Each task is scored by itself.
+Its score therefore does not depend on the other tasks of the call, and it is cached as soon as it
+is known.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from prunus.model.loading import load_model
 
 __all__ = ["TaskRun", "evaluate", "prepare_tasks"]
 
-_CPU_BATCH = 8  # sequences at once where "auto" has no memory of a card to fill
+#: Sequences at once for batch "auto" on a CPU, where no device memory limits the batch.
+_CPU_BATCH = 8
 
 
 def evaluate(
@@ -47,30 +49,35 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> TaskResults:
-    """Accuracy of a causal LM on tasks of lm-eval.
+    """Accuracy of a causal language model on tasks of lm-eval.
 
     Args:
-        model_or_path: a folder (dense, packed, or an adapter), a hub id, or a loaded transformers model, which is
-            judged where and as it is, and whose results are not cached.
-        tasks: names or one string with commas: tasks, tags and groups of lm-eval, or `paper7` for the Wanda paper's
-            boolq, rte, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa.
-        tokenizer: for a loaded model; otherwise the one in the model's folder.
-        fewshot: worked examples per prompt; None for the task's own number, which is 0 for those of the paper.
-        limit: score at most this many rows of each task, the first ones.
-        batch: sequences at once; "auto" is 8 on a CPU, and what fits on a card.
-        dtype: auto (the checkpoint's own), float32, bfloat16 or float16.
-        device: auto (CUDA where there is one), cpu, cuda, cuda:i.
-        data_dir: folder whose `zeroshot/` holds the rows; None means the folder in PRUNUS_DATA, or the hub where
-            that is unset.
-        cache: folder to find earlier results in and to keep new ones; None for neither.
+        model_or_path: a folder (dense, packed, or an adapter), a hub id, or a loaded transformers
+            model. A loaded model is evaluated on its device and in its dtype, and its results are
+            not cached.
+        tasks: a list of names, or one string with commas. Names are tasks, tags and groups of
+            lm-eval, or `paper7` for the Wanda paper's boolq, rte, hellaswag, winogrande, arc_easy,
+            arc_challenge and openbookqa.
+        tokenizer: the tokenizer of a loaded model. None takes the one in the model's folder.
+        fewshot: worked examples per prompt. None takes the task's own number, which is 0 for the
+            paper's tasks.
+        limit: score only this many rows of each task, from the first on. None scores all.
+        batch: sequences in one forward pass. "auto" is 8 on a CPU, and what fits in memory on a
+            CUDA device.
+        dtype: dtype of the computation: auto (the checkpoint's own), float32, bfloat16 or float16.
+        device: auto (CUDA if there is a device), cpu, cuda or cuda:i.
+        data_dir: local folder whose `zeroshot/` contains the rows. None takes the folder in
+            PRUNUS_DATA, or the hub if that is unset.
+        cache: folder with earlier results, to which new results are added. None uses no cache.
         trust_remote_code: run model code that comes with the checkpoint.
-        progress: told what is done.
+        progress: called with a line of text after every task.
 
     Raises:
-        ModuleNotFoundError: lm-eval, or for an adapter peft, is not installed; names the extra.
-        ValueError: arguments out of range, an unknown task, a tokenizer or an adapter that does not fit, a model that
-            cannot be loaded, outputs that are not finite.
-        FileNotFoundError: no such model, or a data folder that lacks files (the message names them).
+        ModuleNotFoundError: lm-eval is not installed, or an adapter is given and peft is not; names
+            the extra.
+        ValueError: an argument is out of range, a task is unknown, a tokenizer or an adapter does
+            not fit, a model cannot be loaded, or outputs are not finite.
+        FileNotFoundError: no such model, or the data folder lacks files (the message names them).
         OSError: the hub does not answer.
     """
     job = prepare_tasks(
@@ -91,9 +98,19 @@ def evaluate(
 
 @dataclass(frozen=True)
 class TaskRun:
-    """Models and tasks that were found to fit each other; made by `prepare_tasks`."""
+    """Models and tasks that were checked together. `prepare_tasks` creates it.
 
-    candidates: tuple[ModelInput, ...]
+    Attributes:
+        models: the models to evaluate.
+        tasks: the tasks, with their rows.
+        batch: sequences in one forward pass, or "auto".
+        dtype: dtype of the computation, or "auto".
+        device: device of the computation.
+        cache: earlier results, or None.
+        trust_remote_code: run model code that comes with a checkpoint.
+    """
+
+    models: tuple[ModelInput, ...]
     tasks: tuple[LoadedTask, ...]
     batch: int | str
     dtype: str
@@ -104,67 +121,75 @@ class TaskRun:
     def run(
         self, progress: Callable[[str], None] | None = None, ranks: Ranks = SINGLE_PROCESS
     ) -> list[TaskResults]:
-        """Judge one model after the other; each is loaded only if a result is missing, and one at a time.
+        """Evaluate one model after the other. A model is loaded only if a result is missing.
 
-        Several `ranks` that call this alike share the rows, each with the whole model.
+        Args:
+            progress: called with a line of text after every task, on rank 0.
+            ranks: processes that make this call together and split the rows, each with the whole
+                model.
         """
-        tell = progress if progress is not None and ranks.rank == 0 else lambda _: None
-        return [self._judge(candidate, tell, ranks) for candidate in self.candidates]
+        report = progress if progress is not None and ranks.rank == 0 else lambda _: None
+        return [self._evaluate(model, report, ranks) for model in self.models]
 
-    def _judge(
-        self, candidate: ModelInput, progress: Callable[[str], None], ranks: Ranks
+    def _evaluate(
+        self, model: ModelInput, report: Callable[[str], None], ranks: Ranks
     ) -> TaskResults:
-        protocol = self._protocol(candidate)
+        protocol = self._protocol(model)
         key: dict[str, Any] | None = None
-        if self.cache is not None and candidate.folder is not None:
-            digest = checkpoint_digest(candidate.folder, self.trust_remote_code)
+        if self.cache is not None and model.folder is not None:
+            digest = checkpoint_digest(model.folder, self.trust_remote_code)
             key = {"kind": "task", "checkpoint": digest, **protocol}
         wrapped: Any = None
         scores: list[TaskScore] = []
         for task in self.tasks:
-            entry = (
+            task_key = (
                 None if key is None else {**key, "task": task.name, "definition": task.definition}
             )
-            ranks.set_location(f"{task.name} of {candidate.name}")
-            known = ranks.on_rank_0(partial(self._known, entry))
+            ranks.set_location(f"{task.name} of {model.name}")
+            known = ranks.on_rank_0(partial(self._find_cached, task_key))
             if known is not None:
+                # The rows may have come from another source then, with the same content.
                 found = [
                     replace(_from_json(score), source=task.source) for score in known["scores"]
                 ]
-                progress(f"{candidate.name}: {task.name} is known from before")
+                report(f"{model.name}: {task.name} found in the cache")
             else:
                 if wrapped is None:
                     with ranks.fail_together():
-                        wrapped = wrap_model(
-                            self._load(candidate), candidate.tokenizer, self.batch, ranks
-                        )
-                scored = run_task(task, wrapped)
-                said = ranks.on_rank_0(partial(list, map(_to_json, scored or [])))
-                found = scored or [replace(_from_json(score), cached=False) for score in said]
-                progress(f"{candidate.name}: {task.name} done in {found[0].seconds:.0f} s")
-                if self.cache is not None and entry is not None and ranks.rank == 0:
-                    trouble = self.cache.keep(
-                        entry, {"scores": [_to_json(score) for score in found]}
+                        wrapped = wrap_model(self._load(model), model.tokenizer, self.batch, ranks)
+                found = self._score(task, wrapped, ranks)
+                report(f"{model.name}: {task.name} done in {found[0].seconds:.0f} s")
+                if self.cache is not None and task_key is not None and ranks.rank == 0:
+                    trouble = self.cache.put(
+                        task_key, {"scores": [_to_json(score) for score in found]}
                     )
                     if trouble is not None:
-                        progress(trouble)
+                        report(trouble)
             scores += found
         del wrapped
-        gc.collect()  # the next model need not find this one in memory
-        return TaskResults(candidate.name, tuple(scores), protocol)
+        # Free this model's memory before the next one is loaded.
+        gc.collect()
+        return TaskResults(model.name, tuple(scores), protocol)
 
-    def _known(self, entry: dict[str, Any] | None) -> dict[str, Any] | None:
-        return None if self.cache is None or entry is None else self.cache.find(entry)
+    def _score(self, task: LoadedTask, wrapped: Any, ranks: Ranks) -> list[TaskScore]:
+        """Score one task on all ranks. lm-eval returns the scores on rank 0, which sends them."""
+        on_rank_0 = run_task(task, wrapped)
+        sent = ranks.on_rank_0(partial(list, map(_to_json, on_rank_0 or [])))
+        return on_rank_0 or [replace(_from_json(score), cached=False) for score in sent]
 
-    def _load(self, candidate: ModelInput) -> Any:
-        if candidate.folder is None:
-            return candidate.loaded
+    def _find_cached(self, key: dict[str, Any] | None) -> dict[str, Any] | None:
+        return None if self.cache is None or key is None else self.cache.get(key)
+
+    def _load(self, model: ModelInput) -> Any:
+        if model.folder is None:
+            return model.loaded
         dtype = DTYPES.get(self.dtype, "auto")
-        return load_model(candidate.folder, dtype, self.trust_remote_code).to(self.device)
+        return load_model(model.folder, dtype, self.trust_remote_code).to(self.device)
 
-    def _protocol(self, candidate: ModelInput) -> dict[str, Any]:
-        loaded = candidate.loaded
+    def _protocol(self, model: ModelInput) -> dict[str, Any]:
+        """How the model is evaluated: dtype, batch, device and versions."""
         known = environment(self.device)
+        loaded = model.loaded
         return known | {
             "dtype": self.dtype if loaded is None else str(loaded.dtype).removeprefix("torch."),
             "batch": self.batch,
@@ -186,7 +211,25 @@ def prepare_tasks(
     cache: Path | None = None,
     trust_remote_code: bool = False,
 ) -> TaskRun:
-    """Check models and tasks for judging them side by side: the same rows for all. See `evaluate`, also for errors."""
+    """Check models and tasks before any work, so that all models are evaluated on the same rows.
+
+    Args:
+        models: folders, hub ids or loaded transformers models.
+        tasks: see `evaluate`, as are all other arguments and the errors.
+        tokenizer: the tokenizer of a loaded model. None takes the one in each model's folder.
+        fewshot: worked examples per prompt. None takes the task's own number.
+        limit: score only this many rows of each task. None scores all.
+        batch: sequences in one forward pass, or "auto".
+        dtype: dtype of the computation: auto, float32, bfloat16 or float16.
+        device: auto, cpu, cuda or cuda:i.
+        data_dir: local folder whose `zeroshot/` contains the rows. None takes PRUNUS_DATA, or the
+            hub.
+        cache: folder with earlier results, or None.
+        trust_remote_code: run model code that comes with a checkpoint.
+
+    Returns:
+        The checked models and tasks; call `run` on it.
+    """
     require_lm_eval()
     if fewshot is not None and fewshot < 0:
         raise ValueError(f"fewshot must be 0 or more examples, not {fewshot}")
@@ -198,14 +241,14 @@ def prepare_tasks(
     loaded = next((model for model in models if isinstance(model, nn.Module)), None)
     if loaded is not None and (dtype != "auto" or device != "auto"):
         raise ValueError(
-            "a loaded model is judged as it is: leave dtype and device at 'auto', or convert it before"
+            "a loaded model is evaluated as it is: leave dtype and device at 'auto', or convert it "
+            "before"
         )
     place = choose_device(device, loaded)
     names = tasks.split(",") if isinstance(tasks, str) else tasks
     names = [name.strip() for name in names if name.strip()]
-    candidates = tuple(resolve_model_input(model, tokenizer, trust_remote_code) for model in models)
     return TaskRun(
-        candidates=candidates,
+        models=tuple(resolve_model_input(model, tokenizer, trust_remote_code) for model in models),
         tasks=tuple(load_tasks(names, fewshot, limit, data_folder(data_dir))),
         batch=_CPU_BATCH if batch == "auto" and place.type == "cpu" else batch,
         dtype=dtype,
@@ -216,6 +259,7 @@ def prepare_tasks(
 
 
 def _to_json(score: TaskScore) -> dict[str, Any]:
+    """A score for the cache. Outcomes of single rows are kept, because `compare` pairs them."""
     metrics = {
         name: [metric.value, metric.stderr, metric.outcomes]
         for name, metric in score.metrics.items()

@@ -1,4 +1,4 @@
-"""What judging a model on tasks gives: figures with standard errors. Knows neither models nor lm-eval."""
+"""Scores of a model on tasks, with standard errors. This file knows neither models nor lm-eval."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ __all__ = [
 
 #: The zero-shot tasks of the Wanda paper (its section 4.1), in the order of its tables.
 PAPER7 = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-#: What the mean over these tasks is called in tables and comparisons.
+#: The name of the mean over these tasks in tables and comparisons.
 MEAN = "mean of paper7"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure.
+    """One metric of one task.
 
     Attributes:
-        value: as lm-eval aggregates it; an accuracy is a share in [0, 1].
-        stderr: its standard error, None where there is none (one row, a metric without a formula).
-        outcomes: what each row contributed, in the order of the rows; None where the value is not their mean.
+        value: the value as lm-eval aggregates it. An accuracy is a share in [0, 1].
+        stderr: the standard error of the value. None for a single row, or a metric without a
+            formula.
+        outcomes: what each row contributes, in the order of the rows. None if the value is not
+            their mean.
     """
 
     value: float
@@ -39,24 +41,24 @@ class Metric:
     outcomes: tuple[float, ...] | None = None
 
     def as_dict(self) -> dict[str, float | None]:
-        """Value and standard error as plain values; NaN and infinity, which JSON does not know, become None."""
+        """Value and standard error for JSON, which has no NaN and no infinity: they become None."""
         return {"value": _finite(self.value), "stderr": _finite(self.stderr)}
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task (or group of tasks) and one model.
+    """The score of one model on one task, or on one group of tasks.
 
     Attributes:
-        task: lm-eval's name.
-        metrics: metric -> figure; `acc` and `acc_norm` for the multiple-choice tasks.
-        shots: worked examples in each prompt.
-        rows: how many were scored.
-        version: lm-eval's, of the task.
-        definition: SHA-256 over everything that makes the prompts and the scoring, rows included.
-        source: where the rows came from.
-        seconds: of scoring; what it took when it was computed, if it is cached.
-        cached: whether it was computed earlier.
+        task: lm-eval's name of the task.
+        metrics: name -> metric. Multiple-choice tasks have `acc` and `acc_norm`.
+        shots: number of worked examples in each prompt.
+        rows: number of rows that were scored.
+        version: lm-eval's version of the task.
+        definition: SHA-256 of everything that makes the prompts and the scoring, rows included.
+        source: where the rows come from.
+        seconds: time of scoring. For a cached score, the time that it took when it was computed.
+        cached: whether the score comes from the cache.
     """
 
     task: str
@@ -70,7 +72,7 @@ class TaskScore:
     cached: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON can hold it, without the single rows."""
+        """The score as plain values for JSON, without the outcomes of single rows."""
         plain = {key: value for key, value in vars(self).items() if key != "metrics"}
         return plain | {
             "metrics": {name: metric.as_dict() for name, metric in self.metrics.items()}
@@ -79,14 +81,20 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class TaskResults:
-    """One model on all tasks. `protocol`: dtype, batch, limit and versions, which belong beside every figure."""
+    """The scores of one model on all tasks.
+
+    Attributes:
+        model: name of the model.
+        scores: one per task.
+        protocol: dtype, batch, device and versions. Show them beside every score.
+    """
 
     model: str
     scores: tuple[TaskScore, ...]
     protocol: dict[str, Any]
 
-    def figures(self) -> dict[tuple[str, str], Metric]:
-        """(task, metric) -> figure, in the order of the tasks; then the paper's mean where it can be had."""
+    def metrics(self) -> dict[tuple[str, str], Metric]:
+        """(task, metric) -> value, in the order of the tasks; a mean of paper7 comes last."""
         found = {
             (score.task, name): metric
             for score in self.scores
@@ -96,7 +104,7 @@ class TaskResults:
         return found if mean is None else found | {(MEAN, "acc"): mean}
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The results as plain values for JSON."""
         mean = paper_mean(self.scores)
         return {
             "model": self.model,
@@ -107,10 +115,21 @@ class TaskResults:
 
 
 def paper_mean(scores: Sequence[TaskScore]) -> Metric | None:
-    """The unweighted mean of `acc` over the paper's seven tasks, None unless all are there.
+    """The unweighted mean of `acc` over the paper's seven tasks, or None if a task is missing.
 
-    The paper reports acc throughout, not acc_norm: its 59.99 for dense LLaMA-7B is the mean of 75.05, 66.43, 56.92,
-    69.93, 75.34, 41.89 and 34.40. Standard error: √(Σ s²)/7, the tasks' rows being independent.
+    The paper reports acc for all tasks, not acc_norm: its 59.99 for dense LLaMA-7B is the mean of
+    75.05, 66.43, 56.92, 69.93, 75.34, 41.89 and 34.40. The rows of different tasks are independent,
+    so the standard error of the mean is √(Σ s²) / 7.
+
+    >>> scores = [
+    ...     TaskScore(task, {"acc": Metric(value / 100, 0.01)}, 0, 100, "1", "", "", 1.0)
+    ...     for task, value in zip(PAPER7, (75.05, 66.43, 56.92, 69.93, 75.34, 41.89, 34.40))
+    ... ]
+    >>> mean = paper_mean(scores)
+    >>> round(100 * mean.value, 2), round(100 * mean.stderr, 2)
+    (59.99, 0.38)
+    >>> paper_mean(scores[:6]) is None
+    True
     """
     by_name = {score.task: score.metrics.get("acc") for score in scores}
     found = [metric for task in PAPER7 if (metric := by_name.get(task)) is not None]
@@ -121,12 +140,18 @@ def paper_mean(scores: Sequence[TaskScore]) -> Metric | None:
     return Metric(sum(metric.value for metric in found) / len(PAPER7), stderr)
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
 def paired_difference(first: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """The mean of other − first, row by row, and its standard error (sample variance, n - 1; nan of a single row)."""
+    """The mean of d = other − first, taken row by row, and its standard error sd(d) / √n.
+
+    sd is the sample standard deviation, which divides by n − 1. For a single row the error is NaN.
+
+    >>> paired_difference([1, 1, 0, 0], [1, 0, 0, 0])
+    (-0.25, 0.25)
+    """
     steps = [b - a for a, b in zip(first, other, strict=True)]
     error = statistics.stdev(steps) / math.sqrt(len(steps)) if len(steps) > 1 else math.nan
     return statistics.fmean(steps), error
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,7 +1,8 @@
-"""Tasks as EleutherAI's lm-eval defines them: found, given their rows, run. The one file that knows lm-eval.
+"""Tasks as EleutherAI's lm-eval defines them. This is the only file that imports lm-eval.
 
-Prompts, targets, scoring and few-shot examples are lm-eval's own. All that a local mirror changes is where the rows
-come from: lm-eval's own hook for that, `custom_dataset`, is set beside the definition that lm-eval ships.
+Prompts, targets, scoring and few-shot examples are lm-eval's own. A local folder of datasets only
+changes where the rows come from. For that we set lm-eval's own hook `custom_dataset` beside the
+definition that lm-eval ships.
 """
 
 from __future__ import annotations
@@ -34,12 +35,22 @@ from prunus.evaluation.task_scores import PAPER7, TaskScore
 __all__ = ["LoadedTask", "load_tasks", "require_lm_eval", "run_task", "wrap_model"]
 
 ALIASES = {"paper7": PAPER7}
-SEED = 1234  # lm-eval's own, of the draw of few-shot examples
-_BOOTSTRAP = (
-    1000  # draws for the standard error of what has no formula (lm-eval's own 100,000 take minutes)
+#: lm-eval's own seed for drawing few-shot examples.
+SEED = 1234
+#: Bootstrap draws for the standard error of a metric without a formula. lm-eval's 100,000 take
+#: minutes.
+_BOOTSTRAP_DRAWS = 1000
+#: The folders of lm-eval that define the tasks of `local_datasets`. Its whole catalogue takes many
+#: seconds to read.
+_LOCAL_TASK_FOLDERS = (
+    "super_glue/boolq",
+    "glue/rte",
+    "hellaswag",
+    "winogrande",
+    "arc",
+    "openbookqa",
+    "lambada",
 )
-# Where lm-eval keeps the tasks of a mirror: reading its whole catalogue takes many seconds.
-_HOMES = ("super_glue/boolq", "glue/rte", "hellaswag", "winogrande", "arc", "openbookqa", "lambada")
 
 
 @dataclass(frozen=True)
@@ -47,9 +58,11 @@ class LoadedTask:
     """A task, or a group of tasks, with its rows.
 
     Attributes:
-        name: as users call it.
-        definition: SHA-256 over what makes prompts and scoring: templates, rows, examples, limit, lm-eval's version.
-        source: where the rows came from.
+        name: what the user calls it.
+        definition: SHA-256 of everything that makes the prompts and the scoring: templates, rows,
+            examples, limit, lm-eval's version.
+        source: where the rows come from.
+        limit: the largest number of rows to score, or None.
         content: lm-eval's own objects.
     """
 
@@ -61,54 +74,62 @@ class LoadedTask:
 
 
 def require_lm_eval() -> None:
-    """Raise ModuleNotFoundError, naming the extra, unless lm-eval is installed."""
+    """Raise ModuleNotFoundError with the name of the extra if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise ModuleNotFoundError("judging on tasks needs lm-eval: pip install 'prunus[eval]'")
+        raise ModuleNotFoundError("evaluating on tasks needs lm-eval: pip install 'prunus[eval]'")
 
 
 def load_tasks(
     names: Sequence[str],
     shots: int | None = None,
     limit: int | None = None,
-    mirror: Path | None = None,
+    folder: Path | None = None,
 ) -> list[LoadedTask]:
-    """Find tasks in lm-eval's catalogue and get their rows.
+    """Find tasks in lm-eval's catalogue and load their rows.
 
     Args:
         names: tasks, tags or groups of lm-eval, or `paper7`.
-        shots: worked examples per prompt; None for the task's own number, which is mostly 0.
-        limit: score at most this many rows of each task, the first ones.
-        mirror: folder whose `zeroshot/` holds the rows (see `mirror.py`); None for the hub.
+        shots: worked examples per prompt. None takes the task's own number, which is 0 for most
+            tasks.
+        limit: score only this many rows of each task, from the first on. None scores all.
+        folder: local folder whose `zeroshot/` contains the rows (see `local_datasets.py`). None
+            takes the hub.
 
     Raises:
-        ModuleNotFoundError: lm-eval is not installed; names the extra.
-        ValueError: an unknown task (the message has the nearest names), none at all, a task with a fixed number of
-            examples or unsafe code, a damaged row.
-        FileNotFoundError: the mirror lacks files; names all of them, those of few-shot examples too.
+        ModuleNotFoundError: lm-eval is not installed; the message names the extra.
+        ValueError: no tasks, an unknown task (the message has the nearest names), a task with a
+            fixed number of examples or unsafe code, or a damaged row.
+        FileNotFoundError: the folder lacks files. The message names all of them, few-shot examples
+            included.
         OSError: the hub does not answer.
     """
     require_lm_eval()
     if not names:
         raise ValueError("no tasks are named; give some, such as paper7")
-    with _calmly():
+    with _quiet_lm_eval():
         catalogue = _catalogue(names)
         expanded = [task for name in names for task in _expand(name, catalogue)]
         wanted = list(dict.fromkeys(expanded))
-        if mirror is not None:
-            check_local_datasets(mirror, {name: _config(name, catalogue) for name in wanted}, shots)
-        return [_load(name, catalogue, shots, limit, mirror) for name in wanted]
+        if folder is not None:
+            check_local_datasets(folder, {name: _config(name, catalogue) for name in wanted}, shots)
+        return [_load(name, catalogue, shots, limit, folder) for name in wanted]
 
 
 def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = SINGLE_PROCESS) -> Any:
-    """A loaded transformers model as lm-eval takes it; batch "auto" lets lm-eval try what fits (CUDA).
+    """Wrap a loaded transformers model for lm-eval.
 
-    Where there are several ranks, lm-eval gives each every so manieth row, as it does under its own launcher.
+    Args:
+        model: the loaded model.
+        tokenizer: its tokenizer.
+        batch: sequences at once. "auto" lets lm-eval try which size fits on a CUDA device.
+        ranks: processes that split the rows. lm-eval gives rank r of n the rows r, r + n, r + 2n
+            and so on, as it does under its own launcher.
     """
-    with _calmly():
+    with _quiet_lm_eval():
         from lm_eval.models.huggingface import HFLM
 
-        class Shared(HFLM):
-            """lm-eval asks its model who shares the rows; it knows how for models that it loads itself only."""
+        class RankedModel(HFLM):
+            """A model with its ranks, which lm-eval sets only for models that it loads itself."""
 
             def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
                 return ranks.all_gather(tensor.reshape(-1).cpu())
@@ -116,41 +137,53 @@ def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = SING
             def barrier(self) -> None:
                 ranks.gather_ints([0])
 
-        wrapped = Shared(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
+        wrapped = RankedModel(
+            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch
+        )
         wrapped._rank, wrapped._world_size = ranks.rank, ranks.size
         return wrapped
 
 
 def run_task(task: LoadedTask, wrapped: Any) -> list[TaskScore] | None:
-    """Score one task; a group gives its own figures first, then those of its members.
+    """Score one task.
 
-    Of several ranks the first gets them, the others None.
+    Args:
+        task: a task of `load_tasks`.
+        wrapped: a model of `wrap_model`.
+
+    Returns:
+        The scores on rank 0, None on the other ranks. A group returns its own score first, then
+        those of its members.
 
     Raises:
-        ValueError: a token id outside the model's vocabulary, outputs that are not finite.
+        ValueError: a token id is outside the model's vocabulary, or outputs are not finite.
     """
-    began = time.perf_counter()
-    with _calmly(), torch.random.fork_rng():
+    started = time.perf_counter()
+    with _quiet_lm_eval(), torch.random.fork_rng():
         import lm_eval
 
-        torch.manual_seed(SEED)  # for tasks that sample; those of likelihoods draw nothing
+        # The seed matters for tasks that sample text. Tasks that compare likelihoods draw nothing.
+        torch.manual_seed(SEED)
         for one in task.content["tasks"].values():
             one.set_fewshot_seed(seed=SEED)
         try:
             found = lm_eval.evaluate(
-                lm=wrapped, task_dict=task.content, limit=task.limit, bootstrap_iters=_BOOTSTRAP
+                lm=wrapped,
+                task_dict=task.content,
+                limit=task.limit,
+                bootstrap_iters=_BOOTSTRAP_DRAWS,
             )
         except IndexError as fault:
-            if "index out of range in self" not in str(
-                fault
-            ):  # torch's words for an embedding that is too small
+            # These are torch's words for an id that is outside the embedding.
+            if "index out of range in self" not in str(fault):
                 raise
             raise ValueError(
-                f"{task.name}: the tokenizer gives ids outside the model's vocabulary; it does not fit ({fault})"
+                f"{task.name}: the tokenizer gives ids outside the model's vocabulary; "
+                f"it does not fit ({fault})"
             ) from fault
     if found is None:
         return None
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - started
     return read_scores(found, definition=task.definition, source=task.source, seconds=seconds)
 
 
@@ -158,19 +191,19 @@ def run_task(task: LoadedTask, wrapped: Any) -> list[TaskScore] | None:
 
 
 def _catalogue(names: Sequence[str]) -> Any:
-    """lm-eval's task manager: of the mirror's tasks alone where that is enough."""
+    """lm-eval's task manager. It knows only the tasks of `local_datasets` if these are enough."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
-    homes = [root / home for home in _HOMES if (root / home).is_dir()]
-    small = lm_eval.tasks.TaskManager(include_defaults=False, include_path=homes)
+    folders = [root / name for name in _LOCAL_TASK_FOLDERS if (root / name).is_dir()]
+    small = lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
     wanted = {task for name in names for task in ALIASES.get(name, (name,))}
-    # Not for a tag, such as `ai2_arc`: it may have members elsewhere.
+    # Only for tasks: a tag such as `ai2_arc` may have more members in the whole catalogue.
     return small if wanted <= set(small.all_subtasks) else lm_eval.tasks.TaskManager()
 
 
 def _expand(name: str, catalogue: Any) -> list[str]:
-    """The tasks behind an alias or a tag; a group stays one, since it has figures of its own."""
+    """The tasks of an alias or a tag. A group stays one task: it has a score of its own."""
     if name in ALIASES:
         return list(ALIASES[name])
     entry = catalogue.task_index.get(name)
@@ -195,26 +228,27 @@ def _config(name: str, catalogue: Any) -> Mapping[str, Any] | None:
 
 
 def _load(
-    name: str, catalogue: Any, shots: int | None, limit: int | None, mirror: Path | None
+    name: str, catalogue: Any, shots: int | None, limit: int | None, folder: Path | None
 ) -> LoadedTask:
     config = _config(name, catalogue)
     spec: Any = name
-    source = f"{(config or {}).get('dataset_path', 'several data sets')}, from the hub"
-    if mirror is not None:
+    source = f"{(config or {}).get('dataset_path', 'several datasets')}, from the hub"
+    if folder is not None:
         assert config is not None, "check_local_datasets has seen it"
-        rows, source = load_splits(mirror, name, config)
-        # A group of one is lm-eval's way to override a field of a task that it ships.
-        spec = {"group": "mirror", "task": [{"task": name, "custom_dataset": lambda **_: rows}]}
+        rows, source = load_splits(folder, name, config)
+        # lm-eval overrides a field of a task that it ships only inside a group, so we make a group
+        # of one.
+        spec = {"group": "local", "task": [{"task": name, "custom_dataset": lambda **_: rows}]}
     try:
         content = catalogue.load([spec])
-    except Exception as fault:  # whatever the hub, its cache or a task's own code raise
-        if mirror is not None:
+    except Exception as fault:  # the hub, its cache and a task's own code raise many kinds
+        if folder is not None:
             raise
         raise OSError(
-            f"the rows of {name} could not be had ({type(fault).__name__}: {str(fault)[:300]}). Without a network, "
-            f"give a data folder (--data or PRUNUS_DATA) that holds {FOLDER}/"
+            f"the rows of {name} could not be loaded ({type(fault).__name__}: {str(fault)[:300]}). "
+            f"Without a network, give a data folder (--data or PRUNUS_DATA) that holds {FOLDER}/"
         ) from fault
-    if mirror is not None:
+    if folder is not None:
         content = {"tasks": content["tasks"], "groups": {}, "group_map": {}}
     digest = hashlib.sha256(json.dumps([version("lm_eval"), SEED]).encode())
     for task in content["tasks"].values():
@@ -224,6 +258,7 @@ def _load(
 
 
 def _set_shots(task: Any, shots: int | None) -> None:
+    """Set the number of worked examples of a task, unless it is fixed."""
     name, own = task.config.task, task.config.num_fewshot
     if getattr(task, "UNSAFE_CODE", False):
         raise ValueError(f"{name} runs code that a model wrote; use lm-eval itself, in a sandbox")
@@ -234,43 +269,48 @@ def _set_shots(task: Any, shots: int | None) -> None:
 
 
 def _definition(task: Any, limit: int | None) -> str:
-    """Everything that decides a task's prompts and scoring, as text that is the same on every machine."""
+    """Everything that determines a task's prompts and scoring, as text without local paths."""
     config = {key: value for key, value in task.dump_config().items() if key != "custom_dataset"}
-    # The path of lm-eval's file, and where the rows came from, say nothing of the task.
+    # The metadata also has the path of lm-eval's file and of the rows, which differ between
+    # computers.
     config["metadata"] = {"version": (config.get("metadata") or {}).get("version")}
-    docs = (
-        getattr(task, "task_docs", None) or task.eval_docs
-    )  # the first is the second, computed already
+    # `task_docs` is `eval_docs`, computed already.
+    docs = getattr(task, "task_docs", None) or task.eval_docs
     rows = [docs[index] for index in range(len(docs) if limit is None else min(limit, len(docs)))]
     examples = list(task.sampler.df) if task.config.num_fewshot and hasattr(task, "sampler") else []
     return json.dumps([config, rows, examples], sort_keys=True, default=_as_text)
 
 
 def _as_text(value: Any) -> str:
-    """A function as its source, for its repr holds an address."""
+    """A value as text. A function becomes its source, because its repr contains an address."""
     if not callable(value):
         return str(value)
     try:
         return inspect.getsource(value)
     except (OSError, TypeError):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__name__)}"
+        name = getattr(value, "__qualname__", type(value).__name__)
+        return f"{getattr(value, '__module__', '')}.{name}"
 
 
 @contextlib.contextmanager
-def _calmly() -> Iterator[None]:
-    """lm-eval without its chatter: bars on a terminal, nothing elsewhere; standard output is for results."""
+def _quiet_lm_eval() -> Iterator[None]:
+    """Silence lm-eval: it may draw progress bars on a terminal, and prints nothing elsewhere.
+
+    Standard output is for results alone.
+    """
     logger = logging.getLogger("lm_eval")
     level, before = logger.level, os.environ.get("DISABLE_MULTIPROC")
     logger.setLevel(logging.ERROR)
-    # It would fork this process, model and threads included, to bootstrap.
+    # Otherwise lm-eval forks this process, with the model and its threads, to compute the
+    # bootstrap.
     os.environ["DISABLE_MULTIPROC"] = "1"
-    elsewhere = (
+    stderr = (
         contextlib.nullcontext()
         if sys.stderr.isatty()
         else contextlib.redirect_stderr(io.StringIO())
     )
     try:
-        with elsewhere, contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        with stderr, contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -1,4 +1,8 @@
-"""The texts that perplexity is measured on, and their cutting into windows.
+"""The texts on which perplexity is measured, cut into windows.
+
+Papers join the documents of a text into one string before they tokenize it: WikiText-2 with two
+newlines between its lines, C4 with spaces, PTB with spaces. We join them in the same way. Another
+separator would change the tokens, and the perplexity could not be compared with a paper's any more.
 
 Legend: W windows, S tokens per window (seqlen).
 """
@@ -15,19 +19,27 @@ import torch
 
 from prunus.calibration.corpora import NAMES, check_corpus, load_corpus
 from prunus.calibration.draw import encode
-from prunus.calibration.files import check_file, kind, read_documents, read_ids
+from prunus.calibration.files import check_file, file_kind, read_documents, read_ids
 
 __all__ = ["ScoringText", "check_text", "load_scoring_text", "scoring_windows"]
 
-WIKITEXT2_TEST_SHA256 = (
-    "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"  # joined, 1,296,370 bytes
-)
-_C4_DOCUMENTS, _C4_WINDOWS = 1100, 256  # how much of the validation shard GPTQ and Wanda score
+#: SHA-256 of the joined test text of WikiText-2, 1,296,370 bytes.
+WIKITEXT2_TEST_SHA256 = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
+#: GPTQ and Wanda score the first 1100 documents of C4's validation shard, and at most 256 windows
+#: of them.
+_C4_DOCUMENTS, _C4_WINDOWS = 1100, 256
 
 
 @dataclass(frozen=True)
 class ScoringText:
-    """A text to score. protocol: how it was put together. max_windows: a convention's own limit, or None."""
+    """A text to score.
+
+    Attributes:
+        text: all documents, joined.
+        protocol: how they were joined, in words.
+        source: where the text comes from.
+        max_windows: the largest number of windows by convention, or None.
+    """
 
     text: str
     protocol: str
@@ -36,12 +48,18 @@ class ScoringText:
 
 
 def load_scoring_text(name: str, data_dir: Path | None = None) -> ScoringText:
-    """The text to score: `wikitext2`, `c4`, `ptb`, `python-docs`, or a text file as calibration takes it.
+    """Load a text to score.
+
+    Args:
+        name: `wikitext2`, `c4`, `ptb`, `python-docs`, or a text file in a format that calibration
+            takes.
+        data_dir: local folder with the corpora. None takes the folder in PRUNUS_DATA, or the hub if
+            that is unset.
 
     Raises:
-        ValueError: an unknown name, a file without text.
-        FileNotFoundError: a file or data folder that is not there.
-        ModuleNotFoundError: an extra that is not installed (the message names it).
+        ValueError: an unknown name, or a file without text.
+        FileNotFoundError: a file or data folder does not exist.
+        ModuleNotFoundError: an extra is not installed (the message names it).
         OSError: the hub does not answer.
     """
     check_text(name, data_dir)
@@ -57,14 +75,20 @@ def load_scoring_text(name: str, data_dir: Path | None = None) -> ScoringText:
     if name == "c4":
         count = min(len(corpus.documents), _C4_DOCUMENTS)
         documents = [corpus.documents[index] for index in range(count)]
-        how = f"the first {len(documents)} documents joined with spaces, at most {_C4_WINDOWS} windows"
+        how = (
+            f"the first {len(documents)} documents joined with spaces, "
+            f"at most {_C4_WINDOWS} windows"
+        )
         return ScoringText(corpus.joiner.join(documents), how, corpus.source, _C4_WINDOWS)
     text = corpus.text()
     if name == "wikitext2":
         how = "raw test lines joined with two newlines"
         digest = hashlib.sha256(text.encode()).hexdigest()
         if digest != WIKITEXT2_TEST_SHA256:
-            how += f" (WARNING: not the text that papers score: sha256 {digest}, {len(text.encode()):,} bytes)"
+            how += (
+                f" (WARNING: not the text that papers score: sha256 {digest}, "
+                f"{len(text.encode()):,} bytes)"
+            )
     else:
         how = {
             "ptb": "test sentences joined with spaces",
@@ -74,7 +98,7 @@ def load_scoring_text(name: str, data_dir: Path | None = None) -> ScoringText:
 
 
 def check_text(name: str, data_dir: Path | None) -> None:
-    """Raise what `load_scoring_text` would, as far as can be told without reading the text."""
+    """Raise the errors of `load_scoring_text` that can be found without reading the text."""
     if name in NAMES:
         check_corpus(name, "scoring", data_dir)
         return
@@ -89,17 +113,23 @@ def check_text(name: str, data_dir: Path | None) -> None:
 def scoring_windows(
     name: str, tokenizer: Callable[[], Any], seqlen: int, limit: int | None, data_dir: Path | None
 ) -> tuple[torch.Tensor, str, str]:
-    """Windows that do not overlap, (W, S) int64, from the start of a text; its source; its protocol.
+    """Cut a text into windows that do not overlap, from its start.
 
     Args:
-        name: as `load_scoring_text`, or a `.safetensors` file with input_ids.
-        tokenizer: returns it; called for text only.
+        name: see `load_scoring_text`, or a `.safetensors` file with input_ids.
+        tokenizer: a function that returns the tokenizer. It is called for text only.
+        seqlen: S, tokens per window.
+        limit: the largest number of windows, or None.
+        data_dir: see `load_scoring_text`.
+
+    Returns:
+        Windows (W, S) int64, the source of the text, and its protocol.
 
     Raises:
-        ValueError: a text shorter than one window, and what reading the text or the tokenizer raises.
+        ValueError: the text is shorter than one window, or reading the text or the tokenizer fails.
     """
     check_text(name, data_dir)
-    if name not in NAMES and kind(Path(name)) == "safetensors":
+    if name not in NAMES and file_kind(Path(name)) == "safetensors":
         ids = read_ids(Path(name))
         per_row = ids.shape[1] // seqlen
         if per_row == 0:

@@ -1,12 +1,12 @@
-"""Sweeps: a grid of models, methods, sparsities, seeds and recoveries, all scored alike.
+"""Sweeps: a grid of models, methods, sparsities, seeds and recoveries, all scored in the same way.
 
-grid.py                 the sweep file and the cells that it spans
-sweep.py                the story of a sweep: baselines, cell after cell
+grid.py                 the sweep file, and the cells that it spans
+sweep.py                the story of a sweep: baselines, then one cell after the other
 checks.py               what is checked before any work
 cells.py                one cell: prune, recover, score
-calibration_windows.py  calibration windows, drawn once and shared
+calibration_windows.py  calibration windows, drawn once and shared by the cells
 results.py              results.json and results.csv
-rank_results.py         results of several ranks, collected by rank 0
+rank_results.py         the results of several ranks, merged by rank 0
 
 Names are imported when they are first used, so that a report can read results without torch.
 """

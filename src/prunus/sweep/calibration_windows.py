@@ -1,4 +1,8 @@
-"""The calibration windows of a sweep: drawn once per model, source, size and seed, and shared by the cells."""
+"""The calibration windows of a sweep, drawn once per model, source, size and seed.
+
+All cells with the same settings share one file of windows. Their methods are then compared on the
+same text.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +32,25 @@ def shared_windows(
     recipe: Recipe,
     options: RunOptions,
 ) -> torch.Tensor:
-    """The windows that `recipe` calibrates `model` on, (samples, seqlen) int64; drawn where no cell has asked yet.
+    """The calibration windows for a recipe. They are drawn if no cell has needed them yet.
 
-    New ones are written into `output` and entered in `results`, which the caller saves.
+    New windows are written into `output` and entered in `results`. The caller saves the results.
+
+    Args:
+        output: folder of the sweep.
+        results: results so far.
+        label: name of the model in the sweep.
+        model: folder of the model.
+        recipe: has source, number of windows, tokens per window and seed.
+        options: data folder, trust in remote code.
+
+    Returns:
+        Token ids (samples, seqlen), int64.
 
     Raises:
-        ValueError, FileNotFoundError, ModuleNotFoundError, OSError: see `prunus.calibration.load_windows`.
-        FileExistsError: the windows are not those that earlier cells were calibrated on.
+        ValueError, FileNotFoundError, ModuleNotFoundError, OSError: see
+            `prunus.calibration.load_windows`.
+        FileExistsError: the windows differ from those of earlier cells.
     """
     wanted = (label, recipe.calibration, recipe.samples, recipe.seqlen, recipe.seed)
     known = next((x for x in results.calibration if _key(x) == wanted), None)
@@ -61,7 +77,7 @@ def shared_windows(
         else known.file
     )
     make_folder(output / FOLDER)
-    # A file of ids is read only as far as it is needed, so the ids may be a view: save_safetensors makes them whole.
+    # The ids may be a view of a larger file of ids. save_safetensors writes only the view.
     save_safetensors(
         output / file, {"input_ids": windows.ids.to(torch.int32)}, {"source": windows.source}
     )
@@ -88,6 +104,6 @@ def _key(windows: CalibrationSet) -> tuple[str, str, int, int, int]:
 def _check_same(known: CalibrationSet, sha256: str, what: str) -> None:
     if known.sha256 != sha256:
         raise FileExistsError(
-            f"{what}: cells of this sweep were calibrated on windows with the sha256 {known.sha256[:12]}…, these have "
-            f"{sha256[:12]}…. Choose another output folder"
+            f"{what}: cells of this sweep were calibrated on windows with the sha256 "
+            f"{known.sha256[:12]}…, these have {sha256[:12]}…. Choose another output folder"
         )

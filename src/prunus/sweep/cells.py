@@ -1,6 +1,6 @@
-"""One cell of a sweep: prune, recover, score. What is finished is entered in the record step by step.
+"""One cell of a sweep: prune, recover, score. Each finished step is entered in the cell's result.
 
-A cell's folder holds `prunus.json`, and under `model` the weights for as long as they are needed.
+A cell's folder contains `prunus.json`, and in `model` the weights for as long as they are needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from prunus.pruning.run import Progress, run
 from prunus.recovery import recover
 from prunus.recovery.record import RECORD_NAME
 from prunus.sweep.grid import Scoring
-from prunus.sweep.results import CellResult, ModelResult, Pruning, Score, TaskFigure
+from prunus.sweep.results import CellResult, ModelResult, Pruning, Score, TaskValue
 
 __all__ = ["discard_weights", "prune_cell", "recover_cell", "score_model", "task_options"]
 
@@ -37,18 +37,22 @@ def prune_cell(
     options: RunOptions,
     progress: Callable[[Progress], None] | None = None,
 ) -> Path:
-    """Prune `model` into the cell's folder, going on where an earlier attempt stopped; returns the weights' folder.
+    """Prune a model into the cell's folder. An earlier attempt is resumed.
 
     Args:
-        cell: its `pruning` is filled in.
-        folder: of the cell.
+        cell: the cell; its `pruning` is filled in.
+        folder: folder of the cell.
         model: the dense checkpoint.
-        ids: the shared calibration windows (samples, seqlen); None for methods that look at weights only.
-        options: of the sweep, for the device, the memory and the data folder.
+        ids: the shared calibration windows (samples, seqlen), int64. None for methods that use only
+            weights.
+        options: options of the sweep, for the device, the memory and the data folder.
         progress: called after every block.
 
+    Returns:
+        The folder with the pruned weights.
+
     Raises:
-        What `prunus.prune` raises.
+        See `prunus.prune`.
     """
     weights = folder / WEIGHTS
     own = RunOptions(
@@ -74,18 +78,21 @@ def recover_cell(
     recovery: dict[str, Any],
     options: RunOptions,
 ) -> Path:
-    """Recover a pruned checkpoint into the cell's folder, going on where an earlier attempt stopped.
+    """Recover a pruned checkpoint into the cell's folder. An earlier attempt is resumed.
 
     Args:
-        cell: its `recovered` is filled in.
-        folder: of the cell.
+        cell: the cell; its `recovered` is filled in.
+        folder: folder of the cell.
         pruned: the weights of the cell that is recovered.
-        dense: the model before pruning, which `teacher = "dense"` means.
+        dense: the model before pruning; it is the teacher for `teacher = "dense"`.
         recovery: a `[recovery]` table of the sweep file.
-        options: of the sweep.
+        options: options of the sweep.
+
+    Returns:
+        The folder with the recovered weights.
 
     Raises:
-        What `prunus.recover` raises.
+        See `prunus.recover`.
     """
     weights = folder / WEIGHTS
     make_folder(folder)
@@ -110,10 +117,18 @@ def score_model(
     record: CellResult | ModelResult,
     finished: Callable[[str, float | None], None],
 ) -> None:
-    """Judge a checkpoint on every text and task that `record` lacks; `finished` is told each text and its perplexity.
+    """Score a checkpoint on every text and task that its record lacks.
+
+    Args:
+        model: the checkpoint.
+        scoring: texts, tasks and protocol of the sweep.
+        options: options of the sweep.
+        record: where scores are entered.
+        finished: called with what was scored and its value, after each text and each metric. The
+            value is None for infinity.
 
     Raises:
-        What `prunus.perplexity` and `prunus.evaluation.task_runner.evaluate` raise.
+        See `prunus.perplexity` and `prunus.evaluate`.
     """
     for text in scoring.texts:
         if text in record.scores:
@@ -133,18 +148,14 @@ def score_model(
         record.scores[text] = Score.model_validate(result.as_dict())
         finished(f"perplexity on {text}", record.scores[text].perplexity)
     if scoring.tasks and not record.tasks:
-        judged = evaluate(
-            model,
-            scoring.tasks,
-            **task_options(scoring, options),
-        )
-        for (task, metric), figure in judged.figures().items():
-            record.tasks.setdefault(task, {})[metric] = TaskFigure.model_validate(figure.as_dict())
+        results = evaluate(model, scoring.tasks, **task_options(scoring, options))
+        for (task, metric), value in results.metrics().items():
+            record.tasks.setdefault(task, {})[metric] = TaskValue.model_validate(value.as_dict())
             finished(f"{metric} on {task}", record.tasks[task][metric].value)
 
 
 def task_options(scoring: Scoring, options: RunOptions) -> dict[str, Any]:
-    """How tasks are judged, as `evaluate` takes it and `accuracy.prepare` checks it."""
+    """The arguments for tasks, as `evaluate` and `prepare_tasks` take them."""
     return {
         "fewshot": scoring.fewshot,
         "limit": scoring.task_limit,
@@ -156,7 +167,7 @@ def task_options(scoring: Scoring, options: RunOptions) -> dict[str, Any]:
 
 
 def discard_weights(folder: Path) -> None:
-    """Delete a cell's weights; a kill in between leaves no folder that looks like a checkpoint."""
+    """Delete a cell's weights. A kill in between leaves no folder that looks like a checkpoint."""
     weights = folder / WEIGHTS
     doomed = weights.with_name(WEIGHTS + TEMPORARY_SUFFIX)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -1,11 +1,11 @@
-"""What is looked at before a sweep does any work: models, texts, tasks, cells, and what is in the output folder."""
+"""The checks before a sweep does any work: models, texts, tasks, cells, and the output folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from prunus.evaluation import task_runner as accuracy
+from prunus.evaluation import task_runner
 from prunus.evaluation.text import check_text
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.output_folder import check_apart, is_vacant
@@ -24,23 +24,28 @@ __all__ = ["check_sweep"]
 
 
 def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> SweepResults:
-    """Everything that is looked at before any work; returns what an earlier run of the same sweep has found.
+    """Check a sweep before any work. Nothing is written.
 
     Args:
-        sweep: the sweep, from a file called `file`.
+        sweep: the sweep.
         output: folder of the sweep.
-        options: device, memory, data folder, trust; for all cells.
+        options: device, memory, data folder and trust in remote code, for all cells.
+        file: name of the sweep file, for the results.
+
+    Returns:
+        The results of an earlier run of the same sweep, with all cells of this one.
 
     Raises:
-        FileExistsError: `output` holds something else, or a sweep from which this one departs by more than added
-            cells.
-        ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError: a model, a text or a cell that
-            would fail; names it.
+        FileExistsError: `output` contains something else, or a sweep with other differences than
+            added cells.
+        ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError: a model, a text or
+            a cell would fail; the message names it.
     """
     fresh = not output.exists() or is_vacant(output)
     if not fresh and not (output / RESULTS_NAME).exists():
         raise FileExistsError(
-            f"output {output} exists and is not a sweep's; it is left as it is. Choose another folder"
+            f"output {output} exists and is not a sweep's; it is left as it is. "
+            "Choose another folder"
         )
     models = {}
     for label, name in sweep.labels().items():
@@ -79,11 +84,11 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
         ],
     )
     if not fresh:
-        _take_over(SweepResults.load(output), results, output)
+        _merge_earlier(SweepResults.load(output), results, output)
     for cell in results.cells:
         if cell.recovers is None and cell.state != "done":
             try:
-                # A given dtype: the trial that "auto" makes is work, which the run itself will do.
+                # With dtype "auto" plan_run would run the model to choose a dtype, which is work.
                 recipe = cell.recipe.model_copy(update={"dtype": "float32"})
                 plan_run(models[cell.model].path, recipe, options)
             except (ValueError, FileNotFoundError, NotImplementedError) as fault:
@@ -93,24 +98,24 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
 
 def _check_tasks(sweep: Sweep, models: dict[str, ModelResult], options: RunOptions) -> None:
     scoring = sweep.scoring
-    accuracy.prepare_tasks(
+    task_runner.prepare_tasks(
         [model.path for model in models.values()],
         scoring.tasks,
         **task_options(scoring, options),
     )
 
 
-def _take_over(earlier: SweepResults, now: SweepResults, output: Path) -> None:
-    """Put what an earlier run has found into `now`, which may add cells to it and change nothing else.
+def _merge_earlier(earlier: SweepResults, now: SweepResults, output: Path) -> None:
+    """Enter the results of an earlier run into `now`, which may add cells and change nothing else.
 
     Raises:
-        FileExistsError: it changes something; names the first such thing.
+        FileExistsError: something was changed; the message names the first change.
     """
 
     def refuse(what: str, before: Any, after: Any) -> None:
         raise FileExistsError(
-            f"{output} holds a sweep with another {what} ({before!r}, now {after!r}); it is left as it is. Only cells "
-            "can be added to a sweep: choose another folder"
+            f"{output} holds a sweep with another {what} ({before!r}, now {after!r}); it is left "
+            "as it is. Only cells can be added to a sweep: choose another folder"
         )
 
     for label, model in earlier.models.items():
@@ -128,10 +133,10 @@ def _take_over(earlier: SweepResults, now: SweepResults, output: Path) -> None:
     for cell in earlier.cells:
         if cell.name not in cells:
             refuse("set of cells", f"with {cell.name}", "without it")
-        mine, its = cells[cell.name].recipe.model_dump(), cell.recipe.model_dump()
-        for key, value in its.items():
-            if mine[key] != value:
-                refuse(f"{key} in cell {cell.name}", value, mine[key])
+        recipe = cells[cell.name].recipe.model_dump()
+        for key, value in cell.recipe.model_dump().items():
+            if recipe[key] != value:
+                refuse(f"{key} in cell {cell.name}", value, recipe[key])
         if (
             cell.recovery is not None
             and earlier.recovery[cell.recovery] != now.recovery[cell.recovery]

@@ -1,18 +1,18 @@
-"""What a sweep tries: a TOML file, validated, and the cells that its grids span. Knows nothing of torch.
+"""The sweep file: TOML, validated, and the cells that its grids span. This file imports no torch.
 
     title = "Wanda against magnitude"
     models = ["path/to/model"]
 
-    [recipe]                                  # options of `prunus prune` that all cells share
+    [recipe]                                  # options of `prunus prune` for all cells
     samples = 32
 
-    [[grid]]                                  # every combination; there may be several grids
+    [[grid]]                                  # every combination; a file may have several grids
     method = ["magnitude", "wanda"]
     sparsity = [0.5, "2:4"]
-    recovery = ["short"]                      # also recover each, by [recovery.short]
+    recovery = ["short"]                      # also recover each cell, by [recovery.short]
 
-A cell is one combination. Its name says where it departs from `[recipe]`, so that cells keep their names when
-others are added.
+A cell is one combination. Its name contains the options that differ from `[recipe]`, so a cell
+keeps its name when other cells are added.
 """
 
 from __future__ import annotations
@@ -31,29 +31,33 @@ from prunus.pruning.recipe import DtypeName, Recipe, load_recipe
 
 __all__ = ["Cell", "Scoring", "Sweep", "load_sweep"]
 
-_NOT_AXES = {"only", "ignore"}  # lists themselves
-_PLAIN = "none"  # the name, under `recovery`, of not recovering
+#: Options that a grid cannot vary, because their values are lists themselves.
+_NOT_AXES = {"only", "ignore"}
+#: The value of `recovery` in a grid that means no recovery.
+_NO_RECOVERY = "none"
 
 
 class Scoring(BaseModel):
-    """How every model of a sweep is judged; see `prunus.perplexity` and, for tasks, `evaluation.evaluate`."""
+    """How every model of a sweep is scored; see `prunus.perplexity` and `prunus.evaluate`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    texts: tuple[str, ...] = Field(default=("wikitext2",), description="scoring texts; [] for none")
+    texts: tuple[str, ...] = Field(
+        default=("wikitext2",), description="texts for perplexity; [] for none"
+    )
     seqlen: int = Field(default=2048, ge=2)
-    limit: int | None = Field(default=None, ge=1, description="score the first windows only")
+    limit: int | None = Field(default=None, ge=1, description="score only the first windows")
     batch: int = Field(default=1, ge=1)
     dtype: DtypeName = "auto"
     tasks: tuple[str, ...] = Field(default=(), description="tasks of lm-eval, or paper7")
     fewshot: int | None = Field(default=None, ge=0)
     task_limit: int | None = Field(
-        default=None, ge=1, description="score the first rows of each task only"
+        default=None, ge=1, description="score only the first rows of each task"
     )
 
 
 class Sweep(BaseModel):
-    """A sweep file. `grid` maps options of a recipe, and `recovery`, to a value or a list of values."""
+    """A sweep file. `grid` maps recipe options and `recovery` to a value or a list of values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -71,10 +75,10 @@ class Sweep(BaseModel):
     )
 
     def labels(self) -> dict[str, str]:
-        """The models by the names that cells call them: the last part of their path or hub id.
+        """Label -> model. The label is the last part of the path or hub id, used in cell names.
 
         Raises:
-            ValueError: there are none, or two have the same name.
+            ValueError: there are no models, or two have the same label.
         """
         if not self.models:
             raise ValueError(
@@ -85,16 +89,17 @@ class Sweep(BaseModel):
             label = _slug(Path(model).name or model)
             if label in found:
                 raise ValueError(
-                    f"two models are called {label!r} ({found[label]} and {model}): rename or link one of the folders"
+                    f"two models are called {label!r} ({found[label]} and {model}): rename or link "
+                    "one of the folders"
                 )
             found[label] = model
         return found
 
     def cells(self) -> list[Cell]:
-        """All combinations, in the order of the file; each recovery follows the cell that it recovers.
+        """All combinations in the order of the file; a recovery follows the cell that it recovers.
 
         Raises:
-            ValueError: an unknown option, a value out of range, a recovery without its table.
+            ValueError: an unknown option, a value out of range, or a recovery without a table.
         """
         base = _recipe("[recipe]", self.recipe)
         plain: dict[str, Cell] = {}
@@ -103,20 +108,20 @@ class Sweep(BaseModel):
             for number, table in enumerate(self.grid, start=1):
                 where = f"grid {number}"
                 for values in _combinations(where, table):
-                    recovery = values.pop("recovery", _PLAIN)
-                    if recovery != _PLAIN and recovery not in self.recovery:
+                    recovery = values.pop("recovery", _NO_RECOVERY)
+                    if recovery != _NO_RECOVERY and recovery not in self.recovery:
                         raise ValueError(
                             f"{where}: recovery {recovery!r} has no table [recovery.{recovery}]"
                         )
                     recipe = _recipe(where, _merged(self.recipe, values))
-                    cell = Cell(_name(label, recipe, base), label, recipe)
+                    cell = Cell(_cell_name(label, recipe, base), label, recipe)
                     if plain.setdefault(cell.name, cell) != cell:
                         raise ValueError(
                             f"{where}: two different cells would be called {cell.name!r}; "
                             "write their values so that they differ in more than punctuation"
                         )
                     followers = recovered.setdefault(cell.name, [])
-                    if recovery != _PLAIN and recovery not in [
+                    if recovery != _NO_RECOVERY and recovery not in [
                         other.recovery for other in followers
                     ]:
                         name = f"{cell.name}+{_slug(recovery)}"
@@ -126,7 +131,15 @@ class Sweep(BaseModel):
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination: a model (by its label), what is done to it, how it is recovered, and which cell that recovers."""
+    """One combination of a sweep.
+
+    Attributes:
+        name: unique name, which is also the name of the cell's folder.
+        model: label of the model.
+        recipe: how the model is pruned.
+        recovery: name of the recovery, or None.
+        recovers: name of the cell whose weights are recovered, or None.
+    """
 
     name: str
     model: str
@@ -136,11 +149,16 @@ class Cell:
 
 
 def load_sweep(path: Path, models: tuple[str, ...] = ()) -> Sweep:
-    """Read a sweep file; `models`, where there are any, take the place of the file's.
+    """Read and validate a sweep file.
+
+    Args:
+        path: the TOML file.
+        models: models to use instead of those in the file, if there are any.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not TOML, an unknown key, a value out of range; the message names file and key.
+        ValueError: the file is not TOML, or has an unknown key or a value out of range. The message
+            names file and key.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -163,7 +181,11 @@ def load_sweep(path: Path, models: tuple[str, ...] = ()) -> Sweep:
 
 
 def _combinations(where: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every combination of a grid's values; N:M patterns stand under `sparsity`."""
+    """Every combination of a grid's values. N:M patterns are given as values of `sparsity`.
+
+    >>> list(_combinations("grid 1", {"method": ["wanda", "obs"], "sparsity": "2:4"}))
+    [{'method': 'wanda', 'pattern': '2:4'}, {'method': 'obs', 'pattern': '2:4'}]
+    """
     known = [*Recipe.model_fields, "recovery"]
     for key, value in table.items():
         if key not in known or key == "pattern" or key in _NOT_AXES:
@@ -186,7 +208,7 @@ def _combinations(where: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]
 
 
 def _merged(shared: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """A grid's values on top of `[recipe]`, where a pattern takes the place of a sparsity and the other way round."""
+    """A grid's values on top of `[recipe]`. A pattern replaces a sparsity and vice versa."""
     if "pattern" in values or "sparsity" in values:
         shared = {key: value for key, value in shared.items() if key not in ("pattern", "sparsity")}
     return shared | values
@@ -199,22 +221,28 @@ def _recipe(where: str, values: dict[str, Any]) -> Recipe:
         raise ValueError(f"{where}: {fault}") from None
 
 
-def _name(label: str, recipe: Recipe, base: Recipe) -> str:
+def _cell_name(label: str, recipe: Recipe, base: Recipe) -> str:
+    """Model, method, sparsity, and all options of a recipe that differ from `base`."""
     shape = recipe.pattern.replace(":", "of") if recipe.n_of_m else f"{recipe.sparsity:g}"
     parts = [label, recipe.method, shape]
-    mine, shared = recipe.model_dump(), base.model_dump()
-    for key in mine:
-        if key not in ("method", "sparsity", "pattern") and mine[key] != shared[key]:
-            parts.append(f"{key}={_slug(str(mine[key]))}")
+    own, shared = recipe.model_dump(), base.model_dump()
+    for key in own:
+        if key not in ("method", "sparsity", "pattern") and own[key] != shared[key]:
+            parts.append(f"{key}={_slug(str(own[key]))}")
     return "-".join(parts)
 
 
 def _slug(text: str) -> str:
-    """`text` as part of a file name: letters, digits, '.', '_' and '-', starting with a letter or digit."""
+    """A text as part of a file name: letters, digits, '.', '_' and '-', a letter or digit first.
+
+    >>> _slug("My Model (v2)")
+    'My_Model_v2_'
+    """
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip("._-") or "model"
 
 
 def _explain(error: Any) -> str:
+    """One error of pydantic as a sentence with the name of the key."""
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = Scoring.model_fields if error["loc"][0] == "scoring" else Sweep.model_fields

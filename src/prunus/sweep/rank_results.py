@@ -1,7 +1,8 @@
-"""A sweep's records while several ranks work on its cells: each keeps its own, the first puts them together.
+"""Results of a sweep on several ranks, which split the cells. Rank 0 merges their results.
 
-All ranks need the sweep's folder. The first rank alone writes `results.json`; the others write the record of a cell into
-the cell's folder, so that nothing of theirs is lost in a kill, and the next run finds it there.
+All ranks need access to the sweep's folder. Only rank 0 writes `results.json`. The other ranks
+write the result of a cell into the cell's folder. If a rank is killed, the next run finds its
+finished cells there.
 """
 
 from __future__ import annotations
@@ -18,17 +19,28 @@ from prunus.sweep.checks import check_sweep
 from prunus.sweep.grid import Sweep
 from prunus.sweep.results import CellResult, ModelResult, SweepResults
 
-__all__ = ["CELLS", "begin", "collect", "exchange_models", "prepare", "save"]
+__all__ = [
+    "CELLS_FOLDER",
+    "collect_results",
+    "exchange_model_results",
+    "initial_results",
+    "prepare_results",
+    "save_results",
+]
 
-CELLS = "cells"
-_RECORD = "cell.json"
+CELLS_FOLDER = "cells"
+_CELL_FILE = "cell.json"
 
 
-def begin(sweep: Sweep, output: Path, options: RunOptions, file: str, ranks: Ranks) -> SweepResults:
-    """What is known before any work, alike on all ranks; nothing is written.
+def initial_results(
+    sweep: Sweep, output: Path, options: RunOptions, file: str, ranks: Ranks
+) -> SweepResults:
+    """Check the sweep on rank 0 and send the results of earlier runs to all ranks.
+
+    Nothing is written.
 
     Raises:
-        What `check_sweep` raises.
+        See `check_sweep`.
     """
     found = ranks.on_rank_0(
         lambda: check_sweep(sweep, output, options, file).model_dump(mode="json")
@@ -36,11 +48,17 @@ def begin(sweep: Sweep, output: Path, options: RunOptions, file: str, ranks: Ran
     return SweepResults.model_validate(found)
 
 
-def prepare(results: SweepResults, output: Path, options: RunOptions, ranks: Ranks) -> SweepResults:
-    """What killed ranks left is taken in, and for several ranks the calibration windows are drawn."""
+def prepare_results(
+    results: SweepResults, output: Path, options: RunOptions, ranks: Ranks
+) -> SweepResults:
+    """Merge what ranks of an earlier run left, and draw the calibration windows for several ranks.
 
-    def settle() -> object:
-        _take_in(results, output)
+    A single process draws windows when a cell needs them. Several ranks would draw the same windows
+    at the same time, so rank 0 draws all of them first.
+    """
+
+    def prepare_on_rank_0() -> object:
+        _merge_cell_files(results, output)
         results.save(output)
         if ranks.size > 1:
             for cell in results.cells:
@@ -50,51 +68,64 @@ def prepare(results: SweepResults, output: Path, options: RunOptions, ranks: Ran
             results.save(output)
         return results.model_dump(mode="json")
 
-    return SweepResults.model_validate(ranks.on_rank_0(settle))
+    return SweepResults.model_validate(ranks.on_rank_0(prepare_on_rank_0))
 
 
-def save(results: SweepResults, cell: CellResult | None, output: Path, ranks: Ranks) -> None:
-    """Keep what this rank found: of `cell`, or of a dense model."""
+def save_results(
+    results: SweepResults, cell: CellResult | None, output: Path, ranks: Ranks
+) -> None:
+    """Save what this rank has found.
+
+    Args:
+        results: this rank's copy of the results.
+        cell: the cell that has changed; None for a dense model, whose result goes through
+            `exchange_model_results`.
+        output: folder of the sweep.
+        ranks: all ranks of the sweep.
+    """
     if ranks.rank == 0:
         results.save(output)
     elif cell is not None:
-        folder = output / CELLS / cell.name
+        folder = output / CELLS_FOLDER / cell.name
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / _RECORD, cell.model_dump(mode="json"))
+        write_json(folder / _CELL_FILE, cell.model_dump(mode="json"))
 
 
-def exchange_models(results: SweepResults, ranks: Ranks) -> None:
-    """Put what each rank found of the dense models into everybody's results."""
+def exchange_model_results(results: SweepResults, ranks: Ranks) -> None:
+    """Enter every rank's scores of dense models into the results of all ranks."""
     ranks.barrier("the dense models")
-    mine = {label: model.model_dump(mode="json") for label, model in results.models.items()}
-    for text in ranks.gather_text(json.dumps(mine)):
+    own = {label: model.model_dump(mode="json") for label, model in results.models.items()}
+    for text in ranks.gather_text(json.dumps(own)):
         for label, content in json.loads(text).items():
-            its, known = ModelResult.model_validate(content), results.models[label]
-            its.scores, its.tasks = known.scores | its.scores, known.tasks | its.tasks
-            its.error = known.error or its.error
-            results.models[label] = its
+            received, known = ModelResult.model_validate(content), results.models[label]
+            received.scores = known.scores | received.scores
+            received.tasks = known.tasks | received.tasks
+            received.error = known.error or received.error
+            results.models[label] = received
 
 
-def collect(results: SweepResults, output: Path, ranks: Ranks) -> SweepResults:
-    """The results of all ranks, written by the first; on all of them."""
+def collect_results(results: SweepResults, output: Path, ranks: Ranks) -> SweepResults:
+    """The results of all ranks. Rank 0 merges and writes them, and all ranks return them."""
     ranks.barrier("the cells")
 
-    def together() -> object:
+    def merge_on_rank_0() -> object:
         if ranks.size > 1:
-            _take_in(results, output)
+            _merge_cell_files(results, output)
             results.save(output)
         return results.model_dump(mode="json")
 
-    return SweepResults.model_validate(ranks.on_rank_0(together))
+    return SweepResults.model_validate(ranks.on_rank_0(merge_on_rank_0))
 
 
-def _take_in(results: SweepResults, output: Path) -> None:
-    """Enter what other ranks have left in the cells' folders, now or in a run that was killed."""
-    for place, cell in enumerate(results.cells):
-        path = output / CELLS / cell.name / _RECORD
+def _merge_cell_files(results: SweepResults, output: Path) -> None:
+    """Enter what other ranks wrote into the cells' folders, in this run or a killed one."""
+    for index, cell in enumerate(results.cells):
+        path = output / CELLS_FOLDER / cell.name / _CELL_FILE
         if path.exists():
-            its = CellResult.model_validate(read_json(path))
-            if its.recipe == cell.recipe and its.recovery == cell.recovery and cell.state != "done":
-                results.cells[place] = its
+            found = CellResult.model_validate(read_json(path))
+            same = found.recipe == cell.recipe and found.recovery == cell.recovery
+            if same and cell.state != "done":
+                results.cells[index] = found
+            # Saved before the file is deleted, so that a kill in between loses nothing.
             results.save(output)
             path.unlink()

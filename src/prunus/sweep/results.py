@@ -1,6 +1,6 @@
-"""What a sweep found: the records of `results.json` and the table of `results.csv`.
+"""The results of a sweep: the records of `results.json` and the table of `results.csv`.
 
-Written by the sweep, read by the report; the two meet on disk only.
+The sweep writes them and the report reads them. The two share only this file and the files on disk.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ __all__ = [
     "Pruning",
     "Score",
     "SweepResults",
-    "TaskFigure",
+    "TaskValue",
     "Tasks",
+    "residual_gap",
     "residual_gaps",
 ]
 
 RESULTS_NAME = "results.json"
 TABLE_NAME = "results.csv"
-#: Below this share of the dense perplexity, what Wanda loses says nothing of what another method loses.
-_LEAST_LOSS = 0.01
-#: Options of a recipe that two cells must agree in before their methods are compared; all others make up the method.
-_CIRCUMSTANCES = {
+#: Smallest loss of Wanda, as a share of the dense perplexity, for which a residual gap is computed.
+_MIN_WANDA_LOSS = 0.01
+#: Recipe options that must be equal in two cells whose methods are compared. All others belong to
+#: the method.
+_CONDITIONS = {
     "sparsity",
     "pattern",
     "calibration",
@@ -55,7 +57,7 @@ class _Record(BaseModel):
 
 
 class Score(_Record):
-    """Perplexity on one text, as `prunus.perplexity` gives it; None stands for infinity."""
+    """Perplexity on one text, see `prunus.PerplexityResult`. None stands for infinity."""
 
     source: str
     perplexity: float | None
@@ -68,19 +70,19 @@ class Score(_Record):
     streamed: bool = False
 
 
-class TaskFigure(_Record):
-    """One metric of a task and its standard error; None where it is not known."""
+class TaskValue(_Record):
+    """One metric of a task, and its standard error. None stands for unknown."""
 
     value: float | None
     stderr: float | None
 
 
-#: Task -> metric -> figure; the mean of the paper's seven tasks is among them where all seven are.
-Tasks = dict[str, dict[str, TaskFigure]]
+#: Task -> metric -> value. If all seven tasks of the paper are there, their mean is too.
+Tasks = dict[str, dict[str, TaskValue]]
 
 
 class Pruning(_Record):
-    """Totals of a pruning run; `seconds` is the sum over its blocks, so that a run in several goes counts whole."""
+    """Totals of a pruning run. `seconds` sums over blocks, so a resumed run counts in full."""
 
     weights: int
     zeros: int
@@ -93,7 +95,10 @@ class Pruning(_Record):
 
 
 class CellResult(_Record):
-    """One cell. `waiting` cells were not begun, `running` ones are between two steps; a failed one says why."""
+    """One cell. A `waiting` cell was not started, a `running` one is between two steps.
+
+    A `failed` cell has an error message.
+    """
 
     name: str
     model: str
@@ -103,9 +108,7 @@ class CellResult(_Record):
     state: Literal["waiting", "running", "done", "failed"] = "waiting"
     error: str | None = None
     pruning: Pruning | None = None
-    recovered: dict[str, Any] | None = Field(
-        default=None, description="what the recovery has to tell"
-    )
+    recovered: dict[str, Any] | None = Field(default=None, description="totals of the recovery")
     scores: dict[str, Score] = Field(default={}, description="scoring text -> perplexity")
     tasks: Tasks = {}
     residual_gap: dict[str, float | None] = Field(
@@ -114,7 +117,7 @@ class CellResult(_Record):
 
 
 class ModelResult(_Record):
-    """A model before anything is done to it."""
+    """A dense model, before it is pruned."""
 
     path: str
     fingerprint: str
@@ -124,7 +127,7 @@ class ModelResult(_Record):
 
 
 class CalibrationSet(_Record):
-    """Calibration windows that cells share; `file` is relative to the sweep's folder."""
+    """Calibration windows that cells share. `file` is relative to the sweep's folder."""
 
     model: str
     calibration: str
@@ -137,7 +140,7 @@ class CalibrationSet(_Record):
 
 
 class SweepResults(_Record):
-    """Everything a sweep found so far."""
+    """Everything that a sweep has found so far."""
 
     format: Literal[1] = 1
     file: str = Field(description="name of the sweep file")
@@ -154,7 +157,7 @@ class SweepResults(_Record):
     cells: list[CellResult]
 
     def save(self, folder: Path) -> None:
-        """Write `results.json` and `results.csv`, each atomically, with the residual gaps as they are now."""
+        """Write `results.json` and `results.csv` atomically, with the current residual gaps."""
         for cell in self.cells:
             cell.residual_gap = residual_gaps(self, cell)
         write_json(folder / RESULTS_NAME, self.model_dump(mode="json"))
@@ -165,8 +168,8 @@ class SweepResults(_Record):
         """Read `results.json`.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is damaged or of another version.
+            FileNotFoundError: the folder has no results.
+            ValueError: the file is damaged or of another version.
         """
         path = folder / RESULTS_NAME
         if not path.exists():
@@ -176,7 +179,7 @@ class SweepResults(_Record):
         return read_record(path, cls)
 
     def to_csv(self) -> str:
-        """A row per model as it was and per cell; a missing figure is an empty field."""
+        """One row per dense model and per cell. A missing value is an empty field."""
         texts = self.scoring["texts"]
         dense = [
             {"name": f"{label}-dense", "model": label, "method": "dense", "sparsity": 0.0}
@@ -194,39 +197,59 @@ class SweepResults(_Record):
         return file.getvalue()
 
 
-def residual_gaps(results: SweepResults, cell: CellResult) -> dict[str, float | None]:
-    """(ppl − dense) / (ppl of Wanda − dense) per scoring text: Wanda is 1, lossless is 0.
+def residual_gap(perplexity: float, dense: float, wanda: float) -> float | None:
+    """The loss of a method as a share of what Wanda loses: 1 is Wanda, 0 is lossless.
 
-    Wanda is the cell of plain Wanda, by rows, all its options at their defaults and without recovery, that agrees
-    with `cell` in model, sparsity, calibration, seed and everything else that is not the method. None where a figure
-    is missing, and where Wanda loses less than 1 % of the dense perplexity: a share of next to nothing says nothing.
+    gap = (ppl − ppl_dense) / (ppl_wanda − ppl_dense)
+
+    >>> residual_gap(perplexity=25.0, dense=20.0, wanda=30.0)
+    0.5
+    >>> residual_gap(perplexity=20.1, dense=20.0, wanda=20.1) is None
+    True
+
+    Returns:
+        The gap, or None if Wanda loses less than 1 % of the dense perplexity: a share of almost
+        nothing means nothing.
+    """
+    if wanda <= dense * (1 + _MIN_WANDA_LOSS):
+        return None
+    return (perplexity - dense) / (wanda - dense)
+
+
+def residual_gaps(results: SweepResults, cell: CellResult) -> dict[str, float | None]:
+    """The residual gap of a cell per scoring text, see `residual_gap`.
+
+    It is None if a perplexity is missing or infinite.
+
+    The cell is compared to plain Wanda: by rows, all options at their defaults, without recovery.
+    Model, sparsity, calibration, seed and all other options that do not belong to the method must
+    be equal.
     """
     wanda = next((other for other in results.cells if _is_wanda_of(other, cell)), None)
     gaps: dict[str, float | None] = {}
     for text in cell.scores:
-        mine = _perplexity(cell.scores, text)
+        own = _perplexity(cell.scores, text)
         dense = _perplexity(results.models[cell.model].scores, text)
         reference = _perplexity(wanda.scores, text) if wanda is not None else None
-        gaps[text] = None
-        if (
-            mine is not None
-            and dense is not None
-            and reference is not None
-            and reference > dense * (1 + _LEAST_LOSS)
-        ):
-            gaps[text] = (mine - dense) / (reference - dense)
+        if own is None or dense is None or reference is None:
+            gaps[text] = None
+        else:
+            gaps[text] = residual_gap(own, dense, reference)
     return gaps
 
 
 def _is_wanda_of(other: CellResult, cell: CellResult) -> bool:
+    """Whether `other` is plain Wanda under the conditions of `cell`."""
     if other.model != cell.model or other.recovery is not None:
         return False
-    mine, its = (x.recipe.model_dump(include=_CIRCUMSTANCES) for x in (cell, other))
+    conditions, other_conditions = (x.recipe.model_dump(include=_CONDITIONS) for x in (cell, other))
     plain, method = (
-        x.model_dump(exclude=_CIRCUMSTANCES | {"group"})
+        x.model_dump(exclude=_CONDITIONS | {"group"})
         for x in (Recipe.model_validate({}), other.recipe)
     )
-    return mine == its and method == plain and other.recipe.group in (None, "row")
+    return (
+        conditions == other_conditions and method == plain and other.recipe.group in (None, "row")
+    )
 
 
 def _perplexity(scores: dict[str, Score], text: str) -> float | None:
@@ -259,6 +282,6 @@ def _field(value: Any) -> Any:
 def _task_columns(tasks: Tasks) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for task, metrics in tasks.items():
-        for metric, figure in metrics.items():
-            found |= {f"{task} {metric}": figure.value, f"{task} {metric} stderr": figure.stderr}
+        for metric, value in metrics.items():
+            found |= {f"{task} {metric}": value.value, f"{task} {metric} stderr": value.stderr}
     return found

@@ -1,15 +1,16 @@
-"""The story of a sweep: check everything, score each dense model once, then cell after cell.
+"""The story of a sweep: check everything, score each dense model, then run cell after cell.
 
-`results.json` is rewritten after every step, so a sweep that was killed goes on at the step it was at. What fails
-is written down, the rest goes on, and the next run of the same command tries it again.
+`results.json` is written after every step, so a sweep that was killed continues at the step where
+it stopped. If a cell fails, its error is recorded and the other cells go on. The next run of the
+same command tries it again.
 
-Several ranks take cells as they are free, each cell being one process' work; see `sharing_out.py`.
+On several ranks, a rank that is free takes the next cell. One process does all work of a cell; see
+`rank_results.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,16 +19,22 @@ from prunus.distributed import SINGLE_PROCESS, Ranks, process_group
 from prunus.methods import METHODS
 from prunus.model.checkpoint.lock import locked
 from prunus.pruning.job import RunOptions
+from prunus.pruning.progress import LineInterval
 from prunus.pruning.run import Progress
 from prunus.sweep.calibration_windows import shared_windows
 from prunus.sweep.cells import discard_weights, prune_cell, recover_cell, score_model
 from prunus.sweep.grid import Sweep
-from prunus.sweep.rank_results import CELLS, begin, collect, exchange_models, prepare, save
+from prunus.sweep.rank_results import (
+    CELLS_FOLDER,
+    collect_results,
+    exchange_model_results,
+    initial_results,
+    prepare_results,
+    save_results,
+)
 from prunus.sweep.results import CellResult, ModelResult, SweepResults
 
 __all__ = ["run_sweep"]
-
-_SECONDS_BETWEEN_LINES = 30.0
 
 
 def run_sweep(
@@ -38,38 +45,42 @@ def run_sweep(
     file: str = "sweep.toml",
     progress: Callable[[str], None] | None = None,
 ) -> SweepResults:
-    """Carry out a sweep, or what is left of it; failed cells are in the result, see `CellResult.error`.
+    """Run a sweep, or what an earlier run has left of it.
 
     Args:
         sweep: see `load_sweep`.
         output: folder for `results.json`, `results.csv`, the calibration windows and the cells.
-        options: device, memory, data folder, trust; for all cells.
-        file: name of the sweep file, for the records.
-        progress: told in a line what was done.
+        options: device, memory, data folder and trust in remote code, for all cells.
+        file: name of the sweep file, for the results.
+        progress: called with a line of text after every step.
+
+    Returns:
+        The results. A cell that failed has a message in `CellResult.error`.
 
     Raises:
-        What `check_sweep` raises, before any work.
+        See `check_sweep`; it runs before any work.
     """
     options = options or RunOptions()
     with contextlib.ExitStack() as stack:
         ranks = options.ranks or stack.enter_context(process_group(options.rank_timeout))
-        # A cell is one process' work, whoever does it.
+        # One process does all work of a cell, so runs inside a cell must not look for other ranks.
         options = replace(options, ranks=SINGLE_PROCESS)
-        results = begin(sweep, output, options, file, ranks)
+        results = initial_results(sweep, output, options, file, ranks)
         stack.enter_context(locked(output))
-        results = prepare(results, output, options, ranks)
-        return _Runner(
-            sweep, results, output, options, progress or (lambda line: None), ranks
-        ).run()
+        results = prepare_results(results, output, options, ranks)
+        report = progress or (lambda line: None)
+        return _Runner(sweep, results, output, options, report, ranks).run()
 
 
 @dataclass
 class _Runner:
+    """Runs the cells of a sweep on one rank. `report` is called with lines of text."""
+
     sweep: Sweep
     results: SweepResults
     output: Path
     options: RunOptions
-    say: Callable[[str], None]
+    report: Callable[[str], None]
     ranks: Ranks
 
     def run(self) -> SweepResults:
@@ -77,40 +88,42 @@ class _Runner:
         for number in self.ranks.claim("models", len(models)):
             label, model = models[number]
             title = f"{label}, dense"
-            with self._failures(model, title):
+            with self._recording_failure(model, title):
                 self._score(Path(model.path), model, title)
             self._save()
-        exchange_models(self.results, self.ranks)
+        exchange_model_results(self.results, self.ranks)
         self._save()
-        plain = [cell for cell in self.results.cells if cell.recovers is None]
-        for number in self.ranks.claim("cells", len(plain)):
-            cell = plain[number]
-            self._group(cell, [x for x in self.results.cells if x.recovers == cell.name])
-        return collect(self.results, self.output, self.ranks)
+        # A recovery needs the weights of its cell, so the same rank runs both.
+        pruned = [cell for cell in self.results.cells if cell.recovers is None]
+        for number in self.ranks.claim("cells", len(pruned)):
+            cell = pruned[number]
+            recoveries = [x for x in self.results.cells if x.recovers == cell.name]
+            self._run_with_recoveries(cell, recoveries)
+        return collect_results(self.results, self.output, self.ranks)
 
     def _save(self, cell: CellResult | None = None) -> None:
-        """Keep what was found by now: of `cell`, or of a dense model."""
-        save(self.results, cell, self.output, self.ranks)
+        """Save what was found so far for a cell, or for a dense model."""
+        save_results(self.results, cell, self.output, self.ranks)
 
-    def _group(self, cell: CellResult, recoveries: list[CellResult]) -> None:
-        """A cell and those that recover it: its weights are there for as long as one of them needs them."""
+    def _run_with_recoveries(self, cell: CellResult, recoveries: list[CellResult]) -> None:
+        """Run a cell and the cells that recover it. Its weights are deleted when all are done."""
         todo = [one for one in recoveries if one.state != "done"]
         weights: Path | None = None
         if cell.state != "done" or todo:
-            with self._step(cell):
+            with self._running(cell):
                 weights = self._prune(cell)
                 self._score(weights, cell, self._title(cell))
         for one in todo:
-            with self._step(one):
+            with self._running(one):
                 if weights is None or cell.state != "done":
-                    raise RuntimeError(f"the cell that it recovers failed: {cell.error}")
+                    raise RuntimeError(f"the cell to recover failed: {cell.error}")
                 self._recover(one, weights)
         for one in (cell, *recoveries):
             if one.state == "done" and not self.sweep.keep_checkpoints:
                 discard_weights(self._folder(one))
 
     def _prune(self, cell: CellResult) -> Path:
-        """The pruned weights: from an earlier run where they are there, else made, to the same bytes, now."""
+        """The folder with the pruned weights. Deleted weights are made again, to the same bytes."""
         model = self.results.models[cell.model]
         if model.error is not None:
             raise RuntimeError(f"the dense model {cell.model} could not be scored: {model.error}")
@@ -122,12 +135,12 @@ class _Runner:
             self._save(cell)
         title, before = self._title(cell), cell.pruning
         weights = prune_cell(
-            cell, self._folder(cell), Path(model.path), ids, self.options, self._now_and_then(title)
+            cell, self._folder(cell), Path(model.path), ids, self.options, self._block_lines(title)
         )
         assert cell.pruning is not None
         cell.pruning = before or cell.pruning
         self._save(cell)
-        self.say(f"{title}: {cell.pruning.sparsity:.2%} pruned in {cell.pruning.seconds:.0f} s")
+        self.report(f"{title}: {cell.pruning.sparsity:.2%} pruned in {cell.pruning.seconds:.0f} s")
         return weights
 
     def _recover(self, cell: CellResult, pruned: Path) -> None:
@@ -136,28 +149,28 @@ class _Runner:
         table = self.sweep.recovery[cell.recovery]
         weights = recover_cell(cell, self._folder(cell), pruned, dense, table, self.options)
         self._save(cell)
-        self.say(f"{title}: recovered in {(cell.recovered or {}).get('seconds', 0):.0f} s")
+        self.report(f"{title}: recovered in {(cell.recovered or {}).get('seconds', 0):.0f} s")
         self._score(weights, cell, title)
 
     def _score(self, weights: Path, record: CellResult | ModelResult, title: str) -> None:
         def finished(what: str, figure: float | None) -> None:
             self._save(record if isinstance(record, CellResult) else None)
-            self.say(f"{title}: {what} {'infinite' if figure is None else f'{figure:.4g}'}")
+            self.report(f"{title}: {what} {'infinite' if figure is None else f'{figure:.4g}'}")
 
         score_model(weights, self.sweep.scoring, self.options, record, finished)
 
     @contextlib.contextmanager
-    def _step(self, cell: CellResult) -> Iterator[None]:
-        """The work on one cell, from its first state to its last."""
+    def _running(self, cell: CellResult) -> Iterator[None]:
+        """Mark a cell as running, and as done at the end of the block."""
         cell.state = "running"
-        with self._failures(cell, self._title(cell)):
+        with self._recording_failure(cell, self._title(cell)):
             yield
             cell.state = "done"
         self._save(cell)
 
     @contextlib.contextmanager
-    def _failures(self, record: CellResult | ModelResult, title: str) -> Iterator[None]:
-        """Whatever goes wrong with one cell is written down, and the sweep goes on."""
+    def _recording_failure(self, record: CellResult | ModelResult, title: str) -> Iterator[None]:
+        """Record an error of a cell or a dense model, so that the sweep goes on."""
         record.error = None
         try:
             yield
@@ -166,22 +179,22 @@ class _Runner:
             record.error = f"{type(fault).__name__}: {reason}"
             if isinstance(record, CellResult):
                 record.state = "failed"
-            self.say(f"{title}: failed: {record.error}")
+            self.report(f"{title}: failed: {record.error}")
 
     def _title(self, cell: CellResult) -> str:
         return f"[{self.results.cells.index(cell) + 1}/{len(self.results.cells)}] {cell.name}"
 
     def _folder(self, cell: CellResult) -> Path:
-        return self.output / CELLS / cell.name
+        return self.output / CELLS_FOLDER / cell.name
 
-    def _now_and_then(self, title: str) -> Callable[[Progress], None]:
-        """Progress of one pruning run, in a line every so often."""
-        last = time.monotonic()
+    def _block_lines(self, title: str) -> Callable[[Progress], None]:
+        """A function that reports the progress of one pruning run, but not for every block."""
+        lines = LineInterval()
+        lines.restart()
 
-        def tell(step: Progress) -> None:
-            nonlocal last
-            if time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
-                last = time.monotonic()
-                self.say(f"{title}: block {step.done} of {step.total}")
+        def report_block(step: Progress) -> None:
+            if lines.due():
+                lines.restart()
+                self.report(f"{title}: block {step.done} of {step.total}")
 
-        return tell
+        return report_block

@@ -1,0 +1,45 @@
+"""How often a long run writes a line where no live bar is shown."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+__all__ = ["SECONDS_BETWEEN_LINES", "LineInterval"]
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+@dataclass
+class LineInterval:
+    """Says when the next line is due. Steps may come many times a second.
+
+    >>> now = 100.0
+    >>> lines = LineInterval(15.0, clock=lambda: now)
+    >>> lines.due()
+    True
+    >>> lines.restart()
+    >>> now = 110.0
+    >>> lines.due()
+    False
+    >>> now = 115.0
+    >>> lines.due()
+    True
+
+    Attributes:
+        seconds: shortest time between two lines.
+        clock: a function that returns the time in seconds.
+    """
+
+    seconds: float = SECONDS_BETWEEN_LINES
+    clock: Callable[[], float] = time.monotonic
+    _last: float = field(default=float("-inf"), init=False)
+
+    def due(self) -> bool:
+        """Whether enough time has passed since the last line."""
+        return self.clock() - self._last >= self.seconds
+
+    def restart(self) -> None:
+        """Count from now on: a line was written."""
+        self._last = self.clock()
