@@ -408,7 +408,7 @@ def test_plain_text_keeps_every_byte(tmp_path, name):
         ("a.txt", b" \n\t\n", "there is no text in this file"),
         ("a.txt", b"caf\xe9 " * 20, "not UTF-8"),
         ("a.txt", b"seven..", r"a.txt: the whole text has 7 tokens.*smaller --seqlen"),
-        ("a.txt", b"ten tokens", "only 2 different windows of 8 tokens, 4 were asked for"),
+        ("a.txt", b"ten tokens", "only 2 different windows of 8 tokens, fewer than --samples 4"),
         ("a.txt.gz", gzip.compress(b"some text " * 50, mtime=0)[:-12], "damaged or truncated gzip"),
         ("a.jsonl.gz", b"not gzip at all", "damaged or truncated gzip"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": "y', r"a.jsonl, line 3: not a JSON object"),
@@ -445,9 +445,9 @@ def test_token_ids_need_no_tokenizer(tmp_path):
     windows = load(path, samples=4, seqlen=12)
     assert torch.equal(windows.ids, ids[:4, :12].long())
     assert windows.source == str(path)
-    with pytest.raises(ValueError, match="it has 6 windows, 7 were asked for"):
+    with pytest.raises(ValueError, match="it has 6 windows, fewer than --samples 7"):
         load(path, samples=7, seqlen=12)
-    with pytest.raises(ValueError, match="its windows have 20 tokens, 21 were asked for"):
+    with pytest.raises(ValueError, match="its windows have 20 tokens, fewer than --seqlen 21"):
         load(path, samples=2, seqlen=21)
 
 

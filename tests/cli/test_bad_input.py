@@ -289,7 +289,7 @@ def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch):
         ({"group": "head"}, "group must be row, layer, column or a number of rows"),
         ({"batch": 0}, "batch must be at least 1 window; got 0"),
         ({"damping": 0.0}, r"damping must lie in \(0, 1\)"),
-        ({"mask_from": "magnitude"}, "mask_from and mask_order belong to method 'obs'"),
+        ({"mask_from": "magnitude"}, "mask_from belongs to method 'obs', not to 'wanda'"),
         ({"sparsities": 0.5}, "unknown option 'sparsities'; known are preset, method, sparsity"),
         (
             {"only": ["*.qproj"]},
@@ -363,7 +363,7 @@ def test_no_samples(dense, tmp_path):
         ("", "the file is empty"),
         (" \n\t\n", "there is no text in this file"),
         ("Hello world. ", "the whole text has 13 tokens, and windows of 32 need more than that"),
-        ("Hello world. " * 3, "only 7 different windows of 32 tokens, 8 were asked for"),
+        ("Hello world. " * 3, "only 7 different windows of 32 tokens, fewer than --samples 8"),
     ],
 )
 def test_text_that_is_too_short(text, message, dense, tmp_path):

@@ -253,7 +253,7 @@ def test_what_cannot_be_calibrated_on_is_refused(tmp_path):
     refused(
         ValueError, "calibrated on images, and 'c4' is no folder: give --calibration DIR", samples=4
     )
-    refused(ValueError, "holds 12 images, 13 were asked for", calibration=str(folder), samples=13)
+    refused(ValueError, "holds 12 images, fewer than --samples 13", calibration=str(folder), samples=13)
     refused(
         ValueError,
         "pixel values .*got torch.int64",
@@ -311,7 +311,7 @@ def test_the_plan_counts_positions_not_tokens(tmp_path):
     folder = pictures(tmp_path / "pictures")
     job = plan_run(dense, Recipe(calibration=str(folder), samples=12), RunOptions())
     assert job.batch == 12
-    assert job.costs[0].hidden == 12 * 18 * 32 * 4
+    assert job.block_memory[0].hidden == 12 * 18 * 32 * 4
 
 
 @pytest.mark.parametrize("size", [0, -4, "large", [16], [16, 0], None])

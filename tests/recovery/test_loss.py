@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from prunus.calibration.stream import training_text
+from prunus.calibration.training_text import training_text
 from prunus.pruning.reconstruction.learning_rate import learning_rate
 from prunus.recovery import loss as loss_page
 from prunus.recovery.loss import next_token_loss

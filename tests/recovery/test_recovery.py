@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunus
-from prunus.calibration.stream import training_text as windows
+from prunus.calibration.training_text import training_text as windows
 from prunus.evaluation.inspection import inspect
 from prunus.model.adapter import add_lora
 from prunus.model.loading import load_model

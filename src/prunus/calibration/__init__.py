@@ -1,230 +1,24 @@
-"""Where token windows come from: hub corpora, a local copy, your own files, Python, the model itself."""
+"""Where calibration data comes from: token windows for language models, images for classifiers.
 
-from __future__ import annotations
+windows.py        draws the windows of a run from any source; start reading here
+draw.py           random windows of documents or of one long text
+corpora.py        the named corpora: C4, WikiText-2, Penn Treebank, Python's documentation
+files.py          text and token ids from the user's files
+generate.py       text that the model writes itself
+images.py         images from a folder
+training_text.py  all windows of a source in order, for recovery
+hub.py            data sets of the Hugging Face hub
 
-import hashlib
-import random
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+Knows nothing of blocks or pruning.
+"""
 
-import torch
-
-from prunus.calibration.corpora import NAMES, check_corpus, load_corpus
-from prunus.calibration.draw import (
-    TextTooShort,
-    encode,
-    windows_from_documents,
-    windows_from_stream,
+from prunus.calibration.windows import (
+    SOURCES,
+    Windows,
+    check_context,
+    check_source,
+    hash_ids,
+    load_windows,
 )
-from prunus.calibration.files import check_file, kind, read_documents, read_ids
 
-__all__ = ["SOURCES", "Windows", "check_context", "check_source", "load_windows"]
-
-SOURCES = {
-    "c4": "C4, English, first train shard: random windows of random documents, as in the papers",
-    "wikitext2": "WikiText-2, train: random windows of the whole text",
-    "ptb": "Penn Treebank, train: random windows of the whole text",
-    "python-docs": "the documentation that ships with Python: first half; needs no download",
-    "self": "text that the model writes itself (arXiv 2410.17170)",
-    "FILE": ".txt, .jsonl, .jsonl.gz or .parquet (text in the field or column `text`), "
-    "or .safetensors with `input_ids` (windows, tokens)",
-    "FOLDER": "for image classifiers: images, or a subfolder of images per class",
-}
-
-
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """Calibration windows.
-
-    Attributes:
-        ids: (samples, seqlen) int64, on the CPU; for an image classifier pixel values (samples, channels, height,
-            width) float32.
-        source: where they are from, in words.
-        sha256: of the shape and the ids, see `hash_ids`.
-    """
-
-    ids: torch.Tensor
-    source: str
-    sha256: str
-
-
-def hash_ids(ids: torch.Tensor) -> str:
-    """SHA-256 (hex) of the text `<rows>x<columns>:` and the ids (N, S) as little-endian int32."""
-    digest = hashlib.sha256(f"{ids.shape[0]}x{ids.shape[1]}:".encode())
-    digest.update(ids.numpy().astype("<i4").tobytes())
-    return digest.hexdigest()
-
-
-def check_source(source: str, data_dir: Path | None) -> None:
-    """Raise what `load_windows` would, as far as can be told without reading text or asking the network.
-
-    Raises:
-        ValueError: an unknown name or kind of file, an empty file.
-        FileNotFoundError: a file or data folder that is not there, or a data folder that lacks the corpus.
-        ModuleNotFoundError: an extra that is not installed (the message names it).
-    """
-    if source in NAMES:
-        check_corpus(source, "calibration", data_dir)
-    elif source != "self":
-        _check_path(source)
-
-
-def load_windows(
-    source: str,
-    *,
-    tokenizer: Any,
-    samples: int,
-    seqlen: int,
-    seed: int,
-    data_dir: Path | None,
-    model: Callable[[], Any] | None = None,
-) -> Windows:
-    """Draw `samples` windows of `seqlen` tokens from a source.
-
-    Args:
-        source: a name of `SOURCES` or the path of a file.
-        tokenizer: of the model; adds the special tokens that it adds by default. May be None for
-            `.safetensors` and `self`.
-        samples: windows, at least 1.
-        seqlen: tokens per window, at least 2.
-        seed: the same one gives the same windows.
-        data_dir: local copy of the corpora; None means the folder in PRUNUS_DATA, or the hub where that is
-            unset.
-        model: called without arguments, for `self` only; returns the loaded causal LM.
-
-    Raises:
-        ValueError: samples or seqlen out of range, an unknown source, a missing tokenizer or model, text that
-            has no such windows (the message says how long it is, in tokens).
-        FileNotFoundError, ModuleNotFoundError: see `check_source`.
-        OSError: the hub does not answer.
-    """
-    if samples < 1:
-        raise ValueError(
-            f"samples must be at least 1, not {samples}: pruning needs something to calibrate on"
-        )
-    if seqlen < 2:
-        raise ValueError(f"seqlen must be at least 2 tokens, not {seqlen}")
-    check_source(source, data_dir)
-    rng = random.Random(seed)
-    if source == "self":
-        ids, described = _from_model(model, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
-    elif source not in NAMES and kind(Path(source)) == "safetensors":
-        ids, described = _from_ids(Path(source), samples, seqlen), source
-    elif tokenizer is None:
-        raise ValueError(
-            f"{source} is text, and this model comes without a tokenizer; calibrate on token ids instead: "
-            f"a .safetensors file with input_ids"
-        )
-    elif source in NAMES:
-        ids, described = _from_corpus(
-            source, data_dir, tokenizer, samples=samples, seqlen=seqlen, rng=rng
-        )
-    else:
-        ids, described = _from_file(
-            Path(source), tokenizer, samples=samples, seqlen=seqlen, rng=rng
-        )
-    assert tuple(ids.shape) == (samples, seqlen)
-    return Windows(ids, described, hash_ids(ids))
-
-
-def _check_path(source: str) -> None:
-    path = Path(source)
-    try:
-        check_file(path)
-    except ValueError as error:
-        if path.exists():
-            raise
-        raise ValueError(
-            f"unknown source {source!r}: it is none of {', '.join(SOURCES)}, and {error}"
-        ) from None
-
-
-def _from_model(
-    model: Callable[[], Any] | None, tokenizer: Any, *, samples: int, seqlen: int, seed: int
-) -> tuple[torch.Tensor, str]:
-    from prunus.calibration.generate import first_ids, write_windows
-
-    if model is None:
-        raise ValueError("the source 'self' needs the model, to let it write text")
-    loaded = model()
-    ids = write_windows(
-        loaded, first_ids(loaded, tokenizer, samples, random.Random(seed)), seqlen=seqlen, seed=seed
-    )
-    return ids, "self (sampled from the model at temperature 1)"
-
-
-def _from_ids(path: Path, samples: int, seqlen: int) -> torch.Tensor:
-    ids = read_ids(path)
-    if ids.shape[1] < seqlen:
-        raise ValueError(
-            f"{path}: its windows have {ids.shape[1]} tokens, {seqlen} were asked for; use a smaller --seqlen"
-        )
-    if ids.shape[0] < samples:
-        raise ValueError(
-            f"{path}: it has {ids.shape[0]} windows, {samples} were asked for; use fewer --samples"
-        )
-    return ids[:samples, :seqlen].contiguous()
-
-
-def _from_corpus(
-    name: str,
-    data_dir: Path | None,
-    tokenizer: Any,
-    *,
-    samples: int,
-    seqlen: int,
-    rng: random.Random,
-) -> tuple[torch.Tensor, str]:
-    corpus = load_corpus(name, "calibration", data_dir)
-    try:
-        if name == "c4":
-            ids, used = windows_from_documents(
-                corpus.documents, tokenizer, samples=samples, seqlen=seqlen, rng=rng
-            )
-            return ids, f"{corpus.source}; windows from {used} documents"
-        tokens = encode(tokenizer, corpus.text())
-        return windows_from_stream(tokens, samples=samples, seqlen=seqlen, rng=rng), corpus.source
-    except ValueError as error:
-        raise ValueError(f"{corpus.source}: {error}") from error
-
-
-def _from_file(
-    path: Path, tokenizer: Any, *, samples: int, seqlen: int, rng: random.Random
-) -> tuple[torch.Tensor, str]:
-    """Windows of long documents where the file has any, else of all its documents joined by blank lines."""
-    documents = read_documents(path)
-    if len(documents) > 1:
-        try:
-            ids, used = windows_from_documents(
-                documents, tokenizer, samples=samples, seqlen=seqlen, rng=rng
-            )
-            return ids, f"{path}; windows from {used} documents"
-        except TextTooShort:
-            pass
-    try:
-        ids = windows_from_stream(
-            encode(tokenizer, "\n\n".join(documents)), samples=samples, seqlen=seqlen, rng=rng
-        )
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    joined = (
-        f"; {len(documents)} documents joined, none is longer than a window"
-        if len(documents) > 1
-        else ""
-    )
-    return ids, f"{path}{joined}"
-
-
-def check_context(positions: int | None, seqlen: int, needs: str) -> None:
-    """See that a window is no longer than what the model has positions for.
-
-    Raises:
-        ValueError: names both lengths.
-    """
-    if needs != "none" and positions is not None and seqlen > positions:
-        raise ValueError(
-            f"windows of {seqlen} tokens do not fit: the model has {positions} positions. "
-            f"Use --seqlen {positions} or less"
-        )
+__all__ = ["SOURCES", "Windows", "check_context", "check_source", "hash_ids", "load_windows"]

@@ -1,8 +1,9 @@
-"""Windows of token ids cut out of a text: random ones from documents, random ones from a stream.
+"""Random windows of token ids, cut out of documents or out of one long text.
 
-Knows nothing of where text comes from. All randomness is the `random.Random` that is handed in.
+This file does not know where text comes from. All randomness comes from the `random.Random` that
+the caller passes.
 
-Legend: N windows, S tokens per window (seqlen), T tokens of a text.
+Shape suffixes: N windows, S tokens per window (seqlen), T tokens of a text.
 """
 
 from __future__ import annotations
@@ -13,48 +14,76 @@ from typing import Any
 
 import torch
 
-_AT_ONCE = (
-    32  # documents tokenised per call: fast tokenizers work on them in parallel, few are wasted
-)
+# Documents to tokenise per call. Fast tokenizers work on them in parallel, and few are wasted when
+# the last window has been found.
+_BATCH = 32
 
 
 class TextTooShort(ValueError):  # noqa: N818
-    """No document has more than `seqlen` tokens. `longest` is the length of the longest, in tokens."""
+    """No document has more than `seqlen` tokens.
+
+    Attributes:
+        longest: length of the longest document, in tokens.
+    """
 
     def __init__(self, longest: int, seqlen: int, documents: int) -> None:
         super().__init__(
-            f"none of the {documents} documents is longer than {seqlen} tokens; the longest has {longest}. "
-            f"Use a smaller --seqlen (less than {longest}) or longer text"
+            f"none of the {documents} documents is longer than {seqlen} tokens; the longest has "
+            f"{longest}. Use a smaller --seqlen (less than {longest}) or longer text"
         )
         self.longest = longest
 
 
 def encode(tokenizer: Any, text: str) -> torch.Tensor:
-    """Token ids of a text, (T,) int64, with the special tokens that the tokenizer adds by default."""
-    # verbose=False: a text is longer than the model's context on purpose, and windows are cut from it.
+    """Token ids of a text, (T,) int64, with the special tokens that the tokenizer adds."""
+    # verbose=False: transformers would warn that the text is longer than the model's context.
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
 def windows_from_documents(
     documents: Sequence[str], tokenizer: Any, *, samples: int, seqlen: int, rng: random.Random
 ) -> tuple[torch.Tensor, int]:
-    """Random windows of random documents, (N, S) int64, and how many documents gave one.
+    """Random windows of random documents.
 
-    As the calibration of SparseGPT and Wanda, where a document is drawn, dropped unless it has more than
-    `seqlen` tokens, and a window starts at any of its first T - S tokens. Two differences, so that the
-    search always ends: documents are looked at in random order without replacement, and only when all have
-    been are those that are long enough used again, each time with a window that starts elsewhere. Tokenises
-    no more than it looks at.
+    This follows the calibration of SparseGPT (arXiv 2301.00774) and Wanda (arXiv 2306.11695): draw
+    a document, drop it unless it has more than S tokens, and start a window at any of its first
+    T - S tokens.
 
-    Raises TextTooShort where no document is long enough, ValueError where there are fewer different windows
-    than `samples`.
+    There are two differences, so that the search always ends. Documents are drawn without
+    replacement. Only when all have been drawn, the long ones are used again, each time with a
+    window that starts elsewhere. Only documents that are drawn are tokenised.
+
+    Args:
+        documents: texts.
+        tokenizer: called on a list of texts.
+        samples: number of windows, N.
+        seqlen: tokens per window, S.
+        rng: source of all randomness.
+
+    Returns:
+        Windows (N, S) int64, and the number of documents that they come from.
+
+    Raises:
+        TextTooShort: no document is longer than a window.
+        ValueError: there are fewer than N different windows.
+
+    Here every letter is a token:
+
+    >>> def tokenizer(texts, verbose):
+    ...     return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+    >>> ids, used = windows_from_documents(
+    ...     ["abcdefgh", "xy"], tokenizer, samples=2, seqlen=3, rng=random.Random(0)
+    ... )
+    >>> ["".join(map(chr, row)) for row in ids.tolist()], used
+    (['abc', 'cde'], 1)
     """
     rows: list[torch.Tensor] = []
-    unused: list[tuple[torch.Tensor, Iterator[int]]] = []
+    # Per document that gave a window: its tokens, and other starts to use if windows run short.
+    reserve: list[tuple[torch.Tensor, Iterator[int]]] = []
     different = 0
     longest = 0
     order = rng.sample(range(len(documents)), len(documents))
-    for batch in (order[first : first + _AT_ONCE] for first in range(0, len(order), _AT_ONCE)):
+    for batch in (order[first : first + _BATCH] for first in range(0, len(order), _BATCH)):
         for ids in tokenizer([documents[index] for index in batch], verbose=False)["input_ids"]:
             longest = max(longest, len(ids))
             starts = len(ids) - seqlen
@@ -64,34 +93,48 @@ def windows_from_documents(
             tokens = torch.tensor(ids, dtype=torch.int64)
             start, *more = rng.sample(range(starts), min(starts, samples))
             rows.append(tokens[start : start + seqlen])
-            unused.append((tokens, iter(more)))
+            reserve.append((tokens, iter(more)))
             if len(rows) == samples:
-                return torch.stack(rows), len(unused)
-    if not unused:
+                return torch.stack(rows), len(reserve)
+    if not reserve:
         raise TextTooShort(longest, seqlen, len(documents))
     _check_enough(different, samples, seqlen)
-    while len(rows) < samples:  # each round takes at least one start, and there are enough of them
-        rng.shuffle(unused)
-        for tokens, starts_left in unused:
+    # Each round takes at least one start, and `_check_enough` has made sure that they suffice.
+    while len(rows) < samples:
+        rng.shuffle(reserve)
+        for tokens, starts_left in reserve:
             next_start = next(starts_left, None)
             if next_start is not None and len(rows) < samples:
                 rows.append(tokens[next_start : next_start + seqlen])
-    return torch.stack(rows), len(unused)
+    return torch.stack(rows), len(reserve)
 
 
 def windows_from_stream(
     tokens_T: torch.Tensor, *, samples: int, seqlen: int, rng: random.Random
 ) -> torch.Tensor:
-    """Random windows of one text with different starts, (N, S) int64; they may overlap.
+    """Random windows of one long text, with different starts; they may overlap.
 
-    Raises ValueError where the text has no more than `seqlen` tokens or fewer different windows than
-    `samples`.
+    Args:
+        tokens_T: token ids of the text, (T,).
+        samples: number of windows, N.
+        seqlen: tokens per window, S.
+        rng: source of all randomness.
+
+    Returns:
+        (N, S) int64.
+
+    Raises:
+        ValueError: the text has no more than S tokens, or fewer than N different windows.
+
+    >>> windows_from_stream(torch.arange(100), samples=2, seqlen=4, rng=random.Random(0))
+    tensor([[49, 50, 51, 52],
+            [53, 54, 55, 56]])
     """
     starts = len(tokens_T) - seqlen
     if starts <= 0:
         raise ValueError(
-            f"the whole text has {len(tokens_T)} tokens, and windows of {seqlen} need more than that. "
-            f"Use a smaller --seqlen or more text"
+            f"the whole text has {len(tokens_T)} tokens, and windows of {seqlen} need more than "
+            "that. Use a smaller --seqlen or more text"
         )
     _check_enough(starts, samples, seqlen)
     return torch.stack(
@@ -102,6 +145,6 @@ def windows_from_stream(
 def _check_enough(different: int, samples: int, seqlen: int) -> None:
     if different < samples:
         raise ValueError(
-            f"the text has only {different} different windows of {seqlen} tokens, {samples} were asked for. "
-            f"Use fewer --samples, a smaller --seqlen or more text"
+            f"the text has only {different} different windows of {seqlen} tokens, fewer than "
+            f"--samples {samples}. Use fewer --samples, a smaller --seqlen or more text"
         )

@@ -16,11 +16,16 @@ import torch
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet", ".safetensors")
 
 
-def kind(path: Path) -> str:
-    """What a file holds, from its name: one of `text`, `json`, `parquet`, `safetensors`.
+def file_kind(path: Path) -> str:
+    """What a file holds, by its name: `text`, `json`, `parquet` or `safetensors`.
 
-    Raises ValueError for a name that ends in none of `SUFFIXES`. `.json.gz` holds JSON lines, as C4's own
-    shards do.
+    `.json.gz` counts as JSON lines, because the shards of C4 are called so.
+
+    Raises:
+        ValueError: the name ends in none of `SUFFIXES`.
+
+    >>> file_kind(Path("c4-train.00000-of-01024.json.gz"))
+    'json'
     """
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
@@ -34,33 +39,40 @@ def kind(path: Path) -> str:
 
 
 def check_file(path: Path) -> None:
-    """Raise FileNotFoundError or ValueError unless `path` is a non-empty file of a known kind.
+    """Check that `path` is a non-empty file of a known kind. Opens nothing.
 
-    Raises ModuleNotFoundError where reading it needs an extra that is not installed. Opens nothing.
+    Raises:
+        ValueError: it is of an unknown kind, or empty.
+        FileNotFoundError: there is no such file.
+        ModuleNotFoundError: reading it needs an extra that is not installed.
     """
-    what = kind(path)
+    what = file_kind(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
     if what == "parquet":
-        require("pyarrow", f"reading {path.name}")
+        require_library("pyarrow", f"reading {path.name}")
 
 
-def require(module: str, purpose: str) -> None:
-    """Raise ModuleNotFoundError, naming the `data` extra, unless `module` can be imported."""
+def require_library(module: str, purpose: str) -> None:
+    """Raise ModuleNotFoundError, which names the extra `data`, unless `module` is installed."""
     if importlib.util.find_spec(module) is None:
         raise ModuleNotFoundError(f"{purpose} needs {module}: pip install 'prunus[data]'")
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of a text file, empty ones left out: one for `.txt`, one per line or row for the others.
+    """The documents of a text file, without empty ones.
 
-    Raises ValueError for text that is not UTF-8, a broken line (with its number), a missing `text` field or
-    column, a truncated file, and a file without any text.
+    A `.txt` file is one document. In the other formats every line or row is one.
+
+    Raises:
+        ValueError: text that is not UTF-8, a broken line (with its number), no `text` field or
+            column, a truncated file, or a file without any text.
+        FileNotFoundError, ModuleNotFoundError: see `check_file`.
     """
     check_file(path)
-    match kind(path):
+    match file_kind(path):
         case "text":
             documents = [read_text(path)]
         case "json":
@@ -76,7 +88,11 @@ def read_documents(path: Path) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """The whole of a text file, gunzipped where its name ends in `.gz`; line ends stay as they are."""
+    """The whole of a text file, decompressed if its name ends in `.gz`. Keeps line ends.
+
+    Raises:
+        ValueError: the gzip file is damaged, or the text is not UTF-8.
+    """
     try:
         data = (
             gzip.decompress(path.read_bytes())
@@ -92,9 +108,13 @@ def read_text(path: Path) -> str:
 
 
 def read_json_lines(path: Path, fields: tuple[str, ...] = ("text",)) -> list[str]:
-    """One string per non-blank line: the values of `fields` of its JSON object, put end to end."""
+    """One string per non-blank line: the values of `fields` of its JSON object, concatenated.
+
+    Raises:
+        ValueError: a line is no JSON object with text in these fields; gives its number.
+    """
     documents = []
-    # Not splitlines: JSON strings may hold U+2028 and other characters that it takes for line ends.
+    # Not splitlines: JSON strings may hold U+2028 and other characters that it treats as line ends.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -129,10 +149,12 @@ def _read_parquet(path: Path) -> list[str]:
 
 
 def read_ids(path: Path) -> torch.Tensor:
-    """The tensor `input_ids` of a safetensors file, (N, T) int64.
+    """The tensor `input_ids` of a safetensors file, (windows, tokens) int64.
 
-    Raises FileNotFoundError, or ValueError for a file without that tensor, a wrong rank or dtype, no ids, or
-    negative ids.
+    Raises:
+        ValueError: there is no such tensor, its rank or dtype is wrong, it is empty, or it holds
+            negative ids.
+        FileNotFoundError: there is no such file.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -1,10 +1,10 @@
 """Calibration text that the model writes itself (Williams et al. 2024, arXiv 2410.17170).
 
-The model samples from its own distribution: temperature 1, no truncation of the distribution, and no stop
-at the end-of-text token, after which it starts another text, as in the packed windows it was trained on.
-(The paper also tries temperature schedules; they are not here.)
+The model samples from its own distribution: at temperature 1, from the whole vocabulary, and
+without a stop at the end-of-text token. After that token it starts another text, as in the packed
+windows of its training. The paper also tries temperature schedules, which are not implemented here.
 
-Legend: N windows, B windows at once, S tokens per window (seqlen), V vocabulary.
+Shape suffixes: N windows, B windows at once, S tokens per window (seqlen), V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,15 +14,25 @@ from typing import Any
 
 import torch
 
-_AT_ONCE = 32  # windows written together; their key-value caches are in memory at the same time
+_BATCH = 32  # windows to write together; their key-value caches are in memory at the same time
 
 
 def first_ids(model: Any, tokenizer: Any, samples: int, rng: random.Random) -> torch.Tensor:
-    """The token each window starts with, (N,) int64.
+    """The token with which each window starts.
 
-    BOS where the tokenizer puts one before a text (or where there is only the config to ask), else a random
-    token of the vocabulary: a model that never saw BOS before text would write from outside of what it
-    knows, and some instruction-tuned ones answer their BOS with the same system prompt every time.
+    This is BOS if the tokenizer puts BOS before a text; without a tokenizer, it is the BOS of the
+    configuration. Otherwise it is a random token. A model that never saw BOS before text would
+    write text unlike its training data, and some instruction-tuned models answer BOS with the same
+    system prompt every time.
+
+    Args:
+        model: a loaded causal LM.
+        tokenizer: of the model, or None.
+        samples: number of windows, N.
+        rng: source of random tokens.
+
+    Returns:
+        (N,) int64.
     """
     size = model.get_input_embeddings().num_embeddings
     if tokenizer is None:
@@ -41,23 +51,35 @@ def first_ids(model: Any, tokenizer: Any, samples: int, rng: random.Random) -> t
 
 @torch.inference_mode()
 def write_windows(model: Any, first_N: torch.Tensor, *, seqlen: int, seed: int) -> torch.Tensor:
-    """Continue each first token to a window, (N, S) int64 on the CPU, by sampling at temperature 1.
+    """Continue each first token to a window, by sampling at temperature 1.
 
-    `model` is a loaded causal LM; it runs where it is, in evaluation mode, and is left as it was. The same seed
-    gives the same windows on the same kind of device. Raises ValueError where the model's context is shorter
-    than `seqlen` or its logits are not finite.
+    The same seed gives the same windows on the same kind of device. The global random state stays
+    as it was.
+
+    Args:
+        model: a loaded causal LM. It runs on its device in evaluation mode, and is left as it was.
+        first_N: first token of each window, (N,).
+        seqlen: tokens per window, S.
+        seed: of the sampling.
+
+    Returns:
+        (N, S) int64, on the CPU.
+
+    Raises:
+        ValueError: the model's context is shorter than `seqlen`, or its logits are not finite.
     """
     from transformers import GenerationConfig
 
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and seqlen > positions:
         raise ValueError(
-            f"windows of {seqlen} tokens are longer than the model's {positions} positions"
+            f"windows of {seqlen} tokens are longer than the model's {positions} positions; use a "
+            "smaller --seqlen"
         )
     device = model.get_input_embeddings().weight.device
     kept_config, was_training = model.generation_config, model.training
-    # In the model's place, not as an argument: generate() fills what an argument leaves open, such as the
-    # end-of-text token or top_p, from the model's own settings.
+    # Replace the settings of the model rather than pass them: generate() fills what an argument
+    # leaves open, such as the end-of-text token or top_p, from the model's own settings.
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=seqlen - 1
     )
@@ -66,10 +88,10 @@ def write_windows(model: Any, first_N: torch.Tensor, *, seqlen: int, seed: int) 
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             written = []
-            for first_B in first_N.split(_AT_ONCE):
+            for first_B in first_N.split(_BATCH):
                 ids_B1 = first_B.unsqueeze(1).to(device)
                 ids_BS = model.generate(
-                    ids_B1, attention_mask=torch.ones_like(ids_B1), logits_processor=[_finite]
+                    ids_B1, attention_mask=torch.ones_like(ids_B1), logits_processor=[_check_finite]
                 )
                 written.append(ids_BS.cpu())
     finally:
@@ -78,10 +100,12 @@ def write_windows(model: Any, first_N: torch.Tensor, *, seqlen: int, seed: int) 
     return torch.cat(written)
 
 
-def _finite(ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
-    # Not the logits themselves: some models rule tokens out with minus infinity.
+def _check_finite(ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+    """A logits processor of transformers that changes nothing."""
+    # The probabilities are checked, not the logits: some models exclude tokens by minus infinity.
     if not torch.isfinite(torch.softmax(logits_BV.float(), dim=-1)).all():
         raise ValueError(
-            "the model's logits are not finite, so it cannot write its own calibration text"
+            "the model's logits are not finite, so it cannot write its own calibration text; "
+            "choose another --calibration"
         )
     return logits_BV

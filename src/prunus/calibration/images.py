@@ -1,7 +1,9 @@
 """Images from a folder, as an image classifier takes them.
 
-A folder holds images, or a subfolder of images per class. Order is by name, so that the same folder gives the same
-images on every machine.
+The folder holds images, or one subfolder of images per class. The order is that of the names, so
+that the same folder gives the same images on every host.
+
+Shape suffixes: N images.
 """
 
 from __future__ import annotations
@@ -30,13 +32,13 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """What is in a folder.
+    """What a folder of images holds.
 
     Attributes:
         folder: the folder.
         paths: its images, by class and name.
-        classes: names of the subfolders in sorted order; none in a flat folder.
-        labels: per image the position of its class; none in a flat folder.
+        classes: names of the subfolders, sorted; empty if there are none.
+        labels: per image the index of its class in `classes`; empty if there are none.
     """
 
     folder: Path
@@ -49,13 +51,14 @@ def list_images(folder: Path) -> ImageFolder:
     """The images of a folder. Opens none.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: it holds no images, or images beside class folders.
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no images, or images beside folders of images.
         ModuleNotFoundError: Pillow is not installed; names the extra.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder} is not a folder of images: give one with images in it, or with a subfolder of images per class"
+            f"{folder} is not a folder of images: give one with images in it, or with a subfolder "
+            "of images per class"
         )
     if importlib.util.find_spec("PIL") is None:
         raise ModuleNotFoundError("reading images needs Pillow: pip install 'prunus[vision]'")
@@ -67,15 +70,15 @@ def list_images(folder: Path) -> ImageFolder:
     }
     if flat and found:
         raise ValueError(
-            f"{folder} holds images ({flat[0].name}) beside folders of images ({next(iter(found))}): which class would "
-            "they be of? Keep either"
+            f"{folder} holds images ({flat[0].name}) beside folders of images "
+            f"({next(iter(found))}): which class would they be of? Keep either"
         )
     if flat:
         return ImageFolder(folder, tuple(flat))
     if not found:
         raise ValueError(f"{folder} holds no images: names must end in {', '.join(SUFFIXES)}")
     paths = [path for images in found.values() for path in images]
-    labels = [place for place, images in enumerate(found.values()) for _ in images]
+    labels = [index for index, images in enumerate(found.values()) for _ in images]
     return ImageFolder(folder, tuple(paths), tuple(found), tuple(labels))
 
 
@@ -87,31 +90,39 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def check_images(folder: Path, samples: int) -> ImageFolder:
-    """See that a folder has enough images to calibrate on.
+    """The images of a folder, if there are enough of them to calibrate on.
 
     Raises:
-        ValueError: it has fewer than `samples`; and what `list_images` raises.
+        ValueError: there are fewer than `samples`; and the errors of `list_images`.
     """
     found = list_images(folder)
     if len(found.paths) < samples:
         raise ValueError(
-            f"{folder} holds {len(found.paths)} images, {samples} were asked for; use fewer --samples"
+            f"{folder} holds {len(found.paths)} images, fewer than --samples {samples}; use fewer "
+            "--samples"
         )
     return found
 
 
 def draw_images(folder: Path, samples: int, seed: int) -> list[Path]:
-    """`samples` images of a folder at random, all different; the same seed draws the same.
+    """`samples` different images of a folder, at random; the same seed draws the same.
 
     Raises:
-        see `check_images`.
+        FileNotFoundError, ValueError, ModuleNotFoundError: see `check_images`.
     """
     paths = check_images(folder, samples).paths
-    return [paths[place] for place in random.Random(seed).sample(range(len(paths)), samples)]
+    return [paths[index] for index in random.Random(seed).sample(range(len(paths)), samples)]
 
 
 def read_images(paths: Sequence[Path], processor: Any) -> torch.Tensor:
-    """Pixel values (N, channels, height, width) float32 as the model's image `processor` makes them.
+    """Pixel values of images, as the model's image processor makes them.
+
+    Args:
+        paths: image files.
+        processor: an image processor of transformers.
+
+    Returns:
+        (N, channels, height, width) float32.
 
     Raises:
         ValueError: a file is no image, or images come out in different sizes; names the file.
@@ -128,15 +139,20 @@ def read_images(paths: Sequence[Path], processor: Any) -> torch.Tensor:
         pixels = processor(colours, return_tensors="pt")["pixel_values"][0].float()
         if found and pixels.shape != found[0].shape:
             raise ValueError(
-                f"{path} becomes {tuple(pixels.shape)} pixel values, the images before it {tuple(found[0].shape)}: the "
-                "image processor must resize or crop all images to one size"
+                f"{path} becomes {tuple(pixels.shape)} pixel values, the images before it "
+                f"{tuple(found[0].shape)}: the image processor must resize or crop all images to "
+                "one size"
             )
         found.append(pixels)
     return torch.stack(found)
 
 
 def hash_pixels(pixels: torch.Tensor) -> str:
-    """SHA-256 (hex) of the shape and the values (N, channels, height, width) as little-endian float32."""
+    """SHA-256 (hex) of shape and values (N, channels, height, width) as little-endian float32.
+
+    >>> hash_pixels(torch.zeros(1, 3, 2, 2)) == hash_pixels(torch.zeros(1, 3, 4, 1))
+    False
+    """
     digest = hashlib.sha256(f"{'x'.join(map(str, pixels.shape))}:".encode())
     digest.update(pixels.numpy().astype("<f4").tobytes())
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from prunus.calibration import check_source
-from prunus.calibration.stream import TrainingText, training_text
+from prunus.calibration.training_text import TrainingText, training_text
 from prunus.distributed import Ranks
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.adapter import CONFIG_NAME, is_adapter, require_peft

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from prunus.calibration.stream import TrainingText
+from prunus.calibration.training_text import TrainingText
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.numerics import native_bfloat16
 from prunus.pruning.reconstruction.learning_rate import learning_rate

@@ -1,9 +1,10 @@
-"""Text for training: windows of a source one after the other, each token once before any comes a second time.
+"""Text for training: the windows of a source in order, each once before any comes a second time.
 
-Calibration draws a few windows at random and passes over documents that are shorter than a window. Training
-wants all of the text: documents are taken in random order, end to end, and cut where a window is full.
+Calibration draws a few windows at random and leaves out documents that are shorter than a window.
+Training needs all of the text. So documents come in random order, one after the other, and the text
+is cut wherever a window is full.
 
-Legend: N windows, S tokens per window (seqlen).
+Shape suffixes: N windows, S tokens per window (seqlen).
 """
 
 from __future__ import annotations
@@ -15,30 +16,42 @@ from typing import Any
 
 import torch
 
-from prunus.calibration import check_source, hash_ids, load_windows
 from prunus.calibration.corpora import NAMES, load_corpus
 from prunus.calibration.draw import encode
-from prunus.calibration.files import kind, read_documents, read_ids
+from prunus.calibration.files import file_kind, read_documents, read_ids
+from prunus.calibration.windows import check_source, hash_ids, load_windows
 
 __all__ = ["TrainingText", "training_text"]
 
-_AT_ONCE = 32  # documents tokenised per call
+_BATCH = 32  # documents to tokenise per call
 
 
 class TrainingText:
-    """Windows to train on, and some that are held out from it.
+    """Windows to train on, and held-out windows that are never trained on.
 
-    Windows depend on the source, the tokenizer, seqlen and seed alone, not on how many are asked for. Where the
-    text ends it begins anew, in another order of windows.
+    The windows depend on the source, the tokenizer, seqlen and seed alone, not on how many are
+    taken. A run that is resumed, or made longer, therefore sees the same ones. After the end of
+    the text it begins again, in another order of windows.
 
     Args:
-        windows: yields rows (S,) int64, as many as there are.
-        source: where they are from, in words.
-        held_out: how many of the first are never trained on.
+        windows: yields all windows, (S,) int64 each.
+        source: where they come from, for people.
+        held_out: how many of the first windows to hold out.
         seed: of the order in which windows come again.
+
+    Attributes:
+        held_out: the held-out windows, (held_out, S) int64.
+        sha256: `hash_ids` of the held-out windows and the first training window; tells texts apart.
 
     Raises:
         ValueError: no window is left to train on.
+
+    >>> rows = torch.arange(8).view(4, 2)
+    >>> text = TrainingText(iter(rows), "an example", held_out=1, seed=0)
+    >>> text.held_out.tolist()
+    [[0, 1]]
+    >>> text.windows(0, 3).tolist()
+    [[2, 3], [4, 5], [6, 7]]
     """
 
     def __init__(
@@ -54,29 +67,27 @@ class TrainingText:
             first.append(row)
         if len(first) < held_out or not self._extend(1):
             raise ValueError(
-                f"{source}: the text has {len(first)} windows, too few to hold {held_out} out and train on others. "
-                "Use a smaller --seqlen, fewer --held-out or more text"
+                f"{source}: the text has {len(first)} windows, too few to hold {held_out} out and "
+                "train on others. Use a smaller --seqlen, fewer --held-out or more text"
             )
-        #: (held_out, S) int64.
         self.held_out = torch.stack(first)
-        #: Tells texts apart: SHA-256 of the held-out windows and the first one to train on, see `hash_ids`.
         self.sha256 = hash_ids(torch.stack([*first, self._rows[0]]))
 
     def windows(self, first: int, count: int) -> torch.Tensor:
-        """Windows `first` to `first + count` of the training, (count, S) int64."""
+        """Training windows `first` to `first + count - 1`, (count, S) int64."""
         return torch.stack([self._window(index) for index in range(first, first + count)])
 
     def _window(self, index: int) -> torch.Tensor:
         if self._extend(index + 1):
             return self._rows[index]
-        times, place = divmod(index, len(self._rows))
-        order = random.Random(f"{self._seed} {times}").sample(
+        epoch, position = divmod(index, len(self._rows))
+        order = random.Random(f"{self._seed} {epoch}").sample(
             range(len(self._rows)), len(self._rows)
         )
-        return self._rows[order[place] if times else place]
+        return self._rows[order[position] if epoch else position]
 
     def _extend(self, count: int) -> bool:
-        """Whether the text has `count` windows to train on; reads on as far as needed."""
+        """Read on until there are `count` training windows; false if the text ends before."""
         while len(self._rows) < count and not self._ended:
             row = next(self._windows, None)
             if row is None:
@@ -104,13 +115,13 @@ def training_text(
         tokenizer: of the model; may be None for `.safetensors` and `self`.
         seqlen: tokens per window, at least 2.
         held_out: windows to hold out, at least 1.
-        seed: the same one gives the same windows.
-        data_dir: local copy of the corpora, see `load_windows`.
-        model: returns the loaded causal LM that writes the text, for `self`.
-        windows: how many windows will be trained on, for `self`, which writes that many and no more.
+        seed: the same seed gives the same windows.
+        data_dir: folder of local datasets; see `load_windows`.
+        model: for `self`, returns the loaded causal LM that writes the text.
+        windows: for `self`, how many windows the training will use; the model writes no more.
 
     Raises:
-        ValueError: an unknown source, a missing tokenizer or model, too little text.
+        ValueError: an unknown source, a missing tokenizer or model, or too little text.
         FileNotFoundError, ModuleNotFoundError, OSError: see `load_windows`.
     """
     check_source(source, data_dir)
@@ -129,21 +140,23 @@ def training_text(
             model=model,
         )
         return TrainingText(iter(written.ids), written.source, held_out, seed)
-    if source not in NAMES and kind(Path(source)) == "safetensors":
+    if source not in NAMES and file_kind(Path(source)) == "safetensors":
         rows = _shuffled(list(_cut(iter(read_ids(Path(source))), seqlen, across=False)), seed)
         return TrainingText(iter(rows), source, held_out, seed)
     if tokenizer is None:
         raise ValueError(
-            f"{source} is text, and this model comes without a tokenizer; give a .safetensors of input_ids"
+            f"{source} is text, and this model comes without a tokenizer; give a .safetensors of "
+            "input_ids"
         )
     if source in NAMES:
         corpus = load_corpus(source, "calibration", data_dir)
-        # Of the corpora, C4 alone is made of documents; the lines of the others are one text.
+        # Only C4 consists of documents; the lines of the other corpora are one text.
         documents = corpus.documents if source == "c4" else [corpus.text()]
         described = corpus.source
     else:
         documents, described = read_documents(Path(source)), source
     if len(documents) == 1:
+        # One text has no order of documents to draw, so its windows are shuffled instead.
         rows = _shuffled(list(_cut(iter([encode(tokenizer, documents[0])]), seqlen)), seed)
         return TrainingText(iter(rows), described, held_out, seed)
     return TrainingText(
@@ -152,10 +165,10 @@ def training_text(
 
 
 def _in_random_order(documents: Sequence[str], tokenizer: Any, seed: int) -> Iterator[torch.Tensor]:
-    """Token ids of the documents, each with the tokenizer's end-of-text token behind it, where there is one."""
+    """Yield the token ids of each document, with the end-of-text token of the tokenizer, if any."""
     end = tokenizer.eos_token_id
     order = random.Random(seed).sample(range(len(documents)), len(documents))
-    for batch in (order[first : first + _AT_ONCE] for first in range(0, len(order), _AT_ONCE)):
+    for batch in (order[first : first + _BATCH] for first in range(0, len(order), _BATCH)):
         for ids in tokenizer([documents[index] for index in batch], verbose=False)["input_ids"]:
             yield torch.tensor([*ids, end] if end is not None else ids, dtype=torch.int64)
 
@@ -163,7 +176,14 @@ def _in_random_order(documents: Sequence[str], tokenizer: Any, seed: int) -> Ite
 def _cut(
     pieces: Iterator[torch.Tensor], seqlen: int, across: bool = True
 ) -> Iterator[torch.Tensor]:
-    """Windows (S,) of the pieces end to end; what is left at the end is dropped, or, unless `across`, of each piece."""
+    """Cut pieces of token ids into windows (S,).
+
+    Args:
+        pieces: token ids, one after the other.
+        seqlen: tokens per window.
+        across: a window may span several pieces, and only the last rest is dropped. If false, the
+            rest of each piece is dropped.
+    """
     rest = torch.zeros(0, dtype=torch.int64)
     for piece in pieces:
         rest = torch.cat([rest, piece]) if across else piece
