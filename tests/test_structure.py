@@ -77,9 +77,13 @@ LIBRARIES: dict[str, set[str]] = {
 WITHOUT_TORCH = {
     "hardware/rates.py",
     "hardware/sizes.py",
+    "methods/options.py",
+    "pruning/batch_size.py",
+    "pruning/block_memory.py",
     "pruning/forecast.py",
     "pruning/presets.py",
     "pruning/recipe.py",
+    "pruning/recipe_options.py",
 }
 
 #: Libraries that an extra installs: each is imported in one file, inside a function.

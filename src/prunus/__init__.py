@@ -3,9 +3,9 @@
 prune        prune a checkpoint or a loaded model
 perplexity   score a model on text
 evaluate     score a model on tasks
-compare      whether models differ by more than chance
-inspect      what is in a checkpoint
-recover      win quality of a pruned checkpoint back
+compare      test whether two models differ by more than chance
+inspect      list the linears of a checkpoint with their sparsity
+recover      train a pruned checkpoint, with its zeros kept
 """
 
 from importlib import import_module
@@ -36,8 +36,9 @@ __all__ = [
     "recover",
 ]
 
-# Where each public name lives. It is imported when it is first used: torch and transformers take seconds, which
-# `prunus --help` need not wait for. No module may bear a public name, or importing it would hide the name.
+# Where each public name lives. It is imported on first use: torch and transformers take seconds to
+# import, and `prunus --help` needs neither. No module of the package may have a public name's own
+# name, because importing it would hide that name.
 _HOMES = {
     "Inspection": "prunus.evaluation.inspection",
     "Manifest": "prunus.pruning.manifest",
@@ -54,7 +55,7 @@ _HOMES = {
 }
 
 
-# transformers learns to load packed checkpoints, now or when it is imported.
+# After this, transformers loads packed checkpoints, even if it is imported later.
 register()
 
 

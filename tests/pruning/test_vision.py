@@ -253,7 +253,9 @@ def test_what_cannot_be_calibrated_on_is_refused(tmp_path):
     refused(
         ValueError, "calibrated on images, and 'c4' is no folder: give --calibration DIR", samples=4
     )
-    refused(ValueError, "holds 12 images, fewer than --samples 13", calibration=str(folder), samples=13)
+    refused(
+        ValueError, "holds 12 images, fewer than --samples 13", calibration=str(folder), samples=13
+    )
     refused(
         ValueError,
         "pixel values .*got torch.int64",

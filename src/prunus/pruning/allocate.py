@@ -1,11 +1,12 @@
-"""The sparsity of every linear of a run: by rule, or measured on a few windows before it starts.
+"""The sparsity of every linear of a run: by a rule, or measured on a few windows before the run.
 
-`allocation.py` has the formulas; here is what they are given of a model.
+`prunus.methods.allocation` holds the formulas. This file feeds them with the layers of a model.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +29,7 @@ from prunus.pruning.sensitivity import (
     PROBE_STEPS,
     PROBE_TOKENS,
     PROBE_WINDOWS,
+    CurvePoint,
     Layer,
     layer_scores,
     layers_of,
@@ -36,15 +38,23 @@ from prunus.pruning.sensitivity import (
 
 __all__ = ["allocate", "planned_allocation"]
 
-_SURVEY_WINDOWS = 8
+# Calibration windows on which owl and dlp measure scores.
+_SCORE_WINDOWS = 8
+# Default of `allocation_spread`; those of owl and dlp are the papers'.
 _SPREADS = {"owl": 0.08, "dlp": 0.15, "arithmetic": 0.05}
+# A search never prunes one layer alone beyond this sparsity.
+_MAX_PROBE = 0.95
+# Interpolated curves have a point per this much sparsity.
+_CURVE_STEP = 0.005
 
 
 def planned_allocation(job: PruningJob) -> dict[str, Any]:
-    """What is known of the sparsities before a run, for `prunus plan`.
+    """What is known about the sparsities before a run, for `prunus plan`.
 
-    `rule`; `measured`: whether the model has to be run first; `linears`: full name -> sparsity and `blocks`: mean
-    sparsity per block, where it has not.
+    Returns:
+        `rule`: the recipe's allocation. `measured`: whether the run measures it first. Otherwise,
+        unless the rule is uniform, also `linears`: full name -> sparsity, and `blocks`: the mean
+        sparsity of each block.
     """
     recipe = job.recipe
     found: dict[str, Any] = {
@@ -53,103 +63,120 @@ def planned_allocation(job: PruningJob) -> dict[str, Any]:
     }
     if recipe.allocation == "uniform" or found["measured"]:
         return found
-    shared = allocate(job, None)
+    sparsities = allocate(job, None)
     blocks = []
-    for index in range(len(job.skeleton)):
-        layer = Layer(index, tuple(job.selected[index]))
+    for layer in layers_of(job.selected, "block"):
         sizes = [rows * columns for rows, columns in _shapes(job, layer)]
-        values = [shared[f"{job.skeleton.block_name(index)}.{name}"] for name in layer.linears]
-        if sizes:
-            blocks.append(sum(v * n for v, n in zip(values, sizes, strict=True)) / sum(sizes))
-    return found | {"linears": shared, "blocks": blocks}
+        values = [sparsities[name] for name in _full_names(job, layer)]
+        blocks.append(sum(v * n for v, n in zip(values, sizes, strict=True)) / sum(sizes))
+    return found | {"linears": sparsities, "blocks": blocks}
 
 
 def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
-    """Full name -> sparsity of every linear that is pruned; their mean by weights is the recipe's sparsity.
+    """The sparsity of every linear that is pruned: full name -> sparsity.
 
-    It misses that by less than one column of one linear, since whole weights go. Empty for "uniform".
+    Their mean over all weights is the recipe's sparsity. Every linear removes whole weights per
+    row, so the mean may fall short by less than one column of one linear.
 
     Args:
-        job: the checked run.
-        ids: calibration windows (windows, tokens), of which a few are used; None where nothing is measured.
+        job: The checked run.
+        ids: Calibration windows (windows, tokens), of which a few are used. They may be None if the
+            recipe's rule measures nothing.
+
+    Returns:
+        The sparsities; empty for "uniform".
 
     Raises:
-        ValueError: the sparsity leaves no room for what was asked for.
+        ValueError: The rule cannot reach the sparsity, or its probes do not fit in memory.
     """
     recipe = job.recipe
     if recipe.allocation == "uniform":
         return {}
-    layers = layers_of(job.selected, job.recipe.allocation_by)
+    layers = layers_of(job.selected, recipe.allocation_by)
     shapes = [_shapes(job, layer) for layer in layers]
-    weights = [sum(rows * columns for rows, columns in shape) for shape in shapes]
+    weights = [sum(rows * columns for rows, columns in group) for group in shapes]
     spread = recipe.allocation_spread
     if spread is None:
         spread = _SPREADS.get(recipe.allocation, 0.0)
     if recipe.sparsity == 0:
-        shared = uniform(weights, 0)
+        by_layer = uniform(weights, 0)
     elif recipe.allocation == "arithmetic":
-        shared = arithmetic(weights, recipe.sparsity, 2 * spread / max(1, len(layers) - 1))
+        # The spread is half the distance between the first and the last layer.
+        by_layer = arithmetic(weights, recipe.sparsity, 2 * spread / max(1, len(layers) - 1))
     else:
         assert ids is not None, "measured allocations need calibration windows"
-        shared = _measured(job, ids, layers, weights, spread)
-    flat = [shape for group in shapes for shape in group]
-    each = [value for value, group in zip(shared, shapes, strict=True) for _ in group]
-    names = [
-        f"{job.skeleton.block_name(layer.block)}.{linear}"
-        for layer in layers
-        for linear in layer.linears
-    ]
-    return dict(zip(names, round_to_whole_weights(each, flat, recipe.sparsity), strict=True))
+        by_layer = _measured(job, ids, layers, weights, spread)
+    names = [name for layer in layers for name in _full_names(job, layer)]
+    by_linear = [value for value, group in zip(by_layer, shapes, strict=True) for _ in group]
+    flat_shapes = [shape for group in shapes for shape in group]
+    rounded = round_to_whole_weights(by_linear, flat_shapes, recipe.sparsity)
+    return dict(zip(names, rounded, strict=True))
 
 
 def _measured(
     job: PruningJob, ids: torch.Tensor, layers: list[Layer], weights: list[int], spread: float
 ) -> list[float]:
-    recipe = job.recipe
+    """The sparsity of every layer by owl, dlp or search, from a pass through the dense model."""
+    sparsity = job.recipe.sparsity
     stream = Stream(job.skeleton, job.source, job.device)
     with torch.no_grad(), contextlib.closing(stream):
-        if recipe.allocation == "search":
-            some = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
-            _check_room(job, len(layers) * len(PROBE_STEPS) * len(some), some.shape[1])
-            stream.embed([some], None)
-            points = [
-                s for step in PROBE_STEPS if 0 < (s := round(recipe.sparsity + step, 6)) < 0.95
-            ]
+        if job.recipe.allocation == "search":
+            windows = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
+            probes = len(layers) * len(PROBE_STEPS)
+            _check_room(job, probes * len(windows), windows.shape[1])
+            stream.embed([windows], None)
+            steps = [round(sparsity + step, 6) for step in PROBE_STEPS]
+            points = [point for point in steps if 0 < point < _MAX_PROBE]
             curves = sensitivity_curves(stream, layers, points)
-            return allocate_by_error([_finely(curve) for curve in curves], weights, recipe.sparsity)
-        stream.embed(ids[:_SURVEY_WINDOWS].split(1), None)
-        if recipe.allocation == "owl":
-            return owl(
-                layer_scores(stream, layers, outlier_share), weights, recipe.sparsity, spread
-            )
-        return dlp(layer_scores(stream, layers, median_score), weights, recipe.sparsity, spread)
+            return allocate_by_error([_interpolated(c) for c in curves], weights, sparsity)
+        stream.embed(ids[:_SCORE_WINDOWS].split(1), None)
+        if job.recipe.allocation == "owl":
+            return owl(layer_scores(stream, layers, outlier_share), weights, sparsity, spread)
+        return dlp(layer_scores(stream, layers, median_score), weights, sparsity, spread)
 
 
-def _finely(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The curve with points every 0.5 % of sparsity; the greedy search would stop at those measured otherwise."""
-    points = curve[:1]
+def _interpolated(curve: Sequence[CurvePoint]) -> list[CurvePoint]:
+    """The curve with a point per `_CURVE_STEP`, on an exponential between two measured points.
+
+    The greedy search moves from point to point. On measured points alone it could only choose among
+    the few sparsities that were measured.
+
+    >>> [point.sparsity for point in _interpolated([CurvePoint(0.0, 0.0), CurvePoint(0.01, 0.2)])]
+    [0.0, 0.005, 0.01]
+    """
+    points = list(curve[:1])
     for (left, low), (right, high) in pairwise(curve):
-        steps = max(1, round((right - left) / 0.005))
+        steps = max(1, round((right - left) / _CURVE_STEP))
         for step in range(1, steps):
             share = step / steps
-            error = (
-                low * (high / low) ** share if low > 0 and high > 0 else low + share * (high - low)
-            )
-            points.append((left + share * (right - left), error))
-        points.append((right, high))
+            # No exponential starts at an error of 0: there the curve is a straight line.
+            exponential = low > 0 and high > 0
+            error = low * (high / low) ** share if exponential else low + share * (high - low)
+            points.append(CurvePoint(left + share * (right - left), error))
+        points.append(CurvePoint(right, high))
     return points
 
 
 def _check_room(job: PruningJob, windows: int, seqlen: int) -> None:
+    """Check that the hidden states of all probes fit in memory.
+
+    Raises:
+        ValueError: They do not.
+    """
     tokens, hidden = job.skeleton.window_shape(0, seqlen)
-    need = windows * tokens * hidden * job.dtype.itemsize
-    if need > job.budget:
+    needed = windows * tokens * hidden * job.dtype.itemsize
+    if needed > job.budget:
         raise ValueError(
-            f"the trials of --allocation search hold {need / 1e9:.1f} GB of hidden states at the end, the memory budget "
-            f"is {job.budget / 1e9:.1f} GB: choose --allocation-by block, owl or dlp, or raise --memory"
+            f"the probes of --allocation search hold {needed / 1e9:.1f} GB of hidden states at the "
+            f"end, the memory budget is {job.budget / 1e9:.1f} GB: raise --memory, "
+            "choose --allocation owl or dlp, or set allocation_by = 'block' in the recipe file"
         )
 
 
 def _shapes(job: PruningJob, layer: Layer) -> list[tuple[int, int]]:
     shapes = {linear.name: linear.shape for linear in job.skeleton.linears(layer.block)}
     return [shapes[name] for name in layer.linears]
+
+
+def _full_names(job: PruningJob, layer: Layer) -> list[str]:
+    return [f"{job.skeleton.block_name(layer.block)}.{name}" for name in layer.linears]

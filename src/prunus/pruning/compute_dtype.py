@@ -1,15 +1,20 @@
-"""Which dtype the forward passes compute in when the user leaves it open.
+"""Which dtype the forward passes compute in if the user leaves it open.
 
-Scores, norms and updates are float32 whatever is decided here; it is about the block's own arithmetic.
-On a CPU bfloat16 is taken when three things hold: the weights are stored in it (so nothing is rounded on
-the way in), the processor multiplies it natively (about 2.5 times float32's rate), and a trial through the
-first block shows that its output moves by less than `HARMLESS`. Methods that invert a Gram matrix with a small
-fixed damping always get float32 inputs on a CPU: their updates amplify what is small.
+The choice concerns the blocks' own arithmetic only: scores, norms and updates are always float32.
+On a CPU the choice is bfloat16 if three conditions hold:
+
+- The weights are stored in bfloat16, so reading them rounds nothing.
+- The processor multiplies bfloat16 natively, which is about 2.5 times as fast as float32.
+- In a trial, bfloat16 changes the output of the first block by less than `MAX_CHANGE`.
+
+Methods that invert a Gram matrix with a small fixed damping always get float32 inputs on a CPU,
+because their weight updates amplify small errors.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -20,11 +25,18 @@ from prunus.model.dtypes import DTYPES
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 
-__all__ = ["HARMLESS", "decide_dtype", "native_bfloat16"]
+__all__ = ["MAX_CHANGE", "ComputeDtype", "decide_dtype", "native_bfloat16"]
 
-#: Largest relative change of the first block's output that counts as harmless.
-HARMLESS = 0.02
+#: Largest relative change of the first block's output at which bfloat16 counts as harmless.
+MAX_CHANGE = 0.02
 _TRIAL_TOKENS = 256
+
+
+class ComputeDtype(NamedTuple):
+    """The dtype of the forward passes, and the reason for it in words."""
+
+    dtype: torch.dtype
+    reason: str
 
 
 def decide_dtype(
@@ -34,48 +46,59 @@ def decide_dtype(
     needs: Needs,
     trust_remote_code: bool = False,
     adds_ridge: bool = False,
-) -> tuple[torch.dtype, str]:
-    """The dtype of the computation and the reason in words.
+) -> ComputeDtype:
+    """Choose the dtype of the forward passes.
 
     Args:
         requested: auto, float32, bfloat16 or float16.
-        source: the model's weights; blocks are read only where a trial is needed.
-        device: where the blocks will run.
-        needs: the statistics that the method asks for.
-        trust_remote_code: passed on to transformers.
-        ridged: see `Method`.
+        source: The model's weights; a trial reads the first block.
+        device: Where the blocks will run.
+        needs: The statistics that the method reads.
+        trust_remote_code: Run model code that comes with the checkpoint.
+        adds_ridge: Whether the method adds a ridge to a Gram matrix; see `prunus.methods.Method`.
     """
     if requested != "auto":
-        return DTYPES[requested], "asked for"
+        return ComputeDtype(DTYPES[requested], "asked for")
     stored = source.stored_dtype
     if device.type == "cuda":
         if stored in (torch.bfloat16, torch.float16):
-            return stored, "the checkpoint's own, native on this device"
-        return torch.float32, "the checkpoint's own"
+            return ComputeDtype(stored, "the checkpoint's own, native on this device")
+        return ComputeDtype(torch.float32, "the checkpoint's own")
     if stored is not torch.bfloat16:
-        return torch.float32, f"the checkpoint is stored in {str(stored).removeprefix('torch.')}"
+        name = str(stored).removeprefix("torch.")
+        return ComputeDtype(torch.float32, f"the checkpoint is stored in {name}")
     if needs == "gram" and not adds_ridge:
-        return torch.float32, "the method inverts Gram matrices of little damping"
+        return ComputeDtype(torch.float32, "the method inverts Gram matrices of little damping")
     if not native_bfloat16():
-        return torch.float32, "this processor has no native bfloat16"
+        return ComputeDtype(torch.float32, "this processor has no native bfloat16")
     change = _trial(source, trust_remote_code)
-    if change < HARMLESS:
-        return torch.bfloat16, f"native, and changes the first block's output by {change:.2%} only"
-    return torch.float32, f"bfloat16 would change the first block's output by {change:.2%}"
+    if change < MAX_CHANGE:
+        return ComputeDtype(
+            torch.bfloat16, f"native, and changes the first block's output by {change:.2%} only"
+        )
+    return ComputeDtype(
+        torch.float32, f"bfloat16 would change the first block's output by {change:.2%}"
+    )
 
 
 @torch.no_grad()
 def _trial(source: Source, trust_remote_code: bool) -> float:
-    """‖bfloat16 − float32‖ / ‖float32‖ of what the first block adds to the hidden states, on spread-out token ids."""
+    """How much bfloat16 changes what the first block adds to the hidden states.
+
+    Returns:
+        ‖bfloat16 − float32‖ / ‖float32‖ on token ids spread over the vocabulary; infinity if either
+        output is not finite.
+    """
     outputs = []
     cpu = torch.device("cpu")
     for dtype in (torch.float32, torch.bfloat16):
         skeleton = Skeleton(source.config, dtype, trust_remote_code)
         source.bind(skeleton)
-        with skeleton.outside_blocks(source.outer, cpu):
+        with skeleton.outside_blocks(source.read_outside, cpu):
             hidden, calls = skeleton.record(skeleton.trial_batch(_TRIAL_TOKENS))
         block = skeleton.fill(0, source.block(0), cpu)
         output = hidden_of(block(hidden, *calls[0].args, **calls[0].kwargs))
+        # The residual is left out: it is large and would hide the change.
         outputs.append((output - hidden).float())
         skeleton.release(0)
     exact, rounded = outputs

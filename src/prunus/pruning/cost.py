@@ -1,254 +1,251 @@
-"""What a run will cost: memory per block, and seconds. Estimates from shapes alone."""
+"""What a run on a given checkpoint costs: memory per block, disk, and seconds.
+
+Everything is estimated from shapes; no weights are read. The only measurement is the rate of matrix
+products on this machine. `forecast.py` does the same for models and machines that are not present.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
-
-import torch
+from typing import Any, NamedTuple
 
 from prunus.hardware.memory import matmul_rate
 from prunus.methods.statistics import statistics_bytes
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.pruning.block.linear import LinearSettings
-from prunus.pruning.recipe import Recipe
+from prunus.model.source import ModuleSource
+from prunus.pruning.block_memory import (
+    BYTES_PER_PRUNED_WEIGHT,
+    REPLAY_PASSES,
+    BlockMemory,
+    paused_bytes,
+    transient_bytes,
+)
+from prunus.pruning.job import PruningJob
 from prunus.pruning.reconstruction.kl_loss import TOKENS
 from prunus.pruning.reconstruction.reconstruct_block import in_front_of_head
 from prunus.pruning.reconstruction.schedule import (
-    VALIDATION_STRIDE,
     ReconstructionSchedule,
-    ReconstructionSettings,
     default_schedule,
     trained,
+    validation_count,
 )
 from prunus.pruning.sensitivity import PROBE_STEPS, PROBE_TOKENS, PROBE_WINDOWS, layers_of
 
-__all__ = ["Workload", "block_cost", "estimate_seconds"]
+__all__ = ["block_memory", "disk_bytes", "estimate_seconds"]
+
+# Matrix products are not everything: norms, softmax, masks, hashes and files add about this much.
+_OVERHEAD = 1.4
+
+# Configurations name the experts that a token chooses in one of these ways.
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
 
-@dataclass(frozen=True)
-class BlockCost:
-    """What one block asks of memory, in bytes.
+def block_memory(job: PruningJob, index: int) -> BlockMemory:
+    """The memory that block `index` needs while it is pruned, in bytes.
 
-    Attributes:
-        weights: the block in the dtype of the computation, its stored form, and the pruned copies that wait
-            to be written.
-        working: temporaries of the largest linear while it is pruned, and its input statistics.
-        hidden: hidden states of all windows between blocks.
-        paused: what the windows that stand at a linear hold beside that: residual, normed input,
-            queries, keys and values, and the widest activation (four hidden states and one width of the widest
-            linear per token).
-        transient: one batch's forward pass, in whatever way the windows are walked through the block.
+    Args:
+        job: The run; its own `block_memory` may still be empty.
+        index: Position of the block.
     """
-
-    weights: int
-    working: int
-    hidden: int
-    paused: int
-    transient: int
-
-    @property
-    def lockstep_in_memory(self) -> int:
-        return self.weights + self.working + self.hidden + self.paused + self.transient
-
-    @property
-    def lockstep_spilled(self) -> int:
-        return self.weights + self.working + self.paused + self.transient
-
-    @property
-    def replay_in_memory(self) -> int:
-        return self.weights + self.working + self.hidden + self.transient
-
-    @property
-    def least(self) -> int:
-        """Hidden states on disk, one batch at a time."""
-        return self.weights + self.working + self.transient
-
-
-class Workload(Protocol):
-    """What has to be known of a run to tell its cost."""
-
-    recipe: Recipe
-    source: CheckpointSource | ModuleSource
-    skeleton: Skeleton
-    linear_settings: LinearSettings
-    device: torch.device
-    dtype: torch.dtype
-    batch: int
-    selected: list[list[str]]
-
-    @property
-    def windows(self) -> int:
-        """Calibration windows of this process."""
-
-    @property
-    def batches(self) -> int:
-        """Of calibration windows, of all processes."""
-
-    @property
-    def needs_inputs(self) -> bool:
-        """Whether calibration windows go through the model at all."""
-
-    @property
-    def runs_dense_stream(self) -> bool:
-        """Whether the dense model's hidden states go along."""
-
-    def uses_dense_target(self, in_features: int) -> bool:
-        """Whether a linear with so many inputs is told what the dense model gives it."""
-
-    @property
-    def drift_stride(self) -> int:
-        """One batch in so many shows what linears are given in the dense model."""
-
-    @property
-    def reconstruction(self) -> ReconstructionSettings | None:
-        """How blocks are matched to the dense ones, if they are."""
-
-    def fits_lockstep(self, index: int) -> bool:
-        """Whether all batches can pause in block `index`."""
-
-
-def estimate_seconds(work: Workload) -> float:
-    """Matrix products of all forward passes at the rate measured now, plus 40 % for the rest."""
-    reconstruction = work.reconstruction
-    dense = 1 / work.drift_stride if work.runs_dense_stream else 0.0
-    flops = 0.0
-    for index in range(len(work.skeleton)):
-        tokens = work.windows * work.skeleton.window_shape(index, work.recipe.seqlen)[0]
-        experts, share = _routing(work, index)
-        sizes = {
-            x.name: x.shape[0] * x.shape[1] * share(x.name) for x in work.skeleton.linears(index)
-        }
-        weights = sum(sizes.values())
-        passes: float = (1 if work.recipe.propagate == "linear" else 2) if work.needs_inputs else 0
-        if passes == 1 and not work.fits_lockstep(index):
-            passes = (
-                5 + experts
-            )  # each is two groups of linears, and half the block runs for one on average
-        passes += dense
-        if work.recipe.permute:
-            passes += 1  # behind the reordered block, and trials of one batch before it
-        if reconstruction is not None and reconstruction.takes(index, len(work.skeleton)):
-            learn = trained(list(sizes), work.linear_settings.method.updates_weights)
-            learnt = sum(sizes[name] for name in learn)
-            passes += (
-                1
-                + 3 * dense * _token_passes(work, _default_schedule(work, index)) * learnt / weights
-            )
-        flops += 2.0 * weights * tokens * passes
-        if work.linear_settings.method.needs == "gram":
-            chosen = [x for x in work.skeleton.linears(index) if x.name in work.selected[index]]
-            columns = [(*x.shape, share(x.name)) for x in chosen]
-            # A Gram per distinct input (about 4 of 7 linears), its factor, and what is done to the weights.
-            products = work.linear_settings.method.products
-            flops += sum(
-                (1.2 + dense * work.uses_dense_target(c)) * tokens * reached * c * c
-                + c**3
-                + 2.0 * products * r * c * c
-                for r, c, reached in columns
-            )
-    if work.recipe.allocation == "search":
-        flops += _search_flops(work)
-    last = len(work.skeleton) - 1
-    if reconstruction is not None and in_front_of_head(work.skeleton, last):
-        # The last block is matched by its logits: for some tokens the head forwards twice, and once back.
-        in_window, hidden = work.skeleton.window_shape(last, work.recipe.seqlen)
-        own = _default_schedule(work, last)
-        seen = work.windows * in_window * dense * _token_passes(work, own) / own.logit_stride
-        flops += (4.0 / VALIDATION_STRIDE + 6.0) * _head_rows(work.skeleton) * hidden * seen
-    return round(1.4 * flops / matmul_rate(work.device, work.dtype), 1)
-
-
-def _token_passes(work: Workload, own: ReconstructionSchedule) -> float:
-    """How often matching looks at every token of a block at its `own` pace, if what it trains takes tokens apart."""
-    assert work.reconstruction is not None
-    return (work.reconstruction.passes or own.passes) / own.token_stride
-
-
-def _default_schedule(work: Workload, index: int) -> ReconstructionSchedule:
-    tokens, hidden = work.skeleton.window_shape(index, work.recipe.seqlen)
-    by_logits = in_front_of_head(work.skeleton, index)
-    along = -(-work.batches // work.drift_stride)
-    return default_schedule(
-        work.batch * tokens, hidden, work.linear_settings.method.updates_weights, along, by_logits
-    )
-
-
-def _search_flops(work: Workload) -> float:
-    """Every layer's trials run through all blocks from its own on, half of them on average."""
-    blocks = range(len(work.skeleton))
-    weights = sum(x.shape[0] * x.shape[1] for index in blocks for x in work.skeleton.linears(index))
-    layers = len(layers_of(work.selected, work.recipe.allocation_by))
-    tokens = PROBE_WINDOWS * min(PROBE_TOKENS, work.recipe.seqlen)
-    return 2.0 * weights * tokens * (1 + 0.5 * layers * len(PROBE_STEPS))
-
-
-def _routing(work: Workload, index: int) -> tuple[int, Callable[[str], float]]:
-    """Experts of a block, and the share of all tokens that reaches a linear: of experts, what each gets on average."""
-    fused = work.skeleton.fused(index)
-    if not fused:
-        return 0, lambda _name: 1.0
-    config = work.source.config.get_text_config()
-    names = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
-    chosen = next((k for name in names if isinstance(k := getattr(config, name, None), int)), 1)
-    owners = {
-        member.removesuffix(".weight"): each.shape[0] for each in fused for member in each.members
-    }
-    return max(
-        owners.values()
-    ), lambda name: min(1.0, chosen / owners[name]) if name in owners else 1.0
-
-
-def block_cost(work: Workload, index: int) -> BlockCost:
-    """Bytes for one block; see `BlockCost`. The widths are those of the block's linears."""
-    linears = work.skeleton.linears(index)
-    size = work.dtype.itemsize
-    in_window, hidden = work.skeleton.window_shape(index, work.recipe.seqlen)
-    tokens = work.windows * in_window
+    linears = job.skeleton.linears(index)
+    itemsize = job.dtype.itemsize
+    window_tokens, hidden = job.skeleton.window_shape(index, job.recipe.seqlen)
+    tokens = job.windows * window_tokens
+    batch_tokens = min(job.batch * window_tokens, tokens)
     widest = max(max(linear.shape) for linear in linears)
-    largest = max(rows * columns for rows, columns in (linear.shape for linear in linears))
-    stored = work.source.block_nbytes(index)
-    computed = sum(p.numel() for p in work.skeleton.blocks[index].parameters()) * size
-    inputs = max(linear.shape[1] for linear in linears)
-    batch_tokens = min(work.batch * in_window, tokens)
-    needs = work.linear_settings.method.needs
-    # float32 weight, score, sorted copy and the rounded result; solvers hold six matrices of its size, and some
-    # of the Gram's, which others invert in float64.
-    working = 14 * largest + statistics_bytes(inputs, needs)
-    if needs == "gram":
-        working += 24 * largest + 24 * inputs**2
-    if needs == "gram" and work.recipe.propagate == "block":
-        working += sum(statistics_bytes(linear.shape[1], needs) for linear in linears)
-    streams = work.needs_inputs * (2 if work.runs_dense_stream else 1)
-    transient = work.needs_inputs * batch_tokens * (6 * hidden + 3 * widest) * size
-    aimed = max(
-        (linear.shape[1] for linear in linears if work.uses_dense_target(linear.shape[1])),
-        default=0,
-    )
-    working += (40 if work.linear_settings.method.needs_held_out else 20) * aimed**2
-    if work.reconstruction is not None and work.reconstruction.takes(index, len(work.skeleton)):
-        # Trained in float32: weights, gradients, two moments, a copy of where they began and one of the best; every
-        # activation waits for the way back, attention's among them.
-        numbers = computed // size
-        working += 24 * numbers
-        heads = int(getattr(work.source.config.get_text_config(), "num_attention_heads", 1) or 1)
-        transient += 4 * batch_tokens * (24 * hidden + 8 * widest + 4 * heads * in_window)
-        if in_front_of_head(work.skeleton, index):
-            # The head, and of some tokens the logits on either side, with what is made of them; see `kl_divergence`.
-            rows = _head_rows(work.skeleton)
-            transient += rows * hidden * size + 24 * TOKENS * work.batch * rows
-    return BlockCost(
-        weights=2 * stored + computed * (2 if work.runs_dense_stream else 1),
+    parameters = sum(p.numel() for p in job.skeleton.blocks[index].parameters())
+    # The hidden states of the dense model are kept beside those of the pruned one.
+    models = 2 if job.runs_dense_stream else 1
+    streams = job.needs_inputs * models
+
+    working = _working_bytes(job, index)
+    transient = job.needs_inputs * transient_bytes(batch_tokens, hidden, widest, itemsize)
+    if job.reconstruction is not None and job.reconstruction.takes(index, len(job.skeleton)):
+        # Training holds six float32 tensors per parameter: the weight, its gradient, Adam's two
+        # moments, a copy of the start and a copy of the best so far.
+        working += 6 * 4 * parameters
+        # The backward pass needs all activations in float32, with the scores of every head.
+        heads = int(getattr(job.source.config.get_text_config(), "num_attention_heads", 1) or 1)
+        transient += 4 * batch_tokens * (24 * hidden + 8 * widest + 4 * heads * window_tokens)
+        if in_front_of_head(job.skeleton, index):
+            # The head, and for some tokens the logits of both models; see `kl_divergence`.
+            vocabulary = _vocabulary(job.skeleton)
+            transient += vocabulary * hidden * itemsize + 24 * TOKENS * job.batch * vocabulary
+    return BlockMemory(
+        weights=2 * job.source.block_nbytes(index) + models * parameters * itemsize,
         working=working,
-        hidden=streams * tokens * hidden * size,
-        paused=streams * tokens * (4 * hidden + widest) * size,
+        hidden=streams * tokens * hidden * itemsize,
+        paused=streams * paused_bytes(tokens, hidden, widest, itemsize),
         transient=transient,
     )
 
 
-def _head_rows(skeleton: Skeleton) -> int:
-    """Entries of the vocabulary."""
+def _working_bytes(job: PruningJob, index: int) -> int:
+    """Bytes of temporaries while a linear of block `index` is pruned, and of its statistics."""
+    method, linears = job.linear_settings.method, job.skeleton.linears(index)
+    largest = max(linear.shape[0] * linear.shape[1] for linear in linears)
+    inputs = max(linear.shape[1] for linear in linears)
+    working = BYTES_PER_PRUNED_WEIGHT * largest + statistics_bytes(inputs, method.needs)
+    if method.needs == "gram":
+        # Solvers hold six float32 matrices like the weight, and six like the Gram matrix, or three
+        # of the latter in float64.
+        working += 6 * 4 * largest + 6 * 4 * inputs**2
+        if job.recipe.propagate == "block":
+            # Two passes: the statistics of all linears of the block exist at the same time.
+            working += sum(statistics_bytes(linear.shape[1], method.needs) for linear in linears)
+    # A dense target adds five float32 matrices like the Gram, or ten with held-out statistics.
+    targets = [linear.shape[1] for linear in linears if job.uses_dense_target(linear.shape[1])]
+    matrices = 10 if method.needs_held_out else 5
+    return working + matrices * 4 * max(targets, default=0) ** 2
+
+
+def disk_bytes(job: PruningJob) -> int:
+    """Bytes of the pruned checkpoint, with the file of spilled hidden states beside it.
+
+    A loaded model is pruned in place and needs no disk.
+    """
+    if isinstance(job.source, ModuleSource):
+        return 0
+    weights = job.source.checkpoint.nbytes(job.source.checkpoint.tensors)
+    return weights + (max(memory.hidden for memory in job.block_memory) if job.spills else 0)
+
+
+def estimate_seconds(job: PruningJob) -> float:
+    """Seconds of a run: its operations at the rate that this machine shows, plus overhead."""
+    flops = sum(
+        _forward_flops(job, index) + _solver_flops(job, index) for index in range(len(job.skeleton))
+    )
+    if job.recipe.allocation == "search":
+        flops += _search_flops(job)
+    flops += _logit_flops(job)
+    return round(_OVERHEAD * flops / matmul_rate(job.device, job.dtype), 1)
+
+
+def _forward_flops(job: PruningJob, index: int) -> float:
+    """Operations of all passes of the windows through block `index`, training included."""
+    tokens = job.windows * job.skeleton.window_shape(index, job.recipe.seqlen)[0]
+    routing = _expert_routing(job, index)
+    # Weights that an average token meets, per linear.
+    sizes = {
+        linear.name: linear.shape[0] * linear.shape[1] * routing.share(linear.name)
+        for linear in job.skeleton.linears(index)
+    }
+    weights = sum(sizes.values())
+    passes: float = 0
+    if job.needs_inputs:
+        passes = 1 if job.recipe.propagate == "linear" else 2
+    if passes == 1 and not job.fits_lockstep(index):
+        passes = REPLAY_PASSES + routing.experts
+    passes += _dense_share(job)
+    if job.recipe.permute:
+        passes += 1  # All windows run once more, behind the reordered block.
+    if job.reconstruction is not None and job.reconstruction.takes(index, len(job.skeleton)):
+        names = trained(list(sizes), job.linear_settings.method.updates_weights)
+        trained_share = sum(sizes[name] for name in names) / weights
+        token_passes = _token_passes(job, _schedule(job, index))
+        # A training step costs three passes, forward and twice as much backward.
+        passes += 1 + 3 * _dense_share(job) * token_passes * trained_share
+    return 2.0 * weights * tokens * passes
+
+
+def _solver_flops(job: PruningJob, index: int) -> float:
+    """Operations on the Gram matrices of block `index`: to sum, factor and solve with them."""
+    method = job.linear_settings.method
+    if method.needs != "gram":
+        return 0.0
+    tokens = job.windows * job.skeleton.window_shape(index, job.recipe.seqlen)[0]
+    routing, flops = _expert_routing(job, index), 0.0
+    for linear in job.skeleton.linears(index):
+        if linear.name in job.selected[index]:
+            rows, columns = linear.shape
+            # About 4 of 7 linears have an input of their own, and 2 operations per entry make 1.2.
+            grams = 1.2 + _dense_share(job) * job.uses_dense_target(columns)
+            flops += grams * tokens * routing.share(linear.name) * columns**2
+            flops += columns**3
+            flops += 2.0 * method.cost_in_products * rows * columns**2
+    return flops
+
+
+def _logit_flops(job: PruningJob) -> float:
+    """Operations of the head, where the last block is reconstructed by its logits."""
+    last = len(job.skeleton) - 1
+    if job.reconstruction is None or not in_front_of_head(job.skeleton, last):
+        return 0.0
+    window_tokens, hidden = job.skeleton.window_shape(last, job.recipe.seqlen)
+    schedule = _schedule(job, last)
+    dense_tokens = job.windows * window_tokens * _dense_share(job)
+    tokens = dense_tokens * _token_passes(job, schedule) / schedule.logit_stride
+    validated = validation_count(job.dense_batches) / job.dense_batches
+    # Two operations per weight and product: the head runs forward for both models, in training and
+    # in validation, and once backward in training.
+    return (4.0 * validated + 6.0) * _vocabulary(job.skeleton) * hidden * tokens
+
+
+def _search_flops(job: PruningJob) -> float:
+    """Operations of a search for the allocation.
+
+    The trials of a layer run through all blocks from its own to the last, half of them on average.
+    """
+    blocks = range(len(job.skeleton))
+    weights = sum(x.shape[0] * x.shape[1] for index in blocks for x in job.skeleton.linears(index))
+    layers = len(layers_of(job.selected, job.recipe.allocation_by))
+    tokens = PROBE_WINDOWS * min(PROBE_TOKENS, job.recipe.seqlen)
+    return 2.0 * weights * tokens * (1 + 0.5 * layers * len(PROBE_STEPS))
+
+
+def _dense_share(job: PruningJob) -> float:
+    """Share of the batches that also run through the dense model."""
+    return 1 / job.drift_stride if job.runs_dense_stream else 0.0
+
+
+def _schedule(job: PruningJob, index: int) -> ReconstructionSchedule:
+    """The default schedule of block `index`, as far as the run's shapes decide it."""
+    tokens, hidden = job.skeleton.window_shape(index, job.recipe.seqlen)
+    return default_schedule(
+        job.batch * tokens,
+        hidden,
+        job.linear_settings.method.updates_weights,
+        job.dense_batches,
+        in_front_of_head(job.skeleton, index),
+    )
+
+
+def _token_passes(job: PruningJob, schedule: ReconstructionSchedule) -> float:
+    """How often training runs every token of a block."""
+    assert job.reconstruction is not None
+    return (job.reconstruction.epochs or schedule.epochs) / schedule.token_stride
+
+
+class _ExpertRouting(NamedTuple):
+    """How the tokens of a block spread over experts.
+
+    Attributes:
+        experts: Number of experts, 0 without any.
+        share: From a linear's relative name to the share of all tokens that reach it, on average.
+    """
+
+    experts: int
+    share: Callable[[str], float]
+
+
+def _expert_routing(job: PruningJob, index: int) -> _ExpertRouting:
+    fused = job.skeleton.fused(index)
+    if not fused:
+        return _ExpertRouting(0, lambda _name: 1.0)
+    config = job.source.config.get_text_config()
+    values = (getattr(config, name, None) for name in _EXPERTS_PER_TOKEN)
+    chosen = next((value for value in values if isinstance(value, int)), 1)
+    experts_of = {
+        member.removesuffix(".weight"): each.shape[0] for each in fused for member in each.members
+    }
+
+    def share(name: str) -> float:
+        return min(1.0, chosen / experts_of[name]) if name in experts_of else 1.0
+
+    return _ExpertRouting(max(experts_of.values()), share)
+
+
+def _vocabulary(skeleton: Skeleton) -> int:
+    """Rows of the output head."""
     head: Any = skeleton.model.get_output_embeddings() or skeleton.model.get_input_embeddings()
     return int(head.weight.shape[0])

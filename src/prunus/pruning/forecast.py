@@ -1,7 +1,11 @@
-"""What a run will cost on machines that are not at hand: memory, disk, traffic and time from shapes and rates alone.
+"""What a run will cost on machines that are not present: memory, disk, traffic and time.
 
-For decoders like Llama's: per block q, k, v, o and gate, up, down. Every term is work over a rate of `rates.py`. Knows no
-checkpoint and no torch; what a checkpoint at hand costs on this machine is `costs.py`'s.
+The model is a decoder like Llama, known by its widths only: q, k, v, o and gate, up, down in every
+block. Every term is an amount of work over a rate of `prunus.hardware.rates`. `cost.py` does the
+same for a checkpoint that is present, on this machine. This file imports no torch.
+
+The rates of processor cores are measured. Those of GPUs are vendors' peak figures times an assumed
+share, and every result says so in its field `basis`.
 """
 
 from __future__ import annotations
@@ -10,19 +14,38 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from prunus.hardware.rates import Devices
+from prunus.hardware.rates import ASSUMED_SHARE, Devices, Rates
+from prunus.pruning.batch_size import windows_per_batch
+from prunus.pruning.block_memory import (
+    BYTES_PER_PRUNED_WEIGHT,
+    REPLAY_PASSES,
+    paused_bytes,
+    transient_bytes,
+)
 
 __all__ = ["SHAPES", "Shape", "find_shape", "forecast"]
 
-_STORED = 2  # bytes of a weight
-_COLUMN_BLOCK = 128
-# Tokens of one forward pass, as in `plan.py`.
-_TOKENS_PER_BATCH = 4096
+_METHODS = ("magnitude", "wanda", "sparsegpt")
+_STORED = 2  # Bytes of a stored weight.
+_COLUMN_BLOCK = 128  # Columns that SparseGPT solves at once.
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths of a decoder; `heads` of queries and `kv_heads` of keys and values, of `head` features each."""
+    """The widths of a decoder.
+
+    >>> find_shape("llama-7b").linears[0]
+    (4096, 4096)
+
+    Attributes:
+        hidden: Width of the hidden states.
+        intermediate: Width of the feed-forward network.
+        blocks: Number of blocks.
+        heads, kv_heads: Attention heads of the queries, and of the keys and values.
+        head: Features of a head.
+        vocabulary: Number of token ids.
+        tied: Whether head and embedding share their weights.
+    """
 
     hidden: int
     intermediate: int
@@ -56,6 +79,11 @@ class Shape:
         """Weights of embedding and head."""
         return (1 if self.tied else 2) * self.vocabulary * self.hidden
 
+    @property
+    def weights(self) -> int:
+        """All weights but the norms' and biases."""
+        return self.blocks * self.block_weights + self.outside_weights
+
 
 #: Published widths.
 SHAPES: dict[str, Shape] = {
@@ -72,10 +100,13 @@ SHAPES: dict[str, Shape] = {
 
 
 def find_shape(name: str) -> Shape:
-    """The shape called `name`.
+    """The published widths of a model.
+
+    >>> find_shape("llama-7b").blocks
+    32
 
     Raises:
-        ValueError: there is none; lists those there are.
+        ValueError: The name is unknown; lists the known ones.
     """
     if name not in SHAPES:
         raise ValueError(f"the model shape {name!r} is unknown: choose one of {', '.join(SHAPES)}")
@@ -87,47 +118,57 @@ def forecast(
 ) -> dict[str, Any]:
     """Memory, disk, traffic and time of a run.
 
+    >>> from prunus.hardware.rates import parse_devices
+    >>> found = forecast(find_shape("llama-7b"), parse_devices("8xh100"), "wanda", 128, 2048)
+    >>> found["ranks"], found["windows_per_rank"], found["basis"]
+    (8, 16, "vendors' peak figures times an assumed share of 0.5, not measured")
+
     Args:
-        shape: of the model.
-        devices: what it is spread over.
+        shape: The widths of the model.
+        devices: The processors or GPUs that share the run.
         method: magnitude, wanda or sparsegpt.
-        samples, seqlen: calibration windows and their tokens.
-        batch: windows per forward pass; None for what `prune` takes.
+        samples: Calibration windows.
+        seqlen: Tokens of a window.
+        batch: Windows per forward pass; None for the default of `prune`.
 
     Returns:
-        Bytes under `memory` (per rank; on a GPU, on it), `host_memory`, `disk`, `read`, `written`; `traffic`, bytes that
-        each rank receives; `seconds` in all and `parts`: seconds by kind of work, in all blocks; `lockstep`: whether all
-        windows of a rank fit in a device's memory at once (None for processors, whose memory is not known).
+        Bytes: `memory` (of each rank, on the GPU if it has one), `disk`, `read`, `written`, and
+        `traffic` (what each rank receives). Seconds: `seconds` in all, and `parts` by kind of work.
+        Counts: `ranks`, `weights`, `windows_per_rank`. `lockstep`: whether all windows of a rank
+        fit in its GPU's memory at once, or None for processors, whose memory is unknown. `devices`,
+        `rates` and `basis`: the machine, the source of its rates, and whether they are measured.
 
     Raises:
-        ValueError: a method that is not forecast, numbers below 1.
+        ValueError: The method cannot be forecast, or a number is below 1.
     """
-    if method not in ("magnitude", "wanda", "sparsegpt"):
+    if method not in _METHODS:
         raise ValueError(f"{method} is not forecast: choose magnitude, wanda or sparsegpt")
     if samples < 1 or seqlen < 1:
         raise ValueError(f"{samples} windows of {seqlen} tokens are none: both must be at least 1")
-    batch = batch or max(1, min(samples, _TOKENS_PER_BATCH // seqlen))
+    rates = devices.rates
+    batch = batch or windows_per_batch(samples, seqlen)
     batches = math.ceil(samples / batch) if method != "magnitude" else 0
-    mine = min(samples, math.ceil(batches / devices.ranks) * batch)
-    work = _Work(
-        shape, devices, method, batches, mine * seqlen, min(batch, samples) * seqlen, seqlen
+    # Ranks split the windows by whole batches.
+    own = min(samples, math.ceil(batches / devices.ranks) * batch)
+    work = _BlockWork(
+        shape, devices, method, batches, own * seqlen, min(batch, samples) * seqlen, seqlen
     )
     parts = {name: shape.blocks * seconds for name, seconds in work.seconds().items()}
-    parts["embeddings"] = _STORED * 2 * shape.outside_weights / devices.rates.write
-    parts["start"] = devices.rates.start
+    parts["embeddings"] = _STORED * 2 * shape.outside_weights / rates.write
+    parts["start"] = rates.start
     memory = work.memory(lockstep=True)
-    room = devices.rates.memory
-    fits = None if room is None else memory <= room
+    fits = None if rates.memory is None else memory <= rates.memory
     if fits is False:
         memory = work.memory(lockstep=False)
-        parts["forward"] *= 5  # see `engine/lockstep.py`, replay
-    checkpoint = _STORED * (shape.blocks * shape.block_weights + shape.outside_weights)
+        parts["forward"] *= REPLAY_PASSES
+    checkpoint = _STORED * shape.weights
     return {
         "devices": devices.text,
-        "rates": devices.rates.source,
+        "rates": rates.source,
+        "basis": _basis(rates),
         "ranks": devices.ranks,
-        "weights": shape.blocks * shape.block_weights + shape.outside_weights,
-        "windows_per_rank": mine,
+        "weights": shape.weights,
+        "windows_per_rank": own,
         "memory": memory,
         "lockstep": fits,
         "disk": checkpoint,
@@ -139,77 +180,116 @@ def forecast(
     }
 
 
+def _basis(rates: Rates) -> str:
+    """What the seconds of a forecast rest on, in words."""
+    if _is_processor(rates):
+        return "rates measured on one processor core, times the number of cores"
+    return f"vendors' peak figures times an assumed share of {ASSUMED_SHARE:g}, not measured"
+
+
+def _is_processor(rates: Rates) -> bool:
+    """Whether the rates are those of processor cores; these share the host's memory."""
+    return rates.memory is None
+
+
 @dataclass(frozen=True)
-class _Work:
-    """One block on one rank. `tokens` of its own windows, `at_once` in one forward pass, `batches` of all ranks."""
+class _BlockWork:
+    """The work on one block on one rank.
+
+    Attributes:
+        shape: The widths of the model.
+        devices: The processors or GPUs that share the run.
+        method: magnitude, wanda or sparsegpt.
+        batches: Batches of windows, over all ranks.
+        tokens: Tokens of this rank's windows.
+        batch_tokens: Tokens of one forward pass.
+        seqlen: Tokens of a window.
+    """
 
     shape: Shape
     devices: Devices
     method: str
     batches: int
     tokens: int
-    at_once: int
+    batch_tokens: int
     seqlen: int
 
     @property
     def gram(self) -> bool:
+        """Whether the method sums Gram matrices."""
         return self.method == "sparsegpt"
 
     @property
-    def size(self) -> int:
-        """Bytes of a number in the forward pass: a Gram that is inverted asks a processor for float32."""
-        return 4 if self.gram and self.devices.rates.memory is None else 2
+    def itemsize(self) -> int:
+        """Bytes of a number in the forward pass; see `compute_dtype.py` for why 4."""
+        return 4 if self.gram and _is_processor(self.devices.rates) else 2
 
     def seconds(self) -> dict[str, float]:
-        """By kind of work."""
-        shape, rates, ranks = self.shape, self.devices.rates, self.devices.ranks
-        weights, inputs = shape.block_weights, shape.inputs
-        products = rates.products if self.size == 2 else rates.products32
-        activations = 8 * shape.hidden + 4 * shape.intermediate
-        attention = 4.0 * self.seqlen * shape.heads * shape.head
-        forward = self.tokens * (2 * weights / products + attention / rates.attention)
-        forward += self.tokens * activations / rates.elements * self.size / 2
-        statistics = 0.0
-        if self.batches:
-            statistics = self.tokens * sum(inputs) / rates.elements
-        solve = 0.0 if self.gram else weights / rates.weights
-        if self.gram:
-            # On a processor the blocks on and above a Gram's diagonal only: 10 of 16.
-            half = 0.625 if rates.memory is None else 1.0
-            statistics += half * 2 * self.tokens * sum(c * c for c in inputs) / rates.products32
-            factors = sum(c**3 for c in inputs) / rates.factor32
-            by_rows = (
-                sum(5.0 * r * c * c for r, c in shape.linears) / rates.products32
-                + weights / rates.swept
-            )
-            # Every rank goes through all columns of its rows, and stores all rows.
-            columns = sum(c for _, c in shape.linears) / rates.columns
-            solve = factors + columns + by_rows / ranks + weights / rates.finished
-        stored = _STORED * weights
-        files = (
-            stored / rates.read + (1 + (ranks > 1)) * stored / rates.hashed + stored / rates.write
-        )
+        """Seconds by kind of work."""
         return {
-            "forward": forward,
-            "statistics": statistics,
-            "solve": solve,
-            "files": files,
-            "communication": self.traffic() / rates.link + self.meetings() * rates.latency,
+            "forward": self._forward_seconds(),
+            "statistics": self._statistics_seconds(),
+            "solve": self._solve_seconds(),
+            "files": self._file_seconds(),
+            "communication": self.traffic() / self.devices.rates.link
+            + self.synchronizations() * self.devices.rates.latency,
         }
+
+    def _forward_seconds(self) -> float:
+        shape, rates = self.shape, self.devices.rates
+        products = rates.products if self.itemsize == 2 else rates.products32
+        # Norms, residuals and activation functions touch about this many numbers per token.
+        activations = 8 * shape.hidden + 4 * shape.intermediate
+        # Scores and values: two products per head, at 2 operations each.
+        attention = 4.0 * self.seqlen * shape.heads * shape.head
+        seconds = self.tokens * (2 * shape.block_weights / products + attention / rates.attention)
+        # The rate of elements holds for 2-byte numbers.
+        return seconds + self.tokens * activations / rates.elements * self.itemsize / 2
+
+    def _statistics_seconds(self) -> float:
+        rates, inputs = self.devices.rates, self.shape.inputs
+        seconds = self.tokens * sum(inputs) / rates.elements if self.batches else 0.0
+        if self.gram:
+            # A processor computes only the tiles on and above a Gram's diagonal: 10 of 16.
+            share = 0.625 if _is_processor(rates) else 1.0
+            seconds += share * 2 * self.tokens * sum(c * c for c in inputs) / rates.products32
+        return seconds
+
+    def _solve_seconds(self) -> float:
+        shape, rates = self.shape, self.devices.rates
+        if not self.gram:
+            return shape.block_weights / rates.weights
+        factors = sum(c**3 for c in shape.inputs) / rates.factor32
+        # Every rank goes through all columns, but only of its own rows. It stores all rows.
+        columns = sum(c for _, c in shape.linears) / rates.columns
+        by_rows = (
+            sum(5.0 * r * c * c for r, c in shape.linears) / rates.products32
+            + shape.block_weights / rates.swept
+        )
+        finished = shape.block_weights / rates.finished
+        return factors + columns + by_rows / self.devices.ranks + finished
+
+    def _file_seconds(self) -> float:
+        rates, stored = self.devices.rates, _STORED * self.shape.block_weights
+        # Several ranks also hash their results, to see that all are the same.
+        hashes = 2 if self.devices.ranks > 1 else 1
+        return stored / rates.read + hashes * stored / rates.hashed + stored / rates.write
 
     def traffic(self) -> float:
         """Bytes that a rank receives."""
         ranks, share = self.devices.ranks, 1 - 1 / self.devices.ranks
         if ranks == 1:
             return 0.0
+        # Sums of squares go out batch by batch, in float64.
         received = 8.0 * share * self.batches * sum(self.shape.inputs)
         if self.gram:
-            # A ring sums a matrix in two rounds; scores go out as float32, results as float32 and a byte of mask.
+            # A ring sums a float32 matrix in two rounds.
             received += 2 * share * 4 * sum(c * c for c in self.shape.inputs)
+            # Scores go out as float32, results as float32 with one byte of mask.
             received += share * (4 + 5) * self.shape.block_weights
         return received
 
-    def meetings(self) -> int:
+    def synchronizations(self) -> int:
         """How often all ranks wait for each other."""
         if self.devices.ranks == 1:
             return 0
@@ -222,22 +302,22 @@ class _Work:
         return count
 
     def memory(self, lockstep: bool) -> float:
-        """Bytes at the highest point."""
-        shape, size, rates = self.shape, self.size, self.devices.rates
+        """Bytes at the peak, with all windows paused at once or one batch in flight."""
+        shape, itemsize, rates = self.shape, self.itemsize, self.devices.rates
         largest = max(rows * columns for rows, columns in shape.linears)
         widest = max(max(pair) for pair in shape.linears)
-        block = (2 * _STORED + size) * shape.block_weights
-        working = _WORKING * largest
+        block = (2 * _STORED + itemsize) * shape.block_weights
+        working = BYTES_PER_PRUNED_WEIGHT * largest
         if self.gram:
-            # The Gram, a copy, and what is factored; or the factor, and the weights being swept.
+            # Four float32 matrices like the Gram: itself, a copy, its factor and temporaries; and
+            # the weights that are solved.
             working = 16 * max(shape.inputs) ** 2 + 4 * largest
-        hidden = self.tokens * shape.hidden * size
-        paused = self.tokens * (4 * shape.hidden + widest) * size if lockstep else 0
-        transient = self.at_once * (6 * shape.hidden + 3 * widest) * size if self.batches else 0
-        outer = shape.vocabulary * shape.hidden * (_STORED + size) + hidden
-        # While a linear is pruned no forward pass is under way.
-        return rates.process + max(outer, block + hidden + paused + max(working, transient))
-
-
-# Bytes per weight of the largest linear while it is pruned: float32 weight, score, sorted copy, and the result.
-_WORKING = 14
+        hidden = self.tokens * shape.hidden * itemsize
+        paused = paused_bytes(self.tokens, shape.hidden, widest, itemsize) if lockstep else 0
+        transient = 0
+        if self.batches:
+            transient = transient_bytes(self.batch_tokens, shape.hidden, widest, itemsize)
+        embedding = shape.vocabulary * shape.hidden * (_STORED + itemsize) + hidden
+        # No forward pass runs while a linear is pruned, so the larger of the two counts.
+        in_block = block + hidden + paused + max(working, transient)
+        return rates.process + max(embedding, in_block)

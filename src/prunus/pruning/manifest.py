@@ -1,6 +1,7 @@
-"""What was done to a checkpoint, written beside it as `prunus.json`. Verbs meet through this file.
+"""What was done to a checkpoint: the file `prunus.json` beside it, which the other commands read.
 
-It never claims more than is on disk: a block is entered after its shard has its final name.
+The manifest never claims more than is on disk. A block is entered after its shard has its final
+name.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from prunus.hardware.memory import peak_memory
 from prunus.model.checkpoint.atomic_files import write_json
-from prunus.model.checkpoint.records import check_alike, read_record
+from prunus.model.checkpoint.records import check_same_work, read_record
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.records import BlockRecord, LinearRecord
 
@@ -28,21 +29,21 @@ MANIFEST_NAME = "prunus.json"
 
 
 class RunInputs(BaseModel):
-    """Everything besides the recipe that decides the bytes of the result."""
+    """Everything beside the recipe that decides the bytes of the result."""
 
     model_config = ConfigDict(extra="forbid")
 
     checkpoint: str = Field(description="fingerprint of the source checkpoint")
     calibration: str = Field(description="where the calibration windows come from")
     calibration_sha256: str
-    dtype: str = Field(description="of the computation, as decided for dtype 'auto'")
+    dtype: str = Field(description="of the forward passes, as decided for 'auto'")
     dtype_reason: str
     device: str = Field(description="cpu or cuda")
     batch: int
 
 
 class Manifest(BaseModel):
-    """The state of a run: `running` until every shard and the index are in place, then `finished`."""
+    """The state of a run: "running" until every shard and the index exist, then "finished"."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -57,7 +58,7 @@ class Manifest(BaseModel):
     head: LinearRecord | None = None
     allocation: dict[str, float] = Field(
         default_factory=dict,
-        description="full name of a linear -> sparsity asked for; empty where all are alike",
+        description="full name of a linear -> its sparsity; empty if all have the recipe's",
     )
     left_dense: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     totals: dict[str, Any] = Field(default_factory=dict)
@@ -71,8 +72,8 @@ class Manifest(BaseModel):
         """Read `prunus.json`.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is damaged or of another format.
+            FileNotFoundError: There is none.
+            ValueError: It is damaged or of another format.
         """
         path = folder / MANIFEST_NAME
         if not path.exists():
@@ -101,20 +102,29 @@ class Manifest(BaseModel):
         }
 
     def check_same_run(self, recipe: Recipe, inputs: RunInputs | None = None) -> None:
-        """See that this manifest is of the run that `recipe` and, where they are known yet, `inputs` describe.
+        """Check that this manifest belongs to the same run.
+
+        Args:
+            recipe: Of the run.
+            inputs: Of the run; None while they are not known yet.
 
         Raises:
-            FileExistsError: it is of another one; names the first difference.
+            FileExistsError: It belongs to another run; names the first difference.
         """
         before, now = self.recipe.model_dump(), recipe.model_dump()
         if inputs is not None:
-            # What the inputs say of batch and dtype is what the recipe's "auto" came to.
+            # The inputs' batch and dtype replace the recipe's: they say what "auto" meant.
             before |= self.inputs.model_dump(exclude={"dtype_reason"})
             now |= inputs.model_dump(exclude={"dtype_reason"})
-        check_alike(before, now, "run")
+        check_same_work(before, now, "run")
 
     def close(self, seconds: float, device: torch.device) -> None:
-        """Enter the totals and call the run finished; the files are the caller's to write."""
+        """Enter the totals and mark the run as finished. The caller writes the files.
+
+        Args:
+            seconds: Time of the run; of a resumed run, since it was resumed.
+            device: Where blocks ran; a GPU's peak memory is entered too.
+        """
         self.totals = self.summary() | {
             "seconds": round(seconds, 2),
             "peak_memory_bytes": peak_memory(),
@@ -125,7 +135,10 @@ class Manifest(BaseModel):
 
 
 def _experts(linears: Sequence[LinearRecord]) -> dict[str, int]:
-    """How many linears belong to experts, and how many of them were measured on all tokens; nothing of other models."""
+    """How many linears belong to experts, and how many of them were measured on all tokens.
+
+    Empty for models without experts.
+    """
     notes = [linear.notes for linear in linears if "routed_tokens" in linear.notes]
     if not notes:
         return {}

@@ -1,13 +1,16 @@
-"""The folder a run writes: shards, manifest, and what travels with the weights.
+"""Where a run puts what it has pruned: a new checkpoint folder, or the loaded model itself.
 
-A finished shard is a checkpoint of the run. The index file, without which no loader finds the weights,
-comes last: a half-finished folder cannot be mistaken for a model.
+A finished shard is a checkpoint of the run. The index file comes last, and no loader finds the
+weights without it: nobody can mistake a half-finished folder for a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -21,45 +24,72 @@ from prunus.model.checkpoint.atomic_files import (
     write_json,
     write_text,
 )
-from prunus.model.checkpoint.output_folder import check_apart, is_vacant
+from prunus.model.checkpoint.lock import locked
+from prunus.model.checkpoint.output_folder import check_apart, check_whole, is_vacant
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint, auxiliary_files
 from prunus.model.kinds import kind_of
-from prunus.model.source import CheckpointSource, tensors_digest
+from prunus.model.source import CheckpointSource, ModuleSource, tensors_digest
+from prunus.pruning.job import PruningJob
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
+from prunus.pruning.model_card import model_card
 from prunus.pruning.records import BlockRecord
 
-__all__ = ["OutputFolder", "bytes_in", "check_output", "check_resume"]
+__all__ = [
+    "OUTSIDE_SHARD",
+    "CheckpointOutput",
+    "InPlaceOutput",
+    "Output",
+    "bytes_in",
+    "check_output",
+    "check_resume",
+    "open_output",
+    "shard_name",
+]
 
+#: Shard of everything outside the blocks: embeddings, final norm and head.
 OUTSIDE_SHARD = "outer.safetensors"
 
 
 def shard_name(index: int) -> str:
-    """File name of a block's shard."""
+    """File name of a block's shard.
+
+    >>> shard_name(3)
+    'block-00003.safetensors'
+    """
     return f"block-{index:05d}.safetensors"
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> Manifest | None:
-    """Look at the output folder before any work; returns the manifest of an earlier run, if there is one.
+    """Check that a run may write into a folder.
+
+    Args:
+        output: The folder of the result.
+        source: The folder of the dense checkpoint.
+        overwrite: Whether the run replaces an earlier result.
+
+    Returns:
+        The manifest of an earlier run in the folder that this run does not replace, or None.
 
     Raises:
-        FileExistsError: something else is there.
-        ValueError: output and source are the same folder, or one lies in the other.
+        FileExistsError: Something else is there.
+        ValueError: Output and source are the same folder, or one lies in the other.
     """
     check_apart(output, source)
     if is_vacant(output):
         return None
     if not (output / MANIFEST_NAME).exists():
         raise FileExistsError(
-            f"output {output} exists and does not come from prunus; it is left as it is. Choose another folder"
+            f"output {output} exists and does not come from prunus; it is left as it is. Choose "
+            "another folder"
         )
     return None if overwrite else Manifest.load(output)
 
 
 def check_resume(output: Path, earlier: Manifest | None, resume: bool | None) -> None:
-    """See that an unfinished run is there where one is insisted on, and none where one is refused.
+    """Check that there is an unfinished run if `resume` is True, and none if it is False.
 
     Raises:
-        FileNotFoundError, FileExistsError: what to do instead.
+        FileNotFoundError, FileExistsError: The folder is in the other state; says what to do.
     """
     unfinished = earlier is not None and earlier.state == "running"
     if resume is True and not unfinished:
@@ -73,44 +103,168 @@ def check_resume(output: Path, earlier: Manifest | None, resume: bool | None) ->
 
 
 def bytes_in(folder: Path) -> int:
-    """Bytes of the files in a folder, 0 where there is none."""
-    return (
-        sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-        if folder.is_dir()
-        else 0
-    )
+    """Bytes of the files in a folder; 0 if there is no such folder."""
+    if not folder.is_dir():
+        return 0
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
-class OutputFolder:
-    """Writes one run's result. Every method leaves the folder in a state from which the run can go on.
+class Output(Protocol):
+    """What a run writes to.
 
-    Of several ranks only the first touches the folder; the others call the same methods and learn what they need from it.
+    Attributes:
+        spill_folder: Where hidden states go that do not fit in memory.
+        finished_blocks: Blocks that an earlier run has written; known after `begin`.
+    """
+
+    spill_folder: Path
+    finished_blocks: int
+
+    def begin(self, manifest: Manifest, overwrite: bool) -> None:
+        """Get ready for blocks. `manifest` is the run's own; later calls add to it.
+
+        If blocks of an earlier run are lost, their entries are removed from the manifest.
+        """
+        ...
+
+    def read_block(self, index: int) -> Mapping[str, torch.Tensor]:
+        """The pruned tensors of a finished block, by names relative to the block."""
+        ...
+
+    def write_block(
+        self,
+        index: int,
+        stored: Mapping[str, torch.Tensor],
+        changed: Mapping[str, torch.Tensor],
+        record: BlockRecord,
+    ) -> None:
+        """Keep a pruned block, then enter it in the manifest.
+
+        Args:
+            index: Position of the block.
+            stored: Its dense tensors, by names relative to the block.
+            changed: The pruned ones among them, in their stored dtype and orientation.
+            record: What the manifest says about the block.
+        """
+        ...
+
+    def finish(self, changed: Mapping[str, torch.Tensor]) -> None:
+        """Complete the result after the last block; the manifest is closed already.
+
+        Args:
+            changed: Pruned tensors outside the blocks, by the model's names: the head, if the
+                recipe prunes it.
+        """
+        ...
+
+    def check_finished(self) -> None:
+        """Check that a result of an earlier run, which its manifest calls finished, is whole."""
+        ...
+
+
+@contextlib.contextmanager
+def open_output(job: PruningJob, folder: Path | None) -> Iterator[Output]:
+    """The output of a run, held against other runs while the `with` lasts.
+
+    Args:
+        job: The checked run.
+        folder: The folder of the new checkpoint; None for a loaded model, which is pruned in place.
+
+    Raises:
+        FileExistsError: Another run holds the folder.
+    """
+    if isinstance(job.source, ModuleSource):
+        yield InPlaceOutput(job.source)
+        return
+    assert folder is not None, "a checkpoint is pruned into a folder"
+    with locked(folder):
+        yield CheckpointOutput(
+            folder, job.source, job.ranks, job.host_budget, job.options.trust_remote_code
+        )
+
+
+class InPlaceOutput:
+    """The loaded model itself. Its weights change block by block, and no run can be resumed."""
+
+    def __init__(self, source: ModuleSource) -> None:
+        self.spill_folder = Path(tempfile.gettempdir())
+        self.finished_blocks = 0
+        self._source = source
+
+    def begin(self, manifest: Manifest, overwrite: bool) -> None:
+        self._manifest = manifest
+
+    def read_block(self, index: int) -> Mapping[str, torch.Tensor]:
+        raise LookupError(f"no earlier run finished block {index} of a loaded model")
+
+    def write_block(
+        self,
+        index: int,
+        stored: Mapping[str, torch.Tensor],
+        changed: Mapping[str, torch.Tensor],
+        record: BlockRecord,
+    ) -> None:
+        self._source.write(index, changed)
+        self._manifest.blocks.append(record)
+
+    def finish(self, changed: Mapping[str, torch.Tensor]) -> None:
+        self._source.write_outside(changed)
+
+    def check_finished(self) -> None:
+        """A loaded model has no earlier run."""
+
+
+class CheckpointOutput:
+    """A folder with a shard per block, the manifest, the index, and copies of config and tokenizer.
+
+    Every method leaves the folder in a state from which a killed run can resume. With several ranks
+    only rank 0 touches the folder. The others call the same methods and get what they need from it.
     """
 
     def __init__(
         self,
         folder: Path,
         source: CheckpointSource,
-        manifest: Manifest,
         ranks: Ranks = SINGLE_PROCESS,
         memory: float = float("inf"),
+        trust_remote_code: bool = False,
     ) -> None:
-        self.folder = folder
-        self._ranks = ranks
-        self.manifest = manifest
-        self._source = source
-        self._memory = memory  # bytes that the run may take
+        """An output in `folder`, which need not exist.
 
-    def begin(self, overwrite: bool) -> None:
-        """Create the folder, or clean up what a killed run left half-written."""
-        kept = self._ranks.on_rank_0(lambda: self._begin(overwrite))
-        del self.manifest.blocks[kept:]
+        Args:
+            folder: The folder of the new checkpoint.
+            source: The dense checkpoint.
+            ranks: The processes of the run.
+            memory: Bytes that the run may take on the host.
+            trust_remote_code: Also copy model code that comes with the checkpoint.
+        """
+        self.folder = folder
+        self.spill_folder = folder
+        self.finished_blocks = 0
+        self._source = source
+        self._ranks = ranks
+        self._memory = memory
+        self._trust_remote_code = trust_remote_code
+
+    def begin(self, manifest: Manifest, overwrite: bool) -> None:
+        """Create the folder, or clean up what a killed run left half-written.
+
+        Raises:
+            ValueError: A tensor that the run copies is not finite.
+        """
+        self._manifest = manifest
+        with self._ranks.fail_together():
+            self._source.check_outside_finite()
+        self.finished_blocks = self._ranks.on_rank_0(lambda: self._begin(overwrite))
+        del manifest.blocks[self.finished_blocks :]
 
     def _begin(self, overwrite: bool) -> int:
-        """As `begin`; returns how many blocks the run can go on from."""
+        """As `begin`; returns how many finished blocks there are."""
+        manifest = self._manifest
         make_folder(self.folder)
-        # First the claim to the folder, then the index: what is left of an overwritten result is no model any more.
-        self.manifest.save(self.folder)
+        # The manifest claims the folder first. Then the index goes, and the rest of an overwritten
+        # result is no model any more.
+        manifest.save(self.folder)
         (self.folder / INDEX_NAME).unlink(missing_ok=True)
         fsync_folder(self.folder)
         if overwrite:
@@ -118,118 +272,92 @@ class OutputFolder:
                 path.unlink()
         for path in self.folder.glob(f"*{TEMPORARY_SUFFIX}"):
             path.unlink()
-        for index in range(len(self.manifest.blocks)):
+        for index in range(len(manifest.blocks)):
             if not (self.folder / shard_name(index)).exists():
-                # Somebody took a shard away; what comes after it is made again too.
-                del self.manifest.blocks[index:]
-                self.manifest.save(self.folder)
+                # A shard was deleted. The blocks after it are pruned again as well.
+                del manifest.blocks[index:]
+                manifest.save(self.folder)
                 break
-        # What surrounds the blocks was looked at just now and is needed next: read from disk once, if it is copied here.
-        if not self.manifest.recipe.head and not (self.folder / OUTSIDE_SHARD).exists():
+        # The check above has just read what lies outside the blocks, and embedding reads it next.
+        # Copied now, it comes from the disk only once. A pruned head is not known yet.
+        if not manifest.recipe.head and not (self.folder / OUTSIDE_SHARD).exists():
             self._write_outside({})
-        return len(self.manifest.blocks)
+        return len(manifest.blocks)
 
-    def commit_block(
+    def read_block(self, index: int) -> Mapping[str, torch.Tensor]:
+        """The pruned tensors of a finished block, by names relative to the block.
+
+        Raises:
+            FileExistsError: The block was made from other weights than the source holds now.
+        """
+        return self._ranks.tensors_from_rank_0(lambda: self._read_block(index))
+
+    def _read_block(self, index: int) -> dict[str, torch.Tensor]:
+        record = self._manifest.blocks[index]
+        if tensors_digest(self._source.block(index)) != record.input_sha256:
+            raise FileExistsError(
+                f"{record.name} of {self._source.checkpoint.folder} is not what "
+                f"{shard_name(index)} in {self.folder} was made from: the checkpoint was changed "
+                "since. Put it back as it was, or --overwrite starts again"
+            )
+        checkpoint = Checkpoint(self.folder, only=[shard_name(index)])
+        return self._source.from_stored(index, checkpoint.read(self._source.block_keys(index)))
+
+    def write_block(
         self,
         index: int,
         stored: Mapping[str, torch.Tensor],
         changed: Mapping[str, torch.Tensor],
         record: BlockRecord,
     ) -> None:
-        """Write a block's shard under the checkpoint's own names, then enter it in the manifest.
-
-        Args:
-            index: position of the block.
-            stored: its tensors as they were, by names relative to the block.
-            changed: the pruned ones, by the same names, in their stored dtype and orientation.
-            record: what the manifest is to say.
-        """
+        """Write the block's shard under the checkpoint's own names, then save the manifest."""
         if self._ranks.rank > 0:
-            self.manifest.blocks.append(record)
+            self._manifest.blocks.append(record)
             return
         tensors = self._source.as_stored(index, {**stored, **changed})
         self._source.checkpoint.check_unchanged()
         save_safetensors(self.folder / shard_name(index), tensors)
-        self.manifest.blocks.append(record)
-        self.manifest.save(self.folder)
+        self._manifest.blocks.append(record)
+        self._manifest.save(self.folder)
 
-    def read_block(self, index: int) -> Mapping[str, torch.Tensor]:
-        """A finished block's tensors by names relative to the block.
+    def finish(self, changed: Mapping[str, torch.Tensor]) -> None:
+        """Write what lies outside the blocks, copy config and tokenizer, write card and index."""
+        self._ranks.on_rank_0(lambda: self._finish(changed))
 
-        Raises:
-            FileExistsError: it was made from other weights than the source has now.
-        """
-        return self._ranks.tensors_from_rank_0(lambda: self._read_block(index))
-
-    def _read_block(self, index: int) -> dict[str, torch.Tensor]:
-        record = self.manifest.blocks[index]
-        if tensors_digest(self._source.block(index)) != record.input_sha256:
-            raise FileExistsError(
-                f"{record.name} of {self._source.checkpoint.folder} is not what {shard_name(index)} in {self.folder} was "
-                "made from: the checkpoint was changed since. Put it back as it was, or --overwrite starts again"
-            )
-        checkpoint = Checkpoint(self.folder, only=[shard_name(index)])
-        return self._source.from_stored(index, checkpoint.read(self._source.block_keys(index)))
-
-    def finish(self, trust_remote_code: bool, changed: Mapping[str, torch.Tensor]) -> None:
-        """Write what surrounds the blocks, copy config and tokenizer, write card and index, and the closed manifest.
-
-        `changed` holds pruned tensors outside the blocks by the model's names: the head, if it was asked for.
-        """
-        self._ranks.on_rank_0(lambda: self._finish(trust_remote_code, changed))
-
-    def _finish(self, trust_remote_code: bool, changed: Mapping[str, torch.Tensor]) -> None:
-        checkpoint = self._source.checkpoint
-        outer = self._source.outside_keys()
+    def _finish(self, changed: Mapping[str, torch.Tensor]) -> None:
+        source, checkpoint = self._source, self._source.checkpoint
+        outside = source.outside_keys()
         if changed or not (self.folder / OUTSIDE_SHARD).exists():
             self._write_outside(changed)
-        for path in auxiliary_files(checkpoint.folder, code=trust_remote_code):
+        for path in auxiliary_files(checkpoint.folder, code=self._trust_remote_code):
             copy_file(path, self.folder / path.name)
-        write_text(
-            self.folder / "README.md",
-            model_card(self.manifest, kind_of(self._source.config).loader),
-        )
-        weight_map = dict.fromkeys(outer, OUTSIDE_SHARD)
-        for index in range(len(self.manifest.blocks)):
-            weight_map |= dict.fromkeys(self._source.block_keys(index), shard_name(index))
-        total = checkpoint.nbytes(checkpoint.tensors)
+        card = model_card(self._manifest, kind_of(source.config).loader)
+        write_text(self.folder / "README.md", card)
+        weight_map = dict.fromkeys(outside, OUTSIDE_SHARD)
+        for index in range(len(self._manifest.blocks)):
+            weight_map |= dict.fromkeys(source.block_keys(index), shard_name(index))
         index_content = {
-            "metadata": {"total_size": total},
+            "metadata": {"total_size": checkpoint.nbytes(checkpoint.tensors)},
             "weight_map": dict(sorted(weight_map.items())),
         }
         write_json(self.folder / INDEX_NAME, index_content)
-        self.manifest.save(self.folder)
+        self._manifest.save(self.folder)
 
     def _write_outside(self, changed: Mapping[str, torch.Tensor]) -> None:
-        """The shard of everything that belongs to no block, with `changed` tensors by the model's names."""
+        """Write the shard of everything outside the blocks; `changed` as for `finish`."""
         keys = self._source.outside_keys()
         if keys:
             replaced = {self._source.stored_name(name): tensor for name, tensor in changed.items()}
-            # Where memory is short, what was written would push out what was looked at and is to be copied next.
+            # With little memory, cached pages of the written file would push out the pages that
+            # were read for it and are needed again at once.
             uncached = 4 * self._source.checkpoint.nbytes(keys) > self._memory
             tensors = dict(self._source.checkpoint.read(keys)) | replaced
             save_safetensors(self.folder / OUTSIDE_SHARD, tensors, uncached=uncached)
 
+    def check_finished(self) -> None:
+        """Check that the finished result still has all its shards.
 
-def model_card(manifest: Manifest, loader: str = "AutoModelForCausalLM") -> str:
-    """The README.md of the result: what it is, how it was made, and what loads it (a class of transformers)."""
-    recipe = manifest.recipe
-    shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
-    name = Path(manifest.source).name or manifest.source
-    return f"""---
-tags: [pruned, sparse, prunus]
----
-
-# {name}, pruned
-
-{name} with {shape} sparsity by {recipe.method}. Shapes, tokenizer and configuration are the source's:
-it loads with `{loader}.from_pretrained` and is used like the dense model.
-
-Weights removed: {manifest.totals.get("zeros", 0):,} of {manifest.totals.get("weights", 0):,} in the pruned linears
-({manifest.totals.get("sparsity", 0):.2%}). Calibration: {manifest.inputs.calibration}. Per-linear figures are in
-`{MANIFEST_NAME}`.
-
-```toml
-{recipe.to_toml().rstrip()}
-```
-"""
+        Raises:
+            FileExistsError: A file was deleted or cut off.
+        """
+        self._ranks.on_rank_0(lambda: check_whole(self.folder))

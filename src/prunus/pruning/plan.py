@@ -1,37 +1,106 @@
-"""Everything that is known, checked and decided before a run does any work.
+"""Everything that is checked and decided before a run does any work.
 
-`plan_run` raises for whatever would make the run fail later; `prune` works through the job it returns, and
-`prunus plan` prints it.
+`check_run` and `plan_run` raise for whatever would make the run fail later. `run.py` follows the
+job that they return, and `prunus plan` prints it.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from prunus.calibration import check_context
 from prunus.distributed import SINGLE_PROCESS
 from prunus.hardware.memory import available_memory, memory_budget, resident_memory
-from prunus.methods import METHODS, MethodOptions, check_options, compose, default_group
+from prunus.methods import METHODS, check_options, compose, default_group
 from prunus.methods.patterns import Pattern, check_shape
+from prunus.model.checkpoint.output_folder import check_disk
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.device import choose_device
 from prunus.model.kinds import IMAGES, kind_of
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.pruning.block.linear import LinearSettings
+from prunus.pruning.batch_size import windows_per_batch
+from prunus.pruning.block.settings import LinearSettings
 from prunus.pruning.compute_dtype import decide_dtype
-from prunus.pruning.cost import block_cost
+from prunus.pruning.cost import block_memory, disk_bytes
 from prunus.pruning.job import PruningJob, RunOptions, needs_inputs
+from prunus.pruning.manifest import Manifest
+from prunus.pruning.output import bytes_in, check_output, check_resume
+from prunus.pruning.rank_checks import check_ranks_can_share
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.selection import check_inputs, select_linears
 
-__all__ = ["plan_run"]
+__all__ = ["CheckedRun", "check_run", "plan_run"]
 
-# Tokens of one forward pass: long enough for large matrix products, short enough to stay in the cache.
-_TOKENS_PER_BATCH = 4096
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run that may start.
+
+    Attributes:
+        job: Its decisions.
+        earlier: The manifest of the same run in the output folder, finished or not; None for a new
+            run.
+    """
+
+    job: PruningJob
+    earlier: Manifest | None
+
+
+def check_run(
+    model: str | Path | nn.Module,
+    output: Path | None,
+    recipe: Recipe,
+    options: RunOptions,
+    *,
+    overwrite: bool = False,
+    resume: bool | None = None,
+) -> CheckedRun:
+    """All checks of a run, and all its decisions. Nothing is written.
+
+    The output folder is checked twice. The first look comes before anything is downloaded or read.
+    The second one knows how large the result will be.
+
+    Args:
+        model, recipe, options, overwrite, resume: See `prunus.prune`.
+        output: The output folder; None where there is none to check.
+
+    Raises:
+        FileExistsError: The output folder holds something else, or another run.
+        FileNotFoundError, ValueError, NotImplementedError, OSError: See `plan_run`.
+    """
+    ranks = options.ranks or SINGLE_PROCESS
+
+    def find_earlier_run() -> dict[str, Any] | None:
+        if output is None:
+            return None
+        earlier = check_output(output, Path(str(model)), overwrite)
+        check_resume(output, earlier, resume)
+        if earlier is not None:
+            earlier.check_same_run(recipe)
+        return None if earlier is None else earlier.model_dump(mode="json")
+
+    # Rank 0 alone looks at the folder, and tells the others as JSON.
+    found = ranks.on_rank_0(find_earlier_run)
+    earlier = None if found is None else Manifest.model_validate(found)
+    with ranks.fail_together():
+        check_ranks_can_share(recipe, ranks)
+        # A resumed run keeps its dtype: the trial behind "auto" need not be repeated.
+        decided_dtype = earlier.inputs.dtype if earlier is not None else None
+        job = plan_run(model, recipe, options, decided_dtype)
+
+    def check_room() -> None:
+        if output is not None:
+            assert isinstance(job.source, CheckpointSource)
+            check_output(output, job.source.checkpoint.folder, overwrite)
+            check_disk(output, disk_bytes(job) - bytes_in(output))
+
+    ranks.on_rank_0(check_room)
+    return CheckedRun(job, earlier)
 
 
 def plan_run(
@@ -40,50 +109,42 @@ def plan_run(
     options: RunOptions,
     decided_dtype: str | None = None,
 ) -> PruningJob:
-    """Check everything that can be checked without reading weights or text, and decide what is left open.
+    """Check everything that needs neither weights nor text, and decide what the recipe leaves open.
 
-    `decided_dtype` is what dtype "auto" came to in the run that is resumed: it holds without a second trial.
+    Args:
+        model: A checkpoint folder, a hub id or a loaded model.
+        recipe: What to do.
+        options: How to do it.
+        decided_dtype: What dtype "auto" meant in the run that is resumed; None for a new run.
 
     Raises:
-        FileNotFoundError, ValueError, NotImplementedError, OSError: see the functions that are called; each
+        FileNotFoundError, ValueError, NotImplementedError, OSError: Something does not fit; every
             message names what was given, what is wrong and what to do.
     """
-    published = METHODS[recipe.method]
-    # Whatever option of a method a recipe has goes by the same name.
-    shared = {each.name for each in fields(MethodOptions)} & set(Recipe.model_fields)
-    method_options = MethodOptions(**{name: getattr(recipe, name) for name in shared})
-    method = compose(published, method_options)
-    if (
-        recipe.propagate == "block"
-        and method is published
-        and recipe.method in ("sparsegpt", "obs")
-    ):
-        method_options = replace(method_options, reference_order=True)
-    group = (
-        recipe.group if recipe.group is not None else default_group(recipe.method, method_options)
-    )
-    pattern = Pattern.parse(recipe.pattern, group)
-    check_options(recipe.method, pattern, recipe.sparsity, method_options)
+    settings = _linear_settings(recipe)
+    method, pattern = settings.method, settings.pattern
     device = choose_device(options.device, model if isinstance(model, nn.Module) else None)
     source: CheckpointSource | ModuleSource
     if isinstance(model, nn.Module):
-        source = ModuleSource(model)
+        source, name = ModuleSource(model), type(model).__name__
     else:
         source = CheckpointSource(resolve_folder(model), options.trust_remote_code)
+        name = str(model)
     if needs_inputs(recipe, method):
         check_inputs(kind_of(source.config), recipe, options.input_ids, options.data_dir)
-    # Structure and names are checked on a skeleton in the stored dtype, before a trial may cost time.
+
+    # Structure and names are checked on a skeleton in the stored dtype, before a dtype trial runs.
     skeleton = Skeleton(source.config, source.stored_dtype, options.trust_remote_code)
     source.bind(skeleton)
     if skeleton.kind is not IMAGES:
-        check_context(skeleton.positions, recipe.seqlen, method.needs)
+        check_context(skeleton.max_positions, recipe.seqlen, method.needs)
     if recipe.head:
         head = skeleton.head()
         check_shape(pattern, head.shape, head.name)
-    selected, left_dense = select_linears(skeleton, recipe, pattern)
-    wanted = decided_dtype if recipe.dtype == "auto" and decided_dtype else recipe.dtype
+    selection = select_linears(skeleton, recipe, pattern)
+
     dtype, reason = decide_dtype(
-        wanted,
+        decided_dtype if recipe.dtype == "auto" and decided_dtype else recipe.dtype,
         source,
         device,
         method.needs,
@@ -93,40 +154,91 @@ def plan_run(
     if dtype != source.stored_dtype:
         skeleton = Skeleton(source.config, dtype, options.trust_remote_code)
         source.bind(skeleton)
-    # For matching, a step is a batch: one window, or half as many as otherwise where it is for one block alone.
-    one_each = method_options.reference_order or recipe.reconstruct == "all"
-    most = 1 if one_each else _TOKENS_PER_BATCH // skeleton.window_shape(0, recipe.seqlen)[0]
-    batch = recipe.batch or max(1, min(recipe.samples, most) // (2 if recipe.reconstructs else 1))
-    if recipe.reconstructs and recipe.samples <= batch:
-        raise ValueError(
-            f"matching trains on some batches and judges by others: {recipe.samples} windows in batches of {batch} "
-            "are one; give more --samples or a smaller --batch"
-        )
-    ranks = options.ranks or SINGLE_PROCESS
-    budget = options.memory
-    if budget is None:
-        budget = available_memory() // ranks.local_size + resident_memory()
+
+    host_budget = _host_budget(options)
     job = PruningJob(
         recipe=recipe,
         options=options,
+        model_name=name,
         source=source,
         skeleton=skeleton,
-        linear_settings=LinearSettings(method, pattern, recipe.sparsity, method_options),
+        linear_settings=settings,
         device=device,
         dtype=dtype,
         dtype_reason=reason,
-        batch=batch,
-        budget=memory_budget(device, None) if device.type == "cuda" else budget - resident_memory(),
-        host_budget=budget - resident_memory(),
-        selected=selected,
-        left_dense=left_dense,
+        batch=_batch(recipe, settings, skeleton),
+        budget=memory_budget(device, None) if device.type == "cuda" else host_budget,
+        host_budget=host_budget,
+        selected=selection.selected,
+        left_dense=selection.left_dense,
     )
-    job.costs = [block_cost(job, index) for index in range(len(skeleton))]
-    least = max(cost.least for cost in job.costs)
-    if job.budget < least:
-        raise ValueError(
-            f"a block needs {(least + resident_memory()) / 1e9:.2f} GB with one batch of {batch} windows of "
-            f"{recipe.seqlen} tokens in flight; the memory budget is "
-            f"{(job.budget + resident_memory()) / 1e9:.2f} GB. Raise --memory or lower --batch or --seqlen"
-        )
+    job.block_memory = [block_memory(job, index) for index in range(len(skeleton))]
+    _check_memory(job)
     return job
+
+
+def _linear_settings(recipe: Recipe) -> LinearSettings:
+    """How every linear is pruned: the recipe's method with its refinement and weight update.
+
+    Raises:
+        ValueError: Method, pattern, sparsity and options do not fit together.
+    """
+    published = METHODS[recipe.method]
+    options = recipe.method_options
+    method = compose(published, options)
+    # Two passes are the published procedure. There the published solvers also sum in its order.
+    as_published = recipe.propagate == "block" and method is published
+    if as_published and recipe.method in ("sparsegpt", "obs"):
+        options = replace(options, reference_order=True)
+    group = recipe.group if recipe.group is not None else default_group(recipe.method, options)
+    pattern = Pattern.parse(recipe.pattern, group)
+    check_options(recipe.method, pattern, recipe.sparsity, options)
+    return LinearSettings(method=method, pattern=pattern, sparsity=recipe.sparsity, options=options)
+
+
+def _batch(recipe: Recipe, settings: LinearSettings, skeleton: Skeleton) -> int:
+    """Calibration windows per forward pass.
+
+    Raises:
+        ValueError: All windows are one batch, and reconstruction needs a second one for validation.
+    """
+    if recipe.batch is not None:
+        batch = recipe.batch
+    elif settings.options.reference_order or recipe.reconstruct == "all":
+        # The reference order sums window by window. Training every block takes a step per window.
+        batch = 1
+    else:
+        window_tokens = skeleton.window_shape(0, recipe.seqlen)[0]
+        batch = windows_per_batch(recipe.samples, window_tokens, recipe.reconstructs)
+    if recipe.reconstructs and recipe.samples <= batch:
+        raise ValueError(
+            "reconstruction trains on some batches and validates on others: "
+            f"{recipe.samples} windows in batches of {batch} are one batch; give more --samples or "
+            "a smaller --batch"
+        )
+    return batch
+
+
+def _host_budget(options: RunOptions) -> int:
+    """Bytes that the run may take on the host, beside what the process already holds."""
+    budget = options.memory
+    if budget is None:
+        ranks = options.ranks or SINGLE_PROCESS
+        budget = available_memory() // ranks.local_size + resident_memory()
+    return budget - resident_memory()
+
+
+def _check_memory(job: PruningJob) -> None:
+    """Check that every block fits with its hidden states elsewhere and one batch in flight.
+
+    Raises:
+        ValueError: A block does not fit into the memory budget.
+    """
+    needed = max(memory.minimum for memory in job.block_memory)
+    if job.budget < needed:
+        raise ValueError(
+            f"a block needs {(needed + resident_memory()) / 1e9:.2f} GB with one batch of "
+            f"{job.batch} windows of {job.recipe.seqlen} tokens in flight; the memory budget is "
+            f"{(job.budget + resident_memory()) / 1e9:.2f} GB. Raise --memory or lower --batch or "
+            "--seqlen"
+        )

@@ -1,4 +1,4 @@
-"""What the manifest says of every linear and every block."""
+"""What the manifest says about every linear and every block."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = ["BlockRecord", "LinearRecord", "ReconstructionRecord", "Walk"]
 
-#: How the windows went through a block; see `prunus.pruning.block.lockstep`.
+#: How the windows go through a block; see `prunus.pruning.block.lockstep`.
 Walk = Literal["lockstep", "replay", "two_pass"]
 
 
@@ -17,12 +17,15 @@ class LinearRecord(BaseModel):
 
     Attributes:
         shape: (out, in).
-        zeros: weights that are exactly zero afterwards.
-        relative_output_error: ‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖² from the Gram matrix, where the method kept one.
-        removed_energy: Σ (w−ŵ)²‖x_j‖² / Σ w²‖x_j‖²: the same with inputs taken as uncorrelated, where only
-            norms were kept.
-        tokens: calibration tokens that reached it.
-        notes: what the method has to say, such as raised damping.
+        zeros: Weights that are exactly zero afterwards.
+        sparsity: Share of zeros.
+        relative_output_error: ‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖² from the Gram matrix; None if the method keeps
+            none.
+        removed_energy: Σ (w−ŵ)²‖x_j‖² / Σ w²‖x_j‖² from the norms, as if inputs were uncorrelated;
+            None if the method keeps a Gram matrix, or nothing.
+        tokens: Calibration tokens that reached the linear.
+        seconds: Time to prune it.
+        notes: Remarks of the method, such as raised damping.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -38,15 +41,16 @@ class LinearRecord(BaseModel):
 
 
 class ReconstructionRecord(BaseModel):
-    """What block matching did to a block.
+    """What block reconstruction did to a block.
 
     Attributes:
-        error_before, error_after: mean over held-out tokens of ‖output − dense output‖² / ‖dense output‖², or of the
-            divergence from the dense model's next token in nats.
-        measure: outputs or logits: which of the two.
-        steps: gradient steps taken.
-        stopped: why training ended early, or None.
-        dtype: of its matrix products.
+        error_before, error_after: On the held-out tokens, in the unit of `measure`.
+        measure: "outputs": the mean of ‖output − dense output‖² / ‖dense output‖². "logits": the
+            KL divergence from the dense model's next token, in nats.
+        steps: Gradient steps taken.
+        stopped: Why training ended early, or None.
+        dtype: Of the matrix products.
+        seconds: Time to train.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -61,10 +65,18 @@ class ReconstructionRecord(BaseModel):
 
 
 class BlockRecord(BaseModel):
-    """One finished block: the hash of the weights it was made from, its linears, how many processes made it.
+    """One finished block.
 
-    Gram matrices are summed rank by rank, so that of methods that need one the last bits depend on `ranks`.
-    Errors of the linears are those before block matching, zeros and sparsity those of the result.
+    Attributes:
+        name: Full name of the block.
+        input_sha256: Hash of the dense weights that it was made from.
+        walk: How the windows went through it.
+        seconds: Time for the whole block.
+        ranks: Processes that made it. Every rank sums its own part of a Gram matrix, so the last
+            bits of methods that use one depend on this number.
+        linears: By relative name. Errors are those before reconstruction, zeros and sparsity those
+            of the result.
+        reconstruction: None for blocks that were not reconstructed.
     """
 
     model_config = ConfigDict(extra="forbid")

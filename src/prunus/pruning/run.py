@@ -1,49 +1,59 @@
-"""The story of one run: text to windows, windows to hidden states, block after block pruned and written.
+"""The story of one pruning run.
 
-checkpoint ──► skeleton ──► how the model calls each block
-windows ──► embeddings ──► hidden states
-for each block:  load weights ► one lockstep pass ► write shard ► release
+    checkpoint ──► skeleton (no weights) ──► how the model calls each block
+    text ──► calibration windows ──► embeddings ──► hidden states
 
-Where torchrun started several processes, each takes a share of the windows through the whole model; they meet at every
-linear, prune it alike, and the first of them writes.
+    for each block:  load weights ► walk the windows ► prune ► reconstruct ► write ► release
+
+    head, if the recipe prunes it ──► pruned checkpoint + manifest
+
+`run` tells this story from top to bottom. If torchrun started several processes, each takes its
+share of the windows through the whole model. All processes prune every linear alike, and rank 0
+writes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from prunus.calibration import Windows
-from prunus.distributed import SINGLE_PROCESS, process_group
-from prunus.hardware.memory import ScatteredMemory, describe_hardware, peak_memory, versions
+from prunus.distributed import process_group
+from prunus.hardware.memory import HeapTrimmer, describe_hardware, peak_memory, versions
 from prunus.hardware.sizes import parse_bytes
-from prunus.model.checkpoint.lock import locked
-from prunus.model.checkpoint.output_folder import check_disk, check_whole
-from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.pruning.allocate import allocate
 from prunus.pruning.block.prune_block import BlockPruner
-from prunus.pruning.calibration_windows import calibration_windows, described
+from prunus.pruning.calibration_windows import calibration_windows, describe_given
 from prunus.pruning.job import PruningJob, RunOptions
 from prunus.pruning.manifest import Manifest, RunInputs
-from prunus.pruning.output import OutputFolder, bytes_in, check_output, check_resume
-from prunus.pruning.plan import plan_run
-from prunus.pruning.rank_checks import check_ranks_can_share, check_same_on_all_ranks
-from prunus.pruning.recipe import Recipe, load_recipe
+from prunus.pruning.output import Output, open_output
+from prunus.pruning.plan import CheckedRun, check_run
+from prunus.pruning.rank_checks import check_same_on_all_ranks
+from prunus.pruning.recipe import Recipe
+from prunus.pruning.recipe_options import RecipeOptions, recipe_from
+from prunus.pruning.records import Walk
 
-__all__ = ["Progress", "check_run", "prune", "run"]
+__all__ = ["Progress", "prune", "run"]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One step of a run, for whoever shows it: `done` of `total` blocks, and what just happened."""
+    """One step of a run, for a progress display.
+
+    Attributes:
+        done: Finished blocks, out of `total`.
+        total: Blocks of the model.
+        message: What just happened.
+        seconds: Since the start of the run.
+        peak_memory: Of this process so far, in bytes; on a GPU the memory of the device.
+    """
 
     done: int
     total: int
@@ -60,7 +70,7 @@ def prune(
     *,
     pattern: str | None = None,
     calibration: str | torch.Tensor | None = None,
-    recipe: str | Path | None = None,
+    recipe: Recipe | str | Path | None = None,
     device: str = "auto",
     memory: str | int | None = None,
     data_dir: str | Path | None = None,
@@ -70,49 +80,48 @@ def prune(
     resume: bool | None = None,
     rank_timeout: float | None = None,
     progress: Callable[[Progress], None] | None = None,
-    **recipe_options: Any,
+    **recipe_options: Unpack[RecipeOptions],
 ) -> Manifest:
-    """Prune a model after training. Under torchrun all processes call this alike, and share the work.
+    """Prune a model after training. Under torchrun all processes make the same call.
 
     Args:
-        model: a checkpoint folder or hub id, streamed block by block into `output`; or a loaded transformers
-            model, pruned in place by the same engine with the same result.
-        output: folder of the pruned checkpoint; for a loaded model None (call its `save_pretrained`).
+        model: A checkpoint folder or a hub id, which is read block by block; or a loaded
+            transformers model, which is pruned in place with the same result.
+        output: Folder of the pruned checkpoint. None for a loaded model: call its
+            `save_pretrained` afterwards.
         method: magnitude, wanda (default), wanda-variant, ria, sparsegpt, obs or alps.
-        sparsity: share of the weights of each linear that goes, in [0, 1); default 0.5.
-        pattern: "N:M" keeps at most N of every M consecutive inputs; instead of `sparsity`.
-        calibration: a source (see `prunus.calibration.SOURCES`; default "c4"), token ids (samples, seqlen), or
-            for an image classifier a folder of images, or pixel values (samples, channels, height, width).
-        recipe: TOML file with any of these options; arguments override it.
+        sparsity: Share of the weights of each linear to remove, in [0, 1); default 0.5.
+        pattern: "N:M" keeps at most N of every M consecutive inputs, instead of `sparsity`.
+        calibration: A source (see `prunus.calibration.SOURCES`; default "c4") or token ids
+            (samples, seqlen). For an image classifier a folder of images, or pixel values
+            (samples, channels, height, width).
+        recipe: A `Recipe`, or a TOML file with any of its options; other arguments override it.
         device: auto, cpu, cuda or cuda:i.
-        memory: budget, such as "8GB" or bytes; default what is free.
-        data_dir: local mirror of the calibration corpora.
-        tokenizer: of the model, or its image processor; by default loaded from the checkpoint.
-        trust_remote_code: run model code that comes with the checkpoint.
-        overwrite: replace an earlier result of prunus in `output`.
-        resume: True insists on an unfinished run in `output`, False refuses one; by default it is resumed if it
-            matches.
-        rank_timeout: under torchrun, seconds after which a process that gives no sign of life counts as lost; default
-            600.
-        progress: called after every block; under torchrun on rank 0.
-        **recipe_options: further fields of `Recipe`: samples, seqlen, seed, batch, dtype, group, propagate, only,
-            ignore, head, min_expert_tokens, mask_from, mask_order, damping, ria_power, iterations, refine,
-            refine_rounds, update, targets, mix, match_blocks, match_last, match_passes, match_rate, permute,
-            allocation, allocation_by, allocation_spread.
+        memory: Memory budget, such as "8GB" or a number of bytes; default is the free memory.
+        data_dir: Folder with local copies of the calibration corpora.
+        tokenizer: The model's tokenizer or image processor; default is the checkpoint's own.
+        trust_remote_code: Run model code that comes with the checkpoint.
+        overwrite: Replace an earlier result of prunus in `output`.
+        resume: True requires an unfinished run in `output`, False refuses one. By default a
+            matching unfinished run is resumed.
+        rank_timeout: Under torchrun, a process without a sign of life counts as lost after this
+            many seconds; default 600.
+        progress: Called after every block; under torchrun on rank 0.
+        **recipe_options: The other options of `Recipe`; see `RecipeOptions`.
 
     Returns:
-        The manifest: recipe, inputs, per linear shape, sparsity reached, error and seconds, and totals. For a
-        checkpoint it is also written to `prunus.json`.
+        The manifest: recipe, inputs, totals, and for each linear its shape, sparsity, error and
+        seconds. In a checkpoint it is also the file `prunus.json`.
 
     Raises:
-        ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: before any work where
-            possible; the message says what was given, what is wrong and what to do.
-        RankError: under torchrun, another process was lost or met an error; names it.
+        ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: Before any
+            work where possible; says what was given, what is wrong and what to do.
+        RankError: Under torchrun, another process was lost or failed; names it.
     """
-    overrides = {"method": method, "sparsity": sparsity, "pattern": pattern, **recipe_options}
+    overrides: dict[str, Any] = {"method": method, "sparsity": sparsity, "pattern": pattern}
+    overrides |= recipe_options
     given = calibration if isinstance(calibration, torch.Tensor) else None
-    overrides |= {"calibration": calibration} if given is None else described(given)
-    chosen = load_recipe(Path(recipe) if recipe is not None else None, overrides)
+    overrides |= {"calibration": calibration} if given is None else describe_given(given)
     options = RunOptions(
         device=device,
         memory=parse_bytes(memory) if isinstance(memory, str) else memory,
@@ -122,56 +131,15 @@ def prune(
         trust_remote_code=trust_remote_code,
         rank_timeout=rank_timeout,
     )
-    target = Path(output) if output is not None else None
     return run(
-        model, target, chosen, options, overwrite=overwrite, resume=resume, progress=progress
+        model,
+        Path(output) if output is not None else None,
+        recipe_from(recipe, overrides),
+        options,
+        overwrite=overwrite,
+        resume=resume,
+        progress=progress,
     )
-
-
-def check_run(
-    model: str | Path | nn.Module,
-    output: Path | None,
-    recipe: Recipe,
-    options: RunOptions,
-    *,
-    overwrite: bool = False,
-    resume: bool | None = None,
-) -> tuple[PruningJob, Manifest | None]:
-    """Everything that is looked at before a run does any work, and where `prunus plan` stops.
-
-    Returns the checked job, and the manifest of the run in `output` that it goes on with, if there is one.
-    """
-    ranks = options.ranks or SINGLE_PROCESS
-
-    def look() -> dict[str, Any] | None:
-        """Before anything is downloaded or read: is there room for a result at all?"""
-        if output is None:
-            return None
-        earlier = check_output(output, Path(str(model)), overwrite)
-        check_resume(output, earlier, resume)
-        if earlier is not None:
-            earlier.check_same_run(recipe)
-        return None if earlier is None else earlier.model_dump(mode="json")
-
-    found = ranks.on_rank_0(look)
-    earlier = None if found is None else Manifest.model_validate(found)
-    with ranks.fail_together():
-        check_ranks_can_share(recipe, ranks)
-        job = plan_run(
-            model,
-            recipe,
-            options,
-            decided_dtype=earlier.inputs.dtype if earlier is not None else None,
-        )
-
-    def look_again() -> None:
-        if output is not None:
-            assert isinstance(job.source, CheckpointSource)
-            check_output(output, job.source.checkpoint.folder, overwrite)
-            check_disk(output, job.disk - bytes_in(output))
-
-    ranks.on_rank_0(look_again)
-    return job, earlier
 
 
 def run(
@@ -184,127 +152,102 @@ def run(
     resume: bool | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Manifest:
-    """Carry out a recipe; see `prune` for the meaning of the arguments."""
-    if options.ranks is None:
-        with process_group(options.rank_timeout) as ranks:
-            joint = replace(options, ranks=ranks)
-            return run(
-                model, output, recipe, joint, overwrite=overwrite, resume=resume, progress=progress
-            )
-    ranks, started = options.ranks, time.perf_counter()
-    if isinstance(model, nn.Module) != (output is None):
-        raise ValueError(
-            "a loaded model is pruned in place: leave output out and call its save_pretrained afterwards"
-            if output is not None
-            else "a checkpoint is pruned into a new folder: give output"
+    """Carry out a recipe. The arguments and errors are those of `prune`."""
+    with _process_group(options) as joint_options:
+        started = time.perf_counter()
+        _check_destination(model, output)
+        checked = check_run(
+            model, output, recipe, joint_options, overwrite=overwrite, resume=resume
         )
-    job, earlier = check_run(model, output, recipe, options, overwrite=overwrite, resume=resume)
-    with locked(output) if output is not None else contextlib.nullcontext():
-        return _carry_out(model, output, job, earlier, started, overwrite, progress)
+        with open_output(checked.job, output) as destination:
+            return _run_checked(checked, destination, overwrite, started, progress)
 
 
-def _carry_out(
-    model: str | Path | nn.Module,
-    output: Path | None,
-    job: PruningJob,
-    earlier: Manifest | None,
-    started: float,
+def _run_checked(
+    checked: CheckedRun,
+    output: Output,
     overwrite: bool,
+    started: float,
     progress: Callable[[Progress], None] | None,
 ) -> Manifest:
-    """What `run` does once everything is checked and the folder is its own."""
-    recipe, options, ranks = job.recipe, job.options, job.ranks
+    """The run itself, once everything is checked and the output belongs to it alone."""
+    job = checked.job
+    ranks = job.ranks
+
+    # The calibration windows, and the manifest that says which run this is.
     with ranks.fail_together():
         windows = calibration_windows(job)
-        manifest = _manifest(model, job, windows, earlier)
+        manifest = _manifest(job, windows, checked.earlier)
     walks = check_same_on_all_ranks(job, manifest)
     if manifest.state == "finished":
-        assert output is not None
-        ranks.on_rank_0(lambda: check_whole(output))
+        output.check_finished()
         return manifest
+
+    # The sparsity of every linear. A resumed run takes it from its manifest.
     if not manifest.allocation:
         with ranks.fail_together():
             manifest.allocation = allocate(job, windows.ids)
         manifest.allocation = ranks.on_rank_0(lambda: manifest.allocation)
-    folder = None
-    if output is not None:
-        assert isinstance(job.source, CheckpointSource)
-        with ranks.fail_together():
-            job.source.check_outside_finite()
-        folder = OutputFolder(output, job.source, manifest, ranks, job.host_budget)
-        folder.begin(overwrite)
 
-    engine = BlockPruner(
-        job.skeleton,
-        job.source,
-        job.linear_settings,
-        job.device,
-        job.reconstruction,
-        recipe.permute,
-        manifest.allocation,
-        ranks,
-        recipe.min_expert_tokens,
-        job.drift_stride,
-        job.uses_dense_target,
-    )
-    with torch.no_grad(), contextlib.closing(engine), _threads(1 if job.reference_order else None):
+    output.begin(manifest, overwrite)
+    settings = job.block_settings(manifest.allocation)
+    pruner = BlockPruner(job.skeleton, job.source, settings, ranks)
+    one_thread = 1 if job.reference_order else None
+    with torch.no_grad(), contextlib.closing(pruner), _threads(one_thread):
+        # Everything before the first block: windows become hidden states.
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()
-        scratch = output or Path(tempfile.gettempdir())
-        scattered = ScatteredMemory()
-        engine.embed(
-            batches, spill_to=scratch if job.spills else None, on_device=job.hidden_states_stay
+        pruner.embed(
+            batches,
+            spill_to=output.spill_folder if job.spills else None,
+            on_device=job.hidden_states_stay,
         )
+
+        heap = HeapTrimmer()
         for index in range(len(job.skeleton)):
-            block_started = time.perf_counter()
-            finished = folder is not None and index < len(manifest.blocks)
-            if folder is not None and finished and not job.reference_order:
-                engine.propagate(index, folder.read_block(index))
+            # Resume: the stored weights of a finished block take the windows to the next block.
+            # The reference order is the exception. There the next block depends on weights before
+            # they were rounded for storage, so a finished block is pruned once more.
+            if index < output.finished_blocks and not job.reference_order:
+                pruner.propagate(index, output.read_block(index))
                 message = "taken from the earlier run"
             else:
-                stored = job.source.block(index)
-                changed, record = engine.prune(index, stored, job.selected[index], walks[index])
-                record.seconds = round(time.perf_counter() - block_started, 3)
-                if finished:
-                    pass  # what was written is rounded; the next block needs the weights before that
-                elif folder is not None:
-                    folder.commit_block(index, stored, changed, record)
-                else:
-                    assert isinstance(job.source, ModuleSource)
-                    job.source.write(index, changed)
-                    manifest.blocks.append(record)
-                message = f"pruned in {record.seconds:.2f} s"
-                if record.walk == "replay":
-                    message += (
-                        ", with one batch in flight: paused windows do not fit in the memory budget"
-                    )
-                del stored, changed
-                if ranks.size > 1:
-                    scattered.tidy()
+                message = _prune_block(job, pruner, output, index, walks[index])
+            if ranks.size > 1:
+                heap.trim_if_grown()
             if progress is not None and ranks.rank == 0:
-                progress(
-                    Progress(
-                        done=index + 1,
-                        total=len(job.skeleton),
-                        message=f"{job.skeleton.block_name(index)} {message}",
-                        seconds=time.perf_counter() - started,
-                        peak_memory=peak_memory(job.device),
-                    )
-                )
+                progress(_progress(job, index, message, started))
 
-        outside: dict[str, torch.Tensor] = {}
-        if recipe.head:
-            outside, manifest.head = engine.prune_head(batches)
-            if isinstance(job.source, ModuleSource):
-                job.source.write_outside(outside)
+        pruned_head: dict[str, torch.Tensor] = {}
+        if job.recipe.head:
+            pruned_head, manifest.head = pruner.prune_head(batches)
 
     manifest.close(seconds=time.perf_counter() - started, device=job.device)
-    if folder is not None:
-        folder.finish(options.trust_remote_code, outside)
+    output.finish(pruned_head)
     return manifest
 
 
-def _manifest(model: Any, job: PruningJob, windows: Windows, earlier: Manifest | None) -> Manifest:
-    """A new manifest, or the earlier run's where it is this very run."""
+def _prune_block(
+    job: PruningJob, pruner: BlockPruner, output: Output, index: int, walk: Walk
+) -> str:
+    """Load, walk, prune, reconstruct, write and release one block; returns a progress message."""
+    started = time.perf_counter()
+    stored = job.source.block(index)
+    changed, record = pruner.prune(index, stored, job.selected[index], walk)
+    record.seconds = round(time.perf_counter() - started, 3)
+    if index >= output.finished_blocks:
+        output.write_block(index, stored, changed, record)
+    message = f"pruned in {record.seconds:.2f} s"
+    if record.walk == "replay":
+        message += ", with one batch in flight: paused windows do not fit in the memory budget"
+    return message
+
+
+def _manifest(job: PruningJob, windows: Windows, earlier: Manifest | None) -> Manifest:
+    """A new manifest, or the manifest of the run that is resumed.
+
+    Raises:
+        FileExistsError: The earlier run had other inputs.
+    """
     inputs = RunInputs(
         checkpoint=job.source.fingerprint,
         calibration=windows.source,
@@ -318,7 +261,7 @@ def _manifest(model: Any, job: PruningJob, windows: Windows, earlier: Manifest |
         earlier.check_same_run(job.recipe, inputs)
         return earlier
     return Manifest(
-        source=type(model).__name__ if isinstance(model, nn.Module) else str(model),
+        source=job.model_name,
         recipe=job.recipe,
         inputs=inputs,
         versions=versions(),
@@ -327,9 +270,44 @@ def _manifest(model: Any, job: PruningJob, windows: Windows, earlier: Manifest |
     )
 
 
+def _progress(job: PruningJob, index: int, message: str, started: float) -> Progress:
+    return Progress(
+        done=index + 1,
+        total=len(job.skeleton),
+        message=f"{job.skeleton.block_name(index)} {message}",
+        seconds=time.perf_counter() - started,
+        peak_memory=peak_memory(job.device),
+    )
+
+
+def _check_destination(model: str | Path | nn.Module, output: Path | None) -> None:
+    """Check that a checkpoint comes with an output folder, and a loaded model without one.
+
+    Raises:
+        ValueError: It is the other way round.
+    """
+    if isinstance(model, nn.Module) and output is not None:
+        raise ValueError(
+            "a loaded model is pruned in place: leave output out and call its save_pretrained "
+            "afterwards"
+        )
+    if not isinstance(model, nn.Module) and output is None:
+        raise ValueError("a checkpoint is pruned into a new folder: give output")
+
+
+@contextlib.contextmanager
+def _process_group(options: RunOptions) -> Iterator[RunOptions]:
+    """The options with the processes that torchrun started, unless they name processes already."""
+    if options.ranks is not None:
+        yield options
+        return
+    with process_group(options.rank_timeout) as ranks:
+        yield replace(options, ranks=ranks)
+
+
 @contextlib.contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Compute on `count` threads of the processor for a while; None changes nothing."""
+    """Compute on `count` processor threads while the `with` lasts; None changes nothing."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)

@@ -1,8 +1,9 @@
-"""Which linears of a model a recipe prunes, what stays dense, and whether there is something to calibrate it on."""
+"""Which linears a recipe prunes, and whether its calibration data suit the model."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -13,54 +14,68 @@ from prunus.model.kinds import IMAGES, Kind
 from prunus.model.skeleton import Skeleton
 from prunus.pruning.recipe import Recipe
 
-__all__ = ["check_inputs", "select_linears"]
+__all__ = ["LinearSelection", "check_inputs", "select_linears"]
 
 
-def select_linears(
-    skeleton: Skeleton, recipe: Recipe, pattern: Pattern
-) -> tuple[list[list[str]], dict[str, tuple[int, ...]]]:
-    """Per block the linears to prune, and everything in the blocks that stays dense, by full name with its shape.
+class LinearSelection(NamedTuple):
+    """The linears of a model, sorted into those that are pruned and the rest.
+
+    Attributes:
+        selected: Per block the relative names of the linears to prune.
+        left_dense: All other weights with two or more dimensions in the blocks: full name -> shape.
+    """
+
+    selected: list[list[str]]
+    left_dense: dict[str, tuple[int, ...]]
+
+
+def select_linears(skeleton: Skeleton, recipe: Recipe, pattern: Pattern) -> LinearSelection:
+    """Apply `only` and `ignore` of a recipe to the linears of a model.
+
+    Args:
+        skeleton: The model without weights.
+        recipe: The name patterns are its `only` and `ignore`.
+        pattern: Every selected linear must fit it.
 
     Raises:
-        ValueError: name patterns that match nothing, or a linear that the pattern does not fit.
-        NotImplementedError: experts in a form that is not known.
+        ValueError: A name pattern matches nothing, or `pattern` does not fit a linear.
+        NotImplementedError: The model stores its experts in an unknown form.
     """
-    linears = [
-        [
-            (f"{skeleton.block_name(index)}.{linear.name}", linear)
-            for linear in skeleton.linears(index)
-        ]
-        for index in range(len(skeleton))
-    ]
-    recipe.check_names(name for block in linears for name, _ in block)
-    dense: dict[str, tuple[int, ...]] = {}
-    selected: list[list[str]] = []
-    for index, block in enumerate(linears):
-        chosen = []
-        for name, linear in block:
-            if recipe.selects(name):
-                check_shape(pattern, linear.shape, name)
-                chosen.append(linear.name)
+    by_block = [skeleton.linears(index) for index in range(len(skeleton))]
+    recipe.check_names(
+        f"{skeleton.block_name(index)}.{linear.name}"
+        for index, linears in enumerate(by_block)
+        for linear in linears
+    )
+    found = LinearSelection([], {})
+    for index, linears in enumerate(by_block):
+        names = []
+        for linear in linears:
+            full_name = f"{skeleton.block_name(index)}.{linear.name}"
+            if recipe.selects(full_name):
+                check_shape(pattern, linear.shape, full_name)
+                names.append(linear.name)
             else:
-                dense[f"{name}.weight"] = linear.shape
-        selected.append(chosen)
-        dense |= skeleton.left_dense(index)
-    return selected, dense
+                found.left_dense[f"{full_name}.weight"] = linear.shape
+        found.selected.append(names)
+        found.left_dense.update(skeleton.left_dense(index))
+    return found
 
 
 def check_inputs(
     kind: Kind, recipe: Recipe, inputs: torch.Tensor | None, data_dir: Path | None
 ) -> None:
-    """See that the calibration is of what the model takes, as far as can be told without reading it.
+    """Check that the calibration data are of the kind that the model takes, before any are read.
 
     Args:
-        kind: of the model.
-        recipe: names the source.
-        inputs: token ids or pixel values given instead of one.
-        data_dir: local mirror of the corpora.
+        kind: Of the model: text or images.
+        recipe: It names the calibration source.
+        inputs: Token ids or pixel values that the caller gives instead of a source.
+        data_dir: Folder with local copies of the corpora.
 
     Raises:
-        ValueError, FileNotFoundError, ModuleNotFoundError: it is not, or not there; says what would be.
+        ValueError, FileNotFoundError, ModuleNotFoundError: The data are of another kind, missing,
+            or need a library that is not installed.
     """
     if inputs is not None:
         if inputs.is_floating_point() != (kind is IMAGES):
@@ -68,14 +83,16 @@ def check_inputs(
                 "pixel values (samples, channels, height, width)" if kind is IMAGES else "token ids"
             )
             raise ValueError(
-                f"an {kind.name} is calibrated on {wanted}; got {inputs.dtype} {tuple(inputs.shape)}"
+                f"an {kind.name} is calibrated on {wanted}; got {inputs.dtype} "
+                f"{tuple(inputs.shape)}"
             )
     elif kind is not IMAGES:
         check_source(recipe.calibration, data_dir)
     elif recipe.calibration in SOURCES or not Path(recipe.calibration).is_dir():
         raise ValueError(
-            f"an image classifier is calibrated on images, and {recipe.calibration!r} is no folder: give --calibration "
-            "DIR, a folder of images or of one subfolder of images per class"
+            f"an image classifier is calibrated on images, and {recipe.calibration!r} is no "
+            "folder: give --calibration DIR, a folder of images or of one subfolder of images per "
+            "class"
         )
     else:
         check_images(Path(recipe.calibration), recipe.samples)

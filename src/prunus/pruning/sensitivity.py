@@ -1,6 +1,7 @@
-"""A look at the dense model before a run: what its linears are given, and what pruning one layer does to its outputs.
+"""How sensitive each layer of the dense model is to pruning, measured before a run.
 
-One block in memory at a time, as in the run itself. A layer is a block's linears together, or one linear.
+Two measurements exist: the Wanda scores of a layer, and the error curve of a layer. Both keep one
+block in memory at a time, like the run itself. A layer is all linears of a block, or one linear.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,114 +25,169 @@ __all__ = [
     "PROBE_STEPS",
     "PROBE_TOKENS",
     "PROBE_WINDOWS",
+    "CurvePoint",
     "Layer",
     "layer_scores",
     "layers_of",
     "sensitivity_curves",
 ]
 
-#: A search tries every layer on so many tokens of as many windows, as one batch: other texts tell more than longer ones.
+#: A search runs every probe on this many windows, cut to this many tokens, as one batch. More
+#: windows improve the measurement further than longer windows do.
 PROBE_WINDOWS, PROBE_TOKENS = 4, 128
-#: Where it measures their curves, against the sparsity asked for; between them errors grow exponentially.
+#: A search measures errors at these distances from the recipe's sparsity. Between two such points
+#: errors grow exponentially, so few points are enough.
 PROBE_STEPS = (-0.15, 0.0, 0.15)
+
+
+class CurvePoint(NamedTuple):
+    """One point of an error curve.
+
+    Attributes:
+        sparsity: Share of the layer's weights that are removed.
+        error: Mean over tokens of ‖change‖² / ‖dense output‖², at the outputs of the last block.
+    """
+
+    sparsity: float
+    error: float
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Linears of one block, by relative names, that get one sparsity."""
+    """Linears that get one common sparsity.
+
+    Attributes:
+        block: Position of their block.
+        linears: Their names relative to the block.
+    """
 
     block: int
     linears: tuple[str, ...]
 
 
 def layers_of(selected: Sequence[Sequence[str]], by: str) -> list[Layer]:
-    """What gets a sparsity of its own, by "block" or by "linear"; `selected` are the relative names per block."""
+    """The layers of a model, in the order of its blocks.
+
+    >>> layers_of([["q", "k"], ["q"]], by="linear")[1:]
+    [Layer(block=0, linears=('k',)), Layer(block=1, linears=('q',))]
+
+    Args:
+        selected: Per block the relative names of the linears to prune.
+        by: "block" or "linear": what gets a sparsity of its own.
+    """
     if by == "block":
         return [Layer(index, tuple(names)) for index, names in enumerate(selected) if names]
     return [Layer(index, (name,)) for index, names in enumerate(selected) for name in names]
 
 
+def layer_scores(
+    stream: Stream, layers: Sequence[Layer], measure: Callable[[list[Tensor]], float]
+) -> list[float]:
+    """One number per layer, from the Wanda scores on the dense model's inputs.
+
+    Args:
+        stream: The dense model's windows, before the first block. They end behind the last one.
+        layers: The layers, in any order.
+        measure: From the scores (O, I) of a layer's linears to its number.
+    """
+    found = [0.0] * len(layers)
+    for index in range(len(stream.skeleton)):
+        with _dense_pass(stream, index) as dense:
+            for position, layer in enumerate(layers):
+                if layer.block == index:
+                    found[position] = measure([dense.score(name) for name in layer.linears])
+    return found
+
+
+def sensitivity_curves(
+    stream: Stream, layers: Sequence[Layer], sparsities: Sequence[float]
+) -> list[list[CurvePoint]]:
+    """One error curve per layer: what pruning this layer alone does to the last block's outputs.
+
+    A probe is one layer pruned by Wanda to one sparsity, in an otherwise dense model. All probes go
+    through the model together, so each block is read once for the probes of all layers before it.
+
+    Args:
+        stream: The dense model's windows, before the first block. They end behind the last one.
+        layers: The layers, in the order of their blocks.
+        sparsities: Rising and above 0. Every curve also begins with the point (0, 0).
+    """
+    probes: list[_Probe] = []
+    states = stream.states
+    for index in range(len(stream.skeleton)):
+        inputs = [states.get(batch) for batch in range(len(stream))]
+        with _dense_pass(stream, index) as dense:
+            run = stream.call(index)
+            # Probes of earlier blocks pass this block while it is dense.
+            for probe in probes:
+                probe.states = [run(hidden) for hidden in probe.states]
+            # The layers of this block start probes of their own, from the dense inputs.
+            for position, layer in enumerate(layers):
+                if layer.block != index:
+                    continue
+                trained = {name: dense.linears[name].weight_OI.clone() for name in layer.linears}
+                for sparsity in sparsities:
+                    for name, weight_OI in trained.items():
+                        keep_OI = keep_mask(dense.score(name, weight_OI), Pattern(), sparsity)
+                        dense.linears[name].assign(weight_OI * keep_OI)
+                    outputs = [run(hidden) for hidden in inputs]
+                    probes.append(_Probe(position, sparsity, outputs))
+                for name, weight_OI in trained.items():
+                    dense.linears[name].assign(weight_OI)
+    curves = [[CurvePoint(0.0, 0.0)] for _ in layers]
+    dense_outputs = [states.get(batch).float() for batch in range(len(stream))]
+    for probe in probes:
+        error = _relative_change(probe.states, dense_outputs)
+        curves[probe.layer].append(CurvePoint(probe.sparsity, error))
+    return curves
+
+
 @dataclass
 class _Probe:
-    """A layer pruned to a sparsity, and the hidden states of all batches since."""
+    """A layer pruned to a sparsity, and the hidden states of all batches behind it."""
 
     layer: int
     sparsity: float
     states: list[Tensor] = field(default_factory=list)
 
 
-def layer_scores(
-    stream: Stream, layers: Sequence[Layer], measure: Callable[[list[Tensor]], float]
-) -> list[float]:
-    """Per layer what `measure` makes of the Wanda scores (O, I) of its linears, all on the dense model's inputs.
+def _relative_change(changed: Sequence[Tensor], dense: Sequence[Tensor]) -> float:
+    """Mean over tokens of ‖changed − dense‖² / ‖dense‖²."""
+    shares = [
+        (after.float() - before).square().sum(dim=-1) / before.square().sum(dim=-1)
+        for after, before in zip(changed, dense, strict=True)
+    ]
+    return float(torch.cat([share.flatten() for share in shares]).mean())
 
-    `stream` stands before the first block and ends behind the last.
+
+@dataclass(frozen=True)
+class _DenseBlock:
+    """A dense block in memory; both mappings are by relative name.
+
+    Attributes:
+        linears: All its linears.
+        norms: The norms of their inputs.
     """
-    found = [0.0] * len(layers)
-    for index in range(len(stream.skeleton)):
-        with _dense_pass(stream, index) as (linears, norms):
-            for at, layer in enumerate(layers):
-                if layer.block == index:
-                    weights = [linears[name].weight_OI.float() for name in layer.linears]
-                    found[at] = measure(
-                        [
-                            wanda_score(w, norms[n])
-                            for n, w in zip(layer.linears, weights, strict=True)
-                        ]
-                    )
-    return found
 
+    linears: Mapping[str, Linear]
+    norms: Mapping[str, InputStatistics]
 
-def sensitivity_curves(
-    stream: Stream, layers: Sequence[Layer], sparsities: Sequence[float]
-) -> list[list[tuple[float, float]]]:
-    """Per layer a curve (sparsity, error): what pruning this layer alone, by Wanda, does to the last block's outputs.
-
-    The error is the mean over tokens of ‖change‖² / ‖dense output‖². All trials go through the model together: a block
-    that is read once serves the trials of all layers before it.
-
-    Args:
-        stream: before the first block; it ends behind the last.
-        layers: in the order of their blocks.
-        sparsities: rising, over 0; every curve begins with (0, 0).
-    """
-    trials: list[_Probe] = []
-    states = stream.states
-    for index in range(len(stream.skeleton)):
-        before = [states.get(batch) for batch in range(len(stream))]
-        with _dense_pass(stream, index) as (linears, norms):
-            run = stream.call(index)
-            for trial in trials:
-                trial.states = [run(hidden) for hidden in trial.states]
-            for at, layer in enumerate(layers):
-                if layer.block != index:
-                    continue
-                trained = {name: linears[name].weight_OI.clone() for name in layer.linears}
-                for sparsity in sparsities:
-                    for name, weight_OI in trained.items():
-                        score_OI = wanda_score(weight_OI.float(), norms[name])
-                        linears[name].assign(weight_OI * keep_mask(score_OI, Pattern(), sparsity))
-                    trials.append(_Probe(at, sparsity, [run(hidden) for hidden in before]))
-                for name, weight_OI in trained.items():
-                    linears[name].assign(weight_OI)
-    curves: list[list[tuple[float, float]]] = [[(0.0, 0.0)] for _ in layers]
-    dense = [states.get(batch).float() for batch in range(len(stream))]
-    for trial in trials:
-        shares = [
-            (changed.float() - kept).square().sum(dim=-1) / kept.square().sum(dim=-1)
-            for changed, kept in zip(trial.states, dense, strict=True)
-        ]
-        curves[trial.layer].append(
-            (trial.sparsity, float(torch.cat([s.flatten() for s in shares]).mean()))
-        )
-    return curves
+    def score(self, name: str, weight_OI: Tensor | None = None) -> Tensor:
+        """Wanda's score (O, I) of a linear, or of `weight_OI` in its place."""
+        if weight_OI is None:
+            weight_OI = self.linears[name].weight_OI
+        return wanda_score(weight_OI.float(), self.norms[name])
 
 
 @contextlib.contextmanager
-def _dense_pass(
-    stream: Stream, index: int
-) -> Iterator[tuple[Mapping[str, Linear], Mapping[str, InputStatistics]]]:
-    """Block `index` with its weights, after one pass: its linears and their inputs' norms by relative name."""
+def _dense_pass(stream: Stream, index: int) -> Iterator[_DenseBlock]:
+    """Block `index` with its weights, after one pass of all windows; it is released at the end.
+
+    Inside the `with` the stream's hidden states are still the block's inputs.
+
+    Raises:
+        ValueError: The inputs of a linear are not finite; names it.
+    """
     skeleton = stream.skeleton
     block = skeleton.fill(index, stream.source.block(index), stream.device)
     linears = {linear.name: linear for linear in skeleton.linears(index)}
@@ -139,15 +196,15 @@ def _dense_pass(
         for name, linear in linears.items()
     }
 
-    def see(linear: Linear, x: Tensor) -> None:
+    def accumulate(linear: Linear, x: Tensor) -> None:
         norms[linear.name].add(x.reshape(-1, x.shape[-1]))
 
     forward = stream.forward(index, block)
-    with input_hooks(list(linears.values()), see):
+    with input_hooks(list(linears.values()), accumulate):
         outputs = [forward(batch) for batch in range(len(stream))]
     for name, statistics in norms.items():
         statistics.check_finite(f"{skeleton.block_name(index)}.{name}")
-    yield linears, norms
+    yield _DenseBlock(linears, norms)
     for batch, output in enumerate(outputs):
         stream.states.put(batch, output)
     skeleton.release(index)

@@ -1,0 +1,28 @@
+"""How many calibration windows go through a block in one forward pass. Imports no torch."""
+
+from __future__ import annotations
+
+__all__ = ["windows_per_batch"]
+
+# Tokens of one forward pass: enough for large matrix products, few enough to stay in the cache.
+_TOKENS_PER_BATCH = 4096
+
+
+def windows_per_batch(samples: int, window_tokens: int, for_training: bool = False) -> int:
+    """The default batch size, at least 1 window.
+
+    >>> windows_per_batch(samples=128, window_tokens=512)
+    8
+    >>> windows_per_batch(samples=128, window_tokens=512, for_training=True)
+    4
+    >>> windows_per_batch(samples=3, window_tokens=512)
+    3
+
+    Args:
+        samples: Calibration windows of the run.
+        window_tokens: Tokens of one window as the first block sees them.
+        for_training: Whether a batch is also one gradient step of block reconstruction. Half the
+            windows then make twice as many steps.
+    """
+    most = min(samples, _TOKENS_PER_BATCH // window_tokens)
+    return max(1, most // 2 if for_training else most)

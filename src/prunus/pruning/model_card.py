@@ -1,0 +1,40 @@
+"""The README.md of a pruned checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prunus.pruning.manifest import MANIFEST_NAME, Manifest
+
+__all__ = ["model_card"]
+
+
+def model_card(manifest: Manifest, loader: str = "AutoModelForCausalLM") -> str:
+    """What the checkpoint is, how it was made, and what loads it.
+
+    Args:
+        manifest: Of the finished run.
+        loader: The class of transformers that loads the model.
+    """
+    recipe, totals = manifest.recipe, manifest.totals
+    shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
+    name = Path(manifest.source).name or manifest.source
+    return f"""---
+tags: [pruned, sparse, prunus]
+---
+
+# {name}, pruned
+
+{name} with {shape} sparsity by {recipe.method}. \
+Shapes, tokenizer and configuration are the source's:
+it loads with `{loader}.from_pretrained` and is used like the dense model.
+
+Weights removed: {totals.get("zeros", 0):,} of {totals.get("weights", 0):,} in the pruned linears
+({totals.get("sparsity", 0):.2%}). Calibration: {manifest.inputs.calibration}. \
+Per-linear figures are in
+`{MANIFEST_NAME}`.
+
+```toml
+{recipe.to_toml().rstrip()}
+```
+"""

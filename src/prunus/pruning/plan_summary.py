@@ -1,0 +1,86 @@
+"""What `prunus plan` says about a checked run: its decisions and its cost in numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prunus.hardware.memory import resident_memory
+from prunus.pruning.allocate import planned_allocation
+from prunus.pruning.block.permute import find_permutable
+from prunus.pruning.cost import disk_bytes, estimate_seconds
+from prunus.pruning.job import PruningJob
+
+__all__ = ["describe_plan"]
+
+
+def describe_plan(job: PruningJob) -> dict[str, Any]:
+    """The plan of a run as JSON values.
+
+    Returns:
+        Counts: `blocks`, `linears`, `weights` in the selected linears, `to_remove` of them,
+        `blocks_in_lockstep`, `batch`. Decisions: `dtype`, `dtype_reason`, `device`,
+        `hidden_states` (where they are kept), `left_dense`, `free_orders` and `allocation`; see
+        `planned_allocation`. Cost: `peak_memory_bytes`, `disk_bytes`, `seconds`.
+    """
+    blocks = range(len(job.skeleton))
+    shapes = [
+        linear.shape
+        for index in blocks
+        for linear in job.skeleton.linears(index)
+        if linear.name in job.selected[index]
+    ]
+    weights = sum(rows * columns for rows, columns in shapes)
+    return {
+        "blocks": len(blocks),
+        "linears": len(shapes),
+        "weights": weights,
+        "to_remove": int(weights * job.linear_settings.sparsity),
+        "free_orders": _free_orders(job),
+        "left_dense": {name: list(shape) for name, shape in job.left_dense.items()},
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "dtype_reason": job.dtype_reason,
+        "device": str(job.device),
+        "batch": job.batch,
+        "hidden_states": _place_of_hidden_states(job),
+        "blocks_in_lockstep": sum(job.fits_lockstep(index) for index in blocks),
+        "peak_memory_bytes": max(_peak_bytes(job, index) for index in blocks) + resident_memory(),
+        "disk_bytes": disk_bytes(job),
+        "seconds": estimate_seconds(job),
+        "allocation": planned_allocation(job),
+    }
+
+
+def _peak_bytes(job: PruningJob, index: int) -> int:
+    lockstep = job.fits_lockstep(index)
+    return job.block_memory[index].total(hidden=job.hidden_states_stay, paused=lockstep)
+
+
+def _place_of_hidden_states(job: PruningJob) -> str:
+    if job.spills:
+        return "file"
+    return "memory" if job.hidden_states_stay else "pinned host memory"
+
+
+def _free_orders(job: PruningJob) -> dict[str, str] | None:
+    """For `permute`: which linears may have their inputs reordered.
+
+    This follows from names and shapes alone. The run tries every order on the first batch before it
+    relies on it.
+
+    Returns:
+        Full name of each linear -> the linears that would be reordered with it, or "" where its
+        inputs keep their order. None without `permute`.
+    """
+    if not job.recipe.permute:
+        return None
+    heads = getattr(job.source.config.get_text_config(), "num_attention_heads", None)
+    m = job.linear_settings.pattern.m
+    assert m is not None, "a recipe allows permute only with an N:M pattern"
+    found = {}
+    for index, names in enumerate(job.selected):
+        guesses = find_permutable(job.skeleton.linears(index), heads, m)
+        for name in names:
+            producers = guesses[name][0].producers if name in guesses else ()
+            full_name = f"{job.skeleton.block_name(index)}.{name}"
+            found[full_name] = ", ".join(producer.name for producer in producers)
+    return found
