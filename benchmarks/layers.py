@@ -3,7 +3,7 @@
     python benchmarks/layers.py MODEL WINDOWS.safetensors [--linears o_proj,down_proj] [--block 1] [--held-out 2]
         [--json FILE]
 
-`prunus report FILE` shows what --json wrote. WINDOWS holds `input_ids` (windows, tokens). The model runs dense; the
+The script prints one Markdown table per linear; --json writes the same figures. WINDOWS holds `input_ids` (windows, tokens). The model runs dense; the
 linears of one block are pruned one by one, each on the dense model's inputs, so that methods differ and nothing else
 does. Figures are per cent.
 """
@@ -93,8 +93,9 @@ def main() -> None:
             statistics.add(X_TI)
             layers.append({"name": name, "methods": []})
             protocol |= {"tokens": len(X_TI), "tokens held out": len(unseen_TI)}
-            print(f"{name}, {len(X_TI)} tokens and {len(unseen_TI)} held out")
-            print(f"| {'method':34} | 50 % | held out | 2:4 | held out |")
+            print(f"\n{name}, {len(X_TI)} tokens and {len(unseen_TI)} held out\n")
+            print(f"| {'method':40} | 50 % | held out | 2:4 | held out |")
+            print(f"| {'-' * 40} | ---: | ---: | ---: | ---: |")
             for method, extra in _CASES:
                 cells: list[str] = []
                 errors: dict[str, tuple[float, float] | None] = {}
@@ -117,7 +118,7 @@ def main() -> None:
                     cells += [f"{100 * seen_error:.3f}", f"{100 * unseen_error:.3f}"]
                 label = " ".join([method, *(f"--{key} {value}" for key, value in extra.items())])
                 layers[-1]["methods"].append({"method": label, "errors": errors})
-                print(f"| {label:34} | {' | '.join(cells)} |")
+                print(f"| {label:40} | {' | '.join(cells)} |")
     if options.json:
         options.json.write_text(json.dumps({"layers": layers, "protocol": protocol}, indent=2))
 

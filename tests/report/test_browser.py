@@ -1,7 +1,7 @@
 """The report in a real browser: headless Chromium, driven through playwright.
 
-Skips where there is neither a Chromium in PATH (Debian: apt install chromium) nor one named by PRUNUS_CHROMIUM.
-Screenshots go into the test's own temporary folder.
+The tests need a Chromium in PATH (Debian: apt install chromium) or one that PRUNUS_CHROMIUM names;
+without it they skip. Screenshots go into the test's own temporary folder.
 """
 
 from __future__ import annotations
@@ -89,12 +89,19 @@ class Opened:
         self.page.close()
 
     def table(self, title: str, section: str = "main") -> list[list[dict[str, str | None]]]:
-        """Text and raw value of every cell of a table's body, in the order shown; within a section's selector."""
+        """Text and raw value of every cell of a table's body, in the order shown.
+
+        Args:
+            title: of the table.
+            section: CSS selector of the part of the page that holds the table.
+        """
         return self.page.evaluate(
             """([section, title]) => {
-              const box = Array.from(document.querySelectorAll(`${section} .scroll`)).find(b => b.ariaLabel === title);
-              return Array.from(box.querySelectorAll("tbody tr"), row => Array.from(
-                row.cells, cell => ({ text: cell.textContent, value: cell.dataset.value ?? null })));
+              const boxes = Array.from(document.querySelectorAll(`${section} .scroll`));
+              const box = boxes.find(b => b.ariaLabel === title);
+              const shown = cell => ({ text: cell.textContent, value: cell.dataset.value ?? null });
+              const rows = box.querySelectorAll("tbody tr");
+              return Array.from(rows, row => Array.from(row.cells, shown));
             }""",
             [section, title],
         )
@@ -117,7 +124,7 @@ def test_the_page_is_drawn_without_errors_requests_or_overflow(
             files[name].as_uri()
         ]
         drawn, boxes = opened.page.evaluate(
-            "[document.querySelectorAll('.chart .main-svg').length, document.querySelectorAll('.chart').length]"
+            "['.chart .main-svg', '.chart'].map(name => document.querySelectorAll(name).length)"
         )
         assert boxes >= 8
         assert drawn >= boxes
@@ -130,7 +137,8 @@ def test_the_page_is_drawn_without_errors_requests_or_overflow(
         assert wide <= width
         outside = opened.page.evaluate(
             """() => Array.from(document.querySelectorAll("body *")).filter(
-                 e => !e.closest(".scroll, .chart") && e.getBoundingClientRect().right > innerWidth + 1
+                 e => !e.closest(".scroll, .chart")
+                   && e.getBoundingClientRect().right > innerWidth + 1
                ).map(e => e.outerHTML.slice(0, 80))"""
         )
         assert outside == []
@@ -159,7 +167,7 @@ def test_tables_show_the_figures_of_the_documents(browser, files, documents):
 
 
 def test_figures_equal_the_json_they_come_from(browser, files, run, documents, tmp_path):
-    """Past the documents: from the files on disk to the numbers in tables and plots."""
+    """The whole way: from the files on disk to the numbers in tables and plots."""
     manifest = json.loads((run / "prunus.json").read_text())
     with Opened(browser, files["whole"]) as opened:
         rows = opened.table("All 14 linears")
@@ -175,8 +183,10 @@ def test_figures_equal_the_json_they_come_from(browser, files, run, documents, t
         plots = {
             title: opened.page.evaluate(
                 """title => {
-                  const box = Array.from(document.querySelectorAll(".chart")).find(b => b.ariaLabel === title);
-                  return box.data.map(({ name, x, y, z, hovertext }) => ({ name, x, y, z, hover: hovertext }));
+                  const boxes = Array.from(document.querySelectorAll(".chart"));
+                  const box = boxes.find(b => b.ariaLabel === title);
+                  return box.data.map(
+                    ({ name, x, y, z, hovertext }) => ({ name, x, y, z, hover: hovertext }));
                 }""",
                 title,
             )
@@ -244,7 +254,8 @@ def test_colours_follow_the_readers_preference_while_the_page_is_open(browser, f
         def colours() -> tuple[str, str, str]:
             return tuple(
                 opened.page.evaluate(
-                    """() => [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,
+                    """() => [getComputedStyle(document.body).backgroundColor,
+                      getComputedStyle(document.body).color,
                       document.querySelector(".chart .js-line")?.style.stroke ?? ""]"""
                 )
             )

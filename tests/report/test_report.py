@@ -1,4 +1,4 @@
-"""Reports: figures as in the JSON they come from, nothing of a hostile name but its letters, the page in a browser."""
+"""Reports: figures equal the JSON that they come from, and hostile names are only text."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import prunus
+import prunus.report
 from command_line import call
 from prunus.evaluation.histograms import linear_histograms
 from prunus.pruning.job import RunOptions
@@ -181,12 +183,12 @@ def test_charts_join_what_is_numeric_and_leave_categories_apart():
     charts = {}
     for shapes in ((0.1, 0.5, 0.8), (0.5, "2:4", "4:8")):
         results = sweep_results()
-        score = results.models["smol"].scores
+        score = results.models["smol"].scores["wikitext2"]
         results.cells = [
             CellResult(
                 name=f"{shape}", model="smol", state="done",
-                recipe=Recipe(**({"pattern": shape} if isinstance(shape, str) else {"sparsity": shape})),
-                scores={"wikitext2": score["wikitext2"].model_copy(update={"perplexity": 30.0 * (place + 1)})},
+                recipe=Recipe(**{"pattern" if isinstance(shape, str) else "sparsity": shape}),
+                scores={"wikitext2": score.model_copy(update={"perplexity": 30.0 * (place + 1)})},
             )
             for place, shape in enumerate(shapes)
         ]  # fmt: skip
@@ -237,7 +239,7 @@ def test_size_and_speed_are_shown_with_their_spread(tmp_path):
         [write(tmp_path / "e.json", evaluation())], write(tmp_path / "b.json", bench("x", "y"))
     )
     section = document.sections[1]
-    shown = table(section, "Medians over processes of their own")
+    shown = table(section, "Medians over separate processes")
     assert shown["x"]["file, GB"] == 0.269
     assert shown["y"]["decode, tokens/s"] == 32.0
     assert shown["y"]["decode / first"] == 2.0
@@ -282,7 +284,7 @@ def test_histograms_count_weights_and_scores_as_they_were_when_pruned(run, name)
     assert found.before == tuple(np.histogram(before, edges)[0])
     assert found.after == tuple(np.histogram(after[after != 0], edges)[0])
     assert found.removed == tuple(np.histogram(before[after == 0], edges)[0])
-    assert sum(found.before) + sum(found.after) + found.beyond == before.size + np.count_nonzero(
+    assert sum(found.before) + sum(found.after) + found.outside == before.size + np.count_nonzero(
         after
     )
     # Inputs of a linear in the finished model are those that it was pruned on.
@@ -313,7 +315,7 @@ def test_histograms_make_do_with_what_is_there(run, tmp_path):
     name = "model.layers.0.mlp.up_proj"
     alone = linear_histograms(folder, name)
     assert alone.before is None
-    assert "The dense checkpoint is not at hand" in alone.notes[0]
+    assert "The dense checkpoint was not found" in alone.notes[0]
     whole = linear_histograms(folder, name, dense=dense)
     assert whole == linear_histograms(run, name)
     with pytest.raises(ValueError, match="its fingerprint differs"):
@@ -322,7 +324,8 @@ def test_histograms_make_do_with_what_is_there(run, tmp_path):
         )
     with pytest.raises(
         ValueError,
-        match=r"no linear 'model\.layers\.0\.up'; there are 14, such as model\.layers\.0\.mlp\.up_proj",
+        match=r"no linear 'model\.layers\.0\.up'; "
+        r"there are 14, such as model\.layers\.0\.mlp\.up_proj",
     ):
         linear_histograms(folder, "model.layers.0.up")
     manifest.recipe = manifest.recipe.model_copy(update={"calibration": "token ids"})
@@ -453,7 +456,7 @@ def test_the_command_writes_a_page_markdown_or_the_terminal(run, tmp_path):
     result = call(
         "report", run, "-o", tmp_path / "r.md", "--title", "My run", "--json", tmp_path / "r.json"
     )
-    assert "r.md is written" in result.stderr
+    assert "r.md, 0.0 MB" in result.stderr
     assert (tmp_path / "r.md").read_text().startswith("# My run\n")
     assert json.loads((tmp_path / "r.json").read_text()) == document_json(
         read_document([run], title="My run")
@@ -471,7 +474,7 @@ def test_the_command_writes_a_page_markdown_or_the_terminal(run, tmp_path):
         (["{run}", "--bench", "{tmp}/dict.json"], "this is not the JSON of prunus bench"),
         (["{run}", "-o", "{tmp}/page.pdf"], "the name must end in .html or .md"),
         (["{run}", "--histogram", "q_proj"], "the run pruned no linear 'q_proj'"),
-        (["{run}", "{run}", "--histogram", "q_proj"], "looks into one run; got 2 paths"),
+        (["{run}", "{run}", "--histogram", "q_proj"], "--histogram takes one RUN; got 2 paths"),
     ],
 )
 def test_what_cannot_be_reported_on_is_named(arguments, message, run, tmp_path):
@@ -483,16 +486,14 @@ def test_what_cannot_be_reported_on_is_named(arguments, message, run, tmp_path):
     assert message in line
 
 
-def test_single_linears_show_every_method_and_what_it_lost(tmp_path):
-    errors = {"50 %": [0.0125, 0.02], "2:4": None}
-    layers = [{"name": "o_proj", "methods": [{"method": "wanda", "errors": errors}]}]
-    path = tmp_path / "layers.json"
-    path.write_text(json.dumps({"layers": layers, "protocol": {"tokens": 1536}}))
-    text = to_markdown(read_document([path]))
-    assert "| wanda | 1.250% | 2.000% | – | – |" in text
-    assert "1536" in text
-    path.write_text(json.dumps({"layers": [{"name": "o_proj"}], "protocol": {}}))
-    with pytest.raises(
-        ValueError, match=r"layers.json: this is not the JSON of benchmarks/layers.py"
-    ):
-        read_document([path])
+# --- imports ---
+
+
+def test_no_module_of_reports_imports_torch():
+    """In a process of its own: a report is read and shown without waiting for torch."""
+    names = [
+        f"prunus.report.{path.stem}" for path in Path(prunus.report.__file__).parent.glob("*.py")
+    ]
+    assert len(names) > 10
+    script = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

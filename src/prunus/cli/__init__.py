@@ -1,51 +1,184 @@
-"""The command line: a verb per command, no logic. Heavy imports wait until a verb runs, so that --help is quick.
+"""The command line: one file per group of verbs, no logic.
 
-pruning.py     prune, plan, inspect
-judging.py     eval, bench, generate, doctor
-converting.py  fetch, import, pack, unpack
-recovering.py  recover
-sweeping.py    sweep, report
-arguments.py   options that several verbs share
-recipe_options.py  one option per field of a recipe
-terminal.py    how a verb speaks: results, errors, JSON
+prune.py           prune, plan
+evaluate.py        eval, inspect, bench, generate, doctor
+convert.py         import, pack, unpack
+recover.py         recover
+sweep.py           sweep, report
+arguments.py       arguments and options that several verbs share
+recipe_options.py  the options of a recipe
+terminal.py        results, log lines, errors and JSON
+
+A verb imports what it needs when it runs: `--help` does not wait for torch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated, Any, NamedTuple
+
 import typer
 
-from prunus.cli.convert import fetch, import_, pack, unpack
-from prunus.cli.evaluate import bench, doctor, evaluate, generate
-from prunus.cli.prune import inspect, plan, prune
+from prunus.cli.convert import import_, pack, unpack
+from prunus.cli.evaluate import bench, doctor, evaluate, generate, inspect
+from prunus.cli.prune import plan, prune
 from prunus.cli.recover import recover
 from prunus.cli.sweep import report, sweep
 
 __all__ = ["app", "main"]
 
+
+class _Verb(NamedTuple):
+    """A verb: its name, the function that runs it, its panel in `--help`, and two examples."""
+
+    name: str
+    function: Callable[..., Any]
+    panel: str
+    examples: tuple[str, str]
+
+
+_VERBS = (
+    _Verb(
+        "prune",
+        prune,
+        "Prune",
+        (
+            "prunus prune HuggingFaceTB/SmolLM2-135M pruned --preset balanced",
+            "prunus prune dense pruned --method sparsegpt --pattern 2:4 --samples 64",
+        ),
+    ),
+    _Verb(
+        "plan",
+        plan,
+        "Prune",
+        (
+            "prunus plan dense pruned --preset best --memory 8GB",
+            "prunus plan --model-shape llama3-70b --devices 8xh100 --method sparsegpt",
+        ),
+    ),
+    _Verb(
+        "recover",
+        recover,
+        "Prune",
+        (
+            "prunus recover pruned recovered --mode masked --tokens 1000000",
+            "prunus recover pruned adapter --mode lora --teacher dense --minutes 30",
+        ),
+    ),
+    _Verb(
+        "eval",
+        evaluate,
+        "Evaluate",
+        (
+            "prunus eval dense pruned --perplexity wikitext2,c4",
+            "prunus eval dense pruned --tasks paper7 --limit 200 --json scores.json",
+        ),
+    ),
+    _Verb(
+        "inspect",
+        inspect,
+        "Evaluate",
+        ("prunus inspect pruned", "prunus inspect pruned --json linears.json"),
+    ),
+    _Verb(
+        "bench",
+        bench,
+        "Evaluate",
+        (
+            "prunus bench dense packed --prompt-tokens 512 --new-tokens 128",
+            "prunus bench dense packed --threads 4 --json speed.json",
+        ),
+    ),
+    _Verb(
+        "generate",
+        generate,
+        "Evaluate",
+        (
+            'prunus generate packed --prompt "The capital of France is"',
+            'prunus generate packed --chat --prompt "Write a haiku." --max-new-tokens 40',
+        ),
+    ),
+    _Verb(
+        "import",
+        import_,
+        "Convert",
+        (
+            "prunus import model.gguf dense",
+            "prunus import model.gguf dense --dtype float32 --overwrite",
+        ),
+    ),
+    _Verb(
+        "pack",
+        pack,
+        "Convert",
+        (
+            "prunus pack pruned packed",
+            "prunus pack pruned packed --values int8 --perplexity wikitext2",
+        ),
+    ),
+    _Verb(
+        "unpack",
+        unpack,
+        "Convert",
+        ("prunus unpack packed pruned", "prunus unpack packed pruned --overwrite"),
+    ),
+    _Verb(
+        "sweep",
+        sweep,
+        "Compare",
+        (
+            "prunus sweep grid.toml results --check",
+            "prunus sweep grid.toml results --model dense --device cuda",
+        ),
+    ),
+    _Verb(
+        "report",
+        report,
+        "Compare",
+        (
+            "prunus report pruned -o run.html --histogram model.layers.0.mlp.down_proj",
+            "prunus report results scores.json -o comparison.md",
+        ),
+    ),
+    _Verb(
+        "doctor",
+        doctor,
+        "Environment",
+        ("prunus doctor", "prunus doctor --json kernels.json"),
+    ),
+)
+
 app = typer.Typer(
     name="prunus",
-    help="Prune large language models after training, and see what was lost and won.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb, _name in (
-    (prune, "prune"),
-    (plan, "plan"),
-    (evaluate, "eval"),
-    (inspect, "inspect"),
-    (recover, "recover"),
-    (fetch, "fetch"),
-    (import_, "import"),
-    (pack, "pack"),
-    (unpack, "unpack"),
-    (generate, "generate"),
-    (bench, "bench"),
-    (doctor, "doctor"),
-    (sweep, "sweep"),
-    (report, "report"),
-):
-    app.command(_name)(_verb)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"prunus {version('prunus')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _prunus(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Prune large language models after training, and measure the result."""
+
+
+for _verb in _VERBS:
+    # The epilog keeps its line breaks: an example is one line that can be copied.
+    _epilog = "\n".join(("Examples:", *_verb.examples))
+    app.command(_verb.name, rich_help_panel=_verb.panel, epilog=_epilog)(_verb.function)
 
 
 def main() -> None:

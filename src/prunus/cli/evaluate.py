@@ -1,4 +1,4 @@
-"""Verbs that run a model: what it is worth, how fast it is, what it writes."""
+"""Verbs that look at a model or run it: `eval`, `inspect`, `bench`, `generate` and `doctor`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from prunus.cli import arguments as arg
-from prunus.cli.terminal import for_people, say, show, write_json
+from prunus.cli.terminal import log, print_result, user_errors, write_json
 
-__all__ = ["bench", "doctor", "evaluate", "generate"]
+__all__ = ["bench", "doctor", "evaluate", "generate", "inspect"]
+
+#: Images per forward pass where `--batch` is auto.
+_IMAGES_AT_ONCE = 16
 
 
 def evaluate(
@@ -24,83 +27,106 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="TEXT,…",
-            help="wikitext2, c4, ptb, python-docs or files, separated by commas.",
-            show_default="wikitext2 where no tasks are given",
+            help="Texts, separated by commas: wikitext2, c4, ptb, python-docs or files. Default: "
+            "wikitext2, if no tasks are given.",
         ),
     ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
             metavar="TASK,…",
-            help="Tasks of lm-eval, separated by commas; paper7 stands for boolq, rte, hellaswag, winogrande, "
-            "arc_easy, arc_challenge, openbookqa.",
+            help="Tasks of lm-eval, separated by commas. paper7 stands for boolq, rte, hellaswag, "
+            "winogrande, arc_easy, arc_challenge and openbookqa.",
         ),
     ] = None,
     images: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Image classifiers: top-1 accuracy on a folder with a subfolder of images per class.",
+            help="For image classifiers: a folder with one subfolder of images per class.",
+        ),
+    ] = None,
+    seqlen: Annotated[
+        int,
+        typer.Option(
+            metavar="N", show_default=False, help="Tokens per window of a text. Default: 2048."
+        ),
+    ] = 2048,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Score only the first N windows of a text, rows of a task, or images.",
         ),
     ] = None,
     fewshot: Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="Worked examples per prompt of a task.",
-            show_default="the task's own, mostly 0",
+            help="Solved examples in each prompt of a task. Default: as the task says, mostly 0.",
         ),
     ] = None,
-    seqlen: Annotated[int, typer.Option(help="Context: tokens per window of a text.")] = 2048,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            help="Score the first LIMIT windows of a text, rows of a task, or so many images, only."
-        ),
-    ] = None,
+    data_dir: arg.DataDir = None,
+    device: arg.Device = "auto",
+    memory: arg.Memory = None,
+    json_file: arg.Json = None,
     batch: Annotated[
         str,
         typer.Option(
             metavar="N|auto",
-            help="Windows, prompts or images at once; auto is 1 window, 8 prompts or what a card holds, 16 images.",
+            show_default=False,
+            rich_help_panel=arg.ADVANCED,
+            help="Windows, prompts or images per forward pass. auto: 1 window, 8 prompts (on a "
+            "GPU as many as fit), 16 images. Default: auto.",
         ),
     ] = "auto",
     dtype: Annotated[
-        str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")
+        arg.DtypeName,
+        typer.Option(
+            metavar="DTYPE",
+            show_default=False,
+            rich_help_panel=arg.ADVANCED,
+            help="Dtype of the computation: auto (as stored), float32, bfloat16 or float16. "
+            "Default: auto.",
+        ),
     ] = "auto",
-    device: arg.Device = "auto",
-    memory: arg.Memory = None,
     stream: Annotated[
         bool | None,
         typer.Option(
             "--stream/--no-stream",
-            help="Perplexity: take all windows through one block before the next is read, or load the whole model. "
-            "The figures are the same.",
-            show_default="streams what does not fit in --memory",
+            rich_help_panel=arg.ADVANCED,
+            help="For perplexity, load one block at a time, or load the whole model. The figures "
+            "are the same. Default: stream what does not fit in --memory.",
         ),
     ] = None,
-    data_dir: arg.DataDir = None,
     cache: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
             envvar="PRUNUS_CACHE",
-            help="Where results are kept and found again by the content of the checkpoint.",
-            show_default="prunus/results in the user's cache",
+            rich_help_panel=arg.ADVANCED,
+            help="Folder that keeps results, found again by the content of the checkpoint. "
+            "Default: prunus/results in the user's cache folder.",
         ),
     ] = None,
     no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Compute everything anew and keep nothing.")
+        bool,
+        typer.Option(
+            "--no-cache",
+            show_default=False,
+            rich_help_panel=arg.ADVANCED,
+            help="Compute everything anew and keep nothing.",
+        ),
     ] = False,
     trust_remote_code: arg.Trust = False,
     rank_timeout: arg.RankTimeout = None,
-    json_file: arg.Json = None,
 ) -> None:
-    """Score MODELs side by side: perplexity as the papers compute it, accuracy on tasks through lm-eval, or on images.
+    """Score models by perplexity, tasks of lm-eval, or images.
 
-    Started by torchrun, the processes share windows and rows, each with the whole model.
+    Several models stand side by side, with the differences to the first. Perplexity is computed as
+    in the papers. Under torchrun the processes share windows and rows; each holds the whole model.
     """
-    with for_people(json_file):
+    with user_errors(json_file):
         from prunus.distributed import process_group
         from prunus.evaluation import (
             check_text,
@@ -109,16 +135,19 @@ def evaluate(
             prepare_tasks,
             side_by_side,
         )
-        from prunus.evaluation import perplexity as score
+        from prunus.evaluation import perplexity as measure_perplexity
         from prunus.report.evaluation_tables import evaluation_tables
 
+        models = list(dict.fromkeys(models))
+        batch_size = _parse_batch(batch)
         if images is not None:
             if perplexity is not None or tasks is not None:
                 raise ValueError(
-                    "--images is for image classifiers, which read no text: give it alone"
+                    "--images scores image classifiers, which read no text: drop --perplexity and "
+                    "--tasks"
                 )
             _score_images(
-                models, images, limit, _batch(batch), dtype, device, trust_remote_code, json_file
+                models, images, limit, batch_size, dtype, device, trust_remote_code, json_file
             )
             return
         shared: dict[str, Any] = {
@@ -129,28 +158,22 @@ def evaluate(
             "trust_remote_code": trust_remote_code,
             "cache": None if no_cache else cache or default_cache_folder(),
         }
-        at_once = _batch(batch)
-        models = list(dict.fromkeys(models))
-        wanted = "wikitext2" if perplexity is None and tasks is None else perplexity
-        texts = (
-            [] if wanted is None else [text.strip() for text in wanted.split(",") if text.strip()]
-        )
-        if wanted is not None and not texts:
-            raise ValueError("no texts are named; give some, such as wikitext2")
+        texts = _chosen_texts(perplexity, tasks)
+        # Everything is checked before the first model is loaded.
         for text in texts:
             check_text(text, data_dir)
         for model in models:
             find_folder(model)
-        job = (
+        task_run = (
             None
             if tasks is None
-            else prepare_tasks(models, tasks, fewshot=fewshot, batch=at_once, **shared)
+            else prepare_tasks(models, tasks, fewshot=fewshot, batch=batch_size, **shared)
         )
-        windows = 1 if isinstance(at_once, str) else at_once
+        windows = 1 if isinstance(batch_size, str) else batch_size
         with process_group(rank_timeout) as ranks:
             scores = {
                 model: [
-                    score(
+                    measure_perplexity(
                         model,
                         text,
                         seqlen=seqlen,
@@ -164,8 +187,17 @@ def evaluate(
                 ]
                 for model in models
             }
-            results = [] if job is None else job.run(say, ranks)
-        show(evaluation_tables(scores, results), json_file, side_by_side(scores, results))
+            results = [] if task_run is None else task_run.run(log, ranks)
+        print_result(evaluation_tables(scores, results), json_file, side_by_side(scores, results))
+
+
+def _chosen_texts(perplexity: str | None, tasks: str | None) -> list[str]:
+    if perplexity is None:
+        return ["wikitext2"] if tasks is None else []
+    texts = [text.strip() for text in perplexity.split(",") if text.strip()]
+    if not texts:
+        raise ValueError("--perplexity names no texts; give some, such as wikitext2")
+    return texts
 
 
 def _score_images(
@@ -182,73 +214,116 @@ def _score_images(
     from prunus.report.tables import images_table
 
     scores = image_accuracy(
-        list(dict.fromkeys(models)),
+        models,
         folder,
         limit=limit,
-        batch=16 if isinstance(batch, str) else batch,
+        batch=_IMAGES_AT_ONCE if isinstance(batch, str) else batch,
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    show(images_table(scores), json_file, [score.as_dict() for score in scores])
+    print_result(images_table(scores), json_file, [score.as_dict() for score in scores])
 
 
-def _batch(text: str) -> int | str:
+def _parse_batch(text: str) -> int | str:
     if text != "auto" and not text.isdecimal():
         raise ValueError(f"batch must be auto or a number, not {text!r}")
     return text if text == "auto" else int(text)
+
+
+def inspect(
+    model: arg.Model, trust_remote_code: arg.Trust = False, json_file: arg.Json = None
+) -> None:
+    """Show shape, dtype, sparsity and N:M patterns of every linear."""
+    with user_errors(json_file):
+        from prunus.evaluation.inspection import inspect as inspect_checkpoint
+        from prunus.report.tables import inspection_table
+
+        found = inspect_checkpoint(model, trust_remote_code=trust_remote_code)
+        print_result(inspection_table(found), json_file, found.as_dict())
 
 
 def bench(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL…", help="Checkpoints, dense or packed.")
     ],
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Processes per model, interleaved.")] = 3,
+    prompt_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N", show_default=False, help="Length of the prompt. Default: 128 tokens."
+        ),
+    ] = 128,
+    new_tokens: Annotated[
+        int, typer.Option(metavar="N", show_default=False, help="Tokens to decode. Default: 64.")
+    ] = 64,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            show_default=False,
+            help="Processes per model; the models take turns. Default: 3.",
+        ),
+    ] = 3,
     threads: Annotated[
-        int | None, typer.Option(help="Torch threads.", show_default="torch's own")
+        int | None,
+        typer.Option(metavar="N", help="Torch threads. Default: as torch chooses."),
     ] = None,
     dense_kernel: Annotated[
         bool,
         typer.Option(
-            "--dense-kernel", help="Measure the first model with prunus's dense kernel too."
+            "--dense-kernel",
+            show_default=False,
+            help="Also measure the first model with prunus's dense kernel.",
         ),
     ] = False,
     json_file: arg.Json = None,
 ) -> None:
-    """Measure models side by side: file size, resident memory, prefill and decode tokens per second."""
-    with for_people(json_file):
-        from prunus.evaluation.speed import bench as measure
+    """Measure file size, memory, and prefill and decode speed.
+
+    Several models stand side by side. Each measurement runs in a process of its own.
+    """
+    with user_errors(json_file):
+        from prunus.evaluation.speed import bench as measure_speed
         from prunus.report.tables import speed_table
 
-        found = measure(
+        found = measure_speed(
             models,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             rounds=rounds,
             threads=threads,
             dense_kernel=dense_kernel,
-            progress=say,
+            progress=log,
         )
-        show(speed_table(found), json_file, [speed.as_dict() for speed in found])
+        print_result(speed_table(found), json_file, [speed.as_dict() for speed in found])
 
 
 def generate(
     model: arg.Model,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Where to stop at the latest.")] = 128,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue.")],
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N", show_default=False, help="Maximum number of new tokens. Default: 128."
+        ),
+    ] = 128,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+        bool,
+        typer.Option(
+            "--chat", show_default=False, help="Put the prompt into the model's chat template."
+        ),
     ] = False,
     json_file: arg.Json = None,
 ) -> None:
-    """Let MODEL, dense or packed, continue a prompt, as it comes."""
-    with for_people(json_file):
-        from prunus.evaluation.generation import generate as stream
+    """Continue a prompt with a dense or packed model.
+
+    The text appears while the model writes it.
+    """
+    with user_errors(json_file):
+        from prunus.evaluation.generation import generate as generate_pieces
 
         pieces = []
-        for piece in stream(model, prompt, max_new_tokens=max_new_tokens, chat=chat):
+        for piece in generate_pieces(model, prompt, max_new_tokens=max_new_tokens, chat=chat):
             print(piece, end="", flush=True)
             pieces.append(piece)
         print()
@@ -256,8 +331,8 @@ def generate(
 
 
 def doctor(json_file: arg.Json = None) -> None:
-    """Say which kernels run packed models on this machine, and why."""
-    with for_people(json_file):
+    """Show which kernels run packed models here, and why."""
+    with user_errors(json_file):
         from prunus.packed import describe
 
         state = describe()

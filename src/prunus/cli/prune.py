@@ -1,4 +1,4 @@
-"""Verbs that prune, say what pruning would do, and look at what came out."""
+"""Verbs of a pruning run: `prune`, and `plan`, which forecasts it without writing anything."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from prunus.cli import arguments as arg
-from prunus.cli.recipe_options import chosen_recipe, takes_recipe
-from prunus.cli.terminal import for_people, show
+from prunus.cli.recipe_options import RecipeFile, chosen_recipe, takes_recipe
+from prunus.cli.terminal import print_result, user_errors
 
-__all__ = ["inspect", "plan", "prune"]
+__all__ = ["plan", "prune"]
+
+_FORECAST = "Forecast"
 
 
 @takes_recipe
@@ -21,41 +23,41 @@ def prune(
         Path, typer.Argument(metavar="OUT", help="Folder for the pruned checkpoint.")
     ],
     *,
+    data_dir: arg.DataDir = None,
     device: arg.Device = "auto",
     memory: arg.Memory = None,
-    data_dir: arg.DataDir = None,
-    recipe: arg.RecipeFile = None,
+    overwrite: arg.Overwrite = False,
     resume: Annotated[
         bool | None,
         typer.Option(
             "--resume/--no-resume",
-            help="Insist on resuming, or refuse to; by default a matching unfinished run is resumed.",
+            help="Insist on resuming an unfinished run, or refuse to. Default: resume if the "
+            "options are the same.",
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option(help="Replace an earlier result of prunus in OUT.")
-    ] = False,
+    json_file: arg.Json = None,
+    recipe: RecipeFile = None,
     trust_remote_code: arg.Trust = False,
     rank_timeout: arg.RankTimeout = None,
-    json_file: arg.Json = None,
     **options: Any,
 ) -> None:
-    """Prune MODEL into OUT, block by block. Killed or stopped, the same command goes on where it was.
+    """Prune MODEL block by block and write the result to OUT.
 
-    Started by torchrun (torchrun --nproc-per-node 8 -m prunus prune …), the processes share the work.
+    A run that was stopped or killed continues when you give the same command again. Under torchrun
+    (torchrun --nproc-per-node 8 -m prunus prune …) several processes share the work.
     """
-    with for_people(json_file):
+    with user_errors(json_file):
         from prunus.pruning.run import run
-        from prunus.report.progress import show_progress
+        from prunus.report.progress import show_pruning
         from prunus.report.tables import run_table
 
         chosen = chosen_recipe(recipe, options)
         how = _run_options(device, memory, data_dir, trust_remote_code, rank_timeout)
-        with show_progress(f"{chosen.method} {output}") as progress:
+        with show_pruning(f"{chosen.method} {output}") as progress:
             manifest = run(
                 model, output, chosen, how, overwrite=overwrite, resume=resume, progress=progress
             )
-        show(run_table(manifest), json_file, manifest.model_dump(mode="json"))
+        print_result(run_table(manifest), json_file, manifest.model_dump(mode="json"))
 
 
 @takes_recipe
@@ -63,7 +65,7 @@ def plan(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="Checkpoint folder, or hub id; instead of --model-shape."
+            metavar="[MODEL]", help="Checkpoint folder or hub id; or give --model-shape instead."
         ),
     ] = None,
     output: Annotated[
@@ -71,36 +73,42 @@ def plan(
         typer.Argument(metavar="[OUT]", help="Where the result would go; checked, not written."),
     ] = None,
     *,
+    data_dir: arg.DataDir = None,
     device: arg.Device = "auto",
     memory: arg.Memory = None,
-    data_dir: arg.DataDir = None,
-    recipe: arg.RecipeFile = None,
+    json_file: arg.Json = None,
     model_shape: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Forecast a run on a model that is not at hand: smollm2-135m, llama-7b, -13b, -30b, -65b, llama2-70b, "
-            "llama3-8b, -70b, -405b.",
+            rich_help_panel=_FORECAST,
+            help="Forecast a run on a model that you do not have here: smollm2-135m, llama-7b, "
+            "-13b, -30b, -65b, llama2-70b, llama3-8b, -70b, -405b.",
         ),
     ] = None,
     devices: Annotated[
         str | None,
         typer.Option(
             metavar="[N x]WHAT",
-            help="For --model-shape: 8xh100, a100, h200 (a rank each; vendors' figures, not measured), 2-cores, "
-            "4x8-cores (ranks of so many cores).",
-            show_default="this machine's cores",
+            rich_help_panel=_FORECAST,
+            help="With --model-shape, one rank per GPU or group of cores: 8xh100, a100, h200, "
+            "2-cores, 4x8-cores. GPU rates are vendors' peak figures times an assumed share, not "
+            "measured. Default: the cores of this machine.",
         ),
     ] = None,
+    recipe: RecipeFile = None,
     trust_remote_code: arg.Trust = False,
-    json_file: arg.Json = None,
     **options: Any,
 ) -> None:
-    """Check what `prune` would check, say what it would do and cost, and write nothing."""
-    with for_people(json_file):
+    """Show what prune would do and cost, and write nothing.
+
+    Everything that prune checks before its first block is checked here as well.
+    """
+    with user_errors(json_file):
         if (model is None) == (model_shape is None):
             raise ValueError(
-                "give either MODEL, which is looked at, or --model-shape, for which no checkpoint is needed"
+                "give either MODEL, a checkpoint to plan for, or --model-shape, which needs no "
+                "checkpoint"
             )
         if model is None:
             assert model_shape is not None
@@ -108,18 +116,19 @@ def plan(
             return
         if devices is not None:
             raise ValueError(
-                "--devices belongs to --model-shape: a MODEL at hand is planned for this machine"
+                "--devices needs --model-shape: a run on MODEL is planned for this machine; drop "
+                "--devices, or give --model-shape in place of MODEL"
             )
-        from prunus.pruning.allocate import planned_allocation
-        from prunus.pruning.run import check_run
+        from prunus.pruning.plan import check_run
+        from prunus.pruning.plan_summary import describe_plan
         from prunus.report.tables import plan_table
 
         chosen = chosen_recipe(recipe, options)
-        job, _ = check_run(
+        checked = check_run(
             model, output, chosen, _run_options(device, memory, data_dir, trust_remote_code)
         )
-        described = job.describe() | {"allocation": planned_allocation(job)}
-        show(plan_table(described), json_file, described)
+        described = describe_plan(checked.job)
+        print_result(plan_table(described), json_file, described)
 
 
 def _forecast(name: str, devices: str | None, recipe: Any, json_file: Path | None) -> None:
@@ -133,20 +142,9 @@ def _forecast(name: str, devices: str | None, recipe: Any, json_file: Path | Non
     found = forecast(
         find_shape(name), chosen, recipe.method, recipe.samples, recipe.seqlen, recipe.batch
     )
-    what = f"{recipe.method} on {name}, {recipe.samples} windows of {recipe.seqlen} tokens"
-    show(forecast_table(what, found), json_file, {"shape": name, "method": recipe.method} | found)
-
-
-def inspect(
-    model: arg.Model, trust_remote_code: arg.Trust = False, json_file: arg.Json = None
-) -> None:
-    """Show every linear of MODEL: shape, dtype, sparsity, and which N:M patterns hold."""
-    with for_people(json_file):
-        from prunus.evaluation.inspection import inspect as look
-        from prunus.report.tables import inspection_table
-
-        found = look(model, trust_remote_code=trust_remote_code)
-        show(inspection_table(found), json_file, found.as_dict())
+    title = f"{recipe.method} on {name}, {recipe.samples} windows of {recipe.seqlen} tokens"
+    content = {"shape": name, "method": recipe.method} | found
+    print_result(forecast_table(title, found), json_file, content)
 
 
 def _run_options(

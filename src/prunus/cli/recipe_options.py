@@ -1,4 +1,8 @@
-"""The options of a recipe on the command line: one for every field, declared here and nowhere else."""
+"""The options of a recipe on the command line, declared here once for `prune` and `plan`.
+
+`OPTIONS` holds the fields that have a flag. The fields in `RECIPE_ONLY` serve research. They have
+no flag and stand in recipe files.
+"""
 
 from __future__ import annotations
 
@@ -6,216 +10,262 @@ import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-__all__ = ["OPTIONS", "chosen_recipe", "takes_recipe"]
+from prunus.cli.arguments import ADVANCED, DtypeName
+
+__all__ = ["OPTIONS", "RECIPE_ONLY", "RecipeFile", "chosen_recipe", "takes_recipe"]
+
+_CALIBRATION = "Calibration"
+_METHOD = "Method"
+_RECONSTRUCTION = "Reconstruction"
+_ALLOCATION = "Allocation"
+
+#: Fields of a recipe without a flag.
+RECIPE_ONLY = (
+    "min_expert_tokens",
+    "mask_from",
+    "mask_order",
+    "ria_power",
+    "refine_steps",
+    "allocation_by",
+    "allocation_spread",
+)
 
 
-def _share(text: str) -> float:
-    """A sparsity as given; what is no number is bad usage, with a word on what was probably meant."""
+def _parse_share(text: str) -> float:
+    """A sparsity from the command line. An N:M pattern gets a hint to the option it belongs to."""
     try:
         return float(text)
     except ValueError:
-        hint = f"; is it --pattern {text}?" if ":" in text else ""
-        raise typer.BadParameter(f"{text!r} is no share such as 0.5{hint}") from None
+        hint = f"; did you mean --pattern {text}?" if ":" in text else ""
+        raise typer.BadParameter(f"{text!r} is not a share such as 0.5{hint}") from None
 
 
-#: Field of a recipe -> type and help of its option, in the order of --help. What is not given stays None.
+#: Field of a recipe -> type and help of its option. An option that is not given stays None.
 OPTIONS: dict[str, Any] = {
     "preset": Annotated[
-        str | None,
-        typer.Option(help="fast (wanda), balanced or best. Explicit options override the preset."),
+        Literal["fast", "balanced", "best"] | None,
+        typer.Option(
+            metavar="PRESET",
+            help="Tested set of options: fast, balanced or best. Explicit options override it.",
+        ),
     ],
     "method": Annotated[
-        str | None,
+        Literal["magnitude", "wanda", "wanda-variant", "ria", "sparsegpt", "obs", "alps"] | None,
         typer.Option(
-            help="magnitude, wanda, wanda-variant, ria, sparsegpt, obs or alps.",
-            show_default="wanda",
+            metavar="METHOD",
+            help="magnitude, wanda, wanda-variant, ria, sparsegpt, obs or alps. Default: wanda.",
         ),
     ],
     "sparsity": Annotated[
         float | None,
         typer.Option(
-            parser=_share,
-            metavar="<float>",
-            help="Share of each linear's weights that goes, in [0, 1).",
-            show_default="0.5",
+            parser=_parse_share,
+            metavar="SHARE",
+            help="Share of each linear's weights to remove, in [0, 1). Default: 0.5.",
         ),
     ],
     "pattern": Annotated[
         str | None,
         typer.Option(
             metavar="N:M",
-            help="Keep at most N of every M consecutive inputs (the original code counts zeros; 2:4 and 4:8 agree).",
-            show_default="unstructured",
-        ),
-    ],
-    "group": Annotated[
-        str | None,
-        typer.Option(
-            help="Who competes: row, layer, column, or a number of rows.",
-            show_default="the method's own, as published",
+            help="Keep at most N of every M consecutive inputs, such as 2:4. "
+            "Default: unstructured.",
         ),
     ],
     "calibration": Annotated[
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="c4, wikitext2, ptb, python-docs, self, or a file: .txt .jsonl .jsonl.gz .parquet, "
-            ".safetensors with input_ids; for image classifiers a folder of images.",
-            show_default="c4",
+            help="c4, wikitext2, ptb, python-docs, self (text that the model writes) or a file: "
+            ".txt, .jsonl, .jsonl.gz, .parquet, .safetensors with input_ids. For image "
+            "classifiers: a folder of images. Default: c4.",
         ),
     ],
-    "samples": Annotated[int | None, typer.Option(help="Calibration windows.", show_default="128")],
-    "seqlen": Annotated[int | None, typer.Option(help="Tokens per window.", show_default="2048")],
-    "seed": Annotated[int | None, typer.Option(help="Of the calibration draw.", show_default="0")],
-    "batch": Annotated[
+    "samples": Annotated[
+        int | None, typer.Option(metavar="N", help="Number of calibration windows. Default: 128.")
+    ],
+    "seqlen": Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens per window. Default: 2048.")
+    ],
+    "seed": Annotated[
         int | None,
-        typer.Option(help="Windows per forward pass.", show_default="about 4096 tokens' worth"),
+        typer.Option(metavar="N", help="Seed of the random choice of windows. Default: 0."),
     ],
-    "dtype": Annotated[
-        str | None,
-        typer.Option(
-            help="Of the computation: auto, float32, bfloat16, float16; the checkpoint keeps its own.",
-            show_default="auto",
-        ),
-    ],
-    "propagate": Annotated[
-        str | None,
-        typer.Option(
-            help="linear: one pass, each linear sees all pruning before it; block: as the original, two passes "
-            "(weight updates in its order of operations, on one thread).",
-            show_default="linear",
-        ),
-    ],
-    "head": Annotated[
-        bool | None,
-        typer.Option("--head", help="Prune the output head too; refused where it is tied."),
-    ],
-    "only": Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Prune only linears with such names; may be repeated."),
-    ],
-    "ignore": Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Leave linears with such names dense; may be repeated."),
-    ],
-    "min_expert_tokens": Annotated[
+    "batch": Annotated[
         int | None,
         typer.Option(
             metavar="N",
-            help="In mixtures of experts: measure an expert that fewer than N calibration tokens choose as if all had "
-            "chosen it; 0 never does.",
-            show_default="32; 512 for methods that need a Gram matrix",
+            rich_help_panel=_CALIBRATION,
+            help="Windows per forward pass. Default: as many as hold about 4096 tokens.",
         ),
     ],
-    "mask_from": Annotated[
-        str | None,
-        typer.Option(help="For obs: mask from wanda or magnitude.", show_default="wanda"),
+    "propagate": Annotated[
+        Literal["linear", "block"] | None,
+        typer.Option(
+            metavar="STEP",
+            rich_help_panel=_CALIBRATION,
+            help="linear: one pass, in which each linear sees the effect of all pruning before "
+            "it. block: two passes per block, as the original code; weight updates then use its "
+            "order of operations, on one thread. Default: linear.",
+        ),
     ],
-    "mask_order": Annotated[
+    "group": Annotated[
         str | None,
         typer.Option(
-            help="For obs: mask fixed before the update, or blockwise (anew every 128 columns).",
-            show_default="before",
+            metavar="GROUP",
+            rich_help_panel=_METHOD,
+            help="The weights among which the lowest scores are removed: row, layer, column, or "
+            "a number of rows. Default: as published for the method.",
         ),
     ],
     "damping": Annotated[
         float | None,
         typer.Option(
-            help="For methods that invert a Gram: share of its mean diagonal.",
-            show_default="0.01; by the number of tokens for alps, swaps and lsq",
+            metavar="SHARE",
+            rich_help_panel=_METHOD,
+            help="Ridge on the Gram matrix before it is inverted, as a share of its mean "
+            "diagonal. Default: 0.01; alps, swaps and least squares choose it by the number of "
+            "tokens.",
         ),
     ],
-    "ria_power": Annotated[
-        float | None, typer.Option(help="For ria: exponent of the input norms.", show_default="0.5")
-    ],
-    "iterations": Annotated[int | None, typer.Option(help="For alps.", show_default="12")],
-    "refine": Annotated[
-        str | None,
-        typer.Option(
-            help="Look over the mask of any method: dsnot (until mean outputs are right) or swaps (as long as they "
-            "lower the output error).",
-            show_default="none",
-        ),
-    ],
-    "refine_steps": Annotated[
+    "iterations": Annotated[
         int | None,
-        typer.Option(help="Maximum steps of --refine.", show_default="50 for dsnot, 100 for swaps"),
+        typer.Option(
+            metavar="N",
+            rich_help_panel=_METHOD,
+            help="Iterations of --method alps. Default: 12 ADMM iterations.",
+        ),
+    ],
+    "refine": Annotated[
+        Literal["none", "dsnot", "swaps"] | None,
+        typer.Option(
+            metavar="REFINEMENT",
+            rich_help_panel=_METHOD,
+            help="Exchange weights of a finished mask. dsnot: until the mean outputs match. "
+            "swaps: as long as the output error falls. Default: none.",
+        ),
     ],
     "weight_update": Annotated[
-        str | None,
+        Literal["none", "least-squares"] | None,
         typer.Option(
-            help="least-squares: fit the kept weights to the mask, whatever method it is from.",
-            show_default="none",
+            metavar="UPDATE",
+            rich_help_panel=_METHOD,
+            help="least-squares: fit the kept weights to the mask of any method. Default: none.",
         ),
     ],
     "dense_weight": Annotated[
         str | None,
         typer.Option(
-            help="Share of the dense model in the outputs that updated weights approximate, 0 to 1, "
-            "or auto: chosen per linear on held-out windows. Above 0 the dense model runs as well.",
-            show_default="0",
-        ),
-    ],
-    "reconstruct": Annotated[
-        str | None,
-        typer.Option(
-            help="Train pruned blocks towards the dense model, with the masks fixed: none, last "
-            "(the last block, towards the dense logits) or all.",
-            show_default="none",
-        ),
-    ],
-    "reconstruct_epochs": Annotated[
-        int | None,
-        typer.Option(
-            help="Epochs of block reconstruction.",
-            show_default="by the number of tokens, at most 7",
-        ),
-    ],
-    "reconstruct_lr": Annotated[
-        float | None,
-        typer.Option(
-            help="Peak learning rate of block reconstruction.",
-            show_default="0.7 % of the RMS of a tensor's weights, 0.2 % for the last block",
+            metavar="SHARE",
+            rich_help_panel=_METHOD,
+            help="Share of the dense model in the outputs that updated weights approximate: 0 to "
+            "1, or auto (chosen per linear on held-out windows). Above 0 the dense model runs as "
+            "well. Default: 0.",
         ),
     ],
     "permute": Annotated[
         bool | None,
         typer.Option(
             "--permute",
-            help="With N:M, let inputs change places so that groups keep more, inside MLPs and heads, folded into the "
-            "weights that write them. The result is an ordinary checkpoint.",
+            rich_help_panel=_METHOD,
+            help="With N:M, reorder input channels inside MLPs and heads, so that groups keep "
+            "more. The new order is folded into the weights: the result is an ordinary "
+            "checkpoint.",
+        ),
+    ],
+    "reconstruct": Annotated[
+        Literal["none", "last", "all"] | None,
+        typer.Option(
+            metavar="BLOCKS",
+            rich_help_panel=_RECONSTRUCTION,
+            help="Blocks whose surviving weights are trained towards the dense model: none, last "
+            "(only the last block, towards the dense logits) or all. Default: none.",
+        ),
+    ],
+    "reconstruct_epochs": Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            rich_help_panel=_RECONSTRUCTION,
+            help="Epochs per block. Default: by the number of tokens, at most 7 epochs.",
+        ),
+    ],
+    "reconstruct_lr": Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE",
+            rich_help_panel=_RECONSTRUCTION,
+            help="Peak learning rate. Default: 0.7 % of the RMS of a tensor's weights; 0.2 % in "
+            "the last block.",
         ),
     ],
     "allocation": Annotated[
-        str | None,
+        Literal["uniform", "owl", "dlp", "arithmetic", "search"] | None,
         typer.Option(
-            help="Who is to be sparser: uniform (all alike), owl (few outliers), dlp (high medians), arithmetic (the "
-            "later), search (whose pruning alone changes the outputs least).",
-            show_default="uniform",
+            metavar="RULE",
+            rich_help_panel=_ALLOCATION,
+            help="How to distribute the sparsity over the blocks. uniform: all alike. owl: "
+            "blocks with many outliers keep more. dlp: blocks with low median scores keep more. "
+            "arithmetic: early blocks keep more. search: blocks whose pruning changes the "
+            "outputs most keep more. Default: uniform.",
         ),
     ],
-    "allocation_by": Annotated[
-        str | None,
+    "only": Annotated[
+        list[str] | None,
         typer.Option(
-            help="What gets a sparsity of its own: block or linear.", show_default="block"
+            metavar="GLOB",
+            rich_help_panel=_ALLOCATION,
+            help="Prune only linears whose names match; may be repeated.",
         ),
     ],
-    "allocation_spread": Annotated[
-        float | None,
+    "ignore": Annotated[
+        list[str] | None,
         typer.Option(
-            help="For owl, dlp, arithmetic: half the distance from the densest to the sparsest.",
-            show_default="0.08, 0.15, 0.05",
+            metavar="GLOB",
+            rich_help_panel=_ALLOCATION,
+            help="Leave linears whose names match dense; may be repeated.",
+        ),
+    ],
+    "head": Annotated[
+        bool | None,
+        typer.Option(
+            "--head",
+            rich_help_panel=_ALLOCATION,
+            help="Prune the output head too. A head that is tied to the embeddings is refused.",
+        ),
+    ],
+    "dtype": Annotated[
+        DtypeName | None,
+        typer.Option(
+            metavar="DTYPE",
+            rich_help_panel=ADVANCED,
+            help="Dtype of the computation: auto, float32, bfloat16 or float16. The checkpoint "
+            "keeps its own. Default: auto.",
         ),
     ],
 }
 
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        metavar="FILE.toml",
+        rich_help_panel=ADVANCED,
+        help="File with options; flags override it. These options have no flag and stand only "
+        f"there: {', '.join(RECIPE_ONLY)}.",
+    ),
+]
+
 
 def takes_recipe(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb that ends in `**options` an option for every field of a recipe in their place."""
+    """Give a verb that ends in `**options` one option per entry of `OPTIONS` in their place.
+
+    Typer reads a function's signature. We therefore replace the signature and leave the function.
+    """
     signature = inspect.signature(verb, eval_str=True)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     fields = [
@@ -235,7 +285,15 @@ def takes_recipe(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def chosen_recipe(path: Path | None, options: dict[str, Any]) -> Any:
-    """The recipe in the file `path`, or the defaults, with the options that were given on top."""
+    """Read the recipe in the file `path`, or take the defaults, and put the given options on top.
+
+    Args:
+        path: value of `--recipe`.
+        options: field of a recipe -> value; None where the user gave no such option.
+
+    Returns:
+        A `prunus.Recipe`.
+    """
     from prunus.pruning.recipe import load_recipe
 
     return load_recipe(

@@ -1,4 +1,4 @@
-"""Verbs for many runs: try a grid, and put on a page what was found."""
+"""Verbs for many runs: `sweep` tries a grid, and `report` shows what was found."""
 
 from __future__ import annotations
 
@@ -8,37 +8,46 @@ from typing import Annotated, Any
 import typer
 
 from prunus.cli import arguments as arg
-from prunus.cli.terminal import for_people, say, show, write_json
+from prunus.cli.terminal import log, print_result, user_errors, write_json
 
 __all__ = ["report", "sweep"]
 
 
 def sweep(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE.toml", help="What to try; see docs/sweeps.md.")
+        Path,
+        typer.Argument(metavar="FILE.toml", help="The grid of runs; see the documentation."),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the results.")],
     models: Annotated[
         list[str] | None,
         typer.Option(
-            "--model", metavar="MODEL", help="Instead of the file's models; may be repeated."
+            "--model",
+            metavar="MODEL",
+            help="Model to use in place of the models in the file; may be repeated.",
         ),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Check everything, list the cells, write nothing.")
+        bool,
+        typer.Option(
+            "--check",
+            show_default=False,
+            help="Check everything and list the cells; run and write nothing.",
+        ),
     ] = False,
+    data_dir: arg.DataDir = None,
     device: arg.Device = "auto",
     memory: arg.Memory = None,
-    data_dir: arg.DataDir = None,
+    json_file: arg.Json = None,
     trust_remote_code: arg.Trust = False,
     rank_timeout: arg.RankTimeout = None,
-    json_file: arg.Json = None,
 ) -> None:
-    """Prune and score a grid of models, methods and sparsities. Killed or stopped, the same command goes on.
+    """Prune and score a grid of models, methods and sparsities.
 
-    Started by torchrun, the processes take one cell after the other, each the next that is free.
+    A sweep that was stopped or killed continues when you give the same command again. Under
+    torchrun every process takes the next cell that is free.
     """
-    with for_people(json_file):
+    with user_errors(json_file):
         from prunus.hardware.sizes import parse_bytes
         from prunus.pruning.job import RunOptions
         from prunus.report.document import Document
@@ -57,17 +66,15 @@ def sweep(
         if check:
             results = check_sweep(chosen, output, options, file.name)
         else:
-            results = run_sweep(chosen, output, options, file=file.name, progress=say)
+            results = run_sweep(chosen, output, options, file=file.name, progress=log)
         section = sweep_section(results)
-        show(
-            to_terminal(Document(section.title, (section,))),
-            json_file,
-            results.model_dump(mode="json"),
-        )
+        table = to_terminal(Document(section.title, (section,)))
+        print_result(table, json_file, results.model_dump(mode="json"))
         failed = [cell.name for cell in results.cells if cell.state == "failed"]
         if failed:
-            say(
-                f"{len(failed)} of {len(results.cells)} cells failed; the same command tries them again"
+            log(
+                f"{len(failed)} of {len(results.cells)} cells failed; the same command tries them "
+                "again"
             )
             raise typer.Exit(1)
 
@@ -76,7 +83,7 @@ def report(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN|SWEEP|EVAL…", help="Folders of prune or sweep, files of eval --json."
+            metavar="RUN|SWEEP|EVAL…", help="Folders of prune or sweep, and files of eval --json."
         ),
     ],
     output: Annotated[
@@ -85,18 +92,19 @@ def report(
             "--output",
             "-o",
             metavar="FILE",
-            help="One self-contained page (.html), or Markdown (.md).",
+            help="Write one self-contained page (.html), or Markdown (.md). Default: print tables.",
         ),
     ] = None,
     bench: Annotated[
-        Path | None, typer.Option("--bench", metavar="FILE", help="Also what bench --json wrote.")
+        Path | None,
+        typer.Option("--bench", metavar="FILE", help="Also show a file of bench --json."),
     ] = None,
     histogram: Annotated[
         str | None,
         typer.Option(
             "--histogram",
             metavar="LINEAR",
-            help="For one RUN: weights and scores of this linear (see docs).",
+            help="With a single RUN, also show the weights and scores of this linear.",
         ),
     ] = None,
     dense: Annotated[
@@ -104,18 +112,21 @@ def report(
         typer.Option(
             "--dense",
             metavar="MODEL",
-            help="For --histogram: the model that was pruned.",
-            show_default="where the run found it",
+            help="With --histogram, the model that was pruned. Default: the path in the run's "
+            "record.",
         ),
     ] = None,
     title: Annotated[
-        str | None, typer.Option(help="Of the page.", show_default="the first section's")
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="Title of the report. Default: that of its first section."
+        ),
     ] = None,
     data_dir: arg.DataDir = None,
     json_file: arg.Json = None,
 ) -> None:
-    """Show what runs, sweeps and evaluations found: on a page, as Markdown or, without -o, in the terminal."""
-    with for_people(json_file):
+    """Show runs, sweeps and evaluations as HTML, Markdown or text."""
+    with user_errors(json_file):
         from prunus.model.checkpoint.atomic_files import write_text
         from prunus.report.page import document_json, to_html
         from prunus.report.plain import to_markdown, to_terminal
@@ -126,13 +137,13 @@ def report(
         extra = [_histograms(paths, histogram, dense, data_dir)] if histogram is not None else []
         document = read_document(paths, bench, extra, title)
         if output is None:
-            show(to_terminal(document), json_file, document_json(document))
+            print_result(to_terminal(document), json_file, document_json(document))
             return
         page = to_html(document) if output.suffix == ".html" else to_markdown(document)
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, page)
         write_json(json_file, document_json(document))
-        say(f"{output} is written, {len(page.encode()) / 1e6:.1f} MB")
+        log(f"wrote {output}, {len(page.encode()) / 1e6:.1f} MB")
 
 
 def _histograms(paths: list[Path], linear: str, dense: str | None, data_dir: Path | None) -> Any:
@@ -141,6 +152,6 @@ def _histograms(paths: list[Path], linear: str, dense: str | None, data_dir: Pat
     from prunus.report.histogram_section import histogram_section
 
     if len(paths) != 1:
-        raise ValueError(f"--histogram looks into one run; got {len(paths)} paths")
+        raise ValueError(f"--histogram takes one RUN; got {len(paths)} paths")
     options = RunOptions(data_dir=data_dir)
     return histogram_section(linear_histograms(paths[0], linear, dense=dense, options=options))

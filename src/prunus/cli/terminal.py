@@ -1,4 +1,4 @@
-"""How a verb speaks: results on standard output, everything else on standard error, figures as JSON."""
+"""How a verb prints: results on standard output, all else on standard error, figures as JSON."""
 
 from __future__ import annotations
 
@@ -14,21 +14,30 @@ from typing import Any
 
 import typer
 
-__all__ = ["for_people", "say", "say_step", "show", "tell", "write_json"]
+__all__ = ["log", "log_step", "print_result", "print_summary", "user_errors", "write_json"]
+
+#: Width of a table in a file or a pipe, which have no width of their own.
+_PIPE_WIDTH = 160
+_RESUMABLE = "finished work is kept, and the same command continues from there"
 
 
 @contextlib.contextmanager
-def for_people(json_file: Path | None) -> Iterator[None]:
-    """Errors as one line and an exit status: 2 for what the user can put right, 1 for the rest, 130 for Ctrl-C.
+def user_errors(json_file: Path | None) -> Iterator[None]:
+    """Turn exceptions of a verb into one line on standard error and an exit status.
 
-    Of several ranks the first speaks; the others only where they have something of their own to say.
+    The status is 2 for what the user can correct, 130 for Ctrl-C, and 1 for everything else. With
+    several ranks, rank 0 reports; another rank reports only an error of its own. The environment
+    variable PRUNUS_TRACEBACK turns this off and shows tracebacks.
+
+    Args:
+        json_file: value of `--json`; a folder is refused before the verb does any work.
     """
     if os.environ.get("PRUNUS_TRACEBACK"):
         yield
         return
     try:
         with _interruptible():
-            _quiet_transformers()
+            _silence_transformers()
             if json_file is not None and json_file.is_dir():
                 raise ValueError(f"--json {json_file} is a folder; give the name of a file")
             yield
@@ -39,33 +48,37 @@ def for_people(json_file: Path | None) -> Iterator[None]:
         FileExistsError,
         NotImplementedError,
         ImportError,
-    ) as fault:
-        say(f"error: {fault}")
+    ) as error:
+        log(f"error: {error}")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        say("stopped; what is finished is kept, and the same command goes on from there")
+        log(f"stopped; {_RESUMABLE}")
         raise typer.Exit(130) from None
-    except (OSError, MemoryError, RuntimeError) as fault:
-        from prunus.distributed import OtherRankError, RankError
+    except (OSError, MemoryError, RuntimeError) as error:
+        _exit_after(error)
 
-        if isinstance(fault, OtherRankError):
-            raise typer.Exit(1) from None
-        if isinstance(fault, RankError):
-            say(
-                f"error: {fault}. What is finished is kept, and the same command goes on from there"
-            )
-            # Not by way of the interpreter's end, where the process group would wait for the rank that is lost.
-            sys.stdout.flush()
-            os._exit(1)
-        say(f"error: {type(fault).__name__}: {fault} (PRUNUS_TRACEBACK=1 shows where)")
+
+def _exit_after(error: Exception) -> None:
+    """Report an error that the user cannot correct, and exit with status 1."""
+    from prunus.distributed import OtherRankError, RankError
+
+    if isinstance(error, OtherRankError):
         raise typer.Exit(1) from None
+    if isinstance(error, RankError):
+        log(f"error: {error}; {_RESUMABLE}")
+        # An ordinary exit would wait in the process group for the rank that is lost.
+        sys.stdout.flush()
+        os._exit(1)
+    log(f"error: {type(error).__name__}: {error} (PRUNUS_TRACEBACK=1 shows where)")
+    raise typer.Exit(1) from None
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """While active, Ctrl-C ends as a KeyboardInterrupt, even where C code takes it for an error of its own.
+    """While active, Ctrl-C always raises KeyboardInterrupt, also when it arrives inside C code.
 
-    An interrupt that arrives while torch or safetensors look at an argument is reported as a TypeError about it.
+    An interrupt that arrives while torch or safetensors check an argument surfaces as a TypeError
+    about that argument. The signal handler remembers the interrupt, so that we can tell.
     """
     if (
         threading.current_thread() is not threading.main_thread()
@@ -83,61 +96,64 @@ def _interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, stop)
     try:
         yield
-    except Exception as fault:
+    except Exception as error:
         if interrupted:
-            raise KeyboardInterrupt from fault
+            raise KeyboardInterrupt from error
         raise
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _quiet_transformers() -> None:
+def _silence_transformers() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
 
-def say(message: str) -> None:
-    """A line on standard error; ranks other than the first give their number."""
+def log(message: str) -> None:
+    """Print a message as one line on standard error; ranks other than 0 add their number."""
     rank = os.environ.get("RANK", "0")
-    who = "prunus:" if rank == "0" else f"prunus, rank {rank}:"
-    print(who, " ".join(message.splitlines()), file=sys.stderr, flush=True)
+    prefix = "prunus:" if rank == "0" else f"prunus, rank {rank}:"
+    print(prefix, " ".join(message.splitlines()), file=sys.stderr, flush=True)
 
 
-def say_step(done: int, total: int, name: str) -> None:
-    """A line of progress."""
-    say(f"{done} of {total}: {name}")
+def log_step(done: int, total: int, name: str) -> None:
+    """Log that step `done` of `total` is finished."""
+    log(f"{done} of {total}: {name}")
 
 
-def show(table: Any, json_file: Path | None, content: Any) -> None:
-    """A table on standard output, and its figures as JSON where they are asked for; of several ranks from the first."""
+def print_result(table: Any, json_file: Path | None, content: Any) -> None:
+    """Print a table on standard output, and write its figures as JSON. Only rank 0 does so.
+
+    Args:
+        table: anything that rich can print.
+        json_file: value of `--json`.
+        content: the figures, as JSON can hold them.
+    """
     from rich.console import Console
 
     from prunus.distributed import is_rank_0
 
     if not is_rank_0():
         return
-
     console = Console()
     if not console.is_terminal:
-        console.width = max(
-            console.width, 160
-        )  # a file or a pipe has no width: names need not be cut
+        console.width = max(console.width, _PIPE_WIDTH)  # long names stay whole
     console.print(table)
     write_json(json_file, content)
 
 
-def tell(summary: dict[str, Any], dest: Path, json_file: Path | None) -> None:
-    """A folder that was made and what is in it, in one line, and as JSON where that is asked for."""
-    print(f"{dest}: {', '.join(f'{key} {value}' for key, value in summary.items())}")
+def print_summary(summary: dict[str, Any], folder: Path, json_file: Path | None) -> None:
+    """Print in one line what a new folder holds, and write the same as JSON."""
+    print(f"{folder}: {', '.join(f'{key} {value}' for key, value in summary.items())}")
     write_json(json_file, summary)
 
 
 def write_json(json_file: Path | None, content: Any) -> None:
-    """The figures of a verb as JSON, where they are asked for."""
+    """Write the figures of a verb as JSON, if the user gave a file."""
     if json_file is not None:
-        from prunus.model.checkpoint import atomic_files as files
+        from prunus.model.checkpoint import atomic_files
 
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(json_file, content)
+        atomic_files.write_json(json_file, content)

@@ -1,7 +1,7 @@
-"""What a report says, apart from how it is shown: sections of facts, tables and charts.
+"""The content of a report, apart from how it is shown: sections of facts, tables and charts.
 
-Every figure is held as it was measured and formatted in one place, `text_of`, so that page, terminal and Markdown
-agree. Knows no HTML, no plotting library and no terminal.
+A document holds every figure as it was measured. Only `text_of` formats figures, so that the page,
+the terminal and Markdown agree. This module knows no HTML, no plotting library and no terminal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure with its standard error, None where that is not known; a `form` of its own goes before the column's."""
+    """A figure with its standard error.
+
+    Attributes:
+        value: the figure.
+        stderr: its standard error, or None if it is unknown.
+        form: how to format it, as in `Column`; None to use the column's.
+    """
 
     value: float
     stderr: float | None
@@ -39,19 +45,33 @@ class Measured:
 
 @dataclass(frozen=True)
 class Column:
-    """A table's column; `form` is a Python format specification, None for text."""
+    """A column of a table.
+
+    Attributes:
+        title: heading.
+        form: Python format specification of its figures; None if it holds text.
+    """
 
     title: str
     form: str | None = None
 
     @property
     def is_number(self) -> bool:
+        """Whether the column holds figures."""
         return self.form is not None
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of raw values, None where a figure is missing. `folded` tables are long: the page opens them on demand."""
+    """A table.
+
+    Attributes:
+        title: heading.
+        columns: one per value of a row.
+        rows: unformatted values; None where a figure is missing.
+        note: text below the table.
+        folded: whether the page shows the table only after a click, because it is long.
+    """
 
     title: str
     columns: tuple[Column, ...]
@@ -62,7 +82,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and values, such as a recipe. `headline` facts are few and stand out."""
+    """Names and values, such as a recipe.
+
+    Attributes:
+        title: heading.
+        items: pairs of name and value.
+        headline: whether the facts are few and should stand out.
+    """
 
     title: str
     items: tuple[tuple[str, str], ...]
@@ -71,7 +97,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: points (x, y), and what is said at each of them."""
+    """One line of a chart.
+
+    Attributes:
+        name: stands in the legend.
+        x, y: the points.
+        hover: text of each point, shown under the pointer.
+    """
 
     name: str
     x: tuple[Any, ...]
@@ -81,9 +113,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines with a marker at each measured point; `level` is a value to compare with, such as the dense model's.
+    """A chart of lines, with a marker at each measured point.
 
-    x is a number (`log_x`: on a logarithmic axis) or, where `categories` names them in order, a category.
+    Attributes:
+        title, x_title, y_title: headings of the chart and its axes.
+        series: the lines.
+        level: name and value of a horizontal line to compare with, such as the dense model's.
+        categories: all values of x in order, if x is a category; empty if x is a number.
+        log_x, log_y: whether the axis is logarithmic.
     """
 
     title: str
@@ -98,7 +135,14 @@ class Lines:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A value per row and column, None where there is none; `form` as in `Column`."""
+    """A chart with one coloured cell per row and column.
+
+    Attributes:
+        title, x_title: headings of the chart and its x axis.
+        columns, rows: names of the columns and rows.
+        values: one tuple per row; None where there is no value.
+        form: how to format a value, as in `Column`.
+    """
 
     title: str
     x_title: str
@@ -110,7 +154,13 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Bars:
-    """A bar from zero per item, (name, value, lowest, highest); the last two are equal where there is no spread."""
+    """A chart with one bar per item.
+
+    Attributes:
+        title, x_title: headings of the chart and its x axis.
+        items: (name, value, lowest, highest); lowest equals highest if there is no spread.
+        form: how to format a value, as in `Column`.
+    """
 
     title: str
     x_title: str
@@ -120,9 +170,15 @@ class Bars:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts between `edges`, one more of these than counts, per series, one on the other.
+    """A chart of counts; the series are stacked.
 
-    `log_x`: the edges are exponents of ten. `highest`: top of the axis, to compare histograms by eye.
+    Attributes:
+        title, x_title: headings of the chart and its x axis.
+        edges: borders of the bins, one more than there are counts.
+        series: pairs of a name and its counts.
+        note: text below the chart.
+        log_x: whether the edges are exponents of ten.
+        highest: top of the y axis, the same in histograms that are to be compared; None: automatic.
     """
 
     title: str
@@ -155,7 +211,22 @@ class Document:
 
 
 def text_of(value: Any, form: str | None) -> str:
-    """A value as people read it; a missing one is a dash."""
+    """Format a value for people.
+
+    Args:
+        value: number, text, `Measured`, or None if it is missing.
+        form: Python format specification; None for text.
+
+    Returns:
+        The text. A missing value becomes a dash.
+
+    >>> text_of(1234.567, ",.2f")
+    '1,234.57'
+    >>> text_of(Measured(0.5, stderr=0.25), ".1%")
+    '50.0% ± 25.0%'
+    >>> text_of(None, ".1%")
+    '–'
+    """
     if value is None:
         return MISSING
     if isinstance(value, Measured):

@@ -1,33 +1,44 @@
-"""Evaluations and measurements of speed as sections of a report, from the JSON that `prunus eval` and `bench` write."""
+"""Files of `prunus eval --json` and `prunus bench --json` as sections."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prunus.report.document import Bars, Column, Facts, Measured, Section, Table
 
-__all__ = ["evaluation_section", "form_of", "speed_section"]
+__all__ = ["evaluation_section", "form_of", "is_share", "short_names", "speed_section"]
 
+#: Metrics of lm-eval that are shares of the rows.
 _SHARES = ("acc", "exact_match", "f1", "em")
 
 
 def evaluation_section(content: dict[str, Any]) -> Section:
-    """The JSON of `prunus eval`: models side by side, with the differences to the first.
+    """The section of an evaluation: models side by side, with the differences to the first.
+
+    Args:
+        content: what `prunus eval --json` wrote.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: `content` is something else.
     """
     try:
-        names = _short_names([one["model"] for one in content["models"]])
+        names = short_names([one["model"] for one in content["models"]])
         parts = [*_perplexity(content["models"], names), *_tasks(content, names)]
-    except (KeyError, TypeError, IndexError, AttributeError) as fault:
-        raise ValueError(f"this is not the JSON of prunus eval: {fault!r}") from None
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"this is not the JSON of prunus eval: {error!r}") from None
     return Section("Evaluation of " + ", ".join(names.values()), parts=tuple(parts))
 
 
-def _short_names(models: list[str]) -> dict[str, str]:
-    """Models by the last part of their path, where that tells them apart."""
+def short_names(models: Sequence[str]) -> dict[str, str]:
+    """The last part of each model's path or hub id, if these parts differ; else the whole names.
+
+    >>> short_names(["runs/dense", "runs/pruned"])
+    {'runs/dense': 'dense', 'runs/pruned': 'pruned'}
+    >>> short_names(["a/model", "b/model"])
+    {'a/model': 'a/model', 'b/model': 'b/model'}
+    """
     short = {model: Path(model).name or model for model in models}
     return short if len(set(short.values())) == len(models) else {model: model for model in models}
 
@@ -48,7 +59,7 @@ def _perplexity(models: list[dict[str, Any]], names: dict[str, str]) -> list[Any
 
 
 def _tasks(content: dict[str, Any], names: dict[str, str]) -> list[Any]:
-    """Accuracies of all models, and what the others differ by from the first."""
+    """Accuracies of all models, and the differences of the others to the first."""
     models = [one for one in content["models"] if one["tasks"] is not None]
     if not models:
         return []
@@ -108,16 +119,28 @@ def _measured(metric: str, figure: dict[str, float | None]) -> Measured | None:
     return None if value is None else Measured(value, figure["stderr"], form_of(metric))
 
 
+def is_share(metric: str) -> bool:
+    """Whether a metric of lm-eval is a share of the rows, such as `acc` or `acc_norm`.
+
+    >>> is_share("acc_norm"), is_share("perplexity")
+    (True, False)
+    """
+    return metric.partition(" ")[0].partition("_norm")[0] in _SHARES
+
+
 def form_of(metric: str) -> str:
-    """How a metric of a task is written: shares of the rows in percent, all others as they are."""
-    return ".2%" if metric.partition("_norm")[0] in _SHARES else ".4g"
+    """Format specification of a metric: shares in percent, all others as they are."""
+    return ".2%" if is_share(metric) else ".4g"
 
 
 def speed_section(content: list[dict[str, Any]]) -> Section:
-    """The JSON of `prunus bench`: size and speed of models side by side.
+    """The section of a benchmark: size and speed of models side by side.
+
+    Args:
+        content: what `prunus bench --json` wrote.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: `content` is something else.
     """
     try:
         found = [
@@ -139,8 +162,8 @@ def speed_section(content: list[dict[str, Any]]) -> Section:
             (name, size, resident[1] / 1e9, prefill[1], decode[1], decode[1] / found[0][4][1])
             for name, size, resident, prefill, decode in found
         )
-    except (KeyError, TypeError, IndexError) as fault:
-        raise ValueError(f"this is not the JSON of prunus bench: {fault!r}") from None
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"this is not the JSON of prunus bench: {error!r}") from None
     columns = (
         Column("model"),
         Column("file, GB", ",.3f"),
@@ -160,5 +183,5 @@ def speed_section(content: list[dict[str, Any]]) -> Section:
     )
     return Section(
         "Size and speed",
-        parts=(sizes, speeds, Table("Medians over processes of their own", columns, rows)),
+        parts=(sizes, speeds, Table("Medians over separate processes", columns, rows)),
     )

@@ -1,41 +1,53 @@
-"""Terminal tables of what models are worth: perplexity and tasks, several models side by side."""
+"""Terminal tables of `prunus eval`: perplexity and tasks of several models side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Table
 
-from prunus.evaluation import Difference, Metric, PerplexityResult, TaskResults, compare
+from prunus.report.document import MISSING
+from prunus.report.evaluation_sections import is_share, short_names
+
+if TYPE_CHECKING:
+    from prunus.evaluation import Difference, Metric, PerplexityResult, TaskResults
 
 __all__ = ["evaluation_tables", "perplexity_table", "tasks_table"]
-
-#: Metrics that are shares of the rows and are shown in percent; all others are shown as they are.
-_SHARES = ("acc", "exact_match", "f1", "em")
 
 
 def evaluation_tables(
     perplexities: Mapping[str, Sequence[PerplexityResult]], results: Sequence[TaskResults]
 ) -> Group:
-    """A table per kind of figure that there is: model -> perplexities, and the models' results on tasks."""
+    """One table of perplexities and one of tasks, each only if there are such figures.
+
+    Args:
+        perplexities: model -> its perplexities.
+        results: of the same models on tasks.
+    """
+    from prunus.evaluation import compare
+
     tables = [perplexity_table(perplexities)] if any(perplexities.values()) else []
     return Group(*tables, *([tasks_table(results, compare(results))] if results else []))
 
 
 def perplexity_table(results: Mapping[str, Sequence[PerplexityResult]]) -> Table:
-    """Model -> its results, the same texts for all: one row per text.
+    """One row per text, one column per model.
 
-    The protocol stands below, since figures of different protocols cannot be compared.
+    The protocol stands below the table, because figures of different protocols do not compare.
+
+    Args:
+        results: model -> its perplexities, on the same texts for every model.
     """
     models = list(results)
     first = results[models[0]]
     table = Table(title="perplexity" if len(models) > 1 else models[0], title_justify="left")
     table.add_column("text")
-    for name in _short(models) if len(models) > 1 else ["perplexity"]:
+    names = list(short_names(models).values())
+    for name in names if len(models) > 1 else ["perplexity"]:
         table.add_column(name, justify="right", overflow="fold")
-    for name in _short(models)[1:]:
+    for name in names[1:]:
         table.add_column(f"{name} − first", justify="right", overflow="fold")
     for name in ("context", "windows", "tokens", "seconds"):
         table.add_column(name, justify="right")
@@ -69,7 +81,7 @@ def tasks_table(results: Sequence[TaskResults], differences: Sequence[Difference
         table.add_column(name)
     for name in ("shots", "rows"):
         table.add_column(name, justify="right")
-    names = _short([result.model for result in results])
+    names = list(short_names([result.model for result in results]).values())
     for name in names:
         table.add_column(name, justify="right", overflow="fold")
     for name in names[1:]:
@@ -77,11 +89,11 @@ def tasks_table(results: Sequence[TaskResults], differences: Sequence[Difference
     by_key = {(change.model, change.task, change.metric): change for change in differences}
     scores = {score.task: score for score in results[0].scores}
     before = None
-    for task, metric in results[0].figures():
+    for task, metric in results[0].metrics():
         if before is not None and task != before:
             table.add_section()
         score = scores.get(task)
-        figures = [result.figures().get((task, metric)) for result in results]
+        figures = [result.metrics().get((task, metric)) for result in results]
         changes = [by_key.get((result.model, task, metric)) for result in results[1:]]
         table.add_row(
             task if task != before else "",
@@ -102,8 +114,8 @@ def _explanation(results: Sequence[TaskResults], differences: Sequence[Differenc
     names = [result.model for result in results]
     lines = [
         f"models: {', '.join(names)}",
-        f"acc and acc_norm in percent ± one standard error; lm-eval {protocol['versions']['lm_eval']}, "
-        f"dtype {protocol['dtype']}, batch {protocol['batch']}, on {protocol['device']}",
+        "acc and acc_norm in percent ± one standard error; "
+        f"lm-eval {protocol['versions']['lm_eval']}, dtype {protocol['dtype']}, batch {protocol['batch']}, on {protocol['device']}",
     ]
     if differences:
         paired = all(change.paired for change in differences)
@@ -114,27 +126,21 @@ def _explanation(results: Sequence[TaskResults], differences: Sequence[Differenc
     return "\n".join(lines)
 
 
-def _short(models: Sequence[str]) -> list[str]:
-    """The last parts of paths and hub ids, where these tell the models apart."""
-    names = [PurePath(model).name or model for model in models]
-    return names if len(set(names)) == len(names) else list(models)
-
-
 def _figure(metric: str, figure: Metric | None) -> str:
     if figure is None:
-        return "–"
+        return MISSING
     return _with_error(metric, figure.value, figure.stderr, "")
 
 
 def _change(metric: str, change: Difference | None) -> str:
     if change is None:
-        return "–"
+        return MISSING
     return _with_error(metric, change.value, change.stderr, "+") + (
         " *" if change.significant else ""
     )
 
 
 def _with_error(metric: str, value: float, stderr: float | None, sign: str) -> str:
-    scale = 100 if metric.partition(" ")[0].partition("_norm")[0] in _SHARES else 1
+    scale = 100 if is_share(metric) else 1
     text = f"{scale * value:{sign}.2f}"
     return text if stderr is None else f"{text} ± {scale * stderr:.2f}"

@@ -1,7 +1,8 @@
-"""Charts drawn with plotly: figures as JSON for the page, and the library's JavaScript. No other file knows plotly.
+"""Charts drawn with plotly: figures as JSON for the page, and the library's JavaScript.
 
-Colours are the page's: figures say by `meta` which part of its palette a trace wears, and page.js fills that in, in
-light and in dark. Plotly reads a little HTML in its texts, so every text is escaped.
+The page owns the colours. A trace names its part of the palette in `meta`, and page.js fills in the
+colour for the light or the dark scheme. Plotly interprets some HTML in its texts, so every text is
+escaped. No other module knows plotly.
 """
 
 from __future__ import annotations
@@ -16,23 +17,28 @@ from prunus.report.document import Bars, Chart, HeatMap, Histogram, Lines, text_
 __all__ = ["check_plotly", "figure_json", "plotly_script"]
 
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon")
-_ASIDE = 0.05  # of the distance between two categories
+#: Shift between two series at one category, as a share of the distance between categories.
+_SHIFT = 0.05
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
 def check_plotly() -> None:
-    """Raise ModuleNotFoundError, naming the extra, where plotly is not installed."""
+    """Raise ModuleNotFoundError, which names the extra, if plotly is not installed."""
     _plotly()
 
 
 def plotly_script() -> str:
-    """The JavaScript of the plotting library, which the page carries along: it loads nothing."""
+    """The JavaScript of the plotting library. The page contains it and loads nothing."""
     script: str = _plotly()[1]()
     return script
 
 
 def figure_json(chart: Chart) -> str:
-    """A chart as the JSON of a plotly figure."""
+    """Write a chart as the JSON of a plotly figure.
+
+    Raises:
+        ModuleNotFoundError: plotly is not installed.
+    """
     graph, _ = _plotly()
     match chart:
         case Lines():
@@ -60,12 +66,15 @@ def _plotly() -> tuple[Any, Any]:
 
 
 def _lines(graph: Any, chart: Lines) -> Any:
-    """Categories stand at 0, 1, 2 …, each series a little aside, and are not joined: there is nothing between them."""
+    """Draw lines over numbers, or unconnected markers over categories.
+
+    Categories stand at 0, 1, 2, …; each series is shifted a little, so that markers do not overlap.
+    """
     places = {name: place for place, name in enumerate(chart.categories)}
     figure = graph.Figure()
     for position, series in enumerate(chart.series):
         figure.add_scatter(
-            x=[places[x] + _ASIDE * (position - (len(chart.series) - 1) / 2) for x in series.x]
+            x=[places[x] + _SHIFT * (position - (len(chart.series) - 1) / 2) for x in series.x]
             if places
             else list(series.x),
             y=list(series.y),
@@ -118,7 +127,8 @@ def _lines(graph: Any, chart: Lines) -> Any:
 def _heat_map(graph: Any, chart: HeatMap) -> Any:
     hover = [
         [
-            f"{html.escape(chart.x_title)} {html.escape(column)}, {html.escape(row)}: {text_of(value, chart.form)}"
+            f"{html.escape(chart.x_title)} {html.escape(column)}, {html.escape(row)}: "
+            f"{text_of(value, chart.form)}"
             for column, value in zip(chart.columns, line, strict=True)
         ]
         for row, line in zip(chart.rows, chart.values, strict=True)
@@ -154,7 +164,7 @@ def _heat_map(graph: Any, chart: HeatMap) -> Any:
 
 
 def _scale(chart: HeatMap) -> dict[str, float]:
-    """Colours from zero to the largest value: what differs little looks alike."""
+    """Let the colours run from zero to the largest value, so that close values look alike."""
     known = [value for line in chart.values for value in line if value is not None]
     return {"zmin": 0.0, "zmax": max(known) or 1.0} if known else {}
 
@@ -204,7 +214,8 @@ def _histogram(graph: Any, chart: Histogram) -> Any:
             width=[b - a for a, b in zip(left, right, strict=True)],
             name=html.escape(name),
             hovertext=[
-                f"{html.escape(name)}: {count:,} weights from {_edge(a, chart)} to {_edge(b, chart)}"
+                f"{html.escape(name)}: {count:,} weights from {_edge(a, chart)} to "
+                f"{_edge(b, chart)}"
                 for a, b, count in zip(left, right, counts, strict=True)
             ],
             hoverinfo="text",
@@ -229,12 +240,12 @@ def _edge(value: float, chart: Histogram) -> str:
 
 
 def _ticks(form: str) -> str:
-    """A Python format for figures as plotly's for ticks, which leaves trailing zeros out."""
+    """Turn a Python format specification into plotly's for ticks, without trailing zeros."""
     return f"{form[:-1]}~{form[-1]}"
 
 
 def _log_ticks(low: float, high: float) -> dict[str, Any]:
-    """Ticks at 1, 2 and 5 times powers of ten; at the powers alone where these span more than three decades."""
+    """Ticks at 1, 2 and 5 times powers of ten; over three decades, at the powers alone."""
     steps = (1, 2, 5) if high / low < 1000 else (1,)
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]

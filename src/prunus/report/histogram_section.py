@@ -1,20 +1,26 @@
-"""The histograms of one linear as a section of a report."""
+"""The histograms of one linear as a section."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prunus.evaluation.histograms import LinearHistograms
 from prunus.report.document import Column, Histogram, Section, Table
+
+if TYPE_CHECKING:
+    from prunus.evaluation.histograms import LinearHistograms
 
 __all__ = ["histogram_section"]
 
 
 def histogram_section(found: LinearHistograms) -> Section:
-    """Weights before and after, scores of what was kept and removed, and the same counts as tables."""
+    """The section of one linear's histograms, each with a table of the same counts.
+
+    The histograms show the weights before and after pruning, and the scores of kept and of removed
+    weights. What the run does not record, such as the dense weights, is left out.
+    """
     notes = list(found.notes)
-    if found.beyond:
-        notes.insert(0, f"{found.beyond:,} weights lie outside the plots.")
+    if found.outside:
+        notes.insert(0, f"{found.outside:,} weights lie outside the plots.")
     parts: list[Any] = []
     edges, after = found.weight_edges, (("kept", found.after),)
     if found.before is not None and found.removed is not None:
@@ -36,7 +42,7 @@ def histogram_section(found: LinearHistograms) -> Section:
         parts.append(_counts_table("Weights, counts", edges, [("after pruning", found.after)]))
     if found.score:
         series = (("kept", found.score_kept), ("removed", found.score_removed))
-        # Where the inputs are from can be long, and a phone's axis is not.
+        # The source of the inputs may be a long name; it goes below the chart, not on its axis.
         name, _, source = found.score.partition(", ")
         note = f"Scores: {source}." if source else ""
         parts.append(

@@ -1,7 +1,8 @@
-"""A report as one self-contained HTML page: markup, style, script and the plotting library in a single file.
+"""A document as one self-contained HTML page: markup, style, scripts and the plotting library.
 
-All text is escaped. A content security policy forbids every request, and every script but the two of the page, which it
-knows by their hashes: were some name ever to slip through, it could neither run nor fetch anything.
+All text is escaped. In addition, a content security policy forbids every request and every script
+except the two of the page, which it identifies by their hashes. A name that slipped through
+unescaped could therefore neither run nor fetch anything.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from prunus.report.figures import figure_json, plotly_script
 
 __all__ = ["document_json", "to_html"]
 
-_SHORT = 28  # characters of a value that leave room for others beside it
+#: Values of at most this many characters stand several in a row.
+_SHORT = 28
 
 
 def to_html(document: Document) -> str:
-    """The page of a document.
+    """Write a document as an HTML page.
 
     Raises:
-        ModuleNotFoundError: it has charts, and plotly is not installed.
+        ModuleNotFoundError: the document has charts, and plotly is not installed.
     """
     charts = [
         part for section in document.sections for part in section.parts if isinstance(part, Chart)
@@ -43,7 +45,7 @@ def to_html(document: Document) -> str:
             "form-action 'none'",
         )
     )
-    # A page on one subject has its title at the top already.
+    # A page with one section shows its title at the top, so the section needs no heading.
     alone = [section.title for section in document.sections] == [document.title]
     sections = [
         _section(section, number, alone) for number, section in enumerate(document.sections)
@@ -85,7 +87,8 @@ def _section(section: Section, number: int, alone: bool) -> str:
         _part(part, f"part-{number}-{position}") for position, part in enumerate(section.parts)
     )
     return (
-        f'<section id="section-{number}" aria-labelledby="{name}"{" class=alone" if alone else ""}>\n'
+        f'<section id="section-{number}" aria-labelledby="{name}"'
+        f"{' class=alone' if alone else ''}>\n"
         f"{title}{lead}{''.join(parts)}</section>\n"
     )
 
@@ -114,7 +117,8 @@ def _facts(facts: Facts) -> str:
 
 def _table(table: Table) -> str:
     heads = "".join(
-        f'<th scope="col"{_number_class(column.is_number)}><button type="button">{escape(column.title)}</button></th>'
+        f'<th scope="col"{_number_class(column.is_number)}>'
+        f'<button type="button">{escape(column.title)}</button></th>'
         for column in table.columns
     )
     rows = "".join(
@@ -126,7 +130,8 @@ def _table(table: Table) -> str:
         for row in table.rows
     )
     box = (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}">'
+        '<div class="scroll" tabindex="0" role="region" '
+        f'aria-label="{escape(table.title)}">'
         f"<table><thead><tr>{heads}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
     )
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
@@ -146,7 +151,7 @@ def _number_class(is_number: bool) -> str:
 
 
 def _chart(chart: Chart, name: str) -> str:
-    # Inside a script element only "<" could end it; JSON has an escape for it.
+    # Only "<" could end the script element that holds the JSON. JSON can write it as an escape.
     content = figure_json(chart).replace("<", "\\u003c")
     note = getattr(chart, "note", "")
     return (
@@ -159,5 +164,5 @@ def _chart(chart: Chart, name: str) -> str:
 
 
 def document_json(document: Document) -> Any:
-    """A document as JSON can hold it."""
+    """Turn a document into what JSON can hold: dictionaries, lists, text and numbers."""
     return json.loads(json.dumps(document, default=vars))

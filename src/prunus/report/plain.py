@@ -1,4 +1,7 @@
-"""A report without a browser: tables for the terminal, and Markdown. Charts are left out; their figures are in tables."""
+"""A document as tables for the terminal, or as Markdown.
+
+Both leave charts out: the figures of every chart stand in a table as well.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ _MARKUP = re.compile(r"([\\`*_\[\]<>|])")
 
 
 def to_terminal(document: Document) -> Group:
-    """All facts and tables of a document, for rich's console. Text is shown as it is, never as markup."""
+    """Turn a document into what rich's console can print. Text is never read as markup."""
     shown: list[RenderableType] = []
     for section in document.sections:
         shown.append(Text(section.title, style="bold"))
@@ -37,7 +40,27 @@ def to_terminal(document: Document) -> Group:
 
 
 def to_markdown(document: Document) -> str:
-    """The same as Markdown; names and other text are escaped."""
+    """Write a document as Markdown. Names and other text are escaped.
+
+    >>> from prunus.report.document import Column, Section
+    >>> columns = (Column("method"), Column("perplexity", ".2f"))
+    >>> table = Table("Quality", columns, (("wanda", 7.261), ("dense", 5.68)))
+    >>> print(to_markdown(Document("My *runs*", (Section("A sweep", parts=(table,)),))))
+    ... # doctest: +ELLIPSIS, +NORMALIZE_WHITESPACE
+    # My \\*runs\\*
+    <BLANKLINE>
+    ## A sweep
+    <BLANKLINE>
+    ### Quality
+    <BLANKLINE>
+    | method | perplexity |
+    | --- | ---: |
+    | wanda | 7.26 |
+    | dense | 5.68 |
+    <BLANKLINE>
+    *Written by `prunus report`, prunus ...*
+    <BLANKLINE>
+    """
     lines = [f"# {_escape(document.title)}", ""]
     for section in document.sections:
         lines += [f"## {_escape(section.title)}", ""]

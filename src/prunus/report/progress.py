@@ -1,21 +1,50 @@
-"""Progress of a run: a live bar on a terminal, a plain line per step elsewhere. Both go to standard error."""
+"""Progress of a run on standard error: a live bar on a terminal, plain lines everywhere else."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
-from prunus.pruning.run import Progress as Step
+from prunus.pruning.progress import LineInterval
 
-__all__ = ["eta", "show_progress"]
+if TYPE_CHECKING:
+    from prunus.pruning.run import Progress as PruningStep
+    from prunus.recovery import Step as RecoveryStep
+
+__all__ = ["eta", "show_pruning", "show_recovery"]
 
 
 def eta(done: int, total: int, seconds: float) -> str:
-    """Time left in words, from `done` of `total` steps in `seconds`."""
+    """Time left, if the remaining steps take as long as the finished ones.
+
+    Args:
+        done: finished steps.
+        total: all steps.
+        seconds: time that the finished steps took.
+
+    Returns:
+        Hours, minutes and seconds, or "unknown" before the first step.
+
+    >>> eta(done=1, total=4, seconds=30.0)
+    '1:30'
+    >>> eta(done=1, total=101, seconds=72.0)
+    '2:00:00'
+    >>> eta(done=0, total=4, seconds=3.0)
+    'unknown'
+    """
     if done == 0:
         return "unknown"
     left = round(seconds / done * (total - done))
@@ -25,48 +54,123 @@ def eta(done: int, total: int, seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def show_progress(title: str, console: Console | None = None) -> Iterator[Callable[[Step], None]]:
-    """Yield a function that shows one step of a run."""
-    console = console or Console(stderr=True)
-    first: Step | None = None
+def show_pruning(
+    title: str, console: Console | None = None
+) -> Iterator[Callable[[PruningStep], None]]:
+    """Show a pruning run: finished blocks, time left and peak memory.
 
-    def left(step: Step) -> str:
-        # From the first step on: what came before it (reading text, embeddings) is done once, not per block.
+    Args:
+        title: stands before the bar.
+        console: where to print; standard error by default.
+
+    Yields:
+        A function to call after every block.
+    """
+    console = console or Console(stderr=True)
+    first: PruningStep | None = None
+
+    def time_left(step: PruningStep) -> str:
+        # The time before the first block (reading text, embeddings) is spent once, not per block.
         nonlocal first
         first = first or step
         return eta(step.done - first.done, step.total - first.done, step.seconds - first.seconds)
 
     if not console.is_terminal:
 
-        def line(step: Step) -> None:
-            console.print(
-                f"{time.strftime('%H:%M:%S')} [{step.done}/{step.total}] {step.message}; "
-                f"left {left(step)}; peak {step.peak_memory / 1e9:.2f} GB",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
+        def print_block(step: PruningStep) -> None:
+            _print_line(
+                console,
+                f"[{step.done}/{step.total}] {step.message}; left {time_left(step)}; "
+                f"peak {_gigabytes(step)}",
             )
 
-        yield line
+        yield print_block
         return
     columns = (
-        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("blocks"),
         TimeElapsedColumn(),
-        TextColumn("left {task.fields[eta]}, peak {task.fields[peak]}"),
+        TextColumn("left {task.fields[left]}, peak {task.fields[peak]}"),
     )
-    with Progress(*columns, console=console, transient=False) as bar:
-        task = bar.add_task(title, total=None, eta="…", peak="…")
+    with _live_bar(console, title, columns, None, left="…", peak="…") as update:
+        yield lambda step: update(
+            completed=step.done, total=step.total, left=time_left(step), peak=_gigabytes(step)
+        )
 
-        def update(step: Step) -> None:
-            bar.update(
-                task,
-                completed=step.done,
-                total=step.total,
-                eta=left(step),
-                peak=f"{step.peak_memory / 1e9:.2f} GB",
+
+@contextlib.contextmanager
+def show_recovery(
+    title: str, console: Console | None = None
+) -> Iterator[Callable[[RecoveryStep], None]]:
+    """Show a recovery: share of the budget, loss, and every evaluation.
+
+    Args:
+        title: stands before the bar.
+        console: where to print; standard error by default.
+
+    Yields:
+        A function to call after every step.
+    """
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        lines = LineInterval()
+
+        def print_step(step: RecoveryStep) -> None:
+            # Ordinary training steps are thinned out; evaluations and messages are always shown.
+            is_ordinary = step.loss is not None and step.perplexity is None
+            if is_ordinary and not lines.due():
+                return
+            lines.restart()
+            _print_line(
+                console,
+                f"{step.fraction:4.0%} {step.tokens:,} tokens, {step.seconds:.0f} s: {step.message}",
             )
 
+        yield print_step
+        return
+    columns = (
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[loss]}{task.fields[message]}"),
+    )
+    with _live_bar(console, title, columns, 1.0, loss="", message="") as update:
+
+        def update_step(step: RecoveryStep) -> None:
+            fields: dict[str, Any] = {}
+            if step.loss is not None:
+                fields["loss"] = f"loss {step.loss:.3f} "
+            if step.loss is None or step.perplexity is not None:
+                fields["message"] = step.message
+            update(completed=step.fraction, **fields)
+
+        yield update_step
+
+
+def _print_line(console: Console, text: str) -> None:
+    """Print one line with the time of day; brackets in the text are not markup."""
+    line = f"{time.strftime('%H:%M:%S')} {text}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _live_bar(
+    console: Console,
+    title: str,
+    columns: tuple[ProgressColumn, ...],
+    total: float | None,
+    **fields: Any,
+) -> Iterator[Callable[..., None]]:
+    """Show a bar while the context is open, and yield the function that updates its fields."""
+    with Progress(TextColumn("{task.description}"), *columns, console=console) as bar:
+        task = bar.add_task(title, total=total, **fields)
+
+        def update(**changes: Any) -> None:
+            bar.update(task, **changes)
+
         yield update
+
+
+def _gigabytes(step: PruningStep) -> str:
+    return f"{step.peak_memory / 1e9:.2f} GB"

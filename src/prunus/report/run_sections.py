@@ -1,24 +1,35 @@
-"""A pruning run as a section of a report: headline, heat maps per block and linear, recipe and machine."""
+"""A pruning run as a section: headline, heat maps over blocks and linears, recipe and machine."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prunus.pruning.manifest import Manifest
-from prunus.pruning.records import LinearRecord
 from prunus.report.document import Column, Facts, HeatMap, Section, Table
 
-__all__ = ["run_section"]
+if TYPE_CHECKING:
+    from prunus.pruning.manifest import Manifest
+    from prunus.pruning.records import LinearRecord
 
-_MEANING = {
-    "relative output error": "Relative output error: ‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖² on the calibration inputs X.",
-    "removed energy": "Removed energy: Σ(w−ŵ)²‖x‖² / Σw²‖x‖², the output error if inputs were uncorrelated.",
+__all__ = ["error_of", "run_section"]
+
+#: Name of an error -> its definition.
+_DEFINITIONS = {
+    "relative output error": (
+        "Relative output error: ‖X(W−Ŵ)ᵀ‖² / ‖XWᵀ‖² on the calibration inputs X."
+    ),
+    "removed energy": (
+        "Removed energy: Σ(w−ŵ)²‖x‖² / Σw²‖x‖², the output error if inputs were uncorrelated."
+    ),
 }
 
 
 def run_section(manifest: Manifest) -> Section:
-    """A finished or unfinished run."""
+    """The section of a run.
+
+    Args:
+        manifest: of a run that is finished or not.
+    """
     parts: list[Any] = [
         _headline(manifest),
         _by_kind(manifest),
@@ -82,7 +93,8 @@ def _error_of_totals(totals: dict[str, Any]) -> tuple[str, float | None]:
     return "mean removed energy", totals["mean_removed_energy"]
 
 
-def _error(record: LinearRecord) -> float | None:
+def error_of(record: LinearRecord) -> float | None:
+    """The relative output error of a pruned linear, or its removed energy; None if not measured."""
     return (
         record.relative_output_error
         if record.relative_output_error is not None
@@ -91,7 +103,7 @@ def _error(record: LinearRecord) -> float | None:
 
 
 def _kinds(manifest: Manifest) -> list[str]:
-    """Relative names of linears, in the order of their first block."""
+    """Names of linears within their block, in the order in which they first occur."""
     return list(dict.fromkeys(name for block in manifest.blocks for name in block.linears))
 
 
@@ -106,7 +118,7 @@ def _by_kind(manifest: Manifest) -> Table:
     for kind, records in groups.items():
         weights = sum(r.shape[0] * r.shape[1] for r in records)
         zeros = sum(r.zeros for r in records)
-        errors = [e for r in records if (e := _error(r)) is not None]
+        errors = [e for r in records if (e := error_of(r)) is not None]
         mean = sum(errors) / len(errors) if errors else None
         rows.append(
             (kind, len(records), weights, zeros / weights, mean, sum(r.seconds for r in records))
@@ -121,7 +133,7 @@ def _by_kind(manifest: Manifest) -> Table:
         Column("seconds", ".2f"),
     )
     return Table(
-        "By kind of linear", columns, tuple(rows), _MEANING[error_name.removeprefix("mean ")]
+        "By kind of linear", columns, tuple(rows), _DEFINITIONS[error_name.removeprefix("mean ")]
     )
 
 
@@ -141,9 +153,8 @@ def _heat_maps(manifest: Manifest) -> list[HeatMap]:
     error_name, mean = _error_of_totals(manifest.summary())
     maps = [("Sparsity per block and linear", lambda r: r.sparsity, ".2%")]
     if mean is not None:
-        maps.append(
-            (f"{error_name.removeprefix('mean ').capitalize()} per block and linear", _error, ".3%")
-        )
+        title = f"{error_name.removeprefix('mean ').capitalize()} per block and linear"
+        maps.append((title, error_of, ".3%"))
     maps.append(("Seconds per block and linear", lambda r: r.seconds, ".3f"))
     return [
         HeatMap(title, "block", blocks, tuple(kinds), grid(figure), form)
@@ -164,7 +175,7 @@ def _by_linear(manifest: Manifest) -> Table:
                     shape,
                     r.zeros,
                     r.sparsity,
-                    _error(r),
+                    error_of(r),
                     r.seconds,
                     notes or None,
                 )

@@ -1,4 +1,4 @@
-"""What a report is made from: the folder of a run or of a sweep, the JSON of an evaluation."""
+"""Read what a report is made from: folders of runs and sweeps, and JSON files of evaluations."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunus.model.checkpoint.atomic_files import read_json
-from prunus.pruning.manifest import MANIFEST_NAME, Manifest
 from prunus.report.document import Document, Section
 from prunus.report.evaluation_sections import evaluation_section, speed_section
-from prunus.report.layers_section import is_layers, layers_section
 from prunus.report.run_sections import run_section
 from prunus.report.sweep_tables import sweep_section
-from prunus.sweep.results import RESULTS_NAME, SweepResults
 
 __all__ = ["read_document"]
 
@@ -24,50 +20,56 @@ def read_document(
     extra: Sequence[Section] = (),
     title: str | None = None,
 ) -> Document:
-    """A report on runs, sweeps and evaluations, in this order.
+    """Read a report on runs, sweeps and evaluations.
 
     Args:
-        paths: folders with `prunus.json` or `results.json`, files that `prunus eval --json` or `benchmarks/layers.py
-            --json` wrote.
-        bench: file that `prunus bench --json` wrote.
-        extra: further sections, such as histograms.
-        title: of the document; the first section's where None.
+        paths: folders with `prunus.json` or `results.json`, and files of `prunus eval --json`.
+        bench: file of `prunus bench --json`.
+        extra: further sections, such as histograms; they come last.
+        title: title of the document; None takes that of the first section.
+
+    Returns:
+        A document with one section per path, in the same order, then `bench`, then `extra`.
 
     Raises:
-        FileNotFoundError: a path that is not there.
-        ValueError: a path that is none of these, or is damaged; says which.
+        FileNotFoundError: a path does not exist.
+        ValueError: a path holds something else, or is damaged; the message names it.
     """
     sections = [read_section(path) for path in paths]
     if bench is not None:
-        sections.append(_explained(bench, speed_section))
+        sections.append(_read_file(bench, speed_section))
     sections += extra
     return Document(title or sections[0].title, tuple(sections))
 
 
 def read_section(path: Path) -> Section:
-    """One run, sweep or evaluation; see `read_document`."""
+    """Read one run, sweep or evaluation; see `read_document`."""
+    # These import torch, which a report on evaluations alone does not need.
+    from prunus.pruning.manifest import MANIFEST_NAME, Manifest
+    from prunus.sweep.results import RESULTS_NAME, SweepResults
+
     if path.is_dir():
         if (path / RESULTS_NAME).exists():
             return sweep_section(SweepResults.load(path))
         if (path / MANIFEST_NAME).exists():
             return run_section(Manifest.load(path))
         raise ValueError(
-            f"{path} holds neither {MANIFEST_NAME} (of a run) nor {RESULTS_NAME} (of a sweep): nothing to report on"
+            f"{path} holds neither {MANIFEST_NAME} (of a run) nor {RESULTS_NAME} (of a sweep): "
+            "give the OUT folder of prunus prune or prunus sweep"
         )
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is not there; give the folder of a run or a sweep, or the file of prunus eval --json"
+            f"{path} is not there; give the folder of a run or a sweep, or the file of prunus eval "
+            "--json"
         )
-    return _explained(
-        path,
-        lambda content: (
-            layers_section(content) if is_layers(content) else evaluation_section(content)
-        ),
-    )
+    return _read_file(path, evaluation_section)
 
 
-def _explained(path: Path, make: Callable[[Any], Section]) -> Section:
+def _read_file(path: Path, make_section: Callable[[Any], Section]) -> Section:
+    """Read a JSON file and make a section of it; every error names the file."""
+    from prunus.model.checkpoint.atomic_files import read_json
+
     try:
-        return make(read_json(path))
-    except ValueError as fault:
-        raise ValueError(str(fault) if str(path) in str(fault) else f"{path}: {fault}") from None
+        return make_section(read_json(path))
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None

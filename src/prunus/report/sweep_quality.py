@@ -1,33 +1,46 @@
-"""Quality by method and sparsity (or number of windows): the tables and the chart of one model and one scoring text."""
+"""Quality of a sweep's cells: tables and a chart for one model and one scoring text.
+
+Rows are methods. Columns are the first of sparsity, number of windows and tokens per window that
+varies among the cells.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prunus.pruning.recipe import Recipe
 from prunus.report.document import Column, Lines, Series, Table
-from prunus.sweep.results import CellResult, SweepResults
+
+if TYPE_CHECKING:
+    from prunus.pruning.recipe import Recipe
+    from prunus.sweep.results import CellResult, SweepResults
 
 __all__ = ["quality_parts", "text_name"]
 
-#: What may stand along the top of a table and the x axis of a chart, the first of these that varies.
+#: Title and value of the columns of a table, which are the x axis of the chart as well.
 _AXES: dict[str, Callable[[Recipe], Any]] = {
     "sparsity": lambda recipe: _shape(recipe),  # noqa: PLW0108
     "calibration windows": lambda recipe: recipe.samples,
     "tokens per window": lambda recipe: recipe.seqlen,
 }
-#: Fields that the axes above are made of, or that make up a cell's first name; the others may tell rows apart.
+#: Fields of a recipe that never stand in the name of a row: the axes and the method name them.
 _NOT_IN_ROWS = {"method", "sparsity", "pattern", "seed"}
-#: From this ratio of the largest to the smallest perplexity on, an axis is logarithmic.
+#: The y axis is logarithmic from this ratio of the largest to the smallest perplexity.
 _LOG_FROM = 6.0
 
 
 def quality_parts(
     results: SweepResults, label: str, cells: list[CellResult], text: str
 ) -> list[Any]:
-    """Tables of perplexity and residual gap and a chart for one model and text; means over seeds where these vary."""
+    """Tables of perplexity and residual gap and a chart, as means over seeds.
+
+    Args:
+        results: the whole sweep.
+        label: name of the model in the sweep.
+        cells: the cells of that model.
+        text: name of the scoring text.
+    """
     axis, place = next(
         ((name, f) for name, f in _AXES.items() if len({f(cell.recipe) for cell in cells}) > 1),
         ("sparsity", _AXES["sparsity"]),
@@ -74,8 +87,9 @@ def quality_parts(
                 f"Residual gap on {where}",
                 lambda cell: cell.residual_gap.get(text),
                 note
-                + "(perplexity − dense) / (perplexity of Wanda − dense) in the same circumstances: Wanda is 1, "
-                "lossless is 0. Left out where Wanda loses less than 1 % of the dense perplexity.",
+                + "(perplexity − dense) / (perplexity of Wanda − dense) under the same conditions: "
+                "Wanda is 1, lossless is 0. Left out where Wanda loses less than 1 % of the dense "
+                "perplexity.",
             )
         )
     chart = _chart(f"Perplexity on {where} by {axis}", axis, tops, groups, perplexity, level)
@@ -128,7 +142,7 @@ def _chart(
 
 
 def _row_names(cells: list[CellResult], axis: str) -> dict[str, str]:
-    """A name per cell: its method, and the options that vary among the cells of that method."""
+    """Cell -> name of its row: the method, and the options that vary among the method's cells."""
     found = {}
     hidden = _NOT_IN_ROWS | {
         "calibration windows": {"samples"},
@@ -170,11 +184,11 @@ def _number(top: Any) -> float:
 
 
 def text_name(text: str) -> str:
-    """A corpus by its name, a file without its folder."""
+    """The name of a scoring text: a dataset's own, or a file's without its folder."""
     return Path(text).name
 
 
 def _mean(values: list[float | None]) -> float | None:
-    """Mean over seeds; missing where one is missing, so that means of different seeds never stand side by side."""
+    """Mean over seeds, or None if a value is missing: all means are over the same seeds."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None

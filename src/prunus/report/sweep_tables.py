@@ -1,19 +1,21 @@
-"""A sweep as a section of a report: quality by method and sparsity, the cells, protocol and machine."""
+"""A sweep as a section: quality by method and sparsity, the cells, protocol and machine."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prunus.report.document import Column, Facts, Measured, Section, Table
 from prunus.report.evaluation_sections import form_of
 from prunus.report.sweep_quality import quality_parts, text_name
-from prunus.sweep.results import CellResult, SweepResults, Tasks
+
+if TYPE_CHECKING:
+    from prunus.sweep.results import CellResult, SweepResults, Tasks
 
 __all__ = ["sweep_section"]
 
 
 def sweep_section(results: SweepResults) -> Section:
-    """A sweep, as far as it has got."""
+    """The section of a sweep, finished or not."""
     parts: list[Any] = [_headline(results)]
     for label in results.models:
         cells = [cell for cell in results.cells if cell.model == label]
@@ -51,7 +53,7 @@ def _headline(results: SweepResults) -> Facts:
 
 
 def _tasks(results: SweepResults) -> Table:
-    """Accuracy where a task has it, else all that it has."""
+    """Accuracy of each task, or all its metrics if it has no accuracy."""
     rows = [(f"{label}-dense", model.tasks) for label, model in results.models.items()]
     rows += [(cell.name, cell.tasks) for cell in results.cells]
     found: dict[tuple[str, str], None] = {}
@@ -124,7 +126,10 @@ def _cells(results: SweepResults) -> Table:
                 cell.state,
             )
         )
-    note = "Error: mean relative output error, or mean removed energy (E), which takes inputs as uncorrelated."
+    note = (
+        "Error: mean relative output error, or mean removed energy (E), which assumes uncorrelated "
+        "inputs."
+    )
     return Table("Cells", tuple(columns), tuple(rows), note, folded=True)
 
 

@@ -1,18 +1,22 @@
-"""Tables for the terminal. Every figure comes from a record that `--json` writes as well."""
+"""Tables that the verbs print. Every figure comes from a record that `--json` writes as well."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from prunus.evaluation.images import ImageScore
-from prunus.evaluation.inspection import Inspection
-from prunus.evaluation.speed import Speed
-from prunus.packed.conversion import Record
-from prunus.pruning.manifest import Manifest
+from prunus.report.document import MISSING
+from prunus.report.run_sections import error_of
+
+if TYPE_CHECKING:
+    from prunus.evaluation.images import ImageScore
+    from prunus.evaluation.inspection import Inspection
+    from prunus.evaluation.speed import Speed
+    from prunus.packed.conversion import Record
+    from prunus.pruning.manifest import Manifest
 
 __all__ = [
     "forecast_table",
@@ -24,13 +28,12 @@ __all__ = [
     "speed_table",
 ]
 
-
-#: The number of an expert: all of them are one kind of linear.
-_NUMBER = re.compile(r"\.\d+\.")
+#: The number of an expert in a linear's name. All experts count as one kind of linear.
+_EXPERT_NUMBER = re.compile(r"\.\d+\.")
 
 
 def run_table(manifest: Manifest) -> Table:
-    """A finished run: one row per kind of linear, totals below."""
+    """A finished run: one row per kind of linear, and the totals."""
     error_name = "relative output error" if _has_gram(manifest) else "removed energy"
     table = Table(title=f"{manifest.recipe.method}, {manifest.source}", title_justify="left")
     for column in ("linear", "count", "weights", "sparsity", error_name, "seconds"):
@@ -38,19 +41,19 @@ def run_table(manifest: Manifest) -> Table:
     kinds: dict[str, list[Any]] = {}
     for block in manifest.blocks:
         for name, record in block.linears.items():
-            kinds.setdefault(_NUMBER.sub(".*.", name), []).append(record)
+            kinds.setdefault(_EXPERT_NUMBER.sub(".*.", name), []).append(record)
     if manifest.head is not None:
         kinds["output head"] = [manifest.head]
     for name, records in kinds.items():
         weights = sum(r.shape[0] * r.shape[1] for r in records)
         zeros = sum(r.zeros for r in records)
-        errors = [e for r in records if (e := _error(r)) is not None]
+        errors = [e for r in records if (e := error_of(r)) is not None]
         table.add_row(
             name,
             str(len(records)),
             f"{weights:,}",
             f"{zeros / weights:.2%}",
-            f"{sum(errors) / len(errors):.3%}" if errors else "–",
+            f"{sum(errors) / len(errors):.3%}" if errors else MISSING,
             f"{sum(r.seconds for r in records):.1f}",
         )
     totals = manifest.totals
@@ -61,7 +64,7 @@ def run_table(manifest: Manifest) -> Table:
         str(totals["linears"]),
         f"{totals['weights']:,}",
         f"{totals['sparsity']:.2%}",
-        f"{mean:.3%}" if mean is not None else "–",
+        f"{mean:.3%}" if mean is not None else MISSING,
         f"{totals['seconds']:.1f} in all",
     )
     table.caption = (
@@ -69,10 +72,10 @@ def run_table(manifest: Manifest) -> Table:
         f"{totals['peak_memory_bytes'] / 1e9:.2f} GB; calibration: {manifest.inputs.calibration}"
     )
     if totals.get("expert_linears"):
-        few, all_ = totals["expert_linears_measured_on_all"], totals["expert_linears"]
+        few, count = totals["expert_linears_measured_on_all"], totals["expert_linears"]
         table.caption += (
-            f"\nexperts: {few} of {all_} linears measured on all tokens for want of their own; the fewest own were "
-            f"{totals['least_routed_tokens']:,} tokens"
+            f"\nexperts: {few} of {count} linears had too few tokens of their own and were "
+            f"measured on all tokens; the smallest number was {totals['least_routed_tokens']:,} tokens"
         )
     table.caption_justify = "left"
     return table
@@ -88,7 +91,7 @@ def images_table(scores: Sequence[ImageScore]) -> Table:
         table.add_row(
             score.model,
             f"{score.accuracy:.2%} ± {score.standard_error:.2%}",
-            "–" if score is scores[0] else f"{change:+.2%} ± {error:.2%}",
+            MISSING if score is scores[0] else f"{change:+.2%} ± {error:.2%}",
             f"{score.seconds:.1f}",
         )
     table.caption = f"± one standard error; {scores[0].labels}"
@@ -113,7 +116,7 @@ def inspection_table(inspection: Inspection) -> Table:
             f"{linear.shape[0]} × {linear.shape[1]}",
             linear.dtype,
             f"{linear.sparsity:.2%}",
-            ", ".join(linear.patterns) or "–",
+            ", ".join(linear.patterns) or MISSING,
         )
     table.add_section()
     table.add_row("all", f"{inspection.weights:,} weights", "", f"{inspection.sparsity:.2%}", "")
@@ -121,19 +124,25 @@ def inspection_table(inspection: Inspection) -> Table:
 
 
 def plan_table(plan: dict[str, Any]) -> Table:
-    """What a run would do."""
+    """What a run on this machine would do.
+
+    Args:
+        plan: of `prunus.pruning.plan_summary.describe_plan`.
+    """
     table = Table(show_header=False)
     table.add_column("what")
     table.add_column("figure", overflow="fold")
     rows = {
         "blocks": plan["blocks"],
         "linears": plan["linears"],
-        "weights": f"{plan['weights']:,}, of which {plan['to_remove']:,} go",
+        "weights": f"{plan['weights']:,}, of which {plan['to_remove']:,} are removed",
         "sparsity": _allocation(plan["allocation"]),
         "left dense in blocks": ", ".join(plan["left_dense"]) or "nothing",
         "computation": f"{plan['dtype']} on {plan['device']} ({plan['dtype_reason']})",
         "windows per forward pass": plan["batch"],
-        "hidden states": f"in {plan['hidden_states']}; {plan['blocks_in_lockstep']} blocks in lockstep",
+        "hidden states": (
+            f"in {plan['hidden_states']}; {plan['blocks_in_lockstep']} blocks in lockstep"
+        ),
         "peak memory": f"{plan['peak_memory_bytes'] / 1e9:.2f} GB",
         "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
         "time": f"about {plan['seconds']:.0f} s at this machine's matrix product rate",
@@ -146,31 +155,37 @@ def plan_table(plan: dict[str, Any]) -> Table:
 
 
 def _free_orders(orders: dict[str, str]) -> str:
-    """Which kinds of linears may have their inputs reordered, and which keep them."""
+    """Which kinds of linears may have their inputs reordered, and which keep their order."""
     kinds: dict[str, str] = {}
     for name, follow in orders.items():
         kinds.setdefault(name.rpartition(".")[2], follow)
     free = [f"{kind} (with {follow})" for kind, follow in kinds.items() if follow]
     kept = [kind for kind, follow in kinds.items() if not follow]
-    return f"free for {', '.join(free) or 'none'}; as it is for {', '.join(kept) or 'none'}"
+    return f"free for {', '.join(free) or 'none'}; kept for {', '.join(kept) or 'none'}"
 
 
-def forecast_table(what: str, found: dict[str, Any]) -> Table:
-    """What a run would cost elsewhere; see `prunus.pruning.forecast.forecast`."""
-    table = Table(title=f"{what}, on {found['devices']}", title_justify="left", show_header=False)
+def forecast_table(title: str, found: dict[str, Any]) -> Table:
+    """What a run would cost on other devices.
+
+    Args:
+        title: method, model and calibration.
+        found: the result of `prunus.pruning.forecast.forecast`.
+    """
+    table = Table(title=f"{title}, on {found['devices']}", title_justify="left", show_header=False)
     table.add_column("what")
     table.add_column("figure", overflow="fold")
-    room = {
-        True: "",
-        False: ", which is more than a device has in lockstep: replayed, five passes",
-        None: "",
-    }
+    replayed = (
+        "" if found["lockstep"] is not False else "; lockstep does not fit: replayed, five passes"
+    )
     parts = sorted(found["parts"].items(), key=lambda part: -part[1])
     rows = {
         "weights": f"{found['weights'] / 1e9:.2f} billion",
         "ranks": f"{found['ranks']}, with at most {found['windows_per_rank']} windows each",
-        "memory per rank": f"{found['memory'] / 1e9:.2f} GB{room[found['lockstep']]}",
-        "disk": f"{found['disk'] / 1e9:.2f} GB; read {found['read'] / 1e9:.2f}, written {found['written'] / 1e9:.2f}",
+        "memory per rank": f"{found['memory'] / 1e9:.2f} GB{replayed}",
+        "disk": (
+            f"{found['disk'] / 1e9:.2f} GB; read {found['read'] / 1e9:.2f} GB, written "
+            f"{found['written'] / 1e9:.2f} GB"
+        ),
         "traffic to each rank": f"{found['traffic'] / 1e9:.2f} GB",
         "time": _duration(found["seconds"]),
         "of which": ", ".join(
@@ -180,6 +195,8 @@ def forecast_table(what: str, found: dict[str, Any]) -> Table:
     }
     for name, figure in rows.items():
         table.add_row(name, figure)
+    table.caption = f"A forecast: work over rates. Basis: {found['basis']}."
+    table.caption_justify = "left"
     return table
 
 
@@ -189,19 +206,17 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _allocation(planned_allocation: dict[str, Any]) -> str:
-    """Who gets what sparsity, as `prunus.pruning.allocate.planned` says."""
-    if planned_allocation.get("blocks"):
-        return f"{planned_allocation['rule']}: " + ", ".join(
-            f"{value:.1%}" for value in planned_allocation["blocks"]
-        )
-    if planned_allocation["measured"]:
-        return f"{planned_allocation['rule']}: measured when the run starts, and entered in its manifest"
+def _allocation(planned: dict[str, Any]) -> str:
+    """The sparsity of each block, as `prunus.pruning.allocate.planned_allocation` gives it."""
+    if planned.get("blocks"):
+        return f"{planned['rule']}: " + ", ".join(f"{value:.1%}" for value in planned["blocks"])
+    if planned["measured"]:
+        return f"{planned['rule']}: measured when the run starts, and recorded in its manifest"
     return "the same everywhere"
 
 
 def packing_table(record: Record) -> Table:
-    """What a conversion did to the bytes of the linears, by kind."""
+    """How a conversion changed the size of the linears: one row per kind of linear."""
     table = Table(title=f"{record.action} {record.source} ({record.values})", title_justify="left")
     for column in (
         "linear",
@@ -227,16 +242,16 @@ def packing_table(record: Record) -> Table:
             str(sum(linear.packed for linear in linears)),
             f"{before:,}",
             f"{after:,}",
-            f"{after / before:.3f}" if before else "–",
+            f"{after / before:.3f}" if before else MISSING,
             f"{sum(errors) / len(errors):.2e}" if errors else "none",
         )
     return table
 
 
 def speed_table(found: list[Speed]) -> Table:
-    """Models side by side; ratios are to the first."""
+    """Size and speed of models side by side; ratios are to the first."""
     table = Table(
-        title="medians (minimum to maximum) over processes of their own", title_justify="left"
+        title="medians (minimum to maximum) over separate processes", title_justify="left"
     )
     columns = ("model", "file", "resident", "prefill tokens/s", "decode tokens/s", "decode / first")
     for column in columns:
@@ -255,14 +270,6 @@ def speed_table(found: list[Speed]) -> Table:
 
 def _with_spread(figure: tuple[float, float, float]) -> str:
     return f"{figure[1]:.1f} ({figure[0]:.1f} to {figure[2]:.1f})"
-
-
-def _error(record: Any) -> float | None:
-    return (
-        record.relative_output_error
-        if record.relative_output_error is not None
-        else record.removed_energy
-    )
 
 
 def _has_gram(manifest: Manifest) -> bool:
