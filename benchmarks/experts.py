@@ -1,10 +1,11 @@
-"""A mixture of experts, dense and packed at 50 %: file, memory and speed.
+"""A mixture of experts, dense and packed at 50 % sparsity: file size, memory and speed.
 
     python benchmarks/experts.py FOLDER [--threads 1] [--new-tokens 32] [--rounds 3]
 
-Makes a Qwen3-MoE of 0.69 billion random weights (8 layers of 32 experts, of which a token chooses 4) in FOLDER, prunes
-it by magnitude, packs it, and measures both with `prunus bench`. Random weights have random routes: what a token reads is
-that of a trained model, what it says is not.
+Creates a Qwen3-MoE with 0.69 billion random weights in FOLDER: 8 layers of 32 experts, of which
+each token chooses 4. Prunes it by magnitude, packs it, and measures both with `prunus bench`. With
+random weights a token reads as many weights as in a trained model, so the speed is realistic,
+although the text is not.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from prunus.packed import pack
 
 
 def make(folder: Path) -> None:
-    """The dense, the pruned and the packed checkpoint."""
+    """Create the dense, the pruned and the packed checkpoint."""
     config = Qwen3MoeConfig(
         vocab_size=32000,
         hidden_size=1024,

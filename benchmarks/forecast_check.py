@@ -1,9 +1,11 @@
-"""What `prunus plan --model-shape` foretells against what runs take: memory and time of sizes that fit here.
+"""Compare the forecast of `prunus plan --model-shape` with runs: memory and time.
 
     python benchmarks/forecast_check.py FOLDER SMOLLM2 [--data DIR] [--json FILE]
 
-SMOLLM2 is SmolLM2-135M. The others get random weights in the proportions of LLaMA-7B, written to FOLDER (2 GB). One
-thread per process. Seconds count from the start of a run, without imports. Five minutes; nothing else should run then.
+SMOLLM2 is a folder with SmolLM2-135M. The other models get random weights in the proportions of
+LLaMA-7B, written to FOLDER (2 GB). Each process uses one thread. Seconds count from the start of a
+run, without imports. The benchmark takes five minutes, in which nothing else should run on the
+computer.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from prunus.hardware.rates import parse_devices
 from prunus.pruning.forecast import SHAPES, Shape, forecast
 
 SAMPLES, SEQLEN = 8, 512
-# Width, blocks, method of the models with random weights.
+# Models with random weights: width, number of blocks, method.
 RANDOM = [
     (1024, 3, "wanda"),
     (1024, 3, "sparsegpt"),
@@ -33,7 +35,7 @@ RANDOM = [
     (2048, 3, "sparsegpt"),
     (4096, 1, "wanda"),
 ]
-# Method and ranks on SmolLM2, one window a batch.
+# Runs on SmolLM2 with one window per batch: method, number of ranks.
 REAL = [("wanda", 1), ("wanda", 2), ("sparsegpt", 1), ("sparsegpt", 2)]
 
 
@@ -43,7 +45,7 @@ def shape_of(hidden: int, blocks: int) -> Shape:
 
 
 def measure(model: Path, out: Path, options: list[str], ranks: int = 1) -> dict[str, Any]:
-    """The totals of a run."""
+    """Prune a model and return the totals of the run."""
     shutil.rmtree(out, ignore_errors=True)
     report = out.parent / "report.json"
     command = [sys.executable, "-m", "prunus"]
@@ -66,20 +68,20 @@ def measure(model: Path, out: Path, options: list[str], ranks: int = 1) -> dict[
     return json.loads(report.read_text())["totals"]
 
 
-def row(name: str, found: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
-    """Both figures of a case, printed as a row of a table."""
-    memory, seconds = found["peak_memory_bytes"], found["seconds"]
+def print_row(name: str, measured: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
+    """Print a run and its forecast as a row of a table, and return both."""
+    memory, seconds = measured["peak_memory_bytes"], measured["seconds"]
     figures = {
         "run": name,
         "memory": memory,
-        "memory_forecast": told["memory"],
+        "memory_forecast": expected["memory"],
         "seconds": seconds,
-        "seconds_forecast": told["seconds"],
+        "seconds_forecast": expected["seconds"],
     }
-    by_memory, by_time = told["memory"] / memory - 1, told["seconds"] / seconds - 1
+    by_memory, by_time = expected["memory"] / memory - 1, expected["seconds"] / seconds - 1
     print(
-        f"| {name} | {memory / 1e9:.2f} | {told['memory'] / 1e9:.2f} ({by_memory:+.0%}) "
-        f"| {seconds:.1f} | {told['seconds']:.1f} ({by_time:+.0%}) |",
+        f"| {name} | {memory / 1e9:.2f} | {expected['memory'] / 1e9:.2f} ({by_memory:+.0%}) "
+        f"| {seconds:.1f} | {expected['seconds']:.1f} ({by_time:+.0%}) |",
         flush=True,
     )
     return figures
@@ -106,15 +108,17 @@ def main() -> None:
         if not (model / "model.safetensors.index.json").exists():
             write_checkpoint(model, blocks, hidden)
         found = measure(model, out, ["--method", method, "--calibration", str(ids)])
-        told = forecast(shape_of(hidden, blocks), core, method, SAMPLES, SEQLEN)
-        rows.append(row(f"width {hidden}, {blocks} blocks, {method}", found, told))
+        expected = forecast(shape_of(hidden, blocks), core, method, SAMPLES, SEQLEN)
+        rows.append(print_row(f"width {hidden}, {blocks} blocks, {method}", found, expected))
     where = ["--data", str(options.data)] if options.data else []
     for method, ranks in REAL:
         given = ["--method", method, "--calibration", "c4", "--batch", "1", *where]
         found = measure(options.smollm2, out, given, ranks)
         devices = parse_devices(f"{ranks}x1-cores")
-        told = forecast(SHAPES["smollm2-135m"], devices, method, SAMPLES, SEQLEN, batch=1)
-        rows.append(row(f"SmolLM2, {ranks} rank{'s' * (ranks > 1)}, {method}", found, told))
+        expected = forecast(SHAPES["smollm2-135m"], devices, method, SAMPLES, SEQLEN, batch=1)
+        rows.append(
+            print_row(f"SmolLM2, {ranks} rank{'s' * (ranks > 1)}, {method}", found, expected)
+        )
     shutil.rmtree(out)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2))

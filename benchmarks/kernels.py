@@ -1,12 +1,13 @@
-"""The products of packed linears against torch, a dense kernel, and what memory bandwidth allows.
+"""Speed of packed linears, compared with torch, a dense kernel, and the memory bandwidth.
 
-    python benchmarks/kernels.py [--shapes 4096x4096,11008x4096] [--sparsity 0.5] [--tokens 1] [--threads 2]
-                                 [--rounds 40] [--isa NAME] [--json FILE]
+    python benchmarks/kernels.py [--shapes 4096x4096,11008x4096] [--sparsity 0.5] [--tokens 1] \\
+        [--threads 2] [--rounds 40] [--isa NAME] [--json FILE]
 
-In every round each kernel multiplies once, and beside it as many bytes are read by a plain loop on the same
-threads; "of read" is the median over the rounds of the ratio of bytes per second, "of torch" that of the time
-of torch's dense bfloat16 product. Matrices take turns, so that none is still in the cache from its last use.
-Where other programs keep the machine busy, a measurement waits up to a second for a quiet moment.
+In every round each kernel multiplies once. Right before it, a plain loop on the same threads reads
+the same number of bytes. "of read" is the median over the rounds of the ratio of their bytes per
+second. "x torch" is the ratio of the medians of torch's time for a dense bfloat16 product and the
+kernel's. Copies of a matrix take turns, so that none is still in the cache from its last use. If
+other programs keep the processor busy, a measurement waits for up to a second.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from prunus.packed.bitmap import check, pack_weight
 from prunus.packed.kernels import library as kernels
 from prunus.packed.weight import Coding, PackedWeight
 
-#: Twice as much as the largest caches hold, at the least.
+#: Bytes of all copies of a matrix: at least twice as much as the largest caches hold.
 WORKING_SET = 160e6
 
 
 def copies(weight: PackedWeight) -> list[PackedWeight]:
-    """The same weight in enough places of memory."""
+    """Copies of a weight at enough places of memory to exceed the cache."""
 
     def clone(part: torch.Tensor | None) -> torch.Tensor | None:
         return None if part is None else part.clone()
@@ -50,7 +51,11 @@ def copies(weight: PackedWeight) -> list[PackedWeight]:
 def make_kernels(
     engine: kernels.Kernels, rows: int, columns: int, sparsity: float, tokens: int
 ) -> dict[str, tuple[int, Callable[[int], object]]]:
-    """Name -> bytes that the kernel must read, and a function that runs it on the i-th copy of its weight."""
+    """The kernels to compare, by name.
+
+    Returns:
+        Name -> bytes that the kernel must read, and a function that runs it on copy i of a weight.
+    """
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(rows, columns, generator=generator)
     removed = torch.rand(rows, columns, generator=generator) < sparsity
@@ -82,7 +87,7 @@ def make_kernels(
 
 
 def wait_for_quiet() -> None:
-    """Sleep while another process is running, for a second at most."""
+    """Sleep while another process runs, for at most a second."""
     for _ in range(50):
         try:
             running = Path("/proc/loadavg").read_text().split()[3].split("/")[0]
@@ -116,7 +121,8 @@ def main() -> None:
         raise SystemExit(f"there are no kernels: {kernels.why_not()}")
     torch.set_num_threads(options.threads)
     print(
-        f"{engine.isa_name}, {options.threads} threads, sparsity {options.sparsity:.0%}, tokens {options.tokens}"
+        f"{engine.isa_name}, {options.threads} threads, sparsity {options.sparsity:.0%}, "
+        f"tokens {options.tokens}"
     )
     results = []
     for shape in options.shapes.split(","):
@@ -128,7 +134,7 @@ def main() -> None:
         for turn in range(options.rounds + 2):
             for name, (nbytes, run) in made.items():
                 wait_for_quiet()
-                # Whole 64 KiB pieces, from another place every time.
+                # The plain loop reads whole pieces of 64 KiB, at another place every time.
                 start = turn * nbytes % (plain.numel() - nbytes)
                 part = plain[start : start + nbytes]
                 reading = timed(lambda _, part=part: engine.read(part), turn)
@@ -150,7 +156,8 @@ def main() -> None:
             }
             results.append(row)
             print(
-                f"{shape:>11} {name:20} {row['milliseconds']:8.3f} ms (fastest {row['fastest']:7.3f})  "
+                f"{shape:>11} {name:20} {row['milliseconds']:8.3f} ms "
+                f"(fastest {row['fastest']:7.3f})  "
                 f"{row['gigabytes_per_second']:6.2f} GB/s  {row['of_read']:6.1%} of read  "
                 f"{row['times_torch']:5.2f} x torch"
             )

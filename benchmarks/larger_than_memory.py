@@ -1,12 +1,15 @@
-"""A checkpoint larger than the memory that a process may have: every verb finishes, and how much goes over the disk.
+"""Commands on a checkpoint that is larger than the memory limit, and their disk traffic.
 
-    python benchmarks/larger_than_memory.py MODEL SCRATCH --memory 2GB --training-memory 3GB --data DIR
+    python benchmarks/larger_than_memory.py MODEL SCRATCH \\
+        --memory 2GB --training-memory 3GB --data DIR
 
-MODEL's safetensors must be larger than either limit. Each verb runs in a process of its own in a memory control group
-(Linux, root; cgroup v1 or v2) that counts pages of files too and kills what goes beyond, with no page of MODEL in the
-cache before it starts. RLIMIT_AS and RLIMIT_DATA are of no use here: they count a mapped file as if it were in memory.
-Printed per verb: the group's peak, resident memory, bytes read from and written to the disk (/proc/self/io, from after
-the imports on), and what of that the verb's input and output are.
+MODEL's safetensors must be larger than either limit. Each command runs in a separate process in a
+memory control group (Linux, root; cgroup v1 or v2). The group counts cached pages of files as well,
+and kills a process that exceeds the limit. No page of MODEL is in the cache when a command starts.
+RLIMIT_AS and RLIMIT_DATA are of no use here, because they count a mapped file as if it were in
+memory. For each command the script prints the group's peak, resident memory, bytes read from and
+written to the disk (/proc/self/io, counted after the imports), and the sizes of the command's input
+and output.
 """
 
 from __future__ import annotations
@@ -19,22 +22,26 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from prunus.hardware.sizes import parse_bytes
 
 GROUP = f"prunus-larger-than-memory-{os.getpid()}"
-# The process of a verb: its imports first, which come from the disk too, then the verb, then what it cost.
+# The process of a command: first its imports, which read the disk too, then the command, then its
+# costs.
 CHILD = """
 import json, resource, sys
 import torch
 torch.set_num_threads(int(sys.argv[2]))
-import transformers.models.auto.modeling_auto, prunus.pruning.run, prunus.recovery, prunus.evaluation, prunus.packed
-from prunus.cli import app
+import transformers.models.auto.modeling_auto, prunus.pruning.run, prunus.recovery,
+prunus.evaluation, prunus.packed from prunus.cli import app
 from transformers import AutoConfig, AutoModelForCausalLM
 AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(sys.argv[3]))]
 def io():
-    return {k: int(v) for k, v in (line.split(": ") for line in open("/proc/self/io").read().splitlines())}
+    return {k: int(v) for k, v in (line.split(": ") for line in
+    open("/proc/self/io").read().splitlines())}
 before = io()
 status = 0
 try:
@@ -50,7 +57,7 @@ json.dump({"status": status, "resident": peak, **cost}, open(sys.argv[1], "w"))
 
 @contextmanager
 def memory_group(limit: int) -> Iterator[Path]:
-    """A memory control group below this process's own."""
+    """Create a memory control group below this process's own, and remove it at the end."""
     first = Path("/sys/fs/cgroup/memory")
     own = {
         controllers: path
@@ -86,13 +93,18 @@ def memory_group(limit: int) -> Iterator[Path]:
 
 
 def forget(folder: Path) -> None:
-    """Take the pages of a folder's files out of the cache."""
+    """Remove the pages of a folder's files from the cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             handle = os.open(path, os.O_RDONLY)
             os.fsync(handle)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(handle)
+
+
+def enter_group(group: Path) -> None:
+    """Move this process into a control group."""
+    (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def bytes_in(folder: Path) -> int:
@@ -107,8 +119,8 @@ def measure(
     inputs: list[Path],
     output: Path | None,
     threads: int,
-) -> dict[str, object]:
-    """Run one verb under the limit and print what it took."""
+) -> dict[str, Any]:
+    """Run one command under the limit and print its costs."""
     for folder in inputs:
         forget(folder)
     report = Path(arguments[-1])
@@ -127,12 +139,12 @@ def measure(
         done = subprocess.run(
             command,
             check=False,
-            preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())),  # type: ignore[arg-type,return-value]
+            preexec_fn=partial(enter_group, group),
         )
         seconds = time.monotonic() - began
         peak = next(x for x in ("memory.max_usage_in_bytes", "memory.peak") if (group / x).exists())
-        found = {
-            "verb": name,
+        found: dict[str, Any] = {
+            "command": name,
             "limit": limit,
             "group_peak": int((group / peak).read_text()),
             "seconds": round(seconds),
@@ -145,11 +157,11 @@ def measure(
     found["output"] = bytes_in(output) if output is not None else 0
     row = [f"{name:8}", f"status {found['status']}"]
     for key in ("limit", "resident", "input", "read_bytes", "output", "write_bytes"):
-        row.append(f"{key} {float(found.get(key, 0)) / 1e9:.3f} GB")  # type: ignore[arg-type]
+        row.append(f"{key} {found.get(key, 0) / 1e9:.3f} GB")
     if "read_bytes" in found and found["input"]:
-        row.append(f"read/input {int(found['read_bytes']) / int(found['input']):.3f}")  # type: ignore[call-overload]
+        row.append(f"read/input {found['read_bytes'] / found['input']:.3f}")
     if "write_bytes" in found and found["output"]:
-        row.append(f"written/output {int(found['write_bytes']) / int(found['output']):.3f}")  # type: ignore[call-overload]
+        row.append(f"written/output {found['write_bytes'] / found['output']:.3f}")
     print("  ".join([*row, f"{seconds:.0f} s"]), flush=True)
     return found
 
@@ -162,13 +174,13 @@ def main() -> None:
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--memory", default="2GB")
     parser.add_argument(
-        "--training-memory", default="3GB", help="for block recovery, which trains in float32"
+        "--training-memory", default="3GB", help="for block reconstruction, which trains in float32"
     )
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--data", type=Path, help="local mirror of the corpora")
-    parser.add_argument("--only", default="prune,eval,pack,recover")
+    parser.add_argument("--data", type=Path, help="local folder with the corpora")
+    parser.add_argument("--only", default="prune,eval,pack,reconstruct")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     scratch, model = options.scratch, options.model
@@ -176,15 +188,14 @@ def main() -> None:
     weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     pruned, packed, better = (scratch / x for x in ("pruned", "packed", "better"))
     report = str(scratch / "report.json")
-    # A tenth of the limit is left to what is not the process's own memory: pages of files on their way.
+    # A tenth of the limit is left for pages of files that wait to be read or written.
     budgets = {
         x: str(int(parse_bytes(getattr(options, x)) * 0.9)) for x in ("memory", "training_memory")
     }
     data = ["--data", str(options.data)] if options.data else []
     size = ["--seqlen", str(options.seqlen)]
     few = ["--samples", str(options.windows), *size]
-    training = ["--mode", "block", "--teacher", str(model), "--passes", "1", "--held-out", "2"]
-    training += ["--tokens", str(options.windows * options.seqlen)]
+    training = ["--reconstruct", "all", "--reconstruct-epochs", "1"]
     runs = {
         "prune": (
             ["prune", str(model), str(pruned), *few, *data, "--memory", budgets["memory"]],
@@ -207,28 +218,30 @@ def main() -> None:
             None,
         ),
         "pack": (["pack", str(pruned), str(packed)], [pruned], packed),
-        "recover": (
+        "reconstruct": (
             [
-                "recover",
-                str(pruned),
+                "prune",
+                str(model),
                 str(better),
                 *training,
-                *size,
+                *few,
                 *data,
                 "--memory",
                 budgets["training_memory"],
             ],
-            [pruned, model],
+            [model],
             better,
         ),
     }
     found = []
     for name, (arguments, inputs, output) in runs.items():
         if name in options.only.split(","):
-            limit = parse_bytes(options.training_memory if name == "recover" else options.memory)
+            trains = name == "reconstruct"
+            limit = parse_bytes(options.training_memory if trains else options.memory)
             if weights <= limit:
                 parser.error(
-                    f"{model} holds {weights:,} bytes of weights: no more than the limit of {limit:,}"
+                    f"{model} holds {weights:,} bytes of weights: not more than the limit of "
+                    f"{limit:,}"
                 )
             found.append(
                 measure(name, limit, model, [*arguments, report], inputs, output, options.threads)

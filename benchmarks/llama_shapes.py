@@ -1,9 +1,11 @@
-"""Wanda on a checkpoint with the shapes of LLaMA-7B: peak memory, and whether a block's time grows with depth.
+"""Wanda on a checkpoint with the shapes of LLaMA-7B: peak memory, and time per block over depth.
 
-    python benchmarks/llama_shapes.py FOLDER [--blocks 32] [--hidden 4096] [--samples 4] [--seqlen 512] [--json FILE]
+    python benchmarks/llama_shapes.py FOLDER [--blocks 32] [--hidden 4096] [--samples 4] \\
+        [--seqlen 512] [--json FILE]
 
-Writes random bfloat16 weights (13.5 GB for 32 blocks, plus as much for the result) and prunes them in a process of
-its own. The weights mean nothing; shapes, bytes and arithmetic are those of the real model.
+Writes random bfloat16 weights (13.5 GB for 32 blocks, and the same for the result) and prunes them
+in a separate process. The weights are meaningless, but shapes, bytes and arithmetic are those of
+the real model.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ VOCABULARY = 32000
 
 
 def write_checkpoint(folder: Path, blocks: int, hidden: int) -> None:
-    """One shard per block, as large checkpoints come; narrower ones keep LLaMA-7B's proportions."""
+    """Write one shard per block. Narrower models keep the proportions of LLaMA-7B."""
     folder.mkdir(parents=True, exist_ok=True)
     intermediate = hidden * 11008 // 4096
     config = LlamaConfig(

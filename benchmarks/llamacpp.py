@@ -1,10 +1,11 @@
-"""Decode speed side by side with llama.cpp, in turns, each measurement a process of its own.
+"""Decoding speed of prunus and llama.cpp. Measurements take turns, each in a separate process.
 
-    python benchmarks/llamacpp.py --llama-bench BIN --gguf dense-bf16.gguf --gguf dense-q8_0.gguf DENSE PACKED …
+    python benchmarks/llamacpp.py --llama-bench BIN --gguf dense-bf16.gguf \\
+        --gguf dense-q8_0.gguf DENSE PACKED …
 
-BIN is llama.cpp's `llama-bench`, built natively for this machine; the GGUF files come from its own
-`convert_hf_to_gguf.py` and `llama-quantize`, from the same dense checkpoint. Both sides decode after a prompt of the same
-length and use the same number of threads.
+BIN is llama.cpp's `llama-bench`, built for the processor at use. The GGUF files come from its own
+`convert_hf_to_gguf.py` and `llama-quantize`, applied to the same dense checkpoint. Both programs
+decode after a prompt of the same length and use the same number of threads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from prunus.evaluation.speed import bench
 
 
 def llama_decode(program: Path, file: Path, depth: int, new_tokens: int, threads: int) -> float:
-    """Tokens per second of one llama-bench process: `new_tokens` after `depth` tokens of context."""
+    """Tokens per second of one llama-bench process that decodes after `depth` tokens."""
     command = [
         program,
         "-m",

@@ -1,10 +1,10 @@
-"""One pass in lockstep against the original's two passes per block, end to end, interleaved in one run.
+"""One pass in lockstep against the original's two passes per block, from start to end, in turns.
 
     python benchmarks/lockstep.py MODEL [--rounds 3] [--dtype auto] [--method wanda] [--json FILE]
 
-Each measurement is a `prunus prune` process of its own (32 windows of 1024 tokens). "total" is what the
-command takes from start to end, imports included; "blocks" what the block loop takes. Text: C4 from the local
-mirror in $PRUNUS_DATA, or python-docs where there is none.
+Each measurement is a separate `prunus prune` process on 32 windows of 1024 tokens. "total" is the
+time of the command with imports, "blocks" the time of the loop over blocks. The text is C4 from the
+local folder in $PRUNUS_DATA, or python-docs if that is not set.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 def measure(
     model: str, propagate: str, options: argparse.Namespace, folder: Path
 ) -> tuple[float, float, float, str]:
+    """Run one process: total seconds, seconds of the blocks, peak memory in GB, dtype."""
     out, report = folder / "out", folder / "report.json"
     shutil.rmtree(out, ignore_errors=True)
     source = "c4" if os.environ.get("PRUNUS_DATA") else "python-docs"
@@ -72,10 +73,12 @@ def main() -> None:
     for propagate, found in rows.items():
         total, blocks, peak = (statistics.median(row[i] for row in found) for i in range(3))
         print(
-            f"{propagate:7} total {total:6.1f} s  blocks {blocks:6.1f} s  peak {peak:.2f} GB  {found[0][3]}"
+            f"{propagate:7} total {total:6.1f} s  blocks {blocks:6.1f} s  peak {peak:.2f} GB  "
+            f"{found[0][3]}"
         )
     print(
-        f"two passes / lockstep: total {statistics.median(ratios):.2f}, blocks {statistics.median(block_ratios):.2f}"
+        f"two passes / lockstep: total {statistics.median(ratios):.2f}, "
+        f"blocks {statistics.median(block_ratios):.2f}"
     )
     if options.json:
         figures = {"rows": rows, "total_ratios": ratios, "block_ratios": block_ratios}

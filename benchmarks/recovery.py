@@ -1,11 +1,11 @@
-"""What each mode of `prunus recover` wins back: SmolLM2-135M pruned by Wanda to 50 % and to 2:4.
+"""Gain of each mode of `prunus recover` on SmolLM2-135M, pruned by Wanda to 50 % and to 2:4.
 
     python benchmarks/recovery.py FOLDER [--data DIR] [--model DENSE] [--tokens N] [--only "MODE;…"]
 
-All modes get the same text and as many tokens. C4's first documents are for calibration, the others for training,
-and perplexity is measured on the test text of WikiText-2. The time of a run is that of all its threads on a
-processor, checkpoints and held-out scores included. FOLDER/recovery.md is the table; runs that are in
-FOLDER/*.json are not repeated.
+All modes train on the same text with the same number of tokens. C4's first documents are for
+calibration, the others for training. Perplexity is measured on the test text of WikiText-2. The
+time of a run is the processor time of all its threads, with checkpoints and evaluations.
+FOLDER/recovery.md is the resulting table. Runs whose result is in FOLDER/*.json are not repeated.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from prunus.model.checkpoint.atomic_files import write_text
 CALIBRATION_DOCUMENTS, TRAINING_DOCUMENTS = 300, 20_000
 PATTERNS = {"50 %": ["--sparsity", "0.5"], "2:4": ["--pattern", "2:4"]}
 WINDOWS = ["--seqlen", "256", "--batch", "4"]
-# A checkpoint of this model and its moments is 2 GB on disk: one on the way is enough.
+# A checkpoint of this model with Adam's moments takes 2 GB on disk, so each run writes only one
+# before its end.
 TRAINING = [*WINDOWS, "--evaluations", "2"]
 MODES: dict[str, list[str]] = {
     "lora": ["--mode", "lora", *TRAINING],
     "sparse-lora": ["--mode", "sparse-lora", *TRAINING],
     "masked": ["--mode", "masked", *TRAINING],
     "masked, teacher": ["--mode", "masked", "--teacher", "DENSE", *TRAINING],
-    "block": ["--mode", "block", "--teacher", "DENSE", *WINDOWS],
 }
 SCORING = ["--perplexity", "wikitext2", "--seqlen", "1024", "--limit", "16"]
 
 
 def prunus(*arguments: str, json_file: Path) -> dict[str, Any]:
-    """The figures of one command, from the file where they are or by running it; with `cpu_minutes`."""
+    """The JSON result of one command, from its file or by running it, with `cpu_minutes`."""
     if not json_file.exists():
         command = [sys.executable, "-m", "prunus", *arguments, "--json", str(json_file)]
         print("$ prunus", shlex.join(command[3:-2]), flush=True)
@@ -55,7 +55,7 @@ def prunus(*arguments: str, json_file: Path) -> dict[str, Any]:
 
 
 def split_c4(folder: Path, data: Path | None) -> None:
-    """Write `calibration.jsonl` and `training.jsonl`, which share no document."""
+    """Write `calibration.jsonl` and `training.jsonl`, which have no document in common."""
     documents = load_corpus("c4", "calibration", data).documents
     parts = {
         "calibration": documents[:CALIBRATION_DOCUMENTS],
@@ -78,10 +78,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--data", type=Path, help="local mirror of the corpora")
-    parser.add_argument("--model", help="the dense model (default: fetched)")
-    parser.add_argument("--tokens", type=int, default=40_960, help="of every run")
-    parser.add_argument("--only", default=";".join(MODES), help="modes, parted by ';'")
+    parser.add_argument("--data", type=Path, help="local folder with the corpora")
+    parser.add_argument("--model", help="the dense model (default: download it)")
+    parser.add_argument("--tokens", type=int, default=40_960, help="training tokens of every run")
+    parser.add_argument("--only", default=";".join(MODES), help="modes, separated by ';'")
     given = parser.parse_args()
     folder: Path = given.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def main() -> None:
     best = perplexity(dense, "dense", folder, data)
 
     rows: list[str] = []
-    for pattern, asked in PATTERNS.items():
+    for pattern, target in PATTERNS.items():
         slug = pattern.replace(" %", "").replace(":", "of")
         pruned = folder / f"wanda-{slug}"
         calibration = [
@@ -108,7 +108,7 @@ def main() -> None:
             "prune",
             dense,
             str(pruned),
-            *asked,
+            *target,
             *calibration,
             json_file=folder / f"{pruned.name}.json",
         )
@@ -131,7 +131,8 @@ def main() -> None:
             if not mode.startswith("lora"):
                 shutil.rmtree(folder / name, ignore_errors=True)
             rows.append(
-                f"| {pattern} | {mode} | {worst:.2f} | {after:.2f} | {(worst - after) / (worst - best):.0%} "
+                f"| {pattern} | {mode} | {worst:.2f} | {after:.2f} "
+                f"| {(worst - after) / (worst - best):.0%} "
                 f"| {found['totals']['tokens']:,} | {found['cpu_minutes']:.1f} |"
             )
     table = [

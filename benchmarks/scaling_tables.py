@@ -1,8 +1,9 @@
-"""The tables of docs/scaling.md on what runs would cost elsewhere: models, growth, ranks. Measures nothing.
+"""Tables of forecast costs on other hardware: models, growth, ranks. This script measures nothing.
 
     python benchmarks/scaling_tables.py
 
-All by `prunus plan --model-shape`'s cost model; benchmarks/forecast_check.py holds it against runs.
+All numbers come from the cost model of `prunus plan --model-shape`. benchmarks/forecast_check.py
+compares it with runs.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ MODELS = ["llama-7b", "llama-13b", "llama-30b", "llama-65b", "llama2-70b", "llam
 WINDOWS, TOKENS = 128, 2048
 
 
-def told(
+def expected(
     shape: Shape, devices: str, method: str, windows: int = WINDOWS, tokens: int = TOKENS
 ) -> dict[str, Any]:
+    """The forecast of one run."""
     return forecast(shape, parse_devices(devices), method, windows, tokens)
 
 
 def spent(seconds: float) -> str:
-    """Seconds in the largest unit of which it is two or more."""
+    """Seconds in the largest unit of which there are at least two.
+
+    >>> spent(7200), spent(119)
+    ('2.0 h', '119 s')
+    """
     for unit, size, digits in (("d", 86400, 0), ("h", 3600, 1), ("min", 60, 0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.{digits}f} {unit}"
@@ -32,6 +38,7 @@ def spent(seconds: float) -> str:
 
 
 def models() -> None:
+    """Memory and time of the larger models, on two cores and on eight GPUs."""
     print(
         "| model | method | 2 cores: memory | time | 8 H100 (not measured): memory per rank ",
         end="",
@@ -41,7 +48,7 @@ def models() -> None:
     for name in MODELS:
         for method in ("wanda", "sparsegpt"):
             cores, cards = (
-                told(find_shape(name), devices, method) for devices in ("2-cores", "8xh100")
+                expected(find_shape(name), devices, method) for devices in ("2-cores", "8xh100")
             )
             share = cards["parts"]["communication"] / cards["seconds"]
             print(
@@ -52,6 +59,7 @@ def models() -> None:
 
 
 def growth() -> None:
+    """How time and memory change when one dimension is doubled."""
     one = find_shape("llama-7b")
     wide = replace(
         one,
@@ -60,12 +68,12 @@ def growth() -> None:
         heads=2 * one.heads,
         kv_heads=2 * one.kv_heads,
     )
-    before = told(one, "2-cores", "wanda")
+    before = expected(one, "2-cores", "wanda")
     doubled = {
-        "width": told(wide, "2-cores", "wanda"),
-        "depth": told(replace(one, blocks=2 * one.blocks), "2-cores", "wanda"),
-        "windows": told(one, "2-cores", "wanda", windows=2 * WINDOWS),
-        "tokens per window": told(one, "2-cores", "wanda", tokens=2 * TOKENS),
+        "width": expected(wide, "2-cores", "wanda"),
+        "depth": expected(replace(one, blocks=2 * one.blocks), "2-cores", "wanda"),
+        "windows": expected(one, "2-cores", "wanda", windows=2 * WINDOWS),
+        "tokens per window": expected(one, "2-cores", "wanda", tokens=2 * TOKENS),
     }
     print("| what is doubled (llama-7b, 2 cores, wanda) | time | memory |\n| --- | ---: | ---: |")
     for what, after in doubled.items():
@@ -74,13 +82,14 @@ def growth() -> None:
 
 
 def ranks() -> None:
+    """How time shrinks with the number of ranks, and where it goes."""
     print("| ranks of 8 cores | wanda: time | forward | solve | communication ", end="")
     print("| sparsegpt: time | forward and Gram | solve | communication |")
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for count in (1, 2, 4, 8, 16, 32, 64):
         cells = [str(count)]
         for method in ("wanda", "sparsegpt"):
-            found = told(find_shape("llama-7b"), f"{count}x8-cores", method)
+            found = expected(find_shape("llama-7b"), f"{count}x8-cores", method)
             parts = found["parts"]
             forward = parts["forward"] + parts["statistics"]
             cells += [

@@ -1,10 +1,13 @@
-"""Image classifiers, trained on the spot and pruned: top-1 accuracy by method, group and sparsity.
+"""Image classifiers, trained from scratch and pruned: top-1 accuracy by method, group and sparsity.
 
-    python benchmarks/vision.py WORK [--json FILE]      (extra: vision; and scikit-learn, for its pictures)
+    python benchmarks/vision.py WORK [--json FILE]
 
-scikit-learn ships 1797 handwritten digits of 8 × 8 pixels. 1297 of them train a small ViT and a small ConvNeXt from
-scratch, with shifted copies; the other 500 judge. Calibration is on 128 of the training pictures. Everything lands in
-WORK; classifiers that are there already are not trained again. Takes about three minutes on one core.
+It needs the extra vision, and scikit-learn.
+
+scikit-learn ships 1797 handwritten digits of 8 × 8 pixels. 1297 of them, randomly shifted, train a
+small ViT and a small ConvNeXt. The other 500 are the test set. Calibration uses 128 of the training
+images. All files are written to WORK; classifiers that are there already are not trained again. The
+benchmark takes about three minutes on one core.
 """
 
 from __future__ import annotations
@@ -45,10 +48,10 @@ EPOCHS = {"vit": 60, "convnext": 40}
 
 
 def pictures(work: Path) -> tuple[Path, Path]:
-    """Folders of training and judging pictures, a subfolder per digit."""
+    """Write the folders of training and test images, with a subfolder per digit."""
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))
-    folders = work / "train", work / "judge"
+    folders = work / "train", work / "test"
     for place, number in enumerate(order):
         folder = folders[place >= TRAINED] / str(digits.target[number])
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +91,7 @@ def classifier(kind: str) -> Any:
 
 
 def train(kind: str, folder: Path, target: Path) -> None:
-    """AdamW with a cosine schedule; each picture is shifted by up to a pixel every time it is seen."""
+    """Train with AdamW and a one-cycle schedule. Each batch is shifted by up to one pixel."""
     torch.manual_seed(0)
     processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
     images = list_images(folder)
@@ -118,15 +121,16 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    training, judging = pictures(options.work)
+    training, testing = pictures(options.work)
     found: list[dict[str, Any]] = []
     for kind in EPOCHS:
         dense = options.work / kind
         if not (dense / "model.safetensors").exists():
             train(kind, training, dense)
-        [score] = image_accuracy([dense], judging)
+        [score] = image_accuracy([dense], testing)
         print(
-            f"{kind}: {score.accuracy:.1%} ± {score.standard_error:.1%} dense, {score.images} pictures"
+            f"{kind}: {score.accuracy:.1%} ± {score.standard_error:.1%} dense, "
+            f"{score.images} images"
         )
         found.append({"model": kind, "method": "dense", "accuracy": score.accuracy})
         print("sparsity".ljust(18), *(f"{sparsity:>7.0%}" for sparsity in SPARSITIES))
@@ -145,7 +149,7 @@ def main() -> None:
                     dtype="float32",
                     overwrite=True,
                 )
-                [score] = image_accuracy([out], judging)
+                [score] = image_accuracy([out], testing)
                 row.append(score.accuracy)
                 found.append(
                     {
