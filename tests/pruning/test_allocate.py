@@ -1,4 +1,4 @@
-"""From an allocation rule to the sparsity of every linear of a run: exact, recorded, the same after an interruption."""
+"""The sparsity of every linear: from the allocation rule, recorded, kept by a resumed run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_budget_is_exact_and_every_linear_gets_what_the_manifest_says(rule, 
 
 
 @pytest.mark.parametrize("rule", ["owl", "search"])
-def test_an_interrupted_run_goes_on_with_the_same_sparsities(rule, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_the_same_sparsities(rule, tmp_path, monkeypatch):
     dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=3)
     options = {"calibration": token_ids(), "allocation": rule}
     prunus.prune(dense, tmp_path / "whole", **options)
@@ -66,7 +66,7 @@ def test_an_interrupted_run_goes_on_with_the_same_sparsities(rule, tmp_path, mon
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
 
 
-def surveyed(folder, ids, batch=2) -> Stream:
+def embedded(folder, ids, batch=2) -> Stream:
     recipe = Recipe(calibration="token ids", samples=len(ids), seqlen=ids.shape[1], dtype="float32")
     job = plan_run(folder, recipe, RunOptions(input_ids=ids))
     stream = Stream(job.skeleton, job.source, job.device)
@@ -75,7 +75,7 @@ def surveyed(folder, ids, batch=2) -> Stream:
 
 
 def inputs_of(model, block, ids) -> dict[str, torch.Tensor]:
-    """What the linears of a block are given, (tokens, in), by name under "block."."""
+    """The inputs (tokens, in) of a block's linears, by name under "block."."""
     found: dict[str, list[torch.Tensor]] = {}
     handles = [
         linear.register_forward_pre_hook(partial(reference.collect_inputs, found, name))
@@ -88,14 +88,14 @@ def inputs_of(model, block, ids) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_trials_are_what_pruning_one_block_of_the_whole_model_does(family, tmp_path):
+def test_probes_do_what_pruning_one_block_of_the_whole_model_does(family, tmp_path):
     ids = token_ids(4, 16)
     model = tiny_model(family)
     model.save_pretrained(tmp_path / "dense")
-    names = [linear.name for linear in surveyed(tmp_path / "dense", ids).skeleton.linears(0)]
+    names = [linear.name for linear in embedded(tmp_path / "dense", ids).skeleton.linears(0)]
     with torch.no_grad():
         curves = sensitivity_curves(
-            surveyed(tmp_path / "dense", ids),
+            embedded(tmp_path / "dense", ids),
             [Layer(0, tuple(names)), Layer(1, tuple(names))],
             [0.25, 0.5],
         )
@@ -129,7 +129,7 @@ def test_scores_are_those_of_wanda_on_the_dense_model(tmp_path):
     names = ("self_attn.q_proj", "mlp.down_proj")
     with torch.no_grad():
         found = layer_scores(
-            surveyed(dense, ids),
+            embedded(dense, ids),
             [Layer(1, names)],
             lambda scores: float(sum(s.sum() for s in scores)),
         )
@@ -143,7 +143,7 @@ def test_scores_are_those_of_wanda_on_the_dense_model(tmp_path):
     assert found[0] == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_the_plan_says_what_needs_no_measuring(tmp_path):
+def test_the_plan_knows_allocations_that_need_no_measuring(tmp_path):
     dense, ids = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=4), token_ids()
 
     def plan_of(**options):
@@ -160,14 +160,14 @@ def test_the_plan_says_what_needs_no_measuring(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"allocation": "owl", "pattern": "2:4"}, "shares out an unstructured sparsity"),
+        ({"allocation": "owl", "pattern": "2:4"}, "distributes an unstructured sparsity"),
         ({"allocation_by": "linear"}, "needs an --allocation"),
         ({"allocation": "search", "allocation_spread": 0.1}, "belongs to owl, dlp and arithmetic"),
         ({"allocation": "owl", "allocation_spread": 0.7}, r"must lie in \[0, 0.5\]"),
         ({"allocation": "everything"}, "allocation"),
     ],
 )
-def test_what_does_not_go_together_is_refused(options, message, tmp_path):
+def test_options_that_contradict_each_other_are_refused(options, message, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
     with pytest.raises(ValueError, match=message):
         prunus.prune(dense, tmp_path / "out", calibration=token_ids(), **options)

@@ -1,6 +1,7 @@
-"""Every weight is read once and written once: counted where checkpoints are read, and where files get their names.
+"""Every weight is read once and written once.
 
-What the system reads from the disk, page cache and all, is measured by benchmarks/larger_than_memory.py.
+Reads are counted in `Checkpoint.read`, writes where files get their final names. What the system
+reads from the disk through its page cache is measured by benchmarks/larger_than_memory.py.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def dense(tmp_path) -> Path:
 
 @pytest.fixture
 def traffic(monkeypatch):
-    """(folder name, tensor) -> how often it was read; name of a weights file -> how often it was written."""
+    """Counts of reads by (folder name, tensor), and counts of writes by name of a weights file."""
     read: Counter[tuple[str, str]] = Counter()
     written: Counter[str] = Counter()
     original_read, original_replace = Checkpoint.read, os.replace
@@ -60,14 +61,14 @@ def test_prune(method, dense, tmp_path, traffic):
     read, written = traffic
     prunus.prune(dense, tmp_path / "out", method, calibration=token_ids(), dtype="float32")
     assert of_blocks(read, "dense") == {1}
-    # Looked at, copied and used one right after the other, before the first block; magnitude uses no embedding.
+    # Before the first block the embedding is checked, copied and used. Magnitude does not use it.
     assert read["dense", "model.embed_tokens.weight"] == 2 + (method != "magnitude")
     assert read["dense", "lm_head.weight"] == 2
     assert set(written.values()) == {1} and len(written) == 3
 
 
 def test_tensors_begin_where_the_checkpoint_says(dense):
-    """What is asked of the disk before a tensor is mapped, in whatever order the file holds them."""
+    """The reader asks the disk for these ranges before it maps a tensor."""
     stored = {
         "b": torch.arange(6.0),
         "a": torch.arange(5, dtype=torch.uint8),

@@ -1,4 +1,4 @@
-"""Encoders with a masked-language-model head, and what is refused by name: encoder-decoders and other kinds."""
+"""Encoders with a masked-language-model head are pruned. Encoder-decoders are refused by name."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tiny_encoder(family: str) -> Any:
 
 
 def naive_wanda(model: Any, ids: torch.Tensor) -> None:
-    """Linear by linear in the order of execution, each on inputs from a run of the whole model."""
+    """Prune linear by linear in the order of execution, each on inputs from the whole model."""
     blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
 
     def prune(weight_OI: torch.Tensor, X_TI: torch.Tensor) -> None:
@@ -71,7 +71,7 @@ def test_streaming_equals_in_memory_equals_naive(family, tmp_path):
     assert "AutoModelForMaskedLM" in (tmp_path / "pruned" / "README.md").read_text()
 
 
-def test_positions_that_begin_behind_the_padding_are_counted(tmp_path):
+def test_positions_start_after_the_padding(tmp_path):
     tiny_encoder("roberta").save_pretrained(tmp_path / "dense")
     with pytest.raises(
         ValueError, match="windows of 64 tokens do not fit: the model has 62 positions"
@@ -152,13 +152,13 @@ def test_models_without_a_head_that_prunus_knows_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("architectures", [None, "LlamaForCausalLM", [3.5], [["x"]], {}])
-def test_damaged_architectures_are_no_reason_to_fall(architectures):
+def test_damaged_architectures_count_as_causal(architectures):
     config = AutoConfig.for_model("llama")
     config.architectures = architectures
     assert kind_of(config) is CAUSAL
 
 
-def test_a_decoder_that_was_taken_from_an_encoder_decoder_is_causal():
+def test_the_decoder_of_an_encoder_decoder_is_causal():
     config = AutoConfig.for_model("bart", is_encoder_decoder=False)
     config.architectures = ["BartForCausalLM"]
     assert kind_of(config) is CAUSAL

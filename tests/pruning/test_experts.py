@@ -1,4 +1,4 @@
-"""Mixtures of experts: the same arithmetic, the checkpoint's names, and a rule for experts that few tokens choose."""
+"""Mixtures of experts: the same arithmetic, the checkpoint's names, and experts with few tokens."""
 
 from __future__ import annotations
 
@@ -129,7 +129,10 @@ def prune_rows(weight_OI: Tensor, X_TI: Tensor) -> None:
 def naive_experts(
     model: nn.Module, ids: Tensor, minimum: int, views: Callable[[Any, int], tuple[Tensor, ...]]
 ) -> None:
-    """Prune a fused model in place: for every group of linears with one input run the whole model, and look."""
+    """Prune a fused model in place.
+
+    The whole model runs once for every group of linears with a common input.
+    """
 
     def inputs(module: nn.Module) -> list[Any]:
         seen: list[Any] = []
@@ -169,7 +172,7 @@ def naive_experts(
         for expert in range(layer.mlp.experts.num_experts):
             routed = torch.cat([x[(chosen == expert).any(dim=-1)] for x, chosen, _ in calls])
             X_TI = routed if len(routed) >= minimum else torch.cat([x for x, _, _ in calls])
-            if not len(X_TI):  # inputs are taken as equal
+            if not len(X_TI):  # All inputs count the same.
                 for weight in views(layer.mlp.experts, expert)[:3]:
                     prune_rows(weight, torch.ones(1, weight.shape[1]))
                 continue
@@ -226,7 +229,7 @@ def test_experts_are_pruned_as_by_a_naive_reference(family, views, few, rule, tm
     assert (0 < decided < report.totals["expert_linears"]) if rule else not decided
     expected = model.state_dict()
     differ = sum(int((x != expected[n]).sum()) for n, x in weights(tmp_path / "pruned").items())
-    # Rounding of another order of products may turn a mask where two scores are all but equal.
+    # Two orders of products round differently: a mask may change where two scores are almost equal.
     assert differ <= 1e-3 * sum(x.numel() for x in expected.values())
 
 
@@ -278,7 +281,7 @@ def test_two_passes_count_the_unpruned_block_and_see_no_token_twice(tmp_path):
 
 
 def never_chosen(folder: Path, expert: int) -> Path:
-    """A DeepSeek-V3 whose router's correction keeps every token away from one expert."""
+    """A DeepSeek-V3 in which the router's correction keeps every token away from one expert."""
     model = tiny_model("deepseek_v3")
     model.model.layers[1].mlp.gate.e_score_correction_bias[expert] = -1e4
     model.save_pretrained(folder)
@@ -300,8 +303,8 @@ def test_an_expert_that_no_token_chooses(tmp_path):
     assert without.totals["sparsity"] == by_rule.totals["sparsity"] == pytest.approx(0.5)
 
 
-def test_what_is_measured_on_all_tokens_leaves_no_trace_in_what_comes_after(tmp_path):
-    """A resumed run, which runs finished blocks without measuring anything, goes on to the same bytes."""
+def test_measuring_experts_on_all_tokens_does_not_change_later_blocks(tmp_path):
+    """A resumed run ends in the same bytes, though it measures nothing in finished blocks."""
     dense = tiny_checkpoint(tmp_path / "dense", "qwen3_moe")
     options: dict[str, Any] = {"calibration": token_ids(), "batch": 2, "min_expert_tokens": 30}
     report = prunus.prune(dense, tmp_path / "whole", **options)
@@ -400,7 +403,7 @@ def test_packed_experts_are_bitmaps_of_their_own(family, tmp_path):
         assert torch.equal(again(ids).logits, found)
         dequantised = packed.dequantize()(ids).logits
     for logits in (found, dequantised):
-        # A token whose two best experts are all but equal may go elsewhere for the sake of one rounding.
+        # Where two experts score almost the same for a token, rounding may choose the other one.
         far = (expected - logits).abs().amax(dim=-1) > 0.05 * expected.abs().max()
         assert float(far.float().mean()) < 0.1
 
@@ -445,7 +448,7 @@ def test_fused_tensors_are_cut_and_joined_without_loss(transposed, concatenated)
 
 
 def test_an_expert_sees_its_tokens_in_the_order_of_the_text():
-    """The dense model beside a pruned one gives the same token in the same row wherever all choose an expert."""
+    """If all tokens choose an expert, row t is the same token in the dense and the pruned model."""
     model = tiny_model("mixtral", num_local_experts=2)
     skeleton = Skeleton(model.config, torch.float32)
     values = {
@@ -513,8 +516,8 @@ def test_an_inspection_shows_every_expert(tmp_path):
     assert all("2:4" in linear.patterns for linear in experts)
 
 
-def test_what_passes_hidden_states_on_beside_experts_is_no_router():
-    """Attention and a shared expert whose inner widths happen to be the number of experts, or one."""
+def test_linears_beside_experts_that_pass_hidden_states_on_are_no_routers():
+    """The inner widths of attention and shared expert happen to be 1, or the number of experts."""
 
     def of(**children: nn.Module) -> nn.Module:
         module = nn.Module()

@@ -1,4 +1,4 @@
-"""Every family: streamed, in place, and by a naive reference that hooks the whole model, to the same weights."""
+"""Every family gets the same weights streamed, in place, and from a naive reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny import FAMILIES, tiny_model, token_ids, weights
 
 
 def naive_wanda(model: nn.Module, ids: torch.Tensor, batch: int, sparsity: float) -> None:
-    """Prune in place, linear by linear: run the whole model, stop counting at the first unpruned linear, prune it."""
+    """Prune in place: run the whole model, prune the first linear that is still dense, repeat."""
     head = model.get_output_embeddings()
     block_list = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
     todo = [m for m in block_list.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
@@ -66,7 +66,7 @@ def test_streaming_equals_in_memory_equals_naive(family, tmp_path):
         assert torch.equal(tensor, naive.state_dict()[name]), name
 
 
-def test_generation_runs_and_settings_travel(tmp_path):
+def test_the_result_generates_and_keeps_its_settings(tmp_path):
     model = tiny_model("llama", torch.bfloat16, tie_word_embeddings=True)
     model.generation_config.temperature = 0.7
     model.generation_config.do_sample = True
@@ -84,7 +84,7 @@ def test_generation_runs_and_settings_travel(tmp_path):
 
 
 def test_experts_in_an_unknown_form_are_refused_by_name(tmp_path):
-    # Llama 4 gives every expert every token, scaled by what the router says: no tokens are routed.
+    # Llama 4 gives every token to every expert, scaled by the router. No tokens are routed.
     options = {"num_local_experts": 2, "intermediate_size_mlp": 64, "head_dim": 8}
     tiny_model("llama4_text", **options).save_pretrained(tmp_path / "dense")
     with pytest.raises(NotImplementedError, match=r"experts.*form that prunus does not know"):
@@ -92,7 +92,7 @@ def test_experts_in_an_unknown_form_are_refused_by_name(tmp_path):
     assert not (tmp_path / "pruned").exists()
 
 
-def test_what_stays_dense_in_a_block_is_named(tmp_path):
+def test_weights_that_stay_dense_in_a_block_are_named(tmp_path):
     model = tiny_model("llama")
     report = prunus.prune(model, calibration=token_ids(), ignore=["*.q_proj", "*.1.mlp.*"])
     dense = set(report.left_dense)

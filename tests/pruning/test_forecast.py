@@ -1,4 +1,4 @@
-"""What a run would cost on machines that are not at hand: shapes as published, costs that grow as they must."""
+"""Forecasts for machines that are not present: published shapes, and costs that grow right."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def test_ranks_divide_the_work_and_pay_for_it_in_traffic():
     assert at(8, "wanda")["traffic"] < at(8)["traffic"] / 50, (
         "norms are small, Gram matrices are not"
     )
-    assert at(1000)["windows_per_rank"] == 2, "windows are shared out in whole batches"
+    assert at(1000)["windows_per_rank"] == 2, "ranks split the windows by whole batches"
 
 
-def test_what_does_not_fit_on_a_device_is_replayed():
+def test_windows_that_do_not_fit_on_a_device_are_replayed():
     shape = find_shape("llama3-405b")
     one, eight = (forecast(shape, parse_devices(x), "wanda", 128, 2048) for x in ("a100", "8xa100"))
     assert one["lockstep"] is False
@@ -113,9 +113,13 @@ def test_the_command_says_where_its_rates_come_from(tmp_path):
         "plan", "--model-shape", "llama3-405b", "--devices", "8xh100", "--json", file
     ).output
     assert "NOT measured" in said
+    basis = "vendors' peak figures times an assumed share of 0.5, not measured"
+    assert basis in " ".join(said.split())
     assert json.loads(file.read_text())["ranks"] == 8
+    assert json.loads(file.read_text())["basis"] == basis
     said = call("plan", "--model-shape", "llama-7b", "--devices", "2-cores").output
     assert "measured by benchmarks/cost_constants.py" in said
+    assert "rates measured on one processor core" in " ".join(said.split())
     assert "give either MODEL" in call("plan", status=2).output
     assert "is unknown: choose one of" in call("plan", "--model-shape", "llama-9b", status=2).output
     assert (

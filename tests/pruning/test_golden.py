@@ -1,4 +1,4 @@
-"""Through the whole engine to the masks of the original code."""
+"""A whole run gives the masks of the original code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The output head stays dense unless asked for; then it is pruned like any linear, on what the final norm gives."""
+"""The output head stays dense by default. `head` prunes it on the outputs of the final norm."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_head_is_pruned_on_the_inputs_that_the_pruned_blocks_give_it(family,
     assert report.head.sparsity == pytest.approx(0.5)
     assert all(torch.equal(plain[name], headed[name]) for name in plain if name != key)
 
-    # Naive: run the pruned model, catch the head's input, sort each row.
+    # The naive way: run the pruned model, record the head's input, sort each row.
     naive = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     caught: list[torch.Tensor] = []
     naive.get_output_embeddings().register_forward_pre_hook(lambda m, args: caught.append(args[0]))

@@ -1,4 +1,4 @@
-"""Killed anywhere, the same command ends in the same bytes; another command does not touch what is there."""
+"""After a kill the same command ends in the same bytes. Another command changes nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     assert len(results) >= 14, (
-        "two blocks, their manifests, what surrounds them and the index, before and after"
+        "two blocks, their manifests, the shard outside them and the index, before and after"
     )
     assert {r["blocks_before_resume"] for r in results} == {0, 1, 2}
     for result in results:
@@ -66,8 +66,8 @@ def test_an_interrupted_run_is_resumed_not_redone(tmp_path):
     assert [block.name for block in report.blocks] == [f"model.layers.{i}" for i in range(3)]
 
 
-def test_a_run_that_goes_on_with_unrounded_weights_resumes_to_the_same_bytes(tmp_path):
-    """What is stored is rounded to bfloat16; the original's order of operations goes on with what is not."""
+def test_a_run_with_unrounded_weights_resumes_to_the_same_bytes(tmp_path):
+    """Shards are rounded to bfloat16. In the reference order the next block sees exact weights."""
     dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, num_hidden_layers=3)
     options = {"calibration": token_ids(), "method": "sparsegpt", "propagate": "block"}
     prunus.prune(dense, tmp_path / "whole", **options)

@@ -26,7 +26,7 @@ def test_many_runs_in_one_process(runs, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    # What is imported and kept once is there when every verb has had its turn.
+    # Modules and caches that stay are loaded once every verb has run.
     begin, end = found[-1 - len(found) // 2], found[-1]
     assert end["files"] == begin["files"], found
     assert end["threads"] == begin["threads"], found

@@ -1,4 +1,4 @@
-"""Image classifiers: the same engine on pixel values, calibration from folders, top-1 accuracy."""
+"""Image classifiers: the same run on pixel values, calibration from folders, top-1 accuracy."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def naive(model: Any, pixels: torch.Tensor, sparsity: float, group: str, wanda: 
                     score_OI[row].sort(stable=True).indices[: int(score_OI.shape[1] * sparsity)],
                 ] = 0
         else:
-            # As the original, magnitude takes the threshold's own weight too.
+            # As in the original code, magnitude also removes the weight at the threshold.
             count = int(score_OI.numel() * sparsity) + (0 if wanda else 1)
             lowest = score_OI.flatten().sort(stable=True).indices[:count]
             weight_OI.view(-1)[lowest] = 0
@@ -206,7 +206,7 @@ def test_accuracy_is_that_of_a_naive_loop(tmp_path):
     dense = save_classifier(tmp_path / "dense", "vit")
     folder = pictures(tmp_path / "pictures")
     [score] = image_accuracy([dense], folder, batch=5)
-    # The classifier's labels run the other way than the folders' sorted order.
+    # The classifier numbers its labels in the reverse of the folders' sorted order.
     assert score.accuracy == naive_accuracy(dense, folder, {"cat": 2, "dog": 1, "eel": 0})
     assert score.standard_error == pytest.approx(
         math.sqrt(score.accuracy * (1 - score.accuracy) / 12)
@@ -241,7 +241,7 @@ def test_images_are_drawn_by_seed_whatever_the_order_of_the_file_system(tmp_path
     assert list_images(flat).labels == ()
 
 
-def test_what_cannot_be_calibrated_on_is_refused(tmp_path):
+def test_unusable_calibration_images_are_refused(tmp_path):
     dense = save_classifier(tmp_path / "dense", "vit")
     folder = pictures(tmp_path / "pictures")
 

@@ -1,6 +1,7 @@
-"""A child of the resume test: forks runs that are killed with SIGKILL at every place where a file gets its name.
+"""A child of the resume test: forks runs that die of SIGKILL wherever a file gets its final name.
 
-Prints one JSON line: for each kill point, whether the run that followed was resumed and what its files hash to.
+It prints one JSON line: for each kill point, whether the next run resumed, and whether its files
+are those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ RENAME = os.replace
 
 
 def fork(work: Callable[[], object]) -> int:
-    """Process id of a fork that carries out `work`."""
+    """Run `work` in a fork; returns its process id."""
     process = os.fork()
     if process == 0:
         code = 1
@@ -37,12 +38,12 @@ def fork(work: Callable[[], object]) -> int:
 
 
 def child(work: Callable[[], object]) -> int:
-    """Run `work` in a fork; returns the wait status."""
+    """Run `work` in a fork and wait for it; returns the wait status."""
     return os.waitpid(fork(work), 0)[1]
 
 
 def run(dense: str, out: Path, kill_at: int | None, after: bool) -> None:
-    """Prune, and die at the `kill_at`-th rename: before it, or after it."""
+    """Prune, and die before or after rename number `kill_at`; None: run to the end."""
     original, count = RENAME, 0
 
     def replace(source, target):
@@ -68,10 +69,11 @@ def digests(out: Path) -> dict[str, str]:
 
 def main() -> None:
     dense, scratch = sys.argv[1], Path(sys.argv[2])
-    # In the parent, so that the children need not import the model's code again; one thread forks safely.
+    # The first run is in the parent, so that the forks need not import the model's code again. A
+    # process with one thread forks safely.
     run(dense, scratch / "whole", None, False)
     expected, results = digests(scratch / "whole"), []
-    # Just after a rename is much like just before the next one: every third place is enough there.
+    # The moment after a rename is like the moment before the next one: every third is enough.
     for after, step in ((False, 1), (True, 3)):
         kill_at = 0
         while True:

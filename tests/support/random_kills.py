@@ -1,9 +1,10 @@
-"""A child of the test of faults: forks runs of every verb and kills them with SIGKILL at seeded random moments.
+"""A child of the test of faults: forks runs of every verb and kills them at random moments.
 
     python random_kills.py DENSE PRUNED TEXT IDS SCRATCH SEED VERB:KILLS ...
 
-Prints one JSON line: per kill the verb, the share of the run after which it fell, what an audit of the folder found, how
-the run that followed ended, and whether its files are those of an undisturbed one.
+The moments are seeded. It prints one JSON line with, for each kill: the verb, the share of the run
+after which it came, the faults that an audit of the folder found, how the next run ended, and which
+files differ from those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# A fork has one thread: none may be in the middle of something, as those of transformers' loading and tqdm's would be.
+# A fork has one thread. No other thread may hold a lock at that moment, as the threads of tqdm and
+# of transformers' loading would.
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 
 import torch
 import tqdm
 
 tqdm.tqdm.monitor_interval = 0
-# Its own is shared between processes: a child that is killed with it in hand would leave it locked for all others.
+# tqdm's own lock is shared between processes: a killed child that holds it would block all others.
 tqdm.tqdm.set_lock(threading.RLock())
 torch.set_num_threads(1)
 
@@ -40,12 +42,12 @@ from prunus.packed import pack  # noqa: E402
 from prunus.sweep import Sweep, run_sweep  # noqa: E402
 from recovery_cases import recover  # noqa: E402
 
-LONGEST = 60
+MAX_SECONDS = 60
 _TIMES = ("seconds", "peak_memory_bytes")
 
 
 def verbs(dense: Path, pruned: Path, text: Path, ids: Path) -> dict[str, Callable[[Path], object]]:
-    """What is killed: each writes into the folder it is given."""
+    """The runs that are killed; each writes into the folder that it gets."""
     windows = torch.arange(96).reshape(6, 16) % 120
     scoring = {"texts": [str(ids)], "seqlen": 16, "limit": 2}
     sweep = Sweep.model_validate(
@@ -71,8 +73,8 @@ def verbs(dense: Path, pruned: Path, text: Path, ids: Path) -> dict[str, Callabl
 
 
 def end(process: int) -> int:
-    """The wait status of a fork that should end by itself; one that does not in `LONGEST` seconds is ended."""
-    until = time.monotonic() + LONGEST
+    """The wait status of a fork that should end by itself; after `MAX_SECONDS` it is aborted."""
+    until = time.monotonic() + MAX_SECONDS
     while True:
         found, status = os.waitpid(process, os.WNOHANG)
         if found:
@@ -84,7 +86,7 @@ def end(process: int) -> int:
 
 
 def audit(out: Path) -> list[str]:
-    """What is not as it must be at any time: half a file under a final name, a record of what is not there."""
+    """Faults that no kill may leave: half a file under a final name, a record of a missing file."""
     faults = []
     for path in out.rglob("*"):
         try:
@@ -100,15 +102,16 @@ def audit(out: Path) -> list[str]:
                 elif path.name == "prunus-pack.json":
                     claimed = list(content["shards"])
                 elif path.name == "prunus.json" and any(path.parent.glob("prunus-*.json")):
-                    pass  # of the checkpoint that is packed or recovered
+                    pass  # A copy: the manifest of the checkpoint that was packed or recovered.
                 elif (
                     path.name in ("prunus.json", "prunus-recovery.json")
                     and path.parent.name != "cells"
                 ):
                     if any(path.parent.glob("model*")) and not (path.parent / INDEX_NAME).exists():
-                        continue  # a cell's copy
+                        continue  # A copy beside the checkpoint of a sweep's cell.
                     claimed = [
-                        f"block-{index:05d}.safetensors" for index in range(len(content.get("blocks", ())))
+                        f"block-{index:05d}.safetensors"
+                        for index in range(len(content.get("blocks", ())))
                     ]
                     if content["state"] == "finished":
                         claimed.append(INDEX_NAME)
@@ -123,7 +126,7 @@ def audit(out: Path) -> list[str]:
 
 
 def outcome(out: Path) -> dict[str, object]:
-    """Everything in a finished folder but times."""
+    """The content of a finished folder, without times."""
 
     def timeless(value: object) -> object:
         if isinstance(value, dict):
@@ -149,7 +152,8 @@ def main() -> None:
     for argument in sys.argv[7:]:
         verb, kills = argument.split(":")
         work = known[verb]
-        # Once in the parent, so that the children need not import the model's code again; one thread forks safely.
+        # The first run is in the parent, so that the forks need not import the model's code again.
+        # A process with one thread forks safely.
         work(scratch / f"{verb}-whole")
         expected, out = outcome(scratch / f"{verb}-whole"), scratch / "killed"
         shutil.rmtree(out, ignore_errors=True)
@@ -159,7 +163,7 @@ def main() -> None:
         while fallen < int(kills) and tries < 4 * int(kills):
             tries += 1
             shutil.rmtree(out, ignore_errors=True)
-            # Now and then what goes on after a kill is killed as well.
+            # Sometimes the resumed run is killed as well.
             for _ in range(moments.choice((1, 1, 2, 3))):
                 share = moments.random()
                 process = fork(lambda: work(out))  # noqa: B023

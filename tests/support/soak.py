@@ -2,7 +2,7 @@
 
     python soak.py SCRATCH RUNS
 
-Prints one JSON line: after every tenth of the runs, resident bytes, open files and threads.
+It prints one JSON line: resident bytes, open files and threads, after every tenth of the runs.
 """
 
 from __future__ import annotations

@@ -160,17 +160,25 @@ def run(
             model, output, recipe, joint_options, overwrite=overwrite, resume=resume
         )
         with open_output(checked.job, output) as destination:
-            return _run_checked(checked, destination, overwrite, started, progress)
+            return _prune_model(checked, destination, overwrite, started, progress)
 
 
-def _run_checked(
+def _prune_model(
     checked: CheckedRun,
     output: Output,
     overwrite: bool,
     started: float,
     progress: Callable[[Progress], None] | None,
 ) -> Manifest:
-    """The run itself, once everything is checked and the output belongs to it alone."""
+    """The run itself, after all checks, while no other run can use the output.
+
+    Args:
+        checked: What to do, and the manifest of the run to resume, if any.
+        output: Where the pruned weights go.
+        overwrite: Whether an earlier result in the output is replaced.
+        started: When the run started, by `time.perf_counter`.
+        progress: Called after every block.
+    """
     job = checked.job
     ranks = job.ranks
 
@@ -212,8 +220,8 @@ def _run_checked(
                 message = "taken from the earlier run"
             else:
                 message = _prune_block(job, pruner, output, index, walks[index])
-            if ranks.size > 1:
-                heap.trim_if_grown()
+                if ranks.size > 1:
+                    heap.trim_if_grown()
             if progress is not None and ranks.rank == 0:
                 progress(_progress(job, index, message, started))
 
@@ -234,6 +242,7 @@ def _prune_block(
     stored = job.source.block(index)
     changed, record = pruner.prune(index, stored, job.selected[index], walk)
     record.seconds = round(time.perf_counter() - started, 3)
+    # A finished block that is pruned once more keeps its shard.
     if index >= output.finished_blocks:
         output.write_block(index, stored, changed, record)
     message = f"pruned in {record.seconds:.2f} s"
