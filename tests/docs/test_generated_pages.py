@@ -1,0 +1,107 @@
+"""What scripts make for the site: the command line's reference, and the tables of the results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from typer.main import get_command
+
+from places import REPOSITORY
+from prunus.cli import app
+
+
+def loaded(path: Path) -> ModuleType:
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # A dataclass looks its module up while it is made.
+    import sys
+
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def reference() -> ModuleType:
+    return loaded(REPOSITORY / "docs" / "generate_reference.py")
+
+
+@pytest.fixture(scope="module")
+def plots() -> ModuleType:
+    return loaded(REPOSITORY / "benchmarks" / "plots.py")
+
+
+def test_every_command_and_option_is_in_the_reference(reference):
+    text = reference.command_reference()
+    for name, command in get_command(app).commands.items():
+        section = re.search(rf"^## prunus {name}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+        assert section, name
+        for parameter in command.params:
+            if parameter.param_type_name == "option" and not parameter.hidden:
+                assert all(f"`{option}`" in section[1] for option in parameter.opts)
+
+
+def test_tables_of_the_reference_have_three_cells(reference):
+    for line in reference.command_reference().splitlines():
+        if line.startswith("|"):
+            assert len(re.split(r"(?<!\\)\|", line)) == 5, line
+
+
+def test_pages_of_the_root_have_links_that_work_in_the_site(reference):
+    text = reference.root_file("README.md")
+    assert "](docs/" not in text
+    assert 'src="docs/' not in text
+    assert "](CONTRIBUTING.md)" not in text
+
+
+def test_tables_of_the_pages_are_those_of_the_figures(plots):
+    """After a new sweep: python benchmarks/plots.py."""
+    figures = plots.read_figures()
+    for path in plots.WITH_TABLES:
+        text = path.read_text(encoding="utf-8")
+        assert plots.with_tables(text, figures) == text, f"{path.name} is out of date"
+
+
+def test_a_sweep_is_taken_without_paths(plots, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "RESULTS", tmp_path)
+    score = {"wikitext2": {"perplexity": 20.0, "loss": 3.0}}
+    recipe = {
+        "preset": None,
+        "method": "wanda",
+        "sparsity": 0.5,
+        "pattern": "unstructured",
+        "calibration": "c4",
+        "samples": 2,
+        "seqlen": 16,
+        "seed": 0,
+    }
+    cells = [
+        {"state": "done", "recipe": recipe, "pruning": {"seconds": 1.0}, "scores": score},
+        {"state": "waiting", "recipe": recipe, "pruning": None, "scores": {}},
+    ]
+    sweep = {
+        "title": "t",
+        "models": {"tiny": {"path": "/home/me/tiny", "fingerprint": "f", "scores": score}},
+        "hardware": {"processor": "p"},
+        "versions": {},
+        "scoring": {},
+        "cells": cells,
+    }
+    (tmp_path / "results.json").write_text(json.dumps(sweep))
+    plots.take(tmp_path / "results.json")
+    text = (tmp_path / "curve.json").read_text()
+    assert "/home" not in text
+    assert [(c["series"], c["pattern"]) for c in json.loads(text)["cells"]] == [("wanda", "50 %")]
+
+
+def test_committed_figures_name_no_paths():
+    for path in (REPOSITORY / "docs" / "results").glob("*.json"):
+        assert not re.search(r'"/\w+/', path.read_text(encoding="utf-8")), path.name

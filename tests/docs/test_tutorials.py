@@ -1,0 +1,171 @@
+"""The commands of README, Start and the tutorials, run on a tiny model so that they cannot rot.
+
+The blocks of a page run in order, in one folder, with a tiny checkpoint under every name that its
+comment `models:` lists. Windows are made few and short; everything else is as written. Blocks under
+`<!-- parse only: … -->` need other hardware: their options are checked and nothing is run.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from documentation import Block, blocks, models
+from places import REPOSITORY
+from prunus.cli import app
+from tiny import tiny_checkpoint
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+DOCS = REPOSITORY / "docs"
+TUTORIALS = sorted([*(DOCS / "tutorials").glob("*.md"), *(DOCS / "start").glob("*.md")])
+OTHERS = [REPOSITORY / "README.md", *sorted((DOCS / "how-to").glob("*.md"))]
+#: Options that make a command take seconds; they replace what the page says.
+SMALL = {
+    "prune": {"--samples": "4", "--seqlen": "16"},
+    "plan": {"--samples": "4", "--seqlen": "16"},
+    "eval": {"--seqlen": "16", "--limit": "2"},
+    "recover": {"--tokens": "64", "--seqlen": "16", "--held-out": "2", "--evaluations": "1"},
+    "pack": {},
+    "generate": {"--max-new-tokens": "4"},
+}
+#: `bench` starts a process per model, which takes half a minute; tests/cli runs it.
+NOT_RUN = {"bench"}
+SMALL_PYTHON = {"samples": 4, "seqlen": 16, "tokens": 64}
+INT8_SCORE = {"--seqlen": "16", "--limit": "2"}
+SENTENCE = "The quick brown fox jumps over the lazy dog number {}. "
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny checkpoint with a tokenizer, wide enough for 2:4 and for permutations."""
+    folder = tiny_checkpoint(
+        tmp_path_factory.mktemp("tutorial") / "model",
+        dtype=torch.bfloat16,
+        vocab_size=VOCABULARY,
+    )
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def place(model, tmp_path, monkeypatch) -> Path:
+    """A folder with texts and a mirror of the corpora, where commands run."""
+    text = "\n\n".join(SENTENCE.format(number) * 4 for number in range(60))
+    mirror = tmp_path / "mirror"
+    (mirror / "wikitext2").mkdir(parents=True)
+    for split in ("train", "valid", "test"):
+        (mirror / "wikitext2" / f"wiki.{split}.raw").write_text(text)
+    (mirror / "c4").mkdir()
+    with gzip.open(mirror / "c4" / "c4_en_train_shard0_first1000.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": SENTENCE.format(n) * 8}) + "\n" for n in range(100))
+    (tmp_path / "my-text.txt").write_text(text)
+    (tmp_path / "held-out.txt").write_text(text)
+    monkeypatch.setenv("PRUNUS_DATA", str(mirror))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def verb_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
+    """Command and arguments of `prunus …` or `torchrun … -m prunus …`; None for other programs."""
+    if words[0] == "torchrun":
+        words = words[words.index("-m") + 1 :]
+    return (words[1], words[2:]) if words[0] == "prunus" else None
+
+
+def smaller(verb: str, arguments: list[str]) -> list[str]:
+    """The arguments with few, short windows."""
+    options = dict(SMALL.get(verb, {}))
+    if verb == "pack" and "int8" in arguments:
+        options |= INT8_SCORE
+    if verb == "plan" and "--model-shape" in arguments:
+        options = {}
+    kept = list(arguments)
+    for option, value in options.items():
+        if option in kept:
+            kept[kept.index(option) + 1] = value
+        else:
+            kept += [option, value]
+    return kept
+
+
+def check_options(words: list[str]) -> None:
+    """See that a command would be understood, without running it."""
+    found = verb_and_arguments(words)
+    if found is not None:
+        verb, arguments = found
+        commands = get_command(app).commands
+        assert verb in commands, f"there is no command {verb}"
+        commands[verb].make_context(verb, list(arguments))
+    elif words[0] == "python":
+        assert (REPOSITORY / words[1]).exists(), f"there is no script {words[1]}"
+    else:
+        assert words[0] in {"pip", "make"}, f"what is {words[0]}?"
+
+
+def run_block(block: Block, where: str) -> None:
+    if block.language == "python":
+        text = re.sub(
+            r"(samples|seqlen|tokens)=\d+", lambda m: f"{m[1]}={SMALL_PYTHON[m[1]]}", block.text
+        )
+        exec(compile(text, where, "exec"), {})
+        return
+    if block.language == "toml" and block.text.startswith("# "):
+        name, _, text = block.text[2:].partition("\n")
+        text = text.replace("samples = 32", "samples = 4").replace("seqlen = 1024", "seqlen = 16")
+        Path(name.strip()).write_text(text)
+        return
+    for words in block.commands() if block.language == "sh" else []:
+        check_options(words)
+        found = verb_and_arguments(words)
+        if found is not None and found[0] not in NOT_RUN:
+            result = CliRunner().invoke(app, [found[0], *smaller(*found)])
+            assert result.exit_code == 0, f"{where}: {' '.join(words)}\n{result.output}"
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_commands_of_a_tutorial_run(page, place, model):
+    for name in models(page):
+        shutil.copytree(model, place / name)
+    for block in blocks(page):
+        where = f"{page.name}, line {block.line}"
+        if block.runs:
+            run_block(block, where)
+        else:
+            for words in block.commands() if block.language == "sh" else []:
+                check_options(words)
+
+
+@pytest.mark.parametrize("page", OTHERS, ids=lambda page: page.stem)
+def test_commands_of_other_pages_are_understood(page):
+    for block in blocks(page):
+        for words in block.commands() if block.language == "sh" else []:
+            check_options(words)
+
+
+def test_a_block_marked_parse_only_is_not_run(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- parse only: no GPU -->\n```sh\nprunus doctor\n```\n\n```sh\nls \\\n -l # c\n```\n"
+    )
+    first, second = blocks(page)
+    assert (first.runs, second.runs) == (False, True)
+    assert second.commands() == [["ls", "-l"]]
+
+
+def test_an_option_that_does_not_exist_is_found():
+    with pytest.raises(Exception, match="--sparcity"):
+        check_options(["prunus", "prune", "MODEL", "OUT", "--sparcity", "0.5"])
+
+
+def test_tutorials_use_no_network():
+    assert os.environ.get("HF_HUB_OFFLINE") != "0"
