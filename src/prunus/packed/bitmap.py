@@ -1,7 +1,7 @@
 """Pack one weight, check a packed weight, and expand it again.
 
-`docs/bitmap-format.md` is the reference of the layout. This file works on tensors; it knows nothing
-of files, modules or models.
+`docs/reference/bitmap-format.md` is the reference of the layout. This file works on
+tensors; it knows nothing of files, modules or models.
 
 Shape suffixes: O output features (rows), I input features (columns), K stored values.
 """

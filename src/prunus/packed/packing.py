@@ -32,7 +32,8 @@ Progress = Callable[[int, int, str], None]
 _CARD = """
 ## Packed by prunus
 
-The pruned linears are stored as bitmaps (`docs/bitmap-format.md` of prunus). Install prunus, then:
+The pruned linears are stored as bitmaps (`docs/reference/bitmap-format.md` of prunus). Install
+prunus, then:
 
 ```python
 import prunus

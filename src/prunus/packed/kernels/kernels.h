@@ -17,7 +17,7 @@ extern "C" {
 
 enum { PRUNUS_OK = 0, PRUNUS_BAD_ARGUMENT = 1, PRUNUS_NO_SUCH_ISA = 2, PRUNUS_OUT_OF_MEMORY = 3 };
 
-// A weight (rows, cols) as it is stored; docs/bitmap-format.md describes each array.
+// A weight (rows, cols) as it is stored; docs/reference/bitmap-format.md describes each array.
 struct PrunusWeight {
     int64_t rows, cols;
     // Number of stored values. With codes it includes the zeros that pad the last group.
