@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from prunus.hardware.memory import ScatteredMemory, peak_memory, resident_memory
+from prunus.hardware.memory import HeapTrimmer, peak_memory, resident_memory
 
 
 def test_the_peak_is_at_least_what_is_resident():
@@ -32,13 +32,13 @@ def test_the_peak_is_not_that_of_the_process_that_started_this_one():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_scattered_memory_is_given_back_once_it_has_grown():
-    scattered = ScatteredMemory()
-    scattered.tidy()
+    trimmer = HeapTrimmer()
+    trimmer.trim_if_grown()
     before = resident_memory()
     # Every second piece of many is freed, below one that stays: the top of the heap does not shrink.
     pieces = [bytearray(b"x") * 50_000 for _ in range(6 * before // 50_000)]
     stays = pieces[1::2]
     del pieces
     grown = resident_memory()
-    scattered.tidy()
+    trimmer.trim_if_grown()
     assert len(stays) * 50_000 < resident_memory() < grown - before

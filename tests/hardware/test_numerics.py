@@ -5,20 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prunus.hardware.numerics import coarse_factor, coarse_product, native_bfloat16
+from prunus.hardware.numerics import low_precision_factor, low_precision_product, native_bfloat16
 from prunus.methods.statistics import InputStatistics
 
 
 def test_small_products_are_exact():
     left, right = torch.randn(7, 9), torch.randn(9, 5)
-    assert torch.equal(coarse_product(left, right), left @ right)
+    assert torch.equal(low_precision_product(left, right), left @ right)
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_large_products_are_right_to_a_few_bits(native, monkeypatch):
     monkeypatch.setattr("prunus.hardware.numerics.native_bfloat16", lambda: native)
     left, right = torch.randn(300, 300), torch.randn(300, 300)
-    exact, found = left @ right, coarse_product(left, right)
+    exact, found = left @ right, low_precision_product(left, right)
     assert found.dtype == torch.float32
     error = float((found - exact).norm() / exact.norm())
     assert error < 0.005
@@ -31,7 +31,7 @@ def test_a_factor_rounded_once_gives_the_same_products(rows, native, monkeypatch
     monkeypatch.setattr("prunus.hardware.numerics.native_bfloat16", lambda: native)
     left, right = torch.randn(rows, 300), torch.randn(300, 300)
     assert torch.equal(
-        coarse_product(left, coarse_factor(right, rows)), coarse_product(left, right)
+        low_precision_product(left, low_precision_factor(right, rows)), low_precision_product(left, right)
     )
 
 

@@ -19,7 +19,6 @@ from prunus.methods.allocation import (
     meet_budget,
     outlier_share,
     owl,
-    removed_energy,
     round_to_whole_weights,
     uniform,
 )
@@ -61,14 +60,14 @@ def test_every_rule_meets_the_budget(layers, sparsity, spread, step):
 
 
 def test_bounds_are_kept_by_moving_the_others():
-    assert meet_budget([0.1, 0.5, 2.0], [1, 1, 1], 0.5, most=0.8) == pytest.approx(
+    assert meet_budget([0.1, 0.5, 2.0], [1, 1, 1], 0.5, max_sparsity=0.8) == pytest.approx(
         [0.15, 0.55, 0.8]
     )
     assert meet_budget([-1.0, 0.5], [3, 1], 0.2) == pytest.approx([0, 0.8])
 
 
 @pytest.mark.parametrize(
-    ("wanted", "weights", "sparsity", "most", "message"),
+    ("wanted", "weights", "sparsity", "max_sparsity", "message"),
     [
         ([], [], 0.5, 0.9, "every layer must have weights"),
         ([0.5], [0], 0.5, 0.9, "every layer must have weights"),
@@ -76,13 +75,13 @@ def test_bounds_are_kept_by_moving_the_others():
         ([math.nan, 0.5], [1, 1], 0.5, 0.9, "one finite value for each of the 2 layers"),
         ([0.5], [1], 1.0, 0.9, r"the sparsity is 1\.0"),
         ([0.5], [1], math.nan, 0.9, "the sparsity is nan"),
-        ([0.5], [1], 0.95, 0.9, r"0\.95 in all does not fit under a most of 0\.9"),
+        ([0.5], [1], 0.95, 0.9, r"0\.95 in all does not fit under a maximum of 0\.9"),
         ([0.5], [1], 0.5, 1.0, "does not fit"),
     ],
 )
-def test_budgets_that_cannot_be_met_are_refused(wanted, weights, sparsity, most, message):
+def test_budgets_that_cannot_be_met_are_refused(wanted, weights, sparsity, max_sparsity, message):
     with pytest.raises(ValueError, match=message):
-        meet_budget(wanted, weights, sparsity, most)
+        meet_budget(wanted, weights, sparsity, max_sparsity)
 
 
 # --- the published rules ---------------------------------------------------------------------------------------
@@ -211,13 +210,6 @@ def test_a_dent_in_a_curve_is_bridged():
 def test_curves_that_do_not_serve_are_refused(curves, sparsity, message):
     with pytest.raises(ValueError, match=message):
         allocate_by_error(curves, [10], sparsity)
-
-
-def test_removed_energy_is_the_lowest_squares_of_every_row():
-    score_OI = torch.tensor([[3.0, 1.0, 2.0, 0.5], [1.0, 4.0, 0.0, 2.0]])
-    curve = removed_energy(score_OI, [0.0, 0.25, 0.3, 0.5, 0.99])
-    assert curve == [(0.0, 0.0), (0.25, 0.25), (0.5, 2.25), (0.75, 10.25)]
-    assert allocate_by_error([curve, curve], [8, 8], 0.5) == pytest.approx([0.5, 0.5])
 
 
 # --- whole weights ---------------------------------------------------------------------------------------------

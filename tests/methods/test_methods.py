@@ -292,11 +292,11 @@ def test_default_groups_are_those_of_the_paper():
         ("sparsegpt", Pattern(group="column"), 0.5, {}, "not by column"),
         ("sparsegpt", Pattern(group=4), 0.5, {}, "not by 4"),
         ("obs", Pattern(group="column"), 0.5, {"mask_order": "blockwise"}, "not by column"),
-        ("obs", Pattern(), 0.5, {"mask_order": "after"}, "'after'.*before or blockwise"),
-        ("obs", Pattern(), 0.5, {"mask_from": "ria"}, "'ria'.*wanda or magnitude"),
-        ("sparsegpt", Pattern(), 0.5, {"damping": -1.0}, "damping is -1.0"),
-        ("sparsegpt", Pattern(), 0.5, {"damping": float("nan")}, "damping is nan"),
-        ("sparsegpt", Pattern(), 0.5, {"column_block": 0}, "column block is 0"),
+        ("obs", Pattern(), 0.5, {"mask_order": "after"}, "mask_order must be before or blockwise; got 'after'"),
+        ("obs", Pattern(), 0.5, {"mask_from": "ria"}, "mask_from must be wanda or magnitude; got 'ria'"),
+        ("sparsegpt", Pattern(), 0.5, {"damping": -1.0}, r"damping must lie in \(0, 1\).*got -1\.0"),
+        ("sparsegpt", Pattern(), 0.5, {"damping": float("nan")}, r"damping must lie in \(0, 1\).*got nan"),
+        ("sparsegpt", Pattern(), 0.5, {"column_block": 0}, "column_block must be at least 1 column; got 0"),
     ],
 )
 def test_what_does_not_go_together_is_refused(name, pattern, sparsity, options, message):

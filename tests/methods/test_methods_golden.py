@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 import reference
 from golden import FED_BACK_LINEAR
 from prunus.methods import METHODS, MethodOptions
-from prunus.methods.base import RowShard
 from prunus.methods.patterns import Pattern
+from prunus.methods.row_shards import RowShard
 from prunus.methods.solvers.obs import prune_by_obs
 from prunus.methods.statistics import InputStatistics
 

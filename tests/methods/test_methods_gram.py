@@ -16,7 +16,12 @@ import reference
 from method_cases import PATTERNS, WEIRD, example, gather, prune, weird_example
 from prunus.methods import METHODS, MethodOptions, check_options, compose
 from prunus.methods.patterns import Pattern
-from prunus.methods.solvers.least_squares import conjugate_gradients, fit, ridge, scaled_gram
+from prunus.methods.solvers.least_squares import (
+    conjugate_gradients,
+    fit_least_squares,
+    ridge,
+    scaled_gram_of,
+)
 from prunus.methods.statistics import InputStatistics
 
 # --- RIA -------------------------------------------------------------------------------------------------------
@@ -62,7 +67,7 @@ def test_the_fit_is_the_exact_solution(pattern, damping, monkeypatch):
     X_TI[:, 7] = 0
     statistics = gather(X_TI)
     start = METHODS["wanda"].prune(weight_OI, statistics, pattern, 0.5, MethodOptions())
-    fitted = fit(weight_OI, start, statistics, damping, steps=200)
+    fitted = fit_least_squares(weight_OI, start, statistics, damping, max_steps=200)
     used = damping or ridge(24, 200)
     assert fitted.notes["ridge"] == used
     expected = reference.least_squares(weight_OI, start.keep_OI, statistics.gram_II, used)
@@ -99,7 +104,7 @@ def test_no_step_of_conjugate_gradients_raises_the_error(rows, columns, tokens, 
 
 def test_steps_end_when_nothing_is_left_to_do():
     weight_OI, X_TI = example(5, 16)
-    scaled = scaled_gram(gather(X_TI), 0.1)
+    scaled = scaled_gram_of(gather(X_TI), 0.1)
     keep_OI = torch.rand(5, 16) < 0.5
     _, taken = conjugate_gradients(weight_OI, weight_OI, keep_OI, scaled.gram_II, 1000)
     assert 1 < taken < 30
@@ -117,9 +122,9 @@ def test_steps_end_when_one_is_not_worthwhile_any_more():
     keep_OI = torch.rand(12, 48) < 0.5
     start_OI, target_OI, gram_II = torch.randn(12, 48), target_OI.float(), hessian_II.float()
 
-    def error(steps, worthwhile=0.0):
+    def error(steps, min_gain=0.0):
         solution_OI, taken = conjugate_gradients(
-            start_OI, target_OI, keep_OI, gram_II, steps, worthwhile=worthwhile
+            start_OI, target_OI, keep_OI, gram_II, steps, min_gain=min_gain
         )
         return float(reference.squared_error(solution_OI - target_OI, hessian_II).sum()), taken
 
@@ -143,7 +148,7 @@ def test_a_large_ridge_leaves_the_weights_where_they_were():
     statistics = gather(X_TI)
     start = METHODS["wanda"].prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions())
     moved = [
-        (fit(weight_OI, start, statistics, d).weight_OI - start.weight_OI).norm()
+        (fit_least_squares(weight_OI, start, statistics, d).weight_OI - start.weight_OI).norm()
         for d in (0.01, 0.1, 1)
     ]
     assert moved[0] > 2 * moved[1] > 4 * moved[2] > 0
@@ -233,7 +238,7 @@ def test_inverses_that_take_too_much_memory_are_not_kept(monkeypatch):
     weight_OI, X_TI = example(6, 24)
     statistics = gather(X_TI)
     kept = METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions())
-    monkeypatch.setattr("prunus.methods.solvers.admm_operator._MOST_KEPT", 1)
+    monkeypatch.setattr("prunus.methods.solvers.admm_operator._MAX_KEPT_BYTES", 1)
     statistics = gather(X_TI)
     again = METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions())
     assert torch.equal(kept.weight_OI, again.weight_OI)
@@ -280,11 +285,11 @@ def test_no_input_makes_an_update_that_is_not_finite(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ria_power": -0.5}, r"power of the input norms is -0\.5"),
-        ({"ria_power": float("nan")}, "power of the input norms is nan"),
-        ({"iterations": 0}, "iterations are 0"),
-        ({"weight_update": "ridge"}, "weight update is 'ridge': choose none or least-squares"),
-        ({"damping": 1.5}, r"damping is 1\.5"),
+        ({"ria_power": -0.5}, r"ria_power must lie in \[0, 2\]; got -0\.5"),
+        ({"ria_power": float("nan")}, r"ria_power must lie in \[0, 2\]; got nan"),
+        ({"iterations": 0}, "iterations must be at least 1; got 0"),
+        ({"weight_update": "ridge"}, "weight_update must be none or least-squares; got 'ridge'"),
+        ({"damping": 1.5}, r"damping must lie in \(0, 1\).*got 1\.5"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

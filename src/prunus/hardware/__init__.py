@@ -1,1 +1,1 @@
-"""What the machine offers: memory, sizes, rates of devices and fast tensor products."""
+"""What the hardware offers: memory, memory sizes, speeds of devices, and fast tensor operations."""

@@ -1,4 +1,8 @@
-"""The machine and the versions that a run is carried out with: memory, processor, speed."""
+"""The memory, the processor and the software versions of this process.
+
+Linux tells most of it in files below /proc and /sys. Where a file is missing, functions fall back
+to a portable call or to 0, because a figure for a report must never end a run.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from typing import Any
 import torch
 
 __all__ = [
-    "ScatteredMemory",
+    "HeapTrimmer",
     "available_memory",
     "describe_hardware",
     "keep_freed_memory",
@@ -30,11 +34,17 @@ __all__ = [
 
 
 def peak_memory(device: torch.device | None = None) -> int:
-    """Peak memory of this process so far in bytes: resident on the host, allocated on a CUDA device."""
+    """The peak memory of this process so far, in bytes.
+
+    Args:
+        device: a CUDA device, for the memory allocated on it. Anything else, or None, asks for the
+            resident memory of the host.
+    """
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        # Linux counts in ru_maxrss what the process held that started this one, before it became it.
+        # A process is started as a copy of another one, and ru_maxrss includes that copy's memory.
+        # VmHWM does not.
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
@@ -43,7 +53,7 @@ def peak_memory(device: torch.device | None = None) -> int:
 
 
 def resident_memory() -> int:
-    """Bytes of this process that are in memory now; 0 where the system does not tell."""
+    """The resident memory of this process now, in bytes; 0 where the system does not say."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -52,7 +62,10 @@ def resident_memory() -> int:
 
 
 def available_memory() -> int:
-    """Bytes that can still be taken without swapping, the limit of the process' cgroup included."""
+    """The bytes that can still be allocated without swapping.
+
+    The limits of the process's memory control groups count as well.
+    """
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -64,7 +77,8 @@ def available_memory() -> int:
         try:
             limit, used = limit_file.read_text().strip(), int(usage_file.read_text())
             if limit != "max":
-                # What the group holds of files can be given back; it is counted as used all the same, to be safe.
+                # The usage includes cached files, which the system could free. They count as used
+                # here, to be on the safe side.
                 available = min(available, max(0, int(limit) - used))
         except (OSError, ValueError):
             pass
@@ -72,25 +86,31 @@ def available_memory() -> int:
 
 
 def _cgroup_files() -> list[tuple[Path, Path]]:
-    """(limit, usage) of the memory control groups that this process may be in, whether they are there or not."""
-    root, own = Path("/sys/fs/cgroup"), {}
+    """Pairs (limit file, usage file) of the memory control groups that this process may be in.
+
+    They cover version 1 and version 2 of control groups. Not all of the files exist.
+    """
+    root, own_paths = Path("/sys/fs/cgroup"), {}
     try:
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            own[controllers] = path.lstrip("/")
+            own_paths[controllers] = path.lstrip("/")
     except (OSError, ValueError):
         pass
-    second = [root, root / own.get("", "")]
-    first = [root / "memory", root / "memory" / own.get("memory", "")]
-    return [(x / "memory.max", x / "memory.current") for x in second] + [
-        (x / "memory.limit_in_bytes", x / "memory.usage_in_bytes") for x in first
+    version_2 = [root, root / own_paths.get("", "")]
+    version_1 = [root / "memory", root / "memory" / own_paths.get("memory", "")]
+    return [(x / "memory.max", x / "memory.current") for x in version_2] + [
+        (x / "memory.limit_in_bytes", x / "memory.usage_in_bytes") for x in version_1
     ]
 
 
 def memory_budget(device: torch.device, memory: int | None) -> int:
-    """Bytes that the process may have in all where `device` computes: `memory` where it is given, else what is free.
+    """The memory in bytes that this process may use in all, on the device that computes.
 
-    Of a CUDA device a tenth is left to the allocator's rounding.
+    Args:
+        device: the device that computes. The budget counts its memory.
+        memory: a budget given by the user, or None to use what is free now. On a CUDA device a
+            tenth of the free memory is left for the rounding of its allocator.
     """
     if memory is not None:
         return memory
@@ -100,10 +120,11 @@ def memory_budget(device: torch.device, memory: int | None) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep the memory that it frees, for its next tensors.
+    """Make this process keep the memory that it frees, for its next tensors.
 
-    glibc gives large pieces back to the system at once and gets them anew as pages to be zeroed: where every step
-    makes the same large tensors again, that is a fifth of a training step on a CPU. Does nothing without glibc.
+    glibc returns large pieces to the system at once. The system zeroes every page that it hands out
+    again. Where every step allocates the same large tensors, this takes a fifth of a training step
+    on a CPU. The function does nothing where the C library is not glibc.
     """
     try:
         set_option = ctypes.CDLL(None).mallopt
@@ -114,18 +135,23 @@ def keep_freed_memory() -> None:
     set_option(trim_threshold, 2**31 - 1)
 
 
-class ScatteredMemory:
-    """Gives freed memory back to the system once it has grown. Does nothing without glibc.
+class HeapTrimmer:
+    """Returns freed memory to the system when the heap is fragmented.
 
-    What one thread allocates and another frees scatters: under gloo, pieces of free memory add up that nobody asks for
-    again. To give all of them back takes a tenth of a second and more, so it waits until they are a tenth of the process.
+    Memory that one thread allocates and another thread frees fragments the heap. With the gloo
+    backend such free pieces add up, and are not used again. Returning all of them takes a tenth of
+    a second or more, so it waits until the process has grown by a tenth. It does nothing where the
+    C library is not glibc.
     """
 
     def __init__(self) -> None:
         self._usual = 0
 
-    def tidy(self) -> None:
-        """To be called at like moments of a run, at which it holds about as much as at the one before."""
+    def trim_if_grown(self) -> None:
+        """Trim the heap if the process has grown since the last call.
+
+        Call it at corresponding moments of a run, at which the process needs the same memory.
+        """
         resident = resident_memory()
         if not self._usual:
             self._usual = resident
@@ -136,7 +162,11 @@ class ScatteredMemory:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large matrix product, measured in about 0.1 s."""
+    """The floating-point operations per second of a large matrix product.
+
+    It is measured, which takes about 0.1 s. The fastest of four rounds counts, since the first one
+    also pays for starting up.
+    """
     left = torch.ones(1024, 1024, device=device, dtype=dtype)
     right = torch.ones(1024, 1024, device=device, dtype=dtype)
     best = float("inf")
@@ -150,7 +180,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the result."""
+    """The versions of the libraries that decide the bytes of a result."""
     return {
         "prunus": version("prunus"),
         "torch": torch.__version__,
@@ -161,7 +191,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:
-    """The hardware a run is carried out on."""
+    """The processor, its cores and threads, and the device of a run, for its manifest."""
     return {
         "processor": processor_name(),
         "cores": os.cpu_count(),
@@ -171,7 +201,7 @@ def describe_hardware(device: torch.device) -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """The processor in words, as the system tells it."""
+    """The name of the processor, as the system reports it."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,7 +1,9 @@
-"""Matrix products where speed counts for more than the last digits.
+"""Tensor operations in which speed counts for more than the last digits.
 
-A processor that multiplies bfloat16 natively is about four times as fast in it as in float32. Sums stay float32 inside
-the product; factors, and the result, are rounded to 8 bits (a relative error of up to 0.4 % each, of either sign).
+A processor that multiplies bfloat16 natively does so about four times as fast as float32. A
+"low-precision product" uses that: both factors and the result are rounded to bfloat16, which has 8
+significant bits (a relative error of up to 0.4 % each, of either sign). Sums inside the product
+stay float32.
 """
 
 from __future__ import annotations
@@ -11,68 +13,103 @@ from torch import Tensor
 
 __all__ = [
     "all_finite",
-    "coarse_factor",
-    "coarse_product",
     "count_zeros",
+    "low_precision_factor",
+    "low_precision_product",
     "multiplies_bfloat16",
     "native_bfloat16",
     "row_spans",
 ]
 
-# Below so many multiplications, rounding costs more time than it saves.
-_WORTHWHILE = 2**24
-# Elements of a temporary on a processor: 16 MB as float32. glibc gives back at once what is larger than 32 MB, and each
-# new one begins with page faults, a third of the time of a product and what is done with it.
-_AT_A_TIME = 2**22
+# Below this number of multiplications, rounding the factors costs more time than it saves.
+_MIN_MULTIPLICATIONS = 2**24
+# The elements of a temporary on a processor: 16 MB as float32. glibc returns pieces larger than
+# 32 MB to the system at once, and every new one starts with page faults. Those take a third of the
+# time of a product and what follows it.
+_ELEMENTS_AT_A_TIME = 2**22
 
 
 def native_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 itself."""
+    """Whether this processor has instructions that multiply bfloat16."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, check, lambda: False)()) for check in checks)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether that is a processor which does."""
+    """Whether `device` is a processor with instructions that multiply bfloat16."""
     return device.type == "cpu" and native_bfloat16()
 
 
-def coarse_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, float32: by way of bfloat16 where that is faster, else exactly as it stands.
+def low_precision_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right as float32, computed in bfloat16 where that is faster, otherwise in float32.
 
-    Both are float32, or both are rounded already.
+    Use it for a result that is corrected later, such as a step of an iteration, or that is small
+    against what it is added to.
 
-    For what is corrected afterwards anyway, such as the steps of an iteration, or is small against what it is added to.
+    Args:
+        left: (rows, inner).
+        right: (inner, columns). Both are float32, or both are rounded to bfloat16 already; one that
+            comes from `low_precision_factor` may be either.
+
+    >>> low_precision_product(torch.ones(2, 3), torch.ones(3, 1))
+    tensor([[3.],
+            [3.]])
     """
-    if _rounds(left.shape[0], right):
+    if _is_rounded(left.shape[0], right):
         return (left.bfloat16() @ right.bfloat16()).float()
     return left.float() @ right.float()
 
 
-def coarse_factor(right: Tensor, rows: int) -> Tensor:
-    """`right`, float32, rounded once for many a `coarse_product` with `rows` rows to its left, where these round it."""
-    return right.bfloat16() if _rounds(rows, right) else right
+def low_precision_factor(right: Tensor, rows: int) -> Tensor:
+    """Round a factor once for many calls of `low_precision_product`.
+
+    Args:
+        right: float32.
+        rows: the rows of the factors to its left. With few rows the product stays in float32, and
+            `right` is returned as it is.
+    """
+    return right.bfloat16() if _is_rounded(rows, right) else right
 
 
-def row_spans(matrix: Tensor, together: int = 1) -> list[slice]:
-    """The rows of a matrix in runs whose temporaries are cheap; each run but the last a multiple of `together` rows."""
-    rows, width = matrix.shape
+def row_spans(matrix: Tensor, rows_per_group: int = 1) -> list[slice]:
+    """Split the rows of a matrix into runs whose temporaries are cheap.
+
+    Args:
+        matrix: (rows, columns).
+        rows_per_group: rows that must stay together; every run but the last is a multiple of it.
+
+    >>> row_spans(torch.empty(10, 2**20), rows_per_group=3)
+    [slice(0, 3, None), slice(3, 6, None), slice(6, 9, None), slice(9, 10, None)]
+    """
+    rows, columns = matrix.shape
     if matrix.device.type != "cpu":
         return [slice(0, rows)]
-    run = max(1, _AT_A_TIME // max(1, width * together)) * together
+    groups = max(1, _ELEMENTS_AT_A_TIME // max(1, columns * rows_per_group))
+    run = groups * rows_per_group
     return [slice(start, min(start + run, rows)) for start in range(0, max(1, rows), run)]
 
 
-def _rounds(rows: int, right: Tensor) -> bool:
-    return rows * right.numel() >= _WORTHWHILE and multiplies_bfloat16(right.device)
+def _is_rounded(rows: int, right: Tensor) -> bool:
+    return rows * right.numel() >= _MIN_MULTIPLICATIONS and multiplies_bfloat16(right.device)
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether it holds neither NaN, which aminmax passes on, nor infinity: a fortieth of isfinite's time on a CPU."""
+    """Whether a tensor holds neither NaN nor infinity.
+
+    The smallest and the largest element tell: aminmax passes NaN on. On a CPU this takes a fortieth
+    of the time of isfinite.
+
+    >>> all_finite(torch.tensor([1.0, float("nan")]))
+    False
+    """
     return tensor.numel() == 0 or all(bool(end.isfinite()) for end in torch.aminmax(tensor))
 
 
 def count_zeros(tensor: Tensor) -> int:
-    """How many numbers of `tensor` are 0 (or -0)."""
-    # count_nonzero of floats branches at each of them, and takes ten times as long as comparing first.
+    """How many elements of a tensor are 0 or -0.
+
+    >>> count_zeros(torch.tensor([0.0, -0.0, 1.0]))
+    2
+    """
+    # count_nonzero branches at every float. Comparing first takes a tenth of its time.
     return tensor.numel() - int(torch.count_nonzero(tensor != 0))

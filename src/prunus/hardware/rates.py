@@ -1,7 +1,8 @@
-"""What a device does in a second: the constants of `forecast.py`.
+"""How fast a device is: the constants of the forecast in `prunus.pruning.forecast`.
 
-Those of a processor core were measured by `benchmarks/cost_constants.py` on the machine named here. Those of GPUs are NOT
-measured: they are vendors' peak figures, times a share of the peak that is a guess.
+The constants of a processor core were measured by `benchmarks/cost_constants.py`, on the processor
+that `DEVICES["core"].source` names. Those of GPUs are NOT measured. They are peak figures of the
+vendors, times an assumed share of the peak.
 """
 
 from __future__ import annotations
@@ -11,29 +12,36 @@ from dataclasses import dataclass, replace
 
 __all__ = ["DEVICES", "Devices", "Rates", "parse_devices"]
 
-#: The share of a vendor's peak that large matrix products are taken to reach. A guess.
+#: The share of a vendor's peak that large matrix products are assumed to reach. It is a guess.
 ASSUMED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Rates:
-    """One device, or one processor core.
+    """The speed of one device, or of one processor core. All rates are per second.
 
     Attributes:
-        source: where the figures come from; every output says so.
-        products: floating-point operations a second in the blocks' own matrix products (bfloat16).
-        products32: the same in float32: Gram matrices and solvers.
-        factor32: the same in factorisations (Cholesky, triangular inverse).
-        attention: floating-point operations a second in attention.
-        elements: elements a second of simple work on activations: norms, activation functions, sums of squares.
-        weights: weights a second from stored weight to score, mask and pruned weight.
-        swept: weights a second in SparseGPT's sweep, beside its matrix products; and columns a second, however short.
-        finished: weights a second from solved weight to stored one: rounded, seen to be finite, zeros counted.
-        read, write: bytes a second of the disk. hashed: bytes a second of SHA-256.
-        link: bytes a second from one rank to another. latency: seconds of a meeting.
-        memory: bytes of one device; None for a processor, whose memory is the host's.
-        process: bytes that a process has before it prunes anything.
-        start: seconds of a run before its first block, beside the embeddings; imports not counted.
+        source: where the figures come from; every output repeats it.
+        products: floating-point operations in the blocks' own matrix products (bfloat16).
+        products32: floating-point operations in float32 products: Gram matrices and solvers.
+        factor32: floating-point operations in float32 factorisations (Cholesky, triangular
+            inverse).
+        attention: floating-point operations in attention.
+        elements: elements in simple work on activations: norms, activation functions, sums of
+            squares.
+        weights: weights from the stored weight to score, mask and pruned weight.
+        swept: weights in SparseGPT's sweep, without its matrix products.
+        columns: columns in SparseGPT's sweep, however short they are.
+        finished: weights from the solved weight to the stored one: rounding, the check that they
+            are finite, counting zeros.
+        read: bytes read from disk.
+        write: bytes written to disk.
+        hashed: bytes hashed with SHA-256.
+        link: bytes sent from one rank to another.
+        latency: seconds of one synchronization of ranks.
+        memory: bytes of one device; None for a processor, whose memory is that of the host.
+        process: bytes that a process uses before it prunes anything.
+        start: seconds of a run before its first block, without embeddings and imports.
     """
 
     source: str
@@ -59,7 +67,16 @@ class Rates:
 def _vendor(
     name: str, half: float, single: float, memory: float, bandwidth: float, link: float
 ) -> Rates:
-    """A GPU by its data sheet: TFLOP/s in bfloat16 and float32, GB, GB/s of memory and of NVLink in one direction."""
+    """A GPU by its data sheet.
+
+    Args:
+        name: the name of the GPU.
+        half: TFLOP/s in bfloat16.
+        single: TFLOP/s in float32.
+        memory: GB.
+        bandwidth: GB/s of its memory.
+        link: GB/s of NVLink, in one direction.
+    """
     usable = ASSUMED_SHARE * bandwidth * 1e9
     return Rates(
         source=f"{name}: NOT measured; the vendor's peaks, times {ASSUMED_SHARE:g} by assumption",
@@ -85,7 +102,8 @@ def _vendor(
 
 DEVICES: dict[str, Rates] = {
     "core": Rates(
-        source="one core of an AMD EPYC (family 25, Zen 4), measured by benchmarks/cost_constants.py",
+        source="one core of an AMD EPYC (family 25, Zen 4), "
+        "measured by benchmarks/cost_constants.py",
         products=2.16e11,
         products32=9.68e10,
         factor32=4.81e10,
@@ -112,7 +130,13 @@ DEVICES: dict[str, Rates] = {
 
 @dataclass(frozen=True)
 class Devices:
-    """What a run is spread over: so many ranks, each with one device, or with so many cores."""
+    """What a run is distributed over.
+
+    Attributes:
+        text: the devices as the user wrote them.
+        ranks: the number of ranks.
+        rates: the speed of what each rank has: one GPU, or several cores together.
+    """
 
     text: str
     ranks: int
@@ -120,25 +144,29 @@ class Devices:
 
 
 def parse_devices(text: str) -> Devices:
-    """Read "8xh100" (8 ranks with a GPU each), "2-cores" (one rank), "4x8-cores" (4 ranks of 8 cores each).
+    """Read "8xh100" (8 ranks with a GPU each), "2-cores" (one rank) or "4x8-cores" (4 ranks).
 
-    Cores are taken to be as fast together as alone, but for disk, link and latency, which they share.
+    Several cores are assumed to be as many times faster than one, except for disk, link and
+    latency, which they share.
 
     Raises:
-        ValueError: anything else; lists what there is.
+        ValueError: the text is something else; the message lists all devices.
+
+    >>> parse_devices("4x8-cores").ranks
+    4
     """
-    found = re.fullmatch(r"(?:([1-9][0-9]*)x)?(?:([1-9][0-9]*)-cores?|([a-z0-9]+))", text)
-    if found is None or (found[3] is not None and (found[3] == "core" or found[3] not in DEVICES)):
+    match = re.fullmatch(r"(?:([1-9][0-9]*)x)?(?:([1-9][0-9]*)-cores?|([a-z0-9]+))", text)
+    if match is None or (match[3] is not None and (match[3] == "core" or match[3] not in DEVICES)):
         gpus = ", ".join(name for name in DEVICES if name != "core")
         raise ValueError(
-            f"the devices {text!r} are unknown: give [N x]GPU, such as 8xh100 ({gpus}), or [N x]M-cores, such as 2-cores "
-            "or 4x8-cores"
+            f"the devices {text!r} are unknown: give [N x]GPU, such as 8xh100 ({gpus}), "
+            "or [N x]M-cores, such as 2-cores or 4x8-cores"
         )
-    ranks = int(found[1] or 1)
-    if found[3] is not None:
-        return Devices(text, ranks, DEVICES[found[3]])
-    core, cores = DEVICES["core"], int(found[2])
-    each = (
+    ranks = int(match[1] or 1)
+    if match[3] is not None:
+        return Devices(text, ranks, DEVICES[match[3]])
+    core, cores = DEVICES["core"], int(match[2])
+    scales_with_cores = (
         "products",
         "products32",
         "factor32",
@@ -149,5 +177,7 @@ def parse_devices(text: str) -> Devices:
         "finished",
     )
     return Devices(
-        text, ranks, replace(core, **{name: cores * getattr(core, name) for name in each})
+        text,
+        ranks,
+        replace(core, **{name: cores * getattr(core, name) for name in scales_with_cores}),
     )

@@ -11,10 +11,21 @@ _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_bytes(text: str) -> int:
-    """A size such as '8GB', '512MB', '1.5GiB' or '100000' in bytes; units are powers of 1024.
+    """Read a size such as '8GB', '512MB', '1.5GiB' or '100000'.
+
+    Args:
+        text: a number, and perhaps a unit. All units are powers of 1024.
+
+    Returns:
+        The size in bytes, at least 1.
 
     Raises:
-        ValueError: not a size, or zero.
+        ValueError: the text is not a size, or the size is 0.
+
+    >>> parse_bytes("1.5GiB")
+    1610612736
+    >>> parse_bytes("0.5k")
+    512
     """
     match = _BYTES.match(text)
     if not match:

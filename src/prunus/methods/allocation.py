@@ -1,16 +1,18 @@
-"""How a sparsity is shared out among layers: blocks, or single linears.
+"""How a sparsity is allocated to layers, where a layer is a block or a single linear.
 
-Pure functions from a few numbers per layer to a sparsity per layer, whose mean, weighted by the layers' numbers of
-weights, is the sparsity asked for. Nothing here knows a model; whoever calls says what the layers are.
+Pure functions from a few numbers per layer to a sparsity per layer. Their mean, weighted by the
+layers' numbers of weights, is the sparsity of the whole. Nothing here knows a model.
 
-uniform      the same for all
-owl          layers with many outliers keep more (Yin et al. 2023, arXiv 2310.05175)
-dlp          layers with a low median score keep more (Chen et al. 2025, arXiv 2505.23807)
-arithmetic   rising evenly from the first to the last (Huang et al. 2025, arXiv 2502.14770)
-allocate_by_error     spent where the error per removed weight is least
+    uniform            the same sparsity for all layers
+    owl                layers with many outliers keep more (Yin et al. 2023, arXiv 2310.05175)
+    dlp                layers with a low median score keep more (Chen et al. 2025, arXiv 2505.23807)
+    arithmetic         rises evenly with depth (Huang et al. 2025, arXiv 2502.14770)
+    allocate_by_error  removes weights where the measured error per removed weight is smallest
 
-The published ones are rules of thumb about the network; `allocate_by_error` compares the layers' own errors. Scores are those of a
-method, such as Wanda's |W_ij|·‖X_j‖₂. Shape suffixes: O outputs (rows), I inputs.
+The published rules guess from scores how much a layer matters. `allocate_by_error` compares errors
+that were measured. Scores are those of a method, such as Wanda's |W_ij|·‖X_j‖₂.
+
+Shape suffixes: O outputs (rows), I inputs.
 """
 
 from __future__ import annotations
@@ -30,61 +32,85 @@ __all__ = [
     "meet_budget",
     "outlier_share",
     "owl",
-    "removed_energy",
     "round_to_whole_weights",
     "uniform",
 ]
 
-#: No layer loses more than this unless told otherwise: an empty layer cuts the network in two.
-MOST = 0.95
+#: The default limit of a layer's sparsity: an empty layer would cut the network in two.
+MAX_SPARSITY = 0.95
 
 
 def uniform(weights: Sequence[int], sparsity: float) -> list[float]:
-    """The same sparsity for every layer."""
-    return meet_budget([sparsity] * len(weights), weights, sparsity, most=max(MOST, sparsity))
+    """The same sparsity for every layer.
+
+    Args:
+        weights: the number of weights of each layer.
+        sparsity: of all layers together.
+
+    >>> uniform([100, 300], 0.5)
+    [0.5, 0.5]
+    """
+    limit = max(MAX_SPARSITY, sparsity)
+    return meet_budget([sparsity] * len(weights), weights, sparsity, max_sparsity=limit)
 
 
 def owl(
     outlier_shares: Sequence[float], weights: Sequence[int], sparsity: float, spread: float = 0.08
 ) -> list[float]:
-    """Outlier-weighed: the share kept rises with the share of outliers, over a range of 2·`spread` in all.
+    """Outlier-weighed: the kept share rises with the share of outliers, within 2·`spread`.
 
     Args:
-        outlier_shares: per layer, see `outlier_share`.
-        weights: numbers of weights.
+        outlier_shares: of each layer, see `outlier_share`.
+        weights: the number of weights of each layer.
         sparsity: of all layers together.
         spread: half the distance between the densest and the sparsest layer, λ in the paper.
 
     Raises:
         ValueError: as `meet_budget`.
+
+    >>> [round(s, 2) for s in owl([0.01, 0.03, 0.02], [10, 10, 10], 0.5)]
+    [0.58, 0.42, 0.5]
     """
-    return meet_budget(_spread_out(outlier_shares, sparsity, spread), weights, sparsity)
+    return meet_budget(_spread_by_importance(outlier_shares, sparsity, spread), weights, sparsity)
 
 
 def dlp(
     medians: Sequence[float], weights: Sequence[int], sparsity: float, spread: float = 0.15
 ) -> list[float]:
-    """Dynamic layerwise: the share kept rises with 1 − median/Σ medians, over a range of 2·`spread` in all.
+    """Dynamic layerwise: the kept share rises with 1 − median/Σ medians, within 2·`spread`.
 
     Args:
-        medians: of the scores of each layer, see `median_score`.
-        weights: numbers of weights.
+        medians: the median of the scores of each layer, see `median_score`.
+        weights: the number of weights of each layer.
         sparsity: of all layers together.
         spread: half the distance between the densest and the sparsest layer, α in the paper.
 
     Raises:
         ValueError: as `meet_budget`.
+
+    >>> [round(s, 2) for s in dlp([1.0, 3.0, 2.0], [10, 10, 10], 0.7)]
+    [0.55, 0.85, 0.7]
     """
     total = sum(medians)
     importance = [1 - median / total if total > 0 else 0.0 for median in medians]
-    return meet_budget(_spread_out(importance, sparsity, spread), weights, sparsity)
+    return meet_budget(_spread_by_importance(importance, sparsity, spread), weights, sparsity)
 
 
 def arithmetic(weights: Sequence[int], sparsity: float, step: float) -> list[float]:
-    """Layer l of L gets `sparsity` + `step`·(l − (L − 1)/2): every layer that much sparser than the one before.
+    """Every layer is sparser than the one before by the same step.
+
+    Layer l of L gets `sparsity` + `step`·(l − (L − 1)/2), before bounds are applied.
+
+    Args:
+        weights: the number of weights of each layer.
+        sparsity: of all layers together.
+        step: the difference between neighbours; negative to make the first layers sparser.
 
     Raises:
         ValueError: as `meet_budget`.
+
+    >>> [round(s, 2) for s in arithmetic([7, 7, 7], 0.5, 0.1)]
+    [0.4, 0.5, 0.6]
     """
     middle = (len(weights) - 1) / 2
     return meet_budget(
@@ -95,20 +121,25 @@ def arithmetic(weights: Sequence[int], sparsity: float, step: float) -> list[flo
 def allocate_by_error(
     curves: Sequence[Sequence[tuple[float, float]]], weights: Sequence[int], sparsity: float
 ) -> list[float]:
-    """Remove weights where that costs least error per weight, until the budget is spent.
+    """Remove weights where that adds least error per weight, until the budget is used up.
 
-    A curve is taken for the lower convex hull of its points. On hulls the greedy choice is optimal: no other
-    sparsities of the same weighted mean have a lower sum of (interpolated) errors.
+    Every curve is replaced by the lower convex hull of its points. On a hull the error per weight
+    only rises with the sparsity, so the greedy choice is optimal: no other sparsities of the same
+    weighted mean have a lower sum of (interpolated) errors.
 
     Args:
-        curves: per layer, points (sparsity, error) of rising sparsity. Errors of different layers are added up, so they
-            must be in the same unit.
-        weights: numbers of weights.
+        curves: of each layer, points (sparsity, error) of rising sparsity. Errors of different
+            layers are added up, so they must have the same unit.
+        weights: the number of weights of each layer.
         sparsity: of all layers together.
 
     Raises:
-        ValueError: curves that do not reach the budget, have fewer than two points, or points that do not rise or are not
-            finite; as `meet_budget` too.
+        ValueError: the curves do not reach the budget, or a curve has fewer than two points, or
+            points that do not rise or are not finite; otherwise as `meet_budget`.
+
+    >>> robust, fragile = [(0.0, 0.0), (0.5, 1.0)], [(0.0, 0.0), (0.5, 10.0)]
+    >>> allocate_by_error([robust, fragile], [100, 100], 0.25)
+    [0.5, 0.0]
     """
     _check(weights, sparsity)
     if len(curves) != len(weights):
@@ -124,81 +155,98 @@ def allocate_by_error(
     left_over = budget - math.fsum(s * n for s, n in zip(result, weights, strict=True))
     reach = math.fsum(curve[-1][0] * n for curve, n in zip(curves, weights, strict=True))
     if left_over < -1e-9 * sum(weights) or budget > reach + 1e-9 * sum(weights):
+        lowest = 1 - (1 - (budget - left_over) / sum(weights))
         raise ValueError(
-            f"the error curves go from a sparsity of {1 - (1 - (budget - left_over) / sum(weights)):.4f} to "
-            f"{reach / sum(weights):.4f} in all; {sparsity} is not between them: measure more points"
+            f"the error curves go from a sparsity of {lowest:.4f} to {reach / sum(weights):.4f} "
+            f"in all; {sparsity} is not between them: measure more points"
         )
-    # Equal slopes in the order of the layers. On a hull slopes rise, so no layer skips a segment of its own.
+    # Equal slopes are taken in the order of the layers. Slopes rise along a hull, so the sorted
+    # order never skips a segment of a layer.
     for _, layer, right, removed in sorted(segments):
         if removed >= left_over:
             result[layer] += max(0.0, left_over) / weights[layer]
             break
         result[layer] = right
         left_over -= removed
-    return meet_budget(
-        result, weights, sparsity, most=max(MOST, *(curve[-1][0] for curve in curves))
-    )
+    limit = max(MAX_SPARSITY, *(curve[-1][0] for curve in curves))
+    return meet_budget(result, weights, sparsity, max_sparsity=limit)
 
 
 def meet_budget(
-    wanted: Sequence[float], weights: Sequence[int], sparsity: float, most: float = MOST
+    wanted: Sequence[float],
+    weights: Sequence[int],
+    sparsity: float,
+    max_sparsity: float = MAX_SPARSITY,
 ) -> list[float]:
-    """Move all sparsities by one and the same amount, and no farther than 0 and `most`, so that their weighted mean fits.
+    """Shift all sparsities by the same amount, so that their weighted mean is `sparsity`.
+
+    No sparsity is shifted beyond 0 or `max_sparsity`; the others make up for it.
 
     Args:
-        wanted: sparsity per layer, any finite numbers.
-        weights: number of weights per layer, the weights of the mean.
+        wanted: the sparsity of each layer, any finite numbers.
+        weights: the number of weights of each layer, the weights of the mean.
         sparsity: the mean.
-        most: the highest sparsity that a layer may get.
+        max_sparsity: the highest sparsity that a layer may get.
 
     Returns:
-        Sparsities in [0, most] with Σ weight·sparsity = `sparsity`·Σ weight, to rounding.
+        Sparsities in [0, `max_sparsity`] with Σ weight·sparsity = `sparsity`·Σ weight, up to
+        rounding.
 
     Raises:
-        ValueError: no layers, numbers that do not belong together, or a sparsity outside of [0, most].
+        ValueError: there are no layers, the numbers do not belong together, or the sparsity is
+            outside of [0, `max_sparsity`].
+
+    >>> [round(s, 2) for s in meet_budget([0.1, 0.5, 2.0], [1, 1, 1], 0.5, max_sparsity=0.8)]
+    [0.15, 0.55, 0.8]
     """
     _check(weights, sparsity)
     if len(wanted) != len(weights) or not all(math.isfinite(value) for value in wanted):
         raise ValueError(
             f"there must be one finite value for each of the {len(weights)} layers, got {wanted}"
         )
-    if not sparsity <= most < 1:
+    if not sparsity <= max_sparsity < 1:
         raise ValueError(
-            f"a sparsity of {sparsity} in all does not fit under a most of {most} per layer (below 1)"
+            f"a sparsity of {sparsity} in all does not fit under a maximum of {max_sparsity} "
+            "per layer (below 1)"
         )
-    # The mean rises with the shift, from all at 0 to all at `most`: bisection down to neighbouring floats.
-    low, high = -max(wanted), most - min(wanted)
+    # The mean rises with the shift, from all layers at 0 to all at the maximum. The bisection ends
+    # at neighbouring floats.
+    low, high = -max(wanted), max_sparsity - min(wanted)
     budget = sparsity * sum(weights)
     while low < (shift := (low + high) / 2) < high:
-        if _total(wanted, weights, shift, most) < budget:
+        if _removed_weights(wanted, weights, shift, max_sparsity) < budget:
             low = shift
         else:
             high = shift
-    return [min(most, max(0.0, value + high)) for value in wanted]
+    return [min(max_sparsity, max(0.0, value + high)) for value in wanted]
 
 
 def round_to_whole_weights(
     sparsities: Sequence[float], shapes: Sequence[tuple[int, int]], sparsity: float
 ) -> list[float]:
-    """Sparsities that remove whole weights from every row, with a total that misses the budget by less than a column.
+    """Sparsities that remove whole weights from every row, with nearly no loss in the total.
 
-    A linear of `in` inputs loses `int(in * sparsity)` weights in each row; whatever stands behind the comma is lost.
-    Here it is added up and given to the linears that were nearest to the next whole weight.
+    A linear of `in` inputs loses `int(in * sparsity)` weights per row, so the fraction of a weight
+    would be lost in every linear. Here the fractions are added up, and given to the linears that
+    were nearest to the next whole weight. The total misses the budget by less than one column.
 
     Args:
-        sparsities: per linear, in [0, 1).
-        shapes: (out, in) per linear.
+        sparsities: of each linear, in [0, 1).
+        shapes: (out, in) of each linear.
         sparsity: of all linears together.
 
     Returns:
-        Per linear the smallest float s with `int(in * s)` weights as decided.
+        For each linear the smallest float s for which `int(in * s)` is the decided number.
 
     Raises:
         ValueError: as `meet_budget`.
+
+    >>> round_to_whole_weights([0.45, 0.55], [(1, 10), (1, 10)], 0.5)
+    [0.5, 0.5]
     """
     _check([rows * columns for rows, columns in shapes], sparsity)
     exact = [value * columns for value, (_, columns) in zip(sparsities, shapes, strict=True)]
-    # What is whole but for rounding is whole.
+    # A number that is whole except for rounding counts as whole.
     counts = [math.floor(value + 1e-9) for value in exact]
     budget = sparsity * sum(rows * columns for rows, columns in shapes) + 1e-6
     spare = budget - sum(rows * count for (rows, _), count in zip(shapes, counts, strict=True))
@@ -215,10 +263,14 @@ def round_to_whole_weights(
 
 
 def outlier_share(scores: Sequence[Tensor], multiple: float = 5.0) -> float:
-    """The share of all scores of a layer that lie over `multiple` times their mean (M in OWL).
+    """The share of a layer's scores that are larger than `multiple` times their mean (M in OWL).
 
     Args:
-        scores: of the layer's linears, any shapes.
+        scores: the scores of the layer's linears, any shapes.
+        multiple: from which multiple of the mean on a score is an outlier.
+
+    >>> outlier_share([torch.tensor([[1.0, 1.0], [1.0, 97.0]])], multiple=3.0)
+    0.25
     """
     count = sum(score.numel() for score in scores)
     mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / count
@@ -226,46 +278,38 @@ def outlier_share(scores: Sequence[Tensor], multiple: float = 5.0) -> float:
 
 
 def median_score(scores: Sequence[Tensor]) -> float:
-    """The (lower) median of all scores of a layer."""
+    """The (lower) median of all scores of a layer.
+
+    >>> median_score([torch.tensor([3.0, 1.0]), torch.tensor([2.0])])
+    2.0
+    """
     return float(torch.cat([score.flatten() for score in scores]).median())
 
 
-def removed_energy(score_OI: Tensor, sparsities: Sequence[float]) -> list[tuple[float, float]]:
-    """An error curve: the squares of the lowest scores, row by row, that each sparsity would remove.
-
-    With Wanda's scores that is the squared output error for inputs taken as uncorrelated.
-
-    Args:
-        score_OI: scores of a linear, at least 0.
-        sparsities: rising, in [0, 1).
-
-    Returns:
-        Points (share really removed, error) for `allocate_by_error`, one for every different count of weights.
-    """
-    width = score_OI.shape[1]
-    lost_I = score_OI.double().sort(dim=1).values.square_().sum(dim=0).cumsum(dim=0)
-    counts = sorted({int(width * sparsity) for sparsity in sparsities})
-    return [(count / width, float(lost_I[count - 1]) if count else 0.0) for count in counts]
-
-
-def _spread_out(importance: Sequence[float], sparsity: float, spread: float) -> list[float]:
-    """Sparsities that fall with importance, 2·`spread` from the most to the least important."""
+def _spread_by_importance(
+    importance: Sequence[float], sparsity: float, spread: float
+) -> list[float]:
+    """Sparsities that fall with importance, by 2·`spread` from the least to the most important."""
     if not 0 <= spread <= 0.5:
         raise ValueError(f"the spread is {spread}: it must be from 0 to 0.5")
     low, high = min(importance, default=0.0), max(importance, default=0.0)
+    # Where all layers are equally important, all get the same sparsity.
     width = high - low if high > low else math.inf
     return [sparsity - 2 * spread * (value - low) / width for value in importance]
 
 
 def _lower_hull(curve: Sequence[tuple[float, float]], layer: int) -> list[tuple[float, float]]:
+    """The points of the lower convex hull of a curve, from left to right."""
     places = [place for place, _ in curve]
     finite = all(math.isfinite(value) for point in curve for value in point)
     if len(curve) < 2 or not finite or any(b <= a for a, b in pairwise(places)):
         raise ValueError(
-            f"the error curve of layer {layer} needs two or more finite points of rising sparsity, got {curve}"
+            f"the error curve of layer {layer} needs two or more finite points of rising "
+            f"sparsity, got {curve}"
         )
     hull: list[tuple[float, float]] = []
     for x, y in curve:
+        # Remove the last point while it lies on or above the line past it.
         while len(hull) > 1:
             (x1, y1), (x2, y2) = hull[-2:]
             if (y2 - y1) * (x - x1) < (y - y1) * (x2 - x1):
@@ -282,7 +326,10 @@ def _check(weights: Sequence[int], sparsity: float) -> None:
         raise ValueError(f"the sparsity is {sparsity}: it must be at least 0 and less than 1")
 
 
-def _total(wanted: Sequence[float], weights: Sequence[int], shift: float, most: float) -> float:
+def _removed_weights(
+    wanted: Sequence[float], weights: Sequence[int], shift: float, max_sparsity: float
+) -> float:
     return math.fsum(
-        n * min(most, max(0.0, value + shift)) for value, n in zip(wanted, weights, strict=True)
+        n * min(max_sparsity, max(0.0, value + shift))
+        for value, n in zip(wanted, weights, strict=True)
     )

@@ -1,20 +1,33 @@
-"""ALPS: mask and weights together, by splitting (ADMM), then least squares on the mask that was found.
+"""ALPS: mask and weights together by ADMM, then least squares on the mask that ADMM found.
 
-Minimise tr (W − W₀)H(W − W₀)ᵀ over all W that the pattern allows, with W and H scaled and damped as in `lsq.py`. The
-splitting asks for W = Z where Z alone must be sparse (Boža 2024, arXiv 2401.02938; Meng et al. 2024, arXiv
-2406.07831, algorithm 1), and repeats
+The goal is to minimise tr (W − W₀)H(W − W₀)ᵀ over all W that the pattern allows. W₀ are the trained
+weights; W and the Gram matrix H are scaled and damped as in `solvers/least_squares.py`. Choosing
+the mask and the weights at once is hard, so ADMM splits the problem in two copies: W is dense and
+fits the outputs, Z is sparse, and a multiplier U pulls them together (Boža 2024, arXiv 2401.02938;
+Meng et al. 2024, arXiv 2406.07831, algorithm 1). One iteration is
 
-    Z ← the entries of W + U that the pattern keeps (the exact projection)
+    Z ← the entries of W + U that the pattern keeps              (the exact projection)
     U ← U + W − Z
     W ← (W₀H + ρ(Z − U))(H + ρI)⁻¹ = W₀ + (Z − U − W₀) · ρ(H + ρI)⁻¹
-    W ← ωW + (1 − ω)Z, a little over the mark (Eckstein & Bertsekas 1992), which saves a quarter of the iterations
+    W ← ωW + (1 − ω)Z                                            (over-relaxation)
 
-In the scaled weights the first mask is Wanda's. The penalty ρ grows by a fixed rule instead of ALPS's, which looks at how
-much the mask still changes: all linears with the same input then share what takes the inverse's place, see `shrink.py`,
-and each iteration is one matrix product (in the eigenbasis of H it would be two). These products may be coarse, since
-every step makes up for the last one's rounding; conjugate gradients finish on the last mask, from a residual in float32
-but where few tokens reach a wide linear.
-Weights of inputs that were always 0 become 0, as in SparseGPT.
+Why the inputs are scaled by √d: in the scaled weights |W_ij| is |w_ij|·‖x_j‖, Wanda's score. So the
+first projection is Wanda's mask, and a single ρ suits all columns, because all diagonal entries of
+H are equal.
+
+Why the penalty ρ grows: with a small ρ the copies may differ, and the mask can still change much.
+With a large ρ they must agree, and the mask settles. ALPS decides how fast ρ grows from how much
+the mask still changes. Here ρ follows a fixed rule, so all linears with the same input share the
+matrix that stands for the inverse (`solvers/admm_operator.py`), and an iteration is one matrix
+product.
+
+Why over-relaxation: a step that goes a little farther than the minimum (ω > 1) converges in fewer
+iterations (Eckstein and Bertsekas 1992). It saves a quarter of them here.
+
+The products of the iterations may be computed in low precision, because every step corrects the
+rounding of the one before. Conjugate gradients finish on the last mask. They start from a residual
+in float32, except for wide linears with few tokens, where this product would take too long.
+Weights of inputs that are always 0 become 0, as in SparseGPT.
 
 Shape suffixes: O outputs (rows), S some of them, I inputs.
 """
@@ -24,28 +37,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.hardware.numerics import coarse_product, row_spans
-from prunus.methods.base import (
-    UNSHARDED,
-    Method,
-    MethodOptions,
-    Pruned,
-    RowShard,
-    masked,
-    unchanged,
-)
+from prunus.hardware.numerics import low_precision_product, row_spans
+from prunus.methods.base import Method, Pruned, masked, unchanged
+from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern, keep_mask
+from prunus.methods.row_shards import UNSHARDED, RowShard
 from prunus.methods.solvers.admm_operator import OVER_RELAXATION, admm_operator, penalties
-from prunus.methods.solvers.least_squares import ScaledGram, conjugate_gradients, scaled_gram
+from prunus.methods.solvers.least_squares import ScaledGram, conjugate_gradients, scaled_gram_of
 from prunus.methods.statistics import InputStatistics
 
-#: Of the splitting, where nothing else is asked for; where wide inputs see few tokens, see `shrink.py`.
-ITERATIONS, SCARCE_ITERATIONS = 12, 5
-# Of four iterations this one takes the mask of the one before: a fifth of the solver's time for half a per cent of error.
-_MASK_STAYS = 2
-# Steps of conjugate gradients, and the share of the error that one must take away for another: where tokens are many one
-# is enough, but with two for each input five take a tenth of the error away, and a fiftieth of that held out.
-_FINAL_STEPS, _SCARCE_STEPS, _WORTHWHILE = 8, 2, 0.003
+__all__ = ["ALPS", "DATA_LIMITED_ITERATIONS", "ITERATIONS"]
+
+#: The default number of iterations, and the one for wide linears with few tokens, whose penalty
+#: grows at every iteration; see `solvers/admm_operator.py`.
+ITERATIONS, DATA_LIMITED_ITERATIONS = 12, 5
+# Three of four iterations choose a new mask. The one at this place keeps the mask of the iteration
+# before: that saves a fifth of the solver's time and costs half a per cent of error.
+_KEEPS_MASK = 2
+# The maximum number of conjugate gradient steps at the end, and the share of the error that a step
+# must remove for another one to follow. With many tokens one step is enough. With two tokens per
+# input five steps remove a tenth of the error, and a fiftieth of the error on held-out tokens.
+_FINAL_STEPS, _DATA_LIMITED_STEPS, _MIN_GAIN = 8, 2, 0.003
 
 
 def _prune(
@@ -58,21 +70,25 @@ def _prune(
     assert statistics is not None, "ALPS needs a Gram matrix"
     if pattern.removes_nothing(sparsity):
         return unchanged(weight_OI)
-    scaled = scaled_gram(statistics, options.damping)
-    # Where all rows compete in every step, one process solves them all.
-    compete = pattern.is_unstructured and pattern.group in ("layer", "column")
-    rows = UNSHARDED if compete else options.rows
-    together = pattern.group if pattern.is_unstructured and isinstance(pattern.group, int) else 1
+    scaled = scaled_gram_of(statistics, options.damping)
+    # Where all rows compete, every iteration would need the scores of all processes. One process
+    # solves all rows instead.
+    rows_compete = pattern.is_unstructured and pattern.group in ("layer", "column")
+    sharding = UNSHARDED if rows_compete else options.row_sharding
+    rows_per_group = 1
+    if pattern.is_unstructured and isinstance(pattern.group, int):
+        rows_per_group = pattern.group
 
-    def split(shard: RowShard) -> Pruned:
-        mine_OI = weight_OI[shard.rows]
-        spans = [slice(0, len(mine_OI))] if compete else row_spans(mine_OI, together)
-        return _split(mine_OI, spans, statistics, scaled, pattern, sparsity, options, shard)
+    def solve(shard: RowShard) -> Pruned:
+        own_OI = weight_OI[shard.rows]
+        whole = [slice(0, len(own_OI))]
+        spans = whole if rows_compete else row_spans(own_OI, rows_per_group)
+        return _solve_shard(own_OI, spans, statistics, scaled, pattern, sparsity, options, shard)
 
-    return rows.solve(len(weight_OI), together, split)
+    return sharding.solve(len(weight_OI), rows_per_group, solve)
 
 
-def _split(
+def _solve_shard(
     weight_OI: Tensor,
     spans: list[slice],
     statistics: InputStatistics,
@@ -82,31 +98,44 @@ def _split(
     options: MethodOptions,
     shard: RowShard,
 ) -> Pruned:
+    """Run ADMM and conjugate gradients on the rows of one shard.
+
+    Args:
+        weight_OI: float32, the trained weights of these rows.
+        spans: runs of rows that are computed at once, for small temporaries.
+        scaled: the scaled and damped Gram matrix.
+        shard: which rows of the linear these are.
+    """
     target_OI = (weight_OI * scaled.scale_I).masked_fill_(scaled.dead_I, 0)
-    # One matrix holds both: W + U is Z where it is kept, and the new U elsewhere.
+    # W and U are never needed apart, only their sum. It equals Z where a weight is kept, and the
+    # new U elsewhere. So one matrix holds the whole state.
     sum_OI = target_OI.clone()
     keep_OI = torch.empty_like(sum_OI, dtype=torch.bool)
-    scarce = scaled.is_data_limited
-    iterations = options.iterations or (SCARCE_ITERATIONS if scarce else ITERATIONS)
-    shrink = admm_operator(statistics, scaled, len(sum_OI))
+    data_limited = scaled.is_data_limited
+    default_iterations = DATA_LIMITED_ITERATIONS if data_limited else ITERATIONS
+    operator = admm_operator(statistics, scaled, len(sum_OI))
     penalty = 0.0
-    for iteration, now in enumerate(penalties(scaled, iterations)):
-        before, penalty = penalty, now
-        if penalty != before:
-            factor_II = shrink(penalty)
-        picks = scarce or iteration % 4 != _MASK_STAYS
+    for iteration, next_penalty in enumerate(
+        penalties(scaled, options.iterations or default_iterations)
+    ):
+        previous, penalty = penalty, next_penalty
+        if penalty != previous:
+            operator_II = operator(penalty)
+        updates_mask = data_limited or iteration % 4 != _KEEPS_MASK
         for span in spans:
             sum_SI, target_SI = sum_OI[span], target_OI[span]
-            if picks:
+            if updates_mask:
                 keep_OI[span] = keep_mask(sum_SI.abs(), pattern, sparsity)
             kept_SI = keep_OI[span] * sum_SI
             dual_SI = sum_SI - kept_SI
-            if penalty != before > 0:
-                dual_SI.mul_(before / penalty)  # U is the multiplier in units of ρ
+            if penalty != previous > 0:
+                # U is the multiplier divided by ρ. The multiplier stays, so U shrinks as ρ grows.
+                dual_SI.mul_(previous / penalty)
             kept_SI.sub_(dual_SI).sub_(target_SI)
-            # ωW + (1 − ω)Z + U, with what is linear in Z − U − W₀ in the matrix
+            # The new sum is ωW + (1 − ω)Z + U. The operator holds all that is linear in
+            # Z − U − W₀; what is left of the sum is W₀ + (2 − ω)U.
             torch.add(target_SI, dual_SI, alpha=2 - OVER_RELAXATION, out=sum_SI)
-            sum_SI.add_(coarse_product(kept_SI, factor_II))
+            sum_SI.add_(low_precision_product(kept_SI, operator_II))
     for span in spans:
         keep_OI[span] = keep_mask(sum_OI[span].abs(), pattern, sparsity)
     solution_OI, steps = conjugate_gradients(
@@ -114,11 +143,11 @@ def _split(
         target_OI,
         keep_OI,
         scaled.gram_II,
-        _SCARCE_STEPS if scarce else _FINAL_STEPS,
+        _DATA_LIMITED_STEPS if data_limited else _FINAL_STEPS,
         shard,
-        coarse=True,
-        worthwhile=_WORTHWHILE,
-        coarse_start=scarce,
+        low_precision=True,
+        min_gain=_MIN_GAIN,
+        low_precision_start=data_limited,
     )
     notes = {"ridge": scaled.damping, "conjugate_gradients": steps}
     return masked(solution_OI.div_(scaled.scale_I), keep_OI, notes)
@@ -130,7 +159,7 @@ ALPS = Method(
     prune=_prune,
     default_group="row",
     updates_weights=True,
-    summary="mask and weights together by ADMM, then least squares; loses least, takes longest",
+    summary="mask and weights together by ADMM, then least squares; smallest error, slowest",
     adds_ridge=True,
-    products=21,
+    cost_in_products=21,
 )

@@ -1,20 +1,31 @@
-"""Magnitude: the weights smallest in absolute value go. Needs no data.
+"""Magnitude: remove the weights that are smallest in absolute value. It needs no data.
 
-Score |W_ij|, over the whole matrix unless told otherwise (Han et al. 2015, arXiv 1506.02626; the baseline of
-the Wanda paper, arXiv 2306.11695).
+The score is |W_ij|. By default all weights of the matrix compete (Han et al. 2015, arXiv
+1506.02626; the baseline of the Wanda paper, arXiv 2306.11695).
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from prunus.methods.base import Method, MethodOptions, Pruned, masked
+from prunus.methods.base import Method, Pruned, masked
+from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern, keep_above_threshold, keep_mask
 from prunus.methods.statistics import InputStatistics
 
+__all__ = ["MAGNITUDE", "magnitude_mask"]
 
-def magnitude_keep(weight_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
-    """The mask, bool (O, I). Where the whole matrix competes, equal magnitudes share their fate."""
+
+def magnitude_mask(weight_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
+    """The mask, bool (O, I), True where a weight is kept.
+
+    Where the whole matrix competes, equal magnitudes are treated alike, see
+    `patterns.keep_above_threshold`.
+
+    >>> import torch
+    >>> magnitude_mask(torch.tensor([[0.5, -2.0, 1.0, -0.1]]), Pattern(), 0.5)
+    tensor([[False,  True,  True, False]])
+    """
     if pattern.is_unstructured and pattern.group == "layer":
         return keep_above_threshold(weight_OI.abs(), sparsity)
     return keep_mask(weight_OI.abs(), pattern, sparsity)
@@ -27,7 +38,7 @@ def _prune(
     sparsity: float,
     options: MethodOptions,
 ) -> Pruned:
-    return masked(weight_OI, magnitude_keep(weight_OI, pattern, sparsity))
+    return masked(weight_OI, magnitude_mask(weight_OI, pattern, sparsity))
 
 
 MAGNITUDE = Method(

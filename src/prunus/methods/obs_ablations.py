@@ -1,7 +1,10 @@
-"""`obs`: a mask from magnitude or Wanda, and SparseGPT's update around it (section 5 of arXiv 2306.11695).
+"""`obs`: a mask from magnitude or Wanda, and SparseGPT's weight update around it.
 
-The mask is fixed beforehand on the original weights ("before"; the paper's "sequential"), or chosen anew from
-the updated weights for every 128 columns, for every group of M if N:M ("blockwise"; its "iterative").
+These are the ablations of the Wanda paper (arXiv 2306.11695, section 5). They separate two
+questions: how good is a mask, and what does the update add? The mask is either fixed before the
+update, from the trained weights ("before"; the paper calls it "sequential"). Or it is chosen anew
+from the updated weights for every 128 columns, and for every group of M if N:M ("blockwise"; the
+paper calls it "iterative").
 """
 
 from __future__ import annotations
@@ -9,12 +12,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Method, MethodOptions, Pruned, RowShard, unchanged
-from prunus.methods.magnitude import magnitude_keep
+from prunus.methods.base import Method, Pruned, unchanged
+from prunus.methods.magnitude import magnitude_mask
+from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern, keep_mask
-from prunus.methods.solvers.obs import block_keep, prune_by_obs
+from prunus.methods.row_shards import RowShard
+from prunus.methods.solvers.obs import block_mask, prune_by_obs
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import wanda_score
+
+__all__ = ["OBS"]
 
 
 def _prune(
@@ -24,13 +31,24 @@ def _prune(
     sparsity: float,
     options: MethodOptions,
 ) -> Pruned:
+    """Prune one linear.
+
+    >>> statistics = InputStatistics(4, "gram")
+    >>> statistics.add(torch.eye(4) + 0.5)
+    >>> weight_OI = torch.tensor([[0.1, 1.0, 2.0, 0.2]])
+    >>> pruned = OBS.prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions())
+    >>> pruned.keep_OI
+    tensor([[False,  True,  True, False]])
+    >>> bool(pruned.weight_OI[0, 1] > weight_OI[0, 1])  # it replaces what the first weight added
+    True
+    """
     assert statistics is not None, "the update needs a Gram matrix"
     if pattern.removes_nothing(sparsity):
         return unchanged(weight_OI)
 
     if options.mask_order == "before":
         if options.mask_from == "magnitude":
-            keep_OI = magnitude_keep(weight_OI, pattern, sparsity)
+            keep_OI = magnitude_mask(weight_OI, pattern, sparsity)
         else:
             keep_OI = keep_mask(wanda_score(weight_OI, statistics), pattern, sparsity)
 
@@ -45,7 +63,7 @@ def _prune(
 
         def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, shard: RowShard) -> Tensor:
             score_OB = weight_OB.abs() * norms_I[start : start + weight_OB.shape[1]]
-            return block_keep(score_OB, pattern, sparsity, shard)
+            return block_mask(score_OB, pattern, sparsity, shard)
 
     return prune_by_obs(weight_OI, statistics, pattern, options, choose)
 
@@ -57,5 +75,5 @@ OBS = Method(
     default_group="row",
     updates_weights=True,
     summary="a mask from wanda or magnitude, with sparsegpt's weight update",
-    products=1,
+    cost_in_products=1,
 )

@@ -1,10 +1,10 @@
-"""Which weights compete with each other, and from a score to a mask.
+"""Which weights compete with each other, and from a score per weight to a mask.
 
-A pattern knows nothing of models, statistics or methods: it takes a score for every weight and decides which
-weights stay. The lowest scores go.
+A pattern knows nothing of models, statistics or methods. It takes a score for every weight and
+decides which weights stay: in every group of competing weights the lowest scores are removed.
 
-Shape suffixes: O outputs (rows), I inputs (columns); G groups of weights that compete, C competitors in one,
-K places of tied scores.
+Shape suffixes: O outputs (rows), I inputs (columns); G groups of weights that compete, C
+competitors in a group, D dropped weights of a group, K positions of tied scores.
 """
 
 from __future__ import annotations
@@ -16,31 +16,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
+__all__ = ["GROUPS", "Pattern", "check_shape", "keep_above_threshold", "keep_mask"]
+
 GROUPS = ("row", "layer", "column")
 
-# Groups are ranked about this many scores at a time: the temporaries stay small, and in the cache.
+# Groups are ranked about this many scores at a time, so that temporaries are small and stay in the
+# processor's cache.
 _SCORES_AT_A_TIME = 2**19
-# Up to so many weights in a group are compared with each other, pair by pair.
-_MOST_COMPARED = 16
-# Fraction of a matrix that may go on top of the sparsity because scores are equal.
-_MOST_SURPLUS = 0.01
+# Groups of N:M up to this width are ranked by comparing all pairs.
+_MAX_COMPARED = 16
+# The share of a matrix that may be removed beyond the sparsity because scores are equal.
+_MAX_SURPLUS = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """Which weights of a linear compete for the places that the sparsity leaves.
+    """Which weights of a linear compete, and for N:M how many of them stay.
 
-    With `n` and `m` the pattern is N:M: at most `n` of every `m` consecutive inputs of a row are kept, which is
-    the meaning hardware uses. (The original code of Wanda and SparseGPT counts the zeros; 2:4 and 4:8 agree.)
-    Without them it is unstructured, and `group` says who competes:
+    With `n` and `m` the pattern is N:M: at most `n` of every `m` consecutive inputs of a row are
+    kept, which is also what the hardware means. (The original code of Wanda and SparseGPT counts
+    the zeros instead; for 2:4 and 4:8 both readings agree.) Without `n` and `m` the pattern is
+    unstructured, and `group` says which weights compete:
 
-    - "row": the weights of one output feature; exactly `int(in * sparsity)` of each row go
-    - "layer": the whole matrix; `int(out * in * sparsity)` go
-    - "column": the weights of one input feature; `int(out * sparsity)` of each column go
-    - an integer k: k consecutive rows together; `int(k * in * sparsity)` go; the last group may be smaller
+    - "row": the weights of one output; exactly `int(in * sparsity)` of each row are removed
+    - "layer": the whole matrix; `int(out * in * sparsity)` are removed
+    - "column": the weights of one input; `int(out * sparsity)` of each column are removed
+    - an integer k: k consecutive rows; `int(k * in * sparsity)` are removed. The last group may be
+      smaller.
+
+    Attributes:
+        n: the number of weights that N:M keeps of every `m`; None for unstructured sparsity.
+        m: the number of consecutive inputs that compete in N:M; None for unstructured sparsity.
+        group: which weights compete in unstructured sparsity.
 
     Raises:
-        ValueError: an n without an m, an n outside 0..m, or a group that is none of the above.
+        ValueError: an n without an m, an n outside 0..m, or an unknown group.
+
+    >>> str(Pattern(2, 4)), Pattern(2, 4).sparsity
+    ('2:4', 0.5)
     """
 
     n: int | None = None
@@ -66,25 +79,28 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str, group: str | int = "row") -> Pattern:
-        """Read "2:4" (any N:M) or "unstructured"; `group` may be the text of a number.
+        """Read "2:4" (any N:M) or "unstructured"; `group` may be a number written as text.
 
         Raises:
             ValueError: for anything else.
+
+        >>> Pattern.parse("unstructured", "16")
+        Pattern(n=None, m=None, group=16)
         """
         if isinstance(group, str) and group.isascii() and group.isdigit():
             group = int(group)
         if text == "unstructured":
             return cls(group=group)
-        found = re.fullmatch(r"([0-9]+):([0-9]+)", text)
-        if found is None:
+        match = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+        if match is None:
             raise ValueError(
                 f"the pattern {text!r} is unknown: give N:M, such as 2:4, or unstructured"
             )
-        return cls(int(found[1]), int(found[2]), group)
+        return cls(int(match[1]), int(match[2]), group)
 
     @property
     def is_unstructured(self) -> bool:
-        """True where the sparsity says how many weights go, False for N:M."""
+        """True where a sparsity says how many weights are removed, False for N:M."""
         return self.n is None
 
     @property
@@ -99,7 +115,7 @@ class Pattern:
         return 1 - self.n / self.m
 
     def removes_nothing(self, sparsity: float) -> bool:
-        """True where no weight has to go: sparsity 0, or N:M with N = M."""
+        """True where all weights stay: a sparsity of 0, or N:M with N = M."""
         return sparsity == 0 if self.n is None else self.n == self.m
 
     def __str__(self) -> str:
@@ -107,14 +123,20 @@ class Pattern:
 
 
 def check_shape(pattern: Pattern, shape: tuple[int, int], name: str) -> None:
-    """See that `pattern` fits a linear of `shape` (out, in), before any work is done.
+    """Check that `pattern` fits a linear of `shape` (out, in), before any work is done.
 
     Raises:
         ValueError: names the linear and says why the pattern does not fit.
+
+    >>> check_shape(Pattern(2, 4), (8, 10), "q_proj")
+    Traceback (most recent call last):
+    ValueError: q_proj has 10 inputs, which is no multiple of 4: the pattern 2:4 does not fit; \
+leave this linear out or choose another pattern
     """
     if len(shape) != 2 or min(shape) < 1:
         raise ValueError(
-            f"{name} has the shape {tuple(shape)}: only matrices (out, in) with entries can be pruned"
+            f"{name} has the shape {tuple(shape)}: "
+            "only matrices (out, in) with entries can be pruned"
         )
     if pattern.m is not None and shape[1] % pattern.m:
         raise ValueError(
@@ -124,48 +146,77 @@ def check_shape(pattern: Pattern, shape: tuple[int, int], name: str) -> None:
 
 
 def keep_mask(score_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
-    """The weights to keep, True in a bool (O, I): in every group of competitors the lowest scores go.
+    """The mask of the weights to keep: in every group of competitors the lowest scores are removed.
 
-    Counts are exact. Of equal scores the one with the lower index goes first; within the M of an N:M group it
-    is torch.topk that decides, as in the original code (always in the same way on one kind of device).
+    Counts are exact. Of equal scores the one with the lower index is removed first. Within a group
+    of N:M, torch.topk decides between equal scores, as in the original code; on one kind of device
+    it always decides in the same way.
 
     Args:
         score_OI: finite scores, any float dtype.
-        sparsity: fraction to remove in [0, 1); ignored by N:M patterns, which imply theirs.
+        pattern: which weights compete.
+        sparsity: the fraction to remove, in [0, 1). N:M ignores it, because it implies its own.
+
+    Returns:
+        bool (O, I), True where a weight is kept.
 
     Raises:
         ValueError: the pattern does not fit the shape, or the sparsity is out of range.
+
+    >>> score_OI = torch.tensor([[1.0, 4.0, 3.0, 2.0]])
+    >>> keep_mask(score_OI, Pattern(1, 2), 0.0)
+    tensor([[False,  True,  True, False]])
+    >>> keep_mask(score_OI, Pattern(), 0.75)
+    tensor([[False,  True, False, False]])
     """
-    rows, width = score_OI.shape
-    check_shape(pattern, (rows, width), "the score")
+    rows, columns = score_OI.shape
+    check_shape(pattern, (rows, columns), "the score")
     if pattern.n is not None and pattern.m is not None:
-        return _keep_n_of_m(score_OI.reshape(-1, pattern.m), pattern.n).view(rows, width)
+        return _keep_n_of_m(score_OI.reshape(-1, pattern.m), pattern.n).view(rows, columns)
     _check_sparsity(sparsity)
+    # In every case the competitors of a group become one row of a matrix.
     if pattern.group == "row":
-        return _keep_highest(score_OI, int(width * sparsity))
+        return _keep_highest(score_OI, int(columns * sparsity))
     if pattern.group == "column":
         return _keep_highest(score_OI.T, int(rows * sparsity)).T.contiguous()
-    together = rows if pattern.group == "layer" else min(int(pattern.group), rows)
-    whole = rows - rows % together
-    parts = [score_OI[:whole].reshape(-1, together * width), score_OI[whole:].reshape(1, -1)]
+    rows_per_group = rows if pattern.group == "layer" else min(int(pattern.group), rows)
+    whole = rows - rows % rows_per_group
+    parts = [
+        score_OI[:whole].reshape(-1, rows_per_group * columns),
+        score_OI[whole:].reshape(1, -1),
+    ]
     kept = [_keep_highest(part, int(part.shape[1] * sparsity)) for part in parts if part.numel()]
-    return torch.cat([part.view(-1, width) for part in kept])
+    return torch.cat([part.view(-1, columns) for part in kept])
 
 
 def keep_above_threshold(score_OI: Tensor, sparsity: float) -> Tensor:
-    """The weights over one threshold for the whole matrix, True in a bool (O, I); equal scores share their fate.
+    """The mask of the weights above one threshold for the whole matrix.
 
-    With k = `int(out * in * sparsity)` the threshold is the score that k others stand below, and goes itself, as
-    in the original code: one weight more than k where no scores are equal. Some 0.3 % of the weights of a 16-bit
-    matrix share the magnitude at the threshold, and by index the first rows would lose most of them. Where ties
-    would take over 1 % of the matrix on top (coarsely quantised weights), the exact count of `keep_mask` holds.
+    Equal scores are treated alike. With k = `int(out * in * sparsity)`, the threshold is the score
+    that k other scores lie below. It is removed as well, as in the original code: one weight more
+    than k where no scores are equal.
+
+    Why not the exact count: about 0.3 % of the weights of a 16-bit matrix have the magnitude of the
+    threshold. Removing some of them by index would take most of them from the first rows. Where
+    ties would remove more than 1 % of the matrix beyond the sparsity (coarsely quantised weights),
+    the exact count of `keep_mask` is used.
+
+    Args:
+        score_OI: finite scores, any float dtype.
+        sparsity: the fraction to remove, in [0, 1).
+
+    Returns:
+        bool (O, I), True where a weight is kept.
+
+    >>> keep_above_threshold(torch.arange(1000.0).view(20, 50), 0.5).sum()
+    tensor(499)
     """
     _check_sparsity(sparsity)
     drop = int(score_OI.numel() * sparsity)
     if drop > 0:
-        kept_OI = score_OI > _kth_lowest(score_OI.reshape(1, -1), drop + 1)
-        if score_OI.numel() - int(kept_OI.sum()) - drop <= _MOST_SURPLUS * score_OI.numel():
-            return kept_OI
+        keep_OI = score_OI > _kth_lowest(score_OI.reshape(1, -1), drop + 1)
+        if score_OI.numel() - int(keep_OI.sum()) - drop <= _MAX_SURPLUS * score_OI.numel():
+            return keep_OI
     return keep_mask(score_OI, Pattern(group="layer"), sparsity)
 
 
@@ -175,28 +226,36 @@ def _check_sparsity(sparsity: float) -> None:
 
 
 def _keep_n_of_m(score_GC: Tensor, n: int) -> Tensor:
-    kept_GC = torch.ones_like(score_GC, dtype=torch.bool, memory_format=torch.contiguous_format)
+    """True for the `n` highest scores of each group."""
+    keep_GC = torch.ones_like(score_GC, dtype=torch.bool, memory_format=torch.contiguous_format)
     drop = score_GC.shape[1] - n
     if drop == 0:
-        return kept_GC
+        return keep_GC
     groups = max(1, _SCORES_AT_A_TIME // score_GC.shape[1])
-    for score, kept in zip(score_GC.split(groups), kept_GC.split(groups), strict=True):
-        if score.device.type == "cpu" and score.shape[1] <= _MOST_COMPARED:
-            undecided_G = _keep_by_rank(score, kept, drop)
-            score, kept[undecided_G] = score[undecided_G], True
+    for score, keep in zip(score_GC.split(groups), keep_GC.split(groups), strict=True):
+        if score.device.type == "cpu" and score.shape[1] <= _MAX_COMPARED:
+            # Comparing pairs decides almost all groups. topk decides the few with ties, so that
+            # the result is always that of topk.
+            tied_G = _keep_by_rank(score, keep, drop)
+            score, keep[tied_G] = score[tied_G], True
             lowest_GD = score.topk(drop, dim=1, largest=False).indices
-            kept[undecided_G] = kept[undecided_G].scatter_(1, lowest_GD, False)
+            keep[tied_G] = keep[tied_G].scatter_(1, lowest_GD, False)
         else:
-            kept.scatter_(1, score.topk(drop, dim=1, largest=False).indices, False)
-    return kept_GC
+            keep.scatter_(1, score.topk(drop, dim=1, largest=False).indices, False)
+    return keep_GC
 
 
-def _keep_by_rank(score_GC: Tensor, kept_GC: Tensor, drop: int) -> Tensor:
-    """Fill `kept_GC` with True for all but the `drop` lowest of each row; returns the rows where equal scores decide.
+def _keep_by_rank(score_GC: Tensor, keep_GC: Tensor, drop: int) -> Tensor:
+    """Fill `keep_GC` with True for all but the `drop` lowest scores of each group.
 
-    Every pair of columns is compared. For the few columns of N:M that takes a fifth of topk's time on a CPU.
+    Every pair of columns is compared. For the few columns of N:M this takes a fifth of the time of
+    topk on a CPU.
+
+    Returns:
+        The groups in which equal scores decide; their masks are not valid yet.
     """
     columns = [column.contiguous() for column in score_GC.unbind(dim=1)]
+    # How many other scores of the group lie below each score.
     above_C = [torch.zeros(len(score_GC), dtype=torch.uint8) for _ in columns]
     is_above_G = torch.empty(len(score_GC), dtype=torch.bool)
     for right in range(len(columns)):
@@ -204,49 +263,55 @@ def _keep_by_rank(score_GC: Tensor, kept_GC: Tensor, drop: int) -> Tensor:
             above_C[right] += torch.gt(columns[right], columns[left], out=is_above_G)
             above_C[left] += torch.gt(columns[left], columns[right], out=is_above_G)
     count_G = torch.zeros(len(score_GC), dtype=torch.uint8)
-    for kept, above in zip(kept_GC.unbind(dim=1), above_C, strict=True):
-        kept.copy_(torch.ge(above, drop, out=is_above_G))
+    for keep, above in zip(keep_GC.unbind(dim=1), above_C, strict=True):
+        keep.copy_(torch.ge(above, drop, out=is_above_G))
         count_G += is_above_G
-    # Where the last to be kept and the first to go are equal, neither has `drop` scores below it.
+    # If the lowest kept and the highest dropped score are equal, neither has `drop` scores below
+    # it, and too few are kept.
     return (count_G < len(columns) - drop).nonzero().flatten()
 
 
 def _keep_highest(score_GC: Tensor, drop: int) -> Tensor:
-    """True for all but the `drop` lowest scores of each row of (G, C), exactly; lower indices go first."""
-    kept_GC = torch.ones(score_GC.shape, dtype=torch.bool, device=score_GC.device)
+    """True for all but exactly `drop` lowest scores of each group.
+
+    Of equal scores those with lower indices are dropped first.
+    """
+    keep_GC = torch.ones(score_GC.shape, dtype=torch.bool, device=score_GC.device)
     if drop == 0:
-        return kept_GC
+        return keep_GC
     groups = max(1, _SCORES_AT_A_TIME // score_GC.shape[1])
-    for score, kept in zip(score_GC.split(groups), kept_GC.split(groups), strict=True):
+    for score, keep in zip(score_GC.split(groups), keep_GC.split(groups), strict=True):
         threshold_G1 = _kth_lowest(score, drop)
-        torch.gt(score, threshold_G1, out=kept)
-        missing_G = score.shape[1] - drop - kept.sum(dim=1)
+        torch.gt(score, threshold_G1, out=keep)
+        # Scores equal to the threshold are all dropped so far. Some of them may have to come back.
+        missing_G = score.shape[1] - drop - keep.sum(dim=1)
         tied_G = missing_G.nonzero().flatten()
         if tied_G.numel():
-            _restore_last_ties(kept, score, threshold_G1, missing_G, tied_G)
-    return kept_GC
+            _restore_last_ties(keep, score, threshold_G1, missing_G, tied_G)
+    return keep_GC
 
 
 def _restore_last_ties(
-    kept_GC: Tensor, score_GC: Tensor, threshold_G1: Tensor, missing_G: Tensor, tied_G: Tensor
+    keep_GC: Tensor, score_GC: Tensor, threshold_G1: Tensor, missing_G: Tensor, tied_G: Tensor
 ) -> None:
-    """In the rows `tied_G`, keep the last `missing_G` of the scores that equal the threshold."""
+    """In the groups `tied_G`, keep the last `missing_G` of the scores that equal the threshold."""
     row_K, column_K = (score_GC[tied_G] == threshold_G1[tied_G]).nonzero(as_tuple=True)
     count_G = torch.bincount(row_K, minlength=len(tied_G))
     end_G = count_G.cumsum(dim=0)
     place_K = torch.arange(len(row_K), device=row_K.device)
     last_K = place_K >= (end_G - missing_G[tied_G])[row_K]
-    kept_GC[tied_G[row_K[last_K]], column_K[last_K]] = True
+    keep_GC[tied_G[row_K[last_K]], column_K[last_K]] = True
 
 
 def _kth_lowest(score_GC: Tensor, k: int) -> Tensor:
-    """The k-th lowest score (k from 1) of each row, (G, 1)."""
+    """The k-th lowest score (k from 1) of each group, (G, 1)."""
     if score_GC.device.type != "cpu":
         return score_GC.kthvalue(k, dim=1, keepdim=True).values
-    # On the CPU NumPy selects 2.5 times faster than torch.kthvalue, which also carries 64-bit indices along.
-    # NumPy has no bfloat16; to widen a float changes no order.
+    # On the CPU NumPy selects 2.5 times faster than torch.kthvalue, which also moves 64-bit
+    # indices. NumPy has no bfloat16, but widening a float does not change the order.
     wide = score_GC if score_GC.dtype in (torch.float32, torch.float64) else score_GC.float()
-    # The bits of floats from 0 on are in their order, and integers take a fifth less time.
+    # The bits of non-negative floats, read as integers, have the order of the floats. Selecting
+    # integers takes a fifth less time.
     as_bits = wide.dtype == torch.float32 and bool(wide.amin() >= 0)
     ordered = (wide.view(torch.int32) if as_bits else wide).numpy()
     lowest = torch.from_numpy(np.partition(ordered, k - 1, axis=1)[:, k - 1 : k].copy())

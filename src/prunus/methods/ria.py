@@ -1,8 +1,12 @@
-"""RIA: relative importance and activations; a weight counts by its share of its row and of its column.
+"""RIA, relative importance and activations: a weight counts by its share of its row and column.
 
-Score (|W_ij| / Σ_k |W_kj| + |W_ij| / Σ_k |W_ik|) · ‖X_j‖₂^a with a = 0.5, over the whole matrix (Zhang et al. 2024,
-arXiv 2402.17946, equations 3 and 5). Unlike Wanda's it spares rows and columns of small weights. Kept weights are not
-changed. For N:M the paper also permutes the input channels: `--permute`, see `permutation.py`.
+The score is (|W_ij| / Σ_k |W_kj| + |W_ij| / Σ_k |W_ik|) · ‖X_j‖₂^a with a = 0.5. By default the
+whole matrix competes (Zhang et al. 2024, arXiv 2402.17946, equations 3 and 5). Kept weights do not
+change.
+
+Why shares: where the whole matrix competes, magnitudes would empty rows and columns whose weights
+are all small. A share compares a weight with its own row and column, so no channel is lost. For N:M
+the paper also permutes the input channels, see `refine/permutation.py`.
 """
 
 from __future__ import annotations
@@ -10,21 +14,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Method, MethodOptions, Pruned, masked
+from prunus.methods.base import Method, Pruned, masked
+from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern, keep_mask
 from prunus.methods.statistics import InputStatistics
 
+__all__ = ["RIA", "ria_score"]
+
 
 def ria_score(weight_OI: Tensor, statistics: InputStatistics | None, power: float) -> Tensor:
-    """The score, (O, I) in the dtype of the weight; 0 where a weight is 0, though its whole row or column be."""
+    """RIA's score, (O, I) in the dtype of the weight; 0 where a weight is 0.
+
+    Args:
+        weight_OI: the weight.
+        statistics: with norms of the inputs.
+        power: the exponent a of the norms.
+
+    >>> statistics = InputStatistics(2, "norms")
+    >>> statistics.add(torch.ones(1, 2))
+    >>> ria_score(torch.tensor([[1.0, 3.0], [1.0, 0.0]]), statistics, 0.5)
+    tensor([[0.7500, 1.7500],
+            [1.5000, 0.0000]])
+    """
     assert statistics is not None, "RIA scores need input norms"
     magnitude_OI = weight_OI.abs()
+    # A row or column of zeros has the sum 0. Its shares are 0, not 0/0.
     smallest = torch.finfo(weight_OI.dtype).tiny
     column_I = magnitude_OI.sum(dim=0).clamp_(min=smallest)
     row_O1 = magnitude_OI.sum(dim=1, keepdim=True).clamp_(min=smallest)
     share_OI = magnitude_OI / column_I
     share_OI.add_(magnitude_OI.div_(row_O1))
-    # Norms enter relative to the largest, so that no power of theirs can overflow.
+    # Norms relative to the largest one: their powers cannot overflow, and the order stays the same.
     norms_I = statistics.norms_I / statistics.norms_I.max().clamp(min=smallest)
     return share_OI.mul_(norms_I.pow(power).to(weight_OI.dtype))
 

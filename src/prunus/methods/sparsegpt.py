@@ -1,18 +1,24 @@
-"""SparseGPT: prune by the cost of each weight after the others have answered, and let them answer.
+"""SparseGPT: prune by the error that is left once all other weights have corrected for it.
 
-Score (w_ij / U_jj)², in blocks of 128 columns from left to right, with U as in `obs.py` (Frantar and Alistarh
-2023, arXiv 2301.00774). Unstructured, all rows of a block compete together (group "layer") or each row on its own
-within the block ("row"). N:M picks its mask as each group of M begins.
+The score is (w_ij / U_jj)², with U as in `solvers/obs.py`. It is computed in blocks of 128 columns
+from left to right, from weights that earlier blocks have already corrected (Frantar and Alistarh
+2023, arXiv 2301.00774). For unstructured sparsity all rows of a block compete together (group
+"layer"), or each row competes within the block for itself (group "row"). N:M chooses its mask when
+each group of M begins.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from prunus.methods.base import Method, MethodOptions, Pruned, RowShard, unchanged
+from prunus.methods.base import Method, Pruned, unchanged
+from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern
-from prunus.methods.solvers.obs import block_keep, prune_by_obs
+from prunus.methods.row_shards import RowShard
+from prunus.methods.solvers.obs import block_mask, prune_by_obs
 from prunus.methods.statistics import InputStatistics
+
+__all__ = ["SPARSEGPT"]
 
 
 def _prune(
@@ -27,7 +33,8 @@ def _prune(
         return unchanged(weight_OI)
 
     def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, shard: RowShard) -> Tensor:
-        return block_keep((weight_OB / diagonal_B).abs_(), pattern, sparsity, shard)
+        # The square is left out: it does not change the order.
+        return block_mask((weight_OB / diagonal_B).abs_(), pattern, sparsity, shard)
 
     return prune_by_obs(weight_OI, statistics, pattern, options, choose)
 
@@ -38,6 +45,6 @@ SPARSEGPT = Method(
     prune=_prune,
     default_group="layer",
     updates_weights=True,
-    summary="remove by cost, and update what stays to make up for it",
-    products=1,
+    summary="remove by error, and update the kept weights to correct it",
+    cost_in_products=1,
 )

@@ -1,19 +1,37 @@
-"""Wanda: magnitude times the norm of the input, competing within each output row.
+"""Wanda: magnitude times the norm of the input; weights compete within each output row.
 
-Score |W_ij| · ‖X_j‖₂ (Sun et al. 2023, arXiv 2306.11695, equation 1). Kept weights are not changed.
+The score is |W_ij| · ‖X_j‖₂ (Sun et al. 2023, arXiv 2306.11695, equation 1). Kept weights do not
+change.
+
+Why the norm: removing W_ij alone changes the output i by W_ij·X_j, and the norm of that is the
+score. So a small weight on a large input may matter more than a large weight on a small one.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from prunus.methods.base import Method, MethodOptions, Pruned, masked
+from prunus.methods.base import Method, Pruned, masked
+from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern, keep_mask
 from prunus.methods.statistics import InputStatistics
 
+__all__ = ["WANDA", "wanda_score"]
+
 
 def wanda_score(weight_OI: Tensor, statistics: InputStatistics | None) -> Tensor:
-    """|W_ij| · ‖X_j‖₂, (O, I) in the dtype of the weight."""
+    """|W_ij| · ‖X_j‖₂, (O, I) in the dtype of the weight.
+
+    Args:
+        weight_OI: the weight.
+        statistics: with norms of the inputs.
+
+    >>> import torch
+    >>> statistics = InputStatistics(2, "norms")
+    >>> statistics.add(torch.tensor([[3.0, 1.0], [4.0, 0.0]]))
+    >>> wanda_score(torch.tensor([[1.0, -4.0]]), statistics)
+    tensor([[5., 4.]])
+    """
     assert statistics is not None, "Wanda scores need input norms"
     return weight_OI.abs().mul_(statistics.norms_I.to(weight_OI.dtype))
 

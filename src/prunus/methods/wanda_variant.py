@@ -1,9 +1,11 @@
-"""Wanda's variant: every row gives up the same share of its total score, not the same number of weights.
+"""Wanda's variant: every row gives up the same share of its total score, not as many weights.
 
-Scores as in Wanda. A row loses its lowest weights as long as their summed score is at most a fraction α of the
-row's sum. One α serves the whole linear, found by bisection so that the linear's sparsity comes within 0.001 of the
-target (appendix of arXiv 2306.11695). The start at 0.4 and the steps are those of the original code, because every
-α within the tolerance gives another mask.
+The scores are Wanda's. A row loses its lowest weights as long as their summed score is at most a
+fraction α of the row's sum. One α serves the whole linear. Bisection finds it, so that the sparsity
+of the linear comes within 0.001 of the target (appendix of arXiv 2306.11695).
+
+Why the bisection starts at 0.4 and takes the steps of the original code: every α within the
+tolerance gives another mask, and only the same steps end at the same one.
 
 Shape suffixes: O outputs (rows), I inputs.
 """
@@ -14,35 +16,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Method, MethodOptions, Pruned, masked
+from prunus.methods.base import Method, Pruned, masked
+from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import wanda_score
 
+__all__ = ["WANDA_VARIANT"]
+
 _TOLERANCE = 0.001
-_CEILING = 0.8
-# Where equal scores make the sparsity jump over the target, the bisection ends here.
-_FINEST_ALPHA = 1e-7
+# The original code searches α from 0 to this value.
+_MAX_ALPHA = 0.8
+# Where many scores are equal, the sparsity jumps over the target. The bisection then ends when the
+# interval is as small as this.
+_MIN_INTERVAL = 1e-7
 
 
 def _sorted_rows(score_OI: Tensor) -> Tensor:
-    # On the CPU NumPy sorts five times faster, and carries no indices along.
+    # On the CPU NumPy sorts five times faster, because it moves no indices.
     if score_OI.device.type == "cpu":
         return torch.from_numpy(np.sort(score_OI.numpy(), axis=1))
     return score_OI.sort(dim=1).values
 
 
 def _thresholds(ascending_OI: Tensor, running_OI: Tensor, sum_O1: Tensor, alpha: float) -> Tensor:
-    """Per row the highest score within the share α, (O, 1); -1 where even the lowest exceeds it."""
+    """The highest score of each row within the share α, (O, 1).
+
+    It is -1 where even the lowest score exceeds the share, so that the row loses nothing.
+    """
     count_O1 = torch.searchsorted(running_OI, sum_O1 * alpha, right=True)
     threshold_O1 = ascending_OI.gather(1, (count_O1 - 1).clamp_(min=0))
     return threshold_O1.masked_fill(count_O1 == 0, -1)
 
 
 def _sparsity(ascending_OI: Tensor, threshold_O1: Tensor) -> float:
-    return (
-        int(torch.searchsorted(ascending_OI, threshold_O1, right=True).sum()) / ascending_OI.numel()
-    )
+    """The share of weights at or below the thresholds."""
+    below = torch.searchsorted(ascending_OI, threshold_O1, right=True)
+    return int(below.sum()) / ascending_OI.numel()
 
 
 def _prune(
@@ -59,13 +69,14 @@ def _prune(
     running_OI = ascending_OI.cumsum(dim=1)
     sum_O1 = score_OI.sum(dim=1, keepdim=True)
 
-    low, high, alpha = 0.0, _CEILING, 0.4
+    low, high, alpha = 0.0, _MAX_ALPHA, 0.4
     if _sparsity(ascending_OI, _thresholds(ascending_OI, running_OI, sum_O1, high)) < sparsity:
-        high = 1.0  # the original stops at 0.8 and misses high targets
+        # The original code stops at 0.8 and misses high targets.
+        high = 1.0
     while True:
         threshold_O1 = _thresholds(ascending_OI, running_OI, sum_O1, alpha)
         reached = _sparsity(ascending_OI, threshold_O1)
-        if abs(reached - sparsity) <= _TOLERANCE or high - low < _FINEST_ALPHA:
+        if abs(reached - sparsity) <= _TOLERANCE or high - low < _MIN_INTERVAL:
             return masked(weight_OI, score_OI > threshold_O1, {"alpha": alpha})
         if reached > sparsity:
             high = alpha

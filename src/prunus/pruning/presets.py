@@ -1,4 +1,4 @@
-"""What we would choose ourselves: named sets of options, by measurement; see docs/pruning-better.md."""
+"""Presets: named sets of options, chosen by measurement; docs/results/index.md has the figures."""
 
 from __future__ import annotations
 
@@ -6,22 +6,31 @@ from typing import Any
 
 __all__ = ["PRESETS", "preset_options"]
 
-#: Name -> options of a recipe; what the user gives goes before them.
+#: Name -> options of a recipe. Options that the user gives explicitly override them.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"method": "wanda"},
     "balanced": {"method": "alps", "dense_weight": 0.25, "reconstruct": "last"},
     "best": {"method": "alps", "dense_weight": 0.25, "reconstruct": "all"},
 }
-# Only unstructured sparsity can be shared out, and only groups of N:M care who stands next to whom.
+# Only an unstructured sparsity can be distributed over layers. Only N:M depends on which channels
+# stand next to each other.
 _UNSTRUCTURED: dict[str, dict[str, Any]] = {"best": {"allocation": "search"}}
 _N_OF_M: dict[str, dict[str, Any]] = {"best": {"permute": True}}
 
 
 def preset_options(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` on top of those of the preset that they name, if any.
+    """Put `values` on top of the options of the preset that they name, if any.
+
+    Args:
+        values: options of a recipe by name. The pattern decides what else belongs to the preset.
 
     Raises:
-        ValueError: there is no such preset; lists those there are.
+        ValueError: there is no such preset; the message lists all presets.
+
+    >>> preset_options({"preset": "fast", "seed": 1})
+    {'method': 'wanda', 'preset': 'fast', 'seed': 1}
+    >>> preset_options({"preset": "best", "pattern": "2:4"})["permute"]
+    True
     """
     name = values.get("preset")
     if name is None:

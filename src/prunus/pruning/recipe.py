@@ -1,7 +1,11 @@
-"""What to do to a model: validated, frozen, read from and written to TOML. Knows nothing of torch.
+"""A recipe: everything that decides the bytes of a result, validated and frozen. Free of torch.
 
-A recipe holds everything that decides the bytes of the result. What only decides how the work is done
-(memory budget, device) lives beside it and may change between a run and its resumption.
+A recipe is read from and written to TOML. Options that only decide how the work is done, such as
+the memory budget or the device, are not part of it. They may change between a run and its
+resumption.
+
+The options of methods are validated in `prunus.methods.options`; this file only adds the rules that
+concern a whole run.
 """
 
 from __future__ import annotations
@@ -25,101 +29,171 @@ from pydantic import (
     model_validator,
 )
 
+from prunus.methods.options import (
+    RULES,
+    MaskFrom,
+    MaskOrder,
+    MethodName,
+    MethodOptions,
+    Refine,
+    WeightUpdate,
+    at_least,
+    check_method_options,
+    check_value,
+    in_range,
+)
 from prunus.pruning.presets import preset_options
 
-__all__ = ["MEASURED_ALLOCATIONS", "Recipe", "load_recipe"]
+__all__ = ["MEASURED_ALLOCATIONS", "DtypeName", "Recipe", "load_recipe"]
 
-MethodName = Literal["magnitude", "wanda", "wanda-variant", "ria", "sparsegpt", "obs", "alps"]
-#: Allocations for which the model is run before its sparsities are known.
+#: Allocations that run the model before its sparsities are known.
 MEASURED_ALLOCATIONS = ("owl", "dlp", "search")
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
+# Recipes have all options of methods but one, which always keeps its published value.
+_METHOD_RULES = {name: rule for name, rule in RULES.items() if name != "column_block"}
+_RULES = _METHOD_RULES | {
+    "sparsity": in_range("[0, 1)", ": 0.5 removes half of the weights"),
+    "samples": at_least(1, ": pruning needs calibration windows"),
+    "seqlen": at_least(2, " tokens"),
+    "batch": at_least(1, " window"),
+    "min_expert_tokens": at_least(0, ", where 0 always uses an expert's own tokens"),
+    "reconstruct_epochs": at_least(1),
+    "reconstruct_lr": in_range("(0, 1)"),
+    "allocation_spread": in_range("[0, 0.5]"),
+}
 
 
 class Recipe(BaseModel):
     """One pruning run, in the words of the command line.
 
-    `pattern` is "unstructured" or N:M: keep at most N of every M consecutive inputs of a row. The original
-    code of Wanda and SparseGPT counts the zeros instead; for 2:4 and 4:8 both readings agree.
+    `pattern` is "unstructured" or N:M, which keeps at most N of every M consecutive inputs of a
+    row. (The original code of Wanda and SparseGPT counts the zeros instead; for 2:4 and 4:8 both
+    readings agree.) An N:M pattern implies its sparsity.
+
+    Raises:
+        pydantic.ValidationError: a `ValueError` that lists every option that is out of range.
+
+    >>> recipe = Recipe(method="sparsegpt", pattern="1:4")
+    >>> recipe.sparsity, recipe.n_of_m, recipe.calibration
+    (0.75, (1, 4), 'c4')
+    >>> Recipe(preset="balanced").method
+    'alps'
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     preset: str | None = Field(
-        None, description="fast, balanced or best: what is not given otherwise"
+        None,
+        description="A named set of options: fast, balanced or best. "
+        "Options that are given explicitly override it.",
     )
-    method: MethodName = "wanda"
-    sparsity: float = Field(0.5, description="share of each linear's weights that goes, in [0, 1)")
+    method: MethodName = Field(
+        "wanda", description="The pruning method, which chooses the mask and may update weights."
+    )
+    sparsity: float = Field(
+        0.5, description="The fraction of each linear's weights to remove, in [0, 1)."
+    )
     pattern: str = Field(
-        "unstructured", description="'unstructured', or N:M with at most N of M kept"
+        "unstructured",
+        description="Either 'unstructured', or N:M to keep at most N of every M inputs.",
     )
     group: str | int | None = Field(
-        None, description="who competes: row, layer, column, rows per group"
+        None,
+        description="Which weights compete: row, layer, column, or a number of rows per group. "
+        "By default those that compete in the method's paper.",
     )
-    calibration: str = "c4"
-    samples: int = Field(128, description="calibration windows")
-    seqlen: int = Field(2048, description="tokens per window")
-    seed: int = 0
+    calibration: str = Field(
+        "c4", description="The source of the calibration windows: a name, a file or a folder."
+    )
+    samples: int = Field(128, description="The number of calibration windows.")
+    seqlen: int = Field(2048, description="The number of tokens per window.")
+    seed: int = Field(0, description="The seed of the choice of windows.")
     batch: int | None = Field(
-        None, description="windows per forward pass; chosen from seqlen if not given"
+        None,
+        description="The number of windows per forward pass. By default chosen from seqlen.",
     )
-    dtype: DtypeName = Field("auto", description="of the computation; the checkpoint keeps its own")
-    propagate: Literal["linear", "block"] = "linear"
-    head: bool = Field(False, description="prune the output head too; dense unless asked for")
-    only: tuple[str, ...] = Field((), description="name patterns: prune nothing else")
-    ignore: tuple[str, ...] = Field((), description="name patterns: leave these dense")
+    dtype: DtypeName = Field(
+        "auto", description="The dtype of the computation. The checkpoint keeps its own dtype."
+    )
+    propagate: Literal["linear", "block"] = Field(
+        "linear",
+        description="Whether inputs reach later linears pruned linear by linear, or in two passes "
+        "per block as in the original code.",
+    )
+    head: bool = Field(
+        False, description="Whether to prune the output head too. By default it stays dense."
+    )
+    only: tuple[str, ...] = Field(
+        (), description="Name patterns. Only linears that match one of them are pruned."
+    )
+    ignore: tuple[str, ...] = Field(
+        (), description="Name patterns. Linears that match one of them stay dense."
+    )
     min_expert_tokens: int | None = Field(
         None,
-        description="an expert that fewer tokens choose is measured on all; 0: never; None: by the method",
+        description="An expert with fewer tokens than this is pruned with the statistics of all "
+        "tokens. 0 always uses the expert's own. By default it follows from the method.",
     )
-    mask_from: Literal["wanda", "magnitude"] = "wanda"
-    mask_order: Literal["before", "blockwise"] = "before"
+    mask_from: MaskFrom = Field("wanda", description="The score of the mask of method obs.")
+    mask_order: MaskOrder = Field(
+        "before",
+        description="Whether method obs chooses its mask before the update or blockwise in it.",
+    )
     damping: float | None = Field(
         None,
-        description="share of the Gram's mean diagonal added before inversion; None: the method's own",
+        description="The fraction of the Gram matrix's mean diagonal that is added before the "
+        "matrix is inverted. By default it follows from the method.",
     )
-    ria_power: float = Field(0.5, description="exponent of the input norms in ria")
-    iterations: int | None = Field(None, description="of alps; None: its own")
-    refine: Literal["none", "dsnot", "swaps"] = Field(
-        "none", description="look over the mask afterwards"
+    ria_power: float = Field(
+        0.5, description="The exponent of the input norms in the score of method ria."
     )
+    iterations: int | None = Field(
+        None, description="The number of ADMM iterations of method alps; its own by default."
+    )
+    refine: Refine = Field("none", description="How the mask is improved after the method.")
     refine_steps: int | None = Field(
-        None, description="maximum number of steps of refine; None: the refinement's own"
+        None, description="The maximum number of rounds of refine. By default its own."
     )
-    weight_update: Literal["none", "least-squares"] = Field(
-        "none", description="fit the kept weights to the mask at the end"
+    weight_update: WeightUpdate = Field(
+        "none", description="Whether the kept weights are fitted to the mask at the end."
     )
     dense_weight: float | Literal["auto"] = Field(
         0.0,
-        description="share of the dense model in the outputs that the weights approximate; "
-        "auto: chosen per linear on held-out windows",
+        description="The share of the dense model in the outputs that the weights approximate. "
+        "auto chooses it per linear on held-out windows.",
     )
     reconstruct: Literal["none", "last", "all"] = Field(
-        "none", description="which blocks are trained towards the dense model after pruning"
+        "none",
+        description="Which blocks are trained towards the dense model's outputs after pruning.",
     )
     reconstruct_epochs: int | None = Field(
-        None, description="epochs of block reconstruction; None: by the number of tokens"
+        None,
+        description="The epochs of block reconstruction. By default by the number of tokens.",
     )
     reconstruct_lr: float | None = Field(
-        None, description="peak learning rate of block reconstruction; None: by the weights' size"
+        None,
+        description="The peak learning rate of block reconstruction. By default by weight size.",
     )
     permute: bool = Field(
-        False, description="for N:M: reorder inputs first, where that can be folded away"
+        False,
+        description="For N:M: whether to reorder inputs first, where the order can be folded into "
+        "other weights.",
     )
     allocation: Literal["uniform", "owl", "dlp", "arithmetic", "search"] = Field(
-        "uniform", description="how the sparsity is shared out; its mean stays what was asked for"
+        "uniform", description="How the sparsity is distributed over layers, with the same mean."
     )
     allocation_by: Literal["block", "linear"] = Field(
-        "block", description="what gets a sparsity of its own"
+        "block", description="Whether a block or a linear gets a sparsity of its own."
     )
     allocation_spread: float | None = Field(
-        None, description="of owl, dlp, arithmetic: half the range"
+        None, description="Half the range of the layers' sparsities, for owl, dlp and arithmetic."
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _preset_and_pattern(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _fill_in_preset_and_sparsity(cls, values: dict[str, Any]) -> dict[str, Any]:
         values = preset_options(values)
         match = _PATTERN.match(str(values.get("pattern", "")))
         if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -127,84 +201,24 @@ class Recipe(BaseModel):
         implied, given = 1 - int(match[1]) / int(match[2]), values.get("sparsity")
         if given is not None and given != implied:
             raise ValueError(
-                f"pattern {match[0]} already fixes the sparsity at {implied:g}; got sparsity {given} as well: "
-                "give one of the two"
+                f"pattern {match[0]} already fixes the sparsity at {implied:g}; "
+                f"got sparsity {given} as well: give one of the two"
             )
         return {**values, "sparsity": implied}
 
-    @field_validator("sparsity")
-    @classmethod
-    def _sparsity_in_range(cls, value: float) -> float:
-        if not 0 <= value < 1:
-            raise ValueError(
-                f"sparsity must lie in [0, 1): 0.5 removes half of the weights; got {value}"
-            )
-        return value
-
-    @field_validator("samples")
-    @classmethod
-    def _some_samples(cls, value: int) -> int:
-        if value < 1:
-            raise ValueError(
-                f"samples must be at least 1: pruning needs calibration windows; got {value}"
-            )
-        return value
-
-    @field_validator("seqlen")
-    @classmethod
-    def _some_tokens(cls, value: int) -> int:
-        if value < 2:
-            raise ValueError(f"seqlen must be at least 2 tokens; got {value}")
-        return value
-
-    @field_validator("min_expert_tokens")
-    @classmethod
-    def _not_negative(cls, value: int | None) -> int | None:
-        if value is not None and value < 0:
-            raise ValueError(
-                f"min_expert_tokens must be at least 0, which measures no expert on all; got {value}"
-            )
-        return value
-
-    @field_validator("batch")
-    @classmethod
-    def _some_windows(cls, value: int | None) -> int | None:
-        if value is not None and value < 1:
-            raise ValueError(f"batch must be at least 1 window; got {value}")
-        return value
-
-    @field_validator("damping", "reconstruct_lr")
-    @classmethod
-    def _positive(cls, value: float | None, info: ValidationInfo) -> float | None:
-        if value is not None and not 0 < value < 1:
-            raise ValueError(f"{info.field_name} must lie in (0, 1); got {value}")
-        return value
-
-    @field_validator("ria_power", "allocation_spread")
-    @classmethod
-    def _in_range(cls, value: float | None, info: ValidationInfo) -> float | None:
-        most = {"ria_power": 2, "allocation_spread": 0.5}[str(info.field_name)]
-        if value is not None and not 0 <= value <= most:
-            raise ValueError(f"{info.field_name} must lie in [0, {most}]; got {value}")
-        return value
-
     @field_validator("dense_weight", mode="before")
     @classmethod
-    def _share(cls, value: Any) -> Any:
+    def _read_dense_weight(cls, value: Any) -> Any:
+        # A file or a command line may give the number as text.
         with contextlib.suppress(TypeError, ValueError):
             value = float(value)
-        if value != "auto" and not (isinstance(value, float) and 0 <= value <= 1):
-            raise ValueError(
-                "dense_weight must lie in [0, 1], 0 using the pruned model only, or be auto; "
-                f"got {value}"
-            )
+        check_value("dense_weight", value)
         return value
 
-    @field_validator("iterations", "refine_steps", "reconstruct_epochs")
+    @field_validator(*_RULES)
     @classmethod
-    def _at_least_once(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and value < 1:
-            raise ValueError(f"{info.field_name} must be at least 1; got {value}")
+    def _in_range(cls, value: Any, info: ValidationInfo) -> Any:
+        check_value(str(info.field_name), value, _RULES)
         return value
 
     @field_validator("group", mode="before")
@@ -228,63 +242,58 @@ class Recipe(BaseModel):
         match = _PATTERN.match(value)
         if not match:
             raise ValueError(f"pattern must be 'unstructured' or N:M such as 2:4; got {value!r}")
-        n, m = int(match[1]), int(match[2])
-        if not 1 <= n <= m:
+        if not 1 <= int(match[1]) <= int(match[2]):
             raise ValueError(
                 f"pattern N:M keeps N of every M weights, so 1 <= N <= M; got {value!r}"
             )
         return value
 
     @model_validator(mode="after")
-    def _options_fit_method(self) -> Recipe:
-        if self.method != "obs" and (self.mask_from != "wanda" or self.mask_order != "before"):
-            raise ValueError(
-                f"mask_from and mask_order belong to method 'obs', not to {self.method!r}; drop them or "
-                "choose --method obs"
-            )
-        if self.method != "ria" and self.ria_power != 0.5:
-            raise ValueError(f"ria_power belongs to method 'ria', not to {self.method!r}: drop it")
-        if self.method != "alps" and self.iterations is not None:
-            raise ValueError(
-                f"iterations belong to method 'alps', not to {self.method!r}: drop them"
-            )
-        if self.dense_weight != 0 and self.propagate == "block":
-            raise ValueError(
-                "dense_weight needs propagate linear: the original's two passes have no dense "
-                "targets"
-            )
+    def _options_fit_together(self) -> Recipe:
+        check_method_options(self.method, self.method_options)
+        self._check_two_passes()
+        self._check_allocation()
         if self.permute and not self.n_of_m:
             raise ValueError(
                 "permute is for N:M, where channels share groups: give --pattern, or drop it"
             )
-        if self.permute and self.propagate == "block":
-            raise ValueError(
-                "permute needs propagate linear: the original's two passes leave channels in place"
-            )
-        if self.allocation != "uniform" and self.n_of_m:
-            raise ValueError(
-                f"allocation {self.allocation} shares out an unstructured sparsity; {self.pattern} is the same everywhere"
-            )
-        if self.allocation in ("uniform", "search") and self.allocation_spread is not None:
-            raise ValueError(
-                "allocation_spread belongs to owl, dlp and arithmetic: drop it or choose one of them"
-            )
-        if self.allocation == "uniform" and self.allocation_by != "block":
-            raise ValueError("allocation_by needs an --allocation other than uniform")
-        if not self.reconstructs and (
-            self.reconstruct_epochs is not None or self.reconstruct_lr is not None
-        ):
+        has_schedule = self.reconstruct_epochs is not None or self.reconstruct_lr is not None
+        if has_schedule and not self.reconstructs:
             raise ValueError(
                 "reconstruct_epochs and reconstruct_lr belong to --reconstruct last or all: drop "
                 "them or add one"
             )
-        if self.reconstructs and self.propagate == "block":
-            raise ValueError(
-                "reconstruct needs propagate linear: the original's two passes train nothing"
-            )
-        if self.refine == "none" and self.refine_steps is not None:
-            raise ValueError("refine_steps belong to --refine dsnot or swaps: drop them or add one")
         return self
+
+    def _check_two_passes(self) -> None:
+        """Refuse what the two passes per block of the original code do not have."""
+        for option, given, reason in (
+            ("dense_weight", self.dense_weight != 0, "have no dense targets"),
+            ("permute", self.permute, "leave channels in place"),
+            ("reconstruct", self.reconstructs, "train nothing"),
+        ):
+            if self.propagate == "block" and given:
+                raise ValueError(
+                    f"{option} needs propagate linear: the original's two passes {reason}"
+                )
+
+    def _check_allocation(self) -> None:
+        if self.allocation != "uniform" and self.n_of_m:
+            raise ValueError(
+                f"allocation {self.allocation} distributes an unstructured sparsity; "
+                f"{self.pattern} is the same in every layer: drop one of the two"
+            )
+        if self.allocation in ("uniform", "search") and self.allocation_spread is not None:
+            raise ValueError(
+                "allocation_spread belongs to owl, dlp and arithmetic: drop it or choose one"
+            )
+        if self.allocation == "uniform" and self.allocation_by != "block":
+            raise ValueError("allocation_by needs an --allocation other than uniform")
+
+    @property
+    def method_options(self) -> MethodOptions:
+        """The options of the method that are part of a recipe."""
+        return MethodOptions(**{name: getattr(self, name) for name in _METHOD_RULES})
 
     @property
     def reconstructs(self) -> bool:
@@ -298,29 +307,36 @@ class Recipe(BaseModel):
         return (int(match[1]), int(match[2])) if match else None
 
     def selects(self, name: str) -> bool:
-        """Whether the linear `name` (its full path in the model) is to be pruned."""
+        """Whether the linear `name` (its full path in the model) is to be pruned.
+
+        >>> Recipe(only=["*.mlp.*"]).selects("model.layers.0.mlp.up_proj")
+        True
+        """
         wanted = not self.only or any(fnmatch.fnmatchcase(name, glob) for glob in self.only)
         return wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in self.ignore)
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Refuse name patterns that match nothing: a silent miss would prune what was to be spared.
+        """Refuse name patterns that match nothing: a typing error would prune the wrong linears.
+
+        Args:
+            names: the full names of all linears of the model.
 
         Raises:
-            ValueError: a pattern of `only` or `ignore` matches none of `names`, or nothing is left to prune.
+            ValueError: a pattern of `only` or `ignore` matches no name, or no linear is left.
         """
         known = list(names)
         for option, globs in (("--only", self.only), ("--ignore", self.ignore)):
             for glob in globs:
                 if not any(fnmatch.fnmatchcase(name, glob) for name in known):
                     raise ValueError(
-                        f"{option} {glob!r} matches none of the {len(known)} linears; names look like "
-                        f"{known[0]!r}, and * stands for anything: '*.mlp.*'"
+                        f"{option} {glob!r} matches none of the {len(known)} linears; names look "
+                        f"like {known[0]!r}, and * stands for anything: '*.mlp.*'"
                     )
         if not any(self.selects(name) for name in known):
             raise ValueError("--only and --ignore leave no linear to prune")
 
     def to_toml(self) -> str:
-        """The recipe as TOML; `load_recipe` reads it back. Options without a value are left out."""
+        """The recipe as TOML for `load_recipe`. Options without a value are left out."""
         lines = [
             f"{key} = {_toml_value(value)}"
             for key, value in self.model_dump().items()
@@ -330,11 +346,19 @@ class Recipe(BaseModel):
 
 
 def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
-    """Read a recipe file (or the defaults) and put `overrides` on top; None values do not override.
+    """Read a recipe file, or take the defaults, and put `overrides` on top.
+
+    Args:
+        path: a TOML file, or None.
+        overrides: options by name; a value of None does not override.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not TOML, an unknown key, or a value out of range; the message names the key.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not TOML, or it has an unknown key or a value out of range; the
+            message names the key.
+
+    >>> load_recipe(None, {"sparsity": 0.6, "seed": None}).sparsity
+    0.6
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -353,6 +377,7 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
 
 
 def _explain(error: Any) -> str:
+    """One of pydantic's errors in the words of the command line."""
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"unknown option {name!r}; known are {', '.join(Recipe.model_fields)}"
@@ -366,7 +391,7 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # JSON and TOML escape alike, but for DEL, which only TOML wants escaped.
+        # JSON and TOML escape alike, except for DEL, which only TOML escapes.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"

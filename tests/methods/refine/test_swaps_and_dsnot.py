@@ -143,7 +143,7 @@ def test_one_swap_is_the_best_of_all(monkeypatch):
     for pattern in (Pattern(), Pattern(2, 4)):
         weight_OI, X_TI = example(4, 16)
         keep_OI = start(weight_OI, X_TI, pattern)
-        refined_OI, _ = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), pattern, 0.05, rounds=1)
+        refined_OI, _ = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), pattern, 0.05, max_rounds=1)
         scaled_OI, hessian_II, _ = reference.scaled(
             weight_OI, X_TI.double().T @ X_TI.double(), 0.05
         )
@@ -191,7 +191,7 @@ def test_dsnot_is_that_of_the_reference(pattern, rounds):
     weight_OI, X_TI = example(12, 24)
     X_TI = offset(X_TI)
     keep_OI = start(weight_OI, X_TI, pattern)
-    refined_OI, notes = refine_by_dsnot(weight_OI, keep_OI, gather(X_TI), pattern, rounds=rounds)
+    refined_OI, notes = refine_by_dsnot(weight_OI, keep_OI, gather(X_TI), pattern, max_rounds=rounds)
     assert notes["swaps"] > 0
     for weight_I, keep_I, refined_I in zip(weight_OI, keep_OI, refined_OI, strict=True):
         expected_I, before, after = reference.dsnot_row(
@@ -272,12 +272,12 @@ def test_nothing_to_remove_changes_nothing(name, pattern):
             "changes that mask: add --weight-update least-squares",
         ),
         ("wanda", Pattern(group="column"), {"refine": "swaps"}, "choose another group"),
-        ("wanda", Pattern(), {"refine": "swap"}, "'swap': choose none, dsnot or swaps"),
+        ("wanda", Pattern(), {"refine": "swap"}, "refine must be none, dsnot or swaps; got 'swap'"),
         (
             "wanda",
             Pattern(),
             {"refine": "swaps", "refine_steps": 0},
-            "rounds of the refinement are 0",
+            "refine_steps must be at least 1; got 0",
         ),
     ],
 )

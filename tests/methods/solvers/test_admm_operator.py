@@ -18,7 +18,7 @@ from prunus.methods.solvers.admm_operator import (
     leading_eigenvectors,
     penalties,
 )
-from prunus.methods.solvers.least_squares import ScaledGram, is_data_limited, ridge, scaled_gram
+from prunus.methods.solvers.least_squares import ScaledGram, is_data_limited, ridge, scaled_gram_of
 from prunus.methods.statistics import InputStatistics
 
 
@@ -35,10 +35,10 @@ def decaying(tokens: int, width: int, seed: int = 0) -> Tensor:
     return draw * (1 + 12 * torch.arange(1, width + 1) ** -0.7) @ turn_II
 
 
-def scarce(width: int = 256) -> tuple[Tensor, InputStatistics, ScaledGram]:
+def data_limited(width: int = 256) -> tuple[Tensor, InputStatistics, ScaledGram]:
     weight_OI = torch.randn(48, width, generator=torch.Generator().manual_seed(1))
     statistics = gather(decaying(2 * width, width))
-    return weight_OI, statistics, scaled_gram(statistics, None)
+    return weight_OI, statistics, scaled_gram_of(statistics, None)
 
 
 def exact(scaled: ScaledGram, penalty: float) -> Tensor:
@@ -59,13 +59,13 @@ def test_only_wide_linears_with_few_tokens_are_scarce(wide_from_64):
 
 
 def test_without_few_tokens_a_quarter_of_the_iterations_has_each_penalty():
-    scaled = scaled_gram(gather(decaying(640, 64)), None)
+    scaled = scaled_gram_of(gather(decaying(640, 64)), None)
     assert penalties(scaled, 8) == [0.25, 0.25, 0.4, 0.4, 0.8, 0.8, 1.6, 1.6]
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 5])
 def test_with_few_tokens_penalties_grow_from_half_the_diagonal(wide_from_64, iterations):
-    scaled = scaled_gram(gather(decaying(64, 64)), None)
+    scaled = scaled_gram_of(gather(decaying(64, 64)), None)
     found = penalties(scaled, iterations)
     assert len(found) == iterations
     assert found[0] == 1.0
@@ -74,7 +74,7 @@ def test_with_few_tokens_penalties_grow_from_half_the_diagonal(wide_from_64, ite
 
 
 def test_the_leading_eigenvectors_are_those_of_a_decomposition():
-    gram_II = scarce()[2].gram_II
+    gram_II = data_limited()[2].gram_II
     vectors_IR, values_R = leading_eigenvectors(gram_II, 16)
     expected_I = torch.linalg.eigvalsh(gram_II.double())
     torch.testing.assert_close(values_R[-2:].double(), expected_I[-2:], rtol=1e-2, atol=0)
@@ -86,11 +86,11 @@ def test_the_leading_eigenvectors_are_those_of_a_decomposition():
 
 
 def test_the_spectrum_stands_in_for_inverses(wide_from_64):
-    weight_OI, statistics, scaled = scarce()
-    shrink = admm_operator(statistics, scaled, len(weight_OI))
+    weight_OI, statistics, scaled = data_limited()
+    operator = admm_operator(statistics, scaled, len(weight_OI))
     for penalty in penalties(scaled, 5):
         expected_OI = weight_OI @ exact(scaled, penalty).float()
-        found_OI = weight_OI @ shrink(penalty).float()
+        found_OI = weight_OI @ operator(penalty).float()
         assert float((found_OI - expected_OI).norm() / expected_OI.norm()) < 0.25
         blunt_OI = weight_OI * float(exact(scaled, penalty).diagonal().mean())
         assert (found_OI - expected_OI).norm() < 0.65 * (blunt_OI - expected_OI).norm()
@@ -100,7 +100,7 @@ def test_the_spectrum_stands_in_for_inverses(wide_from_64):
     "pattern", [Pattern(), Pattern(group="layer"), Pattern.parse("2:4", "row")], ids=repr
 )
 def test_with_few_tokens_alps_loses_hardly_more_than_by_inverses(pattern, monkeypatch):
-    weight_OI, statistics, scaled = scarce()
+    weight_OI, statistics, scaled = data_limited()
 
     def error(method: str) -> float:
         pruned = METHODS[method].prune(weight_OI, statistics, pattern, 0.5, MethodOptions())
@@ -116,7 +116,7 @@ def test_with_few_tokens_alps_loses_hardly_more_than_by_inverses(pattern, monkey
 
 
 def test_rows_in_runs_are_pruned_as_all_at_once(wide_from_64, monkeypatch):
-    weight_OI, statistics, _ = scarce()
+    weight_OI, statistics, _ = data_limited()
     for pattern in (
         Pattern(),
         Pattern(group=3),
@@ -124,7 +124,7 @@ def test_rows_in_runs_are_pruned_as_all_at_once(wide_from_64, monkeypatch):
         Pattern.parse("4:8", "row"),
     ):
         whole = METHODS["alps"].prune(weight_OI, statistics, pattern, 0.5, MethodOptions())
-        monkeypatch.setattr("prunus.hardware.numerics._AT_A_TIME", 10 * 256)
+        monkeypatch.setattr("prunus.hardware.numerics._ELEMENTS_AT_A_TIME", 10 * 256)
         runs = METHODS["alps"].prune(weight_OI, statistics, pattern, 0.5, MethodOptions())
         monkeypatch.undo()
         monkeypatch.setattr("prunus.methods.solvers.least_squares._WIDE", 64)
@@ -133,7 +133,7 @@ def test_rows_in_runs_are_pruned_as_all_at_once(wide_from_64, monkeypatch):
 
 
 def test_what_is_no_gram_matrix_is_refused(wide_from_64):
-    weight_OI, statistics, _ = scarce(64)
+    weight_OI, statistics, _ = data_limited(64)
     statistics._derived.clear()
     assert statistics.gram_II is not None
     statistics.gram_II.fill_(float("nan"))

@@ -1,19 +1,26 @@
-"""Targets from the dense model: weights that give, on the pruned model's inputs, what the dense ones gave on theirs.
+"""Targets from the dense model: weights whose outputs approximate what the dense model computed.
 
-Once earlier linears are pruned, a linear gets inputs X̂ in place of the dense model's X. Pruning W₀ for X̂ alone keeps the
-outputs that are wrong already; aiming at X W₀ᵀ repairs them as far as X̂ allows, and learns noise where tokens are few. In
-between,
+Once earlier linears are pruned, a linear gets inputs X̂ where the dense model had X. Pruning the
+trained weights W₀ for X̂ alone preserves outputs X̂W₀ᵀ that are already wrong. Approximating XW₀ᵀ
+repairs them as far as X̂ allows, but it fits noise where tokens are few. The mixture of both is
 
     minimise over W   ‖X̂Wᵀ − (αX + (1 − α)X̂)W₀ᵀ‖² + λ‖(W − W₀)D‖²
 
-with the ridge λ and the scales D of `lsq.py`. For dense W the solution is W* = W₀ + α·W₀(X − X̂)ᵀX̂ · (X̂ᵀX̂ + λD²)⁻¹, and
-the error of any other W exceeds it by tr (W − W*)(X̂ᵀX̂ + λD²)(W − W*)ᵀ: what every method that works on a Gram matrix
-minimises, once it is handed W* in place of W₀.
+with the ridge λ and the scales D of `solvers/least_squares.py`. Its solution for dense W is
 
-How much of it to ask for, `best_dense_weight` says: the drift (X − X̂) of some windows is kept apart, W* is found from the
-others, and its error on those kept apart is a parabola in α.
+    W* = W₀ + α·W₀(X − X̂)ᵀX̂ · (X̂ᵀX̂ + λD²)⁻¹.
 
-Shape suffixes: O outputs (rows), I inputs.
+The error of any other W exceeds the minimum by tr (W − W*)(X̂ᵀX̂ + λD²)(W − W*)ᵀ. That is what every
+method on a Gram matrix minimises, with W* in place of W₀. So a method just gets W* as its weight.
+
+Why a ridge: X − X̂ is small, and the solution divides it by small eigenvalues of X̂ᵀX̂, so noise
+would grow there. Why α: the exact target (α = 1) also fits the noise of few tokens. With half of
+the change, the squared error that this noise causes is only a quarter.
+
+`best_dense_weight` chooses α by held-out tokens: W* is computed from the other tokens, and its
+error on the held-out ones is a parabola in α.
+
+Shape suffixes: O outputs (rows), I inputs. In the statistics, the drift is (X − X̂)ᵀX̂.
 """
 
 from __future__ import annotations
@@ -21,102 +28,126 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.hardware.numerics import all_finite, coarse_product
+from prunus.hardware.numerics import all_finite, low_precision_product
 from prunus.methods.solvers.least_squares import (
     ScaledGram,
     inner_product,
     is_data_limited,
     ridge,
-    scale_gram,
-    scaled_gram,
+    scale_and_damp,
+    scaled_gram_of,
 )
 from prunus.methods.statistics import InputStatistics
 
 __all__ = [
     "DEFAULT_DENSE_WEIGHT",
-    "MAX_STRIDE",
+    "MAX_DRIFT_STRIDE",
     "best_dense_weight",
     "dense_target",
     "drift_is_worthwhile",
     "has_drift",
 ]
 
-#: α where none is given, or no tokens are held out to find it; see docs/pruning-better.md.
+#: α where none is given, or no tokens are held out to find it; see docs/concepts/targets.md.
 DEFAULT_DENSE_WEIGHT = 0.25
-#: At least one batch in so many goes through the dense model as well.
-MAX_STRIDE = 4
+#: At least one of this many batches also runs through the dense model.
+MAX_DRIFT_STRIDE = 4
 
 
 def dense_target(
     weight_OI: Tensor, statistics: InputStatistics, dense_weight: float, damping: float | None
 ) -> Tensor:
-    """W*, float32 (O, I); the weight itself where nothing has drifted or the dense inputs are not known.
+    """The target W*; `weight_OI` itself where the dense model's inputs are not known.
 
     Args:
-        weight_OI: float32, the trained weights.
-        statistics: with Gram and drift.
-        dense_weight: α.
-        damping: λ, or None for `lsq.ridge`.
+        weight_OI: float32, the trained weights W₀.
+        statistics: with Gram matrix and drift.
+        dense_weight: α, from 0 to 1.
+        damping: λ, or None for `least_squares.ridge`.
+
+    Returns:
+        float32 (O, I).
+
+    Raises:
+        ValueError: the inputs are not finite.
     """
     if not has_drift(statistics):
         return weight_OI
     drift_II = statistics.drift_II
     assert drift_II is not None
-    scaled = _scaled_gram(statistics, damping)
+    scaled = _scaled_gram_with_drift(statistics, damping)
     lower_II = statistics.derived(
         ("dense_factor", scaled.damping), lambda: _factor(scaled.gram_II, drift_II)
     )
-    # Few rows are solved for by themselves, sooner than for a shift that other linears could share.
+    # The change of the weights is W₀ · drift · (X̂ᵀX̂ + λD²)⁻¹. Solving for the rows of few outputs
+    # is cheaper than computing the product of the last two, which other linears could share.
     if 2 * len(weight_OI) <= len(drift_II):
-        aimed_OI = coarse_product(weight_OI, drift_II).div_(scaled.scale_I)
-        change_OI = torch.cholesky_solve(aimed_OI.T, lower_II).T
+        right_OI = low_precision_product(weight_OI, drift_II).div_(scaled.scale_I)
+        change_OI = torch.cholesky_solve(right_OI.T, lower_II).T
     else:
         shift_II = statistics.derived(
             ("dense_target", scaled.damping), lambda: _shift(lower_II, drift_II, scaled.scale_I)
         )
-        change_OI = coarse_product(weight_OI * scaled.scale_I, shift_II)
+        change_OI = low_precision_product(weight_OI * scaled.scale_I, shift_II)
     return weight_OI + change_OI.div(scaled.scale_I).mul_(dense_weight)
 
 
-def _scaled_gram(statistics: InputStatistics, damping: float | None) -> ScaledGram:
-    """Of the tokens whose dense inputs are known: what they happen to be is then in Gram and drift, and cancels."""
+def _scaled_gram_with_drift(statistics: InputStatistics, damping: float | None) -> ScaledGram:
+    """The scaled Gram matrix of the tokens whose dense inputs are known.
+
+    Why only these: Gram matrix and drift then come from the same tokens, and the chance of which
+    tokens they are cancels out.
+    """
     gram_II = statistics.drift_gram_II
     if gram_II is None:
-        return scaled_gram(statistics, damping)
+        return scaled_gram_of(statistics, damping)
     tokens = round(statistics.drift_share * statistics.tokens)
     damping = ridge(statistics.in_features, tokens) if damping is None else damping
-    return statistics.derived(("scaled_drift_gram", damping), lambda: scale_gram(gram_II, damping))
+    return statistics.derived(
+        ("scaled_drift_gram", damping), lambda: scale_and_damp(gram_II, damping)
+    )
 
 
 def drift_is_worthwhile(in_features: int, tokens: int) -> bool:
-    """Whether it is worth while to learn from so many tokens how a linear's inputs drift.
+    """Whether a linear of this width repays a dense target, with this number of tokens.
 
-    Not where it is wide and the ridge is large: W* is then hardly another than W₀, and what is to be learnt would take
-    longer than all other linears' drift together.
+    False for wide linears with a large ridge: W* then barely differs from W₀, and computing it
+    would cost more than for all other linears together.
+
+    >>> drift_is_worthwhile(576, 16384), drift_is_worthwhile(8960, 16384)
+    (True, False)
     """
     return not is_data_limited(in_features, ridge(in_features, tokens))
 
 
 def has_drift(statistics: InputStatistics) -> bool:
-    """Whether enough is known of the dense inputs: of an expert's tokens, say, only where all came its way."""
-    return statistics.drift_share >= (1 if statistics.drift_gram_II is None else 1 / MAX_STRIDE)
+    """Whether the dense inputs are known for enough tokens.
+
+    Where the drift is sampled, one of `MAX_DRIFT_STRIDE` tokens is enough. Otherwise all are
+    needed: an expert, for example, must get the same tokens in both models.
+    """
+    return statistics.drift_share >= (
+        1 if statistics.drift_gram_II is None else 1 / MAX_DRIFT_STRIDE
+    )
 
 
 def best_dense_weight(
     weight_OI: Tensor, statistics: InputStatistics, damping: float | None
 ) -> float | None:
-    """The α whose W*, found without the tokens held out, comes closest to the dense model's outputs on these.
+    """The α whose W*, computed without the held-out tokens, fits the dense outputs on them best.
 
-    With S = W₀(X − X̂)ᵀX̂ · (X̂ᵀX̂ + λD²)⁻¹ of the other tokens, the error ‖αX̂Sᵀ − (X − X̂)W₀ᵀ‖² on tokens held out
-    is least at α = tr (W₀(X − X̂)ᵀX̂Sᵀ) / tr (SX̂ᵀX̂Sᵀ), sums that the statistics hold. Taken into [0, 1].
+    Let S = W₀(X − X̂)ᵀX̂ · (X̂ᵀX̂ + λD²)⁻¹ come from the other tokens. On the held-out tokens the error
+    ‖αX̂Sᵀ − (X − X̂)W₀ᵀ‖² has its minimum at α = tr (W₀(X − X̂)ᵀX̂Sᵀ) / tr (SX̂ᵀX̂Sᵀ). Both traces need
+    only sums that the statistics hold.
 
     Args:
-        weight_OI: float32, the trained weights.
-        statistics: with Gram and drift, and the shares of tokens held out.
-        damping: λ, or None for `lsq.ridge` of the tokens that are left.
+        weight_OI: float32, the trained weights W₀.
+        statistics: with Gram matrix, drift, and their shares from held-out tokens.
+        damping: λ, or None for `least_squares.ridge` of the tokens that are not held out.
 
     Returns:
-        None where no tokens were held out, nothing else is left, or the dense inputs are not known.
+        α, clipped to [0, 1]. None where no tokens or all tokens are held out, or where the dense
+        inputs are not known.
     """
     held_gram_II, held_drift_II = statistics.held_gram_II, statistics.held_drift_II
     gram_II, drift_II, tokens = statistics.gram_II, statistics.drift_II, statistics.held_tokens
@@ -127,21 +158,23 @@ def best_dense_weight(
     assert gram_II is not None and drift_II is not None
     scale_I = gram_II.diagonal().sqrt()
     scale_I = scale_I.masked_fill(scale_I == 0, 1)
-    left = ridge(statistics.in_features, statistics.tokens - tokens) if damping is None else damping
-    left = max(left, statistics.in_features * torch.finfo(torch.float32).eps)
+    if damping is None:
+        damping = ridge(statistics.in_features, statistics.tokens - tokens)
+    damping = max(damping, statistics.in_features * torch.finfo(torch.float32).eps)
 
     def compute() -> Tensor:
+        # The Gram matrix and the drift of all tokens but the held-out ones.
         share = 1 - tokens / statistics.tokens
         rest_II = ((gram_II - held_gram_II) / scale_I[:, None]).div_(scale_I)
-        rest_II.diagonal().add_(left * share)
+        rest_II.diagonal().add_(damping * share)
         rest_drift_II = drift_II - held_drift_II
         return _shift(_factor(rest_II, rest_drift_II), rest_drift_II, scale_I)
 
-    shift_II = statistics.derived(("held_out_shift", left), compute)
+    shift_II = statistics.derived(("held_out_shift", damping), compute)
     scaled_OI = weight_OI * scale_I
-    found_OI = (scaled_OI @ shift_II).div_(scale_I)
-    size = inner_product(found_OI @ held_gram_II, found_OI)
-    gain = inner_product(weight_OI @ held_drift_II, found_OI)
+    change_OI = (scaled_OI @ shift_II).div_(scale_I)
+    size = inner_product(change_OI @ held_gram_II, change_OI)
+    gain = inner_product(weight_OI @ held_drift_II, change_OI)
     return min(1.0, max(0.0, gain / size)) if size > 0 else 0.0
 
 
@@ -149,11 +182,16 @@ def _factor(damped_II: Tensor, drift_II: Tensor) -> Tensor:
     """The lower Cholesky factor of A + λI."""
     lower_II, failed = torch.linalg.cholesky_ex(damped_II)
     if int(failed) or not all_finite(drift_II):
-        raise ValueError("the inputs of the dense model cannot be matched: are they finite?")
+        raise ValueError(
+            "the outputs of the dense model cannot be approximated: are its inputs finite?"
+        )
     return lower_II
 
 
 def _shift(lower_II: Tensor, drift_II: Tensor, scale_I: Tensor) -> Tensor:
-    """D⁻¹(X − X̂)ᵀX̂D⁻¹ · (A + λI)⁻¹, by way of its transpose; A + λI is symmetric, `lower_II` its factor."""
+    """D⁻¹(X − X̂)ᵀX̂D⁻¹ · (A + λI)⁻¹, where `lower_II` is the factor of A + λI.
+
+    A + λI is symmetric, so the transposed problem is solved from the left.
+    """
     scaled_II = (drift_II / scale_I[:, None]).div_(scale_I)
     return torch.cholesky_solve(scaled_II.T, lower_II).T.contiguous()

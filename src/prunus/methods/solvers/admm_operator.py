@@ -1,15 +1,20 @@
-"""What a step of ALPS multiplies by: ωρ(H + ρI)⁻¹ + (1 − ω)I, for one penalty ρ after the other.
+"""The matrix of an ADMM step of ALPS, ωρ(H + ρI)⁻¹ + (1 − ω)I, for growing penalties ρ.
 
-H is the scaled and damped Gram matrix of `lsq.py`, whose diagonal is 1 + λ. Two ways save an inverse for each ρ:
+H is the scaled and damped Gram matrix of `least_squares.py`; its diagonal is 1 + λ. The matrix
+combines the resolvent ρ(H + ρI)⁻¹ with over-relaxation by ω. An inverse for every ρ would take most
+of the solver's time, so two approximations replace it:
 
-- `_inverses` has the first ρ and the last inverted for. In between stands the mixture of the two that is right for
-  eigenvalues of H equal to ρ.
-- `_spectrum` has none inverted for. The largest eigenvalues h of H get what is right for them, ρ/(h + ρ), by way of their
-  eigenvectors; the others lie close together above λ, and share a straight line, a + bH. The larger λ, the straighter.
+- `_from_inverses` computes the resolvent of the first and of the last ρ. In between it mixes the
+  two, with the share that is exact for the eigenvalues of H that equal ρ.
+- `_from_spectrum` computes no inverse. The resolvent has the eigenvectors of H, and maps an
+  eigenvalue h to ρ/(h + ρ). The leading eigenvectors get exactly that. All other eigenvalues lie
+  close together above λ, and a straight line a + bh is good enough there: a·I + b·H, which needs no
+  eigenvectors. The larger λ, the straighter is the curve.
 
-The second is for wide linears with few tokens (`lsq.is_data_limited`), whose inverses would take as long as a dozen iterations.
-There, where λ is large, 5 iterations with a penalty that grows at each come about as far as 12: on `down` of
-Qwen2.5-Coder-1.5B (8960 inputs, 16,384 tokens) a third of the time, for 1.5 % more error on tokens held out.
+Why the second way exists: for wide linears an inverse takes as long as a dozen iterations, which
+few tokens do not repay (`least_squares.is_data_limited`). A large λ also lets 5 iterations with a
+penalty that grows at each come about as far as 12. On `down_proj` of Qwen2.5-Coder-1.5B (8960
+inputs, 16,384 tokens) this takes a third of the time, for 1.5 % more error on held-out tokens.
 
 Shape suffixes: I inputs; R leading eigenvectors.
 """
@@ -21,77 +26,101 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prunus.hardware.numerics import all_finite, coarse_factor, coarse_product
+from prunus.hardware.numerics import all_finite, low_precision_factor, low_precision_product
 from prunus.methods.solvers.least_squares import ScaledGram
 from prunus.methods.statistics import InputStatistics
 
 __all__ = ["OVER_RELAXATION", "admm_operator", "leading_eigenvectors", "penalties"]
 
-#: ω, a little over the mark: twelve iterations at 1.2 come as far as sixteen at 1, at 1.6 they are 1 % worse.
+#: ω. Twelve iterations at 1.2 come as far as sixteen at 1; at 1.6 the error is 1 % larger.
 OVER_RELAXATION = 1.2
-# ρ, against a diagonal of H of about 1: each for a quarter of the iterations. On four linears of SmolLM2 at 50 % and 2:4
-# twice as many iterations with twice as many penalties, from 0.1 to 1.7, lower the error held out by 0.3 to 2 %.
+# ρ relative to a diagonal of H of about 1; each serves a quarter of the iterations. On four linears
+# of SmolLM2 at 50 % and 2:4, twice as many iterations with twice as many penalties, from 0.1 to
+# 1.7, lower the error on held-out tokens by 0.3 to 2 %.
 _PENALTIES = (0.25, 0.4, 0.8, 1.6)
-# Against the diagonal of H, from the first iteration to the last, where tokens are few.
-_FIRST_SCARCE, _LAST_SCARCE = 0.5, 2.0
-# Inverses beyond this many bytes are not kept for the next linear with the same input.
-_MOST_KEPT = 2**28
-# Of so many inputs one leading eigenvector is taken.
-_ONE_LEADING_IN = 16
+# The first and the last ρ of data-limited linears, relative to the diagonal of H. Here λ makes the
+# diagonal much larger than 1, and ρ must grow with it.
+_DATA_LIMITED_FIRST, _DATA_LIMITED_LAST = 0.5, 2.0
+# Inverses larger than this many bytes are not kept for the next linear with the same input.
+_MAX_KEPT_BYTES = 2**28
+# One leading eigenvector is computed for this many inputs.
+_INPUTS_PER_EIGENVECTOR = 16
 
 
 def penalties(scaled: ScaledGram, iterations: int) -> list[float]:
-    """ρ of each iteration, growing."""
+    """The penalty ρ of each iteration, never falling.
+
+    Args:
+        scaled: the Gram matrix, which decides between the two rules.
+        iterations: how many penalties to return, at least 1.
+    """
     if not scaled.is_data_limited:
+        # Few different values: each costs a new matrix.
         return [_PENALTIES[len(_PENALTIES) * i // iterations] for i in range(iterations)]
-    growth = (_LAST_SCARCE / _FIRST_SCARCE) ** (1 / max(1, iterations - 1))
-    return [(1 + scaled.damping) * _FIRST_SCARCE * growth**i for i in range(iterations)]
+    growth = (_DATA_LIMITED_LAST / _DATA_LIMITED_FIRST) ** (1 / max(1, iterations - 1))
+    return [(1 + scaled.damping) * _DATA_LIMITED_FIRST * growth**i for i in range(iterations)]
 
 
 def admm_operator(
     statistics: InputStatistics, scaled: ScaledGram, rows: int
 ) -> Callable[[float], Tensor]:
-    """From ρ to the matrix (I, I), as `coarse_factor` gives it for `rows` rows; to be asked as `penalties` grow."""
-    return (_spectrum if scaled.is_data_limited else _inverses)(statistics, scaled, rows)
+    """A function from ρ to the matrix (I, I) of an ADMM step.
+
+    Call it with the values of `penalties`, in their order: it may update the last matrix in place.
+
+    Args:
+        statistics: the inputs; what linears with the same input can share is kept beside them.
+        scaled: their scaled and damped Gram matrix.
+        rows: the rows that will be multiplied by the matrix. They decide whether it is rounded, see
+            `numerics.low_precision_factor`.
+    """
+    return (_from_spectrum if scaled.is_data_limited else _from_inverses)(statistics, scaled, rows)
 
 
-def _inverses(
+def _from_inverses(
     statistics: InputStatistics, scaled: ScaledGram, rows: int
 ) -> Callable[[float], Tensor]:
-    mixture_II, last_II = _at_ends(statistics, scaled)
+    mixture_II, last_II = _first_and_last(statistics, scaled)
     share = 1.0
 
-    def shrink(penalty: float) -> Tensor:
+    def operator(penalty: float) -> Tensor:
         nonlocal share
-        before, share = share, _share_of_first(penalty)
-        mixture_II.lerp_(last_II, 1 - share / before)
-        return coarse_factor(mixture_II, rows)
+        previous, share = share, _share_of_first(penalty)
+        # The mixture holds `previous` of the first matrix. Move it on in place: a third matrix of
+        # this size is not needed.
+        mixture_II.lerp_(last_II, 1 - share / previous)
+        return low_precision_factor(mixture_II, rows)
 
-    return shrink
+    return operator
 
 
 def _share_of_first(penalty: float) -> float:
-    """How much of the first ρ(H + ρI)⁻¹ is in the mixture for `penalty`; the rest is the last one's."""
+    """The share of the first resolvent in the mixture for `penalty`; the rest is the last one's.
+
+    The exact resolvent maps the eigenvalue h = `penalty` to 1/2, and so must the mixture.
+    """
     first, last = (end / (penalty + end) for end in (_PENALTIES[0], _PENALTIES[-1]))
     return (0.5 - last) / (first - last)
 
 
-def _at_ends(statistics: InputStatistics, scaled: ScaledGram) -> tuple[Tensor, Tensor]:
-    """For the first ρ and the last, float32 (I, I); the first may be written to.
+def _first_and_last(statistics: InputStatistics, scaled: ScaledGram) -> tuple[Tensor, Tensor]:
+    """The matrices for the first and the last ρ, float32 (I, I). The caller may change the first.
 
-    Kept beside the statistics, for linears with the same input, where both fit there.
+    They are kept beside the statistics for other linears with the same input, if they are small
+    enough.
     """
 
     def compute() -> tuple[Tensor, Tensor]:
-        return _inverted(scaled, _PENALTIES[0]), _inverted(scaled, _PENALTIES[-1])
+        return _relaxed_resolvent(scaled, _PENALTIES[0]), _relaxed_resolvent(scaled, _PENALTIES[-1])
 
-    if 2 * scaled.gram_II.nbytes > _MOST_KEPT:
+    if 2 * scaled.gram_II.nbytes > _MAX_KEPT_BYTES:
         return compute()
     first_II, last_II = statistics.derived(("alps", scaled.damping), compute)
     return first_II.clone(), last_II
 
 
-def _inverted(scaled: ScaledGram, penalty: float) -> Tensor:
+def _relaxed_resolvent(scaled: ScaledGram, penalty: float) -> Tensor:
+    """ωρ(H + ρI)⁻¹ + (1 − ω)I, exactly, by a Cholesky factorisation."""
     damped_II = scaled.gram_II.clone()
     damped_II.diagonal().add_(penalty)
     lower_II, failed = torch.linalg.cholesky_ex(damped_II)
@@ -102,54 +131,71 @@ def _inverted(scaled: ScaledGram, penalty: float) -> Tensor:
     return relaxed_II
 
 
-def _spectrum(
+def _from_spectrum(
     statistics: InputStatistics, scaled: ScaledGram, rows: int
 ) -> Callable[[float], Tensor]:
     if not all_finite(scaled.gram_II):
         raise ValueError("the Gram matrix of the inputs has no spectrum: is it finite?")
 
     def compute() -> tuple[Tensor, Tensor]:
-        return leading_eigenvectors(scaled.gram_II, len(scaled.gram_II) // _ONE_LEADING_IN)
+        count = len(scaled.gram_II) // _INPUTS_PER_EIGENVECTOR
+        return leading_eigenvectors(scaled.gram_II, count)
 
     vectors_IR, values_R = statistics.derived(("leading", scaled.damping), compute)
-    # The least of the leading ones are the least exact. A line up to those a little above does no harm to others.
-    tail = float(values_R[len(values_R) // 10])
-    factor_II = coarse_factor(scaled.gram_II, rows)
+    # The line has to fit up to the smallest leading eigenvalue. The smallest ones are the least
+    # accurate, so it is fitted up to a somewhat larger one, which hurts the others little.
+    line_end = float(values_R[len(values_R) // 10])
+    factor_II = low_precision_factor(scaled.gram_II, rows)
     right_RI = vectors_IR.T.to(factor_II.dtype)
 
-    def shrink(penalty: float) -> Tensor:
-        constant, slope = _line(penalty, scaled.damping, tail)
+    def operator(penalty: float) -> Tensor:
+        constant, slope = _fit_line(penalty, scaled.damping, line_end)
+        # The line is applied to all eigenvalues. The leading eigenvectors get the difference
+        # between the exact value and the line.
         rest_R = penalty / (values_R + penalty) - constant - slope * values_R
         left_IR = (vectors_IR * (rest_R * OVER_RELAXATION)).to(factor_II.dtype)
         relaxed_II = torch.addmm(factor_II, left_IR, right_RI, beta=slope * OVER_RELAXATION)
         relaxed_II.diagonal().add_(constant * OVER_RELAXATION + 1 - OVER_RELAXATION)
         return relaxed_II
 
-    return shrink
+    return operator
 
 
-def _line(penalty: float, least: float, most: float) -> tuple[float, float]:
-    """a and b of the line a + bh nearest to ρ/(h + ρ) from `least` to `most`; small h are frequent and weigh more."""
-    values = torch.linspace(least, most, 50, dtype=torch.float64)
-    basis = torch.stack(
-        [1 / values, torch.ones_like(values)], dim=1
-    )  # a, b times h; squares weighed by 1/h²
+def _fit_line(penalty: float, low: float, high: float) -> tuple[float, float]:
+    """a and b of the line a + bh that is nearest to ρ/(h + ρ) for h from `low` to `high`.
+
+    Small eigenvalues are frequent, so the squared distance is weighted by 1/h².
+    """
+    values = torch.linspace(low, high, 50, dtype=torch.float64)
+    # Both sides are divided by h, which is the weight under the square.
+    basis = torch.stack([1 / values, torch.ones_like(values)], dim=1)
     wanted = penalty / (values + penalty) / values
     constant, slope = torch.linalg.lstsq(basis, wanted[:, None]).solution.flatten().tolist()
     return constant, slope
 
 
 def leading_eigenvectors(matrix_II: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The eigenvectors (I, R) of the `count` largest eigenvalues of a symmetric matrix, and these (R,), growing.
+    """The eigenvectors of the largest eigenvalues of a symmetric matrix, approximately.
 
-    By iterating on a random subspace, always the same one (Halko, Martinsson and Tropp 2011, algorithm 4.4). The products
-    are coarse: what the vectors have of others costs them second-order errors only.
+    Subspace iteration from a fixed random start, so the result is always the same (Halko,
+    Martinsson and Tropp 2011, algorithm 4.4). Products are computed in low precision: what an
+    approximate vector contains of other eigenvectors changes the result in second order only.
+
+    Args:
+        matrix_II: float32, symmetric.
+        count: the number R of eigenvectors.
+
+    Returns:
+        The vectors (I, R) as columns, and their eigenvalues (R,), growing.
     """
     start_IR = torch.randn(len(matrix_II), count, generator=torch.Generator().manual_seed(0))
     basis_IR = start_IR.to(matrix_II.device)
-    factor_II = coarse_factor(matrix_II, count)
+    factor_II = low_precision_factor(matrix_II, count)
     for _ in range(3):
+        # Every product turns the subspace towards the leading eigenvectors. QR keeps its basis
+        # vectors from all becoming the first one.
         basis_IR = torch.linalg.qr(basis_IR).Q
-        basis_IR, before_IR = coarse_product(factor_II, basis_IR), basis_IR
+        basis_IR, before_IR = low_precision_product(factor_II, basis_IR), basis_IR
+    # Rayleigh-Ritz: the eigenvectors of the matrix within the subspace.
     values_R, turn_RR = torch.linalg.eigh(before_IR.T @ basis_IR)
     return before_IR @ turn_RR, values_R

@@ -1,15 +1,21 @@
-"""The best weights for a given mask: least squares on the support, all rows at once.
+"""The best weights for a given mask: ridge regression on the kept weights, all rows at once.
 
-Among all weights that are 0 outside the mask, find those that minimise ‖(W − W₀)D‖²_A + λ‖(W − W₀)D‖², where
-D = diag(√d) scales every input feature to norm 1, d is the diagonal of the Gram matrix G and A = D⁻¹GD⁻¹ its
-correlations. That is Tikhonov's ridge, centred on the trained weights instead of on 0: with few tokens the Gram knows
-little of directions that they never took, and there the trained weights are the better guess.
+Among all weights that are 0 outside the mask, find those that minimise
 
-Every row is a linear system of its own, on its own support. Conjugate gradients solve all of them with one matrix
-product a step (Hestenes and Stiefel 1952; the scaling is the Jacobi preconditioner of arXiv 2406.07831, section 3.3).
-Against exact solutions for 12 linears of a real model, 20 steps from the masked weights leave under 0.1 % of the gap.
+    ‖(W − W₀)D‖²_A + λ‖(W − W₀)D‖²
 
-Shape suffixes: O outputs (rows), I inputs.
+W₀ are the trained weights and d is the diagonal of the Gram matrix G. D = diag(√d) scales every
+input feature to norm 1, and A = D⁻¹GD⁻¹ holds the correlations of the features. The second term is
+Tikhonov's ridge, centred on the trained weights instead of on 0. Why: the Gram matrix of few tokens
+says little about directions that no token took. There the trained weights are the better guess.
+
+Every row is a linear system of its own, because every row has its own mask. Factorising one matrix
+per row would take far too long. Conjugate gradients solve all rows together with one matrix product
+per step (Hestenes and Stiefel 1952). The scaling by D doubles as the Jacobi preconditioner of
+arXiv 2406.07831, section 3.3. Against exact solutions for 12 linears of a real model, 20 steps from
+the masked weights leave under 0.1 % of the gap.
+
+Shape suffixes: O outputs (rows), S some of them, I inputs.
 """
 
 from __future__ import annotations
@@ -19,29 +25,44 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunus.hardware.numerics import coarse_factor, coarse_product, row_spans
-from prunus.methods.base import EVERY_ROW, Pruned, RowShard, masked
+from prunus.hardware.numerics import low_precision_factor, low_precision_product, row_spans
+from prunus.methods.base import Pruned, masked
+from prunus.methods.row_shards import EVERY_ROW, RowShard
 from prunus.methods.statistics import InputStatistics
 
-_STEPS = 30
-# Steps end where the residual has fallen to this share of what it was.
+__all__ = [
+    "ScaledGram",
+    "conjugate_gradients",
+    "fit_least_squares",
+    "inner_product",
+    "is_data_limited",
+    "ridge",
+    "scale_and_damp",
+    "scaled_gram_of",
+]
+
+# The maximum number of conjugate gradient steps of `fit_least_squares`.
+_MAX_STEPS = 30
+# Steps end when the residual has fallen to this share of its first norm.
 _TOLERANCE = 1e-3
-# λ per input feature and token; see `ridge`.
+# λ is this number times input features per token, within the bounds; see `ridge`.
 _RIDGE = 2.5
-_LEAST_RIDGE, _MOST_RIDGE = 0.01, 1.0
-# Inputs from which on a product (I, I) takes so long that few tokens are not worth all that could be made of them, and λ
-# where few begin, at five for each input.
-_WIDE, _SCARCE_RIDGE = 4096, 0.5
+_MIN_RIDGE, _MAX_RIDGE = 0.01, 1.0
+# A linear is data-limited from this many inputs on, if λ is at least as large as the second number.
+# From that width on a product (I, I) takes so long that few tokens do not repay the exact way. With
+# the default ridge the second number means five tokens per input.
+_WIDE, _DATA_LIMITED_RIDGE = 4096, 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class ScaledGram:
-    """The Gram matrix of inputs scaled to norm 1, and the way there.
+    """The damped Gram matrix of inputs that are scaled to norm 1, and the scales.
 
     Attributes:
-        gram_II: float32, A + λI, a diagonal of 1 + λ. Inputs that were always 0 count as uncorrelated ones.
+        gram_II: float32, A + λI; its diagonal is 1 + λ. Inputs that are always 0 count as
+            uncorrelated with all others.
         scale_I: float32 √d, 1 where d is 0.
-        dead_I: bool, True for inputs that were always 0.
+        dead_I: bool, True for inputs that are always 0.
         damping: λ.
     """
 
@@ -52,40 +73,62 @@ class ScaledGram:
 
     @property
     def is_data_limited(self) -> bool:
-        """Whether its inputs are many and tell little."""
+        """Whether the linear is wide and its tokens are few; see `is_data_limited`."""
         return is_data_limited(len(self.gram_II), self.damping)
 
 
 def ridge(in_features: int, tokens: int) -> float:
-    """λ where the user gives none: 2.5 features a token, between 0.01 and 1.
+    """The default λ: 2.5 input features per token, between 0.01 and 1.
 
-    What least squares make of noise grows with the number of features over the number of tokens. The factor is the best
-    of those tried by the error on tokens held out (SmolLM2-135M, 16,384 tokens of C4; flat within a factor of 3).
+    Least squares fit noise, and the noise grows with features per token, so the ridge does too. The
+    factor is the best of those tried, by the error on held-out tokens (SmolLM2-135M, 16,384 tokens
+    of C4); the error is flat within a factor of 3.
+
+    >>> ridge(in_features=1024, tokens=16384)
+    0.15625
+    >>> ridge(in_features=1024, tokens=10**9)
+    0.01
     """
-    return min(_MOST_RIDGE, max(_LEAST_RIDGE, _RIDGE * in_features / max(1, tokens)))
+    return min(_MAX_RIDGE, max(_MIN_RIDGE, _RIDGE * in_features / max(1, tokens)))
 
 
 def is_data_limited(in_features: int, damping: float) -> bool:
-    """Whether inputs are many and tell little, judged by λ = `damping`: then less work comes about as far."""
-    return in_features >= _WIDE and damping >= _SCARCE_RIDGE
+    """Whether a linear is wide and has few tokens per input, judged by its λ.
+
+    For such linears less work reaches about the same error, so solvers take cheaper ways.
+
+    >>> is_data_limited(8960, ridge(8960, 16384)), is_data_limited(576, ridge(576, 16384))
+    (True, False)
+    """
+    return in_features >= _WIDE and damping >= _DATA_LIMITED_RIDGE
 
 
-def scaled_gram(statistics: InputStatistics, damping: float | None) -> ScaledGram:
-    """Scale and damp a Gram matrix, once for all linears that share it; `damping` None takes `ridge`."""
+def scaled_gram_of(statistics: InputStatistics, damping: float | None) -> ScaledGram:
+    """Scale and damp the Gram matrix of these statistics, once for all linears that share them.
+
+    Args:
+        statistics: with a Gram matrix.
+        damping: λ, or None for `ridge`.
+    """
     gram_II = statistics.gram_II
     assert gram_II is not None, "least squares need a Gram matrix"
     damping = ridge(statistics.in_features, statistics.tokens) if damping is None else damping
-    return statistics.derived(("scaled_gram", damping), lambda: scale_gram(gram_II, damping))
+    return statistics.derived(("scaled_gram", damping), lambda: scale_and_damp(gram_II, damping))
 
 
-def scale_gram(gram_II: Tensor, damping: float) -> ScaledGram:
-    """Scale and damp a float32 Gram matrix (I, I) by λ = `damping`."""
-    # What rounding may take below 0 in the eigenvalues of A.
+def scale_and_damp(gram_II: Tensor, damping: float) -> ScaledGram:
+    """Scale a float32 Gram matrix (I, I) to a diagonal of 1 and add λ = `damping` to it.
+
+    >>> scale_and_damp(torch.tensor([[4.0, 3.0], [3.0, 9.0]]), 0.25).gram_II
+    tensor([[1.2500, 0.5000],
+            [0.5000, 1.2500]])
+    """
+    # Rounding can push the smallest eigenvalues of A below 0 by about this much.
     damping = max(damping, len(gram_II) * torch.finfo(torch.float32).eps)
     scale_I = gram_II.diagonal().sqrt()
     dead_I = scale_I == 0
     scale_I.masked_fill_(dead_I, 1)
-    # One division after the other: a product of two small scales would underflow.
+    # Divide twice: the product of two small scales would underflow.
     gram_II = (gram_II / scale_I[:, None]).div_(scale_I)
     gram_II.diagonal().fill_(1 + damping)
     return ScaledGram(gram_II, scale_I, dead_I, damping)
@@ -96,111 +139,136 @@ def conjugate_gradients(
     target_OI: Tensor,
     keep_OI: Tensor,
     gram_II: Tensor,
-    steps: int,
+    max_steps: int,
     shard: RowShard = EVERY_ROW,
-    coarse: bool = False,
-    worthwhile: float = 0.0,
-    coarse_start: bool = False,
+    low_precision: bool = False,
+    min_gain: float = 0.0,
+    low_precision_start: bool = False,
 ) -> tuple[Tensor, int]:
-    """Minimise tr (Z − target) gram (Z − target)ᵀ over all Z that are 0 outside `keep_OI`.
+    """Minimise tr (Z − target) gram (Z − target)ᵀ over all Z that are 0 outside the mask.
+
+    All rows take a step together, but every row has a step length of its own.
 
     Args:
-        start_OI: float32 first guess; what of it lies outside the mask does not count.
-        target_OI: float32.
-        gram_II: float32, symmetric positive definite.
-        steps: at most so many; fewer where the residual of all rows is small enough.
-        part: which rows these are.
-        coarse: how far a step goes may be rounded, as by `coarse_product`: for a few steps of a solution that is near.
-        worthwhile: stop behind a step that lowers what is minimised by less than this share of it.
-        coarse_start: the residual that they start from may be rounded too; with `coarse` only.
+        start_OI: float32, the first guess; values outside the mask are ignored.
+        target_OI: float32, the weights that would have no error.
+        keep_OI: bool, the mask.
+        gram_II: float32, symmetric and positive definite.
+        max_steps: the maximum number of steps. Fewer are taken when the residual is small enough.
+        shard: which rows of the linear these are; all shards stop at the same step.
+        low_precision: compute the direction's product in low precision. Good for a few steps from a
+            start that is already near the solution.
+        min_gain: stop after a step that lowers the error by less than this share of it.
+        low_precision_start: compute the first residual in low precision too; only together with
+            `low_precision`.
 
     Returns:
-        Z, float32, 0 (or -0) outside the mask, and the steps taken.
+        Z, float32, 0 (or -0) outside the mask, and the number of steps taken.
     """
-    factor_II = coarse_factor(gram_II, len(start_OI)) if coarse else gram_II
+    factor_II = low_precision_factor(gram_II, len(start_OI)) if low_precision else gram_II
     spans = row_spans(start_OI)
-    first_II = factor_II if coarse_start else gram_II
+    first_II = factor_II if low_precision_start else gram_II
     solvers = [
-        _Descent(start_OI[s], target_OI[s], keep_OI[s], first_II, coarse_start) for s in spans
+        _Descent(start_OI[s], target_OI[s], keep_OI[s], first_II, low_precision_start)
+        for s in spans
     ]
-    error = shard.sum(sum(solver.error for solver in solvers)) if worthwhile else 0.0
-    left = shard.sum(sum(float(solver.size_S1.sum()) for solver in solvers))
-    enough = left * _TOLERANCE**2
-    taken = 0
-    while taken < steps and left > enough:
-        gain = sum(solver.step(factor_II, coarse) for solver in solvers)
-        taken += 1
-        if worthwhile:
+    error = shard.sum(sum(solver.error for solver in solvers)) if min_gain else 0.0
+    residual = shard.sum(sum(float(solver.squared_residual_S1.sum()) for solver in solvers))
+    small_enough = residual * _TOLERANCE**2
+    steps = 0
+    while steps < max_steps and residual > small_enough:
+        gain = sum(solver.step(factor_II, low_precision) for solver in solvers)
+        steps += 1
+        if min_gain:
             gain = shard.sum(gain)
             error -= gain
-            if gain < worthwhile * error:
+            if gain < min_gain * error:
                 break
-        left = shard.sum(sum(float(solver.size_S1.sum()) for solver in solvers))
-    return torch.cat([solver.solution_SI for solver in solvers]), taken
+        residual = shard.sum(sum(float(solver.squared_residual_S1.sum()) for solver in solvers))
+    return torch.cat([solver.solution_SI for solver in solvers]), steps
 
 
 class _Descent:
-    """Conjugate gradients for some rows (S)."""
+    """The state of conjugate gradients for some rows (S).
+
+    Attributes:
+        solution_SI: the weights so far.
+        error: the quantity that is minimised, before the first step.
+        squared_residual_S1: the squared norm of each row's residual.
+    """
 
     def __init__(
-        self, start_SI: Tensor, target_SI: Tensor, keep_SI: Tensor, factor_II: Tensor, coarse: bool
+        self,
+        start_SI: Tensor,
+        target_SI: Tensor,
+        keep_SI: Tensor,
+        factor_II: Tensor,
+        low_precision: bool,
     ) -> None:
-        # A product with 0 and 1 takes a fiftieth of masked_fill's time, whose branches a processor cannot foresee.
-        self._support_SI = keep_SI.float()
-        self.solution_SI = start_SI * self._support_SI
+        # Multiplying by a mask of 0 and 1 takes a fiftieth of the time of masked_fill, whose
+        # branches a processor cannot predict.
+        self._mask_SI = keep_SI.float()
+        self.solution_SI = start_SI * self._mask_SI
         change_SI = target_SI - self.solution_SI
-        self._residual_SI = (
-            coarse_product(change_SI, factor_II) if coarse else change_SI @ factor_II
-        )
-        #: What is minimised, before the first step.
+        self._residual_SI = _product(change_SI, factor_II, low_precision)
         self.error = inner_product(change_SI, self._residual_SI)
-        self._residual_SI.mul_(self._support_SI)
+        # Only kept weights can move, so only their part of the gradient counts.
+        self._residual_SI.mul_(self._mask_SI)
         self._direction_SI = self._residual_SI.clone()
-        #: Of the residual of each row, squared.
-        self.size_S1 = self._residual_SI.square().sum(dim=1, keepdim=True)
+        self.squared_residual_S1 = self._residual_SI.square().sum(dim=1, keepdim=True)
 
-    def step(self, factor_II: Tensor, coarse: bool) -> float:
-        """Go to the lowest point along the direction; returns by how much what is minimised falls."""
-        direction_SI, size_S1 = self._direction_SI, self.size_S1
-        image_SI = coarse_product(direction_SI, factor_II) if coarse else direction_SI @ factor_II
-        image_SI.mul_(self._support_SI)
-        energy_S1 = torch.linalg.vecdot(direction_SI, image_SI).unsqueeze(1)
+    def step(self, factor_II: Tensor, low_precision: bool) -> float:
+        """Go to the lowest point along each row's direction; return by how much the error falls."""
+        direction_SI, before_S1 = self._direction_SI, self.squared_residual_S1
+        image_SI = _product(direction_SI, factor_II, low_precision)
+        image_SI.mul_(self._mask_SI)
+        curvature_S1 = torch.linalg.vecdot(direction_SI, image_SI).unsqueeze(1)
         # A row that has arrived has no direction left, and stays where it is.
-        length_S1 = torch.where(energy_S1 > 0, size_S1 / energy_S1, 0)
+        length_S1 = torch.where(curvature_S1 > 0, before_S1 / curvature_S1, 0)
         self.solution_SI.addcmul_(length_S1, direction_SI)
         self._residual_SI.addcmul_(length_S1, image_SI, value=-1)
-        self.size_S1 = self._residual_SI.square().sum(dim=1, keepdim=True)
-        share_S1 = torch.where(size_S1 > 0, self.size_S1 / size_S1, 0)
+        self.squared_residual_S1 = self._residual_SI.square().sum(dim=1, keepdim=True)
+        # The next direction is conjugate to this one: it does not undo what this step gained.
+        share_S1 = torch.where(before_S1 > 0, self.squared_residual_S1 / before_S1, 0)
         direction_SI.mul_(share_S1).add_(self._residual_SI)
-        # Its length times the slope.
-        return inner_product(length_S1, size_S1)
+        # On a parabola the gain is the step's length times the slope at its start.
+        return inner_product(length_S1, before_S1)
+
+
+def _product(left_SI: Tensor, factor_II: Tensor, low_precision: bool) -> Tensor:
+    return low_precision_product(left_SI, factor_II) if low_precision else left_SI @ factor_II
 
 
 def inner_product(left_OI: Tensor, right_OI: Tensor) -> float:
-    """tr (left rightᵀ): of float32 rows, summed over rows in float64."""
+    """tr (left rightᵀ): within a row summed in float32, over rows in float64."""
     return float(torch.linalg.vecdot(left_OI, right_OI).sum(dtype=torch.float64))
 
 
-def fit(
+def fit_least_squares(
     weight_OI: Tensor,
     start: Pruned,
     statistics: InputStatistics,
     damping: float | None,
-    steps: int = _STEPS,
+    max_steps: int = _MAX_STEPS,
     shard: RowShard = EVERY_ROW,
 ) -> Pruned:
-    """The best weights for the mask of `start`, beginning with its weights; inputs always 0 keep theirs.
+    """Fit the kept weights to the mask of `start`. Weights of inputs that are always 0 stay.
 
     Args:
-        weight_OI: float32, the trained weights.
-        start: mask and first guess.
+        weight_OI: float32, the trained weights, or the dense target.
+        start: the mask, and the first guess of the weights.
+        statistics: with a Gram matrix.
         damping: λ, or None for `ridge`.
-        part: which rows these are.
+        max_steps: the maximum number of conjugate gradient steps.
+        shard: which rows of the linear these are.
+
+    Returns:
+        The same mask with new weights. The notes gain `ridge` and `conjugate_gradients` (steps).
     """
-    scaled = scaled_gram(statistics, damping)
+    scaled = scaled_gram_of(statistics, damping)
     first_OI, target_OI = start.weight_OI * scaled.scale_I, weight_OI * scaled.scale_I
     solution_OI, steps = conjugate_gradients(
-        first_OI, target_OI, start.keep_OI, scaled.gram_II, steps, shard
+        first_OI, target_OI, start.keep_OI, scaled.gram_II, max_steps, shard
     )
     notes = start.notes | {"ridge": scaled.damping, "conjugate_gradients": steps}
     return masked(solution_OI.div_(scaled.scale_I), start.keep_OI, notes)

@@ -1,10 +1,22 @@
-"""The optimal brain surgeon, column by column: prune a weight, and let those to its right make up for it.
+"""The OBS sweep: prune column by column, and let the columns to the right correct the error.
 
-What SparseGPT and the ablations share: the factor of the inverse Gram matrix and the sweep over the columns
-(Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1). Which weights go is the caller's choice.
+SparseGPT and the ablations share this sweep (Frantar and Alistarh 2023, arXiv 2301.00774,
+algorithm 1). They differ only in which weights they remove.
 
-With U the upper Cholesky factor of (G + λI)⁻¹, to set w_j to 0 costs (w_j / U_jj)² of squared output error when
-all later columns k answer with w_k -= U_jk · w_j / U_jj. A common factor of U cancels out everywhere.
+The optimal brain surgeon sets a weight w_j to 0 and changes all other weights of its row so that
+the output error grows least. That needs the inverse of the Gram matrix of all weights that may
+still change. Here columns are pruned from left to right, and only columns to the right may change.
+With U the upper Cholesky factor of (G + λI)⁻¹, so (G + λI)⁻¹ = UᵀU, removing w_j then costs
+
+    (w_j / U_jj)²   of squared output error, when   w_k -= U_jk · w_j / U_jj   for all k > j.
+
+Why a Cholesky factor: the inverse of every smaller problem, in which the columns to the left are
+fixed, is contained in U. So one factorisation replaces an inverse per column. A common factor of U
+cancels out everywhere, so U may belong to a scaled Gram matrix.
+
+Why columns in blocks: a correction touches all columns to the right, which is slow one column at a
+time. Within a small tile columns are corrected one by one. All corrections that leave the tile or
+the block are applied at once, as one matrix product.
 
 Shape suffixes: O outputs (rows), I inputs (columns), B columns of a block.
 """
@@ -18,23 +30,28 @@ import torch
 from torch import Tensor
 
 from prunus.hardware.numerics import all_finite
-from prunus.methods.base import EVERY_ROW, MethodOptions, Pruned, RowShard
+from prunus.methods.base import Pruned
+from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern, keep_above_threshold, keep_mask
+from prunus.methods.row_shards import EVERY_ROW, RowShard
 from prunus.methods.solvers.obs_reference_order import sweep_in_reference_order
 from prunus.methods.statistics import InputStatistics
 
-#: λ as published, a fraction of the Gram's mean diagonal.
+__all__ = ["DAMPING", "ChooseMask", "block_mask", "inverse_factor", "prune_by_obs"]
+
+#: λ as published, a fraction of the mean diagonal of the Gram matrix.
 DAMPING = 0.01
-# Columns that answer each other one at a time; those beyond wait for one matrix product.
+# Columns that are corrected one at a time. Later columns wait for one matrix product.
 _TILE = 16
-# A pivot this small against its own diagonal entry, in units of the rounding error, is noise.
+# A Cholesky pivot smaller than its own diagonal entry times this many rounding errors is noise.
 _NOISE = 10
-_MOST_DAMPING = 1e4
+_MAX_DAMPING = 1e4
+# A triangle of at most this width is inverted directly.
 _SMALL_TRIANGLE = 256
 
-# From the weights of columns start…start+B as they stand (O, B), start, the diagonal of U there (B,), and which rows
-# these are, to the mask (O, B), True for what stays.
-Choose = Callable[[Tensor, int, Tensor, RowShard], Tensor]
+#: From the current weights (O, B) of some columns, the index of the first column, the diagonal of U
+#: there (B,), and the shard, to the mask (O, B): True where a weight stays.
+ChooseMask = Callable[[Tensor, int, Tensor, RowShard], Tensor]
 
 
 def prune_by_obs(
@@ -42,14 +59,19 @@ def prune_by_obs(
     statistics: InputStatistics,
     pattern: Pattern,
     options: MethodOptions,
-    choose: Choose,
+    choose: ChooseMask,
 ) -> Pruned:
-    """Prune from left to right, each pruned weight's error spread over the columns to its right.
+    """Prune from left to right, and spread each removed weight's error over the columns after it.
 
-    Weights of inputs that were always 0 are set to 0 first; the mask is as `choose` says all the same.
+    Weights of inputs that are always 0 become 0 before the sweep. The mask does not depend on that.
 
     Args:
-        choose: called for every M columns (N:M) or every `options.column_block`, once all to the left are pruned.
+        weight_OI: float32, the trained weights.
+        statistics: with a Gram matrix.
+        pattern: decides how many columns a mask is chosen for: M for N:M, else
+            `options.column_block`.
+        options: damping, column block, order of operations, row sharding.
+        choose: chooses the mask of the next columns, once all columns to their left are pruned.
 
     Raises:
         ValueError: the Gram matrix cannot be inverted, see `inverse_factor`.
@@ -57,49 +79,50 @@ def prune_by_obs(
     gram_II = statistics.gram_II
     assert gram_II is not None, "the update needs a Gram matrix"
     damping = DAMPING if options.damping is None else options.damping
-    spans = _spans(pattern, options.column_block)
+    widths = _span_and_block(pattern, options.column_block)
     if options.reference_order:
-        swept = sweep_in_reference_order(
+        pruned = sweep_in_reference_order(
             weight_OI,
             gram_II,
             damping,
-            spans,
+            widths,
             lambda w_OB, start, d_B: choose(w_OB, start, d_B, EVERY_ROW),
         )
-        if swept is not None:
-            return swept
+        if pruned is not None:
+            return pruned
     factor_II, notes = statistics.derived(
         ("inverse_factor", damping), lambda: inverse_factor(gram_II, damping)
     )
     dead_I = gram_II.diagonal() == 0
 
-    def sweep(shard: RowShard) -> Pruned:
-        swept_OI, keep_OI = _sweep(
+    def solve(shard: RowShard) -> Pruned:
+        updated_OI, keep_OI = _sweep(
             weight_OI[shard.rows],
             factor_II,
             dead_I,
-            spans,
+            widths,
             lambda w_OB, start, d_B: choose(w_OB, start, d_B, shard),
         )
-        return Pruned(swept_OI, keep_OI, dict(notes))
+        return Pruned(updated_OI, keep_OI, dict(notes))
 
-    return options.rows.solve(len(weight_OI), 1, sweep)
+    return options.row_sharding.solve(len(weight_OI), 1, solve)
 
 
 def _sweep(
     weight_OI: Tensor,
     factor_II: Tensor,
     dead_I: Tensor,
-    spans: tuple[int, int],
+    widths: tuple[int, int],
     choose: Callable[[Tensor, int, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """The sweep itself, from weights (O, I) to weights and mask."""
+    """The sweep over the columns of some rows; returns weights and mask, both (O, I)."""
     diagonal_I = factor_II.diagonal()
-    span, block = spans
-    # A choice needs its columns up to date: within a tile they always are, beyond it where a tile begins.
+    span, block = widths
+    # `choose` needs columns that are fully corrected. Inside a tile every column is; otherwise only
+    # the first one. So a tile is a multiple of the span, or the span starts at a tile.
     tile = _TILE if span % _TILE == 0 else max(1, _TILE // span) * span
 
-    # Transposed, a column is contiguous, and the updates are plain matrix products on contiguous memory.
+    # In the transposed weight a column is contiguous, so all updates work on contiguous memory.
     weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
     weight_IO[dead_I] = 0
     keep_IO = torch.empty(weight_IO.shape, dtype=torch.bool, device=weight_IO.device)
@@ -115,42 +138,55 @@ def _sweep(
                     chosen = slice(j, min(j + span, stop))
                     keep_IO[chosen] = choose(weight_IO[chosen].T, j, diagonal_I[chosen]).T
                     torch.logical_not(keep_IO[chosen], out=drop_BO[j - start : chosen.stop - start])
-                # w - w is 0 to the bit, and takes a fiftieth of the time of filling by a mask.
+                # Subtracting w from w gives exactly 0, in a fiftieth of the time of masked_fill.
                 removed_O = torch.mul(weight_IO[j], drop_BO[j - start], out=error_BO[j - start])
                 weight_IO[j] -= removed_O
                 error_O = removed_O.div_(diagonal_I[j])
                 weight_IO[j + 1 : last].addr_(factor_II[j, j + 1 : last], error_O, alpha=-1)
+            # Correct the rest of the block for the errors of this tile ...
             done_BO = error_BO[first - start : last - start]
             weight_IO[last:stop].addmm_(factor_II[first:last, last:stop].T, done_BO, alpha=-1)
+        # ... and everything behind the block for the errors of the block.
         weight_IO[stop:].addmm_(factor_II[start:stop, stop:].T, error_BO, alpha=-1)
     return weight_IO.T.contiguous(), keep_IO.T.contiguous()
 
 
-def block_keep(score_OB: Tensor, pattern: Pattern, sparsity: float, shard: RowShard) -> Tensor:
-    """The mask within a block of columns, (O, B): one threshold for all its rows, unless rows or N:M compete."""
+def block_mask(score_OB: Tensor, pattern: Pattern, sparsity: float, shard: RowShard) -> Tensor:
+    """The mask (O, B) of a block of columns.
+
+    With group "layer" all rows of the block share one threshold. Otherwise rows, or the groups of
+    N:M, compete for themselves.
+    """
     if pattern.is_unstructured and pattern.group == "layer":
-        return shard.keep_among_all_rows(
-            score_OB, lambda all_OB: keep_above_threshold(all_OB, sparsity)
-        )
+        return shard.joint_mask(score_OB, lambda all_OB: keep_above_threshold(all_OB, sparsity))
     return keep_mask(score_OB, pattern, sparsity)
 
 
 def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, dict[str, Any]]:
-    """U, float32 (I, I), the upper Cholesky factor of (G/d̄ + damping·I)⁻¹ with d̄ the mean of G's diagonal.
+    """U, the upper Cholesky factor of (G/d̄ + damping·I)⁻¹, where d̄ is the mean diagonal of G.
 
-    Inputs that were always 0 count as uncorrelated with the others. Where the factorisation fails in float32 or
-    loses all precision, float64 is tried, then ten times the damping, and so on.
+    Inputs that are always 0 count as uncorrelated with the others.
+
+    Why the damping may grow: calibration inputs are often almost linearly dependent, and rounding
+    then makes the matrix indefinite. Where the factorisation fails in float32, or loses all
+    precision, it is tried in float64, then with ten times the damping, and so on. A larger damping
+    only makes the correction more cautious, while a failed factor would end the run.
+
+    Args:
+        gram_II: float32.
+        damping: a fraction of the mean diagonal.
 
     Returns:
-        U, and notes: the damping used, and if it applies how often it was raised and that float64 was needed.
+        U, float32 (I, I), and notes: the damping used, and where it applies how often it was raised
+        and that float64 was needed.
 
     Raises:
-        ValueError: the Gram matrix is no Gram matrix (not finite, or far from positive semi-definite).
+        ValueError: this is no Gram matrix; it is not finite, or far from positive semi-definite.
     """
     raised = 0
-    while damping <= _MOST_DAMPING:
+    while damping <= _MAX_DAMPING:
         for dtype in (torch.float32, torch.float64):
-            factor_II = _inverse_factor_at(gram_II, damping, dtype)
+            factor_II = _inverse_factor_in(gram_II, damping, dtype)
             if factor_II is None:
                 continue
             notes: dict[str, Any] = {"damping": damping}
@@ -166,9 +202,11 @@ def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, dict[str, A
     )
 
 
-def _inverse_factor_at(gram_II: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
-    # With P the reversal of the order, PAP = LLᵀ gives A⁻¹ = UᵀU with U = PL⁻¹P, upper triangular: one
-    # factorisation and one triangular inverse; A⁻¹ itself, which may come out indefinite, is never formed.
+def _inverse_factor_in(gram_II: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
+    """U, computed in `dtype`; None where the factorisation fails or is only noise."""
+    # Let P reverse the order of the inputs. PAP = LLᵀ gives A⁻¹ = UᵀU with U = PL⁻¹P, which is
+    # upper triangular. That takes one factorisation and one triangular inverse. A⁻¹ itself, which
+    # rounding may make indefinite, is never formed.
     scaled_II = gram_II.flip(0, 1).to(dtype)
     diagonal_I = scaled_II.diagonal()
     dead_I = diagonal_I == 0
@@ -187,10 +225,11 @@ def _inverse_factor_at(gram_II: Tensor, damping: float, dtype: torch.dtype) -> T
 
 
 def _invert_triangle(lower_II: Tensor, inverse_II: Tensor) -> None:
-    """Fill `inverse_II`, zeros, with the inverse of a lower triangle.
+    """Fill `inverse_II`, which holds zeros, with the inverse of a lower triangle.
 
-    By halves: nearly all of it is matrix products, and less than half as long as a triangular solve for every column of
-    the identity, most of which are zeros.
+    The triangle is split in halves, recursively. Nearly all of the work is then matrix products. It
+    takes less than half of the time of a triangular solve against the identity, most of whose
+    entries are zeros.
     """
     width = len(lower_II)
     if width <= _SMALL_TRIANGLE:
@@ -204,8 +243,11 @@ def _invert_triangle(lower_II: Tensor, inverse_II: Tensor) -> None:
     inverse_II[last, first] = (inverse_II[last, last] @ between_II).neg_()
 
 
-def _spans(pattern: Pattern, column_block: int) -> tuple[int, int]:
-    """Columns chosen at once, and columns swept at once; no group of M straddles two blocks."""
+def _span_and_block(pattern: Pattern, column_block: int) -> tuple[int, int]:
+    """The columns that get a mask at once, and the columns of a block.
+
+    No group of M lies in two blocks, so the second is a multiple of the first.
+    """
     if pattern.m is None:
         return column_block, column_block
     return pattern.m, max(1, column_block // pattern.m) * pattern.m

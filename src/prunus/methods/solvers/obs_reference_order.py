@@ -1,10 +1,11 @@
-"""The column sweep of `obs.py` in the order of operations that the original code has.
+"""The OBS sweep in the order of operations of the original code, which reproduces its masks.
 
-Where a mask depends on weights already updated, rounding feeds back into it: two runs of the original with one
-and with two threads agree on 94 % of a mask only. Whoever wants its very masks needs its very order: the factor
-by way of the inverse itself, in float32, and every column's answer spread at once over the rest of its block
-(Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1). `obs.py` computes the same in a third of the time, and
-more exactly.
+Where a mask depends on weights that are already updated, every rounding error feeds back into it.
+The original code run with one and with two threads agrees with itself on only 94 % of such a mask.
+To get its masks one must therefore repeat its operations in its order: the factor comes from the
+inverse itself, in float32, and every column's correction is applied at once to the rest of its
+block (Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1). `obs.py` computes the same in a
+third of the time, and more exactly.
 
 Shape suffixes: O outputs (rows), I inputs (columns), B columns of a block.
 """
@@ -19,28 +20,33 @@ from torch import Tensor
 from prunus.hardware.numerics import all_finite
 from prunus.methods.base import Pruned
 
+__all__ = ["sweep_in_reference_order"]
+
 
 def sweep_in_reference_order(
     weight_OI: Tensor,
     gram_II: Tensor,
     damping: float,
-    spans: tuple[int, int],
+    widths: tuple[int, int],
     choose: Callable[[Tensor, int, Tensor], Tensor],
 ) -> Pruned | None:
-    """Prune from left to right; arguments as in `obs.prune_by_obs`.
+    """Prune from left to right, as `obs.prune_by_obs` does.
 
     Args:
-        spans: columns chosen at once, and columns swept at once.
+        weight_OI: float32, the trained weights.
+        gram_II: float32, summed in the reference order as well.
+        damping: a fraction of the mean diagonal of the Gram matrix.
+        widths: the columns that get a mask at once, and the columns of a block.
+        choose: as in `obs.prune_by_obs`, without the shard.
 
     Returns:
-        None where the factor cannot be had this way; the original would have stopped.
+        None where the matrix cannot be factorised this way; the original code would have stopped.
     """
     damped_II = gram_II.clone()
     dead_I = damped_II.diagonal() == 0
     damped_II.diagonal().masked_fill_(dead_I, 1)
-    damped_II.diagonal().add_(
-        damping * torch.mean(torch.diag(damped_II))
-    )  # of a copy: another order of summing
+    # torch.diag makes a copy, whose mean is summed in another order than that of the view.
+    damped_II.diagonal().add_(damping * torch.mean(torch.diag(damped_II)))
     lower_II, failed = torch.linalg.cholesky_ex(damped_II)
     if int(failed):
         return None
@@ -48,13 +54,13 @@ def sweep_in_reference_order(
     if int(failed) or not all_finite(factor_II):
         return None
     diagonal_I = factor_II.diagonal()
-    span, block = spans
+    span, block = widths
 
     weight_OI = weight_OI.masked_fill(dead_I, 0)
     keep_OI = torch.empty_like(weight_OI, dtype=torch.bool)
-    width = weight_OI.shape[1]
-    for start in range(0, width, block):
-        stop = min(start + block, width)
+    inputs = weight_OI.shape[1]
+    for start in range(0, inputs, block):
+        stop = min(start + block, inputs)
         weight_OB = weight_OI[:, start:stop].clone()
         error_OB = torch.zeros_like(weight_OB)
         for j in range(stop - start):

@@ -1,0 +1,165 @@
+"""One method out of several steps: dense targets, a mask, a refinement of it, and the best weights.
+
+Every step is a pure tensor function, and so is their composition. The rest of the program calls
+the composed method and does not know its steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from prunus.methods.base import Method, Pruned, masked, unchanged
+from prunus.methods.options import MethodOptions
+from prunus.methods.patterns import Pattern
+from prunus.methods.refine.dense_targets import (
+    DEFAULT_DENSE_WEIGHT,
+    best_dense_weight,
+    dense_target,
+    has_drift,
+)
+from prunus.methods.refine.dsnot import refine_by_dsnot
+from prunus.methods.refine.swaps import refine_by_swaps
+from prunus.methods.row_shards import RowShard
+from prunus.methods.solvers.least_squares import fit_least_squares
+from prunus.methods.statistics import NEEDS, InputStatistics, Needs
+
+__all__ = ["REFINEMENTS", "MaskRefinement", "RefineFunction", "compose"]
+
+#: From the trained weight (O, I), a mask (O, I), statistics, pattern, damping and the maximum
+#: number of rounds to a mask and notes.
+RefineFunction = Callable[
+    [Tensor, Tensor, InputStatistics, Pattern, float | None, int | None],
+    tuple[Tensor, dict[str, Any]],
+]
+
+# A weight update takes about this many matrix products (O, I) × (I, I).
+_LEAST_SQUARES_PRODUCTS = 25
+
+
+@dataclass(frozen=True, slots=True)
+class MaskRefinement:
+    """One way to improve a mask.
+
+    Attributes:
+        needs: the statistics that `refine` reads.
+        needs_means: True where it also reads the means of the inputs.
+        cost_in_products: as of a `Method`.
+        refine: the function; it changes none of its arguments.
+    """
+
+    needs: Needs
+    needs_means: bool
+    cost_in_products: int
+    refine: RefineFunction
+
+
+#: Value of the option `refine` -> refinement.
+REFINEMENTS: dict[str, MaskRefinement] = {
+    "dsnot": MaskRefinement("norms", True, 0, refine_by_dsnot),
+    "swaps": MaskRefinement("gram", False, 100, refine_by_swaps),
+}
+
+
+def compose(method: Method, options: MethodOptions) -> Method:
+    """Add the steps that `options` choose to a method: dense targets, refinement, weight update.
+
+    The composed method needs the statistics of its most demanding step. `check_options` refuses
+    choices that exclude each other.
+
+    Args:
+        method: the method that chooses the mask.
+        options: the same options that the composed method will be called with.
+
+    Returns:
+        A new method, or `method` itself where the options add nothing.
+    """
+    refinement = REFINEMENTS.get(options.refine)
+    updates = options.weight_update == "least-squares"
+    uses_dense_target = options.dense_weight != 0
+    if refinement is None and not updates and not uses_dense_target:
+        return method
+
+    def prune(
+        weight_OI: Tensor,
+        statistics: InputStatistics | None,
+        pattern: Pattern,
+        sparsity: float,
+        options: MethodOptions,
+    ) -> Pruned:
+        assert statistics is not None, "a refinement needs input statistics"
+        if pattern.removes_nothing(sparsity):
+            return unchanged(weight_OI)
+        dense_weight = 0.0
+        if uses_dense_target:
+            # All later steps treat the target as if it were the trained weight.
+            dense_weight = _dense_weight(weight_OI, statistics, options)
+            weight_OI = dense_target(weight_OI, statistics, dense_weight, options.damping)
+        pruned = method.prune(weight_OI, statistics, pattern, sparsity, options)
+
+        def refine_and_update(shard: RowShard) -> Pruned:
+            own_OI = weight_OI[shard.rows]
+            result = Pruned(pruned.weight_OI[shard.rows], pruned.keep_OI[shard.rows], pruned.notes)
+            if refinement is not None:
+                keep_OI, notes = refinement.refine(
+                    own_OI,
+                    result.keep_OI,
+                    statistics,
+                    pattern,
+                    options.damping,
+                    options.refine_steps,
+                )
+                result = masked(own_OI, keep_OI, result.notes | notes)
+            if updates:
+                result = fit_least_squares(own_OI, result, statistics, options.damping, shard=shard)
+            return result
+
+        if refinement is not None or updates:
+            pruned = options.row_sharding.solve(len(weight_OI), 1, refine_and_update)
+        if uses_dense_target:
+            pruned.notes.update(_target_notes(statistics, options, dense_weight))
+        return pruned
+
+    needs: list[Needs] = [
+        method.needs,
+        refinement.needs if refinement else "none",
+        "gram" if updates or uses_dense_target else "none",
+    ]
+    return replace(
+        method,
+        prune=prune,
+        needs=max(needs, key=NEEDS.index),
+        needs_means=method.needs_means or (refinement is not None and refinement.needs_means),
+        needs_drift=uses_dense_target,
+        needs_held_out=uses_dense_target and options.dense_weight == "auto",
+        adds_ridge=method.adds_ridge or method.needs != "gram",
+        updates_weights=method.updates_weights or updates,
+        cost_in_products=method.cost_in_products
+        + (refinement.cost_in_products if refinement else 0)
+        + (_LEAST_SQUARES_PRODUCTS if updates else 0)
+        + uses_dense_target,
+    )
+
+
+def _dense_weight(weight_OI: Tensor, statistics: InputStatistics, options: MethodOptions) -> float:
+    """α of the dense targets: as given, or the best on held-out tokens, or the default."""
+    if options.dense_weight != "auto":
+        return options.dense_weight
+    best = best_dense_weight(weight_OI, statistics, options.damping)
+    return DEFAULT_DENSE_WEIGHT if best is None else best
+
+
+def _target_notes(
+    statistics: InputStatistics, options: MethodOptions, dense_weight: float
+) -> dict[str, Any]:
+    """What the manifest says of a linear's dense target."""
+    if statistics.drift_II is None:
+        return {"dense_targets": "pruned: too few tokens for so many inputs"}
+    if not has_drift(statistics):
+        return {"dense_targets": "pruned: other tokens reach this linear in the dense model"}
+    if options.dense_weight == "auto":
+        return {"dense_weight": round(dense_weight, 4)}
+    return {}
