@@ -56,7 +56,7 @@ def letters(count: int, seed: int) -> str:
 
 
 class SpellingTokenizer:
-    """A document is a string of comma-separated numbers, which are its token ids. Counts what it is asked."""
+    """A document is its token ids, divided by commas. Counts the documents that it sees."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -110,7 +110,7 @@ def test_document_windows_are_different_pieces_of_long_documents(lengths, seqlen
     for row in ids.tolist():
         document, start = divmod(row[0], 1000)
         assert row == list(range(row[0], row[0] + seqlen))
-        # As in the paper: the document is longer than a window, and the window starts before its last S tokens.
+        # As in the paper: the window starts before the last S tokens of the document.
         assert start < lengths[document] - seqlen
         per_document[document] += 1
     long_enough = [d for d, length in enumerate(lengths) if length > seqlen]
@@ -185,7 +185,7 @@ def test_c4_from_a_data_folder(tmp_path, monkeypatch):
     other = load("c4", tokenizer, samples=6, seqlen=50, seed=1)
     assert torch.equal(windows.ids, again.ids)
     assert windows.sha256 == again.sha256 != other.sha256
-    # The original file, where a data folder has it, goes before its stand-in.
+    # The original file comes before its stand-in, if the data folder has it.
     json_lines(tmp_path / "c4" / "c4-train.00000-of-01024.json.gz", [letters(100, 5)])
     assert "c4-train.00000-of-01024.json.gz" in load("c4", tokenizer).source
 
@@ -365,7 +365,7 @@ def write_parquet(path: Path, columns: dict) -> Path:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.JSONL.gz", "a.parquet"])
 def test_documents_of_a_file(tmp_path, name):
-    # U+2028 inside a document must not be taken for the end of a JSON line.
+    # U+2028 inside a document does not end a JSON line.
     documents = ["short", letters(40, 1) + "\u2028" + letters(40, 2), "", letters(90, 3)]
     path = tmp_path / name
     if name.endswith("parquet"):
@@ -375,7 +375,7 @@ def test_documents_of_a_file(tmp_path, name):
     tokenizer = byte_tokenizer()
     windows = load(path, tokenizer, samples=10, seqlen=50)
     texts = [tokenizer.decode(row) for row in windows.ids]
-    # A window may cut the three bytes of U+2028; those that do not are whole pieces of one document.
+    # A window that cuts the three bytes of U+2028 does not decode, so it is left out.
     assert all(
         any(text in document for document in documents) for text in texts if "\ufffd" not in text
     )
@@ -533,7 +533,7 @@ def tiny_llama(**config) -> LlamaForCausalLM:
 
 def test_self_samples_from_the_model_s_own_distribution():
     model = tiny_llama()
-    # None of a model's own habits may show: they would cut its distribution or stop its text.
+    # The model's own settings must not apply: they would cut its distribution or stop its text.
     habits = GenerationConfig(
         do_sample=True,
         top_k=2,

@@ -1,4 +1,4 @@
-"""torchrun on two hosts: two network namespaces of this machine, joined by a virtual cable."""
+"""torchrun on two hosts: two network namespaces of one machine, joined by a virtual cable."""
 
 from __future__ import annotations
 
@@ -59,25 +59,9 @@ def test_torchrun_on_two_hosts_prunes_as_one_process_does(tmp_path):
             command = ["ip", "netns", "exec", space, sys.executable, "-m", "torch.distributed.run"]
             command += ["--nnodes", "2", "--node-rank", str(node), "--nproc-per-node", "1"]
             command += ["--master-addr", hosts[0][2], "--master-port", str(port)]
-            command += [
-                "-m",
-                "prunus",
-                "prune",
-                str(dense),
-                str(tmp_path / "out"),
-                "--method",
-                "sparsegpt",
-            ]
-            command += [
-                "--calibration",
-                str(ids),
-                "--samples",
-                "6",
-                "--seqlen",
-                "16",
-                "--batch",
-                "1",
-            ]
+            command += ["-m", "prunus", "prune", str(dense), str(tmp_path / "out")]
+            command += ["--method", "sparsegpt", "--calibration", str(ids)]
+            command += ["--samples", "6", "--seqlen", "16", "--batch", "1"]
             command += ["--rank-timeout", "120"]
             running.append(
                 subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Tiny random image classifiers, and folders of small pictures to calibrate and judge them on."""
+"""Tiny random image classifiers, and folders of small pictures to calibrate and score them on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CLASSIFIERS: dict[str, dict[str, Any]] = {
 
 
 def tiny_classifier(family: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A random classifier of three kinds of animals in pictures of 16 × 16 pixels."""
+    """A random classifier of three animals in pictures of 16 × 16 pixels."""
     labels = {
         "id2label": dict(enumerate(reversed(CLASSES))),
         "label2id": {n: 2 - i for i, n in enumerate(CLASSES)},
@@ -51,7 +51,7 @@ def tiny_classifier(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def save_classifier(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
-    """`tiny_classifier` with its image processor."""
+    """Save a `tiny_classifier` with its image processor; returns the folder."""
     from transformers import ViTImageProcessorPil
 
     tiny_classifier(family, dtype).save_pretrained(folder)
@@ -60,7 +60,10 @@ def save_classifier(folder: Path, family: str, dtype: torch.dtype = torch.float3
 
 
 def pictures(folder: Path, per_class: int = 4, classes: tuple[str, ...] = CLASSES) -> Path:
-    """Pictures of noise in a subfolder per class, of different sizes and modes; flat where there are no classes."""
+    """Make pictures of noise, of different sizes and modes, in a subfolder per class.
+
+    Without classes they lie in `folder` itself.
+    """
     from PIL import Image
 
     noise = torch.Generator().manual_seed(5)

@@ -22,7 +22,7 @@ _COMMON: dict[str, Any] = {
 }
 _GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
-#: Options that a family needs beside the common ones.
+#: Options that a family needs in addition to the common ones.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 8},
@@ -86,7 +86,7 @@ _SHARED: dict[str, Any] = {
     "head_dim": 8,
 }
 
-#: Mixtures of experts, as `FAMILIES`.
+#: The same for mixtures of experts.
 EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "phimoe": {"num_local_experts": 4},
@@ -145,7 +145,9 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, **opti
             if family in EXPERT_FAMILIES and (
                 ".experts." in name or "router" in name or ".gate." in name
             ):
-                parameter.normal_(0, 0.3)  # experts that matter, and tokens that part
+                parameter.normal_(
+                    0, 0.3
+                )  # so that experts differ, and tokens choose different ones
             elif parameter.dim() == 1:  # norms and biases that are not all ones or zeros
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
@@ -160,13 +162,13 @@ def _of_experts(family: str) -> dict[str, Any]:
 def tiny_checkpoint(
     folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any
 ) -> Path:
-    """`tiny_model`, saved."""
+    """Save a `tiny_model`; returns the folder."""
     tiny_model(family, dtype, **options).save_pretrained(folder)
     return folder
 
 
 def token_ids(windows: int = 6, tokens: int = 16, vocabulary: int = 128) -> torch.Tensor:
-    """Random calibration windows."""
+    """Random calibration windows (windows, tokens), always the same."""
     generator = torch.Generator().manual_seed(7)
     return torch.randint(3, vocabulary, (windows, tokens), generator=generator)
 

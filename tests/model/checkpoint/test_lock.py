@@ -1,4 +1,7 @@
-"""Two runs into one folder: the second is refused and told by whom; what a killed run left behind stops nobody."""
+"""Two runs into one folder: the second is refused and learns who holds the folder.
+
+The lock that a killed run left stops no other run.
+"""
 
 from __future__ import annotations
 
@@ -90,9 +93,10 @@ def test_two_runs_one_after_the_other_and_a_failed_one(tmp_path):
 
 
 def test_of_many_that_start_at_once_one_gets_in(tmp_path):
-    """Over and over, with the name of the lock coming and going: never two at a time."""
+    """Three processes take and remove the lock over and over; never two hold it at a time."""
     script = (
-        "import sys, os; from pathlib import Path; from prunus.model.checkpoint.lock import locked\n"
+        "import sys, os; from pathlib import Path\n"
+        "from prunus.model.checkpoint.lock import locked\n"
         "out, won = Path(sys.argv[1]), 0\n"
         "while won < 40:\n"
         "    try:\n"
