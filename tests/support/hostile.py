@@ -31,13 +31,13 @@ torch.set_num_threads(1)
 
 import prunus  # noqa: E402
 from packed_reference import pruned_checkpoint  # noqa: E402
-from prunus.model.checkpoint import reader as checkpoint_module  # noqa: E402
+from prunus.model.checkpoint import reader  # noqa: E402
 from prunus.model.checkpoint.gguf import import_gguf  # noqa: E402
 from prunus.packed import pack, unpack  # noqa: E402
 from tiny import tiny_checkpoint, tiny_model, token_ids  # noqa: E402
 
 LONGEST = 10
-#: Bytes that a case may take on top of what the process has; the files are a hundred kilobytes.
+#: Bytes of memory for a case, beyond those of the process before it; the files have 100 kB.
 ROOM = 2**30
 FOR_PEOPLE = (ValueError, FileNotFoundError, FileExistsError, NotImplementedError)
 NUMBERS = [
@@ -79,28 +79,29 @@ VALUES += [[[]] * 3, "auto", *NUMBERS]
 
 
 class TooLong(BaseException):
-    """A case did not end."""
+    """A case takes too long."""
 
 
 def mutate_json(value: Any, dice: random.Random) -> Any:
-    """`value` with one thing changed, somewhere in it."""
+    """A copy of `value` with one random change."""
     value = json.loads(json.dumps(value))
-    place, key = None, None
-    at = value
-    while isinstance(at, dict | list) and at and (place is None or dice.random() < 0.8):
-        place, key = at, dice.choice(list(at)) if isinstance(at, dict) else dice.randrange(len(at))
-        at = at[key]
-    if place is None:
+    parent, key = None, None
+    node = value
+    while isinstance(node, dict | list) and node and (parent is None or dice.random() < 0.8):
+        parent = node
+        key = dice.choice(list(node)) if isinstance(node, dict) else dice.randrange(len(node))
+        node = node[key]
+    if parent is None:
         return dice.choice(VALUES)
     kind = dice.random()
     if kind < 0.15:
-        del place[key]
-    elif kind < 0.3 and isinstance(place, dict):
-        place[str(key) + dice.choice(["x", "/", ".weight", "\0", ".."])] = place.pop(key)
-    elif kind < 0.5 and isinstance(at, int) and not isinstance(at, bool):
-        place[key] = at + dice.choice([-1, 1, 8, at, 10 * at, -2 * at])
+        del parent[key]
+    elif kind < 0.3 and isinstance(parent, dict):
+        parent[str(key) + dice.choice(["x", "/", ".weight", "\0", ".."])] = parent.pop(key)
+    elif kind < 0.5 and isinstance(node, int) and not isinstance(node, bool):
+        parent[key] = node + dice.choice([-1, 1, 8, node, 10 * node, -2 * node])
     else:
-        place[key] = dice.choice(VALUES)
+        parent[key] = dice.choice(VALUES)
     return value
 
 
@@ -149,7 +150,7 @@ def damage_header(path: Path, dice: random.Random) -> None:
 
 
 def _disagree(header: dict[str, Any], dice: random.Random) -> None:
-    """Make a header say other things of the same bytes: valid in itself, and wrong."""
+    """Make a header wrong but valid in itself: it describes the same bytes in another way."""
     one, other = dice.sample([name for name in header if name != "__metadata__"], 2)
     kind = dice.randrange(5)
     if kind == 0:
@@ -202,14 +203,14 @@ def unpack_and_load(case: Path) -> None:
         raise faults[0]
 
 
-def bring_in(case: Path) -> None:
+def import_file(case: Path) -> None:
     import_gguf(case / "model" / "model.gguf", case / "out")
 
 
 def kinds(
     scratch: Path,
 ) -> dict[str, tuple[Path, Callable[[Path, random.Random], None], Callable[[Path], None]]]:
-    """Kind -> a good folder, what damages a copy of it, what is done with that."""
+    """Kind -> a good folder, a function that damages a copy of it, the work to do with the copy."""
     dense = tiny_checkpoint(scratch / "dense")
     sharded = scratch / "sharded"
     tiny_model().save_pretrained(sharded, max_shard_size="50KB")
@@ -241,36 +242,36 @@ def kinds(
         path = model / "model.gguf"
         path.write_bytes(mutate_bytes(path.read_bytes(), dice, dice.choice((200, 2000, head))))
 
-    return found | {"gguf": (scratch / "gguf", damage_gguf, bring_in)}
+    return found | {"gguf": (scratch / "gguf", damage_gguf, import_file)}
 
 
-def watch(allowed: list[Path]) -> list[str]:
-    """From now on: files of the scratch folder that are opened outside the `allowed` folders."""
+def watch_opened_files(scratch: Path, case: Path) -> list[str]:
+    """A list to which each file is added that is opened in `scratch` but outside `case`."""
     seen: list[str] = []
-    root = allowed[0]
 
     def note(name: Any) -> None:
         if isinstance(name, str | bytes | os.PathLike):
             path = os.path.realpath(os.fsdecode(name))
-            inside = path.startswith(str(allowed[1]) + os.sep) or path == str(allowed[1])
-            if (path.startswith(str(root) + os.sep) and not inside) or path == "/etc/passwd":
+            inside = path.startswith(str(case) + os.sep) or path == str(case)
+            if (path.startswith(str(scratch) + os.sep) and not inside) or path == "/etc/passwd":
                 seen.append(path)
 
     sys.addaudithook(lambda event, arguments: note(arguments[0]) if event == "open" else None)
-    opened = checkpoint_module.safe_open  # opens files past Python
+    # The library opens files outside Python, where the audit hook does not see it.
+    safe_open = reader.safe_open
 
     def noting(path: Any, *arguments: Any, **options: Any) -> Any:
         note(path)
-        return opened(path, *arguments, **options)
+        return safe_open(path, *arguments, **options)
 
-    checkpoint_module.safe_open = noting
+    reader.safe_open = noting
     return seen
 
 
 def main() -> None:
     scratch = Path(sys.argv[1]).resolve()
     known = kinds(scratch)
-    # What a case may need is imported before memory is limited.
+    # Run each kind once, so that all imports come before memory is limited.
     for name, (good, _, work) in known.items():
         shutil.copytree(good, scratch / "warm" / name / "model")
         work(scratch / "warm" / name)
@@ -283,7 +284,7 @@ def main() -> None:
     signal.signal(signal.SIGALRM, too_long)
     case = scratch / "case-folder"
     marker = os.open(scratch / "case", os.O_WRONLY | os.O_CREAT)
-    seen = watch([scratch, case])
+    seen = watch_opened_files(scratch, case)
     outcomes: dict[str, Counter[str]] = {}
     for argument in sys.argv[3:]:
         kind, cases = argument.split(":")
