@@ -49,12 +49,15 @@ def command_reference() -> str:
 
 
 def command_section(name: str, command: Any) -> str:
-    """The section of one command as Markdown."""
+    """The section of one command: a table of its arguments, and one per panel of options."""
     arguments = [p for p in command.params if p.param_type_name == "argument"]
-    options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
     usage = " ".join([f"prunus {name} [OPTIONS]", *(spelled_argument(p) for p in arguments)])
+    panels: dict[str, list[Any]] = {"Argument": arguments}
+    for parameter in command.params:
+        if parameter.param_type_name == "option" and not parameter.hidden:
+            panels.setdefault(parameter.rich_help_panel or "Option", []).append(parameter)
     lines = [f"## prunus {name}", "", command.help or "", "", "```text", usage, "```", ""]
-    for heading, parameters in (("Argument", arguments), ("Option", options)):
+    for heading, parameters in panels.items():
         if parameters:
             lines += [f"| {heading} | Meaning | Default |", "| --- | --- | --- |"]
             lines += [parameter_row(parameter) for parameter in parameters]
@@ -82,7 +85,8 @@ def parameter_row(parameter: Any) -> str:
         spelling = ", ".join(f"`{each}`" for each in [*parameter.opts, *parameter.secondary_opts])
         if not parameter.is_bool_flag:
             spelling += f" {value_name(parameter)}"
-    cells = (spelling, parameter.help or "", default_of(parameter))
+    meaning, _, stated = (parameter.help or "").partition(" Default: ")
+    cells = (spelling, meaning, stated.removesuffix(".") or default_of(parameter))
     return "| " + " | ".join(escaped(cell) for cell in cells) + " |"
 
 
