@@ -75,15 +75,24 @@ LIBRARIES: dict[str, set[str]] = {
 
 #: Files that must not import torch, whatever their room: a recipe and a report are read without it.
 WITHOUT_TORCH = {
+    "evaluation/comparison.py",
+    "evaluation/lm_eval_results.py",
+    "evaluation/task_scores.py",
     "hardware/rates.py",
     "hardware/sizes.py",
     "methods/options.py",
+    "model/checkpoint/atomic_files.py",
+    "model/checkpoint/records.py",
     "pruning/batch_size.py",
     "pruning/block_memory.py",
     "pruning/forecast.py",
     "pruning/presets.py",
+    "pruning/progress.py",
     "pruning/recipe.py",
     "pruning/recipe_options.py",
+    "pruning/records.py",
+    "sweep/grid.py",
+    "sweep/results.py",
 }
 
 #: Libraries that an extra installs: each is imported in one file, inside a function.
@@ -207,6 +216,11 @@ def test_the_package_has_few_rooms():
 
 def test_a_recipe_is_read_without_torch():
     code = "import sys, prunus.pruning.recipe, prunus.sweep; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_report_is_read_without_torch():
+    code = "import sys, prunus.report.sources; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -18,8 +18,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from prunus.model.checkpoint.atomic_files import read_json, save_safetensors, write_json
+from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.placement import parameters_on_meta
 
 __all__ = [

@@ -20,12 +20,12 @@ from prunus.model.checkpoint.atomic_files import (
     fsync_folder,
     make_folder,
     read_json,
-    save_safetensors,
     write_json,
     write_text,
 )
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_whole, is_vacant
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint, auxiliary_files
+from prunus.model.checkpoint.writer import save_safetensors
 
 __all__ = ["Conversion", "LinearRecord", "Record"]
 

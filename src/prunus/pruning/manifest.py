@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from prunus.hardware.memory import peak_memory
 from prunus.model.checkpoint.atomic_files import write_json
 from prunus.model.checkpoint.records import check_same_work, read_record
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.records import BlockRecord, LinearRecord
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "MANIFEST_NAME",
@@ -125,6 +126,9 @@ class Manifest(BaseModel):
             seconds: Time of the run; of a resumed run, since it was resumed.
             device: Where blocks ran; a GPU's peak memory is entered too.
         """
+        # It imports torch, which whoever only reads a manifest does not need.
+        from prunus.hardware.memory import peak_memory
+
         self.totals = self.summary() | {
             "seconds": round(seconds, 2),
             "peak_memory_bytes": peak_memory(),

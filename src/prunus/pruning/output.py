@@ -20,13 +20,13 @@ from prunus.model.checkpoint.atomic_files import (
     copy_file,
     fsync_folder,
     make_folder,
-    save_safetensors,
     write_json,
     write_text,
 )
 from prunus.model.checkpoint.lock import locked
 from prunus.model.checkpoint.output_folder import check_apart, check_whole, is_vacant
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint, auxiliary_files
+from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.kinds import kind_of
 from prunus.model.source import CheckpointSource, ModuleSource, tensors_digest
 from prunus.pruning.job import PruningJob

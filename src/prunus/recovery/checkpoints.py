@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from torch import nn
 
-from prunus.model.checkpoint.atomic_files import save_safetensors
+from prunus.model.checkpoint.writer import save_safetensors
 from prunus.recovery.record import Evaluation
 
 __all__ = ["Checkpoints", "TrainingState"]

@@ -12,13 +12,9 @@ from pathlib import Path
 
 import torch
 
-from prunus.model.checkpoint.atomic_files import (
-    copy_file,
-    save_safetensors,
-    write_json,
-    write_text,
-)
+from prunus.model.checkpoint.atomic_files import copy_file, write_json, write_text
 from prunus.model.checkpoint.reader import INDEX_NAME, auxiliary_files
+from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.pruning.manifest import MANIFEST_NAME

@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from prunus.model.checkpoint.atomic_files import read_json
+from prunus.pruning.manifest import MANIFEST_NAME, Manifest
 from prunus.report.document import Document, Section
 from prunus.report.evaluation_sections import evaluation_section, speed_section
 from prunus.report.run_sections import run_section
 from prunus.report.sweep_tables import sweep_section
+from prunus.sweep.results import RESULTS_NAME, SweepResults
 
 __all__ = ["read_document"]
 
@@ -44,10 +47,6 @@ def read_document(
 
 def read_section(path: Path) -> Section:
     """Read one run, sweep or evaluation; see `read_document`."""
-    # These import torch, which a report on evaluations alone does not need.
-    from prunus.pruning.manifest import MANIFEST_NAME, Manifest
-    from prunus.sweep.results import RESULTS_NAME, SweepResults
-
     if path.is_dir():
         if (path / RESULTS_NAME).exists():
             return sweep_section(SweepResults.load(path))
@@ -67,8 +66,6 @@ def read_section(path: Path) -> Section:
 
 def _read_file(path: Path, make_section: Callable[[Any], Section]) -> Section:
     """Read a JSON file and make a section of it; every error names the file."""
-    from prunus.model.checkpoint.atomic_files import read_json
-
     try:
         return make_section(read_json(path))
     except ValueError as error:

@@ -12,7 +12,8 @@ import torch
 
 from prunus.calibration import hash_ids, load_windows
 from prunus.calibration.files import read_ids
-from prunus.model.checkpoint.atomic_files import make_folder, save_safetensors
+from prunus.model.checkpoint.atomic_files import make_folder
+from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
 from prunus.pruning.job import RunOptions

@@ -1,6 +1,7 @@
 """Checkpoints as files.
 
 reader.py         safetensors, opened by their headers and read one tensor at a time
+writer.py         safetensors, written atomically
 atomic_files.py   files that are either whole or not there
 output_folder.py  checks of the folder for a result, before any work
 lock.py           one run at a time in a folder

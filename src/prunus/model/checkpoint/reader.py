@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from prunus.model.checkpoint.atomic_files import TENSOR_DTYPES, read_json
+from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.writer import TENSOR_DTYPES
 
 __all__ = [
     "INDEX_NAME",
