@@ -7,8 +7,9 @@
 into docs/results/curve.json, without paths. Cells that are not finished are left out, so the script
 can run again while the sweep goes on.
 
-Figures that a cell of the sweep does not have yet come from docs/results/patterns.json, which holds
-earlier runs of the same code on the same processor.
+Figures that the sweep does not have yet come from docs/results/patterns.json, which holds earlier
+runs of the same code on the same processor. Times come from docs/results/times.json, which
+benchmarks/run_times.py writes: a sweep measures time on the wall, with whatever else runs.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ PATTERNS = ("50 %", "60 %", "70 %", "4:8", "2:4")
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: perplexity, and the seconds of its blocks where they were measured alone."""
+    """One run: perplexity, and processor seconds where they were measured."""
 
     perplexity: float
     seconds: float | None = None
@@ -124,19 +125,24 @@ def pattern_of(recipe: dict[str, Any]) -> str:
 
 
 def read_figures() -> Figures:
-    """The figures of curve.json, completed from patterns.json."""
-    earlier = json.loads((RESULTS / "patterns.json").read_text(encoding="utf-8"))
-    curve = json.loads((RESULTS / "curve.json").read_text(encoding="utf-8"))
-    cells = {
-        (series, pattern): Cell(perplexity)
+    """The figures of curve.json, completed from patterns.json and times.json."""
+    earlier, curve, times = (read(name) for name in ("patterns", "curve", "times"))
+    perplexities = {
+        (series, pattern): perplexity
         for series, row in earlier["perplexity"].items()
         for pattern, perplexity in row.items()
     }
     for cell in curve["cells"]:
-        cells[cell["series"], cell["pattern"]] = Cell(
-            cell["scores"][TEXT]["perplexity"], cell["pruning"]["seconds"]
-        )
+        perplexities[cell["series"], cell["pattern"]] = cell["scores"][TEXT]["perplexity"]
+    cells = {
+        (series, pattern): Cell(perplexity, times["seconds"].get(series, {}).get(pattern))
+        for (series, pattern), perplexity in perplexities.items()
+    }
     return Figures(curve["dense"][TEXT]["perplexity"], cells)
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 # Tables.
@@ -171,13 +177,14 @@ def gap_table(figures: Figures) -> str:
 
 
 def time_table(figures: Figures) -> str:
-    """Seconds of every series, for the patterns that were timed alone."""
+    """Processor seconds of every series, for the patterns that were timed."""
     patterns = [
         p
         for p in ("40 %", *PATTERNS)
         if any(c.seconds for key, c in figures.cells.items() if key[1] == p)
     ]
     rows = [[label, *(seconds(figures, name, p) for p in patterns)] for name, label in labels()]
+    rows = [row for row in rows if any(row[1:])]
     return markdown(["seconds", *patterns], rows)
 
 
@@ -376,7 +383,7 @@ def draw_time(figures: Figures) -> Any:
     axes.set_xscale("log")
     axes.set_xlim(45, 1500)
     axes.set_xticks([60, 120, 300, 600, 1200], ["1", "2", "5", "10", "20"])
-    axes.set_xlabel("minutes for all 30 blocks, one core (log scale)")
+    axes.set_xlabel("processor minutes, one core (log scale)")
     axes.set_ylabel("loss, nats per token")
     axes.set_title("Loss against time", loc="left")
     axes.minorticks_off()
