@@ -23,7 +23,7 @@ from prunus.sweep.results import (
     Pruning,
     Score,
     SweepResults,
-    TaskFigure,
+    TaskValue,
 )
 
 HOSTILE = """<script>window.owned=1</script><img src=x onerror="window.owned=1">'"|*_`[a](javascript:owned=1)&amp;"""
@@ -45,10 +45,10 @@ def sweep_results(
             )
         }
 
-    def tasks(value: float) -> dict[str, dict[str, TaskFigure]]:
+    def tasks(value: float) -> dict[str, dict[str, TaskValue]]:
         return {
-            "boolq": {"acc": TaskFigure(value=value, stderr=0.0123)},
-            "lambada": {"perplexity": TaskFigure(value=9.5, stderr=None)},
+            "boolq": {"acc": TaskValue(value=value, stderr=0.0123)},
+            "lambada": {"perplexity": TaskValue(value=9.5, stderr=None)},
         }
 
     done = Pruning(
@@ -113,7 +113,7 @@ def evaluation(first: str = "dense", second: str = "pruned") -> dict:
             "acc": Metric(sum(outcomes) / 4, 0.25, outcomes),
             "acc_norm": Metric(0.125, None),
         }
-        score = TaskScore("boolq", metrics, 0, 4, "1", "sha", "mirror", 1.0)
+        score = TaskScore("boolq", metrics, 0, 4, "1", "sha", "local", 1.0)
         return TaskResults(model, (score,), {"dtype": "auto", "versions": {"lm_eval": "0.4.13"}})
 
     results = [tasks(first, (1.0, 1.0, 1.0, 0.0)), tasks(second, (1.0, 0.0, 0.0, 0.0))]
