@@ -3,17 +3,18 @@
 mkdocs calls `on_page_markdown` for every page (mkdocs.yml lists this file as a hook).
 
 - `reference/command-line.md` is generated from the typer app, so it cannot differ from `--help`.
+- `reference/python.md` has a table of the fields of a recipe.
 - `index.md`, `contributing.md` and `changelog.md` show the files of the repository's root.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS_MARK = "<!-- the commands stand here -->"
 #: Page of the site -> the file in the root of the repository that it shows.
 ROOT_FILES = {
     "index.md": "README.md",
@@ -27,7 +28,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     path = page.file.src_uri
     if path in ROOT_FILES:
         return root_file(ROOT_FILES[path])
-    return markdown.replace(COMMANDS_MARK, command_reference())
+    for mark, generated in MARKS.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, generated())
+    return markdown
 
 
 def root_file(name: str) -> str:
@@ -62,6 +66,20 @@ def command_section(name: str, command: Any) -> str:
             lines += [f"| {heading} | Meaning | Default |", "| --- | --- | --- |"]
             lines += [parameter_row(parameter) for parameter in parameters]
             lines.append("")
+    return "\n".join(lines)
+
+
+def recipe_fields() -> str:
+    """A table of all fields of a recipe: meaning, default, and its option of the command line."""
+    from prunus.cli.recipe_options import RECIPE_ONLY
+    from prunus.pruning.recipe import Recipe
+
+    lines = ["| Field | Meaning | Default | Option |", "| --- | --- | --- | --- |"]
+    for name, field in Recipe.model_fields.items():
+        default = "" if field.default in (None, ()) else f"`{json.dumps(field.default)}`"
+        option = "" if name in RECIPE_ONLY else f"`--{name.replace('_', '-')}`"
+        cells = (f"`{name}`", field.description or "", default, option)
+        lines.append("| " + " | ".join(escaped(cell) for cell in cells) + " |")
     return "\n".join(lines)
 
 
@@ -117,3 +135,10 @@ def escaped(text: str) -> str:
         part if part.startswith("`") else part.replace("<", "&lt;").replace("*", r"\*")
         for part in parts
     ).replace("|", r"\|")
+
+
+#: What stands in a page -> what takes its place.
+MARKS = {
+    "<!-- the commands stand here -->": command_reference,
+    "<!-- the fields of a recipe stand here -->": recipe_fields,
+}

@@ -13,6 +13,7 @@ from typer.main import get_command
 
 from places import REPOSITORY
 from prunus.cli import app
+from prunus.pruning.recipe import Recipe
 
 
 def loaded(path: Path) -> ModuleType:
@@ -47,6 +48,15 @@ def test_every_command_and_option_is_in_the_reference(reference):
         for parameter in command.params:
             if parameter.param_type_name == "option" and not parameter.hidden:
                 assert all(f"`{option}`" in section[1] for option in parameter.opts)
+
+
+def test_every_field_of_a_recipe_is_in_the_reference(reference):
+    text = reference.recipe_fields()
+    for name in Recipe.model_fields:
+        assert f"| `{name}` |" in text
+    options = set(re.findall(r"`(--[a-z-]+)`", text))
+    parameters = get_command(app).commands["prune"].params
+    assert options <= {option for parameter in parameters for option in parameter.opts}
 
 
 def test_tables_of_the_reference_have_three_cells(reference):
