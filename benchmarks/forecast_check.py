@@ -71,7 +71,7 @@ def measure(model: Path, out: Path, options: list[str], ranks: int = 1) -> dict[
 def print_row(name: str, measured: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
     """Print a run and its forecast as a row of a table, and return both."""
     memory, seconds = measured["peak_memory_bytes"], measured["seconds"]
-    figures = {
+    results = {
         "run": name,
         "memory": memory,
         "memory_forecast": expected["memory"],
@@ -84,7 +84,7 @@ def print_row(name: str, measured: dict[str, Any], expected: dict[str, Any]) -> 
         f"| {seconds:.1f} | {expected['seconds']:.1f} ({by_time:+.0%}) |",
         flush=True,
     )
-    return figures
+    return results
 
 
 def main() -> None:

@@ -121,8 +121,8 @@ def main() -> None:
         "dtype": manifest["inputs"]["dtype"],
         "walks": sorted({block["walk"] for block in manifest["blocks"]}),
     }
-    for name, figure in summary.items():
-        print(f"{name:32} {figure if not isinstance(figure, float) else round(figure, 2)}")
+    for name, value in summary.items():
+        print(f"{name:32} {value if not isinstance(value, float) else round(value, 2)}")
     if options.json:
         options.json.write_text(json.dumps(summary, indent=2))
 

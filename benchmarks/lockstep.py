@@ -81,8 +81,8 @@ def main() -> None:
         f"blocks {statistics.median(block_ratios):.2f}"
     )
     if options.json:
-        figures = {"rows": rows, "total_ratios": ratios, "block_ratios": block_ratios}
-        options.json.write_text(json.dumps(figures, indent=2))
+        results = {"rows": rows, "total_ratios": ratios, "block_ratios": block_ratios}
+        options.json.write_text(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ def prunus(*arguments: str, json_file: Path) -> dict[str, Any]:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        figures = json.loads(json_file.read_text()) | {"cpu_minutes": seconds / 60}
-        write_text(json_file, json.dumps(figures, indent=1))
+        results = json.loads(json_file.read_text()) | {"cpu_minutes": seconds / 60}
+        write_text(json_file, json.dumps(results, indent=1))
     return json.loads(json_file.read_text())
 
 

@@ -266,16 +266,16 @@ def test_eval_puts_models_side_by_side(models, local_datasets, tmp_path, monkeyp
     ]
     result = CliRunner().invoke(app, [*arguments, *options])
     assert result.exit_code == 0, result.output
-    figures = json.loads(report.read_text())
-    assert [entry["model"] for entry in figures["models"]] == [first, second]
-    for entry in figures["models"]:
+    written = json.loads(report.read_text())
+    assert [entry["model"] for entry in written["models"]] == [first, second]
+    for entry in written["models"]:
         assert entry["perplexity"][0]["windows"] == 4
         assert [task["task"] for task in entry["tasks"]["tasks"]] == list(PAPER7)
         assert f"{entry['perplexity'][0]['perplexity']:.3f}" in result.stdout
         assert f"{100 * entry['tasks']['paper7_mean_acc']['value']:.2f} ±" in result.stdout
-    changes = {(change["task"], change["metric"]): change for change in figures["differences"]}
+    changes = {(change["task"], change["metric"]): change for change in written["differences"]}
     assert ("hellaswag", "acc_norm") in changes
-    before, after = (entry["tasks"]["paper7_mean_acc"]["value"] for entry in figures["models"])
+    before, after = (entry["tasks"]["paper7_mean_acc"]["value"] for entry in written["models"])
     assert changes["mean of paper7", "acc"]["value"] == pytest.approx(after - before)
     assert "second − first" in " ".join(result.stdout.split())
     again = CliRunner().invoke(app, ["eval", first, "--tasks", "rte", *options])

@@ -321,7 +321,7 @@ def test_the_definition_changes_with_whatever_changes_the_prompts(local_datasets
     assert definition(tmp_path) != definition()
 
 
-# --- figures ---
+# --- scores ---
 
 
 def reference_accuracy(model, tokenizer, asked: list[tuple], winogrande: bool = False):
@@ -395,7 +395,7 @@ def test_the_paper_mean_and_limits(model, local_datasets):
     )
 
 
-def test_a_group_gives_its_own_figures_first(model, tmp_path):
+def test_a_group_gives_its_own_scores_first(model, tmp_path):
     from lm_eval.api.group import Group
     from lm_eval.config.group import GroupConfig
     from lm_eval.tasks import TaskManager

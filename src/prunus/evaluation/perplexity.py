@@ -242,20 +242,11 @@ def perplexity(
     store, key = None, {}
     if cache is not None and folder is not None and place is not None:
         store = ResultCache(cache)
-        key = {
-            "kind": "perplexity",
-            # A model that does not fit in memory would be read twice, once for its hash.
-            "checkpoint": file_states(folder)
-            if streamed
-            else checkpoint_digest(folder, trust_remote_code),
-            "ids": [
-                list(ids.shape),
-                hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest(),
-            ],
-            "batch": batch,
-            "dtype": dtype,
-            **environment(place),
-        }
+        # A model that does not fit in memory would be read twice, once for its hash.
+        checkpoint = (
+            file_states(folder) if streamed else checkpoint_digest(folder, trust_remote_code)
+        )
+        key = _cache_key(checkpoint, ids, batch, dtype, place)
     found = ranks.on_rank_0(lambda: None if store is None else store.get(key))
     if found is None:
         if folder is None or place is None:
@@ -283,6 +274,20 @@ def perplexity(
         seconds=found["seconds"],
         streamed=streamed,
     )
+
+
+def _cache_key(
+    checkpoint: Any, ids: torch.Tensor, batch: int, dtype: str, place: torch.device
+) -> dict[str, Any]:
+    """Everything that determines the loss. The batch is in it, because it changes the last bits."""
+    return {
+        "kind": "perplexity",
+        "checkpoint": checkpoint,
+        "ids": [list(ids.shape), hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()],
+        "batch": batch,
+        "dtype": dtype,
+        **environment(place),
+    }
 
 
 def _score(

@@ -153,9 +153,9 @@ class _Runner:
         self._score(weights, cell, title)
 
     def _score(self, weights: Path, record: CellResult | ModelResult, title: str) -> None:
-        def finished(what: str, figure: float | None) -> None:
+        def finished(what: str, value: float | None) -> None:
             self._save(record if isinstance(record, CellResult) else None)
-            self.report(f"{title}: {what} {'infinite' if figure is None else f'{figure:.4g}'}")
+            self.report(f"{title}: {what} {'infinite' if value is None else f'{value:.4g}'}")
 
         score_model(weights, self.sweep.scoring, self.options, record, finished)
 
