@@ -1,14 +1,16 @@
-"""Kills at random moments, full disks, folders that cannot be written, shards that change, power cuts."""
+"""Faults: kills at any moment, full disks, read-only folders, shards that change, power cuts."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +20,9 @@ from safetensors.torch import load_file, save, save_file
 import prunus
 from places import SUPPORT
 from prunus.model.checkpoint import atomic_files as files
-from prunus.model.checkpoint.atomic_files import TENSOR_DTYPES
 from prunus.model.checkpoint.lock import LOCK_NAME
 from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.model.checkpoint.writer import TENSOR_DTYPES, save_safetensors
 from prunus.packed import pack
 from random_kills import audit, outcome, verbs
 from recovery_cases import dense_checkpoint, pruned_checkpoint, training_text
@@ -93,13 +95,12 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_disk_that_is_full_at_any_write(verb, material, small_disk, monkeypatch, tmp_path):
-    """What is on the disk is whole, and with room the same command goes on to the same bytes."""
+    """All files are whole, and with more space the same command ends in the same bytes."""
     work = verbs(*material)[verb]
     work(tmp_path / "whole")
     expected = outcome(tmp_path / "whole")
-    # That there is room is looked at beforehand; here it goes while the run is under way.
-    for module in ("pruning.run", "packed.conversion", "recovery.run"):
-        monkeypatch.setattr(f"prunus.{module}.check_disk", lambda *_: None)
+    # A run checks the free space before it starts; here the space runs out during the run.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**60))
     total = sum(path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file())
     failed = 0
     for share in (0.05, 0.2, 0.4, 0.6, 0.8, 0.95):
@@ -118,7 +119,7 @@ def test_a_disk_that_is_full_at_any_write(verb, material, small_disk, monkeypatc
         work(out)
         assert outcome(out) == expected
         assert not (out / LOCK_NAME).exists()
-    if verb != "sweep":  # which enters a cell's fault in its results and goes on, as far as it can
+    if verb != "sweep":  # a sweep records the error of a cell and continues with the next
         assert failed >= 3
 
 
@@ -144,11 +145,11 @@ def test_an_output_that_is_read_only(verb, material, small_disk):
     assert list(disk.iterdir()) == []
 
 
-# --- a shard that changes under the run ---
+# --- a shard that changes during the run ---
 
 
 def test_a_source_that_changes_while_a_run_is_interrupted(material, tmp_path):
-    """Another header is another checkpoint; other weights under the same header are seen by their hash."""
+    """The fingerprint covers headers only; a hash finds other weights under the same header."""
     dense = dense_checkpoint(tmp_path / "dense", dtype=torch.bfloat16)
 
     class StopError(Exception):
@@ -204,10 +205,11 @@ def test_a_shard_that_changes_while_it_is_read(change, material, tmp_path):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_what_a_power_cut_can_leave(verb, material, monkeypatch, tmp_path):
-    """Data before its name, a name before the record of it: seen from the calls that make them last.
+    """No rename comes before its data is on disk, and no record before what it tells of.
 
-    A file's content lasts from its fsync on, a name from the fsync of its folder on. So every rename needs its content
-    to last, and when a record is written, every earlier rename needs to last.
+    The content of a file survives a power cut from its fsync on, and a name from the fsync of its
+    folder on. So the test watches these calls: at every rename, the content must be safe, and so
+    must every earlier rename.
     """
     written: dict[tuple[int, int], bool] = {}
     pending: set[Path] = set()
@@ -226,7 +228,7 @@ def test_what_a_power_cut_can_leave(verb, material, monkeypatch, tmp_path):
     def replace(source, target):
         state, target = os.stat(source), Path(target)
         assert (state.st_ino, state.st_mtime_ns) in written, (
-            f"{target.name} gets its name before its data lasts"
+            f"{target.name} gets its name before its data is on disk"
         )
         assert not pending, f"{target.name} is renamed while {pending} may still be lost"
         real_replace(source, target)
@@ -238,13 +240,13 @@ def test_what_a_power_cut_can_leave(verb, material, monkeypatch, tmp_path):
     out = tmp_path / "out"
     verbs(*material)[verb](out)
     assert not pending
-    # Nothing has its name but by such a rename.
+    # No file got its name in another way.
     names = {path.name for path in out.rglob("*") if path.is_file()}
     assert names <= set(renamed)
     if verb == "prune":
         last = [name for name in renamed if name in (INDEX_NAME, "prunus.json")]
         assert last[-2:] == [INDEX_NAME, "prunus.json"], (
-            "first the index, then the record that says finished"
+            "the index comes before the record that says finished"
         )
         first = renamed.index("block-00000.safetensors")
         assert "prunus.json" in renamed[:first]
@@ -264,7 +266,7 @@ def test_a_new_folder_lasts_before_what_is_in_it(monkeypatch, tmp_path):
 def test_equal_content_gives_equal_files(tmp_path):
     metadata = {f"key {number}": "é\n" * number for number in range(9)}
     for number in range(8):
-        files.save_safetensors(tmp_path / f"{number}", {"a": torch.arange(5)}, metadata)
+        save_safetensors(tmp_path / f"{number}", {"a": torch.arange(5)}, metadata)
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
     with safe_open(tmp_path / "0", framework="pt") as file:
         assert file.metadata() == metadata | {"format": "pt"}
@@ -278,7 +280,7 @@ def test_files_are_those_of_the_library(tmp_path):
         for n in (0, 3, 7)
     }
     tensors |= {"scalar": torch.tensor(3.0), "é.turned": torch.arange(6.0).reshape(2, 3).T}
-    files.save_safetensors(tmp_path / "ours", tensors)
+    save_safetensors(tmp_path / "ours", tensors)
     library = save(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}
     )
