@@ -99,7 +99,6 @@ def test_a_recovery_that_won_nothing_says_so(pruned, text, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--mode", "magic"], "mode: input should be 'lora'"),
         (["--mode", "masked", "--minutes", "1"], "in tokens or in minutes"),
         (["--mode", "lora", "--target-modules", ","], "target_modules names no linear"),
         (["--mode", "masked", "--teacher", "./nowhere"], "neither a folder nor a hub id"),

@@ -77,6 +77,6 @@ RankTimeout = Annotated[
         "--rank-timeout",
         metavar="SECONDS",
         rich_help_panel=ADVANCED,
-        help="Under torchrun: stop after a process gave no sign of life for so long. Default: 600.",
+        help="Under torchrun: stop when a process is silent for this long. Default: 600.",
     ),
 ]

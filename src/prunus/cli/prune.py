@@ -65,12 +65,12 @@ def plan(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="Checkpoint folder or hub id; or give --model-shape instead."
+            metavar="MODEL", help="Checkpoint folder or hub id; or give --model-shape instead."
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Argument(metavar="[OUT]", help="Where the result would go; checked, not written."),
+        typer.Argument(metavar="OUT", help="Where the result would go; checked, not written."),
     ] = None,
     *,
     data_dir: arg.DataDir = None,

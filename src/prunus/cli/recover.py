@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -25,8 +25,9 @@ def recover(
         ),
     ],
     mode: Annotated[
-        str,
+        Literal["lora", "sparse-lora", "masked"],
         typer.Option(
+            metavar="MODE",
             help="What to train. lora: low-rank layers kept apart (peft). sparse-lora: low-rank "
             "updates of surviving weights, merged. masked: all weights except the pruned ones.",
         ),
@@ -111,8 +112,9 @@ def recover(
         ),
     ] = None,
     dtype: Annotated[
-        str | None,
+        Literal["auto", "float32", "bfloat16"] | None,
         typer.Option(
+            metavar="DTYPE",
             rich_help_panel=_TRAINING,
             help="Dtype of matrix products: auto, float32 or bfloat16. Trained parameters are "
             "always float32. Default: auto.",
@@ -152,7 +154,7 @@ def recover(
     rank_timeout: arg.RankTimeout = None,
     json_file: arg.Json = None,
 ) -> None:
-    """Win back quality of a pruned MODEL by a short training that keeps its zeros.
+    """Recover quality by a short training that keeps the zeros.
 
     A recovery that was stopped or killed continues when you give the same command again. Under
     torchrun, the processes split the windows of every step; --batch must be at least their number.

@@ -115,7 +115,8 @@ def _explanation(results: Sequence[TaskResults], differences: Sequence[Differenc
     lines = [
         f"models: {', '.join(names)}",
         "acc and acc_norm in percent ± one standard error; "
-        f"lm-eval {protocol['versions']['lm_eval']}, dtype {protocol['dtype']}, batch {protocol['batch']}, on {protocol['device']}",
+        f"lm-eval {protocol['versions']['lm_eval']}, dtype {protocol['dtype']}, "
+        f"batch {protocol['batch']}, on {protocol['device']}",
     ]
     if differences:
         paired = all(change.paired for change in differences)

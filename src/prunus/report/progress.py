@@ -124,7 +124,8 @@ def show_recovery(
             lines.restart()
             _print_line(
                 console,
-                f"{step.fraction:4.0%} {step.tokens:,} tokens, {step.seconds:.0f} s: {step.message}",
+                f"{step.fraction:4.0%} {step.tokens:,} tokens, {step.seconds:.0f} s: "
+                f"{step.message}",
             )
 
         yield print_step

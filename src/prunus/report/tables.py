@@ -74,8 +74,8 @@ def run_table(manifest: Manifest) -> Table:
     if totals.get("expert_linears"):
         few, count = totals["expert_linears_measured_on_all"], totals["expert_linears"]
         table.caption += (
-            f"\nexperts: {few} of {count} linears had too few tokens of their own and were "
-            f"measured on all tokens; the smallest number was {totals['least_routed_tokens']:,} tokens"
+            f"\nexperts: {few} of {count} linears measured on all tokens, because too few chose "
+            f"the expert (the fewest: {totals['least_routed_tokens']:,})"
         )
     table.caption_justify = "left"
     return table
