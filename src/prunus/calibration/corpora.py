@@ -159,7 +159,9 @@ def data_folder(data_dir: Path | None) -> Path | None:
     folder = Path(data_dir if data_dir is not None else os.environ["PRUNUS_DATA"])
     if not folder.is_dir():
         origin = "the data folder" if data_dir is not None else "the data folder in PRUNUS_DATA"
-        raise FileNotFoundError(f"{folder}: {origin} does not exist")
+        raise FileNotFoundError(
+            f"{folder}: {origin} does not exist; correct the path, or leave it out to use the hub"
+        )
     return folder
 
 

@@ -80,7 +80,7 @@ def read_documents(path: Path) -> list[str]:
         case "parquet":
             documents = _read_parquet(path)
         case _:
-            raise ValueError(f"{path}: holds token ids, not text")
+            raise ValueError(f"{path}: holds token ids, not text; give a text file")
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise ValueError(f"{path}: there is no text in this file")

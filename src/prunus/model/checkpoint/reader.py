@@ -325,7 +325,10 @@ def resolve_folder(model: str | Path) -> Path:
         )
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local or not name:
-        raise FileNotFoundError(f"{name!r} is neither a folder nor a hub id")
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder nor a hub id; give the folder of a Hugging Face "
+            "checkpoint, or a hub id such as owner/name"
+        )
     from huggingface_hub import snapshot_download
 
     try:
