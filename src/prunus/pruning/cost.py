@@ -21,12 +21,12 @@ from prunus.pruning.block_memory import (
     transient_bytes,
 )
 from prunus.pruning.job import PruningJob
-from prunus.pruning.reconstruction.kl_loss import TOKENS
+from prunus.pruning.reconstruction.kl_loss import CHUNK_TOKENS
 from prunus.pruning.reconstruction.reconstruct_block import in_front_of_head
 from prunus.pruning.reconstruction.schedule import (
     ReconstructionSchedule,
     default_schedule,
-    trained,
+    linears_to_train,
     validation_count,
 )
 from prunus.pruning.sensitivity import PROBE_STEPS, PROBE_TOKENS, PROBE_WINDOWS, layers_of
@@ -60,7 +60,7 @@ def block_memory(job: PruningJob, index: int) -> BlockMemory:
 
     working = _working_bytes(job, index)
     transient = job.needs_inputs * transient_bytes(batch_tokens, hidden, widest, itemsize)
-    if job.reconstruction is not None and job.reconstruction.takes(index, len(job.skeleton)):
+    if job.reconstruction is not None and job.reconstruction.applies_to(index, len(job.skeleton)):
         # Training holds six float32 tensors per parameter: the weight, its gradient, Adam's two
         # moments, a copy of the start and a copy of the best so far.
         working += 6 * 4 * parameters
@@ -70,7 +70,7 @@ def block_memory(job: PruningJob, index: int) -> BlockMemory:
         if in_front_of_head(job.skeleton, index):
             # The head, and for some tokens the logits of both models; see `kl_divergence`.
             vocabulary = _vocabulary(job.skeleton)
-            transient += vocabulary * hidden * itemsize + 24 * TOKENS * job.batch * vocabulary
+            transient += vocabulary * hidden * itemsize + 24 * CHUNK_TOKENS * job.batch * vocabulary
     return BlockMemory(
         weights=2 * job.source.block_nbytes(index) + models * parameters * itemsize,
         working=working,
@@ -139,8 +139,8 @@ def _forward_flops(job: PruningJob, index: int) -> float:
     passes += _dense_share(job)
     if job.recipe.permute:
         passes += 1  # All windows run once more, behind the reordered block.
-    if job.reconstruction is not None and job.reconstruction.takes(index, len(job.skeleton)):
-        names = trained(list(sizes), job.linear_settings.method.updates_weights)
+    if job.reconstruction is not None and job.reconstruction.applies_to(index, len(job.skeleton)):
+        names = linears_to_train(list(sizes), job.linear_settings.method.updates_weights)
         trained_share = sum(sizes[name] for name in names) / weights
         token_passes = _token_passes(job, _schedule(job, index))
         # A training step costs three passes, forward and twice as much backward.

@@ -48,6 +48,7 @@ def kept_rms(linears: Mapping[str, Linear]) -> float:
     """Return the root mean square of all kept weights of these linears; 1 if there are none."""
     squares, kept = 0.0, 0
     for linear in linears.values():
+        # Sum in float64: float32 sums of this many squares lose digits.
         weight = linear.parameter.detach()
         squares += float(weight.float().square().sum(dtype=torch.float64))
         kept += int(torch.count_nonzero(mask_of(linear.parameter)))

@@ -105,6 +105,7 @@ class ResultFolder:
             )
             for name in pruned
         }
+        # The check above compared with what the file holds now, so it must still be the same file.
         self._source.checkpoint.check_unchanged()
         save_safetensors(self.folder / shard_name(index), self._source.as_stored(index, written))
         return linears

@@ -126,6 +126,7 @@ def recover(
         with locked(job.output):
             student = _load_student(job, _base_name(model))
             dense = _load_teacher(job)
+            # Nothing is written until both models are loaded: most mistakes show before that.
             ranks.on_rank_0(lambda: _claim_output(job, student.trainable, overwrite))
             state = train(
                 student.trainable,
@@ -145,6 +146,7 @@ def recover(
                     "--overwrite"
                 )
 
+            # All ranks hold the same weights, so one of them writes.
             def write_result() -> str:
                 _write_result(job, student)
                 return _finish_record(job, checkpoints, started).model_dump_json()
@@ -251,6 +253,7 @@ def _fill_record(record: RecoveryRecord, state: TrainingState, student: _Student
     record.stopped, record.diverged = state.stopped, state.diverged
     trainable = student.trainable
     trained = sum(p.numel() for p in trainable.parameters.values())
+    # Pruned weights belong to trained parameters but are not trained.
     trained -= sum(m.numel() - int(torch.count_nonzero(m)) for m in trainable.masks.values())
     record.totals = {
         "parameters": student.parameters,
@@ -272,6 +275,7 @@ def _write_result(job: RecoveryJob, student: _Student) -> None:
         save_adapter(model, job.output)
         write_text(job.output / "README.md", adapter_card(record, student.base))
         return
+    # A tied head and embedding are one parameter with two names; both may be stored.
     changed: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     if job.options.mode == "sparse-lora":
         changed = merged_weights(student.updated)

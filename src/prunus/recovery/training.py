@@ -202,6 +202,7 @@ class _Trainer:
         self.parameters = list(trainable.parameters.values())
         self.device = self.parameters[0].device
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        # Each step sets its own rate. `fused` updates a parameter in one pass over memory.
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=0.0, weight_decay=options.weight_decay, fused=True
         )
@@ -228,6 +229,7 @@ class _Trainer:
             loss = self._loss(part, self.teacher) * (len(part) / len(ids))
             loss.backward()
             total += float(loss.detach())
+        # Each part's loss was weighted by its windows, so sums over parts and ranks are means.
         self._sum_gradients()
         total = self.ranks.sum_floats([total])[0]
         for name, mask in self.trainable.masks.items():
@@ -236,6 +238,7 @@ class _Trainer:
                 # On a CPU this takes a quarter of the time of masked_fill_, or less.
                 gradient.mul_(mask)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, _MAX_NORM)
+        # A single bad step would spoil weights and moments for good, so it is not taken.
         if math.isfinite(total) and bool(norm.isfinite()):
             peak = self.options.peak_rate(self.trainable.weight_rms)
             for group in self.optimizer.param_groups:
@@ -251,6 +254,7 @@ class _Trainer:
         """Mean next-token cross entropy of the held-out windows, in nats per token."""
         own = self.ranks.own_range(len(self.text.held_out))
         windows = self.text.held_out[own.start : own.stop]
+        # One window at a time: its sum does not depend on how many windows a rank has.
         losses = [float(self._loss(ids, teacher=None)) for ids in windows.split(1) if len(ids)]
         gathered = self.ranks.all_gather(torch.tensor(losses, dtype=torch.float64)).tolist()
         return sum(gathered) / len(gathered)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prunus.pruning.reconstruction.kl_loss import LOGIT_STRIDE, TOKENS, kl_divergence
+from prunus.pruning.reconstruction.kl_loss import CHUNK_TOKENS, LOGIT_STRIDE, kl_divergence
 from prunus.pruning.reconstruction.output_loss import relative_error
 from prunus.pruning.reconstruction.schedule import ReconstructionSchedule, default_schedule
 from prunus.pruning.reconstruction.train import (
@@ -123,7 +123,7 @@ def test_weights_that_validate_worse_are_not_taken(task):
 
 
 def test_a_training_that_overfits_is_interpolated():
-    """With many inputs and few tokens, the end validates worse than the start; the middle better."""
+    """With many inputs and few tokens, the end validates worse than the start, the middle not."""
     block = nn.Linear(20, 4, bias=False).requires_grad_(False)
     x, held = torch.randn(1, 24, 20), torch.randn(1, 2000, 20)
     better = block.weight + 0.1 * torch.randn(4, 20)
@@ -216,14 +216,14 @@ def test_kl_divergence_in_chunks_is_that_of_all_logits_at_once(tokens):
         expected.backward()
         parts = output.clone().requires_grad_(True)
         loss = kl_divergence(head)
-        in_turn = [loss(parts, target) for _ in range(LOGIT_STRIDE if tokens > TOKENS else 1)]
+        in_turn = [loss(parts, target) for _ in range(LOGIT_STRIDE if tokens > CHUNK_TOKENS else 1)]
         sum(lost for lost, _ in in_turn).backward()
     assert float(sum(lost.detach() for lost, _ in in_turn)) == pytest.approx(
         float(expected.detach()), rel=1e-4
     )
     assert sum(float(size) for _, size in in_turn) == 2 * tokens
     torch.testing.assert_close(parts.grad, whole.grad, atol=1e-5, rtol=1e-4)
-    compared = slice(None) if tokens <= TOKENS else slice(None, None, LOGIT_STRIDE)
+    compared = slice(None) if tokens <= CHUNK_TOKENS else slice(None, None, LOGIT_STRIDE)
     logp, logq = (head(x[:, compared]).log_softmax(dim=-1) for x in (target, output))
     expected = nn.functional.kl_div(logq, logp, log_target=True, reduction="sum")
     for _ in range(2):
@@ -317,13 +317,13 @@ def test_by_logits_a_quarter_of_the_tokens_is_compared(tokens):
 
 def test_tokens_that_the_step_chose_are_all_compared():
     head = nn.Linear(6, 40).requires_grad_(False)
-    output, target = torch.randn(2, 2, TOKENS + 5, 6)
+    output, target = torch.randn(2, 2, CHUNK_TOKENS + 5, 6)
     with torch.enable_grad():
         sizes = [
             kl_divergence(head, stride=stride)(output.clone().requires_grad_(True), target)[1]
             for stride in (1, 4)
         ]
-    assert sizes == [2 * (TOKENS + 5), 2 * -(-(TOKENS + 5) // 4)]
+    assert sizes == [2 * (CHUNK_TOKENS + 5), 2 * -(-(CHUNK_TOKENS + 5) // 4)]
 
 
 def test_rounding_does_not_move_the_interpolated_fraction():

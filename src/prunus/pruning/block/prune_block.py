@@ -53,7 +53,7 @@ from prunus.pruning.block.two_pass import two_pass
 from prunus.pruning.block.walk import Accumulate, BlockWalk, accumulate_inputs
 from prunus.pruning.reconstruction.batches import step_ranks
 from prunus.pruning.reconstruction.reconstruct_block import BlockReconstructor
-from prunus.pruning.reconstruction.schedule import trained
+from prunus.pruning.reconstruction.schedule import linears_to_train
 from prunus.pruning.records import BlockRecord, LinearRecord, Walk
 
 __all__ = ["BlockPruner"]
@@ -202,7 +202,7 @@ class BlockPruner:
             dense_inputs = self.dense.copy_block(index, stored, aimed, cache=walk == "lockstep")
         reconstruction = None
         if self._reconstructor is not None and names:
-            trained_names = trained(names, method.updates_weights)
+            trained_names = linears_to_train(names, method.updates_weights)
             reconstruction = self._reconstructor.begin(index, module, trained_names, walk)
         return BlockState(
             index=index,

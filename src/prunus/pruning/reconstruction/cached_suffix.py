@@ -144,6 +144,7 @@ def suffix_module(block: nn.Module, linears: Sequence[str]) -> nn.Module | None:
 
     Returns None if there are several, or if it is itself a linear or a plain list of modules.
     """
+    # Only direct children are tried: what is added last is a whole part of the block, like its MLP.
     children = {name.partition(".")[0] for name in linears}
     module = getattr(block, children.pop()) if len(children) == 1 else None
     if not isinstance(module, nn.Module) or isinstance(module, (nn.Linear, nn.ModuleList)):
@@ -180,6 +181,7 @@ def find_suffix(
         return None
     suffix = CachedSuffix(module, forward, keep)
     try:
+        # Compute the block's output in both ways: suffix on top of the residual, and whole block.
         with torch.no_grad():
             x, residual = suffix.inputs(batch)
             output = module(x)
@@ -197,6 +199,7 @@ def _treats_tokens_independently(module: nn.Module, x: torch.Tensor, output: tor
     """Whether `module` computes the same for every second token, with and without the others."""
     if x.dim() != 3 or x.shape[1] < 2:
         return False
+    # Every second token: a module that looks at neighbours, before or after, would notice.
     some = slice(1, None, 2)
     alone, among_all = module(x[:, some]).float(), output[:, some].float()
     return bool((alone - among_all).norm() <= _ROUNDING * among_all.norm())

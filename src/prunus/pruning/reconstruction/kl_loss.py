@@ -7,7 +7,7 @@ Block reconstruction uses it for the last block only. Logits are expensive in tw
 has an answer to each:
 
 - *Memory*: the logits of one window can take more memory than the block. So they are computed for
-  `TOKENS` tokens at a time, and the gradient of each chunk is computed together with its sum.
+  `CHUNK_TOKENS` tokens at a time, and the gradient of each chunk is computed together with its sum.
 - *Time*: they take about ten times as long as the block itself. So only some tokens are compared:
   other ones in each call that needs a gradient, always the same ones for validation.
 
@@ -28,10 +28,10 @@ from torch import Tensor
 from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
 from prunus.pruning.reconstruction.output_loss import OutputLoss
 
-__all__ = ["LOGIT_STRIDE", "TOKENS", "kl_divergence"]
+__all__ = ["CHUNK_TOKENS", "LOGIT_STRIDE", "kl_divergence"]
 
 #: Tokens per window whose logits are in memory at a time.
-TOKENS = 128
+CHUNK_TOKENS = 128
 
 #: One token in this many is compared during validation, and for gradients by default.
 LOGIT_STRIDE = 4
@@ -42,8 +42,8 @@ def kl_divergence(
 ) -> OutputLoss:
     """Return a loss: the KL divergence summed over the compared tokens, and their number.
 
-    Windows of up to `TOKENS` tokens are compared in full. In longer ones, a call without gradient
-    compares every `LOGIT_STRIDE`-th token from the first on, so that validation errors are
+    Windows of up to `CHUNK_TOKENS` tokens are compared in full. In longer ones, a call without
+    gradient compares every `LOGIT_STRIDE`-th token from the first on, so that validation errors are
     comparable. A call with gradient compares one token in `stride` and starts one token later than
     the call before, so that training sees all tokens in turn.
 
@@ -64,7 +64,7 @@ def kl_divergence(
     gradient_calls = itertools.count()
 
     def loss(output_WTH: Tensor, target_WTH: Tensor) -> tuple[Tensor, Tensor]:
-        if output_WTH.shape[1] > TOKENS:
+        if output_WTH.shape[1] > CHUNK_TOKENS:
             with_gradient = output_WTH.requires_grad and torch.is_grad_enabled()
             compared = (
                 slice(next(gradient_calls) % stride, None, stride)
@@ -97,20 +97,22 @@ class _KLDivergence(torch.autograd.Function):
         with_gradient = ctx.needs_input_grad[0]
         gradient_WTH = torch.empty_like(output_WTH) if with_gradient else None
         tokens, device = output_WTH.shape[1], output_WTH.device
-        sums_P = torch.zeros(-(-tokens // TOKENS), dtype=torch.float64, device=device)
-        parts = split_range(tokens, ranks.size, TOKENS)
+        sums_P = torch.zeros(-(-tokens // CHUNK_TOKENS), dtype=torch.float64, device=device)
+        parts = split_range(tokens, ranks.size, CHUNK_TOKENS)
         own = parts[ranks.rank]
-        for first in own[::TOKENS]:
-            chunk = slice(None), slice(first, first + TOKENS)
+        for first in own[::CHUNK_TOKENS]:
+            chunk = slice(None), slice(first, first + CHUNK_TOKENS)
+            # The target is fixed: no graph, and no gradient, is needed for it.
             with torch.no_grad():
                 logp = logits(target_WTH[chunk]).float().log_softmax(dim=-1)
+            # A graph for this chunk alone. It ends at the hidden states, whose gradient is kept.
             x = output_WTH[chunk].detach()
             with torch.set_grad_enabled(with_gradient):
                 own_logits = logits(x.requires_grad_(with_gradient))
             logq = own_logits.detach().float().log_softmax(dim=-1)
             p = logp.exp()
             # In place: logp becomes log p − log q, and below logq becomes q − p.
-            sums_P[first // TOKENS] = torch.linalg.vecdot(p, logp.sub_(logq)).sum(
+            sums_P[first // CHUNK_TOKENS] = torch.linalg.vecdot(p, logp.sub_(logq)).sum(
                 dtype=torch.float64
             )
             if gradient_WTH is not None:
@@ -128,5 +130,6 @@ class _KLDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+        # The forward pass has computed the gradient of the sum; only the outer factor is missing.
         (gradient_WTH,) = ctx.saved_tensors
         return gradient_WTH * outer[0].to(gradient_WTH.dtype), None, None, None

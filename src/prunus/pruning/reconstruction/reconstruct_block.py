@@ -77,7 +77,7 @@ class BlockReconstructor:
         Returns:
             None if the run does not reconstruct this block, or if nothing would be trained.
         """
-        if not trained or not self.settings.takes(index, len(self.stream.skeleton)):
+        if not trained or not self.settings.applies_to(index, len(self.stream.skeleton)):
             return None
         # With several ranks every rank would have to cache the batches of all ranks, so they
         # recompute instead. So does replay, which exists to save memory.

@@ -27,9 +27,9 @@ __all__ = [
     "ReconstructionSchedule",
     "ReconstructionSettings",
     "default_schedule",
+    "linears_to_train",
     "reconstruct",
     "split_batches",
-    "trained",
     "validation_count",
 ]
 
@@ -88,7 +88,7 @@ class ReconstructionSettings:
     dtype: torch.dtype
     last_only: bool = False
 
-    def takes(self, index: int, blocks: int) -> bool:
+    def applies_to(self, index: int, blocks: int) -> bool:
         """Whether block `index` of a model with this many `blocks` is reconstructed."""
         return not self.last_only or index == blocks - 1
 
@@ -117,12 +117,13 @@ def default_schedule(
     """
     fewer = LOGIT_STRIDE if by_logits else 1
     stride = min(fewer * _MAX_EPOCHS, max(1, fewer * tokens // _TOKENS_PER_STEP)) if by_token else 1
+    # Wider blocks learn at a lower rate; narrower ones are not measured, so theirs is not raised.
     width_factor = min(1.0, (_RATE_WIDTH / hidden) ** 0.5)
     if not by_logits:
-        # Two strides of epochs see every token twice.
+        # An epoch sees one token in `stride`, so twice as many epochs see every token twice.
         epochs = min(_MAX_EPOCHS, max(_MIN_EPOCHS, 2 * stride))
         return ReconstructionSchedule(epochs, stride, _RATE * width_factor)
-    # Half a stride of epochs sees every second token once.
+    # Half as many epochs as the stride see every second token once.
     enough = round(_LOGIT_STEPS / max(1, batches - validation_count(batches)))
     epochs = max(1, min(max(_MIN_EPOCHS, stride // 2), enough))
     # A block that must run on all tokens leaves the choice of tokens to the loss.
@@ -154,7 +155,7 @@ def split_batches(batches: int) -> tuple[range, range]:
     return range(first), range(first, batches)
 
 
-def trained(linears: Sequence[str], updated: bool) -> list[str]:
+def linears_to_train(linears: Sequence[str], updated: bool) -> list[str]:
     """Return which of a block's pruned linears are trained.
 
     After a method that updates weights, these are the ones behind attention: that takes half of
@@ -166,9 +167,9 @@ def trained(linears: Sequence[str], updated: bool) -> list[str]:
         updated: the pruning method updates the surviving weights.
 
     Example:
-        >>> trained(["self_attn.q_proj", "mlp.up_proj"], updated=True)
+        >>> linears_to_train(["self_attn.q_proj", "mlp.up_proj"], updated=True)
         ['mlp.up_proj']
-        >>> trained(["self_attn.q_proj", "mlp.up_proj"], updated=False)
+        >>> linears_to_train(["self_attn.q_proj", "mlp.up_proj"], updated=False)
         ['self_attn.q_proj', 'mlp.up_proj']
     """
     return after_attention(linears) if updated else list(linears)
@@ -231,6 +232,7 @@ def reconstruct(
     """
     started = time.perf_counter()
     options = TrainOptions(
+        # A rate that the user gives is plain; the default is relative to the size of the weights.
         learning_rate=settings.learning_rate or schedule.learning_rate,
         relative=settings.learning_rate is None,
         epochs=settings.epochs or schedule.epochs,

@@ -40,6 +40,7 @@ from prunus.pruning.reconstruction.trained_weights import (
 
 __all__ = ["BlockBatches", "TrainOptions", "TrainResult", "train_block"]
 
+# Adam's second moments are estimates from few gradients at first, so the rate rises slowly.
 _WARMUP = 0.05
 
 # Validate four times per training, and at least once every four epochs.
@@ -147,6 +148,8 @@ def train_block(
             f"block reconstruction got {len(masks)} weights, {len(batches.train)} training batches "
             f"and {len(batches.validation)} validation batches; it needs at least one of each"
         )
+    # A block in bfloat16 computes as the run does, in bfloat16. Any other one computes in float32,
+    # so that only its matrix products are cast.
     native = all(p.dtype == options.dtype for p in block.parameters() if p.is_floating_point())
     with (
         contextlib.nullcontext() if native else in_float32(block),
@@ -176,7 +179,9 @@ class _Objective:
     def validate(self, ranks: Ranks) -> float:
         """Loss on all validation batches of all ranks."""
         with torch.no_grad(), self.autocast:
+            # Validation always uses all tokens, so that its errors are comparable.
             pairs = [torch.stack(self.sums(batch)) for batch in self._batches.validation]
+        # Sums are divided only once, after all batches and ranks: a batch counts by its tokens.
         total_2 = sum(pairs, torch.zeros(2, device=self.device))
         ranks.all_reduce(total_2)
         return float(total_2[0]) / float(total_2[1])
@@ -208,9 +213,11 @@ def _train(
         raise ValueError(
             "the block's outputs or their targets are not finite; check the checkpoints' weights"
         )
+    # The weights before training are the first candidate.
     best = _Best(weights.snapshot(), before)
     # Adam's moments are freed when this function returns; the interpolations below need memory.
     after, steps, stopped = _run_epochs(weights, objective, batches.train, options, best, ranks)
+    # Without a step there is no way to interpolate on.
     if not steps:
         return TrainResult(best.weights, before, best.error, steps, stopped)
     end = weights.snapshot()
@@ -240,12 +247,14 @@ def _run_epochs(
     masters = weights.masters
     scales = kept_rms(masters, weights.masks) if options.relative else dict.fromkeys(masters, 1.0)
     groups = [{"params": [master], "scale": scales[name]} for name, master in masters.items()]
+    # `fused` updates a parameter in one pass over memory.
     optimizer = torch.optim.Adam(groups, fused=True)
     steps, total, stride = 0, options.epochs * len(train), options.token_stride
     interval = max(1, min(options.epochs // _VALIDATIONS, _MAX_EPOCHS_BETWEEN))
     error, stopped = best.error, None
     for epoch in range(options.epochs):
         for batch in train:
+            # The rate is that of the middle of the step.
             rate = learning_rate(options.learning_rate, (steps + 0.5) / total, _WARMUP)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
@@ -259,6 +268,7 @@ def _run_epochs(
                 # process.
                 ranks.all_reduce(whole_2)
                 loss = summed / whole_2[1]
+            # All ranks see the same sums, so all stop at the same step.
             if not bool((whole_2[0] / whole_2[1]).isfinite()):
                 stopped = "the error is not finite any more; a smaller learning rate may help"
                 break
@@ -268,6 +278,7 @@ def _run_epochs(
                 masters[name].grad = gradient
             optimizer.step()
             optimizer.zero_grad()
+            # The next forward pass uses the new masters, rounded if the block is in bfloat16.
             weights.load(masters)
             steps += 1
         if stopped is not None or (epoch + 1) % interval == 0 or epoch + 1 == options.epochs:
@@ -290,6 +301,8 @@ def _interpolations(
     quarter of the noise's error, which grows with the square of the step. So a rate that is too
     high for a block costs little, and two evaluations replace a search for the rate of each block.
     """
+    # With f(0) = before, f(1/2) = middle and f(1) = after, the parabola's second derivative is
+    # twice `curvature`, and its lowest point is at (3 before − 4 middle + after) / (2 curvature).
     middle = error_at(0.5)
     yield 0.5, middle
     curvature = 2 * (before - 2 * middle + after)

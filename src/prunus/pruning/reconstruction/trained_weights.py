@@ -25,6 +25,8 @@ class TrainedWeights:
         self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, torch.Tensor]
     ) -> None:
         self.parameters, self.masks = parameters, masks
+        # Where the training began: the block gets these values back at the end, and interpolations
+        # start from them.
         self.start = {name: p.detach().clone() for name, p in parameters.items()}
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -61,6 +63,7 @@ class TrainedWeights:
         found = {}
         for name, parameter in self.parameters.items():
             if anywhere[name]:
+                # Another rank may have the gradient, so this one joins the sum with zeros.
                 zeros = torch.zeros_like(parameter, dtype=torch.float32)
                 found[name] = zeros if parameter.grad is None else parameter.grad.float()
                 ranks.all_reduce(found[name])
@@ -80,6 +83,7 @@ def trainable(block: nn.Module, masks: Mapping[str, torch.Tensor]) -> Iterator[T
         yield weights
     finally:
         for name, parameter in parameters.items():
+            # The caller stores the result itself; its block must not change under it.
             parameter.requires_grad_(False).copy_(weights.start[name])
             parameter.grad = None
 
@@ -93,6 +97,7 @@ def in_float32(block: nn.Module) -> Iterator[None]:
         if parameter.is_floating_point()
     }
     for parameter in before:
+        # Assigning `data` keeps the parameter object, which other code refers to.
         parameter.data = parameter.data.float()
     try:
         yield
