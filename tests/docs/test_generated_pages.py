@@ -80,6 +80,17 @@ def test_tables_of_the_pages_are_those_of_the_figures(plots):
         assert plots.with_tables(text, figures) == text, f"{path.name} is out of date"
 
 
+def test_the_readme_states_the_figures_of_the_sweep(plots):
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    figures = plots.read_figures()
+    shown = [(name, "50 %") for name in plots.SERIES] + [
+        (name, "2:4") for name in ("wanda", "sparsegpt", "best")
+    ]
+    for key in shown:
+        assert f"{figures.cells[key].perplexity:,.2f}" in text, key
+    assert f"{figures.dense:.2f}" in text
+
+
 def test_a_sweep_is_taken_without_paths(plots, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "RESULTS", tmp_path)
     score = {"wikitext2": {"perplexity": 20.0, "loss": 3.0}}
