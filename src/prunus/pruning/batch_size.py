@@ -24,5 +24,5 @@ def windows_per_batch(samples: int, window_tokens: int, for_training: bool = Fal
         for_training: Whether a batch is also one gradient step of block reconstruction. Half the
             windows then make twice as many steps.
     """
-    most = min(samples, _TOKENS_PER_BATCH // window_tokens)
-    return max(1, most // 2 if for_training else most)
+    windows = min(samples, _TOKENS_PER_BATCH // window_tokens)
+    return max(1, windows // 2 if for_training else windows)

@@ -58,7 +58,7 @@ def decide_dtype(
         adds_ridge: Whether the method adds a ridge to a Gram matrix; see `prunus.methods.Method`.
     """
     if requested != "auto":
-        return ComputeDtype(DTYPES[requested], "asked for")
+        return ComputeDtype(DTYPES[requested], "requested")
     stored = source.stored_dtype
     if device.type == "cuda":
         if stored in (torch.bfloat16, torch.float16):
