@@ -23,7 +23,7 @@ from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every file below a folder with its bytes, every folder with None."""
+    """Path below a folder -> the bytes of a file, or None for a folder."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -33,7 +33,16 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 def refused(
     kind: type[Exception], message: str, model: Any, root: Path, out: str = "out", **options: Any
 ) -> None:
-    """`prune` raises, and everything below `root` (model, text, output) stays as it was."""
+    """Check that `prune` raises, and that everything below `root` stays as it was.
+
+    Args:
+        kind: of the exception.
+        message: pattern that its text matches.
+        model: to prune.
+        root: folder that holds the model, the text and the output.
+        out: name of the output folder in `root`.
+        options: of `prune`.
+    """
     before = tree(root)
     with pytest.raises(kind, match=message):
         prunus.prune(model, root / out, **{"calibration": token_ids(), **options})
@@ -59,7 +68,7 @@ def sharded(tmp_path) -> Path:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Change keys of a JSON file; None takes a key away."""
+    """Change keys of a JSON file; None removes a key."""
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
@@ -111,7 +120,7 @@ def test_a_truncated_single_file(keep, dense, tmp_path):
     ],
 )
 def test_an_index_that_names_a_file_elsewhere(place, sharded, tmp_path):
-    # What it points to is there and whole, so that only the name can be the reason.
+    # The file exists and is whole, so only its name can be the reason.
     for folder in (tmp_path, sharded / "sub"):
         folder.mkdir(exist_ok=True)
         shutil.copy(sharded / "model-00001-of-00003.safetensors", folder / "outside.safetensors")
@@ -259,7 +268,7 @@ def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch):
     )
 
 
-# --- what is asked for ---
+# --- options and text ---
 
 
 @pytest.mark.parametrize(
@@ -335,7 +344,7 @@ def test_options_that_make_no_sense(options, message, dense, tmp_path):
     refused(ValueError, message, dense, tmp_path, **options)
 
 
-def test_a_model_and_an_output_that_do_not_go_together(dense, tmp_path):
+def test_a_loaded_model_and_an_output_folder_exclude_each_other(dense, tmp_path):
     refused(ValueError, "leave output out and call its save_pretrained", tiny_model(), tmp_path)
     with pytest.raises(ValueError, match="pruned into a new folder: give output"):
         prunus.prune(dense, calibration=token_ids())
@@ -374,7 +383,7 @@ def test_text_that_is_too_short(text, message, dense, tmp_path):
 
 
 def test_documents_that_are_too_short(dense, tmp_path):
-    """The longest is told, and the search ends."""
+    """The message gives the longest one, and the search ends."""
     byte_tokenizer().save_pretrained(dense)
     lines = [json.dumps({"text": "word " * count}) for count in (1, 4, 2)]
     (tmp_path / "c4").mkdir()
@@ -492,7 +501,7 @@ def test_a_damaged_manifest(dense, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["gone", "cut"])
-def test_a_finished_run_that_lost_a_shard_does_not_pass_for_finished(harm, dense, tmp_path):
+def test_a_finished_run_that_lost_a_shard_is_not_finished(harm, dense, tmp_path):
     prunus.prune(dense, tmp_path / "out", calibration=token_ids())
     shard = tmp_path / "out" / "block-00001.safetensors"
     if harm == "gone":
@@ -516,7 +525,7 @@ def test_no_disk_space(dense, tmp_path, monkeypatch):
     assert prunus.prune(dense, tmp_path / "out", calibration=token_ids()).state == "finished"
 
 
-# --- what only shows in the middle of a run ---
+# --- errors in the middle of a run ---
 
 
 def spoil(dense: Path, name: str, value: float, everywhere: bool = False) -> None:
@@ -529,7 +538,7 @@ def spoil(dense: Path, name: str, value: float, everywhere: bool = False) -> Non
 
 
 def check_unfinished(out: Path, blocks: int) -> None:
-    """The folder is no model, and holds the blocks that were finished and nothing half-written."""
+    """Check that the folder holds finished blocks only, and does not pass for a model."""
     shards = [f"block-{index:05d}.safetensors" for index in range(blocks)]
     assert sorted(path.name for path in out.iterdir()) == [*shards, OUTSIDE_SHARD, MANIFEST_NAME]
     manifest = Manifest.load(out)
@@ -550,7 +559,7 @@ def test_weights_that_are_not_finite(value, method, tmp_path):
         prunus.prune(dense, tmp_path / "out", method, calibration=token_ids())
     assert tree(dense) == source
     check_unfinished(tmp_path / "out", blocks=1)
-    # Put right, the run goes on with what was finished, to the result of a run that never failed.
+    # With a corrected model the run continues, and its result is that of a run that never failed.
     save_file(whole, dense / "model.safetensors", metadata={"format": "pt"})
     messages: list[str] = []
     for name in ("out", "undisturbed"):

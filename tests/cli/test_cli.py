@@ -83,7 +83,7 @@ def test_prune_writes_the_manifest_as_json(dense, text, tmp_path):
     assert figures["recipe"]["calibration"] == str(text)
 
 
-def test_int8_says_what_it_costs(dense, text, tmp_path):
+def test_int8_shows_the_perplexity_before_and_after(dense, text, tmp_path):
     call("prune", dense, tmp_path / "pruned", "--method", "magnitude")
     options = ["--values", "int8", "--perplexity", text, "--seqlen", 16, "--limit", 4]
     result = call(
@@ -159,7 +159,7 @@ def test_flags_override_the_recipe_file(dense, text, tmp_path):
     assert again.stderr == "", "the run was finished: no block is pruned again"
 
 
-def test_plan_says_what_prune_would_do_and_writes_nothing(dense, text, tmp_path):
+def test_plan_shows_what_prune_would_do_and_writes_nothing(dense, text, tmp_path):
     arguments = [dense, tmp_path / "out", "--calibration", text, *WINDOWS, "--sparsity", "0.25"]
     before = contents(tmp_path), contents(dense)
     result = call("plan", *arguments)
@@ -241,7 +241,7 @@ def test_time_left_follows_from_the_time_of_blocks_alone():
     assert eta(1, 101, 72.0) == "2:00:00"
 
 
-# --- what goes wrong ---
+# --- errors ---
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_time_left_follows_from_the_time_of_blocks_alone():
         (["import", "{tmp}/none.gguf", "{tmp}/out"], "no such file"),
     ],
 )
-def test_what_the_user_can_put_right_is_one_line_and_status_2(arguments, message, dense, tmp_path):
+def test_what_the_user_can_correct_is_one_line_and_status_2(arguments, message, dense, tmp_path):
     result = call(*(part.format(dense=dense, tmp=tmp_path) for part in arguments), status=2)
     [line] = result.stderr.splitlines()
     assert line.startswith("prunus: error: ")
@@ -358,7 +358,7 @@ def test_options_without_a_flag_stand_in_a_recipe_file(dense, text, tmp_path):
     assert (used["method"], used["mask_from"]) == ("obs", "magnitude")
 
 
-def test_what_the_machine_lacks_is_one_line_and_status_1(dense, tmp_path, monkeypatch):
+def test_what_the_user_cannot_correct_is_one_line_and_status_1(dense, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 9, 1))
     result = call("prune", dense, tmp_path / "out", "--method", "magnitude", status=1)
@@ -406,6 +406,9 @@ def test_the_module_is_the_command():
     assert "Invalid value for '--sparsity'" in done.stderr
 
 
+needs_sigint = pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
+
+
 @pytest.fixture
 def interruptible():
     """Processes that a test starts end on Ctrl-C, even if this one is a background job.
@@ -417,26 +420,28 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
-def _interrupted_within_c_code():
+def _interrupt_c_code():
+    """Raise what torch raises when Ctrl-C arrives while it looks at an argument."""
     try:
         signal.raise_signal(signal.SIGINT)
     except KeyboardInterrupt:
         raise TypeError("could not determine the shape of object type 'UntypedStorage'") from None
 
 
-def test_ctrl_c_that_c_code_takes_for_an_error_is_still_ctrl_c(capsys):
+@needs_sigint
+def test_ctrl_c_that_c_code_reports_as_an_error_is_still_ctrl_c(capsys):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(typer.Exit) as stopped, user_errors(None):
-            _interrupted_within_c_code()
+            _interrupt_c_code()
     finally:
         signal.signal(signal.SIGINT, before)
     assert stopped.value.exit_code == 130
     assert "stopped; finished work is kept" in capsys.readouterr().err
 
 
-def test_ctrl_c_leaves_a_run_that_goes_on_to_the_same_bytes(tmp_path, interruptible):
+@needs_sigint
+def test_a_run_continues_after_ctrl_c_to_the_same_bytes(tmp_path, interruptible):
     blocks = 12
     dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=blocks)
     # Many batches of one window: a block takes long enough to be interrupted in its middle.

@@ -1,4 +1,4 @@
-"""Verbs called in the tests' own process."""
+"""Call verbs of the command line in the process of the tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prunus.cli import app
 
 
 def call(*arguments: object, status: int = 0) -> Result:
-    """Run a verb in this process and see its exit status."""
+    """Run a verb in this process and check its exit status."""
     result = CliRunner(env={"PRUNUS_DATA": None}).invoke(
         app, [str(argument) for argument in arguments]
     )

@@ -1,5 +1,6 @@
 "use strict";
-// Charts in the page's own colours, in light and in dark; tables that sort by a click. No network, no storage.
+// Draws the charts in the colours of the page, light or dark, and sorts a table by a click.
+// The script uses no network and no storage.
 
 function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
