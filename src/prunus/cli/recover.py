@@ -62,7 +62,7 @@ def recover(
         typer.Option(
             rich_help_panel=_TRAINING,
             help="Peak learning rate; it falls along a cosine. Default: that of the mode, 0.001 "
-            "for low-rank updates and 0.00115 times the size of the weights for masked.",
+            "for low-rank updates, 0.00115 times the root mean square of the weights for masked.",
         ),
     ] = None,
     warmup: Annotated[

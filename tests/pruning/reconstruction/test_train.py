@@ -1,4 +1,4 @@
-"""Block reconstruction on small modules whose best weights are knschedule."""
+"""Block reconstruction on small modules whose best weights are known."""
 
 from __future__ import annotations
 

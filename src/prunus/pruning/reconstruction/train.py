@@ -179,7 +179,7 @@ class _Objective:
     def validate(self, ranks: Ranks) -> float:
         """Loss on all validation batches of all ranks."""
         with torch.no_grad(), self.autocast:
-            # Validation always uses all tokens, so that its errors are comparable.
+            # Validation always runs all tokens, so that its errors are comparable.
             pairs = [torch.stack(self.sums(batch)) for batch in self._batches.validation]
         # Sums are divided only once, after all batches and ranks: a batch counts by its tokens.
         total_2 = sum(pairs, torch.zeros(2, device=self.device))
@@ -217,7 +217,7 @@ def _train(
     best = _Best(weights.snapshot(), before)
     # Adam's moments are freed when this function returns; the interpolations below need memory.
     after, steps, stopped = _run_epochs(weights, objective, batches.train, options, best, ranks)
-    # Without a step there is no way to interpolate on.
+    # Without a step, start and end are the same weights.
     if not steps:
         return TrainResult(best.weights, before, best.error, steps, stopped)
     end = weights.snapshot()
