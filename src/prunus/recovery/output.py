@@ -105,7 +105,7 @@ class ResultFolder:
             )
             for name in pruned
         }
-        # The shard mixes trained tensors with those of the checkpoint, which must still be the same.
+        # The shard mixes trained tensors with those of the checkpoint, which must not have changed.
         self._source.checkpoint.check_unchanged()
         save_safetensors(self.folder / shard_name(index), self._source.as_stored(index, written))
         return linears
