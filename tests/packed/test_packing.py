@@ -169,7 +169,7 @@ EMBEDDING = {"gpt2": "transformer.wte", "falcon": "transformer.word_embeddings"}
 
 @pytest.mark.parametrize(
     ("family", "reason"),
-    [("gpt2", "stores its weight transposed"), ("falcon", "something else than nn.Linear")],
+    [("gpt2", "stores its weight transposed"), ("falcon", "something other than nn.Linear")],
 )
 def test_other_kinds_of_linears_stay_dense(tmp_path, family, reason):
     source = pruned_checkpoint(tmp_path / "pruned", family)

@@ -1,4 +1,4 @@
-"""What reports are made from, in small: a sweep, an evaluation, a measurement, hostile names."""
+"""Small inputs of reports: a sweep, an evaluation, a measurement, hostile names."""
 
 from __future__ import annotations
 
@@ -26,13 +26,16 @@ from prunus.sweep.results import (
     TaskValue,
 )
 
-HOSTILE = """<script>window.owned=1</script><img src=x onerror="window.owned=1">'"|*_`[a](javascript:owned=1)&amp;"""
+HOSTILE = (
+    """<script>window.owned=1</script><img src=x onerror="window.owned=1">"""
+    """'"|*_`[a](javascript:owned=1)&amp;"""
+)
 
 
 def sweep_results(
     name: str = "smol", text: str = "wikitext2", error: str | None = None
 ) -> SweepResults:
-    """A sweep with all that one can have: patterns, seeds, tasks, a recovery, failures."""
+    """A sweep with everything: patterns, seeds, tasks, a recovery, failures."""
 
     def scores(perplexity: float | None) -> dict[str, Score]:
         numbers = {"loss": 1.0, "windows": 2, "tokens": 32, "seqlen": 16, "seconds": 1.5}
@@ -52,9 +55,15 @@ def sweep_results(
         }
 
     done = Pruning(
-        weights=1000, zeros=500, sparsity=0.5, mean_relative_output_error=None, mean_removed_energy=0.0375,
-        seconds=12.25, dtype="float32", calibration_sha256="ab",
-    )  # fmt: skip
+        weights=1000,
+        zeros=500,
+        sparsity=0.5,
+        mean_relative_output_error=None,
+        mean_removed_energy=0.0375,
+        seconds=12.25,
+        dtype="float32",
+        calibration_sha256="ab",
+    )
     figures = {
         ("magnitude", 0.5, 0): 522.02,
         ("magnitude", "2:4", 0): None,
@@ -90,14 +99,28 @@ def sweep_results(
         state="failed",
         error=error or "OSError: full",
     )
+    model = ModelResult(path=name, fingerprint="f", scores=scores(20.5), tasks=tasks(0.7))
+    windows = CalibrationSet(
+        model=name,
+        calibration="c4",
+        samples=128,
+        seqlen=2048,
+        seed=0,
+        source="c4, shard 0",
+        sha256="ab",
+        file="x",
+    )
     return SweepResults(
-        file="table.toml", title=f"Sweep of {name}", description="What it is\n  for.",
+        file="table.toml",
+        title=f"Sweep of {name}",
+        description="What it is\n  for.",
         scoring={"texts": [text], "tasks": ["boolq", "lambada"]},
-        hardware={"processor": "EPYC", "cores": 2}, versions={"torch": "2.13"},
-        models={name: ModelResult(path=name, fingerprint="f", scores=scores(20.5), tasks=tasks(0.7))},
-        calibration=[CalibrationSet(model=name, calibration="c4", samples=128, seqlen=2048, seed=0, source="c4, shard 0", sha256="ab", file="x")],
+        hardware={"processor": "EPYC", "cores": 2},
+        versions={"torch": "2.13"},
+        models={name: model},
+        calibration=[windows],
         cells=[*cells, recovered, failed],
-    )  # fmt: skip
+    )
 
 
 def evaluation(first: str = "dense", second: str = "pruned") -> dict:
