@@ -1,9 +1,11 @@
-"""The constants of `prunus plan --model-shape`, measured on one core of this machine; see `src/prunus/rates.py`.
+"""Measure the constants of `prunus plan --model-shape` on one core.
 
     python benchmarks/cost_constants.py [--folder DIR] [--json FILE]
 
-Each is timed on the very functions of a run, the best of a few repetitions, at a width of 2048. Takes about a minute. The
-disk is that of --folder, the link is loopback between two processes.
+src/prunus/hardware/rates.py holds the constants and explains them.
+Each constant is timed on the functions that a run calls, at a width of 2048. The best of a few
+repetitions counts. The disk is that of --folder, the link is loopback between two processes. It
+takes about a minute.
 """
 
 from __future__ import annotations
@@ -28,14 +30,14 @@ from prunus.methods import METHODS, MethodOptions  # noqa: E402
 from prunus.methods.patterns import Pattern  # noqa: E402
 from prunus.methods.solvers.obs import inverse_factor  # noqa: E402
 from prunus.methods.statistics import InputStatistics  # noqa: E402
-from prunus.model.checkpoint.atomic_files import save_safetensors  # noqa: E402
+from prunus.model.checkpoint.writer import save_safetensors  # noqa: E402
 
 WIDTH = 2048
 TOKENS = 2048
 
 
 def best(work: Callable[[], object], rounds: int = 3) -> float:
-    """Seconds of the fastest round."""
+    """The time of the fastest round, in seconds."""
     found = float("inf")
     for _ in range(rounds):
         began = time.perf_counter()
@@ -45,7 +47,7 @@ def best(work: Callable[[], object], rounds: int = 3) -> float:
 
 
 def compute(width: int) -> dict[str, float]:
-    """Rates of everything that needs no disk and no other process."""
+    """The rates that need no disk and no other process."""
     wide = width * 11008 // 4096 // 16 * 16
     x, x16 = torch.randn(TOKENS, width), torch.randn(TOKENS, width).bfloat16()
     weight, weight16 = torch.randn(wide, width) * 0.02, (torch.randn(wide, width) * 0.02).bfloat16()
@@ -65,7 +67,7 @@ def compute(width: int) -> dict[str, float]:
     found["factor32"] = width**3 / best(lambda: inverse_factor(gram.gram_II, 0.01), 2)
 
     def wanda() -> None:
-        # As in `engine/linear.py`: to float32, score, mask, the result, its zeros, the damage.
+        # As in `pruning/block/linear.py`: to float32, score, mask, result, its zeros, its error.
         wide32 = weight16.float()
         pruned = METHODS["wanda"].prune(wide32, norms, Pattern(), 0.5, MethodOptions())
         new = weight16.masked_fill(~pruned.keep_OI, 0)
@@ -86,14 +88,14 @@ def compute(width: int) -> dict[str, float]:
             2,
         )
 
-    # A few rows take the time of their columns alone.
+    # A sweep over few rows takes the time of its columns alone.
     columns = sweep(16)
     found["columns"] = width / columns
     products = 1.0 * wide * width * width / found["products32"]
     found["swept"] = weight.numel() / max(sweep(wide) - products - columns, 1e-9)
 
     def finish() -> None:
-        # As in `engine/linear.py`: to float32 and back, finite or not, zeros.
+        # As in `pruning/block/linear.py`: to float32 and back, the check for finite, the zeros.
         new = weight16.float().to(torch.bfloat16)
         torch.aminmax(new)
         count_zeros(new)
@@ -103,7 +105,7 @@ def compute(width: int) -> dict[str, float]:
 
 
 def disk(folder: Path) -> dict[str, float]:
-    """Bytes a second read (from the page cache where it holds them), written with fsync, and hashed."""
+    """Bytes per second read (perhaps from the page cache), written with fsync, and hashed."""
     data = {"x": torch.randn(64, 2**20).bfloat16()}
     size = data["x"].numel() * 2
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -119,20 +121,20 @@ def disk(folder: Path) -> dict[str, float]:
 
 
 def link() -> None:
-    """On each of two ranks: bytes a second of summing a matrix, and seconds of a meeting."""
+    """Measure the link from two ranks: bytes per second of a sum, seconds per synchronization."""
     from prunus.distributed import process_group
 
     with process_group(60) as ranks:
         matrix = torch.ones(2048, 2048)
         ranks.all_reduce(matrix)
         moved = best(lambda: ranks.all_reduce(matrix))
-        meeting = best(lambda: [ranks.gather_ints([1]) for _ in range(100)]) / 100
+        synchronization = best(lambda: [ranks.gather_ints([1]) for _ in range(100)]) / 100
         if ranks.rank == 0:
-            print(json.dumps({"link": matrix.numel() * 4 / moved, "latency": meeting}))
+            print(json.dumps({"link": matrix.numel() * 4 / moved, "latency": synchronization}))
 
 
 def start(folder: Path) -> dict[str, float]:
-    """Seconds, and peak bytes, of a run on a model of hardly any weights, in a process of its own."""
+    """Seconds and peak bytes of a run on a tiny model, in a process of its own."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -183,14 +185,14 @@ def main() -> None:
         "2",
         __file__,
     ]
-    said = subprocess.run(
+    result = subprocess.run(
         command,
         check=True,
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    found |= json.loads(said.stdout.splitlines()[-1])
+    found |= json.loads(result.stdout.splitlines()[-1])
     found |= start(options.folder)
     for name, figure in found.items():
         print(f"{name:12} {figure:.3g}")

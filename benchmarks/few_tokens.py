@@ -1,11 +1,12 @@
-"""From how many tokens on an expert's own statistics prune it better than those of all tokens.
+"""Find from how many tokens on an expert's own statistics are better than those of all tokens.
 
     python benchmarks/few_tokens.py MODEL TEXT [--experts 16] [--json FILE]
 
-There is no mixture of experts small enough for every machine, so a dense model stands in: the tokens that reach the MLP
-of three of its layers are sorted into clusters by direction, as a router would, and each cluster counts as one expert's
-tokens. Its gate and down projections are pruned to 50 % from n of these tokens and, for comparison, from 8192 tokens of
-all clusters; the figure is the ratio of the output errors on 512 other tokens of the cluster. Takes about five minutes.
+No mixture of experts is small enough for every computer, so a dense model stands in. The tokens
+that reach the MLP of three of its layers are sorted into clusters by direction, as a router would
+do. Each cluster counts as the tokens of one expert. The gate and down projections are pruned to 50
+% from n of these tokens and, for comparison, from 8192 tokens of all clusters. The figure is the
+ratio of the output errors on 512 other tokens of the cluster. It takes about five minutes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ ROUNDS, EXPERTS_PER_LAYER = 15, 4
 
 
 def mlp_inputs(model: Any, ids_WS: Tensor, layers: list[int]) -> dict[int, Tensor]:
-    """Layer -> what its MLP is given, (tokens, hidden)."""
+    """Layer -> the inputs of its MLP, (tokens, hidden)."""
     seen: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     hooks = [
         model.model.layers[layer].mlp.register_forward_pre_hook(
@@ -48,7 +49,7 @@ def mlp_inputs(model: Any, ids_WS: Tensor, layers: list[int]) -> dict[int, Tenso
 
 
 def clusters(X_TI: Tensor, count: int) -> Tensor:
-    """Per token the number of its cluster: spherical k-means from random tokens."""
+    """The cluster of each token, by spherical k-means that starts from random tokens."""
     X_TI = torch.nn.functional.normalize(X_TI, dim=1)
     C_EI = X_TI[torch.randperm(len(X_TI))[:count]]
     for _ in range(ROUNDS):
@@ -59,13 +60,14 @@ def clusters(X_TI: Tensor, count: int) -> Tensor:
 
 
 def pruned_by(method: str, weight_OI: Tensor, X_TI: Tensor) -> Tensor:
-    """The weight at 50 % sparsity, by the statistics of X_TI."""
+    """The weight pruned to 50 %, with the statistics of X_TI."""
     statistics = InputStatistics(X_TI.shape[1], METHODS[method].needs)
     statistics.add(X_TI)
     return METHODS[method].prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions()).weight_OI
 
 
 def output_error(weight_OI: Tensor, after_OI: Tensor, X_TI: Tensor) -> float:
+    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² of a pruned weight Ŵ."""
     return float(
         (X_TI @ (weight_OI - after_OI).T).square().sum() / (X_TI @ weight_OI.T).square().sum()
     )
@@ -73,7 +75,7 @@ def output_error(weight_OI: Tensor, after_OI: Tensor, X_TI: Tensor) -> float:
 
 @torch.no_grad()
 def measure(folder: Path, text: Path, experts: int) -> dict[str, float]:
-    """Keys "method linear tokens" -> mean ratio of errors, own tokens over all tokens."""
+    """Keys "method linear tokens" -> mean ratio of the errors, own tokens over all tokens."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = AutoTokenizer.from_pretrained(folder)(text.read_text(encoding="utf-8")).input_ids
@@ -90,19 +92,19 @@ def measure(folder: Path, text: Path, experts: int) -> dict[str, float]:
         for expert in large:
             rows = (nearest_T == expert).nonzero().flatten()
             rows = rows[torch.randperm(len(rows))]
-            judged, own = rows[:HELD_OUT], rows[HELD_OUT:]
-            everybody = torch.randperm(len(X_TI))[:OF_ALL]
+            evaluated, own = rows[:HELD_OUT], rows[HELD_OUT:]
+            all_tokens = torch.randperm(len(X_TI))[:OF_ALL]
             for name, inputs_TI, linear in (
                 ("gate", X_TI, mlp.gate_proj),
                 ("down", inner_TI, mlp.down_proj),
             ):
                 weight_OI = linear.weight.detach()
                 for method in ("wanda", "sparsegpt"):
-                    by_all = pruned_by(method, weight_OI, inputs_TI[everybody])
-                    base = output_error(weight_OI, by_all, inputs_TI[judged])
+                    by_all = pruned_by(method, weight_OI, inputs_TI[all_tokens])
+                    base = output_error(weight_OI, by_all, inputs_TI[evaluated])
                     for tokens in TOKENS:
                         after = pruned_by(method, weight_OI, inputs_TI[own[:tokens]])
-                        ratio = output_error(weight_OI, after, inputs_TI[judged]) / base
+                        ratio = output_error(weight_OI, after, inputs_TI[evaluated]) / base
                         ratios.setdefault(f"{method} {name} {tokens}", []).append(ratio)
     return {name: round(mean(found), 3) for name, found in ratios.items()}
 
@@ -116,8 +118,8 @@ def main() -> None:
     options = parser.parse_args()
     found = measure(options.model, options.text, options.experts)
     print("tokens".ljust(18), *(f"{tokens:>6}" for tokens in TOKENS))
-    for what in ("wanda gate", "wanda down", "sparsegpt gate", "sparsegpt down"):
-        print(what.ljust(18), *(f"{found[f'{what} {tokens}']:6.2f}" for tokens in TOKENS))
+    for case in ("wanda gate", "wanda down", "sparsegpt gate", "sparsegpt down"):
+        print(case.ljust(18), *(f"{found[f'{case} {tokens}']:6.2f}" for tokens in TOKENS))
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

@@ -1,11 +1,12 @@
-"""What every method does to single linears: relative output error on the calibration windows and on windows held out.
+"""Measure the output error of every method on single linears, on calibration and held-out windows.
 
-    python benchmarks/layers.py MODEL WINDOWS.safetensors [--linears o_proj,down_proj] [--block 1] [--held-out 2]
-        [--json FILE]
+    python benchmarks/layers.py MODEL WINDOWS.safetensors [--linears o_proj,down_proj]
+        [--block 1] [--held-out 2] [--json FILE]
 
-The script prints one Markdown table per linear; --json writes the same figures. WINDOWS holds `input_ids` (windows, tokens). The model runs dense; the
-linears of one block are pruned one by one, each on the dense model's inputs, so that methods differ and nothing else
-does. Figures are per cent.
+The script prints one Markdown table per linear; --json writes the same figures. WINDOWS holds
+`input_ids` (windows, tokens). The model runs dense. The linears of one block are pruned one by one,
+each on the inputs of the dense model, so that only the methods differ. Figures are relative output
+errors in per cent.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def inputs_of(
 
 
 def error(weight_OI: Tensor, pruned_OI: Tensor, X_TI: Tensor) -> float:
-    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖²."""
+    """‖X(W − Ŵ)ᵀ‖² / ‖XWᵀ‖² of a pruned weight Ŵ."""
     return float(
         (X_TI @ (weight_OI - pruned_OI).T).square().sum() / (X_TI @ weight_OI.T).square().sum()
     )

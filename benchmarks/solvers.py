@@ -1,10 +1,12 @@
-"""How near the solvers come to the machine's rate of matrix products, and SparseGPT against its pseudo-code.
+"""Compare the solvers with plain matrix products in speed, and SparseGPT with its pseudo-code.
 
-    python benchmarks/solvers.py [--shapes 576x576,1536x576,576x1536] [--rounds 3] [--threads 1] [--json FILE]
+    python benchmarks/solvers.py [--shapes 576x576,1536x576,576x1536] [--rounds 3] [--threads 1]
+        [--json FILE]
 
-Per shape (out x in): processor seconds on one Gram matrix of 4 tokens per input, the arithmetic a solver needs at least,
-and that over its seconds as a share of the rate of a plain float32 product of the same shape in the same round. The
-best of the rounds counts. ALPS takes its steps in bfloat16 where the processor has it, so its share may pass 100 %.
+For each shape (out x in) a solver runs on the Gram matrix of 4 tokens per input. The output has the
+processor time, and the share of the rate of a plain float32 product of the same shape. The share
+counts only the arithmetic that the solver needs at least. The best of the rounds counts. ALPS takes
+its steps in bfloat16 where the processor supports it, so its share can exceed 100 %.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ from prunus.methods import METHODS, MethodOptions, compose
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
 
+# The number of ADMM iterations whose arithmetic the share of ALPS counts.
 _ALPS_STEPS = 16
 
 
 def from_pseudo_code(
     weight_OI: Tensor, gram_II: Tensor, sparsity: float, block: int = 128
 ) -> Tensor:
-    """Algorithm 1 of arXiv 2301.00774, line by line: one column at a time, the rest of its block after each."""
+    """Algorithm 1 of arXiv 2301.00774, line by line; each column corrects the rest of its block."""
     weight_OI = weight_OI.clone()
     damped_II = gram_II + 0.01 * gram_II.diagonal().mean() * torch.eye(len(gram_II))
     factor_II = torch.linalg.cholesky(
@@ -58,14 +61,14 @@ def from_pseudo_code(
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Processor seconds of one call."""
+    """The processor time of one call, in seconds."""
     started = time.process_time()
     work()
     return time.process_time() - started
 
 
 def measure(rows: int, columns: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Name -> seconds and share of the product rate (0 where the arithmetic is not counted)."""
+    """Name -> seconds, and share of the product rate (0 where the arithmetic is not counted)."""
     torch.manual_seed(0)
     mixing_II = torch.eye(columns) + torch.randn(columns, columns) / columns**0.5
     X_TI = torch.randn(4 * columns, columns) @ mixing_II
@@ -104,14 +107,15 @@ def measure(rows: int, columns: int, rounds: int) -> dict[str, dict[str, float]]
         "sparsegpt": (prune("sparsegpt"), inverse + product / 2),
         "pseudo-code": (lambda: from_pseudo_code(weight_OI, gram_II, 0.5), inverse + product / 2),
         "alps": (prune("alps"), alps_products * product + 8 * inverse),
-        "wanda + lsq": (
+        "wanda + least squares": (
             prune("wanda", weight_update="least-squares"),
             conjugate_steps("wanda", weight_update="least-squares") * product,
         ),
         "wanda + swaps": (prune("wanda", refine="swaps"), 0.0),
     }
     best: dict[str, float] = {}
-    for _ in range(rounds + 1):  # the first warms up
+    # The first round warms up.
+    for _ in range(rounds + 1):
         for name, (work, _) in cases.items():
             best[name] = min(best.get(name, float("inf")), seconds(work))
     rate = product / best["product"]
@@ -136,7 +140,7 @@ def main() -> None:
             found[shape] = measure(rows, columns, options.rounds)
             for name, figures in found[shape].items():
                 share = f"{figures['share']:7.0%}" if figures["share"] else "       "
-                print(f"{shape:>12} {name:14} {1000 * figures['seconds']:9.1f} ms {share}")
+                print(f"{shape:>12} {name:21} {1000 * figures['seconds']:9.1f} ms {share}")
             ratio = found[shape]["pseudo-code"]["seconds"] / found[shape]["sparsegpt"]["seconds"]
             print(f"{shape:>12} sparsegpt is {ratio:.2f} times as fast as its pseudo-code")
     if options.json:

@@ -1,4 +1,4 @@
-"""What is said of the machine and of this process."""
+"""The memory figures of this process, and freed memory that returns to the system."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prunus.hardware.memory import HeapTrimmer, peak_memory, resident_memory
 
 def test_the_peak_is_at_least_what_is_resident():
     resident = resident_memory()
-    # The system counts what is resident a few pages late.
+    # The system updates the resident size a few pages late.
     assert peak_memory() > 0.95 * resident > 0
 
 
@@ -26,19 +26,19 @@ def test_the_peak_is_not_that_of_the_process_that_started_this_one():
     ]
     child = "from prunus.hardware.memory import peak_memory; print(peak_memory())"
     lines.append(f"print(subprocess.check_output([sys.executable, '-c', {child!r}], text=True))")
-    said = subprocess.check_output([sys.executable, "-c", "\n".join(lines)], text=True)
-    assert 0 < int(said) < 2**31
+    reported = subprocess.check_output([sys.executable, "-c", "\n".join(lines)], text=True)
+    assert 0 < int(reported) < 2**31
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
-def test_scattered_memory_is_given_back_once_it_has_grown():
+def test_a_fragmented_heap_is_trimmed_once_it_has_grown():
     trimmer = HeapTrimmer()
     trimmer.trim_if_grown()
     before = resident_memory()
-    # Every second piece of many is freed, below one that stays: the top of the heap does not shrink.
+    # Free every second of many pieces. The pieces in between keep the heap from shrinking itself.
     pieces = [bytearray(b"x") * 50_000 for _ in range(6 * before // 50_000)]
-    stays = pieces[1::2]
+    kept = pieces[1::2]
     del pieces
     grown = resident_memory()
     trimmer.trim_if_grown()
-    assert len(stays) * 50_000 < resident_memory() < grown - before
+    assert len(kept) * 50_000 < resident_memory() < grown - before

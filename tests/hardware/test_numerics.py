@@ -1,4 +1,4 @@
-"""Coarse products are nearly right where they are fast, and exactly what they were where they are not."""
+"""Low-precision products: nearly right where they are fast, and exact where they are not."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ def test_a_factor_rounded_once_gives_the_same_products(rows, native, monkeypatch
     monkeypatch.setattr("prunus.hardware.numerics.native_bfloat16", lambda: native)
     left, right = torch.randn(rows, 300), torch.randn(300, 300)
     assert torch.equal(
-        low_precision_product(left, low_precision_factor(right, rows)), low_precision_product(left, right)
+        low_precision_product(left, low_precision_factor(right, rows)),
+        low_precision_product(left, right),
     )
 
 
-def test_this_processor_says_whether_it_has_bfloat16():
+def test_the_processor_check_for_bfloat16_gives_an_answer():
     assert native_bfloat16() in (True, False)
 
 
 @pytest.mark.parametrize("width", [511, 512, 578])
-def test_the_gram_matrix_is_symmetric_and_that_of_the_inputs(width):
+def test_the_gram_matrix_is_symmetric_and_correct(width):
     X_TI = torch.randn(300, width)
     statistics = InputStatistics(width, "gram")
     for part in X_TI.split(128):

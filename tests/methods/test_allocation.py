@@ -1,4 +1,4 @@
-"""How sparsity is shared out: exact budgets, the published rules, and the greedy search against all others."""
+"""Allocation: exact budgets, the published rules, and the greedy search against all others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def mean(sparsities: list[float], weights: list[int]) -> float:
     return math.fsum(s * n for s, n in zip(sparsities, weights, strict=True)) / sum(weights)
 
 
-# --- the budget ------------------------------------------------------------------------------------------------
+# --- the budget ---
 
 
 @given(LAYERS, SPARSITY)
@@ -84,7 +84,7 @@ def test_budgets_that_cannot_be_met_are_refused(wanted, weights, sparsity, max_s
         meet_budget(wanted, weights, sparsity, max_sparsity)
 
 
-# --- the published rules ---------------------------------------------------------------------------------------
+# --- the published rules ---
 
 
 def test_uniform_is_uniform():
@@ -131,7 +131,7 @@ def test_outliers_and_medians_are_those_of_all_scores_together():
     assert median_score([first, second]) == everything.median() == 1.0
 
 
-# --- by error --------------------------------------------------------------------------------------------------
+# --- by error ---
 
 
 def interpolated(curve: list[tuple[float, float]], at: float) -> float:
@@ -172,18 +172,18 @@ def test_no_other_sparsities_of_the_same_budget_cost_less(drawn, sparsity):
             assert cost <= trial + 1e-9
 
 
-def test_the_budget_goes_where_error_is_cheapest_per_weight():
-    cheap, dear = [(0.0, 0.0), (0.5, 1.0), (0.9, 3.0)], [(0.0, 0.0), (0.5, 10.0), (0.9, 30.0)]
-    assert allocate_by_error([cheap, dear], [100, 100], 0.25) == pytest.approx([0.5, 0.0])
-    assert allocate_by_error([cheap, dear], [100, 100], 0.5) == pytest.approx([0.9, 0.1])
-    # The same error for a hundred times the weights is cheap again.
-    assert allocate_by_error([cheap, dear], [1, 100], 0.45) == pytest.approx(
+def test_weights_are_removed_where_that_adds_least_error():
+    robust, fragile = [(0.0, 0.0), (0.5, 1.0), (0.9, 3.0)], [(0.0, 0.0), (0.5, 10.0), (0.9, 30.0)]
+    assert allocate_by_error([robust, fragile], [100, 100], 0.25) == pytest.approx([0.5, 0.0])
+    assert allocate_by_error([robust, fragile], [100, 100], 0.5) == pytest.approx([0.9, 0.1])
+    # The same error for a hundred times the weights is less error per weight.
+    assert allocate_by_error([robust, fragile], [1, 100], 0.45) == pytest.approx(
         [0.0, 0.4545], abs=1e-3
     )
 
 
-def test_a_dent_in_a_curve_is_bridged():
-    """From 0 to 0.4 the first costs more per weight than from 0.4 to 0.8; half of the way would be the worst of both."""
+def test_a_curve_that_is_not_convex_is_replaced_by_its_hull():
+    """The first curve is steep up to 0.4 and flat after it, so stopping at 0.4 would be worst."""
     dented, straight = [(0.0, 0.0), (0.4, 8.0), (0.8, 8.1)], [(0.0, 0.0), (0.4, 4.5), (0.8, 9.0)]
     assert allocate_by_error([dented, straight], [10, 10], 0.4) == pytest.approx([0.8, 0.0])
 
@@ -207,12 +207,12 @@ def test_a_dent_in_a_curve_is_bridged():
         ([], 0.2, "0 error curves for 1 layers"),
     ],
 )
-def test_curves_that_do_not_serve_are_refused(curves, sparsity, message):
+def test_unusable_curves_are_refused(curves, sparsity, message):
     with pytest.raises(ValueError, match=message):
         allocate_by_error(curves, [10], sparsity)
 
 
-# --- whole weights ---------------------------------------------------------------------------------------------
+# --- whole weights ---
 
 
 @given(
@@ -235,14 +235,14 @@ def test_whole_weights_come_within_a_column_of_the_budget(layers, sparsity):
     for (rows, columns), before, after in zip(shapes, wanted, found, strict=True):
         assert 0 <= after < 1
         assert abs(int(columns * after) - columns * before) <= 1 + 1e-6
-        # Nobody is left whose next weight would still have fitted, and who had not been rounded up.
+        # No linear is left that was not rounded up although one more column would have fitted.
         rounded_up = int(columns * after) > columns * before + 1e-6
         last = int(columns * after) + 1 == columns
         whole = abs(columns * before - round(columns * before)) < 1e-6
         assert rounded_up or last or whole or rows > budget - removed - 1e-5
 
 
-def test_what_is_whole_stays():
+def test_whole_numbers_of_weights_stay():
     assert round_to_whole_weights([0.5, 0.25], [(3, 8), (5, 4)], 17 / 44) == [0.5, 0.25]
     # 29/49·49 is a little less than 29 in floating point.
     (found,) = round_to_whole_weights([29 / 49], [(1, 49)], 29 / 49)

@@ -1,4 +1,4 @@
-"""Each method against a slow obvious version, and its promises on matrices that nobody wishes for."""
+"""Each method against a slow reference, and its guarantees on degenerate matrices."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from prunus.methods import METHODS, MethodOptions, check_options, default_group,
 from prunus.methods.patterns import Pattern
 from prunus.methods.solvers.obs import inverse_factor
 
-# --- against the references ------------------------------------------------------------------------------------
+# --- against the references ---
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
-def test_magnitude_and_wanda_are_those_of_the_reference(pattern):
+def test_magnitude_and_wanda_equal_the_reference(pattern):
     weight_OI, X_TI = example(7, 12)
     pruned = prune("magnitude", weight_OI, X_TI, pattern)
     assert torch.equal(pruned.keep_OI, reference.block_keep(weight_OI.abs(), pattern, 0.5))
@@ -29,21 +29,20 @@ def test_magnitude_and_wanda_are_those_of_the_reference(pattern):
 
 
 @pytest.mark.parametrize("sparsity", [0.02, 0.3, 0.5, 0.8, 0.97])
-def test_the_variant_takes_the_same_share_of_every_row(sparsity):
+def test_the_variant_removes_the_same_share_of_every_row(sparsity):
     weight_OI, X_TI = example(20, 200)
     weight_OI *= torch.linspace(0.1, 3, 200) ** torch.randn(20, 1)
     pruned = prune("wanda-variant", weight_OI, X_TI, Pattern(), sparsity)
     expected = reference.variant_keep(reference.wanda_score(weight_OI, X_TI), pruned.notes["alpha"])
-    assert (
-        pruned.keep_OI == expected
-    ).float().mean() > 0.999  # a sum in float32 may fall on the other side of α
+    # A sum in float32 may fall on the other side of α.
+    assert (pruned.keep_OI == expected).float().mean() > 0.999
     assert (~pruned.keep_OI).float().mean().item() == pytest.approx(sparsity, abs=0.0011)
     assert len({int(count) for count in pruned.keep_OI.sum(dim=1)}) > 1
 
 
 @pytest.mark.parametrize("pattern", [*BY_BLOCKS, Pattern(5, 6), Pattern(9, 20)], ids=repr)
 @pytest.mark.parametrize("column_block", [1, 7, 20, 128])
-def test_sparsegpt_is_that_of_the_reference(pattern, column_block):
+def test_sparsegpt_equals_the_reference(pattern, column_block):
     weight_OI, X_TI = example(6, 60)
     X_TI[:, 13] = 0
     pruned = prune("sparsegpt", weight_OI, X_TI, pattern, column_block=column_block)
@@ -57,7 +56,7 @@ def test_sparsegpt_is_that_of_the_reference(pattern, column_block):
 @pytest.mark.parametrize("pattern", BY_BLOCKS, ids=repr)
 @pytest.mark.parametrize("mask_from", ["wanda", "magnitude"])
 @pytest.mark.parametrize("mask_order", ["before", "blockwise"])
-def test_the_ablations_are_those_of_the_reference(pattern, mask_from, mask_order):
+def test_the_ablations_equal_the_reference(pattern, mask_from, mask_order):
     weight_OI, X_TI = example(6, 60)
     norms_I = (
         X_TI.double().norm(dim=0) if mask_from == "wanda" else torch.ones(60, dtype=torch.float64)
@@ -91,7 +90,7 @@ def test_the_update_lowers_the_output_error(pattern):
         assert left < 0.95 * masked
 
 
-# --- promises --------------------------------------------------------------------------------------------------
+# --- guarantees ---
 
 
 @given(
@@ -118,7 +117,7 @@ def test_counts_are_exact(name, pattern, rows, seed):
     st.data(),
 )
 @settings(deadline=None, max_examples=40)
-def test_n_of_m_holds_whatever_the_block(name, m, groups, rows, data):
+def test_n_of_m_holds_for_every_block_width(name, m, groups, rows, data):
     n, block = data.draw(st.integers(0, m)), data.draw(st.integers(1, 50))
     order = data.draw(st.sampled_from(["before", "blockwise"]))
     weight_OI, X_TI = example(rows, groups * m)
@@ -179,7 +178,7 @@ def test_width_one(name):
         assert torch.equal(pruned.weight_OI, weight_OI)
 
 
-def test_magnitude_over_the_layer_takes_ties_along():
+def test_magnitude_over_the_layer_removes_all_ties():
     weight_OI = torch.arange(1000.0).view(20, 50)
     weight_OI.view(-1)[500:503] = torch.tensor([-500.0, 500.0, -500.0])
     assert torch.equal(
@@ -190,10 +189,10 @@ def test_magnitude_over_the_layer_takes_ties_along():
     )
 
 
-# --- damping ---------------------------------------------------------------------------------------------------
+# --- damping ---
 
 
-def test_damping_that_suffices_is_left_alone():
+def test_damping_that_is_enough_is_not_raised():
     _, X_TI = example(1, 30)
     factor_II, notes = inverse_factor(gather(X_TI).gram_II, 0.01)
     assert notes == {"damping": 0.01}
@@ -246,7 +245,7 @@ def test_what_is_no_gram_matrix_is_refused():
         inverse_factor(torch.full((3, 3), float("nan")), 0.01)
 
 
-# --- the table -------------------------------------------------------------------------------------------------
+# --- the table ---
 
 
 def test_the_table_is_keyed_by_name():
@@ -292,11 +291,41 @@ def test_default_groups_are_those_of_the_paper():
         ("sparsegpt", Pattern(group="column"), 0.5, {}, "not by column"),
         ("sparsegpt", Pattern(group=4), 0.5, {}, "not by 4"),
         ("obs", Pattern(group="column"), 0.5, {"mask_order": "blockwise"}, "not by column"),
-        ("obs", Pattern(), 0.5, {"mask_order": "after"}, "mask_order must be before or blockwise; got 'after'"),
-        ("obs", Pattern(), 0.5, {"mask_from": "ria"}, "mask_from must be wanda or magnitude; got 'ria'"),
-        ("sparsegpt", Pattern(), 0.5, {"damping": -1.0}, r"damping must lie in \(0, 1\).*got -1\.0"),
-        ("sparsegpt", Pattern(), 0.5, {"damping": float("nan")}, r"damping must lie in \(0, 1\).*got nan"),
-        ("sparsegpt", Pattern(), 0.5, {"column_block": 0}, "column_block must be at least 1 column; got 0"),
+        (
+            "obs",
+            Pattern(),
+            0.5,
+            {"mask_order": "after"},
+            "mask_order must be before or blockwise; got 'after'",
+        ),
+        (
+            "obs",
+            Pattern(),
+            0.5,
+            {"mask_from": "ria"},
+            "mask_from must be wanda or magnitude; got 'ria'",
+        ),
+        (
+            "sparsegpt",
+            Pattern(),
+            0.5,
+            {"damping": -1.0},
+            r"damping must lie in \(0, 1\).*got -1\.0",
+        ),
+        (
+            "sparsegpt",
+            Pattern(),
+            0.5,
+            {"damping": float("nan")},
+            r"damping must lie in \(0, 1\).*got nan",
+        ),
+        (
+            "sparsegpt",
+            Pattern(),
+            0.5,
+            {"column_block": 0},
+            "column_block must be at least 1 column; got 0",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(name, pattern, sparsity, options, message):

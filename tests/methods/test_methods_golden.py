@@ -1,16 +1,19 @@
-"""Each method against what the original code made of two real Llama blocks.
+"""Each method against the results of the original code on two real Llama blocks.
 
-Whole models are pruned as the original does it, two passes per block, with `reference.prune_two_pass`. Two things
-about the original must be known to read the comparison:
+Whole models are pruned as the original code does it, in two passes per block, with
+`reference.prune_two_pass`. Two properties of the original code explain the comparison:
 
-- Where a mask depends on weights already updated (SparseGPT, the "iterative" ablations), rounding feeds back: the
-  original run with two threads instead of one agrees with itself on only 94 % of the mask of block 1's down_proj
-  (2:4). Such a mask is compared linear by linear on the inputs that the original saw: after each comparison the
-  linear goes on with the original's mask, and the update around it.
-- Its ablations weigh the squared norms of the k-th window by 2/k instead of equally. That is a slip, which prunus
-  repeats under `--propagate block` only; the comparison feeds it such norms.
+- Where a mask depends on weights that are already updated (SparseGPT, the "iterative" ablations),
+  rounding errors feed back into it. The original code with two threads agrees with itself with one
+  thread on only 94 % of the mask of block 1's down_proj (2:4). So such masks are compared linear by
+  linear, on the inputs that the original code had. After each comparison the linear gets the mask
+  of the original, and the update for that mask.
+- The ablations of the original weight the squared norms of the k-th window by 2/k instead of
+  equally. That is a bug, which prunus repeats under `--propagate block` only. The comparison uses
+  norms that are weighted in the same way.
 
-Here it is the default arithmetic that is compared; test_golden.py does it end to end, in the original's.
+These tests use the default order of operations. test_golden.py compares whole runs in the
+original's order.
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ def official_keep(official: dict[str, np.ndarray], name: str, weight_OI: Tensor)
 
 
 def with_its_mask(weight_OI: Tensor, statistics: InputStatistics, keep_OI: Tensor) -> Tensor:
-    """The weight of the original: its mask, and the update around it."""
+    """The weight of the original code: its mask, and the update for that mask."""
 
     def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, shard: RowShard) -> Tensor:
         return keep_OI[:, start : start + weight_OB.shape[1]]
@@ -73,7 +76,7 @@ def with_its_mask(weight_OI: Tensor, statistics: InputStatistics, keep_OI: Tenso
     FIXED + FED_BACK,
     ids=[case[0] for case in FIXED + FED_BACK],
 )
-def test_masks_and_norms_are_those_of_the_original(
+def test_masks_and_norms_equal_those_of_the_original(
     golden: Path, file: str, method: str, pattern: Pattern, options: dict[str, str], share: float
 ):
     with np.load(golden / f"official_{file}_0.5.npz") as arrays:
@@ -87,10 +90,10 @@ def test_masks_and_norms_are_those_of_the_original(
         for X_TI in inputs:
             statistics.add(X_TI)
         if method == "obs":
-            weighed = [
+            weighted = [
                 X_TI.double().square().sum(dim=0) / k for k, X_TI in enumerate(inputs, start=1)
             ]
-            statistics.sum_squares_I.copy_(torch.stack(weighed).sum(dim=0))
+            statistics.sum_squares_I.copy_(torch.stack(weighted).sum(dim=0))
         pruned = METHODS[method].prune(
             weight_OI, statistics, pattern, 0.5, MethodOptions(**options)
         )

@@ -1,4 +1,4 @@
-"""RIA, ALPS and least squares: against float64 references, on matrices nobody wishes for, and on two real blocks."""
+"""RIA, ALPS and least squares: against float64 references, and on degenerate and real inputs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from prunus.methods.solvers.least_squares import (
 )
 from prunus.methods.statistics import InputStatistics
 
-# --- RIA -------------------------------------------------------------------------------------------------------
+# --- RIA ---
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=repr)
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
-def test_ria_is_that_of_the_reference(pattern, power):
+def test_ria_equals_the_reference(pattern, power):
     weight_OI, X_TI = example(7, 12)
     pruned = prune("ria", weight_OI, X_TI, pattern, ria_power=power)
     expected = reference.keep_mask(reference.ria_score(weight_OI, X_TI, power), pattern, 0.5)
@@ -49,14 +49,14 @@ def test_ria_spares_rows_and_columns_that_magnitude_empties():
     assert kept[:, 5].any()
 
 
-def test_ria_takes_an_empty_row_and_column():
+def test_ria_accepts_an_empty_row_and_column():
     weight_OI, X_TI = example(4, 6)
     weight_OI[1], weight_OI[:, 3] = 0, 0
     kept = prune("ria", weight_OI, X_TI, Pattern(group="layer"), 9 / 24).keep_OI
     assert torch.equal(kept, weight_OI != 0)
 
 
-# --- least squares ---------------------------------------------------------------------------------------------
+# --- least squares ---
 
 
 @pytest.mark.parametrize("damping", [0.01, 0.3, None])
@@ -74,9 +74,8 @@ def test_the_fit_is_the_exact_solution(pattern, damping, monkeypatch):
     torch.testing.assert_close(fitted.weight_OI.double(), expected, rtol=2e-3, atol=2e-3)
     assert torch.equal(fitted.keep_OI, start.keep_OI)
     kept = start.keep_OI[:, 7]
-    torch.testing.assert_close(
-        fitted.weight_OI[kept, 7], weight_OI[kept, 7]
-    )  # a dead input keeps its weights
+    # A dead input keeps its weights.
+    torch.testing.assert_close(fitted.weight_OI[kept, 7], weight_OI[kept, 7])
 
 
 @given(
@@ -102,7 +101,7 @@ def test_no_step_of_conjugate_gradients_raises_the_error(rows, columns, tokens, 
     assert not solution_OI[~keep_OI].any()
 
 
-def test_steps_end_when_nothing_is_left_to_do():
+def test_steps_end_at_the_solution():
     weight_OI, X_TI = example(5, 16)
     scaled = scaled_gram_of(gather(X_TI), 0.1)
     keep_OI = torch.rand(5, 16) < 0.5
@@ -115,8 +114,8 @@ def test_steps_end_when_nothing_is_left_to_do():
     assert torch.equal(solution_OI, weight_OI)
 
 
-def test_steps_end_when_one_is_not_worthwhile_any_more():
-    # Correlated inputs: the first steps take far more of the error away than the last ones.
+def test_steps_end_when_one_gains_too_little():
+    # With correlated inputs the first steps remove far more of the error than the last ones.
     weight_OI, X_TI = example(12, 48, tokens=60)
     target_OI, hessian_II, _ = reference.scaled(weight_OI, gather(X_TI).gram_II, 0.01)
     keep_OI = torch.rand(12, 48) < 0.5
@@ -154,12 +153,12 @@ def test_a_large_ridge_leaves_the_weights_where_they_were():
     assert moved[0] > 2 * moved[1] > 4 * moved[2] > 0
 
 
-# --- ALPS ------------------------------------------------------------------------------------------------------
+# --- ALPS ---
 
 
 @pytest.mark.parametrize("iterations", [1, 4, 5, 32])
 @pytest.mark.parametrize("pattern", [*PATTERNS, Pattern(4, 8)], ids=repr)
-def test_alps_is_that_of_the_reference(pattern, iterations):
+def test_alps_equals_the_reference(pattern, iterations):
     weight_OI, X_TI = example(6, 24)
     X_TI[:, 13] = 0
     pruned = prune("alps", weight_OI, X_TI, pattern, damping=0.1, iterations=iterations)
@@ -168,15 +167,15 @@ def test_alps_is_that_of_the_reference(pattern, iterations):
     # The reference breaks ties of weights that are exactly 0 in its own order.
     alive_I = X_TI.any(dim=0)
     assert torch.equal(pruned.keep_OI[:, alive_I], keep[:, alive_I])
-    # A few steps of conjugate gradients end it: nearly all of the error is gone then, from wherever they began.
+    # A few steps of conjugate gradients remove nearly all of the error that is left.
     _, hessian_II, scale_I = reference.scaled(weight_OI, gram_II, 0.1)
     alive_II = hessian_II[alive_I][:, alive_I]
 
-    def lost(found_OI: torch.Tensor) -> float:
+    def loss(found_OI: torch.Tensor) -> float:
         change_OI = (found_OI.double() - weight_OI)[:, alive_I] * scale_I[alive_I]
         return float(reference.squared_error(change_OI, alive_II).sum())
 
-    assert lost(weight) * (1 - 1e-6) <= lost(pruned.weight_OI) <= lost(weight) * 1.01
+    assert loss(weight) * (1 - 1e-6) <= loss(pruned.weight_OI) <= loss(weight) * 1.01
     if iterations == 32:
         torch.testing.assert_close(pruned.weight_OI.double(), weight, rtol=0.02, atol=0.05)
 
@@ -273,13 +272,14 @@ def test_no_input_makes_an_update_that_is_not_finite(
     assert torch.equal(pruned.keep_OI, before.keep_OI)
     assert pruned.weight_OI.isfinite().all()
     assert not pruned.weight_OI[~pruned.keep_OI].any()
+    # All zeros are +0. Packed checkpoints would keep a -0.
     assert torch.equal(
         pruned.weight_OI.view(torch.int32)[~pruned.keep_OI],
         torch.zeros_like(pruned.weight_OI[~pruned.keep_OI], dtype=torch.int32),
-    )  # +0, not -0: packed checkpoints would keep the latter
+    )
 
 
-# --- options ---------------------------------------------------------------------------------------------------
+# --- options ---
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_options_out_of_range_are_refused(options, message):
         check_options("alps", Pattern(), 0.5, MethodOptions(**options))
 
 
-# --- on real blocks --------------------------------------------------------------------------------------------
+# --- on real blocks ---
 
 
 @pytest.fixture(scope="module")
@@ -318,8 +318,11 @@ def real_linears(golden: Path) -> dict[str, tuple[Tensor, InputStatistics, Tenso
 
 @pytest.mark.parametrize("pattern", [Pattern(), Pattern(2, 4)], ids=str)
 def test_wanda_loses_more_than_sparsegpt_and_sparsegpt_more_than_alps(real_linears, pattern):
-    """Relative output errors. On windows held out it is ALPS, for its ridge, that loses least; SparseGPT, fitted to 1536
-    tokens of as many features, may lose more than Wanda there."""
+    """Compare relative output errors.
+
+    On held-out windows ALPS has the smallest error, because of its ridge. SparseGPT is fitted to
+    1536 tokens of as many features, and may do worse than Wanda there.
+    """
     assert len(real_linears) == 4
     for name, (weight_OI, statistics, held_out_TI) in real_linears.items():
         energy = float(((weight_OI @ statistics.gram_II) * weight_OI).sum())

@@ -1,4 +1,4 @@
-"""Masks: exact counts, the right weights, whatever competes and however scores tie."""
+"""Masks: exact counts and the right weights, for all groups and with tied scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZES = st.integers(1, 12)
 
 
 def scores(rows: int, columns: int, seed: int, levels: int) -> Tensor:
-    """Few levels make many ties."""
+    """Random scores of a few levels, so that many are equal."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(levels, (rows, columns), generator=generator).float()
 
@@ -34,9 +34,7 @@ def distinct_scores(rows: int, columns: int, seed: int) -> Tensor:
 
 @given(SIZES, SIZES, GROUPS, SPARSITIES, st.integers(0, 99), st.sampled_from([1, 2, 5, 10**6]))
 @settings(deadline=None)
-def test_unstructured_masks_are_those_of_the_reference(
-    rows, columns, group, sparsity, seed, levels
-):
+def test_unstructured_masks_equal_the_reference(rows, columns, group, sparsity, seed, levels):
     score_OI = scores(rows, columns, seed, levels)
     pattern = Pattern(group=group)
     kept = keep_mask(score_OI, pattern, sparsity)
@@ -101,13 +99,13 @@ def test_zeros_are_counted_with_either_sign(dtype):
     assert count_zeros(torch.empty(0, 4, dtype=dtype)) == 0
 
 
-def test_an_infinite_score_is_the_last_to_go():
+def test_an_infinite_score_is_removed_last():
     score_OI = torch.tensor([[float("inf"), 1.0, float("inf"), 0.0]])
     assert keep_mask(score_OI, Pattern(), 0.5).tolist() == [[True, False, True, False]]
     assert keep_mask(score_OI, Pattern(), 0.75).tolist() == [[False, False, True, False]]
 
 
-def test_a_threshold_takes_all_equal_scores_along():
+def test_a_threshold_removes_all_equal_scores():
     score_OI = torch.arange(1000.0).view(20, 50)
     score_OI[score_OI == 502] = 500
     score_OI[score_OI == 501] = 500
@@ -165,7 +163,7 @@ def test_what_is_no_group_is_refused(group):
         Pattern.parse("unstructured", group)
 
 
-def test_one_number_is_no_pattern():
+def test_one_number_alone_is_no_pattern():
     with pytest.raises(ValueError, match="both numbers"):
         Pattern(n=2)
 

@@ -1,4 +1,4 @@
-"""The best preset as a whole: sparsities or orders of channels, targets, and blocks matched in steps of some tokens."""
+"""The presets as a whole: allocation or permutation, dense targets, and block reconstruction."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import pytest
 import torch
 
 import prunus
-from prunus.pruning.block import dense_stream as companion
+from prunus.pruning.block import dense_stream
 from prunus.pruning.cost import estimate_seconds
 from prunus.pruning.job import PruningJob, RunOptions
 from prunus.pruning.plan import plan_run
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.reconstruction import schedule as reconstruct
+from prunus.pruning.reconstruction import schedule
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, token_ids
 
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    """Windows of these tests would be one step each."""
-    monkeypatch.setattr(reconstruct, "_TOKENS_PER_STEP", 8)
+    """Give the short windows of these tests several training steps each."""
+    monkeypatch.setattr(schedule, "_TOKENS_PER_STEP", 8)
 
 
-def same_bytes_however(dense, tmp_path, monkeypatch, options):
-    """What `plain` is, comes of a run that was killed, and of one that runs blocks again instead of waiting in them."""
+def check_same_bytes_resumed_and_replayed(dense, tmp_path, monkeypatch, options):
+    """A run that was resumed, and one that replays blocks, must equal the run `plain`."""
     with pytest.raises(StopError):
         prunus.prune(dense, tmp_path / "resumed", **options, progress=stop_after(1))
     prunus.prune(dense, tmp_path / "resumed", **options)
@@ -46,7 +46,8 @@ def test_best_gives_the_same_bytes_in_memory_replayed_and_resumed(
     options = {"preset": "best", "pattern": pattern, "calibration": token_ids(8, 32), "batch": 1}
     report = prunus.prune(dense, tmp_path / "plain", **options)
     assert report.totals["sparsity"] == pytest.approx(0.5, abs=0.01)
-    # Of eight windows one is held out. Where attention and MLP are added in one go, the MLP's part cannot be taken apart.
+    # One of eight windows is held out. Where attention and MLP are added in one operation, as in
+    # gpt_neox, the part after attention cannot run alone, and the whole block is trained.
     *earlier, last = [block.reconstruction.steps for block in report.blocks]
     assert set(earlier) == {3 * 7 if family == "gpt_neox" else 7 * 7}
     assert last == (3 * 7 if family == "gpt_neox" else 8 * 7), "by logits"
@@ -62,15 +63,15 @@ def test_best_gives_the_same_bytes_in_memory_replayed_and_resumed(
         for linear in block.linears.values()
     ]
     assert any(note.startswith("with ") for note in permuted) == (pattern != "unstructured")
-    same_bytes_however(dense, tmp_path, monkeypatch, options)
+    check_same_bytes_resumed_and_replayed(dense, tmp_path, monkeypatch, options)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "mixtral"])
-def test_balanced_matches_the_last_block_alone_on_what_went_along(
+def test_balanced_reconstructs_the_last_block_alone_on_the_windows_of_the_dense_stream(
     family, pattern, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(companion, "_TOKENS_PER_FEATURE", 0.5)
+    monkeypatch.setattr(dense_stream, "_TOKENS_PER_FEATURE", 0.5)
     dense = tiny_checkpoint(tmp_path / "dense", family, torch.bfloat16)
     options = {
         "preset": "balanced",
@@ -81,7 +82,7 @@ def test_balanced_matches_the_last_block_alone_on_what_went_along(
     report = prunus.prune(dense, tmp_path / "plain", **options)
     *earlier, last = [block.reconstruction for block in report.blocks]
     assert earlier and not any(earlier)
-    # Every fourth of sixteen windows, one of them held out.
+    # Every fourth of sixteen windows runs through the dense model; one of these is held out.
     assert last.steps == (3 if family == "gpt_neox" else 8) * 3
     assert last.measure == "logits" and last.error_after <= last.error_before
     without = prunus.prune(dense, tmp_path / "without", **options, reconstruct="none")
@@ -90,12 +91,14 @@ def test_balanced_matches_the_last_block_alone_on_what_went_along(
         errors = [
             [linear.relative_output_error for linear in b.linears.values()] for b in (mine, others)
         ]
-        assert errors[0] == errors[1], "nothing before it changes"
-    same_bytes_however(dense, tmp_path, monkeypatch, options)
+        assert errors[0] == errors[1], "no earlier block changes"
+    check_same_bytes_resumed_and_replayed(dense, tmp_path, monkeypatch, options)
 
 
-def test_two_batches_go_along_where_one_would_show_the_drift(tmp_path, monkeypatch):
-    monkeypatch.setattr(companion, "_TOKENS_PER_FEATURE", 0.01)
+def test_reconstruction_gets_two_batches_where_one_would_be_enough_for_the_drift(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dense_stream, "_TOKENS_PER_FEATURE", 0.01)
     dense = tiny_checkpoint(tmp_path / "dense")
     options = {"preset": "balanced", "calibration": token_ids(3, 32), "batch": 1}
     report = prunus.prune(dense, tmp_path / "out", **options)
@@ -104,7 +107,7 @@ def test_two_batches_go_along_where_one_would_show_the_drift(tmp_path, monkeypat
         prunus.prune(dense, tmp_path / "one", **options | {"calibration": token_ids(1, 32)})
 
 
-def test_the_estimate_counts_what_a_preset_does_more(tmp_path, monkeypatch):
+def test_the_estimate_grows_with_the_work_of_a_preset(tmp_path, monkeypatch):
     monkeypatch.setattr("prunus.pruning.cost.matmul_rate", lambda device, dtype: 1.0)
     dense = tiny_checkpoint(tmp_path / "dense")
 

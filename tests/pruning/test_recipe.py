@@ -1,4 +1,4 @@
-"""What a recipe takes, refuses, selects and writes."""
+"""Recipes: which values they accept and refuse, which linears they select, how they are written."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ RECIPES = st.builds(
 
 
 @given(recipe=RECIPES)
-def test_toml_brings_every_recipe_back(recipe, tmp_path_factory):
+def test_every_recipe_survives_a_round_trip_through_toml(recipe, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "recipe.toml"
     path.write_text(recipe.to_toml(), encoding="utf-8")
     assert load_recipe(path, {}) == recipe
@@ -68,12 +68,12 @@ def test_toml_brings_every_recipe_back(recipe, tmp_path_factory):
 
 
 @given(recipe=RECIPES)
-def test_toml_says_everything_that_has_a_value(recipe):
+def test_toml_holds_every_option_that_has_a_value(recipe):
     written = tomllib.loads(recipe.to_toml())
     assert set(written) == {key for key, value in recipe.model_dump().items() if value is not None}
 
 
-def test_the_defaults_are_the_papers():
+def test_the_defaults_are_those_of_the_paper():
     recipe = load_recipe(None, {})
     assert (recipe.method, recipe.sparsity, recipe.n_of_m) == ("wanda", 0.5, None)
     assert (recipe.calibration, recipe.samples, recipe.seqlen, recipe.seed) == ("c4", 128, 2048, 0)
@@ -105,7 +105,7 @@ def test_a_pattern_fixes_the_sparsity():
         Recipe(pattern="1:4", sparsity=0.5)
 
 
-def test_a_number_of_rows_may_be_text():
+def test_a_number_of_rows_may_be_written_as_text():
     assert Recipe(group="8").group == 8
     for wrong in ("0", "-1", "1.5", "rows", True, 0):
         with pytest.raises(
@@ -120,7 +120,8 @@ def test_a_number_of_rows_may_be_text():
         ("sparsity = ", r"recipe .*recipe\.toml is not valid TOML"),
         (
             "sparcity = 0.5",
-            r"recipe .*recipe\.toml: unknown option 'sparcity'; known are preset, method, sparsity, ",
+            r"recipe .*recipe\.toml: unknown option 'sparcity'; "
+            "known are preset, method, sparsity, ",
         ),
         ("[prune]\nsparsity = 0.5", "unknown option 'prune'"),
         ('sparsity = "half"', "sparsity: .*got 'half'"),
@@ -139,7 +140,7 @@ def test_bad_recipe_files(content, message, tmp_path):
     assert path.read_text() == content
 
 
-def test_a_recipe_file_that_is_not_there_or_not_text(tmp_path):
+def test_a_recipe_file_that_is_missing_or_not_text(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no recipe file .*gone\.toml"):
         load_recipe(tmp_path / "gone.toml", {})
     (tmp_path / "latin.toml").write_bytes(b'calibration = "\xe9"')
@@ -227,7 +228,7 @@ def test_whole_sizes_are_exact(number, unit, ending):
     "text",
     ["", "GB", "-1GB", "8PB", "1e9", "8 GB free", "8,5GB", "0", "0.0GB", "0.1", "nan", "inf"],
 )
-def test_sizes_that_are_none(text):
+def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match=r"a memory size (looks like|must be larger than zero)"):
         parse_bytes(text)
 
@@ -239,7 +240,7 @@ def test_sparsity_lies_between_zero_and_one(value):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_fills_in_what_is_not_given(name):
+def test_a_preset_fills_in_what_the_user_leaves_open(name):
     chosen = Recipe(preset=name)
     for key, value in PRESETS[name].items():
         assert getattr(chosen, key) == value
@@ -247,7 +248,7 @@ def test_a_preset_fills_in_what_is_not_given(name):
     assert (other.method, other.sparsity, other.seed, other.damping) == (chosen.method, 0.7, 3, 0.2)
 
 
-def test_what_best_is_depends_on_the_pattern():
+def test_the_preset_best_depends_on_the_pattern():
     chosen = {
         pattern: Recipe(preset="best", pattern=pattern)
         for pattern in ("unstructured", "2:4", "4:8")
@@ -261,7 +262,7 @@ def test_what_best_is_depends_on_the_pattern():
     assert not Recipe(preset="best", pattern="2:4", permute=False).permute
 
 
-def test_options_go_before_a_preset(tmp_path):
+def test_explicit_options_override_a_preset(tmp_path):
     chosen = Recipe(preset="best", method="sparsegpt", reconstruct="none", pattern="2:4")
     assert (chosen.method, chosen.dense_weight, chosen.reconstruct, chosen.sparsity) == (
         "sparsegpt",

@@ -1,4 +1,4 @@
-"""Reading the masks and norms that the original code produced."""
+"""The masks and norms that the original code produced, and how closely prunus must agree."""
 
 from __future__ import annotations
 
@@ -11,12 +11,19 @@ import torch
 
 @dataclass(frozen=True)
 class GoldenCase:
-    """One file of the original's results and the options that ask prunus for the same."""
+    """One file of the original code's results, and the options with which prunus repeats it.
+
+    Attributes:
+        file: the name of the file, without prefix and sparsity.
+        options: the options of `prunus.prune`.
+        bits: the share of mask bits that must agree, per linear.
+        norm: the largest relative difference of Frobenius norms.
+    """
 
     file: str
     options: dict[str, object]
-    bits: float  # share of mask bits that must agree, per linear
-    norm: float = 1e-4  # how far Frobenius norms may be apart, relatively
+    bits: float
+    norm: float = 1e-4
 
 
 def _is_amd() -> bool:
@@ -27,10 +34,11 @@ def _is_amd() -> bool:
 
 
 EXACT, UPDATED = 0.9999, 0.999
-#: Where masks are fed back into weights, one weight that rounds differently moves the masks of whole linears after it
-#: (the original on two threads instead of one agrees with itself on 94.4 %). The original ran on an AMD processor; others
-#: add up a matrix product in another order: an Intel Xeon reaches 0.928 and norms within 7.6e-4 from end to end, and
-#: 0.9989 linear by linear, with the original's masks passed on.
+#: Where masks feed back into weights, one weight that rounds differently changes the masks of whole
+#: linears after it. (The original code on two threads agrees with itself on one thread on 94.4 %.)
+#: The original ran on an AMD processor, and other processors sum a matrix product in another order.
+#: An Intel Xeon reaches 0.928, and norms within 7.6e-4, over whole runs. Linear by linear, with the
+#: original's masks passed on, it reaches 0.9989.
 FED_BACK, FED_BACK_LINEAR = (UPDATED, UPDATED) if _is_amd() else (0.9, 0.998)
 FED_BACK_NORM = 1e-4 if _is_amd() else 2e-3
 
@@ -65,7 +73,7 @@ CASES = [
 def agreement(
     golden: Path, case: GoldenCase, weights: dict[str, torch.Tensor]
 ) -> dict[str, tuple[float, float]]:
-    """Per linear: share of equal mask bits, and relative difference of Frobenius norms."""
+    """For each linear the share of equal mask bits, and the relative difference of norms."""
     with np.load(golden / f"official_{case.file}_0.5.npz") as stored:
         result = {}
         for key in stored.files:

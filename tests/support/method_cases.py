@@ -1,4 +1,7 @@
-"""Weights and inputs for the tests of methods, from well-behaved to the strangest."""
+"""Weights and inputs for the tests of methods, from ordinary to degenerate.
+
+Shape suffixes: O outputs (rows), I inputs, T tokens.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ WEIRD = [
 
 
 def example(rows: int, columns: int, seed: int = 0, tokens: int = 200) -> tuple[Tensor, Tensor]:
-    """A weight and correlated inputs whose norms differ."""
+    """A random weight (O, I), and correlated inputs (T, I) whose norms differ."""
     generator = torch.Generator().manual_seed(seed)
     weight_OI = torch.randn(rows, columns, generator=generator)
     mix_II = torch.randn(columns, columns, generator=generator) + torch.eye(columns) * columns**0.5
@@ -39,6 +42,7 @@ def example(rows: int, columns: int, seed: int = 0, tokens: int = 200) -> tuple[
 
 
 def weird_example(kind: str, rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A degenerate weight or input matrix of one of the kinds in `WEIRD`."""
     weight_OI, X_TI = example(rows, columns, seed)
     match kind:
         case "rank one":
@@ -59,6 +63,7 @@ def weird_example(kind: str, rows: int, columns: int, seed: int) -> tuple[Tensor
 
 
 def gather(X_TI: Tensor) -> InputStatistics:
+    """Statistics with the Gram matrix of these inputs."""
     statistics = InputStatistics(X_TI.shape[1], "gram")
     statistics.add(X_TI)
     return statistics
@@ -67,7 +72,7 @@ def gather(X_TI: Tensor) -> InputStatistics:
 def prune(
     name: str, weight_OI: Tensor, X_TI: Tensor, pattern: Pattern, sparsity: float = 0.5, **options
 ) -> Pruned:
-    """Prune, and see that the method changed nothing it was given."""
+    """Prune, and check what holds for every method; no argument may change."""
     statistics, before = gather(X_TI), gather(X_TI)
     given_OI = weight_OI.clone()
     pruned = METHODS[name].prune(weight_OI, statistics, pattern, sparsity, MethodOptions(**options))

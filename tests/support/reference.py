@@ -1,9 +1,9 @@
-"""Slow, obvious versions of what prunus does fast, to compare with. Nothing in here is imported by prunus.
+"""Slow and obvious versions of what prunus does fast, for comparison. prunus imports nothing of it.
 
-One weight at a time and in Python floats where that is bearable; whole models with plain forward hooks, every window
-on its own, every linear's inputs kept in full.
+Methods handle one weight at a time, in Python floats where that is fast enough. Whole models run
+with plain forward hooks, one window at a time, and keep all inputs of all linears.
 
-Shape suffixes: O outputs (rows), I inputs, T tokens.
+Shape suffixes: O outputs (rows), I inputs, T tokens, B columns of a block.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from transformers.pytorch_utils import Conv1D
 
 from prunus.methods.patterns import Pattern
 
-# From a linear's full name, its weight (out, in) and its inputs (tokens, in), one tensor a window, to the new weight.
+# From a linear's full name, its weight (out, in) and its inputs (tokens, in), one tensor per
+# window, to the new weight.
 PruneLinear = Callable[[str, Tensor, list[Tensor]], Tensor]
 
 
 def competitors(shape: tuple[int, int], pattern: Pattern) -> list[list[tuple[int, int]]]:
-    """The groups of places (row, column) that compete with each other, in the order of their indices."""
+    """The groups of competing places (row, column), in the order of their indices."""
     rows, columns = range(shape[0]), range(shape[1])
     if pattern.m is not None:
         starts = range(0, shape[1], pattern.m)
@@ -36,7 +37,7 @@ def competitors(shape: tuple[int, int], pattern: Pattern) -> list[list[tuple[int
 
 
 def keep_mask(score_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
-    """Sort every group of competitors, drop from the lowest score on."""
+    """Sort every group of competitors and drop the lowest scores."""
     keep_OI = torch.ones(score_OI.shape, dtype=torch.bool)
     for places in competitors(tuple(score_OI.shape), pattern):
         drop = int(len(places) * sparsity) if pattern.n is None else pattern.m - pattern.n
@@ -46,7 +47,10 @@ def keep_mask(score_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
 
 
 def keep_above_threshold(score_OI: Tensor, sparsity: float) -> Tensor:
-    """Drop the k lowest scores, the next one, and all equal to it; but only the k lowest if that costs over 1 %."""
+    """Drop the k lowest scores, the next one, and all that equal it.
+
+    If that drops more than 1 % of the matrix beyond k, drop exactly the k lowest.
+    """
     drop = int(score_OI.numel() * sparsity)
     threshold = sorted(score_OI.flatten().tolist())[drop]
     keep_OI = torch.tensor([[score > threshold for score in row] for row in score_OI.tolist()])
@@ -56,7 +60,7 @@ def keep_above_threshold(score_OI: Tensor, sparsity: float) -> Tensor:
 
 
 def block_keep(score_OB: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
-    """The mask of a block of columns, as SparseGPT draws it."""
+    """The mask of a block of columns, as SparseGPT chooses it."""
     if pattern == Pattern(group="layer"):
         return keep_above_threshold(score_OB, sparsity)
     return keep_mask(score_OB, pattern, sparsity)
@@ -73,7 +77,7 @@ def wanda_score(weight_OI: Tensor, X_TI: Tensor) -> Tensor:
 
 
 def variant_keep(score_OI: Tensor, alpha: float) -> Tensor:
-    """Row by row, drop the lowest scores while what is dropped sums to at most `alpha` of the row."""
+    """Drop the lowest scores of each row while their sum is at most `alpha` times the row's sum."""
     keep_OI = torch.ones(score_OI.shape, dtype=torch.bool)
     for i, row in enumerate(score_OI.tolist()):
         dropped = 0.0
@@ -92,10 +96,10 @@ def obs_sweep(
     span: int,
     choose: Callable[[Tensor, Tensor, int], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Prune column by column in float64, each time with the inverse Hessian of the columns that are left.
+    """Prune column by column in float64, with a new inverse Hessian of the remaining columns.
 
-    `choose(weight (O, B), cost (B,), start)` says every `span` columns which weights stay; to remove a weight w of
-    column b costs w² / cost_b.
+    `choose(weight (O, B), cost (B,), start)` says for every `span` columns which weights stay. The
+    error of removing a weight w of column b is w² / cost_b.
     """
     weight_OI, hessian_II = weight_OI.double().clone(), gram_II.double().clone()
     dead_I = hessian_II.diagonal() == 0
@@ -126,7 +130,7 @@ def sparsegpt(
     damping: float = 0.01,
     block: int = 128,
 ) -> tuple[Tensor, Tensor]:
-    """SparseGPT in float64: weight and mask."""
+    """SparseGPT in float64; returns weight and mask."""
 
     def choose(weight_OB: Tensor, cost_B: Tensor, start: int) -> Tensor:
         return block_keep(weight_OB**2 / cost_B, pattern, sparsity)
@@ -135,21 +139,21 @@ def sparsegpt(
 
 
 def linears(module: nn.Module, prefix: str) -> dict[str, nn.Module]:
-    """All linears below a module by full name, with GPT-2's Conv1D among them."""
+    """All linears below a module by full name, including GPT-2's Conv1D."""
     return {
         f"{prefix}.{n}": m for n, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D)
     }
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight as (out, in), a view; Conv1D stores it the other way round."""
+    """The weight as (out, in), a view; Conv1D stores it transposed."""
     return linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
 
 
 def collect_inputs(
     inputs: dict[str, list[Tensor]], name: str, module: nn.Module, args: tuple[Tensor, ...]
 ) -> None:
-    """Keep a copy of what reaches a linear, as (tokens, in)."""
+    """Keep a copy of the inputs of a linear, as (tokens, in)."""
     inputs.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]).clone())
 
 
@@ -159,8 +163,8 @@ def prune_two_pass(
 ) -> None:
     """Prune a model in place as the original code does: two passes per block.
 
-    First the dense block runs on all windows and the inputs of all its linears are collected; then all of them are
-    pruned; what the next block sees comes from the pruned one.
+    First the dense block runs on all windows, and the inputs of all its linears are collected. Then
+    all linears are pruned. The inputs of the next block come from the pruned block.
 
     Args:
         model: a loaded transformers model, evaluated in its own dtype.
@@ -189,12 +193,12 @@ def prune_as_called(
     run: Callable[[Tensor], object],
     prune: Callable[[Tensor, Tensor], None],
 ) -> None:
-    """Prune linears in place in the order in which the whole model calls them, each on inputs from a run of all of it.
+    """Prune linears in place in the order in which the model calls them, one per run of the model.
 
     Args:
-        todo: the linears; none is left in it.
-        parts: what the model is run on, one after another.
-        run: the whole model on one of them.
+        todo: the linears; the list is empty at the end.
+        parts: the inputs of the model, one after another.
+        run: runs the whole model on one of them.
         prune: changes a weight (out, in) in place, given its inputs (tokens, in).
     """
     while todo:
@@ -218,7 +222,7 @@ def prune_as_called(
 
 
 def ria_score(weight_OI: Tensor, X_TI: Tensor, power: float) -> Tensor:
-    """(|W_ij| / its column's sum + |W_ij| / its row's sum) · ‖X_j‖^power, float64."""
+    """(|W_ij| / sum of its column + |W_ij| / sum of its row) · ‖X_j‖^power, float64."""
     magnitude_OI = weight_OI.double().abs()
     score_OI = torch.zeros_like(magnitude_OI)
     for i in range(weight_OI.shape[0]):
@@ -232,7 +236,7 @@ def ria_score(weight_OI: Tensor, X_TI: Tensor, power: float) -> Tensor:
 
 
 def scaled(weight_OI: Tensor, gram_II: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The problem with inputs of norm 1 and `ridge` on the diagonal, in float64: weight, Gram matrix, norms."""
+    """Weight, Gram matrix and norms for inputs scaled to norm 1, with a ridge, in float64."""
     norms_I = gram_II.double().diagonal().sqrt()
     norms_I = torch.where(norms_I == 0, torch.ones_like(norms_I), norms_I)
     hessian_II = gram_II.double() / norms_I / norms_I[:, None]
@@ -247,7 +251,7 @@ def squared_error(change_OI: Tensor, hessian_II: Tensor) -> Tensor:
 
 
 def least_squares(weight_OI: Tensor, keep_OI: Tensor, gram_II: Tensor, ridge: float) -> Tensor:
-    """The best weights for a mask: every row's normal equations on its support, in float64."""
+    """The best weights for a mask: the normal equations of every row on its mask, in float64."""
     target_OI, hessian_II, norms_I = scaled(weight_OI, gram_II, ridge)
     result_OI = torch.zeros_like(target_OI)
     for i, keep_I in enumerate(keep_OI):
@@ -265,9 +269,10 @@ def alps(
     ridge: float,
     iterations: int,
 ) -> tuple[Tensor, Tensor]:
-    """ADMM with its three matrices, word for word, then exact least squares; float64 weight and mask.
+    """ADMM with its three matrices, as in the formulas, then exact least squares.
 
-    Every third mask of four is the one before; each step goes a fifth too far.
+    Every third of four iterations keeps the mask of the one before. Over-relaxation is 1.2. Returns
+    weight and mask; everything is float64.
     """
     target_OI, hessian_II, _ = scaled(weight_OI, gram_II, ridge)
     target_OI[:, gram_II.diagonal() == 0] = 0
@@ -282,11 +287,11 @@ def alps(
         dual_OI = dual_OI + dense_OI - sparse_OI
         before, penalty = penalty, (0.25, 0.4, 0.8, 1.6)[quarter]
         dual_OI = dual_OI * before / penalty
-        # Of both ends as much as gives a half where an eigenvalue is the penalty.
+        # Mix both ends so that an eigenvalue that equals the penalty is mapped to a half.
         at_first, at_last = 0.25 / (penalty + 0.25), 1.6 / (penalty + 1.6)
         share = (0.5 - at_last) / (at_first - at_last)
-        shrink_II = share * first_II + (1 - share) * last_II
-        solved_OI = target_OI + (sparse_OI - dual_OI - target_OI) @ shrink_II
+        resolvent_II = share * first_II + (1 - share) * last_II
+        solved_OI = target_OI + (sparse_OI - dual_OI - target_OI) @ resolvent_II
         dense_OI = 1.2 * solved_OI - 0.2 * sparse_OI
     keep_OI = keep_mask((dense_OI + dual_OI).abs(), pattern, sparsity)
     weight_OI = weight_OI.masked_fill(gram_II.diagonal() == 0, 0)
@@ -296,22 +301,22 @@ def alps(
 def swap_changes(
     weight_I: Tensor, keep_I: Tensor, hessian_II: Tensor
 ) -> dict[tuple[int, int], float]:
-    """What each swap (kept, pruned) of one row would change its squared error by, each tried out in full."""
+    """By how much each swap (kept, pruned) of one row changes its squared error; all are tried."""
     changes = {}
     before = squared_error((weight_I * ~keep_I)[None], hessian_II).item()
-    for gone in keep_I.nonzero().flatten().tolist():
-        for back in (~keep_I).nonzero().flatten().tolist():
+    for pruned in keep_I.nonzero().flatten().tolist():
+        for restored in (~keep_I).nonzero().flatten().tolist():
             trial_I = keep_I.clone()
-            trial_I[gone], trial_I[back] = False, True
+            trial_I[pruned], trial_I[restored] = False, True
             after = squared_error((weight_I * ~trial_I)[None], hessian_II).item()
-            changes[gone, back] = after - before
+            changes[pruned, restored] = after - before
     return changes
 
 
 def dsnot_row(
     weight_I: Tensor, keep_I: Tensor, X_TI: Tensor, group: int, rounds: int
 ) -> tuple[Tensor, float, float]:
-    """DSnoT on one row, one swap after the other, in float64: mask, and the mean error before and after."""
+    """DSnoT on one row in float64, swap by swap; the mask, and the mean error before and after."""
     X_TI, weight_I, keep_I = X_TI.double(), weight_I.double(), keep_I.clone()
     shift_I, spread_I = weight_I * X_TI.mean(dim=0), X_TI.var(dim=0, unbiased=False)
     score_I = weight_I.abs() * X_TI.norm(dim=0)
@@ -323,20 +328,20 @@ def dsnot_row(
             break
         sign = 1 if error > 0 else -1
 
-        def givers(group_of: int, sign: int = sign, used: set[int] = used) -> list[int]:
-            """Kept weights that may go for one of this group."""
+        def prunable(group_of: int, sign: int = sign, used: set[int] = used) -> list[int]:
+            """Kept weights that can be pruned for a weight of this group."""
             places = range(group_of * group, (group_of + 1) * group)
             return [j for j in places if keep_I[j] and j not in used and sign * shift_I[j] < 0]
 
         gains = {
             j: sign * shift_I[j].item() / max(spread_I[j].item(), 1.2e-38)
             for j in range(len(weight_I))
-            if not keep_I[j] and j not in used and givers(j // group)
+            if not keep_I[j] and j not in used and prunable(j // group)
         }
         back = max(gains, key=gains.__getitem__, default=None)
         if back is None or gains[back] <= 0:
             break
-        gone = min(givers(back // group), key=lambda j: score_I[j].item())
+        gone = min(prunable(back // group), key=lambda j: score_I[j].item())
         after = error - shift_I[back].item() + shift_I[gone].item()
         if abs(after) >= abs(error):
             break
@@ -347,12 +352,14 @@ def dsnot_row(
 
 
 def dense_target(
-    weight_OI: Tensor, X_TI: Tensor, dense_TI: Tensor, mix: float, ridge: float
+    weight_OI: Tensor, X_TI: Tensor, dense_TI: Tensor, dense_weight: float, ridge: float
 ) -> Tensor:
-    """Least squares by stacking: the mixed outputs to meet, and the ridge's rows beneath them; float64."""
+    """Least squares on stacked rows: the mixed outputs, and below them the ridge; float64."""
     weight, X, dense = weight_OI.double(), X_TI.double(), dense_TI.double()
     scale = X.square().sum(dim=0).sqrt()
     below = torch.diag(scale) * ridge**0.5
     inputs = torch.cat([X, below])
-    outputs = torch.cat([(mix * dense + (1 - mix) * X) @ weight.T, below @ weight.T])
+    outputs = torch.cat(
+        [(dense_weight * dense + (1 - dense_weight) * X) @ weight.T, below @ weight.T]
+    )
     return torch.linalg.lstsq(inputs, outputs).solution.T

@@ -1,4 +1,4 @@
-"""The dense model beside the pruned one: targets mixed from both, and blocks matched to the dense outputs."""
+"""Dense targets and block reconstruction: the dense model runs beside the pruned one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BOTH = ALPS | {
 def drifted(
     width: int = 12, tokens: int = 40
 ) -> tuple[InputStatistics, torch.Tensor, torch.Tensor]:
-    """Statistics of inputs, these inputs, and what the dense model would give in their place."""
+    """Statistics of inputs, these inputs, and the dense model's inputs for the same tokens."""
     dense_TI = torch.randn(tokens, width)
     X_TI = dense_TI + 0.3 * torch.randn(tokens, width) @ torch.randn(width, width)
     statistics = InputStatistics(width, DRIFT)
@@ -49,14 +49,16 @@ def drifted(
     return statistics, X_TI, dense_TI
 
 
-@pytest.mark.parametrize("mix", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("dense_weight", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("damping", [0.01, 0.3])
-def test_the_target_is_the_solution_of_the_mixed_least_squares(mix, damping):
+def test_the_target_is_the_solution_of_the_mixed_least_squares(dense_weight, damping):
     statistics, X_TI, dense_TI = drifted()
     weight_OI = torch.randn(5, 12)
-    found = dense_target(weight_OI, statistics, mix, damping)
+    found = dense_target(weight_OI, statistics, dense_weight, damping)
     assert torch.allclose(
-        found.double(), reference.dense_target(weight_OI, X_TI, dense_TI, mix, damping), atol=1e-4
+        found.double(),
+        reference.dense_target(weight_OI, X_TI, dense_TI, dense_weight, damping),
+        atol=1e-4,
     )
 
 
@@ -87,15 +89,15 @@ def test_the_drift_of_some_batches_stands_for_all():
     assert not torch.allclose(found, weight_OI)
 
 
-def test_how_many_batches_show_the_drift():
+def test_the_stride_of_batches_that_show_the_drift():
     assert drift_stride_for(32 * 1024, 1536) == 4
     assert drift_stride_for(8 * 512, 8960) == 1
     assert drift_stride_for(16 * 1024, 1536) == 4
     assert drift_stride_for(128 * 2048, 28672) == 3
 
 
-def test_batches_that_do_not_show_it_do_not_go_along(tmp_path):
-    """Five batches on the second of two ranks, after three of the first: of all eight, 0 and 4 show it."""
+def test_only_batches_that_show_the_drift_run_through_the_dense_model(tmp_path):
+    """The second of two ranks has batches 3 to 7; of all eight batches, 0 and 4 show the drift."""
     source = CheckpointSource(tiny_checkpoint(tmp_path / "dense"))
     skeleton = Skeleton(source.config, torch.float32)
     source.bind(skeleton)
@@ -111,16 +113,15 @@ def test_batches_that_do_not_show_it_do_not_go_along(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("noise", "least", "most"), [(0.0, 0.9, 1.0), (10.0, 0.02, 0.6), (100.0, 0.0, 0.1)]
+    ("noise", "low", "high"), [(0.0, 0.9, 1.0), (10.0, 0.02, 0.6), (100.0, 0.0, 0.1)]
 )
-def test_the_mix_is_the_best_of_all_on_tokens_held_out(noise, least, most):
+def test_the_dense_weight_is_the_best_on_held_out_tokens(noise, low, high):
     torch.manual_seed(5)
     width, tokens, damping = 12, 120, 0.1
     dense_TI = torch.randn(tokens, width) @ torch.randn(width, width)
     X_TI = dense_TI @ (torch.eye(width) + 0.2 * torch.randn(width, width))
-    dense_TI[:80] += noise * torch.randn(
-        80, width
-    )  # what looks as if it could be learnt, but for tokens held out
+    # Noise that looks like drift on the first tokens, and does not on the held-out ones.
+    dense_TI[:80] += noise * torch.randn(80, width)
     statistics = InputStatistics(width, HELD_OUT)
     for place, (x, y) in enumerate(zip(X_TI.split(40), dense_TI.split(40), strict=True)):
         statistics.add(x, y, held_out=place == 2)
@@ -131,16 +132,16 @@ def test_the_mix_is_the_best_of_all_on_tokens_held_out(noise, least, most):
     rest_II = X_TI[:80].T @ X_TI[:80] + damping * 2 / 3 * torch.diag(scale_I**2)
     shift_II = torch.linalg.solve(rest_II, X_TI[:80].T @ (dense_TI - X_TI)[:80])  # Y ≈ X + X·shift
 
-    def error(mix: float) -> float:
-        outputs = X_TI[80:] @ (torch.eye(width) + mix * shift_II) @ weight_OI.T
+    def error(dense_weight: float) -> float:
+        outputs = X_TI[80:] @ (torch.eye(width) + dense_weight * shift_II) @ weight_OI.T
         return float((outputs - dense_TI[80:] @ weight_OI.T).square().sum())
 
     grid = [step / 200 for step in range(201)]
     assert found == pytest.approx(min(grid, key=error), abs=0.01)
-    assert least <= found <= most
+    assert low <= found <= high
 
 
-def test_without_tokens_held_out_the_mix_is_the_constant():
+def test_without_held_out_tokens_the_dense_weight_is_the_default():
     statistics, _, _ = drifted()
     weight_OI, chosen = torch.randn(5, 12), MethodOptions(dense_weight="auto")
     assert best_dense_weight(weight_OI, statistics, None) is None
@@ -152,7 +153,7 @@ def test_without_tokens_held_out_the_mix_is_the_constant():
     assert torch.equal(pruned.weight_OI, expected.weight_OI)
 
 
-def test_shares_held_out_are_shares_of_the_whole():
+def test_sums_of_held_out_tokens_are_part_of_all_sums():
     dense_TI, X_TI = torch.randn(40, 12), torch.randn(40, 12)
     whole = InputStatistics(12, DRIFT)
     whole.add(X_TI, dense_TI)
@@ -175,7 +176,7 @@ def test_shares_held_out_are_shares_of_the_whole():
 
 
 @pytest.mark.parametrize("method", ["alps", "sparsegpt", "obs", "wanda"])
-def test_aiming_at_the_dense_model_lowers_the_error_against_its_outputs(method):
+def test_a_dense_target_lowers_the_error_against_the_dense_outputs(method):
     torch.manual_seed(3)
     statistics, X_TI, dense_TI = drifted(width=16, tokens=400)
     weight_OI = torch.randn(24, 16)
@@ -211,7 +212,8 @@ def test_families_in_memory_replayed_and_spilled_give_the_same_bytes(
         assert block.reconstruction is None or block.reconstruction.measure == (
             "logits" if block is last else "outputs"
         )
-        if family != "mixtral":  # where not all tokens reach an expert in both models
+        # In mixtral not all tokens reach an expert in both models.
+        if family != "mixtral":
             assert not any("dense_targets" in linear.notes for linear in block.linears.values())
     monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)
     monkeypatch.setattr(PruningJob, "spills", property(lambda self: True))
@@ -237,17 +239,17 @@ def test_dense_targets_change_what_later_blocks_become(tmp_path):
     assert all(torch.equal(first[key], third[key]) for key in first)
 
 
-def test_wide_linears_with_few_tokens_aim_at_their_own_weights(tmp_path, monkeypatch):
-    """128 tokens for the 64 inputs of `down`; in lockstep and without."""
+def test_wide_linears_with_few_tokens_have_no_dense_target(tmp_path, monkeypatch):
+    """128 tokens reach the 64 inputs of `down_proj`, in lockstep and replayed."""
     monkeypatch.setattr("prunus.methods.solvers.least_squares._WIDE", 64)
     dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
     arguments = ALPS | {"calibration": token_ids(8, 16), "batch": 2}
     report = prunus.prune(dense, tmp_path / "plain", **arguments)
-    told = {
+    notes = {
         name: linear.notes.get("dense_targets") for name, linear in report.blocks[1].linears.items()
     }
     few = "pruned: too few tokens for so many inputs"
-    assert told == dict.fromkeys(told) | {"mlp.down_proj": few}
+    assert notes == dict.fromkeys(notes) | {"mlp.down_proj": few}
     monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)
     prunus.prune(dense, tmp_path / "other", **arguments)
     for shard in (tmp_path / "plain").glob("*.safetensors"):
@@ -267,7 +269,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(blocks, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_matching_keeps_masks_and_lowers_the_error_of_every_block(method, tmp_path):
+def test_reconstruction_keeps_masks_and_lowers_the_error_of_every_block(method, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
     options = {
         "method": method,
@@ -282,7 +284,7 @@ def test_matching_keeps_masks_and_lowers_the_error_of_every_block(method, tmp_pa
     )
     before, after = weights(dense), weights(tmp_path / "out")
     norm, ignored = "model.layers.0.input_layernorm.weight", "model.norm.weight"
-    assert torch.equal(before[norm], after[norm]), "norms are left alone"
+    assert torch.equal(before[norm], after[norm]), "norms do not change"
     assert torch.equal(before[ignored], after[ignored])
     for block in report.blocks:
         for name, linear in block.linears.items():
@@ -303,7 +305,7 @@ def test_a_loaded_model_is_pruned_to_the_same_weights(tmp_path):
     assert all(torch.equal(x, expected[key]) for key, x in model.state_dict().items())
 
 
-def test_the_dense_inputs_of_an_expert_are_not_known():
+def test_the_dense_inputs_of_an_expert_are_unknown():
     class Stream:
         def __init__(self):
             self.states = HiddenStates(1, spill_to=None, device=torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Orders of channels for N:M against all orders there are."""
+"""Permutations of channels for N:M, compared with all possible permutations."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from prunus.methods.refine.permutation import assign, deal, kept_score
 
 
 def scores(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """Scores whose channels differ much, neighbours least."""
+    """Scores whose channels differ much, except between neighbours."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(rows, columns, generator=generator) * torch.linspace(0.1, 3, columns) ** 2
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 8), st.integers(0, 99), st.data())
 @settings(deadline=None, max_examples=60)
-def test_every_order_holds_every_channel_once_and_none_gets_worse(rows, groups, m, seed, data):
+def test_every_order_holds_every_channel_once_and_assign_makes_none_worse(
+    rows, groups, m, seed, data
+):
     pattern = Pattern(data.draw(st.integers(0, m)), m)
     score_OI = scores(rows, groups * m, seed)
     dealt_I = deal(score_OI, pattern)
@@ -33,7 +35,7 @@ def test_every_order_holds_every_channel_once_and_none_gets_worse(rows, groups, 
     )
 
 
-def test_cards_are_dealt_in_turn():
+def test_channels_are_dealt_out_in_turn():
     score_OI = torch.tensor([[1.0, 9.0, 8.0, 2.0, 7.0, 3.0, 6.0, 0.0]])
     assert deal(score_OI, Pattern(2, 4)).tolist() == [1, 4, 5, 0, 2, 6, 3, 7]
 
@@ -51,7 +53,7 @@ def test_sorted_channels_gain_much_and_come_near_the_best_order():
 
 
 def test_one_exchange_is_the_best_of_all():
-    """With one place per group to give back, all assignments can be tried."""
+    """With one place per group, all assignments can be tried."""
     pattern, score_OI = Pattern(1, 2), scores(4, 8, seed=3)
     order_GM = torch.arange(8).view(4, 2)
 

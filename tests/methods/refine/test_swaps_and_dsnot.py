@@ -1,4 +1,4 @@
-"""Refinements of a mask against naive versions, and what they promise whatever they are given."""
+"""Refinements of a mask against slow references, and their guarantees for every input."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def start(weight_OI: Tensor, X_TI: Tensor, pattern: Pattern, sparsity: float = 0
 
 
 def error(weight_OI: Tensor, keep_OI: Tensor, X_TI: Tensor, damping: float) -> Tensor:
-    """Squared output error per row, as the swaps see it: inputs of norm 1, damped."""
+    """Squared output error per row, with the scaled and damped Gram matrix of the swaps."""
     scaled_OI, hessian_II, _ = reference.scaled(weight_OI, X_TI.double().T @ X_TI.double(), damping)
     return reference.squared_error(scaled_OI * ~keep_OI, hessian_II)
 
 
 def offset(X_TI: Tensor) -> Tensor:
-    """Inputs with means, as those behind an activation have them."""
+    """Inputs whose means are not 0, such as those after an activation function."""
     return X_TI + torch.linspace(-1, 2, X_TI.shape[1]) * X_TI.std(dim=0)
 
 
-# --- what both promise -----------------------------------------------------------------------------------------
+# --- guarantees of both ---
 
 
 @given(
@@ -62,7 +62,7 @@ def offset(X_TI: Tensor) -> Tensor:
     st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=120)
-def test_counts_stay_and_nothing_given_is_changed(name, pattern, kind, rows, sparsity, seed):
+def test_counts_stay_and_no_argument_is_changed(name, pattern, kind, rows, sparsity, seed):
     weight_OI, X_TI = weird_example(kind, rows, 12, seed)
     keep_OI, statistics, before = (
         start(weight_OI, X_TI, pattern, sparsity),
@@ -95,7 +95,7 @@ def test_a_mask_that_keeps_or_drops_all_stays(name):
         assert notes["swaps"] == 0
 
 
-# --- swaps -----------------------------------------------------------------------------------------------------
+# --- swaps ---
 
 
 @given(
@@ -119,7 +119,7 @@ def test_no_round_of_swaps_raises_the_error_of_a_row(pattern, rows, columns, rou
 @pytest.mark.parametrize("pattern", BY_ROWS, ids=repr)
 @pytest.mark.parametrize("seed", range(3))
 def test_at_the_end_no_swap_lowers_the_error(pattern, seed):
-    """All swaps of all rows tried out in full. 24 features are fewer than the candidates of a round."""
+    """Try all swaps of all rows. A round has more candidates than the 24 features."""
     weight_OI, X_TI = example(5, 24, seed)
     keep_OI = start(weight_OI, X_TI, pattern)
     refined_OI, notes = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), pattern, 0.05)
@@ -143,7 +143,9 @@ def test_one_swap_is_the_best_of_all(monkeypatch):
     for pattern in (Pattern(), Pattern(2, 4)):
         weight_OI, X_TI = example(4, 16)
         keep_OI = start(weight_OI, X_TI, pattern)
-        refined_OI, _ = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), pattern, 0.05, max_rounds=1)
+        refined_OI, _ = refine_by_swaps(
+            weight_OI, keep_OI, gather(X_TI), pattern, 0.05, max_rounds=1
+        )
         scaled_OI, hessian_II, _ = reference.scaled(
             weight_OI, X_TI.double().T @ X_TI.double(), 0.05
         )
@@ -161,7 +163,7 @@ def test_one_swap_is_the_best_of_all(monkeypatch):
             )
 
 
-def test_slices_of_rows_make_no_difference(monkeypatch):
+def test_rows_in_slices_give_the_same_result(monkeypatch):
     weight_OI, X_TI = example(40, 60)
     keep_OI = start(weight_OI, X_TI, Pattern())
     whole, notes = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), Pattern(), 0.05)
@@ -176,22 +178,24 @@ def test_swaps_cut_wandas_error_by_a_fifth():
     for pattern in (Pattern(), Pattern(2, 4)):
         keep_OI = start(weight_OI, X_TI, pattern)
         refined_OI, _ = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), pattern)
-        lost, left = (
+        before, after = (
             ((weight_OI * ~mask) @ X_TI.T).square().sum() for mask in (keep_OI, refined_OI)
         )
-        assert left < 0.8 * lost
+        assert after < 0.8 * before
 
 
-# --- DSnoT -----------------------------------------------------------------------------------------------------
+# --- DSnoT ---
 
 
 @pytest.mark.parametrize("pattern", BY_ROWS, ids=repr)
 @pytest.mark.parametrize("rounds", [1, 3, 50])
-def test_dsnot_is_that_of_the_reference(pattern, rounds):
+def test_dsnot_equals_the_reference(pattern, rounds):
     weight_OI, X_TI = example(12, 24)
     X_TI = offset(X_TI)
     keep_OI = start(weight_OI, X_TI, pattern)
-    refined_OI, notes = refine_by_dsnot(weight_OI, keep_OI, gather(X_TI), pattern, max_rounds=rounds)
+    refined_OI, notes = refine_by_dsnot(
+        weight_OI, keep_OI, gather(X_TI), pattern, max_rounds=rounds
+    )
     assert notes["swaps"] > 0
     for weight_I, keep_I, refined_I in zip(weight_OI, keep_OI, refined_OI, strict=True):
         expected_I, before, after = reference.dsnot_row(
@@ -210,7 +214,7 @@ def test_dsnot_leaves_inputs_without_a_mean_alone():
     assert notes["swaps"] == 0
 
 
-# --- composition -----------------------------------------------------------------------------------------------
+# --- composition ---
 
 
 def test_a_composition_needs_what_its_most_demanding_part_needs():

@@ -1,4 +1,4 @@
-"""ALPS's steps without an inverse for every penalty: against exact inverses, and where few tokens reach wide linears."""
+"""The ADMM operator against exact inverses, and ALPS on wide linears with few tokens."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def decaying(tokens: int, width: int, seed: int = 0) -> Tensor:
     return draw * (1 + 12 * torch.arange(1, width + 1) ** -0.7) @ turn_II
 
 
-def data_limited(width: int = 256) -> tuple[Tensor, InputStatistics, ScaledGram]:
+def data_limited_example(width: int = 256) -> tuple[Tensor, InputStatistics, ScaledGram]:
     weight_OI = torch.randn(48, width, generator=torch.Generator().manual_seed(1))
     statistics = gather(decaying(2 * width, width))
     return weight_OI, statistics, scaled_gram_of(statistics, None)
@@ -47,7 +47,7 @@ def exact(scaled: ScaledGram, penalty: float) -> Tensor:
     return OVER_RELAXATION * penalty * inverse_II + (1 - OVER_RELAXATION) * identity_II
 
 
-def test_only_wide_linears_with_few_tokens_are_scarce(wide_from_64):
+def test_only_wide_linears_with_few_tokens_are_data_limited(wide_from_64):
     assert is_data_limited(64, ridge(64, 320))
     assert not is_data_limited(64, ridge(64, 321)), "five tokens for each input"
     assert not is_data_limited(63, ridge(63, 100)), "narrow"
@@ -58,7 +58,7 @@ def test_only_wide_linears_with_few_tokens_are_scarce(wide_from_64):
     ) == (False, True, True)
 
 
-def test_without_few_tokens_a_quarter_of_the_iterations_has_each_penalty():
+def test_with_many_tokens_each_penalty_serves_a_quarter_of_the_iterations():
     scaled = scaled_gram_of(gather(decaying(640, 64)), None)
     assert penalties(scaled, 8) == [0.25, 0.25, 0.4, 0.4, 0.8, 0.8, 1.6, 1.6]
 
@@ -74,7 +74,7 @@ def test_with_few_tokens_penalties_grow_from_half_the_diagonal(wide_from_64, ite
 
 
 def test_the_leading_eigenvectors_are_those_of_a_decomposition():
-    gram_II = data_limited()[2].gram_II
+    gram_II = data_limited_example()[2].gram_II
     vectors_IR, values_R = leading_eigenvectors(gram_II, 16)
     expected_I = torch.linalg.eigvalsh(gram_II.double())
     torch.testing.assert_close(values_R[-2:].double(), expected_I[-2:], rtol=1e-2, atol=0)
@@ -85,22 +85,22 @@ def test_the_leading_eigenvectors_are_those_of_a_decomposition():
     assert torch.equal(vectors_IR, again_IR)
 
 
-def test_the_spectrum_stands_in_for_inverses(wide_from_64):
-    weight_OI, statistics, scaled = data_limited()
+def test_the_spectrum_replaces_inverses(wide_from_64):
+    weight_OI, statistics, scaled = data_limited_example()
     operator = admm_operator(statistics, scaled, len(weight_OI))
     for penalty in penalties(scaled, 5):
         expected_OI = weight_OI @ exact(scaled, penalty).float()
         found_OI = weight_OI @ operator(penalty).float()
         assert float((found_OI - expected_OI).norm() / expected_OI.norm()) < 0.25
-        blunt_OI = weight_OI * float(exact(scaled, penalty).diagonal().mean())
-        assert (found_OI - expected_OI).norm() < 0.65 * (blunt_OI - expected_OI).norm()
+        diagonal_OI = weight_OI * float(exact(scaled, penalty).diagonal().mean())
+        assert (found_OI - expected_OI).norm() < 0.65 * (diagonal_OI - expected_OI).norm()
 
 
 @pytest.mark.parametrize(
     "pattern", [Pattern(), Pattern(group="layer"), Pattern.parse("2:4", "row")], ids=repr
 )
-def test_with_few_tokens_alps_loses_hardly_more_than_by_inverses(pattern, monkeypatch):
-    weight_OI, statistics, scaled = data_limited()
+def test_with_few_tokens_alps_is_nearly_as_good_as_with_inverses(pattern, monkeypatch):
+    weight_OI, statistics, scaled = data_limited_example()
 
     def error(method: str) -> float:
         pruned = METHODS[method].prune(weight_OI, statistics, pattern, 0.5, MethodOptions())
@@ -116,7 +116,7 @@ def test_with_few_tokens_alps_loses_hardly_more_than_by_inverses(pattern, monkey
 
 
 def test_rows_in_runs_are_pruned_as_all_at_once(wide_from_64, monkeypatch):
-    weight_OI, statistics, _ = data_limited()
+    weight_OI, statistics, _ = data_limited_example()
     for pattern in (
         Pattern(),
         Pattern(group=3),
@@ -133,7 +133,7 @@ def test_rows_in_runs_are_pruned_as_all_at_once(wide_from_64, monkeypatch):
 
 
 def test_what_is_no_gram_matrix_is_refused(wide_from_64):
-    weight_OI, statistics, _ = data_limited(64)
+    weight_OI, statistics, _ = data_limited_example(64)
     statistics._derived.clear()
     assert statistics.gram_II is not None
     statistics.gram_II.fill_(float("nan"))
