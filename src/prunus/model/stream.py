@@ -37,7 +37,7 @@ class Stream:
         self.source = source
         self.device = device
         self._states: HiddenStates | None = None
-        # Number of windows -> how the model calls each block with so many.
+        # Number of windows in a batch -> how the model calls each block with it.
         self._calls: dict[int, list[BlockCall]] = {}
 
     def __len__(self) -> int:
@@ -63,7 +63,7 @@ class Stream:
             spill_to: folder for a file of hidden states, or None to keep them in memory.
             on_device: keep hidden states on the device between blocks, rather than in pinned host
                 memory.
-            partial: token ids of batches that are not kept. Blocks will be called with so many
+            partial: token ids of batches that are not kept. Blocks will be called with as many
                 windows too, so their calls are recorded.
 
         Raises:
@@ -90,7 +90,7 @@ class Stream:
                     self._remember(len(ids), self.skeleton.record(ids.to(self.device))[1])
 
     def _remember(self, windows: int, recorded: list[BlockCall]) -> None:
-        """Keep the calls of the first batch with so many windows; all other batches use them.
+        """Keep the calls of the first batch of this size; all other batches of the size use them.
 
         Their arguments (masks, positions) must therefore not depend on the text.
         """

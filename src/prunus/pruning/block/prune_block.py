@@ -115,7 +115,7 @@ class BlockPruner:
         if settings.reconstruction is not None:
             split = step_ranks(self.ranks, max(map(len, batches)), settings.device)
             # In a training step a rank may get a part of any batch, so blocks must know how they
-            # are called with so many windows.
+            # are called with that number of windows.
             partial = [ids[: len(split.own_range(len(ids)))] for ids in batches]
         own = self.own_batches(batches)
         self.stream.embed(own, spill_to, on_device, partial)

@@ -49,8 +49,8 @@ class BlockSettings:
             the method's own minimum. See `expert_tokens.py`.
         reconstruction: how blocks are reconstructed after they are pruned, or None.
         drift_stride: one batch in `drift_stride` also runs through the dense model.
-        uses_dense_target: whether a linear with so many inputs is pruned towards the outputs of
-            the dense model.
+        uses_dense_target: whether a linear with this number of inputs is pruned towards the outputs
+            of the dense model.
     """
 
     linear: LinearSettings
@@ -72,7 +72,7 @@ class BlockSettings:
         return replace(self.linear, sparsity=self.sparsities.get(full_name, self.linear.sparsity))
 
     def statistics_spec(self, in_features: int, distributed: bool) -> StatisticsSpec:
-        """The statistics that the method needs of a linear with so many inputs.
+        """The statistics that the method needs of a linear with `in_features` inputs.
 
         Args:
             in_features: inputs of the linear.
