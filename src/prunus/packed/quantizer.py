@@ -122,27 +122,27 @@ class PrunusQuantizer(HfQuantizer):
 
     def _take_experts_apart(self, model: Any, paths: Sequence[str]) -> None:
         """Give packed experts modules of their own, which transformers would fuse otherwise."""
-        from prunus.model.experts import fused_experts, fusing_rules, take_apart
+        from prunus.model.experts import find_fused_experts, fusing_rules, unfuse_experts
 
-        fused = tuple(f"{path}." for path in fused_experts(model))
+        fused = tuple(f"{path}." for path in find_fused_experts(model))
         if not any(path.startswith(fused) for path in paths):
             return
         if not hasattr(HfQuantizer, "update_weight_conversions"):
             raise ValueError(
                 "packed experts need a newer transformers: pip install --upgrade transformers"
             )
-        take_apart(fusing_rules(model), model, "")
+        unfuse_experts(fusing_rules(model), model, "")
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Return the rules that turn a checkpoint's tensors into this model's.
 
         Experts that stay apart are not fused.
         """
-        from prunus.model.experts import Experts, is_fusing
+        from prunus.model.experts import Experts, is_fusing_rule
 
         rules: list[Any] = super().update_weight_conversions(weight_conversions, model)
         apart = any(isinstance(module, Experts) for module in model.modules())
-        return [rule for rule in rules if not (apart and is_fusing(rule))]
+        return [rule for rule in rules if not (apart and is_fusing_rule(rule))]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, module in model.named_modules():
