@@ -1,10 +1,11 @@
-"""The walls of the house: who imports whom, and what is nowhere."""
+"""The structure of the package: which room imports which, and what stands nowhere."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+import unicodedata
 from importlib import import_module
 from pathlib import Path
 
@@ -17,7 +18,14 @@ ROOT = Path(prunus.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
-#: Room -> the rooms it may import from. Each may name only rooms above it, so that imports run one way.
+#: Name of a module -> its file.
+MODULES = {
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in FILES
+}
+
+#: Room -> the rooms it may import from. An entry may name only rooms above it, so that imports run
+#: one way.
 ROOMS: dict[str, set[str]] = {
     "hardware": set(),
     "distributed": set(),
@@ -127,6 +135,36 @@ def parametrize_files(files: list[Path]):
     return pytest.mark.parametrize("path", files, ids=name_of)
 
 
+def file_imports(path: Path) -> set[str]:
+    """The modules of the package that a file imports when it is loaded."""
+    found: set[str] = set()
+    for node in TREES[path].body:
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # `from prunus.cli import arguments` loads a module of that package.
+            found.update(
+                full if (full := f"{node.module}.{alias.name}") in MODULES else str(node.module)
+                for alias in node.names
+            )
+    return found & set(MODULES)
+
+
+def test_files_import_each_other_without_circles():
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, f"circle: {' -> '.join((*above, name))}"
+        if name in done:
+            return
+        for other in sorted(file_imports(MODULES[name])):
+            visit(other, (*above, name))
+        done.add(name)
+
+    for name in MODULES:
+        visit(name, ())
+
+
 def test_the_table_of_rooms_is_complete_and_runs_one_way():
     assert {room(path) for path in FILES} == set(ROOMS)
     above: set[str] = set()
@@ -199,11 +237,19 @@ def test_nothing_is_unpickled_or_executed(path):
             assert not (node.arg == "trust_remote_code" and trusts)
 
 
+def width(line: str) -> int:
+    """Columns of a line, without directives for tools and without combining marks such as in X̂."""
+    code = line.partition("  # type: ")[0].partition("  # noqa")[0]
+    return sum(not unicodedata.combining(letter) for letter in code) if " " in code.strip() else 0
+
+
 @parametrize_files(FILES)
 def test_files_are_short_and_say_what_they_are(path):
     assert path.stem not in {"utils", "util", "helpers", "common", "misc"}
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 400, f"{name_of(path)} has {len(lines)} lines"
+    wide = [number for number, line in enumerate(lines, 1) if width(line) > 100]
+    assert not wide, f"{name_of(path)} has lines of more than 100 columns: {wide}"
     assert not lines or ast.get_docstring(TREES[path]), f"{name_of(path)} has no docstring"
 
 
@@ -248,7 +294,7 @@ def test_forward_hooks_are_the_block_walks_alone():
 
 
 def test_no_module_hides_a_public_name():
-    """`prunus.prune` is a function. A module of that name would replace it once anybody imports it."""
+    """`prunus.prune` is a function. A module of that name would replace it when it is imported."""
     modules = {path.stem for path in ROOT.iterdir()}
     assert not modules & set(prunus.__all__)
     assert set(prunus.__all__) <= set(dir(prunus))

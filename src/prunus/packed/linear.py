@@ -21,8 +21,8 @@ _PACKED = ("weight", "weight_mask", "weight_scales", *_CODING, "row_offsets")
 class BitmapLinear(nn.Module):
     """Replaces an `nn.Linear` whose weight is packed.
 
-    Its state is what `docs/reference/bitmap-format.md` describes. `weight` holds the stored values in
-    one row; the other buffers hold what is needed to place and to decode them, where the form of
+    Its state is what `docs/reference/bitmap-format.md` describes. `weight` holds the stored values
+    in one row; the other buffers hold what is needed to place and to decode them, where the form of
     the weight has it. They are buffers and not parameters: packed weights are not trained, but a
     gradient passes through to the inputs.
 
