@@ -152,6 +152,7 @@ def allocate_by_error(
             segments.append(((high - low) / removed, layer, right, removed))
     result = [curve[0][0] for curve in curves]
     budget = sparsity * sum(weights)
+    # Every curve starts at its first point. What is left of the budget goes to the segments.
     left_over = budget - math.fsum(s * n for s, n in zip(result, weights, strict=True))
     reach = math.fsum(curve[-1][0] * n for curve, n in zip(curves, weights, strict=True))
     if left_over < -1e-9 * sum(weights) or budget > reach + 1e-9 * sum(weights):
@@ -250,6 +251,7 @@ def round_to_whole_weights(
     counts = [math.floor(value + 1e-9) for value in exact]
     budget = sparsity * sum(rows * columns for rows, columns in shapes) + 1e-6
     spare = budget - sum(rows * count for (rows, _), count in zip(shapes, counts, strict=True))
+    # The linear with the largest lost fraction comes first.
     for layer in sorted(range(len(shapes)), key=lambda at: counts[at] - exact[at]):
         rows, columns = shapes[layer]
         if rows <= spare and counts[layer] + 1 < columns:
@@ -257,6 +259,7 @@ def round_to_whole_weights(
             spare -= rows
     result = []
     for count, (_, columns) in zip(counts, shapes, strict=True):
+        # Division may round down, and int(columns * value) would then lose a weight.
         value = count / columns
         result.append(value if int(columns * value) == count else math.nextafter(value, 1))
     return result

@@ -100,6 +100,8 @@ def compose(method: Method, options: MethodOptions) -> Method:
             weight_OI = dense_target(weight_OI, statistics, dense_weight, options.damping)
         pruned = method.prune(weight_OI, statistics, pattern, sparsity, options)
 
+        # Masks may compare all rows, but swaps and updates work within a row. So the method runs on
+        # its own, and the steps after it are split over processes together.
         def refine_and_update(shard: RowShard) -> Pruned:
             own_OI = weight_OI[shard.rows]
             result = Pruned(pruned.weight_OI[shard.rows], pruned.keep_OI[shard.rows], pruned.notes)
@@ -131,10 +133,13 @@ def compose(method: Method, options: MethodOptions) -> Method:
     return replace(
         method,
         prune=prune,
+        # NEEDS is ordered: each entry includes the statistics of those before it.
         needs=max(needs, key=NEEDS.index),
         needs_means=method.needs_means or (refinement is not None and refinement.needs_means),
         needs_drift=uses_dense_target,
         needs_held_out=uses_dense_target and options.dense_weight == "auto",
+        # All added steps use a ridge. Only a method that inverts a Gram matrix without one, such as
+        # SparseGPT, keeps the composed method from having it.
         adds_ridge=method.adds_ridge or method.needs != "gram",
         updates_weights=method.updates_weights or updates,
         cost_in_products=method.cost_in_products
@@ -157,7 +162,7 @@ def _target_notes(
 ) -> dict[str, Any]:
     """What the manifest says of a linear's dense target."""
     if statistics.drift_II is None:
-        return {"dense_targets": "pruned: too few tokens for so many inputs"}
+        return {"dense_targets": "pruned: too few tokens for this many inputs"}
     if not has_drift(statistics):
         return {"dense_targets": "pruned: other tokens reach this linear in the dense model"}
     if options.dense_weight == "auto":

@@ -55,6 +55,7 @@ def _prune(
         def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, shard: RowShard) -> Tensor:
             return keep_OI[shard.rows, start : start + weight_OB.shape[1]]
     else:
+        # With norms of 1, Wanda's score is the magnitude.
         norms_I = (
             statistics.norms_I
             if options.mask_from == "wanda"

@@ -180,6 +180,7 @@ def keep_mask(score_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     if pattern.group == "column":
         return _keep_highest(score_OI.T, int(rows * sparsity)).T.contiguous()
     rows_per_group = rows if pattern.group == "layer" else min(int(pattern.group), rows)
+    # The rows of whole groups are one part, and the smaller last group is the other one.
     whole = rows - rows % rows_per_group
     parts = [
         score_OI[:whole].reshape(-1, rows_per_group * columns),
@@ -214,6 +215,7 @@ def keep_above_threshold(score_OI: Tensor, sparsity: float) -> Tensor:
     _check_sparsity(sparsity)
     drop = int(score_OI.numel() * sparsity)
     if drop > 0:
+        # Ranks count from 1, so `drop` other scores lie below this one.
         keep_OI = score_OI > _kth_lowest(score_OI.reshape(1, -1), drop + 1)
         if score_OI.numel() - int(keep_OI.sum()) - drop <= _MAX_SURPLUS * score_OI.numel():
             return keep_OI
@@ -298,6 +300,7 @@ def _restore_last_ties(
     row_K, column_K = (score_GC[tied_G] == threshold_G1[tied_G]).nonzero(as_tuple=True)
     count_G = torch.bincount(row_K, minlength=len(tied_G))
     end_G = count_G.cumsum(dim=0)
+    # Tied scores are listed group by group. Those at the last places of a group are kept.
     place_K = torch.arange(len(row_K), device=row_K.device)
     last_K = place_K >= (end_G - missing_G[tied_G])[row_K]
     keep_GC[tied_G[row_K[last_K]], column_K[last_K]] = True

@@ -248,7 +248,7 @@ def test_wide_linears_with_few_tokens_have_no_dense_target(tmp_path, monkeypatch
     notes = {
         name: linear.notes.get("dense_targets") for name, linear in report.blocks[1].linears.items()
     }
-    few = "pruned: too few tokens for so many inputs"
+    few = "pruned: too few tokens for this many inputs"
     assert notes == dict.fromkeys(notes) | {"mlp.down_proj": few}
     monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)
     prunus.prune(dense, tmp_path / "other", **arguments)

@@ -89,6 +89,7 @@ def dense_target(
             ("dense_target", scaled.damping), lambda: _shift(lower_II, drift_II, scaled.scale_I)
         )
         change_OI = low_precision_product(weight_OI * scaled.scale_I, shift_II)
+    # Back from inputs of norm 1 to the real ones. The change is linear in α.
     return weight_OI + change_OI.div(scaled.scale_I).mul_(dense_weight)
 
 
@@ -156,6 +157,7 @@ def best_dense_weight(
     if not 0 < tokens < statistics.tokens:
         return None
     assert gram_II is not None and drift_II is not None
+    # The scales come from all tokens, so that they suit both parts.
     scale_I = gram_II.diagonal().sqrt()
     scale_I = scale_I.masked_fill(scale_I == 0, 1)
     if damping is None:
@@ -166,6 +168,7 @@ def best_dense_weight(
         # The Gram matrix and the drift of all tokens but the held-out ones.
         share = 1 - tokens / statistics.tokens
         rest_II = ((gram_II - held_gram_II) / scale_I[:, None]).div_(scale_I)
+        # λ is relative to a diagonal of 1. The diagonal of the remaining tokens is about `share`.
         rest_II.diagonal().add_(damping * share)
         rest_drift_II = drift_II - held_drift_II
         return _shift(_factor(rest_II, rest_drift_II), rest_drift_II, scale_I)
@@ -173,6 +176,8 @@ def best_dense_weight(
     shift_II = statistics.derived(("held_out_shift", damping), compute)
     scaled_OI = weight_OI * scale_I
     change_OI = (scaled_OI @ shift_II).div_(scale_I)
+    # The error is size·α² − 2·gain·α + a constant, with its minimum at gain / size. An α above 1
+    # would extrapolate, and one below 0 would move away from the dense model.
     size = inner_product(change_OI @ held_gram_II, change_OI)
     gain = inner_product(weight_OI @ held_drift_II, change_OI)
     return min(1.0, max(0.0, gain / size)) if size > 0 else 0.0

@@ -59,10 +59,13 @@ def refine_by_dsnot(
         The mask, bool (O, I), and notes: `swaps`, the number of restored weights.
     """
     keep_OI = keep_OI.clone()
+    # What each weight adds to the mean output of its row.
     shift_OI = weight_OI * statistics.mean_I.float()
     score_OI = weight_OI.abs() * statistics.norms_I
     variance_I = statistics.variance_I.float()
+    # With uncorrelated inputs the squared outputs of a row sum to the sum of its squared scores.
     small_O = _SMALL * score_OI.square().sum(dim=1).div_(max(1, statistics.tokens)).sqrt_()
+    # In float64, because every swap changes ε by a small amount.
     error_O = (shift_OI * ~keep_OI).sum(dim=1, dtype=torch.float64)
     # False for weights that took part in a swap.
     free_OI = torch.ones_like(keep_OI)
@@ -101,6 +104,7 @@ def refine_by_dsnot(
         free_OI[row_R, restored_R], free_OI[row_R, pruned_R] = False, False
         error_O[row_R] = after_R[better_R]
         swaps += len(row_R)
+        # A row is finished when ε changes its sign: further swaps would only push it back.
         same_sign_R = (after_R * before_R > 0)[better_R]
         row_R = row_R[same_sign_R & (error_O[row_R].abs() > small_O[row_R])]
     return keep_OI, {"swaps": swaps}

@@ -130,6 +130,7 @@ def with_permutation(method: Method, channels: Channels) -> tuple[Method, Callab
         else:
             score_OI = wanda_score(weight_OI, statistics)
         order_I = best_permutation(score_OI, pattern, channels).to(weight_OI.device)
+        # Sorting an order gives the order that undoes it.
         inverse_I = order_I.argsort()
         reordered = statistics.reordered(order_I) if statistics is not None else None
         pruned = method.prune(weight_OI[:, order_I], reordered, pattern, sparsity, options)
@@ -157,6 +158,7 @@ def deal(score_OI: Tensor, pattern: Pattern) -> Tensor:
     """
     m = _group_width(score_OI, pattern)
     order_I = score_OI.sum(dim=0, dtype=torch.float64).argsort(descending=True, stable=True)
+    # Row k of the view holds the k-th card of every group. Transposed, each row is a group.
     return order_I.view(m, -1).T.flatten()
 
 
@@ -180,6 +182,7 @@ def assign(score_OI: Tensor, pattern: Pattern, order_I: Tensor) -> Tensor:
     m = _group_width(score_OI, pattern)
     order_GM = order_I.view(-1, m).clone()
     assert pattern.n is not None
+    # If all or no channels of a group stay, or if there is one group, no order is better.
     if pattern.n in (0, m) or len(order_GM) == 1:
         return order_I.clone()
     for place in range(m):

@@ -94,12 +94,14 @@ def _one_round(
     weight_RI: Tensor, keep_RI: Tensor, gram_II: Tensor, pattern: Pattern
 ) -> tuple[Tensor, Tensor]:
     """One round: the new mask (R, I), and the number of swaps of each row (R,)."""
+    # e of the formula is the error of the row's weights: what pruning has removed.
     error_RI = weight_RI * ~keep_RI
     c_RI = error_RI @ gram_II
     loss_R = torch.linalg.vecdot(error_RI, c_RI)
     # The change of the error when one weight alone is pruned (if kept) or restored (if pruned).
     sign_RI = keep_RI.to(weight_RI.dtype).mul_(2).sub_(1)
     alone_RI = (2 * sign_RI * c_RI).add_(weight_RI * gram_II.diagonal()).mul_(weight_RI)
+    # Infinity marks weights that cannot be pruned or restored. A pair with one does not exist.
     prune_RI = alone_RI.masked_fill(~keep_RI, torch.inf)
     restore_RI = alone_RI.masked_fill(keep_RI, torch.inf)
     if pattern.m is None:
@@ -133,6 +135,7 @@ def _pairs_in_rows(
     cross_RCC.mul_(weight_RI.gather(1, p_RC)[:, :, None]).mul_(
         weight_RI.gather(1, u_RC)[:, None, :]
     )
+    # Δ(p, u) of all pairs of candidates: both changes alone, and the term that couples them.
     change_RCC = (prune_RC[:, :, None] + restore_RC[:, None, :]).sub_(cross_RCC, alpha=2)
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []
     for _ in range(min(_PAIRS, candidates)):
@@ -155,6 +158,7 @@ def _pairs_in_groups(
         Features p, features u and whether the pair exists, all (R, S).
     """
     rows, groups = len(weight_RI), weight_RI.shape[1] // m
+    # The blocks of the Gram matrix on its diagonal, one per group: pairs never leave their group.
     block_GMM = gram_II.view(groups, m, groups, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     weight_RGM, prune_RGM, restore_RGM = (
         x.view(rows, groups, m) for x in (weight_RI, prune_RI, restore_RI)
@@ -189,6 +193,8 @@ def _accept_pairs(
     cross_RFF = gram_II[feature_RF[:, :, None], feature_RF[:, None, :]]
     cross_RFF.mul_(step_RF[:, :, None]).mul_(step_RF[:, None, :])
     cross_RSS = cross_RFF.view(rows, 2, pairs, 2, pairs).sum(dim=(1, 3))
+    # Swap s changes the error by 2·slope_s + cross_ss, and swaps s and t together by 2·cross_st
+    # more.
     slope_RS = (c_RI.gather(1, feature_RF) * step_RF).view(rows, 2, pairs).sum(dim=1)
     change_RS = 2 * slope_RS + cross_RSS.diagonal(dim1=1, dim2=2)
     change_RS.masked_fill_(~exists_RS, torch.inf)

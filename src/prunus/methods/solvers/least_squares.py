@@ -130,6 +130,7 @@ def scale_and_damp(gram_II: Tensor, damping: float) -> ScaledGram:
     scale_I.masked_fill_(dead_I, 1)
     # Divide twice: the product of two small scales would underflow.
     gram_II = (gram_II / scale_I[:, None]).div_(scale_I)
+    # Setting the diagonal, instead of adding to it, also removes rounding and serves dead inputs.
     gram_II.diagonal().fill_(1 + damping)
     return ScaledGram(gram_II, scale_I, dead_I, damping)
 
@@ -166,6 +167,8 @@ def conjugate_gradients(
         Z, float32, 0 (or -0) outside the mask, and the number of steps taken.
     """
     factor_II = low_precision_factor(gram_II, len(start_OI)) if low_precision else gram_II
+    # Rows are independent, so each run of rows has a solver of its own, with small temporaries. All
+    # solvers take the same number of steps: the checks below use sums over all rows.
     spans = row_spans(start_OI)
     first_II = factor_II if low_precision_start else gram_II
     solvers = [
@@ -173,6 +176,7 @@ def conjugate_gradients(
         for s in spans
     ]
     error = shard.sum(sum(solver.error for solver in solvers)) if min_gain else 0.0
+    # All values of `residual` are squared norms, so the tolerance is squared as well.
     residual = shard.sum(sum(float(solver.squared_residual_S1.sum()) for solver in solvers))
     small_enough = residual * _TOLERANCE**2
     steps = 0
@@ -221,11 +225,13 @@ class _Descent:
         """Go to the lowest point along each row's direction; return by how much the error falls."""
         direction_SI, before_S1 = self._direction_SI, self.squared_residual_S1
         image_SI = _product(direction_SI, factor_II, low_precision)
+        # The gradient at a pruned weight does not matter: that weight stays 0.
         image_SI.mul_(self._mask_SI)
         curvature_S1 = torch.linalg.vecdot(direction_SI, image_SI).unsqueeze(1)
         # A row that has arrived has no direction left, and stays where it is.
         length_S1 = torch.where(curvature_S1 > 0, before_S1 / curvature_S1, 0)
         self.solution_SI.addcmul_(length_S1, direction_SI)
+        # The residual is updated instead of computed anew, which would take a second product.
         self._residual_SI.addcmul_(length_S1, image_SI, value=-1)
         self.squared_residual_S1 = self._residual_SI.square().sum(dim=1, keepdim=True)
         # The next direction is conjugate to this one: it does not undo what this step gained.
@@ -265,6 +271,7 @@ def fit_least_squares(
     Returns:
         The same mask with new weights. The notes gain `ridge` and `conjugate_gradients` (steps).
     """
+    # Solve for WD and divide by D at the end: in these units all inputs have norm 1.
     scaled = scaled_gram_of(statistics, damping)
     first_OI, target_OI = start.weight_OI * scaled.scale_I, weight_OI * scaled.scale_I
     solution_OI, steps = conjugate_gradients(

@@ -90,6 +90,7 @@ def prune_by_obs(
         )
         if pruned is not None:
             return pruned
+    # Linears with the same input share one factor: it is computed for the first of them.
     factor_II, notes = statistics.derived(
         ("inverse_factor", damping), lambda: inverse_factor(gram_II, damping)
     )
@@ -141,6 +142,7 @@ def _sweep(
                 # Subtracting w from w gives exactly 0, in a fiftieth of the time of masked_fill.
                 removed_O = torch.mul(weight_IO[j], drop_BO[j - start], out=error_BO[j - start])
                 weight_IO[j] -= removed_O
+                # The later columns change by U_jk · w_j / U_jj.
                 error_O = removed_O.div_(diagonal_I[j])
                 weight_IO[j + 1 : last].addr_(factor_II[j, j + 1 : last], error_O, alpha=-1)
             # Correct the rest of the block for the errors of this tile ...
@@ -182,6 +184,13 @@ def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, dict[str, A
 
     Raises:
         ValueError: this is no Gram matrix; it is not finite, or far from positive semi-definite.
+
+    >>> factor_II, notes = inverse_factor(torch.tensor([[4.0, 0.0], [0.0, 4.0]]), 0.5625)
+    >>> factor_II
+    tensor([[0.8000, 0.0000],
+            [0.0000, 0.8000]])
+    >>> notes
+    {'damping': 0.5625}
     """
     raised = 0
     while damping <= _MAX_DAMPING:
@@ -214,6 +223,8 @@ def _inverse_factor_in(gram_II: Tensor, damping: float, dtype: torch.dtype) -> T
         scaled_II.div_(diagonal_I.mean())
     diagonal_I.masked_fill_(dead_I, 1).add_(damping)
     lower_II, info = torch.linalg.cholesky_ex(scaled_II)
+    # A pivot is what is left of a diagonal entry once the inputs before it explain their part. If
+    # only rounding is left, the factor would amplify it.
     pivot_I = lower_II.diagonal().square()
     if int(info) or not bool((pivot_I > _NOISE * torch.finfo(dtype).eps * diagonal_I).all()):
         return None
@@ -239,6 +250,7 @@ def _invert_triangle(lower_II: Tensor, inverse_II: Tensor) -> None:
     first, last = slice(width // 2), slice(width // 2, width)
     _invert_triangle(lower_II[first, first], inverse_II[first, first])
     _invert_triangle(lower_II[last, last], inverse_II[last, last])
+    # The inverse of [[A, 0], [B, C]] is [[A⁻¹, 0], [−C⁻¹BA⁻¹, C⁻¹]].
     between_II = lower_II[last, first] @ inverse_II[first, first]
     inverse_II[last, first] = (inverse_II[last, last] @ between_II).neg_()
 

@@ -50,6 +50,7 @@ def sweep_in_reference_order(
     lower_II, failed = torch.linalg.cholesky_ex(damped_II)
     if int(failed):
         return None
+    # The original forms the inverse and factorises it again. Rounding may make it indefinite.
     factor_II, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_II), upper=True)
     if int(failed) or not all_finite(factor_II):
         return None
@@ -63,6 +64,8 @@ def sweep_in_reference_order(
         stop = min(start + block, inputs)
         weight_OB = weight_OI[:, start:stop].clone()
         error_OB = torch.zeros_like(weight_OB)
+        # Every column corrects all later columns of the block at once. `obs.py` does so in a tile
+        # only.
         for j in range(stop - start):
             if j % span == 0:
                 end = min(j + span, stop - start)
