@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Several processes share the tests: each has its part of the cores, or their threads would wait for one another.
-# Before torch is imported, and for the processes that tests start.
+# Several processes share the tests. Each uses its part of the cores, because more threads than
+# cores would wait for one another. This must happen before torch is imported, and the processes
+# that tests start inherit it.
 if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
 
@@ -18,12 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Reference data and golden masks: PRUNUS_SHARED, `../shared` beside the repository by default."""
+    """The folder of reference data: PRUNUS_SHARED, by default `../shared` beside the repository."""
     folder = Path(os.environ.get("PRUNUS_SHARED", "../shared"))
     folder = folder if folder.is_absolute() else ROOT / folder
     if not (folder / "golden").is_dir():
         pytest.skip(
-            f"no reference data at {folder}; set PRUNUS_SHARED to the folder that holds golden/ and data/"
+            f"no reference data at {folder}; set PRUNUS_SHARED to the folder with golden/ and data/"
         )
     return folder
 
