@@ -73,10 +73,29 @@ def test_kernels_are_as_close_to_float32_as_torch_is(folders, values):
     assert error < 1.5 * (_logits(plain, ids) - _logits(exact, ids)).norm()
 
 
-FAMILIES = (
-    "llama mistral qwen3 gemma2 gemma3_text phi phi3 opt gpt_neo gptj gpt_neox bloom mpt olmo2 "
-    "granite stablelm starcoder2 cohere glm nemotron smollm3"
-).split()
+FAMILIES = [
+    "llama",
+    "mistral",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi",
+    "phi3",
+    "opt",
+    "gpt_neo",
+    "gptj",
+    "gpt_neox",
+    "bloom",
+    "mpt",
+    "olmo2",
+    "granite",
+    "stablelm",
+    "starcoder2",
+    "cohere",
+    "glm",
+    "nemotron",
+    "smollm3",
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
