@@ -95,9 +95,10 @@ FAMILIES = [
     "glm",
     "nemotron",
     "smollm3",
-] @ pytest.mark.parametrize("family", FAMILIES)
+]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 def test_families(tmp_path, family):
     source = pruned_checkpoint(tmp_path / "pruned", family)
     record = pack(source, tmp_path / "packed")
