@@ -101,7 +101,7 @@ def test_hidden_states_on_disk_change_nothing(monkeypatch, ids, tmp_path):
         embed(self, batches, spill_to, **options)
 
     monkeypatch.setattr(streamed.Stream, "embed", watched)
-    monkeypatch.setattr(streamed.StreamedModel, "_needs", lambda self, *_: (self.budget, 1))
+    monkeypatch.setattr(streamed.StreamedModel, "_needs", lambda *_: (1, 1 << 60))
     assert score(dense, ids, stream=True).loss == kept.loss
     assert spilled[0] is not None
 
@@ -131,7 +131,7 @@ def test_a_cached_result_is_found_until_a_file_changes(monkeypatch, ids, tmp_pat
     dense = tiny_checkpoint(tmp_path / "dense")
     first = score(dense, ids, stream=True, cache=tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr(streamed.StreamedModel, "losses", lambda *_: pytest.fail("computed again"))
+        patch.setattr(streamed.StreamedModel, "windows", lambda *_: pytest.fail("computed again"))
         assert score(dense, ids, stream=True, cache=tmp_path / "cache") == first
     tensors = load_file(dense / "model.safetensors")
     save_file(

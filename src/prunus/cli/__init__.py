@@ -71,7 +71,7 @@ _VERBS = (
         evaluate,
         "Evaluate",
         (
-            "prunus eval dense pruned --perplexity wikitext2,c4",
+            "prunus eval pruned --reference dense --perplexity wikitext2,c4",
             "prunus eval dense pruned --tasks paper7 --limit 200 --json scores.json",
         ),
     ),

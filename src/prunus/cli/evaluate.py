@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +12,8 @@ from prunus.cli.terminal import log, print_result, user_errors, write_json
 
 __all__ = ["bench", "doctor", "evaluate", "generate", "inspect"]
 
+#: As `prunus.evaluation.Protocol`, which imports torch.
+ProtocolName = Literal["papers", "llama.cpp"]
 #: Images per forward pass where `--batch` is auto.
 _IMAGES_AT_ONCE = 16
 
@@ -46,12 +48,21 @@ def evaluate(
             help="For image classifiers: a folder with one subfolder of images per class.",
         ),
     ] = None,
-    seqlen: Annotated[
-        int,
+    reference: Annotated[
+        str | None,
         typer.Option(
-            metavar="N", show_default=False, help="Tokens per window of a text. Default: 2048."
+            metavar="MODEL",
+            help="Compare the predictions on each text with this model, as a rule the dense one: "
+            "KL divergence, same most likely token, ratio of perplexities.",
         ),
-    ] = 2048,
+    ] = None,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Tokens per window of a text. Default: 2048, or 512 with --protocol llama.cpp.",
+        ),
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -90,13 +101,23 @@ def evaluate(
             "Default: auto.",
         ),
     ] = "auto",
+    protocol: Annotated[
+        ProtocolName,
+        typer.Option(
+            metavar="PROTOCOL",
+            show_default=False,
+            rich_help_panel=arg.ADVANCED,
+            help="Which tokens of a window are scored. papers: all but the first. llama.cpp: those "
+            "of the second half, as its perplexity tool does. Default: papers.",
+        ),
+    ] = "papers",
     stream: Annotated[
         bool | None,
         typer.Option(
             "--stream/--no-stream",
             rich_help_panel=arg.ADVANCED,
             help="For perplexity, load one block at a time, or load the whole model. The figures "
-            "are the same. Default: stream what does not fit in --memory.",
+            "are the same. Default: stream what does not fit in --memory, the reference included.",
         ),
     ] = None,
     cache: Annotated[
@@ -124,11 +145,13 @@ def evaluate(
     """Score models by perplexity, tasks of lm-eval, or images.
 
     Several models stand side by side, with the differences to the first. Perplexity is computed as
-    in the papers. Under torchrun the processes share windows and rows; each holds the whole model.
+    in the papers; --reference also says how far each model is from the dense one. Under torchrun
+    the processes share windows and rows; each holds the whole model.
     """
     with user_errors(json_file):
         from prunus.distributed import process_group
         from prunus.evaluation import (
+            check_same_vocabulary,
             check_text,
             default_cache_folder,
             find_folder,
@@ -141,10 +164,10 @@ def evaluate(
         models = list(dict.fromkeys(models))
         batch_size = _parse_batch(batch)
         if images is not None:
-            if perplexity is not None or tasks is not None:
+            if perplexity is not None or tasks is not None or reference is not None:
                 raise ValueError(
-                    "--images scores image classifiers, which read no text: drop --perplexity and "
-                    "--tasks"
+                    "--images scores image classifiers, which read no text: drop --perplexity, "
+                    "--tasks and --reference"
                 )
             _score_images(
                 models, images, limit, batch_size, dtype, device, trust_remote_code, json_file
@@ -159,11 +182,18 @@ def evaluate(
             "cache": None if no_cache else cache or default_cache_folder(),
         }
         texts = _chosen_texts(perplexity, tasks)
+        if reference is not None and not texts:
+            raise ValueError(
+                "--reference compares predictions on a text, and --tasks alone scores none: add "
+                "--perplexity TEXT, such as wikitext2"
+            )
         # Everything is checked before the first model is loaded.
         for text in texts:
             check_text(text, data_dir)
         for model in models:
             find_folder(model)
+            if reference is not None:
+                check_same_vocabulary(model, reference, trust_remote_code)
         task_run = (
             None
             if tasks is None
@@ -176,6 +206,8 @@ def evaluate(
                     measure_perplexity(
                         model,
                         text,
+                        reference=reference,
+                        protocol=protocol,
                         seqlen=seqlen,
                         batch=windows,
                         memory=memory,

@@ -2,6 +2,8 @@
 
 text.py                 scoring texts, cut into windows that do not overlap
 perplexity.py           perplexity of a model on a text
+divergence.py           how far a model's predictions are from those of a reference
+whole_model.py          logits of windows from a model in memory
 streamed_perplexity.py  the same for a model that does not fit in memory: block by block
 loss.py                 the loss of one window
 tasks.py                tasks of lm-eval, with rows from the hub or from local_datasets.py
@@ -20,8 +22,9 @@ histograms.py           how weights and scores of one linear are distributed
 
 from prunus.evaluation.cache import default_cache_folder
 from prunus.evaluation.comparison import Difference, compare, side_by_side
+from prunus.evaluation.divergence import Divergence
 from prunus.evaluation.images import ImageScore, image_accuracy
-from prunus.evaluation.model_input import find_folder
+from prunus.evaluation.model_input import check_same_vocabulary, find_folder
 from prunus.evaluation.perplexity import (
     PerplexityResult,
     ScoringText,
@@ -31,11 +34,13 @@ from prunus.evaluation.perplexity import (
 )
 from prunus.evaluation.task_runner import TaskRun, evaluate, prepare_tasks
 from prunus.evaluation.task_scores import PAPER7, Metric, TaskResults, TaskScore
-from prunus.evaluation.text import check_text
+from prunus.evaluation.text import PROTOCOLS, check_text
 
 __all__ = [
     "PAPER7",
+    "PROTOCOLS",
     "Difference",
+    "Divergence",
     "ImageScore",
     "Metric",
     "PerplexityResult",
@@ -43,6 +48,7 @@ __all__ = [
     "TaskResults",
     "TaskRun",
     "TaskScore",
+    "check_same_vocabulary",
     "check_text",
     "compare",
     "default_cache_folder",

@@ -11,9 +11,15 @@ from torch import nn
 from prunus.model.adapter import base_folder, check_adapter, is_adapter
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.kinds import require_causal
-from prunus.model.tokenizer import load_tokenizer
+from prunus.model.tokenizer import load_tokenizer, token_ids
 
-__all__ = ["ModelInput", "check_language_model", "find_folder", "resolve_model_input"]
+__all__ = [
+    "ModelInput",
+    "check_language_model",
+    "check_same_vocabulary",
+    "find_folder",
+    "resolve_model_input",
+]
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,48 @@ def check_language_model(folder: Path, trust_remote_code: bool) -> None:
         ValueError: its configuration cannot be loaded.
     """
     require_causal(_config(folder, trust_remote_code), "scoring on text")
+
+
+def check_same_vocabulary(model: Any, reference: Any, trust_remote_code: bool) -> None:
+    """Check that two models give logits for the same tokens. Reads no weights.
+
+    Args:
+        model: a folder, a hub id, or a loaded transformers model.
+        reference: the same. The tokenizers are compared if both are folders that have one.
+        trust_remote_code: run code that comes with the checkpoints.
+
+    Raises:
+        ValueError: the sizes of the vocabularies differ, or the tokenizers do.
+        FileNotFoundError, NotImplementedError: see `find_folder` and `check_language_model`.
+    """
+    sizes: list[int | None] = []
+    tokens: list[dict[str, int] | None] = []
+    for one in (model, reference):
+        if isinstance(one, nn.Module):
+            embedding: Any = one.get_input_embeddings()  # type: ignore[operator]
+            sizes.append(embedding.num_embeddings)
+            tokens.append(None)
+            continue
+        folder = find_folder(one)
+        check_language_model(folder, trust_remote_code)
+        sizes.append(_vocabulary(folder, trust_remote_code))
+        tokens.append(token_ids(folder, trust_remote_code))
+    hint = "give a reference with the same vocabulary, such as the dense model"
+    names = [
+        type(one).__name__ if isinstance(one, nn.Module) else one for one in (model, reference)
+    ]
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the reference {names[1]} has a vocabulary of {sizes[1]} tokens, {names[0]} one of "
+            f"{sizes[0]}: {hint}"
+        )
+    if tokens[0] is None or tokens[1] is None or tokens[0] == tokens[1]:
+        return
+    token = min(dict(tokens[0].items() ^ tokens[1].items()))
+    raise ValueError(
+        f"the tokenizers of the reference {names[1]} and of {names[0]} differ, at {token!r} for "
+        f"one: {hint}"
+    )
 
 
 def _vocabulary(folder: Path, trust_remote_code: bool) -> int | None:

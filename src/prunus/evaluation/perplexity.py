@@ -9,18 +9,21 @@ GPTQ, SparseGPT and Wanda all score this way, so we do too. Overlapping windows 
 token more context and a lower perplexity, which could not be compared with the papers' numbers. A
 perplexity means nothing without its protocol: text, context, number of windows, dtype.
 
+Protocol `llama.cpp` scores the second half of every window, as the perplexity tool of llama.cpp
+does: rows S // 2 to S − 2 of the logits. Each scored token has at least half a window of context.
+
 Legend: W windows, B windows at once, S tokens per window (seqlen), V vocabulary.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,25 @@ from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.evaluation.cache import ResultCache, checkpoint_digest, environment, file_states
+from prunus.evaluation.divergence import (
+    Divergence,
+    compare_windows,
+    exponential,
+    make_divergence,
+)
 from prunus.evaluation.loss import WindowProgress, window_loss
-from prunus.evaluation.model_input import check_language_model, find_folder
-from prunus.evaluation.streamed_perplexity import StreamedModel, should_stream
-from prunus.evaluation.text import ScoringText, check_text, load_scoring_text, scoring_windows
+from prunus.evaluation.model_input import check_language_model, check_same_vocabulary, find_folder
+from prunus.evaluation.streamed_perplexity import StreamedModel, choose_streamed
+from prunus.evaluation.text import (
+    PROTOCOLS,
+    Protocol,
+    ScoringText,
+    check_text,
+    first_scored_row,
+    load_scoring_text,
+    scoring_windows,
+)
+from prunus.evaluation.whole_model import WholeModel, logits_of_windows
 from prunus.hardware.sizes import parse_bytes
 from prunus.model.device import choose_device
 from prunus.model.dtypes import DTYPES, check_dtype
@@ -63,6 +81,7 @@ class PerplexityResult:
         seconds: time of scoring alone, without loading.
         streamed: whether the model went through memory block by block. The perplexity does not
             depend on it.
+        divergence: the comparison with a reference model, or None without one.
     """
 
     source: str
@@ -74,11 +93,22 @@ class PerplexityResult:
     protocol: str
     seconds: float
     streamed: bool = False
+    divergence: Divergence | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values for JSON, which has no infinity: None stands for it."""
-        finite = self.perplexity if math.isfinite(self.perplexity) else None
-        return dataclasses.asdict(self) | {"perplexity": finite}
+        fields = dataclasses.asdict(self)
+        compared = fields["divergence"]
+        return _without_infinity(fields) | {
+            "divergence": None if compared is None else _without_infinity(compared)
+        }
+
+
+def _without_infinity(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in fields.items()
+    }
 
 
 def score_windows(
@@ -113,7 +143,9 @@ def score_windows(
         )
     if batch < 1:
         raise ValueError(f"batch must be at least 1, not {batch}")
-    return _mean(_window_losses(logits_fn, ids, batch, progress))
+    windows = logits_of_windows(logits_fn, ids, batch, progress)
+    pairs = enumerate(zip(windows, ids, strict=True))
+    return _mean([window_loss(rows, ids_S, window) for window, (rows, ids_S) in pairs])
 
 
 def _mean(losses: list[float]) -> float:
@@ -124,40 +156,14 @@ def _mean(losses: list[float]) -> float:
     return total / len(losses)
 
 
-def _losses_of_all_ranks(losses: list[float], ranks: Ranks) -> list[float]:
-    found: list[float] = ranks.all_gather(torch.tensor(losses, dtype=torch.float64)).tolist()
-    return found
-
-
-def _window_losses(
-    logits_fn: Callable[[torch.Tensor], torch.Tensor],
-    ids: torch.Tensor,
-    batch: int,
-    progress: WindowProgress | None,
-) -> list[float]:
-    """The mean loss of every window; see `score_windows`."""
-    losses: list[float] = []
-    # With more ranks than batches, a rank may have no windows.
-    for ids_BS in ids.split(batch) if len(ids) else ():
-        logits_BSV = logits_fn(ids_BS)
-        targets_BS = ids_BS.to(logits_BSV.device)
-        for logits_SV, targets_S in zip(logits_BSV, targets_BS, strict=True):
-            losses.append(window_loss(partial(_rows, logits_SV), targets_S, len(losses)))
-        if progress is not None:
-            progress(len(losses), len(ids))
-    return losses
-
-
-def _rows(logits_SV: torch.Tensor, first: int, stop: int) -> torch.Tensor:
-    return logits_SV[first:stop]
-
-
 def perplexity(
     model_or_path: Any,
     text: str = "wikitext2",
     *,
+    reference: Any = None,
+    protocol: Protocol = "papers",
     tokenizer: Any = None,
-    seqlen: int = 2048,
+    seqlen: int | None = None,
     limit: int | None = None,
     batch: int = 1,
     dtype: str = "auto",
@@ -170,15 +176,23 @@ def perplexity(
     progress: WindowProgress | None = None,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> PerplexityResult:
-    """The perplexity of a causal language model on a text.
+    """The perplexity of a causal language model on a text, and how far it is from a reference.
+
+    With a reference, as a rule the dense model, the result has a `divergence`: KL divergence, share
+    of tokens with the same most likely prediction, and ratio of the perplexities, from the same
+    tokens as the perplexity.
 
     Args:
         model_or_path: a folder or hub id (safetensors only), or a loaded transformers model. A
             loaded model is scored in evaluation mode, on its device and in its dtype.
         text: name of a text, see `load_scoring_text`. A `.safetensors` file with input_ids (N, T)
             int needs no tokenizer; its rows are cut into windows one by one.
+        reference: a folder, hub id or loaded model to compare with, which has the same vocabulary.
+            None compares with nothing.
+        protocol: `papers` scores all tokens of a window but the first. `llama.cpp` scores those of
+            its second half, as the perplexity tool of llama.cpp does.
         tokenizer: None takes the one in the model's folder.
-        seqlen: tokens per window.
+        seqlen: tokens per window. None takes 2048, or 512 with protocol `llama.cpp`.
         limit: score only this many windows, from the start of the text. None scores all.
         batch: number of windows in one forward pass.
         dtype: dtype of the computation: auto (the checkpoint's own), float32, bfloat16 or float16.
@@ -188,8 +202,8 @@ def perplexity(
         trust_remote_code: run model code that comes with the checkpoint.
         memory: memory budget of the process, in bytes or such as "8GB". None takes what is free.
         stream: True reads the model block by block and takes all windows through each block. False
-            loads the whole model. None streams a checkpoint if the whole model does not fit in
-            `memory`. The perplexity is the same.
+            loads the whole model. None streams a checkpoint if the whole model, and the reference
+            beside it, does not fit in `memory`. The perplexity is the same.
         cache: folder with earlier results, to which a new result is added. None uses no cache.
             Results of loaded models are not cached.
         progress: called with the number of windows done, and the number of all windows. A streamed
@@ -201,169 +215,178 @@ def perplexity(
     Raises:
         ValueError: an argument is out of range, the text is shorter than one window (the message
             gives its length in tokens), a token id is outside the vocabulary, there is no
-            tokenizer, a window is longer than the model's context, the model cannot be loaded, or
-            the loss is not finite.
+            tokenizer, a window is longer than the model's context, the model cannot be loaded, the
+            reference has another vocabulary, or the loss is not finite.
         FileNotFoundError, ModuleNotFoundError, OSError: see `load_scoring_text`.
     """
-    _check_arguments(seqlen, limit, batch, dtype)
-    loaded = isinstance(model_or_path, nn.Module)
-    if loaded and (dtype != "auto" or device != "auto"):
+    seqlen = PROTOCOLS.get(protocol, 0) if seqlen is None else seqlen
+    start = first_scored_row(protocol, seqlen)
+    _check_arguments(limit, batch, dtype)
+    if isinstance(model_or_path, nn.Module) and (dtype != "auto" or device != "auto"):
         raise ValueError(
             "a loaded model is scored as it is: leave dtype and device at 'auto', or convert it "
             "before"
         )
     check_text(text, data_dir)
-    place = None if loaded else choose_device(device)
-    folder = None if loaded else find_folder(model_or_path)
-    if folder is not None:
-        check_language_model(folder, trust_remote_code)
+    place = (
+        model_or_path.get_input_embeddings().weight.device  # type: ignore[operator]
+        if isinstance(model_or_path, nn.Module)
+        else choose_device(device)
+    )
+    models = [model_or_path] if reference is None else [model_or_path, reference]
+    folders = [None if isinstance(model, nn.Module) else find_folder(model) for model in models]
+    for stored in filter(None, folders):
+        check_language_model(stored, trust_remote_code)
+    if reference is not None:
+        check_same_vocabulary(model_or_path, reference, trust_remote_code)
 
     def get_tokenizer() -> Any:
         if tokenizer is not None:
             return tokenizer
-        if folder is None:
+        if folders[0] is None:
             raise ValueError(
                 "a loaded model comes without its tokenizer: pass tokenizer=, or score a file of "
                 "input_ids"
             )
-        return load_tokenizer(folder, trust_remote_code)
+        return load_tokenizer(folders[0], trust_remote_code)
 
     ranks.set_location(
-        f"the perplexity of {model_or_path if folder is not None else 'the model'} on {text}"
+        f"the perplexity of {'the model' if folders[0] is None else model_or_path} on {text}"
     )
     with ranks.fail_together():
-        ids, source, how = scoring_windows(text, get_tokenizer, seqlen, limit, data_dir)
+        ids, source, how = scoring_windows(text, get_tokenizer, seqlen, limit, data_dir, protocol)
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
-    streamed = (
-        folder is not None
-        and place is not None
-        and should_stream(folder, stream, budget, dtype, place, batch * seqlen, trust_remote_code)
+    stored_folders = [folder for folder in folders if folder is not None]
+    streamed = dict(
+        zip(
+            stored_folders,
+            choose_streamed(
+                stored_folders, stream, budget, dtype, place, batch * seqlen, trust_remote_code
+            ),
+            strict=True,
+        )
     )
     store, key = None, {}
-    if cache is not None and folder is not None and place is not None:
+    if cache is not None and None not in folders:
         store = ResultCache(cache)
         # A model that does not fit in memory would be read twice, once for its hash.
-        checkpoint = (
-            file_states(folder) if streamed else checkpoint_digest(folder, trust_remote_code)
-        )
-        key = _cache_key(checkpoint, ids, batch, dtype, place)
+        checkpoints = [
+            file_states(folder)
+            if streamed[folder]
+            else checkpoint_digest(folder, trust_remote_code)
+            for folder in stored_folders
+        ]
+        key = _cache_key(checkpoints, ids, start, batch, dtype, place)
     found = ranks.on_rank_0(lambda: None if store is None else store.get(key))
     if found is None:
-        if folder is None or place is None:
-            found = _score(model_or_path, ids, batch, progress, ranks)
-        elif streamed:
-            opened = StreamedModel.open(folder, dtype, place, budget, trust_remote_code)
-            found = _score_streamed(opened, ids, batch, progress, ranks)
-        else:
-            model = load_model(folder, DTYPES.get(dtype, "auto"), trust_remote_code).to(place)
-            found = _score(model, ids, batch, progress, ranks)
+        opened: list[WholeModel | StreamedModel] = []
+        for model, folder in zip(models, folders, strict=True):
+            if folder is None:
+                opened.append(WholeModel(model))
+            elif streamed[folder]:
+                opened.append(StreamedModel.open(folder, dtype, place, budget, trust_remote_code))
+            else:
+                whole = load_model(folder, DTYPES.get(dtype, "auto"), trust_remote_code)
+                opened.append(WholeModel(whole.to(place)))
+        found = _score(opened, ids, start, batch, progress, ranks)
         if store is not None and ranks.rank == 0:
             # A cache that cannot be written is no error: the next call computes the result again.
             store.put(key, found)
-    loss = found["loss"]
+    scored = "" if start == 0 else f", scored from token {start + 2} of each on"
     return PerplexityResult(
         source=source,
-        # exp(709.8) is the largest that a float64 holds.
-        perplexity=math.exp(loss) if loss < 700 else math.inf,
-        loss=loss,
+        perplexity=exponential(found["loss"]),
+        loss=found["loss"],
         windows=len(ids),
         tokens=ids.numel(),
         seqlen=seqlen,
         protocol=f"{how}; {len(ids)} windows of {seqlen} tokens without overlap "
-        f"({ids.numel()} tokens), mean loss over windows, {found['dtype']}",
+        f"({ids.numel()} tokens){scored}, mean loss over windows, {found['dtype']}",
         seconds=found["seconds"],
-        streamed=streamed,
+        streamed=folders[0] is not None and streamed[folders[0]],
+        divergence=None
+        if reference is None
+        else make_divergence(_name(reference), found["divergence"]),
     )
 
 
+def _name(model: Any) -> str:
+    if not isinstance(model, nn.Module):
+        return str(model)
+    return str(getattr(model, "name_or_path", "")) or type(model).__name__
+
+
 def _cache_key(
-    checkpoint: Any, ids: torch.Tensor, batch: int, dtype: str, place: torch.device
+    checkpoints: list[Any],
+    ids: torch.Tensor,
+    start: int,
+    batch: int,
+    dtype: str,
+    place: torch.device,
 ) -> dict[str, Any]:
     """Everything that determines the loss. The batch is in it, because it changes the last bits."""
-    return {
+    key = {
         "kind": "perplexity",
-        "checkpoint": checkpoint,
+        "checkpoint": checkpoints[0],
         "ids": [list(ids.shape), hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()],
         "batch": batch,
         "dtype": dtype,
         **environment(place),
     }
+    # Left out where they are not used, so that results of earlier versions are still found.
+    if start:
+        key["start"] = start
+    if len(checkpoints) > 1:
+        key["reference"] = checkpoints[1]
+    return key
 
 
 def _score(
-    model: Any,
+    models: list[WholeModel | StreamedModel],
     ids: torch.Tensor,
+    start: int,
     batch: int,
     progress: WindowProgress | None,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """Score a loaded model: loss in nats per token, seconds of scoring, dtype."""
-    _check_model(model, ids)
-    embedding = model.get_input_embeddings().weight
-    was_training = model.training
-    model.eval()
+    """Score a model: loss in nats per token, seconds of scoring, dtype, divergence.
+
+    Args:
+        models: the model, and a reference if there is one.
+        ids: token ids (W, S) of all ranks.
+        start: the first row of a window that is scored.
+        batch: number of windows in one forward pass.
+        progress: see `perplexity`.
+        ranks: processes that split the windows.
+    """
+    for model, name in zip(models, ("the model", "the reference"), strict=False):
+        model.check(ids, name)
+    model, *references = models
     started = time.perf_counter()
-    try:
-        with torch.inference_mode():
-            own = ranks.own_range(len(ids), batch)
-            losses = _window_losses(
-                lambda batch_ids: (
-                    model(input_ids=batch_ids.to(embedding.device), use_cache=False).logits
-                ),
-                ids[own.start : own.stop],
-                batch,
-                progress,
-            )
-    finally:
-        model.train(was_training)
+    if references:
+        losses, divergence = compare_windows(
+            model, references[0], ids, batch, start, progress, ranks
+        )
+        figures = {"divergence": divergence}
+    else:
+        own = ranks.own_range(len(ids), batch)
+        own_ids = ids[own.start : own.stop]
+        with contextlib.closing(model.windows(own_ids, batch, progress)) as windows:
+            pairs = enumerate(zip(windows, own_ids, strict=True))
+            own_losses = [window_loss(rows, ids_S, n, start) for n, (rows, ids_S) in pairs]
+        losses = ranks.all_gather(torch.tensor(own_losses, dtype=torch.float64)).tolist()
+        figures = {}
     return {
-        "loss": _mean(_losses_of_all_ranks(losses, ranks)),
+        "loss": _mean(losses),
         "seconds": time.perf_counter() - started,
-        "dtype": str(embedding.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **figures,
     }
 
 
-def _score_streamed(
-    model: StreamedModel,
-    ids: torch.Tensor,
-    batch: int,
-    progress: WindowProgress | None,
-    ranks: Ranks,
-) -> dict[str, Any]:
-    """Score a checkpoint block by block; returns the same as `_score`."""
-    _check_model(model.skeleton.model, ids)
-    started = time.perf_counter()
-    own = ranks.own_range(len(ids), batch)
-    losses = model.losses(ids[own.start : own.stop], batch, progress) if own else []
-    return {
-        "loss": _mean(_losses_of_all_ranks(losses, ranks)),
-        "seconds": time.perf_counter() - started,
-        "dtype": str(model.skeleton.dtype).removeprefix("torch."),
-    }
-
-
-def _check_arguments(seqlen: int, limit: int | None, batch: int, dtype: str) -> None:
-    if seqlen < 2:
-        raise ValueError(f"seqlen must be at least 2 tokens, not {seqlen}")
+def _check_arguments(limit: int | None, batch: int, dtype: str) -> None:
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 window, not {limit}")
     if batch < 1:
         raise ValueError(f"batch must be at least 1, not {batch}")
     check_dtype(dtype)
-
-
-def _check_model(model: Any, ids: torch.Tensor) -> None:
-    """Check that the token ids are in the vocabulary, and that the windows fit in the context."""
-    vocabulary = model.get_input_embeddings().num_embeddings
-    largest = int(ids.max())
-    if largest >= vocabulary:
-        raise ValueError(
-            f"token id {largest} is outside the model's vocabulary of {vocabulary}; "
-            "are these another tokenizer's ids?"
-        )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and ids.shape[1] > positions:
-        raise ValueError(
-            f"windows of {ids.shape[1]} tokens are longer than the model's {positions} positions; "
-            f"use --seqlen {positions} or less"
-        )

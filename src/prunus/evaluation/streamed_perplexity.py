@@ -1,4 +1,4 @@
-"""Perplexity of a model that does not fit in memory.
+"""The logits of a model that does not fit in memory, for its perplexity.
 
 All windows pass through one block before the next block is read.
 
@@ -15,15 +15,18 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunus.evaluation.loss import ROWS, WindowProgress, window_loss
+from prunus.evaluation.loss import ROWS, Rows, WindowProgress
+from prunus.evaluation.whole_model import check_windows
 from prunus.hardware.memory import memory_budget, resident_memory
-from prunus.model.adapter import is_adapter
+from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.config import load_config
@@ -32,7 +35,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import Stream
 
-__all__ = ["StreamedModel", "should_stream", "whole_model_bytes"]
+__all__ = ["StreamedModel", "choose_streamed", "whole_model_bytes"]
 
 
 def whole_model_bytes(
@@ -59,48 +62,66 @@ def _logits_bytes(config: Any, tokens: int, size: int) -> int:
     return vocabulary * (tokens * size + min(tokens, ROWS) * 8)
 
 
-def should_stream(
-    folder: Path,
+def choose_streamed(
+    folders: Sequence[Path],
     stream: bool | None,
     memory: int | None,
     dtype: str,
     place: torch.device,
     tokens: int,
     trust_remote_code: bool,
-) -> bool:
-    """Decide whether a checkpoint is scored block by block.
+) -> list[bool]:
+    """Decide for models that are in memory together which are read block by block.
 
     Args:
-        folder: the checkpoint.
-        stream: what the user chose; None streams if the whole model does not fit in memory.
+        folders: the checkpoints.
+        stream: what the user chose; None streams if the whole models do not fit in memory.
         memory: memory budget in bytes; None takes what is free.
         dtype: dtype of the computation, or "auto".
         place: device of the computation.
         tokens: tokens in one forward pass.
         trust_remote_code: run model code that comes with the checkpoint.
 
+    Returns:
+        One answer per folder. A packed model or an adapter is never streamed.
+
     Raises:
-        ValueError: `stream` is True, and the model is packed or an adapter.
+        ValueError: `stream` is True, and a model is packed or an adapter.
     """
     if stream is False:
-        return False
-    whole_only = _whole_only(folder)
-    if whole_only is not None:
-        if stream:
-            raise ValueError(
-                f"{folder} {whole_only} is scored with the whole model in memory; "
-                "leave --stream out"
-            )
-        return False
+        return [False] * len(folders)
+    reasons = [_whole_only(folder) for folder in folders]
     if stream:
-        return True
-    try:
-        checkpoint, config = Checkpoint(folder), load_config(folder, trust_remote_code)
-    except (ValueError, FileNotFoundError):
-        # transformers may know other formats. If something is wrong, loading the model will say so.
-        return False
-    need = whole_model_bytes(checkpoint, config, DTYPES.get(dtype), tokens)
-    return need + (resident_memory() if place.type == "cpu" else 0) > memory_budget(place, memory)
+        for folder, reason in zip(folders, reasons, strict=True):
+            if reason is not None:
+                raise ValueError(
+                    f"{folder} {reason} is scored with the whole model in memory; "
+                    "leave --stream out"
+                )
+        return [True] * len(folders)
+    needs: list[int] = []
+    can_stream = [reason is None for reason in reasons]
+    for position, folder in enumerate(folders):
+        try:
+            needs.append(_whole_bytes(folder, dtype, tokens, trust_remote_code))
+        except (ValueError, FileNotFoundError):
+            # transformers may know other formats. If something is wrong, loading the model will
+            # say so.
+            needs.append(0)
+            can_stream[position] = False
+    if not any(can_stream):
+        return can_stream
+    need = sum(needs) + (resident_memory() if place.type == "cpu" else 0)
+    return can_stream if need > memory_budget(place, memory) else [False] * len(folders)
+
+
+def _whole_bytes(folder: Path, dtype: str, tokens: int, trust_remote_code: bool) -> int:
+    """The memory in bytes that a whole model takes; an adapter counts with its base."""
+    if is_adapter(folder):
+        own = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        return own + _whole_bytes(base_folder(folder), dtype, tokens, trust_remote_code)
+    checkpoint, config = Checkpoint(folder), load_config(folder, trust_remote_code)
+    return whole_model_bytes(checkpoint, config, DTYPES.get(dtype), tokens)
 
 
 def _whole_only(folder: Path) -> str | None:
@@ -116,19 +137,20 @@ def _whole_only(folder: Path) -> str | None:
 class StreamedModel:
     """A checkpoint that is scored block by block.
 
-    `open` creates one. Only headers are read before `losses` is called.
+    `open` creates one. Only headers are read before the first window is taken. `WholeModel` has the
+    same methods for a model in memory.
 
     Attributes:
         source: the weights.
         skeleton: the model without weights, in the dtype of the computation.
         device: where blocks run.
-        budget: bytes that may be used in addition to what the process holds already.
+        memory: budget in bytes for the whole process; None takes what is free.
     """
 
     source: CheckpointSource
     skeleton: Skeleton
     device: torch.device
-    budget: int
+    memory: int | None
 
     @classmethod
     def open(
@@ -157,66 +179,93 @@ class StreamedModel:
         chosen = DTYPES.get(dtype) or (own if isinstance(own, torch.dtype) else source.stored_dtype)
         skeleton = Skeleton(source.config, chosen, trust_remote_code)
         source.bind(skeleton)
-        budget = memory_budget(device, memory)
-        return cls(
-            source, skeleton, device, budget - (resident_memory() if device.type == "cpu" else 0)
-        )
+        return cls(source, skeleton, device, memory)
 
-    def losses(
-        self, ids: torch.Tensor, batch: int, progress: WindowProgress | None = None
-    ) -> list[float]:
-        """The mean next-token cross entropy of every window, in nats per token.
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the computation."""
+        return self.skeleton.dtype
+
+    def check(self, ids: torch.Tensor, name: str) -> None:
+        """Check that the model can score token ids (W, S); see `check_windows`."""
+        check_windows(self.skeleton.model, ids, name)
+
+    def windows(
+        self,
+        ids: torch.Tensor,
+        batch: int,
+        progress: WindowProgress | None = None,
+        compared: bool = False,
+    ) -> Generator[Rows, None, None]:
+        """The logits of every window, in order, after all windows have passed all blocks.
+
+        The logits are computed from the hidden states when they are asked for. Until the last
+        window is taken, memory holds the head and the hidden states of all windows.
 
         Args:
             ids: token ids (W, S), int64.
             batch: B, the number of windows that pass a block at once.
             progress: called after every block. It counts shares of windows: half of the blocks for
                 all W windows count as W / 2.
+            compared: another model of this size gives its logits at the same time, so this one
+                leaves half of the memory to it.
 
         Raises:
             ValueError: the budget does not hold a block, or hidden states are not finite (the
                 message names the block).
             NotImplementedError: see `Stream`.
         """
+        if not len(ids):
+            return
         batches = ids.split(batch)
-        minimum, hidden = self._needs(batch, ids.shape)
-        if minimum > self.budget:
-            raise ValueError(
-                f"scoring block by block needs {(minimum + resident_memory()) / 1e9:.2f} GB with "
-                f"{batch} windows of {ids.shape[1]} tokens in flight; the memory budget is "
-                f"{(self.budget + resident_memory()) / 1e9:.2f} GB. Raise --memory, or lower "
-                "--batch or --seqlen"
-            )
-        spill_to = Path(tempfile.gettempdir()) if minimum + hidden > self.budget else None
+        spill_to = self._spill_to(batch, ids.shape, compared)
         stream = Stream(self.skeleton, self.source, self.device)
         steps = len(self.skeleton) + 1
-        found: list[float] = []
-        with torch.no_grad(), contextlib.closing(stream):
-            stream.embed(batches, spill_to, on_device=True)
-            for index in range(len(self.skeleton)):
-                stream.propagate(index, self.source.block(index))
-                self._check_finite(index, stream)
-                if progress is not None:
-                    progress(len(ids) * (index + 1) // steps, len(ids))
-            with self.skeleton.outside_blocks(
-                self.source.read_outside, self.device, with_head=True, with_embedding=False
-            ):
-                for position, ids_BS in enumerate(batches):
-                    hidden_BSH = stream.states.get(position)
-                    for window, ids_S in enumerate(ids_BS.to(self.device)):
-                        states = hidden_BSH[window : window + 1]
-
-                        def rows(
-                            first: int, stop: int, states: torch.Tensor = states, ids: Any = ids_S
-                        ) -> Any:
-                            return self.skeleton.logits(
-                                ids[None, first:stop], states[:, first:stop]
-                            )[0]
-
-                        found.append(window_loss(rows, ids_S, len(found)))
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(stream))
+            # The mode ends before a window is handed out, so it never holds for the caller.
+            with torch.no_grad():
+                stream.embed(batches, spill_to, on_device=True)
+                for index in range(len(self.skeleton)):
+                    stream.propagate(index, self.source.block(index))
+                    self._check_finite(index, stream)
+                    if progress is not None:
+                        progress(len(ids) * (index + 1) // steps, len(ids))
+                stack.enter_context(
+                    self.skeleton.outside_blocks(
+                        self.source.read_outside, self.device, with_head=True, with_embedding=False
+                    )
+                )
+            for position, ids_BS in enumerate(batches):
+                hidden_BSH = stream.states.get(position)
+                for window, ids_S in enumerate(ids_BS.to(self.device)):
+                    yield partial(self._rows, ids_S, hidden_BSH[window])
             if progress is not None:
                 progress(len(ids), len(ids))
-        return found
+
+    def _rows(
+        self, ids_S: torch.Tensor, hidden_SH: torch.Tensor, first: int, stop: int
+    ) -> torch.Tensor:
+        return self.skeleton.logits(ids_S[None, first:stop], hidden_SH[None, first:stop])[0]
+
+    def _spill_to(self, batch: int, shape: torch.Size, compared: bool) -> Path | None:
+        """The folder for a file of hidden states, or None if they fit in memory.
+
+        Raises:
+            ValueError: the budget does not hold the largest step.
+        """
+        held = resident_memory() if self.device.type == "cpu" else 0
+        budget = memory_budget(self.device, self.memory) - held
+        minimum, hidden = self._needs(batch, shape, compared)
+        if minimum > budget:
+            raise ValueError(
+                f"scoring block by block needs {(minimum + resident_memory()) / 1e9:.2f} GB with "
+                f"{batch} windows of {shape[1]} tokens in flight; the memory budget is "
+                f"{(budget + resident_memory()) / 1e9:.2f} GB. Raise --memory, or lower "
+                "--batch or --seqlen"
+            )
+        models = 2 if compared else 1
+        return Path(tempfile.gettempdir()) if models * (minimum + hidden) > budget else None
 
     def _check_finite(self, index: int, stream: Stream) -> None:
         """Check the first batch after every block.
@@ -229,11 +278,11 @@ class StreamedModel:
                 "Damaged weights, or a dtype too small for this model; try --dtype float32"
             )
 
-    def _needs(self, batch: int, shape: torch.Size) -> tuple[int, int]:
+    def _needs(self, batch: int, shape: torch.Size, compared: bool) -> tuple[int, int]:
         """Bytes for the largest step with one batch in flight, and for all hidden states.
 
         The largest step is one of three: a block with its activations, loading the weights outside
-        the blocks, or computing logits.
+        the blocks, or computing logits, which are two models' logits if the model is compared.
         """
         skeleton, size = self.skeleton, self.skeleton.dtype.itemsize
         windows, seqlen = shape
@@ -253,5 +302,5 @@ class StreamedModel:
             outer -= min(head.weight.numel(), embedding.numel()) * self.source.stored_dtype.itemsize
         # The file is mapped while it is copied. When logits are computed, only the copy is left.
         copy = outer * max(1, size // self.source.stored_dtype.itemsize)
-        logits = _logits_bytes(config, min(ROWS, seqlen), size)
+        logits = _logits_bytes(config, min(ROWS, seqlen), size) * (2 if compared else 1)
         return max(block + transient, outer + copy, copy + logits), windows * seqlen * hidden * size

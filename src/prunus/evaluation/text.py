@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,7 +21,21 @@ from prunus.calibration.corpora import NAMES, check_corpus, load_corpus
 from prunus.calibration.draw import encode
 from prunus.calibration.files import check_file, file_kind, read_documents, read_ids
 
-__all__ = ["ScoringText", "check_text", "load_scoring_text", "scoring_windows"]
+__all__ = [
+    "PROTOCOLS",
+    "Protocol",
+    "ScoringText",
+    "check_text",
+    "first_scored_row",
+    "load_scoring_text",
+    "scoring_windows",
+]
+
+#: Which tokens of a window are scored. `papers`: all but the first. `llama.cpp`: those of the
+#: second half, as its perplexity tool does, in windows that begin with the BOS token.
+Protocol = Literal["papers", "llama.cpp"]
+#: Protocol -> tokens per window if the user does not choose.
+PROTOCOLS: dict[Protocol, int] = {"papers": 2048, "llama.cpp": 512}
 
 #: SHA-256 of the joined test text of WikiText-2, 1,296,370 bytes.
 WIKITEXT2_TEST_SHA256 = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
@@ -110,8 +124,32 @@ def check_text(name: str, data_dir: Path | None) -> None:
     check_file(path)
 
 
+def first_scored_row(protocol: Protocol, seqlen: int) -> int:
+    """The first row of logits of a window that is scored. Row t predicts token t + 1.
+
+    llama.cpp skips the first half, and then scores the rows up to the last but one:
+
+    >>> first_scored_row("papers", 512), first_scored_row("llama.cpp", 512)
+    (0, 256)
+
+    Raises:
+        ValueError: an unknown protocol, or a window without a row to score.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {protocol!r}")
+    shortest = 2 if protocol == "papers" else 3
+    if seqlen < shortest:
+        raise ValueError(f"seqlen must be at least {shortest} tokens, not {seqlen}")
+    return 0 if protocol == "papers" else seqlen // 2
+
+
 def scoring_windows(
-    name: str, tokenizer: Callable[[], Any], seqlen: int, limit: int | None, data_dir: Path | None
+    name: str,
+    tokenizer: Callable[[], Any],
+    seqlen: int,
+    limit: int | None,
+    data_dir: Path | None,
+    protocol: Protocol = "papers",
 ) -> tuple[torch.Tensor, str, str]:
     """Cut a text into windows that do not overlap, from its start.
 
@@ -121,6 +159,8 @@ def scoring_windows(
         seqlen: S, tokens per window.
         limit: the largest number of windows, or None.
         data_dir: see `load_scoring_text`.
+        protocol: with `llama.cpp`, a BOS token replaces the first token of every window if the
+            tokenizer adds one to a text. The windows of a `.safetensors` file stay as they are.
 
     Returns:
         Windows (W, S) int64, the source of the text, and its protocol.
@@ -153,4 +193,12 @@ def scoring_windows(
             "use a smaller --seqlen"
         )
     count = min([count, *(bound for bound in (limit, text.max_windows) if bound is not None)])
-    return tokens[: count * seqlen].view(count, seqlen), text.source, text.protocol
+    windows = tokens[: count * seqlen].view(count, seqlen)
+    if protocol == "llama.cpp":
+        # `tokens` begins with whatever the tokenizer puts before a text.
+        bos = getattr(loaded_tokenizer, "bos_token_id", None)
+        if bos is not None and tokens[0] == bos:
+            windows = windows.clone()
+            windows[:, 0] = bos
+            return windows, text.source, f"{text.protocol}, BOS first in every window"
+    return windows, text.source, text.protocol

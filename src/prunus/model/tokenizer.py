@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from prunus.model.adapter import base_folder, is_adapter
 
-__all__ = ["load_tokenizer"]
+__all__ = ["load_tokenizer", "token_ids"]
 
 _FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
@@ -32,3 +32,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
             f"{folder}: no tokenizer could be loaded ({type(error).__name__}: {reason}); add its "
             "files, or give token ids instead: a .safetensors file with input_ids"
         ) from error
+
+
+def token_ids(folder: Path, trust_remote_code: bool = False) -> dict[str, int] | None:
+    """Token -> id of a checkpoint's tokenizer; None if the folder has no tokenizer."""
+    try:
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+    except ValueError:
+        return None
+    return dict(tokenizer.get_vocab())

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from prunus.model.source import CheckpointSource
-from prunus.model.tokenizer import load_tokenizer
+from prunus.model.tokenizer import token_ids
 
 __all__ = ["check_vocabulary"]
 
@@ -27,7 +24,7 @@ def check_vocabulary(student: CheckpointSource, teacher: CheckpointSource) -> No
             f"the teacher {folders[1]} has a vocabulary of {teacher_size} tokens, {folders[0]} one "
             f"of {student_size}: give a teacher with the same vocabulary"
         )
-    student_ids, teacher_ids = (_token_ids(folder) for folder in folders)
+    student_ids, teacher_ids = (token_ids(folder) for folder in folders)
     if student_ids is None or teacher_ids is None or student_ids == teacher_ids:
         return
     token = min(dict(student_ids.items() ^ teacher_ids.items()))
@@ -35,12 +32,3 @@ def check_vocabulary(student: CheckpointSource, teacher: CheckpointSource) -> No
         f"the tokenizers of the teacher {folders[1]} and of {folders[0]} differ, "
         f"at {token!r} for one: give a teacher with the same vocabulary"
     )
-
-
-def _token_ids(folder: Path) -> dict[str, int] | None:
-    """Token -> id; None if the folder has no tokenizer."""
-    try:
-        tokenizer: Any = load_tokenizer(folder)
-    except ValueError:
-        return None
-    return dict(tokenizer.get_vocab())

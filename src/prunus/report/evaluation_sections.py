@@ -54,8 +54,48 @@ def _perplexity(models: list[dict[str, Any]], names: dict[str, str]) -> list[Any
     columns = (Column("text"), *(Column(names[one["model"]], ",.3f") for one in models))
     return [
         Table("Perplexity", columns, rows, "Lower is better."),
+        *_divergence(models, names),
         Facts("Protocol", tuple(protocol.items())),
     ]
+
+
+def _divergence(models: list[dict[str, Any]], names: dict[str, str]) -> list[Table]:
+    """How far the models are from a reference; nothing if there was none."""
+    found = [
+        (first["source"], names[one["model"]], one["perplexity"][place].get("divergence"))
+        for place, first in enumerate(models[0]["perplexity"])
+        for one in models
+    ]
+    rows = tuple(
+        (
+            text,
+            model,
+            _with_error(figures, "kl", ".5f"),
+            figures["kl_q999"],
+            _with_error(figures, "same_top", ".2%"),
+            _with_error(figures, "perplexity_ratio", ".4f"),
+        )
+        for text, model, figures in found
+        if figures is not None
+    )
+    if not rows:
+        return []
+    columns = (
+        Column("text"),
+        Column("model"),
+        Column("KL divergence", ".5f"),
+        Column("its 99.9 % quantile", ".3f"),
+        Column("same most likely token", ".2%"),
+        Column("perplexity ratio", ".4f"),
+    )
+    reference = next(figures["reference"] for *_, figures in found if figures is not None)
+    note = "KL divergence from the reference in nats per token; ± one standard error over windows."
+    return [Table(f"Compared with {Path(reference).name or reference}", columns, rows, note)]
+
+
+def _with_error(figures: dict[str, Any], name: str, form: str) -> Measured | None:
+    value = figures[name]
+    return None if value is None else Measured(value, figures[f"{name}_stderr"], form)
 
 
 def _tasks(content: dict[str, Any], names: dict[str, str]) -> list[Any]:

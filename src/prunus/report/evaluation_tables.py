@@ -1,4 +1,4 @@
-"""Terminal tables of `prunus eval`: perplexity and tasks of several models side by side."""
+"""Terminal tables of `prunus eval`: perplexity, divergence and tasks of several models."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from prunus.report.evaluation_sections import is_share, short_names
 if TYPE_CHECKING:
     from prunus.evaluation import Difference, Metric, PerplexityResult, TaskResults
 
-__all__ = ["evaluation_tables", "perplexity_table", "tasks_table"]
+__all__ = ["divergence_table", "evaluation_tables", "perplexity_table", "tasks_table"]
 
 
 def evaluation_tables(
     perplexities: Mapping[str, Sequence[PerplexityResult]], results: Sequence[TaskResults]
 ) -> Group:
-    """One table of perplexities and one of tasks, each only if there are such figures.
+    """Tables of perplexities, of divergences and of tasks, each only if there are such figures.
 
     Args:
         perplexities: model -> its perplexities.
@@ -29,6 +29,8 @@ def evaluation_tables(
     from prunus.evaluation import compare
 
     tables = [perplexity_table(perplexities)] if any(perplexities.values()) else []
+    if any(score.divergence is not None for scores in perplexities.values() for score in scores):
+        tables.append(divergence_table(perplexities))
     return Group(*tables, *([tasks_table(results, compare(results))] if results else []))
 
 
@@ -67,6 +69,48 @@ def perplexity_table(results: Mapping[str, Sequence[PerplexityResult]]) -> Table
     )
     table.caption_justify = "left"
     return table
+
+
+def divergence_table(results: Mapping[str, Sequence[PerplexityResult]]) -> Table:
+    """One row per text and model: how far the model's predictions are from the reference's.
+
+    Args:
+        results: model -> its perplexities, each with a divergence.
+    """
+    scores = [score for ones in results.values() for score in ones]
+    compared = [score.divergence for score in scores if score.divergence is not None]
+    table = Table(title=f"compared with {compared[0].reference}", title_justify="left")
+    for name in ("text", "model"):
+        table.add_column(name, overflow="fold")
+    for name in ("KL, nats per token", "99.9 % quantile", "same top token, %", "perplexity ratio"):
+        table.add_column(name, justify="right")
+    names = short_names(list(results))
+    for place in range(len(next(iter(results.values())))):
+        for model, ones in results.items():
+            found = ones[place].divergence
+            if found is None:
+                continue
+            table.add_row(
+                ones[place].source,
+                names[model],
+                _measured(found.kl, found.kl_stderr, 5),
+                f"{found.kl_q999:.3f}",
+                _measured(
+                    100 * found.same_top,
+                    None if found.same_top_stderr is None else 100 * found.same_top_stderr,
+                    2,
+                ),
+                _measured(found.perplexity_ratio, found.perplexity_ratio_stderr, 4),
+            )
+        table.add_section()
+    table.caption = "± one standard error over windows; KL of the model from the reference"
+    table.caption_justify = "left"
+    return table
+
+
+def _measured(value: float, stderr: float | None, digits: int) -> str:
+    text = f"{value:.{digits}f}"
+    return text if stderr is None else f"{text} ± {stderr:.{digits}f}"
 
 
 def tasks_table(results: Sequence[TaskResults], differences: Sequence[Difference] = ()) -> Table:
