@@ -53,12 +53,15 @@ def whole_model_bytes(
     for info in checkpoint.tensors.values():
         changes = dtype is not None and info.dtype.is_floating_point
         weights += math.prod(info.shape) * (dtype if changes and dtype else info.dtype).itemsize
-    return weights + _logits_bytes(config, tokens, (dtype or torch.float32).itemsize)
+    return weights + _logits_bytes(_vocabulary(config), tokens, (dtype or torch.float32).itemsize)
 
 
-def _logits_bytes(config: Any, tokens: int, size: int) -> int:
+def _vocabulary(config: Any) -> int:
+    return int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
+
+
+def _logits_bytes(vocabulary: int, tokens: int, size: int) -> int:
     """Logits as the model returns them, and `ROWS` rows in float32 with log-probabilities."""
-    vocabulary = int(getattr(config.get_text_config(), "vocab_size", 0) or 0)
     return vocabulary * (tokens * size + min(tokens, ROWS) * 8)
 
 
@@ -117,11 +120,15 @@ def choose_streamed(
 
 def _whole_bytes(folder: Path, dtype: str, tokens: int, trust_remote_code: bool) -> int:
     """The memory in bytes that a whole model takes; an adapter counts with its base."""
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if is_adapter(folder):
-        own = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        return own + _whole_bytes(base_folder(folder), dtype, tokens, trust_remote_code)
-    checkpoint, config = Checkpoint(folder), load_config(folder, trust_remote_code)
-    return whole_model_bytes(checkpoint, config, DTYPES.get(dtype), tokens)
+        return stored + _whole_bytes(base_folder(folder), dtype, tokens, trust_remote_code)
+    if _whole_only(folder) is not None:
+        # Packed weights keep their stored form in memory.
+        vocabulary = read_json(folder / "config.json").get("vocab_size")
+        return stored + _logits_bytes(int(vocabulary or 0), tokens, torch.float32.itemsize)
+    config = load_config(folder, trust_remote_code)
+    return whole_model_bytes(Checkpoint(folder), config, DTYPES.get(dtype), tokens)
 
 
 def _whole_only(folder: Path) -> str | None:
@@ -302,5 +309,7 @@ class StreamedModel:
             outer -= min(head.weight.numel(), embedding.numel()) * self.source.stored_dtype.itemsize
         # The file is mapped while it is copied. When logits are computed, only the copy is left.
         copy = outer * max(1, size // self.source.stored_dtype.itemsize)
-        logits = _logits_bytes(config, min(ROWS, seqlen), size) * (2 if compared else 1)
+        logits = _logits_bytes(_vocabulary(config), min(ROWS, seqlen), size) * (
+            2 if compared else 1
+        )
         return max(block + transient, outer + copy, copy + logits), windows * seqlen * hidden * size

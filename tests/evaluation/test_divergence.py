@@ -1,0 +1,440 @@
+"""How far a model's predictions are from a reference's, against slow and obvious figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import prunus
+from command_line import call
+from packed_reference import pruned_checkpoint
+from prunus.evaluation import divergence as divergence_module
+from prunus.evaluation import streamed_perplexity as streamed
+from prunus.evaluation.divergence import token_divergences
+from prunus.evaluation.text import first_scored_row
+from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.config import load_config
+from prunus.model.loading import load_model
+from prunus.packed import pack
+from prunus.report.sources import read_document
+from tiny import tiny_checkpoint, token_ids
+from tiny_tokenizer import BOS, VOCABULARY, byte_tokenizer
+
+#: Weights large enough for predictions that are far from uniform.
+LARGE = {"initializer_range": 0.3}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A dense model, the same pruned, and token ids of five windows; no test writes to them."""
+    root = tmp_path_factory.mktemp("models")
+    tiny_checkpoint(root / "dense", "llama", torch.bfloat16, **LARGE)
+    pruned_checkpoint(root / "pruned", **LARGE)
+    pack(root / "pruned", root / "packed")
+    save_file({"input_ids": token_ids(5, 24)}, root / "ids.safetensors")
+    return root
+
+
+def score(folders, model="pruned", reference="dense", **options):
+    options = {"seqlen": 24, "dtype": "float32", "device": "cpu", **options}
+    return prunus.perplexity(
+        folders / model, str(folders / "ids.safetensors"), reference=folders / reference, **options
+    )
+
+
+def slow_figures(reference, model, ids, start=0):
+    """All figures from the float64 probabilities of every token, one token after another."""
+    kl, same, losses = [], [], []
+    for window in ids:
+        kl.append([])
+        same.append([])
+        losses.append([])
+        with torch.no_grad():
+            p, q = (
+                torch.softmax(one(input_ids=window[None]).logits[0].double(), -1)
+                for one in (reference, model)
+            )
+        for row in range(start, len(window) - 1):
+            terms = [
+                a * math.log(a / b) for a, b in zip(p[row].tolist(), q[row].tolist(), strict=True)
+            ]
+            kl[-1].append(math.fsum(terms))
+            same[-1].append(float(p[row].argmax() == q[row].argmax()))
+            losses[-1].append([-math.log(x[row, window[row + 1]]) for x in (p, q)])
+
+    def error(means):
+        return float(np.std(means, ddof=1) / math.sqrt(len(means)))
+
+    before, after = np.mean(losses, axis=1).T
+    ratio = math.exp(after.mean()) / math.exp(before.mean())
+    return {
+        "kl": float(np.mean(kl)),
+        "kl_stderr": error(np.mean(kl, axis=1)),
+        "kl_q999": float(np.quantile(kl, 0.999)),
+        "same_top": float(np.mean(same)),
+        "same_top_stderr": error(np.mean(same, axis=1)),
+        "reference_perplexity": math.exp(before.mean()),
+        "perplexity_ratio": ratio,
+        "perplexity_ratio_stderr": ratio * error(after - before),
+    }
+
+
+def figures(result):
+    found = dataclasses.asdict(result.divergence)
+    del found["reference"]
+    return found
+
+
+# --- the figures ---
+
+
+def test_every_figure_equals_the_slow_one(folders):
+    models = [load_model(folders / name, torch.float32) for name in ("dense", "pruned")]
+    expected = slow_figures(*models, token_ids(5, 24))
+    found = score(folders)
+    assert figures(found) == pytest.approx(expected, rel=1e-4)
+    assert expected["kl"] > 0.05
+    assert 0 < expected["same_top"] < 1
+    assert found.perplexity == pytest.approx(
+        expected["reference_perplexity"] * expected["perplexity_ratio"], rel=1e-5
+    )
+    assert found.divergence.reference == str(folders / "dense")
+
+
+def test_the_perplexity_is_that_without_a_reference(folders):
+    for stream in (False, True):
+        alone = prunus.perplexity(
+            folders / "pruned", str(folders / "ids.safetensors"), seqlen=24, stream=stream
+        )
+        compared = score(folders, dtype="auto", device="auto", stream=stream)
+        assert dataclasses.replace(compared, divergence=None, seconds=0) == dataclasses.replace(
+            alone, seconds=0
+        )
+
+
+def test_a_model_does_not_differ_from_itself(folders):
+    found = figures(score(folders, "dense", "dense"))
+    assert (found["kl"], found["kl_stderr"], found["kl_q999"]) == (0, 0, 0)
+    assert (found["same_top"], found["same_top_stderr"]) == (1, 0)
+    assert (found["perplexity_ratio"], found["perplexity_ratio_stderr"]) == (1, 0)
+
+
+def test_a_single_window_has_no_standard_errors(folders):
+    found = figures(score(folders, limit=1))
+    assert {name for name, value in found.items() if value is None} == {
+        "kl_stderr",
+        "same_top_stderr",
+        "perplexity_ratio_stderr",
+    }
+
+
+def test_pieces_and_batches_change_nothing(folders, monkeypatch):
+    whole = figures(score(folders))
+    monkeypatch.setattr("prunus.evaluation.loss.ROWS", 7)
+    monkeypatch.setattr(divergence_module, "_PIECE", 3)
+    assert figures(score(folders, batch=3)) == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_token_that_the_reference_rules_out_adds_nothing():
+    out = -math.inf
+    p, q = torch.tensor([[0.0, 0.0, out], [0.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, out]] * 2)
+    kl, same = token_divergences(p, q)
+    assert kl.tolist() == [0, math.inf]
+    assert same.tolist() == [True, True]
+    kl, _ = token_divergences(p[:1], torch.zeros(1, 3))
+    assert kl.item() == pytest.approx(math.log(1.5))
+
+
+def test_quantiles_are_those_of_numpy():
+    values = torch.rand(1234, dtype=torch.float64)
+    for share in (0.0, 0.5, 0.999, 1.0):
+        expected = np.quantile(values.numpy(), share)
+        assert divergence_module._quantile(values, share) == pytest.approx(expected, rel=1e-12)
+
+
+def test_progress_counts_both_models(folders):
+    seen = []
+    score(folders, progress=lambda done, of: seen.append((done, of)))
+    assert seen[-1] == (5, 5)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+# --- kinds of models ---
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2"])
+def test_streaming_gives_the_figures_of_whole_models(family, tmp_path):
+    tiny_checkpoint(tmp_path / "dense", family)
+    pruned_checkpoint(tmp_path / "pruned", family, torch.float32)
+    save_file({"input_ids": token_ids(5, 24)}, tmp_path / "ids.safetensors")
+    whole, parts = (score(tmp_path, batch=2, stream=stream) for stream in (False, True))
+    assert (whole.streamed, parts.streamed) == (False, True)
+    assert figures(parts) == pytest.approx(figures(whole), rel=1e-6, abs=1e-7)
+
+
+def test_two_models_are_streamed_where_one_would_fit(folders, monkeypatch):
+    monkeypatch.setattr(streamed, "resident_memory", lambda: 0)
+    dense = folders / "dense"
+    need = streamed.whole_model_bytes(Checkpoint(dense), load_config(dense), torch.float32, 24)
+    chosen = [
+        streamed.choose_streamed(
+            [folders / name for name in names], None, memory, "float32", torch.device("cpu"), 24,
+            False,
+        )
+        for names, memory in (
+            (["pruned"], need),
+            (["pruned", "dense"], 2 * need),
+            (["pruned", "dense"], 2 * need - 1),
+            (["packed", "dense"], need),
+        )
+    ]  # fmt: skip
+    assert chosen == [[False], [False, False], [True, True], [False, True]]
+
+
+def test_states_of_compared_models_leave_half_of_the_memory(folders, monkeypatch):
+    spilled = []
+    embed = streamed.Stream.embed
+
+    def watched(self, batches, spill_to, **options):
+        spilled.append(spill_to is not None)
+        embed(self, batches, spill_to, **options)
+
+    monkeypatch.setattr(streamed.Stream, "embed", watched)
+    kept = figures(score(folders, stream=True))
+    monkeypatch.setattr(streamed, "memory_budget", lambda *_: 100)
+    monkeypatch.setattr(streamed, "resident_memory", lambda: 0)
+    monkeypatch.setattr(streamed.StreamedModel, "_needs", lambda *_: (40, 20))
+    assert figures(score(folders, stream=True)) == kept
+    assert spilled == [False, False, True, True]
+
+
+def test_a_packed_model_beside_a_streamed_reference(folders, monkeypatch):
+    expected = figures(score(folders, dtype="auto"))
+    # The kernels of packed models add in another order.
+    found = figures(score(folders, "packed", dtype="auto"))
+    assert found["kl"] == pytest.approx(expected["kl"], rel=0.05)
+    assert figures(score(folders, "packed", "pruned", dtype="auto"))["kl"] < 1e-2
+    choose = streamed.choose_streamed
+    monkeypatch.setattr(
+        sys.modules["prunus.evaluation.perplexity"],
+        "choose_streamed",
+        lambda *given: choose(*given) and [False, True],
+    )
+    assert figures(score(folders, "packed", dtype="auto")) == pytest.approx(found, rel=1e-6)
+
+
+def test_adapters_are_compared(folders, tmp_path):
+    peft = pytest.importorskip("peft", reason="adapters need the extra adapters")
+    shutil.copytree(folders / "dense", tmp_path / "dense")
+    shutil.copy(folders / "ids.safetensors", tmp_path)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = load_model(tmp_path / "dense")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    # A fresh LoRA changes nothing.
+    assert figures(score(tmp_path, "adapter"))["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_loaded_models_are_compared_and_left_as_they_were(folders):
+    expected = figures(score(folders))
+    dense, pruned = (load_model(folders / name, torch.float32) for name in ("dense", "pruned"))
+    dense.train()
+    ids = str(folders / "ids.safetensors")
+    found = prunus.perplexity(pruned, ids, seqlen=24, reference=dense)
+    assert figures(found) == expected
+    assert dense.training
+    assert not pruned.training
+    folder = prunus.perplexity(
+        folders / "pruned", ids, seqlen=24, dtype="float32", device="cpu", reference=dense
+    )
+    assert figures(folder) == expected
+
+
+# --- the protocol of llama.cpp ---
+
+
+def test_llama_cpp_scores_the_second_half_of_every_window(folders):
+    models = [load_model(folders / name, torch.float32) for name in ("dense", "pruned")]
+    expected = slow_figures(*models, token_ids(5, 24), start=12)
+    for stream in (False, True):
+        found = score(folders, protocol="llama.cpp", stream=stream)
+        assert figures(found) == pytest.approx(expected, rel=1e-4)
+        alone = prunus.perplexity(
+            folders / "dense",
+            str(folders / "ids.safetensors"),
+            protocol="llama.cpp",
+            seqlen=24,
+            dtype="float32",
+            stream=stream,
+        )
+        assert alone.perplexity == pytest.approx(expected["reference_perplexity"], rel=1e-5)
+        assert "scored from token 14 of each on" in alone.protocol
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_llama_cpp_puts_bos_first_where_the_tokenizer_does(bos, tmp_path):
+    dense = tiny_checkpoint(
+        tmp_path / "dense", vocab_size=VOCABULARY, max_position_embeddings=512, **LARGE
+    )
+    text = "The quick brown fox jumps over the lazy dog; " * 40
+    (tmp_path / "text.txt").write_text(text)
+    tokenizer = byte_tokenizer(bos=bos)
+    found = prunus.perplexity(
+        dense, str(tmp_path / "text.txt"), protocol="llama.cpp", tokenizer=tokenizer
+    )
+    assert (found.seqlen, found.windows) == (512, 3)
+    assert ("BOS first in every window" in found.protocol) == bos
+    ids = torch.tensor(tokenizer(text)["input_ids"])[:1536].view(3, 512)
+    if bos:
+        ids[:, 0] = BOS
+    model = load_model(dense)
+    expected = slow_figures(model, model, ids, start=256)["reference_perplexity"]
+    assert found.perplexity == pytest.approx(expected, rel=1e-5)
+
+
+def test_protocols_and_windows_that_do_not_fit():
+    assert first_scored_row("llama.cpp", 3) == 1
+    with pytest.raises(ValueError, match="seqlen must be at least 3"):
+        first_scored_row("llama.cpp", 2)
+    with pytest.raises(ValueError, match=r"protocol must be one of papers, llama\.cpp, not 'gptq'"):
+        prunus.perplexity("nowhere", "wikitext2", protocol="gptq")
+
+
+# --- the cache ---
+
+
+def test_a_comparison_is_computed_once(folders, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    first = score(folders, cache=cache)
+    copy = shutil.copytree(folders / "dense", tmp_path / "copy")
+
+    def load(*_):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(sys.modules["prunus.evaluation.perplexity"], "load_model", load)
+    assert score(folders, cache=cache) == first
+    assert figures(score(folders, reference=copy, cache=cache)) == figures(first)
+    for other in ({"reference": "pruned"}, {"protocol": "llama.cpp"}, {"limit": 2}):
+        with pytest.raises(AssertionError, match="loaded"):
+            score(folders, cache=cache, **other)
+
+
+def test_a_streamed_comparison_is_found_until_the_reference_changes(folders, tmp_path):
+    dense = shutil.copytree(folders / "dense", tmp_path / "dense")
+    options = {"reference": dense, "stream": True, "cache": tmp_path / "cache"}
+    first = score(folders, **options)
+    assert score(folders, **options) == first
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    assert score(folders, **options).divergence.kl != first.divergence.kl
+
+
+# --- bad input ---
+
+
+def test_models_with_other_vocabularies(folders, tmp_path):
+    larger = tiny_checkpoint(tmp_path / "larger", vocab_size=160)
+    words = r"the reference .*larger has a vocabulary of 160 tokens, .*pruned one of 128: give a"
+    with pytest.raises(ValueError, match=words):
+        score(folders, reference=larger)
+    loaded, ids = load_model(larger), str(folders / "ids.safetensors")
+    with pytest.raises(ValueError, match="a vocabulary of 160 tokens"):
+        prunus.perplexity(folders / "pruned", ids, seqlen=24, reference=loaded)
+
+
+def test_models_with_other_tokenizers(tmp_path):
+    for name in ("dense", "pruned"):
+        tiny_checkpoint(tmp_path / name, vocab_size=VOCABULARY)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    save_file({"input_ids": token_ids(5, 24)}, tmp_path / "ids.safetensors")
+    assert score(tmp_path).divergence.kl == 0
+    path = tmp_path / "dense" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    words = content["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"the tokenizers of the reference .* differ, at 'a'"):
+        score(tmp_path)
+
+
+def test_a_reference_that_is_not_there(folders, tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
+        score(folders, reference=tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        score(folders, reference=tmp_path)
+
+
+def test_a_reference_with_a_short_context_is_named(folders, tmp_path):
+    short = tiny_checkpoint(tmp_path / "short", max_position_embeddings=16)
+    with pytest.raises(ValueError, match="longer than the reference's 16 positions"):
+        score(folders, reference=short)
+
+
+def test_outputs_that_are_not_finite(folders, tmp_path):
+    dense = shutil.copytree(folders / "dense", tmp_path / "dense")
+    tensors = load_file(dense / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="the loss of window 0 is nan"):
+        score(folders, reference=dense)
+
+
+# --- the command line and the report ---
+
+
+def test_eval_shows_and_writes_the_figures(folders, tmp_path):
+    json_file, ids = tmp_path / "eval.json", folders / "ids.safetensors"
+    second = tmp_path / "second.safetensors"
+    save_file({"input_ids": token_ids(3, 24)}, second)
+    models = [folders / "pruned", folders / "packed"]
+    options = ["--seqlen", 24, "--device", "cpu", "--dtype", "float32", "--json", json_file]
+    texts = ["--perplexity", f"{ids},{second}", "--reference", folders / "dense"]
+    shown = call("eval", *models, *texts, *options).stdout
+    written = json.loads(json_file.read_text())["models"]
+    expected = score(folders).as_dict() | {"seconds": 0}
+    assert written[0]["perplexity"][0] | {"seconds": 0} == json.loads(json.dumps(expected))
+    assert f"compared with {folders / 'dense'}" in "".join(shown.splitlines())
+    for model in written:
+        assert len(model["perplexity"]) == 2
+        for one in model["perplexity"]:
+            assert f"{one['divergence']['kl']:.5f} ± {one['divergence']['kl_stderr']:.5f}" in shown
+    [section] = read_document([json_file]).sections
+    [table] = [part for part in section.parts if part.title == "Compared with dense"]
+    names = [(text, model) for text in (ids, second) for model in ("pruned", "packed")]
+    assert [(row[0], row[1]) for row in table.rows] == [(str(t), model) for t, model in names]
+    assert table.rows[0][2].value == expected["divergence"]["kl"]
+
+
+def test_eval_without_a_reference_shows_no_comparison(folders, tmp_path):
+    json_file = tmp_path / "eval.json"
+    options = ["--perplexity", folders / "ids.safetensors", "--seqlen", 24, "--json", json_file]
+    assert "compared with" not in call("eval", folders / "pruned", *options).stdout
+    assert json.loads(json_file.read_text())["models"][0]["perplexity"][0]["divergence"] is None
+    [section] = read_document([json_file]).sections
+    assert [part.title for part in section.parts] == ["Perplexity", "Protocol"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reference", "{dense}", "--tasks", "rte"], "--tasks alone scores none: add"),
+        (["--reference", "{dense}", "--images", "{dense}"], "drop --perplexity"),
+        (["--reference", "{dense}/none"], "neither a folder nor a hub id"),
+        (["--reference", "{larger}"], "a vocabulary of 160 tokens"),
+    ],
+)
+def test_eval_refuses_before_any_work(arguments, message, folders, tmp_path):
+    larger = tiny_checkpoint(tmp_path / "larger", vocab_size=160)
+    given = [part.format(dense=folders / "dense", larger=larger) for part in arguments]
+    text = [] if "--tasks" in given or "--images" in given else ["--perplexity", "python-docs"]
+    result = call("eval", folders / "pruned", *text, *given, status=2)
+    [line] = result.stderr.splitlines()[-1:]
+    assert message in line
