@@ -173,6 +173,13 @@ def test_perplexity_is_the_same_to_the_last_digit(found):
     assert losses["7"] == [losses["alone"]] * 7
 
 
+def test_divergence_is_the_same_to_the_last_digit(found):
+    alone, *others = found["evaluated"]["compared"]
+    assert alone["kl"] > 0
+    assert len(others) == 2 + 7
+    assert all(other == alone for other in others)
+
+
 def test_cells_of_a_sweep_are_split_over_ranks(found):
     sweep = found["evaluated"]["sweep"]
     assert sweep["states"] == ["done"] * 6

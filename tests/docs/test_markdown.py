@@ -19,6 +19,7 @@ HISTORY = {"CHANGELOG.md"} | {path.name for path in (REPOSITORY / "docs" / "note
 CURRENT = [page for page in PAGES if page.name not in HISTORY]
 #: Options of other programs that the pages name.
 FOREIGN = {
+    "--kl-divergence",
     "--llama-bench",
     "--gguf",
     "--master-addr",

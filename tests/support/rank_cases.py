@@ -22,7 +22,7 @@ import torch
 torch.set_num_threads(1)
 
 import prunus  # noqa: E402, I001
-from prunus.distributed import RankError, process_group  # noqa: E402
+from prunus.distributed import SINGLE_PROCESS, RankError, process_group  # noqa: E402
 from prunus.methods.statistics import InputStatistics, StatisticsSpec  # noqa: E402
 from prunus.pruning.block import dense_stream  # noqa: E402
 from prunus.pruning.reconstruction import kl_loss  # noqa: E402
@@ -374,16 +374,28 @@ def evaluated(scratch: Path) -> dict[str, Any]:
     save_file({"input_ids": token_ids(5, 32)}, text)
     save_file({"input_ids": token_ids(6, 16)}, ids)
     found: dict[str, Any] = {"alone": perplexity(dense, str(text), seqlen=32).loss}
+    reference = tiny_checkpoint(scratch / "reference", "llama", initializer_range=0.3)
+
+    def compared(ranks: Any = SINGLE_PROCESS) -> dict[str, Any]:
+        result = perplexity(dense, str(text), seqlen=32, reference=reference, ranks=ranks)
+        return result.as_dict()["divergence"]
+
+    found["compared"] = [compared()]
 
     def score(rank: int) -> None:
         with process_group(60) as ranks:
             loss = perplexity(dense, str(text), seqlen=32, ranks=ranks).loss
+            divergence = compared(ranks)
         (scratch / f"loss {rank}").write_text(json.dumps(loss))
+        (scratch / f"compared {rank}").write_text(json.dumps(divergence))
 
     for size in (2, 7):
         assert not any(in_ranks(size, score)), size
         found[str(size)] = [
             json.loads((scratch / f"loss {rank}").read_text()) for rank in range(size)
+        ]
+        found["compared"] += [
+            json.loads((scratch / f"compared {rank}").read_text()) for rank in range(size)
         ]
     file = scratch / "sweep.toml"
     file.write_text(
