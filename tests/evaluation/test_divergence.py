@@ -100,7 +100,7 @@ def test_every_figure_equals_the_slow_one(folders):
     models = [load_model(folders / name, torch.float32) for name in ("dense", "pruned")]
     expected = slow_figures(*models, token_ids(5, 24))
     found = score(folders)
-    assert figures(found) == pytest.approx(expected, rel=1e-4)
+    assert figures(found) == pytest.approx(expected, rel=1e-5)
     assert expected["kl"] > 0.05
     assert 0 < expected["same_top"] < 1
     assert found.perplexity == pytest.approx(
@@ -151,6 +151,16 @@ def test_a_token_that_the_reference_rules_out_adds_nothing():
     assert same.tolist() == [True, True]
     kl, _ = token_divergences(p[:1], torch.zeros(1, 3))
     assert kl.item() == pytest.approx(math.log(1.5))
+
+
+def test_almost_equal_models_are_told_apart():
+    """A sum of so many probabilities in float32 would be wrong by more than the divergence."""
+    x = (4 * torch.randn(8, 30_000)).bfloat16()
+    y = (x.float() + 1e-3 * torch.randn(x.shape)).bfloat16()
+    log_p, log_q = (logits.double().log_softmax(-1) for logits in (x, y))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert 0 < expected.mean() < 1e-6
+    assert token_divergences(x, y)[0].tolist() == pytest.approx(expected.tolist(), rel=1e-2)
 
 
 def test_quantiles_are_those_of_numpy():

@@ -34,7 +34,7 @@ from prunus.evaluation.whole_model import WholeModel
 
 __all__ = ["Divergence", "compare_windows", "exponential", "make_divergence", "token_divergences"]
 
-#: Rows of logits that are compared at the same time. A row takes five temporary rows in float32.
+#: Rows of logits that are compared at the same time. A row takes some six rows in float32.
 _PIECE = 32
 
 
@@ -72,9 +72,13 @@ def token_divergences(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compare two models' logits row by row.
 
-    Logarithms are taken in float32, and the sum over the vocabulary in float64. Between almost
-    equal models rounding leaves about 1e-6 nats, so a value may be a little below 0. It is kept,
-    because setting it to 0 would bias the mean.
+    With logits x and y whose largest is 0, and Z the sums of their exponentials,
+
+        KL = Σ_v exp(x_v) (x_v − y_v) / Z_x + log Z_y − log Z_x.
+
+    Exponentials are taken in float32, and all sums over the vocabulary in float64. A sum of 50,000
+    probabilities in float32, as in `torch.log_softmax`, would be wrong by about 1e-5. Rounding may
+    still put a value a little below 0. It is kept, because setting it to 0 would bias the mean.
 
     >>> even, odds = torch.zeros(1, 2), torch.tensor([[0.75, 0.25]]).log()
     >>> kl, same = token_divergences(odds, even)
@@ -89,11 +93,18 @@ def token_divergences(
         KL(reference ‖ model) per row (T,) in nats, float64, and whether the most likely token is
         the same (T,), bool.
     """
-    log_p, log_q = (torch.log_softmax(x.float(), dim=-1) for x in (reference_TV, model_TV))
-    p = log_p.exp()
+    x_TV, y_TV = (
+        logits.float() - logits.float().amax(dim=-1, keepdim=True)
+        for logits in (reference_TV, model_TV)
+    )
+    p_TV = x_TV.exp()  # not yet divided by its sum
+    sum_p_T = p_TV.sum(dim=-1, dtype=torch.float64)
+    sum_q_T = y_TV.exp().sum(dim=-1, dtype=torch.float64)
     # A token that the reference rules out adds 0 log 0 = 0, where the product may be NaN.
-    terms = (p * (log_p - log_q)).masked_fill(p == 0, 0)
-    return terms.sum(dim=-1, dtype=torch.float64), log_p.argmax(dim=-1) == log_q.argmax(dim=-1)
+    terms_TV = (p_TV * (x_TV - y_TV)).masked_fill(p_TV == 0, 0)
+    mean_T = terms_TV.sum(dim=-1, dtype=torch.float64) / sum_p_T
+    kl_T = mean_T + sum_q_T.log() - sum_p_T.log()
+    return kl_T, x_TV.argmax(dim=-1) == y_TV.argmax(dim=-1)
 
 
 def compare_windows(
