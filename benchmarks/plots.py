@@ -41,7 +41,7 @@ SERIES = {
 }
 #: Points by which labels at the end of a curve move apart.
 LABEL_SHIFT = {"balanced": 5, "best": -5}
-CURVE = ("40 %", "50 %", "60 %", "70 %")
+CURVE = ("50 %", "60 %", "70 %")
 PATTERNS = ("50 %", "60 %", "70 %", "4:8", "2:4")
 
 
