@@ -145,7 +145,9 @@ def score_model(
             trust_remote_code=options.trust_remote_code,
             memory=options.memory,
         )
-        record.scores[text] = Score.model_validate(result.as_dict())
+        fields = result.as_dict()
+        del fields["divergence"]  # a sweep scores its models without a reference
+        record.scores[text] = Score.model_validate(fields)
         finished(f"perplexity on {text}", record.scores[text].perplexity)
     if scoring.tasks and not record.tasks:
         results = evaluate(model, scoring.tasks, **task_options(scoring, options))
