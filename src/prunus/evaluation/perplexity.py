@@ -96,12 +96,14 @@ class PerplexityResult:
     divergence: Divergence | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values for JSON, which has no infinity: None stands for it."""
+        """The fields as plain values for JSON, which has no infinity: None stands for it.
+
+        Without a reference there is no `divergence`.
+        """
         fields = dataclasses.asdict(self)
-        compared = fields["divergence"]
-        return _without_infinity(fields) | {
-            "divergence": None if compared is None else _without_infinity(compared)
-        }
+        divergence = fields.pop("divergence")
+        compared = {} if divergence is None else {"divergence": _without_infinity(divergence)}
+        return _without_infinity(fields) | compared
 
 
 def _without_infinity(fields: dict[str, Any]) -> dict[str, Any]:

@@ -145,9 +145,7 @@ def score_model(
             trust_remote_code=options.trust_remote_code,
             memory=options.memory,
         )
-        fields = result.as_dict()
-        del fields["divergence"]  # a sweep scores its models without a reference
-        record.scores[text] = Score.model_validate(fields)
+        record.scores[text] = Score.model_validate(result.as_dict())
         finished(f"perplexity on {text}", record.scores[text].perplexity)
     if scoring.tasks and not record.tasks:
         results = evaluate(model, scoring.tasks, **task_options(scoring, options))
