@@ -1,6 +1,7 @@
 """One weight as a packed checkpoint stores it; `docs/reference/bitmap-format.md` is the reference.
 
-This file defines the parts. `bitmap.py` and `coding.py` make, check and expand them.
+This file defines the parts. `bitmap.py` and `coding.py` make, check and expand bitmaps; `planes.py`
+and `plane_codes.py` do so for quantised weights.
 
 Shape suffixes: O output features (rows), I input features (columns), K stored values, R rare
 values.
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Coding", "PackedWeight"]
+__all__ = ["Coding", "PackedWeight", "PlaneCode", "QuantizedWeight"]
 
 
 class Coding(NamedTuple):
@@ -64,3 +65,44 @@ class PackedWeight(NamedTuple):
         """Bytes of all parts together."""
         parts = [self.values, self.mask, self.scales, *(self.coding or ())]
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+
+class PlaneCode(NamedTuple):
+    """The code of one class of columns.
+
+    Attributes:
+        raw: low bits stored as they are, 0 to 3.
+        layers: bits that each layer gives to a value, 1 to 4 each; at most eight layers. Without
+            layers every value takes a byte, and `raw` is 0.
+    """
+
+    raw: int
+    layers: tuple[int, ...]
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight of small integers with a scale per row and a step per column.
+
+    Attributes:
+        shape: (O, I).
+        data: uint8 (bytes,): planes and escape bytes of all chunks.
+        classes: uint8 (I,): the class of each column.
+        steps: bfloat16 (I,).
+        scales: bfloat16 (O,).
+        codes: the code of each class.
+        rows_per_chunk: rows of each chunk; the last one may have fewer.
+    """
+
+    shape: tuple[int, int]
+    data: torch.Tensor
+    classes: torch.Tensor
+    steps: torch.Tensor
+    scales: torch.Tensor
+    codes: tuple[PlaneCode, ...]
+    rows_per_chunk: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        parts = (self.data, self.classes, self.steps, self.scales)
+        return sum(part.numel() * part.element_size() for part in parts)

@@ -1,0 +1,343 @@
+"""Codes for quantised weights: how many bits every integer takes, and which code takes the fewest.
+
+A code is a chain of layers of bit planes. Layer l gives b_l bits to each value that reaches it.
+These bits name one of the 2^b_l - 1 next integers in the order 0, +1, -1, +2, -2, ..., or they say
+that the value is none of them and continues in the next layer. Values that no layer names take
+a byte at the end. In front of the chain, `raw` low bits of every value may be stored as they are.
+`docs/reference/packed-format.md` is the reference.
+
+Columns whose integers need different numbers of bits go into different classes, each of which has
+a code of its own.
+
+Shape suffixes: I input features (columns), V the 255 values -127 to 127, Z zigzag numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from prunus.packed.weight import PlaneCode, QuantizedWeight
+
+__all__ = [
+    "CHUNK_WEIGHTS",
+    "GROUP",
+    "MAX_CLASSES",
+    "MAX_LAYERS",
+    "MAX_LAYER_BITS",
+    "MAX_LEVEL",
+    "MAX_RAW",
+    "check_code",
+    "check_parts",
+    "choose_codes",
+    "class_order",
+    "code_lengths",
+    "column_histograms",
+    "default_rows_per_chunk",
+    "from_zigzag",
+    "zigzag",
+]
+
+#: Columns of one group: a plane of a group is one 64-bit word.
+GROUP = 64
+#: Integers lie in [-MAX_LEVEL, MAX_LEVEL].
+MAX_LEVEL = 127
+MAX_CLASSES, MAX_LAYERS, MAX_LAYER_BITS, MAX_RAW = 4, 8, 4, 3
+#: Weights of one chunk, about: what a kernel decodes of it stays in the first-level cache.
+CHUNK_WEIGHTS = 32768
+# Far above any real model, and small enough that a product of two such numbers fits in 64 bits.
+_MAX_FEATURES = 2**31
+_ESCAPE_BITS = 8
+# What a class more must save at least: its entry in config.json, and the kernels' work for it.
+_CLASS_BITS = 1024
+_ZIGZAGS = 256
+# Boundaries between classes are looked for at so many places at most.
+_MAX_UNITS = 40
+
+
+def check_code(code: PlaneCode) -> None:
+    """Check the numbers of a code.
+
+    Raises:
+        ValueError: the message says which number is out of range.
+    """
+    raw, layers = code
+    if not 0 <= raw <= MAX_RAW or (raw and not layers):
+        raise ValueError(
+            f"a code has 0 to {MAX_RAW} raw bits, and none without layers; "
+            f"got {raw} and {len(layers)} layers"
+        )
+    if len(layers) > MAX_LAYERS or not all(1 <= bits <= MAX_LAYER_BITS for bits in layers):
+        raise ValueError(
+            f"a code has at most {MAX_LAYERS} layers of 1 to {MAX_LAYER_BITS} bits, got {layers}"
+        )
+
+
+def check_parts(weight: QuantizedWeight) -> None:
+    """Check everything but the data: shapes, dtypes, classes, codes and scales.
+
+    Raises:
+        ValueError: the message says what does not fit.
+    """
+    rows, columns = weight.shape
+    if not (0 < rows < _MAX_FEATURES and 0 < columns < _MAX_FEATURES):
+        raise ValueError(f"a quantised weight cannot have {rows} x {columns} entries")
+    if not 0 < weight.rows_per_chunk < _MAX_FEATURES:
+        raise ValueError(f"rows_per_chunk must be at least 1, got {weight.rows_per_chunk}")
+    if not 1 <= len(weight.codes) <= MAX_CLASSES:
+        raise ValueError(f"a quantised weight has 1 to {MAX_CLASSES} codes, got {weight.codes}")
+    for code in weight.codes:
+        check_code(code)
+    expected = {
+        "classes": (weight.classes, torch.uint8, columns),
+        "steps": (weight.steps, torch.bfloat16, columns),
+        "scales": (weight.scales, torch.bfloat16, rows),
+    }
+    for name, (part, dtype, length) in expected.items():
+        if part.dtype != dtype or tuple(part.shape) != (length,):
+            raise ValueError(
+                f"the {name} of a quantised weight of {rows} x {columns} must be {dtype} "
+                f"({length},), got {part.dtype} {tuple(part.shape)}"
+            )
+        if dtype == torch.bfloat16 and not bool(torch.isfinite(part).all()):
+            raise ValueError(f"one of the {name} of a quantised weight is not a finite number")
+    if int(weight.classes.max()) >= len(weight.codes):
+        raise ValueError(
+            f"a column is in class {int(weight.classes.max())}, "
+            f"but there are {len(weight.codes)} codes"
+        )
+
+
+def default_rows_per_chunk(in_features: int) -> int:
+    """Return the rows of one chunk: as many as make about 32,768 weights, at least one.
+
+    >>> default_rows_per_chunk(1536)
+    21
+    """
+    return max(1, CHUNK_WEIGHTS // in_features)
+
+
+def zigzag(tops: torch.Tensor) -> torch.Tensor:
+    """Return the places of integers in the order 0, +1, -1, +2, -2, ..., in the same dtype.
+
+    Args:
+        tops: int16, int32 or int64, of magnitude below 2^14.
+
+    >>> zigzag(torch.tensor([0, 1, -1, 2, -2])).tolist()
+    [0, 1, 2, 3, 4]
+    """
+    return (tops * -2) ^ (-tops >> 15)
+
+
+def from_zigzag(zigzags: torch.Tensor) -> torch.Tensor:
+    """Invert `zigzag`."""
+    return -((zigzags >> 1) ^ -(zigzags & 1))
+
+
+def _zigzags(raw: int) -> torch.Tensor:
+    """Return the zigzag number of the top of every value: int64 (V,)."""
+    values = torch.arange(-MAX_LEVEL, MAX_LEVEL + 1)
+    return zigzag((values + (1 << raw >> 1)) >> raw)
+
+
+def class_order(weight: QuantizedWeight) -> tuple[torch.Tensor, list[int]]:
+    """Return the columns in class order, where I stands for an imaginary one, and class widths."""
+    columns = weight.shape[1]
+    places, widths = [], []
+    for index in range(len(weight.codes)):
+        members = (weight.classes.cpu() == index).nonzero().flatten()
+        widths.append(-(-members.shape[0] // GROUP) * GROUP)
+        padding = widths[-1] - members.shape[0]
+        places.append(torch.nn.functional.pad(members, (0, padding), value=columns))
+    return torch.cat(places), widths
+
+
+def code_lengths(code: PlaneCode) -> torch.Tensor:
+    """Return the bits that a code takes for every value from -127 to 127: float32 (255,).
+
+    The padding of layers to whole words is not counted.
+
+    >>> code_lengths(PlaneCode(0, (2, 1)))[125:130].tolist()  # -2, -1, 0, 1, 2
+    [11.0, 2.0, 2.0, 2.0, 3.0]
+    """
+    check_code(code)
+    bits_Z = torch.full((_ZIGZAGS,), float(code.raw + sum(code.layers) + _ESCAPE_BITS))
+    first, bits = 0, code.raw
+    for layer in code.layers:
+        bits += layer
+        bits_Z[first : first + (1 << layer) - 1] = bits
+        first += (1 << layer) - 1
+    return bits_Z[_zigzags(code.raw)]
+
+
+def column_histograms(levels_OI: torch.Tensor) -> torch.Tensor:
+    """Count how often each column has each value from -127 to 127: int64 (I, 255).
+
+    Args:
+        levels_OI: int8, without -128.
+    """
+    columns = levels_OI.shape[1]
+    width = 2 * MAX_LEVEL + 1
+    counts = torch.zeros(columns * width, dtype=torch.int64)
+    firsts = torch.arange(columns, dtype=torch.int32) * width + MAX_LEVEL
+    for part in levels_OI.split(max(1, (1 << 20) // columns)):
+        counts += torch.bincount((part + firsts).flatten(), minlength=counts.shape[0])
+    return counts.view(columns, width)
+
+
+def choose_codes(
+    histograms_IV: torch.Tensor, max_classes: int = MAX_CLASSES, rows_per_chunk: int | None = None
+) -> tuple[torch.Tensor, tuple[PlaneCode, ...]]:
+    """Divide columns into classes and choose the codes that take the fewest bits together.
+
+    Columns are sorted by the bits they need. Classes are runs of whole groups in this order, and
+    dynamic programming finds the best boundaries and the best chain of every run. The padding of
+    layers to whole words is part of the cost, so a small weight gets fewer layers and classes.
+
+    Args:
+        histograms_IV: integers or floats (I, 255): how often column i has the value v - 127. All
+            rows have the same sum, the number of output features.
+        max_classes: 1 to 4.
+        rows_per_chunk: what `encode` will be given; None is its default.
+
+    Returns:
+        Classes, uint8 (I,), and the codes of the classes.
+
+    Raises:
+        ValueError: the histograms have another shape, or `max_classes` is out of range.
+
+    >>> histograms = torch.zeros(128, 255)
+    >>> histograms[:, 127] = 512
+    >>> choose_codes(histograms)[1]
+    (PlaneCode(raw=0, layers=(1,)),)
+    """
+    if histograms_IV.dim() != 2 or histograms_IV.shape[1] != 2 * MAX_LEVEL + 1:
+        raise ValueError(f"histograms must be (columns, 255), got {tuple(histograms_IV.shape)}")
+    if not 1 <= max_classes <= MAX_CLASSES:
+        raise ValueError(f"max_classes must be 1 to {MAX_CLASSES}, got {max_classes}")
+    columns, histograms_IV = histograms_IV.shape[0], histograms_IV.double()
+    rows = float(histograms_IV[0].sum())
+    chunks = max(1.0, rows / (rows_per_chunk or default_rows_per_chunk(columns)))
+    order = _rates(histograms_IV).argsort(stable=True)
+    groups = -(-columns // GROUP)
+    # Imaginary columns of zeros fill up the first group, where zeros take the fewest bits.
+    sums = torch.zeros(groups, histograms_IV.shape[1], dtype=torch.float64)
+    padding = groups * GROUP - columns
+    sums[0, MAX_LEVEL] = padding * rows
+    sums.index_add_(0, (torch.arange(columns) + padding) // GROUP, histograms_IV[order])
+    units = min(groups, _MAX_UNITS)
+    ends = torch.tensor([groups * (unit + 1) // units for unit in range(units)])
+    totals = torch.cat([torch.zeros_like(sums[:1]), sums.cumsum(0)[ends - 1]])
+    firsts, lasts = torch.triu_indices(units, units)
+    costs, codes = _best_codes(totals[lasts + 1] - totals[firsts], chunks)
+    number = torch.full((units, units), -1)
+    number[firsts, lasts] = torch.arange(firsts.shape[0])
+    by_run = torch.full((units, units), float("inf"), dtype=torch.float64)
+    by_run[firsts, lasts] = costs
+    runs = _best_runs(by_run.tolist(), max_classes)
+    classes = torch.empty(columns, dtype=torch.uint8)
+    for index, (first, last) in enumerate(runs):
+        begin = 0 if first == 0 else int(ends[first - 1]) * GROUP - padding
+        classes[order[begin : int(ends[last]) * GROUP - padding]] = index
+    return classes, tuple(codes(int(number[first, last])) for first, last in runs)
+
+
+def _rates(histograms_IV: torch.Tensor) -> torch.Tensor:
+    """Return about how many bits each column needs, for sorting: (I,)."""
+    magnitudes = torch.arange(-MAX_LEVEL, MAX_LEVEL + 1, dtype=torch.float64).abs()
+    return histograms_IV @ (1 + 2 * magnitudes).log2()
+
+
+def _best_codes(
+    histograms_RV: torch.Tensor, chunks: float
+) -> tuple[torch.Tensor, Callable[[int], PlaneCode]]:
+    """Find the best code of each histogram (R, 255) by dynamic programming over its chain.
+
+    Returns:
+        The costs in bits (R,), and a function from the number of a histogram to its code.
+    """
+    costs, choices = [], []
+    for raw in range(MAX_RAW + 1):
+        tops_RZ = histograms_RV.new_zeros(len(histograms_RV), _ZIGZAGS)
+        tops_RZ.index_add_(1, _zigzags(raw), histograms_RV)
+        reaching_RZ = tops_RZ.flip(1).cumsum(1).flip(1)
+        cost_R, chosen = _best_chains(reaching_RZ, chunks, must_have_layers=raw > 0)
+        costs.append(cost_R + raw * reaching_RZ[:, 0])
+        choices.append(chosen)
+    best_R, raw_R = torch.stack(costs).min(0)
+
+    def code(number: int) -> PlaneCode:
+        raw = int(raw_R[number])
+        layers, first = [], 0
+        for chosen in choices[raw]:
+            bits = int(chosen[number, first])
+            if bits == 0:
+                break
+            layers.append(bits)
+            first += (1 << bits) - 1
+        return PlaneCode(raw, tuple(layers))
+
+    return best_R, code
+
+
+def _best_chains(
+    reaching_RZ: torch.Tensor, chunks: float, must_have_layers: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the cost of the best chain (R,) and, per layer, the bits chosen (R, Z); 0 ends it.
+
+    Args:
+        reaching_RZ: how many values have a zigzag number of at least z.
+        chunks: number of chunks, each of which pads its layers.
+        must_have_layers: whether a chain without layers is not allowed.
+    """
+    zigzags = reaching_RZ.shape[1]
+    ended_RZ = _ESCAPE_BITS * _with_padding(reaching_RZ, chunks, 8)
+    padded_RZ = _with_padding(reaching_RZ, chunks, GROUP)
+    after_RZ, chosen = ended_RZ, []
+    for layer in reversed(range(MAX_LAYERS)):
+        # The first layer holds whole groups anyway.
+        values_RZ = padded_RZ if layer else reaching_RZ
+        ways = [ended_RZ if layer or not must_have_layers else ended_RZ + float("inf")]
+        for bits in range(1, MAX_LAYER_BITS + 1):
+            named = (1 << bits) - 1
+            rest = torch.nn.functional.pad(after_RZ[:, named:], (0, named))
+            ways.append(bits * values_RZ + rest)
+        after_RZ, best_RZ = torch.stack(ways).min(0)
+        chosen.append(best_RZ)
+    assert zigzags == _ZIGZAGS
+    return after_RZ[:, 0], chosen[::-1]
+
+
+def _with_padding(counts: torch.Tensor, chunks: float, multiple: int) -> torch.Tensor:
+    """Return how many places `counts` values take, about, if every chunk fills up a multiple."""
+    mean = counts / chunks
+    some = 1 - torch.exp(-mean)  # share of chunks that have any
+    return chunks * torch.maximum(multiple * some, mean + (multiple - 1) / 2 * some)
+
+
+def _best_runs(costs: list[list[float]], max_runs: int) -> list[tuple[int, int]]:
+    """Divide units into at most `max_runs` runs of the lowest total cost.
+
+    Args:
+        costs: [first][last] -> cost of a run with these units.
+
+    Returns:
+        (first, last) of every run, in order.
+    """
+    units = len(costs)
+    best = [(costs[0][last], [(0, last)]) for last in range(units)]
+    for _ in range(max_runs - 1):
+        best = [
+            min(
+                [
+                    best[last],
+                    *(
+                        (cost + costs[middle + 1][last] + _CLASS_BITS, [*runs, (middle + 1, last)])
+                        for middle, (cost, runs) in enumerate(best[:last])
+                    ),
+                ]
+            )
+            for last in range(units)
+        ]
+    return best[-1][1]

@@ -1,0 +1,355 @@
+"""Quantised weights in layered bit planes: encode, check and decode them.
+
+A quantised weight stores integers and scales: `W_ij = scale_i · step_j · q_ij`. The integers are
+written as bit planes of groups of 64 columns, in the codes that `plane_codes.py` describes.
+`docs/reference/packed-format.md` is the reference of the layout. This file works on tensors; it
+knows nothing of files, modules or models.
+
+Shape suffixes: O output features (rows), I input features (columns), N values, W 64-bit words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from prunus.packed.plane_codes import (
+    GROUP,
+    MAX_LAYERS,
+    MAX_LEVEL,
+    MAX_RAW,
+    check_parts,
+    choose_codes,
+    class_order,
+    code_lengths,
+    column_histograms,
+    default_rows_per_chunk,
+    from_zigzag,
+    zigzag,
+)
+from prunus.packed.weight import PlaneCode, QuantizedWeight
+
+__all__ = [
+    "PlaneCode",
+    "QuantizedWeight",
+    "check",
+    "choose_codes",
+    "code_lengths",
+    "column_histograms",
+    "decode_levels",
+    "encode",
+    "expand",
+    "expand_rows",
+]
+
+# The zigzag number of the top of every int8, by its bits as uint8, for each number of raw bits.
+_ZIGZAGS = [
+    zigzag(
+        (torch.arange(256, dtype=torch.uint8).view(torch.int8).to(torch.int16) + (1 << raw >> 1))
+        >> raw
+    )
+    .to(torch.uint8)
+    .numpy()
+    for raw in range(MAX_RAW + 1)
+]
+_POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
+# The eight bits of a byte as the eight bytes of a word.
+_SPREAD = torch.tensor(
+    [[byte >> bit & 1 for bit in range(8)] for byte in range(256)], dtype=torch.uint8
+).view(torch.int64)[:, 0]
+
+
+# The int8 of every zigzag number, by its bits as uint8.
+_TOPS = from_zigzag(torch.arange(256, dtype=torch.int16)).to(torch.uint8).numpy()
+
+
+def encode(
+    levels_OI: torch.Tensor,
+    steps_I: torch.Tensor,
+    scales_O: torch.Tensor,
+    classes_I: torch.Tensor,
+    codes: tuple[PlaneCode, ...],
+    rows_per_chunk: int | None = None,
+) -> QuantizedWeight:
+    """Write integers as bit planes.
+
+    Args:
+        levels_OI: int8 from -127 to 127, on the CPU, any strides.
+        steps_I: floats (I,), rounded to bfloat16.
+        scales_O: floats (O,), rounded to bfloat16.
+        classes_I: uint8 (I,): the class of each column; see `choose_codes`.
+        codes: the code of each class.
+        rows_per_chunk: None takes as many as make about 32,768 weights.
+
+    Raises:
+        ValueError: an argument has another shape or dtype, or a number is out of range.
+
+    >>> levels = torch.tensor([[0, 1, -1, 5], [0, 0, 2, -127]], dtype=torch.int8)
+    >>> classes, codes = choose_codes(column_histograms(levels))
+    >>> weight = encode(levels, torch.ones(4), torch.ones(2), classes, codes)
+    >>> torch.equal(decode_levels(weight), levels)
+    True
+    """
+    if levels_OI.dtype != torch.int8 or levels_OI.dim() != 2 or not levels_OI.numel():
+        raise ValueError(
+            f"levels must be an int8 matrix, got {levels_OI.dtype} {tuple(levels_OI.shape)}"
+        )
+    if int(levels_OI.min()) < -MAX_LEVEL:
+        raise ValueError(f"levels must lie in -{MAX_LEVEL} to {MAX_LEVEL}, got -128")
+    rows, columns = levels_OI.shape
+    rows_per_chunk = rows_per_chunk or default_rows_per_chunk(columns)
+    weight = QuantizedWeight(
+        (rows, columns),
+        torch.empty(0, dtype=torch.uint8),
+        classes_I,
+        steps_I.bfloat16(),
+        scales_O.bfloat16(),
+        tuple(PlaneCode(raw, tuple(layers)) for raw, layers in codes),
+        rows_per_chunk,
+    )
+    check_parts(weight)
+    places, widths = class_order(weight)
+    # Column I is the imaginary column of zeros.
+    padded = torch.zeros(min(rows, rows_per_chunk), columns + 1, dtype=torch.int8)
+    parts: list[np.ndarray] = []
+    for chunk in levels_OI.split(rows_per_chunk):
+        padded[: chunk.shape[0], :columns] = chunk
+        ordered = padded[: chunk.shape[0]].index_select(1, places)
+        for levels, code in zip(ordered.split(widths, dim=1), weight.codes, strict=True):
+            _encode_values(levels.flatten().numpy().view(np.uint8), code, parts)
+    return weight._replace(data=torch.from_numpy(np.concatenate(parts)))
+
+
+def _encode_values(levels_N: np.ndarray, code: PlaneCode, parts: list[np.ndarray]) -> None:
+    """Append the layers and the escape bytes of one class of one chunk to `parts`."""
+    raw, layers = code
+    if not layers:
+        parts.append(levels_N)
+        return
+    values, first = _ZIGZAGS[raw][levels_N], 0
+    for index, bits in enumerate(layers):
+        named = np.uint8((1 << bits) - 1)
+        escaped = values >= named
+        planes = _planes(np.minimum(values, named), bits)
+        if raw and index == 0:
+            low = _planes(levels_N + np.uint8(1 << raw >> 1), raw)
+            planes = np.concatenate([planes, low], axis=1)
+        parts.append(planes.reshape(-1))
+        values = values[escaped] - named
+        first += int(named)
+    tops = _TOPS[values + np.uint8(first)]
+    parts.append(np.pad(tops, (0, -len(tops) % 8)))
+
+
+def _planes(symbols_N: np.ndarray, bits: int) -> np.ndarray:
+    """Return planes of the low `bits` bits of symbols, padded with 0: uint8 (W, bits, 8)."""
+    words = -(-len(symbols_N) // GROUP)
+    planes = np.zeros((words, bits, 8), dtype=np.uint8)
+    for plane in range(bits):
+        packed = np.packbits(symbols_N & np.uint8(1 << plane), bitorder="little")
+        planes[:, plane] = np.pad(packed, (0, words * 8 - len(packed))).reshape(words, 8)
+    return planes
+
+
+def check(weight: QuantizedWeight) -> torch.Tensor:
+    """Check that data, classes, codes and scales fit each other, before anything computes with
+    them.
+
+    Args:
+        weight: the weight as it was read, on any device.
+
+    Returns:
+        int64 (chunks, classes, 9): where layer 0, 1, ... and, behind the last layer, the escape
+        bytes begin in `data`. Entries that are not used are -1.
+
+    Raises:
+        ValueError: the message says what does not fit.
+    """
+    check_parts(weight)
+    if weight.data.dtype != torch.uint8 or weight.data.dim() != 1:
+        raise ValueError(
+            "the data of a quantised weight must be one row of bytes, "
+            f"got {weight.data.dtype} {tuple(weight.data.shape)}"
+        )
+    data, (rows, _) = weight.data.cpu(), weight.shape
+    _, widths = class_order(weight)
+    offsets, begin = [], 0
+    for first in range(0, rows, weight.rows_per_chunk):
+        chunk = min(weight.rows_per_chunk, rows - first)
+        for width, code in zip(widths, weight.codes, strict=True):
+            found = _scan(data, begin, chunk * width, code)
+            begin = found.pop()
+            offsets.append(found + [-1] * (MAX_LAYERS + 1 - len(found)))
+    if begin != data.shape[0]:
+        raise ValueError(
+            f"the planes of a quantised weight end at byte {begin:,} of {data.shape[0]:,}"
+        )
+    made = torch.tensor(offsets, dtype=torch.int64).view(-1, len(weight.codes), MAX_LAYERS + 1)
+    return made.to(weight.data.device)
+
+
+def _scan(data: torch.Tensor, begin: int, count: int, code: PlaneCode) -> list[int]:
+    """Return where the layers and the escape bytes of one class of one chunk begin, and the end."""
+    offsets = [begin]
+    for index, bits in enumerate(code.layers):
+        words = -(-count // GROUP)
+        planes = bits + (code.raw if index == 0 else 0)
+        _check_length(data, begin, words * planes * 8)
+        planes_WPB = data[begin : begin + words * planes * 8].view(words, planes, 8)[:, :bits]
+        if count % GROUP:
+            last = _symbols(planes_WPB[-1:])[count % GROUP :]
+            if bool(last.any()):
+                raise ValueError(f"the padding of a layer before byte {begin:,} is not zero")
+        escapes = planes_WPB[:, 0]
+        for plane in range(1, bits):
+            escapes = escapes & planes_WPB[:, plane]
+        count = int(_POPCOUNT[escapes.int()].sum())
+        begin += words * planes * 8
+        offsets.append(begin)
+    length = -(-count // 8) * 8
+    _check_length(data, begin, length)
+    if bool(data[begin + count : begin + length].any()):
+        raise ValueError(f"the padding of the escape bytes at byte {begin:,} is not zero")
+    return [*offsets, begin + length]
+
+
+def _check_length(data: torch.Tensor, begin: int, length: int) -> None:
+    if begin + length > data.shape[0]:
+        raise ValueError(
+            f"the data of a quantised weight ends at byte {data.shape[0]:,}, but "
+            f"{length:,} bytes should begin at byte {begin:,}"
+        )
+
+
+def _symbols(planes_WPB: torch.Tensor) -> torch.Tensor:
+    """Return the symbols whose bits planes hold: uint8 (64 · W,)."""
+    spread = _SPREAD.to(planes_WPB.device)
+    symbols = spread[planes_WPB[:, 0].int()]
+    for plane in range(1, planes_WPB.shape[1]):
+        symbols |= spread[planes_WPB[:, plane].int()] << plane
+    return symbols.view(torch.uint8).flatten()
+
+
+def decode_levels(weight: QuantizedWeight, offsets: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the integers, int8 (O, I).
+
+    This is the reference in torch for what the kernels do.
+
+    Args:
+        weight: a weight that `check` accepted.
+        offsets: what `check` returned; it saves a second scan.
+    """
+    rows = torch.empty(weight.shape, dtype=torch.int8, device=weight.data.device)
+    for first, levels in _decoded_chunks(weight, offsets, None):
+        rows[first : first + levels.shape[0]] = levels
+    return rows
+
+
+def _decoded_chunks(
+    weight: QuantizedWeight, offsets: torch.Tensor | None, wanted: list[int] | None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the first row and the integers, int8 (rows, I), of all chunks or of those `wanted`."""
+    if offsets is None:
+        offsets = check(weight)
+    (rows, columns), step = weight.shape, weight.rows_per_chunk
+    places, widths = class_order(weight)
+    places = places.to(weight.data.device)
+    starts = offsets.tolist()
+    for chunk in range(len(starts)) if wanted is None else wanted:
+        count = min(step, rows - chunk * step)
+        parts = [
+            _decode_values(weight.data, begins, count * width, code).view(count, width)
+            for begins, width, code in zip(starts[chunk], widths, weight.codes, strict=True)
+        ]
+        levels = torch.empty(count, columns + 1, dtype=torch.int8, device=weight.data.device)
+        levels[:, places] = torch.cat(parts, dim=1)
+        yield chunk * step, levels[:, :columns]
+
+
+def _decode_values(
+    data: torch.Tensor, begins: list[int], count: int, code: PlaneCode
+) -> torch.Tensor:
+    """Return the integers of one class of one chunk: int8 (count,)."""
+    raw, layers = code
+    low, symbols, escapes = None, [], []
+    for index, bits in enumerate(layers):
+        words = -(-count // GROUP)
+        planes = bits + (raw if index == 0 else 0)
+        begin = begins[index]
+        planes_WPB = data[begin : begin + words * planes * 8].view(words, planes, 8)
+        if raw and index == 0:
+            low = _symbols(planes_WPB[:, bits:])
+        symbols.append(_symbols(planes_WPB[:, :bits])[:count].to(torch.int16))
+        escapes.append(symbols[-1] == (1 << bits) - 1)
+        count = int(escapes[-1].sum())
+    begin = begins[len(layers)]
+    values = data[begin : begin + count].view(torch.int8).to(torch.int16)
+    if layers:
+        values = zigzag(values)
+        first = sum((1 << bits) - 1 for bits in layers)
+        for bits, outer, escaped in zip(layers[::-1], symbols[::-1], escapes[::-1], strict=True):
+            first -= (1 << bits) - 1
+            values = (outer + first).masked_scatter_(escaped, values)
+        values = from_zigzag(values)
+    if low is not None:
+        values = (values << raw) + low.to(torch.int16) - (1 << raw >> 1)
+    return values.to(torch.int8)
+
+
+def expand(
+    weight: QuantizedWeight,
+    dtype: torch.dtype | None = None,
+    offsets: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the dense weight (O, I).
+
+    The product of an integer, a step and a scale has at most 24 significant bits, so it is exact
+    in float32 and rounded once to `dtype`.
+
+    Args:
+        weight: a weight that `check` accepted.
+        dtype: bfloat16, float16 or float32; None is bfloat16.
+        offsets: what `check` returned; it saves a second scan.
+        out: contiguous memory (O, I) of `dtype` to write to.
+    """
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype or torch.bfloat16, device=weight.data.device)
+    steps = weight.steps.float()
+    for first, levels in _decoded_chunks(weight, offsets, None):
+        rows = slice(first, first + levels.shape[0])
+        out[rows] = (levels * steps).mul_(weight.scales[rows, None])
+    return out
+
+
+def expand_rows(
+    weight: QuantizedWeight, rows: torch.Tensor, offsets: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return some rows of the dense weight, as `expand` would give them.
+
+    Args:
+        weight: a weight that `check` accepted.
+        rows: integer tensor (...); rows may repeat and come in any order.
+        offsets: what `check` returned.
+        dtype: bfloat16, float16 or float32.
+
+    Returns:
+        (..., I) of `dtype`.
+
+    Raises:
+        IndexError: a row number is out of range.
+    """
+    wanted = rows.flatten().to(torch.int64)
+    count = weight.shape[0]
+    if bool(((wanted < 0) | (wanted >= count)).any()):
+        raise IndexError(f"row numbers must lie in 0 to {count - 1}")
+    out = torch.empty(wanted.shape[0], weight.shape[1], dtype=dtype, device=weight.data.device)
+    chunks = wanted // weight.rows_per_chunk
+    steps = weight.steps.float()
+    for first, levels in _decoded_chunks(weight, offsets, chunks.unique().tolist()):
+        at = (chunks == first // weight.rows_per_chunk).nonzero().flatten()
+        taken = levels[wanted[at] - first]
+        out[at] = (taken * steps).mul_(weight.scales[wanted[at], None]).to(dtype)
+    return out.view(*rows.shape, weight.shape[1])

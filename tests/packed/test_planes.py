@@ -1,0 +1,232 @@
+"""Quantised weights in bit planes: the layout, the choice of codes, and what a reader refuses."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plane_reference import random_levels, read_planes, write_planes
+from prunus.packed.plane_codes import default_rows_per_chunk
+from prunus.packed.planes import (
+    PlaneCode,
+    QuantizedWeight,
+    check,
+    choose_codes,
+    code_lengths,
+    column_histograms,
+    decode_levels,
+    encode,
+    expand,
+    expand_rows,
+)
+
+CODES = [
+    PlaneCode(0, ()),
+    PlaneCode(0, (1,)),
+    PlaneCode(0, (2, 1, 1, 2, 2)),
+    PlaneCode(1, (1, 1, 1, 2, 3)),
+    PlaneCode(2, (2, 2, 2, 3)),
+    PlaneCode(3, (4,)),
+    PlaneCode(0, (4, 4, 4, 4, 4, 4, 4, 4)),
+    PlaneCode(0, (1, 1, 1, 1, 1, 1, 1, 1)),
+]
+
+
+def quantized(levels, codes=None, classes=None, rows_per_chunk=None) -> QuantizedWeight:
+    """A weight with scales and steps that are not 1."""
+    rows, columns = levels.shape
+    if codes is None:
+        classes, codes = choose_codes(column_histograms(levels))
+    if classes is None:
+        classes = torch.arange(columns, dtype=torch.uint8) % len(codes)
+    steps, scales = torch.linspace(0.5, 2, columns), torch.linspace(-1, 3, rows)
+    return encode(levels, steps, scales, classes, codes, rows_per_chunk)
+
+
+@pytest.mark.parametrize("codes", [[c] for c in CODES] + [CODES[:4], CODES[4:], CODES[2:4]])
+@pytest.mark.parametrize(("rows", "columns", "chunk"), [(1, 1, None), (5, 70, 2), (7, 200, 3)])
+def test_layout_is_that_of_the_slow_version(codes, rows, columns, chunk):
+    levels = random_levels(rows, columns, 3)
+    levels[0, 0] = -127
+    weight = quantized(levels, codes, rows_per_chunk=chunk)
+    slow = write_planes(
+        levels.tolist(), weight.classes.tolist(), codes, chunk or default_rows_per_chunk(columns)
+    )
+    assert bytes(weight.data.tolist()) == slow
+    assert read_planes(weight) == levels.tolist()
+    assert torch.equal(decode_levels(weight), levels)
+
+
+@given(
+    st.integers(1, 9),
+    st.integers(1, 150),
+    st.floats(0.01, 60),
+    st.integers(1, 5),
+    st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_levels_come_back(rows, columns, spread, chunk, seed):
+    levels = random_levels(rows, columns, spread, seed)
+    weight = quantized(levels, rows_per_chunk=chunk)
+    assert torch.equal(decode_levels(weight, check(weight)), levels)
+    assert read_planes(weight) == levels.tolist()
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_every_value_has_a_code(code):
+    """A column of every value takes as many bits as the code says, up to padding."""
+    levels = torch.arange(-127, 128, dtype=torch.int8)[:, None].repeat(1, 64)
+    weight = quantized(levels, [code], rows_per_chunk=255)
+    assert torch.equal(decode_levels(weight), levels)
+    assert weight.data.shape[0] * 8 == 64 * float(code_lengths(code).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_expand_rounds_once(dtype):
+    levels = random_levels(9, 77, 20)
+    weight = quantized(levels, rows_per_chunk=4)
+    exact = levels.double() * weight.steps.double() * weight.scales.double()[:, None]
+    assert torch.equal(exact, exact.float().double()), "24 bits hold every product"
+    dense = expand(weight, dtype)
+    assert torch.equal(dense, exact.float().to(dtype))
+    rows = torch.tensor([[8, 0, 3], [3, 4, 8]])
+    assert torch.equal(expand_rows(weight, rows, check(weight), dtype), dense[rows])
+    with pytest.raises(IndexError, match="0 to 8"):
+        expand_rows(weight, torch.tensor([9]), None, dtype)
+
+
+def test_offsets_say_where_layers_begin():
+    levels = torch.zeros(3, 64, dtype=torch.int8)
+    levels[0, 5], levels[2, 7] = 1, 100
+    weight = quantized(levels, [PlaneCode(0, (1, 1))], rows_per_chunk=2)
+    # Chunk 0: two words, one escaped value (1) in a second layer, which names it. Chunk 1: one
+    # word, one escaped value, which a byte names in the end.
+    assert check(weight)[:, 0, :4].tolist() == [[0, 16, 24, -1], [24, 32, 40, -1]]
+    assert weight.data.shape == (48,)
+
+
+def test_chosen_codes_are_the_best():
+    """Against all chains of up to three layers, on a weight so tall that padding is nothing."""
+    levels = random_levels(4000, 64, 1.5)
+    histograms = column_histograms(levels)
+    assert histograms.sum(1).tolist() == [4000] * 64
+    assert histograms[3, 127].item() == int((levels[:, 3] == 0).sum())
+    classes, codes = choose_codes(histograms, max_classes=1, rows_per_chunk=4000)
+    assert classes.unique().tolist() == [0]
+    totals = histograms.sum(0).float()
+    chosen = float(code_lengths(codes[0]) @ totals)
+    for raw in range(4):
+        for layers in itertools.chain.from_iterable(
+            itertools.product((1, 2, 3, 4), repeat=length) for length in (1, 2, 3)
+        ):
+            assert chosen <= float(code_lengths(PlaneCode(raw, layers)) @ totals) * 1.001
+
+
+def test_classes_separate_columns_of_different_rates():
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([0.3] * 64 + [20.0] * 64)[torch.randperm(128, generator=generator)]
+    levels = (torch.randn(1000, 128, generator=generator) * spread).round().to(torch.int8)
+    classes, codes = choose_codes(column_histograms(levels))
+    assert len(codes) == 2
+    assert torch.equal(classes.bool(), spread > 1)
+    one = quantized(levels, *choose_codes(column_histograms(levels), 1)[::-1])
+    assert quantized(levels, codes, classes).nbytes < 0.9 * one.nbytes
+
+
+def test_the_choice_predicts_the_size():
+    levels = random_levels(600, 320, 1.2)
+    weight = quantized(levels)
+    lengths = torch.stack([code_lengths(code) for code in weight.codes])[weight.classes.int()]
+    predicted = float((lengths * column_histograms(levels)).sum()) / 8
+    assert predicted <= weight.data.shape[0] <= predicted * 1.03
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"levels_OI": torch.zeros(2, 3)}, "int8 matrix"),
+        ({"levels_OI": torch.full((2, 3), -128, dtype=torch.int8)}, "got -128"),
+        ({"classes_I": torch.zeros(2, dtype=torch.uint8)}, "classes .* must be"),
+        ({"classes_I": torch.ones(3, dtype=torch.uint8)}, "in class 1, but there are 1 codes"),
+        ({"steps_I": torch.ones(4)}, "steps .* must be"),
+        ({"scales_O": torch.tensor([1, torch.inf])}, "not a finite number"),
+        ({"codes": ()}, "1 to 4 codes"),
+        ({"codes": (PlaneCode(4, (1,)),)}, "0 to 3 raw bits"),
+        ({"codes": (PlaneCode(1, ()),)}, "none without layers"),
+        ({"codes": (PlaneCode(0, (5,)),)}, "1 to 4 bits"),
+        ({"codes": (PlaneCode(0, (1,) * 9),)}, "at most 8 layers"),
+        ({"rows_per_chunk": -1}, "rows_per_chunk must be at least 1"),
+    ],
+)
+def test_what_cannot_be_encoded(change, message):
+    arguments = {
+        "levels_OI": torch.zeros(2, 3, dtype=torch.int8),
+        "steps_I": torch.ones(3),
+        "scales_O": torch.ones(2),
+        "classes_I": torch.zeros(3, dtype=torch.uint8),
+        "codes": (PlaneCode(0, (1,)),),
+        **change,
+    }
+    with pytest.raises(ValueError, match=message):
+        encode(**arguments)
+
+
+def test_histograms_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"must be \(columns, 255\)"):
+        choose_codes(torch.zeros(3, 254))
+    with pytest.raises(ValueError, match="max_classes must be 1 to 4"):
+        choose_codes(torch.ones(3, 255), max_classes=5)
+
+
+def _damaged():
+    good = quantized(random_levels(9, 70, 3), CODES[2:4], rows_per_chunk=4)
+    data = good.data
+    yield "short", good._replace(data=data[:-8]), "ends at byte"
+    yield "empty", good._replace(data=data[:0]), "ends at byte 0"
+    yield "long", good._replace(data=torch.cat([data, data[:8]])), "planes .* end at byte"
+    yield "data dtype", good._replace(data=data.view(torch.int8)), "one row of bytes"
+    yield "matrix", good._replace(data=data[None]), "one row of bytes"
+    yield "wider", good._replace(shape=(9, 71)), "classes .* must be"
+    yield "taller", good._replace(shape=(10, 70)), "scales .* must be"
+    yield "no rows", good._replace(shape=(0, 70)), "cannot have 0 x 70"
+    yield "class", good._replace(classes=good.classes + 1), "in class 2"
+    yield "chunk", good._replace(rows_per_chunk=0), "rows_per_chunk"
+    yield "nan", good._replace(steps=good.steps * torch.nan), "not a finite number"
+    zeros = torch.zeros(1, 64, dtype=torch.int8)
+    zeros[0, 3] = 100
+    two = quantized(zeros, [PlaneCode(0, (1, 1))])
+    layer, tail = two.data.clone(), two.data.clone()
+    layer[8 + 1], tail[16 + 1] = 1, 1
+    yield "padding of a layer", two._replace(data=layer), "padding of a layer"
+    yield "padding of escapes", two._replace(data=tail), "padding of the escape bytes"
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"), [pytest.param(w, m, id=name) for name, w, m in _damaged()]
+)
+def test_damage_is_found(weight, message):
+    with pytest.raises(ValueError, match=message):
+        check(weight)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_flipped_bits_are_refused_or_read(data):
+    """Whatever the bytes: `check` refuses them, or everything can be computed from them."""
+    good = quantized(random_levels(6, 100, 3), CODES[2:4], rows_per_chunk=4)
+    damaged = good.data.clone()
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(damaged) - 1))
+        damaged[at] ^= 1 << data.draw(st.integers(0, 7))
+    damaged = damaged[: data.draw(st.integers(len(damaged) - 16, len(damaged)))]
+    weight = good._replace(data=damaged)
+    try:
+        offsets = check(weight)
+    except ValueError:
+        return
+    assert decode_levels(weight, offsets).shape == good.shape
+    assert torch.isfinite(expand(weight, torch.float32, offsets)).all()
