@@ -229,7 +229,7 @@ def test_operators_pass_torch_checks():
     linear = BitmapLinear(pack_weight(random_sparse(30, 20, 0.5, torch.bfloat16), torch.bfloat16))
     x = torch.randn(2, 20)
     coding = list(linear.packed.coding)
-    arguments = (x, 30, linear.weight, linear.weight_mask, None, coding, linear.row_offsets, None)
+    arguments = (x, 30, linear.weight, linear.weight_mask, None, coding, linear.offsets, None)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(operators.bitmap_linear, arguments, test_utils=tests)
     torch.library.opcheck(operators.dense_linear, (x, torch.randn(6, 20), None), test_utils=tests)
@@ -257,7 +257,7 @@ def test_wrong_width_is_refused():
     x = torch.ones(1, 40)
     with pytest.raises(ValueError, match="do not fit"):
         operators.bitmap_linear(
-            x, 6, linear.weight, linear.weight_mask, None, [], linear.row_offsets, None
+            x, 6, linear.weight, linear.weight_mask, None, [], linear.offsets, None
         )
 
 

@@ -1,10 +1,11 @@
-"""Compressed checkpoints: the bitmap format, its CPU kernels, and loading through transformers.
+"""Compressed checkpoints: the packed format, its CPU kernels, and loading through transformers.
 
 pack                write a pruned checkpoint with its linears as bitmaps
 unpack              turn a packed checkpoint into an ordinary one again
 describe            say which kernels run on this machine, and why
 reference_path      a context in which packed models compute exactly as unpacked ones
 BitmapLinear        the module that computes with a bitmap
+QuantizedLinear     the module that computes with a quantised weight
 DenseLinear         a dense linear that uses the kernels as well
 use_dense_kernel    give a loaded dense model such linears
 use_fast_decoding   give it the attention, norms, rotary embedding and memory of packed models
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prunus.packed.doctor import describe
     from prunus.packed.fast_decoding import use_fast_decoding
-    from prunus.packed.linear import BitmapLinear, DenseLinear, use_dense_kernel
+    from prunus.packed.linear import BitmapLinear, DenseLinear, QuantizedLinear, use_dense_kernel
     from prunus.packed.operators import reference_path
     from prunus.packed.packing import pack, unpack
     from prunus.packed.semi_structured import to_semi_structured
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BitmapLinear",
     "DenseLinear",
+    "QuantizedLinear",
     "describe",
     "pack",
     "reference_path",
@@ -38,6 +40,7 @@ __all__ = [
 _HOMES = {
     "BitmapLinear": "linear",
     "DenseLinear": "linear",
+    "QuantizedLinear": "linear",
     "describe": "doctor",
     "pack": "packing",
     "reference_path": "operators",

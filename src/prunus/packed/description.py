@@ -6,14 +6,15 @@ checked against each other and against the shards' headers before any weight is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 
 from prunus.packed.coding import padded
-from prunus.packed.weight import Coding, PackedWeight
+from prunus.packed.plane_codes import MAX_CLASSES, check_code
+from prunus.packed.weight import Coding, PackedWeight, PlaneCode, QuantizedWeight
 
 __all__ = [
     "FORMAT_VERSION",
@@ -21,6 +22,7 @@ __all__ = [
     "REFUSAL",
     "Description",
     "PackedShape",
+    "QuantizedShape",
     "Stored",
     "StoredTensor",
 ]
@@ -28,7 +30,7 @@ __all__ = [
 #: `quant_method` in config.json.
 METHOD = "prunus"
 #: This number grows whenever a reader of an earlier version would misread the files.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 #: This text stands where transformers expects the name of a weights file. Without prunus,
 #: transformers refuses the checkpoint with an error that quotes it. With prunus, the quantizer
 #: removes it first.
@@ -44,10 +46,11 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 # Far above any real model, and small enough that a product of two such numbers fits in 64 bits.
 _MAX_FEATURES = 2**31
+_MAX_BYTES = 2**62
 
 
 class PackedShape(NamedTuple):
-    """Shape of one packed linear.
+    """Shape of one linear that is packed as a bitmap.
 
     Attributes:
         out_features, in_features: size of the dense weight.
@@ -59,6 +62,45 @@ class PackedShape(NamedTuple):
     in_features: int
     stored: int
     rare: int | None = None
+
+    def to_json(self) -> list[int]:
+        """Return the linear's entry in config.json."""
+        return [number for number in self if number is not None]
+
+
+class QuantizedShape(NamedTuple):
+    """Shape of one linear whose weight is quantised.
+
+    Attributes:
+        out_features, in_features: size of the dense weight.
+        nbytes: number of bytes of its planes and escape bytes.
+        rows_per_chunk: rows of one chunk.
+        codes: the code of each class of columns.
+    """
+
+    out_features: int
+    in_features: int
+    nbytes: int
+    rows_per_chunk: int
+    codes: tuple[PlaneCode, ...]
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight) -> QuantizedShape:
+        """Return the shape of a weight."""
+        return cls(*weight.shape, weight.data.shape[0], weight.rows_per_chunk, weight.codes)
+
+    @property
+    def stored(self) -> None:
+        """Nothing: the number of integers follows from the size."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the linear's entry in config.json."""
+        return {
+            "shape": [self.out_features, self.in_features],
+            "bytes": self.nbytes,
+            "rows_per_chunk": self.rows_per_chunk,
+            "codes": [[raw, list(layers)] for raw, layers in self.codes],
+        }
 
 
 class StoredTensor(NamedTuple):
@@ -73,25 +115,37 @@ class Description:
     """The packed linears of a checkpoint.
 
     Attributes:
-        values: dtype in which entries are stored.
-        linears: module name (`model.layers.0.mlp.up_proj`) -> shape.
+        values: dtype in which bitmaps store their entries; None where there are no bitmaps.
+        linears: module name (`model.layers.0.mlp.up_proj`) -> shape. A linear is a bitmap or
+            quantised; a checkpoint may hold both.
         version: version of the format.
     """
 
-    values: Stored
-    linears: Mapping[str, PackedShape]
+    values: Stored | None
+    linears: Mapping[str, PackedShape | QuantizedShape]
     version: int = FORMAT_VERSION
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The torch dtype of stored values."""
-        return _DTYPES[self.values]
+    def dtype(self) -> torch.dtype | None:
+        """The torch dtype of the entries of bitmaps; None where there are none."""
+        return None if self.values is None else _DTYPES[self.values]
 
     def tensors(self, linear: str) -> dict[str, StoredTensor]:
         """Return the tensors that stand for one linear's weight: name -> shape and dtype."""
-        rows, columns, stored, rare = self.linears[linear]
+        shape = self.linears[linear]
+        expected = (
+            _quantized_tensors(shape)
+            if isinstance(shape, QuantizedShape)
+            else self._bitmap_tensors(shape)
+        )
+        return {f"{linear}.{name}": tensor for name, tensor in expected.items()}
+
+    def _bitmap_tensors(self, shape: PackedShape) -> dict[str, StoredTensor]:
+        rows, columns, stored, rare = shape
         length = stored if rare is None else padded(stored)
-        expected = {"weight": StoredTensor((length,), self.dtype if rare is None else torch.uint8)}
+        dtype = self.dtype if rare is None else torch.uint8
+        assert dtype is not None
+        expected = {"weight": StoredTensor((length,), dtype)}
         # In version 1 of the format every weight had a mask.
         if stored < rows * columns or self.version == 1:
             expected["weight_mask"] = StoredTensor((rows, -(-columns // 8)), torch.uint8)
@@ -102,11 +156,20 @@ class Description:
             expected["weight_high_bytes"] = StoredTensor((16,), torch.uint8)
             expected["weight_rare_at"] = StoredTensor((rare,), torch.int64)
             expected["weight_rare"] = StoredTensor((rare,), torch.uint8)
-        return {f"{linear}.{name}": tensor for name, tensor in expected.items()}
+        return expected
 
-    def weight(self, linear: str, tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
+    def weight(
+        self, linear: str, tensors: Mapping[str, torch.Tensor]
+    ) -> PackedWeight | QuantizedWeight:
         """Return a linear's weight, built from the tensors that `Description.tensors` names."""
-        rows, columns, _, rare = self.linears[linear]
+        shape = self.linears[linear]
+        if isinstance(shape, QuantizedShape):
+            data, classes, steps, scales = (
+                tensors[f"{linear}.{name}"] for name in _quantized_tensors(shape)
+            )
+            codes, rows_per_chunk = shape.codes, shape.rows_per_chunk
+            return QuantizedWeight(shape[:2], data, classes, steps, scales, codes, rows_per_chunk)
+        rows, columns, _, rare = shape
         coding = (
             None
             if rare is None
@@ -145,14 +208,20 @@ class Description:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the `quantization_config` of config.json."""
+        values = {} if self.values is None else {"values": self.values}
         return {
             "quant_method": METHOD,
             "version": self.version,
-            "values": self.values,
-            "linears": {
-                name: [number for number in shape if number is not None]
-                for name, shape in self.linears.items()
-            },
+            **values,
+            "linears": {name: shape.to_json() for name, shape in self.linears.items()},
+        }
+
+    def add_to(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the config.json of a packed checkpoint, made from the one of its source."""
+        return {
+            **config,
+            "quantization_config": self.to_dict(),
+            "transformers_weights": REFUSAL,
         }
 
     @classmethod
@@ -175,15 +244,32 @@ class Description:
                 f"the checkpoint is packed in version {version} of the format; this prunus reads "
                 f"up to version {FORMAT_VERSION}: update prunus"
             )
-        values = content.get("values")
-        if not isinstance(values, str) or values not in _DTYPES:
-            raise ValueError(f"packed values must be one of {', '.join(_DTYPES)}, got {values!r}")
         linears = content.get("linears")
         if not isinstance(linears, Mapping) or not linears:
             raise ValueError("quantization_config names no packed linears")
+        values = content.get("values")
+        without_bitmaps = version > 2 and all(isinstance(e, Mapping) for e in linears.values())
+        if not (without_bitmaps and values is None) and (
+            not isinstance(values, str) or values not in _DTYPES
+        ):
+            raise ValueError(f"packed values must be one of {', '.join(_DTYPES)}, got {values!r}")
         may_be_coded = values == "bfloat16" and version > 1
-        shapes = {_name(name): _shape(name, shape, may_be_coded) for name, shape in linears.items()}
+        shapes: dict[str, PackedShape | QuantizedShape] = {}
+        for name, entry in linears.items():
+            if version > 2 and isinstance(entry, Mapping):
+                shapes[_name(name)] = _quantized_shape(name, entry)
+            else:
+                shapes[_name(name)] = _shape(name, entry, may_be_coded)
         return cls(values, shapes, version)  # type: ignore[arg-type]
+
+
+def _quantized_tensors(shape: QuantizedShape) -> dict[str, StoredTensor]:
+    return {
+        "weight": StoredTensor((shape.nbytes,), torch.uint8),
+        "weight_classes": StoredTensor((shape.in_features,), torch.uint8),
+        "weight_steps": StoredTensor((shape.in_features,), torch.bfloat16),
+        "weight_scales": StoredTensor((shape.out_features,), torch.bfloat16),
+    }
 
 
 def _name(name: Any) -> str:
@@ -193,8 +279,7 @@ def _name(name: Any) -> str:
 
 
 def _shape(name: str, shape: Any, may_be_coded: bool) -> PackedShape:
-    integers = isinstance(shape, list | tuple) and all(type(number) is int for number in shape)
-    if not integers or len(shape) not in ((3, 4) if may_be_coded else (3,)):
+    if not _are_integers(shape) or len(shape) not in ((3, 4) if may_be_coded else (3,)):
         expected = "three integers (out, in, stored)" + (
             ", or four with rare" if may_be_coded else ""
         )
@@ -209,3 +294,40 @@ def _shape(name: str, shape: Any, may_be_coded: bool) -> PackedShape:
     if rare and not 0 <= rare[0] <= stored:
         raise ValueError(f"packed linear {name!r} cannot have {rare[0]} rare values among {stored}")
     return PackedShape(rows, columns, stored, *rare)
+
+
+def _quantized_shape(name: str, entry: Mapping[str, Any]) -> QuantizedShape:
+    size, codes = entry.get("shape"), entry.get("codes")
+    numbers: Any = [entry.get("bytes"), entry.get("rows_per_chunk")]
+    if not _are_integers(size) or len(size) != 2 or not _are_integers(numbers):
+        raise ValueError(
+            f"quantised linear {name!r} needs a shape [out, in] and the integers bytes and "
+            f"rows_per_chunk, got {size!r} and {numbers}"
+        )
+    limits = (_MAX_FEATURES, _MAX_FEATURES, _MAX_BYTES, _MAX_FEATURES)
+    if not all(0 < number < top for number, top in zip((*size, *numbers), limits, strict=True)):
+        raise ValueError(
+            f"quantised linear {name!r} cannot have {size[0]} x {size[1]} weights in "
+            f"{numbers[0]} bytes and chunks of {numbers[1]} rows"
+        )
+    if not isinstance(codes, list | tuple) or not 1 <= len(codes) <= MAX_CLASSES:
+        raise ValueError(f"quantised linear {name!r} needs 1 to {MAX_CLASSES} codes, got {codes!r}")
+    try:
+        checked = tuple(_code(code) for code in codes)
+    except ValueError as fault:
+        raise ValueError(f"a code of quantised linear {name!r} is wrong: {fault}") from fault
+    return QuantizedShape(size[0], size[1], numbers[0], numbers[1], checked)
+
+
+def _code(code: Any) -> PlaneCode:
+    if not isinstance(code, list | tuple) or len(code) != 2 or not _are_integers([code[0]]):
+        raise ValueError(f"expected [raw, [bits of each layer]], got {code!r}")
+    if not _are_integers(code[1]):
+        raise ValueError(f"the bits of layers must be a list of integers, got {code[1]!r}")
+    made = PlaneCode(code[0], tuple(code[1]))
+    check_code(made)
+    return made
+
+
+def _are_integers(numbers: Any) -> TypeGuard[Sequence[int]]:
+    return isinstance(numbers, list | tuple) and all(type(number) is int for number in numbers)

@@ -1,4 +1,4 @@
-"""The modules of a packed model: a linear on a bitmap, and a dense linear that uses the kernels."""
+"""The linears of a packed model: on bitmaps, on quantised weights, and dense ones with kernels."""
 
 from __future__ import annotations
 
@@ -8,22 +8,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.packed.bitmap import check, expand
-from prunus.packed.operators import bitmap_linear, dense_linear, is_plain, run_bitmap, run_dense
-from prunus.packed.weight import Coding, PackedWeight
+from prunus.packed.forms import Packed, check, expand, named_tensors
+from prunus.packed.operators import (
+    bitmap_linear,
+    codes_as_numbers,
+    dense_linear,
+    is_plain,
+    quantized_linear,
+    run_dense,
+    run_packed,
+)
+from prunus.packed.weight import Coding, PackedWeight, QuantizedWeight
 
-__all__ = ["BitmapLinear", "DenseLinear", "use_dense_kernel"]
+__all__ = [
+    "BitmapLinear",
+    "DenseLinear",
+    "PackedLinear",
+    "QuantizedLinear",
+    "packed_linear",
+    "use_dense_kernel",
+]
 
 _CODING = ("weight_codes", "weight_high_bytes", "weight_rare_at", "weight_rare")
-_PACKED = ("weight", "weight_mask", "weight_scales", *_CODING, "row_offsets")
 
 
-class BitmapLinear(nn.Module):
-    """Replaces an `nn.Linear` whose weight is packed.
+class PackedLinear(nn.Module):
+    """Replaces an `nn.Linear` whose weight is packed; `BitmapLinear` and `QuantizedLinear` are two.
 
-    Its state is what `docs/reference/bitmap-format.md` describes. `weight` holds the stored values
-    in one row; the other buffers hold what is needed to place and to decode them, where the form of
-    the weight has it. They are buffers and not parameters: packed weights are not trained, but a
+    Its state is what `docs/reference/packed-format.md` describes: the tensors of the weight under
+    their names there. They are buffers and not parameters: packed weights are not trained, but a
     gradient passes through to the inputs.
 
     Args:
@@ -32,25 +45,92 @@ class BitmapLinear(nn.Module):
         bias: (O,), or None.
     """
 
+    #: Names of the buffers that hold the weight.
+    STATE: tuple[str, ...] = ()
+
     weight: torch.Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, packed: PackedWeight, bias: torch.Tensor | None = None) -> None:
+    def __init__(self, packed: Packed, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.shape
-        parts = (
-            packed.values,
-            packed.mask,
-            packed.scales,
-            *(packed.coding or [None] * len(_CODING)),
-        )
-        for name, part in zip(_PACKED, parts, strict=False):
-            self.register_buffer(name, part)
-        self.register_buffer("row_offsets", None, persistent=False)
+        parts = named_tensors("", packed)
+        for name in self.STATE:
+            self.register_buffer(name, parts.get(f".{name}"))
+        self.register_buffer("offsets", None, persistent=False)
         made = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", made)
-        if packed.values.device.type != "meta":
+        if self.weight.device.type != "meta":
             self.prepare()
+
+    @property
+    def packed(self) -> Packed:
+        """The weight as it is stored."""
+        raise NotImplementedError
+
+    def prepare(self, stored: int | None = None) -> None:
+        """Check a state that was loaded and find where its rows or layers begin.
+
+        The module must not run before this call.
+
+        Args:
+            stored: the declared number of stored entries; see `forms.check`.
+
+        Raises:
+            ValueError: the parts of the weight do not belong together.
+        """
+        self.offsets = check(self.packed, stored)
+
+    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return the dense weight (out, in), by default in the stored dtype, bfloat16 for
+        integers.
+        """
+        return expand(self.packed, dtype, self.offsets)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., in) to (..., out)."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected inputs of width {self.in_features}, got {tuple(x.shape)}")
+        if is_plain(x):
+            offsets, bias = self._buffers["offsets"], self._parameters["bias"]
+            return run_packed(x, self.packed, offsets, bias)
+        return self._operator(x)
+
+    def _operator(self, x: torch.Tensor) -> torch.Tensor:
+        """Do the same as a torch operator."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        packed = self.packed
+        share = packed.nbytes / (2 * self.in_features * self.out_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"of_bfloat16={share:.3f}, bias={self.bias is not None}"
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Let `.to(device)` move everything, but `.half()` and the like change the bias alone."""
+        stored = {id(part) for name in self.STATE if (part := self._buffers[name]) is not None}
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            return (
+                tensor.to(result.device)
+                if id(tensor) in stored and result.dtype != tensor.dtype
+                else result
+            )
+
+        return super()._apply(moved, recurse)
+
+
+class BitmapLinear(PackedLinear):
+    """A linear whose weight is a bitmap.
+
+    `weight` holds the stored values in one row; the other buffers hold what is needed to place and
+    to decode them, where the form of the weight has it.
+    """
+
+    STATE = ("weight", "weight_mask", "weight_scales", *_CODING)
 
     @property
     def packed(self) -> PackedWeight:
@@ -63,56 +143,64 @@ class BitmapLinear(nn.Module):
         values, mask, scales = stored["weight"], stored["weight_mask"], stored["weight_scales"]
         return PackedWeight((self.out_features, self.in_features), values, mask, scales, coding)
 
-    def prepare(self, stored: int | None = None) -> None:
-        """Check a state that was loaded and count the entries of every row.
-
-        The module must not run before this call.
-
-        Args:
-            stored: the declared number of stored entries; see `bitmap.check`.
-
-        Raises:
-            ValueError: mask, values, scales and coding do not belong together.
-        """
-        self.row_offsets = check(self.packed, stored)
-
-    def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the dense weight (out, in), by default in the stored dtype, bfloat16 for int8."""
-        return expand(self.packed, dtype, self.row_offsets)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (..., in) to (..., out)."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"expected inputs of width {self.in_features}, got {tuple(x.shape)}")
-        packed, offsets, bias = self.packed, self._buffers["row_offsets"], self._parameters["bias"]
-        if is_plain(x):
-            return run_bitmap(x, packed, offsets, bias)
+    def _operator(self, x: torch.Tensor) -> torch.Tensor:
+        packed = self.packed
         coding = list(packed.coding or ())
-        return bitmap_linear(x, self.out_features, *packed[1:4], coding, offsets, bias)
+        return bitmap_linear(x, self.out_features, *packed[1:4], coding, self.offsets, self.bias)
 
     def extra_repr(self) -> str:
         packed = self.packed
-        share = packed.nbytes / (2 * self.in_features * self.out_features)
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"values={packed.dtype}, coded={packed.coding is not None}, "
-            f"masked={packed.mask is not None}, of_bfloat16={share:.3f}, "
-            f"bias={self.bias is not None}"
+            f"{super().extra_repr()}, values={packed.dtype}, coded={packed.coding is not None}, "
+            f"masked={packed.mask is not None}"
         )
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Let `.to(device)` move everything, but `.half()` and the like change the bias alone."""
-        stored = {id(self._buffers[name]) for name in _PACKED if self._buffers[name] is not None}
 
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            result = fn(tensor)
-            return (
-                tensor.to(result.device)
-                if id(tensor) in stored and result.dtype != tensor.dtype
-                else result
-            )
+class QuantizedLinear(PackedLinear):
+    """A linear whose weight is quantised.
 
-        return super()._apply(moved, recurse)
+    `weight` holds the bit planes of the integers; the other buffers hold the class and the step of
+    every column and the scale of every row.
+    """
+
+    STATE = ("weight", "weight_classes", "weight_steps", "weight_scales")
+
+    def __init__(self, packed: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
+        # nn.Module allows plain attributes before its own initialisation.
+        self.codes, self.rows_per_chunk = packed.codes, packed.rows_per_chunk
+        super().__init__(packed, bias)
+
+    @property
+    def packed(self) -> QuantizedWeight:
+        """The weight as it is stored."""
+        stored: Any = self._buffers
+        shape = (self.out_features, self.in_features)
+        return QuantizedWeight(
+            shape,
+            stored["weight"],
+            stored["weight_classes"],
+            stored["weight_steps"],
+            stored["weight_scales"],
+            self.codes,
+            self.rows_per_chunk,
+        )
+
+    def _operator(self, x: torch.Tensor) -> torch.Tensor:
+        packed = self.packed
+        codes = codes_as_numbers(packed.codes)
+        step, offsets, bias = packed.rows_per_chunk, self.offsets, self.bias
+        return quantized_linear(x, self.out_features, *packed[1:5], codes, step, offsets, bias)
+
+    def extra_repr(self) -> str:
+        codes = [[raw, list(layers)] for raw, layers in self.codes]
+        return f"{super().extra_repr()}, codes={codes}"
+
+
+def packed_linear(packed: Packed, bias: torch.Tensor | None = None) -> PackedLinear:
+    """Return the module that computes with a packed weight; see `PackedLinear`."""
+    if isinstance(packed, QuantizedWeight):
+        return QuantizedLinear(packed, bias)
+    return BitmapLinear(packed, bias)
 
 
 class DenseLinear(nn.Linear):

@@ -1,9 +1,10 @@
-"""The two products of a packed model as torch operators.
+"""The products of a packed model as torch operators.
 
-`prunus::bitmap_linear` and `prunus::dense_linear` have a real implementation for every device, a
-fake one that gives shapes, and a gradient for the activations (never for packed weights).
-torch.compile and torch.export see each as one node. `run_bitmap` and `run_dense` are the
-implementations themselves; eager code calls them directly and saves the time of the dispatcher.
+`prunus::bitmap_linear`, `prunus::quantized_linear` and `prunus::dense_linear` have a real
+implementation for every device, a fake one that gives shapes, and a gradient for the activations
+(never for packed weights). torch.compile and torch.export see each as one node. `run_packed` and
+`run_dense` are the implementations themselves; eager code calls them directly and saves the time of
+the dispatcher.
 
 Few tokens go through the kernels, and so do prompts where the machine multiplies bfloat16 matrices.
 Longer inputs and other devices use the dense weight, which exists only during the call.
@@ -22,25 +23,30 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from prunus.packed.bitmap import expand
+from prunus.packed.forms import Packed, expand
 from prunus.packed.kernels import library as kernels
-from prunus.packed.weight import Coding, PackedWeight
+from prunus.packed.weight import Coding, PackedWeight, PlaneCode, QuantizedWeight
 
 __all__ = [
     "FLOATS",
     "as_packed_weight",
+    "as_quantized_weight",
     "bitmap_linear",
+    "codes_as_numbers",
     "dense_linear",
     "is_plain",
     "loaded_kernels",
     "on_reference_path",
+    "quantized_linear",
     "reference_path",
-    "run_bitmap",
     "run_dense",
+    "run_packed",
 ]
 
 #: Dtypes of activations that the kernels take.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+# The product of quantised weights, where the kernels have one.
+_PLANE_LINEAR: Any = getattr(kernels.Kernels, "plane_linear", None)
 _reference = False
 _workspace = threading.local()
 
@@ -91,38 +97,48 @@ def is_plain(x: torch.Tensor) -> bool:
     )
 
 
-def run_bitmap(
-    x: torch.Tensor, packed: PackedWeight, offsets: torch.Tensor | None, bias: torch.Tensor | None
+def run_packed(
+    x: torch.Tensor, packed: Packed, offsets: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Return `x · Wᵀ + bias` for a packed W (O, I).
 
     Args:
         x: (..., I).
-        packed: a weight that `bitmap.check` accepted.
-        offsets: what `bitmap.check` returned.
+        packed: a weight that `forms.check` accepted.
+        offsets: what `forms.check` returned.
         bias: (O,), or None.
 
     Returns:
         (..., O) in the dtype of `x`.
     """
-    in_features = packed.shape[1]
     compiled = loaded_kernels() if x.is_cpu else None
     if (
         compiled is None
         or _reference
         or x.dtype not in FLOATS
-        or not 0 < x.numel() <= compiled.max_tokens(packed.dtype, x.dtype) * in_features
+        or not 0 < x.numel() <= _max_tokens(compiled, packed, x) * packed.shape[1]
         or (bias is not None and bias.dtype != x.dtype)
     ):
         return functional.linear(x, _expand_for_now(packed, x.dtype, offsets), bias)
-    return compiled.linear(x if x.is_contiguous() else x.contiguous(), packed, offsets, bias)
+    inputs = x if x.is_contiguous() else x.contiguous()
+    if isinstance(packed, QuantizedWeight):
+        result: torch.Tensor = _PLANE_LINEAR(compiled, inputs, packed, offsets, bias)
+        return result
+    return compiled.linear(inputs, packed, offsets, bias)
+
+
+def _max_tokens(compiled: kernels.Kernels, packed: Packed, x: torch.Tensor) -> int:
+    """Return the number of tokens up to which the kernel is the fastest way."""
+    if isinstance(packed, QuantizedWeight):
+        return kernels.MAX_TOKENS if _PLANE_LINEAR is not None else 0
+    return compiled.max_tokens(packed.dtype, x.dtype)
 
 
 def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return `x · weightᵀ + bias` for a dense weight (O, I).
 
     For a few bfloat16 tokens torch reaches about 60 % of the memory's bandwidth; this kernel
-    reaches nearly all of it. See `run_bitmap` for the arguments.
+    reaches nearly all of it. See `run_packed` for the arguments.
     """
     in_features = x.shape[-1]
     if (
@@ -142,14 +158,14 @@ def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
 
 
 def _expand_for_now(
-    packed: PackedWeight, dtype: torch.dtype, offsets: torch.Tensor | None
+    packed: Packed, dtype: torch.dtype, offsets: torch.Tensor | None
 ) -> torch.Tensor:
     """Return the dense weight in memory that the next call on this thread reuses.
 
     Fresh memory for every linear of every forward pass would be mapped page by page, which costs
     more than the expansion. What stays allocated has the size of the largest linear.
     """
-    if packed.values.device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+    if packed[1].device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return expand(packed, dtype, offsets)
     size = math.prod(packed.shape)
     memory = getattr(_workspace, "memory", None)
@@ -169,9 +185,9 @@ def bitmap_linear(
     offsets: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The operator form of `run_bitmap`. `coding` is empty where values are not coded."""
+    """The operator form of `run_packed`. `coding` is empty where values are not coded."""
     shape = (out_features, x.shape[-1])
-    return run_bitmap(x, as_packed_weight(shape, values, mask, scales, coding), offsets, bias)
+    return run_packed(x, as_packed_weight(shape, values, mask, scales, coding), offsets, bias)
 
 
 def as_packed_weight(
@@ -189,6 +205,55 @@ def as_packed_weight(
     return PackedWeight(shape, values, mask, scales, Coding(*coding) if coding else None)
 
 
+@torch.library.custom_op("prunus::quantized_linear", mutates_args=())
+def quantized_linear(
+    x: torch.Tensor,
+    out_features: int,
+    data: torch.Tensor,
+    classes: torch.Tensor,
+    steps: torch.Tensor,
+    scales: torch.Tensor,
+    codes: list[int],
+    rows_per_chunk: int,
+    offsets: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """The operator form of `run_packed` for quantised weights; see `codes_as_numbers`."""
+    shape = (out_features, x.shape[-1])
+    weight = as_quantized_weight(shape, data, classes, steps, scales, codes, rows_per_chunk)
+    return run_packed(x, weight, offsets, bias)
+
+
+def codes_as_numbers(codes: tuple[PlaneCode, ...]) -> list[int]:
+    """Write codes in the form that an operator takes: per code its raw bits, layers, and -1.
+
+    >>> codes_as_numbers((PlaneCode(0, (2, 1)), PlaneCode(1, (3,))))
+    [0, 2, 1, -1, 1, 3, -1]
+    """
+    return [number for raw, layers in codes for number in (raw, *layers, -1)]
+
+
+def as_quantized_weight(
+    shape: tuple[int, int],
+    data: torch.Tensor,
+    classes: torch.Tensor,
+    steps: torch.Tensor,
+    scales: torch.Tensor,
+    codes: list[int],
+    rows_per_chunk: int,
+) -> QuantizedWeight:
+    """Build a weight from the parts that an operator takes; see `codes_as_numbers`."""
+    if classes.shape[0] != shape[1]:
+        raise ValueError(
+            f"inputs of width {shape[1]} do not fit a weight of {classes.shape[0]} columns"
+        )
+    parsed, begin = [], 0
+    for end in (place for place, number in enumerate(codes) if number < 0):
+        parsed.append(PlaneCode(codes[begin], tuple(codes[begin + 1 : end])))
+        begin = end + 1
+    return QuantizedWeight(shape, data, classes, steps, scales, tuple(parsed), rows_per_chunk)
+
+
 @torch.library.custom_op("prunus::dense_linear", mutates_args=())
 def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """The operator form of `run_dense`."""
@@ -196,6 +261,7 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 @bitmap_linear.register_fake
+@quantized_linear.register_fake
 def _(x: torch.Tensor, out_features: int, *_weight: Any) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
@@ -205,7 +271,7 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+def _keep_bitmap(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, out_features, values, mask, scales, coding, offsets, _bias = inputs
     ctx.shape = (out_features, x.shape[-1])
     ctx.save_for_backward(values, mask, scales, offsets, *coding)
@@ -213,16 +279,35 @@ def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> Non
 
 def _bitmap_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
     values, mask, scales, offsets, *coding = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        packed = as_packed_weight(ctx.shape, values, mask, scales, coding)
-        grad_x = gradient @ expand(packed, gradient.dtype, offsets)
-    if ctx.needs_input_grad[7]:
-        grad_bias = gradient.flatten(0, -2).sum(0)
+    packed = as_packed_weight(ctx.shape, values, mask, scales, coding)
+    grad_x, grad_bias = _input_gradients(ctx, gradient, packed, offsets)
     return grad_x, None, None, None, None, [None] * len(coding), None, grad_bias
 
 
-bitmap_linear.register_autograd(_bitmap_gradient, setup_context=_keep_packed)
+def _keep_quantized(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, out_features, data, classes, steps, scales, codes, rows_per_chunk, offsets, _bias = inputs
+    ctx.shape, ctx.codes = (out_features, x.shape[-1]), (codes, rows_per_chunk)
+    ctx.save_for_backward(data, classes, steps, scales, offsets)
+
+
+def _quantized_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    *parts, offsets = ctx.saved_tensors
+    packed = as_quantized_weight(ctx.shape, *parts, *ctx.codes)
+    grad_x, grad_bias = _input_gradients(ctx, gradient, packed, offsets)
+    return grad_x, *[None] * 8, grad_bias
+
+
+def _input_gradients(
+    ctx: Any, gradient: torch.Tensor, packed: Packed, offsets: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of a packed linear's first input, `x`, and its last, `bias`."""
+    wants_x, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[-1]
+    grad_x = gradient @ expand(packed, gradient.dtype, offsets) if wants_x else None
+    return grad_x, gradient.flatten(0, -2).sum(0) if wants_bias else None
+
+
+bitmap_linear.register_autograd(_bitmap_gradient, setup_context=_keep_bitmap)
+quantized_linear.register_autograd(_quantized_gradient, setup_context=_keep_quantized)
 
 
 def _keep_dense(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

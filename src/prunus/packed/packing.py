@@ -1,4 +1,4 @@
-"""Pack a pruned checkpoint into bitmaps, and unpack it again.
+"""Pack a pruned checkpoint into bitmaps, and unpack any packed checkpoint again.
 
 It works block by block, like pruning: a shard is read, converted and written before the next one is
 read.
@@ -21,18 +21,19 @@ from prunus.model.kinds import require_causal
 from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
-from prunus.packed.bitmap import check, expand, kept, pack_weight, relative_error
+from prunus.packed.bitmap import kept, pack_weight, relative_error
 from prunus.packed.conversion import Conversion, LinearRecord, Record
-from prunus.packed.description import REFUSAL, Description, PackedShape, Stored, StoredTensor
+from prunus.packed.description import Description, PackedShape, Stored, StoredTensor
+from prunus.packed.forms import check, expand, named_tensors
 from prunus.packed.weight import PackedWeight
 
-__all__ = ["pack", "unpack"]
+__all__ = ["add_packed_card", "pack", "unpack"]
 
 Progress = Callable[[int, int, str], None]
 _CARD = """
 ## Packed by prunus
 
-The pruned linears are stored as bitmaps (`docs/reference/bitmap-format.md` of prunus). Install
+The linears are stored in the packed format (`docs/reference/packed-format.md` of prunus). Install
 prunus, then:
 
 ```python
@@ -44,6 +45,15 @@ model = AutoModelForCausalLM.from_pretrained("this folder")
 
 `prunus unpack` turns it into an ordinary checkpoint again.
 """
+
+
+def add_packed_card(readme: str | None) -> str:
+    """Return a model card that ends with how to load a packed checkpoint.
+
+    Args:
+        readme: the card of the source, or None.
+    """
+    return (readme or "# A packed model\n") + _CARD
 
 
 def pack(
@@ -151,7 +161,7 @@ def _pack_block(
         packed, records[name] = _pack_linear(weight, stored, linear, key)
         if packed is not None:
             del tensors[key]
-            tensors |= _named(name, packed)
+            tensors |= named_tensors(name, packed)
     return tensors, records
 
 
@@ -171,7 +181,7 @@ def _pack_outside(
     if packed is None:
         return tensors, {}
     del tensors[f"{head.name}.weight"]
-    return tensors | _named(head.name, packed), {head.name: record}
+    return tensors | named_tensors(head.name, packed), {head.name: record}
 
 
 def _pack_linear(
@@ -211,13 +221,6 @@ def _pack_linear(
     )
 
 
-def _named(name: str, packed: PackedWeight) -> dict[str, torch.Tensor]:
-    parts = {"weight": packed.values, "weight_mask": packed.mask, "weight_scales": packed.scales}
-    if packed.coding is not None:
-        parts |= {f"weight_{field}": part for field, part in packed.coding._asdict().items()}
-    return {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
-
-
 def _finish_packed(conversion: Conversion, stored: Stored) -> None:
     packed = {name: record for name, record in conversion.record.linears.items() if record.packed}
     if not packed:
@@ -226,11 +229,9 @@ def _finish_packed(conversion: Conversion, stored: Stored) -> None:
             "(prunus inspect shows it)"
         )
     shapes = {name: PackedShape(*r.shape, r.stored, r.rare) for name, r in packed.items()}
-    described = Description(stored, shapes)
     config = read_json(conversion.source.folder / "config.json")
-    config["quantization_config"] = described.to_dict()
-    config["transformers_weights"] = REFUSAL
-    conversion.finish(config, lambda readme: (readme or "# A packed model\n") + _CARD)
+    config = Description(stored, shapes).add_to(config)
+    conversion.finish(config, add_packed_card)
 
 
 def unpack(
@@ -267,7 +268,9 @@ def unpack(
     described.check_tensors(
         {n: StoredTensor(i.shape, i.dtype) for n, i in checkpoint.tensors.items()}
     )
-    dtype = described.dtype if described.values != "int8" else _config_dtype(config)
+    dtype = described.dtype
+    if dtype is None or dtype == torch.int8:
+        dtype = _config_dtype(config)
     fingerprint = hashlib.sha256(
         (checkpoint.fingerprint + repr(sorted(config.items()))).encode()
     ).hexdigest()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from prunus.model.placement import advise, whole_pages
-from prunus.packed.linear import BitmapLinear, DenseLinear
+from prunus.packed.linear import DenseLinear, PackedLinear
 
 __all__ = ["use_large_pages"]
 
@@ -27,7 +27,7 @@ _SMALL = 1 << 16  # bytes; smaller tensors gain nothing
 
 
 def use_large_pages(model: nn.Module) -> int:
-    """Move the weights of `BitmapLinear`s and `DenseLinear`s to large pages, in place, one at a
+    """Move the weights of `PackedLinear`s and `DenseLinear`s to large pages, in place, one at a
     time.
 
     Tensors that are small or not in main memory stay where they are. Parameters stay the same
@@ -55,7 +55,7 @@ def use_large_pages(model: nn.Module) -> int:
 
 def _weights(model: nn.Module) -> Iterable[torch.Tensor]:
     for module in model.modules():
-        if isinstance(module, BitmapLinear):
+        if isinstance(module, PackedLinear):
             yield from module.buffers(recurse=False)
         elif isinstance(module, DenseLinear):
             yield module.weight

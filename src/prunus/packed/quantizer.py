@@ -21,9 +21,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from prunus.packed.description import FORMAT_VERSION, METHOD, Description, StoredTensor
-from prunus.packed.embedding import BitmapEmbedding, pack_tied_embedding, unpack_tied_embedding
+from prunus.packed.embedding import PackedEmbedding, pack_tied_embedding, unpack_tied_embedding
 from prunus.packed.fast_decoding import use_fast_decoding
-from prunus.packed.linear import BitmapLinear, use_dense_kernel
+from prunus.packed.linear import PackedLinear, packed_linear, use_dense_kernel
 
 __all__ = ["PrunusConfig", "PrunusQuantizer", "register_with_transformers"]
 
@@ -48,7 +48,7 @@ class PrunusConfig(QuantizationConfigMixin):
         self,
         version: int = FORMAT_VERSION,
         values: str | None = None,
-        linears: dict[str, list[int]] | None = None,
+        linears: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
         content = {"quant_method": METHOD, "version": version, "values": values, "linears": linears}
@@ -63,8 +63,9 @@ class PrunusConfig(QuantizationConfigMixin):
 class PrunusQuantizer(HfQuantizer):
     """Replaces dense linears by packed ones before weights are loaded, and checks them after."""
 
-    #: Path of a packed linear in the model -> stored weights, while the model is loaded.
-    _stored: dict[str, int]
+    #: Path of a packed linear in the model -> stored entries of a bitmap, while the model is
+    #: loaded.
+    _stored: dict[str, int | None]
 
     # transformers must not quantize on the fly: only `prunus pack` makes packed checkpoints.
     requires_calibration = True
@@ -112,7 +113,7 @@ class PrunusQuantizer(HfQuantizer):
             if isinstance(linear, nn.Embedding):
                 pack_tied_embedding(model, found, packed)
             else:
-                model.set_submodule(found, BitmapLinear(packed, linear.bias))
+                model.set_submodule(found, packed_linear(packed, linear.bias))
             self._stored[found] = shape.stored
             names[paths[name][found]] = shape
         # Names that the linears have when this model is saved again.
@@ -146,7 +147,7 @@ class PrunusQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, module in model.named_modules():
-            if isinstance(module, BitmapLinear):
+            if isinstance(module, PackedLinear):
                 if module.weight.device.type == "meta":
                     raise ValueError(
                         f"{name} was not loaded: packed checkpoints cannot be offloaded to disk"
@@ -162,9 +163,9 @@ class PrunusQuantizer(HfQuantizer):
         # A model that was saved once has the dtype as a name in its configuration.
         stored: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, module in list(model.named_modules()):
-            if isinstance(module, BitmapEmbedding):
+            if isinstance(module, PackedEmbedding):
                 unpack_tied_embedding(model, name, stored)
-            elif isinstance(module, BitmapLinear):
+            elif isinstance(module, PackedLinear):
                 has_bias = module.bias is not None
                 dense = nn.Linear(module.in_features, module.out_features, has_bias, device="meta")
                 dense.weight = nn.Parameter(module.dense(stored))

@@ -1,0 +1,80 @@
+"""What both forms of a packed weight can do: be checked, be expanded, and be stored as tensors.
+
+A weight is a bitmap (`bitmap.py`) or quantised (`planes.py`). Modules and files work with both
+through these functions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from prunus.packed import bitmap, planes
+from prunus.packed.weight import PackedWeight, QuantizedWeight
+
+__all__ = ["Packed", "check", "expand", "expand_rows", "named_tensors"]
+
+#: A weight in either form.
+Packed = PackedWeight | QuantizedWeight
+
+
+def check(weight: Packed, stored: int | None = None) -> torch.Tensor | None:
+    """Check that the parts of a weight fit each other, before anything computes with them.
+
+    Args:
+        weight: the weight as it was read.
+        stored: for bitmaps, the declared number of stored entries, or None.
+
+    Returns:
+        Offsets that save the other functions a second scan; see `bitmap.check` and `planes.check`.
+
+    Raises:
+        ValueError: the message says what does not fit.
+    """
+    if isinstance(weight, QuantizedWeight):
+        return planes.check(weight)
+    return bitmap.check(weight, stored)
+
+
+def expand(
+    weight: Packed,
+    dtype: torch.dtype | None = None,
+    offsets: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the dense weight (O, I); see `bitmap.expand` and `planes.expand`."""
+    form = planes if isinstance(weight, QuantizedWeight) else bitmap
+    return form.expand(weight, dtype, offsets, out)
+
+
+def expand_rows(
+    weight: Packed, rows: torch.Tensor, offsets: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return some rows of the dense weight, as `expand` would give them: (..., I)."""
+    form = planes if isinstance(weight, QuantizedWeight) else bitmap
+    return form.expand_rows(weight, rows, offsets, dtype)
+
+
+def named_tensors(linear: str, weight: Packed) -> dict[str, torch.Tensor]:
+    """Return the tensors of a shard that stand for the weight of a linear.
+
+    >>> weight = PackedWeight((1, 2), torch.ones(2))
+    >>> list(named_tensors("up", weight))
+    ['up.weight']
+    """
+    parts: dict[str, torch.Tensor | None]
+    if isinstance(weight, QuantizedWeight):
+        parts = {
+            "weight": weight.data,
+            "weight_classes": weight.classes,
+            "weight_steps": weight.steps,
+            "weight_scales": weight.scales,
+        }
+    else:
+        parts = {
+            "weight": weight.values,
+            "weight_mask": weight.mask,
+            "weight_scales": weight.scales,
+        }
+        if weight.coding is not None:
+            parts |= {f"weight_{field}": part for field, part in weight.coding._asdict().items()}
+    return {f"{linear}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
