@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,7 +54,7 @@ def evaluate(
         typer.Option(
             metavar="MODEL",
             help="Compare the predictions on each text with this model, as a rule the dense one: "
-            "KL divergence, same most likely token, ratio of perplexities.",
+            "KL divergence, same most likely token, ratio of perplexities. It runs once per text.",
         ),
     ] = None,
     seqlen: Annotated[
@@ -151,6 +152,8 @@ def evaluate(
     with user_errors(json_file):
         from prunus.distributed import process_group
         from prunus.evaluation import (
+            PerplexityResult,
+            Reference,
             check_same_vocabulary,
             check_text,
             default_cache_folder,
@@ -200,25 +203,27 @@ def evaluate(
             else prepare_tasks(models, tasks, fewshot=fewshot, batch=batch_size, **shared)
         )
         windows = 1 if isinstance(batch_size, str) else batch_size
-        with process_group(rank_timeout) as ranks:
-            scores = {
-                model: [
-                    measure_perplexity(
-                        model,
-                        text,
-                        reference=reference,
-                        protocol=protocol,
-                        seqlen=seqlen,
-                        batch=windows,
-                        memory=memory,
-                        stream=stream,
-                        ranks=ranks,
-                        **shared,
+        with process_group(rank_timeout) as ranks, contextlib.ExitStack() as stack:
+            scores: dict[str, list[PerplexityResult]] = {model: [] for model in models}
+            dense = None if reference is None else stack.enter_context(Reference(reference))
+            # Text by text, because the reference keeps what it has computed for one text.
+            for text in texts:
+                for model in models:
+                    scores[model].append(
+                        measure_perplexity(
+                            model,
+                            text,
+                            reference=dense,
+                            protocol=protocol,
+                            seqlen=seqlen,
+                            batch=windows,
+                            memory=memory,
+                            stream=stream,
+                            ranks=ranks,
+                            **shared,
+                        )
                     )
-                    for text in texts
-                ]
-                for model in models
-            }
+            stack.close()
             results = [] if task_run is None else task_run.run(log, ranks)
         print_result(evaluation_tables(scores, results), json_file, side_by_side(scores, results))
 

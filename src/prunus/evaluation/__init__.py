@@ -2,7 +2,9 @@
 
 text.py                 scoring texts, cut into windows that do not overlap
 perplexity.py           perplexity of a model on a text
+perplexity_result.py    the result as a record
 divergence.py           how far a model's predictions are from those of a reference
+reference.py            the reference, whose blocks run once for each text
 whole_model.py          logits of windows from a model in memory
 streamed_perplexity.py  the same for a model that does not fit in memory: block by block
 loss.py                 the loss of one window
@@ -26,12 +28,13 @@ from prunus.evaluation.divergence import Divergence
 from prunus.evaluation.images import ImageScore, image_accuracy
 from prunus.evaluation.model_input import check_same_vocabulary, find_folder
 from prunus.evaluation.perplexity import (
-    PerplexityResult,
     ScoringText,
     load_scoring_text,
     perplexity,
     score_windows,
 )
+from prunus.evaluation.perplexity_result import PerplexityResult
+from prunus.evaluation.reference import Reference
 from prunus.evaluation.task_runner import TaskRun, evaluate, prepare_tasks
 from prunus.evaluation.task_scores import PAPER7, Metric, TaskResults, TaskScore
 from prunus.evaluation.text import PROTOCOLS, check_text
@@ -44,6 +47,7 @@ __all__ = [
     "ImageScore",
     "Metric",
     "PerplexityResult",
+    "Reference",
     "ScoringText",
     "TaskResults",
     "TaskRun",

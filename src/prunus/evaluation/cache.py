@@ -31,6 +31,7 @@ __all__ = [
     "default_cache_folder",
     "environment",
     "file_states",
+    "ids_digest",
 ]
 
 #: Packages whose versions are part of a key.
@@ -150,3 +151,8 @@ def file_states(folder: Path) -> list[list[Any]]:
         state = path.stat()
         found.append([str(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns])
     return found
+
+
+def ids_digest(ids: torch.Tensor) -> list[Any]:
+    """Shape of token ids, and the SHA-256 of their bytes."""
+    return [list(ids.shape), hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from prunus.evaluation.task_scores import MEAN, PAPER7, Metric, TaskResults, paired_difference
 
 if TYPE_CHECKING:
-    from prunus.evaluation.perplexity import PerplexityResult
+    from prunus.evaluation.perplexity_result import PerplexityResult
 
 __all__ = ["Difference", "compare", "side_by_side"]
 

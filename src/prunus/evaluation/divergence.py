@@ -28,9 +28,7 @@ from typing import Any
 import torch
 
 from prunus.distributed import Ranks
-from prunus.evaluation.loss import Rows, WindowProgress, check_loss, chunks, rows_loss
-from prunus.evaluation.streamed_perplexity import StreamedModel
-from prunus.evaluation.whole_model import WholeModel
+from prunus.evaluation.loss import Rows, WindowModel, WindowProgress, check_loss, chunks, rows_loss
 
 __all__ = ["Divergence", "compare_windows", "exponential", "make_divergence", "token_divergences"]
 
@@ -108,8 +106,8 @@ def token_divergences(
 
 
 def compare_windows(
-    model: WholeModel | StreamedModel,
-    reference: WholeModel | StreamedModel,
+    model: WindowModel,
+    reference: WindowModel,
     ids: torch.Tensor,
     batch: int,
     start: int,
@@ -120,7 +118,7 @@ def compare_windows(
 
     Args:
         model: the model to score.
-        reference: the model to compare with. If it is streamed, it runs all its blocks first.
+        reference: the model to compare with. If it runs block by block, it runs all of them first.
         ids: token ids (W, S), int64, of all ranks.
         batch: number of windows in one forward pass.
         start: the first row of a window that is scored.

@@ -6,12 +6,22 @@ Legend: S tokens of the window, T rows of logits, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Protocol
 
 import torch
 from torch.nn import functional
 
-__all__ = ["ROWS", "Rows", "WindowProgress", "check_loss", "chunks", "rows_loss", "window_loss"]
+__all__ = [
+    "ROWS",
+    "Rows",
+    "WindowModel",
+    "WindowProgress",
+    "check_loss",
+    "chunks",
+    "rows_loss",
+    "window_loss",
+]
 
 #: Rows of logits (one per token) that are in float32 at the same time. A whole window of 2048
 #: tokens and a vocabulary of 128,000 would take 1 GB in float32.
@@ -22,6 +32,20 @@ Rows = Callable[[int, int], torch.Tensor]
 
 #: Called with the number of windows done, and the number of all windows.
 WindowProgress = Callable[[int, int], None]
+
+
+class WindowModel(Protocol):
+    """A model that gives the logits of windows: `WholeModel`, `StreamedModel` or `Reference`."""
+
+    def windows(
+        self,
+        ids: torch.Tensor,
+        batch: int,
+        progress: WindowProgress | None = None,
+        compared: bool = False,
+    ) -> Generator[Rows, None, None]:
+        """The logits of every window, in order; see `StreamedModel.windows`."""
+        ...
 
 
 def window_loss(rows: Rows, ids_S: torch.Tensor, window: int, start: int = 0) -> float:

@@ -18,12 +18,8 @@ Legend: W windows, B windows at once, S tokens per window (seqlen), V vocabulary
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +27,18 @@ import torch
 from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.evaluation.cache import ResultCache, checkpoint_digest, environment, file_states
-from prunus.evaluation.divergence import (
-    Divergence,
-    compare_windows,
-    exponential,
-    make_divergence,
+from prunus.evaluation.cache import (
+    ResultCache,
+    checkpoint_digest,
+    environment,
+    file_states,
+    ids_digest,
 )
+from prunus.evaluation.divergence import compare_windows, exponential, make_divergence
 from prunus.evaluation.loss import WindowProgress, window_loss
 from prunus.evaluation.model_input import check_language_model, check_same_vocabulary, find_folder
+from prunus.evaluation.perplexity_result import PerplexityResult
+from prunus.evaluation.reference import Reference
 from prunus.evaluation.streamed_perplexity import StreamedModel, choose_streamed
 from prunus.evaluation.text import (
     PROTOCOLS,
@@ -58,59 +57,11 @@ from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
 
 __all__ = [
-    "PerplexityResult",
     "ScoringText",
     "load_scoring_text",
     "perplexity",
     "score_windows",
 ]
-
-
-@dataclass(frozen=True)
-class PerplexityResult:
-    """The perplexity of a model on a text, and how it was measured.
-
-    Attributes:
-        source: where the text comes from.
-        perplexity: exp(loss), or infinity if that does not fit in a float.
-        loss: mean cross entropy in nats per token.
-        windows: number of windows.
-        tokens: windows * seqlen.
-        seqlen: tokens per window.
-        protocol: text, windows and dtype in words.
-        seconds: time of scoring alone, without loading.
-        streamed: whether the model went through memory block by block. The perplexity does not
-            depend on it.
-        divergence: the comparison with a reference model, or None without one.
-    """
-
-    source: str
-    perplexity: float
-    loss: float
-    windows: int
-    tokens: int
-    seqlen: int
-    protocol: str
-    seconds: float
-    streamed: bool = False
-    divergence: Divergence | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values for JSON, which has no infinity: None stands for it.
-
-        Without a reference there is no `divergence`.
-        """
-        fields = dataclasses.asdict(self)
-        divergence = fields.pop("divergence")
-        compared = {} if divergence is None else {"divergence": _without_infinity(divergence)}
-        return _without_infinity(fields) | compared
-
-
-def _without_infinity(fields: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in fields.items()
-    }
 
 
 def score_windows(
@@ -125,8 +76,8 @@ def score_windows(
 
     >>> ids_WS = torch.zeros(2, 5, dtype=torch.int64)
     >>> uniform = lambda ids_BS: torch.zeros(*ids_BS.shape, 8)  # a vocabulary of 8
-    >>> round(math.exp(score_windows(uniform, ids_WS)), 4)
-    8.0
+    >>> round(score_windows(uniform, ids_WS), 4)  # log 8
+    2.0794
 
     Args:
         logits_fn: a function of ids (B, S) int64 that returns logits (B, S, V), any floating dtype
@@ -185,12 +136,13 @@ def perplexity(
     tokens as the perplexity.
 
     Args:
-        model_or_path: a folder or hub id (safetensors only), or a loaded transformers model. A
-            loaded model is scored in evaluation mode, on its device and in its dtype.
+        model_or_path: a folder or hub id (safetensors only), a loaded transformers model, or a
+            `Reference`, whose blocks do not run again for a text that they ran for. A loaded model
+            is scored in evaluation mode, on its device and in its dtype.
         text: name of a text, see `load_scoring_text`. A `.safetensors` file with input_ids (N, T)
             int needs no tokenizer; its rows are cut into windows one by one.
         reference: a folder, hub id or loaded model to compare with, which has the same vocabulary.
-            None compares with nothing.
+            A `Reference` runs once for several models. None compares with nothing.
         protocol: `papers` scores all tokens of a window but the first. `llama.cpp` scores those of
             its second half, as the perplexity tool of llama.cpp does.
         tokenizer: None takes the one in the model's folder.
@@ -235,12 +187,14 @@ def perplexity(
         if isinstance(model_or_path, nn.Module)
         else choose_device(device)
     )
-    models = [model_or_path] if reference is None else [model_or_path, reference]
-    folders = [None if isinstance(model, nn.Module) else find_folder(model) for model in models]
+    model = model_or_path.model if isinstance(model_or_path, Reference) else model_or_path
+    compared = reference.model if isinstance(reference, Reference) else reference
+    models = [model] if reference is None else [model, compared]
+    folders = [None if isinstance(one, nn.Module) else find_folder(one) for one in models]
     for stored in filter(None, folders):
         check_language_model(stored, trust_remote_code)
     if reference is not None:
-        check_same_vocabulary(model_or_path, reference, trust_remote_code)
+        check_same_vocabulary(model, compared, trust_remote_code)
 
     def get_tokenizer() -> Any:
         if tokenizer is not None:
@@ -253,47 +207,53 @@ def perplexity(
         return load_tokenizer(folders[0], trust_remote_code)
 
     ranks.set_location(
-        f"the perplexity of {'the model' if folders[0] is None else model_or_path} on {text}"
+        f"the perplexity of {'the model' if folders[0] is None else model} on {text}"
     )
     with ranks.fail_together():
         ids, source, how = scoring_windows(text, get_tokenizer, seqlen, limit, data_dir, protocol)
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
-    stored_folders = [folder for folder in folders if folder is not None]
-    streamed = dict(
-        zip(
-            stored_folders,
+    settings = (dtype, place, budget, trust_remote_code)
+    with contextlib.ExitStack() as stack:
+        other = None
+        if isinstance(reference, Reference):
+            other = reference
+        elif reference is not None:
+            other = stack.enter_context(Reference(reference))
+        if other is not None:
+            other.open(*settings)
+        # A `Reference` is chosen for as if another model were beside it: one will come, and the
+        # blocks need not run again for it.
+        chosen = [*folders, folders[0]] if isinstance(model_or_path, Reference) else folders
+        stored_folders = [folder for folder in chosen if folder is not None]
+        decided = iter(
             choose_streamed(
                 stored_folders, stream, budget, dtype, place, batch * seqlen, trust_remote_code
-            ),
-            strict=True,
+            )
         )
-    )
-    store, key = None, {}
-    if cache is not None and None not in folders:
-        store = ResultCache(cache)
-        # A model that does not fit in memory would be read twice, once for its hash.
-        checkpoints = [
-            file_states(folder)
-            if streamed[folder]
-            else checkpoint_digest(folder, trust_remote_code)
-            for folder in stored_folders
-        ]
-        key = _cache_key(checkpoints, ids, start, batch, dtype, place)
-    found = ranks.on_rank_0(lambda: None if store is None else store.get(key))
-    if found is None:
-        opened: list[WholeModel | StreamedModel] = []
-        for model, folder in zip(models, folders, strict=True):
-            if folder is None:
-                opened.append(WholeModel(model))
-            elif streamed[folder]:
-                opened.append(StreamedModel.open(folder, dtype, place, budget, trust_remote_code))
-            else:
-                whole = load_model(folder, DTYPES.get(dtype, "auto"), trust_remote_code)
-                opened.append(WholeModel(whole.to(place)))
-        found = _score(opened, ids, start, batch, progress, ranks)
-        if store is not None and ranks.rank == 0:
-            # A cache that cannot be written is no error: the next call computes the result again.
-            store.put(key, found)
+        streamed = [folder is not None and next(decided) for folder in folders]
+        store, key = None, {}
+        if cache is not None and folders[0] is not None and None not in folders:
+            store = ResultCache(cache)
+            key = _cache_key(
+                _digest(folders[0], streamed[0], trust_remote_code),
+                None if other is None else other.digest(not streamed[1], trust_remote_code),
+                ids,
+                start,
+                batch,
+                dtype,
+                place,
+            )
+        found = ranks.on_rank_0(lambda: None if store is None else store.get(key))
+        if found is None:
+            opened = _open(model_or_path, folders[0], streamed[0], settings)
+            for one, by_blocks in zip((opened, other), streamed, strict=False):
+                if isinstance(one, Reference):
+                    one.choose(by_blocks)
+            found = _score(opened, other, ids, start, batch, progress, ranks)
+            if store is not None and ranks.rank == 0:
+                # A cache that cannot be written is no error: the next call computes the result
+                # again.
+                store.put(key, found)
     scored = "" if start == 0 else f", scored from token {start + 2} of each on"
     return PerplexityResult(
         source=source,
@@ -305,10 +265,10 @@ def perplexity(
         protocol=f"{how}; {len(ids)} windows of {seqlen} tokens without overlap "
         f"({ids.numel()} tokens){scored}, mean loss over windows, {found['dtype']}",
         seconds=found["seconds"],
-        streamed=folders[0] is not None and streamed[folders[0]],
+        streamed=streamed[0],
         divergence=None
         if reference is None
-        else make_divergence(_name(reference), found["divergence"]),
+        else make_divergence(_name(compared), found["divergence"]),
     )
 
 
@@ -318,8 +278,29 @@ def _name(model: Any) -> str:
     return str(getattr(model, "name_or_path", "")) or type(model).__name__
 
 
+def _open(
+    model: Any, folder: Path | None, streamed: bool, settings: tuple[Any, ...]
+) -> WholeModel | StreamedModel | Reference:
+    """Open the model to score, as `perplexity` has chosen."""
+    dtype, place, _, trust_remote_code = settings
+    if isinstance(model, Reference):
+        model.open(*settings)
+        return model
+    if folder is None:
+        return WholeModel(model)
+    if streamed:
+        return StreamedModel.open(folder, *settings)
+    return WholeModel(load_model(folder, DTYPES.get(dtype, "auto"), trust_remote_code).to(place))
+
+
+def _digest(folder: Path, streamed: bool, code: bool) -> Any:
+    """A model that does not fit in memory would be read twice, once for its hash."""
+    return file_states(folder) if streamed else checkpoint_digest(folder, code)
+
+
 def _cache_key(
-    checkpoints: list[Any],
+    checkpoint: Any,
+    reference: Any,
     ids: torch.Tensor,
     start: int,
     batch: int,
@@ -329,8 +310,8 @@ def _cache_key(
     """Everything that determines the loss. The batch is in it, because it changes the last bits."""
     key = {
         "kind": "perplexity",
-        "checkpoint": checkpoints[0],
-        "ids": [list(ids.shape), hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()],
+        "checkpoint": checkpoint,
+        "ids": ids_digest(ids),
         "batch": batch,
         "dtype": dtype,
         **environment(place),
@@ -338,13 +319,14 @@ def _cache_key(
     # Left out where they are not used, so that results of earlier versions are still found.
     if start:
         key["start"] = start
-    if len(checkpoints) > 1:
-        key["reference"] = checkpoints[1]
+    if reference is not None:
+        key["reference"] = reference
     return key
 
 
 def _score(
-    models: list[WholeModel | StreamedModel],
+    model: WholeModel | StreamedModel | Reference,
+    reference: Reference | None,
     ids: torch.Tensor,
     start: int,
     batch: int,
@@ -354,21 +336,20 @@ def _score(
     """Score a model: loss in nats per token, seconds of scoring, dtype, divergence.
 
     Args:
-        models: the model, and a reference if there is one.
+        model: the model.
+        reference: what to compare it with, or None.
         ids: token ids (W, S) of all ranks.
         start: the first row of a window that is scored.
         batch: number of windows in one forward pass.
         progress: see `perplexity`.
         ranks: processes that split the windows.
     """
-    for model, name in zip(models, ("the model", "the reference"), strict=False):
-        model.check(ids, name)
-    model, *references = models
+    model.check(ids, "the model")
+    if reference is not None:
+        reference.check(ids, "the reference")
     started = time.perf_counter()
-    if references:
-        losses, divergence = compare_windows(
-            model, references[0], ids, batch, start, progress, ranks
-        )
+    if reference is not None:
+        losses, divergence = compare_windows(model, reference, ids, batch, start, progress, ranks)
         figures = {"divergence": divergence}
     else:
         own = ranks.own_range(len(ids), batch)

@@ -19,23 +19,42 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from prunus.evaluation.loss import ROWS, Rows, WindowProgress
-from prunus.evaluation.whole_model import check_windows
+from prunus.evaluation.whole_model import check_windows, rows_of
 from prunus.hardware.memory import memory_budget, resident_memory
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.config import load_config
 from prunus.model.dtypes import DTYPES
+from prunus.model.hidden_states import HiddenStates
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import Stream
 
-__all__ = ["StreamedModel", "choose_streamed", "whole_model_bytes"]
+__all__ = [
+    "States",
+    "StreamedModel",
+    "choose_streamed",
+    "whole_model_bytes",
+    "whole_only",
+]
+
+
+class States(Protocol):
+    """Hidden states after the last block, batch by batch: `HiddenStates`, or a file of them."""
+
+    def get(self, index: int) -> torch.Tensor:
+        """Batch `index`, (B, S, H)."""
+        ...
+
+    def close(self) -> None:
+        """Release memory and file."""
+        ...
 
 
 def whole_model_bytes(
@@ -93,7 +112,7 @@ def choose_streamed(
     """
     if stream is False:
         return [False] * len(folders)
-    reasons = [_whole_only(folder) for folder in folders]
+    reasons = [whole_only(folder) for folder in folders]
     if stream:
         for folder, reason in zip(folders, reasons, strict=True):
             if reason is not None:
@@ -123,7 +142,7 @@ def _whole_bytes(folder: Path, dtype: str, tokens: int, trust_remote_code: bool)
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if is_adapter(folder):
         return stored + _whole_bytes(base_folder(folder), dtype, tokens, trust_remote_code)
-    if _whole_only(folder) is not None:
+    if whole_only(folder) is not None:
         # Packed weights keep their stored form in memory.
         vocabulary = read_json(folder / "config.json").get("vocab_size")
         return stored + _logits_bytes(int(vocabulary or 0), tokens, torch.float32.itemsize)
@@ -131,7 +150,7 @@ def _whole_bytes(folder: Path, dtype: str, tokens: int, trust_remote_code: bool)
     return whole_model_bytes(Checkpoint(folder), config, DTYPES.get(dtype), tokens)
 
 
-def _whole_only(folder: Path) -> str | None:
+def whole_only(folder: Path) -> str | None:
     """Why a model cannot be read block by block, as the start of a clause; None if it can."""
     if is_adapter(folder):
         return "is an adapter, which"
@@ -224,13 +243,28 @@ class StreamedModel:
         """
         if not len(ids):
             return
+        with contextlib.closing(self.run_blocks(ids, batch, progress, compared)) as states:
+            yield from self.logits(states, ids, batch, by_rows=True)
+            if progress is not None:
+                progress(len(ids), len(ids))
+
+    def run_blocks(
+        self,
+        ids: torch.Tensor,
+        batch: int,
+        progress: WindowProgress | None = None,
+        compared: bool = False,
+    ) -> HiddenStates:
+        """Take all windows through all blocks; see `windows` for arguments and errors.
+
+        Returns:
+            What the last block returns, one tensor (B, S, H) per batch. The caller closes it.
+        """
         batches = ids.split(batch)
         spill_to = self._spill_to(batch, ids.shape, compared)
         stream = Stream(self.skeleton, self.source, self.device)
         steps = len(self.skeleton) + 1
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.closing(stream))
-            # The mode ends before a window is handed out, so it never holds for the caller.
+        try:
             with torch.no_grad():
                 stream.embed(batches, spill_to, on_device=True)
                 for index in range(len(self.skeleton)):
@@ -238,17 +272,40 @@ class StreamedModel:
                     self._check_finite(index, stream)
                     if progress is not None:
                         progress(len(ids) * (index + 1) // steps, len(ids))
+        except BaseException:
+            stream.close()
+            raise
+        return stream.states
+
+    def logits(
+        self, states: States, ids: torch.Tensor, batch: int, by_rows: bool
+    ) -> Generator[Rows, None, None]:
+        """The logits of every window, in order, from what the last block returns.
+
+        Args:
+            states: of `run_blocks`, with the same ids and batch.
+            ids: token ids (W, S), int64.
+            batch: B, the number of windows in a tensor of `states`.
+            by_rows: compute rows of logits when they are asked for, which takes the least memory.
+                Otherwise compute all of a batch at once, as the whole model does. The last bit of
+                a product can depend on the number of rows.
+        """
+        with contextlib.ExitStack() as stack:
+            # The mode ends before a window is handed out, so it never holds for the caller.
+            with torch.no_grad():
                 stack.enter_context(
                     self.skeleton.outside_blocks(
                         self.source.read_outside, self.device, with_head=True, with_embedding=False
                     )
                 )
-            for position, ids_BS in enumerate(batches):
-                hidden_BSH = stream.states.get(position)
-                for window, ids_S in enumerate(ids_BS.to(self.device)):
-                    yield partial(self._rows, ids_S, hidden_BSH[window])
-            if progress is not None:
-                progress(len(ids), len(ids))
+            for position, ids_BS in enumerate(ids.split(batch)):
+                hidden_BSH = states.get(position)
+                ids_BS = ids_BS.to(self.device)
+                if by_rows:
+                    for window, ids_S in enumerate(ids_BS):
+                        yield partial(self._rows, ids_S, hidden_BSH[window])
+                else:
+                    yield from map(rows_of, self.skeleton.logits(ids_BS, hidden_BSH))
 
     def _rows(
         self, ids_S: torch.Tensor, hidden_SH: torch.Tensor, first: int, stop: int
@@ -273,6 +330,16 @@ class StreamedModel:
             )
         models = 2 if compared else 1
         return Path(tempfile.gettempdir()) if models * (minimum + hidden) > budget else None
+
+    def spill_states(self, shape: torch.Size) -> Path | None:
+        """The folder for a file of hidden states, or None if they take at most half of the memory.
+
+        Args:
+            shape: (W, S) of the token ids.
+        """
+        held = resident_memory() if self.device.type == "cpu" else 0
+        free = memory_budget(self.device, self.memory) - held
+        return Path(tempfile.gettempdir()) if 2 * self._needs(1, shape, True)[1] > free else None
 
     def _check_finite(self, index: int, stream: Stream) -> None:
         """Check the first batch after every block.

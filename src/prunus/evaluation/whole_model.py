@@ -13,7 +13,7 @@ import torch
 
 from prunus.evaluation.loss import Rows, WindowProgress
 
-__all__ = ["WholeModel", "check_windows", "logits_of_windows"]
+__all__ = ["WholeModel", "check_windows", "logits_of_windows", "rows_of"]
 
 
 class WholeModel:
@@ -89,10 +89,15 @@ def logits_of_windows(
     done = 0
     for ids_BS in ids.split(batch) if len(ids) else ():
         for logits_SV in logits_fn(ids_BS):
-            yield partial(_rows, logits_SV)
+            yield rows_of(logits_SV)
         done += len(ids_BS)
         if progress is not None:
             progress(done, len(ids))
+
+
+def rows_of(logits_SV: torch.Tensor) -> Rows:
+    """The logits of one window as a function of the first row and the row behind the last."""
+    return partial(_rows, logits_SV)
 
 
 def _rows(logits_SV: torch.Tensor, first: int, stop: int) -> torch.Tensor:

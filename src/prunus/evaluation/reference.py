@@ -1,0 +1,302 @@
+"""The model that others are compared with, whose blocks run once for each text.
+
+Its predictions are needed again for every model. They are not kept as log-probabilities, which take
+V numbers per token, but as what the last block returns, which takes H: 576 instead of 49,152 in
+SmolLM2-135M. Only the final norm and the head run again. They give the same logits each time, to
+the last bit.
+
+The hidden states stay in memory or, where they do not fit, in a nameless temporary file. A sweep
+keeps them in files instead, so that a killed sweep and other processes find them again.
+
+Legend: W windows, B windows at once, S tokens per window, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from prunus.evaluation.cache import checkpoint_digest, environment, file_states, ids_digest
+from prunus.evaluation.loss import Rows, WindowProgress
+from prunus.evaluation.model_input import find_folder
+from prunus.evaluation.streamed_perplexity import States, StreamedModel, whole_only
+from prunus.evaluation.whole_model import WholeModel
+from prunus.model.block_lists import find_block_list
+from prunus.model.calls import hidden_of, replaced_forward
+from prunus.model.checkpoint.atomic_files import make_folder
+from prunus.model.checkpoint.writer import save_safetensors
+from prunus.model.dtypes import DTYPES
+from prunus.model.hidden_states import HiddenStates
+from prunus.model.loading import load_model
+
+__all__ = ["Reference"]
+
+
+class _LastBlockDone(BaseException):
+    """Ends a run early: only what the last block returns is needed."""
+
+
+class Reference:
+    """A model to compare others with. Pass it to `prunus.perplexity` for one model after another.
+
+    Its blocks run for the first model on a text, and not again for the next models. What it has
+    computed for a text is dropped when another text comes, and at the end of the `with` block.
+
+    Packed models, adapters, loaded models and models that prunus cannot read block by block are
+    loaded once and run again for every model.
+
+        with Reference("MODEL") as reference:
+            for model in ("pruned", "packed"):
+                print(prunus.perplexity(model, "wikitext2", reference=reference).divergence)
+
+    Args:
+        model: a folder, a hub id, or a loaded transformers model.
+        keep_in: folder for files of hidden states, which stay after the end. None keeps them as
+            long as this object.
+
+    Raises:
+        FileNotFoundError: see `find_folder`.
+    """
+
+    def __init__(self, model: Any, keep_in: Path | None = None) -> None:
+        self.model = model
+        self.folder = None if isinstance(model, nn.Module) else find_folder(model)
+        self._keep_in = keep_in
+        self._settings: tuple[Any, ...] = ()
+        self._streamed = False
+        self._by_blocks: StreamedModel | None = None
+        self._whole: WholeModel | None = None
+        # What the hidden states are for, and the hidden states.
+        self._for: dict[str, Any] = {}
+        self._states: States | None = None
+        self._digests: dict[bool, Any] = {}
+
+    def __enter__(self) -> Reference:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release memory and files, apart from those in `keep_in`."""
+        self._drop_states()
+        self._settings, self._by_blocks, self._whole = (), None, None
+
+    def digest(self, by_content: bool, code: bool) -> Any:
+        """What identifies the checkpoint in the key of a cache; computed once.
+
+        Args:
+            by_content: hash the weights; otherwise take the states of the files.
+            code: include Python files, because they may run.
+        """
+        assert self.folder is not None
+        if by_content not in self._digests:
+            self._digests[by_content] = (
+                checkpoint_digest(self.folder, code) if by_content else file_states(self.folder)
+            )
+        return self._digests[by_content]
+
+    def open(
+        self, dtype: str, device: torch.device, memory: int | None, trust_remote_code: bool
+    ) -> None:
+        """Choose how the model computes. Reads headers only.
+
+        Args:
+            dtype: a name of `DTYPES`, or auto.
+            device: where the model runs.
+            memory: budget in bytes for the whole process; None takes what is free.
+            trust_remote_code: run model code that comes with the checkpoint.
+        """
+        settings = (dtype, device, memory, trust_remote_code)
+        if settings == self._settings:
+            return
+        self.close()
+        self._settings = settings
+        if self.folder is not None and whole_only(self.folder) is None:
+            # Something else than a row of blocks is loaded whole. If the checkpoint is damaged,
+            # loading it says so.
+            with contextlib.suppress(NotImplementedError, ValueError, FileNotFoundError):
+                self._by_blocks = StreamedModel.open(self.folder, *settings)
+
+    def choose(self, streamed: bool) -> None:
+        """Choose whether the model is read block by block, or loaded whole."""
+        self._streamed = streamed
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the computation."""
+        return self._opened.dtype
+
+    def check(self, ids: torch.Tensor, name: str) -> None:
+        """Check that the model can score token ids (W, S); see `check_windows`."""
+        self._opened.check(ids, name)
+
+    def windows(
+        self,
+        ids: torch.Tensor,
+        batch: int,
+        progress: WindowProgress | None = None,
+        compared: bool = False,
+    ) -> Generator[Rows, None, None]:
+        """The logits of every window, in order; see `StreamedModel.windows`."""
+        if self._by_blocks is not None and len(ids):
+            try:
+                states = self._states_of(ids, batch, progress, compared)
+            except NotImplementedError:
+                # Found out only by running the model: it is no plain row of blocks.
+                self._by_blocks = None
+            else:
+                if progress is not None:
+                    progress(len(ids), len(ids))
+                yield from self._by_blocks.logits(states, ids, batch, by_rows=self._streamed)
+                return
+        yield from self._opened.windows(ids, batch, progress, compared)
+
+    @property
+    def _opened(self) -> StreamedModel | WholeModel:
+        if self._by_blocks is not None:
+            return self._by_blocks
+        if self._whole is None:
+            self._whole = WholeModel(self.model if self.folder is None else self._load())
+        return self._whole
+
+    def _load(self) -> Any:
+        assert self.folder is not None
+        dtype, device, _, trust_remote_code = self._settings
+        loaded = load_model(self.folder, DTYPES.get(dtype, "auto"), trust_remote_code)
+        return loaded.to(device)
+
+    def _states_of(
+        self, ids: torch.Tensor, batch: int, progress: WindowProgress | None, compared: bool
+    ) -> States:
+        """Run the blocks, or find what they returned for the same ids before.
+
+        Raises:
+            NotImplementedError: the model computes more than its blocks, final norm and head.
+        """
+        by_blocks = self._by_blocks
+        assert by_blocks is not None
+        key = {
+            "fingerprint": by_blocks.source.fingerprint,
+            "ids": ids_digest(ids),
+            "batch": batch,
+            "dtype": str(self.dtype),
+            "streamed": self._streamed,
+            **environment(by_blocks.device),
+        }
+        if self._states is not None and key == self._for:
+            return self._states
+        self._drop_states()
+
+        def run() -> HiddenStates:
+            if self._streamed:
+                return by_blocks.run_blocks(ids, batch, progress, compared)
+            return self._run_whole(ids, batch, progress)
+
+        if self._keep_in is None:
+            self._states = run()
+        else:
+            name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+            path = self._keep_in / f"{name[:32]}.safetensors"
+            if not path.exists():
+                make_folder(path.parent)
+                with contextlib.closing(run()) as states:
+                    save_safetensors(path, _Batches(states))
+            self._states = _StoredStates(path, by_blocks.device)
+        self._for = key
+        return self._states
+
+    def _run_whole(
+        self, ids: torch.Tensor, batch: int, progress: WindowProgress | None
+    ) -> HiddenStates:
+        """Load the whole model, keep what its last block returns, and drop the model again."""
+        assert self._by_blocks is not None
+        loaded = self._load()
+        _, blocks = find_block_list(loaded)
+        batches = ids.split(batch)
+        states = HiddenStates(
+            len(batches), spill_to=self._by_blocks.spill_states(ids.shape), device=loaded.device
+        )
+
+        forward = blocks[-1].forward
+
+        def keep(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            states.fill(position, hidden_of(output))
+            # Neither norm nor head is needed now. The first batch shows what they make of it.
+            if position > 0:
+                raise _LastBlockDone
+            return output
+
+        try:
+            with replaced_forward(blocks[-1], keep), torch.no_grad():
+                for position, ids_BS in enumerate(batches):
+                    with contextlib.suppress(_LastBlockDone):
+                        logits_BSV = loaded(
+                            input_ids=ids_BS.to(loaded.device), use_cache=False
+                        ).logits
+                    if position == 0:
+                        self._check_first(states, ids_BS, logits_BSV)
+                        del logits_BSV
+                    if progress is not None:
+                        progress(min((position + 1) * batch, len(ids)), len(ids))
+        except BaseException:
+            states.close()
+            raise
+        return states
+
+    def _check_first(self, states: States, ids: torch.Tensor, expected_BSV: torch.Tensor) -> None:
+        """Check that norm and head make the whole model's logits of what the last block returns."""
+        assert self._by_blocks is not None
+        with contextlib.closing(self._by_blocks.logits(states, ids, len(ids), False)) as windows:
+            for rows, expected_SV in zip(windows, expected_BSV, strict=True):
+                if not torch.equal(rows(0, len(expected_SV)), expected_SV):
+                    raise NotImplementedError("the logits are no function of the last block alone")
+
+    def _drop_states(self) -> None:
+        if self._states is not None:
+            self._states.close()
+        self._for, self._states = {}, None
+
+
+class _Batches(Mapping[str, torch.Tensor]):
+    """Hidden states as named tensors, of which one is in memory at a time."""
+
+    def __init__(self, states: HiddenStates) -> None:
+        self._states = states
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._states.get(int(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return map(_name, range(len(self._states)))
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+
+class _StoredStates:
+    """Hidden states in a file that `_Batches` was written to."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self._file = safe_open(path, framework="pt", device=str(device))
+
+    def get(self, index: int) -> torch.Tensor:
+        """Batch `index`, (B, S, H)."""
+        tensor: torch.Tensor = self._file.get_tensor(_name(index))
+        return tensor
+
+    def close(self) -> None:
+        """Leave the file, which stays; it is unmapped when this object goes."""
+
+
+def _name(index: int) -> str:
+    return f"{index:08d}"

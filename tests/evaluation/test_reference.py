@@ -1,0 +1,239 @@
+"""The reference of a comparison: run once for each text, with the figures of two whole models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import prunus
+from command_line import call
+from packed_reference import pruned_checkpoint
+from prunus.distributed import SINGLE_PROCESS
+from prunus.evaluation import Reference
+from prunus.evaluation import reference as reference_module
+from prunus.evaluation.divergence import compare_windows, make_divergence
+from prunus.evaluation.streamed_perplexity import StreamedModel
+from prunus.evaluation.whole_model import WholeModel
+from prunus.model.hidden_states import HiddenStates
+from prunus.model.loading import load_model
+from prunus.packed import pack
+from tiny import tiny_checkpoint, token_ids
+
+LARGE = {"initializer_range": 0.3}
+MODELS = ("dense", "pruned", "packed")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A dense model, the same pruned and packed, and two texts; no test writes to them."""
+    root = tmp_path_factory.mktemp("models")
+    tiny_checkpoint(root / "dense", "llama", torch.bfloat16, **LARGE)
+    pruned_checkpoint(root / "pruned", **LARGE)
+    pack(root / "pruned", root / "packed")
+    save_file({"input_ids": token_ids(5, 24)}, root / "ids.safetensors")
+    save_file({"input_ids": token_ids(3, 24)}, root / "other.safetensors")
+    return root
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """How the reference ran: one word for each time that all its blocks ran."""
+    found = []
+    for owner, name, word in (
+        (StreamedModel, "run_blocks", "streamed"),
+        (Reference, "_run_whole", "whole"),
+    ):
+        original = getattr(owner, name)
+
+        def watched(self, *given, original=original, word=word, **options):
+            found.append(word)
+            return original(self, *given, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+    return found
+
+
+def score(folders, model, reference, text="ids", **options):
+    options = {"seqlen": 24, "batch": 2, "device": "cpu", **options}
+    ids = str(folders / f"{text}.safetensors")
+    one = folders / model if isinstance(model, str) else model
+    return prunus.perplexity(one, ids, reference=reference, **options)
+
+
+def without_seconds(result):
+    return dataclasses.replace(result, seconds=0)
+
+
+def side_by_side(folders, model, ids):
+    """The divergence of two whole models that compute at the same time."""
+    dense, other = (WholeModel(load_model(folders / name)) for name in ("dense", model))
+    _, figures = compare_windows(other, dense, ids, 2, 0, None, SINGLE_PROCESS)
+    return make_divergence(str(folders / "dense"), figures)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gptj", "mixtral", "gpt_oss"])
+def test_figures_are_those_of_two_models_side_by_side(family, tmp_path, runs):
+    """To the last bit, and so for experts, whose products depend on how they are called."""
+    for dtype in (torch.float32, torch.bfloat16):
+        root = tmp_path / str(dtype)
+        tiny_checkpoint(root / "dense", family, dtype)
+        pruned_checkpoint(root / "pruned", family, dtype)
+        save_file({"input_ids": token_ids(5, 24)}, root / "ids.safetensors")
+        expected = side_by_side(root, "pruned", token_ids(5, 24))
+        with Reference(root / "dense") as reference:
+            found = [score(root, "pruned", reference).divergence for _ in range(2)]
+        assert found == [expected] * 2
+    assert runs == ["whole", "whole"]
+
+
+def test_the_reference_runs_once_for_each_text(folders, runs):
+    with Reference(folders / "dense") as reference:
+        found = {
+            (text, model): score(folders, model, reference, text)
+            for text in ("ids", "other")
+            for model in MODELS
+        }
+    assert runs == ["whole", "whole"]
+    for (text, model), result in found.items():
+        alone = score(folders, model, folders / "dense", text)
+        assert without_seconds(result) == without_seconds(alone)
+    assert found["ids", "dense"].divergence.kl == 0
+
+
+def test_a_streamed_reference_runs_once_for_each_text(folders, runs):
+    alone = [score(folders, model, folders / "dense", stream=True) for model in MODELS[:2]]
+    runs.clear()
+    with Reference(folders / "dense") as reference:
+        found = [score(folders, model, reference, stream=True) for model in MODELS[:2]]
+    assert runs == ["streamed"] * 3, "once the reference, and once each model"
+    assert [*map(without_seconds, found)] == [*map(without_seconds, alone)]
+
+
+def test_another_batch_or_dtype_runs_again(folders, runs):
+    with Reference(folders / "dense") as reference:
+        for options in ({}, {"batch": 1}, {"dtype": "float32"}, {"limit": 2}):
+            found = score(folders, "pruned", reference, **options)
+            alone = score(folders, "pruned", folders / "dense", **options)
+            assert found.divergence == alone.divergence
+    assert len(runs) == 8
+
+
+def test_a_reference_scores_itself_without_a_second_run(folders, runs):
+    alone = score(folders, "dense", None)
+    with Reference(folders / "dense") as reference:
+        found = score(folders, reference, None)
+        compared = score(folders, "pruned", reference).divergence
+    assert without_seconds(found) == without_seconds(alone)
+    assert compared.reference_perplexity == alone.perplexity
+    assert runs == ["whole"]
+
+
+def test_hidden_states_that_do_not_fit_wait_in_a_file(folders, monkeypatch, tmp_path):
+    expected = score(folders, "pruned", folders / "dense").divergence
+    spilled = []
+    made = HiddenStates.__init__
+
+    def watched(self, count, *, spill_to, **options):
+        spilled.append(spill_to)
+        made(self, count, spill_to=spill_to, **options)
+
+    monkeypatch.setattr(HiddenStates, "__init__", watched)
+    monkeypatch.setattr(StreamedModel, "spill_states", lambda *_: tmp_path)
+    with Reference(folders / "dense") as reference:
+        found = [score(folders, "pruned", reference).divergence for _ in range(2)]
+    assert found == [expected] * 2
+    assert spilled == [tmp_path]
+    assert not list(tmp_path.iterdir()), "the file has no name"
+
+
+def test_half_of_the_memory_holds_hidden_states(folders, monkeypatch):
+    streamed = sys.modules["prunus.evaluation.streamed_perplexity"]
+    model = StreamedModel.open(folders / "dense", "auto", torch.device("cpu"), None, False)
+    shape = torch.Size((5, 24))
+    monkeypatch.setattr(streamed, "resident_memory", lambda: 1000)
+    need = 5 * 24 * 32 * 2
+    for memory, spills in ((1000 + 2 * need, False), (999 + 2 * need, True)):
+        monkeypatch.setattr(streamed, "memory_budget", lambda *_, memory=memory: memory)
+        assert (model.spill_states(shape) is not None) == spills
+
+
+def test_files_are_found_by_later_processes(folders, tmp_path, runs):
+    with Reference(folders / "dense", keep_in=tmp_path / "kept") as reference:
+        found = [score(folders, "pruned", reference, text) for text in ("ids", "other")]
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+    runs.clear()
+    with Reference(folders / "dense", keep_in=tmp_path / "kept") as reference:
+        again = [score(folders, "pruned", reference, text) for text in ("ids", "other")]
+        assert runs == []
+        score(folders, "pruned", reference, limit=4)
+    assert runs == ["whole"]
+    assert [*map(without_seconds, again)] == [*map(without_seconds, found)]
+    alone = score(folders, "pruned", folders / "dense")
+    assert without_seconds(found[0]) == without_seconds(alone)
+
+
+@pytest.mark.parametrize("kind", ["packed", "loaded", "not by blocks"])
+def test_what_has_no_blocks_to_keep_is_loaded_once_and_runs_again(kind, folders, monkeypatch, runs):
+    name = "packed" if kind == "packed" else "dense"
+    expected = side_by_side(folders, "pruned", token_ids(5, 24))
+    loaded = []
+    load = reference_module.load_model
+    monkeypatch.setattr(
+        reference_module, "load_model", lambda *given: loaded.append(given[0]) or load(*given)
+    )
+    if kind == "not by blocks":
+
+        def refuse(*_):
+            raise NotImplementedError
+
+        monkeypatch.setattr(StreamedModel, "open", refuse)
+    model = load_model(folders / name) if kind == "loaded" else folders / name
+    with Reference(model) as reference:
+        found = [score(folders, "pruned", reference).divergence for _ in range(2)]
+    assert found[0] == found[1]
+    if kind == "packed":
+        assert found[0].kl < 1e-2, "packed kernels may add in another order"
+    else:
+        assert dataclasses.replace(found[0], reference="") == dataclasses.replace(
+            expected, reference=""
+        )
+    assert len(loaded) == (kind != "loaded")
+    assert runs == []
+
+
+def test_logits_that_need_more_than_the_last_block_are_computed_again(folders, monkeypatch):
+    """A model may add its embeddings after the blocks. The first batch shows it."""
+    expected = side_by_side(folders, "pruned", token_ids(5, 24))
+    original = StreamedModel.logits
+
+    def other_logits(self, *given, **options):
+        for rows in original(self, *given, **options):
+            yield lambda first, stop, rows=rows: rows(first, stop) + 1
+
+    monkeypatch.setattr(StreamedModel, "logits", other_logits)
+    with Reference(folders / "dense") as reference:
+        found = [score(folders, "pruned", reference).divergence for _ in range(2)]
+    assert found == [expected] * 2
+
+
+def test_eval_runs_the_reference_once_for_all_models(folders, tmp_path, runs):
+    texts = [folders / "ids.safetensors", folders / "other.safetensors"]
+    json_file = tmp_path / "eval.json"
+    call(
+        "eval",
+        *(folders / model for model in MODELS),
+        *("--reference", folders / "dense"),
+        *("--perplexity", ",".join(map(str, texts)), "--seqlen", 24, "--batch", 2),
+        *("--device", "cpu", "--no-cache", "--json", json_file),
+    )
+    assert runs == ["whole", "whole"], "once for each of two texts"
+    for model in json.loads(json_file.read_text())["models"]:
+        for text, found in zip(("ids", "other"), model["perplexity"], strict=True):
+            alone = score(folders, model["model"].rpartition("/")[2], folders / "dense", text)
+            expected = alone.as_dict() | {"seconds": 0}
+            assert found | {"seconds": 0} == json.loads(json.dumps(expected))
