@@ -15,9 +15,11 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from packed_reference import pruned_checkpoint, random_sparse
+from plane_reference import quantized_checkpoint, quantized_weight
 from prunus.packed import (
     BitmapLinear,
     DenseLinear,
+    QuantizedLinear,
     describe,
     operators,
     pack,
@@ -28,6 +30,7 @@ from prunus.packed.bitmap import pack_weight
 from prunus.packed.description import REFUSAL
 from prunus.packed.embedding import TiedHead
 from prunus.packed.kernels import library as kernels
+from prunus.packed.linear import PackedLinear
 from tiny import token_ids
 
 IDS = token_ids(2, 24)
@@ -45,16 +48,21 @@ def _logits(model, ids=IDS):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A pruned model, packed and unpacked, with bf16 and with int8 values."""
+    """A pruned model, packed and unpacked, with bf16 and with int8 values, and quantised."""
     root = tmp_path_factory.mktemp("loading")
     source = pruned_checkpoint(root / "pruned", "qwen2", tie_word_embeddings=True)
     for values in ("bf16", "int8"):
         pack(source, root / f"packed-{values}", values)
         unpack(root / f"packed-{values}", root / f"plain-{values}")
+    quantized_checkpoint(source, root / "packed-planes")
+    unpack(root / "packed-planes", root / "plain-planes")
     return root
 
 
-@pytest.mark.parametrize("values", ["bf16", "int8"])
+FORMS = ["bf16", "int8", "planes"]
+
+
+@pytest.mark.parametrize("values", FORMS)
 @pytest.mark.parametrize("tokens", [1, 5, 24])
 def test_reference_path_is_bitwise_the_unpacked_model(folders, values, tokens):
     packed, plain = _load(folders / f"packed-{values}"), _load(folders / f"plain-{values}")
@@ -64,13 +72,15 @@ def test_reference_path_is_bitwise_the_unpacked_model(folders, values, tokens):
     assert torch.equal(_logits(packed, long), _logits(plain, long))
 
 
-@pytest.mark.parametrize("values", ["bf16", "int8"])
+@pytest.mark.parametrize("values", FORMS)
 def test_kernels_are_as_close_to_float32_as_torch_is(folders, values):
     packed, plain = _load(folders / f"packed-{values}"), _load(folders / f"plain-{values}")
     exact = _load(folders / f"plain-{values}", dtype=torch.float32)
     ids = IDS[:1, :4]
     error = (_logits(packed, ids) - _logits(exact, ids)).norm()
-    assert error < 1.5 * (_logits(plain, ids) - _logits(exact, ids)).norm()
+    # The product of quantised weights rounds its inputs to 8 bits.
+    factor = 3 if values == "planes" else 1.5
+    assert error < factor * (_logits(plain, ids) - _logits(exact, ids)).norm()
 
 
 FAMILIES = [
@@ -110,10 +120,10 @@ def test_families(tmp_path, family):
     assert close.norm() < 0.05 * _logits(plain, IDS[:1, :3]).float().norm()
 
 
-@pytest.mark.parametrize("values", ["bf16", "int8"])
+@pytest.mark.parametrize("values", FORMS)
 def test_saving_and_loading_again(folders, tmp_path, values):
     model = _load(folders / f"packed-{values}")
-    model.save_pretrained(tmp_path / "again", max_shard_size="6KB")
+    model.save_pretrained(tmp_path / "again", max_shard_size="4KB")
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 3
     again = _load(tmp_path / "again")
     assert torch.equal(_logits(again), _logits(model))
@@ -131,7 +141,7 @@ def test_the_body_alone(folders, tmp_path):
     assert torch.equal(_logits(with_head), _logits(_load(folders / "packed-bf16")))
 
 
-@pytest.mark.parametrize("values", ["bf16", "int8"])
+@pytest.mark.parametrize("values", FORMS)
 def test_a_head_and_the_embedding_tied_to_it_are_packed_once(folders, values):
     model, plain = _load(folders / f"packed-{values}"), _load(folders / f"plain-{values}")
     assert isinstance(model.lm_head, TiedHead)
@@ -160,8 +170,9 @@ def test_a_tied_head_of_another_kind_stays_as_it_is(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_generation_and_dequantization(folders, tmp_path):
-    packed, plain = _load(folders / "packed-bf16"), _load(folders / "plain-bf16")
+@pytest.mark.parametrize("values", ["bf16", "planes"])
+def test_generation_and_dequantization(folders, tmp_path, values):
+    packed, plain = _load(folders / f"packed-{values}"), _load(folders / f"plain-{values}")
     options = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6}
     with reference_path():
         assert torch.equal(
@@ -170,7 +181,7 @@ def test_generation_and_dequantization(folders, tmp_path):
     assert packed.generate(IDS[:1, :4], **options).shape == (1, 10)
     packed.save_pretrained(tmp_path)  # which leaves the dtype's name in the configuration
     dense = packed.dequantize()
-    assert not any(isinstance(module, BitmapLinear) for module in dense.modules())
+    assert not any(isinstance(module, PackedLinear) for module in dense.modules())
     assert torch.equal(_logits(dense), _logits(plain))
 
 
@@ -192,6 +203,13 @@ def test_gradients_reach_the_inputs():
     x = torch.randn(3, 30).bfloat16().requires_grad_()
     packed(x).sum().backward()
     assert torch.allclose(x.grad.float(), weight.float().sum(0).expand(3, 30), atol=2e-2)
+    quantised = QuantizedLinear(quantized_weight(12, 30), torch.randn(12).bfloat16())
+    quantised.bias.requires_grad_()
+    for x in (torch.randn(3, 30).bfloat16().requires_grad_(), torch.randn(2, 3, 30).bfloat16()):
+        quantised(x).sum().backward()
+        if x.requires_grad:
+            expected = quantised.dense(torch.float32).sum(0).expand(3, 30)
+            assert torch.allclose(x.grad.float(), expected, rtol=0.02, atol=0.05)
     plain, own = nn.Linear(30, 12, dtype=torch.bfloat16), DenseLinear(30, 12, dtype=torch.bfloat16)
     own.load_state_dict(plain.state_dict())
     for linear in (plain, own):
@@ -200,8 +218,11 @@ def test_gradients_reach_the_inputs():
         assert torch.allclose(left.grad.float(), right.grad.float(), rtol=0.05, atol=0.1)
 
 
-def test_compile_and_export(folders):
-    model = _load(folders / "packed-bf16")
+@pytest.mark.parametrize(
+    ("values", "operator"), [("bf16", "bitmap_linear"), ("planes", "quantized_linear")]
+)
+def test_compile_and_export(folders, values, operator):
+    model = _load(folders / f"packed-{values}")
     ids = IDS[:1, :3]
     expected = _logits(model, ids)
     compiled = torch.compile(
@@ -214,7 +235,7 @@ def test_compile_and_export(folders):
     with torch.no_grad():
         program = torch.export.export(mlp, (x,))
         assert torch.equal(program.module()(x), mlp(x))
-    assert sum("prunus.bitmap_linear" in str(node.target) for node in program.graph.nodes) == 3
+    assert sum(f"prunus.{operator}" in str(node.target) for node in program.graph.nodes) == 3
 
 
 def test_compiled_code_calls_the_operator():
@@ -232,6 +253,11 @@ def test_operators_pass_torch_checks():
     arguments = (x, 30, linear.weight, linear.weight_mask, None, coding, linear.offsets, None)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(operators.bitmap_linear, arguments, test_utils=tests)
+    quantised = QuantizedLinear(quantized_weight(30, 20))
+    codes = operators.codes_as_numbers(quantised.codes)
+    parts = [quantised.get_buffer(name) for name in QuantizedLinear.STATE]
+    arguments = (x, 30, *parts, codes, quantised.rows_per_chunk, quantised.offsets, None)
+    torch.library.opcheck(operators.quantized_linear, arguments, test_utils=tests)
     torch.library.opcheck(operators.dense_linear, (x, torch.randn(6, 20), None), test_utils=tests)
 
 
@@ -254,7 +280,13 @@ def test_wrong_width_is_refused():
     linear = BitmapLinear(pack_weight(random_sparse(6, 20, 0.5, torch.bfloat16), torch.bfloat16))
     with pytest.raises(ValueError, match="width 20"):
         linear(torch.ones(1, 21))
+    quantised = QuantizedLinear(quantized_weight(6, 20))
+    with pytest.raises(ValueError, match="width 20"):
+        quantised(torch.ones(1, 21))
     x = torch.ones(1, 40)
+    parts = [quantised.get_buffer(name) for name in QuantizedLinear.STATE]
+    with pytest.raises(ValueError, match="do not fit"):
+        operators.quantized_linear(x, 6, *parts, [0, 1, -1], 6, quantised.offsets, None)
     with pytest.raises(ValueError, match="do not fit"):
         operators.bitmap_linear(
             x, 6, linear.weight, linear.weight_mask, None, [], linear.offsets, None
@@ -264,6 +296,7 @@ def test_wrong_width_is_refused():
 def test_empty_input():
     linear = BitmapLinear(pack_weight(random_sparse(6, 20, 0.5, torch.bfloat16), torch.bfloat16))
     assert linear(torch.ones(0, 20).bfloat16()).shape == (0, 6)
+    assert QuantizedLinear(quantized_weight(6, 20))(torch.ones(0, 20)).shape == (0, 6)
 
 
 @pytest.mark.parametrize(
@@ -274,10 +307,7 @@ def test_empty_input():
     ],
 )
 def test_hostile_descriptions_do_not_load(folders, tmp_path, linears, message):
-    folder = tmp_path / "packed"
-    folder.mkdir()
-    for path in (folders / "packed-bf16").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = _copied(folders / "packed-bf16", tmp_path / "packed")
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["linears"] |= linears
     (folder / "config.json").write_text(json.dumps(config))
@@ -285,13 +315,62 @@ def test_hostile_descriptions_do_not_load(folders, tmp_path, linears, message):
         _load(folder)
 
 
+def _copied(folder, target):
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def test_damaged_planes_do_not_load(folders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = _copied(folders / "packed-planes", tmp_path / "packed")
+    shard = next(folder.glob("*.safetensors"))
+    tensors = load_file(shard)
+    tensors[f"{UP}.weight"][:64] = 255
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{UP} is damaged: the "):
+        _load(folder)
+    tensors[f"{UP}.weight_classes"] += 7
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{UP} is damaged: a column is in class"):
+        _load(folder)
+
+
+def test_bitmaps_and_quantised_linears_in_one_checkpoint(folders, tmp_path):
+    """A pruned model whose MLPs are quantised and whose other linears are bitmaps."""
+    from safetensors.torch import load_file, save_file
+
+    folder = _copied(folders / "packed-bf16", tmp_path / "packed")
+    other = load_file(next((folders / "packed-planes").glob("*.safetensors")))
+    entries = json.loads((folders / "packed-planes" / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    linears = config["quantization_config"]["linears"]
+    tensors = {k: v for k, v in other.items() if ".mlp." in k}
+    for shard in folder.glob("*.safetensors"):
+        tensors |= {k: v for k, v in load_file(shard).items() if ".mlp." not in k}
+        shard.unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").unlink()
+    for name in list(linears):
+        if ".mlp." in name:
+            linears[name] = entries["quantization_config"]["linears"][name]
+    (folder / "config.json").write_text(json.dumps(config))
+    model = _load(folder)
+    kinds = {type(module) for module in model.modules() if isinstance(module, PackedLinear)}
+    assert {BitmapLinear, QuantizedLinear} <= kinds
+    model.save_pretrained(tmp_path / "again")
+    unpack(tmp_path / "again", tmp_path / "plain")
+    plain = _load(tmp_path / "plain")
+    with reference_path():
+        assert torch.equal(_logits(model), _logits(plain))
+
+
 def test_damaged_masks_do_not_load(folders, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    folder = tmp_path / "packed"
-    folder.mkdir()
-    for path in (folders / "packed-bf16").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    folder = _copied(folders / "packed-bf16", tmp_path / "packed")
     tensors = load_file(folder / "block-00000.safetensors")
     tensors[f"{UP}.weight_mask"][0, 0] ^= 1
     save_file(tensors, folder / "block-00000.safetensors", metadata={"format": "pt"})

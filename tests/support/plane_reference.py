@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 
 from prunus.packed.planes import PlaneCode, QuantizedWeight
+from prunus.packed.quantized import (
+    encode_levels,
+    quantized_config,
+    quantized_entry,
+    quantized_tensors,
+)
 
 
 def _zigzag(top: int) -> int:
@@ -114,3 +126,44 @@ def random_levels(rows: int, columns: int, spread: float, seed: int = 0) -> torc
     sizes = torch.exp(torch.randn(columns, generator=generator) * 0.7) * spread
     levels = torch.randn(rows, columns, generator=generator) * sizes
     return levels.round().clamp(-127, 127).to(torch.int8)
+
+
+def quantized_weight(rows: int, columns: int, spread: float = 2, seed: int = 0) -> QuantizedWeight:
+    """A random quantised weight of about unit size."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = 0.5 + torch.rand(columns, generator=generator)
+    scales = (0.5 + torch.rand(rows, generator=generator)) / spread
+    return encode_levels(random_levels(rows, columns, spread, seed), steps, scales)
+
+
+def rounded(weight: torch.Tensor) -> QuantizedWeight:
+    """A weight rounded to about 15 levels, with a scale per row and a step per column."""
+    steps = weight.float().square().mean(0).sqrt().clamp(min=1e-6).bfloat16().float()
+    scaled = weight.float() / steps
+    scales = (scaled.abs().amax(1) / 7).clamp(min=1e-6).bfloat16().float()
+    return encode_levels((scaled / scales[:, None]).round().to(torch.int8), steps, scales)
+
+
+def quantized_checkpoint(
+    source: Path, folder: Path, chosen: Callable[[str], bool] = lambda name: True
+) -> Path:
+    """Write a dense checkpoint again with the linears of its blocks quantised, and its head or the
+    embedding tied to it.
+    """
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    head = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"
+    entries = {}
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for key, tensor in list(tensors.items()):
+            name = key.removesuffix(".weight")
+            inside = ".layers." in key or ".h." in key or ".blocks." in key or name == head
+            if inside and key.endswith(".weight") and tensor.dim() == 2 and chosen(name):
+                weight = rounded(tensors.pop(key))
+                tensors |= quantized_tensors(name, weight)
+                entries[name] = quantized_entry(weight)
+        save_file(tensors, shard, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    (folder / "config.json").write_text(json.dumps(quantized_config(config, entries)))
+    return folder
