@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "model": {"hardware"},
     "calibration": set(),
     "packed": {"model"},
-    "pruning": {"calibration", "distributed", "hardware", "methods", "model"},
+    "pruning": {"calibration", "distributed", "hardware", "methods", "model", "packed"},
     "recovery": {"calibration", "distributed", "hardware", "model", "pruning"},
     "evaluation": {
         "calibration",
@@ -97,6 +97,7 @@ WITHOUT_TORCH = {
     "pruning/presets.py",
     "pruning/progress.py",
     "pruning/recipe.py",
+    "pruning/recipe_file.py",
     "pruning/recipe_options.py",
     "pruning/records.py",
     "sweep/grid.py",

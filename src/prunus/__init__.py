@@ -1,6 +1,7 @@
 """Prune large language models after training.
 
 prune        prune a checkpoint or a loaded model
+compress     compress a checkpoint to a number of bits per weight
 perplexity   score a model on text
 evaluate     score a model on tasks
 compare      test whether two models differ by more than chance
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from prunus.evaluation.inspection import Inspection, inspect
     from prunus.pruning.manifest import Manifest
     from prunus.pruning.recipe import Recipe
-    from prunus.pruning.run import prune
+    from prunus.pruning.run import compress, prune
     from prunus.recovery import RecoveryRecord, recover
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "RecoveryRecord",
     "TaskResults",
     "compare",
+    "compress",
     "evaluate",
     "inspect",
     "perplexity",
@@ -47,6 +49,7 @@ _HOMES = {
     "RecoveryRecord": "prunus.recovery",
     "TaskResults": "prunus.evaluation",
     "compare": "prunus.evaluation",
+    "compress": "prunus.pruning.run",
     "evaluate": "prunus.evaluation",
     "inspect": "prunus.evaluation.inspection",
     "perplexity": "prunus.evaluation",

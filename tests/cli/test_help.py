@@ -14,11 +14,12 @@ from typer.main import get_command
 
 from command_line import call
 from prunus.cli import app
-from prunus.cli.recipe_options import OPTIONS, RECIPE_ONLY
+from prunus.cli.recipe_options import COMPRESSION, OPTIONS, RECIPE_ONLY
 from prunus.pruning.recipe import Recipe
 
 VERBS = [
     "prune",
+    "compress",
     "plan",
     "recover",
     "eval",
@@ -75,9 +76,10 @@ assert callable(prunus.prune) and "torch" in sys.modules
 def test_every_field_of_a_recipe_has_a_flag_or_stands_in_recipe_files_alone():
     assert set(OPTIONS).isdisjoint(RECIPE_ONLY)
     assert {*OPTIONS, *RECIPE_ONLY} == set(Recipe.model_fields)
-    for verb in ("prune", "plan"):
+    for verb in ("prune", "plan", "compress"):
         taken = {parameter.name: parameter for parameter in COMMANDS[verb].params}
-        assert set(OPTIONS) <= set(taken), verb
+        left_out = {"prune": COMPRESSION, "compress": ("preset",)}.get(verb, ())
+        assert set(OPTIONS) - set(left_out) <= set(taken), verb
         assert not set(RECIPE_ONLY) & set(taken), verb
         assert all(name in taken["recipe"].help for name in RECIPE_ONLY)
 

@@ -17,7 +17,7 @@ from prunus.pruning.recipe import Recipe
 
 def test_every_option_has_a_rule_except_how_the_work_is_done():
     names = {field.name for field in fields(MethodOptions)}
-    assert names - set(RULES) == {"reference_order", "row_sharding"}
+    assert names - set(RULES) == {"quantization", "reference_order", "row_sharding"}
     assert set(RULES) <= names
 
 

@@ -1,6 +1,6 @@
 """The command line: one file per group of verbs, no logic.
 
-prune.py           prune, plan
+prune.py           prune, compress, plan
 evaluate.py        eval, inspect, bench, generate, doctor
 convert.py         import, pack, unpack
 recover.py         recover
@@ -22,7 +22,7 @@ import typer
 
 from prunus.cli.convert import import_, pack, unpack
 from prunus.cli.evaluate import bench, doctor, evaluate, generate, inspect
-from prunus.cli.prune import plan, prune
+from prunus.cli.prune import compress, plan, prune
 from prunus.cli.recover import recover
 from prunus.cli.sweep import report, sweep
 
@@ -46,6 +46,15 @@ _VERBS = (
         (
             "prunus prune HuggingFaceTB/SmolLM2-135M pruned --preset balanced",
             "prunus prune dense pruned --method sparsegpt --pattern 2:4 --samples 64",
+        ),
+    ),
+    _Verb(
+        "compress",
+        compress,
+        "Prune",
+        (
+            "prunus compress HuggingFaceTB/SmolLM2-135M small --bits 3",
+            "prunus compress dense small --bits 2.5 --head-bits 6 --samples 32",
         ),
     ),
     _Verb(

@@ -1,4 +1,4 @@
-"""Verbs of a pruning run: `prune`, and `plan`, which forecasts it without writing anything."""
+"""Verbs of a pruning run: `prune`, `compress`, and `plan`, which forecasts and writes nothing."""
 
 from __future__ import annotations
 
@@ -8,15 +8,25 @@ from typing import Annotated, Any
 import typer
 
 from prunus.cli import arguments as arg
-from prunus.cli.recipe_options import RecipeFile, chosen_recipe, takes_recipe
+from prunus.cli.recipe_options import COMPRESSION, RecipeFile, chosen_recipe, takes_recipe
 from prunus.cli.terminal import print_result, user_errors
 
-__all__ = ["plan", "prune"]
+__all__ = ["compress", "plan", "prune"]
 
 _FORECAST = "Forecast"
 
 
-@takes_recipe
+_Resume = Annotated[
+    bool | None,
+    typer.Option(
+        "--resume/--no-resume",
+        help="Insist on resuming an unfinished run, or refuse to. Default: resume if the "
+        "options are the same.",
+    ),
+]
+
+
+@takes_recipe(without=COMPRESSION)
 def prune(
     model: arg.Model,
     output: Annotated[
@@ -27,14 +37,7 @@ def prune(
     device: arg.Device = "auto",
     memory: arg.Memory = None,
     overwrite: arg.Overwrite = False,
-    resume: Annotated[
-        bool | None,
-        typer.Option(
-            "--resume/--no-resume",
-            help="Insist on resuming an unfinished run, or refuse to. Default: resume if the "
-            "options are the same.",
-        ),
-    ] = None,
+    resume: _Resume = None,
     json_file: arg.Json = None,
     recipe: RecipeFile = None,
     trust_remote_code: arg.Trust = False,
@@ -47,20 +50,72 @@ def prune(
     (torchrun --nproc-per-node 8 -m prunus prune …) several processes share the work.
     """
     with user_errors(json_file):
-        from prunus.pruning.run import run
-        from prunus.report.progress import show_pruning
-        from prunus.report.tables import run_table
-
         chosen = chosen_recipe(recipe, options)
-        how = _run_options(device, memory, data_dir, trust_remote_code, rank_timeout)
-        with show_pruning(f"{chosen.method} {output}") as progress:
-            manifest = run(
-                model, output, chosen, how, overwrite=overwrite, resume=resume, progress=progress
+        if chosen.bits is not None:
+            raise ValueError(
+                f"the recipe has bits = {chosen.bits:g}, which makes a compressed checkpoint: use "
+                "prunus compress, or take bits out of the recipe"
             )
-        print_result(run_table(manifest), json_file, manifest.model_dump(mode="json"))
+        how = _run_options(device, memory, data_dir, trust_remote_code, rank_timeout)
+        _carry_out(model, output, chosen, how, overwrite, resume, json_file)
 
 
-@takes_recipe
+@takes_recipe(without=("preset",))
+def compress(
+    model: arg.Model,
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder for the compressed checkpoint.")
+    ],
+    *,
+    data_dir: arg.DataDir = None,
+    device: arg.Device = "auto",
+    memory: arg.Memory = None,
+    overwrite: arg.Overwrite = False,
+    resume: _Resume = None,
+    json_file: arg.Json = None,
+    recipe: RecipeFile = None,
+    trust_remote_code: arg.Trust = False,
+    rank_timeout: arg.RankTimeout = None,
+    **options: Any,
+) -> None:
+    """Compress MODEL to a number of bits per weight, packed.
+
+    Zeros and levels are chosen together: weights that do not repay their bits become 0, and the
+    bits go to the linears and rows where they lower the loss most. The result loads with plain
+    from_pretrained after `import prunus`. A run that was stopped continues when you give the same
+    command again.
+    """
+    with user_errors(json_file):
+        chosen = chosen_recipe(recipe, options)
+        if chosen.bits is None:
+            raise ValueError("prunus compress needs a size: give --bits 3, for example")
+        how = _run_options(device, memory, data_dir, trust_remote_code, rank_timeout)
+        _carry_out(model, output, chosen, how, overwrite, resume, json_file)
+
+
+def _carry_out(
+    model: str,
+    output: Path,
+    recipe: Any,
+    how: Any,
+    overwrite: bool,
+    resume: bool | None,
+    json_file: Path | None,
+) -> None:
+    """Run a recipe with a progress bar, and print its result."""
+    from prunus.pruning.run import run
+    from prunus.report.progress import show_pruning
+    from prunus.report.tables import run_table
+
+    work = recipe.method if recipe.bits is None else f"{recipe.bits:g} bits"
+    with show_pruning(f"{work} {output}") as progress:
+        manifest = run(
+            model, output, recipe, how, overwrite=overwrite, resume=resume, progress=progress
+        )
+    print_result(run_table(manifest), json_file, manifest.model_dump(mode="json"))
+
+
+@takes_recipe()
 def plan(
     model: Annotated[
         str | None,

@@ -1,4 +1,4 @@
-"""The options of a recipe on the command line, declared here once for `prune` and `plan`.
+"""The options of a recipe on the command line, declared once for `prune`, `compress` and `plan`.
 
 `OPTIONS` holds the fields that have a flag. The fields in `RECIPE_ONLY` serve research. They have
 no flag and stand in recipe files.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,13 +16,15 @@ import typer
 
 from prunus.cli.arguments import ADVANCED, DtypeName
 
-__all__ = ["OPTIONS", "RECIPE_ONLY", "RecipeFile", "chosen_recipe", "takes_recipe"]
+__all__ = ["COMPRESSION", "OPTIONS", "RECIPE_ONLY", "RecipeFile", "chosen_recipe", "takes_recipe"]
 
 _CALIBRATION = "Calibration"
 _METHOD = "Method"
 _RECONSTRUCTION = "Reconstruction"
 _ALLOCATION = "Allocation"
 
+#: Fields that make a recipe one of `compress`; `prune` does not have them.
+COMPRESSION = ("bits", "head_bits")
 #: Fields of a recipe without a flag.
 RECIPE_ONLY = (
     "min_expert_tokens",
@@ -65,7 +67,24 @@ OPTIONS: dict[str, Any] = {
         typer.Option(
             parser=_parse_share,
             metavar="SHARE",
-            help="Share of each linear's weights to remove, in [0, 1). Default: 0.5.",
+            help="Share of each linear's weights to remove, in [0, 1). Default: 0.5; with --bits "
+            "0, so that zeros follow from the rate.",
+        ),
+    ],
+    "bits": Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            help="Bits per weight of the linears in the compressed file, scales and all else "
+            "counted, from 1 to 8.",
+        ),
+    ],
+    "head_bits": Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Bits per weight of embeddings and output head: 4, 6 or 8. Default: they stay "
+            "as they are.",
         ),
     ],
     "pattern": Annotated[
@@ -261,16 +280,26 @@ RecipeFile = Annotated[
 ]
 
 
-def takes_recipe(verb: Callable[..., None]) -> Callable[..., None]:
+def takes_recipe(
+    without: Sequence[str] = (),
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb that ends in `**options` one option per entry of `OPTIONS` in their place.
 
     Typer reads a function's signature. We therefore replace the signature and leave the function.
+
+    Args:
+        without: entries of `OPTIONS` that the verb does not take.
     """
+    return lambda verb: _with_options(verb, without)
+
+
+def _with_options(verb: Callable[..., None], without: Sequence[str]) -> Callable[..., None]:
     signature = inspect.signature(verb, eval_str=True)
     own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     fields = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in OPTIONS.items()
+        if name not in without
     ]
     before = [p for p in own if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     after = [p for p in own if p.kind is inspect.Parameter.KEYWORD_ONLY]
@@ -294,7 +323,7 @@ def chosen_recipe(path: Path | None, options: dict[str, Any]) -> Any:
     Returns:
         A `prunus.Recipe`.
     """
-    from prunus.pruning.recipe import load_recipe
+    from prunus.pruning.recipe_file import load_recipe
 
     return load_recipe(
         path, {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern
+from prunus.methods.quantized import Quantized
 from prunus.methods.statistics import InputStatistics, Needs
 
 __all__ = ["Method", "PruneFunction", "Pruned", "masked", "unchanged"]
@@ -31,11 +32,13 @@ class Pruned:
         weight_OI: float32, exactly 0 wherever `keep_OI` is False.
         keep_OI: bool, True where the weight is kept. A kept weight may happen to be 0.
         notes: values for the manifest's entry of this linear; JSON must be able to hold them.
+        quantized: the same weight as integers and scales, if the run compresses.
     """
 
     weight_OI: Tensor
     keep_OI: Tensor
     notes: dict[str, Any] = field(default_factory=dict)
+    quantized: Quantized | None = None
 
 
 #: From weight (O, I) float32, statistics, pattern, sparsity and options to the result.

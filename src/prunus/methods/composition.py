@@ -1,4 +1,4 @@
-"""One method out of several steps: dense targets, a mask, a refinement of it, and the best weights.
+"""One method out of several steps: dense targets, a mask, its refinement, weights, integers.
 
 Every step is a pure tensor function, and so is their composition. The rest of the program calls
 the composed method and does not know its steps.
@@ -15,6 +15,7 @@ from torch import Tensor
 from prunus.methods.base import Method, Pruned, masked, unchanged
 from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern
+from prunus.methods.rate_distortion import quantize
 from prunus.methods.refine.dense_targets import (
     DEFAULT_DENSE_WEIGHT,
     best_dense_weight,
@@ -38,6 +39,8 @@ RefineFunction = Callable[
 
 # A weight update takes about this many matrix products (O, I) × (I, I).
 _LEAST_SQUARES_PRODUCTS = 25
+# The sweep over the columns, as in SparseGPT, with more work for each weight.
+_QUANTIZE_PRODUCTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,8 @@ def compose(method: Method, options: MethodOptions) -> Method:
     refinement = REFINEMENTS.get(options.refine)
     updates = options.weight_update == "least-squares"
     uses_dense_target = options.dense_weight != 0
-    if refinement is None and not updates and not uses_dense_target:
+    quantizes = options.bits is not None
+    if refinement is None and not updates and not uses_dense_target and not quantizes:
         return method
 
     def prune(
@@ -91,13 +95,34 @@ def compose(method: Method, options: MethodOptions) -> Method:
         options: MethodOptions,
     ) -> Pruned:
         assert statistics is not None, "a refinement needs input statistics"
-        if pattern.removes_nothing(sparsity):
+        removes_nothing = pattern.removes_nothing(sparsity)
+        if removes_nothing and not quantizes:
             return unchanged(weight_OI)
         dense_weight = 0.0
         if uses_dense_target:
             # All later steps treat the target as if it were the trained weight.
             dense_weight = _dense_weight(weight_OI, statistics, options)
             weight_OI = dense_target(weight_OI, statistics, dense_weight, options.damping)
+        pruned = unchanged(weight_OI)
+        if not removes_nothing:
+            pruned = prune_and_refine(weight_OI, statistics, pattern, sparsity, options)
+        if quantizes:
+            # Integers approximate the target itself. What a method has changed to make up for its
+            # mask, the sweep over the columns does again, with the integers in view.
+            keep_OI = None if removes_nothing else pruned.keep_OI
+            found = quantize(weight_OI, statistics, options, keep_OI)
+            pruned = replace(found, notes=pruned.notes | found.notes)
+        if uses_dense_target:
+            pruned.notes.update(_target_notes(statistics, options, dense_weight))
+        return pruned
+
+    def prune_and_refine(
+        weight_OI: Tensor,
+        statistics: InputStatistics,
+        pattern: Pattern,
+        sparsity: float,
+        options: MethodOptions,
+    ) -> Pruned:
         pruned = method.prune(weight_OI, statistics, pattern, sparsity, options)
 
         # Masks may compare all rows, but swaps and updates work within a row. So the method runs on
@@ -121,14 +146,12 @@ def compose(method: Method, options: MethodOptions) -> Method:
 
         if refinement is not None or updates:
             pruned = options.row_sharding.solve(len(weight_OI), 1, refine_and_update)
-        if uses_dense_target:
-            pruned.notes.update(_target_notes(statistics, options, dense_weight))
         return pruned
 
     needs: list[Needs] = [
         method.needs,
         refinement.needs if refinement else "none",
-        "gram" if updates or uses_dense_target else "none",
+        "gram" if updates or uses_dense_target or quantizes else "none",
     ]
     return replace(
         method,
@@ -140,11 +163,13 @@ def compose(method: Method, options: MethodOptions) -> Method:
         needs_held_out=uses_dense_target and options.dense_weight == "auto",
         # All added steps use a ridge. Only a method that inverts a Gram matrix without one, such as
         # SparseGPT, keeps the composed method from having it.
-        adds_ridge=method.adds_ridge or method.needs != "gram",
-        updates_weights=method.updates_weights or updates,
+        # So does the quantisation, whose ridge is small against the inputs with the largest norms.
+        adds_ridge=not quantizes and (method.adds_ridge or method.needs != "gram"),
+        updates_weights=method.updates_weights or updates or quantizes,
         cost_in_products=method.cost_in_products
         + (refinement.cost_in_products if refinement else 0)
         + (_LEAST_SQUARES_PRODUCTS if updates else 0)
+        + (_QUANTIZE_PRODUCTS if quantizes else 0)
         + uses_dense_target,
     )
 

@@ -92,7 +92,8 @@ def check_options(
             f"{name} chooses its mask in blocks of columns, where all rows compete (layer) "
             f"or each on its own (row), not by {pattern.group}"
         )
-    if options.dense_weight != 0 and not method.updates_weights and options.weight_update == "none":
+    fixed = not method.updates_weights and options.weight_update == "none"
+    if options.dense_weight != 0 and fixed and options.bits is None:
         raise ValueError(
             f"{name} keeps its weights as they are, so they cannot approximate the dense model's "
             "outputs: add --weight-update least-squares, choose a method that updates weights "

@@ -61,6 +61,10 @@ class Manifest(BaseModel):
         default_factory=dict,
         description="full name of a linear -> its sparsity; empty if all have the recipe's",
     )
+    packed_outside: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="stored name of a packed embedding or head -> its entry in config.json",
+    )
     left_dense: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     totals: dict[str, Any] = Field(default_factory=dict)
 
@@ -98,6 +102,7 @@ class Manifest(BaseModel):
             "sparsity": zeros / weights if weights else 0.0,
             "mean_relative_output_error": sum(errors) / len(errors) if errors else None,
             "mean_removed_energy": sum(energy) / len(energy) if energy else None,
+            **_bits(linears),
             **_experts(linears),
             "block_seconds": sum(block.seconds for block in self.blocks),
         }
@@ -136,6 +141,14 @@ class Manifest(BaseModel):
         if device.type == "cuda":
             self.totals["peak_device_memory_bytes"] = peak_memory(device)
         self.state = "finished"
+
+
+def _bits(linears: Sequence[LinearRecord]) -> dict[str, float]:
+    """The mean bits per weight of a compressed checkpoint's linears; empty for all others."""
+    known = [(x.bits, x.shape[0] * x.shape[1]) for x in linears if x.bits is not None]
+    if not known:
+        return {}
+    return {"bits": sum(bits * n for bits, n in known) / sum(n for _, n in known)}
 
 
 def _experts(linears: Sequence[LinearRecord]) -> dict[str, int]:

@@ -6,9 +6,8 @@ weights without it: nobody can mistake a half-finished folder for a model.
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -23,16 +22,14 @@ from prunus.model.checkpoint.atomic_files import (
     write_json,
     write_text,
 )
-from prunus.model.checkpoint.lock import locked
 from prunus.model.checkpoint.output_folder import check_apart, check_whole, is_vacant
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint, auxiliary_files
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.kinds import kind_of
 from prunus.model.source import CheckpointSource, ModuleSource, tensors_digest
-from prunus.pruning.job import PruningJob
+from prunus.pruning.block.block_state import FinishedBlock
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
 from prunus.pruning.model_card import model_card
-from prunus.pruning.records import BlockRecord
 
 __all__ = [
     "OUTSIDE_SHARD",
@@ -42,7 +39,6 @@ __all__ = [
     "bytes_in",
     "check_output",
     "check_resume",
-    "open_output",
     "shard_name",
 ]
 
@@ -132,19 +128,14 @@ class Output(Protocol):
         ...
 
     def write_block(
-        self,
-        index: int,
-        stored: Mapping[str, torch.Tensor],
-        changed: Mapping[str, torch.Tensor],
-        record: BlockRecord,
+        self, index: int, stored: Mapping[str, torch.Tensor], finished: FinishedBlock
     ) -> None:
         """Keep a pruned block, then enter it in the manifest.
 
         Args:
             index: Position of the block.
             stored: Its dense tensors, by names relative to the block.
-            changed: The pruned ones among them, in their stored dtype and orientation.
-            record: What the manifest says about the block.
+            finished: What was made of it.
         """
         ...
 
@@ -162,27 +153,6 @@ class Output(Protocol):
         ...
 
 
-@contextlib.contextmanager
-def open_output(job: PruningJob, folder: Path | None) -> Iterator[Output]:
-    """The output of a run, held against other runs while the `with` lasts.
-
-    Args:
-        job: The checked run.
-        folder: The folder of the new checkpoint; None for a loaded model, which is pruned in place.
-
-    Raises:
-        FileExistsError: Another run holds the folder.
-    """
-    if isinstance(job.source, ModuleSource):
-        yield InPlaceOutput(job.source)
-        return
-    assert folder is not None, "a checkpoint is pruned into a folder"
-    with locked(folder):
-        yield CheckpointOutput(
-            folder, job.source, job.ranks, job.host_budget, job.options.trust_remote_code
-        )
-
-
 class InPlaceOutput:
     """The loaded model itself. Its weights change block by block, and no run can be resumed."""
 
@@ -198,14 +168,10 @@ class InPlaceOutput:
         raise LookupError(f"no earlier run finished block {index} of a loaded model")
 
     def write_block(
-        self,
-        index: int,
-        stored: Mapping[str, torch.Tensor],
-        changed: Mapping[str, torch.Tensor],
-        record: BlockRecord,
+        self, index: int, stored: Mapping[str, torch.Tensor], finished: FinishedBlock
     ) -> None:
-        self._source.write(index, changed)
-        self._manifest.blocks.append(record)
+        self._source.write(index, finished.changed)
+        self._manifest.blocks.append(finished.record)
 
     def finish(self, changed: Mapping[str, torch.Tensor]) -> None:
         self._source.write_outside(changed)
@@ -300,25 +266,31 @@ class CheckpointOutput:
                 f"{shard_name(index)} in {self.folder} was made from: the checkpoint was changed "
                 "since. Put it back as it was, or --overwrite starts again"
             )
+        return self._source.from_stored(index, self._read_shard(index).items())
+
+    def _read_shard(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of a block by stored name, as `_shard` got them."""
         checkpoint = Checkpoint(self.folder, only=[shard_name(index)])
-        return self._source.from_stored(index, checkpoint.read(self._source.block_keys(index)))
+        return dict(checkpoint.read(self._source.block_keys(index)))
 
     def write_block(
-        self,
-        index: int,
-        stored: Mapping[str, torch.Tensor],
-        changed: Mapping[str, torch.Tensor],
-        record: BlockRecord,
+        self, index: int, stored: Mapping[str, torch.Tensor], finished: FinishedBlock
     ) -> None:
         """Write the block's shard under the checkpoint's own names, then save the manifest."""
         if self._ranks.rank > 0:
-            self._manifest.blocks.append(record)
+            self._manifest.blocks.append(finished.record)
             return
-        tensors = self._source.as_stored(index, {**stored, **changed})
+        tensors = self._shard(index, stored, finished)
         self._source.checkpoint.check_unchanged()
         save_safetensors(self.folder / shard_name(index), tensors)
-        self._manifest.blocks.append(record)
+        self._manifest.blocks.append(finished.record)
         self._manifest.save(self.folder)
+
+    def _shard(
+        self, index: int, stored: Mapping[str, torch.Tensor], finished: FinishedBlock
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of a block's shard, by their names in the checkpoint."""
+        return self._source.as_stored(index, {**stored, **finished.changed})
 
     def finish(self, changed: Mapping[str, torch.Tensor]) -> None:
         """Write what lies outside the blocks, copy config and tokenizer, write card and index."""
@@ -326,22 +298,30 @@ class CheckpointOutput:
 
     def _finish(self, changed: Mapping[str, torch.Tensor]) -> None:
         source, checkpoint = self._source, self._source.checkpoint
-        outside = source.outside_keys()
         if changed or not (self.folder / OUTSIDE_SHARD).exists():
             self._write_outside(changed)
         for path in auxiliary_files(checkpoint.folder, code=self._trust_remote_code):
             copy_file(path, self.folder / path.name)
         card = model_card(self._manifest, kind_of(source.config).loader)
-        write_text(self.folder / "README.md", card)
-        weight_map = dict.fromkeys(outside, OUTSIDE_SHARD)
-        for index in range(len(self._manifest.blocks)):
-            weight_map |= dict.fromkeys(source.block_keys(index), shard_name(index))
+        write_text(self.folder / "README.md", self._card(card))
+        self._write_config()
+        names = [shard_name(index) for index in range(len(self._manifest.blocks))]
+        if source.outside_keys():
+            names.append(OUTSIDE_SHARD)
+        shards = Checkpoint(self.folder, only=names)
         index_content = {
-            "metadata": {"total_size": checkpoint.nbytes(checkpoint.tensors)},
-            "weight_map": dict(sorted(weight_map.items())),
+            "metadata": {"total_size": shards.nbytes(shards.tensors)},
+            "weight_map": {name: info.file for name, info in sorted(shards.tensors.items())},
         }
         write_json(self.folder / INDEX_NAME, index_content)
         self._manifest.save(self.folder)
+
+    def _card(self, card: str) -> str:
+        """The model card of the result."""
+        return card
+
+    def _write_config(self) -> None:
+        """Change the copy of config.json where the result needs it."""
 
     def _write_outside(self, changed: Mapping[str, torch.Tensor]) -> None:
         """Write the shard of everything outside the blocks; `changed` as for `finish`."""
@@ -351,8 +331,12 @@ class CheckpointOutput:
             # With little memory, cached pages of the written file would push out the pages that
             # were read for it and are needed again at once.
             uncached = 4 * self._source.checkpoint.nbytes(keys) > self._memory
-            tensors = dict(self._source.checkpoint.read(keys)) | replaced
+            tensors = self._outside(dict(self._source.checkpoint.read(keys)) | replaced)
             save_safetensors(self.folder / OUTSIDE_SHARD, tensors, uncached=uncached)
+
+    def _outside(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of the shard of what lies outside the blocks."""
+        return tensors
 
     def check_finished(self) -> None:
         """Check that the finished result still has all its shards.

@@ -20,7 +20,7 @@ from prunus.methods.patterns import Pattern, check_shape
 from prunus.model.checkpoint.output_folder import check_disk
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.device import choose_device
-from prunus.model.kinds import IMAGES, kind_of
+from prunus.model.kinds import IMAGES, kind_of, require_causal
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.pruning.batch_size import windows_per_batch
@@ -32,7 +32,7 @@ from prunus.pruning.manifest import Manifest
 from prunus.pruning.output import bytes_in, check_output, check_resume
 from prunus.pruning.rank_checks import check_ranks_can_share
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.selection import check_inputs, select_linears
+from prunus.pruning.selection import check_inputs, select_linears, select_packable
 
 __all__ = ["CheckedRun", "check_run", "plan_run"]
 
@@ -142,6 +142,14 @@ def plan_run(
         head = skeleton.head()
         check_shape(pattern, head.shape, head.name)
     selection = select_linears(skeleton, recipe, pattern)
+    if recipe.bits is not None:
+        if isinstance(source, ModuleSource):
+            raise ValueError(
+                "a compressed model is a packed checkpoint: give the folder of a checkpoint "
+                "instead of a loaded model"
+            )
+        require_causal(source.config, "prunus compress")
+        selection = select_packable(selection, skeleton, source)
 
     dtype, reason = decide_dtype(
         decided_dtype if recipe.dtype == "auto" and decided_dtype else recipe.dtype,

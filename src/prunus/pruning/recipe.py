@@ -14,16 +14,13 @@ import contextlib
 import fnmatch
 import json
 import re
-import tomllib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -36,6 +33,7 @@ from prunus.methods.options import (
     MethodName,
     MethodOptions,
     Refine,
+    Rule,
     WeightUpdate,
     at_least,
     check_method_options,
@@ -44,7 +42,7 @@ from prunus.methods.options import (
 )
 from prunus.pruning.presets import preset_options
 
-__all__ = ["MEASURED_ALLOCATIONS", "DtypeName", "Recipe", "load_recipe"]
+__all__ = ["MEASURED_ALLOCATIONS", "DtypeName", "Recipe"]
 
 #: Allocations that run the model before its sparsities are known.
 MEASURED_ALLOCATIONS = ("owl", "dlp", "search")
@@ -55,6 +53,7 @@ _PATTERN = re.compile(r"^(\d+):(\d+)$")
 _METHOD_RULES = {name: rule for name, rule in RULES.items() if name != "column_block"}
 _RULES = _METHOD_RULES | {
     "sparsity": in_range("[0, 1)", ": 0.5 removes half of the weights"),
+    "head_bits": Rule(lambda value: value in (4, 6, 8), "be 4, 6 or 8"),
     "samples": at_least(1, ": pruning needs calibration windows"),
     "seqlen": at_least(2, " tokens"),
     "batch": at_least(1, " window"),
@@ -63,6 +62,10 @@ _RULES = _METHOD_RULES | {
     "reconstruct_lr": in_range("(0, 1)"),
     "allocation_spread": in_range("[0, 0.5]"),
 }
+
+
+# What a recipe with bits takes where nothing is said; docs/results/index.md has the figures.
+_COMPRESS_DEFAULTS: dict[str, Any] = {"dense_weight": 0.25}
 
 
 class Recipe(BaseModel):
@@ -152,6 +155,16 @@ class Recipe(BaseModel):
     iterations: int | None = Field(
         None, description="The number of ADMM iterations of method alps; its own by default."
     )
+    bits: float | None = Field(
+        None,
+        description="The bits per weight of the linears in the result, which is then packed. "
+        "Zeros and levels are chosen together; see sparsity for zeros that are forced.",
+    )
+    head_bits: int | None = Field(
+        None,
+        description="With bits: the bits per weight of embeddings and output head. By default "
+        "they stay as they are.",
+    )
     refine: Refine = Field("none", description="How the mask is improved after the method.")
     refine_steps: int | None = Field(
         None, description="The maximum number of rounds of refine. By default its own."
@@ -195,6 +208,11 @@ class Recipe(BaseModel):
     @classmethod
     def _fill_in_preset_and_sparsity(cls, values: dict[str, Any]) -> dict[str, Any]:
         values = preset_options(values)
+        if values.get("bits") is not None:
+            # Without a sparsity of their own, zeros follow from the rate.
+            values = _COMPRESS_DEFAULTS | values
+            if "pattern" not in values:
+                values = {"sparsity": 0.0} | values
         match = _PATTERN.match(str(values.get("pattern", "")))
         if not match or not 1 <= int(match[1]) <= int(match[2]):
             return values
@@ -253,6 +271,7 @@ class Recipe(BaseModel):
         check_method_options(self.method, self.method_options)
         self._check_two_passes()
         self._check_allocation()
+        self._check_bits()
         if self.permute and not self.n_of_m:
             raise ValueError(
                 "permute is for N:M, where channels share groups: give --pattern, or drop it"
@@ -276,6 +295,21 @@ class Recipe(BaseModel):
                 raise ValueError(
                     f"{option} needs propagate linear: the original's two passes {reason}"
                 )
+
+    def _check_bits(self) -> None:
+        """Refuse what a compressed checkpoint cannot have."""
+        if self.bits is None:
+            if self.head_bits is not None:
+                raise ValueError("head_bits belongs to bits: give --bits, or drop --head-bits")
+            return
+        for option, given, reason in (
+            ("propagate block", self.propagate == "block", "quantises nothing"),
+            ("permute", self.permute, "changes the order of weights that are packed already"),
+            ("reconstruct", self.reconstructs, "would train weights away from their integers"),
+            ("head", self.head, "prunes the head; --head-bits compresses it"),
+        ):
+            if given:
+                raise ValueError(f"{option} does not go with bits: it {reason}. Drop one of them")
 
     def _check_allocation(self) -> None:
         if self.allocation != "uniform" and self.n_of_m:
@@ -336,55 +370,13 @@ class Recipe(BaseModel):
             raise ValueError("--only and --ignore leave no linear to prune")
 
     def to_toml(self) -> str:
-        """The recipe as TOML for `load_recipe`. Options without a value are left out."""
+        """The recipe as TOML, as `load_recipe` reads it. Options without a value are left out."""
         lines = [
             f"{key} = {_toml_value(value)}"
             for key, value in self.model_dump().items()
             if value is not None
         ]
         return "\n".join(lines) + "\n"
-
-
-def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
-    """Read a recipe file, or take the defaults, and put `overrides` on top.
-
-    Args:
-        path: a TOML file, or None.
-        overrides: options by name; a value of None does not override.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not TOML, or it has an unknown key or a value out of range; the
-            message names the key.
-
-    >>> load_recipe(None, {"sparsity": 0.6, "seed": None}).sparsity
-    0.6
-    """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"there is no recipe file {path}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-            raise ValueError(f"recipe {path} is not valid TOML: {fault}") from fault
-    values.update({key: value for key, value in overrides.items() if value is not None})
-    try:
-        return Recipe(**values)
-    except ValidationError as fault:
-        where = f"recipe {path}: " if path is not None else ""
-        raise ValueError(where + "; ".join(_explain(error) for error in fault.errors())) from None
-
-
-def _explain(error: Any) -> str:
-    """One of pydantic's errors in the words of the command line."""
-    name = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"unknown option {name!r}; known are {', '.join(Recipe.model_fields)}"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return message
-    return f"{name}: {message.lower()} (got {error['input']!r})"
 
 
 def _toml_value(value: Any) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from prunus.pruning.recipe import Recipe, load_recipe
+from prunus.pruning.recipe import Recipe
+from prunus.pruning.recipe_file import load_recipe
 
 __all__ = ["NAMED_ARGUMENTS", "RecipeOptions", "recipe_from"]
 
@@ -37,6 +38,8 @@ class RecipeOptions(TypedDict, total=False):
     damping: float | None
     ria_power: float
     iterations: int | None
+    bits: float | None
+    head_bits: int | None
     refine: Literal["none", "dsnot", "swaps"]
     refine_steps: int | None
     weight_update: Literal["none", "least-squares"]

@@ -25,6 +25,10 @@ class LinearRecord(BaseModel):
             None if the method keeps a Gram matrix, or nothing.
         tokens: Calibration tokens that reached the linear.
         seconds: Time to prune it.
+        bits: Bits per weight in the compressed file, with all that belongs to the linear; None
+            where the run does not compress.
+        log2_step: log2 of the step that the rate control gave it; see `rate_control.py`.
+        packed: The linear's entry in the config.json of the compressed checkpoint, or None.
         notes: Remarks of the method, such as raised damping.
     """
 
@@ -37,6 +41,9 @@ class LinearRecord(BaseModel):
     removed_energy: float | None = None
     tokens: int
     seconds: float
+    bits: float | None = None
+    log2_step: float | None = None
+    packed: dict[str, Any] | None = None
     notes: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -31,16 +31,18 @@ from prunus.hardware.sizes import parse_bytes
 from prunus.pruning.allocate import allocate
 from prunus.pruning.block.prune_block import BlockPruner
 from prunus.pruning.calibration_windows import calibration_windows, describe_given
+from prunus.pruning.compressed_output import open_output
+from prunus.pruning.compression import rate_control
 from prunus.pruning.job import PruningJob, RunOptions
 from prunus.pruning.manifest import Manifest, RunInputs
-from prunus.pruning.output import Output, open_output
+from prunus.pruning.output import Output
 from prunus.pruning.plan import CheckedRun, check_run
 from prunus.pruning.rank_checks import check_same_on_all_ranks
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.recipe_options import RecipeOptions, recipe_from
 from prunus.pruning.records import Walk
 
-__all__ = ["Progress", "prune", "run"]
+__all__ = ["Progress", "compress", "prune", "run"]
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,25 @@ def prune(
     )
 
 
+def compress(model: str | Path, output: str | Path, bits: float, **options: Any) -> Manifest:
+    """Compress a checkpoint to a number of bits per weight. The result is a packed checkpoint.
+
+    Args:
+        model: A checkpoint folder or a hub id.
+        output: Folder of the compressed checkpoint.
+        bits: Bits per weight of the linears in the file, with all that belongs to them.
+        **options: Any argument of `prune`. A sparsity or a pattern forces zeros; without them,
+            zeros follow from the rate.
+
+    Returns:
+        The manifest, as of `prune`; its totals have the bits that the linears take.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: As `prune`.
+    """
+    return prune(model, output, bits=bits, **options)
+
+
 def run(
     model: str | Path | nn.Module,
     output: Path | None,
@@ -199,7 +220,8 @@ def _prune_model(
 
     output.begin(manifest, overwrite)
     settings = job.block_settings(manifest.allocation)
-    pruner = BlockPruner(job.skeleton, job.source, settings, ranks)
+    rate = rate_control(job, windows.ids, output, manifest)
+    pruner = BlockPruner(job.skeleton, job.source, settings, ranks, rate)
     one_thread = 1 if job.reference_order else None
     with torch.no_grad(), contextlib.closing(pruner), _threads(one_thread):
         # Everything before the first block: windows become hidden states.
@@ -240,11 +262,12 @@ def _prune_block(
     """Load, walk, prune, reconstruct, write and release one block; returns a progress message."""
     started = time.perf_counter()
     stored = job.source.block(index)
-    changed, record = pruner.prune(index, stored, job.selected[index], walk)
+    finished = pruner.prune(index, stored, job.selected[index], walk)
+    record = finished.record
     record.seconds = round(time.perf_counter() - started, 3)
     # A finished block that is pruned once more keeps its shard.
     if index >= output.finished_blocks:
-        output.write_block(index, stored, changed, record)
+        output.write_block(index, stored, finished)
     message = f"pruned in {record.seconds:.2f} s"
     if record.walk == "replay":
         message += ", with one batch in flight: paused windows do not fit in the memory budget"

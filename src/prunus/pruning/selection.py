@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from prunus.calibration import SOURCES, check_source
 from prunus.calibration.images import check_images
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.model.kinds import IMAGES, Kind
 from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource
 from prunus.pruning.recipe import Recipe
 
-__all__ = ["LinearSelection", "check_inputs", "select_linears"]
+__all__ = ["LinearSelection", "check_inputs", "select_linears", "select_packable"]
 
 
 class LinearSelection(NamedTuple):
@@ -60,6 +62,39 @@ def select_linears(skeleton: Skeleton, recipe: Recipe, pattern: Pattern) -> Line
         found.selected.append(names)
         found.left_dense.update(skeleton.left_dense(index))
     return found
+
+
+def select_packable(
+    found: LinearSelection, skeleton: Skeleton, source: CheckpointSource
+) -> LinearSelection:
+    """The part of a selection that a compressed checkpoint can store as integers.
+
+    The rest stays dense: transposed linears, linears of special classes, and experts that the
+    checkpoint stores in one tensor.
+
+    Raises:
+        NotImplementedError: Nothing is left.
+    """
+    stored = source.stored_names()
+    kept: list[list[str]] = []
+    left_dense = dict(found.left_dense)
+    for index, names in enumerate(found.selected):
+        kept.append([])
+        for linear in skeleton.linears(index):
+            if linear.name not in names:
+                continue
+            full_name = f"{skeleton.block_name(index)}.{linear.name}.weight"
+            own = stored.get(full_name, "").endswith(".weight")
+            if own and type(linear.module) is nn.Linear:
+                kept[-1].append(linear.name)
+            else:
+                left_dense[full_name] = linear.shape
+    if not any(kept):
+        raise NotImplementedError(
+            "none of the chosen linears can be stored as integers: they are transposed, special, "
+            "or experts in one tensor; such a checkpoint cannot be compressed yet"
+        )
+    return LinearSelection(kept, left_dense)
 
 
 def check_inputs(

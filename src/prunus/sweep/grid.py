@@ -27,7 +27,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from prunus.pruning.recipe import DtypeName, Recipe, load_recipe
+from prunus.pruning.recipe import DtypeName, Recipe
+from prunus.pruning.recipe_file import load_recipe
 
 __all__ = ["Cell", "Scoring", "Sweep", "load_sweep"]
 

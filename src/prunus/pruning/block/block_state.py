@@ -9,13 +9,29 @@ import torch
 from torch import nn
 
 from prunus.model.linears import Linear
+from prunus.packed.weight import QuantizedWeight
 from prunus.pruning.block.dense_stream import DenseBlockInputs
 from prunus.pruning.block.expert_tokens import ExpertCounter
 from prunus.pruning.block.permute import PermutableInputs
 from prunus.pruning.reconstruction.reconstruct_block import BlockReconstruction
 from prunus.pruning.records import BlockRecord, LinearRecord, ReconstructionRecord, Walk
 
-__all__ = ["BlockState"]
+__all__ = ["BlockState", "FinishedBlock"]
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """What comes out of a block.
+
+    Attributes:
+        changed: the pruned tensors by relative name, in their stored dtype and orientation.
+        packed: the linears that a compressed checkpoint stores as integers, by relative name.
+        record: what the manifest says about the block.
+    """
+
+    changed: dict[str, torch.Tensor]
+    packed: dict[str, QuantizedWeight]
+    record: BlockRecord
 
 
 @dataclass
@@ -37,6 +53,7 @@ class BlockState:
         changed: the finished tensors by relative name, as far as they differ from `stored`.
         records: of the linears, by relative name.
         orders: relative name of a linear -> the order that its inputs take, int64 (in,).
+        packed: the linears that a compressed checkpoint stores as integers, by relative name.
         reconstructed: the record of the reconstruction.
     """
 
@@ -54,6 +71,7 @@ class BlockState:
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
     records: dict[str, LinearRecord] = field(default_factory=dict)
     orders: dict[str, torch.Tensor] = field(default_factory=dict)
+    packed: dict[str, QuantizedWeight] = field(default_factory=dict)
     reconstructed: ReconstructionRecord | None = None
 
     @property
@@ -76,9 +94,9 @@ class BlockState:
             if linear.name in self.permutable and linear.name not in self.reconstruction.trained
         ]
 
-    def record(self, ranks: int) -> BlockRecord:
-        """The block's record for the manifest; its seconds are still missing."""
-        return BlockRecord(
+    def result(self, ranks: int) -> FinishedBlock:
+        """The finished block; the seconds of its record are still missing."""
+        record = BlockRecord(
             name=self.name,
             input_sha256=self.digest,
             walk=self.walk,
@@ -86,3 +104,4 @@ class BlockState:
             linears={linear.name: self.records[linear.name] for linear in self.linears},
             reconstruction=self.reconstructed,
         )
+        return FinishedBlock(self.changed, self.packed, record)

@@ -1,6 +1,6 @@
 """Hooks that show what linears and experts are given while a block runs.
 
-The only forward pre-hooks of prunus are here.
+The only forward hooks of prunus are here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from prunus.model.linears import Linear
 from prunus.pruning.block.expert_tokens import ExpertCounter
 
-__all__ = ["input_hooks", "tokens_of"]
+__all__ = ["input_hooks", "output_hooks", "tokens_of"]
 
 
 def tokens_of(x: torch.Tensor) -> torch.Tensor:
@@ -63,6 +63,32 @@ def input_hooks(
         counter.experts.register_forward_pre_hook(routing_hook(counter), with_kwargs=True)
         for counter in expert_counters
     ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def output_hooks(
+    linears: Sequence[Linear],
+    on_output: Callable[[Linear, torch.Tensor, torch.Tensor], object],
+) -> Iterator[None]:
+    """While active, call a function after every forward of some linears.
+
+    Args:
+        linears: linears to observe.
+        on_output: called with a linear, its input (…, in) and its output (…, out).
+    """
+
+    def hook(linear: Linear) -> Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], None]:
+        def observe(_module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            on_output(linear, args[0], output)
+
+        return observe
+
+    handles = [linear.module.register_forward_hook(hook(linear)) for linear in linears]
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +17,32 @@ from prunus.hardware.numerics import all_finite, count_zeros, low_precision_prod
 from prunus.methods.refine.permutation import Channels, with_permutation
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
+from prunus.packed.quantized import encode_levels, quantized_entry
+from prunus.packed.weight import QuantizedWeight
 from prunus.pruning.block.row_sharding import row_sharding
 from prunus.pruning.block.settings import LinearSettings
+from prunus.pruning.rate_control import RateControl
 from prunus.pruning.records import LinearRecord
 
-__all__ = ["prune_linear"]
+__all__ = ["PrunedLinear", "prune_linear"]
+
+
+@dataclass(frozen=True)
+class PrunedLinear:
+    """A finished linear.
+
+    Attributes:
+        weight: in dtype and orientation of the stored weight, on its device.
+        record: for the manifest.
+        order_I: the order of the inputs in which the weight keeps the pattern, int64 (in,), or
+            None if the inputs keep their order.
+        packed: the weight as a compressed checkpoint stores it, or None.
+    """
+
+    weight: torch.Tensor
+    record: LinearRecord
+    order_I: torch.Tensor | None = None
+    packed: QuantizedWeight | None = None
 
 
 def prune_linear(
@@ -32,7 +53,8 @@ def prune_linear(
     statistics: InputStatistics,
     channels: Channels | None = None,
     ranks: Ranks = SINGLE_PROCESS,
-) -> tuple[torch.Tensor, LinearRecord, torch.Tensor | None]:
+    rate: RateControl | None = None,
+) -> PrunedLinear:
     """Prune one linear in place and return what is stored.
 
     Scores and updates start from the stored weight in float32, whatever dtype the block computes
@@ -48,11 +70,7 @@ def prune_linear(
         statistics: of its inputs, complete; see `InputStatistics.complete`.
         channels: which inputs may change places, or None.
         ranks: processes that prune the same linear at the same time and can split its rows.
-
-    Returns:
-        The pruned weight in dtype and orientation of `stored`, on its device. The record for the
-        manifest. The order of the inputs in which the weight keeps the pattern, int64 (in,), or
-        None if the inputs keep their order.
+        rate: chooses the step of the linear in a run that compresses; None in all others.
 
     Raises:
         ValueError: weights or activations are not finite; names the linear.
@@ -73,6 +91,10 @@ def prune_linear(
         )
     weight_OI = _oriented(stored, linear).to(linear.weight_OI.device, torch.float32)
     options = replace(settings.options, row_sharding=row_sharding(ranks))
+    log2_step = None
+    if rate is not None:
+        quantization, log2_step = rate.begin(full_name, statistics)
+        options = replace(options, quantization=quantization)
     try:
         pruned = method.prune(weight_OI, statistics, settings.pattern, settings.sparsity, options)
     except ValueError as fault:
@@ -91,6 +113,11 @@ def prune_linear(
     linear.assign(pruned.weight_OI if settings.options.reference_order else new_OI)
     error, energy = _output_error(weight_OI, new_OI, statistics, ranks)
     zeros = count_zeros(new_OI)
+    packed, bits = None, None
+    if rate is not None and pruned.quantized is not None and log2_step is not None:
+        packed = encode_levels(*(part.cpu() for part in pruned.quantized))
+        bits = 8 * packed.nbytes / new_OI.numel()
+        rate.finish(full_name, bits, log2_step)
     record = LinearRecord(
         shape=linear.shape,
         zeros=zeros,
@@ -99,11 +126,14 @@ def prune_linear(
         removed_energy=energy,
         tokens=0 if "unreached" in notes else statistics.tokens,
         seconds=round(time.perf_counter() - started, 4),
+        bits=bits,
+        log2_step=log2_step,
+        packed=None if packed is None else quantized_entry(packed),
         notes=notes | pruned.notes,
     )
     result = new_OI.T if linear.transposed else new_OI
     order_I = found_order() if found_order is not None else None
-    return result.to(stored.device).contiguous(), record, order_I
+    return PrunedLinear(result.to(stored.device).contiguous(), record, order_I, packed)
 
 
 def _oriented(stored: torch.Tensor, linear: Linear) -> torch.Tensor:

@@ -29,7 +29,7 @@ from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 from prunus.model.stream import Stream
-from prunus.pruning.block.block_state import BlockState
+from prunus.pruning.block.block_state import BlockState, FinishedBlock
 from prunus.pruning.block.checks import check_same, checked_digest
 from prunus.pruning.block.dense_stream import (
     DenseStream,
@@ -51,10 +51,11 @@ from prunus.pruning.block.replay import replay
 from prunus.pruning.block.settings import BlockSettings
 from prunus.pruning.block.two_pass import two_pass
 from prunus.pruning.block.walk import Accumulate, BlockWalk, accumulate_inputs
+from prunus.pruning.rate_control import RateControl
 from prunus.pruning.reconstruction.batches import step_ranks
 from prunus.pruning.reconstruction.reconstruct_block import BlockReconstructor
 from prunus.pruning.reconstruction.schedule import linears_to_train
-from prunus.pruning.records import BlockRecord, LinearRecord, Walk
+from prunus.pruning.records import LinearRecord, Walk
 
 __all__ = ["BlockPruner"]
 
@@ -76,6 +77,7 @@ class BlockPruner:
         source: its weights.
         settings: how blocks are pruned.
         ranks: the processes that have windows of the same run.
+        rate: chooses the steps of a run that compresses; None in all others.
         stream: the hidden states of the pruned model before the next block.
         dense: the hidden states of the dense model, if the run needs them.
     """
@@ -84,6 +86,7 @@ class BlockPruner:
     source: Source
     settings: BlockSettings
     ranks: Ranks = SINGLE_PROCESS
+    rate: RateControl | None = None
     stream: Stream = field(init=False)
     dense: DenseStream | None = field(init=False, default=None)
     #: Per rank, its number of batches.
@@ -155,7 +158,7 @@ class BlockPruner:
 
     def prune(
         self, index: int, stored: Mapping[str, torch.Tensor], selected: Sequence[str], walk: Walk
-    ) -> tuple[dict[str, torch.Tensor], BlockRecord]:
+    ) -> FinishedBlock:
         """Prune one block and take all batches through it.
 
         Args:
@@ -165,8 +168,7 @@ class BlockPruner:
             walk: how the batches go through the block; see `walk.py`.
 
         Returns:
-            The pruned tensors by relative name, in dtype and orientation of `stored`, and the
-            record. The caller sets the record's seconds.
+            The finished block. The caller sets the seconds of its record.
 
         Raises:
             ValueError: weights or activations are not finite; names the tensor.
@@ -179,7 +181,7 @@ class BlockPruner:
         self._advance(state)
         self.skeleton.release(index)
         check_same(self.ranks, state.name, state.changed)
-        return state.changed, state.record(self.ranks.size)
+        return state.result(self.ranks.size)
 
     def _load(
         self, index: int, stored: Mapping[str, torch.Tensor], selected: Sequence[str], walk: Walk
@@ -259,7 +261,7 @@ class BlockPruner:
         key, full_name = f"{linear.name}.weight", f"{state.name}.{linear.name}"
         self.ranks.set_location(full_name)
         permutable = state.permutable.get(linear.name)
-        state.changed[key], record, order_I = prune_linear(
+        finished = prune_linear(
             self.settings.for_linear(full_name),
             linear,
             full_name,
@@ -267,8 +269,12 @@ class BlockPruner:
             statistics,
             permutable.channels if permutable is not None else None,
             self.ranks,
+            self.rate,
         )
-        state.records[linear.name] = record
+        record, order_I = finished.record, finished.order_I
+        state.changed[key], state.records[linear.name] = finished.weight, record
+        if finished.packed is not None:
+            state.packed[linear.name] = finished.packed
         for counter in state.expert_counters:
             if counter.owns(linear.name):
                 record.notes |= counter.notes(linear.name)
@@ -365,11 +371,11 @@ class BlockPruner:
                 statistics.add(x.reshape(-1, x.shape[-1]))
             statistics.complete(self.ranks)
             stored = self.source.read_outside([key], self.skeleton.model)[key]
-            pruned, record, _ = prune_linear(
+            finished = prune_linear(
                 self.settings.linear, head, head.name, stored, statistics, ranks=self.ranks
             )
-        check_same(self.ranks, head.name, {key: pruned})
-        return {key: pruned}, record
+        check_same(self.ranks, head.name, {key: finished.weight})
+        return {key: finished.weight}, finished.record
 
     def close(self) -> None:
         """Release the hidden states."""

@@ -1,0 +1,50 @@
+"""A quantised weight, and what a code of its integers costs.
+
+Shape suffixes: O outputs (rows), I inputs (columns), K classes of columns, V values −127 to 127.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["MAX_LEVEL", "CodeLengths", "Quantized"]
+
+#: Integers lie in [-MAX_LEVEL, MAX_LEVEL].
+MAX_LEVEL = 127
+
+
+class CodeLengths(NamedTuple):
+    """The lengths of a code of integers.
+
+    Attributes:
+        lengths_KV: float32 (K, 255), the bits of −127 to 127 in every class of columns.
+        classes_I: int64 (I,), the class of each column.
+    """
+
+    lengths_KV: Tensor
+    classes_I: Tensor
+
+
+class Quantized(NamedTuple):
+    """A quantised weight: W_ij = scale_i · step_j · level_ij.
+
+    Attributes:
+        levels_OI: int8, from -127 to 127.
+        steps_I: float32, exact in bfloat16.
+        scales_O: float32, exact in bfloat16.
+    """
+
+    levels_OI: Tensor
+    steps_I: Tensor
+    scales_O: Tensor
+
+    def dense(self) -> Tensor:
+        """The weight, float32 (O, I).
+
+        >>> levels = torch.tensor([[1, -2]], dtype=torch.int8)
+        >>> Quantized(levels, torch.tensor([0.5, 2.0]), torch.tensor([2.0])).dense()
+        tensor([[ 1., -8.]])
+        """
+        return self.levels_OI * self.steps_I * self.scales_O[:, None]

@@ -1,0 +1,292 @@
+"""Quantise by rate and distortion: integers whose entropy code is short and whose error is small.
+
+The goal is to choose integers q and steps so that the output error tr (W − Ŵ)G(W − Ŵ)ᵀ is small for
+the bits that a code of q takes. Ŵ_ij = scale_i · step_j · q_ij. Zero is the cheapest symbol of the
+code, so pruning is a part of it: weights that do not repay their bits become 0.
+
+Columns are quantised one after the other, from the input with the largest norm to the smallest,
+and the columns that are left correct the error (the OBS sweep of `solvers/obs.py`). With U the
+upper Cholesky factor of (G/d̄ + λI)⁻¹, the columns in that order and d̄ the mean diagonal of G, the
+output error is
+
+    Σ_ij (w_ij − ŵ_ij)² / U_jj²     with w_ij as corrected when its turn comes.
+
+At a high rate a uniform step s costs s²/12 and −log₂ s bits. All columns then have the same slope
+of error over bits where
+
+    step_j = Δ · U_jj                        (WaterSIC, arXiv 2603.04956).
+
+Inputs that are large and not predictable from the inputs after them get fine steps. The others get
+coarse steps, where most weights become 0. This is Wanda's idea, |w|·‖x‖, with correlations, levels
+and a rate.
+
+Rows differ too. Let s_i be how fast the loss of the model grows with the squared error of output i
+(`pruning/loss_sensitivity.py`). The loss grows by Σ_i s_i · error_i, so all rows have the same
+slope where scale_i ∝ s_i^-½. If Δ is the same for all linears of a model, the bits go where they
+lower the loss most.
+
+Rounding weighs error against bits as well. A value v between the integers k and k + 1, in units of
+its step, is rounded up where
+
+    (k + 1 − v)² + μ·bits(k + 1)  <  (v − k)² + μ·bits(k),    μ = 2 ln 2 / 12.
+
+This μ is the slope of the error over the bits at a high rate, −dD/dR with D = 4^-R/12.
+
+Shape suffixes: O outputs (rows), S some of them, I inputs (columns), B columns of a block, K
+classes of columns, V values from −128 to 127.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prunus.methods.base import Pruned
+from prunus.methods.options import MethodOptions
+from prunus.methods.quantized import MAX_LEVEL, CodeLengths, Quantized
+from prunus.methods.row_shards import RowShard
+from prunus.methods.solvers.obs import inverse_factor
+from prunus.methods.statistics import InputStatistics
+
+__all__ = ["DAMPING", "LinearQuantization", "expected_bits", "quantize", "relative_steps"]
+
+#: λ, a fraction of the mean diagonal of the Gram matrix.
+DAMPING = 0.1
+# The largest weight of a column is at most this many steps before the sweep. The rest of the range
+# is for what the sweep adds.
+_MAX_FIRST_LEVEL = 100
+# −dD/dR of a uniform quantiser at a high rate, with the error in units of squared steps.
+_SLOPE = 2 * math.log(2) / 12
+# Rounding before the first code is known: a dead zone that is a tenth of a step wider.
+_DEAD_ZONE = 0.1
+# A step of the sweep never rounds a value that is closer to an integer than this to another one.
+_MIN_SHARE = 0.02
+# Rows that choose the code, and how often they do so.
+_SAMPLE_ROWS, _SAMPLE_ROUNDS = 256, 2
+# As in `solvers/obs.py`.
+_TILE, _BLOCK = 16, 128
+
+
+@dataclass(frozen=True, slots=True)
+class LinearQuantization:
+    """How one linear is quantised.
+
+    Attributes:
+        step: the step of a column with U_jj = 1 in a row of scale 1.
+        scales_O: float32 (O,), positive: the scale of each row.
+        code_of: from the integers of some rows, int8 (S, I), to a code that suits them.
+    """
+
+    step: float
+    scales_O: Tensor
+    code_of: Callable[[Tensor], CodeLengths]
+
+
+def quantize(
+    weight_OI: Tensor,
+    statistics: InputStatistics,
+    options: MethodOptions,
+    keep_OI: Tensor | None = None,
+) -> Pruned:
+    """Quantise a weight with the steps step · U_jj.
+
+    Args:
+        weight_OI: float32, what the result approximates.
+        statistics: with a Gram matrix.
+        options: `quantization`, damping and row sharding.
+        keep_OI: bool (O, I), False where the weight must become 0; None allows all levels.
+
+    Returns:
+        The dense weight, the mask of its non-zero integers, and the quantised weight.
+
+    Raises:
+        ValueError: the Gram matrix cannot be inverted, see `obs.inverse_factor`.
+
+    >>> statistics = InputStatistics(2, "gram")
+    >>> statistics.add(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    >>> flat = CodeLengths(torch.zeros(1, 255), torch.zeros(2, dtype=torch.int64))
+    >>> how = LinearQuantization(0.5, torch.ones(1), lambda levels_SI: flat)
+    >>> weight_OI = torch.tensor([[1.0, 0.1]])
+    >>> quantize(weight_OI, statistics, MethodOptions(quantization=how)).quantized.levels_OI
+    tensor([[2, 0]], dtype=torch.int8)
+    """
+    how = options.quantization
+    assert how is not None
+    factor = _factor(statistics, options)
+    dead_I = factor.norms_I == 0
+    scales_O = how.scales_O.to(weight_OI.device).bfloat16().float()
+    # A column with an outlier gets a step that keeps its levels in range.
+    floor_I = (weight_OI / scales_O[:, None]).abs().amax(dim=0).div_(_MAX_FIRST_LEVEL)
+    steps_I = torch.maximum(how.step * factor.diagonal_I, floor_I).bfloat16().float()
+    # A column of zeros, or of subnormal numbers, may not have the step 0.
+    steps_I = steps_I.masked_fill(steps_I == 0, 1.0)
+
+    def sweep(rows: Tensor | slice, shares_KV: Tensor, classes_I: Tensor) -> Tensor:
+        order_I = factor.order_I
+        # Rows are divided by their scale, so that a column has a single step. In the transposed
+        # weight a column is contiguous.
+        scaled_IO = (weight_OI[rows] / scales_O[rows, None]).T[order_I]
+        scaled_IO[dead_I[order_I]] = 0
+        kept_IO = None if keep_OI is None else keep_OI[rows].T[order_I]
+        levels_IO = torch.empty(scaled_IO.shape, dtype=torch.int8, device=scaled_IO.device)
+        levels_IO[order_I] = _sweep(
+            scaled_IO, factor.upper_II, steps_I[order_I], shares_KV, classes_I[order_I], kept_IO
+        )
+        return levels_IO.T.contiguous()
+
+    # A few rows choose the code. Rounding depends on the code and the code on the rounding, so they
+    # do it twice.
+    some_S = torch.arange(0, len(weight_OI), max(1, len(weight_OI) // _SAMPLE_ROWS))
+    some_S = some_S.to(weight_OI.device)
+    first_V = torch.full((1, 256), 0.5 - _DEAD_ZONE, device=weight_OI.device)
+    first_V[:, 128:] = 0.5 + _DEAD_ZONE
+    shares_KV, classes_I = first_V, torch.zeros_like(dead_I, dtype=torch.int64)
+    for _ in range(_SAMPLE_ROUNDS):
+        code = how.code_of(sweep(some_S, shares_KV, classes_I))
+        classes_I = code.classes_I.to(weight_OI.device)
+        shares_KV = _rounding_shares(code.lengths_KV.to(weight_OI.device))
+
+    def solve(shard: RowShard) -> Pruned:
+        levels_OI = sweep(shard.rows, shares_KV, classes_I)
+        dense_OI = Quantized(levels_OI, steps_I, scales_O[shard.rows]).dense()
+        return Pruned(dense_OI, levels_OI != 0, dict(factor.notes))
+
+    pruned = options.row_sharding.solve(len(weight_OI), 1, solve)
+    unit_OI = steps_I * scales_O[:, None]
+    levels_OI = (pruned.weight_OI / unit_OI).round_().to(torch.int8)
+    return replace(pruned, quantized=Quantized(levels_OI, steps_I, scales_O))
+
+
+def relative_steps(statistics: InputStatistics, options: MethodOptions) -> Tensor:
+    """U_jj, float32 (I,): the steps of a linear's columns up to a common factor.
+
+    The factor matters between linears. An error in units of these steps changes the outputs by
+    d̄ / T times its square, where d̄ is the mean diagonal of the Gram matrix of T tokens.
+    """
+    return _factor(statistics, options).diagonal_I
+
+
+class _Factor(NamedTuple):
+    """The order of the columns, and the factor of the inverse Gram matrix in this order.
+
+    Attributes:
+        order_I: int64 (I,), the columns in the order of the sweep.
+        upper_II: U, float32, rows and columns in the order of the sweep.
+        diagonal_I: U_jj, in the order of the weight.
+        norms_I: the squared norms of the inputs, in the order of the weight.
+        notes: of `obs.inverse_factor`.
+    """
+
+    order_I: Tensor
+    upper_II: Tensor
+    diagonal_I: Tensor
+    norms_I: Tensor
+    notes: dict[str, Any]
+
+
+def _factor(statistics: InputStatistics, options: MethodOptions) -> _Factor:
+    gram_II = statistics.gram_II
+    assert gram_II is not None, "quantising by rate and distortion needs a Gram matrix"
+    damping = DAMPING if options.damping is None else options.damping
+
+    def compute() -> _Factor:
+        norms_I = gram_II.diagonal().clone()
+        order_I = norms_I.argsort(descending=True, stable=True)
+        upper_II, notes = inverse_factor(gram_II[order_I][:, order_I], damping)
+        diagonal_I = torch.empty_like(norms_I)
+        diagonal_I[order_I] = upper_II.diagonal()
+        return _Factor(order_I, upper_II, diagonal_I, norms_I, notes)
+
+    # Linears with the same input share one factor: it is computed for the first of them.
+    return statistics.derived(("factor_by_norm", damping), compute)
+
+
+def _rounding_shares(lengths_KV: Tensor) -> Tensor:
+    """Between v = k and v = k + 1, the share of the way above which v is rounded up: (K, 256).
+
+    Entry k + 128 belongs to the integer k, from -128 to 127.
+    """
+    # The integers -128 and 128 do not exist.
+    missing = torch.full_like(lengths_KV[:, :1], math.inf)
+    longer_KV = torch.cat([lengths_KV, missing], 1) - torch.cat([missing, lengths_KV], 1)
+    return (0.5 + 0.5 * _SLOPE * longer_KV).clamp_(_MIN_SHARE, 1 - _MIN_SHARE)
+
+
+def _sweep(
+    weight_IO: Tensor,
+    factor_II: Tensor,
+    steps_I: Tensor,
+    shares_KV: Tensor,
+    classes_I: Tensor,
+    keep_IO: Tensor | None,
+) -> Tensor:
+    """The sweep over the columns, which come in its order; returns the integers, int8 (I, O).
+
+    The blocks and tiles are those of `solvers/obs.py`, and for the same reason. `weight_IO` is
+    overwritten.
+    """
+    steps, classes = steps_I.tolist(), classes_I.tolist()
+    inverse_I = factor_II.diagonal().reciprocal().tolist()
+    levels_IO = torch.empty(weight_IO.shape, dtype=torch.int8, device=weight_IO.device)
+    inputs = len(weight_IO)
+    for start in range(0, inputs, _BLOCK):
+        stop = min(start + _BLOCK, inputs)
+        error_BO = torch.empty_like(weight_IO[start:stop])
+        for first in range(start, stop, _TILE):
+            last = min(first + _TILE, stop)
+            for j in range(first, last):
+                value_O = (weight_IO[j] / steps[j]).clamp_(-MAX_LEVEL, MAX_LEVEL)
+                level_O = value_O.floor()
+                share_O = shares_KV[classes[j]][(level_O + 128).int()]
+                level_O += value_O.sub_(level_O) > share_O
+                if keep_IO is not None:
+                    level_O *= keep_IO[j]
+                levels_IO[j] = level_O
+                removed_O = torch.sub(weight_IO[j], level_O.mul_(steps[j]), out=error_BO[j - start])
+                # The later columns change by U_jk · (w_j − ŵ_j) / U_jj.
+                error_O = removed_O.mul_(inverse_I[j])
+                weight_IO[j + 1 : last].addr_(factor_II[j, j + 1 : last], error_O, alpha=-1)
+            done_BO = error_BO[first - start : last - start]
+            weight_IO[last:stop].addmm_(factor_II[first:last, last:stop].T, done_BO, alpha=-1)
+        weight_IO[stop:].addmm_(factor_II[start:stop, stop:].T, error_BO, alpha=-1)
+    return levels_IO
+
+
+def expected_bits(deviations: Tensor) -> Tensor:
+    """The entropy in bits of rounded normal values, by their standard deviation in steps.
+
+    Args:
+        deviations: any shape; at most about 1e4.
+
+    Returns:
+        float32 of the same shape.
+
+    >>> [round(bits, 2) for bits in expected_bits(torch.tensor([0.0, 1.0, 4.0])).tolist()]
+    [0.0, 2.1, 4.05]
+    """
+    table_N = _entropies()
+    # The table is regular in the logarithm. Above it, a doubled deviation costs one more bit.
+    place = (deviations.clamp_min(1e-9).log2() - _LOWEST) * _PER_OCTAVE
+    above = (place - (len(table_N) - 1)).clamp_min(0)
+    place = place.clamp(0, len(table_N) - 1)
+    left = place.floor().clamp_max(len(table_N) - 2)
+    left_bits, right_bits = table_N[left.long()], table_N[left.long() + 1]
+    return left_bits.lerp(right_bits, place - left) + above / _PER_OCTAVE
+
+
+# The table of `expected_bits`: deviations from 2^_LOWEST to 2^_HIGHEST, some per octave.
+_LOWEST, _HIGHEST, _PER_OCTAVE = -4, 4, 8
+
+
+def _entropies() -> Tensor:
+    count = (_HIGHEST - _LOWEST) * _PER_OCTAVE + 1
+    deviation_N = 2.0 ** (_LOWEST + torch.arange(count, dtype=torch.float64) / _PER_OCTAVE)
+    edges_V = torch.arange(-200, 201, dtype=torch.float64) + 0.5
+    below_NV = torch.special.ndtr(edges_V / deviation_N[:, None])
+    share_NV = below_NV.diff(dim=1)
+    return -torch.xlogy(share_NV, share_NV).sum(dim=1).div(math.log(2)).float()

@@ -1,0 +1,127 @@
+"""A run's output as a compressed checkpoint, and the choice between the kinds of output.
+
+A compressed checkpoint holds its quantised linears in the packed format from the first shard on. No
+dense copy of them is ever written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from prunus.model.checkpoint.atomic_files import read_json, write_json
+from prunus.model.checkpoint.lock import locked
+from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.writer import save_safetensors
+from prunus.model.source import CheckpointSource, ModuleSource
+from prunus.packed.description import Description
+from prunus.packed.forms import check, expand
+from prunus.packed.packing import add_packed_card
+from prunus.packed.quantized import quantized_config, quantized_tensors
+from prunus.pruning.block.block_state import FinishedBlock
+from prunus.pruning.job import PruningJob
+from prunus.pruning.output import CheckpointOutput, InPlaceOutput, Output, shard_name
+
+__all__ = ["MEASUREMENT", "CompressedOutput", "open_output"]
+
+#: Measurements of an unfinished run; they decide the bytes of all blocks.
+MEASUREMENT = "sensitivity.safetensors"
+
+
+@contextlib.contextmanager
+def open_output(job: PruningJob, folder: Path | None) -> Iterator[Output]:
+    """The output of a run, held against other runs while the `with` lasts.
+
+    Args:
+        job: The checked run.
+        folder: The folder of the new checkpoint; None for a loaded model, which is pruned in place.
+
+    Raises:
+        FileExistsError: Another run holds the folder.
+    """
+    if isinstance(job.source, ModuleSource):
+        yield InPlaceOutput(job.source)
+        return
+    assert folder is not None, "a checkpoint is pruned into a folder"
+    with locked(folder):
+        if job.recipe.bits is None:
+            yield CheckpointOutput(
+                folder, job.source, job.ranks, job.host_budget, job.options.trust_remote_code
+            )
+        else:
+            yield CompressedOutput(folder, job)
+
+
+class CompressedOutput(CheckpointOutput):
+    """A folder whose linears are packed; in every other respect it is a `CheckpointOutput`."""
+
+    def __init__(self, folder: Path, job: PruningJob) -> None:
+        assert isinstance(job.source, CheckpointSource)
+        super().__init__(
+            folder, job.source, job.ranks, job.host_budget, job.options.trust_remote_code
+        )
+
+    def read_measurement(self) -> dict[str, torch.Tensor] | None:
+        """What `write_measurement` got in this run or the run that it resumes, or None."""
+        path = self.folder / MEASUREMENT
+        return load_file(path) if path.exists() else None
+
+    def write_measurement(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep named tensors until the run is finished."""
+        save_safetensors(self.folder / MEASUREMENT, tensors)
+
+    def finish(self, changed: Mapping[str, torch.Tensor]) -> None:
+        super().finish(changed)
+        if self._ranks.rank == 0:
+            (self.folder / MEASUREMENT).unlink(missing_ok=True)
+
+    def _shard(
+        self, index: int, stored: Mapping[str, torch.Tensor], finished: FinishedBlock
+    ) -> dict[str, torch.Tensor]:
+        tensors = super()._shard(index, stored, finished)
+        for name, weight in finished.packed.items():
+            linear = self._stored_linear(f"{finished.record.name}.{name}")
+            del tensors[f"{linear}.weight"]
+            tensors |= quantized_tensors(linear, weight)
+        return tensors
+
+    def _read_shard(self, index: int) -> dict[str, torch.Tensor]:
+        checkpoint = Checkpoint(self.folder, only=[shard_name(index)])
+        tensors = dict(checkpoint.read(checkpoint.tensors))
+        config = quantized_config({}, self._entries([index]))
+        described = Description.from_dict(config["quantization_config"])
+        for linear in described.linears:
+            weight = described.weight(linear, tensors)
+            for name in described.tensors(linear):
+                del tensors[name]
+            dtype = self._source.checkpoint.tensors[f"{linear}.weight"].dtype
+            tensors[f"{linear}.weight"] = expand(weight, dtype, check(weight))
+        return tensors
+
+    def _card(self, card: str) -> str:
+        return add_packed_card(card)
+
+    def _write_config(self) -> None:
+        path = self.folder / "config.json"
+        blocks = range(len(self._manifest.blocks))
+        entries = {**self._manifest.packed_outside, **self._entries(blocks)}
+        write_json(path, quantized_config(read_json(path), entries))
+
+    def _entries(self, blocks: Iterable[int]) -> dict[str, dict[str, Any]]:
+        """The entries in config.json of the linears of some blocks, by their stored names."""
+        found = {}
+        for index in blocks:
+            record = self._manifest.blocks[index]
+            for name, linear in record.linears.items():
+                if linear.packed is not None:
+                    found[self._stored_linear(f"{record.name}.{name}")] = linear.packed
+        return found
+
+    def _stored_linear(self, name: str) -> str:
+        """The name of a linear in the checkpoint, from its name in the model."""
+        return self._source.stored_name(f"{name}.weight").removesuffix(".weight")

@@ -1,0 +1,55 @@
+"""Reads a recipe from a TOML file and from options, with errors for people. Free of torch."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from prunus.pruning.recipe import Recipe
+
+__all__ = ["load_recipe"]
+
+
+def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
+    """Read a recipe file, or take the defaults, and put `overrides` on top.
+
+    Args:
+        path: a TOML file, or None.
+        overrides: options by name; a value of None does not override.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not TOML, or it has an unknown key or a value out of range; the
+            message names the key.
+
+    >>> load_recipe(None, {"sparsity": 0.6, "seed": None}).sparsity
+    0.6
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"there is no recipe file {path}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
+            raise ValueError(f"recipe {path} is not valid TOML: {fault}") from fault
+    values.update({key: value for key, value in overrides.items() if value is not None})
+    try:
+        return Recipe(**values)
+    except ValidationError as fault:
+        where = f"recipe {path}: " if path is not None else ""
+        raise ValueError(where + "; ".join(_explain(error) for error in fault.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    """One of pydantic's errors in the words of the command line."""
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown option {name!r}; known are {', '.join(Recipe.model_fields)}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message
+    return f"{name}: {message.lower()} (got {error['input']!r})"
