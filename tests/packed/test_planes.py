@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plane_reference import random_levels, read_planes, write_planes
-from prunus.packed.plane_codes import default_rows_per_chunk
+from prunus.packed.plane_codes import default_rows_per_chunk, max_level
 from prunus.packed.planes import (
     PlaneCode,
     QuantizedWeight,
@@ -79,10 +79,19 @@ def test_any_levels_come_back(rows, columns, spread, chunk, seed):
 @pytest.mark.parametrize("code", CODES)
 def test_every_value_has_a_code(code):
     """A column of every value takes as many bits as the code says, up to padding."""
-    levels = torch.arange(-127, 128, dtype=torch.int8)[:, None].repeat(1, 64)
+    levels = torch.arange(-127, max_level(code.raw) + 1).to(torch.int8)[:, None].repeat(1, 64)
     weight = quantized(levels, [code], rows_per_chunk=255)
     assert torch.equal(decode_levels(weight), levels)
-    assert weight.data.shape[0] * 8 == 64 * float(code_lengths(code).sum())
+    assert weight.data.shape[0] * 8 == 64 * float(code_lengths(code)[: len(levels)].sum())
+
+
+def test_levels_that_raw_bits_leave_no_room_for():
+    levels = torch.full((3, 64), 126, dtype=torch.int8)
+    with pytest.raises(ValueError, match="2 raw bits holds levels up to 125, got 126"):
+        quantized(levels, [PlaneCode(2, (1,))])
+    spread = random_levels(500, 64, 40)
+    spread[0] = 127
+    assert [code.raw for code in choose_codes(column_histograms(spread))[1]] == [0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -62,6 +62,11 @@ def write_planes(
             for layer, bits in enumerate(layers):
                 escape = 2**bits - 1
                 symbols = [min(_zigzag(top) - begin, escape) for top in tops]
+                if layer == 0:
+                    symbols = [
+                        symbol if symbol == escape else 2 ** (bits - 1) - 1 - top
+                        for symbol, top in zip(symbols, tops, strict=True)
+                    ]
                 words = _words(symbols, bits)
                 if layer == 0:
                     words = [a + b for a, b in zip(words, _words(lows, raw), strict=True)]
@@ -102,6 +107,8 @@ def read_planes(weight: QuantizedWeight) -> list[list[int]]:
                 for place, symbol in zip(places, symbols, strict=False):
                     if symbol == 2**bits - 1:
                         rest.append(place)
+                    elif layer == 0:
+                        found[place] = 2 ** (bits - 1) - 1 - symbol
                     else:
                         z = begin + symbol
                         found[place] = (z + 1) // 2 if z % 2 else -z // 2

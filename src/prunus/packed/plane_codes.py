@@ -37,6 +37,7 @@ __all__ = [
     "column_histograms",
     "default_rows_per_chunk",
     "from_zigzag",
+    "max_level",
     "zigzag",
 ]
 
@@ -119,6 +120,17 @@ def default_rows_per_chunk(in_features: int) -> int:
     21
     """
     return max(1, CHUNK_WEIGHTS // in_features)
+
+
+def max_level(raw: int) -> int:
+    """Return the largest integer of a class with `raw` raw bits.
+
+    The kernels work with the integer plus half of what the raw bits count, and one byte holds it.
+
+    >>> max_level(0), max_level(2)
+    (127, 125)
+    """
+    return MAX_LEVEL - (1 << raw >> 1)
 
 
 def zigzag(tops: torch.Tensor) -> torch.Tensor:
@@ -272,6 +284,8 @@ def _best_codes(
         tops_RZ.index_add_(1, _zigzags(raw), histograms_RV)
         reaching_RZ = tops_RZ.flip(1).cumsum(1).flip(1)
         cost_R, chosen = _best_chains(reaching_RZ, chunks, layer_price, raw > 0)
+        too_large_R = histograms_RV[:, MAX_LEVEL + max_level(raw) + 1 :].sum(1) > 0
+        cost_R = cost_R.masked_fill(too_large_R, float("inf"))
         costs.append(cost_R + raw * reaching_RZ[:, 0])
         choices.append(chosen)
     best_R, raw_R = torch.stack(costs).min(0)

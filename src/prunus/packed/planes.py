@@ -27,6 +27,7 @@ from prunus.packed.plane_codes import (
     column_histograms,
     default_rows_per_chunk,
     from_zigzag,
+    max_level,
     zigzag,
 )
 from prunus.packed.weight import PlaneCode, QuantizedWeight
@@ -76,7 +77,8 @@ def encode(
     """Write integers as bit planes.
 
     Args:
-        levels_OI: int8 from -127 to 127, on the CPU, any strides.
+        levels_OI: int8 from -127 to 127, on the CPU, any strides. With raw bits `max_level` is a
+            little less.
         steps_I: floats (I,), rounded to bfloat16.
         scales_O: floats (O,), rounded to bfloat16.
         classes_I: uint8 (I,): the class of each column; see `choose_codes`.
@@ -110,6 +112,14 @@ def encode(
         rows_per_chunk,
     )
     check_parts(weight)
+    for index, (raw, _) in enumerate(weight.codes):
+        own = levels_OI[:, classes_I == index]
+        largest = int(own.max()) if own.numel() else 0
+        if largest > max_level(raw):
+            raise ValueError(
+                f"class {index} with {raw} raw bits holds levels up to {max_level(raw)}, "
+                f"got {largest}"
+            )
     places, widths = class_order(weight)
     # Column I is the imaginary column of zeros.
     padded = torch.zeros(min(rows, rows_per_chunk), columns + 1, dtype=torch.int8)
@@ -132,7 +142,11 @@ def _encode_values(levels_N: np.ndarray, code: PlaneCode, parts: list[np.ndarray
     for index, bits in enumerate(layers):
         named = np.uint8((1 << bits) - 1)
         escaped = values >= named
-        planes = _planes(np.minimum(values, named), bits)
+        symbols = np.minimum(values, named)
+        if index == 0:
+            # Layer 0 counts from its largest top down to its smallest.
+            symbols = np.where(escaped, named, (named >> 1) - _TOPS[symbols])
+        planes = _planes(symbols, bits)
         if raw and index == 0:
             low = _planes(levels_N + np.uint8(1 << raw >> 1), raw)
             planes = np.concatenate([planes, low], axis=1)
@@ -291,7 +305,8 @@ def _decode_values(
         first = sum((1 << bits) - 1 for bits in layers)
         for bits, outer, escaped in zip(layers[::-1], symbols[::-1], escapes[::-1], strict=True):
             first -= (1 << bits) - 1
-            values = (outer + first).masked_scatter_(escaped, values)
+            numbers = outer + first if first else zigzag((1 << (bits - 1)) - 1 - outer)
+            values = numbers.masked_scatter_(escaped, values)
         values = from_zigzag(values)
     if low is not None:
         values = (values << raw) + low.to(torch.int16) - (1 << raw >> 1)
