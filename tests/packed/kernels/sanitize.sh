@@ -1,10 +1,19 @@
 #!/bin/sh
-# Builds the kernels with AddressSanitizer and UndefinedBehaviorSanitizer and runs tests/packed/kernels/kernels_test.cpp.
+# Builds the kernels with AddressSanitizer and UndefinedBehaviorSanitizer and runs their C++ tests in tests/packed/kernels.
 set -eu
 cd "$(dirname "$0")/../../.."
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-${CXX:-c++} -std=c++17 -O1 -g -Wall -Wextra -Werror -pthread \
-    -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer \
-    tests/packed/kernels/kernels_test.cpp src/prunus/packed/kernels/kernels.cpp src/prunus/packed/kernels/elementwise.cpp -o "$folder/kernels_test"
-ASAN_OPTIONS=detect_leaks=1 "$folder/kernels_test"
+kernels=src/prunus/packed/kernels
+for name in kernels elementwise planes; do
+    set -- "$@" "$folder/$name.o"
+    ${CXX:-c++} -std=c++17 -O1 -g -Wall -Wextra -Werror -pthread \
+        -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer \
+        -c "$kernels/$name.cpp" -o "$folder/$name.o"
+done
+for test in kernels_test planes_test; do
+    ${CXX:-c++} -std=c++17 -O1 -g -Wall -Wextra -Werror -pthread \
+        -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer \
+        "tests/packed/kernels/$test.cpp" "$@" -o "$folder/$test"
+    ASAN_OPTIONS=detect_leaks=1 "$folder/$test"
+done

@@ -15,7 +15,18 @@
 
 extern "C" {
 
-enum { PRUNUS_OK = 0, PRUNUS_BAD_ARGUMENT = 1, PRUNUS_NO_SUCH_ISA = 2, PRUNUS_OUT_OF_MEMORY = 3 };
+enum {
+    PRUNUS_OK = 0,
+    PRUNUS_BAD_ARGUMENT = 1,
+    PRUNUS_NO_SUCH_ISA = 2,
+    PRUNUS_OUT_OF_MEMORY = 3,
+    // Damage that prunus_plane_offsets() finds: the data ends too early, goes on after its last
+    // layer, has ones where a layer is padded, or holds an escaped value that is out of range.
+    PRUNUS_TOO_SHORT = 4,
+    PRUNUS_TOO_LONG = 5,
+    PRUNUS_BAD_PADDING = 6,
+    PRUNUS_BAD_VALUE = 7
+};
 
 // A weight (rows, cols) as it is stored; docs/reference/bitmap-format.md describes each array.
 struct PrunusWeight {
@@ -40,6 +51,24 @@ struct PrunusWeight {
     const uint8_t* rare_values;
     int64_t rare;
     int kind;
+};
+
+// A weight (rows, cols) of integers in layered bit planes: scale of the row · step of the column ·
+// integer. planes.h describes the order of the data.
+struct PrunusPlanes {
+    int64_t rows, cols, rows_per_chunk;
+    // (bytes), with any alignment.
+    const uint8_t* data;
+    int64_t bytes;
+    // (cols): the class of each column, below `class_count`.
+    const uint8_t* classes;
+    // (class_count, 10): raw bits, number of layers, bits of each layer.
+    const uint8_t* codes;
+    int64_t class_count;
+    // (cols) and (rows), bfloat16. Only prunus_plane_offsets() does without them.
+    const uint16_t *steps, *scales;
+    // (chunks, class_count, 9) as prunus_plane_offsets() finds them, else null.
+    const int64_t* offsets;
 };
 
 // The version of this interface. It grows with every incompatible change.
@@ -72,6 +101,25 @@ int prunus_expand(int isa, int threads, const PrunusWeight* weight, int out_kind
 // Writes row rows[i] of that array to row i of `out` (count, cols), on the calling thread.
 int prunus_expand_rows(int isa, const PrunusWeight* weight, const int64_t* rows, int64_t count,
                        int out_kind, void* out);
+
+// Finds where the layers of a weight begin and checks all lengths: writes (chunks, class_count, 9)
+// positions in `data`, those of layer 0 to L - 1 and of the escaped bytes at index L, and -1 behind
+// them. Of `weight`, steps, scales and offsets are not read.
+int prunus_plane_offsets(const PrunusPlanes* weight, int64_t* offsets);
+
+// Computes out (tokens, rows) = x (tokens, cols) · Wᵀ + bias (rows, may be null); x, bias and out
+// are of `act_kind`. x · step is rounded to int8 with one scale per 256 columns of a class; sums
+// over these columns are exact, and sums of them are in float32.
+int prunus_plane_linear(int isa, int threads, const PrunusPlanes* weight, int64_t tokens,
+                        int act_kind, const void* x, const void* bias, void* out);
+
+// Writes W as a dense (rows, cols) array of `out_kind`, which is not int8. Each entry is the exact
+// product, rounded to nearest even.
+int prunus_plane_expand(int isa, int threads, const PrunusPlanes* weight, int out_kind, void* out);
+
+// Writes row rows[i] of that array to row i of `out` (count, cols), on the calling thread.
+int prunus_plane_expand_rows(int isa, const PrunusPlanes* weight, const int64_t* rows,
+                             int64_t count, int out_kind, void* out);
 
 // Computes out (rows, width) = x / sqrt(mean of x² + eps), per row, times the weight (width). All
 // arrays are of `kind`, which is not int8.

@@ -14,11 +14,22 @@ import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from prunus.packed.weight import PackedWeight
+from prunus.packed.kernels.interface import (
+    ABI,
+    BAD_ARGUMENT,
+    DAMAGE,
+    FAULTS,
+    KINDS,
+    OFFSETS,
+    declare,
+    describe,
+    describe_planes,
+    torch_runtime,
+)
+from prunus.packed.weight import PackedWeight, QuantizedWeight
 
 __all__ = ["ISAS", "MAX_TOKENS", "MAX_TOKENS_AS_MATRIX", "Kernels", "load", "why_not"]
 
@@ -30,68 +41,12 @@ MAX_TOKENS = 16
 #: and multiply them there. Beyond it, expanding the whole weight pays, because torch blocks its
 #: product better.
 MAX_TOKENS_AS_MATRIX = 1024
-_ABI = 5
 _BF16 = ISAS.index("avx512-bf16")  # the first with bfloat16 products
-_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
-_BAD_ARGUMENT = 1
-_FAULTS = {
-    _BAD_ARGUMENT: "an argument is out of range",
-    2: "this machine lacks the instruction set",
-    3: "out of memory",
-}
-
-
-class _Weight(ctypes.Structure):
-    """`PrunusWeight` of `kernels.h`, field by field."""
-
-    _fields_ = (
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("count", ctypes.c_int64),
-        ("mask", ctypes.c_void_p),
-        ("offsets", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("codes", ctypes.c_void_p),
-        ("high_bytes", ctypes.c_void_p),
-        ("rare_at", ctypes.c_void_p),
-        ("rare_values", ctypes.c_void_p),
-        ("rare", ctypes.c_int64),
-        ("kind", ctypes.c_int),
-    )
-
-
-def _weight(packed: PackedWeight, offsets: torch.Tensor | None) -> _Weight:
-    """Describe where a packed weight lies in memory.
-
-    The result holds addresses only, so `packed` must outlive it.
-    """
-    (rows, in_features), values, mask, scales, coding = packed
-    described = _Weight(
-        rows,
-        in_features,
-        values.shape[0],
-        None if mask is None else mask.data_ptr(),
-        None if offsets is None else offsets.data_ptr(),
-        values.data_ptr(),
-        None if scales is None else scales.data_ptr(),
-    )
-    if coding is None:
-        described.kind = _KINDS[values.dtype]
-        return described
-    codes, high_bytes, rare_at, rare = coding
-    described.codes, described.high_bytes = codes.data_ptr(), high_bytes.data_ptr()
-    described.rare_at, described.rare_values, described.rare = (
-        rare_at.data_ptr(),
-        rare.data_ptr(),
-        rare.shape[0],
-    )
-    return described
 
 
 def _check(fault: int) -> None:
     if fault:
-        raise RuntimeError(f"the kernel refused: {_FAULTS[fault]}")
+        raise RuntimeError(f"the kernel refused: {FAULTS[fault]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +107,11 @@ class Kernels:
             offsets: what `bitmap.check` returned.
             bias: (O,) in the dtype of `x`, or None.
         """
-        return self._product(x, _weight(packed, offsets), bias)
+        return self._product(x, describe(packed, offsets), bias)
 
-    def _product(self, x: torch.Tensor, weight: _Weight, bias: torch.Tensor | None) -> torch.Tensor:
+    def _product(
+        self, x: torch.Tensor, weight: ctypes.Structure, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         shape = x.shape
         # torch parses separate numbers in half the time of a shape.
         out = torch.empty(*shape[:-1], weight.rows, dtype=x.dtype)
@@ -163,7 +120,7 @@ class Kernels:
             torch.get_num_threads(),
             ctypes.byref(weight),
             x.numel() // shape[-1],
-            _KINDS[x.dtype],
+            KINDS[x.dtype],
             x.data_ptr(),
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),
@@ -185,8 +142,8 @@ class Kernels:
         fault = self.library.prunus_expand(
             self.isa,
             torch.get_num_threads(),
-            ctypes.byref(_weight(packed, offsets)),
-            _KINDS[out.dtype],
+            ctypes.byref(describe(packed, offsets)),
+            KINDS[out.dtype],
             out.data_ptr(),
         )
         _check(fault)
@@ -210,14 +167,104 @@ class Kernels:
         """
         fault = self.library.prunus_expand_rows(
             self.isa,
-            ctypes.byref(_weight(packed, offsets)),
+            ctypes.byref(describe(packed, offsets)),
             rows.data_ptr(),
             rows.numel(),
-            _KINDS[out.dtype],
+            KINDS[out.dtype],
             out.data_ptr(),
         )
-        if fault == _BAD_ARGUMENT:
+        if fault == BAD_ARGUMENT:
             raise IndexError(f"there are {packed.shape[0]} rows, not all of {rows.tolist()}")
+        _check(fault)
+
+    def plane_offsets(self, weight: QuantizedWeight) -> torch.Tensor:
+        """Find where the layers of every chunk and class begin, and check all lengths.
+
+        Args:
+            weight: as it was read; `data` may hold anything.
+
+        Returns:
+            int64 (chunks, classes, 9): where each layer and, behind the last layer, the escape
+            bytes begin in `data`; -1 where there is nothing.
+
+        Raises:
+            ValueError: the parts do not fit each other, or the planes are damaged.
+        """
+        (rows, in_features), parts = weight.shape, (weight.classes, weight.steps, weight.scales)
+        if [part.numel() for part in parts] != [in_features, in_features, rows]:
+            raise ValueError(
+                f"a quantised weight {rows}x{in_features} has {weight.classes.numel()} classes, "
+                f"{weight.steps.numel()} steps and {weight.scales.numel()} scales"
+            )
+        chunks = -(-rows // max(weight.rows_per_chunk, 1))
+        offsets = torch.empty(chunks, len(weight.codes), OFFSETS, dtype=torch.int64)
+        described = describe_planes(weight, None)
+        fault = self.library.prunus_plane_offsets(ctypes.byref(described), offsets.data_ptr())
+        if fault:
+            raise ValueError(f"the planes of a quantised weight are damaged: {DAMAGE[fault]}")
+        return offsets
+
+    def plane_linear(
+        self,
+        x: torch.Tensor,
+        weight: QuantizedWeight,
+        offsets: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return `x · Wᵀ + bias` (..., O) in the dtype of `x`, straight from the planes.
+
+        `x` times the steps is rounded to int8 with one scale per 256 columns of a class. `x` and
+        `bias` are as for `linear`, and `offsets` is what `plane_offsets` returned.
+        """
+        shape, described = x.shape, describe_planes(weight, offsets)
+        out = torch.empty(*shape[:-1], described.rows, dtype=x.dtype)
+        fault = self.library.prunus_plane_linear(
+            self.isa,
+            torch.get_num_threads(),
+            ctypes.byref(described),
+            x.numel() // shape[-1],
+            KINDS[x.dtype],
+            x.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+        )
+        _check(fault)
+        return out
+
+    def plane_expand(
+        self, weight: QuantizedWeight, offsets: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Write the dense weight to `out` (O, I), rounded once to its dtype."""
+        fault = self.library.prunus_plane_expand(
+            self.isa,
+            torch.get_num_threads(),
+            ctypes.byref(describe_planes(weight, offsets)),
+            KINDS[out.dtype],
+            out.data_ptr(),
+        )
+        _check(fault)
+
+    def plane_expand_rows(
+        self,
+        weight: QuantizedWeight,
+        offsets: torch.Tensor,
+        rows: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Write row `rows[i]` of the dense weight to row i of `out`; see `expand_rows`.
+
+        Of the chunk of a row, layer 0 is decoded for that row only.
+        """
+        fault = self.library.prunus_plane_expand_rows(
+            self.isa,
+            ctypes.byref(describe_planes(weight, offsets)),
+            rows.data_ptr(),
+            rows.numel(),
+            KINDS[out.dtype],
+            out.data_ptr(),
+        )
+        if fault == BAD_ARGUMENT:
+            raise IndexError(f"there are {weight.shape[0]} rows, not all of {rows.tolist()}")
         _check(fault)
 
     @property
@@ -230,8 +277,8 @@ class Kernels:
     ) -> torch.Tensor:
         """Return `x · weight_OIᵀ + bias` (..., O), everything bfloat16; `x` is as for `linear`."""
         rows, in_features = weight_OI.shape
-        weight = _Weight(rows, in_features, rows * in_features, None, None, weight_OI.data_ptr())
-        return self._product(x, weight, bias)
+        dense = PackedWeight((rows, in_features), weight_OI.view(-1))
+        return self._product(x, describe(dense, None), bias)
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, form: int
@@ -247,7 +294,7 @@ class Kernels:
         out, width = torch.empty_like(x), weight.shape[0]
         fault = self.library.prunus_rms_norm(
             self.isa,
-            _KINDS[x.dtype],
+            KINDS[x.dtype],
             form,
             x.numel() // width,
             width,
@@ -272,7 +319,7 @@ class Kernels:
         out, out_key = torch.empty_like(query), torch.empty_like(key)
         fault = self.library.prunus_rotate(
             self.isa,
-            _KINDS[query.dtype],
+            KINDS[query.dtype],
             query.shape[1],
             key.shape[1],
             query.shape[3],
@@ -336,55 +383,15 @@ def _load(isa: str) -> tuple[Kernels | None, str | None]:
         abi = library.prunus_abi()
     except (OSError, AttributeError) as fault:
         return None, f"{found[0].name} cannot be opened: {fault}"
-    if abi != _ABI:
+    if abi != ABI:
         return None, f"{found[0].name} was built from another version of prunus: reinstall"
-    _declare(library)
+    declare(library)
     best = library.prunus_best_isa()
     chosen = best if isa == "best" else ISAS.index(isa)
     if chosen > best:
         raise ValueError(f"this machine has no {isa}; its best instruction set is {ISAS[best]}")
-    parallel = _torch_runtime()
+    parallel = torch_runtime()
     if parallel is not None:
         library.prunus_set_runtime(ctypes.cast(parallel, ctypes.c_void_p))
     runtime = None if parallel is None else "GOMP_parallel of torch's OpenMP library"
     return Kernels(library, found[0], chosen, runtime), None
-
-
-def _torch_runtime() -> Any:
-    """Return the entry point of the OpenMP library that torch loaded into this process, or None.
-
-    The wheels of torch ship a libgomp of their own. Linking against one at build time could load a
-    second one, whose threads would compete with torch's for the cores; so the loaded one is looked
-    up. LLVM's and Intel's libraries on Linux have the same entry point.
-    """
-    for name in (None, "libgomp.so.1"):
-        try:
-            mode = ctypes.DEFAULT_MODE if name is None else ctypes.DEFAULT_MODE | os.RTLD_NOLOAD
-            return ctypes.CDLL(name, mode=mode).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-    return None
-
-
-def _declare(library: ctypes.CDLL) -> None:
-    pointer, length, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.prunus_set_runtime.argtypes = [pointer]
-    library.prunus_set_runtime.restype = None
-    library.prunus_row_offsets.argtypes = [length, length, pointer, pointer]
-    library.prunus_row_offsets.restype = length
-    weight = ctypes.POINTER(_Weight)
-    library.prunus_linear.argtypes = [number, number, weight, length, number, *[pointer] * 3]
-    library.prunus_expand.argtypes = [number, number, weight, number, pointer]
-    library.prunus_expand_rows.argtypes = [number, weight, pointer, length, number, pointer]
-    real = ctypes.c_float
-    library.prunus_rms_norm.argtypes = [
-        *[number] * 3,
-        length,
-        length,
-        *[pointer] * 2,
-        real,
-        pointer,
-    ]
-    library.prunus_rotate.argtypes = [number, number, length, length, length, *[pointer] * 6]
-    library.prunus_read.argtypes = [number, pointer, length]
-    library.prunus_read.restype = ctypes.c_uint64

@@ -1,0 +1,194 @@
+"""The C interface of the kernels in ctypes: structures, signatures, and how weights are described.
+
+`kernels.h` is the reference. `library.py` is the only user of this file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from typing import Any
+
+import torch
+
+from prunus.packed.weight import PackedWeight, PlaneCode, QuantizedWeight
+
+__all__ = [
+    "ABI",
+    "BAD_ARGUMENT",
+    "DAMAGE",
+    "FAULTS",
+    "KINDS",
+    "OFFSETS",
+    "declare",
+    "describe",
+    "describe_planes",
+    "torch_runtime",
+]
+
+#: The version of `kernels.h` that this file describes.
+ABI = 6
+#: How `kernels.h` numbers dtypes.
+KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
+BAD_ARGUMENT = 1
+#: What the numbers mean that the functions return.
+FAULTS = {
+    BAD_ARGUMENT: "an argument is out of range",
+    2: "this machine lacks the instruction set",
+    3: "out of memory",
+}
+#: What they mean for `prunus_plane_offsets`.
+DAMAGE = {
+    BAD_ARGUMENT: "a class has no code, or a code or a size is out of range",
+    4: "they end before their last layer",
+    5: "bytes follow their last layer",
+    6: "the padding of a layer is not zero",
+    7: "an escaped value is out of range",
+}
+#: Offsets of a chunk and class: one for each of up to eight layers, and one for escaped bytes.
+OFFSETS = 9
+# Bytes per code in `PrunusPlanes`: raw bits, number of layers, bits of up to eight layers.
+_CODE_BYTES = 10
+
+
+class _Weight(ctypes.Structure):
+    """`PrunusWeight` of `kernels.h`, field by field."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("mask", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("high_bytes", ctypes.c_void_p),
+        ("rare_at", ctypes.c_void_p),
+        ("rare_values", ctypes.c_void_p),
+        ("rare", ctypes.c_int64),
+        ("kind", ctypes.c_int),
+    )
+
+
+def describe(packed: PackedWeight, offsets: torch.Tensor | None) -> _Weight:
+    """Describe where a packed weight lies in memory.
+
+    The result holds addresses only, so `packed` must outlive it.
+    """
+    (rows, in_features), values, mask, scales, coding = packed
+    described = _Weight(
+        rows,
+        in_features,
+        values.shape[0],
+        None if mask is None else mask.data_ptr(),
+        None if offsets is None else offsets.data_ptr(),
+        values.data_ptr(),
+        None if scales is None else scales.data_ptr(),
+    )
+    if coding is None:
+        described.kind = KINDS[values.dtype]
+        return described
+    codes, high_bytes, rare_at, rare = coding
+    described.codes, described.high_bytes = codes.data_ptr(), high_bytes.data_ptr()
+    described.rare_at, described.rare_values, described.rare = (
+        rare_at.data_ptr(),
+        rare.data_ptr(),
+        rare.shape[0],
+    )
+    return described
+
+
+class _Planes(ctypes.Structure):
+    """`PrunusPlanes` of `kernels.h`, field by field."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("rows_per_chunk", ctypes.c_int64),
+        ("data", ctypes.c_void_p),
+        ("bytes", ctypes.c_int64),
+        ("classes", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
+        ("class_count", ctypes.c_int64),
+        ("steps", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+    )
+
+
+# Every weight is described for every call, so the few different codes are kept.
+@functools.cache
+def _codes(codes: tuple[PlaneCode, ...]) -> ctypes.Array[ctypes.c_uint8]:
+    written = bytearray()
+    for raw, layers in codes:
+        written += bytes((raw, len(layers), *layers)).ljust(_CODE_BYTES, b"\0")
+    return (ctypes.c_uint8 * len(written)).from_buffer(written)
+
+
+def describe_planes(weight: QuantizedWeight, offsets: torch.Tensor | None) -> _Planes:
+    """Describe where a quantised weight lies in memory.
+
+    The result holds addresses only, so `weight` must outlive it.
+    """
+    (rows, in_features), data, classes, steps, scales, codes, rows_per_chunk = weight
+    return _Planes(
+        rows,
+        in_features,
+        rows_per_chunk,
+        data.data_ptr(),
+        data.shape[0],
+        classes.data_ptr(),
+        ctypes.addressof(_codes(codes)),
+        len(codes),
+        steps.data_ptr(),
+        scales.data_ptr(),
+        None if offsets is None else offsets.data_ptr(),
+    )
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Give every function of the library its argument and result types."""
+    pointer, length, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.prunus_set_runtime.argtypes = [pointer]
+    library.prunus_set_runtime.restype = None
+    library.prunus_row_offsets.argtypes = [length, length, pointer, pointer]
+    library.prunus_row_offsets.restype = length
+    weight = ctypes.POINTER(_Weight)
+    library.prunus_linear.argtypes = [number, number, weight, length, number, *[pointer] * 3]
+    library.prunus_expand.argtypes = [number, number, weight, number, pointer]
+    library.prunus_expand_rows.argtypes = [number, weight, pointer, length, number, pointer]
+    real = ctypes.c_float
+    library.prunus_rms_norm.argtypes = [
+        *[number] * 3,
+        length,
+        length,
+        *[pointer] * 2,
+        real,
+        pointer,
+    ]
+    library.prunus_rotate.argtypes = [number, number, length, length, length, *[pointer] * 6]
+    library.prunus_read.argtypes = [number, pointer, length]
+    library.prunus_read.restype = ctypes.c_uint64
+    planes = ctypes.POINTER(_Planes)
+    library.prunus_plane_offsets.argtypes = [planes, pointer]
+    library.prunus_plane_linear.argtypes = [number, number, planes, length, number, *[pointer] * 3]
+    library.prunus_plane_expand.argtypes = [number, number, planes, number, pointer]
+    library.prunus_plane_expand_rows.argtypes = [number, planes, pointer, length, number, pointer]
+
+
+def torch_runtime() -> Any:
+    """Return the entry point of the OpenMP library that torch loaded into this process, or None.
+
+    The wheels of torch ship a libgomp of their own. Linking against one at build time could load a
+    second one, whose threads would compete with torch's for the cores; so the loaded one is looked
+    up. LLVM's and Intel's libraries on Linux have the same entry point.
+    """
+    for name in (None, "libgomp.so.1"):
+        try:
+            mode = ctypes.DEFAULT_MODE if name is None else ctypes.DEFAULT_MODE | os.RTLD_NOLOAD
+            return ctypes.CDLL(name, mode=mode).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+    return None

@@ -1,0 +1,256 @@
+"""Kernels for layered bit planes against a slow reference, with every instruction set that this
+machine has.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plane_products import dense, plane_weight, rounded_inputs
+from prunus.packed.kernels import library as kernels
+from prunus.packed.weight import PlaneCode
+
+FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+CHAINS = [
+    PlaneCode(0, (1, 1, 1, 1, 2)),
+    PlaneCode(0, (2, 1, 1, 2, 2)),
+    PlaneCode(0, (2, 2, 1, 3)),
+    PlaneCode(0, (3, 2, 2, 3)),
+    PlaneCode(1, (1, 1, 1, 2, 3)),
+    PlaneCode(1, (2, 2, 2, 3)),
+    PlaneCode(1, (3, 2, 2, 3)),
+    PlaneCode(2, (2, 2, 2, 3)),
+    PlaneCode(0, ()),
+]
+_best = kernels.load()
+if _best is None:
+    pytest.skip(f"no kernels: {kernels.why_not()}", allow_module_level=True)
+ISAS = kernels.ISAS[: _best.library.prunus_best_isa() + 1]
+
+code = st.one_of(
+    st.sampled_from(CHAINS),
+    st.builds(
+        PlaneCode,
+        st.integers(0, 3),
+        st.lists(st.integers(1, 4), min_size=1, max_size=8).map(tuple),
+    ),
+)
+
+
+def random_levels(rows, columns, codes, classes, spread, seed):
+    """Integers of about this spread, with some of the largest ones."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = (torch.randn(rows, columns, generator=generator) * spread).round()
+    extreme = torch.rand(rows, columns, generator=generator)
+    levels[extreme < 0.004] = -127
+    levels[extreme > 0.996] = 127
+    most = torch.tensor([127 - (1 << codes[k].raw >> 1) for k in classes])
+    return torch.minimum(levels.clamp(-127, 127), most).to(torch.int8)
+
+
+def random_weight(rows, columns, codes, rows_per_chunk, spread, seed):
+    generator = torch.Generator().manual_seed(seed + 1)
+    classes = torch.randint(0, len(codes), (columns,), generator=generator).tolist()
+    levels = random_levels(rows, columns, codes, classes, spread, seed)
+    return levels, plane_weight(levels, classes, codes, rows_per_chunk, seed)
+
+
+def check_weight(isa, levels, weight, tokens, dtype, with_bias):
+    engine = kernels.load(isa)
+    offsets = engine.plane_offsets(weight)
+    exact = dense(levels, weight)
+    for out_dtype in FLOATS:
+        out = torch.full(weight.shape, torch.nan, dtype=out_dtype)
+        engine.plane_expand(weight, offsets, out)
+        assert torch.equal(out, exact.to(out_dtype))
+    rows = torch.tensor([weight.shape[0] - 1, 0, weight.shape[0] // 2])
+    some = torch.empty(3, weight.shape[1], dtype=dtype)
+    engine.plane_expand_rows(weight, offsets, rows, some)
+    assert torch.equal(some, exact[rows].to(dtype))
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, weight.shape[1], generator=generator).to(dtype)
+    bias = torch.randn(weight.shape[0], generator=generator).to(dtype) if with_bias else None
+    found = engine.plane_linear(x, weight, offsets, bias)
+    scaled = rounded_inputs(x, weight)
+    by_scale = levels.double() * weight.scales.double()[:, None]
+    expected = scaled @ by_scale.T + (0 if bias is None else bias.double())
+    bound = 1e-5 * (scaled.abs() @ by_scale.abs().T) + 1e-6
+    bound += torch.finfo(dtype).eps * expected.abs()
+    assert found.dtype == dtype
+    assert ((found.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 30),
+    columns=st.integers(1, 400),
+    codes=st.lists(code, min_size=1, max_size=4).map(tuple),
+    rows_per_chunk=st.integers(1, 40),
+    spread=st.sampled_from([0.0, 0.3, 0.8, 2.0, 6.0, 40.0]),
+    tokens=st.integers(1, 9),
+    dtype=st.sampled_from(FLOATS),
+    with_bias=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_weight(
+    isa, rows, columns, codes, rows_per_chunk, spread, tokens, dtype, with_bias, seed
+):
+    levels, weight = random_weight(rows, columns, codes, rows_per_chunk, spread, seed)
+    check_weight(isa, levels, weight, tokens, dtype, with_bias)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("chain", CHAINS, ids=str)
+@pytest.mark.parametrize("columns", [64, 576, 1000])
+def test_typical_chains(isa, chain, columns):
+    for tokens in (1, 5):
+        levels, weight = random_weight(9, columns, (chain,), 4, 1.5, columns)
+        check_weight(isa, levels, weight, tokens, torch.bfloat16, True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_pair_of_bits_and_raw_bits(isa):
+    for bits in range(1, 5):
+        for raw in range(4):
+            codes = (PlaneCode(raw, (bits,)), PlaneCode(raw, (bits, bits)))
+            levels, weight = random_weight(5, 700, codes, 2, 1 << (raw + bits), bits * 4 + raw)
+            check_weight(isa, levels, weight, 1, torch.float32, False)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_classes_without_columns_and_layers_without_values(isa):
+    codes = (PlaneCode(0, (2, 1, 1)), PlaneCode(1, (3, 2)), PlaneCode(0, ()), PlaneCode(0, (1,)))
+    levels = torch.zeros(1, 70, dtype=torch.int8)
+    for which in range(4):
+        weight = plane_weight(levels, [which] * 70, codes, 3)
+        check_weight(isa, levels, weight, 2, torch.float32, False)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("tokens", [16, 33])
+def test_many_tokens(isa, tokens):
+    levels, weight = random_weight(45, 300, (CHAINS[1], CHAINS[6]), 10, 3.0, 1)
+    check_weight(isa, levels, weight, tokens, torch.float32, True)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(isa, poison):
+    levels = torch.ones(3, 300, dtype=torch.int8)
+    weight = plane_weight(levels, [0] * 300, (CHAINS[1],), 2)
+    engine = kernels.load(isa)
+    x = torch.zeros(2, 300, dtype=torch.bfloat16)
+    x[1, 7] = poison
+    out = engine.plane_linear(x, weight, engine.plane_offsets(weight), None)
+    assert torch.equal(out[0], torch.zeros(3, dtype=torch.bfloat16))
+    assert not torch.isfinite(out[1]).any()
+
+
+def test_threads_do_not_change_the_result():
+    _, weight = random_weight(700, 200, (CHAINS[0], CHAINS[3]), 20, 1.0, 2)
+    offsets, before = _best.plane_offsets(weight), torch.get_num_threads()
+    x = torch.randn(3, 200)
+    try:
+        results = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            out = torch.empty(weight.shape)
+            _best.plane_expand(weight, offsets, out)
+            results.append((_best.plane_linear(x, weight, offsets, None), out))
+            results.append((_best.plane_linear(x[:1], weight, offsets, None), out))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in ((0, 2), (1, 3)):
+        assert all(torch.equal(*pair) for pair in zip(results[one], results[other], strict=True))
+
+
+def test_a_row_that_does_not_exist_is_refused():
+    _, weight = random_weight(4, 70, (CHAINS[0],), 2, 1.0, 3)
+    with pytest.raises(IndexError, match="there are 4 rows"):
+        _best.plane_expand_rows(
+            weight, _best.plane_offsets(weight), torch.tensor([4]), torch.empty(1, 70)
+        )
+
+
+def test_offsets_name_every_layer():
+    levels = torch.zeros(2, 64, dtype=torch.int8)
+    levels[1, 3] = 9
+    weight = plane_weight(levels, [0] * 64, (PlaneCode(1, (2, 1)),), 1)
+    # Two planes and a raw plane in each row; in the second row one plane of one group behind
+    # them, and one escaped value.
+    assert _best.plane_offsets(weight).tolist() == [
+        [[0, 24, 24, *[-1] * 6]],
+        [[24, 48, 56, *[-1] * 6]],
+    ]
+    assert weight.data.numel() == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: {"data": w.data[:-8].clone()}, "end before"),
+        (lambda w: {"data": torch.cat([w.data, w.data[:8]])}, "bytes follow"),
+        (lambda w: {"data": w.data[:0].clone()}, "end before"),
+        (lambda w: {"codes": (PlaneCode(4, (2,)),)}, "out of range"),
+        (lambda w: {"codes": (PlaneCode(1, ()),)}, "out of range"),
+        (lambda w: {"codes": (PlaneCode(0, (5,)),)}, "out of range"),
+        (lambda w: {"codes": (PlaneCode(0, (2, 0)),)}, "out of range"),
+        (lambda w: {"classes": w.classes + 1}, "no code"),
+        (lambda w: {"classes": w.classes[:-1]}, "70 classes"),
+        (lambda w: {"steps": w.steps[:-1]}, "70 steps"),
+        (lambda w: {"scales": w.scales[:-1]}, "3 scales"),
+        (lambda w: {"rows_per_chunk": 0}, "out of range"),
+    ],
+)
+def test_damaged_weights_are_refused(change, message):
+    _, weight = random_weight(4, 71, (CHAINS[5],), 2, 8.0, 4)
+    with pytest.raises(ValueError, match=message):
+        _best.plane_offsets(weight._replace(**change(weight)))
+
+
+def test_ones_in_the_padding_are_refused():
+    levels = torch.zeros(1, 64, dtype=torch.int8)
+    levels[0, :3] = torch.tensor([1, 9, -9])
+    weight = plane_weight(levels, [0] * 64, (PlaneCode(0, (2, 1)),), 1)
+    for byte in (16 + 7, 24 + 7):  # the last symbol of layer 1, the last escaped byte
+        data = weight.data.clone()
+        data[byte] |= 128
+        with pytest.raises(ValueError, match="padding"):
+            _best.plane_offsets(weight._replace(data=data))
+
+
+def test_an_escaped_value_out_of_range_is_refused():
+    levels = torch.full((1, 64), -127, dtype=torch.int8)
+    weight = plane_weight(levels, [0] * 64, (PlaneCode(1, (1,)),), 1)
+    data = weight.data.clone()
+    data[-1] = 64
+    with pytest.raises(ValueError, match="escaped value"):
+        _best.plane_offsets(weight._replace(data=data))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 100),
+    flips=st.lists(st.integers(0, 10**6), min_size=1, max_size=5),
+    cut=st.integers(-3, 3),
+)
+def test_flipped_bits_are_refused_or_harmless(seed, flips, cut):
+    """Data that passes the check can be decoded, whatever it holds."""
+    _, weight = random_weight(6, 130, (CHAINS[seed % 9], CHAINS[(seed + 4) % 9]), 4, 3.0, seed)
+    data = weight.data.clone()
+    for flip in flips:
+        data[flip // 8 % data.numel()] ^= 1 << flip % 8
+    data = data[:cut].clone() if cut < 0 else torch.cat([data, data[:cut]])
+    weight = weight._replace(data=data)
+    try:
+        offsets = _best.plane_offsets(weight)
+    except ValueError:
+        return
+    for isa in ISAS:
+        engine, out = kernels.load(isa), torch.empty(weight.shape)
+        engine.plane_expand(weight, offsets, out)
+        assert torch.isfinite(engine.plane_linear(torch.ones(2, 130), weight, offsets, None)).all()

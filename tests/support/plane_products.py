@@ -1,0 +1,58 @@
+"""Weights in bit planes for tests of the kernels, and what the kernels should compute."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from plane_reference import write_planes
+from prunus.packed.weight import PlaneCode, QuantizedWeight
+
+# Columns that share a scale of activations.
+BLOCK = 256
+
+
+def plane_weight(
+    levels_OI: torch.Tensor,
+    classes: list[int],
+    codes: tuple[PlaneCode, ...],
+    rows_per_chunk: int,
+    seed: int = 0,
+) -> QuantizedWeight:
+    """A weight with these integers, random steps and random scales."""
+    rows, columns = levels_OI.shape
+    generator = torch.Generator().manual_seed(seed)
+    data = write_planes(levels_OI.tolist(), classes, list(codes), rows_per_chunk)
+    return QuantizedWeight(
+        (rows, columns),
+        torch.tensor(list(data), dtype=torch.uint8),
+        torch.tensor(classes, dtype=torch.uint8),
+        (0.5 + torch.rand(columns, generator=generator)).bfloat16(),
+        (0.01 + torch.rand(rows, generator=generator)).bfloat16(),
+        codes,
+        rows_per_chunk,
+    )
+
+
+def dense(levels_OI: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    """The dense weight, exact in float64 (O, I)."""
+    return levels_OI.double() * weight.steps.double() * weight.scales.double()[:, None]
+
+
+def rounded_inputs(x_TI: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    """What the kernels multiply the integers by, float64 (T, I).
+
+    That is x · step, rounded to int8 with one scale per 256 columns of a class.
+    """
+    scaled = (x_TI.float() * weight.steps.float()).numpy()
+    result = np.zeros(scaled.shape)
+    classes = weight.classes.numpy()
+    for which in range(len(weight.codes)):
+        members = np.flatnonzero(classes == which)
+        for first in range(0, len(members), BLOCK):
+            block = scaled[:, members[first : first + BLOCK]]
+            scale = np.abs(block).max(axis=1, keepdims=True) / np.float32(127)
+            inverse = np.float32(1) / np.where(scale > 0, scale, np.float32(1))
+            integers = np.rint(block * inverse).astype(np.float64)
+            result[:, members[first : first + BLOCK]] = integers * scale.astype(np.float64)
+    return torch.from_numpy(result)
