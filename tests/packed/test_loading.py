@@ -31,7 +31,7 @@ from prunus.packed.description import REFUSAL
 from prunus.packed.embedding import TiedHead
 from prunus.packed.kernels import library as kernels
 from prunus.packed.linear import PackedLinear
-from tiny import token_ids
+from tiny import tiny_checkpoint, token_ids
 
 IDS = token_ids(2, 24)
 UP = "model.layers.0.mlp.up_proj"
@@ -195,6 +195,41 @@ def test_other_dtypes(folders):
     exact = _load(folders / "plain-bf16", dtype=torch.float32)
     full = _load(folders / "packed-bf16", dtype=torch.float32)
     assert torch.allclose(_logits(full, IDS[:1, :4]), _logits(exact, IDS[:1, :4]), atol=1e-4)
+
+
+def test_quantised_weights_keep_their_dtypes(folders):
+    model = _load(folders / "packed-planes", dtype=torch.float32)
+    linear = model.get_submodule(UP)
+    parts = {name: linear.get_buffer(name).clone() for name in QuantizedLinear.STATE}
+    for changed in (linear.half(), linear.double(), linear.float(), linear.to("cpu")):
+        for name, part in parts.items():
+            assert changed.get_buffer(name).dtype == part.dtype
+            assert torch.equal(changed.get_buffer(name), part)
+    exact = _load(folders / "plain-planes", dtype=torch.float32)
+    with reference_path():
+        difference = _logits(model, IDS[:1, :4]) - _logits(exact, IDS[:1, :4])
+    # The unpacked model has the weights rounded to bfloat16.
+    assert difference.norm() < 0.01 * _logits(exact, IDS[:1, :4]).norm()
+    assert "codes=[[" in repr(linear)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_quantised_experts(tmp_path, family):
+    source = tiny_checkpoint(tmp_path / "dense", family, torch.bfloat16)
+    quantized_checkpoint(source, tmp_path / "packed", lambda name: ".experts." in name)
+    unpack(tmp_path / "packed", tmp_path / "plain")
+    model, plain = _load(tmp_path / "packed"), _load(tmp_path / "plain")
+    quantised = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    entries = model.config.quantization_config.linears
+    assert len(quantised) == len(entries) > 20
+    with reference_path():
+        found = _logits(model)
+    # Where two experts score almost the same for a token, rounding may choose the other one.
+    far = (found - _logits(plain)).abs().amax(dim=-1) > 0.05 * found.abs().max()
+    assert float(far.float().mean()) < 0.1
+    model.save_pretrained(tmp_path / "again")
+    with reference_path():
+        assert torch.equal(_logits(_load(tmp_path / "again")), found)
 
 
 def test_gradients_reach_the_inputs():
