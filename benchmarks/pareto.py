@@ -18,7 +18,8 @@ convert_hf_to_gguf.py of llama.cpp (option --converter) makes it.
 - Speed comes last. The models take turns, each measurement is a process of its own, and the load
   of the machine is kept with it.
 
-A row that is in the JSON file is not measured again, so a run that was stopped goes on.
+OMP_NUM_THREADS is the number of threads of all but the measurements of speed. A row that is in the
+JSON file is not measured again, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -225,7 +226,7 @@ def importance_matrix(options: argparse.Namespace) -> Path:
         partial = target.with_name("partial-imatrix.gguf")
         command = [options.llama_cpp / "llama-imatrix", "-m", dense_gguf(options)]
         command += ["-f", options.work / "calibration.txt", "-o", partial, "--no-ppl"]
-        command += ["-c", options.seqlen, "-b", options.seqlen, "-t", options.threads]
+        command += ["-c", options.seqlen, "-b", options.seqlen, "-t", torch.get_num_threads()]
         run(command, options.work / "imatrix.log")
         partial.replace(target)
     return target
@@ -241,7 +242,7 @@ def quantised_gguf(kind: str, options: argparse.Namespace) -> Path:
         partial = target.with_name(f"partial-{kind}.gguf")
         command = [options.llama_cpp / "llama-quantize", "--imatrix", importance_matrix(options)]
         command += ["--token-embedding-type", options.head, "--output-tensor-type", options.head]
-        command += [dense_gguf(options), partial, kind, options.threads]
+        command += [dense_gguf(options), partial, kind, torch.get_num_threads()]
         run(command, options.work / f"{kind}.log")
         partial.replace(target)
     return target
@@ -496,6 +497,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("dense", type=Path, help="checkpoint folder of the dense model")
     parser.add_argument("work", type=Path, help="folder for files that are made on the way")
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--title", help="name of the model in plots")
     parser.add_argument("--llama-cpp", type=Path, help="folder of llama.cpp's programs")
     parser.add_argument("--llama-version", default="", help="of llama.cpp, for the JSON file")
     parser.add_argument("--gguf", type=Path, help="the dense model for llama.cpp")
@@ -512,7 +514,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seqlen", type=int, default=1024, help="tokens per calibration window")
     parser.add_argument("--windows", type=int, default=16, help="windows of the text to score")
     parser.add_argument("--eval-seqlen", type=int, default=512, help="tokens per scored window")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of speed measurements")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of speed; 0 for none")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=32)
@@ -524,7 +526,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
     protocol = {
         "model": options.dense.name,
@@ -537,6 +538,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"then {options.new_tokens} decoded tokens",
     }
     head = {
+        "title": options.title or options.dense.name,
         "what": "Size, quality and speed of llama.cpp's types and of prunus, by "
         "benchmarks/pareto.py. KL in nats per token from the dense model; ± is one standard error "
         "over windows; speeds in tokens per second.",

@@ -262,7 +262,7 @@ def markdown(header: list[str], rows: list[list[str]], text: int = 1) -> str:
 
 
 def write_plots(figures: Figures) -> None:
-    """Three SVG files, the same bytes for the same figures."""
+    """SVG files, the same bytes for the same figures."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -277,8 +277,10 @@ def write_plots(figures: Figures) -> None:
         "grid.color": "#e6e6e6",
         "axes.axisbelow": True,
     }
-    for name, draw in (("curve", draw_curve), ("gap", draw_gap), ("time", draw_time)):
-        figure = draw(figures)
+    plots = {"curve": draw_curve(figures), "gap": draw_gap(figures), "time": draw_time(figures)}
+    for path in sorted(RESULTS.glob("pareto-*.json")):
+        plots[path.stem] = draw_pareto(read(path.stem))
+    for name, figure in plots.items():
         figure.savefig(
             RESULTS / f"{name}.svg", metadata={"Date": None}, facecolor="white", bbox_inches="tight"
         )
@@ -387,6 +389,33 @@ def draw_time(figures: Figures) -> Any:
     axes.set_ylabel("loss, nats per token")
     axes.set_title("Loss against time", loc="left")
     axes.minorticks_off()
+    return figure
+
+
+def draw_pareto(found: dict[str, Any]) -> Any:
+    """KL divergence against bits per weight: llama.cpp's types and prunus, from one dense model."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.2, 3.8))
+    for program, color in (("llama.cpp", SERIES["sparsegpt"][1]), ("prunus", SERIES["best"][1])):
+        points = sorted(
+            (row["bits_per_weight"], row["kl"], name.removeprefix(f"{program} "))
+            for name, row in found["rows"].items()
+            if row["program"] == program
+        )
+        if not points:
+            continue
+        bits, divergences, names = zip(*points, strict=True)
+        # A line through llama.cpp's types would join two families.
+        line = "-" if program == "prunus" else "none"
+        axes.plot(bits, divergences, "o", color=color, markersize=5, linestyle=line, label=program)
+        for x, y, name in zip(bits, divergences, names, strict=True):
+            axes.annotate(name, (x, y), (5, 4), textcoords="offset points", color=color, fontsize=8)
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per weight in the linears of blocks, all included")
+    axes.set_ylabel("KL from the dense model, nats (log scale)")
+    axes.set_title(f"{found['title']}: what each size costs", loc="left")
+    axes.legend(frameon=False)
     return figure
 
 
