@@ -13,16 +13,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.model.checkpoint.lock import locked
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import save_safetensors
+from prunus.model.linears import tied_embedding
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.packed.description import Description
 from prunus.packed.forms import check, expand
 from prunus.packed.packing import add_packed_card
-from prunus.packed.quantized import quantized_config, quantized_tensors
+from prunus.packed.quantize_rows import quantize_rows
+from prunus.packed.quantized import quantized_config, quantized_entry, quantized_tensors
 from prunus.pruning.block.block_state import FinishedBlock
 from prunus.pruning.job import PruningJob
 from prunus.pruning.output import CheckpointOutput, InPlaceOutput, Output, shard_name
@@ -65,6 +68,8 @@ class CompressedOutput(CheckpointOutput):
         super().__init__(
             folder, job.source, job.ranks, job.host_budget, job.options.trust_remote_code
         )
+        self._head_bits = job.recipe.head_bits
+        self._outside_linears = _embedding_and_head(job.skeleton.model)
 
     def read_measurement(self) -> dict[str, torch.Tensor] | None:
         """What `write_measurement` got in this run or the run that it resumes, or None."""
@@ -103,6 +108,18 @@ class CompressedOutput(CheckpointOutput):
             tensors[f"{linear}.weight"] = expand(weight, dtype, check(weight))
         return tensors
 
+    def _outside(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self._head_bits is None:
+            return tensors
+        for name in self._outside_linears:
+            linear = self._stored_linear(name)
+            weight = quantize_rows(tensors.pop(f"{linear}.weight"), self._head_bits)
+            tensors |= quantized_tensors(linear, weight)
+            self._manifest.packed_outside[linear] = quantized_entry(weight)
+        # The shard is written next. A run that is killed between the two writes it again.
+        self._manifest.save(self.folder)
+        return tensors
+
     def _card(self, card: str) -> str:
         return add_packed_card(card)
 
@@ -125,3 +142,19 @@ class CompressedOutput(CheckpointOutput):
     def _stored_linear(self, name: str) -> str:
         """The name of a linear in the checkpoint, from its name in the model."""
         return self._source.stored_name(f"{name}.weight").removesuffix(".weight")
+
+
+def _embedding_and_head(model: Any) -> list[str]:
+    """The names of the embedding and the output head that the packed format can hold.
+
+    Where both are one weight, it has the name of the embedding.
+    """
+    tied = tied_embedding(model)
+    if tied is not None:
+        return [tied.name]
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(module is each for each in modules) and type(module) in (nn.Embedding, nn.Linear)
+    ]

@@ -34,8 +34,9 @@ __all__ = ["PROBE_TOKENS", "PROBE_WINDOWS", "LinearSensitivity", "loss_sensitivi
 
 #: The windows that measure, and their length.
 PROBE_WINDOWS, PROBE_TOKENS = 8, 256
-# The sensitivity of a row is at least this share of its linear's mean: few tokens may miss a row.
-_MIN_SHARE = 1e-3
+# This share of its linear's mean is added to the sensitivity of every row. A few tokens say little
+# about a single row, and may miss it.
+_SHARED = 0.1
 # Inputs whose Gram matrix is inverted at once. Wide linears are measured in parts of this width.
 _MAX_WIDTH = 2048
 # Numbers that stand for the inputs of a linear.
@@ -221,7 +222,7 @@ def _sensitivity(
     if reached:
         assert sums.squares_O is not None
         mean_O = sums.squares_O / (scale * scale * tokens)
-        loss_O = mean_O.clamp_min(_MIN_SHARE * float(mean_O.mean())).clamp_min_(1e-12)
+        loss_O = (mean_O + _SHARED * mean_O.mean()).clamp_min_(1e-12)
         squares_I = statistics.sum_squares_I.float()
         power = max(float(squares_I.mean()) / statistics.tokens, 1e-12)
         steps_I = torch.cat([_part_steps(part, squares_I, options) for part in sums.parts])
