@@ -91,8 +91,9 @@ class PackedLinear(nn.Module):
         """Map (..., in) to (..., out)."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected inputs of width {self.in_features}, got {tuple(x.shape)}")
-        if is_plain(x):
-            offsets, bias = self._buffers["offsets"], self._parameters["bias"]
+        offsets, bias = self._buffers["offsets"], self._parameters["bias"]
+        # A kernel records no gradient, so a bias in training takes the operator.
+        if is_plain(x) and (bias is None or not (bias.requires_grad and torch.is_grad_enabled())):
             return run_packed(x, self.packed, offsets, bias)
         return self._operator(x)
 
