@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from prunus.hardware.numerics import multiplies_bfloat16
 from prunus.methods.options import MethodOptions
 from prunus.methods.rate_distortion import relative_steps
 from prunus.methods.statistics import InputStatistics
@@ -105,12 +106,22 @@ def loss_sensitivities(
     return found
 
 
+def _rounded_products(stream: Stream) -> torch.autocast:
+    """Let products be rounded to bfloat16 where that is faster than the model's float32.
+
+    The result is a mean over random draws, so the rounding costs nothing.
+    """
+    fast = multiplies_bfloat16(stream.device) and stream.skeleton.dtype == torch.float32
+    return torch.autocast(stream.device.type, torch.bfloat16, enabled=fast)
+
+
 def _block_inputs(stream: Stream) -> list[list[Tensor]]:
     """The inputs of every block, per batch; the stream ends behind the last block."""
     skeleton, inputs = stream.skeleton, []
     for index in range(len(skeleton)):
         inputs.append([stream.states.get(batch).cpu() for batch in range(len(stream))])
-        stream.propagate(index, stream.source.block(index))
+        with _rounded_products(stream):
+            stream.propagate(index, stream.source.block(index))
     return inputs
 
 
@@ -129,7 +140,7 @@ def _gradients_of_loss(stream: Stream, ids: Sequence[Tensor], seed: int) -> list
                 batch_ids.split(1), stream.states.get(batch).split(1), strict=True
             ):
                 hidden = hidden.detach().requires_grad_()
-                with torch.enable_grad():
+                with torch.enable_grad(), _rounded_products(stream):
                     logits = skeleton.logits(window_ids.to(hidden.device), hidden)
                     log_p = logits.flatten(0, -2).float().log_softmax(dim=-1)
                     drawn = torch.multinomial(
@@ -172,7 +183,7 @@ def _measure_block(
     ):
         for batch, hidden in enumerate(inputs):
             hidden = hidden.to(device).requires_grad_()
-            with torch.enable_grad():
+            with torch.enable_grad(), _rounded_products(stream):
                 run(hidden).backward(gradients[batch].to(device))
             assert hidden.grad is not None
             gradients[batch] = hidden.grad
