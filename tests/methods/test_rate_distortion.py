@@ -1,0 +1,277 @@
+"""Quantising by rate and distortion: against a slow version, against theory, and on odd inputs.
+
+Shape suffixes: O outputs (rows), I inputs (columns), T tokens, K classes, V values -127 to 127.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import reference
+from method_cases import WEIRD, example, gather, weird_example
+from prunus.methods import METHODS, MethodOptions, Pruned, compose
+from prunus.methods.patterns import Pattern
+from prunus.methods.quantized import MAX_LEVEL, CodeLengths
+from prunus.methods.rate_distortion import (
+    LinearQuantization,
+    expected_bits,
+    quantize,
+    relative_steps,
+)
+from prunus.methods.row_shards import AllRows
+
+# The distance of entropy coded scalar quantisation from the limit, in squared error: 2πe / 12.
+SCALAR_LOSS = 2 * math.pi * math.e / 12
+
+
+def ideal_code(levels_SI: Tensor) -> CodeLengths:
+    """A code for each column, which takes the entropy that its integers have in some rows."""
+    values_V = torch.arange(-MAX_LEVEL, MAX_LEVEL + 1)
+    counts_IV = (levels_SI.T[:, :, None] == values_V).sum(dim=1) + 0.01
+    lengths_IV = -(counts_IV / counts_IV.sum(dim=1, keepdim=True)).log2()
+    return CodeLengths(lengths_IV, torch.arange(levels_SI.shape[1]))
+
+
+def two_classes(levels_SI: Tensor) -> CodeLengths:
+    """A code in which odd columns pay more for large integers, whatever the integers are."""
+    sizes_V = torch.arange(-MAX_LEVEL, MAX_LEVEL + 1).abs().float()
+    return CodeLengths(
+        torch.stack([0.5 * sizes_V, 2 * sizes_V]), torch.arange(levels_SI.shape[1]) % 2
+    )
+
+
+def quantized(
+    weight_OI: Tensor, X_TI: Tensor, step: float, keep_OI: Tensor | None = None, **options
+) -> Pruned:
+    """Quantise with the ideal code and equal rows; no argument may change."""
+    statistics, before = gather(X_TI), gather(X_TI)
+    given_OI = weight_OI.clone()
+    how = LinearQuantization(step, torch.ones(len(weight_OI)), ideal_code)
+    pruned = quantize(weight_OI, statistics, MethodOptions(quantization=how, **options), keep_OI)
+    assert torch.equal(weight_OI, given_OI)
+    assert torch.equal(statistics.gram_II, before.gram_II)
+    assert pruned.quantized is not None
+    levels_OI = pruned.quantized.levels_OI
+    assert int(levels_OI.min()) >= -MAX_LEVEL
+    assert torch.equal(pruned.keep_OI, levels_OI != 0)
+    assert torch.equal(pruned.weight_OI, pruned.quantized.dense())
+    assert pruned.weight_OI.isfinite().all()
+    return pruned
+
+
+def output_error(change_OI: Tensor, gram_II: Tensor) -> float:
+    return float(((change_OI.double() @ gram_II.double()) * change_OI.double()).sum())
+
+
+def entropy(levels_OI: Tensor) -> float:
+    """Bits per weight, each column with its own distribution."""
+    bits = 0.0
+    for column in levels_OI.T:
+        shares = column.unique(return_counts=True)[1].double() / len(column)
+        bits -= float((shares * shares.log2()).sum())
+    return bits / levels_OI.shape[1]
+
+
+# --- against the slow version ---
+
+
+@pytest.mark.parametrize("code_of", [ideal_code, two_classes])
+@pytest.mark.parametrize("damping", [0.01, 0.3])
+@pytest.mark.parametrize("forced", [False, True])
+def test_integers_and_steps_are_those_of_the_slow_version(forced, damping, code_of):
+    weight_OI, X_TI = example(6, 20)
+    X_TI[:, 3] = 0
+    weight_OI[2, 5] = 300.0
+    scales_O = torch.linspace(0.5, 2, 6)
+    keep_OI = torch.rand(6, 20, generator=torch.Generator().manual_seed(1)) < 0.5
+    kept = keep_OI if forced else None
+    statistics = gather(X_TI)
+    how = LinearQuantization(0.7, scales_O, code_of)
+    options = MethodOptions(quantization=how, damping=damping)
+    found = quantize(weight_OI, statistics, options, kept).quantized
+    levels_OI, steps_I = reference.quantize(
+        weight_OI, statistics.gram_II, damping, 0.7, scales_O, code_of, kept
+    )
+    assert torch.equal(found.levels_OI, levels_OI)
+    assert torch.equal(found.steps_I.double(), steps_I)
+    assert torch.equal(found.scales_O, scales_O.bfloat16().float())
+
+
+def test_blocks_of_columns_make_no_difference():
+    """More columns than a block of the sweep has, and neither a multiple of it nor of a tile."""
+    weight_OI, X_TI = example(2, 133, tokens=400)
+    statistics = gather(X_TI)
+    how = LinearQuantization(0.5, torch.ones(2), two_classes)
+    found = quantize(weight_OI, statistics, MethodOptions(quantization=how, damping=0.1)).quantized
+    levels_OI, _ = reference.quantize(
+        weight_OI, statistics.gram_II, 0.1, 0.5, torch.ones(2), two_classes
+    )
+    assert torch.equal(found.levels_OI, levels_OI)
+
+
+# --- against theory ---
+
+
+def test_steps_follow_the_factor():
+    weight_OI, X_TI = example(16, 24)
+    found = quantized(weight_OI, X_TI, 0.3, damping=0.02).quantized
+    expected_I = 0.3 * relative_steps(gather(X_TI), MethodOptions(damping=0.02))
+    assert torch.equal(found.steps_I, expected_I.bfloat16().float())
+
+
+@pytest.mark.parametrize("spread", [1.0, 8.0])
+def test_the_error_is_within_a_few_per_cent_of_water_filling(spread):
+    """On normal weights, with the loss that all scalar quantisers have at a high rate."""
+    rows, columns = 3000, 24
+    generator = torch.Generator().manual_seed(3)
+    weight_OI = torch.randn(rows, columns, generator=generator)
+    axes_II = torch.linalg.qr(torch.randn(columns, columns, generator=generator))[0]
+    variances_I = torch.logspace(0, -math.log10(spread), columns)
+    X_TI = variances_I.sqrt()[:, None] * axes_II.T  # XᵀX has these eigenvalues
+    found = quantized(weight_OI, X_TI, 0.45, damping=1e-6)
+    bits = entropy(found.quantized.levels_OI)
+    error = output_error(weight_OI - found.weight_OI, X_TI.T @ X_TI) / rows
+    # At this rate every direction gets bits, so water filling has the same error in all of them.
+    limit = columns * 4**-bits * float(variances_I.log().mean().exp())
+    assert limit < columns * float(variances_I.min())
+    assert 2.5 < bits < 4
+    assert 0.95 < error / (SCALAR_LOSS * limit) < 1.05
+
+
+def test_more_bits_make_a_smaller_error():
+    weight_OI, X_TI = example(300, 24)
+    gram_II = gather(X_TI).gram_II
+    found = [quantized(weight_OI, X_TI, 2.0**-n, damping=0.01) for n in range(-2, 4)]
+    errors = [output_error(weight_OI - each.weight_OI, gram_II) for each in found]
+    bits = [entropy(each.quantized.levels_OI) for each in found]
+    zeros = [int((each.quantized.levels_OI == 0).sum()) for each in found]
+    assert errors == sorted(errors, reverse=True)
+    assert bits == sorted(bits)
+    assert zeros == sorted(zeros, reverse=True)
+    assert errors[-1] < errors[0] / 50
+
+
+def test_feedback_and_rounding_by_rate_beat_rounding_to_the_nearest():
+    weight_OI, X_TI = example(300, 24)
+    gram_II = gather(X_TI).gram_II
+    found = quantized(weight_OI, X_TI, 0.6, damping=0.01)
+    nearest_OI = (weight_OI / found.quantized.steps_I).round() * found.quantized.steps_I
+    error = output_error(weight_OI - found.weight_OI, gram_II)
+    assert error < 0.7 * output_error(weight_OI - nearest_OI, gram_II)
+
+
+@pytest.mark.parametrize("deviation", [0.15, 0.5, 1.0, 3.3, 40.0])
+def test_expected_bits_are_the_entropy_of_rounded_samples(deviation):
+    samples = torch.randn(400_000, generator=torch.Generator().manual_seed(0)) * deviation
+    sampled = entropy(samples.round()[:, None])
+    assert float(expected_bits(torch.tensor(deviation))) == pytest.approx(sampled, abs=0.01)
+
+
+def test_expected_bits_grow_from_zero():
+    bits = expected_bits(torch.cat([torch.zeros(1), torch.logspace(-3, 4, 200)]))
+    assert float(bits[0]) < 1e-6
+    assert (bits.diff() >= 0).all()
+
+
+# --- masks, odd inputs, shards ---
+
+
+def test_a_forced_mask_stays_and_the_kept_columns_correct_it():
+    weight_OI, X_TI = example(40, 24)
+    keep_OI = (
+        METHODS["wanda"].prune(weight_OI, gather(X_TI), Pattern(2, 4), 0.5, MethodOptions()).keep_OI
+    )
+    found = quantized(weight_OI, X_TI, 0.05, keep_OI, damping=0.01)
+    assert not found.weight_OI[~keep_OI].any()
+    assert float((found.keep_OI & keep_OI).sum() / keep_OI.sum()) > 0.95
+    gram_II = gather(X_TI).gram_II
+    masked = output_error(weight_OI - weight_OI * keep_OI, gram_II)
+    assert output_error(weight_OI - found.weight_OI, gram_II) < 0.9 * masked
+
+
+@pytest.mark.parametrize("kind", WEIRD)
+def test_odd_inputs_give_integers_in_range(kind):
+    weight_OI, X_TI = weird_example(kind, 8, 12, 0)
+    found = quantized(weight_OI, X_TI, 0.1).quantized
+    assert (found.steps_I > 0).all()
+    dead_I = X_TI.square().sum(dim=0) == 0
+    assert not found.levels_OI[:, dead_I].any()
+
+
+def test_outliers_widen_the_step_of_their_column_alone():
+    weight_OI, X_TI = example(8, 12)
+    plain = quantized(weight_OI, X_TI, 0.1).quantized
+    weight_OI[3, 7] = 1e4
+    found = quantized(weight_OI, X_TI, 0.1).quantized
+    others = torch.arange(12) != 7
+    assert torch.equal(found.steps_I[others], plain.steps_I[others])
+    assert float(found.steps_I[7]) == pytest.approx(100, rel=0.01)
+    assert 95 <= int(found.levels_OI[3, 7]) <= MAX_LEVEL
+
+
+def test_a_column_of_zeros_and_subnormal_weights_has_a_step():
+    weight_OI, X_TI = example(4, 6)
+    weight_OI[:, 2], weight_OI[:, 4] = 0, 1e-44
+    found = quantized(weight_OI, X_TI, 1e-30)
+    assert (found.quantized.steps_I > 0).all()
+
+
+class ThreeShards:
+    """Rows that three processes would solve, one after the other."""
+
+    def solve(self, rows, rows_per_group, solve):
+        assert rows_per_group == 1
+        starts = [0, rows // 3, rows // 2, rows]
+        parts = [solve(AllRows(slice(*span))) for span in zip(starts[:-1], starts[1:], strict=True)]
+        return replace(
+            parts[0],
+            weight_OI=torch.cat([part.weight_OI for part in parts]),
+            keep_OI=torch.cat([part.keep_OI for part in parts]),
+        )
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_shards_of_rows_give_the_same_integers(forced):
+    weight_OI, X_TI = example(31, 24)
+    keep_OI = weight_OI.abs() > 0.5 if forced else None
+    whole = quantized(weight_OI, X_TI, 0.3, keep_OI)
+    shards = quantized(weight_OI, X_TI, 0.3, keep_OI, row_sharding=ThreeShards())
+    assert torch.equal(whole.quantized.levels_OI, shards.quantized.levels_OI)
+    assert torch.equal(whole.weight_OI, shards.weight_OI)
+
+
+# --- as a step of a method ---
+
+
+def composed(weight_OI, X_TI, sparsity, pattern=Pattern(), name="wanda", **options) -> Pruned:  # noqa: B008
+    how = LinearQuantization(0.2, torch.ones(len(weight_OI)), ideal_code)
+    chosen = MethodOptions(bits=3.0, quantization=how, **options)
+    method = compose(METHODS[name], chosen)
+    assert method.needs == "gram"
+    assert method.updates_weights
+    return method.prune(weight_OI, gather(X_TI), pattern, sparsity, chosen)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(2, 4)], ids=repr)
+def test_a_method_chooses_zeros_and_quantisation_starts_from_the_trained_weight(name, pattern):
+    weight_OI, X_TI = example(20, 24)
+    found = composed(weight_OI, X_TI, 0.5, pattern, name)
+    chosen = METHODS[name].prune(weight_OI, gather(X_TI), pattern, 0.5, MethodOptions())
+    how = LinearQuantization(0.2, torch.ones(20), ideal_code)
+    alone = quantize(weight_OI, gather(X_TI), MethodOptions(quantization=how), chosen.keep_OI)
+    assert torch.equal(found.weight_OI, alone.weight_OI)
+    assert not found.weight_OI[~chosen.keep_OI].any()
+
+
+def test_without_a_sparsity_the_method_forces_no_zeros():
+    weight_OI, X_TI = example(20, 24)
+    found = composed(weight_OI, X_TI, 0.0)
+    how = LinearQuantization(0.2, torch.ones(20), ideal_code)
+    alone = quantize(weight_OI, gather(X_TI), MethodOptions(quantization=how))
+    assert torch.equal(found.weight_OI, alone.weight_OI)
