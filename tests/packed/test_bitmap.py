@@ -16,7 +16,7 @@ from prunus.packed.coding import decode, encode
 from prunus.packed.kernels import library as kernels
 from prunus.packed.weight import PackedWeight
 
-DOCUMENT = REPOSITORY / "docs" / "reference" / "bitmap-format.md"
+DOCUMENT = REPOSITORY / "docs" / "reference" / "packed-format.md"
 
 
 @pytest.fixture(params=["best", "off"])

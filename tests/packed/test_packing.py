@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import prunus.packed.conversion as conversion_module
 from packed_reference import bitmap, pruned_checkpoint
+from plane_reference import quantized_checkpoint, read_planes
 from prunus import prune
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
 from prunus.packed import BitmapLinear, pack, reference_path, unpack
@@ -331,19 +332,85 @@ def test_hostile_descriptions(packed, tmp_path, changes, message):
     assert not (tmp_path / "plain").exists(), "refused before any work"
 
 
+@pytest.fixture(scope="module")
+def quantised_once(tmp_path_factory):
+    root = tmp_path_factory.mktemp("quantised")
+    dense = tiny_checkpoint(root / "dense", dtype=torch.bfloat16)
+    return quantized_checkpoint(dense, root / "packed")
+
+
+ENTRY = {"shape": [64, 32], "bytes": 1000, "rows_per_chunk": 8, "codes": [[0, [1]]]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "must be one of"),
+        ({"version": 2, "values": "int8"}, "must be three integers"),
+        ({"values": "int4"}, "must be one of"),
+        ({"linears": {NAME: [64, 32, 1024]}}, "must be one of"),
+        ({"linears": {NAME: {}}}, r"needs a shape \[out, in\]"),
+        ({"linears": {NAME: ENTRY | {"shape": 64}}}, r"needs a shape \[out, in\]"),
+        ({"linears": {NAME: ENTRY | {"shape": [64, 32, 1]}}}, r"needs a shape \[out, in\]"),
+        ({"linears": {NAME: ENTRY | {"bytes": 1e3}}}, "the integers bytes and rows_per_chunk"),
+        ({"linears": {NAME: ENTRY | {"bytes": True}}}, "the integers bytes and rows_per_chunk"),
+        ({"linears": {NAME: ENTRY | {"bytes": 0}}}, "cannot have"),
+        ({"linears": {NAME: ENTRY | {"bytes": 2**63}}}, "cannot have"),
+        ({"linears": {NAME: ENTRY | {"shape": [2**40, 32]}}}, "cannot have"),
+        ({"linears": {NAME: ENTRY | {"shape": [64, 0]}}}, "cannot have"),
+        ({"linears": {NAME: ENTRY | {"rows_per_chunk": 0}}}, "cannot have"),
+        ({"linears": {NAME: ENTRY | {"codes": []}}}, "needs 1 to 4 codes"),
+        ({"linears": {NAME: ENTRY | {"codes": [[0, [1]]] * 5}}}, "needs 1 to 4 codes"),
+        ({"linears": {NAME: ENTRY | {"codes": "0"}}}, "needs 1 to 4 codes"),
+        ({"linears": {NAME: ENTRY | {"codes": [0]}}}, "expected .raw"),
+        ({"linears": {NAME: ENTRY | {"codes": [[0, 1]]}}}, "must be a list of integers"),
+        ({"linears": {NAME: ENTRY | {"codes": [[0, ["1"]]]}}}, "must be a list of integers"),
+        ({"linears": {NAME: ENTRY | {"codes": [[0, [5]]]}}}, "1 to 4 bits"),
+        ({"linears": {NAME: ENTRY | {"codes": [[0, [1] * 9]]}}}, "at most 8 layers"),
+        ({"linears": {NAME: ENTRY | {"codes": [[4, [1]]]}}}, "0 to 3 raw bits"),
+        ({"linears": {NAME: ENTRY | {"codes": [[1, []]]}}}, "none without layers"),
+        ({"linears": {NAME: ENTRY}}, "config.json asks for"),
+    ],
+)
+def test_hostile_descriptions_of_quantised_linears(quantised_once, tmp_path, changes, message):
+    folder = shutil.copytree(quantised_once, tmp_path / "packed")
+    _rewrite(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        unpack(folder, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists(), "refused before any work"
+
+
+def test_unpacked_quantised_weights(quantised_once, tmp_path):
+    """The slow reader and the slow product give what is unpacked, and the dtype is the model's."""
+    record = unpack(quantised_once, tmp_path / "plain")
+    content, plain = _tensors(quantised_once), _tensors(tmp_path / "plain")
+    described = Description.from_dict(_quantization(quantised_once))
+    assert described.values is None
+    assert described.to_dict() == _quantization(quantised_once)
+    parts = {name: content[name] for name in described.tensors(NAME)}
+    weight = described.weight(NAME, parts)
+    levels = torch.tensor(read_planes(weight)).double()
+    exact = levels * weight.steps.double() * weight.scales.double()[:, None]
+    assert torch.equal(plain[f"{NAME}.weight"], exact.float().bfloat16())
+    assert record.values == "bfloat16"
+    assert record.linears[NAME].kept == int((plain[f"{NAME}.weight"] != 0).sum())
+    assert set(record.linears) == set(described.linears)
+    assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+
+
+@pytest.mark.parametrize("form", ["packed_once", "quantised_once"])
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-def test_damaged_shards_give_clear_errors(packed_once, tmp_path_factory, data):
+def test_damaged_shards_give_clear_errors(form, request, tmp_path_factory, data):
     """A shard cut off, or with flipped bits, is refused or gives a checkpoint of the right shapes:
     no crash.
     """
     root = tmp_path_factory.mktemp("fuzz")
-    folder = shutil.copytree(packed_once, root / "packed")
-    shard = folder / data.draw(
-        st.sampled_from(["block-00000.safetensors", "block-00001.safetensors"]), label="shard"
-    )
+    folder = shutil.copytree(request.getfixturevalue(form), root / "packed")
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    shard = folder / data.draw(st.sampled_from(shards), label="shard")
     content = bytearray(shard.read_bytes())
     if data.draw(st.booleans(), label="cut"):
         content = content[: data.draw(st.integers(0, len(content) - 1), label="length")]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from places import REPOSITORY
 from plane_reference import random_levels, read_planes, write_planes
+from prunus.packed.description import QuantizedShape
+from prunus.packed.kernels import library as kernels
 from prunus.packed.plane_codes import default_rows_per_chunk, max_level
 from prunus.packed.planes import (
     PlaneCode,
@@ -34,6 +39,15 @@ CODES = [
     PlaneCode(0, (4, 4, 4, 4, 4, 4, 4, 4)),
     PlaneCode(0, (1, 1, 1, 1, 1, 1, 1, 1)),
 ]
+
+
+@pytest.fixture(params=["best", "off"])
+def _engine(request, monkeypatch):
+    """Once with the kernels, once in torch alone."""
+    if request.param == "off":
+        monkeypatch.setenv("PRUNUS_ISA", "off")
+    elif kernels.load() is None:
+        pytest.skip(f"no kernels: {kernels.why_not()}")
 
 
 def quantized(levels, codes=None, classes=None, rows_per_chunk=None) -> QuantizedWeight:
@@ -94,6 +108,7 @@ def test_levels_that_raw_bits_leave_no_room_for():
     assert [code.raw for code in choose_codes(column_histograms(spread))[1]] == [0]
 
 
+@pytest.mark.usefixtures("_engine")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_expand_rounds_once(dtype):
     levels = random_levels(9, 77, 20)
@@ -108,6 +123,7 @@ def test_expand_rounds_once(dtype):
         expand_rows(weight, torch.tensor([9]), None, dtype)
 
 
+@pytest.mark.usefixtures("_engine")
 def test_offsets_say_where_layers_begin():
     levels = torch.zeros(3, 64, dtype=torch.int8)
     levels[0, 5], levels[2, 7] = 1, 100
@@ -193,12 +209,40 @@ def test_histograms_of_another_shape_are_refused():
         choose_codes(torch.ones(3, 255), max_classes=5)
 
 
+def test_the_documented_example_is_true():
+    text = (REPOSITORY / "docs" / "reference" / "packed-format.md").read_text()
+    text = text[text.rindex("### A quantised linear") :]
+    blocks = re.findall(r"```(?:text|json)\n(.*?)```", text, flags=re.DOTALL)
+
+    def matrix(block):
+        return torch.tensor([[float(n) for n in line.split()] for line in block.splitlines()])
+
+    levels, entry = matrix(blocks[0]).to(torch.int8), json.loads(blocks[1])
+    parts = dict(line.split(":", 1) for line in blocks[2].splitlines())
+    classes, steps, scales = (
+        torch.tensor([float(n) for n in parts[f"weight_{name}"].split()])
+        for name in ("classes", "steps", "scales")
+    )
+    described = QuantizedShape.from_json("example", entry)
+    weight = encode(
+        levels, steps, scales, classes.to(torch.uint8), described.codes, described.rows_per_chunk
+    )
+    data = bytes.fromhex("".join(line[:24] for line in blocks[3].splitlines()))
+    assert bytes(weight.data.tolist()) == data
+    assert QuantizedShape.of(weight) == described
+    assert torch.equal(expand(weight, torch.float32), matrix(blocks[4]))
+    assert read_planes(weight) == levels.tolist()
+
+
+SHORT, LONG = "ends at byte|end before their last", "planes .* end at byte|follow their last"
+
+
 def _damaged():
     good = quantized(random_levels(9, 70, 3), CODES[2:4], rows_per_chunk=4)
     data = good.data
-    yield "short", good._replace(data=data[:-8]), "ends at byte"
-    yield "empty", good._replace(data=data[:0]), "ends at byte 0"
-    yield "long", good._replace(data=torch.cat([data, data[:8]])), "planes .* end at byte"
+    yield "short", good._replace(data=data[:-8]), SHORT
+    yield "empty", good._replace(data=data[:0]), SHORT
+    yield "long", good._replace(data=torch.cat([data, data[:8]])), LONG
     yield "data dtype", good._replace(data=data.view(torch.int8)), "one row of bytes"
     yield "matrix", good._replace(data=data[None]), "one row of bytes"
     yield "wider", good._replace(shape=(9, 71)), "classes .* must be"
@@ -213,9 +257,14 @@ def _damaged():
     layer, tail = two.data.clone(), two.data.clone()
     layer[8 + 1], tail[16 + 1] = 1, 1
     yield "padding of a layer", two._replace(data=layer), "padding of a layer"
-    yield "padding of escapes", two._replace(data=tail), "padding of the escape bytes"
+    raw = quantized(zeros, [PlaneCode(2, (1,))])
+    far = raw.data.clone()
+    far[-8] = 99
+    yield "escaped value", raw._replace(data=far), "escaped value"
+    yield "padding of escapes", two._replace(data=tail), "padding of"
 
 
+@pytest.mark.usefixtures("_engine")
 @pytest.mark.parametrize(
     ("weight", "message"), [pytest.param(w, m, id=name) for name, w, m in _damaged()]
 )
@@ -224,8 +273,11 @@ def test_damage_is_found(weight, message):
         check(weight)
 
 
+@pytest.mark.usefixtures("_engine")
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_flipped_bits_are_refused_or_read(data):
     """Whatever the bytes: `check` refuses them, or everything can be computed from them."""
     good = quantized(random_levels(6, 100, 3), CODES[2:4], rows_per_chunk=4)

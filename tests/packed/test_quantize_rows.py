@@ -37,7 +37,7 @@ def test_the_size_is_what_was_asked_for(bits, error):
 
 
 def test_no_value_is_cut_off():
-    """A row's scale grows where its values would need more than 255 levels."""
+    """A row's scale grows where its values would need more than 247 levels."""
     weight = head()
     weight[11, 3] = 1000
     dense = expand(quantize_rows(weight, 8), torch.float32)

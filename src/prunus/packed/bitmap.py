@@ -1,6 +1,6 @@
 """Pack one weight, check a packed weight, and expand it again.
 
-`docs/reference/bitmap-format.md` is the reference of the layout. This file works on
+`docs/reference/packed-format.md` is the reference of the layout. This file works on
 tensors; it knows nothing of files, modules or models.
 
 Shape suffixes: O output features (rows), I input features (columns), K stored values.

@@ -89,6 +89,40 @@ class QuantizedShape(NamedTuple):
         """Return the shape of a weight."""
         return cls(*weight.shape, weight.data.shape[0], weight.rows_per_chunk, weight.codes)
 
+    @classmethod
+    def from_json(cls, name: str, entry: Mapping[str, Any]) -> QuantizedShape:
+        """Read a linear's entry in config.json.
+
+        Args:
+            name: the linear, for errors.
+            entry: what `to_json` returned, or anything.
+
+        Raises:
+            ValueError: a number is missing or out of range.
+        """
+        size, codes = entry.get("shape"), entry.get("codes")
+        numbers: Any = [entry.get("bytes"), entry.get("rows_per_chunk")]
+        if not _are_integers(size) or len(size) != 2 or not _are_integers(numbers):
+            raise ValueError(
+                f"quantised linear {name!r} needs a shape [out, in] and the integers bytes and "
+                f"rows_per_chunk, got {size!r} and {numbers}"
+            )
+        limits = (_MAX_FEATURES, _MAX_FEATURES, _MAX_BYTES, _MAX_FEATURES)
+        if not all(0 < number < top for number, top in zip((*size, *numbers), limits, strict=True)):
+            raise ValueError(
+                f"quantised linear {name!r} cannot have {size[0]} x {size[1]} weights in "
+                f"{numbers[0]} bytes and chunks of {numbers[1]} rows"
+            )
+        if not isinstance(codes, list | tuple) or not 1 <= len(codes) <= MAX_CLASSES:
+            raise ValueError(
+                f"quantised linear {name!r} needs 1 to {MAX_CLASSES} codes, got {codes!r}"
+            )
+        try:
+            checked = tuple(_code(code) for code in codes)
+        except ValueError as fault:
+            raise ValueError(f"a code of quantised linear {name!r} is wrong: {fault}") from fault
+        return cls(size[0], size[1], numbers[0], numbers[1], checked)
+
     @property
     def stored(self) -> None:
         """Nothing: the number of integers follows from the size."""
@@ -257,7 +291,7 @@ class Description:
         shapes: dict[str, PackedShape | QuantizedShape] = {}
         for name, entry in linears.items():
             if version > 2 and isinstance(entry, Mapping):
-                shapes[_name(name)] = _quantized_shape(name, entry)
+                shapes[_name(name)] = QuantizedShape.from_json(name, entry)
             else:
                 shapes[_name(name)] = _shape(name, entry, may_be_coded)
         return cls(values, shapes, version)  # type: ignore[arg-type]
@@ -294,29 +328,6 @@ def _shape(name: str, shape: Any, may_be_coded: bool) -> PackedShape:
     if rare and not 0 <= rare[0] <= stored:
         raise ValueError(f"packed linear {name!r} cannot have {rare[0]} rare values among {stored}")
     return PackedShape(rows, columns, stored, *rare)
-
-
-def _quantized_shape(name: str, entry: Mapping[str, Any]) -> QuantizedShape:
-    size, codes = entry.get("shape"), entry.get("codes")
-    numbers: Any = [entry.get("bytes"), entry.get("rows_per_chunk")]
-    if not _are_integers(size) or len(size) != 2 or not _are_integers(numbers):
-        raise ValueError(
-            f"quantised linear {name!r} needs a shape [out, in] and the integers bytes and "
-            f"rows_per_chunk, got {size!r} and {numbers}"
-        )
-    limits = (_MAX_FEATURES, _MAX_FEATURES, _MAX_BYTES, _MAX_FEATURES)
-    if not all(0 < number < top for number, top in zip((*size, *numbers), limits, strict=True)):
-        raise ValueError(
-            f"quantised linear {name!r} cannot have {size[0]} x {size[1]} weights in "
-            f"{numbers[0]} bytes and chunks of {numbers[1]} rows"
-        )
-    if not isinstance(codes, list | tuple) or not 1 <= len(codes) <= MAX_CLASSES:
-        raise ValueError(f"quantised linear {name!r} needs 1 to {MAX_CLASSES} codes, got {codes!r}")
-    try:
-        checked = tuple(_code(code) for code in codes)
-    except ValueError as fault:
-        raise ValueError(f"a code of quantised linear {name!r} is wrong: {fault}") from fault
-    return QuantizedShape(size[0], size[1], numbers[0], numbers[1], checked)
 
 
 def _code(code: Any) -> PlaneCode:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from prunus.packed.kernels.library import load
 from prunus.packed.plane_codes import (
     GROUP,
     MAX_LAYERS,
@@ -187,21 +188,32 @@ def check(weight: QuantizedWeight) -> torch.Tensor:
             "the data of a quantised weight must be one row of bytes, "
             f"got {weight.data.dtype} {tuple(weight.data.shape)}"
         )
-    data, (rows, _) = weight.data.cpu(), weight.shape
+    host = weight._replace(
+        data=weight.data.cpu().contiguous(),
+        classes=weight.classes.cpu().contiguous(),
+        steps=weight.steps.cpu().contiguous(),
+        scales=weight.scales.cpu().contiguous(),
+    )
+    kernels = load()
+    offsets = _scan_all(host) if kernels is None else kernels.plane_offsets(host)
+    return offsets.to(weight.data.device)
+
+
+def _scan_all(weight: QuantizedWeight) -> torch.Tensor:
+    """Return what `check` returns, computed in torch."""
     _, widths = class_order(weight)
-    offsets, begin = [], 0
+    offsets, begin, rows = [], 0, weight.shape[0]
     for first in range(0, rows, weight.rows_per_chunk):
         chunk = min(weight.rows_per_chunk, rows - first)
         for width, code in zip(widths, weight.codes, strict=True):
-            found = _scan(data, begin, chunk * width, code)
+            found = _scan(weight.data, begin, chunk * width, code)
             begin = found.pop()
             offsets.append(found + [-1] * (MAX_LAYERS + 1 - len(found)))
-    if begin != data.shape[0]:
+    if begin != weight.data.shape[0]:
         raise ValueError(
-            f"the planes of a quantised weight end at byte {begin:,} of {data.shape[0]:,}"
+            f"the planes of a quantised weight end at byte {begin:,} of {weight.data.shape[0]:,}"
         )
-    made = torch.tensor(offsets, dtype=torch.int64).view(-1, len(weight.codes), MAX_LAYERS + 1)
-    return made.to(weight.data.device)
+    return torch.tensor(offsets, dtype=torch.int64).view(-1, len(weight.codes), MAX_LAYERS + 1)
 
 
 def _scan(data: torch.Tensor, begin: int, count: int, code: PlaneCode) -> list[int]:
@@ -226,6 +238,9 @@ def _scan(data: torch.Tensor, begin: int, count: int, code: PlaneCode) -> list[i
     _check_length(data, begin, length)
     if bool(data[begin + count : begin + length].any()):
         raise ValueError(f"the padding of the escape bytes at byte {begin:,} is not zero")
+    tops = data[begin : begin + count].view(torch.int8)
+    if code.raw and bool(((tops < -(128 >> code.raw)) | (tops > 127 >> code.raw)).any()):
+        raise ValueError(f"an escaped value at byte {begin:,} is out of range")
     return [*offsets, begin + length]
 
 
@@ -332,6 +347,11 @@ def expand(
     """
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype or torch.bfloat16, device=weight.data.device)
+    kernels = load() if weight.data.is_cpu else None
+    if kernels is not None:
+        offsets = kernels.plane_offsets(weight) if offsets is None else offsets
+        kernels.plane_expand(weight, offsets, out)
+        return out
     steps = weight.steps.float()
     for first, levels in _decoded_chunks(weight, offsets, None):
         rows = slice(first, first + levels.shape[0])
@@ -361,6 +381,12 @@ def expand_rows(
     if bool(((wanted < 0) | (wanted >= count)).any()):
         raise IndexError(f"row numbers must lie in 0 to {count - 1}")
     out = torch.empty(wanted.shape[0], weight.shape[1], dtype=dtype, device=weight.data.device)
+    kernels = load() if weight.data.is_cpu else None
+    if kernels is not None:
+        offsets = kernels.plane_offsets(weight) if offsets is None else offsets
+        if wanted.shape[0]:
+            kernels.plane_expand_rows(weight, offsets, wanted, out)
+        return out.view(*rows.shape, weight.shape[1])
     chunks = wanted // weight.rows_per_chunk
     steps = weight.steps.float()
     for first, levels in _decoded_chunks(weight, offsets, chunks.unique().tolist()):

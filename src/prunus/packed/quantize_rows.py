@@ -6,7 +6,7 @@ code adapts to the data, one distance for the whole weight has the smallest erro
 best here was measured on the tied embedding of SmolLM2-135M (49,152 x 576, error ‖W−Ŵ‖² / ‖W‖² at
 6 and at 4 bits a weight, everything counted):
 
-    rows by rms^0, columns by rms^0      6.6e-4   5.1e-3   (some values lie beyond the 255 levels)
+    rows by rms^0, columns by rms^0      6.6e-4   5.1e-3   (a few values are cut off)
     rows by rms^0.5, columns by rms^0    3.3e-4   5.0e-3
     rows by rms^0.5, columns by rms^0.25 3.2e-4   5.1e-3
     rows by rms^0.5, columns by rms^0.5  3.2e-4   5.1e-3
@@ -25,13 +25,14 @@ import math
 
 import torch
 
-from prunus.packed.plane_codes import MAX_LEVEL
 from prunus.packed.planes import check, expand_rows
 from prunus.packed.quantized import encode_levels
 from prunus.packed.weight import QuantizedWeight
 
 __all__ = ["quantization_error", "quantize_rows"]
 
+# Levels beyond this one cannot have three raw bits, without which large levels take more bits.
+_MAX_LEVEL = 123
 _ROW_EXPONENT = 0.5
 _COLUMN_EXPONENTS = (0.0, 0.25, 0.5)
 _SAMPLE = 1 << 20  # weights on which the distance between levels is searched
@@ -46,7 +47,7 @@ def quantize_rows(weight_OI: torch.Tensor, bits: float) -> QuantizedWeight:
     Args:
         weight_OI: bfloat16, float16 or float32, on the CPU, finite.
         bits: from 2 to 8. A weight takes fewer than 8 bits even at the finest levels there are,
-            255 between the extremes of each row.
+            247 between the extremes of each row.
 
     Raises:
         ValueError: the weight is not a finite matrix, or `bits` is out of range, or so small a
@@ -103,15 +104,15 @@ def _round(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return levels, floats (S, I), and scales (S,), which bfloat16 holds exactly.
 
-    Where a row would need more than 255 levels, its scale is larger.
+    Where a row would need more than 247 levels, its scale is larger.
     """
     scaled_SI = rows_SI.float() / steps_I
     scales_S = torch.maximum(
-        sizes_S.pow(_ROW_EXPONENT) * distance, scaled_SI.abs().amax(1) / MAX_LEVEL
+        sizes_S.pow(_ROW_EXPONENT) * distance, scaled_SI.abs().amax(1) / _MAX_LEVEL
     )
     scales_S = scales_S.bfloat16().float()
     scaled_SI /= scales_S[:, None]
-    return scaled_SI.round_().clamp_(-MAX_LEVEL, MAX_LEVEL), scales_S
+    return scaled_SI.round_().clamp_(-_MAX_LEVEL, _MAX_LEVEL), scales_S
 
 
 def _search(
@@ -123,11 +124,11 @@ def _search(
     """Return the smallest distance between levels at which a sample takes `bits` bits a weight."""
     # A file has a class and a step for every column of the whole weight, not of the sample.
     wanted = bits - 16 / sample_SI.shape[1] - 0.005
-    # Below `low` every row has 255 levels, above `high` every level is 0.
+    # Below `low` every row has 247 levels, above `high` every level is 0.
     largest_S = (sample_SI / steps_I).abs().amax(1) / sizes_S.pow(_ROW_EXPONENT)
     if not bool(largest_S.any()):
         return 1.0
-    low = math.log(float(largest_S[largest_S > 0].min()) / MAX_LEVEL)
+    low = math.log(float(largest_S[largest_S > 0].min()) / _MAX_LEVEL)
     high = math.log(2 * float(largest_S.max()))
     for _ in range(_HALVINGS):
         middle = (low + high) / 2

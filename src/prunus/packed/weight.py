@@ -1,4 +1,4 @@
-"""One weight as a packed checkpoint stores it; `docs/reference/bitmap-format.md` is the reference.
+"""One weight as a packed checkpoint stores it; `docs/reference/packed-format.md` is the reference.
 
 This file defines the parts. `bitmap.py` and `coding.py` make, check and expand bitmaps; `planes.py`
 and `plane_codes.py` do so for quantised weights.

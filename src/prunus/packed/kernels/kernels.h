@@ -28,7 +28,7 @@ enum {
     PRUNUS_BAD_VALUE = 7
 };
 
-// A weight (rows, cols) as it is stored; docs/reference/bitmap-format.md describes each array.
+// A weight (rows, cols) as it is stored; docs/reference/packed-format.md describes each array.
 struct PrunusWeight {
     int64_t rows, cols;
     // Number of stored values. With codes it includes the zeros that pad the last group.
