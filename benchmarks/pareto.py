@@ -11,7 +11,8 @@ convert_hf_to_gguf.py of llama.cpp (option --converter) makes it.
 
 - Both programs see the same calibration tokens. The text of prunus's windows is tokenised again as
   one string, and cut into windows anew: llama-imatrix takes the text, prunus the token ids.
-- Embeddings and the output head are of one type, q8_0, in all files of llama.cpp.
+- Embeddings and the output head take about 8 bits everywhere: type q8_0 in all files of llama.cpp,
+  --head-bits 8 in prunus.
 - Every result is scored with `prunus.perplexity`, in bfloat16. A GGUF file is imported first, so
   the score is that of its weights alone. llama.cpp also rounds activations to 8 bits as it runs.
 - Bits per weight are those of the linears in blocks, with scales and all else that belongs to them.
@@ -505,7 +506,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--types", default=TYPES, help="types of llama.cpp; may be empty")
     parser.add_argument("--head", default="q8_0", help="type of embeddings and head in GGUF files")
     parser.add_argument("--bits", default="", help="sizes for prunus compress, with commas")
-    parser.add_argument("--compress-options", default="", help="more options of prunus compress")
+    parser.add_argument(
+        "--compress-options",
+        default="--head-bits 8",
+        help="more options of prunus compress. Default: %(default)s",
+    )
     parser.add_argument("--checkpoint", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--data", type=Path, help="folder with local copies of the datasets")
     parser.add_argument("--calibration", default="c4", help="a text, as prunus takes it")
