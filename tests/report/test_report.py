@@ -27,7 +27,7 @@ from prunus.evaluation.histograms import linear_histograms
 from prunus.pruning.job import RunOptions
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
-from prunus.report.document import Document, Histogram, Measured, Section, Table, text_of
+from prunus.report.document import Document, Histogram, Lines, Measured, Section, Table, text_of
 from prunus.report.figures import figure_json
 from prunus.report.histogram_section import histogram_section
 from prunus.report.page import document_json, to_html
@@ -192,7 +192,7 @@ def test_charts_join_what_is_numeric_and_leave_categories_apart():
             )
             for place, shape in enumerate(shapes)
         ]  # fmt: skip
-        [chart] = [part for part in sweep_section(results).parts if type(part).__name__ == "Lines"]
+        [chart] = [part for part in sweep_section(results).parts if isinstance(part, Lines)]
         charts[shapes] = json.loads(figure_json(chart))
     numeric, categories = charts.values()
     assert numeric["data"][0]["x"] == [10.0, 50.0, 80.0]

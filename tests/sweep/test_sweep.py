@@ -18,10 +18,13 @@ import prunus
 from command_line import call
 from places import REPOSITORY
 from prunus.calibration import load_windows
+from prunus.evaluation import Reference
+from prunus.evaluation.size import stored_size
 from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
 from prunus.pruning.job import RunOptions
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
 from prunus.pruning.recipe import Recipe
+from prunus.report.sweep_tables import sweep_section
 from prunus.sweep import Scoring, Sweep, check_sweep, load_sweep, run_sweep
 from prunus.sweep import cells as sweep_cells
 from prunus.sweep.results import (
@@ -276,7 +279,9 @@ def test_cells_give_the_results_of_single_commands(dense, swept, tmp_path):
         recipe = cell.recipe
         shape = {"pattern": recipe.pattern} if recipe.n_of_m else {"sparsity": recipe.sparsity}
         manifest = prunus.prune(dense, tmp_path / cell.name, recipe.method, **shape, **BASE)
-        expected = prunus.perplexity(tmp_path / cell.name, "python-docs", seqlen=32, limit=4)
+        expected = prunus.perplexity(
+            tmp_path / cell.name, "python-docs", reference=dense, seqlen=32, limit=4
+        )
         assert {**cell.scores["python-docs"].model_dump(), "seconds": 0} == {
             **expected.as_dict(),
             "seconds": 0,
@@ -286,6 +291,66 @@ def test_cells_give_the_results_of_single_commands(dense, swept, tmp_path):
         kept = Manifest.load(swept / "cells" / cell.name)
         assert kept.summary() | {"block_seconds": 0} == manifest.summary() | {"block_seconds": 0}
         assert kept.recipe == recipe
+
+
+class Stopped(BaseException):
+    """Works like a kill: nothing catches it."""
+
+
+@pytest.mark.parametrize("killed_after", [None, 3])
+def test_the_dense_model_runs_once_for_each_text(killed_after, dense, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog; " * 20)
+    texts = ["python-docs", str(tmp_path / "text.txt")]
+    runs, said = [], []
+    original = Reference._run_whole
+    monkeypatch.setattr(Reference, "_run_whole", lambda *given: runs.append(1) or original(*given))
+
+    def stop(line: str) -> None:
+        said.append(line)
+        if len(said) == killed_after:
+            raise Stopped
+
+    sweep, out = sweep_of(dense, scoring={**SCORING, "texts": texts}), tmp_path / "out"
+    if killed_after is not None:
+        with pytest.raises(Stopped):
+            run_sweep(sweep, out, progress=stop)
+        assert len(list((out / "reference").iterdir())) == 2
+    results = run_sweep(sweep, out)
+    assert len(runs) == len(texts)
+    for cell in results.cells:
+        for text in texts:
+            found, base = cell.scores[text], results.models["dense"].scores[text]
+            assert found.divergence.kl > 0
+            assert found.divergence.reference_perplexity == base.perplexity
+    assert not (out / "reference").exists(), "it goes when all cells are done"
+
+
+def test_sizes_are_those_of_the_files(dense, swept, tmp_path):
+    results = SweepResults.load(swept)
+    expected = stored_size(dense)
+    assert expected.bits_per_weight == 32
+    for record in (results.models["dense"], *results.cells):
+        assert record.size.bits_per_weight == 32
+        assert record.size.packed_file_bytes is None, "no bitmap holds float32 without loss"
+    assert results.models["dense"].size.smallest == (expected.file_bytes, 32)
+
+
+def test_results_of_earlier_versions_still_load_and_go_on(dense, swept, tmp_path):
+    content = json.loads((swept / "results.json").read_text())
+    for record in (*content["models"].values(), *content["cells"]):
+        del record["size"]
+        for score in record["scores"].values():
+            del score["divergence"]
+    del content["cells"][-1:]
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    earlier = SweepResults.load(tmp_path)
+    assert earlier.cells[0].scores["python-docs"].divergence is None
+    assert sweep_section(earlier).title == "t"
+    results = run_sweep(sweep_of(dense), tmp_path)
+    assert [cell.state for cell in results.cells] == ["done"] * 4
+    divergences = [cell.scores["python-docs"].divergence for cell in results.cells]
+    assert [found is None for found in divergences] == [True, True, True, False]
+    assert divergences[3] == SweepResults.load(swept).cells[3].scores["python-docs"].divergence
 
 
 def test_windows_are_drawn_once_and_shared(swept):
@@ -327,12 +392,10 @@ def test_the_table_holds_the_values_of_the_json(swept):
             cell["recipe"]["method"],
             cell["recipe"]["pattern"],
         )
+        assert float(row["KL python-docs"]) == cell["scores"]["python-docs"]["divergence"]["kl"]
+        assert float(row["file bytes"]) == cell["size"]["file_bytes"]
         gap = cell["residual_gap"]["python-docs"]
         assert row["residual gap python-docs"] == ("" if gap is None else str(gap))
-
-
-class Stopped(BaseException):
-    """Works like a kill: nothing catches it."""
 
 
 @pytest.mark.parametrize("lines", [1, 2, 3, 6])

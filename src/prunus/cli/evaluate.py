@@ -162,6 +162,7 @@ def evaluate(
             side_by_side,
         )
         from prunus.evaluation import perplexity as measure_perplexity
+        from prunus.evaluation.size import stored_size
         from prunus.report.evaluation_tables import evaluation_tables
 
         models = list(dict.fromkeys(models))
@@ -225,7 +226,9 @@ def evaluate(
                     )
             stack.close()
             results = [] if task_run is None else task_run.run(log, ranks)
-        print_result(evaluation_tables(scores, results), json_file, side_by_side(scores, results))
+        sizes = {model: stored_size(find_folder(model), trust_remote_code) for model in models}
+        content = side_by_side(scores, results, sizes)
+        print_result(evaluation_tables(scores, results), json_file, content)
 
 
 def _chosen_texts(perplexity: str | None, tasks: str | None) -> list[str]:

@@ -44,6 +44,8 @@ def sweep(
 ) -> None:
     """Prune and score a grid of models, methods and sparsities.
 
+    Scores are perplexity, KL divergence from the dense model, and accuracy on tasks.
+
     A sweep that was stopped or killed continues when you give the same command again. Under
     torchrun every process takes the next cell that is free.
     """
@@ -97,7 +99,12 @@ def report(
     ] = None,
     bench: Annotated[
         Path | None,
-        typer.Option("--bench", metavar="FILE", help="Also show a file of bench --json."),
+        typer.Option(
+            "--bench",
+            metavar="FILE",
+            help="Also show a file of bench --json, and the quality of sweeps and evaluations "
+            "against these speeds.",
+        ),
     ] = None,
     histogram: Annotated[
         str | None,

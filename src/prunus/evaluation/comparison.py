@@ -21,6 +21,7 @@ from prunus.evaluation.task_scores import MEAN, PAPER7, Metric, TaskResults, pai
 
 if TYPE_CHECKING:
     from prunus.evaluation.perplexity_result import PerplexityResult
+    from prunus.evaluation.size import ModelSize
 
 __all__ = ["Difference", "compare", "side_by_side"]
 
@@ -92,19 +93,24 @@ def compare(results: Sequence[TaskResults]) -> list[Difference]:
 
 
 def side_by_side(
-    perplexities: Mapping[str, Sequence[PerplexityResult]], results: Sequence[TaskResults]
+    perplexities: Mapping[str, Sequence[PerplexityResult]],
+    results: Sequence[TaskResults],
+    sizes: Mapping[str, ModelSize] | None = None,
 ) -> dict[str, Any]:
     """What `prunus eval --json` writes: every model's results, and the differences to the first.
 
     Args:
         perplexities: model -> its perplexities. The lists may be empty.
         results: of the same models on tasks, or an empty sequence.
+        sizes: model -> its size, where it is known.
     """
+    sizes = sizes or {}
     on_tasks = {result.model: result.as_dict() for result in results}
     return {
         "models": [
             {
                 "model": model,
+                "size": sizes[model].as_dict() if model in sizes else None,
                 "perplexity": [one.as_dict() for one in ones],
                 "tasks": on_tasks.get(model),
             }

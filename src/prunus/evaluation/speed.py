@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from prunus.evaluation.size import file_bytes as model_bytes
 from prunus.hardware.memory import resident_memory
-from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.loading import import_architecture, load_model
 from prunus.packed import use_dense_kernel, use_fast_decoding
@@ -103,7 +103,7 @@ def bench(
     return [
         Speed(
             model=model,
-            file_bytes=_weight_bytes(folder),
+            file_bytes=model_bytes(folder),
             **{name: _min_median_max([row[name] for row in rows]) for name in _MEASUREMENTS},
         )
         for model, folder, rows in zip(names, folders, found, strict=True)
@@ -176,12 +176,6 @@ def _measure_in_subprocess(
         raise RuntimeError(f"measuring {folder} failed: {last}")
     measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return measured
-
-
-def _weight_bytes(folder: Path) -> int:
-    """Bytes of a checkpoint's safetensors, plus those of its base if it is an adapter."""
-    below = _weight_bytes(base_folder(folder)) if is_adapter(folder) else 0
-    return below + sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _min_median_max(values: list[float]) -> tuple[float, float, float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from prunus.packed.coding import check_coding, decode, encode
+from prunus.packed.coding import check_coding, coded_bytes, decode, encode, high_byte_counts
 from prunus.packed.kernels.library import load
 from prunus.packed.weight import PackedWeight
 
@@ -21,6 +21,7 @@ __all__ = [
     "expand_rows",
     "kept",
     "pack_weight",
+    "packed_bytes",
     "relative_error",
     "row_offsets",
 ]
@@ -107,6 +108,27 @@ def pack_weight(weight_OI: torch.Tensor, values: torch.dtype) -> PackedWeight:
     if whole is None and sparse.nbytes >= weight_OI.numel():
         whole = _with_values(shape, stored.flatten(), None, scales)
     return sparse if whole is None or sparse.nbytes < whole.nbytes else whole
+
+
+def packed_bytes(weight_OI: torch.Tensor) -> int:
+    """Return the bytes that `pack_weight` would take without loss; nothing is packed.
+
+    Args:
+        weight_OI: bfloat16 or float16.
+
+    >>> weight = torch.tensor([[0.0, 1.5], [0.0, -2.0]], dtype=torch.float16)
+    >>> packed_bytes(weight), pack_weight(weight, torch.float16).nbytes
+    (6, 6)
+    """
+    rows, columns = weight_OI.shape
+    zeros = weight_OI.numel() - int(torch.count_nonzero(kept(weight_OI.contiguous())))
+    mask = rows * -(-columns // 8)
+    if weight_OI.dtype != torch.bfloat16:
+        return min(2 * weight_OI.numel(), mask + 2 * (weight_OI.numel() - zeros))
+    occurrences = high_byte_counts(weight_OI.flatten())
+    whole = coded_bytes(occurrences)
+    occurrences[0] -= zeros  # the high byte of +0.0 is 0
+    return min(whole, mask + coded_bytes(occurrences))
 
 
 def _with_values(

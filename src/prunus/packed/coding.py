@@ -20,7 +20,7 @@ import torch
 
 from prunus.packed.weight import Coding
 
-__all__ = ["check_coding", "decode", "encode", "padded"]
+__all__ = ["check_coding", "coded_bytes", "decode", "encode", "high_byte_counts", "padded"]
 
 _CODES = 16
 _GROUP = 64
@@ -41,14 +41,12 @@ def encode(values_K: torch.Tensor) -> tuple[torch.Tensor, Coding] | None:
     """
     assert values_K.dtype == torch.bfloat16
     count = values_K.shape[0]
-    occurrences = torch.zeros(256, dtype=torch.int64)
-    for _, part in _parts(values_K):
-        occurrences += torch.bincount(_bytes(part)[:, 1].int(), minlength=256)
+    occurrences = high_byte_counts(values_K)
     # The sort is stable, so that equal values always give equal files.
     table = occurrences.argsort(descending=True, stable=True)[:_CODES]
     rare = count - int(occurrences[table].sum())
     whole = padded(count)
-    if rare > count * _RARE_SHARE or whole + whole // 2 + _CODES + 9 * rare >= 2 * count:
+    if not _is_coded(count, rare):
         return None
     code_of = torch.full((256,), _CODES, dtype=torch.uint8)
     code_of[table] = torch.arange(_CODES, dtype=torch.uint8)
@@ -69,6 +67,33 @@ def encode(values_K: torch.Tensor) -> tuple[torch.Tensor, Coding] | None:
         rare_at.append(places + first)
         rare_values.append(high[places])
     return low_P, Coding(pairs, table.to(torch.uint8), torch.cat(rare_at), torch.cat(rare_values))
+
+
+def high_byte_counts(values_K: torch.Tensor) -> torch.Tensor:
+    """Return how often each high byte occurs among bfloat16 values: int64 (256,)."""
+    occurrences = torch.zeros(256, dtype=torch.int64)
+    for _, part in _parts(values_K):
+        occurrences += torch.bincount(_bytes(part)[:, 1].int(), minlength=256)
+    return occurrences
+
+
+def coded_bytes(occurrences: torch.Tensor) -> int:
+    """Return the bytes of bfloat16 values, coded where `encode` codes them.
+
+    Args:
+        occurrences: their `high_byte_counts`.
+    """
+    count = int(occurrences.sum())
+    rare = count - int(occurrences.sort(descending=True).values[:_CODES].sum())
+    return _coded_bytes(count, rare) if _is_coded(count, rare) else 2 * count
+
+
+def _is_coded(count: int, rare: int) -> bool:
+    return rare <= count * _RARE_SHARE and _coded_bytes(count, rare) < 2 * count
+
+
+def _coded_bytes(count: int, rare: int) -> int:
+    return padded(count) // 2 * 3 + _CODES + 9 * rare
 
 
 def _parts(values_K: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

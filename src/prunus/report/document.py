@@ -121,6 +121,8 @@ class Lines:
         level: name and value of a horizontal line to compare with, such as the dense model's.
         categories: all values of x in order, if x is a category; empty if x is a number.
         log_x, log_y: whether the axis is logarithmic.
+        round_ticks: whether the x axis has ticks at round numbers, rather than one at every value.
+        labelled: whether names stand beside the points, rather than in a legend.
     """
 
     title: str
@@ -131,6 +133,8 @@ class Lines:
     categories: tuple[str, ...] = ()
     log_x: bool = False
     log_y: bool = False
+    round_ticks: bool = False
+    labelled: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prunus.report.document import Bars, Column, Facts, Measured, Section, Table
+from prunus.report.size_charts import Result, decode_speed, size_charts
 
-__all__ = ["evaluation_section", "form_of", "is_share", "short_names", "speed_section"]
+__all__ = [
+    "decode_speeds",
+    "evaluation_section",
+    "form_of",
+    "is_share",
+    "short_names",
+    "speed_section",
+]
 
 #: Metrics of lm-eval that are shares of the rows.
 _SHARES = ("acc", "exact_match", "f1", "em")
 
 
-def evaluation_section(content: dict[str, Any]) -> Section:
+def evaluation_section(
+    content: dict[str, Any], speeds: Mapping[str, float] | None = None
+) -> Section:
     """The section of an evaluation: models side by side, with the differences to the first.
 
     Args:
         content: what `prunus eval --json` wrote.
+        speeds: of `decode_speeds`.
 
     Raises:
         ValueError: `content` is something else.
     """
     try:
         names = short_names([one["model"] for one in content["models"]])
-        parts = [*_perplexity(content["models"], names), *_tasks(content, names)]
+        parts = [
+            *_perplexity(content["models"], names),
+            *_sizes(content["models"], names, speeds or {}),
+            *_tasks(content, names),
+        ]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"this is not the JSON of prunus eval: {error!r}") from None
     return Section("Evaluation of " + ", ".join(names.values()), parts=tuple(parts))
@@ -96,6 +111,53 @@ def _divergence(models: list[dict[str, Any]], names: dict[str, str]) -> list[Tab
 def _with_error(figures: dict[str, Any], name: str, form: str) -> Measured | None:
     value = figures[name]
     return None if value is None else Measured(value, figures[f"{name}_stderr"], form)
+
+
+def _sizes(
+    models: list[dict[str, Any]], names: dict[str, str], speeds: Mapping[str, float]
+) -> list[Any]:
+    """Sizes of the models, and charts of their quality against size and speed."""
+    measured = {}
+    for one in models:
+        model, size = one["model"], one.get("size") or {}
+        nbytes = size.get("file_bytes")
+        measured[model] = (
+            None if nbytes is None else nbytes / 1e9,
+            size.get("bits_per_weight"),
+            decode_speed(speeds, model, names[model]),
+        )
+    if all(figure is None for figures in measured.values() for figure in figures):
+        return []
+    charts: list[Any] = []
+    for place, first in enumerate(models[0]["perplexity"]):
+        points, dense = [], None
+        for one in models:
+            score, name = one["perplexity"][place], names[one["model"]]
+            found = score.get("divergence") or {}
+            dense = found.get("reference_perplexity", dense)
+            points.append(
+                Result(name, name, *measured[one["model"]], found.get("kl"), score["perplexity"])
+            )
+        charts += size_charts(first["source"], points, dense, labelled=True)
+    columns = (
+        Column("model"),
+        Column("file, GB", ",.3f"),
+        Column("bits per weight", ".2f"),
+        Column("decode, tokens/s", ",.1f"),
+    )
+    rows = tuple((names[model], *figures) for model, figures in measured.items())
+    shown = [
+        place
+        for place in range(len(columns))
+        if place == 0 or any(row[place] is not None for row in rows)
+    ]
+    sizes = Table(
+        "Size",
+        tuple(columns[place] for place in shown),
+        tuple(tuple(row[place] for place in shown) for row in rows),
+        "Bits per weight: of the linears in the blocks, zeros, masks and scales counted.",
+    )
+    return [sizes, *charts]
 
 
 def _tasks(content: dict[str, Any], names: dict[str, str]) -> list[Any]:
@@ -171,6 +233,15 @@ def is_share(metric: str) -> bool:
 def form_of(metric: str) -> str:
     """Format specification of a metric: shares in percent, all others as they are."""
     return ".2%" if is_share(metric) else ".4g"
+
+
+def decode_speeds(content: list[dict[str, Any]]) -> dict[str, float]:
+    """Model -> median decoding speed in tokens per second.
+
+    Args:
+        content: what `prunus bench --json` wrote.
+    """
+    return {row["model"]: row["decode_tokens_per_second"][1] for row in content}
 
 
 def speed_section(content: list[dict[str, Any]]) -> Section:

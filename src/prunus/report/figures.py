@@ -19,6 +19,8 @@ __all__ = ["check_plotly", "figure_json", "plotly_script"]
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon")
 #: Shift between two series at one category, as a share of the distance between categories.
 _SHIFT = 0.05
+#: Room for labels at both ends of an axis, as a share of its length.
+_LABEL_ROOM = 0.15
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
@@ -79,12 +81,13 @@ def _lines(graph: Any, chart: Lines) -> Any:
             else list(series.x),
             y=list(series.y),
             name=html.escape(series.name),
-            mode="markers" if places else "lines+markers",
+            mode="markers+text" if chart.labelled else "markers" if places else "lines+markers",
             marker={"symbol": _SYMBOLS[position % len(_SYMBOLS)], "size": 11 if places else 8},
             line={"dash": _DASHES[position % len(_DASHES)], "width": 2},
             hovertext=[html.escape(text) for text in series.hover],
             hoverinfo="text",
             meta={"colour": position},
+            **(_labels(chart, position) if chart.labelled else {}),
         )
     values = [y for series in chart.series for y in series.y]
     measured = sorted({x for series in chart.series for x in series.x}) if not places else []
@@ -112,16 +115,29 @@ def _lines(graph: Any, chart: Lines) -> Any:
         }
     else:
         ticks = [f"{x:g}" for x in measured]
-        x_axis |= {
-            "tickvals": measured,
-            "ticktext": ticks,
-            "type": "log" if chart.log_x else "linear",
-        }
+        x_axis |= {"type": "log" if chart.log_x else "linear"}
+        if not chart.round_ticks:
+            x_axis |= {"tickvals": measured, "ticktext": ticks}
+        if chart.labelled:
+            room = _LABEL_ROOM * (measured[-1] - measured[0])
+            x_axis["range"] = [measured[0] - room, measured[-1] + room]
     y_axis: dict[str, Any] = {"title": {"text": html.escape(chart.y_title)}}
     if chart.log_y:
         y_axis["title"]["text"] += " (logarithmic)"
         y_axis |= {"type": "log", **_log_ticks(min(values), max(values))}
     return figure.update_layout(xaxis=x_axis, yaxis=y_axis, height=420)
+
+
+def _labels(chart: Lines, position: int) -> dict[str, Any]:
+    """The names of single points beside them, every other one below, so that they overlap less."""
+    order = sorted(range(len(chart.series)), key=lambda place: chart.series[place].x)
+    place = "top center" if order.index(position) % 2 == 0 else "bottom center"
+    return {
+        "text": [html.escape(chart.series[position].name)] * len(chart.series[position].x),
+        "textposition": place,
+        "cliponaxis": False,
+        "showlegend": False,
+    }
 
 
 def _heat_map(graph: Any, chart: HeatMap) -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
 from prunus.report.document import Document, Section
-from prunus.report.evaluation_sections import evaluation_section, speed_section
+from prunus.report.evaluation_sections import decode_speeds, evaluation_section, speed_section
 from prunus.report.run_sections import run_section
 from prunus.report.sweep_tables import sweep_section
 from prunus.sweep.results import RESULTS_NAME, SweepResults
@@ -27,7 +27,7 @@ def read_document(
 
     Args:
         paths: folders with `prunus.json` or `results.json`, and files of `prunus eval --json`.
-        bench: file of `prunus bench --json`.
+        bench: file of `prunus bench --json`. Sweeps and evaluations show these speeds as well.
         extra: further sections, such as histograms; they come last.
         title: title of the document; None takes that of the first section.
 
@@ -38,18 +38,22 @@ def read_document(
         FileNotFoundError: a path does not exist.
         ValueError: a path holds something else, or is damaged; the message names it.
     """
-    sections = [read_section(path) for path in paths]
-    if bench is not None:
-        sections.append(_read_file(bench, speed_section))
-    sections += extra
+    measured = [] if bench is None else [_read_file(bench, speed_section)]
+    speeds = {} if bench is None else decode_speeds(read_json(bench))
+    sections = [*(read_section(path, speeds) for path in paths), *measured, *extra]
     return Document(title or sections[0].title, tuple(sections))
 
 
-def read_section(path: Path) -> Section:
-    """Read one run, sweep or evaluation; see `read_document`."""
+def read_section(path: Path, speeds: Mapping[str, float]) -> Section:
+    """Read one run, sweep or evaluation; see `read_document`.
+
+    Args:
+        path: a folder, or the file of an evaluation.
+        speeds: of `decode_speeds`.
+    """
     if path.is_dir():
         if (path / RESULTS_NAME).exists():
-            return sweep_section(SweepResults.load(path))
+            return sweep_section(SweepResults.load(path), speeds)
         if (path / MANIFEST_NAME).exists():
             return run_section(Manifest.load(path))
         raise ValueError(
@@ -61,7 +65,7 @@ def read_section(path: Path) -> Section:
             f"{path} is not there; give the folder of a run or a sweep, or the file of prunus eval "
             "--json"
         )
-    return _read_file(path, evaluation_section)
+    return _read_file(path, lambda content: evaluation_section(content, speeds))
 
 
 def _read_file(path: Path, make_section: Callable[[Any], Section]) -> Section:

@@ -6,11 +6,12 @@ varies among the cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunus.report.document import Column, Lines, Series, Table
+from prunus.report.size_charts import LOG_FROM, Result, decode_speed, size_charts
 
 if TYPE_CHECKING:
     from prunus.pruning.recipe import Recipe
@@ -26,20 +27,23 @@ _AXES: dict[str, Callable[[Recipe], Any]] = {
 }
 #: Fields of a recipe that never stand in the name of a row: the axes and the method name them.
 _NOT_IN_ROWS = {"method", "sparsity", "pattern", "seed"}
-#: The y axis is logarithmic from this ratio of the largest to the smallest perplexity.
-_LOG_FROM = 6.0
 
 
 def quality_parts(
-    results: SweepResults, label: str, cells: list[CellResult], text: str
+    results: SweepResults,
+    label: str,
+    cells: list[CellResult],
+    text: str,
+    speeds: Mapping[str, float],
 ) -> list[Any]:
-    """Tables of perplexity and residual gap and a chart, as means over seeds.
+    """Tables of perplexity, residual gap and KL divergence, and charts, as means over seeds.
 
     Args:
         results: the whole sweep.
         label: name of the model in the sweep.
         cells: the cells of that model.
         text: name of the scoring text.
+        speeds: model as it was given to `prunus bench` -> tokens per second.
     """
     axis, place = next(
         ((name, f) for name, f in _AXES.items() if len({f(cell.recipe) for cell in cells}) > 1),
@@ -56,18 +60,19 @@ def quality_parts(
     where = f"{text_name(text)}, {label}" if len(results.models) > 1 else text_name(text)
     seeds = len({cell.recipe.seed for cell in cells})
     note = f"Means over {seeds} seeds. " if seeds > 1 else ""
-    columns = (Column("method"), *(Column(_column_title(axis, top), ",.2f") for top in tops))
 
     def table(
         title: str,
         figure: Callable[[CellResult], float | None],
         note: str,
         first: tuple[Any, ...] = (),
+        form: str = ",.2f",
     ) -> Table:
         rows = [
             (name, *(_mean([figure(cell) for cell in row.get(top, [])]) for top in tops))
             for name, row in groups.items()
         ]
+        columns = (Column("method"), *(Column(_column_title(axis, top), form) for top in tops))
         return Table(title, columns, (*([first] if first else []), *rows), note)
 
     def perplexity(cell: CellResult) -> float | None:
@@ -92,8 +97,51 @@ def quality_parts(
                 "perplexity.",
             )
         )
+    if any(_kl(cell, text) is not None for cell in cells):
+        parts.append(
+            table(
+                f"KL divergence on {where}",
+                lambda cell: _kl(cell, text),
+                note + "From the dense model, in nats per token; lower is better.",
+                form=",.4f",
+            )
+        )
+    points = [
+        _point(name, _column_title(axis, top), row[top], text, perplexity, speeds)
+        for name, row in groups.items()
+        for top in tops
+        if top in row
+    ]
+    parts += size_charts(where, points, level)
     chart = _chart(f"Perplexity on {where} by {axis}", axis, tops, groups, perplexity, level)
     return [chart, *parts] if chart is not None else parts
+
+
+def _kl(cell: CellResult, text: str) -> float | None:
+    score = cell.scores.get(text)
+    return score.divergence.kl if score is not None and score.divergence is not None else None
+
+
+def _point(
+    series: str,
+    top: str,
+    cells: list[CellResult],
+    text: str,
+    perplexity: Callable[[CellResult], float | None],
+    speeds: Mapping[str, float],
+) -> Result:
+    """The mean over seeds as a point of the charts of quality against size."""
+    sizes = [cell.size.smallest if cell.size is not None else (None, None) for cell in cells]
+    nbytes = _mean([nbytes for nbytes, _ in sizes])
+    return Result(
+        series,
+        f"{series}, {top}",
+        None if nbytes is None else nbytes / 1e9,
+        _mean([bits for _, bits in sizes]),
+        _mean([decode_speed(speeds, cell.name, cell.name) for cell in cells]),
+        _mean([_kl(cell, text) for cell in cells]),
+        _mean([perplexity(cell) for cell in cells]),
+    )
 
 
 def _chart(
@@ -137,7 +185,7 @@ def _chart(
         level=("dense", level) if level is not None else None,
         categories=() if numeric else tuple(_column_title(axis, top) for top in tops),
         log_x=bool(xs) and min(xs) > 0 and max(xs) / min(xs) >= 16,
-        log_y=max(values) / min(values) >= _LOG_FROM,
+        log_y=max(values) / min(values) >= LOG_FROM,
     )
 
 

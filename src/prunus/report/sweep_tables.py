@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prunus.report.document import Column, Facts, Measured, Section, Table
 from prunus.report.evaluation_sections import form_of
+from prunus.report.size_charts import decode_speed
 from prunus.report.sweep_quality import quality_parts, text_name
 
 if TYPE_CHECKING:
-    from prunus.sweep.results import CellResult, SweepResults, Tasks
+    from prunus.sweep.results import (
+        CellResult,
+        ModelResult,
+        Score,
+        Size,
+        SweepResults,
+        Tasks,
+    )
 
 __all__ = ["sweep_section"]
 
 
-def sweep_section(results: SweepResults) -> Section:
-    """The section of a sweep, finished or not."""
+def sweep_section(results: SweepResults, speeds: Mapping[str, float] | None = None) -> Section:
+    """The section of a sweep, finished or not.
+
+    Args:
+        results: what the sweep has found so far.
+        speeds: model as it was given to `prunus bench` -> tokens per second, for models that lie
+            in the folders of cells.
+    """
+    speeds = speeds or {}
     parts: list[Any] = [_headline(results)]
     for label in results.models:
         cells = [cell for cell in results.cells if cell.model == label]
         for text in results.scoring["texts"]:
-            parts += quality_parts(results, label, cells, text)
+            parts += quality_parts(results, label, cells, text, speeds)
     if results.scoring.get("tasks"):
         parts.append(_tasks(results))
-    parts.append(_cells(results))
+    parts.append(_cells(results, speeds))
     failed = tuple((cell.name, cell.error) for cell in results.cells if cell.error)
     failed += tuple(
         (f"{label}, dense", model.error) for label, model in results.models.items() if model.error
@@ -84,53 +100,101 @@ def _measured(tasks: Tasks, task: str, metric: str) -> Measured | None:
     )
 
 
-def _cells(results: SweepResults) -> Table:
-    texts = results.scoring["texts"]
-    recovered = any(cell.recovery for cell in results.cells)
-    columns = [
-        Column("cell"),
-        Column("sparsity reached", ".2%"),
-        Column("error"),
-        *(Column(f"perplexity, {text_name(text)}", ",.3f") for text in texts),
-        *(Column(f"residual gap, {text_name(text)}", ".3f") for text in texts),
-        Column("pruning seconds", ",.1f"),
-        *([Column("recovery seconds", ",.1f")] if recovered else []),
-        Column("state"),
+def _cells(results: SweepResults, speeds: Mapping[str, float]) -> Table:
+    """One row per dense model and per cell. Columns of figures that nothing has are left out."""
+    rows = [_dense_row(label, model, results, speeds) for label, model in results.models.items()]
+    rows += [_cell_row(cell, results, speeds) for cell in results.cells]
+    forms = {
+        "sparsity reached": ".2%",
+        "pruning seconds": ",.1f",
+        "recovery seconds": ",.1f",
+        "packed, GB": ",.3f",
+        "bits per weight": ".2f",
+        "decode, tokens/s": ",.1f",
+        "perplexity": ",.3f",
+        "residual gap": ".3f",
+        "KL divergence": ",.4f",
+        "KL 99.9 % quantile": ",.3f",
+        "same top token": ".2%",
+    }
+    titles = dict.fromkeys(title for row in rows for title in row)
+    always = {"cell", "error", "state", *(f"perplexity, {text_name(t)}" for t in _texts(results))}
+    shown = [
+        title
+        for title in titles
+        if title in always or any(row.get(title) is not None for row in rows)
     ]
-    rows: list[tuple[Any, ...]] = []
-    for label, model in results.models.items():
-        scores = [model.scores[text].perplexity if text in model.scores else None for text in texts]
-        rows.append(
-            (
-                f"{label}-dense",
-                0.0,
-                None,
-                *scores,
-                *[None] * len(texts),
-                None,
-                *([None] if recovered else []),
-                "failed" if model.error else "done",
-            )
-        )
-    for cell in results.cells:
-        pruning = cell.pruning
-        rows.append(
-            (
-                cell.name,
-                pruning.sparsity if pruning else (cell.recovered or {}).get("sparsity"),
-                _error_text(cell),
-                *(cell.scores[text].perplexity if text in cell.scores else None for text in texts),
-                *(cell.residual_gap.get(text) for text in texts),
-                pruning.seconds if pruning else None,
-                *([(cell.recovered or {}).get("seconds")] if recovered else []),
-                cell.state,
-            )
-        )
-    note = (
+    return Table(
+        "Cells",
+        tuple(
+            Column(title, forms.get(title.partition(", ")[0], forms.get(title))) for title in shown
+        ),
+        tuple(tuple(row.get(title) for title in shown) for row in rows),
         "Error: mean relative output error, or mean removed energy (E), which assumes uncorrelated "
-        "inputs."
+        "inputs. KL divergence: from the dense model, in nats per token; ± one standard error over "
+        "windows. Packed: the file as prunus pack would write it without loss, and the bits per "
+        "weight of its linears in the blocks; as stored where it packs nothing.",
+        folded=True,
     )
-    return Table("Cells", tuple(columns), tuple(rows), note, folded=True)
+
+
+def _texts(results: SweepResults) -> list[str]:
+    return list(results.scoring["texts"])
+
+
+def _dense_row(
+    label: str, model: ModelResult, results: SweepResults, speeds: Mapping[str, float]
+) -> dict[str, Any]:
+    return {
+        "cell": f"{label}-dense",
+        "sparsity reached": 0.0,
+        "error": None,
+        **_scores(model.scores, _texts(results)),
+        **_size(model.size, decode_speed(speeds, model.path, label)),
+        "state": "failed" if model.error else "done",
+    }
+
+
+def _cell_row(
+    cell: CellResult, results: SweepResults, speeds: Mapping[str, float]
+) -> dict[str, Any]:
+    pruning, recovered = cell.pruning, cell.recovered or {}
+    gaps = {f"residual gap, {text_name(t)}": cell.residual_gap.get(t) for t in _texts(results)}
+    return {
+        "cell": cell.name,
+        "sparsity reached": pruning.sparsity if pruning else recovered.get("sparsity"),
+        "error": _error_text(cell),
+        **_scores(cell.scores, _texts(results)),
+        **gaps,
+        **_size(cell.size, decode_speed(speeds, cell.name, cell.name)),
+        "pruning seconds": pruning.seconds if pruning else None,
+        "recovery seconds": recovered.get("seconds"),
+        "state": cell.state,
+    }
+
+
+def _scores(scores: Mapping[str, Score], texts: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for text in texts:
+        score, name = scores.get(text), text_name(text)
+        found[f"perplexity, {name}"] = score.perplexity if score is not None else None
+        if score is not None and score.divergence is not None:
+            kl = score.divergence
+            found |= {
+                f"KL divergence, {name}": Measured(kl.kl, kl.kl_stderr),
+                f"KL 99.9 % quantile, {name}": kl.kl_q999,
+                f"same top token, {name}": Measured(kl.same_top, kl.same_top_stderr),
+            }
+    return found
+
+
+def _size(size: Size | None, speed: float | None) -> dict[str, Any]:
+    nbytes, bits = size.smallest if size is not None else (None, None)
+    return {
+        "packed, GB": None if nbytes is None else nbytes / 1e9,
+        "bits per weight": bits,
+        "decode, tokens/s": speed,
+    }
 
 
 def _error_text(cell: CellResult) -> str | None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from prunus.distributed import SINGLE_PROCESS
-from prunus.evaluation import perplexity
+from prunus.evaluation import Reference, perplexity
+from prunus.evaluation.size import packed_size, stored_size
 from prunus.evaluation.task_runner import evaluate
 from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, copy_file, make_folder
 from prunus.pruning.job import RunOptions
@@ -22,7 +23,7 @@ from prunus.pruning.run import Progress, run
 from prunus.recovery import recover
 from prunus.recovery.record import RECORD_NAME
 from prunus.sweep.grid import Scoring
-from prunus.sweep.results import CellResult, ModelResult, Pruning, Score, TaskValue
+from prunus.sweep.results import CellResult, ModelResult, Pruning, Score, Size, TaskValue
 
 __all__ = ["discard_weights", "prune_cell", "recover_cell", "score_model", "task_options"]
 
@@ -115,27 +116,34 @@ def score_model(
     scoring: Scoring,
     options: RunOptions,
     record: CellResult | ModelResult,
+    dense: Reference,
     finished: Callable[[str, float | None], None],
 ) -> None:
-    """Score a checkpoint on every text and task that its record lacks.
+    """Measure a checkpoint's size, and score it on every text and task that its record lacks.
 
     Args:
         model: the checkpoint.
         scoring: texts, tasks and protocol of the sweep.
         options: options of the sweep.
-        record: where scores are entered.
+        record: where size and scores are entered.
+        dense: the dense model, which cells are compared with. It scores itself with what the
+            comparisons need as well.
         finished: called with what was scored and its value, after each text and each metric. The
             value is None for infinity.
 
     Raises:
         See `prunus.perplexity` and `prunus.evaluate`.
     """
+    if record.size is None:
+        record.size = _size(model, options.trust_remote_code)
+    is_cell = isinstance(record, CellResult)
     for text in scoring.texts:
         if text in record.scores:
             continue
         result = perplexity(
-            model,
+            model if is_cell else dense,
             text,
+            reference=dense if is_cell else None,
             seqlen=scoring.seqlen,
             limit=scoring.limit,
             batch=scoring.batch,
@@ -147,6 +155,8 @@ def score_model(
         )
         record.scores[text] = Score.model_validate(result.as_dict())
         finished(f"perplexity on {text}", record.scores[text].perplexity)
+        if result.divergence is not None:
+            finished(f"KL divergence on {text}", result.divergence.kl)
     if scoring.tasks and not record.tasks:
         results = evaluate(model, scoring.tasks, **task_options(scoring, options))
         for (task, metric), value in results.metrics().items():
@@ -164,6 +174,15 @@ def task_options(scoring: Scoring, options: RunOptions) -> dict[str, Any]:
         "data_dir": options.data_dir,
         "trust_remote_code": options.trust_remote_code,
     }
+
+
+def _size(model: Path, trust_remote_code: bool) -> Size:
+    packed = packed_size(model, trust_remote_code)
+    return Size(
+        **stored_size(model, trust_remote_code).as_dict(),
+        packed_file_bytes=None if packed is None else packed.file_bytes,
+        packed_bits_per_weight=None if packed is None else packed.bits_per_weight,
+    )
 
 
 def discard_weights(folder: Path) -> None:

@@ -126,6 +126,7 @@ def _merge_earlier(earlier: SweepResults, now: SweepResults, output: Path) -> No
                 f"checkpoint {label}", model.fingerprint[:12], now.models[label].fingerprint[:12]
             )
         now.models[label].scores, now.models[label].tasks = model.scores, model.tasks
+        now.models[label].size = model.size
     for key, value in earlier.scoring.items():
         if now.scoring[key] != value:
             refuse(f"scoring.{key}", value, now.scoring[key])

@@ -100,6 +100,7 @@ def exchange_model_results(results: SweepResults, ranks: Ranks) -> None:
             received, known = ModelResult.model_validate(content), results.models[label]
             received.scores = known.scores | received.scores
             received.tasks = known.tasks | received.tasks
+            received.size = known.size or received.size
             received.error = known.error or received.error
             results.models[label] = received
 

@@ -20,9 +20,11 @@ __all__ = [
     "RESULTS_NAME",
     "CalibrationSet",
     "CellResult",
+    "Divergence",
     "ModelResult",
     "Pruning",
     "Score",
+    "Size",
     "SweepResults",
     "TaskValue",
     "Tasks",
@@ -56,8 +58,28 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class Divergence(_Record):
+    """How far a cell is from its dense model, see `prunus.evaluation.Divergence`.
+
+    None stands for infinity, and for the standard errors of a single window.
+    """
+
+    reference: str
+    kl: float
+    kl_stderr: float | None
+    kl_q999: float
+    same_top: float
+    same_top_stderr: float | None
+    reference_perplexity: float | None
+    perplexity_ratio: float | None
+    perplexity_ratio_stderr: float | None
+
+
 class Score(_Record):
-    """Perplexity on one text, see `prunus.PerplexityResult`. None stands for infinity."""
+    """Perplexity on one text, see `prunus.PerplexityResult`. None stands for infinity.
+
+    Dense models have no divergence, and neither have cells that an earlier version scored.
+    """
 
     source: str
     perplexity: float | None
@@ -68,6 +90,26 @@ class Score(_Record):
     protocol: str
     seconds: float
     streamed: bool = False
+    divergence: Divergence | None = None
+
+
+class Size(_Record):
+    """The size of a result, see `prunus.evaluation.size.ModelSize`: as stored, and packed.
+
+    The packed size is that of `prunus pack` without loss; None where it packs nothing.
+    """
+
+    file_bytes: int
+    bits_per_weight: float | None
+    packed_file_bytes: int | None = None
+    packed_bits_per_weight: float | None = None
+
+    @property
+    def smallest(self) -> tuple[int, float | None]:
+        """File bytes and bits per weight, packed where that is possible."""
+        if self.packed_file_bytes is None:
+            return self.file_bytes, self.bits_per_weight
+        return self.packed_file_bytes, self.packed_bits_per_weight
 
 
 class TaskValue(_Record):
@@ -109,6 +151,7 @@ class CellResult(_Record):
     error: str | None = None
     pruning: Pruning | None = None
     recovered: dict[str, Any] | None = Field(default=None, description="totals of the recovery")
+    size: Size | None = None
     scores: dict[str, Score] = Field(default={}, description="scoring text -> perplexity")
     tasks: Tasks = {}
     residual_gap: dict[str, float | None] = Field(
@@ -121,6 +164,7 @@ class ModelResult(_Record):
 
     path: str
     fingerprint: str
+    size: Size | None = None
     scores: dict[str, Score] = {}
     tasks: Tasks = {}
     error: str | None = None
@@ -184,6 +228,7 @@ class SweepResults(_Record):
         dense = [
             {"name": f"{label}-dense", "model": label, "method": "dense", "sparsity": 0.0}
             | {f"perplexity {text}": _perplexity(model.scores, text) for text in texts}
+            | _size_columns(model.size)
             | _task_columns(model.tasks)
             | {"state": "failed" if model.error else "done", "error": model.error}
             for label, model in self.models.items()
@@ -272,7 +317,33 @@ def _csv_row(results: SweepResults, cell: CellResult) -> dict[str, Any]:
         row[f"perplexity {text}"] = _perplexity(cell.scores, text)
         row[f"dense perplexity {text}"] = _perplexity(results.models[cell.model].scores, text)
         row[f"residual gap {text}"] = cell.residual_gap.get(text)
-    return row | _task_columns(cell.tasks) | {"state": cell.state, "error": cell.error}
+        row |= _divergence_columns(cell.scores.get(text), text)
+    return (
+        row
+        | _size_columns(cell.size)
+        | _task_columns(cell.tasks)
+        | {"state": cell.state, "error": cell.error}
+    )
+
+
+_DIVERGENCE_COLUMNS = {
+    "KL": "kl",
+    "KL stderr": "kl_stderr",
+    "KL 99.9 % quantile": "kl_q999",
+    "same top token": "same_top",
+    "same top token stderr": "same_top_stderr",
+}
+
+
+def _divergence_columns(score: Score | None, text: str) -> dict[str, float | None]:
+    found = score.divergence if score is not None else None
+    return {
+        f"{title} {text}": getattr(found, name, None) for title, name in _DIVERGENCE_COLUMNS.items()
+    }
+
+
+def _size_columns(size: Size | None) -> dict[str, float | None]:
+    return {name.replace("_", " "): getattr(size, name, None) for name in Size.model_fields}
 
 
 def _field(value: Any) -> Any:

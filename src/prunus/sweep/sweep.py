@@ -4,6 +4,9 @@
 it stopped. If a cell fails, its error is recorded and the other cells go on. The next run of the
 same command tries it again.
 
+The dense model runs once for each text. What its last block returns stays in the folder `reference`
+until all cells are done, because every cell is compared with it.
+
 On several ranks, a rank that is free takes the next cell. One process does all work of a cell; see
 `rank_results.py`.
 """
@@ -11,11 +14,13 @@ On several ranks, a rank that is free takes the next cell. One process does all 
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prunus.distributed import SINGLE_PROCESS, Ranks, process_group
+from prunus.evaluation import Reference
 from prunus.methods import METHODS
 from prunus.model.checkpoint.lock import locked
 from prunus.pruning.job import RunOptions
@@ -35,6 +40,8 @@ from prunus.sweep.rank_results import (
 from prunus.sweep.results import CellResult, ModelResult, SweepResults
 
 __all__ = ["run_sweep"]
+
+_REFERENCE_FOLDER = "reference"
 
 
 def run_sweep(
@@ -82,6 +89,8 @@ class _Runner:
     options: RunOptions
     report: Callable[[str], None]
     ranks: Ranks
+    #: Label -> the dense model, which cells are compared with.
+    references: dict[str, Reference] = field(default_factory=dict)
 
     def run(self) -> SweepResults:
         models = list(self.results.models.items())
@@ -89,7 +98,7 @@ class _Runner:
             label, model = models[number]
             title = f"{label}, dense"
             with self._recording_failure(model, title):
-                self._score(Path(model.path), model, title)
+                self._score(Path(model.path), model, label, title)
             self._save()
         exchange_model_results(self.results, self.ranks)
         self._save()
@@ -99,7 +108,12 @@ class _Runner:
             cell = pruned[number]
             recoveries = [x for x in self.results.cells if x.recovers == cell.name]
             self._run_with_recoveries(cell, recoveries)
-        return collect_results(self.results, self.output, self.ranks)
+        for reference in self.references.values():
+            reference.close()
+        found = collect_results(self.results, self.output, self.ranks)
+        if self.ranks.rank == 0 and all(cell.state == "done" for cell in found.cells):
+            shutil.rmtree(self.output / _REFERENCE_FOLDER, ignore_errors=True)
+        return found
 
     def _save(self, cell: CellResult | None = None) -> None:
         """Save what was found so far for a cell, or for a dense model."""
@@ -112,7 +126,7 @@ class _Runner:
         if cell.state != "done" or todo:
             with self._running(cell):
                 weights = self._prune(cell)
-                self._score(weights, cell, self._title(cell))
+                self._score(weights, cell, cell.model, self._title(cell))
         for one in todo:
             with self._running(one):
                 if weights is None or cell.state != "done":
@@ -150,14 +164,23 @@ class _Runner:
         weights = recover_cell(cell, self._folder(cell), pruned, dense, table, self.options)
         self._save(cell)
         self.report(f"{title}: recovered in {(cell.recovered or {}).get('seconds', 0):.0f} s")
-        self._score(weights, cell, title)
+        self._score(weights, cell, cell.model, title)
 
-    def _score(self, weights: Path, record: CellResult | ModelResult, title: str) -> None:
+    def _score(
+        self, weights: Path, record: CellResult | ModelResult, label: str, title: str
+    ) -> None:
+        if label not in self.references:
+            self.references[label] = Reference(
+                Path(self.results.models[label].path), keep_in=self.output / _REFERENCE_FOLDER
+            )
+
         def finished(what: str, value: float | None) -> None:
             self._save(record if isinstance(record, CellResult) else None)
             self.report(f"{title}: {what} {'infinite' if value is None else f'{value:.4g}'}")
 
-        score_model(weights, self.sweep.scoring, self.options, record, finished)
+        score_model(
+            weights, self.sweep.scoring, self.options, record, self.references[label], finished
+        )
 
     @contextlib.contextmanager
     def _running(self, cell: CellResult) -> Iterator[None]:

@@ -1,0 +1,179 @@
+"""How large a model is: bytes of its files, and bits per weight of the linears in its blocks.
+
+Models are compared at equal size. Bits per weight leave out the embedding and the head, which no
+method prunes as a rule and which are a third of a small model. Masks, scales and codes count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunus.evaluation.streamed_perplexity import whole_only
+from prunus.model.adapter import base_folder, is_adapter
+from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.linears import Linear, tied_embedding
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource
+from prunus.packed.bitmap import packed_bytes
+from prunus.packed.description import Description
+
+__all__ = ["ModelSize", "file_bytes", "packed_size", "stored_size"]
+
+#: Dtypes that `prunus pack` stores without loss.
+_LOSSLESS = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The size of a model.
+
+    Attributes:
+        file_bytes: bytes of its safetensors; an adapter's base is included.
+        bits_per_weight: bits of the linears in the blocks, zeros and all parts counted, over their
+            number of weights. None where the linears are not known, as for an adapter.
+    """
+
+    file_bytes: int
+    bits_per_weight: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain values for JSON."""
+        return asdict(self)
+
+
+def file_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's safetensors, plus those of its base if it is an adapter."""
+    below = file_bytes(base_folder(folder)) if is_adapter(folder) else 0
+    return below + sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def stored_size(folder: Path, trust_remote_code: bool = False) -> ModelSize:
+    """The size of a model as it is stored. Reads headers only.
+
+    Args:
+        folder: a checkpoint, dense, pruned or packed, or an adapter.
+        trust_remote_code: run model code that comes with the checkpoint.
+    """
+    try:
+        bits = _stored_bits(folder, trust_remote_code)
+    except (ValueError, FileNotFoundError, NotImplementedError):
+        # A model can be scored without prunus knowing its blocks.
+        bits = None
+    return ModelSize(file_bytes(folder), bits)
+
+
+def _stored_bits(folder: Path, trust_remote_code: bool) -> float | None:
+    if is_adapter(folder):
+        return None
+    if whole_only(folder) is not None:
+        return _packed_bits(folder, trust_remote_code)
+    source, skeleton = _opened(folder, trust_remote_code)
+    keys, tensors = source.stored_names(), source.checkpoint.tensors
+    nbytes = weights = 0
+    for name, linear in _block_linears(skeleton):
+        count = math.prod(linear.shape)
+        key = keys.get(f"{name}.weight")
+        # Fused experts lie in one tensor together, which has no name of its own for each.
+        nbytes += tensors[key].nbytes if key in tensors else count * source.stored_dtype.itemsize
+        weights += count
+    return 8 * nbytes / weights
+
+
+def _packed_bits(folder: Path, trust_remote_code: bool) -> float | None:
+    """Bits per weight of a packed model, from the tensors that its configuration declares."""
+    from transformers import AutoConfig
+
+    described = Description.from_dict(read_json(folder / "config.json")["quantization_config"])
+    config = AutoConfig.from_pretrained(
+        folder, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+    del config.quantization_config
+    skeleton = Skeleton(config, torch.bfloat16, trust_remote_code)
+    tensors = Checkpoint(folder).tensors
+    nbytes = weights = 0
+    for name, linear in _block_linears(skeleton):
+        if name in described.linears:
+            parts = described.tensors(name).values()
+            nbytes += sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
+        elif f"{name}.weight" in tensors:
+            nbytes += tensors[f"{name}.weight"].nbytes
+        else:
+            return None
+        weights += math.prod(linear.shape)
+    return 8 * nbytes / weights
+
+
+def packed_size(folder: Path, trust_remote_code: bool = False) -> ModelSize | None:
+    """The size that `prunus pack` would give a model without loss. Writes nothing.
+
+    Args:
+        folder: an ordinary checkpoint, of which one block is in memory at a time.
+        trust_remote_code: run model code that comes with the checkpoint.
+
+    Returns:
+        The size; None for what is packed already, for adapters, for dtypes that a bitmap does not
+        hold, and for models that prunus cannot take apart.
+    """
+    if whole_only(folder) is not None:
+        return None
+    try:
+        source, skeleton = _opened(folder, trust_remote_code)
+    except (ValueError, FileNotFoundError, NotImplementedError):
+        return None
+    if source.stored_dtype not in _LOSSLESS:
+        return None
+    keys = source.stored_names()
+    before = after = weights = 0
+    for index in range(len(skeleton)):
+        stored = source.block(index)
+        for linear in skeleton.linears(index):
+            weight = stored[f"{linear.name}.weight"]
+            key = keys.get(f"{skeleton.block_name(index)}.{linear.name}.weight", "")
+            before += weight.nbytes
+            after += _packed_bytes(weight, linear, key)
+            weights += weight.numel()
+    saved = before - after + _saved_outside(source, skeleton)
+    return ModelSize(file_bytes(folder) - saved, 8 * after / weights)
+
+
+def _packed_bytes(weight: torch.Tensor, linear: Linear, key: str) -> int:
+    """Bytes of a weight after `prunus pack`, which leaves some kinds of linears as they are."""
+    plain = linear.transposed or type(linear.module) not in (nn.Linear, nn.Embedding)
+    if plain or not key.endswith(".weight") or weight.dtype not in _LOSSLESS:
+        return weight.nbytes
+    return min(weight.nbytes, packed_bytes(weight))
+
+
+def _saved_outside(source: CheckpointSource, skeleton: Skeleton) -> int:
+    """Bytes that packing the output head saves, or the embedding that it is tied to."""
+    try:
+        head = tied_embedding(skeleton.model) or skeleton.head()
+    except NotImplementedError:
+        return 0
+    key = f"{head.name}.weight"
+    if key not in source.checkpoint.tensors:
+        return 0
+    weight = dict(source.checkpoint.read([key]))[key]
+    return weight.nbytes - _packed_bytes(weight, head, key)
+
+
+def _opened(folder: Path, trust_remote_code: bool) -> tuple[CheckpointSource, Skeleton]:
+    source = CheckpointSource(folder, trust_remote_code)
+    skeleton = Skeleton(source.config, source.stored_dtype, trust_remote_code)
+    source.bind(skeleton)
+    return source, skeleton
+
+
+def _block_linears(skeleton: Skeleton) -> Iterator[tuple[str, Linear]]:
+    """Full name and linear, of all linears in the blocks."""
+    for index in range(len(skeleton)):
+        for linear in skeleton.linears(index):
+            yield f"{skeleton.block_name(index)}.{linear.name}", linear
