@@ -140,7 +140,7 @@ def test_chosen_codes_are_the_best():
     histograms = column_histograms(levels)
     assert histograms.sum(1).tolist() == [4000] * 64
     assert histograms[3, 127].item() == int((levels[:, 3] == 0).sum())
-    classes, codes = choose_codes(histograms, 1, rows_per_chunk=4000, layer_price=0)
+    classes, codes = choose_codes(histograms, 1, rows_per_chunk=4000, cycle_price=0)
     assert classes.unique().tolist() == [0]
     totals = histograms.sum(0).float()
     chosen = float(code_lengths(codes[0]) @ totals)
@@ -150,7 +150,7 @@ def test_chosen_codes_are_the_best():
         ):
             assert chosen <= float(code_lengths(PlaneCode(raw, layers)) @ totals) * 1.001
     layers = len(codes[0].layers)
-    assert len(choose_codes(histograms, 1, layer_price=1)[1][0].layers) < layers
+    assert len(choose_codes(histograms, 1, cycle_price=0.5)[1][0].layers) < layers
 
 
 def test_classes_separate_columns_of_different_rates():
