@@ -5,6 +5,7 @@ Shape suffixes: O outputs (rows), I inputs (columns), T tokens, K classes, V val
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -227,7 +228,7 @@ class ThreeShards:
     def solve(self, rows, rows_per_group, solve):
         assert rows_per_group == 1
         starts = [0, rows // 3, rows // 2, rows]
-        parts = [solve(AllRows(slice(*span))) for span in zip(starts[:-1], starts[1:], strict=True)]
+        parts = [solve(AllRows(slice(*span))) for span in itertools.pairwise(starts)]
         return replace(
             parts[0],
             weight_OI=torch.cat([part.weight_OI for part in parts]),

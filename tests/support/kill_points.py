@@ -1,4 +1,6 @@
-"""A child of the resume test: forks runs that die of SIGKILL wherever a file gets its final name.
+"""A child of the resume tests: forks runs that die of SIGKILL wherever a file gets its final name.
+
+python kill_points.py DENSE SCRATCH [OPTIONS]     OPTIONS is a JSON object with options of `prune`
 
 It prints one JSON line: for each kill point, whether the next run resumed, and whether its files
 are those of an undisturbed run.
@@ -57,7 +59,8 @@ def run(dense: str, out: Path, kill_at: int | None, after: bool) -> None:
 
     os.replace = replace
     ids = torch.arange(96).reshape(6, 16) % 120
-    prunus.prune(dense, out, calibration=ids, batch=2, dtype="float32")
+    options = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
+    prunus.prune(dense, out, calibration=ids, batch=2, dtype="float32", **options)
 
 
 def digests(out: Path) -> dict[str, str]:

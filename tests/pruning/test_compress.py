@@ -1,0 +1,336 @@
+"""`prunus compress`: the file takes the bits asked for, and loads as what was computed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import prunus
+import reference
+from command_line import call
+from pictures import pictures, save_classifier
+from places import SUPPORT
+from prunus.evaluation.inspection import holds
+from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.reader import Checkpoint
+from prunus.packed import QuantizedLinear, reference_path, unpack
+from prunus.packed.description import Description, StoredTensor
+from prunus.pruning.compressed_output import MEASUREMENT
+from prunus.pruning.job import PruningJob
+from prunus.pruning.manifest import Manifest
+from stopping import StopError, stop_after
+from tiny import tiny_checkpoint, tiny_model, token_ids, weights
+
+WIDER = {"hidden_size": 64, "intermediate_size": 128}
+IDS = token_ids(2, 12)
+
+
+def compress(dense: Path, out: Path, bits: float = 4.0, **options) -> Manifest:
+    return prunus.compress(dense, out, bits, **{"calibration": token_ids(), "batch": 2, **options})
+
+
+def load(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+def logits(model, ids=IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def bits_in_file(folder: Path) -> float:
+    """Bits per weight of the packed linears of the blocks: all their tensors in the shards."""
+    described = Description.from_dict(read_json(folder / "config.json")["quantization_config"])
+    checkpoint = Checkpoint(folder)
+    described.check_tensors(
+        {name: StoredTensor(info.shape, info.dtype) for name, info in checkpoint.tensors.items()}
+    )
+    linears = [name for name in described.linears if ".layers." in name]
+    nbytes = sum(
+        checkpoint.tensors[part].nbytes for name in linears for part in described.tensors(name)
+    )
+    return 8 * nbytes / sum(math.prod(described.linears[name][:2]) for name in linears)
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("compress") / "dense"
+    return tiny_checkpoint(folder, "llama", torch.bfloat16, tie_word_embeddings=True, **WIDER)
+
+
+@pytest.fixture(scope="module")
+def compressed(dense) -> Path:
+    compress(dense, dense.parent / "compressed")
+    return dense.parent / "compressed"
+
+
+@pytest.fixture(scope="module")
+def unpacked(compressed) -> Path:
+    unpack(compressed, compressed.parent / "unpacked")
+    return compressed.parent / "unpacked"
+
+
+# --- the result ---
+
+
+def test_the_file_takes_the_bits_that_were_asked_for(compressed):
+    manifest = Manifest.load(compressed)
+    assert bits_in_file(compressed) == pytest.approx(4.0, rel=0.005)
+    assert manifest.totals["bits"] == pytest.approx(bits_in_file(compressed), rel=1e-12)
+
+
+def test_the_manifest_counts_the_zeros_of_the_result(compressed, unpacked):
+    found = weights(unpacked)
+    for block in Manifest.load(compressed).blocks:
+        for name, record in block.linears.items():
+            weight_OI = found[f"{block.name}.{name}.weight"]
+            assert record.zeros == int((weight_OI == 0).sum())
+            assert tuple(weight_OI.shape) == record.shape
+            assert record.packed["shape"] == list(record.shape)
+
+
+def test_it_computes_what_the_unpacked_weights_compute(compressed, unpacked):
+    packed, plain = load(compressed), load(unpacked)
+    assert sum(isinstance(module, QuantizedLinear) for module in packed.modules()) == 14
+    assert packed.dtype == plain.dtype == torch.bfloat16
+    assert packed.lm_head.weight is packed.model.embed_tokens.weight
+    with reference_path():
+        assert torch.equal(logits(packed), logits(plain))
+
+
+def test_more_bits_come_nearer_to_the_dense_model(dense, compressed, unpacked, tmp_path):
+    compress(dense, tmp_path / "8", 8.0)
+    unpack(tmp_path / "8", tmp_path / "plain")
+    expected = logits(load(dense)).float()
+    errors = [
+        float((logits(load(folder)).float() - expected).norm() / expected.norm())
+        for folder in (tmp_path / "plain", unpacked)
+    ]
+    assert errors[0] < 0.5 * errors[1]
+    assert bits_in_file(tmp_path / "8") == pytest.approx(8.0, rel=0.005)
+
+
+def test_it_generates_and_is_saved_again(compressed, tmp_path):
+    model = load(compressed)
+    out = model.generate(IDS[:1, :4], max_new_tokens=3, do_sample=False)
+    assert out.shape == (1, 7)
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert torch.equal(logits(again), logits(model))
+    assert bits_in_file(tmp_path / "again") == bits_in_file(compressed)
+
+
+def test_a_finished_folder_holds_no_traces_of_the_run(compressed):
+    assert not (compressed / MEASUREMENT).exists()
+    assert not list(compressed.glob("*.partial"))
+    before = {path.name: path.read_bytes() for path in compressed.iterdir()}
+    compress(compressed.parent / "dense", compressed)
+    assert {path.name: path.read_bytes() for path in compressed.iterdir()} == before
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_a_pattern_holds_in_the_result(dense, tmp_path, method):
+    compress(dense, tmp_path / "out", pattern="2:4", method=method)
+    unpack(tmp_path / "out", tmp_path / "plain")
+    found = weights(tmp_path / "plain")
+    for name, weight_OI in found.items():
+        if name.endswith("_proj.weight"):
+            assert holds(weight_OI, 2, 4), name
+    assert bits_in_file(tmp_path / "out") == pytest.approx(4.0, rel=0.005)
+
+
+def test_the_zeros_of_a_mask_stay(dense, tmp_path):
+    """Magnitude without dense targets needs no run: its mask follows from the dense weights."""
+    compress(dense, tmp_path / "out", sparsity=0.5, method="magnitude", dense_weight=0)
+    unpack(tmp_path / "out", tmp_path / "plain")
+    before, after = weights(dense), weights(tmp_path / "plain")
+    for name, weight_OI in after.items():
+        if name.endswith("_proj.weight"):
+            keep_OI = reference.keep_above_threshold(before[name].float().abs(), 0.5)
+            assert not weight_OI[~keep_OI].any(), name
+    assert bits_in_file(tmp_path / "out") == pytest.approx(4.0, rel=0.005)
+
+
+# --- families ---
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("gemma2", {}),
+        ("phi3", {}),
+        ("opt", {}),
+        ("gpt_neox", {}),
+        ("bloom", {"n_layer": 2, "num_hidden_layers": 2}),
+        ("mixtral", {}),
+        ("qwen3_moe", {"moe_intermediate_size": 64}),
+    ],
+)
+def test_families(family, options, tmp_path):
+    folder = tiny_checkpoint(
+        tmp_path / "dense", family, torch.bfloat16, **{"num_hidden_layers": 1, **WIDER, **options}
+    )
+    manifest = compress(folder, tmp_path / "out", 5.0)
+    unpack(tmp_path / "out", tmp_path / "plain")
+    packed, plain = load(tmp_path / "out"), load(tmp_path / "plain")
+    count = sum(isinstance(module, QuantizedLinear) for module in packed.modules())
+    assert count == manifest.totals["linears"]
+    with reference_path():
+        close = (logits(packed) - logits(plain)).float()
+    # Experts that the checkpoint stores one by one run one by one when they are packed. Their sum
+    # is then rounded in another order.
+    tolerance = 0.05 if "experts" in str(manifest.blocks[0].linears) else 0
+    assert close.norm() <= tolerance * logits(plain).float().norm()
+    # The norms and biases of the dense model are those of the result.
+    before, after = weights(folder), weights(tmp_path / "plain")
+    assert all(torch.equal(after[name], before[name]) for name in before if before[name].dim() == 1)
+
+
+def test_experts_in_one_tensor_stay_dense_and_are_named(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "dense", "granitemoe", torch.bfloat16)
+    manifest = compress(folder, tmp_path / "out", 5.0)
+    assert {name for block in manifest.blocks for name in block.linears} == {
+        f"self_attn.{name}_proj" for name in "qkvo"
+    }
+    dense = [name for name in manifest.left_dense if "experts" in name]
+    assert len(dense) == 2 * 4 * 3
+    before, after = weights(folder), weights(tmp_path / "out")
+    assert all(torch.equal(after[n], before[n]) for n in before if "experts" in n)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "falcon"])
+def test_families_without_plain_linears_are_refused_before_any_work(family, tmp_path):
+    folder = tiny_checkpoint(tmp_path / "dense", family)
+    with pytest.raises(NotImplementedError, match="cannot be compressed yet"):
+        compress(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- the same bytes ---
+
+
+def test_a_resumed_run_spends_the_same_bits_and_gives_the_same_bytes(dense, compressed, tmp_path):
+    with pytest.raises(StopError):
+        compress(dense, tmp_path / "out", progress=stop_after(1))
+    assert (tmp_path / "out" / MEASUREMENT).exists()
+    manifest = compress(dense, tmp_path / "out", resume=True)
+    assert shards(tmp_path / "out") == shards(compressed)
+    assert manifest.totals["bits"] == Manifest.load(compressed).totals["bits"]
+
+
+def test_a_run_that_lost_its_measurement_measures_again(dense, compressed, tmp_path):
+    with pytest.raises(StopError):
+        compress(dense, tmp_path / "out", progress=stop_after(1))
+    (tmp_path / "out" / MEASUREMENT).unlink()
+    compress(dense, tmp_path / "out")
+    assert shards(tmp_path / "out") == shards(compressed)
+
+
+def test_replay_gives_the_bytes_of_lockstep(dense, compressed, tmp_path, monkeypatch):
+    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)
+    manifest = compress(dense, tmp_path / "out")
+    assert {block.walk for block in manifest.blocks} == {"replay"}
+    assert shards(tmp_path / "out") == shards(compressed)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
+    options = {"bits": 4.0, "head_bits": 6}
+    done = subprocess.run(
+        [sys.executable, SUPPORT / "kill_points.py", folder, tmp_path, json.dumps(options)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert {r["blocks_before_resume"] for r in results} == {0, 1, 2}
+    for result in results:
+        assert result["status"] == 0, result
+        assert result["equal"], result
+        assert not result["left_behind"], result
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": 0.5}, r"bits must lie in \[1, 8\]"),
+        ({"bits": 9}, r"bits must lie in \[1, 8\]"),
+        ({"bits": math.nan}, "bits"),
+        ({"head_bits": 5}, "head_bits must be 4, 6 or 8"),
+        ({"reconstruct": "last"}, "reconstruct does not go with bits"),
+        ({"pattern": "2:4", "permute": True}, "permute does not go with bits"),
+        ({"propagate": "block", "dense_weight": 0}, "propagate block does not go with bits"),
+        ({"head": True}, "head does not go with bits"),
+        ({"preset": "best"}, "reconstruct does not go with bits"),
+    ],
+)
+def test_options_that_do_not_go_with_bits_are_refused(dense, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        prunus.compress(
+            dense, tmp_path / "out", **{"bits": 3, "calibration": token_ids()} | options
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_head_bits_need_bits(dense, tmp_path):
+    with pytest.raises(ValueError, match="head_bits belongs to bits"):
+        prunus.prune(dense, tmp_path / "out", head_bits=6, calibration=token_ids())
+
+
+def test_a_loaded_model_is_refused():
+    with pytest.raises(ValueError, match="give the folder of a checkpoint"):
+        prunus.prune(tiny_model(), bits=3, calibration=token_ids())
+
+
+def test_an_image_classifier_is_refused(tmp_path):
+    model = save_classifier(tmp_path / "vit", "vit")
+    images = pictures(tmp_path / "images")
+    with pytest.raises(NotImplementedError, match="prunus compress is for causal language models"):
+        prunus.compress(model, tmp_path / "out", 3, calibration=str(images), samples=4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_vacant_is_left_alone(dense, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="does not come from prunus"):
+        compress(dense, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_other_bits_in_the_same_folder_are_refused(dense, compressed):
+    before = shards(compressed)
+    with pytest.raises(FileExistsError, match="another bits"):
+        compress(dense, compressed, 3.0)
+    assert shards(compressed) == before
+
+
+def test_prune_sends_a_recipe_with_bits_to_compress(dense, tmp_path):
+    (tmp_path / "recipe.toml").write_text("bits = 3.0\n")
+    result = call("prune", dense, tmp_path / "out", "--recipe", tmp_path / "recipe.toml", status=2)
+    assert "use prunus compress" in " ".join(result.output.split())
+
+
+def test_compress_needs_bits(dense, tmp_path):
+    result = call("compress", dense, tmp_path / "out", status=2)
+    assert "give --bits 3" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
