@@ -1,5 +1,7 @@
 """The linears of a checkpoint: shape, dtype, sparsity, and the N:M patterns that hold.
 
+A packed checkpoint also shows the bits per weight that each linear takes in the file.
+
 Legend: O outputs, I inputs of a linear.
 """
 
@@ -16,6 +18,7 @@ from torch import nn
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
+from prunus.packed.source import PackedSource, is_packed
 
 __all__ = ["Inspection", "LinearInfo", "inspect"]
 
@@ -31,9 +34,11 @@ class LinearInfo:
         block: index of the block.
         name: full name of the linear.
         shape: (outputs, inputs).
-        dtype: dtype in which the weight is stored.
+        dtype: dtype in which the weight is stored; "integers" for a quantised linear.
         zeros: number of weights that are exactly zero.
         patterns: the N:M patterns of `PATTERNS` that hold, such as "2:4".
+        bits: bits per weight in the file, with all that belongs to the linear; None where the
+            linear is not packed.
     """
 
     block: int
@@ -42,6 +47,7 @@ class LinearInfo:
     dtype: str
     zeros: int
     patterns: tuple[str, ...]
+    bits: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -75,6 +81,17 @@ class Inspection:
         """Share of exact zeros among the weights of all linears."""
         return sum(linear.zeros for linear in self.linears) / self.weights
 
+    @property
+    def bits(self) -> float | None:
+        """Mean bits per weight of the packed linears; None where there are none."""
+        packed = [
+            (linear.bits, linear.shape[0] * linear.shape[1])
+            for linear in self.linears
+            if linear.bits is not None
+        ]
+        weights = sum(count for _, count in packed)
+        return sum(bits * count for bits, count in packed) / weights if packed else None
+
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain values for JSON."""
         rows = [asdict(linear) | {"sparsity": linear.sparsity} for linear in self.linears]
@@ -83,6 +100,7 @@ class Inspection:
             "blocks": self.blocks,
             "weights": self.weights,
             "sparsity": self.sparsity,
+            "bits": self.bits,
             "linears": rows,
             "left_dense": {name: list(shape) for name, shape in self.left_dense.items()},
         }
@@ -99,11 +117,15 @@ def inspect(model: str | Path | nn.Module, *, trust_remote_code: bool = False) -
         FileNotFoundError, ValueError, NotImplementedError: the checkpoint is damaged, or of an
             unknown kind.
     """
-    source: CheckpointSource | ModuleSource
+    source: CheckpointSource | ModuleSource | PackedSource
     if isinstance(model, nn.Module):
         source, name = ModuleSource(model), type(model).__name__
     else:
-        source, name = CheckpointSource(resolve_folder(model), trust_remote_code), str(model)
+        folder, name = resolve_folder(model), str(model)
+        if is_packed(folder):
+            source = PackedSource(folder, trust_remote_code)
+        else:
+            source = CheckpointSource(folder, trust_remote_code)
     skeleton = Skeleton(source.config, source.stored_dtype, trust_remote_code)
     source.bind(skeleton)
     dense: dict[str, tuple[int, ...]] = {}
@@ -112,19 +134,25 @@ def inspect(model: str | Path | nn.Module, *, trust_remote_code: bool = False) -
     return Inspection(name, len(skeleton), tuple(_linears(source, skeleton)), dense)
 
 
-def _linears(source: CheckpointSource | ModuleSource, skeleton: Skeleton) -> Iterator[LinearInfo]:
+def _linears(
+    source: CheckpointSource | ModuleSource | PackedSource, skeleton: Skeleton
+) -> Iterator[LinearInfo]:
+    packed = source.packed if isinstance(source, PackedSource) else {}
     for index in range(len(skeleton)):
         stored = source.block(index)
         for linear in skeleton.linears(index):
             weight = stored[f"{linear.name}.weight"]
             weight_OI = weight.T if linear.transposed else weight
+            full_name = f"{skeleton.block_name(index)}.{linear.name}"
+            dtype, bits = packed.get(full_name, (str(weight.dtype).removeprefix("torch."), None))
             yield LinearInfo(
                 block=index,
-                name=f"{skeleton.block_name(index)}.{linear.name}",
+                name=full_name,
                 shape=linear.shape,
-                dtype=str(weight.dtype).removeprefix("torch."),
+                dtype=dtype,
                 zeros=int((weight_OI == 0).sum()),
                 patterns=tuple(f"{n}:{m}" for n, m in PATTERNS if holds(weight_OI, n, m)),
+                bits=bits,
             )
 
 

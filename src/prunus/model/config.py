@@ -27,8 +27,13 @@ _NOT_SIZES = re.compile(
 _SMALL = 2**16
 
 
-def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+def load_config(folder: Path, trust_remote_code: bool = False, *, quantized: bool = False) -> Any:
     """The transformers configuration of a checkpoint folder.
+
+    Args:
+        folder: of the checkpoint.
+        trust_remote_code: let transformers run code that comes with the checkpoint.
+        quantized: accept a quantised model, and return the configuration of its dense form.
 
     Raises:
         FileNotFoundError: there is no config.json.
@@ -48,6 +53,8 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
             f"{folder / 'config.json'} describes no model that transformers "
             f"{transformers.__version__} knows: {reason}"
         ) from fault
+    if quantized and hasattr(config, "quantization_config"):
+        del config.quantization_config
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"{folder} holds quantised weights; prune the full-precision checkpoint, then quantise "

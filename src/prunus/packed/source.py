@@ -1,0 +1,107 @@
+"""The weights of a packed checkpoint, block by block, for commands that only read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.config import check_sizes, load_config
+from prunus.model.names import names_in_model
+from prunus.model.skeleton import Skeleton
+from prunus.packed.description import METHOD, Description, QuantizedShape, StoredTensor
+from prunus.packed.forms import check, expand
+
+__all__ = ["PackedSource", "is_packed"]
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the config.json of a checkpoint says that prunus has packed it."""
+    if not (folder / "config.json").exists():
+        return False
+    config = read_json(folder / "config.json")
+    described = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(described, dict) and described.get("quant_method") == METHOD
+
+
+class PackedSource:
+    """A packed checkpoint whose linears are expanded when they are read.
+
+    Args:
+        folder: of the checkpoint.
+        trust_remote_code: let transformers run code that comes with the checkpoint.
+
+    Attributes:
+        config: the configuration of the dense model.
+        stored_dtype: the dtype to which linears are expanded.
+        packed: full name of each packed linear of the blocks -> ("integers" or the dtype of its
+            values, bits per weight in the file). Known after `bind`.
+
+    Raises:
+        FileNotFoundError, ValueError: the checkpoint is damaged, or of an unknown kind.
+    """
+
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+        self.config = load_config(folder, trust_remote_code, quantized=True)
+        self._folder = folder
+        self._checkpoint = Checkpoint(folder)
+        check_sizes(folder, self.config, self._checkpoint)
+        content = read_json(folder / "config.json")
+        self._described = Description.from_dict(content["quantization_config"])
+        tensors = self._checkpoint.tensors
+        self._described.check_tensors(
+            {n: StoredTensor(t.shape, t.dtype) for n, t in tensors.items()}
+        )
+        self.stored_dtype: torch.dtype = getattr(self.config, "dtype", None) or torch.bfloat16
+        self.packed: dict[str, tuple[str, float]] = {}
+
+    def bind(self, skeleton: Skeleton) -> None:
+        """Match the stored names with those of a skeleton."""
+        self._skeleton = skeleton
+        self._names = names_in_model(skeleton, self._checkpoint.tensors)[0]
+        for name, key in self._names.items():
+            linear = key.removesuffix(".weight")
+            if key.endswith(".weight") and linear in self._described.linears:
+                shape = self._described.linears[linear]
+                nbytes = self._checkpoint.nbytes(list(self._described.tensors(linear)))
+                values = "integers" if isinstance(shape, QuantizedShape) else self._described.values
+                weights = shape.out_features * shape.in_features
+                self.packed[name.removesuffix(".weight")] = (str(values), 8 * nbytes / weights)
+
+    def block(self, index: int) -> dict[str, torch.Tensor]:
+        """The dense tensors of one block, by names relative to it.
+
+        Raises:
+            ValueError: a packed weight is damaged, or a weight is missing; names it.
+        """
+        prefix = self._skeleton.block_name(index) + "."
+        found: dict[str, torch.Tensor] = {}
+        fused = {each.name: each for each in self._skeleton.fused(index)}
+        for name, key in self._names.items():
+            if not name.startswith(prefix):
+                continue
+            relative = name.removeprefix(prefix)
+            linear = key.removesuffix(".weight")
+            if key.endswith(".weight") and linear in self._described.linears:
+                found[relative] = self._expanded(linear)
+            else:
+                tensor = dict(self._checkpoint.read([key]))[key]
+                found |= fused[relative].cut(tensor) if relative in fused else {relative: tensor}
+        for each in self._skeleton.linears(index):
+            if f"{each.name}.weight" not in found:
+                raise ValueError(
+                    f"{self._folder} holds no weight for {prefix}{each.name}; is the checkpoint "
+                    "whole?"
+                )
+        return found
+
+    def _expanded(self, linear: str) -> torch.Tensor:
+        parts = dict(self._checkpoint.read(list(self._described.tensors(linear))))
+        packed = self._described.weight(linear, parts)
+        try:
+            offsets = check(packed, self._described.linears[linear].stored)
+        except ValueError as fault:
+            raise ValueError(f"{linear} is damaged: {fault}") from fault
+        return expand(packed, self.stored_dtype, offsets)
