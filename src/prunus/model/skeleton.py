@@ -126,6 +126,12 @@ class Skeleton:
             return image_tokens(self.model.config, index)
         return seqlen, int(self.model.get_input_embeddings().weight.shape[1])
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the output head."""
+        head: Any = self.model.get_output_embeddings() or self.model.get_input_embeddings()
+        return int(head.weight.shape[0])
+
     # --- outside the blocks ---
 
     @property

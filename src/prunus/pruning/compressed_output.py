@@ -30,7 +30,7 @@ from prunus.pruning.block.block_state import FinishedBlock
 from prunus.pruning.job import PruningJob
 from prunus.pruning.output import CheckpointOutput, InPlaceOutput, Output, shard_name
 
-__all__ = ["MEASUREMENT", "CompressedOutput", "open_output"]
+__all__ = ["MEASUREMENT", "CompressedOutput", "embedding_and_head", "open_output"]
 
 #: Measurements of an unfinished run; they decide the bytes of all blocks.
 MEASUREMENT = "sensitivity.safetensors"
@@ -69,7 +69,7 @@ class CompressedOutput(CheckpointOutput):
             folder, job.source, job.ranks, job.host_budget, job.options.trust_remote_code
         )
         self._head_bits = job.recipe.head_bits
-        self._outside_linears = _embedding_and_head(job.skeleton.model)
+        self._outside_linears = embedding_and_head(job.skeleton.model)
 
     def read_measurement(self) -> dict[str, torch.Tensor] | None:
         """What `write_measurement` got in this run or the run that it resumes, or None."""
@@ -83,6 +83,12 @@ class CompressedOutput(CheckpointOutput):
     def finish(self, changed: Mapping[str, torch.Tensor]) -> None:
         super().finish(changed)
         if self._ranks.rank == 0:
+            (self.folder / MEASUREMENT).unlink(missing_ok=True)
+
+    def check_finished(self) -> None:
+        super().check_finished()
+        if self._ranks.rank == 0:
+            # A run that was killed at its very end left it.
             (self.folder / MEASUREMENT).unlink(missing_ok=True)
 
     def _shard(
@@ -144,7 +150,7 @@ class CompressedOutput(CheckpointOutput):
         return self._source.stored_name(f"{name}.weight").removesuffix(".weight")
 
 
-def _embedding_and_head(model: Any) -> list[str]:
+def embedding_and_head(model: Any) -> list[str]:
     """The names of the embedding and the output head that the packed format can hold.
 
     Where both are one weight, it has the name of the embedding.

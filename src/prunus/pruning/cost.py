@@ -7,11 +7,10 @@ products on this machine. `forecast.py` does the same for models and machines th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from prunus.hardware.memory import matmul_rate
 from prunus.methods.statistics import statistics_bytes
-from prunus.model.skeleton import Skeleton
 from prunus.model.source import ModuleSource
 from prunus.pruning.block_memory import (
     BYTES_PER_PRUNED_WEIGHT,
@@ -19,6 +18,11 @@ from prunus.pruning.block_memory import (
     BlockMemory,
     paused_bytes,
     transient_bytes,
+)
+from prunus.pruning.compression_cost import (
+    MEASURED_WIDTH,
+    compressed_bytes,
+    measured_tokens,
 )
 from prunus.pruning.job import PruningJob
 from prunus.pruning.reconstruction.kl_loss import CHUNK_TOKENS
@@ -31,7 +35,7 @@ from prunus.pruning.reconstruction.schedule import (
 )
 from prunus.pruning.sensitivity import PROBE_STEPS, PROBE_TOKENS, PROBE_WINDOWS, layers_of
 
-__all__ = ["block_memory", "disk_bytes", "estimate_seconds"]
+__all__ = ["block_memory", "disk_bytes", "estimate_seconds", "file_bytes"]
 
 # Matrix products are not everything: norms, softmax, masks, hashes and files add about this much.
 _OVERHEAD = 1.4
@@ -69,7 +73,7 @@ def block_memory(job: PruningJob, index: int) -> BlockMemory:
         transient += 4 * batch_tokens * (24 * hidden + 8 * widest + 4 * heads * window_tokens)
         if in_front_of_head(job.skeleton, index):
             # The head, and for some tokens the logits of both models; see `kl_divergence`.
-            vocabulary = _vocabulary(job.skeleton)
+            vocabulary = job.skeleton.vocabulary
             transient += vocabulary * hidden * itemsize + 24 * CHUNK_TOKENS * job.batch * vocabulary
     return BlockMemory(
         weights=2 * job.source.block_nbytes(index) + models * parameters * itemsize,
@@ -99,15 +103,25 @@ def _working_bytes(job: PruningJob, index: int) -> int:
     return working + matrices * 4 * max(targets, default=0) ** 2
 
 
+def file_bytes(job: PruningJob) -> int:
+    """Bytes of the weights of the result. A loaded model is pruned in place and has no file."""
+    if isinstance(job.source, ModuleSource):
+        return 0
+    if job.recipe.bits is not None:
+        return compressed_bytes(job)
+    return job.source.checkpoint.nbytes(job.source.checkpoint.tensors)
+
+
 def disk_bytes(job: PruningJob) -> int:
-    """Bytes of the pruned checkpoint, with the file of spilled hidden states beside it.
+    """Bytes of the result, with the file of spilled hidden states beside it.
 
     A loaded model is pruned in place and needs no disk.
     """
     if isinstance(job.source, ModuleSource):
         return 0
-    weights = job.source.checkpoint.nbytes(job.source.checkpoint.tensors)
-    return weights + (max(memory.hidden for memory in job.block_memory) if job.spills else 0)
+    return file_bytes(job) + (
+        max(memory.hidden for memory in job.block_memory) if job.spills else 0
+    )
 
 
 def estimate_seconds(job: PruningJob) -> float:
@@ -117,6 +131,8 @@ def estimate_seconds(job: PruningJob) -> float:
     )
     if job.recipe.allocation == "search":
         flops += _search_flops(job)
+    if job.recipe.bits is not None:
+        flops += _measurement_flops(job)
     flops += _logit_flops(job)
     return round(_OVERHEAD * flops / matmul_rate(job.device, job.dtype), 1)
 
@@ -178,7 +194,7 @@ def _logit_flops(job: PruningJob) -> float:
     validated = validation_count(job.dense_batches) / job.dense_batches
     # Two operations per weight and product: the head runs forward for both models, in training and
     # in validation, and once backward in training.
-    return (4.0 * validated + 6.0) * _vocabulary(job.skeleton) * hidden * tokens
+    return (4.0 * validated + 6.0) * job.skeleton.vocabulary * hidden * tokens
 
 
 def _search_flops(job: PruningJob) -> float:
@@ -191,6 +207,26 @@ def _search_flops(job: PruningJob) -> float:
     layers = len(layers_of(job.selected, job.recipe.allocation_by))
     tokens = PROBE_WINDOWS * min(PROBE_TOKENS, job.recipe.seqlen)
     return 2.0 * weights * tokens * (1 + 0.5 * layers * len(PROBE_STEPS))
+
+
+def _measurement_flops(job: PruningJob) -> float:
+    """Operations of the pass that measures how the loss depends on each linear.
+
+    It runs forward through every block, then forward again and backward. Weights get no gradients,
+    so backward costs as much as forward.
+    """
+    skeleton, tokens = job.skeleton, measured_tokens(job)
+    hidden = skeleton.window_shape(0, job.recipe.seqlen)[1]
+    flops = 4.0 * tokens * skeleton.vocabulary * hidden
+    for index in range(len(skeleton)):
+        routing = _expert_routing(job, index)
+        for linear in skeleton.linears(index):
+            rows, columns = linear.shape
+            part, reached = min(columns, MEASURED_WIDTH), tokens * routing.share(linear.name)
+            flops += 6.0 * reached * rows * columns
+            # A Gram matrix and a factor for each part of the inputs.
+            flops += 2.0 * reached * columns * part + columns * part**2
+    return flops
 
 
 def _dense_share(job: PruningJob) -> float:
@@ -243,9 +279,3 @@ def _expert_routing(job: PruningJob, index: int) -> _ExpertRouting:
         return min(1.0, chosen / experts_of[name]) if name in experts_of else 1.0
 
     return _ExpertRouting(max(experts_of.values()), share)
-
-
-def _vocabulary(skeleton: Skeleton) -> int:
-    """Rows of the output head."""
-    head: Any = skeleton.model.get_output_embeddings() or skeleton.model.get_input_embeddings()
-    return int(head.weight.shape[0])

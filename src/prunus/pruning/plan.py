@@ -25,6 +25,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.pruning.batch_size import windows_per_batch
 from prunus.pruning.block.settings import LinearSettings
+from prunus.pruning.compression_cost import check_bits, measurement_memory
 from prunus.pruning.compute_dtype import decide_dtype
 from prunus.pruning.cost import block_memory, disk_bytes
 from prunus.pruning.job import PruningJob, RunOptions, needs_inputs
@@ -180,6 +181,8 @@ def plan_run(
         selected=selection.selected,
         left_dense=selection.left_dense,
     )
+    if recipe.bits is not None:
+        check_bits(job)
     job.block_memory = [block_memory(job, index) for index in range(len(skeleton))]
     _check_memory(job)
     return job
@@ -240,7 +243,8 @@ def _check_memory(job: PruningJob) -> None:
     """Check that every block fits with its hidden states elsewhere and one batch in flight.
 
     Raises:
-        ValueError: A block does not fit into the memory budget.
+        ValueError: A block, or the measurement of a run that compresses, does not fit into the
+            memory budget.
     """
     needed = max(memory.minimum for memory in job.block_memory)
     if job.budget < needed:
@@ -249,4 +253,13 @@ def _check_memory(job: PruningJob) -> None:
             f"{job.batch} windows of {job.recipe.seqlen} tokens in flight; the memory budget is "
             f"{(job.budget + resident_memory()) / 1e9:.2f} GB. Raise --memory or lower --batch or "
             "--seqlen"
+        )
+    if job.recipe.bits is None:
+        return
+    measured = measurement_memory(job).total(hidden=job.device.type == "cpu", paused=False)
+    if job.budget < measured:
+        raise ValueError(
+            "measuring how the loss depends on each linear needs "
+            f"{(measured + resident_memory()) / 1e9:.2f} GB; the memory budget is "
+            f"{(job.budget + resident_memory()) / 1e9:.2f} GB. Raise --memory"
         )

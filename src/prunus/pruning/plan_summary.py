@@ -7,7 +7,8 @@ from typing import Any
 from prunus.hardware.memory import resident_memory
 from prunus.pruning.allocate import planned_allocation
 from prunus.pruning.block.permute import find_permutable
-from prunus.pruning.cost import disk_bytes, estimate_seconds
+from prunus.pruning.compression_cost import measurement_memory
+from prunus.pruning.cost import disk_bytes, estimate_seconds, file_bytes
 from prunus.pruning.job import PruningJob
 
 __all__ = ["describe_plan"]
@@ -20,7 +21,9 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         Counts: `blocks`, `linears`, `weights` in the selected linears, `to_remove` of them,
         `blocks_in_lockstep`, `batch`. Decisions: `dtype`, `dtype_reason`, `device`,
         `hidden_states` (where they are kept), `left_dense`, `free_orders` and `allocation`; see
-        `planned_allocation`. Cost: `peak_memory_bytes`, `disk_bytes`, `seconds`.
+        `planned_allocation`; `bits` and `head_bits` are null where the run does not compress. Cost:
+        `peak_memory_bytes`, `file_bytes` (the weights of the result), `disk_bytes` (with temporary
+        files), `seconds`.
     """
     blocks = range(len(job.skeleton))
     shapes = [
@@ -35,6 +38,8 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "linears": len(shapes),
         "weights": weights,
         "to_remove": int(weights * job.linear_settings.sparsity),
+        "bits": job.recipe.bits,
+        "head_bits": job.recipe.head_bits,
         "free_orders": _free_orders(job),
         "left_dense": {name: list(shape) for name, shape in job.left_dense.items()},
         "dtype": str(job.dtype).removeprefix("torch."),
@@ -43,16 +48,24 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "batch": job.batch,
         "hidden_states": _place_of_hidden_states(job),
         "blocks_in_lockstep": sum(job.fits_lockstep(index) for index in blocks),
-        "peak_memory_bytes": max(_peak_bytes(job, index) for index in blocks) + resident_memory(),
+        "peak_memory_bytes": _peak_bytes(job) + resident_memory(),
+        "file_bytes": file_bytes(job),
         "disk_bytes": disk_bytes(job),
         "seconds": estimate_seconds(job),
         "allocation": planned_allocation(job),
     }
 
 
-def _peak_bytes(job: PruningJob, index: int) -> int:
-    lockstep = job.fits_lockstep(index)
-    return job.block_memory[index].total(hidden=job.hidden_states_stay, paused=lockstep)
+def _peak_bytes(job: PruningJob) -> int:
+    """The largest need of any block, or of the measurement before the first block."""
+    stay = job.hidden_states_stay
+    needed = [
+        memory.total(hidden=stay, paused=job.fits_lockstep(index))
+        for index, memory in enumerate(job.block_memory)
+    ]
+    if job.recipe.bits is not None:
+        needed.append(measurement_memory(job).total(hidden=job.device.type == "cpu", paused=False))
+    return max(needed)
 
 
 def _place_of_hidden_states(job: PruningJob) -> str:

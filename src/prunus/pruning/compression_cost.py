@@ -1,0 +1,127 @@
+"""What a compressed checkpoint weighs, and what the measurement before it costs.
+
+Everything follows from shapes. `cost.py` adds it to the cost of the run itself.
+"""
+
+from __future__ import annotations
+
+import math
+
+from prunus.methods.statistics import statistics_bytes
+from prunus.model.source import CheckpointSource
+from prunus.pruning.block_memory import BlockMemory
+from prunus.pruning.compressed_output import embedding_and_head
+from prunus.pruning.job import PruningJob
+from prunus.pruning.loss_sensitivity import PROBE_TOKENS, PROBE_WINDOWS
+from prunus.pruning.rate_control import side_bits
+
+__all__ = [
+    "MEASURED_WIDTH",
+    "check_bits",
+    "compressed_bytes",
+    "measured_tokens",
+    "measurement_memory",
+]
+
+#: Wide inputs are measured in parts of this width; see `loss_sensitivity.py`.
+MEASURED_WIDTH = 2048
+
+# A tensor's entry in the header of a shard, without its name.
+_HEADER_BYTES = 75
+# What a quantised weight has beside its data: classes, steps and scales.
+_PARTS = 4
+
+
+def check_bits(job: PruningJob) -> None:
+    """Check that the bits that the recipe asks for can be reached.
+
+    A weight of zeros takes one bit plane, and every linear has steps, scales and classes.
+
+    Raises:
+        ValueError: They are too few.
+    """
+    assert job.recipe.bits is not None
+    shapes = [
+        linear.shape
+        for index, selected in enumerate(job.selected)
+        for linear in job.skeleton.linears(index)
+        if linear.name in selected
+    ]
+    weights = [rows * columns for rows, columns in shapes]
+    least = sum(
+        (1 + side_bits(shape)) * count for shape, count in zip(shapes, weights, strict=True)
+    ) / sum(weights)
+    if job.recipe.bits <= least:
+        raise ValueError(
+            f"bits = {job.recipe.bits:g} cannot be reached: if all weights were 0, the linears of "
+            f"this model would take {least:.2f} bits per weight with their steps and scales. Give "
+            "more"
+        )
+
+
+def compressed_bytes(job: PruningJob) -> int:
+    """Bytes of the shards of a compressed checkpoint.
+
+    The rate control spends the bits that the recipe asks for, so they say what the linears take.
+    """
+    assert isinstance(job.source, CheckpointSource)
+    assert job.recipe.bits is not None
+    checkpoint = job.source.checkpoint
+    names = [
+        f"{job.skeleton.block_name(index)}.{name}"
+        for index, selected in enumerate(job.selected)
+        for name in selected
+    ]
+    bits = dict.fromkeys(names, job.recipe.bits)
+    if job.recipe.head_bits is not None:
+        bits |= dict.fromkeys(embedding_and_head(job.skeleton.model), job.recipe.head_bits)
+    bytes_per_weight = {name: each / 8 for name, each in bits.items()}
+    total = float(checkpoint.nbytes(checkpoint.tensors))
+    total += sum(len(name) + _HEADER_BYTES for name in checkpoint.tensors)
+    for name, each in bytes_per_weight.items():
+        key = job.source.stored_name(f"{name}.weight")
+        total += math.prod(checkpoint.tensors[key].shape) * each - checkpoint.nbytes([key])
+        total += (_PARTS - 1) * (len(key) + _HEADER_BYTES)
+    return round(total)
+
+
+def measured_tokens(job: PruningJob) -> int:
+    """Tokens of the windows that measure how the loss depends on each linear."""
+    return min(PROBE_WINDOWS, job.recipe.samples) * min(PROBE_TOKENS, job.recipe.seqlen)
+
+
+def measurement_memory(job: PruningJob) -> BlockMemory:
+    """The memory of the pass that measures how the loss depends on each linear.
+
+    The entry `hidden` are the inputs of all blocks, which stay on the host.
+    """
+    skeleton, itemsize = job.skeleton, job.dtype.itemsize
+    blocks, tokens = range(len(skeleton)), measured_tokens(job)
+    length = min(PROBE_TOKENS, job.recipe.seqlen)
+    hidden = skeleton.window_shape(0, job.recipe.seqlen)[1]
+    linears = [skeleton.linears(index) for index in blocks]
+    widest = max(max(linear.shape) for block in linears for linear in block)
+    parameters = max(
+        sum(p.numel() for p in skeleton.blocks[index].parameters()) for index in blocks
+    )
+    heads = int(getattr(job.source.config.get_text_config(), "num_attention_heads", 1) or 1)
+    # The backward pass needs all activations of a block, with the scores of every head.
+    activations = itemsize * tokens * (24 * hidden + 8 * widest + 4 * heads * length)
+    # The head sees one window at a time: its logits, their logarithms, and the gradients of both.
+    vocabulary = skeleton.vocabulary
+    logits = vocabulary * (hidden * itemsize + 16 * length)
+    return BlockMemory(
+        weights=max(map(job.source.block_nbytes, blocks)) + parameters * itemsize,
+        working=max(
+            sum(_statistics_bytes(linear.shape[1]) for linear in block) for block in linears
+        ),
+        hidden=len(blocks) * tokens * hidden * itemsize,
+        paused=0,
+        transient=2 * tokens * hidden * itemsize + max(activations, logits),
+    )
+
+
+def _statistics_bytes(width: int) -> int:
+    """Bytes of a linear's Gram matrices, one for each part of its inputs."""
+    starts = range(0, width, MEASURED_WIDTH)
+    return sum(statistics_bytes(min(MEASURED_WIDTH, width - start), "gram") for start in starts)
