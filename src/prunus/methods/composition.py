@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from prunus.hardware.numerics import count_zeros
 from prunus.methods.base import Method, Pruned, masked, unchanged
 from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern
@@ -111,7 +112,9 @@ def compose(method: Method, options: MethodOptions) -> Method:
             # mask, the sweep over the columns does again, with the integers in view.
             keep_OI = None if removes_nothing else pruned.keep_OI
             found = quantize(weight_OI, statistics, options, keep_OI)
-            pruned = replace(found, notes=pruned.notes | found.notes)
+            forced = 0 if keep_OI is None else count_zeros(keep_OI)
+            notes = pruned.notes | found.notes | {"forced_zeros": forced}
+            pruned = replace(found, notes=notes)
         if uses_dense_target:
             pruned.notes.update(_target_notes(statistics, options, dense_weight))
         return pruned

@@ -144,11 +144,17 @@ class Manifest(BaseModel):
 
 
 def _bits(linears: Sequence[LinearRecord]) -> dict[str, float]:
-    """The mean bits per weight of a compressed checkpoint's linears; empty for all others."""
+    """Of a compressed checkpoint: the mean bits per weight, and the zeros that a mask forced.
+
+    All other zeros follow from the rate. Empty for runs that do not compress.
+    """
     known = [(x.bits, x.shape[0] * x.shape[1]) for x in linears if x.bits is not None]
     if not known:
         return {}
-    return {"bits": sum(bits * n for bits, n in known) / sum(n for _, n in known)}
+    return {
+        "bits": sum(bits * n for bits, n in known) / sum(n for _, n in known),
+        "forced_zeros": sum(x.notes.get("forced_zeros", 0) for x in linears),
+    }
 
 
 def _experts(linears: Sequence[LinearRecord]) -> dict[str, int]:

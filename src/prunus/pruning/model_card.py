@@ -16,6 +16,8 @@ def model_card(manifest: Manifest, loader: str = "AutoModelForCausalLM") -> str:
         manifest: Of the finished run.
         loader: The class of transformers that loads the model.
     """
+    if manifest.recipe.bits is not None:
+        return _compressed_card(manifest)
     recipe, totals = manifest.recipe, manifest.totals
     shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
     name = Path(manifest.source).name or manifest.source
@@ -33,6 +35,41 @@ Weights removed: {totals.get("zeros", 0):,} of {totals.get("weights", 0):,} in t
 ({totals.get("sparsity", 0):.2%}). Calibration: {manifest.inputs.calibration}. \
 Per-linear figures are in
 `{MANIFEST_NAME}`.
+
+```toml
+{recipe.to_toml().rstrip()}
+```
+"""
+
+
+def _compressed_card(manifest: Manifest) -> str:
+    """The same for a compressed checkpoint, up to what loads it."""
+    recipe, totals = manifest.recipe, manifest.totals
+    name = Path(manifest.source).name or manifest.source
+    zeros, forced = totals.get("zeros", 0), totals.get("forced_zeros", 0)
+    weights = totals.get("weights", 0)
+    origin = "They follow from the rate: these weights did not repay their bits."
+    if forced:
+        shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} sparsity"
+        origin = (
+            f"{forced:,} of them were forced ({shape} by {recipe.method}); the others follow from "
+            "the rate."
+        )
+    head = ""
+    if recipe.head_bits is not None:
+        head = f" Embeddings and output head: {recipe.head_bits} bits per weight."
+    return f"""---
+tags: [quantized, sparse, prunus]
+---
+
+# {name}, compressed
+
+{name} with {totals.get("bits", 0):.2f} bits per weight in its linears, scales and all else \
+counted.{head}
+
+Zeros: {zeros:,} of {weights:,} weights ({totals.get("sparsity", 0):.2%}).
+{origin}
+Calibration: {manifest.inputs.calibration}. Per-linear figures are in `{MANIFEST_NAME}`.
 
 ```toml
 {recipe.to_toml().rstrip()}

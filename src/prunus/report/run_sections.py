@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from prunus.pruning.manifest import Manifest
     from prunus.pruning.records import LinearRecord
 
-__all__ = ["error_of", "run_section"]
+__all__ = ["error_of", "mean_bits", "run_section"]
 
 #: Name of an error -> its definition.
 _DEFINITIONS = {
@@ -56,6 +57,9 @@ def run_section(manifest: Manifest) -> Section:
         Facts("Machine", _items(manifest.hardware | manifest.versions)),
     ]
     name = Path(manifest.source).name or manifest.source
+    if manifest.recipe.bits is not None:
+        title = f"{name}: {manifest.recipe.bits:g} bits per weight"
+        return Section(title, parts=tuple(parts))
     shape = (
         manifest.recipe.pattern
         if manifest.recipe.n_of_m
@@ -75,8 +79,7 @@ def _headline(manifest: Manifest) -> Facts:
     totals = manifest.totals or manifest.summary()
     name, error = _error_of_totals(totals)
     items = [
-        ("sparsity reached", f"{totals['sparsity']:.2%}"),
-        ("weights removed", f"{totals['zeros']:,} of {totals['weights']:,}"),
+        *_sizes(manifest, totals),
         (name, f"{error:.3%}" if error is not None else "not measured"),
         ("time", f"{totals.get('seconds', totals['block_seconds']):.1f} s"),
     ]
@@ -85,6 +88,27 @@ def _headline(manifest: Manifest) -> Facts:
     if manifest.state != "finished":
         items.insert(0, ("state", f"unfinished: {len(manifest.blocks)} blocks are done"))
     return Facts("Headline", tuple(items), headline=True)
+
+
+def _sizes(manifest: Manifest, totals: dict[str, Any]) -> list[tuple[str, str]]:
+    """How sparse the result is, and how small."""
+    counts = f"{totals['zeros']:,} of {totals['weights']:,}"
+    if manifest.recipe.bits is None:
+        return [("sparsity reached", f"{totals['sparsity']:.2%}"), ("weights removed", counts)]
+    asked, reached, forced = manifest.recipe.bits, totals.get("bits"), totals.get("forced_zeros", 0)
+    bits = "not known yet" if reached is None else f"{reached:.3f}"
+    return [
+        ("bits per weight", f"{bits} (asked for: {asked:g})"),
+        ("zeros", f"{totals['sparsity']:.2%}: {counts}"),
+        ("zeros by a mask", f"{forced:,}"),
+        ("zeros by the rate", f"{totals['zeros'] - forced:,}"),
+    ]
+
+
+def mean_bits(records: Sequence[LinearRecord]) -> float | None:
+    """The mean bits per weight of linears; None where none of them is compressed."""
+    known = [(r.bits, r.shape[0] * r.shape[1]) for r in records if r.bits is not None]
+    return sum(bits * n for bits, n in known) / sum(n for _, n in known) if known else None
 
 
 def _error_of_totals(totals: dict[str, Any]) -> tuple[str, float | None]:
@@ -108,7 +132,8 @@ def _kinds(manifest: Manifest) -> list[str]:
 
 
 def _by_kind(manifest: Manifest) -> Table:
-    rows = []
+    compressed = manifest.recipe.bits is not None
+    rows: list[tuple[Any, ...]] = []
     groups = {
         kind: [b.linears[kind] for b in manifest.blocks if kind in b.linears]
         for kind in _kinds(manifest)
@@ -120,15 +145,16 @@ def _by_kind(manifest: Manifest) -> Table:
         zeros = sum(r.zeros for r in records)
         errors = [e for r in records if (e := error_of(r)) is not None]
         mean = sum(errors) / len(errors) if errors else None
-        rows.append(
-            (kind, len(records), weights, zeros / weights, mean, sum(r.seconds for r in records))
-        )
+        bits = (mean_bits(records),) if compressed else ()
+        seconds = sum(r.seconds for r in records)
+        rows.append((kind, len(records), weights, zeros / weights, *bits, mean, seconds))
     error_name = _error_of_totals(manifest.summary())[0]
     columns = (
         Column("linear"),
         Column("count", ",d"),
         Column("weights", ",d"),
         Column("sparsity", ".2%"),
+        *((Column("bits", ".3f"),) if compressed else ()),
         Column(error_name, ".3%"),
         Column("seconds", ".2f"),
     )
@@ -151,7 +177,11 @@ def _heat_maps(manifest: Manifest) -> list[HeatMap]:
         )
 
     error_name, mean = _error_of_totals(manifest.summary())
-    maps = [("Sparsity per block and linear", lambda r: r.sparsity, ".2%")]
+    maps: list[tuple[str, Any, str]] = [
+        ("Sparsity per block and linear", lambda r: r.sparsity, ".2%")
+    ]
+    if manifest.recipe.bits is not None:
+        maps.append(("Bits per weight per block and linear", lambda r: r.bits, ".3f"))
     if mean is not None:
         title = f"{error_name.removeprefix('mean ').capitalize()} per block and linear"
         maps.append((title, error_of, ".3%"))
@@ -163,7 +193,8 @@ def _heat_maps(manifest: Manifest) -> list[HeatMap]:
 
 
 def _by_linear(manifest: Manifest) -> Table:
-    rows = []
+    compressed = manifest.recipe.bits is not None
+    rows: list[tuple[Any, ...]] = []
     for index, block in enumerate(manifest.blocks):
         for name, r in block.linears.items():
             notes = "; ".join(f"{key}: {value}" for key, value in r.notes.items())
@@ -175,6 +206,7 @@ def _by_linear(manifest: Manifest) -> Table:
                     shape,
                     r.zeros,
                     r.sparsity,
+                    *((r.bits,) if compressed else ()),
                     error_of(r),
                     r.seconds,
                     notes or None,
@@ -186,6 +218,7 @@ def _by_linear(manifest: Manifest) -> Table:
         Column("out × in"),
         Column("zeros", ",d"),
         Column("sparsity", ".2%"),
+        *((Column("bits", ".3f"),) if compressed else ()),
         Column(_error_of_totals(manifest.summary())[0].removeprefix("mean "), ".3%"),
         Column("seconds", ".3f"),
         Column("notes"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from prunus.report.document import MISSING
-from prunus.report.run_sections import error_of
+from prunus.report.run_sections import error_of, mean_bits
 
 if TYPE_CHECKING:
     from prunus.evaluation.images import ImageScore
@@ -35,8 +35,11 @@ _EXPERT_NUMBER = re.compile(r"\.\d+\.")
 def run_table(manifest: Manifest) -> Table:
     """A finished run: one row per kind of linear, and the totals."""
     error_name = "relative output error" if _has_gram(manifest) else "removed energy"
-    table = Table(title=f"{manifest.recipe.method}, {manifest.source}", title_justify="left")
-    for column in ("linear", "count", "weights", "sparsity", error_name, "seconds"):
+    totals, compressed = manifest.totals, manifest.recipe.bits is not None
+    work = f"{manifest.recipe.bits:g} bits" if compressed else manifest.recipe.method
+    table = Table(title=f"{work}, {manifest.source}", title_justify="left")
+    sizes = ("zeros", "bits") if compressed else ("sparsity",)
+    for column in ("linear", "count", "weights", *sizes, error_name, "seconds"):
         table.add_column(column, justify="left" if column == "linear" else "right")
     kinds: dict[str, list[Any]] = {}
     for block in manifest.blocks:
@@ -53,10 +56,10 @@ def run_table(manifest: Manifest) -> Table:
             str(len(records)),
             f"{weights:,}",
             f"{zeros / weights:.2%}",
+            *([_figure(mean_bits(records))] if compressed else []),
             f"{sum(errors) / len(errors):.3%}" if errors else MISSING,
             f"{sum(r.seconds for r in records):.1f}",
         )
-    totals = manifest.totals
     table.add_section()
     mean = totals["mean_relative_output_error"] or totals["mean_removed_energy"]
     table.add_row(
@@ -64,6 +67,7 @@ def run_table(manifest: Manifest) -> Table:
         str(totals["linears"]),
         f"{totals['weights']:,}",
         f"{totals['sparsity']:.2%}",
+        *([_figure(totals.get("bits"))] if compressed else []),
         f"{mean:.3%}" if mean is not None else MISSING,
         f"{totals['seconds']:.1f} in all",
     )
@@ -71,6 +75,8 @@ def run_table(manifest: Manifest) -> Table:
         f"computed in {manifest.inputs.dtype} on {manifest.inputs.device}; peak memory "
         f"{totals['peak_memory_bytes'] / 1e9:.2f} GB; calibration: {manifest.inputs.calibration}"
     )
+    if totals.get("forced_zeros"):
+        table.caption += f"\nzeros that a mask forced: {totals['forced_zeros']:,}"
     if totals.get("expert_linears"):
         few, count = totals["expert_linears_measured_on_all"], totals["expert_linears"]
         table.caption += (
@@ -79,6 +85,10 @@ def run_table(manifest: Manifest) -> Table:
         )
     table.caption_justify = "left"
     return table
+
+
+def _figure(bits: float | None) -> str:
+    return MISSING if bits is None else f"{bits:.3f}"
 
 
 def images_table(scores: Sequence[ImageScore]) -> Table:
@@ -102,10 +112,9 @@ def images_table(scores: Sequence[ImageScore]) -> Table:
 def inspection_table(inspection: Inspection) -> Table:
     """One row per linear."""
     table = Table(title=f"{inspection.model}: {inspection.blocks} blocks", title_justify="left")
-    for column in ("linear", "shape", "dtype", "sparsity", "N:M that hold"):
-        table.add_column(
-            column, justify="right" if column == "sparsity" else "left", overflow="fold"
-        )
+    sizes = ("sparsity",) if inspection.bits is None else ("sparsity", "bits")
+    for column in ("linear", "shape", "dtype", *sizes, "N:M that hold"):
+        table.add_column(column, justify="right" if column in sizes else "left", overflow="fold")
     block = 0
     for linear in inspection.linears:
         if linear.block != block:
@@ -116,10 +125,13 @@ def inspection_table(inspection: Inspection) -> Table:
             f"{linear.shape[0]} × {linear.shape[1]}",
             linear.dtype,
             f"{linear.sparsity:.2%}",
+            *([] if inspection.bits is None else [_figure(linear.bits)]),
             ", ".join(linear.patterns) or MISSING,
         )
     table.add_section()
-    table.add_row("all", f"{inspection.weights:,} weights", "", f"{inspection.sparsity:.2%}", "")
+    bits = [] if inspection.bits is None else [_figure(inspection.bits)]
+    all_weights, zeros = f"{inspection.weights:,} weights", f"{inspection.sparsity:.2%}"
+    table.add_row("all", all_weights, "", zeros, *bits, "")
     return table
 
 
@@ -135,7 +147,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
     rows = {
         "blocks": plan["blocks"],
         "linears": plan["linears"],
-        "weights": f"{plan['weights']:,}, of which {plan['to_remove']:,} are removed",
+        "weights": _weights_of_plan(plan),
         "sparsity": _allocation(plan["allocation"]),
         "left dense in blocks": ", ".join(plan["left_dense"]) or "nothing",
         "computation": f"{plan['dtype']} on {plan['device']} ({plan['dtype_reason']})",
@@ -144,6 +156,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
             f"in {plan['hidden_states']}; {plan['blocks_in_lockstep']} blocks in lockstep"
         ),
         "peak memory": f"{plan['peak_memory_bytes'] / 1e9:.2f} GB",
+        "result": f"{plan['file_bytes'] / 1e9:.3f} GB",
         "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
         "time": f"about {plan['seconds']:.0f} s at this machine's matrix product rate",
     }
@@ -152,6 +165,19 @@ def plan_table(plan: dict[str, Any]) -> Table:
     for name, figure in rows.items():
         table.add_row(name, str(figure))
     return table
+
+
+def _weights_of_plan(plan: dict[str, Any]) -> str:
+    """How many weights there are, and what becomes of them."""
+    weights = f"{plan['weights']:,}"
+    if plan.get("bits") is None:
+        return f"{weights}, of which {plan['to_remove']:,} are removed"
+    sizes = f"in {plan['bits']:g} bits each"
+    if plan.get("head_bits") is not None:
+        sizes += f"; embeddings and head in {plan['head_bits']}"
+    if plan["to_remove"]:
+        return f"{weights} {sizes}; {plan['to_remove']:,} at least become 0"
+    return f"{weights} {sizes}; how many become 0 follows from the rate"
 
 
 def _free_orders(orders: dict[str, str]) -> str:
