@@ -55,7 +55,8 @@ def test_every_field_of_a_recipe_is_in_the_reference(reference):
     for name in Recipe.model_fields:
         assert f"| `{name}` |" in text
     options = set(re.findall(r"`(--[a-z-]+)`", text))
-    parameters = get_command(app).commands["prune"].params
+    commands = get_command(app).commands
+    parameters = [*commands["prune"].params, *commands["compress"].params]
     assert options <= {option for parameter in parameters for option in parameter.opts}
 
 
