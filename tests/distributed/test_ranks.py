@@ -31,6 +31,7 @@ def found(tmp_path_factory) -> dict[str, dict]:
             str(HERE / "rank_cases.py"),
             str(tmp_path_factory.mktemp("ranks")),
             "methods",
+            "compressed",
             "messages",
             "uneven",
             "refused",
@@ -61,6 +62,20 @@ def test_methods_that_need_norms_give_the_same_bytes(found, name):
 def test_methods_that_need_a_gram_matrix_are_equal_within_rounding(found, name):
     assert found["methods"][name]["masks"] <= 1e-3
     assert found["methods"][name]["weights"] < 0.05
+
+
+def test_ranks_compress_to_the_same_bits_and_errors(found):
+    """Sums over ranks differ in their last bits, and a step that is rounded otherwise moves many
+    integers. So results are alike, not equal; with the same ranks they are equal.
+    """
+    result = found["compressed"]
+    assert all(bits == pytest.approx(4.0, rel=0.005) for bits in result["bits"].values())
+    errors = result["errors"]
+    assert errors["two"] == pytest.approx(errors["one"], rel=0.05)
+    assert errors["resumed"] == pytest.approx(errors["one"], rel=0.05)
+    assert result["again"]
+    assert result["kept"]
+    assert not result["left"]
 
 
 def test_ranks_receive_texts_of_any_length_and_sums_of_numbers(found):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import prunus
@@ -23,9 +25,18 @@ from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.packed import QuantizedLinear, reference_path, unpack
 from prunus.packed.description import Description, StoredTensor
+from prunus.pruning import plan
+from prunus.pruning.block_memory import BlockMemory
 from prunus.pruning.compressed_output import MEASUREMENT
-from prunus.pruning.job import PruningJob
+from prunus.pruning.compression_cost import measurement_memory
+from prunus.pruning.cost import _measurement_flops
+from prunus.pruning.job import PruningJob, RunOptions
 from prunus.pruning.manifest import Manifest
+from prunus.pruning.plan import plan_run
+from prunus.pruning.plan_summary import describe_plan
+from prunus.pruning.recipe import Recipe
+from prunus.report.run_sections import run_section
+from prunus.report.tables import plan_table, run_table
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, tiny_model, token_ids, weights
 
@@ -111,15 +122,15 @@ def test_it_computes_what_the_unpacked_weights_compute(compressed, unpacked):
 
 
 def test_more_bits_come_nearer_to_the_dense_model(dense, compressed, unpacked, tmp_path):
-    compress(dense, tmp_path / "8", 8.0)
-    unpack(tmp_path / "8", tmp_path / "plain")
+    compress(dense, tmp_path / "6", 6.0)
+    unpack(tmp_path / "6", tmp_path / "plain")
     expected = logits(load(dense)).float()
     errors = [
         float((logits(load(folder)).float() - expected).norm() / expected.norm())
         for folder in (tmp_path / "plain", unpacked)
     ]
     assert errors[0] < 0.5 * errors[1]
-    assert bits_in_file(tmp_path / "8") == pytest.approx(8.0, rel=0.005)
+    assert bits_in_file(tmp_path / "6") == pytest.approx(6.0, rel=0.005)
 
 
 def test_it_generates_and_is_saved_again(compressed, tmp_path):
@@ -161,6 +172,120 @@ def test_the_zeros_of_a_mask_stay(dense, tmp_path):
             keep_OI = reference.keep_above_threshold(before[name].float().abs(), 0.5)
             assert not weight_OI[~keep_OI].any(), name
     assert bits_in_file(tmp_path / "out") == pytest.approx(4.0, rel=0.005)
+
+
+# --- what other commands say of it ---
+
+
+def test_inspect_shows_zeros_patterns_and_bits(compressed, unpacked):
+    found, plain = prunus.inspect(compressed), prunus.inspect(unpacked)
+    manifest = Manifest.load(compressed)
+    assert (found.blocks, found.left_dense) == (plain.blocks, plain.left_dense)
+    assert found.bits == pytest.approx(manifest.totals["bits"])
+    assert found.sparsity == plain.sparsity == manifest.totals["sparsity"]
+    for left, right in zip(found.linears, plain.linears, strict=True):
+        assert (left.name, left.shape, left.zeros) == (right.name, right.shape, right.zeros)
+        assert left.patterns == right.patterns
+        record = manifest.blocks[left.block].linears[left.name.split(".", 3)[3]]
+        assert left.bits == record.bits
+        assert (left.dtype, right.dtype, right.bits) == ("integers", "bfloat16", None)
+    shown = call("inspect", compressed).output
+    assert "bits" in shown
+    assert "integers" in shown
+
+
+def test_inspect_reads_experts_and_what_stays_dense(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "dense", "granitemoe", torch.bfloat16)
+    compress(folder, tmp_path / "out", 5.0, ignore=["*.v_proj"])
+    found = {linear.name: linear for linear in prunus.inspect(tmp_path / "out").linears}
+    assert len(found) == 2 * (4 + 4 * 3)
+    bits = {name: linear.bits is not None for name, linear in found.items()}
+    assert bits == {name: name.endswith(("q_proj", "k_proj", "o_proj")) for name in found}
+
+
+def test_inspect_names_a_damaged_linear(compressed, tmp_path):
+    shutil.copytree(compressed, tmp_path / "damaged")
+    shard = tmp_path / "damaged" / "block-00001.safetensors"
+    tensors = load_file(shard)
+    tensors["model.layers.1.mlp.up_proj.weight_classes"].fill_(200)
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj is damaged"):
+        prunus.inspect(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("options", [{}, {"head_bits": 6}, {"sparsity": 0.5}])
+def test_plan_predicts_the_size_of_the_result(dense, compressed, tmp_path, options):
+    out = compressed
+    if options:
+        out = tmp_path / "out"
+        compress(dense, out, **options)
+    recipe = Recipe(bits=4.0, samples=6, seqlen=16, batch=2, **options)
+    planned = describe_plan(plan_run(dense, recipe, RunOptions(input_ids=token_ids())))
+    stored = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert planned["file_bytes"] == pytest.approx(stored, rel=0.02)
+    assert planned["bits"] == 4.0
+
+
+def test_plan_counts_the_measurement(dense):
+    options = {"samples": 6, "seqlen": 16, "batch": 2}
+    jobs = [
+        plan_run(dense, Recipe(**options, **more), RunOptions(input_ids=token_ids()))
+        for more in ({"bits": 4.0}, {"method": "sparsegpt", "dense_weight": 0.25})
+    ]
+    tables = [plan_table(describe_plan(job)) for job in jobs]
+    assert "4 bits each" in str(list(tables[0].columns[1].cells))
+    assert "are removed" in str(list(tables[1].columns[1].cells))
+    memory = measurement_memory(jobs[0])
+    # Two blocks, six windows of 16 tokens, 64 numbers of the dtype of the computation.
+    assert memory.hidden == 2 * 6 * 16 * 64 * jobs[0].dtype.itemsize
+    assert describe_plan(jobs[0])["peak_memory_bytes"] > memory.total(hidden=True, paused=False)
+    flops = [_measurement_flops(job) for job in jobs]
+    assert flops[0] == flops[1] > 6 * 96 * 73728
+
+
+def test_a_budget_below_the_measurement_is_refused(dense, monkeypatch):
+    recipe = Recipe(bits=4.0, samples=6, seqlen=16, batch=2)
+    monkeypatch.setattr(
+        plan, "measurement_memory", lambda job: BlockMemory(0, 0, job.budget, 0, 10**9)
+    )
+    with pytest.raises(ValueError, match="measuring how the loss depends on each linear needs"):
+        plan_run(dense, recipe, RunOptions(input_ids=token_ids()))
+
+
+def test_the_card_says_bits_and_zeros(compressed):
+    card = (compressed / "README.md").read_text()
+    totals = Manifest.load(compressed).totals
+    assert f"{totals['bits']:.2f} bits per weight" in card
+    assert f"{totals['zeros']:,} of {totals['weights']:,} weights" in card
+    assert "import prunus" in card
+    assert "used like the dense model" not in card
+
+
+def test_tables_and_reports_say_bits_and_zeros(compressed, dense, tmp_path):
+    manifest = Manifest.load(compressed)
+    table = run_table(manifest)
+    names = [column.header for column in table.columns]
+    cells = dict(zip(names, (list(column.cells) for column in table.columns), strict=True))
+    assert cells["bits"][-1] == f"{manifest.totals['bits']:.3f}"
+    assert cells["zeros"][-1] == f"{manifest.totals['sparsity']:.2%}"
+    assert len(cells["bits"]) == 7 + 1
+    section = run_section(manifest)
+    assert section.title == "dense: 4 bits per weight"
+    facts = dict(section.parts[0].items)
+    assert facts["bits per weight"] == f"{manifest.totals['bits']:.3f} (asked for: 4)"
+    titles = [part.title for part in section.parts]
+    assert "Bits per weight per block and linear" in titles
+    call("report", compressed, "-o", tmp_path / "page.html")
+    assert "bits per weight" in (tmp_path / "page.html").read_text()
+
+
+def test_forced_zeros_are_told_from_those_of_the_rate(dense, tmp_path):
+    manifest = compress(dense, tmp_path / "out", sparsity=0.5)
+    forced, weights_ = manifest.totals["forced_zeros"], manifest.totals["weights"]
+    assert forced == weights_ // 2
+    assert forced < manifest.totals["zeros"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{forced:,} of them" in card
 
 
 # --- families ---
@@ -288,6 +413,15 @@ def test_options_that_do_not_go_with_bits_are_refused(dense, tmp_path, options, 
         prunus.compress(
             dense, tmp_path / "out", **{"bits": 3, "calibration": token_ids()} | options
         )
+    assert not (tmp_path / "out").exists()
+
+
+def test_bits_that_cannot_be_reached_are_refused(dense, tmp_path):
+    """One plane, and (16 · rows + 24 · columns) bits of each linear: 1.56 bits per weight here."""
+    with pytest.raises(
+        ValueError, match=r"bits = 1.5 cannot be reached: .* 1\.5\d bits per weight"
+    ):
+        compress(dense, tmp_path / "out", 1.5)
     assert not (tmp_path / "out").exists()
 
 

@@ -29,6 +29,7 @@ from prunus.pruning.reconstruction import kl_loss  # noqa: E402
 from prunus.pruning.manifest import Manifest  # noqa: E402
 from prunus.pruning.reconstruction.batches import ReconstructionBatches  # noqa: E402
 from ranks import forked, in_ranks  # noqa: E402
+from stopping import StopError, stop_after  # noqa: E402
 from tiny import tiny_checkpoint, token_ids  # noqa: E402
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -83,6 +84,36 @@ def methods(scratch: Path) -> dict[str, Any]:
         assert status == [0, 0], (name, status)
         found[name] = compare(one, two)
     return found
+
+
+def compressed(scratch: Path) -> dict[str, Any]:
+    """Two ranks against one, twice; and a run of one rank that two ranks go on with."""
+    wider = {"hidden_size": 64, "intermediate_size": 128}
+    dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16, **wider)
+    options = {"bits": 4.0, "head_bits": 6}
+
+    def alone(name: str, **more: Any) -> None:
+        prune(dense, scratch / name, **options, **more)
+
+    def both(name: str) -> None:
+        status = in_ranks(2, lambda _: alone(name))
+        assert status == [0, 0], (name, status)
+
+    alone("one")
+    both("two")
+    both("again")
+    with contextlib.suppress(StopError):
+        alone("resumed", progress=stop_after(1))
+    first = (scratch / "resumed" / "block-00000.safetensors").read_bytes()
+    both("resumed")
+    totals = {name: Manifest.load(scratch / name).totals for name in ("one", "two", "resumed")}
+    return {
+        "bits": {name: each["bits"] for name, each in totals.items()},
+        "errors": {name: each["mean_relative_output_error"] for name, each in totals.items()},
+        "again": compare(scratch / "two", scratch / "again")["bytes"],
+        "kept": (scratch / "resumed" / "block-00000.safetensors").read_bytes() == first,
+        "left": [path.name for path in (scratch / "resumed").glob("sensitivity*")],
+    }
 
 
 def messages(scratch: Path) -> dict[str, Any]:

@@ -1,0 +1,169 @@
+"""How the loss depends on the outputs of linears: as autograd through the whole model has it.
+
+Shape suffixes: O outputs, I inputs, T tokens, V words of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from method_cases import gather
+from prunus.methods.rate_distortion import relative_steps
+from prunus.model.skeleton import Skeleton
+from prunus.model.stream import Stream
+from prunus.pruning import loss_sensitivity
+from prunus.pruning.job import PruningJob, RunOptions
+from prunus.pruning.loss_sensitivity import LinearSensitivity, loss_sensitivities
+from prunus.pruning.plan import plan_run
+from prunus.pruning.recipe import Recipe
+from tiny import tiny_checkpoint, token_ids
+
+IDS = token_ids(4, 16)
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """Keep products in float32, whatever the processor has."""
+    monkeypatch.setattr(loss_sensitivity, "multiplies_bfloat16", lambda device: False)
+
+
+def planned(folder, dtype: str = "float32", **options) -> PruningJob:
+    recipe = Recipe(bits=4.0, samples=4, seqlen=16, batch=2, dtype=dtype, **options)
+    return plan_run(folder, recipe, RunOptions(input_ids=IDS))
+
+
+def streamed(job: PruningJob, seed: int = 0) -> dict[str, LinearSensitivity]:
+    stream, batches = Stream(job.skeleton, job.source, job.device), list(IDS.split(2))
+    with torch.no_grad(), contextlib.closing(stream):
+        stream.embed(batches, None)
+        options = job.linear_settings.options
+        return loss_sensitivities(stream, batches, job.selected, options, seed)
+
+
+def whole_model(folder, seed: int = 0) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Name of a linear -> weight (O, I), mean squared gradient (O,) and inputs (T, I).
+
+    The whole model runs in memory, one window at a time, with plain hooks.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    inputs: dict[str, list[Tensor]] = {}
+    outputs: dict[str, list[Tensor]] = {}
+
+    def hook(name: str):
+        def observe(_module, args, output):
+            output.retain_grad()
+            inputs.setdefault(name, []).append(args[0].detach().flatten(0, -2))
+            outputs.setdefault(name, []).append(output)
+
+        return observe
+
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name
+    }
+    for name, module in linears.items():
+        module.register_forward_hook(hook(name))
+    for window in IDS.split(1):
+        log_p_TV = model(window).logits[0].log_softmax(dim=-1)
+        drawn = torch.multinomial(log_p_TV.detach().exp(), 1, generator=generator)
+        log_p_TV.gather(1, drawn).sum().backward()
+    found = {}
+    for name, module in linears.items():
+        gradient_TO = torch.cat([output.grad.flatten(0, -2) for output in outputs[name]])
+        squares_O = gradient_TO.square().mean(dim=0)
+        found[name] = (module.weight.detach(), squares_O, torch.cat(inputs[name]))
+    return found
+
+
+def check_equal(found: LinearSensitivity, expected, options) -> None:
+    weight_OI, squares_O, X_TI = expected
+    # A tenth of the mean is added to every row.
+    loss_O = squares_O + 0.1 * squares_O.mean()
+    torch.testing.assert_close(found.loss_O, loss_O, rtol=1e-3, atol=0)
+    assert found.power == pytest.approx(float(X_TI.square().mean()), rel=1e-4)
+    scales_O = loss_O**-0.5 / (loss_O**-0.5).log().mean().exp()
+    torch.testing.assert_close(found.scales_O, scales_O, rtol=1e-3, atol=0)
+    deviations_I = (weight_OI / scales_O[:, None]).square().mean(dim=0).sqrt()
+    deviations_I /= relative_steps(gather(X_TI), options)
+    for place in (0.25, 0.5, 0.75):
+        at = float(deviations_I.quantile(place))
+        assert float(found.deviations_Q.quantile(place)) == pytest.approx(at, rel=0.05)
+
+
+def test_it_is_what_autograd_through_the_whole_llama_finds(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "dense", "llama")
+    job, expected = planned(folder), whole_model(folder)
+    found = streamed(job)
+    assert found.keys() == expected.keys()
+    assert len(found) == 14
+    for name, each in found.items():
+        check_equal(each, expected[name], job.linear_settings.options)
+
+
+def test_gradients_go_back_through_experts(tmp_path):
+    """In memory experts are fused, so the linears around them are compared."""
+    folder = tiny_checkpoint(tmp_path / "dense", "qwen3_moe")
+    job, expected = planned(folder), whole_model(folder)
+    found = streamed(job)
+    attention = [name for name in found if "self_attn" in name]
+    assert len(attention) == 8
+    for name in attention:
+        check_equal(found[name], expected[name], job.linear_settings.options)
+    experts = [each for name, each in found.items() if ".experts." in name]
+    assert len(experts) == 2 * 8 * 3
+    assert all((each.loss_O > 0).all() and each.loss_O.isfinite().all() for each in experts)
+
+
+def test_only_chosen_linears_are_measured_and_the_seed_counts(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "dense", "llama")
+    job = planned(folder, only=("*.0.mlp.*",))
+    one, again, other = streamed(job), streamed(job), streamed(job, seed=1)
+    assert {name.rpartition(".")[2] for name in one} == {"gate_proj", "up_proj", "down_proj"}
+    assert len(one) == 3
+    for name, each in one.items():
+        assert torch.equal(each.loss_O, again[name].loss_O)
+        assert not torch.equal(each.loss_O, other[name].loss_O)
+
+
+def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    job = planned(tiny_checkpoint(tmp_path / "dense", "llama", num_hidden_layers=3))
+    filled, original = [], Skeleton.fill
+
+    def fill(skeleton, index, values, device):
+        block = original(skeleton, index, values, device)
+        filled.append(index)
+        for other in set(range(3)) - {index}:
+            assert all(p.is_meta for p in skeleton.blocks[other].parameters()), (index, other)
+        return block
+
+    monkeypatch.setattr(Skeleton, "fill", fill)
+    streamed(job)
+    assert filled == [0, 1, 2, 2, 1, 0]
+    assert all(p.is_meta for block in job.skeleton.blocks for p in block.parameters())
+
+
+def test_float16_gradients_do_not_vanish(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "dense", "llama", torch.float16)
+    half, single = streamed(planned(folder, "float16")), streamed(planned(folder))
+    for name, each in half.items():
+        expected_O = single[name].loss_O
+        assert float((each.loss_O - expected_O).norm() / expected_O.norm()) < 0.1, name
+
+
+def test_gradients_that_are_not_finite_name_the_linear(tmp_path, monkeypatch):
+    job = planned(tiny_checkpoint(tmp_path / "dense", "llama"))
+    original = loss_sensitivity._gradients_of_loss
+
+    def endless(*arguments):
+        return [gradient * float("inf") for gradient in original(*arguments)]
+
+    monkeypatch.setattr(loss_sensitivity, "_gradients_of_loss", endless)
+    with pytest.raises(ValueError, match=r"gradients of model\.layers\.1\..* are not finite"):
+        streamed(job)
