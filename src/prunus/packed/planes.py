@@ -46,15 +46,10 @@ __all__ = [
     "expand_rows",
 ]
 
+_BYTES = torch.arange(256, dtype=torch.uint8).view(torch.int8).to(torch.int16)
 # The zigzag number of the top of every int8, by its bits as uint8, for each number of raw bits.
 _ZIGZAGS = [
-    zigzag(
-        (torch.arange(256, dtype=torch.uint8).view(torch.int8).to(torch.int16) + (1 << raw >> 1))
-        >> raw
-    )
-    .to(torch.uint8)
-    .numpy()
-    for raw in range(MAX_RAW + 1)
+    zigzag((_BYTES + (1 << raw >> 1)) >> raw).to(torch.uint8).numpy() for raw in range(MAX_RAW + 1)
 ]
 _POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.uint8)
 # The eight bits of a byte as the eight bytes of a word.
@@ -99,7 +94,8 @@ def encode(
         raise ValueError(
             f"levels must be an int8 matrix, got {levels_OI.dtype} {tuple(levels_OI.shape)}"
         )
-    if int(levels_OI.min()) < -MAX_LEVEL:
+    lowest_I, highest_I = levels_OI.aminmax(dim=0)
+    if int(lowest_I.min()) < -MAX_LEVEL:
         raise ValueError(f"levels must lie in -{MAX_LEVEL} to {MAX_LEVEL}, got -128")
     rows, columns = levels_OI.shape
     rows_per_chunk = rows_per_chunk or default_rows_per_chunk(columns)
@@ -114,8 +110,8 @@ def encode(
     )
     check_parts(weight)
     for index, (raw, _) in enumerate(weight.codes):
-        own = levels_OI[:, classes_I == index]
-        largest = int(own.max()) if own.numel() else 0
+        own_I = highest_I[classes_I == index]
+        largest = int(own_I.max()) if own_I.numel() else 0
         if largest > max_level(raw):
             raise ValueError(
                 f"class {index} with {raw} raw bits holds levels up to {max_level(raw)}, "
@@ -155,16 +151,21 @@ def _encode_values(levels_N: np.ndarray, code: PlaneCode, parts: list[np.ndarray
         values = values[escaped] - named
         first += int(named)
     tops = _TOPS[values + np.uint8(first)]
-    parts.append(np.pad(tops, (0, -len(tops) % 8)))
+    parts.append(_padded(tops, 8))
+
+
+def _padded(values: np.ndarray, multiple: int) -> np.ndarray:
+    missing = -len(values) % multiple
+    return np.concatenate([values, np.zeros(missing, np.uint8)]) if missing else values
 
 
 def _planes(symbols_N: np.ndarray, bits: int) -> np.ndarray:
     """Return planes of the low `bits` bits of symbols, padded with 0: uint8 (W, bits, 8)."""
-    words = -(-len(symbols_N) // GROUP)
-    planes = np.zeros((words, bits, 8), dtype=np.uint8)
+    symbols_N = _padded(symbols_N, GROUP)
+    planes = np.empty((len(symbols_N) // GROUP, bits, 8), dtype=np.uint8)
     for plane in range(bits):
         packed = np.packbits(symbols_N & np.uint8(1 << plane), bitorder="little")
-        planes[:, plane] = np.pad(packed, (0, words * 8 - len(packed))).reshape(words, 8)
+        planes[:, plane] = packed.reshape(-1, 8)
     return planes
 
 
