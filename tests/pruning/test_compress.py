@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import prunus
 import reference
@@ -252,6 +252,15 @@ def test_a_budget_below_the_measurement_is_refused(dense, monkeypatch):
         plan_run(dense, recipe, RunOptions(input_ids=token_ids()))
 
 
+def test_eval_scores_it_as_the_unpacked_checkpoint(compressed, unpacked, tmp_path):
+    text = str(tmp_path / "ids.safetensors")
+    save_file({"input_ids": token_ids(4, 32)}, text)
+    with reference_path():
+        packed = prunus.perplexity(compressed, text, seqlen=32)
+    plain = prunus.perplexity(unpacked, text, seqlen=32)
+    assert packed.perplexity == pytest.approx(plain.perplexity, rel=1e-3)
+
+
 def test_the_card_says_bits_and_zeros(compressed):
     card = (compressed / "README.md").read_text()
     totals = Manifest.load(compressed).totals
@@ -443,6 +452,17 @@ def test_an_image_classifier_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_masked_language_model_is_refused(tmp_path):
+    config = AutoConfig.for_model(
+        "bert", vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=1
+    )
+    config.num_attention_heads = 4
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "bert")
+    with pytest.raises(NotImplementedError, match="prunus compress is for causal language models"):
+        compress(tmp_path / "bert", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_is_not_vacant_is_left_alone(dense, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
@@ -462,6 +482,11 @@ def test_prune_sends_a_recipe_with_bits_to_compress(dense, tmp_path):
     (tmp_path / "recipe.toml").write_text("bits = 3.0\n")
     result = call("prune", dense, tmp_path / "out", "--recipe", tmp_path / "recipe.toml", status=2)
     assert "use prunus compress" in " ".join(result.output.split())
+
+
+def test_forecasts_of_other_models_know_no_bits():
+    result = call("plan", "--model-shape", "llama-7b", "--bits", "3", status=2)
+    assert "leave --bits out" in " ".join(result.output.split())
 
 
 def test_compress_needs_bits(dense, tmp_path):

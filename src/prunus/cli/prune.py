@@ -155,9 +155,9 @@ def plan(
     trust_remote_code: arg.Trust = False,
     **options: Any,
 ) -> None:
-    """Show what prune would do and cost, and write nothing.
+    """Show what prune, or compress with --bits, would do and cost, and write nothing.
 
-    Everything that prune checks before its first block is checked here as well.
+    Everything that they check before their first block is checked here as well.
     """
     with user_errors(json_file):
         if (model is None) == (model_shape is None):
@@ -193,6 +193,11 @@ def _forecast(name: str, devices: str | None, recipe: Any, json_file: Path | Non
     from prunus.pruning.forecast import find_shape, forecast
     from prunus.report.tables import forecast_table
 
+    if recipe.bits is not None:
+        raise ValueError(
+            "--model-shape forecasts runs of prune: leave --bits out, or give MODEL, a checkpoint, "
+            "to plan its compression"
+        )
     chosen = parse_devices(devices or f"{os.cpu_count() or 1}-cores")
     found = forecast(
         find_shape(name), chosen, recipe.method, recipe.samples, recipe.seqlen, recipe.batch
