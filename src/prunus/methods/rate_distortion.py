@@ -4,9 +4,10 @@ The goal is to choose integers q and steps so that the output error tr (W − Ŵ
 the bits that a code of q takes. Ŵ_ij = scale_i · step_j · q_ij. Zero is the cheapest symbol of the
 code, so pruning is a part of it: weights that do not repay their bits become 0.
 
-Columns are quantised from left to right, and the columns to the right correct the error (the OBS
-sweep of `solvers/obs.py`). With U the upper Cholesky factor of (G/d̄ + λI)⁻¹, where d̄ is the mean
-diagonal of G, the output error is
+Columns are quantised one after the other, from the input with the largest norm to the smallest,
+and the columns that are left correct the error (the OBS sweep of `solvers/obs.py`). With U the
+upper Cholesky factor of (G/d̄ + λI)⁻¹, the columns in that order and d̄ the mean diagonal of G, the
+output error is
 
     Σ_ij (w_ij − ŵ_ij)² / U_jj²     with w_ij as corrected when its turn comes.
 
@@ -40,7 +41,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,22 +117,27 @@ def quantize(
     """
     how = options.quantization
     assert how is not None
-    factor_II, notes = _factor(statistics, options)
-    gram_II = statistics.gram_II
-    assert gram_II is not None
-    dead_I = gram_II.diagonal() == 0
+    factor = _factor(statistics, options)
+    dead_I = factor.norms_I == 0
     scales_O = how.scales_O.to(weight_OI.device).bfloat16().float()
     # A column with an outlier gets a step that keeps its levels in range.
     floor_I = (weight_OI / scales_O[:, None]).abs().amax(dim=0).div_(_MAX_FIRST_LEVEL)
-    steps_I = torch.maximum(how.step * factor_II.diagonal(), floor_I).bfloat16().float()
+    steps_I = torch.maximum(how.step * factor.diagonal_I, floor_I).bfloat16().float()
     # A column of zeros, or of subnormal numbers, may not have the step 0.
     steps_I = steps_I.masked_fill(steps_I == 0, 1.0)
 
     def sweep(rows: Tensor | slice, shares_KV: Tensor, classes_I: Tensor) -> Tensor:
-        kept = None if keep_OI is None else keep_OI[rows]
-        return _sweep(
-            weight_OI[rows], factor_II, dead_I, steps_I, scales_O[rows], shares_KV, classes_I, kept
+        order_I = factor.order_I
+        # Rows are divided by their scale, so that a column has a single step. In the transposed
+        # weight a column is contiguous.
+        scaled_IO = (weight_OI[rows] / scales_O[rows, None]).T[order_I]
+        scaled_IO[dead_I[order_I]] = 0
+        kept_IO = None if keep_OI is None else keep_OI[rows].T[order_I]
+        levels_IO = torch.empty(scaled_IO.shape, dtype=torch.int8, device=scaled_IO.device)
+        levels_IO[order_I] = _sweep(
+            scaled_IO, factor.upper_II, steps_I[order_I], shares_KV, classes_I[order_I], kept_IO
         )
+        return levels_IO.T.contiguous()
 
     # A few rows choose the code. Rounding depends on the code and the code on the rounding, so they
     # do it twice.
@@ -148,7 +154,7 @@ def quantize(
     def solve(shard: RowShard) -> Pruned:
         levels_OI = sweep(shard.rows, shares_KV, classes_I)
         dense_OI = Quantized(levels_OI, steps_I, scales_O[shard.rows]).dense()
-        return Pruned(dense_OI, levels_OI != 0, dict(notes))
+        return Pruned(dense_OI, levels_OI != 0, dict(factor.notes))
 
     pruned = options.row_sharding.solve(len(weight_OI), 1, solve)
     unit_OI = steps_I * scales_O[:, None]
@@ -162,14 +168,42 @@ def relative_steps(statistics: InputStatistics, options: MethodOptions) -> Tenso
     The factor matters between linears. An error in units of these steps changes the outputs by
     d̄ / T times its square, where d̄ is the mean diagonal of the Gram matrix of T tokens.
     """
-    return _factor(statistics, options)[0].diagonal()
+    return _factor(statistics, options).diagonal_I
 
 
-def _factor(statistics: InputStatistics, options: MethodOptions) -> tuple[Tensor, dict[str, Any]]:
+class _Factor(NamedTuple):
+    """The order of the columns, and the factor of the inverse Gram matrix in this order.
+
+    Attributes:
+        order_I: int64 (I,), the columns in the order of the sweep.
+        upper_II: U, float32, rows and columns in the order of the sweep.
+        diagonal_I: U_jj, in the order of the weight.
+        norms_I: the squared norms of the inputs, in the order of the weight.
+        notes: of `obs.inverse_factor`.
+    """
+
+    order_I: Tensor
+    upper_II: Tensor
+    diagonal_I: Tensor
+    norms_I: Tensor
+    notes: dict[str, Any]
+
+
+def _factor(statistics: InputStatistics, options: MethodOptions) -> _Factor:
     gram_II = statistics.gram_II
     assert gram_II is not None, "quantising by rate and distortion needs a Gram matrix"
     damping = DAMPING if options.damping is None else options.damping
-    return statistics.derived(("inverse_factor", damping), lambda: inverse_factor(gram_II, damping))
+
+    def compute() -> _Factor:
+        norms_I = gram_II.diagonal().clone()
+        order_I = norms_I.argsort(descending=True, stable=True)
+        upper_II, notes = inverse_factor(gram_II[order_I][:, order_I], damping)
+        diagonal_I = torch.empty_like(norms_I)
+        diagonal_I[order_I] = upper_II.diagonal()
+        return _Factor(order_I, upper_II, diagonal_I, norms_I, notes)
+
+    # Linears with the same input share one factor: it is computed for the first of them.
+    return statistics.derived(("factor_by_norm", damping), compute)
 
 
 def _rounding_shares(lengths_KV: Tensor) -> Tensor:
@@ -184,27 +218,21 @@ def _rounding_shares(lengths_KV: Tensor) -> Tensor:
 
 
 def _sweep(
-    weight_OI: Tensor,
+    weight_IO: Tensor,
     factor_II: Tensor,
-    dead_I: Tensor,
     steps_I: Tensor,
-    scales_O: Tensor,
     shares_KV: Tensor,
     classes_I: Tensor,
-    keep_OI: Tensor | None,
+    keep_IO: Tensor | None,
 ) -> Tensor:
-    """The sweep over the columns of some rows; returns the integers, int8 (O, I).
+    """The sweep over the columns, which come in its order; returns the integers, int8 (I, O).
 
-    The blocks and tiles are those of `solvers/obs.py`, and for the same reason.
+    The blocks and tiles are those of `solvers/obs.py`, and for the same reason. `weight_IO` is
+    overwritten.
     """
-    diagonal, steps, classes = factor_II.diagonal(), steps_I.tolist(), classes_I.tolist()
-    # In the transposed weight a column is contiguous. Rows are divided by their scale, so that a
-    # column has a single step.
-    weight_IO = (weight_OI / scales_O[:, None]).T.contiguous()
-    weight_IO[dead_I] = 0
-    keep_IO = None if keep_OI is None else keep_OI.T.contiguous()
+    steps, classes = steps_I.tolist(), classes_I.tolist()
+    inverse_I = factor_II.diagonal().reciprocal().tolist()
     levels_IO = torch.empty(weight_IO.shape, dtype=torch.int8, device=weight_IO.device)
-    inverse_I = diagonal.reciprocal().tolist()
     inputs = len(weight_IO)
     for start in range(0, inputs, _BLOCK):
         stop = min(start + _BLOCK, inputs)
@@ -226,7 +254,7 @@ def _sweep(
             done_BO = error_BO[first - start : last - start]
             weight_IO[last:stop].addmm_(factor_II[first:last, last:stop].T, done_BO, alpha=-1)
         weight_IO[stop:].addmm_(factor_II[start:stop, stop:].T, error_BO, alpha=-1)
-    return levels_IO.T.contiguous()
+    return levels_IO
 
 
 def expected_bits(deviations: Tensor) -> Tensor:
