@@ -118,6 +118,21 @@ def test_blocks_of_columns_make_no_difference():
 # --- against theory ---
 
 
+def test_a_massive_input_is_corrected_by_all_the_others():
+    """Its column would need far more levels than there are, wherever it stands in the weight."""
+    weight_OI, X_TI = example(40, 24, tokens=400)
+    errors = []
+    for place in (0, 23):
+        massive_TI = X_TI.clone()
+        # A few tokens have a huge value, as attention sinks do, beside their ordinary ones.
+        massive_TI[::50, place] += 1e4
+        found = quantized(weight_OI, massive_TI, 0.003, damping=1e-3)
+        gram_II = gather(massive_TI).gram_II
+        change_OI = weight_OI - found.weight_OI
+        errors.append(output_error(change_OI, gram_II) / output_error(weight_OI, gram_II))
+    assert 0.2 < errors[0] / errors[1] < 5
+
+
 def test_steps_follow_the_factor():
     weight_OI, X_TI = example(16, 24)
     found = quantized(weight_OI, X_TI, 0.3, damping=0.02).quantized
@@ -192,7 +207,7 @@ def test_a_forced_mask_stays_and_the_kept_columns_correct_it():
     assert float((found.keep_OI & keep_OI).sum() / keep_OI.sum()) > 0.95
     gram_II = gather(X_TI).gram_II
     masked = output_error(weight_OI - weight_OI * keep_OI, gram_II)
-    assert output_error(weight_OI - found.weight_OI, gram_II) < 0.9 * masked
+    assert output_error(weight_OI - found.weight_OI, gram_II) < 0.95 * masked
 
 
 @pytest.mark.parametrize("kind", WEIRD)

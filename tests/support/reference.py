@@ -378,6 +378,42 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """Quantise column by column in float64; returns the integers (O, I) and the steps (I,).
 
+    The columns are taken from the input with the largest norm to the smallest.
+    """
+    order_I = gram_II.diagonal().argsort(descending=True, stable=True)
+
+    def in_natural_order(values: Tensor) -> Tensor:
+        result = torch.empty_like(values)
+        result[..., order_I] = values
+        return result
+
+    def code_in_order(levels_OI: Tensor) -> CodeLengths:
+        code = code_of(in_natural_order(levels_OI))
+        return CodeLengths(code.lengths_KV, code.classes_I[order_I])
+
+    levels_OI, steps_I = _quantize_in_order(
+        weight_OI[:, order_I],
+        gram_II[order_I][:, order_I],
+        damping,
+        step,
+        scales_O,
+        code_in_order,
+        None if keep_OI is None else keep_OI[:, order_I],
+    )
+    return in_natural_order(levels_OI), in_natural_order(steps_I)
+
+
+def _quantize_in_order(
+    weight_OI: Tensor,
+    gram_II: Tensor,
+    damping: float,
+    step: float,
+    scales_O: Tensor,
+    code_of: Callable[[Tensor], CodeLengths],
+    keep_OI: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The sweep of `quantize` from left to right.
+
     A value between two integers becomes the one whose squared error and bits cost less. The columns
     to the right correct the error with a new inverse Hessian of their own. The first sweep has a
     dead zone. Its integers choose the code of the second sweep, and those of the second sweep
