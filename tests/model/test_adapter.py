@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import prunus
 from packed_reference import pruned_checkpoint
 from prunus.evaluation.generation import generate
-from prunus.evaluation.speed import _weight_bytes
+from prunus.evaluation.size import file_bytes
 from prunus.model.adapter import CONFIG_NAME, WEIGHTS_NAME, base_folder, check_adapter, is_adapter
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
@@ -86,7 +86,7 @@ def test_everything_that_loads_models_takes_adapters(base, adapter, tmp_path):
     sizes = [
         path.stat().st_size for folder in (adapter, base) for path in folder.glob("*.safetensors")
     ]
-    assert _weight_bytes(adapter) == sum(sizes)
+    assert file_bytes(adapter) == sum(sizes)
 
 
 def test_the_base_is_found_beside_the_adapter(base, adapter, tmp_path, monkeypatch):
