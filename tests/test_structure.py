@@ -34,7 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "calibration": set(),
     "packed": {"model"},
     "pruning": {"calibration", "distributed", "hardware", "methods", "model", "packed"},
-    "recovery": {"calibration", "distributed", "hardware", "model", "pruning"},
+    "recovery": {"calibration", "distributed", "hardware", "model", "packed", "pruning"},
     "evaluation": {
         "calibration",
         "distributed",

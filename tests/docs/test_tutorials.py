@@ -32,6 +32,7 @@ OTHERS = [REPOSITORY / "README.md", *sorted((DOCS / "how-to").glob("*.md"))]
 SMALL = {
     "prune": {"--samples": "4", "--seqlen": "16"},
     "plan": {"--samples": "4", "--seqlen": "16"},
+    "compress": {"--bits": "5", "--samples": "4", "--seqlen": "16"},
     "eval": {"--seqlen": "16", "--limit": "2"},
     "recover": {"--tokens": "64", "--seqlen": "16", "--held-out": "2", "--evaluations": "1"},
     "pack": {},

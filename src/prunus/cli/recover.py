@@ -25,13 +25,15 @@ def recover(
         ),
     ],
     mode: Annotated[
-        Literal["lora", "sparse-lora", "masked"],
+        Literal["lora", "sparse-lora", "masked", "scales"] | None,
         typer.Option(
             metavar="MODE",
             help="What to train. lora: low-rank layers kept apart (peft). sparse-lora: low-rank "
-            "updates of surviving weights, merged. masked: all weights except the pruned ones.",
+            "updates of surviving weights, merged. masked: all weights except the pruned ones. "
+            "scales: scales, steps, norms and biases of a compressed model, whose integers stay; "
+            "the default there.",
         ),
-    ],
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -62,7 +64,8 @@ def recover(
         typer.Option(
             rich_help_panel=_TRAINING,
             help="Peak learning rate; it falls along a cosine. Default: that of the mode, 0.001 "
-            "for low-rank updates, 0.00115 times the root mean square of the weights for masked.",
+            "for low-rank updates, 0.00115 times the root mean square of the weights for masked, "
+            "0.002 relative to each tensor for scales.",
         ),
     ] = None,
     warmup: Annotated[
@@ -156,6 +159,8 @@ def recover(
 ) -> None:
     """Recover quality by a short training that keeps the zeros.
 
+    In a compressed model it trains the scales, and the integers stay.
+
     A recovery that was stopped or killed continues when you give the same command again. Under
     torchrun, the processes split the windows of every step; --batch must be at least their number.
     """
@@ -170,7 +175,7 @@ def recover(
         if target_modules is not None:
             names = (name.strip() for name in target_modules.split(","))
             options["target_modules"] = tuple(name for name in names if name)
-        with show_recovery(f"{mode} {output}") as progress:
+        with show_recovery(f"{mode or 'scales'} {output}") as progress:
             record = train(
                 model,
                 output,

@@ -6,12 +6,12 @@ has rules that turn stored names into names of the model; prunus applies the sam
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from prunus.model.skeleton import Skeleton
 
-__all__ = ["names_in_model", "naming_rules"]
+__all__ = ["names_in_model", "naming_rules", "stored_names"]
 
 
 def naming_rules(model: Any) -> tuple[list[Any], list[Any]]:
@@ -77,3 +77,31 @@ def names_in_model(
         else:
             unknown[name] = key
     return names, converted, unknown
+
+
+def stored_names(model: Any, keys: Iterable[str], names: Collection[str]) -> dict[str, str]:
+    """Return stored name -> the model's name, for some tensors of a loaded model.
+
+    Args:
+        model: the model, for the rules by which transformers renames what is stored.
+        keys: all stored names of the checkpoint that it was loaded from.
+        names: names in the model.
+
+    Raises:
+        NotImplementedError: the checkpoint stores one of them in another form.
+    """
+    from transformers.core_model_loading import rename_source_key
+
+    renamings, expected = naming_rules(model)[0], dict.fromkeys(names, True)
+    found = {}
+    for key in keys:
+        name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, expected)
+        name = name if name in expected else key
+        if name in expected:
+            found[key] = name
+    if missing := sorted(set(expected) - set(found.values())):
+        raise NotImplementedError(
+            f"the checkpoint does not store {missing[0]!r} as the model has it, so it cannot be "
+            "written again with packed weights; expand it with prunus unpack"
+        )
+    return found

@@ -71,13 +71,16 @@ class CheckpointSource:
     Args:
         folder: a Hugging Face checkpoint.
         trust_remote_code: let transformers run code that comes with the checkpoint.
+        quantized: accept a checkpoint that is quantised or packed. Its weights cannot be bound.
 
     Raises:
         FileNotFoundError, ValueError: see `Checkpoint`, `load_config` and `check_sizes`.
     """
 
-    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
-        self.config = load_config(folder, trust_remote_code)
+    def __init__(
+        self, folder: Path, trust_remote_code: bool = False, quantized: bool = False
+    ) -> None:
+        self.config = load_config(folder, trust_remote_code, quantized=quantized)
         self.checkpoint = Checkpoint(folder)
         check_sizes(folder, self.config, self.checkpoint)
         config_bytes = (folder / "config.json").read_bytes()

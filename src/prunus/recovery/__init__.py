@@ -1,4 +1,4 @@
-"""Recovery: train a pruned model for a short time to win quality back, with its zeros kept.
+"""Recovery: train a pruned or compressed model for a short time to win quality back.
 
 options.py      what to do: validated and frozen
 job.py          everything that is checked and decided before any work
@@ -8,10 +8,12 @@ loss.py         cross entropy and distillation, a few rows of logits at a time
 trainable.py    what a mode trains; mode masked: everything but the pruned weights
 lora.py         mode lora: LoRA layers through peft
 sparse_lora.py  mode sparse-lora: low-rank updates of surviving weights, merged at the end
+scales.py       mode scales: scales, steps, norms and biases of a compressed model
 masks.py        which weights are pruned, and the check that they still are
 teacher.py      whether the dense model can teach the pruned one
 checkpoints.py  the state of a training on disk
 output.py       the folder of the result
+compressed_result.py  the folder of a compressed result
 record.py       what was done, for programs
 card.py         what was done, for readers
 """

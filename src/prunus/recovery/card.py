@@ -13,6 +13,7 @@ _WHAT_WAS_TRAINED: dict[Mode, str] = {
     "lora": "low-rank layers beside its linears (LoRA)",
     "sparse-lora": "low-rank updates of its surviving weights, merged",
     "masked": "all its weights except the pruned ones",
+    "scales": "the row scales and column steps of its linears, norm weights and biases",
 }
 
 
@@ -42,8 +43,11 @@ tags: [lora, pruned, sparse, prunus]
 
 def _section(record: RecoveryRecord) -> str:
     target = "the dense model" if record.teacher is not None else "the text alone"
+    kept = "Every pruned weight is still zero"
+    if record.options.mode == "scales":
+        kept = "All integers are those of the compressed model"
     return (
         f"Recovered by prunus. Trained: {_WHAT_WAS_TRAINED[record.options.mode]}, "
         f"on {record.inputs.text}, learning from {target}. "
-        f"Every pruned weight is still zero. Figures are in `{RECORD_NAME}`.\n"
+        f"{kept}. Figures are in `{RECORD_NAME}`.\n"
     )

@@ -16,7 +16,6 @@ from prunus.calibration.training_text import TrainingText, training_text
 from prunus.distributed import Ranks
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.adapter import CONFIG_NAME, is_adapter, require_peft
-from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.output_folder import check_apart, check_whole, is_vacant
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.device import choose_device
@@ -25,12 +24,13 @@ from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.tokenizer import load_tokenizer
-from prunus.recovery.options import RecoveryOptions
+from prunus.recovery.compressed_result import is_compressed, is_packed
+from prunus.recovery.options import MODES, Mode, RecoveryOptions
 from prunus.recovery.record import RECORD_NAME, RecoveryInputs, RecoveryRecord
 from prunus.recovery.teacher import check_vocabulary
 from prunus.recovery.training import step_count, training_dtype
 
-__all__ = ["RecoveryJob", "check_ranks", "plan_recovery"]
+__all__ = ["RecoveryJob", "check_ranks", "default_mode", "plan_recovery"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class RecoveryJob:
     Attributes:
         options: how the model is recovered.
         output: where the result goes.
-        source, skeleton: the pruned checkpoint and its model without weights, bound to each other.
+        source: the pruned or compressed checkpoint.
+        skeleton: the model without weights, to which the source is bound; None in mode scales.
         teacher: the dense checkpoint, or None.
         text: windows to train on and held-out windows.
         device, dtype: of matrix products.
@@ -50,7 +51,7 @@ class RecoveryJob:
     options: RecoveryOptions
     output: Path
     source: CheckpointSource
-    skeleton: Skeleton
+    skeleton: Skeleton | None
     teacher: CheckpointSource | None
     text: TrainingText
     device: torch.device
@@ -62,6 +63,18 @@ class RecoveryJob:
         """Size of all tensors of the pruned checkpoint in bytes."""
         checkpoint = self.source.checkpoint
         return checkpoint.nbytes(checkpoint.tensors)
+
+
+def default_mode(model: str | Path) -> str:
+    """Return the mode for a checkpoint if none is given: scales for a compressed one.
+
+    Raises:
+        ValueError: the checkpoint is not compressed, so that a mode must be given.
+        FileNotFoundError: there is no such checkpoint.
+    """
+    if is_compressed(resolve_folder(model)):
+        return "scales"
+    raise ValueError(f"mode is missing; give one of {', '.join(MODES)}")
 
 
 def plan_recovery(
@@ -92,14 +105,19 @@ def plan_recovery(
         require_peft()
     check_source(options.text, data_dir)
     folder = resolve_folder(model)
-    _check_trainable_form(folder)
+    _check_trainable_form(folder, options.mode)
     check_apart(output, folder)
     chosen_device = choose_device(device)
-    source, skeleton = _open(folder)
+    skeleton = None
+    if options.mode == "scales":
+        source = CheckpointSource(folder, quantized=True)
+        require_causal(source.config, "prunus recover")
+    else:
+        source, skeleton = _open(folder)
     dense = None
     if teacher is not None:
         dense_folder = resolve_folder(teacher)
-        _check_trainable_form(dense_folder)
+        _check_teacher(dense_folder)
         check_apart(output, dense_folder)
         dense, _ = _open(dense_folder)
         check_vocabulary(source, dense)
@@ -177,24 +195,51 @@ def _earlier_record(output: Path, overwrite: bool, resume: bool | None) -> Recov
     return earlier
 
 
-def _check_trainable_form(folder: Path) -> None:
-    """Check that a folder holds a whole checkpoint.
+def _check_trainable_form(folder: Path, mode: Mode) -> None:
+    """Check that a folder holds a checkpoint whose weights a mode can train.
 
     Raises:
-        ValueError: it holds an adapter or a packed model; the message says what to do.
+        ValueError: it does not; the message says what to do.
     """
+    _check_no_adapter(folder)
+    compressed = is_compressed(folder)
+    if mode == "scales" and not compressed:
+        others = ", ".join(other for other in MODES if other != "scales")
+        raise ValueError(
+            f"{folder} has no quantised linears, and mode scales trains nothing else: compress it "
+            f"first (prunus compress), or give one of the modes {others}"
+        )
+    if mode != "scales" and compressed:
+        raise ValueError(
+            f"{folder} is compressed, and mode {mode} cannot train packed weights: give --mode "
+            f"scales, or expand it first (prunus unpack {folder} DEST)"
+        )
+    if mode != "scales" and is_packed(folder):
+        raise ValueError(
+            f"{folder} is packed, and packed weights cannot be trained: "
+            f"prunus unpack {folder} DEST first"
+        )
+
+
+def _check_teacher(folder: Path) -> None:
+    """Check that a folder holds a model that can teach.
+
+    Raises:
+        ValueError: it does not; the message says what to do.
+    """
+    _check_no_adapter(folder)
+    if is_packed(folder):
+        raise ValueError(
+            f"the teacher {folder} is packed; give the dense model that it was made from, or "
+            f"expand it first (prunus unpack {folder} DEST)"
+        )
+
+
+def _check_no_adapter(folder: Path) -> None:
     if is_adapter(folder):
         raise ValueError(
             f"{folder} is an adapter ({CONFIG_NAME}), not a checkpoint; "
             "give the model that it is for"
-        )
-    path = folder / "config.json"
-    config = read_json(path) if path.exists() else {}
-    packing = config.get("quantization_config") if isinstance(config, dict) else None
-    if isinstance(packing, dict) and packing.get("quant_method") == "prunus":
-        raise ValueError(
-            f"{folder} is packed, and packed weights cannot be trained: "
-            f"prunus unpack {folder} DEST first"
         )
 
 

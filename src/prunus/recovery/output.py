@@ -22,7 +22,7 @@ from prunus.pruning.output import OUTSIDE_SHARD, shard_name
 from prunus.recovery.masks import check_zeros
 from prunus.recovery.record import LinearMask
 
-__all__ = ["ResultFolder"]
+__all__ = ["ResultFolder", "files_to_copy"]
 
 
 class ResultFolder:
@@ -71,7 +71,7 @@ class ResultFolder:
 
     def finish(self, card: str) -> None:
         """Copy configuration and tokenizer, then write the card and, last, the index."""
-        for path in _files_to_copy(self._source.checkpoint.folder):
+        for path in files_to_copy(self._source.checkpoint.folder):
             copy_file(path, self.folder / path.name)
         write_text(self.folder / "README.md", card)
         checkpoint = self._source.checkpoint
@@ -130,7 +130,7 @@ class ResultFolder:
         return linears
 
 
-def _files_to_copy(source: Path) -> list[Path]:
+def files_to_copy(source: Path) -> list[Path]:
     """The files that a result copies from the pruned checkpoint, including its manifest."""
     found = [path for path in auxiliary_files(source) if not path.name.startswith("prunus-")]
     manifest = source / MANIFEST_NAME

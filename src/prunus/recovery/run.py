@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,17 @@ from prunus.model.checkpoint.output_folder import check_disk
 from prunus.model.checkpoint.reader import INDEX_NAME, resolve_folder
 from prunus.model.linears import Linear
 from prunus.model.loading import load_model
+from prunus.model.names import stored_names
 from prunus.recovery.card import adapter_card, checkpoint_card
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
-from prunus.recovery.job import RecoveryJob, check_ranks, plan_recovery
+from prunus.recovery.compressed_result import write_compressed
+from prunus.recovery.job import RecoveryJob, check_ranks, default_mode, plan_recovery
 from prunus.recovery.lora import lora, select_linears
 from prunus.recovery.masks import block_linears, pruned_linears
 from prunus.recovery.options import recovery_options
 from prunus.recovery.output import ResultFolder
 from prunus.recovery.record import LinearMask, RecoveryRecord
+from prunus.recovery.scales import dense_size, scales, trained_tensors
 from prunus.recovery.sparse_lora import merged_weights, sparse_lora
 from prunus.recovery.trainable import Trainable, masked
 from prunus.recovery.training import Step, train
@@ -54,7 +57,7 @@ _MAX_EAGER_TOKENS = 512
 def recover(
     model: str | Path,
     output: str | Path,
-    mode: str,
+    mode: str | None = None,
     *,
     teacher: str | Path | None = None,
     device: str = "auto",
@@ -66,15 +69,16 @@ def recover(
     progress: Callable[[Step], None] | None = None,
     **options: Any,
 ) -> RecoveryRecord:
-    """Win back quality of a pruned checkpoint by a short training.
+    """Win back quality of a pruned or compressed checkpoint by a short training.
 
     Args:
-        model: folder or hub id of a pruned checkpoint. It is not changed.
+        model: folder or hub id of a pruned or compressed checkpoint. It is not changed.
         output: folder of the result: a checkpoint with the same zeros, or, in mode lora, a peft
             adapter.
         mode: lora (low-rank layers beside the query and value projections, kept apart),
-            sparse-lora (low-rank updates of surviving weights, merged), or masked (all weights
-            except the pruned ones).
+            sparse-lora (low-rank updates of surviving weights, merged), masked (all weights
+            except the pruned ones), or scales (scales, steps, norms and biases of a compressed
+            checkpoint). None is scales for a compressed checkpoint, and an error for all others.
         teacher: folder or hub id of the dense model. The pruned model learns its logits in place of
             the text, or together with it (`distill_weight`).
         device: auto, cpu, cuda or cuda:i.
@@ -105,7 +109,8 @@ def recover(
         if ranks is None:
             ranks = stack.enter_context(process_group(rank_timeout))
         started = time.perf_counter()
-        chosen = recovery_options({"mode": mode, **options})
+        with ranks.fail_together():
+            chosen = recovery_options({"mode": mode or default_mode(model), **options})
         check_ranks(chosen, ranks)
         with ranks.fail_together():
             job = plan_recovery(
@@ -165,6 +170,7 @@ class _Student:
         updated: those with a low-rank update in mode sparse-lora.
         parameters: number of parameters of the pruned checkpoint.
         base: what an adapter names as its base model.
+        stored: in mode scales, stored name -> the model's name of each tensor that is trained.
     """
 
     trainable: Trainable
@@ -172,6 +178,7 @@ class _Student:
     updated: Mapping[str, Linear]
     parameters: int
     base: str
+    stored: Mapping[str, str] = field(default_factory=dict)
 
 
 def _load_student(job: RecoveryJob, base: str) -> _Student:
@@ -180,10 +187,14 @@ def _load_student(job: RecoveryJob, base: str) -> _Student:
     if job.device.type == "cpu":
         # Each step frees and allocates the logits. glibc would give them back to the system.
         keep_freed_memory()
-    # In mode lora the base is never updated, so it need not be float32.
-    dtype = job.dtype if options.mode == "lora" else torch.float32
+    # In modes lora and scales no matrix is updated, so they need not be float32.
+    dtype = job.dtype if options.mode in ("lora", "scales") else torch.float32
     model = load_model(folder, dtype, attention=_attention(job)).to(job.device)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = dense_size(model)
+    if options.mode == "scales":
+        trainable = scales(model, job.dtype)
+        names = stored_names(model, job.source.checkpoint.tensors, trained_tensors(trainable))
+        return _Student(trainable, {}, {}, parameters, base, names)
     if options.mode == "lora":
         trainable = lora(
             model,
@@ -275,14 +286,21 @@ def _write_result(job: RecoveryJob, student: _Student) -> None:
         save_adapter(model, job.output)
         write_text(job.output / "README.md", adapter_card(record, student.base))
         return
+    card = checkpoint_card(record, job.source.checkpoint.folder)
+    if job.options.mode == "scales":
+        trained = trained_tensors(student.trainable)
+        changed = {key: trained[name] for key, name in student.stored.items()}
+        write_compressed(job.output, job.source.checkpoint, changed, card)
+        return
     # A tied head and embedding are one parameter with two names; both may be stored.
-    changed: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    changed = dict(model.named_parameters(remove_duplicate=False))
     if job.options.mode == "sparse-lora":
         changed = merged_weights(student.updated)
+    assert job.skeleton is not None
     result = ResultFolder(job.output, job.source, job.skeleton)
     record.linears = result.write_shards(changed, student.pruned)
     record.totals |= _zero_totals(record.linears)
-    result.finish(checkpoint_card(record, job.source.checkpoint.folder))
+    result.finish(card)
 
 
 def _zero_totals(linears: Mapping[str, LinearMask]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class Trainable:
         added: number of parameters that the result has and the pruned checkpoint has not.
         weight_rms: root mean square of the model's own kept weights if these are trained. The
             default learning rate is relative to it. 1 for low-rank factors.
+        rates: name of a parameter -> its learning rate, as a multiple of that of the others.
     """
 
     model: Any
@@ -32,6 +33,7 @@ class Trainable:
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     added: int = 0
     weight_rms: float = 1.0
+    rates: dict[str, float] = field(default_factory=dict)
 
 
 def masked(model: Any, linears: dict[str, Linear]) -> Trainable:

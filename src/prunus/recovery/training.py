@@ -202,9 +202,15 @@ class _Trainer:
         self.parameters = list(trainable.parameters.values())
         self.device = self.parameters[0].device
         self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        groups: dict[float, list[torch.nn.Parameter]] = {}
+        for name, parameter in trainable.parameters.items():
+            groups.setdefault(trainable.rates.get(name, 1.0), []).append(parameter)
         # Each step sets its own rate. `fused` updates a parameter in one pass over memory.
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=0.0, weight_decay=options.weight_decay, fused=True
+            [{"params": group, "multiple": multiple} for multiple, group in groups.items()],
+            lr=0.0,
+            weight_decay=options.weight_decay,
+            fused=True,
         )
 
     def spent(self, state: TrainingState, seconds: float, ahead: float = 0.0) -> float:
@@ -241,8 +247,9 @@ class _Trainer:
         # A single bad step would spoil weights and moments for good, so it is not taken.
         if math.isfinite(total) and bool(norm.isfinite()):
             peak = self.options.peak_rate(self.trainable.weight_rms)
+            rate = learning_rate(peak, spent, self.options.warmup)
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(peak, spent, self.options.warmup)
+                group["lr"] = rate * group["multiple"]
             self.optimizer.step()
         else:
             total = math.nan
