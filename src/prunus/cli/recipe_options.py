@@ -76,7 +76,7 @@ OPTIONS: dict[str, Any] = {
         typer.Option(
             metavar="N",
             help="Bits per weight of the linears in the compressed file, scales and all else "
-            "counted, from 1 to 8.",
+            "counted, from 1 to 7.",
         ),
     ],
     "head_bits": Annotated[

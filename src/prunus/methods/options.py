@@ -148,7 +148,7 @@ RULES: dict[str, Rule] = {
     "column_block": at_least(1, " column", ("sparsegpt", "obs")),
     "ria_power": in_range("[0, 2]", methods=("ria",)),
     "iterations": at_least(1, methods=("alps",)),
-    "bits": in_range("[1, 8]", ": 3 makes the linears a fifth of their bfloat16 size"),
+    "bits": in_range("[1, 7]", ": 3 makes the linears a fifth of their bfloat16 size"),
     "refine": _one_of(Refine),
     "refine_steps": at_least(1),
     "weight_update": _one_of(WeightUpdate),

@@ -38,6 +38,7 @@ classes of columns, V values from −128 to 127.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -283,6 +284,7 @@ def expected_bits(deviations: Tensor) -> Tensor:
 _LOWEST, _HIGHEST, _PER_OCTAVE = -4, 4, 8
 
 
+@functools.cache
 def _entropies() -> Tensor:
     count = (_HIGHEST - _LOWEST) * _PER_OCTAVE + 1
     deviation_N = 2.0 ** (_LOWEST + torch.arange(count, dtype=torch.float64) / _PER_OCTAVE)

@@ -38,8 +38,9 @@ PROBE_WINDOWS, PROBE_TOKENS = 8, 256
 # This share of its linear's mean is added to the sensitivity of every row. A few tokens say little
 # about a single row, and may miss it.
 _SHARED = 0.1
-# Inputs whose Gram matrix is inverted at once. Wide linears are measured in parts of this width.
-_MAX_WIDTH = 2048
+# Wide linears are measured in parts of at most this width. The parts are narrower where a block has
+# so many linears, as experts do, that their Gram matrices would take more bytes than this.
+_MAX_WIDTH, _MAX_BYTES = 2048, 2**30
 # Numbers that stand for the inputs of a linear.
 _QUANTILES = 64
 # float16 gradients below 6e-8 are 0.
@@ -159,8 +160,9 @@ class _Sums:
 
     statistics: InputStatistics
     squares_O: Tensor | None = None
-    #: Wide inputs: the statistics of each part of the inputs.
+    #: The statistics of each part of the inputs, of this width each.
     parts: list[InputStatistics] = field(default_factory=list)
+    width: int = _MAX_WIDTH
 
 
 def _measure_block(
@@ -176,7 +178,9 @@ def _measure_block(
     skeleton, device = stream.skeleton, stream.device
     block = skeleton.fill(index, stream.source.block(index), device)
     linears = [linear for linear in skeleton.linears(index) if linear.name in names]
-    sums = {linear.name: _new_sums(linear, device) for linear in linears}
+    inputs_in_all = sum(linear.shape[1] for linear in linears)
+    width = max(1, min(_MAX_WIDTH, _MAX_BYTES // (4 * max(1, inputs_in_all))))
+    sums = {linear.name: _new_sums(linear, width, device) for linear in linears}
     run = stream.call(index, block)
     with output_hooks(
         linears, lambda linear, x, output: _add(sums[linear.name], tokens_of(x.detach()), output)
@@ -198,11 +202,11 @@ def _measure_block(
     return found
 
 
-def _new_sums(linear: Linear, device: torch.device) -> _Sums:
-    width = linear.shape[1]
-    starts = range(0, width, _MAX_WIDTH)
-    parts = [InputStatistics(min(_MAX_WIDTH, width - start), "gram", device) for start in starts]
-    return _Sums(InputStatistics(width, "norms", device), None, parts)
+def _new_sums(linear: Linear, width: int, device: torch.device) -> _Sums:
+    inputs = linear.shape[1]
+    starts = range(0, inputs, width)
+    parts = [InputStatistics(min(width, inputs - start), "gram", device) for start in starts]
+    return _Sums(InputStatistics(inputs, "norms", device), None, parts, width)
 
 
 def _add(into: _Sums, x_TI: Tensor, output_TO: Tensor) -> None:
@@ -210,7 +214,7 @@ def _add(into: _Sums, x_TI: Tensor, output_TO: Tensor) -> None:
     if not len(x_TI):
         return
     into.statistics.add(x_TI)
-    for part, x_TP in zip(into.parts, x_TI.split(_MAX_WIDTH, dim=1), strict=True):
+    for part, x_TP in zip(into.parts, x_TI.split(into.width, dim=1), strict=True):
         part.add(x_TP)
 
     def add_gradient(gradient: Tensor) -> None:
