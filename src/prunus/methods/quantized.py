@@ -43,6 +43,7 @@ class Quantized(NamedTuple):
     def dense(self) -> Tensor:
         """The weight, float32 (O, I).
 
+        >>> import torch
         >>> levels = torch.tensor([[1, -2]], dtype=torch.int8)
         >>> Quantized(levels, torch.tensor([0.5, 2.0]), torch.tensor([2.0])).dense()
         tensor([[ 1., -8.]])

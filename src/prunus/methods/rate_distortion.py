@@ -49,7 +49,7 @@ from torch import Tensor
 
 from prunus.methods.base import Pruned
 from prunus.methods.options import MethodOptions
-from prunus.methods.quantized import MAX_LEVEL, CodeLengths, Quantized
+from prunus.methods.quantized import CodeLengths, Quantized
 from prunus.methods.row_shards import RowShard
 from prunus.methods.solvers.obs import inverse_factor
 from prunus.methods.statistics import InputStatistics
@@ -61,6 +61,8 @@ DAMPING = 0.1
 # The largest weight of a column is at most this many steps before the sweep. The rest of the range
 # is for what the sweep adds.
 _MAX_FIRST_LEVEL = 100
+# Larger integers would rule out codes with low bits that are stored as they are.
+_MAX_SWEPT_LEVEL = 123
 # −dD/dR of a uniform quantiser at a high rate, with the error in units of squared steps.
 _SLOPE = 2 * math.log(2) / 12
 # Rounding before the first code is known: a dead zone that is a tenth of a step wider.
@@ -241,7 +243,7 @@ def _sweep(
         for first in range(start, stop, _TILE):
             last = min(first + _TILE, stop)
             for j in range(first, last):
-                value_O = (weight_IO[j] / steps[j]).clamp_(-MAX_LEVEL, MAX_LEVEL)
+                value_O = (weight_IO[j] / steps[j]).clamp_(-_MAX_SWEPT_LEVEL, _MAX_SWEPT_LEVEL)
                 level_O = value_O.floor()
                 share_O = shares_KV[classes[j]][(level_O + 128).int()]
                 level_O += value_O.sub_(level_O) > share_O
