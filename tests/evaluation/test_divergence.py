@@ -429,7 +429,7 @@ def test_eval_without_a_reference_shows_no_comparison(folders, tmp_path):
     assert "compared with" not in call("eval", folders / "pruned", *options).stdout
     assert "divergence" not in json.loads(json_file.read_text())["models"][0]["perplexity"][0]
     [section] = read_document([json_file]).sections
-    assert [part.title for part in section.parts] == ["Perplexity", "Protocol"]
+    assert [part.title for part in section.parts] == ["Perplexity", "Protocol", "Size"]
 
 
 @pytest.mark.parametrize(
