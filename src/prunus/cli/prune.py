@@ -155,7 +155,7 @@ def plan(
     trust_remote_code: arg.Trust = False,
     **options: Any,
 ) -> None:
-    """Show what prune, or compress with --bits, would do and cost, and write nothing.
+    """Show what prune or compress would do and cost; write nothing.
 
     Everything that they check before their first block is checked here as well.
     """

@@ -16,6 +16,8 @@ from prunus.report.document import Document, Facts, Table, text_of
 
 __all__ = ["to_markdown", "to_terminal"]
 
+# Names of rows up to this width stay on one line, so that they can be copied.
+_NAME_WIDTH = 32
 _MARKUP = re.compile(r"([\\`*_\[\]<>|])")
 
 
@@ -85,9 +87,15 @@ def _facts(facts: Facts) -> RichTable:
 
 def _table(part: Table) -> RichTable:
     table = RichTable(title=Text(part.title), title_justify="left")
-    for column in part.columns:
+    # The first column names the rows. Where a table is too wide, other columns are folded first.
+    names = [len(text_of(row[0], part.columns[0].form)) for row in part.rows]
+    widths = [min(max(names, default=0), _NAME_WIDTH), *[None] * (len(part.columns) - 1)]
+    for column, min_width in zip(part.columns, widths, strict=True):
         table.add_column(
-            Text(column.title), justify="right" if column.is_number else "left", overflow="fold"
+            Text(column.title),
+            justify="right" if column.is_number else "left",
+            overflow="fold",
+            min_width=min_width,
         )
     for row in part.rows:
         cells = zip(row, part.columns, strict=True)

@@ -97,7 +97,8 @@ def prune(
     dense = x.float() * 1.01 if method.needs_drift else None
     statistics.add(x, dense)
     job = LinearSettings(method=method, pattern=pattern, sparsity=0.5, options=options)
-    return prune_linear(job, Linear("up_proj", module), NAME, w, statistics)[:2]
+    finished = prune_linear(job, Linear("up_proj", module), NAME, w, statistics)
+    return finished.weight, finished.record
 
 
 X_KINDS = [
