@@ -51,7 +51,7 @@ from prunus.methods.base import Pruned
 from prunus.methods.options import MethodOptions
 from prunus.methods.quantized import CodeLengths, Quantized
 from prunus.methods.row_shards import RowShard
-from prunus.methods.solvers.obs import inverse_factor
+from prunus.methods.solvers.obs import TILE, inverse_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
 
 __all__ = ["DAMPING", "LinearQuantization", "expected_bits", "quantize", "relative_steps"]
@@ -71,8 +71,8 @@ _DEAD_ZONE = 0.1
 _MIN_SHARE = 0.02
 # Rows that choose the code, and how often they do so.
 _SAMPLE_ROWS, _SAMPLE_ROUNDS = 256, 2
-# As in `solvers/obs.py`.
-_TILE, _BLOCK = 16, 128
+# Columns of a block of the sweep.
+_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,33 +230,24 @@ def _sweep(
 ) -> Tensor:
     """The sweep over the columns, which come in its order; returns the integers, int8 (I, O).
 
-    The blocks and tiles are those of `solvers/obs.py`, and for the same reason. `weight_IO` is
-    overwritten.
+    `weight_IO` is overwritten.
     """
     steps, classes = steps_I.tolist(), classes_I.tolist()
     inverse_I = factor_II.diagonal().reciprocal().tolist()
     levels_IO = torch.empty(weight_IO.shape, dtype=torch.int8, device=weight_IO.device)
-    inputs = len(weight_IO)
-    for start in range(0, inputs, _BLOCK):
-        stop = min(start + _BLOCK, inputs)
-        error_BO = torch.empty_like(weight_IO[start:stop])
-        for first in range(start, stop, _TILE):
-            last = min(first + _TILE, stop)
-            for j in range(first, last):
-                value_O = (weight_IO[j] / steps[j]).clamp_(-_MAX_SWEPT_LEVEL, _MAX_SWEPT_LEVEL)
-                level_O = value_O.floor()
-                share_O = shares_KV[classes[j]][(level_O + 128).int()]
-                level_O += value_O.sub_(level_O) > share_O
-                if keep_IO is not None:
-                    level_O *= keep_IO[j]
-                levels_IO[j] = level_O
-                removed_O = torch.sub(weight_IO[j], level_O.mul_(steps[j]), out=error_BO[j - start])
-                # The later columns change by U_jk · (w_j − ŵ_j) / U_jj.
-                error_O = removed_O.mul_(inverse_I[j])
-                weight_IO[j + 1 : last].addr_(factor_II[j, j + 1 : last], error_O, alpha=-1)
-            done_BO = error_BO[first - start : last - start]
-            weight_IO[last:stop].addmm_(factor_II[first:last, last:stop].T, done_BO, alpha=-1)
-        weight_IO[stop:].addmm_(factor_II[start:stop, stop:].T, error_BO, alpha=-1)
+
+    def round_column(j: int, error_O: Tensor) -> None:
+        value_O = (weight_IO[j] / steps[j]).clamp_(-_MAX_SWEPT_LEVEL, _MAX_SWEPT_LEVEL)
+        level_O = value_O.floor()
+        share_O = shares_KV[classes[j]][(level_O + 128).int()]
+        level_O += value_O.sub_(level_O) > share_O
+        if keep_IO is not None:
+            level_O *= keep_IO[j]
+        levels_IO[j] = level_O
+        torch.sub(weight_IO[j], level_O.mul_(steps[j]), out=error_O)
+        error_O.mul_(inverse_I[j])
+
+    sweep_columns(weight_IO, factor_II, _BLOCK, TILE, round_column)
     return levels_IO
 
 

@@ -37,12 +37,20 @@ from prunus.methods.row_shards import EVERY_ROW, RowShard
 from prunus.methods.solvers.obs_reference_order import sweep_in_reference_order
 from prunus.methods.statistics import InputStatistics
 
-__all__ = ["DAMPING", "ChooseMask", "block_mask", "inverse_factor", "prune_by_obs"]
+__all__ = [
+    "DAMPING",
+    "TILE",
+    "ChooseMask",
+    "block_mask",
+    "inverse_factor",
+    "prune_by_obs",
+    "sweep_columns",
+]
 
 #: λ as published, a fraction of the mean diagonal of the Gram matrix.
 DAMPING = 0.01
-# Columns that are corrected one at a time. Later columns wait for one matrix product.
-_TILE = 16
+#: Columns that are corrected one at a time. Later columns wait for one matrix product.
+TILE = 16
 # A Cholesky pivot smaller than its own diagonal entry times this many rounding errors is noise.
 _NOISE = 10
 _MAX_DAMPING = 1e4
@@ -121,36 +129,64 @@ def _sweep(
     span, block = widths
     # `choose` needs columns that are fully corrected. Inside a tile every column is; otherwise only
     # the first one. So a tile is a multiple of the span, or the span starts at a tile.
-    tile = _TILE if span % _TILE == 0 else max(1, _TILE // span) * span
+    tile = TILE if span % TILE == 0 else max(1, TILE // span) * span
 
     # In the transposed weight a column is contiguous, so all updates work on contiguous memory.
     weight_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
     weight_IO[dead_I] = 0
     keep_IO = torch.empty(weight_IO.shape, dtype=torch.bool, device=weight_IO.device)
+    drop_BO = torch.empty_like(weight_IO[:block])
+
+    def prune_column(j: int, error_O: Tensor) -> None:
+        place = j % block
+        if j % span == 0:
+            # No mask reaches over the end of a block.
+            width = min(span, block - place)
+            chosen = slice(j, min(j + width, len(weight_IO)))
+            keep_IO[chosen] = choose(weight_IO[chosen].T, j, diagonal_I[chosen]).T
+            torch.logical_not(keep_IO[chosen], out=drop_BO[place : place + chosen.stop - j])
+        # Subtracting w from w gives exactly 0, in a fiftieth of the time of masked_fill.
+        torch.mul(weight_IO[j], drop_BO[place], out=error_O)
+        weight_IO[j] -= error_O
+        error_O.div_(diagonal_I[j])
+
+    sweep_columns(weight_IO, factor_II, block, tile, prune_column)
+    return weight_IO.T.contiguous(), keep_IO.T.contiguous()
+
+
+def sweep_columns(
+    weight_IO: Tensor,
+    factor_II: Tensor,
+    block: int,
+    tile: int,
+    finish: Callable[[int, Tensor], None],
+) -> None:
+    """Finish one column after the other, and let all later columns correct the error of each.
+
+    Args:
+        weight_IO: float32, the weight with a column in each row; corrected in place.
+        factor_II: U, with the columns in the order of `weight_IO`.
+        block: the columns whose corrections of everything behind them are one matrix product.
+        tile: the columns that are corrected one at a time; a block is cut into tiles.
+        finish: called with j once column j is corrected for all columns before it. It writes
+            (w_j − ŵ_j) / U_jj (O,), where ŵ_j is what column j becomes, to its second argument.
+    """
     inputs = len(weight_IO)
     for start in range(0, inputs, block):
         stop = min(start + block, inputs)
         error_BO = torch.empty_like(weight_IO[start:stop])
-        drop_BO = torch.empty_like(error_BO)
         for first in range(start, stop, tile):
             last = min(first + tile, stop)
             for j in range(first, last):
-                if j % span == 0:
-                    chosen = slice(j, min(j + span, stop))
-                    keep_IO[chosen] = choose(weight_IO[chosen].T, j, diagonal_I[chosen]).T
-                    torch.logical_not(keep_IO[chosen], out=drop_BO[j - start : chosen.stop - start])
-                # Subtracting w from w gives exactly 0, in a fiftieth of the time of masked_fill.
-                removed_O = torch.mul(weight_IO[j], drop_BO[j - start], out=error_BO[j - start])
-                weight_IO[j] -= removed_O
-                # The later columns change by U_jk · w_j / U_jj.
-                error_O = removed_O.div_(diagonal_I[j])
+                error_O = error_BO[j - start]
+                finish(j, error_O)
+                # The later columns change by U_jk · (w_j − ŵ_j) / U_jj.
                 weight_IO[j + 1 : last].addr_(factor_II[j, j + 1 : last], error_O, alpha=-1)
             # Correct the rest of the block for the errors of this tile ...
             done_BO = error_BO[first - start : last - start]
             weight_IO[last:stop].addmm_(factor_II[first:last, last:stop].T, done_BO, alpha=-1)
         # ... and everything behind the block for the errors of the block.
         weight_IO[stop:].addmm_(factor_II[start:stop, stop:].T, error_BO, alpha=-1)
-    return weight_IO.T.contiguous(), keep_IO.T.contiguous()
 
 
 def block_mask(score_OB: Tensor, pattern: Pattern, sparsity: float, shard: RowShard) -> Tensor:
