@@ -11,21 +11,12 @@ from hypothesis import strategies as st
 
 from packed_reference import bitmap, coded, levels_of, random_sparse, with_all_exponents
 from places import REPOSITORY
-from prunus.packed.bitmap import check, expand, pack_weight, relative_error
+from prunus.packed.bitmap import check, expand, pack_weight
 from prunus.packed.coding import decode, encode
-from prunus.packed.kernels import library as kernels
+from prunus.packed.forms import relative_error
 from prunus.packed.weight import PackedWeight
 
 DOCUMENT = REPOSITORY / "docs" / "reference" / "packed-format.md"
-
-
-@pytest.fixture(params=["best", "off"])
-def _engine(request, monkeypatch):
-    """Once with the kernels, once in torch alone."""
-    if request.param == "off":
-        monkeypatch.setenv("PRUNUS_ISA", "off")
-    elif kernels.load() is None:
-        pytest.skip(f"no kernels: {kernels.why_not()}")
 
 
 @pytest.mark.usefixtures("_engine")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prunus.packed.forms import relative_error
 from prunus.packed.planes import check, expand
-from prunus.packed.quantize_rows import quantization_error, quantize_rows
+from prunus.packed.quantize_rows import quantize_rows
 
 
 def head(rows: int = 4000, columns: int = 128, seed: int = 0) -> torch.Tensor:
@@ -28,10 +29,10 @@ def test_the_size_is_what_was_asked_for(bits, error):
     taken = quantised.nbytes * 8 / weight.numel()
     # At 8 bits the number of levels is the limit.
     assert (6.5 if bits == 8 else bits - 0.03) < taken <= bits
-    assert quantization_error(weight, quantised) < error
+    assert relative_error(weight, quantised) < error
     exact = weight.double()
     difference = (expand(quantised, torch.float32).double() - exact).square().sum()
-    assert quantization_error(weight, quantised) == pytest.approx(
+    assert relative_error(weight, quantised) == pytest.approx(
         float(difference / exact.square().sum())
     )
 
@@ -56,7 +57,7 @@ def test_a_step_per_column_helps_where_columns_differ():
 def test_zeros(bits):
     quantised = quantize_rows(torch.zeros(300, 64), bits)
     assert not expand(quantised).any()
-    assert quantization_error(torch.zeros(300, 64), quantised) == 0
+    assert relative_error(torch.zeros(300, 64), quantised) == 0
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ __all__ = [
     "kept",
     "pack_weight",
     "packed_bytes",
-    "relative_error",
     "row_offsets",
 ]
 
@@ -337,12 +336,3 @@ def _placed(values_K: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
     weight_OI = values_K.new_zeros(rows, columns)
     weight_OI[keep_OI] = values_K[: int(keep_OI.sum())]
     return weight_OI
-
-
-def relative_error(weight_OI: torch.Tensor, packed: PackedWeight) -> float:
-    """Return ‖W − Ŵ‖² / ‖W‖² of a packed weight, computed in float64; 0 for a weight of zeros."""
-    weight = weight_OI.double()
-    total = weight.square().sum()
-    if total == 0:
-        return 0.0
-    return float((weight - expand(packed, torch.float32).double()).square().sum() / total)

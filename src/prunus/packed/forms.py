@@ -6,12 +6,23 @@ through these functions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from prunus.packed import bitmap, planes
+from prunus.packed.description import Description
 from prunus.packed.weight import PackedWeight, QuantizedWeight
 
-__all__ = ["Packed", "check", "expand", "expand_rows", "named_tensors"]
+__all__ = [
+    "Packed",
+    "check",
+    "checked_weight",
+    "expand",
+    "expand_rows",
+    "named_tensors",
+    "relative_error",
+]
 
 #: A weight in either form.
 Packed = PackedWeight | QuantizedWeight
@@ -35,6 +46,26 @@ def check(weight: Packed, stored: int | None = None) -> torch.Tensor | None:
     return bitmap.check(weight, stored)
 
 
+def checked_weight(
+    described: Description, linear: str, tensors: Mapping[str, torch.Tensor]
+) -> tuple[Packed, torch.Tensor | None]:
+    """Return a linear's weight from the tensors of its checkpoint, and the offsets of `check`.
+
+    Args:
+        described: the packed linears of the checkpoint.
+        linear: the name of one of them.
+        tensors: holds those that `described.tensors(linear)` names.
+
+    Raises:
+        ValueError: the weight is damaged; names the linear.
+    """
+    weight = described.weight(linear, tensors)
+    try:
+        return weight, check(weight, described.linears[linear].stored)
+    except ValueError as fault:
+        raise ValueError(f"{linear} is damaged: {fault}") from fault
+
+
 def expand(
     weight: Packed,
     dtype: torch.dtype | None = None,
@@ -52,6 +83,15 @@ def expand_rows(
     """Return some rows of the dense weight, as `expand` would give them: (..., I)."""
     form = planes if isinstance(weight, QuantizedWeight) else bitmap
     return form.expand_rows(weight, rows, offsets, dtype)
+
+
+def relative_error(weight_OI: torch.Tensor, packed: Packed) -> float:
+    """Return ‖W − Ŵ‖² / ‖W‖² of a packed weight, computed in float64; 0 for a weight of zeros."""
+    weight = weight_OI.double()
+    total = weight.square().sum()
+    if total == 0:
+        return 0.0
+    return float((weight - expand(packed, torch.float32).double()).square().sum() / total)
 
 
 def named_tensors(linear: str, weight: Packed) -> dict[str, torch.Tensor]:

@@ -21,10 +21,10 @@ from prunus.model.kinds import require_causal
 from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
-from prunus.packed.bitmap import kept, pack_weight, relative_error
+from prunus.packed.bitmap import kept, pack_weight
 from prunus.packed.conversion import Conversion, LinearRecord, Record
 from prunus.packed.description import Description, PackedShape, Stored, StoredTensor
-from prunus.packed.forms import check, expand, named_tensors
+from prunus.packed.forms import checked_weight, expand, named_tensors, relative_error
 from prunus.packed.weight import PackedWeight
 
 __all__ = ["add_packed_card", "pack", "unpack"]
@@ -339,11 +339,7 @@ def _unpack_shard(
         if linear not in described.linears:
             continue
         parts = {name: tensors.pop(name) for name in described.tensors(linear)}
-        packed = described.weight(linear, parts)
-        try:
-            offsets = check(packed, described.linears[linear].stored)
-        except ValueError as fault:
-            raise ValueError(f"{linear} is damaged: {fault}") from fault
+        packed, offsets = checked_weight(described, linear, parts)
         tensors[f"{linear}.weight"] = weight = expand(packed, dtype, offsets)
         nbytes = (packed.nbytes, weight.numel() * weight.element_size())
         records[linear] = LinearRecord(

@@ -56,7 +56,7 @@ _ESCAPE_BITS = 8
 # What a class more must save at least: its entry in config.json, and the kernels' work for it.
 _CLASS_BITS = 1024
 _ZIGZAGS = 256
-# Boundaries between classes are looked for at so many places at most.
+# The search considers at most this many boundaries between classes.
 _MAX_UNITS = 40
 
 

@@ -25,14 +25,14 @@ import math
 
 import torch
 
-from prunus.packed.planes import check, expand_rows
+from prunus.packed.plane_codes import MAX_RAW, max_level
 from prunus.packed.quantized import encode_levels
 from prunus.packed.weight import QuantizedWeight
 
-__all__ = ["quantization_error", "quantize_rows"]
+__all__ = ["quantize_rows"]
 
-# Levels beyond this one cannot have three raw bits, without which large levels take more bits.
-_MAX_LEVEL = 123
+# Levels beyond this one cannot have all raw bits, without which large levels take more bits.
+_MAX_LEVEL = max_level(MAX_RAW)
 _ROW_EXPONENT = 0.5
 _COLUMN_EXPONENTS = (0.0, 0.25, 0.5)
 _SAMPLE = 1 << 20  # weights on which the distance between levels is searched
@@ -165,16 +165,3 @@ def _quantize(
         f"a weight of {weight_OI.shape[0]} x {weight_OI.shape[1]} cannot be stored in {bits} bits "
         f"a weight; it takes {bits + excess:.2f}. Ask for more"
     )
-
-
-def quantization_error(weight_OI: torch.Tensor, quantised: QuantizedWeight) -> float:
-    """Return ‖W − Ŵ‖² / ‖W‖², computed in float64; 0 for a weight of zeros."""
-    error = total = 0.0
-    offsets = check(quantised)
-    for first in range(0, weight_OI.shape[0], _ROWS):
-        rows = torch.arange(first, min(first + _ROWS, weight_OI.shape[0]))
-        exact = weight_OI[rows].double()
-        difference = expand_rows(quantised, rows, offsets, torch.float32).double() - exact
-        error += float(difference.square().sum())
-        total += float(exact.square().sum())
-    return error / total if total else 0.0

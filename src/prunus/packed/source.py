@@ -12,7 +12,7 @@ from prunus.model.config import check_sizes, load_config
 from prunus.model.names import names_in_model
 from prunus.model.skeleton import Skeleton
 from prunus.packed.description import METHOD, Description, QuantizedShape, StoredTensor
-from prunus.packed.forms import check, expand
+from prunus.packed.forms import checked_weight, expand
 
 __all__ = ["PackedSource", "is_packed"]
 
@@ -99,9 +99,5 @@ class PackedSource:
 
     def _expanded(self, linear: str) -> torch.Tensor:
         parts = dict(self._checkpoint.read(list(self._described.tensors(linear))))
-        packed = self._described.weight(linear, parts)
-        try:
-            offsets = check(packed, self._described.linears[linear].stored)
-        except ValueError as fault:
-            raise ValueError(f"{linear} is damaged: {fault}") from fault
+        packed, offsets = checked_weight(self._described, linear, parts)
         return expand(packed, self.stored_dtype, offsets)

@@ -22,7 +22,7 @@ from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.linears import tied_embedding
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.packed.description import Description
-from prunus.packed.forms import check, expand
+from prunus.packed.forms import checked_weight, expand
 from prunus.packed.packing import add_packed_card
 from prunus.packed.quantize_rows import quantize_rows
 from prunus.packed.quantized import quantized_config, quantized_entry, quantized_tensors
@@ -107,11 +107,11 @@ class CompressedOutput(CheckpointOutput):
         config = quantized_config({}, self._entries([index]))
         described = Description.from_dict(config["quantization_config"])
         for linear in described.linears:
-            weight = described.weight(linear, tensors)
+            weight, offsets = checked_weight(described, linear, tensors)
             for name in described.tensors(linear):
                 del tensors[name]
             dtype = self._source.checkpoint.tensors[f"{linear}.weight"].dtype
-            tensors[f"{linear}.weight"] = expand(weight, dtype, check(weight))
+            tensors[f"{linear}.weight"] = expand(weight, dtype, offsets)
         return tensors
 
     def _outside(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

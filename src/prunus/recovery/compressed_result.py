@@ -7,23 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from prunus.model.checkpoint.atomic_files import copy_file, read_json, write_json, write_text
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
 from prunus.model.checkpoint.writer import save_safetensors
-from prunus.packed.description import METHOD, Description, QuantizedShape
+from prunus.packed.description import Description, QuantizedShape
+from prunus.packed.source import is_packed
 from prunus.recovery.output import files_to_copy
 
-__all__ = ["is_compressed", "is_packed", "write_compressed"]
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether config.json says that a folder holds weights packed by prunus, of any form."""
-    content = _quantization(folder)
-    return isinstance(content, dict) and content.get("quant_method") == METHOD
+__all__ = ["is_compressed", "write_compressed"]
 
 
 def is_compressed(folder: Path) -> bool:
@@ -34,7 +28,8 @@ def is_compressed(folder: Path) -> bool:
     """
     if not is_packed(folder):
         return False
-    shapes = Description.from_dict(_quantization(folder)).linears.values()
+    content = read_json(folder / "config.json")["quantization_config"]
+    shapes = Description.from_dict(content).linears.values()
     return any(isinstance(shape, QuantizedShape) for shape in shapes)
 
 
@@ -68,9 +63,3 @@ def write_compressed(
     total = checkpoint.nbytes(checkpoint.tensors)
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / INDEX_NAME, content)
-
-
-def _quantization(folder: Path) -> Any:
-    path = folder / "config.json"
-    config = read_json(path) if path.exists() else None
-    return config.get("quantization_config") if isinstance(config, dict) else None
