@@ -23,24 +23,12 @@ from prunus.evaluation.text import first_scored_row
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.config import load_config
 from prunus.model.loading import load_model
-from prunus.packed import pack
 from prunus.report.sources import read_document
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import BOS, VOCABULARY, byte_tokenizer
 
 #: Weights large enough for predictions that are far from uniform.
 LARGE = {"initializer_range": 0.3}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A dense model, the same pruned, and token ids of five windows; no test writes to them."""
-    root = tmp_path_factory.mktemp("models")
-    tiny_checkpoint(root / "dense", "llama", torch.bfloat16, **LARGE)
-    pruned_checkpoint(root / "pruned", **LARGE)
-    pack(root / "pruned", root / "packed")
-    save_file({"input_ids": token_ids(5, 24)}, root / "ids.safetensors")
-    return root
 
 
 def score(folders, model="pruned", reference="dense", **options):

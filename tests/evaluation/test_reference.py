@@ -21,23 +21,10 @@ from prunus.evaluation.streamed_perplexity import StreamedModel
 from prunus.evaluation.whole_model import WholeModel
 from prunus.model.hidden_states import HiddenStates
 from prunus.model.loading import load_model
-from prunus.packed import pack
 from tiny import tiny_checkpoint, token_ids
 
 LARGE = {"initializer_range": 0.3}
 MODELS = ("dense", "pruned", "packed")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A dense model, the same pruned and packed, and two texts; no test writes to them."""
-    root = tmp_path_factory.mktemp("models")
-    tiny_checkpoint(root / "dense", "llama", torch.bfloat16, **LARGE)
-    pruned_checkpoint(root / "pruned", **LARGE)
-    pack(root / "pruned", root / "packed")
-    save_file({"input_ids": token_ids(5, 24)}, root / "ids.safetensors")
-    save_file({"input_ids": token_ids(3, 24)}, root / "other.safetensors")
-    return root
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from places import REPOSITORY
 from plane_reference import random_levels, read_planes, write_planes
 from prunus.packed.description import QuantizedShape
-from prunus.packed.kernels import library as kernels
 from prunus.packed.plane_codes import default_rows_per_chunk, max_level
 from prunus.packed.planes import (
     PlaneCode,
@@ -39,15 +38,6 @@ CODES = [
     PlaneCode(0, (4, 4, 4, 4, 4, 4, 4, 4)),
     PlaneCode(0, (1, 1, 1, 1, 1, 1, 1, 1)),
 ]
-
-
-@pytest.fixture(params=["best", "off"])
-def _engine(request, monkeypatch):
-    """Once with the kernels, once in torch alone."""
-    if request.param == "off":
-        monkeypatch.setenv("PRUNUS_ISA", "off")
-    elif kernels.load() is None:
-        pytest.skip(f"no kernels: {kernels.why_not()}")
 
 
 def quantized(levels, codes=None, classes=None, rows_per_chunk=None) -> QuantizedWeight:

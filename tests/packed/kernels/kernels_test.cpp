@@ -12,23 +12,11 @@
 
 #include "../../../src/prunus/packed/kernels/kernels.h"
 #include "../../../src/prunus/packed/kernels/job.h"
+#include "checks.h"
 
 using namespace prunus;
 
 namespace {
-
-std::mt19937 g_random(20240611);
-int g_failures = 0;
-
-#define CHECK(condition, ...)                       \
-    do {                                            \
-        if (!(condition)) {                         \
-            std::printf("FAILED %s: ", #condition); \
-            std::printf(__VA_ARGS__);               \
-            std::printf("\n");                      \
-            if (++g_failures > 10) std::exit(1);    \
-        }                                           \
-    } while (0)
 
 // An array of exactly `count` elements on the heap.
 template <typename T>
@@ -39,19 +27,6 @@ struct Exact {
     T& operator[](int64_t i) { return data[size_t(i)]; }
     T* get() { return data.get(); }
 };
-
-float normal() { return std::normal_distribution<float>()(g_random); }
-int64_t between(int64_t low, int64_t high) {
-    return std::uniform_int_distribution<int64_t>(low, high)(g_random);
-}
-
-// Stands in for an OpenMP runtime, so that the threaded path runs without one.
-void fork_and_join(void (*fn)(void*), void* data, unsigned threads, unsigned) {
-    std::vector<std::thread> team;
-    for (unsigned i = 1; i < threads; ++i) team.emplace_back(fn, data);
-    fn(data);
-    for (auto& thread : team) thread.join();
-}
 
 // Activations, biases and outputs in one of the three floating-point kinds.
 struct Floats {
@@ -354,6 +329,7 @@ void check_refusals() {
 }  // namespace
 
 int main() {
+    g_random.seed(20240611);
     check_conversions();
     check_refusals();
     prunus_set_runtime(reinterpret_cast<void*>(fork_and_join));

@@ -14,28 +14,11 @@
 
 #include "../../../src/prunus/packed/kernels/job.h"
 #include "../../../src/prunus/packed/kernels/kernels.h"
+#include "checks.h"
 
 using namespace prunus;
 
 namespace {
-
-std::mt19937 g_random(20250812);
-int g_failures = 0;
-
-#define CHECK(condition, ...)                       \
-    do {                                            \
-        if (!(condition)) {                         \
-            std::printf("FAILED %s: ", #condition); \
-            std::printf(__VA_ARGS__);               \
-            std::printf("\n");                      \
-            if (++g_failures > 10) std::exit(1);    \
-        }                                           \
-    } while (0)
-
-int64_t between(int64_t low, int64_t high) {
-    return std::uniform_int_distribution<int64_t>(low, high)(g_random);
-}
-float normal() { return std::normal_distribution<float>()(g_random); }
 
 // A copy on the heap that ends with its last element.
 template <typename T>
@@ -43,13 +26,6 @@ std::unique_ptr<T[]> exact(const std::vector<T>& from) {
     std::unique_ptr<T[]> copy(new T[from.size()]);
     std::copy(from.begin(), from.end(), copy.get());
     return copy;
-}
-
-void fork_and_join(void (*fn)(void*), void* data, unsigned threads, unsigned) {
-    std::vector<std::thread> team;
-    for (unsigned i = 1; i < threads; ++i) team.emplace_back(fn, data);
-    fn(data);
-    for (auto& thread : team) thread.join();
 }
 
 struct Code {
@@ -292,6 +268,7 @@ void check_refusals() {
 }  // namespace
 
 int main() {
+    g_random.seed(20250812);
     prunus_set_runtime(reinterpret_cast<void*>(fork_and_join));
     check_refusals();
     const Kind kinds[] = {kBf16, kF16, kF32};

@@ -14,6 +14,7 @@ import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -107,15 +108,19 @@ class Kernels:
             offsets: what `bitmap.check` returned.
             bias: (O,) in the dtype of `x`, or None.
         """
-        return self._product(x, describe(packed, offsets), bias)
+        return self._product(self.library.prunus_linear, x, describe(packed, offsets), bias)
 
     def _product(
-        self, x: torch.Tensor, weight: ctypes.Structure, bias: torch.Tensor | None
+        self,
+        function: Any,
+        x: torch.Tensor,
+        weight: ctypes.Structure,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
         shape = x.shape
         # torch parses separate numbers in half the time of a shape.
         out = torch.empty(*shape[:-1], weight.rows, dtype=x.dtype)
-        fault = self.library.prunus_linear(
+        fault = function(
             self.isa,
             torch.get_num_threads(),
             ctypes.byref(weight),
@@ -139,14 +144,11 @@ class Kernels:
 
         `out` has the entries' dtype, or bfloat16 or float16 for int8 values.
         """
-        fault = self.library.prunus_expand(
-            self.isa,
-            torch.get_num_threads(),
-            ctypes.byref(describe(packed, offsets)),
-            KINDS[out.dtype],
-            out.data_ptr(),
-        )
-        _check(fault)
+        self._expand(self.library.prunus_expand, describe(packed, offsets), out)
+
+    def _expand(self, function: Any, weight: ctypes.Structure, out: torch.Tensor) -> None:
+        threads = torch.get_num_threads()
+        _check(function(self.isa, threads, ctypes.byref(weight), KINDS[out.dtype], out.data_ptr()))
 
     def expand_rows(
         self,
@@ -165,16 +167,21 @@ class Kernels:
         Raises:
             IndexError: a row number is out of range.
         """
-        fault = self.library.prunus_expand_rows(
+        self._expand_rows(self.library.prunus_expand_rows, describe(packed, offsets), rows, out)
+
+    def _expand_rows(
+        self, function: Any, weight: ctypes.Structure, rows: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        fault = function(
             self.isa,
-            ctypes.byref(describe(packed, offsets)),
+            ctypes.byref(weight),
             rows.data_ptr(),
             rows.numel(),
             KINDS[out.dtype],
             out.data_ptr(),
         )
         if fault == BAD_ARGUMENT:
-            raise IndexError(f"there are {packed.shape[0]} rows, not all of {rows.tolist()}")
+            raise IndexError(f"there are {weight.rows} rows, not all of {rows.tolist()}")
         _check(fault)
 
     def plane_offsets(self, weight: QuantizedWeight) -> torch.Tensor:
@@ -216,33 +223,14 @@ class Kernels:
         `x` times the steps is rounded to int8 with one scale per 256 columns of a class. `x` and
         `bias` are as for `linear`, and `offsets` is what `plane_offsets` returned.
         """
-        shape, described = x.shape, describe_planes(weight, offsets)
-        out = torch.empty(*shape[:-1], described.rows, dtype=x.dtype)
-        fault = self.library.prunus_plane_linear(
-            self.isa,
-            torch.get_num_threads(),
-            ctypes.byref(described),
-            x.numel() // shape[-1],
-            KINDS[x.dtype],
-            x.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-        )
-        _check(fault)
-        return out
+        described = describe_planes(weight, offsets)
+        return self._product(self.library.prunus_plane_linear, x, described, bias)
 
     def plane_expand(
         self, weight: QuantizedWeight, offsets: torch.Tensor, out: torch.Tensor
     ) -> None:
         """Write the dense weight to `out` (O, I), rounded once to its dtype."""
-        fault = self.library.prunus_plane_expand(
-            self.isa,
-            torch.get_num_threads(),
-            ctypes.byref(describe_planes(weight, offsets)),
-            KINDS[out.dtype],
-            out.data_ptr(),
-        )
-        _check(fault)
+        self._expand(self.library.prunus_plane_expand, describe_planes(weight, offsets), out)
 
     def plane_expand_rows(
         self,
@@ -255,17 +243,8 @@ class Kernels:
 
         Of the chunk of a row, layer 0 is decoded for that row only.
         """
-        fault = self.library.prunus_plane_expand_rows(
-            self.isa,
-            ctypes.byref(describe_planes(weight, offsets)),
-            rows.data_ptr(),
-            rows.numel(),
-            KINDS[out.dtype],
-            out.data_ptr(),
-        )
-        if fault == BAD_ARGUMENT:
-            raise IndexError(f"there are {weight.shape[0]} rows, not all of {rows.tolist()}")
-        _check(fault)
+        described = describe_planes(weight, offsets)
+        self._expand_rows(self.library.prunus_plane_expand_rows, described, rows, out)
 
     @property
     def has_dense(self) -> bool:
@@ -278,7 +257,7 @@ class Kernels:
         """Return `x · weight_OIᵀ + bias` (..., O), everything bfloat16; `x` is as for `linear`."""
         rows, in_features = weight_OI.shape
         dense = PackedWeight((rows, in_features), weight_OI.view(-1))
-        return self._product(x, describe(dense, None), bias)
+        return self._product(self.library.prunus_linear, x, describe(dense, None), bias)
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, form: int
