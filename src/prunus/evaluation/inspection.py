@@ -19,6 +19,7 @@ from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.packed.source import PackedSource, is_packed
+from prunus.pruning.records import mean_bits
 
 __all__ = ["Inspection", "LinearInfo", "inspect"]
 
@@ -84,13 +85,7 @@ class Inspection:
     @property
     def bits(self) -> float | None:
         """Mean bits per weight of the packed linears; None where there are none."""
-        packed = [
-            (linear.bits, linear.shape[0] * linear.shape[1])
-            for linear in self.linears
-            if linear.bits is not None
-        ]
-        weights = sum(count for _, count in packed)
-        return sum(bits * count for bits, count in packed) / weights if packed else None
+        return mean_bits(self.linears)
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain values for JSON."""

@@ -52,10 +52,7 @@ def rate_control(
     found = _from_tensors(job.ranks.tensors_from_rank_0(measured))
     linears = [
         LinearRate(name, linear.name, linear.shape, found[name])
-        for index, selected in enumerate(job.selected)
-        for linear in job.skeleton.linears(index)
-        if linear.name in selected
-        for name in [f"{job.skeleton.block_name(index)}.{linear.name}"]
+        for name, linear in job.selected_linears().items()
     ]
     sparsity = job.recipe.sparsity
     sparsities = {linear.name: manifest.allocation.get(linear.name, sparsity) for linear in linears}

@@ -6,25 +6,23 @@ Everything follows from shapes. `cost.py` adds it to the cost of the run itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from prunus.methods.statistics import statistics_bytes
+from prunus.model.linears import Linear
 from prunus.model.source import CheckpointSource
 from prunus.pruning.block_memory import BlockMemory
 from prunus.pruning.compressed_output import embedding_and_head
 from prunus.pruning.job import PruningJob
-from prunus.pruning.loss_sensitivity import PROBE_TOKENS, PROBE_WINDOWS
+from prunus.pruning.loss_sensitivity import PROBE_TOKENS, PROBE_WINDOWS, part_width
 from prunus.pruning.rate_control import side_bits
 
 __all__ = [
-    "MEASURED_WIDTH",
     "check_bits",
     "compressed_bytes",
     "measured_tokens",
     "measurement_memory",
 ]
-
-#: Wide inputs are measured in parts of this width; see `loss_sensitivity.py`.
-MEASURED_WIDTH = 2048
 
 # A tensor's entry in the header of a shard, without its name.
 _HEADER_BYTES = 75
@@ -41,12 +39,7 @@ def check_bits(job: PruningJob) -> None:
         ValueError: They are too few.
     """
     assert job.recipe.bits is not None
-    shapes = [
-        linear.shape
-        for index, selected in enumerate(job.selected)
-        for linear in job.skeleton.linears(index)
-        if linear.name in selected
-    ]
+    shapes = [linear.shape for linear in job.selected_linears().values()]
     weights = [rows * columns for rows, columns in shapes]
     least = sum(
         (1 + side_bits(shape)) * count for shape, count in zip(shapes, weights, strict=True)
@@ -67,20 +60,14 @@ def compressed_bytes(job: PruningJob) -> int:
     assert isinstance(job.source, CheckpointSource)
     assert job.recipe.bits is not None
     checkpoint = job.source.checkpoint
-    names = [
-        f"{job.skeleton.block_name(index)}.{name}"
-        for index, selected in enumerate(job.selected)
-        for name in selected
-    ]
-    bits = dict.fromkeys(names, job.recipe.bits)
+    bits = dict.fromkeys(job.selected_linears(), job.recipe.bits)
     if job.recipe.head_bits is not None:
         bits |= dict.fromkeys(embedding_and_head(job.skeleton.model), job.recipe.head_bits)
-    bytes_per_weight = {name: each / 8 for name, each in bits.items()}
     total = float(checkpoint.nbytes(checkpoint.tensors))
     total += sum(len(name) + _HEADER_BYTES for name in checkpoint.tensors)
-    for name, each in bytes_per_weight.items():
+    for name, each in bits.items():
         key = job.source.stored_name(f"{name}.weight")
-        total += math.prod(checkpoint.tensors[key].shape) * each - checkpoint.nbytes([key])
+        total += math.prod(checkpoint.tensors[key].shape) * each / 8 - checkpoint.nbytes([key])
         total += (_PARTS - 1) * (len(key) + _HEADER_BYTES)
     return round(total)
 
@@ -112,16 +99,18 @@ def measurement_memory(job: PruningJob) -> BlockMemory:
     logits = vocabulary * (hidden * itemsize + 16 * length)
     return BlockMemory(
         weights=max(map(job.source.block_nbytes, blocks)) + parameters * itemsize,
-        working=max(
-            sum(_statistics_bytes(linear.shape[1]) for linear in block) for block in linears
-        ),
+        working=max(map(_statistics_bytes, linears)),
         hidden=len(blocks) * tokens * hidden * itemsize,
         paused=0,
         transient=2 * tokens * hidden * itemsize + max(activations, logits),
     )
 
 
-def _statistics_bytes(width: int) -> int:
-    """Bytes of a linear's Gram matrices, one for each part of its inputs."""
-    starts = range(0, width, MEASURED_WIDTH)
-    return sum(statistics_bytes(min(MEASURED_WIDTH, width - start), "gram") for start in starts)
+def _statistics_bytes(linears: Sequence[Linear]) -> int:
+    """Bytes of the Gram matrices of a block's linears, one for each part of their inputs."""
+    part = part_width(linears)
+    return sum(
+        statistics_bytes(min(part, linear.shape[1] - start), "gram")
+        for linear in linears
+        for start in range(0, linear.shape[1], part)
+    )

@@ -19,12 +19,9 @@ from prunus.pruning.block_memory import (
     paused_bytes,
     transient_bytes,
 )
-from prunus.pruning.compression_cost import (
-    MEASURED_WIDTH,
-    compressed_bytes,
-    measured_tokens,
-)
+from prunus.pruning.compression_cost import compressed_bytes, measured_tokens
 from prunus.pruning.job import PruningJob
+from prunus.pruning.loss_sensitivity import part_width
 from prunus.pruning.reconstruction.kl_loss import CHUNK_TOKENS
 from prunus.pruning.reconstruction.reconstruct_block import in_front_of_head
 from prunus.pruning.reconstruction.schedule import (
@@ -219,10 +216,11 @@ def _measurement_flops(job: PruningJob) -> float:
     hidden = skeleton.window_shape(0, job.recipe.seqlen)[1]
     flops = 4.0 * tokens * skeleton.vocabulary * hidden
     for index in range(len(skeleton)):
-        routing = _expert_routing(job, index)
-        for linear in skeleton.linears(index):
+        routing, linears = _expert_routing(job, index), skeleton.linears(index)
+        width = part_width(linears)
+        for linear in linears:
             rows, columns = linear.shape
-            part, reached = min(columns, MEASURED_WIDTH), tokens * routing.share(linear.name)
+            part, reached = min(columns, width), tokens * routing.share(linear.name)
             flops += 6.0 * reached * rows * columns
             # A Gram matrix and a factor for each part of the inputs.
             flops += 2.0 * reached * columns * part + columns * part**2

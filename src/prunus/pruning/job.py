@@ -17,6 +17,7 @@ from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods import Method
 from prunus.methods.refine.dense_targets import drift_is_worthwhile
+from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.pruning.block.dense_stream import drift_stride_for
@@ -97,6 +98,15 @@ class PruningJob:
     def ranks(self) -> Ranks:
         """The processes that work on the run."""
         return self.options.ranks or SINGLE_PROCESS
+
+    def selected_linears(self) -> dict[str, Linear]:
+        """The linears to prune, block by block: full name -> linear."""
+        return {
+            f"{self.skeleton.block_name(index)}.{linear.name}": linear
+            for index, names in enumerate(self.selected)
+            for linear in self.skeleton.linears(index)
+            if linear.name in names
+        }
 
     # The calibration data.
 

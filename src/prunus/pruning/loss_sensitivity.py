@@ -31,15 +31,20 @@ from prunus.model.linears import Linear
 from prunus.model.stream import Stream
 from prunus.pruning.block.hooks import output_hooks, tokens_of
 
-__all__ = ["PROBE_TOKENS", "PROBE_WINDOWS", "LinearSensitivity", "loss_sensitivities"]
+__all__ = [
+    "PROBE_TOKENS",
+    "PROBE_WINDOWS",
+    "LinearSensitivity",
+    "loss_sensitivities",
+    "part_width",
+]
 
 #: The windows that measure, and their length.
 PROBE_WINDOWS, PROBE_TOKENS = 8, 256
 # This share of its linear's mean is added to the sensitivity of every row. A few tokens say little
 # about a single row, and may miss it.
 _SHARED = 0.1
-# Wide linears are measured in parts of at most this width. The parts are narrower where a block has
-# so many linears, as experts do, that their Gram matrices would take more bytes than this.
+# The largest width of a part of a linear's inputs, and the most bytes of a block's Gram matrices.
 _MAX_WIDTH, _MAX_BYTES = 2048, 2**30
 # Numbers that stand for the inputs of a linear.
 _QUANTILES = 64
@@ -107,6 +112,16 @@ def loss_sensitivities(
     return found
 
 
+def part_width(linears: Sequence[Linear]) -> int:
+    """The width of the parts in which the inputs of a block's linears are measured.
+
+    A Gram matrix grows with the square of its width, so wide inputs are cut into parts. In a block
+    with many linears, such as experts, narrower parts keep all Gram matrices within a bound.
+    """
+    inputs = sum(linear.shape[1] for linear in linears)
+    return max(1, min(_MAX_WIDTH, _MAX_BYTES // (4 * max(1, inputs))))
+
+
 def _rounded_products(stream: Stream) -> torch.autocast:
     """Let products be rounded to bfloat16 where that is faster than the model's float32.
 
@@ -114,6 +129,11 @@ def _rounded_products(stream: Stream) -> torch.autocast:
     """
     fast = multiplies_bfloat16(stream.device) and stream.skeleton.dtype == torch.float32
     return torch.autocast(stream.device.type, torch.bfloat16, enabled=fast)
+
+
+def _gradient_scale(stream: Stream) -> float:
+    """The factor of all gradients, which keeps those in float16 from becoming 0."""
+    return _FLOAT16_SCALE if stream.skeleton.dtype == torch.float16 else 1.0
 
 
 def _block_inputs(stream: Stream) -> list[list[Tensor]]:
@@ -130,7 +150,7 @@ def _gradients_of_loss(stream: Stream, ids: Sequence[Tensor], seed: int) -> list
     """Per batch the gradient of Σ log p(y) at the outputs of the last block."""
     skeleton, gradients = stream.skeleton, []
     generator = torch.Generator().manual_seed(seed)
-    scale = _FLOAT16_SCALE if skeleton.dtype == torch.float16 else 1.0
+    scale = _gradient_scale(stream)
     with skeleton.outside_blocks(
         stream.source.read_outside, stream.device, with_head=True, with_embedding=False
     ):
@@ -160,9 +180,8 @@ class _Sums:
 
     statistics: InputStatistics
     squares_O: Tensor | None = None
-    #: The statistics of each part of the inputs, of this width each.
+    #: The statistics of each part of the inputs.
     parts: list[InputStatistics] = field(default_factory=list)
-    width: int = _MAX_WIDTH
 
 
 def _measure_block(
@@ -178,8 +197,7 @@ def _measure_block(
     skeleton, device = stream.skeleton, stream.device
     block = skeleton.fill(index, stream.source.block(index), device)
     linears = [linear for linear in skeleton.linears(index) if linear.name in names]
-    inputs_in_all = sum(linear.shape[1] for linear in linears)
-    width = max(1, min(_MAX_WIDTH, _MAX_BYTES // (4 * max(1, inputs_in_all))))
+    width = part_width(linears)
     sums = {linear.name: _new_sums(linear, width, device) for linear in linears}
     run = stream.call(index, block)
     with output_hooks(
@@ -191,7 +209,7 @@ def _measure_block(
                 run(hidden).backward(gradients[batch].to(device))
             assert hidden.grad is not None
             gradients[batch] = hidden.grad
-    scale = _FLOAT16_SCALE if skeleton.dtype == torch.float16 else 1.0
+    scale = _gradient_scale(stream)
     found = {}
     for linear in linears:
         full_name = f"{skeleton.block_name(index)}.{linear.name}"
@@ -206,7 +224,7 @@ def _new_sums(linear: Linear, width: int, device: torch.device) -> _Sums:
     inputs = linear.shape[1]
     starts = range(0, inputs, width)
     parts = [InputStatistics(min(width, inputs - start), "gram", device) for start in starts]
-    return _Sums(InputStatistics(inputs, "norms", device), None, parts, width)
+    return _Sums(InputStatistics(inputs, "norms", device), None, parts)
 
 
 def _add(into: _Sums, x_TI: Tensor, output_TO: Tensor) -> None:
@@ -214,7 +232,7 @@ def _add(into: _Sums, x_TI: Tensor, output_TO: Tensor) -> None:
     if not len(x_TI):
         return
     into.statistics.add(x_TI)
-    for part, x_TP in zip(into.parts, x_TI.split(into.width, dim=1), strict=True):
+    for part, x_TP in zip(into.parts, x_TI.split(into.parts[0].in_features, dim=1), strict=True):
         part.add(x_TP)
 
     def add_gradient(gradient: Tensor) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from prunus.model.checkpoint.atomic_files import write_json
 from prunus.model.checkpoint.records import check_same_work, read_record
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.records import BlockRecord, LinearRecord
+from prunus.pruning.records import BlockRecord, LinearRecord, mean_bits
 
 if TYPE_CHECKING:
     import torch
@@ -148,11 +148,11 @@ def _bits(linears: Sequence[LinearRecord]) -> dict[str, float]:
 
     All other zeros follow from the rate. Empty for runs that do not compress.
     """
-    known = [(x.bits, x.shape[0] * x.shape[1]) for x in linears if x.bits is not None]
-    if not known:
+    bits = mean_bits(linears)
+    if bits is None:
         return {}
     return {
-        "bits": sum(bits * n for bits, n in known) / sum(n for _, n in known),
+        "bits": bits,
         "forced_zeros": sum(x.notes.get("forced_zeros", 0) for x in linears),
     }
 

@@ -26,12 +26,7 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         files), `seconds`.
     """
     blocks = range(len(job.skeleton))
-    shapes = [
-        linear.shape
-        for index in blocks
-        for linear in job.skeleton.linears(index)
-        if linear.name in job.selected[index]
-    ]
+    shapes = [linear.shape for linear in job.selected_linears().values()]
     weights = sum(rows * columns for rows, columns in shapes)
     return {
         "blocks": len(blocks),

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["BlockRecord", "LinearRecord", "ReconstructionRecord", "Walk"]
+__all__ = [
+    "BlockRecord",
+    "LinearRecord",
+    "ReconstructionRecord",
+    "SizedLinear",
+    "Walk",
+    "mean_bits",
+]
 
 #: How the windows go through a block; see `prunus.pruning.block.lockstep`.
 Walk = Literal["lockstep", "replay", "two_pass"]
@@ -45,6 +53,22 @@ class LinearRecord(BaseModel):
     log2_step: float | None = None
     packed: dict[str, Any] | None = None
     notes: dict[str, Any] = Field(default_factory=dict)
+
+
+class SizedLinear(Protocol):
+    """A linear whose size in a file may be known: bits per weight, or None."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def bits(self) -> float | None: ...
+
+
+def mean_bits(linears: Iterable[SizedLinear]) -> float | None:
+    """The mean bits per weight of those linears whose bits are known; None where none are."""
+    known = [(x.bits, x.shape[0] * x.shape[1]) for x in linears if x.bits is not None]
+    return sum(bits * n for bits, n in known) / sum(n for _, n in known) if known else None
 
 
 class ReconstructionRecord(BaseModel):

@@ -24,7 +24,8 @@ from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.tokenizer import load_tokenizer
-from prunus.recovery.compressed_result import is_compressed, is_packed
+from prunus.packed.source import is_packed
+from prunus.recovery.compressed_result import is_compressed
 from prunus.recovery.options import MODES, Mode, RecoveryOptions
 from prunus.recovery.record import RECORD_NAME, RecoveryInputs, RecoveryRecord
 from prunus.recovery.teacher import check_vocabulary

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunus.pruning.records import mean_bits
 from prunus.report.document import Column, Facts, HeatMap, Section, Table
 
 if TYPE_CHECKING:
     from prunus.pruning.manifest import Manifest
     from prunus.pruning.records import LinearRecord
 
-__all__ = ["error_of", "mean_bits", "run_section"]
+__all__ = ["error_of", "run_section"]
 
 #: Name of an error -> its definition.
 _DEFINITIONS = {
@@ -103,12 +103,6 @@ def _sizes(manifest: Manifest, totals: dict[str, Any]) -> list[tuple[str, str]]:
         ("zeros by a mask", f"{forced:,}"),
         ("zeros by the rate", f"{totals['zeros'] - forced:,}"),
     ]
-
-
-def mean_bits(records: Sequence[LinearRecord]) -> float | None:
-    """The mean bits per weight of linears; None where none of them is compressed."""
-    known = [(r.bits, r.shape[0] * r.shape[1]) for r in records if r.bits is not None]
-    return sum(bits * n for bits, n in known) / sum(n for _, n in known) if known else None
 
 
 def _error_of_totals(totals: dict[str, Any]) -> tuple[str, float | None]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from prunus.pruning.records import mean_bits
 from prunus.report.document import MISSING
-from prunus.report.run_sections import error_of, mean_bits
+from prunus.report.run_sections import error_of
 
 if TYPE_CHECKING:
     from prunus.evaluation.images import ImageScore
