@@ -6,8 +6,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,6 @@ import prunus
 import reference
 from command_line import call
 from pictures import pictures, save_classifier
-from places import SUPPORT
 from prunus.evaluation.inspection import holds
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
@@ -37,6 +34,7 @@ from prunus.pruning.plan_summary import describe_plan
 from prunus.pruning.recipe import Recipe
 from prunus.report.run_sections import run_section
 from prunus.report.tables import plan_table, run_table
+from scripts import run_script
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, tiny_model, token_ids, weights
 
@@ -384,15 +382,7 @@ def test_replay_gives_the_bytes_of_lockstep(dense, compressed, tmp_path, monkeyp
 def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path):
     folder = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
     options = {"bits": 4.0, "head_bits": 6}
-    done = subprocess.run(
-        [sys.executable, SUPPORT / "kill_points.py", folder, tmp_path, json.dumps(options)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
+    results = run_script("kill_points.py", folder, tmp_path, json.dumps(options))
     assert {r["blocks_before_resume"] for r in results} == {0, 1, 2}
     for result in results:
         assert result["status"] == 0, result

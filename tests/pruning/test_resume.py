@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import prunus
-from places import SUPPORT
 from prunus.model.checkpoint.reader import INDEX_NAME
+from scripts import run_script
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, token_ids
 
@@ -25,16 +22,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
-    script = SUPPORT.joinpath("kill_points.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(dense), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
+    results = run_script("kill_points.py", dense, tmp_path)
     assert len(results) >= 14, (
         "two blocks, their manifests, the shard outside them and the index, before and after"
     )

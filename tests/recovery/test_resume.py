@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 
-from places import SUPPORT
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.recovery.checkpoints import Checkpoints
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, shards, training_text
+from scripts import run_script
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +25,7 @@ def text(pruned):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_recovery_killed_at_any_rename_resumes_to_the_same_bytes(pruned, text, tmp_path):
-    script = SUPPORT.joinpath("recovery_kill_points.py")
-    arguments = [pruned, text, tmp_path, "masked:1", "lora:3"]
-    done = subprocess.run(
-        [sys.executable, str(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
+    results = run_script("recovery_kill_points.py", pruned, text, tmp_path, "masked:1", "lora:3")
     found = {
         mode: {name for result in results[mode] for name in result["found"]} for mode in results
     }
