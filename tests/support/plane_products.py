@@ -8,7 +8,7 @@ import torch
 from plane_reference import write_planes
 from prunus.packed.weight import PlaneCode, QuantizedWeight
 
-# Columns that share a scale of activations.
+# Columns of a block, whose 16 scales are picked by lane.
 BLOCK = 256
 
 
@@ -42,7 +42,8 @@ def dense(levels_OI: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
 def rounded_inputs(x_TI: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     """What the kernels multiply the integers by, float64 (T, I).
 
-    That is x · step, rounded to int8 with one scale per 256 columns of a class.
+    That is x · step, rounded to int8 in blocks of 256 columns of a class. A block has 16 scales,
+    number l for the columns 4l to 4l + 3 of each 64.
     """
     scaled = (x_TI.float() * weight.steps.float()).numpy()
     result = np.zeros(scaled.shape)
@@ -50,9 +51,15 @@ def rounded_inputs(x_TI: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
     for which in range(len(weight.codes)):
         members = np.flatnonzero(classes == which)
         for first in range(0, len(members), BLOCK):
-            block = scaled[:, members[first : first + BLOCK]]
-            scale = np.abs(block).max(axis=1, keepdims=True) / np.float32(127)
-            inverse = np.float32(1) / np.where(scale > 0, scale, np.float32(1))
-            integers = np.rint(block * inverse).astype(np.float64)
-            result[:, members[first : first + BLOCK]] = integers * scale.astype(np.float64)
+            columns = members[first : first + BLOCK]
+            lanes = np.arange(len(columns)) % 64 // 4
+            for lane in range(16):
+                chosen = columns[lanes == lane]
+                if not len(chosen):
+                    continue
+                part = scaled[:, chosen]
+                scale = np.abs(part).max(axis=1, keepdims=True) / np.float32(127)
+                inverse = np.float32(1) / np.where(scale > 0, scale, np.float32(1))
+                integers = np.rint(part * inverse).astype(np.float64)
+                result[:, chosen] = integers * scale.astype(np.float64)
     return torch.from_numpy(result)

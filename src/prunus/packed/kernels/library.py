@@ -220,8 +220,9 @@ class Kernels:
     ) -> torch.Tensor:
         """Return `x · Wᵀ + bias` (..., O) in the dtype of `x`, straight from the planes.
 
-        `x` times the steps is rounded to int8 with one scale per 256 columns of a class. `x` and
-        `bias` are as for `linear`, and `offsets` is what `plane_offsets` returned.
+        `x` times the steps is rounded to int8, and every 16 columns share a scale: those that one
+        lane of a vector adds up in four groups of a class. `x` and `bias` are as for `linear`, and
+        `offsets` is what `plane_offsets` returned.
         """
         described = describe_planes(weight, offsets)
         return self._product(self.library.prunus_plane_linear, x, described, bias)

@@ -79,8 +79,8 @@ void multiply_token(const Planes& job, int64_t chunk, uint8_t* memory) {
                       ahead = chunk + 1 < job.chunks ? part.offsets[job.class_count * kOffsets]
                                                      : part.offsets[0];
         const Product product{job.x + c.first_group * kSegment,
-                              job.x_scales + c.first_block,
-                              job.excess + c.first_block * 16,
+                              job.x_scales + c.first_block * kLanes,
+                              job.excess + c.first_block * kLanes,
                               sums,
                               adds,
                               job.data + ahead,

@@ -25,7 +25,10 @@ namespace prunus::planes {
 constexpr int kMaxClasses = 4, kMaxLayers = 8, kMaxBits = 4, kMaxRaw = 3;
 constexpr int64_t kOffsets = kMaxLayers + 1;     // per class and chunk
 constexpr int64_t kCodeBytes = kMaxLayers + 2;   // raw bits, number of layers, bits of each layer
-constexpr int64_t kBlockGroups = 4;              // groups of 64 columns that share one scale
+// Activations are rounded in blocks of four groups of 64 columns. A product adds up a block in 16
+// lanes, lane l the columns 4l to 4l + 3 of every group. Each lane has a scale of its own, which
+// costs a product no more than one scale for all of them.
+constexpr int64_t kBlockGroups = 4, kLanes = 16, kLaneBytes = kSegment / kLanes;
 
 struct Class {
     int raw, layers;
@@ -51,8 +54,8 @@ struct Planes {
     // --- activations, in the order of the classes ---
     int64_t tokens;
     const int8_t* x;        // (tokens, groups, 64), zero past the last column of a class
-    const float* x_scales;  // (tokens, blocks)
-    const int32_t* excess;  // (tokens, blocks, 16): minus bias · sum of x, for unsigned weights
+    const float* x_scales;  // (tokens, blocks, kLanes)
+    const int32_t* excess;  // (tokens, blocks, kLanes): minus bias · sum of x, for unsigned weights
 
     // --- the result ---
     const void* bias;  // (rows) of `out_kind`, or null
@@ -279,34 +282,48 @@ inline void order_columns(const Planes& job, const void* x, int64_t first, Kind 
             load_as_float(x, first + column, kind) * bf16_to_float(job.steps[column]);
 }
 
-// Rounds up to 256 numbers to int8 and returns their scale: the largest magnitude / 127. A block
-// that holds an infinity or a NaN gets the scale NaN, so that the result is NaN and not a plausible
+// Rounds a block to int8, and gives every lane its scale: the largest magnitude / 127. A block that
+// holds an infinity or a NaN gets NaN for all scales, so that the result is NaN and not a plausible
 // number.
-__attribute__((always_inline)) inline float round_block(const float* from, int64_t count,
-                                                        int8_t* to) {
-    int32_t largest = 0;  // magnitudes of floats are ordered like their bits
-    for (int64_t i = 0; i < count; ++i) {
-        const int32_t bits = int32_t(float_to_bits(from[i]) & 0x7fffffff);
-        largest = bits > largest ? bits : largest;
+__attribute__((always_inline)) inline void round_block(const float* from, int64_t groups,
+                                                       int8_t* to, float* scales) {
+    int32_t largest[kSegment] = {};  // magnitudes of floats are ordered like their bits
+    for (int64_t group = 0; group < groups; ++group) {
+        for (int64_t i = 0; i < kSegment; ++i) {
+            const int32_t bits = int32_t(float_to_bits(from[group * kSegment + i]) & 0x7fffffff);
+            largest[i] = bits > largest[i] ? bits : largest[i];
+        }
     }
-    const bool finite = largest < 0x7f800000;
-    const float scale = finite ? bits_to_float(uint32_t(largest)) / 127.0f : NAN;
-    const float inverse = 1.0f / scale;
-    if (!finite || !(scale > 0) || !std::isfinite(inverse)) {
-        std::memset(to, 0, size_t(count));
-        return scale;
+    float inverse[kSegment];
+    bool finite = true;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+        int32_t most = 0;
+        for (int64_t i = lane * kLaneBytes; i < (lane + 1) * kLaneBytes; ++i)
+            most = largest[i] > most ? largest[i] : most;
+        finite = finite && most < 0x7f800000;
+        scales[lane] = bits_to_float(uint32_t(most)) / 127.0f;
+        // The inverse of a subnormal number may be infinite; then the lane becomes zero.
+        const float one = scales[lane] > 0 ? 1.0f / scales[lane] : 0.0f;
+        for (int64_t i = lane * kLaneBytes; i < (lane + 1) * kLaneBytes; ++i)
+            inverse[i] = std::isfinite(one) ? one : 0.0f;
+    }
+    if (!finite) {
+        std::memset(to, 0, size_t(groups * kSegment));
+        for (int64_t lane = 0; lane < kLanes; ++lane) scales[lane] = NAN;
+        return;
     }
     float scaled[kBlockGroups * kSegment];
-    for (int64_t i = 0; i < count; ++i) scaled[i] = from[i] * inverse;
+    for (int64_t group = 0; group < groups; ++group)
+        for (int64_t i = 0; i < kSegment; ++i)
+            scaled[group * kSegment + i] = from[group * kSegment + i] * inverse[i];
 #if defined(__GNUC__)
     // A fused multiply-add would round numbers that lie between two integers differently. So the
     // products are in memory before they are rounded, and all machines agree.
     asm volatile("" : "+m"(scaled));
 #endif
     // Adding and subtracting 1.5 · 2^23 rounds to nearest even without a library call.
-    for (int64_t i = 0; i < count; ++i)
+    for (int64_t i = 0; i < groups * kSegment; ++i)
         to[i] = int8_t(int32_t((scaled[i] + 12582912.0f) - 12582912.0f));
-    return scale;
 }
 
 // Lays out all tokens. `Isa` orders the columns and sums the excess.
@@ -314,8 +331,8 @@ template <typename Isa>
 __attribute__((always_inline)) inline void lay_out_tokens(Planes& job, const void* x, Kind kind,
                                                           Scratch& scratch) {
     int8_t* to = aligned<int8_t>(scratch.x, job.tokens * job.row_bytes);
-    float* scales = sized<float>(scratch.x_scales, job.tokens * job.blocks);
-    int32_t* excess = aligned<int32_t>(scratch.x_excess, job.tokens * job.blocks * 16);
+    float* scales = aligned<float>(scratch.x_scales, job.tokens * job.blocks * kLanes);
+    int32_t* excess = aligned<int32_t>(scratch.x_excess, job.tokens * job.blocks * kLanes);
     float* ordered = sized<float>(scratch.x_float, job.row_bytes + kMaxClasses * 16);
     job.x = to;
     job.x_scales = scales;
@@ -331,10 +348,10 @@ __attribute__((always_inline)) inline void lay_out_tokens(Planes& job, const voi
             for (int64_t block = 0; block < c.blocks; ++block) {
                 const int64_t left = c.groups - block * kBlockGroups,
                               groups = left < kBlockGroups ? left : kBlockGroups;
-                *scales++ = round_block(places[k] + block * kBlockGroups * kSegment,
-                                        groups * kSegment, to);
+                round_block(places[k] + block * kBlockGroups * kSegment, groups, to, scales);
                 Isa::sum_excess(to, groups, c.bias, excess);
-                excess += 16;
+                scales += kLanes;
+                excess += kLanes;
                 to += groups * kSegment;
             }
         }

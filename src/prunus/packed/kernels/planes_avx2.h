@@ -100,7 +100,7 @@ struct Avx2 : Portable {
     PRUNUS_TARGET_AVX2 static void multiply_row(const Planes& job, int64_t row, int64_t token,
                                                 const uint8_t* bytes) {
         const int8_t* x = job.x + token * job.row_bytes;
-        const float* scales = job.x_scales + token * job.blocks;
+        const float* scales = job.x_scales + token * job.blocks * kLanes;
         const __m256i ones = _mm256_set1_epi16(1);
         __m256 sum[T];
 #pragma GCC unroll 4
@@ -108,28 +108,36 @@ struct Avx2 : Portable {
         for (int k = 0; k < job.class_count; ++k) {
             const Class& c = job.classes[k];
             const __m256i bias = _mm256_set1_epi8(char(c.bias));
-            for (int64_t left = c.groups; left > 0; left -= kBlockGroups, ++scales) {
-                const int64_t count = 2 * (left < kBlockGroups ? left : kBlockGroups);
-                __m256i dot[T];
+            for (int64_t left = c.groups; left > 0; left -= kBlockGroups, scales += kLanes) {
+                const int64_t groups = left < kBlockGroups ? left : kBlockGroups;
+                __m256i dot[2][T];  // the lower and the upper half of the lanes
 #pragma GCC unroll 4
-                for (auto& d : dot) d = _mm256_setzero_si256();
-                for (int64_t i = 0; i < count; ++i, x += 32, bytes += 32) {
-                    const __m256i weight = _mm256_sub_epi8(
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)), bias);
-                    const __m256i magnitude = _mm256_abs_epi8(weight);
+                for (int t = 0; t < T; ++t) dot[0][t] = dot[1][t] = _mm256_setzero_si256();
+                for (int64_t group = 0; group < groups; ++group) {
+#pragma GCC unroll 2
+                    for (int half = 0; half < 2; ++half, x += 32, bytes += 32) {
+                        const __m256i weight = _mm256_sub_epi8(
+                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)), bias);
+                        const __m256i magnitude = _mm256_abs_epi8(weight);
 #pragma GCC unroll 4
-                    for (int t = 0; t < T; ++t) {
-                        const __m256i activation = _mm256_loadu_si256(
-                            reinterpret_cast<const __m256i*>(x + t * job.row_bytes));
-                        const __m256i pairs = _mm256_maddubs_epi16(
-                            magnitude, _mm256_sign_epi8(activation, weight));
-                        dot[t] = _mm256_add_epi32(dot[t], _mm256_madd_epi16(pairs, ones));
+                        for (int t = 0; t < T; ++t) {
+                            const __m256i activation = _mm256_loadu_si256(
+                                reinterpret_cast<const __m256i*>(x + t * job.row_bytes));
+                            const __m256i pairs = _mm256_maddubs_epi16(
+                                magnitude, _mm256_sign_epi8(activation, weight));
+                            dot[half][t] = _mm256_add_epi32(dot[half][t],
+                                                            _mm256_madd_epi16(pairs, ones));
+                        }
                     }
                 }
 #pragma GCC unroll 4
-                for (int t = 0; t < T; ++t)
-                    sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[t]),
-                                             _mm256_set1_ps(scales[t * job.blocks]), sum[t]);
+                for (int t = 0; t < T; ++t) {
+                    const float* scale = scales + t * job.blocks * kLanes;
+#pragma GCC unroll 2
+                    for (int half = 0; half < 2; ++half)
+                        sum[t] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[half][t]),
+                                                 _mm256_load_ps(scale + half * 8), sum[t]);
+                }
             }
         }
         for (int t = 0; t < T; ++t) finish(job, row, token + t, avx2::reduce(sum[t]));

@@ -169,7 +169,7 @@ PRUNUS_TARGET_PLANES void product_top(const Class& c, const uint8_t* words, int6
         float* const to = product.sums + row * 16;
         __m512 sum = product.adds ? _mm512_load_ps(to) : _mm512_setzero_ps();
         int64_t block = 0;
-        for (; block < whole; ++block, excess += 16) {
+        for (; block < whole; ++block, excess += kLanes) {
             __m512i dot = _mm512_load_si512(excess);
             avx512::prefetch(reinterpret_cast<const void*>(ahead), 0);
             if (product.ahead_bytes > 64)
@@ -179,15 +179,15 @@ PRUNUS_TARGET_PLANES void product_top(const Class& c, const uint8_t* words, int6
             ahead += uintptr_t(product.ahead_bytes);
             PRUNUS_UNROLL for (int64_t i = 0; i < kBlockGroups; ++i, x += kSegment) dot =
                 _mm512_dpbusd_epi32(dot, top.next(words, escaped), _mm512_load_si512(x));
-            sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(product.scales[block]),
-                                  sum);
+            sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot),
+                                  _mm512_load_ps(product.scales + block * kLanes), sum);
         }
         if (rest) {
             __m512i dot = _mm512_load_si512(excess);
             for (int64_t i = 0; i < rest; ++i, x += kSegment)
                 dot = _mm512_dpbusd_epi32(dot, top.next(words, escaped), _mm512_load_si512(x));
-            sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(product.scales[block]),
-                                  sum);
+            sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot),
+                                  _mm512_load_ps(product.scales + block * kLanes), sum);
         }
         _mm512_store_ps(to, sum);
     }
@@ -233,8 +233,8 @@ template <int R, int T>
 PRUNUS_TARGET_PLANES void multiply_rows(const Planes& job, int64_t row, int64_t token,
                                         const uint8_t* bytes) {
     const int8_t* x = job.x + token * job.row_bytes;
-    const float* scales = job.x_scales + token * job.blocks;
-    const int32_t* excess = job.excess + token * job.blocks * 16;
+    const float* scales = job.x_scales + token * job.blocks * kLanes;
+    const int32_t* excess = job.excess + token * job.blocks * kLanes;
     __m512 sum[R][T];
     PRUNUS_UNROLL for (int r = 0; r < R; ++r) PRUNUS_UNROLL for (int t = 0; t < T; ++t) sum[r][t] =
         _mm512_setzero_ps();
@@ -242,7 +242,7 @@ PRUNUS_TARGET_PLANES void multiply_rows(const Planes& job, int64_t row, int64_t 
         for (int64_t left = job.classes[k].groups; left > 0; left -= kBlockGroups) {
             __m512i dot[R][T];
             PRUNUS_UNROLL for (int t = 0; t < T; ++t) {
-                dot[0][t] = _mm512_load_si512(excess + t * job.blocks * 16);
+                dot[0][t] = _mm512_load_si512(excess + t * job.blocks * kLanes);
                 PRUNUS_UNROLL for (int r = 1; r < R; ++r) dot[r][t] = dot[0][t];
             }
             const int64_t groups = left < kBlockGroups ? left : kBlockGroups;
@@ -257,12 +257,12 @@ PRUNUS_TARGET_PLANES void multiply_rows(const Planes& job, int64_t row, int64_t 
                 }
             }
             PRUNUS_UNROLL for (int t = 0; t < T; ++t) {
-                const __m512 scale = _mm512_set1_ps(scales[t * job.blocks]);
+                const __m512 scale = _mm512_load_ps(scales + t * job.blocks * kLanes);
                 PRUNUS_UNROLL for (int r = 0; r < R; ++r) sum[r][t] =
                     _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][t]), scale, sum[r][t]);
             }
-            ++scales;
-            excess += 16;
+            scales += kLanes;
+            excess += kLanes;
         }
     }
     for (int r = 0; r < R; ++r)

@@ -84,19 +84,22 @@ struct Portable {
         for (int64_t end = row + rows; row < end; ++row, bytes += job.row_bytes) {
             for (int64_t token = 0; token < job.tokens; ++token) {
                 const int8_t* x = job.x + token * job.row_bytes;
-                const float* scale = job.x_scales + token * job.blocks;
+                const float* scales = job.x_scales + token * job.blocks * kLanes;
                 const uint8_t* weight = bytes;
                 float sum = 0;
                 for (int k = 0; k < job.class_count; ++k) {
                     const Class& c = job.classes[k];
-                    for (int64_t left = c.groups; left > 0; left -= kBlockGroups, ++scale) {
-                        const int64_t count = (left < kBlockGroups ? left : kBlockGroups) * 64;
-                        int32_t dot = 0;
-                        for (int64_t i = 0; i < count; ++i)
-                            dot += (int32_t(weight[i]) - c.bias) * x[i];
-                        sum += float(dot) * *scale;
-                        weight += count;
-                        x += count;
+                    for (int64_t left = c.groups; left > 0; left -= kBlockGroups) {
+                        const int64_t groups = left < kBlockGroups ? left : kBlockGroups;
+                        int32_t dot[kLanes] = {};
+                        for (int64_t i = 0; i < groups * kSegment; ++i)
+                            dot[i % kSegment / kLaneBytes] +=
+                                (int32_t(weight[i]) - c.bias) * x[i];
+                        for (int64_t lane = 0; lane < kLanes; ++lane)
+                            sum += float(dot[lane]) * scales[lane];
+                        scales += kLanes;
+                        weight += groups * kSegment;
+                        x += groups * kSegment;
                     }
                 }
                 finish(job, row, token, sum);
