@@ -17,13 +17,11 @@ from torch import nn
 
 from prunus.evaluation.streamed_perplexity import whole_only
 from prunus.model.adapter import base_folder, is_adapter
-from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.packed.bitmap import packed_bytes
-from prunus.packed.description import Description
+from prunus.packed.source import PackedSource
 
 __all__ = ["ModelSize", "file_bytes", "packed_size", "stored_size"]
 
@@ -88,25 +86,16 @@ def _stored_bits(folder: Path, trust_remote_code: bool) -> float | None:
 
 
 def _packed_bits(folder: Path, trust_remote_code: bool) -> float | None:
-    """Bits per weight of a packed model, from the tensors that its configuration declares."""
-    from transformers import AutoConfig
-
-    described = Description.from_dict(read_json(folder / "config.json")["quantization_config"])
-    config = AutoConfig.from_pretrained(
-        folder, trust_remote_code=trust_remote_code, local_files_only=True
-    )
-    del config.quantization_config
-    skeleton = Skeleton(config, torch.bfloat16, trust_remote_code)
-    tensors = Checkpoint(folder).tensors
+    """Bits per weight of a packed model; None where a linear is stored under no known name."""
+    source = PackedSource(folder, trust_remote_code)
+    skeleton = Skeleton(source.config, source.stored_dtype, trust_remote_code)
+    source.bind(skeleton)
     nbytes = weights = 0
     for name, linear in _block_linears(skeleton):
-        if name in described.linears:
-            parts = described.tensors(name).values()
-            nbytes += sum(math.prod(part.shape) * part.dtype.itemsize for part in parts)
-        elif f"{name}.weight" in tensors:
-            nbytes += tensors[f"{name}.weight"].nbytes
-        else:
+        stored = source.nbytes(name)
+        if stored is None:
             return None
+        nbytes += stored
         weights += math.prod(linear.shape)
     return 8 * nbytes / weights
 

@@ -70,6 +70,18 @@ class PackedSource:
                 weights = shape.out_features * shape.in_features
                 self.packed[name.removesuffix(".weight")] = (str(values), 8 * nbytes / weights)
 
+    def nbytes(self, linear: str) -> int | None:
+        """Bytes of all tensors that hold a linear's weight, by its full name in the model.
+
+        None where the checkpoint has no tensor of its own for it, as for a fused expert.
+        """
+        key = self._names.get(f"{linear}.weight")
+        if key is None:
+            return None
+        stored = key.removesuffix(".weight")
+        packed = linear in self.packed
+        return self._checkpoint.nbytes(list(self._described.tensors(stored)) if packed else [key])
+
     def block(self, index: int) -> dict[str, torch.Tensor]:
         """The dense tensors of one block, by names relative to it.
 
