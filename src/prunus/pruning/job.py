@@ -225,6 +225,29 @@ class PruningJob:
         needed = self.block_memory[index].total(hidden=self.hidden_states_stay, paused=True)
         return needed <= self.budget
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether the next block is read and the last one written while one is pruned.
+
+        It takes memory for two blocks more, and changes nothing but the time.
+        """
+        return not isinstance(self.source, ModuleSource) and all(
+            self.host_bytes(index) + self.overlap_bytes(index) <= self.host_budget
+            for index in range(len(self.block_memory))
+        )
+
+    def overlap_bytes(self, index: int) -> int:
+        """Bytes of the block that is read and of the block that is written beside block `index`."""
+        beside = [near for near in (index - 1, index + 1) if 0 <= near < len(self.block_memory)]
+        return sum(self.source.block_nbytes(near) for near in beside)
+
+    def host_bytes(self, index: int) -> int:
+        """Bytes that block `index` needs on the host, with nothing read or written beside it."""
+        memory = self.block_memory[index]
+        if self.device.type != "cpu":
+            return 0 if self.hidden_states_stay or self.spills else memory.hidden
+        return memory.total(hidden=self.hidden_states_stay, paused=self.fits_lockstep(index))
+
     def walk(self, index: int) -> Walk:
         """How the windows go through block `index`; lockstep and replay give the same bits."""
         if self.recipe.propagate == "block":

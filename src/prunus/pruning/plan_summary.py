@@ -53,9 +53,10 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
 
 def _peak_bytes(job: PruningJob) -> int:
     """The largest need of any block, or of the measurement before the first block."""
-    stay = job.hidden_states_stay
+    stay, overlaps = job.hidden_states_stay, job.overlaps and job.device.type == "cpu"
     needed = [
         memory.total(hidden=stay, paused=job.fits_lockstep(index))
+        + overlaps * job.overlap_bytes(index)
         for index, memory in enumerate(job.block_memory)
     ]
     if job.recipe.bits is not None:

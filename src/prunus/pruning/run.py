@@ -15,6 +15,7 @@ writes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from prunus.distributed import process_group
 from prunus.hardware.memory import HeapTrimmer, describe_hardware, peak_memory, versions
 from prunus.hardware.sizes import parse_bytes
 from prunus.pruning.allocate import allocate
+from prunus.pruning.block.checks import StoredBlock, read_stored
 from prunus.pruning.block.prune_block import BlockPruner
 from prunus.pruning.calibration_windows import calibration_windows, describe_given
 from prunus.pruning.compressed_output import open_output
@@ -36,6 +38,7 @@ from prunus.pruning.compression import rate_control
 from prunus.pruning.job import PruningJob, RunOptions
 from prunus.pruning.manifest import Manifest, RunInputs
 from prunus.pruning.output import Output
+from prunus.pruning.overlap import BackgroundWrites, read_ahead
 from prunus.pruning.plan import CheckedRun, check_run
 from prunus.pruning.rank_checks import check_same_on_all_ranks
 from prunus.pruning.recipe import Recipe
@@ -223,6 +226,11 @@ def _prune_model(
     rate = rate_control(job, windows.ids, output, manifest)
     pruner = BlockPruner(job.skeleton, job.source, settings, ranks, rate)
     one_thread = 1 if job.reference_order else None
+
+    def report(index: int, message: str) -> None:
+        if progress is not None and ranks.rank == 0:
+            progress(_progress(job, index, message, started))
+
     with torch.no_grad(), contextlib.closing(pruner), _threads(one_thread):
         # Everything before the first block: windows become hidden states.
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()
@@ -232,20 +240,23 @@ def _prune_model(
             on_device=job.hidden_states_stay,
         )
 
+        # Resume: the stored weights of a finished block take the windows to the next block. The
+        # reference order is the exception. There the next block depends on weights before they were
+        # rounded for storage, so a finished block is pruned once more.
+        taken = 0 if job.reference_order else output.finished_blocks
+        for index in range(taken):
+            pruner.propagate(index, output.read_block(index))
+            report(index, "taken from the earlier run")
+
         heap = HeapTrimmer()
-        for index in range(len(job.skeleton)):
-            # Resume: the stored weights of a finished block take the windows to the next block.
-            # The reference order is the exception. There the next block depends on weights before
-            # they were rounded for storage, so a finished block is pruned once more.
-            if index < output.finished_blocks and not job.reference_order:
-                pruner.propagate(index, output.read_block(index))
-                message = "taken from the earlier run"
-            else:
-                message = _prune_block(job, pruner, output, index, walks[index])
+        left = range(taken, len(job.skeleton))
+        with BackgroundWrites(job.overlaps) as writes:
+            blocks = read_ahead(left, functools.partial(_read_block, job), job.overlaps)
+            for index, stored in zip(left, blocks, strict=True):
+                message = _prune_block(job, pruner, output, writes, index, stored, walks[index])
                 if ranks.size > 1:
                     heap.trim_if_grown()
-            if progress is not None and ranks.rank == 0:
-                progress(_progress(job, index, message, started))
+                report(index, message)
 
         pruned_head: dict[str, torch.Tensor] = {}
         if job.recipe.head:
@@ -256,18 +267,27 @@ def _prune_model(
     return manifest
 
 
+def _read_block(job: PruningJob, index: int) -> StoredBlock:
+    return read_stored(job.skeleton.block_name(index), job.source.block(index))
+
+
 def _prune_block(
-    job: PruningJob, pruner: BlockPruner, output: Output, index: int, walk: Walk
+    job: PruningJob,
+    pruner: BlockPruner,
+    output: Output,
+    writes: BackgroundWrites,
+    index: int,
+    stored: StoredBlock,
+    walk: Walk,
 ) -> str:
     """Load, walk, prune, reconstruct, write and release one block; returns a progress message."""
     started = time.perf_counter()
-    stored = job.source.block(index)
     finished = pruner.prune(index, stored, job.selected[index], walk)
     record = finished.record
     record.seconds = round(time.perf_counter() - started, 3)
     # A finished block that is pruned once more keeps its shard.
     if index >= output.finished_blocks:
-        output.write_block(index, stored, finished)
+        writes.submit(lambda: output.write_block(index, stored.tensors, finished))
     message = f"pruned in {record.seconds:.2f} s"
     if record.walk == "replay":
         message += ", with one batch in flight: paused windows do not fit in the memory budget"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -10,7 +11,7 @@ from prunus.distributed import RankError, Ranks
 from prunus.hardware.numerics import all_finite
 from prunus.model.source import tensors_digest
 
-__all__ = ["check_same", "checked_digest"]
+__all__ = ["StoredBlock", "check_same", "read_stored"]
 
 
 def check_same(ranks: Ranks, name: str, changed: Mapping[str, torch.Tensor]) -> None:
@@ -35,17 +36,33 @@ def check_same(ranks: Ranks, name: str, changed: Mapping[str, torch.Tensor]) -> 
         )
 
 
-def checked_digest(block_name: str, stored: Mapping[str, torch.Tensor]) -> str:
-    """The SHA-256 of a block's tensors as stored, after a check that all are finite.
+class StoredBlock(NamedTuple):
+    """A block as a checkpoint stores it.
+
+    Attributes:
+        tensors: its tensors by relative name, in the checkpoint's dtypes.
+        digest: their SHA-256.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    digest: str
+
+
+def read_stored(name: str, tensors: Mapping[str, torch.Tensor]) -> StoredBlock:
+    """Read every byte of a block, and check that all weights are finite.
+
+    Args:
+        name: of the block, for the error.
+        tensors: by relative name; views of files which nothing may have read yet.
 
     Raises:
-        ValueError: a tensor holds NaN or infinity; names the tensor.
+        ValueError: a tensor holds NaN or infinity; names it.
     """
-    for key in sorted(stored):
-        tensor = stored[key]
+    for key in sorted(tensors):
+        tensor = tensors[key]
         if tensor.is_floating_point() and not all_finite(tensor):
             raise ValueError(
-                f"{block_name}.{key} holds weights that are not finite (NaN or infinity), so the "
+                f"{name}.{key} holds weights that are not finite (NaN or infinity), so the "
                 "block cannot be pruned: check the checkpoint"
             )
-    return tensors_digest(stored)
+    return StoredBlock(tensors, tensors_digest(tensors))

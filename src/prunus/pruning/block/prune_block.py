@@ -30,7 +30,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 from prunus.model.stream import Stream
 from prunus.pruning.block.block_state import BlockState, FinishedBlock
-from prunus.pruning.block.checks import check_same, checked_digest
+from prunus.pruning.block.checks import StoredBlock, check_same
 from prunus.pruning.block.dense_stream import (
     DenseStream,
     accumulate_with_drift,
@@ -157,13 +157,13 @@ class BlockPruner:
             self.dense.propagate(index)
 
     def prune(
-        self, index: int, stored: Mapping[str, torch.Tensor], selected: Sequence[str], walk: Walk
+        self, index: int, stored: StoredBlock, selected: Sequence[str], walk: Walk
     ) -> FinishedBlock:
         """Prune one block and take all batches through it.
 
         Args:
             index: position of the block.
-            stored: its tensors by relative name, in the checkpoint's dtypes.
+            stored: the block as the checkpoint stores it.
             selected: relative names of the linears to prune.
             walk: how the batches go through the block; see `walk.py`.
 
@@ -171,7 +171,7 @@ class BlockPruner:
             The finished block. The caller sets the seconds of its record.
 
         Raises:
-            ValueError: weights or activations are not finite; names the tensor.
+            ValueError: activations are not finite; names the tensor.
         """
         state = self._load(index, stored, selected, walk)
         with inputs_permuted(state.permuted_at_once) as permute:
@@ -184,14 +184,13 @@ class BlockPruner:
         return state.result(self.ranks.size)
 
     def _load(
-        self, index: int, stored: Mapping[str, torch.Tensor], selected: Sequence[str], walk: Walk
+        self, index: int, stored: StoredBlock, selected: Sequence[str], walk: Walk
     ) -> BlockState:
         """Put the weights into the block, and prepare all that its walk needs."""
         settings, name = self.settings, self.skeleton.block_name(index)
         method = settings.linear.method
-        digest = checked_digest(name, stored)
         self.ranks.set_location(name)
-        module = self.skeleton.fill(index, stored, settings.device)
+        module = self.skeleton.fill(index, stored.tensors, settings.device)
         linears = [linear for linear in self.skeleton.linears(index) if linear.name in selected]
         names = [linear.name for linear in linears]
         minimum = min_expert_tokens(method.needs, settings.min_expert_tokens)
@@ -201,7 +200,9 @@ class BlockPruner:
         dense_inputs = None
         if self.dense is not None:
             aimed = [x.name for x in linears if settings.uses_dense_target(x.shape[1])]
-            dense_inputs = self.dense.copy_block(index, stored, aimed, cache=walk == "lockstep")
+            dense_inputs = self.dense.copy_block(
+                index, stored.tensors, aimed, cache=walk == "lockstep"
+            )
         reconstruction = None
         if self._reconstructor is not None and names:
             trained_names = linears_to_train(names, method.updates_weights)
@@ -209,8 +210,8 @@ class BlockPruner:
         return BlockState(
             index=index,
             name=name,
-            stored=stored,
-            digest=digest,
+            stored=stored.tensors,
+            digest=stored.digest,
             module=module,
             linears=linears,
             walk=walk,
