@@ -35,8 +35,9 @@ CHILD = """
 import json, resource, sys
 import torch
 torch.set_num_threads(int(sys.argv[2]))
-import transformers.models.auto.modeling_auto, prunus.pruning.run, prunus.recovery,
-prunus.evaluation, prunus.packed from prunus.cli import app
+import transformers.models.auto.modeling_auto
+import prunus.evaluation, prunus.packed, prunus.pruning.run, prunus.recovery
+from prunus.cli import app
 from transformers import AutoConfig, AutoModelForCausalLM
 AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(sys.argv[3]))]
 def io():

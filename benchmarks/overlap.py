@@ -1,0 +1,150 @@
+"""What reading ahead and writing behind save: one run with and one without, from a cold cache.
+
+    python benchmarks/overlap.py SCRATCH [--blocks 16] [--method wanda] [--samples 2] \\
+        [--seqlen 1024] [--rounds 2] [--json FILE]
+
+The model has LLaMA-7B's blocks with random weights, 405 MB each in bfloat16, and a small
+vocabulary. SCRATCH needs twice the size of the model. Before every run all pages of the model leave
+the page cache. The runs take turns. For each the script prints its seconds and how long the same
+bytes take to be read, checked and hashed, and to be written, with nothing else going on: a run
+cannot take less than the larger of its disk time and its computation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from transformers import LlamaConfig
+
+import prunus
+from prunus.hardware.memory import describe_hardware, versions
+from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.writer import save_safetensors
+from prunus.model.source import tensors_digest
+from prunus.pruning.job import PruningJob
+
+VOCABULARY = 256
+
+
+def make_model(folder: Path, blocks: int) -> None:
+    """Write a checkpoint with one shard per block."""
+    config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=blocks, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
+    shapes["mlp.down_proj"] = (hidden, inner)
+    places: dict[str, str] = {}
+
+    def write(file: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_safetensors(folder / file, tensors)
+        places.update(dict.fromkeys(tensors, file))
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.bfloat16).mul_(0.02)
+
+    torch.manual_seed(0)
+    ones = torch.ones(hidden, dtype=torch.bfloat16)
+    for index in range(blocks):
+        prefix = f"model.layers.{index}."
+        tensors = {f"{prefix}{name}.weight": random(*shape) for name, shape in shapes.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{norm}.weight"] = ones.clone()
+        write(f"block-{index}.safetensors", tensors)
+    outside = {f"{name}.weight": random(VOCABULARY, hidden) for name in ("lm_head",)}
+    outside["model.embed_tokens.weight"] = random(VOCABULARY, hidden)
+    outside["model.norm.weight"] = ones
+    write("outside.safetensors", outside)
+    index_file = folder / "model.safetensors.index.json"
+    index_file.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def drop_cache(folder: Path) -> None:
+    """Let all pages of a folder's shards leave the page cache."""
+    for path in folder.glob("*.safetensors"):
+        file = os.open(path, os.O_RDONLY)
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
+def disk_seconds(model: Path, scratch: Path, blocks: int) -> tuple[float, float]:
+    """Seconds to read and hash all blocks, and to write as many bytes."""
+    checkpoint = Checkpoint(model)
+    reading = writing = 0.0
+    for index in range(blocks):
+        names = [name for name in checkpoint.tensors if f".layers.{index}." in name]
+        started = time.perf_counter()
+        tensors = dict(checkpoint.read(names))
+        for tensor in tensors.values():
+            torch.aminmax(tensor)
+        tensors_digest(tensors)
+        reading += time.perf_counter() - started
+        started = time.perf_counter()
+        save_safetensors(scratch / "written.safetensors", tensors)
+        writing += time.perf_counter() - started
+    (scratch / "written.safetensors").unlink()
+    return reading, writing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("--blocks", type=int, default=16)
+    parser.add_argument("--method", default="wanda")
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    model, result = options.scratch / "model", options.scratch / "result"
+    if not (model / "model.safetensors.index.json").exists():
+        make_model(model, options.blocks)
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.samples, options.seqlen)
+    ids = torch.randint(0, VOCABULARY, shape, generator=generator)
+    seconds: dict[str, list[float]] = {"one after the other": [], "at the same time": []}
+    disk: list[tuple[float, float]] = []
+    for _ in range(options.rounds):
+        drop_cache(model)
+        disk.append(disk_seconds(model, options.scratch, options.blocks))
+        print(f"reading {disk[-1][0]:.1f} s, writing {disk[-1][1]:.1f} s", flush=True)
+        for (name, measured), overlaps in zip(seconds.items(), (False, True), strict=True):
+            drop_cache(model)
+            shutil.rmtree(result, ignore_errors=True)
+            with patch.object(PruningJob, "overlaps", overlaps):
+                started = time.perf_counter()
+                prunus.prune(model, result, options.method, calibration=ids)
+                measured.append(time.perf_counter() - started)
+            print(f"{name}: {measured[-1]:.1f} s", flush=True)
+    shutil.rmtree(result)
+    median = {name: statistics.median(measured) for name, measured in seconds.items()}
+    before, after = median.values()
+    print(f"at the same time: {after / before:.3f} of the time of one after the other")
+    if options.json:
+        content = {
+            "what": "Seconds of a run on LLaMA-7B's blocks, by benchmarks/overlap.py.",
+            "hardware": describe_hardware(torch.device("cpu")),
+            "versions": versions(),
+            "options": {k: str(v) for k, v in vars(options).items() if k != "json"},
+            "seconds": seconds,
+            "disk_seconds": disk,
+        }
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
