@@ -1,13 +1,13 @@
 """What reading ahead and writing behind save: one run with and one without, from a cold cache.
 
-    python benchmarks/overlap.py SCRATCH [--blocks 16] [--method wanda] [--samples 2] \\
-        [--seqlen 1024] [--rounds 2] [--json FILE]
+    python benchmarks/overlap.py SCRATCH [--blocks 16] [--hidden 4096] [--method wanda] \\
+        [--samples 2] [--seqlen 1024] [--rounds 2] [--json FILE]
 
-The model has LLaMA-7B's blocks with random weights, 405 MB each in bfloat16, and a small
-vocabulary. SCRATCH needs twice the size of the model. Before every run all pages of the model leave
-the page cache. The runs take turns. For each the script prints its seconds and how long the same
-bytes take to be read, checked and hashed, and to be written, with nothing else going on: a run
-cannot take less than the larger of its disk time and its computation.
+The model has LLaMA-7B's blocks with random weights, 405 MB each in bfloat16. SCRATCH needs twice
+the size of the model. Before every run all pages of the model leave the page cache. The runs take
+turns. In every round the script also measures how long the same bytes take to be read, checked and
+hashed, and to be written, with nothing else going on. A run cannot take less than the larger of
+this time and its computation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from transformers import LlamaConfig
+from llama_shapes import VOCABULARY, write_checkpoint
 
 import prunus
 from prunus.hardware.memory import describe_hardware, versions
@@ -30,43 +30,6 @@ from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.source import tensors_digest
 from prunus.pruning.job import PruningJob
-
-VOCABULARY = 256
-
-
-def make_model(folder: Path, blocks: int) -> None:
-    """Write a checkpoint with one shard per block."""
-    config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=blocks, dtype="bfloat16")
-    config.architectures = ["LlamaForCausalLM"]
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    hidden, inner = config.hidden_size, config.intermediate_size
-    shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
-    shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
-    shapes["mlp.down_proj"] = (hidden, inner)
-    places: dict[str, str] = {}
-
-    def write(file: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_safetensors(folder / file, tensors)
-        places.update(dict.fromkeys(tensors, file))
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, dtype=torch.bfloat16).mul_(0.02)
-
-    torch.manual_seed(0)
-    ones = torch.ones(hidden, dtype=torch.bfloat16)
-    for index in range(blocks):
-        prefix = f"model.layers.{index}."
-        tensors = {f"{prefix}{name}.weight": random(*shape) for name, shape in shapes.items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}{norm}.weight"] = ones.clone()
-        write(f"block-{index}.safetensors", tensors)
-    outside = {f"{name}.weight": random(VOCABULARY, hidden) for name in ("lm_head",)}
-    outside["model.embed_tokens.weight"] = random(VOCABULARY, hidden)
-    outside["model.norm.weight"] = ones
-    write("outside.safetensors", outside)
-    index_file = folder / "model.safetensors.index.json"
-    index_file.write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 def drop_cache(folder: Path) -> None:
@@ -103,6 +66,7 @@ def main() -> None:
     )
     parser.add_argument("scratch", type=Path)
     parser.add_argument("--blocks", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--method", default="wanda")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seqlen", type=int, default=1024)
@@ -112,7 +76,7 @@ def main() -> None:
 
     model, result = options.scratch / "model", options.scratch / "result"
     if not (model / "model.safetensors.index.json").exists():
-        make_model(model, options.blocks)
+        write_checkpoint(model, options.blocks, options.hidden)
     generator = torch.Generator().manual_seed(0)
     shape = (options.samples, options.seqlen)
     ids = torch.randint(0, VOCABULARY, shape, generator=generator)
