@@ -7,7 +7,7 @@ JOBS   ?= 2
 # Reference data and golden masks; tests that need them skip where the folder is absent.
 export PRUNUS_SHARED ?= ../shared
 
-.PHONY: demo test check docs sanitize install clean
+.PHONY: demo test check cuda docs sanitize install clean
 
 # One stamp per environment: installing again is a no-op until the project file changes.
 STAMP := $(VENV)/.prunus-installed
@@ -26,6 +26,11 @@ check: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
+
+# On a machine with a CUDA device: the tests that need one, then a table of what runs take there.
+cuda: $(STAMP)
+	$(BIN)/python -m pytest -m cuda
+	$(BIN)/python benchmarks/gpu.py build/gpu --json docs/results/gpu.json
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py

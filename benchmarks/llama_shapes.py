@@ -24,15 +24,31 @@ from transformers import LlamaConfig
 VOCABULARY = 32000
 
 
-def write_checkpoint(folder: Path, blocks: int, hidden: int) -> None:
-    """Write one shard per block. Narrower models keep the proportions of LLaMA-7B."""
+def write_checkpoint(
+    folder: Path,
+    blocks: int,
+    hidden: int,
+    intermediate: int | None = None,
+    key_heads: int | None = None,
+) -> None:
+    """Write one shard per block. What is not given has the proportions of LLaMA-7B.
+
+    Args:
+        folder: of the checkpoint.
+        blocks: their number.
+        hidden: width of a hidden state, a multiple of 128.
+        intermediate: width inside the MLP.
+        key_heads: number of heads of keys and values, of 128 features each.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    intermediate = hidden * 11008 // 4096
+    intermediate = intermediate or hidden * 11008 // 4096
+    heads = hidden // 128
+    key_heads = key_heads or heads
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
-        num_attention_heads=hidden // 128,
-        num_key_value_heads=hidden // 128,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
         num_hidden_layers=blocks,
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
@@ -59,7 +75,10 @@ def write_checkpoint(folder: Path, blocks: int, hidden: int) -> None:
     )
     for index in range(blocks):
         prefix = f"model.layers.{index}"
-        tensors = {f"{prefix}.self_attn.{n}_proj.weight": random(hidden, hidden) for n in "qkvo"}
+        tensors = {f"{prefix}.self_attn.{n}_proj.weight": random(hidden, hidden) for n in "qo"}
+        tensors |= {
+            f"{prefix}.self_attn.{n}_proj.weight": random(128 * key_heads, hidden) for n in "kv"
+        }
         tensors |= {
             f"{prefix}.mlp.{n}_proj.weight": random(intermediate, hidden) for n in ("gate", "up")
         }
