@@ -35,7 +35,11 @@ Model = Annotated[
 ]
 Json = Annotated[
     Path | None,
-    typer.Option("--json", metavar="FILE", help="Also write all figures to FILE as JSON."),
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Also write all figures to FILE as JSON; - is standard output.",
+    ),
 ]
 DataDir = Annotated[
     Path | None,

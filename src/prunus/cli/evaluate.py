@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from prunus.cli import arguments as arg
-from prunus.cli.terminal import log, print_result, user_errors, write_json
+from prunus.cli.terminal import log, print_result, print_text, user_errors, write_json
 
 __all__ = ["bench", "doctor", "evaluate", "generate", "inspect"]
 
@@ -364,9 +364,11 @@ def generate(
 
         pieces = []
         for piece in generate_pieces(model, prompt, max_new_tokens=max_new_tokens, chat=chat):
-            print(piece, end="", flush=True)
             pieces.append(piece)
-        print()
+            # Without --json, text that nobody reads need not be written.
+            if not print_text(piece.replace("\r", ""), json_file) and json_file is None:
+                return
+        print_text("\n", json_file)
         write_json(json_file, {"model": model, "prompt": prompt, "text": "".join(pieces)})
 
 
@@ -376,6 +378,6 @@ def doctor(json_file: arg.Json = None) -> None:
         from prunus.packed import describe
 
         state = describe()
-        for name, value in state.items():
-            print(f"{name:24} {value}")
         write_json(json_file, state)
+        for name, value in state.items():
+            print_text(f"{name:24} {value}\n", json_file)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import signal
 import sys
@@ -10,11 +12,22 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
-__all__ = ["log", "log_step", "print_result", "print_summary", "user_errors", "write_json"]
+__all__ = [
+    "log",
+    "log_step",
+    "print_result",
+    "print_summary",
+    "print_text",
+    "user_errors",
+    "write_json",
+]
+
+#: The value of `--json` that stands for standard output.
+STDOUT = Path("-")
 
 #: Width of a table in a file or a pipe, which have no width of their own.
 _PIPE_WIDTH = 160
@@ -30,7 +43,7 @@ def user_errors(json_file: Path | None) -> Iterator[None]:
     variable PRUNUS_TRACEBACK turns this off and shows tracebacks.
 
     Args:
-        json_file: value of `--json`; a folder is refused before the verb does any work.
+        json_file: value of `--json`; what cannot be written is refused before any work.
     """
     if os.environ.get("PRUNUS_TRACEBACK"):
         yield
@@ -38,8 +51,7 @@ def user_errors(json_file: Path | None) -> Iterator[None]:
     try:
         with _interruptible():
             _silence_transformers()
-            if json_file is not None and json_file.is_dir():
-                raise ValueError(f"--json {json_file} is a folder; give the name of a file")
+            _check_json_file(json_file)
             yield
     except (
         ValueError,
@@ -71,6 +83,20 @@ def _exit_after(error: Exception) -> None:
         os._exit(1)
     log(f"error: {type(error).__name__}: {error} (PRUNUS_TRACEBACK=1 shows where)")
     raise typer.Exit(1) from None
+
+
+def _check_json_file(json_file: Path | None) -> None:
+    """Refuse a place for figures that cannot be written to, before the work that gives them."""
+    if json_file is None or json_file == STDOUT:
+        return
+    if json_file.is_dir():
+        raise ValueError(f"--json {json_file} is a folder; give the name of a file")
+    above = next(path for path in json_file.absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"--json {json_file} cannot be written, because {above} is not a folder that you may "
+            "write to; choose another place"
+        )
 
 
 @contextlib.contextmanager
@@ -112,10 +138,16 @@ def _silence_transformers() -> None:
 
 
 def log(message: str) -> None:
-    """Print a message as one line on standard error; ranks other than 0 add their number."""
+    """Print a message as one line on standard error; ranks other than 0 add their number.
+
+    Where nobody reads standard error any more, the message is dropped, and the work goes on.
+    """
+    from prunus.report.console import printable
+
     rank = os.environ.get("RANK", "0")
     prefix = "prunus:" if rank == "0" else f"prunus, rank {rank}:"
-    print(prefix, " ".join(message.splitlines()), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(prefix, printable(" ".join(message.splitlines())), file=sys.stderr, flush=True)
 
 
 def log_step(done: int, total: int, name: str) -> None:
@@ -124,36 +156,89 @@ def log_step(done: int, total: int, name: str) -> None:
 
 
 def print_result(table: Any, json_file: Path | None, content: Any) -> None:
-    """Print a table on standard output, and write its figures as JSON. Only rank 0 does so.
+    """Write the figures of a verb as JSON, then print them as a table. Only rank 0 does so.
+
+    The order matters: JSON is safe before anything can go wrong with the terminal. Where JSON
+    cannot be written, the table is still shown before the error.
 
     Args:
         table: anything that rich can print.
-        json_file: value of `--json`.
+        json_file: value of `--json`. With `-`, the table goes to standard error.
         content: the figures, as JSON can hold them.
     """
-    from rich.console import Console
-
     from prunus.distributed import is_rank_0
+    from prunus.report.console import TerminalConsole
 
     if not is_rank_0():
         return
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, _PIPE_WIDTH)  # long names stay whole
-    console.print(table)
-    write_json(json_file, content)
+    try:
+        write_json(json_file, content)
+    finally:
+        with _goes_to_reader(json_file) as stream:
+            console = TerminalConsole(file=stream)
+            if not console.is_terminal:
+                console.width = max(console.width, _PIPE_WIDTH)  # long names stay whole
+            console.print(table)
 
 
 def print_summary(summary: dict[str, Any], folder: Path, json_file: Path | None) -> None:
-    """Print in one line what a new folder holds, and write the same as JSON."""
-    print(f"{folder}: {', '.join(f'{key} {value}' for key, value in summary.items())}")
+    """Write what a new folder holds as JSON, and print the same in one line."""
     write_json(json_file, summary)
+    print_text(f"{folder}: {', '.join(f'{key} {value}' for key, value in summary.items())}\n")
+
+
+def print_text(text: str, json_file: Path | None = None) -> bool:
+    """Print text on standard output at once, with control characters escaped.
+
+    Args:
+        text: what to print; nothing is added to it.
+        json_file: value of `--json`. With `-`, the text goes to standard error.
+
+    Returns:
+        Whether somebody reads it: false once the reader of a pipe or the terminal is gone.
+    """
+    from prunus.report.console import printable
+
+    with _goes_to_reader(json_file) as stream:
+        stream.write(printable(text))
+        stream.flush()  # fails here if nobody reads
+        return True
+    return False
 
 
 def write_json(json_file: Path | None, content: Any) -> None:
-    """Write the figures of a verb as JSON, if the user gave a file."""
-    if json_file is not None:
-        from prunus.model.checkpoint import atomic_files
+    """Write the figures of a verb as JSON, if the user gave a file; `-` is standard output."""
+    if json_file is None:
+        return
+    if json_file == STDOUT:
+        with _goes_to_reader(None) as stream:
+            stream.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        return
+    from prunus.model.checkpoint import atomic_files
 
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_files.write_json(json_file, content)
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_files.write_json(json_file, content)
+
+
+@contextlib.contextmanager
+def _goes_to_reader(json_file: Path | None) -> Iterator[TextIO]:
+    """Yield the stream for tables and text, and end quietly where its reader is gone.
+
+    The reader of a pipe may leave (`| head`), and a terminal may be closed. By then the work is
+    done and JSON is written, so this is no error. All later output goes nowhere.
+
+    Args:
+        json_file: value of `--json`. With `-`, standard output is for JSON alone.
+    """
+    stream = sys.stdout if json_file != STDOUT else sys.stderr
+    try:
+        yield stream
+        stream.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        # What is still buffered would fail again when the interpreter exits.
+        with contextlib.suppress(OSError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -53,16 +53,26 @@ def generate(
 
 
 def _stream(loaded: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> Iterator[str]:
-    """Generate in a second thread, and yield each piece as soon as it is there."""
-    from transformers import TextIteratorStreamer
+    """Generate in a second thread, and yield each piece as soon as it is there.
+
+    A caller that takes no more pieces ends the thread after the token that it is at.
+    """
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
 
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
+    unwanted = Event()
+    criteria = StoppingCriteriaList([lambda *_, **__: unwanted.is_set()])
 
     def generate_in_thread() -> None:
         try:
             with torch.no_grad():
-                loaded.generate(**inputs, streamer=streamer, max_new_tokens=max_new_tokens)
+                loaded.generate(
+                    **inputs,
+                    streamer=streamer,
+                    max_new_tokens=max_new_tokens,
+                    stopping_criteria=criteria,
+                )
         except BaseException as fault:
             # The reader below would wait forever for the next piece.
             failure.append(fault)
@@ -70,7 +80,10 @@ def _stream(loaded: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> It
 
     thread = Thread(target=generate_in_thread, daemon=True)
     thread.start()
-    yield from streamer
-    thread.join()
+    try:
+        yield from streamer
+    finally:
+        unwanted.set()
+        thread.join()
     if failure:
         raise failure[0]

@@ -12,6 +12,7 @@ plain.py                a document as Markdown, or as tables in the terminal
 tables.py               terminal tables of the verbs
 evaluation_tables.py    terminal tables of `prunus eval`
 recovery_tables.py      terminal table of `prunus recover`
+console.py              the terminal: no markup in names, no control characters
 progress.py             progress of a run, on standard error
 
 No module here imports torch when it is imported: a report is read and shown without it.

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from prunus.report.console import printable
 from prunus.report.document import Document, Facts, Table, text_of
 
 __all__ = ["to_markdown", "to_terminal"]
@@ -22,12 +23,15 @@ _MARKUP = re.compile(r"([\\`*_\[\]<>|])")
 
 
 def to_terminal(document: Document) -> Group:
-    """Turn a document into what rich's console can print. Text is never read as markup."""
+    """Turn a document into what rich's console can print. Text is never read as markup.
+
+    Show it on a `TerminalConsole`, which escapes control characters.
+    """
     shown: list[RenderableType] = []
     for section in document.sections:
-        shown.append(Text(section.title, style="bold"))
+        shown.append(_text(section.title, style="bold"))
         if section.lead:
-            shown.append(Text(section.lead))
+            shown.append(_text(section.lead))
         for part in section.parts:
             if isinstance(part, Facts):
                 shown += [Text(), _facts(part)]
@@ -35,7 +39,7 @@ def to_terminal(document: Document) -> Group:
                 shown += [
                     Text(),
                     _table(part),
-                    *([Text(part.note, style="italic")] if part.note else []),
+                    *([_text(part.note, style="italic")] if part.note else []),
                 ]
         shown.append(Text())
     return Group(*shown)
@@ -76,30 +80,34 @@ def to_markdown(document: Document) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _text(text: str, style: str = "") -> Text:
+    return Text(printable(text), style)
+
+
 def _facts(facts: Facts) -> RichTable:
-    table = RichTable(title=Text(facts.title), title_justify="left", show_header=False)
+    table = RichTable(title=_text(facts.title), title_justify="left", show_header=False)
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
     for name, value in facts.items:
-        table.add_row(Text(name), Text(value))
+        table.add_row(_text(name), _text(value))
     return table
 
 
 def _table(part: Table) -> RichTable:
-    table = RichTable(title=Text(part.title), title_justify="left")
+    table = RichTable(title=_text(part.title), title_justify="left")
     # The first column names the rows. Where a table is too wide, other columns are folded first.
     names = [len(text_of(row[0], part.columns[0].form)) for row in part.rows]
     widths = [min(max(names, default=0), _NAME_WIDTH), *[None] * (len(part.columns) - 1)]
     for column, min_width in zip(part.columns, widths, strict=True):
         table.add_column(
-            Text(column.title),
+            _text(column.title),
             justify="right" if column.is_number else "left",
             overflow="fold",
             min_width=min_width,
         )
     for row in part.rows:
         cells = zip(row, part.columns, strict=True)
-        table.add_row(*(Text(text_of(value, column.form)) for value, column in cells))
+        table.add_row(*(_text(text_of(value, column.form)) for value, column in cells))
     return table
 
 
@@ -130,4 +138,4 @@ def _markdown_table(part: Table) -> list[str]:
 
 
 def _escape(text: str) -> str:
-    return _MARKUP.sub(r"\\\1", " ".join(text.split()))
+    return _MARKUP.sub(r"\\\1", printable(" ".join(text.split())))

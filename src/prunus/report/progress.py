@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from prunus.pruning.progress import LineInterval
+from prunus.report.console import printable, progress_console
 
 if TYPE_CHECKING:
     from prunus.pruning.run import Progress as PruningStep
@@ -66,7 +67,7 @@ def show_pruning(
     Yields:
         A function to call after every block.
     """
-    console = console or Console(stderr=True)
+    console = console or progress_console()
     first: PruningStep | None = None
 
     def time_left(step: PruningStep) -> str:
@@ -91,7 +92,7 @@ def show_pruning(
         MofNCompleteColumn(),
         TextColumn("blocks"),
         TimeElapsedColumn(),
-        TextColumn("left {task.fields[left]}, peak {task.fields[peak]}"),
+        TextColumn("left {task.fields[left]}, peak {task.fields[peak]}", markup=False),
     )
     with _live_bar(console, title, columns, None, left="…", peak="…") as update:
         yield lambda step: update(
@@ -112,7 +113,7 @@ def show_recovery(
     Yields:
         A function to call after every step.
     """
-    console = console or Console(stderr=True)
+    console = console or progress_console()
     if not console.is_terminal:
         lines = LineInterval()
 
@@ -134,7 +135,7 @@ def show_recovery(
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[loss]}{task.fields[message]}"),
+        TextColumn("{task.fields[loss]}{task.fields[message]}", markup=False),
     )
     with _live_bar(console, title, columns, 1.0, loss="", message="") as update:
 
@@ -151,7 +152,7 @@ def show_recovery(
 
 def _print_line(console: Console, text: str) -> None:
     """Print one line with the time of day; brackets in the text are not markup."""
-    line = f"{time.strftime('%H:%M:%S')} {text}"
+    line = f"{time.strftime('%H:%M:%S')} {printable(text)}"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -164,8 +165,9 @@ def _live_bar(
     **fields: Any,
 ) -> Iterator[Callable[..., None]]:
     """Show a bar while the context is open, and yield the function that updates its fields."""
-    with Progress(TextColumn("{task.description}"), *columns, console=console) as bar:
-        task = bar.add_task(title, total=total, **fields)
+    name = TextColumn("{task.description}", markup=False)
+    with Progress(name, *columns, console=console) as bar:
+        task = bar.add_task(printable(title), total=total, **fields)
 
         def update(**changes: Any) -> None:
             bar.update(task, **changes)

@@ -90,9 +90,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) atomically."""
+    """Write `text` (UTF-8) atomically.
+
+    The name of a file that is not UTF-8 holds surrogates, which cannot be encoded. They are written
+    as escape sequences, which JSON reads back as they were.
+    """
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,0 +1,182 @@
+"""What reaches the terminal: figures are safe before they are shown, and names stay names."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+from command_line import call
+from prunus.cli import app
+from prunus.cli.terminal import log, print_result
+from prunus.evaluation import generation
+from prunus.pruning.run import Progress
+from prunus.recovery import Step
+from prunus.report.console import TerminalConsole, printable, progress_console
+from prunus.report.document import Column, Document, Facts, Section
+from prunus.report.document import Table as DocumentTable
+from prunus.report.plain import to_markdown, to_terminal
+from prunus.report.progress import show_pruning, show_recovery
+from tiny import tiny_checkpoint
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+#: Clears the screen, sets a title in two ways, and turns the reading direction.
+HOSTILE = "\x1b[2Jgone\x1b]0;title\x07\x9b31mred\u202ereversed"
+ESCAPED = r"\x1b[2Jgone\x1b]0;title\x07\x9b31mred\u202ereversed"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    """A checkpoint whose folder is named like a closing tag of rich; no test writes to it."""
+    folder = tiny_checkpoint(
+        tmp_path_factory.mktemp("terminal") / "model[" / "]", vocab_size=VOCABULARY
+    )
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text[" / "].txt"
+    path.parent.mkdir()
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 12)
+    return path
+
+
+def call_unread(monkeypatch, *arguments: object) -> object:
+    """Run a verb whose standard output nobody reads; return its exit status."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", encoding="utf-8") as stream, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stream)
+        with pytest.raises(SystemExit) as ended:
+            app([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+def test_figures_outlive_the_reader_of_the_output(dense, text, tmp_path, monkeypatch):
+    windows = ["--samples", 2, "--seqlen", 16]
+    int8 = ["--values", "int8", "--perplexity", "none"]
+    verbs = {
+        "inspect": ["inspect", dense],
+        "doctor": ["doctor"],
+        "eval": ["eval", dense, "--perplexity", text, "--seqlen", 16, "--no-cache"],
+        "prune": ["prune", dense, tmp_path / "pruned[/]", "--calibration", text, *windows],
+        "plan": ["plan", dense, "--calibration", text, *windows],
+        "generate": ["generate", dense, "--prompt", "a", "--max-new-tokens", 3],
+        "pack": ["pack", tmp_path / "pruned[/]", tmp_path / "packed[/]", *int8],
+    }
+    for name, arguments in verbs.items():
+        file = tmp_path / f"{name}.json"
+        assert call_unread(monkeypatch, *arguments, "--json", file) == 0, name
+        assert json.loads(file.read_text()), name
+
+
+def test_generation_without_a_reader_stops(dense, monkeypatch):
+    pieces = []
+
+    def endless(*_args, **_options):
+        while True:
+            pieces.append("a")
+            yield "a"
+
+    monkeypatch.setattr(generation, "generate", endless)
+    assert call_unread(monkeypatch, "generate", dense, "--prompt", "a") == 0
+    assert len(pieces) == 1
+
+
+def test_names_in_brackets_are_not_markup(dense, text, tmp_path):
+    arguments = ["eval", dense, "--perplexity", text, "--seqlen", 16, "--no-cache"]
+    assert "text[/].txt" in call(*arguments).stdout
+    assert "model[/]" in call("inspect", dense).stdout
+
+
+def test_a_table_is_shown_although_json_cannot_be_written(tmp_path, capsys):
+    table = Table("figure")
+    table.add_row("1.5")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        print_result(table, tmp_path / "figures.json", {"figure": float("nan")})
+    assert "1.5" in capsys.readouterr().out
+
+
+def test_a_place_for_json_that_cannot_be_written_is_refused_before_any_work(dense, text, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["prune", dense, out, "--calibration", text, "--json", text / "figures.json"]
+    assert "is not a folder" in call(*arguments, status=2).stderr
+    assert not out.exists()
+
+
+def test_control_characters_are_escaped_in_all_that_is_shown(capsys):
+    table = Table(HOSTILE, title=HOSTILE, caption=HOSTILE)
+    table.add_row(HOSTILE)
+    table.add_row(Text(HOSTILE))
+    columns = (Column(HOSTILE),)
+    parts = (Facts(HOSTILE, ((HOSTILE, HOSTILE),)), DocumentTable(HOSTILE, columns, ((HOSTILE,),)))
+    document = Document(HOSTILE, (Section(HOSTILE, HOSTILE, parts=parts),))
+    output = io.StringIO()
+    console = TerminalConsole(file=output, width=160)
+    console.print(table, HOSTILE, to_terminal(document))
+    assert output.getvalue().count(ESCAPED) == 13
+    log(HOSTILE)
+    shown = output.getvalue() + to_markdown(document) + capsys.readouterr().err
+    assert not {letter for letter in shown if letter != "\n" and printable(letter) != letter}
+
+
+def test_generated_text_and_error_messages_cannot_command_the_terminal(dense, monkeypatch):
+    monkeypatch.setattr(generation, "generate", lambda *_, **__: iter(["a\r\n", HOSTILE]))
+    assert call("generate", dense, "--prompt", "a").stdout == f"a\n{ESCAPED}\n"
+    missing = call("inspect", f"no/such/{HOSTILE}", status=2)
+    assert ESCAPED in missing.stderr
+    assert "\x1b" not in missing.stderr
+
+
+def test_a_terminal_keeps_the_colours_of_rich():
+    output = io.StringIO()
+    TerminalConsole(file=output, force_terminal=True, width=80).print(Text("bold", style="bold"))
+    assert output.getvalue() == "\x1b[1mbold\x1b[0m\n"
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress_takes_any_name_and_goes_on_without_a_reader(is_terminal, monkeypatch):
+    title = f"wanda model[/] {HOSTILE}"
+    step = Progress(1, 2, "block[/]", 1.0, 10**9)
+    tokens = Step(0.5, 10, 1.0, "step[/]", loss=2.0, perplexity=3.0)
+    output = io.StringIO()
+    console = TerminalConsole(file=output, force_terminal=is_terminal, width=200)
+    for show, one in ((show_pruning, step), (show_recovery, tokens)):
+        with show(title, console) as progress:
+            progress(one)
+    assert "[/]" in output.getvalue()
+    assert "\x1b[2J" not in output.getvalue()
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        log("nobody reads this")
+        for show, one in ((show_pruning, step), (show_recovery, tokens)):
+            console = progress_console()
+            console._force_terminal = is_terminal
+            with show(title, console) as progress:
+                progress(one)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def test_names_of_files_that_are_not_utf8_can_be_shown_and_written(tmp_path, capsys):
+    table = Table("caf\udce9")
+    print_result(table, tmp_path / "figures.json", {"model": "caf\udce9"})
+    assert r"caf\udce9" in capsys.readouterr().out
+    assert json.loads((tmp_path / "figures.json").read_text()) == {"model": "caf\udce9"}
+
+
+def test_a_dash_for_json_is_standard_output(dense, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call("inspect", dense, "--json", "-")
+    assert json.loads(result.stdout)["blocks"] == 2
+    assert "N:M" in result.stderr, "the table goes to standard error"
+    assert not list(tmp_path.iterdir())
