@@ -11,9 +11,11 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
+import prunus
 from packed_reference import pruned_checkpoint, random_sparse
 from plane_reference import quantized_checkpoint, quantized_weight
 from prunus.packed import (
@@ -158,6 +160,36 @@ def test_a_head_and_the_embedding_tied_to_it_are_packed_once(folders, values):
     dense = model.dequantize()
     assert dense.lm_head.weight is dense.model.embed_tokens.weight
     assert torch.equal(_logits(dense), _logits(plain))
+
+
+@pytest.mark.parametrize("values", FORMS)
+def test_num_parameters_counts_packed_weights(folders, values):
+    packed, plain = _load(folders / f"packed-{values}"), _load(folders / f"plain-{values}")
+    assert packed.num_parameters() == plain.num_parameters()
+    without = plain.num_parameters(exclude_embeddings=True)
+    assert packed.num_parameters(exclude_embeddings=True) == without
+    assert copy.deepcopy(packed).num_parameters() == plain.num_parameters()
+    assert packed.num_parameters(only_trainable=True) < 5_000
+    packed.dequantize()
+    assert packed.num_parameters() == plain.num_parameters()
+
+
+@pytest.mark.parametrize("values", FORMS)
+def test_a_packed_checkpoint_is_inspected_and_scored_and_not_packed_again(
+    folders, values, tmp_path
+):
+    packed, plain = folders / f"packed-{values}", folders / f"plain-{values}"
+    found, expected = prunus.inspect(packed), prunus.inspect(plain)
+    assert [each.zeros for each in found.linears] == [each.zeros for each in expected.linears]
+    assert found.bits is not None
+    save_file({"input_ids": IDS}, tmp_path / "ids.safetensors")
+    score = prunus.perplexity(packed, tmp_path / "ids.safetensors", seqlen=24, stream=False)
+    assert score.protocol.endswith("bfloat16")
+    with pytest.raises(ValueError, match="is packed already; give the checkpoint that it was"):
+        pack(packed, tmp_path / "again")
+    with pytest.raises(ValueError, match="is packed already"):
+        prunus.prune(packed, tmp_path / "again", calibration=IDS)
+    assert not (tmp_path / "again").exists()
 
 
 def test_a_tied_head_of_another_kind_stays_as_it_is(tmp_path):

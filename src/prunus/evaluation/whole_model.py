@@ -31,9 +31,10 @@ class WholeModel:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        embedding = model.get_input_embeddings().weight
-        self._device: torch.device = embedding.device
-        self.dtype: torch.dtype = embedding.dtype
+        embedding = model.get_input_embeddings()
+        self._device: torch.device = embedding.weight.device
+        # A packed embedding stores bytes, and says in which dtype it gives rows.
+        self.dtype: torch.dtype = getattr(embedding, "dtype", embedding.weight.dtype)
 
     def check(self, ids: torch.Tensor, name: str) -> None:
         """Check that the model can score token ids (W, S); see `check_windows`."""

@@ -26,6 +26,9 @@ _NOT_SIZES = re.compile(
 # Fields up to this value are let through in any checkpoint: some count things that are not weights.
 _SMALL = 2**16
 
+# `packed.description.METHOD`, from which this room may not import.
+_PACKED = "prunus"
+
 
 def load_config(folder: Path, trust_remote_code: bool = False, *, quantized: bool = False) -> Any:
     """The transformers configuration of a checkpoint folder.
@@ -55,12 +58,25 @@ def load_config(folder: Path, trust_remote_code: bool = False, *, quantized: boo
         ) from fault
     if quantized and hasattr(config, "quantization_config"):
         del config.quantization_config
-    if getattr(config, "quantization_config", None):
+    described = getattr(config, "quantization_config", None)
+    if described and _method(described) == _PACKED:
+        raise ValueError(
+            f"{folder} is packed already; give the checkpoint that it was packed from, or turn it "
+            "back with prunus unpack first"
+        )
+    if described:
         raise ValueError(
             f"{folder} holds quantised weights; prune the full-precision checkpoint, then quantise "
             "the result"
         )
     return config
+
+
+def _method(described: Any) -> Any:
+    """Return the name of the quantisation in a `quantization_config`, a dict or an object."""
+    if isinstance(described, dict):
+        return described.get("quant_method")
+    return getattr(described, "quant_method", None)
 
 
 def check_sizes(folder: Path, config: Any, checkpoint: Checkpoint) -> None:

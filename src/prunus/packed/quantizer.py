@@ -7,6 +7,7 @@ import only modules that are loaded by then.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -157,11 +158,13 @@ class PrunusQuantizer(HfQuantizer):
                 except ValueError as fault:
                     raise ValueError(f"{name} is damaged: {fault}") from fault
         use_fast_decoding(model)
+        model.num_parameters = MethodType(_num_parameters, model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         # A model that was saved once has the dtype as a name in its configuration.
         stored: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        model.__dict__.pop("num_parameters", None)
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedEmbedding):
                 unpack_tied_embedding(model, name, stored)
@@ -190,6 +193,22 @@ def register_with_transformers() -> None:
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(PrunusConfig)
         register_quantizer(METHOD)(PrunusQuantizer)
+
+
+def _num_parameters(
+    model: Any, only_trainable: bool = False, exclude_embeddings: bool = False
+) -> int:
+    """Count parameters as `num_parameters` of transformers does, packed weights included.
+
+    Packed weights are buffers, whose sizes say nothing of the weights in them. They are never
+    trainable, and an embedding with the head that is tied to it counts once.
+    """
+    count: int = type(model).num_parameters(model, only_trainable, exclude_embeddings)
+    for module in model.modules():
+        is_excluded = exclude_embeddings and isinstance(module, PackedEmbedding)
+        if isinstance(module, PackedLinear) and not only_trainable and not is_excluded:
+            count += module.in_features * module.out_features
+    return count
 
 
 def _without_refusal(config: Any) -> Any:
