@@ -7,7 +7,7 @@ JOBS   ?= 2
 # Reference data and golden masks; tests that need them skip where the folder is absent.
 export PRUNUS_SHARED ?= ../shared
 
-.PHONY: demo test check cuda docs sanitize install clean
+.PHONY: demo test check cuda docs sanitize wheel-test install clean
 
 # One stamp per environment: installing again is a no-op until the project file changes.
 STAMP := $(VENV)/.prunus-installed
@@ -44,6 +44,18 @@ $(DOCS_STAMP): pyproject.toml $(STAMP)
 
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# A source distribution, a wheel built from it, and a fresh environment that has nothing else.
+wheel-test:
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77'
+	build/wheel/venv/bin/python setup.py --quiet sdist --dist-dir build/wheel
+	build/wheel/venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps \
+	    --no-build-isolation --wheel-dir build/wheel build/wheel/prunus-*.tar.gz
+	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	    "$$(ls build/wheel/prunus-*.whl)[report]"
+	cd build/wheel && venv/bin/python ../../tests/release/use_installed.py scratch
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache
