@@ -189,7 +189,7 @@ def test_a_config_that_does_not_describe_the_weights(changes, message, dense, tm
 
 def test_a_config_that_is_not_json(dense, tmp_path):
     (dense / "config.json").write_text('{"model_type": ')
-    refused(ValueError, r"config\.json.* not a valid JSON file", dense, tmp_path)
+    refused(ValueError, r"config\.json is not valid JSON", dense, tmp_path)
 
 
 def test_no_config(dense, tmp_path):

@@ -10,6 +10,7 @@ from torch import nn
 
 from prunus.model.adapter import base_folder, check_adapter, is_adapter
 from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.config import load_config
 from prunus.model.kinds import require_causal
 from prunus.model.tokenizer import load_tokenizer, token_ids
 
@@ -143,17 +144,9 @@ def _vocabulary(folder: Path, trust_remote_code: bool) -> int | None:
 
 def _config(folder: Path, trust_remote_code: bool) -> Any:
     """The configuration of a checkpoint, or of the checkpoint that an adapter is for."""
-    from transformers import AutoConfig
-
     while is_adapter(folder):
         folder = base_folder(folder)
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds where files are missing or broken
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{folder}: the configuration could not be loaded ({type(error).__name__}: {reason})"
-        ) from error
+    return load_config(folder, trust_remote_code, quantized=True)
 
 
 def _check_tokenizer(name: str, tokenizer: Any, vocabulary: int | None) -> None:

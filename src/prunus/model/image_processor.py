@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import AutoImageProcessor
 
+from prunus.model.config_limits import check_config, check_processor_files
+
 __all__ = ["load_image_processor"]
 
 
@@ -16,8 +18,11 @@ def load_image_processor(folder: Path, trust_remote_code: bool = False) -> Any:
     It resizes and normalises by Pillow, so that every host computes the same pixel values.
 
     Raises:
-        ValueError: there is none, or it cannot be loaded; quotes the reason in one line.
+        ValueError: there is none, a number in its files is beyond all limits, or it cannot be
+            loaded; quotes the reason in one line.
     """
+    check_config(folder)
+    check_processor_files(folder)
     try:
         return AutoImageProcessor.from_pretrained(
             folder, backend="pil", trust_remote_code=trust_remote_code, local_files_only=True

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from prunus.model.adapter import attach, base_folder, check_adapter, is_adapter
+from prunus.model.config import load_config
 from prunus.model.kinds import CAUSAL, Kind
+from prunus.model.meta_model import build_on_meta
 
 __all__ = ["import_architecture", "load_adapted", "load_model"]
 
@@ -31,13 +33,15 @@ def load_model(
         kind: which class of transformers loads it; an adapter is always a causal LM.
 
     Raises:
-        ValueError: it cannot be loaded; quotes the reason in one line.
+        ValueError: it cannot be loaded, or its configuration describes a model far larger than its
+            weights; quotes the reason in one line.
         ModuleNotFoundError, FileNotFoundError: see `load_adapted`.
     """
     import transformers
 
     if is_adapter(folder):
         return load_adapted(folder, dtype, trust_remote_code)
+    _check_architecture(folder, trust_remote_code, kind)
     try:
         model, loaded = getattr(transformers, kind.loader).from_pretrained(
             folder,
@@ -69,10 +73,13 @@ def import_architecture(folder: Path) -> None:
 
     Measurements of memory call it first, so that they do not count the imported code.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    _check_architecture(folder)
 
-    with torch.device("meta"):
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+
+def _check_architecture(folder: Path, trust_remote_code: bool = False, kind: Kind = CAUSAL) -> None:
+    """Build the model of a folder without weights, within the limits of `build_on_meta`."""
+    config = load_config(folder, trust_remote_code, quantized=True)
+    build_on_meta(kind, config, torch.float32, trust_remote_code)
 
 
 def load_adapted(

@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from prunus.model import placement
 from prunus.model.block_lists import find_block_list
 from prunus.model.calls import BlockCall, replaced_forward
 from prunus.model.experts import Fused, find_fused_experts, fusing_rules, unfuse_experts
-from prunus.model.kinds import CAUSAL, IMAGES, Kind, image_tokens, kind_of
+from prunus.model.kinds import CAUSAL, IMAGES, image_tokens, kind_of
 from prunus.model.linears import Linear, find_linears, left_dense
+from prunus.model.meta_model import build_on_meta, limited_modules
 from prunus.model.stubs import BlockStubs
 
 __all__ = ["Skeleton"]
@@ -60,14 +60,16 @@ class Skeleton:
     def __init__(self, config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
         self.kind = kind_of(config)
         self.dtype = dtype
-        self.model: Any = _build_on_meta(self.kind, config, dtype, trust_remote_code)
+        self.model: Any = build_on_meta(self.kind, config, dtype, trust_remote_code)
         self.model.eval().requires_grad_(False)
         self.path, self.blocks = find_block_list(self.model)
         # Per block: tensors of the checkpoint or the loaded model that are several linears here.
         rules = fusing_rules(self.model) if find_fused_experts(self.blocks) else []
-        self._fused = [
-            unfuse_experts(rules, block, self.block_name(i)) for i, block in enumerate(self.blocks)
-        ]
+        with limited_modules():
+            self._fused = [
+                unfuse_experts(rules, block, self.block_name(i))
+                for i, block in enumerate(self.blocks)
+            ]
         self._stubs = BlockStubs(type(self.model).__name__, list(self.blocks))
         inside = {id(module) for module in self.blocks.modules()}
         self._outside_modules = [
@@ -309,30 +311,6 @@ class Skeleton:
         return self.kind.trial_batch(
             self.model.config, rows, min(tokens, rows, self.max_positions or tokens)
         )
-
-
-def _build_on_meta(kind: Kind, config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """The transformers model of a configuration, with its parameters on the meta device."""
-    loader = getattr(transformers, kind.loader)
-    try:
-        with placement.parameters_on_meta():
-            return loader.from_config(
-                copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
-            )
-    except ValueError as fault:
-        # The first line has the reason; then transformers lists a hundred classes it would accept.
-        raise ValueError(
-            f"transformers makes no {kind.name} of model type {config.model_type!r}: "
-            f"{(str(fault).strip().splitlines() or [''])[0]}"
-        ) from fault
-    except ImportError:
-        raise
-    except Exception as fault:
-        # A damaged configuration can raise any error, anywhere in the code of a model.
-        raise ValueError(
-            f"transformers cannot make the model of type {config.model_type!r} that the "
-            f"configuration describes: {type(fault).__name__}: {' '.join(str(fault).split())[:300]}"
-        ) from fault
 
 
 def _give_weights(

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from prunus.model.checkpoint.reader import Checkpoint
-from prunus.model.config import check_sizes, load_config
+from prunus.model.config import load_config, require_config
 from prunus.model.experts import Fused
 from prunus.model.names import names_in_model
 from prunus.model.skeleton import Skeleton
@@ -74,15 +74,17 @@ class CheckpointSource:
         quantized: accept a checkpoint that is quantised or packed. Its weights cannot be bound.
 
     Raises:
-        FileNotFoundError, ValueError: see `Checkpoint`, `load_config` and `check_sizes`.
+        FileNotFoundError, ValueError: see `Checkpoint` and `load_config`.
     """
 
     def __init__(
         self, folder: Path, trust_remote_code: bool = False, quantized: bool = False
     ) -> None:
-        self.config = load_config(folder, trust_remote_code, quantized=quantized)
+        require_config(folder)
         self.checkpoint = Checkpoint(folder)
-        check_sizes(folder, self.config, self.checkpoint)
+        self.config = load_config(
+            folder, trust_remote_code, quantized=quantized, checkpoint=self.checkpoint
+        )
         config_bytes = (folder / "config.json").read_bytes()
         self.fingerprint = hashlib.sha256(
             self.checkpoint.fingerprint.encode() + config_bytes

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from prunus.model.adapter import base_folder, is_adapter
+from prunus.model.config_limits import check_config, check_processor_files
 
 __all__ = ["load_tokenizer", "token_ids"]
 
@@ -18,10 +19,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The transformers tokenizer of a checkpoint folder; an adapter may use that of its base.
 
     Raises:
-        ValueError: there is none, or it cannot be loaded; quotes the reason in one line.
+        ValueError: there is none, a number in its files is beyond all limits, or it cannot be
+            loaded; quotes the reason in one line.
     """
     if is_adapter(folder) and not any((folder / name).exists() for name in _FILES):
         folder = base_folder(folder)
+    check_config(folder)
+    check_processor_files(folder)
     try:
         return AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True

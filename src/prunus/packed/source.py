@@ -8,7 +8,7 @@ import torch
 
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
-from prunus.model.config import check_sizes, load_config
+from prunus.model.config import load_config
 from prunus.model.names import names_in_model
 from prunus.model.skeleton import Skeleton
 from prunus.packed.description import METHOD, Description, QuantizedShape, StoredTensor
@@ -44,10 +44,11 @@ class PackedSource:
     """
 
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
-        self.config = load_config(folder, trust_remote_code, quantized=True)
         self._folder = folder
         self._checkpoint = Checkpoint(folder)
-        check_sizes(folder, self.config, self._checkpoint)
+        self.config = load_config(
+            folder, trust_remote_code, quantized=True, checkpoint=self._checkpoint
+        )
         content = read_json(folder / "config.json")
         self._described = Description.from_dict(content["quantization_config"])
         tensors = self._checkpoint.tensors

@@ -112,12 +112,14 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        ValueError: it is not valid JSON; names the file and the place of the fault.
+        ValueError: it is not valid JSON, or nested too deep; names the file and the place of the
+            fault.
         FileNotFoundError: there is no such file.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+    # Numbers of thousands of digits are a ValueError, and brackets without end a RecursionError.
+    except (ValueError, RecursionError) as fault:
         raise ValueError(
             f"{path} is not valid JSON: {fault}. Was it cut off while copying?"
         ) from fault
