@@ -18,9 +18,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from prunus.model.adapter_config import check_adapter_config
 from prunus.model.checkpoint.atomic_files import read_json, write_json
-from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.checkpoint.reader import Checkpoint, resolve_folder
 from prunus.model.checkpoint.writer import save_safetensors
+from prunus.model.config import load_config
+from prunus.model.config_limits import read_config
+from prunus.model.kinds import CAUSAL
+from prunus.model.meta_model import build_on_meta
 from prunus.model.placement import parameters_on_meta
 
 __all__ = [
@@ -52,8 +57,7 @@ def base_folder(folder: Path) -> Path:
         ValueError: the configuration names no base, or one that is an adapter itself.
         FileNotFoundError: the base is not there.
     """
-    config = read_json(folder / CONFIG_NAME)
-    name = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    name = read_config(folder / CONFIG_NAME).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ValueError(
             f"{folder / CONFIG_NAME} names no base_model_name_or_path: which model is it for?"
@@ -83,29 +87,23 @@ def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
         FileNotFoundError: the base or the weights are not there.
         ValueError: the adapter is damaged, does not fit, or its base is packed.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     require_peft()
     base = base_folder(folder)
     try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises errors of many kinds for missing or bad files
-        reason = " ".join(str(error).split())[:300]
+        config = load_config(base, trust_remote_code, quantized=True)
+    except (ValueError, FileNotFoundError) as error:
         raise ValueError(
-            f"{base}, the base of {folder}: no configuration could be loaded ({reason})"
+            f"{base}, the base of {folder}: no configuration could be loaded ({error})"
         ) from error
-    quantization = getattr(config, "quantization_config", None)
+    quantization = read_json(base / "config.json").get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "prunus":
         raise ValueError(
             f"{base}, the base of the adapter {folder}, is packed, and peft adapts ordinary "
             f"linears only: prunus unpack {base} DEST, and name DEST in {CONFIG_NAME}"
         )
+    model = build_on_meta(CAUSAL, config, torch.float32, trust_remote_code)
     with parameters_on_meta():
-        attach(
-            AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code),
-            folder,
-            base,
-        )
+        attach(model, folder, base)
 
 
 def attach(model: Any, folder: Path, base: Path) -> Any:
@@ -131,6 +129,7 @@ def attach(model: Any, folder: Path, base: Path) -> Any:
             "pickles"
         )
     try:
+        check_adapter_config(folder / CONFIG_NAME, Checkpoint(folder, only=[WEIGHTS_NAME]).tensors)
         tensors = load_file(path)
     except (SafetensorError, OSError) as fault:
         raise ValueError(
@@ -143,6 +142,8 @@ def attach(model: Any, folder: Path, base: Path) -> Any:
         try:
             config = peft.PeftConfig.from_pretrained(str(folder))
             config.inference_mode = True
+            # The weights are loaded next. Some ways to make starting values take minutes.
+            config.init_lora_weights = False
             adapted = peft.PeftModelForCausalLM(model, config, _NAME)
             result = peft.set_peft_model_state_dict(adapted, tensors, _NAME)
         except Exception as error:  # peft and torch raise errors of many kinds, a line per tensor
