@@ -194,3 +194,29 @@ def test_a_failed_rename_puts_the_old_folder_back(tiny_gguf, tmp_path, monkeypat
     with pytest.raises(OSError, match="no"):
         import_gguf(tiny_gguf, out, overwrite=True)
     assert everything_below(out) == {"precious.txt": b"keep me"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("llama.block_count", 0, "block_count is 0, and there are tensors of 2 blocks"),
+        ("llama.block_count", 1, "block_count is 1, and there are tensors of 2 blocks"),
+        ("llama.block_count", 3, "block_count is 3, and there are tensors of 2 blocks"),
+        ("llama.vocab_size", 10**8, "vocab_size is 100,000,000, and its tensors have 259"),
+        ("llama.embedding_length", 2**20, "embedding_length is 1,048,576, and its tensors have 32"),
+        ("llama.feed_forward_length", 128, "feed_forward_length is 128, and its tensors have 64"),
+        ("llama.attention.head_count", 2**31, "at most 65,536 fits its tensors"),
+        ("llama.context_length", 2**31, "at most 16,777,216 fits"),
+        ("llama.attention.head_count_kv", 60_000, "its fields describe"),
+    ],
+)
+def test_lengths_that_do_not_fit_the_tensors_are_refused(field, value, message, tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(tiny_llama(), path)
+    data = bytearray(path.read_bytes())
+    at = data.index(field.encode()) + len(field) + 4  # the name, and the type of the value
+    data[at : at + 4] = value.to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        import_gguf(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -20,6 +20,8 @@ import torch
 from prunus.model.checkpoint.atomic_files import fsync_folder, read_json, write_json
 from prunus.model.checkpoint.gguf_header import check_header
 from prunus.model.dtypes import DTYPES
+from prunus.model.kinds import CAUSAL
+from prunus.model.meta_model import build_on_meta
 
 __all__ = ["check_destination", "check_extra", "import_gguf"]
 
@@ -65,7 +67,7 @@ def import_gguf(
     try:
         say(f"unpacking {header['tensors']} tensors to {dtype}")
         with _without_progress_bars():
-            summary = _convert(path, temporary, DTYPES[dtype])
+            summary = _convert(path, temporary, DTYPES[dtype], header["weights"])
         _tidy(temporary)
         say(f"writing {dest}")
         _move(temporary, dest)
@@ -132,8 +134,13 @@ def _read_header(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _convert(path: Path, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Let transformers read a GGUF file and save it to `folder`; returns figures of the model."""
+def _convert(path: Path, folder: Path, dtype: torch.dtype, weights: int) -> dict[str, Any]:
+    """Let transformers read a GGUF file and save it to `folder`; returns figures of the model.
+
+    Args:
+        path, folder, dtype: see `import_gguf`.
+        weights: how many the tensors of the file hold.
+    """
     import transformers
 
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
@@ -141,6 +148,8 @@ def _convert(path: Path, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     config = getattr(transformers, "GgufConfig", None)
     unpack = {"quantization_config": config(dequantize=True)} if config is not None else {}
     try:
+        described = transformers.AutoConfig.from_pretrained(**source)
+        _check_size(described, weights)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
         model, loading = transformers.AutoModelForCausalLM.from_pretrained(
             **source, **unpack, dtype=dtype, output_loading_info=True
@@ -164,6 +173,15 @@ def _convert(path: Path, folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "chat_template": tokenizer.chat_template is not None,
     }
+
+
+def _check_size(config: Any, weights: int) -> None:
+    """Refuse a model that is larger than the weights of its file, before it takes memory."""
+    model = build_on_meta(CAUSAL, config, torch.float32, False)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    # Tied weights are counted once here, and the file may store them once or twice.
+    if count > 2 * weights:
+        raise ValueError(f"its fields describe {count:,} weights, and its tensors hold {weights:,}")
 
 
 def _tidy(folder: Path) -> None:

@@ -9,7 +9,9 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 an
 
 from __future__ import annotations
 
+import math
 import mmap
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,9 @@ _SCALARS = {
     11: "q",
     12: "d",
 }
+# Lengths up to this value fit any model: some fields count what has no tensor.
+_SMALL = 2**16
+_MAX_POSITIONS = 2**24  # tokens
 _MAX_DEPTH = 4  # arrays in arrays
 _MAX_DIMENSIONS = 8
 
@@ -86,10 +91,10 @@ def check_header(path: Path) -> dict[str, Any]:
     """Check the header of a GGUF file.
 
     Returns:
-        `architecture` and number of `tensors`.
+        `architecture`, number of `tensors`, and number of `weights` in all of them.
 
     Raises:
-        ValueError: it is truncated or damaged, or describes more blocks than it has tensors.
+        ValueError: it is truncated or damaged, or its lengths do not fit the shapes of its tensors.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -98,20 +103,49 @@ def check_header(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: the GGUF file is truncated or damaged ({fault}); fetch it again"
         ) from fault
-    architecture = fields.get("general.architecture", "unknown")
+    architecture = str(fields.get("general.architecture", "unknown"))
+    try:
+        _check_lengths(fields, architecture, tensors)
+    except ValueError as fault:
+        raise ValueError(f"{path}: the GGUF file is damaged: {fault}; fetch it again") from None
+    weights = sum(math.prod(shape) for shape in tensors.values())
+    return {"architecture": architecture, "tensors": len(tensors), "weights": weights}
+
+
+def _check_lengths(
+    fields: dict[str, Any], architecture: str, tensors: dict[str, tuple[int, ...]]
+) -> None:
+    """Compare the lengths in the fields with the shapes of the tensors.
+
+    A library that believes the fields would make a model of their size, or leave out blocks.
+    """
+    blocks = {match[1] for name in tensors if (match := re.match(r"blk\.(\d+)\.", name))}
+    said = fields.get(f"{architecture}.block_count", 0)
+    if not isinstance(said, int) or said != len(blocks) or not blocks:
+        raise ValueError(
+            f"{architecture}.block_count is {said!r}, and there are tensors of {len(blocks)} blocks"
+        )
+    if any(int(number[:9]) >= len(blocks) for number in blocks):
+        raise ValueError(f"its blocks are not numbered from 0 to {len(blocks) - 1}")
+    exact: dict[str, int] = {}
+    if len(embedding := tensors.get("token_embd.weight", ())) == 2:
+        exact = {"embedding_length": embedding[0], "vocab_size": embedding[1]}
+    if len(up := tensors.get("blk.0.ffn_up.weight", ())) == 2:
+        exact["feed_forward_length"] = up[1]
+    longest = max((side for shape in tensors.values() for side in shape), default=0)
     for name, value in fields.items():
-        if name.endswith(".block_count") and (
-            not isinstance(value, int) or not 0 <= value <= tensors
-        ):
-            raise ValueError(
-                f"{path}: the GGUF file is damaged: {name} is {value!r}, and there are {tensors} "
-                "tensors; fetch it again"
-            )
-    return {"architecture": str(architecture), "tensors": tensors}
+        length = name.removeprefix(f"{architecture}.")
+        if length == name or not isinstance(value, int) or isinstance(value, bool):
+            continue
+        if length in exact and value != exact[length]:
+            raise ValueError(f"{name} is {value:,}, and its tensors have {exact[length]:,} there")
+        positions = re.search(r"context_length|sliding_window", length)
+        if value > (limit := _MAX_POSITIONS if positions else max(longest, _SMALL)):
+            raise ValueError(f"{name} is {value:,}, and at most {limit:,} fits its tensors")
 
 
-def _walk(cursor: _Cursor) -> tuple[dict[str, Any], int]:
-    """The fields of a header, and its number of tensors."""
+def _walk(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """The fields of a header, and the shape of every tensor."""
     cursor.skip(4)  # the magic number
     version = cursor.scalar("I")
     if version and version & 0xFFFF == 0:
@@ -127,10 +161,15 @@ def _walk(cursor: _Cursor) -> tuple[dict[str, Any], int]:
     for _ in range(count):
         name = cursor.string()
         fields[name] = cursor.value(cursor.scalar("I"))
+    shapes = {}
     for _ in range(tensors):
-        cursor.string()  # its name
+        name = cursor.string()
         dimensions = cursor.scalar("I")
         if dimensions > _MAX_DIMENSIONS:
             raise ValueError(f"a tensor of {dimensions:,} dimensions")
-        cursor.skip(8 * dimensions + 4 + 8)  # its shape, type and offset
-    return fields, tensors
+        shapes[name] = tuple(cursor.scalar("Q") for _ in range(dimensions))
+        # Even at one bit per weight, a tensor has no more numbers than its file has bits.
+        if math.prod(shapes[name]) > 8 * len(cursor.data):
+            raise ValueError(f"{name} has shape {shapes[name]} in {len(cursor.data):,} bytes")
+        cursor.skip(4 + 8)  # its type and offset
+    return fields, shapes
