@@ -21,6 +21,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from prunus.calibration import SOURCES, check_source, load_windows
 from prunus.calibration.corpora import load_corpus, python_docs, wikitext_lines
 from prunus.calibration.draw import TextTooShort, windows_from_documents, windows_from_stream
+from prunus.calibration.files import read_documents
 from prunus.calibration.generate import first_ids, write_windows
 from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
 
@@ -601,3 +602,39 @@ def test_self_with_a_broken_model_or_too_long_windows():
         model.lm_head.weight[7] = torch.nan
     with pytest.raises(ValueError, match="logits are not finite"):
         write_windows(model, torch.tensor([3]), seqlen=8, seed=0)
+
+
+def test_a_small_file_of_endless_text_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("prunus.calibration.files._SMALL_TEXT", 10_000)
+    for name, text in (("a.txt.gz", b"x" * 10**6), ("a.jsonl.gz", b'{"text": "x"}\n' * 10**5)):
+        (tmp_path / name).write_bytes(gzip.compress(text))
+        with pytest.raises(ValueError, match=r"bytes of text, which no ordinary text does"):
+            read_documents(tmp_path / name)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"an ordinary text " * 10))
+    assert read_documents(tmp_path / "a.txt.gz") == ["an ordinary text " * 10]
+
+
+def test_a_small_parquet_file_of_endless_text_is_refused(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the extra data")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    documents = ["one text", None, "another", ""]
+    for options in ({}, {"use_dictionary": False}, {"compression": "zstd"}):
+        parquet.write_table(pyarrow.table({"text": documents, "x": [1, 2, 3, 4]}), path, **options)
+        assert read_documents(path) == ["one text", "another"]
+    # Stored once for all rows, and stored in every row.
+    for dictionary, rows in ((True, 10**6), (False, 10**5)):
+        column = pyarrow.repeat(pyarrow.scalar("y" * 1000), rows)
+        parquet.write_table(
+            pyarrow.table({"text": column}), path, compression="zstd", use_dictionary=dictionary
+        )
+        assert path.stat().st_size < 2**20
+        with pytest.raises(ValueError, match=r"bytes of text, which no ordinary text does"):
+            read_documents(path)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"text": ' + "9" * 5000 + "}"])
+def test_a_line_that_the_parser_refuses_is_named(line, tmp_path):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "x"}}\n{line}\n')
+    with pytest.raises(ValueError, match="line 2: not a JSON object"):
+        read_documents(tmp_path / "a.jsonl")

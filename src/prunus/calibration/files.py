@@ -10,8 +10,14 @@ import importlib.util
 import json
 import zlib
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
+
+#: A compressed file may hold this many bytes of text, or this many times its own size.
+_SMALL_TEXT, _MAX_RATIO = 2**26, 64
+_PIECE = 2**20  # bytes to decompress at a time
+_ROWS = 1024  # rows of a Parquet file to read at a time
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet", ".safetensors")
 
@@ -91,20 +97,45 @@ def read_text(path: Path) -> str:
     """The whole of a text file, decompressed if its name ends in `.gz`. Keeps line ends.
 
     Raises:
-        ValueError: the gzip file is damaged, or the text is not UTF-8.
+        ValueError: the gzip file is damaged or far larger than an ordinary text, or the text is not
+            UTF-8.
     """
     try:
-        data = (
-            gzip.decompress(path.read_bytes())
-            if path.name.lower().endswith(".gz")
-            else path.read_bytes()
-        )
+        data = _decompress(path) if path.name.lower().endswith(".gz") else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged or truncated gzip file ({error})") from error
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def _max_text(path: Path) -> int:
+    """The largest number of bytes of text that a compressed file may hold.
+
+    Text becomes about three times smaller, and rarely more than ten times. A file that grows by
+    thousands was made to fill the memory of whoever reads it.
+    """
+    return max(_SMALL_TEXT, _MAX_RATIO * path.stat().st_size)
+
+
+def _refuse_large(path: Path) -> NoReturn:
+    raise ValueError(
+        f"{path}: {path.stat().st_size:,} bytes become more than {_max_text(path):,} bytes of "
+        "text, which no ordinary text does; decompress it yourself if you trust it"
+    )
+
+
+def _decompress(path: Path) -> bytes:
+    """The content of a gzip file, read piece by piece so that its size is known in time."""
+    largest, pieces, total = _max_text(path), [], 0
+    with gzip.open(path) as file:
+        while piece := file.read(_PIECE):
+            pieces.append(piece)
+            total += len(piece)
+            if total > largest:
+                _refuse_large(path)
+    return b"".join(pieces)
 
 
 def read_json_lines(path: Path, fields: tuple[str, ...] = ("text",)) -> list[str]:
@@ -120,7 +151,7 @@ def read_json_lines(path: Path, fields: tuple[str, ...] = ("text",)) -> list[str
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
         values = [record.get(field) for field in fields] if isinstance(record, dict) else []
         texts = [value for value in values if isinstance(value, str)]
@@ -135,17 +166,53 @@ def _read_parquet(path: Path) -> list[str]:
     import pyarrow
     import pyarrow.parquet
 
+    documents: list[str] = []
     try:
         table = pyarrow.parquet.ParquetFile(path)
         names = table.schema_arrow.names
         if "text" not in names:
             raise ValueError(f"{path}: no column 'text'; its columns are {', '.join(names)}")
-        column = table.read(columns=["text"])["text"].to_pylist()
-    except pyarrow.ArrowException as error:
+        kind = table.schema_arrow.field("text").type
+        if pyarrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            raise ValueError(f"{path}: the column 'text' holds something other than text")
+        _check_stored_text(path, table.metadata)
+        # A value that is stored once for many rows stays so until its size is known.
+        table = pyarrow.parquet.ParquetFile(path, read_dictionary=["text"])
+        left = _max_text(path)
+        for batch in table.iter_batches(_ROWS, columns=["text"]):
+            left -= _text_bytes(batch["text"])
+            if left < 0:
+                _refuse_large(path)
+            documents += [text for text in batch["text"].to_pylist() if text is not None]
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
-    if not all(isinstance(document, str | None) for document in column):
-        raise ValueError(f"{path}: the column 'text' holds something other than text")
-    return [document for document in column if document is not None]
+    return documents
+
+
+def _check_stored_text(path: Path, metadata: Any) -> None:
+    """Refuse a file whose column of text is larger than its limit before it is decompressed."""
+    stored = 0
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        for number in range(row_group.num_columns):
+            column = row_group.column(number)
+            if column.path_in_schema == "text":
+                stored += max(0, column.total_uncompressed_size)
+    if stored > _max_text(path):
+        _refuse_large(path)
+
+
+def _text_bytes(column: Any) -> int:
+    """Bytes of the text in a column of a batch, which may store equal values once."""
+    import pyarrow.compute
+
+    if hasattr(column, "dictionary"):
+        lengths = pyarrow.compute.binary_length(column.dictionary).take(column.indices)
+    else:
+        lengths = pyarrow.compute.binary_length(column)
+    return pyarrow.compute.sum(lengths).as_py() or 0
 
 
 def read_ids(path: Path) -> torch.Tensor:

@@ -9,11 +9,30 @@ from typing import Any
 
 import torch
 
+from prunus.model.chat_template import apply_chat_template
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
 
 __all__ = ["generate"]
+
+#: Settings of a checkpoint that choose the next token or end the text.
+_SETTINGS = (
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 
 
 def generate(
@@ -29,7 +48,7 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, a length below 1, or `chat` with a tokenizer that has no
-            template.
+            template, or one that cannot be applied (see `apply_chat_template`).
     """
     if not prompt:
         raise ValueError("the prompt is empty; give some text")
@@ -40,16 +59,25 @@ def generate(
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise ValueError(f"{model}: the tokenizer has no chat template; leave --chat out")
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
+        # The template writes special tokens itself.
+        text = apply_chat_template(tokenizer, [{"role": "user", "content": prompt}])
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     loaded = load_model(folder)
+    loaded.generation_config = _limited(loaded.generation_config)
     return _stream(loaded, tokenizer, inputs, max_new_tokens)
+
+
+def _limited(settings: Any) -> Any:
+    """The settings of a checkpoint's generation_config.json that choose tokens, and no others.
+
+    The others can ask for any number of beams or sequences, or for a cache of any length.
+    """
+    from transformers import GenerationConfig
+
+    found = {name: getattr(settings, name, None) for name in _SETTINGS}
+    return GenerationConfig(**{name: value for name, value in found.items() if value is not None})
 
 
 def _stream(loaded: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> Iterator[str]:

@@ -221,7 +221,7 @@ def read_rows(file: Path, path: str, configuration: str | None) -> list[Row]:
             raise ValueError(
                 f"{file}, line {number}: no column {fault.args[0]!r}; it has {', '.join(row)}"
             ) from fault
-        except (ValueError, TypeError) as fault:
+        except (ValueError, TypeError, AttributeError, RecursionError) as fault:
             raise ValueError(f"{file}, line {number}: {fault}") from fault
         rows.append(row)
     if not rows:

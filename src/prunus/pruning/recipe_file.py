@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,41 @@ from pydantic import ValidationError
 
 from prunus.pruning.recipe import Recipe
 
-__all__ = ["load_recipe"]
+__all__ = ["load_recipe", "read_toml"]
+
+_MAX_BYTES = 2**18  # of a TOML file
+#: A key of more than sixteen parts. Python's parser takes time and memory of the square of them.
+_LONG_KEY = re.compile(r"""(?<![\w-])(?:(?>[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){16}""")
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Args:
+        path: of the file.
+        what: what the file is, for messages, such as "recipe".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not TOML, larger than 256 KiB, or has keys of more than sixteen parts.
+    """
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(
+                f"{what} {path} has {path.stat().st_size:,} bytes, and at most {_MAX_BYTES:,} are "
+                "read; is it the right file?"
+            )
+        text = path.read_text(encoding="utf-8")
+        if found := _LONG_KEY.search(text):
+            raise ValueError(
+                f"{what} {path} has a key of more than sixteen parts: {found[0][:40]}…; is it the "
+                "right file?"
+            )
+        return tomllib.loads(text)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {what} {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as fault:
+        raise ValueError(f"{what} {path} is not valid TOML: {fault}") from fault
 
 
 def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
@@ -30,12 +65,7 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
     """
     values: dict[str, Any] = {}
     if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"there is no recipe file {path}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-            raise ValueError(f"recipe {path} is not valid TOML: {fault}") from fault
+        values = read_toml(path, "recipe file")
     values.update({key: value for key, value in overrides.items() if value is not None})
     try:
         return Recipe(**values)

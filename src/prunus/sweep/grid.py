@@ -18,8 +18,8 @@ keeps its name when other cells are added.
 from __future__ import annotations
 
 import itertools
+import math
 import re
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +28,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunus.pruning.recipe import DtypeName, Recipe
-from prunus.pruning.recipe_file import load_recipe
+from prunus.pruning.recipe_file import load_recipe, read_toml
 
 __all__ = ["Cell", "Scoring", "Sweep", "load_sweep"]
 
 #: Options that a grid cannot vary, because their values are lists themselves.
 _NOT_AXES = {"only", "ignore"}
+#: Cells of a sweep. At a minute per cell, these take a week.
+_MAX_CELLS = 10_000
 #: The value of `recovery` in a grid that means no recovery.
 _NO_RECOVERY = "none"
 
@@ -102,6 +104,7 @@ class Sweep(BaseModel):
         Raises:
             ValueError: an unknown option, a value out of range, or a recovery without a table.
         """
+        self._check_count()
         base = _recipe("[recipe]", self.recipe)
         plain: dict[str, Cell] = {}
         recovered: dict[str, list[Cell]] = {}
@@ -110,6 +113,8 @@ class Sweep(BaseModel):
                 where = f"grid {number}"
                 for values in _combinations(where, table):
                     recovery = values.pop("recovery", _NO_RECOVERY)
+                    if not isinstance(recovery, str):
+                        raise ValueError(f"{where}: recovery {recovery!r} is no name")
                     if recovery != _NO_RECOVERY and recovery not in self.recovery:
                         raise ValueError(
                             f"{where}: recovery {recovery!r} has no table [recovery.{recovery}]"
@@ -128,6 +133,20 @@ class Sweep(BaseModel):
                         name = f"{cell.name}+{_slug(recovery)}"
                         followers.append(Cell(name, label, recipe, recovery, recovers=cell.name))
         return [cell for name in plain for cell in (plain[name], *recovered[name])]
+
+    def _check_count(self) -> None:
+        """Refuse a sweep of more cells than anybody runs, before they are listed."""
+        sizes = [
+            math.prod(len(value) for value in table.values() if isinstance(value, list))
+            for table in self.grid
+        ]
+        count = len(self.labels()) * sum(sizes)
+        if count > _MAX_CELLS:
+            largest = max(range(len(sizes)), key=lambda number: sizes[number])
+            raise ValueError(
+                f"the grids have {count:,} cells, most of them in grid {largest + 1}, and a sweep "
+                f"has at most {_MAX_CELLS:,}; give fewer values, or split the file"
+            )
 
 
 @dataclass(frozen=True)
@@ -161,12 +180,7 @@ def load_sweep(path: Path, models: tuple[str, ...] = ()) -> Sweep:
         ValueError: the file is not TOML, or has an unknown key or a value out of range. The message
             names file and key.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no sweep file {path}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
-        raise ValueError(f"sweep file {path} is not valid TOML: {fault}") from fault
+    values = read_toml(path, "sweep file")
     if models:
         values["models"] = list(models)
     try:
