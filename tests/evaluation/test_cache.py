@@ -385,3 +385,42 @@ def test_different_rows_are_not_compared():
     other = replace(first, model="b", scores=(replace(first.scores[0], definition="other"),))
     with pytest.raises(ValueError, match="x was not the same for a and b"):
         prunus.compare([first, other])
+
+
+def test_what_other_users_can_write_is_not_believed(tmp_path):
+    cache, key = ResultCache(tmp_path / "cache"), {"task": "rte"}
+    assert cache.put(key, {"acc": 0.5}) is None
+    [entry] = cache.folder.rglob("*.json")
+    for place in (entry, entry.parent, cache.folder):
+        mode = place.stat().st_mode
+        for writable in (0o020, 0o002):
+            place.chmod(mode | writable)
+            assert cache.get(key) is None
+        if place != entry:
+            assert "other users can write the cache" in (cache.put(key, {"acc": 1.0}) or "")
+        place.chmod(mode)
+        assert cache.get(key) == {"acc": 0.5}
+
+
+@pytest.mark.parametrize("content", ["{}", "[" * 100_000, '{"loss": "x"}', '{"loss": 1e999}'])
+def test_a_damaged_entry_is_as_good_as_none(content, models, tmp_path):
+    ids = torch.arange(64).reshape(2, 32)
+    save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
+
+    def score():
+        return perplexity(
+            models["first"], str(tmp_path / "ids.safetensors"), seqlen=32, cache=tmp_path / "cache"
+        ).loss
+
+    first = score()
+    [entry] = (tmp_path / "cache").rglob("*.json")
+    stored = json.loads(entry.read_text())
+    entry.write_text(
+        content
+        if content.startswith("[")
+        else f'{{"key": {json.dumps(stored["key"])}, "result": {content}}}'
+    )
+    assert score() == first
+    assert json.loads(entry.read_text())["result"] == pytest.approx(
+        stored["result"] | {"seconds": json.loads(entry.read_text())["result"]["seconds"]}
+    )

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from prunus.hardware.memory import HeapTrimmer, peak_memory, resident_memory
+from prunus.hardware.sizes import parse_bytes
 
 
 def test_the_peak_is_at_least_what_is_resident():
@@ -42,3 +43,9 @@ def test_a_fragmented_heap_is_trimmed_once_it_has_grown():
     grown = resident_memory()
     trimmer.trim_if_grown()
     assert len(kept) * 50_000 < resident_memory() < grown - before
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 400 + "GB", "8388608TB"])
+def test_a_size_beyond_any_memory_is_refused(text):
+    with pytest.raises(ValueError, match="no computer has this much memory"):
+        parse_bytes(text)

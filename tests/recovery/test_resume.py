@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from prunus.model.checkpoint.reader import INDEX_NAME
-from prunus.recovery.checkpoints import Checkpoints
+from prunus.recovery.checkpoints import Checkpoints, TrainingState
+from prunus.recovery.record import Evaluation
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, shards, training_text
 from scripts import run_script
 
@@ -123,3 +127,53 @@ def test_a_state_without_its_best_weights_is_not_resumed(pruned, text, tmp_path)
     recover(pruned, tmp_path / "out", "masked", text)
     recover(pruned, tmp_path / "whole", "masked", text)
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+
+
+def _edited(path, change):
+    tensors, metadata = load_file(path), None
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+def _first(tensors, start="weight/"):
+    return next(name for name in tensors if name.startswith(start))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:100]),
+        lambda path: path.write_bytes(b""),
+        lambda path: save_file({}, path),
+        lambda path: _edited(path, lambda t, m: m.update(state="{}")),
+        lambda path: _edited(path, lambda t, m: m.update(state="[" * 100_000)),
+        lambda path: _edited(path, lambda t, m: t.pop(_first(t))),
+        lambda path: _edited(path, lambda t, m: t.update({"weight/unknown": torch.ones(1)})),
+        lambda path: _edited(path, lambda t, m: t.update({_first(t): torch.ones(1)})),
+        lambda path: _edited(path, lambda t, m: t.update({_first(t, "exp_avg/"): torch.ones(1)})),
+        lambda path: _edited(path, lambda t, m: t[_first(t)].fill_(float("nan"))),
+    ],
+)
+def test_a_damaged_state_is_named_and_changes_nothing(damage, tmp_path):
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    optimizer.step()
+    state = TrainingState(
+        evaluations=[
+            Evaluation(step=0, tokens=0, seconds=0.0, training_loss=None, held_out_loss=1.0)
+        ]
+    )
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, {"a": weight}, optimizer)
+    assert checkpoints.load({"a": weight}, optimizer) == state
+    damage(tmp_path / "training.safetensors")
+    before = weight.detach().clone()
+    with pytest.raises(ValueError, match=r"training\.safetensors is damaged .*--overwrite"):
+        checkpoints.load({"a": weight}, optimizer)
+    assert torch.equal(weight, before)
+    (tmp_path / "best-00000000.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"best-00000000\.safetensors is damaged"):
+        checkpoints.load_best(state, {"a": weight})

@@ -497,3 +497,33 @@ def test_no_module_of_reports_imports_torch():
     assert len(names) > 10
     script = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("totals", [{}, {"zeros": 3}, {"zeros": "x", "seconds": None}])
+def test_a_record_without_totals_is_shown_by_what_it_has(totals, run, tmp_path):
+    content = json.loads((run / "prunus.json").read_text()) | {"totals": totals}
+    write(tmp_path / "prunus.json", content)
+    page = to_markdown(read_document([tmp_path]))
+    assert "sparsity reached" in page
+    assert "peak memory" not in page
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("models", 0, "perplexity", 0, "perplexity"), "high"),
+        (("models", 0, "perplexity", 0, "perplexity"), {"a": 1}),
+        (("models", 0, "tasks", "tasks"), 3),
+        (("models", 0, "tasks", "paper7_mean_acc"), {}),
+        (("models",), []),
+        (("differences", 0, "value"), [1]),
+    ],
+)
+def test_figures_that_are_none_are_refused_by_the_name_of_the_file(place, value, tmp_path):
+    content = node = evaluation()
+    for key in place[:-1]:
+        node = node[key]
+    node[place[-1]] = value
+    path = write(tmp_path / "eval.json", content)
+    with pytest.raises(ValueError, match=r"eval\.json"):
+        read_document([path])

@@ -710,6 +710,7 @@ def test_the_command_fails_where_a_cell_failed(dense, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_cells, "run", faulty)
     result = call("sweep", write_toml(tmp_path / "s.toml", dense), tmp_path / "out", status=1)
     assert "1 of 1 cells failed" in result.stderr
+    assert "error" not in result.stderr
     assert "MemoryError: no message" in result.stdout
 
 
@@ -752,3 +753,31 @@ def test_a_folder_that_is_something_else_is_left_alone(dense, tmp_path):
     assert "is not a sweep's" in call("sweep", file, tmp_path / "out", status=2).stderr
     assert "overlap" in call("sweep", file, dense / "out", status=2).stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_more_cells_than_anybody_runs_are_refused_before_they_are_listed(tmp_path):
+    values = "\n".join(
+        f"{name} = [{', '.join(map(str, range(1, 100)))}]"
+        for name in ("samples", "seqlen", "seed", "batch", "reconstruct_epochs")
+    )
+    path = tmp_path / "s.toml"
+    path.write_text(f'title = "t"\nmodels = ["m"]\n[[grid]]\n{values}\n')
+    with pytest.raises(ValueError, match=r"9,509,900,499 cells.*at most 10,000"):
+        load_sweep(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (".".join(["a"] * 20_000) + " = 1", "a key of more than sixteen parts"),
+        ("x = {" + " . ".join(['"a"'] * 17) + " = 1}", "a key of more than sixteen parts"),
+        ("[" + ".".join(["a"] * 17) + "]", "a key of more than sixteen parts"),
+        ("x = " + "[" * 100_000, "is not valid TOML"),
+        ("# " + "x" * 2**18, "at most 262,144 are read"),
+    ],
+)
+def test_a_file_that_takes_the_parser_too_long_is_refused(text, message, tmp_path):
+    path = tmp_path / "s.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_sweep(path)

@@ -66,7 +66,9 @@ def user_errors(json_file: Path | None) -> Iterator[None]:
     except KeyboardInterrupt:
         log(f"stopped; {_RESUMABLE}")
         raise typer.Exit(130) from None
-    except (OSError, MemoryError, RuntimeError) as error:
+    except typer.Exit:
+        raise  # a verb has said what is wrong, and how it ends
+    except Exception as error:
         _exit_after(error)
 
 

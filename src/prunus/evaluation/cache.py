@@ -71,10 +71,14 @@ class ResultCache:
             key: everything that determines the result, as JSON values. The order does not matter.
 
         Returns:
-            The result, or None if there is none or its file is damaged.
+            The result, or None if there is none, its file is damaged, or other users can write the
+            file or its folder. What they can write they can invent.
         """
+        path = self._path(key)
         try:
-            entry = read_json(self._path(key))
+            if not all(map(_is_own, (self.folder, path.parent, path))):
+                return None
+            entry = read_json(path)
         except (OSError, ValueError):
             return None
         # The whole key is compared: a damaged file must not pass for a result.
@@ -92,7 +96,13 @@ class ResultCache:
         """
         path = self._path(key)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            if not all(map(_is_own, (self.folder, path.parent))):
+                return (
+                    f"the result is not kept, because other users can write the cache "
+                    f"{self.folder}: chmod -R go-w it, or give another folder in PRUNUS_CACHE"
+                )
             write_json(path, {"key": dict(key), "result": dict(result)})
         except OSError as fault:
             return f"the result could not be written to the cache {self.folder}: {fault}"
@@ -101,6 +111,17 @@ class ResultCache:
     def _path(self, key: Mapping[str, Any]) -> Path:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self.folder / digest[:2] / f"{digest}.json"
+
+
+def _is_own(path: Path) -> bool:
+    """Whether nobody but this user, and the administrator, can write a file or folder.
+
+    On systems without POSIX permissions every path counts as the user's own.
+    """
+    if not hasattr(os, "getuid"):
+        return True
+    state = path.stat()
+    return state.st_uid in (os.getuid(), 0) and not state.st_mode & 0o022
 
 
 def environment(device: torch.device) -> dict[str, Any]:

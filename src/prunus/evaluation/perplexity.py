@@ -18,6 +18,7 @@ Legend: W windows, B windows at once, S tokens per window (seqlen), V vocabulary
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -243,7 +244,7 @@ def perplexity(
                 dtype,
                 place,
             )
-        found = ranks.on_rank_0(lambda: None if store is None else store.get(key))
+        found = ranks.on_rank_0(lambda: _look_up(store, key, reference is not None))
         if found is None:
             opened = _open(model_or_path, folders[0], streamed[0], settings)
             for one, by_blocks in zip((opened, other), streamed, strict=False):
@@ -296,6 +297,23 @@ def _open(
 def _digest(folder: Path, streamed: bool, code: bool) -> Any:
     """A model that does not fit in memory would be read twice, once for its hash."""
     return file_states(folder) if streamed else checkpoint_digest(folder, code)
+
+
+def _look_up(
+    store: ResultCache | None, key: dict[str, Any], compared: bool
+) -> dict[str, Any] | None:
+    """The earlier figures for a key; None if there are none, or if the entry is damaged."""
+    found = None if store is None else store.get(key)
+    if found is None:
+        return None
+    try:
+        usable = math.isfinite(found["seconds"]) and exponential(found["loss"]) > 0
+        usable = usable and isinstance(found["dtype"], str)
+        if compared:
+            make_divergence("", found["divergence"])
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        return None
+    return found if usable else None
 
 
 def _cache_key(

@@ -178,7 +178,17 @@ class TaskRun:
         return on_rank_0 or [replace(_from_json(score), cached=False) for score in sent]
 
     def _find_cached(self, key: dict[str, Any] | None) -> dict[str, Any] | None:
-        return None if self.cache is None or key is None else self.cache.get(key)
+        found = None if self.cache is None or key is None else self.cache.get(key)
+        if found is None:
+            return None
+        try:
+            # A damaged entry is as good as none: its figures must be figures.
+            for score in map(_from_json, found["scores"]):
+                score.as_dict()
+                float(score.rows + score.shots + score.seconds)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            return None
+        return found
 
     def _load(self, model: ModelInput) -> Any:
         if model.folder is None:

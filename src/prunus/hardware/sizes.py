@@ -20,7 +20,7 @@ def parse_bytes(text: str) -> int:
         The size in bytes, at least 1.
 
     Raises:
-        ValueError: the text is not a size, or the size is 0.
+        ValueError: the text is not a size, or the size is 0 or beyond 2⁶³ bytes.
 
     >>> parse_bytes("1.5GiB")
     1610612736
@@ -29,8 +29,11 @@ def parse_bytes(text: str) -> int:
     """
     match = _BYTES.match(text)
     if not match:
-        raise ValueError(f"a memory size looks like 8GB, 512MB or 1.5GiB; got {text!r}")
-    value = int(float(match[1]) * 1024 ** _UNITS[match[2].upper().rstrip("B").rstrip("I")])
+        raise ValueError(f"a memory size looks like 8GB, 512MB or 1.5GiB; got {text[:80]!r}")
+    number = float(match[1]) * 1024 ** _UNITS[match[2].upper().rstrip("B").rstrip("I")]
+    if number >= 2**63:
+        raise ValueError(f"no computer has this much memory: {text[:40]!r}; give a smaller size")
+    value = int(number)
     if value < 1:
         raise ValueError(f"a memory size must be larger than zero; got {text!r}")
     return value

@@ -107,6 +107,19 @@ class Manifest(BaseModel):
             "block_seconds": sum(block.seconds for block in self.blocks),
         }
 
+    def all_totals(self) -> dict[str, Any]:
+        """The recorded totals, and those that follow from the linears where one is missing.
+
+        A record of another version, or a damaged one, may lack some, or hold text for a number.
+        """
+        recorded = {
+            name: value
+            for name, value in self.totals.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        found = self.summary() | recorded
+        return found | {"seconds": found.get("seconds", found["block_seconds"])}
+
     def check_same_run(self, recipe: Recipe, inputs: RunInputs | None = None) -> None:
         """Check that this manifest belongs to the same run.
 

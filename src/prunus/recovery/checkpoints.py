@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from safetensors import safe_open
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from prunus.model.checkpoint.writer import save_safetensors
@@ -22,6 +22,8 @@ __all__ = ["Checkpoints", "TrainingState"]
 
 _STATE_NAME = "training.safetensors"
 _KEY = "state"
+#: What is stored of each parameter: its weight, and what AdamW keeps.
+_KINDS = ("weight", "step", "exp_avg", "exp_avg_sq")
 
 
 class TrainingState(BaseModel):
@@ -84,28 +86,60 @@ class Checkpoints:
     def load(
         self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> TrainingState | None:
-        """Restore weights and moments, and return the state; None if there is nothing to resume."""
+        """Restore weights and moments, and return the state; None if there is nothing to resume.
+
+        Raises:
+            ValueError: the state is damaged; names the file. Nothing is restored then.
+        """
         path = self.folder / _STATE_NAME
         if not path.exists():
             return None
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            state = TrainingState.model_validate_json(file.metadata()[_KEY])
-            if not self._best(state).exists():
-                return None
-            for key in file.keys():  # noqa: SIM118
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = TrainingState.model_validate_json((file.metadata() or {})[_KEY])
+                if not 0 <= state.best < len(state.evaluations):
+                    raise ValueError(f"evaluation {state.best} of {len(state.evaluations)}")
+                if not self._best(state).exists():
+                    return None
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            _check_tensors(tensors, parameters)
+        except (
+            *(SafetensorError, ValidationError, OSError),
+            *(LookupError, TypeError, ValueError, AttributeError, RecursionError),
+        ) as fault:
+            raise ValueError(
+                f"{path} is damaged ({' '.join(str(fault).split())[:200]}), so the training cannot "
+                "go on from it; give --overwrite to start again"
+            ) from fault
+        with torch.no_grad():
+            for key, tensor in tensors.items():
                 kind, _, name = key.partition("/")
                 if kind == "weight":
-                    parameters[name].copy_(file.get_tensor(key))
+                    parameters[name].copy_(tensor)
                 else:
-                    moment = file.get_tensor(key).to(parameters[name].device)
+                    moment = tensor.to(parameters[name].device)
                     optimizer.state[parameters[name]][kind] = moment
         return state
 
     def load_best(self, state: TrainingState, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Restore the weights with the lowest held-out loss."""
-        with safe_open(self._best(state), framework="pt") as file, torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(file.get_tensor(name))
+        """Restore the weights with the lowest held-out loss.
+
+        Raises:
+            ValueError: their file is damaged; names it.
+        """
+        path = self._best(state)
+        try:
+            with safe_open(path, framework="pt") as file, torch.no_grad():
+                for name, parameter in parameters.items():
+                    tensor = file.get_tensor(name)
+                    if tensor.shape != parameter.shape:
+                        raise ValueError(f"{name} has shape {tuple(tensor.shape)}")
+                    parameter.copy_(tensor)
+        except (SafetensorError, ValueError, OSError) as fault:
+            raise ValueError(
+                f"{path} is damaged ({' '.join(str(fault).split())[:200]}); give --overwrite to "
+                "train again"
+            ) from fault
 
     def clear(self) -> None:
         """Delete the files: the result is in place, or a new training begins."""
@@ -114,3 +148,22 @@ class Checkpoints:
 
     def _best(self, state: TrainingState) -> Path:
         return self.folder / f"best-{state.evaluations[state.best].step:08d}.safetensors"
+
+
+def _check_tensors(
+    tensors: Mapping[str, torch.Tensor], parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Check that a stored state has a weight for every parameter, and nothing of another shape."""
+    for name in parameters:
+        if f"weight/{name}" not in tensors:
+            raise ValueError(f"there is no weight {name}")
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise ValueError(f"{key} belongs to no parameter")
+        shape = torch.Size() if kind == "step" else parameter.shape
+        if kind not in _KINDS or tensor.shape != shape or not tensor.is_floating_point():
+            raise ValueError(f"{key} is of another kind or shape")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{key} is not finite")

@@ -76,12 +76,12 @@ def _items(values: dict[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def _headline(manifest: Manifest) -> Facts:
-    totals = manifest.totals or manifest.summary()
+    totals = manifest.all_totals()
     name, error = _error_of_totals(totals)
     items = [
         *_sizes(manifest, totals),
         (name, f"{error:.3%}" if error is not None else "not measured"),
-        ("time", f"{totals.get('seconds', totals['block_seconds']):.1f} s"),
+        ("time", f"{totals['seconds']:.1f} s"),
     ]
     if "peak_memory_bytes" in totals:
         items.append(("peak memory", f"{totals['peak_memory_bytes'] / 1e9:.2f} GB"))

@@ -10,6 +10,8 @@ from prunus.model.checkpoint.atomic_files import read_json
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
 from prunus.report.document import Document, Section
 from prunus.report.evaluation_sections import decode_speeds, evaluation_section, speed_section
+from prunus.report.page import document_json
+from prunus.report.plain import to_markdown
 from prunus.report.run_sections import run_section
 from prunus.report.sweep_tables import sweep_section
 from prunus.sweep.results import RESULTS_NAME, SweepResults
@@ -53,9 +55,11 @@ def read_section(path: Path, speeds: Mapping[str, float]) -> Section:
     """
     if path.is_dir():
         if (path / RESULTS_NAME).exists():
-            return sweep_section(SweepResults.load(path), speeds)
+            results = SweepResults.load(path)
+            return _checked(path / RESULTS_NAME, lambda: sweep_section(results, speeds))
         if (path / MANIFEST_NAME).exists():
-            return run_section(Manifest.load(path))
+            manifest = Manifest.load(path)
+            return _checked(path / MANIFEST_NAME, lambda: run_section(manifest))
         raise ValueError(
             f"{path} holds neither {MANIFEST_NAME} (of a run) nor {RESULTS_NAME} (of a sweep): "
             "give the OUT folder of prunus prune or prunus sweep"
@@ -70,7 +74,24 @@ def read_section(path: Path, speeds: Mapping[str, float]) -> Section:
 
 def _read_file(path: Path, make_section: Callable[[Any], Section]) -> Section:
     """Read a JSON file and make a section of it; every error names the file."""
+    content = read_json(path)
+    return _checked(path, lambda: make_section(content))
+
+
+def _checked(path: Path, make_section: Callable[[], Section]) -> Section:
+    """A section whose figures can all be shown.
+
+    Raises:
+        ValueError: the file has something else than a figure where one belongs; names the file.
+    """
     try:
-        return make_section(read_json(path))
+        section = make_section()
+        to_markdown(Document(section.title, (section,)))
+        document_json(Document(section.title, (section,)))
+        return section
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    except (ArithmeticError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged or of another version: {type(error).__name__}: {error}"
+        ) from error

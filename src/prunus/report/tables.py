@@ -36,7 +36,7 @@ _EXPERT_NUMBER = re.compile(r"\.\d+\.")
 def run_table(manifest: Manifest) -> Table:
     """A finished run: one row per kind of linear, and the totals."""
     error_name = "relative output error" if _has_gram(manifest) else "removed energy"
-    totals, compressed = manifest.totals, manifest.recipe.bits is not None
+    totals, compressed = manifest.all_totals(), manifest.recipe.bits is not None
     work = f"{manifest.recipe.bits:g} bits" if compressed else manifest.recipe.method
     table = Table(title=f"{work}, {manifest.source}", title_justify="left")
     sizes = ("zeros", "bits") if compressed else ("sparsity",)
@@ -72,9 +72,10 @@ def run_table(manifest: Manifest) -> Table:
         f"{mean:.3%}" if mean is not None else MISSING,
         f"{totals['seconds']:.1f} in all",
     )
+    peak = totals.get("peak_memory_bytes", 0) / 1e9
     table.caption = (
         f"computed in {manifest.inputs.dtype} on {manifest.inputs.device}; peak memory "
-        f"{totals['peak_memory_bytes'] / 1e9:.2f} GB; calibration: {manifest.inputs.calibration}"
+        f"{peak:.2f} GB; calibration: {manifest.inputs.calibration}"
     )
     if totals.get("forced_zeros"):
         table.caption += f"\nzeros that a mask forced: {totals['forced_zeros']:,}"

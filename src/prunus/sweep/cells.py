@@ -196,7 +196,7 @@ def discard_weights(folder: Path) -> None:
 
 
 def _totals(manifest: Manifest) -> Pruning:
-    totals: dict[str, Any] = manifest.totals
+    totals = manifest.all_totals()
     return Pruning(
         **{key: totals[key] for key in ("weights", "zeros", "sparsity")},
         mean_relative_output_error=totals["mean_relative_output_error"],
