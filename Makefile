@@ -7,7 +7,7 @@ JOBS   ?= 2
 # Reference data and golden masks; tests that need them skip where the folder is absent.
 export PRUNUS_SHARED ?= ../shared
 
-.PHONY: demo test check cuda docs sanitize wheel-test install clean
+.PHONY: demo test check hostile cuda docs sanitize wheel-test install clean
 
 # One stamp per environment: installing again is a no-op until the project file changes.
 STAMP := $(VENV)/.prunus-installed
@@ -59,6 +59,10 @@ wheel-test:
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache
+
+# Ten thousand hostile inputs; `make test` has a thousand of them.
+hostile: $(STAMP)
+	$(BIN)/python -m pytest -m slow tests/model/checkpoint/test_hostile.py tests/model/test_config_limits.py
 
 # Memory errors and undefined behaviour in the kernels.
 sanitize:

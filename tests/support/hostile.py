@@ -11,6 +11,7 @@ leaves one there. Before each case its number goes to SCRATCH/case, so that a cr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -30,6 +31,7 @@ import torch
 torch.set_num_threads(1)
 
 import prunus  # noqa: E402
+from hostile_inputs import more_kinds  # noqa: E402
 from packed_reference import pruned_checkpoint  # noqa: E402
 from prunus.model.checkpoint import reader  # noqa: E402
 from prunus.model.checkpoint.gguf import import_gguf  # noqa: E402
@@ -76,6 +78,10 @@ VALUES: list[Any] = [
     {"a": 1},
 ]
 VALUES += [[[]] * 3, "auto", *NUMBERS]
+
+
+#: Kinds whose folder becomes one case only when it is damaged.
+NEEDS_DAMAGE = ("architecture", "template", "text")
 
 
 class TooLong(BaseException):
@@ -271,10 +277,16 @@ def watch_opened_files(scratch: Path, case: Path) -> list[str]:
 def main() -> None:
     scratch = Path(sys.argv[1]).resolve()
     known = kinds(scratch)
-    # Run each kind once, so that all imports come before memory is limited.
-    for name, (good, _, work) in known.items():
+    wanted = {argument.split(":")[0] for argument in sys.argv[3:]}
+    known |= more_kinds(scratch, wanted, mutate_json, mutate_bytes, damage_header)
+    known = {kind: parts for kind, parts in known.items() if kind in wanted}
+    # Work on the good folders once, so that all imports come before memory is limited.
+    for name, (good, damage, work) in known.items():
         shutil.copytree(good, scratch / "warm" / name / "model")
-        work(scratch / "warm" / name)
+        if name in NEEDS_DAMAGE:
+            damage(scratch / "warm" / name / "model", random.Random(0))
+        with contextlib.suppress(*FOR_PEOPLE):
+            work(scratch / "warm" / name)
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (taken + ROOM, taken + ROOM))
 

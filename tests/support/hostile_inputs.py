@@ -1,0 +1,414 @@
+"""More kinds of hostile inputs for `hostile.py`: all that is read beside weights.
+
+Each kind is a good folder, a function that damages a copy of it, and the work to do with the copy.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import prunus
+from prunus.calibration.files import file_kind, read_documents, read_ids
+from prunus.evaluation.cache import ResultCache
+from prunus.evaluation.generation import generate
+from prunus.evaluation.perplexity import _look_up
+from prunus.hardware.sizes import parse_bytes
+from prunus.model import chat_template
+from prunus.model.adapter import CONFIG_NAME, WEIGHTS_NAME, check_adapter
+from prunus.model.tokenizer import load_tokenizer
+from prunus.pruning.recipe_file import load_recipe
+from prunus.recovery.checkpoints import Checkpoints, TrainingState
+from prunus.recovery.record import Evaluation
+from prunus.report.page import document_json
+from prunus.report.plain import to_markdown
+from prunus.report.sources import read_document
+from prunus.sweep import load_sweep
+from report_samples import evaluation, sweep_results
+from tiny import tiny_checkpoint, token_ids
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+__all__ = ["Kinds", "more_kinds"]
+
+Kinds = dict[str, tuple[Path, Callable[[Path, random.Random], None], Callable[[Path], None]]]
+Mutate = Callable[[Any, random.Random], Any]
+
+ARCHITECTURES = (
+    "gptj",
+    "gpt_neo",
+    "opt",
+    "bloom",
+    "gemma3_text",
+    "gpt2",
+    "mistral",
+    "qwen3",
+)
+#: Fields that size something in some architecture. A case may add one that is not there.
+SIZES = [
+    *("num_hidden_layers", "n_layer", "num_layers", "n_positions", "max_position_embeddings"),
+    *("hidden_size", "vocab_size", "intermediate_size", "num_attention_heads", "n_inner", "n_ctx"),
+    *("num_key_value_heads", "head_dim", "rotary_dim", "num_labels", "attention_types"),
+    *("layer_types", "sliding_window", "window_size", "num_experts"),
+]
+HUGE = [2**17, 2**20, 10**8, 10**9, 2**31, 2**62, 10**30, 1e9]
+TEMPLATES = (
+    "{{ 'x' * N }}",
+    "{{ ['x'] * N }}",
+    "{{ '%Nd' % 1 }}",
+    "{{ 'x'.center(N) }}",
+    "{{ 'x'.ljust(N) }}",
+    "{{ '{:N}'.format(1) }}",
+    "{{ N ** N }}",
+    "{% for a in range(N) %}{% for b in range(N) %}x{% endfor %}{% endfor %}",
+    "{% set x = namespace(v='x') %}{% for a in range(99) %}{% set x.v = x.v + x.v %}{% endfor %}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{{ messages[N] }}",
+    "{{ messages[0].content.__class__.__mro__[1].__subclasses__() }}",
+    "{{ raise_exception('N') }}",
+    "{% include 'N' %}",
+    "{{ 'x' | indent(N) }}",
+    "{{ N | string | replace('0', 'xxxxxxxxxx') | center(N) }}",
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}",
+)
+SWEEP = """title = "t"
+models = ["a/m"]
+[recipe]
+samples = 3
+[scoring]
+texts = ["wikitext2"]
+seqlen = 32
+[[grid]]
+method = ["magnitude", "wanda"]
+sparsity = [0.5, "2:4"]
+recovery = ["none", "short"]
+[recovery.short]
+mode = "masked"
+tokens = 100
+"""
+
+
+def _damage_text(path: Path, dice: random.Random, change: Callable[..., bytes]) -> None:
+    path.write_bytes(change(path.read_bytes(), dice, 10**9))
+
+
+def _architecture(folder: Path, mutate: Mutate) -> tuple[Any, Any, Any]:
+    for family in ARCHITECTURES:
+        tiny_checkpoint(folder / family, family)
+
+    def damage(model: Path, dice: random.Random) -> None:
+        family = model / dice.choice(ARCHITECTURES)
+        (family / "model.safetensors").rename(model / "model.safetensors")
+        config = json.loads((family / "config.json").read_text())
+        for _ in range(dice.choice((1, 1, 2))):
+            if dice.random() < 0.5:
+                value: Any = dice.choice(HUGE)
+                name = dice.choice(SIZES)
+                value = [[["global"], value]] if name == "attention_types" else value
+                place = config if dice.random() < 0.8 else config.setdefault("text_config", {})
+                place[name] = value
+            else:
+                config = mutate(config, dice)
+        (model / "config.json").write_text(json.dumps(config))
+
+    return folder, damage, lambda case: prunus.inspect(case / "model")
+
+
+def _adapter(folder: Path, mutate: Mutate, header: Callable[..., None]) -> tuple[Any, Any, Any]:
+    tiny_checkpoint(folder / "base", vocab_size=VOCABULARY)
+    tensors, widths = {}, {"q_proj": 32, "v_proj": 16}
+    for layer in range(2):
+        for name, width in widths.items():
+            path = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{path}.lora_A.weight"] = torch.ones(2, 32)
+            tensors[f"{path}.lora_B.weight"] = torch.ones(width, 2)
+    save_file(tensors, folder / WEIGHTS_NAME, {"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "base",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": None,
+        "layers_pattern": None,
+        "layers_to_transform": [0, 1],
+    }
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    patterns = ["(a+)+$", ".*", "(x|x)*y", "all-linear", "q_proj", "", "."]
+
+    def damage(model: Path, dice: random.Random) -> None:
+        if dice.random() < 0.2:
+            header(model / WEIGHTS_NAME, dice)
+            return
+        changed = json.loads((model / CONFIG_NAME).read_text())
+        if dice.random() < 0.5:
+            changed = mutate(changed, dice)
+        else:
+            name = dice.choice(list(changed))
+            text = dice.choice(patterns)
+            changed[name] = dice.choice(
+                [text, [text], {text: dice.choice(HUGE)}, dice.choice(HUGE)]
+            )
+        (model / CONFIG_NAME).write_text(json.dumps(changed))
+
+    return folder, damage, lambda case: check_adapter(case / "model")
+
+
+def _template(folder: Path, change: Callable[..., bytes]) -> tuple[Any, Any, Any]:
+    byte_tokenizer().save_pretrained(folder)
+
+    def damage(model: Path, dice: random.Random) -> None:
+        text = dice.choice(TEMPLATES).replace("N", str(dice.choice([3, 10**5, 10**8, 10**12])))
+        data = text.encode()
+        if dice.random() < 0.3:
+            data = change(data, dice, 10**9)
+        (model / "chat_template.jinja").write_bytes(data)
+
+    def work(case: Path) -> None:
+        messages = [{"role": "user", "content": "x"}]
+        chat_template.apply_chat_template(load_tokenizer(case / "model"), messages)
+
+    return folder, damage, work
+
+
+def _generation(folder: Path, mutate: Mutate) -> tuple[Any, Any, Any]:
+    tiny_checkpoint(folder, vocab_size=VOCABULARY)
+    byte_tokenizer().save_pretrained(folder)
+    good = {
+        "do_sample": False,
+        "temperature": 1.0,
+        "top_k": 50,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "max_length": 20,
+        "eos_token_id": 1,
+        "bos_token_id": 0,
+        "cache_implementation": None,
+        "stop_strings": None,
+        "sequence_bias": None,
+        "repetition_penalty": 1.0,
+    }
+
+    def damage(model: Path, dice: random.Random) -> None:
+        settings = mutate(good, dice)
+        if isinstance(settings, dict) and dice.random() < 0.5:
+            settings[dice.choice(list(good))] = dice.choice(HUGE)
+        (model / "generation_config.json").write_text(json.dumps(settings))
+
+    return folder, damage, lambda case: _exhaust(case / "model")
+
+
+def _exhaust(model: Path) -> None:
+    for _ in generate(model, "ab", max_new_tokens=2):
+        pass
+
+
+def _report(folder: Path, mutate: Mutate) -> tuple[Any, Any, Any]:
+    (folder / "run").mkdir(parents=True)
+    (folder / "sweep").mkdir()
+    dense, out = tiny_checkpoint(folder.with_name("dense")), folder.with_name("out")
+    prunus.prune(dense, out, calibration=token_ids(2, 16), batch=2)
+    (folder / "run" / "prunus.json").write_text((out / "prunus.json").read_text())
+    sweep_results().save(folder / "sweep")
+    (folder / "eval.json").write_text(json.dumps(evaluation()))
+    files = ("run/prunus.json", "sweep/results.json", "eval.json")
+
+    def damage(model: Path, dice: random.Random) -> None:
+        path = model / dice.choice(files)
+        content = json.loads(path.read_text())
+        for _ in range(dice.choice((1, 1, 3))):
+            content = mutate(content, dice)
+        text = "[" * 100_000 if dice.random() < 0.02 else json.dumps(content)
+        path.write_text(text)
+
+    def work(case: Path) -> None:
+        model = case / "model"
+        document = read_document([model / "run", model / "sweep", model / "eval.json"])
+        to_markdown(document)
+        document_json(document)
+
+    return folder, damage, work
+
+
+def _cache(folder: Path, mutate: Mutate) -> tuple[Any, Any, Any]:
+    key = {"kind": "perplexity", "checkpoint": "abc"}
+    figures = {"kl": 0.1, "kl_stderr": 0.01, "kl_q999": 1.0, "same_top": 0.9}
+    figures |= {"same_top_stderr": 0.1, "loss_change": 0.1, "loss_change_stderr": 0.1}
+    result = {"loss": 1.0, "seconds": 1.0, "dtype": "float32"}
+    ResultCache(folder).put(key, result | {"divergence": figures | {"reference_loss": 1.0}})
+
+    def damage(model: Path, dice: random.Random) -> None:
+        [path] = model.rglob("*.json")
+        content = mutate(json.loads(path.read_text()), dice)
+        path.write_text("[" * 100_000 if dice.random() < 0.1 else json.dumps(content))
+
+    def work(case: Path) -> None:
+        found = _look_up(ResultCache(case / "model"), key, True)
+        if found is None:
+            raise ValueError("the entry is as good as none")
+
+    return folder, damage, work
+
+
+def _toml(folder: Path, change: Callable[..., bytes]) -> tuple[Any, Any, Any]:
+    folder.mkdir()
+    (folder / "sweep.toml").write_text(SWEEP)
+    (folder / "recipe.toml").write_text('method = "wanda"\nsparsity = 0.5\nsamples = 8\n')
+
+    def damage(model: Path, dice: random.Random) -> None:
+        path = model / dice.choice(["sweep.toml", "recipe.toml"])
+        kind = dice.random()
+        if kind < 0.5:
+            _damage_text(path, dice, change)
+        elif kind < 0.6:
+            count = dice.choice([20, 2000, 20_000])
+            path.write_text(dice.choice([".".join(["a"] * count), "[" * count, "a={" * count]))
+        elif kind < 0.8:
+            values = [str(dice.choice([1, 9, 10**6, 10**30, -1, 0.5])) for _ in range(200)]
+            lines = [f"{name} = [{', '.join(values)}]\n" for name in ("seed", "samples", "seqlen")]
+            (model / "sweep.toml").write_text(
+                SWEEP.replace('sparsity = [0.5, "2:4"]\n', "".join(lines))
+            )
+        else:
+            lines = path.read_text().splitlines()
+            place = dice.randrange(len(lines))
+            value = dice.choice(["1", "[]", "{}", "nan", "1e400", "1" * 5000, '"x"', "[[[1]]]"])
+            lines[place] = f"{lines[place].split('=')[0]}= {value}"
+            path.write_text("\n".join(lines))
+
+    def work(case: Path) -> None:
+        load_sweep(case / "model" / "sweep.toml")
+        load_recipe(case / "model" / "recipe.toml", {})
+
+    return folder, damage, work
+
+
+def _text(folder: Path, change: Callable[..., bytes]) -> tuple[Any, Any, Any]:
+    folder.mkdir()
+    line = b'{"text": "an ordinary text"}\n'
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(line * 20))
+    (folder / "a.txt.gz").write_bytes(gzip.compress(b"an ordinary text " * 20))
+    (folder / "a.jsonl").write_bytes(line * 20)
+    save_file({"input_ids": token_ids()}, folder / "a.safetensors")
+    names = ["a.jsonl.gz", "a.txt.gz", "a.jsonl", "a.safetensors"]
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError:  # the extra data is not installed
+        pass
+    else:
+        table = pyarrow.table({"text": ["an ordinary text"] * 20})
+        pyarrow.parquet.write_table(table, folder / "a.parquet")
+        names.append("a.parquet")
+    bomb = gzip.compress(bytes(2**27))
+
+    def damage(model: Path, dice: random.Random) -> None:
+        chosen = dice.choice(names)
+        for name in names:
+            if name != chosen:
+                (model / name).unlink()
+        if dice.random() < 0.05 and chosen.endswith(".gz"):
+            (model / chosen).write_bytes(bomb)
+        else:
+            _damage_text(model / chosen, dice, change)
+
+    def work(case: Path) -> None:
+        [path] = (case / "model").iterdir()
+        if file_kind(path) == "safetensors":
+            read_ids(path)
+        else:
+            read_documents(path)
+
+    return folder, damage, work
+
+
+def _training(folder: Path, mutate: Mutate, header: Callable[..., None]) -> tuple[Any, Any, Any]:
+    folder.mkdir()
+
+    def parameters() -> dict[str, torch.nn.Parameter]:
+        return {"a": torch.nn.Parameter(torch.ones(2, 3)), "b": torch.nn.Parameter(torch.ones(4))}
+
+    first = parameters()
+    optimizer = torch.optim.AdamW(first.values())
+    sum(each.sum() for each in first.values()).backward()
+    optimizer.step()
+    start = Evaluation(step=0, tokens=0, seconds=0.0, training_loss=None, held_out_loss=1.0)
+    Checkpoints(folder).save(TrainingState(evaluations=[start]), first, optimizer)
+
+    def damage(model: Path, dice: random.Random) -> None:
+        path = model / "training.safetensors"
+        if dice.random() < 0.6:
+            header(path, dice)
+            return
+        with safe_open(path, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+        save_file(load_file(path), path, {"state": json.dumps(mutate(state, dice))})
+
+    def work(case: Path) -> None:
+        restored = parameters()
+        again = torch.optim.AdamW(restored.values())
+        Checkpoints(case / "model").load(restored, again)
+
+    return folder, damage, work
+
+
+def _sizes(folder: Path) -> tuple[Any, Any, Any]:
+    folder.mkdir()
+    (folder / "memory").write_text("8GB")
+
+    def damage(model: Path, dice: random.Random) -> None:
+        number = dice.choice(["9" * 400, "1e5", "-1", "0", "0.0001", "1" * 20, "٣", "8", "inf"])
+        unit = dice.choice(["GB", "", "TiB", "PB", "k", " ", "\x00", "B" * 1000])
+        (model / "memory").write_text(number + unit)
+
+    return folder, damage, lambda case: _parse(case / "model" / "memory")
+
+
+def _parse(path: Path) -> None:
+    parse_bytes(path.read_text())
+
+
+def more_kinds(
+    scratch: Path,
+    wanted: set[str],
+    mutate: Mutate,
+    change: Callable[..., bytes],
+    header: Callable[..., None],
+) -> Kinds:
+    """The kinds of this file that are wanted.
+
+    Args:
+        scratch: an empty folder.
+        wanted: names of kinds; unknown names do no harm.
+        mutate: changes a JSON value.
+        change: changes bytes.
+        header: changes the header of a safetensors file.
+    """
+    chat_template._SECONDS = 1
+    makers: dict[str, Callable[[Path], tuple[Any, Any, Any]]] = {
+        "architecture": lambda folder: _architecture(folder, mutate),
+        "template": lambda folder: _template(folder, change),
+        "generation": lambda folder: _generation(folder, mutate),
+        "report": lambda folder: _report(folder, mutate),
+        "cache": lambda folder: _cache(folder, mutate),
+        "toml": lambda folder: _toml(folder, change),
+        "text": lambda folder: _text(folder, change),
+        "training": lambda folder: _training(folder, mutate, header),
+        "size": _sizes,
+    }
+    if importlib.util.find_spec("peft") is not None:  # of the extra adapters
+        makers["adapter"] = lambda folder: _adapter(folder, mutate, header)
+    root = scratch / "more"
+    root.mkdir()
+    return {name: make(root / name) for name, make in makers.items() if name in wanted}
