@@ -250,7 +250,7 @@ def test_another_conversion_is_not_mixed_in(tmp_path):
 def test_packed_is_not_packed_again(tmp_path):
     source = pruned_checkpoint(tmp_path / "pruned")
     pack(source, tmp_path / "packed")
-    with pytest.raises(ValueError, match="quantised weights"):
+    with pytest.raises(ValueError, match="is packed already"):
         pack(tmp_path / "packed", tmp_path / "twice")
     with pytest.raises(ValueError, match="no quantization_config"):
         unpack(source, tmp_path / "plain")
