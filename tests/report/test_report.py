@@ -527,3 +527,10 @@ def test_figures_that_are_none_are_refused_by_the_name_of_the_file(place, value,
     path = write(tmp_path / "eval.json", content)
     with pytest.raises(ValueError, match=r"eval\.json"):
         read_document([path])
+
+
+def test_a_record_whose_recipe_is_none_is_refused_by_name(run, tmp_path):
+    content = json.loads((run / "prunus.json").read_text()) | {"recipe": 3}
+    write(tmp_path / "prunus.json", content)
+    with pytest.raises(ValueError, match=r"prunus\.json is damaged or of another version: recipe"):
+        read_document([tmp_path])

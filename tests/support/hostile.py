@@ -81,7 +81,7 @@ VALUES += [[[]] * 3, "auto", *NUMBERS]
 
 
 #: Kinds whose folder becomes one case only when it is damaged.
-NEEDS_DAMAGE = ("architecture", "template", "text")
+NEEDS_DAMAGE = ("architecture", "template", "text", "environment")
 
 
 class TooLong(BaseException):

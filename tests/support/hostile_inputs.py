@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import prunus
 from prunus.calibration.files import file_kind, read_documents, read_ids
+from prunus.cli import app
 from prunus.evaluation.cache import ResultCache
 from prunus.evaluation.generation import generate
 from prunus.evaluation.perplexity import _look_up
@@ -375,6 +377,27 @@ def _sizes(folder: Path) -> tuple[Any, Any, Any]:
     return folder, damage, lambda case: _parse(case / "model" / "memory")
 
 
+def _environment(folder: Path) -> tuple[Any, Any, Any]:
+    tiny_checkpoint(folder)
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "PRUNUS_DATA", "PRUNUS_CACHE", "XDG_CACHE_HOME"]
+    names += ["COLUMNS", "LINES", "TERM", "NO_COLOR", "LANG", "OMP_NUM_THREADS"]
+    values = ["", "-1", "0", "1", "node7", "9" * 30, "é", "/dev/null", "../..", "x" * 10_000, "[/]"]
+
+    def damage(model: Path, dice: random.Random) -> None:
+        chosen = {name: dice.choice(values) for name in dice.sample(names, 3)}
+        (model / "environment").write_text(json.dumps(chosen))
+
+    def work(case: Path) -> None:
+        variables = json.loads((case / "model" / "environment").read_text())
+        result = CliRunner(env=variables).invoke(app, ["inspect", str(case / "model")])
+        if result.exit_code == 2:
+            raise ValueError(result.output)
+        if result.exit_code != 0:
+            raise RuntimeError(f"{variables}: {result.output}") from result.exception
+
+    return folder, damage, work
+
+
 def _parse(path: Path) -> None:
     parse_bytes(path.read_text())
 
@@ -406,6 +429,7 @@ def more_kinds(
         "text": lambda folder: _text(folder, change),
         "training": lambda folder: _training(folder, mutate, header),
         "size": _sizes,
+        "environment": _environment,
     }
     if importlib.util.find_spec("peft") is not None:  # of the extra adapters
         makers["adapter"] = lambda folder: _adapter(folder, mutate, header)

@@ -192,15 +192,13 @@ def _read_parquet(path: Path) -> list[str]:
 
 
 def _check_stored_text(path: Path, metadata: Any) -> None:
-    """Refuse a file whose column of text is larger than its limit before it is decompressed."""
-    stored = 0
-    for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        for number in range(row_group.num_columns):
-            column = row_group.column(number)
-            if column.path_in_schema == "text":
-                stored += max(0, column.total_uncompressed_size)
-    if stored > _max_text(path):
+    """Refuse a file that is larger than its limit before it is decompressed.
+
+    All columns count: pyarrow ends the process where the metadata of a single one is damaged.
+    """
+    groups = range(metadata.num_row_groups)
+    stored = [max(0, metadata.row_group(group).total_byte_size) for group in groups]
+    if sum(stored) > _max_text(path):
         _refuse_large(path)
 
 

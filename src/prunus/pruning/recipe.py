@@ -206,7 +206,9 @@ class Recipe(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_in_preset_and_sparsity(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _fill_in_preset_and_sparsity(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values  # a damaged record, which pydantic refuses next
         values = preset_options(values)
         if values.get("bits") is not None:
             # Without a sparsity of their own, zeros follow from the rate.
