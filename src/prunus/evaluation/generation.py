@@ -16,9 +16,9 @@ from prunus.model.tokenizer import load_tokenizer
 
 __all__ = ["generate"]
 
-#: Settings of a checkpoint that choose the next token or end the text.
-_SETTINGS = (
-    "do_sample",
+#: Settings of a checkpoint that choose the next token or end the text: flags, numbers, tokens.
+_FLAGS = ("do_sample",)
+_NUMBERS = (
     "temperature",
     "top_k",
     "top_p",
@@ -26,9 +26,10 @@ _SETTINGS = (
     "typical_p",
     "repetition_penalty",
     "no_repeat_ngram_size",
+)
+_TOKENS = (
     "suppress_tokens",
     "begin_suppress_tokens",
-    "bad_words_ids",
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
@@ -73,11 +74,28 @@ def _limited(settings: Any) -> Any:
     """The settings of a checkpoint's generation_config.json that choose tokens, and no others.
 
     The others can ask for any number of beams or sequences, or for a cache of any length.
+
+    Raises:
+        ValueError: a setting is of another kind; names it.
     """
     from transformers import GenerationConfig
 
-    found = {name: getattr(settings, name, None) for name in _SETTINGS}
-    return GenerationConfig(**{name: value for name, value in found.items() if value is not None})
+    found = {}
+    for name in (*_FLAGS, *_NUMBERS, *_TOKENS):
+        if (value := getattr(settings, name, None)) is None:
+            continue
+        listed = value if isinstance(value, list) and name in _TOKENS else [value]
+        kind = bool if name in _FLAGS else int if name in _TOKENS else int | float
+        if not all(
+            isinstance(x, kind) and (name in _FLAGS or not isinstance(x, bool)) and abs(x) < 2**31
+            for x in listed
+        ):
+            raise ValueError(
+                f"generation_config.json sets {name} to {str(value)[:80]!r}, which is no "
+                f"{'flag' if name in _FLAGS else 'number or token id'}; correct it or delete it"
+            )
+        found[name] = value
+    return GenerationConfig(**found)
 
 
 def _stream(loaded: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> Iterator[str]:
