@@ -418,7 +418,7 @@ def more_kinds(
         change: changes bytes.
         header: changes the header of a safetensors file.
     """
-    chat_template._SECONDS = 1
+    chat_template._SECONDS = 0.5
     makers: dict[str, Callable[[Path], tuple[Any, Any, Any]]] = {
         "architecture": lambda folder: _architecture(folder, mutate),
         "template": lambda folder: _template(folder, change),

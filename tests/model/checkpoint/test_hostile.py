@@ -34,14 +34,14 @@ CASES = {
     "architecture": 60,
     "adapter": 30,
     "template": 25,
-    "generation": 15,
+    "generation": 10,
     "report": 50,
     "cache": 160,
     "toml": 130,
     "text": 130,
     "training": 70,
-    "size": 50,
-    "environment": 20,
+    "size": 65,
+    "environment": 10,
 }
 
 
