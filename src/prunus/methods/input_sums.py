@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from prunus.distributed import Ranks
-from prunus.hardware.numerics import low_precision_product, multiplies_bfloat16
+from prunus.hardware.numerics import low_precision_product, multiplies_bfloat16, tf32_products
 
 __all__ = ["DriftSums", "FeatureSums", "GramSums", "TokenCounts", "add_in_reference_order"]
 
@@ -184,7 +184,9 @@ class GramSums:
     def _add_product(self, sum_II: Tensor, X_TI: Tensor, squares_I: Tensor) -> None:
         in_bfloat16 = X_TI.dtype == torch.bfloat16 and multiplies_bfloat16(X_TI.device)
         if not (self._low_precision and in_bfloat16):
-            _add_gram(sum_II, X_TI.float())
+            # Inputs of 16 bits fit into TF32, so that a CUDA device loses nothing by it.
+            with tf32_products(X_TI.device.type == "cuda" and X_TI.dtype.itemsize == 2):
+                _add_gram(sum_II, X_TI.float())
             return
         # Whatever inverts the Gram depends on its diagonal most, so that is kept exact.
         diagonal_I = sum_II.diagonal() + squares_I

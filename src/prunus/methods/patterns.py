@@ -20,9 +20,13 @@ __all__ = ["GROUPS", "Pattern", "check_shape", "keep_above_threshold", "keep_mas
 
 GROUPS = ("row", "layer", "column")
 
-# Groups are ranked about this many scores at a time, so that temporaries are small and stay in the
-# processor's cache.
-_SCORES_AT_A_TIME = 2**19
+# Groups are ranked about this many scores at a time. On a CPU temporaries are then small and stay
+# in its cache. On a GPU every part costs kernels and a wait of the host, so parts are large there.
+# The indices of such a part take half a gigabyte.
+_SCORES_AT_A_TIME, _SCORES_AT_A_TIME_ON_GPU = 2**19, 2**26
+# On a GPU `kthvalue` gives each group one thread block. Fewer groups than this leave most of the
+# device idle, and sorting is faster.
+_MIN_GROUPS_TO_SELECT = 64
 # Groups of N:M up to this width are ranked by comparing all pairs.
 _MAX_COMPARED = 16
 # The share of a matrix that may be removed beyond the sparsity because scores are equal.
@@ -227,13 +231,18 @@ def _check_sparsity(sparsity: float) -> None:
         raise ValueError(f"the sparsity is {sparsity}: it must be at least 0 and less than 1")
 
 
+def _groups_at_a_time(score_GC: Tensor) -> int:
+    on_cpu = score_GC.device.type == "cpu"
+    return max(1, (_SCORES_AT_A_TIME if on_cpu else _SCORES_AT_A_TIME_ON_GPU) // score_GC.shape[1])
+
+
 def _keep_n_of_m(score_GC: Tensor, n: int) -> Tensor:
     """True for the `n` highest scores of each group."""
     keep_GC = torch.ones_like(score_GC, dtype=torch.bool, memory_format=torch.contiguous_format)
     drop = score_GC.shape[1] - n
     if drop == 0:
         return keep_GC
-    groups = max(1, _SCORES_AT_A_TIME // score_GC.shape[1])
+    groups = _groups_at_a_time(score_GC)
     for score, keep in zip(score_GC.split(groups), keep_GC.split(groups), strict=True):
         if score.device.type == "cpu" and score.shape[1] <= _MAX_COMPARED:
             # Comparing pairs decides almost all groups. topk decides the few with ties, so that
@@ -281,7 +290,7 @@ def _keep_highest(score_GC: Tensor, drop: int) -> Tensor:
     keep_GC = torch.ones(score_GC.shape, dtype=torch.bool, device=score_GC.device)
     if drop == 0:
         return keep_GC
-    groups = max(1, _SCORES_AT_A_TIME // score_GC.shape[1])
+    groups = _groups_at_a_time(score_GC)
     for score, keep in zip(score_GC.split(groups), keep_GC.split(groups), strict=True):
         threshold_G1 = _kth_lowest(score, drop)
         torch.gt(score, threshold_G1, out=keep)
@@ -309,6 +318,8 @@ def _restore_last_ties(
 def _kth_lowest(score_GC: Tensor, k: int) -> Tensor:
     """The k-th lowest score (k from 1) of each group, (G, 1)."""
     if score_GC.device.type != "cpu":
+        if len(score_GC) < _MIN_GROUPS_TO_SELECT:
+            return score_GC.sort(dim=1).values[:, k - 1 : k]
         return score_GC.kthvalue(k, dim=1, keepdim=True).values
     # On the CPU NumPy selects 2.5 times faster than torch.kthvalue, which also moves 64-bit
     # indices. NumPy has no bfloat16, but widening a float does not change the order.

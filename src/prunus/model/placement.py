@@ -63,7 +63,8 @@ def place(
                 # Rows are read here and there; reading ahead would fill memory with other rows.
                 advise(new, mmap.MADV_RANDOM)
         else:
-            new = value.to(device=to, dtype=old.dtype, copy=True)
+            # The tensor travels as it is stored. The device converts it, which is faster.
+            new = value.to(device=to, copy=True).to(old.dtype)
         replaced[id(old)] = nn.Parameter(new, requires_grad=False)
     # In a second pass over all owners, because a tied parameter has several.
     for owner in module.modules():

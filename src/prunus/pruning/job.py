@@ -167,7 +167,7 @@ class PruningJob:
         """How blocks are reconstructed, or None.
 
         Training multiplies in bfloat16 where the hardware does so natively. It multiplies in
-        float32 everywhere else, and for float16 models.
+        float32 everywhere else, and for float16 models, on CUDA as TF32.
         """
         if not self.recipe.reconstructs:
             return None

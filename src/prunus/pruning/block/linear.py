@@ -89,7 +89,8 @@ def prune_linear(
         notes["unreached"] = (
             "no calibration token reached this linear: its inputs were taken as equal"
         )
-    weight_OI = _oriented(stored, linear).to(linear.weight_OI.device, torch.float32)
+    stored_OI = _on_device(_oriented(stored, linear), linear.weight_OI)
+    weight_OI = stored_OI.to(torch.float32)
     options = replace(settings.options, row_sharding=row_sharding(ranks))
     log2_step = None
     if rate is not None:
@@ -103,15 +104,16 @@ def prune_linear(
         new_OI = pruned.weight_OI.to(stored.dtype)
     else:
         # Kept weights stay as stored, bit for bit. A way through float32 would round wider dtypes.
-        new_OI = _oriented(stored, linear).to(pruned.keep_OI.device).masked_fill(~pruned.keep_OI, 0)
+        new_OI = stored_OI.masked_fill(~pruned.keep_OI, 0)
     if method.updates_weights and not all_finite(new_OI):
         raise ValueError(
             f"{method.name} gave weights that are not finite for {full_name}; "
             "try a larger --damping or more samples"
         )
+    error, energy = _output_error(weight_OI, new_OI, statistics, ranks)
+    # From here on `weight_OI` may not be used: on a device it can be the weight that this changes.
     # The original code goes on with the weight as computed, and rounds only when it saves.
     linear.assign(pruned.weight_OI if settings.options.reference_order else new_OI)
-    error, energy = _output_error(weight_OI, new_OI, statistics, ranks)
     zeros = count_zeros(new_OI)
     packed, bits = None, None
     if rate is not None and pruned.quantized is not None and log2_step is not None:
@@ -134,6 +136,19 @@ def prune_linear(
     result = new_OI.T if linear.transposed else new_OI
     order_I = found_order() if found_order is not None else None
     return PrunedLinear(result.to(stored.device).contiguous(), record, order_I, packed)
+
+
+def _on_device(stored_OI: torch.Tensor, current_OI: torch.Tensor) -> torch.Tensor:
+    """The stored weight on the device of the block, sent there at most once more.
+
+    The block was filled with the stored weight, and nothing has changed it yet. So where the block
+    computes in the stored dtype, its weight on the device is the stored one.
+    """
+    if stored_OI.device == current_OI.device:
+        return stored_OI
+    if stored_OI.dtype == current_OI.dtype:
+        return current_OI
+    return stored_OI.to(current_OI.device)
 
 
 def _oriented(stored: torch.Tensor, linear: Linear) -> torch.Tensor:
@@ -164,11 +179,12 @@ def _output_error(
         before, after = before_OI[span], after_OI[span]
         change = before - after.float()
         if gram_II is not None:
-            lost += float((product(change, gram_II) * change).sum(dtype=torch.float64))
-            total += float((product(before, gram_II) * before).sum(dtype=torch.float64))
+            terms = product(change, gram_II) * change, product(before, gram_II) * before
         else:
-            lost += float((change.square_() @ squares_I).sum(dtype=torch.float64))
-            total += float((before.square() @ squares_I).sum(dtype=torch.float64))
+            terms = change.square_() @ squares_I, before.square() @ squares_I
+        # Both sums come from the device at once, because the host waits for every number.
+        sums = torch.stack([term.sum(dtype=torch.float64) for term in terms]).tolist()
+        lost, total = lost + sums[0], total + sums[1]
     if gram_II is not None:
         lost, total = ranks.sum_floats([lost, total])
     share = max(0.0, lost / total) if total > 0 else 0.0
