@@ -186,7 +186,7 @@ def perplexity(
     place = (
         model_or_path.get_input_embeddings().weight.device  # type: ignore[operator]
         if isinstance(model_or_path, nn.Module)
-        else choose_device(device)
+        else choose_device(device, processes=ranks.local_size)
     )
     model = model_or_path.model if isinstance(model_or_path, Reference) else model_or_path
     compared = reference.model if isinstance(reference, Reference) else reference

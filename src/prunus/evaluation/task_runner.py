@@ -128,6 +128,7 @@ class TaskRun:
             ranks: processes that make this call together and split the rows, each with the whole
                 model.
         """
+        choose_device(str(self.device), processes=ranks.local_size)
         report = progress if progress is not None and ranks.rank == 0 else lambda _: None
         return [self._evaluate(model, report, ranks) for model in self.models]
 

@@ -124,7 +124,8 @@ def plan_run(
     """
     settings = _linear_settings(recipe)
     method, pattern = settings.method, settings.pattern
-    device = choose_device(options.device, model if isinstance(model, nn.Module) else None)
+    loaded = model if isinstance(model, nn.Module) else None
+    device = choose_device(options.device, loaded, (options.ranks or SINGLE_PROCESS).local_size)
     source: CheckpointSource | ModuleSource
     if isinstance(model, nn.Module):
         source, name = ModuleSource(model), type(model).__name__

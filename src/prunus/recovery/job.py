@@ -88,12 +88,14 @@ def plan_recovery(
     data_dir: Path | None,
     overwrite: bool,
     resume: bool | None,
+    processes: int = 1,
 ) -> RecoveryJob:
     """Check everything that can be checked and decide what is left open; nothing is written.
 
     Args:
         model, output, teacher, device, data_dir, overwrite, resume: see `prunus.recover`.
         options: how the model is recovered.
+        processes: how many processes of the run are on this host.
 
     Raises:
         FileNotFoundError, FileExistsError, ValueError, NotImplementedError, ModuleNotFoundError,
@@ -108,7 +110,7 @@ def plan_recovery(
     folder = resolve_folder(model)
     _check_trainable_form(folder, options.mode)
     check_apart(output, folder)
-    chosen_device = choose_device(device)
+    chosen_device = choose_device(device, processes=processes)
     skeleton = None
     if options.mode == "scales":
         source = CheckpointSource(folder, quantized=True)

@@ -122,6 +122,7 @@ def recover(
                 data_dir=Path(data_dir) if data_dir is not None else None,
                 overwrite=overwrite,
                 resume=resume,
+                processes=ranks.local_size,
             )
         checkpoints = Checkpoints(job.output, writes=ranks.rank == 0)
         if job.record.state == "finished":

@@ -13,6 +13,7 @@ from pathlib import Path
 from prunus.distributed import Ranks
 from prunus.methods import METHODS
 from prunus.model.checkpoint.atomic_files import read_json, write_json
+from prunus.model.device import choose_device
 from prunus.pruning.job import RunOptions
 from prunus.sweep.calibration_windows import shared_windows
 from prunus.sweep.checks import check_sweep
@@ -40,8 +41,9 @@ def initial_results(
     Nothing is written.
 
     Raises:
-        See `check_sweep`.
+        See `check_sweep` and `choose_device`.
     """
+    choose_device(options.device, processes=ranks.local_size)
     found = ranks.on_rank_0(
         lambda: check_sweep(sweep, output, options, file).model_dump(mode="json")
     )
