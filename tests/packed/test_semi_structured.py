@@ -42,8 +42,7 @@ def test_only_verified_weights_are_taken():
     assert "not 2:4" in (unsuitable(good) or "")
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_converted_linears_compute_the_same():
     model = nn.Sequential(nn.Linear(4096, 4096, bias=False), nn.Linear(4096, 64)).bfloat16().cuda()
     with torch.no_grad():

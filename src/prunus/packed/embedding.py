@@ -96,6 +96,8 @@ class PackedEmbedding(PackedLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map token ids (...) to rows (..., width)."""
+        if input.is_cuda and not torch.compiler.is_compiling():
+            return functional.embedding(input, self.dense_on_device(self.dtype))
         if not torch.compiler.is_compiling() and not input.is_meta:
             return _look_up(input, self.packed, self._buffers["offsets"], self.dtype)
         return self._look_up_operator(input)

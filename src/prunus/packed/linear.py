@@ -17,6 +17,7 @@ from prunus.packed.operators import (
     quantized_linear,
     run_dense,
     run_packed,
+    warn_of_expansion,
 )
 from prunus.packed.weight import Coding, PackedWeight, QuantizedWeight
 
@@ -58,6 +59,8 @@ class PackedLinear(nn.Module):
         for name in self.STATE:
             self.register_buffer(name, parts.get(f".{name}"))
         self.register_buffer("offsets", None, persistent=False)
+        # The dense weight on a device that has no kernels; see `dense_on_device`.
+        self._kept: torch.Tensor | None = None
         made = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", made)
         if self.weight.device.type != "meta":
@@ -80,6 +83,7 @@ class PackedLinear(nn.Module):
             ValueError: the parts of the weight do not belong together.
         """
         self.offsets = check(self.packed, stored)
+        self._kept = None
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the dense weight (out, in), by default in the stored dtype, bfloat16 for
@@ -87,11 +91,24 @@ class PackedLinear(nn.Module):
         """
         return expand(self.packed, dtype, self.offsets)
 
+    def dense_on_device(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the dense weight on a device without kernels, which is expanded only once.
+
+        It stays in the memory of the device beside the packed one until the module moves.
+        """
+        warn_of_expansion(self.weight.device)
+        if self._kept is None or self._kept.dtype != dtype:
+            with torch.no_grad():
+                self._kept = self.dense(dtype)
+        return self._kept
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected inputs of width {self.in_features}, got {tuple(x.shape)}")
         offsets, bias = self._buffers["offsets"], self._parameters["bias"]
+        if x.is_cuda and not torch.compiler.is_compiling():
+            return nn.functional.linear(x, self.dense_on_device(x.dtype), bias)
         # A kernel records no gradient, so a bias in training takes the operator.
         if is_plain(x) and (bias is None or not (bias.requires_grad and torch.is_grad_enabled())):
             return run_packed(x, self.packed, offsets, bias)
@@ -112,6 +129,7 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Let `.to(device)` move everything, but `.half()` and the like change the bias alone."""
         stored = {id(part) for name in self.STATE if (part := self._buffers[name]) is not None}
+        self._kept = None
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             result = fn(tensor)

@@ -41,6 +41,7 @@ __all__ = [
     "reference_path",
     "run_dense",
     "run_packed",
+    "warn_of_expansion",
 ]
 
 #: Dtypes of activations that the kernels take.
@@ -85,6 +86,18 @@ def loaded_kernels() -> kernels.Kernels | None:
             stacklevel=4,
         )
     return found
+
+
+@functools.cache
+def warn_of_expansion(device: torch.device) -> None:
+    """Say once per device that packed weights are expanded there."""
+    warnings.warn(
+        f"prunus has kernels for the CPU only. On {device} packed weights are expanded to dense "
+        "ones, once, and both stay in memory: `prunus unpack` writes a checkpoint that takes less "
+        "memory there, and `--device cpu` is where a packed model is small and fast",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def is_plain(x: torch.Tensor) -> bool:

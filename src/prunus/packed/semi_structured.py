@@ -92,8 +92,13 @@ def _choose(name: str, linear: nn.Linear, tokens: int) -> SemiStructuredChoice:
     dense = linear.weight
     x = torch.randn(tokens, linear.in_features, dtype=dense.dtype, device=dense.device)
     before = _seconds(lambda: nn.functional.linear(x, dense, linear.bias))
-    sparse = to_sparse_semi_structured(dense.detach())
-    after = _seconds(lambda: nn.functional.linear(x, sparse, linear.bias))
+    try:
+        sparse = to_sparse_semi_structured(dense.detach())
+        after = _seconds(lambda: nn.functional.linear(x, sparse, linear.bias))
+    except (RuntimeError, NotImplementedError) as fault:
+        # torch's kernels know some devices and some shapes only.
+        reason = f"torch's 2:4 kernel refuses this device or shape: {str(fault).splitlines()[0]}"
+        return SemiStructuredChoice(name, False, reason)
     if after >= before:
         return SemiStructuredChoice(name, False, "dense is as fast here", before / after)
     linear.weight = nn.Parameter(sparse, requires_grad=False)
