@@ -19,7 +19,7 @@ from prunus.evaluation import reference as reference_module
 from prunus.evaluation.divergence import compare_windows, make_divergence
 from prunus.evaluation.streamed_perplexity import StreamedModel
 from prunus.evaluation.whole_model import WholeModel
-from prunus.model.hidden_states import HiddenStates
+from prunus.model.hidden_states import HiddenStates, StatesPlace
 from prunus.model.loading import load_model
 from tiny import tiny_checkpoint, token_ids
 
@@ -130,7 +130,7 @@ def test_hidden_states_that_do_not_fit_wait_in_a_file(folders, monkeypatch, tmp_
         made(self, count, spill_to=spill_to, **options)
 
     monkeypatch.setattr(HiddenStates, "__init__", watched)
-    monkeypatch.setattr(StreamedModel, "spill_states", lambda *_: tmp_path)
+    monkeypatch.setattr(StreamedModel, "place_states", lambda *_: StatesPlace(tmp_path, True))
     with Reference(folders / "dense") as reference:
         found = [score(folders, "pruned", reference).divergence for _ in range(2)]
     assert found == [expected] * 2
@@ -146,7 +146,7 @@ def test_half_of_the_memory_holds_hidden_states(folders, monkeypatch):
     need = 5 * 24 * 32 * 2
     for memory, spills in ((1000 + 2 * need, False), (999 + 2 * need, True)):
         monkeypatch.setattr(streamed, "memory_budget", lambda *_, memory=memory: memory)
-        assert (model.spill_states(shape) is not None) == spills
+        assert (model.place_states(shape).spill_to is not None) == spills
 
 
 def test_files_are_found_by_later_processes(folders, tmp_path, runs):

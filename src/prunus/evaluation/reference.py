@@ -222,8 +222,12 @@ class Reference:
         loaded = self._load()
         _, blocks = find_block_list(loaded)
         batches = ids.split(batch)
+        place = self._by_blocks.place_states(ids.shape)
         states = HiddenStates(
-            len(batches), spill_to=self._by_blocks.spill_states(ids.shape), device=loaded.device
+            len(batches),
+            spill_to=place.spill_to,
+            device=loaded.device,
+            on_device=place.on_device,
         )
 
         forward = blocks[-1].forward

@@ -25,13 +25,13 @@ import torch
 
 from prunus.evaluation.loss import ROWS, Rows, WindowProgress
 from prunus.evaluation.whole_model import check_windows, rows_of
-from prunus.hardware.memory import memory_budget, resident_memory
+from prunus.hardware.memory import available_memory, memory_budget, resident_memory
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.config import load_config
 from prunus.model.dtypes import DTYPES
-from prunus.model.hidden_states import HiddenStates
+from prunus.model.hidden_states import HiddenStates, StatesPlace
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import Stream
@@ -261,12 +261,12 @@ class StreamedModel:
             What the last block returns, one tensor (B, S, H) per batch. The caller closes it.
         """
         batches = ids.split(batch)
-        spill_to = self._spill_to(batch, ids.shape, compared)
+        place = self._place_states(batch, ids.shape, compared)
         stream = Stream(self.skeleton, self.source, self.device)
         steps = len(self.skeleton) + 1
         try:
             with torch.no_grad():
-                stream.embed(batches, spill_to, on_device=True)
+                stream.embed(batches, place.spill_to, on_device=place.on_device)
                 for index in range(len(self.skeleton)):
                     stream.propagate(index, self.source.block(index))
                     self._check_finite(index, stream)
@@ -312,8 +312,8 @@ class StreamedModel:
     ) -> torch.Tensor:
         return self.skeleton.logits(ids_S[None, first:stop], hidden_SH[None, first:stop])[0]
 
-    def _spill_to(self, batch: int, shape: torch.Size, compared: bool) -> Path | None:
-        """The folder for a file of hidden states, or None if they fit in memory.
+    def _place_states(self, batch: int, shape: torch.Size, compared: bool) -> StatesPlace:
+        """Where the hidden states of all windows wait between blocks.
 
         Raises:
             ValueError: the budget does not hold the largest step.
@@ -329,17 +329,27 @@ class StreamedModel:
                 "--batch or --seqlen"
             )
         models = 2 if compared else 1
-        return Path(tempfile.gettempdir()) if models * (minimum + hidden) > budget else None
+        return self._place(models * (minimum + hidden) <= budget, models * hidden)
 
-    def spill_states(self, shape: torch.Size) -> Path | None:
-        """The folder for a file of hidden states, or None if they take at most half of the memory.
+    def place_states(self, shape: torch.Size) -> StatesPlace:
+        """Where hidden states wait that may take at most half of the memory.
 
         Args:
             shape: (W, S) of the token ids.
         """
         held = resident_memory() if self.device.type == "cpu" else 0
         free = memory_budget(self.device, self.memory) - held
-        return Path(tempfile.gettempdir()) if 2 * self._needs(1, shape, True)[1] > free else None
+        needed = 2 * self._needs(1, shape, True)[1]
+        return self._place(needed <= free, needed)
+
+    def _place(self, fits_on_device: bool, needed: int) -> StatesPlace:
+        if fits_on_device:
+            return StatesPlace(None, on_device=True)
+        if self.device.type != "cpu":
+            host = available_memory() if self.memory is None else self.memory - resident_memory()
+            if needed <= host:
+                return StatesPlace(None, on_device=False)
+        return StatesPlace(Path(tempfile.gettempdir()), on_device=True)
 
     def _check_finite(self, index: int, stream: Stream) -> None:
         """Check the first batch after every block.

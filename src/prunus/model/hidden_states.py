@@ -8,15 +8,29 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-__all__ = ["HiddenStates"]
+__all__ = ["HiddenStates", "StatesPlace"]
 
 # numpy has no bfloat16. Tensors are therefore written and read as integers of the same size.
 _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class StatesPlace:
+    """Where hidden states wait between two blocks; see `HiddenStates`.
+
+    Attributes:
+        spill_to: folder for a file of them, or None if they stay in memory.
+        on_device: whether they stay in the memory of the device, and not of the host.
+    """
+
+    spill_to: Path | None
+    on_device: bool
 
 
 class HiddenStates:
@@ -115,11 +129,16 @@ class HiddenStates:
             self._file.close()
 
     def _keep(self, index: int, tensor: torch.Tensor) -> None:
-        kept = tensor.to(self._keep_on)
-        # From pinned memory the copy to the device can run beside other work.
-        if self._keep_on.type == "cpu" and self._device.type == "cuda":
-            kept = kept.pin_memory()
-        self._tensors[index] = kept
+        if self._keep_on.type != "cpu" or self._device.type != "cuda":
+            self._tensors[index] = tensor.to(self._keep_on)
+            return
+        # Copies from and to pinned memory run beside other work. Nothing waits for them here: the
+        # device does all copies and all computing in the order in which they were begun, and the
+        # host never reads this memory. So the next `put` may write to the same memory.
+        kept = self._tensors[index]
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._tensors[index] = kept.copy_(tensor.detach(), non_blocking=True)
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
