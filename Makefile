@@ -7,7 +7,7 @@ JOBS   ?= 2
 # Reference data and golden masks; tests that need them skip where the folder is absent.
 export PRUNUS_SHARED ?= ../shared
 
-.PHONY: demo test check hostile cuda docs sanitize wheel-test install clean
+.PHONY: demo test check hostile cuda mutants docs sanitize wheel-test install clean
 
 # One stamp per environment: installing again is a no-op until the project file changes.
 STAMP := $(VENV)/.prunus-installed
@@ -29,8 +29,12 @@ check: $(STAMP)
 
 # On a machine with a CUDA device: the tests that need one, then a table of what runs take there.
 cuda: $(STAMP)
-	$(BIN)/python -m pytest -m cuda
+	$(BIN)/python -m pytest -m "cuda or gpu"
 	$(BIN)/python benchmarks/gpu.py build/gpu --json docs/results/gpu.json
+
+# Faults of device code, put into copies of the package one at a time: each must fail a test.
+mutants: $(STAMP)
+	$(BIN)/python -m pytest -m slow tests/pruning/test_device_mutants.py
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py

@@ -14,6 +14,11 @@ if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 import pytest
 import torch
 
+# Hooks of pytest: tests marked `cuda` run on a device, real or pretend.
+from pretend_cuda_plugin import pytest_runtest_protocol, pytest_unconfigure
+
+__all__ = ["pytest_runtest_protocol", "pytest_unconfigure"]
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -1,0 +1,93 @@
+"""Packed models on a CUDA device: expanded once, with the results of the reference path."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from devices import PRETEND, assert_same_tensors
+from packed_reference import pruned_checkpoint
+from plane_reference import quantized_checkpoint
+from prunus.methods.patterns import Pattern, keep_mask
+from prunus.packed import linear as packed_linear
+from prunus.packed import pack, reference_path, to_semi_structured
+from prunus.packed.linear import PackedLinear
+from tiny import token_ids
+
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:prunus has kernels")]
+
+IDS = token_ids(2, 12)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("packed")
+    source = pruned_checkpoint(root / "pruned", "qwen2", tie_word_embeddings=True)
+    for values in ("bf16", "int8"):
+        pack(source, root / values, values)
+    quantized_checkpoint(source, root / "planes")
+    return root
+
+
+def logits(model, device):
+    with torch.no_grad():
+        return model(IDS.to(device)).logits
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8", "planes"])
+def test_logits_are_those_of_the_reference_path(form, folders, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(folders / form, dtype="auto")
+    with reference_path():
+        expected = logits(model, "cpu")
+    expanded = []
+    expand = packed_linear.expand
+
+    def counted(packed, *given):
+        expanded.append(packed)
+        return expand(packed, *given)
+
+    monkeypatch.setattr(packed_linear, "expand", counted)
+    model.to("cuda:0")
+    for _ in range(2):
+        assert_same_tensors(expected, logits(model, "cuda:0"))
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert len(packed) == len(expanded) == 15, "14 linears, and the embedding with its head"
+    assert_same_tensors(expected, logits(copy.deepcopy(model), "cuda:0"))
+    with reference_path():
+        assert torch.equal(logits(model.to("cpu"), "cpu"), expected)
+
+
+def test_gradients_pass_to_the_inputs(folders):
+    model = AutoModelForCausalLM.from_pretrained(folders / "planes", dtype="auto")
+    linear, found = model.model.layers[0].mlp.up_proj, []
+    for device in ("cpu", "cuda:0"):
+        x = torch.linspace(-1, 1, 3 * linear.in_features).view(3, -1).to(device).requires_grad_()
+        with reference_path():
+            linear.to(device)(x).square().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(found[1].cpu(), found[0])
+
+
+def test_a_device_without_kernels_says_what_to_do(folders):
+    model = AutoModelForCausalLM.from_pretrained(folders / "bf16", dtype="auto").to("cuda:0")
+    packed_linear.warn_of_expansion.cache_clear()
+    with pytest.warns(RuntimeWarning, match="`prunus unpack` writes a checkpoint") as caught:
+        logits(model, "cuda:0")
+    assert len([one for one in caught if "prunus has kernels" in str(one.message)]) == 1
+
+
+@pytest.mark.skipif(not PRETEND, reason="a real device may have the kernel")
+def test_linears_whose_kernel_refuses_the_device_stay_dense():
+    linear = nn.Linear(64, 32, bias=False).bfloat16().to("cuda:0")
+    keep_OI = keep_mask(linear.weight.detach().float().abs(), Pattern(2, 4), 0.5)
+    with torch.no_grad():
+        linear.weight.masked_fill_(~keep_OI, 0)
+    before = linear.weight.detach().clone()
+    [choice] = to_semi_structured(nn.Sequential(linear))
+    assert not choice.converted
+    assert "refuses this device" in choice.reason
+    assert torch.equal(linear.weight, before)

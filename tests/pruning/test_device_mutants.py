@@ -1,0 +1,35 @@
+"""Faults of device code are found by the tests that run on pretend devices."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+import pretend_cuda
+from device_mutants import MUTANTS
+from scripts import run_script
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="faults are tried in forks")
+
+#: One fault of each kind: a tensor on the processor, a copy that nobody waits for, memory that is
+#: not pinned.
+SOME = ("sums of squares", "a result that nobody waits for", "hidden states in pageable memory")
+
+
+def caught(scratch, names) -> dict[str, bool]:
+    if reason := pretend_cuda.why_not():
+        pytest.skip(reason)
+    return run_script("device_mutants.py", scratch, *names)
+
+
+def test_a_fault_of_each_kind_is_caught_and_a_sound_copy_passes(tmp_path):
+    assert caught(tmp_path, ("none", *SOME)) == {"none": False, **dict.fromkeys(SOME, True)}
+
+
+@pytest.mark.slow
+def test_every_fault_is_caught(tmp_path):
+    found = caught(tmp_path, ["all"])
+    assert not found.pop("none")
+    assert len(found) == len(MUTANTS) - 1
+    assert all(found.values()), [name for name, was_caught in found.items() if not was_caught]

@@ -1,0 +1,261 @@
+"""Runs on a CUDA device prune as runs on the processor do, in every branch of the engine."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import prunus
+from devices import PRETEND, assert_same_weights
+from prunus.calibration.generate import write_windows
+from prunus.methods import input_sums, patterns
+from prunus.methods.solvers import least_squares
+from prunus.pruning import loss_sensitivity
+from prunus.pruning.job import PruningJob
+from stopping import StopError, stop_after
+from tiny import tiny_checkpoint, token_ids
+
+pytestmark = pytest.mark.cuda
+
+#: Between them, the cases reach every method, refinement, update, pattern and allocation.
+CASES: dict[str, dict[str, Any]] = {
+    "wanda": {},
+    "wanda layer": {"group": "layer"},
+    "wanda column, dlp": {"group": "column", "allocation": "dlp"},
+    "magnitude": {"method": "magnitude"},
+    "magnitude row, with ties": {"method": "magnitude", "group": "row"},
+    "wanda-variant": {"method": "wanda-variant"},
+    "ria 2:4 permuted": {"method": "ria", "pattern": "2:4", "permute": True},
+    "sparsegpt": {"method": "sparsegpt"},
+    "sparsegpt 2:4, reconstructed": {
+        "method": "sparsegpt",
+        "pattern": "2:4",
+        "reconstruct": "all",
+        "reconstruct_epochs": 2,
+        "batch": 1,
+    },
+    "sparsegpt as published": {"method": "sparsegpt", "propagate": "block"},
+    "obs blockwise": {"method": "obs", "mask_order": "blockwise"},
+    "alps, dense targets": {"method": "alps", "dense_weight": "auto"},
+    "alps 1:4, permuted, reconstructed": {
+        "method": "alps",
+        "pattern": "1:4",
+        "permute": True,
+        "reconstruct": "all",
+        "reconstruct_epochs": 1,
+        "batch": 1,
+    },
+    "dsnot, two passes": {"refine": "dsnot", "propagate": "block"},
+    "dsnot 2:4": {"refine": "dsnot", "pattern": "2:4"},
+    "swaps, least squares": {"refine": "swaps", "weight_update": "least-squares"},
+    "swaps 2:4, last reconstructed": {
+        "refine": "swaps",
+        "pattern": "2:4",
+        "reconstruct": "last",
+        "reconstruct_epochs": 1,
+    },
+    "head, owl": {"head": True, "allocation": "owl"},
+    "search": {"allocation": "search", "allocation_by": "linear"},
+}
+
+
+def prune(dense: Path, out: Path, device: str, **options: Any) -> Any:
+    arguments = {"calibration": token_ids(4, 12), "batch": 2, "dtype": "float32"}
+    return prunus.prune(dense, out, device=device, **(arguments | options))
+
+
+def assert_devices_agree(dense: Path, scratch: Path, **options: Any) -> None:
+    for device in ("cpu", "cuda:0"):
+        prune(dense, scratch / device, device, **options)
+    assert_same_weights(scratch / "cpu", scratch / "cuda:0")
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("devices") / "dense"
+    return tiny_checkpoint(folder, "llama", torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_gives_what_the_processor_gives(name, dense, tmp_path):
+    assert_devices_agree(dense, tmp_path, **CASES[name])
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("gpt2", {"method": "alps", "pattern": "2:4", "permute": True}),
+        ("gpt_neo", {"reconstruct": "all", "batch": 1, "dtype": "bfloat16"}),
+        ("gemma3_text", {"pattern": "2:4", "permute": True, "reconstruct": "last"}),
+        ("mixtral", {"pattern": "2:4", "permute": True, "reconstruct": "all", "batch": 1}),
+        ("deepseek_v3", {"method": "alps", "dense_weight": 0.25}),
+        ("opt", {"dtype": "bfloat16"}),
+        ("bloom", {"refine": "dsnot"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_families_give_what_the_processor_gives(family, options, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", family)
+    assert_devices_agree(dense, tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("vit", {"method": "alps", "pattern": "2:4"}),
+        ("convnext", {"reconstruct": "all", "reconstruct_epochs": 1, "batch": 1}),
+    ],
+    ids=["vit", "convnext"],
+)
+def test_image_classifiers_are_pruned_alike(family, options, tmp_path):
+    pytest.importorskip("PIL")
+    from pictures import pictures, save_classifier
+
+    dense = save_classifier(tmp_path / "dense", family)
+    images = str(pictures(tmp_path / "pictures", per_class=2))
+    assert_devices_agree(dense, tmp_path, calibration=images, samples=4, **options)
+
+
+def test_compression_gives_the_same_bytes(dense, tmp_path, monkeypatch):
+    # Autocast leaves other operators in float32 on a GPU than on the processor.
+    monkeypatch.setattr(loss_sensitivity, "_rounded_products", lambda _: contextlib.nullcontext())
+    assert_devices_agree(dense, tmp_path, bits=4.0)
+
+
+def test_experts_that_no_token_chose_are_compressed(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "qwen3_moe", num_hidden_layers=1)
+    same = torch.full((2, 2), 5)
+    manifest = prune(dense, tmp_path / "out", "cuda:0", bits=6.0, calibration=same, batch=1)
+    assert manifest.totals["bits"] == pytest.approx(6, rel=0.05)
+
+
+def test_wide_linears_with_few_tokens_are_pruned_alike(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(least_squares, "_WIDE", 32)
+    assert_devices_agree(dense, tmp_path, method="alps", dense_weight=0.25)
+
+
+def test_compression_with_rounded_products_takes_the_same_bits(dense, tmp_path):
+    assert prune(dense, tmp_path / "out", "cuda:0", bits=4.0).totals["bits"] == pytest.approx(
+        4, 0.01
+    )
+
+
+def test_the_model_writes_its_own_calibration_text(dense):
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    first_N, written = torch.tensor([3, 4, 5]), []
+    for device in ("cpu", "cuda:0"):
+        written.append(write_windows(model.to(device), first_N, seqlen=6, seed=1))
+    assert written[1].shape == (3, 6)
+    assert written[1].device.type == "cpu"
+    if PRETEND:
+        assert torch.equal(*written)
+
+
+@pytest.mark.parametrize(
+    ("stay", "spill", "lockstep"),
+    [(False, False, True), (False, True, True), (True, False, False)],
+    ids=["host memory", "file", "replay"],
+)
+def test_where_hidden_states_wait_changes_no_byte(
+    stay, spill, lockstep, dense, tmp_path, monkeypatch
+):
+    options = {"method": "alps", "pattern": "2:4", "dense_weight": 0.25, "batch": 1}
+    prune(dense, tmp_path / "stay", "cuda:0", **options)
+    monkeypatch.setattr(PruningJob, "hidden_states_stay", property(lambda self: stay))
+    monkeypatch.setattr(PruningJob, "spills", property(lambda self: spill))
+    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: lockstep)
+    prune(dense, tmp_path / "moved", "cuda:0", **options)
+    assert_same_weights(tmp_path / "stay", tmp_path / "moved")
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(dense, tmp_path):
+    options = {"method": "alps", "reconstruct": "all", "reconstruct_epochs": 1, "batch": 1}
+    prune(dense, tmp_path / "whole", "cuda:0", **options)
+    with pytest.raises(StopError):
+        prune(dense, tmp_path / "parts", "cuda:0", progress=stop_after(1), **options)
+    prune(dense, tmp_path / "parts", "cuda:0", **options)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_loaded_model_is_pruned_on_its_device(dense, tmp_path):
+    from tiny import weights
+
+    expected = prune(dense, tmp_path / "out", "cpu") and weights(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype="auto").to("cuda:0")
+    prunus.prune(model, calibration=token_ids(4, 12), batch=2, dtype="float32")
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    if PRETEND:
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor.cpu(), expected[name]), name
+
+
+@pytest.mark.skipif(not PRETEND, reason="needs a second device")
+def test_the_device_with_the_given_number_is_used(dense, tmp_path):
+    from prunus.hardware.memory import memory_budget
+
+    for device in ("cpu", "cuda:1"):
+        prune(dense, tmp_path / device, device, method="alps", pattern="2:4", permute=True)
+    assert_same_weights(tmp_path / "cpu", tmp_path / "cuda:1")
+    assert memory_budget(torch.device("cuda:1"), None) > 0
+
+
+# --- what goes over the bus, and how often the host waits ---
+
+
+@pytest.mark.skipif(not PRETEND, reason="only a pretend device counts")
+@pytest.mark.parametrize(("method", "waits"), [("wanda", 48), ("sparsegpt", 88)])
+def test_a_block_stays_within_its_budget(method, waits, tmp_path, monkeypatch):
+    """A weight goes to the device once and comes back once, and the host waits a few times.
+
+    The waits of two models with the same text are subtracted, one of which has one block more. So
+    what a run does once does not count.
+    """
+    from pretend_cuda import traffic
+
+    # Masks are not chosen in as many parts as on the processor.
+    monkeypatch.setattr(patterns, "_SCORES_AT_A_TIME", 2**10)
+    wide = {"hidden_size": 64, "intermediate_size": 256}
+    found = {}
+    for blocks in (1, 2):
+        folder = tmp_path / str(blocks)
+        tiny_checkpoint(folder / "dense", "llama", torch.float16, num_hidden_layers=blocks, **wide)
+        with traffic(least=1024) as found[blocks]:
+            prune(folder / "dense", folder / "out", "cuda:0", method=method, dtype="auto")
+    first, both = found[1], found[2]
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 256)
+    assert both.uploads - first.uploads <= weights, both
+    assert both.downloads - first.downloads <= weights, both
+    assert both.waits - first.waits <= waits, both
+
+
+def test_products_that_lose_nothing_by_it_use_tf32(dense, tmp_path, monkeypatch):
+    """Gram matrices of 16-bit inputs do, those of float32 inputs do not."""
+    found, add = [], input_sums._add_gram
+
+    def recorded(gram_II, X_TI):
+        found.append(torch.backends.cuda.matmul.fp32_precision)
+        add(gram_II, X_TI)
+
+    monkeypatch.setattr(input_sums, "_add_gram", recorded)
+    before = torch.backends.cuda.matmul.fp32_precision
+    for dtype, expected in (("bfloat16", "tf32"), ("float32", before)):
+        found.clear()
+        prune(dense, tmp_path / dtype, "cuda:0", method="sparsegpt", dtype=dtype)
+        assert set(found) == {expected}
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+@pytest.mark.skipif(not PRETEND, reason="only a pretend device counts")
+def test_hidden_states_travel_by_pinned_memory(dense, tmp_path, monkeypatch):
+    from pretend_cuda import traffic
+
+    monkeypatch.setattr(PruningJob, "hidden_states_stay", property(lambda self: False))
+    with traffic() as found:
+        prune(dense, tmp_path / "out", "cuda:0")
+    of_states = [kind for kind, line in found.by_line if line.startswith("hidden_states")]
+    assert sorted(of_states) == ["download", "upload"], found

@@ -1,0 +1,121 @@
+"""A child process of the tests of ranks on pretend devices, which forks the ranks.
+
+python device_ranks.py SCRATCH     prints one JSON line: the result of each case
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pretend_cuda
+
+pretend_cuda.load()
+
+import torch  # noqa: E402
+
+pretend_cuda.install()
+torch.set_num_threads(1)
+
+import prunus  # noqa: E402
+from prunus.distributed import process_group  # noqa: E402
+from ranks import in_ranks  # noqa: E402
+from tiny import tiny_checkpoint, token_ids  # noqa: E402
+
+RUNS: dict[str, dict[str, Any]] = {
+    "wanda": {},
+    "sparsegpt": {"method": "sparsegpt", "pattern": "2:4"},
+    "alps, reconstructed": {
+        "method": "alps",
+        "dense_weight": 0.25,
+        "reconstruct": "all",
+        "reconstruct_epochs": 1,
+        "batch": 2,
+    },
+}
+
+
+def runs(scratch: Path) -> dict[str, list[int]]:
+    """Exit statuses of two ranks with a device each, and the results in folders."""
+    dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
+    statuses = {}
+    for name, options in RUNS.items():
+        for place in ("cpu", "cuda"):
+
+            def work(
+                _rank: int, place: str = place, name: str = name, options: Any = options
+            ) -> None:
+                prunus.prune(
+                    dense,
+                    scratch / f"{name} {place}",
+                    device=place,
+                    **({"calibration": token_ids(4, 12), "batch": 1, "dtype": "float32"} | options),
+                )
+
+            statuses[f"{name} {place}"] = in_ranks(2, work)
+    return statuses
+
+
+def messages(scratch: Path) -> dict[str, Any]:
+    """What each rank receives on its device, and what is refused."""
+
+    def work(rank: int) -> None:
+        with process_group() as ranks:
+            own = torch.full((2, 3), float(rank + 1), device="cuda")
+            ranks.all_reduce(own)
+            sent = torch.full((3,), rank, dtype=torch.bfloat16, device="cuda")
+            ranks.broadcast(sent, 1)
+            rows = torch.arange(rank + 1, device="cuda")
+            gathered = ranks.all_gather(rows)
+            host = torch.ones(2)
+            ranks.all_reduce(host)
+            refused = []
+            for other in (torch.ones(2, device=f"cuda:{1 - rank}"), own.T):
+                try:
+                    ranks.all_reduce(other)
+                except (RuntimeError, ValueError) as fault:
+                    refused.append(str(fault))
+            (scratch / f"received-{rank}").write_text(
+                json.dumps(
+                    {
+                        "sum": own.tolist(),
+                        "sent": sent.tolist(),
+                        "rows": gathered.tolist(),
+                        "host": host.tolist(),
+                        "devices": sorted({str(x.device) for x in (own, sent, gathered)}),
+                        "refused": refused,
+                        "texts": ranks.gather_text("x" * 300 * rank),
+                        "floats": ranks.sum_floats([0.5]),
+                    }
+                )
+            )
+
+    status = in_ranks(2, work)
+    found = [json.loads((scratch / f"received-{rank}").read_text()) for rank in range(2)]
+    return {"status": status, "received": found}
+
+
+def refused(scratch: Path) -> dict[str, list[str]]:
+    """The errors of runs whose ranks would share a device."""
+    dense = tiny_checkpoint(scratch / "other", "llama")
+    errors: dict[str, list[str]] = {}
+    for name, size, device in (("too many", 3, "cuda"), ("one for all", 2, "cuda:0")):
+
+        def work(rank: int, name: str = name, device: str = device) -> None:
+            try:
+                prunus.prune(dense, scratch / name, calibration=token_ids(), device=device)
+            except Exception as fault:
+                (scratch / f"{name} {rank}").write_text(f"{type(fault).__name__}: {fault}")
+
+        in_ranks(size, work)
+        errors[name] = [(scratch / f"{name} {rank}").read_text() for rank in range(size)]
+        assert not (scratch / name).exists()
+    return errors
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    cases = {case.__name__: case(folder) for case in (runs, messages, refused)}
+    print(json.dumps(cases))
