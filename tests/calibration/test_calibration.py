@@ -22,7 +22,7 @@ from prunus.calibration import SOURCES, check_source, load_windows
 from prunus.calibration.corpora import load_corpus, python_docs, wikitext_lines
 from prunus.calibration.draw import TextTooShort, windows_from_documents, windows_from_stream
 from prunus.calibration.files import read_documents
-from prunus.calibration.generate import first_ids, write_windows
+from prunus.calibration.generate import first_ids, start_token, write_windows
 from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
 
 C4_FILE = "c4_en_train_shard0_first1000.jsonl.gz"
@@ -221,7 +221,7 @@ def test_wikitext2_calibration_prefers_the_raw_text_and_says_what_it_used(tmp_pa
     )
     windows = load("wikitext2", tokenizer, data_dir=tmp_path)
     assert "<unk>" in windows.source
-    text = "\n\n".join(["", " = A = \n", " <unk> words \n"] * 9)
+    text = " ".join(["", " = A = \n", " <unk> words \n"] * 9)
     assert all(tokenizer.decode(row) in text for row in windows.ids)
     (folder / "wiki.train.raw").write_text(" \n = B = \n raw words \n" * 9)
     assert (
@@ -583,13 +583,15 @@ def test_self_is_seeded_and_calls_the_model_only_when_asked(tmp_path):
 def test_self_starts_as_the_tokenizer_starts_a_text():
     model = tiny_llama()
     rng = random.Random(0)
-    assert first_ids(model, byte_tokenizer(bos=True), 5, rng).tolist() == [BOS] * 5
-    assert first_ids(model, None, 5, rng).tolist() == [BOS] * 5
-    without = first_ids(model, byte_tokenizer(), 500, rng)
+    assert start_token(model, byte_tokenizer(bos=True), "auto") == BOS
+    assert start_token(model, None, "auto") == BOS
+    assert start_token(model, byte_tokenizer(), "auto") is None
+    assert first_ids(model, None, 5, rng, BOS).tolist() == [BOS] * 5
+    without = first_ids(model, byte_tokenizer(), 500, rng, None)
     assert not set(without.tolist()) & {BOS, EOS}
     assert len(set(without.tolist())) > 100
     # An embedding smaller than the tokenizer's vocabulary bounds the draw.
-    assert int(first_ids(tiny_llama(vocab_size=50), byte_tokenizer(), 500, rng).max()) < 50
+    assert int(first_ids(tiny_llama(vocab_size=50), byte_tokenizer(), 500, rng, None).max()) < 50
 
 
 def test_self_with_a_broken_model_or_too_long_windows():

@@ -1,6 +1,7 @@
 """Where calibration data comes from: token windows for language models, images for classifiers.
 
 windows.py        draws the windows of a run from any source; start reading here
+bos.py            the beginning-of-sequence token of windows
 draw.py           random windows of documents or of one long text
 corpora.py        the named corpora: C4, WikiText-2, Penn Treebank, Python's documentation
 files.py          text and token ids from the user's files

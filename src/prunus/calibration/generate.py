@@ -14,37 +14,55 @@ from typing import Any
 
 import torch
 
+from prunus.calibration.bos import Bos, bos_token
+
 _BATCH = 32  # windows to write together; their key-value caches are in memory at the same time
 
 
-def first_ids(model: Any, tokenizer: Any, samples: int, rng: random.Random) -> torch.Tensor:
-    """The token with which each window starts.
+def start_token(model: Any, tokenizer: Any, bos: Bos) -> int | None:
+    """The token with which every window starts; None for a random token per window.
 
-    This is BOS if the tokenizer puts BOS before a text; without a tokenizer, it is the BOS of the
-    configuration. Otherwise it is a random token. A model that never saw BOS before text would
-    write text unlike its training data, and some instruction-tuned models answer BOS with the same
-    system prompt every time.
+    With `auto` this is BOS if the tokenizer puts BOS before a text; without a tokenizer, it is the
+    BOS of the configuration. A model that never saw BOS before text would write text unlike its
+    training data, and some instruction-tuned models answer BOS with the same system prompt every
+    time.
+
+    Args:
+        model: a loaded causal LM.
+        tokenizer: of the model, or None.
+        bos: see `prunus.calibration.bos.Bos`.
+
+    Raises:
+        ValueError: see `bos_token`.
+    """
+    if tokenizer is not None or bos == "no":
+        return bos_token(tokenizer, bos)
+    token = getattr(model.config, "bos_token_id", None)
+    return bos_token(tokenizer, bos) if token is None else int(token)
+
+
+def first_ids(
+    model: Any, tokenizer: Any, samples: int, rng: random.Random, token: int | None
+) -> torch.Tensor:
+    """The token with which each window starts: `token`, or a random ordinary token each.
 
     Args:
         model: a loaded causal LM.
         tokenizer: of the model, or None.
         samples: number of windows, N.
         rng: source of random tokens.
+        token: see `start_token`.
 
     Returns:
         (N,) int64.
     """
+    if token is not None:
+        return torch.full((samples,), token, dtype=torch.int64)
     size = model.get_input_embeddings().num_embeddings
-    if tokenizer is None:
-        bos = getattr(model.config, "bos_token_id", None)
-        special: set[int] = set()
-    else:
-        ids = tokenizer("a")["input_ids"]
-        bos = ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+    special: set[int] = set()
+    if tokenizer is not None:
         special = set(tokenizer.all_special_ids)
         size = min(size, len(tokenizer))  # many embeddings are padded beyond the vocabulary
-    if bos is not None:
-        return torch.full((samples,), bos, dtype=torch.int64)
     ordinary = [token for token in range(size) if token not in special]
     return torch.tensor(rng.choices(ordinary, k=samples), dtype=torch.int64)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from prunus.calibration.bos import Bos, UsedBos, bos_token, put_bos_first, refuse_bos, used_bos
 from prunus.calibration.corpora import NAMES, load_corpus
 from prunus.calibration.draw import encode
 from prunus.calibration.files import file_kind, read_documents, read_ids
@@ -38,6 +39,7 @@ class TrainingText:
         source: where they come from, for people.
         held_out: how many of the first windows to hold out.
         seed: of the order in which windows come again.
+        bos: whether every window begins with BOS; see `UsedBos`.
 
     Attributes:
         held_out: the held-out windows, (held_out, S) int64.
@@ -55,9 +57,15 @@ class TrainingText:
     """
 
     def __init__(
-        self, windows: Iterator[torch.Tensor], source: str, held_out: int, seed: int
+        self,
+        windows: Iterator[torch.Tensor],
+        source: str,
+        held_out: int,
+        seed: int,
+        bos: UsedBos = "given",
     ) -> None:
         self.source = source
+        self.bos = bos
         self._windows = windows
         self._seed = seed
         self._rows: list[torch.Tensor] = []
@@ -107,6 +115,7 @@ def training_text(
     data_dir: Path | None,
     model: Callable[[], Any] | None = None,
     windows: int | None = None,
+    bos: Bos = "auto",
 ) -> TrainingText:
     """The training text of a source.
 
@@ -119,6 +128,7 @@ def training_text(
         data_dir: folder of local datasets; see `load_windows`.
         model: for `self`, returns the loaded causal LM that writes the text.
         windows: for `self`, how many windows the training will use; the model writes no more.
+        bos: whether BOS takes the place of every window's first token; see `Bos`.
 
     Raises:
         ValueError: an unknown source, a missing tokenizer or model, or too little text.
@@ -138,9 +148,11 @@ def training_text(
             seed=seed,
             data_dir=data_dir,
             model=model,
+            bos=bos,
         )
-        return TrainingText(iter(written.ids), written.source, held_out, seed)
+        return TrainingText(iter(written.ids), written.source, held_out, seed, written.bos)
     if source not in NAMES and file_kind(Path(source)) == "safetensors":
+        refuse_bos(source, bos)
         rows = _shuffled(list(_cut(iter(read_ids(Path(source))), seqlen, across=False)), seed)
         return TrainingText(iter(rows), source, held_out, seed)
     if tokenizer is None:
@@ -148,6 +160,7 @@ def training_text(
             f"{source} is text, and this model comes without a tokenizer; give a .safetensors of "
             "input_ids"
         )
+    token = bos_token(tokenizer, bos)
     if source in NAMES:
         corpus = load_corpus(source, "calibration", data_dir)
         # Only C4 consists of documents; the lines of the other corpora are one text.
@@ -158,10 +171,11 @@ def training_text(
     if len(documents) == 1:
         # One text has no order of documents to draw, so its windows are shuffled instead.
         rows = _shuffled(list(_cut(iter([encode(tokenizer, documents[0])]), seqlen)), seed)
-        return TrainingText(iter(rows), described, held_out, seed)
-    return TrainingText(
-        _cut(_in_random_order(documents, tokenizer, seed), seqlen), described, held_out, seed
-    )
+        pieces = iter(rows)
+    else:
+        pieces = _cut(_in_random_order(documents, tokenizer, seed), seqlen)
+    begun = (put_bos_first(row, token) for row in pieces)
+    return TrainingText(begun, described, held_out, seed, used_bos(token))
 
 
 def _in_random_order(documents: Sequence[str], tokenizer: Any, seed: int) -> Iterator[torch.Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from prunus.calibration.bos import Bos, UsedBos, bos_token, put_bos_first, refuse_bos, used_bos
 from prunus.calibration.corpora import NAMES, check_corpus, load_corpus
 from prunus.calibration.draw import (
     TextTooShort,
@@ -49,11 +50,13 @@ class Windows:
             (samples, channels, height, width) float32.
         source: where they come from, for people.
         sha256: of the shape and the ids; see `hash_ids`.
+        bos: whether every window begins with BOS; see `UsedBos`.
     """
 
     ids: torch.Tensor
     source: str
     sha256: str
+    bos: UsedBos = "given"
 
 
 def hash_ids(ids: torch.Tensor) -> str:
@@ -92,6 +95,7 @@ def load_windows(
     seed: int,
     data_dir: Path | None,
     model: Callable[[], Any] | None = None,
+    bos: Bos = "auto",
 ) -> Windows:
     """Draw `samples` windows of `seqlen` tokens from a source.
 
@@ -105,10 +109,13 @@ def load_windows(
         data_dir: folder of local datasets. None means the folder in PRUNUS_DATA, or the hub if that
             is not set.
         model: returns the loaded causal LM. Only `self` calls it.
+        bos: whether BOS takes the place of every window's first token; see `Bos`. Windows of a
+            `.safetensors` file stay as they are.
 
     Raises:
         ValueError: samples or seqlen out of range, an unknown source, a missing tokenizer or model,
-            or text without such windows; the message then says how long the text is, in tokens.
+            BOS where there is none, or text without such windows; the message then says how long
+            the text is, in tokens.
         FileNotFoundError, ModuleNotFoundError: see `check_source`.
         OSError: the hub does not answer.
     """
@@ -121,15 +128,18 @@ def load_windows(
     check_source(source, data_dir)
     rng = random.Random(seed)
     if source == "self":
-        ids, described = _from_model(model, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
-    elif source not in NAMES and file_kind(Path(source)) == "safetensors":
-        ids, described = _from_ids(Path(source), samples, seqlen), source
-    elif tokenizer is None:
+        return _from_model(model, tokenizer, samples=samples, seqlen=seqlen, seed=seed, bos=bos)
+    if source not in NAMES and file_kind(Path(source)) == "safetensors":
+        refuse_bos(source, bos)
+        ids = _from_ids(Path(source), samples, seqlen)
+        return Windows(ids, source, hash_ids(ids))
+    if tokenizer is None:
         raise ValueError(
             f"{source} is text, and this model comes without a tokenizer; calibrate on token ids "
             "instead: a .safetensors file with input_ids"
         )
-    elif source in NAMES:
+    token = bos_token(tokenizer, bos)
+    if source in NAMES:
         ids, described = _from_corpus(
             source, data_dir, tokenizer, samples=samples, seqlen=seqlen, rng=rng
         )
@@ -138,7 +148,8 @@ def load_windows(
             Path(source), tokenizer, samples=samples, seqlen=seqlen, rng=rng
         )
     assert tuple(ids.shape) == (samples, seqlen)
-    return Windows(ids, described, hash_ids(ids))
+    ids = put_bos_first(ids, token)
+    return Windows(ids, described, hash_ids(ids), used_bos(token))
 
 
 def _check_path(source: str) -> None:
@@ -155,17 +166,24 @@ def _check_path(source: str) -> None:
 
 
 def _from_model(
-    model: Callable[[], Any] | None, tokenizer: Any, *, samples: int, seqlen: int, seed: int
-) -> tuple[torch.Tensor, str]:
-    from prunus.calibration.generate import first_ids, write_windows
+    model: Callable[[], Any] | None,
+    tokenizer: Any,
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    bos: Bos,
+) -> Windows:
+    from prunus.calibration.generate import first_ids, start_token, write_windows
 
     if model is None:
         raise ValueError("the source 'self' needs the model, to let it write text")
     loaded = model()
-    ids = write_windows(
-        loaded, first_ids(loaded, tokenizer, samples, random.Random(seed)), seqlen=seqlen, seed=seed
-    )
-    return ids, "self (sampled from the model at temperature 1)"
+    token = start_token(loaded, tokenizer, bos)
+    first_N = first_ids(loaded, tokenizer, samples, random.Random(seed), token)
+    ids = write_windows(loaded, first_N, seqlen=seqlen, seed=seed)
+    source = "self (sampled from the model at temperature 1)"
+    return Windows(ids, source, hash_ids(ids), used_bos(token))
 
 
 def _from_ids(path: Path, samples: int, seqlen: int) -> torch.Tensor:

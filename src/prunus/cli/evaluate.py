@@ -112,6 +112,16 @@ def evaluate(
             "of the second half, as its perplexity tool does. Default: papers.",
         ),
     ] = "papers",
+    bos: Annotated[
+        Literal["auto", "yes", "no"],
+        typer.Option(
+            metavar="BOS",
+            show_default=False,
+            rich_help_panel=arg.ADVANCED,
+            help="Whether the BOS token takes the place of every window's first token. auto: if "
+            "the tokenizer puts one before a text. no: as in the papers. Default: auto.",
+        ),
+    ] = "auto",
     stream: Annotated[
         bool | None,
         typer.Option(
@@ -216,6 +226,7 @@ def evaluate(
                             text,
                             reference=dense,
                             protocol=protocol,
+                            bos=bos,
                             seqlen=seqlen,
                             batch=windows,
                             memory=memory,

@@ -114,6 +114,15 @@ OPTIONS: dict[str, Any] = {
         int | None,
         typer.Option(metavar="N", help="Seed of the random choice of windows. Default: 0."),
     ],
+    "bos": Annotated[
+        Literal["auto", "yes", "no"] | None,
+        typer.Option(
+            metavar="BOS",
+            rich_help_panel=_CALIBRATION,
+            help="Whether the BOS token takes the place of every window's first token. auto: if "
+            "the tokenizer puts one before a text. no: as in the papers. Default: auto.",
+        ),
+    ],
     "batch": Annotated[
         int | None,
         typer.Option(
@@ -138,7 +147,8 @@ OPTIONS: dict[str, Any] = {
             metavar="GROUP",
             rich_help_panel=_METHOD,
             help="The weights among which the lowest scores are removed: row, layer, column, or "
-            "a number of rows. Default: as published for the method.",
+            "a number of rows. Default: as published for the method; row for alps, whose own code "
+            "compares the whole layer.",
         ),
     ],
     "damping": Annotated[

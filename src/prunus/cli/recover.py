@@ -114,6 +114,15 @@ def recover(
             help="Seed of the order of the text and of low-rank factors. Default: 0.",
         ),
     ] = None,
+    bos: Annotated[
+        Literal["auto", "yes", "no"] | None,
+        typer.Option(
+            metavar="BOS",
+            rich_help_panel=_TRAINING,
+            help="Whether the BOS token takes the place of every window's first token. auto: if "
+            "the tokenizer puts one before a text. no: as in the papers. Default: auto.",
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"] | None,
         typer.Option(

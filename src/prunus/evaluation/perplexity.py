@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunus.calibration.bos import Bos
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.evaluation.cache import (
     ResultCache,
@@ -45,6 +46,7 @@ from prunus.evaluation.text import (
     PROTOCOLS,
     Protocol,
     ScoringText,
+    ScoringWindows,
     check_text,
     first_scored_row,
     load_scoring_text,
@@ -116,6 +118,7 @@ def perplexity(
     *,
     reference: Any = None,
     protocol: Protocol = "papers",
+    bos: Bos = "auto",
     tokenizer: Any = None,
     seqlen: int | None = None,
     limit: int | None = None,
@@ -146,6 +149,9 @@ def perplexity(
             A `Reference` runs once for several models. None compares with nothing.
         protocol: `papers` scores all tokens of a window but the first. `llama.cpp` scores those of
             its second half, as the perplexity tool of llama.cpp does.
+        bos: whether the BOS token takes the place of every window's first token. `auto` does so if
+            the tokenizer puts one before a text, as generation and lm-eval do; `no` is the
+            protocol of the papers; `yes` needs a tokenizer with a BOS token.
         tokenizer: None takes the one in the model's folder.
         seqlen: tokens per window. None takes 2048, or 512 with protocol `llama.cpp`.
         limit: score only this many windows, from the start of the text. None scores all.
@@ -211,7 +217,8 @@ def perplexity(
         f"the perplexity of {'the model' if folders[0] is None else model} on {text}"
     )
     with ranks.fail_together():
-        ids, source, how = scoring_windows(text, get_tokenizer, seqlen, limit, data_dir, protocol)
+        windows = scoring_windows(text, get_tokenizer, seqlen, limit, data_dir, bos)
+    ids = windows.ids
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
     settings = (dtype, place, budget, trust_remote_code)
     with contextlib.ExitStack() as stack:
@@ -238,7 +245,7 @@ def perplexity(
             key = _cache_key(
                 _digest(folders[0], streamed[0], trust_remote_code),
                 None if other is None else other.digest(not streamed[1], trust_remote_code),
-                ids,
+                windows,
                 start,
                 batch,
                 dtype,
@@ -257,16 +264,17 @@ def perplexity(
                 store.put(key, found)
     scored = "" if start == 0 else f", scored from token {start + 2} of each on"
     return PerplexityResult(
-        source=source,
+        source=windows.source,
         perplexity=exponential(found["loss"]),
         loss=found["loss"],
         windows=len(ids),
         tokens=ids.numel(),
         seqlen=seqlen,
-        protocol=f"{how}; {len(ids)} windows of {seqlen} tokens without overlap "
+        protocol=f"{windows.protocol}; {len(ids)} windows of {seqlen} tokens without overlap "
         f"({ids.numel()} tokens){scored}, mean loss over windows, {found['dtype']}",
         seconds=found["seconds"],
         streamed=streamed[0],
+        bos=windows.bos,
         divergence=None
         if reference is None
         else make_divergence(_name(compared), found["divergence"]),
@@ -319,7 +327,7 @@ def _look_up(
 def _cache_key(
     checkpoint: Any,
     reference: Any,
-    ids: torch.Tensor,
+    windows: ScoringWindows,
     start: int,
     batch: int,
     dtype: str,
@@ -329,7 +337,7 @@ def _cache_key(
     key = {
         "kind": "perplexity",
         "checkpoint": checkpoint,
-        "ids": ids_digest(ids),
+        "ids": ids_digest(windows.ids),
         "batch": batch,
         "dtype": dtype,
         **environment(place),
@@ -337,6 +345,8 @@ def _cache_key(
     # Left out where they are not used, so that results of earlier versions are still found.
     if start:
         key["start"] = start
+    if windows.bos == "yes":
+        key["bos"] = windows.bos
     if reference is not None:
         key["reference"] = reference
     return key

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from prunus.calibration.bos import UsedBos
 from prunus.evaluation.divergence import Divergence
 
 __all__ = ["PerplexityResult"]
@@ -27,6 +28,7 @@ class PerplexityResult:
         seconds: time of scoring alone, without loading.
         streamed: whether the model went through memory block by block. The perplexity does not
             depend on it.
+        bos: whether every window begins with BOS: yes, no, or given where the windows were given.
         divergence: the comparison with a reference model, or None without one.
     """
 
@@ -39,6 +41,7 @@ class PerplexityResult:
     protocol: str
     seconds: float
     streamed: bool = False
+    bos: UsedBos = "no"
     divergence: Divergence | None = None
 
     def as_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from prunus.calibration.bos import Bos, UsedBos, bos_token, put_bos_first, refuse_bos, used_bos
 from prunus.calibration.corpora import NAMES, check_corpus, load_corpus
 from prunus.calibration.draw import encode
 from prunus.calibration.files import check_file, file_kind, read_documents, read_ids
@@ -25,6 +26,7 @@ __all__ = [
     "PROTOCOLS",
     "Protocol",
     "ScoringText",
+    "ScoringWindows",
     "check_text",
     "first_scored_row",
     "load_scoring_text",
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 #: Which tokens of a window are scored. `papers`: all but the first. `llama.cpp`: those of the
-#: second half, as its perplexity tool does, in windows that begin with the BOS token.
+#: second half, as its perplexity tool does.
 Protocol = Literal["papers", "llama.cpp"]
 #: Protocol -> tokens per window if the user does not choose.
 PROTOCOLS: dict[Protocol, int] = {"papers": 2048, "llama.cpp": 512}
@@ -59,6 +61,23 @@ class ScoringText:
     protocol: str
     source: str
     max_windows: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ScoringWindows:
+    """A text to score, cut into windows.
+
+    Attributes:
+        ids: token ids (W, S), int64.
+        source: where the text comes from.
+        protocol: how the text was joined and how windows begin, in words.
+        bos: whether every window begins with BOS; see `UsedBos`.
+    """
+
+    ids: torch.Tensor
+    source: str
+    protocol: str
+    bos: UsedBos
 
 
 def load_scoring_text(name: str, data_dir: Path | None = None) -> ScoringText:
@@ -149,8 +168,8 @@ def scoring_windows(
     seqlen: int,
     limit: int | None,
     data_dir: Path | None,
-    protocol: Protocol = "papers",
-) -> tuple[torch.Tensor, str, str]:
+    bos: Bos = "auto",
+) -> ScoringWindows:
     """Cut a text into windows that do not overlap, from its start.
 
     Args:
@@ -159,17 +178,15 @@ def scoring_windows(
         seqlen: S, tokens per window.
         limit: the largest number of windows, or None.
         data_dir: see `load_scoring_text`.
-        protocol: with `llama.cpp`, a BOS token replaces the first token of every window if the
-            tokenizer adds one to a text. The windows of a `.safetensors` file stay as they are.
-
-    Returns:
-        Windows (W, S) int64, the source of the text, and its protocol.
+        bos: whether BOS takes the place of every window's first token; see `Bos`. The windows of a
+            `.safetensors` file stay as they are.
 
     Raises:
         ValueError: the text is shorter than one window, or reading the text or the tokenizer fails.
     """
     check_text(name, data_dir)
     if name not in NAMES and file_kind(Path(name)) == "safetensors":
+        refuse_bos(name, bos)
         ids = read_ids(Path(name))
         per_row = ids.shape[1] // seqlen
         if per_row == 0:
@@ -178,12 +195,10 @@ def scoring_windows(
                 "use a smaller --seqlen"
             )
         windows = ids[:, : per_row * seqlen].reshape(-1, seqlen)
-        return (
-            windows[:limit].contiguous(),
-            name,
-            f"{tuple(ids.shape)} token ids, cut into windows row by row",
-        )
+        how = f"{tuple(ids.shape)} token ids, cut into windows row by row"
+        return ScoringWindows(windows[:limit].contiguous(), name, how, "given")
     loaded_tokenizer = tokenizer()
+    token = bos_token(loaded_tokenizer, bos)
     text = load_scoring_text(name, data_dir)
     tokens = encode(loaded_tokenizer, text.text)
     count = len(tokens) // seqlen
@@ -193,12 +208,6 @@ def scoring_windows(
             "use a smaller --seqlen"
         )
     count = min([count, *(bound for bound in (limit, text.max_windows) if bound is not None)])
-    windows = tokens[: count * seqlen].view(count, seqlen)
-    if protocol == "llama.cpp":
-        # `tokens` begins with whatever the tokenizer puts before a text.
-        bos = getattr(loaded_tokenizer, "bos_token_id", None)
-        if bos is not None and tokens[0] == bos:
-            windows = windows.clone()
-            windows[:, 0] = bos
-            return windows, text.source, f"{text.protocol}, BOS first in every window"
-    return windows, text.source, text.protocol
+    windows = put_bos_first(tokens[: count * seqlen].view(count, seqlen), token)
+    how = "no BOS added to windows" if token is None else "BOS first in every window"
+    return ScoringWindows(windows, text.source, f"{text.protocol}, {how}", used_bos(token))

@@ -69,6 +69,7 @@ def calibration_windows(job: PruningJob) -> Windows:
             seed=recipe.seed,
             data_dir=job.options.data_dir,
             model=lambda: _dense_model(job),
+            bos=recipe.bos,
         )
     rows = job.skeleton.model.get_input_embeddings().weight.shape[0]
     largest, smallest = int(windows.ids.max()), int(windows.ids.min())

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from prunus.model.checkpoint.atomic_files import write_json
 from prunus.model.checkpoint.records import check_same_work, read_record
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.records import BlockRecord, LinearRecord, mean_bits
+from prunus.pruning.records import BlockRecord, LinearRecord, UsedBos, before_bos, mean_bits
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,7 @@ class RunInputs(BaseModel):
     dtype_reason: str
     device: str = Field(description="cpu or cuda")
     batch: int
+    bos: UsedBos = Field("no", description="whether every calibration window begins with BOS")
 
 
 class Manifest(BaseModel):
@@ -67,6 +68,8 @@ class Manifest(BaseModel):
     )
     left_dense: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     totals: dict[str, Any] = Field(default_factory=dict)
+
+    _before_bos = field_validator("recipe", mode="before")(before_bos)
 
     def save(self, folder: Path) -> None:
         """Write `prunus.json` atomically."""
@@ -133,8 +136,9 @@ class Manifest(BaseModel):
         before, now = self.recipe.model_dump(), recipe.model_dump()
         if inputs is not None:
             # The inputs' batch and dtype replace the recipe's: they say what "auto" meant.
-            before |= self.inputs.model_dump(exclude={"dtype_reason"})
-            now |= inputs.model_dump(exclude={"dtype_reason"})
+            # The recipe's bos stays: which one it came to shows in the hash of the windows.
+            before |= self.inputs.model_dump(exclude={"dtype_reason", "bos"})
+            now |= inputs.model_dump(exclude={"dtype_reason", "bos"})
         check_same_work(before, now, "run")
 
     def close(self, seconds: float, device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
+from prunus.pruning.records import bos_words
 
 __all__ = ["model_card"]
 
@@ -32,7 +33,7 @@ Shapes, tokenizer and configuration are the source's:
 it loads with `{loader}.from_pretrained` and is used like the dense model.
 
 Weights removed: {totals.get("zeros", 0):,} of {totals.get("weights", 0):,} in the pruned linears
-({totals.get("sparsity", 0):.2%}). Calibration: {manifest.inputs.calibration}. \
+({totals.get("sparsity", 0):.2%}). Calibration: {_calibration(manifest)}. \
 Per-linear figures are in
 `{MANIFEST_NAME}`.
 
@@ -40,6 +41,10 @@ Per-linear figures are in
 {recipe.to_toml().rstrip()}
 ```
 """
+
+
+def _calibration(manifest: Manifest) -> str:
+    return f"{manifest.inputs.calibration}, {bos_words(manifest.inputs.bos)}"
 
 
 def _compressed_card(manifest: Manifest) -> str:
@@ -69,7 +74,7 @@ counted.{head}
 
 Zeros: {zeros:,} of {weights:,} weights ({totals.get("sparsity", 0):.2%}).
 {origin}
-Calibration: {manifest.inputs.calibration}. Per-linear figures are in `{MANIFEST_NAME}`.
+Calibration: {_calibration(manifest)}. Per-linear figures are in `{MANIFEST_NAME}`.
 
 ```toml
 {recipe.to_toml().rstrip()}

@@ -19,7 +19,7 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
 
     Returns:
         Counts: `blocks`, `linears`, `weights` in the selected linears, `to_remove` of them,
-        `blocks_in_lockstep`, `batch`. Decisions: `dtype`, `dtype_reason`, `device`,
+        `blocks_in_lockstep`, `batch`. Decisions: `dtype`, `dtype_reason`, `device`, `bos`,
         `hidden_states` (where they are kept), `left_dense`, `free_orders` and `allocation`; see
         `planned_allocation`; `bits` and `head_bits` are null where the run does not compress. Cost:
         `peak_memory_bytes`, `file_bytes` (the weights of the result), `disk_bytes` (with temporary
@@ -41,6 +41,7 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "dtype_reason": job.dtype_reason,
         "device": str(job.device),
         "batch": job.batch,
+        "bos": job.recipe.bos,
         "hidden_states": _place_of_hidden_states(job),
         "blocks_in_lockstep": sum(job.fits_lockstep(index) for index in blocks),
         "peak_memory_bytes": _peak_bytes(job) + resident_memory(),

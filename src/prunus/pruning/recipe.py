@@ -105,7 +105,7 @@ class Recipe(BaseModel):
     group: str | int | None = Field(
         None,
         description="Which weights compete: row, layer, column, or a number of rows per group. "
-        "By default those that compete in the method's paper.",
+        "By default those that compete in the method's paper; row for alps, where it is the layer.",
     )
     calibration: str = Field(
         "c4", description="The source of the calibration windows: a name, a file or a folder."
@@ -113,6 +113,11 @@ class Recipe(BaseModel):
     samples: int = Field(128, description="The number of calibration windows.")
     seqlen: int = Field(2048, description="The number of tokens per window.")
     seed: int = Field(0, description="The seed of the choice of windows.")
+    bos: Literal["auto", "yes", "no"] = Field(
+        "auto",
+        description="Whether every window begins with the BOS token. auto: if the tokenizer puts "
+        "one before a text. no: as in the papers.",
+    )
     batch: int | None = Field(
         None,
         description="The number of windows per forward pass. By default chosen from seqlen.",

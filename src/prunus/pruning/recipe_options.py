@@ -26,6 +26,7 @@ class RecipeOptions(TypedDict, total=False):
     samples: int
     seqlen: int
     seed: int
+    bos: Literal["auto", "yes", "no"]
     batch: int | None
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     propagate: Literal["linear", "block"]

@@ -12,12 +12,35 @@ __all__ = [
     "LinearRecord",
     "ReconstructionRecord",
     "SizedLinear",
+    "UsedBos",
     "Walk",
+    "before_bos",
+    "bos_words",
     "mean_bits",
 ]
 
 #: How the windows go through a block; see `prunus.pruning.block.lockstep`.
 Walk = Literal["lockstep", "replay", "two_pass"]
+#: Whether every window begins with the BOS token; `given` where the windows were given.
+UsedBos = Literal["yes", "no", "given"]
+
+
+def bos_words(bos: UsedBos) -> str:
+    """How windows begin, for people.
+
+    >>> bos_words("yes")
+    'BOS first in every window'
+    """
+    return {
+        "yes": "BOS first in every window",
+        "no": "no BOS added to windows",
+        "given": "windows as they were given",
+    }[bos]
+
+
+def before_bos(values: Any) -> Any:
+    """The options of a record, with what versions without the option `bos` did: they added none."""
+    return {"bos": "no"} | values if isinstance(values, dict) else values
 
 
 class LinearRecord(BaseModel):

@@ -308,6 +308,7 @@ def _manifest(job: PruningJob, windows: Windows, earlier: Manifest | None) -> Ma
         dtype_reason=job.dtype_reason,
         device=job.device.type,
         batch=job.batch,
+        bos=windows.bos,
     )
     if earlier is not None:
         earlier.check_same_run(job.recipe, inputs)

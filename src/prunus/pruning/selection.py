@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from prunus.calibration import SOURCES, check_source
+from prunus.calibration.bos import refuse_bos
 from prunus.calibration.images import check_images
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.model.kinds import IMAGES, Kind
@@ -112,6 +113,11 @@ def check_inputs(
         ValueError, FileNotFoundError, ModuleNotFoundError: The data are of another kind, missing,
             or need a library that is not installed.
     """
+    # A sweep draws the windows of a text itself and gives them with the text's name.
+    if kind is IMAGES:
+        refuse_bos("image pixels", recipe.bos)
+    elif recipe.calibration == "token ids" or recipe.calibration.endswith(".safetensors"):
+        refuse_bos(recipe.calibration, recipe.bos)
     if inputs is not None:
         if inputs.is_floating_point() != (kind is IMAGES):
             wanted = (

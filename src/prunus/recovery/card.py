@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prunus.pruning.records import bos_words
 from prunus.recovery.options import Mode
 from prunus.recovery.record import RECORD_NAME, RecoveryRecord
 
@@ -48,6 +49,6 @@ def _section(record: RecoveryRecord) -> str:
         kept = "All integers are those of the compressed model"
     return (
         f"Recovered by prunus. Trained: {_WHAT_WAS_TRAINED[record.options.mode]}, "
-        f"on {record.inputs.text}, learning from {target}. "
+        f"on {record.inputs.text}, {bos_words(record.inputs.bos)}, learning from {target}. "
         f"{kept}. Figures are in `{RECORD_NAME}`.\n"
     )

@@ -139,6 +139,7 @@ def plan_recovery(
         dtype=str(dtype).removeprefix("torch."),
         dtype_reason=reason,
         device=chosen_device.type,
+        bos=text.bos,
     )
     if earlier is not None:
         earlier.check_same(options, inputs)
@@ -287,6 +288,7 @@ def _training_text(
         data_dir=data_dir,
         model=load_writer,
         windows=steps * options.batch if steps is not None else None,
+        bos=options.bos,
     )
     largest = int(torch.cat([text.held_out, text.windows(0, 1)]).max())
     if largest >= config.vocab_size:

@@ -41,6 +41,8 @@ class RecoveryOptions(BaseModel):
         warmup: fraction of the budget over which the rate rises.
         weight_decay: of AdamW, per step and unit of learning rate.
         seed: of the order of the text and of fresh low-rank factors.
+        bos: whether every window begins with the BOS token. auto: if the tokenizer puts one before
+            a text.
         held_out: number of windows that are only evaluated, never trained on.
         evaluations: how often the held-out windows are evaluated over the budget. Each evaluation
             writes a checkpoint.
@@ -67,6 +69,7 @@ class RecoveryOptions(BaseModel):
     warmup: float = Field(0.05, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     seed: int = 0
+    bos: Literal["auto", "yes", "no"] = "auto"
     held_out: int = Field(8, ge=1)
     evaluations: int = Field(8, ge=1)
     patience: int = Field(3, ge=1)

@@ -6,10 +6,11 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from prunus.model.checkpoint.atomic_files import write_json
 from prunus.model.checkpoint.records import check_same_work, read_record
+from prunus.pruning.records import UsedBos, before_bos
 from prunus.recovery.options import RecoveryOptions
 
 __all__ = [
@@ -72,6 +73,7 @@ class RecoveryInputs(_Model):
     dtype: str
     dtype_reason: str
     device: str
+    bos: UsedBos = Field("no", description="whether every window begins with BOS")
 
 
 class RecoveryRecord(_Model):
@@ -102,6 +104,8 @@ class RecoveryRecord(_Model):
     diverged: bool = False
     totals: dict[str, Any] = Field(default_factory=dict)
 
+    _before_bos = field_validator("options", mode="before")(before_bos)
+
     def save(self, folder: Path) -> None:
         """Write `prunus-recovery.json` atomically."""
         write_json(folder / RECORD_NAME, self.model_dump(mode="json"))
@@ -127,6 +131,7 @@ class RecoveryRecord(_Model):
         """
         before, now = self.options.model_dump(), options.model_dump()
         if inputs is not None:
-            before |= self.inputs.model_dump(exclude={"dtype_reason"})
-            now |= inputs.model_dump(exclude={"dtype_reason"})
+            # The options' bos stays: which one it came to shows in the hash of the windows.
+            before |= self.inputs.model_dump(exclude={"dtype_reason", "bos"})
+            now |= inputs.model_dump(exclude={"dtype_reason", "bos"})
         check_same_work(before, now, "recovery")

@@ -91,7 +91,7 @@ def recover(
         rank_timeout: seconds without a heartbeat after which a rank counts as lost. Default 600.
         progress: called after every step and every evaluation.
         **options: further fields of `RecoveryOptions`: text, tokens, minutes, seqlen, batch,
-            learning_rate, warmup, weight_decay, seed, held_out, evaluations, patience,
+            learning_rate, warmup, weight_decay, seed, bos, held_out, evaluations, patience,
             distill_weight, rank, alpha, target_modules, dtype.
 
     Returns:

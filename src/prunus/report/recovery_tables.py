@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from prunus.pruning.records import bos_words
+
 if TYPE_CHECKING:
     from prunus.recovery import RecoveryRecord
 
@@ -44,8 +46,8 @@ def _totals(record: RecoveryRecord) -> list[str]:
         )
     target = record.teacher if record.teacher is not None else "the text alone"
     lines.append(
-        f"text: {record.inputs.text}; learning from {target}; computed in {record.inputs.dtype} "
-        f"on {record.inputs.device}"
+        f"text: {record.inputs.text}; {bos_words(record.inputs.bos)}; learning from {target}; "
+        f"computed in {record.inputs.dtype} on {record.inputs.device}"
     )
     lines.append(
         f"{totals['seconds']:.0f} s; peak memory {totals['peak_memory_bytes'] / 1e9:.2f} GB"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunus.pruning.records import mean_bits
+from prunus.pruning.records import bos_words, mean_bits
 from prunus.report.document import Column, Facts, HeatMap, Section, Table
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def run_section(manifest: Manifest) -> Section:
             _items(
                 {
                     "calibration text": manifest.inputs.calibration,
+                    "windows begin": bos_words(manifest.inputs.bos),
                     "calibration sha256": manifest.inputs.calibration_sha256,
                     "checkpoint fingerprint": manifest.inputs.checkpoint,
                     "computed in": f"{manifest.inputs.dtype} ({manifest.inputs.dtype_reason})",

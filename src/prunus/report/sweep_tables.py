@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from prunus.pruning.records import bos_words
 from prunus.report.document import Column, Facts, Measured, Section, Table
 from prunus.report.evaluation_sections import form_of
 from prunus.report.size_charts import decode_speed
@@ -216,7 +217,7 @@ def _circumstances(results: SweepResults) -> tuple[Facts, ...]:
         name = f"calibration, {windows.samples} × {windows.seqlen}, seed {windows.seed}"
         if len(results.models) > 1:
             name += f", {windows.model}"
-        protocol.append((name, windows.source))
+        protocol.append((name, f"{windows.source}, {bos_words(windows.used_bos)}"))
     machine = tuple(
         (key, str(value)) for key, value in (results.hardware | results.versions).items()
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from prunus.pruning.records import mean_bits
+from prunus.pruning.records import bos_words, mean_bits
 from prunus.report.document import MISSING
 from prunus.report.run_sections import error_of
 
@@ -75,7 +75,8 @@ def run_table(manifest: Manifest) -> Table:
     peak = totals.get("peak_memory_bytes", 0) / 1e9
     table.caption = (
         f"computed in {manifest.inputs.dtype} on {manifest.inputs.device}; peak memory "
-        f"{peak:.2f} GB; calibration: {manifest.inputs.calibration}"
+        f"{peak:.2f} GB; calibration: {manifest.inputs.calibration}, "
+        f"{bos_words(manifest.inputs.bos)}"
     )
     if totals.get("forced_zeros"):
         table.caption += f"\nzeros that a mask forced: {totals['forced_zeros']:,}"
@@ -137,6 +138,13 @@ def inspection_table(inspection: Inspection) -> Table:
     return table
 
 
+_BOS_OF_PLAN = {
+    "auto": "if the tokenizer puts it before a text",
+    "yes": "yes",
+    "no": "no, as in the papers",
+}
+
+
 def plan_table(plan: dict[str, Any]) -> Table:
     """What a run on this machine would do.
 
@@ -154,6 +162,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
         "left dense in blocks": ", ".join(plan["left_dense"]) or "nothing",
         "computation": f"{plan['dtype']} on {plan['device']} ({plan['dtype_reason']})",
         "windows per forward pass": plan["batch"],
+        "BOS first in windows": _BOS_OF_PLAN[plan["bos"]],
         "hidden states": (
             f"in {plan['hidden_states']}; {plan['blocks_in_lockstep']} blocks in lockstep"
         ),

@@ -1,4 +1,4 @@
-"""The calibration windows of a sweep, drawn once per model, source, size and seed.
+"""The calibration windows of a sweep, drawn once per model, source, size, seed and BOS.
 
 All cells with the same settings share one file of windows. Their methods are then compared on the
 same text.
@@ -7,6 +7,7 @@ same text.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def shared_windows(
         results: results so far.
         label: name of the model in the sweep.
         model: folder of the model.
-        recipe: has source, number of windows, tokens per window and seed.
+        recipe: has source, number of windows, tokens per window, seed and BOS.
         options: data folder, trust in remote code.
 
     Returns:
@@ -53,7 +54,14 @@ def shared_windows(
             `prunus.calibration.load_windows`.
         FileExistsError: the windows differ from those of earlier cells.
     """
-    wanted = (label, recipe.calibration, recipe.samples, recipe.seqlen, recipe.seed)
+    wanted = (
+        label,
+        recipe.calibration,
+        recipe.samples,
+        recipe.seqlen,
+        recipe.seed,
+        recipe.bos,
+    )
     known = next((x for x in results.calibration if _key(x) == wanted), None)
     if known is not None and (output / known.file).exists():
         ids = read_ids(output / known.file)
@@ -69,6 +77,7 @@ def shared_windows(
         seed=recipe.seed,
         data_dir=options.data_dir,
         model=lambda: load_model(model, trust_remote_code=options.trust_remote_code),
+        bos=recipe.bos,
     )
     if known is not None:
         _check_same(known, windows.sha256, f"{recipe.calibration} gives other windows than before")
@@ -93,13 +102,22 @@ def shared_windows(
                 source=windows.source,
                 sha256=windows.sha256,
                 file=file,
+                bos=recipe.bos,
+                used_bos=windows.bos,
             )
         )
     return windows.ids
 
 
-def _key(windows: CalibrationSet) -> tuple[str, str, int, int, int]:
-    return windows.model, windows.calibration, windows.samples, windows.seqlen, windows.seed
+def _key(windows: CalibrationSet) -> tuple[Any, ...]:
+    return (
+        windows.model,
+        windows.calibration,
+        windows.samples,
+        windows.seqlen,
+        windows.seed,
+        windows.bos,
+    )
 
 
 def _check_same(known: CalibrationSet, sha256: str, what: str) -> None:

@@ -146,6 +146,7 @@ def score_model(
             reference=dense if is_cell else None,
             seqlen=scoring.seqlen,
             limit=scoring.limit,
+            bos=scoring.bos,
             batch=scoring.batch,
             dtype=scoring.dtype,
             device=options.device,

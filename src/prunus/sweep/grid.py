@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -50,6 +50,9 @@ class Scoring(BaseModel):
     )
     seqlen: int = Field(default=2048, ge=2)
     limit: int | None = Field(default=None, ge=1, description="score only the first windows")
+    bos: Literal["auto", "yes", "no"] = Field(
+        default="auto", description="whether windows begin with BOS; see `prunus.perplexity`"
+    )
     batch: int = Field(default=1, ge=1)
     dtype: DtypeName = "auto"
     tasks: tuple[str, ...] = Field(default=(), description="tasks of lm-eval, or paper7")

@@ -10,11 +10,12 @@ import io
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from prunus.model.checkpoint.atomic_files import write_json, write_text
 from prunus.model.checkpoint.records import read_record
 from prunus.pruning.recipe import Recipe
+from prunus.pruning.records import before_bos
 
 __all__ = [
     "RESULTS_NAME",
@@ -45,6 +46,7 @@ _CONDITIONS = {
     "samples",
     "seqlen",
     "seed",
+    "bos",
     "batch",
     "dtype",
     "propagate",
@@ -90,6 +92,7 @@ class Score(_Record):
     protocol: str
     seconds: float
     streamed: bool = False
+    bos: Literal["yes", "no", "given"] = "no"
     divergence: Divergence | None = None
 
 
@@ -158,6 +161,8 @@ class CellResult(_Record):
         default={}, description="scoring text -> see `residual_gaps`"
     )
 
+    _before_bos = field_validator("recipe", mode="before")(before_bos)
+
 
 class ModelResult(_Record):
     """A dense model, before it is pruned."""
@@ -181,6 +186,10 @@ class CalibrationSet(_Record):
     source: str
     sha256: str
     file: str
+    bos: Literal["auto", "yes", "no"] = Field(default="no", description="as in the recipe")
+    used_bos: Literal["yes", "no", "given"] = Field(
+        default="no", description="whether every window begins with BOS"
+    )
 
 
 class SweepResults(_Record):

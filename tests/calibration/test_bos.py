@@ -1,0 +1,128 @@
+"""Windows begin with BOS where the tokenizer puts it before a text, and nowhere else."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from prunus.calibration.bos import bos_token
+from prunus.calibration.generate import start_token
+from prunus.calibration.training_text import training_text
+from prunus.calibration.windows import load_windows
+from prunus.evaluation.text import scoring_windows
+from tiny_tokenizer import BOS, byte_tokenizer
+
+#: What the user asks, whether the tokenizer adds BOS, and whether windows then begin with it.
+CASES = [
+    ("auto", True, True),
+    ("auto", False, False),
+    ("yes", True, True),
+    ("yes", False, True),
+    ("no", True, False),
+    ("no", False, False),
+]
+#: Makes windows of 8 tokens; see the functions below.
+KINDS = ["calibration", "documents", "training", "documents for training", "scoring"]
+
+
+@pytest.fixture
+def texts(tmp_path) -> dict[str, str]:
+    letters = random.Random(0).choices("abcdefghij ", k=400)
+    (tmp_path / "one.txt").write_text("".join(letters))
+    lines = [f'{{"text": "{"".join(letters[n : n + 40])}"}}' for n in range(0, 400, 40)]
+    (tmp_path / "many.jsonl").write_text("\n".join(lines))
+    return {"one": str(tmp_path / "one.txt"), "many": str(tmp_path / "many.jsonl")}
+
+
+def windows(kind: str, texts: dict[str, str], tokenizer, bos: str) -> tuple[torch.Tensor, str]:
+    """Windows of 8 tokens, and what they are said to begin with."""
+    source = texts["many" if "documents" in kind else "one"]
+    if kind == "scoring":
+        found = scoring_windows(source, lambda: tokenizer, 8, 20, None, bos)
+        return found.ids, found.bos
+    options = {"tokenizer": tokenizer, "seqlen": 8, "seed": 0, "data_dir": None, "bos": bos}
+    if "training" in kind:
+        text = training_text(source, held_out=2, **options)
+        return torch.cat([text.held_out, text.windows(0, 6)]), text.bos
+    drawn = load_windows(source, samples=6, **options)
+    return drawn.ids, drawn.bos
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("asked", "adds", "expected"), CASES)
+def test_bos_takes_the_place_of_the_first_token_alone(kind, asked, adds, expected, texts):
+    tokenizer = byte_tokenizer(bos=adds)
+    found, said = windows(kind, texts, tokenizer, asked)
+    plain, _ = windows(kind, texts, tokenizer, "no")
+    assert said == ("yes" if expected else "no")
+    assert torch.equal(found[:, 1:], plain[:, 1:])
+    if expected:
+        assert (found[:, 0] == BOS).all()
+    else:
+        assert torch.equal(found, plain)
+        assert (plain[:, 0] != BOS).sum() >= len(plain) - 1
+
+
+def test_a_token_that_is_not_first_is_no_bos():
+    """Some tokenizers put another token first, or have a BOS token that they never add."""
+
+    class Other:
+        bos_token_id = 7
+
+        def __call__(self, text, verbose=False):
+            return {"input_ids": [3, 7, 9]}
+
+    assert bos_token(Other(), "auto") is None
+    assert bos_token(Other(), "yes") == 7
+
+
+def test_bad_choices(texts, tmp_path):
+    class Without:
+        bos_token_id = None
+
+    with pytest.raises(ValueError, match="bos is yes, and this tokenizer has no BOS token"):
+        bos_token(Without(), "yes")
+    with pytest.raises(ValueError, match="bos must be one of auto, yes, no, not 'maybe'"):
+        bos_token(Without(), "maybe")
+    ids = tmp_path / "ids.safetensors"
+    save_file({"input_ids": torch.arange(64).view(4, 16)}, ids)
+    with pytest.raises(ValueError, match=r"ids\.safetensors stay as they are given"):
+        scoring_windows(str(ids), byte_tokenizer, 8, None, None, "yes")
+    for load in (load_windows, training_text):
+        sizes = {"samples": 2} if load is load_windows else {"held_out": 1}
+        options = {"tokenizer": None, "seqlen": 8, "seed": 0, "data_dir": None, **sizes}
+        with pytest.raises(ValueError, match=r"ids\.safetensors stay as they are given"):
+            load(str(ids), bos="yes", **options)
+        assert load(str(ids), **options).bos == "given"
+
+
+def test_text_that_the_model_writes_starts_as_asked():
+    class Model:
+        class config:  # noqa: N801
+            bos_token_id = 5
+
+    assert start_token(Model(), byte_tokenizer(bos=True), "no") is None
+    assert start_token(Model(), byte_tokenizer(), "yes") == BOS
+    assert start_token(Model(), None, "yes") == 5
+    assert start_token(Model(), None, "no") is None
+
+
+def test_the_sweeps_that_reproduce_the_paper_have_no_bos():
+    from prunus.sweep.grid import load_sweep
+
+    folder = Path(__file__).parents[2] / "examples"
+    for name in (
+        "table2",
+        "sparsity-curve",
+        "comparison-group",
+        "calibration-size",
+        "weight-update",
+        "lora",
+    ):
+        sweep = load_sweep(folder / f"{name}.toml")
+        assert sweep.scoring.bos == "no", name
+        assert {cell.recipe.bos for cell in sweep.cells()} == {"no"}, name

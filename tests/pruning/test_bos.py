@@ -1,0 +1,108 @@
+"""A run, a recovery and a score say whether their windows begin with BOS, and resume with it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import prunus
+from prunus.pruning.manifest import MANIFEST_NAME, Manifest
+from tiny import tiny_checkpoint, token_ids
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+TEXT = "The quick brown fox jumps over the lazy dog; " * 20
+
+
+@pytest.fixture
+def dense(tmp_path):
+    """A checkpoint whose tokenizer puts BOS first, beside a text."""
+    folder = tiny_checkpoint(tmp_path / "dense", vocab_size=VOCABULARY)
+    byte_tokenizer(bos=True).save_pretrained(folder)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return folder
+
+
+def prune(dense, name, **options):
+    text = {"calibration": str(dense.parent / "text.txt")} | options
+    return prunus.prune(dense, dense.parent / name, samples=4, seqlen=16, **text)
+
+
+def weights(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_the_manifest_and_the_card_say_which_it_was(dense):
+    auto, no = prune(dense, "auto"), prune(dense, "no", bos="no")
+    assert (auto.recipe.bos, auto.inputs.bos) == ("auto", "yes")
+    assert (no.recipe.bos, no.inputs.bos) == ("no", "no")
+    assert auto.inputs.calibration_sha256 != no.inputs.calibration_sha256
+    assert weights(dense.parent / "auto") != weights(dense.parent / "no")
+    for name, words in (("auto", "BOS first in every window"), ("no", "no BOS added to windows")):
+        assert words in (dense.parent / name / "README.md").read_text()
+    given = prune(dense, "given", calibration=token_ids(4, 16))
+    assert given.inputs.bos == "given"
+    with pytest.raises(ValueError, match="windows of token ids stay as they are given"):
+        prune(dense, "refused", calibration=token_ids(4, 16), bos="yes")
+    assert not (dense.parent / "refused").exists()
+
+
+def test_a_resumed_run_has_the_same_bytes_and_no_other_bos(dense, monkeypatch):
+    prune(dense, "whole")
+
+    def stop(step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune(dense, "resumed", progress=stop)
+    with pytest.raises(FileExistsError, match="another bos"):
+        prune(dense, "resumed", bos="no")
+    prune(dense, "resumed")
+    assert weights(dense.parent / "whole") == weights(dense.parent / "resumed")
+
+
+def test_a_manifest_from_before_the_option_had_no_bos(dense):
+    prune(dense, "old")
+    path = dense.parent / "old" / MANIFEST_NAME
+    stored = json.loads(path.read_text())
+    del stored["recipe"]["bos"], stored["inputs"]["bos"]
+    path.write_text(json.dumps(stored))
+    manifest = Manifest.load(dense.parent / "old")
+    assert (manifest.recipe.bos, manifest.inputs.bos) == ("no", "no")
+
+
+def test_a_score_says_which_it_was_and_the_cache_keeps_both(dense):
+    options = {"seqlen": 16, "dtype": "float32", "cache": dense.parent / "cache"}
+    scores = {
+        bos: prunus.perplexity(dense, str(dense.parent / "text.txt"), bos=bos, **options)
+        for bos in ("auto", "no", "yes")
+    }
+    assert [scores[bos].bos for bos in scores] == ["yes", "no", "yes"]
+    assert scores["auto"].loss == scores["yes"].loss != scores["no"].loss
+    assert scores["auto"].as_dict()["bos"] == "yes"
+    assert "BOS first in every window" in scores["auto"].protocol
+    assert "no BOS added to windows" in scores["no"].protocol
+    keys = [json.loads(p.read_text())["key"] for p in (dense.parent / "cache").rglob("*.json")]
+    assert sorted(key.get("bos", "no") for key in keys) == ["no", "yes"]
+
+
+def test_a_recovery_says_which_it_was(dense):
+    prune(dense, "pruned")
+    options = {
+        "text": str(dense.parent / "text.txt"),
+        "tokens": 32,
+        "seqlen": 16,
+        "held_out": 1,
+        "evaluations": 1,
+    }
+    torch.manual_seed(0)
+    found = {
+        bos: prunus.recover(
+            dense.parent / "pruned", dense.parent / bos, "masked", bos=bos, **options
+        ).inputs
+        for bos in ("auto", "no")
+    }
+    assert (found["auto"].bos, found["no"].bos) == ("yes", "no")
+    assert found["auto"].text_sha256 != found["no"].text_sha256
+    assert "BOS first in every window" in (dense.parent / "auto" / "README.md").read_text()
