@@ -58,7 +58,10 @@ Device = Annotated[
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(metavar="SIZE", help="Memory budget, such as 8GB. Default: the free memory."),
+    typer.Option(
+        metavar="SIZE",
+        help="Memory budget on the host and on the device, such as 8GB. Default: the free memory.",
+    ),
 ]
 Overwrite = Annotated[
     bool,

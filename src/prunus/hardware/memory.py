@@ -110,12 +110,14 @@ def memory_budget(device: torch.device, memory: int | None) -> int:
     Args:
         device: the device that computes. The budget counts its memory.
         memory: a budget given by the user, or None to use what is free now. On a CUDA device a
-            tenth of the free memory is left for the rounding of its allocator.
+            tenth of the free memory is left for the rounding of its allocator, and a larger budget
+            counts as what is free there.
     """
+    if device.type == "cuda":
+        free = int(torch.cuda.mem_get_info(device)[0] * 0.9)
+        return free if memory is None else min(memory, free)
     if memory is not None:
         return memory
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * 0.9)
     return available_memory() + resident_memory()
 
 

@@ -36,7 +36,8 @@ class RunOptions:
 
     Attributes:
         device: auto, cpu, cuda or cuda:i.
-        memory: Memory budget of the whole process in bytes; None for the free memory.
+        memory: Memory budget of the whole process in bytes, on the host and on the device alike;
+            None for the free memory.
         data_dir: Folder with local copies of the calibration corpora.
         tokenizer: The model's tokenizer or image processor; None loads it from the checkpoint.
         input_ids: Calibration data instead of a named source: token ids (samples, seqlen), or

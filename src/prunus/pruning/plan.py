@@ -177,7 +177,7 @@ def plan_run(
         dtype=dtype,
         dtype_reason=reason,
         batch=_batch(recipe, settings, skeleton),
-        budget=memory_budget(device, None) if device.type == "cuda" else host_budget,
+        budget=memory_budget(device, options.memory) if device.type == "cuda" else host_budget,
         host_budget=host_budget,
         selected=selection.selected,
         left_dense=selection.left_dense,

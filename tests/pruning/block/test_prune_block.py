@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from prunus.hardware.memory import available_memory
 from prunus.methods.statistics import InputStatistics
 from prunus.model.hidden_states import HiddenStates
 from prunus.model.linears import Linear, find_linears
+from prunus.pruning.block.dense_stream import DenseBlockInputs
 from prunus.pruning.block.lockstep import lockstep
 from prunus.pruning.block.replay import replay
 from prunus.pruning.block.two_pass import two_pass
@@ -107,6 +109,35 @@ def test_linears_with_the_same_input_share_their_statistics(walk):
     assert not unreached
     if walk is not replay:  # a replay may make statistics that a later pass replaces
         assert len(created) == 4
+
+
+class CalledTwice(nn.Module):
+    """A block that uses one linear in two places, as weights shared within a block do."""
+
+    def __init__(self, *, same_input: bool = False, at_the_end: bool = False) -> None:
+        super().__init__()
+        self.shared, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.same_input, self.at_the_end = same_input, at_the_end
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.same_input:
+            return self.other(self.shared(x) * self.shared(x))
+        if self.at_the_end:
+            return self.shared(self.other(self.shared(x)))
+        return self.other(self.shared(self.shared(x)))
+
+
+@pytest.mark.parametrize("walk", [lockstep, replay])
+@pytest.mark.parametrize("how", [{}, {"same_input": True}, {"at_the_end": True}])
+def test_a_linear_that_is_called_twice_is_refused_by_name(walk, how):
+    inputs = [torch.randn(1, 3, 4) for _ in range(2)]
+    with pytest.raises(NotImplementedError, match=r"calls shared more than once.*propagate block"):
+        walk_through(walk, CalledTwice(**how), inputs)
+
+
+def test_two_passes_measure_every_call():
+    _, tokens, *_ = walk_through(two_pass, CalledTwice(), [torch.randn(1, 3, 4) for _ in range(2)])
+    assert tokens == {"shared": 12, "other": 6}
 
 
 def test_an_error_in_one_batch_ends_all_coroutines_and_removes_the_hooks():
@@ -208,6 +239,45 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, 
         assert (roomy.walk(0), roomy.spills) == (walk, spills)
     with pytest.raises(ValueError, match=r"memory budget is .* Raise --memory or lower --batch"):
         job(1000)
+
+
+def test_the_memory_budget_limits_a_device_as_it_limits_the_host(tmp_path, monkeypatch):
+    from prunus.pruning import plan
+    from prunus.pruning.recipe import Recipe
+
+    dense = tiny_checkpoint(tmp_path / "dense")
+    ids = token_ids(8, 16)
+    recipe = Recipe(calibration="token ids", samples=8, seqlen=16, dtype="float32")
+    monkeypatch.setattr(plan, "choose_device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**40, 2**40))
+    for memory, budget in ((None, int(0.9 * 2**40)), (2**31, 2**31)):
+        options = plan.RunOptions(device="cuda", memory=memory, input_ids=ids)
+        assert plan.plan_run(dense, recipe, options).budget == budget
+
+
+def test_a_dense_input_is_read_once_to_be_computed():
+    """The number of rows follows from the layout of the hidden states, which reads none of them."""
+    held = HiddenStates(1, spill_to=None, device=torch.device("cpu"))
+    held.fill(0, torch.ones(2, 3, 4))
+    reads = []
+
+    class Watched:
+        states = SimpleNamespace(layout=held.layout, get=reads.append)
+
+        def forward(self, index, block):
+            def run(number):
+                reads.append(number)
+                return block(held.get(number))
+
+            return run
+
+    block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    inputs = DenseBlockInputs(Watched(), {0: 0}, 0, block, find_linears(block), cache=False)
+    found = inputs.get("1", 0, 6)
+    assert found is not None
+    assert found.shape == (6, 4)
+    assert inputs.get("1", 0, 5) is None
+    assert reads == [0]
 
 
 def test_sparsity_zero_changes_nothing(tmp_path):

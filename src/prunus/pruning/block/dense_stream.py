@@ -161,9 +161,9 @@ class DenseBlockInputs:
         if batch not in self._dense_number:
             return None
         number = self._dense_number[batch]
-        states = self._stream.states.get(number)
+        shape, _ = self._stream.states.layout(number)
         # Images as grids (images, channels, height, width) are never routed: all rows are there.
-        all_tokens = tokens if states.dim() == 4 else states.shape[:-1].numel()
+        all_tokens = tokens if len(shape) == 4 else shape[:-1].numel()
         if tokens != all_tokens:
             return None
         x = self._cached(number, name) if self._caches else self._recomputed(number, name)

@@ -33,7 +33,7 @@ from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
 from prunus.pruning.block.expert_tokens import ExpertCounter
 from prunus.pruning.block.hooks import input_hooks, tokens_of
-from prunus.pruning.block.walk import BlockWalk
+from prunus.pruning.block.walk import BlockWalk, called_again
 
 __all__ = ["lockstep"]
 
@@ -50,6 +50,9 @@ def lockstep(walk: BlockWalk) -> list[Linear]:
 
     Returns:
         The linears that no batch of any rank reached.
+
+    Raises:
+        NotImplementedError: the block calls a linear more than once.
     """
     return _Lockstep(walk).run()
 
@@ -133,8 +136,9 @@ class _Lockstep:
             self.waiting[batch] = result
 
     def _pause(self, linear: Linear, x: torch.Tensor) -> None:
-        if linear.name in self.pending:
-            greenlet.getcurrent().parent.switch((linear.name, x))
+        if linear.name not in self.pending:
+            raise called_again(linear.name)
+        greenlet.getcurrent().parent.switch((linear.name, x))
 
     def _pause_at_experts(self, counter: ExpertCounter, chosen_TK: torch.Tensor) -> None:
         if counter.name in self.uncounted:

@@ -15,7 +15,8 @@ Earlier linears are pruned by then, so each pass sees the same values as lockste
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,7 +24,7 @@ from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
 from prunus.pruning.block.expert_tokens import ExpertCounter
 from prunus.pruning.block.hooks import input_hooks, tokens_of
-from prunus.pruning.block.walk import BlockWalk
+from prunus.pruning.block.walk import BlockWalk, called_again
 
 __all__ = ["replay"]
 
@@ -49,17 +50,26 @@ class _FirstGroup:
         batch: number of the batch.
         groups: the groups that batches have reached in this pass, by their first linear.
         counted: names of the experts modules that batches have reached first in this pass.
+        pending: the linears that are not pruned yet.
+        called: names of the linears that the batch has reached.
     """
 
     walk: BlockWalk
     batch: int
     groups: dict[str, _Group]
     counted: set[str]
+    pending: Mapping[str, Linear]
     leader: str | None = None
     input: torch.Tensor | None = None
+    called: set[str] = field(default_factory=set)
 
     def on_input(self, linear: Linear, x: torch.Tensor) -> None:
         """Add the first input to its group's statistics; stop at the first input that differs."""
+        if linear.name in self.called:
+            raise called_again(linear.name)
+        self.called.add(linear.name)
+        if linear.name not in self.pending:
+            return
         if self.leader is None:
             self.leader, self.input = linear.name, x
             if linear.name not in self.groups:
@@ -89,6 +99,9 @@ def replay(walk: BlockWalk) -> list[Linear]:
 
     Returns:
         The linears that no batch of any rank reached.
+
+    Raises:
+        NotImplementedError: the block calls a linear more than once.
     """
     ranks = walk.ranks
     pending = {linear.name: linear for linear in walk.linears}
@@ -98,9 +111,9 @@ def replay(walk: BlockWalk) -> list[Linear]:
         groups: dict[str, _Group] = {}
         counted: set[str] = set()
         for batch in range(walk.count):
-            observer = _FirstGroup(walk, batch, groups, counted)
+            observer = _FirstGroup(walk, batch, groups, counted, pending)
             hooks = input_hooks(
-                list(pending.values()),
+                walk.linears,
                 observer.on_input,
                 list(uncounted.values()),
                 observer.on_routing,
@@ -129,5 +142,9 @@ def replay(walk: BlockWalk) -> list[Linear]:
     for counter in walk.expert_counters:
         counter.reset()
     for batch in range(walk.count):
-        walk.finish(batch, walk.forward(batch))
+        # Nothing is measured any more, but a last linear may be called again.
+        observer = _FirstGroup(walk, batch, {}, set(), pending={})
+        with input_hooks(walk.linears, observer.on_input):
+            output = walk.forward(batch)
+        walk.finish(batch, output)
     return list(pending.values())

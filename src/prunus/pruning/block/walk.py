@@ -32,6 +32,7 @@ __all__ = [
     "NewStatistics",
     "Prune",
     "accumulate_inputs",
+    "called_again",
 ]
 
 Forward = Callable[[int], torch.Tensor]
@@ -48,9 +49,24 @@ def accumulate_inputs(
     statistics.add(X_TI)
 
 
+def called_again(name: str) -> NotImplementedError:
+    """The error for a linear that a block calls a second time in one forward pass.
+
+    The inputs of the second call depend on the linear's own weight. So no walk that prunes on the
+    way can know them before it prunes.
+    """
+    return NotImplementedError(
+        f"the block calls {name} more than once, and only inputs of the first call are known when "
+        "it is pruned: prune with --propagate block, which measures all calls, or leave it dense "
+        f"with --ignore '*.{name}'"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class BlockWalk:
     """The arguments of a walk. Every walk returns the linears that no batch of any rank reached.
+
+    All walks but `two_pass` refuse a linear that the block calls twice; see `called_again`.
 
     Attributes:
         linears: the linears to prune, in the order of registration.
