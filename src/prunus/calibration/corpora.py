@@ -142,8 +142,18 @@ _ORIGINS: dict[tuple[str, Part], _Origin] = {
 }
 
 _COLUMN = {"c4": "text", "wikitext2": "text", "ptb": "sentence"}
-# As SparseGPT and Wanda join them.
-_JOINER = {"c4": " ", "wikitext2": "\n\n", "ptb": " ", "python-docs": "\n\n"}
+# As the code of SparseGPT and Wanda joins them. It joins the lines of WikiText-2 with a space for
+# calibration, and with two newlines for scoring.
+_JOINER: dict[tuple[str, Part], str] = {
+    ("c4", "calibration"): " ",
+    ("c4", "scoring"): " ",
+    ("wikitext2", "calibration"): " ",
+    ("wikitext2", "scoring"): "\n\n",
+    ("ptb", "calibration"): " ",
+    ("ptb", "scoring"): " ",
+    ("python-docs", "calibration"): "\n\n",
+    ("python-docs", "scoring"): "\n\n",
+}
 
 NAMES = ("c4", "wikitext2", "ptb", "python-docs")
 
@@ -197,12 +207,12 @@ def load_corpus(name: str, part: Part, data_dir: Path | None) -> Corpus:
     check_corpus(name, part, data_dir)
     if name == "python-docs":
         source = f"python-docs ({part} half of pydoc_data.topics, repeated paragraphs dropped)"
-        return Corpus(python_docs(part), _JOINER[name], source)
+        return Corpus(python_docs(part), _JOINER[name, part], source)
     origin = _ORIGINS[name, part]
     local = _local_file(name, part, data_dir)
     if local is None:
         documents = load_column(name, origin.hub, origin.split, _COLUMN[name], origin.local[0].path)
-        return Corpus(documents, _JOINER[name], f"{name} ({origin.hub_name}, from the hub)")
+        return Corpus(documents, _JOINER[name, part], f"{name} ({origin.hub_name}, from the hub)")
     folder = data_folder(data_dir)
     assert folder is not None
     path = folder / local.path
@@ -213,7 +223,7 @@ def load_corpus(name: str, part: Part, data_dir: Path | None) -> Corpus:
     else:
         documents = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     note = f": {local.note}" if local.note else ""
-    return Corpus(documents, _JOINER[name], f"{name} ({local.path}{note})")
+    return Corpus(documents, _JOINER[name, part], f"{name} ({local.path}{note})")
 
 
 def _local_file(name: str, part: Part, data_dir: Path | None) -> _LocalFile | None:
@@ -235,7 +245,8 @@ def wikitext_lines(raw: str) -> list[str]:
     """The lines of a raw WikiText-2 file as the data set on the hub has them.
 
     A blank line (in the file: one space) becomes the empty string, and any other line keeps its
-    newline. Joined with two newlines, they are the text whose perplexity papers report.
+    newline. Joined with two newlines, the lines of the test file are the text whose perplexity
+    papers report.
 
     >>> wikitext_lines(" \\n = Title = \\n One line .\\n")
     ['', ' = Title = \\n', ' One line .\\n']
