@@ -29,6 +29,9 @@ rounding of the one before. Conjugate gradients finish on the last mask. They st
 in float32, except for wide linears with few tokens, where this product would take too long.
 Weights of inputs that are always 0 become 0, as in SparseGPT.
 
+Which weights compete: those of a row, which keeps the rows in shards and their scores apart. In the
+public code of ALPS all weights of a linear compete. `--group layer` does that here too.
+
 Shape suffixes: O outputs (rows), S some of them, I inputs.
 """
 

@@ -45,9 +45,11 @@ def get_method(name: str) -> Method:
 
 
 def default_group(name: str, options: MethodOptions | None = None) -> str | int:
-    """Which weights compete by default: those that compete in the method's paper.
+    """Which weights compete by default: those that compete in the method's public code.
 
-    For `obs` this depends on its mask: magnitude masks and blockwise masks compare all rows.
+    For `obs` this depends on its mask: magnitude masks and blockwise masks compare all rows. `alps`
+    is the exception: its public code compares all weights of a linear, and here each row keeps its
+    share, as in Wanda. The group "layer" gives the choice of its code.
 
     Raises:
         ValueError: there is no such method.

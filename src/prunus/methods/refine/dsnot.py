@@ -10,10 +10,22 @@ its sign, or when |ε| is small. For N:M, swaps stay within a group of M.
 Why means and norms are enough: only the mean of an output is corrected, not its variation. So DSnoT
 needs no Gram matrix.
 
-Two details differ from the published code. It stops at |ε| < 0.1 in sums over a window, which
-depends on the scale of the inputs and the length of the window. Here the limit is a share of the
-root mean square of the row's outputs, estimated as Wanda does. And a weight takes part in one swap
-at most, so that rounds cannot undo each other.
+The published code differs in five ways:
+
+- It stops at |ε| < 0.1 in sums over a window, which depends on the scale of the inputs and the
+  length of the window. Here the limit is a share of the root mean square of the row's outputs,
+  estimated as Wanda does.
+- Unless N:M is asked for, a row goes on after ε has changed its sign, and a swap need not lower
+  |ε|. So rows make five times as many swaps, up to the limit of 50.
+- For N:M it prunes the kept weight of the group with the lowest score, whichever way ε moves.
+- The variance is the mean of the variances within windows. Here it is that of all tokens.
+- By default it refines attention only, and MLPs keep Wanda's mask.
+
+Why these rules are not followed: the further swaps cost more than they repair. On blocks 3 and 14
+of SmolLM2-135M at 60 %, calibrated on 7 windows of 256 tokens of C4, the energy that outputs lose
+on 3 other windows is 5.29 % for Wanda, 5.03 % here and 5.76 % by the code's rules in attention, and
+8.91 %, 8.83 % and 9.28 % in MLPs. The variance within windows changes none of these figures. So it
+is not a departure from the code that keeps DSnoT's perplexity from being better than Wanda's.
 
 Shape suffixes: O outputs (rows), I inputs; R rows that are not finished; G groups of M.
 """

@@ -5,7 +5,9 @@ other, most of them are removed. RIA therefore permutes the channels first (Zhan
 2402.17946, section 4.2), in two steps that keep the paper's terms:
 
 - `deal` sorts the channels by their total score and deals them out to the groups in turn, as cards
-  are dealt to players. Every group gets its share of important channels.
+  are dealt to players. Every group gets its share of important channels. The public code of RIA
+  reverses the direction after every round, which makes the groups' totals more alike. Here every
+  round has the same direction, because `assign` chooses among the channels anew.
 - `assign` improves that order. For one place in all groups at a time it takes the channels at that
   place out of their groups, and returns them in the best possible way. That is a linear assignment
   problem, which has an exact solution.
