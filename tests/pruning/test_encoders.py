@@ -1,4 +1,4 @@
-"""Encoders with a masked-language-model head are pruned. Encoder-decoders are refused by name."""
+"""Encoders and classifiers of text are pruned. What is no row of blocks is refused by name."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    Gemma3nTextConfig,
+    RwkvConfig,
+)
 
 import prunus
 from command_line import call
 from prunus.model.kinds import CAUSAL, kind_of
+from prunus.model.stubs import BlockStubs
+from prunus.pruning.job import RunOptions
+from prunus.pruning.plan import plan_run
+from prunus.pruning.recipe import Recipe
 from reference import prune_as_called
 from tiny import token_ids
 
@@ -69,6 +82,73 @@ def test_streaming_equals_in_memory_equals_naive(family, tmp_path):
         assert torch.equal(tensor, model.state_dict()[name]), name
         assert float((tensor != expected.state_dict()[name]).float().mean()) <= 2e-3, name
     assert "AutoModelForMaskedLM" in (tmp_path / "pruned" / "README.md").read_text()
+
+
+CLASSIFIERS = ["bert", "distilbert", "roberta", "llama", "qwen2"]
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_classifiers_of_text_are_pruned_as_encoders_are(family, head, tmp_path):
+    loader = getattr(transformers, f"AutoModelFor{head}")
+    options = {**_COMMON, **ENCODERS.get(family, {}), "num_key_value_heads": 2, "num_labels": 3}
+    torch.manual_seed(2)
+    loader.from_config(AutoConfig.for_model(family, **options)).save_pretrained(tmp_path / "dense")
+    ids = token_ids()
+    prunus.prune(tmp_path / "dense", tmp_path / "pruned", calibration=ids, batch=2)
+    result = loader.from_pretrained(tmp_path / "pruned").state_dict()
+    expected, model = (loader.from_pretrained(tmp_path / "dense").eval() for _ in range(2))
+    prunus.prune(model, calibration=ids, batch=2)
+    naive_wanda(expected, ids)
+    for name, tensor in result.items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+        assert float((tensor != expected.state_dict()[name]).float().mean()) <= 2e-3, name
+    assert f"AutoModelFor{head}" in (tmp_path / "pruned" / "README.md").read_text()
+
+
+def refusal(tmp_path, model: Any) -> str:
+    """What a plan of the checkpoint and a run on the loaded model say; both refuse alike."""
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(NotImplementedError) as loaded:
+        prunus.prune(model, calibration=token_ids())
+    with pytest.raises(NotImplementedError) as stored:
+        plan_run(
+            tmp_path / "dense", Recipe(calibration="token ids"), RunOptions(input_ids=token_ids())
+        )
+    return f"{stored.value} | {loaded.value}"
+
+
+def test_a_model_without_its_head_is_refused_with_what_to_do(tmp_path):
+    for family in ("llama", "bert"):
+        model = AutoModel.from_config(AutoConfig.for_model(family, **_COMMON))
+        found = refusal(tmp_path / family, model)
+        assert "holds no weight for" in found
+        assert "without its head. Save the whole model" in found
+        assert f"a loaded {type(model).__name__} has no" in found
+
+
+def test_heads_that_are_not_known_are_refused_by_name(tmp_path):
+    model = AutoModelForQuestionAnswering.from_config(AutoConfig.for_model("bert", **_COMMON))
+    assert refusal(tmp_path, model).count("(BertForQuestionAnswering) cannot be pruned") == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (RwkvConfig(), "type 'rwkv' rescales hidden states between its blocks"),
+        (Gemma3nTextConfig(), "type 'gemma3n_text' passes several streams of hidden states"),
+    ],
+)
+def test_decoders_that_are_no_row_of_blocks_are_refused_by_name(config, message):
+    with pytest.raises(NotImplementedError, match=message):
+        kind_of(config)
+
+
+def test_hidden_states_of_another_shape_are_refused():
+    block = nn.Linear(4, 4)
+    stubs = BlockStubs("Streams", [block])
+    with pytest.raises(NotImplementedError, match=r"Streams passes .* of shape \(2, 1, 3, 4\)"):
+        stubs.record(lambda: block(torch.zeros(2, 1, 3, 4)))
 
 
 def test_positions_start_after_the_padding(tmp_path):
@@ -135,7 +215,7 @@ def test_encoder_decoders_are_refused_before_any_work(family, options, verb, tmp
         f"a model of type '{family}' ({type(model).__name__}) has an encoder and a decoder" in text
     )
     assert (
-        "prunus prunes causal language models, encoders with a masked-language-model head and image"
+        "prunus prunes causal language models, encoders with a masked-language-model head, and"
         in text
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]

@@ -60,6 +60,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm": {"head_dim": 8},
     "nemotron": {},
     "smollm3": {},
+    "bamba": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+        "attn_layer_indices": [1],
+    },
 }
 
 

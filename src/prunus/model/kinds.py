@@ -1,7 +1,8 @@
 """The kinds of models that prunus can prune: which transformers class loads one, and its inputs.
 
 A causal language model and an encoder with a masked-language-model head take windows of token ids.
-An image classifier takes pixel values. Any other model is refused here, before any work.
+So does a classifier of sequences or tokens. An image classifier takes pixel values. Any other model
+is refused here, before any work.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ __all__ = [
     "CAUSAL",
     "IMAGES",
     "MASKED",
+    "SEQUENCES",
+    "TOKENS",
     "Kind",
     "image_size",
     "image_tokens",
@@ -36,7 +39,11 @@ class Kind:
 
     name: str
     loader: Literal[
-        "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForImageClassification"
+        "AutoModelForCausalLM",
+        "AutoModelForMaskedLM",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+        "AutoModelForImageClassification",
     ]
     input_name: Literal["input_ids", "pixel_values"]
 
@@ -75,12 +82,30 @@ class Kind:
 
 CAUSAL = Kind("causal language model", "AutoModelForCausalLM", "input_ids")
 MASKED = Kind("encoder with a masked-language-model head", "AutoModelForMaskedLM", "input_ids")
+SEQUENCES = Kind("sequence classifier", "AutoModelForSequenceClassification", "input_ids")
+TOKENS = Kind("token classifier", "AutoModelForTokenClassification", "input_ids")
 IMAGES = Kind("image classifier", "AutoModelForImageClassification", "pixel_values")
 
 _WHAT = (
-    "prunus prunes causal language models, encoders with a masked-language-model head and image "
-    "classifiers that are stacks of blocks. docs/reference/models.md lists them"
+    "prunus prunes causal language models, encoders with a masked-language-model head, and "
+    "classifiers of sequences, tokens and images that are stacks of blocks. "
+    "docs/reference/models.md lists them"
 )
+#: Part of an architecture's name -> kind. The name comes first: one model type may have many heads.
+_KINDS_BY_NAME = {
+    "ForImageClassification": IMAGES,
+    "ForMaskedLM": MASKED,
+    "ForSequenceClassification": SEQUENCES,
+    "ForTokenClassification": TOKENS,
+}
+#: Heads that prunus does not know, by the end of an architecture's name.
+_OTHER_HEADS = ("ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
+#: Model types that transformers calls causal language models and that are no row of blocks -> why.
+_NO_ROW_OF_BLOCKS = {
+    "gemma3n": "passes several streams of hidden states from block to block",
+    "gemma3n_text": "passes several streams of hidden states from block to block",
+    "rwkv": "rescales hidden states between its blocks",
+}
 
 
 def kind_of(config: Any) -> Kind:
@@ -104,11 +129,18 @@ def kind_of(config: Any) -> Kind:
             f"a model of type {model_type!r} ({named}) has an encoder and a decoder, and its "
             f"decoder takes both text and the output of the encoder; {_WHAT}"
         )
-    # The name of the architecture comes first: one model type may have several heads.
-    if "ForImageClassification" in named:
-        return IMAGES
-    if "ForMaskedLM" in named:
-        return MASKED
+    if model_type in _NO_ROW_OF_BLOCKS:
+        raise NotImplementedError(
+            f"a model of type {model_type!r} {_NO_ROW_OF_BLOCKS[model_type]}, so it cannot be "
+            f"pruned block by block; {_WHAT}"
+        )
+    for part, kind in _KINDS_BY_NAME.items():
+        if part in named:
+            return kind
+    if any(name.endswith(_OTHER_HEADS) for name in listed):
+        raise NotImplementedError(
+            f"a model of type {model_type!r} ({named}) cannot be pruned with this head; {_WHAT}"
+        )
     if model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or getattr(
         config, "auto_map", None
     ):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -40,8 +41,7 @@ class Skeleton:
     """A model on the meta device, as a row of blocks and what is outside the blocks.
 
     Args:
-        config: a transformers configuration of a causal LM, a masked LM or an image classifier;
-            see `kinds`.
+        config: a transformers configuration of one of the kinds of model in `kinds`.
         dtype: dtype of the computation. Parameters that the model itself keeps in float32 stay so.
         trust_remote_code: let transformers run code that comes with the checkpoint.
 
@@ -70,7 +70,9 @@ class Skeleton:
                 unfuse_experts(rules, block, self.block_name(i))
                 for i, block in enumerate(self.blocks)
             ]
-        self._stubs = BlockStubs(type(self.model).__name__, list(self.blocks))
+        self._stubs = BlockStubs(
+            type(self.model).__name__, list(self.blocks), images=self.kind is IMAGES
+        )
         inside = {id(module) for module in self.blocks.modules()}
         self._outside_modules = [
             module for module in self.model.modules() if id(module) not in inside
@@ -216,7 +218,12 @@ class Skeleton:
             NotImplementedError: see `BlockStubs.record`.
         """
         batch = batch.to(self.dtype) if batch.is_floating_point() else batch
-        return self._stubs.record(lambda: self.model.base_model(**self.kind.arguments(batch)))
+        base = self.model.base_model
+        arguments = self.kind.arguments(batch)
+        # A decoder with a classifier on top would otherwise pass a cache from block to block.
+        if "use_cache" in inspect.signature(base.forward).parameters:
+            arguments["use_cache"] = False
+        return self._stubs.record(lambda: base(**arguments))
 
     def head_input(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """The input of the head when the last block returns `hidden`: its final norm, as a rule.

@@ -164,11 +164,28 @@ class CheckpointSource:
         tied = {id(tensor) for name, tensor in state.items() if name in self._stored}
         for name in skeleton.outside_parameter_names:
             if name not in self._stored and id(state[name]) not in tied:
+                self._refuse_without_head(skeleton, name)
                 raise ValueError(
                     f"{self.checkpoint.folder} holds no weight for {name}; is the checkpoint whole?"
                 )
             if name in self._stored:
                 self._check_shape(self._stored[name], tuple(state[name].shape))
+
+    def _refuse_without_head(self, skeleton: Skeleton, missing: str) -> None:
+        """Refuse a checkpoint that holds nothing of the model's head.
+
+        Args:
+            skeleton: the model.
+            missing: a name that is not stored.
+        """
+        base = f"{skeleton.model.base_model_prefix}."
+        head = [name for name in skeleton.outside_parameter_names if not name.startswith(base)]
+        if missing in head and not any(name in self._stored for name in head):
+            raise NotImplementedError(
+                f"{self.checkpoint.folder} holds no weight for {missing}, nor any other of a head: "
+                f"it is a {skeleton.kind.name} without its head. Save the whole model, as "
+                f"{skeleton.kind.loader} loads it, and prune that"
+            )
 
     def _check_shape(self, key: str, expected: tuple[int, ...]) -> None:
         info = self.checkpoint.tensors[key]
@@ -277,6 +294,15 @@ class ModuleSource:
         self._fused: list[dict[str, Fused]] = []
 
     def bind(self, skeleton: Skeleton) -> None:
+        known = self.model.state_dict().keys()
+        missing = [name for name in skeleton.outside_parameter_names if name not in known]
+        if missing:
+            raise NotImplementedError(
+                f"a loaded {type(self.model).__name__} has no {missing[0]}, so it is no "
+                f"{skeleton.kind.name} with its head: prunus prunes whole models, as "
+                f"{skeleton.kind.loader} loads them, not what AutoModel loads or the language "
+                "model inside a larger one"
+            )
         self._path = skeleton.path
         self._fused = [
             {each.name: each for each in skeleton.fused(i)} for i in range(len(skeleton))

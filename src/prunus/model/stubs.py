@@ -31,13 +31,16 @@ class BlockStubs:
     Args:
         model_name: the model's class, for messages.
         blocks: its blocks, in order; on the meta device while the stubs are in use.
+        images: the model takes images, whose hidden states may be grids.
     """
 
-    def __init__(self, model_name: str, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, model_name: str, blocks: Sequence[nn.Module], images: bool = False) -> None:
         self._model_name = model_name
+        self._images = images
         self._blocks = blocks
-        # Class of a block -> whether its forward returns a tuple with the hidden states first.
-        self._returns_tuple: dict[type, bool] = {}
+        # Class of a block -> what its forward returns behind the hidden states; None if it returns
+        # the hidden states alone, not in a tuple.
+        self._other_outputs: dict[type, tuple[Any, ...] | None] = {}
 
     def record(self, run: Callable[[], object]) -> tuple[torch.Tensor, list[BlockCall]]:
         """Run a model up to its last block, and record how it calls each block.
@@ -50,8 +53,8 @@ class BlockStubs:
             every block.
 
         Raises:
-            NotImplementedError: the model changes hidden states between its blocks, or does not
-                call each block exactly once and in order.
+            NotImplementedError: the model changes hidden states between its blocks, passes them
+                in another shape, or does not call each block exactly once and in order.
         """
         calls: list[BlockCall] = []
         first: list[torch.Tensor] = []
@@ -75,6 +78,7 @@ class BlockStubs:
                         f"and {index}; such models cannot be pruned block by block yet"
                     )
                 if index == 0:
+                    self._check_shape(hidden)
                     first.append(hidden)
                 calls.append(BlockCall(args, kwargs))
                 if index == len(self._blocks) - 1:
@@ -82,7 +86,8 @@ class BlockStubs:
                         # No other block shows what this class returns; see `returning`.
                         self._try_block(block, calls[-1], hidden)
                     raise _LastBlockReached
-                return (hidden,) if self._try_block(block, calls[-1], hidden) else hidden
+                self._try_block(block, calls[-1], hidden)
+                return self._as_returned(block, hidden)
 
             return forward
 
@@ -104,7 +109,7 @@ class BlockStubs:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 last = index == len(self._blocks) - 1
                 output = hidden if last else split_hidden(args, kwargs)[0]
-                return (output,) if self._returns_tuple.get(type(block), False) else output
+                return self._as_returned(block, output)
 
             return forward
 
@@ -118,17 +123,32 @@ class BlockStubs:
                 stack.enter_context(replaced_forward(block, stub(index)))
             yield
 
-    def _try_block(self, block: nn.Module, call: BlockCall, hidden: torch.Tensor) -> bool:
-        """Whether blocks of this class return a tuple; runs a copy with zero weights to see it.
+    def _as_returned(self, block: nn.Module, hidden: torch.Tensor) -> Any:
+        """Hidden states in the form in which a block returns them."""
+        others = self._other_outputs.get(type(block))
+        return hidden if others is None else (hidden, *others)
+
+    def _try_block(self, block: nn.Module, call: BlockCall, hidden: torch.Tensor) -> None:
+        """Find out what blocks of this class return; runs a copy with zero weights to see it.
 
         What a class returns depends on the version of transformers, and annotations of its forward
-        are not reliable.
+        are not reliable. Some models unpack all that a block returns, such as attention weights.
         """
         kind = type(block)
-        if kind not in self._returns_tuple:
+        if kind not in self._other_outputs:
             trial = copy.deepcopy(block)
             trial.__dict__.pop("forward", None)  # the copy must not run the stub
             placement.fill_with_zeros(trial, hidden.device)
             output = trial(hidden, *call.args, **call.kwargs)
-            self._returns_tuple[kind] = isinstance(output, tuple | list)
-        return self._returns_tuple[kind]
+            self._other_outputs[kind] = (
+                tuple(output[1:]) if isinstance(output, tuple | list) else None
+            )
+
+    def _check_shape(self, hidden: torch.Tensor) -> None:
+        """Refuse hidden states of text that have more axes than (windows, tokens, hidden)."""
+        if hidden.dim() != 3 and not self._images:
+            raise NotImplementedError(
+                f"{self._model_name} passes hidden states of shape {tuple(hidden.shape)} to its "
+                "blocks, and prunus takes (windows, tokens, hidden); such models cannot be pruned "
+                "yet"
+            )
