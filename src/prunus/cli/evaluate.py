@@ -119,7 +119,8 @@ def evaluate(
             show_default=False,
             rich_help_panel=arg.ADVANCED,
             help="Whether the BOS token takes the place of every window's first token. auto: if "
-            "the tokenizer puts one before a text. no: as in the papers. Default: auto.",
+            "the tokenizer puts one before a text. yes: always. no: as in the papers. Default: "
+            "auto.",
         ),
     ] = "auto",
     stream: Annotated[

@@ -120,7 +120,8 @@ def recover(
             metavar="BOS",
             rich_help_panel=_TRAINING,
             help="Whether the BOS token takes the place of every window's first token. auto: if "
-            "the tokenizer puts one before a text. no: as in the papers. Default: auto.",
+            "the tokenizer puts one before a text. yes: always. no: as in the papers. Default: "
+            "auto.",
         ),
     ] = None,
     dtype: Annotated[

@@ -116,7 +116,7 @@ class Recipe(BaseModel):
     bos: Literal["auto", "yes", "no"] = Field(
         "auto",
         description="Whether every window begins with the BOS token. auto: if the tokenizer puts "
-        "one before a text. no: as in the papers.",
+        "one before a text. yes: always. no: as in the papers.",
     )
     batch: int | None = Field(
         None,
