@@ -244,6 +244,7 @@ def test_models_of_the_command_line_replace_those_of_the_file(tmp_path):
         ("calibration-size", 8),
         ("comparison-group", 8),
         ("weight-update", 6),
+        ("lora", 6),
     ],
 )
 def test_the_examples_are_sweeps_that_pass_all_checks(name, cells, dense, tmp_path):
