@@ -149,9 +149,8 @@ def perplexity(
             A `Reference` runs once for several models. None compares with nothing.
         protocol: `papers` scores all tokens of a window but the first. `llama.cpp` scores those of
             its second half, as the perplexity tool of llama.cpp does.
-        bos: whether the BOS token takes the place of every window's first token. `auto` does so if
-            the tokenizer puts one before a text, as generation and lm-eval do; `no` is the
-            protocol of the papers; `yes` needs a tokenizer with a BOS token.
+        bos: whether BOS takes the place of every window's first token: `auto`, if the tokenizer
+            puts it before a text, as generation and lm-eval do; `no`, as in the papers; or `yes`.
         tokenizer: None takes the one in the model's folder.
         seqlen: tokens per window. None takes 2048, or 512 with protocol `llama.cpp`.
         limit: score only this many windows, from the start of the text. None scores all.
@@ -222,10 +221,8 @@ def perplexity(
     budget = parse_bytes(memory) if isinstance(memory, str) else memory
     settings = (dtype, place, budget, trust_remote_code)
     with contextlib.ExitStack() as stack:
-        other = None
-        if isinstance(reference, Reference):
-            other = reference
-        elif reference is not None:
+        other = reference if isinstance(reference, Reference) else None
+        if other is None and reference is not None:
             other = stack.enter_context(Reference(reference))
         if other is not None:
             other.open(*settings)
