@@ -210,11 +210,11 @@ MUTANTS: dict[str, Mutant] = {
         "dtype=tensor.dtype)",
         (_ENGINE, "pinned"),
     ),
-    "a result that nobody waits for": Mutant(
+    "integers that nobody waits for": Mutant(
         "pruning/block/linear.py",
-        "result.to(stored.device).contiguous()",
-        "result.contiguous().to(stored.device, non_blocking=True)",
-        (_ENGINE, "every_method and wanda"),
+        "part.cpu() for part in pruned.quantized",
+        'part.to("cpu", non_blocking=True) for part in pruned.quantized',
+        (_ENGINE, "compression_gives"),
     ),
     "packed weights that are expanded at every call": Mutant(
         "packed/linear.py",

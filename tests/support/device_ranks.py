@@ -26,7 +26,6 @@ from tiny import tiny_checkpoint, token_ids  # noqa: E402
 
 RUNS: dict[str, dict[str, Any]] = {
     "wanda": {},
-    "sparsegpt": {"method": "sparsegpt", "pattern": "2:4"},
     "alps, reconstructed": {
         "method": "alps",
         "dense_weight": 0.25,
