@@ -259,3 +259,12 @@ def test_hidden_states_travel_by_pinned_memory(dense, tmp_path, monkeypatch):
         prune(dense, tmp_path / "out", "cuda:0")
     of_states = [kind for kind, line in found.by_line if line.startswith("hidden_states")]
     assert sorted(of_states) == ["download", "upload"], found
+
+
+@pytest.mark.skipif(not PRETEND, reason="a real device has refused such an operator already")
+def test_every_operator_that_ran_has_a_kernel_for_cuda(dense, tmp_path):
+    """The last test of this file, so that all others have run."""
+    from pretend_cuda import operators_without_cuda
+
+    prune(dense, tmp_path / "out", "cuda:0", method="alps", pattern="2:4")
+    assert operators_without_cuda() == []

@@ -30,7 +30,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["DEVICES", "INSTALLED", "Traffic", "install", "library", "load", "traffic", "why_not"]
+__all__ = [
+    "DEVICES",
+    "INSTALLED",
+    "Traffic",
+    "install",
+    "library",
+    "load",
+    "operators_without_cuda",
+    "traffic",
+    "why_not",
+]
 
 _SOURCE = Path(__file__).with_name("pretend_cuda.cpp")
 #: The environment variable that is set in a process with pretend devices.
