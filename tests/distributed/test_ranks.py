@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from places import SUPPORT
-from prunus.distributed import SINGLE_PROCESS, process_group, split_range
+from prunus.distributed import SINGLE_PROCESS, is_rank_0, process_group, split_range
 from prunus.distributed.heartbeat import Heartbeat
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked here")
@@ -229,3 +229,23 @@ def test_without_torchrun_there_is_one_rank(monkeypatch):
         assert ranks is SINGLE_PROCESS
     with pytest.raises(ValueError, match="rank timeout"), process_group(0):
         pass
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_variables_of_torchrun_that_are_no_numbers_are_named(name, monkeypatch):
+    own = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for variable, value in (own | {name: "node7"}).items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=f"{name} is 'node7', and torchrun"), process_group():
+        pass
+    assert is_rank_0()
+
+
+@pytest.mark.parametrize("rank", ["1", "node7"])
+def test_a_rank_alone_is_no_torchrun(rank, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    for variable in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(variable, raising=False)
+    with process_group() as ranks:
+        assert ranks is SINGLE_PROCESS
+    assert is_rank_0()

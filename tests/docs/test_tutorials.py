@@ -91,6 +91,9 @@ def smaller(verb: str, arguments: list[str]) -> list[str]:
     if verb == "plan" and "--model-shape" in arguments:
         options = {}
     kept = list(arguments)
+    if "--memory" in kept:
+        # Whatever ran in this process before counts against the budget.
+        options["--memory"] = "64GB"
     for option, value in options.items():
         if option in kept:
             kept[kept.index(option) + 1] = value

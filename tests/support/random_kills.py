@@ -37,12 +37,14 @@ from safetensors import safe_open  # noqa: E402
 
 import prunus  # noqa: E402
 from kill_points import fork  # noqa: E402
+from prunus.model.checkpoint.gguf import import_gguf  # noqa: E402
 from prunus.model.checkpoint.reader import INDEX_NAME  # noqa: E402
 from prunus.packed import pack  # noqa: E402
 from prunus.sweep import Sweep, run_sweep  # noqa: E402
 from recovery_cases import recover  # noqa: E402
 
 MAX_SECONDS = 60
+GGUF_NAME = "tiny.gguf"
 _TIMES = ("seconds", "peak_memory_bytes")
 
 
@@ -69,6 +71,7 @@ def verbs(dense: Path, pruned: Path, text: Path, ids: Path) -> dict[str, Callabl
             pruned, out, "masked", text, evaluations=2, tokens=128
         ),
         "sweep": lambda out: run_sweep(sweep, out),
+        "import": lambda out: import_gguf(dense.parent / GGUF_NAME, out, overwrite=True),
     }
 
 
@@ -171,7 +174,11 @@ def main() -> None:
                 os.kill(process, signal.SIGKILL)
                 if os.WIFSIGNALED(os.waitpid(process, 0)[1]):
                     fallen += 1
-                    results.append({"verb": verb, "share": round(share, 3), "audit": audit(out)})
+                    faults = audit(out)
+                    # An import gives a whole folder or none, also over an earlier result.
+                    if verb == "import" and out.exists() and outcome(out) != expected:
+                        faults.append("the folder of an import is not whole")
+                    results.append({"verb": verb, "share": round(share, 3), "audit": faults})
             if results and results[-1]["verb"] == verb:
                 status = end(fork(lambda: work(out)))  # noqa: B023
                 found = outcome(out)
@@ -180,6 +187,7 @@ def main() -> None:
                     "differs": [
                         name for name in expected | found if expected.get(name) != found.get(name)
                     ],
+                    "left": [path.name for path in scratch.glob(".*")],
                 }
     print(json.dumps(results))
 

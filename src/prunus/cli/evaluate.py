@@ -284,14 +284,25 @@ def _parse_batch(text: str) -> int | str:
 
 
 def inspect(
-    model: arg.Model, trust_remote_code: arg.Trust = False, json_file: arg.Json = None
+    model: arg.Model,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            show_default=False,
+            help="First compare every shard with the SHA-256 in the record of the run that wrote "
+            "it.",
+        ),
+    ] = False,
+    trust_remote_code: arg.Trust = False,
+    json_file: arg.Json = None,
 ) -> None:
     """Show shape, dtype, sparsity and N:M patterns of every linear."""
     with user_errors(json_file):
         from prunus.evaluation.inspection import inspect as inspect_checkpoint
         from prunus.report.tables import inspection_table
 
-        found = inspect_checkpoint(model, trust_remote_code=trust_remote_code)
+        found = inspect_checkpoint(model, trust_remote_code=trust_remote_code, verify=verify)
         print_result(inspection_table(found), json_file, found.as_dict())
 
 

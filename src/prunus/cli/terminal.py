@@ -146,7 +146,8 @@ def log(message: str) -> None:
     """
     from prunus.report.console import printable
 
-    rank = os.environ.get("RANK", "0")
+    # A RANK without the other variables of torchrun means nothing; see `prunus.distributed`.
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE") else "0"
     prefix = "prunus:" if rank == "0" else f"prunus, rank {rank}:"
     with contextlib.suppress(OSError):
         print(prefix, printable(" ".join(message.splitlines())), file=sys.stderr, flush=True)

@@ -40,7 +40,13 @@ def is_rank_0() -> bool:
 
 
 def _started_by_torchrun() -> bool:
-    return all(os.environ.get(name) for name in _VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
+    """Whether torchrun started this process as one of several.
+
+    torchrun sets all four variables. One of them alone, such as a RANK that a shell or a scheduler
+    has set, means nothing.
+    """
+    values = [os.environ.get(name, "") for name in _VARIABLES]
+    return all(values) and all(x.isdecimal() for x in values[:2]) and int(values[1]) > 1
 
 
 @contextlib.contextmanager
@@ -54,10 +60,12 @@ def process_group(timeout: float | None = None) -> Iterator[Ranks]:
             counts as lost; None for `DEFAULT_TIMEOUT`.
 
     Raises:
-        ValueError: the timeout is not above 0, or torch.distributed is in use already.
+        ValueError: the timeout is not above 0, torch.distributed is in use already, or torchrun's
+            variables hold no numbers.
         RankError: inside the block, wherever this rank waits for one that is lost.
     """
     timeout = DEFAULT_TIMEOUT if timeout is None else timeout
+    _check_variables()
     if not (math.isfinite(timeout) and timeout > 0):
         raise ValueError(f"the rank timeout is {timeout}; it must be a number of seconds above 0")
     if not _started_by_torchrun():
@@ -102,6 +110,19 @@ def process_group(timeout: float | None = None) -> Iterator[Ranks]:
         # Destroying a group that has lost a member would wait for that member.
         if not rank_lost:
             dist.destroy_process_group()
+
+
+def _check_variables() -> None:
+    """Check that RANK and WORLD_SIZE are numbers, where all variables of torchrun are set."""
+    if not all(os.environ.get(name) for name in _VARIABLES):
+        return
+    for name in ("RANK", "WORLD_SIZE"):
+        if not os.environ[name].isdecimal():
+            raise ValueError(
+                f"the environment variable {name} is {os.environ[name]!r}, and torchrun sets it to "
+                "a number: start prunus with torchrun, or unset "
+                f"{', '.join(_VARIABLES)} for a single process"
+            )
 
 
 def _own_connection(store: Any, name: str, timeout: float) -> Any:

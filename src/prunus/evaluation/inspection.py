@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunus.model.checkpoint.digests import verify_shards
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
@@ -65,12 +66,14 @@ class Inspection:
         blocks: number of blocks.
         linears: all linears, in the order of the model.
         left_dense: name -> shape of weights that stay dense.
+        verified: number of shards whose bytes are those of the record; None if not compared.
     """
 
     model: str
     blocks: int
     linears: tuple[LinearInfo, ...]
     left_dense: dict[str, tuple[int, ...]]
+    verified: int | None = None
 
     @property
     def weights(self) -> int:
@@ -97,26 +100,34 @@ class Inspection:
             "sparsity": self.sparsity,
             "bits": self.bits,
             "linears": rows,
+            "verified": self.verified,
             "left_dense": {name: list(shape) for name, shape in self.left_dense.items()},
         }
 
 
-def inspect(model: str | Path | nn.Module, *, trust_remote_code: bool = False) -> Inspection:
+def inspect(
+    model: str | Path | nn.Module, *, trust_remote_code: bool = False, verify: bool = False
+) -> Inspection:
     """Inspect a checkpoint, one block in memory at a time, or a loaded model.
 
     Args:
         model: a checkpoint folder, a hub id, or a loaded transformers model.
         trust_remote_code: let transformers run code that comes with the checkpoint.
+        verify: compare every shard with the SHA-256 in the record beside it first.
 
     Raises:
         FileNotFoundError, ValueError, NotImplementedError: the checkpoint is damaged, or of an
-            unknown kind.
+            unknown kind; or it has no record to compare with.
     """
+    verified = None
     source: CheckpointSource | ModuleSource | PackedSource
     if isinstance(model, nn.Module):
+        if verify:
+            raise ValueError("a loaded model has no shards to compare; give its folder")
         source, name = ModuleSource(model), type(model).__name__
     else:
         folder, name = resolve_folder(model), str(model)
+        verified = verify_shards(folder) if verify else None
         if is_packed(folder):
             source = PackedSource(folder, trust_remote_code)
         else:
@@ -126,7 +137,7 @@ def inspect(model: str | Path | nn.Module, *, trust_remote_code: bool = False) -
     dense: dict[str, tuple[int, ...]] = {}
     for index in range(len(skeleton)):
         dense |= skeleton.left_dense(index)
-    return Inspection(name, len(skeleton), tuple(_linears(source, skeleton)), dense)
+    return Inspection(name, len(skeleton), tuple(_linears(source, skeleton)), dense, verified)
 
 
 def _linears(

@@ -210,14 +210,17 @@ def add_lora(
         return peft.PeftModelForCausalLM(model, config, _NAME)
 
 
-def save_adapter(adapted: Any, folder: Path) -> None:
+def save_adapter(adapted: Any, folder: Path) -> dict[str, str]:
     """Write the adapter of a peft model as peft would, but each file atomically.
 
     The configuration comes last: a folder that has it is a whole adapter.
+
+    Returns:
+        Name of the file of weights -> SHA-256 of its bytes.
     """
     import peft
 
-    save_safetensors(
+    digest = save_safetensors(
         folder / WEIGHTS_NAME, peft.get_peft_model_state_dict(adapted, adapter_name=_NAME)
     )
     config = adapted.peft_config[_NAME].to_dict() | {"inference_mode": True}
@@ -225,6 +228,7 @@ def save_adapter(adapted: Any, folder: Path) -> None:
         key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
     }
     write_json(folder / CONFIG_NAME, content)
+    return {WEIGHTS_NAME: digest}
 
 
 def require_peft() -> None:

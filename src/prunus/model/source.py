@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.regular_files import read_limited
 from prunus.model.config import load_config, require_config
 from prunus.model.experts import Fused
 from prunus.model.names import names_in_model
@@ -85,7 +86,7 @@ class CheckpointSource:
         self.config = load_config(
             folder, trust_remote_code, quantized=quantized, checkpoint=self.checkpoint
         )
-        config_bytes = (folder / "config.json").read_bytes()
+        config_bytes = read_limited(folder / "config.json")
         self.fingerprint = hashlib.sha256(
             self.checkpoint.fingerprint.encode() + config_bytes
         ).hexdigest()

@@ -7,7 +7,8 @@ weights, so that a half-written folder is never taken for a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,19 +16,22 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prunus.model.checkpoint.atomic_files import (
-    TEMPORARY_SUFFIX,
-    copy_file,
     fsync_folder,
     make_folder,
     read_json,
+    remove_temporaries,
     write_json,
     write_text,
 )
+from prunus.model.checkpoint.companions import check_companions, copy_companion
+from prunus.model.checkpoint.digests import check_shard, fingerprint_with, recorded_digests
+from prunus.model.checkpoint.lock import locked
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_whole, is_vacant
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint, auxiliary_files
+from prunus.model.checkpoint.regular_files import read_card
 from prunus.model.checkpoint.writer import save_safetensors
 
-__all__ = ["Conversion", "LinearRecord", "Record"]
+__all__ = ["Conversion", "LinearRecord", "Record", "open_conversion"]
 
 _MANIFEST = "prunus.json"
 
@@ -67,9 +71,14 @@ class Record(BaseModel):
 
     action: Literal["pack", "unpack"]
     source: str = Field(description="the folder or hub id as the user gave it")
-    fingerprint: str = Field(description="hash of the source's headers and configuration")
+    fingerprint: str = Field(
+        description="hash of the source's headers and configuration, and of its recorded SHA-256"
+    )
     values: str = Field(description="dtype of stored values (pack) or of expanded weights (unpack)")
     shards: dict[str, dict[str, LinearRecord]] = Field(default_factory=dict)
+    sha256: dict[str, str] = Field(
+        default_factory=dict, description="file name of a shard -> SHA-256 of its bytes"
+    )
     finished: bool = False
 
     @property
@@ -79,6 +88,24 @@ class Record(BaseModel):
     @property
     def file_name(self) -> str:
         return f"prunus-{self.action}.json"
+
+
+@contextlib.contextmanager
+def open_conversion(
+    source: Checkpoint, output: Path, record: Record, overwrite: bool, needed: int
+) -> Iterator[Conversion]:
+    """A conversion whose folder is held against other runs for the length of a `with` block.
+
+    The arguments and errors are those of `Conversion`.
+
+    Raises:
+        FileExistsError: another run holds the folder.
+    """
+    # The first look refuses a folder of somebody else before a lock is written into it. The second
+    # one decides, because another run may finish between the look and the lock.
+    Conversion(source, output, record, overwrite, needed)
+    with locked(output):
+        yield Conversion(source, output, record, overwrite, needed)
 
 
 class Conversion:
@@ -92,7 +119,7 @@ class Conversion:
         needed: bytes of disk that the result takes.
 
     Raises:
-        ValueError: source and output overlap.
+        ValueError: source and output overlap, or the source holds a file that cannot be copied.
         FileExistsError: `output` holds something else, or a conversion of another source or with
             other values.
         OSError: the disk has less than `needed` bytes free.
@@ -104,6 +131,12 @@ class Conversion:
         self.source = source
         self.folder = output
         check_apart(output, source.folder)
+        check_companions(source.folder)
+        self._card = read_card(source.folder / "README.md")
+        recorded = recorded_digests(source.folder)
+        source.verify_on_read(recorded)
+        fingerprint = fingerprint_with(record.fingerprint, recorded)
+        record = record.model_copy(update={"fingerprint": fingerprint})
         self.record = self._earlier(record, overwrite) or record
         if not self.record.finished:
             check_disk(output, needed)
@@ -140,25 +173,33 @@ class Conversion:
         """Create the folder and remove what the record does not name.
 
         A leftover of an interrupted run must not make half of a result look whole.
+
+        Raises:
+            ValueError: a shard of the earlier run was changed.
         """
         make_folder(self.folder)
+        for name, expected in self.record.sha256.items():
+            if (self.folder / name).exists():
+                remedy = "remove it, and the same command makes it again"
+                check_shard(self.folder / name, expected, remedy)
         for name in list(self.record.shards):
             if not (self.folder / name).exists():
                 del self.record.shards[name]
+                self.record.sha256.pop(name, None)
         self._save()
         (self.folder / INDEX_NAME).unlink(missing_ok=True)
         fsync_folder(self.folder)
-        for path in self.folder.iterdir():
-            stale = path.suffix == ".safetensors" and path.name not in self.record.shards
-            if stale or path.name.endswith(TEMPORARY_SUFFIX):
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in self.record.shards:
                 path.unlink()
+        remove_temporaries(self.folder)
 
     def commit(
         self, shard: str, tensors: Mapping[str, torch.Tensor], linears: Mapping[str, LinearRecord]
     ) -> None:
         """Write a shard, then enter it in the record."""
         self.source.check_unchanged()
-        save_safetensors(self.folder / shard, tensors)
+        self.record.sha256[shard] = save_safetensors(self.folder / shard, tensors)
         self.record.shards[shard] = dict(linears)
         self._save()
 
@@ -172,13 +213,10 @@ class Conversion:
         """
         for path in auxiliary_files(self.source.folder):
             if path.name != "config.json" and not path.name.startswith("prunus-"):
-                copy_file(path, self.folder / path.name)
+                copy_companion(path, self.folder / path.name)
         if (self.source.folder / _MANIFEST).exists():
-            copy_file(self.source.folder / _MANIFEST, self.folder / _MANIFEST)
-        readme = self.source.folder / "README.md"
-        write_text(
-            self.folder / "README.md", card(readme.read_text("utf-8") if readme.exists() else None)
-        )
+            copy_companion(self.source.folder / _MANIFEST, self.folder / _MANIFEST)
+        write_text(self.folder / "README.md", card(self._card))
         write_json(self.folder / "config.json", config)
         shards = Checkpoint(self.folder, only=list(self.record.shards))
         weight_map = {name: info.file for name, info in sorted(shards.tensors.items())}

@@ -15,14 +15,13 @@ import torch
 from torch import nn
 
 from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.checkpoint.lock import clear_stale_lock, locked
 from prunus.model.checkpoint.reader import Checkpoint, resolve_folder
 from prunus.model.kinds import require_causal
 from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.packed.bitmap import kept, pack_weight
-from prunus.packed.conversion import Conversion, LinearRecord, Record
+from prunus.packed.conversion import Conversion, LinearRecord, Record, open_conversion
 from prunus.packed.description import Description, PackedShape, Stored, StoredTensor
 from prunus.packed.forms import checked_weight, expand, named_tensors, relative_error
 from prunus.packed.weight import PackedWeight
@@ -108,13 +107,10 @@ def pack(
     source.bind(skeleton)
     record = Record(action="pack", source=str(model), fingerprint=source.fingerprint, values=stored)
     needed = source.checkpoint.nbytes(source.checkpoint.tensors)
-    conversion = Conversion(source.checkpoint, Path(output), record, overwrite, needed)
-    if conversion.record.finished:
-        clear_stale_lock(conversion.folder)
+    with open_conversion(source.checkpoint, Path(output), record, overwrite, needed) as conversion:
+        if not conversion.record.finished:
+            _pack_all(conversion, source, skeleton, stored, progress)
         return conversion.record
-    with locked(conversion.folder):
-        _pack_all(conversion, source, skeleton, stored, progress)
-    return conversion.record
 
 
 def _pack_all(
@@ -284,13 +280,10 @@ def unpack(
     needed = checkpoint.nbytes(checkpoint.tensors) + sum(
         shape.out_features * shape.in_features * dtype.itemsize for shape in shapes
     )
-    conversion = Conversion(checkpoint, Path(output), record, overwrite, needed)
-    if conversion.record.finished:
-        clear_stale_lock(conversion.folder)
+    with open_conversion(checkpoint, Path(output), record, overwrite, needed) as conversion:
+        if not conversion.record.finished:
+            _unpack_all(conversion, checkpoint, described, config, dtype, progress)
         return conversion.record
-    with locked(conversion.folder):
-        _unpack_all(conversion, checkpoint, described, config, dtype, progress)
-    return conversion.record
 
 
 def _unpack_all(

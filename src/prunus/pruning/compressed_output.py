@@ -6,8 +6,7 @@ dense copy of them is ever written.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prunus.model.checkpoint.atomic_files import read_json, write_json
-from prunus.model.checkpoint.lock import locked
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.linears import tied_embedding
@@ -30,34 +28,28 @@ from prunus.pruning.block.block_state import FinishedBlock
 from prunus.pruning.job import PruningJob
 from prunus.pruning.output import CheckpointOutput, InPlaceOutput, Output, shard_name
 
-__all__ = ["MEASUREMENT", "CompressedOutput", "embedding_and_head", "open_output"]
+__all__ = ["MEASUREMENT", "CompressedOutput", "embedding_and_head", "make_output"]
 
 #: Measurements of an unfinished run; they decide the bytes of all blocks.
 MEASUREMENT = "sensitivity.safetensors"
 
 
-@contextlib.contextmanager
-def open_output(job: PruningJob, folder: Path | None) -> Iterator[Output]:
-    """The output of a run, held against other runs while the `with` lasts.
+def make_output(job: PruningJob, folder: Path | None) -> Output:
+    """The output of a run.
 
     Args:
         job: The checked run.
-        folder: The folder of the new checkpoint; None for a loaded model, which is pruned in place.
-
-    Raises:
-        FileExistsError: Another run holds the folder.
+        folder: The folder of the new checkpoint, which the run has locked; None for a loaded model,
+            which is pruned in place.
     """
     if isinstance(job.source, ModuleSource):
-        yield InPlaceOutput(job.source)
-        return
+        return InPlaceOutput(job.source)
     assert folder is not None, "a checkpoint is pruned into a folder"
-    with locked(folder):
-        if job.recipe.bits is None:
-            yield CheckpointOutput(
-                folder, job.source, job.ranks, job.host_budget, job.options.trust_remote_code
-            )
-        else:
-            yield CompressedOutput(folder, job)
+    if job.recipe.bits is None:
+        return CheckpointOutput(
+            folder, job.source, job.ranks, job.host_budget, job.options.trust_remote_code
+        )
+    return CompressedOutput(folder, job)
 
 
 class CompressedOutput(CheckpointOutput):

@@ -57,6 +57,9 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     hardware: dict[str, Any]
     blocks: list[BlockRecord] = Field(default_factory=list)
+    sha256: dict[str, str] = Field(
+        default_factory=dict, description="file name of a finished shard -> SHA-256 of its bytes"
+    )
     head: LinearRecord | None = None
     allocation: dict[str, float] = Field(
         default_factory=dict,

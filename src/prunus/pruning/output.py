@@ -15,13 +15,14 @@ import torch
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.model.checkpoint.atomic_files import (
-    TEMPORARY_SUFFIX,
-    copy_file,
     fsync_folder,
     make_folder,
+    remove_temporaries,
     write_json,
     write_text,
 )
+from prunus.model.checkpoint.companions import copy_companion
+from prunus.model.checkpoint.digests import check_shard
 from prunus.model.checkpoint.output_folder import check_apart, check_whole, is_vacant
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint, auxiliary_files
 from prunus.model.checkpoint.writer import save_safetensors
@@ -228,6 +229,7 @@ class CheckpointOutput:
         """As `begin`; returns how many finished blocks there are."""
         manifest = self._manifest
         make_folder(self.folder)
+        self._check_shards()
         # The manifest claims the folder first. Then the index goes, and the rest of an overwritten
         # result is no model any more.
         manifest.save(self.folder)
@@ -236,19 +238,36 @@ class CheckpointOutput:
         if overwrite:
             for path in self.folder.glob("*.safetensors"):
                 path.unlink()
-        for path in self.folder.glob(f"*{TEMPORARY_SUFFIX}"):
-            path.unlink()
+        remove_temporaries(self.folder)
         for index in range(len(manifest.blocks)):
             if not (self.folder / shard_name(index)).exists():
                 # A shard was deleted. The blocks after it are pruned again as well.
+                for lost in range(index, len(manifest.blocks)):
+                    manifest.sha256.pop(shard_name(lost), None)
                 del manifest.blocks[index:]
                 manifest.save(self.folder)
                 break
         # The check above has just read what lies outside the blocks, and embedding reads it next.
         # Copied now, it comes from the disk only once. A pruned head is not known yet.
-        if not manifest.recipe.head and not (self.folder / OUTSIDE_SHARD).exists():
+        if not manifest.recipe.head and not self._has_outside():
             self._write_outside({})
+            manifest.save(self.folder)
         return len(manifest.blocks)
+
+    def _check_shards(self) -> None:
+        """Check that the shards of the run that is resumed are what it wrote.
+
+        Raises:
+            ValueError: A disk or a copy has changed one; names it.
+        """
+        for name, expected in self._manifest.sha256.items():
+            if (self.folder / name).exists():
+                remedy = "remove it, and the same command makes it again"
+                check_shard(self.folder / name, expected, remedy)
+
+    def _has_outside(self) -> bool:
+        """Whether the shard of what lies outside the blocks is there, and in the manifest."""
+        return OUTSIDE_SHARD in self._manifest.sha256 and (self.folder / OUTSIDE_SHARD).exists()
 
     def read_block(self, index: int) -> Mapping[str, torch.Tensor]:
         """The pruned tensors of a finished block, by names relative to the block.
@@ -282,7 +301,8 @@ class CheckpointOutput:
             return
         tensors = self._shard(index, stored, finished)
         self._source.checkpoint.check_unchanged()
-        save_safetensors(self.folder / shard_name(index), tensors)
+        name = shard_name(index)
+        self._manifest.sha256[name] = save_safetensors(self.folder / name, tensors)
         self._manifest.blocks.append(finished.record)
         self._manifest.save(self.folder)
 
@@ -298,10 +318,10 @@ class CheckpointOutput:
 
     def _finish(self, changed: Mapping[str, torch.Tensor]) -> None:
         source, checkpoint = self._source, self._source.checkpoint
-        if changed or not (self.folder / OUTSIDE_SHARD).exists():
+        if changed or not self._has_outside():
             self._write_outside(changed)
         for path in auxiliary_files(checkpoint.folder, code=self._trust_remote_code):
-            copy_file(path, self.folder / path.name)
+            copy_companion(path, self.folder / path.name)
         card = model_card(self._manifest, kind_of(source.config).loader)
         write_text(self.folder / "README.md", self._card(card))
         self._write_config()
@@ -332,7 +352,9 @@ class CheckpointOutput:
             # were read for it and are needed again at once.
             uncached = 4 * self._source.checkpoint.nbytes(keys) > self._memory
             tensors = self._outside(dict(self._source.checkpoint.read(keys)) | replaced)
-            save_safetensors(self.folder / OUTSIDE_SHARD, tensors, uncached=uncached)
+            self._manifest.sha256[OUTSIDE_SHARD] = save_safetensors(
+                self.folder / OUTSIDE_SHARD, tensors, uncached=uncached
+            )
 
     def _outside(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors of the shard of what lies outside the blocks."""

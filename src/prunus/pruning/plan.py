@@ -17,6 +17,7 @@ from prunus.distributed import SINGLE_PROCESS
 from prunus.hardware.memory import available_memory, memory_budget, resident_memory
 from prunus.methods import METHODS, check_options, compose, default_group
 from prunus.methods.patterns import Pattern, check_shape
+from prunus.model.checkpoint.companions import check_companions
 from prunus.model.checkpoint.output_folder import check_disk
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.device import choose_device
@@ -35,7 +36,7 @@ from prunus.pruning.rank_checks import check_ranks_can_share
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.selection import check_inputs, select_linears, select_packable
 
-__all__ = ["CheckedRun", "check_run", "plan_run"]
+__all__ = ["CheckedRun", "check_run", "find_earlier_run", "plan_run"]
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ def check_run(
 ) -> CheckedRun:
     """All checks of a run, and all its decisions. Nothing is written.
 
-    The output folder is checked twice. The first look comes before anything is downloaded or read.
-    The second one knows how large the result will be.
+    A run that is about to start has locked the output folder. The folder is checked twice. The
+    first look comes before anything is downloaded or read. The second one knows how large the
+    result will be.
 
     Args:
         model, recipe, options, overwrite, resume: See `prunus.prune`.
@@ -76,17 +78,14 @@ def check_run(
     """
     ranks = options.ranks or SINGLE_PROCESS
 
-    def find_earlier_run() -> dict[str, Any] | None:
+    def look() -> dict[str, Any] | None:
         if output is None:
             return None
-        earlier = check_output(output, Path(str(model)), overwrite)
-        check_resume(output, earlier, resume)
-        if earlier is not None:
-            earlier.check_same_run(recipe)
+        earlier = find_earlier_run(Path(str(model)), output, recipe, overwrite, resume)
         return None if earlier is None else earlier.model_dump(mode="json")
 
     # Rank 0 alone looks at the folder, and tells the others as JSON.
-    found = ranks.on_rank_0(find_earlier_run)
+    found = ranks.on_rank_0(look)
     earlier = None if found is None else Manifest.model_validate(found)
     with ranks.fail_together():
         check_ranks_can_share(recipe, ranks)
@@ -102,6 +101,24 @@ def check_run(
 
     ranks.on_rank_0(check_room)
     return CheckedRun(job, earlier)
+
+
+def find_earlier_run(
+    model: Path, output: Path, recipe: Recipe, overwrite: bool, resume: bool | None
+) -> Manifest | None:
+    """The manifest of the run in the output folder that this run resumes or finds finished.
+
+    Returns:
+        The manifest; None for a new run.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: The run may not write into the folder.
+    """
+    earlier = check_output(output, model, overwrite)
+    check_resume(output, earlier, resume)
+    if earlier is not None:
+        earlier.check_same_run(recipe)
+    return earlier
 
 
 def plan_run(
@@ -131,6 +148,7 @@ def plan_run(
         source, name = ModuleSource(model), type(model).__name__
     else:
         source = CheckpointSource(resolve_folder(model), options.trust_remote_code)
+        check_companions(source.checkpoint.folder, options.trust_remote_code)
         name = str(model)
     if needs_inputs(recipe, method):
         check_inputs(kind_of(source.config), recipe, options.input_ids, options.data_dir)

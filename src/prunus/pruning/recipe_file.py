@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from prunus.model.checkpoint.regular_files import read_limited
 from prunus.pruning.recipe import Recipe
 
 __all__ = ["load_recipe", "read_toml"]
@@ -35,7 +36,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
                 f"{what} {path} has {path.stat().st_size:,} bytes, and at most {_MAX_BYTES:,} are "
                 "read; is it the right file?"
             )
-        text = path.read_text(encoding="utf-8")
+        text = read_limited(path).decode("utf-8")
         if found := _LONG_KEY.search(text):
             raise ValueError(
                 f"{what} {path} has a key of more than sixteen parts: {found[0][:40]}…; is it the "

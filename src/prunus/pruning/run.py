@@ -26,20 +26,21 @@ import torch
 from torch import nn
 
 from prunus.calibration import Windows
-from prunus.distributed import process_group
+from prunus.distributed import SINGLE_PROCESS, process_group
 from prunus.hardware.memory import HeapTrimmer, describe_hardware, peak_memory, versions
 from prunus.hardware.sizes import parse_bytes
 from prunus.pruning.allocate import allocate
 from prunus.pruning.block.checks import StoredBlock, read_stored
 from prunus.pruning.block.prune_block import BlockPruner
 from prunus.pruning.calibration_windows import calibration_windows, describe_given
-from prunus.pruning.compressed_output import open_output
+from prunus.pruning.compressed_output import make_output
 from prunus.pruning.compression import rate_control
 from prunus.pruning.job import PruningJob, RunOptions
 from prunus.pruning.manifest import Manifest, RunInputs
 from prunus.pruning.output import Output
+from prunus.pruning.output_lock import locked_output
 from prunus.pruning.overlap import BackgroundWrites, read_ahead
-from prunus.pruning.plan import CheckedRun, check_run
+from prunus.pruning.plan import CheckedRun, check_run, find_earlier_run
 from prunus.pruning.rank_checks import check_same_on_all_ranks
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.recipe_options import RecipeOptions, recipe_from
@@ -177,14 +178,22 @@ def run(
     progress: Callable[[Progress], None] | None = None,
 ) -> Manifest:
     """Carry out a recipe. The arguments and errors are those of `prune`."""
-    with _process_group(options) as joint_options:
+    with _process_group(options) as joint_options, contextlib.ExitStack() as stack:
         started = time.perf_counter()
         _check_destination(model, output)
+        if output is not None:
+            ranks = joint_options.ranks or SINGLE_PROCESS
+
+            def look() -> None:
+                find_earlier_run(Path(str(model)), output, recipe, overwrite, resume)
+
+            # What the folder holds decides what is done: from here on no other run may change it.
+            stack.enter_context(locked_output(output, ranks, look))
         checked = check_run(
             model, output, recipe, joint_options, overwrite=overwrite, resume=resume
         )
-        with open_output(checked.job, output) as destination:
-            return _prune_model(checked, destination, overwrite, started, progress)
+        destination = make_output(checked.job, output)
+        return _prune_model(checked, destination, overwrite, started, progress)
 
 
 def _prune_model(

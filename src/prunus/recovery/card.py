@@ -18,13 +18,17 @@ _WHAT_WAS_TRAINED: dict[Mode, str] = {
 }
 
 
-def checkpoint_card(record: RecoveryRecord, source: Path) -> str:
+def checkpoint_card(record: RecoveryRecord, name: str, card: str | None) -> str:
     """Return the pruned model's card with a section about its recovery.
 
     A section about an earlier recovery is replaced.
+
+    Args:
+        record: of the recovery.
+        name: of the pruned model.
+        card: its card, or None.
     """
-    path = source / "README.md"
-    before = path.read_text("utf-8") if path.exists() else f"# {source.name}, recovered\n"
+    before = card if card is not None else f"# {name}, recovered\n"
     title = "## Recovery"
     return f"{before.split(title)[0].rstrip()}\n\n{title}\n\n{_section(record)}"
 

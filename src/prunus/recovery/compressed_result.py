@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from prunus.model.checkpoint.atomic_files import copy_file, read_json, write_json, write_text
+from prunus.model.checkpoint.atomic_files import read_json, write_json, write_text
+from prunus.model.checkpoint.companions import copy_companion
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.packed.description import Description, QuantizedShape
@@ -35,7 +36,7 @@ def is_compressed(folder: Path) -> bool:
 
 def write_compressed(
     folder: Path, checkpoint: Checkpoint, changed: Mapping[str, torch.Tensor], card: str
-) -> None:
+) -> dict[str, str]:
     """Write a checkpoint again with some new tensors; all others keep their bytes.
 
     Args:
@@ -43,7 +44,11 @@ def write_compressed(
         checkpoint: the compressed checkpoint.
         changed: stored name -> new tensor, which is stored in the dtype of the old one.
         card: content of README.md.
+
+    Returns:
+        File name of a shard -> SHA-256 of its bytes.
     """
+    digests: dict[str, str] = {}
     files = sorted({info.file for info in checkpoint.tensors.values()})
     weight_map: dict[str, str] = {}
     for number, file in enumerate(files, start=1):
@@ -55,11 +60,12 @@ def write_compressed(
         }
         # The shard holds views of the source's file, which must not have changed.
         checkpoint.check_unchanged()
-        save_safetensors(folder / shard, tensors)
+        digests[shard] = save_safetensors(folder / shard, tensors)
         weight_map |= dict.fromkeys(keys, shard)
     for path in files_to_copy(checkpoint.folder):
-        copy_file(path, folder / path.name)
+        copy_companion(path, folder / path.name)
     write_text(folder / "README.md", card)
     total = checkpoint.nbytes(checkpoint.tensors)
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / INDEX_NAME, content)
+    return digests

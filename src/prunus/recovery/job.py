@@ -16,8 +16,10 @@ from prunus.calibration.training_text import TrainingText, training_text
 from prunus.distributed import Ranks
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.adapter import CONFIG_NAME, is_adapter, require_peft
+from prunus.model.checkpoint.companions import check_companions
 from prunus.model.checkpoint.output_folder import check_apart, check_whole, is_vacant
 from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.checkpoint.regular_files import read_card
 from prunus.model.device import choose_device
 from prunus.model.kinds import require_causal
 from prunus.model.loading import load_model
@@ -31,7 +33,13 @@ from prunus.recovery.record import RECORD_NAME, RecoveryInputs, RecoveryRecord
 from prunus.recovery.teacher import check_vocabulary
 from prunus.recovery.training import step_count, training_dtype
 
-__all__ = ["RecoveryJob", "check_ranks", "default_mode", "plan_recovery"]
+__all__ = [
+    "RecoveryJob",
+    "check_ranks",
+    "default_mode",
+    "find_earlier_recovery",
+    "plan_recovery",
+]
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,7 @@ class RecoveryJob:
         text: windows to train on and held-out windows.
         device, dtype: of matrix products.
         record: a new one, or that of the unfinished or finished recovery in `output`.
+        card: the pruned model's README.md, or None.
     """
 
     options: RecoveryOptions
@@ -58,6 +67,7 @@ class RecoveryJob:
     device: torch.device
     dtype: torch.dtype
     record: RecoveryRecord
+    card: str | None
 
     @property
     def stored_bytes(self) -> int:
@@ -101,15 +111,16 @@ def plan_recovery(
         FileNotFoundError, FileExistsError, ValueError, NotImplementedError, ModuleNotFoundError,
         OSError: each message says what was given, what is wrong and what to do.
     """
-    earlier = _earlier_record(output, overwrite, resume)
-    if earlier is not None:
-        earlier.check_same(options)
+    earlier = find_earlier_recovery(output, options, overwrite, resume)
     if options.mode == "lora":
         require_peft()
     check_source(options.text, data_dir)
     folder = resolve_folder(model)
     _check_trainable_form(folder, options.mode)
     check_apart(output, folder)
+    if options.mode != "lora":  # an adapter copies nothing
+        check_companions(folder)
+    card = read_card(folder / "README.md")
     chosen_device = choose_device(device, processes=processes)
     skeleton = None
     if options.mode == "scales":
@@ -153,7 +164,9 @@ def plan_recovery(
         versions=versions(),
         hardware=describe_hardware(chosen_device),
     )
-    return RecoveryJob(options, output, source, skeleton, dense, text, chosen_device, dtype, record)
+    return RecoveryJob(
+        options, output, source, skeleton, dense, text, chosen_device, dtype, record, card
+    )
 
 
 def check_ranks(options: RecoveryOptions, ranks: Ranks) -> None:
@@ -176,8 +189,14 @@ def check_ranks(options: RecoveryOptions, ranks: Ranks) -> None:
         )
 
 
-def _earlier_record(output: Path, overwrite: bool, resume: bool | None) -> RecoveryRecord | None:
-    """The record of an earlier attempt in the output folder; None for a fresh start."""
+def find_earlier_recovery(
+    output: Path, options: RecoveryOptions, overwrite: bool, resume: bool | None
+) -> RecoveryRecord | None:
+    """The record of an earlier attempt in the output folder; None for a fresh start.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: the recovery may not write into the folder.
+    """
     earlier = None
     if not is_vacant(output):
         if not (output / RECORD_NAME).exists():
@@ -196,6 +215,8 @@ def _earlier_record(output: Path, overwrite: bool, resume: bool | None) -> Recov
         raise FileExistsError(
             f"{output} holds an unfinished recovery; --overwrite starts again, --resume goes on"
         )
+    if earlier is not None:
+        earlier.check_same(options)
     return earlier
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from prunus.model.checkpoint.atomic_files import copy_file, write_json, write_text
+from prunus.model.checkpoint.atomic_files import write_json, write_text
+from prunus.model.checkpoint.companions import copy_companion
 from prunus.model.checkpoint.reader import INDEX_NAME, auxiliary_files
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.skeleton import Skeleton
@@ -32,10 +33,14 @@ class ResultFolder:
         folder: where it goes.
         source: the pruned checkpoint, bound to `skeleton`.
         skeleton: of the model.
+
+    Attributes:
+        sha256: file name of a written shard -> SHA-256 of its bytes.
     """
 
     def __init__(self, folder: Path, source: CheckpointSource, skeleton: Skeleton) -> None:
         self.folder = folder
+        self.sha256: dict[str, str] = {}
         self._source = source
         self._skeleton = skeleton
 
@@ -72,7 +77,7 @@ class ResultFolder:
     def finish(self, card: str) -> None:
         """Copy configuration and tokenizer, then write the card and, last, the index."""
         for path in files_to_copy(self._source.checkpoint.folder):
-            copy_file(path, self.folder / path.name)
+            copy_companion(path, self.folder / path.name)
         write_text(self.folder / "README.md", card)
         checkpoint = self._source.checkpoint
         weight_map = dict.fromkeys(self._source.outside_keys(), OUTSIDE_SHARD)
@@ -107,7 +112,9 @@ class ResultFolder:
         }
         # The shard mixes trained tensors with those of the checkpoint, which must not have changed.
         self._source.checkpoint.check_unchanged()
-        save_safetensors(self.folder / shard_name(index), self._source.as_stored(index, written))
+        self.sha256[shard_name(index)] = save_safetensors(
+            self.folder / shard_name(index), self._source.as_stored(index, written)
+        )
         return linears
 
     def _write_outside(
@@ -126,7 +133,7 @@ class ResultFolder:
             rows, columns = stored[key].shape
             linears[name] = check_zeros(name, (rows, columns), stored[key], written[key])
         if written:
-            save_safetensors(self.folder / OUTSIDE_SHARD, written)
+            self.sha256[OUTSIDE_SHARD] = save_safetensors(self.folder / OUTSIDE_SHARD, written)
         return linears
 
 

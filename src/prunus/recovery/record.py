@@ -86,6 +86,7 @@ class RecoveryRecord(_Model):
         linears: full name -> pruned linear; empty in modes lora and scales, which change no zeros.
         stopped: why training ended before the budget was spent, or None.
         diverged: training ended because the loss was not finite.
+        sha256: file name of a shard -> SHA-256 of its bytes.
         totals: parameters, zeros, tokens, seconds, memory.
     """
 
@@ -102,6 +103,7 @@ class RecoveryRecord(_Model):
     linears: dict[str, LinearMask] = Field(default_factory=dict)
     stopped: str | None = None
     diverged: bool = False
+    sha256: dict[str, str] = Field(default_factory=dict)
     totals: dict[str, Any] = Field(default_factory=dict)
 
     _before_bos = field_validator("options", mode="before")(before_bos)

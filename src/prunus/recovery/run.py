@@ -22,21 +22,27 @@ from prunus.distributed import Ranks, process_group
 from prunus.hardware.memory import keep_freed_memory, peak_memory
 from prunus.model.adapter import CONFIG_NAME, save_adapter
 from prunus.model.checkpoint.atomic_files import (
-    TEMPORARY_SUFFIX,
     fsync_folder,
     make_folder,
+    remove_temporaries,
     write_text,
 )
-from prunus.model.checkpoint.lock import clear_stale_lock, locked
-from prunus.model.checkpoint.output_folder import check_disk
+from prunus.model.checkpoint.output_folder import check_apart, check_disk
 from prunus.model.checkpoint.reader import INDEX_NAME, resolve_folder
 from prunus.model.linears import Linear
 from prunus.model.loading import load_model
 from prunus.model.names import stored_names
+from prunus.pruning.output_lock import locked_output
 from prunus.recovery.card import adapter_card, checkpoint_card
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.compressed_result import write_compressed
-from prunus.recovery.job import RecoveryJob, check_ranks, default_mode, plan_recovery
+from prunus.recovery.job import (
+    RecoveryJob,
+    check_ranks,
+    default_mode,
+    find_earlier_recovery,
+    plan_recovery,
+)
 from prunus.recovery.lora import lora, select_linears
 from prunus.recovery.masks import block_linears, pruned_linears
 from prunus.recovery.options import recovery_options
@@ -112,6 +118,13 @@ def recover(
         with ranks.fail_together():
             chosen = recovery_options({"mode": mode or default_mode(model), **options})
         check_ranks(chosen, ranks)
+
+        def look() -> None:
+            check_apart(Path(output), Path(model))
+            find_earlier_recovery(Path(output), chosen, overwrite, resume)
+
+        # What the folder holds decides what is done, so from here on no other run may change it.
+        stack.enter_context(locked_output(Path(output), ranks, look))
         with ranks.fail_together():
             job = plan_recovery(
                 model,
@@ -127,37 +140,35 @@ def recover(
         checkpoints = Checkpoints(job.output, writes=ranks.rank == 0)
         if job.record.state == "finished":
             checkpoints.clear()  # A kill right after the end leaves them.
-            clear_stale_lock(job.output)
             return job.record
-        with locked(job.output):
-            student = _load_student(job, _base_name(model))
-            dense = _load_teacher(job)
-            # Nothing is written until both models are loaded: most mistakes show before that.
-            ranks.on_rank_0(lambda: _claim_output(job, student.trainable, overwrite))
-            state = train(
-                student.trainable,
-                job.text,
-                chosen,
-                job.dtype,
-                dense,
-                checkpoints,
-                progress if ranks.rank == 0 else None,
-                ranks,
+        student = _load_student(job, _base_name(model))
+        dense = _load_teacher(job)
+        # Nothing is written until both models are loaded: most mistakes show before that.
+        ranks.on_rank_0(lambda: _claim_output(job, student.trainable, overwrite))
+        state = train(
+            student.trainable,
+            job.text,
+            chosen,
+            job.dtype,
+            dense,
+            checkpoints,
+            progress if ranks.rank == 0 else None,
+            ranks,
+        )
+        _fill_record(job.record, state, student)
+        if state.diverged and state.best == 0:
+            raise ValueError(
+                f"training stopped: {state.stopped}, and no evaluation before was better than "
+                f"the start. {job.output} holds no result; use a smaller --learning-rate, with "
+                "--overwrite"
             )
-            _fill_record(job.record, state, student)
-            if state.diverged and state.best == 0:
-                raise ValueError(
-                    f"training stopped: {state.stopped}, and no evaluation before was better than "
-                    f"the start. {job.output} holds no result; use a smaller --learning-rate, with "
-                    "--overwrite"
-                )
 
-            # All ranks hold the same weights, so one of them writes.
-            def write_result() -> str:
-                _write_result(job, student)
-                return _finish_record(job, checkpoints, started).model_dump_json()
+        # All ranks hold the same weights, so one of them writes.
+        def write_result() -> str:
+            _write_result(job, student)
+            return _finish_record(job, checkpoints, started).model_dump_json()
 
-            return RecoveryRecord.model_validate_json(ranks.on_rank_0(write_result))
+        return RecoveryRecord.model_validate_json(ranks.on_rank_0(write_result))
 
 
 @dataclass(frozen=True)
@@ -244,10 +255,11 @@ def _claim_output(job: RecoveryJob, trainable: Trainable, overwrite: bool) -> No
     job.record.save(job.output)
     (job.output / INDEX_NAME).unlink(missing_ok=True)
     fsync_folder(job.output)
-    for path in job.output.iterdir():
-        earlier = path.suffix == ".safetensors" or path.name in ("config.json", CONFIG_NAME)
-        if path.name.endswith(TEMPORARY_SUFFIX) or (overwrite and earlier):
-            path.unlink()
+    remove_temporaries(job.output)
+    if overwrite:
+        for path in job.output.iterdir():
+            if path.suffix == ".safetensors" or path.name in ("config.json", CONFIG_NAME):
+                path.unlink()
 
 
 def _disk_bytes(job: RecoveryJob, trainable: Trainable) -> int:
@@ -284,14 +296,14 @@ def _write_result(job: RecoveryJob, student: _Student) -> None:
     """Write the adapter, or the checkpoint with its zeros checked."""
     record, model = job.record, student.trainable.model
     if job.options.mode == "lora":
-        save_adapter(model, job.output)
+        record.sha256 = save_adapter(model, job.output)
         write_text(job.output / "README.md", adapter_card(record, student.base))
         return
-    card = checkpoint_card(record, job.source.checkpoint.folder)
+    card = checkpoint_card(record, job.source.checkpoint.folder.name, job.card)
     if job.options.mode == "scales":
         trained = trained_tensors(student.trainable)
         changed = {key: trained[name] for key, name in student.stored.items()}
-        write_compressed(job.output, job.source.checkpoint, changed, card)
+        record.sha256 = write_compressed(job.output, job.source.checkpoint, changed, card)
         return
     # A tied head and embedding are one parameter with two names; both may be stored.
     changed = dict(model.named_parameters(remove_duplicate=False))
@@ -300,6 +312,7 @@ def _write_result(job: RecoveryJob, student: _Student) -> None:
     assert job.skeleton is not None
     result = ResultFolder(job.output, job.source, job.skeleton)
     record.linears = result.write_shards(changed, student.pruned)
+    record.sha256 = result.sha256
     record.totals |= _zero_totals(record.linears)
     result.finish(card)
 

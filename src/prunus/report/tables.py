@@ -135,6 +135,9 @@ def inspection_table(inspection: Inspection) -> Table:
     bits = [] if inspection.bits is None else [_figure(inspection.bits)]
     all_weights, zeros = f"{inspection.weights:,} weights", f"{inspection.sparsity:.2%}"
     table.add_row("all", all_weights, "", zeros, *bits, "")
+    if inspection.verified is not None:
+        table.caption = f"{inspection.verified} shards have the bytes that were written"
+        table.caption_justify = "left"
     return table
 
 

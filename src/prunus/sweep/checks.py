@@ -20,7 +20,7 @@ from prunus.sweep.cells import task_options
 from prunus.sweep.grid import Sweep
 from prunus.sweep.results import RESULTS_NAME, CellResult, ModelResult, SweepResults
 
-__all__ = ["check_sweep"]
+__all__ = ["check_folder", "check_sweep"]
 
 
 def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> SweepResults:
@@ -41,12 +41,7 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
         ValueError, FileNotFoundError, NotImplementedError, ModuleNotFoundError: a model, a text or
             a cell would fail; the message names it.
     """
-    fresh = not output.exists() or is_vacant(output)
-    if not fresh and not (output / RESULTS_NAME).exists():
-        raise FileExistsError(
-            f"output {output} exists and is not a sweep's; it is left as it is. "
-            "Choose another folder"
-        )
+    fresh = check_folder(sweep, output)
     models = {}
     for label, name in sweep.labels().items():
         folder = resolve_folder(name)
@@ -94,6 +89,27 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
             except (ValueError, FileNotFoundError, NotImplementedError) as fault:
                 raise type(fault)(f"cell {cell.name}: {fault}") from fault
     return results
+
+
+def check_folder(sweep: Sweep, output: Path) -> bool:
+    """Check that a sweep may write into a folder.
+
+    Returns:
+        Whether the folder holds no sweep yet.
+
+    Raises:
+        FileExistsError: something else is there.
+        ValueError: it overlaps with the folder of a model.
+    """
+    for name in sweep.labels().values():
+        check_apart(output, Path(name))
+    fresh = is_vacant(output)
+    if not fresh and not (output / RESULTS_NAME).exists():
+        raise FileExistsError(
+            f"output {output} exists and is not a sweep's; it is left as it is. "
+            "Choose another folder"
+        )
+    return fresh
 
 
 def _check_tasks(sweep: Sweep, models: dict[str, ModelResult], options: RunOptions) -> None:

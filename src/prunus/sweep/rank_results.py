@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prunus.distributed import Ranks
 from prunus.methods import METHODS
-from prunus.model.checkpoint.atomic_files import read_json, write_json
+from prunus.model.checkpoint.atomic_files import read_json, remove_temporaries, write_json
 from prunus.model.device import choose_device
 from prunus.pruning.job import RunOptions
 from prunus.sweep.calibration_windows import shared_windows
@@ -60,6 +60,11 @@ def prepare_results(
     """
 
     def prepare_on_rank_0() -> object:
+        # What a killed run left half-written. The runs of cells clear the folders of weights.
+        for folder in (output, *(path for path in output.glob("*") if path.is_dir())):
+            remove_temporaries(folder)
+        for folder in output.glob(f"{CELLS_FOLDER}/*"):
+            remove_temporaries(folder)
         _merge_cell_files(results, output)
         results.save(output)
         if ranks.size > 1:

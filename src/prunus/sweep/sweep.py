@@ -22,12 +22,13 @@ from pathlib import Path
 from prunus.distributed import SINGLE_PROCESS, Ranks, process_group
 from prunus.evaluation import Reference
 from prunus.methods import METHODS
-from prunus.model.checkpoint.lock import locked
 from prunus.pruning.job import RunOptions
+from prunus.pruning.output_lock import locked_output
 from prunus.pruning.progress import LineInterval
 from prunus.pruning.run import Progress
 from prunus.sweep.calibration_windows import shared_windows
 from prunus.sweep.cells import discard_weights, prune_cell, recover_cell, score_model
+from prunus.sweep.checks import check_folder
 from prunus.sweep.grid import Sweep
 from prunus.sweep.rank_results import (
     CELLS_FOLDER,
@@ -72,8 +73,9 @@ def run_sweep(
         ranks = options.ranks or stack.enter_context(process_group(options.rank_timeout))
         # One process does all work of a cell, so runs inside a cell must not look for other ranks.
         options = replace(options, ranks=SINGLE_PROCESS)
+        # What the folder holds decides what is done, so from here on no other run may change it.
+        stack.enter_context(locked_output(output, ranks, lambda: check_folder(sweep, output)))
         results = initial_results(sweep, output, options, file, ranks)
-        stack.enter_context(locked(output))
         results = prepare_results(results, output, options, ranks)
         report = progress or (lambda line: None)
         return _Runner(sweep, results, output, options, report, ranks).run()

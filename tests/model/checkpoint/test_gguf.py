@@ -179,23 +179,6 @@ def test_missing_extra(tiny_gguf, tmp_path, monkeypatch, library):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failed_rename_puts_the_old_folder_back(tiny_gguf, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "precious.txt").write_text("keep me")
-    rename = Path.rename
-
-    def fail_on_new(self, target):
-        if "partial" in self.name:
-            raise OSError("no")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail_on_new)
-    with pytest.raises(OSError, match="no"):
-        import_gguf(tiny_gguf, out, overwrite=True)
-    assert everything_below(out) == {"precious.txt": b"keep me"}
-
-
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

@@ -145,9 +145,54 @@ def test_where_files_cannot_be_locked_the_file_tells(content, refused, monkeypat
         assert not (tmp_path / LOCK_NAME).exists()
 
 
-def test_of_the_processes_of_one_run_the_first_holds(monkeypatch, tmp_path):
-    with locked(tmp_path):
-        monkeypatch.setenv("RANK", "1")
-        with locked(tmp_path):
-            pass
-        assert (tmp_path / LOCK_NAME).exists()
+@pytest.mark.parametrize(
+    "variables", [{"RANK": "1"}, {"RANK": "node7"}, {"RANK": "1", "WORLD_SIZE": "2"}]
+)
+def test_a_rank_that_torchrun_did_not_set_changes_nothing(held, variables, monkeypatch, tmp_path):
+    """A shell or a scheduler may set RANK; the lock holds, and other folders can be used."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    out, _ = held
+    dense = tiny_checkpoint(tmp_path / "dense")
+    with pytest.raises(FileExistsError, match="being written by another run"):
+        prunus.prune(dense, out, "magnitude", calibration=token_ids())
+    done = prunus.prune(dense, tmp_path / "other", "magnitude", calibration=token_ids())
+    assert done.state == "finished"
+
+
+@pytest.mark.parametrize("kind", ["symbolic link", "hard link", "fifo", "folder", "large file"])
+def test_what_is_no_lock_file_is_left_alone(kind, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious" if kind != "large file" else "precious" * 1000)
+    out = tmp_path / "out"
+    out.mkdir()
+    lock = out / LOCK_NAME
+    make = {
+        "symbolic link": lambda: lock.symlink_to(victim),
+        "hard link": lambda: os.link(victim, lock),
+        "fifo": lambda: os.mkfifo(lock),
+        "folder": lock.mkdir,
+        "large file": lambda: lock.write_bytes(victim.read_bytes()),
+    }
+    make[kind]()
+    before, names = victim.read_bytes(), sorted(os.listdir(out))
+    with pytest.raises(FileExistsError, match=r"is not a lock file of prunus"), locked(out):
+        pass
+    assert victim.read_bytes() == before
+    assert sorted(os.listdir(out)) == names
+
+
+def test_a_link_to_nothing_creates_nothing(tmp_path):
+    (tmp_path / LOCK_NAME).symlink_to(tmp_path / "new")
+    with pytest.raises(FileExistsError, match=r"is not a lock file of prunus"), locked(tmp_path):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_lock_of_another_folder_with_the_same_name_stays(tmp_path):
+    """Between lock and release, the folder is exchanged for one that another run holds."""
+    with locked(tmp_path / "out"):
+        (tmp_path / "out").rename(tmp_path / "moved")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / LOCK_NAME).write_text("{}")
+    assert (tmp_path / "out" / LOCK_NAME).read_text() == "{}"

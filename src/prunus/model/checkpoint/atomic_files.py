@@ -8,6 +8,10 @@ The order matters. Without the first fsync, a power cut may leave the final name
 it, because a file system may store the rename before the data. Without the second fsync, the rename
 itself may be lost, although a record written later says that it took place.
 
+Temporary names are random, and their files are created with O_EXCL and O_NOFOLLOW. So a link that
+somebody placed in the folder is never followed, and two processes never write one temporary file. A
+killed process leaves its temporary file; `remove_temporaries` clears a folder that is locked.
+
 This file imports no torch, so that a report can be read without it. `writer.py` has the tensors.
 """
 
@@ -17,10 +21,13 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from prunus.model.checkpoint.regular_files import open_regular, read_limited
 
 __all__ = [
     "TEMPORARY_SUFFIX",
@@ -29,6 +36,7 @@ __all__ = [
     "fsync_folder",
     "make_folder",
     "read_json",
+    "remove_temporaries",
     "replacing",
     "write_json",
     "write_text",
@@ -58,35 +66,43 @@ def make_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """Replace the file `path` atomically.
 
-    Yields a temporary path to write to. When the block ends, the file there becomes `path`; after
-    an error it is removed, and `path` stays as it was.
+    Yields a new temporary file to write to. When the block ends, it becomes `path`; after an error
+    it is removed, and `path` stays as it was.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder, "a.txt")
-    ...     with replacing(path) as temporary:
-    ...         _ = temporary.write_text("new")
+    ...     with replacing(path) as file:
+    ...         _ = file.write(b"new")
     ...         path.exists()
     ...     path.read_text()
     False
     'new'
     """
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    file = os.fdopen(os.open(temporary, flags, 0o666), "wb")
     try:
-        yield temporary
-        handle = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove the temporary files that killed runs left in a folder, which this run has locked."""
+    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -95,8 +111,8 @@ def write_text(path: Path, text: str) -> None:
     The name of a file that is not UTF-8 holds surrogates, which cannot be encoded. They are written
     as escape sequences, which JSON reads back as they were.
     """
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -113,11 +129,12 @@ def read_json(path: Path) -> Any:
 
     Raises:
         ValueError: it is not valid JSON, or nested too deep; names the file and the place of the
-            fault.
+            fault. Or it is no regular file, or too large.
         FileNotFoundError: there is no such file.
     """
+    content = read_limited(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(content.decode("utf-8"))
     # Numbers of thousands of digits are a ValueError, and brackets without end a RecursionError.
     except (ValueError, RecursionError) as fault:
         raise ValueError(
@@ -127,11 +144,11 @@ def read_json(path: Path) -> Any:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy the bytes of one file, without its permissions, atomically."""
-    with replacing(target) as temporary:
-        shutil.copyfile(source, temporary)
+    with open_regular(source) as original, replacing(target) as copy:
+        shutil.copyfileobj(original, copy, 2**20)
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes as a hex string."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

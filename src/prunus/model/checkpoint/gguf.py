@@ -9,16 +9,16 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunus.model.checkpoint.atomic_files import fsync_folder, read_json, write_json
+from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.model.checkpoint.gguf_header import check_header
+from prunus.model.checkpoint.output_folder import is_vacant
+from prunus.model.checkpoint.whole_folder import replacing_folder
 from prunus.model.dtypes import DTYPES
 from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta
@@ -36,7 +36,8 @@ def import_gguf(
 ) -> dict[str, Any]:
     """Write the model and tokenizer of a GGUF file to the folder `dest`.
 
-    The folder appears whole or not at all. The whole model is in memory for a while.
+    The folder appears whole or not at all, and with `overwrite` it holds the old content until
+    then; see `whole_folder.py`. The whole model is in memory for a while.
 
     Args:
         path: the GGUF file.
@@ -52,7 +53,7 @@ def import_gguf(
     Raises:
         ValueError: no GGUF file, a truncated one, or a model that transformers cannot import.
         FileNotFoundError: there is no such file.
-        FileExistsError: `dest` holds something and `overwrite` is not set.
+        FileExistsError: `dest` holds something and `overwrite` is not set, or another run holds it.
         ModuleNotFoundError: the extra `gguf` is not installed.
     """
     path, dest = Path(path), Path(dest)
@@ -60,20 +61,12 @@ def import_gguf(
     say = progress or (lambda line: None)
     say(f"reading {path.name}")
     header = _read_header(path)
-    dest.parent.mkdir(parents=True, exist_ok=True)
-    temporary = dest.parent / f".{dest.name}.partial-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with replacing_folder(dest, lambda: check_destination(dest, overwrite=overwrite)) as folder:
         say(f"unpacking {header['tensors']} tensors to {dtype}")
         with _without_progress_bars():
-            summary = _convert(path, temporary, DTYPES[dtype], header["weights"])
-        _tidy(temporary)
+            summary = _convert(path, folder, DTYPES[dtype], header["weights"])
+        _tidy(folder)
         say(f"writing {dest}")
-        _move(temporary, dest)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     files = sorted(file for file in dest.iterdir() if file.is_file())
     return {
         "architecture": header["architecture"],
@@ -108,12 +101,12 @@ def check_extra() -> None:
 
 
 def check_destination(dest: Path, *, overwrite: bool) -> None:
-    """Raise FileExistsError unless the folder `dest` is missing, empty, or may be overwritten."""
+    """Raise FileExistsError unless the folder `dest` is missing, vacant, or may be overwritten."""
     if dest.is_symlink() or (dest.exists() and not dest.is_dir()):
         raise FileExistsError(
             f"{dest}: is there already and is not a plain folder; choose another name"
         )
-    if dest.is_dir() and any(dest.iterdir()) and not overwrite:
+    if not is_vacant(dest) and not overwrite:
         raise FileExistsError(
             f"{dest}: the folder is not empty; choose another one or give --overwrite"
         )
@@ -193,27 +186,6 @@ def _tidy(folder: Path) -> None:
     mode = (folder / "config.json").stat().st_mode
     for file in folder.iterdir():
         file.chmod(mode)  # the safetensors library makes its files readable by their owner alone
-
-
-def _move(folder: Path, dest: Path) -> None:
-    """Rename the finished `folder` to `dest`. What `dest` held goes once the new one is on disk."""
-    for file in folder.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    fsync_folder(folder)
-    if dest.is_dir() and any(dest.iterdir()):
-        # A folder that is not empty cannot be replaced in one step.
-        old = dest.parent / f".{dest.name}.old-{os.getpid()}"
-        dest.rename(old)
-        try:
-            folder.rename(dest)
-        except BaseException:
-            old.rename(dest)
-            raise
-        shutil.rmtree(old)
-    else:
-        folder.replace(dest)
-    fsync_folder(dest.parent)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,9 @@ The lock is a file in the folder. The running process holds it with flock(2), an
 which process that is. The kernel releases the lock when the process ends, in whatever way. A lock
 file that nobody holds was left by a killed run, and the next run takes it over: no run needs the
 help of its user after a kill, which a lock that is a mere file would need.
+
+Whatever depends on what the folder holds must be decided while the lock is held. A look before may
+refuse early, but it decides nothing: another run may finish between the look and the lock.
 """
 
 from __future__ import annotations
@@ -13,18 +16,20 @@ import errno
 import json
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from prunus.model.checkpoint.atomic_files import make_folder
 
-__all__ = ["LOCK_NAME", "clear_stale_lock", "locked"]
+__all__ = ["LOCK_NAME", "locked"]
 
 LOCK_NAME = ".prunus.lock"
 # Errors of file systems without flock, such as some network file systems. There the process id in
 # the file decides.
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_MAX_BYTES = 4096  # of a lock file
 
 
 @contextlib.contextmanager
@@ -32,17 +37,14 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` against other runs for the length of a `with` block.
 
     Makes the folder if it is missing, and removes what it made if nothing was written there. Of
-    the processes of one run under torchrun, only rank 0 writes, so only rank 0 holds the lock.
+    the processes of one run only the one that writes may call it.
 
     Raises:
-        FileExistsError: another run holds it; names host and process id.
+        FileExistsError: another run holds it; names host and process id. Or something that is no
+            lock has the lock's name.
         OSError: the folder cannot be written.
     """
-    if int(os.environ.get("RANK", "0")):
-        yield
-        return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    make_folder(folder)
     handle = _acquire(folder)
     try:
         yield
@@ -50,38 +52,69 @@ def locked(folder: Path) -> Iterator[None]:
         # The name goes first and the lock second. In the other order, a run that takes the lock in
         # between would hold a file that has lost its name, and a third run could enter.
         with contextlib.suppress(OSError):
-            (folder / LOCK_NAME).unlink(missing_ok=True)
+            # The folder may have been exchanged for another one, whose lock is not ours.
+            if _has_name(handle, folder / LOCK_NAME):
+                (folder / LOCK_NAME).unlink()
         os.close(handle)
         with contextlib.suppress(OSError):
             for path in made:
                 path.rmdir()  # fails, as it should, for a folder with something in it
 
 
-def clear_stale_lock(folder: Path) -> None:
-    """Remove the lock of a run that was killed after its result was finished. Never fails."""
-    if (folder / LOCK_NAME).exists():
-        with contextlib.suppress(OSError), locked(folder):
-            pass
-
-
 def _acquire(folder: Path) -> int:
     """The handle of the lock file, with the lock held and this process signed in."""
     path = folder / LOCK_NAME
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        make_folder(folder)
+        try:
+            handle = _open(path)
+        except FileNotFoundError:
+            continue  # the previous holder has just removed the file, or the folder that it made
         try:
             if not _take(handle):
                 raise FileExistsError(_refusal(folder, _holder(handle)))
             # Between open and lock, the previous holder may have removed the name, and another run
             # may have made a new file. The lock counts only on the file that has the name now.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), path.stat()):
-                    _sign(handle)
-                    return handle
+            if _has_name(handle, path):
+                _sign(handle)
+                return handle
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def _open(path: Path) -> int:
+    """Open the lock file, or create it. Never follows a link, and opens nothing but a lock file.
+
+    Raises:
+        FileNotFoundError: the file was removed in between, or there is no folder.
+        FileExistsError: something else has its name.
+    """
+    # O_NONBLOCK: opening a FIFO must not wait.
+    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    with contextlib.suppress(FileExistsError):
+        return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        handle = os.open(path, flags)
+    except OSError as fault:
+        if fault.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise FileExistsError(_no_lock(path)) from fault
+        raise
+    state = os.fstat(handle)
+    # A second name means that a link was placed there, and writing would change another file.
+    if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1 or state.st_size > _MAX_BYTES:
+        os.close(handle)
+        raise FileExistsError(_no_lock(path))
+    return handle
+
+
+def _has_name(handle: int, path: Path) -> bool:
+    """Whether an open file is the one that `path` names now."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _take(handle: int) -> bool:
@@ -112,7 +145,7 @@ def _sign(handle: int) -> None:
 def _holder(handle: int) -> dict[str, Any]:
     """Host and process id in an open lock file; empty if there are none, or none yet."""
     try:
-        content = json.loads(os.pread(handle, 4096, 0))
+        content = json.loads(os.pread(handle, _MAX_BYTES, 0))
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
@@ -142,4 +175,11 @@ def _refusal(folder: Path, holder: dict[str, Any]) -> str:
     return (
         f"{folder} is being written by another run: {who}. Wait until it ends, or choose another "
         f"folder ({LOCK_NAME} in it is the lock; a run that was killed holds none)"
+    )
+
+
+def _no_lock(path: Path) -> str:
+    return (
+        f"{path} is not a lock file of prunus, although it has the name of one; remove it, or "
+        "choose another folder"
     )

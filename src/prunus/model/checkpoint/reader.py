@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.digests import check_shard
+from prunus.model.checkpoint.regular_files import check_folder, check_regular
 from prunus.model.checkpoint.writer import TENSOR_DTYPES
 
 __all__ = [
@@ -116,6 +118,17 @@ class Checkpoint:
                         "does not hold it; the index and the shards do not belong together"
                     )
         self.fingerprint = digest.hexdigest()
+        self._expected: dict[str, str] = {}
+
+    def verify_on_read(self, digests: Mapping[str, str]) -> None:
+        """Compare each shard with its SHA-256 when it is read for the first time.
+
+        Its pages are then in memory for the reading, so that the disk is read once.
+
+        Args:
+            digests: name of a shard -> SHA-256; others are not compared.
+        """
+        self._expected = {file: x for file, x in digests.items() if file in self._opened}
 
     def _read_index(self) -> dict[str, str] | None:
         """Stored name -> shard, from the index file; None for a checkpoint of one file."""
@@ -160,6 +173,7 @@ class Checkpoint:
             raise FileNotFoundError(
                 f"shard {file} is missing from {self.folder}; download or copy the checkpoint again"
             )
+        check_regular(path)
         self._opened[file] = _state(path)
         try:
             begin = _prefetch_header(path)
@@ -193,12 +207,18 @@ class Checkpoint:
 
         The tensors are views of the mapped file. Convert or copy what you keep, and drop each one
         before you take the next, so that its pages can leave memory.
+
+        Raises:
+            ValueError: a shard was changed; see `check_unchanged` and `verify_on_read`.
         """
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         self.check_unchanged(by_file)
         for file, members in by_file.items():
+            if file in self._expected:
+                check_shard(self.folder / file, self._expected[file], "copy the checkpoint again")
+                del self._expected[file]
             with (
                 safe_open(self.folder / file, framework="pt") as handle,
                 open(self.folder / file, "rb") as plain,
@@ -309,9 +329,11 @@ def resolve_folder(model: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: neither a folder nor a hub id, or the hub cannot be reached.
+        ValueError: a file in the folder is no regular file, or larger than its kind may be.
     """
     path = Path(model)
     if path.is_dir():
+        check_folder(path)
         return path
     name = str(model)
     if path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ def save_safetensors(
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str] | None = None,
     uncached: bool = False,
-) -> None:
+) -> str:
     """Write tensors as one safetensors file, atomically.
 
     Equal tensors and metadata give equal bytes. `save_file` of the safetensors library is not used
@@ -46,10 +47,13 @@ def save_safetensors(
         metadata: goes into the header.
         uncached: drop the written pages from the page cache at once, if memory is short.
 
+    Returns:
+        SHA-256 of the file (hex), computed while it is written.
+
     Raises:
         OSError: the file cannot be written, for example because the disk is full.
     """
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as file:
         # As in the library: wide dtypes first, which keeps all tensors aligned, then by name.
         place = {dtype: position for position, dtype in enumerate(_CODES)}
         names = sorted(tensors, key=lambda name: (place[tensors[name].dtype], name))
@@ -63,7 +67,9 @@ def save_safetensors(
             header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text = text.ljust(-(-len(text) // 8) * 8)
-        file.write(len(text).to_bytes(8, "little") + text)
+        head = len(text).to_bytes(8, "little") + text
+        file.write(head)
+        digest = hashlib.sha256(head)
         unwritten = 0
         for name in names:
             # One tensor at a time: one on another device, or not contiguous, is copied here, and
@@ -71,6 +77,7 @@ def save_safetensors(
             flat = tensors[name].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
             for piece in flat.split(_PIECE):
                 file.write(piece.numpy().data)
+                digest.update(piece.numpy().data)
                 unwritten += len(piece)
                 if unwritten >= _PIECE:
                     # Pages that wait to be written count against the memory limit of a container.
@@ -79,3 +86,4 @@ def save_safetensors(
                     if uncached and hasattr(os, "posix_fadvise"):
                         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                     unwritten = 0
+    return digest.hexdigest()

@@ -1,0 +1,126 @@
+"""Reading files of strangers: regular files only, and no more bytes than their kind may have.
+
+Opening a FIFO waits for ever, and `/dev/zero` never ends. A checkpoint may hold either, or a link
+to it. So a file is opened without waiting, and its type and size are checked before it is read.
+
+This file imports no torch, so that a report can be read without it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from io import BufferedReader
+from pathlib import Path
+
+__all__ = ["check_folder", "check_regular", "open_regular", "read_card", "read_limited"]
+
+_MIB = 2**20
+#: Most bytes of a file by its name or suffix. Weights and other files have no limit here.
+_MAX_BYTES = {
+    "config.json": 16 * _MIB,
+    ".json": 256 * _MIB,
+    ".jinja": 4 * _MIB,
+    ".md": 4 * _MIB,
+    ".model": 256 * _MIB,
+    ".txt": 256 * _MIB,
+}
+#: Subfolders of a checkpoint from which transformers reads files.
+_SUBFOLDERS = ("additional_chat_templates",)
+_KINDS = {
+    stat.S_ISFIFO: "a FIFO",
+    stat.S_ISCHR: "a character device",
+    stat.S_ISBLK: "a block device",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISDIR: "a folder",
+}
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no regular file, or larger than its kind may be.
+    """
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer. It changes nothing for others.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    file = os.fdopen(handle, "rb") if stat.S_ISREG(os.fstat(handle).st_mode) else None
+    if file is None:
+        mode = os.fstat(handle).st_mode
+        os.close(handle)
+        raise ValueError(_refusal(path, mode))
+    try:
+        _check_size(path, os.fstat(handle).st_size)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_limited(path: Path) -> bytes:
+    """The content of a file; the errors are those of `open_regular`."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        # A file that grows meanwhile is not followed.
+        return file.read(size)
+
+
+def read_card(path: Path) -> str | None:
+    """The text of a model card; None if there is none.
+
+    Cards are for people, and old ones are not all UTF-8. So bytes that cannot be decoded become
+    replacement characters, and are no error.
+
+    Raises:
+        ValueError: it is no regular file, or too large for a card.
+    """
+    try:
+        return read_limited(path).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def check_regular(path: Path) -> None:
+    """Check the type and the size of a file, without opening it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no regular file, or larger than its kind may be.
+    """
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise ValueError(_refusal(path, state.st_mode))
+    _check_size(path, state.st_size)
+
+
+def check_folder(folder: Path) -> None:
+    """Check all files of a checkpoint folder with `check_regular`; folders in it are left out.
+
+    transformers reads configuration and tokenizer on its own, so they are checked before it starts.
+
+    Raises:
+        ValueError: one is no regular file, or larger than its kind may be; names it.
+    """
+    for place in (folder, *(folder / name for name in _SUBFOLDERS)):
+        if not place.is_dir():
+            continue
+        for path in sorted(place.iterdir()):
+            # A link to nothing is reported by whoever needs the file.
+            if path.exists() and not path.is_dir():
+                check_regular(path)
+
+
+def _check_size(path: Path, size: int) -> None:
+    largest = _MAX_BYTES.get(path.name, _MAX_BYTES.get(path.suffix))
+    if largest is not None and size > largest:
+        raise ValueError(
+            f"{path} has {size:,} bytes, and a file of this kind may have {largest:,}; it is "
+            "damaged or no part of a checkpoint: remove it, or download it again"
+        )
+
+
+def _refusal(path: Path, mode: int) -> str:
+    kind = next((name for test, name in _KINDS.items() if test(mode)), "no regular file")
+    link = f", through the link to {os.readlink(path)}" if path.is_symlink() else ""
+    return f"{path} is {kind}{link}; expected a regular file: remove it, or put the file there"

@@ -1,0 +1,148 @@
+"""A bit of a written shard changes: resume, pack, unpack and `inspect --verify` notice it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prunus
+from command_line import call
+from prunus.model.checkpoint.digests import recorded_digests, verify_shards
+from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.packed import pack, unpack
+from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
+from stopping import StopError, stop_after
+from tiny import token_ids
+
+CHANGED = "is not what was written: its SHA-256 is not the recorded one"
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> Path:
+    """A folder with results of every verb; no test writes to it."""
+    folder = tmp_path_factory.mktemp("rot")
+    dense = dense_checkpoint(folder / "dense", dtype=torch.bfloat16)
+    pruned = pruned_checkpoint(folder / "pruned", dense)
+    pruned_checkpoint(folder / "pruned-head", dense, head=True)
+    pack(pruned, folder / "packed")
+    unpack(folder / "packed", folder / "unpacked")
+    prunus.compress(dense, folder / "compressed", 4.0, calibration=token_ids(), head_bits=8)
+    text = training_text(folder)
+    recover(pruned, folder / "recovered", "masked", text, tokens=64, evaluations=1)
+    recover(folder / "compressed", folder / "scaled", "scales", text, tokens=64, evaluations=1)
+    return folder
+
+
+def flip(path: Path, place: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def prune(material: Path, out: Path, **options: Any) -> Any:
+    return prunus.prune(
+        material / "dense", out, calibration=token_ids(), dtype="float32", **options
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["pruned", "pruned-head", "packed", "unpacked", "compressed", "recovered", "scaled"],
+)
+def test_every_record_holds_the_digest_of_every_shard(name, material):
+    folder = material / name
+    shards = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.glob("*.safetensors")
+    }
+    assert recorded_digests(folder) == shards
+    assert set(json.loads((folder / INDEX_NAME).read_text())["weight_map"].values()) == set(shards)
+    assert verify_shards(folder) == len(shards)
+
+
+@pytest.mark.parametrize("shard", ["block-00000.safetensors", "outer.safetensors"])
+def test_resume_refuses_a_changed_shard_and_makes_a_removed_one_again(shard, material, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(StopError):
+        prune(material, out, progress=stop_after(1))
+    flip(out / shard)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ValueError, match=rf"{shard} {CHANGED}.* remove it"):
+        prune(material, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / shard).unlink()
+    assert prune(material, out).state == "finished"
+    for path in out.glob("*.safetensors"):
+        assert path.read_bytes() == (material / "pruned" / path.name).read_bytes()
+    assert verify_shards(out) == 3
+
+
+def test_resumed_packing_refuses_a_changed_shard(material, tmp_path):
+    out = tmp_path / "out"
+
+    def stop(done: int, total: int, name: str) -> None:
+        raise StopError
+
+    with pytest.raises(StopError):
+        pack(material / "pruned", out, progress=stop)
+    flip(out / "block-00000.safetensors")
+    with pytest.raises(ValueError, match=rf"block-00000\.safetensors {CHANGED}.* remove it"):
+        pack(material / "pruned", out)
+    (out / "block-00000.safetensors").unlink()
+    assert pack(material / "pruned", out).finished
+
+
+@pytest.mark.parametrize(
+    ("verb", "name"), [(pack, "pruned"), (pack, "recovered"), (unpack, "packed")]
+)
+def test_a_changed_source_is_not_converted(verb, name, material, tmp_path):
+    shutil.copytree(material / name, tmp_path / "model")
+    flip(tmp_path / "model" / "block-00001.safetensors")
+    with pytest.raises(ValueError, match=rf"block-00001\.safetensors {CHANGED}.* copy"):
+        verb(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out" / INDEX_NAME).exists()
+    assert not (tmp_path / "out" / "block-00001.safetensors").exists()
+
+
+def test_pack_tells_sources_apart_that_have_the_same_headers(material, tmp_path):
+    pruned_checkpoint(tmp_path / "sparser", material / "dense", sparsity=0.7)
+    pack(material / "pruned", tmp_path / "out", "int8")
+    with pytest.raises(FileExistsError, match="another pack"):
+        pack(tmp_path / "sparser", tmp_path / "out", "int8")
+
+
+def test_inspect_verifies_on_request(material, tmp_path):
+    shutil.copytree(material / "pruned", tmp_path / "model")
+    shown = call("inspect", tmp_path / "model", "--verify").output
+    assert "3 shards have the bytes that were written" in shown
+    flip(tmp_path / "model" / "block-00001.safetensors")
+    assert "bytes that were written" not in call("inspect", tmp_path / "model").output
+    refused = call("inspect", tmp_path / "model", "--verify", status=2).output
+    assert "block-00001.safetensors differ from the SHA-256" in " ".join(refused.split())
+    assert prunus.inspect(material / "packed", verify=True).verified == 3
+
+
+def test_what_cannot_be_verified_is_an_error(material, tmp_path):
+    with pytest.raises(FileNotFoundError, match="prunus did not write it, or an earlier version"):
+        prunus.inspect(material / "dense", verify=True)
+    shutil.copytree(material / "pruned", tmp_path / "model")
+    (tmp_path / "model" / "outer.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has lost outer\.safetensors"):
+        verify_shards(tmp_path / "model")
+    shutil.copy(material / "pruned" / "outer.safetensors", tmp_path / "model")
+    shutil.copy(material / "pruned" / "outer.safetensors", tmp_path / "model" / "more.safetensors")
+    with pytest.raises(ValueError, match=r"more\.safetensors differ"):
+        verify_shards(tmp_path / "model")
+
+
+@pytest.mark.parametrize("damage", [{"sha256": []}, {"sha256": {"a": 1}}, []])
+def test_a_damaged_record_is_an_error(damage, tmp_path):
+    (tmp_path / "prunus.json").write_text(json.dumps(damage))
+    with pytest.raises(ValueError, match=r"prunus\.json is damaged"):
+        recorded_digests(tmp_path)

@@ -1,0 +1,181 @@
+"""A run that is slow between its look at the output folder and its lock finds what happened there.
+
+Each test runs a first command to its end in exactly that moment of a second command. What the
+first command wrote must stay, byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import prunus
+from prunus.model.checkpoint import lock
+from prunus.packed import pack, unpack
+from prunus.sweep import Sweep, run_sweep
+from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
+from tiny import token_ids
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> Path:
+    """A folder with checkpoints, text and token ids; no test writes to it."""
+    folder = tmp_path_factory.mktemp("races")
+    dense = dense_checkpoint(folder / "dense", dtype=torch.bfloat16)
+    pack(pruned_checkpoint(folder / "pruned", dense, sparsity=0.5), folder / "packed")
+    pack(pruned_checkpoint(folder / "sparser", dense, sparsity=0.7), folder / "packed-sparser")
+    save_file({"input_ids": token_ids()}, folder / "ids.safetensors")
+    training_text(folder)
+    return folder
+
+
+@pytest.fixture
+def between_look_and_lock(monkeypatch):
+    """A function that runs `work` in the moment before the next lock is taken."""
+    acquire = lock._acquire
+    happened: list[str] = []
+
+    def arrange(work: Callable[[], Any]) -> list[str]:
+        def acquire_later(folder: Path) -> int:
+            monkeypatch.setattr(lock, "_acquire", acquire)
+            happened.append("first")
+            work()
+            return acquire(folder)
+
+        monkeypatch.setattr(lock, "_acquire", acquire_later)
+        return happened
+
+    return arrange
+
+
+def sweep_of(dense: Path, ids: Path, sparsity: float) -> Sweep:
+    return Sweep.model_validate(
+        {
+            "title": "t",
+            "models": [str(dense)],
+            "recipe": {"calibration": str(ids), "samples": 3, "seqlen": 16, "dtype": "float32"},
+            "scoring": {"texts": [str(ids)], "seqlen": 16, "limit": 2},
+            "grid": [{"method": "magnitude", "sparsity": sparsity}],
+            "keep_checkpoints": True,
+        }
+    )
+
+
+def verbs(material: Path) -> dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]]:
+    """Verb -> two commands that write different results."""
+    dense, text = material / "dense", material / "text.txt"
+    ids = material / "ids.safetensors"
+    found: dict[str, Any] = {
+        "prune": [
+            lambda out, s=s: prunus.prune(dense, out, "magnitude", s, dtype="float32")
+            for s in (0.3, 0.7)
+        ],
+        "compress": [
+            lambda out, b=b: prunus.compress(
+                dense, out, b, calibration=token_ids(), dtype="float32"
+            )
+            for b in (3.5, 4.0)
+        ],
+        "pack": [lambda out, m=m: pack(material / m, out, "int8") for m in ("pruned", "sparser")],
+        "unpack": [
+            lambda out, m=m: unpack(material / m, out) for m in ("packed", "packed-sparser")
+        ],
+        "recover": [
+            lambda out, n=n: recover(
+                material / "pruned", out, "masked", text, evaluations=1, tokens=n
+            )
+            for n in (64, 128)
+        ],
+        "sweep": [lambda out, s=s: run_sweep(sweep_of(dense, ids, s), out) for s in (0.3, 0.7)],
+    }
+    return found
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("verb", ["prune", "compress", "pack", "unpack", "recover", "sweep"])
+def test_what_another_run_finished_meanwhile_is_not_destroyed(
+    verb, material, between_look_and_lock, tmp_path
+):
+    first, second = verbs(material)[verb]
+    before: dict[str, bytes] = {}
+
+    def finish_first() -> None:
+        first(tmp_path / "out")
+        before.update(content(tmp_path / "out"))
+
+    happened = between_look_and_lock(finish_first)
+    with pytest.raises(FileExistsError, match=r"another|set of cells"):
+        second(tmp_path / "out")
+    assert happened == ["first"]
+    assert before
+    assert content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("verb", ["prune", "pack", "recover"])
+def test_the_same_command_twice_gives_one_result(verb, material, between_look_and_lock, tmp_path):
+    """The second command finds the result of the first, and ends well without work."""
+    first, _ = verbs(material)[verb]
+    before: dict[str, bytes] = {}
+
+    def finish_first() -> None:
+        first(tmp_path / "out")
+        before.update(content(tmp_path / "out"))
+
+    between_look_and_lock(finish_first)
+    first(tmp_path / "out")
+    assert content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_import_while_another_command_writes(
+    overwrite, material, between_look_and_lock, tmp_path
+):
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    from prunus.model.checkpoint.gguf import import_gguf
+    from tiny_gguf import tiny_llama, write_gguf
+
+    write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
+    before: dict[str, bytes] = {}
+
+    def finish_first() -> None:
+        verbs(material)["prune"][0](tmp_path / "out")
+        before.update(content(tmp_path / "out"))
+
+    happened = between_look_and_lock(finish_first)
+    if overwrite:
+        import_gguf(tmp_path / "tiny.gguf", tmp_path / "out", overwrite=True)
+        assert (tmp_path / "out" / "model.safetensors").exists()
+        assert not (tmp_path / "out" / "prunus.json").exists()
+    else:
+        with pytest.raises(FileExistsError, match="not empty"):
+            import_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
+        assert content(tmp_path / "out") == before
+    assert happened == ["first"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny.gguf"]
+
+
+def test_an_import_over_a_run_that_goes_on_is_refused(tmp_path):
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    from prunus.model.checkpoint.gguf import import_gguf
+    from tiny_gguf import tiny_llama, write_gguf
+
+    write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
+    with lock.locked(tmp_path / "out"):
+        for overwrite in (False, True):
+            with pytest.raises(FileExistsError, match="written"):
+                import_gguf(tmp_path / "tiny.gguf", tmp_path / "out", overwrite=overwrite)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny.gguf"]
