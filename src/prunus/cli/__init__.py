@@ -21,7 +21,8 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from prunus.cli.convert import import_, pack, unpack
-from prunus.cli.evaluate import bench, doctor, evaluate, generate, inspect
+from prunus.cli.evaluate import bench, evaluate, generate
+from prunus.cli.look import doctor, inspect
 from prunus.cli.prune import compress, plan, prune
 from prunus.cli.recover import recover
 from prunus.cli.sweep import report, sweep

@@ -1,4 +1,4 @@
-"""Verbs that look at a model or run it: `eval`, `inspect`, `bench`, `generate` and `doctor`."""
+"""Verbs that run a model: `eval`, `bench` and `generate`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from prunus.cli import arguments as arg
 from prunus.cli.terminal import log, print_result, print_text, user_errors, write_json
 
-__all__ = ["bench", "doctor", "evaluate", "generate", "inspect"]
+__all__ = ["bench", "evaluate", "generate"]
 
 #: As `prunus.evaluation.Protocol`, which imports torch.
 ProtocolName = Literal["papers", "llama.cpp"]
@@ -283,29 +283,6 @@ def _parse_batch(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def inspect(
-    model: arg.Model,
-    verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify",
-            show_default=False,
-            help="First compare every shard with the SHA-256 in the record of the run that wrote "
-            "it.",
-        ),
-    ] = False,
-    trust_remote_code: arg.Trust = False,
-    json_file: arg.Json = None,
-) -> None:
-    """Show shape, dtype, sparsity and N:M patterns of every linear."""
-    with user_errors(json_file):
-        from prunus.evaluation.inspection import inspect as inspect_checkpoint
-        from prunus.report.tables import inspection_table
-
-        found = inspect_checkpoint(model, trust_remote_code=trust_remote_code, verify=verify)
-        print_result(inspection_table(found), json_file, found.as_dict())
-
-
 def bench(
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL…", help="Checkpoints, dense or packed.")
@@ -393,14 +370,3 @@ def generate(
                 return
         print_text("\n", json_file)
         write_json(json_file, {"model": model, "prompt": prompt, "text": "".join(pieces)})
-
-
-def doctor(json_file: arg.Json = None) -> None:
-    """Show which kernels run packed models here, and why."""
-    with user_errors(json_file):
-        from prunus.packed import describe
-
-        state = describe()
-        write_json(json_file, state)
-        for name, value in state.items():
-            print_text(f"{name:24} {value}\n", json_file)

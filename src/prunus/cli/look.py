@@ -1,0 +1,46 @@
+"""Verbs that look at a checkpoint or at this machine: `inspect` and `doctor`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from prunus.cli import arguments as arg
+from prunus.cli.terminal import print_result, print_text, user_errors, write_json
+
+__all__ = ["doctor", "inspect"]
+
+
+def inspect(
+    model: arg.Model,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            show_default=False,
+            help="First compare every shard with the SHA-256 in the record of the run that wrote "
+            "it.",
+        ),
+    ] = False,
+    trust_remote_code: arg.Trust = False,
+    json_file: arg.Json = None,
+) -> None:
+    """Show shape, dtype, sparsity and N:M patterns of every linear."""
+    with user_errors(json_file):
+        from prunus.evaluation.inspection import inspect as inspect_checkpoint
+        from prunus.report.tables import inspection_table
+
+        found = inspect_checkpoint(model, trust_remote_code=trust_remote_code, verify=verify)
+        print_result(inspection_table(found), json_file, found.as_dict())
+
+
+def doctor(json_file: arg.Json = None) -> None:
+    """Show which kernels run packed models here, and why."""
+    with user_errors(json_file):
+        from prunus.packed import describe
+
+        state = describe()
+        write_json(json_file, state)
+        for name, value in state.items():
+            print_text(f"{name:24} {value}\n", json_file)
