@@ -323,9 +323,7 @@ def test_missing_extra_is_named_before_any_work(tmp_path, monkeypatch, source, l
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == library else found(name)
     )
-    with pytest.raises(
-        ModuleNotFoundError, match=rf"needs {library}: pip install 'prunus\[data\]'"
-    ):
+    with pytest.raises(ModuleNotFoundError, match=rf"needs {library}: pip install '\.\[data\]'"):
         check_source(source, None)
 
 

@@ -23,6 +23,7 @@ VERBS = [
     "plan",
     "recover",
     "eval",
+    "lm-eval",
     "inspect",
     "bench",
     "generate",

@@ -490,7 +490,7 @@ def test_without_the_extra_its_name_is_given(model, local_datasets, monkeypatch)
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name)
     )
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'prunus\[eval\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[eval\]'"):
         prunus.evaluate(model, "rte", tokenizer=byte_tokenizer(), data_dir=local_datasets)
 
 

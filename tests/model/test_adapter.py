@@ -167,5 +167,5 @@ def test_a_packed_base_is_refused_with_the_way_out(adapter, tmp_path):
 
 def test_without_peft_the_extra_is_named(adapter, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'prunus\[adapters\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[adapters\]'"):
         load_model(adapter)

@@ -162,7 +162,7 @@ def test_peft_that_is_not_installed_is_named_with_its_extra(pruned, text, tmp_pa
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "peft" else found(name, *a)
     )
-    refused(ModuleNotFoundError, r"pip install 'prunus\[", pruned, tmp_path / "out", "lora", text)
+    refused(ModuleNotFoundError, r"pip install '\.\[", pruned, tmp_path / "out", "lora", text)
 
 
 def test_an_adapter_for_another_base(pruned, text, tmp_path):

@@ -430,7 +430,7 @@ def test_a_page_without_charts_needs_no_plotting_library(tmp_path, monkeypatch, 
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     page = to_html(read_document([write(tmp_path / "e.json", evaluation())]))
     assert len(page) < 50_000
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'prunus\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[report\]'"):
         to_html(read_document([run]))
 
 

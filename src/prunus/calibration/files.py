@@ -64,7 +64,7 @@ def check_file(path: Path) -> None:
 def require_library(module: str, purpose: str) -> None:
     """Raise ModuleNotFoundError, which names the extra `data`, unless `module` is installed."""
     if importlib.util.find_spec(module) is None:
-        raise ModuleNotFoundError(f"{purpose} needs {module}: pip install 'prunus[data]'")
+        raise ModuleNotFoundError(f"{purpose} needs {module}: pip install '.[data]'")
 
 
 def read_documents(path: Path) -> list[str]:

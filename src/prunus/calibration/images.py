@@ -61,7 +61,7 @@ def list_images(folder: Path) -> ImageFolder:
             "of images per class"
         )
     if importlib.util.find_spec("PIL") is None:
-        raise ModuleNotFoundError("reading images needs Pillow: pip install 'prunus[vision]'")
+        raise ModuleNotFoundError("reading images needs Pillow: pip install '.[vision]'")
     flat = _images_in(folder)
     found = {
         each.name: images

@@ -3,6 +3,7 @@
 prune.py           prune, compress, plan
 evaluate.py        eval, inspect, bench, generate, doctor
 convert.py         import, pack, unpack
+lm_eval.py         lm-eval
 recover.py         recover
 sweep.py           sweep, report
 arguments.py       arguments and options that several verbs share
@@ -22,6 +23,7 @@ import typer
 
 from prunus.cli.convert import import_, pack, unpack
 from prunus.cli.evaluate import bench, evaluate, generate
+from prunus.cli.lm_eval import lm_eval
 from prunus.cli.look import doctor, inspect
 from prunus.cli.prune import compress, plan, prune
 from prunus.cli.recover import recover
@@ -83,6 +85,15 @@ _VERBS = (
         (
             "prunus eval pruned --reference dense --perplexity wikitext2,c4",
             "prunus eval dense pruned --tasks paper7 --limit 200 --json scores.json",
+        ),
+    ),
+    _Verb(
+        "lm-eval",
+        lm_eval,
+        "Evaluate",
+        (
+            "prunus lm-eval --model hf --model_args pretrained=packed --tasks arc_easy",
+            "prunus lm-eval ls tasks",
         ),
     ),
     _Verb(
@@ -185,10 +196,18 @@ def _prunus(
     """Prune large language models after training, and measure the result."""
 
 
+#: Arguments that typer does not know go to the function as they are.
+_HANDED_OVER = {"ignore_unknown_options": True}
+
 for _verb in _VERBS:
     # The epilog keeps its line breaks: an example is one line that can be copied.
     _epilog = "\n".join(("Examples:", *_verb.examples))
-    app.command(_verb.name, rich_help_panel=_verb.panel, epilog=_epilog)(_verb.function)
+    app.command(
+        _verb.name,
+        rich_help_panel=_verb.panel,
+        epilog=_epilog,
+        context_settings=_HANDED_OVER if _verb.function is lm_eval else None,
+    )(_verb.function)
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from prunus.evaluation.lm_eval_results import read_scores
 from prunus.evaluation.local_datasets import FOLDER, check_local_datasets, load_splits
 from prunus.evaluation.task_scores import PAPER7, TaskScore
 
-__all__ = ["LoadedTask", "load_tasks", "require_lm_eval", "run_task", "wrap_model"]
+__all__ = ["LoadedTask", "load_tasks", "require_lm_eval", "run_lm_eval", "run_task", "wrap_model"]
 
 ALIASES = {"paper7": PAPER7}
 #: lm-eval's own seed for drawing few-shot examples.
@@ -76,7 +76,30 @@ class LoadedTask:
 def require_lm_eval() -> None:
     """Raise ModuleNotFoundError with the name of the extra if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise ModuleNotFoundError("evaluating on tasks needs lm-eval: pip install 'prunus[eval]'")
+        raise ModuleNotFoundError("evaluating on tasks needs lm-eval: pip install '.[eval]'")
+
+
+def run_lm_eval(arguments: Sequence[str]) -> None:
+    """Run the command line of lm-eval in this process.
+
+    transformers loads packed checkpoints in a process that has imported prunus, and lm-eval's own
+    command does not.
+
+    Args:
+        arguments: of lm-eval's command.
+
+    Raises:
+        ModuleNotFoundError: lm-eval is not installed; the message names the extra.
+        SystemExit: of lm-eval.
+    """
+    require_lm_eval()
+    from lm_eval.__main__ import cli_evaluate
+
+    before, sys.argv = sys.argv, ["lm-eval", *arguments]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before
 
 
 def load_tasks(

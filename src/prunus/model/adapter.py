@@ -234,4 +234,4 @@ def save_adapter(adapted: Any, folder: Path) -> dict[str, str]:
 def require_peft() -> None:
     """Raise ModuleNotFoundError, which names the extra, unless peft is installed."""
     if importlib.util.find_spec("peft") is None:
-        raise ModuleNotFoundError("adapters need peft: pip install 'prunus[adapters]'")
+        raise ModuleNotFoundError("adapters need peft: pip install '.[adapters]'")

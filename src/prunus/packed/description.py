@@ -35,7 +35,7 @@ FORMAT_VERSION = 3
 #: transformers refuses the checkpoint with an error that quotes it. With prunus, the quantizer
 #: removes it first.
 REFUSAL = (
-    "this checkpoint is packed by prunus: pip install prunus, then import prunus before loading it"
+    "this checkpoint is packed by prunus: install prunus, then import prunus before loading it"
 )
 
 Stored = Literal["bfloat16", "float16", "int8"]

@@ -61,9 +61,7 @@ def _plotly() -> tuple[Any, Any]:
         import plotly.graph_objects
         import plotly.offline
     except ImportError:
-        raise ModuleNotFoundError(
-            "the HTML report needs plotly: pip install 'prunus[report]'"
-        ) from None
+        raise ModuleNotFoundError("the HTML report needs plotly: pip install '.[report]'") from None
     return plotly.graph_objects, plotly.offline.get_plotlyjs
 
 

@@ -96,7 +96,7 @@ def check_extra() -> None:
     for module in ("gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(
-                f"importing a GGUF file needs {module}: pip install 'prunus[gguf]'"
+                f"importing a GGUF file needs {module}: pip install '.[gguf]'"
             )
 
 
