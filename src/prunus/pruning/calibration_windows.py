@@ -12,6 +12,8 @@ import torch
 
 from prunus.calibration import Windows, hash_ids, load_windows
 from prunus.calibration.images import draw_images, hash_pixels, read_images
+from prunus.calibration.texts import are_texts, windows_from_texts
+from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.image_processor import load_image_processor
 from prunus.model.kinds import IMAGES
 from prunus.model.loading import load_model
@@ -22,18 +24,28 @@ from prunus.pruning.job import PruningJob
 __all__ = ["calibration_windows", "describe_given"]
 
 
-def describe_given(given: torch.Tensor) -> dict[str, Any]:
-    """The options of a recipe that describe token ids or pixel values of the caller.
+def describe_given(given: Any) -> dict[str, Any]:
+    """The options of a recipe that describe the calibration data of the caller.
 
     >>> describe_given(torch.zeros(8, 512, dtype=torch.int64))
     {'calibration': 'token ids', 'samples': 8, 'seqlen': 512}
+    >>> describe_given(["one text", "another"])
+    {'calibration': 'texts'}
+    >>> describe_given("c4")
+    {'calibration': 'c4'}
 
     Args:
-        given: Integers (samples, seqlen), or floats (samples, channels, height, width).
+        given: The name of a source, texts, integers (samples, seqlen), or floats (samples,
+            channels, height, width).
 
     Raises:
-        ValueError: The tensor is neither.
+        ValueError: A tensor is neither token ids nor pixel values.
+        TypeError: It is something else.
     """
+    if are_texts(given):
+        return {"calibration": "texts"}
+    if not isinstance(given, torch.Tensor):
+        return {"calibration": None if given is None else str(given)}
     shape, is_float = tuple(given.shape), given.dtype.is_floating_point
     if given.numel() and len(shape) == 4 and is_float:
         return {"calibration": "pixel values", "samples": shape[0]}
@@ -60,6 +72,15 @@ def calibration_windows(job: PruningJob) -> Windows:
     if job.options.input_ids is not None:
         ids = job.options.input_ids.detach().to("cpu", torch.int64)
         windows = Windows(ids, "token ids given by the caller", hash_ids(ids))
+    elif job.options.texts is not None:
+        ids, described = windows_from_texts(
+            job.options.texts,
+            _tokenizer(job),
+            samples=recipe.samples,
+            seqlen=recipe.seqlen,
+            seed=recipe.seed,
+        )
+        windows = Windows(ids, described, hash_ids(ids))
     else:
         windows = load_windows(
             recipe.calibration,
@@ -112,15 +133,24 @@ def _image_processor(job: PruningJob) -> Any:
 
 
 def _tokenizer(job: PruningJob) -> Any:
-    """The model's tokenizer; None may do where the source holds token ids."""
+    """The model's tokenizer; None may do where the source holds token ids.
+
+    That of a loaded model lies where the model was loaded from.
+    """
     if job.options.tokenizer is not None or job.recipe.calibration.endswith(".safetensors"):
         return job.options.tokenizer
-    if isinstance(job.source, ModuleSource):
+    if not isinstance(job.source, ModuleSource):
+        return load_tokenizer(job.source.checkpoint.folder, job.options.trust_remote_code)
+    name = str(getattr(job.source.model, "name_or_path", "") or "")
+    try:
+        if not name:
+            raise ValueError("the model does not say where it was loaded from")
+        return load_tokenizer(resolve_folder(name), job.options.trust_remote_code)
+    except (ValueError, FileNotFoundError) as fault:
         raise ValueError(
             "pruning a loaded model needs its tokenizer: pass tokenizer=, or token ids as "
-            "calibration="
-        )
-    return load_tokenizer(job.source.checkpoint.folder, job.options.trust_remote_code)
+            f"calibration= ({fault})"
+        ) from fault
 
 
 def _dense_model(job: PruningJob) -> Any:

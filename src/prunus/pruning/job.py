@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class RunOptions:
         tokenizer: The model's tokenizer or image processor; None loads it from the checkpoint.
         input_ids: Calibration data instead of a named source: token ids (samples, seqlen), or
             pixel values (samples, channels, height, width).
+        texts: Texts, rows of a data set or chats instead of a named source; see
+            `prunus.calibration.texts`.
         trust_remote_code: Let transformers run code that comes with the checkpoint.
         ranks: The processes that work on this run; None for those that torchrun started, if any.
         rank_timeout: A process without a sign of life counts as lost after this many seconds;
@@ -53,6 +55,7 @@ class RunOptions:
     data_dir: Path | None = None
     tokenizer: Any = None
     input_ids: torch.Tensor | None = None
+    texts: Sequence[Any] | None = None
     trust_remote_code: bool = False
     ranks: Ranks | None = None
     rank_timeout: float | None = None

@@ -151,7 +151,7 @@ def plan_run(
         check_companions(source.checkpoint.folder, options.trust_remote_code)
         name = str(model)
     if needs_inputs(recipe, method):
-        check_inputs(kind_of(source.config), recipe, options.input_ids, options.data_dir)
+        check_inputs(kind_of(source.config), recipe, options)
 
     # Structure and names are checked on a skeleton in the stored dtype, before a dtype trial runs.
     skeleton = Skeleton(source.config, source.stored_dtype, options.trust_remote_code)

@@ -72,7 +72,9 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
         return Recipe(**values)
     except ValidationError as fault:
         where = f"recipe {path}: " if path is not None else ""
-        raise ValueError(where + "; ".join(_explain(error) for error in fault.errors())) from None
+        faults = [_explain(error) for error in fault.errors()]
+        more = [f"and {len(faults) - 4} more"] if len(faults) > 4 else []
+        raise ValueError(where + "; ".join(faults[:4] + more)) from None
 
 
 def _explain(error: Any) -> str:
@@ -83,4 +85,16 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message
-    return f"{name}: {message.lower()} (got {error['input']!r})"
+    return f"{name}: {message.lower()} (got {_brief(error['input'])})"
+
+
+def _brief(value: Any) -> str:
+    """A value as an error shows it: as it is if it is short, otherwise what it is.
+
+    >>> _brief("2:5"), _brief(list(range(1000)))
+    ("'2:5'", 'a list')
+    """
+    if hasattr(value, "shape"):
+        return f"a {type(value).__name__} of shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 200 else f"a {type(value).__name__}"

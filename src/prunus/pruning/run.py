@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from prunus.calibration import Windows
+from prunus.calibration.texts import are_texts
 from prunus.distributed import SINGLE_PROCESS, process_group
 from prunus.hardware.memory import HeapTrimmer, describe_hardware, peak_memory, versions
 from prunus.hardware.sizes import parse_bytes
@@ -75,7 +76,7 @@ def prune(
     sparsity: float | None = None,
     *,
     pattern: str | None = None,
-    calibration: str | torch.Tensor | None = None,
+    calibration: str | Path | torch.Tensor | Sequence[Any] | None = None,
     recipe: Recipe | str | Path | None = None,
     device: str = "auto",
     memory: str | int | None = None,
@@ -98,14 +99,16 @@ def prune(
         method: magnitude, wanda (default), wanda-variant, ria, sparsegpt, obs or alps.
         sparsity: Share of the weights of each linear to remove, in [0, 1); default 0.5.
         pattern: "N:M" keeps at most N of every M consecutive inputs, instead of `sparsity`.
-        calibration: A source (see `prunus.calibration.SOURCES`; default "c4") or token ids
-            (samples, seqlen). For an image classifier a folder of images, or pixel values
-            (samples, channels, height, width).
+        calibration: A source (see `prunus.calibration.SOURCES`; default "c4"), token ids (samples,
+            seqlen), or texts: a list of strings, a data set with a column `text` or `messages`, or
+            a list of chats, each a list of messages with `role` and `content`. For an image
+            classifier a folder of images, or pixel values (samples, channels, height, width).
         recipe: A `Recipe`, or a TOML file with any of its options; other arguments override it.
         device: auto, cpu, cuda or cuda:i.
         memory: Memory budget, such as "8GB" or a number of bytes; default is the free memory.
         data_dir: Folder with local copies of the calibration corpora.
-        tokenizer: The model's tokenizer or image processor; default is the checkpoint's own.
+        tokenizer: The model's tokenizer or image processor; default is the checkpoint's own, for a
+            loaded model that of its `name_or_path`.
         trust_remote_code: Run model code that comes with the checkpoint.
         overwrite: Replace an earlier result of prunus in `output`.
         resume: True requires an unfinished run in `output`, False refuses one. By default a
@@ -127,13 +130,14 @@ def prune(
     overrides: dict[str, Any] = {"method": method, "sparsity": sparsity, "pattern": pattern}
     overrides |= recipe_options
     given = calibration if isinstance(calibration, torch.Tensor) else None
-    overrides |= {"calibration": calibration} if given is None else describe_given(given)
+    overrides |= describe_given(calibration)
     options = RunOptions(
         device=device,
         memory=parse_bytes(memory) if isinstance(memory, str) else memory,
         data_dir=Path(data_dir) if data_dir is not None else None,
         tokenizer=tokenizer,
         input_ids=given,
+        texts=calibration if are_texts(calibration) else None,
         trust_remote_code=trust_remote_code,
         rank_timeout=rank_timeout,
     )

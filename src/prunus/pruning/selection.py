@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from prunus.calibration import SOURCES, check_source
@@ -15,6 +14,7 @@ from prunus.methods.patterns import Pattern, check_shape
 from prunus.model.kinds import IMAGES, Kind
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
+from prunus.pruning.job import RunOptions
 from prunus.pruning.recipe import Recipe
 
 __all__ = ["LinearSelection", "check_inputs", "select_linears", "select_packable"]
@@ -98,16 +98,14 @@ def select_packable(
     return LinearSelection(kept, left_dense)
 
 
-def check_inputs(
-    kind: Kind, recipe: Recipe, inputs: torch.Tensor | None, data_dir: Path | None
-) -> None:
+def check_inputs(kind: Kind, recipe: Recipe, options: RunOptions) -> None:
     """Check that the calibration data are of the kind that the model takes, before any are read.
 
     Args:
         kind: Of the model: text or images.
         recipe: It names the calibration source.
-        inputs: Token ids or pixel values that the caller gives instead of a source.
-        data_dir: Folder with local copies of the corpora.
+        options: Token ids, pixel values or texts that the caller gives instead of a source, and
+            the folder with local copies of the corpora.
 
     Raises:
         ValueError, FileNotFoundError, ModuleNotFoundError: The data are of another kind, missing,
@@ -118,6 +116,7 @@ def check_inputs(
         refuse_bos("image pixels", recipe.bos)
     elif recipe.calibration == "token ids" or recipe.calibration.endswith(".safetensors"):
         refuse_bos(recipe.calibration, recipe.bos)
+    inputs = options.input_ids
     if inputs is not None:
         if inputs.is_floating_point() != (kind is IMAGES):
             wanted = (
@@ -127,8 +126,11 @@ def check_inputs(
                 f"an {kind.name} is calibrated on {wanted}; got {inputs.dtype} "
                 f"{tuple(inputs.shape)}"
             )
+    elif options.texts is not None:
+        if kind is IMAGES:
+            raise ValueError("an image classifier is calibrated on images, and texts were given")
     elif kind is not IMAGES:
-        check_source(recipe.calibration, data_dir)
+        check_source(recipe.calibration, options.data_dir)
     elif recipe.calibration in SOURCES or not Path(recipe.calibration).is_dir():
         raise ValueError(
             f"an image classifier is calibrated on images, and {recipe.calibration!r} is no "

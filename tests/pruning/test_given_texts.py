@@ -1,0 +1,122 @@
+"""Calibration that a Python program gives: texts, data sets and chats; and a loaded model's
+tokenizer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import prunus
+from prunus.calibration import load_windows
+from prunus.calibration.texts import documents_of, windows_from_texts
+from tiny import tiny_checkpoint, token_ids
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+SENTENCES = [f"The quick brown fox number {n} jumps over the lazy dog. " * 2 for n in range(12)]
+CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because. " * 9}]
+SMALL = {"samples": 4, "seqlen": 16}
+
+
+def tokenizer_with_template():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    )
+    return tokenizer
+
+
+class Rows:
+    """As much of a data set as calibration reads."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, place):
+        return self.rows[place]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("texts") / "dense", vocab_size=VOCABULARY)
+    tokenizer_with_template().save_pretrained(folder)
+    return folder
+
+
+def test_lists_and_data_sets_of_texts_give_the_windows_of_a_file(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / "text.parquet"
+    rows = datasets.Dataset.from_dict({"text": SENTENCES})
+    rows.to_parquet(path)
+    tokenizer = byte_tokenizer()
+    expected = load_windows(str(path), tokenizer=tokenizer, seed=3, data_dir=None, **SMALL).ids
+    for given in (SENTENCES, tuple(SENTENCES), rows, rows["text"], Rows([*rows])):
+        ids, source = windows_from_texts(given, tokenizer, seed=3, **SMALL)
+        assert torch.equal(ids, expected)
+        assert source == "12 texts given by the caller; windows from 4 of them"
+
+
+def test_short_texts_are_joined():
+    ids, source = windows_from_texts(["ab", "cd"] * 30, byte_tokenizer(), seed=0, **SMALL)
+    assert ids.shape == (4, 16)
+    assert "joined" in source
+    with pytest.raises(ValueError, match="2 texts given by the caller: .*tokens"):
+        windows_from_texts(["ab", "cd"], byte_tokenizer(), seed=0, **SMALL)
+
+
+def test_chats_go_through_the_template():
+    tokenizer = tokenizer_with_template()
+    expected = f"user: Why?\nassistant: {'Because. ' * 9}\n"
+    assert documents_of([CHAT, {"messages": CHAT}, "text"], tokenizer) == [expected] * 2 + ["text"]
+    with pytest.raises(ValueError, match="no chat template; give texts instead"):
+        documents_of([CHAT], byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"train": SENTENCES}, "a dict. Choose one of its parts: train"),
+        (iter(SENTENCES), "itertools.islice"),
+        (7, "token ids .* or texts: .*, not a int"),
+        ([torch.zeros(2000)], r"calibration text 0 is a tensor \(2000,\)"),
+        ([{"content": "x"}], "calibration text 0 is a row with the columns content"),
+        (["ok", 3], "calibration text 1 is a int"),
+        (["", " "], "the 2 calibration texts that were given hold no text"),
+    ],
+)
+def test_what_is_no_text_is_refused(given, message, dense, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=message):
+        prunus.prune(dense, tmp_path / "out", calibration=given, **SMALL)
+
+
+def test_a_checkpoint_is_pruned_on_texts_and_resumes(dense, tmp_path):
+    options = {"calibration": [CHAT] * 8, **SMALL}
+    first = prunus.prune(dense, tmp_path / "out", **options)
+    assert first.recipe.calibration == "texts"
+    assert first.inputs.calibration.startswith("8 texts given by the caller")
+    assert prunus.prune(dense, tmp_path / "out", **options) == first
+    with pytest.raises(FileExistsError):
+        prunus.prune(dense, tmp_path / "out", calibration=SENTENCES, **SMALL)
+
+
+def test_a_loaded_model_finds_its_tokenizer_where_it_was_loaded_from(dense, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    report = prunus.prune(model, calibration=SENTENCES, **SMALL)
+    on_disk = prunus.prune(dense, tmp_path / "out", calibration=SENTENCES, **SMALL)
+    assert report.inputs.calibration_sha256 == on_disk.inputs.calibration_sha256
+
+
+def test_errors_hold_no_tensors(dense, tmp_path):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        prunus.prune(dense, tmp_path / "out", only=token_ids(64, 64), calibration=token_ids())
+    assert "a Tensor of shape (64,)" in str(caught.value)
+    assert str(caught.value).endswith("and 60 more")
+    with pytest.raises((TypeError, ValueError)) as caught:
+        prunus.prune(dense, tmp_path / "out", torch.zeros(99, 99), calibration=token_ids())
+    assert len(str(caught.value)) < 300
