@@ -66,7 +66,7 @@ def test_short_texts_are_joined():
     ids, source = windows_from_texts(["ab", "cd"] * 30, byte_tokenizer(), seed=0, **SMALL)
     assert ids.shape == (4, 16)
     assert "joined" in source
-    with pytest.raises(ValueError, match="2 texts given by the caller: .*tokens"):
+    with pytest.raises(ValueError, match=r"2 texts given by the caller: .*tokens"):
         windows_from_texts(["ab", "cd"], byte_tokenizer(), seed=0, **SMALL)
 
 
