@@ -73,14 +73,47 @@ def test_prune_writes_the_manifest_as_json(dense, text, tmp_path):
     assert "wanda" in result.stdout
     assert "self_attn.q_proj" in result.stdout
     lines = result.stderr.splitlines()
-    assert len(lines) == 2, "a line per block where there is no terminal"
-    assert "[1/2] model.layers.0 pruned" in lines[0]
-    assert "[2/2] model.layers.1 pruned" in lines[1]
+    assert len(lines) == 4, "a line per block where there is no terminal, and two before the first"
+    assert f"drawing calibration windows from {text}" in lines[0]
+    assert "embedding 4 windows and reading block 0" in lines[1]
+    assert "[1/2] model.layers.0 pruned" in lines[2]
+    assert "[2/2] model.layers.1 pruned" in lines[3]
     figures = json.loads(report.read_text())
     assert figures == json.loads((out / MANIFEST_NAME).read_text())
     assert figures["state"] == "finished"
     assert figures["totals"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert figures["recipe"]["calibration"] == str(text)
+
+
+def test_a_result_that_was_finished_earlier_does_not_look_new(dense, text, tmp_path):
+    arguments = ["prune", dense, tmp_path / "out", "--calibration", text, *WINDOWS]
+    assert "nothing was done" not in call(*arguments).stderr
+    again = call(*arguments)
+    assert "was finished by an earlier run, and nothing was done now" in again.stderr
+    assert "self_attn.q_proj" in again.stdout
+    arguments = ["pack", tmp_path / "out", tmp_path / "packed", "--values", "int8"]
+    arguments += ["--perplexity", "none"]
+    assert "nothing was done" not in call(*arguments).stderr
+    assert "nothing was done now" in call(*arguments).stderr
+
+
+def test_a_percentage_is_answered_with_the_share(tmp_path):
+    result = call("plan", tmp_path, "--sparsity", "50%", status=2)
+    assert "did you mean 0.5?" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_doctor_speaks_in_sentences_and_names_missing_extras(tmp_path, monkeypatch):
+    missing = {"datasets", "plotly"}
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *_: None if name in missing else object()
+    )
+    result = call("doctor", "--json", tmp_path / "state.json")
+    assert "The extra data is not installed: pip install '.[data]' gives C4" in result.stdout
+    assert "instruction_set" not in result.stdout
+    assert json.loads((tmp_path / "state.json").read_text())["missing_extras"] == [
+        "data",
+        "report",
+    ]
 
 
 def test_int8_shows_the_perplexity_before_and_after(dense, text, tmp_path):
@@ -156,7 +189,7 @@ def test_flags_override_the_recipe_file(dense, text, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     recipe.write_text(card.split("```toml\n")[1].split("```")[0])
     again = call("prune", dense, tmp_path / "out", "--recipe", recipe)
-    assert again.stderr == "", "the run was finished: no block is pruned again"
+    assert "pruned in" not in again.stderr, "the run was finished: no block is pruned again"
 
 
 def test_plan_shows_what_prune_would_do_and_writes_nothing(dense, text, tmp_path):

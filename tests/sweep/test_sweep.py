@@ -693,7 +693,10 @@ def write_toml(path: Path, dense: Path, sparsity: str = "[0.5]") -> Path:
 
 def test_the_command_checks_runs_and_shows(dense, tmp_path):
     file, out = write_toml(tmp_path / "s.toml", dense), tmp_path / "out"
-    assert "waiting" in call("sweep", file, out, "--check").stdout
+    checked = call("sweep", file, out, "--check").stdout
+    assert "would run" in checked
+    assert "done" not in checked
+    assert "Nothing was run or written" in checked
     assert not out.exists()
     result = call("sweep", file, out, "--json", tmp_path / "copy.json")
     assert "dense-magnitude-0.5" in result.stdout

@@ -156,6 +156,8 @@ _JOINER: dict[tuple[str, Part], str] = {
 }
 
 NAMES = ("c4", "wikitext2", "ptb", "python-docs")
+#: Those that lie in a folder of local datasets, or come from the hub.
+LOCAL_CORPORA = ("c4", "wikitext2", "ptb")
 
 
 def data_folder(data_dir: Path | None) -> Path | None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import socket
+import urllib.request
+from collections.abc import Iterator, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 __all__ = ["as_dataset", "load_column"]
+
+#: The longest wait for a connection to the hub. The library itself retries for more than a minute.
+_CONNECT_SECONDS = 5.0
 
 
 def load_column(
@@ -19,20 +26,50 @@ def load_column(
         split, column: of the data set.
         local: the file of local datasets that would do as well, for the message.
 
+    Where the hub cannot be reached, only what was downloaded earlier is used.
+
     Raises:
         OSError: the hub does not answer, or has no such data set.
     """
     import datasets
 
     try:
-        # The column is not a list: a shard of C4 never lies in memory as Python strings.
-        documents: Sequence[str] = datasets.load_dataset(**arguments, split=split)[column]
+        with _offline_unless_reachable():
+            # The column is not a list: a shard of C4 never lies in memory as Python strings.
+            documents: Sequence[str] = datasets.load_dataset(**arguments, split=split)[column]
     except Exception as error:  # the library raises errors of many kinds: network, cache, its own
         raise OSError(
-            f"{name} could not be loaded from the hub ({type(error).__name__}: {error}). "
-            f"Without a network, give a data folder (--data or PRUNUS_DATA) that holds {local}"
+            f"{name} could not be loaded from the hub ({type(error).__name__}: {error}). These "
+            "sources need no network: python-docs, a file of text, self (calibration only), and a "
+            f"data folder (--data or PRUNUS_DATA) that holds {local}"
         ) from error
     return documents
+
+
+@contextlib.contextmanager
+def _offline_unless_reachable() -> Iterator[None]:
+    """Keep the library from waiting for a hub that cannot be reached, while the context is open."""
+    from datasets import config
+
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = before or not _answers(config.HF_ENDPOINT)
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
+
+
+def _answers(address: str) -> bool:
+    """Whether a connection to a web address can be opened. Behind a proxy only a request tells."""
+    if urllib.request.getproxies():
+        return True
+    url = urlsplit(address)
+    port = url.port or (80 if url.scheme == "http" else 443)
+    try:
+        socket.create_connection((url.hostname or "", port), _CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def as_dataset(rows: list[dict[str, Any]]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -28,7 +28,7 @@ _WANTED = (
 )
 
 
-def are_texts(given: Any) -> bool:
+def are_texts(given: Any) -> TypeGuard[Sequence[Any]]:
     """Whether `given` is a list or a data set, and not the name of a source or a tensor.
 
     Raises:

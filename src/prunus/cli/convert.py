@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from prunus.cli import arguments as arg
-from prunus.cli.terminal import log, log_step, print_result, print_summary, user_errors
+from prunus.cli.terminal import (
+    Counted,
+    log,
+    log_step,
+    print_result,
+    print_summary,
+    user_errors,
+)
 
 if TYPE_CHECKING:
     from prunus.evaluation import PerplexityResult
@@ -102,7 +109,9 @@ def pack(
             before = score(model) if is_scored else None
         except ValueError as error:
             raise ValueError(f"{error} (--perplexity none packs without scoring)") from error
-        record = pack_checkpoint(model, output, values, overwrite=overwrite, progress=log_step)
+        steps = Counted(log_step)
+        record = pack_checkpoint(model, output, values, overwrite=overwrite, progress=steps)
+        steps.log_if_none(output)
         content = record.model_dump(mode="json")
         table = packing_table(record)
         if before is not None:
@@ -127,5 +136,7 @@ def unpack(
         from prunus.packed import unpack as unpack_checkpoint
         from prunus.report.tables import packing_table
 
-        record = unpack_checkpoint(model, output, overwrite=overwrite, progress=log_step)
+        steps = Counted(log_step)
+        record = unpack_checkpoint(model, output, overwrite=overwrite, progress=steps)
+        steps.log_if_none(output)
         print_result(packing_table(record), json_file, record.model_dump(mode="json"))

@@ -38,9 +38,9 @@ def inspect(
 def doctor(json_file: arg.Json = None) -> None:
     """Show which kernels run packed models here, and why."""
     with user_errors(json_file):
-        from prunus.packed import describe
+        from prunus.packed.doctor import describe, in_sentences
 
         state = describe()
         write_json(json_file, state)
-        for name, value in state.items():
-            print_text(f"{name:24} {value}\n", json_file)
+        for sentence in in_sentences(state):
+            print_text(f"{sentence}\n", json_file)

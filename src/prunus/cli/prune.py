@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from prunus.cli import arguments as arg
 from prunus.cli.recipe_options import COMPRESSION, RecipeFile, chosen_recipe, takes_recipe
-from prunus.cli.terminal import print_result, user_errors
+from prunus.cli.terminal import Counted, print_result, user_errors
 
 __all__ = ["compress", "plan", "prune"]
 
@@ -109,9 +110,17 @@ def _carry_out(
 
     work = recipe.method if recipe.bits is None else f"{recipe.bits:g} bits"
     with show_pruning(f"{work} {output}") as progress:
+        steps = Counted(progress)
         manifest = run(
-            model, output, recipe, how, overwrite=overwrite, resume=resume, progress=progress
+            model,
+            output,
+            recipe,
+            replace(how, announce=progress),
+            overwrite=overwrite,
+            resume=resume,
+            progress=steps,
         )
+    steps.log_if_none(output)
     print_result(run_table(manifest), json_file, manifest.model_dump(mode="json"))
 
 

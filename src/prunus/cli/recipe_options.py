@@ -6,6 +6,7 @@ no flag and stand in recipe files.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -43,6 +44,8 @@ def _parse_share(text: str) -> float:
         return float(text)
     except ValueError:
         hint = f"; did you mean --pattern {text}?" if ":" in text else ""
+        with contextlib.suppress(ValueError):
+            hint = f"; did you mean {float(text.removesuffix('%')) / 100:g}?"
         raise typer.BadParameter(f"{text!r} is not a share such as 0.5{hint}") from None
 
 

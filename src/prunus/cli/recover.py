@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from prunus.cli import arguments as arg
-from prunus.cli.terminal import print_result, user_errors
+from prunus.cli.terminal import Counted, print_result, user_errors
 
 __all__ = ["recover"]
 
@@ -186,6 +186,7 @@ def recover(
             names = (name.strip() for name in target_modules.split(","))
             options["target_modules"] = tuple(name for name in names if name)
         with show_recovery(f"{mode or 'scales'} {output}") as progress:
+            steps = Counted(progress)
             record = train(
                 model,
                 output,
@@ -196,7 +197,8 @@ def recover(
                 overwrite=overwrite,
                 resume=resume,
                 rank_timeout=rank_timeout,
-                progress=progress,
+                progress=steps,
                 **options,
             )
+        steps.log_if_none(output)
         print_result(recovery_table(record), json_file, record.model_dump(mode="json"))

@@ -54,7 +54,7 @@ def sweep(
         from prunus.pruning.job import RunOptions
         from prunus.report.document import Document
         from prunus.report.plain import to_terminal
-        from prunus.report.sweep_tables import sweep_section
+        from prunus.report.sweep_tables import check_section, sweep_section
         from prunus.sweep import check_sweep, load_sweep, run_sweep
 
         chosen = load_sweep(file, tuple(models or ()))
@@ -69,7 +69,7 @@ def sweep(
             results = check_sweep(chosen, output, options, file.name)
         else:
             results = run_sweep(chosen, output, options, file=file.name, progress=log)
-        section = sweep_section(results)
+        section = check_section(results) if check else sweep_section(results)
         table = to_terminal(Document(section.title, (section,)))
         print_result(table, json_file, results.model_dump(mode="json"))
         failed = [cell.name for cell in results.cells if cell.state == "failed"]

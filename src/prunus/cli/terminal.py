@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import typer
 
 __all__ = [
+    "Counted",
     "log",
     "log_step",
     "print_result",
@@ -151,6 +152,36 @@ def log(message: str) -> None:
     prefix = "prunus:" if rank == "0" else f"prunus, rank {rank}:"
     with contextlib.suppress(OSError):
         print(prefix, printable(" ".join(message.splitlines())), file=sys.stderr, flush=True)
+
+
+class Counted:
+    """Passes every call on to `progress`, and counts the calls.
+
+    >>> seen = []
+    >>> steps = Counted(seen.append)
+    >>> steps("a step")
+    >>> steps.count, seen
+    (1, ['a step'])
+    """
+
+    def __init__(self, progress: Callable[..., None]) -> None:
+        self._progress = progress
+        self.count = 0
+
+    def __call__(self, *step: Any) -> None:
+        """Take one step."""
+        self.count += 1
+        self._progress(*step)
+
+    def log_if_none(self, output: Path) -> None:
+        """Log that an earlier run had finished `output`, if there was no step."""
+        from prunus.distributed import is_rank_0
+
+        if not self.count and is_rank_0():
+            log(
+                f"{output} was finished by an earlier run, and nothing was done now; these are its "
+                "figures (--overwrite does the work again)"
+            )
 
 
 def log_step(done: int, total: int, name: str) -> None:

@@ -90,7 +90,8 @@ def linear_histograms(
         dense: the dense checkpoint, if it is not any more where the run found it.
         samples: number of calibration windows for the norms of the inputs, at most those of the
             run.
-        options: device, data folder, trust in remote code.
+        options: device, data folder, trust in remote code. Without a data folder, the text comes
+            from where the run took it.
 
     Raises:
         FileNotFoundError: there is no such run, or its weights are gone.
@@ -99,6 +100,8 @@ def linear_histograms(
     """
     options = options or RunOptions()
     manifest = Manifest.load(folder)
+    if options.data_dir is None and manifest.data_dir and Path(manifest.data_dir).is_dir():
+        options = dataclasses.replace(options, data_dir=Path(manifest.data_dir))
     block, name = _find_linear(manifest, linear)
     pruned = CheckpointSource(folder, options.trust_remote_code)
     after_OI = _weight(pruned, block, name, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import sys
@@ -13,7 +14,25 @@ import transformers
 from prunus.packed.description import METHOD
 from prunus.packed.kernels import library as kernels
 
-__all__ = ["describe"]
+__all__ = ["describe", "in_sentences"]
+
+#: Extra of the package -> the modules that it installs.
+_EXTRAS = {
+    "data": ("datasets",),
+    "eval": ("lm_eval",),
+    "gguf": ("gguf", "accelerate", "sentencepiece"),
+    "adapters": ("peft",),
+    "report": ("plotly",),
+    "vision": ("PIL",),
+}
+_PURPOSES = {
+    "data": "C4, WikiText-2 and PTB from the hub",
+    "eval": "prunus eval --tasks and prunus lm-eval",
+    "gguf": "prunus import",
+    "adapters": "peft adapters and prunus recover --mode lora",
+    "report": "pages with plots",
+    "vision": "image classifiers",
+}
 
 
 def describe() -> dict[str, Any]:
@@ -31,6 +50,7 @@ def describe() -> dict[str, Any]:
         - threads: how many threads torch uses.
         - thread_runtime: whose threads the kernels run on.
         - registered: whether transformers knows the packed format in this process.
+        - missing_extras: the extras of the package that are not installed.
         - torch, transformers, python, machine: versions.
     """
     asked = os.environ.get("PRUNUS_ISA")
@@ -50,8 +70,51 @@ def describe() -> dict[str, Any]:
         if found is None
         else found.runtime or "the calling thread alone: no OpenMP found",
         "registered": table is not None and METHOD in table.AUTO_QUANTIZER_MAPPING,
+        "missing_extras": [
+            extra
+            for extra, modules in _EXTRAS.items()
+            if any(importlib.util.find_spec(module) is None for module in modules)
+        ],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
+
+
+def in_sentences(state: dict[str, Any]) -> list[str]:
+    """Say what `describe` found, one sentence or two on a subject.
+
+    Args:
+        state: the result of `describe`.
+    """
+    said = [
+        f"Python {state['python']} on {state['machine']}, torch {state['torch']}, transformers "
+        f"{state['transformers']}."
+    ]
+    if state["kernels"]:
+        said += [
+            f"Packed models run on the compiled kernels of {state['library']}.",
+            f"The kernels use {state['instruction_set']} ({state['chosen_by']}); the best of this "
+            f"machine is {state['best_instruction_set']}.",
+            "Dense bfloat16 linears of packed models "
+            + ("use a kernel as well." if state["dense_kernel"] else "run in torch."),
+            f"Torch uses {state['threads']} threads; the kernels run on {state['thread_runtime']}.",
+        ]
+    else:
+        said += [
+            f"Packed models run on slower code in torch, because there are no kernels: "
+            f"{state['why_not']}.",
+            f"Torch uses {state['threads']} threads.",
+        ]
+    said.append(
+        "Transformers knows the packed format."
+        if state["registered"]
+        else "Transformers does not know the packed format in this process: import prunus first."
+    )
+    missing = state["missing_extras"]
+    said += [
+        f"The extra {extra} is not installed: pip install '.[{extra}]' gives {_PURPOSES[extra]}."
+        for extra in missing
+    ]
+    return said if missing else [*said, "All extras are installed."]

@@ -142,7 +142,11 @@ def forecast(
         ValueError: The method cannot be forecast, or a number is below 1.
     """
     if method not in _METHODS:
-        raise ValueError(f"{method} is not forecast: choose magnitude, wanda or sparsegpt")
+        raise ValueError(
+            f"{method} is not forecast: choose --method magnitude, wanda or sparsegpt (sparsegpt "
+            "is a lower bound for alps, which the presets balanced and best use), or give MODEL, a "
+            "checkpoint, to plan the whole recipe"
+        )
     if samples < 1 or seqlen < 1:
         raise ValueError(f"{samples} windows of {seqlen} tokens are none: both must be at least 1")
     rates = devices.rates

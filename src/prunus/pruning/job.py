@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class RunOptions:
             pixel values (samples, channels, height, width).
         texts: Texts, rows of a data set or chats instead of a named source; see
             `prunus.calibration.texts`.
+        announce: Called with what is being prepared, before the first block; None to be silent.
         trust_remote_code: Let transformers run code that comes with the checkpoint.
         ranks: The processes that work on this run; None for those that torchrun started, if any.
         rank_timeout: A process without a sign of life counts as lost after this many seconds;
@@ -56,9 +57,15 @@ class RunOptions:
     tokenizer: Any = None
     input_ids: torch.Tensor | None = None
     texts: Sequence[Any] | None = None
+    announce: Callable[[str], None] | None = None
     trust_remote_code: bool = False
     ranks: Ranks | None = None
     rank_timeout: float | None = None
+
+    def tell(self, message: str) -> None:
+        """Announce what comes next; only the first of several processes does so."""
+        if self.announce is not None and (self.ranks or SINGLE_PROCESS).rank == 0:
+            self.announce(message)
 
 
 @dataclass

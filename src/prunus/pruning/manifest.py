@@ -69,6 +69,10 @@ class Manifest(BaseModel):
         default_factory=dict,
         description="stored name of a packed embedding or head -> its entry in config.json",
     )
+    data_dir: str | None = Field(
+        default=None,
+        description="folder of local datasets that the calibration text came from; None for others",
+    )
     left_dense: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     totals: dict[str, Any] = Field(default_factory=dict)
 

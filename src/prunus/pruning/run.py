@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from prunus.calibration import Windows
+from prunus.calibration.corpora import LOCAL_CORPORA, data_folder
 from prunus.calibration.texts import are_texts
 from prunus.distributed import SINGLE_PROCESS, process_group
 from prunus.hardware.memory import HeapTrimmer, describe_hardware, peak_memory, versions
@@ -220,6 +221,8 @@ def _prune_model(
     ranks = job.ranks
 
     # The calibration windows, and the manifest that says which run this is.
+    if job.needs_inputs:
+        job.options.tell(f"drawing calibration windows from {job.recipe.calibration}")
     with ranks.fail_together():
         windows = calibration_windows(job)
         manifest = _manifest(job, windows, checked.earlier)
@@ -247,6 +250,8 @@ def _prune_model(
     with torch.no_grad(), contextlib.closing(pruner), _threads(one_thread):
         # Everything before the first block: windows become hidden states.
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()
+        embedding = f"embedding {len(windows.ids)} windows and " if batches else ""
+        job.options.tell(f"{embedding}reading block 0")
         pruner.embed(
             batches,
             spill_to=output.spill_folder if job.spills else None,
@@ -332,8 +337,16 @@ def _manifest(job: PruningJob, windows: Windows, earlier: Manifest | None) -> Ma
         inputs=inputs,
         versions=versions(),
         hardware=describe_hardware(job.device),
+        data_dir=_data_dir(job),
         left_dense=job.left_dense,
     )
+
+
+def _data_dir(job: PruningJob) -> str | None:
+    """The folder of local datasets that the calibration text came from, if it came from one."""
+    is_corpus = job.recipe.calibration in LOCAL_CORPORA
+    folder = data_folder(job.options.data_dir) if job.needs_inputs and is_corpus else None
+    return None if folder is None else str(folder.absolute())
 
 
 def _progress(job: PruningJob, index: int, message: str, started: float) -> Progress:

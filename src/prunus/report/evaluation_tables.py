@@ -14,6 +14,9 @@ from prunus.report.evaluation_sections import is_share, short_names
 if TYPE_CHECKING:
     from prunus.evaluation import Difference, Metric, PerplexityResult, TaskResults
 
+#: With more models than these, each model has a row of its own.
+_MODELS_IN_COLUMNS = 2
+
 __all__ = ["divergence_table", "evaluation_tables", "perplexity_table", "tasks_table"]
 
 
@@ -35,7 +38,7 @@ def evaluation_tables(
 
 
 def perplexity_table(results: Mapping[str, Sequence[PerplexityResult]]) -> Table:
-    """One row per text, one column per model.
+    """One row per text and one column per model; of more than two models, one row per model.
 
     The protocol stands below the table, because figures of different protocols do not compare.
 
@@ -43,6 +46,8 @@ def perplexity_table(results: Mapping[str, Sequence[PerplexityResult]]) -> Table
         results: model -> its perplexities, on the same texts for every model.
     """
     models = list(results)
+    if len(models) > _MODELS_IN_COLUMNS:
+        return _with_protocols(_models_in_rows(results), results)
     first = results[models[0]]
     table = Table(title="perplexity" if len(models) > 1 else models[0], title_justify="left")
     table.add_column("text")
@@ -64,8 +69,38 @@ def perplexity_table(results: Mapping[str, Sequence[PerplexityResult]]) -> Table
             f"{result.tokens:,}",
             f"{sum(score.seconds for score in scores):.1f}",
         )
+    return _with_protocols(table, results)
+
+
+def _models_in_rows(results: Mapping[str, Sequence[PerplexityResult]]) -> Table:
+    """One row per text and model, with the difference to the first model."""
+    table = Table(title="perplexity", title_justify="left")
+    for name in ("text", "model"):
+        table.add_column(name, overflow="fold")
+    for name in ("perplexity", "− first", "context", "windows", "tokens", "seconds"):
+        table.add_column(name, justify="right")
+    names = short_names(list(results))
+    first = next(iter(results.values()))
+    for position, one in enumerate(first):
+        for model, scores in results.items():
+            score = scores[position]
+            table.add_row(
+                score.source if score is one else "",
+                names[model],
+                f"{score.perplexity:.3f}",
+                MISSING if score is one else f"{score.perplexity - one.perplexity:+.3f}",
+                str(score.seqlen),
+                str(score.windows),
+                f"{score.tokens:,}",
+                f"{score.seconds:.1f}",
+            )
+        table.add_section()
+    return table
+
+
+def _with_protocols(table: Table, results: Mapping[str, Sequence[PerplexityResult]]) -> Table:
     table.caption = "\n".join(
-        dict.fromkeys(score.protocol for model in models for score in results[model])
+        dict.fromkeys(score.protocol for scores in results.values() for score in scores)
     )
     table.caption_justify = "left"
     return table

@@ -57,15 +57,15 @@ def eta(done: int, total: int, seconds: float) -> str:
 @contextlib.contextmanager
 def show_pruning(
     title: str, console: Console | None = None
-) -> Iterator[Callable[[PruningStep], None]]:
-    """Show a pruning run: finished blocks, time left and peak memory.
+) -> Iterator[Callable[[PruningStep | str], None]]:
+    """Show a pruning run: what it prepares, finished blocks, time left and peak memory.
 
     Args:
         title: stands before the bar.
         console: where to print; standard error by default.
 
     Yields:
-        A function to call after every block.
+        A function to call after every block, and before the first one with what is prepared.
     """
     console = console or progress_console()
     first: PruningStep | None = None
@@ -78,7 +78,10 @@ def show_pruning(
 
     if not console.is_terminal:
 
-        def print_block(step: PruningStep) -> None:
+        def print_block(step: PruningStep | str) -> None:
+            if isinstance(step, str):
+                _print_line(console, step)
+                return
             _print_line(
                 console,
                 f"[{step.done}/{step.total}] {step.message}; left {time_left(step)}; "
@@ -92,12 +95,18 @@ def show_pruning(
         MofNCompleteColumn(),
         TextColumn("blocks"),
         TimeElapsedColumn(),
-        TextColumn("left {task.fields[left]}, peak {task.fields[peak]}", markup=False),
+        TextColumn("{task.fields[state]}", markup=False),
     )
-    with _live_bar(console, title, columns, None, left="…", peak="…") as update:
-        yield lambda step: update(
-            completed=step.done, total=step.total, left=time_left(step), peak=_gigabytes(step)
-        )
+    with _live_bar(console, title, columns, None, state="…") as update:
+
+        def update_block(step: PruningStep | str) -> None:
+            if isinstance(step, str):
+                update(state=step)
+                return
+            state = f"left {time_left(step)}, peak {_gigabytes(step)}"
+            update(completed=step.done, total=step.total, state=state)
+
+        yield update_block
 
 
 @contextlib.contextmanager

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
         Tasks,
     )
 
-__all__ = ["sweep_section"]
+__all__ = ["check_section", "sweep_section"]
+
+_WHAT_WOULD_HAPPEN = {
+    "waiting": "would run",
+    "running": "would go on",
+    "failed": "failed, would run again",
+    "done": "done",
+}
 
 
 def sweep_section(results: SweepResults, speeds: Mapping[str, float] | None = None) -> Section:
@@ -50,6 +57,22 @@ def sweep_section(results: SweepResults, speeds: Mapping[str, float] | None = No
     return Section(
         results.title, " ".join(results.description.split()), (*parts, *_circumstances(results))
     )
+
+
+def check_section(results: SweepResults) -> Section:
+    """The section of a sweep that was only checked: every cell, and what would become of it.
+
+    Args:
+        results: of an earlier run of the sweep, if there was one, with all cells of this one.
+    """
+    rows = [
+        (f"{label}-dense", label, _WHAT_WOULD_HAPPEN[_dense_state(model, results)])
+        for label, model in results.models.items()
+    ]
+    rows += [(cell.name, cell.model, _WHAT_WOULD_HAPPEN[cell.state]) for cell in results.cells]
+    columns = (Column("cell"), Column("model"), Column("state"))
+    lead = "Everything was checked. Nothing was run or written."
+    return Section(results.title, lead, (Table("Cells", columns, tuple(rows)),))
 
 
 def _headline(results: SweepResults) -> Facts:
@@ -152,8 +175,16 @@ def _dense_row(
         "error": None,
         **_scores(model.scores, _texts(results)),
         **_size(model.size, decode_speed(speeds, model.path, label)),
-        "state": "failed" if model.error else "done",
+        "state": _dense_state(model, results),
     }
+
+
+def _dense_state(model: ModelResult, results: SweepResults) -> str:
+    """The state of the dense model of a sweep: it is done when every text and task is scored."""
+    if model.error:
+        return "failed"
+    tasks_done = bool(model.tasks) or not results.scoring.get("tasks")
+    return "done" if tasks_done and all(x in model.scores for x in _texts(results)) else "waiting"
 
 
 def _cell_row(
