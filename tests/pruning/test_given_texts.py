@@ -55,17 +55,18 @@ def test_lists_and_data_sets_of_texts_give_the_windows_of_a_file(tmp_path):
     rows = datasets.Dataset.from_dict({"text": SENTENCES})
     rows.to_parquet(path)
     tokenizer = byte_tokenizer()
-    expected = load_windows(str(path), tokenizer=tokenizer, seed=3, data_dir=None, **SMALL).ids
+    expected = load_windows(str(path), tokenizer=tokenizer, seed=3, data_dir=None, **SMALL)
     for given in (SENTENCES, tuple(SENTENCES), rows, rows["text"], Rows([*rows])):
-        ids, source = windows_from_texts(given, tokenizer, seed=3, **SMALL)
-        assert torch.equal(ids, expected)
-        assert source == "12 texts given by the caller; windows from 4 of them"
+        found = windows_from_texts(given, tokenizer, seed=3, **SMALL)
+        assert torch.equal(found.ids, expected.ids)
+        assert found.bos == expected.bos
+        assert found.source == "12 texts given by the caller; windows from 4 of them"
 
 
 def test_short_texts_are_joined():
-    ids, source = windows_from_texts(["ab", "cd"] * 30, byte_tokenizer(), seed=0, **SMALL)
-    assert ids.shape == (4, 16)
-    assert "joined" in source
+    found = windows_from_texts(["ab", "cd"] * 30, byte_tokenizer(), seed=0, **SMALL)
+    assert found.ids.shape == (4, 16)
+    assert "joined" in found.source
     with pytest.raises(ValueError, match=r"2 texts given by the caller: .*tokens"):
         windows_from_texts(["ab", "cd"], byte_tokenizer(), seed=0, **SMALL)
 

@@ -70,6 +70,70 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+_MAMBA: dict[str, Any] = {"state_size": 4, "expand": 2, "conv_kernel": 4}
+_MAMBA2: dict[str, Any] = {"mamba_d_state": 4, "mamba_d_conv": 4, "mamba_n_groups": 1}
+_ALTERNATING: dict[str, Any] = {
+    "head_dim": 8,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+
+#: The same for state-space models, hybrids, and recent families.
+NEWER_FAMILIES: dict[str, dict[str, Any]] = {
+    "mamba": _MAMBA | {"time_step_rank": 4},
+    "mamba2": _MAMBA | {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+    "jamba": {
+        "num_experts": 1,
+        "num_experts_per_tok": 1,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "falcon_h1": _MAMBA2
+    | {
+        "head_dim": 8,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_chunk_size": 8,
+    },
+    "granitemoehybrid": _MAMBA2
+    | {
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 64,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_chunk_size": 8,
+        "layer_types": ["mamba", "attention"],
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "olmo3": _ALTERNATING,
+    "gemma4_text": _ALTERNATING
+    | {
+        "global_head_dim": 8,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 128,
+        "num_kv_shared_layers": 0,
+    },
+    "qwen3_5_text": {
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "apertus": {},
+    "exaone4": _ALTERNATING | {"sliding_window_pattern": 2},
+    "ministral3": {"head_dim": 8},
+    "bitnet": {},
+    "arcee": {},
+    "seed_oss": {"head_dim": 8},
+}
+
 
 _ROUTED: dict[str, Any] = {
     "n_routed_experts": 8,
@@ -144,7 +208,14 @@ EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A random causal LM with blocks of width 32."""
     config = AutoConfig.for_model(
-        family, **{**_COMMON, **FAMILIES.get(family, {}), **_of_experts(family), **options}
+        family,
+        **{
+            **_COMMON,
+            **FAMILIES.get(family, {}),
+            **NEWER_FAMILIES.get(family, {}),
+            **_of_experts(family),
+            **options,
+        },
     )
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

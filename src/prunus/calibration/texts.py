@@ -13,12 +13,14 @@ from typing import Any, TypeGuard
 
 import torch
 
+from prunus.calibration.bos import Bos, bos_token, put_bos_first, used_bos
 from prunus.calibration.draw import (
     TextTooShort,
     encode,
     windows_from_documents,
     windows_from_stream,
 )
+from prunus.calibration.windows import Windows, hash_ids
 
 __all__ = ["are_texts", "documents_of", "windows_from_texts"]
 
@@ -68,37 +70,42 @@ def documents_of(given: Sequence[Any], tokenizer: Any) -> list[str]:
 
 
 def windows_from_texts(
-    given: Sequence[Any], tokenizer: Any, *, samples: int, seqlen: int, seed: int
-) -> tuple[torch.Tensor, str]:
-    """Draw windows (samples, seqlen) of documents longer than a window.
+    given: Sequence[Any],
+    tokenizer: Any,
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    bos: Bos = "auto",
+) -> Windows:
+    """Draw windows of documents longer than a window.
 
     If there are none, they are drawn of all documents, joined by blank lines.
 
     Args:
         given: see `documents_of`.
         tokenizer: of the model.
-        samples, seqlen, seed: as in `prunus.calibration.load_windows`.
-
-    Returns:
-        The windows, and where they come from, for people.
+        samples, seqlen, seed, bos: as in `prunus.calibration.load_windows`.
 
     Raises:
         TypeError, ValueError: see `documents_of`; or the texts are too short.
     """
     documents, rng = documents_of(given, tokenizer), random.Random(seed)
-    source = f"{len(documents)} texts given by the caller"
+    source, token = f"{len(documents)} texts given by the caller", bos_token(tokenizer, bos)
     try:
-        ids, used = windows_from_documents(
-            documents, tokenizer, samples=samples, seqlen=seqlen, rng=rng
-        )
-        return ids, f"{source}; windows from {used} of them"
-    except TextTooShort:
-        joined = encode(tokenizer, "\n\n".join(documents))
-    try:
-        ids = windows_from_stream(joined, samples=samples, seqlen=seqlen, rng=rng)
+        try:
+            ids, used = windows_from_documents(
+                documents, tokenizer, samples=samples, seqlen=seqlen, rng=rng
+            )
+            described = f"{source}; windows from {used} of them"
+        except TextTooShort:
+            joined = encode(tokenizer, "\n\n".join(documents))
+            ids = windows_from_stream(joined, samples=samples, seqlen=seqlen, rng=rng)
+            described = f"{source}, joined, because none is longer than a window"
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    return ids, f"{source}, joined, because none is longer than a window"
+    ids = put_bos_first(ids, token)
+    return Windows(ids, described, hash_ids(ids), used_bos(token))
 
 
 def _document(entry: Any, place: int, tokenizer: Any) -> str:

@@ -73,14 +73,14 @@ def calibration_windows(job: PruningJob) -> Windows:
         ids = job.options.input_ids.detach().to("cpu", torch.int64)
         windows = Windows(ids, "token ids given by the caller", hash_ids(ids))
     elif job.options.texts is not None:
-        ids, described = windows_from_texts(
+        windows = windows_from_texts(
             job.options.texts,
             _tokenizer(job),
             samples=recipe.samples,
             seqlen=recipe.seqlen,
             seed=recipe.seed,
+            bos=recipe.bos,
         )
-        windows = Windows(ids, described, hash_ids(ids))
     else:
         windows = load_windows(
             recipe.calibration,
