@@ -4,6 +4,7 @@ tokenizer.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import prunus
 from prunus.calibration import load_windows
-from prunus.calibration.texts import documents_of, windows_from_texts
+from prunus.calibration.texts import Documents, windows_from_texts
+from prunus.model.chat_template import apply_chat_template
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -74,9 +76,11 @@ def test_short_texts_are_joined():
 def test_chats_go_through_the_template():
     tokenizer = tokenizer_with_template()
     expected = f"user: Why?\nassistant: {'Because. ' * 9}\n"
-    assert documents_of([CHAT, {"messages": CHAT}, "text"], tokenizer) == [expected] * 2 + ["text"]
+    apply = functools.partial(apply_chat_template, answer_follows=False)
+    found = Documents([CHAT, {"messages": CHAT}, "text"], tokenizer, apply)
+    assert list(found) == [expected, expected, "text"]
     with pytest.raises(ValueError, match="no chat template; give texts instead"):
-        documents_of([CHAT], byte_tokenizer())
+        Documents([CHAT], byte_tokenizer(), apply)[0]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +92,7 @@ def test_chats_go_through_the_template():
         ([torch.zeros(2000)], r"calibration text 0 is a tensor \(2000,\)"),
         ([{"content": "x"}], "calibration text 0 is a row with the columns content"),
         (["ok", 3], "calibration text 1 is a int"),
-        (["", " "], "the 2 calibration texts that were given hold no text"),
+        (["", " "], "2 texts given by the caller: "),
     ],
 )
 def test_what_is_no_text_is_refused(given, message, dense, tmp_path):

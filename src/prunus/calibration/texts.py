@@ -7,7 +7,7 @@ messages {"role": …, "content": …}, which the tokenizer's chat template turn
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -22,7 +22,9 @@ from prunus.calibration.draw import (
 )
 from prunus.calibration.windows import Windows, hash_ids
 
-__all__ = ["are_texts", "documents_of", "windows_from_texts"]
+__all__ = ["Documents", "are_texts", "windows_from_texts"]
+
+ChatText = Callable[[Any, Any], str]
 
 _WANTED = (
     "calibration takes the name of a source, token ids (samples, seqlen), or texts: strings, rows "
@@ -51,22 +53,54 @@ def are_texts(given: Any) -> TypeGuard[Sequence[Any]]:
     raise TypeError(f"{_WANTED}, not {_kind(given)}{hint}")
 
 
-def documents_of(given: Sequence[Any], tokenizer: Any) -> list[str]:
-    """The documents of texts that a program gives, without empty ones.
+class Documents(Sequence[str]):
+    """The documents of texts that a program gives; each is read when it is drawn.
 
     Args:
         given: strings, rows of a data set, or chats.
         tokenizer: its chat template is used for chats.
+        chat_text: turns a tokenizer and messages into text.
 
-    Raises:
-        TypeError: an entry is none of these; says which one.
-        ValueError: there is no text, or chats come with a tokenizer without a template.
+    >>> Documents(["one", {"text": "two"}], None, None)[1]
+    'two'
     """
-    found = [_document(entry, place, tokenizer) for place, entry in enumerate(given)]
-    documents = [document for document in found if document.strip()]
-    if not documents:
-        raise ValueError(f"the {len(found)} calibration texts that were given hold no text")
-    return documents
+
+    def __init__(self, given: Any, tokenizer: Any, chat_text: ChatText | None) -> None:
+        self._given, self._tokenizer, self._chat_text = given, tokenizer, chat_text
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def __getitem__(self, place: Any) -> Any:
+        """Return document `place`.
+
+        Raises:
+            TypeError: the entry is no text, no row with text, and no chat; says which one.
+            ValueError: a chat comes with a tokenizer without a template.
+        """
+        entry = self._given[place]
+        if isinstance(entry, str):
+            return entry
+        if isinstance(entry, Mapping):
+            if isinstance(entry.get("text"), str):
+                return entry["text"]
+            if _is_chat(entry.get("messages")):
+                return self._of_chat(entry["messages"])
+            raise TypeError(
+                f"calibration text {place} is a row with the columns {', '.join(map(str, entry))}; "
+                "it needs text (a string) or messages (a list of messages with role and content)"
+            )
+        if _is_chat(entry):
+            return self._of_chat(entry)
+        raise TypeError(f"calibration text {place} is {_kind(entry)}; {_WANTED}")
+
+    def _of_chat(self, messages: Any) -> str:
+        if self._chat_text is None or not getattr(self._tokenizer, "chat_template", None):
+            raise ValueError(
+                "the calibration holds chat messages, and the tokenizer has no chat template; give "
+                "texts instead, or a tokenizer with a template"
+            )
+        return self._chat_text(self._tokenizer, messages)
 
 
 def windows_from_texts(
@@ -77,20 +111,22 @@ def windows_from_texts(
     seqlen: int,
     seed: int,
     bos: Bos = "auto",
+    chat_text: ChatText | None = None,
 ) -> Windows:
     """Draw windows of documents longer than a window.
 
     If there are none, they are drawn of all documents, joined by blank lines.
 
     Args:
-        given: see `documents_of`.
+        given: see `Documents`.
         tokenizer: of the model.
         samples, seqlen, seed, bos: as in `prunus.calibration.load_windows`.
+        chat_text: see `Documents`.
 
     Raises:
-        TypeError, ValueError: see `documents_of`; or the texts are too short.
+        TypeError, ValueError: see `Documents`; or the texts are too short.
     """
-    documents, rng = documents_of(given, tokenizer), random.Random(seed)
+    documents, rng = Documents(given, tokenizer, chat_text), random.Random(seed)
     source, token = f"{len(documents)} texts given by the caller", bos_token(tokenizer, bos)
     try:
         try:
@@ -99,7 +135,7 @@ def windows_from_texts(
             )
             described = f"{source}; windows from {used} of them"
         except TextTooShort:
-            joined = encode(tokenizer, "\n\n".join(documents))
+            joined = encode(tokenizer, "\n\n".join(text for text in documents if text.strip()))
             ids = windows_from_stream(joined, samples=samples, seqlen=seqlen, rng=rng)
             described = f"{source}, joined, because none is longer than a window"
     except ValueError as error:
@@ -108,38 +144,12 @@ def windows_from_texts(
     return Windows(ids, described, hash_ids(ids), used_bos(token))
 
 
-def _document(entry: Any, place: int, tokenizer: Any) -> str:
-    if isinstance(entry, str):
-        return entry
-    if isinstance(entry, Mapping):
-        if isinstance(entry.get("text"), str):
-            return str(entry["text"])
-        if _is_chat(entry.get("messages")):
-            return _chat(entry["messages"], tokenizer)
-        raise TypeError(
-            f"calibration text {place} is a row with the columns {', '.join(map(str, entry))}; it "
-            "needs text (a string) or messages (a list of messages with role and content)"
-        )
-    if _is_chat(entry):
-        return _chat(entry, tokenizer)
-    raise TypeError(f"calibration text {place} is {_kind(entry)}; {_WANTED}")
-
-
 def _is_chat(entry: Any) -> bool:
     return (
         isinstance(entry, list | tuple)
         and bool(entry)
         and all(isinstance(one, Mapping) and {"role", "content"} <= set(one) for one in entry)
     )
-
-
-def _chat(messages: Any, tokenizer: Any) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "the calibration holds chat messages, and the tokenizer has no chat template; give "
-            "texts instead, or a tokenizer with a template"
-        )
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False))
 
 
 def _is_mapping(given: Any) -> bool:

@@ -23,19 +23,22 @@ _SECONDS = 10
 _MEMORY, _TEXT = 2**29, 2**22
 
 
-def apply_chat_template(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
-    """The text that a tokenizer's chat template makes of messages, ready for an answer.
+def apply_chat_template(
+    tokenizer: Any, messages: Sequence[dict[str, str]], *, answer_follows: bool = True
+) -> str:
+    """The text that a tokenizer's chat template makes of messages.
 
     Args:
         tokenizer: with a chat template.
         messages: each has a `role` and a `content`.
+        answer_follows: end with the beginning of an answer, which a model then continues.
 
     Raises:
         ValueError: the template is damaged, refuses the messages, takes longer than ten seconds, or
             asks for more than 512 MiB.
     """
     if not hasattr(os, "fork"):  # Windows has no process to fork and no limits to set
-        return _rendered(tokenizer, messages)
+        return _rendered(tokenizer, messages, answer_follows)
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         # The child runs Python only, and none of the threads that the warning is about.
@@ -43,7 +46,7 @@ def apply_chat_template(tokenizer: Any, messages: Sequence[dict[str, str]]) -> s
         child = os.fork()
     if child == 0:
         os.close(reading)
-        _run_child(writing, tokenizer, messages)
+        _run_child(writing, tokenizer, messages, answer_follows)
     os.close(writing)
     try:
         answer = _read_all(reading)
@@ -67,22 +70,25 @@ def apply_chat_template(tokenizer: Any, messages: Sequence[dict[str, str]]) -> s
     )
 
 
-def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
+def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]], answer_follows: bool) -> str:
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False
+            list(messages), add_generation_prompt=answer_follows, tokenize=False
         )
     except Exception as fault:  # a template can raise any error
         raise ValueError(f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}") from fault
     return str(text)
 
 
-def _run_child(writing: int, tokenizer: Any, messages: Sequence[dict[str, str]]) -> None:
+def _run_child(
+    writing: int, tokenizer: Any, messages: Sequence[dict[str, str]], answer_follows: bool
+) -> None:
     """Apply the template, write `+` and the text or `-` and the reason, and end the process."""
     try:
         _limit_process()
         try:
-            answer = b"+" + _rendered(tokenizer, messages).encode("utf-8", errors="replace")
+            text = _rendered(tokenizer, messages, answer_follows)
+            answer = b"+" + text.encode("utf-8", errors="replace")
         except ValueError as fault:
             answer = b"" if isinstance(fault.__cause__, MemoryError) else b"-" + str(fault).encode()
         answer = answer[: _TEXT + 2]

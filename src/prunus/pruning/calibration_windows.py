@@ -5,6 +5,7 @@ For a language model a window is `seqlen` token ids. For an image classifier it 
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from prunus.calibration import Windows, hash_ids, load_windows
 from prunus.calibration.images import draw_images, hash_pixels, read_images
 from prunus.calibration.texts import are_texts, windows_from_texts
+from prunus.model.chat_template import apply_chat_template
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.image_processor import load_image_processor
 from prunus.model.kinds import IMAGES
@@ -80,6 +82,7 @@ def calibration_windows(job: PruningJob) -> Windows:
             seqlen=recipe.seqlen,
             seed=recipe.seed,
             bos=recipe.bos,
+            chat_text=functools.partial(apply_chat_template, answer_follows=False),
         )
     else:
         windows = load_windows(
