@@ -55,6 +55,7 @@ ROOMS: dict[str, set[str]] = {
         "recovery",
     },
     "report": {"evaluation", "model", "packed", "pruning", "recovery", "sweep"},
+    "serving": {"evaluation", "model"},
     "cli": {
         "distributed",
         "evaluation",
@@ -64,6 +65,7 @@ ROOMS: dict[str, set[str]] = {
         "pruning",
         "recovery",
         "report",
+        "serving",
         "sweep",
     },
     "__main__": {"cli"},
@@ -75,9 +77,17 @@ LIBRARIES: dict[str, set[str]] = {
     "typer": {"cli"},
     "rich": {"report", "cli"},
     "greenlet": {"pruning"},
-    "pydantic": {"model", "pruning", "recovery", "sweep", "packed"},
+    "pydantic": {"model", "pruning", "recovery", "sweep", "packed", "serving"},
     "huggingface_hub": {"model"},
-    "transformers": {"cli", "model", "pruning", "calibration", "evaluation", "packed"},
+    "transformers": {
+        "cli",
+        "model",
+        "pruning",
+        "calibration",
+        "evaluation",
+        "packed",
+        "serving",
+    },
     "torch": set(ROOMS) - {"cli", "report", "__init__", "__main__"},
 }
 
@@ -105,7 +115,19 @@ WITHOUT_TORCH = {
 }
 
 #: Libraries that an extra installs: each is imported in one file, inside a function.
-OPTIONAL = {"datasets", "gguf", "pyarrow", "accelerate", "peft", "lm_eval", "plotly", "PIL"}
+OPTIONAL = {
+    "datasets",
+    "gguf",
+    "pyarrow",
+    "accelerate",
+    "peft",
+    "lm_eval",
+    "plotly",
+    "PIL",
+    "fastapi",
+    "uvicorn",
+    "openai",
+}
 
 
 def room(path: Path) -> str:
@@ -255,9 +277,9 @@ def test_files_are_short_and_say_what_they_are(path):
 
 
 def test_the_package_has_few_rooms():
-    """Twelve rooms beside __init__.py; __main__.py and py.typed are what Python's tools ask for."""
+    """Thirteen rooms beside __init__.py; __main__.py and py.typed are for Python's tools."""
     found = {path.name for path in ROOT.iterdir()} - {"__pycache__", "__main__.py", "py.typed"}
-    assert len(found) <= 13, sorted(found)
+    assert len(found) <= 14, sorted(found)
     assert all(name == "__init__.py" or (ROOT / name).is_dir() for name in found)
 
 

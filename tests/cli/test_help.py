@@ -27,6 +27,7 @@ VERBS = [
     "inspect",
     "bench",
     "generate",
+    "serve",
     "import",
     "pack",
     "unpack",
@@ -40,7 +41,7 @@ COMMANDS = get_command(app).commands
 def test_help_lists_the_verbs_in_panels_with_one_line_each():
     assert list(COMMANDS) == VERBS
     output = call("--help").output
-    panels = ["Prune", "Evaluate", "Convert", "Compare", "Environment"]
+    panels = ["Prune", "Evaluate", "Serve", "Convert", "Compare", "Environment"]
     positions = [output.index(f"─ {panel} ─") for panel in panels]
     assert positions == sorted(positions)
     verbs = output[positions[0] :].splitlines()

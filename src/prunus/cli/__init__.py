@@ -2,6 +2,7 @@
 
 prune.py           prune, compress, plan
 evaluate.py        eval, inspect, bench, generate, doctor
+serve.py           serve
 convert.py         import, pack, unpack
 lm_eval.py         lm-eval
 recover.py         recover
@@ -27,6 +28,7 @@ from prunus.cli.lm_eval import lm_eval
 from prunus.cli.look import doctor, inspect
 from prunus.cli.prune import compress, plan, prune
 from prunus.cli.recover import recover
+from prunus.cli.serve import serve
 from prunus.cli.sweep import report, sweep
 
 __all__ = ["app", "main"]
@@ -118,6 +120,15 @@ _VERBS = (
         (
             'prunus generate packed --prompt "The capital of France is"',
             'prunus generate packed --chat --prompt "Write a haiku." --max-new-tokens 40',
+        ),
+    ),
+    _Verb(
+        "serve",
+        serve,
+        "Serve",
+        (
+            "prunus serve packed",
+            "prunus serve packed --host 0.0.0.0 --port 8080 --max-concurrent 2",
         ),
     ),
     _Verb(

@@ -14,7 +14,7 @@ from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
 
-__all__ = ["generate"]
+__all__ = ["generate", "token_settings"]
 
 #: Settings of a checkpoint that choose the next token or end the text: flags, numbers, tokens.
 _FLAGS = ("do_sample",)
@@ -66,11 +66,11 @@ def generate(
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     loaded = load_model(folder)
-    loaded.generation_config = _limited(loaded.generation_config)
+    loaded.generation_config = token_settings(loaded.generation_config)
     return _stream(loaded, tokenizer, inputs, max_new_tokens)
 
 
-def _limited(settings: Any) -> Any:
+def token_settings(settings: Any) -> Any:
     """The settings of a checkpoint's generation_config.json that choose tokens, and no others.
 
     The others can ask for any number of beams or sequences, or for a cache of any length.

@@ -24,7 +24,11 @@ _MEMORY, _TEXT = 2**29, 2**22
 
 
 def apply_chat_template(
-    tokenizer: Any, messages: Sequence[dict[str, str]], *, answer_follows: bool = True
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    *,
+    answer_follows: bool = True,
+    **variables: Any,
 ) -> str:
     """The text that a tokenizer's chat template makes of messages.
 
@@ -32,13 +36,15 @@ def apply_chat_template(
         tokenizer: with a chat template.
         messages: each has a `role` and a `content`.
         answer_follows: end with the beginning of an answer, which a model then continues.
+        variables: more that the template may read, such as `tools` or `enable_thinking`.
 
     Raises:
         ValueError: the template is damaged, refuses the messages, takes longer than ten seconds, or
             asks for more than 512 MiB.
     """
+    variables["add_generation_prompt"] = answer_follows
     if not hasattr(os, "fork"):  # Windows has no process to fork and no limits to set
-        return _rendered(tokenizer, messages, answer_follows)
+        return _rendered(tokenizer, messages, variables)
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         # The child runs Python only, and none of the threads that the warning is about.
@@ -46,7 +52,7 @@ def apply_chat_template(
         child = os.fork()
     if child == 0:
         os.close(reading)
-        _run_child(writing, tokenizer, messages, answer_follows)
+        _run_child(writing, tokenizer, messages, variables)
     os.close(writing)
     try:
         answer = _read_all(reading)
@@ -56,8 +62,8 @@ def apply_chat_template(
         os.waitpid(child, 0)
     if answer is None:
         raise ValueError(
-            f"the chat template did not end within {_SECONDS} s; its loops are too long. Leave "
-            "--chat out, or correct the template"
+            f"the chat template did not end within {_SECONDS} s; its loops are too long. "
+            "Do without the template, or correct it"
         )
     kind, text = answer[:1], answer[1:].decode("utf-8", errors="replace")
     if kind == b"+" and len(answer) <= _TEXT:
@@ -66,28 +72,26 @@ def apply_chat_template(
         raise ValueError(f"the chat template cannot be applied: {text}")
     raise ValueError(
         f"the chat template asks for more than {_MEMORY >> 20} MiB of memory or "
-        f"{_TEXT >> 20} MiB of text. Leave --chat out, or correct the template"
+        f"{_TEXT >> 20} MiB of text. Do without it, or correct it"
     )
 
 
-def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]], answer_follows: bool) -> str:
+def _rendered(tokenizer: Any, messages: Sequence[dict[str, Any]], variables: dict[str, Any]) -> str:
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=answer_follows, tokenize=False
-        )
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, **variables)
     except Exception as fault:  # a template can raise any error
         raise ValueError(f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}") from fault
     return str(text)
 
 
 def _run_child(
-    writing: int, tokenizer: Any, messages: Sequence[dict[str, str]], answer_follows: bool
+    writing: int, tokenizer: Any, messages: Sequence[dict[str, Any]], variables: dict[str, Any]
 ) -> None:
     """Apply the template, write `+` and the text or `-` and the reason, and end the process."""
     try:
         _limit_process()
         try:
-            text = _rendered(tokenizer, messages, answer_follows)
+            text = _rendered(tokenizer, messages, variables)
             answer = b"+" + text.encode("utf-8", errors="replace")
         except ValueError as fault:
             answer = b"" if isinstance(fault.__cause__, MemoryError) else b"-" + str(fault).encode()

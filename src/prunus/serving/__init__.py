@@ -1,0 +1,15 @@
+"""One model behind an endpoint that speaks the OpenAI protocol.
+
+transformers brings the server: its handlers read requests, write answers and stream tokens. This
+room pins it to one model, decides who is served and when, and ends what nobody waits for.
+
+server.py           the application, its socket, and a clean end
+gate.py             before every request: the key, the size, the queue, a client that goes away
+job.py              one request while it is computed
+request_options.py  what a request may ask for
+handlers.py         transformers' handlers for chats and completions, with OpenAI's rules
+generation.py       generation in threads that end when their client is gone
+stop_text.py        stop sequences in a text that comes in pieces
+served_model.py     the only model that there is
+errors.py           errors as OpenAI writes them
+"""

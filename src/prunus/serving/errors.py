@@ -1,0 +1,59 @@
+"""Errors as the OpenAI protocol writes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["RequestError"]
+
+
+class RequestError(Exception):
+    """A request that is not served.
+
+    Args:
+        status: HTTP status of the answer.
+        message: what was given, what is wrong, what to do.
+        code: OpenAI's short name of the error, such as `model_not_found`.
+        param: the field of the request that is wrong.
+        retry_after: seconds after which another attempt may succeed.
+
+    >>> RequestError(404, "there is no model x", code="model_not_found").body()["error"]["code"]
+    'model_not_found'
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {
+            "error": {
+                "message": self.message,
+                "type": kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def headers(self) -> dict[str, str]:
+        """The headers that belong to the answer."""
+        found = {}
+        if self.retry_after is not None:
+            found["Retry-After"] = str(self.retry_after)
+        if self.status == 401:
+            found["WWW-Authenticate"] = "Bearer"
+        return found

@@ -1,0 +1,492 @@
+"""`prunus serve`, asked by OpenAI's own client."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+
+from command_line import call
+from packed_reference import pruned_checkpoint
+from plane_reference import quantized_checkpoint
+from prunus.packed import pack
+from prunus.serving import server as serving
+from serving_cases import (
+    CONTEXT,
+    PATIENCE,
+    Brake,
+    Running,
+    running,
+    send_request,
+    served_checkpoint,
+    wait_until,
+)
+
+PROMPT = "once upon"
+HELLO = [{"role": "user", "content": "hello"}]
+HELLO_TEXT = "user: hello\nassistant:"
+FORMS = ["dense", "packed", "compressed", "adapter"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("serving")
+    dense = served_checkpoint(root / "dense")
+    pack(dense, root / "packed")
+    quantized_checkpoint(dense, root / "compressed")
+    return {form: root / form for form in FORMS}
+
+
+@pytest.fixture(scope="module")
+def adapter(folders) -> Path:
+    """What peft itself saves of a LoRA whose update is not zero."""
+    peft = pytest.importorskip("peft", reason="adapters need the extra adapters")
+    from prunus.model.loading import load_model
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(load_model(folders["dense"]), config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(folders["adapter"])
+    return folders["adapter"]
+
+
+@pytest.fixture(scope="module")
+def dense(folders):
+    with running(folders["dense"]) as server:
+        yield server
+
+
+def chat(server: Running, tokens: int = 12, **options):
+    return server.client.chat.completions.create(
+        model=server.name, messages=HELLO, max_tokens=tokens, **options
+    )
+
+
+def complete(server: Running, tokens: int = 12, **options):
+    return server.client.completions.create(
+        model=server.name, prompt=PROMPT, max_tokens=tokens, **options
+    )
+
+
+# --- answers ---
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_model_answers_as_transformers_does(folders, form, request):
+    if form == "adapter":
+        request.getfixturevalue("adapter")
+    with running(folders[form]) as server:
+        answer = chat(server)
+        assert answer.choices[0].message.content == server.expected(HELLO_TEXT, 12)
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.model == form
+        assert answer.usage.prompt_tokens == len(HELLO_TEXT)
+        assert answer.usage.completion_tokens == 12
+
+        pieces = list(chat(server, stream=True))
+        text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+        assert text == answer.choices[0].message.content
+        assert pieces[-1].choices[0].finish_reason == "length"
+        assert pieces[-1].usage.completion_tokens == 12
+        assert len(pieces) > 6, "the text must come in pieces"
+
+        answer = complete(server)
+        assert answer.choices[0].text == server.expected(PROMPT, 12)
+        pieces = list(complete(server, stream=True))
+        assert "".join(piece.choices[0].text for piece in pieces) == answer.choices[0].text
+
+
+def test_a_stream_ends_as_the_protocol_says(dense):
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 2, "stream": True}).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", dense.port, timeout=PATIENCE)
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    events = connection.getresponse().read().decode().strip().split("\n\n")
+    assert events[-1] == "data: [DONE]"
+    assert all(json.loads(event.removeprefix("data: ")) for event in events[:-1])
+    connection.close()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_answer_ends_before_the_first_stop_sequence(dense, several):
+    whole = dense.expected(HELLO_TEXT, 16)
+    stop = whole[6:9]
+    text = whole[: whole.index(stop)]
+    given = ["never met", stop] if several else stop
+    answer = chat(dense, 16, stop=given)
+    assert answer.choices[0].message.content == text
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens < 16, "generation must end there too"
+    pieces = list(chat(dense, 16, stop=given, stream=True))
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == text
+    assert pieces[-1].choices[0].finish_reason == "stop"
+
+    whole = dense.expected(PROMPT, 16)
+    stop = whole[6:9]
+    text = whole[: whole.index(stop)]
+    assert complete(dense, 16, stop=stop).choices[0].text == text
+    pieces = list(complete(dense, 16, stop=stop, stream=True))
+    assert "".join(piece.choices[0].text for piece in pieces) == text
+
+
+def test_sampling_is_on_with_a_temperature_and_follows_the_seed(dense):
+    def sample(**options):
+        return complete(dense, 10, **options).choices[0].text
+
+    greedy = dense.expected(PROMPT, 10)
+    assert sample() == sample(temperature=0) == greedy
+    assert sample(temperature=1.5, seed=3) == sample(temperature=1.5, seed=3)
+    assert len({sample(temperature=1.5, seed=seed) for seed in range(3)}) == 3
+
+
+def test_parts_of_text_and_the_names_of_roles(dense):
+    parts = [{"type": "text", "text": "hello"}]
+    answer = dense.client.chat.completions.create(
+        model="dense",
+        messages=[{"role": "developer", "content": "be"}, {"role": "user", "content": parts}],
+        max_completion_tokens=5,
+    )
+    expected = dense.expected("system: be\nuser: hello\nassistant:", 5)
+    assert answer.choices[0].message.content == expected
+
+
+def test_the_model_is_listed_under_its_name_alone(dense):
+    assert [model.id for model in dense.client.models.list()] == ["dense"]
+    assert dense.client.models.retrieve("dense").id == "dense"
+    with pytest.raises(openai.NotFoundError, match="this server has 'dense'"):
+        dense.client.models.retrieve("org/other")
+
+
+# --- several clients ---
+
+
+def test_two_clients_at_once_get_the_same_as_alone(dense):
+    prompts = ["first", "second"]
+
+    def ask(prompt: str) -> str:
+        return (
+            dense.client.completions.create(model="dense", prompt=prompt, max_tokens=20)
+            .choices[0]
+            .text
+        )
+
+    with ThreadPoolExecutor(2) as clients:
+        assert list(clients.map(ask, prompts)) == [dense.expected(p, 20) for p in prompts]
+
+
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_max_concurrent_requests_are_computed_at_once(folders, form):
+    with running(folders[form], max_concurrent=2) as server:
+        expected = server.expected(HELLO_TEXT, 12)
+        together = threading.Barrier(2)
+        forward = server.model.forward
+        met = threading.local()
+
+        def meet(*arguments, **options):
+            if not hasattr(met, "other"):
+                together.wait(PATIENCE)  # passes only when two threads are here
+                met.other = True
+            return forward(*arguments, **options)
+
+        server.model.forward = meet
+        with ThreadPoolExecutor(2) as clients:
+            answers = list(clients.map(lambda _: chat(server), range(2)))
+        assert [answer.choices[0].message.content for answer in answers] == [expected] * 2
+
+
+def test_requests_wait_and_those_beyond_are_sent_away(folders):
+    with running(folders["dense"], max_waiting=1) as server, Brake(server.model) as brake:
+        with ThreadPoolExecutor(2) as clients:
+            answers = [clients.submit(chat, server, 3)]
+            assert brake.reached.wait(PATIENCE)
+            assert get(server, "/ready")[0] == 200
+            answers.append(clients.submit(chat, server, 3))
+            wait_until(lambda: len(server.gate.jobs) == 2)
+            assert get(server, "/ready")[0] == 503
+            assert get(server, "/health")[0] == 200, "a full server is well"
+            with pytest.raises(openai.InternalServerError) as refused:
+                chat(server)
+            assert refused.value.status_code == 503
+            assert refused.value.code == "overloaded"
+            assert int(refused.value.response.headers["Retry-After"]) > 0
+            brake.release.set()
+            assert all(answer.result().choices[0].message.content for answer in answers)
+        wait_until(server.is_idle)
+        assert get(server, "/ready")[0] == 200
+
+
+def get(server: Running, path: str, **headers: str) -> tuple[int, dict]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+    connection.request("GET", path, headers=headers)
+    answer = connection.getresponse()
+    status, body = answer.status, json.loads(answer.read())
+    connection.close()
+    return status, body
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_ends_its_generation(dense, stream):
+    body = {"prompt": PROMPT, "max_tokens": 200, "stream": stream}
+    with Brake(dense.model) as brake:
+        client = send_request(dense.port, "/v1/completions", json.dumps(body).encode())
+        assert brake.reached.wait(PATIENCE)
+        [job] = dense.gate.jobs
+        client.close()
+        assert job.cancelled.wait(PATIENCE)
+        brake.release.set()
+        # The only thread is free for the next request, and the brake has counted both.
+        assert complete(dense, 3).choices[0].text == dense.expected(PROMPT, 3)
+        assert brake.steps < 20
+    wait_until(dense.is_idle)
+
+
+def test_a_client_that_goes_away_leaves_the_queue(dense):
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 1}).encode()
+    with Brake(dense.model) as brake, ThreadPoolExecutor(1) as clients:
+        answer = clients.submit(complete, dense, 2)
+        assert brake.reached.wait(PATIENCE)
+        waiting = send_request(dense.port, "/v1/completions", body)
+        wait_until(lambda: len(dense.gate.jobs) == 2)
+        waiting.close()
+        wait_until(lambda: len(dense.gate.jobs) == 1)
+        brake.release.set()
+        assert answer.result().choices[0].text
+        assert brake.steps == 2
+
+
+# --- what is refused ---
+
+
+def test_another_model_does_not_exist(dense, tmp_path):
+    for name in ("gpt-4o", str(tmp_path), "", "dense@main", "org/x:y.gguf"):
+        with pytest.raises(openai.NotFoundError, match="this server has 'dense'") as refused:
+            dense.client.chat.completions.create(model=name, messages=HELLO)
+        assert refused.value.code == "model_not_found"
+        assert refused.value.param == "model"
+
+
+def test_a_prompt_that_is_too_long_is_refused_and_an_answer_ends_at_the_context(dense):
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match=f"may have {CONTEXT}") as refused:
+            dense.client.completions.create(
+                model="dense", prompt="x" * CONTEXT, max_tokens=5, stream=stream
+            )
+        assert refused.value.code == "context_length_exceeded"
+        with pytest.raises(openai.BadRequestError, match=f"may have {CONTEXT}"):
+            dense.client.chat.completions.create(
+                model="dense",
+                messages=[{"role": "user", "content": "x" * 1000}],
+                stream=stream,
+            )
+    answer = dense.client.completions.create(
+        model="dense", prompt="x" * (CONTEXT - 4), max_tokens=100
+    )
+    assert answer.usage.total_tokens == CONTEXT
+    assert answer.choices[0].finish_reason == "length"
+    with pytest.raises(openai.BadRequestError, match="the prompt is empty"):
+        dense.client.completions.create(model="dense", prompt="")
+
+
+BAD_OPTIONS = {
+    "n": 2,
+    "logprobs": True,
+    "presence_penalty": 1.0,
+    "response_format": {"type": "json_object"},
+    "generation_config": '{"num_beams": 100000}',
+    "chat_template_kwargs": {"chat_template": "{% for x in range(10**9) %}{% endfor %}"},
+    "temperature": -1,
+    "top_p": 0,
+    "max_tokens": 0,
+    "stop": [""],
+    "seed": "1",
+    "logit_bias": {"99999": 1},
+    "messages": [],
+    "tools": "many",
+    "unheard_of": 1,
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_options_that_cannot_be_obeyed_are_refused_by_name(dense, name):
+    body = {"model": "dense", "messages": HELLO, name: BAD_OPTIONS[name]}
+    with pytest.raises(openai.BadRequestError, match=name):
+        dense.client.post("/chat/completions", body=body, cast_to=object)
+
+
+def test_pictures_are_refused(dense):
+    parts = [{"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}]
+    with pytest.raises(openai.BadRequestError, match="takes text only"):
+        dense.client.chat.completions.create(
+            model="dense", messages=[{"role": "user", "content": parts}]
+        )
+
+
+def test_a_body_that_is_no_request_is_refused(dense):
+    for body in (b"", b"[]", b"{", b"[" * 100_000):
+        with send_request(dense.port, "/v1/completions", body) as client:
+            answer = http.client.HTTPResponse(client)
+            answer.begin()
+            assert answer.status == 400
+            assert json.loads(answer.read())["error"]["type"] == "invalid_request_error"
+    with send_request(dense.port, "/v1/completions", b" " * (8 * 2**20 + 1)) as client:
+        answer = http.client.HTTPResponse(client)
+        answer.begin()
+        assert answer.status == 413
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/load_model",
+        "/reset",
+        "/v1/systemone",
+        "/v1/responses",
+        "/v1/audio/transcriptions",
+        "/docs",
+    ],
+)
+def test_other_endpoints_of_transformers_are_not_there(dense, path):
+    for method in ("POST", "GET"):
+        connection = http.client.HTTPConnection("127.0.0.1", dense.port, timeout=PATIENCE)
+        connection.request(method, path, b"{}", {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        assert answer.status == 404
+        assert "/v1/models" in json.loads(answer.read())["error"]["message"]
+        connection.close()
+
+
+def test_without_a_key_only_names_of_this_machine_are_answered(dense):
+    assert get(dense, "/v1/models", Host="localhost:8000")[0] == 200
+    status, body = get(dense, "/v1/models", Host="evil.example")
+    assert status == 403 and "evil.example" in body["error"]["message"]
+
+
+def test_a_key_is_asked_for(folders):
+    with running(folders["dense"], api_key="secret") as server:
+        for given in ("other", "", "secret2"):
+            with pytest.raises(openai.AuthenticationError) as refused:
+                server.client_with(given or "x").models.list()
+            assert refused.value.code == "invalid_api_key"
+        status, body = get(server, "/v1/models")
+        assert status == 401 and body["error"]["code"] == "invalid_api_key"
+        assert [model.id for model in server.client_with("secret").models.list()] == ["dense"]
+        assert get(server, "/health", Host="example.org")[0] == 200
+        assert get(server, "/ready")[0] == 200
+
+
+def test_a_failure_of_the_model_is_an_error_and_the_server_goes_on(dense, monkeypatch, capfd):
+    def fail(*_, **__):
+        raise RuntimeError('a "bad" weight')
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dense.model, "forward", fail)
+        with pytest.raises(openai.InternalServerError, match="the model failed"):
+            chat(dense)
+        with pytest.raises(openai.APIError):
+            list(chat(dense, stream=True))
+    assert capfd.readouterr().err.count('RuntimeError: a "bad" weight') == 2
+    assert chat(dense).choices[0].message.content
+
+
+def test_a_model_without_a_chat_template_says_so(folders, dense, monkeypatch):
+    monkeypatch.setattr(dense.tokenizer, "chat_template", None)
+    with pytest.raises(openai.BadRequestError, match="/v1/completions"):
+        chat(dense)
+
+
+def test_a_template_that_refuses_a_chat_is_an_error_of_the_client(dense, monkeypatch):
+    monkeypatch.setattr(
+        dense.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}"
+    )
+    with pytest.raises(openai.BadRequestError, match="roles must alternate"):
+        chat(dense)
+
+
+# --- the command ---
+
+
+def refused(*arguments: object) -> str:
+    return " ".join(call("serve", *arguments, status=2).output.split())
+
+
+def test_bad_input_ends_before_the_model_is_loaded(folders, monkeypatch, tmp_path):
+    monkeypatch.delenv("PRUNUS_API_KEY", raising=False)
+
+    def load(*_):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(serving, "load_model", load)
+    model = folders["dense"]
+    assert "give a key with --api-key" in refused(model, "--host", "0.0.0.0")
+    assert "not empty" in refused(model, "--api-key", "")
+    assert "at least 1 concurrent" in refused(model, "--max-concurrent", "0")
+    assert "neither a folder nor a hub id" in refused(tmp_path / "nothing")
+    assert "no config.json" in refused(tmp_path)
+    assert "is no address" in refused(model, "--host", "no such host", "--api-key", "x")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert "choose another with --port" in refused(model, "--port", port)
+    pruned_checkpoint(tmp_path / "bare", "llama")
+    assert "no tokenizer" in refused(tmp_path / "bare", "--port", "0")
+
+
+def test_without_its_libraries_the_extra_is_named(folders, monkeypatch):
+    monkeypatch.setattr(serving, "_LIBRARIES", ("fastapi", "no_such_library"))
+    assert "needs no_such_library: pip install 'prunus[serve]'" in refused(folders["dense"])
+
+
+def test_the_help_has_a_line_to_try():
+    [line] = [line for line in call("serve", "--help").output.splitlines() if "curl" in line]
+    assert line.strip() == """curl localhost:8000/v1/completions --json '{"prompt": "Once upon"}'"""
+
+
+def test_sigterm_finishes_the_running_request_and_nothing_is_downloaded(folders):
+    """In a process of its own, whose hub is a socket that nobody may connect to."""
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        hub.setblocking(False)
+        environment = os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}",
+            "PRUNUS_API_KEY": "secret",
+            "OMP_NUM_THREADS": "1",
+        }
+        environment.pop("HF_HUB_OFFLINE", None)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "prunus", "serve", folders["packed"], "--port", "0"],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        with process:
+            try:
+                line = process.stderr.readline()
+                found = re.fullmatch(r"prunus: packed at (http://127\.0\.0\.1:\d+/v1)\n", line)
+                assert found, line + process.stderr.read()
+                client = openai.OpenAI(base_url=found[1], api_key="secret", timeout=PATIENCE)
+                stream = client.completions.create(
+                    model="packed", prompt=PROMPT, max_tokens=CONTEXT - 20, stream=True
+                )
+                pieces = [next(stream)]
+                process.send_signal(signal.SIGTERM)
+                pieces += stream
+                client.close()
+                assert pieces[-1].choices[0].finish_reason == "length"
+                assert pieces[-1].usage.completion_tokens == CONTEXT - 20
+                assert process.wait(PATIENCE) == 0
+                assert process.stderr.read() == "prunus: stopped\n"
+            finally:
+                process.kill()
+        with pytest.raises(BlockingIOError):
+            hub.accept()
