@@ -113,7 +113,7 @@ def check_options(words: list[str]) -> None:
     elif words[0] == "python":
         assert (REPOSITORY / words[1]).exists(), f"there is no script {words[1]}"
     else:
-        assert words[0] in {"pip", "make"}, f"what is {words[0]}?"
+        assert words[0] in {"pip", "make", "curl", "export"}, f"what is {words[0]}?"
 
 
 def run_block(block: Block, where: str) -> None:
