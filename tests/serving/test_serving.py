@@ -444,7 +444,7 @@ def test_bad_input_ends_before_the_model_is_loaded(folders, monkeypatch, tmp_pat
 
 def test_without_its_libraries_the_extra_is_named(folders, monkeypatch):
     monkeypatch.setattr(serving, "_LIBRARIES", ("fastapi", "no_such_library"))
-    assert "needs no_such_library: pip install 'prunus[serve]'" in refused(folders["dense"])
+    assert "needs no_such_library: pip install '.[serve]'" in refused(folders["dense"])
 
 
 def test_the_help_has_a_line_to_try():

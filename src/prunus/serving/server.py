@@ -112,11 +112,11 @@ def _require_libraries() -> None:
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"prunus serve needs {', '.join(missing)}: pip install 'prunus[serve]'"
+            f"prunus serve needs {', '.join(missing)}: pip install '.[serve]'"
         )
     if importlib.util.find_spec("transformers.cli.serving") is None:
         raise ModuleNotFoundError(
-            "prunus serve needs transformers 5.24 or later: pip install 'prunus[serve]'"
+            "prunus serve needs transformers 5.24 or later: pip install '.[serve]'"
         )
 
 
