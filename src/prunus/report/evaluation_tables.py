@@ -151,10 +151,17 @@ def _measured(value: float, stderr: float | None, digits: int) -> str:
 def tasks_table(results: Sequence[TaskResults], differences: Sequence[Difference] = ()) -> Table:
     """One row per task and metric; one column per model, and one per difference to the first model.
 
+    Of more than two models, each has a row of its own below the task and metric.
+
     Args:
         results: of models on the same tasks.
         differences: of `compare(results)`.
     """
+    if len(results) > _MODELS_IN_COLUMNS:
+        table = _tasks_with_models_in_rows(results, differences)
+        table.caption = _explanation(results, differences)
+        table.caption_justify = "left"
+        return table
     table = Table(title="tasks", title_justify="left")
     for name in ("task", "metric"):
         table.add_column(name)
@@ -185,6 +192,33 @@ def tasks_table(results: Sequence[TaskResults], differences: Sequence[Difference
         before = task
     table.caption = _explanation(results, differences)
     table.caption_justify = "left"
+    return table
+
+
+def _tasks_with_models_in_rows(
+    results: Sequence[TaskResults], differences: Sequence[Difference]
+) -> Table:
+    table = Table(title="tasks", title_justify="left")
+    for name in ("task", "metric", "model"):
+        table.add_column(name, overflow="fold")
+    for name in ("figure", "− first", "shots", "rows"):
+        table.add_column(name, justify="right")
+    names = short_names([result.model for result in results])
+    by_key = {(change.model, change.task, change.metric): change for change in differences}
+    for task, metric in results[0].metrics():
+        for result in results:
+            is_first = result is results[0]
+            score = next((score for score in result.scores if score.task == task), None)
+            table.add_row(
+                task if is_first else "",
+                metric if is_first else "",
+                names[result.model],
+                _figure(metric, result.metrics().get((task, metric))),
+                MISSING if is_first else _change(metric, by_key.get((result.model, task, metric))),
+                "" if score is None else str(score.shots),
+                "" if score is None else f"{score.rows:,}",
+            )
+        table.add_section()
     return table
 
 
