@@ -13,6 +13,9 @@ import typer
 
 __all__ = [
     "ADVANCED",
+    "BOS_HELP",
+    "BosName",
+    "ComputeDtype",
     "DataDir",
     "Device",
     "DtypeName",
@@ -29,6 +32,13 @@ ADVANCED = "Advanced"
 
 #: Dtypes in which a model can be computed.
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+#: As `prunus.calibration.bos.Bos`, which imports torch; and the help of `--bos` in every verb.
+BosName = Literal["auto", "yes", "no"]
+BOS_HELP = (
+    "Whether the BOS token takes the place of every window's first token. auto: if the tokenizer "
+    "puts one before a text. yes: always. no: as in the papers. Default: auto."
+)
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id (safetensors only).")
@@ -54,6 +64,16 @@ Device = Annotated[
     str,
     typer.Option(
         metavar="DEVICE", show_default=False, help="auto, cpu, cuda or cuda:0, … Default: auto."
+    ),
+]
+ComputeDtype = Annotated[
+    DtypeName,
+    typer.Option(
+        metavar="DTYPE",
+        show_default=False,
+        rich_help_panel=ADVANCED,
+        help="Dtype of the computation: auto (as stored), float32, bfloat16 or float16. "
+        "Default: auto.",
     ),
 ]
 Memory = Annotated[

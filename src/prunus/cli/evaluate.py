@@ -92,16 +92,7 @@ def evaluate(
             "GPU as many as fit), 16 images. Default: auto.",
         ),
     ] = "auto",
-    dtype: Annotated[
-        arg.DtypeName,
-        typer.Option(
-            metavar="DTYPE",
-            show_default=False,
-            rich_help_panel=arg.ADVANCED,
-            help="Dtype of the computation: auto (as stored), float32, bfloat16 or float16. "
-            "Default: auto.",
-        ),
-    ] = "auto",
+    dtype: arg.ComputeDtype = "auto",
     protocol: Annotated[
         ProtocolName,
         typer.Option(
@@ -113,14 +104,12 @@ def evaluate(
         ),
     ] = "papers",
     bos: Annotated[
-        Literal["auto", "yes", "no"],
+        arg.BosName,
         typer.Option(
             metavar="BOS",
             show_default=False,
             rich_help_panel=arg.ADVANCED,
-            help="Whether the BOS token takes the place of every window's first token. auto: if "
-            "the tokenizer puts one before a text. yes: always. no: as in the papers. Default: "
-            "auto.",
+            help=arg.BOS_HELP,
         ),
     ] = "auto",
     stream: Annotated[

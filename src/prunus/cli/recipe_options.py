@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from prunus.cli.arguments import ADVANCED, DtypeName
+from prunus.cli import arguments as arg
 
 __all__ = ["COMPRESSION", "OPTIONS", "RECIPE_ONLY", "RecipeFile", "chosen_recipe", "takes_recipe"]
 
@@ -118,13 +118,11 @@ OPTIONS: dict[str, Any] = {
         typer.Option(metavar="N", help="Seed of the random choice of windows. Default: 0."),
     ],
     "bos": Annotated[
-        Literal["auto", "yes", "no"] | None,
+        arg.BosName | None,
         typer.Option(
             metavar="BOS",
             rich_help_panel=_CALIBRATION,
-            help="Whether the BOS token takes the place of every window's first token. auto: if "
-            "the tokenizer puts one before a text. yes: always. no: as in the papers. Default: "
-            "auto.",
+            help=arg.BOS_HELP,
         ),
     ],
     "batch": Annotated[
@@ -272,10 +270,10 @@ OPTIONS: dict[str, Any] = {
         ),
     ],
     "dtype": Annotated[
-        DtypeName | None,
+        arg.DtypeName | None,
         typer.Option(
             metavar="DTYPE",
-            rich_help_panel=ADVANCED,
+            rich_help_panel=arg.ADVANCED,
             help="Dtype of the computation: auto, float32, bfloat16 or float16. The checkpoint "
             "keeps its own. Default: auto.",
         ),
@@ -287,7 +285,7 @@ RecipeFile = Annotated[
     typer.Option(
         "--recipe",
         metavar="FILE.toml",
-        rich_help_panel=ADVANCED,
+        rich_help_panel=arg.ADVANCED,
         help="File with options; flags override it. These options have no flag and stand only "
         f"there: {', '.join(RECIPE_ONLY)}.",
     ),

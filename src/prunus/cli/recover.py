@@ -115,13 +115,11 @@ def recover(
         ),
     ] = None,
     bos: Annotated[
-        Literal["auto", "yes", "no"] | None,
+        arg.BosName | None,
         typer.Option(
             metavar="BOS",
             rich_help_panel=_TRAINING,
-            help="Whether the BOS token takes the place of every window's first token. auto: if "
-            "the tokenizer puts one before a text. yes: always. no: as in the papers. Default: "
-            "auto.",
+            help=arg.BOS_HELP,
         ),
     ] = None,
     dtype: Annotated[

@@ -73,16 +73,7 @@ def serve(
         ),
     ] = 32,
     device: arg.Device = "auto",
-    dtype: Annotated[
-        arg.DtypeName,
-        typer.Option(
-            metavar="DTYPE",
-            show_default=False,
-            rich_help_panel=arg.ADVANCED,
-            help="Dtype of the computation: auto (as stored), float32, bfloat16 or float16. "
-            "Default: auto.",
-        ),
-    ] = "auto",
+    dtype: arg.ComputeDtype = "auto",
     trust_remote_code: arg.Trust = False,
 ) -> None:
     """Answer requests in OpenAI's protocol: chats, completions, streams.

@@ -1,7 +1,8 @@
 """One model behind an endpoint that speaks the OpenAI protocol.
 
 transformers brings the server: its handlers read requests, write answers and stream tokens. This
-room pins it to one model, decides who is served and when, and ends what nobody waits for.
+room serves one model only, checks keys, puts requests into a queue, and stops the generation of a
+request whose client is gone.
 
 server.py           the application, its socket, and a clean end
 gate.py             before every request: the key, the size, the queue, a client that goes away
