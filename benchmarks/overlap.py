@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from larger_than_memory import forget
 from llama_shapes import VOCABULARY, write_checkpoint
 
 import prunus
@@ -30,15 +30,6 @@ from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.source import tensors_digest
 from prunus.pruning.job import PruningJob
-
-
-def drop_cache(folder: Path) -> None:
-    """Let all pages of a folder's shards leave the page cache."""
-    for path in folder.glob("*.safetensors"):
-        file = os.open(path, os.O_RDONLY)
-        os.fsync(file)
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(file)
 
 
 def disk_seconds(model: Path, scratch: Path, blocks: int) -> tuple[float, float]:
@@ -83,11 +74,11 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"one after the other": [], "at the same time": []}
     disk: list[tuple[float, float]] = []
     for _ in range(options.rounds):
-        drop_cache(model)
+        forget(model)
         disk.append(disk_seconds(model, options.scratch, options.blocks))
         print(f"reading {disk[-1][0]:.1f} s, writing {disk[-1][1]:.1f} s", flush=True)
         for (name, measured), overlaps in zip(seconds.items(), (False, True), strict=True):
-            drop_cache(model)
+            forget(model)
             shutil.rmtree(result, ignore_errors=True)
             with patch.object(PruningJob, "overlaps", overlaps):
                 started = time.perf_counter()
