@@ -231,6 +231,9 @@ def test_a_block_stays_within_its_budget(method, waits, tmp_path, monkeypatch):
     assert both.uploads - first.uploads <= weights, both
     assert both.downloads - first.downloads <= weights, both
     assert both.waits - first.waits <= waits, both
+    # The second block travels from pinned memory, so that the host does not wait for the bus.
+    # What comes back is waited for in any case.
+    assert both.pageable - first.pageable == both.downloads - first.downloads, both
 
 
 def test_products_that_lose_nothing_by_it_use_tf32(dense, tmp_path, monkeypatch):

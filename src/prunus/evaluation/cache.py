@@ -23,7 +23,8 @@ import torch
 from prunus.hardware.memory import describe_hardware, processor_name, versions
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import file_digest, read_json, write_json
-from prunus.model.checkpoint.reader import INDEX_NAME, auxiliary_files
+from prunus.model.checkpoint.companions import auxiliary_files
+from prunus.model.checkpoint.reader import INDEX_NAME
 
 __all__ = [
     "ResultCache",

@@ -64,7 +64,9 @@ def place(
                 advise(new, mmap.MADV_RANDOM)
         else:
             # The tensor travels as it is stored. The device converts it, which is faster.
-            new = value.to(device=to, copy=True).to(old.dtype)
+            # From pinned memory it travels while the host goes on.
+            there = value.to(device=to, copy=True, non_blocking=value.is_pinned())
+            new = there.to(old.dtype)
         replaced[id(old)] = nn.Parameter(new, requires_grad=False)
     # In a second pass over all owners, because a tied parameter has several.
     for owner in module.modules():

@@ -215,6 +215,10 @@ class CheckpointSource:
     def block(self, index: int) -> dict[str, torch.Tensor]:
         return self.from_stored(index, self.checkpoint.read(self.block_keys(index)))
 
+    def load_block(self, index: int, pinned: bool) -> dict[str, torch.Tensor]:
+        """As `block`, but as copies; see `Checkpoint.load`."""
+        return self.from_stored(index, self.checkpoint.load(self.block_keys(index), pinned))
+
     def from_stored(
         self, index: int, tensors: Iterable[tuple[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:

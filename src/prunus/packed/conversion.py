@@ -23,11 +23,11 @@ from prunus.model.checkpoint.atomic_files import (
     write_json,
     write_text,
 )
-from prunus.model.checkpoint.companions import check_companions, copy_companion
+from prunus.model.checkpoint.companions import auxiliary_files, check_companions, copy_companion
 from prunus.model.checkpoint.digests import check_shard, fingerprint_with, recorded_digests
 from prunus.model.checkpoint.lock import locked
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_whole, is_vacant
-from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint, auxiliary_files
+from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
 from prunus.model.checkpoint.regular_files import read_card
 from prunus.model.checkpoint.writer import save_safetensors
 

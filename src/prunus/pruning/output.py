@@ -21,10 +21,10 @@ from prunus.model.checkpoint.atomic_files import (
     write_json,
     write_text,
 )
-from prunus.model.checkpoint.companions import copy_companion
+from prunus.model.checkpoint.companions import auxiliary_files, copy_companion
 from prunus.model.checkpoint.digests import check_shard
 from prunus.model.checkpoint.output_folder import check_apart, check_whole, is_vacant
-from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint, auxiliary_files
+from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.kinds import kind_of
 from prunus.model.source import CheckpointSource, ModuleSource, tensors_digest

@@ -31,6 +31,7 @@ from prunus.calibration.texts import are_texts
 from prunus.distributed import SINGLE_PROCESS, process_group
 from prunus.hardware.memory import HeapTrimmer, describe_hardware, peak_memory, versions
 from prunus.hardware.sizes import parse_bytes
+from prunus.model.source import CheckpointSource
 from prunus.pruning.allocate import allocate
 from prunus.pruning.block.checks import StoredBlock, read_stored
 from prunus.pruning.block.prune_block import BlockPruner
@@ -286,7 +287,12 @@ def _prune_model(
 
 
 def _read_block(job: PruningJob, index: int) -> StoredBlock:
-    return read_stored(job.skeleton.block_name(index), job.source.block(index))
+    # Where there is memory for the copies, nothing depends on the file after this.
+    if job.overlaps and isinstance(job.source, CheckpointSource):
+        tensors = job.source.load_block(index, pinned=job.device.type == "cuda")
+    else:
+        tensors = job.source.block(index)
+    return read_stored(job.skeleton.block_name(index), tensors)
 
 
 def _prune_block(

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from prunus.model.checkpoint.atomic_files import write_json, write_text
-from prunus.model.checkpoint.companions import copy_companion
-from prunus.model.checkpoint.reader import INDEX_NAME, auxiliary_files
+from prunus.model.checkpoint.companions import auxiliary_files, copy_companion
+from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource

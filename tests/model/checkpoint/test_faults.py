@@ -22,7 +22,7 @@ import prunus
 from places import SUPPORT
 from prunus.model.checkpoint import atomic_files as files
 from prunus.model.checkpoint.lock import LOCK_NAME
-from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
 from prunus.model.checkpoint.writer import TENSOR_DTYPES, save_safetensors
 from prunus.packed import pack
 from random_kills import GGUF_NAME, audit, outcome, verbs
@@ -207,6 +207,27 @@ def test_a_shard_that_changes_while_it_is_read(change, material, tmp_path):
         prunus.prune(dense, tmp_path / "out", calibration=token_ids(), progress=disturb)
     assert audit(tmp_path / "out") == []
     assert not (tmp_path / "out" / INDEX_NAME).exists()
+
+
+def test_a_loaded_tensor_does_not_depend_on_its_file(tmp_path):
+    """Unlike a mapped one: pages that a file no longer has kill the process that touches them."""
+    path = tmp_path / "model.safetensors"
+    tensors = {
+        f"{index}.weight": torch.randn(64, 100).to(dtype)
+        for index, dtype in enumerate(TENSOR_DTYPES.values())
+    }
+    tensors |= {"none": torch.zeros(0, 3), "one": torch.ones((), dtype=torch.bfloat16)}
+    save_file(tensors, path)
+    checkpoint = Checkpoint(tmp_path)
+    loaded = dict(checkpoint.load(tensors))
+    names = iter(checkpoint.load(["one", "0.weight"]))
+    next(names)
+    os.truncate(path, 8000)
+    assert {name: x.view(torch.uint8).tolist() if x.ndim else x for name, x in loaded.items()} == {
+        name: x.view(torch.uint8).tolist() if x.ndim else x for name, x in tensors.items()
+    }
+    with pytest.raises(ValueError, match=r"model\.safetensors was changed since it was opened"):
+        list(names)
 
 
 # --- a power cut ---

@@ -11,14 +11,44 @@ from __future__ import annotations
 from pathlib import Path
 
 from prunus.model.checkpoint.atomic_files import copy_file
-from prunus.model.checkpoint.reader import INDEX_NAME, auxiliary_files
+from prunus.model.checkpoint.reader import INDEX_NAME, PICKLE_SUFFIXES
 from prunus.model.checkpoint.regular_files import check_regular, open_regular
 
-__all__ = ["check_companions", "copy_companion"]
+__all__ = ["auxiliary_files", "check_companions", "copy_companion"]
 
 #: Most bytes of a file that is copied beside the weights.
 _MAX_BYTES = 2**30
+# Weights in any format and prunus' own files. All other files are copied beside the result.
+_NOT_AUXILIARY = {
+    ".safetensors",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".partial",
+    *PICKLE_SUFFIXES,
+}
+_OWN_FILES = {INDEX_NAME, "prunus.json", "README.md"}
 _OTHERS = ("README.md", "prunus.json", INDEX_NAME)
+
+
+def auxiliary_files(folder: Path, code: bool = False) -> list[Path]:
+    """Files of a checkpoint that are copied beside the result, such as config and tokenizer.
+
+    Args:
+        folder: the checkpoint.
+        code: copy Python files too; only if the user trusts the code of the checkpoint.
+    """
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and path.suffix not in _NOT_AUXILIARY
+        and (code or path.suffix != ".py")
+        and path.name not in _OWN_FILES
+        and not path.name.startswith(".")
+        and not path.name.endswith(".index.json")
+    )
 
 
 def check_companions(folder: Path, code: bool = False) -> None:

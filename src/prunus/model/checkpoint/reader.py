@@ -4,8 +4,9 @@ This file knows file formats and nothing else: no model class, no block, no prun
 safetensors only, never pickles, which can run code, and it follows no path that an index file names
 out of the checkpoint's folder.
 
-Shards are mapped into memory: a tensor is a view of its file, and the system brings in the pages
-that are touched and drops them again. No shard need fit in memory as a whole.
+`Checkpoint.read` maps shards into memory: a tensor is a view of its file, and the system brings in
+the pages that are touched and drops them again. No shard need fit in memory as a whole.
+`Checkpoint.load` copies what has room.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -28,27 +30,17 @@ from prunus.model.checkpoint.writer import TENSOR_DTYPES
 
 __all__ = [
     "INDEX_NAME",
+    "PICKLE_SUFFIXES",
     "SINGLE_NAME",
     "Checkpoint",
     "TensorInfo",
-    "auxiliary_files",
     "resolve_folder",
 ]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-# Weights in any format and prunus' own files. All other files are copied beside the result.
-_NOT_AUXILIARY = {
-    ".safetensors",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".partial",
-    *_PICKLE_SUFFIXES,
-}
-_OWN_FILES = {INDEX_NAME, "prunus.json", "README.md"}
+#: Suffixes of files that are never read, because reading them can run code.
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _MAX_HEADER = 10**8  # bytes; the safetensors library refuses longer headers
 _PIECE = 1 << 16  # bytes of a header to read at a time
 _MAX_PREFETCH = 2**28  # bytes; see `_prefetch`
@@ -136,7 +128,7 @@ class Checkpoint:
         if not path.exists():
             if (self.folder / SINGLE_NAME).exists():
                 return None
-            pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+            pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
             hint = (
                 f" It holds {pickles[0]}, a pickle, which can run code when it is read and is "
                 "never loaded: save the model as safetensors first (save_pretrained does)."
@@ -211,6 +203,42 @@ class Checkpoint:
         Raises:
             ValueError: a shard was changed; see `check_unchanged` and `verify_on_read`.
         """
+        for file, members in self._by_file(names):
+            with (
+                safe_open(self.folder / file, framework="pt") as handle,
+                open(self.folder / file, "rb") as plain,
+            ):
+                for name in members:
+                    _prefetch(plain.fileno(), self.tensors[name])
+                    yield name, handle.get_tensor(name)
+
+    def load(
+        self, names: Iterable[str], pinned: bool = False
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) as `read` does, but as copies in memory of their own.
+
+        Whatever happens to the file later, a copy stays as it is. A mapped file that is cut short
+        would kill the process that touches it.
+
+        Args:
+            names: stored names.
+            pinned: use pinned memory, from which a CUDA device copies without the host waiting.
+
+        Raises:
+            ValueError: a shard was changed; see `read`.
+        """
+        for file, members in self._by_file(names):
+            with open(self.folder / file, "rb", buffering=0) as plain:
+                for name in members:
+                    info = self.tensors[name]
+                    _prefetch(plain.fileno(), info)
+                    content = torch.empty(info.nbytes, dtype=torch.uint8, pin_memory=pinned)
+                    if not _fill(plain, info.begin, content):
+                        raise ValueError(self._changed(file))
+                    yield name, content.view(info.dtype).reshape(info.shape)
+
+    def _by_file(self, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+        """Yield each shard with those of its tensors that are to be read, after checking it."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
@@ -219,13 +247,7 @@ class Checkpoint:
             if file in self._expected:
                 check_shard(self.folder / file, self._expected[file], "copy the checkpoint again")
                 del self._expected[file]
-            with (
-                safe_open(self.folder / file, framework="pt") as handle,
-                open(self.folder / file, "rb") as plain,
-            ):
-                for name in members:
-                    _prefetch(plain.fileno(), self.tensors[name])
-                    yield name, handle.get_tensor(name)
+            yield file, members
 
     def check_unchanged(self, files: Iterable[str] | None = None) -> None:
         """Check that shards are still the files that were opened.
@@ -249,15 +271,29 @@ class Checkpoint:
                     "command continues"
                 ) from fault
             if now != self._opened[file]:
-                raise ValueError(
-                    f"{self.folder / file} was changed since it was opened, so what was read from "
-                    "it cannot be relied on. Put the checkpoint back as it was, and the same "
-                    "command continues"
-                )
+                raise ValueError(self._changed(file))
+
+    def _changed(self, file: str) -> str:
+        return (
+            f"{self.folder / file} was changed since it was opened, so what was read from it "
+            "cannot be relied on. Put the checkpoint back as it was, and the same command continues"
+        )
 
     def nbytes(self, names: Iterable[str]) -> int:
         """Bytes of the named tensors as stored."""
         return sum(self.tensors[name].nbytes for name in names)
+
+
+def _fill(file: FileIO, begin: int, content: torch.Tensor) -> bool:
+    """Read bytes from offset `begin` on into a uint8 tensor; False if the file ends too early."""
+    file.seek(begin)
+    left = memoryview(content.numpy().data)
+    while left:
+        count = file.readinto(left)
+        if not count:
+            return False
+        left = left[count:]
+    return True
 
 
 def _prefetch(file: int, info: TensorInfo) -> None:
@@ -298,25 +334,6 @@ def _state(path: Path) -> tuple[int, int, int]:
     """Inode, length and time of the last change: equal as long as a file is the same."""
     state = path.stat()
     return state.st_ino, state.st_size, state.st_mtime_ns
-
-
-def auxiliary_files(folder: Path, code: bool = False) -> list[Path]:
-    """Files of a checkpoint that are copied beside the result, such as config and tokenizer.
-
-    Args:
-        folder: the checkpoint.
-        code: copy Python files too; only if the user trusts the code of the checkpoint.
-    """
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_file()
-        and path.suffix not in _NOT_AUXILIARY
-        and (code or path.suffix != ".py")
-        and path.name not in _OWN_FILES
-        and not path.name.startswith(".")
-        and not path.name.endswith(".index.json")
-    )
 
 
 def resolve_folder(model: str | Path) -> Path:
