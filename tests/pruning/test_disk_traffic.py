@@ -1,6 +1,6 @@
 """Every weight is read once and written once.
 
-Reads are counted in `Checkpoint.read`, writes where files get their final names. What the system
+Reads are counted in `Checkpoint.read` and `Checkpoint.load`, writes where files get their final names. What the system
 reads from the disk through its page cache is measured by benchmarks/larger_than_memory.py.
 """
 
@@ -31,19 +31,23 @@ def traffic(monkeypatch):
     """Counts of reads by (folder name, tensor), and counts of writes by name of a weights file."""
     read: Counter[tuple[str, str]] = Counter()
     written: Counter[str] = Counter()
-    original_read, original_replace = Checkpoint.read, os.replace
+    original_replace = os.replace
 
-    def counting_read(self, names):
-        names = list(names)
-        read.update((self.folder.name, name) for name in names)
-        return original_read(self, names)
+    def counting(original):
+        def counted(self, names, *arguments, **options):
+            names = list(names)
+            read.update((self.folder.name, name) for name in names)
+            return original(self, names, *arguments, **options)
+
+        return counted
 
     def counting_replace(source, target):
         if Path(target).suffix == ".safetensors":
             written[Path(target).name] += 1
         original_replace(source, target)
 
-    monkeypatch.setattr(Checkpoint, "read", counting_read)
+    for method in ("read", "load"):
+        monkeypatch.setattr(Checkpoint, method, counting(getattr(Checkpoint, method)))
     monkeypatch.setattr(os, "replace", counting_replace)
     return read, written
 

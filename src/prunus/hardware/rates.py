@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-__all__ = ["DEVICES", "Devices", "Rates", "parse_devices"]
+__all__ = ["ASSUMED_GPU", "DEVICES", "Devices", "Rates", "parse_devices"]
 
 #: The share of a vendor's peak that large matrix products are assumed to reach. It is a guess.
 ASSUMED_SHARE = 0.5
@@ -23,7 +23,9 @@ class Rates:
     Attributes:
         source: where the figures come from; every output repeats it.
         products: floating-point operations in the blocks' own matrix products (bfloat16).
-        products32: floating-point operations in float32 products: Gram matrices and solvers.
+        products32: floating-point operations in float32 products: solvers.
+        grams: floating-point operations in Gram matrices of 16-bit inputs. A GPU computes them in
+            TensorFloat-32, which holds such inputs exactly.
         factor32: floating-point operations in float32 factorisations (Cholesky, triangular
             inverse).
         attention: floating-point operations in attention.
@@ -37,6 +39,7 @@ class Rates:
         read: bytes read from disk.
         write: bytes written to disk.
         hashed: bytes hashed with SHA-256.
+        bus: bytes sent between the host and a GPU, in one direction; None for a processor.
         link: bytes sent from one rank to another.
         latency: seconds of one synchronization of ranks.
         memory: bytes of one device; None for a processor, whose memory is that of the host.
@@ -47,6 +50,7 @@ class Rates:
     source: str
     products: float
     products32: float
+    grams: float
     factor32: float
     attention: float
     elements: float
@@ -57,6 +61,7 @@ class Rates:
     read: float
     write: float
     hashed: float
+    bus: float | None
     link: float
     latency: float
     memory: float | None
@@ -65,7 +70,7 @@ class Rates:
 
 
 def _vendor(
-    name: str, half: float, single: float, memory: float, bandwidth: float, link: float
+    name: str, half: float, single: float, memory: float, bandwidth: float, bus: float, link: float
 ) -> Rates:
     """A GPU by its data sheet.
 
@@ -75,6 +80,7 @@ def _vendor(
         single: TFLOP/s in float32.
         memory: GB.
         bandwidth: GB/s of its memory.
+        bus: GB/s of PCIe, in one direction.
         link: GB/s of NVLink, in one direction.
     """
     usable = ASSUMED_SHARE * bandwidth * 1e9
@@ -82,6 +88,8 @@ def _vendor(
         source=f"{name}: NOT measured; the vendor's peaks, times {ASSUMED_SHARE:g} by assumption",
         products=ASSUMED_SHARE * half * 1e12,
         products32=ASSUMED_SHARE * single * 1e12,
+        # TensorFloat-32 has half the peak of bfloat16 on all of these.
+        grams=ASSUMED_SHARE * half / 2 * 1e12,
         factor32=0.1 * ASSUMED_SHARE * single * 1e12,
         attention=0.5 * ASSUMED_SHARE * half * 1e12,
         elements=usable / 16,
@@ -92,6 +100,7 @@ def _vendor(
         read=2e9,
         write=1e9,
         hashed=1.5e9,
+        bus=ASSUMED_SHARE * bus * 1e9,
         link=ASSUMED_SHARE * link * 1e9,
         latency=5e-5,
         memory=memory * 1e9,
@@ -106,6 +115,7 @@ DEVICES: dict[str, Rates] = {
         "measured by benchmarks/cost_constants.py",
         products=2.16e11,
         products32=9.68e10,
+        grams=9.68e10,
         factor32=4.81e10,
         attention=8.13e10,
         elements=2.55e9,
@@ -116,16 +126,26 @@ DEVICES: dict[str, Rates] = {
         read=1.89e9,
         write=1.29e9,
         hashed=1.8e9,
+        bus=None,
         link=1.16e9,
         latency=0.000315,
         memory=None,
         process=4.41e8,
         start=0.16,
     ),
-    "a100": _vendor("A100 80 GB SXM", half=312, single=19.5, memory=80, bandwidth=2039, link=300),
-    "h100": _vendor("H100 80 GB SXM", half=989, single=67, memory=80, bandwidth=3350, link=450),
-    "h200": _vendor("H200 141 GB SXM", half=989, single=67, memory=141, bandwidth=4800, link=450),
+    "a100": _vendor(
+        "A100 80 GB SXM", half=312, single=19.5, memory=80, bandwidth=2039, bus=32, link=300
+    ),
+    "h100": _vendor(
+        "H100 80 GB SXM", half=989, single=67, memory=80, bandwidth=3350, bus=64, link=450
+    ),
+    "h200": _vendor(
+        "H200 141 GB SXM", half=989, single=67, memory=141, bandwidth=4800, bus=64, link=450
+    ),
 }
+
+#: Rates of files and transfers where the GPU is not known by name.
+ASSUMED_GPU = DEVICES["a100"]
 
 
 @dataclass(frozen=True)
@@ -169,6 +189,7 @@ def parse_devices(text: str) -> Devices:
     scales_with_cores = (
         "products",
         "products32",
+        "grams",
         "factor32",
         "attention",
         "elements",

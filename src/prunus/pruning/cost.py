@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from prunus.hardware.memory import matmul_rate
+from prunus.hardware.rates import ASSUMED_GPU
 from prunus.methods.statistics import statistics_bytes
 from prunus.model.source import ModuleSource
 from prunus.pruning.block_memory import (
@@ -122,7 +123,11 @@ def disk_bytes(job: PruningJob) -> int:
 
 
 def estimate_seconds(job: PruningJob) -> float:
-    """Seconds of a run: its operations at the rate that this machine shows, plus overhead."""
+    """Seconds of a run: its operations at the rate that this machine shows, plus overhead.
+
+    A GPU computes so fast that files and transfers count as well. Their rates are assumed, as in
+    `prunus.hardware.rates`.
+    """
     flops = sum(
         _forward_flops(job, index) + _solver_flops(job, index) for index in range(len(job.skeleton))
     )
@@ -131,7 +136,22 @@ def estimate_seconds(job: PruningJob) -> float:
     if job.recipe.bits is not None:
         flops += _measurement_flops(job)
     flops += _logit_flops(job)
-    return round(_OVERHEAD * flops / matmul_rate(job.device, job.dtype), 1)
+    computing = _OVERHEAD * flops / matmul_rate(job.device, job.dtype)
+    return round(computing if job.device.type == "cpu" else _with_files(job, computing), 1)
+
+
+def _with_files(job: PruningJob, computing: float) -> float:
+    """Seconds of a run on a GPU, from the seconds of its computing."""
+    read = sum(job.source.block_nbytes(index) for index in range(len(job.skeleton)))
+    written, rates = file_bytes(job), ASSUMED_GPU
+    assert rates.bus is not None
+    reading = read / rates.read + read / rates.hashed
+    writing = max(written / rates.write, written / rates.hashed)
+    computing += 2 * read / rates.bus
+    if isinstance(job.source, ModuleSource):
+        return computing
+    together = max(reading, computing, writing) if job.overlaps else reading + computing + writing
+    return rates.start + together
 
 
 def _forward_flops(job: PruningJob, index: int) -> float:

@@ -134,6 +134,8 @@ def forecast(
     Returns:
         Bytes: `memory` (of each rank, on the GPU if it has one), `disk`, `read`, `written`, and
         `traffic` (what each rank receives). Seconds: `seconds` in all, and `parts` by kind of work.
+        The sum of the parts is larger than `seconds`, because the next block is read and the last
+        one written while one is pruned.
         Counts: `ranks`, `weights`, `windows_per_rank`. `lockstep`: whether all windows of a rank
         fit in its GPU's memory at once, or None for processors, whose memory is unknown. `devices`,
         `rates` and `basis`: the machine, the source of its rates, and whether they are measured.
@@ -157,14 +159,19 @@ def forecast(
     work = _BlockWork(
         shape, devices, method, batches, own * seqlen, min(batch, samples) * seqlen, seqlen
     )
-    parts = {name: shape.blocks * seconds for name, seconds in work.seconds().items()}
-    parts["embeddings"] = _STORED * 2 * shape.outside_weights / rates.write
-    parts["start"] = rates.start
+    parts = work.seconds()
     memory = work.memory(lockstep=True)
     fits = None if rates.memory is None else memory <= rates.memory
     if fits is False:
         memory = work.memory(lockstep=False)
         parts["forward"] *= REPLAY_PASSES
+    # Files are read and written beside the work on a block, except the first and the last one.
+    files = {name: parts[name] for name in ("reading", "writing")}
+    working = sum(parts.values()) - sum(files.values())
+    seconds = shape.blocks * max(working, *files.values()) + sum(files.values())
+    parts = {name: shape.blocks * part for name, part in parts.items()}
+    parts["embeddings"] = _STORED * 2 * shape.outside_weights / rates.write
+    parts["start"] = rates.start
     checkpoint = _STORED * shape.weights
     return {
         "devices": devices.text,
@@ -179,7 +186,7 @@ def forecast(
         "read": checkpoint * devices.ranks,
         "written": checkpoint,
         "traffic": shape.blocks * work.traffic(),
-        "seconds": sum(parts.values()),
+        "seconds": seconds + parts["embeddings"] + parts["start"],
         "parts": parts,
     }
 
@@ -234,7 +241,7 @@ class _BlockWork:
             "forward": self._forward_seconds(),
             "statistics": self._statistics_seconds(),
             "solve": self._solve_seconds(),
-            "files": self._file_seconds(),
+            **self._file_seconds(),
             "communication": self.traffic() / self.devices.rates.link
             + self.synchronizations() * self.devices.rates.latency,
         }
@@ -256,7 +263,7 @@ class _BlockWork:
         if self.gram:
             # A processor computes only the tiles on and above a Gram's diagonal: 10 of 16.
             share = 0.625 if _is_processor(rates) else 1.0
-            seconds += share * 2 * self.tokens * sum(c * c for c in inputs) / rates.products32
+            seconds += share * 2 * self.tokens * sum(c * c for c in inputs) / rates.grams
         return seconds
 
     def _solve_seconds(self) -> float:
@@ -273,11 +280,22 @@ class _BlockWork:
         finished = shape.block_weights / rates.finished
         return factors + columns + by_rows / self.devices.ranks + finished
 
-    def _file_seconds(self) -> float:
+    def _file_seconds(self) -> dict[str, float]:
         rates, stored = self.devices.rates, _STORED * self.shape.block_weights
-        # Several ranks also hash their results, to see that all are the same.
-        hashes = 2 if self.devices.ranks > 1 else 1
-        return stored / rates.read + hashes * stored / rates.hashed + stored / rates.write
+        # The source is hashed and so is the result. Several ranks also hash their results on the
+        # way, to see that all are the same.
+        hashing, compared = stored / rates.hashed, self.devices.ranks > 1
+        reading, writing = stored / rates.read, stored / rates.write
+        if rates.bus is None:
+            # Hashes take turns with everything else on the same cores.
+            return {"reading": reading, "writing": writing, "hashing": (2 + compared) * hashing}
+        return {
+            "reading": reading + hashing,
+            # A file is hashed on another thread than it is written on.
+            "writing": max(writing, hashing),
+            "hashing": compared * hashing,
+            "transfers": 2 * stored / rates.bus,
+        }
 
     def traffic(self) -> float:
         """Bytes that a rank receives."""

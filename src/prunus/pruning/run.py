@@ -31,9 +31,8 @@ from prunus.calibration.texts import are_texts
 from prunus.distributed import SINGLE_PROCESS, process_group
 from prunus.hardware.memory import HeapTrimmer, describe_hardware, peak_memory, versions
 from prunus.hardware.sizes import parse_bytes
-from prunus.model.source import CheckpointSource
 from prunus.pruning.allocate import allocate
-from prunus.pruning.block.checks import StoredBlock, read_stored
+from prunus.pruning.block.checks import StoredBlock
 from prunus.pruning.block.prune_block import BlockPruner
 from prunus.pruning.calibration_windows import calibration_windows, describe_given
 from prunus.pruning.compressed_output import make_output
@@ -42,7 +41,7 @@ from prunus.pruning.job import PruningJob, RunOptions
 from prunus.pruning.manifest import Manifest, RunInputs
 from prunus.pruning.output import Output
 from prunus.pruning.output_lock import locked_output
-from prunus.pruning.overlap import BackgroundWrites, read_ahead
+from prunus.pruning.overlap import BackgroundWrites, read_ahead, read_block
 from prunus.pruning.plan import CheckedRun, check_run, find_earlier_run
 from prunus.pruning.rank_checks import check_same_on_all_ranks
 from prunus.pruning.recipe import Recipe
@@ -270,7 +269,7 @@ def _prune_model(
         heap = HeapTrimmer()
         left = range(taken, len(job.skeleton))
         with BackgroundWrites(job.overlaps) as writes:
-            blocks = read_ahead(left, functools.partial(_read_block, job), job.overlaps)
+            blocks = read_ahead(left, functools.partial(read_block, job), job.overlaps)
             for index, stored in zip(left, blocks, strict=True):
                 message = _prune_block(job, pruner, output, writes, index, stored, walks[index])
                 if ranks.size > 1:
@@ -284,15 +283,6 @@ def _prune_model(
     manifest.close(seconds=time.perf_counter() - started, device=job.device)
     output.finish(pruned_head)
     return manifest
-
-
-def _read_block(job: PruningJob, index: int) -> StoredBlock:
-    # Where there is memory for the copies, nothing depends on the file after this.
-    if job.overlaps and isinstance(job.source, CheckpointSource):
-        tensors = job.source.load_block(index, pinned=job.device.type == "cuda")
-    else:
-        tensors = job.source.block(index)
-    return read_stored(job.skeleton.block_name(index), tensors)
 
 
 def _prune_block(

@@ -228,9 +228,8 @@ def forecast_table(title: str, found: dict[str, Any]) -> Table:
         ),
         "traffic to each rank": f"{found['traffic'] / 1e9:.2f} GB",
         "time": _duration(found["seconds"]),
-        "of which": ", ".join(
-            f"{name} {seconds / found['seconds']:.0%}" for name, seconds in parts
-        ),
+        "of which": ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts if seconds)
+        + "; blocks are read and written beside the rest",
         "rates": found["rates"],
     }
     for name, figure in rows.items():

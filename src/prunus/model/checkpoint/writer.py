@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def save_safetensors(
     Raises:
         OSError: the file cannot be written, for example because the disk is full.
     """
-    with replacing(path) as file:
+    with replacing(path) as file, ThreadPoolExecutor(1, thread_name_prefix="hash") as hashing:
         # As in the library: wide dtypes first, which keeps all tensors aligned, then by name.
         place = {dtype: position for position, dtype in enumerate(_CODES)}
         names = sorted(tensors, key=lambda name: (place[tensors[name].dtype], name))
@@ -76,8 +77,10 @@ def save_safetensors(
             # the copy goes before the next one comes.
             flat = tensors[name].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
             for piece in flat.split(_PIECE):
+                # Hashing and writing both run without the interpreter's lock, side by side.
+                hashed = hashing.submit(digest.update, piece.numpy().data)
                 file.write(piece.numpy().data)
-                digest.update(piece.numpy().data)
+                hashed.result()
                 unwritten += len(piece)
                 if unwritten >= _PIECE:
                     # Pages that wait to be written count against the memory limit of a container.
