@@ -1,7 +1,8 @@
 """Every weight is read once and written once.
 
-Reads are counted in `Checkpoint.read` and `Checkpoint.load`, writes where files get their final names. What the system
-reads from the disk through its page cache is measured by benchmarks/larger_than_memory.py.
+Reads are counted in `Checkpoint.read` and `Checkpoint.load`, writes where files get their final
+names. What the system reads from the disk through its page cache is measured by
+benchmarks/larger_than_memory.py.
 """
 
 from __future__ import annotations
