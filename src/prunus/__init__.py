@@ -2,11 +2,16 @@
 
 prune        prune a checkpoint or a loaded model
 compress     compress a checkpoint to a number of bits per weight
+recover      train a pruned checkpoint, with its zeros kept
+pack         store a pruned checkpoint in a compressed format
+unpack       turn a packed checkpoint back into an ordinary one
+load         a model and its tokenizer: dense, pruned, packed, compressed, or an adapter
 perplexity   score a model on text
 evaluate     score a model on tasks
 compare      test whether two models differ by more than chance
 inspect      list the linears of a checkpoint with their sparsity
-recover      train a pruned checkpoint, with its zeros kept
+sweep        prune and score a grid of models, methods and sparsities
+report       show runs, sweeps and evaluations as tables and pages
 """
 
 from importlib import import_module
@@ -17,32 +22,46 @@ from prunus.packed.register import register
 if TYPE_CHECKING:
     from prunus.evaluation import PerplexityResult, TaskResults, compare, evaluate, perplexity
     from prunus.evaluation.inspection import Inspection, inspect
+    from prunus.model.load import LoadedModel, load
+    from prunus.packed.packing import pack, unpack
     from prunus.pruning.manifest import Manifest
     from prunus.pruning.recipe import Recipe
     from prunus.pruning.run import compress, prune
     from prunus.recovery import RecoveryRecord, recover
+    from prunus.reporting.write import report
+    from prunus.sweeping.run import sweep
+
+    __version__: str
 
 __all__ = [
     "Inspection",
+    "LoadedModel",
     "Manifest",
     "PerplexityResult",
     "Recipe",
     "RecoveryRecord",
     "TaskResults",
+    "__version__",
     "compare",
     "compress",
     "evaluate",
     "inspect",
+    "load",
+    "pack",
     "perplexity",
     "prune",
     "recover",
+    "report",
+    "sweep",
+    "unpack",
 ]
 
 # Where each public name lives. It is imported on first use: torch and transformers take seconds to
 # import, and `prunus --help` needs neither. No module of the package may have a public name's own
-# name, because importing it would hide that name.
+# name, because importing it would hide that name: hence the rooms `sweeping` and `reporting`.
 _HOMES = {
     "Inspection": "prunus.evaluation.inspection",
+    "LoadedModel": "prunus.model.load",
     "Manifest": "prunus.pruning.manifest",
     "PerplexityResult": "prunus.evaluation",
     "Recipe": "prunus.pruning.recipe",
@@ -52,9 +71,14 @@ _HOMES = {
     "compress": "prunus.pruning.run",
     "evaluate": "prunus.evaluation",
     "inspect": "prunus.evaluation.inspection",
+    "load": "prunus.model.load",
+    "pack": "prunus.packed.packing",
     "perplexity": "prunus.evaluation",
     "prune": "prunus.pruning.run",
     "recover": "prunus.recovery",
+    "report": "prunus.reporting.write",
+    "sweep": "prunus.sweeping.run",
+    "unpack": "prunus.packed.packing",
 }
 
 
@@ -63,6 +87,8 @@ register()
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("prunus")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -112,7 +112,7 @@ def test_text_that_the_model_writes_starts_as_asked():
 
 
 def test_the_sweeps_that_reproduce_the_paper_have_no_bos():
-    from prunus.sweep.grid import load_sweep
+    from prunus.sweeping.grid import load_sweep
 
     folder = Path(__file__).parents[2] / "examples"
     for name in (

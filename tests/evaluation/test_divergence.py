@@ -23,7 +23,7 @@ from prunus.evaluation.text import first_scored_row
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.config import load_config
 from prunus.model.loading import load_model
-from prunus.report.sources import read_document
+from prunus.reporting.sources import read_document
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import BOS, VOCABULARY, byte_tokenizer
 

@@ -32,8 +32,8 @@ from prunus.pruning.manifest import Manifest
 from prunus.pruning.plan import plan_run
 from prunus.pruning.plan_summary import describe_plan
 from prunus.pruning.recipe import Recipe
-from prunus.report.run_sections import run_section
-from prunus.report.tables import plan_table, run_table
+from prunus.reporting.run_sections import run_section
+from prunus.reporting.tables import plan_table, run_table
 from scripts import run_script
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, tiny_model, token_ids, weights

@@ -14,7 +14,7 @@ from command_line import call
 from prunus.model.loading import load_model
 from prunus.recovery import Step
 from prunus.recovery.record import RECORD_NAME
-from prunus.report.progress import show_recovery
+from prunus.reporting.progress import show_recovery
 from recovery_cases import dense_checkpoint, pruned_checkpoint, training_text
 
 SHORT = ["--tokens", "320", "--seqlen", "16", "--held-out", "2", "--learning-rate", "0.01"]

@@ -31,10 +31,10 @@ from prunus.model.tokenizer import load_tokenizer
 from prunus.pruning.recipe_file import load_recipe
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.record import Evaluation
-from prunus.report.page import document_json
-from prunus.report.plain import to_markdown
-from prunus.report.sources import read_document
-from prunus.sweep import load_sweep
+from prunus.reporting.page import document_json
+from prunus.reporting.plain import to_markdown
+from prunus.reporting.sources import read_document
+from prunus.sweeping import load_sweep
 from report_samples import evaluation, sweep_results
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer

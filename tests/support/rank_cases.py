@@ -398,7 +398,7 @@ def evaluated(scratch: Path) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     from prunus.evaluation import perplexity
-    from prunus.sweep import load_sweep, run_sweep
+    from prunus.sweeping import load_sweep, run_sweep
 
     dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
     text, ids = scratch / "text.safetensors", scratch / "ids.safetensors"

@@ -13,10 +13,10 @@ from prunus.evaluation.speed import Speed
 from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
-from prunus.report.document import Document
-from prunus.report.histogram_section import histogram_section
-from prunus.report.sources import read_document
-from prunus.sweep.results import (
+from prunus.reporting.document import Document
+from prunus.reporting.histogram_section import histogram_section
+from prunus.reporting.sources import read_document
+from prunus.sweeping.results import (
     CalibrationSet,
     CellResult,
     ModelResult,

@@ -163,7 +163,7 @@ def evaluate(
         )
         from prunus.evaluation import perplexity as measure_perplexity
         from prunus.evaluation.size import stored_size
-        from prunus.report.evaluation_tables import evaluation_tables
+        from prunus.reporting.evaluation_tables import evaluation_tables
 
         models = list(dict.fromkeys(models))
         batch_size = _parse_batch(batch)
@@ -252,7 +252,7 @@ def _score_images(
     json_file: Path | None,
 ) -> None:
     from prunus.evaluation import image_accuracy
-    from prunus.report.tables import images_table
+    from prunus.reporting.tables import images_table
 
     scores = image_accuracy(
         models,
@@ -313,7 +313,7 @@ def bench(
     """
     with user_errors(json_file):
         from prunus.evaluation.speed import bench as measure_speed
-        from prunus.report.tables import speed_table
+        from prunus.reporting.tables import speed_table
 
         found = measure_speed(
             models,

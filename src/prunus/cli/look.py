@@ -29,7 +29,7 @@ def inspect(
     """Show shape, dtype, sparsity and N:M patterns of every linear."""
     with user_errors(json_file):
         from prunus.evaluation.inspection import inspect as inspect_checkpoint
-        from prunus.report.tables import inspection_table
+        from prunus.reporting.tables import inspection_table
 
         found = inspect_checkpoint(model, trust_remote_code=trust_remote_code, verify=verify)
         print_result(inspection_table(found), json_file, found.as_dict())

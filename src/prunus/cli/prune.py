@@ -105,8 +105,8 @@ def _carry_out(
 ) -> None:
     """Run a recipe with a progress bar, and print its result."""
     from prunus.pruning.run import run
-    from prunus.report.progress import show_pruning
-    from prunus.report.tables import run_table
+    from prunus.reporting.progress import show_pruning
+    from prunus.reporting.tables import run_table
 
     work = recipe.method if recipe.bits is None else f"{recipe.bits:g} bits"
     with show_pruning(f"{work} {output}") as progress:
@@ -185,7 +185,7 @@ def plan(
             )
         from prunus.pruning.plan import check_run
         from prunus.pruning.plan_summary import describe_plan
-        from prunus.report.tables import plan_table
+        from prunus.reporting.tables import plan_table
 
         chosen = chosen_recipe(recipe, options)
         checked = check_run(
@@ -200,7 +200,7 @@ def _forecast(name: str, devices: str | None, recipe: Any, json_file: Path | Non
 
     from prunus.hardware.rates import parse_devices
     from prunus.pruning.forecast import find_shape, forecast
-    from prunus.report.tables import forecast_table
+    from prunus.reporting.tables import forecast_table
 
     if recipe.bits is not None:
         raise ValueError(

@@ -176,8 +176,8 @@ def recover(
     with user_errors(json_file):
         from prunus.recovery import RecoveryOptions
         from prunus.recovery import recover as train
-        from prunus.report.progress import show_recovery
-        from prunus.report.recovery_tables import recovery_table
+        from prunus.reporting.progress import show_recovery
+        from prunus.reporting.recovery_tables import recovery_table
 
         options = {name: values[name] for name in RecoveryOptions.model_fields if name != "mode"}
         if target_modules is not None:

@@ -52,10 +52,10 @@ def sweep(
     with user_errors(json_file):
         from prunus.hardware.sizes import parse_bytes
         from prunus.pruning.job import RunOptions
-        from prunus.report.document import Document
-        from prunus.report.plain import to_terminal
-        from prunus.report.sweep_tables import check_section, sweep_section
-        from prunus.sweep import check_sweep, load_sweep, run_sweep
+        from prunus.reporting.document import Document
+        from prunus.reporting.plain import to_terminal
+        from prunus.reporting.sweep_tables import check_section, sweep_section
+        from prunus.sweeping import check_sweep, load_sweep, run_sweep
 
         chosen = load_sweep(file, tuple(models or ()))
         options = RunOptions(
@@ -134,29 +134,27 @@ def report(
 ) -> None:
     """Show runs, sweeps and evaluations as HTML, Markdown or text."""
     with user_errors(json_file):
-        from prunus.model.checkpoint.atomic_files import write_text
-        from prunus.report.page import document_json, to_html
-        from prunus.report.plain import to_markdown, to_terminal
-        from prunus.report.sources import read_document
+        from prunus.reporting.page import document_json
+        from prunus.reporting.plain import to_terminal
+        from prunus.reporting.sources import read_document
+        from prunus.reporting.write import check_page_name, write_page
 
-        if output is not None and output.suffix not in (".html", ".md"):
-            raise ValueError(f"-o {output}: the name must end in .html or .md")
+        if output is not None:
+            check_page_name(output)
         extra = [_histograms(paths, histogram, dense, data_dir)] if histogram is not None else []
         document = read_document(paths, bench, extra, title)
         if output is None:
             print_result(to_terminal(document), json_file, document_json(document))
             return
-        page = to_html(document) if output.suffix == ".html" else to_markdown(document)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_text(output, page)
+        size = write_page(document, output)
         write_json(json_file, document_json(document))
-        log(f"wrote {output}, {len(page.encode()) / 1e6:.1f} MB")
+        log(f"wrote {output}, {size / 1e6:.1f} MB")
 
 
 def _histograms(paths: list[Path], linear: str, dense: str | None, data_dir: Path | None) -> Any:
     from prunus.evaluation.histograms import linear_histograms
     from prunus.pruning.job import RunOptions
-    from prunus.report.histogram_section import histogram_section
+    from prunus.reporting.histogram_section import histogram_section
 
     if len(paths) != 1:
         raise ValueError(f"--histogram takes one RUN; got {len(paths)} paths")

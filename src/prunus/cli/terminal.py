@@ -145,7 +145,7 @@ def log(message: str) -> None:
 
     Where nobody reads standard error any more, the message is dropped, and the work goes on.
     """
-    from prunus.report.console import printable
+    from prunus.reporting.console import printable
 
     # A RANK without the other variables of torchrun means nothing; see `prunus.distributed`.
     rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE") else "0"
@@ -201,7 +201,7 @@ def print_result(table: Any, json_file: Path | None, content: Any) -> None:
         content: the figures, as JSON can hold them.
     """
     from prunus.distributed import is_rank_0
-    from prunus.report.console import TerminalConsole
+    from prunus.reporting.console import TerminalConsole
 
     if not is_rank_0():
         return
@@ -231,7 +231,7 @@ def print_text(text: str, json_file: Path | None = None) -> bool:
     Returns:
         Whether somebody reads it: false once the reader of a pipe or the terminal is gone.
     """
-    from prunus.report.console import printable
+    from prunus.reporting.console import printable
 
     with _goes_to_reader(json_file) as stream:
         stream.write(printable(text))

@@ -1,4 +1,4 @@
-"""How often a long run writes a line where no live bar is shown."""
+"""What a run says of its progress, and how often where no live bar is shown."""
 
 from __future__ import annotations
 
@@ -6,9 +6,28 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-__all__ = ["SECONDS_BETWEEN_LINES", "LineInterval"]
+__all__ = ["SECONDS_BETWEEN_LINES", "LineInterval", "Progress"]
 
 SECONDS_BETWEEN_LINES = 15.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of a run, for a progress display.
+
+    Attributes:
+        done: Finished blocks, out of `total`.
+        total: Blocks of the model.
+        message: What just happened.
+        seconds: Since the start of the run.
+        peak_memory: Of this process so far, in bytes; on a GPU the memory of the device.
+    """
+
+    done: int
+    total: int
+    message: str
+    seconds: float
+    peak_memory: int
 
 
 @dataclass

@@ -18,7 +18,7 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -43,31 +43,13 @@ from prunus.pruning.output import Output
 from prunus.pruning.output_lock import locked_output
 from prunus.pruning.overlap import BackgroundWrites, read_ahead, read_block
 from prunus.pruning.plan import CheckedRun, check_run, find_earlier_run
+from prunus.pruning.progress import Progress
 from prunus.pruning.rank_checks import check_same_on_all_ranks
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.recipe_options import RecipeOptions, recipe_from
 from prunus.pruning.records import Walk
 
-__all__ = ["Progress", "compress", "prune", "run"]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One step of a run, for a progress display.
-
-    Attributes:
-        done: Finished blocks, out of `total`.
-        total: Blocks of the model.
-        message: What just happened.
-        seconds: Since the start of the run.
-        peak_memory: Of this process so far, in bytes; on a GPU the memory of the device.
-    """
-
-    done: int
-    total: int
-    message: str
-    seconds: float
-    peak_memory: int
+__all__ = ["compress", "prune", "run"]
 
 
 def prune(

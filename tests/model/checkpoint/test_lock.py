@@ -20,7 +20,7 @@ import prunus
 from command_line import call
 from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.packed import pack
-from prunus.sweep import Sweep, run_sweep
+from prunus.sweeping import Sweep, run_sweep
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
 from tiny import tiny_checkpoint, token_ids
 

@@ -16,8 +16,8 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from prunus.report.document import Chart, Document, Facts, Measured, Section, Table, text_of
-from prunus.report.figures import figure_json, plotly_script
+from prunus.reporting.document import Chart, Document, Facts, Measured, Section, Table, text_of
+from prunus.reporting.figures import figure_json, plotly_script
 
 __all__ = ["document_json", "to_html"]
 
@@ -62,7 +62,7 @@ def to_html(document: Document) -> str:
 
 
 def _asset(name: str) -> str:
-    return files("prunus.report").joinpath("assets", name).read_text(encoding="utf-8")
+    return files("prunus.reporting").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _sha256(script: str) -> str:

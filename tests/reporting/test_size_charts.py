@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from prunus.report.document import Lines, Measured, Table
-from prunus.report.figures import figure_json
-from prunus.report.size_charts import decode_speed
-from prunus.report.sources import read_document
-from prunus.report.sweep_tables import sweep_section
-from prunus.sweep.results import Divergence, Size
+from prunus.reporting.document import Lines, Measured, Table
+from prunus.reporting.figures import figure_json
+from prunus.reporting.size_charts import decode_speed
+from prunus.reporting.sources import read_document
+from prunus.reporting.sweep_tables import sweep_section
+from prunus.sweeping.results import Divergence, Size
 from report_samples import bench, evaluation, sweep_results, write
 
 FIGURES = {

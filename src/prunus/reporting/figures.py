@@ -12,7 +12,7 @@ import json
 import math
 from typing import Any
 
-from prunus.report.document import Bars, Chart, HeatMap, Histogram, Lines, text_of
+from prunus.reporting.document import Bars, Chart, HeatMap, Histogram, Lines, text_of
 
 __all__ = ["check_plotly", "figure_json", "plotly_script"]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunus.report.document import Bars, Column, Facts, Measured, Section, Table
-from prunus.report.size_charts import Result, decode_speed, size_charts
+from prunus.reporting.document import Bars, Column, Facts, Measured, Section, Table
+from prunus.reporting.size_charts import Result, decode_speed, size_charts
 
 __all__ = [
     "decode_speeds",

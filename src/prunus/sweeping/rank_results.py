@@ -15,10 +15,10 @@ from prunus.methods import METHODS
 from prunus.model.checkpoint.atomic_files import read_json, remove_temporaries, write_json
 from prunus.model.device import choose_device
 from prunus.pruning.job import RunOptions
-from prunus.sweep.calibration_windows import shared_windows
-from prunus.sweep.checks import check_sweep
-from prunus.sweep.grid import Sweep
-from prunus.sweep.results import CellResult, ModelResult, SweepResults
+from prunus.sweeping.calibration_windows import shared_windows
+from prunus.sweeping.checks import check_sweep
+from prunus.sweeping.grid import Sweep
+from prunus.sweeping.results import CellResult, ModelResult, SweepResults
 
 __all__ = [
     "CELLS_FOLDER",

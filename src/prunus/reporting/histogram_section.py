@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from prunus.report.document import Column, Histogram, Section, Table
+from prunus.reporting.document import Column, Histogram, Section, Table
 
 if TYPE_CHECKING:
     from prunus.evaluation.histograms import LinearHistograms

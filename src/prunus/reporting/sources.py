@@ -8,13 +8,13 @@ from typing import Any
 
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
-from prunus.report.document import Document, Section
-from prunus.report.evaluation_sections import decode_speeds, evaluation_section, speed_section
-from prunus.report.page import document_json
-from prunus.report.plain import to_markdown
-from prunus.report.run_sections import run_section
-from prunus.report.sweep_tables import sweep_section
-from prunus.sweep.results import RESULTS_NAME, SweepResults
+from prunus.reporting.document import Document, Section
+from prunus.reporting.evaluation_sections import decode_speeds, evaluation_section, speed_section
+from prunus.reporting.page import document_json
+from prunus.reporting.plain import to_markdown
+from prunus.reporting.run_sections import run_section
+from prunus.reporting.sweep_tables import sweep_section
+from prunus.sweeping.results import RESULTS_NAME, SweepResults
 
 __all__ = ["read_document"]
 

@@ -19,10 +19,10 @@ from rich.progress import (
 )
 
 from prunus.pruning.progress import LineInterval
-from prunus.report.console import printable, progress_console
+from prunus.reporting.console import printable, progress_console
 
 if TYPE_CHECKING:
-    from prunus.pruning.run import Progress as PruningStep
+    from prunus.pruning.progress import Progress as PruningStep
     from prunus.recovery import Step as RecoveryStep
 
 __all__ = ["eta", "show_pruning", "show_recovery"]

@@ -7,8 +7,8 @@ import io
 import pytest
 
 from prunus.evaluation import Difference, Metric, PerplexityResult, TaskResults, TaskScore
-from prunus.report.console import TerminalConsole
-from prunus.report.evaluation_tables import perplexity_table, tasks_table
+from prunus.reporting.console import TerminalConsole
+from prunus.reporting.evaluation_tables import perplexity_table, tasks_table
 
 
 def result(perplexity: float) -> PerplexityResult:

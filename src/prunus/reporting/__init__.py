@@ -1,6 +1,7 @@
 """Reports: the figures of runs, sweeps and evaluations as HTML, Markdown and terminal tables.
 
 document.py             a report as sections of facts, tables and charts, without any formatting
+write.py                one call from folders and files to a page
 sources.py              from folders and files to a document
 run_sections.py         one pruning run
 sweep_tables.py         one sweep; its quality tables and chart stand in sweep_quality.py

@@ -16,9 +16,9 @@ from prunus.model.source import CheckpointSource
 from prunus.pruning.job import RunOptions
 from prunus.pruning.plan import plan_run
 from prunus.recovery.options import recovery_options
-from prunus.sweep.cells import task_options
-from prunus.sweep.grid import Sweep
-from prunus.sweep.results import RESULTS_NAME, CellResult, ModelResult, SweepResults
+from prunus.sweeping.cells import task_options
+from prunus.sweeping.grid import Sweep
+from prunus.sweeping.results import RESULTS_NAME, CellResult, ModelResult, SweepResults
 
 __all__ = ["check_folder", "check_sweep"]
 

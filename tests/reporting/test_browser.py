@@ -17,9 +17,9 @@ import pytest
 
 import prunus
 from prunus.pruning.manifest import Manifest
-from prunus.report.document import Document, Measured, Table, text_of
-from prunus.report.page import to_html
-from prunus.sweep.results import SweepResults
+from prunus.reporting.document import Document, Measured, Table, text_of
+from prunus.reporting.page import to_html
+from prunus.sweeping.results import SweepResults
 from report_samples import hostile_document, whole_document
 from tiny import tiny_checkpoint
 

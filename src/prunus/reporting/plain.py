@@ -12,8 +12,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from prunus.report.console import printable
-from prunus.report.document import Document, Facts, Table, text_of
+from prunus.reporting.console import printable
+from prunus.reporting.document import Document, Facts, Table, text_of
 
 __all__ = ["to_markdown", "to_terminal"]
 
@@ -48,7 +48,7 @@ def to_terminal(document: Document) -> Group:
 def to_markdown(document: Document) -> str:
     """Write a document as Markdown. Names and other text are escaped.
 
-    >>> from prunus.report.document import Column, Section
+    >>> from prunus.reporting.document import Column, Section
     >>> columns = (Column("method"), Column("perplexity", ".2f"))
     >>> table = Table("Quality", columns, (("wanda", 7.261), ("dense", 5.68)))
     >>> print(to_markdown(Document("My *runs*", (Section("A sweep", parts=(table,)),))))

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prunus.pruning.records import bos_words
-from prunus.report.document import Column, Facts, Measured, Section, Table
-from prunus.report.evaluation_sections import form_of
-from prunus.report.size_charts import decode_speed
-from prunus.report.sweep_quality import quality_parts, text_name
+from prunus.reporting.document import Column, Facts, Measured, Section, Table
+from prunus.reporting.evaluation_sections import form_of
+from prunus.reporting.size_charts import decode_speed
+from prunus.reporting.sweep_quality import quality_parts, text_name
 
 if TYPE_CHECKING:
-    from prunus.sweep.results import (
+    from prunus.sweeping.results import (
         CellResult,
         ModelResult,
         Score,

@@ -24,10 +24,10 @@ from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
 from prunus.pruning.job import RunOptions
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
 from prunus.pruning.recipe import Recipe
-from prunus.report.sweep_tables import sweep_section
-from prunus.sweep import Scoring, Sweep, check_sweep, load_sweep, run_sweep
-from prunus.sweep import cells as sweep_cells
-from prunus.sweep.results import (
+from prunus.reporting.sweep_tables import sweep_section
+from prunus.sweeping import Scoring, Sweep, check_sweep, load_sweep, run_sweep
+from prunus.sweeping import cells as sweep_cells
+from prunus.sweeping.results import (
     CellResult,
     ModelResult,
     Pruning,

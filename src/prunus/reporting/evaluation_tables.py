@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Group
 from rich.table import Table
 
-from prunus.report.document import MISSING
-from prunus.report.evaluation_sections import is_share, short_names
+from prunus.reporting.document import MISSING
+from prunus.reporting.evaluation_sections import is_share, short_names
 
 if TYPE_CHECKING:
     from prunus.evaluation import Difference, Metric, PerplexityResult, TaskResults

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prunus.report.document import Lines, Series, text_of
+from prunus.reporting.document import Lines, Series, text_of
 
 __all__ = ["LOG_FROM", "Result", "decode_speed", "size_charts"]
 

@@ -19,7 +19,7 @@ from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
 from prunus.pruning.job import RunOptions
 from prunus.pruning.recipe import Recipe
-from prunus.sweep.results import CalibrationSet, SweepResults
+from prunus.sweeping.results import CalibrationSet, SweepResults
 
 __all__ = ["shared_windows"]
 

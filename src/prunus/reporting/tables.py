@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from prunus.pruning.records import bos_words, mean_bits
-from prunus.report.document import MISSING
-from prunus.report.run_sections import error_of
+from prunus.reporting.document import MISSING
+from prunus.reporting.run_sections import error_of
 
 if TYPE_CHECKING:
     from prunus.evaluation.images import ImageScore

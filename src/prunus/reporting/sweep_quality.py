@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunus.report.document import Column, Lines, Series, Table
-from prunus.report.size_charts import LOG_FROM, Result, decode_speed, size_charts
+from prunus.reporting.document import Column, Lines, Series, Table
+from prunus.reporting.size_charts import LOG_FROM, Result, decode_speed, size_charts
 
 if TYPE_CHECKING:
     from prunus.pruning.recipe import Recipe
-    from prunus.sweep.results import CellResult, SweepResults
+    from prunus.sweeping.results import CellResult, SweepResults
 
 __all__ = ["quality_parts", "text_name"]
 

@@ -1,7 +1,7 @@
 """Sweeps: a grid of models, methods, sparsities, seeds and recoveries, all scored in the same way.
 
 grid.py                 the sweep file, and the cells that it spans
-sweep.py                the story of a sweep: baselines, then one cell after the other
+run.py                  the story of a sweep: baselines, then one cell after the other
 checks.py               what is checked before any work
 cells.py                one cell: prune, recover, score
 calibration_windows.py  calibration windows, drawn once and shared by the cells
@@ -15,19 +15,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunus.sweep.checks import check_sweep
-    from prunus.sweep.grid import Cell, Scoring, Sweep, load_sweep
-    from prunus.sweep.sweep import run_sweep
+    from prunus.sweeping.checks import check_sweep
+    from prunus.sweeping.grid import Cell, Scoring, Sweep, load_sweep
+    from prunus.sweeping.run import run_sweep, sweep
 
-__all__ = ["Cell", "Scoring", "Sweep", "check_sweep", "load_sweep", "run_sweep"]
+__all__ = ["Cell", "Scoring", "Sweep", "check_sweep", "load_sweep", "run_sweep", "sweep"]
 
 _HOMES = {
-    "Cell": "prunus.sweep.grid",
-    "Scoring": "prunus.sweep.grid",
-    "Sweep": "prunus.sweep.grid",
-    "check_sweep": "prunus.sweep.checks",
-    "load_sweep": "prunus.sweep.grid",
-    "run_sweep": "prunus.sweep.sweep",
+    "Cell": "prunus.sweeping.grid",
+    "Scoring": "prunus.sweeping.grid",
+    "Sweep": "prunus.sweeping.grid",
+    "check_sweep": "prunus.sweeping.checks",
+    "load_sweep": "prunus.sweeping.grid",
+    "run_sweep": "prunus.sweeping.run",
+    "sweep": "prunus.sweeping.run",
 }
 
 

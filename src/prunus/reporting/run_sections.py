@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunus.pruning.records import bos_words, mean_bits
-from prunus.report.document import Column, Facts, HeatMap, Section, Table
+from prunus.reporting.document import Column, Facts, HeatMap, Section, Table
 
 if TYPE_CHECKING:
     from prunus.pruning.manifest import Manifest

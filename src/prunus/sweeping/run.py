@@ -15,22 +15,22 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prunus.distributed import SINGLE_PROCESS, Ranks, process_group
 from prunus.evaluation import Reference
+from prunus.hardware.sizes import parse_bytes
 from prunus.methods import METHODS
 from prunus.pruning.job import RunOptions
 from prunus.pruning.output_lock import locked_output
-from prunus.pruning.progress import LineInterval
-from prunus.pruning.run import Progress
-from prunus.sweep.calibration_windows import shared_windows
-from prunus.sweep.cells import discard_weights, prune_cell, recover_cell, score_model
-from prunus.sweep.checks import check_folder
-from prunus.sweep.grid import Sweep
-from prunus.sweep.rank_results import (
+from prunus.pruning.progress import LineInterval, Progress
+from prunus.sweeping.calibration_windows import shared_windows
+from prunus.sweeping.cells import discard_weights, prune_cell, recover_cell, score_model
+from prunus.sweeping.checks import check_folder
+from prunus.sweeping.grid import Sweep, load_sweep
+from prunus.sweeping.rank_results import (
     CELLS_FOLDER,
     collect_results,
     exchange_model_results,
@@ -38,11 +38,60 @@ from prunus.sweep.rank_results import (
     prepare_results,
     save_results,
 )
-from prunus.sweep.results import CellResult, ModelResult, SweepResults
+from prunus.sweeping.results import CellResult, ModelResult, SweepResults
 
-__all__ = ["run_sweep"]
+__all__ = ["run_sweep", "sweep"]
 
 _REFERENCE_FOLDER = "reference"
+
+
+def sweep(
+    grid: str | Path | Sweep,
+    output: str | Path,
+    *,
+    models: Sequence[str] = (),
+    device: str = "auto",
+    memory: str | int | None = None,
+    data_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
+    rank_timeout: float | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> SweepResults:
+    """Prune and score a grid of models, methods and sparsities, as `prunus sweep` does.
+
+    A sweep that was stopped continues when the same call is made again.
+
+    Args:
+        grid: The sweep file (TOML), or a `prunus.sweeping.Sweep`.
+        output: Folder of the results.
+        models: Models to use in place of those in the file.
+        device: auto, cpu, cuda or cuda:i.
+        memory: Memory budget, such as "8GB" or a number of bytes; default is the free memory.
+        data_dir: Folder with local copies of the datasets.
+        trust_remote_code: Run model code that comes with a checkpoint.
+        rank_timeout: Under torchrun, a process without a sign of life counts as lost after this
+            many seconds; default 600.
+        progress: Called with a line of text after every step.
+
+    Returns:
+        The results. A cell that failed has a message in `CellResult.error`.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, NotImplementedError: Before any work; says
+            what was given, what is wrong and what to do.
+    """
+    chosen = grid if isinstance(grid, Sweep) else load_sweep(Path(grid), tuple(models))
+    if isinstance(grid, Sweep) and models:
+        raise ValueError("models= is for a sweep file; a Sweep names its models itself")
+    options = RunOptions(
+        device=device,
+        memory=parse_bytes(memory) if isinstance(memory, str) else memory,
+        data_dir=Path(data_dir) if data_dir is not None else None,
+        trust_remote_code=trust_remote_code,
+        rank_timeout=rank_timeout,
+    )
+    file = "a Sweep object" if isinstance(grid, Sweep) else Path(grid).name
+    return run_sweep(chosen, Path(output), options, file=file, progress=progress)
 
 
 def run_sweep(

@@ -21,20 +21,20 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import prunus
-import prunus.report
+import prunus.reporting
 from command_line import call
 from prunus.evaluation.histograms import linear_histograms
 from prunus.pruning.job import RunOptions
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
-from prunus.report.document import Document, Histogram, Lines, Measured, Section, Table, text_of
-from prunus.report.figures import figure_json
-from prunus.report.histogram_section import histogram_section
-from prunus.report.page import document_json, to_html
-from prunus.report.plain import to_markdown, to_terminal
-from prunus.report.sources import read_document
-from prunus.report.sweep_tables import sweep_section
-from prunus.sweep.results import CellResult
+from prunus.reporting.document import Document, Histogram, Lines, Measured, Section, Table, text_of
+from prunus.reporting.figures import figure_json
+from prunus.reporting.histogram_section import histogram_section
+from prunus.reporting.page import document_json, to_html
+from prunus.reporting.plain import to_markdown, to_terminal
+from prunus.reporting.sources import read_document
+from prunus.reporting.sweep_tables import sweep_section
+from prunus.sweeping.results import CellResult
 from report_samples import (
     HOSTILE,
     bench,
@@ -491,9 +491,8 @@ def test_what_cannot_be_reported_on_is_named(arguments, message, run, tmp_path):
 
 def test_no_module_of_reports_imports_torch():
     """In a process of its own: a report is read and shown without waiting for torch."""
-    names = [
-        f"prunus.report.{path.stem}" for path in Path(prunus.report.__file__).parent.glob("*.py")
-    ]
+    folder = Path(prunus.reporting.__file__).parent
+    names = [f"prunus.reporting.{path.stem}" for path in folder.glob("*.py")]
     assert len(names) > 10
     script = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -1,0 +1,69 @@
+"""Read runs, sweeps and evaluations as one report, and write it as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from prunus.model.checkpoint.atomic_files import write_text
+from prunus.reporting.document import Document
+from prunus.reporting.page import to_html
+from prunus.reporting.plain import to_markdown
+from prunus.reporting.sources import read_document
+
+__all__ = ["check_page_name", "report", "write_page"]
+
+
+def report(
+    paths: str | Path | Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    bench: str | Path | None = None,
+    title: str | None = None,
+) -> Document:
+    """Show runs, sweeps and evaluations, as `prunus report` does.
+
+    Args:
+        paths: Folders of `prune`, `compress` or `sweep`, and files of `prunus eval --json`; one or
+            several, which then stand side by side.
+        output: Where to write the report: a page (.html) or Markdown (.md). None writes nothing.
+        bench: A file of `prunus bench --json`, whose speeds are shown too.
+        title: Title of the report; default is that of its first section.
+
+    Returns:
+        The report. A notebook shows it as tables.
+
+    Raises:
+        ValueError, FileNotFoundError: A path holds something else or is damaged, or the name of
+            `output` has another ending.
+        ModuleNotFoundError: The page has charts, and plotly is not installed.
+    """
+    given = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not given:
+        raise ValueError("give the folder of a run or a sweep, or the file of prunus eval --json")
+    if output is not None:
+        check_page_name(Path(output))
+    document = read_document(
+        [Path(path) for path in given], Path(bench) if bench is not None else None, title=title
+    )
+    if output is not None:
+        write_page(document, Path(output))
+    return document
+
+
+def check_page_name(output: Path) -> None:
+    """Check that the name of a report says which form it has.
+
+    Raises:
+        ValueError: It ends neither in .html nor in .md.
+    """
+    if output.suffix not in (".html", ".md"):
+        raise ValueError(f"-o {output}: the name must end in .html or .md")
+
+
+def write_page(document: Document, output: Path) -> int:
+    """Write a report as HTML or Markdown, by the ending of its name; returns its size in bytes."""
+    page = to_html(document) if output.suffix == ".html" else to_markdown(document)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(output, page)
+    return len(page.encode())

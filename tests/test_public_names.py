@@ -1,0 +1,108 @@
+"""The functions that `import prunus` gives: what they return, and that they are imported late."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+import prunus
+from packed_reference import pruned_checkpoint
+from prunus.packed import BitmapLinear
+from report_samples import sweep_results
+from tiny import tiny_checkpoint
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory) -> Path:
+    folder = pruned_checkpoint(tmp_path_factory.mktemp("names") / "pruned", vocab_size=VOCABULARY)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_the_functions_are_those_of_the_verbs(pruned, tmp_path):
+    """Importing the rooms behind them hides none of them."""
+    import prunus.reporting
+    import prunus.sweeping
+
+    for name in ("compress", "load", "pack", "prune", "recover", "report", "sweep", "unpack"):
+        assert callable(getattr(prunus, name))
+    assert prunus.__version__ == version("prunus")
+
+
+def test_importing_the_package_imports_none_of_the_large_libraries():
+    code = (
+        "import sys, prunus; prunus.__version__; "
+        "sys.exit(any(x in sys.modules for x in ('torch', 'transformers', 'rich', 'pydantic')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_report_is_written_without_torch(tmp_path):
+    sweep_results().save(tmp_path)
+    code = (
+        "import sys, prunus; prunus.report(sys.argv[1], sys.argv[1] + '/page.md'); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert done.returncode == 0
+    assert "wikitext2" in (tmp_path / "page.md").read_text()
+
+
+def test_load_gives_the_model_and_its_tokenizer(pruned, tmp_path):
+    dense = prunus.load(pruned)
+    model, tokenizer = dense
+    assert model is dense.model and tokenizer is dense.tokenizer and not model.training
+    prunus.pack(pruned, tmp_path / "packed")
+    packed, again = prunus.load(str(tmp_path / "packed"))
+    assert any(isinstance(module, BitmapLinear) for module in packed.modules())
+    assert again("ab")["input_ids"] == tokenizer("ab")["input_ids"]
+    ids = tokenizer("some text", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, model(ids).logits, rtol=0.02, atol=0.02)
+    record = prunus.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    assert record.finished and prunus.load(tmp_path / "unpacked").model.dtype == torch.bfloat16
+
+
+def test_load_computes_in_the_dtype_that_is_asked_for(pruned):
+    assert prunus.load(pruned, dtype="float32").model.dtype == torch.float32
+
+
+def test_load_wants_a_tokenizer_before_it_reads_weights(tmp_path, monkeypatch):
+    folder = tiny_checkpoint(tmp_path / "bare")
+    monkeypatch.setattr("prunus.model.load.load_model", None)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        prunus.load(folder)
+
+
+def test_report_returns_what_it_writes(tmp_path):
+    sweep_results().save(tmp_path)
+    document = prunus.report([tmp_path], tmp_path / "page.html", title="Mine")
+    assert document.title == "Mine" and "Mine" in (tmp_path / "page.html").read_text()
+    assert prunus.report(tmp_path).sections[0].parts == document.sections[0].parts
+    with pytest.raises(ValueError, match=r"must end in \.html or \.md"):
+        prunus.report(tmp_path / "not read", tmp_path / "page.pdf")
+    with pytest.raises(ValueError, match="give the folder"):
+        prunus.report([])
+
+
+def test_sweep_runs_a_file(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", vocab_size=VOCABULARY)
+    byte_tokenizer().save_pretrained(dense)
+    file = tmp_path / "grid.toml"
+    file.write_text(
+        f'title = "t"\nmodels = [{json.dumps(str(dense))}]\n'
+        '[recipe]\ncalibration = "python-docs"\nsamples = 2\nseqlen = 16\n'
+        '[scoring]\ntexts = ["python-docs"]\nseqlen = 16\nlimit = 2\n'
+        '[[grid]]\nmethod = ["magnitude"]\nsparsity = [0.3, 0.5]\n'
+    )
+    lines: list[str] = []
+    results = prunus.sweep(file, tmp_path / "out", progress=lines.append)
+    assert [cell.state for cell in results.cells] == ["done", "done"] and lines
+    assert results.file == "grid.toml"
