@@ -3,10 +3,10 @@
     python benchmarks/small_moe.py OUT --data FOLDER [--minutes 60] [--experts 32] [--top-k 4]
 
 OUT becomes an ordinary checkpoint: a Qwen3-MoE of 11.7 million parameters, with 6 layers of 32
-experts, of which each token chooses 4. Its tokenizer has 2,048 tokens and is trained on the same text: the
-train texts of WikiText-2 and C4 in FOLDER. Scores on the test text of WikiText-2 are printed on the
-way. An hour on two cores gives a model whose experts do different things, which random weights
-would not.
+experts, of which each token chooses 4. Its tokenizer has 2,048 tokens and is trained on the same
+text: the train texts of WikiText-2 and C4 in FOLDER. Scores on the test text of WikiText-2 are
+printed on the way. An hour on two cores gives a model whose experts do different things, which
+random weights would not.
 """
 
 from __future__ import annotations
