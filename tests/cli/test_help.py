@@ -114,6 +114,7 @@ def test_the_help_of_prune_begins_with_the_common_options():
     assert common == [
         "model", "output", "preset", "method", "sparsity", "pattern", "calibration", "samples",
         "seqlen", "seed", "data_dir", "device", "memory", "overwrite", "resume", "json_file",
+        "quiet",
     ]  # fmt: skip
     rest = list(dict.fromkeys(filter(None, panels.values())))
     assert rest == ["Calibration", "Method", "Reconstruction", "Allocation", "Advanced"]

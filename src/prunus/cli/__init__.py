@@ -1,7 +1,9 @@
 """The command line: one file per group of verbs, no logic.
 
 prune.py           prune, compress, plan
-evaluate.py        eval, inspect, bench, generate, doctor
+evaluate.py        eval, bench
+generate.py        generate
+look.py            inspect, doctor
 serve.py           serve
 convert.py         import, pack, unpack
 lm_eval.py         lm-eval
@@ -23,13 +25,15 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from prunus.cli.convert import import_, pack, unpack
-from prunus.cli.evaluate import bench, evaluate, generate
+from prunus.cli.evaluate import bench, evaluate
+from prunus.cli.generate import generate
 from prunus.cli.lm_eval import lm_eval
 from prunus.cli.look import doctor, inspect
 from prunus.cli.prune import compress, plan, prune
 from prunus.cli.recover import recover
 from prunus.cli.serve import serve
 from prunus.cli.sweep import report, sweep
+from prunus.cli.terminal import may_be_quiet
 
 __all__ = ["app", "main"]
 
@@ -119,7 +123,7 @@ _VERBS = (
         "Evaluate",
         (
             'prunus generate packed --prompt "The capital of France is"',
-            'prunus generate packed --chat --prompt "Write a haiku." --max-new-tokens 40',
+            "prunus generate packed --chat --temperature 0.7 --top-p 0.9 --seed 1",
         ),
     ),
     _Verb(
@@ -207,6 +211,9 @@ def _prunus(
     """Prune large language models after training, and measure the result."""
 
 
+#: Verbs that work for a while and say how far they are. The others print their result alone.
+_WORKING = {prune, compress, recover, evaluate, bench, import_, pack, unpack, sweep, report}
+
 #: Arguments that typer does not know go to the function as they are.
 _HANDED_OVER = {"ignore_unknown_options": True}
 
@@ -218,7 +225,7 @@ for _verb in _VERBS:
         rich_help_panel=_verb.panel,
         epilog=_epilog,
         context_settings=_HANDED_OVER if _verb.function is lm_eval else None,
-    )(_verb.function)
+    )(may_be_quiet(_verb.function) if _verb.function in _WORKING else _verb.function)
 
 
 def main() -> None:

@@ -10,8 +10,8 @@ import typer
 from prunus.cli import arguments as arg
 from prunus.cli.terminal import (
     Counted,
-    log,
     log_step,
+    note,
     print_result,
     print_summary,
     user_errors,
@@ -46,7 +46,7 @@ def import_(
     with user_errors(json_file):
         from prunus.model.checkpoint.gguf import import_gguf
 
-        summary = import_gguf(file, dest, overwrite=overwrite, dtype=dtype, progress=log)
+        summary = import_gguf(file, dest, overwrite=overwrite, dtype=dtype, progress=note)
         print_summary(summary, dest, json_file)
 
 
@@ -98,7 +98,7 @@ def pack(
         from prunus.reporting.tables import packing_table
 
         def score(folder: str | Path) -> PerplexityResult:
-            log(f"scoring {folder} on {perplexity}")
+            note(f"scoring {folder} on {perplexity}")
             return measure_perplexity(
                 folder, perplexity, seqlen=seqlen, limit=limit, data_dir=data_dir
             )

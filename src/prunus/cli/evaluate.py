@@ -1,4 +1,4 @@
-"""Verbs that run a model: `eval`, `bench` and `generate`."""
+"""Verbs that measure a model: `eval` and `bench`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from prunus.cli import arguments as arg
-from prunus.cli.terminal import log, print_result, print_text, user_errors, write_json
+from prunus.cli.terminal import note, print_result, user_errors
 
-__all__ = ["bench", "evaluate", "generate"]
+__all__ = ["bench", "evaluate"]
 
 #: As `prunus.evaluation.Protocol`, which imports torch.
 ProtocolName = Literal["papers", "llama.cpp"]
@@ -226,7 +226,7 @@ def evaluate(
                         )
                     )
             stack.close()
-            results = [] if task_run is None else task_run.run(log, ranks)
+            results = [] if task_run is None else task_run.run(note, ranks)
         sizes = {model: stored_size(find_folder(model), trust_remote_code) for model in models}
         content = side_by_side(scores, results, sizes)
         print_result(evaluation_tables(scores, results), json_file, content)
@@ -322,40 +322,6 @@ def bench(
             rounds=rounds,
             threads=threads,
             dense_kernel=dense_kernel,
-            progress=log,
+            progress=note,
         )
         print_result(speed_table(found), json_file, [speed.as_dict() for speed in found])
-
-
-def generate(
-    model: arg.Model,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue.")],
-    max_new_tokens: Annotated[
-        int,
-        typer.Option(
-            metavar="N", show_default=False, help="Maximum number of new tokens. Default: 128."
-        ),
-    ] = 128,
-    chat: Annotated[
-        bool,
-        typer.Option(
-            "--chat", show_default=False, help="Put the prompt into the model's chat template."
-        ),
-    ] = False,
-    json_file: arg.Json = None,
-) -> None:
-    """Continue a prompt with a dense or packed model.
-
-    The text appears while the model writes it.
-    """
-    with user_errors(json_file):
-        from prunus.evaluation.generation import generate as generate_pieces
-
-        pieces = []
-        for piece in generate_pieces(model, prompt, max_new_tokens=max_new_tokens, chat=chat):
-            pieces.append(piece)
-            # Without --json, text that nobody reads need not be written.
-            if not print_text(piece.replace("\r", ""), json_file) and json_file is None:
-                return
-        print_text("\n", json_file)
-        write_json(json_file, {"model": model, "prompt": prompt, "text": "".join(pieces)})

@@ -10,7 +10,7 @@ import typer
 
 from prunus.cli import arguments as arg
 from prunus.cli.recipe_options import COMPRESSION, RecipeFile, chosen_recipe, takes_recipe
-from prunus.cli.terminal import Counted, print_result, user_errors
+from prunus.cli.terminal import Counted, print_result, progress_console, user_errors
 
 __all__ = ["compress", "plan", "prune"]
 
@@ -109,7 +109,7 @@ def _carry_out(
     from prunus.reporting.tables import run_table
 
     work = recipe.method if recipe.bits is None else f"{recipe.bits:g} bits"
-    with show_pruning(f"{work} {output}") as progress:
+    with show_pruning(f"{work} {output}", progress_console()) as progress:
         steps = Counted(progress)
         manifest = run(
             model,

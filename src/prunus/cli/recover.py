@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from prunus.cli import arguments as arg
-from prunus.cli.terminal import Counted, print_result, user_errors
+from prunus.cli.terminal import Counted, print_result, progress_console, user_errors
 
 __all__ = ["recover"]
 
@@ -183,7 +183,7 @@ def recover(
         if target_modules is not None:
             names = (name.strip() for name in target_modules.split(","))
             options["target_modules"] = tuple(name for name in names if name)
-        with show_recovery(f"{mode or 'scales'} {output}") as progress:
+        with show_recovery(f"{mode or 'scales'} {output}", progress_console()) as progress:
             steps = Counted(progress)
             record = train(
                 model,

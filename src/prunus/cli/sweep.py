@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from prunus.cli import arguments as arg
-from prunus.cli.terminal import log, print_result, user_errors, write_json
+from prunus.cli.terminal import log, note, print_result, user_errors, write_json
 
 __all__ = ["report", "sweep"]
 
@@ -68,7 +68,7 @@ def sweep(
         if check:
             results = check_sweep(chosen, output, options, file.name)
         else:
-            results = run_sweep(chosen, output, options, file=file.name, progress=log)
+            results = run_sweep(chosen, output, options, file=file.name, progress=note)
         section = check_section(results) if check else sweep_section(results)
         table = to_terminal(Document(section.title, (section,)))
         print_result(table, json_file, results.model_dump(mode="json"))
@@ -148,7 +148,7 @@ def report(
             return
         size = write_page(document, output)
         write_json(json_file, document_json(document))
-        log(f"wrote {output}, {size / 1e6:.1f} MB")
+        note(f"wrote {output}, {size / 1e6:.1f} MB")
 
 
 def _histograms(paths: list[Path], linear: str, dense: str | None, data_dir: Path | None) -> Any:

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import inspect
 import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = [
     "Counted",
     "log",
     "log_step",
+    "may_be_quiet",
+    "note",
     "print_result",
     "print_summary",
     "print_text",
+    "progress_console",
     "user_errors",
     "write_json",
 ]
@@ -32,6 +41,7 @@ STDOUT = Path("-")
 
 #: Width of a table in a file or a pipe, which have no width of their own.
 _PIPE_WIDTH = 160
+_QUIET: ContextVar[bool] = ContextVar("_QUIET", default=False)
 _RESUMABLE = "finished work is kept, and the same command continues from there"
 
 
@@ -154,6 +164,50 @@ def log(message: str) -> None:
         print(prefix, printable(" ".join(message.splitlines())), file=sys.stderr, flush=True)
 
 
+def note(message: str) -> None:
+    """Log what is being done, unless the user wants to hear of errors only."""
+    if not _QUIET.get():
+        log(message)
+
+
+def progress_console() -> Console:
+    """Return the console for progress; with --quiet, one that shows nothing."""
+    from prunus.reporting import console
+
+    if _QUIET.get():
+        return console.TerminalConsole(quiet=True, force_terminal=False)
+    return console.progress_console()
+
+
+def may_be_quiet(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the option --quiet. Its result and its errors are shown all the same."""
+    signature = inspect.signature(verb, eval_str=True)
+    option = Annotated[
+        bool,
+        typer.Option(
+            "--quiet", "-q", show_default=False, help="Show the result and errors, no progress."
+        ),
+    ]
+    parameters = [
+        *signature.parameters.values(),
+        inspect.Parameter(
+            "quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option
+        ),
+    ]
+
+    @functools.wraps(verb)
+    def quietly(*arguments: Any, quiet: bool = False, **options: Any) -> None:
+        before = _QUIET.set(quiet)
+        try:
+            verb(*arguments, **options)
+        finally:
+            _QUIET.reset(before)
+
+    quietly.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    quietly.__annotations__ = {p.name: p.annotation for p in parameters}
+    return quietly
+
+
 class Counted:
     """Passes every call on to `progress`, and counts the calls.
 
@@ -178,7 +232,7 @@ class Counted:
         from prunus.distributed import is_rank_0
 
         if not self.count and is_rank_0():
-            log(
+            note(
                 f"{output} was finished by an earlier run, and nothing was done now; these are its "
                 "figures (--overwrite does the work again)"
             )
@@ -186,7 +240,7 @@ class Counted:
 
 def log_step(done: int, total: int, name: str) -> None:
     """Log that step `done` of `total` is finished."""
-    log(f"{done} of {total}: {name}")
+    note(f"{done} of {total}: {name}")
 
 
 def print_result(table: Any, json_file: Path | None, content: Any) -> None:

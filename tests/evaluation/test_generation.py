@@ -1,0 +1,140 @@
+"""Text that a model writes: how tokens are chosen, and conversations of several turns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import GenerationConfig
+from typer.testing import CliRunner
+
+from command_line import call
+from prunus.cli import app
+from prunus.evaluation.generation import Conversation, Sampling, generate
+from tiny import tiny_checkpoint
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory) -> Path:
+    """A model with a chat template, whose own settings draw at random."""
+    folder = tiny_checkpoint(
+        tmp_path_factory.mktemp("talker") / "model",
+        vocab_size=VOCABULARY,
+        max_position_embeddings=160,
+    )
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(do_sample=True, temperature=5.0).save_pretrained(folder)
+    return folder
+
+
+def write(folder: Path, *sampling: object, tokens: int = 16) -> str:
+    return "".join(generate(folder, "ab", max_new_tokens=tokens, sampling=Sampling(*sampling)))
+
+
+def test_a_seed_gives_the_same_text_again_and_another_seed_another_one(talker):
+    assert write(talker, None, None, 1) == write(talker, None, None, 1)
+    assert write(talker, None, None, 1) != write(talker, None, None, 2)
+
+
+def test_temperature_zero_and_a_tiny_top_p_take_the_most_likely_token(talker):
+    greedy = write(talker, 0.0)
+    assert greedy == write(talker, 0.0, None, 7)
+    assert write(talker, 2.0, 1e-6, 3) == greedy
+    assert write(talker, 2.0, 1.0, 3) != greedy
+
+
+def test_choices_take_the_place_of_the_checkpoints_and_the_rest_stays():
+    own = GenerationConfig(do_sample=True, temperature=5.0, top_p=0.5, repetition_penalty=1.2)
+    assert Sampling(seed=3).applied_to(own) is own
+    drawn = Sampling(temperature=0.7).applied_to(own)
+    assert (drawn.do_sample, drawn.temperature, drawn.top_p) == (True, 0.7, 0.5)
+    greedy = Sampling(temperature=0).applied_to(own)
+    assert not greedy.do_sample and greedy.repetition_penalty == 1.2
+    assert Sampling(top_p=0.3).applied_to(GenerationConfig()).do_sample
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"temperature": -1}, "temperature must be 0 or more, not -1"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"top_p": 0}, "top-p must be above 0 and at most 1, not 0"),
+        ({"top_p": 1.5}, "top-p must be"),
+        ({"temperature": 0, "top_p": 0.5}, "leave one of them out"),
+        ({"seed": -1}, "seed must be from 0"),
+    ],
+)
+def test_choices_out_of_range_are_refused(values, said):
+    with pytest.raises(ValueError, match=said):
+        Sampling(**values)
+
+
+def test_a_conversation_keeps_its_history(talker):
+    talk = Conversation(talker, max_new_tokens=6, sampling=Sampling(temperature=0))
+    first = "".join(talk.answer("hello"))
+    assert talk.messages == [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": first},
+    ]
+    read = []
+    talk._inputs = lambda messages, inner=talk._inputs: read.append(messages) or inner(messages)
+    next(talk.answer("and now?"))
+    assert [message["content"] for message in read[0]] == ["hello", first, "and now?"]
+    # The caller took one piece alone, and then no more.
+    assert len(talk.messages) == 4 and talk.forgotten == 0
+
+
+def test_a_conversation_forgets_its_first_turns_where_the_context_is_full(talker):
+    talk = Conversation(talker, max_new_tokens=30, sampling=Sampling(temperature=0))
+    for number in range(3):
+        "".join(talk.answer(f"message {number} " + "x" * 30))
+    assert talk.forgotten >= 2 and len(talk.messages) == 6
+    with pytest.raises(ValueError, match="the model reads 160 in all"):
+        talk.answer("y" * 200)
+    with pytest.raises(ValueError, match="the message is empty"):
+        talk.answer(" ")
+
+
+def test_a_conversation_needs_a_template(tmp_path):
+    folder = tiny_checkpoint(tmp_path / "plain", vocab_size=VOCABULARY)
+    byte_tokenizer().save_pretrained(folder)
+    with pytest.raises(ValueError, match="has no chat template"):
+        Conversation(folder)
+
+
+def test_the_command_answers_lines_until_exit(talker, tmp_path):
+    figures = tmp_path / "talk.json"
+    options = ["--chat", "--max-new-tokens", "4", "--temperature", "0", "--json", str(figures)]
+    lines = "hello\n\nagain\n/exit\nnot read\n"
+    result = CliRunner().invoke(app, ["generate", str(talker), *options], input=lines)
+    messages = json.loads(figures.read_text())["messages"]
+    assert [m["content"] for m in messages if m["role"] == "user"] == ["hello", "again"]
+    assert result.exit_code == 0 and result.stdout.count("\n") >= 2
+
+
+def test_the_command_wants_a_prompt_or_a_chat(talker):
+    assert "give --prompt TEXT" in call("generate", talker, status=2).stderr
+    result = call("generate", talker, "--prompt", "a", "--top-p", "2", status=2)
+    assert "top-p must be" in result.stderr
+
+
+def test_quiet_verbs_show_their_result_alone(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", vocab_size=VOCABULARY)
+    byte_tokenizer().save_pretrained(dense)
+    options = ("--calibration", "python-docs", "--samples", 2, "--seqlen", 16)
+    loud = call("prune", dense, tmp_path / "loud", *options)
+    quiet = call("prune", dense, tmp_path / "quiet", *options, "--quiet")
+    assert "[1/" in loud.stderr and not quiet.stderr
+    assert "self_attn.q_proj" in quiet.stdout
+    assert not call("prune", dense, tmp_path / "quiet", *options, "-q").stderr
+    assert "error:" in call("prune", dense, dense, *options, "-q", status=2).stderr
+    assert "[1/" in call("prune", dense, tmp_path / "last", *options).stderr
