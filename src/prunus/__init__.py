@@ -2,6 +2,7 @@
 
 prune        prune a checkpoint or a loaded model
 compress     compress a checkpoint to a number of bits per weight
+shrink       make a model smaller: whole experts go
 recover      train a pruned checkpoint, with its zeros kept
 pack         store a pruned checkpoint in a compressed format
 unpack       turn a packed checkpoint back into an ordinary one
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from prunus.pruning.manifest import Manifest
     from prunus.pruning.recipe import Recipe
     from prunus.pruning.run import compress, prune
+    from prunus.pruning.structure.recipe import StructureRecipe
+    from prunus.pruning.structure.record import StructureRecord
+    from prunus.pruning.structure.run import shrink
     from prunus.recovery import RecoveryRecord, recover
     from prunus.reporting.write import report
     from prunus.sweeping.run import sweep
@@ -40,6 +44,8 @@ __all__ = [
     "PerplexityResult",
     "Recipe",
     "RecoveryRecord",
+    "StructureRecipe",
+    "StructureRecord",
     "TaskResults",
     "__version__",
     "compare",
@@ -52,6 +58,7 @@ __all__ = [
     "prune",
     "recover",
     "report",
+    "shrink",
     "sweep",
     "unpack",
 ]
@@ -66,6 +73,8 @@ _HOMES = {
     "PerplexityResult": "prunus.evaluation",
     "Recipe": "prunus.pruning.recipe",
     "RecoveryRecord": "prunus.recovery",
+    "StructureRecipe": "prunus.pruning.structure.recipe",
+    "StructureRecord": "prunus.pruning.structure.record",
     "TaskResults": "prunus.evaluation",
     "compare": "prunus.evaluation",
     "compress": "prunus.pruning.run",
@@ -77,6 +86,7 @@ _HOMES = {
     "prune": "prunus.pruning.run",
     "recover": "prunus.recovery",
     "report": "prunus.reporting.write",
+    "shrink": "prunus.pruning.structure.run",
     "sweep": "prunus.sweeping.run",
     "unpack": "prunus.packed.packing",
 }

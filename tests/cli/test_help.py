@@ -20,6 +20,7 @@ from prunus.pruning.recipe import Recipe
 VERBS = [
     "prune",
     "compress",
+    "shrink",
     "plan",
     "recover",
     "eval",

@@ -1,6 +1,7 @@
 """The command line: one file per group of verbs, no logic.
 
 prune.py           prune, compress, plan
+shrink.py          shrink
 evaluate.py        eval, bench
 generate.py        generate
 look.py            inspect, doctor
@@ -32,6 +33,7 @@ from prunus.cli.look import doctor, inspect
 from prunus.cli.prune import compress, plan, prune
 from prunus.cli.recover import recover
 from prunus.cli.serve import serve
+from prunus.cli.shrink import shrink
 from prunus.cli.sweep import report, sweep
 from prunus.cli.terminal import may_be_quiet
 
@@ -64,6 +66,15 @@ _VERBS = (
         (
             "prunus compress HuggingFaceTB/SmolLM2-135M small --bits 3",
             "prunus compress dense small --bits 2.5 --head-bits 6 --samples 32",
+        ),
+    ),
+    _Verb(
+        "shrink",
+        shrink,
+        "Prune",
+        (
+            "prunus shrink allenai/OLMoE-1B-7B-0924 smaller --experts 0.25",
+            "prunus shrink dense smaller --experts 48 --saliency frequency --samples 32",
         ),
     ),
     _Verb(

@@ -106,9 +106,12 @@ class Experts(nn.Module):
         measured_on_all: experts whose linears also run on all tokens, so that hooks on them see
             all tokens. An expert that few tokens chose gets usable statistics in this way. What
             the module returns does not change.
+        on_output: called with the number of an expert, its outputs (T, H) before the router's
+            weights, and these weights (T,); None to call nothing.
     """
 
     measured_on_all: frozenset[int]
+    on_output: Callable[[int, Tensor, Tensor], object] | None
 
     def __init__(self, fused: nn.Module, leaves: tuple[str, str, str], dtype: torch.dtype) -> None:
         super().__init__()
@@ -139,6 +142,7 @@ class Experts(nn.Module):
         fused._parameters.clear()
         self._fused = (fused,)
         self.measured_on_all = frozenset()
+        self.on_output = None
 
     def arguments(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -170,6 +174,8 @@ class Experts(nn.Module):
             if len(token):
                 # Hooks have seen all tokens already, and must not see these a second time.
                 made = self._run(expert, X_TH[token], _call_without_hooks if on_all else _call)
+                if self.on_output is not None:
+                    self.on_output(number, made, weight_TK[token, slot])
                 weighted = made * weight_TK[token, slot, None]
                 out_TH.index_add_(0, token, weighted.to(out_TH.dtype))
         return out_TH

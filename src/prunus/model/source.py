@@ -212,6 +212,15 @@ class CheckpointSource:
         """Stored names of the tensors of a block."""
         return [*self._blocks[index].values(), *self._fused[index]]
 
+    def block_names(self, index: int) -> tuple[dict[str, str], dict[str, str]]:
+        """How a block is stored.
+
+        Returns:
+            Relative name -> stored name of its tensors; the same of its fused tensors.
+        """
+        fused = {each.name: key for key, each in self._fused[index].items()}
+        return dict(self._blocks[index]), fused
+
     def block(self, index: int) -> dict[str, torch.Tensor]:
         return self.from_stored(index, self.checkpoint.read(self.block_keys(index)))
 

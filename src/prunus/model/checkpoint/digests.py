@@ -17,7 +17,13 @@ __all__ = ["check_shard", "fingerprint_with", "recorded_digests", "verify_shards
 
 #: Records of results. A recovered or packed checkpoint also has a copy of the `prunus.json` of its
 #: source, which describes the source's shards. So the first record that is there counts.
-_RECORDS = ("prunus-pack.json", "prunus-unpack.json", "prunus-recovery.json", "prunus.json")
+_RECORDS = (
+    "prunus-pack.json",
+    "prunus-unpack.json",
+    "prunus-recovery.json",
+    "prunus.json",
+    "prunus-structure.json",
+)
 
 
 def recorded_digests(folder: Path) -> dict[str, str]:

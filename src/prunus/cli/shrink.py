@@ -1,0 +1,152 @@
+"""The verb that makes a model smaller: whole parts go, and an ordinary checkpoint remains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from prunus.cli import arguments as arg
+from prunus.cli.terminal import Counted, print_result, user_errors
+
+__all__ = ["shrink"]
+
+_CALIBRATION = "Calibration"
+
+
+def shrink(
+    model: arg.Model,
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder for the smaller checkpoint.")
+    ],
+    *,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AMOUNT",
+            help="Of a mixture of experts: the share of the experts of each layer to remove, such "
+            "as 0.25, or the number to keep, such as 6.",
+        ),
+    ] = None,
+    saliency: Annotated[
+        Literal["reap", "frequency", "magnitude"] | None,
+        typer.Option(
+            metavar="RULE",
+            help="Which experts go. reap: those whose output, times the router's weight, is "
+            "smallest. frequency: those that fewest tokens choose. magnitude: those with the "
+            "smallest weights. Default: reap.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            rich_help_panel=_CALIBRATION,
+            help="A source of windows or a file, as for prunus prune. Default: c4.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            rich_help_panel=_CALIBRATION,
+            help="Number of calibration windows. Default: 128.",
+        ),
+    ] = None,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", rich_help_panel=_CALIBRATION, help="Tokens per window. Default: 2048."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            rich_help_panel=_CALIBRATION,
+            help="Seed of the random choice of windows. Default: 0.",
+        ),
+    ] = None,
+    bos: Annotated[
+        arg.BosName | None,
+        typer.Option(metavar="BOS", rich_help_panel=_CALIBRATION, help=arg.BOS_HELP),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            rich_help_panel=_CALIBRATION,
+            help="Windows per forward pass. Default: as many as hold about 4096 tokens.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        arg.DtypeName | None,
+        typer.Option(
+            metavar="DTYPE",
+            rich_help_panel=arg.ADVANCED,
+            help="Dtype of the computation: auto, float32, bfloat16 or float16. The checkpoint "
+            "keeps its own. Default: auto.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            metavar="FILE.toml",
+            rich_help_panel=arg.ADVANCED,
+            help="File with these options; flags override it.",
+        ),
+    ] = None,
+    device: arg.Device = "auto",
+    memory: arg.Memory = None,
+    data_dir: arg.DataDir = None,
+    overwrite: arg.Overwrite = False,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Insist on resuming an unfinished run, or refuse to. Default: resume if the "
+            "options are the same.",
+        ),
+    ] = None,
+    json_file: arg.Json = None,
+    trust_remote_code: arg.Trust = False,
+) -> None:
+    """Make MODEL smaller by removing whole parts.
+
+    OUT is an ordinary checkpoint. Its configuration is smaller too, so plain transformers and all
+    else that loads the family load it. A run that was stopped or killed continues when you give the
+    same command again.
+    """
+    values: dict[str, Any] = dict(locals())
+    with user_errors(json_file):
+        from prunus.hardware.sizes import parse_bytes
+        from prunus.pruning.job import RunOptions
+        from prunus.pruning.structure.recipe import StructureRecipe, load_structure_recipe
+        from prunus.pruning.structure.run import shrink_by_recipe
+        from prunus.reporting.progress import show_pruning
+        from prunus.reporting.structure_tables import structure_table
+
+        given = {name: values[name] for name in StructureRecipe.model_fields}
+        chosen = load_structure_recipe(recipe, given)
+        with show_pruning(f"shrink {output}") as progress:
+            steps = Counted(progress)
+            options = RunOptions(
+                device=device,
+                memory=parse_bytes(memory) if memory is not None else None,
+                data_dir=data_dir,
+                trust_remote_code=trust_remote_code,
+                announce=progress,
+            )
+            record = shrink_by_recipe(
+                model,
+                output,
+                chosen,
+                options,
+                overwrite=overwrite,
+                resume=resume,
+                progress=steps,
+            )
+        steps.log_if_none(output)
+        print_result(structure_table(record), json_file, record.model_dump(mode="json"))

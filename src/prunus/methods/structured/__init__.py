@@ -1,0 +1,4 @@
+"""Pure functions of structured pruning: saliencies, what goes, and what makes up for it.
+
+experts.py    saliencies of experts, and the experts that stay
+"""

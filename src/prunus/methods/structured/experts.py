@@ -1,0 +1,91 @@
+"""Which experts of a mixture stay: saliencies of experts, and the choice by them.
+
+The saliency of REAP (Lasby et al. 2025, arXiv 2510.13999) is
+
+    S_e = mean over the tokens t that chose expert e of  g_e(t) · ‖f_e(t)‖
+
+where g is the weight that the router gives to the expert, and f its output. A removed expert leaves
+an error of about this size in the output of the layer.
+
+Shape suffixes: E experts, T tokens that chose one expert, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = ["ExpertSums", "kept_experts", "magnitude"]
+
+
+class ExpertSums:
+    """Sums over the tokens that chose each expert of one layer.
+
+    Args:
+        count: number of experts.
+
+    >>> sums = ExpertSums(2)
+    >>> sums.add(1, torch.tensor([[3.0, 4.0]]), torch.tensor([0.5]))
+    >>> sums.reap_E.tolist(), sums.tokens_E.tolist()
+    ([0.0, 2.5], [0, 1])
+    """
+
+    def __init__(self, count: int) -> None:
+        self.tokens_E = torch.zeros(count, dtype=torch.int64)
+        self._weighted_E = torch.zeros(count, dtype=torch.float64)
+
+    def add(self, expert: int, output_TH: Tensor, weight_T: Tensor) -> None:
+        """Add tokens that chose an expert.
+
+        Args:
+            expert: number of the expert.
+            output_TH: what the expert returns for these tokens, before the router's weight.
+            weight_T: the router's weights.
+        """
+        norm_T = output_TH.float().norm(dim=-1)
+        self._weighted_E[expert] += float(
+            (weight_T.float().abs() * norm_T).sum(dtype=torch.float64)
+        )
+        self.tokens_E[expert] += len(weight_T)
+
+    @property
+    def reap_E(self) -> Tensor:
+        """The saliency of REAP, float64 (E,); 0 for an expert that no token chose."""
+        return self._weighted_E / self.tokens_E.clamp(min=1)
+
+    @property
+    def frequency_E(self) -> Tensor:
+        """The share of all choices that fell on each expert, float64 (E,)."""
+        return self.tokens_E.double() / self.tokens_E.sum().clamp(min=1)
+
+
+def magnitude(weights: Iterable[Tensor]) -> float:
+    """The Frobenius norm of all matrices of one expert.
+
+    >>> magnitude([torch.tensor([[3.0]]), torch.tensor([[0.0, 4.0]])])
+    5.0
+    """
+    return sum(float(weight.float().square().sum()) for weight in weights) ** 0.5
+
+
+def kept_experts(saliency_E: Tensor, keep: int, groups: int = 1) -> list[int]:
+    """The experts that stay: those of the highest saliency, in rising order of their numbers.
+
+    Args:
+        saliency_E: one number per expert (E,).
+        keep: how many stay; divisible by `groups`.
+        groups: the router chooses among groups of neighbouring experts of one size, so every group
+            keeps the same number.
+
+    >>> kept_experts(torch.tensor([0.1, 0.9, 0.5, 0.6]), keep=2)
+    [1, 3]
+    >>> kept_experts(torch.tensor([0.1, 0.2, 0.5, 0.6]), keep=2, groups=2)
+    [1, 3]
+    """
+    by_group = saliency_E.reshape(groups, -1)
+    # A stable sort: of equal experts the one with the lower number stays.
+    order = by_group.sort(dim=1, descending=True, stable=True).indices[:, : keep // groups]
+    first = torch.arange(groups)[:, None] * by_group.shape[1]
+    return sorted((order + first).flatten().tolist())

@@ -1,0 +1,11 @@
+"""Structured pruning: whole experts, blocks, channels and heads leave; the result is smaller.
+
+recipe.py     what goes, validated; free of torch
+record.py     what went: the file `prunus-structure.json` beside the result
+config.py     the configuration of the smaller model
+layout.py     which tensors of a block become smaller, and along which axis
+plan.py       all checks before any work
+experts.py    which experts go
+output.py     the folder of the smaller checkpoint
+run.py        the story of one run
+"""

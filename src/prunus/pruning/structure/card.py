@@ -1,0 +1,53 @@
+"""The README.md of a smaller checkpoint, and what went in a few words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prunus.pruning.records import bos_words
+from prunus.pruning.structure.record import RECORD_NAME, StructureRecord
+
+__all__ = ["structure_card", "what_went"]
+
+
+def what_went(record: StructureRecord) -> list[str]:
+    """One line per kind of part that went."""
+    lines = []
+    change = next((block.experts for block in record.blocks if block.experts is not None), None)
+    if change is not None:
+        count = sum(block.experts is not None for block in record.blocks)
+        lines.append(
+            f"{len(change.kept)} of {len(change.saliency)} experts stay in each of {count} layers, "
+            f"chosen by {record.recipe.saliency}"
+        )
+    return lines
+
+
+def structure_card(record: StructureRecord) -> str:
+    """What the checkpoint is, and how it was made.
+
+    Args:
+        record: of the finished run.
+    """
+    name = Path(record.source).name or record.source
+    totals = record.totals
+    went = "\n".join(f"- {line}." for line in what_went(record))
+    return f"""---
+tags: [pruned, prunus]
+---
+
+# {name}, made smaller
+
+An ordinary checkpoint with {totals["parameters"]:,} of the {totals["parameters_before"]:,} \
+parameters of {name}. Its configuration is smaller too, so that it loads like any other model of \
+its family.
+
+{went}
+
+Calibration: {record.inputs.calibration}, {bos_words(record.inputs.bos)}. What went is in
+`{RECORD_NAME}`.
+
+```toml
+{record.recipe.to_toml().rstrip()}
+```
+"""

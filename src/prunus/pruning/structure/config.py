@@ -1,0 +1,104 @@
+"""The configuration of a smaller model, made from that of the model.
+
+Families name the same number differently (`num_experts`, `n_routed_experts`), and some files use
+another name than the class (`attribute_map` of transformers). So every change is made under the
+name that the class uses, and in the file under each name that stands there already.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunus.model.checkpoint.atomic_files import write_json
+
+__all__ = ["expert_count", "expert_groups", "experts_per_token", "parsed", "rewritten"]
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_k",
+    "moe_topk",
+    "moe_top_k",
+    "top_k_experts",
+)
+
+
+def _canonical(config: Any, name: str) -> str:
+    """The name under which the class keeps a field."""
+    return str(getattr(config, "attribute_map", {}).get(name, name))
+
+
+def _find(config: Any, names: Sequence[str]) -> str | None:
+    """The first of some fields that the configuration has as a whole number above 0."""
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return _canonical(config, name)
+    return None
+
+
+def expert_count(config: Any) -> tuple[str, int] | None:
+    """The field that counts the experts of a layer, and its value; None if there is none.
+
+    >>> from transformers import MixtralConfig
+    >>> expert_count(MixtralConfig(num_local_experts=4))
+    ('num_local_experts', 4)
+    """
+    name = _find(config, _EXPERT_COUNTS)
+    return None if name is None else (name, getattr(config, name))
+
+
+def experts_per_token(config: Any) -> int:
+    """How many experts the router chooses for each token; 1 if the configuration does not say."""
+    name = _find(config, _EXPERTS_PER_TOKEN)
+    return 1 if name is None else int(getattr(config, name))
+
+
+def expert_groups(config: Any) -> tuple[int, int]:
+    """(groups of experts, groups that a token may use); (1, 1) where experts form no groups."""
+    groups = getattr(config, "n_group", None) or 1
+    return (groups, getattr(config, "topk_group", None) or groups) if groups > 1 else (1, 1)
+
+
+def rewritten(raw: Mapping[str, Any], config: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of config.json with some fields changed.
+
+    Args:
+        raw: the content of the file.
+        config: the configuration that was read from it.
+        changes: canonical name of a field -> its new value.
+
+    >>> from transformers import Qwen3MoeConfig
+    >>> config = Qwen3MoeConfig(num_experts=8)
+    >>> name, count = expert_count(config)
+    >>> rewritten({"num_experts": 8}, config, {name: 6})["num_experts"]
+    6
+    """
+    found = copy.deepcopy(dict(raw))
+    left = dict(changes)
+    for key in found:
+        canonical = _canonical(config, key)
+        if canonical in changes:
+            found[key] = changes[canonical]
+            left.pop(canonical, None)
+    return found | left
+
+
+def parsed(config: Any, raw: Mapping[str, Any]) -> Any:
+    """The configuration that transformers reads from the content of a config.json.
+
+    Args:
+        config: of the same class; it decides how attention is computed.
+        raw: the content.
+    """
+    # transformers reads a file otherwise than a dict: it turns words such as Infinity into numbers.
+    with tempfile.TemporaryDirectory() as folder:
+        write_json(Path(folder, "config.json"), raw)
+        found = type(config).from_pretrained(folder)
+    found._attn_implementation = config._attn_implementation
+    return found

@@ -1,0 +1,240 @@
+"""Everything that is checked and decided before a model is made smaller.
+
+The checks of a pruning run hold here too: the measurement is a run of its windows. Added are those
+of the smaller model, which is built without weights and compared with the old one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.output_folder import check_apart, is_vacant
+from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.experts import Experts
+from prunus.model.kinds import require_causal
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource
+from prunus.pruning.job import PruningJob, RunOptions
+from prunus.pruning.plan import plan_run
+from prunus.pruning.structure.config import (
+    expert_count,
+    expert_groups,
+    experts_per_token,
+    parsed,
+    rewritten,
+)
+from prunus.pruning.structure.layout import check_same_blocks
+from prunus.pruning.structure.recipe import StructureRecipe, kept_count
+from prunus.pruning.structure.record import RECORD_NAME, StructureRecord
+
+__all__ = ["ExpertPlan", "SmallerModel", "StructureJob", "find_earlier_run", "plan_structure"]
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """How many experts stay in every layer.
+
+    Attributes:
+        field: the canonical name of their number in the configuration.
+        count, keep: experts before and after.
+        groups: groups of neighbouring experts, each of which keeps the same number.
+    """
+
+    field: str
+    count: int
+    keep: int
+    groups: int
+
+
+@dataclass(frozen=True)
+class SmallerModel:
+    """The model that the run writes.
+
+    Attributes:
+        config: the content of its config.json.
+        skeleton: the model without weights.
+        made_from: the old block of each of its blocks.
+    """
+
+    config: dict[str, Any]
+    skeleton: Skeleton
+    made_from: list[int]
+
+
+@dataclass
+class StructureJob:
+    """The decisions of one run.
+
+    Attributes:
+        recipe: what goes.
+        measuring: the source, its skeleton, the windows and the device.
+        raw: the content of the source's config.json.
+        experts: None if no expert goes.
+    """
+
+    recipe: StructureRecipe
+    measuring: PruningJob
+    raw: dict[str, Any]
+    experts: ExpertPlan | None
+
+    @property
+    def source(self) -> CheckpointSource:
+        """The checkpoint that is made smaller."""
+        assert isinstance(self.measuring.source, CheckpointSource)
+        return self.measuring.source
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The old model without weights."""
+        return self.measuring.skeleton
+
+    def smaller(self, made_from: Sequence[int]) -> SmallerModel:
+        """The model in which only some blocks stay, with all else that the recipe asks for.
+
+        Args:
+            made_from: the old blocks that stay, in order.
+
+        Raises:
+            NotImplementedError: the family has no such model.
+        """
+        config = self.source.config
+        changes: dict[str, Any] = {}
+        sizes: dict[int, int] = {}
+        if self.experts is not None:
+            plan = self.experts
+            changes[plan.field] = plan.keep
+            sizes[plan.count] = plan.keep
+            sizes[plan.count // plan.groups] = plan.keep // plan.groups
+        raw = rewritten(self.raw, config, changes)
+        skeleton = Skeleton(
+            parsed(config, raw), self.measuring.dtype, self.measuring.options.trust_remote_code
+        )
+        check_same_blocks(self.skeleton, skeleton, made_from, sizes)
+        return SmallerModel(raw, skeleton, list(made_from))
+
+
+def find_earlier_run(
+    output: Path, recipe: StructureRecipe, overwrite: bool, resume: bool | None
+) -> StructureRecord | None:
+    """The record of the run in the output folder that this run resumes or finds finished.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: the run may not write into the folder.
+    """
+    earlier = None
+    if not is_vacant(output):
+        if not (output / RECORD_NAME).exists():
+            raise FileExistsError(
+                f"output {output} exists and holds no result of prunus shrink; it is left as it "
+                "is. Choose another folder"
+            )
+        earlier = None if overwrite else StructureRecord.load(output)
+    unfinished = earlier is not None and earlier.state == "running"
+    if resume is True and not unfinished:
+        raise FileNotFoundError(
+            f"there is no unfinished run in {output} to resume; leave --resume out to start one"
+        )
+    if resume is False and unfinished:
+        raise FileExistsError(
+            f"{output} holds an unfinished run; --overwrite starts again, --resume goes on"
+        )
+    if earlier is not None:
+        earlier.check_same_run(recipe)
+    return earlier
+
+
+def plan_structure(
+    model: str | Path,
+    output: Path,
+    recipe: StructureRecipe,
+    options: RunOptions,
+    decided_dtype: str | None = None,
+) -> StructureJob:
+    """Check everything that needs neither weights nor text.
+
+    Args:
+        model: a checkpoint folder or a hub id.
+        output: the folder of the result.
+        recipe: what goes.
+        options: how the work is done.
+        decided_dtype: what dtype "auto" meant in the run that is resumed; None for a new run.
+
+    Raises:
+        FileNotFoundError, ValueError, NotImplementedError, OSError: the message says what was
+            given, what is wrong and what is possible.
+    """
+    folder = resolve_folder(model)
+    check_apart(output, folder)
+    measuring = plan_run(model, recipe.measuring(), options, decided_dtype)
+    require_causal(measuring.source.config, "prunus shrink")
+    raw = read_json(folder / "config.json")
+    experts = _plan_experts(recipe, measuring) if recipe.experts is not None else None
+    job = StructureJob(recipe, measuring, raw, experts)
+    job.smaller(range(len(measuring.skeleton)))
+    return job
+
+
+def _plan_experts(recipe: StructureRecipe, job: PruningJob) -> ExpertPlan:
+    """How many experts stay.
+
+    Raises:
+        ValueError: the model has none, or the number does not fit; says which numbers do.
+    """
+    config, name = job.source.config, job.model_name
+    modules = [
+        [module for module in block.modules() if isinstance(module, Experts)]
+        for block in job.skeleton.blocks
+    ]
+    counts = {module.count for found in modules for module in found}
+    if not counts:
+        raise ValueError(
+            f"{name} is no mixture of experts, so --experts has nothing to remove; leave it out"
+        )
+    described = expert_count(config)
+    if described is None or counts != {described[1]} or max(map(len, modules)) > 1:
+        raise NotImplementedError(
+            f"the layers of {name} have {', '.join(map(str, sorted(counts)))} experts, which its "
+            "configuration does not describe by one number; it cannot lose experts"
+        )
+    field, count = described
+    per_token, (groups, groups_used) = experts_per_token(config), expert_groups(config)
+    possible = [
+        keep
+        for keep in range(1, count)
+        if keep % groups == 0
+        and keep // groups * groups_used >= per_token
+        and (groups == 1 or keep // groups >= 2)
+    ]
+    assert recipe.experts is not None
+    keep = kept_count(recipe.experts, count)
+    if keep not in possible:
+        reasons = [f"a token chooses {per_token} of them"]
+        if groups > 1:
+            reasons.append(
+                f"they form {groups} groups of one size, of which a token uses {groups_used}"
+            )
+        asked = recipe.experts
+        said = f"{asked} would keep {keep}" if isinstance(asked, float) else f"{keep}"
+        raise ValueError(
+            f"--experts {said} of the {count} experts in each layer of {name}, and "
+            f"{' and '.join(reasons)}: possible numbers to keep are {_ranges(possible)}"
+        )
+    return ExpertPlan(field, count, keep, groups)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers as people write them.
+
+    >>> _ranges([2, 3, 4, 5, 6]), _ranges([4, 8, 12]), _ranges([])
+    ('2 to 6', '4, 8, 12', 'none')
+    """
+    if not numbers:
+        return "none"
+    if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{numbers[0]} to {numbers[-1]}"
+    shown = [str(number) for number in numbers]
+    return ", ".join(shown if len(shown) <= 12 else [*shown[:6], "…", *shown[-3:]])

@@ -1,0 +1,139 @@
+"""The recipe of a run that makes a model smaller, validated and frozen. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from prunus.pruning.recipe import DtypeName, Recipe
+from prunus.pruning.recipe_file import read_toml
+
+__all__ = ["Amount", "StructureRecipe", "kept_count", "load_structure_recipe"]
+
+#: A share to remove in (0, 1), or a number to keep.
+Amount = float | int
+
+
+def kept_count(amount: Amount, count: int) -> int:
+    """How many of `count` parts stay; a share removes whole parts, rounded to the nearest number.
+
+    >>> kept_count(0.25, 8), kept_count(6, 8), kept_count(0.1, 4)
+    (6, 6, 4)
+    """
+    return amount if isinstance(amount, int) else count - round(count * amount)
+
+
+class StructureRecipe(BaseModel):
+    """What leaves a model, and how that is chosen.
+
+    Raises:
+        pydantic.ValidationError: a `ValueError` that lists every option that is out of range.
+
+    >>> StructureRecipe(experts=0.25).saliency
+    'reap'
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    experts: Amount | None = Field(
+        None, description="The share of the experts of each layer to remove, or a number to keep."
+    )
+    saliency: Literal["reap", "frequency", "magnitude"] = Field(
+        "reap", description="By which number experts are chosen."
+    )
+    calibration: str = Field(
+        "c4", description="The source of the calibration windows: a name, a file or a folder."
+    )
+    samples: int = Field(128, description="The number of calibration windows.")
+    seqlen: int = Field(2048, description="The number of tokens per window.")
+    seed: int = Field(0, description="The seed of the choice of windows.")
+    bos: Literal["auto", "yes", "no"] = Field(
+        "auto", description="Whether every window begins with the BOS token."
+    )
+    batch: int | None = Field(
+        None, description="The number of windows per forward pass. By default chosen from seqlen."
+    )
+    dtype: DtypeName = Field(
+        "auto", description="The dtype of the computation. The checkpoint keeps its own dtype."
+    )
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _is_amount(cls, value: Any, info: Any) -> Any:
+        if value is None:
+            return None
+        given = value
+        if isinstance(value, str):
+            try:
+                value = float(value) if "." in value or "e" in value.lower() else int(value)
+            except ValueError:
+                value = None
+        valid = (isinstance(value, float) and 0 < value < 1) or (
+            isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        )
+        if not valid:
+            raise ValueError(
+                f"{info.field_name} is a share to remove in (0, 1), such as 0.25, or a number to "
+                f"keep, such as 6; got {given!r}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> StructureRecipe:
+        if self.experts is None:
+            raise ValueError("nothing is to be removed: give --experts 0.25, for example")
+        self.measuring()  # its rules hold for the options that both recipes have
+        return self
+
+    def measuring(self) -> Recipe:
+        """The pruning recipe with the same windows, from which a run takes all its checks."""
+        shared = {
+            name: getattr(self, name)
+            for name in ("calibration", "samples", "seqlen", "seed", "bos", "batch", "dtype")
+        }
+        return Recipe(method="wanda", sparsity=0.0, **shared)
+
+    def to_toml(self) -> str:
+        """The options that are given or not at their defaults, as TOML."""
+        lines = []
+        for key, value in self.model_dump(exclude_defaults=True).items():
+            text = f'"{value}"' if isinstance(value, str) else str(value).lower()
+            lines.append(f"{key} = {text}")
+        return "\n".join(lines) + "\n"
+
+
+def load_structure_recipe(
+    base: StructureRecipe | str | Path | None, overrides: Mapping[str, Any]
+) -> StructureRecipe:
+    """A recipe with `overrides` on top.
+
+    Args:
+        base: a recipe, the path of a TOML file, or None for the defaults.
+        overrides: options by name; a value of None does not override.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an option is unknown or a value is out of range; names the option.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if isinstance(base, StructureRecipe):
+        values = base.model_dump(exclude_unset=True)
+    else:
+        values = read_toml(Path(base), "recipe file") if base is not None else {}
+    try:
+        return StructureRecipe(**(values | given))
+    except ValidationError as fault:
+        raise ValueError("; ".join(_explain(error) for error in fault.errors()[:4])) from None
+
+
+def _explain(error: Any) -> str:
+    """One of pydantic's errors in the words of the command line."""
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = ", ".join(StructureRecipe.model_fields)
+        return f"unknown option {name!r}; known are {known}"
+    message = error["msg"].removeprefix("Value error, ")
+    return message if error["type"] == "value_error" else f"{name}: {message.lower()}"

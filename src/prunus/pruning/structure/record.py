@@ -1,0 +1,108 @@
+"""What a run made smaller: the file `prunus-structure.json` beside the result.
+
+The record never claims more than is on disk. A block is entered after its shard has its final name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from prunus.model.checkpoint.atomic_files import write_json
+from prunus.model.checkpoint.records import check_same_work, read_record
+from prunus.pruning.manifest import RunInputs
+from prunus.pruning.structure.recipe import StructureRecipe
+
+__all__ = ["RECORD_NAME", "BlockChange", "ExpertChange", "StructureRecord"]
+
+RECORD_NAME = "prunus-structure.json"
+
+
+class ExpertChange(BaseModel):
+    """What happened to the experts of one block.
+
+    Attributes:
+        kept: the old numbers of the experts that stay; the new number is the place in the list.
+        saliency: of every old expert.
+        tokens: calibration tokens that chose each old expert.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kept: list[int]
+    saliency: list[float]
+    tokens: list[int]
+
+
+class BlockChange(BaseModel):
+    """One block of the result.
+
+    Attributes:
+        name: full name in the result.
+        made_from: position in the source.
+        input_sha256: hash of the weights that it was made from.
+        experts: None for a block whose experts all stay, or that has none.
+        seconds: time for the block.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    made_from: int
+    input_sha256: str
+    experts: ExpertChange | None = None
+    seconds: float = 0.0
+
+
+class StructureRecord(BaseModel):
+    """The state of a run: "running" until every shard and the index exist, then "finished".
+
+    Attributes:
+        config: field of config.json that changed -> its values before and after.
+        left_out: stored tensors that the model has no place for; the result does not have them.
+        sha256: file name of a finished shard -> SHA-256 of its bytes.
+        totals: `parameters_before`, `parameters`, `seconds` and others.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    state: Literal["running", "finished"] = "running"
+    source: str
+    recipe: StructureRecipe
+    inputs: RunInputs
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    config: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
+    left_out: list[str] = Field(default_factory=list)
+    blocks: list[BlockChange] = Field(default_factory=list)
+    sha256: dict[str, str] = Field(default_factory=dict)
+    totals: dict[str, Any] = Field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write the record atomically."""
+        write_json(folder / RECORD_NAME, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, folder: Path) -> StructureRecord:
+        """Read the record in a folder, which must have one.
+
+        Raises:
+            ValueError: it is damaged or of another version.
+        """
+        return read_record(folder / RECORD_NAME, cls)
+
+    def check_same_run(self, recipe: StructureRecipe, inputs: RunInputs | None = None) -> None:
+        """Check that this record belongs to the same run.
+
+        Raises:
+            FileExistsError: it belongs to another one; names the first difference.
+        """
+        before, now = self.recipe.model_dump(), recipe.model_dump()
+        if inputs is not None:
+            # What "auto" meant takes the place of the recipe's batch and dtype.
+            before |= self.inputs.model_dump(exclude={"dtype_reason", "bos"})
+            now |= inputs.model_dump(exclude={"dtype_reason", "bos"})
+        check_same_work(before, now, "run")

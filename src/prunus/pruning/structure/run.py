@@ -1,0 +1,246 @@
+"""The story of one run that makes a model smaller.
+
+    checkpoint ──► skeleton of the old model, skeleton of the smaller one
+    text ──► calibration windows ──► embeddings ──► hidden states
+
+    for each block:  load ► measure ► choose what goes ► cut ► write ► run the smaller block
+
+    smaller checkpoint + config.json + prunus-structure.json
+
+The hidden states are those of the smaller model. So every block is measured on what will reach it,
+and a killed run goes on from the blocks that are finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunus.calibration import Windows
+from prunus.calibration.texts import are_texts
+from prunus.hardware.memory import HeapTrimmer, describe_hardware, peak_memory, versions
+from prunus.hardware.sizes import parse_bytes
+from prunus.model.checkpoint.lock import locked
+from prunus.model.checkpoint.output_folder import check_disk
+from prunus.model.stream import Stream
+from prunus.pruning.block.checks import read_stored
+from prunus.pruning.calibration_windows import calibration_windows, describe_given
+from prunus.pruning.job import RunOptions
+from prunus.pruning.manifest import RunInputs
+from prunus.pruning.output import bytes_in
+from prunus.pruning.run import Progress
+from prunus.pruning.structure.experts import choose_experts
+from prunus.pruning.structure.layout import axis_that_changes, cut, old_names, shapes_of
+from prunus.pruning.structure.output import StructureOutput
+from prunus.pruning.structure.plan import (
+    SmallerModel,
+    StructureJob,
+    find_earlier_run,
+    plan_structure,
+)
+from prunus.pruning.structure.recipe import StructureRecipe, load_structure_recipe
+from prunus.pruning.structure.record import BlockChange, StructureRecord
+
+__all__ = ["shrink", "shrink_by_recipe"]
+
+
+def shrink(
+    model: str | Path,
+    output: str | Path,
+    *,
+    calibration: str | Path | torch.Tensor | Sequence[Any] | None = None,
+    recipe: StructureRecipe | str | Path | None = None,
+    device: str = "auto",
+    memory: str | int | None = None,
+    data_dir: str | Path | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    resume: bool | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    **recipe_options: Any,
+) -> StructureRecord:
+    """Make a model smaller: whole parts go, and the result is an ordinary checkpoint.
+
+    Args:
+        model: a checkpoint folder or a hub id.
+        output: folder of the smaller checkpoint.
+        calibration: a source, token ids (samples, seqlen) or texts, as for `prunus.prune`.
+        recipe: a `StructureRecipe`, or a TOML file with any of its options.
+        device, memory, data_dir, tokenizer, trust_remote_code, overwrite, resume: as for
+            `prunus.prune`.
+        progress: called after every block.
+        **recipe_options: options of `StructureRecipe`, such as `experts=0.25`.
+
+    Returns:
+        The record of the run, which is also the file `prunus-structure.json` in `output`.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: before any
+            work where possible; says what was given, what is wrong and what is possible.
+    """
+    options = RunOptions(
+        device=device,
+        memory=parse_bytes(memory) if isinstance(memory, str) else memory,
+        data_dir=Path(data_dir) if data_dir is not None else None,
+        tokenizer=tokenizer,
+        input_ids=calibration if isinstance(calibration, torch.Tensor) else None,
+        texts=calibration if are_texts(calibration) else None,
+        trust_remote_code=trust_remote_code,
+    )
+    given = describe_given(calibration) | recipe_options
+    return shrink_by_recipe(
+        model,
+        Path(output),
+        load_structure_recipe(recipe, given),
+        options,
+        overwrite=overwrite,
+        resume=resume,
+        progress=progress,
+    )
+
+
+def shrink_by_recipe(
+    model: str | Path,
+    output: Path,
+    recipe: StructureRecipe,
+    options: RunOptions,
+    *,
+    overwrite: bool = False,
+    resume: bool | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> StructureRecord:
+    """Carry out a recipe. The arguments and errors are those of `shrink`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise NotImplementedError("prunus shrink runs in one process: start it without torchrun")
+    started = time.perf_counter()
+    find_earlier_run(output, recipe, overwrite, resume)
+    with locked(output):
+        earlier = find_earlier_run(output, recipe, overwrite, resume)
+        decided = earlier.inputs.dtype if earlier is not None else None
+        job = plan_structure(model, output, recipe, options, decided)
+        checkpoint = job.source.checkpoint
+        check_disk(output, checkpoint.nbytes(checkpoint.tensors) - bytes_in(output))
+        written = StructureOutput(output, job)
+        return _shrink(job, written, earlier, overwrite, started, progress)
+
+
+def _shrink(
+    job: StructureJob,
+    output: StructureOutput,
+    earlier: StructureRecord | None,
+    overwrite: bool,
+    started: float,
+    progress: Callable[[Progress], None] | None,
+) -> StructureRecord:
+    """The run itself, after all checks, while no other run can use the output."""
+    measuring = job.measuring
+    if measuring.needs_inputs:
+        measuring.options.tell(f"drawing calibration windows from {job.recipe.calibration}")
+    windows = calibration_windows(measuring)
+    record = _record(job, windows, earlier)
+    if record.state == "finished":
+        output.check_finished()
+        return record
+    taken = output.begin(record, overwrite)
+    smaller = job.smaller(range(len(job.skeleton)))
+    record.config = _changes(job.raw, smaller.config)
+
+    def report(place: int, message: str) -> None:
+        if progress is not None:
+            name = smaller.skeleton.block_name(place)
+            seconds = time.perf_counter() - started
+            total, memory = len(smaller.made_from), peak_memory(measuring.device)
+            progress(Progress(place + 1, total, f"{name} {message}", seconds, memory))
+
+    stream, heap = Stream(smaller.skeleton, job.source, measuring.device), HeapTrimmer()
+    with torch.no_grad(), contextlib.closing(stream):
+        batches = windows.ids.split(measuring.batch) if len(windows.ids) else ()
+        stream.embed(
+            batches,
+            spill_to=output.folder if measuring.spills else None,
+            on_device=measuring.hidden_states_stay,
+        )
+        for place in range(len(smaller.made_from)):
+            if place < taken:
+                tensors = output.read_block(smaller, place)
+                message = "taken from the earlier run"
+            else:
+                tensors, change = _smaller_block(job, stream, smaller, place)
+                output.write_block(smaller, place, tensors, change)
+                message = f"made from block {change.made_from} in {change.seconds:.2f} s"
+            stream.propagate(place, tensors)
+            heap.trim_if_grown()
+            report(place, message)
+    record.totals = {
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_memory_bytes": peak_memory(),
+    }
+    output.finish(smaller)
+    return record
+
+
+def _smaller_block(
+    job: StructureJob, stream: Stream, smaller: SmallerModel, place: int
+) -> tuple[dict[str, Tensor], BlockChange]:
+    """One block of the smaller model: its tensors by relative name, and what happened to it."""
+    started, index = time.perf_counter(), smaller.made_from[place]
+    old, new = job.skeleton, smaller.skeleton
+    stored = read_stored(old.block_name(index), job.source.block(index))
+    change = BlockChange(name=new.block_name(place), made_from=index, input_sha256=stored.digest)
+    kept: list[int] = []
+    if job.experts is not None:
+        change.experts = choose_experts(job, stream, place, index, stored.tensors)
+        kept = change.experts.kept if change.experts is not None else []
+    shapes = shapes_of(new.blocks[place])
+    tensors = {}
+    for name, before in old_names(old.blocks[index], shapes, kept).items():
+        tensor = stored.tensors[before]
+        tensors[name] = cut(tensor, axis_that_changes(tensor.shape, shapes[name]), kept)
+    change.seconds = round(time.perf_counter() - started, 3)
+    return tensors, change
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Field of config.json that changed -> its values before and after."""
+    return {
+        key: (before.get(key), value) for key, value in after.items() if before.get(key) != value
+    }
+
+
+def _record(
+    job: StructureJob, windows: Windows, earlier: StructureRecord | None
+) -> StructureRecord:
+    """A new record, or the record of the run that is resumed.
+
+    Raises:
+        FileExistsError: the earlier run had other inputs.
+    """
+    measuring = job.measuring
+    inputs = RunInputs(
+        checkpoint=job.source.fingerprint,
+        calibration=windows.source,
+        calibration_sha256=windows.sha256,
+        dtype=str(measuring.dtype).removeprefix("torch."),
+        dtype_reason=measuring.dtype_reason,
+        device=measuring.device.type,
+        batch=measuring.batch,
+        bos=windows.bos,
+    )
+    if earlier is not None:
+        earlier.check_same_run(job.recipe, inputs)
+        return earlier
+    return StructureRecord(
+        source=measuring.model_name,
+        recipe=job.recipe,
+        inputs=inputs,
+        versions=versions(),
+        hardware=describe_hardware(measuring.device),
+    )

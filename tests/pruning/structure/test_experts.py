@@ -1,0 +1,96 @@
+"""Experts that go: the smaller model computes what the old one does without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from prunus.pruning.structure.run import shrink
+from tiny import EXPERT_FAMILIES, tiny_checkpoint, token_ids
+
+#: Families whose router chooses among groups of experts.
+GROUPED = {
+    "deepseek_v3": {"n_group": 2, "topk_group": 1},
+    "glm4_moe": {"n_group": 2, "topk_group": 2},
+}
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    return {
+        key: x
+        for path in sorted(folder.glob("*.safetensors"))
+        for key, x in load_file(path).items()
+    }
+
+
+def loaded(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def masked_logits(
+    monkeypatch: pytest.MonkeyPatch, model: Any, ids: Tensor, gone: dict[int, list[int]]
+) -> Tensor:
+    """The logits of the old model when the router's logits of some experts are -inf.
+
+    Every router multiplies by its weight with `torch.nn.functional.linear`, whatever its family.
+    """
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    routers: dict[int, list[int]] = {}
+    for index, numbers in gone.items():
+        for name, tensor in layers[index].state_dict(keep_vars=True).items():
+            if ".experts." in name or "shared" in name:
+                continue
+            if name.endswith("correction_bias") or name.endswith("expert_bias"):
+                tensor.data[..., numbers] = -torch.inf
+            elif tensor.dim() == 2 and any(part in name for part in (".gate.", ".router.", ".wg.")):
+                routers[id(tensor)] = numbers
+    assert len(routers) == len(gone)
+    linear = torch.nn.functional.linear
+
+    def masked(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        out = linear(x, weight, bias)
+        if id(weight) in routers:
+            out = out.clone()
+            out[..., routers[id(weight)]] = -torch.inf
+        return out
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(torch.nn.functional, "linear", masked)
+        # A router may hand a converted copy to `linear`; in float32 it is the weight itself.
+        return model(ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", sorted(EXPERT_FAMILIES))
+def test_the_result_is_the_old_model_without_the_routers_choices_of_lost_experts(
+    family, tmp_path, monkeypatch
+):
+    dense = tiny_checkpoint(tmp_path / "dense", family, **GROUPED.get(family, {}))
+    ids = token_ids()
+    record = shrink(dense, tmp_path / "small", experts=0.5, calibration=ids, batch=2)
+    changed = {i: block.experts for i, block in enumerate(record.blocks) if block.experts}
+    assert changed
+    gone = {i: sorted(set(range(len(x.saliency))) - set(x.kept)) for i, x in changed.items()}
+    assert all(len(x) == len(changed[i].saliency) // 2 for i, x in gone.items())
+    expected = masked_logits(monkeypatch, loaded(dense), ids, gone)
+    with torch.no_grad():
+        small = loaded(tmp_path / "small")
+        found = small(ids, use_cache=False).logits
+        original = loaded(dense)(ids, use_cache=False).logits
+        made = small.generate(ids[:1, :4], max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    close = 1e-5 * float(original.abs().max())
+    assert float((found - expected).abs().max()) <= close
+    assert float((found - original).abs().max()) > 100 * close, "the lost experts did nothing"
+    assert made.shape == (1, 7)
+    # What stays has the same bytes, under a name of the checkpoint, with the tokens' counts beside.
+    before = stored(dense)
+    for key, tensor in stored(tmp_path / "small").items():
+        same = any(x.shape == tensor.shape and torch.equal(x, tensor) for x in before.values())
+        rows = key in before and before[key].shape != tensor.shape
+        assert same or rows, key
+    assert record.totals["parameters"] < record.totals["parameters_before"]
