@@ -35,7 +35,7 @@ from prunus.pruning.calibration_windows import calibration_windows, describe_giv
 from prunus.pruning.job import RunOptions
 from prunus.pruning.manifest import RunInputs
 from prunus.pruning.output import bytes_in
-from prunus.pruning.run import Progress
+from prunus.pruning.progress import Progress
 from prunus.pruning.structure.experts import choose_experts
 from prunus.pruning.structure.layout import axis_that_changes, cut, old_names, shapes_of
 from prunus.pruning.structure.output import StructureOutput
