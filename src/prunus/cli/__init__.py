@@ -223,7 +223,19 @@ def _prunus(
 
 
 #: Verbs that work for a while and say how far they are. The others print their result alone.
-_WORKING = {prune, compress, recover, evaluate, bench, import_, pack, unpack, sweep, report}
+_WORKING = {
+    prune,
+    compress,
+    shrink,
+    recover,
+    evaluate,
+    bench,
+    import_,
+    pack,
+    unpack,
+    sweep,
+    report,
+}
 
 #: Arguments that typer does not know go to the function as they are.
 _HANDED_OVER = {"ignore_unknown_options": True}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from prunus.cli import arguments as arg
-from prunus.cli.terminal import Counted, print_result, user_errors
+from prunus.cli.terminal import Counted, print_result, progress_console, user_errors
 
 __all__ = ["shrink"]
 
@@ -130,7 +130,7 @@ def shrink(
 
         given = {name: values[name] for name in StructureRecipe.model_fields}
         chosen = load_structure_recipe(recipe, given)
-        with show_pruning(f"shrink {output}") as progress:
+        with show_pruning(f"shrink {output}", progress_console()) as progress:
             steps = Counted(progress)
             options = RunOptions(
                 device=device,
