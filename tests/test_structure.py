@@ -83,7 +83,7 @@ ROOMS: dict[str, set[str]] = {
 #: Library -> the only rooms that may import it. What is not here may be imported by all.
 LIBRARIES: dict[str, set[str]] = {
     "typer": {"cli"},
-    "rich": {"reporting", "cli"},
+    "rich": {"reporting", "cli", "pruning"},
     "greenlet": {"pruning"},
     "pydantic": {"model", "pruning", "recovery", "sweeping", "packed", "serving"},
     "huggingface_hub": {"model"},
@@ -114,6 +114,7 @@ WITHOUT_TORCH = {
     "pruning/forecast.py",
     "pruning/presets.py",
     "pruning/progress.py",
+    "pruning/progress_bar.py",
     "pruning/recipe.py",
     "pruning/recipe_file.py",
     "pruning/recipe_options.py",
@@ -135,6 +136,7 @@ OPTIONAL = {
     "fastapi",
     "uvicorn",
     "openai",
+    "IPython",
 }
 
 

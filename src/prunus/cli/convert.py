@@ -10,6 +10,7 @@ import typer
 from prunus.cli import arguments as arg
 from prunus.cli.terminal import (
     Counted,
+    is_quiet,
     log_step,
     note,
     print_result,
@@ -100,7 +101,12 @@ def pack(
         def score(folder: str | Path) -> PerplexityResult:
             note(f"scoring {folder} on {perplexity}")
             return measure_perplexity(
-                folder, perplexity, seqlen=seqlen, limit=limit, data_dir=data_dir
+                folder,
+                perplexity,
+                seqlen=seqlen,
+                limit=limit,
+                data_dir=data_dir,
+                progress=not is_quiet(),
             )
 
         is_scored = values == "int8" and perplexity != "none"

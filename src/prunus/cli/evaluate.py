@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from prunus.cli import arguments as arg
-from prunus.cli.terminal import note, print_result, user_errors
+from prunus.cli.terminal import is_quiet, note, print_result, user_errors
 
 __all__ = ["bench", "evaluate"]
 
@@ -222,6 +222,7 @@ def evaluate(
                             memory=memory,
                             stream=stream,
                             ranks=ranks,
+                            progress=not is_quiet(),
                             **shared,
                         )
                     )

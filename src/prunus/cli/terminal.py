@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Counted",
+    "is_quiet",
     "log",
     "log_step",
     "may_be_quiet",
@@ -168,6 +169,11 @@ def note(message: str) -> None:
     """Log what is being done, unless the user wants to hear of errors only."""
     if not _QUIET.get():
         log(message)
+
+
+def is_quiet() -> bool:
+    """Whether the user wants results and errors alone."""
+    return _QUIET.get()
 
 
 def progress_console() -> Console:

@@ -58,13 +58,9 @@ from prunus.model.device import choose_device
 from prunus.model.dtypes import DTYPES, check_dtype
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
+from prunus.pruning.progress_bar import shows_progress, window_step
 
-__all__ = [
-    "ScoringText",
-    "load_scoring_text",
-    "perplexity",
-    "score_windows",
-]
+__all__ = ["ScoringText", "load_scoring_text", "perplexity", "score_windows"]
 
 
 def score_windows(
@@ -112,6 +108,7 @@ def _mean(losses: list[float]) -> float:
     return total / len(losses)
 
 
+@shows_progress("perplexity", window_step)
 def perplexity(
     model_or_path: Any,
     text: str = "wikitext2",
@@ -130,7 +127,7 @@ def perplexity(
     memory: int | str | None = None,
     stream: bool | None = None,
     cache: Path | None = None,
-    progress: WindowProgress | None = None,
+    progress: WindowProgress | bool | None = True,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> PerplexityResult:
     """The perplexity of a causal language model on a text, and how far it is from a reference.
@@ -166,9 +163,9 @@ def perplexity(
             beside it, does not fit in `memory`. The perplexity is the same.
         cache: folder with earlier results, to which a new result is added. None uses no cache.
             Results of loaded models are not cached.
-        progress: called with the number of windows done, and the number of all windows. A streamed
-            model counts shares of windows: half of the blocks for all windows count as half of the
-            windows.
+        progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
+            is called with the number of windows done and of all windows; half of the blocks of a
+            streamed model count as half of the windows.
         ranks: processes that make this call together and split the windows. Each has the whole
             model, or all blocks in turn. The perplexity is that of one process to the last digit.
 
@@ -254,7 +251,8 @@ def perplexity(
             for one, by_blocks in zip((opened, other), streamed, strict=False):
                 if isinstance(one, Reference):
                     one.choose(by_blocks)
-            found = _score(opened, other, ids, start, batch, progress, ranks)
+            report = progress if callable(progress) else None
+            found = _score(opened, other, ids, start, batch, report, ranks)
             if store is not None and ranks.rank == 0:
                 # A cache that cannot be written is no error: the next call computes the result
                 # again.

@@ -27,6 +27,7 @@ from prunus.evaluation.tasks import LoadedTask, load_tasks, require_lm_eval, run
 from prunus.model.device import choose_device
 from prunus.model.dtypes import DTYPES, check_dtype
 from prunus.model.loading import load_model
+from prunus.pruning.progress_bar import Shown, shows_progress
 
 __all__ = ["TaskRun", "evaluate", "prepare_tasks"]
 
@@ -34,6 +35,7 @@ __all__ = ["TaskRun", "evaluate", "prepare_tasks"]
 _CPU_BATCH = 8
 
 
+@shows_progress("evaluate", lambda line: Shown(None, line))
 def evaluate(
     model_or_path: Any,
     tasks: str | Sequence[str] = "paper7",
@@ -47,7 +49,7 @@ def evaluate(
     data_dir: Path | None = None,
     cache: Path | None = None,
     trust_remote_code: bool = False,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] | bool | None = True,
 ) -> TaskResults:
     """Accuracy of a causal language model on tasks of lm-eval.
 
@@ -70,7 +72,8 @@ def evaluate(
             PRUNUS_DATA, or the hub if that is unset.
         cache: folder with earlier results, to which new results are added. None uses no cache.
         trust_remote_code: run model code that comes with the checkpoint.
-        progress: called with a line of text after every task.
+        progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
+            is called with a line of text after every task.
 
     Raises:
         ModuleNotFoundError: lm-eval is not installed, or an adapter is given and peft is not; names
@@ -93,7 +96,7 @@ def evaluate(
         cache=cache,
         trust_remote_code=trust_remote_code,
     )
-    return job.run(progress)[0]
+    return job.run(progress if callable(progress) else None)[0]
 
 
 @dataclass(frozen=True)

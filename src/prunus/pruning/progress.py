@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-__all__ = ["SECONDS_BETWEEN_LINES", "LineInterval", "Progress"]
+__all__ = ["SECONDS_BETWEEN_LINES", "LineInterval", "Progress", "eta"]
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -62,3 +62,29 @@ class LineInterval:
     def restart(self) -> None:
         """Count from now on: a line was written."""
         self._last = self.clock()
+
+
+def eta(done: int, total: int, seconds: float) -> str:
+    """Time left, if the remaining steps take as long as the finished ones.
+
+    Args:
+        done: finished steps.
+        total: all steps.
+        seconds: time that the finished steps took.
+
+    Returns:
+        Hours, minutes and seconds, or "unknown" before the first step.
+
+    >>> eta(done=1, total=4, seconds=30.0)
+    '1:30'
+    >>> eta(done=1, total=101, seconds=72.0)
+    '2:00:00'
+    >>> eta(done=0, total=4, seconds=3.0)
+    'unknown'
+    """
+    if done == 0:
+        return "unknown"
+    left = round(seconds / done * (total - done))
+    hours, rest = divmod(left, 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"

@@ -44,6 +44,7 @@ from prunus.pruning.output_lock import locked_output
 from prunus.pruning.overlap import BackgroundWrites, read_ahead, read_block
 from prunus.pruning.plan import CheckedRun, check_run, find_earlier_run
 from prunus.pruning.progress import Progress
+from prunus.pruning.progress_bar import ProgressBar, pruning_step, shows_progress
 from prunus.pruning.rank_checks import check_same_on_all_ranks
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.recipe_options import RecipeOptions, recipe_from
@@ -52,6 +53,7 @@ from prunus.pruning.records import Walk
 __all__ = ["compress", "prune", "run"]
 
 
+@shows_progress("prune", pruning_step)
 def prune(
     model: str | Path | nn.Module,
     output: str | Path | None = None,
@@ -69,7 +71,7 @@ def prune(
     overwrite: bool = False,
     resume: bool | None = None,
     rank_timeout: float | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[Progress], None] | bool | None = True,
     **recipe_options: Unpack[RecipeOptions],
 ) -> Manifest:
     """Prune a model after training. Under torchrun all processes make the same call.
@@ -98,7 +100,9 @@ def prune(
             matching unfinished run is resumed.
         rank_timeout: Under torchrun, a process without a sign of life counts as lost after this
             many seconds; default 600.
-        progress: Called after every block; under torchrun on rank 0.
+        progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
+            is called after every block with a `prunus.pruning.progress.Progress`; under torchrun
+            on rank 0.
         **recipe_options: The other options of `Recipe`; see `RecipeOptions`.
 
     Returns:
@@ -121,6 +125,7 @@ def prune(
         tokenizer=tokenizer,
         input_ids=given,
         texts=calibration if are_texts(calibration) else None,
+        announce=progress.say if isinstance(progress, ProgressBar) else None,
         trust_remote_code=trust_remote_code,
         rank_timeout=rank_timeout,
     )
@@ -131,7 +136,7 @@ def prune(
         options,
         overwrite=overwrite,
         resume=resume,
-        progress=progress,
+        progress=progress if callable(progress) else None,
     )
 
 

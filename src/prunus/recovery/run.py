@@ -33,6 +33,7 @@ from prunus.model.linears import Linear
 from prunus.model.loading import load_model
 from prunus.model.names import stored_names
 from prunus.pruning.output_lock import locked_output
+from prunus.pruning.progress_bar import Shown, shows_progress
 from prunus.recovery.card import adapter_card, checkpoint_card
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.compressed_result import write_compressed
@@ -60,6 +61,13 @@ __all__ = ["recover"]
 _MAX_EAGER_TOKENS = 512
 
 
+def _shown(step: Step) -> Shown:
+    """What the progress bar shows after a step."""
+    loss = "" if step.loss is None else f", loss {step.loss:.3f}"
+    return Shown(min(step.fraction, 1.0), f"{step.tokens:,} tokens{loss}")
+
+
+@shows_progress("recover", _shown)
 def recover(
     model: str | Path,
     output: str | Path,
@@ -72,7 +80,7 @@ def recover(
     resume: bool | None = None,
     ranks: Ranks | None = None,
     rank_timeout: float | None = None,
-    progress: Callable[[Step], None] | None = None,
+    progress: Callable[[Step], None] | bool | None = True,
     **options: Any,
 ) -> RecoveryRecord:
     """Win back quality of a pruned or compressed checkpoint by a short training.
@@ -95,7 +103,8 @@ def recover(
         ranks: processes that split the windows of each step, all with `output`. None stands for
             the processes that torchrun started.
         rank_timeout: seconds without a heartbeat after which a rank counts as lost. Default 600.
-        progress: called after every step and every evaluation.
+        progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
+            is called after every step and evaluation with a `prunus.recovery.Step`.
         **options: further fields of `RecoveryOptions`: text, tokens, minutes, seqlen, batch,
             learning_rate, warmup, weight_decay, seed, bos, held_out, evaluations, patience,
             distill_weight, rank, alpha, target_modules, dtype.
@@ -152,7 +161,7 @@ def recover(
             job.dtype,
             dense,
             checkpoints,
-            progress if ranks.rank == 0 else None,
+            progress if callable(progress) and ranks.rank == 0 else None,
             ranks,
         )
         _fill_record(job.record, state, student)

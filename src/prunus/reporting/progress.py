@@ -18,40 +18,14 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from prunus.pruning.progress import LineInterval
+from prunus.pruning.progress import LineInterval, eta
 from prunus.reporting.console import printable, progress_console
 
 if TYPE_CHECKING:
     from prunus.pruning.progress import Progress as PruningStep
     from prunus.recovery import Step as RecoveryStep
 
-__all__ = ["eta", "show_pruning", "show_recovery"]
-
-
-def eta(done: int, total: int, seconds: float) -> str:
-    """Time left, if the remaining steps take as long as the finished ones.
-
-    Args:
-        done: finished steps.
-        total: all steps.
-        seconds: time that the finished steps took.
-
-    Returns:
-        Hours, minutes and seconds, or "unknown" before the first step.
-
-    >>> eta(done=1, total=4, seconds=30.0)
-    '1:30'
-    >>> eta(done=1, total=101, seconds=72.0)
-    '2:00:00'
-    >>> eta(done=0, total=4, seconds=3.0)
-    'unknown'
-    """
-    if done == 0:
-        return "unknown"
-    left = round(seconds / done * (total - done))
-    hours, rest = divmod(left, 3600)
-    minutes, left = divmod(rest, 60)
-    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+__all__ = ["show_pruning", "show_recovery"]
 
 
 @contextlib.contextmanager

@@ -105,6 +105,7 @@ def recover_cell(
         device=options.device,
         data_dir=options.data_dir,
         ranks=SINGLE_PROCESS,
+        progress=False,
         **chosen,
     )
     copy_file(weights / RECORD_NAME, folder / RECORD_NAME)
@@ -154,13 +155,14 @@ def score_model(
             data_dir=options.data_dir,
             trust_remote_code=options.trust_remote_code,
             memory=options.memory,
+            progress=False,
         )
         record.scores[text] = Score.model_validate(result.as_dict())
         finished(f"perplexity on {text}", record.scores[text].perplexity)
         if result.divergence is not None:
             finished(f"KL divergence on {text}", result.divergence.kl)
     if scoring.tasks and not record.tasks:
-        results = evaluate(model, scoring.tasks, **task_options(scoring, options))
+        results = evaluate(model, scoring.tasks, progress=False, **task_options(scoring, options))
         for (task, metric), value in results.metrics().items():
             record.tasks.setdefault(task, {})[metric] = TaskValue.model_validate(value.as_dict())
             finished(f"{metric} on {task}", record.tasks[task][metric].value)

@@ -1,0 +1,177 @@
+"""The progress bar of a function that is called from Python, on a terminal or in a notebook.
+
+The command line has displays of its own, see `prunus.reporting.progress`. Here a bar appears where
+a person looks, without being asked for: standard error is a terminal, or the code runs in a
+notebook. Everywhere else nothing is printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from html import escape
+from typing import Any, Literal, NamedTuple, TypeVar, cast
+
+from prunus.distributed import is_rank_0
+from prunus.pruning.progress import LineInterval, Progress, eta
+
+__all__ = ["ProgressBar", "Shown", "pruning_step", "shows_progress", "window_step"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+#: Seconds between two changes of a notebook's bar. Each change is a message to the browser.
+_NOTEBOOK_INTERVAL = 0.2
+
+
+class Shown(NamedTuple):
+    """What a bar shows.
+
+    Attributes:
+        share: of the work that is done, from 0 to 1; None where it is not known.
+        state: a few words beside the bar.
+    """
+
+    share: float | None
+    state: str
+
+
+class ProgressBar:
+    """What a function calls in place of the caller's `progress`, to change a bar.
+
+    Args:
+        update: changes the bar.
+        read: turns the arguments of a call into what the bar shows.
+    """
+
+    def __init__(self, update: Callable[[Shown], None], read: Callable[..., Shown]) -> None:
+        self._update, self._read = update, read
+
+    def __call__(self, *step: Any) -> None:
+        """Show a step."""
+        self._update(self._read(*step))
+
+    def say(self, text: str) -> None:
+        """Show what is being prepared, before the first step."""
+        self._update(Shown(None, text))
+
+
+def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Function], _Function]:
+    """Decorate a function with a keyword argument `progress`, so that `True` shows a bar.
+
+    The function itself then gets a callable or None: a callable is handed on as it is, False and
+    None become None, and True becomes a bar, or None where nobody would see it.
+
+    Args:
+        title: stands before the bar.
+        read: turns what the function passes to `progress` into what the bar shows.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        @functools.wraps(function)
+        def showing(*arguments: Any, progress: Any = True, **options: Any) -> Any:
+            if callable(progress):
+                return function(*arguments, progress=progress, **options)
+            place = _place() if progress and is_rank_0() else None
+            if place is None:
+                return function(*arguments, progress=None, **options)
+            with (_notebook_bar if place == "notebook" else _terminal_bar)(title) as update:
+                bar = ProgressBar(update, read)
+                return function(*arguments, progress=bar, **options)
+
+        return cast(_Function, showing)
+
+    return decorate
+
+
+def pruning_step(step: Progress) -> Shown:
+    """What a bar shows after a block.
+
+    >>> pruning_step(Progress(1, 4, "block 0 pruned", seconds=10.0, peak_memory=2 * 10**9))
+    Shown(share=0.25, state='1/4 blocks, left 0:30, peak 2.0 GB')
+    """
+    left = eta(step.done, step.total, step.seconds)
+    state = f"{step.done}/{step.total} blocks, left {left}, peak {step.peak_memory / 1e9:.1f} GB"
+    return Shown(step.done / step.total, state)
+
+
+def window_step(done: float, total: float) -> Shown:
+    """What a bar shows after some windows.
+
+    >>> window_step(3, 12)
+    Shown(share=0.25, state='3/12 windows')
+    """
+    return Shown(done / total, f"{done:.0f}/{total:.0f} windows")
+
+
+def _place() -> Literal["notebook", "terminal"] | None:
+    """Where a person sees a bar."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is not None and getattr(shell, "kernel", None) is not None:
+        return "notebook"
+    return "terminal" if sys.stderr is not None and sys.stderr.isatty() else None
+
+
+@contextlib.contextmanager
+def _terminal_bar(title: str) -> Iterator[Callable[[Shown], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    state = TextColumn("{task.fields[state]}", markup=False)
+    console = Console(stderr=True, markup=False, emoji=False)
+    with Bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        state,
+        console=console,
+    ) as bar:
+        task = bar.add_task(title, total=None, state="…")
+
+        def update(shown: Shown) -> None:
+            known = {} if shown.share is None else {"completed": shown.share, "total": 1.0}
+            bar.update(task, state=_printable(shown.state), **known)  # type: ignore[arg-type]
+
+        yield update
+
+
+@contextlib.contextmanager
+def _notebook_bar(title: str) -> Iterator[Callable[[Shown], None]]:
+    """Show a bar as HTML, which needs no widgets, and change it where it stands."""
+    from IPython.display import HTML, display
+
+    started = time.monotonic()
+    last = Shown(None, "…")
+    due = LineInterval(_NOTEBOOK_INTERVAL)
+    place = display(HTML(_markup(title, last, 0.0)), display_id=True)
+
+    def show() -> None:
+        place.update(HTML(_markup(title, last, time.monotonic() - started)))
+        due.restart()
+
+    def update(shown: Shown) -> None:
+        nonlocal last
+        last = Shown(last.share if shown.share is None else shown.share, shown.state)
+        if due.due():
+            show()
+
+    try:
+        yield update
+    finally:
+        show()
+
+
+def _markup(title: str, shown: Shown, seconds: float) -> str:
+    value = "" if shown.share is None else f' value="{shown.share:.4f}"'
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f'<div>{escape(title)} <progress max="1"{value} style="width: 20em"></progress> '
+        f"{minutes}:{rest:02} {escape(_printable(shown.state))}</div>"
+    )
+
+
+def _printable(text: str) -> str:
+    """Names come from files of others: no character of them commands a terminal."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)

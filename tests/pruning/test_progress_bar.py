@@ -1,0 +1,116 @@
+"""The progress bar of functions that are called from Python."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import prunus
+from prunus.pruning import progress_bar
+from prunus.pruning.progress import Progress
+from prunus.pruning.progress_bar import ProgressBar, Shown, shows_progress
+from tiny import tiny_checkpoint, token_ids
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@shows_progress("count", lambda done, total: Shown(done / total, f"{done} of {total}"))
+def count(progress=True):
+    """Returns what it got, after two steps."""
+    for done in (1, 2):
+        if progress is not None:
+            progress(done, 2)
+    return progress
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """A notebook as IPython shows itself: what is displayed is in the list."""
+    shown: list[str] = []
+
+    def display(thing, display_id):
+        assert display_id
+        shown.append(thing)
+        return SimpleNamespace(update=shown.append)
+
+    fake = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object()))
+    fake.display = SimpleNamespace(HTML=lambda text: text, display=display)
+    monkeypatch.setitem(sys.modules, "IPython", fake)
+    monkeypatch.setitem(sys.modules, "IPython.display", fake.display)
+    return shown
+
+
+def test_nothing_is_printed_where_nobody_looks(capfd):
+    assert count() is None
+    with contextlib.redirect_stderr(None):
+        assert count() is None
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert isinstance(count(), ProgressBar)
+    assert "count" in terminal.getvalue() and "2 of 2" in terminal.getvalue()
+
+
+def test_false_and_none_show_nothing_and_a_function_is_called_as_before(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert count(progress=False) is None and count(progress=None) is None
+    steps = []
+
+    def own(*step):
+        steps.append(step)
+
+    assert count(progress=own) is own and steps == [(1, 2), (2, 2)]
+    assert not terminal.getvalue()
+
+
+def test_other_ranks_show_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(progress_bar, "is_rank_0", lambda: False)
+    assert count() is None
+
+
+def test_a_notebook_gets_one_bar_that_changes_and_ends_full(notebook):
+    count()
+    assert "count <progress" in notebook[0]
+    assert 'value="1.0000"' in notebook[-1] and "2 of 2" in notebook[-1]
+
+
+def test_a_console_of_ipython_is_a_terminal(monkeypatch):
+    console = SimpleNamespace(get_ipython=SimpleNamespace)  # has no kernel
+    monkeypatch.setitem(sys.modules, "IPython", console)
+    assert count() is None
+
+
+def test_what_is_shown_is_escaped(notebook):
+    @shows_progress("<b>", lambda: Shown(None, "<script>\x1b[2J"))
+    def hostile(progress=True):
+        progress()
+
+    hostile()
+    assert "<script>" not in "".join(notebook) and "\x1b" not in "".join(notebook)
+    assert "&lt;b&gt;" in notebook[0] and "&lt;script&gt;" in notebook[-1]
+
+
+def test_pruning_and_scoring_show_their_steps(notebook, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress_bar, "_NOTEBOOK_INTERVAL", -1.0)
+    dense = tiny_checkpoint(tmp_path / "dense")
+    prunus.prune(dense, tmp_path / "out", calibration=token_ids(2))
+    assert any("reading block 0" in text for text in notebook)
+    assert "2/2 blocks, left 0:00, peak" in notebook[-1] and 'value="1.0000"' in notebook[-1]
+    steps: list[object] = []
+    prunus.prune(dense, tmp_path / "b", calibration=token_ids(2), progress=steps.append)
+    assert all(isinstance(step, Progress) for step in steps) and len(steps) == 2
+    count_before = len(notebook)
+    prunus.prune(dense, tmp_path / "c", calibration=token_ids(2), progress=False)
+    assert len(notebook) == count_before
