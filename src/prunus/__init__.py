@@ -4,6 +4,8 @@ prune        prune a checkpoint or a loaded model
 compress     compress a checkpoint to a number of bits per weight
 shrink       make a model smaller: whole experts go
 recover      train a pruned checkpoint, with its zeros kept
+prune_and_recover
+             both, one after the other: preset max
 pack         store a pruned checkpoint in a compressed format
 unpack       turn a packed checkpoint back into an ordinary one
 load         a model and its tokenizer: dense, pruned, packed, compressed, or an adapter
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from prunus.pruning.structure.recipe import StructureRecipe
     from prunus.pruning.structure.record import StructureRecord
     from prunus.pruning.structure.run import shrink
-    from prunus.recovery import RecoveryRecord, recover
+    from prunus.recovery import RecoveryRecord, prune_and_recover, recover
     from prunus.reporting.write import report
     from prunus.sweeping.run import sweep
 
@@ -56,6 +58,7 @@ __all__ = [
     "pack",
     "perplexity",
     "prune",
+    "prune_and_recover",
     "recover",
     "report",
     "shrink",
@@ -84,6 +87,7 @@ _HOMES = {
     "pack": "prunus.packed.packing",
     "perplexity": "prunus.evaluation",
     "prune": "prunus.pruning.run",
+    "prune_and_recover": "prunus.recovery",
     "recover": "prunus.recovery",
     "report": "prunus.reporting.write",
     "shrink": "prunus.pruning.structure.run",

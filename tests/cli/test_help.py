@@ -99,9 +99,9 @@ def test_choices_are_those_of_the_recipe_and_stand_in_the_help(name):
     kind, option = get_args(OPTIONS[name])
     allowed = choices_of(Recipe.model_fields[name].annotation)
     if name == "preset":
-        from prunus.pruning.presets import PRESETS
+        from prunus.pruning.presets import MAX, PRESETS
 
-        allowed = set(PRESETS)
+        allowed = {*PRESETS, MAX}
     elif name in ("dense_weight", "group"):
         allowed = set()  # a word or a number
     assert choices_of(kind) == allowed
@@ -118,7 +118,14 @@ def test_the_help_of_prune_begins_with_the_common_options():
         "quiet",
     ]  # fmt: skip
     rest = list(dict.fromkeys(filter(None, panels.values())))
-    assert rest == ["Calibration", "Method", "Reconstruction", "Allocation", "Advanced"]
+    assert rest == [
+        "Calibration",
+        "Method",
+        "Reconstruction",
+        "Allocation",
+        "Advanced",
+        "Preset max",
+    ]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -2,7 +2,8 @@
 
     python recovery_kill_points.py MODEL TEXT SCRATCH MODE:EVERY ...
 
-EVERY is 1 for all such places, 2 for every second. The script prints one JSON line: mode -> per
+EVERY is 1 for all such places, 2 for every second. MODE is one of recovery, or max for preset max,
+where MODEL is dense. The script prints one JSON line: mode -> per
 kill point, how the run that followed ended and whether its weights are the same bytes.
 """
 
@@ -19,6 +20,7 @@ import torch
 
 torch.set_num_threads(1)
 
+import prunus  # noqa: E402
 from kill_points import child, digests  # noqa: E402
 from recovery_cases import recover  # noqa: E402
 
@@ -39,7 +41,13 @@ def run(mode: str, model: Path, text: Path, out: Path, kill_at: int | None) -> N
         count += 1
 
     os.replace = replace
-    recover(model, out, mode, text, evaluations=2, tokens=128)
+    if mode != "max":
+        recover(model, out, mode, text, evaluations=2, tokens=128)
+        return
+    # Only what the two phases have to do with each other: the resume of `best` has its own tests.
+    quick = {"method": "wanda", "dense_weight": 0.0, "reconstruct": "none", "allocation": "uniform"}
+    windows = {"calibration": str(text), "samples": 2, "seqlen": 16, "dtype": "float32"}
+    prunus.prune_and_recover(model, out, tokens=32, **windows, **quick)
 
 
 def kill_everywhere(mode: str, every: int, model: Path, text: Path, scratch: Path) -> list[dict]:
@@ -49,16 +57,18 @@ def kill_everywhere(mode: str, every: int, model: Path, text: Path, scratch: Pat
     run(mode, model, text, scratch / f"{mode}-whole", None)
     expected, results, kill_at = digests(scratch / f"{mode}-whole"), [], 0
     while True:
-        out = scratch / "killed"
+        out, beside = scratch / "killed", scratch / "killed-pruned"
         shutil.rmtree(out, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
         status = child(lambda: run(mode, model, text, out, kill_at))  # noqa: B023
         if status == 0:
             return results
         assert os.WTERMSIG(status) == signal.SIGKILL, status
-        found = sorted(path.name for path in out.iterdir())
+        found = sorted(path.name for path in out.iterdir()) if out.exists() else []
         second = child(lambda: run(mode, model, text, out, None))  # noqa: B023
         left = [path.name for path in out.iterdir() if path.name.startswith("best-")]
         left += [path.name for path in out.glob("*.partial")]
+        left += [beside.name] if beside.exists() else []
         results.append(
             {
                 "found": found,

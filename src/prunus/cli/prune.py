@@ -15,6 +15,7 @@ from prunus.cli.terminal import Counted, print_result, progress_console, user_er
 __all__ = ["compress", "plan", "prune"]
 
 _FORECAST = "Forecast"
+_MAX_PRESET = "Preset max"
 
 
 _Resume = Annotated[
@@ -40,6 +41,20 @@ def prune(
     overwrite: arg.Overwrite = False,
     resume: _Resume = None,
     json_file: arg.Json = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_MAX_PRESET,
+            help="Minutes of training after pruning. Default: 20.",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=_MAX_PRESET,
+            help="Tokens of training after pruning, in place of --minutes.",
+        ),
+    ] = None,
     recipe: RecipeFile = None,
     trust_remote_code: arg.Trust = False,
     rank_timeout: arg.RankTimeout = None,
@@ -51,6 +66,15 @@ def prune(
     (torchrun --nproc-per-node 8 -m prunus prune …) several processes share the work.
     """
     with user_errors(json_file):
+        trains = options["preset"] == "max"
+        if trains:
+            # A file may change options of the pruning, as flags may.
+            options["preset"] = "best"
+        elif minutes is not None or tokens is not None:
+            raise ValueError(
+                "--minutes and --tokens are the budget of --preset max, which trains after "
+                "pruning: add it, or drop them"
+            )
         chosen = chosen_recipe(recipe, options)
         if chosen.bits is not None:
             raise ValueError(
@@ -58,7 +82,11 @@ def prune(
                 "prunus compress, or take bits out of the recipe"
             )
         how = _run_options(device, memory, data_dir, trust_remote_code, rank_timeout)
-        _carry_out(model, output, chosen, how, overwrite, resume, json_file)
+        if trains:
+            budget = {"minutes": minutes, "tokens": tokens}
+            _prune_and_recover(model, output, chosen, how, budget, overwrite, resume, json_file)
+        else:
+            _carry_out(model, output, chosen, how, overwrite, resume, json_file)
 
 
 @takes_recipe(without=("preset",))
@@ -122,6 +150,40 @@ def _carry_out(
         )
     steps.log_if_none(output)
     print_result(run_table(manifest), json_file, manifest.model_dump(mode="json"))
+
+
+def _prune_and_recover(
+    model: str,
+    output: Path,
+    recipe: Any,
+    how: Any,
+    budget: dict[str, Any],
+    overwrite: bool,
+    resume: bool | None,
+    json_file: Path | None,
+) -> None:
+    """Carry out preset max with a progress bar for each phase, and print both results."""
+    from rich.console import Group
+
+    from prunus.recovery.max_preset import max_run
+    from prunus.reporting.progress import show_pruning, show_recovery
+    from prunus.reporting.recovery_tables import recovery_table
+    from prunus.reporting.tables import run_table
+
+    with max_run(
+        model, output, recipe, how, overwrite=overwrite, resume=resume, **budget
+    ) as checked:
+        with show_pruning(f"{recipe.method} {output}", progress_console()) as progress:
+            manifest = checked.prune(progress, announce=progress)
+        with show_recovery(f"training {output}", progress_console()) as progress_of_training:
+            steps = Counted(progress_of_training)
+            record = checked.train(steps)
+    steps.log_if_none(output)
+    figures = {
+        "pruning": manifest.model_dump(mode="json"),
+        "recovery": record.model_dump(mode="json"),
+    }
+    print_result(Group(run_table(manifest), recovery_table(record)), json_file, figures)
 
 
 @takes_recipe()

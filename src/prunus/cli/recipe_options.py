@@ -52,10 +52,11 @@ def _parse_share(text: str) -> float:
 #: Field of a recipe -> type and help of its option. An option that is not given stays None.
 OPTIONS: dict[str, Any] = {
     "preset": Annotated[
-        Literal["fast", "balanced", "best"] | None,
+        Literal["fast", "balanced", "best", "max"] | None,
         typer.Option(
             metavar="PRESET",
-            help="Tested set of options: fast, balanced or best. Explicit options override it.",
+            help="Tested set of options: fast, balanced or best. Explicit options override it. "
+            "max (prune only): best, then a training of all kept weights.",
         ),
     ],
     "method": Annotated[

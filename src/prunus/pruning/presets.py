@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["PRESETS", "preset_options"]
+__all__ = ["MAX", "PRESETS", "preset_options"]
 
 #: Name -> options of a recipe. Options that the user gives explicitly override them.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -12,6 +12,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"method": "alps", "dense_weight": 0.25, "reconstruct": "last"},
     "best": {"method": "alps", "dense_weight": 0.25, "reconstruct": "all"},
 }
+#: The preset of `prunus prune` that trains the whole model after pruning it by preset best.
+MAX = "max"
 # Only an unstructured sparsity can be distributed over layers. Only N:M depends on which channels
 # stand next to each other.
 _UNSTRUCTURED: dict[str, dict[str, Any]] = {"best": {"allocation": "search"}}
@@ -35,6 +37,11 @@ def preset_options(values: dict[str, Any]) -> dict[str, Any]:
     name = values.get("preset")
     if name is None:
         return values
+    if name == MAX:
+        raise ValueError(
+            "the preset 'max' is more than a recipe: it prunes with preset best and then trains. "
+            "Give it as prunus prune --preset max, call prunus.prune_and_recover, or choose best"
+        )
     if name not in PRESETS:
         raise ValueError(f"the preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
     unstructured = values.get("pattern", "unstructured") == "unstructured"

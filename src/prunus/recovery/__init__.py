@@ -3,6 +3,7 @@
 options.py      what to do: validated and frozen
 job.py          everything that is checked and decided before any work
 run.py          the story of one recovery
+max_preset.py   preset max: prune, then recover
 training.py     the loop: schedule, held-out evaluations, checkpoints, early stop
 loss.py         cross entropy and distillation, a few rows of logits at a time
 trainable.py    what a mode trains; mode masked: everything but the pruned weights
@@ -18,9 +19,10 @@ record.py       what was done, for programs
 card.py         what was done, for readers
 """
 
+from prunus.recovery.max_preset import prune_and_recover
 from prunus.recovery.options import MODES, RecoveryOptions
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.run import recover
 from prunus.recovery.training import Step
 
-__all__ = ["MODES", "RecoveryOptions", "RecoveryRecord", "Step", "recover"]
+__all__ = ["MODES", "RecoveryOptions", "RecoveryRecord", "Step", "prune_and_recover", "recover"]

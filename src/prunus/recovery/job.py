@@ -36,8 +36,11 @@ from prunus.recovery.training import step_count, training_dtype
 __all__ = [
     "RecoveryJob",
     "check_ranks",
+    "check_teacher",
     "default_mode",
+    "draw_training_text",
     "find_earlier_recovery",
+    "open_checkpoint",
     "plan_recovery",
 ]
 
@@ -127,13 +130,13 @@ def plan_recovery(
         source = CheckpointSource(folder, quantized=True)
         require_causal(source.config, "prunus recover")
     else:
-        source, skeleton = _open(folder)
+        source, skeleton = open_checkpoint(folder)
     dense = None
     if teacher is not None:
         dense_folder = resolve_folder(teacher)
-        _check_teacher(dense_folder)
+        check_teacher(dense_folder)
         check_apart(output, dense_folder)
-        dense, _ = _open(dense_folder)
+        dense, _ = open_checkpoint(dense_folder)
         check_vocabulary(source, dense)
     elif options.distill_weight != 1:
         raise ValueError(
@@ -141,7 +144,7 @@ def plan_recovery(
             "give the dense model with --teacher"
         )
     dtype, reason = training_dtype(options.dtype, chosen_device)
-    text = _training_text(options, source, dense, chosen_device, data_dir)
+    text = draw_training_text(options, source, dense, chosen_device, data_dir)
     inputs = RecoveryInputs(
         checkpoint=source.fingerprint,
         teacher=dense.fingerprint if dense is not None else None,
@@ -246,7 +249,7 @@ def _check_trainable_form(folder: Path, mode: Mode) -> None:
         )
 
 
-def _check_teacher(folder: Path) -> None:
+def check_teacher(folder: Path) -> None:
     """Check that a folder holds a model that can teach.
 
     Raises:
@@ -268,7 +271,12 @@ def _check_no_adapter(folder: Path) -> None:
         )
 
 
-def _open(folder: Path) -> tuple[CheckpointSource, Skeleton]:
+def open_checkpoint(folder: Path) -> tuple[CheckpointSource, Skeleton]:
+    """Open a checkpoint, bound to the skeleton of its model.
+
+    Raises:
+        FileNotFoundError, ValueError, NotImplementedError: it is damaged, or no causal LM.
+    """
     source = CheckpointSource(folder)
     require_causal(source.config, "prunus recover")
     skeleton = Skeleton(source.config, source.stored_dtype)
@@ -276,14 +284,25 @@ def _open(folder: Path) -> tuple[CheckpointSource, Skeleton]:
     return source, skeleton
 
 
-def _training_text(
+def draw_training_text(
     options: RecoveryOptions,
     source: CheckpointSource,
     dense: CheckpointSource | None,
     device: torch.device,
     data_dir: Path | None,
 ) -> TrainingText:
-    """The windows of the text; they are checked to fit the model."""
+    """Draw the windows of the text, and check that they fit the model.
+
+    Args:
+        options: source, windows and budget.
+        source: the model in training, whose tokenizer cuts the text.
+        dense: the teacher, or None.
+        device: where a model runs that writes the text itself.
+        data_dir: folder with local copies of the datasets.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, ValueError, OSError: see `training_text`.
+    """
     config = source.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and options.seqlen > positions:

@@ -1,0 +1,165 @@
+"""Preset max: best, then a training of all kept weights, as one run that resumes in both phases."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+import prunus
+from command_line import call
+from prunus.model.checkpoint.reader import INDEX_NAME
+from prunus.model.loading import load_model
+from prunus.pruning.manifest import MANIFEST_NAME
+from prunus.recovery.max_preset import pruned_folder, training_options
+from prunus.recovery.record import RECORD_NAME
+from recovery_cases import dense_checkpoint, shards, training_text
+from scripts import run_script
+from tiny import tiny_checkpoint
+from tiny_tokenizer import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return dense_checkpoint(tmp_path_factory.mktemp("max") / "dense")
+
+
+@pytest.fixture(scope="module")
+def text(dense):
+    return training_text(dense.parent)
+
+
+def options(text, **changes):
+    return {
+        "calibration": str(text),
+        "samples": 6,
+        "seqlen": 16,
+        "dtype": "float32",
+        "tokens": 320,
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def finished(dense, text):
+    out = dense.parent / "finished"
+    return out, *prunus.prune_and_recover(dense, out, **options(text, pattern="2:4"))
+
+
+def test_the_result_is_pruned_checkpoint_with_its_zeros_and_both_records(finished, dense):
+    out, manifest, record = finished
+    assert manifest.recipe.preset == "best" and manifest.recipe.permute
+    assert json.loads((out / MANIFEST_NAME).read_text()) == manifest.model_dump(mode="json")
+    assert json.loads((out / RECORD_NAME).read_text()) == record.model_dump(mode="json")
+    assert not pruned_folder(out).exists()
+    state = load_model(out, torch.float32).state_dict()
+    kept = {name: state[f"{name}.weight"].view(-1, 4) != 0 for name in record.linears}
+    assert kept and all(int(groups.sum(1).max()) <= 2 for groups in kept.values())
+    assert record.totals["sparsity"] >= 0.5
+
+
+def test_norms_and_embeddings_are_trained_too_and_the_dense_model_teaches(finished, dense):
+    out, _, record = finished
+    before, after = (load_model(path, torch.float32).state_dict() for path in (dense, out))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("norm" in name for name in moved) and any("embed" in name for name in moved)
+    assert record.teacher == str(dense)
+    assert record.options.distill_weight == 1
+    assert record.best and record.evaluations[record.best].held_out_loss < (
+        record.evaluations[0].held_out_loss
+    )
+
+
+def test_the_same_call_again_does_nothing_and_another_one_is_refused(finished, dense, text):
+    out, manifest, record = finished
+    before = shards(out)
+    again = prunus.prune_and_recover(dense, out, **options(text, pattern="2:4"))
+    assert again == (manifest, record)
+    for change, word in (
+        ({"tokens": 640}, "tokens"),
+        ({"pattern": "4:8"}, "pattern"),
+        ({"seed": 3}, "seed"),
+    ):
+        with pytest.raises(FileExistsError, match=word):
+            prunus.prune_and_recover(dense, out, **(options(text, pattern="2:4") | change))
+    assert shards(out) == before
+    assert not pruned_folder(out).exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_a_run_killed_in_either_phase_resumes_to_the_same_bytes(dense, text, tmp_path):
+    results = run_script("recovery_kill_points.py", dense, text, tmp_path, "max:7")["max"]
+    found = {name for result in results for name in result["found"]}
+    assert "training.safetensors" in found, "some runs were killed in the training"
+    assert any(result["found"] == [] for result in results), "and some in the pruning"
+    for result in results:
+        assert result["status"] == 0, result
+        assert result["equal"], result
+        assert not result["left_behind"], result
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"minutes": 5}, ValueError, "in tokens or in minutes, not in both"),
+        ({"tokens": 0}, ValueError, "tokens: input should be greater"),
+        ({"calibration": "self", "tokens": None}, ValueError, "give the budget in --tokens"),
+        ({"samples": 2, "seqlen": 512}, ValueError, "windows of 512 tokens do not fit"),
+        ({"resume": True}, FileNotFoundError, "no unfinished run of preset max"),
+        ({"preset": "max"}, ValueError, "more than a recipe"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_pruned(
+    changes, error, message, dense, text, tmp_path
+):
+    with pytest.raises(error, match=message):
+        prunus.prune_and_recover(dense, tmp_path / "out", **options(text, **changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_cannot_be_trained_are_refused_before_anything_is_pruned(text, tmp_path):
+    tiny_checkpoint(tmp_path / "moe", "mixtral", torch.float32)
+    byte_tokenizer().save_pretrained(tmp_path / "moe")
+    with pytest.raises(NotImplementedError, match="mixture of experts"):
+        prunus.prune_and_recover(tmp_path / "moe", tmp_path / "out", **options(text))
+    assert not (tmp_path / "out").exists() and not pruned_folder(tmp_path / "out").exists()
+
+
+def test_a_folder_of_somebody_else_stays_untouched(dense, text, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds no result of prunus recover"):
+        prunus.prune_and_recover(dense, tmp_path / "out", **options(text))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_training_follows_the_recipe():
+    recipe = prunus.Recipe(calibration="ptb", seqlen=2048, seed=4, bos="no", dtype="float16")
+    chosen = training_options(recipe, tokens=4096)
+    assert (chosen.text, chosen.seqlen, chosen.seed, chosen.bos) == ("ptb", 512, 4, "no")
+    assert (chosen.dtype, chosen.tokens, chosen.minutes) == ("auto", 4096, None)
+
+
+def test_the_command_line_shows_both_phases(dense, text, tmp_path):
+    out, figures = tmp_path / "out", tmp_path / "figures.json"
+    arguments = (
+        "prune", dense, out, "--preset", "max", "--tokens", 320, "--calibration", text,
+        "--samples", 6, "--seqlen", 16, "--dtype", "float32",
+    )  # fmt: skip
+    result = call(*arguments, "--json", figures)
+    shown = " ".join(result.stdout.split())
+    assert "the result" in shown and "compared weight by weight" in shown and "alps" in shown
+    assert "held-out perplexity" in result.stderr and "pruned in" in result.stderr
+    written = json.loads(figures.read_text())
+    assert written["pruning"] == json.loads((out / MANIFEST_NAME).read_text())
+    assert written["recovery"] == json.loads((out / RECORD_NAME).read_text())
+    assert (out / INDEX_NAME).exists()
+    assert "nothing was done now" in call(*arguments).stderr
+
+
+def test_a_budget_without_the_preset_is_refused(dense, tmp_path):
+    result = call("prune", dense, tmp_path / "out", "--minutes", 3, status=2)
+    assert "--preset max" in result.stderr
+    result = call("plan", dense, "--preset", "max", status=2)
+    assert "more than a recipe" in result.stderr
