@@ -245,6 +245,7 @@ def test_models_of_the_command_line_replace_those_of_the_file(tmp_path):
         ("comparison-group", 8),
         ("weight-update", 6),
         ("lora", 6),
+        ("llama-2-7b", 9),
     ],
 )
 def test_the_examples_are_sweeps_that_pass_all_checks(name, cells, dense, tmp_path):
@@ -257,6 +258,23 @@ def test_the_examples_are_sweeps_that_pass_all_checks(name, cells, dense, tmp_pa
     results = check_sweep(sweep.model_copy(update=small), tmp_path / "out", RunOptions(), name)
     assert [cell.state for cell in results.cells] == ["waiting"] * cells
     assert not (tmp_path / "out").exists()
+
+
+def test_the_page_of_llama_2_7b_has_a_row_for_every_cell_of_its_sweep():
+    """The page promises a measured column: its circumstances and rows are those of the file."""
+    sweep = load_sweep(EXAMPLES / "llama-2-7b.toml")
+    page = (REPOSITORY / "docs" / "results" / "llama-2-7b.md").read_text(encoding="utf-8")
+    rows = {tuple(line.strip("| ").split(" | ")[:2]) for line in page.splitlines() if "|" in line}
+    names = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
+    for cell in sweep.cells():
+        recipe = cell.recipe
+        pattern = "50 %" if recipe.pattern == "unstructured" else recipe.pattern
+        assert (names[recipe.method], pattern) in rows
+        assert (recipe.calibration, recipe.samples, recipe.seqlen) == ("c4", 128, 2048)
+        assert (recipe.bos, recipe.dtype, recipe.propagate) == ("no", "float16", "block")
+    assert (sweep.scoring.texts, sweep.scoring.seqlen) == (("wikitext2",), 2048)
+    assert sweep.scoring.bos == "no" and sweep.scoring.limit is None
+    assert len(sweep.cells()) == 9 and str(sweep.cells()[0].model) in page
 
 
 # --- running ---
