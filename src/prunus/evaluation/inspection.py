@@ -20,6 +20,7 @@ from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.packed.source import PackedSource, is_packed
+from prunus.pruning.html_table import html_table
 from prunus.pruning.records import mean_bits
 
 __all__ = ["Inspection", "LinearInfo", "inspect"]
@@ -103,6 +104,20 @@ class Inspection:
             "verified": self.verified,
             "left_dense": {name: list(shape) for name, shape in self.left_dense.items()},
         }
+
+    def _repr_html_(self) -> str:
+        """The linears as a table in a notebook."""
+        rows = [
+            (
+                linear.name,
+                " × ".join(map(str, linear.shape)),
+                linear.dtype,
+                f"{linear.sparsity:.2%}",
+            )
+            for linear in self.linears
+        ]
+        note = f"{self.weights:,} weights, {self.sparsity:.2%} of them zero"
+        return html_table(self.model, ("linear", "out × in", "dtype", "zeros"), rows, note)
 
 
 def inspect(

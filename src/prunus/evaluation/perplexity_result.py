@@ -9,6 +9,7 @@ from typing import Any
 
 from prunus.calibration.bos import UsedBos
 from prunus.evaluation.divergence import Divergence
+from prunus.pruning.html_table import html_table
 
 __all__ = ["PerplexityResult"]
 
@@ -53,6 +54,22 @@ class PerplexityResult:
         divergence = fields.pop("divergence")
         compared = {} if divergence is None else {"divergence": _without_infinity(divergence)}
         return _without_infinity(fields) | compared
+
+    def _repr_html_(self) -> str:
+        """The result as a table in a notebook."""
+        rows: list[tuple[str, object]] = [
+            ("perplexity", f"{self.perplexity:.3f}"),
+            ("loss, nats per token", f"{self.loss:.4f}"),
+            ("windows", f"{self.windows:,} of {self.seqlen:,} tokens"),
+            ("seconds", f"{self.seconds:.1f}"),
+        ]
+        if (found := self.divergence) is not None:
+            rows += [
+                (f"KL divergence from {found.reference}", f"{found.kl:.4f}"),
+                ("same most likely token", f"{found.same_top:.2%}"),
+                ("ratio of the perplexities", f"{found.perplexity_ratio:.4f}"),
+            ]
+        return html_table(self.source, ("measure", "value"), rows, self.protocol)
 
 
 def _without_infinity(fields: dict[str, Any]) -> dict[str, Any]:

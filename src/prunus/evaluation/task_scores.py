@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prunus.pruning.html_table import html_table
+
 __all__ = [
     "MEAN",
     "PAPER7",
@@ -112,6 +114,21 @@ class TaskResults:
             "paper7_mean_acc": None if mean is None else mean.as_dict(),
             "protocol": self.protocol,
         }
+
+    def _repr_html_(self) -> str:
+        """The scores as a table in a notebook."""
+        rows = [
+            (
+                task,
+                name,
+                f"{metric.value:.4f}",
+                None if metric.stderr is None else f"{metric.stderr:.4f}",
+            )
+            for (task, name), metric in self.metrics().items()
+        ]
+        note = ", ".join(f"{key} {value}" for key, value in self.protocol.items())
+        columns = ("task", "metric", "value", "standard error")
+        return html_table(self.model, columns, rows, note)
 
 
 def paper_mean(scores: Sequence[TaskScore]) -> Metric | None:

@@ -6,6 +6,7 @@ name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from prunus.model.checkpoint.atomic_files import write_json
 from prunus.model.checkpoint.records import check_same_work, read_record
+from prunus.pruning.html_table import html_table
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.records import BlockRecord, LinearRecord, UsedBos, before_bos, mean_bits
 
@@ -27,6 +29,8 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "prunus.json"
+#: The number of an expert in a linear's name. All experts count as one kind of linear.
+_EXPERT_NUMBER = re.compile(r"\.\d+\.")
 
 
 class RunInputs(BaseModel):
@@ -116,6 +120,45 @@ class Manifest(BaseModel):
             **_experts(linears),
             "block_seconds": sum(block.seconds for block in self.blocks),
         }
+
+    def linears_by_kind(self) -> dict[str, list[LinearRecord]]:
+        """Name of a linear inside its block -> the records of all blocks; the head comes last."""
+        kinds: dict[str, list[LinearRecord]] = {}
+        for block in self.blocks:
+            for name, record in block.linears.items():
+                kinds.setdefault(_EXPERT_NUMBER.sub(".*.", name), []).append(record)
+        return kinds | ({} if self.head is None else {"output head": [self.head]})
+
+    def _repr_html_(self) -> str:
+        """The run as a table in a notebook."""
+        compressed, totals = self.recipe.bits is not None, self.all_totals()
+
+        def row(name: str, records: Sequence[LinearRecord], seconds: float) -> list[object]:
+            weights = sum(x.shape[0] * x.shape[1] for x in records)
+            share = sum(x.zeros for x in records) / weights if weights else 0.0
+            errors = [e for x in records if (e := x.relative_output_error) is not None]
+            bits = mean_bits(records) if compressed else None
+            return [
+                name,
+                len(records),
+                f"{weights:,}",
+                f"{share:.2%}",
+                *([None if bits is None else f"{bits:.3f}"] if compressed else []),
+                f"{sum(errors) / len(errors):.3%}" if errors else None,
+                f"{seconds:.1f}",
+            ]
+
+        kinds = self.linears_by_kind()
+        rows = [row(name, each, sum(x.seconds for x in each)) for name, each in kinds.items()]
+        every = [record for each in kinds.values() for record in each]
+        work = f"{self.recipe.bits:g} bits" if compressed else self.recipe.method
+        columns = ["linear", "count", "weights", "zeros", *(["bits"] if compressed else [])]
+        return html_table(
+            f"{work}, {self.source}",
+            [*columns, "relative output error", "seconds"],
+            [*rows, row("all", every, totals["seconds"])],
+            "" if self.state == "finished" else "The run is not finished.",
+        )
 
     def all_totals(self) -> dict[str, Any]:
         """The recorded totals, and those that follow from the linears where one is missing.

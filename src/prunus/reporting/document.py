@@ -213,6 +213,12 @@ class Document:
     title: str
     sections: tuple[Section, ...] = field(default=())
 
+    def _repr_html_(self) -> str:
+        """The report in a notebook: facts and tables; charts stand in the written page alone."""
+        from prunus.reporting.page import sections_html
+
+        return sections_html(self)
+
 
 def text_of(value: Any, form: str | None) -> str:
     """Format a value for people.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from dataclasses import replace
 from html import escape
 from importlib.metadata import version
 from importlib.resources import files
@@ -19,7 +20,7 @@ from typing import Any
 from prunus.reporting.document import Chart, Document, Facts, Measured, Section, Table, text_of
 from prunus.reporting.figures import figure_json, plotly_script
 
-__all__ = ["document_json", "to_html"]
+__all__ = ["document_json", "sections_html", "to_html"]
 
 #: Values of at most this many characters stand several in a row.
 _SHORT = 28
@@ -59,6 +60,18 @@ def to_html(document: Document) -> str:
         version=escape(version("prunus")),
         scripts="".join(f"<script>{script}</script>\n" for script in scripts),
     )
+
+
+def sections_html(document: Document) -> str:
+    """Write facts and tables of a document as HTML without style, scripts and charts."""
+    shown = (
+        replace(
+            section, parts=tuple(part for part in section.parts if isinstance(part, Facts | Table))
+        )
+        for section in document.sections
+    )
+    body = "".join(_section(section, number, False) for number, section in enumerate(shown))
+    return f"<h1>{escape(document.title)}</h1>\n{body}"
 
 
 def _asset(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +28,6 @@ __all__ = [
     "speed_table",
 ]
 
-#: The number of an expert in a linear's name. All experts count as one kind of linear.
-_EXPERT_NUMBER = re.compile(r"\.\d+\.")
-
 
 def run_table(manifest: Manifest) -> Table:
     """A finished run: one row per kind of linear, and the totals."""
@@ -42,13 +38,7 @@ def run_table(manifest: Manifest) -> Table:
     sizes = ("zeros", "bits") if compressed else ("sparsity",)
     for column in ("linear", "count", "weights", *sizes, error_name, "seconds"):
         table.add_column(column, justify="left" if column == "linear" else "right")
-    kinds: dict[str, list[Any]] = {}
-    for block in manifest.blocks:
-        for name, record in block.linears.items():
-            kinds.setdefault(_EXPERT_NUMBER.sub(".*.", name), []).append(record)
-    if manifest.head is not None:
-        kinds["output head"] = [manifest.head]
-    for name, records in kinds.items():
+    for name, records in manifest.linears_by_kind().items():
         weights = sum(r.shape[0] * r.shape[1] for r in records)
         zeros = sum(r.zeros for r in records)
         errors = [e for r in records if (e := error_of(r)) is not None]

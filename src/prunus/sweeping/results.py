@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from prunus.model.checkpoint.atomic_files import write_json, write_text
 from prunus.model.checkpoint.records import read_record
+from prunus.pruning.html_table import html_table
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.records import before_bos
 
@@ -230,6 +231,36 @@ class SweepResults(_Record):
                 f"{folder} has no {RESULTS_NAME}: it is not the output of prunus sweep"
             )
         return read_record(path, cls)
+
+    def _repr_html_(self) -> str:
+        """The dense models and the cells as a table in a notebook."""
+        texts = self.scoring.get("texts", ())
+        every: list[CellResult | ModelResult] = [*self.models.values(), *self.cells]
+        metrics = {
+            (task, metric): None
+            for found in every
+            for task, values in found.tasks.items()
+            for metric in values
+        }
+
+        def row(name: str, zeros: float, found: CellResult | ModelResult, state: str) -> list[Any]:
+            scores: list[float | None] = []
+            for text in texts:
+                score = found.scores.get(text)
+                scores.append(getattr(score, "perplexity", None))
+                scores.append(getattr(getattr(score, "divergence", None), "kl", None))
+            for task, metric in metrics:
+                scores.append(getattr(found.tasks.get(task, {}).get(metric), "value", None))
+            shown = [None if value is None else f"{value:.4g}" for value in scores]
+            return [name, f"{zeros:.2%}", *shown, found.error or state]
+
+        rows = [row(f"{label}, dense", 0.0, each, "") for label, each in self.models.items()]
+        for cell in self.cells:
+            zeros = cell.pruning.sparsity if cell.pruning else cell.recipe.sparsity
+            rows.append(row(cell.name, zeros, cell, cell.state))
+        scored = [f"{what} {text}" for text in texts for what in ("perplexity", "KL")]
+        columns = ["cell", "zeros", *scored, *(" ".join(pair) for pair in metrics), "state"]
+        return html_table(self.title, columns, rows, self.description)
 
     def to_csv(self) -> str:
         """One row per dense model and per cell. A missing value is an empty field."""
