@@ -215,7 +215,7 @@ def test_encoder_decoders_are_refused_before_any_work(family, options, verb, tmp
         f"a model of type '{family}' ({type(model).__name__}) has an encoder and a decoder" in text
     )
     assert (
-        "prunus prunes causal language models, encoders with a masked-language-model head, and"
+        "prunus prunes causal language models, also those inside image-text models, encoders"
         in text
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]

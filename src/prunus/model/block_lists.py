@@ -7,6 +7,8 @@ is not enough.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 __all__ = ["BLOCK_LISTS", "find_block_list"]
@@ -49,6 +51,9 @@ def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
         for path, module in stacks.items()
         if not any(path.startswith(f"{other}.") for other in stacks)
     }
+    if len(stacks) > 1 and (decoder := _decoder_path(model)):
+        # An image-text model: its language model is one of several towers.
+        stacks = {path: x for path, x in stacks.items() if path.startswith(f"{decoder}.")} or stacks
     if not stacks:
         raise NotImplementedError(
             f"no transformer blocks found in {type(model).__name__} (model type {model_type!r}): "
@@ -62,3 +67,9 @@ def find_block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
             "prunes models with one. docs/how-to/add-a-family.md says how to name the one to prune"
         )
     return next(iter(stacks.items()))
+
+
+def _decoder_path(model: Any) -> str | None:
+    """Path of the module that transformers calls the decoder of a model, if it is a part of it."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return next((path for path, x in model.named_modules() if path and x is decoder), None)

@@ -1,8 +1,8 @@
 """The kinds of models that prunus can prune: which transformers class loads one, and its inputs.
 
 A causal language model and an encoder with a masked-language-model head take windows of token ids.
-So does a classifier of sequences or tokens. An image classifier takes pixel values. Any other model
-is refused here, before any work.
+So do the language model inside an image-text model and a classifier of sequences or tokens. An
+image classifier takes pixel values. Any other model is refused here, before any work.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "CAUSAL",
     "IMAGES",
+    "IMAGE_TEXT",
     "MASKED",
     "SEQUENCES",
     "TOKENS",
@@ -40,6 +41,7 @@ class Kind:
     name: str
     loader: Literal[
         "AutoModelForCausalLM",
+        "AutoModelForImageTextToText",
         "AutoModelForMaskedLM",
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
@@ -53,7 +55,12 @@ class Kind:
         >>> MASKED.arguments(torch.tensor([[1, 2]]))
         {'input_ids': tensor([[1, 2]])}
         """
-        return {self.input_name: batch} | ({"use_cache": False} if self is CAUSAL else {})
+        return {self.input_name: batch} | ({"use_cache": False} if self.is_causal else {})
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the model predicts the next token."""
+        return self in (CAUSAL, IMAGE_TEXT)
 
     def smallest_batch(self, config: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A batch that costs next to nothing to run: two tokens, or one black image."""
@@ -81,13 +88,16 @@ class Kind:
 
 
 CAUSAL = Kind("causal language model", "AutoModelForCausalLM", "input_ids")
+#: Its language model is pruned, on text; what reads images stays as it is.
+IMAGE_TEXT = Kind("image-text model", "AutoModelForImageTextToText", "input_ids")
 MASKED = Kind("encoder with a masked-language-model head", "AutoModelForMaskedLM", "input_ids")
 SEQUENCES = Kind("sequence classifier", "AutoModelForSequenceClassification", "input_ids")
 TOKENS = Kind("token classifier", "AutoModelForTokenClassification", "input_ids")
 IMAGES = Kind("image classifier", "AutoModelForImageClassification", "pixel_values")
 
 _WHAT = (
-    "prunus prunes causal language models, encoders with a masked-language-model head, and "
+    "prunus prunes causal language models, also those inside image-text models, encoders with a "
+    "masked-language-model head, and "
     "classifiers of sequences, tokens and images that are stacks of blocks. "
     "docs/reference/models.md lists them"
 )
@@ -137,6 +147,10 @@ def kind_of(config: Any) -> Kind:
     for part, kind in _KINDS_BY_NAME.items():
         if part in named:
             return kind
+    if model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and (
+        not listed or "ForConditionalGeneration" in named
+    ):
+        return IMAGE_TEXT
     if any(name.endswith(_OTHER_HEADS) for name in listed):
         raise NotImplementedError(
             f"a model of type {model_type!r} ({named}) cannot be pruned with this head; {_WHAT}"
@@ -156,7 +170,7 @@ def kind_of(config: Any) -> Kind:
 
 
 def require_causal(config: Any, what: str) -> None:
-    """Check that a configuration is of a causal language model.
+    """Check that a configuration is of a causal language model, alone or inside another model.
 
     Args:
         config: a transformers configuration.
@@ -165,7 +179,7 @@ def require_causal(config: Any, what: str) -> None:
     Raises:
         NotImplementedError: it is of another kind.
     """
-    if (kind := kind_of(config)) is not CAUSAL:
+    if not (kind := kind_of(config)).is_causal:
         raise NotImplementedError(
             f"{what} is for causal language models; this is an {kind.name} of type "
             f"{config.model_type!r}"

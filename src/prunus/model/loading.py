@@ -9,7 +9,7 @@ import torch
 
 from prunus.model.adapter import attach, base_folder, check_adapter, is_adapter
 from prunus.model.config import load_config
-from prunus.model.kinds import CAUSAL, Kind
+from prunus.model.kinds import Kind, kind_of
 from prunus.model.meta_model import build_on_meta
 
 __all__ = ["import_architecture", "load_adapted", "load_model"]
@@ -20,7 +20,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
     attention: str | None = None,
-    kind: Kind = CAUSAL,
+    kind: Kind | None = None,
 ) -> Any:
     """The model of a folder (dense, packed, or an adapter), in evaluation mode; safetensors only.
 
@@ -30,18 +30,20 @@ def load_model(
         trust_remote_code: let transformers run code that comes with the checkpoint.
         attention: one of transformers' implementations, which agree up to rounding; None for the
             default of transformers, which an adapter always gets.
-        kind: which class of transformers loads it; an adapter is always a causal LM.
+        kind: which class of transformers loads it; None for what its configuration says. An
+            adapter is always a causal LM.
 
     Raises:
         ValueError: it cannot be loaded, or its configuration describes a model far larger than its
             weights; quotes the reason in one line.
+        NotImplementedError: it is of a kind that prunus does not know.
         ModuleNotFoundError, FileNotFoundError: see `load_adapted`.
     """
     import transformers
 
     if is_adapter(folder):
         return load_adapted(folder, dtype, trust_remote_code)
-    _check_architecture(folder, trust_remote_code, kind)
+    kind = _check_architecture(folder, trust_remote_code, kind)
     try:
         model, loaded = getattr(transformers, kind.loader).from_pretrained(
             folder,
@@ -76,10 +78,18 @@ def import_architecture(folder: Path) -> None:
     _check_architecture(folder)
 
 
-def _check_architecture(folder: Path, trust_remote_code: bool = False, kind: Kind = CAUSAL) -> None:
-    """Build the model of a folder without weights, within the limits of `build_on_meta`."""
+def _check_architecture(
+    folder: Path, trust_remote_code: bool = False, kind: Kind | None = None
+) -> Kind:
+    """Build the model of a folder without weights, within the limits of `build_on_meta`.
+
+    Returns:
+        `kind`, or what the configuration says.
+    """
     config = load_config(folder, trust_remote_code, quantized=True)
+    kind = kind or kind_of(config)
     build_on_meta(kind, config, torch.float32, trust_remote_code)
+    return kind
 
 
 def load_adapted(

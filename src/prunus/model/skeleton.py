@@ -23,7 +23,7 @@ from prunus.model import placement
 from prunus.model.block_lists import find_block_list
 from prunus.model.calls import BlockCall, replaced_forward
 from prunus.model.experts import Fused, find_fused_experts, fusing_rules, unfuse_experts
-from prunus.model.kinds import CAUSAL, IMAGES, image_tokens, kind_of
+from prunus.model.kinds import IMAGE_TEXT, IMAGES, image_tokens, kind_of
 from prunus.model.linears import Linear, find_linears, left_dense
 from prunus.model.meta_model import build_on_meta, limited_modules
 from prunus.model.stubs import BlockStubs
@@ -62,6 +62,8 @@ class Skeleton:
         self.dtype = dtype
         self.model: Any = build_on_meta(self.kind, config, dtype, trust_remote_code)
         self.model.eval().requires_grad_(False)
+        if self.kind is IMAGE_TEXT:
+            _check_reads_text_alone(self.model)
         self.path, self.blocks = find_block_list(self.model)
         # Per block: tensors of the checkpoint or the loaded model that are several linears here.
         rules = fusing_rules(self.model) if find_fused_experts(self.blocks) else []
@@ -294,7 +296,7 @@ class Skeleton:
 
     def _output_head(self) -> nn.Module | None:
         """The module that makes logits over the vocabulary; None for models without one."""
-        head: nn.Module | None = self.model.get_output_embeddings() if self.kind is CAUSAL else None
+        head: nn.Module | None = self.model.get_output_embeddings() if self.kind.is_causal else None
         return head
 
     # --- inputs ---
@@ -317,6 +319,20 @@ class Skeleton:
         rows = 0 if self.kind is IMAGES else self.model.get_input_embeddings().weight.shape[0]
         return self.kind.trial_batch(
             self.model.config, rows, min(tokens, rows, self.max_positions or tokens)
+        )
+
+
+def _check_reads_text_alone(model: nn.Module) -> None:
+    """Check that the forward of an image-text model needs no image.
+
+    Raises:
+        NotImplementedError: it does.
+    """
+    asked = inspect.signature(model.forward).parameters.get("pixel_values")
+    if asked is not None and asked.default is inspect.Parameter.empty:
+        raise NotImplementedError(
+            f"{type(model).__name__} reads no text without an image, so its language model cannot "
+            "be calibrated on text. docs/reference/models.md lists what can be pruned"
         )
 
 

@@ -6,6 +6,7 @@ read.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,22 +38,23 @@ prunus, then:
 
 ```python
 import prunus
-from transformers import AutoModelForCausalLM
+from transformers import LOADER
 
-model = AutoModelForCausalLM.from_pretrained("this folder")
+model = LOADER.from_pretrained("this folder")
 ```
 
 `prunus unpack` turns it into an ordinary checkpoint again.
 """
 
 
-def add_packed_card(readme: str | None) -> str:
+def add_packed_card(readme: str | None, loader: str = "AutoModelForCausalLM") -> str:
     """Return a model card that ends with how to load a packed checkpoint.
 
     Args:
         readme: the card of the source, or None.
+        loader: the class of transformers that loads it.
     """
-    return (readme or "# A packed model\n") + _CARD
+    return (readme or "# A packed model\n") + _CARD.replace("LOADER", loader)
 
 
 def pack(
@@ -133,7 +135,7 @@ def _pack_all(
         conversion.commit("outer.safetensors", *_pack_outside(source, skeleton, outer, stored))
     if progress is not None:
         progress(shards, shards, "outside the blocks")
-    _finish_packed(conversion, stored)
+    _finish_packed(conversion, stored, skeleton.kind.loader)
 
 
 def _pack_block(
@@ -217,7 +219,7 @@ def _pack_linear(
     )
 
 
-def _finish_packed(conversion: Conversion, stored: Stored) -> None:
+def _finish_packed(conversion: Conversion, stored: Stored, loader: str) -> None:
     packed = {name: record for name, record in conversion.record.linears.items() if record.packed}
     if not packed:
         raise ValueError(
@@ -227,7 +229,7 @@ def _finish_packed(conversion: Conversion, stored: Stored) -> None:
     shapes = {name: PackedShape(*r.shape, r.stored, r.rare) for name, r in packed.items()}
     config = read_json(conversion.source.folder / "config.json")
     config = Description(stored, shapes).add_to(config)
-    conversion.finish(config, add_packed_card)
+    conversion.finish(config, functools.partial(add_packed_card, loader=loader))
 
 
 def unpack(

@@ -17,6 +17,7 @@ from torch import nn
 from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.checkpoint.writer import save_safetensors
+from prunus.model.kinds import kind_of
 from prunus.model.linears import tied_embedding
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.packed.description import Description
@@ -119,7 +120,7 @@ class CompressedOutput(CheckpointOutput):
         return tensors
 
     def _card(self, card: str) -> str:
-        return add_packed_card(card)
+        return add_packed_card(card, kind_of(self._source.config).loader)
 
     def _write_config(self) -> None:
         path = self.folder / "config.json"

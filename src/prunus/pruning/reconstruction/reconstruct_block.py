@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.model.kinds import CAUSAL
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
 from prunus.pruning.reconstruction.batches import ReconstructionBatches
@@ -218,7 +217,7 @@ class BlockReconstruction:
 
 def in_front_of_head(skeleton: Skeleton, index: int) -> bool:
     """Whether only the final norm and the head follow block `index`, so it can compare logits."""
-    return index == len(skeleton) - 1 and skeleton.kind is CAUSAL
+    return index == len(skeleton) - 1 and skeleton.kind.is_causal
 
 
 def _default_schedule(

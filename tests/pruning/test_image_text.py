@@ -1,0 +1,113 @@
+"""The language model inside an image-text model: pruned like any other, the rest left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import prunus
+from image_text import IMAGE_TEXT_MODELS, image_text_checkpoint, loaded
+from prunus.packed import pack, unpack
+from recovery_cases import SHORT, shards, training_text
+from reference import prune_as_called
+from tiny import token_ids
+
+
+@pytest.mark.parametrize("family", IMAGE_TEXT_MODELS)
+def test_the_language_model_is_pruned_and_nothing_else(family, tmp_path):
+    dense = image_text_checkpoint(tmp_path / "dense", family)
+    prunus.prune(dense, tmp_path / "out", calibration=token_ids(), dtype="float32", batch=2)
+    expected = loaded(dense)
+    decoder = expected.get_decoder()
+    todo = [x for x in decoder.layers.modules() if isinstance(x, nn.Linear)]
+    assert len(todo) == 14
+
+    def prune(weight_OI: torch.Tensor, X_TI: torch.Tensor) -> None:
+        score_OI = weight_OI.abs() * X_TI.double().square().sum(0).sqrt().float()
+        order_OI = score_OI.sort(stable=True).indices
+        weight_OI.scatter_(1, order_OI[:, : order_OI.shape[1] // 2], 0.0)
+
+    with torch.no_grad():
+        prune_as_called(todo, token_ids().split(2), lambda ids: expected(input_ids=ids), prune)
+    found = loaded(tmp_path / "out").state_dict()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl"])
+def test_what_follows_pruning(family, tmp_path):
+    """Packing, scoring in parts and as a whole, recovery and loading in one line."""
+    dense = image_text_checkpoint(tmp_path / "dense", family)
+    prunus.prune(dense, tmp_path / "out", calibration=token_ids(), dtype="float32")
+    pack(tmp_path / "out", tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "unpacked")
+    pruned, packed, unpacked = (
+        loaded(tmp_path / name).eval() for name in ("out", "packed", "unpacked")
+    )
+    for name in ("out", "packed"):
+        card = (tmp_path / name / "README.md").read_text()
+        assert "AutoModelForImageTextToText.from_pretrained" in card
+    assert "CausalLM" not in (tmp_path / "packed" / "README.md").read_text()
+    for name, tensor in pruned.state_dict().items():
+        assert torch.equal(unpacked.state_dict()[name], tensor), name
+    ids = token_ids()
+    assert torch.allclose(packed(input_ids=ids).logits, pruned(input_ids=ids).logits, atol=1e-5)
+
+    text = training_text(tmp_path)
+    options = {"text": str(text), "seqlen": 16, "limit": 4, "dtype": "float32"}
+    whole, streamed = (
+        prunus.perplexity(tmp_path / "out", stream=stream, **options) for stream in (False, True)
+    )
+    assert whole.perplexity == pytest.approx(streamed.perplexity, rel=1e-6)
+    record = prunus.recover(tmp_path / "out", tmp_path / "new", "masked", text=str(text), **SHORT)
+    assert record.state == "finished"
+    trained = loaded(tmp_path / "new").state_dict()
+    changed = {name for name, x in pruned.state_dict().items() if not torch.equal(trained[name], x)}
+    assert changed and not any("vis" in name for name in changed)
+    assert all(((x == 0) | (x != 0)).all() for name, x in trained.items())
+    assert prunus.load(tmp_path / "out").tokenizer is not None
+
+
+def test_compression(tmp_path):
+    dense = image_text_checkpoint(tmp_path / "dense", "llava")
+    prunus.compress(dense, tmp_path / "out", bits=3.0, calibration=token_ids(8, 64))
+    ids, model = token_ids(), loaded(tmp_path / "out")
+    assert model(input_ids=ids).logits.isfinite().all()
+    assert sum(map(len, shards(tmp_path / "out").values())) < sum(map(len, shards(dense).values()))
+
+
+def test_a_model_that_reads_no_text_without_an_image_is_refused(tmp_path):
+    config = transformers.Blip2Config(
+        text_config={
+            "model_type": "opt",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "ffn_dim": 64,
+            "vocab_size": 128,
+            "word_embed_proj_dim": 32,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+        qformer_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "encoder_hidden_size": 32,
+        },
+        num_query_tokens=2,
+    )
+    dense = tmp_path / "dense"
+    transformers.Blip2ForConditionalGeneration(config).save_pretrained(dense)
+    with pytest.raises(NotImplementedError, match="reads no text without an image"):
+        prunus.prune(dense, tmp_path / "out", calibration=token_ids())
+    assert not (tmp_path / "out").exists()
