@@ -12,21 +12,32 @@ import prunus
 import reference
 from prunus.methods.patterns import Pattern
 from prunus.model.stream import Stream
-from prunus.pruning.allocate import planned_allocation
+from prunus.pruning.allocate import allocate, planned_allocation
 from prunus.pruning.job import RunOptions
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.plan import plan_run
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.sensitivity import Layer, layer_scores, sensitivity_curves
+from prunus.pruning.sensitivity import (
+    Layer,
+    layer_scores,
+    output_errors,
+    pruned_models,
+    sensitivity_curves,
+)
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, tiny_model, token_ids
 
+EMBED = Stream.embed
 RULES = ["owl", "dlp", "arithmetic", "search"]
 
 
 @pytest.mark.parametrize("by", ["block", "linear"])
 @pytest.mark.parametrize("rule", RULES)
-def test_the_budget_is_exact_and_every_linear_gets_what_the_manifest_says(rule, by, tmp_path):
+def test_the_budget_is_exact_and_every_linear_gets_what_the_manifest_says(
+    rule, by, tmp_path, monkeypatch
+):
+    # The search may decide for a uniform sparsity; here it takes what it found.
+    monkeypatch.setattr("prunus.pruning.allocate.output_errors", lambda *a: [5, 4, 3, 2, 1])
     dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=3)
     report = prunus.prune(
         dense,
@@ -121,6 +132,60 @@ def test_probes_do_what_pruning_one_block_of_the_whole_model_does(family, tmp_pa
                 share = (pruned - dense).square().sum(-1) / dense.square().sum(-1)
                 assert error == pytest.approx(float(share.mean()), rel=1e-3)
     hook.remove()
+
+
+def test_whole_models_are_pruned_in_all_blocks_and_compared_by_their_logits(tmp_path):
+    ids = token_ids(3, 16)
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "dense")
+    stream = embedded(tmp_path / "dense", ids, batch=len(ids))
+    names = tuple(linear.name for linear in stream.skeleton.linears(0))
+    candidates = [[0.25, 0.5], [0.5, 0.25]]
+    with torch.no_grad():
+        layers = [Layer(0, names), Layer(1, names)]
+        found = output_errors(stream, pruned_models(stream, layers, candidates))
+        dense = model(ids).logits.log_softmax(-1)
+        inputs = [inputs_of(model, block, ids) for block in model.model.layers]
+        trained = {name: weight.clone() for name, weight in model.state_dict().items()}
+        for sparsities, error in zip(candidates, found, strict=True):
+            for block, of_block, sparsity in zip(
+                model.model.layers, inputs, sparsities, strict=True
+            ):
+                for name, linear in reference.linears(block, "block").items():
+                    score = reference.wanda_score(linear.weight, of_block[name])
+                    linear.weight.mul_(reference.keep_mask(score, Pattern(), sparsity))
+            pruned = model(ids).logits.log_softmax(-1)
+            model.load_state_dict(trained)
+            divergence = (dense.exp() * (dense - pruned)).sum(-1).mean()
+            assert error == pytest.approx(float(divergence), rel=1e-3)
+    assert found[0] != pytest.approx(found[1], rel=1e-2)
+
+
+def test_a_search_takes_the_part_that_harms_whole_models_least(tmp_path, monkeypatch):
+    dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=3)
+    ids, seen = token_ids(8, 16), []
+
+    def sparsities(errors):
+        def embed(self, batches, *arguments, **options):
+            seen.append(torch.cat(list(batches)))
+            return EMBED(self, batches, *arguments, **options)
+
+        monkeypatch.setattr("prunus.model.stream.Stream.embed", embed)
+        monkeypatch.setattr("prunus.pruning.allocate.output_errors", lambda *a: errors)
+        recipe = Recipe(
+            calibration="token ids", samples=8, seqlen=16, dtype="float32", allocation="search"
+        )
+        found = allocate(plan_run(dense, recipe, RunOptions(input_ids=ids)), ids)
+        return torch.tensor(list(found.values()))
+
+    uniform, quarter, whole = (
+        sparsities(errors) for errors in ([1, 2, 3, 4, 5], [2, 1, 3, 4, 5], [5, 4, 3, 2, 1])
+    )
+    assert uniform.unique().tolist() == [0.5]
+    assert len(whole.unique()) > 1
+    # Every row removes whole weights: the tiny model has rows of 32.
+    torch.testing.assert_close(quarter - 0.5, (whole - 0.5) / 4, atol=1 / 16, rtol=0)
+    assert torch.equal(seen[0], ids[:4]) and torch.equal(seen[1], ids[4:]), "on unseen windows"
 
 
 def test_scores_are_those_of_wanda_on_the_dense_model(tmp_path):

@@ -26,6 +26,7 @@ from prunus.model.stream import Stream
 from prunus.pruning.job import PruningJob
 from prunus.pruning.recipe import MEASURED_ALLOCATIONS
 from prunus.pruning.sensitivity import (
+    PROBE_PARTS,
     PROBE_STEPS,
     PROBE_TOKENS,
     PROBE_WINDOWS,
@@ -33,6 +34,8 @@ from prunus.pruning.sensitivity import (
     Layer,
     layer_scores,
     layers_of,
+    output_errors,
+    pruned_models,
     sensitivity_curves,
 )
 
@@ -128,11 +131,44 @@ def _measured(
             steps = [round(sparsity + step, 6) for step in PROBE_STEPS]
             points = [point for point in steps if 0 < point < _MAX_PROBE]
             curves = sensitivity_curves(stream, layers, points)
-            return allocate_by_error([_interpolated(c) for c in curves], weights, sparsity)
+            found = allocate_by_error([_interpolated(c) for c in curves], weights, sparsity)
+            return _best_part(job, ids, layers, found)
         stream.embed(ids[:_SCORE_WINDOWS].split(1), None)
         if job.recipe.allocation == "owl":
             return owl(layer_scores(stream, layers, outlier_share), weights, sparsity, spread)
         return dlp(layer_scores(stream, layers, median_score), weights, sparsity, spread)
+
+
+def _best_part(
+    job: PruningJob, ids: torch.Tensor, layers: list[Layer], found: list[float]
+) -> list[float]:
+    """The part of the way from a uniform sparsity to the search's that harms the model least.
+
+    The search prunes one layer at a time and adds up the errors of the hidden states. In some
+    models that sum says little about the outputs of a model in which all layers are pruned. So
+    whole models are pruned here, on windows that the search has not seen, and compared with the
+    dense one.
+
+    Args:
+        job: The checked run.
+        ids: Calibration windows (windows, tokens).
+        layers: The layers, in the order of their blocks.
+        found: The sparsity of each layer by the search.
+    """
+    sparsity = job.recipe.sparsity
+    candidates = [[(1 - part) * sparsity + part * x for x in found] for part in PROBE_PARTS]
+    unseen = ids[PROBE_WINDOWS : 2 * PROBE_WINDOWS, :PROBE_TOKENS]
+    windows = unseen if len(unseen) else ids[:PROBE_WINDOWS, :PROBE_TOKENS]
+    stream = Stream(job.skeleton, job.source, job.device)
+    with contextlib.closing(stream):
+        stream.embed([windows], None)
+        errors = output_errors(stream, pruned_models(stream, layers, candidates))
+    best = min(range(len(PROBE_PARTS)), key=errors.__getitem__)
+    job.options.tell(
+        f"allocation: {PROBE_PARTS[best]:.0%} of the search's differences, by whole models on "
+        f"{len(windows)} windows"
+    )
+    return candidates[best]
 
 
 def _interpolated(curve: Sequence[CurvePoint]) -> list[CurvePoint]:

@@ -31,7 +31,13 @@ from prunus.pruning.reconstruction.schedule import (
     linears_to_train,
     validation_count,
 )
-from prunus.pruning.sensitivity import PROBE_STEPS, PROBE_TOKENS, PROBE_WINDOWS, layers_of
+from prunus.pruning.sensitivity import (
+    PROBE_PARTS,
+    PROBE_STEPS,
+    PROBE_TOKENS,
+    PROBE_WINDOWS,
+    layers_of,
+)
 
 __all__ = ["block_memory", "disk_bytes", "estimate_seconds", "file_bytes"]
 
@@ -218,12 +224,13 @@ def _search_flops(job: PruningJob) -> float:
     """Operations of a search for the allocation.
 
     The trials of a layer run through all blocks from its own to the last, half of them on average.
+    Then whole models are pruned by parts of what was found, and compared with a second dense pass.
     """
     blocks = range(len(job.skeleton))
     weights = sum(x.shape[0] * x.shape[1] for index in blocks for x in job.skeleton.linears(index))
     layers = len(layers_of(job.selected, job.recipe.allocation_by))
     tokens = PROBE_WINDOWS * min(PROBE_TOKENS, job.recipe.seqlen)
-    return 2.0 * weights * tokens * (1 + 0.5 * layers * len(PROBE_STEPS))
+    return 2.0 * weights * tokens * (2 + len(PROBE_PARTS) + 0.5 * layers * len(PROBE_STEPS))
 
 
 def _measurement_flops(job: PruningJob) -> float:

@@ -17,11 +17,14 @@ from torch import Tensor
 from prunus.methods.patterns import Pattern, keep_mask
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import wanda_score
+from prunus.model.kinds import CAUSAL
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
 from prunus.pruning.block.hooks import input_hooks
+from prunus.pruning.reconstruction.kl_loss import kl_divergence
 
 __all__ = [
+    "PROBE_PARTS",
     "PROBE_STEPS",
     "PROBE_TOKENS",
     "PROBE_WINDOWS",
@@ -29,6 +32,8 @@ __all__ = [
     "Layer",
     "layer_scores",
     "layers_of",
+    "output_errors",
+    "pruned_models",
     "sensitivity_curves",
 ]
 
@@ -38,6 +43,8 @@ PROBE_WINDOWS, PROBE_TOKENS = 4, 128
 #: A search measures errors at these distances from the recipe's sparsity. Between two such points
 #: errors grow exponentially, so few points are enough.
 PROBE_STEPS = (-0.15, 0.0, 0.15)
+#: Parts of the way from a uniform allocation to the search's. Whole models decide which is taken.
+PROBE_PARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class CurvePoint(NamedTuple):
@@ -140,6 +147,72 @@ def sensitivity_curves(
         error = _relative_change(probe.states, dense_outputs)
         curves[probe.layer].append(CurvePoint(probe.sparsity, error))
     return curves
+
+
+def pruned_models(
+    stream: Stream, layers: Sequence[Layer], candidates: Sequence[Sequence[float]]
+) -> list[Tensor]:
+    """The last block's outputs when all layers are pruned at once, for some allocations.
+
+    Wanda prunes, with the norms of the dense model's inputs, as in `sensitivity_curves`.
+
+    Args:
+        stream: One batch of the dense model's windows, before the first block. It ends behind the
+            last one.
+        layers: The layers, in the order of their blocks.
+        candidates: Allocations; each has a sparsity per layer.
+
+    Returns:
+        Per candidate the outputs (windows, tokens, hidden).
+    """
+    outputs = [stream.states.get(0) for _ in candidates]
+    for index in range(len(stream.skeleton)):
+        with _dense_pass(stream, index) as dense:
+            run = stream.call(index)
+            trained = {name: linear.weight_OI.clone() for name, linear in dense.linears.items()}
+            for number, sparsities in enumerate(candidates):
+                for layer, sparsity in zip(layers, sparsities, strict=True):
+                    for name in layer.linears if layer.block == index else ():
+                        score = dense.score(name, trained[name])
+                        keep_OI = keep_mask(score, Pattern(), sparsity)
+                        dense.linears[name].assign(trained[name] * keep_OI)
+                outputs[number] = run(outputs[number])
+            for name, weight_OI in trained.items():
+                dense.linears[name].assign(weight_OI)
+    return outputs
+
+
+def output_errors(stream: Stream, outputs: Sequence[Tensor]) -> list[float]:
+    """How far a model's outputs move when its last block returns other hidden states.
+
+    Args:
+        stream: One batch of the dense model's windows, behind the last block.
+        outputs: Hidden states (windows, tokens, hidden) in their place.
+
+    Returns:
+        Per entry of `outputs` the mean KL divergence of the next token's distribution from the
+        dense model's, in nats; for models without logits per token, the relative change of the
+        hidden states.
+    """
+    skeleton, dense = stream.skeleton, stream.states.get(0)
+    if skeleton.kind is not CAUSAL:
+        return [_relative_change([output], [dense]) for output in outputs]
+
+    def logits(hidden: Tensor) -> Tensor:
+        # The head needs no token ids, only their shape.
+        ids = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+        return skeleton.logits(ids, hidden.to(skeleton.dtype))
+
+    loss = kl_divergence(logits)
+    with skeleton.outside_blocks(
+        stream.source.read_outside, stream.device, with_head=True, with_embedding=False
+    ):
+        # One window at a time: the logits of a large vocabulary take much memory.
+        pairs = [
+            [loss(x, y) for x, y in zip(output.split(1), dense.split(1), strict=True)]
+            for output in outputs
+        ]
+    return [float(sum(a for a, _ in sums) / sum(n for _, n in sums)) for sums in pairs]
 
 
 @dataclass
