@@ -38,6 +38,22 @@ def shrink(
             "smallest weights. Default: reap.",
         ),
     ] = None,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AMOUNT",
+            help="The share of the blocks to remove, such as 0.1, or the number to keep.",
+        ),
+    ] = None,
+    block_rule: Annotated[
+        Literal["kl", "cosine"] | None,
+        typer.Option(
+            metavar="RULE",
+            help="Which blocks go. kl: those without which the next tokens change least, measured "
+            "again after each one. cosine: those that turn the hidden states least (ShortGPT). "
+            "Default: kl.",
+        ),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(

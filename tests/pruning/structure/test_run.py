@@ -13,13 +13,8 @@ from command_line import call
 from prunus.model.checkpoint.digests import verify_shards
 from prunus.pruning.structure.record import RECORD_NAME, StructureRecord
 from prunus.pruning.structure.run import shrink
+from structure_cases import bytes_of
 from tiny import tiny_checkpoint, token_ids
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    """The files of a result that must not depend on how often the run was stopped."""
-    names = [*folder.glob("*.safetensors"), folder / "config.json"]
-    return {path.name: path.read_bytes() for path in names}
 
 
 class Killed(BaseException):

@@ -6,6 +6,7 @@ config.py     the configuration of the smaller model
 layout.py     which tensors of a block become smaller, and along which axis
 plan.py       all checks before any work
 experts.py    which experts go
+blocks.py     which blocks go
 output.py     the folder of the smaller checkpoint
 run.py        the story of one run
 """

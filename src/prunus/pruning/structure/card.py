@@ -13,6 +13,10 @@ __all__ = ["structure_card", "what_went"]
 def what_went(record: StructureRecord) -> list[str]:
     """One line per kind of part that went."""
     lines = []
+    if record.search:
+        gone = ", ".join(str(step.block) for step in sorted(record.search, key=lambda x: x.block))
+        last = record.search[-1]
+        lines.append(f"blocks {gone} went; {last.measure} at the last step {last.value:.4f}")
     change = next((block.experts for block in record.blocks if block.experts is not None), None)
     if change is not None:
         count = sum(block.experts is not None for block in record.blocks)

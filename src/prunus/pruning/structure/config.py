@@ -15,7 +15,14 @@ from typing import Any
 
 from prunus.model.checkpoint.atomic_files import write_json
 
-__all__ = ["expert_count", "expert_groups", "experts_per_token", "parsed", "rewritten"]
+__all__ = [
+    "expert_count",
+    "expert_groups",
+    "experts_per_token",
+    "parsed",
+    "rewritten",
+    "without_blocks",
+]
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_PER_TOKEN = (
@@ -26,6 +33,19 @@ _EXPERTS_PER_TOKEN = (
     "moe_top_k",
     "top_k_experts",
 )
+#: Lists of positions of blocks.
+_BLOCK_POSITIONS = {"mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "global_attn_layers"}
+#: How many blocks at the beginning are of another kind than the rest.
+_FIRST_BLOCKS = {
+    "first_k_dense_replace",
+    "num_dense_layers",
+    "moe_layer_start_index",
+    "max_window_layers",
+}
+#: The position of the last block of a kind.
+_LAST_BLOCKS = {"moe_layer_end_index"}
+#: Blocks behind the last one, which predict further tokens and do not belong to the model.
+_EXTRA_BLOCKS = {"num_nextn_predict_layers"}
 
 
 def _canonical(config: Any, name: str) -> str:
@@ -63,6 +83,40 @@ def expert_groups(config: Any) -> tuple[int, int]:
     """(groups of experts, groups that a token may use); (1, 1) where experts form no groups."""
     groups = getattr(config, "n_group", None) or 1
     return (groups, getattr(config, "topk_group", None) or groups) if groups > 1 else (1, 1)
+
+
+def without_blocks(config: Any, kept: Sequence[int], count: int) -> dict[str, Any]:
+    """The fields of a configuration that change when only some blocks stay.
+
+    These are the number of blocks, lists with one entry per block, lists of positions of blocks,
+    and numbers that say how many blocks at the beginning are of another kind.
+
+    Args:
+        config: of the model.
+        kept: positions of the blocks that stay.
+        count: blocks of the model.
+
+    >>> from transformers import Qwen2Config
+    >>> config = Qwen2Config(num_hidden_layers=3, layer_types=["full_attention"] * 3)
+    >>> sorted(without_blocks(config, [0, 2], 3))
+    ['layer_types', 'max_window_layers', 'num_hidden_layers']
+    """
+    if len(kept) == count:
+        return {}
+    changes: dict[str, Any] = {_canonical(config, "num_hidden_layers"): len(kept)}
+    for name, value in config.to_dict().items():
+        if isinstance(value, list | tuple) and name in _BLOCK_POSITIONS:
+            changes[name] = [place for place, index in enumerate(kept) if index in value]
+        elif isinstance(value, list | tuple) and len(value) == count and "layer" in name:
+            if not name.startswith("mtp"):
+                changes[name] = [value[index] for index in kept]
+        elif isinstance(value, int) and name in _FIRST_BLOCKS:
+            changes[name] = sum(index < value for index in kept)
+        elif isinstance(value, int) and name in _LAST_BLOCKS:
+            changes[name] = sum(index <= value for index in kept) - 1
+        elif isinstance(value, int) and name in _EXTRA_BLOCKS:
+            changes[name] = 0
+    return changes
 
 
 def rewritten(raw: Mapping[str, Any], config: Any, changes: Mapping[str, Any]) -> dict[str, Any]:

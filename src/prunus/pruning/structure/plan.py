@@ -26,6 +26,7 @@ from prunus.pruning.structure.config import (
     experts_per_token,
     parsed,
     rewritten,
+    without_blocks,
 )
 from prunus.pruning.structure.layout import check_same_blocks
 from prunus.pruning.structure.recipe import StructureRecipe, kept_count
@@ -74,18 +75,25 @@ class StructureJob:
         measuring: the source, its skeleton, the windows and the device.
         raw: the content of the source's config.json.
         experts: None if no expert goes.
+        blocks_that_go: how many blocks go.
     """
 
     recipe: StructureRecipe
     measuring: PruningJob
     raw: dict[str, Any]
     experts: ExpertPlan | None
+    blocks_that_go: int
 
     @property
     def source(self) -> CheckpointSource:
         """The checkpoint that is made smaller."""
         assert isinstance(self.measuring.source, CheckpointSource)
         return self.measuring.source
+
+    @property
+    def measures_blocks(self) -> bool:
+        """Whether windows go through the blocks that stay, to choose what goes inside them."""
+        return self.experts is not None and self.recipe.saliency != "magnitude"
 
     @property
     def skeleton(self) -> Skeleton:
@@ -102,7 +110,7 @@ class StructureJob:
             NotImplementedError: the family has no such model.
         """
         config = self.source.config
-        changes: dict[str, Any] = {}
+        changes: dict[str, Any] = without_blocks(config, made_from, len(self.skeleton))
         sizes: dict[int, int] = {}
         if self.experts is not None:
             plan = self.experts
@@ -173,9 +181,49 @@ def plan_structure(
     require_causal(measuring.source.config, "prunus shrink")
     raw = read_json(folder / "config.json")
     experts = _plan_experts(recipe, measuring) if recipe.experts is not None else None
-    job = StructureJob(recipe, measuring, raw, experts)
+    job = StructureJob(recipe, measuring, raw, experts, _blocks_that_go(recipe, measuring))
     job.smaller(range(len(measuring.skeleton)))
+    if job.blocks_that_go:
+        _check_a_block_can_go(job)
     return job
+
+
+def _blocks_that_go(recipe: StructureRecipe, job: PruningJob) -> int:
+    """How many blocks go.
+
+    Raises:
+        ValueError: none or all would.
+    """
+    if recipe.blocks is None:
+        return 0
+    count = len(job.skeleton)
+    keep = kept_count(recipe.blocks, count)
+    if not 1 <= keep < count:
+        said = (
+            f"{recipe.blocks} would keep {keep}" if isinstance(recipe.blocks, float) else f"{keep}"
+        )
+        raise ValueError(
+            f"--blocks {said} of the {count} blocks of {job.model_name}: possible numbers to keep "
+            f"are {_ranges(range(1, count))}"
+        )
+    return count - keep
+
+
+def _check_a_block_can_go(job: StructureJob) -> None:
+    """Check that the configuration can describe the model without some block.
+
+    Raises:
+        NotImplementedError: it cannot.
+    """
+    every, fault = range(len(job.skeleton)), None
+    for gone in every:
+        try:
+            job.smaller([index for index in every if index != gone])
+            return
+        except NotImplementedError as error:
+            fault = error
+    assert fault is not None
+    raise fault
 
 
 def _plan_experts(recipe: StructureRecipe, job: PruningJob) -> ExpertPlan:

@@ -44,6 +44,12 @@ class StructureRecipe(BaseModel):
     saliency: Literal["reap", "frequency", "magnitude"] = Field(
         "reap", description="By which number experts are chosen."
     )
+    blocks: Amount | None = Field(
+        None, description="The share of the blocks to remove, or a number to keep."
+    )
+    block_rule: Literal["kl", "cosine"] = Field(
+        "kl", description="By which measurement blocks are chosen."
+    )
     calibration: str = Field(
         "c4", description="The source of the calibration windows: a name, a file or a folder."
     )
@@ -60,7 +66,7 @@ class StructureRecipe(BaseModel):
         "auto", description="The dtype of the computation. The checkpoint keeps its own dtype."
     )
 
-    @field_validator("experts", mode="before")
+    @field_validator("experts", "blocks", mode="before")
     @classmethod
     def _is_amount(cls, value: Any, info: Any) -> Any:
         if value is None:
@@ -83,8 +89,10 @@ class StructureRecipe(BaseModel):
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> StructureRecipe:
-        if self.experts is None:
-            raise ValueError("nothing is to be removed: give --experts 0.25, for example")
+        if self.experts is None and self.blocks is None:
+            raise ValueError(
+                "nothing is to be removed: give --experts 0.25 or --blocks 0.1, for example"
+            )
         self.measuring()  # its rules hold for the options that both recipes have
         return self
 

@@ -15,7 +15,7 @@ from prunus.model.checkpoint.records import check_same_work, read_record
 from prunus.pruning.manifest import RunInputs
 from prunus.pruning.structure.recipe import StructureRecipe
 
-__all__ = ["RECORD_NAME", "BlockChange", "ExpertChange", "StructureRecord"]
+__all__ = ["RECORD_NAME", "BlockChange", "BlockStep", "ExpertChange", "StructureRecord"]
 
 RECORD_NAME = "prunus-structure.json"
 
@@ -34,6 +34,25 @@ class ExpertChange(BaseModel):
     kept: list[int]
     saliency: list[float]
     tokens: list[int]
+
+
+class BlockStep(BaseModel):
+    """One step of the search for blocks, which removes one.
+
+    Attributes:
+        block: position in the source of the block that goes.
+        value: what was measured without it, and without those that went before.
+        measure: "divergence" (KL from the dense model, nats per token) or "influence" (1 − the mean
+            cosine between hidden states before and behind the block).
+        candidates: the same for every block of the source; None for those that were not measured.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    block: int
+    value: float
+    measure: Literal["divergence", "influence"]
+    candidates: list[float | None]
 
 
 class BlockChange(BaseModel):
@@ -60,6 +79,7 @@ class StructureRecord(BaseModel):
     """The state of a run: "running" until every shard and the index exist, then "finished".
 
     Attributes:
+        search: the blocks that go, in the order in which they were found.
         config: field of config.json that changed -> its values before and after.
         left_out: stored tensors that the model has no place for; the result does not have them.
         sha256: file name of a finished shard -> SHA-256 of its bytes.
@@ -75,6 +95,7 @@ class StructureRecord(BaseModel):
     inputs: RunInputs
     versions: dict[str, str]
     hardware: dict[str, Any]
+    search: list[BlockStep] = Field(default_factory=list)
     config: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
     left_out: list[str] = Field(default_factory=list)
     blocks: list[BlockChange] = Field(default_factory=list)

@@ -36,6 +36,7 @@ from prunus.pruning.job import RunOptions
 from prunus.pruning.manifest import RunInputs
 from prunus.pruning.output import bytes_in
 from prunus.pruning.progress import Progress
+from prunus.pruning.structure.blocks import choose_blocks
 from prunus.pruning.structure.experts import choose_experts
 from prunus.pruning.structure.layout import axis_that_changes, cut, old_names, shapes_of
 from prunus.pruning.structure.output import StructureOutput
@@ -46,7 +47,7 @@ from prunus.pruning.structure.plan import (
     plan_structure,
 )
 from prunus.pruning.structure.recipe import StructureRecipe, load_structure_recipe
-from prunus.pruning.structure.record import BlockChange, StructureRecord
+from prunus.pruning.structure.record import BlockChange, BlockStep, StructureRecord
 
 __all__ = ["shrink", "shrink_by_recipe"]
 
@@ -150,7 +151,11 @@ def _shrink(
         output.check_finished()
         return record
     taken = output.begin(record, overwrite)
-    smaller = job.smaller(range(len(job.skeleton)))
+
+    def save(_step: BlockStep) -> None:
+        record.save(output.folder)
+
+    smaller = job.smaller(choose_blocks(job, windows.ids, record.search, save))
     record.config = _changes(job.raw, smaller.config)
 
     def report(place: int, message: str) -> None:
@@ -162,7 +167,8 @@ def _shrink(
 
     stream, heap = Stream(smaller.skeleton, job.source, measuring.device), HeapTrimmer()
     with torch.no_grad(), contextlib.closing(stream):
-        batches = windows.ids.split(measuring.batch) if len(windows.ids) else ()
+        # Blocks that go change no other block, so only experts need windows in the pass below.
+        batches = windows.ids.split(measuring.batch) if job.measures_blocks else ()
         stream.embed(
             batches,
             spill_to=output.folder if measuring.spills else None,

@@ -1,0 +1,221 @@
+"""Which blocks go: found by measuring what the model says without them.
+
+One step of the search removes one block. Every block that is left is a candidate: the model without
+it, and without the blocks that are gone, reads a few windows, and the KL divergence of its next
+tokens from those of the dense model is measured. The candidate with the smallest one goes. Then all
+are measured again, because a block may be worth more when its neighbour is gone. The worse half of
+the candidates sits out the steps in between: who was far behind is not the best one step later.
+
+All candidates travel through the model together, so a step reads each block once. A candidate's
+windows are those of the base model up to its block, jump over it, and then run on their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prunus.methods.structured.blocks import cosine_sum, divergence_sum
+from prunus.model.stream import Stream
+from prunus.pruning.structure.plan import StructureJob
+from prunus.pruning.structure.record import BlockStep
+
+__all__ = ["PROBE_TOKENS", "PROBE_WINDOWS", "choose_blocks"]
+
+#: A search reads this many windows, cut to this many tokens, as one batch.
+PROBE_WINDOWS, PROBE_TOKENS = 8, 128
+# Every so many steps all candidates are measured; in between only the better half of those that
+# were measured last.
+_FULL_STEPS = 4
+
+
+def choose_blocks(
+    job: StructureJob,
+    ids: Tensor,
+    steps: list[BlockStep],
+    save: Callable[[BlockStep], object],
+) -> list[int]:
+    """Choose the blocks that stay.
+
+    Args:
+        job: the checked run.
+        ids: calibration windows (windows, tokens).
+        steps: what an earlier run has found; new steps are added.
+        save: called after every step, which has just been added.
+
+    Returns:
+        Positions of the blocks that stay, rising.
+
+    Raises:
+        NotImplementedError: no more blocks can go in this family.
+        ValueError: the candidates do not fit in memory.
+    """
+    count, go = len(job.skeleton), job.blocks_that_go
+    if len(steps) < go:
+        with torch.no_grad():
+            if job.recipe.block_rule == "cosine":
+                _by_cosine(job, ids, steps, save)
+            else:
+                _by_divergence(job, ids, steps, save)
+    gone = {step.block for step in steps}
+    return [index for index in range(count) if index not in gone]
+
+
+def _by_divergence(
+    job: StructureJob,
+    ids: Tensor,
+    steps: list[BlockStep],
+    save: Callable[[BlockStep], object],
+) -> None:
+    """The greedy search by KL divergence."""
+    probes = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
+    _check_room(job, probes)
+    stream = Stream(job.skeleton, job.source, job.measuring.device)
+    with contextlib.closing(stream):
+        stream.embed([probes], None)
+        first = stream.states.get(0)
+        every = range(len(job.skeleton))
+        dense, _ = _candidates(stream, first, every, ())
+        while len(steps) < job.blocks_that_go:
+            gone = {step.block for step in steps}
+            left = [index for index in every if index not in gone]
+            measured = _promising(steps, left)
+            job.measuring.options.tell(
+                f"searching for block {len(steps) + 1} of {job.blocks_that_go} to remove: "
+                f"{len(measured)} candidates"
+            )
+            _, candidates = _candidates(stream, first, left, measured)
+            found = _divergences(stream, probes, dense, candidates)
+            step = _best(job, left, found, "divergence")
+            steps.append(step)
+            save(step)
+
+
+def _promising(steps: Sequence[BlockStep], left: Sequence[int]) -> list[int]:
+    """The candidates of the next step among the blocks that are left."""
+    if len(steps) % _FULL_STEPS == 0:
+        return list(left)
+    last = steps[-1].candidates
+    values = {index: value for index in left if (value := last[index]) is not None}
+    return sorted(sorted(values, key=lambda index: values[index])[: max(4, len(left) // 2)])
+
+
+def _candidates(
+    stream: Stream, first: Tensor, left: Sequence[int], measured: Collection[int]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The hidden states behind the last block: of the base model, and without each block.
+
+    Args:
+        stream: the windows of the dense model.
+        first: the hidden states before its first block.
+        left: the blocks of the base model.
+        measured: the candidates.
+    """
+    base, candidates = first, dict[int, Tensor]()
+    for index in left:
+        block = stream.skeleton.fill(index, stream.source.block(index), stream.device)
+        run = stream.call(index, block)
+        candidates = {other: run(hidden) for other, hidden in candidates.items()}
+        if index in measured:
+            candidates[index] = base
+        base = run(base)
+        stream.skeleton.release(index)
+    return base, candidates
+
+
+def _divergences(
+    stream: Stream, ids: Tensor, dense: Tensor, candidates: dict[int, Tensor]
+) -> dict[int, float]:
+    """The KL divergence of every candidate, in nats per token.
+
+    Windows come one after the other, because logits are large.
+    """
+    skeleton, device = stream.skeleton, stream.device
+    sums, tokens = dict.fromkeys(candidates, 0.0), 0
+    with skeleton.outside_blocks(
+        stream.source.read_outside, device, with_head=True, with_embedding=False
+    ):
+        for window in range(len(ids)):
+            part = slice(window, window + 1)
+            shape = ids[part].to(device)
+
+            logp = skeleton.logits(shape, dense[part]).flatten(0, 1).float().log_softmax(dim=-1)
+            for block, hidden in candidates.items():
+                sums[block] += divergence_sum(
+                    logp, skeleton.logits(shape, hidden[part]).flatten(0, 1)
+                )
+            tokens += len(logp)
+    return {block: total / tokens for block, total in sums.items()}
+
+
+def _by_cosine(
+    job: StructureJob,
+    ids: Tensor,
+    steps: list[BlockStep],
+    save: Callable[[BlockStep], object],
+) -> None:
+    """ShortGPT's rule: one pass over all windows, and the blocks of the lowest influence go."""
+    measuring = job.measuring
+    stream, influence = Stream(job.skeleton, job.source, measuring.device), dict[int, float]()
+    with contextlib.closing(stream):
+        stream.embed(ids.split(measuring.batch), None, on_device=measuring.hidden_states_stay)
+        for index in range(len(job.skeleton)):
+            block = job.skeleton.fill(index, job.source.block(index), measuring.device)
+            forward, total = stream.forward(index, block), 0.0
+            for batch in range(len(stream)):
+                output = forward(batch)
+                total += cosine_sum(stream.states.get(batch), output)
+                stream.states.put(batch, output)
+            influence[index] = 1 - total / ids.numel()
+            job.skeleton.release(index)
+    while len(steps) < job.blocks_that_go:
+        gone = {step.block for step in steps}
+        left = [index for index in influence if index not in gone]
+        step = _best(job, left, influence, "influence")
+        steps.append(step)
+        save(step)
+
+
+def _best(
+    job: StructureJob,
+    left: Sequence[int],
+    values: dict[int, float],
+    measure: Literal["divergence", "influence"],
+) -> BlockStep:
+    """The candidate of the lowest value whose model the configuration can describe.
+
+    Raises:
+        NotImplementedError: there is none.
+    """
+    fault: NotImplementedError | None = None
+    for block in sorted(values.keys() & set(left), key=lambda index: (values[index], index)):
+        try:
+            job.smaller([index for index in left if index != block])
+        except NotImplementedError as error:
+            fault = error
+            continue
+        every = [values.get(index) if index in left else None for index in range(len(job.skeleton))]
+        return BlockStep(block=block, value=values[block], measure=measure, candidates=every)
+    assert fault is not None
+    raise fault
+
+
+def _check_room(job: StructureJob, probes: Tensor) -> None:
+    """Check that the hidden states of all candidates fit in memory.
+
+    Raises:
+        ValueError: they do not.
+    """
+    measuring = job.measuring
+    width = job.skeleton.window_shape(0, probes.shape[1])[1]
+    needed = (len(job.skeleton) + 3) * probes.numel() * width * measuring.dtype.itemsize
+    if needed > measuring.budget:
+        raise ValueError(
+            f"the candidates of the search for blocks hold {needed / 1e9:.1f} GB of hidden states, "
+            f"the memory budget is {measuring.budget / 1e9:.1f} GB: raise --memory, or give "
+            "--block-rule cosine"
+        )
