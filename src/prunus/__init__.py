@@ -2,7 +2,7 @@
 
 prune        prune a checkpoint or a loaded model
 compress     compress a checkpoint to a number of bits per weight
-shrink       make a model smaller: whole blocks or experts go
+shrink       make a model smaller: blocks, experts, channels or heads go
 recover      train a pruned checkpoint, with its zeros kept
 prune_and_recover
              both, one after the other: preset max

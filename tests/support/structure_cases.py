@@ -3,9 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunus.pruning.structure.record import StructureRecord
+from prunus.pruning.structure.run import shrink
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     """The files of a result that must not depend on how often the run was stopped."""
     names = [*folder.glob("*.safetensors"), folder / "config.json"]
     return {path.name: path.read_bytes() for path in names}
+
+
+class Killed(BaseException):
+    pass
+
+
+def shrunk_with_a_kill(dense: Path, output: Path, after: int, **options: Any) -> None:
+    """Stop a run after some steps, then give the same command again."""
+    seen: list[Any] = []
+
+    def kill(step: Any) -> None:
+        seen.append(step)
+        if len(seen) == after:
+            raise Killed
+
+    with pytest.raises(Killed):
+        shrink(dense, output, progress=kill, **options)
+    assert StructureRecord.load(output).state == "running"
+    assert not (output / "model.safetensors.index.json").exists()
+    shrink(dense, output, resume=True, **options)

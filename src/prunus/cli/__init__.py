@@ -74,7 +74,7 @@ _VERBS = (
         "Prune",
         (
             "prunus shrink allenai/OLMoE-1B-7B-0924 smaller --experts 0.25",
-            "prunus shrink dense smaller --blocks 0.1 --samples 16 --seqlen 512",
+            "prunus shrink dense smaller --blocks 0.1 --width 0.25 --samples 32",
         ),
     ),
     _Verb(

@@ -13,6 +13,7 @@ from prunus.cli.terminal import Counted, print_result, progress_console, user_er
 __all__ = ["shrink"]
 
 _CALIBRATION = "Calibration"
+_WIDTH = "Width"
 
 
 def shrink(
@@ -52,6 +53,50 @@ def shrink(
             help="Which blocks go. kl: those without which the next tokens change least, measured "
             "again after each one. cosine: those that turn the hidden states least (ShortGPT). "
             "Default: kl.",
+        ),
+    ] = None,
+    width: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="The share of the channels of each MLP and of the attention heads to remove, such "
+            "as 0.25.",
+        ),
+    ] = None,
+    heads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            rich_help_panel=_WIDTH,
+            help="Query heads to keep. Default: as --width says, as nearly as key-value groups "
+            "allow.",
+        ),
+    ] = None,
+    kv_heads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            rich_help_panel=_WIDTH,
+            help="Key-value heads to keep. Default: as --width.",
+        ),
+    ] = None,
+    width_rule: Annotated[
+        Literal["obs", "wanda", "magnitude"] | None,
+        typer.Option(
+            metavar="RULE",
+            rich_help_panel=_WIDTH,
+            help="Which channels and heads go. obs: those whose loss the others can make up for. "
+            "wanda: those of the smallest weights times inputs. magnitude: those of the smallest "
+            "weights. Default: obs.",
+        ),
+    ] = None,
+    width_update: Annotated[
+        Literal["least-squares", "none"] | None,
+        typer.Option(
+            metavar="UPDATE",
+            rich_help_panel=_WIDTH,
+            help="least-squares: the columns that stay make up for those that go. none: they keep "
+            "their weights. Default: least-squares.",
         ),
     ] = None,
     calibration: Annotated[

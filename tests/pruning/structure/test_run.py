@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,30 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from command_line import call
 from prunus.model.checkpoint.digests import verify_shards
-from prunus.pruning.structure.record import RECORD_NAME, StructureRecord
+from prunus.pruning.structure.record import RECORD_NAME
 from prunus.pruning.structure.run import shrink
-from structure_cases import bytes_of
+from structure_cases import bytes_of, shrunk_with_a_kill
 from tiny import tiny_checkpoint, token_ids
-
-
-class Killed(BaseException):
-    pass
-
-
-def shrunk_with_a_kill(dense: Path, output: Path, after: int, **options: Any) -> None:
-    """Stop a run after some steps, then give the same command again."""
-    seen: list[Any] = []
-
-    def kill(step: Any) -> None:
-        seen.append(step)
-        if len(seen) == after:
-            raise Killed
-
-    with pytest.raises(Killed):
-        shrink(dense, output, progress=kill, **options)
-    assert StructureRecord.load(output).state == "running"
-    assert not (output / "model.safetensors.index.json").exists()
-    shrink(dense, output, resume=True, **options)
 
 
 def test_reap_is_the_mean_of_weight_times_norm_of_the_output(tmp_path):

@@ -7,6 +7,8 @@ layout.py     which tensors of a block become smaller, and along which axis
 plan.py       all checks before any work
 experts.py    which experts go
 blocks.py     which blocks go
+width_plan.py how many channels and heads stay, and where they lie
+width.py      which of them go, and what makes up for them
 output.py     the folder of the smaller checkpoint
 run.py        the story of one run
 """

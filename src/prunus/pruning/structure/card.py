@@ -17,6 +17,15 @@ def what_went(record: StructureRecord) -> list[str]:
         gone = ", ".join(str(step.block) for step in sorted(record.search, key=lambda x: x.block))
         last = record.search[-1]
         lines.append(f"blocks {gone} went; {last.measure} at the last step {last.value:.4f}")
+    widths = [block.width for block in record.blocks if block.width is not None]
+    for name in ("channels", "heads"):
+        parts = [part for width in widths if (part := getattr(width, name)) is not None]
+        if parts:
+            mean = sum(part.error for part in parts) / len(parts)
+            lines.append(
+                f"{len(parts[0].kept)} {name} stay in each of {len(parts)} blocks; mean relative "
+                f"error where they are read {mean:.3%}"
+            )
     change = next((block.experts for block in record.blocks if block.experts is not None), None)
     if change is not None:
         count = sum(block.experts is not None for block in record.blocks)

@@ -6,7 +6,7 @@ of the smaller model, which is built without weights and compared with the old o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from prunus.pruning.structure.config import (
 from prunus.pruning.structure.layout import check_same_blocks
 from prunus.pruning.structure.recipe import StructureRecipe, kept_count
 from prunus.pruning.structure.record import RECORD_NAME, StructureRecord
+from prunus.pruning.structure.width_plan import WidthPlan, plan_width
 
 __all__ = ["ExpertPlan", "SmallerModel", "StructureJob", "find_earlier_run", "plan_structure"]
 
@@ -76,6 +77,7 @@ class StructureJob:
         raw: the content of the source's config.json.
         experts: None if no expert goes.
         blocks_that_go: how many blocks go.
+        width: None if no channel and no head goes.
     """
 
     recipe: StructureRecipe
@@ -83,6 +85,7 @@ class StructureJob:
     raw: dict[str, Any]
     experts: ExpertPlan | None
     blocks_that_go: int
+    width: WidthPlan | None = None
 
     @property
     def source(self) -> CheckpointSource:
@@ -93,7 +96,8 @@ class StructureJob:
     @property
     def measures_blocks(self) -> bool:
         """Whether windows go through the blocks that stay, to choose what goes inside them."""
-        return self.experts is not None and self.recipe.saliency != "magnitude"
+        reads_experts = self.experts is not None and self.recipe.saliency != "magnitude"
+        return reads_experts or self.width is not None
 
     @property
     def skeleton(self) -> Skeleton:
@@ -111,16 +115,18 @@ class StructureJob:
         """
         config = self.source.config
         changes: dict[str, Any] = without_blocks(config, made_from, len(self.skeleton))
-        sizes: dict[int, int] = {}
+        sizes: set[tuple[int, int]] = set()
         if self.experts is not None:
             plan = self.experts
             changes[plan.field] = plan.keep
-            sizes[plan.count] = plan.keep
-            sizes[plan.count // plan.groups] = plan.keep // plan.groups
-        raw = rewritten(self.raw, config, changes)
-        skeleton = Skeleton(
-            parsed(config, raw), self.measuring.dtype, self.measuring.options.trust_remote_code
-        )
+            sizes |= {
+                (plan.count, plan.keep),
+                (plan.count // plan.groups, plan.keep // plan.groups),
+            }
+        if self.width is not None:
+            changes |= self.width.changes
+            sizes |= self.width.sizes
+        raw, skeleton = _build(self.measuring, self.raw, changes)
         check_same_blocks(self.skeleton, skeleton, made_from, sizes)
         return SmallerModel(raw, skeleton, list(made_from))
 
@@ -182,10 +188,37 @@ def plan_structure(
     raw = read_json(folder / "config.json")
     experts = _plan_experts(recipe, measuring) if recipe.experts is not None else None
     job = StructureJob(recipe, measuring, raw, experts, _blocks_that_go(recipe, measuring))
+    if recipe.narrows:
+        job.width = plan_width(
+            recipe,
+            measuring.skeleton,
+            measuring.source.config,
+            measuring.model_name,
+            lambda changes: _build(measuring, raw, changes)[1],
+        )
     job.smaller(range(len(measuring.skeleton)))
     if job.blocks_that_go:
         _check_a_block_can_go(job)
     return job
+
+
+def _build(
+    job: PruningJob, raw: Mapping[str, Any], changes: Mapping[str, Any]
+) -> tuple[dict[str, Any], Skeleton]:
+    """The content of a config.json with some fields changed, and the model that it describes.
+
+    Raises:
+        NotImplementedError: the family has no such model.
+    """
+    config = job.source.config
+    changed = rewritten(raw, config, changes)
+    try:
+        return changed, Skeleton(parsed(config, changed), job.dtype, job.options.trust_remote_code)
+    except Exception as fault:  # a configuration class may refuse with an error of any kind
+        raise NotImplementedError(
+            f"the family {config.model_type} has no model with "
+            f"{', '.join(f'{name} = {value}' for name, value in changes.items())}: {fault}"
+        ) from fault
 
 
 def _blocks_that_go(recipe: StructureRecipe, job: PruningJob) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from prunus.methods.options import MethodName
 from prunus.pruning.recipe import DtypeName, Recipe
 from prunus.pruning.recipe_file import read_toml
 
@@ -50,6 +51,23 @@ class StructureRecipe(BaseModel):
     block_rule: Literal["kl", "cosine"] = Field(
         "kl", description="By which measurement blocks are chosen."
     )
+    width: float | None = Field(
+        None,
+        description="The share of the channels of each MLP and of the attention heads to remove.",
+    )
+    heads: int | None = Field(
+        None, description="The number of query heads to keep. By default it follows from width."
+    )
+    kv_heads: int | None = Field(
+        None, description="The number of key-value heads to keep. By default it follows from width."
+    )
+    width_rule: Literal["obs", "wanda", "magnitude"] = Field(
+        "obs", description="By which score channels and heads are chosen."
+    )
+    width_update: Literal["least-squares", "none"] = Field(
+        "least-squares",
+        description="Whether the linears that read channels and heads make up for those that go.",
+    )
     calibration: str = Field(
         "c4", description="The source of the calibration windows: a name, a file or a folder."
     )
@@ -89,12 +107,27 @@ class StructureRecipe(BaseModel):
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> StructureRecipe:
-        if self.experts is None and self.blocks is None:
+        if all(
+            x is None for x in (self.experts, self.blocks, self.width, self.heads, self.kv_heads)
+        ):
             raise ValueError(
-                "nothing is to be removed: give --experts 0.25 or --blocks 0.1, for example"
+                "nothing is to be removed: give --experts 0.25, --blocks 0.1 or --width 0.25, for "
+                "example"
+            )
+        if self.width is not None and not 0 < self.width < 1:
+            raise ValueError(f"width is a share to remove in (0, 1); got {self.width}")
+        if self.experts is not None and self.narrows:
+            raise ValueError(
+                "experts and width in one run are not supported: make the model smaller by one, "
+                "and the result by the other"
             )
         self.measuring()  # its rules hold for the options that both recipes have
         return self
+
+    @property
+    def narrows(self) -> bool:
+        """Whether channels or heads go."""
+        return any(x is not None for x in (self.width, self.heads, self.kv_heads))
 
     def measuring(self) -> Recipe:
         """The pruning recipe with the same windows, from which a run takes all its checks."""
@@ -102,7 +135,9 @@ class StructureRecipe(BaseModel):
             name: getattr(self, name)
             for name in ("calibration", "samples", "seqlen", "seed", "bos", "batch", "dtype")
         }
-        return Recipe(method="wanda", sparsity=0.0, **shared)
+        # The method only says which sums over the inputs are kept, for the estimate of memory.
+        method: MethodName = "alps" if self.narrows else "wanda"
+        return Recipe(method=method, sparsity=0.0, **shared)
 
     def to_toml(self) -> str:
         """The options that are given or not at their defaults, as TOML."""

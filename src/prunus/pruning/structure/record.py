@@ -15,7 +15,15 @@ from prunus.model.checkpoint.records import check_same_work, read_record
 from prunus.pruning.manifest import RunInputs
 from prunus.pruning.structure.recipe import StructureRecipe
 
-__all__ = ["RECORD_NAME", "BlockChange", "BlockStep", "ExpertChange", "StructureRecord"]
+__all__ = [
+    "RECORD_NAME",
+    "BlockChange",
+    "BlockStep",
+    "ExpertChange",
+    "PartChange",
+    "StructureRecord",
+    "WidthChange",
+]
 
 RECORD_NAME = "prunus-structure.json"
 
@@ -34,6 +42,31 @@ class ExpertChange(BaseModel):
     kept: list[int]
     saliency: list[float]
     tokens: list[int]
+
+
+class PartChange(BaseModel):
+    """What happened to the channels or the heads of one block.
+
+    Attributes:
+        kept: the old numbers of those that stay; of heads, those of query heads.
+        error: ‖X(W − W')ᵀ‖² / ‖XWᵀ‖² at the linear that reads them.
+        error_before_fit: the same if the columns that stay had kept their weights.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kept: list[int]
+    error: float
+    error_before_fit: float
+
+
+class WidthChange(BaseModel):
+    """What happened to the width of one block; None for what it does not have, or keeps."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    channels: PartChange | None = None
+    heads: PartChange | None = None
 
 
 class BlockStep(BaseModel):
@@ -63,6 +96,7 @@ class BlockChange(BaseModel):
         made_from: position in the source.
         input_sha256: hash of the weights that it was made from.
         experts: None for a block whose experts all stay, or that has none.
+        width: None for a run that makes no block narrower.
         seconds: time for the block.
     """
 
@@ -72,6 +106,7 @@ class BlockChange(BaseModel):
     made_from: int
     input_sha256: str
     experts: ExpertChange | None = None
+    width: WidthChange | None = None
     seconds: float = 0.0
 
 

@@ -48,6 +48,7 @@ from prunus.pruning.structure.plan import (
 )
 from prunus.pruning.structure.recipe import StructureRecipe, load_structure_recipe
 from prunus.pruning.structure.record import BlockChange, BlockStep, StructureRecord
+from prunus.pruning.structure.width import narrow
 
 __all__ = ["shrink", "shrink_by_recipe"]
 
@@ -201,6 +202,10 @@ def _smaller_block(
     old, new = job.skeleton, smaller.skeleton
     stored = read_stored(old.block_name(index), job.source.block(index))
     change = BlockChange(name=new.block_name(place), made_from=index, input_sha256=stored.digest)
+    if job.width is not None:
+        tensors, change.width = narrow(job, job.width, stream, place, index, stored.tensors)
+        change.seconds = round(time.perf_counter() - started, 3)
+        return tensors, change
     kept: list[int] = []
     if job.experts is not None:
         change.experts = choose_experts(job, stream, place, index, stored.tensors)

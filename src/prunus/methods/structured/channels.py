@@ -1,0 +1,205 @@
+"""Which input columns of a linear go together, and what the remaining ones make up for.
+
+A channel of an MLP is a row of the linears that write it and a column of the linear that reads it
+(`down`). A head is a run of rows and columns in the same way. What the model loses shows at the
+output of the reader, so its columns and the Gram matrix of its inputs decide alone.
+
+With H = XᵀX + λI and C = H⁻¹, removing the columns S of W raises the output error by
+
+    tr W_S (C_SS)⁻¹ W_Sᵀ          if the columns that remain change by          −W_S (C_SS)⁻¹ C_S:
+
+(optimal brain surgeon, Hassibi and Stork 1993; for whole structures in ZipLM, arXiv 2302.04089).
+Afterwards C loses S as well, so the units that are left are scored anew. At the end the columns
+that remain are the least-squares fit W' = W H_:K (H_KK)⁻¹, centred on the trained weights.
+
+Where the linear has a bias, it is one more column, whose input is always 1 and which always stays.
+
+Shape suffixes: O outputs, I inputs, U units (runs of equally many columns), S columns of one unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["Kept", "WidthRule", "fit_columns", "keep_units", "relative_error", "with_bias"]
+
+#: Rounds in which units go. Within one round scores are not updated.
+_ROUNDS = 16
+_DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The units that stay.
+
+    Attributes:
+        units: their numbers, rising.
+        columns: the columns of these units, rising.
+    """
+
+    units: list[int]
+    columns: list[int]
+
+
+WidthRule = Literal["obs", "wanda", "magnitude"]
+
+
+def with_bias(
+    weight_OI: Tensor, bias_O: Tensor | None, gram_II: Tensor, sum_I: Tensor, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """A linear whose bias is its last column, and the Gram matrix with the input 1 that belongs.
+
+    >>> weight, gram = with_bias(
+    ...     torch.ones(2, 1), torch.zeros(2), torch.tensor([[5.0]]), torch.tensor([3.0]), 2
+    ... )
+    >>> gram
+    tensor([[5., 3.],
+            [3., 2.]])
+
+    Args:
+        weight_OI, bias_O: of the linear; without a bias nothing changes.
+        gram_II: XᵀX.
+        sum_I: the sum of the inputs over all tokens.
+        tokens: their number.
+    """
+    if bias_O is None:
+        return weight_OI, gram_II
+    count = torch.full((1,), float(tokens), dtype=gram_II.dtype)
+    column_I1 = sum_I.to(gram_II.dtype)[:, None]
+    rows = [torch.cat([gram_II, column_I1], 1), torch.cat([column_I1.T, count[None]], 1)]
+    return torch.cat([weight_OI, bias_O[:, None]], 1), torch.cat(rows, 0)
+
+
+def _damped(gram_II: Tensor, damping: float = _DAMPING) -> Tensor:
+    """H, float64, with a ridge of a share of the mean diagonal; dead inputs stay invertible."""
+    damped_II = gram_II.double()
+    ridge = damping * float(damped_II.diagonal().mean())
+    damped_II.diagonal().add_(ridge if ridge > 0 else 1.0)
+    return damped_II
+
+
+def keep_units(
+    weight_OI: Tensor,
+    gram_II: Tensor,
+    units: int,
+    width: int,
+    keep: int,
+    rule: WidthRule = "obs",
+    groups: int = 1,
+    written_U: Tensor | None = None,
+) -> Kept:
+    """Choose the units of columns that stay.
+
+    Args:
+        weight_OI: float32, of the linear that reads the columns; with a bias as its last column.
+        gram_II: float32, XᵀX of its inputs.
+        units: how many there are. Columns behind the last unit always stay.
+        width: columns per unit.
+        keep: units that stay.
+        rule: "obs", "wanda" (the sum of ‖w‖²‖x‖² over a unit) or "magnitude" (that of ‖w‖²).
+        groups: units form this many groups of neighbours, each of which keeps the same number.
+        written_U: what the weights that write each unit add to its magnitude.
+
+    >>> weight, gram = torch.tensor([[1.0, 2.0, 0.1, 0.1]]), torch.eye(4)
+    >>> keep_units(weight, gram, units=2, width=2, keep=1).columns
+    [0, 1]
+    """
+    inputs = len(gram_II)
+    per_group, go = units // groups, (units - keep) // groups
+    left = torch.ones(units, dtype=torch.bool)
+    if rule == "obs":
+        inverse_II = torch.linalg.inv(_damped(gram_II))
+        changed_OI = weight_OI.double().clone()
+        rounds = min(_ROUNDS, go) if go else 0
+        done = 0
+        for number in range(rounds):
+            now = go * (number + 1) // rounds - done
+            done += now
+            score_U = _obs_scores(changed_OI, inverse_II, units, width, left)
+            gone = _lowest(score_U, now, per_group)
+            left[gone] = False
+            columns = _columns(gone.tolist(), width)
+            _remove(changed_OI, inverse_II, columns)
+    else:
+        power_I = gram_II.diagonal() if rule == "wanda" else torch.ones(inputs)
+        score_I = (weight_OI.float().square().sum(0) * power_I)[: units * width]
+        score_U = score_I.reshape(units, width).sum(1).double()
+        if rule == "magnitude" and written_U is not None:
+            score_U = score_U + written_U.double()
+        left[_lowest(score_U, go, per_group)] = False
+    kept = left.nonzero().flatten().tolist()
+    return Kept(kept, _columns(kept, width))
+
+
+def _columns(units: list[int], width: int) -> list[int]:
+    return [column for unit in units for column in range(unit * width, (unit + 1) * width)]
+
+
+def _lowest(score_U: Tensor, count: int, per_group: int) -> Tensor:
+    """The `count` units of the lowest score in each group."""
+    by_group = score_U.reshape(-1, per_group)
+    chosen = by_group.sort(dim=1, stable=True).indices[:, :count]
+    return (chosen + torch.arange(len(by_group))[:, None] * per_group).flatten()
+
+
+def _obs_scores(
+    weight_OI: Tensor, inverse_II: Tensor, units: int, width: int, left: Tensor
+) -> Tensor:
+    """tr W_S (C_SS)⁻¹ W_Sᵀ of every unit that is left, infinity for the others."""
+    end = units * width
+    if width == 1:
+        score_U = weight_OI[:, :end].square().sum(0) / inverse_II.diagonal()[:end]
+    else:
+        score_U = torch.zeros(units, dtype=torch.float64)
+        for unit in left.nonzero().flatten().tolist():
+            span = slice(unit * width, (unit + 1) * width)
+            part_OS = weight_OI[:, span]
+            solved_SO = torch.linalg.solve(inverse_II[span, span], part_OS.T)
+            score_U[unit] = (part_OS.T * solved_SO).sum()
+    return score_U.masked_fill_(~left, torch.inf)
+
+
+def _remove(weight_OI: Tensor, inverse_II: Tensor, columns: list[int]) -> None:
+    """Remove columns from the weights and from C, both in place; the others make up for them.
+
+    The removed rows and columns of C become those of the identity.
+    """
+    index = torch.tensor(columns)
+    solved_SI = torch.linalg.solve(inverse_II[index][:, index], inverse_II[index])
+    weight_OI -= weight_OI[:, index] @ solved_SI
+    inverse_II -= inverse_II[:, index] @ solved_SI
+    weight_OI[:, index] = 0
+    inverse_II[index], inverse_II[:, index] = 0, 0
+    inverse_II[index, index] = 1
+
+
+def fit_columns(weight_OI: Tensor, gram_II: Tensor, columns: list[int]) -> Tensor:
+    """The least-squares fit of some columns to the outputs of all: (O, I), 0 outside of them.
+
+    Args:
+        weight_OI: float32, the trained weights.
+        gram_II: float32, XᵀX.
+        columns: those that stay.
+
+    >>> gram = torch.tensor([[4.0, 4.0], [4.0, 4.0]])  # both inputs are always equal
+    >>> fit_columns(torch.tensor([[1.0, 2.0]]), gram, [0]).round(decimals=1)
+    tensor([[3., 0.]])
+    """
+    damped_II, index = _damped(gram_II), torch.tensor(columns)
+    right_KO = damped_II[index] @ weight_OI.double().T
+    factor_KK = torch.linalg.cholesky(damped_II[index][:, index])
+    fitted_OI = torch.zeros_like(weight_OI)
+    fitted_OI[:, index] = torch.cholesky_solve(right_KO, factor_KK).T.float()
+    return fitted_OI
+
+
+def relative_error(weight_OI: Tensor, changed_OI: Tensor, gram_II: Tensor) -> float:
+    """‖X(W − W')ᵀ‖² / ‖XWᵀ‖²; 0 where the linear always returns 0."""
+    change_OI = (weight_OI - changed_OI).double()
+    gram = gram_II.double()
+    whole = float(((weight_OI.double() @ gram) * weight_OI.double()).sum())
+    return float(((change_OI @ gram) * change_OI).sum()) / whole if whole > 0 else 0.0
