@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from command_line import call
+from image_text import image_text_checkpoint
 from prunus.model.checkpoint.digests import verify_shards
 from prunus.pruning.structure.record import RECORD_NAME
 from prunus.pruning.structure.run import shrink
@@ -101,6 +102,13 @@ def test_what_cannot_be_ends_before_any_work_and_says_what_can(family, options, 
     )
     with pytest.raises(ValueError, match=said.replace("(", r"\(").replace(")", r"\)")):
         shrink(dense, tmp_path / "small", calibration=token_ids(), **options)
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_model_inside_another_one_is_refused(tmp_path):
+    dense = image_text_checkpoint(tmp_path / "dense", "gemma3")
+    with pytest.raises(NotImplementedError, match="a language model inside another model"):
+        shrink(dense, tmp_path / "small", blocks=1, calibration=token_ids())
     assert not (tmp_path / "small").exists()
 
 

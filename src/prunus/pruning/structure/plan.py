@@ -185,6 +185,11 @@ def plan_structure(
     check_apart(output, folder)
     measuring = plan_run(model, recipe.measuring(), options, decided_dtype)
     require_causal(measuring.source.config, "prunus shrink")
+    if measuring.source.config.get_text_config() is not measuring.source.config:
+        raise NotImplementedError(
+            f"{model} holds a language model inside another model, and prunus shrink rewrites the "
+            "configuration of language models alone; it cannot become smaller yet"
+        )
     raw = read_json(folder / "config.json")
     experts = _plan_experts(recipe, measuring) if recipe.experts is not None else None
     job = StructureJob(recipe, measuring, raw, experts, _blocks_that_go(recipe, measuring))
