@@ -489,6 +489,15 @@ def recovered(scratch: Path) -> dict[str, Any]:
             (scratch / f"refused {rank}").write_text(str(fault))
 
     in_ranks(2, refused)
+
+    def prune_and_train(_rank: int) -> None:
+        quick = {"method": "wanda", "dense_weight": 0.0, "reconstruct": "none"}
+        prunus.prune_and_recover(
+            dense, scratch / "max", calibration=str(text), samples=4, seqlen=16, dtype="float32",
+            allocation="uniform", rank_timeout=60.0, tokens=64, **quick,
+        )  # fmt: skip
+
+    assert in_ranks(2, prune_and_train) == [0, 0]
     both = json.loads((scratch / "two" / "prunus-recovery.json").read_text())
     return {
         "alone": [x.held_out_loss for x in alone.evaluations],
@@ -496,6 +505,8 @@ def recovered(scratch: Path) -> dict[str, Any]:
         "state": both["state"],
         "refused": (scratch / "refused 0").read_text(),
         "left": (scratch / "three").exists(),
+        "max": json.loads((scratch / "max" / "prunus-recovery.json").read_text())["state"],
+        "beside": (scratch / "max-pruned").exists(),
         **compare(scratch / "one", scratch / "two"),
     }
 

@@ -48,6 +48,8 @@ DEFAULT_MINUTES = 20.0
 
 # Windows of up to this many tokens take the faster attention of `recover`.
 _SEQLEN = 512
+# Windows per step: the default learning rate was measured with steps of 1024 tokens.
+_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -201,8 +203,8 @@ def max_run(
 
     The arguments and errors are those of `prune_and_recover`.
     """
-    training = training_options(recipe, minutes=minutes, tokens=tokens)
     with process_group(options.rank_timeout) as ranks:
+        training = training_options(recipe, minutes=minutes, tokens=tokens, ranks=ranks.size)
         check_ranks(training, ranks)
         with ranks.fail_together():
             earlier = _find_earlier(output, recipe, training, overwrite, resume)
@@ -217,13 +219,14 @@ def max_run(
 
 
 def training_options(
-    recipe: Recipe, *, minutes: float | None = None, tokens: int | None = None
+    recipe: Recipe, *, minutes: float | None = None, tokens: int | None = None, ranks: int = 1
 ) -> RecoveryOptions:
     """Return how the pruned model is trained: on the text that it is calibrated on.
 
     Args:
         recipe: of the pruning. It gives text, seed, BOS and dtype.
         minutes, tokens: the budget.
+        ranks: number of processes; each needs a window of every step.
 
     Raises:
         ValueError: the budget is out of range, or both are given.
@@ -242,6 +245,7 @@ def training_options(
             "minutes": minutes,
             "tokens": tokens,
             "seqlen": min(_SEQLEN, recipe.seqlen),
+            "batch": max(_BATCH, ranks),
             "seed": recipe.seed,
             "bos": recipe.bos,
             # Training has no float16; what is left open is decided by the device.
