@@ -14,6 +14,7 @@ from prunus.model.device import choose_device
 from prunus.model.image_processor import load_image_processor
 from prunus.model.kinds import IMAGES, kind_of
 from prunus.model.loading import load_model
+from prunus.model.records import keep_records, records_of
 from prunus.model.tokenizer import load_tokenizer
 
 __all__ = ["LoadedModel", "load"]
@@ -40,7 +41,9 @@ def load(
 ) -> LoadedModel:
     """Load any model that prunus reads or writes: dense, pruned, packed, compressed, an adapter.
 
-    A packed model stays packed in memory. An adapter is loaded with the model that it is for.
+    A packed model stays packed in memory. An adapter is loaded with the model that it is for. Where
+    prunus wrote the checkpoint, the model's `save_pretrained` and `push_to_hub` keep its model card
+    and its record.
 
     Args:
         model: Folder of a checkpoint or an adapter, or a hub id.
@@ -66,4 +69,6 @@ def load(
     # The tokenizer comes first: what is wrong with it shows before the weights are read.
     tokenizer = read(folder, trust_remote_code)
     loaded = load_model(folder, dtype, trust_remote_code, kind=kind)
+    if not is_adapter(folder):
+        keep_records(loaded, records_of(folder))
     return LoadedModel(loaded.to(place), tokenizer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.card import add_tags, with_fields
 from prunus.model.checkpoint.reader import Checkpoint, resolve_folder
 from prunus.model.kinds import require_causal
 from prunus.model.linears import Linear, tied_embedding
@@ -50,11 +52,20 @@ model = LOADER.from_pretrained("this folder")
 def add_packed_card(readme: str | None, loader: str = "AutoModelForCausalLM") -> str:
     """Return a model card that ends with how to load a packed checkpoint.
 
+    Its library is prunus, because transformers alone cannot load it.
+
     Args:
         readme: the card of the source, or None.
         loader: the class of transformers that loads it.
     """
-    return (readme or "# A packed model\n") + _CARD.replace("LOADER", loader)
+    text = (readme or "# A packed model\n") + _CARD.replace("LOADER", loader)
+    return with_fields(add_tags(text, ["prunus", "packed"]), {"library_name": "prunus"})
+
+
+def _unpacked_card(readme: str | None) -> str:
+    section = re.escape(_CARD).replace("LOADER", r"\w+")
+    card = re.sub(section, "", readme or "# An unpacked model\n")
+    return with_fields(add_tags(card, [], ["packed"]), {"library_name": "transformers"})
 
 
 def pack(
@@ -306,7 +317,7 @@ def _unpack_all(
     plain = {
         k: v for k, v in config.items() if k not in ("quantization_config", "transformers_weights")
     }
-    conversion.finish(plain, lambda readme: (readme or "# An unpacked model\n").replace(_CARD, ""))
+    conversion.finish(plain, _unpacked_card)
 
 
 def _by_file(checkpoint: Checkpoint, described: Description) -> dict[str, list[str]]:

@@ -7,6 +7,7 @@ import only modules that are loaded by then.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -159,6 +160,7 @@ class PrunusQuantizer(HfQuantizer):
                     raise ValueError(f"{name} is damaged: {fault}") from fault
         use_fast_decoding(model)
         model.num_parameters = MethodType(_num_parameters, model)
+        _keep_records(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -209,6 +211,15 @@ def _num_parameters(
         if isinstance(module, PackedLinear) and not only_trainable and not is_excluded:
             count += module.in_features * module.out_features
     return count
+
+
+def _keep_records(model: Any) -> None:
+    """Let a model that was loaded from a folder keep its card and its record when it is saved."""
+    from prunus.model.records import keep_records, records_of
+
+    folder = Path(str(getattr(model.config, "name_or_path", "") or ""))
+    if (folder / "config.json").is_file():
+        keep_records(model, records_of(folder))
 
 
 def _without_refusal(config: Any) -> Any:

@@ -4,29 +4,57 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prunus.model.checkpoint.card import base_model, inherited_fields, with_fields
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
 from prunus.pruning.records import bos_words
 
 __all__ = ["model_card"]
 
 
-def model_card(manifest: Manifest, loader: str = "AutoModelForCausalLM") -> str:
+def model_card(
+    manifest: Manifest, loader: str = "AutoModelForCausalLM", source: Path | None = None
+) -> str:
     """What the checkpoint is, how it was made, and what loads it.
+
+    Fields at its head are for the hub: the model that it was made from, if that is on the hub, the
+    library that loads it, tags, and the license of the source.
 
     Args:
         manifest: Of the finished run.
         loader: The class of transformers that loads the model.
+        source: Folder of the model that was pruned, if there is one.
     """
-    if manifest.recipe.bits is not None:
-        return _compressed_card(manifest)
+    compressed = manifest.recipe.bits is not None
+    card = _compressed_card(manifest) if compressed else _pruned_card(manifest, loader)
+    return with_fields(card, _fields(manifest, source))
+
+
+def _fields(manifest: Manifest, source: Path | None) -> dict[str, str | None]:
+    """The fields of the card, as YAML."""
+    totals, bits = manifest.totals, manifest.recipe.bits
+    sparsity = totals.get("sparsity", 0.0)
+    made = ["pruned"] if bits is None else ["compressed", "quantized", f"{bits:g}-bit"]
+    tags = ["prunus", *made, "sparse", f"sparsity-{sparsity:.0%}".removesuffix("%")]
+    figures = f"\n  method: {manifest.recipe.method}\n  sparsity: {sparsity:.4f}"
+    if bits is not None:
+        figures += f"\n  bits: {totals.get('bits', bits):.3f}"
+    return {
+        **inherited_fields(source),
+        "base_model": base_model(manifest.source, source),
+        "base_model_relation": None if bits is None else "quantized",
+        # The hub shows how to load a model by its library. What is merely pruned needs none of
+        # ours; packed checkpoints do, see `add_packed_card`.
+        "library_name": "transformers",
+        "tags": f"[{', '.join(tags)}]",
+        "prunus": figures,
+    }
+
+
+def _pruned_card(manifest: Manifest, loader: str) -> str:
     recipe, totals = manifest.recipe, manifest.totals
     shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
     name = Path(manifest.source).name or manifest.source
-    return f"""---
-tags: [pruned, sparse, prunus]
----
-
-# {name}, pruned
+    return f"""# {name}, pruned
 
 {name} with {shape} sparsity by {recipe.method}. \
 Shapes, tokenizer and configuration are the source's:
@@ -63,11 +91,7 @@ def _compressed_card(manifest: Manifest) -> str:
     head = ""
     if recipe.head_bits is not None:
         head = f" Embeddings and output head: {recipe.head_bits} bits per weight."
-    return f"""---
-tags: [quantized, sparse, prunus]
----
-
-# {name}, compressed
+    return f"""# {name}, compressed
 
 {name} with {totals.get("bits", 0):.2f} bits per weight in its linears, scales and all else \
 counted.{head}

@@ -27,6 +27,7 @@ from prunus.model.checkpoint.output_folder import check_apart, check_whole, is_v
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.kinds import kind_of
+from prunus.model.records import keep_records, manifest_text
 from prunus.model.source import CheckpointSource, ModuleSource, tensors_digest
 from prunus.pruning.block.block_state import FinishedBlock
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
@@ -176,6 +177,14 @@ class InPlaceOutput:
 
     def finish(self, changed: Mapping[str, torch.Tensor]) -> None:
         self._source.write_outside(changed)
+        model = self._source.model
+        name = str(getattr(model, "name_or_path", "") or self._manifest.source)
+        named = self._manifest.model_copy(update={"source": name})
+        card = model_card(named, kind_of(self._source.config).loader)
+        keep_records(
+            model,
+            {"README.md": card, MANIFEST_NAME: manifest_text(named.model_dump(mode="json"))},
+        )
 
     def check_finished(self) -> None:
         """A loaded model has no earlier run."""
@@ -322,7 +331,7 @@ class CheckpointOutput:
             self._write_outside(changed)
         for path in auxiliary_files(checkpoint.folder, code=self._trust_remote_code):
             copy_companion(path, self.folder / path.name)
-        card = model_card(self._manifest, kind_of(source.config).loader)
+        card = model_card(self._manifest, kind_of(source.config).loader, checkpoint.folder)
         write_text(self.folder / "README.md", self._card(card))
         self._write_config()
         names = [shard_name(index) for index in range(len(self._manifest.blocks))]

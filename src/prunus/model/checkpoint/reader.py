@@ -372,7 +372,8 @@ def resolve_folder(model: str | Path) -> Path:
 
     try:
         found = snapshot_download(
-            name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+            name,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "README.md"],
         )
     except Exception as fault:
         reason = (str(fault).strip().splitlines() or [type(fault).__name__])[0]

@@ -1,0 +1,186 @@
+"""Cards and records of models that are saved again, or uploaded to a hub that is pretended."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard, set_client_factory
+from transformers import AutoModelForCausalLM
+
+import prunus
+from prunus.model.checkpoint.card import base_model, read_fields
+from tiny import tiny_checkpoint, token_ids
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+LICENSED = """---
+license: other
+license_name: mine
+language:
+- en
+- de
+widget: []
+---
+
+# Dense
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A dense model with a license, as a hub's cache holds it; pruned, packed and compressed."""
+    place = tmp_path_factory.mktemp("records")
+    dense = place / "models--owner--dense" / "snapshots" / "0"
+    tiny_checkpoint(dense, dtype=torch.bfloat16, vocab_size=VOCABULARY, hidden_size=64)
+    byte_tokenizer().save_pretrained(dense)
+    (dense / "README.md").write_text(LICENSED)
+    made = {name: place / name for name in ("pruned", "packed", "small", "unpacked")}
+    ids = token_ids(2)
+    prunus.prune(dense, made["pruned"], "magnitude", 0.5, calibration=ids)
+    prunus.pack(made["pruned"], made["packed"])
+    prunus.unpack(made["packed"], made["unpacked"])
+    prunus.compress(dense, made["small"], 4, calibration=ids)
+    return made | {"dense": dense}
+
+
+def fields(folder: Path) -> dict:
+    return ModelCard.load(folder / "README.md").data.to_dict()
+
+
+def test_the_card_of_a_pruned_model_has_what_the_hub_reads(folders):
+    found = fields(folders["pruned"])
+    assert found["base_model"] == "owner/dense" and found["library_name"] == "transformers"
+    assert found["tags"] == ["prunus", "pruned", "sparse", "sparsity-50"]
+    assert found["prunus"] == {"method": "magnitude", "sparsity": 0.5012}
+    assert found["license"] == "other" and found["license_name"] == "mine"
+    assert found["language"] == ["en", "de"] and "widget" not in found
+
+
+def test_packed_models_are_loaded_by_prunus_and_unpacked_ones_by_transformers(folders):
+    packed, unpacked = fields(folders["packed"]), fields(folders["unpacked"])
+    assert packed["library_name"] == "prunus" and "packed" in packed["tags"]
+    assert unpacked["library_name"] == "transformers" and "packed" not in unpacked["tags"]
+    assert packed["prunus"] == unpacked["prunus"] == fields(folders["pruned"])["prunus"]
+    small = fields(folders["small"])
+    assert small["library_name"] == "prunus" and small["base_model_relation"] == "quantized"
+    assert "4-bit" in small["tags"] and 0 < small["prunus"]["bits"] < 32
+
+
+def test_a_folder_is_no_base_for_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert base_model("owner/name") == "owner/name"
+    (tmp_path / "owner/name").mkdir(parents=True)
+    assert base_model("owner/name") is None
+    assert base_model(str(tmp_path)) is None and base_model("../dense") is None
+
+
+@pytest.mark.parametrize("kind", ["pruned", "packed", "small"])
+def test_a_model_that_is_saved_again_keeps_card_and_record(folders, tmp_path, kind):
+    model, tokenizer = prunus.load(folders[kind])
+    model.save_pretrained(tmp_path / "again")
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/README.md").read_text() == (folders[kind] / "README.md").read_text()
+    record = json.loads((tmp_path / "again/prunus.json").read_text())
+    # The bytes of the new shards are others than those that the record names.
+    assert record["sha256"] == {} and record["state"] == "finished"
+    assert prunus.report(tmp_path / "again").sections
+    assert prunus.inspect(tmp_path / "again", verify=False).sparsity > 0.2
+    assert prunus.load(tmp_path / "again").model.dtype == torch.bfloat16
+
+
+def test_a_packed_model_keeps_them_with_plain_transformers_too(folders, tmp_path):
+    AutoModelForCausalLM.from_pretrained(folders["packed"]).save_pretrained(tmp_path)
+    assert fields(tmp_path)["library_name"] == "prunus"
+
+
+def test_a_loaded_model_that_is_pruned_gets_them(folders, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folders["dense"])
+    prunus.prune(model, method="magnitude", calibration=token_ids(2))
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        one.save_pretrained(tmp_path)
+        assert fields(tmp_path)["base_model"] == "owner/dense"
+        assert (tmp_path / "prunus.json").exists()
+        (tmp_path / "README.md").unlink()
+
+
+def test_other_models_stay_as_they_are(folders, tmp_path):
+    model, _ = prunus.load(folders["dense"])
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists() and "save_pretrained" not in vars(model)
+
+
+class Hub:
+    """Answers as the hub does, one request after the other, and keeps what is committed."""
+
+    def __init__(self, httpx) -> None:
+        self.files: dict[str, bytes] = {}
+        self.paths: list[str] = []
+        self._httpx = httpx
+
+    def __call__(self, request):
+        self.paths.append(request.url.path)
+        if request.url.path == "/api/repos/create":
+            asked = json.loads(request.content)
+            return self._answer(
+                {"url": f"https://{request.url.host}/{asked['organization']}/{asked['name']}"}
+            )
+        if "/preupload/" in request.url.path:
+            names = [file["path"] for file in json.loads(request.content)["files"]]
+            modes = [
+                {"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names
+            ]
+            return self._answer({"files": modes})
+        if "/commit/" in request.url.path:
+            for line in request.content.decode().splitlines():
+                part = json.loads(line)
+                if part["key"] == "file":
+                    value = part["value"]
+                    self.files[value["path"]] = base64.b64decode(value["content"])
+            done = {
+                "success": True,
+                "commitOid": "0" * 40,
+                "commitUrl": f"https://{request.url.host}/me/mine/commit/{'0' * 40}",
+            }
+            return self._answer(done)
+        return self._answer({})
+
+    def _answer(self, content):
+        return self._httpx.Response(200, json=content)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub behind the lowest layer that sends requests: nothing leaves this process."""
+    from huggingface_hub.utils import _http
+
+    httpx = getattr(_http, "httpx", None) or _http.httpx2
+    pretended = Hub(httpx)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    before = _http._GLOBAL_CLIENT_FACTORY
+    set_client_factory(lambda: httpx.Client(transport=httpx.MockTransport(pretended)))
+    yield pretended
+    set_client_factory(before)
+
+
+@pytest.mark.parametrize("kind", ["pruned", "packed"])
+def test_an_upload_has_card_record_and_tags(folders, hub, kind):
+    model, _ = prunus.load(folders[kind])
+    model.push_to_hub("me/mine", token="hf_" + "x" * 34, tags=["more"], private=True)
+    assert "/api/repos/create" in hub.paths
+    assert {"README.md", "prunus.json", "config.json", "model.safetensors"} <= set(hub.files)
+    found, _ = read_fields(hub.files["README.md"].decode())
+    assert found["tags"].endswith("more]") and "prunus, pruned, sparse" in found["tags"]
+    assert found["library_name"].strip() == ("prunus" if kind == "packed" else "transformers")
+    assert json.loads(hub.files["prunus.json"])["recipe"]["method"] == "magnitude"
+
+
+def test_saving_may_upload_at_once(folders, hub, tmp_path):
+    model, _ = prunus.load(folders["packed"])
+    model.save_pretrained(tmp_path / "x", push_to_hub=True, repo_id="me/x", token="hf_" + "x" * 34)
+    assert (tmp_path / "x/README.md").read_bytes() == hub.files["README.md"]
