@@ -17,7 +17,7 @@ from prunus.evaluation.size import file_bytes
 from prunus.model.adapter import CONFIG_NAME, WEIGHTS_NAME, base_folder, check_adapter, is_adapter
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
-from prunus.packed import pack
+from prunus.packed import BitmapLinear, pack
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -156,13 +156,10 @@ def test_extra_tensors_are_refused(adapter):
         check_adapter(adapter)
 
 
-def test_a_packed_base_is_refused_with_the_way_out(adapter, tmp_path):
+def test_a_packed_base_takes_an_adapter(adapter, tmp_path):
     pack(pruned_checkpoint(tmp_path / "pruned", vocab_size=VOCABULARY), tmp_path / "packed")
     rewrite(adapter, base_model_name_or_path=str(tmp_path / "packed"))
-    with pytest.raises(
-        ValueError, match=r"is packed, and peft adapts ordinary linears only: prunus unpack"
-    ):
-        load_model(adapter)
+    assert any(isinstance(module, BitmapLinear) for module in load_model(adapter).modules())
 
 
 def test_without_peft_the_extra_is_named(adapter, monkeypatch):

@@ -8,6 +8,7 @@ Shape suffixes: R rank of the adapter, O outputs, I inputs.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import warnings
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from prunus.model.adapter_config import check_adapter_config
-from prunus.model.checkpoint.atomic_files import read_json, write_json
+from prunus.model.checkpoint.atomic_files import write_json
 from prunus.model.checkpoint.reader import Checkpoint, resolve_folder
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.config import load_config
@@ -33,6 +34,7 @@ __all__ = [
     "base_folder",
     "check_adapter",
     "is_adapter",
+    "packed_lora_layer",
     "require_peft",
     "save_adapter",
 ]
@@ -85,7 +87,7 @@ def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
     Raises:
         ModuleNotFoundError: peft is not installed; names the extra.
         FileNotFoundError: the base or the weights are not there.
-        ValueError: the adapter is damaged, does not fit, or its base is packed.
+        ValueError: the adapter is damaged or does not fit.
     """
     require_peft()
     base = base_folder(folder)
@@ -95,12 +97,6 @@ def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
         raise ValueError(
             f"{base}, the base of {folder}: no configuration could be loaded ({error})"
         ) from error
-    quantization = read_json(base / "config.json").get("quantization_config")
-    if isinstance(quantization, dict) and quantization.get("quant_method") == "prunus":
-        raise ValueError(
-            f"{base}, the base of the adapter {folder}, is packed, and peft adapts ordinary "
-            f"linears only: prunus unpack {base} DEST, and name DEST in {CONFIG_NAME}"
-        )
     model = build_on_meta(CAUSAL, config, torch.float32, trust_remote_code)
     with parameters_on_meta():
         attach(model, folder, base)
@@ -208,6 +204,70 @@ def add_lora(
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(seed)
         return peft.PeftModelForCausalLM(model, config, _NAME)
+
+
+@functools.cache
+def packed_lora_layer() -> type[torch.nn.Module]:
+    """Return the class of peft's layers around packed linears.
+
+    Such a layer adds scaling · B_OR A_RI x to what its packed linear gives, in the dtype of A, and
+    only A and B are trained. It cannot be merged, because the packed weight does not change.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+
+    # The attributes of both come from peft at run time, where mypy does not see them.
+    module: Any = torch.nn.Module
+
+    class PackedLora(module, LoraLayer):
+        """A packed linear with a LoRA update beside it."""
+
+        def __init__(
+            self,
+            base_layer: torch.nn.Module,
+            adapter_name: str,
+            config: Any,
+            r: int = 0,
+            lora_alpha: int = 1,
+            **options: Any,
+        ) -> None:
+            if getattr(config, "use_dora", False):
+                raise ValueError("DoRA needs the dense weight, and this linear is packed: use LoRA")
+            super().__init__()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Unsupported layer type")
+                LoraLayer.__init__(self, base_layer)
+            self.in_features = base_layer.in_features
+            self.out_features = base_layer.out_features
+            self._active_adapter = adapter_name
+            self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+            # peft takes the dtype of the base's tensor `weight`, which is only storage here.
+            for part in (self.lora_A[adapter_name], self.lora_B[adapter_name]):
+                part.to(torch.float32)
+
+        def forward(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+            """Map (..., in) to (..., out)."""
+            result: torch.Tensor = self.base_layer(x)
+            for name in () if self.disable_adapters else self.active_adapters:
+                if name in self.lora_A:
+                    a, b = self.lora_A[name], self.lora_B[name]
+                    update = b(a(self.lora_dropout[name](x.to(a.weight.dtype))))
+                    result = result + (update * self.scaling[name]).to(result.dtype)
+            return result
+
+        def merge(self, *_: Any, **__: Any) -> None:
+            """Refuse to merge.
+
+            Raises:
+                ValueError: always; says what to do.
+            """
+            raise ValueError(
+                "an adapter cannot be merged into a packed model, whose weights do not change: "
+                "prunus unpack it, and load the adapter on the result"
+            )
+
+        unmerge = merge
+
+    return PackedLora
 
 
 def save_adapter(adapted: Any, folder: Path) -> dict[str, str]:

@@ -187,7 +187,7 @@ class PrunusQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # adapters beside packed linears are; packed weights themselves never change
 
 
 def register_with_transformers() -> None:

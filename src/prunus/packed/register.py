@@ -1,61 +1,100 @@
-"""Make `from_pretrained` know packed checkpoints once prunus and transformers are both imported.
+"""Make transformers and peft know packed linears once prunus and they are both imported.
 
 `import prunus` must be quick, and importing transformers takes seconds, so prunus does not import
 it. If transformers is loaded already, the quantizer is registered at once. If not, an import hook
-registers it right after transformers has loaded its table of quantizers.
+registers it right after transformers has loaded its table of quantizers. The same goes for the
+configuration of peft's LoRA.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 __all__ = ["register"]
 
-_TABLE = "transformers.quantizers.auto"
-
 
 def register() -> None:
-    """Register the quantizer now, or when transformers is imported. A second call does nothing."""
-    if _TABLE in sys.modules:
-        _register_now()
-    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting())
+    """Register what is loaded now, and the rest when it is imported. A second call does nothing."""
+    for table, action in _ACTIONS.items():
+        if table in sys.modules:
+            action()
+        elif not any(getattr(finder, "table", None) == table for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Waiting(table, action))
 
 
-def _register_now() -> None:
+def _register_quantizer() -> None:
     from prunus.packed.quantizer import register_with_transformers
 
     register_with_transformers()
 
 
+def _register_lora() -> None:
+    """Let every LoRA configuration name the layer that peft puts around a packed linear.
+
+    peft reads such layers from the configuration, which users make themselves.
+    """
+    config: Any = sys.modules[_LORA].LoraConfig
+    made = config.__post_init__
+    if getattr(made, "names_packed_linears", False):
+        return
+
+    @functools.wraps(made)
+    def named(self: Any, *arguments: Any) -> None:
+        from prunus.model.adapter import packed_lora_layer
+        from prunus.packed.linear import PackedLinear
+
+        made(self, *arguments)
+        self._register_custom_module({PackedLinear: packed_lora_layer()})
+
+    named.names_packed_linears = True  # type: ignore[attr-defined]
+    config.__post_init__ = named
+
+
+_LORA = "peft.tuners.lora.config"
+#: Module of another library -> what to do once it is loaded.
+_ACTIONS: dict[str, Callable[[], None]] = {
+    "transformers.quantizers.auto": _register_quantizer,
+    _LORA: _register_lora,
+}
+
+
 class _Waiting(MetaPathFinder):
-    """Waits for the import of transformers' table and adds the registration after it.
+    """Waits for the import of a module and adds an action after it.
 
     It removes itself at once, so that it cannot disturb later imports.
+
+    Args:
+        table: full name of the module.
+        action: what to do once it is loaded.
     """
+
+    def __init__(self, table: str, action: Callable[[], None]) -> None:
+        self.table, self._action = table, action
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _TABLE:
+        if fullname != self.table:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
+            spec.loader = _ThenRegister(spec.loader, self._action)
         return spec
 
 
 class _ThenRegister(Loader):
-    """Wraps a loader and registers the quantizer after it has run."""
+    """Wraps a loader and does the action after it has run."""
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: Loader, action: Callable[[], None]) -> None:
+        self._loader, self._action = loader, action
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -65,4 +104,4 @@ class _ThenRegister(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        _register_now()
+        self._action()
