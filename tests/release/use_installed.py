@@ -55,6 +55,9 @@ def main() -> None:
     pack(folder / "pruned", folder / "packed")
     packed = AutoModelForCausalLM.from_pretrained(folder / "packed")
     assert packed.generate(ids[:1], max_new_tokens=4, do_sample=False).shape == (1, 36)
+    # A program that does not import prunus: torch calls its entry point.
+    program = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", program, folder / "packed"], check=True)
     command("report", folder / "pruned", "--output", folder / "page.html")
     assert "</html>" in (folder / "page.html").read_text(encoding="utf-8")
     print(f"{command('--version').strip()} works as it is installed in {installed.parent}")

