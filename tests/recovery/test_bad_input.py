@@ -52,7 +52,7 @@ def refused(fault, words, model, output, mode, text, **options):
 @pytest.mark.parametrize(
     ("mode", "options", "words"),
     [
-        ("maskd", {}, "mode: input should be 'lora', 'sparse-lora', 'masked' or 'scales'"),
+        ("maskd", {}, "mode: input should be 'lora', 'sparse-lora', 'masked', 'full' or 'scales'"),
         ("masked", {"minutes": 1.0}, "in tokens or in minutes, not in both"),
         (
             "masked",

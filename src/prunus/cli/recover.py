@@ -25,13 +25,14 @@ def recover(
         ),
     ],
     mode: Annotated[
-        Literal["lora", "sparse-lora", "masked", "scales"] | None,
+        Literal["lora", "sparse-lora", "masked", "full", "scales"] | None,
         typer.Option(
             metavar="MODE",
             help="What to train. lora: low-rank layers kept apart (peft). sparse-lora: low-rank "
             "updates of surviving weights, merged. masked: all weights except the pruned ones. "
-            "scales: scales, steps, norms and biases of a compressed model, whose integers stay; "
-            "the default there.",
+            "full: all weights of a model without zeros, such as one of prunus shrink. scales: "
+            "scales, steps, norms and biases of a compressed model, whose integers stay; the "
+            "default there.",
         ),
     ] = None,
     teacher: Annotated[

@@ -14,6 +14,7 @@ _WHAT_WAS_TRAINED: dict[Mode, str] = {
     "lora": "low-rank layers beside its linears (LoRA)",
     "sparse-lora": "low-rank updates of its surviving weights, merged",
     "masked": "all its weights except the pruned ones",
+    "full": "all its weights",
     "scales": "the row scales and column steps of its linears, norm weights and biases",
 }
 
@@ -49,6 +50,8 @@ tags: [lora, pruned, sparse, prunus]
 def _section(record: RecoveryRecord) -> str:
     target = "the dense model" if record.teacher is not None else "the text alone"
     kept = "Every pruned weight is still zero"
+    if record.options.mode == "full":
+        kept = "Its shapes are those of the smaller model"
     if record.options.mode == "scales":
         kept = "All integers are those of the compressed model"
     return (

@@ -28,6 +28,7 @@ __all__ = [
     "kept_rms",
     "mask_of",
     "pruned_linears",
+    "unpruned_linears",
 ]
 
 #: Fraction of zeros from which a linear counts as pruned if no record names the pruned linears.
@@ -92,6 +93,28 @@ def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
             f"{MIN_ZERO_FRACTION:.0%} zeros; prune it first (prunus prune)"
         )
     return found
+
+
+def unpruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
+    """Return the linears in the blocks of a model without pruned weights, by full name.
+
+    Raises:
+        ValueError: some of its linears are pruned, so that training all weights would fill zeros.
+        NotImplementedError: the model is not a stack of blocks, or holds fused experts.
+    """
+    if fused := find_fused_experts(model):
+        raise NotImplementedError(
+            f"{folder} is a mixture of experts whose matrices are fused in memory ({fused[0]}); "
+            "mode full does not train such models yet"
+        )
+    linears, recorded = block_linears(model), _recorded_linears(folder, None)
+    pruned = [name for name, x in linears.items() if _is_pruned(name, x.weight_OI, recorded)]
+    if pruned:
+        raise ValueError(
+            f"{folder} has pruned linears ({pruned[0]} and others), whose zeros mode full would "
+            "fill: give --mode masked"
+        )
+    return linears
 
 
 def _head_name(model: nn.Module) -> str | None:

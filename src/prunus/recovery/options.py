@@ -8,17 +8,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 __all__ = ["MODES", "Mode", "RecoveryOptions", "recovery_options"]
 
-Mode = Literal["lora", "sparse-lora", "masked", "scales"]
-MODES: tuple[Mode, ...] = ("lora", "sparse-lora", "masked", "scales")
+Mode = Literal["lora", "sparse-lora", "masked", "full", "scales"]
+MODES: tuple[Mode, ...] = ("lora", "sparse-lora", "masked", "full", "scales")
 
 DEFAULT_TOKENS = 131_072
 
 #: Default peak learning rates. A step of Adam moves every weight by about the rate, and models
-#: differ tenfold in the size of their weights. So mode masked, which trains the weights themselves,
-#: has a rate relative to their root mean square. Low-rank factors begin alike in all models, so
-#: their rate is plain. On SmolLM2-135M at 50 % (0.26), masked comes to 3e-4, with steps of 1024
-#: tokens. Mode scales trains logarithms, whose steps are relative changes in all models.
-_RATES: dict[Mode, float] = {"lora": 1e-3, "sparse-lora": 1e-3, "masked": 1.15e-3, "scales": 2e-3}
+#: differ tenfold in the size of their weights. So masked and full, which train the weights
+#: themselves, have a rate relative to their root mean square. Low-rank factors begin alike in all
+#: models, so their rate is plain. On SmolLM2-135M at 50 % (0.26), masked comes to 3e-4, with
+#: steps of 1024 tokens. Mode scales trains logarithms, whose steps are relative changes in all
+#: models.
+_RATES: dict[Mode, float] = {
+    "lora": 1e-3,
+    "sparse-lora": 1e-3,
+    "masked": 1.15e-3,
+    "full": 1.15e-3,
+    "scales": 2e-3,
+}
 
 #: Options that have a meaning in some modes only.
 _MODES_OF_OPTION: dict[str, tuple[Mode, ...]] = {

@@ -20,6 +20,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.pruning.manifest import MANIFEST_NAME
 from prunus.pruning.output import OUTSIDE_SHARD, shard_name
+from prunus.pruning.structure.record import RECORD_NAME as STRUCTURE_NAME
 from prunus.recovery.masks import check_zeros
 from prunus.recovery.record import LinearMask
 
@@ -140,8 +141,8 @@ class ResultFolder:
 def files_to_copy(source: Path) -> list[Path]:
     """The files that a result copies from the pruned checkpoint, including its manifest."""
     found = [path for path in auxiliary_files(source) if not path.name.startswith("prunus-")]
-    manifest = source / MANIFEST_NAME
-    return [*found, manifest] if manifest.exists() else found
+    manifests = [source / name for name in (MANIFEST_NAME, STRUCTURE_NAME)]
+    return [*found, *(path for path in manifests if path.exists())]
 
 
 def _in_stored_form(tensor: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:

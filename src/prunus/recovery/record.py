@@ -83,7 +83,8 @@ class RecoveryRecord(_Model):
         state: `running` until the result is in place, then `finished`.
         evaluations: of the held-out windows; the first one is from before any training.
         best: number of the evaluation whose weights are the result.
-        linears: full name -> pruned linear; empty in modes lora and scales, which change no zeros.
+        linears: full name -> pruned linear; empty in modes lora, full and scales, which change no
+            zeros.
         stopped: why training ended before the budget was spent, or None.
         diverged: training ended because the loss was not finite.
         sha256: file name of a shard -> SHA-256 of its bytes.

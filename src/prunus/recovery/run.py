@@ -45,13 +45,13 @@ from prunus.recovery.job import (
     plan_recovery,
 )
 from prunus.recovery.lora import lora, select_linears
-from prunus.recovery.masks import block_linears, pruned_linears
+from prunus.recovery.masks import block_linears, pruned_linears, unpruned_linears
 from prunus.recovery.options import recovery_options
 from prunus.recovery.output import ResultFolder
 from prunus.recovery.record import LinearMask, RecoveryRecord
 from prunus.recovery.scales import dense_size, scales, trained_tensors
 from prunus.recovery.sparse_lora import merged_weights, sparse_lora
-from prunus.recovery.trainable import Trainable, masked
+from prunus.recovery.trainable import Trainable, full, masked
 from prunus.recovery.training import Step, train
 
 __all__ = ["recover"]
@@ -91,7 +91,8 @@ def recover(
             adapter.
         mode: lora (low-rank layers beside the query and value projections, kept apart),
             sparse-lora (low-rank updates of surviving weights, merged), masked (all weights
-            except the pruned ones), or scales (scales, steps, norms and biases of a compressed
+            except the pruned ones), full (all weights of a model without zeros, such as a smaller
+            one), or scales (scales, steps, norms and biases of a compressed
             checkpoint). None is scales for a compressed checkpoint, and an error for all others.
         teacher: folder or hub id of the dense model. The pruned model learns its logits in place of
             the text, or together with it (`distill_weight`).
@@ -186,8 +187,8 @@ class _Student:
 
     Attributes:
         trainable: model and trained parameters.
-        pruned: its pruned linears by full name, whose zeros are checked at the end. Empty in mode
-            lora, which changes none of them.
+        pruned: its pruned linears by full name, whose zeros are checked at the end. Empty in modes
+            lora, which changes none of them, and full, whose model has none.
         updated: those with a low-rank update in mode sparse-lora.
         parameters: number of parameters of the pruned checkpoint.
         base: what an adapter names as its base model.
@@ -226,6 +227,9 @@ def _load_student(job: RecoveryJob, base: str) -> _Student:
             options.seed,
             base,
         )
+        return _Student(trainable, {}, {}, parameters, base)
+    if options.mode == "full":
+        trainable = full(model, unpruned_linears(model, folder))
         return _Student(trainable, {}, {}, parameters, base)
     pruned = pruned_linears(model, folder)
     if options.mode == "masked":

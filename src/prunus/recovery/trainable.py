@@ -11,7 +11,7 @@ from torch import nn
 from prunus.model.linears import Linear
 from prunus.recovery.masks import kept_rms, mask_of
 
-__all__ = ["Trainable", "masked"]
+__all__ = ["Trainable", "full", "masked"]
 
 
 @dataclass(frozen=True)
@@ -50,3 +50,14 @@ def masked(model: Any, linears: dict[str, Linear]) -> Trainable:
     model.requires_grad_(True)
     masks = {f"{name}.weight": mask_of(linear.parameter) for name, linear in linears.items()}
     return Trainable(model, dict(model.named_parameters()), masks, weight_rms=kept_rms(linears))
+
+
+def full(model: Any, linears: dict[str, Linear]) -> Trainable:
+    """Mode full: train all parameters of a float32 model that has no pruned weights.
+
+    Args:
+        model: a causal LM, float32.
+        linears: the linears of its blocks by full name.
+    """
+    model.requires_grad_(True)
+    return Trainable(model, dict(model.named_parameters()), weight_rms=kept_rms(linears))
