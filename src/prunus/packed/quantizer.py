@@ -26,6 +26,7 @@ from prunus.packed.description import FORMAT_VERSION, METHOD, Description, Store
 from prunus.packed.embedding import PackedEmbedding, pack_tied_embedding, unpack_tied_embedding
 from prunus.packed.fast_decoding import use_fast_decoding
 from prunus.packed.linear import PackedLinear, packed_linear, use_dense_kernel
+from prunus.packed.weight_readers import expand_read_linears
 
 __all__ = ["PrunusConfig", "PrunusQuantizer", "register_with_transformers"]
 
@@ -70,6 +71,8 @@ class PrunusQuantizer(HfQuantizer):
     _stored: dict[str, int | None]
     #: Whether the model's experts were taken apart.
     _apart = False
+    #: The same path -> the name of the linear in a checkpoint of this model.
+    _saved_names: dict[str, str]
 
     # transformers must not quantize on the fly: only `prunus pack` makes packed checkpoints.
     requires_calibration = True
@@ -99,7 +102,7 @@ class PrunusQuantizer(HfQuantizer):
             model, [path for candidates in paths.values() for path in candidates]
         )
         names = {}
-        self._stored = {}
+        self._stored, self._saved_names = {}, {}
         for name, shape in described.linears.items():
             found = _find_linear(model, name, paths[name])
             linear = model.get_submodule(found)
@@ -119,6 +122,7 @@ class PrunusQuantizer(HfQuantizer):
             else:
                 model.set_submodule(found, packed_linear(packed, linear.bias))
             self._stored[found] = shape.stored
+            self._saved_names[found] = paths[name][found]
             names[paths[name][found]] = shape
         # Names that the linears have when this model is saved again.
         renamed = Description(described.values, names, described.version)
@@ -161,6 +165,8 @@ class PrunusQuantizer(HfQuantizer):
                     module.prepare(self._stored[name])
                 except ValueError as fault:
                     raise ValueError(f"{name} is damaged: {fault}") from fault
+        for path in expand_read_linears(model, model.dtype):
+            del self.quantization_config.linears[self._saved_names[path]]
         use_fast_decoding(model)
         model.num_parameters = MethodType(_num_parameters, model)
         _keep_records(model)
