@@ -32,6 +32,11 @@ FOREIGN = {
     "--eager",
     "--enable-lora",
     "--tensor-parallel-size",
+    "--outfile",
+    "--outtype",
+    "--temp",
+    "--chunks",
+    "--build",
 }
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ROOMS = {path.name for path in (REPOSITORY / "src" / "prunus").iterdir() if path.is_dir()}

@@ -40,7 +40,7 @@ SMALL = {
 }
 #: `bench` starts a process per model, which takes half a minute; tests/cli runs it.
 NOT_RUN = {"bench"}
-OTHER_PROGRAMS = {"pip", "make", "curl", "export", "python3", "vllm"}
+OTHER_PROGRAMS = {"pip", "make", "curl", "export", "python", "python3", "vllm", "ollama"}
 SMALL_PYTHON = {"samples": 4, "seqlen": 16, "tokens": 64}
 INT8_SCORE = {"--seqlen": "16", "--limit": "2"}
 SENTENCE = "The quick brown fox jumps over the lazy dog number {}. "
@@ -114,10 +114,11 @@ def check_options(words: list[str]) -> None:
         commands = get_command(app).commands
         assert verb in commands, f"there is no command {verb}"
         commands[verb].make_context(verb, list(arguments))
-    elif words[0] == "python":
+    elif words[0] == "python" and words[1][0] not in "-$":
         assert (REPOSITORY / words[1]).exists(), f"there is no script {words[1]}"
     else:
-        assert Path(words[0]).name in OTHER_PROGRAMS, f"what is {words[0]}?"
+        program = Path(words[0]).name
+        assert program in OTHER_PROGRAMS or program.startswith("llama-"), f"what is {program}?"
 
 
 def run_block(block: Block, where: str) -> None:
