@@ -132,7 +132,10 @@ def report(
     data_dir: arg.DataDir = None,
     json_file: arg.Json = None,
 ) -> None:
-    """Show runs, sweeps and evaluations as HTML, Markdown or text."""
+    """Show runs, sweeps and evaluations as HTML, Markdown or text.
+
+    Two or more runs also stand side by side.
+    """
     with user_errors(json_file):
         from prunus.reporting.page import document_json
         from prunus.reporting.plain import to_terminal

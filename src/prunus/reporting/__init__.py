@@ -4,6 +4,7 @@ document.py             a report as sections of facts, tables and charts, withou
 write.py                one call from folders and files to a page
 sources.py              from folders and files to a document
 run_sections.py         one pruning run
+run_comparison.py       several runs side by side
 sweep_tables.py         one sweep; its quality tables and chart stand in sweep_quality.py
 size_charts.py          quality against size and speed
 evaluation_sections.py  files of `prunus eval --json` and `prunus bench --json`

@@ -12,6 +12,7 @@ from prunus.reporting.document import Document, Section
 from prunus.reporting.evaluation_sections import decode_speeds, evaluation_section, speed_section
 from prunus.reporting.page import document_json
 from prunus.reporting.plain import to_markdown
+from prunus.reporting.run_comparison import comparison_section
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.sweep_tables import sweep_section
 from prunus.sweeping.results import RESULTS_NAME, SweepResults
@@ -34,7 +35,8 @@ def read_document(
         title: title of the document; None takes that of the first section.
 
     Returns:
-        A document with one section per path, in the same order, then `bench`, then `extra`.
+        A document with one section per path, in the same order, then `bench`, then `extra`. Two or
+        more runs also stand side by side, in a section that comes first.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -42,8 +44,24 @@ def read_document(
     """
     measured = [] if bench is None else [_read_file(bench, speed_section)]
     speeds = {} if bench is None else decode_speeds(read_json(bench))
-    sections = [*(read_section(path, speeds) for path in paths), *measured, *extra]
+    runs = _side_by_side(paths)
+    sections = [*runs, *(read_section(path, speeds) for path in paths), *measured, *extra]
     return Document(title or sections[0].title, tuple(sections))
+
+
+def _side_by_side(paths: Sequence[Path]) -> list[Section]:
+    """A section that compares the runs among the paths; none for fewer than two runs."""
+    folders = [
+        path
+        for path in dict.fromkeys(paths)
+        if (path / MANIFEST_NAME).exists() and not (path / RESULTS_NAME).exists()
+    ]
+    if len(folders) < 2:
+        return []
+    short = [path.name for path in folders]
+    names = short if len(set(short)) == len(short) else [str(path) for path in folders]
+    runs = {name: Manifest.load(path) for name, path in zip(names, folders, strict=True)}
+    return [_checked(folders[0] / MANIFEST_NAME, lambda: comparison_section(runs))]
 
 
 def read_section(path: Path, speeds: Mapping[str, float]) -> Section:
