@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from command_line import call
 from image_text import image_text_checkpoint
 from prunus.model.checkpoint.digests import verify_shards
+from prunus.pruning.structure.recipe import StructureRecipe, load_structure_recipe
 from prunus.pruning.structure.record import RECORD_NAME
 from prunus.pruning.structure.run import shrink
 from structure_cases import bytes_of, shrunk_with_a_kill
@@ -105,11 +106,27 @@ def test_what_cannot_be_ends_before_any_work_and_says_what_can(family, options, 
     assert not (tmp_path / "small").exists()
 
 
+def test_the_magnitude_of_experts_needs_no_text(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "mixtral")  # it has no tokenizer either
+    record = shrink(dense, tmp_path / "small", experts=3, saliency="magnitude")
+    assert record.inputs.calibration.startswith("none")
+    assert all(block.experts.tokens == [0] * 4 for block in record.blocks)
+
+
 def test_a_model_inside_another_one_is_refused(tmp_path):
     dense = image_text_checkpoint(tmp_path / "dense", "gemma3")
     with pytest.raises(NotImplementedError, match="a language model inside another model"):
         shrink(dense, tmp_path / "small", blocks=1, calibration=token_ids())
     assert not (tmp_path / "small").exists()
+
+
+def test_a_recipe_is_read_from_what_it_writes(tmp_path):
+    recipe = StructureRecipe(experts=6, blocks=0.25, block_rule="cosine", calibration='a "b".txt')
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml())
+    assert load_structure_recipe(path, {"seed": None}) == recipe
+    assert load_structure_recipe(recipe, {"experts": "0.5"}).experts == 0.5
+    assert load_structure_recipe(path, {"experts": "5"}).experts == 5
 
 
 def test_the_verb_prints_what_changed_and_refuses_in_one_line(tmp_path):

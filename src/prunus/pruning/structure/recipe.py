@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -135,16 +136,16 @@ class StructureRecipe(BaseModel):
             name: getattr(self, name)
             for name in ("calibration", "samples", "seqlen", "seed", "bos", "batch", "dtype")
         }
-        # The method only says which sums over the inputs are kept, for the estimate of memory.
-        method: MethodName = "alps" if self.narrows else "wanda"
+        # The method only says which sums over the inputs are kept: none, norms or a Gram matrix.
+        measures = self.blocks is not None or self.saliency != "magnitude"
+        method: MethodName = "alps" if self.narrows else "wanda" if measures else "magnitude"
         return Recipe(method=method, sparsity=0.0, **shared)
 
     def to_toml(self) -> str:
         """The options that are given or not at their defaults, as TOML."""
-        lines = []
-        for key, value in self.model_dump(exclude_defaults=True).items():
-            text = f'"{value}"' if isinstance(value, str) else str(value).lower()
-            lines.append(f"{key} = {text}")
+        # JSON and TOML write these texts and numbers alike.
+        given = self.model_dump(exclude_defaults=True)
+        lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
         return "\n".join(lines) + "\n"
 
 
