@@ -206,7 +206,7 @@ def test_a_model_card_of_a_terabyte(material, tmp_path):
 def test_a_card_in_latin_1_is_no_reason_to_fail(verb, material, tmp_path):
     out = run(verb, material, tmp_path, lambda m: (m / "README.md").write_bytes(LATIN_1) and None)
     card = (out / "README.md").read_text("utf-8")
-    assert verb == "prune" or card.startswith("# Mod\ufffdle \ufffdlagu\ufffd\n")
+    assert verb == "prune" or "# Mod\ufffdle \ufffdlagu\ufffd\n" in card
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -54,6 +54,8 @@ def with_fields(card: str, changes: Mapping[str, str | None]) -> str:
         fields.pop(name, None)
         if value is not None:
             fields[name] = value if value.startswith("\n") else f" {value.strip()}"
+    if not fields:
+        return body.lstrip()
     head = "".join(f"{name}:{value}\n" for name, value in fields.items())
     return f"{_FENCE}\n{head}{_FENCE}\n\n{body.lstrip()}"
 
@@ -68,7 +70,7 @@ def add_tags(card: str, tags: Iterable[str], without: Iterable[str] = ()) -> str
     present = [tag.strip(" '\"") for tag in re.split(r"[\[\],]|\n\s*-", text)]
     wanted = dict.fromkeys([*filter(None, present), *tags])
     kept = [tag for tag in wanted if tag not in set(without)]
-    return with_fields(card, {"tags": f"[{', '.join(kept)}]"})
+    return with_fields(card, {"tags": f"[{', '.join(kept)}]" if kept else None})
 
 
 def inherited_fields(folder: Path | None) -> dict[str, str]:
