@@ -1,8 +1,8 @@
-"""Charts drawn with plotly: figures as JSON for the page, and the library's JavaScript.
+"""Charts drawn with plotly: figures as JSON for the page.
 
 The page owns the colours. A trace names its part of the palette in `meta`, and page.js fills in the
 colour for the light or the dark scheme. Plotly interprets some HTML in its texts, so every text is
-escaped. No other module knows plotly.
+escaped. The JavaScript that draws the figures is `assets/plotly-cartesian.min.js.gz`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from prunus.reporting.document import Bars, Chart, HeatMap, Histogram, Lines, text_of
 
-__all__ = ["check_plotly", "figure_json", "plotly_script"]
+__all__ = ["check_plotly", "figure_json"]
 
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon")
 #: Shift between two series at one category, as a share of the distance between categories.
@@ -29,19 +29,13 @@ def check_plotly() -> None:
     _plotly()
 
 
-def plotly_script() -> str:
-    """The JavaScript of the plotting library. The page contains it and loads nothing."""
-    script: str = _plotly()[1]()
-    return script
-
-
 def figure_json(chart: Chart) -> str:
     """Write a chart as the JSON of a plotly figure.
 
     Raises:
         ModuleNotFoundError: plotly is not installed.
     """
-    graph, _ = _plotly()
+    graph = _plotly()
     match chart:
         case Lines():
             figure = _lines(graph, chart)
@@ -56,13 +50,12 @@ def figure_json(chart: Chart) -> str:
     return json.dumps(content, allow_nan=False)
 
 
-def _plotly() -> tuple[Any, Any]:
+def _plotly() -> Any:
     try:
         import plotly.graph_objects
-        import plotly.offline
     except ImportError:
         raise ModuleNotFoundError("the HTML report needs plotly: pip install '.[report]'") from None
-    return plotly.graph_objects, plotly.offline.get_plotlyjs
+    return plotly.graph_objects
 
 
 def _lines(graph: Any, chart: Lines) -> Any:
