@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 
@@ -451,8 +452,15 @@ def test_damaged_masks_do_not_load(folders, tmp_path):
 
 
 def _python(code, *arguments):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    # An installed prunus needs no import, by an entry point that torch calls; see
+    # test_entry_points.py. Here it is switched off.
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_without_prunus_transformers_refuses(folders, tmp_path):

@@ -264,6 +264,8 @@ def _is_caught(mutant: Mutant, folder: Path) -> bool:
 
 def main(scratch: Path, names: list[str]) -> None:
     """Print which of the named faults are caught."""
+    # An installed prunus would be imported with torch, before its faulty copy.
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     pretend_cuda.load()
     import torch
 

@@ -13,25 +13,49 @@ configuration of peft's LoRA.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["register"]
+__all__ = ["register", "register_with_torch"]
 
 
 def register() -> None:
     """Register what is loaded now, and the rest when it is imported. A second call does nothing."""
-    for table, action in _ACTIONS.items():
-        if table in sys.modules:
+    for table, (later, action) in _ACTIONS.items():
+        if table not in sys.modules:
+            _wait(table, action)
+        elif not _is_being_imported(table):
             action()
-        elif not any(getattr(finder, "table", None) == table for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Waiting(table, action))
+        elif table not in _followed:
+            # Its own import has led to torch's, which called this. It is whole before this module:
+            _wait(later, action)
+
+
+def register_with_torch() -> None:
+    """The entry point that torch calls: `register`, except that nothing can make it fail.
+
+    An error would end the import of torch, also in programs that have nothing to do with prunus.
+    """
+    with contextlib.suppress(Exception):
+        register()
+
+
+def _is_being_imported(name: str) -> bool:
+    spec = getattr(sys.modules[name], "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
+
+
+def _wait(name: str, action: Callable[[], None]) -> None:
+    if not any(getattr(finder, "table", None) == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Waiting(name, action))
 
 
 def _register_quantizer() -> None:
@@ -63,11 +87,13 @@ def _register_lora() -> None:
 
 
 _LORA = "peft.tuners.lora.config"
-#: Module of another library -> what to do once it is loaded.
-_ACTIONS: dict[str, Callable[[], None]] = {
-    "transformers.quantizers.auto": _register_quantizer,
-    _LORA: _register_lora,
+#: Module of another library -> a module that is imported after it, and what to do once it is there.
+_ACTIONS: dict[str, tuple[str, Callable[[], None]]] = {
+    "transformers.quantizers.auto": ("transformers.modeling_utils", _register_quantizer),
+    _LORA: ("peft.peft_model", _register_lora),
 }
+#: Modules that are being imported, and whose action follows.
+_followed: set[str] = set()
 
 
 class _Waiting(MetaPathFinder):
@@ -108,5 +134,17 @@ class _ThenRegister(Loader):
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        self._action()
+        _followed.add(module.__name__)
+        try:
+            self._loader.exec_module(module)
+        finally:
+            _followed.discard(module.__name__)
+        try:
+            self._action()
+        except Exception as fault:
+            # The program may have nothing to do with packed checkpoints.
+            warnings.warn(
+                f"prunus could not add its packed format to {module.__name__}: {fault}. Packed "
+                "checkpoints will not load; are the versions those that prunus asks for?",
+                stacklevel=2,
+            )
