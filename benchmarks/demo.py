@@ -24,7 +24,7 @@ from rich.table import Table
 
 TEXT = "python-docs"
 CALIBRATION = ["--calibration", TEXT, "--samples", "32", "--seqlen", "1024"]
-CONTEXT, WINDOWS = 1024, 24
+CONTEXT, WINDOWS, COMPARED_WINDOWS = 1024, 24, 4
 SPEED = ["--prompt-tokens", "16", "--new-tokens", "32", "--rounds", "1"]
 PROMPT = "Once upon a time, there was a little"
 WRITING = ["--max-new-tokens", "24", "--temperature", "0"]
@@ -80,23 +80,26 @@ def main() -> None:
     )
     models = {"dense": dense, "magnitude": folder / "magnitude", "wanda": folder / "wanda"}
     scores = folder / "scores.json"
+    how = ["--perplexity", TEXT, "--seqlen", str(CONTEXT)]
     scored = prunus(
+        "eval", *map(str, models.values()), *how, "--limit", str(WINDOWS), json_file=scores
+    )
+    # Comparing two models token by token takes longer, so it takes fewer windows.
+    pruned = [str(models["magnitude"]), str(models["wanda"])]
+    compared = prunus(
         "eval",
-        *map(str, [*models.values(), packed]),
+        *pruned,
         "--reference",
         str(dense),
-        "--perplexity",
-        TEXT,
-        "--seqlen",
-        str(CONTEXT),
+        *how,
         "--limit",
-        str(WINDOWS),
-        json_file=scores,
+        str(COMPARED_WINDOWS),
+        json_file=folder / "compared.json",
     )
     speeds = folder / "speed.json"
     measured = prunus("bench", str(dense), str(packed), *SPEED, json_file=speeds)
 
-    show_table(runs, {"packed": packed} | models, scored)
+    show_table(runs, {"packed": packed} | models, scored, compared)
     page = folder / "report.html"
     prunus(
         "report",
@@ -123,7 +126,10 @@ def main() -> None:
 
 
 def show_table(
-    runs: dict[str, dict[str, Any]], models: dict[str, Path], scored: dict[str, Any]
+    runs: dict[str, dict[str, Any]],
+    models: dict[str, Path],
+    scored: dict[str, Any],
+    compared: dict[str, Any],
 ) -> None:
     """Print perplexity, KL divergence, size and cost of each model."""
     table = Table(
@@ -132,16 +138,22 @@ def show_table(
     columns = ("", "perplexity", "KL from dense", "sparsity", "file", "seconds to prune", "memory")
     for column in columns:
         table.add_column(column, justify="left" if not column else "right")
-    found = {entry["model"]: entry["perplexity"][0] for entry in scored["models"]}
+    found, divergences = (
+        {entry["model"]: entry["perplexity"][0] for entry in result["models"]}
+        for result in (scored, compared)
+    )
     score: dict[str, Any] = {}
     for name in ("dense", "magnitude", "wanda", "packed"):
-        score = found[str(models[name])]
+        # Packing loses nothing, so the packed model has the figures of the pruned one.
+        model = str(models["wanda" if name == "packed" else name])
+        score = found[model]
+        kl = divergences[model]["divergence"]["kl"] if model in divergences else 0.0
         totals = runs[name]["totals"] if name in runs else None
         size = sum(path.stat().st_size for path in models[name].glob("*.safetensors"))
         table.add_row(
             "wanda, packed" if name == "packed" else name,
             f"{score['perplexity']:.2f}",
-            f"{score['divergence']['kl']:.3f}",
+            f"{kl:.3f}",
             f"{totals['sparsity']:.1%}" if totals else "0 %" if name == "dense" else "–",
             f"{size / 1e6:.0f} MB",
             f"{totals['seconds']:.0f}" if totals else "–",
