@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 import prunus
-from image_text import IMAGE_TEXT_MODELS, image_text_checkpoint, loaded
+from image_text import IMAGE_TEXT_MODELS, VISION, image_text_checkpoint, loaded
 from prunus.packed import pack, unpack
 from recovery_cases import SHORT, shards, training_text
 from reference import prune_as_called
@@ -89,14 +89,7 @@ def test_a_model_that_reads_no_text_without_an_image_is_refused(tmp_path):
             "vocab_size": 128,
             "word_embed_proj_dim": 32,
         },
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 16,
-            "patch_size": 8,
-        },
+        vision_config=VISION,
         qformer_config={
             "hidden_size": 32,
             "num_hidden_layers": 2,

@@ -23,7 +23,8 @@ _TEXT: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_VISION: dict[str, Any] = {
+#: A vision tower.
+VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -57,21 +58,21 @@ IMAGE_TEXT_MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gemma3": (
         "Gemma3Config",
         _TEXT | {"head_dim": 8, "sliding_window": 16},
-        _VISION | {"model_type": "siglip_vision_model"},
+        VISION | {"model_type": "siglip_vision_model"},
     ),
     "llava": (
         "LlavaConfig",
         _TEXT | {"model_type": "llama"},
-        _VISION | {"model_type": "clip_vision_model", "projection_dim": 32},
+        VISION | {"model_type": "clip_vision_model", "projection_dim": 32},
     ),
-    "smolvlm": ("SmolVLMConfig", _TEXT | {"model_type": "llama"}, _VISION),
-    "idefics3": ("Idefics3Config", _TEXT | {"model_type": "llama"}, _VISION),
+    "smolvlm": ("SmolVLMConfig", _TEXT | {"model_type": "llama"}, VISION),
+    "idefics3": ("Idefics3Config", _TEXT | {"model_type": "llama"}, VISION),
     "mistral3": (
         "Mistral3Config",
         _TEXT | {"model_type": "mistral"},
-        _VISION | {"model_type": "pixtral"},
+        VISION | {"model_type": "pixtral"},
     ),
-    "internvl": ("InternVLConfig", _TEXT | {"model_type": "qwen2"}, _VISION),
+    "internvl": ("InternVLConfig", _TEXT | {"model_type": "qwen2"}, VISION),
 }
 _OPTIONS: dict[str, dict[str, Any]] = {
     "gemma3": {"mm_tokens_per_image": 4},

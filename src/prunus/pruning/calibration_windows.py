@@ -22,8 +22,9 @@ from prunus.model.loading import load_model
 from prunus.model.source import ModuleSource
 from prunus.model.tokenizer import load_tokenizer
 from prunus.pruning.job import PruningJob
+from prunus.pruning.manifest import RunInputs
 
-__all__ = ["calibration_windows", "describe_given"]
+__all__ = ["calibration_windows", "describe_given", "run_inputs"]
 
 
 def describe_given(given: Any) -> dict[str, Any]:
@@ -103,6 +104,20 @@ def calibration_windows(job: PruningJob) -> Windows:
             f"embedding has {rows} rows: the tokenizer or the file of ids belongs to another model"
         )
     return windows
+
+
+def run_inputs(job: PruningJob, windows: Windows) -> RunInputs:
+    """What the result of a run depends on beside its recipe, for its record."""
+    return RunInputs(
+        checkpoint=job.source.fingerprint,
+        calibration=windows.source,
+        calibration_sha256=windows.sha256,
+        dtype=str(job.dtype).removeprefix("torch."),
+        dtype_reason=job.dtype_reason,
+        device=job.device.type,
+        batch=job.batch,
+        bos=windows.bos,
+    )
 
 
 def _images(job: PruningJob) -> Windows:

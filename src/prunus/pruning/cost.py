@@ -38,14 +38,12 @@ from prunus.pruning.sensitivity import (
     PROBE_WINDOWS,
     layers_of,
 )
+from prunus.pruning.structure.config import experts_per_token
 
 __all__ = ["block_memory", "disk_bytes", "estimate_seconds", "file_bytes"]
 
 # Matrix products are not everything: norms, softmax, masks, hashes and files add about this much.
 _OVERHEAD = 1.4
-
-# Configurations name the experts that a token chooses in one of these ways.
-_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
 
 def block_memory(job: PruningJob, index: int) -> BlockMemory:
@@ -293,9 +291,7 @@ def _expert_routing(job: PruningJob, index: int) -> _ExpertRouting:
     fused = job.skeleton.fused(index)
     if not fused:
         return _ExpertRouting(0, lambda _name: 1.0)
-    config = job.source.config.get_text_config()
-    values = (getattr(config, name, None) for name in _EXPERTS_PER_TOKEN)
-    chosen = next((value for value in values if isinstance(value, int)), 1)
+    chosen = experts_per_token(job.source.config.get_text_config())
     experts_of = {
         member.removesuffix(".weight"): each.shape[0] for each in fused for member in each.members
     }

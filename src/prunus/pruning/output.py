@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -40,7 +40,7 @@ __all__ = [
     "Output",
     "bytes_in",
     "check_output",
-    "check_resume",
+    "prepare_folder",
     "shard_name",
 ]
 
@@ -83,21 +83,47 @@ def check_output(output: Path, source: Path, overwrite: bool) -> Manifest | None
     return None if overwrite else Manifest.load(output)
 
 
-def check_resume(output: Path, earlier: Manifest | None, resume: bool | None) -> None:
-    """Check that there is an unfinished run if `resume` is True, and none if it is False.
+class ShardRecord(Protocol):
+    """A record of a run whose result has one shard per block."""
+
+    blocks: list[Any]
+    sha256: dict[str, str]
+
+    def save(self, folder: Path) -> None:
+        """Write the record into a folder."""
+        ...
+
+
+def prepare_folder(folder: Path, record: ShardRecord, overwrite: bool) -> None:
+    """Create the folder of a result, or clean up what a killed run left half-written.
+
+    Afterwards the record names finished blocks only.
 
     Raises:
-        FileNotFoundError, FileExistsError: The folder is in the other state; says what to do.
+        ValueError: A disk or a copy has changed a shard of the run that is resumed; names it.
     """
-    unfinished = earlier is not None and earlier.state == "running"
-    if resume is True and not unfinished:
-        raise FileNotFoundError(
-            f"there is no unfinished run in {output} to resume; leave --resume out to start one"
-        )
-    if resume is False and unfinished:
-        raise FileExistsError(
-            f"{output} holds an unfinished run; --overwrite starts again, --resume goes on"
-        )
+    make_folder(folder)
+    for name, expected in record.sha256.items():
+        if (folder / name).exists():
+            remedy = "remove it, and the same command makes it again"
+            check_shard(folder / name, expected, remedy)
+    # The record claims the folder first. Then the index goes, and the rest of an overwritten
+    # result is no model any more.
+    record.save(folder)
+    (folder / INDEX_NAME).unlink(missing_ok=True)
+    fsync_folder(folder)
+    if overwrite:
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+    remove_temporaries(folder)
+    for index in range(len(record.blocks)):
+        if not (folder / shard_name(index)).exists():
+            # A shard was deleted. The blocks after it are made again as well.
+            for lost in range(index, len(record.blocks)):
+                record.sha256.pop(shard_name(lost), None)
+            del record.blocks[index:]
+            record.save(folder)
+            break
 
 
 def bytes_in(folder: Path) -> int:
@@ -237,42 +263,13 @@ class CheckpointOutput:
     def _begin(self, overwrite: bool) -> int:
         """As `begin`; returns how many finished blocks there are."""
         manifest = self._manifest
-        make_folder(self.folder)
-        self._check_shards()
-        # The manifest claims the folder first. Then the index goes, and the rest of an overwritten
-        # result is no model any more.
-        manifest.save(self.folder)
-        (self.folder / INDEX_NAME).unlink(missing_ok=True)
-        fsync_folder(self.folder)
-        if overwrite:
-            for path in self.folder.glob("*.safetensors"):
-                path.unlink()
-        remove_temporaries(self.folder)
-        for index in range(len(manifest.blocks)):
-            if not (self.folder / shard_name(index)).exists():
-                # A shard was deleted. The blocks after it are pruned again as well.
-                for lost in range(index, len(manifest.blocks)):
-                    manifest.sha256.pop(shard_name(lost), None)
-                del manifest.blocks[index:]
-                manifest.save(self.folder)
-                break
+        prepare_folder(self.folder, manifest, overwrite)
         # The check above has just read what lies outside the blocks, and embedding reads it next.
         # Copied now, it comes from the disk only once. A pruned head is not known yet.
         if not manifest.recipe.head and not self._has_outside():
             self._write_outside({})
             manifest.save(self.folder)
         return len(manifest.blocks)
-
-    def _check_shards(self) -> None:
-        """Check that the shards of the run that is resumed are what it wrote.
-
-        Raises:
-            ValueError: A disk or a copy has changed one; names it.
-        """
-        for name, expected in self._manifest.sha256.items():
-            if (self.folder / name).exists():
-                remedy = "remove it, and the same command makes it again"
-                check_shard(self.folder / name, expected, remedy)
 
     def _has_outside(self) -> bool:
         """Whether the shard of what lies outside the blocks is there, and in the manifest."""

@@ -18,7 +18,7 @@ from prunus.hardware.memory import available_memory, memory_budget, resident_mem
 from prunus.methods import METHODS, check_options, compose, default_group
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.model.checkpoint.companions import check_companions
-from prunus.model.checkpoint.output_folder import check_disk
+from prunus.model.checkpoint.output_folder import check_disk, check_resume
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.device import choose_device
 from prunus.model.kinds import IMAGES, kind_of, require_causal
@@ -31,7 +31,7 @@ from prunus.pruning.compute_dtype import decide_dtype
 from prunus.pruning.cost import block_memory, disk_bytes
 from prunus.pruning.job import PruningJob, RunOptions, needs_inputs
 from prunus.pruning.manifest import Manifest
-from prunus.pruning.output import bytes_in, check_output, check_resume
+from prunus.pruning.output import bytes_in, check_output
 from prunus.pruning.rank_checks import check_ranks_can_share
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.selection import check_inputs, select_linears, select_packable
@@ -115,7 +115,7 @@ def find_earlier_run(
         FileExistsError, FileNotFoundError, ValueError: The run may not write into the folder.
     """
     earlier = check_output(output, model, overwrite)
-    check_resume(output, earlier, resume)
+    check_resume(output, earlier is not None and earlier.state == "running", resume)
     if earlier is not None:
         earlier.check_same_run(recipe)
     return earlier

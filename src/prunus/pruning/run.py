@@ -34,11 +34,11 @@ from prunus.hardware.sizes import parse_bytes
 from prunus.pruning.allocate import allocate
 from prunus.pruning.block.checks import StoredBlock
 from prunus.pruning.block.prune_block import BlockPruner
-from prunus.pruning.calibration_windows import calibration_windows, describe_given
+from prunus.pruning.calibration_windows import calibration_windows, describe_given, run_inputs
 from prunus.pruning.compressed_output import make_output
 from prunus.pruning.compression import rate_control
 from prunus.pruning.job import PruningJob, RunOptions
-from prunus.pruning.manifest import Manifest, RunInputs
+from prunus.pruning.manifest import Manifest
 from prunus.pruning.output import Output
 from prunus.pruning.output_lock import locked_output
 from prunus.pruning.overlap import BackgroundWrites, read_ahead, read_block
@@ -301,16 +301,7 @@ def _manifest(job: PruningJob, windows: Windows, earlier: Manifest | None) -> Ma
     Raises:
         FileExistsError: The earlier run had other inputs.
     """
-    inputs = RunInputs(
-        checkpoint=job.source.fingerprint,
-        calibration=windows.source,
-        calibration_sha256=windows.sha256,
-        dtype=str(job.dtype).removeprefix("torch."),
-        dtype_reason=job.dtype_reason,
-        device=job.device.type,
-        batch=job.batch,
-        bos=windows.bos,
-    )
+    inputs = run_inputs(job, windows)
     if earlier is not None:
         earlier.check_same_run(job.recipe, inputs)
         return earlier

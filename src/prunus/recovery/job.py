@@ -17,7 +17,7 @@ from prunus.distributed import Ranks
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.adapter import CONFIG_NAME, is_adapter, require_peft
 from prunus.model.checkpoint.companions import check_companions
-from prunus.model.checkpoint.output_folder import check_apart, check_whole, is_vacant
+from prunus.model.checkpoint.output_folder import check_apart, check_resume, check_whole, is_vacant
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.checkpoint.regular_files import read_card
 from prunus.model.device import choose_device
@@ -209,15 +209,7 @@ def find_earlier_recovery(
             )
         earlier = None if overwrite else RecoveryRecord.load(output)
     unfinished = earlier is not None and earlier.state == "running"
-    if resume is True and not unfinished:
-        raise FileNotFoundError(
-            f"there is no unfinished recovery in {output} to resume; "
-            "leave --resume out to start one"
-        )
-    if resume is False and unfinished:
-        raise FileExistsError(
-            f"{output} holds an unfinished recovery; --overwrite starts again, --resume goes on"
-        )
+    check_resume(output, unfinished, resume, "recovery")
     if earlier is not None:
         earlier.check_same(options)
     return earlier

@@ -9,7 +9,7 @@ from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX
 from prunus.model.checkpoint.lock import LOCK_NAME
 from prunus.model.checkpoint.reader import Checkpoint
 
-__all__ = ["check_apart", "check_disk", "check_whole", "is_vacant"]
+__all__ = ["check_apart", "check_disk", "check_resume", "check_whole", "is_vacant"]
 
 
 def check_apart(output: Path, source: Path) -> None:
@@ -49,6 +49,28 @@ def is_vacant(output: Path) -> bool:
     return not output.exists() or all(
         path.name.endswith(TEMPORARY_SUFFIX) or path.name == LOCK_NAME for path in output.iterdir()
     )
+
+
+def check_resume(output: Path, unfinished: bool, resume: bool | None, work: str = "run") -> None:
+    """Check that there is unfinished work if `resume` is True, and none if it is False.
+
+    Args:
+        output: folder for the result.
+        unfinished: whether the folder holds work that can be resumed.
+        resume: what the user wants; None resumes what there is.
+        work: what the work is called.
+
+    Raises:
+        FileNotFoundError, FileExistsError: the folder is in the other state; says what to do.
+    """
+    if resume is True and not unfinished:
+        raise FileNotFoundError(
+            f"there is no unfinished {work} in {output} to resume; leave --resume out to start one"
+        )
+    if resume is False and unfinished:
+        raise FileExistsError(
+            f"{output} holds an unfinished {work}; --overwrite starts again, --resume goes on"
+        )
 
 
 def check_disk(output: Path, needed: int) -> None:

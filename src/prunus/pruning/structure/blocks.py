@@ -28,8 +28,8 @@ __all__ = ["PROBE_TOKENS", "PROBE_WINDOWS", "choose_blocks"]
 
 #: A search reads this many windows, cut to this many tokens, as one batch.
 PROBE_WINDOWS, PROBE_TOKENS = 8, 128
-# Every so many steps all candidates are measured; in between only the better half of those that
-# were measured last.
+# All candidates are measured in every fourth step. The steps in between measure the better half of
+# those that the step before measured.
 _FULL_STEPS = 4
 
 

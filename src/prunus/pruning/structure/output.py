@@ -14,19 +14,15 @@ import torch
 from torch import Tensor
 
 from prunus.model.checkpoint.atomic_files import (
-    fsync_folder,
-    make_folder,
-    remove_temporaries,
     write_json,
     write_text,
 )
 from prunus.model.checkpoint.companions import auxiliary_files, copy_companion
-from prunus.model.checkpoint.digests import check_shard
 from prunus.model.checkpoint.output_folder import check_whole
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.names import names_in_model
-from prunus.pruning.output import OUTSIDE_SHARD, shard_name
+from prunus.pruning.output import OUTSIDE_SHARD, prepare_folder, shard_name
 from prunus.pruning.structure.card import structure_card
 from prunus.pruning.structure.plan import SmallerModel, StructureJob
 from prunus.pruning.structure.record import BlockChange, StructureRecord
@@ -67,25 +63,7 @@ class StructureOutput:
         """
         self._record = record
         self._source.check_outside_finite()
-        make_folder(self.folder)
-        for name, expected in record.sha256.items():
-            if (self.folder / name).exists():
-                remedy = "remove it, and the same command makes it again"
-                check_shard(self.folder / name, expected, remedy)
-        record.save(self.folder)
-        (self.folder / INDEX_NAME).unlink(missing_ok=True)
-        fsync_folder(self.folder)
-        if overwrite:
-            for path in self.folder.glob("*.safetensors"):
-                path.unlink()
-        remove_temporaries(self.folder)
-        for place in range(len(record.blocks)):
-            if not (self.folder / shard_name(place)).exists():
-                for lost in range(place, len(record.blocks)):
-                    record.sha256.pop(shard_name(lost), None)
-                del record.blocks[place:]
-                record.save(self.folder)
-                break
+        prepare_folder(self.folder, record, overwrite)
         return len(record.blocks)
 
     def read_block(self, smaller: SmallerModel, place: int) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.checkpoint.output_folder import check_apart, is_vacant
+from prunus.model.checkpoint.output_folder import check_apart, check_resume, is_vacant
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.experts import Experts
 from prunus.model.kinds import require_causal
@@ -148,14 +148,7 @@ def find_earlier_run(
             )
         earlier = None if overwrite else StructureRecord.load(output)
     unfinished = earlier is not None and earlier.state == "running"
-    if resume is True and not unfinished:
-        raise FileNotFoundError(
-            f"there is no unfinished run in {output} to resume; leave --resume out to start one"
-        )
-    if resume is False and unfinished:
-        raise FileExistsError(
-            f"{output} holds an unfinished run; --overwrite starts again, --resume goes on"
-        )
+    check_resume(output, unfinished, resume)
     if earlier is not None:
         earlier.check_same_run(recipe)
     return earlier

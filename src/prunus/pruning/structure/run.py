@@ -31,9 +31,8 @@ from prunus.model.checkpoint.lock import locked
 from prunus.model.checkpoint.output_folder import check_disk
 from prunus.model.stream import Stream
 from prunus.pruning.block.checks import read_stored
-from prunus.pruning.calibration_windows import calibration_windows, describe_given
+from prunus.pruning.calibration_windows import calibration_windows, describe_given, run_inputs
 from prunus.pruning.job import RunOptions
-from prunus.pruning.manifest import RunInputs
 from prunus.pruning.output import bytes_in
 from prunus.pruning.progress import Progress
 from prunus.pruning.structure.blocks import choose_blocks
@@ -235,16 +234,7 @@ def _record(
         FileExistsError: the earlier run had other inputs.
     """
     measuring = job.measuring
-    inputs = RunInputs(
-        checkpoint=job.source.fingerprint,
-        calibration=windows.source,
-        calibration_sha256=windows.sha256,
-        dtype=str(measuring.dtype).removeprefix("torch."),
-        dtype_reason=measuring.dtype_reason,
-        device=measuring.device.type,
-        batch=measuring.batch,
-        bos=windows.bos,
-    )
+    inputs = run_inputs(measuring, windows)
     if earlier is not None:
         earlier.check_same_run(job.recipe, inputs)
         return earlier
