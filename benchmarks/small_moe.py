@@ -1,25 +1,32 @@
-"""Train a small mixture of experts, so that pruning experts can be measured on a real one.
+"""Train a small mixture of experts, and measure what its experts are worth to it.
 
-    python benchmarks/small_moe.py OUT --data FOLDER [--minutes 60] [--experts 32] [--top-k 4]
+    python benchmarks/small_moe.py OUT --data FOLDER [--tokens 12000000] [--layers 6]
+        [--experts 32] [--top-k 4]
 
 OUT becomes an ordinary checkpoint: a Qwen3-MoE of 11.7 million parameters, with 6 layers of 32
 experts, of which each token chooses 4. Its tokenizer has 2,048 tokens and is trained on the same
 text: the train texts of WikiText-2 and C4 in FOLDER. Scores on the test text of WikiText-2 are
-printed on the way. An hour on two cores gives a model whose experts do different things, which
-random weights would not.
+printed on the way. Training gives a model whose experts do different things, which random weights
+would not. A model that is there already is not trained again.
+
+Then experts go, a quarter and a half of them: by REAP, by frequency and at random, and by REAP with
+repair. A table says how far each result is from the trained model on the test text of WikiText-2.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
 
+import prunus
 from prunus.calibration.corpora import load_corpus
 
 VOCABULARY, END = 2048, "<|endoftext|>"
@@ -58,14 +65,15 @@ def perplexity(model: torch.nn.Module, ids: torch.Tensor, windows: int = 64) -> 
     return math.exp(sum(losses) / len(losses))
 
 
-def train(model: torch.nn.Module, ids: torch.Tensor, test: torch.Tensor, minutes: float) -> None:
-    """Train by AdamW for a time, with the learning rate of a cosine over that time."""
+def train(model: torch.nn.Module, ids: torch.Tensor, test: torch.Tensor, tokens: int) -> None:
+    """Train by AdamW on so many tokens, with the learning rate of a cosine over them."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1
     )
     generator = torch.Generator().manual_seed(0)
-    started, step, shown = time.perf_counter(), 0, -1
-    while (share := (time.perf_counter() - started) / (60 * minutes)) < 1:
+    started, shown, steps = time.perf_counter(), -1, max(1, tokens // (BATCH * SEQLEN))
+    for step in range(steps):
+        share = step / steps
         rate = LEARNING_RATE * min(1, (step + 1) / WARM_UP_STEPS)
         for group in optimizer.param_groups:
             group["lr"] = rate * (0.05 + 0.95 * (1 + math.cos(math.pi * share)) / 2)
@@ -78,16 +86,75 @@ def train(model: torch.nn.Module, ids: torch.Tensor, test: torch.Tensor, minutes
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        step += 1
         if int(20 * share) > shown:
             shown = int(20 * share)
             score = perplexity(model.eval(), test)
             model.train()
             print(
-                f"{share:4.0%}, step {step}, {step * BATCH * SEQLEN:,} tokens: loss "
-                f"{loss.item():.3f}, test perplexity {score:.2f}",
+                f"{share:4.0%}, {(step + 1) * BATCH * SEQLEN:,} tokens in "
+                f"{time.perf_counter() - started:.0f} s: loss {loss.item():.3f}, test perplexity "
+                f"{score:.2f}",
                 flush=True,
             )
+
+
+#: Calibration windows, and test windows that are scored.
+SAMPLES, SCORED = 64, 64
+#: Row of the table -> options of `prunus.shrink`, once per seed that is averaged over.
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "REAP": [{"saliency": "reap", "repair": False}],
+    "frequency": [{"saliency": "frequency", "repair": False}],
+    "random (mean of 3)": [
+        {"saliency": "random", "repair": False, "seed": seed} for seed in range(3)
+    ],
+    "REAP and repair": [{"saliency": "reap", "repair": True}],
+}
+
+
+def scores(model: Any, dense: list[torch.Tensor], batches: list[torch.Tensor]) -> tuple[float, ...]:
+    """KL divergence from the dense model in nats per token, and perplexity, on test windows.
+
+    Args:
+        model: a smaller model.
+        dense: log probabilities of the dense model (windows, tokens, vocabulary) per batch.
+        batches: the windows (windows, tokens).
+    """
+    divergence, loss = 0.0, 0.0
+    with torch.no_grad():
+        for logp, ids in zip(dense, batches, strict=True):
+            logq = model(ids).logits.float().log_softmax(-1)
+            divergence += float((logp.exp() * (logp - logq)).sum(-1).mean())
+            loss -= float(logq[:, :-1].gather(-1, ids[:, 1:, None]).mean())
+    return divergence / len(batches), math.exp(loss / len(batches))
+
+
+def print_table(folder: Path, ids: torch.Tensor, test: torch.Tensor) -> None:
+    """Remove experts in several ways and print what is left."""
+    generator = torch.Generator().manual_seed(1)
+    starts = torch.randint(len(ids) - SEQLEN, (SAMPLES,), generator=generator)
+    windows = torch.stack([ids[start : start + SEQLEN] for start in starts.tolist()])
+    batches = list(test[: SCORED * SEQLEN].view(SCORED, SEQLEN).split(8))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        dense = [model(batch).logits.log_softmax(-1) for batch in batches]
+    print(f"dense: perplexity {scores(model, dense, batches)[1]:.2f}\n")
+    print("| experts that go | by | KL divergence | perplexity | seconds |")
+    print("| ---: | --- | ---: | ---: | ---: |", flush=True)
+    for share in (0.25, 0.5):
+        for name, runs in ROWS.items():
+            found, started = [], time.process_time()
+            for options in runs:
+                with tempfile.TemporaryDirectory() as place:
+                    prunus.shrink(
+                        folder, Path(place, "out"), experts=share, calibration=windows, **options
+                    )
+                    small = AutoModelForCausalLM.from_pretrained(
+                        Path(place, "out"), dtype=torch.float32
+                    )
+                    found.append(scores(small.eval(), dense, batches))
+            kl, ppl = (sum(each) / len(found) for each in zip(*found, strict=True))
+            seconds = (time.process_time() - started) / len(found)
+            print(f"| {share:.0%} | {name} | {kl:.4f} | {ppl:.2f} | {seconds:.0f} |", flush=True)
 
 
 def main() -> None:
@@ -96,7 +163,8 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--tokens", type=int, default=12_000_000)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--top-k", type=int, default=4)
     options = parser.parse_args()
@@ -109,14 +177,29 @@ def main() -> None:
         )
     )
     texts = ["\n".join(wikitext.documents), *c4.documents]
-    tokenizer = train_tokenizer(texts)
+    trained = (options.out / "config.json").exists()
+    tokenizer = (
+        PreTrainedTokenizerFast.from_pretrained(options.out) if trained else train_tokenizer(texts)
+    )
     ids, test = token_ids(tokenizer, texts), token_ids(tokenizer, [test_text.text()])
+    if not trained:
+        train_checkpoint(options, tokenizer, ids, test)
+    print_table(options.out, ids, test)
+
+
+def train_checkpoint(
+    options: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerFast,
+    ids: torch.Tensor,
+    test: torch.Tensor,
+) -> None:
+    """Train a model from random weights and save it."""
     config = Qwen3MoeConfig(
         vocab_size=VOCABULARY,
         hidden_size=192,
         intermediate_size=384,
         moe_intermediate_size=96,
-        num_hidden_layers=6,
+        num_hidden_layers=options.layers,
         num_experts=options.experts,
         num_experts_per_tok=options.top_k,
         norm_topk_prob=True,
@@ -134,7 +217,7 @@ def main() -> None:
     model.set_experts_implementation("grouped_mm")
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{count:,} parameters, {len(ids):,} tokens of train text", flush=True)
-    train(model, ids, test, options.minutes)
+    train(model, ids, test, options.tokens)
     model.eval().bfloat16().save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     print(f"test perplexity {perplexity(model, test):.2f}; saved to {options.out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import pytest
 
 from prunus.pruning.structure.record import StructureRecord
 from prunus.pruning.structure.run import shrink
+
+#: Most tests look at what goes, and not at what is trained afterwards.
+shrink_without_repair = functools.partial(shrink, repair=False)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
@@ -24,6 +28,7 @@ class Killed(BaseException):
 def shrunk_with_a_kill(dense: Path, output: Path, after: int, **options: Any) -> None:
     """Stop a run after some steps, then give the same command again."""
     seen: list[Any] = []
+    options = {"repair": False, **options}
 
     def kill(step: Any) -> None:
         seen.append(step)

@@ -31,12 +31,12 @@ def shrink(
         ),
     ] = None,
     saliency: Annotated[
-        Literal["reap", "frequency", "magnitude"] | None,
+        Literal["reap", "frequency", "magnitude", "random"] | None,
         typer.Option(
             metavar="RULE",
             help="Which experts go. reap: those whose output, times the router's weight, is "
             "smallest. frequency: those that fewest tokens choose. magnitude: those with the "
-            "smallest weights. Default: reap.",
+            "smallest weights. random: any, by --seed, for comparison. Default: reap.",
         ),
     ] = None,
     blocks: Annotated[
@@ -97,6 +97,14 @@ def shrink(
             rich_help_panel=_WIDTH,
             help="least-squares: the columns that stay make up for those that go. none: they keep "
             "their weights. Default: least-squares.",
+        ),
+    ] = None,
+    repair: Annotated[
+        bool | None,
+        typer.Option(
+            "--repair/--no-repair",
+            help="Train the blocks that changed, and all behind them, towards the outputs of MODEL "
+            "on the calibration windows. Default: --repair.",
         ),
     ] = None,
     calibration: Annotated[

@@ -31,6 +31,7 @@ __all__ = [
     "find_routers",
     "fusing_rules",
     "is_fusing_rule",
+    "split_loaded_experts",
     "unfuse_experts",
 ]
 
@@ -255,6 +256,29 @@ def unfuse_experts(rules: Sequence[Any], block: nn.Module, path: str) -> list[Fu
         experts = Experts(module, leaves, dtype).eval().requires_grad_(False)
         setattr(block.get_submodule(owner), leaf, experts)
     return found
+
+
+def split_loaded_experts(model: nn.Module) -> None:
+    """Replace the fused experts of a loaded model by single ones with the same weights, in place.
+
+    Each tensor is copied, so both forms of one module are in memory for a moment.
+    """
+    names = find_fused_experts(model)
+    if not names:
+        return
+    values = {
+        f"{name}.{key}": parameter.detach()
+        for name in names
+        for key, parameter in model.get_submodule(name).named_parameters(recurse=False)
+    }
+    training = model.training
+    for fused in unfuse_experts(fusing_rules(model), model, ""):
+        for member, piece in fused.cut(values.pop(fused.name)).items():
+            owner, _, leaf = member.rpartition(".")
+            setattr(
+                model.get_submodule(owner), leaf, nn.Parameter(piece.clone(), requires_grad=False)
+            )
+    model.train(training)
 
 
 def find_fused_experts(model: nn.Module) -> list[str]:

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from prunus.model.block_lists import find_block_list
-from prunus.model.experts import find_fused_experts
 from prunus.model.linears import Linear, find_linears
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
 from prunus.recovery.record import RECORD_NAME, LinearMask, RecoveryRecord
@@ -71,21 +70,17 @@ def block_linears(model: nn.Module) -> dict[str, Linear]:
 def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
     """Return the pruned linears of a model that was loaded from `folder`, by full name.
 
+    Fused experts must have been split; see `split_loaded_experts`.
+
     Raises:
         ValueError: there are none, or a record is damaged.
-        NotImplementedError: the model is not a stack of blocks, or holds fused experts.
+        NotImplementedError: the model is not a stack of blocks.
     """
     linears = block_linears(model)
     head = _head_name(model)
     if head is not None:
         linears[head] = Linear(head, model.get_submodule(head))
     recorded = _recorded_linears(folder, head)
-    if fused := find_fused_experts(model):
-        raise NotImplementedError(
-            f"{folder} is a mixture of experts whose matrices are fused in memory ({fused[0]}). "
-            "Training the whole model would fill their zeros. Train its blocks while they are "
-            "pruned instead: prunus prune --reconstruct all"
-        )
     found = {name: x for name, x in linears.items() if _is_pruned(name, x.weight_OI, recorded)}
     if not found:
         raise ValueError(
@@ -98,15 +93,12 @@ def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
 def unpruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
     """Return the linears in the blocks of a model without pruned weights, by full name.
 
+    Fused experts must have been split; see `split_loaded_experts`.
+
     Raises:
         ValueError: some of its linears are pruned, so that training all weights would fill zeros.
-        NotImplementedError: the model is not a stack of blocks, or holds fused experts.
+        NotImplementedError: the model is not a stack of blocks.
     """
-    if fused := find_fused_experts(model):
-        raise NotImplementedError(
-            f"{folder} is a mixture of experts whose matrices are fused in memory ({fused[0]}); "
-            "mode full does not train such models yet"
-        )
     linears, recorded = block_linears(model), _recorded_linears(folder, None)
     pruned = [name for name, x in linears.items() if _is_pruned(name, x.weight_OI, recorded)]
     if pruned:

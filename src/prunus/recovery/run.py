@@ -29,6 +29,7 @@ from prunus.model.checkpoint.atomic_files import (
 )
 from prunus.model.checkpoint.output_folder import check_apart, check_disk
 from prunus.model.checkpoint.reader import INDEX_NAME, resolve_folder
+from prunus.model.experts import split_loaded_experts
 from prunus.model.linears import Linear
 from prunus.model.loading import load_model
 from prunus.model.names import stored_names
@@ -228,6 +229,8 @@ def _load_student(job: RecoveryJob, base: str) -> _Student:
             base,
         )
         return _Student(trainable, {}, {}, parameters, base)
+    # Results are written expert by expert, and zeros are kept in every one of them.
+    split_loaded_experts(model)
     if options.mode == "full":
         trainable = full(model, unpruned_linears(model, folder))
         return _Student(trainable, {}, {}, parameters, base)

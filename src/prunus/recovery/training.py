@@ -278,9 +278,11 @@ class _Trainer:
         return next_token_loss(logits_WSV, ids_WS, teacher_WSV, self.options.distill_weight)
 
     def _sum_gradients(self) -> None:
-        """Replace gradients by their sums over ranks; a missing one counts as zeros."""
-        if self.ranks.size == 1:
-            return
+        """Replace gradients by their sums over ranks.
+
+        A missing gradient counts as zeros, such as that of an expert that no token chose. So every
+        parameter has moments, and checkpoints need not say which have none.
+        """
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from prunus.model.block_lists import find_block_list
 from prunus.pruning.structure import blocks
 from prunus.pruning.structure.record import StructureRecord
-from prunus.pruning.structure.run import shrink
 from structure_cases import bytes_of
+from structure_cases import shrink_without_repair as shrink
 from tiny import EXPERT_FAMILIES, FAMILIES, NEWER_FAMILIES, tiny_checkpoint, token_ids
 
 #: Hybrids that may lose their only attention layer here, without which transformers has no cache.

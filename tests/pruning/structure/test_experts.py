@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prunus.pruning.structure.run import shrink
+from structure_cases import shrink_without_repair as shrink
 from tiny import EXPERT_FAMILIES, tiny_checkpoint, token_ids
 
 #: Families whose router chooses among groups of experts.

@@ -13,8 +13,8 @@ from image_text import image_text_checkpoint
 from prunus.model.checkpoint.digests import verify_shards
 from prunus.pruning.structure.recipe import StructureRecipe, load_structure_recipe
 from prunus.pruning.structure.record import RECORD_NAME
-from prunus.pruning.structure.run import shrink
 from structure_cases import bytes_of, shrunk_with_a_kill
+from structure_cases import shrink_without_repair as shrink
 from tiny import tiny_checkpoint, token_ids
 
 
@@ -108,9 +108,23 @@ def test_what_cannot_be_ends_before_any_work_and_says_what_can(family, options, 
 
 def test_the_magnitude_of_experts_needs_no_text(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "mixtral")  # it has no tokenizer either
-    record = shrink(dense, tmp_path / "small", experts=3, saliency="magnitude")
+    record = shrink(dense, tmp_path / "small", experts=3, saliency="magnitude")  # and no repair
     assert record.inputs.calibration.startswith("none")
     assert all(block.experts.tokens == [0] * 4 for block in record.blocks)
+
+
+def test_experts_at_random_follow_the_seed_and_differ_between_blocks(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", "qwen3_moe", num_hidden_layers=3)
+    options: dict[str, Any] = {"experts": 4, "saliency": "random"}
+    kept = [
+        [
+            block.experts.kept
+            for block in shrink(dense, tmp_path / name, seed=seed, **options).blocks
+        ]
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    assert kept[0] == kept[1] != kept[2]
+    assert kept[0][0] != kept[0][1] != kept[0][2]
 
 
 def test_a_model_inside_another_one_is_refused(tmp_path):

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from prunus.methods.structured.channels import fit_columns, keep_units
 from prunus.model.block_lists import find_block_list
-from prunus.pruning.structure.run import shrink
 from structure_cases import bytes_of, shrunk_with_a_kill
+from structure_cases import shrink_without_repair as shrink
 from tiny import tiny_checkpoint, token_ids
 
 #: Names of the linears that read heads and channels.

@@ -28,7 +28,8 @@ _NOT_AUXILIARY = {
     ".partial",
     *PICKLE_SUFFIXES,
 }
-_OWN_FILES = {INDEX_NAME, "prunus.json", "README.md"}
+# A record of an earlier recovery names the pruned linears of that checkpoint, not of the result.
+_OWN_FILES = {INDEX_NAME, "prunus.json", "prunus-recovery.json", "README.md"}
 _OTHERS = ("README.md", "prunus.json", INDEX_NAME)
 
 

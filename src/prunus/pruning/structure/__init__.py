@@ -9,6 +9,7 @@ experts.py    which experts go
 blocks.py     which blocks go
 width_plan.py how many channels and heads stay, and where they lie
 width.py      which of them go, and what makes up for them
+repair.py     what makes up for what went: training towards the dense model
 output.py     the folder of the smaller checkpoint
 run.py        the story of one run
 """

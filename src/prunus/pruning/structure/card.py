@@ -33,6 +33,14 @@ def what_went(record: StructureRecord) -> list[str]:
             f"{len(change.kept)} of {len(change.saliency)} experts stay in each of {count} layers, "
             f"chosen by {record.recipe.saliency}"
         )
+    repairs = [block.repair for block in record.blocks if block.repair is not None]
+    if repairs:
+        end = repairs[-1]
+        lines.append(
+            f"{len(repairs)} blocks were trained towards the outputs of the model; on the windows "
+            f"kept apart the KL divergence is {end.error_after:.4f}, and was "
+            f"{end.error_before:.4f} before the last block was trained"
+        )
     return lines
 
 

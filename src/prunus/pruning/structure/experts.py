@@ -40,6 +40,10 @@ def choose_experts(
         _run(stream, place, block, experts, sums)
         old.release(index)
     saliency_E = {"reap": sums.reap_E, "frequency": sums.frequency_E}.get(job.recipe.saliency)
+    if job.recipe.saliency == "random":
+        # Each block draws numbers of its own, whether or not a run was interrupted before it.
+        drawing = torch.Generator().manual_seed(job.recipe.seed * 1_000_003 + index)
+        saliency_E = torch.rand(plan.count, generator=drawing, dtype=torch.float64)
     if saliency_E is None:
         saliency_E = torch.tensor(
             [

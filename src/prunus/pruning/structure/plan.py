@@ -95,9 +95,9 @@ class StructureJob:
 
     @property
     def measures_blocks(self) -> bool:
-        """Whether windows go through the blocks that stay, to choose what goes inside them."""
-        reads_experts = self.experts is not None and self.recipe.saliency != "magnitude"
-        return reads_experts or self.width is not None
+        """Whether windows go through the blocks that stay, to choose inside them or to train."""
+        reads_experts = self.experts is not None and self.recipe.experts_are_measured
+        return reads_experts or self.width is not None or self.recipe.repair
 
     @property
     def skeleton(self) -> Skeleton:

@@ -43,7 +43,7 @@ class StructureRecipe(BaseModel):
     experts: Amount | None = Field(
         None, description="The share of the experts of each layer to remove, or a number to keep."
     )
-    saliency: Literal["reap", "frequency", "magnitude"] = Field(
+    saliency: Literal["reap", "frequency", "magnitude", "random"] = Field(
         "reap", description="By which number experts are chosen."
     )
     blocks: Amount | None = Field(
@@ -68,6 +68,10 @@ class StructureRecipe(BaseModel):
     width_update: Literal["least-squares", "none"] = Field(
         "least-squares",
         description="Whether the linears that read channels and heads make up for those that go.",
+    )
+    repair: bool = Field(
+        True,
+        description="Whether blocks that changed are trained towards the outputs of the model.",
     )
     calibration: str = Field(
         "c4", description="The source of the calibration windows: a name, a file or a folder."
@@ -130,6 +134,11 @@ class StructureRecipe(BaseModel):
         """Whether channels or heads go."""
         return any(x is not None for x in (self.width, self.heads, self.kv_heads))
 
+    @property
+    def experts_are_measured(self) -> bool:
+        """Whether experts are chosen by what they do with windows."""
+        return self.saliency in ("reap", "frequency")
+
     def measuring(self) -> Recipe:
         """The pruning recipe with the same windows, from which a run takes all its checks."""
         shared = {
@@ -137,9 +146,10 @@ class StructureRecipe(BaseModel):
             for name in ("calibration", "samples", "seqlen", "seed", "bos", "batch", "dtype")
         }
         # The method only says which sums over the inputs are kept: none, norms or a Gram matrix.
-        measures = self.blocks is not None or self.saliency != "magnitude"
+        measures = self.blocks is not None or self.experts_are_measured or self.repair
         method: MethodName = "alps" if self.narrows else "wanda" if measures else "magnitude"
-        return Recipe(method=method, sparsity=0.0, **shared)
+        reconstruct: Literal["all", "none"] = "all" if self.repair else "none"
+        return Recipe(method=method, sparsity=0.0, reconstruct=reconstruct, **shared)
 
     def to_toml(self) -> str:
         """The options that are given or not at their defaults, as TOML."""

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from prunus.model.checkpoint.atomic_files import write_json
 from prunus.model.checkpoint.records import check_same_work, read_record
 from prunus.pruning.manifest import RunInputs
+from prunus.pruning.records import ReconstructionRecord
 from prunus.pruning.structure.recipe import StructureRecipe
 
 __all__ = [
@@ -97,7 +98,8 @@ class BlockChange(BaseModel):
         input_sha256: hash of the weights that it was made from.
         experts: None for a block whose experts all stay, or that has none.
         width: None for a run that makes no block narrower.
-        seconds: time for the block.
+        repair: what the training towards the dense model did; None for a block without it.
+        seconds: time for the block, without the training.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -107,6 +109,7 @@ class BlockChange(BaseModel):
     input_sha256: str
     experts: ExpertChange | None = None
     width: WidthChange | None = None
+    repair: ReconstructionRecord | None = None
     seconds: float = 0.0
 
 

@@ -3,7 +3,7 @@
     checkpoint ──► skeleton of the old model, skeleton of the smaller one
     text ──► calibration windows ──► embeddings ──► hidden states
 
-    for each block:  load ► measure ► choose what goes ► cut ► write ► run the smaller block
+    for each block:  load ► measure ► choose what goes ► cut ► repair ► write ► run what is left
 
     smaller checkpoint + config.json + prunus-structure.json
 
@@ -47,6 +47,7 @@ from prunus.pruning.structure.plan import (
 )
 from prunus.pruning.structure.recipe import StructureRecipe, load_structure_recipe
 from prunus.pruning.structure.record import BlockChange, BlockStep, StructureRecord
+from prunus.pruning.structure.repair import Repair
 from prunus.pruning.structure.width import narrow
 
 __all__ = ["shrink", "shrink_by_recipe"]
@@ -166,22 +167,28 @@ def _shrink(
             progress(Progress(place + 1, total, f"{name} {message}", seconds, memory))
 
     stream, heap = Stream(smaller.skeleton, job.source, measuring.device), HeapTrimmer()
-    with torch.no_grad(), contextlib.closing(stream):
-        # Blocks that go change no other block, so only experts need windows in the pass below.
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        stack.callback(stream.close)
+        # Without repair, blocks that go change no other block: then only what goes inside blocks
+        # needs windows in the pass below.
         batches = windows.ids.split(measuring.batch) if job.measures_blocks else ()
-        stream.embed(
-            batches,
-            spill_to=output.folder if measuring.spills else None,
-            on_device=measuring.hidden_states_stay,
-        )
+        spill_to = output.folder if measuring.spills else None
+        stream.embed(batches, spill_to, on_device=measuring.hidden_states_stay)
+        repair = Repair(job, smaller, stream, batches, spill_to) if job.recipe.repair else None
+        if repair is not None:
+            stack.callback(repair.close)
         for place in range(len(smaller.made_from)):
+            if repair is not None:
+                repair.advance(place)
             if place < taken:
                 tensors = output.read_block(smaller, place)
                 message = "taken from the earlier run"
             else:
                 tensors, change = _smaller_block(job, stream, smaller, place)
+                if repair is not None:
+                    tensors, change.repair = repair.train(place, tensors)
                 output.write_block(smaller, place, tensors, change)
-                message = f"made from block {change.made_from} in {change.seconds:.2f} s"
+                message = f"made from block {change.made_from} in {_seconds(change):.2f} s"
             stream.propagate(place, tensors)
             heap.trim_if_grown()
             report(place, message)
@@ -216,6 +223,11 @@ def _smaller_block(
         tensors[name] = cut(tensor, axis_that_changes(tensor.shape, shapes[name]), kept)
     change.seconds = round(time.perf_counter() - started, 3)
     return tensors, change
+
+
+def _seconds(change: BlockChange) -> float:
+    """Time for a block and its repair."""
+    return change.seconds + (change.repair.seconds if change.repair is not None else 0.0)
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
