@@ -367,7 +367,7 @@ def test_a_pattern_given_as_sparsity_gets_a_hint_to_its_option():
     [
         (["prune", "a", "b", "--method", "wander"], "'magnitude', 'wanda', 'wanda-variant', 'ria'"),
         (["prune", "a", "b", "--preset", "good"], "'fast', 'balanced', 'best'"),
-        (["prune", "a", "b", "--reconstruct", "first"], "'none', 'last', 'all'"),
+        (["prune", "a", "b", "--reconstruct", "first"], "'none', 'last', 'quick', 'all'"),
         (["prune", "a", "b", "--dtype", "float8"], "'auto', 'float32', 'bfloat16', 'float16'"),
         (["import", "a.gguf", "b", "--dtype", "int8"], "'bfloat16', 'float16', 'float32'"),
         (["pack", "a", "b", "--values", "int4"], "'bf16', 'int8'"),

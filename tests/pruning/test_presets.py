@@ -95,6 +95,38 @@ def test_balanced_reconstructs_the_last_block_alone_on_the_windows_of_the_dense_
     check_same_bytes_resumed_and_replayed(dense, tmp_path, monkeypatch, options)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_quick_reconstruction_trains_every_block_on_the_windows_of_the_dense_stream(
+    family, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dense_stream, "_TOKENS_PER_FEATURE", 0.5)
+    dense = tiny_checkpoint(tmp_path / "dense", family, torch.bfloat16)
+    options = {"preset": "balanced", "reconstruct": "quick", "calibration": token_ids(16, 32)}
+    report = prunus.prune(dense, tmp_path / "plain", **options)
+    *earlier, last = [block.reconstruction for block in report.blocks]
+    # Every fourth of sixteen windows runs through the dense model; one of these is held out.
+    assert {block.steps for block in earlier} == {(3 if family == "gpt_neox" else 7) * 3}
+    assert {block.measure for block in earlier} == {"outputs"}
+    assert (last.steps, last.measure) == ((3 if family == "gpt_neox" else 8) * 3, "logits")
+    assert all(block.error_after <= block.error_before for block in (*earlier, last))
+    check_same_bytes_resumed_and_replayed(dense, tmp_path, monkeypatch, options)
+
+
+@pytest.mark.parametrize("method", ["wanda", "alps"])
+def test_quick_reconstruction_takes_a_quarter_of_the_windows_with_any_method(
+    method, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dense_stream, "_TOKENS_PER_FEATURE", 0.5)
+    dense = tiny_checkpoint(tmp_path / "dense", "llama")
+    options = {"method": method, "reconstruct_epochs": 1, "calibration": token_ids(16, 32)}
+    steps = {}
+    for blocks in ("quick", "all"):
+        report = prunus.prune(dense, tmp_path / blocks, reconstruct=blocks, **options)
+        steps[blocks] = {block.reconstruction.steps for block in report.blocks}
+    # One of four windows, and one of sixteen, is held out. Each other one is a step of its own.
+    assert steps == {"quick": {3}, "all": {15}}
+
+
 def test_reconstruction_gets_two_batches_where_one_would_be_enough_for_the_drift(
     tmp_path, monkeypatch
 ):
@@ -109,6 +141,8 @@ def test_reconstruction_gets_two_batches_where_one_would_be_enough_for_the_drift
 
 def test_the_estimate_grows_with_the_work_of_a_preset(tmp_path, monkeypatch):
     monkeypatch.setattr("prunus.pruning.cost.matmul_rate", lambda device, dtype: 1.0)
+    # So few that one of four windows shows the drift.
+    monkeypatch.setattr(dense_stream, "_TOKENS_PER_FEATURE", 0.1)
     dense = tiny_checkpoint(tmp_path / "dense")
 
     def seconds(**options):
@@ -124,6 +158,7 @@ def test_the_estimate_grows_with_the_work_of_a_preset(tmp_path, monkeypatch):
         seconds(method="alps"),
         seconds(method="alps", dense_weight=0.25),
         seconds(preset="balanced"),
+        seconds(method="alps", dense_weight=0.25, reconstruct="quick"),
         seconds(method="alps", dense_weight=0.25, reconstruct="all"),
         seconds(preset="best"),
     ]

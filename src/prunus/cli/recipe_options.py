@@ -210,12 +210,13 @@ OPTIONS: dict[str, Any] = {
         ),
     ],
     "reconstruct": Annotated[
-        Literal["none", "last", "all"] | None,
+        Literal["none", "last", "quick", "all"] | None,
         typer.Option(
             metavar="BLOCKS",
             rich_help_panel=_RECONSTRUCTION,
             help="Blocks whose surviving weights are trained towards the dense model: none, last "
-            "(only the last block, towards the dense logits) or all. Default: none.",
+            "(only the last block, towards the dense logits), quick (all blocks, on about a "
+            "quarter of the windows) or all. Default: none.",
         ),
     ],
     "reconstruct_epochs": Annotated[

@@ -157,8 +157,10 @@ class PruningJob:
     @functools.cached_property
     def drift_stride(self) -> int:
         """One of this many batches also runs through the dense model."""
-        method = self.linear_settings.method
-        if method.needs_held_out or self.recipe.reconstruct == "all" or not method.needs_drift:
+        method, blocks_trained = self.linear_settings.method, self.recipe.reconstruct
+        if method.needs_held_out or blocks_trained == "all":
+            return 1
+        if not method.needs_drift and blocks_trained != "quick":
             return 1
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
         widths = (linear.shape[1] for linears in blocks for linear in linears)
@@ -184,7 +186,7 @@ class PruningJob:
             return None
         fast = self.device.type == "cuda" or native_bfloat16()
         dtype = torch.bfloat16 if fast and self.dtype != torch.float16 else torch.float32
-        last_alone = self.recipe.reconstruct != "all"
+        last_alone = self.recipe.reconstruct == "last"
         return ReconstructionSettings(
             self.recipe.reconstruct_epochs, self.recipe.reconstruct_lr, dtype, last_alone
         )

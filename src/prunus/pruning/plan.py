@@ -234,7 +234,7 @@ def _batch(recipe: Recipe, settings: LinearSettings, skeleton: Skeleton) -> int:
     """
     if recipe.batch is not None:
         batch = recipe.batch
-    elif settings.options.reference_order or recipe.reconstruct == "all":
+    elif settings.options.reference_order or recipe.reconstruct in ("quick", "all"):
         # The reference order sums window by window. Training every block takes a step per window.
         batch = 1
     else:

@@ -45,7 +45,7 @@ class RecipeOptions(TypedDict, total=False):
     refine_steps: int | None
     weight_update: Literal["none", "least-squares"]
     dense_weight: float | Literal["auto"]
-    reconstruct: Literal["none", "last", "all"]
+    reconstruct: Literal["none", "last", "quick", "all"]
     reconstruct_epochs: int | None
     reconstruct_lr: float | None
     permute: bool

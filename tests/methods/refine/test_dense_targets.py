@@ -329,7 +329,7 @@ def test_the_dense_inputs_of_an_expert_are_unknown():
             "needs propagate linear",
         ),
         ({"reconstruct": "all", "propagate": "block"}, "needs propagate linear"),
-        ({"reconstruct_lr": 0.1}, "belong to --reconstruct last or all"),
+        ({"reconstruct_lr": 0.1}, "belong to --reconstruct last, quick or all"),
         ({"reconstruct": "all", "reconstruct_epochs": 0}, "reconstruct_epochs must be at least 1"),
         ({"reconstruct": "all", "batch": 8}, "are one batch; give more --samples"),
     ],
