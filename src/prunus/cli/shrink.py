@@ -99,6 +99,15 @@ def shrink(
             "their weights. Default: least-squares.",
         ),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TARGET",
+            help="In place of shares: parameters=0.75 of those in blocks, memory=3GB for all "
+            "tensors, or speed=1.3x (bytes that a token at batch 1 reads). Blocks and width are "
+            "searched for it by KL divergence per byte.",
+        ),
+    ] = None,
     repair: Annotated[
         bool | None,
         typer.Option(

@@ -7,6 +7,9 @@ layout.py     which tensors of a block become smaller, and along which axis
 plan.py       all checks before any work
 experts.py    which experts go
 blocks.py     which blocks go
+target.py     what a target asks for; free of torch
+target_plan.py   the widths that a search for it may choose from
+target_search.py blocks and width, by measured KL divergence per byte
 width_plan.py how many channels and heads stay, and where they lie
 width.py      which of them go, and what makes up for them
 repair.py     what makes up for what went: training towards the dense model

@@ -24,7 +24,15 @@ from prunus.model.stream import Stream
 from prunus.pruning.structure.plan import StructureJob
 from prunus.pruning.structure.record import BlockStep
 
-__all__ = ["PROBE_TOKENS", "PROBE_WINDOWS", "choose_blocks"]
+__all__ = [
+    "PROBE_TOKENS",
+    "PROBE_WINDOWS",
+    "candidate_states",
+    "check_room",
+    "choose_blocks",
+    "divergences",
+    "promising",
+]
 
 #: A search reads this many windows, cut to this many tokens, as one batch.
 PROBE_WINDOWS, PROBE_TOKENS = 8, 128
@@ -73,29 +81,29 @@ def _by_divergence(
 ) -> None:
     """The greedy search by KL divergence."""
     probes = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
-    _check_room(job, probes)
+    check_room(job, probes)
     stream = Stream(job.skeleton, job.source, job.measuring.device)
     with contextlib.closing(stream):
         stream.embed([probes], None)
         first = stream.states.get(0)
         every = range(len(job.skeleton))
-        dense, _ = _candidates(stream, first, every, ())
+        dense, _ = candidate_states(stream, first, every, ())
         while len(steps) < job.blocks_that_go:
             gone = {step.block for step in steps}
             left = [index for index in every if index not in gone]
-            measured = _promising(steps, left)
+            measured = promising(steps, left)
             job.measuring.options.tell(
                 f"searching for block {len(steps) + 1} of {job.blocks_that_go} to remove: "
                 f"{len(measured)} candidates"
             )
-            _, candidates = _candidates(stream, first, left, measured)
-            found = _divergences(stream, probes, dense, candidates)
+            _, candidates = candidate_states(stream, first, left, measured)
+            found = divergences(stream, probes, dense, candidates)
             step = _best(job, left, found, "divergence")
             steps.append(step)
             save(step)
 
 
-def _promising(steps: Sequence[BlockStep], left: Sequence[int]) -> list[int]:
+def promising(steps: Sequence[BlockStep], left: Sequence[int]) -> list[int]:
     """The candidates of the next step among the blocks that are left."""
     if len(steps) % _FULL_STEPS == 0:
         return list(left)
@@ -104,7 +112,7 @@ def _promising(steps: Sequence[BlockStep], left: Sequence[int]) -> list[int]:
     return sorted(sorted(values, key=lambda index: values[index])[: max(4, len(left) // 2)])
 
 
-def _candidates(
+def candidate_states(
     stream: Stream, first: Tensor, left: Sequence[int], measured: Collection[int]
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """The hidden states behind the last block: of the base model, and without each block.
@@ -127,7 +135,7 @@ def _candidates(
     return base, candidates
 
 
-def _divergences(
+def divergences(
     stream: Stream, ids: Tensor, dense: Tensor, candidates: dict[int, Tensor]
 ) -> dict[int, float]:
     """The KL divergence of every candidate, in nats per token.
@@ -204,7 +212,7 @@ def _best(
     raise fault
 
 
-def _check_room(job: StructureJob, probes: Tensor) -> None:
+def check_room(job: StructureJob, probes: Tensor) -> None:
     """Check that the hidden states of all candidates fit in memory.
 
     Raises:

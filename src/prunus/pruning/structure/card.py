@@ -14,9 +14,10 @@ def what_went(record: StructureRecord) -> list[str]:
     """One line per kind of part that went."""
     lines = []
     if record.search:
-        gone = ", ".join(str(step.block) for step in sorted(record.search, key=lambda x: x.block))
+        gone = sorted(step.block for step in record.search if step.block is not None)
         last = record.search[-1]
-        lines.append(f"blocks {gone} went; {last.measure} at the last step {last.value:.4f}")
+        which = f"blocks {', '.join(map(str, gone))}" if gone else "no blocks"
+        lines.append(f"{which} went; {last.measure} at the last step {last.value:.4f}")
     widths = [block.width for block in record.blocks if block.width is not None]
     for name in ("channels", "heads"):
         parts = [part for width in widths if (part := getattr(width, name)) is not None]

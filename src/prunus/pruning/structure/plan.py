@@ -31,6 +31,7 @@ from prunus.pruning.structure.config import (
 from prunus.pruning.structure.layout import check_same_blocks
 from prunus.pruning.structure.recipe import StructureRecipe, kept_count
 from prunus.pruning.structure.record import RECORD_NAME, StructureRecord
+from prunus.pruning.structure.target_plan import TargetPlan, plan_target
 from prunus.pruning.structure.width_plan import WidthPlan, plan_width
 
 __all__ = ["ExpertPlan", "SmallerModel", "StructureJob", "find_earlier_run", "plan_structure"]
@@ -77,7 +78,8 @@ class StructureJob:
         raw: the content of the source's config.json.
         experts: None if no expert goes.
         blocks_that_go: how many blocks go.
-        width: None if no channel and no head goes.
+        width: None if no channel and no head goes; what the search for a target has found.
+        target: what that search may choose from; None without a target.
     """
 
     recipe: StructureRecipe
@@ -86,6 +88,7 @@ class StructureJob:
     experts: ExpertPlan | None
     blocks_that_go: int
     width: WidthPlan | None = None
+    target: TargetPlan | None = None
 
     @property
     def source(self) -> CheckpointSource:
@@ -186,13 +189,15 @@ def plan_structure(
     raw = read_json(folder / "config.json")
     experts = _plan_experts(recipe, measuring) if recipe.experts is not None else None
     job = StructureJob(recipe, measuring, raw, experts, _blocks_that_go(recipe, measuring))
-    if recipe.narrows:
+
+    def build(changes: Mapping[str, Any]) -> Skeleton:
+        return _build(measuring, raw, changes)[1]
+
+    if recipe.target is not None:
+        job.target = plan_target(recipe, measuring, build)
+    elif recipe.narrows:
         job.width = plan_width(
-            recipe,
-            measuring.skeleton,
-            measuring.source.config,
-            measuring.model_name,
-            lambda changes: _build(measuring, raw, changes)[1],
+            recipe, measuring.skeleton, measuring.source.config, measuring.model_name, build
         )
     job.smaller(range(len(measuring.skeleton)))
     if job.blocks_that_go:

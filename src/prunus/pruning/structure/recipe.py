@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from prunus.methods.options import MethodName
 from prunus.pruning.recipe import DtypeName, Recipe
 from prunus.pruning.recipe_file import read_toml
+from prunus.pruning.structure.target import parse_target
 
 __all__ = ["Amount", "StructureRecipe", "kept_count", "load_structure_recipe"]
 
@@ -69,6 +70,11 @@ class StructureRecipe(BaseModel):
         "least-squares",
         description="Whether the linears that read channels and heads make up for those that go.",
     )
+    target: str | None = Field(
+        None,
+        description="What the result must come to, in place of shares: parameters=0.75 of those in "
+        "blocks, memory=3GB, or speed=1.3x. Blocks and width are searched for it.",
+    )
     repair: bool = Field(
         True,
         description="Whether blocks that changed are trained towards the outputs of the model.",
@@ -112,13 +118,23 @@ class StructureRecipe(BaseModel):
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> StructureRecipe:
-        if all(
-            x is None for x in (self.experts, self.blocks, self.width, self.heads, self.kv_heads)
-        ):
+        shares = {
+            name: getattr(self, name)
+            for name in ("experts", "blocks", "width", "heads", "kv_heads")
+            if getattr(self, name) is not None
+        }
+        if not shares and self.target is None:
             raise ValueError(
-                "nothing is to be removed: give --experts 0.25, --blocks 0.1 or --width 0.25, for "
-                "example"
+                "nothing is to be removed: give --experts 0.25, --blocks 0.1, --width 0.25 or "
+                "--target parameters=0.75, for example"
             )
+        if self.target is not None:
+            parse_target(self.target)
+            if shares:
+                raise ValueError(
+                    f"target and {next(iter(shares))} do not go together: the search for a target "
+                    "chooses blocks and width itself. Drop one of them"
+                )
         if self.width is not None and not 0 < self.width < 1:
             raise ValueError(f"width is a share to remove in (0, 1); got {self.width}")
         if self.experts is not None and self.narrows:
@@ -131,8 +147,8 @@ class StructureRecipe(BaseModel):
 
     @property
     def narrows(self) -> bool:
-        """Whether channels or heads go."""
-        return any(x is not None for x in (self.width, self.heads, self.kv_heads))
+        """Whether channels or heads go, or may go."""
+        return any(x is not None for x in (self.width, self.heads, self.kv_heads, self.target))
 
     @property
     def experts_are_measured(self) -> bool:

@@ -71,11 +71,12 @@ class WidthChange(BaseModel):
 
 
 class BlockStep(BaseModel):
-    """One step of the search for blocks, which removes one.
+    """One step of the search for blocks or for a target.
 
     Attributes:
-        block: position in the source of the block that goes.
-        value: what was measured without it, and without those that went before.
+        block: position in the source of the block that goes; None where all become narrower.
+        width: the share of the width that is gone then, in the search for a target; else None.
+        value: what was measured behind this step and those before.
         measure: "divergence" (KL from the dense model, nats per token) or "influence" (1 − the mean
             cosine between hidden states before and behind the block).
         candidates: the same for every block of the source; None for those that were not measured.
@@ -83,7 +84,8 @@ class BlockStep(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    block: int
+    block: int | None
+    width: float | None = None
     value: float
     measure: Literal["divergence", "influence"]
     candidates: list[float | None]

@@ -17,6 +17,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ from prunus.pruning.structure.plan import (
 from prunus.pruning.structure.recipe import StructureRecipe, load_structure_recipe
 from prunus.pruning.structure.record import BlockChange, BlockStep, StructureRecord
 from prunus.pruning.structure.repair import Repair
+from prunus.pruning.structure.target_search import (
+    remove_narrower,
+    search_target,
+    split_windows,
+)
 from prunus.pruning.structure.width import narrow
 
 __all__ = ["shrink", "shrink_by_recipe"]
@@ -152,11 +158,26 @@ def _shrink(
         output.check_finished()
         return record
     taken = output.begin(record, overwrite)
+    if overwrite:
+        remove_narrower(output.folder)
 
     def save(_step: BlockStep) -> None:
         record.save(output.folder)
 
-    smaller = job.smaller(choose_blocks(job, windows.ids, record.search, save))
+    def narrower(width: float, folder: Path) -> None:
+        # Columns that are fitted to the windows of the search would look better than they are.
+        rest = split_windows(windows.ids)[1]
+        changes = {"target": None, "width": width, "repair": False}
+        changes |= describe_given(rest)
+        at_width = job.recipe.model_copy(update=changes)
+        options = replace(measuring.options, input_ids=rest, texts=None)
+        shrink_by_recipe(measuring.model_name, folder, at_width, options)
+
+    if job.target is not None:
+        kept = search_target(job, windows.ids, record.search, save, narrower, output.folder)
+    else:
+        kept = choose_blocks(job, windows.ids, record.search, save)
+    smaller = job.smaller(kept)
     record.config = _changes(job.raw, smaller.config)
 
     def report(place: int, message: str) -> None:
@@ -196,6 +217,7 @@ def _shrink(
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory_bytes": peak_memory(),
     }
+    remove_narrower(output.folder)
     output.finish(smaller)
     return record
 
