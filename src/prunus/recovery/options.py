@@ -16,13 +16,13 @@ DEFAULT_TOKENS = 131_072
 #: Default peak learning rates. A step of Adam moves every weight by about the rate, and models
 #: differ tenfold in the size of their weights. So masked and full, which train the weights
 #: themselves, have a rate relative to their root mean square. Low-rank factors begin alike in all
-#: models, so their rate is plain. On SmolLM2-135M at 50 % (0.26), masked comes to 3e-4, with
+#: models, so their rate is plain. On SmolLM2-135M at 50 % (0.26), masked comes to 2e-4, with
 #: steps of 1024 tokens. Mode scales trains logarithms, whose steps are relative changes in all
 #: models.
 _RATES: dict[Mode, float] = {
     "lora": 1e-3,
     "sparse-lora": 1e-3,
-    "masked": 1.15e-3,
+    "masked": 0.77e-3,
     "full": 1.15e-3,
     "scales": 2e-3,
 }
@@ -116,7 +116,7 @@ class RecoveryOptions(BaseModel):
             weight_rms: what a default rate is relative to; see `Trainable.weight_rms`.
 
         Example:
-            >>> RecoveryOptions(mode="masked").peak_rate(weight_rms=0.2)
+            >>> RecoveryOptions(mode="full").peak_rate(weight_rms=0.2)
             0.00023
             >>> RecoveryOptions(mode="masked", learning_rate=1e-4).peak_rate(weight_rms=0.2)
             0.0001
