@@ -27,7 +27,6 @@ from prunus.pruning.cost import estimate_seconds
 from prunus.pruning.job import PruningJob, RunOptions
 from prunus.pruning.plan import plan_run
 from prunus.pruning.recipe import Recipe
-from prunus.recovery.masks import pruned_linears
 from tiny import EXPERT_FAMILIES, tiny_checkpoint, tiny_model, token_ids, weights
 
 CPU = torch.device("cpu")
@@ -408,13 +407,6 @@ def test_packed_experts_are_bitmaps_of_their_own(family, tmp_path):
         # Where two experts score almost the same for a token, rounding may choose the other one.
         far = (expected - logits).abs().amax(dim=-1) > 0.05 * expected.abs().max()
         assert float(far.float().mean()) < 0.1
-
-
-def test_training_that_would_lose_the_zeros_of_fused_experts_is_refused(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", "mixtral")
-    prunus.prune(dense, tmp_path / "pruned", calibration=token_ids())
-    with pytest.raises(NotImplementedError, match=r"experts.*--reconstruct all"):
-        pruned_linears(loaded(tmp_path / "pruned"), tmp_path / "pruned")
 
 
 def test_a_checkpoint_without_one_expert_is_refused(tmp_path):

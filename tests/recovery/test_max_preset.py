@@ -15,10 +15,9 @@ from prunus.model.loading import load_model
 from prunus.pruning.manifest import MANIFEST_NAME
 from prunus.recovery.max_preset import pruned_folder, training_options
 from prunus.recovery.record import RECORD_NAME
-from recovery_cases import dense_checkpoint, shards, training_text
+from rank_cases import tensors
+from recovery_cases import dense_checkpoint, recover, shards, training_text
 from scripts import run_script
-from tiny import tiny_checkpoint
-from tiny_tokenizer import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +117,20 @@ def test_what_cannot_work_is_refused_before_anything_is_pruned(
     assert not list(tmp_path.iterdir())
 
 
-def test_models_that_cannot_be_trained_are_refused_before_anything_is_pruned(text, tmp_path):
-    tiny_checkpoint(tmp_path / "moe", "mixtral", torch.float32)
-    byte_tokenizer().save_pretrained(tmp_path / "moe")
-    with pytest.raises(NotImplementedError, match="mixture of experts"):
-        prunus.prune_and_recover(tmp_path / "moe", tmp_path / "out", **options(text))
-    assert not (tmp_path / "out").exists() and not pruned_folder(tmp_path / "out").exists()
+def test_a_mixture_of_experts_keeps_the_zeros_of_every_expert(text, tmp_path):
+    # A teacher that knows the text has something to teach.
+    dense = tmp_path / "taught"
+    recover(dense_checkpoint(tmp_path / "moe", "qwen3_moe"), dense, "full", text)
+    plain = {"method": "wanda", "dense_weight": 0, "reconstruct": "none", "allocation": "uniform"}
+    chosen = options(text, tokens=800, preset="best", **plain)
+    record = prunus.prune_and_recover(dense, tmp_path / "out", **chosen)[1]
+    del chosen["tokens"]
+    prunus.prune(dense, tmp_path / "pruned", **chosen)
+    before, after = tensors(tmp_path / "pruned"), tensors(tmp_path / "out")
+    experts = [key for key in before if ".experts." in key]
+    assert experts and all(torch.equal(before[key] == 0, after[key] == 0) for key in experts)
+    assert any(not torch.equal(before[key], after[key]) for key in experts)
+    assert set(experts) == {f"{name}.weight" for name in record.linears if ".experts." in name}
 
 
 def test_a_folder_of_somebody_else_stays_untouched(dense, text, tmp_path):

@@ -327,12 +327,7 @@ def _check_training(
     folder = resolve_folder(model)
     check_teacher(folder)
     check_apart(output, folder)
-    source, skeleton = open_checkpoint(folder)
-    if any(skeleton.fused(index) for index in range(len(skeleton))):
-        raise NotImplementedError(
-            f"{folder} is a mixture of experts whose matrices are fused in memory, and training "
-            "the whole model would fill their zeros. Prune it with --preset best"
-        )
+    source, _ = open_checkpoint(folder)
     if training.text != "self":  # The model would write the text, which is work.
         draw_training_text(training, source, source, torch.device("cpu"), options.data_dir)
     elif training.tokens is None:
