@@ -74,8 +74,9 @@ def search_target(
     for step in steps:
         kept, level = _after(plan, step, kept, level)
     with torch.no_grad():
+        dense = _dense(job, probes)
         while not plan.is_met(level, kept):
-            step = _step(job, plan, probes, steps, kept, level, narrower, folder)
+            step = _step(job, plan, probes, dense, steps, kept, level, narrower, folder)
             steps.append(step)
             save(step)
             kept, level = _after(plan, step, kept, level)
@@ -114,6 +115,7 @@ def _step(
     job: StructureJob,
     plan: TargetPlan,
     probes: Tensor,
+    dense: Tensor,
     steps: list[BlockStep],
     kept: list[int],
     level: int,
@@ -127,14 +129,12 @@ def _step(
     job.measuring.options.tell(
         f"searching for the target: {reached}, {len(possible)} blocks and the width are candidates"
     )
-    dense = _dense(job, probes)
     found = _measured(job, plan, probes, dense, kept, possible, level, narrower, folder)
     now, cost = found.pop(_BASE), plan.target.cost
     spent = cost(plan.size(level, kept))
     prices = {
         block: (value - now) / (spent - cost(plan.size(level, [i for i in kept if i != block])))
         for block, value in found.items()
-        if len(kept) > 1
     }
     best = min(prices, key=lambda block: (prices[block], block)) if prices else None
     every = [found.get(index) for index in range(len(job.skeleton))]
