@@ -16,7 +16,7 @@ from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.pruning.structure.run import shrink
-from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, shards, training_text
+from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
 from tiny import EXPERT_FAMILIES, tiny_model, token_ids
 
 #: One by one or fused in the file; with and without biases, shared experts, dense blocks.
@@ -81,23 +81,6 @@ def test_the_zeros_of_experts_stay(mode, tmp_path):
     assert len(record.linears) == len(experts) + 2 * 4
     with pytest.raises(ValueError, match="zeros mode full would fill"):
         recover(pruned, tmp_path / "full", "full", text)
-
-
-def test_a_killed_training_of_experts_goes_on_to_the_same_bytes(tmp_path):
-    dense, text = dense_checkpoint(tmp_path / "dense", "qwen3_moe"), training_text(tmp_path)
-    recover(dense, tmp_path / "whole", "full", text)
-
-    class Killed(BaseException):
-        pass
-
-    def kill(step):
-        if step.perplexity is not None and step.fraction > 0.4:
-            raise Killed
-
-    with pytest.raises(Killed):
-        recover(dense, tmp_path / "killed", "full", text, progress=kill)
-    recover(dense, tmp_path / "killed", "full", text, resume=True)
-    assert shards(tmp_path / "whole") == shards(tmp_path / "killed")
 
 
 def perplexity(folder: Path, ids: torch.Tensor) -> float:

@@ -37,8 +37,9 @@ def test_a_smaller_model_learns_from_the_dense_one(tmp_path):
     assert kept["config"]["num_hidden_layers"] == [2, 1]
 
 
-def test_a_killed_training_goes_on_to_the_same_bytes(tmp_path):
-    dense, text = dense_checkpoint(tmp_path / "dense"), training_text(tmp_path)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_a_killed_training_goes_on_to_the_same_bytes(family, tmp_path):
+    dense, text = dense_checkpoint(tmp_path / "dense", family), training_text(tmp_path)
     recover(dense, tmp_path / "whole", "full", text)
 
     class Killed(BaseException):

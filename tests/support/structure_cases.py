@@ -40,3 +40,24 @@ def shrunk_with_a_kill(dense: Path, output: Path, after: int, **options: Any) ->
     assert StructureRecord.load(output).state == "running"
     assert not (output / "model.safetensors.index.json").exists()
     shrink(dense, output, resume=True, **options)
+
+
+def shrink_killed_in_second_step(
+    monkeypatch: pytest.MonkeyPatch, module: Any, step: str, *args: Any, **options: Any
+) -> None:
+    """Call `shrink`, and kill it when the search of `module` calls its function `step` again.
+
+    One step of the search is then recorded in the folder of the result.
+    """
+    original, calls = getattr(module, step), []
+
+    def kill(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise Killed
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, step, kill)
+        with pytest.raises(Killed):
+            shrink_without_repair(*args, **options)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from prunus.model.block_lists import find_block_list
 from prunus.pruning.structure import blocks
 from prunus.pruning.structure.record import StructureRecord
-from structure_cases import bytes_of
+from structure_cases import bytes_of, shrink_killed_in_second_step
 from structure_cases import shrink_without_repair as shrink
 from tiny import EXPERT_FAMILIES, FAMILIES, NEWER_FAMILIES, tiny_checkpoint, token_ids
 
@@ -120,21 +120,9 @@ def test_a_killed_search_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     options: dict[str, Any] = {"blocks": 3, "calibration": token_ids()}
     whole = shrink(dense, tmp_path / "whole", **options)
 
-    class Killed(BaseException):
-        pass
-
-    best, calls = blocks._best, []
-
-    def kill(*args: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 2:
-            raise Killed
-        return best(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(blocks, "_best", kill)
-        with pytest.raises(Killed):
-            shrink(dense, tmp_path / "killed", **options)
+    shrink_killed_in_second_step(
+        monkeypatch, blocks, "_best", dense, tmp_path / "killed", **options
+    )
     assert len(StructureRecord.load(tmp_path / "killed").search) == 1
     again = shrink(dense, tmp_path / "killed", resume=True, **options)
     assert [x.block for x in again.search] == [x.block for x in whole.search]

@@ -15,7 +15,7 @@ from prunus.model.block_lists import find_block_list
 from prunus.pruning.structure import target_plan, target_search
 from prunus.pruning.structure.record import StructureRecord
 from prunus.pruning.structure.target import parse_target
-from structure_cases import bytes_of
+from structure_cases import bytes_of, shrink_killed_in_second_step
 from structure_cases import shrink_without_repair as shrink
 from tiny import tiny_checkpoint, token_ids
 
@@ -140,21 +140,9 @@ def test_a_killed_search_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     whole = shrink(dense, tmp_path / "whole", **options)
     assert len(whole.search) > 1
 
-    class Killed(BaseException):
-        pass
-
-    step, calls = target_search._step, []
-
-    def kill(*args: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 2:
-            raise Killed
-        return step(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(target_search, "_step", kill)
-        with pytest.raises(Killed):
-            shrink(dense, tmp_path / "killed", **options)
+    shrink_killed_in_second_step(
+        monkeypatch, target_search, "_step", dense, tmp_path / "killed", **options
+    )
     assert len(StructureRecord.load(tmp_path / "killed").search) == 1
     again = shrink(dense, tmp_path / "killed", resume=True, **options)
     assert again.search == whole.search
