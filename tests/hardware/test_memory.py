@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from prunus.hardware.memory import HeapTrimmer, memory_budget, peak_memory, resident_memory
+from prunus.hardware.memory import memory_budget, peak_memory, resident_memory
 from prunus.hardware.sizes import parse_bytes
 
 
@@ -40,18 +40,25 @@ def test_the_peak_is_not_that_of_the_process_that_started_this_one():
     assert 0 < int(reported) < 2**31
 
 
+#: Frees every second of many pieces. The pieces in between keep the heap from shrinking itself.
+FRAGMENT = """
+from prunus.hardware.memory import HeapTrimmer, resident_memory
+trimmer = HeapTrimmer()
+trimmer.trim_if_grown()
+before = resident_memory()
+pieces = [bytearray(b"x") * 50_000 for _ in range(6 * before // 50_000)]
+kept = pieces[1::2]
+del pieces
+grown = resident_memory()
+trimmer.trim_if_grown()
+assert len(kept) * 50_000 < resident_memory() < grown - before
+"""
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 def test_a_fragmented_heap_is_trimmed_once_it_has_grown():
-    trimmer = HeapTrimmer()
-    trimmer.trim_if_grown()
-    before = resident_memory()
-    # Free every second of many pieces. The pieces in between keep the heap from shrinking itself.
-    pieces = [bytearray(b"x") * 50_000 for _ in range(6 * before // 50_000)]
-    kept = pieces[1::2]
-    del pieces
-    grown = resident_memory()
-    trimmer.trim_if_grown()
-    assert len(kept) * 50_000 < resident_memory() < grown - before
+    # In a process of its own, because six times the memory of a long test run is gigabytes.
+    subprocess.run([sys.executable, "-c", FRAGMENT], check=True)
 
 
 @pytest.mark.parametrize("text", ["9" * 400, "9" * 400 + "GB", "8388608TB"])
