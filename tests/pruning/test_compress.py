@@ -382,7 +382,7 @@ def test_replay_gives_the_bytes_of_lockstep(dense, compressed, tmp_path, monkeyp
 def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path):
     folder = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
     options = {"bits": 4.0, "head_bits": 6}
-    results = run_script("kill_points.py", folder, tmp_path, json.dumps(options))
+    results = run_script("kill_points.py", folder, tmp_path, json.dumps(options), "before")
     assert {r["blocks_before_resume"] for r in results} == {0, 1, 2}
     for result in results:
         assert result["status"] == 0, result

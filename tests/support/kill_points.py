@@ -1,6 +1,8 @@
 """A child of the resume tests: forks runs that die of SIGKILL wherever a file gets its final name.
 
-python kill_points.py DENSE SCRATCH [OPTIONS]     OPTIONS is a JSON object with options of `prune`
+python kill_points.py DENSE SCRATCH [OPTIONS [before]]
+
+OPTIONS is a JSON object with options of `prune`. With `before`, runs die before a rename only.
 
 It prints one JSON line: for each kill point, whether the next run resumed, and whether its files
 are those of an undisturbed run.
@@ -77,7 +79,8 @@ def main() -> None:
     run(dense, scratch / "whole", None, False)
     expected, results = digests(scratch / "whole"), []
     # The moment after a rename is like the moment before the next one: every third is enough.
-    for after, step in ((False, 1), (True, 3)):
+    moments = [(False, 1)] if sys.argv[4:] == ["before"] else [(False, 1), (True, 3)]
+    for after, step in moments:
         kill_at = 0
         while True:
             out = scratch / "killed"
