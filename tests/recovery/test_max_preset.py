@@ -70,6 +70,21 @@ def test_norms_and_embeddings_are_trained_too_and_the_dense_model_teaches(finish
     )
 
 
+def test_a_plan_names_the_training_and_the_memory_of_its_models(dense, text, tmp_path):
+    windows = ["--calibration", text, "--samples", 6, "--seqlen", 16]
+    shown = call("plan", dense, tmp_path / "new", "--preset", "max", *windows, "--json", "-")
+    stored = sum(tensor.nbytes for tensor in load_model(dense).state_dict().values())
+    assert not (tmp_path / "new").exists()
+    # 16 bytes for each parameter of the student, and the dense model in its float32.
+    assert json.loads(shown.stdout)["training"] == {
+        "minutes": 20.0,
+        "text": str(text),
+        "seqlen": 16,
+        "batch": 2,
+        "memory_bytes": 4 * stored + stored,
+    }
+
+
 def test_the_same_call_again_does_nothing_and_another_one_is_refused(finished, dense, text):
     out, manifest, record = finished
     before = shards(out)

@@ -249,11 +249,16 @@ def plan(
         from prunus.pruning.plan_summary import describe_plan
         from prunus.reporting.tables import plan_table
 
+        trains = options["preset"] == "max"
+        if trains:
+            options["preset"] = "best"
         chosen = chosen_recipe(recipe, options)
-        checked = check_run(
-            model, output, chosen, _run_options(device, memory, data_dir, trust_remote_code)
-        )
-        described = describe_plan(checked.job)
+        how = _run_options(device, memory, data_dir, trust_remote_code)
+        described = describe_plan(check_run(model, output, chosen, how).job)
+        if trains:
+            from prunus.recovery.max_preset import plan_training
+
+            described["training"] = plan_training(model, output, chosen, how)
         print_result(plan_table(described), json_file, described)
 
 

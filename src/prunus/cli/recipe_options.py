@@ -56,7 +56,7 @@ OPTIONS: dict[str, Any] = {
         typer.Option(
             metavar="PRESET",
             help="Tested set of options: fast, balanced or best. Explicit options override it. "
-            "max (prune only): best, then a training of all kept weights.",
+            "max (prune and plan): best, then a training of all kept weights.",
         ),
     ],
     "method": Annotated[

@@ -41,13 +41,22 @@ from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.run import recover
 from prunus.recovery.training import Step
 
-__all__ = ["DEFAULT_MINUTES", "MaxRun", "max_run", "prune_and_recover", "training_options"]
+__all__ = [
+    "DEFAULT_MINUTES",
+    "MaxRun",
+    "max_run",
+    "plan_training",
+    "prune_and_recover",
+    "training_options",
+]
 
 #: Minutes of training if no budget is given.
 DEFAULT_MINUTES = 20.0
 
 # Windows of up to this many tokens take the faster attention of `recover`.
 _SEQLEN = 512
+# Bytes per parameter of the training: float32 weights, their gradients and Adam's two moments.
+_STATE_BYTES = 16
 # Windows per step: the default learning rate was measured with steps of 1024 tokens.
 _BATCH = 2
 
@@ -218,6 +227,39 @@ def max_run(
         yield MaxRun(model, output, recipe, training, joint, overwrite, earlier)
 
 
+def plan_training(
+    model: str | Path, output: Path | None, recipe: Recipe, options: RunOptions
+) -> dict[str, Any]:
+    """Check the training of preset max, and say what it takes. Nothing is written.
+
+    Args:
+        model: folder or hub id of the dense checkpoint.
+        output: folder of the result, or None to leave it unchecked.
+        recipe: how the model is pruned.
+        options: of the run.
+
+    Returns:
+        JSON values: `minutes`, `text`, `seqlen`, `batch` (windows of a step), and `memory_bytes`
+        of the trained model and the dense one, without the activations of a step.
+
+    Raises:
+        FileNotFoundError, ValueError, NotImplementedError, ModuleNotFoundError, OSError: the
+            training could not begin.
+    """
+    training = training_options(recipe)
+    _check_training(model, output, training, options)
+    source, _ = open_checkpoint(resolve_folder(model))
+    stored = source.checkpoint.nbytes(source.checkpoint.tensors)
+    state = _STATE_BYTES * stored // source.stored_dtype.itemsize
+    return {
+        "minutes": training.minutes,
+        "text": training.text,
+        "seqlen": training.seqlen,
+        "batch": training.batch,
+        "memory_bytes": state + stored,
+    }
+
+
 def training_options(
     recipe: Recipe, *, minutes: float | None = None, tokens: int | None = None, ranks: int = 1
 ) -> RecoveryOptions:
@@ -307,7 +349,7 @@ def _find_earlier(
 
 
 def _check_training(
-    model: str | Path, output: Path, training: RecoveryOptions, options: RunOptions
+    model: str | Path, output: Path | None, training: RecoveryOptions, options: RunOptions
 ) -> str:
     """Check what the training needs, on the dense model, before anything is pruned.
 
@@ -326,7 +368,8 @@ def _check_training(
     check_source(training.text, options.data_dir)
     folder = resolve_folder(model)
     check_teacher(folder)
-    check_apart(output, folder)
+    if output is not None:
+        check_apart(output, folder)
     source, _ = open_checkpoint(folder)
     if training.text != "self":  # The model would write the text, which is work.
         draw_training_text(training, source, source, torch.device("cpu"), options.data_dir)
@@ -334,9 +377,10 @@ def _check_training(
         raise ValueError(
             "the source 'self' writes a given number of tokens: give the budget in --tokens"
         )
-    # The pruned checkpoint, the result, and 16 bytes per parameter for the state of the training.
-    stored = source.checkpoint.nbytes(source.checkpoint.tensors)
-    check_disk(output, (2 + 16 // source.stored_dtype.itemsize) * stored)
+    if output is not None:
+        # The pruned checkpoint, the result, and the state of the training.
+        stored = source.checkpoint.nbytes(source.checkpoint.tensors)
+        check_disk(output, (2 + _STATE_BYTES // source.stored_dtype.itemsize) * stored)
     return source.fingerprint
 
 

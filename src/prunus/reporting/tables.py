@@ -142,7 +142,8 @@ def plan_table(plan: dict[str, Any]) -> Table:
     """What a run on this machine would do.
 
     Args:
-        plan: of `prunus.pruning.plan_summary.describe_plan`.
+        plan: of `prunus.pruning.plan_summary.describe_plan`, and for preset max `training` of
+            `prunus.recovery.max_preset.plan_training`.
     """
     table = Table(show_header=False)
     table.add_column("what")
@@ -166,6 +167,12 @@ def plan_table(plan: dict[str, Any]) -> Table:
     }
     if plan.get("free_orders") is not None:
         rows["order of inputs"] = _free_orders(plan["free_orders"])
+    if (training := plan.get("training")) is not None:
+        rows["training"] = (
+            f"then {training['minutes']:g} minutes on {training['text']}, {training['batch']} "
+            f"windows of {training['seqlen']} tokens a step; it holds the whole model, "
+            f"{training['memory_bytes'] / 1e9:.2f} GB and the activations of a step"
+        )
     for name, figure in rows.items():
         table.add_row(name, str(figure))
     return table
