@@ -1,4 +1,4 @@
-"""vLLM with packed checkpoints. `make vllm-test` builds an environment that has vLLM for CPUs."""
+"""vLLM with packed and with smaller checkpoints. `make vllm-test` builds its environment."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import prunus  # noqa: F401 (registers the format with transformers)
+import prunus
 import vllm_tokens
 from packed_reference import pruned_checkpoint
 from plane_reference import quantized_checkpoint
 from prunus.packed import pack, reference_path
-from tiny import tiny_checkpoint
+from tiny import tiny_checkpoint, token_ids
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None,
@@ -92,6 +92,15 @@ def test_quantised_linears_with_biases_and_dense_ones_between_them(tmp_path, den
     with reference_path():
         expected = transformers_greedy(folder)
     assert vllm_greedy(folder, PRUNUS_ISA="off") == expected
+
+
+def test_fewer_blocks_channels_and_heads_need_nothing_of_prunus(tmp_path):
+    source = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, **SIZES)
+    smaller, removed = tmp_path / "smaller", {"blocks": 1, "width": 0.25, "repair": False}
+    prunus.shrink(source, smaller, calibration=token_ids(), **removed)
+    config = json.loads((smaller / "config.json").read_text())
+    assert config["num_hidden_layers"] == 1 and config["num_attention_heads"] == 2
+    assert vllm_greedy(smaller) == transformers_greedy(smaller)
 
 
 def test_packed_experts_are_refused_with_the_way_out(tmp_path):
