@@ -58,7 +58,6 @@ from prunus.evaluation import Reference
 from prunus.evaluation.speed import bench
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import read_json, write_json
-from prunus.pruning.batch_size import windows_per_batch
 from prunus.pruning.structure.record import RECORD_NAME, StructureRecord
 
 #: Way -> options of `prunus.shrink`, without those that say how much goes.
@@ -225,7 +224,7 @@ class Benchmark:
             folder,
             calibration=self.ids,
             # As with repair, since a search goes on only with windows in the same batches.
-            batch=windows_per_batch(*self.ids.shape, for_training=True),
+            batch=1,
             progress=lambda now: say(f"{folder.name} {now.done}/{now.total}"),
             **options,
         )
