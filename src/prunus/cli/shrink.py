@@ -59,8 +59,8 @@ def shrink(
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="The share of the channels of each MLP and of the attention heads to remove, such "
-            "as 0.25.",
+            help="The share of the channels of each MLP, also of each expert, and of the attention "
+            "heads to remove, such as 0.25.",
         ),
     ] = None,
     heads: Annotated[
@@ -69,7 +69,7 @@ def shrink(
             metavar="N",
             rich_help_panel=_WIDTH,
             help="Query heads to keep. Default: as --width says, as nearly as key-value groups "
-            "allow.",
+            "allow. With all of them, only the MLPs become narrower.",
         ),
     ] = None,
     kv_heads: Annotated[

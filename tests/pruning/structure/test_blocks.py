@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prunus.model.block_lists import find_block_list
 from prunus.pruning.structure import blocks
 from prunus.pruning.structure.record import StructureRecord
-from structure_cases import bytes_of, shrink_killed_in_second_step
+from structure_cases import bytes_of, logits, shrink_killed_in_second_step
 from structure_cases import shrink_without_repair as shrink
 from tiny import EXPERT_FAMILIES, FAMILIES, NEWER_FAMILIES, tiny_checkpoint, token_ids
 
@@ -27,26 +25,6 @@ ALL = sorted({*FAMILIES, *NEWER_FAMILIES, *EXPERT_FAMILIES})
 
 def loaded(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@contextlib.contextmanager
-def jumped_over(model: Any, gone: Collection[int]) -> Iterator[None]:
-    """While active, some blocks return what they are given."""
-
-    def jump(_module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    layers = find_block_list(model)[1]
-    handles = [layers[i].register_forward_hook(jump, with_kwargs=True) for i in gone]
-    yield
-    for handle in handles:
-        handle.remove()
-
-
-def logits(model: Any, ids: Tensor, gone: Collection[int] = ()) -> Tensor:
-    with torch.no_grad(), jumped_over(model, gone):
-        return model(ids, use_cache=False).logits
 
 
 @pytest.mark.parametrize("family", ALL)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from structure_cases import shrink_without_repair as shrink
+from structure_cases import zero_what_went
 from tiny import EXPERT_FAMILIES, tiny_checkpoint, token_ids
 
 #: Families whose router chooses among groups of experts.
@@ -94,3 +95,49 @@ def test_the_result_is_the_old_model_without_the_routers_choices_of_lost_experts
         rows = key in before and before[key].shape != tensor.shape
         assert same or rows, key
     assert record.totals["parameters"] < record.totals["parameters_before"]
+
+
+@pytest.mark.parametrize(
+    "family", ["deepseek_v3", "gpt_oss", "granitemoeshared", "mixtral", "qwen2_moe"]
+)
+def test_experts_heads_and_the_width_of_experts_go_in_one_run(family, tmp_path, monkeypatch):
+    """Also shared experts, a dense MLP in front of the experts, and a joined gate and up."""
+    dense, ids = tiny_checkpoint(tmp_path / "dense", family), token_ids()
+    options = {"experts": 0.5, "width": 0.5, "width_update": "none", "calibration": ids}
+    record = shrink(dense, tmp_path / "small", batch=2, **options)
+    model = loaded(dense).requires_grad_(False)
+    before = model(ids, use_cache=False).logits
+    assert zero_what_went(model, record) > 2 * len(record.blocks)
+    gone = {
+        i: sorted({*range(len(x.saliency))} - {*x.kept})
+        for i, block in enumerate(record.blocks)
+        if (x := block.experts)
+    }
+    expected = masked_logits(monkeypatch, model, ids, gone)
+    with torch.no_grad():
+        found = loaded(tmp_path / "small")(ids, use_cache=False).logits
+    close = 1e-5 * float(before.abs().max())
+    assert float((found - expected).abs().max()) <= close
+    assert float((found - before).abs().max()) > 100 * close
+
+
+def test_the_columns_of_an_expert_are_fitted_to_its_own_tokens(tmp_path):
+    dense, ids = tiny_checkpoint(tmp_path / "dense", "qwen3_moe", num_hidden_layers=1), token_ids()
+    record = shrink(dense, tmp_path / "small", width=0.5, heads=4, calibration=ids, batch=2)
+    old, new = loaded(dense), loaded(tmp_path / "small")
+    experts, calls = old.model.layers[0].mlp.experts, []
+    experts.register_forward_pre_hook(lambda _m, args: calls.append(args))
+    with torch.no_grad():
+        old(ids, use_cache=False)
+    ((X_TH, chosen_TK, _),) = calls
+    for number in range(8):
+        mine_TH = X_TH[(chosen_TK == number).any(1)]
+        gate, up = (mine_TH @ experts.gate_up_proj[number].T).chunk(2, dim=-1)
+        X_TI = (torch.nn.functional.silu(gate) * up).double().detach()
+        kept = record.blocks[0].width.mlps[f"mlp.experts.{number}.down_proj"].kept
+        gram = X_TI.T @ X_TI
+        gram += 0.01 * gram.diagonal().mean() * torch.eye(16)
+        weight = experts.down_proj[number].double()
+        expected = (weight @ gram[:, kept]) @ torch.linalg.inv(gram[kept][:, kept])
+        fitted = new.model.layers[0].mlp.experts.down_proj[number].double()
+        torch.testing.assert_close(fitted, expected, rtol=1e-3, atol=1e-5)

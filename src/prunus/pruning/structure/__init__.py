@@ -10,7 +10,10 @@ blocks.py     which blocks go
 target.py     what a target asks for; free of torch
 target_plan.py   the widths that a search for it may choose from
 target_search.py blocks and width, by measured KL divergence per byte
-width_plan.py how many channels and heads stay, and where they lie
+width_plan.py how many channels and heads stay
+width_layout.py which tensors of a block they are part of
+spans.py      where channels and heads lie on an axis, also of joined linears
+layout_trial.py which of several layouts it is, found by running a block
 width.py      which of them go, and what makes up for them
 repair.py     what makes up for what went: training towards the dense model
 output.py     the folder of the smaller checkpoint

@@ -27,6 +27,13 @@ def what_went(record: StructureRecord) -> list[str]:
                 f"{len(parts[0].kept)} {name} stay in each of {len(parts)} blocks; mean relative "
                 f"error where they are read {mean:.3%}"
             )
+    mlps = [part for width in widths for part in width.mlps.values()]
+    if mlps:
+        mean = sum(part.error for part in mlps) / len(mlps)
+        lines.append(
+            f"{len(mlps)} experts and other MLPs of blocks with several became narrower; mean "
+            f"relative error where their channels are read {mean:.3%}"
+        )
     change = next((block.experts for block in record.blocks if block.experts is not None), None)
     if change is not None:
         count = sum(block.experts is not None for block in record.blocks)

@@ -16,6 +16,7 @@ from typing import Any
 from prunus.model.checkpoint.atomic_files import write_json
 
 __all__ = [
+    "canonical",
     "expert_count",
     "expert_groups",
     "experts_per_token",
@@ -48,7 +49,7 @@ _LAST_BLOCKS = {"moe_layer_end_index"}
 _EXTRA_BLOCKS = {"num_nextn_predict_layers"}
 
 
-def _canonical(config: Any, name: str) -> str:
+def canonical(config: Any, name: str) -> str:
     """The name under which the class keeps a field."""
     return str(getattr(config, "attribute_map", {}).get(name, name))
 
@@ -58,7 +59,7 @@ def _find(config: Any, names: Sequence[str]) -> str | None:
     for name in names:
         value = getattr(config, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return _canonical(config, name)
+            return canonical(config, name)
     return None
 
 
@@ -103,7 +104,7 @@ def without_blocks(config: Any, kept: Sequence[int], count: int) -> dict[str, An
     """
     if len(kept) == count:
         return {}
-    changes: dict[str, Any] = {_canonical(config, "num_hidden_layers"): len(kept)}
+    changes: dict[str, Any] = {canonical(config, "num_hidden_layers"): len(kept)}
     for name, value in config.to_dict().items():
         if isinstance(value, list | tuple) and name in _BLOCK_POSITIONS:
             changes[name] = [place for place, index in enumerate(kept) if index in value]
@@ -120,26 +121,36 @@ def without_blocks(config: Any, kept: Sequence[int], count: int) -> dict[str, An
 
 
 def rewritten(raw: Mapping[str, Any], config: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of config.json with some fields changed.
+    """The content of config.json with some fields of the language model changed.
 
     Args:
         raw: the content of the file.
         config: the configuration that was read from it.
         changes: canonical name of a field -> its new value.
 
-    >>> from transformers import Qwen3MoeConfig
+    >>> from transformers import LlavaConfig, Qwen3MoeConfig
     >>> config = Qwen3MoeConfig(num_experts=8)
     >>> name, count = expert_count(config)
     >>> rewritten({"num_experts": 8}, config, {name: 6})["num_experts"]
     6
+    >>> raw = {"text_config": {"model_type": "llama", "num_hidden_layers": 9}}
+    >>> rewritten(raw, LlavaConfig(), {"num_hidden_layers": 8})["text_config"]["num_hidden_layers"]
+    8
     """
     found = copy.deepcopy(dict(raw))
+    text = config.get_text_config()
+    if text is not config:
+        inside = next(name for name in config.sub_configs if getattr(config, name, None) is text)
+        # Some older files have the fields of the language model beside those of the whole model.
+        if isinstance(found.get(inside), dict):
+            found[inside] = rewritten(found[inside], text, changes)
+            return found
     left = dict(changes)
     for key in found:
-        canonical = _canonical(config, key)
-        if canonical in changes:
-            found[key] = changes[canonical]
-            left.pop(canonical, None)
+        known = canonical(text, key)
+        if known in changes:
+            found[key] = changes[known]
+            left.pop(known, None)
     return found | left
 
 

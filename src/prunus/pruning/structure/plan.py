@@ -6,6 +6,7 @@ of the smaller model, which is built without weights and compared with the old o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from prunus.pruning.structure.config import (
     without_blocks,
 )
 from prunus.pruning.structure.layout import check_same_blocks
+from prunus.pruning.structure.layout_trial import LayoutTrial
 from prunus.pruning.structure.recipe import StructureRecipe, kept_count
 from prunus.pruning.structure.record import RECORD_NAME, StructureRecord
 from prunus.pruning.structure.target_plan import TargetPlan, plan_target
@@ -107,6 +109,13 @@ class StructureJob:
         """The old model without weights."""
         return self.measuring.skeleton
 
+    @functools.cached_property
+    def full_width(self) -> Skeleton:
+        """The old model without the experts that go: what becomes narrower."""
+        if self.experts is None:
+            return self.skeleton
+        return _build(self.measuring, self.raw, {self.experts.field: self.experts.keep})[1]
+
     def smaller(self, made_from: Sequence[int]) -> SmallerModel:
         """The model in which only some blocks stay, with all else that the recipe asks for.
 
@@ -117,7 +126,8 @@ class StructureJob:
             NotImplementedError: the family has no such model.
         """
         config = self.source.config
-        changes: dict[str, Any] = without_blocks(config, made_from, len(self.skeleton))
+        text = config.get_text_config()
+        changes: dict[str, Any] = without_blocks(text, made_from, len(self.skeleton))
         sizes: set[tuple[int, int]] = set()
         if self.experts is not None:
             plan = self.experts
@@ -130,6 +140,11 @@ class StructureJob:
             changes |= self.width.changes
             sizes |= self.width.sizes
         raw, skeleton = _build(self.measuring, self.raw, changes)
+        if len(skeleton) != len(made_from):
+            raise NotImplementedError(
+                f"the configuration of the family {config.model_type} does not say how many blocks "
+                f"it has: with {changes} it has {len(skeleton)}"
+            )
         check_same_blocks(self.skeleton, skeleton, made_from, sizes)
         return SmallerModel(raw, skeleton, list(made_from))
 
@@ -190,19 +205,31 @@ def plan_structure(
     experts = _plan_experts(recipe, measuring) if recipe.experts is not None else None
     job = StructureJob(recipe, measuring, raw, experts, _blocks_that_go(recipe, measuring))
 
-    def build(changes: Mapping[str, Any]) -> Skeleton:
-        return _build(measuring, raw, changes)[1]
-
-    if recipe.target is not None:
-        job.target = plan_target(recipe, measuring, build)
-    elif recipe.narrows:
-        job.width = plan_width(
-            recipe, measuring.skeleton, measuring.source.config, measuring.model_name, build
-        )
+    if recipe.narrows:
+        _plan_width(job)
     job.smaller(range(len(measuring.skeleton)))
     if job.blocks_that_go:
         _check_a_block_can_go(job)
     return job
+
+
+def _plan_width(job: StructureJob) -> None:
+    """Decide how narrow the model becomes, or between which widths a search may choose."""
+    recipe, measuring = job.recipe, job.measuring
+    trial = LayoutTrial(job.skeleton, job.source, measuring.device)
+
+    def plan(at_width: StructureRecipe) -> WidthPlan:
+        config = job.source.config.get_text_config()
+        return plan_width(at_width, job.full_width, config, measuring.model_name, build, trial)
+
+    def build(changes: Mapping[str, Any]) -> Skeleton:
+        fewer = {job.experts.field: job.experts.keep} if job.experts is not None else {}
+        return _build(measuring, job.raw, fewer | dict(changes))[1]
+
+    if recipe.target is not None:
+        job.target = plan_target(recipe, measuring, build, plan)
+    else:
+        job.width = plan(recipe)
 
 
 def _build(
@@ -268,7 +295,7 @@ def _plan_experts(recipe: StructureRecipe, job: PruningJob) -> ExpertPlan:
     Raises:
         ValueError: the model has none, or the number does not fit; says which numbers do.
     """
-    config, name = job.source.config, job.model_name
+    config, name = job.source.config.get_text_config(), job.model_name
     modules = [
         [module for module in block.modules() if isinstance(module, Experts)]
         for block in job.skeleton.blocks

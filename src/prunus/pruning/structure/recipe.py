@@ -55,7 +55,8 @@ class StructureRecipe(BaseModel):
     )
     width: float | None = Field(
         None,
-        description="The share of the channels of each MLP and of the attention heads to remove.",
+        description="The share of the channels of each MLP, also of each expert, and of the "
+        "attention heads to remove.",
     )
     heads: int | None = Field(
         None, description="The number of query heads to keep. By default it follows from width."
@@ -137,11 +138,6 @@ class StructureRecipe(BaseModel):
                 )
         if self.width is not None and not 0 < self.width < 1:
             raise ValueError(f"width is a share to remove in (0, 1); got {self.width}")
-        if self.experts is not None and self.narrows:
-            raise ValueError(
-                "experts and width in one run are not supported: make the model smaller by one, "
-                "and the result by the other"
-            )
         self.measuring()  # its rules hold for the options that both recipes have
         return self
 

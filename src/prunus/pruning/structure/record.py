@@ -62,11 +62,18 @@ class PartChange(BaseModel):
 
 
 class WidthChange(BaseModel):
-    """What happened to the width of one block; None for what it does not have, or keeps."""
+    """What happened to the width of one block; None for what it does not have, or keeps.
+
+    Attributes:
+        channels: of its MLP, if it has one.
+        mlps: the same by the linear that reads them, in a block with several MLPs, such as experts.
+        heads: of its attention.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     channels: PartChange | None = None
+    mlps: dict[str, PartChange] = Field(default_factory=dict)
     heads: PartChange | None = None
 
 

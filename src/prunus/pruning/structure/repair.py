@@ -90,7 +90,7 @@ class Repair:
         skeleton, walk = self._smaller.skeleton, self._job.measuring.walk(self._index(place))
         block = skeleton.fill(place, tensors, self._stream.device)
         linears = [linear.name for linear in skeleton.linears(place)]
-        trained = [*linears, *self._routers(place)]
+        trained = [*linears, *(name for name in self._routers(place) if name not in linears)]
         reconstruction = self._reconstructor.begin(place, block, trained, walk)
         if reconstruction is None:
             return dict(tensors), None

@@ -167,7 +167,8 @@ def _shrink(
     def narrower(width: float, folder: Path) -> None:
         # Columns that are fitted to the windows of the search would look better than they are.
         rest = split_windows(windows.ids)[1]
-        changes = {"target": None, "width": width, "repair": False}
+        heads = job.target.heads if job.target is not None else None
+        changes = {"target": None, "width": width, "heads": heads, "repair": False}
         changes |= describe_given(rest)
         at_width = job.recipe.model_copy(update=changes)
         options = replace(measuring.options, input_ids=rest, texts=None)
@@ -230,19 +231,18 @@ def _smaller_block(
     old, new = job.skeleton, smaller.skeleton
     stored = read_stored(old.block_name(index), job.source.block(index))
     change = BlockChange(name=new.block_name(place), made_from=index, input_sha256=stored.digest)
-    if job.width is not None:
-        tensors, change.width = narrow(job, job.width, stream, place, index, stored.tensors)
-        change.seconds = round(time.perf_counter() - started, 3)
-        return tensors, change
-    kept: list[int] = []
+    tensors = dict(stored.tensors)
     if job.experts is not None:
-        change.experts = choose_experts(job, stream, place, index, stored.tensors)
-        kept = change.experts.kept if change.experts is not None else []
-    shapes = shapes_of(new.blocks[place])
-    tensors = {}
-    for name, before in old_names(old.blocks[index], shapes, kept).items():
-        tensor = stored.tensors[before]
-        tensors[name] = cut(tensor, axis_that_changes(tensor.shape, shapes[name]), kept)
+        change.experts = choose_experts(job, stream, place, index, tensors)
+    if change.experts is not None:
+        kept, shapes = change.experts.kept, shapes_of(job.full_width.blocks[index])
+        names = old_names(old.blocks[index], shapes, kept)
+        tensors = {
+            name: cut(tensors[before], axis_that_changes(tensors[before].shape, shapes[name]), kept)
+            for name, before in names.items()
+        }
+    if job.width is not None:
+        tensors, change.width = narrow(job, job.width, stream, place, index, tensors)
     change.seconds = round(time.perf_counter() - started, 3)
     return tensors, change
 
@@ -252,11 +252,22 @@ def _seconds(change: BlockChange) -> float:
     return change.seconds + (change.repair.seconds if change.repair is not None else 0.0)
 
 
-def _changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Field of config.json that changed -> its values before and after."""
-    return {
-        key: (before.get(key), value) for key, value in after.items() if before.get(key) != value
-    }
+def _changes(
+    before: dict[str, Any], after: dict[str, Any], path: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """Field of config.json that changed -> its values before and after.
+
+    >>> _changes({"text": {"layers": 3}}, {"text": {"layers": 2}})
+    {'text.layers': (3, 2)}
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for key, value in after.items():
+        old = before.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            found |= _changes(old, value, f"{path}{key}.")
+        elif old != value:
+            found[f"{path}{key}"] = (old, value)
+    return found
 
 
 def _record(

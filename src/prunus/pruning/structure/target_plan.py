@@ -14,7 +14,7 @@ from prunus.pruning.job import PruningJob
 from prunus.pruning.structure.config import experts_per_token
 from prunus.pruning.structure.recipe import StructureRecipe
 from prunus.pruning.structure.target import Size, Target, parse_target, total
-from prunus.pruning.structure.width_plan import WidthPlan, plan_width
+from prunus.pruning.structure.width_plan import WidthPlan
 
 __all__ = ["Level", "TargetPlan", "plan_target"]
 
@@ -45,11 +45,13 @@ class TargetPlan:
         target: what is asked for.
         levels: the widths, from that of the model downwards.
         outside: the size of what lies outside the blocks.
+        heads: the number of heads at all widths, in a family whose heads cannot go; else None.
     """
 
     target: Target
     levels: list[Level]
     outside: Size
+    heads: int | None = None
 
     def size(self, level: int, kept: Sequence[int]) -> Size:
         """The size of the model of some blocks at one width."""
@@ -66,7 +68,10 @@ class TargetPlan:
 
 
 def plan_target(
-    recipe: StructureRecipe, job: PruningJob, build: Callable[[Mapping[str, Any]], Skeleton]
+    recipe: StructureRecipe,
+    job: PruningJob,
+    build: Callable[[Mapping[str, Any]], Skeleton],
+    plan_width: Callable[[StructureRecipe], WidthPlan],
 ) -> TargetPlan:
     """Find the widths that a search can choose from, and check that the target can be met.
 
@@ -74,18 +79,25 @@ def plan_target(
         recipe: its target and its rules for width.
         job: the source and its skeleton.
         build: the model of a configuration with some fields changed.
+        plan_width: what stays at the width of a recipe.
 
     Raises:
         ValueError: the target cannot be met, or is met already; says what is possible.
     """
     assert recipe.target is not None
-    config, old = job.source.config, job.skeleton
+    config, old = job.source.config.get_text_config(), job.skeleton
     bytes_of = [job.source.block_nbytes(index) for index in range(len(old))]
     levels = [Level(0.0, None, _sizes(old, old, bytes_of, config))]
+    heads = None
     for step in range(1, _STEPS + 1):
         at_width = recipe.model_copy(update={"target": None, "width": step * _STEP})
         try:
-            plan = plan_width(at_width, old, config, job.model_name, build)
+            try:
+                plan = plan_width(at_width.model_copy(update={"heads": heads}))
+            except NotImplementedError:
+                # Where heads cannot go, the channels of MLPs may.
+                heads = getattr(config, "num_attention_heads", None)
+                plan = plan_width(at_width.model_copy(update={"heads": heads}))
         except ValueError:
             continue  # less than one channel or head would go
         except NotImplementedError:
@@ -94,7 +106,7 @@ def plan_target(
         if known is None or known.changes != plan.changes:
             sizes = _sizes(build(plan.changes), old, bytes_of, config)
             levels.append(Level(step * _STEP, plan, sizes))
-    found = TargetPlan(parse_target(recipe.target), levels, _outside(job))
+    found = TargetPlan(parse_target(recipe.target), levels, _outside(job), heads)
     every = range(len(old))
     smallest = min((found.size(len(levels) - 1, [index]) for index in every), key=found.target.cost)
     found.target.check(found.whole, smallest, job.model_name)

@@ -2,15 +2,16 @@
 
 A block is measured twice. First the windows run to the linear that reads the heads (`o`), whose
 heads are chosen and whose remaining columns are fitted. Then they run to the one that reads the
-channels of the MLP (`down`), behind the smaller attention. Both are chosen on the hidden states of
-the smaller model.
+channels of the MLP (`down`), behind the smaller attention. In a mixture of experts these are all
+experts at once, each on the tokens that chose it. Both are chosen on the hidden states of the
+smaller model.
 
 Shape suffixes: O outputs, I inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,9 @@ from prunus.model.stream import Stream
 from prunus.pruning.block.hooks import input_hooks, tokens_of
 from prunus.pruning.structure.plan import StructureJob
 from prunus.pruning.structure.record import PartChange, WidthChange
-from prunus.pruning.structure.width_plan import BlockWidth, HeadPlan, WidthPlan
+from prunus.pruning.structure.spans import KeptUnits
+from prunus.pruning.structure.width_layout import PartLayout
+from prunus.pruning.structure.width_plan import HeadPlan, WidthPlan
 
 __all__ = ["narrow"]
 
@@ -49,49 +52,84 @@ def narrow(
         stream: the windows of the smaller model, before its block `place`. They stay there.
         place: position of the block in the smaller model.
         index: its position in the old model.
-        stored: its tensors, by relative name.
+        stored: its tensors at full width, by relative name; experts that go are gone.
 
     Returns:
         The tensors of the narrow block, and what went.
     """
-    old, layout = job.skeleton, plan.blocks[index]
-    block = old.fill(index, stored, stream.device)
-    linears = {linear.name: linear for linear in old.linears(index)}
+    full, layout = job.full_width, plan.blocks[index]
+    block = full.fill(index, stored, stream.device)
+    linears = {linear.name: linear for linear in full.linears(index)}
     tensors, change = dict(stored), WidthChange()
+    cuts: list[tuple[PartLayout, KeptUnits]] = []
     if plan.heads is not None and layout.heads is not None:
         reader = linears[layout.heads.reader]
-        gram_II, weight_OI = _measured(stream, place, block, reader)
-        kept = _keep_heads(weight_OI, gram_II, plan.heads, job, layout, stored)
+        ((gram_II, weight_OI),) = _measured(stream, place, block, [reader])
+        kept = _keep_heads(weight_OI, gram_II, plan.heads, job, layout.heads, stored)
         change.heads = _fit(job, reader, tensors, weight_OI, gram_II, kept)
-    if plan.channels is not None and layout.channels is not None:
-        reader = linears[layout.channels.reader]
-        gram_II, weight_OI = _measured(stream, place, block, reader)
-        before, after = plan.channels
-        kept = keep_units(
-            weight_OI,
-            gram_II,
-            before,
-            1,
-            after,
-            job.recipe.width_rule,
-            written_U=_written(layout.channels.axes, layout.channels.reader, stored, before, 1),
-        )
-        change.channels = _fit(job, reader, tensors, weight_OI, gram_II, kept)
-    old.release(index)
-    return _cut(plan, layout, tensors, change), change
+        per_group = plan.heads.heads // plan.heads.groups
+        groups = sorted({head // per_group for head in kept.units})
+        cuts.append((layout.heads, {"heads": kept.units, "groups": groups}))
+    for parts in _at_once(layout.channels, job.measuring.budget):
+        readers = [linears[part.reader] for part in parts]
+        measured = _measured(stream, place, block, readers)
+        for part, reader, (gram_II, weight_OI) in zip(parts, readers, measured, strict=True):
+            kept = keep_units(
+                weight_OI,
+                gram_II,
+                part.read.units,
+                1,
+                part.keep,
+                job.recipe.width_rule,
+                written_U=_written(part, stored),
+            )
+            change.mlps[part.reader] = _fit(job, reader, tensors, weight_OI, gram_II, kept)
+            cuts.append((part, {"channels": kept.units}))
+    full.release(index)
+    for part, units in cuts:
+        for name, cut in part.cuts.items():
+            tensors[name] = cut.take(tensors[name], units)
+    if len(change.mlps) == 1:
+        change.channels = change.mlps.popitem()[1]
+    return tensors, change
+
+
+def _at_once(parts: Sequence[PartLayout], budget: int) -> Iterator[list[PartLayout]]:
+    """Parts whose Gram matrices fit in a quarter of the memory budget together, or single ones."""
+    taken: list[PartLayout] = []
+    used = 0
+    for part in parts:
+        needed = 4 * part.read.units**2
+        if taken and used + needed > budget // 4:
+            yield taken
+            taken, used = [], 0
+        taken.append(part)
+        used += needed
+    if taken:
+        yield taken
 
 
 def _measured(
-    stream: Stream, place: int, block: nn.Module, reader: Linear
-) -> tuple[Tensor, Tensor]:
-    """The Gram matrix of a linear's inputs and its weight, each with the bias as a last column."""
-    statistics = InputStatistics(
-        reader.shape[1], StatisticsSpec(needs="gram", means=True), stream.device
-    )
+    stream: Stream, place: int, block: nn.Module, readers: Sequence[Linear]
+) -> list[tuple[Tensor, Tensor]]:
+    """Of each linear, the Gram matrix of its inputs and its weight, with the bias as last column.
+
+    The inputs of a routed expert are those of the tokens that chose it.
+    """
+    statistics = {
+        reader.name: InputStatistics(
+            reader.shape[1], StatisticsSpec(needs="gram", means=True), stream.device
+        )
+        for reader in readers
+    }
     forward = stream.forward(place, block)
-    with input_hooks([reader], lambda _linear, x: statistics.add(tokens_of(x))):
+    with input_hooks(readers, lambda linear, x: statistics[linear.name].add(tokens_of(x))):
         for batch in range(len(stream)):
             forward(batch)
+    return [_with_bias(reader, statistics.pop(reader.name)) for reader in readers]
+
+
+def _with_bias(reader: Linear, statistics: InputStatistics) -> tuple[Tensor, Tensor]:
     statistics.check_finite(reader.name)
     gram_II, sum_I = statistics.gram_II, statistics.sum_I
     assert gram_II is not None
@@ -113,14 +151,13 @@ def _keep_heads(
     gram_II: Tensor,
     plan: HeadPlan,
     job: StructureJob,
-    layout: BlockWidth,
+    layout: PartLayout,
     stored: Mapping[str, Tensor],
 ) -> Kept:
     """The query heads that stay: whole key-value groups go first, then heads inside groups."""
-    assert layout.heads is not None
-    rule, size = job.recipe.width_rule, plan.size
+    rule, size = job.recipe.width_rule, layout.read.width
     per_group = plan.heads // plan.groups
-    written_U = _written(layout.heads.axes, layout.heads.reader, stored, plan.heads, size)
+    written_U = _written(layout, stored)
     groups = keep_units(
         weight_OI,
         gram_II,
@@ -153,17 +190,13 @@ def _keep_heads(
     return Kept(heads, [groups.columns[column] for column in left.columns])
 
 
-def _written(
-    axes: Mapping[str, int], reader: str, stored: Mapping[str, Tensor], units: int, width: int
-) -> Tensor | None:
-    """Σ w² over the weights that write each unit, (U,); None if none has a row per column."""
+def _written(part: PartLayout, stored: Mapping[str, Tensor]) -> Tensor | None:
+    """Σ w² over the weights that write each unit, (U,); None if none does."""
     found = None
-    for name, axis in axes.items():
-        tensor = stored[name].float().square()
-        if name.startswith(f"{reader}.") or tensor.shape[axis] != units * width:
-            continue
-        rows = tensor.movedim(axis, 0).reshape(units, -1).sum(1)
-        found = rows if found is None else found + rows
+    for name, cut in part.cuts.items():
+        rows = cut.squares(stored[name], part.read.kind)
+        if rows is not None and not name.startswith(f"{part.reader}."):
+            found = rows if found is None else found + rows
     return found
 
 
@@ -199,29 +232,3 @@ def _fit(
         error=relative_error(weight_OI, fitted_OI, gram_II),
         error_before_fit=relative_error(weight_OI, plain_OI, gram_II),
     )
-
-
-def _cut(
-    plan: WidthPlan, layout: BlockWidth, tensors: Mapping[str, Tensor], change: WidthChange
-) -> dict[str, Tensor]:
-    """The tensors with what went cut off."""
-    found = dict(tensors)
-    if change.channels is not None and layout.channels is not None:
-        for name, axis in layout.channels.axes.items():
-            found[name] = _take(found[name], axis, change.channels.kept, 1)
-    if change.heads is not None and layout.heads is not None and plan.heads is not None:
-        heads = plan.heads
-        per_group = heads.heads // heads.groups
-        groups = sorted({head // per_group for head in change.heads.kept})
-        for name, axis in layout.heads.axes.items():
-            units, kept = heads.heads, change.heads.kept
-            if name in layout.of_groups:
-                units, kept = heads.groups, groups
-            found[name] = _take(found[name], axis, kept, found[name].shape[axis] // units)
-    return found
-
-
-def _take(tensor: Tensor, axis: int, units: Sequence[int], width: int) -> Tensor:
-    """The units of an axis, each of `width` entries."""
-    index = torch.tensor([unit * width + i for unit in units for i in range(width)])
-    return tensor.index_select(axis, index)

@@ -1,26 +1,36 @@
 """How many channels and heads stay, and which tensors of each block they are rows and columns of.
 
 The layout is found as everywhere here: the model that a narrower configuration describes is built
-without weights, and the shapes of its tensors are compared. Once only the channels are fewer, and
-once only the heads.
+without weights, and the shapes of its tensors are compared. Once only the channels of one kind of
+MLP are fewer, and once only the heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
-
-from prunus.model.linears import find_linears
 from prunus.model.skeleton import Skeleton
-from prunus.pruning.structure.layout import axis_that_changes, shapes_of
+from prunus.pruning.structure.config import canonical
+from prunus.pruning.structure.layout import check_same_blocks, shapes_of
+from prunus.pruning.structure.layout_trial import LayoutTrial
 from prunus.pruning.structure.recipe import StructureRecipe
+from prunus.pruning.structure.width_layout import PartLayout, channel_layouts, head_layout
 
-__all__ = ["BlockWidth", "HeadPlan", "PartLayout", "WidthPlan", "plan_width"]
+__all__ = ["BlockWidth", "HeadPlan", "WidthPlan", "plan_width"]
 
-_CHANNEL_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+#: Fields that count the channels of an MLP, of routed experts, or of a shared expert.
+_CHANNEL_FIELDS = (
+    "intermediate_size",
+    "ffn_dim",
+    "n_inner",
+    "ffn_hidden_size",
+    "moe_intermediate_size",
+    "shared_intermediate_size",
+    "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+)
 #: Multiples of this many channels suit kernels and the block sizes of quantised formats.
 _MULTIPLES = (64, 32, 16, 8, 4, 2, 1)
 
@@ -37,30 +47,16 @@ class HeadPlan:
 
 
 @dataclass(frozen=True)
-class PartLayout:
-    """The tensors of one block that channels, or heads, are part of.
-
-    Attributes:
-        reader: the linear whose inputs they are, such as `mlp.down_proj`.
-        axes: relative name of a tensor -> the axis that becomes shorter.
-    """
-
-    reader: str
-    axes: dict[str, int]
-
-
-@dataclass(frozen=True)
 class BlockWidth:
-    """The layout of one block; None for what it does not have.
+    """The layout of one block.
 
     Attributes:
-        channels, heads: where they lie.
-        of_groups: tensors of which key-value groups are a part, and not query heads.
+        channels: of every MLP that becomes narrower; a routed expert is one.
+        heads: None if it has none that go.
     """
 
-    channels: PartLayout | None
+    channels: list[PartLayout]
     heads: PartLayout | None
-    of_groups: frozenset[str]
 
 
 @dataclass
@@ -68,14 +64,12 @@ class WidthPlan:
     """What stays in every block.
 
     Attributes:
-        channels: channels of an MLP before and after; None if all stay.
         heads: None if all stay.
         changes: canonical name of a field of the configuration -> its new value.
         sizes: pairs of sizes before and after that shapes and attributes may show.
         blocks: the layout of every old block.
     """
 
-    channels: tuple[int, int] | None
     heads: HeadPlan | None
     changes: dict[str, Any] = field(default_factory=dict)
     sizes: set[tuple[int, int]] = field(default_factory=set)
@@ -88,91 +82,93 @@ def plan_width(
     config: Any,
     name: str,
     build: Callable[[Mapping[str, Any]], Skeleton],
+    trial: LayoutTrial,
 ) -> WidthPlan:
     """Decide how many channels and heads stay.
 
     Args:
         recipe: its width, heads and key-value heads.
         old: the model without weights.
-        config: its configuration.
+        config: its configuration, of the language model alone.
         name: of the model, for messages.
         build: the model of a configuration with some fields changed.
+        trial: of the model, for layouts that shapes do not decide.
 
     Raises:
         ValueError: the numbers do not fit; says which do.
-        NotImplementedError: the family has no such width.
+        NotImplementedError: the family has no such width; says what it has.
     """
-    plan = WidthPlan(None, None)
-    heads, by_channels, by_heads = _plan_heads(recipe, config, name), None, None
-    # A configuration may hold the fields of another family, which change nothing.
-    for field_name, before, after in _plan_channels(recipe, config):
-        by_channels = build({field_name: after})
-        blocks = zip(old.blocks, by_channels.blocks, strict=True)
-        if any(shapes_of(block) != shapes_of(other) for block, other in blocks):
-            plan.channels, plan.changes[field_name] = (before, after), after
-            plan.sizes.add((before, after))
-            break
-        by_channels = None
-    if heads is not None:
-        plan.heads = heads
-        changes = {
-            "num_attention_heads": heads.keep_heads,
-            "num_key_value_heads": heads.keep_groups,
-            # Without this, many classes would compute it from the number of heads.
-            "head_dim": heads.size,
-        }
-        if not hasattr(config, "num_key_value_heads"):
-            del changes["num_key_value_heads"]
+    plan = WidthPlan(_plan_heads(recipe, config, name))
+    every = range(len(old))
+    channels: list[list[PartLayout]] = [[] for _ in every]
+    for field_name, before, after, narrower in _narrower_mlps(recipe, old, config, build):
+        for index in every:
+            new = narrower.blocks[index]
+            channels[index] += channel_layouts(old.blocks[index], new, index, trial)
+        plan.changes[field_name] = after
+        plan.sizes |= {(before, after), *_sizes(old, narrower)}
+    heads: list[PartLayout | None] = [None for _ in every]
+    if plan.heads is not None:
+        changes = _head_fields(plan.heads, config)
+        try:
+            fewer = build(changes)
+            heads = _head_layouts(plan.heads, old, fewer, trial)
+            of_heads = _head_sizes(plan.heads) | _sizes(old, fewer)
+            check_same_blocks(old, fewer, every, of_heads)
+        except NotImplementedError as fault:
+            raise _without_heads(fault, name, plan, recipe) from fault
         plan.changes |= changes
-        for before, after in (
-            (heads.heads, heads.keep_heads),
-            (heads.groups, heads.keep_groups),
-            (heads.heads // heads.groups, heads.keep_heads // heads.keep_groups),
-        ):
-            plan.sizes |= {(before, after), (before * heads.size, after * heads.size)}
-        by_heads = build(changes)
-    if plan.channels is None and plan.heads is None:
-        raise ValueError(
-            f"--width {recipe.width} is less than one step of channels and heads of {name}, so "
-            "nothing would go; give a larger share"
-        )
-    for index, block in enumerate(old.blocks):
-        layouts = [
-            None if other is None else _part(block, other.blocks[index], what)
-            for other, what in ((by_channels, "channels"), (by_heads, "heads"))
-        ]
-        of_groups: set[str] = set()
-        if heads is not None and layouts[1] is not None:
-            shapes = shapes_of(block)
-            fits = {heads.groups, heads.groups * heads.size}
-            if heads.groups != heads.heads:
-                of_groups = {n for n, axis in layouts[1].axes.items() if shapes[n][axis] in fits}
-        plan.blocks.append(BlockWidth(layouts[0], layouts[1], frozenset(of_groups)))
-    if heads is not None and not any(each.heads for each in plan.blocks):
-        raise NotImplementedError(
-            f"no block of {name} has heads that its configuration describes by one number, so "
-            "they cannot go"
-        )
+        plan.sizes |= of_heads
+    if not plan.changes:
+        raise _nothing_goes(recipe, name, config)
+    plan.blocks = [BlockWidth(*each) for each in zip(channels, heads, strict=True)]
     return plan
 
 
-def _plan_channels(recipe: StructureRecipe, config: Any) -> list[tuple[str, int, int]]:
-    """The fields that may count channels, and each number before and after; empty if none goes."""
-    found: list[tuple[str, int, int]] = []
-    if recipe.width is None:
-        return found
-    aliases = getattr(config, "attribute_map", {})
-    for name in _CHANNEL_FIELDS:
+def _narrower_mlps(
+    recipe: StructureRecipe,
+    old: Skeleton,
+    config: Any,
+    build: Callable[[Mapping[str, Any]], Skeleton],
+) -> Iterator[tuple[str, int, int, Skeleton]]:
+    """Each field that counts channels, its number before and after, and the model with this number.
+
+    A configuration may hold the fields of another family, which change nothing.
+    """
+    for known, before, after in _channel_counts(recipe, config):
+        if after < before and _sizes(old, narrower := build({known: after})):
+            yield known, before, after, narrower
+
+
+def _channel_counts(recipe: StructureRecipe, config: Any) -> list[tuple[str, int, int]]:
+    """The fields that may count channels, and each number before and after."""
+    found: dict[str, tuple[str, int, int]] = {}
+    for name in _CHANNEL_FIELDS if recipe.width is not None else ():
         before = getattr(config, name, None)
         if name == "n_inner" and before is None and hasattr(config, name):
             before = 4 * config.hidden_size  # what GPT-2 and its relatives take then
         if isinstance(before, int) and before > 1:
+            assert recipe.width is not None
             # Round to a number that hardware likes, but by no more than a 32nd of all channels.
             step = next(m for m in _MULTIPLES if before % m == 0 and m <= max(1, before // 32))
             after = max(step, round(before * (1 - recipe.width) / step) * step)
-            if after < before:
-                found.append((str(aliases.get(name, name)), before, after))
+            known = canonical(config, name)
+            found.setdefault(known, (known, before, after))
+    return list(found.values())
+
+
+def _sizes(old: Skeleton, new: Skeleton) -> set[tuple[int, int]]:
+    """The pairs of lengths in which the tensors of two models differ."""
+    found = set()
+    for before, after in zip(old.blocks, new.blocks, strict=True):
+        now = shapes_of(after)
+        for name, shape in shapes_of(before).items():
+            pairs = zip(shape, now.get(name, shape), strict=False)
+            found |= {pair for pair in pairs if pair[0] != pair[1]}
     return found
+
+
+# --- heads ---
 
 
 def _plan_heads(recipe: StructureRecipe, config: Any, name: str) -> HeadPlan | None:
@@ -211,46 +207,78 @@ def _plan_heads(recipe: StructureRecipe, config: Any, name: str) -> HeadPlan | N
     return None if keep == (heads, groups) else HeadPlan(heads, keep[0], groups, keep[1], size)
 
 
-def _part(old: nn.Module, new: nn.Module, what: str) -> PartLayout | None:
-    """Where channels, or heads, lie in a block.
+def _head_fields(plan: HeadPlan, config: Any) -> dict[str, Any]:
+    """The fields of the configuration that count heads -> their new values."""
+    fields = {"num_attention_heads": plan.keep_heads}
+    if hasattr(config, "num_key_value_heads"):
+        fields["num_key_value_heads"] = plan.keep_groups
+    # Without this, many classes would compute it from the number of heads.
+    fields["head_dim"] = plan.size
+    return {canonical(config, name): value for name, value in fields.items()}
+
+
+def _head_sizes(plan: HeadPlan) -> set[tuple[int, int]]:
+    """Numbers of heads and groups, and of their channels, before and after."""
+    pairs = (
+        (plan.heads, plan.keep_heads),
+        (plan.groups, plan.keep_groups),
+        (plan.heads // plan.groups, plan.keep_heads // plan.keep_groups),
+    )
+    return {*pairs, *((before * plan.size, after * plan.size) for before, after in pairs)}
+
+
+def _head_layouts(
+    plan: HeadPlan, old: Skeleton, fewer: Skeleton, trial: LayoutTrial
+) -> list[PartLayout | None]:
+    """Where the heads of each block lie.
 
     Raises:
-        NotImplementedError: more than one linear reads them, or a norm goes over all of them.
+        NotImplementedError: they cannot become fewer; says why.
     """
-    before, after = shapes_of(old), shapes_of(new)
-    if before.keys() != after.keys():
-        raise NotImplementedError(f"fewer {what} would change more than the sizes of this family")
-    try:
-        axes = {name: axis_that_changes(shape, after[name]) for name, shape in before.items()}
-    except ValueError as fault:
-        raise NotImplementedError(
-            f"fewer {what} would change this family in more than one way: {fault}"
-        ) from fault
-    found = {name: axis for name, axis in axes.items() if axis is not None}
-    if not found:
-        return None
-    linears = {linear.name: linear for linear in find_linears(old)}
-    readers = [
-        name
-        for name, linear in linears.items()
-        if found.get(f"{name}.weight") == (0 if linear.transposed else 1)
+    units: dict[Any, tuple[int, int]] = {"heads": (plan.heads, plan.keep_heads)}
+    if plan.groups != plan.heads:
+        units["groups"] = (plan.groups, plan.keep_groups)
+    found = [
+        head_layout(block, new, units, index, trial)
+        for index, (block, new) in enumerate(zip(old.blocks, fewer.blocks, strict=True))
     ]
-    if len(readers) != 1:
+    if not any(found):
         raise NotImplementedError(
-            f"{len(readers)} linears of a block read its {what}, and one is needed: this family "
-            "cannot become narrower yet"
+            "its configuration has no width of a head, so fewer heads would be wider ones"
         )
-    width = linears[readers[0]].shape[1]
-    for name, axis in found.items():
-        owner = name.rpartition(".")[0]
-        in_linear = owner in linears
-        if (what == "channels" or not in_linear) and before[name][axis] != width and in_linear:
-            raise NotImplementedError(
-                f"{name} holds {before[name][axis]} rows for {width} {what}: linears that are "
-                "joined into one cannot become narrower yet"
-            )
-        if not in_linear and before[name][axis] == width:
-            raise NotImplementedError(
-                f"{name} normalises all {what} together, so fewer of them would change the others"
-            )
-    return PartLayout(readers[0], found)
+    return found
+
+
+def _without_heads(
+    fault: NotImplementedError, name: str, plan: WidthPlan, recipe: StructureRecipe
+) -> NotImplementedError:
+    """The error for heads that cannot go, with what can be asked for in their place."""
+    assert plan.heads is not None
+    message = f"attention heads of {name} cannot go: {fault}"
+    if not plan.changes:
+        if recipe.width is not None:
+            message += ". Its configuration has no number for the channels of its MLPs either"
+        return NotImplementedError(message)
+    return NotImplementedError(
+        f"{message}. Give --width {recipe.width} --heads {plan.heads.heads}: all heads stay then, "
+        "and only the MLPs become narrower"
+    )
+
+
+def _nothing_goes(recipe: StructureRecipe, name: str, config: Any) -> Exception:
+    """The error for numbers that leave everything as it is."""
+    if recipe.width is None:
+        return ValueError(
+            f"{name} has {config.num_attention_heads} query heads, and all of them would stay: "
+            "give --width as well, so that channels of its MLPs go, or a smaller number"
+        )
+    counts = _channel_counts(recipe, config)
+    if counts and all(before == after for _, before, after in counts):
+        return ValueError(
+            f"--width {recipe.width} is less than one step of channels and heads of {name}, so "
+            "nothing would go; give a larger share"
+        )
+    return NotImplementedError(
+        f"the configuration of {name} has no number for the channels of its MLPs, and all heads "
+        "stay, so nothing would go"
+    )
