@@ -81,11 +81,14 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def image_text_checkpoint(folder: Path, family: str) -> Path:
-    """Write a tiny model of a family, under the names that its published checkpoints use."""
+def image_text_checkpoint(folder: Path, family: str, **tower: Any) -> Path:
+    """Write a tiny model of a family, under the names that its published checkpoints use.
+
+    `tower` are further options of its vision tower.
+    """
     name, text, vision = IMAGE_TEXT_MODELS[family]
     config = getattr(transformers, name)(
-        text_config=text, vision_config=vision, **_OPTIONS.get(family, {})
+        text_config=text, vision_config=vision | tower, **_OPTIONS.get(family, {})
     )
     torch.manual_seed(0)
     AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)

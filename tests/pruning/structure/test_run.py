@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from command_line import call
-from image_text import image_text_checkpoint
 from prunus.model.checkpoint.digests import verify_shards
 from prunus.pruning.structure.recipe import StructureRecipe, load_structure_recipe
 from prunus.pruning.structure.record import RECORD_NAME
@@ -125,13 +124,6 @@ def test_experts_at_random_follow_the_seed_and_differ_between_blocks(tmp_path):
     ]
     assert kept[0] == kept[1] != kept[2]
     assert kept[0][0] != kept[0][1] != kept[0][2]
-
-
-def test_a_model_inside_another_one_is_refused(tmp_path):
-    dense = image_text_checkpoint(tmp_path / "dense", "gemma3")
-    with pytest.raises(NotImplementedError, match="a language model inside another model"):
-        shrink(dense, tmp_path / "small", blocks=1, calibration=token_ids())
-    assert not (tmp_path / "small").exists()
 
 
 def test_a_recipe_is_read_from_what_it_writes(tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 from prunus.model.checkpoint.atomic_files import write_json
 
 __all__ = [
+    "blocks_that_take_images",
     "canonical",
     "expert_count",
     "expert_groups",
@@ -152,6 +153,16 @@ def rewritten(raw: Mapping[str, Any], config: Any, changes: Mapping[str, Any]) -
             found[key] = changes[known]
             left.pop(known, None)
     return found | left
+
+
+def blocks_that_take_images(config: Any) -> int:
+    """How many blocks of the language model, from the first one, are given features of images.
+
+    Some vision towers hand the outputs of several of their layers to the language model, which adds
+    the first behind its first block, the second behind its second, and so on.
+    """
+    towers = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    return max((len(getattr(x, "deepstack_visual_indexes", None) or ()) for x in towers), default=0)
 
 
 def parsed(config: Any, raw: Mapping[str, Any]) -> Any:

@@ -22,6 +22,7 @@ from prunus.model.source import CheckpointSource
 from prunus.pruning.job import PruningJob, RunOptions
 from prunus.pruning.plan import plan_run
 from prunus.pruning.structure.config import (
+    blocks_that_take_images,
     expert_count,
     expert_groups,
     experts_per_token,
@@ -126,6 +127,7 @@ class StructureJob:
             NotImplementedError: the family has no such model.
         """
         config = self.source.config
+        self._check_images(made_from)
         text = config.get_text_config()
         changes: dict[str, Any] = without_blocks(text, made_from, len(self.skeleton))
         sizes: set[tuple[int, int]] = set()
@@ -147,6 +149,20 @@ class StructureJob:
             )
         check_same_blocks(self.skeleton, skeleton, made_from, sizes)
         return SmallerModel(raw, skeleton, list(made_from))
+
+    def _check_images(self, made_from: Sequence[int]) -> None:
+        """Check that blocks which are given features of images stay where they are.
+
+        Raises:
+            NotImplementedError: one of them does not; names it.
+        """
+        count = blocks_that_take_images(self.source.config)
+        moved = next((i for i in range(count) if list(made_from[: i + 1]) != [*range(i + 1)]), None)
+        if moved is not None:
+            raise NotImplementedError(
+                f"block {moved} of {self.measuring.model_name} cannot go: features of images are "
+                f"added behind each of the first {count} blocks, so these stay in their places"
+            )
 
 
 def find_earlier_run(
@@ -196,11 +212,6 @@ def plan_structure(
     check_apart(output, folder)
     measuring = plan_run(model, recipe.measuring(), options, decided_dtype)
     require_causal(measuring.source.config, "prunus shrink")
-    if measuring.source.config.get_text_config() is not measuring.source.config:
-        raise NotImplementedError(
-            f"{model} holds a language model inside another model, and prunus shrink rewrites the "
-            "configuration of language models alone; it cannot become smaller yet"
-        )
     raw = read_json(folder / "config.json")
     experts = _plan_experts(recipe, measuring) if recipe.experts is not None else None
     job = StructureJob(recipe, measuring, raw, experts, _blocks_that_go(recipe, measuring))

@@ -1,0 +1,71 @@
+"""The language model inside an image-text model becomes smaller, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from image_text import IMAGE_TEXT_MODELS, image_text_checkpoint, loaded
+from prunus.model.block_lists import find_block_list
+from structure_cases import logits, zero_what_went
+from structure_cases import shrink_without_repair as shrink
+from tiny import token_ids
+
+#: Families whose heads cannot become fewer.
+_ALL_HEADS: dict[str, Any] = {"qwen2_vl": {"heads": 4}, "qwen2_5_vl": {"heads": 4}}
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    paths = sorted(folder.glob("*.safetensors"))
+    return {key: x for path in paths for key, x in load_file(path).items()}
+
+
+@pytest.mark.parametrize("family", sorted(IMAGE_TEXT_MODELS))
+def test_blocks_and_width_go_and_what_lies_outside_keeps_its_bytes(family, tmp_path):
+    dense, ids = image_text_checkpoint(tmp_path / "dense", family), token_ids()
+    options = {"blocks": 1, "width": 0.5, "width_update": "none", "dtype": "float32"}
+    options |= {"calibration": ids, "batch": 2, **_ALL_HEADS.get(family, {})}
+    record = shrink(dense, tmp_path / "small", **options)
+    (gone,) = [step.block for step in record.search]
+    model, small = loaded(dense).requires_grad_(False), loaded(tmp_path / "small")
+    before = logits(model, ids)
+    assert zero_what_went(model, record) >= 1
+    expected = logits(model, ids, [gone])
+    close = 1e-5 * float(before.abs().max())
+    assert float((logits(small, ids) - expected).abs().max()) <= close
+    assert float((expected - before).abs().max()) > 100 * close
+    outside = {
+        key: x for key, x in stored(dense).items() if ".layers." not in key or "vision" in key
+    }
+    found = stored(tmp_path / "small")
+    assert all(torch.equal(found[key], x) for key, x in outside.items())
+    assert len(outside) > 10
+    assert record.config["text_config.num_hidden_layers"] == (2, 1)
+    raw = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("dense", "small")]
+    assert raw[0]["vision_config"] == raw[1]["vision_config"]
+    assert gone == 1 or family != "qwen3_vl"  # the first block is given features of images
+
+
+def test_blocks_that_are_given_features_of_images_stay(tmp_path):
+    dense = image_text_checkpoint(tmp_path / "dense", "qwen3_vl", deepstack_visual_indexes=[0, 1])
+    with pytest.raises(NotImplementedError, match=r"block \d of .* cannot go: features of images"):
+        shrink(dense, tmp_path / "small", blocks=1, calibration=token_ids())
+    assert not (tmp_path / "small").exists()
+
+
+def test_an_older_file_has_the_fields_of_the_language_model_beside_the_others(tmp_path):
+    dense = image_text_checkpoint(tmp_path / "dense", "qwen2_vl")
+    path = dense / "config.json"
+    raw = json.loads(path.read_text())
+    text = raw.pop("text_config")
+    path.write_text(json.dumps({**{k: v for k, v in text.items() if k != "model_type"}, **raw}))
+    options: dict[str, Any] = {"blocks": 1, "block_rule": "cosine", "calibration": token_ids()}
+    shrink(dense, tmp_path / "small", **options)
+    assert len(find_block_list(loaded(tmp_path / "small"))[1]) == 1
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["num_hidden_layers"] == 1
