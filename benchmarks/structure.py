@@ -76,6 +76,9 @@ WAYS: dict[str, dict[str, Any]] = {
 #: The option of `prunus.shrink` that says how much goes, for the first part of a way's name.
 REMOVES = {"shortgpt": "blocks", "blocks": "blocks", "search": "target"}
 RECOVERY = "+recovery"
+#: Windows per step, as `prunus shrink` takes them with repair. Without repair the default is
+#: another, and a search would not go on.
+BATCH = 1
 PROMPT_TOKENS, NEW_TOKENS = 32, 65
 
 
@@ -223,8 +226,7 @@ class Benchmark:
             self.given.model,
             folder,
             calibration=self.ids,
-            # As with repair, since a search goes on only with windows in the same batches.
-            batch=1,
+            batch=BATCH,
             progress=lambda now: say(f"{folder.name} {now.done}/{now.total}"),
             **options,
         )
@@ -309,19 +311,23 @@ class Benchmark:
     def table(self) -> str:
         """All rows in Markdown, by size and way."""
         texts = self.data["protocol"]["texts"]
-        head = ["way", "parameters in blocks"]
+        head = ["size", "way", "parameters in blocks"]
         head += [cell for text in texts for cell in (f"KL, {text}", "perplexity")]
         programs = ["transformers", "llama.cpp"]
         head += ["core seconds", *(f"{program}, times dense" for program in programs)]
-        lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-        rows = sorted(self.rows.values(), key=lambda row: -row["size"])
+        lines = [head, ["---:", "---", *["---:"] * (len(head) - 2)]]
+        order = list(WAYS)
+        rows = sorted(
+            self.rows.values(),
+            key=lambda row: (-row["size"], order.index(row["way"].removesuffix(RECOVERY))),
+        )
         if rows:
             dense = [f"{rows[0]['scores'][text]['dense_perplexity']:.2f}" for text in texts]
             cells = [cell for each in dense for cell in ("", each)]
-            lines.append(["dense", "100 %", *cells, "", *([""] * len(programs))])
+            lines.append(["", "dense", "100 %", *cells, "", *([""] * len(programs))])
         for row in rows:
             name = row["way"] + (f", {row['tokens']:,} tokens" if row["tokens"] else "")
-            line = [name, f"{100 * row['share']:.1f} %"]
+            line = [f"{row['size']:g}", name, f"{100 * row['share']:.1f} %"]
             for score in (row["scores"][text] for text in texts):
                 line.append(f"{score['kl']:.3f} ± {score['kl_stderr'] or 0:.3f}")
                 line.append(f"{score['perplexity']:,.2f}")
