@@ -104,7 +104,7 @@ def test_each_step_is_the_one_that_costs_least_per_byte(target, tmp_path):
     assert not list((tmp_path / "small").glob("search-*"))
 
 
-@pytest.mark.parametrize(("family", "share"), [("bloom", 0.8), ("gpt2", 0.8), ("mixtral", 0.7)])
+@pytest.mark.parametrize(("family", "share"), [("bloom", 0.8), ("gpt2", 0.9), ("mixtral", 0.7)])
 def test_the_result_takes_no_more_memory_than_the_target(family, share, tmp_path):
     """BLOOM counts no channels, so it loses blocks only; of GPT-2 the heads stay."""
     dense = checkpoint(tmp_path / "dense", family)
