@@ -66,11 +66,8 @@ def prune(
     (torchrun --nproc-per-node 8 -m prunus prune …) several processes share the work.
     """
     with user_errors(json_file):
-        trains = options["preset"] == "max"
-        if trains:
-            # A file may change options of the pruning, as flags may.
-            options["preset"] = "best"
-        elif minutes is not None or tokens is not None:
+        trains = _takes_max(options)
+        if not trains and (minutes is not None or tokens is not None):
             raise ValueError(
                 "--minutes and --tokens are the budget of --preset max, which trains after "
                 "pruning: add it, or drop them"
@@ -120,6 +117,17 @@ def compress(
             raise ValueError("prunus compress needs a size: give --bits 3, for example")
         how = _run_options(device, memory, data_dir, trust_remote_code, rank_timeout)
         _carry_out(model, output, chosen, how, overwrite, resume, json_file)
+
+
+def _takes_max(options: dict[str, Any]) -> bool:
+    """Whether the preset is max, whose pruning is that of best: `options` say best afterwards.
+
+    A recipe file may then change options of the pruning, as flags may.
+    """
+    trains = options["preset"] == "max"
+    if trains:
+        options["preset"] = "best"
+    return trains
 
 
 def _carry_out(
@@ -249,9 +257,7 @@ def plan(
         from prunus.pruning.plan_summary import describe_plan
         from prunus.reporting.tables import plan_table
 
-        trains = options["preset"] == "max"
-        if trains:
-            options["preset"] = "best"
+        trains = _takes_max(options)
         chosen = chosen_recipe(recipe, options)
         how = _run_options(device, memory, data_dir, trust_remote_code)
         described = describe_plan(check_run(model, output, chosen, how).job)

@@ -23,6 +23,7 @@ from prunus.calibration import check_source
 from prunus.distributed import Ranks, process_group
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_whole, is_vacant
 from prunus.model.checkpoint.reader import resolve_folder
+from prunus.model.source import CheckpointSource
 from prunus.pruning.job import RunOptions
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
 from prunus.pruning.progress import Progress
@@ -217,7 +218,7 @@ def max_run(
         check_ranks(training, ranks)
         with ranks.fail_together():
             earlier = _find_earlier(output, recipe, training, overwrite, resume)
-            fingerprint = _check_training(model, output, training, options)
+            fingerprint = _check_training(model, output, training, options).fingerprint
             if earlier is not None and earlier.inputs.teacher != fingerprint:
                 raise FileExistsError(
                     f"{output} holds a result of another dense model ({earlier.teacher}); choose "
@@ -247,8 +248,7 @@ def plan_training(
             training could not begin.
     """
     training = training_options(recipe)
-    _check_training(model, output, training, options)
-    source, _ = open_checkpoint(resolve_folder(model))
+    source = _check_training(model, output, training, options)
     stored = source.checkpoint.nbytes(source.checkpoint.tensors)
     state = _STATE_BYTES * stored // source.stored_dtype.itemsize
     return {
@@ -350,11 +350,11 @@ def _find_earlier(
 
 def _check_training(
     model: str | Path, output: Path | None, training: RecoveryOptions, options: RunOptions
-) -> str:
+) -> CheckpointSource:
     """Check what the training needs, on the dense model, before anything is pruned.
 
     Returns:
-        The fingerprint of the dense model.
+        The dense model.
 
     Raises:
         FileNotFoundError, ValueError, NotImplementedError, ModuleNotFoundError, OSError: the
@@ -381,7 +381,7 @@ def _check_training(
         # The pruned checkpoint, the result, and the state of the training.
         stored = source.checkpoint.nbytes(source.checkpoint.tensors)
         check_disk(output, (2 + _STATE_BYTES // source.stored_dtype.itemsize) * stored)
-    return source.fingerprint
+    return source
 
 
 def _remove_pruned(folder: Path) -> None:
