@@ -33,9 +33,9 @@ NO_SPACE = re.compile(
     r"^OSError: .*(No space left|os error 28)|^(RuntimeError|ValueError): .*(No space|os error 28)"
 )
 VERBS = ["prune", "pack", "recover-masked", "sweep"]
-KILLS = {"prune": 14, "pack": 10, "recover-masked": 10, "sweep": 10}
+KILLS = {"prune": 16, "pack": 14, "recover-masked": 14, "sweep": 10}
 if importlib.util.find_spec("gguf") and importlib.util.find_spec("accelerate"):
-    KILLS["import"] = 8
+    KILLS["import"] = 10
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_runs_killed_at_random_moments_end_in_the_same_bytes(material, tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     fallen = Counter(result["verb"] for result in results)
-    assert sum(fallen.values()) >= 0.75 * sum(KILLS.values()), fallen
+    assert sum(fallen.values()) >= 50, fallen
     assert all(fallen[verb] >= 0.5 * count for verb, count in KILLS.items()), fallen
     for result in results:
         assert result["audit"] == [], result
