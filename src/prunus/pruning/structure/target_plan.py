@@ -90,14 +90,10 @@ def plan_target(
     levels = [Level(0.0, None, _sizes(old, old, bytes_of, config))]
     heads = None
     for step in range(1, _STEPS + 1):
-        at_width = recipe.model_copy(update={"target": None, "width": step * _STEP})
+        changes = {"target": None, "width": step * _STEP, "heads": heads}
+        at_width = recipe.model_copy(update=changes)
         try:
-            try:
-                plan = plan_width(at_width.model_copy(update={"heads": heads}))
-            except NotImplementedError:
-                # Where heads cannot go, the channels of MLPs may.
-                heads = getattr(config, "num_attention_heads", None)
-                plan = plan_width(at_width.model_copy(update={"heads": heads}))
+            plan, heads = _plan_level(at_width, config, plan_width)
         except ValueError:
             continue  # less than one channel or head would go
         except NotImplementedError:
@@ -111,6 +107,24 @@ def plan_target(
     smallest = min((found.size(len(levels) - 1, [index]) for index in every), key=found.target.cost)
     found.target.check(found.whole, smallest, job.model_name)
     return found
+
+
+def _plan_level(
+    recipe: StructureRecipe, config: Any, plan_width: Callable[[StructureRecipe], WidthPlan]
+) -> tuple[WidthPlan, int | None]:
+    """What stays at one width, and the number of heads in a family whose heads cannot go.
+
+    Raises:
+        ValueError, NotImplementedError: of `plan_width`.
+    """
+    try:
+        return plan_width(recipe), recipe.heads
+    except NotImplementedError:
+        if recipe.heads is not None:
+            raise
+    # Where heads cannot go, the channels of MLPs may.
+    heads = getattr(config, "num_attention_heads", None)
+    return plan_width(recipe.model_copy(update={"heads": heads})), heads
 
 
 def _sizes(new: Skeleton, old: Skeleton, bytes_of: Sequence[int], config: Any) -> list[Size]:
