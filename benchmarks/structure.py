@@ -21,7 +21,7 @@ With --tokens there is one more row for each of them, `…+recovery`: `prunus re
 towards MODEL on so many tokens. All ways get the same calibration windows.
 
 A row has the KL divergence from MODEL and the perplexity on the texts, and the seconds of processor
-time of all threads; of a run that was interrupted, only those of its last part. A search
+time of all threads; of a run that was interrupted, only those of its last part. A search for blocks
 goes on where that for a larger size, or without repair, has ended, and has its seconds too.
 
 --speed measures the checkpoints that are there, at batch 1, and makes none. They take turns with
@@ -58,7 +58,11 @@ from prunus.evaluation import Reference
 from prunus.evaluation.speed import bench
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import read_json, write_json
-from prunus.pruning.structure.record import RECORD_NAME, StructureRecord
+from prunus.pruning.calibration_windows import describe_given
+from prunus.pruning.job import RunOptions
+from prunus.pruning.structure.recipe import load_structure_recipe
+from prunus.pruning.structure.record import StructureRecord
+from prunus.pruning.structure.run import shrink_by_recipe
 
 #: Way -> options of `prunus.shrink`, without those that say how much goes.
 WAYS: dict[str, dict[str, Any]] = {
@@ -76,8 +80,7 @@ WAYS: dict[str, dict[str, Any]] = {
 #: The option of `prunus.shrink` that says how much goes, for the first part of a way's name.
 REMOVES = {"shortgpt": "blocks", "blocks": "blocks", "search": "target"}
 RECOVERY = "+recovery"
-#: Windows per step, as `prunus shrink` takes them with repair. Without repair the default is
-#: another, and a search would not go on.
+#: Windows per step: what `prunus shrink` takes with repair. Without it, its default is another.
 BATCH = 1
 PROMPT_TOKENS, NEW_TOKENS = 32, 65
 
@@ -194,15 +197,14 @@ class Benchmark:
         say(f"{key}: {row['scores']}")
 
     def earlier_search(self, way: str, size: float) -> dict[str, Any] | None:
-        """The row whose search a way goes on with; None for a way that searches for nothing.
+        """The row whose search for blocks a way goes on with; None for another way.
 
-        A search is greedy: with repair and without it takes the same steps, and for a smaller size
-        it takes more of them.
+        The search is greedy: with repair and without it takes the same steps, and for a smaller
+        size it takes more of them.
         """
-        base = way.removesuffix("+repair")
-        if base not in ("blocks", "search"):
+        if way.removesuffix("+repair") != "blocks":
             return None
-        rows = [row for row in self.rows.values() if row["way"] == base and row["size"] >= size]
+        rows = [row for row in self.rows.values() if row["way"] == "blocks" and row["size"] >= size]
         return min(rows, key=lambda row: row["size"], default=None)
 
     def shrink(
@@ -215,20 +217,15 @@ class Benchmark:
             options: of `prunus.shrink`.
             earlier: the row whose search has taken the first steps; None if there is none.
         """
-        if earlier is not None and not (folder / RECORD_NAME).exists():
-            # The run finds a record of a run that was stopped behind these steps.
-            record = StructureRecord.load(Path(earlier["folder"]))
-            fresh = {"blocks": [], "sha256": {}, "totals": {}, "config": {}, "state": "running"}
-            fresh["recipe"] = record.recipe.model_copy(update={"repair": True} | options)
-            folder.mkdir(exist_ok=True)
-            record.model_copy(update=fresh).save(folder)
-        record = prunus.shrink(
+        found = StructureRecord.load(Path(earlier["folder"])).search if earlier is not None else []
+        given = {**describe_given(self.ids), "batch": BATCH, **options}
+        record = shrink_by_recipe(
             self.given.model,
             folder,
-            calibration=self.ids,
-            batch=BATCH,
+            load_structure_recipe(None, given),
+            RunOptions(input_ids=self.ids),
             progress=lambda now: say(f"{folder.name} {now.done}/{now.total}"),
-            **options,
+            found=found,
         )
         gone = record.totals["parameters_before"] - record.totals["parameters"]
         return {

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import prunus
 from places import import_benchmark
 from prunus.pruning.structure import blocks
 from prunus.pruning.structure.record import StructureRecord
@@ -39,16 +38,16 @@ def test_a_row_is_made_once_and_goes_on_with_the_search_of_others(
     given, tmp_path, capsys, monkeypatch
 ):
     structure.main([*given, "--sizes", "0.7", "--ways", "blocks", "flap"])
-    shrink, made, searched = prunus.shrink, [], []
+    shrink, made, searched = structure.shrink_by_recipe, [], []
     step = blocks.candidate_states
     monkeypatch.setattr(
         blocks, "candidate_states", lambda *args: searched.append(made[-1]) or step(*args)
     )
     monkeypatch.setattr(
-        prunus,
-        "shrink",
-        lambda model, folder, **options: (
-            made.append(folder.name) or shrink(model, folder, **options)
+        structure,
+        "shrink_by_recipe",
+        lambda model, folder, *given, **options: (
+            made.append(folder.name) or shrink(model, folder, *given, **options)
         ),
     )
     structure.main([*given, "--sizes", "0.7", "0.5", "--ways", "blocks", "blocks+repair", "flap"])

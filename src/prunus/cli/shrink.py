@@ -104,8 +104,8 @@ def shrink(
         typer.Option(
             metavar="TARGET",
             help="In place of shares: parameters=0.75 of those in blocks, memory=3GB for all "
-            "tensors, or speed=1.3x (bytes that a token at batch 1 reads). Blocks and width are "
-            "searched for it by KL divergence per byte.",
+            "tensors, or speed=1.3x (bytes that a token at batch 1 reads). Of models that meet it "
+            "by fewer blocks, less width or both, the one of the smallest KL divergence is made.",
         ),
     ] = None,
     repair: Annotated[

@@ -27,11 +27,11 @@ from prunus.pruning.structure.record import BlockStep
 __all__ = [
     "PROBE_TOKENS",
     "PROBE_WINDOWS",
+    "blocks_left",
     "candidate_states",
-    "check_room",
     "choose_blocks",
     "divergences",
-    "promising",
+    "remove_blocks",
 ]
 
 #: A search reads this many windows, cut to this many tokens, as one batch.
@@ -68,33 +68,48 @@ def choose_blocks(
             if job.recipe.block_rule == "cosine":
                 _by_cosine(job, ids, steps, save)
             else:
-                _by_divergence(job, ids, steps, save)
+                probes = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
+                remove_blocks(job, probes, steps, save, lambda left: len(left) == count - go)
+    return blocks_left(steps, count)
+
+
+def blocks_left(steps: Sequence[BlockStep], count: int) -> list[int]:
+    """Positions of the blocks that stay behind some steps, rising."""
     gone = {step.block for step in steps}
     return [index for index in range(count) if index not in gone]
 
 
-def _by_divergence(
+def remove_blocks(
     job: StructureJob,
-    ids: Tensor,
+    probes: Tensor,
     steps: list[BlockStep],
     save: Callable[[BlockStep], object],
+    enough: Callable[[Sequence[int]], bool],
 ) -> None:
-    """The greedy search by KL divergence."""
-    probes = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
-    check_room(job, probes)
+    """The greedy search by KL divergence.
+
+    Args:
+        job: the checked run.
+        probes: the windows that are read (windows, tokens).
+        steps: what an earlier run has found; new steps are added.
+        save: called after every step, which has just been added.
+        enough: whether the search ends with the blocks that are left.
+
+    Raises:
+        NotImplementedError: no more blocks can go in this family.
+        ValueError: the candidates do not fit in memory.
+    """
+    _check_room(job, probes)
     stream = Stream(job.skeleton, job.source, job.measuring.device)
     with contextlib.closing(stream):
         stream.embed([probes], None)
         first = stream.states.get(0)
         every = range(len(job.skeleton))
         dense, _ = candidate_states(stream, first, every, ())
-        while len(steps) < job.blocks_that_go:
-            gone = {step.block for step in steps}
-            left = [index for index in every if index not in gone]
-            measured = promising(steps, left)
+        while not enough(left := blocks_left(steps, len(every))):
+            measured = _promising(steps, left)
             job.measuring.options.tell(
-                f"searching for block {len(steps) + 1} of {job.blocks_that_go} to remove: "
-                f"{len(measured)} candidates"
+                f"searching for block {len(steps) + 1} to remove: {len(measured)} candidates"
             )
             _, candidates = candidate_states(stream, first, left, measured)
             found = divergences(stream, probes, dense, candidates)
@@ -103,7 +118,7 @@ def _by_divergence(
             save(step)
 
 
-def promising(steps: Sequence[BlockStep], left: Sequence[int]) -> list[int]:
+def _promising(steps: Sequence[BlockStep], left: Sequence[int]) -> list[int]:
     """The candidates of the next step among the blocks that are left."""
     if len(steps) % _FULL_STEPS == 0:
         return list(left)
@@ -181,8 +196,7 @@ def _by_cosine(
             influence[index] = 1 - total / ids.numel()
             job.skeleton.release(index)
     while len(steps) < job.blocks_that_go:
-        gone = {step.block for step in steps}
-        left = [index for index in influence if index not in gone]
+        left = blocks_left(steps, len(influence))
         step = _best(job, left, influence, "influence")
         steps.append(step)
         save(step)
@@ -212,7 +226,7 @@ def _best(
     raise fault
 
 
-def check_room(job: StructureJob, probes: Tensor) -> None:
+def _check_room(job: StructureJob, probes: Tensor) -> None:
     """Check that the hidden states of all candidates fit in memory.
 
     Raises:

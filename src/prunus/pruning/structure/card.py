@@ -13,11 +13,18 @@ __all__ = ["structure_card", "what_went"]
 def what_went(record: StructureRecord) -> list[str]:
     """One line per kind of part that went."""
     lines = []
-    if record.search:
-        gone = sorted(step.block for step in record.search if step.block is not None)
-        last = record.search[-1]
-        which = f"blocks {', '.join(map(str, gone))}" if gone else "no blocks"
-        lines.append(f"{which} went; {last.measure} at the last step {last.value:.4f}")
+    kept = {block.made_from for block in record.blocks}
+    gone = [step for step in record.search if step.block not in kept]
+    if gone:
+        which, last = ", ".join(str(step.block) for step in gone), gone[-1]
+        lines.append(f"blocks {which} went; {last.measure} at the last step {last.value:.4f}")
+    for each in record.targets:
+        width = "full width" if each.width is None else f"a width of {1 - each.width:.3f}"
+        heads = "" if each.heads is None else f" and {each.heads} heads"
+        lines.append(
+            f"measured for {record.recipe.target}: {each.blocks} blocks at {width}{heads}, "
+            f"divergence {each.value:.4f}"
+        )
     widths = [block.width for block in record.blocks if block.width is not None]
     for name in ("channels", "heads"):
         parts = [part for width in widths if (part := getattr(width, name)) is not None]

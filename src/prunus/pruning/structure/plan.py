@@ -34,7 +34,7 @@ from prunus.pruning.structure.layout import check_same_blocks
 from prunus.pruning.structure.layout_trial import LayoutTrial
 from prunus.pruning.structure.recipe import StructureRecipe, kept_count
 from prunus.pruning.structure.record import RECORD_NAME, StructureRecord
-from prunus.pruning.structure.target_plan import TargetPlan, plan_target
+from prunus.pruning.structure.target_plan import TargetPlan
 from prunus.pruning.structure.width_plan import WidthPlan, plan_width
 
 __all__ = ["ExpertPlan", "SmallerModel", "StructureJob", "find_earlier_run", "plan_structure"]
@@ -238,7 +238,8 @@ def _plan_width(job: StructureJob) -> None:
         return _build(measuring, job.raw, fewer | dict(changes))[1]
 
     if recipe.target is not None:
-        job.target = plan_target(recipe, measuring, build, plan)
+        job.target = TargetPlan(recipe, measuring, build, plan)
+        job.target.check()
     else:
         job.width = plan(recipe)
 

@@ -23,6 +23,7 @@ __all__ = [
     "ExpertChange",
     "PartChange",
     "StructureRecord",
+    "TargetModel",
     "WidthChange",
 ]
 
@@ -78,11 +79,10 @@ class WidthChange(BaseModel):
 
 
 class BlockStep(BaseModel):
-    """One step of the search for blocks or for a target.
+    """One step of the search for blocks.
 
     Attributes:
-        block: position in the source of the block that goes; None where all become narrower.
-        width: the share of the width that is gone then, in the search for a target; else None.
+        block: position in the source of the block that goes.
         value: what was measured behind this step and those before.
         measure: "divergence" (KL from the dense model, nats per token) or "influence" (1 − the mean
             cosine between hidden states before and behind the block).
@@ -91,11 +91,28 @@ class BlockStep(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    block: int | None
-    width: float | None = None
+    block: int
     value: float
     measure: Literal["divergence", "influence"]
     candidates: list[float | None]
+
+
+class TargetModel(BaseModel):
+    """A model that meets the target and was measured.
+
+    Attributes:
+        blocks: how many blocks stay; those of the first steps of the search go.
+        width: the share of the width that goes; None for full width.
+        heads: the number of query heads that was asked for; None if they go along with channels.
+        value: KL divergence from the dense model, nats per token.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    blocks: int
+    width: float | None
+    heads: int | None
+    value: float
 
 
 class BlockChange(BaseModel):
@@ -126,7 +143,9 @@ class StructureRecord(BaseModel):
     """The state of a run: "running" until every shard and the index exist, then "finished".
 
     Attributes:
-        search: the blocks that go, in the order in which they were found.
+        search: the blocks that go, in the order in which they were found. In the search for a
+            target, only the first of them may go.
+        targets: the models that meet the target and were measured; the best of them is the result.
         config: field of config.json that changed -> its values before and after.
         left_out: stored tensors that the model has no place for; the result does not have them.
         sha256: file name of a finished shard -> SHA-256 of its bytes.
@@ -143,6 +162,7 @@ class StructureRecord(BaseModel):
     versions: dict[str, str]
     hardware: dict[str, Any]
     search: list[BlockStep] = Field(default_factory=list)
+    targets: list[TargetModel] = Field(default_factory=list)
     config: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
     left_out: list[str] = Field(default_factory=list)
     blocks: list[BlockChange] = Field(default_factory=list)

@@ -49,11 +49,7 @@ from prunus.pruning.structure.plan import (
 from prunus.pruning.structure.recipe import StructureRecipe, load_structure_recipe
 from prunus.pruning.structure.record import BlockChange, BlockStep, StructureRecord
 from prunus.pruning.structure.repair import Repair
-from prunus.pruning.structure.target_search import (
-    remove_narrower,
-    search_target,
-    split_windows,
-)
+from prunus.pruning.structure.target_search import TargetSearch, remove_candidates, split_windows
 from prunus.pruning.structure.width import narrow
 
 __all__ = ["shrink", "shrink_by_recipe"]
@@ -124,8 +120,13 @@ def shrink_by_recipe(
     overwrite: bool = False,
     resume: bool | None = None,
     progress: Callable[[Progress], None] | None = None,
+    found: Sequence[BlockStep] = (),
 ) -> StructureRecord:
-    """Carry out a recipe. The arguments and errors are those of `shrink`."""
+    """Carry out a recipe. The other arguments and errors are those of `shrink`.
+
+    Args:
+        found: the first steps of the search for blocks, which an earlier search has taken.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise NotImplementedError("prunus shrink runs in one process: start it without torchrun")
     started = time.perf_counter()
@@ -137,13 +138,14 @@ def shrink_by_recipe(
         checkpoint = job.source.checkpoint
         check_disk(output, checkpoint.nbytes(checkpoint.tensors) - bytes_in(output))
         written = StructureOutput(output, job)
-        return _shrink(job, written, earlier, overwrite, started, progress)
+        return _shrink(job, written, earlier, found, overwrite, started, progress)
 
 
 def _shrink(
     job: StructureJob,
     output: StructureOutput,
     earlier: StructureRecord | None,
+    found: Sequence[BlockStep],
     overwrite: bool,
     started: float,
     progress: Callable[[Progress], None] | None,
@@ -153,31 +155,25 @@ def _shrink(
     if measuring.needs_inputs:
         measuring.options.tell(f"drawing calibration windows from {job.recipe.calibration}")
     windows = calibration_windows(measuring)
-    record = _record(job, windows, earlier)
+    record = _record(job, windows, earlier, found)
     if record.state == "finished":
         output.check_finished()
         return record
     taken = output.begin(record, overwrite)
     if overwrite:
-        remove_narrower(output.folder)
+        remove_candidates(output.folder)
 
-    def save(_step: BlockStep) -> None:
-        record.save(output.folder)
-
-    def narrower(width: float, folder: Path) -> None:
-        # Columns that are fitted to the windows of the search would look better than they are.
+    def make_candidate(recipe: StructureRecipe, steps: int, folder: Path) -> None:
         rest = split_windows(windows.ids)[1]
-        heads = job.target.heads if job.target is not None else None
-        changes = {"target": None, "width": width, "heads": heads, "repair": False}
-        changes |= describe_given(rest)
-        at_width = job.recipe.model_copy(update=changes)
+        recipe = recipe.model_copy(update=describe_given(rest))
         options = replace(measuring.options, input_ids=rest, texts=None)
-        shrink_by_recipe(measuring.model_name, folder, at_width, options)
+        source = measuring.model_name
+        shrink_by_recipe(source, folder, recipe, options, found=record.search[:steps])
 
     if job.target is not None:
-        kept = search_target(job, windows.ids, record.search, save, narrower, output.folder)
+        kept = TargetSearch(job, windows.ids, record, make_candidate, output.folder).run()
     else:
-        kept = choose_blocks(job, windows.ids, record.search, save)
+        kept = choose_blocks(job, windows.ids, record.search, lambda _: record.save(output.folder))
     smaller = job.smaller(kept)
     record.config = _changes(job.raw, smaller.config)
 
@@ -218,7 +214,7 @@ def _shrink(
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory_bytes": peak_memory(),
     }
-    remove_narrower(output.folder)
+    remove_candidates(output.folder)
     output.finish(smaller)
     return record
 
@@ -271,9 +267,12 @@ def _changes(
 
 
 def _record(
-    job: StructureJob, windows: Windows, earlier: StructureRecord | None
+    job: StructureJob,
+    windows: Windows,
+    earlier: StructureRecord | None,
+    found: Sequence[BlockStep],
 ) -> StructureRecord:
-    """A new record, or the record of the run that is resumed.
+    """A new record with the steps that are found, or the record of the run that is resumed.
 
     Raises:
         FileExistsError: the earlier run had other inputs.
@@ -289,4 +288,5 @@ def _record(
         inputs=inputs,
         versions=versions(),
         hardware=describe_hardware(measuring.device),
+        search=list(found),
     )

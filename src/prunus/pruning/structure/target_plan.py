@@ -16,10 +16,10 @@ from prunus.pruning.structure.recipe import StructureRecipe
 from prunus.pruning.structure.target import Size, Target, parse_target, total
 from prunus.pruning.structure.width_plan import WidthPlan
 
-__all__ = ["Level", "TargetPlan", "plan_target"]
+__all__ = ["Level", "TargetPlan"]
 
-#: A step removes this share of the width of all blocks; at most half of it goes.
-_STEP, _STEPS = 1 / 16, 8
+#: Shares of width that go are multiples of one part in so many; at most half of it goes.
+_PARTS, _MOST = 128, 64
 
 
 @dataclass(frozen=True)
@@ -27,53 +27,18 @@ class Level:
     """One width of all blocks.
 
     Attributes:
-        width: the share that is removed.
-        plan: what stays; None for the width of the model.
+        options: of the recipe that makes it: width and heads.
+        plan: what stays.
         sizes: of every block of the model at this width.
     """
 
-    width: float
-    plan: WidthPlan | None
+    options: dict[str, Any]
+    plan: WidthPlan
     sizes: list[Size]
 
 
-@dataclass(frozen=True)
 class TargetPlan:
     """What a search for a target needs to know before any work.
-
-    Attributes:
-        target: what is asked for.
-        levels: the widths, from that of the model downwards.
-        outside: the size of what lies outside the blocks.
-        heads: the number of heads at all widths, in a family whose heads cannot go; else None.
-    """
-
-    target: Target
-    levels: list[Level]
-    outside: Size
-    heads: int | None = None
-
-    def size(self, level: int, kept: Sequence[int]) -> Size:
-        """The size of the model of some blocks at one width."""
-        return total([self.levels[level].sizes[index] for index in kept], self.outside)
-
-    @property
-    def whole(self) -> Size:
-        """The size of the model as it is."""
-        return self.size(0, range(len(self.levels[0].sizes)))
-
-    def is_met(self, level: int, kept: Sequence[int]) -> bool:
-        """Whether the model of some blocks at one width meets the target."""
-        return self.target.is_met(self.size(level, kept), self.whole)
-
-
-def plan_target(
-    recipe: StructureRecipe,
-    job: PruningJob,
-    build: Callable[[Mapping[str, Any]], Skeleton],
-    plan_width: Callable[[StructureRecipe], WidthPlan],
-) -> TargetPlan:
-    """Find the widths that a search can choose from, and check that the target can be met.
 
     Args:
         recipe: its target and its rules for width.
@@ -81,66 +46,108 @@ def plan_target(
         build: the model of a configuration with some fields changed.
         plan_width: what stays at the width of a recipe.
 
-    Raises:
-        ValueError: the target cannot be met, or is met already; says what is possible.
+    Attributes:
+        target: what is asked for.
     """
-    assert recipe.target is not None
-    config, old = job.source.config.get_text_config(), job.skeleton
-    bytes_of = [job.source.block_nbytes(index) for index in range(len(old))]
-    levels = [Level(0.0, None, _sizes(old, old, bytes_of, config))]
-    heads = None
-    for step in range(1, _STEPS + 1):
-        changes = {"target": None, "width": step * _STEP, "heads": heads}
-        at_width = recipe.model_copy(update=changes)
-        try:
-            plan, heads = _plan_level(at_width, config, plan_width)
-        except ValueError:
-            continue  # less than one channel or head would go
-        except NotImplementedError:
-            break  # a family that cannot become narrower loses blocks only
-        known = levels[-1].plan
-        if known is None or known.changes != plan.changes:
-            sizes = _sizes(build(plan.changes), old, bytes_of, config)
-            levels.append(Level(step * _STEP, plan, sizes))
-    found = TargetPlan(parse_target(recipe.target), levels, _outside(job), heads)
-    every = range(len(old))
-    smallest = min((found.size(len(levels) - 1, [index]) for index in every), key=found.target.cost)
-    found.target.check(found.whole, smallest, job.model_name)
-    return found
 
+    def __init__(
+        self,
+        recipe: StructureRecipe,
+        job: PruningJob,
+        build: Callable[[Mapping[str, Any]], Skeleton],
+        plan_width: Callable[[StructureRecipe], WidthPlan],
+    ) -> None:
+        assert recipe.target is not None
+        self.target: Target = parse_target(recipe.target)
+        self._recipe, self._job, self._build, self._plan_width = recipe, job, build, plan_width
+        self._config = job.source.config.get_text_config()
+        self._bytes = [job.source.block_nbytes(index) for index in range(len(job.skeleton))]
+        self._outside = _outside(job)
+        self._full = self._sizes(job.skeleton)
+        self._levels: dict[tuple[int, int | None], Level | None] = {}
 
-def _plan_level(
-    recipe: StructureRecipe, config: Any, plan_width: Callable[[StructureRecipe], WidthPlan]
-) -> tuple[WidthPlan, int | None]:
-    """What stays at one width, and the number of heads in a family whose heads cannot go.
+    @property
+    def whole(self) -> Size:
+        """The size of the model as it is."""
+        return total(self._full, self._outside)
 
-    Raises:
-        ValueError, NotImplementedError: of `plan_width`.
-    """
-    try:
-        return plan_width(recipe), recipe.heads
-    except NotImplementedError:
-        if recipe.heads is not None:
-            raise
-    # Where heads cannot go, the channels of MLPs may.
-    heads = getattr(config, "num_attention_heads", None)
-    return plan_width(recipe.model_copy(update={"heads": heads})), heads
+    def size(self, kept: Sequence[int], level: Level | None = None) -> Size:
+        """The size of the model of some blocks, at full width or another."""
+        sizes = self._full if level is None else level.sizes
+        return total([sizes[index] for index in kept], self._outside)
 
+    def is_met(self, kept: Sequence[int], level: Level | None = None) -> bool:
+        """Whether the model of some blocks meets the target, at full width or another."""
+        return self.target.is_met(self.size(kept, level), self.whole)
 
-def _sizes(new: Skeleton, old: Skeleton, bytes_of: Sequence[int], config: Any) -> list[Size]:
-    """The size of every block, whose tensors keep the dtypes in which they are stored."""
-    found = []
-    for block, before, stored in zip(new.blocks, old.blocks, bytes_of, strict=True):
-        parameters, of_old = _parameters(block), _parameters(before)
-        # Of all experts, a token reads those that it chooses.
-        experts = [module for module in block.modules() if isinstance(module, Experts)]
-        unread = sum(
-            _parameters(module) * max(0, module.count - experts_per_token(config)) // module.count
-            for module in experts
-        )
-        memory = stored * parameters // of_old
-        found.append(Size(parameters, memory, memory * (parameters - unread) // parameters))
-    return found
+    def widest(self, kept: Sequence[int], heads: int | None) -> Level | None:
+        """The smallest loss of width with which the model of some blocks meets the target.
+
+        Args:
+            kept: positions of the blocks.
+            heads: query heads to keep; None if they go along with the channels.
+
+        Returns:
+            None if it takes more than half of the width, or the family has no such width.
+        """
+        low, high = 0, _MOST
+        if not self._meets(kept, high, heads):
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._meets(kept, middle, heads) else (middle, high)
+        return self._level(high, heads)
+
+    @property
+    def head_counts(self) -> list[int | None]:
+        """Numbers of query heads that a search compares, as `widest` takes them."""
+        return [None, getattr(self._config, "num_attention_heads", None)]
+
+    def check(self) -> None:
+        """Check that the target can be met, and that something has to go for it.
+
+        Raises:
+            ValueError: it cannot, or nothing has to go; says what is possible.
+        """
+        levels = [None, *(self._level(_MOST, heads) for heads in self.head_counts)]
+        one_block = [
+            self.size([index], level) for index in range(len(self._full)) for level in levels
+        ]
+        self.target.check(self.whole, min(one_block, key=self.target.cost), self._job.model_name)
+
+    def _meets(self, kept: Sequence[int], parts: int, heads: int | None) -> bool:
+        level = self._level(parts, heads)
+        return level is not None and self.is_met(kept, level)
+
+    def _level(self, parts: int, heads: int | None) -> Level | None:
+        """The width without some parts; None where there is none, or nothing would go."""
+        if (parts, heads) not in self._levels:
+            options = {"width": parts / _PARTS, "heads": heads}
+            try:
+                plan = self._plan_width(self._recipe.model_copy(update={"target": None, **options}))
+            except (ValueError, NotImplementedError):
+                self._levels[parts, heads] = None
+            else:
+                sizes = self._sizes(self._build(plan.changes))
+                self._levels[parts, heads] = Level(options, plan, sizes)
+        return self._levels[parts, heads]
+
+    def _sizes(self, new: Skeleton) -> list[Size]:
+        """The size of every block, whose tensors keep the dtypes in which they are stored."""
+        found = []
+        blocks = zip(new.blocks, self._job.skeleton.blocks, self._bytes, strict=True)
+        for block, before, stored in blocks:
+            parameters, of_old = _parameters(block), _parameters(before)
+            # Of all experts, a token reads those that it chooses.
+            experts = [module for module in block.modules() if isinstance(module, Experts)]
+            per_token = experts_per_token(self._config)
+            unread = sum(
+                _parameters(module) * max(0, module.count - per_token) // module.count
+                for module in experts
+            )
+            memory = stored * parameters // of_old
+            found.append(Size(parameters, memory, memory * (parameters - unread) // parameters))
+        return found
 
 
 def _parameters(module: nn.Module) -> int:

@@ -1,21 +1,27 @@
-"""The search for a target: blocks go and all blocks become narrower, whatever costs least.
+"""The search for a target: blocks go, or all blocks become narrower, or some of both.
 
-A state is a set of blocks and one width of all of them. A step either removes one more block, or
-takes the next smaller width. Of each of these models the KL divergence from the dense model is
-measured on a few windows, and the step is taken whose divergence grows least per parameter or byte
-that the target counts. The search ends at the first state that meets the target.
+First blocks go one by one, as in every search for blocks, until the target is met by them alone.
+Then models are compared that come to the target in different ways:
 
-The narrower models are runs of their own without repair, in folders inside the result that are
-removed at the end. What the search has found is then made as in every other run: the blocks that
-stay are measured again on what reaches them.
+    all blocks,      narrower: heads go along with channels, or all heads stay
+    half the steps,  narrower, with the better of these two
+    all the steps,   at full width
+
+Each of them is a run of its own, in a folder inside the result that is removed once the model is
+measured. It is made on other windows than it is measured on, because on those that it is fitted to
+it looks better than it is. The model of the smallest KL divergence from the dense one is then made
+again, on all windows.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,68 +32,182 @@ from prunus.model.stream import Stream
 from prunus.pruning.structure.blocks import (
     PROBE_TOKENS,
     PROBE_WINDOWS,
+    blocks_left,
     candidate_states,
-    check_room,
     divergences,
-    promising,
+    remove_blocks,
 )
 from prunus.pruning.structure.plan import StructureJob
-from prunus.pruning.structure.record import BlockStep
-from prunus.pruning.structure.target_plan import TargetPlan
+from prunus.pruning.structure.recipe import StructureRecipe
+from prunus.pruning.structure.record import StructureRecord, TargetModel
+from prunus.pruning.structure.target_plan import Level, TargetPlan
 
-__all__ = ["remove_narrower", "search_target", "split_windows"]
-
-#: The key of the model in which no further block goes.
-_BASE = -1
+__all__ = ["TargetSearch", "remove_candidates", "split_windows"]
 
 
-def search_target(
-    job: StructureJob,
-    ids: Tensor,
-    steps: list[BlockStep],
-    save: Callable[[BlockStep], object],
-    narrower: Callable[[float, Path], object],
-    folder: Path,
-) -> list[int]:
-    """Find the model that meets the target, and give the job its width.
+#: Folders of models that are measured begin with this.
+_PREFIX = "search-"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that meets the target.
+
+    Attributes:
+        steps: how many steps of the search for blocks it takes.
+        kept: positions of its blocks.
+        level: their width; None for that of the model.
+    """
+
+    steps: int
+    kept: list[int]
+    level: Level | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the recipe that makes it."""
+        width = {"width": None, "heads": None} if self.level is None else self.level.options
+        return {"target": None, "blocks": len(self.kept) if self.steps else None, **width}
+
+
+class TargetSearch:
+    """The search of one run.
 
     Args:
         job: the checked run, which has a target.
         ids: calibration windows (windows, tokens).
-        steps: what an earlier run has found; new steps are added.
-        save: called after every step, which has just been added.
-        narrower: makes the model with a share of its width removed, in a folder; goes on where it
-            was interrupted.
-        folder: of the result; narrower models go into folders inside.
-
-    Returns:
-        Positions of the blocks that stay, rising.
-
-    Raises:
-        NotImplementedError: no further block can go in this family, and it cannot become narrower.
+        record: of the run. What is in it is not searched for again, and what is found is saved.
+        make: makes the model of a recipe, given the number of steps of the search for blocks that
+            it takes, in a folder; goes on where it was interrupted.
+        folder: of the result; other models go into a folder inside.
     """
-    plan = job.target
-    assert plan is not None
-    probes = split_windows(ids)[0]
-    check_room(job, probes)
-    kept, level = list(range(len(job.skeleton))), 0
-    for step in steps:
-        kept, level = _after(plan, step, kept, level)
-    with torch.no_grad():
-        dense = _dense(job, probes)
-        while not plan.is_met(level, kept):
-            step = _step(job, plan, probes, dense, steps, kept, level, narrower, folder)
-            steps.append(step)
-            save(step)
-            kept, level = _after(plan, step, kept, level)
-    job.width = plan.levels[level].plan
-    return kept
+
+    def __init__(
+        self,
+        job: StructureJob,
+        ids: Tensor,
+        record: StructureRecord,
+        make: Callable[[StructureRecipe, int, Path], object],
+        folder: Path,
+    ) -> None:
+        assert job.target is not None
+        self._job, self._record, self._make = job, record, make
+        self._target: TargetPlan = job.target
+        self._probes = split_windows(ids)[0]
+        self._folder = folder
+
+    def run(self) -> list[int]:
+        """Find the model that meets the target, and give the job its width.
+
+        Returns:
+            Positions of the blocks that stay, rising.
+
+        Raises:
+            NotImplementedError: the family has no such model.
+            ValueError: the search does not fit in memory.
+        """
+        with torch.no_grad():
+            # In some families no block can go, or not so many.
+            with contextlib.suppress(NotImplementedError):
+                remove_blocks(
+                    self._job,
+                    self._probes,
+                    self._record.search,
+                    lambda _step: self._record.save(self._folder),
+                    lambda left: len(left) == 1 or self._target.is_met(left),
+                )
+            best = self._compare()
+        self._job.width = best.level.plan if best.level is not None else None
+        return best.kept
+
+    def _compare(self) -> Candidate:
+        """The best model; see above which ones are compared."""
+        last = len(self._record.search)
+        every = (self._narrower(steps) for steps in range(last + 1))
+        candidates = next((found for found in every if found), [])
+        best = self._best(candidates) if candidates else None
+        candidates = [best] if best is not None else []
+        if best is not None and best.steps < (middle := (best.steps + last) // 2):
+            assert best.level is not None
+            candidates += self._narrower(middle, best.level.options["heads"])
+        if self._target.is_met(kept := self._kept(last)):
+            candidates.append(Candidate(last, kept, None))
+        if not candidates:
+            raise NotImplementedError(
+                f"{self._job.measuring.model_name} cannot come to {self._job.recipe.target}: "
+                f"without {last} blocks no further one can go, and it cannot become narrow enough"
+            )
+        return self._best(candidates)
+
+    def _kept(self, steps: int) -> list[int]:
+        return blocks_left(self._record.search[:steps], len(self._job.skeleton))
+
+    def _narrower(self, steps: int, *heads: int | None) -> list[Candidate]:
+        """The narrower models without the blocks of some steps: with each number of heads."""
+        kept, found = self._kept(steps), list[Candidate]()
+        for count in heads or self._target.head_counts:
+            level = self._target.widest(kept, count)
+            known = [each.level.plan.changes for each in found if each.level is not None]
+            if level is not None and level.plan.changes not in known:
+                found.append(Candidate(steps, kept, level))
+        return found
+
+    def _best(self, candidates: list[Candidate]) -> Candidate:
+        """The candidate of the smallest KL divergence; of equal ones the first."""
+        return min(candidates, key=self._value) if len(candidates) > 1 else candidates[0]
+
+    def _value(self, candidate: Candidate) -> float:
+        """The KL divergence of a candidate: as it was recorded, or measured now."""
+        options = candidate.options
+        key = (len(candidate.kept), options["width"], options["heads"])
+        for known in self._record.targets:
+            if (known.blocks, known.width, known.heads) == key:
+                return known.value
+        if candidate.level is None and not self._job.recipe.repair:
+            value = self._record.search[-1].value
+        else:
+            value = self._measure(candidate)
+        blocks, width, heads = key
+        self._record.targets.append(
+            TargetModel(blocks=blocks, width=width, heads=heads, value=value)
+        )
+        self._record.save(self._folder)
+        remove_candidates(self._folder)
+        return value
+
+    def _measure(self, candidate: Candidate) -> float:
+        """Make a candidate and measure its KL divergence."""
+        job, options = self._job, candidate.options
+        width = "full width" if candidate.level is None else f"width {options['width']} less"
+        job.measuring.options.tell(
+            f"searching for the target: {len(candidate.kept)} blocks at {width}"
+        )
+        folder = self._folder / f"{_PREFIX}{len(self._record.targets)}"
+        self._make(job.recipe.model_copy(update=options), candidate.steps, folder)
+        source = CheckpointSource(folder)
+        skeleton = Skeleton(source.config, job.measuring.dtype)
+        source.bind(skeleton)
+        with self._stream(skeleton, source) as stream:
+            return divergences(stream, self._probes, self._dense, {0: _output(stream)})[0]
+
+    @functools.cached_property
+    def _dense(self) -> Tensor:
+        """The hidden states of the dense model behind its last block."""
+        with self._stream(self._job.skeleton, self._job.source) as stream:
+            return _output(stream)
+
+    @contextlib.contextmanager
+    def _stream(self, skeleton: Skeleton, source: CheckpointSource) -> Iterator[Stream]:
+        stream = Stream(skeleton, source, self._job.measuring.device)
+        with contextlib.closing(stream):
+            stream.embed([self._probes], None)
+            yield stream
 
 
 def split_windows(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The windows that a search reads, and those that narrower models are made with.
+    """The windows that a search measures on, and those that its models are made with.
 
-    They have none in common, unless there is only one window.
+    They have none in common, unless there are only one or two windows.
 
     >>> [len(part) for part in split_windows(torch.zeros(20, 4))]
     [8, 12]
@@ -95,111 +215,15 @@ def split_windows(ids: Tensor) -> tuple[Tensor, Tensor]:
     [1, 2]
     """
     count = min(PROBE_WINDOWS, max(1, len(ids) // 2))
-    return ids[:count, :PROBE_TOKENS], ids[count:] if len(ids) > 1 else ids
+    return ids[:count, :PROBE_TOKENS], ids[count:] if len(ids) > 2 else ids
 
 
-def remove_narrower(folder: Path) -> None:
-    """Remove the folders of narrower models from a result."""
-    for path in folder.glob("search-*"):
+def remove_candidates(folder: Path) -> None:
+    """Remove the folders of models that a search has measured from a result."""
+    for path in folder.glob(f"{_PREFIX}*"):
         shutil.rmtree(path)
 
 
-def _after(plan: TargetPlan, step: BlockStep, kept: list[int], level: int) -> tuple[list[int], int]:
-    """Blocks and level behind a step."""
-    if step.block is not None:
-        return [index for index in kept if index != step.block], level
-    return kept, next(i for i, each in enumerate(plan.levels) if each.width == step.width)
-
-
-def _step(
-    job: StructureJob,
-    plan: TargetPlan,
-    probes: Tensor,
-    dense: Tensor,
-    steps: list[BlockStep],
-    kept: list[int],
-    level: int,
-    narrower: Callable[[float, Path], object],
-    folder: Path,
-) -> BlockStep:
-    """Measure all candidates of one step, and take the best."""
-    job.width = plan.levels[level].plan
-    possible = [index for index in promising(steps, kept) if _can_go(job, kept, index)]
-    reached = plan.target.shown(plan.target.reached(plan.size(level, kept), plan.whole))
-    job.measuring.options.tell(
-        f"searching for the target: {reached}, {len(possible)} blocks and the width are candidates"
-    )
-    found = _measured(job, plan, probes, dense, kept, possible, level, narrower, folder)
-    now, cost = found.pop(_BASE), plan.target.cost
-    spent = cost(plan.size(level, kept))
-    prices = {
-        block: (value - now) / (spent - cost(plan.size(level, [i for i in kept if i != block])))
-        for block, value in found.items()
-    }
-    best = min(prices, key=lambda block: (prices[block], block)) if prices else None
-    every = [found.get(index) for index in range(len(job.skeleton))]
-    if level + 1 < len(plan.levels):
-        value = _measured(job, plan, probes, dense, kept, [], level + 1, narrower, folder)[_BASE]
-        price = (value - now) / (spent - cost(plan.size(level + 1, kept)))
-        if best is None or price < prices[best]:
-            width = plan.levels[level + 1].width
-            return BlockStep(
-                block=None, width=width, value=value, measure="divergence", candidates=every
-            )
-    if best is None:
-        raise NotImplementedError(
-            f"the search for {job.recipe.target} has come to {reached}; no further block of "
-            f"{job.measuring.model_name} can go, and its width cannot become smaller"
-        )
-    return BlockStep(block=best, value=found[best], measure="divergence", candidates=every)
-
-
-def _can_go(job: StructureJob, kept: list[int], block: int) -> bool:
-    """Whether the configuration can describe the model without a block."""
-    if len(kept) == 1:
-        return False
-    try:
-        job.smaller([index for index in kept if index != block])
-    except NotImplementedError:
-        return False
-    return True
-
-
-def _dense(job: StructureJob, probes: Tensor) -> Tensor:
-    """The hidden states of the dense model behind its last block."""
-    with _stream(job.skeleton, job.source, job, probes) as stream:
-        return candidate_states(stream, stream.states.get(0), range(len(job.skeleton)), ())[0]
-
-
-def _measured(
-    job: StructureJob,
-    plan: TargetPlan,
-    probes: Tensor,
-    dense: Tensor,
-    kept: list[int],
-    candidates: list[int],
-    level: int,
-    narrower: Callable[[float, Path], object],
-    folder: Path,
-) -> dict[int, float]:
-    """The KL divergence without each candidate, and under `_BASE` that with all of them."""
-    source, skeleton = job.source, job.skeleton
-    if level:
-        at_width = folder / f"search-{level}"
-        narrower(plan.levels[level].width, at_width)
-        source = CheckpointSource(at_width)
-        skeleton = Skeleton(source.config, job.measuring.dtype)
-        source.bind(skeleton)
-    with _stream(skeleton, source, job, probes) as stream:
-        base, states = candidate_states(stream, stream.states.get(0), kept, candidates)
-        return divergences(stream, probes, dense, {**states, _BASE: base})
-
-
-@contextlib.contextmanager
-def _stream(
-    skeleton: Skeleton, source: CheckpointSource, job: StructureJob, probes: Tensor
-) -> Iterator[Stream]:
-    stream = Stream(skeleton, source, job.measuring.device)
-    with contextlib.closing(stream):
-        stream.embed([probes], None)
-        yield stream
+def _output(stream: Stream) -> Tensor:
+    """The hidden states of the first batch behind the last block."""
+    return candidate_states(stream, stream.states.get(0), range(len(stream.skeleton)), ())[0]
