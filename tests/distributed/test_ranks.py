@@ -32,6 +32,7 @@ def found(tmp_path_factory) -> dict[str, dict]:
             str(tmp_path_factory.mktemp("ranks")),
             "methods",
             "compressed",
+            "shrunk",
             "messages",
             "uneven",
             "refused",
@@ -76,6 +77,19 @@ def test_ranks_compress_to_the_same_bits_and_errors(found):
     assert result["again"]
     assert result["kept"]
     assert not result["left"]
+
+
+def test_models_become_smaller_as_by_one_process(found):
+    result = found["shrunk"]
+    assert result["chosen"] and result["resumed"] and result["target"], "the same bytes"
+    # Sums over ranks differ in their last bits, and so do weights that are fitted or trained.
+    for case in ("trained", "target"):
+        one, two = result[f"{case} one"], result[f"{case} two"]
+        assert one["blocks"] == two["blocks"]
+        assert one["targets"] == pytest.approx(two["targets"], rel=0.01)
+        assert (len(one["targets"]) > 1) == (case == "target")
+        if case == "trained":
+            assert one["errors"] == pytest.approx(two["errors"], rel=0.01)
 
 
 def test_ranks_receive_texts_of_any_length_and_sums_of_numbers(found):

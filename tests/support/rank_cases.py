@@ -28,6 +28,7 @@ from prunus.pruning.block import dense_stream  # noqa: E402
 from prunus.pruning.reconstruction import kl_loss  # noqa: E402
 from prunus.pruning.manifest import Manifest  # noqa: E402
 from prunus.pruning.reconstruction.batches import ReconstructionBatches  # noqa: E402
+from prunus.pruning.structure.record import StructureRecord  # noqa: E402
 from ranks import forked, in_ranks  # noqa: E402
 from stopping import StopError, stop_after  # noqa: E402
 from tiny import tiny_checkpoint, token_ids  # noqa: E402
@@ -114,6 +115,47 @@ def compressed(scratch: Path) -> dict[str, Any]:
         "kept": (scratch / "resumed" / "block-00000.safetensors").read_bytes() == first,
         "left": [path.name for path in (scratch / "resumed").glob("sensitivity*")],
     }
+
+
+def shrunk(scratch: Path) -> dict[str, Any]:
+    """Two ranks against one, and a run of one rank that two ranks go on with."""
+    dense = tiny_checkpoint(
+        scratch / "dense", "mixtral", torch.bfloat16, num_hidden_layers=3, initializer_range=0.2
+    )
+    cases: dict[str, dict[str, Any]] = {
+        "chosen": {"blocks": 2, "block_rule": "cosine", "experts": 2, "repair": False},
+        "trained": {"blocks": 2, "experts": 2, "width": 0.25, "batch": 2},
+        "target": {"target": "parameters=0.8", "repair": False},
+    }
+
+    def shrink(name: str, case: str, **more: Any) -> None:
+        given = {"calibration": token_ids(6), "batch": 1, "rank_timeout": 60.0}
+        prunus.shrink(dense, scratch / name, **(given | cases[case] | more))
+
+    def both(name: str, case: str) -> None:
+        status = in_ranks(2, lambda _: shrink(name, case))
+        assert status == [0, 0], (name, status)
+
+    for case in cases:
+        shrink(f"{case} one", case)
+        both(f"{case} two", case)
+    with contextlib.suppress(StopError):
+        shrink("resumed", "chosen", progress=stop_after(1))
+    both("resumed", "chosen")
+    found: dict[str, Any] = {
+        case: compare(scratch / f"{case} one", scratch / f"{case} two")["bytes"]
+        for case in ("chosen", "target")
+    }
+    found["resumed"] = compare(scratch / "chosen one", scratch / "resumed")["bytes"]
+    for case in ("trained", "target"):
+        for end in ("one", "two"):
+            record = StructureRecord.load(scratch / f"{case} {end}")
+            found[f"{case} {end}"] = {
+                "targets": [each.value for each in record.targets],
+                "blocks": [block.made_from for block in record.blocks],
+                "errors": [block.repair and block.repair.error_after for block in record.blocks],
+            }
+    return found
 
 
 def messages(scratch: Path) -> dict[str, Any]:

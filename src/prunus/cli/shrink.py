@@ -190,6 +190,7 @@ def shrink(
     ] = None,
     json_file: arg.Json = None,
     trust_remote_code: arg.Trust = False,
+    rank_timeout: arg.RankTimeout = None,
 ) -> None:
     """Make MODEL smaller by removing whole parts.
 
@@ -216,6 +217,7 @@ def shrink(
                 data_dir=data_dir,
                 trust_remote_code=trust_remote_code,
                 announce=progress,
+                rank_timeout=rank_timeout,
             )
             record = shrink_by_recipe(
                 model,

@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.distributed import SINGLE_PROCESS, Ranks, process_group
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods import Method
 from prunus.methods.refine.dense_targets import drift_is_worthwhile
@@ -66,6 +67,15 @@ class RunOptions:
         """Announce what comes next; only the first of several processes does so."""
         if self.announce is not None and (self.ranks or SINGLE_PROCESS).rank == 0:
             self.announce(message)
+
+    @contextlib.contextmanager
+    def with_ranks(self) -> Iterator[RunOptions]:
+        """The options with the processes that torchrun started, unless they name processes."""
+        if self.ranks is not None:
+            yield self
+            return
+        with process_group(self.rank_timeout) as ranks:
+            yield replace(self, ranks=ranks)
 
 
 @dataclass

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Protocol
 
 from prunus.distributed import Ranks
 from prunus.pruning.job import PruningJob
-from prunus.pruning.manifest import Manifest
+from prunus.pruning.manifest import RunInputs
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.records import Walk
 
 __all__ = ["check_ranks_can_share", "check_same_on_all_ranks"]
 
+
+class Record(Protocol):
+    """What records of all kinds of run say about the run."""
+
+    @property
+    def inputs(self) -> RunInputs: ...
+
+    @property
+    def versions(self) -> Mapping[str, str]: ...
+
+    @property
+    def state(self) -> str: ...
+
+
 # From the walk that needs most memory to the one that needs least.
 _WALKS: tuple[Walk, ...] = ("lockstep", "replay", "two_pass")
 
 
-def check_same_on_all_ranks(job: PruningJob, manifest: Manifest) -> list[Walk]:
+def check_same_on_all_ranks(job: PruningJob, manifest: Record) -> list[Walk]:
     """Check that all ranks are about to do the same run. All ranks must call this.
 
     Args:
         job: This rank's job.
-        manifest: This rank's manifest.
+        manifest: This rank's manifest, or record of another kind of run.
 
     Returns:
         Per block the walk that all ranks use: lockstep only where it fits on every rank. Replay

@@ -18,7 +18,6 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -28,7 +27,7 @@ from torch import nn
 from prunus.calibration import Windows
 from prunus.calibration.corpora import LOCAL_CORPORA, data_folder
 from prunus.calibration.texts import are_texts
-from prunus.distributed import SINGLE_PROCESS, process_group
+from prunus.distributed import SINGLE_PROCESS
 from prunus.hardware.memory import HeapTrimmer, describe_hardware, peak_memory, versions
 from prunus.hardware.sizes import parse_bytes
 from prunus.pruning.allocate import allocate
@@ -170,7 +169,7 @@ def run(
     progress: Callable[[Progress], None] | None = None,
 ) -> Manifest:
     """Carry out a recipe. The arguments and errors are those of `prune`."""
-    with _process_group(options) as joint_options, contextlib.ExitStack() as stack:
+    with options.with_ranks() as joint_options, contextlib.ExitStack() as stack:
         started = time.perf_counter()
         _check_destination(model, output)
         if output is not None:
@@ -346,16 +345,6 @@ def _check_destination(model: str | Path | nn.Module, output: Path | None) -> No
         )
     if not isinstance(model, nn.Module) and output is None:
         raise ValueError("a checkpoint is pruned into a new folder: give output")
-
-
-@contextlib.contextmanager
-def _process_group(options: RunOptions) -> Iterator[RunOptions]:
-    """The options with the processes that torchrun started, unless they name processes already."""
-    if options.ranks is not None:
-        yield options
-        return
-    with process_group(options.rank_timeout) as ranks:
-        yield replace(options, ranks=ranks)
 
 
 @contextlib.contextmanager

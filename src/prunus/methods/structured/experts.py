@@ -17,6 +17,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from prunus.distributed import Ranks
+
 __all__ = ["ExpertSums", "kept_experts", "magnitude"]
 
 
@@ -49,6 +51,13 @@ class ExpertSums:
             (weight_T.float().abs() * norm_T).sum(dtype=torch.float64)
         )
         self.tokens_E[expert] += len(weight_T)
+
+    def complete(self, ranks: Ranks) -> None:
+        """Make these the sums over the tokens of all ranks. All ranks call it at the same layer."""
+        self.tokens_E = torch.tensor(ranks.gather_ints(self.tokens_E.tolist())).sum(dim=0)
+        self._weighted_E = torch.tensor(
+            ranks.sum_floats(self._weighted_E.tolist()), dtype=torch.float64
+        )
 
     @property
     def reap_E(self) -> Tensor:

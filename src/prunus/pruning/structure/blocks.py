@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,13 +63,18 @@ def choose_blocks(
         ValueError: the candidates do not fit in memory.
     """
     count, go = len(job.skeleton), job.blocks_that_go
+
+    def enough(left: Sequence[int]) -> bool:
+        return len(left) == count - go
+
     if len(steps) < go:
         with torch.no_grad():
             if job.recipe.block_rule == "cosine":
                 _by_cosine(job, ids, steps, save)
             else:
-                probes = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
-                remove_blocks(job, probes, steps, save, lambda left: len(left) == count - go)
+                fault = remove_blocks(job, ids[:PROBE_WINDOWS, :PROBE_TOKENS], steps, save, enough)
+                if fault is not None:
+                    raise NotImplementedError(fault)
     return blocks_left(steps, count)
 
 
@@ -85,8 +90,8 @@ def remove_blocks(
     steps: list[BlockStep],
     save: Callable[[BlockStep], object],
     enough: Callable[[Sequence[int]], bool],
-) -> None:
-    """The greedy search by KL divergence.
+) -> str | None:
+    """The greedy search by KL divergence. Rank 0 carries it out; all ranks call it.
 
     Args:
         job: the checked run.
@@ -95,11 +100,39 @@ def remove_blocks(
         save: called after every step, which has just been added.
         enough: whether the search ends with the blocks that are left.
 
+    Returns:
+        None, or why the search has ended early: no further block can go in this family.
+
     Raises:
-        NotImplementedError: no more blocks can go in this family.
         ValueError: the candidates do not fit in memory.
     """
     _check_room(job, probes)
+
+    def search() -> tuple[list[dict[str, Any]], str | None]:
+        reason = None
+        try:
+            _take_steps(job, probes, steps, save, enough)
+        except NotImplementedError as fault:
+            reason = str(fault)
+        return [step.model_dump() for step in steps], reason
+
+    found, reason = job.ranks.on_rank_0(search)
+    steps[:] = [BlockStep.model_validate(step) for step in found]
+    return reason
+
+
+def _take_steps(
+    job: StructureJob,
+    probes: Tensor,
+    steps: list[BlockStep],
+    save: Callable[[BlockStep], object],
+    enough: Callable[[Sequence[int]], bool],
+) -> None:
+    """The steps of `remove_blocks`.
+
+    Raises:
+        NotImplementedError: no further block can go.
+    """
     stream = Stream(job.skeleton, job.source, job.measuring.device)
     with contextlib.closing(stream):
         stream.embed([probes], None)
@@ -185,7 +218,9 @@ def _by_cosine(
     measuring = job.measuring
     stream, influence = Stream(job.skeleton, job.source, measuring.device), dict[int, float]()
     with contextlib.closing(stream):
-        stream.embed(ids.split(measuring.batch), None, on_device=measuring.hidden_states_stay)
+        batches = ids.split(measuring.batch)
+        own = job.ranks.own_range(len(batches))
+        stream.embed(batches[own.start : own.stop], None, on_device=measuring.hidden_states_stay)
         for index in range(len(job.skeleton)):
             block = job.skeleton.fill(index, job.source.block(index), measuring.device)
             forward, total = stream.forward(index, block), 0.0
@@ -193,7 +228,7 @@ def _by_cosine(
                 output = forward(batch)
                 total += cosine_sum(stream.states.get(batch), output)
                 stream.states.put(batch, output)
-            influence[index] = 1 - total / ids.numel()
+            influence[index] = 1 - job.ranks.sum_floats([total])[0] / ids.numel()
             job.skeleton.release(index)
     while len(steps) < job.blocks_that_go:
         left = blocks_left(steps, len(influence))

@@ -39,6 +39,7 @@ def choose_experts(
         block = old.fill(index, stored, stream.device)
         _run(stream, place, block, experts, sums)
         old.release(index)
+    sums.complete(job.ranks)
     saliency_E = {"reap": sums.reap_E, "frequency": sums.frequency_E}.get(job.recipe.saliency)
     if job.recipe.saliency == "random":
         # Each block draws numbers of its own, whether or not a run was interrupted before it.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,9 @@ def renumbered(key: str, old: int, new: int) -> str:
 class StructureOutput:
     """Writes the result of one run, in a folder that the run has locked.
 
+    With several ranks only rank 0 touches the folder. The others call the same methods and get what
+    they need from it.
+
     Args:
         folder: of the result; it need not exist.
         job: the checked run.
@@ -51,6 +55,7 @@ class StructureOutput:
         self.folder = folder
         self._job = job
         self._source = job.source
+        self._ranks = job.ranks
 
     def begin(self, record: StructureRecord, overwrite: bool) -> int:
         """Create the folder, or clean up what a killed run left half-written.
@@ -62,12 +67,28 @@ class StructureOutput:
             ValueError: a shard is not what was written, or a tensor that is copied is not finite.
         """
         self._record = record
-        self._source.check_outside_finite()
-        prepare_folder(self.folder, record, overwrite)
-        return len(record.blocks)
+        with self._ranks.fail_together():
+            self._source.check_outside_finite()
+
+        def prepare() -> int:
+            prepare_folder(self.folder, record, overwrite)
+            return len(record.blocks)
+
+        taken: int = self._ranks.on_rank_0(prepare)
+        del record.blocks[taken:]
+        return taken
+
+    def save(self) -> None:
+        """Write the record. Only rank 0 does."""
+        if self._ranks.rank == 0:
+            self._record.save(self.folder)
 
     def read_block(self, smaller: SmallerModel, place: int) -> dict[str, Tensor]:
         """The tensors of a finished block of the smaller model, by relative name."""
+        read = self._ranks.tensors_from_rank_0(lambda: self._read_block(smaller, place))
+        return dict(read)
+
+    def _read_block(self, smaller: SmallerModel, place: int) -> dict[str, Tensor]:
         names, fused = self._names(smaller, place)
         checkpoint = Checkpoint(self.folder, only=[shard_name(place)])
         stored = dict(checkpoint.read(checkpoint.tensors))
@@ -88,6 +109,9 @@ class StructureOutput:
             tensors: by relative name, in the dtypes of the checkpoint.
             change: what happened to the block.
         """
+        if self._ranks.rank > 0:
+            self._record.blocks.append(change)
+            return
         names, fused = self._names(smaller, place)
         stored = {key: tensors[name] for name, key in names.items()}
         for each in smaller.skeleton.fused(place):
@@ -117,6 +141,11 @@ class StructureOutput:
 
     def finish(self, smaller: SmallerModel) -> None:
         """Write what lies outside the blocks, config, tokenizer and card, and at last the index."""
+        self._record.totals = self._ranks.on_rank_0(lambda: self._finish(smaller))
+        self._record.state = "finished"
+
+    def _finish(self, smaller: SmallerModel) -> dict[str, Any]:
+        """As `finish`; returns the totals of the record."""
         source, record, old = self._source, self._record, self._job.skeleton
         unknown = names_in_model(old, source.checkpoint.tensors)[2]
         record.left_out = sorted(k for n, k in unknown.items() if n.startswith(f"{old.path}."))
@@ -143,6 +172,7 @@ class StructureOutput:
         }
         write_json(self.folder / INDEX_NAME, index_content)
         record.save(self.folder)
+        return record.totals
 
     def check_finished(self) -> None:
         """Check that the finished result still has all its shards.
@@ -150,7 +180,7 @@ class StructureOutput:
         Raises:
             FileExistsError: a file was deleted or cut off.
         """
-        check_whole(self.folder)
+        self._ranks.on_rank_0(lambda: check_whole(self.folder))
 
 
 def _parameters(checkpoint: Checkpoint) -> int:

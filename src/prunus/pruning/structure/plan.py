@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from prunus.distributed import Ranks
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.output_folder import check_apart, check_resume, is_vacant
 from prunus.model.checkpoint.reader import resolve_folder
@@ -21,6 +24,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.pruning.job import PruningJob, RunOptions
 from prunus.pruning.plan import plan_run
+from prunus.pruning.reconstruction.batches import step_ranks
 from prunus.pruning.structure.config import (
     blocks_that_take_images,
     expert_count,
@@ -100,10 +104,28 @@ class StructureJob:
         return self.measuring.source
 
     @property
+    def ranks(self) -> Ranks:
+        """The processes of the run."""
+        return self.measuring.ranks
+
+    @property
     def measures_blocks(self) -> bool:
         """Whether windows go through the blocks that stay, to choose inside them or to train."""
         reads_experts = self.experts is not None and self.recipe.experts_are_measured
         return reads_experts or self.width is not None or self.recipe.repair
+
+    def step_parts(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """The parts of batches that a rank gets in a training step.
+
+        Blocks must know how they are called with as many windows.
+
+        Args:
+            batches: token ids of the windows of all ranks.
+        """
+        if not self.recipe.repair:
+            return []
+        split = step_ranks(self.ranks, max(map(len, batches)), self.measuring.device)
+        return [ids[: len(split.own_range(len(ids)))] for ids in batches]
 
     @property
     def skeleton(self) -> Skeleton:

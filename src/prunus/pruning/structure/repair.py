@@ -18,10 +18,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from prunus.distributed import SINGLE_PROCESS
+from prunus.distributed import split_range
 from prunus.model.stream import Stream
+from prunus.pruning.reconstruction.batches import step_ranks
 from prunus.pruning.reconstruction.reconstruct_block import BlockReconstructor
-from prunus.pruning.records import ReconstructionRecord
+from prunus.pruning.records import ReconstructionRecord, Walk
 from prunus.pruning.structure.layout import shapes_of
 from prunus.pruning.structure.plan import SmallerModel, StructureJob
 
@@ -35,7 +36,8 @@ class Repair:
         job: the checked run, whose recipe asks for repair.
         smaller: the model that is made.
         stream: the windows of the smaller model.
-        batches: token ids of all windows, as the stream has embedded them.
+        batches: token ids of the windows of all ranks.
+        walks: per block of the model how the ranks take their batches through it.
         spill_to: folder for a file of hidden states, or None to keep them in memory.
     """
 
@@ -45,11 +47,16 @@ class Repair:
         smaller: SmallerModel,
         stream: Stream,
         batches: Sequence[Tensor],
+        walks: Sequence[Walk],
         spill_to: Path | None,
     ) -> None:
-        self._job, self._smaller, self._stream = job, smaller, stream
+        self._job, self._smaller, self._stream, self._walks = job, smaller, stream, walks
+        counts = [len(part) for part in split_range(len(batches), job.ranks.size)]
+        own = job.ranks.own_range(len(batches))
         self._dense = Stream(job.skeleton, job.source, stream.device)
-        self._dense.embed(batches, spill_to, on_device=job.measuring.hidden_states_stay)
+        self._dense.embed(
+            batches[own.start : own.stop], spill_to, on_device=job.measuring.hidden_states_stay
+        )
         self._depth = 0
         places = range(len(smaller.made_from))
         self._first = next((place for place in places if self._changes(place)), len(places))
@@ -59,10 +66,10 @@ class Repair:
             settings=settings,
             stream=stream,
             dense=self._dense,
-            numbers=range(len(batches)),
-            counts=[len(batches)],
-            ranks=SINGLE_PROCESS,
-            split=SINGLE_PROCESS,
+            numbers=range(len(own)),
+            counts=counts,
+            ranks=job.ranks,
+            split=step_ranks(job.ranks, max(map(len, batches)), stream.device),
         )
 
     def advance(self, place: int) -> None:
@@ -87,7 +94,7 @@ class Repair:
         """
         if place < self._first:
             return dict(tensors), None
-        skeleton, walk = self._smaller.skeleton, self._job.measuring.walk(self._index(place))
+        skeleton, walk = self._smaller.skeleton, self._walks[self._index(place)]
         block = skeleton.fill(place, tensors, self._stream.device)
         linears = [linear.name for linear in skeleton.linears(place)]
         trained = [*linears, *(name for name in self._routers(place) if name not in linears)]

@@ -14,7 +14,6 @@ and a killed run goes on from the blocks that are finished.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,16 +25,18 @@ from torch import Tensor
 
 from prunus.calibration import Windows
 from prunus.calibration.texts import are_texts
+from prunus.distributed import SINGLE_PROCESS
 from prunus.hardware.memory import HeapTrimmer, describe_hardware, peak_memory, versions
 from prunus.hardware.sizes import parse_bytes
-from prunus.model.checkpoint.lock import locked
 from prunus.model.checkpoint.output_folder import check_disk
 from prunus.model.stream import Stream
-from prunus.pruning.block.checks import read_stored
+from prunus.pruning.block.checks import check_same, read_stored
 from prunus.pruning.calibration_windows import calibration_windows, describe_given, run_inputs
 from prunus.pruning.job import RunOptions
 from prunus.pruning.output import bytes_in
+from prunus.pruning.output_lock import locked_output
 from prunus.pruning.progress import Progress
+from prunus.pruning.rank_checks import check_same_on_all_ranks
 from prunus.pruning.structure.blocks import choose_blocks
 from prunus.pruning.structure.experts import choose_experts
 from prunus.pruning.structure.layout import axis_that_changes, cut, old_names, shapes_of
@@ -69,6 +70,7 @@ def shrink(
     overwrite: bool = False,
     resume: bool | None = None,
     progress: Callable[[Progress], None] | None = None,
+    rank_timeout: float | None = None,
     **recipe_options: Any,
 ) -> StructureRecord:
     """Make a model smaller: whole parts go, and the result is an ordinary checkpoint.
@@ -81,6 +83,7 @@ def shrink(
         device, memory, data_dir, tokenizer, trust_remote_code, overwrite, resume: as for
             `prunus.prune`.
         progress: called after every block.
+        rank_timeout: under torchrun, as for `prunus.prune`.
         **recipe_options: options of `StructureRecipe`, such as `experts=0.25`.
 
     Returns:
@@ -98,6 +101,7 @@ def shrink(
         input_ids=calibration if isinstance(calibration, torch.Tensor) else None,
         texts=calibration if are_texts(calibration) else None,
         trust_remote_code=trust_remote_code,
+        rank_timeout=rank_timeout,
     )
     given = describe_given(calibration) | recipe_options
     return shrink_by_recipe(
@@ -127,16 +131,24 @@ def shrink_by_recipe(
     Args:
         found: the first steps of the search for blocks, which an earlier search has taken.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise NotImplementedError("prunus shrink runs in one process: start it without torchrun")
     started = time.perf_counter()
-    find_earlier_run(output, recipe, overwrite, resume)
-    with locked(output):
+
+    def look() -> dict[str, Any] | None:
         earlier = find_earlier_run(output, recipe, overwrite, resume)
-        decided = earlier.inputs.dtype if earlier is not None else None
-        job = plan_structure(model, output, recipe, options, decided)
+        return None if earlier is None else earlier.model_dump(mode="json")
+
+    with options.with_ranks() as joint_options, contextlib.ExitStack() as stack:
+        ranks = joint_options.ranks or SINGLE_PROCESS
+        stack.enter_context(locked_output(output, ranks, look))
+        # Rank 0 alone looks at the folder, and tells the others as JSON.
+        known = ranks.on_rank_0(look)
+        earlier = None if known is None else StructureRecord.model_validate(known)
+        with ranks.fail_together():
+            decided = earlier.inputs.dtype if earlier is not None else None
+            job = plan_structure(model, output, recipe, joint_options, decided)
         checkpoint = job.source.checkpoint
-        check_disk(output, checkpoint.nbytes(checkpoint.tensors) - bytes_in(output))
+        needed = checkpoint.nbytes(checkpoint.tensors)
+        ranks.on_rank_0(lambda: check_disk(output, needed - bytes_in(output)))
         written = StructureOutput(output, job)
         return _shrink(job, written, earlier, found, overwrite, started, progress)
 
@@ -151,17 +163,19 @@ def _shrink(
     progress: Callable[[Progress], None] | None,
 ) -> StructureRecord:
     """The run itself, after all checks, while no other run can use the output."""
-    measuring = job.measuring
+    measuring, ranks = job.measuring, job.ranks
     if measuring.needs_inputs:
         measuring.options.tell(f"drawing calibration windows from {job.recipe.calibration}")
-    windows = calibration_windows(measuring)
-    record = _record(job, windows, earlier, found)
+    with ranks.fail_together():
+        windows = calibration_windows(measuring)
+        record = _record(job, windows, earlier, found)
+    walks = check_same_on_all_ranks(measuring, record)
     if record.state == "finished":
         output.check_finished()
         return record
     taken = output.begin(record, overwrite)
     if overwrite:
-        remove_candidates(output.folder)
+        ranks.on_rank_0(lambda: remove_candidates(output.folder))
 
     def make_candidate(recipe: StructureRecipe, steps: int, folder: Path) -> None:
         rest = split_windows(windows.ids)[1]
@@ -171,14 +185,15 @@ def _shrink(
         shrink_by_recipe(source, folder, recipe, options, found=record.search[:steps])
 
     if job.target is not None:
-        kept = TargetSearch(job, windows.ids, record, make_candidate, output.folder).run()
+        search = TargetSearch(job, windows.ids, record, output.save, make_candidate, output.folder)
+        kept = search.run()
     else:
-        kept = choose_blocks(job, windows.ids, record.search, lambda _: record.save(output.folder))
+        kept = choose_blocks(job, windows.ids, record.search, lambda _: output.save())
     smaller = job.smaller(kept)
     record.config = _changes(job.raw, smaller.config)
 
     def report(place: int, message: str) -> None:
-        if progress is not None:
+        if progress is not None and ranks.rank == 0:
             name = smaller.skeleton.block_name(place)
             seconds = time.perf_counter() - started
             total, memory = len(smaller.made_from), peak_memory(measuring.device)
@@ -190,10 +205,13 @@ def _shrink(
         # Without repair, blocks that go change no other block: then only what goes inside blocks
         # needs windows in the pass below.
         batches = windows.ids.split(measuring.batch) if job.measures_blocks else ()
+        own = ranks.own_range(len(batches))
         spill_to = output.folder if measuring.spills else None
-        stream.embed(batches, spill_to, on_device=measuring.hidden_states_stay)
-        repair = Repair(job, smaller, stream, batches, spill_to) if job.recipe.repair else None
-        if repair is not None:
+        stays = measuring.hidden_states_stay
+        stream.embed(batches[own.start : own.stop], spill_to, stays, job.step_parts(batches))
+        repair = None
+        if job.recipe.repair:
+            repair = Repair(job, smaller, stream, batches, walks, spill_to)
             stack.callback(repair.close)
         for place in range(len(smaller.made_from)):
             if repair is not None:
@@ -205,6 +223,7 @@ def _shrink(
                 tensors, change = _smaller_block(job, stream, smaller, place)
                 if repair is not None:
                     tensors, change.repair = repair.train(place, tensors)
+                check_same(ranks, change.name, tensors)
                 output.write_block(smaller, place, tensors, change)
                 message = f"made from block {change.made_from} in {_seconds(change):.2f} s"
             stream.propagate(place, tensors)
@@ -214,7 +233,7 @@ def _shrink(
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory_bytes": peak_memory(),
     }
-    remove_candidates(output.folder)
+    ranks.on_rank_0(lambda: remove_candidates(output.folder))
     output.finish(smaller)
     return record
 

@@ -76,7 +76,8 @@ class TargetSearch:
     Args:
         job: the checked run, which has a target.
         ids: calibration windows (windows, tokens).
-        record: of the run. What is in it is not searched for again, and what is found is saved.
+        record: of the run. What is in it is not searched for again, and what is found is added.
+        save: writes the record.
         make: makes the model of a recipe, given the number of steps of the search for blocks that
             it takes, in a folder; goes on where it was interrupted.
         folder: of the result; other models go into a folder inside.
@@ -87,11 +88,12 @@ class TargetSearch:
         job: StructureJob,
         ids: Tensor,
         record: StructureRecord,
+        save: Callable[[], object],
         make: Callable[[StructureRecipe, int, Path], object],
         folder: Path,
     ) -> None:
         assert job.target is not None
-        self._job, self._record, self._make = job, record, make
+        self._job, self._record, self._save, self._make = job, record, save, make
         self._target: TargetPlan = job.target
         self._probes = split_windows(ids)[0]
         self._folder = folder
@@ -108,14 +110,13 @@ class TargetSearch:
         """
         with torch.no_grad():
             # In some families no block can go, or not so many.
-            with contextlib.suppress(NotImplementedError):
-                remove_blocks(
-                    self._job,
-                    self._probes,
-                    self._record.search,
-                    lambda _step: self._record.save(self._folder),
-                    lambda left: len(left) == 1 or self._target.is_met(left),
-                )
+            remove_blocks(
+                self._job,
+                self._probes,
+                self._record.search,
+                lambda _step: self._save(),
+                lambda left: len(left) == 1 or self._target.is_met(left),
+            )
             best = self._compare()
         self._job.width = best.level.plan if best.level is not None else None
         return best.kept
@@ -171,8 +172,8 @@ class TargetSearch:
         self._record.targets.append(
             TargetModel(blocks=blocks, width=width, heads=heads, value=value)
         )
-        self._record.save(self._folder)
-        remove_candidates(self._folder)
+        self._save()
+        self._job.ranks.on_rank_0(lambda: remove_candidates(self._folder))
         return value
 
     def _measure(self, candidate: Candidate) -> float:
@@ -184,11 +185,16 @@ class TargetSearch:
         )
         folder = self._folder / f"{_PREFIX}{len(self._record.targets)}"
         self._make(job.recipe.model_copy(update=options), candidate.steps, folder)
-        source = CheckpointSource(folder)
-        skeleton = Skeleton(source.config, job.measuring.dtype)
-        source.bind(skeleton)
-        with self._stream(skeleton, source) as stream:
-            return divergences(stream, self._probes, self._dense, {0: _output(stream)})[0]
+
+        def divergence() -> float:
+            source = CheckpointSource(folder)
+            skeleton = Skeleton(source.config, job.measuring.dtype)
+            source.bind(skeleton)
+            with self._stream(skeleton, source) as stream:
+                return divergences(stream, self._probes, self._dense, {0: _output(stream)})[0]
+
+        found: float = job.ranks.on_rank_0(divergence)
+        return found
 
     @functools.cached_property
     def _dense(self) -> Tensor:

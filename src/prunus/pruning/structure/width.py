@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from prunus.distributed import Ranks
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
 from prunus.methods.structured.channels import (
     Kept,
@@ -64,7 +65,7 @@ def narrow(
     cuts: list[tuple[PartLayout, KeptUnits]] = []
     if plan.heads is not None and layout.heads is not None:
         reader = linears[layout.heads.reader]
-        ((gram_II, weight_OI),) = _measured(stream, place, block, [reader])
+        ((gram_II, weight_OI),) = _measured(stream, place, block, [reader], job.ranks)
         kept = _keep_heads(weight_OI, gram_II, plan.heads, job, layout.heads, stored)
         change.heads = _fit(job, reader, tensors, weight_OI, gram_II, kept)
         per_group = plan.heads.heads // plan.heads.groups
@@ -72,7 +73,7 @@ def narrow(
         cuts.append((layout.heads, {"heads": kept.units, "groups": groups}))
     for parts in _at_once(layout.channels, job.measuring.budget):
         readers = [linears[part.reader] for part in parts]
-        measured = _measured(stream, place, block, readers)
+        measured = _measured(stream, place, block, readers, job.ranks)
         for part, reader, (gram_II, weight_OI) in zip(parts, readers, measured, strict=True):
             kept = keep_units(
                 weight_OI,
@@ -110,22 +111,22 @@ def _at_once(parts: Sequence[PartLayout], budget: int) -> Iterator[list[PartLayo
 
 
 def _measured(
-    stream: Stream, place: int, block: nn.Module, readers: Sequence[Linear]
+    stream: Stream, place: int, block: nn.Module, readers: Sequence[Linear], ranks: Ranks
 ) -> list[tuple[Tensor, Tensor]]:
     """Of each linear, the Gram matrix of its inputs and its weight, with the bias as last column.
 
     The inputs of a routed expert are those of the tokens that chose it.
     """
+    spec = StatisticsSpec(needs="gram", means=True, distributed=ranks.size > 1)
     statistics = {
-        reader.name: InputStatistics(
-            reader.shape[1], StatisticsSpec(needs="gram", means=True), stream.device
-        )
-        for reader in readers
+        reader.name: InputStatistics(reader.shape[1], spec, stream.device) for reader in readers
     }
     forward = stream.forward(place, block)
     with input_hooks(readers, lambda linear, x: statistics[linear.name].add(tokens_of(x))):
         for batch in range(len(stream)):
             forward(batch)
+    for each in statistics.values():
+        each.complete(ranks)
     return [_with_bias(reader, statistics.pop(reader.name)) for reader in readers]
 
 
