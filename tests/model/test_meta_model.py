@@ -13,7 +13,9 @@ from prunus.model.kinds import kind_of
 from tiny import tiny_checkpoint
 
 
-@pytest.mark.parametrize("family", ["bloom", "gptj", "gemma3_text", "deepseek_v3", "jamba", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["bloom", "gptj", "gemma3_text", "deepseek_v3", "jamba", "gpt_oss"]
+)
 def test_buffers_are_those_of_a_model_that_was_given_initial_weights(family, tmp_path, monkeypatch):
     config = AutoConfig.from_pretrained(tiny_checkpoint(tmp_path, family))
 
