@@ -4,9 +4,9 @@
         [--ways blocks width …] [--samples 32] [--seqlen 512] [--tokens N] [--json FILE]
     python benchmarks/structure.py MODEL SCRATCH --speed
 
-MODEL is a checkpoint folder. A size is the share of the parameters in blocks that stays. Blocks
-and heads go in whole steps, so each way takes the model that comes nearest, and the table says what
-it came to. Ways:
+MODEL is a checkpoint folder. A size is the share of the parameters in blocks that stays at most.
+Blocks and heads go in whole steps, so each way takes the largest of its models that is not above
+it, and the table says what it came to. Ways:
 
     shortgpt        --block-rule cosine
     blocks          the search by KL divergence
@@ -49,7 +49,6 @@ from typing import Any
 
 import torch
 from flap import flap
-from structure_sizes import Sizes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
@@ -60,6 +59,7 @@ from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.pruning.calibration_windows import describe_given
 from prunus.pruning.job import RunOptions
+from prunus.pruning.structure.plan import StructureJob, plan_structure
 from prunus.pruning.structure.recipe import load_structure_recipe
 from prunus.pruning.structure.record import StructureRecord
 from prunus.pruning.structure.run import shrink_by_recipe
@@ -103,6 +103,7 @@ class Benchmark:
         self.data = read_json(self.file) if self.file.exists() else {"rows": {}}
         self.rows: dict[str, dict[str, Any]] = self.data["rows"]
         self._references = contextlib.ExitStack()
+        self.planned = functools.cache(self._plan)
 
     def describe(self) -> None:
         """Note what is measured and with what.
@@ -152,16 +153,33 @@ class Benchmark:
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.given.model)
 
-    @functools.cached_property
-    def sizes(self) -> Sizes:
-        return Sizes(self.given.model, self.ids)
+    def _plan(self, size: float) -> StructureJob:
+        """The checked run for a size, which knows the models that meet it."""
+        given = {**describe_given(self.ids), "target": f"parameters={size:g}", "repair": False}
+        return plan_structure(
+            self.given.model,
+            self.folder / "is not written",
+            load_structure_recipe(None, given),
+            RunOptions(input_ids=self.ids),
+        )
 
     def amount(self, way: str, size: float) -> dict[str, Any]:
-        """The option of `prunus.shrink` whose model comes nearest to a size."""
-        removes = REMOVES.get(way.removesuffix("+repair"), "width")
+        """The option of `prunus.shrink` for a size.
+
+        Raises:
+            ValueError: so much width cannot go.
+        """
+        job = self.planned(size)
+        assert job.target is not None
+        removes, count = REMOVES.get(way.removesuffix("+repair"), "width"), len(job.skeleton)
         if removes == "target":
-            return {"target": f"parameters={size:g}"}
-        return {removes: (self.sizes.blocks if removes == "blocks" else self.sizes.width)(size)}
+            return {"target": job.recipe.target}
+        if removes == "blocks":
+            return {"blocks": max(n for n in range(1, count) if job.target.is_met(range(n)))}
+        level = job.target.widest(range(count), heads=None)
+        if level is None:
+            raise ValueError(f"{self.given.model.name} cannot come to {size:g} by width alone")
+        return {"width": level.options["width"]}
 
     # Rows.
 
@@ -228,11 +246,10 @@ class Benchmark:
             found=found,
         )
         gone = record.totals["parameters_before"] - record.totals["parameters"]
-        return {
-            "folder": str(folder),
-            "options": options,
-            "share": 1 - gone / sum(self.sizes.of_blocks),
-        }
+        target = self.planned(self.given.sizes[0]).target
+        assert target is not None
+        whole = target.whole.parameters
+        return {"folder": str(folder), "options": options, "share": 1 - gone / whole}
 
     @functools.cached_property
     def references(self) -> dict[str, Reference]:

@@ -15,7 +15,6 @@ from prunus.pruning.structure.record import StructureRecord
 from tiny import tiny_checkpoint, tiny_model, token_ids
 
 flap = import_benchmark("flap")
-sizes = import_benchmark("structure_sizes")
 structure = import_benchmark("structure")
 
 
@@ -37,7 +36,7 @@ def rows_of(tmp_path):
 def test_a_row_is_made_once_and_goes_on_with_the_search_of_others(
     given, tmp_path, capsys, monkeypatch
 ):
-    structure.main([*given, "--sizes", "0.7", "--ways", "blocks", "flap"])
+    structure.main([*given, "--sizes", "0.8", "--ways", "blocks", "flap"])
     shrink, made, searched = structure.shrink_by_recipe, [], []
     step = blocks.candidate_states
     monkeypatch.setattr(
@@ -50,21 +49,21 @@ def test_a_row_is_made_once_and_goes_on_with_the_search_of_others(
             made.append(folder.name) or shrink(model, folder, *given, **options)
         ),
     )
-    structure.main([*given, "--sizes", "0.7", "0.5", "--ways", "blocks", "blocks+repair", "flap"])
-    assert made == ["0.7-blocks+repair", "0.5-blocks", "0.5-blocks+repair"]
+    structure.main([*given, "--sizes", "0.8", "0.5", "--ways", "blocks", "blocks+repair", "flap"])
+    assert made == ["0.8-blocks+repair", "0.5-blocks", "0.5-blocks+repair"]
     # Once for the dense model, and once for the second block.
     assert searched == ["0.5-blocks"] * 2
     rows = rows_of(tmp_path)
     shares = {key: round(row["share"], 1) for key, row in rows.items()}
     assert shares == {
-        "0.7 blocks": 0.8,  # 0.75
-        "0.7 flap": 0.7,
-        "0.7 blocks+repair": 0.8,
+        "0.8 blocks": 0.8,  # 0.75
+        "0.8 flap": 0.8,
+        "0.8 blocks+repair": 0.8,
         "0.5 blocks": 0.5,
         "0.5 blocks+repair": 0.5,
         "0.5 flap": 0.5,
     }
-    for size in ("0.7", "0.5"):
+    for size in ("0.8", "0.5"):
         first, second = (
             StructureRecord.load(tmp_path / "work" / f"{size}-blocks{part}")
             for part in ("", "+repair")
@@ -79,13 +78,13 @@ def test_a_row_is_made_once_and_goes_on_with_the_search_of_others(
         structure.main([*given, "--limit", "2"])
 
 
-def test_width_comes_nearest_to_a_size(given, tmp_path, monkeypatch):
-    monkeypatch.setattr(sizes, "STEPS", 8)
-    structure.main([*given, "--sizes", "0.55", "--ways", "wanda-sp"])
-    row = rows_of(tmp_path)["0.55 wanda-sp"]
-    # Left are 32 of 64 channels, 2 of 4 query heads, both key-value heads and the norms.
-    assert row["options"]["width"] == 0.5
-    assert row["share"] == pytest.approx((32 * 96 + 2 * 16 * 32 + 2 * 16 * 32 + 64) / 9280)
+def test_width_is_the_largest_that_is_not_above_a_size(given, tmp_path):
+    structure.main([*given, "--sizes", "0.7", "--ways", "wanda-sp"])
+    row = rows_of(tmp_path)["0.7 wanda-sp"]
+    # Left are 44 of 64 channels, 2 of 4 query heads, both key-value heads and the norms.
+    assert row["share"] == pytest.approx((44 * 96 + 2 * 16 * 32 + 2 * 16 * 32 + 64) / 9280)
+    with pytest.raises(ValueError, match=r"cannot come to 0\.1 by width alone"):
+        structure.main([*given, "--sizes", "0.1", "--ways", "wanda-sp"])
 
 
 def test_speed_is_a_ratio_to_the_dense_model_in_the_same_turn(given, tmp_path, monkeypatch):
