@@ -83,8 +83,8 @@ def test_width_is_the_largest_that_is_not_above_a_size(given, tmp_path):
     row = rows_of(tmp_path)["0.7 wanda-sp"]
     # Left are 44 of 64 channels, 2 of 4 query heads, both key-value heads and the norms.
     assert row["share"] == pytest.approx((44 * 96 + 2 * 16 * 32 + 2 * 16 * 32 + 64) / 9280)
-    with pytest.raises(ValueError, match=r"cannot come to 0\.1 by width alone"):
-        structure.main([*given, "--sizes", "0.1", "--ways", "wanda-sp"])
+    with pytest.raises(ValueError, match=r"cannot come to 0\.2 by width alone"):
+        structure.main([*given, "--sizes", "0.2", "--ways", "wanda-sp"])
 
 
 def test_speed_is_a_ratio_to_the_dense_model_in_the_same_turn(given, tmp_path, monkeypatch):
