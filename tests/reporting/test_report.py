@@ -477,7 +477,7 @@ def test_the_command_writes_a_page_markdown_or_the_terminal(run, tmp_path):
     ("arguments", "message"),
     [
         (["{tmp}/none"], "is not there; give the folder of a run or a sweep"),
-        (["{tmp}"], "holds neither prunus.json (of a run) nor results.json"),
+        (["{tmp}"], "holds neither prunus.json (of a run), prunus-structure.json"),
         (["{tmp}/list.json"], "this is not the JSON of prunus eval"),
         (["{tmp}/broken.json"], "is not valid JSON"),
         (["{run}", "--bench", "{tmp}/dict.json"], "this is not the JSON of prunus bench"),

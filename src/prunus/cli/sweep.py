@@ -85,7 +85,8 @@ def report(
     paths: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN|SWEEP|EVAL…", help="Folders of prune or sweep, and files of eval --json."
+            metavar="RUN|SWEEP|EVAL…",
+            help="Folders of prune, shrink or sweep, and files of eval --json.",
         ),
     ],
     output: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,10 @@ from prunus.pruning.records import bos_words, mean_bits
 from prunus.reporting.document import Column, Facts, HeatMap, Section, Table
 
 if TYPE_CHECKING:
-    from prunus.pruning.manifest import Manifest
+    from prunus.pruning.manifest import Manifest, RunInputs
     from prunus.pruning.records import LinearRecord
 
-__all__ = ["error_of", "run_section"]
+__all__ = ["error_of", "input_facts", "items_of", "run_section"]
 
 #: Name of an error -> its definition.
 _DEFINITIONS = {
@@ -41,21 +42,9 @@ def run_section(manifest: Manifest) -> Section:
         key: value for key, value in manifest.recipe.model_dump().items() if value not in (None, ())
     }
     parts += [
-        Facts("Recipe", _items(recipe)),
-        Facts(
-            "Inputs",
-            _items(
-                {
-                    "calibration text": manifest.inputs.calibration,
-                    "windows begin": bos_words(manifest.inputs.bos),
-                    "calibration sha256": manifest.inputs.calibration_sha256,
-                    "checkpoint fingerprint": manifest.inputs.checkpoint,
-                    "computed in": f"{manifest.inputs.dtype} ({manifest.inputs.dtype_reason})",
-                    "windows per forward pass": manifest.inputs.batch,
-                }
-            ),
-        ),
-        Facts("Machine", _items(manifest.hardware | manifest.versions)),
+        Facts("Recipe", items_of(recipe)),
+        input_facts(manifest.inputs),
+        Facts("Machine", items_of(manifest.hardware | manifest.versions)),
     ]
     name = Path(manifest.source).name or manifest.source
     if manifest.recipe.bits is not None:
@@ -69,10 +58,28 @@ def run_section(manifest: Manifest) -> Section:
     return Section(f"{name}: {manifest.recipe.method}, {shape}", parts=tuple(parts))
 
 
-def _items(values: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+def items_of(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Pairs of names and values as text."""
     return tuple(
         (key, ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value))
         for key, value in values.items()
+    )
+
+
+def input_facts(inputs: RunInputs) -> Facts:
+    """What the result of a run depends on beside its recipe."""
+    return Facts(
+        "Inputs",
+        items_of(
+            {
+                "calibration text": inputs.calibration,
+                "windows begin": bos_words(inputs.bos),
+                "calibration sha256": inputs.calibration_sha256,
+                "checkpoint fingerprint": inputs.checkpoint,
+                "computed in": f"{inputs.dtype} ({inputs.dtype_reason})",
+                "windows per forward pass": inputs.batch,
+            }
+        ),
     )
 
 

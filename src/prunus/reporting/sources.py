@@ -8,12 +8,14 @@ from typing import Any
 
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
+from prunus.pruning.structure.record import RECORD_NAME, StructureRecord
 from prunus.reporting.document import Document, Section
 from prunus.reporting.evaluation_sections import decode_speeds, evaluation_section, speed_section
 from prunus.reporting.page import document_json
 from prunus.reporting.plain import to_markdown
 from prunus.reporting.run_comparison import comparison_section
 from prunus.reporting.run_sections import run_section
+from prunus.reporting.structure_section import structure_section
 from prunus.reporting.sweep_tables import sweep_section
 from prunus.sweeping.results import RESULTS_NAME, SweepResults
 
@@ -29,7 +31,8 @@ def read_document(
     """Read a report on runs, sweeps and evaluations.
 
     Args:
-        paths: folders with `prunus.json` or `results.json`, and files of `prunus eval --json`.
+        paths: folders with `prunus.json`, `prunus-structure.json` or `results.json`, and files of
+            `prunus eval --json`.
         bench: file of `prunus bench --json`. Sweeps and evaluations show these speeds as well.
         extra: further sections, such as histograms; they come last.
         title: title of the document; None takes that of the first section.
@@ -78,9 +81,12 @@ def read_section(path: Path, speeds: Mapping[str, float]) -> Section:
         if (path / MANIFEST_NAME).exists():
             manifest = Manifest.load(path)
             return _checked(path / MANIFEST_NAME, lambda: run_section(manifest))
+        if (path / RECORD_NAME).exists():
+            record = StructureRecord.load(path)
+            return _checked(path / RECORD_NAME, lambda: structure_section(record))
         raise ValueError(
-            f"{path} holds neither {MANIFEST_NAME} (of a run) nor {RESULTS_NAME} (of a sweep): "
-            "give the OUT folder of prunus prune or prunus sweep"
+            f"{path} holds neither {MANIFEST_NAME} (of a run), {RECORD_NAME} (of a smaller model) "
+            f"nor {RESULTS_NAME} (of a sweep): give the OUT folder of prunus prune, shrink or sweep"
         )
     if not path.exists():
         raise FileNotFoundError(

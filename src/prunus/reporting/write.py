@@ -24,8 +24,8 @@ def report(
     """Show runs, sweeps and evaluations, as `prunus report` does.
 
     Args:
-        paths: Folders of `prune`, `compress` or `sweep`, and files of `prunus eval --json`; one or
-            several, which then stand side by side.
+        paths: Folders of `prune`, `compress`, `shrink` or `sweep`, and files of
+            `prunus eval --json`; one or several, which then stand side by side.
         output: Where to write the report: a page (.html) or Markdown (.md). None writes nothing.
         bench: A file of `prunus bench --json`, whose speeds are shown too.
         title: Title of the report; default is that of its first section.
