@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from prunus.methods.solvers.least_squares import ridge
 from prunus.methods.structured.channels import fit_columns, keep_units
 from structure_cases import bytes_of, logits, shrunk_with_a_kill, zero_what_went
 from structure_cases import shrink_without_repair as shrink
@@ -70,9 +71,8 @@ def test_the_columns_that_stay_are_the_least_squares_fit(family, tmp_path):
         weight = torch.cat([weight, old.bias.double()[:, None]], 1)
         columns = [*columns, 32]
     gram = X_TI.T @ X_TI
-    ridge = 0.01 * gram.diagonal().mean()
     # The ridge pulls towards the trained weights, so it stands beside both sides.
-    damped = gram + ridge * torch.eye(len(gram))
+    damped = gram + ridge(32, len(X_TI)) * gram.diagonal().diag()
     expected = (weight @ damped[:, columns]) @ torch.linalg.inv(damped[columns][:, columns])
     found = new.weight if old.bias is None else torch.cat([new.weight, new.bias[:, None]], 1)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
@@ -83,25 +83,25 @@ def test_units_go_greedily_by_what_the_others_cannot_make_up_for():
     generator = torch.Generator().manual_seed(0)
     X_TI = torch.randn(50, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
     weight, gram = torch.randn(5, 12, generator=generator), X_TI.T @ X_TI
-    damped = (gram + 0.01 * gram.diagonal().mean() * torch.eye(12)).double()
+    damped = (gram + 0.1 * gram.diagonal().diag()).double()
 
     def error(units: list[int]) -> float:
         columns = [2 * u + i for u in units for i in range(2)]
-        change = weight.double() - fit_columns(weight, gram, columns).double()
+        change = weight.double() - fit_columns(weight, gram, columns, 0.1).double()
         return float(((change @ damped) * change).sum())
 
     left = list(range(6))
     while len(left) > 3:
         left.remove(min(left, key=lambda u: error([x for x in left if x != u])))
-    assert keep_units(weight, gram, 6, 2, 3).units == left
+    assert keep_units(weight, gram, 6, 2, 3, 0.1).units == left
     power = (weight.square().sum(0) * gram.diagonal()).reshape(6, 2).sum(1)
-    wanda = keep_units(weight, gram, 6, 2, 3, "wanda").units
+    wanda = keep_units(weight, gram, 6, 2, 3, 0.1, "wanda").units
     assert wanda == sorted(power.argsort(descending=True)[:3].tolist())
     size = weight.square().sum(0).reshape(6, 2).sum(1)
     written = torch.tensor([9.0, 0, 0, 0, 0, 9.0])
-    by_size = keep_units(weight, gram, 6, 2, 3, "magnitude", written_U=written).units
+    by_size = keep_units(weight, gram, 6, 2, 3, 0.1, "magnitude", written_U=written).units
     assert by_size == sorted((size + written).argsort(descending=True)[:3].tolist())
-    halves = keep_units(weight, gram, 6, 2, 4, groups=2).units
+    halves = keep_units(weight, gram, 6, 2, 4, 0.1, groups=2).units
     assert [sum(u < 3 for u in halves), sum(u >= 3 for u in halves)] == [2, 2]
 
 

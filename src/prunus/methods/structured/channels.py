@@ -4,13 +4,14 @@ A channel of an MLP is a row of the linears that write it and a column of the li
 (`down`). A head is a run of rows and columns in the same way. What the model loses shows at the
 output of the reader, so its columns and the Gram matrix of its inputs decide alone.
 
-With H = XᵀX + λI and C = H⁻¹, removing the columns S of W raises the output error by
+With H = XᵀX + λ diag(XᵀX) and C = H⁻¹, removing the columns S of W raises the output error by
 
     tr W_S (C_SS)⁻¹ W_Sᵀ          if the columns that remain change by          −W_S (C_SS)⁻¹ C_S:
 
 (optimal brain surgeon, Hassibi and Stork 1993; for whole structures in ZipLM, arXiv 2302.04089).
 Afterwards C loses S as well, so the units that are left are scored anew. At the end the columns
-that remain are the least-squares fit W' = W H_:K (H_KK)⁻¹, centred on the trained weights.
+that remain are the least-squares fit W' = W H_:K (H_KK)⁻¹, centred on the trained weights. The
+ridge λ grows with columns per token, as in every least-squares fit here: see `solvers.ridge`.
 
 Where the linear has a bias, it is one more column, whose input is always 1 and which always stays.
 
@@ -29,7 +30,6 @@ __all__ = ["Kept", "WidthRule", "fit_columns", "keep_units", "relative_error", "
 
 #: Rounds in which units go. Within one round scores are not updated.
 _ROUNDS = 16
-_DAMPING = 0.01
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ def with_bias(
     return torch.cat([weight_OI, bias_O[:, None]], 1), torch.cat(rows, 0)
 
 
-def _damped(gram_II: Tensor, damping: float = _DAMPING) -> Tensor:
-    """H, float64, with a ridge of a share of the mean diagonal; dead inputs stay invertible."""
+def _damped(gram_II: Tensor, damping: float) -> Tensor:
+    """H, float64. Inputs that are always 0 count as uncorrelated with all others."""
     damped_II = gram_II.double()
-    ridge = damping * float(damped_II.diagonal().mean())
-    damped_II.diagonal().add_(ridge if ridge > 0 else 1.0)
+    diagonal_I = damped_II.diagonal()
+    diagonal_I.mul_(1 + damping).masked_fill_(diagonal_I == 0, 1.0)
     return damped_II
 
 
@@ -88,6 +88,7 @@ def keep_units(
     units: int,
     width: int,
     keep: int,
+    damping: float,
     rule: WidthRule = "obs",
     groups: int = 1,
     written_U: Tensor | None = None,
@@ -100,19 +101,20 @@ def keep_units(
         units: how many there are. Columns behind the last unit always stay.
         width: columns per unit.
         keep: units that stay.
+        damping: λ, for the rule "obs".
         rule: "obs", "wanda" (the sum of ‖w‖²‖x‖² over a unit) or "magnitude" (that of ‖w‖²).
         groups: units form this many groups of neighbours, each of which keeps the same number.
         written_U: what the weights that write each unit add to its magnitude.
 
     >>> weight, gram = torch.tensor([[1.0, 2.0, 0.1, 0.1]]), torch.eye(4)
-    >>> keep_units(weight, gram, units=2, width=2, keep=1).columns
+    >>> keep_units(weight, gram, units=2, width=2, keep=1, damping=0.01).columns
     [0, 1]
     """
     inputs = len(gram_II)
     per_group, go = units // groups, (units - keep) // groups
     left = torch.ones(units, dtype=torch.bool)
     if rule == "obs":
-        inverse_II = torch.linalg.inv(_damped(gram_II))
+        inverse_II = torch.linalg.inv(_damped(gram_II, damping))
         changed_OI = weight_OI.double().clone()
         rounds = min(_ROUNDS, go) if go else 0
         done = 0
@@ -177,19 +179,20 @@ def _remove(weight_OI: Tensor, inverse_II: Tensor, columns: list[int]) -> None:
     inverse_II[index, index] = 1
 
 
-def fit_columns(weight_OI: Tensor, gram_II: Tensor, columns: list[int]) -> Tensor:
+def fit_columns(weight_OI: Tensor, gram_II: Tensor, columns: list[int], damping: float) -> Tensor:
     """The least-squares fit of some columns to the outputs of all: (O, I), 0 outside of them.
 
     Args:
         weight_OI: float32, the trained weights.
         gram_II: float32, XᵀX.
         columns: those that stay.
+        damping: λ.
 
     >>> gram = torch.tensor([[4.0, 4.0], [4.0, 4.0]])  # both inputs are always equal
-    >>> fit_columns(torch.tensor([[1.0, 2.0]]), gram, [0]).round(decimals=1)
+    >>> fit_columns(torch.tensor([[1.0, 2.0]]), gram, [0], 0.0).round(decimals=1)
     tensor([[3., 0.]])
     """
-    damped_II, index = _damped(gram_II), torch.tensor(columns)
+    damped_II, index = _damped(gram_II, damping), torch.tensor(columns)
     right_KO = damped_II[index] @ weight_OI.double().T
     factor_KK = torch.linalg.cholesky(damped_II[index][:, index])
     fitted_OI = torch.zeros_like(weight_OI)

@@ -12,11 +12,13 @@ Shape suffixes: O outputs, I inputs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from prunus.distributed import Ranks
+from prunus.methods.solvers.least_squares import ridge
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
 from prunus.methods.structured.channels import (
     Kept,
@@ -35,6 +37,21 @@ from prunus.pruning.structure.width_layout import PartLayout
 from prunus.pruning.structure.width_plan import HeadPlan, WidthPlan
 
 __all__ = ["narrow"]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What is known of a linear that reads channels or heads.
+
+    Attributes:
+        weight_OI: float32; with a bias as its last column.
+        gram_II: float32, XᵀX of its inputs; with the input 1 of a bias.
+        damping: λ of the least squares.
+    """
+
+    weight_OI: Tensor
+    gram_II: Tensor
+    damping: float
 
 
 def narrow(
@@ -65,26 +82,27 @@ def narrow(
     cuts: list[tuple[PartLayout, KeptUnits]] = []
     if plan.heads is not None and layout.heads is not None:
         reader = linears[layout.heads.reader]
-        ((gram_II, weight_OI),) = _measured(stream, place, block, [reader], job.ranks)
-        kept = _keep_heads(weight_OI, gram_II, plan.heads, job, layout.heads, stored)
-        change.heads = _fit(job, reader, tensors, weight_OI, gram_II, kept)
+        (measured,) = _measured(stream, place, block, [reader], job.ranks)
+        kept = _keep_heads(measured, plan.heads, job, layout.heads, stored)
+        change.heads = _fit(job, reader, tensors, measured, kept)
         per_group = plan.heads.heads // plan.heads.groups
         groups = sorted({head // per_group for head in kept.units})
         cuts.append((layout.heads, {"heads": kept.units, "groups": groups}))
     for parts in _at_once(layout.channels, job.measuring.budget):
         readers = [linears[part.reader] for part in parts]
-        measured = _measured(stream, place, block, readers, job.ranks)
-        for part, reader, (gram_II, weight_OI) in zip(parts, readers, measured, strict=True):
+        found = _measured(stream, place, block, readers, job.ranks)
+        for part, reader, measured in zip(parts, readers, found, strict=True):
             kept = keep_units(
-                weight_OI,
-                gram_II,
+                measured.weight_OI,
+                measured.gram_II,
                 part.read.units,
                 1,
                 part.keep,
+                measured.damping,
                 job.recipe.width_rule,
                 written_U=_written(part, stored),
             )
-            change.mlps[part.reader] = _fit(job, reader, tensors, weight_OI, gram_II, kept)
+            change.mlps[part.reader] = _fit(job, reader, tensors, measured, kept)
             cuts.append((part, {"channels": kept.units}))
     full.release(index)
     for part, units in cuts:
@@ -112,8 +130,8 @@ def _at_once(parts: Sequence[PartLayout], budget: int) -> Iterator[list[PartLayo
 
 def _measured(
     stream: Stream, place: int, block: nn.Module, readers: Sequence[Linear], ranks: Ranks
-) -> list[tuple[Tensor, Tensor]]:
-    """Of each linear, the Gram matrix of its inputs and its weight, with the bias as last column.
+) -> list[_Measured]:
+    """Measure the inputs of some linears.
 
     The inputs of a routed expert are those of the tokens that chose it.
     """
@@ -130,7 +148,7 @@ def _measured(
     return [_with_bias(reader, statistics.pop(reader.name)) for reader in readers]
 
 
-def _with_bias(reader: Linear, statistics: InputStatistics) -> tuple[Tensor, Tensor]:
+def _with_bias(reader: Linear, statistics: InputStatistics) -> _Measured:
     statistics.check_finite(reader.name)
     gram_II, sum_I = statistics.gram_II, statistics.sum_I
     assert gram_II is not None
@@ -144,18 +162,18 @@ def _with_bias(reader: Linear, statistics: InputStatistics) -> tuple[Tensor, Ten
         sum_I.cpu(),
         statistics.tokens,
     )
-    return gram_II, weight_OI
+    return _Measured(weight_OI, gram_II, ridge(statistics.in_features, statistics.tokens))
 
 
 def _keep_heads(
-    weight_OI: Tensor,
-    gram_II: Tensor,
+    measured: _Measured,
     plan: HeadPlan,
     job: StructureJob,
     layout: PartLayout,
     stored: Mapping[str, Tensor],
 ) -> Kept:
     """The query heads that stay: whole key-value groups go first, then heads inside groups."""
+    weight_OI, gram_II, damping = measured.weight_OI, measured.gram_II, measured.damping
     rule, size = job.recipe.width_rule, layout.read.width
     per_group = plan.heads // plan.groups
     written_U = _written(layout, stored)
@@ -165,6 +183,7 @@ def _keep_heads(
         plan.groups,
         per_group * size,
         plan.keep_groups,
+        damping,
         rule,
         written_U=None if written_U is None else written_U.reshape(plan.groups, -1).sum(1),
     )
@@ -174,13 +193,14 @@ def _keep_heads(
     # What is left is scored anew, behind the least-squares fit to it.
     extra = list(range(plan.heads * size, len(gram_II)))
     inside = torch.tensor(groups.columns + extra)
-    fitted_OI = fit_columns(weight_OI, gram_II, inside.tolist())
+    fitted_OI = fit_columns(weight_OI, gram_II, inside.tolist(), damping)
     left = keep_units(
         fitted_OI[:, inside],
         gram_II[inside][:, inside],
         len(groups.units) * per_group,
         size,
         plan.keep_heads,
+        damping,
         rule,
         groups=plan.keep_groups,
         written_U=None
@@ -205,17 +225,17 @@ def _fit(
     job: StructureJob,
     reader: Linear,
     tensors: dict[str, Tensor],
-    weight_OI: Tensor,
-    gram_II: Tensor,
+    measured: _Measured,
     kept: Kept,
 ) -> PartChange:
     """Fit the columns of a reader that stay, in the block and in its tensors."""
+    weight_OI, gram_II = measured.weight_OI, measured.gram_II
     inputs = reader.shape[1]
     every = [*kept.columns, *range(inputs, weight_OI.shape[1])]
     plain_OI = torch.zeros_like(weight_OI)
     plain_OI[:, every] = weight_OI[:, every]
     fits = job.recipe.width_update == "least-squares"
-    fitted_OI = fit_columns(weight_OI, gram_II, every) if fits else plain_OI
+    fitted_OI = fit_columns(weight_OI, gram_II, every, measured.damping) if fits else plain_OI
     new = {f"{reader.name}.weight": fitted_OI[:, :inputs]}
     if reader.transposed:
         new = {name: weight.T for name, weight in new.items()}
