@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, initialization
 
 from prunus.model import meta_model
 from prunus.model.kinds import kind_of
@@ -30,3 +30,13 @@ def test_buffers_are_those_of_a_model_that_was_given_initial_weights(family, tmp
     for name, buffer in expected.named_buffers():
         assert torch.equal(buffers[name], buffer)
     assert {parameter.device.type for parameter in found.parameters()} == {"meta"}
+
+
+def test_parameters_are_given_no_initial_values(tmp_path, monkeypatch):
+    config = AutoConfig.from_pretrained(tiny_checkpoint(tmp_path, "llama"))
+    for name in initialization.TORCH_INIT_FUNCTIONS:
+        monkeypatch.setitem(
+            initialization.TORCH_INIT_FUNCTIONS, name, lambda *_, **__: pytest.fail("too much work")
+        )
+    model = meta_model.build_on_meta(kind_of(config), config, torch.float32, False)
+    assert model.lm_head.weight.is_meta

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import platform
 import resource
@@ -184,12 +185,16 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def versions() -> dict[str, str]:
     """The versions of the libraries that decide the bytes of a result."""
     return {
-        "prunus": version("prunus"),
+        "prunus": _version("prunus"),
         "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "safetensors": version("safetensors"),
+        "transformers": _version("transformers"),
+        "safetensors": _version("safetensors"),
         "python": platform.python_version(),
     }
+
+
+#: Reads the files of the installed package, which takes several milliseconds.
+_version = functools.cache(version)
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
+from transformers.initialization import guard_torch_init_functions
 
 from prunus.model import placement
 from prunus.model.kinds import Kind
@@ -60,8 +61,8 @@ class _LimitedTensors(TorchDispatchMode):
 
 def _result_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Bytes of an operation's result on a real device; 0 if that cannot be known before."""
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
-    device = kwargs.get("device") or (tensors[0].device if tensors else torch.device("cpu"))
+    first = _first_tensor((*args, *kwargs.values()))
+    device = kwargs.get("device") or (torch.device("cpu") if first is None else first.device)
     if torch.device(device).type == "meta":
         return 0
     described, options = tree_map_only(
@@ -69,13 +70,23 @@ def _result_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> i
         lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta"),
         (args, dict(kwargs)),
     )
-    if "device" in options or not tensors:
+    if "device" in options or first is None:
         options["device"] = torch.device("meta")
     try:
         results = func(*described, **options)
     except Exception:  # it reads values, or has no form on the meta device; the result is small
         return 0
-    return sum(x.nbytes for x in tree_flatten(results)[0] if isinstance(x, torch.Tensor))
+    made = results if isinstance(results, list | tuple) else (results,)
+    return sum(x.nbytes for x in made if isinstance(x, torch.Tensor))
+
+
+def _first_tensor(values: Iterable[Any]) -> torch.Tensor | None:
+    """The first tensor of the arguments of an operation, which holds them also in lists."""
+    for value in values:
+        found = _first_tensor(value) if isinstance(value, list | tuple) else value
+        if isinstance(found, torch.Tensor):
+            return found
+    return None
 
 
 @contextlib.contextmanager
@@ -104,10 +115,12 @@ def limited_modules() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_initial_weights() -> Iterator[None]:
-    """While active, transformers gives no initial values to modules that have parameters only.
+    """While active, no initial values are given to parameters.
 
-    On the meta device these change nothing, and take most of the time that building a model takes.
-    Tables that no checkpoint stores are buffers, and are computed as always.
+    torch passes over those that carry the mark of `placement.parameters_on_meta`, and transformers
+    over modules that have parameters only. On the meta device initial values change nothing, and
+    take most of the time that building a model takes. Tables that no checkpoint stores are buffers,
+    and are computed as always.
     """
     cls: Any = transformers.PreTrainedModel
     original = cls._initialize_weights
@@ -118,7 +131,8 @@ def _no_initial_weights() -> Iterator[None]:
 
     cls._initialize_weights = only_buffers
     try:
-        yield
+        with guard_torch_init_functions():
+            yield
     finally:
         cls._initialize_weights = original
 

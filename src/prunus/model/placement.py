@@ -140,13 +140,16 @@ def parameters_on_meta() -> Iterator[None]:
     """While active, every parameter that a module registers goes to the meta device.
 
     Buffers stay real, unlike under `torch.device("meta")`: models compute rotary frequencies and
-    the like into buffers that no checkpoint stores.
+    the like into buffers that no checkpoint stores. The parameters carry the mark of transformers
+    for weights that are loaded already, so that no time goes into random numbers without memory.
     """
     original = nn.Module.register_parameter
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        if param is not None:
+            if param.device.type != "meta":
+                param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+            param._is_hf_initialized = True  # type: ignore[attr-defined]
         original(self, name, param)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]

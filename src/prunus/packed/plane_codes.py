@@ -317,15 +317,18 @@ def _best_chains(
     ended_RZ = _ESCAPE_BITS * _with_padding(reaching_RZ, chunks, 8)
     padded_RZ = _with_padding(reaching_RZ, chunks, GROUP)
     after_RZ, chosen = ended_RZ, []
+    # Beyond the last zigzag number there is no value, and nothing to pay.
+    beyond_RN = after_RZ.new_zeros(len(after_RZ), (1 << MAX_LAYER_BITS) - 1)
     for layer in reversed(range(MAX_LAYERS)):
         # The first layer holds whole groups anyway.
         values_RZ = padded_RZ if layer else reaching_RZ
         ways = [ended_RZ if layer or not raw else ended_RZ + float("inf")]
+        longer_RZ = torch.cat([after_RZ, beyond_RN], dim=1)
         for bits in range(1, MAX_LAYER_BITS + 1):
             named = (1 << bits) - 1
-            rest = torch.nn.functional.pad(after_RZ[:, named:], (0, named))
+            rest_RZ = longer_RZ[:, named : named + _ZIGZAGS]
             price = cycle_price * _cycles(layer, bits, raw)
-            ways.append((bits + price) * values_RZ + rest)
+            ways.append((bits + price) * values_RZ + rest_RZ)
         after_RZ, best_RZ = torch.stack(ways).min(0)
         chosen.append(best_RZ)
     return after_RZ[:, 0], chosen[::-1]

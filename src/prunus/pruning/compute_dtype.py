@@ -42,6 +42,7 @@ class ComputeDtype(NamedTuple):
 def decide_dtype(
     requested: str,
     source: Source,
+    skeleton: Skeleton,
     device: torch.device,
     needs: Needs,
     trust_remote_code: bool = False,
@@ -52,6 +53,7 @@ def decide_dtype(
     Args:
         requested: auto, float32, bfloat16 or float16.
         source: The model's weights; a trial reads the first block.
+        skeleton: The model in the dtype that is stored, which the source is bound to.
         device: Where the blocks will run.
         needs: The statistics that the method reads.
         trust_remote_code: Run model code that comes with the checkpoint.
@@ -71,7 +73,7 @@ def decide_dtype(
         return ComputeDtype(torch.float32, "the method inverts Gram matrices of little damping")
     if not native_bfloat16():
         return ComputeDtype(torch.float32, "this processor has no native bfloat16")
-    change = _trial(source, trust_remote_code)
+    change = _trial(source, skeleton, trust_remote_code)
     if change < MAX_CHANGE:
         return ComputeDtype(
             torch.bfloat16, f"native, and changes the first block's output by {change:.2%} only"
@@ -82,8 +84,13 @@ def decide_dtype(
 
 
 @torch.no_grad()
-def _trial(source: Source, trust_remote_code: bool) -> float:
+def _trial(source: Source, stored: Skeleton, trust_remote_code: bool) -> float:
     """How much bfloat16 changes what the first block adds to the hidden states.
+
+    Args:
+        source: The model's weights.
+        stored: The model in bfloat16.
+        trust_remote_code: Run model code that comes with the checkpoint.
 
     Returns:
         ‖bfloat16 − float32‖ / ‖float32‖ on token ids spread over the vocabulary; infinity if either
@@ -91,9 +98,7 @@ def _trial(source: Source, trust_remote_code: bool) -> float:
     """
     outputs = []
     cpu = torch.device("cpu")
-    for dtype in (torch.float32, torch.bfloat16):
-        skeleton = Skeleton(source.config, dtype, trust_remote_code)
-        source.bind(skeleton)
+    for skeleton in (Skeleton(source.config, torch.float32, trust_remote_code), stored):
         with skeleton.outside_blocks(source.read_outside, cpu):
             hidden, calls = skeleton.record(skeleton.trial_batch(_TRIAL_TOKENS))
         block = skeleton.fill(0, source.block(0), cpu)

@@ -174,6 +174,7 @@ def plan_run(
     dtype, reason = decide_dtype(
         decided_dtype if recipe.dtype == "auto" and decided_dtype else recipe.dtype,
         source,
+        skeleton,
         device,
         method.needs,
         options.trust_remote_code,
