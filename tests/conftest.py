@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Several processes share the tests. Each uses its part of the cores, because more threads than
@@ -51,7 +54,20 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Names of folders, a new one for every test."""
+    folder = tmp_path_factory.mktemp("caches")
+    return (str(folder / str(number)) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def _own_cache(monkeypatch: pytest.MonkeyPatch, _caches: Iterator[str]) -> None:
     """No test finds, or leaves, a result in the user's cache."""
-    monkeypatch.setenv("PRUNUS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("PRUNUS_CACHE", next(_caches))
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is looked for among what tests make, not in a million objects of libraries."""
+    gc.collect()
+    gc.freeze()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import pretend_cuda
-from scripts import run_script
+from scripts import run_fresh_script
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked here")
 
@@ -23,7 +23,7 @@ def found(scratch):
     """The results of all cases of device_ranks.py."""
     if reason := pretend_cuda.why_not():
         pytest.skip(reason)
-    return run_script("device_ranks.py", scratch)
+    return run_fresh_script("device_ranks.py", scratch)
 
 
 def test_two_ranks_prune_on_two_devices_as_on_the_processor(found, scratch):

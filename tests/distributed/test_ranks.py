@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -13,43 +10,19 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from places import SUPPORT
 from prunus.distributed import SINGLE_PROCESS, is_rank_0, process_group, split_range
 from prunus.distributed.heartbeat import Heartbeat
+from scripts import run_script
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forked here")
-
-HERE = SUPPORT
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, dict]:
     """The results of all cases of rank_cases.py."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(HERE / "rank_cases.py"),
-            str(tmp_path_factory.mktemp("ranks")),
-            "methods",
-            "compressed",
-            "shrunk",
-            "messages",
-            "uneven",
-            "refused",
-            "lost",
-            "evaluated",
-            "recovered",
-            "reconstructed",
-            "permuted",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    cases = ["methods", "compressed", "shrunk", "messages", "uneven", "refused", "lost"]
+    cases += ["evaluated", "recovered", "reconstructed", "permuted"]
+    return run_script("rank_cases.py", tmp_path_factory.mktemp("ranks"), *cases)
 
 
 @pytest.mark.parametrize("name", ["wanda", "variant", "dsnot, two passes", "owl"])

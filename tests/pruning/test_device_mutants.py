@@ -8,7 +8,7 @@ import pytest
 
 import pretend_cuda
 from device_mutants import MUTANTS
-from scripts import run_script
+from scripts import run_fresh_script
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="faults are tried in forks")
 
@@ -19,7 +19,7 @@ SOME = ("sums of squares", "integers that nobody waits for")
 def caught(scratch, names) -> dict[str, bool]:
     if reason := pretend_cuda.why_not():
         pytest.skip(reason)
-    return run_script("device_mutants.py", scratch, *names)
+    return run_fresh_script("device_mutants.py", scratch, *names)
 
 
 def test_faults_are_caught_and_a_sound_copy_passes(tmp_path):

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from places import SUPPORT
 from plane_reference import quantized_checkpoint, quantized_weight
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.loading import load_model
@@ -23,6 +19,7 @@ from prunus.packed.operators import reference_path
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.scales import ScaledLinear, scales
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, shards, training_text
+from scripts import run_script
 from tiny_tokenizer import byte_tokenizer
 
 
@@ -262,16 +259,8 @@ def test_a_run_that_is_stopped_resumes_to_the_same_bytes(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_run_killed_at_a_rename_resumes_to_the_same_bytes(compressed, text, tmp_path):
-    script = SUPPORT.joinpath("recovery_kill_points.py")
-    done = subprocess.run(
-        [sys.executable, str(script), *map(str, [compressed, text, tmp_path, "scales:3"])],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])["scales"]
+    results = run_script("recovery_kill_points.py", compressed, text, tmp_path, "scales:3")
+    results = results["scales"]
     assert len(results) >= 3
     for result in results:
         assert (result["status"], result["equal"], result["left_behind"]) == (0, True, [])

@@ -1,26 +1,95 @@
-"""Runs a script of this folder in a process of its own."""
+"""Runs scripts of this folder in processes of their own."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from places import SUPPORT
 
-__all__ = ["run_script"]
+__all__ = ["fork_script", "run_fresh_script", "run_script"]
 
 
 def run_script(name: str, *arguments: object) -> Any:
     """Run `tests/support/NAME` on one thread, and return the JSON of its last line of output."""
-    done = subprocess.run(
-        [sys.executable, str(SUPPORT / name), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    return _result(fork_script(name, *arguments))
+
+
+def run_fresh_script(name: str, *arguments: object) -> Any:
+    """The same in a new interpreter, for scripts that must act before torch is imported."""
+    return _result(
+        subprocess.run(
+            [sys.executable, str(SUPPORT / name), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=_environment(),
+        )
     )
+
+
+def fork_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script in a fork of one process that has imported torch and prunus."""
+    return _server().run([str(SUPPORT / name), *map(str, arguments)])
+
+
+def _result(done: subprocess.CompletedProcess[str]) -> Any:
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@cache
+def _server() -> _Server:
+    server = _Server()
+    atexit.register(server.close)
+    return server
+
+
+class _Server:
+    """The process that forks; see `script_server.py`."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(SUPPORT / "script_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=_environment(),
+            text=True,
+        )
+
+    def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            out, errors = Path(folder, "out"), Path(folder, "errors")
+            out.touch()
+            errors.touch()
+            request = {
+                "script": command[0],
+                "arguments": command[1:],
+                "environment": _environment(),
+                "out": str(out),
+                "errors": str(errors),
+            }
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            status = int(self._process.stdout.readline())
+            return subprocess.CompletedProcess(command, status, out.read_text(), errors.read_text())
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait(timeout=60)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 import prunus
-from places import SUPPORT
 from prunus.model.checkpoint import atomic_files as files
 from prunus.model.checkpoint.lock import LOCK_NAME
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
@@ -27,6 +24,7 @@ from prunus.model.checkpoint.writer import TENSOR_DTYPES, save_safetensors
 from prunus.packed import pack
 from random_kills import GGUF_NAME, audit, outcome, verbs
 from recovery_cases import dense_checkpoint, pruned_checkpoint, training_text
+from scripts import run_script
 from tiny import token_ids
 
 NO_SPACE = re.compile(
@@ -54,18 +52,8 @@ def material(tmp_path_factory) -> tuple[Path, Path, Path, Path]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_runs_killed_at_random_moments_end_in_the_same_bytes(material, tmp_path):
-    script = SUPPORT.joinpath("random_kills.py")
     kills = [f"{verb}:{count}" for verb, count in KILLS.items()]
-    done = subprocess.run(
-        [sys.executable, str(script), *map(str, material), str(tmp_path), "2026", *kills],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
+    results = run_script("random_kills.py", *material, tmp_path, 2026, *kills)
     fallen = Counter(result["verb"] for result in results)
     assert sum(fallen.values()) >= 50, fallen
     assert all(fallen[verb] >= 0.5 * count for verb, count in KILLS.items()), fallen

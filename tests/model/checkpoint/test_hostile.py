@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 import prunus
-from places import SUPPORT
 from prunus.model.checkpoint.gguf_header import check_header
+from scripts import fork_script
 from tiny import tiny_checkpoint, token_ids
 
 resource = pytest.importorskip("resource")
@@ -48,15 +45,8 @@ CASES = {
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads its own memory from /proc")
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_over_a_thousand_damaged_inputs(times, tmp_path):
-    script = SUPPORT.joinpath("hostile.py")
     cases = [f"{kind}:{times * count}" for kind, count in CASES.items()]
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "1", *cases],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = fork_script("hostile.py", tmp_path, 1, *cases)
     where = (tmp_path / "case").read_text() if (tmp_path / "case").exists() else "none"
     assert done.returncode == 0, f"at case {where}: {done.stderr[-3000:]}"
     outcomes = json.loads(done.stdout.splitlines()[-1])
