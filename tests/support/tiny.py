@@ -241,9 +241,30 @@ def _of_experts(family: str) -> dict[str, Any]:
 def tiny_checkpoint(
     folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any
 ) -> Path:
-    """Save a `tiny_model`; returns the folder."""
-    tiny_model(family, dtype, **options).save_pretrained(folder)
+    """Save a `tiny_model`; returns the folder.
+
+    Tests ask for the same few models again and again. From the second time on, the files and the
+    state of the random numbers are copies of those of the first time.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        tiny_model(family, dtype, **options).save_pretrained(folder)
+        return folder
+    key = repr((family, dtype, sorted(options.items())))
+    if key not in _SAVED:
+        tiny_model(family, dtype, **options).save_pretrained(folder)
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        _SAVED[key] = files, torch.get_rng_state()
+        return folder
+    files, random_state = _SAVED[key]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    torch.set_rng_state(random_state)
     return folder
+
+
+#: Arguments of `tiny_checkpoint` -> the files, and the random state after making them.
+_SAVED: dict[str, tuple[dict[str, bytes], torch.Tensor]] = {}
 
 
 def token_ids(windows: int = 6, tokens: int = 16, vocabulary: int = 128) -> torch.Tensor:
