@@ -176,10 +176,10 @@ class Benchmark:
             return {"target": job.recipe.target}
         if removes == "blocks":
             return {"blocks": max(n for n in range(1, count) if job.target.is_met(range(n)))}
-        level = job.target.widest(range(count), heads=None)
-        if level is None:
+        levels = job.target.widths(range(count))
+        if not levels:
             raise ValueError(f"{self.given.model.name} cannot come to {size:g} by width alone")
-        return {"width": level.options["width"]}
+        return levels[-1].options
 
     # Rows.
 

@@ -56,5 +56,5 @@ def test_compared_models_and_unfinished_runs_are_shown(smaller):
     section = structure_section(record)
     (table,) = [part for part in section.parts if getattr(part, "title", "").startswith("Models")]
     assert isinstance(table, Table)
-    assert table.rows == ((3, 0.25, "all", 0.5),)
+    assert table.rows == ((3, 0.25, 4, 0.5),)
     assert section.parts[0].items == (("state", "unfinished: 2 blocks are done"),)

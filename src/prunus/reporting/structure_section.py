@@ -100,14 +100,11 @@ def _targets(record: StructureRecord) -> list[Table]:
     """The models that were compared for a target."""
     if not record.targets:
         return []
-    rows = tuple(
-        (each.blocks, each.width, "all" if each.heads is not None else None, each.value)
-        for each in record.targets
-    )
+    rows = tuple((each.blocks, each.width, each.heads, each.value) for each in record.targets)
     columns = (
         Column("blocks that stay", "d"),
         Column("share of the width that goes", ".1%"),
-        Column("heads that stay"),
+        Column("heads that stay", "d"),
         Column("KL divergence", ".4f"),
     )
     note = "Measured on windows that they were not made with. The smallest divergence wins."

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from prunus.methods.solvers.least_squares import ridge
 from structure_cases import shrink_without_repair as shrink
 from structure_cases import zero_what_went
 from tiny import EXPERT_FAMILIES, tiny_checkpoint, token_ids
@@ -136,7 +137,7 @@ def test_the_columns_of_an_expert_are_fitted_to_its_own_tokens(tmp_path):
         X_TI = (torch.nn.functional.silu(gate) * up).double().detach()
         kept = record.blocks[0].width.mlps[f"mlp.experts.{number}.down_proj"].kept
         gram = X_TI.T @ X_TI
-        gram += 0.01 * gram.diagonal().mean() * torch.eye(16)
+        gram += ridge(16, len(X_TI)) * gram.diagonal().diag()
         weight = experts.down_proj[number].double()
         expected = (weight @ gram[:, kept]) @ torch.linalg.inv(gram[kept][:, kept])
         fitted = new.model.layers[0].mlp.experts.down_proj[number].double()

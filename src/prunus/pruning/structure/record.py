@@ -103,7 +103,7 @@ class TargetModel(BaseModel):
     Attributes:
         blocks: how many blocks stay; those of the first steps of the search go.
         width: the share of the width that goes; None for full width.
-        heads: the number of query heads that was asked for; None if they go along with channels.
+        heads: the number of query heads; None for a model of full width.
         value: KL divergence from the dense model, nats per token.
     """
 

@@ -27,11 +27,13 @@ class Level:
     """One width of all blocks.
 
     Attributes:
+        parts: how much of the width goes, in 128ths.
         options: of the recipe that makes it: width and heads.
         plan: what stays.
         sizes: of every block of the model at this width.
     """
 
+    parts: int
     options: dict[str, Any]
     plan: WidthPlan
     sizes: list[Size]
@@ -98,10 +100,32 @@ class TargetPlan:
             low, high = (low, middle) if self._meets(kept, middle, heads) else (middle, high)
         return self._level(high, heads)
 
+    def widths(self, kept: Sequence[int]) -> list[Level]:
+        """The ways in which the model of some blocks meets the target by width.
+
+        In one of them all heads stay. In the other they go along with the channels, but as many
+        stay as just before they go in a step: what is missing then, channels make up for.
+
+        Returns:
+            At most two; none where that takes more than half of the width.
+        """
+        found = [self.widest(kept, self._heads)]
+        along = self.widest(kept, None)
+        if along is not None:
+            before = self._level(along.parts - 1, None)
+            plan = before.plan.heads if before is not None else None
+            found.append(self.widest(kept, plan.keep_heads if plan else self._heads) or along)
+        levels = [level for level in found if level is not None]
+        return [
+            level
+            for number, level in enumerate(levels)
+            if level.plan.changes not in [other.plan.changes for other in levels[:number]]
+        ]
+
     @property
-    def head_counts(self) -> list[int | None]:
-        """Numbers of query heads that a search compares, as `widest` takes them."""
-        return [None, getattr(self._config, "num_attention_heads", None)]
+    def _heads(self) -> int | None:
+        """The number of query heads; None in a family that has none."""
+        return getattr(self._config, "num_attention_heads", None)
 
     def check(self) -> None:
         """Check that the target can be met, and that something has to go for it.
@@ -109,7 +133,7 @@ class TargetPlan:
         Raises:
             ValueError: it cannot, or nothing has to go; says what is possible.
         """
-        levels = [None, *(self._level(_MOST, heads) for heads in self.head_counts)]
+        levels = [None, self._level(_MOST, None), self._level(_MOST, self._heads)]
         one_block = [
             self.size([index], level) for index in range(len(self._full)) for level in levels
         ]
@@ -129,7 +153,7 @@ class TargetPlan:
                 self._levels[parts, heads] = None
             else:
                 sizes = self._sizes(self._build(plan.changes))
-                self._levels[parts, heads] = Level(options, plan, sizes)
+                self._levels[parts, heads] = Level(parts, options, plan, sizes)
         return self._levels[parts, heads]
 
     def _sizes(self, new: Skeleton) -> list[Size]:

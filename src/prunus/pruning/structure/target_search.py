@@ -3,7 +3,7 @@
 First blocks go one by one, as in every search for blocks, until the target is met by them alone.
 Then models are compared that come to the target in different ways:
 
-    all blocks,      narrower: heads go along with channels, or all heads stay
+    all blocks,      narrower: all heads stay, or some go along with channels
     half the steps,  narrower, with the better of these two
     all the steps,   at full width
 
@@ -126,11 +126,13 @@ class TargetSearch:
         last = len(self._record.search)
         every = (self._narrower(steps) for steps in range(last + 1))
         candidates = next((found for found in every if found), [])
-        best = self._best(candidates) if candidates else None
-        candidates = [best] if best is not None else []
-        if best is not None and best.steps < (middle := (best.steps + last) // 2):
-            assert best.level is not None
-            candidates += self._narrower(middle, best.level.options["heads"])
+        if candidates:
+            best = self._best(candidates)
+            middle = (best.steps + last) // 2
+            way = candidates.index(best)
+            candidates = [best]
+            if best.steps < middle:
+                candidates += self._narrower(middle)[way : way + 1]
         if self._target.is_met(kept := self._kept(last)):
             candidates.append(Candidate(last, kept, None))
         if not candidates:
@@ -143,15 +145,10 @@ class TargetSearch:
     def _kept(self, steps: int) -> list[int]:
         return blocks_left(self._record.search[:steps], len(self._job.skeleton))
 
-    def _narrower(self, steps: int, *heads: int | None) -> list[Candidate]:
-        """The narrower models without the blocks of some steps: with each number of heads."""
-        kept, found = self._kept(steps), list[Candidate]()
-        for count in heads or self._target.head_counts:
-            level = self._target.widest(kept, count)
-            known = [each.level.plan.changes for each in found if each.level is not None]
-            if level is not None and level.plan.changes not in known:
-                found.append(Candidate(steps, kept, level))
-        return found
+    def _narrower(self, steps: int) -> list[Candidate]:
+        """The narrower models without the blocks of some steps."""
+        kept = self._kept(steps)
+        return [Candidate(steps, kept, level) for level in self._target.widths(kept)]
 
     def _best(self, candidates: list[Candidate]) -> Candidate:
         """The candidate of the smallest KL divergence; of equal ones the first."""
