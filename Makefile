@@ -2,9 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Processes that share the tests, a file at a time, each on its part of the cores. On two cores
-# three of them keep both busy, because some tests wait for servers or lost ranks.
-JOBS   ?= 3
+# Processes that share the tests, a file at a time, each on its part of the cores.
+JOBS   ?= 2
 # Reference data and golden masks; tests that need them skip where the folder is absent.
 export PRUNUS_SHARED ?= ../shared
 
