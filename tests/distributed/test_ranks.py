@@ -22,7 +22,7 @@ def found(tmp_path_factory) -> dict[str, dict]:
     """The results of all cases of rank_cases.py."""
     cases = ["methods", "compressed", "shrunk", "messages", "uneven", "refused", "lost"]
     cases += ["evaluated", "recovered", "reconstructed", "permuted"]
-    return run_script("rank_cases.py", tmp_path_factory.mktemp("ranks"), *cases)
+    return run_script("rank_cases.py", tmp_path_factory.mktemp("ranks"), *cases, timeout=300)
 
 
 @pytest.mark.parametrize("name", ["wanda", "variant", "dsnot, two passes", "owl"])

@@ -23,7 +23,7 @@ def test_buffers_are_those_of_a_model_that_was_given_initial_weights(family, tmp
         return meta_model.build_on_meta(kind_of(config), config, torch.float32, False)
 
     found = built()
-    monkeypatch.setattr(meta_model, "_no_initial_weights", contextlib.nullcontext)
+    monkeypatch.setattr(meta_model, "guard_torch_init_functions", contextlib.nullcontext)
     expected = built()
     buffers = dict(found.named_buffers())
     assert buffers.keys() == dict(expected.named_buffers()).keys()

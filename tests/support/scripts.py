@@ -6,6 +6,8 @@ import atexit
 import contextlib
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,9 +20,17 @@ from places import SUPPORT
 __all__ = ["fork_script", "run_fresh_script", "run_script"]
 
 
-def run_script(name: str, *arguments: object) -> Any:
-    """Run `tests/support/NAME` on one thread, and return the JSON of its last line of output."""
-    return _result(fork_script(name, *arguments))
+def run_script(name: str, *arguments: object, timeout: float | None = None) -> Any:
+    """Run `tests/support/NAME` on one thread, and return the JSON of its last line of output.
+
+    Args:
+        name, arguments: of the script.
+        timeout: seconds after which it is killed; None waits for ever.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer.
+    """
+    return _result(fork_script(name, *arguments, timeout=timeout))
 
 
 def run_fresh_script(name: str, *arguments: object) -> Any:
@@ -36,9 +46,11 @@ def run_fresh_script(name: str, *arguments: object) -> Any:
     )
 
 
-def fork_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def fork_script(
+    name: str, *arguments: object, timeout: float | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a script in a fork of one process that has imported torch and prunus."""
-    return _server().run([str(SUPPORT / name), *map(str, arguments)])
+    return _server().run([str(SUPPORT / name), *map(str, arguments)], timeout)
 
 
 def _result(done: subprocess.CompletedProcess[str]) -> Any:
@@ -67,9 +79,10 @@ class _Server:
             stdout=subprocess.PIPE,
             env=_environment(),
             text=True,
+            start_new_session=True,
         )
 
-    def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+    def run(self, command: list[str], timeout: float | None) -> subprocess.CompletedProcess[str]:
         assert self._process.stdin is not None and self._process.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
             out, errors = Path(folder, "out"), Path(folder, "errors")
@@ -84,6 +97,13 @@ class _Server:
             }
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
+            if not select.select([self._process.stdout], [], [], timeout)[0]:
+                # The script is a child of this process and in its session.
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+                _server.cache_clear()
+                assert timeout is not None
+                raise subprocess.TimeoutExpired(command, timeout)
             status = int(self._process.stdout.readline())
             return subprocess.CompletedProcess(command, status, out.read_text(), errors.read_text())
 

@@ -9,7 +9,14 @@ Code that uses `Ranks` needs no branch for the single process. This room knows t
 texts; it knows nothing of models, windows or files.
 """
 
-from prunus.distributed.base import SINGLE_PROCESS, OtherRankError, RankError, Ranks, split_range
+from prunus.distributed.base import (
+    SINGLE_PROCESS,
+    OtherRankError,
+    RankError,
+    Ranks,
+    own_part,
+    split_range,
+)
 from prunus.distributed.launch import DEFAULT_TIMEOUT, is_rank_0, process_group
 
 __all__ = [
@@ -19,6 +26,7 @@ __all__ = [
     "RankError",
     "Ranks",
     "is_rank_0",
+    "own_part",
     "process_group",
     "split_range",
 ]

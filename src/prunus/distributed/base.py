@@ -9,11 +9,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-__all__ = ["SINGLE_PROCESS", "OtherRankError", "RankError", "Ranks", "SingleProcess", "split_range"]
+__all__ = [
+    "SINGLE_PROCESS",
+    "OtherRankError",
+    "RankError",
+    "Ranks",
+    "SingleProcess",
+    "own_part",
+    "split_range",
+]
+
+_Item = TypeVar("_Item")
 
 
 class RankError(RuntimeError):
@@ -44,6 +54,12 @@ def split_range(count: int, size: int, multiple_of: int = 1) -> list[range]:
     runs = -(-count // multiple_of)
     edges = [min(count, runs * rank // size * multiple_of) for rank in range(size + 1)]
     return [range(start, stop) for start, stop in pairwise(edges)]
+
+
+def own_part(ranks: Ranks, items: Sequence[_Item]) -> Sequence[_Item]:
+    """The items of this rank, out of those of all ranks; see `split_range`. Not collective."""
+    own = ranks.own_range(len(items))
+    return items[own.start : own.stop]
 
 
 class Ranks(Protocol):

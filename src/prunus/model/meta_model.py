@@ -113,30 +113,6 @@ def limited_modules() -> Iterator[None]:
         nn.Module.__init__ = original  # type: ignore[method-assign]
 
 
-@contextlib.contextmanager
-def _no_initial_weights() -> Iterator[None]:
-    """While active, no initial values are given to parameters.
-
-    torch passes over those that carry the mark of `placement.parameters_on_meta`, and transformers
-    over modules that have parameters only. On the meta device initial values change nothing, and
-    take most of the time that building a model takes. Tables that no checkpoint stores are buffers,
-    and are computed as always.
-    """
-    cls: Any = transformers.PreTrainedModel
-    original = cls._initialize_weights
-
-    def only_buffers(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if any(buffer is not None for buffer in module._buffers.values()):
-            original(self, module, *args, **kwargs)
-
-    cls._initialize_weights = only_buffers
-    try:
-        with guard_torch_init_functions():
-            yield
-    finally:
-        cls._initialize_weights = original
-
-
 def build_on_meta(kind: Kind, config: Any, dtype: Any, trust_remote_code: bool) -> Any:
     """The transformers model of a configuration, with its parameters on the meta device.
 
@@ -151,10 +127,13 @@ def build_on_meta(kind: Kind, config: Any, dtype: Any, trust_remote_code: bool) 
     """
     loader = getattr(transformers, kind.loader)
     try:
+        # torch passes over parameters that carry the mark of `placement.parameters_on_meta`. On the
+        # meta device their initial values change nothing. Tables that no checkpoint stores are
+        # buffers, and are computed as always.
         with (
             placement.parameters_on_meta(),
             limited_modules(),
-            _no_initial_weights(),
+            guard_torch_init_functions(),
             _LimitedTensors(),
         ):
             return loader.from_config(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from prunus.calibration import check_source
-from prunus.distributed import Ranks, process_group
+from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_whole, is_vacant
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.source import CheckpointSource
@@ -213,7 +213,8 @@ def max_run(
 
     The arguments and errors are those of `prune_and_recover`.
     """
-    with process_group(options.rank_timeout) as ranks:
+    with options.with_ranks() as joint:
+        ranks = joint.ranks or SINGLE_PROCESS
         training = training_options(recipe, minutes=minutes, tokens=tokens, ranks=ranks.size)
         check_ranks(training, ranks)
         with ranks.fail_together():
@@ -224,7 +225,6 @@ def max_run(
                     f"{output} holds a result of another dense model ({earlier.teacher}); choose "
                     "another folder, or --overwrite it"
                 )
-        joint = replace(options, ranks=ranks)
         yield MaxRun(model, output, recipe, training, joint, overwrite, earlier)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from prunus.pruning.structure.card import what_went
 from prunus.reporting.document import Column, Facts, HeatMap, Lines, Section, Series, Table
 from prunus.reporting.run_sections import input_facts, items_of
+from prunus.reporting.structure_tables import shown
 
 if TYPE_CHECKING:
     from prunus.pruning.structure.record import BlockChange, PartChange, StructureRecord
@@ -19,8 +20,6 @@ _MEASURES = {
     "divergence": "KL divergence, nats per token",
     "influence": "influence: 1 − cosine of the hidden states before and behind a block",
 }
-#: Name of a line of a chart, and its points (block, value).
-_Line = tuple[str, Sequence[tuple[int, float]]]
 
 
 def structure_section(record: StructureRecord) -> Section:
@@ -31,7 +30,7 @@ def structure_section(record: StructureRecord) -> Section:
     """
     parts: list[Any] = [_headline(record), Facts("What went", _numbered(what_went(record)))]
     if record.config:
-        rows = tuple((name, *map(_shown, values)) for name, values in record.config.items())
+        rows = tuple((name, *map(shown, values)) for name, values in record.config.items())
         columns = (Column("field"), Column("before"), Column("after"))
         parts.append(Table("Configuration", columns, rows))
     parts += [*_search(record), *_targets(record), *_widths(record), *_experts(record)]
@@ -62,11 +61,6 @@ def _headline(record: StructureRecord) -> Facts:
 
 def _numbered(lines: Sequence[str]) -> tuple[tuple[str, str], ...]:
     return tuple((str(number), line) for number, line in enumerate(lines, 1))
-
-
-def _shown(value: object) -> str:
-    """A value of a configuration; of a list only its length."""
-    return f"{len(value)} entries" if isinstance(value, list | tuple) else str(value)
 
 
 def _search(record: StructureRecord) -> list[Any]:
@@ -175,16 +169,16 @@ def _repairs(record: StructureRecord) -> list[Lines]:
             if block.repair is not None and block.repair.measure == measure
         ]
         if found:
-            lines: list[_Line] = [
-                ("before", [(place, each.error_before) for place, each in found]),
-                ("afterwards", [(place, each.error_after) for place, each in found]),
-            ]
+            lines = (
+                _series("before", [(place, each.error_before) for place, each in found]),
+                _series("afterwards", [(place, each.error_after) for place, each in found]),
+            )
             charts.append(
                 Lines(
                     f"Repair: {title}, on windows kept apart",
                     "block",
                     title,
-                    tuple(_series(name, points) for name, points in lines),
+                    lines,
                 )
             )
     return charts

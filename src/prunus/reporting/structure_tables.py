@@ -12,7 +12,7 @@ from prunus.pruning.structure.card import what_went
 if TYPE_CHECKING:
     from prunus.pruning.structure.record import StructureRecord
 
-__all__ = ["structure_table"]
+__all__ = ["shown", "structure_table"]
 
 
 def structure_table(record: StructureRecord) -> Table:
@@ -23,7 +23,7 @@ def structure_table(record: StructureRecord) -> Table:
     for name, side in (("", "left"), ("before", "right"), ("after", "right")):
         table.add_column(name, justify=side)  # type: ignore[arg-type]
     for field, values in record.config.items():
-        table.add_row(field, *(_shown(value) for value in values))
+        table.add_row(field, *(shown(value) for value in values))
     table.add_section()
     table.add_row("parameters", f"{before:,}", f"{after:,} ({after / before:.1%})")
     lines = [
@@ -41,6 +41,6 @@ def structure_table(record: StructureRecord) -> Table:
     return table
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value of a configuration; of a list only its length."""
     return f"{len(value)} entries" if isinstance(value, list | tuple) else str(value)

@@ -53,7 +53,7 @@ def material(tmp_path_factory) -> tuple[Path, Path, Path, Path]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_runs_killed_at_random_moments_end_in_the_same_bytes(material, tmp_path):
     kills = [f"{verb}:{count}" for verb, count in KILLS.items()]
-    results = run_script("random_kills.py", *material, tmp_path, 2026, *kills)
+    results = run_script("random_kills.py", *material, tmp_path, 2026, *kills, timeout=600)
     fallen = Counter(result["verb"] for result in results)
     assert sum(fallen.values()) >= 50, fallen
     assert all(fallen[verb] >= 0.5 * count for verb, count in KILLS.items()), fallen

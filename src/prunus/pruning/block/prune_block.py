@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prunus.distributed import SINGLE_PROCESS, Ranks, split_range
+from prunus.distributed import SINGLE_PROCESS, Ranks, own_part, split_range
 from prunus.hardware.numerics import count_zeros
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
@@ -52,7 +52,7 @@ from prunus.pruning.block.settings import BlockSettings
 from prunus.pruning.block.two_pass import two_pass
 from prunus.pruning.block.walk import Accumulate, BlockWalk, accumulate_inputs
 from prunus.pruning.rate_control import RateControl
-from prunus.pruning.reconstruction.batches import step_ranks
+from prunus.pruning.reconstruction.batches import step_parts, step_ranks
 from prunus.pruning.reconstruction.reconstruct_block import BlockReconstructor
 from prunus.pruning.reconstruction.schedule import linears_to_train
 from prunus.pruning.records import LinearRecord, Walk
@@ -117,9 +117,7 @@ class BlockPruner:
         partial: list[torch.Tensor] = []
         if settings.reconstruction is not None:
             split = step_ranks(self.ranks, max(map(len, batches)), settings.device)
-            # In a training step a rank may get a part of any batch, so blocks must know how they
-            # are called with that number of windows.
-            partial = [ids[: len(split.own_range(len(ids)))] for ids in batches]
+            partial = step_parts(batches, split)
         own = self.own_batches(batches)
         self.stream.embed(own, spill_to, on_device, partial)
         if self.dense is not None:
@@ -137,8 +135,7 @@ class BlockPruner:
 
     def own_batches(self, batches: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """The batches of this rank, out of those of all ranks."""
-        own = self.ranks.own_range(len(batches))
-        return batches[own.start : own.stop]
+        return own_part(self.ranks, batches)
 
     @property
     def _first_batch(self) -> int:

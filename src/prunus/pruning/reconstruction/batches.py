@@ -18,7 +18,7 @@ import torch
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.model.hidden_states import HiddenStates
 
-__all__ = ["ReconstructionBatches", "step_ranks"]
+__all__ = ["ReconstructionBatches", "step_parts", "step_ranks"]
 
 
 def step_ranks(ranks: Ranks, windows: int, device: torch.device) -> Ranks:
@@ -34,6 +34,18 @@ def step_ranks(ranks: Ranks, windows: int, device: torch.device) -> Ranks:
         device: where gradients are computed.
     """
     return ranks if windows > 1 or device.type == "cuda" else SINGLE_PROCESS
+
+
+def step_parts(batches: Sequence[torch.Tensor], split: Ranks) -> list[torch.Tensor]:
+    """What a rank may get of each batch in a training step.
+
+    Blocks must know how they are called with as many windows.
+
+    Args:
+        batches: token ids of the windows of all ranks.
+        split: of `step_ranks`.
+    """
+    return [ids[: len(split.own_range(len(ids)))] for ids in batches]
 
 
 class ReconstructionBatches:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from prunus.distributed import own_part
 from prunus.methods.structured.blocks import cosine_sum, divergence_sum
 from prunus.model.stream import Stream
 from prunus.pruning.structure.plan import StructureJob
@@ -219,8 +220,7 @@ def _by_cosine(
     stream, influence = Stream(job.skeleton, job.source, measuring.device), dict[int, float]()
     with contextlib.closing(stream):
         batches = ids.split(measuring.batch)
-        own = job.ranks.own_range(len(batches))
-        stream.embed(batches[own.start : own.stop], None, on_device=measuring.hidden_states_stay)
+        stream.embed(own_part(job.ranks, batches), None, on_device=measuring.hidden_states_stay)
         for index in range(len(job.skeleton)):
             block = job.skeleton.fill(index, job.source.block(index), measuring.device)
             forward, total = stream.forward(index, block), 0.0

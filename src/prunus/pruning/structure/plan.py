@@ -114,18 +114,13 @@ class StructureJob:
         reads_experts = self.experts is not None and self.recipe.experts_are_measured
         return reads_experts or self.width is not None or self.recipe.repair
 
-    def step_parts(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """The parts of batches that a rank gets in a training step.
-
-        Blocks must know how they are called with as many windows.
+    def step_ranks(self, batches: Sequence[Tensor]) -> Ranks:
+        """The ranks that split the windows of one step of repair.
 
         Args:
             batches: token ids of the windows of all ranks.
         """
-        if not self.recipe.repair:
-            return []
-        split = step_ranks(self.ranks, max(map(len, batches)), self.measuring.device)
-        return [ids[: len(split.own_range(len(ids)))] for ids in batches]
+        return step_ranks(self.ranks, max(map(len, batches)), self.measuring.device)
 
     @property
     def skeleton(self) -> Skeleton:

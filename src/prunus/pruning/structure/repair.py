@@ -18,9 +18,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from prunus.distributed import split_range
+from prunus.distributed import own_part, split_range
 from prunus.model.stream import Stream
-from prunus.pruning.reconstruction.batches import step_ranks
 from prunus.pruning.reconstruction.reconstruct_block import BlockReconstructor
 from prunus.pruning.records import ReconstructionRecord, Walk
 from prunus.pruning.structure.layout import shapes_of
@@ -52,11 +51,9 @@ class Repair:
     ) -> None:
         self._job, self._smaller, self._stream, self._walks = job, smaller, stream, walks
         counts = [len(part) for part in split_range(len(batches), job.ranks.size)]
-        own = job.ranks.own_range(len(batches))
+        own = own_part(job.ranks, batches)
         self._dense = Stream(job.skeleton, job.source, stream.device)
-        self._dense.embed(
-            batches[own.start : own.stop], spill_to, on_device=job.measuring.hidden_states_stay
-        )
+        self._dense.embed(own, spill_to, on_device=job.measuring.hidden_states_stay)
         self._depth = 0
         places = range(len(smaller.made_from))
         self._first = next((place for place in places if self._changes(place)), len(places))
@@ -69,7 +66,7 @@ class Repair:
             numbers=range(len(own)),
             counts=counts,
             ranks=job.ranks,
-            split=step_ranks(job.ranks, max(map(len, batches)), stream.device),
+            split=job.step_ranks(batches),
         )
 
     def advance(self, place: int) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from prunus.calibration import Windows
 from prunus.calibration.texts import are_texts
-from prunus.distributed import SINGLE_PROCESS
+from prunus.distributed import SINGLE_PROCESS, own_part
 from prunus.hardware.memory import HeapTrimmer, describe_hardware, peak_memory, versions
 from prunus.hardware.sizes import parse_bytes
 from prunus.model.checkpoint.output_folder import check_disk
@@ -37,6 +37,7 @@ from prunus.pruning.output import bytes_in
 from prunus.pruning.output_lock import locked_output
 from prunus.pruning.progress import Progress
 from prunus.pruning.rank_checks import check_same_on_all_ranks
+from prunus.pruning.reconstruction.batches import step_parts
 from prunus.pruning.structure.blocks import choose_blocks
 from prunus.pruning.structure.experts import choose_experts
 from prunus.pruning.structure.layout import axis_that_changes, cut, old_names, shapes_of
@@ -205,10 +206,10 @@ def _shrink(
         # Without repair, blocks that go change no other block: then only what goes inside blocks
         # needs windows in the pass below.
         batches = windows.ids.split(measuring.batch) if job.measures_blocks else ()
-        own = ranks.own_range(len(batches))
         spill_to = output.folder if measuring.spills else None
         stays = measuring.hidden_states_stay
-        stream.embed(batches[own.start : own.stop], spill_to, stays, job.step_parts(batches))
+        parts = step_parts(batches, job.step_ranks(batches)) if job.recipe.repair else ()
+        stream.embed(own_part(ranks, batches), spill_to, stays, parts)
         repair = None
         if job.recipe.repair:
             repair = Repair(job, smaller, stream, batches, walks, spill_to)

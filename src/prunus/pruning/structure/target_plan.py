@@ -18,7 +18,7 @@ from prunus.pruning.structure.width_plan import WidthPlan
 
 __all__ = ["Level", "TargetPlan"]
 
-#: Shares of width that go are multiples of one part in so many; at most half of it goes.
+#: Width goes in steps of a 128th, and at most half of it goes.
 _PARTS, _MOST = 128, 64
 
 
@@ -115,12 +115,12 @@ class TargetPlan:
             before = self._level(along.parts - 1, None)
             plan = before.plan.heads if before is not None else None
             found.append(self.widest(kept, plan.keep_heads if plan else self._heads) or along)
-        levels = [level for level in found if level is not None]
-        return [
-            level
-            for number, level in enumerate(levels)
-            if level.plan.changes not in [other.plan.changes for other in levels[:number]]
-        ]
+        different: list[Level] = []
+        for level in found:
+            known = [other.plan.changes for other in different]
+            if level is not None and level.plan.changes not in known:
+                different.append(level)
+        return different
 
     @property
     def _heads(self) -> int | None:
@@ -158,13 +158,12 @@ class TargetPlan:
 
     def _sizes(self, new: Skeleton) -> list[Size]:
         """The size of every block, whose tensors keep the dtypes in which they are stored."""
-        found = []
+        found, per_token = [], experts_per_token(self._config)
         blocks = zip(new.blocks, self._job.skeleton.blocks, self._bytes, strict=True)
         for block, before, stored in blocks:
             parameters, of_old = _parameters(block), _parameters(before)
             # Of all experts, a token reads those that it chooses.
             experts = [module for module in block.modules() if isinstance(module, Experts)]
-            per_token = experts_per_token(self._config)
             unread = sum(
                 _parameters(module) * max(0, module.count - per_token) // module.count
                 for module in experts

@@ -109,7 +109,7 @@ class TargetSearch:
             ValueError: the search does not fit in memory.
         """
         with torch.no_grad():
-            # In some families no block can go, or not so many.
+            # In some families no block can go, and in others only a few can. Then width must do.
             remove_blocks(
                 self._job,
                 self._probes,
