@@ -54,6 +54,17 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """Calls of fsync return at once: what they promise is for power cuts, and no test makes one.
+
+    This holds in the process of the tests. Programs that they start call the real fsync.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Names of folders, a new one for every test."""
