@@ -58,7 +58,8 @@ def _seeded() -> None:
 def _no_wait_for_the_disk() -> Iterator[None]:
     """Calls of fsync return at once: what they promise is for power cuts, and no test makes one.
 
-    This holds in the process of the tests. Programs that they start call the real fsync.
+    This holds in the process of the tests, and in forks of `script_server.py`. Programs that tests
+    start call the real fsync.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
