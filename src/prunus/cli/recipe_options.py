@@ -71,8 +71,8 @@ OPTIONS: dict[str, Any] = {
         typer.Option(
             parser=_parse_share,
             metavar="SHARE",
-            help="Share of each linear's weights to remove, in [0, 1). Default: 0.5; of compress: 0, "
-            "and zeros follow from the rate.",
+            help="Share of each linear's weights to remove, in [0, 1). Default: 0.5; of compress: "
+            "0, and zeros follow from the rate.",
         ),
     ],
     "bits": Annotated[

@@ -99,7 +99,7 @@ def test_a_killed_search_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     whole = shrink(dense, tmp_path / "whole", **options)
 
     shrink_killed_in_second_step(
-        monkeypatch, blocks, "_best", dense, tmp_path / "killed", **options
+        monkeypatch, blocks, "divergences", dense, tmp_path / "killed", **options
     )
     assert len(StructureRecord.load(tmp_path / "killed").search) == 1
     again = shrink(dense, tmp_path / "killed", resume=True, **options)

@@ -28,11 +28,11 @@ from prunus.pruning.structure.record import BlockStep
 __all__ = [
     "PROBE_TOKENS",
     "PROBE_WINDOWS",
+    "BlockSearch",
     "blocks_left",
     "candidate_states",
     "choose_blocks",
     "divergences",
-    "remove_blocks",
 ]
 
 #: A search reads this many windows, cut to this many tokens, as one batch.
@@ -63,20 +63,17 @@ def choose_blocks(
         NotImplementedError: no more blocks can go in this family.
         ValueError: the candidates do not fit in memory.
     """
-    count, go = len(job.skeleton), job.blocks_that_go
-
-    def enough(left: Sequence[int]) -> bool:
-        return len(left) == count - go
-
+    go, search = job.blocks_that_go, BlockSearch(job, steps, save)
     if len(steps) < go:
         with torch.no_grad():
             if job.recipe.block_rule == "cosine":
-                _by_cosine(job, ids, steps, save)
+                search.by_cosine(ids)
             else:
-                fault = remove_blocks(job, ids[:PROBE_WINDOWS, :PROBE_TOKENS], steps, save, enough)
+                probes = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
+                fault = search.by_divergence(probes, lambda _left: len(steps) == go)
                 if fault is not None:
                     raise NotImplementedError(fault)
-    return blocks_left(steps, count)
+    return search.left
 
 
 def blocks_left(steps: Sequence[BlockStep], count: int) -> list[int]:
@@ -85,71 +82,107 @@ def blocks_left(steps: Sequence[BlockStep], count: int) -> list[int]:
     return [index for index in range(count) if index not in gone]
 
 
-def remove_blocks(
-    job: StructureJob,
-    probes: Tensor,
-    steps: list[BlockStep],
-    save: Callable[[BlockStep], object],
-    enough: Callable[[Sequence[int]], bool],
-) -> str | None:
-    """The greedy search by KL divergence. Rank 0 carries it out; all ranks call it.
+class BlockSearch:
+    """The search of one run.
 
     Args:
         job: the checked run.
-        probes: the windows that are read (windows, tokens).
         steps: what an earlier run has found; new steps are added.
         save: called after every step, which has just been added.
-        enough: whether the search ends with the blocks that are left.
-
-    Returns:
-        None, or why the search has ended early: no further block can go in this family.
-
-    Raises:
-        ValueError: the candidates do not fit in memory.
     """
-    _check_room(job, probes)
 
-    def search() -> tuple[list[dict[str, Any]], str | None]:
-        reason = None
-        try:
-            _take_steps(job, probes, steps, save, enough)
-        except NotImplementedError as fault:
-            reason = str(fault)
-        return [step.model_dump() for step in steps], reason
+    def __init__(
+        self, job: StructureJob, steps: list[BlockStep], save: Callable[[BlockStep], object]
+    ) -> None:
+        self._job, self._steps, self._save = job, steps, save
 
-    found, reason = job.ranks.on_rank_0(search)
-    steps[:] = [BlockStep.model_validate(step) for step in found]
-    return reason
+    @property
+    def left(self) -> list[int]:
+        """Positions of the blocks that stay, rising."""
+        return blocks_left(self._steps, len(self._job.skeleton))
 
+    def by_divergence(self, probes: Tensor, enough: Callable[[Sequence[int]], bool]) -> str | None:
+        """Search greedily by KL divergence. Rank 0 carries it out; all ranks call it.
 
-def _take_steps(
-    job: StructureJob,
-    probes: Tensor,
-    steps: list[BlockStep],
-    save: Callable[[BlockStep], object],
-    enough: Callable[[Sequence[int]], bool],
-) -> None:
-    """The steps of `remove_blocks`.
+        Args:
+            probes: the windows that are read (windows, tokens).
+            enough: whether the search ends with the blocks that are left.
 
-    Raises:
-        NotImplementedError: no further block can go.
-    """
-    stream = Stream(job.skeleton, job.source, job.measuring.device)
-    with contextlib.closing(stream):
-        stream.embed([probes], None)
-        first = stream.states.get(0)
-        every = range(len(job.skeleton))
-        dense, _ = candidate_states(stream, first, every, ())
-        while not enough(left := blocks_left(steps, len(every))):
-            measured = _promising(steps, left)
-            job.measuring.options.tell(
-                f"searching for block {len(steps) + 1} to remove: {len(measured)} candidates"
-            )
-            _, candidates = candidate_states(stream, first, left, measured)
-            found = divergences(stream, probes, dense, candidates)
-            step = _best(job, left, found, "divergence")
-            steps.append(step)
-            save(step)
+        Returns:
+            None, or why the search has ended early: no further block can go in this family.
+
+        Raises:
+            ValueError: the candidates do not fit in memory.
+        """
+        _check_room(self._job, probes)
+
+        def search() -> tuple[list[dict[str, Any]], str | None]:
+            reason = None
+            try:
+                self._take_steps(probes, enough)
+            except NotImplementedError as fault:
+                reason = str(fault)
+            return [step.model_dump() for step in self._steps], reason
+
+        found, reason = self._job.ranks.on_rank_0(search)
+        self._steps[:] = [BlockStep.model_validate(step) for step in found]
+        return reason
+
+    def by_cosine(self, ids: Tensor) -> None:
+        """ShortGPT's rule: one pass over all windows, and the blocks of the lowest influence go.
+
+        Args:
+            ids: calibration windows (windows, tokens).
+
+        Raises:
+            NotImplementedError: no more blocks can go in this family.
+        """
+        influence = _influence(self._job, ids)
+        while len(self._steps) < self._job.blocks_that_go:
+            self._take(influence, "influence")
+
+    def _take_steps(self, probes: Tensor, enough: Callable[[Sequence[int]], bool]) -> None:
+        """The steps of the search by KL divergence.
+
+        Raises:
+            NotImplementedError: no further block can go.
+        """
+        job = self._job
+        stream = Stream(job.skeleton, job.source, job.measuring.device)
+        with contextlib.closing(stream):
+            stream.embed([probes], None)
+            first = stream.states.get(0)
+            dense, _ = candidate_states(stream, first, range(len(job.skeleton)), ())
+            while not enough(left := self.left):
+                measured = _promising(self._steps, left)
+                number = len(self._steps) + 1
+                job.measuring.options.tell(
+                    f"searching for block {number} to remove: {len(measured)} candidates"
+                )
+                _, candidates = candidate_states(stream, first, left, measured)
+                self._take(divergences(stream, probes, dense, candidates), "divergence")
+
+    def _take(self, values: dict[int, float], measure: Literal["divergence", "influence"]) -> None:
+        """Take the candidate of the lowest value whose model the configuration can describe.
+
+        Raises:
+            NotImplementedError: there is none.
+        """
+        left, fault = self.left, None
+        for block in sorted(values.keys() & set(left), key=lambda index: (values[index], index)):
+            try:
+                self._job.smaller([index for index in left if index != block])
+            except NotImplementedError as error:
+                fault = error
+                continue
+            count = len(self._job.skeleton)
+            every = [values.get(index) if index in left else None for index in range(count)]
+            step = BlockStep(block=block, value=values[block], measure=measure, candidates=every)
+            self._steps.append(step)
+            self._save(step)
+            return
+        assert fault is not None
+        raise fault
 
 
 def _promising(steps: Sequence[BlockStep], left: Sequence[int]) -> list[int]:
@@ -209,13 +242,8 @@ def divergences(
     return {block: total / tokens for block, total in sums.items()}
 
 
-def _by_cosine(
-    job: StructureJob,
-    ids: Tensor,
-    steps: list[BlockStep],
-    save: Callable[[BlockStep], object],
-) -> None:
-    """ShortGPT's rule: one pass over all windows, and the blocks of the lowest influence go."""
+def _influence(job: StructureJob, ids: Tensor) -> dict[int, float]:
+    """Position of a block -> 1 less the mean cosine between the hidden states around it."""
     measuring = job.measuring
     stream, influence = Stream(job.skeleton, job.source, measuring.device), dict[int, float]()
     with contextlib.closing(stream):
@@ -230,35 +258,7 @@ def _by_cosine(
                 stream.states.put(batch, output)
             influence[index] = 1 - job.ranks.sum_floats([total])[0] / ids.numel()
             job.skeleton.release(index)
-    while len(steps) < job.blocks_that_go:
-        left = blocks_left(steps, len(influence))
-        step = _best(job, left, influence, "influence")
-        steps.append(step)
-        save(step)
-
-
-def _best(
-    job: StructureJob,
-    left: Sequence[int],
-    values: dict[int, float],
-    measure: Literal["divergence", "influence"],
-) -> BlockStep:
-    """The candidate of the lowest value whose model the configuration can describe.
-
-    Raises:
-        NotImplementedError: there is none.
-    """
-    fault: NotImplementedError | None = None
-    for block in sorted(values.keys() & set(left), key=lambda index: (values[index], index)):
-        try:
-            job.smaller([index for index in left if index != block])
-        except NotImplementedError as error:
-            fault = error
-            continue
-        every = [values.get(index) if index in left else None for index in range(len(job.skeleton))]
-        return BlockStep(block=block, value=values[block], measure=measure, candidates=every)
-    assert fault is not None
-    raise fault
+    return influence
 
 
 def _check_room(job: StructureJob, probes: Tensor) -> None:

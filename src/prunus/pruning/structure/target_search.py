@@ -32,10 +32,10 @@ from prunus.model.stream import Stream
 from prunus.pruning.structure.blocks import (
     PROBE_TOKENS,
     PROBE_WINDOWS,
+    BlockSearch,
     blocks_left,
     candidate_states,
     divergences,
-    remove_blocks,
 )
 from prunus.pruning.structure.plan import StructureJob
 from prunus.pruning.structure.recipe import StructureRecipe
@@ -110,12 +110,8 @@ class TargetSearch:
         """
         with torch.no_grad():
             # In some families no block can go, and in others only a few can. Then width must do.
-            remove_blocks(
-                self._job,
-                self._probes,
-                self._record.search,
-                lambda _step: self._save(),
-                lambda left: len(left) == 1 or self._target.is_met(left),
+            BlockSearch(self._job, self._record.search, lambda _step: self._save()).by_divergence(
+                self._probes, lambda left: len(left) == 1 or self._target.is_met(left)
             )
             best = self._compare()
         self._job.width = best.level.plan if best.level is not None else None
