@@ -86,7 +86,7 @@ def test_a_recovery_that_won_nothing_says_so(pruned, text, tmp_path):
         "--held-out",
         "2",
         "--learning-rate",
-        "100",
+        "1",
         "--patience",
         "1",
     ]

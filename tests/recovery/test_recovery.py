@@ -17,6 +17,7 @@ from prunus.evaluation.inspection import inspect
 from prunus.model.adapter import add_lora
 from prunus.model.loading import load_model
 from prunus.pruning.manifest import MANIFEST_NAME
+from prunus.recovery import training
 from prunus.recovery.masks import pruned_linears
 from prunus.recovery.record import RECORD_NAME
 from prunus.recovery.trainable import masked
@@ -298,6 +299,19 @@ def test_a_budget_in_minutes_ends(pruned, text, tmp_path):
     assert record.totals["tokens"] > 0
     assert record.totals["seconds"] >= 1.2
     assert len(record.evaluations) == 5
+
+
+def test_training_goes_on_as_long_as_it_makes_progress_though_the_start_was_better(
+    pruned, text, tmp_path, monkeypatch
+):
+    """The peak of the rate costs at first what its decay wins back."""
+    losses = iter([3.0, 3.5, 3.4, 3.3, 3.2, 2.9])
+    monkeypatch.setattr(training._Trainer, "held_out_loss", lambda _: next(losses))
+    record = recover(
+        pruned, tmp_path / "out", "masked", text, tokens=320, evaluations=5, patience=2
+    )
+    assert record.stopped is None
+    assert record.best == 5
 
 
 def test_training_stops_without_progress_and_the_result_is_the_best(pruned, text, tmp_path):

@@ -105,7 +105,7 @@ def recover(
         int | None,
         typer.Option(
             rich_help_panel=_TRAINING,
-            help="Stop after this many evaluations without a new best. Default: 3.",
+            help="Stop after this many evaluations without progress in training. Default: 3.",
         ),
     ] = None,
     seed: Annotated[

@@ -53,7 +53,8 @@ class RecoveryOptions(BaseModel):
         held_out: number of windows that are only evaluated, never trained on.
         evaluations: how often the held-out windows are evaluated over the budget. Each evaluation
             writes a checkpoint.
-        patience: training stops after this many evaluations without a new best.
+        patience: training stops after this many evaluations that are no better than an earlier one
+            of the same training.
         distill_weight: of the KL divergence from the teacher's logits. The cross entropy with the
             text has the weight 1 - distill_weight.
         rank, alpha: of low-rank updates, which are scaled by alpha / rank.
