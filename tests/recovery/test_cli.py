@@ -17,7 +17,18 @@ from prunus.recovery.record import RECORD_NAME
 from prunus.reporting.progress import show_recovery
 from recovery_cases import dense_checkpoint, pruned_checkpoint, training_text
 
-SHORT = ["--tokens", "320", "--seqlen", "16", "--held-out", "2", "--learning-rate", "0.01"]
+SHORT = [
+    "--tokens",
+    "320",
+    "--seqlen",
+    "16",
+    "--batch",
+    "1",
+    "--held-out",
+    "2",
+    "--learning-rate",
+    "0.01",
+]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +94,8 @@ def test_a_recovery_that_won_nothing_says_so(pruned, text, tmp_path):
         "320",
         "--seqlen",
         "16",
+        "--batch",
+        "1",
         "--held-out",
         "2",
         "--learning-rate",

@@ -36,7 +36,7 @@ def options(text, **changes):
         "samples": 6,
         "seqlen": 16,
         "dtype": "float32",
-        "tokens": 320,
+        "tokens": 8192,
     } | changes
 
 
@@ -80,7 +80,7 @@ def test_a_plan_names_the_training_and_the_memory_of_its_models(dense, text, tmp
         "minutes": 20.0,
         "text": str(text),
         "seqlen": 16,
-        "batch": 2,
+        "batch": 64,
         "memory_bytes": 4 * stored + stored,
     }
 
@@ -137,7 +137,7 @@ def test_a_mixture_of_experts_keeps_the_zeros_of_every_expert(text, tmp_path):
     dense = tmp_path / "taught"
     recover(dense_checkpoint(tmp_path / "moe", "qwen3_moe"), dense, "full", text)
     plain = {"method": "wanda", "dense_weight": 0, "reconstruct": "none", "allocation": "uniform"}
-    chosen = options(text, tokens=800, preset="best", **plain)
+    chosen = options(text, tokens=8192, preset="best", **plain)
     record = prunus.prune_and_recover(dense, tmp_path / "out", **chosen)[1]
     del chosen["tokens"]
     prunus.prune(dense, tmp_path / "pruned", **chosen)
@@ -167,7 +167,7 @@ def test_the_training_follows_the_recipe():
 def test_the_command_line_shows_both_phases(dense, text, tmp_path):
     out, figures = tmp_path / "out", tmp_path / "figures.json"
     arguments = (
-        "prune", dense, out, "--preset", "max", "--tokens", 320, "--calibration", text,
+        "prune", dense, out, "--preset", "max", "--tokens", 8192, "--calibration", text,
         "--samples", 6, "--seqlen", 16, "--dtype", "float32",
     )  # fmt: skip
     result = call(*arguments, "--json", figures)

@@ -536,7 +536,7 @@ def recovered(scratch: Path) -> dict[str, Any]:
         quick = {"method": "wanda", "dense_weight": 0.0, "reconstruct": "none"}
         prunus.prune_and_recover(
             dense, scratch / "max", calibration=str(text), samples=4, seqlen=16, dtype="float32",
-            allocation="uniform", rank_timeout=60.0, tokens=64, **quick,
+            allocation="uniform", rank_timeout=60.0, tokens=2048, **quick,
         )  # fmt: skip
 
     assert in_ranks(2, prune_and_train) == [0, 0]

@@ -47,7 +47,7 @@ def run(mode: str, model: Path, text: Path, out: Path, kill_at: int | None) -> N
     # Only what the two phases have to do with each other: the resume of `best` has its own tests.
     quick = {"method": "wanda", "dense_weight": 0.0, "reconstruct": "none", "allocation": "uniform"}
     windows = {"calibration": str(text), "samples": 2, "seqlen": 16, "dtype": "float32"}
-    prunus.prune_and_recover(model, out, tokens=96, **windows, **quick)
+    prunus.prune_and_recover(model, out, tokens=3072, **windows, **quick)
 
 
 def kill_everywhere(mode: str, every: int, model: Path, text: Path, scratch: Path) -> list[dict]:

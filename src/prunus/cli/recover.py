@@ -59,7 +59,10 @@ def recover(
         float | None, typer.Option(help="Budget in minutes, in place of --tokens.")
     ] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens per window. Default: 512.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Windows per step. Default: 1.")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(help="Windows per step. Default: as many as hold 1024 tokens."),
+    ] = None,
     learning_rate: Annotated[
         float | None,
         typer.Option(

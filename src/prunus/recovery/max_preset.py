@@ -58,8 +58,6 @@ DEFAULT_MINUTES = 20.0
 _SEQLEN = 512
 # Bytes per parameter of the training: float32 weights, their gradients and Adam's two moments.
 _STATE_BYTES = 16
-# Windows per step: the default learning rate was measured with steps of 1024 tokens.
-_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -280,20 +278,20 @@ def training_options(
     """
     if minutes is None and tokens is None:
         minutes = DEFAULT_MINUTES
-    return recovery_options(
+    training = recovery_options(
         {
             "mode": "masked",
             "text": recipe.calibration,
             "minutes": minutes,
             "tokens": tokens,
             "seqlen": min(_SEQLEN, recipe.seqlen),
-            "batch": max(_BATCH, ranks),
             "seed": recipe.seed,
             "bos": recipe.bos,
             # Training has no float16; what is left open is decided by the device.
             "dtype": recipe.dtype if recipe.dtype != "float16" else "auto",
         }
     )
+    return training.model_copy(update={"batch": max(training.batch, ranks)})
 
 
 def pruned_folder(output: Path) -> Path:

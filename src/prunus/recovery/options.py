@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -12,13 +13,13 @@ Mode = Literal["lora", "sparse-lora", "masked", "full", "scales"]
 MODES: tuple[Mode, ...] = ("lora", "sparse-lora", "masked", "full", "scales")
 
 DEFAULT_TOKENS = 131_072
+_STEP_TOKENS = 1024
 
 #: Default peak learning rates. A step of Adam moves every weight by about the rate, and models
 #: differ tenfold in the size of their weights. So masked and full, which train the weights
 #: themselves, have a rate relative to their root mean square. Low-rank factors begin alike in all
-#: models, so their rate is plain. On SmolLM2-135M at 50 % (0.26), masked comes to 2e-4, with
-#: steps of 1024 tokens. Mode scales trains logarithms, whose steps are relative changes in all
-#: models.
+#: models, so their rate is plain. On SmolLM2-135M at 50 % (0.26), masked comes to 2e-4. Mode scales
+#: trains logarithms, whose steps are relative changes in all models.
 _RATES: dict[Mode, float] = {
     "lora": 1e-3,
     "sparse-lora": 1e-3,
@@ -43,7 +44,8 @@ class RecoveryOptions(BaseModel):
         text: source of the training text, as for calibration.
         tokens, minutes: the budget; one of the two. A token counts each time it is trained on.
         seqlen: tokens per window.
-        batch: windows per step of the optimizer.
+        batch: windows per step of the optimizer. Without one, as many as hold 1024 tokens: the
+            default rates were measured with such steps, and smaller ones are noisier.
         learning_rate: peak rate; None for the default of the mode.
         warmup: fraction of the budget over which the rate rises.
         weight_decay: of AdamW, per step and unit of learning rate.
@@ -86,6 +88,15 @@ class RecoveryOptions(BaseModel):
     alpha: float = Field(16.0, gt=0, allow_inf_nan=False)
     target_modules: tuple[str, ...] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_step(cls, given: Any) -> Any:
+        """Give a step of the default size its number of windows."""
+        seqlen = given.get("seqlen", cls.model_fields["seqlen"].default)
+        if "batch" in given or not isinstance(seqlen, int) or seqlen < 1:
+            return given
+        return given | {"batch": math.ceil(_STEP_TOKENS / seqlen)}
 
     @model_validator(mode="after")
     def _check_combination(self) -> RecoveryOptions:
@@ -136,6 +147,8 @@ def recovery_options(values: dict[str, Any]) -> RecoveryOptions:
     Example:
         >>> recovery_options({"mode": "lora", "rank": None}).rank
         8
+        >>> [recovery_options({"mode": "full", "seqlen": n}).batch for n in (256, 1000, 2048)]
+        [4, 2, 1]
     """
     try:
         return RecoveryOptions(
