@@ -176,10 +176,12 @@ class Benchmark:
             return {"target": job.recipe.target}
         if removes == "blocks":
             return {"blocks": max(n for n in range(1, count) if job.target.is_met(range(n)))}
+        # Heads go in steps: with all of them, more channels go, and it may come closer.
         levels = job.target.widths(range(count))
         if not levels:
             raise ValueError(f"{self.given.model.name} cannot come to {size:g} by width alone")
-        return levels[-1].options
+        size_of = functools.partial(job.target.size, range(count))
+        return max(levels, key=lambda level: size_of(level).parameters).options
 
     # Rows.
 
