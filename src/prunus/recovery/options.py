@@ -24,7 +24,7 @@ _RATES: dict[Mode, float] = {
     "lora": 1e-3,
     "sparse-lora": 1e-3,
     "masked": 0.77e-3,
-    "full": 1.15e-3,
+    "full": 0.77e-3,
     "scales": 2e-3,
 }
 
@@ -129,7 +129,7 @@ class RecoveryOptions(BaseModel):
 
         Example:
             >>> RecoveryOptions(mode="full").peak_rate(weight_rms=0.2)
-            0.00023
+            0.000154
             >>> RecoveryOptions(mode="masked", learning_rate=1e-4).peak_rate(weight_rms=0.2)
             0.0001
         """
