@@ -14,7 +14,7 @@ import prunus
 from prunus.model.loading import load_model
 from prunus.recovery import training
 from prunus.recovery.masks import check_zeros
-from prunus.recovery.record import RecoveryRecord
+from prunus.recovery.record import RECORD_NAME, RecoveryRecord
 from recovery_cases import (
     SHORT,
     dense_checkpoint,
@@ -246,3 +246,10 @@ def test_a_pruned_weight_that_is_not_zero_is_never_written():
         check_zeros("x", (2, 2), before, before + torch.tensor([[0.0, 0.0], [0.0, 1e-30]]))
     kept = check_zeros("x", (2, 2), before, before * torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     assert (kept.zeros_before, kept.zeros_after) == (2, 3)
+
+
+@pytest.mark.parametrize("options", [7, None, [], {"mode": "masked", "seqlen": "many"}])
+def test_a_record_with_damaged_options_is_refused(options, tmp_path):
+    (tmp_path / RECORD_NAME).write_text(json.dumps({"options": options}))
+    with pytest.raises(ValueError, match=RECORD_NAME):
+        RecoveryRecord.load(tmp_path)

@@ -93,8 +93,10 @@ class RecoveryOptions(BaseModel):
     @classmethod
     def _fill_step(cls, given: Any) -> Any:
         """Give a step of the default size its number of windows."""
+        if not isinstance(given, dict) or "batch" in given:
+            return given
         seqlen = given.get("seqlen", cls.model_fields["seqlen"].default)
-        if "batch" in given or not isinstance(seqlen, int) or seqlen < 1:
+        if not isinstance(seqlen, int) or seqlen < 1:
             return given
         return given | {"batch": math.ceil(_STEP_TOKENS / seqlen)}
 
