@@ -170,18 +170,18 @@ class Benchmark:
             ValueError: so much width cannot go.
         """
         job = self.planned(size)
-        assert job.target is not None
-        removes, count = REMOVES.get(way.removesuffix("+repair"), "width"), len(job.skeleton)
+        target, count = job.target, len(job.skeleton)
+        assert target is not None
+        removes = REMOVES.get(way.removesuffix("+repair"), "width")
         if removes == "target":
             return {"target": job.recipe.target}
         if removes == "blocks":
-            return {"blocks": max(n for n in range(1, count) if job.target.is_met(range(n)))}
+            return {"blocks": max(n for n in range(1, count) if target.is_met(range(n)))}
         # Heads go in steps: with all of them, more channels go, and it may come closer.
-        levels = job.target.widths(range(count))
+        levels = target.widths(range(count))
         if not levels:
             raise ValueError(f"{self.given.model.name} cannot come to {size:g} by width alone")
-        size_of = functools.partial(job.target.size, range(count))
-        return max(levels, key=lambda level: size_of(level).parameters).options
+        return max(levels, key=lambda level: target.size(range(count), level).parameters).options
 
     # Rows.
 

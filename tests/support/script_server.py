@@ -15,10 +15,6 @@ import threading
 import traceback
 from typing import Any
 
-# A fork has one thread. No other thread may hold a lock at that moment, as the threads of
-# transformers' loading would. Scripts fork too, so they load without threads as well.
-os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
-
 import torch
 
 torch.set_num_threads(1)
@@ -43,7 +39,7 @@ def _status(request: dict[str, Any]) -> int:
         os.dup2(file, number)
         os.close(file)
     os.environ.clear()
-    os.environ |= request["environment"] | {"HF_DEACTIVATE_ASYNC_LOAD": "1"}
+    os.environ |= request["environment"]
     sys.argv = [request["script"], *request["arguments"]]
     try:
         runpy.run_path(request["script"], run_name="__main__")

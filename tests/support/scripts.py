@@ -59,7 +59,12 @@ def _result(done: subprocess.CompletedProcess[str]) -> Any:
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
+    """Of a script, and of the server of scripts.
+
+    Both fork. A fork has one thread, and no other thread may hold a lock at that moment, as the
+    threads of torch and of transformers' loading would.
+    """
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"}
 
 
 @cache

@@ -25,7 +25,7 @@ from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import Evaluation
 from prunus.recovery.trainable import Trainable
 
-__all__ = ["Step", "is_stalled", "step_count", "train", "training_dtype"]
+__all__ = ["Step", "step_count", "train", "training_dtype"]
 
 # A step of more tokens is split into several forward passes, whose gradients add up.
 _TOKENS_PER_PASS = 2048
@@ -55,14 +55,14 @@ class Step:
     perplexity: float | None = None
 
 
-def is_stalled(held_out_losses: Sequence[float], patience: int) -> bool:
+def _is_stalled(held_out_losses: Sequence[float], patience: int) -> bool:
     """Whether the last `patience` losses are no better than the best one of the training before.
 
     The first loss is that of the model before training and does not count. At its peak the rate
     costs a model that is repaired well more than steps win, and its decay wins that back: such a
     training goes down all the time, and is better than the start only at its end.
 
-    >>> is_stalled([3.75, 3.83, 3.80, 3.77], patience=2), is_stalled([3.75, 3.6, 3.7, 3.6], 2)
+    >>> _is_stalled([3.75, 3.83, 3.80, 3.77], patience=2), _is_stalled([3.75, 3.6, 3.7, 3.6], 2)
     (False, True)
     """
     trained = held_out_losses[1:]
@@ -164,7 +164,7 @@ def train(
         state.evaluations.append(entry)
         if held_out_loss < state.evaluations[state.best].held_out_loss:
             state.best = len(state.evaluations) - 1
-        elif is_stalled([each.held_out_loss for each in state.evaluations], options.patience):
+        elif _is_stalled([each.held_out_loss for each in state.evaluations], options.patience):
             state.stopped = f"no better held-out loss in {options.patience} evaluations"
         state.seconds = seconds()
         checkpoints.save(state, trainable.parameters, trainer.optimizer)

@@ -63,14 +63,14 @@ def choose_blocks(
         NotImplementedError: no more blocks can go in this family.
         ValueError: the candidates do not fit in memory.
     """
-    go, search = job.blocks_that_go, BlockSearch(job, steps, save)
-    if len(steps) < go:
+    search, stay = BlockSearch(job, steps, save), len(job.skeleton) - job.blocks_that_go
+    if len(search.left) > stay:
         with torch.no_grad():
             if job.recipe.block_rule == "cosine":
                 search.by_cosine(ids)
             else:
                 probes = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
-                fault = search.by_divergence(probes, lambda _left: len(steps) == go)
+                fault = search.by_divergence(probes, lambda left: len(left) == stay)
                 if fault is not None:
                     raise NotImplementedError(fault)
     return search.left
