@@ -76,6 +76,14 @@ def test_the_columns_that_stay_are_the_least_squares_fit(family, tmp_path):
     expected = (weight @ damped[:, columns]) @ torch.linalg.inv(damped[columns][:, columns])
     found = new.weight if old.bias is None else torch.cat([new.weight, new.bias[:, None]], 1)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
+    outputs = X_TI @ weight.T
+    plain = torch.zeros_like(weight)
+    plain[:, columns] = weight[:, columns]
+    fitted = torch.zeros_like(weight)
+    fitted[:, columns] = expected
+    for changed, error in ((fitted, part.error), (plain, part.error_before_fit)):
+        lost = (X_TI @ changed.T - outputs).square().sum() / outputs.square().sum()
+        assert error == pytest.approx(float(lost), rel=1e-3)
     assert part.error < part.error_before_fit
 
 

@@ -26,7 +26,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Kept", "WidthRule", "fit_columns", "keep_units", "relative_error", "with_bias"]
+from prunus.methods.solvers.least_squares import inner_product
+
+__all__ = ["Kept", "WidthRule", "fit_columns", "keep_units", "output_power", "with_bias"]
 
 #: Rounds in which units go. Within one round scores are not updated.
 _ROUNDS = 16
@@ -114,7 +116,7 @@ def keep_units(
     per_group, go = units // groups, (units - keep) // groups
     left = torch.ones(units, dtype=torch.bool)
     if rule == "obs":
-        inverse_II = torch.linalg.inv(_damped(gram_II, damping))
+        inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(_damped(gram_II, damping)))
         changed_OI = weight_OI.double().clone()
         rounds = min(_ROUNDS, go) if go else 0
         done = 0
@@ -171,9 +173,14 @@ def _remove(weight_OI: Tensor, inverse_II: Tensor, columns: list[int]) -> None:
     The removed rows and columns of C become those of the identity.
     """
     index = torch.tensor(columns)
-    solved_SI = torch.linalg.solve(inverse_II[index][:, index], inverse_II[index])
-    weight_OI -= weight_OI[:, index] @ solved_SI
-    inverse_II -= inverse_II[:, index] @ solved_SI
+    rows_SI = inverse_II[index]
+    factor_SS = torch.linalg.cholesky(rows_SI[:, index])
+    # With C_SS = LLᵀ, C loses YᵀY, where Y = L⁻¹C_S. Both products are taken in place: matrices of
+    # this size take as long to allocate as to compute.
+    solved_SI = torch.linalg.solve_triangular(factor_SS, rows_SI, upper=False)
+    part_SO = torch.linalg.solve_triangular(factor_SS, weight_OI[:, index].T, upper=False)
+    weight_OI.addmm_(part_SO.T, solved_SI, alpha=-1)
+    inverse_II.addmm_(solved_SI.T, solved_SI, alpha=-1)
     weight_OI[:, index] = 0
     inverse_II[index], inverse_II[:, index] = 0, 0
     inverse_II[index, index] = 1
@@ -200,9 +207,19 @@ def fit_columns(weight_OI: Tensor, gram_II: Tensor, columns: list[int], damping:
     return fitted_OI
 
 
-def relative_error(weight_OI: Tensor, changed_OI: Tensor, gram_II: Tensor) -> float:
-    """‖X(W − W')ᵀ‖² / ‖XWᵀ‖²; 0 where the linear always returns 0."""
-    change_OI = (weight_OI - changed_OI).double()
-    gram = gram_II.double()
-    whole = float(((weight_OI.double() @ gram) * weight_OI.double()).sum())
-    return float(((change_OI @ gram) * change_OI).sum()) / whole if whole > 0 else 0.0
+def output_power(weight_OI: Tensor, gram_II: Tensor) -> float:
+    """‖XWᵀ‖², the squared norm of what a linear returns: tr W XᵀX Wᵀ.
+
+    Products are float32 and their sum is float64. Columns that are 0 in all rows take no time.
+
+    Args:
+        weight_OI: float32, its weights, or a change of them.
+        gram_II: float32, XᵀX.
+
+    >>> output_power(torch.tensor([[1.0, 0.0]]), torch.tensor([[4.0, 1.0], [1.0, 9.0]]))
+    4.0
+    """
+    used = weight_OI.any(0).nonzero().flatten()
+    if len(used) < len(gram_II):
+        weight_OI, gram_II = weight_OI[:, used], gram_II[used][:, used]
+    return inner_product(weight_OI @ gram_II, weight_OI)

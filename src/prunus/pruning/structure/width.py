@@ -24,7 +24,7 @@ from prunus.methods.structured.channels import (
     Kept,
     fit_columns,
     keep_units,
-    relative_error,
+    output_power,
     with_bias,
 )
 from prunus.model.linears import Linear
@@ -248,8 +248,9 @@ def _fit(
         bias = reader.module.bias
         assert isinstance(bias, Tensor)
         bias.copy_(fitted_OI[:, -1])
-    return PartChange(
-        kept=kept.units,
-        error=relative_error(weight_OI, fitted_OI, gram_II),
-        error_before_fit=relative_error(weight_OI, plain_OI, gram_II),
-    )
+    whole = output_power(weight_OI, gram_II)
+
+    def error(changed_OI: Tensor) -> float:
+        return output_power(weight_OI - changed_OI, gram_II) / whole if whole > 0 else 0.0
+
+    return PartChange(kept=kept.units, error=error(fitted_OI), error_before_fit=error(plain_OI))
