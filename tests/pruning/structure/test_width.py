@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from prunus.methods.solvers.least_squares import ridge
+from prunus.methods.structured import channels
 from prunus.methods.structured.channels import fit_columns, keep_units
 from structure_cases import bytes_of, logits, shrunk_with_a_kill, zero_what_went
 from structure_cases import shrink_without_repair as shrink
@@ -53,6 +54,21 @@ def inputs_of(model: Any, name: str, ids: Tensor) -> Tensor:
     logits(model, ids)
     handle.remove()
     return seen[0].reshape(-1, seen[0].shape[-1]).double()
+
+
+def test_a_data_limited_linear_gets_the_same_channels_and_fit_in_float32(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    X_TI = torch.randn(100, 200, generator=generator) * torch.rand(200, generator=generator)
+    weight, gram = torch.randn(20, 200, generator=generator), X_TI.T @ X_TI
+    found = []
+    for limited in (True, False):
+        monkeypatch.setattr(channels, "is_data_limited", lambda _inputs, _damping, is_=limited: is_)
+        kept = keep_units(weight, gram, 200, 1, 120, 1.0)
+        found.append((kept.columns, fit_columns(weight, gram, kept.columns, 1.0)))
+    (limited, fit), (exact, exact_fit) = found
+    assert limited == exact
+    torch.testing.assert_close(fit, exact_fit, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(fit, exact_fit)
 
 
 @pytest.mark.parametrize("family", ["llama", "starcoder2"])

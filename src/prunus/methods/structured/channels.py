@@ -26,7 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunus.methods.solvers.least_squares import inner_product
+from prunus.methods.solvers.least_squares import inner_product, is_data_limited
 
 __all__ = ["Kept", "WidthRule", "fit_columns", "keep_units", "output_power", "with_bias"]
 
@@ -77,8 +77,13 @@ def with_bias(
 
 
 def _damped(gram_II: Tensor, damping: float) -> Tensor:
-    """H, float64. Inputs that are always 0 count as uncorrelated with all others."""
-    damped_II = gram_II.double()
+    """H. Inputs that are always 0 count as uncorrelated with all others.
+
+    It is float64, but float32 where the linear is data-limited. Scaled to a diagonal of 1 + λ, H
+    has no eigenvalue below λ and none above I + λ, so there its condition number is at most 2I + 1.
+    """
+    wide = is_data_limited(len(gram_II), damping)
+    damped_II = gram_II.to(torch.float32 if wide else torch.float64, copy=True)
     diagonal_I = damped_II.diagonal()
     diagonal_I.mul_(1 + damping).masked_fill_(diagonal_I == 0, 1.0)
     return damped_II
@@ -117,7 +122,7 @@ def keep_units(
     left = torch.ones(units, dtype=torch.bool)
     if rule == "obs":
         inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(_damped(gram_II, damping)))
-        changed_OI = weight_OI.double().clone()
+        changed_OI = weight_OI.to(inverse_II.dtype, copy=True)
         rounds = min(_ROUNDS, go) if go else 0
         done = 0
         for number in range(rounds):
@@ -200,7 +205,7 @@ def fit_columns(weight_OI: Tensor, gram_II: Tensor, columns: list[int], damping:
     tensor([[3., 0.]])
     """
     damped_II, index = _damped(gram_II, damping), torch.tensor(columns)
-    right_KO = damped_II[index] @ weight_OI.double().T
+    right_KO = damped_II[index] @ weight_OI.to(damped_II.dtype).T
     factor_KK = torch.linalg.cholesky(damped_II[index][:, index])
     fitted_OI = torch.zeros_like(weight_OI)
     fitted_OI[:, index] = torch.cholesky_solve(right_KO, factor_KK).T.float()
