@@ -81,6 +81,9 @@ def _torch_folder() -> Path:
 def library() -> Path:
     """The compiled library, in a temporary folder named after torch's version and the source.
 
+    It holds no path of torch's, so environments with the same torch can share it, and one of them
+    may be gone.
+
     Raises:
         RuntimeError: there is no compiler, or it fails.
     """
@@ -108,7 +111,7 @@ def _compile(compiler: str, path: Path) -> None:
         [
             *(compiler, "-O1", "-w", "-std=c++20", "-fPIC", "-shared", str(_SOURCE)),
             *("-o", str(made), f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include"),
-            *(f"-L{torch}/lib", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch}/lib"),
+            *(f"-L{torch}/lib", "-ltorch_cpu", "-lc10"),
         ],
         capture_output=True,
         text=True,
@@ -131,6 +134,9 @@ def load() -> None:
 
 @cache
 def _handle() -> ctypes.CDLL:
+    # The library needs these two and does not know where they are, so they are loaded first.
+    for name in ("libc10.so", "libtorch_cpu.so"):
+        ctypes.CDLL(str(_torch_folder() / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     loaded = ctypes.CDLL(str(library()), mode=ctypes.RTLD_GLOBAL)
     loaded.pretend_operators.restype = ctypes.c_char_p
     for name in ("pretend_allocated", "pretend_peak"):
