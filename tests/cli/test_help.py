@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from command_line import call
 from prunus.cli import app
 from prunus.cli.recipe_options import COMPRESSION, OPTIONS, RECIPE_ONLY
 from prunus.pruning.recipe import Recipe
+from prunus.pruning.structure.recipe import StructureRecipe
+from prunus.recovery.options import MODES, RecoveryOptions
 
 VERBS = [
     "prune",
@@ -107,6 +110,34 @@ def test_choices_are_those_of_the_recipe_and_stand_in_the_help(name):
     assert choices_of(kind) == allowed
     hidden = {"none"} if "Default: none" in option.help else set()
     assert all(word in option.help for word in allowed - hidden)
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("prune", Recipe),
+        ("compress", Recipe),
+        ("recover", RecoveryOptions),
+        ("shrink", StructureRecipe),
+    ],
+)
+def test_defaults_in_the_help_are_those_of_the_options(verb, options):
+    compared = 0
+    for parameter in COMMANDS[verb].params:
+        said = re.search(r"Default: (\d+(?:\.\d+)?|[a-z-]+(?=\.))", parameter.help or "")
+        field = options.model_fields.get(parameter.name)
+        if said is None or field is None or isinstance(field.default, bool | None):
+            continue
+        default = field.default if isinstance(field.default, str) else f"{field.default:g}"
+        assert said[1] == default, parameter.name
+        compared += 1
+    assert compared >= 8
+
+
+def test_the_help_of_recover_gives_the_learning_rate_of_every_mode():
+    help_of_rate = next(p.help for p in COMMANDS["recover"].params if p.name == "learning_rate")
+    for mode in MODES:
+        assert f"{RecoveryOptions(mode=mode).peak_rate():g} " in help_of_rate, mode
 
 
 def test_the_help_of_prune_begins_with_the_common_options():
