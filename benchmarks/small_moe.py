@@ -9,8 +9,9 @@ text: the train texts of WikiText-2 and C4 in FOLDER. Scores on the test text of
 printed on the way. Training gives a model whose experts do different things, which random weights
 would not. A model that is there already is not trained again.
 
-Then experts go, a quarter and a half of them: by REAP, by frequency and at random, and by REAP with
-repair. A table says how far each result is from the trained model on the test text of WikiText-2.
+Then experts go, a quarter and a half of them: by REAP, by contribution, by frequency and at random,
+and by the first two with repair. A table says how far each result is from the trained model on the
+test texts of WikiText-2 and C4.
 """
 
 from __future__ import annotations
@@ -103,11 +104,13 @@ SAMPLES, SCORED = 64, 64
 #: Row of the table -> options of `prunus.shrink`, once per seed that is averaged over.
 ROWS: dict[str, list[dict[str, Any]]] = {
     "REAP": [{"saliency": "reap", "repair": False}],
+    "contribution": [{"saliency": "contribution", "repair": False}],
     "frequency": [{"saliency": "frequency", "repair": False}],
     "random (mean of 3)": [
         {"saliency": "random", "repair": False, "seed": seed} for seed in range(3)
     ],
     "REAP and repair": [{"saliency": "reap", "repair": True}],
+    "contribution and repair": [{"saliency": "contribution", "repair": True}],
 }
 
 
@@ -128,18 +131,28 @@ def scores(model: Any, dense: list[torch.Tensor], batches: list[torch.Tensor]) -
     return divergence / len(batches), math.exp(loss / len(batches))
 
 
-def print_table(folder: Path, ids: torch.Tensor, test: torch.Tensor) -> None:
-    """Remove experts in several ways and print what is left."""
+def print_table(folder: Path, ids: torch.Tensor, tests: dict[str, torch.Tensor]) -> None:
+    """Remove experts in several ways and print what is left.
+
+    Args:
+        folder: of the trained model.
+        ids: the train text, as one row of token ids.
+        tests: name of a text -> its token ids.
+    """
     generator = torch.Generator().manual_seed(1)
     starts = torch.randint(len(ids) - SEQLEN, (SAMPLES,), generator=generator)
     windows = torch.stack([ids[start : start + SEQLEN] for start in starts.tolist()])
-    batches = list(test[: SCORED * SEQLEN].view(SCORED, SEQLEN).split(8))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        dense = [model(batch).logits.log_softmax(-1) for batch in batches]
-    print(f"dense: perplexity {scores(model, dense, batches)[1]:.2f}\n")
-    print("| experts that go | by | KL divergence | perplexity | seconds |")
-    print("| ---: | --- | ---: | ---: | ---: |", flush=True)
+    texts = []
+    for name, test in tests.items():
+        batches = list(test[: SCORED * SEQLEN].view(SCORED, SEQLEN).split(8))
+        with torch.no_grad():
+            dense = [model(batch).logits.log_softmax(-1) for batch in batches]
+        texts.append((dense, batches))
+        print(f"dense: perplexity {scores(model, dense, batches)[1]:.2f} on {name}")
+    columns = [cell for name in tests for cell in (f"KL, {name}", "perplexity")]
+    print(f"\n| experts that go | by | {' | '.join(columns)} | seconds |")
+    print(f"| ---: | --- | {'---: | ' * len(columns)}---: |", flush=True)
     for share in (0.25, 0.5):
         for name, runs in ROWS.items():
             found, started = [], time.process_time()
@@ -151,10 +164,13 @@ def print_table(folder: Path, ids: torch.Tensor, test: torch.Tensor) -> None:
                     small = AutoModelForCausalLM.from_pretrained(
                         Path(place, "out"), dtype=torch.float32
                     )
-                    found.append(scores(small.eval(), dense, batches))
-            kl, ppl = (sum(each) / len(found) for each in zip(*found, strict=True))
+                    found.append([n for text in texts for n in scores(small.eval(), *text)])
+            means = [sum(each) / len(found) for each in zip(*found, strict=True)]
+            cells = [
+                f"{kl:.4f} | {ppl:.2f}" for kl, ppl in zip(means[::2], means[1::2], strict=True)
+            ]
             seconds = (time.process_time() - started) / len(found)
-            print(f"| {share:.0%} | {name} | {kl:.4f} | {ppl:.2f} | {seconds:.0f} |", flush=True)
+            print(f"| {share:.0%} | {name} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
 
 
 def main() -> None:
@@ -168,12 +184,13 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--top-k", type=int, default=4)
     options = parser.parse_args()
-    wikitext, c4, test_text = (
+    wikitext, c4, wikitext_test, c4_test = (
         load_corpus(name, part, options.data)
         for name, part in (
             ("wikitext2", "calibration"),
             ("c4", "calibration"),
             ("wikitext2", "scoring"),
+            ("c4", "scoring"),
         )
     )
     texts = ["\n".join(wikitext.documents), *c4.documents]
@@ -181,10 +198,14 @@ def main() -> None:
     tokenizer = (
         PreTrainedTokenizerFast.from_pretrained(options.out) if trained else train_tokenizer(texts)
     )
-    ids, test = token_ids(tokenizer, texts), token_ids(tokenizer, [test_text.text()])
+    ids = token_ids(tokenizer, texts)
+    tests = {
+        "WikiText-2": token_ids(tokenizer, [wikitext_test.text()]),
+        "C4": token_ids(tokenizer, [c4_test.text()]),
+    }
     if not trained:
-        train_checkpoint(options, tokenizer, ids, test)
-    print_table(options.out, ids, test)
+        train_checkpoint(options, tokenizer, ids, tests["WikiText-2"])
+    print_table(options.out, ids, tests)
 
 
 def train_checkpoint(

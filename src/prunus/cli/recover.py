@@ -68,8 +68,8 @@ def recover(
         typer.Option(
             rich_help_panel=_TRAINING,
             help="Peak learning rate; it falls along a cosine. Default: that of the mode, 0.001 "
-            "for low-rank updates, 0.00077 times the root mean square of the weights for masked and "
-            "full, 0.002 relative to each tensor for scales.",
+            "for low-rank updates, 0.00077 times the root mean square of the weights for masked "
+            "and full, 0.002 relative to each tensor for scales.",
         ),
     ] = None,
     warmup: Annotated[

@@ -31,12 +31,13 @@ def shrink(
         ),
     ] = None,
     saliency: Annotated[
-        Literal["reap", "frequency", "magnitude", "random"] | None,
+        Literal["reap", "contribution", "frequency", "magnitude", "random"] | None,
         typer.Option(
             metavar="RULE",
             help="Which experts go. reap: those whose output, times the router's weight, is "
-            "smallest. frequency: those that fewest tokens choose. magnitude: those with the "
-            "smallest weights. random: any, by --seed, for comparison. Default: reap.",
+            "smallest on average over the tokens that choose them. contribution: the same, summed "
+            "over these tokens. frequency: those that fewest tokens choose. magnitude: those with "
+            "the smallest weights. random: any, by --seed, for comparison. Default: reap.",
         ),
     ] = None,
     blocks: Annotated[

@@ -23,7 +23,7 @@ def test_reap_is_the_mean_of_weight_times_norm_of_the_output(tmp_path):
     ids = token_ids()
     found = {
         rule: shrink(dense, tmp_path / rule, experts=5, saliency=rule, calibration=ids, batch=2)
-        for rule in ("reap", "frequency", "magnitude")
+        for rule in ("reap", "contribution", "frequency", "magnitude")
     }
     model: Any = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
     experts, calls = model.requires_grad_(False).model.layers[0].mlp.experts, []
@@ -41,6 +41,8 @@ def test_reap_is_the_mean_of_weight_times_norm_of_the_output(tmp_path):
     changes = {rule: record.blocks[0].experts for rule, record in found.items()}
     assert changes["reap"].saliency == pytest.approx(reap, rel=1e-4)
     assert changes["reap"].tokens == [len(x) for x in values]
+    sums = [sum(x) / sum(map(sum, values)) for x in values]
+    assert changes["contribution"].saliency == pytest.approx(sums, rel=1e-4)
     shares = [len(x) / sum(map(len, values)) for x in values]
     assert changes["frequency"].saliency == pytest.approx(shares)
     norms = [

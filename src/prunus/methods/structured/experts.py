@@ -5,7 +5,10 @@ The saliency of REAP (Lasby et al. 2025, arXiv 2510.13999) is
     S_e = mean over the tokens t that chose expert e of  g_e(t) · ‖f_e(t)‖
 
 where g is the weight that the router gives to the expert, and f its output. A removed expert leaves
-an error of about this size in the output of the layer.
+an error of about this size in the output of the layer for each of these tokens. The contribution of
+an expert is the sum of the same terms, which is the error over the whole text:
+
+    C_e = Σ over the tokens t that chose expert e of  g_e(t) · ‖f_e(t)‖
 
 Shape suffixes: E experts, T tokens that chose one expert, H hidden size.
 """
@@ -32,6 +35,8 @@ class ExpertSums:
     >>> sums.add(1, torch.tensor([[3.0, 4.0]]), torch.tensor([0.5]))
     >>> sums.reap_E.tolist(), sums.tokens_E.tolist()
     ([0.0, 2.5], [0, 1])
+    >>> sums.contribution_E.tolist()
+    [0.0, 1.0]
     """
 
     def __init__(self, count: int) -> None:
@@ -63,6 +68,12 @@ class ExpertSums:
     def reap_E(self) -> Tensor:
         """The saliency of REAP, float64 (E,); 0 for an expert that no token chose."""
         return self._weighted_E / self.tokens_E.clamp(min=1)
+
+    @property
+    def contribution_E(self) -> Tensor:
+        """The share of each expert in the sum of all contributions, float64 (E,)."""
+        total = self._weighted_E.sum()
+        return self._weighted_E / total if total > 0 else self._weighted_E
 
     @property
     def frequency_E(self) -> Tensor:

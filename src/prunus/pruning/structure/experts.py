@@ -40,7 +40,11 @@ def choose_experts(
         _run(stream, place, block, experts, sums)
         old.release(index)
     sums.complete(job.ranks)
-    saliency_E = {"reap": sums.reap_E, "frequency": sums.frequency_E}.get(job.recipe.saliency)
+    saliency_E = {
+        "reap": sums.reap_E,
+        "contribution": sums.contribution_E,
+        "frequency": sums.frequency_E,
+    }.get(job.recipe.saliency)
     if job.recipe.saliency == "random":
         # Each block draws numbers of its own, whether or not a run was interrupted before it.
         drawing = torch.Generator().manual_seed(job.recipe.seed * 1_000_003 + index)

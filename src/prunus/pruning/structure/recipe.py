@@ -44,7 +44,7 @@ class StructureRecipe(BaseModel):
     experts: Amount | None = Field(
         None, description="The share of the experts of each layer to remove, or a number to keep."
     )
-    saliency: Literal["reap", "frequency", "magnitude", "random"] = Field(
+    saliency: Literal["reap", "contribution", "frequency", "magnitude", "random"] = Field(
         "reap", description="By which number experts are chosen."
     )
     blocks: Amount | None = Field(
@@ -149,7 +149,7 @@ class StructureRecipe(BaseModel):
     @property
     def experts_are_measured(self) -> bool:
         """Whether experts are chosen by what they do with windows."""
-        return self.saliency in ("reap", "frequency")
+        return self.saliency in ("reap", "contribution", "frequency")
 
     def measuring(self) -> Recipe:
         """The pruning recipe with the same windows, from which a run takes all its checks."""
