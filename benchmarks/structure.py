@@ -59,10 +59,10 @@ from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.pruning.calibration_windows import describe_given
 from prunus.pruning.job import RunOptions
-from prunus.pruning.structure.plan import StructureJob, plan_structure
-from prunus.pruning.structure.recipe import load_structure_recipe
-from prunus.pruning.structure.record import StructureRecord
-from prunus.pruning.structure.run import shrink_by_recipe
+from prunus.structure.plan import StructureJob, plan_structure
+from prunus.structure.recipe import load_structure_recipe
+from prunus.structure.record import StructureRecord
+from prunus.structure.run import shrink_by_recipe
 
 #: Way -> options of `prunus.shrink`, without those that say how much goes.
 WAYS: dict[str, dict[str, Any]] = {

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from prunus.pruning.manifest import Manifest
     from prunus.pruning.recipe import Recipe
     from prunus.pruning.run import compress, prune
-    from prunus.pruning.structure.recipe import StructureRecipe
-    from prunus.pruning.structure.record import StructureRecord
-    from prunus.pruning.structure.run import shrink
     from prunus.recovery import RecoveryRecord, prune_and_recover, recover
     from prunus.reporting.write import report
+    from prunus.structure.recipe import StructureRecipe
+    from prunus.structure.record import StructureRecord
+    from prunus.structure.run import shrink
     from prunus.sweeping.run import sweep
 
     __version__: str
@@ -76,8 +76,8 @@ _HOMES = {
     "PerplexityResult": "prunus.evaluation",
     "Recipe": "prunus.pruning.recipe",
     "RecoveryRecord": "prunus.recovery",
-    "StructureRecipe": "prunus.pruning.structure.recipe",
-    "StructureRecord": "prunus.pruning.structure.record",
+    "StructureRecipe": "prunus.structure.recipe",
+    "StructureRecord": "prunus.structure.record",
     "TaskResults": "prunus.evaluation",
     "compare": "prunus.evaluation",
     "compress": "prunus.pruning.run",
@@ -90,7 +90,7 @@ _HOMES = {
     "prune_and_recover": "prunus.recovery",
     "recover": "prunus.recovery",
     "report": "prunus.reporting.write",
-    "shrink": "prunus.pruning.structure.run",
+    "shrink": "prunus.structure.run",
     "sweep": "prunus.sweeping.run",
     "unpack": "prunus.packed.packing",
 }

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from places import import_benchmark
-from prunus.pruning.structure import blocks
-from prunus.pruning.structure.record import StructureRecord
+from prunus.structure import blocks
+from prunus.structure.record import StructureRecord
 from tiny import tiny_checkpoint, tiny_model, token_ids
 
 flap = import_benchmark("flap")

@@ -24,8 +24,8 @@ from command_line import call
 from prunus.cli.terminal import user_errors
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import MANIFEST_NAME
-from prunus.pruning.progress import Progress, eta
 from prunus.reporting.progress import show_pruning
+from prunus.runs.progress import Progress, eta
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 

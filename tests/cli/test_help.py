@@ -17,8 +17,8 @@ from command_line import call
 from prunus.cli import app
 from prunus.cli.recipe_options import COMPRESSION, OPTIONS, RECIPE_ONLY
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.structure.recipe import StructureRecipe
 from prunus.recovery.options import MODES, RecoveryOptions
+from prunus.structure.recipe import StructureRecipe
 
 VERBS = [
     "prune",

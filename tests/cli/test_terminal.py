@@ -15,13 +15,13 @@ from command_line import call
 from prunus.cli import app
 from prunus.cli.terminal import log, print_result
 from prunus.evaluation import generation
-from prunus.pruning.progress import Progress
 from prunus.recovery import Step
 from prunus.reporting.console import TerminalConsole, printable, progress_console
 from prunus.reporting.document import Column, Document, Facts, Section
 from prunus.reporting.document import Table as DocumentTable
 from prunus.reporting.plain import to_markdown, to_terminal
 from prunus.reporting.progress import show_pruning, show_recovery
+from prunus.runs.progress import Progress
 from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 

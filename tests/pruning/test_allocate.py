@@ -12,18 +12,18 @@ import prunus
 import reference
 from prunus.methods.patterns import Pattern
 from prunus.model.stream import Stream
-from prunus.pruning.allocate import allocate, planned_allocation
-from prunus.pruning.job import RunOptions
-from prunus.pruning.manifest import Manifest
-from prunus.pruning.plan import plan_run
-from prunus.pruning.recipe import Recipe
-from prunus.pruning.sensitivity import (
+from prunus.pruning.allocation.allocate import allocate, planned_allocation
+from prunus.pruning.allocation.sensitivity import (
     Layer,
     layer_scores,
     output_errors,
     pruned_models,
     sensitivity_curves,
 )
+from prunus.pruning.job import RunOptions
+from prunus.pruning.manifest import Manifest
+from prunus.pruning.plan import plan_run
+from prunus.pruning.recipe import Recipe
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, tiny_model, token_ids
 
@@ -37,7 +37,9 @@ def test_the_budget_is_exact_and_every_linear_gets_what_the_manifest_says(
     rule, by, tmp_path, monkeypatch
 ):
     # The search may decide for a uniform sparsity; here it takes what it found.
-    monkeypatch.setattr("prunus.pruning.allocate.output_errors", lambda *a: [5, 4, 3, 2, 1])
+    monkeypatch.setattr(
+        "prunus.pruning.allocation.allocate.output_errors", lambda *a: [5, 4, 3, 2, 1]
+    )
     dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=3)
     report = prunus.prune(
         dense,
@@ -69,7 +71,7 @@ def test_a_resumed_run_keeps_the_same_sparsities(rule, tmp_path, monkeypatch):
         prunus.prune(dense, tmp_path / "out", **options, progress=stop_after(1))
     kept = Manifest.load(tmp_path / "out").allocation
     monkeypatch.setattr(
-        "prunus.pruning.allocate._measured", lambda *a: pytest.fail("measured twice")
+        "prunus.pruning.allocation.allocate._measured", lambda *a: pytest.fail("measured twice")
     )
     report = prunus.prune(dense, tmp_path / "out", **options)
     assert report.allocation == kept
@@ -171,7 +173,7 @@ def test_a_search_takes_the_part_that_harms_whole_models_least(tmp_path, monkeyp
             return EMBED(self, batches, *arguments, **options)
 
         monkeypatch.setattr("prunus.model.stream.Stream.embed", embed)
-        monkeypatch.setattr("prunus.pruning.allocate.output_errors", lambda *a: errors)
+        monkeypatch.setattr("prunus.pruning.allocation.allocate.output_errors", lambda *a: errors)
         recipe = Recipe(
             calibration="token ids", samples=8, seqlen=16, dtype="float32", allocation="search"
         )

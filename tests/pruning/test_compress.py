@@ -23,7 +23,6 @@ from prunus.model.checkpoint.reader import Checkpoint
 from prunus.packed import QuantizedLinear, reference_path, unpack
 from prunus.packed.description import Description, StoredTensor
 from prunus.pruning import plan
-from prunus.pruning.block_memory import BlockMemory
 from prunus.pruning.compressed_output import MEASUREMENT
 from prunus.pruning.compression_cost import measurement_memory
 from prunus.pruning.cost import _measurement_flops
@@ -34,6 +33,7 @@ from prunus.pruning.plan_summary import describe_plan
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.tables import plan_table, run_table
+from prunus.runs.block_memory import BlockMemory
 from scripts import run_script
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, tiny_model, token_ids, weights

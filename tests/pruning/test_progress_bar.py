@@ -11,8 +11,8 @@ import pytest
 
 import prunus
 from prunus.pruning import progress_bar
-from prunus.pruning.progress import Progress
-from prunus.pruning.progress_bar import ProgressBar, Shown, shows_progress
+from prunus.runs.progress import Progress
+from prunus.runs.progress_bar import ProgressBar, Shown, shows_progress
 from tiny import tiny_checkpoint, token_ids
 
 

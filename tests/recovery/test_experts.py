@@ -15,7 +15,7 @@ from prunus.model.experts import Experts, find_fused_experts, split_loaded_exper
 from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
-from prunus.pruning.structure.run import shrink
+from prunus.structure.run import shrink
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
 from tiny import EXPERT_FAMILIES, tiny_model, token_ids
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prunus.pruning.structure.record import RECORD_NAME
-from prunus.pruning.structure.run import shrink
+from prunus.structure.record import RECORD_NAME
+from prunus.structure.run import shrink
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, shards, training_text
 from tiny import token_ids
 

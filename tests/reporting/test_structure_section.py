@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 import prunus
-from prunus.pruning.structure.record import StructureRecord, TargetModel
 from prunus.reporting.document import HeatMap, Lines, Table
 from prunus.reporting.page import to_html
 from prunus.reporting.plain import to_markdown
 from prunus.reporting.sources import read_document
 from prunus.reporting.structure_section import structure_section
+from prunus.structure.record import StructureRecord, TargetModel
 from tiny import tiny_checkpoint, token_ids
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from prunus.model.block_lists import find_block_list
 from prunus.model.linears import find_linears
-from prunus.pruning.structure.record import StructureRecord
-from prunus.pruning.structure.run import shrink
+from prunus.structure.record import StructureRecord
+from prunus.structure.run import shrink
 
 #: Most tests look at what goes, and not at what is trained afterwards.
 shrink_without_repair = functools.partial(shrink, repair=False)

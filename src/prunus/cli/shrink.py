@@ -203,10 +203,10 @@ def shrink(
     with user_errors(json_file):
         from prunus.hardware.sizes import parse_bytes
         from prunus.pruning.job import RunOptions
-        from prunus.pruning.structure.recipe import StructureRecipe, load_structure_recipe
-        from prunus.pruning.structure.run import shrink_by_recipe
         from prunus.reporting.progress import show_pruning
         from prunus.reporting.structure_tables import structure_table
+        from prunus.structure.recipe import StructureRecipe, load_structure_recipe
+        from prunus.structure.run import shrink_by_recipe
 
         given = {name: values[name] for name in StructureRecipe.model_fields}
         chosen = load_structure_recipe(recipe, given)

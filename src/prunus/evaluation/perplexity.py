@@ -58,7 +58,7 @@ from prunus.model.device import choose_device
 from prunus.model.dtypes import DTYPES, check_dtype
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
-from prunus.pruning.progress_bar import shows_progress, window_step
+from prunus.runs.progress_bar import shows_progress, window_step
 
 __all__ = ["ScoringText", "load_scoring_text", "perplexity", "score_windows"]
 

@@ -27,7 +27,7 @@ from prunus.evaluation.tasks import LoadedTask, load_tasks, require_lm_eval, run
 from prunus.model.device import choose_device
 from prunus.model.dtypes import DTYPES, check_dtype
 from prunus.model.loading import load_model
-from prunus.pruning.progress_bar import Shown, shows_progress
+from prunus.runs.progress_bar import Shown, shows_progress
 
 __all__ = ["TaskRun", "evaluate", "prepare_tasks"]
 

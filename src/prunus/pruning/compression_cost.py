@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from prunus.methods.statistics import statistics_bytes
 from prunus.model.linears import Linear
 from prunus.model.source import CheckpointSource
-from prunus.pruning.block_memory import BlockMemory
 from prunus.pruning.compressed_output import embedding_and_head
 from prunus.pruning.job import PruningJob
 from prunus.pruning.loss_sensitivity import PROBE_TOKENS, PROBE_WINDOWS, part_width
 from prunus.pruning.rate_control import side_bits
+from prunus.runs.block_memory import BlockMemory
 
 __all__ = [
     "check_bits",

@@ -12,13 +12,14 @@ from typing import NamedTuple
 from prunus.hardware.memory import matmul_rate
 from prunus.hardware.rates import ASSUMED_GPU
 from prunus.methods.statistics import statistics_bytes
+from prunus.model.config_fields import experts_per_token
 from prunus.model.source import ModuleSource
-from prunus.pruning.block_memory import (
-    BYTES_PER_PRUNED_WEIGHT,
-    REPLAY_PASSES,
-    BlockMemory,
-    paused_bytes,
-    transient_bytes,
+from prunus.pruning.allocation.sensitivity import (
+    PROBE_PARTS,
+    PROBE_STEPS,
+    PROBE_TOKENS,
+    PROBE_WINDOWS,
+    layers_of,
 )
 from prunus.pruning.compression_cost import compressed_bytes, measured_tokens
 from prunus.pruning.job import PruningJob
@@ -31,14 +32,13 @@ from prunus.pruning.reconstruction.schedule import (
     linears_to_train,
     validation_count,
 )
-from prunus.pruning.sensitivity import (
-    PROBE_PARTS,
-    PROBE_STEPS,
-    PROBE_TOKENS,
-    PROBE_WINDOWS,
-    layers_of,
+from prunus.runs.block_memory import (
+    BYTES_PER_PRUNED_WEIGHT,
+    REPLAY_PASSES,
+    BlockMemory,
+    paused_bytes,
+    transient_bytes,
 )
-from prunus.pruning.structure.config import experts_per_token
 
 __all__ = ["block_memory", "disk_bytes", "estimate_seconds", "file_bytes"]
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunus.hardware.rates import ASSUMED_SHARE, Devices, Rates
-from prunus.pruning.batch_size import windows_per_batch
-from prunus.pruning.block_memory import (
+from prunus.runs.batch_size import windows_per_batch
+from prunus.runs.block_memory import (
     BYTES_PER_PRUNED_WEIGHT,
     REPLAY_PASSES,
     paused_bytes,

@@ -23,10 +23,10 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.pruning.block.dense_stream import drift_stride_for
 from prunus.pruning.block.settings import BlockSettings, LinearSettings
-from prunus.pruning.block_memory import BlockMemory
 from prunus.pruning.recipe import MEASURED_ALLOCATIONS, Recipe
 from prunus.pruning.reconstruction.schedule import ReconstructionSettings
 from prunus.pruning.records import Walk
+from prunus.runs.block_memory import BlockMemory
 
 __all__ = ["PruningJob", "RunOptions", "needs_inputs"]
 

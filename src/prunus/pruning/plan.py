@@ -24,10 +24,8 @@ from prunus.model.device import choose_device
 from prunus.model.kinds import IMAGES, kind_of, require_causal
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.pruning.batch_size import windows_per_batch
 from prunus.pruning.block.settings import LinearSettings
 from prunus.pruning.compression_cost import check_bits, measurement_memory
-from prunus.pruning.compute_dtype import decide_dtype
 from prunus.pruning.cost import block_memory, disk_bytes
 from prunus.pruning.job import PruningJob, RunOptions, needs_inputs
 from prunus.pruning.manifest import Manifest
@@ -35,6 +33,8 @@ from prunus.pruning.output import bytes_in, check_output
 from prunus.pruning.rank_checks import check_ranks_can_share
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.selection import check_inputs, select_linears, select_packable
+from prunus.runs.batch_size import windows_per_batch
+from prunus.runs.compute_dtype import decide_dtype
 
 __all__ = ["CheckedRun", "check_run", "find_earlier_run", "plan_run"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prunus.hardware.memory import resident_memory
-from prunus.pruning.allocate import planned_allocation
+from prunus.pruning.allocation.allocate import planned_allocation
 from prunus.pruning.block.permute import find_permutable
 from prunus.pruning.compression_cost import measurement_memory
 from prunus.pruning.cost import disk_bytes, estimate_seconds, file_bytes

@@ -30,7 +30,7 @@ from prunus.calibration.texts import are_texts
 from prunus.distributed import SINGLE_PROCESS
 from prunus.hardware.memory import HeapTrimmer, describe_hardware, peak_memory, versions
 from prunus.hardware.sizes import parse_bytes
-from prunus.pruning.allocate import allocate
+from prunus.pruning.allocation.allocate import allocate
 from prunus.pruning.block.checks import StoredBlock
 from prunus.pruning.block.prune_block import BlockPruner
 from prunus.pruning.calibration_windows import calibration_windows, describe_given, run_inputs
@@ -39,15 +39,15 @@ from prunus.pruning.compression import rate_control
 from prunus.pruning.job import PruningJob, RunOptions
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.output import Output
-from prunus.pruning.output_lock import locked_output
 from prunus.pruning.overlap import BackgroundWrites, read_ahead, read_block
 from prunus.pruning.plan import CheckedRun, check_run, find_earlier_run
-from prunus.pruning.progress import Progress
-from prunus.pruning.progress_bar import ProgressBar, pruning_step, shows_progress
 from prunus.pruning.rank_checks import check_same_on_all_ranks
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.recipe_options import RecipeOptions, recipe_from
 from prunus.pruning.records import Walk
+from prunus.runs.lock import locked_output
+from prunus.runs.progress import Progress
+from prunus.runs.progress_bar import ProgressBar, pruning_step, shows_progress
 
 __all__ = ["compress", "prune", "run"]
 
@@ -100,7 +100,7 @@ def prune(
         rank_timeout: Under torchrun, a process without a sign of life counts as lost after this
             many seconds; default 600.
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
-            is called after every block with a `prunus.pruning.progress.Progress`; under torchrun
+            is called after every block with a `prunus.runs.progress.Progress`; under torchrun
             on rank 0.
         **recipe_options: The other options of `Recipe`; see `RecipeOptions`.
 

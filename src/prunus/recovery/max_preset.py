@@ -26,7 +26,6 @@ from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.source import CheckpointSource
 from prunus.pruning.job import RunOptions
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
-from prunus.pruning.progress import Progress
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.recipe_options import recipe_from
 from prunus.pruning.run import run
@@ -41,6 +40,7 @@ from prunus.recovery.options import RecoveryOptions, recovery_options
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.run import recover
 from prunus.recovery.training import Step
+from prunus.runs.progress import Progress
 
 __all__ = [
     "DEFAULT_MINUTES",

@@ -20,9 +20,9 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.pruning.manifest import MANIFEST_NAME
 from prunus.pruning.output import OUTSIDE_SHARD, shard_name
-from prunus.pruning.structure.record import RECORD_NAME as STRUCTURE_NAME
 from prunus.recovery.masks import check_zeros
 from prunus.recovery.record import LinearMask
+from prunus.structure.record import RECORD_NAME as STRUCTURE_NAME
 
 __all__ = ["ResultFolder", "files_to_copy"]
 

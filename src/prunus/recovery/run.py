@@ -33,8 +33,6 @@ from prunus.model.experts import split_loaded_experts
 from prunus.model.linears import Linear
 from prunus.model.loading import load_model
 from prunus.model.names import stored_names
-from prunus.pruning.output_lock import locked_output
-from prunus.pruning.progress_bar import Shown, shows_progress
 from prunus.recovery.card import adapter_card, checkpoint_card
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.compressed_result import write_compressed
@@ -54,6 +52,8 @@ from prunus.recovery.scales import dense_size, scales, trained_tensors
 from prunus.recovery.sparse_lora import merged_weights, sparse_lora
 from prunus.recovery.trainable import Trainable, full, masked
 from prunus.recovery.training import Step, train
+from prunus.runs.lock import locked_output
+from prunus.runs.progress_bar import Shown, shows_progress
 
 __all__ = ["recover"]
 

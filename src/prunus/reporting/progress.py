@@ -18,12 +18,12 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from prunus.pruning.progress import LineInterval, eta
 from prunus.reporting.console import printable, progress_console
+from prunus.runs.progress import LineInterval, eta
 
 if TYPE_CHECKING:
-    from prunus.pruning.progress import Progress as PruningStep
     from prunus.recovery import Step as RecoveryStep
+    from prunus.runs.progress import Progress as PruningStep
 
 __all__ = ["show_pruning", "show_recovery"]
 

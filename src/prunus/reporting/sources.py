@@ -8,7 +8,6 @@ from typing import Any
 
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
-from prunus.pruning.structure.record import RECORD_NAME, StructureRecord
 from prunus.reporting.document import Document, Section
 from prunus.reporting.evaluation_sections import decode_speeds, evaluation_section, speed_section
 from prunus.reporting.page import document_json
@@ -17,6 +16,7 @@ from prunus.reporting.run_comparison import comparison_section
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.structure_section import structure_section
 from prunus.reporting.sweep_tables import sweep_section
+from prunus.structure.record import RECORD_NAME, StructureRecord
 from prunus.sweeping.results import RESULTS_NAME, SweepResults
 
 __all__ = ["read_document"]

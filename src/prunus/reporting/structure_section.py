@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunus.pruning.structure.card import what_went
 from prunus.reporting.document import Column, Facts, HeatMap, Lines, Section, Series, Table
 from prunus.reporting.run_sections import input_facts, items_of
 from prunus.reporting.structure_tables import shown
+from prunus.structure.card import what_went
 
 if TYPE_CHECKING:
-    from prunus.pruning.structure.record import BlockChange, PartChange, StructureRecord
+    from prunus.structure.record import BlockChange, PartChange, StructureRecord
 
 __all__ = ["structure_section"]
 

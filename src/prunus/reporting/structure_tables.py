@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from prunus.pruning.records import bos_words
-from prunus.pruning.structure.card import what_went
+from prunus.structure.card import what_went
 
 if TYPE_CHECKING:
-    from prunus.pruning.structure.record import StructureRecord
+    from prunus.structure.record import StructureRecord
 
 __all__ = ["shown", "structure_table"]
 

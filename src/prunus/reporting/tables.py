@@ -243,7 +243,7 @@ def _duration(seconds: float) -> str:
 
 
 def _allocation(planned: dict[str, Any]) -> str:
-    """The sparsity of each block, as `prunus.pruning.allocate.planned_allocation` gives it."""
+    """The sparsity of each block, as `allocation.allocate.planned_allocation` gives it."""
     if planned.get("blocks"):
         return f"{planned['rule']}: " + ", ".join(f"{value:.1%}" for value in planned["blocks"])
     if planned["measured"]:

@@ -19,10 +19,10 @@ from prunus.evaluation.task_runner import evaluate
 from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, copy_file, make_folder
 from prunus.pruning.job import RunOptions
 from prunus.pruning.manifest import MANIFEST_NAME, Manifest
-from prunus.pruning.progress import Progress
 from prunus.pruning.run import run
 from prunus.recovery import recover
 from prunus.recovery.record import RECORD_NAME
+from prunus.runs.progress import Progress
 from prunus.sweeping.grid import Scoring
 from prunus.sweeping.results import CellResult, ModelResult, Pruning, Score, Size, TaskValue
 

@@ -24,8 +24,8 @@ from prunus.evaluation import Reference
 from prunus.hardware.sizes import parse_bytes
 from prunus.methods import METHODS
 from prunus.pruning.job import RunOptions
-from prunus.pruning.output_lock import locked_output
-from prunus.pruning.progress import LineInterval, Progress
+from prunus.runs.lock import locked_output
+from prunus.runs.progress import LineInterval, Progress
 from prunus.sweeping.calibration_windows import shared_windows
 from prunus.sweeping.cells import discard_weights, prune_cell, recover_cell, score_model
 from prunus.sweeping.checks import check_folder

@@ -18,14 +18,7 @@ from prunus.distributed import Ranks
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.output_folder import check_apart, check_resume, is_vacant
 from prunus.model.checkpoint.reader import resolve_folder
-from prunus.model.experts import Experts
-from prunus.model.kinds import require_causal
-from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource
-from prunus.pruning.job import PruningJob, RunOptions
-from prunus.pruning.plan import plan_run
-from prunus.pruning.reconstruction.batches import step_ranks
-from prunus.pruning.structure.config import (
+from prunus.model.config_fields import (
     blocks_that_take_images,
     expert_count,
     expert_groups,
@@ -34,12 +27,19 @@ from prunus.pruning.structure.config import (
     rewritten,
     without_blocks,
 )
-from prunus.pruning.structure.layout import check_same_blocks
-from prunus.pruning.structure.layout_trial import LayoutTrial
-from prunus.pruning.structure.recipe import StructureRecipe, kept_count
-from prunus.pruning.structure.record import RECORD_NAME, StructureRecord
-from prunus.pruning.structure.target_plan import TargetPlan
-from prunus.pruning.structure.width_plan import WidthPlan, plan_width
+from prunus.model.experts import Experts
+from prunus.model.kinds import require_causal
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource
+from prunus.pruning.job import PruningJob, RunOptions
+from prunus.pruning.plan import plan_run
+from prunus.pruning.reconstruction.batches import step_ranks
+from prunus.structure.layout import check_same_blocks
+from prunus.structure.layout_trial import LayoutTrial
+from prunus.structure.recipe import StructureRecipe, kept_count
+from prunus.structure.record import RECORD_NAME, StructureRecord
+from prunus.structure.target_plan import TargetPlan
+from prunus.structure.width_plan import WidthPlan, plan_width
 
 __all__ = ["ExpertPlan", "SmallerModel", "StructureJob", "find_earlier_run", "plan_structure"]
 

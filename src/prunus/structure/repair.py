@@ -22,8 +22,8 @@ from prunus.distributed import own_part, split_range
 from prunus.model.stream import Stream
 from prunus.pruning.reconstruction.reconstruct_block import BlockReconstructor
 from prunus.pruning.records import ReconstructionRecord, Walk
-from prunus.pruning.structure.layout import shapes_of
-from prunus.pruning.structure.plan import SmallerModel, StructureJob
+from prunus.structure.layout import shapes_of
+from prunus.structure.plan import SmallerModel, StructureJob
 
 __all__ = ["Repair"]
 

@@ -30,11 +30,11 @@ from prunus.methods.structured.channels import (
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
 from prunus.pruning.block.hooks import input_hooks, tokens_of
-from prunus.pruning.structure.plan import StructureJob
-from prunus.pruning.structure.record import PartChange, WidthChange
-from prunus.pruning.structure.spans import KeptUnits
-from prunus.pruning.structure.width_layout import PartLayout
-from prunus.pruning.structure.width_plan import HeadPlan, WidthPlan
+from prunus.structure.plan import StructureJob
+from prunus.structure.record import PartChange, WidthChange
+from prunus.structure.spans import KeptUnits
+from prunus.structure.width_layout import PartLayout
+from prunus.structure.width_plan import HeadPlan, WidthPlan
 
 __all__ = ["narrow"]
 

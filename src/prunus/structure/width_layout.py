@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from prunus.model.linears import Linear, find_linears
-from prunus.pruning.structure.layout import axis_that_changes, shapes_of
-from prunus.pruning.structure.layout_trial import LayoutTrial
-from prunus.pruning.structure.spans import Cut, Span, UnitKind, possible_spans
+from prunus.structure.layout import axis_that_changes, shapes_of
+from prunus.structure.layout_trial import LayoutTrial
+from prunus.structure.spans import Cut, Span, UnitKind, possible_spans
 
 __all__ = ["PartLayout", "channel_layouts", "head_layout"]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prunus.pruning.structure import blocks
-from prunus.pruning.structure.record import StructureRecord
+from prunus.structure import blocks
+from prunus.structure.record import StructureRecord
 from structure_cases import bytes_of, logits, shrink_killed_in_second_step
 from structure_cases import shrink_without_repair as shrink
 from tiny import EXPERT_FAMILIES, FAMILIES, NEWER_FAMILIES, tiny_checkpoint, token_ids

@@ -7,8 +7,8 @@ import torch
 
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
-from prunus.pruning.structure.layout_trial import LayoutTrial
-from prunus.pruning.structure.spans import Cut, Span
+from prunus.structure.layout_trial import LayoutTrial
+from prunus.structure.spans import Cut, Span
 from tiny import tiny_checkpoint
 
 CHANNELS, HEADS, GROUPS = Span("channels", 64, 1), Span("heads", 4, 8), Span("groups", 2, 8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from prunus.pruning.records import bos_words
-from prunus.pruning.structure.record import RECORD_NAME, StructureRecord
+from prunus.structure.record import RECORD_NAME, StructureRecord
 
 __all__ = ["structure_card", "what_went"]
 

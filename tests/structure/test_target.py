@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from prunus.pruning.calibration_windows import describe_given
 from prunus.pruning.job import RunOptions
-from prunus.pruning.structure import target_search
-from prunus.pruning.structure.recipe import load_structure_recipe
-from prunus.pruning.structure.record import StructureRecord, TargetModel
-from prunus.pruning.structure.run import shrink_by_recipe
-from prunus.pruning.structure.target import parse_target
-from prunus.pruning.structure.target_plan import TargetPlan
+from prunus.structure import target_search
+from prunus.structure.recipe import load_structure_recipe
+from prunus.structure.record import StructureRecord, TargetModel
+from prunus.structure.run import shrink_by_recipe
+from prunus.structure.target import parse_target
+from prunus.structure.target_plan import TargetPlan
 from structure_cases import bytes_of, logits, shrink_killed_in_second_step
 from structure_cases import shrink_without_repair as shrink
 from tiny import tiny_checkpoint, token_ids

@@ -29,7 +29,7 @@ from torch import Tensor
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import Stream
-from prunus.pruning.structure.blocks import (
+from prunus.structure.blocks import (
     PROBE_TOKENS,
     PROBE_WINDOWS,
     BlockSearch,
@@ -37,10 +37,10 @@ from prunus.pruning.structure.blocks import (
     candidate_states,
     divergences,
 )
-from prunus.pruning.structure.plan import StructureJob
-from prunus.pruning.structure.recipe import StructureRecipe
-from prunus.pruning.structure.record import StructureRecord, TargetModel
-from prunus.pruning.structure.target_plan import Level, TargetPlan
+from prunus.structure.plan import StructureJob
+from prunus.structure.recipe import StructureRecipe
+from prunus.structure.record import StructureRecord, TargetModel
+from prunus.structure.target_plan import Level, TargetPlan
 
 __all__ = ["TargetSearch", "remove_candidates", "split_windows"]
 

@@ -24,9 +24,9 @@ from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.names import names_in_model
 from prunus.pruning.output import OUTSIDE_SHARD, prepare_folder, shard_name
-from prunus.pruning.structure.card import structure_card
-from prunus.pruning.structure.plan import SmallerModel, StructureJob
-from prunus.pruning.structure.record import BlockChange, StructureRecord
+from prunus.structure.card import structure_card
+from prunus.structure.plan import SmallerModel, StructureJob
+from prunus.structure.record import BlockChange, StructureRecord
 
 __all__ = ["StructureOutput", "renumbered"]
 

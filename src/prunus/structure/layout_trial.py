@@ -17,7 +17,7 @@ from torch import Tensor
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 from prunus.model.stream import Stream
-from prunus.pruning.structure.spans import Cut, KeptUnits, Span, UnitKind
+from prunus.structure.spans import Cut, KeptUnits, Span, UnitKind
 
 __all__ = ["LayoutTrial"]
 

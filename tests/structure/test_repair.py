@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prunus.pruning.structure import run
-from prunus.pruning.structure.run import shrink
+from prunus.structure import run
+from prunus.structure.run import shrink
 from structure_cases import bytes_of, shrunk_with_a_kill
 from tiny import tiny_checkpoint, token_ids
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from prunus.methods.options import MethodName
 from prunus.pruning.recipe import DtypeName, Recipe
 from prunus.pruning.recipe_file import read_toml
-from prunus.pruning.structure.target import parse_target
+from prunus.structure.target import parse_target
 
 __all__ = ["Amount", "StructureRecipe", "kept_count", "load_structure_recipe"]
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from prunus.model.config_fields import experts_per_token
 from prunus.model.experts import Experts
 from prunus.model.skeleton import Skeleton
 from prunus.pruning.job import PruningJob
-from prunus.pruning.structure.config import experts_per_token
-from prunus.pruning.structure.recipe import StructureRecipe
-from prunus.pruning.structure.target import Size, Target, parse_target, total
-from prunus.pruning.structure.width_plan import WidthPlan
+from prunus.structure.recipe import StructureRecipe
+from prunus.structure.target import Size, Target, parse_target, total
+from prunus.structure.width_plan import WidthPlan
 
 __all__ = ["Level", "TargetPlan"]
 

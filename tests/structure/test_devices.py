@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from devices import PRETEND, assert_same_weights
-from prunus.pruning.structure.run import shrink
+from prunus.structure.run import shrink
 from tiny import tiny_checkpoint, token_ids
 
 pytestmark = pytest.mark.cuda

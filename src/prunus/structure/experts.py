@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from prunus.methods.structured.experts import ExpertSums, kept_experts, magnitude
 from prunus.model.experts import Experts
 from prunus.model.stream import Stream
-from prunus.pruning.structure.plan import StructureJob
-from prunus.pruning.structure.record import ExpertChange
+from prunus.structure.plan import StructureJob
+from prunus.structure.record import ExpertChange
 
 __all__ = ["choose_experts"]
 

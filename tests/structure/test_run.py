@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from command_line import call
 from prunus.model.checkpoint.digests import verify_shards
-from prunus.pruning.structure.recipe import StructureRecipe, load_structure_recipe
-from prunus.pruning.structure.record import RECORD_NAME
+from prunus.structure.recipe import StructureRecipe, load_structure_recipe
+from prunus.structure.record import RECORD_NAME
 from structure_cases import bytes_of, shrunk_with_a_kill
 from structure_cases import shrink_without_repair as shrink
 from tiny import tiny_checkpoint, token_ids

@@ -34,25 +34,25 @@ from prunus.pruning.block.checks import check_same, read_stored
 from prunus.pruning.calibration_windows import calibration_windows, describe_given, run_inputs
 from prunus.pruning.job import RunOptions
 from prunus.pruning.output import bytes_in
-from prunus.pruning.output_lock import locked_output
-from prunus.pruning.progress import Progress
 from prunus.pruning.rank_checks import check_same_on_all_ranks
 from prunus.pruning.reconstruction.batches import step_parts
-from prunus.pruning.structure.blocks import choose_blocks
-from prunus.pruning.structure.experts import choose_experts
-from prunus.pruning.structure.layout import axis_that_changes, cut, old_names, shapes_of
-from prunus.pruning.structure.output import StructureOutput
-from prunus.pruning.structure.plan import (
+from prunus.runs.lock import locked_output
+from prunus.runs.progress import Progress
+from prunus.structure.blocks import choose_blocks
+from prunus.structure.experts import choose_experts
+from prunus.structure.layout import axis_that_changes, cut, old_names, shapes_of
+from prunus.structure.output import StructureOutput
+from prunus.structure.plan import (
     SmallerModel,
     StructureJob,
     find_earlier_run,
     plan_structure,
 )
-from prunus.pruning.structure.recipe import StructureRecipe, load_structure_recipe
-from prunus.pruning.structure.record import BlockChange, BlockStep, StructureRecord
-from prunus.pruning.structure.repair import Repair
-from prunus.pruning.structure.target_search import TargetSearch, remove_candidates, split_windows
-from prunus.pruning.structure.width import narrow
+from prunus.structure.recipe import StructureRecipe, load_structure_recipe
+from prunus.structure.record import BlockChange, BlockStep, StructureRecord
+from prunus.structure.repair import Repair
+from prunus.structure.target_search import TargetSearch, remove_candidates, split_windows
+from prunus.structure.width import narrow
 
 __all__ = ["shrink", "shrink_by_recipe"]
 

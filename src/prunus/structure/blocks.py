@@ -22,8 +22,8 @@ from torch import Tensor
 from prunus.distributed import own_part
 from prunus.methods.structured.blocks import cosine_sum, divergence_sum
 from prunus.model.stream import Stream
-from prunus.pruning.structure.plan import StructureJob
-from prunus.pruning.structure.record import BlockStep
+from prunus.structure.plan import StructureJob
+from prunus.structure.record import BlockStep
 
 __all__ = [
     "PROBE_TOKENS",

@@ -23,9 +23,7 @@ from prunus.methods.allocation import (
     uniform,
 )
 from prunus.model.stream import Stream
-from prunus.pruning.job import PruningJob
-from prunus.pruning.recipe import MEASURED_ALLOCATIONS
-from prunus.pruning.sensitivity import (
+from prunus.pruning.allocation.sensitivity import (
     PROBE_PARTS,
     PROBE_STEPS,
     PROBE_TOKENS,
@@ -38,6 +36,8 @@ from prunus.pruning.sensitivity import (
     pruned_models,
     sensitivity_curves,
 )
+from prunus.pruning.job import PruningJob
+from prunus.pruning.recipe import MEASURED_ALLOCATIONS
 
 __all__ = ["allocate", "planned_allocation"]
 

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from prunus.model.config_fields import canonical
 from prunus.model.skeleton import Skeleton
-from prunus.pruning.structure.config import canonical
-from prunus.pruning.structure.layout import check_same_blocks, shapes_of
-from prunus.pruning.structure.layout_trial import LayoutTrial
-from prunus.pruning.structure.recipe import StructureRecipe
-from prunus.pruning.structure.width_layout import PartLayout, channel_layouts, head_layout
+from prunus.structure.layout import check_same_blocks, shapes_of
+from prunus.structure.layout_trial import LayoutTrial
+from prunus.structure.recipe import StructureRecipe
+from prunus.structure.width_layout import PartLayout, channel_layouts, head_layout
 
 __all__ = ["BlockWidth", "HeadPlan", "WidthPlan", "plan_width"]
 

@@ -14,7 +14,7 @@ from prunus.model.checkpoint.atomic_files import write_json
 from prunus.model.checkpoint.records import check_same_work, read_record
 from prunus.pruning.manifest import RunInputs
 from prunus.pruning.records import ReconstructionRecord
-from prunus.pruning.structure.recipe import StructureRecipe
+from prunus.structure.recipe import StructureRecipe
 
 __all__ = [
     "RECORD_NAME",

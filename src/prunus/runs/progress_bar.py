@@ -16,7 +16,7 @@ from html import escape
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from prunus.distributed import is_rank_0
-from prunus.pruning.progress import LineInterval, Progress, eta
+from prunus.runs.progress import LineInterval, Progress, eta
 
 __all__ = ["ProgressBar", "Shown", "pruning_step", "shows_progress", "window_step"]
 

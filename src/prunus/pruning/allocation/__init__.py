@@ -1,0 +1,1 @@
+"""How a sparsity is distributed over the layers of a model."""

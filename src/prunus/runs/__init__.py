@@ -1,0 +1,1 @@
+"""One run of any verb: its options, windows, folder, record and progress."""
