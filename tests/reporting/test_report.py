@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -16,21 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
 import prunus
 import prunus.reporting
 from command_line import call
-from prunus.evaluation.histograms import linear_histograms
-from prunus.pruning.job import RunOptions
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
-from prunus.reporting.document import Document, Histogram, Lines, Measured, Section, Table, text_of
+from prunus.reporting.document import Document, Lines, Measured, Section, Table, text_of
 from prunus.reporting.figures import figure_json
-from prunus.reporting.histogram_section import histogram_section
 from prunus.reporting.page import document_json, to_html
 from prunus.reporting.plain import to_markdown, to_terminal
 from prunus.reporting.sources import read_document
@@ -268,95 +262,6 @@ def test_figures_are_written_in_one_way(value, form, text):
     assert text_of(value, form) == text
 
 
-# --- histograms ---
-
-
-@pytest.mark.parametrize(
-    "name", ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
-)
-def test_histograms_count_weights_and_scores_as_they_were_when_pruned(run, name):
-    found = linear_histograms(run, name)
-    manifest = Manifest.load(run)
-    before, after = (
-        AutoModelForCausalLM.from_pretrained(folder).get_submodule(name).weight.detach().numpy()
-        for folder in (manifest.source, run)
-    )
-    edges = np.array(found.weight_edges)
-    assert found.before == tuple(np.histogram(before, edges)[0])
-    assert found.after == tuple(np.histogram(after[after != 0], edges)[0])
-    assert found.removed == tuple(np.histogram(before[after == 0], edges)[0])
-    assert sum(found.before) + sum(found.after) + found.outside == before.size + np.count_nonzero(
-        after
-    )
-    # Inputs of a linear in the finished model are those that it was pruned on.
-    model, inputs = AutoModelForCausalLM.from_pretrained(run), []
-    model.get_submodule(name).register_forward_pre_hook(
-        lambda _, x: inputs.append(x[0].reshape(-1, x[0].shape[-1]))
-    )
-    with torch.no_grad():
-        model(token_ids(4, 16))
-    scores = np.abs(before) * inputs[0].norm(dim=0).numpy()
-    edges = np.array(found.score_edges)
-    kept, gone = (
-        np.histogram(np.log10(scores[which]), edges)[0] for which in (after != 0, after == 0)
-    )
-    assert np.abs(np.array(found.score_kept) - kept).sum() <= 4, (
-        "rounding may move a score over an edge"
-    )
-    assert np.abs(np.array(found.score_removed) - gone).sum() <= 4
-    assert sum(found.score_kept) == np.count_nonzero(after)
-
-
-def test_histograms_make_do_with_what_is_there(run, tmp_path):
-    folder = tmp_path / "moved"
-    shutil.copytree(run, folder)
-    manifest = Manifest.load(folder)
-    dense, manifest.source = manifest.source, str(tmp_path / "gone")
-    manifest.save(folder)
-    name = "model.layers.0.mlp.up_proj"
-    alone = linear_histograms(folder, name)
-    assert alone.before is None
-    assert "The dense checkpoint was not found" in alone.notes[0]
-    whole = linear_histograms(folder, name, dense=dense)
-    assert whole == linear_histograms(run, name)
-    with pytest.raises(ValueError, match="its fingerprint differs"):
-        linear_histograms(
-            folder, name, dense=str(tiny_checkpoint(tmp_path / "other", num_hidden_layers=1))
-        )
-    with pytest.raises(
-        ValueError,
-        match=r"no linear 'model\.layers\.0\.up'; "
-        r"there are 14, such as model\.layers\.0\.mlp\.up_proj",
-    ):
-        linear_histograms(folder, "model.layers.0.up")
-    manifest.recipe = manifest.recipe.model_copy(update={"calibration": "token ids"})
-    manifest.save(folder)
-    unscored = linear_histograms(folder, name, dense=dense)
-    assert (unscored.before, unscored.score_kept) == (whole.before, ())
-    assert "No scores, which need the calibration text" in unscored.notes[0]
-
-
-def test_magnitude_needs_no_text_and_other_methods_say_whose_score_is_shown(run, tmp_path):
-    dense = Manifest.load(run).source
-    ids = token_ids(2, 16)
-    for method, score in (("magnitude", "|W|"), ("sparsegpt", "|W|·‖X‖")):
-        save_file({"input_ids": ids}, tmp_path / "ids.safetensors")
-        options = {"calibration": str(tmp_path / "ids.safetensors"), "samples": 2, "seqlen": 16}
-        prunus.prune(dense, tmp_path / method, method, **options)
-        found = linear_histograms(
-            tmp_path / method, "model.layers.0.mlp.up_proj", options=RunOptions()
-        )
-        assert found.score.startswith(score)
-        assert ("chooses by a score of its own" in " ".join(found.notes)) == (method == "sparsegpt")
-        [chart] = [
-            x for x in histogram_section(found).parts if isinstance(x, Histogram) and x.log_x
-        ]
-        assert chart.x_title == score, "an axis has room for no more"
-        assert chart.note == (
-            f"Scores: inputs of 2 windows of {options['calibration']}." if "X" in score else ""
-        )
-
-
 # --- the page as a file ---
 
 
@@ -385,7 +290,7 @@ def test_hostile_names_are_text_and_nothing_else(run, tmp_path):
     }
     assert all(not name.startswith("on") for _, attributes in tags(page) for name in attributes)
     assert {attributes.get("href") for tag, attributes in tags(page) if tag == "a"} == {
-        f"#section-{k}" for k in range(5)
+        f"#section-{k}" for k in range(4)
     }
     executed = [
         attributes for tag, attributes in tags(page) if tag == "script" and "type" not in attributes
@@ -447,20 +352,16 @@ def test_a_page_without_charts_needs_no_plotting_library(tmp_path, monkeypatch, 
 
 
 def test_the_command_writes_a_page_markdown_or_the_terminal(run, tmp_path):
-    linear = "model.layers.1.mlp.down_proj"
     call(
         "report",
         run,
         "-o",
         tmp_path / "new" / "r.html",
-        "--histogram",
-        linear,
         "--bench",
         write(tmp_path / "b.json", bench("x")),
     )
     page = (tmp_path / "new" / "r.html").read_text()
     assert page.startswith("<!doctype html>")
-    assert f"Histograms of {linear}" in page
     assert "Size and speed" in page
     result = call(
         "report", run, "-o", tmp_path / "r.md", "--title", "My run", "--json", tmp_path / "r.json"
@@ -482,8 +383,6 @@ def test_the_command_writes_a_page_markdown_or_the_terminal(run, tmp_path):
         (["{tmp}/broken.json"], "is not valid JSON"),
         (["{run}", "--bench", "{tmp}/dict.json"], "this is not the JSON of prunus bench"),
         (["{run}", "-o", "{tmp}/page.pdf"], "the name must end in .html or .md"),
-        (["{run}", "--histogram", "q_proj"], "the run pruned no linear 'q_proj'"),
-        (["{run}", "{run}", "--histogram", "q_proj"], "--histogram takes one RUN; got 2 paths"),
     ],
 )
 def test_what_cannot_be_reported_on_is_named(arguments, message, run, tmp_path):

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from prunus.evaluation import PerplexityResult
 from prunus.evaluation.comparison import compare
-from prunus.evaluation.histograms import linear_histograms
 from prunus.evaluation.speed import Speed
 from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.document import Document
-from prunus.reporting.histogram_section import histogram_section
 from prunus.reporting.sources import read_document
 from prunus.sweeping.results import (
     CalibrationSet,
@@ -169,14 +166,12 @@ def write(path: Path, content: object) -> Path:
 
 
 def whole_document(tmp_path: Path, run: Path) -> Document:
-    """A run, a sweep, an evaluation, a measurement and histograms in one report."""
+    """A run, a sweep, an evaluation and a measurement in one report."""
     (tmp_path / "sweep").mkdir()
     sweep_results().save(tmp_path / "sweep")
-    found = linear_histograms(run, "model.layers.1.mlp.down_proj")
     return read_document(
         [run, tmp_path / "sweep", write(tmp_path / "eval.json", evaluation())],
         write(tmp_path / "bench.json", bench("dense", "packed")),
-        [histogram_section(found)],
         "All of it",
     )
 
@@ -196,12 +191,6 @@ def hostile_document(tmp_path: Path, run: Path) -> Document:
     results = sweep_results(HOSTILE, HOSTILE, error=HOSTILE)
     results.description = results.file = HOSTILE
     results.save(tmp_path / "sweep")
-    found = replace(
-        linear_histograms(run, "model.layers.0.mlp.up_proj"),
-        linear=HOSTILE,
-        score=HOSTILE,
-        notes=(HOSTILE,),
-    )
     return read_document(
         [
             tmp_path / "run",
@@ -209,6 +198,5 @@ def hostile_document(tmp_path: Path, run: Path) -> Document:
             write(tmp_path / "e.json", evaluation(HOSTILE, "x" + HOSTILE)),
         ],
         write(tmp_path / "b.json", bench(HOSTILE)),
-        [histogram_section(found)],
         HOSTILE,
     )

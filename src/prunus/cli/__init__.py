@@ -184,7 +184,7 @@ _VERBS = (
         report,
         "Compare",
         (
-            "prunus report pruned -o run.html --histogram model.layers.0.mlp.down_proj",
+            "prunus report pruned -o run.html",
             "prunus report results scores.json -o comparison.md",
         ),
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -107,30 +107,12 @@ def report(
             "against these speeds.",
         ),
     ] = None,
-    histogram: Annotated[
-        str | None,
-        typer.Option(
-            "--histogram",
-            metavar="LINEAR",
-            help="With a single RUN, also show the weights and scores of this linear.",
-        ),
-    ] = None,
-    dense: Annotated[
-        str | None,
-        typer.Option(
-            "--dense",
-            metavar="MODEL",
-            help="With --histogram, the model that was pruned. Default: the path in the run's "
-            "record.",
-        ),
-    ] = None,
     title: Annotated[
         str | None,
         typer.Option(
             metavar="TEXT", help="Title of the report. Default: that of its first section."
         ),
     ] = None,
-    data_dir: arg.DataDir = None,
     json_file: arg.Json = None,
 ) -> None:
     """Show runs, sweeps and evaluations as HTML, Markdown or text.
@@ -145,22 +127,10 @@ def report(
 
         if output is not None:
             check_page_name(output)
-        extra = [_histograms(paths, histogram, dense, data_dir)] if histogram is not None else []
-        document = read_document(paths, bench, extra, title)
+        document = read_document(paths, bench, title)
         if output is None:
             print_result(to_terminal(document), json_file, document_json(document))
             return
         size = write_page(document, output)
         write_json(json_file, document_json(document))
         note(f"wrote {output}, {size / 1e6:.1f} MB")
-
-
-def _histograms(paths: list[Path], linear: str, dense: str | None, data_dir: Path | None) -> Any:
-    from prunus.evaluation.histograms import linear_histograms
-    from prunus.pruning.job import RunOptions
-    from prunus.reporting.histogram_section import histogram_section
-
-    if len(paths) != 1:
-        raise ValueError(f"--histogram takes one RUN; got {len(paths)} paths")
-    options = RunOptions(data_dir=data_dir)
-    return histogram_section(linear_histograms(paths[0], linear, dense=dense, options=options))

@@ -19,7 +19,6 @@ model_input.py          the model that is given: folder, hub id, adapter or load
 speed.py                decoding speed, file size and memory
 generation.py           text that a model writes
 inspection.py           sparsity and N:M patterns in a checkpoint
-histograms.py           how weights and scores of one linear are distributed
 """
 
 from prunus.evaluation.cache import default_cache_folder

@@ -8,7 +8,6 @@ run_comparison.py       several runs side by side
 sweep_tables.py         one sweep; its quality tables and chart stand in sweep_quality.py
 size_charts.py          quality against size and speed
 evaluation_sections.py  files of `prunus eval --json` and `prunus bench --json`
-histogram_section.py    weights and scores of one linear
 page.py                 a document as one HTML page; its charts are drawn by figures.py
 plain.py                a document as Markdown, or as tables in the terminal
 tables.py               terminal tables of the verbs

@@ -16,7 +16,6 @@ __all__ = [
     "Document",
     "Facts",
     "HeatMap",
-    "Histogram",
     "Lines",
     "Measured",
     "Section",
@@ -172,29 +171,7 @@ class Bars:
     form: str
 
 
-@dataclass(frozen=True)
-class Histogram:
-    """A chart of counts; the series are stacked.
-
-    Attributes:
-        title, x_title: headings of the chart and its x axis.
-        edges: borders of the bins, one more than there are counts.
-        series: pairs of a name and its counts.
-        note: text below the chart.
-        log_x: whether the edges are exponents of ten.
-        highest: top of the y axis, the same in histograms that are to be compared; None: automatic.
-    """
-
-    title: str
-    x_title: str
-    edges: tuple[float, ...]
-    series: tuple[tuple[str, tuple[int, ...]], ...]
-    note: str = ""
-    log_x: bool = False
-    highest: int | None = None
-
-
-Chart = Lines | HeatMap | Bars | Histogram
+Chart = Lines | HeatMap | Bars
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import json
 import math
 from typing import Any
 
-from prunus.reporting.document import Bars, Chart, HeatMap, Histogram, Lines, text_of
+from prunus.reporting.document import Bars, Chart, HeatMap, Lines, text_of
 
 __all__ = ["check_plotly", "figure_json"]
 
@@ -43,8 +43,6 @@ def figure_json(chart: Chart) -> str:
             figure = _heat_map(graph, chart)
         case Bars():
             figure = _bars(graph, chart)
-        case Histogram():
-            figure = _histogram(graph, chart)
     content = figure.to_plotly_json()
     content["layout"].pop("template", None)  # six kilobytes of defaults that page.js replaces
     return json.dumps(content, allow_nan=False)
@@ -209,41 +207,6 @@ def _bars(graph: Any, chart: Bars) -> Any:
         height=110 + 44 * len(names),
         bargap=0.4,
     )
-
-
-def _histogram(graph: Any, chart: Histogram) -> Any:
-    figure = graph.Figure()
-    left, right = chart.edges[:-1], chart.edges[1:]
-    for position, (name, counts) in enumerate(chart.series):
-        figure.add_bar(
-            x=[(a + b) / 2 for a, b in zip(left, right, strict=True)],
-            y=list(counts),
-            width=[b - a for a, b in zip(left, right, strict=True)],
-            name=html.escape(name),
-            hovertext=[
-                f"{html.escape(name)}: {count:,} weights from {_edge(a, chart)} to "
-                f"{_edge(b, chart)}"
-                for a, b, count in zip(left, right, counts, strict=True)
-            ],
-            hoverinfo="text",
-            meta={"colour": position},
-        )
-    x_axis: dict[str, Any] = {"title": {"text": html.escape(chart.x_title)}}
-    if chart.log_x:
-        ticks = list(range(math.ceil(left[0]), math.floor(right[-1]) + 1))
-        x_axis |= {"tickvals": ticks, "ticktext": [f"10<sup>{tick}</sup>" for tick in ticks]}
-    top = None if chart.highest is None else [0, 1.05 * chart.highest]
-    return figure.update_layout(
-        xaxis=x_axis,
-        yaxis={"title": {"text": "weights"}, "rangemode": "tozero", "range": top},
-        barmode="stack",
-        bargap=0,
-        height=340,
-    )
-
-
-def _edge(value: float, chart: Histogram) -> str:
-    return f"{10**value if chart.log_x else value:.3g}"
 
 
 def _ticks(form: str) -> str:

@@ -185,13 +185,10 @@ def _number_class(is_number: bool) -> str:
 def _chart(chart: Chart, name: str) -> str:
     # Only "<" could end the script element that holds the JSON. JSON can write it as an escape.
     content = figure_json(chart).replace("<", "\\u003c")
-    note = getattr(chart, "note", "")
     return (
         f"<figure><h3>{escape(chart.title)}</h3>"
         f'<div class="chart" id="{name}" role="img" aria-label="{escape(chart.title)}"></div>'
-        f'<script type="application/json" id="{name}-figure">{content}</script>'
-        + (f'<p class="note">{escape(note)}</p>' if note else "")
-        + "</figure>\n"
+        f'<script type="application/json" id="{name}-figure">{content}</script>' + "</figure>\n"
     )
 
 

@@ -25,7 +25,6 @@ __all__ = ["read_document"]
 def read_document(
     paths: list[Path],
     bench: Path | None = None,
-    extra: Sequence[Section] = (),
     title: str | None = None,
 ) -> Document:
     """Read a report on runs, sweeps and evaluations.
@@ -34,12 +33,11 @@ def read_document(
         paths: folders with `prunus.json`, `prunus-structure.json` or `results.json`, and files of
             `prunus eval --json`.
         bench: file of `prunus bench --json`. Sweeps and evaluations show these speeds as well.
-        extra: further sections, such as histograms; they come last.
         title: title of the document; None takes that of the first section.
 
     Returns:
-        A document with one section per path, in the same order, then `bench`, then `extra`. Two or
-        more runs also stand side by side, in a section that comes first.
+        A document with one section per path, in the same order, then `bench`. Two or more runs
+        are also compared side by side, in the first section.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -48,7 +46,7 @@ def read_document(
     measured = [] if bench is None else [_read_file(bench, speed_section)]
     speeds = {} if bench is None else decode_speeds(read_json(bench))
     runs = _side_by_side(paths)
-    sections = [*runs, *(read_section(path, speeds) for path in paths), *measured, *extra]
+    sections = [*runs, *(read_section(path, speeds) for path in paths), *measured]
     return Document(title or sections[0].title, tuple(sections))
 
 
