@@ -25,11 +25,10 @@ from transformers.utils import logging
 
 from prunus.methods import METHODS, MethodOptions, check_options, compose, default_group
 from prunus.methods.patterns import Pattern
-from prunus.methods.statistics import InputStatistics, StatisticsSpec
+from prunus.methods.statistics import InputStatistics
 
 _CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in METHODS),
-    ("wanda", {"refine": "dsnot"}),
     ("wanda", {"refine": "swaps"}),
     ("wanda", {"weight_update": "least-squares"}),
     ("wanda", {"refine": "swaps", "weight_update": "least-squares"}),
@@ -88,9 +87,7 @@ def main() -> None:
                 torch.cat(seen[: -options.held_out]),
                 torch.cat(seen[-options.held_out :]),
             )
-            statistics = InputStatistics(
-                weight_OI.shape[1], StatisticsSpec(needs="gram", means=True)
-            )
+            statistics = InputStatistics(weight_OI.shape[1], "gram")
             statistics.add(X_TI)
             layers.append({"name": name, "methods": []})
             protocol |= {"tokens": len(X_TI), "tokens held out": len(unseen_TI)}

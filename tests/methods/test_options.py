@@ -69,7 +69,7 @@ def test_column_block_belongs_to_the_methods_that_sweep():
 
 def test_refine_steps_need_a_refinement():
     check_method_options("wanda", MethodOptions(refine="swaps", refine_steps=3))
-    with pytest.raises(ValueError, match="refine_steps belongs to --refine dsnot or swaps"):
+    with pytest.raises(ValueError, match="refine_steps belongs to refine"):
         check_method_options("wanda", MethodOptions(refine_steps=3))
 
 

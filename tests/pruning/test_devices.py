@@ -54,8 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
         "reconstruct_epochs": 1,
         "batch": 1,
     },
-    "dsnot, two passes": {"refine": "dsnot", "propagate": "block"},
-    "dsnot 2:4": {"refine": "dsnot", "pattern": "2:4"},
+    "wanda 2:4, two passes": {"pattern": "2:4", "propagate": "block"},
     "swaps, least squares": {"refine": "swaps", "weight_update": "least-squares"},
     "swaps 2:4, last reconstructed": {
         "refine": "swaps",
@@ -99,7 +98,7 @@ def test_every_method_gives_what_the_processor_gives(name, dense, tmp_path):
         ("mixtral", {"pattern": "2:4", "permute": True, "reconstruct": "all", "batch": 1}),
         ("deepseek_v3", {"method": "alps", "dense_weight": 0.25}),
         ("opt", {"dtype": "bfloat16"}),
-        ("bloom", {"refine": "dsnot"}),
+        ("bloom", {"refine": "swaps"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -328,7 +328,7 @@ def test_measuring_experts_on_all_tokens_does_not_change_later_blocks(tmp_path):
     [
         {"method": "alps", "dense_weight": 0.25},
         {"method": "sparsegpt", "pattern": "2:4", "permute": True},
-        {"method": "wanda", "refine": "dsnot", "weight_update": "least-squares"},
+        {"method": "wanda", "refine": "swaps", "weight_update": "least-squares"},
         {
             "method": "wanda",
             "reconstruct": "all",

@@ -81,12 +81,6 @@ MUTANTS: dict[str, Mutant] = {
         "torch.arange(len(keep_OI))",
         (_ENGINE, "swaps"),
     ),
-    "groups of dsnot": Mutant(
-        "methods/refine/dsnot.py",
-        "torch.arange(keep_OI.shape[1], device=keep_OI.device)",
-        "torch.arange(keep_OI.shape[1])",
-        (_ENGINE, "dsnot"),
-    ),
     "masks of trained biases": Mutant(
         "pruning/reconstruction/schedule.py",
         "dtype=torch.bool, device=device)",

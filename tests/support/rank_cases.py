@@ -36,7 +36,7 @@ from tiny import tiny_checkpoint, token_ids  # noqa: E402
 METHODS: dict[str, dict[str, Any]] = {
     "wanda": {},
     "variant": {"method": "wanda-variant"},
-    "dsnot, two passes": {"refine": "dsnot", "propagate": "block"},
+    "two passes": {"propagate": "block"},
     "owl": {"allocation": "owl"},
     "sparsegpt": {"method": "sparsegpt"},
     "sparsegpt 2:4": {"method": "sparsegpt", "pattern": "2:4"},

@@ -315,44 +315,6 @@ def swap_changes(
     return changes
 
 
-def dsnot_row(
-    weight_I: Tensor, keep_I: Tensor, X_TI: Tensor, group: int, rounds: int
-) -> tuple[Tensor, float, float]:
-    """DSnoT on one row in float64, swap by swap; the mask, and the mean error before and after."""
-    X_TI, weight_I, keep_I = X_TI.double(), weight_I.double(), keep_I.clone()
-    shift_I, spread_I = weight_I * X_TI.mean(dim=0), X_TI.var(dim=0, unbiased=False)
-    score_I = weight_I.abs() * X_TI.norm(dim=0)
-    small = 1e-4 * (score_I.square().sum() / len(X_TI)).sqrt().item()
-    error = first = shift_I[~keep_I].sum().item()
-    used: set[int] = set()
-    for _ in range(rounds):
-        if abs(error) <= small or error * first < 0:
-            break
-        sign = 1 if error > 0 else -1
-
-        def prunable(group_of: int, sign: int = sign, used: set[int] = used) -> list[int]:
-            """Kept weights that can be pruned for a weight of this group."""
-            places = range(group_of * group, (group_of + 1) * group)
-            return [j for j in places if keep_I[j] and j not in used and sign * shift_I[j] < 0]
-
-        gains = {
-            j: sign * shift_I[j].item() / max(spread_I[j].item(), 1.2e-38)
-            for j in range(len(weight_I))
-            if not keep_I[j] and j not in used and prunable(j // group)
-        }
-        back = max(gains, key=gains.__getitem__, default=None)
-        if back is None or gains[back] <= 0:
-            break
-        gone = min(prunable(back // group), key=lambda j: score_I[j].item())
-        after = error - shift_I[back].item() + shift_I[gone].item()
-        if abs(after) >= abs(error):
-            break
-        keep_I[back], keep_I[gone] = True, False
-        used |= {back, gone}
-        error = after
-    return keep_I, first, error
-
-
 def dense_target(
     weight_OI: Tensor, X_TI: Tensor, dense_TI: Tensor, dense_weight: float, ridge: float
 ) -> Tensor:

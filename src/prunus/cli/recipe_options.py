@@ -173,12 +173,12 @@ OPTIONS: dict[str, Any] = {
         ),
     ],
     "refine": Annotated[
-        Literal["none", "dsnot", "swaps"] | None,
+        Literal["none", "swaps"] | None,
         typer.Option(
             metavar="REFINEMENT",
             rich_help_panel=_METHOD,
-            help="Exchange weights of a finished mask. dsnot: until the mean outputs match. "
-            "swaps: as long as the output error falls. Default: none.",
+            help="Exchange weights of a finished mask as long as the output error falls (swaps). "
+            "Default: none.",
         ),
     ],
     "weight_update": Annotated[

@@ -57,7 +57,6 @@ class Method:
         default_group: which weights compete in the method's paper, for unstructured sparsity.
         updates_weights: False where every kept weight stays as it was, to the bit.
         summary: one line for the help of the command line.
-        needs_means: True where `prune` also reads the means of the inputs.
         needs_drift: True where it reads how the inputs differ from those of the dense model.
         needs_held_out: True where it evaluates on the statistics of tokens that are held out.
         adds_ridge: True where the Gram matrix gets a ridge that grows with features per token
@@ -73,7 +72,6 @@ class Method:
     default_group: str | int
     updates_weights: bool
     summary: str
-    needs_means: bool = False
     needs_drift: bool = False
     needs_held_out: bool = False
     adds_ridge: bool = False

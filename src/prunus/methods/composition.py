@@ -6,8 +6,7 @@ the composed method and does not know its steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -23,49 +22,18 @@ from prunus.methods.refine.dense_targets import (
     dense_target,
     has_drift,
 )
-from prunus.methods.refine.dsnot import refine_by_dsnot
 from prunus.methods.refine.swaps import refine_by_swaps
 from prunus.methods.row_shards import RowShard
 from prunus.methods.solvers.least_squares import fit_least_squares
-from prunus.methods.statistics import NEEDS, InputStatistics, Needs
+from prunus.methods.statistics import InputStatistics
 
-__all__ = ["REFINEMENTS", "MaskRefinement", "RefineFunction", "compose"]
-
-#: From the trained weight (O, I), a mask (O, I), statistics, pattern, damping and the maximum
-#: number of rounds to a mask and notes.
-RefineFunction = Callable[
-    [Tensor, Tensor, InputStatistics, Pattern, float | None, int | None],
-    tuple[Tensor, dict[str, Any]],
-]
+__all__ = ["compose"]
 
 # A weight update takes about this many matrix products (O, I) × (I, I).
 _LEAST_SQUARES_PRODUCTS = 25
 # The sweep over the columns, as in SparseGPT, with more work for each weight.
 _QUANTIZE_PRODUCTS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class MaskRefinement:
-    """One way to improve a mask.
-
-    Attributes:
-        needs: the statistics that `refine` reads.
-        needs_means: True where it also reads the means of the inputs.
-        cost_in_products: as of a `Method`.
-        refine: the function; it changes none of its arguments.
-    """
-
-    needs: Needs
-    needs_means: bool
-    cost_in_products: int
-    refine: RefineFunction
-
-
-#: Value of the option `refine` -> refinement.
-REFINEMENTS: dict[str, MaskRefinement] = {
-    "dsnot": MaskRefinement("norms", True, 0, refine_by_dsnot),
-    "swaps": MaskRefinement("gram", False, 100, refine_by_swaps),
-}
+_SWAPS_PRODUCTS = 100
 
 
 def compose(method: Method, options: MethodOptions) -> Method:
@@ -81,11 +49,11 @@ def compose(method: Method, options: MethodOptions) -> Method:
     Returns:
         A new method, or `method` itself where the options add nothing.
     """
-    refinement = REFINEMENTS.get(options.refine)
+    refines = options.refine == "swaps"
     updates = options.weight_update == "least-squares"
     uses_dense_target = options.dense_weight != 0
     quantizes = options.bits is not None
-    if refinement is None and not updates and not uses_dense_target and not quantizes:
+    if not (refines or updates or uses_dense_target or quantizes):
         return method
 
     def prune(
@@ -133,8 +101,8 @@ def compose(method: Method, options: MethodOptions) -> Method:
         def refine_and_update(shard: RowShard) -> Pruned:
             own_OI = weight_OI[shard.rows]
             result = Pruned(pruned.weight_OI[shard.rows], pruned.keep_OI[shard.rows], pruned.notes)
-            if refinement is not None:
-                keep_OI, notes = refinement.refine(
+            if refines:
+                keep_OI, notes = refine_by_swaps(
                     own_OI,
                     result.keep_OI,
                     statistics,
@@ -147,21 +115,15 @@ def compose(method: Method, options: MethodOptions) -> Method:
                 result = fit_least_squares(own_OI, result, statistics, options.damping, shard=shard)
             return result
 
-        if refinement is not None or updates:
+        if refines or updates:
             pruned = options.row_sharding.solve(len(weight_OI), 1, refine_and_update)
         return pruned
 
-    needs: list[Needs] = [
-        method.needs,
-        refinement.needs if refinement else "none",
-        "gram" if updates or uses_dense_target or quantizes else "none",
-    ]
     return replace(
         method,
         prune=prune,
-        # NEEDS is ordered: each entry includes the statistics of those before it.
-        needs=max(needs, key=NEEDS.index),
-        needs_means=method.needs_means or (refinement is not None and refinement.needs_means),
+        # Every added step reads the Gram matrix.
+        needs="gram",
         needs_drift=uses_dense_target,
         needs_held_out=uses_dense_target and options.dense_weight == "auto",
         # All added steps use a ridge. Only a method that inverts a Gram matrix without one, such as
@@ -170,7 +132,7 @@ def compose(method: Method, options: MethodOptions) -> Method:
         adds_ridge=not quantizes and (method.adds_ridge or method.needs != "gram"),
         updates_weights=method.updates_weights or updates or quantizes,
         cost_in_products=method.cost_in_products
-        + (refinement.cost_in_products if refinement else 0)
+        + (_SWAPS_PRODUCTS if refines else 0)
         + (_LEAST_SQUARES_PRODUCTS if updates else 0)
         + (_QUANTIZE_PRODUCTS if quantizes else 0)
         + uses_dense_target,

@@ -39,7 +39,7 @@ __all__ = [
 MethodName = Literal["magnitude", "wanda", "wanda-variant", "ria", "sparsegpt", "obs", "alps"]
 MaskFrom = Literal["wanda", "magnitude"]
 MaskOrder = Literal["before", "blockwise"]
-Refine = Literal["none", "dsnot", "swaps"]
+Refine = Literal["none", "swaps"]
 WeightUpdate = Literal["none", "least-squares"]
 
 
@@ -58,8 +58,7 @@ class MethodOptions:
             at once.
         ria_power: the exponent of the input norms in the score of `ria`.
         iterations: ADMM iterations of `alps`; None takes its own number.
-        refine: how the mask of any method is improved afterwards; see `refine/dsnot.py` and
-            `refine/swaps.py`.
+        refine: how the mask of any method is improved afterwards; see `refine/swaps.py`.
         refine_steps: the maximum number of rounds of `refine`; None takes the refinement's own.
         weight_update: "least-squares" fits the kept weights of any method to its mask at the end.
         dense_weight: α of `refine/dense_targets.py`, the share of the dense model's inputs in the
@@ -198,4 +197,4 @@ def check_method_options(method: str, options: MethodOptions) -> None:
                 f"drop it or choose --method {owners[0]}"
             )
     if options.refine == "none" and options.refine_steps is not None:
-        raise ValueError("refine_steps belongs to --refine dsnot or swaps: drop it or add one")
+        raise ValueError("refine_steps belongs to refine 'swaps': drop it or choose refine='swaps'")

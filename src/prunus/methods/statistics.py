@@ -181,11 +181,6 @@ class InputStatistics:
         return self.sum_I / max(1, self.tokens)
 
     @property
-    def variance_I(self) -> Tensor:
-        """The (biased) variance of every feature over all tokens, float64, at least 0."""
-        return (self.sum_squares_I / max(1, self.tokens) - self.mean_I.square()).clamp_(min=0)
-
-    @property
     def gram_II(self) -> Tensor | None:
         """XᵀX, float32, or None unless `needs` is "gram"."""
         return self._gram.gram_II if self._gram is not None else None

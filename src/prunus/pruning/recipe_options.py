@@ -41,7 +41,7 @@ class RecipeOptions(TypedDict, total=False):
     iterations: int | None
     bits: float | None
     head_bits: int | None
-    refine: Literal["none", "dsnot", "swaps"]
+    refine: Literal["none", "swaps"]
     refine_steps: int | None
     weight_update: Literal["none", "least-squares"]
     dense_weight: float | Literal["auto"]

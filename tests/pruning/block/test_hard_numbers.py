@@ -26,7 +26,7 @@ WAYS += [
     ("alps", {"dense_weight": 0.25}),
 ]
 WAYS += [
-    ("wanda", {"refine": "dsnot"}),
+    ("wanda", {"refine": "swaps"}),
     ("wanda", {"refine": "swaps", "weight_update": "least-squares"}),
     ("magnitude", {"weight_update": "least-squares"}),
 ]
@@ -90,7 +90,6 @@ def prune(
     module.weight = nn.Parameter(w.float().clone(), requires_grad=False)
     spec = StatisticsSpec(
         needs=method.needs,
-        means=method.needs_means,
         drift="all" if method.needs_drift else "none",
     )
     statistics = InputStatistics(w.shape[1], spec)

@@ -1,7 +1,6 @@
 """Steps that improve the mask or the target of any method.
 
 swaps.py          swap kept against pruned weights while that lowers the output error
-dsnot.py          swap until the mean output of every row is right again
 dense_targets.py  approximate the outputs of the dense model
 permutation.py    an order of the input channels that suits N:M
 """

@@ -82,7 +82,6 @@ class BlockSettings:
         drift: Drift = "some" if self.drift_stride > 1 else "all"
         return StatisticsSpec(
             needs=method.needs,
-            means=method.needs_means,
             drift=drift if self.uses_dense_target(in_features) else "none",
             hold_out=method.needs_held_out,
             low_precision=method.adds_ridge,
