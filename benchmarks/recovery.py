@@ -33,7 +33,6 @@ WINDOWS = ["--seqlen", "256", "--batch", "4"]
 TRAINING = [*WINDOWS, "--evaluations", "2"]
 MODES: dict[str, list[str]] = {
     "lora": ["--mode", "lora", *TRAINING],
-    "sparse-lora": ["--mode", "sparse-lora", *TRAINING],
     "masked": ["--mode", "masked", *TRAINING],
     "masked, teacher": ["--mode", "masked", "--teacher", "DENSE", *TRAINING],
 }

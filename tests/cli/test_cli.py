@@ -371,7 +371,7 @@ def test_a_pattern_given_as_sparsity_gets_a_hint_to_its_option():
         (["prune", "a", "b", "--dtype", "float8"], "'auto', 'float32', 'bfloat16', 'float16'"),
         (["import", "a.gguf", "b", "--dtype", "int8"], "'bfloat16', 'float16', 'float32'"),
         (["pack", "a", "b", "--values", "int4"], "'bf16', 'int8'"),
-        (["recover", "a", "b", "--mode", "magic"], "'lora', 'sparse-lora', 'masked'"),
+        (["recover", "a", "b", "--mode", "magic"], "'lora', 'masked', 'full'"),
     ],
 )
 def test_a_wrong_choice_is_status_2_and_names_the_option_and_all_choices(arguments, choices):

@@ -52,13 +52,9 @@ def refused(fault, words, model, output, mode, text, **options):
 @pytest.mark.parametrize(
     ("mode", "options", "words"),
     [
-        ("maskd", {}, "mode: input should be 'lora', 'sparse-lora', 'masked', 'full' or 'scales'"),
+        ("maskd", {}, "mode: input should be 'lora', 'masked', 'full' or 'scales'"),
         ("masked", {"minutes": 1.0}, "in tokens or in minutes, not in both"),
-        (
-            "masked",
-            {"rank": 4},
-            "rank has no meaning in mode masked; it belongs to lora, sparse-lora",
-        ),
+        ("masked", {"rank": 4}, "rank has no meaning in mode masked; it belongs to lora"),
         ("block", {}, "mode: input should be"),
         ("masked", {"tokens": 0}, "tokens: input should be greater than or equal to 1"),
         ("masked", {"learning_rate": math.nan}, "learning_rate: input should be"),
@@ -74,10 +70,8 @@ def refused(fault, words, model, output, mode, text, **options):
         (
             "lora",
             {"rank": 40},
-            r"--rank 40 is more than .*q_proj of shape \(32, 32\) can have: give 32 or less",
+            r"rank 40 is more than .*q_proj of shape \(32, 32\) can have: give 32 or less",
         ),
-        ("sparse-lora", {"target_modules": ("lm_head",)}, "'lm_head' names none"),
-        ("sparse-lora", {"rank": 33}, "--rank 33 is more than"),
     ],
 )
 def test_options_that_cannot_work(mode, options, words, pruned, text, tmp_path):
@@ -85,8 +79,7 @@ def test_options_that_cannot_work(mode, options, words, pruned, text, tmp_path):
 
 
 def test_a_model_that_is_not_pruned(dense, text, tmp_path):
-    for mode in ("masked", "sparse-lora"):
-        refused(ValueError, "has no pruned linears", dense, tmp_path / "out", mode, text)
+    refused(ValueError, "has no pruned linears", dense, tmp_path / "out", "masked", text)
 
 
 def test_folders_that_are_something_else(dense, pruned, text, tmp_path):

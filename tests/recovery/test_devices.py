@@ -22,7 +22,7 @@ def folders(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("mode", ["masked", "lora", "sparse-lora", "scales"])
+@pytest.mark.parametrize("mode", ["masked", "lora", "scales"])
 def test_every_mode_trains_alike(mode, folders, tmp_path):
     if mode == "lora":
         pytest.importorskip("peft")

@@ -149,7 +149,7 @@ def test_without_a_manifest_linears_with_many_zeros_count_as_pruned(pruned, text
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gemma2", "phi3"])
-@pytest.mark.parametrize("mode", ["masked", "sparse-lora", "lora"])
+@pytest.mark.parametrize("mode", ["masked", "lora"])
 def test_other_families(family, mode, tmp_path, text):
     dense = dense_checkpoint(tmp_path / "dense", family)
     pruned = pruned_checkpoint(tmp_path / "pruned", dense)
@@ -157,39 +157,6 @@ def test_other_families(family, mode, tmp_path, text):
     assert record.totals["held_out_perplexity_after"] < record.totals["held_out_perplexity_before"]
     logits = load_model(tmp_path / "out")(input_ids=torch.arange(3, 11)[None]).logits
     assert bool(logits.isfinite().all())
-
-
-# --- sparse-lora ---
-
-
-def test_sparse_lora_is_merged_and_nothing_is_added(pruned, text, tmp_path):
-    record = recover(pruned, tmp_path / "out", "sparse-lora", text, rank=4)
-    assert record.totals["held_out_perplexity_after"] < record.totals["held_out_perplexity_before"]
-    assert record.totals["added_parameters"] == 0
-    old, new = weights(pruned), weights(tmp_path / "out")
-    assert set(old) == set(new)
-    for name, entry in record.linears.items():
-        change = new[f"{name}.weight"] - old[f"{name}.weight"]
-        mask = old[f"{name}.weight"] != 0
-        assert float(change[~mask].abs().max()) == 0
-        assert entry.zeros_after == entry.zeros_before
-        # Masked, the change has any rank, but every column lies in the span of B within the mask.
-        assert float(change.abs().max()) > 0
-    assert torch.equal(old["model.embed_tokens.weight"], new["model.embed_tokens.weight"])
-
-
-def test_sparse_lora_changes_only_its_target_modules(pruned, text, tmp_path):
-    recover(
-        pruned,
-        tmp_path / "out",
-        "sparse-lora",
-        text,
-        target_modules=("q_proj", "down_proj"),
-        tokens=64,
-    )
-    old, new = weights(pruned), weights(tmp_path / "out")
-    changed = {name.split(".")[-2] for name in old if not torch.equal(old[name], new[name])}
-    assert changed == {"q_proj", "down_proj"}
 
 
 # --- lora ---
@@ -292,9 +259,7 @@ def test_learning_from_the_dense_model_alone_brings_logits_closer(dense, pruned,
 
 def test_a_budget_in_minutes_ends(pruned, text, tmp_path):
     short = {key: value for key, value in SHORT.items() if key != "tokens"}
-    record = prunus.recover(
-        pruned, tmp_path / "out", "sparse-lora", text=str(text), minutes=0.02, **short
-    )
+    record = prunus.recover(pruned, tmp_path / "out", "lora", text=str(text), minutes=0.02, **short)
     assert record.state == "finished"
     assert record.totals["tokens"] > 0
     assert record.totals["seconds"] >= 1.2

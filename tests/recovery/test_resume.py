@@ -72,10 +72,10 @@ def test_training_resumes_from_its_last_checkpoint(pruned, text, tmp_path):
 
 
 def test_a_finished_recovery_is_not_done_again(pruned, text, tmp_path, monkeypatch):
-    first = recover(pruned, tmp_path / "out", "sparse-lora", text)
+    first = recover(pruned, tmp_path / "out", "lora", text)
     before = shards(tmp_path / "out")
     monkeypatch.setattr("prunus.recovery.run.train", None)
-    assert recover(pruned, tmp_path / "out", "sparse-lora", text) == first
+    assert recover(pruned, tmp_path / "out", "lora", text) == first
     assert shards(tmp_path / "out") == before
 
 

@@ -269,7 +269,7 @@ def test_a_run_killed_at_a_rename_resumes_to_the_same_bytes(compressed, text, tm
 # --- what cannot work ---
 
 
-@pytest.mark.parametrize("mode", ["lora", "sparse-lora", "masked"])
+@pytest.mark.parametrize("mode", ["lora", "masked"])
 def test_other_modes_on_a_compressed_checkpoint(mode, compressed, text, tmp_path):
     with pytest.raises(ValueError, match=r"give --mode scales, or expand it first \(prunus unpack"):
         recover(compressed, tmp_path / "out", mode, text)

@@ -123,12 +123,6 @@ MUTANTS: dict[str, Mutant] = {
         "dtype=torch.float64)",
         ("recovery/test_devices.py", "masked"),
     ),
-    "factor of an adapter": Mutant(
-        "recovery/sparse_lora.py",
-        "torch.zeros(rows, rank, device=weight.device)",
-        "torch.zeros(rows, rank)",
-        ("recovery/test_devices.py", "sparse-lora"),
-    ),
     # Tensors that stay where they are.
     "start of the eigenvectors": Mutant(
         "methods/solvers/admm_operator.py",

@@ -13,7 +13,7 @@ from prunus.cli.terminal import Counted, print_result, progress_console, user_er
 __all__ = ["recover"]
 
 _TRAINING = "Training"
-_LOW_RANK = "Modes lora and sparse-lora"
+_LOW_RANK = "Mode lora"
 
 
 def recover(
@@ -25,14 +25,13 @@ def recover(
         ),
     ],
     mode: Annotated[
-        Literal["lora", "sparse-lora", "masked", "full", "scales"] | None,
+        Literal["lora", "masked", "full", "scales"] | None,
         typer.Option(
             metavar="MODE",
-            help="What to train. lora: low-rank layers kept apart (peft). sparse-lora: low-rank "
-            "updates of surviving weights, merged. masked: all weights except the pruned ones. "
-            "full: all weights of a model without zeros, such as one of prunus shrink. scales: "
-            "scales, steps, norms and biases of a compressed model, whose integers stay; the "
-            "default there.",
+            help="What to train. lora: low-rank layers of a peft adapter. masked: all weights "
+            "except the pruned ones. full: all weights of a model without zeros, such as one of "
+            "prunus shrink. scales: scales, steps, norms and biases of a compressed model, whose "
+            "integers stay; the default there.",
         ),
     ] = None,
     teacher: Annotated[
@@ -68,7 +67,7 @@ def recover(
         typer.Option(
             rich_help_panel=_TRAINING,
             help="Peak learning rate; it falls along a cosine. Default: that of the mode, 0.001 "
-            "for low-rank updates, 0.00077 times the root mean square of the weights for masked "
+            "for lora, 0.00077 times the root mean square of the weights for masked "
             "and full, 0.002 relative to each tensor for scales.",
         ),
     ] = None,
@@ -115,7 +114,7 @@ def recover(
         int | None,
         typer.Option(
             rich_help_panel=_TRAINING,
-            help="Seed of the order of the text and of low-rank factors. Default: 0.",
+            help="Seed of the order of the text and of low-rank layers. Default: 0.",
         ),
     ] = None,
     bos: Annotated[
@@ -137,13 +136,13 @@ def recover(
     ] = None,
     rank: Annotated[
         int | None,
-        typer.Option(rich_help_panel=_LOW_RANK, help="Rank of the updates. Default: 8."),
+        typer.Option(rich_help_panel=_LOW_RANK, help="Rank of the layers. Default: 8."),
     ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(
             rich_help_panel=_LOW_RANK,
-            help="The updates are scaled by alpha / rank. Default: 16.",
+            help="Scale the layers by alpha / rank. Default: 16.",
         ),
     ] = None,
     target_modules: Annotated[
@@ -151,8 +150,8 @@ def recover(
         typer.Option(
             metavar="NAME,…",
             rich_help_panel=_LOW_RANK,
-            help="Linears to update, by the last part of their names. Default: q_proj,v_proj for "
-            "lora, all pruned linears for sparse-lora.",
+            help="Add layers to the linears with these last parts of their names. Default: "
+            "q_proj,v_proj.",
         ),
     ] = None,
     device: arg.Device = "auto",

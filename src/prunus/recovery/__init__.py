@@ -8,7 +8,6 @@ training.py     the loop: schedule, held-out evaluations, checkpoints, early sto
 loss.py         cross entropy and distillation, a few rows of logits at a time
 trainable.py    what a mode trains; mode masked: everything but the pruned weights
 lora.py         mode lora: LoRA layers through peft
-sparse_lora.py  mode sparse-lora: low-rank updates of surviving weights, merged at the end
 scales.py       mode scales: scales, steps, norms and biases of a compressed model
 masks.py        which weights are pruned, and the check that they still are
 teacher.py      whether the dense model can teach the pruned one

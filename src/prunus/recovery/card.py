@@ -11,8 +11,7 @@ from prunus.recovery.record import RECORD_NAME, RecoveryRecord
 __all__ = ["adapter_card", "checkpoint_card"]
 
 _WHAT_WAS_TRAINED: dict[Mode, str] = {
-    "lora": "low-rank layers beside its linears (LoRA)",
-    "sparse-lora": "low-rank updates of its surviving weights, merged",
+    "lora": "low-rank layers added to its linears (LoRA)",
     "masked": "all its weights except the pruned ones",
     "full": "all its weights",
     "scales": "the row scales and column steps of its linears, norm weights and biases",

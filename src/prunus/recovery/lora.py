@@ -1,6 +1,6 @@
 """Mode lora: LoRA (Hu et al., arXiv 2106.09685) as the Wanda paper recovers models.
 
-Layers of rank 8 stand beside the query and value projections. The layers and the folder they are
+The query and value projections get layers of rank 8. The layers and the folder they are
 saved to are those of peft. The base model stays as it is, zeros included.
 """
 
@@ -11,10 +11,9 @@ from typing import Any
 
 from prunus.model.adapter import add_lora
 from prunus.model.linears import Linear
-from prunus.recovery.sparse_lora import check_rank
 from prunus.recovery.trainable import Trainable
 
-__all__ = ["default_target_modules", "lora", "select_linears"]
+__all__ = ["default_target_modules", "lora"]
 
 _QUERY_AND_VALUE = ("q_proj", "v_proj")
 #: Names under which some families store query, key and value in one matrix.
@@ -41,12 +40,12 @@ def default_target_modules(linears: Mapping[str, Linear]) -> tuple[str, ...]:
     if not fused:
         raise ValueError(
             "the query and value projections of this model have unknown names; choose with "
-            f"--target-modules among {_listed(known)}"
+            f"target_modules among {_listed(known)}"
         )
     return fused
 
 
-def select_linears(
+def _select_linears(
     linears: Mapping[str, Linear], target_modules: tuple[str, ...]
 ) -> dict[str, Linear]:
     """Return the linears whose names end in one of `target_modules`.
@@ -58,7 +57,7 @@ def select_linears(
     for target in target_modules:
         if target not in known:
             raise ValueError(
-                f"--target-modules {target!r} names none of the linears; their names are "
+                f"target_modules {target!r} names none of the linears; their names are "
                 f"{_listed(known)}"
             )
     return {
@@ -92,13 +91,17 @@ def lora(
         ModuleNotFoundError: peft is not installed; the message names the extra.
     """
     target_modules = target_modules or default_target_modules(linears)
-    selected = select_linears(linears, target_modules)
+    selected = _select_linears(linears, target_modules)
     for name, linear in selected.items():
-        check_rank(rank, name, linear)
+        if rank > min(linear.shape):
+            raise ValueError(
+                f"rank {rank} is more than {name} of shape {linear.shape} can have: "
+                f"give {min(linear.shape)} or less"
+            )
     orientations = {linear.transposed for linear in selected.values()}
     if len(orientations) > 1:
         raise ValueError(
-            f"--target-modules {','.join(target_modules)} mixes linears that store their weight "
+            f"target_modules {','.join(target_modules)} mixes linears that store their weight "
             "transposed with others; train them in two runs"
         )
     model.requires_grad_(False)

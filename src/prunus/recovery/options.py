@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 __all__ = ["MODES", "Mode", "RecoveryOptions", "recovery_options"]
 
-Mode = Literal["lora", "sparse-lora", "masked", "full", "scales"]
-MODES: tuple[Mode, ...] = ("lora", "sparse-lora", "masked", "full", "scales")
+Mode = Literal["lora", "masked", "full", "scales"]
+MODES: tuple[Mode, ...] = ("lora", "masked", "full", "scales")
 
 DEFAULT_TOKENS = 131_072
 _STEP_TOKENS = 1024
@@ -22,7 +22,6 @@ _STEP_TOKENS = 1024
 #: trains logarithms, whose steps are relative changes in all models.
 _RATES: dict[Mode, float] = {
     "lora": 1e-3,
-    "sparse-lora": 1e-3,
     "masked": 0.77e-3,
     "full": 0.77e-3,
     "scales": 2e-3,
@@ -30,9 +29,9 @@ _RATES: dict[Mode, float] = {
 
 #: Options that have a meaning in some modes only.
 _MODES_OF_OPTION: dict[str, tuple[Mode, ...]] = {
-    "rank": ("lora", "sparse-lora"),
-    "alpha": ("lora", "sparse-lora"),
-    "target_modules": ("lora", "sparse-lora"),
+    "rank": ("lora",),
+    "alpha": ("lora",),
+    "target_modules": ("lora",),
 }
 
 
@@ -59,10 +58,9 @@ class RecoveryOptions(BaseModel):
             of the same training.
         distill_weight: of the KL divergence from the teacher's logits. The cross entropy with the
             text has the weight 1 - distill_weight.
-        rank, alpha: of low-rank updates, which are scaled by alpha / rank.
-        target_modules: last parts of the names of the linears that get an update. None stands for
-            the query and value projections in mode lora, and for every pruned linear in mode
-            sparse-lora.
+        rank, alpha: of the low-rank layers, which are scaled by alpha / rank.
+        target_modules: last parts of the names of the linears that get a layer. None stands for
+            the query and value projections.
         dtype: of matrix products and activations: auto, float32 or bfloat16. Trained parameters are
             always float32.
     """

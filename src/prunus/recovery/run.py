@@ -43,13 +43,12 @@ from prunus.recovery.job import (
     find_earlier_recovery,
     plan_recovery,
 )
-from prunus.recovery.lora import lora, select_linears
+from prunus.recovery.lora import lora
 from prunus.recovery.masks import block_linears, pruned_linears, unpruned_linears
 from prunus.recovery.options import recovery_options
 from prunus.recovery.output import ResultFolder
 from prunus.recovery.record import LinearMask, RecoveryRecord
 from prunus.recovery.scales import dense_size, scales, trained_tensors
-from prunus.recovery.sparse_lora import merged_weights, sparse_lora
 from prunus.recovery.trainable import Trainable, full, masked
 from prunus.recovery.training import Step, train
 from prunus.runs.lock import locked_output
@@ -90,11 +89,11 @@ def recover(
         model: folder or hub id of a pruned or compressed checkpoint. It is not changed.
         output: folder of the result: a checkpoint with the same zeros, or, in mode lora, a peft
             adapter.
-        mode: lora (low-rank layers beside the query and value projections, kept apart),
-            sparse-lora (low-rank updates of surviving weights, merged), masked (all weights
-            except the pruned ones), full (all weights of a model without zeros, such as a smaller
-            one), or scales (scales, steps, norms and biases of a compressed
-            checkpoint). None is scales for a compressed checkpoint, and an error for all others.
+        mode: lora (low-rank layers added to the query and value projections, as a peft adapter),
+            masked (all weights except the pruned ones), full (all weights of a model without
+            zeros, such as a smaller one), or scales (scales, steps, norms and biases of a
+            compressed checkpoint). None is scales for a compressed checkpoint, and an error for
+            all others.
         teacher: folder or hub id of the dense model. The pruned model learns its logits in place of
             the text, or together with it (`distill_weight`).
         device: auto, cpu, cuda or cuda:i.
@@ -190,7 +189,6 @@ class _Student:
         trainable: model and trained parameters.
         pruned: its pruned linears by full name, whose zeros are checked at the end. Empty in modes
             lora, which changes none of them, and full, whose model has none.
-        updated: those with a low-rank update in mode sparse-lora.
         parameters: number of parameters of the pruned checkpoint.
         base: what an adapter names as its base model.
         stored: in mode scales, stored name -> the model's name of each tensor that is trained.
@@ -198,7 +196,6 @@ class _Student:
 
     trainable: Trainable
     pruned: Mapping[str, Linear]
-    updated: Mapping[str, Linear]
     parameters: int
     base: str
     stored: Mapping[str, str] = field(default_factory=dict)
@@ -217,7 +214,7 @@ def _load_student(job: RecoveryJob, base: str) -> _Student:
     if options.mode == "scales":
         trainable = scales(model, job.dtype)
         names = stored_names(model, job.source.checkpoint.tensors, trained_tensors(trainable))
-        return _Student(trainable, {}, {}, parameters, base, names)
+        return _Student(trainable, {}, parameters, base, names)
     if options.mode == "lora":
         trainable = lora(
             model,
@@ -228,20 +225,14 @@ def _load_student(job: RecoveryJob, base: str) -> _Student:
             options.seed,
             base,
         )
-        return _Student(trainable, {}, {}, parameters, base)
+        return _Student(trainable, {}, parameters, base)
     # Results are written expert by expert, and zeros are kept in every one of them.
     split_loaded_experts(model)
     if options.mode == "full":
         trainable = full(model, unpruned_linears(model, folder))
-        return _Student(trainable, {}, {}, parameters, base)
+        return _Student(trainable, {}, parameters, base)
     pruned = pruned_linears(model, folder)
-    if options.mode == "masked":
-        return _Student(masked(model, pruned), pruned, {}, parameters, base)
-    updated = pruned
-    if options.target_modules is not None:
-        updated = select_linears(pruned, options.target_modules)
-    trainable = sparse_lora(model, updated, options.rank, options.alpha, options.seed)
-    return _Student(trainable, pruned, updated, parameters, base)
+    return _Student(masked(model, pruned), pruned, parameters, base)
 
 
 def _load_teacher(job: RecoveryJob) -> Any:
@@ -323,8 +314,6 @@ def _write_result(job: RecoveryJob, student: _Student) -> None:
         return
     # A tied head and embedding are one parameter with two names; both may be stored.
     changed = dict(model.named_parameters(remove_duplicate=False))
-    if job.options.mode == "sparse-lora":
-        changed = merged_weights(student.updated)
     assert job.skeleton is not None
     result = ResultFolder(job.output, job.source, job.skeleton)
     record.linears = result.write_shards(changed, student.pruned)
