@@ -13,14 +13,15 @@ from pathlib import Path
 
 from prunus.model.checkpoint.atomic_files import file_digest, read_json
 
-__all__ = ["check_shard", "fingerprint_with", "recorded_digests", "verify_shards"]
+__all__ = ["RECORD_FILES", "check_shard", "fingerprint_with", "recorded_digests", "verify_shards"]
 
-#: Records of results. A recovered or packed checkpoint also has a copy of the `prunus.json` of its
-#: source, which describes the source's shards. So the first record that is there counts.
-_RECORDS = (
+#: Records of results. A recovered or packed checkpoint also has a copy of the record of its source,
+#: which describes the source's shards. So the first record that is there counts.
+RECORD_FILES = (
     "prunus-pack.json",
     "prunus-unpack.json",
     "prunus-recovery.json",
+    "prunus-compress.json",
     "prunus.json",
     "prunus-structure.json",
 )
@@ -34,7 +35,7 @@ def recorded_digests(folder: Path) -> dict[str, str]:
     Raises:
         ValueError: the record is damaged.
     """
-    path = next((folder / name for name in _RECORDS if (folder / name).exists()), None)
+    path = next((folder / name for name in RECORD_FILES if (folder / name).exists()), None)
     content = read_json(path) if path is not None else {}
     found = content.get("sha256", {}) if isinstance(content, dict) else None
     if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):

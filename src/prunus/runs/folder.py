@@ -1,0 +1,272 @@
+"""The folder of a result: who may write into it, what an earlier run left, and how it is completed.
+
+    find_earlier ► held ► begin ► write a shard, enter it in the record ► … ► finish
+
+A finished shard is a checkpoint of the run. It is written under a temporary name, made durable and
+renamed, and the record names it afterwards. The index is written last. No loader finds the weights
+without it, so nobody takes an unfinished folder for a model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.model.checkpoint.atomic_files import (
+    fsync_folder,
+    make_folder,
+    remove_temporaries,
+    write_json,
+    write_text,
+)
+from prunus.model.checkpoint.companions import auxiliary_files, copy_companion
+from prunus.model.checkpoint.digests import RECORD_FILES, check_shard
+from prunus.model.checkpoint.lock import locked
+from prunus.model.checkpoint.output_folder import (
+    check_apart,
+    check_resume,
+    check_whole,
+    is_vacant,
+)
+from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
+from prunus.model.checkpoint.writer import save_safetensors
+from prunus.options import Options
+from prunus.runs.options import RunOptions
+from prunus.runs.record import RunRecord
+
+__all__ = ["OUTSIDE_SHARD", "ResultFolder", "bytes_in", "find_earlier", "held", "shard_name"]
+
+#: Shard of everything outside the blocks: embeddings, final norm and head.
+OUTSIDE_SHARD = "outer.safetensors"
+
+_Record = TypeVar("_Record", bound=RunRecord)
+
+
+def shard_name(index: int) -> str:
+    """File name of a block's shard.
+
+    >>> shard_name(3)
+    'block-00003.safetensors'
+    """
+    return f"block-{index:05d}.safetensors"
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of the files in a folder; 0 if there is no such folder."""
+    if not folder.is_dir():
+        return 0
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def find_earlier(
+    kind: type[_Record],
+    output: Path,
+    recipe: Options,
+    options: RunOptions,
+    *sources: Path,
+) -> _Record | None:
+    """The record of the run in the output folder that this run resumes or finds finished.
+
+    Args:
+        kind: The record of the verb.
+        output: The folder of the result; it need not exist.
+        recipe: Of the run. An earlier run with another recipe is refused.
+        options: Of the run: `overwrite` and `resume`.
+        *sources: Checkpoints that the run reads, which must lie apart from the output.
+
+    Returns:
+        The record; None for a new run, or one that replaces what is there.
+
+    Raises:
+        FileExistsError: The folder holds something else, or another run.
+        FileNotFoundError: There is nothing to resume, and `resume` is True.
+        ValueError: Output and a source overlap, or the record is damaged.
+    """
+    for source in sources:
+        check_apart(output, source)
+    earlier = None
+    if not is_vacant(output):
+        if not (output / kind.FILE).exists():
+            raise FileExistsError(
+                f"output {output} exists and holds no result of {kind.VERB}; it is left as it is. "
+                "Choose another folder"
+            )
+        earlier = None if options.overwrite else kind.load(output)
+    check_resume(output, earlier is not None and earlier.state == "running", options.resume)
+    if earlier is not None:
+        earlier.check_same_run(recipe)
+    return earlier
+
+
+@contextlib.contextmanager
+def held(
+    kind: type[_Record], output: Path, ranks: Ranks, find: Callable[[], _Record | None]
+) -> Iterator[_Record | None]:
+    """Hold a folder against other runs for the length of a `with` block.
+
+    Only rank 0 touches the folder. All ranks must enter the block, and all fail if rank 0 does.
+
+    Args:
+        kind: The record of the verb.
+        output: The folder of the result; it need not exist.
+        ranks: The processes of the run.
+        find: Calls `find_earlier`. It is called twice: before anything is written, so that a folder
+            of somebody else stays untouched, and while the folder is held, because another run may
+            finish in between.
+
+    Yields:
+        What `find` returned the second time, on every rank.
+
+    Raises:
+        FileExistsError: Another run holds the folder.
+        OSError: The folder cannot be written.
+    """
+
+    def look() -> dict[str, Any] | None:
+        earlier = find()
+        return None if earlier is None else earlier.model_dump(mode="json")
+
+    with contextlib.ExitStack() as stack:
+        with ranks.fail_together():
+            if ranks.rank == 0:
+                find()
+                stack.enter_context(locked(output))
+        found = ranks.on_rank_0(look)
+        yield None if found is None else kind.model_validate(found)
+
+
+class ResultFolder:
+    """Writes the result of one run, in a folder that the run holds.
+
+    Every method leaves the folder in a state from which a killed run can resume. Only rank 0 may
+    call the methods that write.
+
+    Args:
+        folder: The folder of the result; it need not exist.
+        record: Of the run.
+        source: The checkpoint that is read, or None.
+        ranks: The processes of the run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        record: RunRecord,
+        source: Checkpoint | None = None,
+        ranks: Ranks = SINGLE_PROCESS,
+    ) -> None:
+        self.folder, self.record, self.source, self.ranks = folder, record, source, ranks
+
+    def save(self) -> None:
+        """Write the record. Other ranks than 0 do nothing."""
+        if self.ranks.rank == 0:
+            self.record.save(self.folder)
+
+    def begin(self, overwrite: bool) -> None:
+        """Create the folder, or clean up what a killed run left half-written.
+
+        Afterwards the folder holds no shards but those that the record names, and the record names
+        no shard that is missing.
+
+        Raises:
+            ValueError: A disk or a copy has changed a shard of the run that is resumed; names it.
+        """
+        folder, record = self.folder, self.record
+        make_folder(folder)
+        for name, expected in record.sha256.items():
+            if (folder / name).exists():
+                remedy = "remove it, and the same command makes it again"
+                check_shard(folder / name, expected, remedy)
+        # The record claims the folder first. Then the index is removed, so that the rest of an
+        # overwritten result is no model any more.
+        record.save(folder)
+        (folder / INDEX_NAME).unlink(missing_ok=True)
+        fsync_folder(folder)
+        if overwrite:
+            self._remove_others()
+        remove_temporaries(folder)
+        if record.forget_missing({name for name in record.sha256 if not self.has(name)}):
+            record.save(folder)
+
+    def _remove_others(self) -> None:
+        """Remove shards of the result that is replaced, and records of other verbs about it."""
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in self.record.sha256:
+                path.unlink()
+        for name in RECORD_FILES:
+            if name != self.record.FILE:
+                (self.folder / name).unlink(missing_ok=True)
+
+    def has(self, shard: str) -> bool:
+        """Whether a shard is there, and the record names it."""
+        return shard in self.record.sha256 and (self.folder / shard).exists()
+
+    def write_shard(
+        self, name: str, tensors: Mapping[str, torch.Tensor], *, uncached: bool = False
+    ) -> None:
+        """Write a shard and note its SHA-256; the caller enters it in the record and saves that.
+
+        Args:
+            name: File name.
+            tensors: By stored name.
+            uncached: Drop the pages of the file from memory once they are on disk.
+
+        Raises:
+            ValueError: The source was changed while it was read.
+        """
+        if self.source is not None:
+            # The shard may hold views of the source's files, which must not have changed.
+            self.source.check_unchanged()
+        self.record.sha256[name] = save_safetensors(self.folder / name, tensors, uncached=uncached)
+
+    def finish(
+        self,
+        shards: Iterable[str],
+        *,
+        card: str,
+        config: Mapping[str, Any] | None = None,
+        keep_records: Iterable[str] = (),
+        code: bool = False,
+    ) -> None:
+        """Complete the result: companions, configuration, card, and at last the index.
+
+        Args:
+            shards: File names of all shards of the result.
+            card: Content of README.md.
+            config: Content of config.json; None copies the source's.
+            keep_records: Records of earlier work on the source that hold for the result as well.
+            code: Copy Python files that come with the checkpoint.
+        """
+        folder = self.folder
+        if self.source is not None:
+            here = self.source.folder
+            for path in auxiliary_files(here, code=code):
+                if path.name not in RECORD_FILES and (config is None or path.name != "config.json"):
+                    copy_companion(path, folder / path.name)
+            for name in keep_records:
+                if (here / name).exists():
+                    copy_companion(here / name, folder / name)
+        write_text(folder / "README.md", card)
+        if config is not None:
+            write_json(folder / "config.json", dict(config))
+        written = Checkpoint(folder, only=list(shards))
+        weight_map = {name: info.file for name, info in sorted(written.tensors.items())}
+        total = written.nbytes(written.tensors)
+        write_json(
+            folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+        self.record.state = "finished"
+        self.record.save(folder)
+
+    def check_finished(self) -> None:
+        """Check that the finished result of an earlier run still has all its shards.
+
+        Raises:
+            FileExistsError: A file was deleted or cut off.
+        """
+        self.ranks.on_rank_0(lambda: check_whole(self.folder))

@@ -1,0 +1,191 @@
+"""The options that every run has: where its windows come from, and how the work is done.
+
+Imports no torch, so that a recipe can be read without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import field_validator
+
+from prunus.hardware.sizes import parse_bytes
+from prunus.options import Option, Options, at_least
+from prunus.options.declaration import ADVANCED
+
+if TYPE_CHECKING:
+    from prunus.distributed import Ranks
+
+__all__ = ["BOS", "CALIBRATION", "DTYPE", "BosName", "DtypeName", "RunOptions", "WindowOptions"]
+
+CALIBRATION = "Calibration"
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+BosName = Literal["auto", "yes", "no"]
+
+BOS = Option(
+    "Begin every window with the BOS token, in place of its first token. auto: if the tokenizer "
+    "puts one before a text. no: as in the papers.",
+    metavar="BOS",
+    panel=CALIBRATION,
+)
+DTYPE = Option(
+    "Compute in this dtype: auto, float32, bfloat16 or float16. The result keeps the dtype of the "
+    "checkpoint.",
+    metavar="DTYPE",
+    panel=ADVANCED,
+)
+
+
+class WindowOptions(Options):
+    """The calibration windows of a run, and the dtype in which they are computed."""
+
+    calibration: Annotated[
+        str,
+        Option(
+            "Take the calibration windows from c4, wikitext2, ptb, python-docs, self (text that "
+            "the model writes) or a file: .txt, .jsonl, .jsonl.gz, .parquet, .safetensors with "
+            "input_ids. For image classifiers: a folder of images.",
+            metavar="SOURCE",
+            panel=CALIBRATION,
+        ),
+    ] = "c4"
+    samples: Annotated[
+        int,
+        Option(
+            "Use this number of calibration windows.",
+            metavar="N",
+            panel=CALIBRATION,
+            within=at_least(1, ": a run needs calibration windows"),
+        ),
+    ] = 128
+    seqlen: Annotated[
+        int,
+        Option(
+            "Use windows of this number of tokens.",
+            metavar="N",
+            panel=CALIBRATION,
+            within=at_least(2, " tokens"),
+        ),
+    ] = 2048
+    seed: Annotated[
+        int,
+        Option("Choose the windows at random by this seed.", metavar="N", panel=CALIBRATION),
+    ] = 0
+    bos: Annotated[BosName, BOS] = "auto"
+    batch: Annotated[
+        int | None,
+        Option(
+            "Run this number of windows per forward pass.",
+            metavar="N",
+            panel=CALIBRATION,
+            within=at_least(1, " window"),
+            default="as many as hold about 4096 tokens",
+        ),
+    ] = None
+    dtype: Annotated[DtypeName, DTYPE] = "auto"
+
+
+class RunOptions(Options):
+    """How the work is done, as far as it does not decide the bytes of the result.
+
+    Attributes:
+        tokenizer: The model's tokenizer or image processor; None loads it from the checkpoint, or
+            from where a loaded model was loaded.
+        input_ids: Calibration data instead of a named source: token ids (samples, seqlen), or
+            pixel values (samples, channels, height, width).
+        texts: Texts, rows of a data set or chats instead of a named source; see
+            `prunus.calibration.texts`.
+        announce: Called with what is being prepared, before the first step; None to be silent.
+        report: Called after every step; None to be silent.
+        ranks: The processes that work on this run; None for those that torchrun started, if any.
+    """
+
+    device: Annotated[
+        str, Option("Run on this device: auto, cpu, cuda or cuda:0, ….", metavar="DEVICE")
+    ] = "auto"
+    memory: Annotated[
+        int | None,
+        Option(
+            "Use at most this much memory on the host and on the device, such as 8GB.",
+            metavar="SIZE",
+            default="the free memory",
+            parse=parse_bytes,
+        ),
+    ] = None
+    data: Annotated[
+        Path | None,
+        Option(
+            "Read local copies of the datasets from this folder.",
+            metavar="DIR",
+            default="download them",
+            variable="PRUNUS_DATA",
+        ),
+    ] = None
+    overwrite: Annotated[bool, Option("Replace an earlier result of prunus in OUT.")] = False
+    resume: Annotated[
+        bool | None,
+        Option(
+            "Insist on resuming an unfinished run, or refuse to.",
+            switch="--resume/--no-resume",
+            default="resume if the options are the same",
+        ),
+    ] = None
+    trust_remote_code: Annotated[
+        bool,
+        Option(
+            "Run the model code that comes with the checkpoint. It runs with all your rights.",
+            panel=ADVANCED,
+        ),
+    ] = False
+    rank_timeout: Annotated[
+        float | None,
+        Option(
+            "Under torchrun: stop when a process is silent for this many seconds.",
+            metavar="SECONDS",
+            panel=ADVANCED,
+            default="600",
+        ),
+    ] = None
+    tokenizer: Any = None
+    input_ids: Any = None
+    texts: Any = None
+    announce: Callable[[str], None] | None = None
+    report: Callable[..., None] | None = None
+    ranks: Any = None
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _read_size(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value
+
+    @property
+    def processes(self) -> Ranks:
+        """The processes of the run; a single one outside of `with_ranks`."""
+        from prunus.distributed import SINGLE_PROCESS
+
+        return self.ranks or SINGLE_PROCESS
+
+    def tell(self, message: str) -> None:
+        """Announce what is done next; only the first of several processes does so."""
+        if self.announce is not None and self.processes.rank == 0:
+            self.announce(message)
+
+    def step(self, *step: Any) -> None:
+        """Report a finished step; only the first of several processes does so."""
+        if self.report is not None and self.processes.rank == 0:
+            self.report(*step)
+
+    @contextlib.contextmanager
+    def with_ranks(self) -> Iterator[RunOptions]:
+        """The options with the processes that torchrun started, unless they name processes."""
+        from prunus.distributed import process_group
+
+        if self.ranks is not None:
+            yield self
+            return
+        with process_group(self.rank_timeout) as ranks:
+            yield self.model_copy(update={"ranks": ranks})

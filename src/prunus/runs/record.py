@@ -1,0 +1,147 @@
+"""The record of a run: a JSON file next to the result that says what was done and how far it is.
+
+A record never claims more than is on disk: a shard is entered after it has its final name. Every
+verb adds fields of its own. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from prunus.model.checkpoint.atomic_files import write_json
+from prunus.model.checkpoint.records import read_record
+from prunus.options import Options
+
+__all__ = ["RunInputs", "RunRecord", "UsedBos", "bos_words"]
+
+#: Whether every window begins with the BOS token; `given` where the windows were given.
+UsedBos = Literal["yes", "no", "given"]
+
+
+def bos_words(bos: UsedBos) -> str:
+    """How windows begin, for people.
+
+    >>> bos_words("yes")
+    'BOS first in every window'
+    """
+    return {
+        "yes": "BOS first in every window",
+        "no": "no BOS added to windows",
+        "given": "windows as they were given",
+    }[bos]
+
+
+class RunInputs(BaseModel):
+    """What the bytes of the result depend on, beside the options."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    checkpoint: str = Field(description="fingerprint of the source checkpoint")
+    outside: dict[str, str] = Field(
+        default_factory=dict,
+        description="stored name of a tensor outside the blocks -> its SHA-256",
+    )
+    dtype: str = Field(description="of the forward passes, as decided for 'auto'")
+    dtype_reason: str
+    device: str = Field(description="cpu or cuda")
+
+    #: Fields that explain others, and need not be equal in a resumed run.
+    REASONS: ClassVar[set[str]] = {"dtype_reason", "bos"}
+
+    def deciding(self) -> dict[str, Any]:
+        """The fields that a resumed run must have in common with the run before it.
+
+        The hash of each tensor is a field of its own, so that an error names the tensor. Which BOS
+        the windows had shows in their hash.
+        """
+        values = self.model_dump(exclude=self.REASONS)
+        outside = values.pop("outside")
+        return values | {f"tensor {name}": digest for name, digest in outside.items()}
+
+
+class RunRecord(BaseModel):
+    """The state of a run: "running" until every shard and the index exist, then "finished".
+
+    Attributes:
+        source: The model as the user named it.
+        recipe: The options that decide the bytes of the result.
+        inputs: What else decides them.
+        sha256: File name of a finished shard -> SHA-256 of its bytes.
+        totals: Figures of the whole run.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    #: Name of the file, and of the verb that writes it.
+    FILE: ClassVar[str]
+    VERB: ClassVar[str]
+
+    format: Literal[1] = 1
+    state: Literal["running", "finished"] = "running"
+    source: str
+    recipe: Options
+    inputs: RunInputs
+    versions: dict[str, str] = Field(default_factory=dict)
+    hardware: dict[str, Any] = Field(default_factory=dict)
+    sha256: dict[str, str] = Field(default_factory=dict)
+    totals: dict[str, Any] = Field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write the record atomically."""
+        write_json(folder / self.FILE, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read the record in a folder.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is damaged or of another version.
+        """
+        if not (folder / cls.FILE).exists():
+            raise FileNotFoundError(f"{folder} has no {cls.FILE}: {cls.VERB} did not write it")
+        return read_record(folder / cls.FILE, cls)
+
+    def check_same_run(self, recipe: Options, inputs: RunInputs | None = None) -> None:
+        """Check that this record belongs to the same run, which may then be resumed.
+
+        Args:
+            recipe: Of the run.
+            inputs: Of the run; None while they are not known yet.
+
+        Raises:
+            FileExistsError: It belongs to another run; names the first difference.
+        """
+        before, now = self.recipe.model_dump(), recipe.model_dump()
+        if inputs is not None:
+            # What "auto" meant replaces the recipe's batch and dtype. The recipe's bos is kept.
+            before |= self.inputs.deciding()
+            now |= inputs.deciding()
+        for key in now:
+            if before.get(key) != now[key]:
+                raise FileExistsError(
+                    f"the output folder holds a run with another {key} ({_brief(before.get(key))}, "
+                    f"now {_brief(now[key])}); it is left as it is. Choose another folder, or "
+                    "`overwrite` to replace it"
+                )
+
+    def forget_missing(self, missing: set[str]) -> bool:
+        """Forget shards that were deleted; verbs forget what depends on them as well.
+
+        Args:
+            missing: File names of shards that the record names and that are not there.
+
+        Returns:
+            Whether the record has changed.
+        """
+        for name in missing:
+            del self.sha256[name]
+        return bool(missing)
+
+
+def _brief(value: Any) -> str:
+    """A value in an error; of a hash, its beginning."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:12]}…"
