@@ -48,7 +48,7 @@ SENTENCE = "The quick brown fox jumps over the lazy dog number {}. "
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    """A tiny checkpoint with a tokenizer, wide enough for 2:4 and for permutations."""
+    """A tiny checkpoint with a tokenizer, wide enough for 2:4."""
     folder = tiny_checkpoint(
         tmp_path_factory.mktemp("tutorial") / "model",
         dtype=torch.bfloat16,

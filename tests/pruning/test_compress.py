@@ -401,7 +401,6 @@ def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path):
         ({"bits": math.nan}, "bits"),
         ({"head_bits": 5}, "head_bits must be 4, 6 or 8"),
         ({"reconstruct": "last"}, "reconstruct does not go with bits"),
-        ({"pattern": "2:4", "permute": True}, "permute does not go with bits"),
         ({"propagate": "block", "dense_weight": 0}, "propagate block does not go with bits"),
         ({"head": True}, "head does not go with bits"),
         ({"preset": "best"}, "reconstruct does not go with bits"),

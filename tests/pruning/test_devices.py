@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
     "magnitude row, with ties": {"method": "magnitude", "group": "row"},
     "wanda-variant": {"method": "wanda-variant"},
-    "ria 2:4 permuted": {"method": "ria", "pattern": "2:4", "permute": True},
+    "ria 2:4": {"method": "ria", "pattern": "2:4"},
     "sparsegpt": {"method": "sparsegpt"},
     "sparsegpt 2:4, reconstructed": {
         "method": "sparsegpt",
@@ -46,10 +46,9 @@ CASES: dict[str, dict[str, Any]] = {
     "sparsegpt as published": {"method": "sparsegpt", "propagate": "block"},
     "obs blockwise": {"method": "obs", "mask_order": "blockwise"},
     "alps, dense targets": {"method": "alps", "dense_weight": "auto"},
-    "alps 1:4, permuted, reconstructed": {
+    "alps 1:4, reconstructed": {
         "method": "alps",
         "pattern": "1:4",
-        "permute": True,
         "reconstruct": "all",
         "reconstruct_epochs": 1,
         "batch": 1,
@@ -92,10 +91,10 @@ def test_every_method_gives_what_the_processor_gives(name, dense, tmp_path):
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("gpt2", {"method": "alps", "pattern": "2:4", "permute": True}),
+        ("gpt2", {"method": "alps", "pattern": "2:4"}),
         ("gpt_neo", {"reconstruct": "all", "batch": 1, "dtype": "bfloat16"}),
-        ("gemma3_text", {"pattern": "2:4", "permute": True, "reconstruct": "last"}),
-        ("mixtral", {"pattern": "2:4", "permute": True, "reconstruct": "all", "batch": 1}),
+        ("gemma3_text", {"pattern": "2:4", "reconstruct": "last"}),
+        ("mixtral", {"pattern": "2:4", "reconstruct": "all", "batch": 1}),
         ("deepseek_v3", {"method": "alps", "dense_weight": 0.25}),
         ("opt", {"dtype": "bfloat16"}),
         ("bloom", {"refine": "swaps"}),
@@ -202,7 +201,7 @@ def test_the_device_with_the_given_number_is_used(dense, tmp_path):
     from prunus.hardware.memory import memory_budget
 
     for device in ("cpu", "cuda:1"):
-        prune(dense, tmp_path / device, device, method="alps", pattern="2:4", permute=True)
+        prune(dense, tmp_path / device, device, method="alps", pattern="2:4")
     assert_same_weights(tmp_path / "cpu", tmp_path / "cuda:1")
     assert memory_budget(torch.device("cuda:1"), None) > 0
 

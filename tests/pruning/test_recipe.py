@@ -254,13 +254,12 @@ def test_the_preset_best_depends_on_the_pattern():
         pattern: Recipe(preset="best", pattern=pattern)
         for pattern in ("unstructured", "2:4", "4:8")
     }
-    assert {pattern: (each.allocation, each.permute) for pattern, each in chosen.items()} == {
-        "unstructured": ("search", False),
-        "2:4": ("uniform", True),
-        "4:8": ("uniform", True),
+    assert {pattern: each.allocation for pattern, each in chosen.items()} == {
+        "unstructured": "search",
+        "2:4": "uniform",
+        "4:8": "uniform",
     }
     assert Recipe(preset="best", allocation="owl").allocation == "owl"
-    assert not Recipe(preset="best", pattern="2:4", permute=False).permute
 
 
 def test_explicit_options_override_a_preset(tmp_path):

@@ -130,18 +130,6 @@ MUTANTS: dict[str, Mutant] = {
         "start_IR",
         (_ENGINE, "few_tokens"),
     ),
-    "order of the inputs": Mutant(
-        "pruning/block/permute.py",
-        "order_I.to(linear.parameter.device)",
-        "order_I",
-        (_ENGINE, "permuted"),
-    ),
-    "rows that move with the inputs": Mutant(
-        "pruning/block/permute.py",
-        "order_O.to(tensors[key].device)",
-        "order_O",
-        (_ENGINE, "permuted"),
-    ),
     "buffers": Mutant(
         "model/placement.py",
         "module._buffers[name] = buffer.to(device)",

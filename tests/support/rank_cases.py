@@ -200,30 +200,6 @@ def uneven(scratch: Path) -> dict[str, Any]:
     return found
 
 
-def permuted(scratch: Path) -> dict[str, Any]:
-    """Permuted inputs, also where ranks have no windows."""
-    dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
-    found = {}
-    for method, size, windows in (("wanda", 2, 6), ("ria", 4, 2), ("alps", 2, 6)):
-        options = {
-            "calibration": token_ids(windows),
-            "pattern": "2:4",
-            "permute": True,
-            "method": method,
-        }
-        alone = prune(dense, scratch / f"{method} one", **options)
-        status = in_ranks(size, lambda _: prune(dense, scratch / method, **options))  # noqa: B023
-        assert not any(status), (method, status)
-        notes = [
-            linear.notes["permuted"] for block in alone.blocks for linear in block.linears.values()
-        ]
-        found[method] = {
-            "moved": sum(note.startswith("with ") for note in notes),
-            **compare(scratch / f"{method} one", scratch / method),
-        }
-    return found
-
-
 def reconstructed(scratch: Path) -> dict[str, Any]:
     """Blocks trained by several ranks against one.
 

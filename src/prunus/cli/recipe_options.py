@@ -199,16 +199,6 @@ OPTIONS: dict[str, Any] = {
             "well. Default: 0.",
         ),
     ],
-    "permute": Annotated[
-        bool | None,
-        typer.Option(
-            "--permute",
-            rich_help_panel=_METHOD,
-            help="With N:M, reorder input channels inside MLPs and heads, so that groups keep "
-            "more. The new order is folded into the weights: the result is an ordinary "
-            "checkpoint.",
-        ),
-    ],
     "reconstruct": Annotated[
         Literal["none", "last", "quick", "all"] | None,
         typer.Option(

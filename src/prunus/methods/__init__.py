@@ -17,7 +17,7 @@
     alps.py           mask and weights together by ADMM
 
     composition.py    a method, a refinement of its mask and a weight update as one method
-    refine/           better masks and targets: swaps, dense targets, permutation
+    refine/           better masks and targets: swaps, dense targets
     solvers/          the OBS sweep, least squares on a mask, the ADMM operator
 
 Names are imported when they are first used, so that a recipe can check options without torch.

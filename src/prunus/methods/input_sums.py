@@ -111,11 +111,6 @@ class FeatureSums:
         for sums_2I in all_B2I:
             self._add_sums(sums_2I)
 
-    def reorder(self, order_I: Tensor) -> None:
-        """Put the features in another order: feature j becomes what `order_I[j]` was."""
-        self.sum_squares_I = self.sum_squares_I[order_I]
-        self.sum_I = self.sum_I[order_I] if self.sum_I is not None else None
-
     def _add_sums(self, sums_2I: Tensor) -> None:
         self.sum_squares_I += sums_2I[0]
         if self.sum_I is not None:
@@ -175,12 +170,6 @@ class GramSums:
             if matrix_II is not None:
                 ranks.all_reduce(matrix_II)
 
-    def reorder(self, order_I: Tensor) -> None:
-        """Put the features in another order: feature j becomes what `order_I[j]` was."""
-        self.gram_II = self.gram_II[order_I][:, order_I]
-        self.paired_II = _reordered(self.paired_II, order_I)
-        self.held_II = _reordered(self.held_II, order_I)
-
     def _add_product(self, sum_II: Tensor, X_TI: Tensor, squares_I: Tensor) -> None:
         in_bfloat16 = X_TI.dtype == torch.bfloat16 and multiplies_bfloat16(X_TI.device)
         if not (self._low_precision and in_bfloat16):
@@ -227,11 +216,6 @@ class DriftSums:
             if matrix_II is not None:
                 ranks.all_reduce(matrix_II)
 
-    def reorder(self, order_I: Tensor) -> None:
-        """Put the features in another order: feature j becomes what `order_I[j]` was."""
-        self.drift_II = self.drift_II[order_I][:, order_I]
-        self.held_II = _reordered(self.held_II, order_I)
-
 
 def add_in_reference_order(
     gram_II: Tensor, sum_squares_I: Tensor, X_TI: Tensor, window: int
@@ -247,10 +231,6 @@ def add_in_reference_order(
     X_IT = math.sqrt(2 / (window + 1)) * X_TI.float().T
     gram_II += X_IT @ X_IT.T
     sum_squares_I += X_IT.norm(p=2, dim=1).square() / (window + 1)
-
-
-def _reordered(matrix_II: Tensor | None, order_I: Tensor) -> Tensor | None:
-    return matrix_II[order_I][:, order_I] if matrix_II is not None else None
 
 
 def _add_gram(gram_II: Tensor, X_TI: Tensor) -> None:

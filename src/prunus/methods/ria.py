@@ -5,8 +5,8 @@ whole matrix competes (Zhang et al. 2024, arXiv 2402.17946, equations 3 and 5). 
 change.
 
 Why shares: where the whole matrix competes, magnitudes would empty rows and columns whose weights
-are all small. A share compares a weight with its own row and column, so no channel is lost. For N:M
-the paper also permutes the input channels, see `refine/permutation.py`.
+are all small. A share compares a weight with its own row and column, so no channel is lost. The
+paper's permutation of input channels for N:M is not part of prunus.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ the dense model for the same tokens. G_II = XᵀX, with the diagonal d_j = ‖X_
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -281,28 +280,6 @@ class InputStatistics:
         for part in (self._gram, self._drift):
             if part is not None:
                 part.reduce(ranks)
-
-    def reordered(self, order_I: Tensor) -> InputStatistics:
-        """The statistics of the same inputs in another order.
-
-        Args:
-            order_I: int64 (I,). Feature j of the result is feature `order_I[j]` of these.
-
-        >>> statistics = InputStatistics(2, "norms")
-        >>> statistics.add(torch.tensor([[3.0, 1.0]]))
-        >>> statistics.reordered(torch.tensor([1, 0])).norms_I
-        tensor([1., 3.])
-        """
-        # The parts are copied one level deep: `reorder` replaces their tensors and changes none.
-        other = copy.copy(self)
-        other._derived = {}
-        other._counts = copy.copy(self._counts)
-        other._features = copy.copy(self._features)
-        other._gram, other._drift = copy.copy(self._gram), copy.copy(self._drift)
-        for part in (other._features, other._gram, other._drift):
-            if part is not None:
-                part.reorder(order_I)
-        return other
 
     def check_finite(self, name: str) -> None:
         """Check that no activation was infinite or NaN; any that was shows in the sums.

@@ -174,8 +174,6 @@ def _forward_flops(job: PruningJob, index: int) -> float:
     if passes == 1 and not job.fits_lockstep(index):
         passes = REPLAY_PASSES + routing.experts
     passes += _dense_share(job)
-    if job.recipe.permute:
-        passes += 1  # All windows run once more, behind the reordered block.
     if job.reconstruction is not None and job.reconstruction.applies_to(index, len(job.skeleton)):
         names = linears_to_train(list(sizes), job.linear_settings.method.updates_weights)
         trained_share = sum(sizes[name] for name in names) / weights

@@ -211,7 +211,6 @@ class PruningJob:
             linear=self.linear_settings,
             device=self.device,
             sparsities=sparsities,
-            permute=self.recipe.permute,
             min_expert_tokens=self.recipe.min_expert_tokens,
             reconstruction=self.reconstruction,
             drift_stride=self.drift_stride,

@@ -6,7 +6,6 @@ from typing import Any
 
 from prunus.hardware.memory import resident_memory
 from prunus.pruning.allocation.allocate import planned_allocation
-from prunus.pruning.block.permute import find_permutable
 from prunus.pruning.compression_cost import measurement_memory
 from prunus.pruning.cost import disk_bytes, estimate_seconds, file_bytes
 from prunus.pruning.job import PruningJob
@@ -20,7 +19,7 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
     Returns:
         Counts: `blocks`, `linears`, `weights` in the selected linears, `to_remove` of them,
         `blocks_in_lockstep`, `batch`. Decisions: `dtype`, `dtype_reason`, `device`, `bos`,
-        `hidden_states` (where they are kept), `left_dense`, `free_orders` and `allocation`; see
+        `hidden_states` (where they are kept), `left_dense` and `allocation`; see
         `planned_allocation`; `bits` and `head_bits` are null where the run does not compress. Cost:
         `peak_memory_bytes`, `file_bytes` (the weights of the result), `disk_bytes` (with temporary
         files), `seconds`.
@@ -35,7 +34,6 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "to_remove": int(weights * job.linear_settings.sparsity),
         "bits": job.recipe.bits,
         "head_bits": job.recipe.head_bits,
-        "free_orders": _free_orders(job),
         "left_dense": {name: list(shape) for name, shape in job.left_dense.items()},
         "dtype": str(job.dtype).removeprefix("torch."),
         "dtype_reason": job.dtype_reason,
@@ -69,28 +67,3 @@ def _place_of_hidden_states(job: PruningJob) -> str:
     if job.spills:
         return "file"
     return "memory" if job.hidden_states_stay else "pinned host memory"
-
-
-def _free_orders(job: PruningJob) -> dict[str, str] | None:
-    """For `permute`: which linears may have their inputs reordered.
-
-    This follows from names and shapes alone. The run tries every order on the first batch before it
-    relies on it.
-
-    Returns:
-        Full name of each linear -> the linears that would be reordered with it, or "" where its
-        inputs keep their order. None without `permute`.
-    """
-    if not job.recipe.permute:
-        return None
-    heads = getattr(job.source.config.get_text_config(), "num_attention_heads", None)
-    m = job.linear_settings.pattern.m
-    assert m is not None, "a recipe allows permute only with an N:M pattern"
-    found = {}
-    for index, names in enumerate(job.selected):
-        guesses = find_permutable(job.skeleton.linears(index), heads, m)
-        for name in names:
-            producers = guesses[name][0].producers if name in guesses else ()
-            full_name = f"{job.skeleton.block_name(index)}.{name}"
-            found[full_name] = ", ".join(producer.name for producer in producers)
-    return found

@@ -14,10 +14,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 #: The preset of `prunus prune` that trains the whole model after pruning it by preset best.
 MAX = "max"
-# Only an unstructured sparsity can be distributed over layers. Only N:M depends on which channels
-# stand next to each other.
+# Only an unstructured sparsity can be distributed over layers.
 _UNSTRUCTURED: dict[str, dict[str, Any]] = {"best": {"allocation": "search"}}
-_N_OF_M: dict[str, dict[str, Any]] = {"best": {"permute": True}}
 
 
 def preset_options(values: dict[str, Any]) -> dict[str, Any]:
@@ -31,8 +29,8 @@ def preset_options(values: dict[str, Any]) -> dict[str, Any]:
 
     >>> preset_options({"preset": "fast", "seed": 1})
     {'method': 'wanda', 'preset': 'fast', 'seed': 1}
-    >>> preset_options({"preset": "best", "pattern": "2:4"})["permute"]
-    True
+    >>> "allocation" in preset_options({"preset": "best", "pattern": "2:4"})
+    False
     """
     name = values.get("preset")
     if name is None:
@@ -45,4 +43,4 @@ def preset_options(values: dict[str, Any]) -> dict[str, Any]:
     if name not in PRESETS:
         raise ValueError(f"the preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
     unstructured = values.get("pattern", "unstructured") == "unstructured"
-    return PRESETS[name] | (_UNSTRUCTURED if unstructured else _N_OF_M).get(name, {}) | values
+    return PRESETS[name] | (_UNSTRUCTURED.get(name, {}) if unstructured else {}) | values

@@ -195,11 +195,6 @@ class Recipe(BaseModel):
         None,
         description="The peak learning rate of block reconstruction. By default by weight size.",
     )
-    permute: bool = Field(
-        False,
-        description="For N:M: whether to reorder inputs first, where the order can be folded into "
-        "other weights.",
-    )
     allocation: Literal["uniform", "owl", "dlp", "arithmetic", "search"] = Field(
         "uniform", description="How the sparsity is distributed over layers, with the same mean."
     )
@@ -280,10 +275,6 @@ class Recipe(BaseModel):
         self._check_two_passes()
         self._check_allocation()
         self._check_bits()
-        if self.permute and not self.n_of_m:
-            raise ValueError(
-                "permute is for N:M, where channels share groups: give --pattern, or drop it"
-            )
         has_schedule = self.reconstruct_epochs is not None or self.reconstruct_lr is not None
         if has_schedule and not self.reconstructs:
             raise ValueError(
@@ -296,7 +287,6 @@ class Recipe(BaseModel):
         """Refuse what the two passes per block of the original code do not have."""
         for option, given, reason in (
             ("dense_weight", self.dense_weight != 0, "have no dense targets"),
-            ("permute", self.permute, "leave channels in place"),
             ("reconstruct", self.reconstructs, "train nothing"),
         ):
             if self.propagate == "block" and given:
@@ -312,7 +302,6 @@ class Recipe(BaseModel):
             return
         for option, given, reason in (
             ("propagate block", self.propagate == "block", "quantises nothing"),
-            ("permute", self.permute, "changes the order of weights that are packed already"),
             ("reconstruct", self.reconstructs, "would train weights away from their integers"),
             ("head", self.head, "prunes the head; --head-bits compresses it"),
         ):

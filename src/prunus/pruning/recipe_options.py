@@ -48,7 +48,6 @@ class RecipeOptions(TypedDict, total=False):
     reconstruct: Literal["none", "last", "quick", "all"]
     reconstruct_epochs: int | None
     reconstruct_lr: float | None
-    permute: bool
     allocation: Literal["uniform", "owl", "dlp", "arithmetic", "search"]
     allocation_by: Literal["block", "linear"]
     allocation_spread: float | None

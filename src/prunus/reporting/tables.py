@@ -165,8 +165,6 @@ def plan_table(plan: dict[str, Any]) -> Table:
         "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
         "time": f"about {plan['seconds']:.0f} s at this machine's matrix product rate",
     }
-    if plan.get("free_orders") is not None:
-        rows["order of inputs"] = _free_orders(plan["free_orders"])
     if (training := plan.get("training")) is not None:
         rows["training"] = (
             f"then {training['minutes']:g} minutes on {training['text']}, {training['batch']} "
@@ -189,16 +187,6 @@ def _weights_of_plan(plan: dict[str, Any]) -> str:
     if plan["to_remove"]:
         return f"{weights} {sizes}; {plan['to_remove']:,} at least become 0"
     return f"{weights} {sizes}; how many become 0 follows from the rate"
-
-
-def _free_orders(orders: dict[str, str]) -> str:
-    """Which kinds of linears may have their inputs reordered, and which keep their order."""
-    kinds: dict[str, str] = {}
-    for name, follow in orders.items():
-        kinds.setdefault(name.rpartition(".")[2], follow)
-    free = [f"{kind} (with {follow})" for kind, follow in kinds.items() if follow]
-    kept = [kind for kind, follow in kinds.items() if not follow]
-    return f"free for {', '.join(free) or 'none'}; kept for {', '.join(kept) or 'none'}"
 
 
 def forecast_table(title: str, found: dict[str, Any]) -> Table:

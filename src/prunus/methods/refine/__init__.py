@@ -2,5 +2,4 @@
 
 swaps.py          swap kept against pruned weights while that lowers the output error
 dense_targets.py  approximate the outputs of the dense model
-permutation.py    an order of the input channels that suits N:M
 """

@@ -12,7 +12,6 @@ from prunus.model.linears import Linear
 from prunus.packed.weight import QuantizedWeight
 from prunus.pruning.block.dense_stream import DenseBlockInputs
 from prunus.pruning.block.expert_tokens import ExpertCounter
-from prunus.pruning.block.permute import PermutableInputs
 from prunus.pruning.reconstruction.reconstruct_block import BlockReconstruction
 from prunus.pruning.records import BlockRecord, LinearRecord, ReconstructionRecord, Walk
 
@@ -46,13 +45,11 @@ class BlockState:
         module: the block with its weights in place.
         linears: the linears to prune.
         walk: how the windows go through it.
-        permutable: by relative name, the linears whose inputs can be permuted.
         expert_counters: of its experts modules.
         dense_inputs: inputs of the dense block, if the run needs them.
         reconstruction: of this block, or None.
         changed: the finished tensors by relative name, as far as they differ from `stored`.
         records: of the linears, by relative name.
-        orders: relative name of a linear -> the order that its inputs take, int64 (in,).
         packed: the linears that a compressed checkpoint stores as integers, by relative name.
         reconstructed: the record of the reconstruction.
     """
@@ -64,13 +61,11 @@ class BlockState:
     module: nn.Module
     linears: list[Linear]
     walk: Walk
-    permutable: Mapping[str, PermutableInputs]
     expert_counters: list[ExpertCounter]
     dense_inputs: DenseBlockInputs | None
     reconstruction: BlockReconstruction | None
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
     records: dict[str, LinearRecord] = field(default_factory=dict)
-    orders: dict[str, torch.Tensor] = field(default_factory=dict)
     packed: dict[str, QuantizedWeight] = field(default_factory=dict)
     reconstructed: ReconstructionRecord | None = None
 
@@ -78,21 +73,6 @@ class BlockState:
     def finished(self) -> dict[str, torch.Tensor]:
         """All tensors of the block by relative name, as far as they are pruned."""
         return {**self.stored, **self.changed}
-
-    @property
-    def permuted_at_once(self) -> list[Linear]:
-        """Linears that take the order of their inputs when they are pruned.
-
-        Trained linears keep the order in which they were pruned until the order is folded. The
-        others run in their final order already while the block is reconstructed.
-        """
-        if self.reconstruction is None:
-            return []
-        return [
-            linear
-            for linear in self.linears
-            if linear.name in self.permutable and linear.name not in self.reconstruction.trained
-        ]
 
     def result(self, ranks: int) -> FinishedBlock:
         """The finished block; the seconds of its record are still missing."""

@@ -6,7 +6,6 @@ Shape suffixes: O outputs (rows), I inputs (columns).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.numerics import all_finite, count_zeros, low_precision_product, row_spans
-from prunus.methods.refine.permutation import Channels, with_permutation
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
 from prunus.packed.quantized import encode_levels, quantized_entry
@@ -34,14 +32,11 @@ class PrunedLinear:
     Attributes:
         weight: in dtype and orientation of the stored weight, on its device.
         record: for the manifest.
-        order_I: the order of the inputs in which the weight keeps the pattern, int64 (in,), or
-            None if the inputs keep their order.
         packed: the weight as a compressed checkpoint stores it, or None.
     """
 
     weight: torch.Tensor
     record: LinearRecord
-    order_I: torch.Tensor | None = None
     packed: QuantizedWeight | None = None
 
 
@@ -51,7 +46,6 @@ def prune_linear(
     full_name: str,
     stored: torch.Tensor,
     statistics: InputStatistics,
-    channels: Channels | None = None,
     ranks: Ranks = SINGLE_PROCESS,
     rate: RateControl | None = None,
 ) -> PrunedLinear:
@@ -68,7 +62,6 @@ def prune_linear(
         full_name: name of the linear in the model, for messages.
         stored: the weight in the checkpoint's dtype and orientation, on any device.
         statistics: of its inputs, complete; see `InputStatistics.complete`.
-        channels: which inputs may change places, or None.
         ranks: processes that prune the same linear at the same time and can split its rows.
         rate: chooses the step of the linear in a run that compresses; None in all others.
 
@@ -77,9 +70,6 @@ def prune_linear(
     """
     started = time.perf_counter()
     method, notes = settings.method, dict[str, Any]()
-    found_order: Callable[[], torch.Tensor] | None = None
-    if channels is not None and not settings.pattern.removes_nothing(settings.sparsity):
-        method, found_order = with_permutation(method, channels)
     statistics.check_finite(full_name)
     if statistics.tokens == 0 and method.needs != "none":
         # Nothing is known of the inputs, so no weight can be preferred because of them.
@@ -134,8 +124,7 @@ def prune_linear(
         notes=notes | pruned.notes,
     )
     result = new_OI.T if linear.transposed else new_OI
-    order_I = found_order() if found_order is not None else None
-    return PrunedLinear(result.to(stored.device).contiguous(), record, order_I, packed)
+    return PrunedLinear(result.to(stored.device).contiguous(), record, packed)
 
 
 def _on_device(stored_OI: torch.Tensor, current_OI: torch.Tensor) -> torch.Tensor:

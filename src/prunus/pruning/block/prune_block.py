@@ -5,7 +5,6 @@ The steps of one block, as `BlockPruner.prune` takes them:
     load         weights into the block; a copy of the dense block where its inputs are needed
     walk         all windows through the block; every linear is pruned when its statistics are known
     reconstruct  train the surviving weights towards the outputs of the dense block
-    fold         the orders of permuted inputs into the weights that write these inputs
     advance      the hidden states to the outputs of the finished block
 
 This file knows weights, hidden states and walks. It knows nothing of folders, manifests on disk or
@@ -15,12 +14,12 @@ where text comes from.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from prunus.distributed import SINGLE_PROCESS, Ranks, own_part, split_range
 from prunus.hardware.numerics import count_zeros
@@ -39,14 +38,6 @@ from prunus.pruning.block.dense_stream import (
 from prunus.pruning.block.expert_tokens import find_expert_counters, min_expert_tokens
 from prunus.pruning.block.linear import prune_linear
 from prunus.pruning.block.lockstep import lockstep
-from prunus.pruning.block.permute import (
-    KEPT_ORDER,
-    PermutableInputs,
-    choose_permutable,
-    find_permutable,
-    fold_permutation,
-    inputs_permuted,
-)
 from prunus.pruning.block.replay import replay
 from prunus.pruning.block.settings import BlockSettings
 from prunus.pruning.block.two_pass import two_pass
@@ -171,10 +162,8 @@ class BlockPruner:
             ValueError: activations are not finite; names the tensor.
         """
         state = self._load(index, stored, selected, walk)
-        with inputs_permuted(state.permuted_at_once) as permute:
-            self._walk(state, permute)
-            self._reconstruct(state)
-        self._fold(state)
+        self._walk(state)
+        self._reconstruct(state)
         self._advance(state)
         self.skeleton.release(index)
         check_same(self.ranks, state.name, state.changed)
@@ -191,7 +180,6 @@ class BlockPruner:
         linears = [linear for linear in self.skeleton.linears(index) if linear.name in selected]
         names = [linear.name for linear in linears]
         minimum = min_expert_tokens(method.needs, settings.min_expert_tokens)
-        permutable = self._find_permutable(index, module, selected) if settings.permute else {}
         counters = find_expert_counters(module, names, minimum)
         # Copied before anything changes in the block: neither weights nor wrapped forwards follow.
         dense_inputs = None
@@ -212,25 +200,19 @@ class BlockPruner:
             module=module,
             linears=linears,
             walk=walk,
-            permutable=permutable,
             expert_counters=counters,
             dense_inputs=dense_inputs,
             reconstruction=reconstruction,
         )
 
-    def _walk(self, state: BlockState, permute: Callable[[Linear, torch.Tensor], None]) -> None:
+    def _walk(self, state: BlockState) -> None:
         """Take all batches through the block and prune its linears on the way."""
-
-        def prune(linear: Linear, statistics: InputStatistics) -> None:
-            self._prune_linear(state, linear, statistics)
-            if linear.name in state.orders:
-                permute(linear, state.orders[linear.name])
-
+        prune = functools.partial(self._prune_linear, state)
         unreached = state.linears
         if sum(self._counts):
             forward = self.stream.forward(state.index, state.module)
-            # A block that is trained or permuted gets its outputs later, in `_advance`.
-            is_final = state.reconstruction is None and not self.settings.permute
+            # A block that is trained gets its outputs later, in `_advance`.
+            is_final = state.reconstruction is None
             with contextlib.ExitStack() as stack:
                 if state.reconstruction is not None:
                     forward = stack.enter_context(state.reconstruction.recording(forward))
@@ -258,31 +240,22 @@ class BlockPruner:
     def _prune_linear(self, state: BlockState, linear: Linear, statistics: InputStatistics) -> None:
         key, full_name = f"{linear.name}.weight", f"{state.name}.{linear.name}"
         self.ranks.set_location(full_name)
-        permutable = state.permutable.get(linear.name)
         finished = prune_linear(
             self.settings.for_linear(full_name),
             linear,
             full_name,
             state.stored[key],
             statistics,
-            permutable.channels if permutable is not None else None,
             self.ranks,
             self.rate,
         )
-        record, order_I = finished.record, finished.order_I
+        record = finished.record
         state.changed[key], state.records[linear.name] = finished.weight, record
         if finished.packed is not None:
             state.packed[linear.name] = finished.packed
         for counter in state.expert_counters:
             if counter.owns(linear.name):
                 record.notes |= counter.notes(linear.name)
-        if order_I is not None:
-            state.orders[linear.name] = order_I
-        if self.settings.permute:
-            record.notes["permuted"] = KEPT_ORDER
-            if permutable is not None and order_I is not None:
-                producers = ", ".join(producer.name for producer in permutable.producers)
-                record.notes["permuted"] = f"with {producers}"
 
     def _reconstruct(self, state: BlockState) -> None:
         """Train the surviving weights towards the dense block's outputs."""
@@ -296,29 +269,14 @@ class BlockPruner:
             record.zeros = count_zeros(weight)
             record.sparsity = record.zeros / weight.numel()
 
-    def _fold(self, state: BlockState) -> None:
-        """Fold the orders of permuted inputs into the weights that write these inputs."""
-        linears = {linear.name: linear for linear in self.skeleton.linears(state.index)}
-        for name, order_I in state.orders.items():
-            state.changed |= fold_permutation(
-                state.finished, state.permutable[name], order_I, linears
-            )
-
     def _advance(self, state: BlockState) -> None:
-        """Replace the hidden states by the outputs of the finished block, unless the walk has."""
-        is_done = state.reconstruction is None and not self.settings.permute
-        if is_done or not len(self.stream):
+        """Replace the hidden states by the outputs of the trained block; else the walk has."""
+        if state.reconstruction is None or not len(self.stream):
             return
         module = self.skeleton.fill(state.index, state.finished, self.settings.device)
-        forward = self.stream.forward(state.index, module)
-        suffix = state.reconstruction.suffix if state.reconstruction is not None else None
-        if suffix is not None:
-            # The cached inputs of the suffix save running the attention again. They were computed
-            # before the values were permuted. With most attentions that makes no difference to
-            # the bit; one batch shows whether it does here.
-            unchanged = not state.orders or torch.equal(suffix(0), forward(0))
-            forward = suffix if unchanged else forward
-        self.stream.advance(forward)
+        # The cached inputs of the suffix save running the attention again.
+        suffix = state.reconstruction.suffix
+        self.stream.advance(suffix or self.stream.forward(state.index, module))
 
     def _accumulate(self, state: BlockState) -> Accumulate:
         """How a linear's inputs are added to its statistics."""
@@ -332,21 +290,6 @@ class BlockPruner:
         in_features = linear.shape[1]
         spec = self.settings.statistics_spec(in_features, distributed=self.ranks.size > 1)
         return InputStatistics(in_features, spec, self.settings.device)
-
-    def _find_permutable(
-        self, index: int, module: nn.Module, selected: Sequence[str]
-    ) -> dict[str, PermutableInputs]:
-        """The linears whose inputs can be permuted, tried on the first batch of all ranks."""
-        linears = {linear.name: linear for linear in self.skeleton.linears(index)}
-        heads = getattr(self.source.config.get_text_config(), "num_attention_heads", None)
-        m = self.settings.linear.pattern.m
-        assert m is not None, "only N:M has groups to permute inputs between"
-        found = find_permutable(list(linears.values()), heads, m)
-        guesses = {name: each for name, each in found.items() if name in selected}
-        has_first = self._first_batch == 0 and len(self.stream) > 0
-        forward = self.stream.forward(index, module)
-        run = (lambda: forward(0)) if has_first else None
-        return choose_permutable(guesses, linears, run, self.ranks)
 
     def prune_head(
         self, batches: Sequence[torch.Tensor]

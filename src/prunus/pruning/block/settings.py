@@ -44,7 +44,6 @@ class BlockSettings:
         linear: how its linears are pruned, where `sparsities` does not say otherwise.
         device: where blocks run and, between blocks, hidden states live.
         sparsities: the sparsity of single linears, by full name.
-        permute: look for a better order of each linear's inputs; see `permute.py`.
         min_expert_tokens: an expert that fewer tokens choose is measured on all tokens; None for
             the method's own minimum. See `expert_tokens.py`.
         reconstruction: how blocks are reconstructed after they are pruned, or None.
@@ -56,7 +55,6 @@ class BlockSettings:
     linear: LinearSettings
     device: torch.device
     sparsities: Mapping[str, float] = field(default_factory=dict)
-    permute: bool = False
     min_expert_tokens: int | None = None
     reconstruction: ReconstructionSettings | None = None
     drift_stride: int = 1
