@@ -1,4 +1,4 @@
-"""Allocation: exact budgets, the published rules, and the greedy search against all others."""
+"""Allocation: exact budgets, and the greedy search against all others."""
 
 from __future__ import annotations
 
@@ -6,22 +6,10 @@ import itertools
 import math
 
 import pytest
-import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from prunus.methods import allocation
-from prunus.methods.allocation import (
-    allocate_by_error,
-    arithmetic,
-    dlp,
-    median_score,
-    meet_budget,
-    outlier_share,
-    owl,
-    round_to_whole_weights,
-    uniform,
-)
+from prunus.methods.allocation import allocate_by_error, meet_budget, round_to_whole_weights
 
 LAYERS = st.lists(st.tuples(st.integers(1, 10**7), st.floats(-3, 3)), min_size=1, max_size=12)
 SPARSITY = st.floats(0, 0.94)
@@ -44,19 +32,6 @@ def test_the_budget_is_met_exactly_and_by_one_shift(layers, sparsity):
     assert max(shifts, default=0) - min(shifts, default=0) < 1e-9
     for (s, value), (t, other) in itertools.combinations(zip(found, wanted, strict=True), 2):
         assert (s <= t) if value < other else (t <= s) if other < value else s == t
-
-
-@given(LAYERS, SPARSITY, st.floats(0, 0.5), st.floats(-0.05, 0.05))
-def test_every_rule_meets_the_budget(layers, sparsity, spread, step):
-    weights, values = [n for n, _ in layers], [abs(value) for _, value in layers]
-    for found in (
-        uniform(weights, sparsity),
-        owl(values, weights, sparsity, spread),
-        dlp(values, weights, sparsity, spread),
-        arithmetic(weights, sparsity, step),
-    ):
-        assert mean(found, weights) == pytest.approx(sparsity, abs=1e-12)
-        assert all(0 <= s < 1 for s in found)
 
 
 def test_bounds_are_kept_by_moving_the_others():
@@ -82,53 +57,6 @@ def test_bounds_are_kept_by_moving_the_others():
 def test_budgets_that_cannot_be_met_are_refused(wanted, weights, sparsity, max_sparsity, message):
     with pytest.raises(ValueError, match=message):
         meet_budget(wanted, weights, sparsity, max_sparsity)
-
-
-# --- the published rules ---
-
-
-def test_uniform_is_uniform():
-    assert uniform([5, 1, 100], 0.3) == pytest.approx([0.3] * 3, abs=1e-15)
-    assert uniform([1], 0.97) == [0.97]
-
-
-def test_owl_spares_layers_with_many_outliers():
-    found = owl([0.01, 0.03, 0.02], [10, 10, 10], 0.5)
-    assert found == pytest.approx([0.58, 0.42, 0.5])
-    assert owl([0.01, 0.01], [1, 3], 0.5) == pytest.approx([0.5, 0.5])
-
-
-def test_dlp_spares_layers_with_a_low_median():
-    found = dlp([1.0, 3.0, 2.0], [10, 10, 10], 0.7)
-    assert found == pytest.approx([0.55, 0.85, 0.7])
-    assert dlp([0.0, 0.0], [1, 1], 0.5) == pytest.approx([0.5, 0.5])
-
-
-def test_arithmetic_rises_by_its_step():
-    assert arithmetic([7] * 4, 0.5, 0.1) == pytest.approx([0.35, 0.45, 0.55, 0.65])
-    assert arithmetic([7] * 4, 0.5, -0.1) == pytest.approx([0.65, 0.55, 0.45, 0.35])
-
-
-def test_a_spread_out_of_range_is_refused():
-    for spread in (-0.1, 0.6, math.nan):
-        with pytest.raises(ValueError, match="the spread is"):
-            owl([0.1, 0.2], [1, 1], 0.5, spread)
-
-
-def test_outliers_and_medians_are_those_of_all_scores_together():
-    first, second = torch.ones(10, 10), torch.full((5, 4), 2.0)
-    first[0, :3] = 100.0
-    everything = torch.cat([first.flatten(), second.flatten()])
-    assert (
-        outlier_share([first, second])
-        == (everything > 5 * everything.mean()).double().mean()
-        == 3 / 120
-    )
-    assert (
-        outlier_share([first, second], multiple=0.3)
-        == (everything > 0.3 * everything.mean()).sum() / 120
-    )
-    assert median_score([first, second]) == everything.median() == 1.0
 
 
 # --- by error ---
@@ -247,7 +175,3 @@ def test_whole_numbers_of_weights_stay():
     # 29/49·49 is a little less than 29 in floating point.
     (found,) = round_to_whole_weights([29 / 49], [(1, 49)], 29 / 49)
     assert int(49 * found) == 29
-
-
-def test_the_module_says_what_it_offers():
-    assert all(callable(getattr(allocation, name)) for name in allocation.__all__)

@@ -6,16 +6,14 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import prunus
 import reference
 from prunus.methods.patterns import Pattern
 from prunus.model.stream import Stream
-from prunus.pruning.allocation.allocate import allocate, planned_allocation
+from prunus.pruning.allocation.allocate import allocate
 from prunus.pruning.allocation.sensitivity import (
     Layer,
-    layer_scores,
     output_errors,
     pruned_models,
     sensitivity_curves,
@@ -28,13 +26,11 @@ from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, tiny_model, token_ids
 
 EMBED = Stream.embed
-RULES = ["owl", "dlp", "arithmetic", "search"]
 
 
 @pytest.mark.parametrize("by", ["block", "linear"])
-@pytest.mark.parametrize("rule", RULES)
 def test_the_budget_is_exact_and_every_linear_gets_what_the_manifest_says(
-    rule, by, tmp_path, monkeypatch
+    by, tmp_path, monkeypatch
 ):
     # The search may decide for a uniform sparsity; here it takes what it found.
     monkeypatch.setattr(
@@ -46,7 +42,7 @@ def test_the_budget_is_exact_and_every_linear_gets_what_the_manifest_says(
         tmp_path / "out",
         sparsity=0.5,
         calibration=token_ids(),
-        allocation=rule,
+        allocation="search",
         allocation_by=by,
     )
     linears = {
@@ -62,10 +58,9 @@ def test_the_budget_is_exact_and_every_linear_gets_what_the_manifest_says(
     assert 0 <= missing < max(record.shape[0] for record in linears.values())
 
 
-@pytest.mark.parametrize("rule", ["owl", "search"])
-def test_a_resumed_run_keeps_the_same_sparsities(rule, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_the_same_sparsities(tmp_path, monkeypatch):
     dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=3)
-    options = {"calibration": token_ids(), "allocation": rule}
+    options = {"calibration": token_ids(), "allocation": "search"}
     prunus.prune(dense, tmp_path / "whole", **options)
     with pytest.raises(StopError):
         prunus.prune(dense, tmp_path / "out", **options, progress=stop_after(1))
@@ -190,47 +185,11 @@ def test_a_search_takes_the_part_that_harms_whole_models_least(tmp_path, monkeyp
     assert torch.equal(seen[0], ids[:4]) and torch.equal(seen[1], ids[4:]), "on unseen windows"
 
 
-def test_scores_are_those_of_wanda_on_the_dense_model(tmp_path):
-    ids = token_ids(4, 16)
-    dense = tiny_checkpoint(tmp_path / "dense")
-    names = ("self_attn.q_proj", "mlp.down_proj")
-    with torch.no_grad():
-        found = layer_scores(
-            embedded(dense, ids),
-            [Layer(1, names)],
-            lambda scores: float(sum(s.sum() for s in scores)),
-        )
-        model = AutoModelForCausalLM.from_pretrained(dense)
-        block = model.model.layers[1]
-        inputs = inputs_of(model, block, ids)
-        expected = sum(
-            reference.wanda_score(block.get_submodule(name).weight, inputs[f"block.{name}"]).sum()
-            for name in names
-        )
-    assert found[0] == pytest.approx(float(expected), rel=1e-4)
-
-
-def test_the_plan_knows_allocations_that_need_no_measuring(tmp_path):
-    dense, ids = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=4), token_ids()
-
-    def plan_of(**options):
-        recipe = Recipe(calibration="token ids", samples=6, seqlen=16, **options)
-        return planned_allocation(plan_run(dense, recipe, RunOptions(input_ids=ids)))
-
-    assert plan_of() == {"rule": "uniform", "measured": False}
-    assert plan_of(allocation="owl") == {"rule": "owl", "measured": True}
-    rising = plan_of(allocation="arithmetic", allocation_spread=0.1)["blocks"]
-    assert rising == sorted(rising)
-    assert rising[-1] - rising[0] == pytest.approx(0.2, abs=0.02)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"allocation": "owl", "pattern": "2:4"}, "distributes an unstructured sparsity"),
-        ({"allocation_by": "linear"}, "needs an --allocation"),
-        ({"allocation": "search", "allocation_spread": 0.1}, "belongs to owl, dlp and arithmetic"),
-        ({"allocation": "owl", "allocation_spread": 0.7}, r"must lie in \[0, 0.5\]"),
+        ({"allocation": "search", "pattern": "2:4"}, "distributes an unstructured sparsity"),
+        ({"allocation_by": "linear"}, "belongs to allocation 'search'"),
         ({"allocation": "everything"}, "allocation"),
     ],
 )

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.cuda
 CASES: dict[str, dict[str, Any]] = {
     "wanda": {},
     "wanda layer": {"group": "layer"},
-    "wanda column, dlp": {"group": "column", "allocation": "dlp"},
+    "wanda column": {"group": "column"},
     "magnitude": {"method": "magnitude"},
     "magnitude row, with ties": {"method": "magnitude", "group": "row"},
     "wanda-variant": {"method": "wanda-variant"},
@@ -61,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
         "reconstruct": "last",
         "reconstruct_epochs": 1,
     },
-    "head, owl": {"head": True, "allocation": "owl"},
+    "head": {"head": True},
     "search": {"allocation": "search", "allocation_by": "linear"},
 }
 

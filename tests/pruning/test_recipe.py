@@ -259,7 +259,7 @@ def test_the_preset_best_depends_on_the_pattern():
         "2:4": "uniform",
         "4:8": "uniform",
     }
-    assert Recipe(preset="best", allocation="owl").allocation == "owl"
+    assert Recipe(preset="best", allocation="uniform").allocation == "uniform"
 
 
 def test_explicit_options_override_a_preset(tmp_path):

@@ -104,7 +104,7 @@ def test_stages_are_blocks_with_what_lies_between_them(tmp_path):
         {"method": "sparsegpt"},
         {"method": "alps", "pattern": "2:4"},
         {"propagate": "block"},
-        {"allocation": "owl"},
+        {"allocation": "search"},
         {"method": "alps", "dense_weight": 0.25},
         {"reconstruct": "all", "reconstruct_epochs": 1, "samples": 4, "batch": 1},
     ],

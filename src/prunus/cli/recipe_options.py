@@ -34,7 +34,6 @@ RECIPE_ONLY = (
     "ria_power",
     "refine_steps",
     "allocation_by",
-    "allocation_spread",
 )
 
 
@@ -227,14 +226,12 @@ OPTIONS: dict[str, Any] = {
         ),
     ],
     "allocation": Annotated[
-        Literal["uniform", "owl", "dlp", "arithmetic", "search"] | None,
+        Literal["uniform", "search"] | None,
         typer.Option(
             metavar="RULE",
             rich_help_panel=_ALLOCATION,
-            help="How to distribute the sparsity over the blocks. uniform: all alike. owl: "
-            "blocks with many outliers keep more. dlp: blocks with low median scores keep more. "
-            "arithmetic: early blocks keep more. search: blocks whose pruning changes the "
-            "outputs most keep more. Default: uniform.",
+            help="Distribute the sparsity over the blocks. uniform: the same for all. search: "
+            "blocks whose pruning changes the outputs most keep more. Default: uniform.",
         ),
     ],
     "only": Annotated[

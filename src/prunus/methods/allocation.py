@@ -1,18 +1,8 @@
 """How a sparsity is allocated to layers, where a layer is a block or a single linear.
 
-Pure functions from a few numbers per layer to a sparsity per layer. Their mean, weighted by the
+`allocate_by_error` removes weights where the measured error per removed weight is smallest. These
+are pure functions from a few numbers per layer to a sparsity per layer. Their mean, weighted by the
 layers' numbers of weights, is the sparsity of the whole. Nothing here knows a model.
-
-    uniform            the same sparsity for all layers
-    owl                layers with many outliers keep more (Yin et al. 2023, arXiv 2310.05175)
-    dlp                layers with a low median score keep more (Chen et al. 2025, arXiv 2505.23807)
-    arithmetic         rises evenly with depth (Huang et al. 2025, arXiv 2502.14770)
-    allocate_by_error  removes weights where the measured error per removed weight is smallest
-
-The published rules guess from scores how much a layer matters. `allocate_by_error` compares errors
-that were measured. Scores are those of a method, such as Wanda's |W_ij|·‖X_j‖₂.
-
-Shape suffixes: O outputs (rows), I inputs.
 """
 
 from __future__ import annotations
@@ -21,101 +11,10 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
-from torch import Tensor
-
-__all__ = [
-    "allocate_by_error",
-    "arithmetic",
-    "dlp",
-    "median_score",
-    "meet_budget",
-    "outlier_share",
-    "owl",
-    "round_to_whole_weights",
-    "uniform",
-]
+__all__ = ["allocate_by_error", "meet_budget", "round_to_whole_weights"]
 
 #: The default limit of a layer's sparsity: an empty layer would cut the network in two.
 MAX_SPARSITY = 0.95
-
-
-def uniform(weights: Sequence[int], sparsity: float) -> list[float]:
-    """The same sparsity for every layer.
-
-    Args:
-        weights: the number of weights of each layer.
-        sparsity: of all layers together.
-
-    >>> uniform([100, 300], 0.5)
-    [0.5, 0.5]
-    """
-    limit = max(MAX_SPARSITY, sparsity)
-    return meet_budget([sparsity] * len(weights), weights, sparsity, max_sparsity=limit)
-
-
-def owl(
-    outlier_shares: Sequence[float], weights: Sequence[int], sparsity: float, spread: float = 0.08
-) -> list[float]:
-    """Outlier-weighed: the kept share rises with the share of outliers, within 2·`spread`.
-
-    Args:
-        outlier_shares: of each layer, see `outlier_share`.
-        weights: the number of weights of each layer.
-        sparsity: of all layers together.
-        spread: half the distance between the densest and the sparsest layer, λ in the paper.
-
-    Raises:
-        ValueError: as `meet_budget`.
-
-    >>> [round(s, 2) for s in owl([0.01, 0.03, 0.02], [10, 10, 10], 0.5)]
-    [0.58, 0.42, 0.5]
-    """
-    return meet_budget(_spread_by_importance(outlier_shares, sparsity, spread), weights, sparsity)
-
-
-def dlp(
-    medians: Sequence[float], weights: Sequence[int], sparsity: float, spread: float = 0.15
-) -> list[float]:
-    """Dynamic layerwise: the kept share rises with 1 − median/Σ medians, within 2·`spread`.
-
-    Args:
-        medians: the median of the scores of each layer, see `median_score`.
-        weights: the number of weights of each layer.
-        sparsity: of all layers together.
-        spread: half the distance between the densest and the sparsest layer, α in the paper.
-
-    Raises:
-        ValueError: as `meet_budget`.
-
-    >>> [round(s, 2) for s in dlp([1.0, 3.0, 2.0], [10, 10, 10], 0.7)]
-    [0.55, 0.85, 0.7]
-    """
-    total = sum(medians)
-    importance = [1 - median / total if total > 0 else 0.0 for median in medians]
-    return meet_budget(_spread_by_importance(importance, sparsity, spread), weights, sparsity)
-
-
-def arithmetic(weights: Sequence[int], sparsity: float, step: float) -> list[float]:
-    """Every layer is sparser than the one before by the same step.
-
-    Layer l of L gets `sparsity` + `step`·(l − (L − 1)/2), before bounds are applied.
-
-    Args:
-        weights: the number of weights of each layer.
-        sparsity: of all layers together.
-        step: the difference between neighbours; negative to make the first layers sparser.
-
-    Raises:
-        ValueError: as `meet_budget`.
-
-    >>> [round(s, 2) for s in arithmetic([7, 7, 7], 0.5, 0.1)]
-    [0.4, 0.5, 0.6]
-    """
-    middle = (len(weights) - 1) / 2
-    return meet_budget(
-        [sparsity + step * (place - middle) for place in range(len(weights))], weights, sparsity
-    )
 
 
 def allocate_by_error(
@@ -263,42 +162,6 @@ def round_to_whole_weights(
         value = count / columns
         result.append(value if int(columns * value) == count else math.nextafter(value, 1))
     return result
-
-
-def outlier_share(scores: Sequence[Tensor], multiple: float = 5.0) -> float:
-    """The share of a layer's scores that are larger than `multiple` times their mean (M in OWL).
-
-    Args:
-        scores: the scores of the layer's linears, any shapes.
-        multiple: from which multiple of the mean on a score is an outlier.
-
-    >>> outlier_share([torch.tensor([[1.0, 1.0], [1.0, 97.0]])], multiple=3.0)
-    0.25
-    """
-    count = sum(score.numel() for score in scores)
-    mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / count
-    return sum(int((score > multiple * mean).sum()) for score in scores) / count
-
-
-def median_score(scores: Sequence[Tensor]) -> float:
-    """The (lower) median of all scores of a layer.
-
-    >>> median_score([torch.tensor([3.0, 1.0]), torch.tensor([2.0])])
-    2.0
-    """
-    return float(torch.cat([score.flatten() for score in scores]).median())
-
-
-def _spread_by_importance(
-    importance: Sequence[float], sparsity: float, spread: float
-) -> list[float]:
-    """Sparsities that fall with importance, by 2·`spread` from the least to the most important."""
-    if not 0 <= spread <= 0.5:
-        raise ValueError(f"the spread is {spread}: it must be from 0 to 0.5")
-    low, high = min(importance, default=0.0), max(importance, default=0.0)
-    # Where all layers are equally important, all get the same sparsity.
-    width = high - low if high > low else math.inf
-    return [sparsity - 2 * spread * (value - low) / width for value in importance]
 
 
 def _lower_hull(curve: Sequence[tuple[float, float]], layer: int) -> list[tuple[float, float]]:

@@ -23,7 +23,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.pruning.block.dense_stream import drift_stride_for
 from prunus.pruning.block.settings import BlockSettings, LinearSettings
-from prunus.pruning.recipe import MEASURED_ALLOCATIONS, Recipe
+from prunus.pruning.recipe import Recipe
 from prunus.pruning.reconstruction.schedule import ReconstructionSettings
 from prunus.pruning.records import Walk
 from prunus.runs.block_memory import BlockMemory
@@ -284,5 +284,4 @@ def needs_inputs(recipe: Recipe, method: Method) -> bool:
         recipe: The recipe of the run.
         method: Its method with refinement and weight update; see `prunus.methods.composition`.
     """
-    measured = recipe.allocation in MEASURED_ALLOCATIONS
-    return method.needs != "none" or recipe.reconstructs or measured
+    return method.needs != "none" or recipe.reconstructs or recipe.searches

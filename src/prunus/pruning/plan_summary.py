@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from prunus.hardware.memory import resident_memory
-from prunus.pruning.allocation.allocate import planned_allocation
 from prunus.pruning.compression_cost import measurement_memory
 from prunus.pruning.cost import disk_bytes, estimate_seconds, file_bytes
 from prunus.pruning.job import PruningJob
@@ -19,10 +18,10 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
     Returns:
         Counts: `blocks`, `linears`, `weights` in the selected linears, `to_remove` of them,
         `blocks_in_lockstep`, `batch`. Decisions: `dtype`, `dtype_reason`, `device`, `bos`,
-        `hidden_states` (where they are kept), `left_dense` and `allocation`; see
-        `planned_allocation`; `bits` and `head_bits` are null where the run does not compress. Cost:
-        `peak_memory_bytes`, `file_bytes` (the weights of the result), `disk_bytes` (with temporary
-        files), `seconds`.
+        `hidden_states` (where they are kept), `left_dense` and `allocation` (its rule, and
+        whether the run measures it first); `bits` and `head_bits` are null where the run does not
+        compress. Cost: `peak_memory_bytes`, `file_bytes` (the weights of the result), `disk_bytes`
+        (with temporary files), `seconds`.
     """
     blocks = range(len(job.skeleton))
     shapes = [linear.shape for linear in job.selected_linears().values()]
@@ -46,7 +45,10 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "file_bytes": file_bytes(job),
         "disk_bytes": disk_bytes(job),
         "seconds": estimate_seconds(job),
-        "allocation": planned_allocation(job),
+        "allocation": {
+            "rule": job.recipe.allocation,
+            "measured": job.recipe.searches and job.recipe.sparsity > 0,
+        },
     }
 
 

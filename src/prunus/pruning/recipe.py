@@ -42,10 +42,8 @@ from prunus.methods.options import (
 )
 from prunus.pruning.presets import preset_options
 
-__all__ = ["MEASURED_ALLOCATIONS", "DtypeName", "Recipe"]
+__all__ = ["DtypeName", "Recipe"]
 
-#: Allocations that run the model before its sparsities are known.
-MEASURED_ALLOCATIONS = ("owl", "dlp", "search")
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
@@ -60,7 +58,6 @@ _RULES = _METHOD_RULES | {
     "min_expert_tokens": at_least(0, ", where 0 always uses an expert's own tokens"),
     "reconstruct_epochs": at_least(1),
     "reconstruct_lr": in_range("(0, 1)"),
-    "allocation_spread": in_range("[0, 0.5]"),
 }
 
 
@@ -195,14 +192,11 @@ class Recipe(BaseModel):
         None,
         description="The peak learning rate of block reconstruction. By default by weight size.",
     )
-    allocation: Literal["uniform", "owl", "dlp", "arithmetic", "search"] = Field(
+    allocation: Literal["uniform", "search"] = Field(
         "uniform", description="How the sparsity is distributed over layers, with the same mean."
     )
     allocation_by: Literal["block", "linear"] = Field(
         "block", description="Whether a block or a linear gets a sparsity of its own."
-    )
-    allocation_spread: float | None = Field(
-        None, description="Half the range of the layers' sparsities, for owl, dlp and arithmetic."
     )
 
     @model_validator(mode="before")
@@ -309,22 +303,23 @@ class Recipe(BaseModel):
                 raise ValueError(f"{option} does not go with bits: it {reason}. Drop one of them")
 
     def _check_allocation(self) -> None:
-        if self.allocation != "uniform" and self.n_of_m:
+        if self.searches and self.n_of_m:
             raise ValueError(
                 f"allocation {self.allocation} distributes an unstructured sparsity; "
                 f"{self.pattern} is the same in every layer: drop one of the two"
             )
-        if self.allocation in ("uniform", "search") and self.allocation_spread is not None:
-            raise ValueError(
-                "allocation_spread belongs to owl, dlp and arithmetic: drop it or choose one"
-            )
-        if self.allocation == "uniform" and self.allocation_by != "block":
-            raise ValueError("allocation_by needs an --allocation other than uniform")
+        if not self.searches and self.allocation_by != "block":
+            raise ValueError("allocation_by belongs to allocation 'search': drop it or choose that")
 
     @property
     def method_options(self) -> MethodOptions:
         """The options of the method that are part of a recipe."""
         return MethodOptions(**{name: getattr(self, name) for name in _METHOD_RULES})
+
+    @property
+    def searches(self) -> bool:
+        """Whether the sparsities are searched for before the run."""
+        return self.allocation == "search"
 
     @property
     def reconstructs(self) -> bool:

@@ -48,9 +48,8 @@ class RecipeOptions(TypedDict, total=False):
     reconstruct: Literal["none", "last", "quick", "all"]
     reconstruct_epochs: int | None
     reconstruct_lr: float | None
-    allocation: Literal["uniform", "owl", "dlp", "arithmetic", "search"]
+    allocation: Literal["uniform", "search"]
     allocation_by: Literal["block", "linear"]
-    allocation_spread: float | None
 
 
 def recipe_from(base: Recipe | str | Path | None, overrides: Mapping[str, Any]) -> Recipe:

@@ -231,9 +231,7 @@ def _duration(seconds: float) -> str:
 
 
 def _allocation(planned: dict[str, Any]) -> str:
-    """The sparsity of each block, as `allocation.allocate.planned_allocation` gives it."""
-    if planned.get("blocks"):
-        return f"{planned['rule']}: " + ", ".join(f"{value:.1%}" for value in planned["blocks"])
+    """The sparsity of each block, as `prunus.pruning.plan_summary` gives it."""
     if planned["measured"]:
         return f"{planned['rule']}: measured when the run starts, and recorded in its manifest"
     return "the same everywhere"

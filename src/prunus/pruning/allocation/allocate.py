@@ -1,4 +1,4 @@
-"""The sparsity of every linear of a run: by a rule, or measured on a few windows before the run.
+"""The sparsity of every linear of a run, measured on a few windows before the run.
 
 `prunus.methods.allocation` holds the formulas. This file feeds them with the layers of a model.
 """
@@ -8,20 +8,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 
-from prunus.methods.allocation import (
-    allocate_by_error,
-    arithmetic,
-    dlp,
-    median_score,
-    outlier_share,
-    owl,
-    round_to_whole_weights,
-    uniform,
-)
+from prunus.methods.allocation import allocate_by_error, round_to_whole_weights
 from prunus.model.stream import Stream
 from prunus.pruning.allocation.sensitivity import (
     PROBE_PARTS,
@@ -30,49 +20,19 @@ from prunus.pruning.allocation.sensitivity import (
     PROBE_WINDOWS,
     CurvePoint,
     Layer,
-    layer_scores,
     layers_of,
     output_errors,
     pruned_models,
     sensitivity_curves,
 )
 from prunus.pruning.job import PruningJob
-from prunus.pruning.recipe import MEASURED_ALLOCATIONS
 
-__all__ = ["allocate", "planned_allocation"]
+__all__ = ["allocate"]
 
-# Calibration windows on which owl and dlp measure scores.
-_SCORE_WINDOWS = 8
-# Default of `allocation_spread`; those of owl and dlp are the papers'.
-_SPREADS = {"owl": 0.08, "dlp": 0.15, "arithmetic": 0.05}
 # A search never prunes one layer alone beyond this sparsity.
 _MAX_PROBE = 0.95
 # Interpolated curves have a point per this much sparsity.
 _CURVE_STEP = 0.005
-
-
-def planned_allocation(job: PruningJob) -> dict[str, Any]:
-    """What is known about the sparsities before a run, for `prunus plan`.
-
-    Returns:
-        `rule`: the recipe's allocation. `measured`: whether the run measures it first. Otherwise,
-        unless the rule is uniform, also `linears`: full name -> sparsity, and `blocks`: the mean
-        sparsity of each block.
-    """
-    recipe = job.recipe
-    found: dict[str, Any] = {
-        "rule": recipe.allocation,
-        "measured": recipe.allocation in MEASURED_ALLOCATIONS and recipe.sparsity > 0,
-    }
-    if recipe.allocation == "uniform" or found["measured"]:
-        return found
-    sparsities = allocate(job, None)
-    blocks = []
-    for layer in layers_of(job.selected, "block"):
-        sizes = [rows * columns for rows, columns in _shapes(job, layer)]
-        values = [sparsities[name] for name in _full_names(job, layer)]
-        blocks.append(sum(v * n for v, n in zip(values, sizes, strict=True)) / sum(sizes))
-    return found | {"linears": sparsities, "blocks": blocks}
 
 
 def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
@@ -83,32 +43,25 @@ def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
 
     Args:
         job: The checked run.
-        ids: Calibration windows (windows, tokens), of which a few are used. They may be None if the
-            recipe's rule measures nothing.
+        ids: Calibration windows (windows, tokens), of which a few are used. They may be None where
+            nothing is measured.
 
     Returns:
         The sparsities; empty for "uniform".
 
     Raises:
-        ValueError: The rule cannot reach the sparsity, or its probes do not fit in memory.
+        ValueError: The search cannot reach the sparsity, or its probes do not fit in memory.
     """
     recipe = job.recipe
-    if recipe.allocation == "uniform":
+    if not recipe.searches:
         return {}
     layers = layers_of(job.selected, recipe.allocation_by)
     shapes = [_shapes(job, layer) for layer in layers]
     weights = [sum(rows * columns for rows, columns in group) for group in shapes]
-    spread = recipe.allocation_spread
-    if spread is None:
-        spread = _SPREADS.get(recipe.allocation, 0.0)
-    if recipe.sparsity == 0:
-        by_layer = uniform(weights, 0)
-    elif recipe.allocation == "arithmetic":
-        # The spread is half the distance between the first and the last layer.
-        by_layer = arithmetic(weights, recipe.sparsity, 2 * spread / max(1, len(layers) - 1))
-    else:
-        assert ids is not None, "measured allocations need calibration windows"
-        by_layer = _measured(job, ids, layers, weights, spread)
+    by_layer = [0.0] * len(layers)
+    if recipe.sparsity > 0:
+        assert ids is not None, "a search needs calibration windows"
+        by_layer = _measured(job, ids, layers, weights)
     names = [name for layer in layers for name in _full_names(job, layer)]
     by_linear = [value for value, group in zip(by_layer, shapes, strict=True) for _ in group]
     flat_shapes = [shape for group in shapes for shape in group]
@@ -117,26 +70,21 @@ def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
 
 
 def _measured(
-    job: PruningJob, ids: torch.Tensor, layers: list[Layer], weights: list[int], spread: float
+    job: PruningJob, ids: torch.Tensor, layers: list[Layer], weights: list[int]
 ) -> list[float]:
-    """The sparsity of every layer by owl, dlp or search, from a pass through the dense model."""
+    """The sparsity of every layer, from a pass through the dense model."""
     sparsity = job.recipe.sparsity
     stream = Stream(job.skeleton, job.source, job.device)
     with torch.no_grad(), contextlib.closing(stream):
-        if job.recipe.allocation == "search":
-            windows = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
-            probes = len(layers) * len(PROBE_STEPS)
-            _check_room(job, probes * len(windows), windows.shape[1])
-            stream.embed([windows], None)
-            steps = [round(sparsity + step, 6) for step in PROBE_STEPS]
-            points = [point for point in steps if 0 < point < _MAX_PROBE]
-            curves = sensitivity_curves(stream, layers, points)
-            found = allocate_by_error([_interpolated(c) for c in curves], weights, sparsity)
-            return _best_part(job, ids, layers, found)
-        stream.embed(ids[:_SCORE_WINDOWS].split(1), None)
-        if job.recipe.allocation == "owl":
-            return owl(layer_scores(stream, layers, outlier_share), weights, sparsity, spread)
-        return dlp(layer_scores(stream, layers, median_score), weights, sparsity, spread)
+        windows = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
+        probes = len(layers) * len(PROBE_STEPS)
+        _check_room(job, probes * len(windows), windows.shape[1])
+        stream.embed([windows], None)
+        steps = [round(sparsity + step, 6) for step in PROBE_STEPS]
+        points = [point for point in steps if 0 < point < _MAX_PROBE]
+        curves = sensitivity_curves(stream, layers, points)
+        found = allocate_by_error([_interpolated(c) for c in curves], weights, sparsity)
+        return _best_part(job, ids, layers, found)
 
 
 def _best_part(
@@ -203,9 +151,9 @@ def _check_room(job: PruningJob, windows: int, seqlen: int) -> None:
     needed = windows * tokens * hidden * job.dtype.itemsize
     if needed > job.budget:
         raise ValueError(
-            f"the probes of --allocation search hold {needed / 1e9:.1f} GB of hidden states at the "
-            f"end, the memory budget is {job.budget / 1e9:.1f} GB: raise --memory, "
-            "choose --allocation owl or dlp, or set allocation_by = 'block' in the recipe file"
+            f"the probes of allocation 'search' hold {needed / 1e9:.1f} GB of hidden states at the "
+            f"end, and the memory budget is {job.budget / 1e9:.1f} GB: raise memory, "
+            "choose allocation 'uniform', or leave allocation_by at 'block'"
         )
 
 

@@ -1,13 +1,13 @@
 """How sensitive each layer of the dense model is to pruning, measured before a run.
 
-Two measurements exist: the Wanda scores of a layer, and the error curve of a layer. Both keep one
-block in memory at a time, like the run itself. A layer is all linears of a block, or one linear.
+The error curve of a layer is measured with one block in memory at a time, like the run itself. A
+layer is all linears of a block, or one linear.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,7 +30,6 @@ __all__ = [
     "PROBE_WINDOWS",
     "CurvePoint",
     "Layer",
-    "layer_scores",
     "layers_of",
     "output_errors",
     "pruned_models",
@@ -85,25 +84,6 @@ def layers_of(selected: Sequence[Sequence[str]], by: str) -> list[Layer]:
     if by == "block":
         return [Layer(index, tuple(names)) for index, names in enumerate(selected) if names]
     return [Layer(index, (name,)) for index, names in enumerate(selected) for name in names]
-
-
-def layer_scores(
-    stream: Stream, layers: Sequence[Layer], measure: Callable[[list[Tensor]], float]
-) -> list[float]:
-    """One number per layer, from the Wanda scores on the dense model's inputs.
-
-    Args:
-        stream: The dense model's windows, before the first block. They end behind the last one.
-        layers: The layers, in any order.
-        measure: From the scores (O, I) of a layer's linears to its number.
-    """
-    found = [0.0] * len(layers)
-    for index in range(len(stream.skeleton)):
-        with _dense_pass(stream, index) as dense:
-            for position, layer in enumerate(layers):
-                if layer.block == index:
-                    found[position] = measure([dense.score(name) for name in layer.linears])
-    return found
 
 
 def sensitivity_curves(
@@ -245,10 +225,8 @@ class _DenseBlock:
     linears: Mapping[str, Linear]
     norms: Mapping[str, InputStatistics]
 
-    def score(self, name: str, weight_OI: Tensor | None = None) -> Tensor:
-        """Wanda's score (O, I) of a linear, or of `weight_OI` in its place."""
-        if weight_OI is None:
-            weight_OI = self.linears[name].weight_OI
+    def score(self, name: str, weight_OI: Tensor) -> Tensor:
+        """Wanda's score (O, I) of `weight_OI` in the place of a linear's weight."""
         return wanda_score(weight_OI.float(), self.norms[name])
 
 
