@@ -89,8 +89,6 @@ def smaller(verb: str, arguments: list[str]) -> list[str]:
     options = dict(SMALL.get(verb, {}))
     if verb == "pack" and "int8" in arguments:
         options |= INT8_SCORE
-    if verb == "plan" and "--model-shape" in arguments:
-        options = {}
     kept = list(arguments)
     if "--memory" in kept:
         # Whatever ran in this process before counts against the budget.

@@ -25,7 +25,6 @@ from prunus.packed.description import Description, StoredTensor
 from prunus.pruning import plan
 from prunus.pruning.compressed_output import MEASUREMENT
 from prunus.pruning.compression_cost import measurement_memory
-from prunus.pruning.cost import _measurement_flops
 from prunus.pruning.job import PruningJob, RunOptions
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.plan import plan_run
@@ -237,8 +236,6 @@ def test_plan_counts_the_measurement(dense):
     # Two blocks, six windows of 16 tokens, 64 numbers of the dtype of the computation.
     assert memory.hidden == 2 * 6 * 16 * 64 * jobs[0].dtype.itemsize
     assert describe_plan(jobs[0])["peak_memory_bytes"] > memory.total(hidden=True, paused=False)
-    flops = [_measurement_flops(job) for job in jobs]
-    assert flops[0] == flops[1] > 6 * 96 * 73728
 
 
 def test_a_budget_below_the_measurement_is_refused(dense, monkeypatch):
@@ -471,11 +468,6 @@ def test_prune_sends_a_recipe_with_bits_to_compress(dense, tmp_path):
     (tmp_path / "recipe.toml").write_text("bits = 3.0\n")
     result = call("prune", dense, tmp_path / "out", "--recipe", tmp_path / "recipe.toml", status=2)
     assert "use prunus compress" in " ".join(result.output.split())
-
-
-def test_forecasts_of_other_models_know_no_bits():
-    result = call("plan", "--model-shape", "llama-7b", "--bits", "3", status=2)
-    assert "leave --bits out" in " ".join(result.output.split())
 
 
 def test_compress_needs_bits(dense, tmp_path):

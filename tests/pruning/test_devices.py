@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,10 @@ import transformers
 import prunus
 from devices import PRETEND, assert_same_weights
 from prunus.calibration.generate import write_windows
-from prunus.hardware.rates import ASSUMED_GPU
 from prunus.methods import input_sums, patterns
 from prunus.methods.solvers import least_squares
-from prunus.pruning import cost, loss_sensitivity
-from prunus.pruning.job import PruningJob, RunOptions
-from prunus.pruning.plan import plan_run
-from prunus.pruning.recipe import Recipe
+from prunus.pruning import loss_sensitivity
+from prunus.pruning.job import PruningJob
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, token_ids
 
@@ -236,19 +232,6 @@ def test_a_block_stays_within_its_budget(method, waits, tmp_path, monkeypatch):
     # The second block travels from pinned memory, so that the host does not wait for the bus.
     # What comes back is waited for in any case.
     assert both.pageable - first.pageable == both.downloads - first.downloads, both
-
-
-def test_the_plan_counts_files_and_transfers(dense, monkeypatch):
-    """On a GPU, work and files overlap where memory allows; transfers add to the work."""
-    job = plan_run(dense, Recipe(samples=4, seqlen=12), RunOptions(device="cuda:0"))
-    stored = sum(job.source.block_nbytes(index) for index in range(len(job.skeleton)))
-    for rate, expected in (
-        ("read", stored),
-        ("write", job.source.checkpoint.nbytes(job.source.checkpoint.tensors)),
-        ("bus", 2 * stored),
-    ):
-        monkeypatch.setattr(cost, "ASSUMED_GPU", replace(ASSUMED_GPU, **{rate: 1.0}))
-        assert cost.estimate_seconds(job) == pytest.approx(ASSUMED_GPU.start + expected, abs=1)
 
 
 def test_products_that_lose_nothing_by_it_use_tf32(dense, tmp_path, monkeypatch):

@@ -7,10 +7,7 @@ import torch
 
 import prunus
 from prunus.pruning.block import dense_stream
-from prunus.pruning.cost import estimate_seconds
-from prunus.pruning.job import PruningJob, RunOptions
-from prunus.pruning.plan import plan_run
-from prunus.pruning.recipe import Recipe
+from prunus.pruning.job import PruningJob
 from prunus.pruning.reconstruction import schedule
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, token_ids
@@ -131,30 +128,3 @@ def test_reconstruction_gets_two_batches_where_one_would_be_enough_for_the_drift
     assert report.blocks[-1].reconstruction.steps > 0
     with pytest.raises(ValueError, match="1 windows in batches of 1"):
         prunus.prune(dense, tmp_path / "one", **options | {"calibration": token_ids(1, 32)})
-
-
-def test_the_estimate_grows_with_the_work_of_a_preset(tmp_path, monkeypatch):
-    monkeypatch.setattr("prunus.pruning.cost.matmul_rate", lambda device, dtype: 1.0)
-    # So few that one of four windows shows the drift.
-    monkeypatch.setattr(dense_stream, "_TOKENS_PER_FEATURE", 0.1)
-    dense = tiny_checkpoint(tmp_path / "dense")
-
-    def seconds(**options):
-        job = plan_run(
-            dense,
-            Recipe(samples=8, seqlen=32, batch=1, **options),
-            RunOptions(input_ids=token_ids(8, 32)),
-        )
-        return estimate_seconds(job)
-
-    steps = [
-        seconds(preset="fast"),
-        seconds(method="alps"),
-        seconds(method="alps", dense_weight=0.25),
-        seconds(preset="balanced"),
-        seconds(method="alps", dense_weight=0.25, reconstruct="quick"),
-        seconds(method="alps", dense_weight=0.25, reconstruct="all"),
-        seconds(preset="best"),
-    ]
-    assert steps == sorted(steps) and len(set(steps)) == len(steps)
-    assert steps[0] < seconds(reconstruct="all")

@@ -83,7 +83,7 @@ _VERBS = (
         "Prune",
         (
             "prunus plan dense pruned --preset best --memory 8GB",
-            "prunus plan --model-shape llama3-70b --devices 8xh100 --method sparsegpt",
+            "prunus plan allenai/OLMoE-1B-7B-0924 --bits 3",
         ),
     ),
     _Verb(

@@ -1,4 +1,4 @@
-"""Verbs of a pruning run: `prune`, `compress`, and `plan`, which forecasts and writes nothing."""
+"""Verbs of a pruning run: `prune`, `compress`, and `plan`, which writes nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from prunus.cli.terminal import Counted, print_result, progress_console, user_er
 
 __all__ = ["compress", "plan", "prune"]
 
-_FORECAST = "Forecast"
 _MAX_PRESET = "Preset max"
 
 
@@ -196,40 +195,16 @@ def _prune_and_recover(
 
 @takes_recipe()
 def plan(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL", help="Checkpoint folder or hub id; or give --model-shape instead."
-        ),
-    ] = None,
+    model: arg.Model,
     output: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT", help="Where the result would go; checked, not written."),
+        typer.Argument(metavar="OUT", help="Where the result would be; checked, not written."),
     ] = None,
     *,
     data_dir: arg.DataDir = None,
     device: arg.Device = "auto",
     memory: arg.Memory = None,
     json_file: arg.Json = None,
-    model_shape: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel=_FORECAST,
-            help="Forecast a run on a model that you do not have here: smollm2-135m, llama-7b, "
-            "-13b, -30b, -65b, llama2-70b, llama3-8b, -70b, -405b.",
-        ),
-    ] = None,
-    devices: Annotated[
-        str | None,
-        typer.Option(
-            metavar="[N x]WHAT",
-            rich_help_panel=_FORECAST,
-            help="With --model-shape, one rank per GPU or group of cores: 8xh100, a100, h200, "
-            "2-cores, 4x8-cores. GPU rates are vendors' peak figures times an assumed share, not "
-            "measured. Default: the cores of this machine.",
-        ),
-    ] = None,
     recipe: RecipeFile = None,
     trust_remote_code: arg.Trust = False,
     **options: Any,
@@ -239,20 +214,6 @@ def plan(
     Everything that they check before their first block is checked here as well.
     """
     with user_errors(json_file):
-        if (model is None) == (model_shape is None):
-            raise ValueError(
-                "give either MODEL, a checkpoint to plan for, or --model-shape, which needs no "
-                "checkpoint"
-            )
-        if model is None:
-            assert model_shape is not None
-            _forecast(model_shape, devices, chosen_recipe(recipe, options), json_file)
-            return
-        if devices is not None:
-            raise ValueError(
-                "--devices needs --model-shape: a run on MODEL is planned for this machine; drop "
-                "--devices, or give --model-shape in place of MODEL"
-            )
         from prunus.pruning.plan import check_run
         from prunus.pruning.plan_summary import describe_plan
         from prunus.reporting.tables import plan_table
@@ -266,27 +227,6 @@ def plan(
 
             described["training"] = plan_training(model, output, chosen, how)
         print_result(plan_table(described), json_file, described)
-
-
-def _forecast(name: str, devices: str | None, recipe: Any, json_file: Path | None) -> None:
-    import os
-
-    from prunus.hardware.rates import parse_devices
-    from prunus.pruning.forecast import find_shape, forecast
-    from prunus.reporting.tables import forecast_table
-
-    if recipe.bits is not None:
-        raise ValueError(
-            "--model-shape forecasts runs of prune: leave --bits out, or give MODEL, a checkpoint, "
-            "to plan its compression"
-        )
-    chosen = parse_devices(devices or f"{os.cpu_count() or 1}-cores")
-    found = forecast(
-        find_shape(name), chosen, recipe.method, recipe.samples, recipe.seqlen, recipe.batch
-    )
-    title = f"{recipe.method} on {name}, {recipe.samples} windows of {recipe.seqlen} tokens"
-    content = {"shape": name, "method": recipe.method} | found
-    print_result(forecast_table(title, found), json_file, content)
 
 
 def _run_options(

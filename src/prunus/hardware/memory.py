@@ -13,7 +13,6 @@ import os
 import platform
 import resource
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ __all__ = [
     "available_memory",
     "describe_hardware",
     "keep_freed_memory",
-    "matmul_rate",
     "memory_budget",
     "peak_memory",
     "processor_name",
@@ -162,24 +160,6 @@ class HeapTrimmer:
             with contextlib.suppress(AttributeError, OSError, TypeError):
                 ctypes.CDLL(None).malloc_trim(0)
             self._usual = max(self._usual, resident_memory())
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """The floating-point operations per second of a large matrix product.
-
-    It is measured, which takes about 0.1 s. The fastest of four rounds counts, since the first one
-    also pays for starting up.
-    """
-    left = torch.ones(1024, 1024, device=device, dtype=dtype)
-    right = torch.ones(1024, 1024, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):
-        started = time.perf_counter()
-        torch.nn.functional.linear(left, right)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * 1024**3 / best
 
 
 def versions() -> dict[str, str]:

@@ -164,5 +164,4 @@ ALPS = Method(
     updates_weights=True,
     summary="mask and weights together by ADMM, then least squares; smallest error, slowest",
     adds_ridge=True,
-    cost_in_products=21,
 )

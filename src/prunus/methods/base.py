@@ -62,8 +62,6 @@ class Method:
         adds_ridge: True where the Gram matrix gets a ridge that grows with features per token
             before it is inverted. Such a ridge keeps the rounding of the inputs small; a small
             fixed damping lets it grow.
-        cost_in_products: the time of the solver, in matrix products (O, I) × (I, I). The estimate
-            of a run's time uses it.
     """
 
     name: str
@@ -75,7 +73,6 @@ class Method:
     needs_drift: bool = False
     needs_held_out: bool = False
     adds_ridge: bool = False
-    cost_in_products: int = 0
 
 
 def masked(weight_OI: Tensor, keep_OI: Tensor, notes: dict[str, Any] | None = None) -> Pruned:

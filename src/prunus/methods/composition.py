@@ -29,12 +29,6 @@ from prunus.methods.statistics import InputStatistics
 
 __all__ = ["compose"]
 
-# A weight update takes about this many matrix products (O, I) × (I, I).
-_LEAST_SQUARES_PRODUCTS = 25
-# The sweep over the columns, as in SparseGPT, with more work for each weight.
-_QUANTIZE_PRODUCTS = 2
-_SWAPS_PRODUCTS = 100
-
 
 def compose(method: Method, options: MethodOptions) -> Method:
     """Add the steps that `options` choose to a method: dense targets, refinement, weight update.
@@ -131,11 +125,6 @@ def compose(method: Method, options: MethodOptions) -> Method:
         # So does the quantisation, whose ridge is small against the inputs with the largest norms.
         adds_ridge=not quantizes and (method.adds_ridge or method.needs != "gram"),
         updates_weights=method.updates_weights or updates or quantizes,
-        cost_in_products=method.cost_in_products
-        + (_SWAPS_PRODUCTS if refines else 0)
-        + (_LEAST_SQUARES_PRODUCTS if updates else 0)
-        + (_QUANTIZE_PRODUCTS if quantizes else 0)
-        + uses_dense_target,
     )
 
 

@@ -76,5 +76,4 @@ OBS = Method(
     default_group="row",
     updates_weights=True,
     summary="a mask from wanda or magnitude, with sparsegpt's weight update",
-    cost_in_products=1,
 )

@@ -46,5 +46,4 @@ SPARSEGPT = Method(
     default_group="layer",
     updates_weights=True,
     summary="remove by error, and update the kept weights to correct it",
-    cost_in_products=1,
 )

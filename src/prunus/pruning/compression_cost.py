@@ -20,7 +20,6 @@ from prunus.runs.block_memory import BlockMemory
 __all__ = [
     "check_bits",
     "compressed_bytes",
-    "measured_tokens",
     "measurement_memory",
 ]
 
@@ -72,19 +71,14 @@ def compressed_bytes(job: PruningJob) -> int:
     return round(total)
 
 
-def measured_tokens(job: PruningJob) -> int:
-    """Tokens of the windows that measure how the loss depends on each linear."""
-    return min(PROBE_WINDOWS, job.recipe.samples) * min(PROBE_TOKENS, job.recipe.seqlen)
-
-
 def measurement_memory(job: PruningJob) -> BlockMemory:
     """The memory of the pass that measures how the loss depends on each linear.
 
     The entry `hidden` are the inputs of all blocks, which stay on the host.
     """
     skeleton, itemsize = job.skeleton, job.dtype.itemsize
-    blocks, tokens = range(len(skeleton)), measured_tokens(job)
-    length = min(PROBE_TOKENS, job.recipe.seqlen)
+    blocks, length = range(len(skeleton)), min(PROBE_TOKENS, job.recipe.seqlen)
+    tokens = min(PROBE_WINDOWS, job.recipe.samples) * length
     hidden = skeleton.window_shape(0, job.recipe.seqlen)[1]
     linears = [skeleton.linears(index) for index in blocks]
     widest = max(max(linear.shape) for block in linears for linear in block)

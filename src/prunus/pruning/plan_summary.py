@@ -6,7 +6,7 @@ from typing import Any
 
 from prunus.hardware.memory import resident_memory
 from prunus.pruning.compression_cost import measurement_memory
-from prunus.pruning.cost import disk_bytes, estimate_seconds, file_bytes
+from prunus.pruning.cost import disk_bytes, file_bytes
 from prunus.pruning.job import PruningJob
 
 __all__ = ["describe_plan"]
@@ -21,7 +21,7 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         `hidden_states` (where they are kept), `left_dense` and `allocation` (its rule, and
         whether the run measures it first); `bits` and `head_bits` are null where the run does not
         compress. Cost: `peak_memory_bytes`, `file_bytes` (the weights of the result), `disk_bytes`
-        (with temporary files), `seconds`.
+        (with temporary files).
     """
     blocks = range(len(job.skeleton))
     shapes = [linear.shape for linear in job.selected_linears().values()]
@@ -44,7 +44,6 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "peak_memory_bytes": _peak_bytes(job) + resident_memory(),
         "file_bytes": file_bytes(job),
         "disk_bytes": disk_bytes(job),
-        "seconds": estimate_seconds(job),
         "allocation": {
             "rule": job.recipe.allocation,
             "measured": job.recipe.searches and job.recipe.sparsity > 0,

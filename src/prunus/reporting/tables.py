@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from prunus.pruning.manifest import Manifest
 
 __all__ = [
-    "forecast_table",
     "images_table",
     "inspection_table",
     "packing_table",
@@ -163,7 +162,6 @@ def plan_table(plan: dict[str, Any]) -> Table:
         "peak memory": f"{plan['peak_memory_bytes'] / 1e9:.2f} GB",
         "result": f"{plan['file_bytes'] / 1e9:.3f} GB",
         "disk": f"{plan['disk_bytes'] / 1e9:.2f} GB",
-        "time": f"about {plan['seconds']:.0f} s at this machine's matrix product rate",
     }
     if (training := plan.get("training")) is not None:
         rows["training"] = (
@@ -187,47 +185,6 @@ def _weights_of_plan(plan: dict[str, Any]) -> str:
     if plan["to_remove"]:
         return f"{weights} {sizes}; {plan['to_remove']:,} at least become 0"
     return f"{weights} {sizes}; how many become 0 follows from the rate"
-
-
-def forecast_table(title: str, found: dict[str, Any]) -> Table:
-    """What a run would cost on other devices.
-
-    Args:
-        title: method, model and calibration.
-        found: the result of `prunus.pruning.forecast.forecast`.
-    """
-    table = Table(title=f"{title}, on {found['devices']}", title_justify="left", show_header=False)
-    table.add_column("what")
-    table.add_column("figure", overflow="fold")
-    replayed = (
-        "" if found["lockstep"] is not False else "; lockstep does not fit: replayed, five passes"
-    )
-    parts = sorted(found["parts"].items(), key=lambda part: -part[1])
-    rows = {
-        "weights": f"{found['weights'] / 1e9:.2f} billion",
-        "ranks": f"{found['ranks']}, with at most {found['windows_per_rank']} windows each",
-        "memory per rank": f"{found['memory'] / 1e9:.2f} GB{replayed}",
-        "disk": (
-            f"{found['disk'] / 1e9:.2f} GB; read {found['read'] / 1e9:.2f} GB, written "
-            f"{found['written'] / 1e9:.2f} GB"
-        ),
-        "traffic to each rank": f"{found['traffic'] / 1e9:.2f} GB",
-        "time": _duration(found["seconds"]),
-        "of which": ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts if seconds)
-        + "; blocks are read and written beside the rest",
-        "rates": found["rates"],
-    }
-    for name, figure in rows.items():
-        table.add_row(name, figure)
-    table.caption = f"A forecast: work over rates. Basis: {found['basis']}."
-    table.caption_justify = "left"
-    return table
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _allocation(planned: dict[str, Any]) -> str:

@@ -1,8 +1,4 @@
-"""The memory that one block needs while it is pruned, in bytes. Imports no torch.
-
-`cost.py` fills these figures in for a checkpoint. `forecast.py` uses the same rules for a model of
-which it knows the widths only.
-"""
+"""The memory that one block needs while it is pruned, in bytes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ from dataclasses import dataclass
 
 __all__ = [
     "BYTES_PER_PRUNED_WEIGHT",
-    "REPLAY_PASSES",
     "BlockMemory",
     "paused_bytes",
     "transient_bytes",
@@ -19,10 +14,6 @@ __all__ = [
 #: Temporaries per weight of a linear while it is pruned: the float32 weight and score, the sorted
 #: copy of the score, and the result in the checkpoint's 2-byte dtype.
 BYTES_PER_PRUNED_WEIGHT = 14
-
-#: Whole forward passes that `replay` takes, roughly: it runs a block again from its start for every
-#: group of linears with a common input.
-REPLAY_PASSES = 5
 
 
 @dataclass(frozen=True)
