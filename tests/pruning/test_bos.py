@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import prunus
-from prunus.pruning.manifest import MANIFEST_NAME, Manifest
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -60,16 +59,6 @@ def test_a_resumed_run_has_the_same_bytes_and_no_other_bos(dense, monkeypatch):
         prune(dense, "resumed", bos="no")
     prune(dense, "resumed")
     assert weights(dense.parent / "whole") == weights(dense.parent / "resumed")
-
-
-def test_a_manifest_from_before_the_option_had_no_bos(dense):
-    prune(dense, "old")
-    path = dense.parent / "old" / MANIFEST_NAME
-    stored = json.loads(path.read_text())
-    del stored["recipe"]["bos"], stored["inputs"]["bos"]
-    path.write_text(json.dumps(stored))
-    manifest = Manifest.load(dense.parent / "old")
-    assert (manifest.recipe.bos, manifest.inputs.bos) == ("no", "no")
 
 
 def test_a_score_says_which_it_was_and_the_cache_keeps_both(dense):

@@ -41,6 +41,7 @@ def sweep_results(
                 source=f"{text} source",
                 perplexity=perplexity,
                 protocol=f"{text} protocol",
+                bos="no",
                 **numbers,
             )
         }

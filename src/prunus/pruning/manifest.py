@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from prunus.model.checkpoint.atomic_files import write_json
 from prunus.model.checkpoint.records import check_same_work, read_record
 from prunus.pruning.html_table import html_table
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.records import BlockRecord, LinearRecord, UsedBos, before_bos, mean_bits
+from prunus.pruning.records import BlockRecord, LinearRecord, UsedBos, mean_bits
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class RunInputs(BaseModel):
     dtype_reason: str
     device: str = Field(description="cpu or cuda")
     batch: int
-    bos: UsedBos = Field("no", description="whether every calibration window begins with BOS")
+    bos: UsedBos = Field(description="whether every calibration window begins with BOS")
 
 
 class Manifest(BaseModel):
@@ -79,8 +79,6 @@ class Manifest(BaseModel):
     )
     left_dense: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     totals: dict[str, Any] = Field(default_factory=dict)
-
-    _before_bos = field_validator("recipe", mode="before")(before_bos)
 
     def save(self, folder: Path) -> None:
         """Write `prunus.json` atomically."""

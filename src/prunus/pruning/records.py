@@ -14,7 +14,6 @@ __all__ = [
     "SizedLinear",
     "UsedBos",
     "Walk",
-    "before_bos",
     "bos_words",
     "mean_bits",
 ]
@@ -36,11 +35,6 @@ def bos_words(bos: UsedBos) -> str:
         "no": "no BOS added to windows",
         "given": "windows as they were given",
     }[bos]
-
-
-def before_bos(values: Any) -> Any:
-    """The options of a record, with what versions without the option `bos` did: they added none."""
-    return {"bos": "no"} | values if isinstance(values, dict) else values
 
 
 class LinearRecord(BaseModel):

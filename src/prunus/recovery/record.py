@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from prunus.model.checkpoint.atomic_files import write_json
 from prunus.model.checkpoint.records import check_same_work, read_record
-from prunus.pruning.records import UsedBos, before_bos
+from prunus.pruning.records import UsedBos
 from prunus.recovery.options import RecoveryOptions
 
 __all__ = [
@@ -73,7 +73,7 @@ class RecoveryInputs(_Model):
     dtype: str
     dtype_reason: str
     device: str
-    bos: UsedBos = Field("no", description="whether every window begins with BOS")
+    bos: UsedBos = Field(description="whether every window begins with BOS")
 
 
 class RecoveryRecord(_Model):
@@ -106,8 +106,6 @@ class RecoveryRecord(_Model):
     diverged: bool = False
     sha256: dict[str, str] = Field(default_factory=dict)
     totals: dict[str, Any] = Field(default_factory=dict)
-
-    _before_bos = field_validator("options", mode="before")(before_bos)
 
     def save(self, folder: Path) -> None:
         """Write `prunus-recovery.json` atomically."""

@@ -143,8 +143,7 @@ def _merge_earlier(earlier: SweepResults, now: SweepResults, output: Path) -> No
             )
         now.models[label].scores, now.models[label].tasks = model.scores, model.tasks
         now.models[label].size = model.size
-    # Sweeps of versions without this option scored windows without BOS.
-    for key, value in ({"bos": "no"} | earlier.scoring).items():
+    for key, value in earlier.scoring.items():
         if now.scoring[key] != value:
             refuse(f"scoring.{key}", value, now.scoring[key])
     cells = {cell.name: cell for cell in now.cells}

@@ -10,13 +10,12 @@ import io
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from prunus.model.checkpoint.atomic_files import write_json, write_text
 from prunus.model.checkpoint.records import read_record
 from prunus.pruning.html_table import html_table
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.records import before_bos
 
 __all__ = [
     "RESULTS_NAME",
@@ -81,7 +80,7 @@ class Divergence(_Record):
 class Score(_Record):
     """Perplexity on one text, see `prunus.PerplexityResult`. None stands for infinity.
 
-    Dense models have no divergence, and neither have cells that an earlier version scored.
+    Dense models have no divergence.
     """
 
     source: str
@@ -93,7 +92,7 @@ class Score(_Record):
     protocol: str
     seconds: float
     streamed: bool = False
-    bos: Literal["yes", "no", "given"] = "no"
+    bos: Literal["yes", "no", "given"]
     divergence: Divergence | None = None
 
 
@@ -162,8 +161,6 @@ class CellResult(_Record):
         default={}, description="scoring text -> see `residual_gaps`"
     )
 
-    _before_bos = field_validator("recipe", mode="before")(before_bos)
-
 
 class ModelResult(_Record):
     """A dense model, before it is pruned."""
@@ -187,9 +184,9 @@ class CalibrationSet(_Record):
     source: str
     sha256: str
     file: str
-    bos: Literal["auto", "yes", "no"] = Field(default="no", description="as in the recipe")
+    bos: Literal["auto", "yes", "no"] = Field(description="as in the recipe")
     used_bos: Literal["yes", "no", "given"] = Field(
-        default="no", description="whether every window begins with BOS"
+        description="whether every window begins with BOS"
     )
 
 

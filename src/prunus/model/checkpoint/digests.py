@@ -30,7 +30,7 @@ RECORD_FILES = (
 def recorded_digests(folder: Path) -> dict[str, str]:
     """File name of a shard -> the SHA-256 in the record of a result.
 
-    Empty for a checkpoint that prunus did not write, or that an earlier version wrote.
+    Empty for a checkpoint that prunus did not write.
 
     Raises:
         ValueError: the record is damaged.
@@ -74,8 +74,7 @@ def verify_shards(folder: Path) -> int:
     recorded = recorded_digests(folder)
     if not recorded:
         raise FileNotFoundError(
-            f"{folder} has no record with the SHA-256 of its shards: prunus did not write it, or "
-            "an earlier version did"
+            f"{folder} has no record with the SHA-256 of its shards: prunus did not write it"
         )
     unknown = sorted({path.name for path in folder.glob("*.safetensors")} - recorded.keys())
     missing = sorted(name for name in recorded if not (folder / name).exists())
