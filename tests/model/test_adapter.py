@@ -90,9 +90,9 @@ def test_everything_that_loads_models_takes_adapters(base, adapter, tmp_path):
 
 
 def test_the_base_is_found_beside_the_adapter(base, adapter, tmp_path, monkeypatch):
-    shutil.copytree(base, tmp_path / "model")
-    rewrite(adapter, base_model_name_or_path="../model")
-    assert base_folder(adapter).resolve() == tmp_path / "model"
+    shutil.copytree(base, tmp_path / "its-base")
+    rewrite(adapter, base_model_name_or_path="../its-base")
+    assert base_folder(adapter).resolve() == tmp_path / "its-base"
     (tmp_path / "here" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     rewrite(adapter, base_model_name_or_path="model")

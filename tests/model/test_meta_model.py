@@ -1,42 +1,27 @@
-"""Models without weights: transformers computes their tables, and nothing else."""
+"""Models without weights: their tables are those that transformers loads a model with."""
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
-from transformers import AutoConfig, initialization
+from transformers import AutoModelForCausalLM
 
-from prunus.model import meta_model
 from prunus.model.kinds import kind_of
+from prunus.model.meta_model import build_on_meta
 from tiny import tiny_checkpoint
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "family", ["bloom", "gptj", "gemma3_text", "deepseek_v3", "jamba", "gpt_oss"]
+    "family", ["bloom", "gptj", "gpt_neo", "gemma3_text", "deepseek_v3", "jamba", "gpt_oss"]
 )
-def test_buffers_are_those_of_a_model_that_was_given_initial_weights(family, tmp_path, monkeypatch):
-    config = AutoConfig.from_pretrained(tiny_checkpoint(tmp_path, family))
-
-    def built():
-        return meta_model.build_on_meta(kind_of(config), config, torch.float32, False)
-
-    found = built()
-    monkeypatch.setattr(meta_model, "guard_torch_init_functions", contextlib.nullcontext)
-    expected = built()
-    buffers = dict(found.named_buffers())
-    assert buffers.keys() == dict(expected.named_buffers()).keys()
-    for name, buffer in expected.named_buffers():
-        assert torch.equal(buffers[name], buffer)
+def test_tables_are_those_of_a_loaded_model(family, dtype, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint(tmp_path, family), dtype=dtype)
+    found = build_on_meta(kind_of(model.config), model.config, dtype, False)
     assert {parameter.device.type for parameter in found.parameters()} == {"meta"}
-
-
-def test_parameters_are_given_no_initial_values(tmp_path, monkeypatch):
-    config = AutoConfig.from_pretrained(tiny_checkpoint(tmp_path, "llama"))
-    for name in initialization.TORCH_INIT_FUNCTIONS:
-        monkeypatch.setitem(
-            initialization.TORCH_INIT_FUNCTIONS, name, lambda *_, **__: pytest.fail("too much work")
-        )
-    model = meta_model.build_on_meta(kind_of(config), config, torch.float32, False)
-    assert model.lm_head.weight.is_meta
+    tables = dict(found.named_buffers())
+    assert tables.keys() == dict(model.named_buffers()).keys()
+    for name, expected in model.named_buffers():
+        if name not in model.state_dict():
+            assert expected.dtype == tables[name].dtype, name
+            assert torch.equal(tables[name], expected), name

@@ -107,6 +107,8 @@ def sweep_results(
         source="c4, shard 0",
         sha256="ab",
         file="x",
+        bos="no",
+        used_bos="no",
     )
     return SweepResults(
         file="table.toml",

@@ -639,6 +639,7 @@ def made(name: str, perplexity: float | None, **recipe) -> CellResult:
         seqlen=2,
         protocol="p",
         seconds=0.0,
+        bos="no",
     )
     return CellResult(
         name=name, model="m", recipe=Recipe(**recipe), state="done", scores={"text": score}

@@ -27,7 +27,6 @@ from prunus.model.config import load_config
 from prunus.model.config_limits import read_config
 from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta
-from prunus.model.placement import parameters_on_meta
 
 __all__ = [
     "add_lora",
@@ -98,8 +97,7 @@ def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
             f"{base}, the base of {folder}: no configuration could be loaded ({error})"
         ) from error
     model = build_on_meta(CAUSAL, config, torch.float32, trust_remote_code)
-    with parameters_on_meta():
-        attach(model, folder, base)
+    attach(model, folder, base)
 
 
 def attach(model: Any, folder: Path, base: Path) -> Any:
@@ -133,7 +131,8 @@ def attach(model: Any, folder: Path, base: Path) -> Any:
         ) from fault
     unfit = f"the adapter {folder} does not fit its base {base}"
     hint = "was it trained on another model?"
-    with warnings.catch_warnings():
+    # The new layers are on the device of the model, which may be the meta device.
+    with torch.device(next(model.parameters()).device), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft only warns of what is an error here
         try:
             config = peft.PeftConfig.from_pretrained(str(folder))

@@ -1,15 +1,16 @@
 """Building a transformers model without its weights, within limits.
 
-Parameters stay on the meta device, where they have a shape but no memory. Tables that no checkpoint
-stores, such as frequencies of rotary embeddings, are buffers: transformers computes them afterwards.
-Their sizes are known before that, and modules are counted while they are made. So a damaged
-configuration cannot fill memory.
+Parameters stay on the meta device, where they have a shape but no memory. Buffers, such as the
+frequencies of rotary embeddings, are tables that no checkpoint stores: transformers computes them
+in the end. Their sizes are known before that, and modules are counted while they are made. So a
+damaged configuration cannot fill memory.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +18,9 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers.initialization import no_init_weights
 
 from prunus.model.kinds import Kind
+from prunus.model.placement import release
 
 __all__ = ["build_on_meta", "limited_modules"]
 
@@ -66,10 +67,15 @@ def build_on_meta(kind: Kind, config: Any, dtype: Any, trust_remote_code: bool) 
     """
     loader = getattr(transformers, kind.loader)
     try:
-        with torch.device("meta"), no_init_weights(), limited_modules():
+        # What code computes while it is imported must not be on the meta device.
+        importlib.import_module("transformers.modeling_utils")
+        loader._model_mapping.get(type(config), None)
+        with torch.device("meta"), limited_modules():
             model = loader.from_config(
                 copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
             )
+        # Some parameters are made in memory whatever the device, but are not written to.
+        release(model)
         _compute_tables(model)
         return model
     except _TooLargeError as fault:

@@ -21,7 +21,6 @@ __all__ = [
     "embedding_as_stored",
     "fill_with_zeros",
     "move_buffers",
-    "parameters_on_meta",
     "place",
     "release",
     "whole_pages",
@@ -133,30 +132,6 @@ def fill_with_zeros(module: nn.Module, device: torch.device) -> None:
             if old is not None:
                 zeros = torch.zeros((), dtype=old.dtype, device=device).expand(old.shape)
                 owner._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)
-
-
-@contextlib.contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """While active, every parameter that a module registers goes to the meta device.
-
-    Buffers stay real, unlike under `torch.device("meta")`: models compute rotary frequencies and
-    the like into buffers that no checkpoint stores. The parameters carry the mark of transformers
-    for weights that are loaded already, so that no time goes into random numbers without memory.
-    """
-    original = nn.Module.register_parameter
-
-    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None:
-            if param.device.type != "meta":
-                param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-            param._is_hf_initialized = True  # type: ignore[attr-defined]
-        original(self, name, param)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:
