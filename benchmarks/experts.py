@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import prunus
-from prunus.packed import pack
+from prunus import pack
 
 
 def make(folder: Path) -> None:

@@ -33,11 +33,12 @@ from llama_shapes import VOCABULARY, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 import prunus
+from prunus import pack
 from prunus.hardware.memory import describe_hardware, peak_memory, versions
 from prunus.methods.statistics import InputStatistics
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
-from prunus.packed import pack, to_semi_structured
+from prunus.packed import to_semi_structured
 from prunus.pruning import run
 from prunus.pruning.block import prune_block
 from prunus.pruning.job import PruningJob, RunOptions

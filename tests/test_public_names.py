@@ -13,7 +13,7 @@ import torch
 
 import prunus
 from packed_reference import pruned_checkpoint
-from prunus.packed import BitmapLinear
+from prunus.packed import PackedLinear
 from report_samples import sweep_results
 from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
@@ -61,7 +61,7 @@ def test_load_gives_the_model_and_its_tokenizer(pruned, tmp_path):
     assert model is dense.model and tokenizer is dense.tokenizer and not model.training
     prunus.pack(pruned, tmp_path / "packed")
     packed, again = prunus.load(str(tmp_path / "packed"))
-    assert any(isinstance(module, BitmapLinear) for module in packed.modules())
+    assert any(isinstance(module, PackedLinear) for module in packed.modules())
     assert again("ab")["input_ids"] == tokenizer("ab")["input_ids"]
     ids = tokenizer("some text", return_tensors="pt").input_ids
     with torch.no_grad():

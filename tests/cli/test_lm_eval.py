@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from packed_reference import pruned_checkpoint
+from prunus import pack
 from prunus.cli import app
-from prunus.packed import pack
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 TASK = """

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from packed_reference import pruned_checkpoint
-from prunus.packed import pack
+from prunus import pack
 from tiny import tiny_checkpoint, token_ids
 
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import prunus
 from packed_reference import pruned_checkpoint
+from prunus import pack, unpack
 from prunus.cli import app
 from prunus.evaluation import (
     PAPER7,
@@ -31,7 +32,6 @@ from prunus.evaluation import (
     task_runner,
 )
 from prunus.evaluation.cache import ResultCache, checkpoint_digest
-from prunus.packed import pack, unpack
 from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 from zeroshot_rows import write_local_datasets

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from packed_reference import pruned_checkpoint
+from prunus import pack
 from prunus.evaluation.size import file_bytes, packed_size, stored_size
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.loading import load_model
-from prunus.packed import pack
 from tiny import tiny_checkpoint
 
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 import prunus
 from command_line import call
 from packed_reference import pruned_checkpoint
+from prunus import pack
 from prunus.evaluation import streamed_perplexity as streamed
 from prunus.model.checkpoint.reader import Checkpoint
-from prunus.packed import pack
 from tiny import FAMILIES, tiny_checkpoint, token_ids
 
 

@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import prunus
 from packed_reference import pruned_checkpoint
+from prunus import pack
 from prunus.evaluation.generation import generate
 from prunus.evaluation.size import file_bytes
 from prunus.model.adapter import CONFIG_NAME, WEIGHTS_NAME, base_folder, check_adapter, is_adapter
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
-from prunus.packed import BitmapLinear, pack
+from prunus.packed import PackedLinear
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -159,7 +160,7 @@ def test_extra_tensors_are_refused(adapter):
 def test_a_packed_base_takes_an_adapter(adapter, tmp_path):
     pack(pruned_checkpoint(tmp_path / "pruned", vocab_size=VOCABULARY), tmp_path / "packed")
     rewrite(adapter, base_model_name_or_path=str(tmp_path / "packed"))
-    assert any(isinstance(module, BitmapLinear) for module in load_model(adapter).modules())
+    assert any(isinstance(module, PackedLinear) for module in load_model(adapter).modules())
 
 
 def test_without_peft_the_extra_is_named(adapter, monkeypatch):

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from packed_reference import pruned_checkpoint
-from prunus.packed import pack, reference_path
+from prunus import pack
+from prunus.packed import reference_path
 from prunus.packed.attention import use_decode_attention
 from tiny import tiny_model, token_ids
 

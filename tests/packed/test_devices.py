@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 from devices import PRETEND, assert_same_tensors
 from packed_reference import pruned_checkpoint
 from plane_reference import quantized_checkpoint
+from prunus import pack
 from prunus.methods.patterns import Pattern, keep_mask
 from prunus.packed import linear as packed_linear
-from prunus.packed import pack, reference_path, to_semi_structured
+from prunus.packed import reference_path, to_semi_structured
 from prunus.packed.linear import PackedLinear
 from tiny import token_ids
 

@@ -12,7 +12,7 @@ import pytest
 
 from packed_reference import pruned_checkpoint
 from places import REPOSITORY
-from prunus.packed import pack
+from prunus import pack
 
 LOAD = """
 import sys
@@ -53,7 +53,7 @@ def test_a_packed_checkpoint_loads_without_an_import_of_prunus(installed, tmp_pa
     pack(pruned_checkpoint(tmp_path / "pruned"), tmp_path / "packed")
     done = run(LOAD, installed, tmp_path / "packed")
     assert done.returncode == 0, done.stderr
-    assert "BitmapLinear" in done.stdout
+    assert "PackedLinear" in done.stdout
     # Where torch does not call entry points, the error says what to do.
     done = run(LOAD, installed, tmp_path / "packed", autoload="0")
     assert done.returncode != 0

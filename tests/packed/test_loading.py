@@ -19,21 +19,13 @@ from transformers import AutoModel, AutoModelForCausalLM
 import prunus
 from packed_reference import pruned_checkpoint, random_sparse
 from plane_reference import quantized_checkpoint, quantized_weight
-from prunus.packed import (
-    BitmapLinear,
-    DenseLinear,
-    QuantizedLinear,
-    describe,
-    operators,
-    pack,
-    reference_path,
-    unpack,
-)
+from prunus import pack, unpack
+from prunus.packed import DenseLinear, PackedLinear, describe, operators, reference_path
 from prunus.packed.bitmap import pack_weight
 from prunus.packed.description import REFUSAL
 from prunus.packed.embedding import TiedHead
 from prunus.packed.kernels import library as kernels
-from prunus.packed.linear import PackedLinear
+from prunus.packed.weight import named_tensors
 from tiny import tiny_checkpoint, token_ids
 
 IDS = token_ids(2, 24)
@@ -42,6 +34,10 @@ UP = "model.layers.0.mlp.up_proj"
 
 def _load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def _bitmap(rows, columns):
+    return pack_weight(random_sparse(rows, columns, 0.5, torch.bfloat16), torch.bfloat16)
 
 
 def _logits(model, ids=IDS):
@@ -117,7 +113,7 @@ def test_families(tmp_path, family):
     source = pruned_checkpoint(tmp_path / "pruned", family)
     record = pack(source, tmp_path / "packed")
     packed, plain = _load(tmp_path / "packed"), _load(source)
-    assert sum(isinstance(m, BitmapLinear) for m in packed.modules()) == len(record.linears)
+    assert sum(isinstance(m, PackedLinear) for m in packed.modules()) == len(record.linears)
     with reference_path():
         assert torch.equal(_logits(packed), _logits(plain))
     close = (_logits(packed, IDS[:1, :3]) - _logits(plain, IDS[:1, :3])).float()
@@ -139,7 +135,7 @@ def test_saving_and_loading_again(folders, tmp_path, values):
 
 def test_the_body_alone(folders, tmp_path):
     body = AutoModel.from_pretrained(folders / "packed-bf16")
-    assert isinstance(body.layers[0].mlp.up_proj, BitmapLinear)
+    assert isinstance(body.layers[0].mlp.up_proj, PackedLinear)
     body.save_pretrained(tmp_path / "body")
     with_head = _load(tmp_path / "body")  # the head is tied, so nothing is missing
     assert torch.equal(_logits(with_head), _logits(_load(folders / "packed-bf16")))
@@ -234,7 +230,7 @@ def test_other_dtypes(folders):
 def test_quantised_weights_keep_their_dtypes(folders):
     model = _load(folders / "packed-planes", dtype=torch.float32)
     linear = model.get_submodule(UP)
-    parts = {name: linear.get_buffer(name).clone() for name in QuantizedLinear.STATE}
+    parts = {name: part.clone() for name, part in named_tensors("", linear.packed).items()}
     for changed in (linear.half(), linear.double(), linear.float(), linear.to("cpu")):
         for name, part in parts.items():
             assert changed.get_buffer(name).dtype == part.dtype
@@ -253,7 +249,7 @@ def test_quantised_experts(tmp_path, family):
     quantized_checkpoint(source, tmp_path / "packed", lambda name: ".experts." in name)
     unpack(tmp_path / "packed", tmp_path / "plain")
     model, plain = _load(tmp_path / "packed"), _load(tmp_path / "plain")
-    quantised = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    quantised = [m for m in model.modules() if isinstance(m, PackedLinear)]
     entries = model.config.quantization_config.linears
     assert len(quantised) == len(entries) > 20
     with reference_path():
@@ -268,11 +264,11 @@ def test_quantised_experts(tmp_path, family):
 
 def test_gradients_reach_the_inputs():
     weight = random_sparse(12, 30, 0.5, torch.float16).float().bfloat16()
-    packed = BitmapLinear(pack_weight(weight, torch.bfloat16), torch.randn(12).bfloat16())
+    packed = PackedLinear(pack_weight(weight, torch.bfloat16), torch.randn(12).bfloat16())
     x = torch.randn(3, 30).bfloat16().requires_grad_()
     packed(x).sum().backward()
     assert torch.allclose(x.grad.float(), weight.float().sum(0).expand(3, 30), atol=2e-2)
-    quantised = QuantizedLinear(quantized_weight(12, 30), torch.randn(12).bfloat16())
+    quantised = PackedLinear(quantized_weight(12, 30), torch.randn(12).bfloat16())
     quantised.bias.requires_grad_()
     for x in (torch.randn(3, 30).bfloat16().requires_grad_(), torch.randn(2, 3, 30).bfloat16()):
         quantised(x).sum().backward()
@@ -287,10 +283,8 @@ def test_gradients_reach_the_inputs():
         assert torch.allclose(left.grad.float(), right.grad.float(), rtol=0.05, atol=0.1)
 
 
-@pytest.mark.parametrize(
-    ("values", "operator"), [("bf16", "bitmap_linear"), ("planes", "quantized_linear")]
-)
-def test_compile_and_export(folders, values, operator):
+@pytest.mark.parametrize("values", ["bf16", "planes"])
+def test_compile_and_export(folders, values):
     model = _load(folders / f"packed-{values}")
     ids = IDS[:1, :3]
     expected = _logits(model, ids)
@@ -304,29 +298,17 @@ def test_compile_and_export(folders, values, operator):
     with torch.no_grad():
         program = torch.export.export(mlp, (x,))
         assert torch.equal(program.module()(x), mlp(x))
-    assert sum(f"prunus.{operator}" in str(node.target) for node in program.graph.nodes) == 3
-
-
-def test_compiled_code_calls_the_operator():
-    packed = pack_weight(random_sparse(8, 40, 0.5, torch.bfloat16), torch.bfloat16)
-    model = nn.Sequential(BitmapLinear(packed), nn.ReLU())
-    x = torch.randn(2, 40).bfloat16()
-    with torch.no_grad():
-        assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    assert sum("prunus.packed_linear" in str(node.target) for node in program.graph.nodes) == 3
 
 
 def test_operators_pass_torch_checks():
-    linear = BitmapLinear(pack_weight(random_sparse(30, 20, 0.5, torch.bfloat16), torch.bfloat16))
-    x = torch.randn(2, 20)
-    coding = list(linear.packed.coding)
-    arguments = (x, 30, linear.weight, linear.weight_mask, None, coding, linear.offsets, None)
-    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(operators.bitmap_linear, arguments, test_utils=tests)
-    quantised = QuantizedLinear(quantized_weight(30, 20))
-    codes = operators.codes_as_numbers(quantised.codes)
-    parts = [quantised.get_buffer(name) for name in QuantizedLinear.STATE]
-    arguments = (x, 30, *parts, codes, quantised.rows_per_chunk, quantised.offsets, None)
-    torch.library.opcheck(operators.quantized_linear, arguments, test_utils=tests)
+    x, tests = torch.randn(2, 20), ("test_schema", "test_faketensor", "test_autograd_registration")
+    for packed in (_bitmap(30, 20), quantized_weight(30, 20)):
+        arguments = (*operators.as_arguments(packed), PackedLinear(packed).offsets)
+        torch.library.opcheck(operators.packed_linear, (x, *arguments, None), test_utils=tests)
+        ids = torch.tensor([[3, 29]])
+        arguments = (ids, *arguments, torch.bfloat16)
+        torch.library.opcheck(operators.packed_embedding, arguments, test_utils=tests[:2])
     torch.library.opcheck(operators.dense_linear, (x, torch.randn(6, 20), None), test_utils=tests)
 
 
@@ -345,27 +327,15 @@ def test_without_kernels_there_is_one_warning(folders, monkeypatch):
         operators.loaded_kernels.cache_clear()
 
 
-def test_wrong_width_is_refused():
-    linear = BitmapLinear(pack_weight(random_sparse(6, 20, 0.5, torch.bfloat16), torch.bfloat16))
-    with pytest.raises(ValueError, match="width 20"):
-        linear(torch.ones(1, 21))
-    quantised = QuantizedLinear(quantized_weight(6, 20))
-    with pytest.raises(ValueError, match="width 20"):
-        quantised(torch.ones(1, 21))
-    x = torch.ones(1, 40)
-    parts = [quantised.get_buffer(name) for name in QuantizedLinear.STATE]
-    with pytest.raises(ValueError, match="do not fit"):
-        operators.quantized_linear(x, 6, *parts, [0, 1, -1], 6, quantised.offsets, None)
-    with pytest.raises(ValueError, match="do not fit"):
-        operators.bitmap_linear(
-            x, 6, linear.weight, linear.weight_mask, None, [], linear.offsets, None
-        )
-
-
-def test_empty_input():
-    linear = BitmapLinear(pack_weight(random_sparse(6, 20, 0.5, torch.bfloat16), torch.bfloat16))
-    assert linear(torch.ones(0, 20).bfloat16()).shape == (0, 6)
-    assert QuantizedLinear(quantized_weight(6, 20))(torch.ones(0, 20)).shape == (0, 6)
+def test_inputs_of_a_wrong_width_and_without_tokens():
+    for packed in (_bitmap(6, 20), quantized_weight(6, 20)):
+        linear = PackedLinear(packed)
+        with pytest.raises(ValueError, match="width 20"):
+            linear(torch.ones(1, 21))
+        arguments = (*operators.as_arguments(packed), linear.offsets, None)
+        with pytest.raises(ValueError, match="width 20"):
+            operators.packed_linear(torch.ones(1, 40), *arguments)
+        assert linear(torch.ones(0, 20).bfloat16()).shape == (0, 6)
 
 
 @pytest.mark.parametrize(
@@ -427,8 +397,8 @@ def test_bitmaps_and_quantised_linears_in_one_checkpoint(folders, tmp_path):
             linears[name] = entries["quantization_config"]["linears"][name]
     (folder / "config.json").write_text(json.dumps(config))
     model = _load(folder)
-    kinds = {type(module) for module in model.modules() if isinstance(module, PackedLinear)}
-    assert {BitmapLinear, QuantizedLinear} <= kinds
+    kinds = {m.layout is None for m in model.modules() if isinstance(m, PackedLinear)}
+    assert kinds == {True, False}
     model.save_pretrained(tmp_path / "again")
     unpack(tmp_path / "again", tmp_path / "plain")
     plain = _load(tmp_path / "plain")

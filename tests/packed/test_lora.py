@@ -11,7 +11,7 @@ from torch import nn
 import prunus
 from packed_reference import pruned_checkpoint
 from plane_reference import quantized_weight
-from prunus.packed.linear import packed_linear
+from prunus.packed.linear import PackedLinear
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 peft = pytest.importorskip("peft", reason="adapters need the extra adapters")
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_the_dense_model(folders):
 
 def test_the_gradient_of_the_input_passes_a_quantised_linear():
     packed = quantized_weight(24, 64)
-    linear = packed_linear(packed)
+    linear = PackedLinear(packed)
     x = torch.randn(5, 64, requires_grad=True)
     g = torch.randn(5, 24)
     (found,) = torch.autograd.grad(linear(x), x, g)

@@ -14,19 +14,15 @@ from hypothesis import strategies as st
 from places import REPOSITORY
 from plane_reference import random_levels, read_planes, write_planes
 from prunus.packed.description import QuantizedShape
-from prunus.packed.plane_codes import default_rows_per_chunk, max_level
-from prunus.packed.planes import (
-    PlaneCode,
-    QuantizedWeight,
-    check,
+from prunus.packed.plane_codes import (
     choose_codes,
     code_lengths,
     column_histograms,
-    decode_levels,
-    encode,
-    expand,
-    expand_rows,
+    default_rows_per_chunk,
+    max_level,
 )
+from prunus.packed.planes import check, decode_levels, encode, expand, expand_rows
+from prunus.packed.weight import PlaneCode, QuantizedWeight
 
 CODES = [
     PlaneCode(0, ()),
@@ -43,12 +39,10 @@ CODES = [
 def quantized(levels, codes=None, classes=None, rows_per_chunk=None) -> QuantizedWeight:
     """A weight with scales and steps that are not 1."""
     rows, columns = levels.shape
-    if codes is None:
-        classes, codes = choose_codes(column_histograms(levels))
-    if classes is None:
+    if codes is not None and classes is None:
         classes = torch.arange(columns, dtype=torch.uint8) % len(codes)
     steps, scales = torch.linspace(0.5, 2, columns), torch.linspace(-1, 3, rows)
-    return encode(levels, steps, scales, classes, codes, rows_per_chunk)
+    return encode(levels, steps, scales, classes, codes or (), rows_per_chunk)
 
 
 @pytest.mark.parametrize("codes", [[c] for c in CODES] + [CODES[:4], CODES[4:], CODES[2:4]])

@@ -7,7 +7,7 @@ from torch import nn
 
 from packed_reference import random_sparse
 from prunus.packed.bitmap import pack_weight
-from prunus.packed.linear import PackedLinear, packed_linear
+from prunus.packed.linear import PackedLinear
 from prunus.packed.weight_readers import expand_read_linears
 
 
@@ -17,7 +17,7 @@ class Block(nn.Module):
     def __init__(self, weights: dict[str, torch.Tensor]) -> None:
         super().__init__()
         for name, weight in weights.items():
-            setattr(self, name, packed_linear(pack_weight(weight, weight.dtype)))
+            setattr(self, name, PackedLinear(pack_weight(weight, weight.dtype)))
 
     def init_weights(self) -> None:
         self.prepared.weight.zero_()
@@ -54,5 +54,5 @@ class Caller(nn.Module):
 def test_a_module_that_only_calls_keeps_its_packed_linears():
     model = Caller()
     weight = random_sparse(8, 16, 0.5, torch.bfloat16)
-    model.one = packed_linear(pack_weight(weight, weight.dtype))
+    model.one = PackedLinear(pack_weight(weight, weight.dtype))
     assert expand_read_linears(model, torch.bfloat16) == []

@@ -17,10 +17,11 @@ import prunus
 import reference
 from command_line import call
 from pictures import pictures, save_classifier
+from prunus import unpack
 from prunus.evaluation.inspection import holds
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
-from prunus.packed import QuantizedLinear, reference_path, unpack
+from prunus.packed import PackedLinear, reference_path
 from prunus.packed.description import Description, StoredTensor
 from prunus.pruning import plan
 from prunus.pruning.compressed_output import MEASUREMENT
@@ -111,7 +112,7 @@ def test_the_manifest_counts_the_zeros_of_the_result(compressed, unpacked):
 
 def test_it_computes_what_the_unpacked_weights_compute(compressed, unpacked):
     packed, plain = load(compressed), load(unpacked)
-    assert sum(isinstance(module, QuantizedLinear) for module in packed.modules()) == 14
+    assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 14
     assert packed.dtype == plain.dtype == torch.bfloat16
     assert packed.lm_head.weight is packed.model.embed_tokens.weight
     with reference_path():
@@ -315,7 +316,7 @@ def test_families(family, options, tmp_path):
     manifest = compress(folder, tmp_path / "out", 5.0)
     unpack(tmp_path / "out", tmp_path / "plain")
     packed, plain = load(tmp_path / "out"), load(tmp_path / "plain")
-    count = sum(isinstance(module, QuantizedLinear) for module in packed.modules())
+    count = sum(isinstance(module, PackedLinear) for module in packed.modules())
     assert count == manifest.totals["linears"]
     with reference_path():
         close = (logits(packed) - logits(plain)).float()

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 import prunus
+from prunus import pack, unpack
 from prunus.model.checkpoint.reader import Checkpoint
-from prunus.packed import pack, unpack
 from recovery_cases import dense_checkpoint, pruned_checkpoint
 from tiny import token_ids
 

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 
 import prunus
 from command_line import call
+from prunus import pack, unpack
 from prunus.evaluation.loss import window_loss
 from prunus.evaluation.streamed_perplexity import StreamedModel
 from prunus.model.experts import Experts, Fused, find_routers
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import Stream
-from prunus.packed import pack, unpack
-from prunus.packed.linear import BitmapLinear
+from prunus.packed.linear import PackedLinear
 from prunus.pruning.job import PruningJob
 from tiny import EXPERT_FAMILIES, tiny_checkpoint, tiny_model, token_ids, weights
 
@@ -383,7 +383,7 @@ def test_packed_experts_are_bitmaps_of_their_own(family, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16)
         for name in ("pruned", "packed")
     )
-    assert any(isinstance(module, BitmapLinear) for module in packed.modules())
+    assert any(isinstance(module, PackedLinear) for module in packed.modules())
     assert any(isinstance(module, Experts) for module in packed.modules()) != in_one_tensor
     packed.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ from torch import nn
 
 import prunus
 from image_text import IMAGE_TEXT_MODELS, VISION, image_text_checkpoint, loaded
-from prunus.packed import pack, unpack
+from prunus import pack, unpack
 from recovery_cases import SHORT, shards, training_text
 from reference import prune_as_called
 from tiny import token_ids

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from method_cases import gather
-from prunus.packed.quantized import encode_levels
+from prunus.packed.planes import encode
 from prunus.pruning.loss_sensitivity import LinearSensitivity
 from prunus.pruning.rate_control import LinearRate, RateControl, side_bits
 
@@ -114,6 +114,6 @@ def test_the_step_follows_the_inputs_of_the_run():
 
 def test_side_bits_are_what_the_file_takes_beside_the_planes():
     levels_OI = torch.ones(40, 30, dtype=torch.int8)
-    weight = encode_levels(levels_OI, torch.ones(30), torch.ones(40))
+    weight = encode(levels_OI, torch.ones(30), torch.ones(40))
     beside = 8 * (weight.nbytes - weight.data.numel()) / levels_OI.numel()
     assert side_bits((40, 30)) == pytest.approx(beside)

@@ -97,7 +97,7 @@ def test_folders_that_are_something_else(dense, pruned, text, tmp_path):
     half = pruned_checkpoint(
         tmp_path / "half", dense_checkpoint(tmp_path / "d16", dtype=torch.bfloat16)
     )
-    from prunus.packed import pack
+    from prunus import pack
 
     pack(half, tmp_path / "packed")
     refused(ValueError, "prunus unpack", tmp_path / "packed", tmp_path / "out", "lora", text)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from plane_reference import quantized_checkpoint, quantized_weight
+from prunus import pack, unpack
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.loading import load_model
-from prunus.packed import pack, unpack
-from prunus.packed.linear import QuantizedLinear
+from prunus.packed.linear import PackedLinear
 from prunus.packed.operators import reference_path
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.scales import ScaledLinear, scales
@@ -98,7 +98,7 @@ def test_the_result_loads_and_is_closer_to_the_dense_model(dense, compressed, re
     losses = [entry.training_loss for entry in record.evaluations[1:]]
     assert losses[-1] < losses[0]
     model = AutoModelForCausalLM.from_pretrained(recovered)
-    assert isinstance(model.model.layers[0].mlp.up_proj, QuantizedLinear)
+    assert isinstance(model.model.layers[0].mlp.up_proj, PackedLinear)
     ids = text_ids(text)
     distances = [
         kl_divergence(load_model(dense, torch.float32), load_model(folder, torch.float32), ids)
@@ -141,7 +141,7 @@ def test_a_result_can_be_trained_again_and_unpacked(recovered, text, tmp_path):
 def test_gradients_are_those_of_the_dense_weight():
     """Of factors exp(α_i) and exp(β_j) at 0: the sums of dL/dW · W over rows and columns."""
     bias = torch.randn(24, generator=torch.Generator().manual_seed(1))
-    linear = QuantizedLinear(quantized_weight(24, 70), bias)
+    linear = PackedLinear(quantized_weight(24, 70), bias)
     trained = ScaledLinear(linear, torch.float32)
     weight = linear.dense(torch.float32).requires_grad_()
     x = torch.randn(5, 70, generator=torch.Generator().manual_seed(2))
@@ -156,7 +156,7 @@ def test_gradients_are_those_of_the_dense_weight():
 
 
 def test_integers_scales_and_steps_are_exact_in_bfloat16():
-    linear = QuantizedLinear(quantized_weight(24, 70))
+    linear = PackedLinear(quantized_weight(24, 70))
     trained = ScaledLinear(linear, torch.bfloat16)
     dense = (trained.levels_OI.float() * trained.steps()) * trained.scales()[:, None]
     assert torch.equal(dense, linear.dense(torch.float32))

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import prunus
-from prunus.packed import pack
+from prunus import pack
 from prunus.packed.kernels import library
 
 

@@ -9,8 +9,9 @@ from packed_reference import random_sparse
 from plane_reference import quantized_weight
 from prunus.packed.bitmap import pack_weight
 from prunus.packed.description import Description, PackedShape, QuantizedShape
-from prunus.packed.forms import expand, named_tensors
+from prunus.packed.forms import expand
 from prunus.packed.operators import reference_path
+from prunus.packed.weight import named_tensors
 from prunus.serving.packed_layer import PackedLayer
 
 QUANTIZED = quantized_weight(20, 64)
@@ -26,8 +27,8 @@ DESCRIBED = Description(
 
 def tensors() -> list[tuple[str, torch.Tensor, int]]:
     """All tensors of the layer in an order in which no linear is complete before the last one."""
-    parts = [named_tensors("", QUANTIZED), {".weight": DENSE}, named_tensors("", BITMAP)]
-    found = [(n.removeprefix("."), t, i) for i, part in enumerate(parts) for n, t in part.items()]
+    parts = [named_tensors("", QUANTIZED), {"weight": DENSE}, named_tensors("", BITMAP)]
+    found = [(n, t, i) for i, part in enumerate(parts) for n, t in part.items()]
     return sorted(found, key=lambda each: each[0])
 
 
@@ -62,7 +63,7 @@ def test_the_tensors_that_a_layer_expects_are_those_of_all_its_linears():
 def test_rows_are_looked_up():
     layer = PackedLayer(DESCRIBED, ["q"])
     for name, tensor in named_tensors("", QUANTIZED).items():
-        layer.take(name.removeprefix("."), tensor)
+        layer.take(name, tensor)
     layer.prepare(torch.bfloat16)
     ids = torch.tensor([[3, 19], [0, 3]])
     found = layer.look_up(ids, torch.float32)
@@ -79,7 +80,7 @@ def test_a_missing_tensor_is_named():
 def test_a_damaged_weight_is_named():
     layer = PackedLayer(DESCRIBED, ["q"])
     for name, tensor in named_tensors("", QUANTIZED).items():
-        changed = torch.full_like(tensor, 200) if name == ".weight_classes" else tensor
-        layer.take(name.removeprefix("."), changed)
+        changed = torch.full_like(tensor, 200) if name == "weight_classes" else tensor
+        layer.take(name, changed)
     with pytest.raises(ValueError, match="q is damaged"):
         layer.prepare(torch.bfloat16)

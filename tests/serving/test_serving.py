@@ -21,7 +21,7 @@ import torch
 from command_line import call
 from packed_reference import pruned_checkpoint
 from plane_reference import quantized_checkpoint
-from prunus.packed import pack
+from prunus import pack
 from prunus.serving import server as serving
 from serving_cases import (
     CONTEXT,

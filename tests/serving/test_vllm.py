@@ -17,7 +17,8 @@ import prunus
 import vllm_tokens
 from packed_reference import pruned_checkpoint
 from plane_reference import quantized_checkpoint
-from prunus.packed import pack, reference_path
+from prunus import pack
+from prunus.packed import reference_path
 from tiny import tiny_checkpoint, token_ids
 
 pytestmark = pytest.mark.skipif(

@@ -10,13 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from prunus.packed.planes import PlaneCode, QuantizedWeight
-from prunus.packed.quantized import (
-    encode_levels,
-    quantized_config,
-    quantized_entry,
-    quantized_tensors,
-)
+from prunus.packed.description import Description, QuantizedShape
+from prunus.packed.planes import encode
+from prunus.packed.weight import PlaneCode, QuantizedWeight, named_tensors
 
 
 def _zigzag(top: int) -> int:
@@ -140,7 +136,7 @@ def quantized_weight(rows: int, columns: int, spread: float = 2, seed: int = 0) 
     generator = torch.Generator().manual_seed(seed)
     steps = 0.5 + torch.rand(columns, generator=generator)
     scales = (0.5 + torch.rand(rows, generator=generator)) / spread
-    return encode_levels(random_levels(rows, columns, spread, seed), steps, scales)
+    return encode(random_levels(rows, columns, spread, seed), steps, scales)
 
 
 def rounded(weight: torch.Tensor) -> QuantizedWeight:
@@ -148,7 +144,7 @@ def rounded(weight: torch.Tensor) -> QuantizedWeight:
     steps = weight.float().square().mean(0).sqrt().clamp(min=1e-6).bfloat16().float()
     scaled = weight.float() / steps
     scales = (scaled.abs().amax(1) / 7).clamp(min=1e-6).bfloat16().float()
-    return encode_levels((scaled / scales[:, None]).round().to(torch.int8), steps, scales)
+    return encode((scaled / scales[:, None]).round().to(torch.int8), steps, scales)
 
 
 def quantized_checkpoint(
@@ -168,9 +164,10 @@ def quantized_checkpoint(
             inside = ".layers." in key or ".h." in key or ".blocks." in key or name == head
             if inside and key.endswith(".weight") and tensor.dim() == 2 and chosen(name):
                 weight = rounded(tensors.pop(key))
-                tensors |= quantized_tensors(name, weight)
-                entries[name] = quantized_entry(weight)
+                tensors |= named_tensors(name, weight)
+                entries[name] = QuantizedShape.of(weight).to_json()
         save_file(tensors, shard, metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
-    (folder / "config.json").write_text(json.dumps(quantized_config(config, entries)))
+    packed = Description.of_linears(entries).add_to(config)
+    (folder / "config.json").write_text(json.dumps(packed))
     return folder

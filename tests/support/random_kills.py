@@ -37,9 +37,9 @@ from safetensors import safe_open  # noqa: E402
 
 import prunus  # noqa: E402
 from kill_points import fork  # noqa: E402
+from prunus import pack  # noqa: E402
 from prunus.model.checkpoint.gguf import import_gguf  # noqa: E402
 from prunus.model.checkpoint.reader import INDEX_NAME  # noqa: E402
-from prunus.packed import pack  # noqa: E402
 from prunus.sweeping import Sweep, run_sweep  # noqa: E402
 from recovery_cases import recover  # noqa: E402
 

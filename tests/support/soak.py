@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 torch.set_num_threads(1)
 
 import prunus  # noqa: E402
+from prunus import pack, unpack  # noqa: E402
 from prunus.hardware.memory import resident_memory  # noqa: E402
-from prunus.packed import pack, unpack  # noqa: E402
 from recovery_cases import dense_checkpoint, recover, training_text  # noqa: E402
 from tiny import tiny_model, token_ids  # noqa: E402
 

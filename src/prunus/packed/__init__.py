@@ -1,15 +1,14 @@
 """Compressed checkpoints: the packed format, its CPU kernels, and loading through transformers.
 
-pack                write a pruned checkpoint with its linears as bitmaps
-unpack              turn a packed checkpoint into an ordinary one again
 describe            say which kernels run on this machine, and why
 reference_path      a context in which packed models compute exactly as unpacked ones
-BitmapLinear        the module that computes with a bitmap
-QuantizedLinear     the module that computes with a quantised weight
+PackedLinear        the module that computes with a packed weight
 DenseLinear         a dense linear that uses the kernels as well
 use_dense_kernel    give a loaded dense model such linears
 use_fast_decoding   give it the attention, norms, rotary embedding and memory of packed models
 to_semi_structured  on a CUDA device: 2:4 linears on sparse tensor cores, where that is faster
+
+`prunus.pack` and `prunus.unpack` write such checkpoints.
 """
 
 from importlib import import_module
@@ -18,34 +17,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prunus.packed.doctor import describe
     from prunus.packed.fast_decoding import use_fast_decoding
-    from prunus.packed.linear import BitmapLinear, DenseLinear, QuantizedLinear, use_dense_kernel
+    from prunus.packed.linear import DenseLinear, PackedLinear, use_dense_kernel
     from prunus.packed.operators import reference_path
-    from prunus.packed.packing import pack, unpack
     from prunus.packed.semi_structured import to_semi_structured
 
 __all__ = [
-    "BitmapLinear",
     "DenseLinear",
-    "QuantizedLinear",
+    "PackedLinear",
     "describe",
-    "pack",
     "reference_path",
     "to_semi_structured",
-    "unpack",
     "use_dense_kernel",
     "use_fast_decoding",
 ]
 
 # Names are imported when they are first used, so that `import prunus` does not wait for torch.
 _HOMES = {
-    "BitmapLinear": "linear",
     "DenseLinear": "linear",
-    "QuantizedLinear": "linear",
+    "PackedLinear": "linear",
     "describe": "doctor",
-    "pack": "packing",
     "reference_path": "operators",
     "to_semi_structured": "semi_structured",
-    "unpack": "packing",
     "use_dense_kernel": "linear",
     "use_fast_decoding": "fast_decoding",
 }

@@ -14,7 +14,7 @@ import torch
 
 from prunus.packed.coding import padded
 from prunus.packed.plane_codes import MAX_CLASSES, check_code
-from prunus.packed.weight import Coding, PackedWeight, PlaneCode, QuantizedWeight
+from prunus.packed.weight import Packed, PlaneCode, QuantizedWeight, from_tensors
 
 __all__ = [
     "FORMAT_VERSION",
@@ -49,6 +49,13 @@ _MAX_FEATURES = 2**31
 _MAX_BYTES = 2**62
 
 
+class StoredTensor(NamedTuple):
+    """Shape and dtype of a tensor, as a shard's header gives them."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class PackedShape(NamedTuple):
     """Shape of one linear that is packed as a bitmap.
 
@@ -63,9 +70,56 @@ class PackedShape(NamedTuple):
     stored: int
     rare: int | None = None
 
+    @classmethod
+    def from_json(cls, name: str, entry: Any, may_be_coded: bool) -> PackedShape:
+        """Read a linear's entry in config.json.
+
+        Args:
+            name: the linear, for errors.
+            entry: what `to_json` returned, or anything.
+            may_be_coded: whether the values are bfloat16.
+
+        Raises:
+            ValueError: a number is missing or out of range.
+        """
+        if not _are_integers(entry) or len(entry) not in ((3, 4) if may_be_coded else (3,)):
+            or_four = ", or four with rare" if may_be_coded else ""
+            raise ValueError(
+                f"the shape of packed linear {name!r} must be three integers (out, in, stored)"
+                f"{or_four}, got {entry!r}"
+            )
+        rows, columns, stored, *rare = entry
+        if not (_is_size(rows) and _is_size(columns) and 0 <= stored <= rows * columns):
+            raise ValueError(
+                f"packed linear {name!r} cannot have {rows} x {columns} weights and store {stored}"
+            )
+        if rare and not 0 <= rare[0] <= stored:
+            raise ValueError(
+                f"packed linear {name!r} cannot have {rare[0]} rare values among {stored}"
+            )
+        return cls(rows, columns, stored, *rare)
+
     def to_json(self) -> list[int]:
         """Return the linear's entry in config.json."""
         return [number for number in self if number is not None]
+
+    def tensors(self, values: Stored | None) -> dict[str, StoredTensor]:
+        """Return the tensors of the weight, by names relative to the linear."""
+        rows, columns, stored, rare = self
+        assert values is not None, "a checkpoint with bitmaps names the dtype of their values"
+        length = stored if rare is None else padded(stored)
+        dtype = _DTYPES[values] if rare is None else torch.uint8
+        expected = {"weight": StoredTensor((length,), dtype)}
+        if stored < rows * columns:
+            expected["weight_mask"] = StoredTensor((rows, -(-columns // 8)), torch.uint8)
+        if values == "int8":
+            expected["weight_scales"] = StoredTensor((rows,), torch.float32)
+        if rare is not None:
+            expected["weight_codes"] = StoredTensor((length // 2,), torch.uint8)
+            expected["weight_high_bytes"] = StoredTensor((16,), torch.uint8)
+            expected["weight_rare_at"] = StoredTensor((rare,), torch.int64)
+            expected["weight_rare"] = StoredTensor((rare,), torch.uint8)
+        return expected
 
 
 class QuantizedShape(NamedTuple):
@@ -74,32 +128,24 @@ class QuantizedShape(NamedTuple):
     Attributes:
         out_features, in_features: size of the dense weight.
         nbytes: number of bytes of its planes and escape bytes.
-        rows_per_chunk: rows of one chunk.
         codes: the code of each class of columns.
+        rows_per_chunk: rows of one chunk.
     """
 
     out_features: int
     in_features: int
     nbytes: int
-    rows_per_chunk: int
     codes: tuple[PlaneCode, ...]
+    rows_per_chunk: int
 
     @classmethod
     def of(cls, weight: QuantizedWeight) -> QuantizedShape:
         """Return the shape of a weight."""
-        return cls(*weight.shape, weight.data.shape[0], weight.rows_per_chunk, weight.codes)
+        return cls(*weight.shape, weight.data.shape[0], weight.codes, weight.rows_per_chunk)
 
     @classmethod
     def from_json(cls, name: str, entry: Mapping[str, Any]) -> QuantizedShape:
-        """Read a linear's entry in config.json.
-
-        Args:
-            name: the linear, for errors.
-            entry: what `to_json` returned, or anything.
-
-        Raises:
-            ValueError: a number is missing or out of range.
-        """
+        """Read a linear's entry in config.json; see `PackedShape.from_json`."""
         size, codes = entry.get("shape"), entry.get("codes")
         numbers: Any = [entry.get("bytes"), entry.get("rows_per_chunk")]
         if not _are_integers(size) or len(size) != 2 or not _are_integers(numbers):
@@ -107,8 +153,7 @@ class QuantizedShape(NamedTuple):
                 f"quantised linear {name!r} needs a shape [out, in] and the integers bytes and "
                 f"rows_per_chunk, got {size!r} and {numbers}"
             )
-        limits = (_MAX_FEATURES, _MAX_FEATURES, _MAX_BYTES, _MAX_FEATURES)
-        if not all(0 < number < top for number, top in zip((*size, *numbers), limits, strict=True)):
+        if not all(map(_is_size, (*size, numbers[1]))) or not 0 < numbers[0] < _MAX_BYTES:
             raise ValueError(
                 f"quantised linear {name!r} cannot have {size[0]} x {size[1]} weights in "
                 f"{numbers[0]} bytes and chunks of {numbers[1]} rows"
@@ -118,10 +163,10 @@ class QuantizedShape(NamedTuple):
                 f"quantised linear {name!r} needs 1 to {MAX_CLASSES} codes, got {codes!r}"
             )
         try:
-            checked = tuple(_code(code) for code in codes)
+            checked = tuple(map(_code, codes))
         except ValueError as fault:
             raise ValueError(f"a code of quantised linear {name!r} is wrong: {fault}") from fault
-        return cls(size[0], size[1], numbers[0], numbers[1], checked)
+        return cls(size[0], size[1], numbers[0], checked, numbers[1])
 
     @property
     def stored(self) -> None:
@@ -136,12 +181,14 @@ class QuantizedShape(NamedTuple):
             "codes": [[raw, list(layers)] for raw, layers in self.codes],
         }
 
-
-class StoredTensor(NamedTuple):
-    """Shape and dtype of a tensor, as a shard's header gives them."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    def tensors(self, values: Stored | None) -> dict[str, StoredTensor]:
+        """Return the tensors of the weight, by names relative to the linear."""
+        return {
+            "weight": StoredTensor((self.nbytes,), torch.uint8),
+            "weight_classes": StoredTensor((self.in_features,), torch.uint8),
+            "weight_steps": StoredTensor((self.in_features,), torch.bfloat16),
+            "weight_scales": StoredTensor((self.out_features,), torch.bfloat16),
+        }
 
 
 @dataclass(frozen=True)
@@ -152,12 +199,10 @@ class Description:
         values: dtype in which bitmaps store their entries; None where there are no bitmaps.
         linears: module name (`model.layers.0.mlp.up_proj`) -> shape. A linear is a bitmap or
             quantised; a checkpoint may hold both.
-        version: version of the format.
     """
 
     values: Stored | None
     linears: Mapping[str, PackedShape | QuantizedShape]
-    version: int = FORMAT_VERSION
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -165,63 +210,22 @@ class Description:
         return None if self.values is None else _DTYPES[self.values]
 
     def tensors(self, linear: str) -> dict[str, StoredTensor]:
-        """Return the tensors that stand for one linear's weight: name -> shape and dtype."""
-        shape = self.linears[linear]
-        expected = (
-            _quantized_tensors(shape)
-            if isinstance(shape, QuantizedShape)
-            else self._bitmap_tensors(shape)
-        )
+        """Return the tensors that store one linear's weight: name -> shape and dtype."""
+        expected = self.linears[linear].tensors(self.values)
         return {f"{linear}.{name}": tensor for name, tensor in expected.items()}
 
-    def _bitmap_tensors(self, shape: PackedShape) -> dict[str, StoredTensor]:
-        rows, columns, stored, rare = shape
-        length = stored if rare is None else padded(stored)
-        dtype = self.dtype if rare is None else torch.uint8
-        assert dtype is not None
-        expected = {"weight": StoredTensor((length,), dtype)}
-        # In version 1 of the format every weight had a mask.
-        if stored < rows * columns or self.version == 1:
-            expected["weight_mask"] = StoredTensor((rows, -(-columns // 8)), torch.uint8)
-        if self.values == "int8":
-            expected["weight_scales"] = StoredTensor((rows,), torch.float32)
-        if rare is not None:
-            expected["weight_codes"] = StoredTensor((length // 2,), torch.uint8)
-            expected["weight_high_bytes"] = StoredTensor((16,), torch.uint8)
-            expected["weight_rare_at"] = StoredTensor((rare,), torch.int64)
-            expected["weight_rare"] = StoredTensor((rare,), torch.uint8)
-        return expected
-
-    def weight(
-        self, linear: str, tensors: Mapping[str, torch.Tensor]
-    ) -> PackedWeight | QuantizedWeight:
+    def weight(self, linear: str, tensors: Mapping[str, torch.Tensor]) -> Packed:
         """Return a linear's weight, built from the tensors that `Description.tensors` names."""
         shape = self.linears[linear]
-        if isinstance(shape, QuantizedShape):
-            data, classes, steps, scales = (
-                tensors[f"{linear}.{name}"] for name in _quantized_tensors(shape)
-            )
-            codes, rows_per_chunk = shape.codes, shape.rows_per_chunk
-            return QuantizedWeight(shape[:2], data, classes, steps, scales, codes, rows_per_chunk)
-        rows, columns, _, rare = shape
-        coding = (
-            None
-            if rare is None
-            else Coding(*(tensors[f"{linear}.weight_{name}"] for name in Coding._fields))
-        )
-        return PackedWeight(
-            (rows, columns),
-            tensors[f"{linear}.weight"],
-            tensors.get(f"{linear}.weight_mask"),
-            tensors.get(f"{linear}.weight_scales"),
-            coding,
-        )
+        parts = {name: tensors[f"{linear}.{name}"] for name in shape.tensors(self.values)}
+        layout = (shape.codes, shape.rows_per_chunk) if isinstance(shape, QuantizedShape) else None
+        return from_tensors(shape[:2], parts, layout)
 
-    def check_tensors(self, found: Mapping[str, StoredTensor]) -> None:
+    def check_tensors(self, found: Mapping[str, Any]) -> None:
         """Compare the declared tensors with those of the shards.
 
         Args:
-            found: name -> shape and dtype of every tensor in the shards.
+            found: name -> something with the `shape` and `dtype` of the tensor in the shards.
 
         Raises:
             ValueError: a tensor is missing, or has another shape or dtype.
@@ -233,11 +237,12 @@ class Description:
                         f"the packed checkpoint holds no tensor {name!r}; is it whole, and was it "
                         "packed by prunus?"
                     )
-                if found[name] != expected:
+                shape, dtype = tuple(found[name].shape), found[name].dtype
+                if (shape, dtype) != expected:
                     raise ValueError(
-                        f"{name!r} is {found[name].dtype} {found[name].shape} in the file, but "
-                        f"config.json asks for {expected.dtype} {expected.shape}; config and "
-                        "weights do not belong together"
+                        f"{name!r} is {dtype} {shape} in the file, but config.json asks for "
+                        f"{expected.dtype} {expected.shape}; config and weights do not belong "
+                        "together"
                     )
 
     def to_dict(self) -> dict[str, Any]:
@@ -245,7 +250,7 @@ class Description:
         values = {} if self.values is None else {"values": self.values}
         return {
             "quant_method": METHOD,
-            "version": self.version,
+            "version": FORMAT_VERSION,
             **values,
             "linears": {name: shape.to_json() for name, shape in self.linears.items()},
         }
@@ -263,71 +268,47 @@ class Description:
         """Read a `quantization_config`.
 
         Raises:
-            ValueError: it does not describe a packed checkpoint in a version that this prunus can
-                read.
+            ValueError: it does not describe a packed checkpoint in the version of the format that
+                this prunus reads.
         """
         if not isinstance(content, Mapping) or content.get("quant_method") != METHOD:
             raise ValueError(f"config.json has no quantization_config with quant_method {METHOD!r}")
         version = content.get("version")
-        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise ValueError(
-                f"the packed format's version must be a positive integer, got {version!r}"
+                f"the checkpoint is packed in version {version!r} of the format, and this prunus "
+                f"reads version {FORMAT_VERSION}: use the prunus that packed it, or pack it again"
             )
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"the checkpoint is packed in version {version} of the format; this prunus reads "
-                f"up to version {FORMAT_VERSION}: update prunus"
-            )
-        linears = content.get("linears")
+        return cls.of_linears(content.get("linears"), content.get("values"))
+
+    @classmethod
+    def of_linears(cls, linears: Any, values: Any = None) -> Description:
+        """Read the entries of linears.
+
+        Args:
+            linears: name of each linear in the checkpoint -> the `to_json` of its shape.
+            values: see `Description`.
+
+        Raises:
+            ValueError: an entry is damaged, or there are none.
+        """
         if not isinstance(linears, Mapping) or not linears:
             raise ValueError("quantization_config names no packed linears")
-        values = content.get("values")
-        without_bitmaps = version > 2 and all(isinstance(e, Mapping) for e in linears.values())
-        if not (without_bitmaps and values is None) and (
+        are_quantised = all(isinstance(entry, Mapping) for entry in linears.values())
+        if not (are_quantised and values is None) and (
             not isinstance(values, str) or values not in _DTYPES
         ):
             raise ValueError(f"packed values must be one of {', '.join(_DTYPES)}, got {values!r}")
-        may_be_coded = values == "bfloat16" and version > 1
         shapes: dict[str, PackedShape | QuantizedShape] = {}
         for name, entry in linears.items():
-            if version > 2 and isinstance(entry, Mapping):
-                shapes[_name(name)] = QuantizedShape.from_json(name, entry)
-            else:
-                shapes[_name(name)] = _shape(name, entry, may_be_coded)
-        return cls(values, shapes, version)  # type: ignore[arg-type]
-
-
-def _quantized_tensors(shape: QuantizedShape) -> dict[str, StoredTensor]:
-    return {
-        "weight": StoredTensor((shape.nbytes,), torch.uint8),
-        "weight_classes": StoredTensor((shape.in_features,), torch.uint8),
-        "weight_steps": StoredTensor((shape.in_features,), torch.bfloat16),
-        "weight_scales": StoredTensor((shape.out_features,), torch.bfloat16),
-    }
-
-
-def _name(name: Any) -> str:
-    if not isinstance(name, str) or not name or not all(part for part in name.split(".")):
-        raise ValueError(f"{name!r} is not the name of a linear")
-    return name
-
-
-def _shape(name: str, shape: Any, may_be_coded: bool) -> PackedShape:
-    if not _are_integers(shape) or len(shape) not in ((3, 4) if may_be_coded else (3,)):
-        expected = "three integers (out, in, stored)" + (
-            ", or four with rare" if may_be_coded else ""
-        )
-        raise ValueError(f"the shape of packed linear {name!r} must be {expected}, got {shape!r}")
-    rows, columns, stored, *rare = shape
-    if not (
-        0 < rows < _MAX_FEATURES and 0 < columns < _MAX_FEATURES and 0 <= stored <= rows * columns
-    ):
-        raise ValueError(
-            f"packed linear {name!r} cannot have {rows} x {columns} weights and store {stored}"
-        )
-    if rare and not 0 <= rare[0] <= stored:
-        raise ValueError(f"packed linear {name!r} cannot have {rare[0]} rare values among {stored}")
-    return PackedShape(rows, columns, stored, *rare)
+            if not isinstance(name, str) or not all(name.split(".")):
+                raise ValueError(f"{name!r} is not the name of a linear")
+            shapes[name] = (
+                QuantizedShape.from_json(name, entry)
+                if isinstance(entry, Mapping)
+                else PackedShape.from_json(name, entry, values == "bfloat16")
+            )
+        return cls(values, shapes)  # type: ignore[arg-type]
 
 
 def _code(code: Any) -> PlaneCode:
@@ -338,6 +319,10 @@ def _code(code: Any) -> PlaneCode:
     made = PlaneCode(code[0], tuple(code[1]))
     check_code(made)
     return made
+
+
+def _is_size(number: int) -> bool:
+    return 0 < number < _MAX_FEATURES
 
 
 def _are_integers(numbers: Any) -> TypeGuard[Sequence[int]]:

@@ -12,73 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from prunus.packed.forms import Packed, expand, expand_rows
-from prunus.packed.linear import BitmapLinear, PackedLinear, QuantizedLinear
-from prunus.packed.operators import as_packed_weight, as_quantized_weight, codes_as_numbers
-from prunus.packed.weight import QuantizedWeight
+from prunus.packed.linear import PackedLinear, plain_linear
+from prunus.packed.operators import as_arguments, look_up, packed_embedding
+from prunus.packed.weight import Packed
 
-__all__ = [
-    "BitmapEmbedding",
-    "PackedEmbedding",
-    "QuantizedEmbedding",
-    "TiedHead",
-    "pack_tied_embedding",
-    "unpack_tied_embedding",
-]
-
-
-def _look_up(
-    ids: torch.Tensor, packed: Packed, offsets: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
-    if ids.is_cpu:
-        return expand_rows(packed, ids, offsets, dtype)
-    return functional.embedding(ids, expand(packed, dtype, offsets))
-
-
-@torch.library.custom_op("prunus::bitmap_embedding", mutates_args=())
-def bitmap_embedding(
-    ids: torch.Tensor,
-    num_embeddings: int,
-    embedding_dim: int,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scales: torch.Tensor | None,
-    coding: list[torch.Tensor],
-    offsets: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Return rows of a bitmap, as a torch operator.
-
-    torch.compile and torch.export see an operator as one node.
-    """
-    packed = as_packed_weight((num_embeddings, embedding_dim), values, mask, scales, coding)
-    return _look_up(ids, packed, offsets, dtype)
-
-
-@torch.library.custom_op("prunus::quantized_embedding", mutates_args=())
-def quantized_embedding(
-    ids: torch.Tensor,
-    num_embeddings: int,
-    embedding_dim: int,
-    data: torch.Tensor,
-    classes: torch.Tensor,
-    steps: torch.Tensor,
-    scales: torch.Tensor,
-    codes: list[int],
-    rows_per_chunk: int,
-    offsets: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Return rows of a quantised weight, as a torch operator."""
-    shape = (num_embeddings, embedding_dim)
-    weight = as_quantized_weight(shape, data, classes, steps, scales, codes, rows_per_chunk)
-    return _look_up(ids, weight, offsets, dtype)
-
-
-@bitmap_embedding.register_fake
-@quantized_embedding.register_fake
-def _(ids: torch.Tensor, _tokens: int, width: int, first: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return first.new_empty(*ids.shape, width, dtype=rest[-1])
+__all__ = ["PackedEmbedding", "TiedHead", "pack_module", "unpack_module"]
 
 
 class PackedEmbedding(PackedLinear):
@@ -88,47 +26,25 @@ class PackedEmbedding(PackedLinear):
         packed: the weight (vocabulary, width).
         dtype: dtype of the rows that are looked up. It is the model's dtype, which integers do not
             tell.
+        stored: see `PackedLinear`.
     """
 
-    def __init__(self, packed: Packed, dtype: torch.dtype) -> None:
-        super().__init__(packed)
+    def __init__(self, packed: Packed, dtype: torch.dtype, stored: int | None = None) -> None:
+        super().__init__(packed, stored=stored)
         self.num_embeddings, self.embedding_dim, self.dtype = *packed.shape, dtype
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map token ids (...) to rows (..., width)."""
-        if input.is_cuda and not torch.compiler.is_compiling():
+        offsets = self._buffers["offsets"]
+        if torch.compiler.is_compiling() or input.is_meta:
+            return packed_embedding(input, *as_arguments(self.packed), offsets, self.dtype)
+        if input.is_cuda:
             return functional.embedding(input, self.dense_on_device(self.dtype))
-        if not torch.compiler.is_compiling() and not input.is_meta:
-            return _look_up(input, self.packed, self._buffers["offsets"], self.dtype)
-        return self._look_up_operator(input)
-
-    def _look_up_operator(self, ids: torch.Tensor) -> torch.Tensor:
-        """Do the same as a torch operator."""
-        raise NotImplementedError
+        return look_up(input, self.packed, offsets, self.dtype)
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """Map hidden states (..., width) to logits (..., vocabulary)."""
         return super().forward(x)
-
-
-class BitmapEmbedding(PackedEmbedding, BitmapLinear):
-    """An embedding whose weight is a bitmap."""
-
-    def _look_up_operator(self, ids: torch.Tensor) -> torch.Tensor:
-        packed = self.packed
-        coding = list(packed.coding or ())
-        return bitmap_embedding(ids, *packed.shape, *packed[1:4], coding, self.offsets, self.dtype)
-
-
-class QuantizedEmbedding(PackedEmbedding, QuantizedLinear):
-    """An embedding whose weight is quantised."""
-
-    def _look_up_operator(self, ids: torch.Tensor) -> torch.Tensor:
-        packed = self.packed
-        codes, step = codes_as_numbers(packed.codes), packed.rows_per_chunk
-        return quantized_embedding(
-            ids, *packed.shape, *packed[1:5], codes, step, self.offsets, self.dtype
-        )
 
 
 class TiedHead(nn.Module):
@@ -150,20 +66,24 @@ class TiedHead(nn.Module):
         return self.embedding.project(x)
 
 
-def pack_tied_embedding(model: Any, name: str, packed: Packed) -> None:
-    """Replace the embedding `name` of a transformers model, and the head tied to it, by packed
-    ones.
+def pack_module(model: Any, name: str, packed: Packed, stored: int | None = None) -> None:
+    """Replace a linear of a transformers model by a packed one, or an embedding and the head that
+    is tied to it.
 
     Args:
         model: a transformers model.
-        name: path of the embedding.
+        name: path of the module.
         packed: the weight; its tensors may be on the meta device, see `PackedLinear`.
+        stored: see `PackedLinear`.
 
     Raises:
         ValueError: the head that is tied to the embedding is not a plain linear.
     """
-    kind = QuantizedEmbedding if isinstance(packed, QuantizedWeight) else BitmapEmbedding
-    embedding: PackedEmbedding = kind(packed, model.get_submodule(name).weight.dtype)
+    dense = model.get_submodule(name)
+    if not isinstance(dense, nn.Embedding):
+        model.set_submodule(name, PackedLinear(packed, dense.bias, stored))
+        return
+    embedding = PackedEmbedding(packed, dense.weight.dtype, stored)
     # transformers knows which weights it will tie before it ties them.
     ties = getattr(model, "all_tied_weights_keys", {})
     for target in [target for target, source in ties.items() if source == f"{name}.weight"]:
@@ -176,15 +96,25 @@ def pack_tied_embedding(model: Any, name: str, packed: Packed) -> None:
     model.set_submodule(name, embedding)
 
 
-def unpack_tied_embedding(model: Any, name: str, dtype: torch.dtype | None = None) -> None:
-    """Replace the packed embedding `name` and its head by modules with one dense weight."""
+def unpack_module(model: Any, name: str, dtype: torch.dtype | None = None) -> None:
+    """Replace a packed linear by a dense one, or a packed embedding and its head by modules with
+    one dense weight.
+
+    Args:
+        model: the model.
+        name: path of the packed module.
+        dtype: of the dense weight; None is that of the rows of an embedding, and of the values of a
+            linear, see `PackedLinear.dense`.
+    """
     packed = model.get_submodule(name)
+    if not isinstance(packed, PackedEmbedding):
+        dense = nn.Parameter(packed.dense(dtype))
+        model.set_submodule(name, plain_linear(dense, packed.bias))
+        return
     weight = nn.Parameter(packed.dense(dtype or packed.dtype))
-    embedding = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
+    embedding = nn.Embedding(*weight.shape, device="meta")
     embedding.weight = weight
     for other, module in list(model.named_modules()):
         if isinstance(module, TiedHead) and module.embedding is packed:
-            head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            head.weight = weight
-            model.set_submodule(other, head)
+            model.set_submodule(other, plain_linear(weight, None))
     model.set_submodule(name, embedding)

@@ -1,4 +1,4 @@
-"""What both forms of a packed weight can do: be checked, be expanded, and be stored as tensors.
+"""What both forms of a packed weight can do: be checked and be expanded.
 
 A weight is a bitmap (`bitmap.py`) or quantised (`planes.py`). Modules and files work with both
 through these functions.
@@ -12,20 +12,9 @@ import torch
 
 from prunus.packed import bitmap, planes
 from prunus.packed.description import Description
-from prunus.packed.weight import PackedWeight, QuantizedWeight
+from prunus.packed.weight import Packed, QuantizedWeight
 
-__all__ = [
-    "Packed",
-    "check",
-    "checked_weight",
-    "expand",
-    "expand_rows",
-    "named_tensors",
-    "relative_error",
-]
-
-#: A weight in either form.
-Packed = PackedWeight | QuantizedWeight
+__all__ = ["check", "checked_weight", "expand", "expand_rows", "relative_error"]
 
 
 def check(weight: Packed, stored: int | None = None) -> torch.Tensor | None:
@@ -92,29 +81,3 @@ def relative_error(weight_OI: torch.Tensor, packed: Packed) -> float:
     if total == 0:
         return 0.0
     return float((weight - expand(packed, torch.float32).double()).square().sum() / total)
-
-
-def named_tensors(linear: str, weight: Packed) -> dict[str, torch.Tensor]:
-    """Return the tensors of a shard that stand for the weight of a linear.
-
-    >>> weight = PackedWeight((1, 2), torch.ones(2))
-    >>> list(named_tensors("up", weight))
-    ['up.weight']
-    """
-    parts: dict[str, torch.Tensor | None]
-    if isinstance(weight, QuantizedWeight):
-        parts = {
-            "weight": weight.data,
-            "weight_classes": weight.classes,
-            "weight_steps": weight.steps,
-            "weight_scales": weight.scales,
-        }
-    else:
-        parts = {
-            "weight": weight.values,
-            "weight_mask": weight.mask,
-            "weight_scales": weight.scales,
-        }
-        if weight.coding is not None:
-            parts |= {f"weight_{field}": part for field, part in weight.coding._asdict().items()}
-    return {f"{linear}.{part}": tensor for part, tensor in parts.items() if tensor is not None}

@@ -1,4 +1,4 @@
-"""The linears of a packed model: on bitmaps, on quantised weights, and dense ones with kernels."""
+"""The linears of a packed model: packed ones, and dense ones that use a kernel."""
 
 from __future__ import annotations
 
@@ -8,33 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.packed.forms import Packed, check, expand, named_tensors
+from prunus.packed.forms import check, expand
 from prunus.packed.operators import (
-    bitmap_linear,
-    codes_as_numbers,
+    as_arguments,
     dense_linear,
     is_plain,
-    quantized_linear,
+    packed_linear,
     run_dense,
     run_packed,
     warn_of_expansion,
 )
-from prunus.packed.weight import Coding, PackedWeight, QuantizedWeight
+from prunus.packed.weight import Packed, from_tensors, layout_of, named_tensors
 
-__all__ = [
-    "BitmapLinear",
-    "DenseLinear",
-    "PackedLinear",
-    "QuantizedLinear",
-    "packed_linear",
-    "use_dense_kernel",
-]
-
-_CODING = ("weight_codes", "weight_high_bytes", "weight_rare_at", "weight_rare")
+__all__ = ["DenseLinear", "PackedLinear", "plain_linear", "use_dense_kernel"]
 
 
 class PackedLinear(nn.Module):
-    """Replaces an `nn.Linear` whose weight is packed; `BitmapLinear` and `QuantizedLinear` are two.
+    """Replaces an `nn.Linear` whose weight is packed, as a bitmap or quantised.
 
     Its state is what `docs/reference/packed-format.md` describes: the tensors of the weight under
     their names there. They are buffers and not parameters: packed weights are not trained, but a
@@ -44,20 +34,29 @@ class PackedLinear(nn.Module):
         packed: the weight. Its tensors may be on the meta device, to be filled from a loaded state;
             then `prepare` must be called before the module runs.
         bias: (O,), or None.
-    """
+        stored: the declared number of stored entries of a bitmap; see `forms.check`.
 
-    #: Names of the buffers that hold the weight.
-    STATE: tuple[str, ...] = ()
+    Attributes:
+        layout: codes and rows per chunk of a quantised weight; None for a bitmap.
+
+    Raises:
+        ValueError: the parts of the weight do not belong together.
+    """
 
     weight: torch.Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, packed: Packed, bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, packed: Packed, bias: torch.Tensor | None = None, stored: int | None = None
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = packed.shape
+        self.layout = layout_of(packed)
+        self._stored = stored
         parts = named_tensors("", packed)
-        for name in self.STATE:
-            self.register_buffer(name, parts.get(f".{name}"))
+        self._names = tuple(parts)
+        for name, tensor in parts.items():
+            self.register_buffer(name, tensor)
         self.register_buffer("offsets", None, persistent=False)
         # The dense weight on a device that has no kernels; see `dense_on_device`.
         self._kept: torch.Tensor | None = None
@@ -69,32 +68,31 @@ class PackedLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         """The weight as it is stored."""
-        raise NotImplementedError
+        # The buffers are read straight from their dict: the attribute lookup of a module costs as
+        # much as a small product.
+        return from_tensors((self.out_features, self.in_features), self._buffers, self.layout)
 
-    def prepare(self, stored: int | None = None) -> None:
+    def prepare(self) -> None:
         """Check a state that was loaded and find where its rows or layers begin.
 
         The module must not run before this call.
 
-        Args:
-            stored: the declared number of stored entries; see `forms.check`.
-
         Raises:
             ValueError: the parts of the weight do not belong together.
         """
-        self.offsets = check(self.packed, stored)
+        self.offsets = check(self.packed, self._stored)
         self._kept = None
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the dense weight (out, in), by default in the stored dtype, bfloat16 for
-        integers.
+        """Return the dense weight (O, I), by default in the dtype of its values, or in bfloat16
+        where these are integers.
         """
         return expand(self.packed, dtype, self.offsets)
 
     def dense_on_device(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the dense weight on a device without kernels, which is expanded only once.
 
-        It stays in the memory of the device beside the packed one until the module moves.
+        Both weights stay in the memory of the device until the module moves.
         """
         warn_of_expansion(self.weight.device)
         if self._kept is None or self._kept.dtype != dtype:
@@ -103,7 +101,7 @@ class PackedLinear(nn.Module):
         return self._kept
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (..., in) to (..., out)."""
+        """Map (..., I) to (..., O)."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"expected inputs of width {self.in_features}, got {tuple(x.shape)}")
         offsets, bias = self._buffers["offsets"], self._parameters["bias"]
@@ -112,23 +110,22 @@ class PackedLinear(nn.Module):
         # A kernel records no gradient, so a bias in training takes the operator.
         if is_plain(x) and (bias is None or not (bias.requires_grad and torch.is_grad_enabled())):
             return run_packed(x, self.packed, offsets, bias)
-        return self._operator(x)
-
-    def _operator(self, x: torch.Tensor) -> torch.Tensor:
-        """Do the same as a torch operator."""
-        raise NotImplementedError
+        return packed_linear(x, *as_arguments(self.packed), offsets, bias)
 
     def extra_repr(self) -> str:
         packed = self.packed
         share = packed.nbytes / (2 * self.in_features * self.out_features)
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"of_bfloat16={share:.3f}, bias={self.bias is not None}"
-        )
+        told = f"in_features={self.in_features}, out_features={self.out_features}"
+        told += f", of_bfloat16={share:.3f}, bias={self.bias is not None}"
+        if self.layout is not None:
+            return f"{told}, codes={[[raw, list(layers)] for raw, layers in self.layout[0]]}"
+        coded, masked = ("weight_codes" in self._names), ("weight_mask" in self._names)
+        dtype = torch.bfloat16 if coded else self.weight.dtype
+        return f"{told}, values={dtype}, coded={coded}, masked={masked}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Let `.to(device)` move everything, but `.half()` and the like change the bias alone."""
-        stored = {id(part) for name in self.STATE if (part := self._buffers[name]) is not None}
+        stored = {id(self._buffers[name]) for name in self._names}
         self._kept = None
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
@@ -140,86 +137,6 @@ class PackedLinear(nn.Module):
             )
 
         return super()._apply(moved, recurse)
-
-
-class BitmapLinear(PackedLinear):
-    """A linear whose weight is a bitmap.
-
-    `weight` holds the stored values in one row; the other buffers hold what is needed to place and
-    to decode them, where the form of the weight has it.
-    """
-
-    STATE = ("weight", "weight_mask", "weight_scales", *_CODING)
-
-    @property
-    def packed(self) -> PackedWeight:
-        """The weight as it is stored."""
-        # Read straight from the dict: the attribute lookup of a module costs as much as a small
-        # product.
-        stored: Any = self._buffers
-        codes = stored["weight_codes"]
-        coding = None if codes is None else Coding(codes, *(stored[name] for name in _CODING[1:]))
-        values, mask, scales = stored["weight"], stored["weight_mask"], stored["weight_scales"]
-        return PackedWeight((self.out_features, self.in_features), values, mask, scales, coding)
-
-    def _operator(self, x: torch.Tensor) -> torch.Tensor:
-        packed = self.packed
-        coding = list(packed.coding or ())
-        return bitmap_linear(x, self.out_features, *packed[1:4], coding, self.offsets, self.bias)
-
-    def extra_repr(self) -> str:
-        packed = self.packed
-        return (
-            f"{super().extra_repr()}, values={packed.dtype}, coded={packed.coding is not None}, "
-            f"masked={packed.mask is not None}"
-        )
-
-
-class QuantizedLinear(PackedLinear):
-    """A linear whose weight is quantised.
-
-    `weight` holds the bit planes of the integers; the other buffers hold the class and the step of
-    every column and the scale of every row.
-    """
-
-    STATE = ("weight", "weight_classes", "weight_steps", "weight_scales")
-
-    def __init__(self, packed: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
-        # nn.Module allows plain attributes before its own initialisation.
-        self.codes, self.rows_per_chunk = packed.codes, packed.rows_per_chunk
-        super().__init__(packed, bias)
-
-    @property
-    def packed(self) -> QuantizedWeight:
-        """The weight as it is stored."""
-        stored: Any = self._buffers
-        shape = (self.out_features, self.in_features)
-        return QuantizedWeight(
-            shape,
-            stored["weight"],
-            stored["weight_classes"],
-            stored["weight_steps"],
-            stored["weight_scales"],
-            self.codes,
-            self.rows_per_chunk,
-        )
-
-    def _operator(self, x: torch.Tensor) -> torch.Tensor:
-        packed = self.packed
-        codes = codes_as_numbers(packed.codes)
-        step, offsets, bias = packed.rows_per_chunk, self.offsets, self.bias
-        return quantized_linear(x, self.out_features, *packed[1:5], codes, step, offsets, bias)
-
-    def extra_repr(self) -> str:
-        codes = [[raw, list(layers)] for raw, layers in self.codes]
-        return f"{super().extra_repr()}, codes={codes}"
-
-
-def packed_linear(packed: Packed, bias: torch.Tensor | None = None) -> PackedLinear:
-    """Return the module that computes with a packed weight; see `PackedLinear`."""
-    if isinstance(packed, QuantizedWeight):
-        return QuantizedLinear(packed, bias)
-    return BitmapLinear(packed, bias)
 
 
 class DenseLinear(nn.Linear):
@@ -236,6 +153,21 @@ class DenseLinear(nn.Linear):
         return (run_dense if plain else dense_linear)(input, weight, self.bias)
 
 
+def plain_linear(
+    weight_OI: torch.Tensor, bias: torch.Tensor | None, kind: type[nn.Linear] = nn.Linear
+) -> nn.Linear:
+    """Return a linear with this weight and bias. Parameters stay the same objects.
+
+    A weight that is not a parameter becomes one that is not trained.
+    """
+    rows, columns = weight_OI.shape
+    linear = kind(columns, rows, bias=False, device="meta")
+    is_parameter = isinstance(weight_OI, nn.Parameter)
+    linear.weight = weight_OI if is_parameter else nn.Parameter(weight_OI, requires_grad=False)
+    linear.register_parameter("bias", bias)  # type: ignore[arg-type]
+    return linear
+
+
 def use_dense_kernel(model: nn.Module) -> int:
     """Turn every `nn.Linear` of a model into a `DenseLinear` with the same parameters, in place.
 
@@ -246,14 +178,5 @@ def use_dense_kernel(model: nn.Module) -> int:
     """
     found = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
     for name, module in found:
-        has_bias = module.bias is not None
-        dense = DenseLinear(
-            module.in_features,
-            module.out_features,
-            has_bias,
-            device="meta",
-            dtype=module.weight.dtype,
-        )
-        dense.weight, dense.bias = module.weight, module.bias
-        model.set_submodule(name, dense)
+        model.set_submodule(name, plain_linear(module.weight, module.bias, DenseLinear))
     return len(found)

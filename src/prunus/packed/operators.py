@@ -1,13 +1,13 @@
 """The products of a packed model as torch operators.
 
-`prunus::bitmap_linear`, `prunus::quantized_linear` and `prunus::dense_linear` have a real
-implementation for every device, a fake one that gives shapes, and a gradient for the activations
-(never for packed weights). torch.compile and torch.export see each as one node. `run_packed` and
-`run_dense` are the implementations themselves; eager code calls them directly and saves the time of
-the dispatcher.
+`prunus::packed_linear`, `prunus::packed_embedding` and `prunus::dense_linear` have a real
+implementation for every device and a fake one that gives shapes. The linears have a gradient for
+the activations (never for packed weights). torch.compile and torch.export see each as one node.
+`run_packed`, `run_dense` and `look_up` are the implementations themselves; eager code calls them
+directly and saves the time of the dispatcher.
 
-Few tokens go through the kernels, and so do prompts where the machine multiplies bfloat16 matrices.
-Longer inputs and other devices use the dense weight, which exists only during the call.
+The kernels compute few tokens, and prompts where the machine multiplies bfloat16 matrices. Longer
+inputs and other devices use the dense weight, which exists only during the call.
 """
 
 from __future__ import annotations
@@ -23,21 +23,28 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from prunus.packed.forms import Packed, expand
+from prunus.packed.forms import expand, expand_rows
 from prunus.packed.kernels import library as kernels
-from prunus.packed.weight import Coding, PackedWeight, PlaneCode, QuantizedWeight
+from prunus.packed.weight import (
+    Layout,
+    Packed,
+    PlaneCode,
+    QuantizedWeight,
+    from_tensors,
+    layout_of,
+    named_tensors,
+)
 
 __all__ = [
     "FLOATS",
-    "as_packed_weight",
-    "as_quantized_weight",
-    "bitmap_linear",
-    "codes_as_numbers",
+    "as_arguments",
     "dense_linear",
     "is_plain",
     "loaded_kernels",
+    "look_up",
     "on_reference_path",
-    "quantized_linear",
+    "packed_embedding",
+    "packed_linear",
     "reference_path",
     "run_dense",
     "run_packed",
@@ -188,84 +195,73 @@ def _expand_for_now(
     return expand(packed, dtype, offsets, out=memory[:size].view(dtype).view(packed.shape))
 
 
-@torch.library.custom_op("prunus::bitmap_linear", mutates_args=())
-def bitmap_linear(
+def look_up(
+    ids: torch.Tensor, packed: Packed, offsets: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return rows of a packed weight (tokens, width): (..., width) of `dtype`."""
+    if ids.is_cpu:
+        return expand_rows(packed, ids, offsets, dtype)
+    return functional.embedding(ids, expand(packed, dtype, offsets))
+
+
+def as_arguments(packed: Packed) -> tuple[list[int], str, list[torch.Tensor], list[int]]:
+    """Return a weight in types that an operator takes.
+
+    These are its shape, the names of its tensors, the tensors, and its layout: the rows per chunk,
+    then of each code its raw bits, its layers, and -1. A bitmap has 0, because torch's gradients
+    do not know empty lists.
+    """
+    parts, layout = named_tensors("", packed), layout_of(packed)
+    numbers = [0]
+    if layout is not None:
+        codes, rows_per_chunk = layout
+        numbers = [rows_per_chunk, *(n for raw, layers in codes for n in (raw, *layers, -1))]
+    return list(packed.shape), " ".join(parts), list(parts.values()), numbers
+
+
+def _from_arguments(
+    shape: list[int], names: str, tensors: list[torch.Tensor], numbers: list[int]
+) -> Packed:
+    """Invert `as_arguments`."""
+    layout: Layout | None = None
+    if numbers[0]:
+        codes, begin = [], 1
+        for end in (place for place, number in enumerate(numbers) if number < 0):
+            codes.append(PlaneCode(numbers[begin], tuple(numbers[begin + 1 : end])))
+            begin = end + 1
+        layout = tuple(codes), numbers[0]
+    parts = dict(zip(names.split(), tensors, strict=True))
+    return from_tensors((shape[0], shape[1]), parts, layout)
+
+
+@torch.library.custom_op("prunus::packed_linear", mutates_args=())
+def packed_linear(
     x: torch.Tensor,
-    out_features: int,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scales: torch.Tensor | None,
-    coding: list[torch.Tensor],
+    shape: list[int],
+    names: str,
+    tensors: list[torch.Tensor],
+    numbers: list[int],
     offsets: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The operator form of `run_packed`. `coding` is empty where values are not coded."""
-    shape = (out_features, x.shape[-1])
-    return run_packed(x, as_packed_weight(shape, values, mask, scales, coding), offsets, bias)
+    """The operator form of `run_packed`; see `as_arguments`."""
+    if x.shape[-1] != shape[1]:
+        raise ValueError(f"expected inputs of width {shape[1]}, got {tuple(x.shape)}")
+    return run_packed(x, _from_arguments(shape, names, tensors, numbers), offsets, bias)
 
 
-def as_packed_weight(
-    shape: tuple[int, int],
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    scales: torch.Tensor | None,
-    coding: list[torch.Tensor],
-) -> PackedWeight:
-    """Build a weight from the parts that an operator takes: tensors and lists of tensors."""
-    if mask is not None and mask.shape != (shape[0], (shape[1] + 7) // 8):
-        raise ValueError(
-            f"inputs of width {shape[1]} do not fit a mask of {mask.shape[1]} bytes a row"
-        )
-    return PackedWeight(shape, values, mask, scales, Coding(*coding) if coding else None)
-
-
-@torch.library.custom_op("prunus::quantized_linear", mutates_args=())
-def quantized_linear(
-    x: torch.Tensor,
-    out_features: int,
-    data: torch.Tensor,
-    classes: torch.Tensor,
-    steps: torch.Tensor,
-    scales: torch.Tensor,
-    codes: list[int],
-    rows_per_chunk: int,
-    offsets: torch.Tensor,
-    bias: torch.Tensor | None,
+@torch.library.custom_op("prunus::packed_embedding", mutates_args=())
+def packed_embedding(
+    ids: torch.Tensor,
+    shape: list[int],
+    names: str,
+    tensors: list[torch.Tensor],
+    numbers: list[int],
+    offsets: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The operator form of `run_packed` for quantised weights; see `codes_as_numbers`."""
-    shape = (out_features, x.shape[-1])
-    weight = as_quantized_weight(shape, data, classes, steps, scales, codes, rows_per_chunk)
-    return run_packed(x, weight, offsets, bias)
-
-
-def codes_as_numbers(codes: tuple[PlaneCode, ...]) -> list[int]:
-    """Write codes in the form that an operator takes: per code its raw bits, layers, and -1.
-
-    >>> codes_as_numbers((PlaneCode(0, (2, 1)), PlaneCode(1, (3,))))
-    [0, 2, 1, -1, 1, 3, -1]
-    """
-    return [number for raw, layers in codes for number in (raw, *layers, -1)]
-
-
-def as_quantized_weight(
-    shape: tuple[int, int],
-    data: torch.Tensor,
-    classes: torch.Tensor,
-    steps: torch.Tensor,
-    scales: torch.Tensor,
-    codes: list[int],
-    rows_per_chunk: int,
-) -> QuantizedWeight:
-    """Build a weight from the parts that an operator takes; see `codes_as_numbers`."""
-    if classes.shape[0] != shape[1]:
-        raise ValueError(
-            f"inputs of width {shape[1]} do not fit a weight of {classes.shape[0]} columns"
-        )
-    parsed, begin = [], 0
-    for end in (place for place, number in enumerate(codes) if number < 0):
-        parsed.append(PlaneCode(codes[begin], tuple(codes[begin + 1 : end])))
-        begin = end + 1
-    return QuantizedWeight(shape, data, classes, steps, scales, tuple(parsed), rows_per_chunk)
+    """The operator form of `look_up`; see `as_arguments`."""
+    return look_up(ids, _from_arguments(shape, names, tensors, numbers), offsets, dtype)
 
 
 @torch.library.custom_op("prunus::dense_linear", mutates_args=())
@@ -274,10 +270,14 @@ def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return run_dense(x, weight, bias)
 
 
-@bitmap_linear.register_fake
-@quantized_linear.register_fake
-def _(x: torch.Tensor, out_features: int, *_weight: Any) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+@packed_linear.register_fake
+def _(x: torch.Tensor, shape: list[int], *_weight: Any) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+@packed_embedding.register_fake
+def _(ids: torch.Tensor, shape: list[int], *weight: Any) -> torch.Tensor:
+    return ids.new_empty(*ids.shape, shape[1], dtype=weight[-1])
 
 
 @dense_linear.register_fake
@@ -285,43 +285,25 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _keep_bitmap(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, out_features, values, mask, scales, coding, offsets, _bias = inputs
-    ctx.shape = (out_features, x.shape[-1])
-    ctx.save_for_backward(values, mask, scales, offsets, *coding)
+def _keep_packed(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    _x, shape, names, tensors, numbers, offsets, _bias = inputs
+    ctx.form = shape, names, numbers
+    ctx.save_for_backward(offsets, *tensors)
 
 
-def _bitmap_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-    values, mask, scales, offsets, *coding = ctx.saved_tensors
-    packed = as_packed_weight(ctx.shape, values, mask, scales, coding)
-    grad_x, grad_bias = _input_gradients(ctx, gradient, packed, offsets)
-    return grad_x, None, None, None, None, [None] * len(coding), None, grad_bias
+def _packed_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+    offsets, *tensors = ctx.saved_tensors
+    shape, names, numbers = ctx.form
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        packed = _from_arguments(shape, names, tensors, numbers)
+        grad_x = gradient @ expand(packed, gradient.dtype, offsets)
+    if ctx.needs_input_grad[-1]:
+        grad_bias = gradient.flatten(0, -2).sum(0)
+    return grad_x, None, None, [None] * len(tensors), None, None, grad_bias
 
 
-def _keep_quantized(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, out_features, data, classes, steps, scales, codes, rows_per_chunk, offsets, _bias = inputs
-    ctx.shape, ctx.codes = (out_features, x.shape[-1]), (codes, rows_per_chunk)
-    ctx.save_for_backward(data, classes, steps, scales, offsets)
-
-
-def _quantized_gradient(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-    *parts, offsets = ctx.saved_tensors
-    packed = as_quantized_weight(ctx.shape, *parts, *ctx.codes)
-    grad_x, grad_bias = _input_gradients(ctx, gradient, packed, offsets)
-    return grad_x, *[None] * 8, grad_bias
-
-
-def _input_gradients(
-    ctx: Any, gradient: torch.Tensor, packed: Packed, offsets: torch.Tensor | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the gradients of a packed linear's first input, `x`, and its last, `bias`."""
-    wants_x, wants_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[-1]
-    grad_x = gradient @ expand(packed, gradient.dtype, offsets) if wants_x else None
-    return grad_x, gradient.flatten(0, -2).sum(0) if wants_bias else None
-
-
-bitmap_linear.register_autograd(_bitmap_gradient, setup_context=_keep_bitmap)
-quantized_linear.register_autograd(_quantized_gradient, setup_context=_keep_quantized)
+packed_linear.register_autograd(_packed_gradient, setup_context=_keep_packed)
 
 
 def _keep_dense(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

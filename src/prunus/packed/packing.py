@@ -25,9 +25,9 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.packed.bitmap import kept, pack_weight
 from prunus.packed.conversion import Conversion, LinearRecord, Record, open_conversion
-from prunus.packed.description import Description, PackedShape, Stored, StoredTensor
-from prunus.packed.forms import checked_weight, expand, named_tensors, relative_error
-from prunus.packed.weight import PackedWeight
+from prunus.packed.description import Description, PackedShape, Stored
+from prunus.packed.forms import checked_weight, expand, relative_error
+from prunus.packed.weight import PackedWeight, named_tensors
 
 __all__ = ["add_packed_card", "pack", "unpack"]
 
@@ -274,9 +274,7 @@ def unpack(
     described = Description.from_dict(
         config.get("quantization_config") if isinstance(config, dict) else None
     )
-    described.check_tensors(
-        {n: StoredTensor(i.shape, i.dtype) for n, i in checkpoint.tensors.items()}
-    )
+    described.check_tensors(checkpoint.tensors)
     dtype = described.dtype
     if dtype is None or dtype == torch.int8:
         dtype = _config_dtype(config)

@@ -24,7 +24,6 @@ from prunus.packed.plane_codes import (
     check_parts,
     choose_codes,
     class_order,
-    code_lengths,
     column_histograms,
     default_rows_per_chunk,
     from_zigzag,
@@ -33,18 +32,7 @@ from prunus.packed.plane_codes import (
 )
 from prunus.packed.weight import PlaneCode, QuantizedWeight
 
-__all__ = [
-    "PlaneCode",
-    "QuantizedWeight",
-    "check",
-    "choose_codes",
-    "code_lengths",
-    "column_histograms",
-    "decode_levels",
-    "encode",
-    "expand",
-    "expand_rows",
-]
+__all__ = ["check", "decode_levels", "encode", "expand", "expand_rows"]
 
 _BYTES = torch.arange(256, dtype=torch.uint8).view(torch.int8).to(torch.int16)
 # The zigzag number of the top of every int8, by its bits as uint8, for each number of raw bits.
@@ -56,8 +44,6 @@ _POPCOUNT = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=to
 _SPREAD = torch.tensor(
     [[byte >> bit & 1 for bit in range(8)] for byte in range(256)], dtype=torch.uint8
 ).view(torch.int64)[:, 0]
-
-
 # The int8 of every zigzag number, by its bits as uint8.
 _TOPS = from_zigzag(torch.arange(256, dtype=torch.int16)).to(torch.uint8).numpy()
 
@@ -66,8 +52,8 @@ def encode(
     levels_OI: torch.Tensor,
     steps_I: torch.Tensor,
     scales_O: torch.Tensor,
-    classes_I: torch.Tensor,
-    codes: tuple[PlaneCode, ...],
+    classes_I: torch.Tensor | None = None,
+    codes: tuple[PlaneCode, ...] = (),
     rows_per_chunk: int | None = None,
 ) -> QuantizedWeight:
     """Write integers as bit planes.
@@ -77,7 +63,8 @@ def encode(
             little less.
         steps_I: floats (I,), rounded to bfloat16.
         scales_O: floats (O,), rounded to bfloat16.
-        classes_I: uint8 (I,): the class of each column; see `choose_codes`.
+        classes_I: uint8 (I,): the class of each column. None takes the classes and codes of
+            `choose_codes`, which take the fewest bits.
         codes: the code of each class.
         rows_per_chunk: None takes as many as make about 32,768 weights.
 
@@ -85,8 +72,7 @@ def encode(
         ValueError: an argument has another shape or dtype, or a number is out of range.
 
     >>> levels = torch.tensor([[0, 1, -1, 5], [0, 0, 2, -127]], dtype=torch.int8)
-    >>> classes, codes = choose_codes(column_histograms(levels))
-    >>> weight = encode(levels, torch.ones(4), torch.ones(2), classes, codes)
+    >>> weight = encode(levels, torch.ones(4), torch.ones(2))
     >>> torch.equal(decode_levels(weight), levels)
     True
     """
@@ -97,6 +83,8 @@ def encode(
     lowest_I, highest_I = levels_OI.aminmax(dim=0)
     if int(lowest_I.min()) < -MAX_LEVEL:
         raise ValueError(f"levels must lie in -{MAX_LEVEL} to {MAX_LEVEL}, got -128")
+    if classes_I is None:
+        classes_I, codes = choose_codes(column_histograms(levels_OI))
     rows, columns = levels_OI.shape
     rows_per_chunk = rows_per_chunk or default_rows_per_chunk(columns)
     weight = QuantizedWeight(

@@ -26,7 +26,7 @@ import math
 import torch
 
 from prunus.packed.plane_codes import MAX_RAW, max_level
-from prunus.packed.quantized import encode_levels
+from prunus.packed.planes import encode
 from prunus.packed.weight import QuantizedWeight
 
 __all__ = ["quantize_rows"]
@@ -133,7 +133,7 @@ def _search(
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         levels_SI, scales_S = _round(sample_SI, sizes_S, steps_I, math.exp(middle))
-        data = encode_levels(levels_SI.to(torch.int8), steps_I, scales_S).data
+        data = encode(levels_SI.to(torch.int8), steps_I, scales_S).data
         if data.shape[0] * 8 / sample_SI.numel() <= wanted:
             high = middle
         else:
@@ -156,7 +156,7 @@ def _quantize(
             rows = slice(first, first + _ROWS)
             levels, scales_O[rows] = _round(weight_OI[rows], rows_O[rows], steps_I, distance)
             levels_OI[rows] = levels
-        weight = encode_levels(levels_OI, steps_I, scales_O)
+        weight = encode(levels_OI, steps_I, scales_O)
         excess = weight.nbytes * 8 / weight_OI.numel() - bits
         if excess <= 0:
             return weight

@@ -23,9 +23,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from prunus.packed.description import FORMAT_VERSION, METHOD, Description, StoredTensor
-from prunus.packed.embedding import PackedEmbedding, pack_tied_embedding, unpack_tied_embedding
+from prunus.packed.embedding import PackedEmbedding, pack_module, unpack_module
 from prunus.packed.fast_decoding import use_fast_decoding
-from prunus.packed.linear import PackedLinear, packed_linear, use_dense_kernel
+from prunus.packed.linear import PackedLinear, use_dense_kernel
 from prunus.packed.weight_readers import expand_read_linears
 
 __all__ = ["PrunusConfig", "PrunusQuantizer", "register_with_transformers"]
@@ -66,13 +66,10 @@ class PrunusConfig(QuantizationConfigMixin):
 class PrunusQuantizer(HfQuantizer):
     """Replaces dense linears by packed ones before weights are loaded, and checks them after."""
 
-    #: Path of a packed linear in the model -> stored entries of a bitmap, while the model is
-    #: loaded.
-    _stored: dict[str, int | None]
+    #: Path of a packed linear in the model -> its name in a checkpoint of this model.
+    _saved_names: dict[str, str]
     #: Whether the model's experts were taken apart.
     _apart = False
-    #: The same path -> the name of the linear in a checkpoint of this model.
-    _saved_names: dict[str, str]
 
     # transformers must not quantize on the fly: only `prunus pack` makes packed checkpoints.
     requires_calibration = True
@@ -82,11 +79,12 @@ class PrunusQuantizer(HfQuantizer):
 
         This hook is used because it is one of the few that see the configuration in time.
         """
-        return _without_refusal(config)
+        if getattr(config, "transformers_weights", None) is not None:
+            del config.transformers_weights
+        return config
 
-    def update_tp_plan(self, config: Any) -> Any:
-        """Do the same in earlier versions of transformers."""
-        return _without_refusal(config)
+    # The hook of earlier versions of transformers.
+    update_tp_plan = update_attn_implementation
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
@@ -102,30 +100,25 @@ class PrunusQuantizer(HfQuantizer):
             model, [path for candidates in paths.values() for path in candidates]
         )
         names = {}
-        self._stored, self._saved_names = {}, {}
+        self._saved_names = {}
         for name, shape in described.linears.items():
             found = _find_linear(model, name, paths[name])
             linear = model.get_submodule(found)
-            if tuple(linear.weight.shape) != (shape.out_features, shape.in_features):
+            if tuple(linear.weight.shape) != shape[:2]:
                 raise ValueError(
                     f"{name} is {shape.out_features} x {shape.in_features} in the packed "
                     "checkpoint, but the model that config.json describes has "
                     f"{' x '.join(map(str, linear.weight.shape))}"
                 )
-            tensors = described.tensors(name).items()
             on_meta = {
-                part: torch.empty(t.shape, dtype=t.dtype, device="meta") for part, t in tensors
+                part: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                for part, tensor in described.tensors(name).items()
             }
-            packed = described.weight(name, on_meta)
-            if isinstance(linear, nn.Embedding):
-                pack_tied_embedding(model, found, packed)
-            else:
-                model.set_submodule(found, packed_linear(packed, linear.bias))
-            self._stored[found] = shape.stored
+            pack_module(model, found, described.weight(name, on_meta), shape.stored)
             self._saved_names[found] = paths[name][found]
             names[paths[name][found]] = shape
         # Names that the linears have when this model is saved again.
-        renamed = Description(described.values, names, described.version)
+        renamed = Description(described.values, names)
         self.quantization_config.linears = renamed.to_dict()["linears"]
         use_dense_kernel(model)
 
@@ -162,7 +155,7 @@ class PrunusQuantizer(HfQuantizer):
                         f"{name} was not loaded: packed checkpoints cannot be offloaded to disk"
                     )
                 try:
-                    module.prepare(self._stored[name])
+                    module.prepare()
                 except ValueError as fault:
                     raise ValueError(f"{name} is damaged: {fault}") from fault
         for path in expand_read_linears(model, model.dtype):
@@ -177,14 +170,8 @@ class PrunusQuantizer(HfQuantizer):
         stored: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         model.__dict__.pop("num_parameters", None)
         for name, module in list(model.named_modules()):
-            if isinstance(module, PackedEmbedding):
-                unpack_tied_embedding(model, name, stored)
-            elif isinstance(module, PackedLinear):
-                has_bias = module.bias is not None
-                dense = nn.Linear(module.in_features, module.out_features, has_bias, device="meta")
-                dense.weight = nn.Parameter(module.dense(stored))
-                dense.bias = module.bias  # type: ignore[assignment]
-                model.set_submodule(name, dense)
+            if isinstance(module, PackedLinear):
+                unpack_module(model, name, stored)
         return model
 
     def is_serializable(self) -> bool:
@@ -196,7 +183,7 @@ class PrunusQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return True  # adapters beside packed linears are; packed weights themselves never change
+        return True  # adapters of packed linears are; packed weights themselves never change
 
 
 def register_with_transformers() -> None:
@@ -229,12 +216,6 @@ def _keep_records(model: Any) -> None:
     folder = Path(str(getattr(model.config, "name_or_path", "") or ""))
     if (folder / "config.json").is_file():
         keep_records(model, records_of(folder))
-
-
-def _without_refusal(config: Any) -> Any:
-    if getattr(config, "transformers_weights", None) is not None:
-        del config.transformers_weights
-    return config
 
 
 def _headers(files: Sequence[str]) -> dict[str, StoredTensor]:

@@ -11,7 +11,7 @@ from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.config import load_config
 from prunus.model.names import names_in_model
 from prunus.model.skeleton import Skeleton
-from prunus.packed.description import METHOD, Description, QuantizedShape, StoredTensor
+from prunus.packed.description import METHOD, Description, QuantizedShape
 from prunus.packed.forms import checked_weight, expand
 
 __all__ = ["PackedSource", "is_packed"]
@@ -51,10 +51,7 @@ class PackedSource:
         )
         content = read_json(folder / "config.json")
         self._described = Description.from_dict(content["quantization_config"])
-        tensors = self._checkpoint.tensors
-        self._described.check_tensors(
-            {n: StoredTensor(t.shape, t.dtype) for n, t in tensors.items()}
-        )
+        self._described.check_tensors(self._checkpoint.tensors)
         self.stored_dtype: torch.dtype = getattr(self.config, "dtype", None) or torch.bfloat16
         self.packed: dict[str, tuple[str, float]] = {}
 

@@ -1,7 +1,7 @@
 """One weight as a packed checkpoint stores it; `docs/reference/packed-format.md` is the reference.
 
-This file defines the parts. `bitmap.py` and `coding.py` make, check and expand bitmaps; `planes.py`
-and `plane_codes.py` do so for quantised weights.
+This file defines the parts and their names. `bitmap.py` and `coding.py` make, check and expand
+bitmaps; `planes.py` and `plane_codes.py` do so for quantised weights; `forms.py` serves both.
 
 Shape suffixes: O output features (rows), I input features (columns), K stored values, R rare
 values.
@@ -9,11 +9,22 @@ values.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["Coding", "PackedWeight", "PlaneCode", "QuantizedWeight"]
+__all__ = [
+    "Coding",
+    "Layout",
+    "Packed",
+    "PackedWeight",
+    "PlaneCode",
+    "QuantizedWeight",
+    "from_tensors",
+    "layout_of",
+    "named_tensors",
+]
 
 
 class Coding(NamedTuple):
@@ -62,9 +73,8 @@ class PackedWeight(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all parts together."""
-        parts = [self.values, self.mask, self.scales, *(self.coding or ())]
-        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+        """Bytes of all tensors together."""
+        return sum(part.nbytes for part in named_tensors("", self).values())
 
 
 class PlaneCode(NamedTuple):
@@ -104,5 +114,66 @@ class QuantizedWeight(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
-        parts = (self.data, self.classes, self.steps, self.scales)
-        return sum(part.numel() * part.element_size() for part in parts)
+        return sum(part.nbytes for part in named_tensors("", self).values())
+
+
+#: A weight in either form.
+Packed = PackedWeight | QuantizedWeight
+#: What the tensors of a quantised weight do not tell: its codes and its rows per chunk.
+Layout = tuple[tuple[PlaneCode, ...], int]
+
+
+def named_tensors(linear: str, weight: Packed) -> dict[str, torch.Tensor]:
+    """Return the tensors that store a weight in a file or in a module.
+
+    Args:
+        linear: the linear's name in the checkpoint, or "" for names relative to it.
+        weight: its weight.
+
+    >>> list(named_tensors("up", PackedWeight((1, 2), torch.ones(2))))
+    ['up.weight']
+    """
+    parts: dict[str, torch.Tensor | None]
+    if isinstance(weight, QuantizedWeight):
+        parts = {
+            "weight": weight.data,
+            "weight_classes": weight.classes,
+            "weight_steps": weight.steps,
+            "weight_scales": weight.scales,
+        }
+    else:
+        parts = {
+            "weight": weight.values,
+            "weight_mask": weight.mask,
+            "weight_scales": weight.scales,
+        }
+        if weight.coding is not None:
+            parts |= {f"weight_{field}": part for field, part in weight.coding._asdict().items()}
+    prefix = f"{linear}." if linear else ""
+    return {f"{prefix}{part}": tensor for part, tensor in parts.items() if tensor is not None}
+
+
+def from_tensors(
+    shape: tuple[int, int], tensors: Mapping[str, torch.Tensor | None], layout: Layout | None
+) -> Packed:
+    """Return a weight that is built from what `named_tensors("", weight)` and `layout_of` return.
+
+    Every call of a packed linear builds its weight, so nothing is checked here.
+    """
+    get = tensors.get
+    first, scales = get("weight"), get("weight_scales")
+    if layout is not None:
+        parts = (first, get("weight_classes"), get("weight_steps"), scales)
+        return QuantizedWeight(shape, *parts, *layout)  # type: ignore[arg-type]
+    codes, coding = get("weight_codes"), None
+    if codes is not None:
+        coding = Coding(codes, *map(get, _FURTHER_CODING))  # type: ignore[arg-type]
+    return PackedWeight(shape, first, get("weight_mask"), scales, coding)  # type: ignore[arg-type]
+
+
+_FURTHER_CODING = ("weight_high_bytes", "weight_rare_at", "weight_rare")
+
+
+def layout_of(weight: Packed) -> Layout | None:
+    """Return the layout of a quantised weight; None for a bitmap."""
+    return (weight.codes, weight.rows_per_chunk) if isinstance(weight, QuantizedWeight) else None

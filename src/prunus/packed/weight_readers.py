@@ -1,4 +1,4 @@
-"""Linears whose weight the code of a model reads itself, beside or in place of calling them.
+"""Linears whose weight the code of a model reads itself, also where it does not call them.
 
 Mamba multiplies with `self.dt_proj.weight`, and Mamba 2 asks for `self.lm_head.weight.dtype`. In a
 packed linear `weight` is storage, which such code would take for numbers. So these linears are
@@ -13,9 +13,8 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
 
-from prunus.packed.embedding import PackedEmbedding, TiedHead, unpack_tied_embedding
+from prunus.packed.embedding import TiedHead, unpack_module
 from prunus.packed.linear import PackedLinear
 
 __all__ = ["expand_read_linears"]
@@ -45,17 +44,10 @@ def expand_read_linears(model: Any, dtype: torch.dtype) -> list[str]:
         kind: Any = type(model.get_submodule(above))
         if (kind.__name__, child) in _NEVER_IN_PRACTICE or not _reads_weight(kind, child):
             continue
-        if isinstance(module, TiedHead | PackedEmbedding):
-            owner = module.embedding if isinstance(module, TiedHead) else module
+        if isinstance(module, TiedHead):
+            owner = module.embedding
             name = next(path for path, each in model.named_modules() if each is owner)
-            unpack_tied_embedding(model, name, dtype)
-        else:
-            dense = nn.Linear(
-                module.in_features, module.out_features, module.bias is not None, device="meta"
-            )
-            dense.weight = nn.Parameter(module.dense(dtype))
-            dense.bias = module.bias  # type: ignore[assignment]
-            model.set_submodule(name, dense)
+        unpack_module(model, name, dtype)
         replaced.append(name)
     return replaced
 

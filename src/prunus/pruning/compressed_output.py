@@ -20,11 +20,11 @@ from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.kinds import kind_of
 from prunus.model.linears import tied_embedding
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.packed.description import Description
+from prunus.packed.description import Description, QuantizedShape
 from prunus.packed.forms import checked_weight, expand
 from prunus.packed.packing import add_packed_card
 from prunus.packed.quantize_rows import quantize_rows
-from prunus.packed.quantized import quantized_config, quantized_entry, quantized_tensors
+from prunus.packed.weight import named_tensors
 from prunus.pruning.block.block_state import FinishedBlock
 from prunus.pruning.job import PruningJob
 from prunus.pruning.output import CheckpointOutput, InPlaceOutput, Output, shard_name
@@ -91,14 +91,13 @@ class CompressedOutput(CheckpointOutput):
         for name, weight in finished.packed.items():
             linear = self._stored_linear(f"{finished.record.name}.{name}")
             del tensors[f"{linear}.weight"]
-            tensors |= quantized_tensors(linear, weight)
+            tensors |= named_tensors(linear, weight)
         return tensors
 
     def _read_shard(self, index: int) -> dict[str, torch.Tensor]:
         checkpoint = Checkpoint(self.folder, only=[shard_name(index)])
         tensors = dict(checkpoint.read(checkpoint.tensors))
-        config = quantized_config({}, self._entries([index]))
-        described = Description.from_dict(config["quantization_config"])
+        described = Description.of_linears(self._entries([index]))
         for linear in described.linears:
             weight, offsets = checked_weight(described, linear, tensors)
             for name in described.tensors(linear):
@@ -113,8 +112,8 @@ class CompressedOutput(CheckpointOutput):
         for name in self._outside_linears:
             linear = self._stored_linear(name)
             weight = quantize_rows(tensors.pop(f"{linear}.weight"), self._head_bits)
-            tensors |= quantized_tensors(linear, weight)
-            self._manifest.packed_outside[linear] = quantized_entry(weight)
+            tensors |= named_tensors(linear, weight)
+            self._manifest.packed_outside[linear] = QuantizedShape.of(weight).to_json()
         # The shard is written next. A run that is killed between the two writes it again.
         self._manifest.save(self.folder)
         return tensors
@@ -126,7 +125,7 @@ class CompressedOutput(CheckpointOutput):
         path = self.folder / "config.json"
         blocks = range(len(self._manifest.blocks))
         entries = {**self._manifest.packed_outside, **self._entries(blocks)}
-        write_json(path, quantized_config(read_json(path), entries))
+        write_json(path, Description.of_linears(entries).add_to(read_json(path)))
 
     def _entries(self, blocks: Iterable[int]) -> dict[str, dict[str, Any]]:
         """The entries in config.json of the linears of some blocks, by their stored names."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from prunus.methods.quantized import CodeLengths
 from prunus.methods.rate_distortion import LinearQuantization, expected_bits
 from prunus.methods.statistics import InputStatistics
-from prunus.packed.planes import choose_codes, code_lengths, column_histograms
+from prunus.packed.plane_codes import choose_codes, code_lengths, column_histograms
 from prunus.pruning.loss_sensitivity import LinearSensitivity
 
 __all__ = ["LinearRate", "RateControl", "side_bits"]

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from prunus.packed.embedding import PackedEmbedding, unpack_tied_embedding
-from prunus.packed.linear import DenseLinear, PackedLinear, QuantizedLinear
+from prunus.packed.embedding import PackedEmbedding, unpack_module
+from prunus.packed.linear import DenseLinear, PackedLinear, plain_linear
 from prunus.packed.planes import decode_levels
+from prunus.packed.weight import QuantizedWeight
 from prunus.recovery.trainable import Trainable
 
 __all__ = ["ScaledLinear", "dense_size", "scales", "trained_tensors"]
@@ -45,9 +46,10 @@ class ScaledLinear(nn.Module):
     scales_O: torch.Tensor
     steps_I: torch.Tensor
 
-    def __init__(self, linear: QuantizedLinear, dtype: torch.dtype) -> None:
+    def __init__(self, linear: PackedLinear, dtype: torch.dtype) -> None:
         super().__init__()
         packed = linear.packed
+        assert isinstance(packed, QuantizedWeight)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_buffer("levels_OI", decode_levels(packed, linear.offsets).to(dtype))
         self.register_buffer("scales_O", packed.scales.float())
@@ -80,20 +82,20 @@ def scales(model: Any, dtype: torch.dtype) -> Trainable:
     packed but not trained is expanded, so that a step does not decode it again.
 
     Args:
-        model: a causal LM with at least one `QuantizedLinear`. It is changed.
+        model: a causal LM with at least one quantised linear. It is changed.
         dtype: of matrix products.
     """
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedEmbedding):
-            unpack_tied_embedding(model, name, dtype)
-        elif isinstance(module, QuantizedLinear):
+            unpack_module(model, name, dtype)
+        elif isinstance(module, PackedLinear) and module.layout is not None:
             model.set_submodule(name, ScaledLinear(module, dtype))
         elif isinstance(module, PackedLinear):
-            model.set_submodule(name, _plain(module.dense(dtype), module.bias))
+            model.set_submodule(name, plain_linear(module.dense(dtype), module.bias))
         elif isinstance(module, DenseLinear):
             # The kernel of a `DenseLinear` does not know autocast.
-            model.set_submodule(name, _plain(module.weight, module.bias))
+            model.set_submodule(name, plain_linear(module.weight, module.bias))
     parameters, rates = {}, {}
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
@@ -124,16 +126,6 @@ def dense_size(model: nn.Module) -> int:
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     inside = sum(module.in_features * module.out_features for module in packed)
     return inside + sum(parameter.numel() for parameter in model.parameters())
-
-
-def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    """An `nn.Linear` with this weight and bias. A weight that is a parameter stays the same one."""
-    rows, columns = weight.shape
-    linear = nn.Linear(columns, rows, bias=False, device="meta")
-    shared = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, False)
-    linear.weight = shared
-    linear.register_parameter("bias", bias)  # type: ignore[arg-type]
-    return linear
 
 
 def _rounded(x: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from prunus.packed.description import Description, StoredTensor
-from prunus.packed.forms import expand_rows
-from prunus.packed.linear import DenseLinear, PackedLinear, packed_linear
-from prunus.packed.operators import run_dense, run_packed
+from prunus.packed.description import Description
+from prunus.packed.linear import DenseLinear, PackedLinear, plain_linear
+from prunus.packed.operators import look_up, run_dense, run_packed
 
 __all__ = ["PackedLayer"]
 
@@ -77,20 +76,13 @@ class PackedLayer(nn.Module):
 
     def _packed(self, name: str, taken: dict[str, torch.Tensor]) -> PackedLinear:
         tensors = {f"{name}.{each}": tensor for each, tensor in taken.items()}
-        found = {
-            each: StoredTensor(tuple(tensor.shape), tensor.dtype)
-            for each, tensor in tensors.items()
-        }
         shape = self._described.linears[name]
-        only = Description(self._described.values, {name: shape}, self._described.version)
-        only.check_tensors(found)
+        only = Description(self._described.values, {name: shape})
+        only.check_tensors(tensors)
         try:
-            module = packed_linear(only.weight(name, tensors))
-            if shape.stored is not None:
-                module.prepare(shape.stored)
+            return PackedLinear(only.weight(name, tensors), stored=shape.stored)
         except ValueError as fault:
             raise ValueError(f"{name} is damaged: {fault}") from fault
-        return module
 
     @property
     def out_features(self) -> int:
@@ -112,19 +104,17 @@ class PackedLayer(nn.Module):
         """Map token ids (...) to rows (..., in) of the only weight, an embedding."""
         (part,) = self.parts
         assert isinstance(part, PackedLinear)
-        return expand_rows(part.packed, ids, part.offsets, dtype)
+        return look_up(ids, part.packed, part.offsets, dtype)
 
 
-def _dense(name: str, taken: dict[str, torch.Tensor], dtype: torch.dtype) -> DenseLinear:
+def _dense(name: str, taken: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Linear:
     weight = taken.get("weight")
     if weight is None or weight.dim() != 2 or len(taken) > 1:
         raise ValueError(
             f"the checkpoint holds no dense weight {name}.weight, and config.json does not say "
             "that it is packed; is the checkpoint whole?"
         )
-    linear = DenseLinear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-    return linear
+    return plain_linear(weight.to(dtype), None, DenseLinear)
 
 
 def _multiply(x: torch.Tensor, part: nn.Module, bias: torch.Tensor | None) -> torch.Tensor:

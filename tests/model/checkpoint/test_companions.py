@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import prunus
+from prunus import pack, unpack
 from prunus.model.checkpoint import regular_files
 from prunus.model.checkpoint.atomic_files import read_json, replacing, write_text
 from prunus.model.checkpoint.reader import INDEX_NAME
-from prunus.packed import pack, unpack
 from prunus.pruning.recipe_file import load_recipe
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
 from tiny import token_ids

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 import prunus
+from prunus import pack
 from prunus.model.checkpoint import atomic_files as files
 from prunus.model.checkpoint.lock import LOCK_NAME
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
 from prunus.model.checkpoint.writer import TENSOR_DTYPES, save_safetensors
-from prunus.packed import pack
 from random_kills import GGUF_NAME, audit, outcome, verbs
 from recovery_cases import dense_checkpoint, pruned_checkpoint, training_text
 from scripts import run_script

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 import prunus
 from command_line import call
+from prunus import pack
 from prunus.model.checkpoint.lock import LOCK_NAME, locked
-from prunus.packed import pack
 from prunus.sweeping import Sweep, run_sweep
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
 from tiny import tiny_checkpoint, token_ids

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from packed_reference import pruned_checkpoint
-from prunus.packed import pack, reference_path
+from prunus import pack
+from prunus.packed import reference_path
 from prunus.packed.kernels import library as kernels
 from prunus.packed.norm import use_decode_norms
 from prunus.packed.rotary import use_decode_rotary

@@ -15,7 +15,8 @@ from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.numerics import all_finite, count_zeros, low_precision_product, row_spans
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
-from prunus.packed.quantized import encode_levels, quantized_entry
+from prunus.packed.description import QuantizedShape
+from prunus.packed.planes import encode
 from prunus.packed.weight import QuantizedWeight
 from prunus.pruning.block.row_sharding import row_sharding
 from prunus.pruning.block.settings import LinearSettings
@@ -107,7 +108,7 @@ def prune_linear(
     zeros = count_zeros(new_OI)
     packed, bits = None, None
     if rate is not None and pruned.quantized is not None and log2_step is not None:
-        packed = encode_levels(*(part.cpu() for part in pruned.quantized))
+        packed = encode(*(part.cpu() for part in pruned.quantized))
         bits = 8 * packed.nbytes / new_OI.numel()
         rate.finish(full_name, bits, log2_step)
     record = LinearRecord(
@@ -120,7 +121,7 @@ def prune_linear(
         seconds=round(time.perf_counter() - started, 4),
         bits=bits,
         log2_step=log2_step,
-        packed=None if packed is None else quantized_entry(packed),
+        packed=None if packed is None else QuantizedShape.of(packed).to_json(),
         notes=notes | pruned.notes,
     )
     result = new_OI.T if linear.transposed else new_OI
