@@ -112,7 +112,7 @@ def unpack_module(model: Any, name: str, dtype: torch.dtype | None = None) -> No
         model.set_submodule(name, plain_linear(dense, packed.bias))
         return
     weight = nn.Parameter(packed.dense(dtype or packed.dtype))
-    embedding = nn.Embedding(*weight.shape, device="meta")
+    embedding = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
     embedding.weight = weight
     for other, module in list(model.named_modules()):
         if isinstance(module, TiedHead) and module.embedding is packed:

@@ -108,7 +108,8 @@ def prune_linear(
     zeros = count_zeros(new_OI)
     packed, bits = None, None
     if rate is not None and pruned.quantized is not None and log2_step is not None:
-        packed = encode(*(part.cpu() for part in pruned.quantized))
+        levels_OI, steps_I, scales_O = (part.cpu() for part in pruned.quantized)
+        packed = encode(levels_OI, steps_I, scales_O)
         bits = 8 * packed.nbytes / new_OI.numel()
         rate.finish(full_name, bits, log2_step)
     record = LinearRecord(
