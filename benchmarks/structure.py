@@ -10,10 +10,8 @@ it, and the table says what it came to. Ways:
 
     shortgpt        --block-rule cosine
     blocks          the search by KL divergence
-    magnitude       --width-rule magnitude --width-update none
-    wanda-sp        --width-rule wanda --width-update none
     flap            FLAP, another width in each block; see benchmarks/flap.py
-    width           the default rule, and columns that are fitted by least squares
+    width           channels and heads, with columns that are fitted by least squares
     search          --target parameters=SIZE
 
 All of these are without repair. `blocks+repair`, `width+repair` and `search+repair` are with it.
@@ -69,8 +67,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "shortgpt": {"block_rule": "cosine", "repair": False},
     "blocks": {"repair": False},
     "blocks+repair": {},
-    "magnitude": {"width_rule": "magnitude", "width_update": "none", "repair": False},
-    "wanda-sp": {"width_rule": "wanda", "width_update": "none", "repair": False},
     "flap": {},
     "width": {"repair": False},
     "width+repair": {},

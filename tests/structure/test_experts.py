@@ -1,42 +1,31 @@
-"""Experts that go: the smaller model computes what the old one does without them."""
+"""Removed experts: the smaller model computes what the old one does without them."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from prunus.methods.solvers.least_squares import ridge
+from structure_cases import assert_same_logits, loaded, logits, stored, take_fitted_columns
 from structure_cases import shrink_without_repair as shrink
-from structure_cases import zero_what_went
 from tiny import EXPERT_FAMILIES, tiny_checkpoint, token_ids
 
+IDS = token_ids()
 #: Families whose router chooses among groups of experts.
 GROUPED = {
     "deepseek_v3": {"n_group": 2, "topk_group": 1},
     "glm4_moe": {"n_group": 2, "topk_group": 2},
 }
-
-
-def stored(folder: Path) -> dict[str, Tensor]:
-    return {
-        key: x
-        for path in sorted(folder.glob("*.safetensors"))
-        for key, x in load_file(path).items()
-    }
-
-
-def loaded(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+#: Families that also become narrower: with shared experts, a dense MLP in front of the experts, and
+#: a joined gate and up.
+NARROWER = ["deepseek_v3", "gpt_oss", "granitemoeshared", "mixtral", "qwen2_moe"]
 
 
 def masked_logits(
-    monkeypatch: pytest.MonkeyPatch, model: Any, ids: Tensor, gone: dict[int, list[int]]
+    monkeypatch: pytest.MonkeyPatch, model: Any, gone: dict[int, list[int]]
 ) -> Tensor:
     """The logits of the old model when the router's logits of some experts are -inf.
 
@@ -62,83 +51,86 @@ def masked_logits(
             out[..., routers[id(weight)]] = -torch.inf
         return out
 
-    with monkeypatch.context() as patch, torch.no_grad():
+    with monkeypatch.context() as patch:
         patch.setattr(torch.nn.functional, "linear", masked)
         # A router may hand a converted copy to `linear`; in float32 it is the weight itself.
-        return model(ids, use_cache=False).logits
-
-
-@pytest.mark.parametrize("family", sorted(EXPERT_FAMILIES))
-def test_the_result_is_the_old_model_without_the_routers_choices_of_lost_experts(
-    family, tmp_path, monkeypatch
-):
-    dense = tiny_checkpoint(tmp_path / "dense", family, **GROUPED.get(family, {}))
-    ids = token_ids()
-    record = shrink(dense, tmp_path / "small", experts=0.5, calibration=ids, batch=2)
-    changed = {i: block.experts for i, block in enumerate(record.blocks) if block.experts}
-    assert changed
-    gone = {i: sorted(set(range(len(x.saliency))) - set(x.kept)) for i, x in changed.items()}
-    assert all(len(x) == len(changed[i].saliency) // 2 for i, x in gone.items())
-    expected = masked_logits(monkeypatch, loaded(dense), ids, gone)
-    with torch.no_grad():
-        small = loaded(tmp_path / "small")
-        found = small(ids, use_cache=False).logits
-        original = loaded(dense)(ids, use_cache=False).logits
-        made = small.generate(ids[:1, :4], max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    close = 1e-5 * float(original.abs().max())
-    assert float((found - expected).abs().max()) <= close
-    assert float((found - original).abs().max()) > 100 * close, "the lost experts did nothing"
-    assert made.shape == (1, 7)
-    # What stays has the same bytes, under a name of the checkpoint, with the tokens' counts beside.
-    before = stored(dense)
-    for key, tensor in stored(tmp_path / "small").items():
-        same = any(x.shape == tensor.shape and torch.equal(x, tensor) for x in before.values())
-        rows = key in before and before[key].shape != tensor.shape
-        assert same or rows, key
-    assert record.totals["parameters"] < record.totals["parameters_before"]
+        return logits(model, IDS)
 
 
 @pytest.mark.parametrize(
-    "family", ["deepseek_v3", "gpt_oss", "granitemoeshared", "mixtral", "qwen2_moe"]
+    ("family", "width"),
+    [(family, None) for family in sorted(EXPERT_FAMILIES)] + [(family, 0.5) for family in NARROWER],
 )
-def test_experts_heads_and_the_width_of_experts_go_in_one_run(family, tmp_path, monkeypatch):
-    """Also shared experts, a dense MLP in front of the experts, and a joined gate and up."""
-    dense, ids = tiny_checkpoint(tmp_path / "dense", family), token_ids()
-    options = {"experts": 0.5, "width": 0.5, "width_update": "none", "calibration": ids}
-    record = shrink(dense, tmp_path / "small", batch=2, **options)
-    model = loaded(dense).requires_grad_(False)
-    before = model(ids, use_cache=False).logits
-    assert zero_what_went(model, record) > 2 * len(record.blocks)
-    gone = {
-        i: sorted({*range(len(x.saliency))} - {*x.kept})
-        for i, block in enumerate(record.blocks)
-        if (x := block.experts)
+def test_the_result_is_the_old_model_without_the_routers_choices_of_lost_experts(
+    family, width, tmp_path, monkeypatch
+):
+    dense = tiny_checkpoint(tmp_path / "dense", family, **GROUPED.get(family, {}))
+    options: dict[str, Any] = {"experts": 0.5, "width": width, "calibration": IDS, "batch": 2}
+    record = shrink(dense, tmp_path / "small", **options)
+    changed = {i: block.experts for i, block in enumerate(record.blocks) if block.experts}
+    gone = {i: sorted(set(range(len(x.saliency))) - set(x.kept)) for i, x in changed.items()}
+    assert changed
+    assert all(len(x) == len(changed[i].saliency) // 2 for i, x in gone.items())
+    model, small = loaded(dense), loaded(tmp_path / "small")
+    original = logits(model, IDS)
+    if width is not None:
+        assert take_fitted_columns(model, small, record) > 2 * len(record.blocks)
+    assert_same_logits(logits(small, IDS), masked_logits(monkeypatch, model, gone), original)
+    made = small.generate(IDS[:1, :4], max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert made.shape == (1, 7)
+    assert record.totals["parameters"] < record.totals["parameters_before"]
+    # What stays has the same bytes, under a name of the checkpoint.
+    before = stored(dense)
+    for key, tensor in stored(tmp_path / "small").items() if width is None else ():
+        same = any(x.shape == tensor.shape and torch.equal(x, tensor) for x in before.values())
+        rows = key in before and before[key].shape != tensor.shape
+        assert same or rows, key
+
+
+def experts_and_inputs(dense: Any) -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
+    """The experts of a model of one block, and what they are given on all windows."""
+    model = loaded(dense)
+    experts, calls = model.model.layers[0].mlp.experts, []
+    experts.register_forward_pre_hook(lambda _module, args: calls.append(args))
+    logits(model, IDS)
+    (inputs,) = calls
+    return experts, inputs
+
+
+def test_saliencies_are_sums_of_weight_times_norm_of_the_output(tmp_path):
+    """Against the fused experts of transformers, token by token."""
+    dense = tiny_checkpoint(tmp_path / "dense", "qwen3_moe", num_hidden_layers=1)
+    experts, (X_TH, chosen_TK, weight_TK) = experts_and_inputs(dense)
+    values: list[list[float]] = [[] for _ in range(8)]
+    for token, chosen in enumerate(chosen_TK.tolist()):
+        for slot, expert in enumerate(chosen):
+            gate, up = (experts.gate_up_proj[expert] @ X_TH[token]).chunk(2)
+            out = experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
+            values[expert].append(float(weight_TK[token, slot] * out.norm()))
+    expected = {
+        "reap": [sum(x) / max(1, len(x)) for x in values],
+        "contribution": [sum(x) / sum(map(sum, values)) for x in values],
     }
-    expected = masked_logits(monkeypatch, model, ids, gone)
-    with torch.no_grad():
-        found = loaded(tmp_path / "small")(ids, use_cache=False).logits
-    close = 1e-5 * float(before.abs().max())
-    assert float((found - expected).abs().max()) <= close
-    assert float((found - before).abs().max()) > 100 * close
+    for rule, saliency in expected.items():
+        options = {"experts": 5, "saliency": rule, "calibration": IDS, "batch": 2}
+        change = shrink(dense, tmp_path / rule, **options).blocks[0].experts
+        assert change.saliency == pytest.approx(saliency, rel=1e-4)
+        assert change.tokens == [len(x) for x in values]
+        assert change.kept == sorted(sorted(range(8), key=saliency.__getitem__)[3:])
 
 
 def test_the_columns_of_an_expert_are_fitted_to_its_own_tokens(tmp_path):
-    dense, ids = tiny_checkpoint(tmp_path / "dense", "qwen3_moe", num_hidden_layers=1), token_ids()
-    record = shrink(dense, tmp_path / "small", width=0.5, heads=4, calibration=ids, batch=2)
-    old, new = loaded(dense), loaded(tmp_path / "small")
-    experts, calls = old.model.layers[0].mlp.experts, []
-    experts.register_forward_pre_hook(lambda _m, args: calls.append(args))
-    with torch.no_grad():
-        old(ids, use_cache=False)
-    ((X_TH, chosen_TK, _),) = calls
+    dense = tiny_checkpoint(tmp_path / "dense", "qwen3_moe", num_hidden_layers=1)
+    record = shrink(dense, tmp_path / "small", width=0.5, heads=4, calibration=IDS, batch=2)
+    experts, (X_TH, chosen_TK, _) = experts_and_inputs(dense)
+    new = loaded(tmp_path / "small").model.layers[0].mlp.experts
     for number in range(8):
         mine_TH = X_TH[(chosen_TK == number).any(1)]
         gate, up = (mine_TH @ experts.gate_up_proj[number].T).chunk(2, dim=-1)
-        X_TI = (torch.nn.functional.silu(gate) * up).double().detach()
+        X_TI = (torch.nn.functional.silu(gate) * up).double()
         kept = record.blocks[0].width.mlps[f"mlp.experts.{number}.down_proj"].kept
         gram = X_TI.T @ X_TI
         gram += ridge(16, len(X_TI)) * gram.diagonal().diag()
         weight = experts.down_proj[number].double()
         expected = (weight @ gram[:, kept]) @ torch.linalg.inv(gram[kept][:, kept])
-        fitted = new.model.layers[0].mlp.experts.down_proj[number].double()
-        torch.testing.assert_close(fitted, expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(new.down_proj[number].double(), expected, rtol=1e-3, atol=1e-5)

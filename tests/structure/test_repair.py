@@ -1,4 +1,4 @@
-"""Repair: the blocks that are left learn what the dense model computes."""
+"""Repair: the remaining blocks learn to compute what the dense model computes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from prunus.structure import run
 from prunus.structure.run import shrink
-from structure_cases import bytes_of, shrunk_with_a_kill
+from structure_cases import bytes_of, divergence, loaded, shrunk_with_a_kill, stored
 from tiny import tiny_checkpoint, token_ids
 
 #: What goes, per family: blocks, width, experts and two at once.
@@ -29,17 +26,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def stored(folder: Path) -> dict[str, Tensor]:
-    paths = sorted(folder.glob("*.safetensors"))
-    return {key: x for path in paths for key, x in load_file(path).items()}
-
-
-def logits(folder: Path, ids: Tensor) -> Tensor:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        return model.eval()(ids, use_cache=False).logits.double().log_softmax(-1)
-
-
 def dense_checkpoint(folder: Path, family: str) -> Path:
     # The other two have a list with an entry per block.
     options: dict[str, Any] = {} if family in ("gemma2", "gpt_oss") else {"num_hidden_layers": 3}
@@ -53,10 +39,8 @@ def test_repair_brings_the_smaller_model_nearer_to_the_dense_one(family, tmp_pat
     common: dict[str, Any] = {"calibration": ids, "dtype": "float32", **CASES[family]}
     shrink(dense, tmp_path / "plain", repair=False, **common)
     record = shrink(dense, tmp_path / "repaired", **common)
-    logp = logits(dense, ids)
     plain, repaired = (
-        float((logp.exp() * (logp - logits(tmp_path / name, ids))).sum(-1).mean())
-        for name in ("plain", "repaired")
+        divergence(loaded(dense), loaded(tmp_path / name), ids) for name in ("plain", "repaired")
     )
     assert repaired < 0.99 * plain
     repairs = [block.repair for block in record.blocks if block.repair is not None]
@@ -83,42 +67,24 @@ def test_blocks_are_trained_from_the_first_change_on_and_towards_the_state_behin
     record = shrink(dense, tmp_path / "small", **common)
     assert [block.repair is not None for block in record.blocks] == [False, True, True]
     with torch.no_grad():
-        model: Any = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
-        states = model.model(ids, output_hidden_states=True, use_cache=False).hidden_states
+        states = loaded(dense).model(ids, output_hidden_states=True, use_cache=False).hidden_states
     # The last window validates; block 1 aims at the states in front of block 4.
     found, target = states[2][-1].double(), states[4][-1].double()
     error = (found - target).square().sum(-1) / target.square().sum(-1)
     assert record.blocks[1].repair.error_before == pytest.approx(float(error.mean()), rel=0.02)
 
 
-def test_blocks_that_went_at_the_end_are_made_up_for(tmp_path, monkeypatch):
+def test_a_gap_at_the_end_is_repaired_towards_the_next_tokens(tmp_path, monkeypatch):
     dense, ids = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=4), token_ids(8, 16)
     monkeypatch.setattr(run, "choose_blocks", lambda *_: [0, 1])
     record = shrink(dense, tmp_path / "small", blocks=2, calibration=ids, dtype="float32")
     assert [block.repair is not None for block in record.blocks] == [False, True]
-    logp = logits(dense, ids[-1:])
-    kept: Any = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
-    kept.model.layers = kept.model.layers[:2]
-    with torch.no_grad():
-        logq = kept(ids[-1:], use_cache=False).logits.double().log_softmax(-1)
-    expected = float((logp.exp() * (logp - logq)).sum(-1).mean())
+    expected = divergence(loaded(dense), loaded(dense), ids[-1:], [2, 3])
     assert record.blocks[1].repair.error_before == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [("llama", {"blocks": 3, "width": 0.5}), ("mixtral", {"experts": 3})],
-)
-def test_a_killed_repair_goes_on_to_the_same_bytes(family, options, tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", family, num_hidden_layers=4)
-    common: dict[str, Any] = {"calibration": token_ids(8, 16), "repair": True, **options}
-    shrink(dense, tmp_path / "whole", **common)
-    shrunk_with_a_kill(dense, tmp_path / "killed", 2, **common)
-    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "killed")
-
-
 def test_a_killed_repair_trains_what_follows_a_change_that_was_finished(tmp_path, monkeypatch):
-    """Block 3 lost nothing and stands at no gap: it is trained since block 1 in front of it is."""
+    """Block 3 lost nothing and is at no gap: it is trained because block 1 before it is."""
     dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=6)
     monkeypatch.setattr(run, "choose_blocks", lambda *_: [0, 2, 3, 4, 5])
     common: dict[str, Any] = {"blocks": 5, "calibration": token_ids(8, 16), "repair": True}

@@ -1,22 +1,25 @@
-"""Channels and heads that go: what is cut, what is chosen, and what makes up for it."""
+"""Removed channels and heads: what is cut, what is chosen, and how the rest is fitted."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from prunus.methods.solvers.least_squares import ridge
 from prunus.methods.structured import channels
 from prunus.methods.structured.channels import fit_columns, keep_units
-from structure_cases import bytes_of, logits, shrunk_with_a_kill, zero_what_went
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource
+from prunus.structure.layout_trial import LayoutTrial
+from prunus.structure.spans import Cut, Span
+from structure_cases import assert_same_logits, loaded, logits, take_fitted_columns
 from structure_cases import shrink_without_repair as shrink
 from tiny import tiny_checkpoint, token_ids
 
+IDS = token_ids()
 _NAMES = """
 apertus arcee bamba cohere exaone4 gemma gemma2 gemma3_text gemma4_text glm granite jamba lfm2 llama
 ministral3 mistral nemotron olmo phi phi3 qwen2 qwen3 qwen3_5_text seed_oss smollm3 starcoder2
@@ -27,31 +30,23 @@ FAMILIES = {name: {"width": 0.5} for name in _NAMES.split()}
 FAMILIES |= {name: {"width": 0.5, "heads": 4} for name in _CHANNELS_ALONE.split()}
 
 
-def loaded(folder: Path) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval().requires_grad_(False)
-
-
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_without_a_fit_the_result_is_the_old_model_with_zeros_for_what_went(family, tmp_path):
-    dense, ids = tiny_checkpoint(tmp_path / "dense", family), token_ids()
-    options = {**FAMILIES[family], "calibration": ids, "batch": 2}
-    record = shrink(dense, tmp_path / "small", width_update="none", **options)
+def test_the_result_is_the_old_model_with_fitted_columns_and_zeros_for_the_others(family, tmp_path):
+    dense = tiny_checkpoint(tmp_path / "dense", family)
+    record = shrink(dense, tmp_path / "small", calibration=IDS, batch=2, **FAMILIES[family])
     model, small = loaded(dense), loaded(tmp_path / "small")
-    before = logits(model, ids)
-    assert zero_what_went(model, record) >= 2
-    expected = logits(model, ids)
-    assert float((logits(small, ids) - expected).abs().max()) <= 1e-5 * float(before.abs().max())
-    assert float((expected - before).abs().max()) > 1e-4 * float(before.abs().max())
-    small.generate(ids[:1, :4], max_new_tokens=2, do_sample=False)
+    before = logits(model, IDS)
+    assert take_fitted_columns(model, small, record) >= 2
+    assert_same_logits(logits(small, IDS), logits(model, IDS), before)
+    small.generate(IDS[:1, :4], max_new_tokens=2, do_sample=False)
 
 
-def inputs_of(model: Any, name: str, ids: Tensor) -> Tensor:
+def inputs_of(model: Any, name: str) -> Tensor:
     seen: list[Tensor] = []
     handle = model.get_submodule(name).register_forward_pre_hook(
         lambda _m, args: seen.append(args[0])
     )
-    logits(model, ids)
+    logits(model, IDS)
     handle.remove()
     return seen[0].reshape(-1, seen[0].shape[-1]).double()
 
@@ -74,10 +69,10 @@ def test_a_data_limited_linear_gets_the_same_channels_and_fit_in_float32(monkeyp
 @pytest.mark.parametrize("family", ["llama", "starcoder2"])
 def test_the_columns_that_stay_are_the_least_squares_fit(family, tmp_path):
     """Against ordinary least squares with a ridge, with a column of ones where there is a bias."""
-    dense, ids = tiny_checkpoint(tmp_path / "dense", family), token_ids()
-    record = shrink(dense, tmp_path / "small", heads=2, calibration=ids)
+    dense = tiny_checkpoint(tmp_path / "dense", family)
+    record = shrink(dense, tmp_path / "small", heads=2, calibration=IDS)
     name = "model.layers.0.self_attn.o_proj"
-    X_TI = inputs_of(loaded(dense), name, ids)
+    X_TI = inputs_of(loaded(dense), name)
     old, new = loaded(dense).get_submodule(name), loaded(tmp_path / "small").get_submodule(name)
     part = record.blocks[0].width.heads
     columns = [8 * head + i for head in part.kept for i in range(8)]
@@ -87,23 +82,21 @@ def test_the_columns_that_stay_are_the_least_squares_fit(family, tmp_path):
         weight = torch.cat([weight, old.bias.double()[:, None]], 1)
         columns = [*columns, 32]
     gram = X_TI.T @ X_TI
-    # The ridge pulls towards the trained weights, so it stands beside both sides.
+    # The ridge pulls towards the trained weights, so it is on both sides of the equation.
     damped = gram + ridge(32, len(X_TI)) * gram.diagonal().diag()
     expected = (weight @ damped[:, columns]) @ torch.linalg.inv(damped[columns][:, columns])
     found = new.weight if old.bias is None else torch.cat([new.weight, new.bias[:, None]], 1)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
     outputs = X_TI @ weight.T
-    plain = torch.zeros_like(weight)
-    plain[:, columns] = weight[:, columns]
-    fitted = torch.zeros_like(weight)
-    fitted[:, columns] = expected
+    plain, fitted = torch.zeros_like(weight), torch.zeros_like(weight)
+    plain[:, columns], fitted[:, columns] = weight[:, columns], expected
     for changed, error in ((fitted, part.error), (plain, part.error_before_fit)):
         lost = (X_TI @ changed.T - outputs).square().sum() / outputs.square().sum()
         assert error == pytest.approx(float(lost), rel=1e-3)
     assert part.error < part.error_before_fit
 
 
-def test_units_go_greedily_by_what_the_others_cannot_make_up_for():
+def test_the_units_that_the_others_reproduce_best_are_removed_one_by_one():
     generator = torch.Generator().manual_seed(0)
     X_TI = torch.randn(50, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
     weight, gram = torch.randn(5, 12, generator=generator), X_TI.T @ X_TI
@@ -118,13 +111,6 @@ def test_units_go_greedily_by_what_the_others_cannot_make_up_for():
     while len(left) > 3:
         left.remove(min(left, key=lambda u: error([x for x in left if x != u])))
     assert keep_units(weight, gram, 6, 2, 3, 0.1).units == left
-    power = (weight.square().sum(0) * gram.diagonal()).reshape(6, 2).sum(1)
-    wanda = keep_units(weight, gram, 6, 2, 3, 0.1, "wanda").units
-    assert wanda == sorted(power.argsort(descending=True)[:3].tolist())
-    size = weight.square().sum(0).reshape(6, 2).sum(1)
-    written = torch.tensor([9.0, 0, 0, 0, 0, 9.0])
-    by_size = keep_units(weight, gram, 6, 2, 3, 0.1, "magnitude", written_U=written).units
-    assert by_size == sorted((size + written).argsort(descending=True)[:3].tolist())
     halves = keep_units(weight, gram, 6, 2, 4, 0.1, groups=2).units
     assert [sum(u < 3 for u in halves), sum(u >= 3 for u in halves)] == [2, 2]
 
@@ -134,47 +120,49 @@ def test_units_go_greedily_by_what_the_others_cannot_make_up_for():
 )
 def test_heads_and_groups_that_are_asked_for(heads, groups, config, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "qwen2")
-    record = shrink(
-        dense, tmp_path / "small", heads=heads, kv_heads=groups, calibration=token_ids()
-    )
+    record = shrink(dense, tmp_path / "small", heads=heads, kv_heads=groups, calibration=IDS)
     small = loaded(tmp_path / "small").config
-    assert (small.num_attention_heads, small.num_key_value_heads) == config
-    assert small.head_dim == 8
+    assert (small.num_attention_heads, small.num_key_value_heads, small.head_dim) == (*config, 8)
     kept = record.blocks[0].width.heads.kept
     of_group = [sum(head // 2 == group for head in kept) for group in range(2)]
     assert sorted(of_group) == ([1, 1] if config == (2, 2) else [0, 2])
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", num_hidden_layers=3)
-    options: dict[str, Any] = {"width": 0.25, "blocks": 2, "calibration": token_ids(), "batch": 2}
-    shrink(dense, tmp_path / "whole", **options)
-    shrunk_with_a_kill(dense, tmp_path / "killed", 1, **options)
-    assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "killed")
+CHANNELS, HEADS, GROUPS = Span("channels", 64, 1), Span("heads", 4, 8), Span("groups", 2, 8)
+_MLP, _PHI3, _GPT2 = "mlp.down_proj", "self_attn.o_proj", "attn.c_proj"
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "kind", "said"),
+    ("family", "reader", "name", "axis", "right", "wrong"),
     [
-        ("llama", {"heads": 3}, ValueError, "Possible are .*: 4 with 2, 2 with 2, 2 with 1, 1"),
-        ("llama", {"kv_heads": 3}, ValueError, "--kv-heads 3 does not fit"),
-        ("llama", {"width": 1.0}, ValueError, r"a share to remove in \(0, 1\); got 1"),
-        ("llama", {"width": 0.001}, ValueError, "less than one step"),
+        ("phi3", _MLP, "mlp.gate_up_proj.weight", 0, [CHANNELS] * 2, [[Span("channels", 64, 2)]]),
         (
-            "olmo2",
-            {"width": 0.5},
-            NotImplementedError,
-            "normalises all heads.*--width 0.5 --heads 4",
+            "phi3",
+            _PHI3,
+            "self_attn.qkv_proj.weight",
+            0,
+            [HEADS, GROUPS, GROUPS],
+            [[GROUPS, GROUPS, HEADS], [Span("heads", 4, 16)]],
         ),
-        ("gpt2", {"width": 0.5}, NotImplementedError, "no width of a head.*--width 0.5 --heads 4"),
-        ("gpt2", {"heads": 2}, NotImplementedError, "fewer heads would be wider ones$"),
-        ("bloom", {"width": 0.5}, NotImplementedError, "no number for the channels of its MLPs"),
-        ("bloom", {"width": 0.5, "heads": 4}, NotImplementedError, "no number for the channels"),
-        ("llama", {"heads": 4}, ValueError, "all of them would stay: give --width as well"),
+        ("gpt2", _GPT2, "attn.c_attn.weight", 1, [HEADS] * 3, [[Span("heads", 4, 24)]]),
+        (
+            "gpt_neox",
+            "attention.dense",
+            "attention.query_key_value.bias",
+            0,
+            [Span("heads", 4, 24)],
+            [[HEADS] * 3],
+        ),
     ],
 )
-def test_what_cannot_be_ends_before_any_work(family, options, kind, said, tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", family)
-    with pytest.raises(kind, match=said):
-        shrink(dense, tmp_path / "small", calibration=token_ids(), **options)
-    assert not (tmp_path / "small").exists()
+def test_the_rows_of_a_joined_linear_are_found_by_running_a_block(
+    family, reader, name, axis, right, wrong, tmp_path
+):
+    source = CheckpointSource(tiny_checkpoint(tmp_path / "dense", family))
+    skeleton = Skeleton(source.config, torch.float32)
+    source.bind(skeleton)
+    trial = LayoutTrial(skeleton, source, torch.device("cpu"))
+    columns = Cut(1, (CHANNELS if reader == _MLP else HEADS,))
+    fitting, *others = (Cut(axis, tuple(spans)) for spans in (right, *wrong))
+    assert trial.choose(1, reader, columns, name, [*others, fitting]) == fitting
+    assert trial.choose(1, reader, columns, name, others) is None

@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from prunus.model.block_lists import find_block_list
 from prunus.model.linears import find_linears
 from prunus.structure.record import StructureRecord
 from prunus.structure.run import shrink
 
-#: Most tests look at what goes, and not at what is trained afterwards.
+#: Most tests look at what is removed, and not at what is trained afterwards.
 shrink_without_repair = functools.partial(shrink, repair=False)
 
 #: Names of the linears that read heads, and of those that read the channels of the only MLP.
@@ -34,46 +36,76 @@ _CHANNEL_READERS = (
 )
 
 
-def zero_what_went(model: Any, record: StructureRecord, heads: int = 4) -> int:
-    """Set the columns to zero that read channels and heads which a record says went.
+def loaded(folder: Path) -> Any:
+    """A language model in float32, as transformers loads it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder under their stored names."""
+    paths = sorted(folder.glob("*.safetensors"))
+    return {key: tensor for path in paths for key, tensor in load_file(path).items()}
+
+
+def take_fitted_columns(model: Any, small: Any, record: StructureRecord, heads: int = 4) -> int:
+    """Give the old model the columns of the smaller one, and zeros for those that were removed.
+
+    Afterwards both compute the same if the smaller one was cut in the right places.
 
     Args:
         model: the old model, as transformers loads it.
-        record: of the run without a fit of the columns that stay.
+        small: the smaller model.
+        record: of the run, which has removed half of the channels and heads.
         heads: query heads of the old model.
 
     Returns:
         How many linears have lost columns.
     """
-    layers, count = find_block_list(model)[1], 0
-    for block in record.blocks:
-        layer = layers[block.made_from]
-        linears = {linear.name: linear.weight_OI for linear in find_linears(layer)}
+    layers, smaller = find_block_list(model)[1], find_block_list(small)[1]
+    count = 0
+    for place, block in enumerate(record.blocks):
+        layer, experts = layers[block.made_from], block.experts and block.experts.kept
+        names = [linear.name for linear in find_linears(layer)]
         parts = [(name, part, None) for name, part in block.width.mlps.items()]
-        for part, readers, units in (
+        for part, ends, units in (
             (block.width.heads, _HEAD_READERS, heads),
             (block.width.channels, _CHANNEL_READERS, None),
         ):
             if part is not None:
-                (name,) = [name for name in linears if name.endswith(readers)]
+                (name,) = [name for name in names if name.endswith(ends)]
                 parts.append((name, part, units))
         for name, part, units in parts:
-            in_experts = re.match(r"(.*experts)\.(\d+)\.", name)
-            if in_experts:
-                # transformers holds all experts in one tensor, with the numbers of the old model.
-                experts: Any = layer.get_submodule(in_experts[1])
-                kept, place = block.experts.kept if block.experts else None, int(in_experts[2])
-                weight_OI = experts.down_proj[place if kept is None else kept[place]]
-                weight_OI = weight_OI.T if experts.is_transposed else weight_OI
-            else:
-                weight_OI = linears[name]
-            units = units or weight_OI.shape[1]
-            mask = torch.zeros(units).index_fill_(0, torch.tensor(part.kept), 1)
-            weight_OI.mul_(mask.repeat_interleave(weight_OI.shape[1] // units))
-            assert part.error == part.error_before_fit
-            assert len(part.kept) == units // 2
+            weight_OI, bias = _reader(layer, name, experts)
+            small_OI, small_bias = _reader(smaller[place], name)
+            width = weight_OI.shape[1] // (units or weight_OI.shape[1])
+            weight_OI.zero_()
+            weight_OI[:, [unit * width + i for unit in part.kept for i in range(width)]] = small_OI
+            if isinstance(bias, Tensor):
+                bias.copy_(small_bias)
+            assert part.error <= part.error_before_fit
+            assert len(part.kept) == (units or weight_OI.shape[1]) // 2
             count += 1
     return count
+
+
+def _reader(layer: Any, name: str, kept: list[int] | None = None) -> tuple[Tensor, Any]:
+    """The weight (O, I) and the bias of a linear, also of one that belongs to an expert.
+
+    Args:
+        layer: a block, as transformers loads it.
+        name: of the linear in the smaller model.
+        kept: the numbers that the experts of the smaller model have in this one.
+    """
+    in_experts = re.match(r"(.*experts)\.(\d+)\.", name)
+    if in_experts is None:
+        (linear,) = [linear for linear in find_linears(layer) if linear.name == name]
+        return linear.weight_OI, linear.module.bias
+    # transformers holds all experts in one tensor.
+    experts, number = layer.get_submodule(in_experts[1]), int(in_experts[2])
+    number = number if kept is None else kept[number]
+    weight, bias = experts.down_proj[number], getattr(experts, "down_proj_bias", None)
+    return weight.T if experts.is_transposed else weight, None if bias is None else bias[number]
 
 
 @contextlib.contextmanager
@@ -97,6 +129,20 @@ def logits(model: Any, ids: Tensor, gone: Collection[int] = ()) -> Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
 
+def assert_same_logits(found: Tensor, expected: Tensor, original: Tensor) -> None:
+    """Check logits against the expected ones, which must differ from those of the old model."""
+    close = 1e-5 * float(original.abs().max())
+    assert float((found - expected).abs().max()) <= close
+    assert float((expected - original).abs().max()) > 10 * close, "what was removed did nothing"
+
+
+def divergence(dense: Any, other: Any, ids: Tensor, gone: Collection[int] = ()) -> float:
+    """The KL divergence of a model without some blocks from the dense one, in nats per token."""
+    logp = logits(dense, ids).double().log_softmax(-1)
+    logq = logits(other, ids, gone).double().log_softmax(-1)
+    return float((logp.exp() * (logp - logq)).sum(-1).mean())
+
+
 def bytes_of(folder: Path) -> dict[str, bytes]:
     """The files of a result that must not depend on how often the run was stopped."""
     names = [*folder.glob("*.safetensors"), folder / "config.json"]
@@ -108,7 +154,7 @@ class Killed(BaseException):
 
 
 def shrunk_with_a_kill(dense: Path, output: Path, after: int, **options: Any) -> None:
-    """Stop a run after some steps, then give the same command again."""
+    """Stop a run after some blocks, then give the same command again."""
     seen: list[Any] = []
     options = {"repair": False, **options}
 

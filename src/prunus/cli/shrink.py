@@ -31,13 +31,12 @@ def shrink(
         ),
     ] = None,
     saliency: Annotated[
-        Literal["reap", "contribution", "frequency", "magnitude", "random"] | None,
+        Literal["reap", "contribution"] | None,
         typer.Option(
             metavar="RULE",
-            help="Which experts go. reap: those whose output, times the router's weight, is "
-            "smallest on average over the tokens that choose them. contribution: the same, summed "
-            "over these tokens. frequency: those that fewest tokens choose. magnitude: those with "
-            "the smallest weights. random: any, by --seed, for comparison. Default: reap.",
+            help="How to choose the experts to remove, by the norm of their outputs times the "
+            "router's weight. reap removes those with the smallest mean over the tokens that "
+            "choose them; contribution, those with the smallest sum. Default: reap.",
         ),
     ] = None,
     blocks: Annotated[
@@ -51,9 +50,9 @@ def shrink(
         Literal["kl", "cosine"] | None,
         typer.Option(
             metavar="RULE",
-            help="Which blocks go. kl: those without which the next tokens change least, measured "
-            "again after each one. cosine: those that turn the hidden states least (ShortGPT). "
-            "Default: kl.",
+            help="How to choose the blocks to remove. kl removes the block whose absence changes "
+            "the next-token distribution least, and measures again after each removal. cosine "
+            "removes those that rotate the hidden states least (ShortGPT). Default: kl.",
         ),
     ] = None,
     width: Annotated[
@@ -79,25 +78,6 @@ def shrink(
             metavar="N",
             rich_help_panel=_WIDTH,
             help="Key-value heads to keep. Default: as --width.",
-        ),
-    ] = None,
-    width_rule: Annotated[
-        Literal["obs", "wanda", "magnitude"] | None,
-        typer.Option(
-            metavar="RULE",
-            rich_help_panel=_WIDTH,
-            help="Which channels and heads go. obs: those whose loss the others can make up for. "
-            "wanda: those of the smallest weights times inputs. magnitude: those of the smallest "
-            "weights. Default: obs.",
-        ),
-    ] = None,
-    width_update: Annotated[
-        Literal["least-squares", "none"] | None,
-        typer.Option(
-            metavar="UPDATE",
-            rich_help_panel=_WIDTH,
-            help="least-squares: the columns that stay make up for those that go. none: they keep "
-            "their weights. Default: least-squares.",
         ),
     ] = None,
     target: Annotated[

@@ -273,6 +273,6 @@ def _check_room(job: StructureJob, probes: Tensor) -> None:
     if needed > measuring.budget:
         raise ValueError(
             f"the candidates of the search for blocks hold {needed / 1e9:.1f} GB of hidden states, "
-            f"the memory budget is {measuring.budget / 1e9:.1f} GB: raise --memory, or give "
-            "--block-rule cosine"
+            f"the memory budget is {measuring.budget / 1e9:.1f} GB: raise memory, or give "
+            "block_rule='cosine'"
         )

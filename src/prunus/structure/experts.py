@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from prunus.methods.structured.experts import ExpertSums, kept_experts, magnitude
+from prunus.methods.structured.experts import ExpertSums, kept_experts
 from prunus.model.experts import Experts
 from prunus.model.stream import Stream
 from prunus.structure.plan import StructureJob
@@ -30,33 +29,16 @@ def choose_experts(
     """
     plan, old = job.experts, job.skeleton
     assert plan is not None
-    found = [(n, m) for n, m in old.blocks[index].named_modules() if isinstance(m, Experts)]
+    found = [module for module in old.blocks[index].modules() if isinstance(module, Experts)]
     if not found:
         return None
-    ((path, experts),) = found
+    (experts,) = found
     sums = ExpertSums(plan.count)
-    if len(stream):
-        block = old.fill(index, stored, stream.device)
-        _run(stream, place, block, experts, sums)
-        old.release(index)
+    block = old.fill(index, stored, stream.device)
+    _run(stream, place, block, experts, sums)
+    old.release(index)
     sums.complete(job.ranks)
-    saliency_E = {
-        "reap": sums.reap_E,
-        "contribution": sums.contribution_E,
-        "frequency": sums.frequency_E,
-    }.get(job.recipe.saliency)
-    if job.recipe.saliency == "random":
-        # Each block draws numbers of its own, whether or not a run was interrupted before it.
-        drawing = torch.Generator().manual_seed(job.recipe.seed * 1_000_003 + index)
-        saliency_E = torch.rand(plan.count, generator=drawing, dtype=torch.float64)
-    if saliency_E is None:
-        saliency_E = torch.tensor(
-            [
-                magnitude(stored[f"{path}.{number}.{leaf}.weight"] for leaf in _leaves(experts))
-                for number in range(plan.count)
-            ],
-            dtype=torch.float64,
-        )
+    saliency_E = sums.reap_E if job.recipe.saliency == "reap" else sums.contribution_E
     return ExpertChange(
         kept=kept_experts(saliency_E, plan.keep, plan.groups),
         saliency=saliency_E.tolist(),
@@ -73,7 +55,3 @@ def _run(stream: Stream, place: int, block: nn.Module, experts: Experts, sums: E
             forward(batch)
     finally:
         experts.on_output = None
-
-
-def _leaves(experts: Experts) -> tuple[str, ...]:
-    return experts.leaves if experts.gated else experts.leaves[1:]

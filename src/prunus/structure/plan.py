@@ -111,8 +111,7 @@ class StructureJob:
     @property
     def measures_blocks(self) -> bool:
         """Whether windows go through the blocks that stay, to choose inside them or to train."""
-        reads_experts = self.experts is not None and self.recipe.experts_are_measured
-        return reads_experts or self.width is not None or self.recipe.repair
+        return self.experts is not None or self.width is not None or self.recipe.repair
 
     def step_ranks(self, batches: Sequence[Tensor]) -> Ranks:
         """The ranks that split the windows of one step of repair.
@@ -295,7 +294,7 @@ def _blocks_that_go(recipe: StructureRecipe, job: PruningJob) -> int:
             f"{recipe.blocks} would keep {keep}" if isinstance(recipe.blocks, float) else f"{keep}"
         )
         raise ValueError(
-            f"--blocks {said} of the {count} blocks of {job.model_name}: possible numbers to keep "
+            f"blocks: {said} of the {count} blocks of {job.model_name}: possible numbers to keep "
             f"are {_ranges(range(1, count))}"
         )
     return count - keep
@@ -332,7 +331,8 @@ def _plan_experts(recipe: StructureRecipe, job: PruningJob) -> ExpertPlan:
     counts = {module.count for found in modules for module in found}
     if not counts:
         raise ValueError(
-            f"{name} is no mixture of experts, so --experts has nothing to remove; leave it out"
+            f"{name} is not a mixture of experts, so there are no experts to remove; leave "
+            "experts out"
         )
     described = expert_count(config)
     if described is None or counts != {described[1]} or max(map(len, modules)) > 1:
@@ -360,7 +360,7 @@ def _plan_experts(recipe: StructureRecipe, job: PruningJob) -> ExpertPlan:
         asked = recipe.experts
         said = f"{asked} would keep {keep}" if isinstance(asked, float) else f"{keep}"
         raise ValueError(
-            f"--experts {said} of the {count} experts in each layer of {name}, and "
+            f"experts: {said} of the {count} experts in each layer of {name}, and "
             f"{' and '.join(reasons)}: possible numbers to keep are {_ranges(possible)}"
         )
     return ExpertPlan(field, count, keep, groups)

@@ -44,7 +44,7 @@ class StructureRecipe(BaseModel):
     experts: Amount | None = Field(
         None, description="The share of the experts of each layer to remove, or a number to keep."
     )
-    saliency: Literal["reap", "contribution", "frequency", "magnitude", "random"] = Field(
+    saliency: Literal["reap", "contribution"] = Field(
         "reap", description="By which number experts are chosen."
     )
     blocks: Amount | None = Field(
@@ -63,13 +63,6 @@ class StructureRecipe(BaseModel):
     )
     kv_heads: int | None = Field(
         None, description="The number of key-value heads to keep. By default it follows from width."
-    )
-    width_rule: Literal["obs", "wanda", "magnitude"] = Field(
-        "obs", description="By which score channels and heads are chosen."
-    )
-    width_update: Literal["least-squares", "none"] = Field(
-        "least-squares",
-        description="Whether the linears that read channels and heads make up for those that go.",
     )
     target: str | None = Field(
         None,
@@ -126,14 +119,14 @@ class StructureRecipe(BaseModel):
         }
         if not shares and self.target is None:
             raise ValueError(
-                "nothing is to be removed: give --experts 0.25, --blocks 0.1, --width 0.25 or "
-                "--target parameters=0.75, for example"
+                "nothing is to be removed: give experts=0.25, blocks=0.1, width=0.25 or "
+                "target='parameters=0.75', for example"
             )
         if self.target is not None:
             parse_target(self.target)
             if shares:
                 raise ValueError(
-                    f"target and {next(iter(shares))} do not go together: the search for a target "
+                    f"target and {next(iter(shares))} exclude each other: the search for a target "
                     "chooses blocks and width itself. Drop one of them"
                 )
         if self.width is not None and not 0 < self.width < 1:
@@ -146,20 +139,14 @@ class StructureRecipe(BaseModel):
         """Whether channels or heads go, or may go."""
         return any(x is not None for x in (self.width, self.heads, self.kv_heads, self.target))
 
-    @property
-    def experts_are_measured(self) -> bool:
-        """Whether experts are chosen by what they do with windows."""
-        return self.saliency in ("reap", "contribution", "frequency")
-
     def measuring(self) -> Recipe:
         """The pruning recipe with the same windows, from which a run takes all its checks."""
         shared = {
             name: getattr(self, name)
             for name in ("calibration", "samples", "seqlen", "seed", "bos", "batch", "dtype")
         }
-        # The method only says which sums over the inputs are kept: none, norms or a Gram matrix.
-        measures = self.blocks is not None or self.experts_are_measured or self.repair
-        method: MethodName = "alps" if self.narrows else "wanda" if measures else "magnitude"
+        # The method only says which sums over the inputs are kept: norms or a Gram matrix.
+        method: MethodName = "alps" if self.narrows else "wanda"
         reconstruct: Literal["all", "none"] = "all" if self.repair else "none"
         return Recipe(method=method, sparsity=0.0, reconstruct=reconstruct, **shared)
 

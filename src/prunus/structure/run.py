@@ -165,8 +165,7 @@ def _shrink(
 ) -> StructureRecord:
     """The run itself, after all checks, while no other run can use the output."""
     measuring, ranks = job.measuring, job.ranks
-    if measuring.needs_inputs:
-        measuring.options.tell(f"drawing calibration windows from {job.recipe.calibration}")
+    measuring.options.tell(f"drawing calibration windows from {job.recipe.calibration}")
     with ranks.fail_together():
         windows = calibration_windows(measuring)
         record = _record(job, windows, earlier, found)

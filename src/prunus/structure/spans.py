@@ -72,22 +72,6 @@ class Cut:
         """The tensor without the units that go."""
         return tensor.index_select(self.axis, torch.tensor(self.entries(kept)))
 
-    def squares(self, tensor: Tensor, kind: UnitKind) -> Tensor | None:
-        """Σ w² over the entries of each unit of one kind, (U,); None if the axis has none.
-
-        >>> Cut(0, (Span("heads", 2, 2),)).squares(torch.ones(4, 3), "heads")
-        tensor([6., 6.])
-        """
-        found, start = None, 0
-        for span in self.spans:
-            length = span.units * span.width
-            if span.kind == kind:
-                part = tensor.narrow(self.axis, start, length).movedim(self.axis, 0)
-                sums = part.float().square().reshape(span.units, -1).sum(1)
-                found = sums if found is None else found + sums
-            start += length
-        return found
-
 
 def possible_spans(
     length: tuple[int, int], units: Mapping[UnitKind, tuple[int, int]], width: int

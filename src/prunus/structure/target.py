@@ -106,7 +106,7 @@ class Target:
         ends = [self.shown(self.reached(size, whole)) for size in (smallest, whole)]
         reason = "already meets it" if self.is_met(whole, whole) else "cannot become so small"
         raise ValueError(
-            f"--target {self.shown(self.value)}: {name} {reason}; possible is anything between "
+            f"target {self.shown(self.value)}: {name} {reason}; possible is anything between "
             f"{ends[0]} and {ends[1]}, which is the model as it is"
         )
 

@@ -83,8 +83,8 @@ def narrow(
     if plan.heads is not None and layout.heads is not None:
         reader = linears[layout.heads.reader]
         (measured,) = _measured(stream, place, block, [reader], job.ranks)
-        kept = _keep_heads(measured, plan.heads, job, layout.heads, stored)
-        change.heads = _fit(job, reader, tensors, measured, kept)
+        kept = _keep_heads(measured, plan.heads, layout.heads.read.width)
+        change.heads = _fit(reader, tensors, measured, kept)
         per_group = plan.heads.heads // plan.heads.groups
         groups = sorted({head // per_group for head in kept.units})
         cuts.append((layout.heads, {"heads": kept.units, "groups": groups}))
@@ -99,10 +99,8 @@ def narrow(
                 1,
                 part.keep,
                 measured.damping,
-                job.recipe.width_rule,
-                written_U=_written(part, stored),
             )
-            change.mlps[part.reader] = _fit(job, reader, tensors, measured, kept)
+            change.mlps[part.reader] = _fit(reader, tensors, measured, kept)
             cuts.append((part, {"channels": kept.units}))
     full.release(index)
     for part, units in cuts:
@@ -165,27 +163,16 @@ def _with_bias(reader: Linear, statistics: InputStatistics) -> _Measured:
     return _Measured(weight_OI, gram_II, ridge(statistics.in_features, statistics.tokens))
 
 
-def _keep_heads(
-    measured: _Measured,
-    plan: HeadPlan,
-    job: StructureJob,
-    layout: PartLayout,
-    stored: Mapping[str, Tensor],
-) -> Kept:
-    """The query heads that stay: whole key-value groups go first, then heads inside groups."""
+def _keep_heads(measured: _Measured, plan: HeadPlan, size: int) -> Kept:
+    """The query heads that stay: whole key-value groups go first, then heads inside groups.
+
+    Args:
+        size: the inputs per head.
+    """
     weight_OI, gram_II, damping = measured.weight_OI, measured.gram_II, measured.damping
-    rule, size = job.recipe.width_rule, layout.read.width
     per_group = plan.heads // plan.groups
-    written_U = _written(layout, stored)
     groups = keep_units(
-        weight_OI,
-        gram_II,
-        plan.groups,
-        per_group * size,
-        plan.keep_groups,
-        damping,
-        rule,
-        written_U=None if written_U is None else written_U.reshape(plan.groups, -1).sum(1),
+        weight_OI, gram_II, plan.groups, per_group * size, plan.keep_groups, damping
     )
     if plan.keep_heads == plan.keep_groups * per_group:
         heads = [group * per_group + i for group in groups.units for i in range(per_group)]
@@ -201,41 +188,20 @@ def _keep_heads(
         size,
         plan.keep_heads,
         damping,
-        rule,
         groups=plan.keep_groups,
-        written_U=None
-        if written_U is None
-        else written_U.reshape(plan.groups, -1)[groups.units].flatten(),
     )
     heads = [groups.units[u // per_group] * per_group + u % per_group for u in left.units]
     return Kept(heads, [groups.columns[column] for column in left.columns])
 
 
-def _written(part: PartLayout, stored: Mapping[str, Tensor]) -> Tensor | None:
-    """Σ w² over the weights that write each unit, (U,); None if none does."""
-    found = None
-    for name, cut in part.cuts.items():
-        rows = cut.squares(stored[name], part.read.kind)
-        if rows is not None and not name.startswith(f"{part.reader}."):
-            found = rows if found is None else found + rows
-    return found
-
-
-def _fit(
-    job: StructureJob,
-    reader: Linear,
-    tensors: dict[str, Tensor],
-    measured: _Measured,
-    kept: Kept,
-) -> PartChange:
+def _fit(reader: Linear, tensors: dict[str, Tensor], measured: _Measured, kept: Kept) -> PartChange:
     """Fit the columns of a reader that stay, in the block and in its tensors."""
     weight_OI, gram_II = measured.weight_OI, measured.gram_II
     inputs = reader.shape[1]
     every = [*kept.columns, *range(inputs, weight_OI.shape[1])]
     plain_OI = torch.zeros_like(weight_OI)
     plain_OI[:, every] = weight_OI[:, every]
-    fits = job.recipe.width_update == "least-squares"
-    fitted_OI = fit_columns(weight_OI, gram_II, every, measured.damping) if fits else plain_OI
+    fitted_OI = fit_columns(weight_OI, gram_II, every, measured.damping)
     new = {f"{reader.name}.weight": fitted_OI[:, :inputs]}
     if reader.transposed:
         new = {name: weight.T for name, weight in new.items()}

@@ -189,13 +189,13 @@ def _plan_heads(recipe: StructureRecipe, config: Any, name: str) -> HeadPlan | N
     ]
     if not wanted:
         asked = [
-            f"--{option} {value}"
-            for option, value in (("heads", recipe.heads), ("kv-heads", recipe.kv_heads))
+            f"{option}={value}"
+            for option, value in (("heads", recipe.heads), ("kv_heads", recipe.kv_heads))
             if value is not None
         ]
         shown = ", ".join(f"{h} with {g}" for h, g in sorted(possible, reverse=True)[:12])
         raise ValueError(
-            f"{' '.join(asked)} does not fit {name}, whose {heads} query heads share {groups} "
+            f"{' with '.join(asked)} does not fit {name}, whose {heads} query heads share {groups} "
             f"key-value heads, each of them {per_group}: every key-value head must keep the same "
             f"number of query heads. Possible are (query heads with key-value heads): {shown}"
         )
@@ -260,7 +260,7 @@ def _without_heads(
             message += ". Its configuration has no number for the channels of its MLPs either"
         return NotImplementedError(message)
     return NotImplementedError(
-        f"{message}. Give --width {recipe.width} --heads {plan.heads.heads}: all heads stay then, "
+        f"{message}. Give width={recipe.width} and heads={plan.heads.heads}: all heads stay then, "
         "and only the MLPs become narrower"
     )
 
@@ -270,12 +270,12 @@ def _nothing_goes(recipe: StructureRecipe, name: str, config: Any) -> Exception:
     if recipe.width is None:
         return ValueError(
             f"{name} has {config.num_attention_heads} query heads, and all of them would stay: "
-            "give --width as well, so that channels of its MLPs go, or a smaller number"
+            "give width as well, so that channels of its MLPs are removed, or a smaller number"
         )
     counts = _channel_counts(recipe, config)
     if counts and all(before == after for _, before, after in counts):
         return ValueError(
-            f"--width {recipe.width} is less than one step of channels and heads of {name}, so "
+            f"width={recipe.width} is less than one step of channels and heads of {name}, so "
             "nothing would go; give a larger share"
         )
     return NotImplementedError(

@@ -21,14 +21,13 @@ Shape suffixes: O outputs, I inputs, U units (runs of equally many columns), S c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from prunus.methods.solvers.least_squares import inner_product, is_data_limited
 
-__all__ = ["Kept", "WidthRule", "fit_columns", "keep_units", "output_power", "with_bias"]
+__all__ = ["Kept", "fit_columns", "keep_units", "output_power", "with_bias"]
 
 #: Rounds in which units go. Within one round scores are not updated.
 _ROUNDS = 16
@@ -45,9 +44,6 @@ class Kept:
 
     units: list[int]
     columns: list[int]
-
-
-WidthRule = Literal["obs", "wanda", "magnitude"]
 
 
 def with_bias(
@@ -96,9 +92,7 @@ def keep_units(
     width: int,
     keep: int,
     damping: float,
-    rule: WidthRule = "obs",
     groups: int = 1,
-    written_U: Tensor | None = None,
 ) -> Kept:
     """Choose the units of columns that stay.
 
@@ -108,38 +102,26 @@ def keep_units(
         units: how many there are. Columns behind the last unit always stay.
         width: columns per unit.
         keep: units that stay.
-        damping: λ, for the rule "obs".
-        rule: "obs", "wanda" (the sum of ‖w‖²‖x‖² over a unit) or "magnitude" (that of ‖w‖²).
+        damping: λ.
         groups: units form this many groups of neighbours, each of which keeps the same number.
-        written_U: what the weights that write each unit add to its magnitude.
 
     >>> weight, gram = torch.tensor([[1.0, 2.0, 0.1, 0.1]]), torch.eye(4)
     >>> keep_units(weight, gram, units=2, width=2, keep=1, damping=0.01).columns
     [0, 1]
     """
-    inputs = len(gram_II)
     per_group, go = units // groups, (units - keep) // groups
     left = torch.ones(units, dtype=torch.bool)
-    if rule == "obs":
-        inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(_damped(gram_II, damping)))
-        changed_OI = weight_OI.to(inverse_II.dtype, copy=True)
-        rounds = min(_ROUNDS, go) if go else 0
-        done = 0
-        for number in range(rounds):
-            now = go * (number + 1) // rounds - done
-            done += now
-            score_U = _obs_scores(changed_OI, inverse_II, units, width, left)
-            gone = _lowest(score_U, now, per_group)
-            left[gone] = False
-            columns = _columns(gone.tolist(), width)
-            _remove(changed_OI, inverse_II, columns)
-    else:
-        power_I = gram_II.diagonal() if rule == "wanda" else torch.ones(inputs)
-        score_I = (weight_OI.float().square().sum(0) * power_I)[: units * width]
-        score_U = score_I.reshape(units, width).sum(1).double()
-        if rule == "magnitude" and written_U is not None:
-            score_U = score_U + written_U.double()
-        left[_lowest(score_U, go, per_group)] = False
+    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(_damped(gram_II, damping)))
+    changed_OI = weight_OI.to(inverse_II.dtype, copy=True)
+    rounds = min(_ROUNDS, go)
+    done = 0
+    for number in range(rounds):
+        now = go * (number + 1) // rounds - done
+        done += now
+        score_U = _scores(changed_OI, inverse_II, units, width, left)
+        gone = _lowest(score_U, now, per_group)
+        left[gone] = False
+        _remove(changed_OI, inverse_II, _columns(gone.tolist(), width))
     kept = left.nonzero().flatten().tolist()
     return Kept(kept, _columns(kept, width))
 
@@ -155,9 +137,7 @@ def _lowest(score_U: Tensor, count: int, per_group: int) -> Tensor:
     return (chosen + torch.arange(len(by_group))[:, None] * per_group).flatten()
 
 
-def _obs_scores(
-    weight_OI: Tensor, inverse_II: Tensor, units: int, width: int, left: Tensor
-) -> Tensor:
+def _scores(weight_OI: Tensor, inverse_II: Tensor, units: int, width: int, left: Tensor) -> Tensor:
     """tr W_S (C_SS)⁻¹ W_Sᵀ of every unit that is left, infinity for the others."""
     end = units * width
     if width == 1:

@@ -15,14 +15,12 @@ Shape suffixes: E experts, T tokens that chose one expert, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from prunus.distributed import Ranks
 
-__all__ = ["ExpertSums", "kept_experts", "magnitude"]
+__all__ = ["ExpertSums", "kept_experts"]
 
 
 class ExpertSums:
@@ -74,20 +72,6 @@ class ExpertSums:
         """The share of each expert in the sum of all contributions, float64 (E,)."""
         total = self._weighted_E.sum()
         return self._weighted_E / total if total > 0 else self._weighted_E
-
-    @property
-    def frequency_E(self) -> Tensor:
-        """The share of all choices that fell on each expert, float64 (E,)."""
-        return self.tokens_E.double() / self.tokens_E.sum().clamp(min=1)
-
-
-def magnitude(weights: Iterable[Tensor]) -> float:
-    """The Frobenius norm of all matrices of one expert.
-
-    >>> magnitude([torch.tensor([[3.0]]), torch.tensor([[0.0, 4.0]])])
-    5.0
-    """
-    return sum(float(weight.float().square().sum()) for weight in weights) ** 0.5
 
 
 def kept_experts(saliency_E: Tensor, keep: int, groups: int = 1) -> list[int]:
