@@ -41,11 +41,11 @@ from prunus.model.source import CheckpointSource
 from prunus.packed import to_semi_structured
 from prunus.pruning import run
 from prunus.pruning.block import prune_block
-from prunus.pruning.job import PruningJob, RunOptions
+from prunus.pruning.job import PruningJob
 from prunus.pruning.output import CheckpointOutput
-from prunus.pruning.plan import plan_run
-from prunus.pruning.plan_summary import describe_plan
+from prunus.pruning.plan import describe_plan, plan_run
 from prunus.pruning.recipe import Recipe
+from prunus.runs.options import RunOptions
 
 BLOCKS = 2
 # Name -> width, width inside the MLP, heads of keys and values.

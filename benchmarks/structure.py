@@ -55,8 +55,8 @@ from prunus.evaluation import Reference
 from prunus.evaluation.speed import bench
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import read_json, write_json
-from prunus.pruning.calibration_windows import describe_given
-from prunus.pruning.job import RunOptions
+from prunus.runs.options import RunOptions
+from prunus.runs.windows import describe_given
 from prunus.structure.plan import StructureJob, plan_structure
 from prunus.structure.recipe import load_structure_recipe
 from prunus.structure.record import StructureRecord

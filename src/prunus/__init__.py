@@ -23,13 +23,16 @@ from typing import TYPE_CHECKING, Any
 from prunus.packed.register import register
 
 if TYPE_CHECKING:
+    from prunus.compression.recipe import CompressionRecipe
+    from prunus.compression.record import CompressionRecord
+    from prunus.compression.run import compress
     from prunus.evaluation import PerplexityResult, TaskResults, compare, evaluate, perplexity
     from prunus.evaluation.inspection import Inspection, inspect
     from prunus.model.load import LoadedModel, load
     from prunus.packed.packing import pack, unpack
     from prunus.pruning.manifest import Manifest
     from prunus.pruning.recipe import Recipe
-    from prunus.pruning.run import compress, prune
+    from prunus.pruning.run import prune
     from prunus.recovery import RecoveryRecord, prune_and_recover, recover
     from prunus.reporting.write import report
     from prunus.structure.recipe import StructureRecipe
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "CompressionRecipe",
+    "CompressionRecord",
     "Inspection",
     "LoadedModel",
     "Manifest",
@@ -70,6 +75,8 @@ __all__ = [
 # import, and `prunus --help` needs neither. No module of the package may have a public name's own
 # name, because importing it would hide that name: hence the rooms `sweeping` and `reporting`.
 _HOMES = {
+    "CompressionRecipe": "prunus.compression.recipe",
+    "CompressionRecord": "prunus.compression.record",
     "Inspection": "prunus.evaluation.inspection",
     "LoadedModel": "prunus.model.load",
     "Manifest": "prunus.pruning.manifest",
@@ -80,7 +87,7 @@ _HOMES = {
     "StructureRecord": "prunus.structure.record",
     "TaskResults": "prunus.evaluation",
     "compare": "prunus.evaluation",
-    "compress": "prunus.pruning.run",
+    "compress": "prunus.compression.run",
     "evaluate": "prunus.evaluation",
     "inspect": "prunus.evaluation.inspection",
     "load": "prunus.model.load",

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import prunus
 from prunus.model.checkpoint.reader import INDEX_NAME
-from prunus.pruning.manifest import MANIFEST_NAME, Manifest
-from prunus.pruning.output import OUTSIDE_SHARD
+from prunus.pruning.manifest import Manifest
+from prunus.runs.record import OUTSIDE_SHARD
 from tiny import tiny_checkpoint, tiny_model, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -489,10 +489,10 @@ def test_output_and_model_overlap(out, overwrite, dense, tmp_path):
 def test_a_damaged_manifest(dense, tmp_path):
     (tmp_path / "out").mkdir()
     for content in ("{", "{}", '{"format": 2}'):
-        (tmp_path / "out" / MANIFEST_NAME).write_text(content)
+        (tmp_path / "out" / Manifest.FILE).write_text(content)
         refused(
             ValueError,
-            rf"{MANIFEST_NAME} is (not valid JSON|damaged or of another)",
+            rf"{Manifest.FILE} is (not valid JSON|damaged or of another)",
             dense,
             tmp_path,
         )
@@ -542,7 +542,7 @@ def spoil(dense: Path, name: str, value: float, everywhere: bool = False) -> Non
 def check_unfinished(out: Path, blocks: int) -> None:
     """Check that the folder holds finished blocks only, and does not pass for a model."""
     shards = [f"block-{index:05d}.safetensors" for index in range(blocks)]
-    assert sorted(path.name for path in out.iterdir()) == [*shards, OUTSIDE_SHARD, MANIFEST_NAME]
+    assert sorted(path.name for path in out.iterdir()) == [*shards, OUTSIDE_SHARD, Manifest.FILE]
     manifest = Manifest.load(out)
     assert (manifest.state, len(manifest.blocks)) == ("running", blocks)
 

@@ -23,7 +23,7 @@ import prunus
 from command_line import call
 from prunus.cli.terminal import user_errors
 from prunus.model.checkpoint.reader import INDEX_NAME
-from prunus.pruning.manifest import MANIFEST_NAME
+from prunus.pruning.manifest import Manifest
 from prunus.reporting.progress import show_pruning
 from prunus.runs.progress import Progress, eta
 from tiny import tiny_checkpoint, token_ids
@@ -79,7 +79,7 @@ def test_prune_writes_the_manifest_as_json(dense, text, tmp_path):
     assert "[1/2] model.layers.0 pruned" in lines[2]
     assert "[2/2] model.layers.1 pruned" in lines[3]
     figures = json.loads(report.read_text())
-    assert figures == json.loads((out / MANIFEST_NAME).read_text())
+    assert figures == json.loads((out / Manifest.FILE).read_text())
     assert figures["state"] == "finished"
     assert figures["totals"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert figures["recipe"]["calibration"] == str(text)
@@ -499,7 +499,7 @@ def test_a_run_continues_after_ctrl_c_to_the_same_bytes(tmp_path, interruptible)
     assert interrupted.returncode == 130, rest
     assert rest.splitlines()[-1].startswith("prunus: stopped; finished work is kept")
     assert "Traceback" not in rest
-    state = json.loads((tmp_path / "out" / MANIFEST_NAME).read_text())
+    state = json.loads((tmp_path / "out" / Manifest.FILE).read_text())
     assert state["state"] == "running"
     assert 1 <= len(state["blocks"]) < blocks
     assert not (tmp_path / "out" / INDEX_NAME).exists()

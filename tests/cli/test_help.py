@@ -11,11 +11,11 @@ from typing import get_args
 
 import pytest
 import typer
+from prunus.cli.recipe_options import COMPRESSION, OPTIONS, RECIPE_ONLY
 from typer.main import get_command
 
 from command_line import call
 from prunus.cli import app
-from prunus.cli.recipe_options import COMPRESSION, OPTIONS, RECIPE_ONLY
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.options import MODES, RecoveryOptions
 from prunus.structure.recipe import StructureRecipe

@@ -18,10 +18,10 @@ from prunus.pruning.allocation.sensitivity import (
     pruned_models,
     sensitivity_curves,
 )
-from prunus.pruning.job import RunOptions
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.plan import plan_run
 from prunus.pruning.recipe import Recipe
+from prunus.runs.options import RunOptions
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, tiny_model, token_ids
 

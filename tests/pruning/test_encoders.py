@@ -22,9 +22,9 @@ import prunus
 from command_line import call
 from prunus.model.kinds import CAUSAL, kind_of
 from prunus.model.stubs import BlockStubs
-from prunus.pruning.job import RunOptions
 from prunus.pruning.plan import plan_run
 from prunus.pruning.recipe import Recipe
+from prunus.runs.options import RunOptions
 from reference import prune_as_called
 from tiny import token_ids
 

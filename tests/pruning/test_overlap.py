@@ -9,7 +9,7 @@ import torch
 
 import prunus
 from prunus.pruning.job import PruningJob
-from prunus.pruning.overlap import BackgroundWrites, read_ahead
+from prunus.runs.overlap import BackgroundWrites, read_ahead
 from tiny import tiny_checkpoint, token_ids
 
 

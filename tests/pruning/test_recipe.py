@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from prunus.hardware.sizes import parse_bytes
 from prunus.pruning.presets import PRESETS
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.recipe_file import load_recipe
 
 # Any text that UTF-8 can hold: names of files and of linears may be anything.
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
@@ -64,7 +63,7 @@ RECIPES = st.builds(
 def test_every_recipe_survives_a_round_trip_through_toml(recipe, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "recipe.toml"
     path.write_text(recipe.to_toml(), encoding="utf-8")
-    assert load_recipe(path, {}) == recipe
+    assert Recipe.read(path, {}) == recipe
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
@@ -75,7 +74,7 @@ def test_toml_holds_every_option_that_has_a_value(recipe):
 
 
 def test_the_defaults_are_those_of_the_paper():
-    recipe = load_recipe(None, {})
+    recipe = Recipe.read(None, {})
     assert (recipe.method, recipe.sparsity, recipe.n_of_m) == ("wanda", 0.5, None)
     assert (recipe.calibration, recipe.samples, recipe.seqlen, recipe.seed) == ("c4", 128, 2048, 0)
 
@@ -83,7 +82,7 @@ def test_the_defaults_are_those_of_the_paper():
 def test_overrides_win_and_none_does_not_override(tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text('method = "sparsegpt"\nsparsity = 0.3\nignore = ["*.q_proj"]\n')
-    recipe = load_recipe(path, {"sparsity": 0.4, "method": None, "only": ("*.mlp.*",)})
+    recipe = Recipe.read(path, {"sparsity": 0.4, "method": None, "only": ("*.mlp.*",)})
     assert (recipe.method, recipe.sparsity) == ("sparsegpt", 0.4)
     assert (recipe.only, recipe.ignore) == (("*.mlp.*",), ("*.q_proj",))
 
@@ -137,16 +136,16 @@ def test_bad_recipe_files(content, message, tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        load_recipe(path, {})
+        Recipe.read(path, {})
     assert path.read_text() == content
 
 
 def test_a_recipe_file_that_is_missing_or_not_text(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no recipe file .*gone\.toml"):
-        load_recipe(tmp_path / "gone.toml", {})
+        Recipe.read(tmp_path / "gone.toml", {})
     (tmp_path / "latin.toml").write_bytes(b'calibration = "\xe9"')
     with pytest.raises(ValueError, match=r"latin\.toml is not valid TOML"):
-        load_recipe(tmp_path / "latin.toml", {})
+        Recipe.read(tmp_path / "latin.toml", {})
 
 
 NAMES = [
@@ -271,6 +270,6 @@ def test_explicit_options_override_a_preset(tmp_path):
         0.5,
     )
     (tmp_path / "recipe.toml").write_text(chosen.to_toml(), encoding="utf-8")
-    assert load_recipe(tmp_path / "recipe.toml", {}) == chosen
+    assert Recipe.read(tmp_path / "recipe.toml", {}) == chosen
     with pytest.raises(ValueError, match="choose one of fast, balanced, best"):
-        load_recipe(None, {"preset": "fastest"})
+        Recipe.read(None, {"preset": "fastest"})

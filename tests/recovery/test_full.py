@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from prunus.structure.record import RECORD_NAME
+from prunus.structure.record import StructureRecord
 from prunus.structure.run import shrink
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, shards, training_text
 from tiny import token_ids
@@ -33,7 +33,7 @@ def test_a_smaller_model_learns_from_the_dense_one(tmp_path):
     assert all(not torch.equal(x, old[name]) for name, x in model.state_dict().items())
     assert model.config.num_attention_heads == 2
     assert "Trained: all its weights" in (tmp_path / "out" / "README.md").read_text()
-    kept = json.loads((tmp_path / "out" / RECORD_NAME).read_text())
+    kept = json.loads((tmp_path / "out" / StructureRecord.FILE).read_text())
     assert kept["config"]["num_hidden_layers"] == [2, 1]
 
 

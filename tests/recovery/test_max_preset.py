@@ -12,7 +12,7 @@ import prunus
 from command_line import call
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.loading import load_model
-from prunus.pruning.manifest import MANIFEST_NAME
+from prunus.pruning.manifest import Manifest
 from prunus.recovery.max_preset import pruned_folder, training_options
 from prunus.recovery.record import RECORD_NAME
 from rank_cases import tensors
@@ -49,7 +49,7 @@ def finished(dense, text):
 def test_the_result_is_pruned_checkpoint_with_its_zeros_and_both_records(finished, dense):
     out, manifest, record = finished
     assert manifest.recipe.preset == "best"
-    assert json.loads((out / MANIFEST_NAME).read_text()) == manifest.model_dump(mode="json")
+    assert json.loads((out / Manifest.FILE).read_text()) == manifest.model_dump(mode="json")
     assert json.loads((out / RECORD_NAME).read_text()) == record.model_dump(mode="json")
     assert not pruned_folder(out).exists()
     state = load_model(out, torch.float32).state_dict()
@@ -175,7 +175,7 @@ def test_the_command_line_shows_both_phases(dense, text, tmp_path):
     assert "the result" in shown and "compared weight by weight" in shown and "alps" in shown
     assert "held-out perplexity" in result.stderr and "pruned in" in result.stderr
     written = json.loads(figures.read_text())
-    assert written["pruning"] == json.loads((out / MANIFEST_NAME).read_text())
+    assert written["pruning"] == json.loads((out / Manifest.FILE).read_text())
     assert written["recovery"] == json.loads((out / RECORD_NAME).read_text())
     assert (out / INDEX_NAME).exists()
     assert "nothing was done now" in call(*arguments).stderr

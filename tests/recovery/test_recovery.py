@@ -16,7 +16,7 @@ from prunus.calibration.training_text import training_text as windows
 from prunus.evaluation.inspection import inspect
 from prunus.model.adapter import add_lora
 from prunus.model.loading import load_model
-from prunus.pruning.manifest import MANIFEST_NAME
+from prunus.pruning.manifest import Manifest
 from prunus.recovery import training
 from prunus.recovery.masks import pruned_linears
 from prunus.recovery.record import RECORD_NAME
@@ -141,7 +141,7 @@ def test_without_a_manifest_linears_with_many_zeros_count_as_pruned(pruned, text
         dense_one[0, 0] = 0
     model.save_pretrained(tmp_path / "other")
     byte_tokenizer().save_pretrained(tmp_path / "other")
-    assert not (tmp_path / "other" / MANIFEST_NAME).exists()
+    assert not (tmp_path / "other" / Manifest.FILE).exists()
     record = recover(tmp_path / "other", tmp_path / "out", "masked", text)
     assert "model.layers.0.mlp.up_proj" not in record.linears
     assert len(record.linears) == len(inspect(pruned).linears) - 1

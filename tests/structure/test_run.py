@@ -12,7 +12,7 @@ from command_line import call
 from devices import PRETEND, assert_same_weights
 from prunus.model.checkpoint.digests import verify_shards
 from prunus.structure.recipe import StructureRecipe, load_structure_recipe
-from prunus.structure.record import RECORD_NAME
+from prunus.structure.record import StructureRecord
 from structure_cases import bytes_of, loaded, shrunk_with_a_kill
 from structure_cases import shrink_without_repair as shrink
 from tiny import tiny_checkpoint, token_ids
@@ -36,9 +36,9 @@ def test_a_killed_run_continues_to_the_same_bytes(case, tmp_path):
     shrunk_with_a_kill(dense, tmp_path / "killed", after, **options)
     assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "killed")
     verify_shards(tmp_path / "killed")
-    before = (tmp_path / "killed" / RECORD_NAME).read_bytes()
+    before = (tmp_path / "killed" / StructureRecord.FILE).read_bytes()
     shrink(dense, tmp_path / "killed", **options)
-    assert (tmp_path / "killed" / RECORD_NAME).read_bytes() == before
+    assert (tmp_path / "killed" / StructureRecord.FILE).read_bytes() == before
 
 
 def test_a_smaller_model_is_made_smaller_and_pruned_like_any_other(tmp_path):

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from prunus.pruning.calibration_windows import describe_given
-from prunus.pruning.job import RunOptions
+from prunus.runs.options import RunOptions
+from prunus.runs.windows import describe_given
 from prunus.structure import target_search
 from prunus.structure.recipe import load_structure_recipe
 from prunus.structure.record import StructureRecord, TargetModel

@@ -28,7 +28,7 @@ from prunus.hardware.sizes import parse_bytes
 from prunus.model import chat_template
 from prunus.model.adapter import CONFIG_NAME, WEIGHTS_NAME, check_adapter
 from prunus.model.tokenizer import load_tokenizer
-from prunus.pruning.recipe_file import load_recipe
+from prunus.pruning.recipe import Recipe
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.record import Evaluation
 from prunus.reporting.page import document_json
@@ -291,7 +291,7 @@ def _toml(folder: Path, change: Callable[..., bytes]) -> tuple[Any, Any, Any]:
 
     def work(case: Path) -> None:
         load_sweep(case / "model" / "sweep.toml")
-        load_recipe(case / "model" / "recipe.toml", {})
+        Recipe.read(case / "model" / "recipe.toml", {})
 
     return folder, damage, work
 

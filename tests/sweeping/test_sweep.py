@@ -21,10 +21,10 @@ from prunus.calibration import load_windows
 from prunus.evaluation import Reference
 from prunus.evaluation.size import stored_size
 from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
-from prunus.pruning.job import RunOptions
-from prunus.pruning.manifest import MANIFEST_NAME, Manifest
+from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.sweep_tables import sweep_section
+from prunus.runs.options import RunOptions
 from prunus.sweeping import Scoring, Sweep, check_sweep, load_sweep, run_sweep
 from prunus.sweeping import cells as sweep_cells
 from prunus.sweeping.results import (
@@ -389,7 +389,7 @@ def test_windows_are_drawn_once_and_shared(swept):
 
 def test_weights_of_finished_cells_are_deleted_unless_they_are_kept(dense, swept, tmp_path):
     assert not list(swept.glob("cells/*/model"))
-    assert len(list(swept.glob(f"cells/*/{MANIFEST_NAME}"))) == 4
+    assert len(list(swept.glob(f"cells/*/{Manifest.FILE}"))) == 4
     run_sweep(sweep_of(dense, {"method": "wanda"}, keep_checkpoints=True), tmp_path / "out")
     kept = weights(tmp_path / "out" / "cells" / "dense-wanda-0.5" / "model")
     assert (kept["model.layers.0.mlp.up_proj.weight"] == 0).float().mean() == 0.5

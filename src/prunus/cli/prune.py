@@ -2,61 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from prunus.cli import arguments as arg
-from prunus.cli.recipe_options import COMPRESSION, RecipeFile, chosen_recipe, takes_recipe
+from prunus.cli.flags import RecipeFile, with_flags
 from prunus.cli.terminal import Counted, print_result, progress_console, user_errors
+from prunus.compression.recipe import CompressionRecipe
+from prunus.pruning.recipe import Recipe
+from prunus.runs.options import RunOptions
 
 __all__ = ["compress", "plan", "prune"]
 
 _MAX_PRESET = "Preset max"
 
 
-_Resume = Annotated[
-    bool | None,
-    typer.Option(
-        "--resume/--no-resume",
-        help="Insist on resuming an unfinished run, or refuse to. Default: resume if the "
-        "options are the same.",
-    ),
-]
-
-
-@takes_recipe(without=COMPRESSION)
+@with_flags(Recipe, RunOptions)
 def prune(
     model: arg.Model,
     output: Annotated[
         Path, typer.Argument(metavar="OUT", help="Folder for the pruned checkpoint.")
     ],
     *,
-    data_dir: arg.DataDir = None,
-    device: arg.Device = "auto",
-    memory: arg.Memory = None,
-    overwrite: arg.Overwrite = False,
-    resume: _Resume = None,
-    json_file: arg.Json = None,
     minutes: Annotated[
         float | None,
         typer.Option(
             rich_help_panel=_MAX_PRESET,
-            help="Minutes of training after pruning. Default: 20.",
+            help="Train for this number of minutes after pruning. Default: 20.",
         ),
     ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(
             rich_help_panel=_MAX_PRESET,
-            help="Tokens of training after pruning, in place of --minutes.",
+            help="Train on this number of tokens after pruning, in place of --minutes.",
         ),
     ] = None,
+    json_file: arg.Json = None,
     recipe: RecipeFile = None,
-    trust_remote_code: arg.Trust = False,
-    rank_timeout: arg.RankTimeout = None,
     **options: Any,
 ) -> None:
     """Prune MODEL block by block and write the result to OUT.
@@ -65,57 +50,55 @@ def prune(
     (torchrun --nproc-per-node 8 -m prunus prune …) several processes share the work.
     """
     with user_errors(json_file):
-        trains = _takes_max(options)
+        work, given = RunOptions.pick(options)
+        trains = _takes_max(given)
         if not trains and (minutes is not None or tokens is not None):
             raise ValueError(
                 "--minutes and --tokens are the budget of --preset max, which trains after "
                 "pruning: add it, or drop them"
             )
-        chosen = chosen_recipe(recipe, options)
-        if chosen.bits is not None:
-            raise ValueError(
-                f"the recipe has bits = {chosen.bits:g}, which makes a compressed checkpoint: use "
-                "prunus compress, or take bits out of the recipe"
-            )
-        how = _run_options(device, memory, data_dir, trust_remote_code, rank_timeout)
+        chosen = Recipe.read(recipe, given)
         if trains:
             budget = {"minutes": minutes, "tokens": tokens}
-            _prune_and_recover(model, output, chosen, how, budget, overwrite, resume, json_file)
-        else:
-            _carry_out(model, output, chosen, how, overwrite, resume, json_file)
+            _prune_and_recover(model, output, chosen, _how(work), budget, json_file)
+            return
+        from prunus.pruning.run import run
+
+        _carry_out(run, f"{chosen.method} {output}", model, output, chosen, work, json_file)
 
 
-@takes_recipe(without=("preset",))
+@with_flags(CompressionRecipe, RunOptions)
 def compress(
     model: arg.Model,
     output: Annotated[
         Path, typer.Argument(metavar="OUT", help="Folder for the compressed checkpoint.")
     ],
     *,
-    data_dir: arg.DataDir = None,
-    device: arg.Device = "auto",
-    memory: arg.Memory = None,
-    overwrite: arg.Overwrite = False,
-    resume: _Resume = None,
     json_file: arg.Json = None,
     recipe: RecipeFile = None,
-    trust_remote_code: arg.Trust = False,
-    rank_timeout: arg.RankTimeout = None,
     **options: Any,
 ) -> None:
     """Compress MODEL to a number of bits per weight, packed.
 
-    Zeros and levels are chosen together: weights that do not repay their bits become 0, and the
-    bits go to the linears and rows where they lower the loss most. The result loads with plain
+    Zeros and levels are chosen together: weights that do not repay their bits become 0, and linears
+    and rows in which bits lower the loss most get more of them. The result loads with plain
     from_pretrained after `import prunus`. A run that was stopped continues when you give the same
     command again.
     """
     with user_errors(json_file):
-        chosen = chosen_recipe(recipe, options)
-        if chosen.bits is None:
+        from prunus.compression.run import run
+
+        work, given = RunOptions.pick(options)
+        if given["bits"] is None and recipe is None:
             raise ValueError("prunus compress needs a size: give --bits 3, for example")
-        how = _run_options(device, memory, data_dir, trust_remote_code, rank_timeout)
-        _carry_out(model, output, chosen, how, overwrite, resume, json_file)
+        chosen = CompressionRecipe.read(recipe, given)
+        title = f"{chosen.bits:g} bits {output}"
+        _carry_out(run, title, model, output, chosen, work, json_file)
+
+
+def _how(work: dict[str, Any]) -> RunOptions:
+    """The options of a run from the flags that were given."""
+    return RunOptions.read(None, work)
 
 
 def _takes_max(options: dict[str, Any]) -> bool:
@@ -130,43 +113,32 @@ def _takes_max(options: dict[str, Any]) -> bool:
 
 
 def _carry_out(
+    run: Any,
+    title: str,
     model: str,
     output: Path,
     recipe: Any,
-    how: Any,
-    overwrite: bool,
-    resume: bool | None,
+    work: dict[str, Any],
     json_file: Path | None,
 ) -> None:
     """Run a recipe with a progress bar, and print its result."""
-    from prunus.pruning.run import run
     from prunus.reporting.progress import show_pruning
     from prunus.reporting.tables import run_table
 
-    work = recipe.method if recipe.bits is None else f"{recipe.bits:g} bits"
-    with show_pruning(f"{work} {output}", progress_console()) as progress:
+    with show_pruning(title, progress_console()) as progress:
         steps = Counted(progress)
-        manifest = run(
-            model,
-            output,
-            recipe,
-            replace(how, announce=progress),
-            overwrite=overwrite,
-            resume=resume,
-            progress=steps,
-        )
+        how = _how(work | {"announce": progress, "report": steps})
+        record = run(model, output, recipe, how)
     steps.log_if_none(output)
-    print_result(run_table(manifest), json_file, manifest.model_dump(mode="json"))
+    print_result(run_table(record), json_file, record.model_dump(mode="json"))
 
 
 def _prune_and_recover(
     model: str,
     output: Path,
-    recipe: Any,
-    how: Any,
+    recipe: Recipe,
+    how: RunOptions,
     budget: dict[str, Any],
-    overwrite: bool,
-    resume: bool | None,
     json_file: Path | None,
 ) -> None:
     """Carry out preset max with a progress bar for each phase, and print both results."""
@@ -177,9 +149,7 @@ def _prune_and_recover(
     from prunus.reporting.recovery_tables import recovery_table
     from prunus.reporting.tables import run_table
 
-    with max_run(
-        model, output, recipe, how, overwrite=overwrite, resume=resume, **budget
-    ) as checked:
+    with max_run(model, output, recipe, how, **budget) as checked:
         with show_pruning(f"{recipe.method} {output}", progress_console()) as progress:
             manifest = checked.prune(progress, announce=progress)
         with show_recovery(f"training {output}", progress_console()) as progress_of_training:
@@ -193,35 +163,42 @@ def _prune_and_recover(
     print_result(Group(run_table(manifest), recovery_table(record)), json_file, figures)
 
 
-@takes_recipe()
+@with_flags(Recipe, CompressionRecipe, RunOptions, without=("overwrite", "resume", "rank_timeout"))
 def plan(
     model: arg.Model,
     output: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT", help="Where the result would be; checked, not written."),
+        typer.Argument(metavar="OUT", help="Where the result would go; checked, not written."),
     ] = None,
     *,
-    data_dir: arg.DataDir = None,
-    device: arg.Device = "auto",
-    memory: arg.Memory = None,
     json_file: arg.Json = None,
     recipe: RecipeFile = None,
-    trust_remote_code: arg.Trust = False,
     **options: Any,
 ) -> None:
-    """Show what prune or compress would do and cost; write nothing.
+    """Show what prune would do and cost, or compress if --bits is given; write nothing.
 
     Everything that they check before their first block is checked here as well.
     """
     with user_errors(json_file):
-        from prunus.pruning.plan import check_run
-        from prunus.pruning.plan_summary import describe_plan
+        from prunus.compression.job import CompressionJob
+        from prunus.pruning.job import PruningJob
+        from prunus.pruning.plan import describe_plan, plan_run
         from prunus.reporting.tables import plan_table
+        from prunus.runs.folder import find_earlier
+        from prunus.runs.plan import check_room
 
-        trains = _takes_max(options)
-        chosen = chosen_recipe(recipe, options)
-        how = _run_options(device, memory, data_dir, trust_remote_code)
-        described = describe_plan(check_run(model, output, chosen, how).job)
+        work, given = RunOptions.pick(options)
+        trains, how = _takes_max(given), _how(work)
+        compresses = given["bits"] is not None
+        verb = CompressionRecipe if compresses else Recipe
+        chosen = verb.read(recipe, _of(verb, given))
+        kind: type[PruningJob] = CompressionJob if compresses else PruningJob
+        if output is not None:
+            find_earlier(kind.RECORD, output, chosen, how, Path(model))
+        job = plan_run(model, chosen, how, kind)
+        if output is not None:
+            check_room(job, output)
+        described = describe_plan(job)
         if trains:
             from prunus.recovery.max_preset import plan_training
 
@@ -229,20 +206,7 @@ def plan(
         print_result(plan_table(described), json_file, described)
 
 
-def _run_options(
-    device: str,
-    memory: str | None,
-    data_dir: Path | None,
-    trust_remote_code: bool,
-    rank_timeout: float | None = None,
-) -> Any:
-    from prunus.hardware.sizes import parse_bytes
-    from prunus.pruning.job import RunOptions
-
-    return RunOptions(
-        device=device,
-        memory=parse_bytes(memory) if memory is not None else None,
-        data_dir=data_dir,
-        trust_remote_code=trust_remote_code,
-        rank_timeout=rank_timeout,
-    )
+def _of(verb: type[Recipe] | type[CompressionRecipe], given: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, without those of the other verb that were not."""
+    own, others = verb.pick(given)
+    return own | {name: value for name, value in others.items() if value is not None}

@@ -182,9 +182,9 @@ def shrink(
     values: dict[str, Any] = dict(locals())
     with user_errors(json_file):
         from prunus.hardware.sizes import parse_bytes
-        from prunus.pruning.job import RunOptions
         from prunus.reporting.progress import show_pruning
         from prunus.reporting.structure_tables import structure_table
+        from prunus.runs.options import RunOptions
         from prunus.structure.recipe import StructureRecipe, load_structure_recipe
         from prunus.structure.run import shrink_by_recipe
 
@@ -195,7 +195,7 @@ def shrink(
             options = RunOptions(
                 device=device,
                 memory=parse_bytes(memory) if memory is not None else None,
-                data_dir=data_dir,
+                data=data_dir,
                 trust_remote_code=trust_remote_code,
                 announce=progress,
                 rank_timeout=rank_timeout,

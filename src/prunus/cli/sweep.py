@@ -51,17 +51,17 @@ def sweep(
     """
     with user_errors(json_file):
         from prunus.hardware.sizes import parse_bytes
-        from prunus.pruning.job import RunOptions
         from prunus.reporting.document import Document
         from prunus.reporting.plain import to_terminal
         from prunus.reporting.sweep_tables import check_section, sweep_section
+        from prunus.runs.options import RunOptions
         from prunus.sweeping import check_sweep, load_sweep, run_sweep
 
         chosen = load_sweep(file, tuple(models or ()))
         options = RunOptions(
             device=device,
             memory=parse_bytes(memory) if memory is not None else None,
-            data_dir=data_dir,
+            data=data_dir,
             trust_remote_code=trust_remote_code,
             rank_timeout=rank_timeout,
         )

@@ -255,14 +255,15 @@ class CheckpointSource:
         inside = {key for index in range(len(self._blocks)) for key in self.block_keys(index)}
         return sorted(key for key in self.checkpoint.tensors if key not in inside)
 
-    def check_outside_finite(self) -> None:
-        """Check that the tensors outside the blocks, which a run copies, are finite.
+    def outside_digests(self) -> dict[str, str]:
+        """SHA-256 of every tensor outside the blocks, by stored name. A result has copies of them.
 
         Raises:
-            ValueError: names the tensor.
+            ValueError: a tensor is not finite; names it.
         """
+        found = {}
         for key in self.outside_keys():
-            for _, tensor in self.checkpoint.read([key]):
+            for name, tensor in self.checkpoint.read([key]):
                 # Minimum and maximum are NaN if any value is, and need no copy of the tensor.
                 if tensor.is_floating_point() and not all(
                     x.isfinite() for x in torch.aminmax(tensor)
@@ -271,6 +272,8 @@ class CheckpointSource:
                         f"{key} holds weights that are not finite (NaN or infinity); the "
                         "checkpoint is damaged: download or copy it again"
                     )
+                found[key] = tensors_digest({name: tensor})
+        return found
 
 
 class ModuleSource:

@@ -24,8 +24,10 @@ def takes(*models: type[Options]) -> Callable[[_Function], _Function]:
         *models: The options that the function takes. A parameter of its own hides an option of the
             same name.
 
+    >>> from typing import Annotated
+    >>> from prunus.options import Option
     >>> class Speed(Options):
-    ...     gear: int = 1
+    ...     gear: Annotated[int, Option("Drive in this gear.")] = 1
     >>> @takes(Speed)
     ... def drive(road, **options): ...
     >>> inspect.signature(drive)
@@ -40,7 +42,7 @@ def takes(*models: type[Options]) -> Callable[[_Function], _Function]:
         for model in models:
             declared = model.declared()
             for name, field in model.model_fields.items():
-                if name in names:
+                if name in names or name not in declared:
                     continue
                 names.add(name)
                 kind = inspect.formatannotation(field.annotation).replace("typing.", "")
@@ -52,8 +54,7 @@ def takes(*models: type[Options]) -> Callable[[_Function], _Function]:
                         annotation=kind,
                     )
                 )
-                if name in declared:
-                    lines.append(f"    {name}: {declared[name].help}")
+                lines.append(f"    {name}: {declared[name].help}")
 
         @functools.wraps(function)
         def called(*arguments: Any, **options: Any) -> Any:

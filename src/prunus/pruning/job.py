@@ -1,124 +1,77 @@
-"""A checked run: what is pruned, how, and where its data live.
+"""A checked run of prune: what is pruned and how. `plan.py` makes it, and `run.py` follows it.
 
-`plan.py` makes the job, `run.py` follows it, and `cost.py` estimates what it takes.
+A verb that prunes and then does more to each linear has a job of a class of its own; see
+`prunus.compression.job`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from prunus.distributed import SINGLE_PROCESS, Ranks, process_group
 from prunus.hardware.numerics import native_bfloat16
-from prunus.methods import Method
 from prunus.methods.refine.dense_targets import drift_is_worthwhile
+from prunus.methods.statistics import statistics_bytes
 from prunus.model.linears import Linear
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.pruning.block.dense_stream import drift_stride_for
 from prunus.pruning.block.settings import BlockSettings, LinearSettings
+from prunus.pruning.manifest import Manifest, PruningRecord
+from prunus.pruning.options import PruningOptions
 from prunus.pruning.recipe import Recipe
+from prunus.pruning.reconstruction.memory import training_bytes
 from prunus.pruning.reconstruction.schedule import ReconstructionSettings
-from prunus.pruning.records import Walk
-from prunus.runs.block_memory import BlockMemory
+from prunus.pruning.selection import LinearSelection
+from prunus.runs.job import RunJob
+from prunus.runs.record import Walk
 
-__all__ = ["PruningJob", "RunOptions", "needs_inputs"]
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How the work is done, as far as it does not decide the bytes of the result.
-
-    Attributes:
-        device: auto, cpu, cuda or cuda:i.
-        memory: Memory budget of the whole process in bytes, on the host and on the device alike;
-            None for the free memory.
-        data_dir: Folder with local copies of the calibration corpora.
-        tokenizer: The model's tokenizer or image processor; None loads it from the checkpoint.
-        input_ids: Calibration data instead of a named source: token ids (samples, seqlen), or
-            pixel values (samples, channels, height, width).
-        texts: Texts, rows of a data set or chats instead of a named source; see
-            `prunus.calibration.texts`.
-        announce: Called with what is being prepared, before the first block; None to be silent.
-        trust_remote_code: Let transformers run code that comes with the checkpoint.
-        ranks: The processes that work on this run; None for those that torchrun started, if any.
-        rank_timeout: A process without a sign of life counts as lost after this many seconds;
-            None for the default.
-    """
-
-    device: str = "auto"
-    memory: int | None = None
-    data_dir: Path | None = None
-    tokenizer: Any = None
-    input_ids: torch.Tensor | None = None
-    texts: Sequence[Any] | None = None
-    announce: Callable[[str], None] | None = None
-    trust_remote_code: bool = False
-    ranks: Ranks | None = None
-    rank_timeout: float | None = None
-
-    def tell(self, message: str) -> None:
-        """Announce what comes next; only the first of several processes does so."""
-        if self.announce is not None and (self.ranks or SINGLE_PROCESS).rank == 0:
-            self.announce(message)
-
-    @contextlib.contextmanager
-    def with_ranks(self) -> Iterator[RunOptions]:
-        """The options with the processes that torchrun started, unless they name processes."""
-        if self.ranks is not None:
-            yield self
-            return
-        with process_group(self.rank_timeout) as ranks:
-            yield replace(self, ranks=ranks)
+__all__ = ["PruningJob"]
 
 
-@dataclass
-class PruningJob:
-    """The decisions of one run.
+@dataclass(kw_only=True)
+class PruningJob(RunJob):
+    """The decisions of one run of prune.
 
     Attributes:
-        recipe: The options that decide the bytes of the result.
-        options: The options that only decide how the work is done.
-        model_name: The model as the user named it; the class name of a loaded model.
-        source: The dense weights.
-        skeleton: The model without weights, in the dtype of the computation.
         linear_settings: How every linear is pruned.
-        device: Where blocks run.
-        dtype: The dtype of the forward passes, and in `dtype_reason` why.
-        batch: Calibration windows per forward pass.
-        budget: Memory for the run on `device`, in bytes.
-        host_budget: Memory for the run on the host, in bytes. On a CPU both budgets are the same.
         selected: Per block the relative names of the linears to prune.
         left_dense: The weights of the blocks that stay dense: full name -> shape.
-        block_memory: The memory that each block needs.
     """
 
-    recipe: Recipe
-    options: RunOptions
-    model_name: str
-    source: CheckpointSource | ModuleSource
-    skeleton: Skeleton
+    #: The record that the run writes.
+    RECORD: ClassVar[type[PruningRecord]] = Manifest
+
+    recipe: PruningOptions
     linear_settings: LinearSettings
-    device: torch.device
-    dtype: torch.dtype
-    dtype_reason: str
-    batch: int
-    budget: int
-    host_budget: int
     selected: list[list[str]]
     left_dense: dict[str, tuple[int, ...]]
-    block_memory: list[BlockMemory] = field(default_factory=list)
 
-    @property
-    def ranks(self) -> Ranks:
-        """The processes that work on the run."""
-        return self.options.ranks or SINGLE_PROCESS
+    @classmethod
+    def select(
+        cls, found: LinearSelection, source: CheckpointSource | ModuleSource, skeleton: Skeleton
+    ) -> LinearSelection:
+        """The part of a selection that the verb can change.
+
+        Raises:
+            ValueError, NotImplementedError: The verb cannot work on this model.
+        """
+        return found
+
+    def check(self) -> None:
+        """Check what only this verb demands, before any work.
+
+        Raises:
+            ValueError: The recipe cannot be carried out on this model, or not in this memory.
+        """
+
+    def describe(self) -> dict[str, object]:
+        """What only this verb adds to a plan, as JSON values."""
+        return {}
 
     def selected_linears(self) -> dict[str, Linear]:
         """The linears to prune, block by block: full name -> linear."""
@@ -129,33 +82,25 @@ class PruningJob:
             if linear.name in names
         }
 
-    # The calibration data.
+    # The dense model next to the pruned one, and training towards it.
 
     @property
-    def needs_inputs(self) -> bool:
-        """Whether calibration windows go through the model at all."""
-        return needs_inputs(self.recipe, self.linear_settings.method)
+    def reconstructs(self) -> str:
+        """Which blocks are trained: none, last, quick or all."""
+        return self.recipe.reconstruct if isinstance(self.recipe, Recipe) else "none"
 
     @property
-    def batches(self) -> int:
-        """Batches of calibration windows, over all ranks."""
-        return -(-self.recipe.samples // self.batch)
+    def two_passes(self) -> bool:
+        """Whether windows run twice through each block, as in the original code."""
+        return isinstance(self.recipe, Recipe) and self.recipe.propagate == "block"
 
     @property
-    def windows(self) -> int:
-        """The largest number of windows that any rank holds. Ranks split the windows by batches."""
-        return min(self.recipe.samples, -(-self.batches // self.ranks.size) * self.batch)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all calibration windows, as the first block sees them."""
-        return self.recipe.samples * self.skeleton.window_shape(0, self.recipe.seqlen)[0]
-
-    # The dense model beside the pruned one.
+    def prunes_head(self) -> bool:
+        """Whether the output head is pruned too."""
+        return isinstance(self.recipe, Recipe) and self.recipe.head
 
     @property
     def runs_dense_stream(self) -> bool:
-        """Whether batches also run through the dense model."""
         return self.block_settings({}).runs_dense_stream
 
     def uses_dense_target(self, in_features: int) -> bool:
@@ -167,38 +112,32 @@ class PruningJob:
     @functools.cached_property
     def drift_stride(self) -> int:
         """One of this many batches also runs through the dense model."""
-        method, blocks_trained = self.linear_settings.method, self.recipe.reconstruct
-        if method.needs_held_out or blocks_trained == "all":
+        method = self.linear_settings.method
+        if method.needs_held_out or self.reconstructs == "all":
             return 1
-        if not method.needs_drift and blocks_trained != "quick":
+        if not method.needs_drift and self.reconstructs != "quick":
             return 1
         blocks = map(self.skeleton.linears, range(len(self.skeleton)))
         widths = (linear.shape[1] for linears in blocks for linear in linears)
         stride = drift_stride_for(
             self.tokens, max(filter(self.uses_dense_target, widths), default=1)
         )
+        if self.reconstructs == "none":
+            return stride
         # Reconstruction needs two batches: one to train on and one for validation.
-        return max(1, min(stride, self.batches - 1)) if self.recipe.reconstructs else stride
-
-    @property
-    def dense_batches(self) -> int:
-        """Batches that also run through the dense model, over all ranks."""
-        return -(-self.batches // self.drift_stride)
+        return max(1, min(stride, self.batches - 1))
 
     @property
     def reconstruction(self) -> ReconstructionSettings | None:
-        """How blocks are reconstructed, or None.
-
-        Training multiplies in bfloat16 where the hardware does so natively. It multiplies in
-        float32 everywhere else, and for float16 models, on CUDA as TF32.
-        """
-        if not self.recipe.reconstructs:
+        """How blocks are reconstructed, or None."""
+        recipe = self.recipe
+        if not isinstance(recipe, Recipe) or not recipe.reconstructs:
             return None
-        fast = self.device.type == "cuda" or native_bfloat16()
-        dtype = torch.bfloat16 if fast and self.dtype != torch.float16 else torch.float32
-        last_alone = self.recipe.reconstruct == "last"
         return ReconstructionSettings(
-            self.recipe.reconstruct_epochs, self.recipe.reconstruct_lr, dtype, last_alone
+            recipe.reconstruct_epochs,
+            recipe.reconstruct_lr,
+            training_dtype(self.device, self.dtype),
+            last_only=recipe.reconstruct == "last",
         )
 
     def block_settings(self, sparsities: Mapping[str, float]) -> BlockSettings:
@@ -217,8 +156,6 @@ class PruningJob:
             uses_dense_target=self.uses_dense_target,
         )
 
-    # Where the data live and how they move.
-
     @property
     def reference_order(self) -> bool:
         """Whether sums keep the order of the original SparseGPT code.
@@ -227,61 +164,45 @@ class PruningJob:
         """
         return self.linear_settings.options.reference_order
 
-    @property
-    def hidden_states_stay(self) -> bool:
-        """Whether hidden states stay on the device: they fit there beside one batch in flight."""
-        return all(
-            memory.total(hidden=True, paused=False) <= self.budget for memory in self.block_memory
-        )
-
-    @property
-    def spills(self) -> bool:
-        """Whether hidden states go to a file: neither the device nor the host has room for them."""
-        if self.hidden_states_stay:
-            return False
-        largest = max(memory.hidden for memory in self.block_memory)
-        return self.device.type == "cpu" or largest > self.host_budget
-
-    def fits_lockstep(self, index: int) -> bool:
-        """Whether all batches can pause in block `index` at once."""
-        needed = self.block_memory[index].total(hidden=self.hidden_states_stay, paused=True)
-        return needed <= self.budget
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether the next block is read and the last one written while one is pruned.
-
-        It takes memory for two blocks more, and changes nothing but the time.
-        """
-        return not isinstance(self.source, ModuleSource) and all(
-            self.host_bytes(index) + self.overlap_bytes(index) <= self.host_budget
-            for index in range(len(self.block_memory))
-        )
-
-    def overlap_bytes(self, index: int) -> int:
-        """Bytes of the block that is read and of the block that is written beside block `index`."""
-        beside = [near for near in (index - 1, index + 1) if 0 <= near < len(self.block_memory)]
-        return sum(self.source.block_nbytes(near) for near in beside)
-
-    def host_bytes(self, index: int) -> int:
-        """Bytes that block `index` needs on the host, with nothing read or written beside it."""
-        memory = self.block_memory[index]
-        if self.device.type != "cpu":
-            return 0 if self.hidden_states_stay or self.spills else memory.hidden
-        return memory.total(hidden=self.hidden_states_stay, paused=self.fits_lockstep(index))
-
     def walk(self, index: int) -> Walk:
-        """How the windows go through block `index`; lockstep and replay give the same bits."""
-        if self.recipe.propagate == "block":
-            return "two_pass"
-        return "lockstep" if self.fits_lockstep(index) else "replay"
+        return "two_pass" if self.two_passes else super().walk(index)
+
+    def check_ranks(self) -> None:
+        by_window = self.two_passes and self.recipe.method in ("sparsegpt", "obs")
+        if self.ranks.size > 1 and by_window:
+            raise ValueError(
+                f"`propagate` block keeps the original's order of operations for "
+                f"{self.recipe.method}, window after window: {self.ranks.size} ranks cannot share "
+                "that. Leave it out, or run one process"
+            )
+
+    def working_bytes(self, index: int) -> int:
+        method, linears = self.linear_settings.method, self.skeleton.linears(index)
+        working = super().working_bytes(index)
+        if self.needs == "gram" and self.two_passes:
+            # The statistics of all linears of the block exist at the same time.
+            working += sum(statistics_bytes(linear.shape[1], self.needs) for linear in linears)
+        # A dense target adds five float32 matrices like the Gram, or ten with held-out statistics.
+        targets = [x.shape[1] for x in linears if self.uses_dense_target(x.shape[1])]
+        matrices = 10 if method.needs_held_out else 5
+        return working + matrices * 4 * max(targets, default=0) ** 2
+
+    def training_bytes(self, index: int) -> tuple[int, int]:
+        settings = self.reconstruction
+        if settings is None or not settings.applies_to(index, len(self.skeleton)):
+            return 0, 0
+        return training_bytes(self, index)
 
 
-def needs_inputs(recipe: Recipe, method: Method) -> bool:
-    """Whether a recipe uses calibration windows: its method, its allocation or its training does.
+def training_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the matrix products of a training.
+
+    bfloat16 where the hardware multiplies it natively; float32 everywhere else, and for float16
+    models (on CUDA as TF32).
 
     Args:
-        recipe: The recipe of the run.
-        method: Its method with refinement and weight update; see `prunus.methods.composition`.
+        device: Where blocks are trained.
+        dtype: Of the forward passes of the run.
     """
-    return method.needs != "none" or recipe.reconstructs or recipe.searches
+    fast = device.type == "cuda" or native_bfloat16()
+    return torch.bfloat16 if fast and dtype != torch.float16 else torch.float32

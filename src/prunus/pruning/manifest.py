@@ -1,103 +1,71 @@
-"""What was done to a checkpoint: the file `prunus.json` beside it, which the other commands read.
-
-The manifest never claims more than is on disk. A block is entered after its shard has its final
-name.
-"""
+"""What was done to a checkpoint: the file `prunus.json` next to it, which other verbs read."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from prunus.model.checkpoint.atomic_files import write_json
-from prunus.model.checkpoint.records import check_same_work, read_record
 from prunus.pruning.html_table import html_table
+from prunus.pruning.options import PruningOptions
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.records import BlockRecord, LinearRecord, UsedBos, mean_bits
+from prunus.pruning.records import BlockRecord, LinearRecord, mean_bits
+from prunus.runs.record import BlockwiseRecord
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "MANIFEST_NAME",
-    "Manifest",
-    "RunInputs",
-]
+__all__ = ["Manifest", "PruningRecord"]
 
-MANIFEST_NAME = "prunus.json"
 #: The number of an expert in a linear's name. All experts count as one kind of linear.
 _EXPERT_NUMBER = re.compile(r"\.\d+\.")
 
 
-class RunInputs(BaseModel):
-    """Everything beside the recipe that decides the bytes of the result."""
+class PruningRecord(BlockwiseRecord):
+    """What prune and compress record.
 
-    model_config = ConfigDict(extra="forbid")
+    Attributes:
+        head: The pruned output head, or None.
+        allocation: Full name of a linear -> its sparsity; empty if all have the recipe's.
+        data_dir: Folder of local datasets that the calibration text was read from, if any.
+        left_dense: Weights of the blocks that stay as they are: full name -> shape.
+    """
 
-    checkpoint: str = Field(description="fingerprint of the source checkpoint")
-    calibration: str = Field(description="where the calibration windows come from")
-    calibration_sha256: str
-    dtype: str = Field(description="of the forward passes, as decided for 'auto'")
-    dtype_reason: str
-    device: str = Field(description="cpu or cuda")
-    batch: int
-    bos: UsedBos = Field(description="whether every calibration window begins with BOS")
-
-
-class Manifest(BaseModel):
-    """The state of a run: "running" until every shard and the index exist, then "finished"."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    format: Literal[1] = 1
-    state: Literal["running", "finished"] = "running"
-    source: str
-    recipe: Recipe
-    inputs: RunInputs
-    versions: dict[str, str]
-    hardware: dict[str, Any]
+    recipe: PruningOptions
     blocks: list[BlockRecord] = Field(default_factory=list)
-    sha256: dict[str, str] = Field(
-        default_factory=dict, description="file name of a finished shard -> SHA-256 of its bytes"
-    )
     head: LinearRecord | None = None
-    allocation: dict[str, float] = Field(
-        default_factory=dict,
-        description="full name of a linear -> its sparsity; empty if all have the recipe's",
-    )
-    packed_outside: dict[str, dict[str, Any]] = Field(
-        default_factory=dict,
-        description="stored name of a packed embedding or head -> its entry in config.json",
-    )
-    data_dir: str | None = Field(
-        default=None,
-        description="folder of local datasets that the calibration text came from; None for others",
-    )
+    allocation: dict[str, float] = Field(default_factory=dict)
+    data_dir: str | None = None
     left_dense: dict[str, tuple[int, ...]] = Field(default_factory=dict)
-    totals: dict[str, Any] = Field(default_factory=dict)
 
-    def save(self, folder: Path) -> None:
-        """Write `prunus.json` atomically."""
-        write_json(folder / MANIFEST_NAME, self.model_dump(mode="json"))
+    @property
+    def what(self) -> str:
+        """What was done, in two or three words."""
+        return self.recipe.method
 
-    @classmethod
-    def load(cls, folder: Path) -> Manifest:
-        """Read `prunus.json`.
+    @property
+    def done(self) -> str:
+        """What happened to a block, in one word."""
+        return "pruned"
 
-        Raises:
-            FileNotFoundError: There is none.
-            ValueError: It is damaged or of another format.
+    def close(self, seconds: float, device: torch.device) -> None:
+        """Enter the totals.
+
+        Args:
+            seconds: Time of the run; of a resumed run, since it was resumed.
+            device: Where blocks ran; a GPU's peak memory is entered too.
         """
-        path = folder / MANIFEST_NAME
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{folder} has no {MANIFEST_NAME}: it is not the output of prunus"
-            )
-        return read_record(path, cls)
+        # It imports torch, which whoever only reads a record does not need.
+        from prunus.hardware.memory import peak_memory
+
+        self.totals = self.summary() | {
+            "seconds": round(seconds, 2),
+            "peak_memory_bytes": peak_memory(),
+        }
+        if device.type == "cuda":
+            self.totals["peak_device_memory_bytes"] = peak_memory(device)
 
     def summary(self) -> dict[str, Any]:
         """Totals over the pruned linears: weights, zeros, sparsity, mean error, seconds."""
@@ -129,7 +97,8 @@ class Manifest(BaseModel):
 
     def _repr_html_(self) -> str:
         """The run as a table in a notebook."""
-        compressed, totals = self.recipe.bits is not None, self.all_totals()
+        totals = self.all_totals()
+        compressed = "bits" in totals
 
         def row(name: str, records: Sequence[LinearRecord], seconds: float) -> list[object]:
             weights = sum(x.shape[0] * x.shape[1] for x in records)
@@ -149,10 +118,9 @@ class Manifest(BaseModel):
         kinds = self.linears_by_kind()
         rows = [row(name, each, sum(x.seconds for x in each)) for name, each in kinds.items()]
         every = [record for each in kinds.values() for record in each]
-        work = f"{self.recipe.bits:g} bits" if compressed else self.recipe.method
         columns = ["linear", "count", "weights", "zeros", *(["bits"] if compressed else [])]
         return html_table(
-            f"{work}, {self.source}",
+            f"{self.what}, {self.source}",
             [*columns, "relative output error", "seconds"],
             [*rows, row("all", every, totals["seconds"])],
             "" if self.state == "finished" else "The run is not finished.",
@@ -171,41 +139,14 @@ class Manifest(BaseModel):
         found = self.summary() | recorded
         return found | {"seconds": found.get("seconds", found["block_seconds"])}
 
-    def check_same_run(self, recipe: Recipe, inputs: RunInputs | None = None) -> None:
-        """Check that this manifest belongs to the same run.
 
-        Args:
-            recipe: Of the run.
-            inputs: Of the run; None while they are not known yet.
+class Manifest(PruningRecord):
+    """The record of prune."""
 
-        Raises:
-            FileExistsError: It belongs to another run; names the first difference.
-        """
-        before, now = self.recipe.model_dump(), recipe.model_dump()
-        if inputs is not None:
-            # The inputs' batch and dtype replace the recipe's: they say what "auto" meant.
-            # The recipe's bos stays: which one it came to shows in the hash of the windows.
-            before |= self.inputs.model_dump(exclude={"dtype_reason", "bos"})
-            now |= inputs.model_dump(exclude={"dtype_reason", "bos"})
-        check_same_work(before, now, "run")
+    FILE: ClassVar[str] = "prunus.json"
+    VERB: ClassVar[str] = "prunus prune"
 
-    def close(self, seconds: float, device: torch.device) -> None:
-        """Enter the totals and mark the run as finished. The caller writes the files.
-
-        Args:
-            seconds: Time of the run; of a resumed run, since it was resumed.
-            device: Where blocks ran; a GPU's peak memory is entered too.
-        """
-        # It imports torch, which whoever only reads a manifest does not need.
-        from prunus.hardware.memory import peak_memory
-
-        self.totals = self.summary() | {
-            "seconds": round(seconds, 2),
-            "peak_memory_bytes": peak_memory(),
-        }
-        if device.type == "cuda":
-            self.totals["peak_device_memory_bytes"] = peak_memory(device)
-        self.state = "finished"
+    recipe: Recipe
 
 
 def _bits(linears: Sequence[LinearRecord]) -> dict[str, float]:

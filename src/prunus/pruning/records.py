@@ -7,34 +7,15 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from prunus.runs.record import Walk
+
 __all__ = [
     "BlockRecord",
     "LinearRecord",
     "ReconstructionRecord",
     "SizedLinear",
-    "UsedBos",
-    "Walk",
-    "bos_words",
     "mean_bits",
 ]
-
-#: How the windows go through a block; see `prunus.pruning.block.lockstep`.
-Walk = Literal["lockstep", "replay", "two_pass"]
-#: Whether every window begins with the BOS token; `given` where the windows were given.
-UsedBos = Literal["yes", "no", "given"]
-
-
-def bos_words(bos: UsedBos) -> str:
-    """How windows begin, for people.
-
-    >>> bos_words("yes")
-    'BOS first in every window'
-    """
-    return {
-        "yes": "BOS first in every window",
-        "no": "no BOS added to windows",
-        "given": "windows as they were given",
-    }[bos]
 
 
 class LinearRecord(BaseModel):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunus.pruning.records import bos_words
 from prunus.recovery.options import Mode
 from prunus.recovery.record import RECORD_NAME, RecoveryRecord
+from prunus.runs.record import bos_words
 
 __all__ = ["adapter_card", "checkpoint_card"]
 

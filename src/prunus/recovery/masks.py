@@ -17,7 +17,7 @@ from torch import nn
 
 from prunus.model.block_lists import find_block_list
 from prunus.model.linears import Linear, find_linears
-from prunus.pruning.manifest import MANIFEST_NAME, Manifest
+from prunus.pruning.manifest import Manifest
 from prunus.recovery.record import RECORD_NAME, LinearMask, RecoveryRecord
 
 __all__ = [
@@ -84,7 +84,7 @@ def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
     found = {name: x for name, x in linears.items() if _is_pruned(name, x.weight_OI, recorded)}
     if not found:
         raise ValueError(
-            f"{folder} has no pruned linears: no {MANIFEST_NAME} names any, and none has "
+            f"{folder} has no pruned linears: no {Manifest.FILE} names any, and none has "
             f"{MIN_ZERO_FRACTION:.0%} zeros; prune it first (prunus prune)"
         )
     return found
@@ -124,7 +124,7 @@ def _recorded_linears(folder: Path, head: str | None) -> set[str] | None:
     """
     if (folder / RECORD_NAME).exists():
         return set(RecoveryRecord.load(folder).linears)
-    if not (folder / MANIFEST_NAME).exists():
+    if not (folder / Manifest.FILE).exists():
         return None
     manifest = Manifest.load(folder)
     names = {f"{block.name}.{linear}" for block in manifest.blocks for linear in block.linears}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,8 @@ from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_whole, is_vacant
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.source import CheckpointSource
-from prunus.pruning.job import RunOptions
-from prunus.pruning.manifest import MANIFEST_NAME, Manifest
+from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.recipe_options import recipe_from
 from prunus.pruning.run import run
 from prunus.recovery.job import (
     check_ranks,
@@ -40,6 +38,7 @@ from prunus.recovery.options import RecoveryOptions, recovery_options
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.run import recover
 from prunus.recovery.training import Step
+from prunus.runs.options import RunOptions
 from prunus.runs.progress import Progress
 
 __all__ = [
@@ -99,9 +98,9 @@ class MaxRun:
             self.model,
             pruned_folder(self.output),
             self.recipe,
-            replace(self.options, announce=announce),
-            overwrite=self.overwrite,
-            progress=progress,
+            self.options.model_copy(
+                update={"announce": announce, "report": progress, "overwrite": self.overwrite}
+            ),
         )
 
     def train(self, progress: Callable[[Step], None] | None = None) -> RecoveryRecord:
@@ -120,7 +119,7 @@ class MaxRun:
                 self.training.mode,
                 teacher=self.model,
                 device=self.options.device,
-                data_dir=self.options.data_dir,
+                data_dir=self.options.data,
                 overwrite=self.overwrite,
                 ranks=ranks,
                 progress=progress,
@@ -179,13 +178,13 @@ def prune_and_recover(
     options = RunOptions(
         device=device,
         memory=memory,
-        data_dir=Path(data_dir) if data_dir is not None else None,
+        data=Path(data_dir) if data_dir is not None else None,
         rank_timeout=rank_timeout,
     )
     with max_run(
         model,
         Path(output),
-        recipe_from(recipe, given),
+        Recipe.read(recipe, given),
         options,
         minutes=minutes,
         tokens=tokens,
@@ -326,8 +325,8 @@ def _find_earlier(
     record = find_earlier_recovery(output, training, overwrite, None)
     if record is not None:
         # The result has the manifest of its pruning, which a training in progress has not yet.
-        manifest = output if (output / MANIFEST_NAME).exists() else pruned
-        if (manifest / MANIFEST_NAME).exists():
+        manifest = output if (output / Manifest.FILE).exists() else pruned
+        if (manifest / Manifest.FILE).exists():
             Manifest.load(manifest).check_same_run(recipe)
     if record is not None and record.state == "finished":
         check_whole(output)
@@ -363,14 +362,14 @@ def _check_training(
             "preset max trains the model as transformers defines it, without code from the "
             "checkpoint: drop --trust-remote-code, or prune with --preset best"
         )
-    check_source(training.text, options.data_dir)
+    check_source(training.text, options.data)
     folder = resolve_folder(model)
     check_teacher(folder)
     if output is not None:
         check_apart(output, folder)
     source, _ = open_checkpoint(folder)
     if training.text != "self":  # The model would write the text, which is work.
-        draw_training_text(training, source, source, torch.device("cpu"), options.data_dir)
+        draw_training_text(training, source, source, torch.device("cpu"), options.data)
     elif training.tokens is None:
         raise ValueError(
             "the source 'self' writes a given number of tokens: give the budget in --tokens"
@@ -384,11 +383,11 @@ def _check_training(
 
 def _remove_pruned(folder: Path) -> None:
     """Remove a pruned checkpoint; the manifest goes last, so that a kill leaves a known folder."""
-    if not (folder / MANIFEST_NAME).exists():
+    if not (folder / Manifest.FILE).exists():
         return
     for path in folder.iterdir():
-        if path.is_file() and path.name != MANIFEST_NAME:
+        if path.is_file() and path.name != Manifest.FILE:
             path.unlink()
-    (folder / MANIFEST_NAME).unlink()
+    (folder / Manifest.FILE).unlink()
     with contextlib.suppress(OSError):  # Something that is not ours keeps the folder.
         folder.rmdir()

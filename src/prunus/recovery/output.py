@@ -18,11 +18,11 @@ from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
-from prunus.pruning.manifest import MANIFEST_NAME
+from prunus.pruning.manifest import Manifest
 from prunus.pruning.output import OUTSIDE_SHARD, shard_name
 from prunus.recovery.masks import check_zeros
 from prunus.recovery.record import LinearMask
-from prunus.structure.record import RECORD_NAME as STRUCTURE_NAME
+from prunus.structure.record import StructureRecord
 
 __all__ = ["ResultFolder", "files_to_copy"]
 
@@ -141,7 +141,7 @@ class ResultFolder:
 def files_to_copy(source: Path) -> list[Path]:
     """The files that a result copies from the pruned checkpoint, including its manifest."""
     found = [path for path in auxiliary_files(source) if not path.name.startswith("prunus-")]
-    manifests = [source / name for name in (MANIFEST_NAME, STRUCTURE_NAME)]
+    manifests = [source / name for name in (Manifest.FILE, StructureRecord.FILE)]
     return [*found, *(path for path in manifests if path.exists())]
 
 

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from prunus.model.checkpoint.atomic_files import write_json
 from prunus.model.checkpoint.records import check_same_work, read_record
-from prunus.pruning.records import UsedBos
 from prunus.recovery.options import RecoveryOptions
+from prunus.runs.record import UsedBos
 
 __all__ = [
     "RECORD_NAME",
@@ -73,7 +73,7 @@ class RecoveryInputs(_Model):
     dtype: str
     dtype_reason: str
     device: str
-    bos: UsedBos = Field(description="whether every window begins with BOS")
+    bos: UsedBos = Field("no", description="whether every window begins with BOS")
 
 
 class RecoveryRecord(_Model):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from prunus.pruning.records import bos_words
+from prunus.runs.record import bos_words
 
 if TYPE_CHECKING:
     from prunus.recovery import RecoveryRecord

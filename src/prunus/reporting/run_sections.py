@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunus.pruning.records import bos_words, mean_bits
+from prunus.compression.record import CompressionRecord
+from prunus.pruning.records import mean_bits
 from prunus.reporting.document import Column, Facts, HeatMap, Section, Table
+from prunus.runs.record import bos_words
 
 if TYPE_CHECKING:
-    from prunus.pruning.manifest import Manifest, RunInputs
+    from prunus.pruning.manifest import Manifest
     from prunus.pruning.records import LinearRecord
+    from prunus.runs.record import WindowInputs
 
 __all__ = ["error_of", "input_facts", "items_of", "run_section"]
 
@@ -47,7 +50,7 @@ def run_section(manifest: Manifest) -> Section:
         Facts("Machine", items_of(manifest.hardware | manifest.versions)),
     ]
     name = Path(manifest.source).name or manifest.source
-    if manifest.recipe.bits is not None:
+    if isinstance(manifest, CompressionRecord):
         title = f"{name}: {manifest.recipe.bits:g} bits per weight"
         return Section(title, parts=tuple(parts))
     shape = (
@@ -66,7 +69,7 @@ def items_of(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     )
 
 
-def input_facts(inputs: RunInputs) -> Facts:
+def input_facts(inputs: WindowInputs) -> Facts:
     """What the result of a run depends on beside its recipe."""
     return Facts(
         "Inputs",
@@ -101,7 +104,7 @@ def _headline(manifest: Manifest) -> Facts:
 def _sizes(manifest: Manifest, totals: dict[str, Any]) -> list[tuple[str, str]]:
     """How sparse the result is, and how small."""
     counts = f"{totals['zeros']:,} of {totals['weights']:,}"
-    if manifest.recipe.bits is None:
+    if not isinstance(manifest, CompressionRecord):
         return [("sparsity reached", f"{totals['sparsity']:.2%}"), ("weights removed", counts)]
     asked, reached, forced = manifest.recipe.bits, totals.get("bits"), totals.get("forced_zeros", 0)
     bits = "not known yet" if reached is None else f"{reached:.3f}"
@@ -134,7 +137,7 @@ def _kinds(manifest: Manifest) -> list[str]:
 
 
 def _by_kind(manifest: Manifest) -> Table:
-    compressed = manifest.recipe.bits is not None
+    compressed = isinstance(manifest, CompressionRecord)
     rows: list[tuple[Any, ...]] = []
     groups = {
         kind: [b.linears[kind] for b in manifest.blocks if kind in b.linears]
@@ -182,7 +185,7 @@ def _heat_maps(manifest: Manifest) -> list[HeatMap]:
     maps: list[tuple[str, Any, str]] = [
         ("Sparsity per block and linear", lambda r: r.sparsity, ".2%")
     ]
-    if manifest.recipe.bits is not None:
+    if isinstance(manifest, CompressionRecord):
         maps.append(("Bits per weight per block and linear", lambda r: r.bits, ".3f"))
     if mean is not None:
         title = f"{error_name.removeprefix('mean ').capitalize()} per block and linear"
@@ -195,7 +198,7 @@ def _heat_maps(manifest: Manifest) -> list[HeatMap]:
 
 
 def _by_linear(manifest: Manifest) -> Table:
-    compressed = manifest.recipe.bits is not None
+    compressed = isinstance(manifest, CompressionRecord)
     rows: list[tuple[Any, ...]] = []
     for index, block in enumerate(manifest.blocks):
         for name, r in block.linears.items():

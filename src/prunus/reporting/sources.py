@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prunus.compression.record import CompressionRecord
 from prunus.model.checkpoint.atomic_files import read_json
-from prunus.pruning.manifest import MANIFEST_NAME, Manifest
+from prunus.pruning.manifest import Manifest, PruningRecord
 from prunus.reporting.document import Document, Section
 from prunus.reporting.evaluation_sections import decode_speeds, evaluation_section, speed_section
 from prunus.reporting.page import document_json
@@ -16,7 +17,7 @@ from prunus.reporting.run_comparison import comparison_section
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.structure_section import structure_section
 from prunus.reporting.sweep_tables import sweep_section
-from prunus.structure.record import RECORD_NAME, StructureRecord
+from prunus.structure.record import StructureRecord
 from prunus.sweeping.results import RESULTS_NAME, SweepResults
 
 __all__ = ["read_document"]
@@ -55,14 +56,21 @@ def _side_by_side(paths: Sequence[Path]) -> list[Section]:
     folders = [
         path
         for path in dict.fromkeys(paths)
-        if (path / MANIFEST_NAME).exists() and not (path / RESULTS_NAME).exists()
+        if _pruning_record(path) and not (path / RESULTS_NAME).exists()
     ]
     if len(folders) < 2:
         return []
     short = [path.name for path in folders]
     names = short if len(set(short)) == len(short) else [str(path) for path in folders]
-    runs = {name: Manifest.load(path) for name, path in zip(names, folders, strict=True)}
-    return [_checked(folders[0] / MANIFEST_NAME, lambda: comparison_section(runs))]
+    runs = {
+        name: _pruning_record(path)[0].load(path) for name, path in zip(names, folders, strict=True)
+    }
+    return [_checked(folders[0], lambda: comparison_section(runs))]
+
+
+def _pruning_record(path: Path) -> list[type[PruningRecord]]:
+    """The kinds of record of prune and compress that a folder holds; at most one as a rule."""
+    return [kind for kind in (CompressionRecord, Manifest) if (path / kind.FILE).exists()]
 
 
 def read_section(path: Path, speeds: Mapping[str, float]) -> Section:
@@ -76,15 +84,16 @@ def read_section(path: Path, speeds: Mapping[str, float]) -> Section:
         if (path / RESULTS_NAME).exists():
             results = SweepResults.load(path)
             return _checked(path / RESULTS_NAME, lambda: sweep_section(results, speeds))
-        if (path / MANIFEST_NAME).exists():
-            manifest = Manifest.load(path)
-            return _checked(path / MANIFEST_NAME, lambda: run_section(manifest))
-        if (path / RECORD_NAME).exists():
+        for kind in _pruning_record(path):
+            manifest = kind.load(path)
+            return _checked(path / kind.FILE, lambda: run_section(manifest))  # noqa: B023
+        if (path / StructureRecord.FILE).exists():
             record = StructureRecord.load(path)
-            return _checked(path / RECORD_NAME, lambda: structure_section(record))
+            return _checked(path / StructureRecord.FILE, lambda: structure_section(record))
         raise ValueError(
-            f"{path} holds neither {MANIFEST_NAME} (of a run), {RECORD_NAME} (of a smaller model) "
-            f"nor {RESULTS_NAME} (of a sweep): give the OUT folder of prunus prune, shrink or sweep"
+            f"{path} holds neither {Manifest.FILE} (of a run), {StructureRecord.FILE} (of a "
+            f"smaller model) nor {RESULTS_NAME} (of a sweep): give the OUT "
+            "folder of prunus prune, shrink or sweep"
         )
     if not path.exists():
         raise FileNotFoundError(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from prunus.pruning.records import bos_words
+from prunus.runs.record import bos_words
 from prunus.structure.card import what_went
 
 if TYPE_CHECKING:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from prunus.pruning.records import bos_words
 from prunus.reporting.document import Column, Facts, Measured, Section, Table
 from prunus.reporting.evaluation_sections import form_of
 from prunus.reporting.size_charts import decode_speed
 from prunus.reporting.sweep_quality import quality_parts, text_name
+from prunus.runs.record import bos_words
 
 if TYPE_CHECKING:
     from prunus.sweeping.results import (

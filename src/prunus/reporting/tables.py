@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from prunus.pruning.records import bos_words, mean_bits
+from prunus.compression.record import CompressionRecord
+from prunus.pruning.records import mean_bits
 from prunus.reporting.document import MISSING
 from prunus.reporting.run_sections import error_of
+from prunus.runs.record import bos_words
 
 if TYPE_CHECKING:
     from prunus.evaluation.images import ImageScore
@@ -31,9 +33,8 @@ __all__ = [
 def run_table(manifest: Manifest) -> Table:
     """A finished run: one row per kind of linear, and the totals."""
     error_name = "relative output error" if _has_gram(manifest) else "removed energy"
-    totals, compressed = manifest.all_totals(), manifest.recipe.bits is not None
-    work = f"{manifest.recipe.bits:g} bits" if compressed else manifest.recipe.method
-    table = Table(title=f"{work}, {manifest.source}", title_justify="left")
+    totals, compressed = manifest.all_totals(), isinstance(manifest, CompressionRecord)
+    table = Table(title=f"{manifest.what}, {manifest.source}", title_justify="left")
     sizes = ("zeros", "bits") if compressed else ("sparsity",)
     for column in ("linear", "count", "weights", *sizes, error_name, "seconds"):
         table.add_column(column, justify="left" if column == "linear" else "right")

@@ -39,21 +39,9 @@ from prunus.options import Options
 from prunus.runs.options import RunOptions
 from prunus.runs.record import RunRecord
 
-__all__ = ["OUTSIDE_SHARD", "ResultFolder", "bytes_in", "find_earlier", "held", "shard_name"]
-
-#: Shard of everything outside the blocks: embeddings, final norm and head.
-OUTSIDE_SHARD = "outer.safetensors"
+__all__ = ["ResultFolder", "bytes_in", "find_earlier", "held"]
 
 _Record = TypeVar("_Record", bound=RunRecord)
-
-
-def shard_name(index: int) -> str:
-    """File name of a block's shard.
-
-    >>> shard_name(3)
-    'block-00003.safetensors'
-    """
-    return f"block-{index:05d}.safetensors"
 
 
 def bytes_in(folder: Path) -> int:

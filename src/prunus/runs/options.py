@@ -93,8 +93,6 @@ class RunOptions(Options):
     """How the work is done, as far as it does not decide the bytes of the result.
 
     Attributes:
-        tokenizer: The model's tokenizer or image processor; None loads it from the checkpoint, or
-            from where a loaded model was loaded.
         input_ids: Calibration data instead of a named source: token ids (samples, seqlen), or
             pixel values (samples, channels, height, width).
         texts: Texts, rows of a data set or chats instead of a named source; see
@@ -150,7 +148,12 @@ class RunOptions(Options):
             default="600",
         ),
     ] = None
-    tokenizer: Any = None
+    tokenizer: Annotated[
+        Any,
+        Option(
+            "Use this tokenizer or image processor.", flag=False, default="that of the checkpoint"
+        ),
+    ] = None
     input_ids: Any = None
     texts: Any = None
     announce: Callable[[str], None] | None = None

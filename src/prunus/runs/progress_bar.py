@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -58,28 +59,39 @@ class ProgressBar:
 
 
 def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Function], _Function]:
-    """Decorate a function with a keyword argument `progress`, so that `True` shows a bar.
+    """Give a function a keyword `progress`: True shows a bar, and a function is called.
 
-    The function itself then gets a callable or None: a callable is handed on as it is, False and
-    None become None, and True becomes a bar, or None where nobody would see it.
+    The function itself gets the keywords `report` and `announce` of `RunOptions` in its place, or
+    `progress` if it has a parameter of that name. With False and None, and where nobody would see
+    a bar, the value is None.
 
     Args:
-        title: stands before the bar.
-        read: turns what the function passes to `progress` into what the bar shows.
+        title: Stands before the bar.
+        read: Turns what the function reports into what the bar shows.
     """
 
     def decorate(function: _Function) -> _Function:
+        signature = inspect.signature(function)
+        own = "progress" in signature.parameters
+        keyword = inspect.Parameter("progress", inspect.Parameter.KEYWORD_ONLY, default=True)
+
         @functools.wraps(function)
         def showing(*arguments: Any, progress: Any = True, **options: Any) -> Any:
+            name = "progress" if own else "report"
             if callable(progress):
-                return function(*arguments, progress=progress, **options)
+                return function(*arguments, **{name: progress}, **options)
             place = _place() if progress and is_rank_0() else None
             if place is None:
-                return function(*arguments, progress=None, **options)
+                return function(*arguments, **{name: None}, **options)
             with (_notebook_bar if place == "notebook" else _terminal_bar)(title) as update:
                 bar = ProgressBar(update, read)
-                return function(*arguments, progress=bar, **options)
+                said = {} if own else {"announce": bar.say}
+                return function(*arguments, **{name: bar}, **said, **options)
 
+        if not own:
+            showing.__signature__ = signature.replace(  # type: ignore[attr-defined]
+                parameters=[*signature.parameters.values(), keyword]
+            )
         return cast(_Function, showing)
 
     return decorate

@@ -15,10 +15,33 @@ from prunus.model.checkpoint.atomic_files import write_json
 from prunus.model.checkpoint.records import read_record
 from prunus.options import Options
 
-__all__ = ["RunInputs", "RunRecord", "UsedBos", "bos_words"]
+__all__ = [
+    "OUTSIDE_SHARD",
+    "BlockwiseRecord",
+    "RunInputs",
+    "RunRecord",
+    "UsedBos",
+    "Walk",
+    "WindowInputs",
+    "bos_words",
+    "shard_name",
+]
 
+#: Shard of everything outside the blocks: embeddings, final norm and head.
+OUTSIDE_SHARD = "outer.safetensors"
+#: How the windows run through a block; see `prunus.pruning.block.lockstep`.
+Walk = Literal["lockstep", "replay", "two_pass"]
 #: Whether every window begins with the BOS token; `given` where the windows were given.
 UsedBos = Literal["yes", "no", "given"]
+
+
+def shard_name(index: int) -> str:
+    """File name of a block's shard.
+
+    >>> shard_name(3)
+    'block-00003.safetensors'
+    """
+    return f"block-{index:05d}.safetensors"
 
 
 def bos_words(bos: UsedBos) -> str:
@@ -60,6 +83,15 @@ class RunInputs(BaseModel):
         values = self.model_dump(exclude=self.REASONS)
         outside = values.pop("outside")
         return values | {f"tensor {name}": digest for name, digest in outside.items()}
+
+
+class WindowInputs(RunInputs):
+    """What a run with calibration windows depends on."""
+
+    calibration: str = Field(description="where the calibration windows come from")
+    calibration_sha256: str
+    batch: int
+    bos: UsedBos = Field(description="whether every calibration window begins with BOS")
 
 
 class RunRecord(BaseModel):
@@ -139,6 +171,48 @@ class RunRecord(BaseModel):
         for name in missing:
             del self.sha256[name]
         return bool(missing)
+
+
+class BlockwiseRecord(RunRecord):
+    """The record of a run that writes one shard per block.
+
+    Attributes:
+        measured: Name of a block -> SHA-256 of its dense weights, where a measurement before the
+            first block read all blocks and decides their results.
+        blocks: What happened to each finished block, in order. Verbs give the type.
+    """
+
+    inputs: WindowInputs
+    measured: dict[str, str] = Field(default_factory=dict)
+    blocks: list[Any] = Field(default_factory=list)
+
+    def forget_missing(self, missing: set[str]) -> bool:
+        kept = self.sha256.keys() - missing
+        lost = next((i for i in range(len(self.blocks)) if shard_name(i) not in kept), None)
+        if lost is None:
+            return super().forget_missing(missing)
+        # The blocks after a lost one were calibrated on it, so they are made again as well.
+        gone = {shard_name(index) for index in range(lost, len(self.blocks))}
+        del self.blocks[lost:]
+        super().forget_missing(missing | (gone & self.sha256.keys()))
+        return True
+
+    def check_measured(self, block: str, digest: str) -> None:
+        """Check that a block still has the weights that a measurement before the run read.
+
+        Args:
+            block: Its name.
+            digest: SHA-256 of its dense weights.
+
+        Raises:
+            FileExistsError: It was changed.
+        """
+        if self.measured.get(block, digest) != digest:
+            raise FileExistsError(
+                f"{block} of {self.source} is not what it was when the run measured the model: the "
+                "checkpoint was changed since. Put it back as it was, or choose `overwrite` to "
+                "start again"
+            )
 
 
 def _brief(value: Any) -> str:

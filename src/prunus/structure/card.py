@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prunus.pruning.records import bos_words
-from prunus.structure.record import RECORD_NAME, StructureRecord
+from prunus.runs.record import bos_words
+from prunus.structure.record import StructureRecord
 
 __all__ = ["structure_card", "what_went"]
 
@@ -81,7 +81,7 @@ its family.
 {went}
 
 Calibration: {record.inputs.calibration}, {bos_words(record.inputs.bos)}. What went is in
-`{RECORD_NAME}`.
+`{StructureRecord.FILE}`.
 
 ```toml
 {record.recipe.to_toml().rstrip()}

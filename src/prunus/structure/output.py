@@ -23,7 +23,8 @@ from prunus.model.checkpoint.output_folder import check_whole
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.names import names_in_model
-from prunus.pruning.output import OUTSIDE_SHARD, prepare_folder, shard_name
+from prunus.runs.folder import ResultFolder
+from prunus.runs.record import OUTSIDE_SHARD, shard_name
 from prunus.structure.card import structure_card
 from prunus.structure.plan import SmallerModel, StructureJob
 from prunus.structure.record import BlockChange, StructureRecord
@@ -67,11 +68,9 @@ class StructureOutput:
             ValueError: a shard is not what was written, or a tensor that is copied is not finite.
         """
         self._record = record
-        with self._ranks.fail_together():
-            self._source.check_outside_finite()
 
         def prepare() -> int:
-            prepare_folder(self.folder, record, overwrite)
+            ResultFolder(self.folder, record).begin(overwrite)  # type: ignore[arg-type]
             return len(record.blocks)
 
         taken: int = self._ranks.on_rank_0(prepare)

@@ -31,13 +31,14 @@ from prunus.model.experts import Experts
 from prunus.model.kinds import require_causal
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
-from prunus.pruning.job import PruningJob, RunOptions
+from prunus.pruning.job import PruningJob
 from prunus.pruning.plan import plan_run
 from prunus.pruning.reconstruction.batches import step_ranks
+from prunus.runs.options import RunOptions
 from prunus.structure.layout import check_same_blocks
 from prunus.structure.layout_trial import LayoutTrial
 from prunus.structure.recipe import StructureRecipe, kept_count
-from prunus.structure.record import RECORD_NAME, StructureRecord
+from prunus.structure.record import StructureRecord
 from prunus.structure.target_plan import TargetPlan
 from prunus.structure.width_plan import WidthPlan, plan_width
 
@@ -191,7 +192,7 @@ def find_earlier_run(
     """
     earlier = None
     if not is_vacant(output):
-        if not (output / RECORD_NAME).exists():
+        if not (output / StructureRecord.FILE).exists():
             raise FileExistsError(
                 f"output {output} exists and holds no result of prunus shrink; it is left as it "
                 "is. Choose another folder"
@@ -226,7 +227,7 @@ def plan_structure(
     """
     folder = resolve_folder(model)
     check_apart(output, folder)
-    measuring = plan_run(model, recipe.measuring(), options, decided_dtype)
+    measuring = plan_run(model, recipe.measuring(), options, decided_dtype=decided_dtype)
     require_causal(measuring.source.config, "prunus shrink")
     raw = read_json(folder / "config.json")
     experts = _plan_experts(recipe, measuring) if recipe.experts is not None else None

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from prunus.methods.options import MethodName
-from prunus.pruning.recipe import DtypeName, Recipe
-from prunus.pruning.recipe_file import read_toml
+from prunus.options import Options
+from prunus.options.toml import read_toml
+from prunus.pruning.recipe import Recipe
+from prunus.runs.options import DtypeName
 from prunus.structure.target import parse_target
 
 __all__ = ["Amount", "StructureRecipe", "kept_count", "load_structure_recipe"]
@@ -29,7 +31,7 @@ def kept_count(amount: Amount, count: int) -> int:
     return amount if isinstance(amount, int) else count - round(count * amount)
 
 
-class StructureRecipe(BaseModel):
+class StructureRecipe(Options):
     """What leaves a model, and how that is chosen.
 
     Raises:
@@ -38,8 +40,6 @@ class StructureRecipe(BaseModel):
     >>> StructureRecipe(experts=0.25).saliency
     'reap'
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     experts: Amount | None = Field(
         None, description="The share of the experts of each layer to remove, or a number to keep."

@@ -5,19 +5,15 @@ The record never claims more than is on disk. A block is entered after its shard
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from prunus.model.checkpoint.atomic_files import write_json
-from prunus.model.checkpoint.records import check_same_work, read_record
-from prunus.pruning.manifest import RunInputs
 from prunus.pruning.records import ReconstructionRecord
+from prunus.runs.record import BlockwiseRecord
 from prunus.structure.recipe import StructureRecipe
 
 __all__ = [
-    "RECORD_NAME",
     "BlockChange",
     "BlockStep",
     "ExpertChange",
@@ -26,8 +22,6 @@ __all__ = [
     "TargetModel",
     "WidthChange",
 ]
-
-RECORD_NAME = "prunus-structure.json"
 
 
 class ExpertChange(BaseModel):
@@ -139,8 +133,8 @@ class BlockChange(BaseModel):
     seconds: float = 0.0
 
 
-class StructureRecord(BaseModel):
-    """The state of a run: "running" until every shard and the index exist, then "finished".
+class StructureRecord(BlockwiseRecord):
+    """The record of shrink.
 
     Attributes:
         search: the blocks that go, in the order in which they were found. In the search for a
@@ -148,49 +142,14 @@ class StructureRecord(BaseModel):
         targets: the models that meet the target and were measured; the best of them is the result.
         config: field of config.json that changed -> its values before and after.
         left_out: stored tensors that the model has no place for; the result does not have them.
-        sha256: file name of a finished shard -> SHA-256 of its bytes.
-        totals: `parameters_before`, `parameters`, `seconds` and others.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    FILE: ClassVar[str] = "prunus-structure.json"
+    VERB: ClassVar[str] = "prunus shrink"
 
-    format: Literal[1] = 1
-    state: Literal["running", "finished"] = "running"
-    source: str
     recipe: StructureRecipe
-    inputs: RunInputs
-    versions: dict[str, str]
-    hardware: dict[str, Any]
     search: list[BlockStep] = Field(default_factory=list)
     targets: list[TargetModel] = Field(default_factory=list)
     config: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
     left_out: list[str] = Field(default_factory=list)
     blocks: list[BlockChange] = Field(default_factory=list)
-    sha256: dict[str, str] = Field(default_factory=dict)
-    totals: dict[str, Any] = Field(default_factory=dict)
-
-    def save(self, folder: Path) -> None:
-        """Write the record atomically."""
-        write_json(folder / RECORD_NAME, self.model_dump(mode="json"))
-
-    @classmethod
-    def load(cls, folder: Path) -> StructureRecord:
-        """Read the record in a folder, which must have one.
-
-        Raises:
-            ValueError: it is damaged or of another version.
-        """
-        return read_record(folder / RECORD_NAME, cls)
-
-    def check_same_run(self, recipe: StructureRecipe, inputs: RunInputs | None = None) -> None:
-        """Check that this record belongs to the same run.
-
-        Raises:
-            FileExistsError: it belongs to another one; names the first difference.
-        """
-        before, now = self.recipe.model_dump(), recipe.model_dump()
-        if inputs is not None:
-            # What "auto" meant takes the place of the recipe's batch and dtype.
-            before |= self.inputs.model_dump(exclude={"dtype_reason", "bos"})
-            now |= inputs.model_dump(exclude={"dtype_reason", "bos"})
-        check_same_work(before, now, "run")

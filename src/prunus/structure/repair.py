@@ -21,7 +21,8 @@ from torch import Tensor
 from prunus.distributed import own_part, split_range
 from prunus.model.stream import Stream
 from prunus.pruning.reconstruction.reconstruct_block import BlockReconstructor
-from prunus.pruning.records import ReconstructionRecord, Walk
+from prunus.pruning.records import ReconstructionRecord
+from prunus.runs.record import Walk
 from prunus.structure.layout import shapes_of
 from prunus.structure.plan import SmallerModel, StructureJob
 

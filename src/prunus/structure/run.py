@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,14 @@ from prunus.hardware.memory import HeapTrimmer, describe_hardware, peak_memory, 
 from prunus.hardware.sizes import parse_bytes
 from prunus.model.checkpoint.output_folder import check_disk
 from prunus.model.stream import Stream
-from prunus.pruning.block.checks import check_same, read_stored
-from prunus.pruning.calibration_windows import calibration_windows, describe_given, run_inputs
-from prunus.pruning.job import RunOptions
-from prunus.pruning.output import bytes_in
-from prunus.pruning.rank_checks import check_same_on_all_ranks
 from prunus.pruning.reconstruction.batches import step_parts
+from prunus.runs.blocks import check_same, read_stored
+from prunus.runs.folder import bytes_in
 from prunus.runs.lock import locked_output
+from prunus.runs.options import RunOptions
 from prunus.runs.progress import Progress
+from prunus.runs.rank_checks import check_same_on_all_ranks
+from prunus.runs.windows import calibration_windows, describe_given, run_inputs
 from prunus.structure.blocks import choose_blocks
 from prunus.structure.experts import choose_experts
 from prunus.structure.layout import axis_that_changes, cut, old_names, shapes_of
@@ -97,7 +96,7 @@ def shrink(
     options = RunOptions(
         device=device,
         memory=parse_bytes(memory) if isinstance(memory, str) else memory,
-        data_dir=Path(data_dir) if data_dir is not None else None,
+        data=Path(data_dir) if data_dir is not None else None,
         tokenizer=tokenizer,
         input_ids=calibration if isinstance(calibration, torch.Tensor) else None,
         texts=calibration if are_texts(calibration) else None,
@@ -180,7 +179,7 @@ def _shrink(
     def make_candidate(recipe: StructureRecipe, steps: int, folder: Path) -> None:
         rest = split_windows(windows.ids)[1]
         recipe = recipe.model_copy(update=describe_given(rest))
-        options = replace(measuring.options, input_ids=rest, texts=None)
+        options = measuring.options.model_copy(update={"input_ids": rest, "texts": None})
         source = measuring.model_name
         shrink_by_recipe(source, folder, recipe, options, found=record.search[:steps])
 

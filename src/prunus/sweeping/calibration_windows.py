@@ -17,8 +17,8 @@ from prunus.model.checkpoint.atomic_files import make_folder
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
-from prunus.pruning.job import RunOptions
 from prunus.pruning.recipe import Recipe
+from prunus.runs.options import RunOptions
 from prunus.sweeping.results import CalibrationSet, SweepResults
 
 __all__ = ["shared_windows"]
@@ -75,7 +75,7 @@ def shared_windows(
         samples=recipe.samples,
         seqlen=recipe.seqlen,
         seed=recipe.seed,
-        data_dir=options.data_dir,
+        data_dir=options.data,
         model=lambda: load_model(model, trust_remote_code=options.trust_remote_code),
         bos=recipe.bos,
     )

@@ -17,11 +17,11 @@ from prunus.evaluation import Reference, perplexity
 from prunus.evaluation.size import packed_size, stored_size
 from prunus.evaluation.task_runner import evaluate
 from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, copy_file, make_folder
-from prunus.pruning.job import RunOptions
-from prunus.pruning.manifest import MANIFEST_NAME, Manifest
+from prunus.pruning.manifest import Manifest
 from prunus.pruning.run import run
 from prunus.recovery import recover
 from prunus.recovery.record import RECORD_NAME
+from prunus.runs.options import RunOptions
 from prunus.runs.progress import Progress
 from prunus.sweeping.grid import Scoring
 from prunus.sweeping.results import CellResult, ModelResult, Pruning, Score, Size, TaskValue
@@ -60,14 +60,15 @@ def prune_cell(
     own = RunOptions(
         device=options.device,
         memory=options.memory,
-        data_dir=options.data_dir,
+        data=options.data,
         input_ids=ids,
         trust_remote_code=options.trust_remote_code,
         ranks=SINGLE_PROCESS,
+        report=progress,
     )
     make_folder(folder)
-    manifest = run(model, weights, cell.recipe, own, progress=progress)
-    copy_file(weights / MANIFEST_NAME, folder / MANIFEST_NAME)
+    manifest = run(model, weights, cell.recipe, own)
+    copy_file(weights / Manifest.FILE, folder / Manifest.FILE)
     cell.pruning = _totals(manifest)
     return weights
 
@@ -103,7 +104,7 @@ def recover_cell(
         pruned,
         weights,
         device=options.device,
-        data_dir=options.data_dir,
+        data_dir=options.data,
         ranks=SINGLE_PROCESS,
         progress=False,
         **chosen,
@@ -152,7 +153,7 @@ def score_model(
             batch=scoring.batch,
             dtype=scoring.dtype,
             device=options.device,
-            data_dir=options.data_dir,
+            data_dir=options.data,
             trust_remote_code=options.trust_remote_code,
             memory=options.memory,
             progress=False,
@@ -175,7 +176,7 @@ def task_options(scoring: Scoring, options: RunOptions) -> dict[str, Any]:
         "limit": scoring.task_limit,
         "dtype": scoring.dtype,
         "device": options.device,
-        "data_dir": options.data_dir,
+        "data_dir": options.data,
         "trust_remote_code": options.trust_remote_code,
     }
 

@@ -13,9 +13,9 @@ from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.device import choose_device
 from prunus.model.kinds import require_causal
 from prunus.model.source import CheckpointSource
-from prunus.pruning.job import RunOptions
 from prunus.pruning.plan import plan_run
 from prunus.recovery.options import recovery_options
+from prunus.runs.options import RunOptions
 from prunus.sweeping.cells import task_options
 from prunus.sweeping.grid import Sweep
 from prunus.sweeping.results import RESULTS_NAME, CellResult, ModelResult, SweepResults
@@ -50,7 +50,7 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
         require_causal(source.config, f"a sweep (of {name})")
         models[label] = ModelResult(path=str(folder), fingerprint=source.fingerprint)
     for text in sweep.scoring.texts:
-        check_text(text, options.data_dir)
+        check_text(text, options.data)
     if sweep.scoring.tasks:
         _check_tasks(sweep, models, options)
     for name, table in sweep.recovery.items():

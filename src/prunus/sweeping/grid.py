@@ -27,8 +27,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from prunus.pruning.recipe import DtypeName, Recipe
-from prunus.pruning.recipe_file import load_recipe, read_toml
+from prunus.options.toml import read_toml
+from prunus.pruning.recipe import Recipe
+from prunus.runs.options import DtypeName
 
 __all__ = ["Cell", "Scoring", "Sweep", "load_sweep"]
 
@@ -234,7 +235,7 @@ def _merged(shared: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 def _recipe(where: str, values: dict[str, Any]) -> Recipe:
     try:
-        return load_recipe(None, values)
+        return Recipe.read(None, values)
     except ValueError as fault:
         raise ValueError(f"{where}: {fault}") from None
 

@@ -14,7 +14,7 @@ from prunus.distributed import Ranks
 from prunus.methods import METHODS
 from prunus.model.checkpoint.atomic_files import read_json, remove_temporaries, write_json
 from prunus.model.device import choose_device
-from prunus.pruning.job import RunOptions
+from prunus.runs.options import RunOptions
 from prunus.sweeping.calibration_windows import shared_windows
 from prunus.sweeping.checks import check_sweep
 from prunus.sweeping.grid import Sweep

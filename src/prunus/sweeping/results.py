@@ -80,7 +80,7 @@ class Divergence(_Record):
 class Score(_Record):
     """Perplexity on one text, see `prunus.PerplexityResult`. None stands for infinity.
 
-    Dense models have no divergence.
+    Dense models have no divergence, and neither have cells that an earlier version scored.
     """
 
     source: str
@@ -92,7 +92,7 @@ class Score(_Record):
     protocol: str
     seconds: float
     streamed: bool = False
-    bos: Literal["yes", "no", "given"]
+    bos: Literal["yes", "no", "given"] = "no"
     divergence: Divergence | None = None
 
 
@@ -184,9 +184,9 @@ class CalibrationSet(_Record):
     source: str
     sha256: str
     file: str
-    bos: Literal["auto", "yes", "no"] = Field(description="as in the recipe")
+    bos: Literal["auto", "yes", "no"] = Field(default="no", description="as in the recipe")
     used_bos: Literal["yes", "no", "given"] = Field(
-        description="whether every window begins with BOS"
+        default="no", description="whether every window begins with BOS"
     )
 
 

@@ -16,15 +16,15 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prunus.distributed import SINGLE_PROCESS, Ranks, process_group
 from prunus.evaluation import Reference
 from prunus.hardware.sizes import parse_bytes
 from prunus.methods import METHODS
-from prunus.pruning.job import RunOptions
 from prunus.runs.lock import locked_output
+from prunus.runs.options import RunOptions
 from prunus.runs.progress import LineInterval, Progress
 from prunus.sweeping.calibration_windows import shared_windows
 from prunus.sweeping.cells import discard_weights, prune_cell, recover_cell, score_model
@@ -86,7 +86,7 @@ def sweep(
     options = RunOptions(
         device=device,
         memory=parse_bytes(memory) if isinstance(memory, str) else memory,
-        data_dir=Path(data_dir) if data_dir is not None else None,
+        data=Path(data_dir) if data_dir is not None else None,
         trust_remote_code=trust_remote_code,
         rank_timeout=rank_timeout,
     )
@@ -121,7 +121,7 @@ def run_sweep(
     with contextlib.ExitStack() as stack:
         ranks = options.ranks or stack.enter_context(process_group(options.rank_timeout))
         # One process does all work of a cell, so runs inside a cell must not look for other ranks.
-        options = replace(options, ranks=SINGLE_PROCESS)
+        options = options.model_copy(update={"ranks": SINGLE_PROCESS})
         # What the folder holds decides what is done, so from here on no other run may change it.
         stack.enter_context(locked_output(output, ranks, lambda: check_folder(sweep, output)))
         results = initial_results(sweep, output, options, file, ranks)

@@ -19,7 +19,7 @@ from prunus import pack, unpack
 from prunus.model.checkpoint import regular_files
 from prunus.model.checkpoint.atomic_files import read_json, replacing, write_text
 from prunus.model.checkpoint.reader import INDEX_NAME
-from prunus.pruning.recipe_file import load_recipe
+from prunus.pruning.recipe import Recipe
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
 from tiny import token_ids
 
@@ -168,7 +168,7 @@ def test_a_special_file_in_the_output_folder(name, kind, material, tmp_path):
         prunus.prune(material / "dense", out, calibration=token_ids(), dtype="float32")
 
 
-@pytest.mark.parametrize("read", [read_json, lambda path: load_recipe(path, {})])
+@pytest.mark.parametrize("read", [read_json, lambda path: Recipe.read(path, {})])
 def test_records_and_recipes_are_regular_files(read, tmp_path):
     os.mkfifo(tmp_path / "fifo.toml")
     (tmp_path / "zero.toml").symlink_to("/dev/zero")

@@ -208,9 +208,9 @@ def test_streamed_in_memory_spilled_and_replayed_runs_are_equal_to_the_byte(
 
 
 def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, monkeypatch):
-    from prunus.pruning.job import RunOptions
     from prunus.pruning.plan import plan_run
     from prunus.pruning.recipe import Recipe
+    from prunus.runs.options import RunOptions
 
     dense = tiny_checkpoint(tmp_path / "dense")
     ids = token_ids(64, 64)

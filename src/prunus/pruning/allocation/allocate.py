@@ -26,6 +26,7 @@ from prunus.pruning.allocation.sensitivity import (
     sensitivity_curves,
 )
 from prunus.pruning.job import PruningJob
+from prunus.runs.hashed_source import HashedSource
 
 __all__ = ["allocate"]
 
@@ -35,7 +36,9 @@ _MAX_PROBE = 0.95
 _CURVE_STEP = 0.005
 
 
-def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
+def allocate(
+    job: PruningJob, ids: torch.Tensor | None, digests: dict[str, str]
+) -> dict[str, float]:
     """The sparsity of every linear that is pruned: full name -> sparsity.
 
     Their mean over all weights is the recipe's sparsity. Every linear removes whole weights per
@@ -45,6 +48,7 @@ def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
         job: The checked run.
         ids: Calibration windows (windows, tokens), of which a few are used. They may be None where
             nothing is measured.
+        digests: Gets the SHA-256 of every block that is read: name -> hash.
 
     Returns:
         The sparsities; empty for "uniform".
@@ -61,7 +65,7 @@ def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
     by_layer = [0.0] * len(layers)
     if recipe.sparsity > 0:
         assert ids is not None, "a search needs calibration windows"
-        by_layer = _measured(job, ids, layers, weights)
+        by_layer = _measured(job, ids, layers, weights, digests)
     names = [name for layer in layers for name in _full_names(job, layer)]
     by_linear = [value for value, group in zip(by_layer, shapes, strict=True) for _ in group]
     flat_shapes = [shape for group in shapes for shape in group]
@@ -70,11 +74,16 @@ def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
 
 
 def _measured(
-    job: PruningJob, ids: torch.Tensor, layers: list[Layer], weights: list[int]
+    job: PruningJob,
+    ids: torch.Tensor,
+    layers: list[Layer],
+    weights: list[int],
+    digests: dict[str, str],
 ) -> list[float]:
     """The sparsity of every layer, from a pass through the dense model."""
     sparsity = job.recipe.sparsity
-    stream = Stream(job.skeleton, job.source, job.device)
+    source = HashedSource(job.source, job.skeleton, digests)
+    stream = Stream(job.skeleton, source, job.device)
     with torch.no_grad(), contextlib.closing(stream):
         windows = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
         probes = len(layers) * len(PROBE_STEPS)

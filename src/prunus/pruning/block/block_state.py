@@ -13,7 +13,8 @@ from prunus.packed.weight import QuantizedWeight
 from prunus.pruning.block.dense_stream import DenseBlockInputs
 from prunus.pruning.block.expert_tokens import ExpertCounter
 from prunus.pruning.reconstruction.reconstruct_block import BlockReconstruction
-from prunus.pruning.records import BlockRecord, LinearRecord, ReconstructionRecord, Walk
+from prunus.pruning.records import BlockRecord, LinearRecord, ReconstructionRecord
+from prunus.runs.record import Walk
 
 __all__ = ["BlockState", "FinishedBlock"]
 

@@ -7,23 +7,47 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.numerics import all_finite, count_zeros, low_precision_product, row_spans
+from prunus.methods.quantized import Quantized
+from prunus.methods.rate_distortion import LinearQuantization
 from prunus.methods.statistics import InputStatistics
 from prunus.model.linears import Linear
-from prunus.packed.description import QuantizedShape
-from prunus.packed.planes import encode
 from prunus.packed.weight import QuantizedWeight
 from prunus.pruning.block.row_sharding import row_sharding
 from prunus.pruning.block.settings import LinearSettings
-from prunus.pruning.rate_control import RateControl
 from prunus.pruning.records import LinearRecord
 
-__all__ = ["PrunedLinear", "prune_linear"]
+__all__ = ["LinearFinish", "PrunedLinear", "prune_linear"]
+
+
+class LinearFinish(Protocol):
+    """What a verb does to each linear after its zeros are chosen, such as rounding it."""
+
+    def begin(self, name: str, statistics: InputStatistics) -> LinearQuantization:
+        """How the next linear is rounded.
+
+        Args:
+            name: Its full name.
+            statistics: Of its inputs.
+        """
+        ...
+
+    def end(self, name: str, quantized: Quantized) -> tuple[QuantizedWeight, dict[str, Any]]:
+        """Note what became of a linear.
+
+        Args:
+            name: Its full name.
+            quantized: Its integers and scales.
+
+        Returns:
+            The weight as the result stores it, and fields of its record.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +72,7 @@ def prune_linear(
     stored: torch.Tensor,
     statistics: InputStatistics,
     ranks: Ranks = SINGLE_PROCESS,
-    rate: RateControl | None = None,
+    finish: LinearFinish | None = None,
 ) -> PrunedLinear:
     """Prune one linear in place and return what is stored.
 
@@ -64,7 +88,7 @@ def prune_linear(
         stored: the weight in the checkpoint's dtype and orientation, on any device.
         statistics: of its inputs, complete; see `InputStatistics.complete`.
         ranks: processes that prune the same linear at the same time and can split its rows.
-        rate: chooses the step of the linear in a run that compresses; None in all others.
+        finish: what the verb does to the linear at the end; None for nothing.
 
     Raises:
         ValueError: weights or activations are not finite; names the linear.
@@ -83,10 +107,8 @@ def prune_linear(
     stored_OI = _on_device(_oriented(stored, linear), linear.weight_OI)
     weight_OI = stored_OI.to(torch.float32)
     options = replace(settings.options, row_sharding=row_sharding(ranks))
-    log2_step = None
-    if rate is not None:
-        quantization, log2_step = rate.begin(full_name, statistics)
-        options = replace(options, quantization=quantization)
+    if finish is not None:
+        options = replace(options, quantization=finish.begin(full_name, statistics))
     try:
         pruned = method.prune(weight_OI, statistics, settings.pattern, settings.sparsity, options)
     except ValueError as fault:
@@ -99,19 +121,16 @@ def prune_linear(
     if method.updates_weights and not all_finite(new_OI):
         raise ValueError(
             f"{method.name} gave weights that are not finite for {full_name}; "
-            "try a larger --damping or more samples"
+            "try a larger `damping` or more `samples`"
         )
     error, energy = _output_error(weight_OI, new_OI, statistics, ranks)
     # From here on `weight_OI` may not be used: on a device it can be the weight that this changes.
     # The original code goes on with the weight as computed, and rounds only when it saves.
     linear.assign(pruned.weight_OI if settings.options.reference_order else new_OI)
     zeros = count_zeros(new_OI)
-    packed, bits = None, None
-    if rate is not None and pruned.quantized is not None and log2_step is not None:
-        levels_OI, steps_I, scales_O = (part.cpu() for part in pruned.quantized)
-        packed = encode(levels_OI, steps_I, scales_O)
-        bits = 8 * packed.nbytes / new_OI.numel()
-        rate.finish(full_name, bits, log2_step)
+    packed, fields = None, dict[str, Any]()
+    if finish is not None and pruned.quantized is not None:
+        packed, fields = finish.end(full_name, pruned.quantized)
     record = LinearRecord(
         shape=linear.shape,
         zeros=zeros,
@@ -120,10 +139,8 @@ def prune_linear(
         removed_energy=energy,
         tokens=0 if "unreached" in notes else statistics.tokens,
         seconds=round(time.perf_counter() - started, 4),
-        bits=bits,
-        log2_step=log2_step,
-        packed=None if packed is None else QuantizedShape.of(packed).to_json(),
         notes=notes | pruned.notes,
+        **fields,
     )
     result = new_OI.T if linear.transposed else new_OI
     return PrunedLinear(result.to(stored.device).contiguous(), record, packed)

@@ -29,24 +29,24 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 from prunus.model.stream import Stream
 from prunus.pruning.block.block_state import BlockState, FinishedBlock
-from prunus.pruning.block.checks import StoredBlock, check_same
 from prunus.pruning.block.dense_stream import (
     DenseStream,
     accumulate_with_drift,
     held_out_batches,
 )
 from prunus.pruning.block.expert_tokens import find_expert_counters, min_expert_tokens
-from prunus.pruning.block.linear import prune_linear
+from prunus.pruning.block.linear import LinearFinish, prune_linear
 from prunus.pruning.block.lockstep import lockstep
 from prunus.pruning.block.replay import replay
 from prunus.pruning.block.settings import BlockSettings
 from prunus.pruning.block.two_pass import two_pass
 from prunus.pruning.block.walk import Accumulate, BlockWalk, accumulate_inputs
-from prunus.pruning.rate_control import RateControl
 from prunus.pruning.reconstruction.batches import step_parts, step_ranks
 from prunus.pruning.reconstruction.reconstruct_block import BlockReconstructor
 from prunus.pruning.reconstruction.schedule import linears_to_train
-from prunus.pruning.records import LinearRecord, Walk
+from prunus.pruning.records import LinearRecord
+from prunus.runs.blocks import StoredBlock, check_same
+from prunus.runs.record import Walk
 
 __all__ = ["BlockPruner"]
 
@@ -68,7 +68,7 @@ class BlockPruner:
         source: its weights.
         settings: how blocks are pruned.
         ranks: the processes that have windows of the same run.
-        rate: chooses the steps of a run that compresses; None in all others.
+        finish: what the verb does to each linear at the end; None for nothing.
         stream: the hidden states of the pruned model before the next block.
         dense: the hidden states of the dense model, if the run needs them.
     """
@@ -77,7 +77,7 @@ class BlockPruner:
     source: Source
     settings: BlockSettings
     ranks: Ranks = SINGLE_PROCESS
-    rate: RateControl | None = None
+    finish: LinearFinish | None = None
     stream: Stream = field(init=False)
     dense: DenseStream | None = field(init=False, default=None)
     #: Per rank, its number of batches.
@@ -247,7 +247,7 @@ class BlockPruner:
             state.stored[key],
             statistics,
             self.ranks,
-            self.rate,
+            self.finish,
         )
         record = finished.record
         state.changed[key], state.records[linear.name] = finished.weight, record

@@ -33,7 +33,8 @@ from prunus.pruning.reconstruction.schedule import (
     split_batches,
 )
 from prunus.pruning.reconstruction.train import BlockBatches
-from prunus.pruning.records import ReconstructionRecord, Walk
+from prunus.pruning.records import ReconstructionRecord
+from prunus.runs.record import Walk
 
 __all__ = ["BlockReconstruction", "BlockReconstructor", "in_front_of_head"]
 

@@ -18,22 +18,23 @@ import reference
 from command_line import call
 from pictures import pictures, save_classifier
 from prunus import unpack
+from prunus.compression.job import CompressionJob
+from prunus.compression.output import MEASUREMENT
+from prunus.compression.recipe import CompressionRecipe
+from prunus.compression.record import CompressionRecord
 from prunus.evaluation.inspection import holds
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.packed import PackedLinear, reference_path
 from prunus.packed.description import Description, StoredTensor
-from prunus.pruning import plan
-from prunus.pruning.compressed_output import MEASUREMENT
-from prunus.pruning.compression_cost import measurement_memory
-from prunus.pruning.job import PruningJob, RunOptions
+from prunus.pruning.job import PruningJob
 from prunus.pruning.manifest import Manifest
-from prunus.pruning.plan import plan_run
-from prunus.pruning.plan_summary import describe_plan
+from prunus.pruning.plan import describe_plan, plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.tables import plan_table, run_table
 from prunus.runs.block_memory import BlockMemory
+from prunus.runs.options import RunOptions
 from scripts import run_script
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, tiny_model, token_ids, weights
@@ -95,14 +96,14 @@ def unpacked(compressed) -> Path:
 
 
 def test_the_file_takes_the_bits_that_were_asked_for(compressed):
-    manifest = Manifest.load(compressed)
+    manifest = CompressionRecord.load(compressed)
     assert bits_in_file(compressed) == pytest.approx(4.0, rel=0.005)
     assert manifest.totals["bits"] == pytest.approx(bits_in_file(compressed), rel=1e-12)
 
 
 def test_the_manifest_counts_the_zeros_of_the_result(compressed, unpacked):
     found = weights(unpacked)
-    for block in Manifest.load(compressed).blocks:
+    for block in CompressionRecord.load(compressed).blocks:
         for name, record in block.linears.items():
             weight_OI = found[f"{block.name}.{name}.weight"]
             assert record.zeros == int((weight_OI == 0).sum())
@@ -177,7 +178,7 @@ def test_the_zeros_of_a_mask_stay(dense, tmp_path):
 
 def test_inspect_shows_zeros_patterns_and_bits(compressed, unpacked):
     found, plain = prunus.inspect(compressed), prunus.inspect(unpacked)
-    manifest = Manifest.load(compressed)
+    manifest = CompressionRecord.load(compressed)
     assert (found.blocks, found.left_dense) == (plain.blocks, plain.left_dense)
     assert found.bits == pytest.approx(manifest.totals["bits"])
     assert found.sparsity == plain.sparsity == manifest.totals["sparsity"]
@@ -217,8 +218,10 @@ def test_plan_predicts_the_size_of_the_result(dense, compressed, tmp_path, optio
     if options:
         out = tmp_path / "out"
         compress(dense, out, **options)
-    recipe = Recipe(bits=4.0, samples=6, seqlen=16, batch=2, **options)
-    planned = describe_plan(plan_run(dense, recipe, RunOptions(input_ids=token_ids())))
+    recipe = CompressionRecipe(bits=4.0, samples=6, seqlen=16, batch=2, **options)
+    planned = describe_plan(
+        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), CompressionJob)
+    )
     stored = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     assert planned["file_bytes"] == pytest.approx(stored, rel=0.02)
     assert planned["bits"] == 4.0
@@ -227,25 +230,28 @@ def test_plan_predicts_the_size_of_the_result(dense, compressed, tmp_path, optio
 def test_plan_counts_the_measurement(dense):
     options = {"samples": 6, "seqlen": 16, "batch": 2}
     jobs = [
-        plan_run(dense, Recipe(**options, **more), RunOptions(input_ids=token_ids()))
-        for more in ({"bits": 4.0}, {"method": "sparsegpt", "dense_weight": 0.25})
+        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), kind)
+        for recipe, kind in (
+            (CompressionRecipe(bits=4.0, **options), CompressionJob),
+            (Recipe(method="sparsegpt", dense_weight=0.25, **options), PruningJob),
+        )
     ]
     tables = [plan_table(describe_plan(job)) for job in jobs]
     assert "4 bits each" in str(list(tables[0].columns[1].cells))
     assert "are removed" in str(list(tables[1].columns[1].cells))
-    memory = measurement_memory(jobs[0])
+    memory = jobs[0].measuring_memory()
     # Two blocks, six windows of 16 tokens, 64 numbers of the dtype of the computation.
     assert memory.hidden == 2 * 6 * 16 * 64 * jobs[0].dtype.itemsize
     assert describe_plan(jobs[0])["peak_memory_bytes"] > memory.total(hidden=True, paused=False)
 
 
 def test_a_budget_below_the_measurement_is_refused(dense, monkeypatch):
-    recipe = Recipe(bits=4.0, samples=6, seqlen=16, batch=2)
+    recipe = CompressionRecipe(bits=4.0, samples=6, seqlen=16, batch=2)
     monkeypatch.setattr(
-        plan, "measurement_memory", lambda job: BlockMemory(0, 0, job.budget, 0, 10**9)
+        CompressionJob, "measuring_memory", lambda job: BlockMemory(0, 0, job.budget, 0, 10**9)
     )
     with pytest.raises(ValueError, match="measuring how the loss depends on each linear needs"):
-        plan_run(dense, recipe, RunOptions(input_ids=token_ids()))
+        plan_run(dense, recipe, RunOptions(input_ids=token_ids()), CompressionJob)
 
 
 def test_eval_scores_it_as_the_unpacked_checkpoint(compressed, unpacked, tmp_path):
@@ -259,7 +265,7 @@ def test_eval_scores_it_as_the_unpacked_checkpoint(compressed, unpacked, tmp_pat
 
 def test_the_card_says_bits_and_zeros(compressed):
     card = (compressed / "README.md").read_text()
-    totals = Manifest.load(compressed).totals
+    totals = CompressionRecord.load(compressed).totals
     assert f"{totals['bits']:.2f} bits per weight" in card
     assert f"{totals['zeros']:,} of {totals['weights']:,} weights" in card
     assert "import prunus" in card
@@ -267,7 +273,7 @@ def test_the_card_says_bits_and_zeros(compressed):
 
 
 def test_tables_and_reports_say_bits_and_zeros(compressed, dense, tmp_path):
-    manifest = Manifest.load(compressed)
+    manifest = CompressionRecord.load(compressed)
     table = run_table(manifest)
     names = [column.header for column in table.columns]
     cells = dict(zip(names, (list(column.cells) for column in table.columns), strict=True))
@@ -358,7 +364,7 @@ def test_a_resumed_run_spends_the_same_bits_and_gives_the_same_bytes(dense, comp
     assert (tmp_path / "out" / MEASUREMENT).exists()
     manifest = compress(dense, tmp_path / "out", resume=True)
     assert shards(tmp_path / "out") == shards(compressed)
-    assert manifest.totals["bits"] == Manifest.load(compressed).totals["bits"]
+    assert manifest.totals["bits"] == CompressionRecord.load(compressed).totals["bits"]
 
 
 def test_a_run_that_lost_its_measurement_measures_again(dense, compressed, tmp_path):

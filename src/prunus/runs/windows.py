@@ -11,20 +11,22 @@ from typing import Any
 
 import torch
 
-from prunus.calibration import Windows, hash_ids, load_windows
-from prunus.calibration.images import draw_images, hash_pixels, read_images
+from prunus.calibration import SOURCES, Windows, check_source, hash_ids, load_windows
+from prunus.calibration.bos import refuse_bos
+from prunus.calibration.images import check_images, draw_images, hash_pixels, read_images
 from prunus.calibration.texts import are_texts, windows_from_texts
 from prunus.model.chat_template import apply_chat_template
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.image_processor import load_image_processor
-from prunus.model.kinds import IMAGES
+from prunus.model.kinds import IMAGES, Kind
 from prunus.model.loading import load_model
-from prunus.model.source import ModuleSource
+from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.model.tokenizer import load_tokenizer
-from prunus.pruning.job import PruningJob
-from prunus.pruning.manifest import RunInputs
+from prunus.runs.job import RunJob
+from prunus.runs.options import RunOptions, WindowOptions
+from prunus.runs.record import WindowInputs
 
-__all__ = ["calibration_windows", "describe_given", "run_inputs"]
+__all__ = ["calibration_windows", "check_inputs", "describe_given", "given_windows", "run_inputs"]
 
 
 def describe_given(given: Any) -> dict[str, Any]:
@@ -60,7 +62,22 @@ def describe_given(given: Any) -> dict[str, Any]:
     )
 
 
-def calibration_windows(job: PruningJob) -> Windows:
+def given_windows(calibration: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The caller's calibration as options of a run, and as the options of a recipe that say so.
+
+    Args:
+        calibration: As for `describe_given`.
+
+    >>> given_windows(["one text", "another"])
+    ({'texts': ['one text', 'another']}, {'calibration': 'texts'})
+    """
+    described = describe_given(calibration)
+    if isinstance(calibration, torch.Tensor):
+        return {"input_ids": calibration}, described
+    return ({"texts": calibration} if are_texts(calibration) else {}), described
+
+
+def calibration_windows(job: RunJob) -> Windows:
     """The calibration windows of a run; none if nothing in the run looks at inputs.
 
     Raises:
@@ -92,7 +109,7 @@ def calibration_windows(job: PruningJob) -> Windows:
             samples=recipe.samples,
             seqlen=recipe.seqlen,
             seed=recipe.seed,
-            data_dir=job.options.data_dir,
+            data_dir=job.options.data,
             model=lambda: _dense_model(job),
             bos=recipe.bos,
         )
@@ -106,10 +123,19 @@ def calibration_windows(job: PruningJob) -> Windows:
     return windows
 
 
-def run_inputs(job: PruningJob, windows: Windows) -> RunInputs:
-    """What the result of a run depends on beside its recipe, for its record."""
-    return RunInputs(
-        checkpoint=job.source.fingerprint,
+def run_inputs(job: RunJob, windows: Windows) -> WindowInputs:
+    """What the result of a run depends on besides its recipe, for its record.
+
+    Raises:
+        ValueError: A tensor outside the blocks is not finite; names it.
+    """
+    source = job.source
+    outside: dict[str, str] = {}
+    if isinstance(source, CheckpointSource):
+        outside = job.ranks.on_rank_0(source.outside_digests)
+    return WindowInputs(
+        checkpoint=source.fingerprint,
+        outside=outside,
         calibration=windows.source,
         calibration_sha256=windows.sha256,
         dtype=str(job.dtype).removeprefix("torch."),
@@ -120,7 +146,7 @@ def run_inputs(job: PruningJob, windows: Windows) -> RunInputs:
     )
 
 
-def _images(job: PruningJob) -> Windows:
+def _images(job: RunJob) -> Windows:
     """Images from the recipe's folder, or the caller's pixel values."""
     recipe, given = job.recipe, job.options.input_ids
     if given is not None:
@@ -139,7 +165,7 @@ def _images(job: PruningJob) -> Windows:
     return Windows(pixels, source, hash_pixels(pixels))
 
 
-def _image_processor(job: PruningJob) -> Any:
+def _image_processor(job: RunJob) -> Any:
     if job.options.tokenizer is not None:
         return job.options.tokenizer
     if isinstance(job.source, ModuleSource):
@@ -150,7 +176,7 @@ def _image_processor(job: PruningJob) -> Any:
     return load_image_processor(job.source.checkpoint.folder, job.options.trust_remote_code)
 
 
-def _tokenizer(job: PruningJob) -> Any:
+def _tokenizer(job: RunJob) -> Any:
     """The model's tokenizer; None may do where the source holds token ids.
 
     That of a loaded model lies where the model was loaded from.
@@ -171,9 +197,52 @@ def _tokenizer(job: PruningJob) -> Any:
         ) from fault
 
 
-def _dense_model(job: PruningJob) -> Any:
+def _dense_model(job: RunJob) -> Any:
     """The whole dense model in memory. It writes the calibration text of source "self"."""
     if isinstance(job.source, ModuleSource):
         return job.source.model
     folder = job.source.checkpoint.folder
     return load_model(folder, job.dtype, job.options.trust_remote_code).to(job.device)
+
+
+def check_inputs(kind: Kind, recipe: WindowOptions, options: RunOptions) -> None:
+    """Check that the calibration data are of the kind that the model takes, before any are read.
+
+    Args:
+        kind: Of the model: text or images.
+        recipe: It names the calibration source.
+        options: Token ids, pixel values or texts that the caller gives instead of a source, and
+            the folder with local copies of the corpora.
+
+    Raises:
+        ValueError, FileNotFoundError, ModuleNotFoundError: The data are of another kind, missing,
+            or need a library that is not installed.
+    """
+    # A sweep draws the windows of a text itself and gives them with the text's name.
+    if kind is IMAGES:
+        refuse_bos("image pixels", recipe.bos)
+    elif recipe.calibration == "token ids" or recipe.calibration.endswith(".safetensors"):
+        refuse_bos(recipe.calibration, recipe.bos)
+    inputs = options.input_ids
+    if inputs is not None:
+        if inputs.is_floating_point() != (kind is IMAGES):
+            wanted = (
+                "pixel values (samples, channels, height, width)" if kind is IMAGES else "token ids"
+            )
+            raise ValueError(
+                f"an {kind.name} is calibrated on {wanted}; got {inputs.dtype} "
+                f"{tuple(inputs.shape)}"
+            )
+    elif options.texts is not None:
+        if kind is IMAGES:
+            raise ValueError("an image classifier is calibrated on images, and texts were given")
+    elif kind is not IMAGES:
+        check_source(recipe.calibration, options.data)
+    elif recipe.calibration in SOURCES or not Path(recipe.calibration).is_dir():
+        raise ValueError(
+            f"an image classifier is calibrated on images, and {recipe.calibration!r} is not a "
+            "folder: give `calibration` a folder of images or of one subfolder of images per "
+            "class"
+        )
+    else:
+        check_images(Path(recipe.calibration), recipe.samples)

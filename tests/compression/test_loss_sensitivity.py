@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from method_cases import gather
+from prunus.compression import loss_sensitivity
+from prunus.compression.job import CompressionJob
+from prunus.compression.loss_sensitivity import LinearSensitivity, loss_sensitivities
+from prunus.compression.recipe import CompressionRecipe
 from prunus.methods.rate_distortion import relative_steps
 from prunus.model.skeleton import Skeleton
 from prunus.model.stream import Stream
-from prunus.pruning import loss_sensitivity
-from prunus.pruning.job import PruningJob, RunOptions
-from prunus.pruning.loss_sensitivity import LinearSensitivity, loss_sensitivities
+from prunus.pruning.job import PruningJob
 from prunus.pruning.plan import plan_run
-from prunus.pruning.recipe import Recipe
+from prunus.runs.options import RunOptions
 from tiny import tiny_checkpoint, token_ids
 
 IDS = token_ids(4, 16)
@@ -33,8 +35,8 @@ def exact_products(monkeypatch):
 
 
 def planned(folder, dtype: str = "float32", **options) -> PruningJob:
-    recipe = Recipe(bits=4.0, samples=4, seqlen=16, batch=2, dtype=dtype, **options)
-    return plan_run(folder, recipe, RunOptions(input_ids=IDS))
+    recipe = CompressionRecipe(bits=4.0, samples=4, seqlen=16, batch=2, dtype=dtype, **options)
+    return plan_run(folder, recipe, RunOptions(input_ids=IDS), CompressionJob)
 
 
 def streamed(job: PruningJob, seed: int = 0) -> dict[str, LinearSensitivity]:

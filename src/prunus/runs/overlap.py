@@ -1,4 +1,4 @@
-"""Reading the next block and writing the last one while the current one is pruned.
+"""Reading the next block and writing the last one while the current one is changed.
 
 Two threads do it, one for each direction. They change nothing but the time: blocks are read and
 written one at a time and in order, a shard still gets its final name before the manifest names it,
@@ -14,11 +14,7 @@ from typing import Self, TypeVar
 
 import torch
 
-from prunus.model.source import CheckpointSource
-from prunus.pruning.block.checks import StoredBlock, read_stored
-from prunus.pruning.job import PruningJob
-
-__all__ = ["BackgroundWrites", "read_ahead", "read_block"]
+__all__ = ["BackgroundWrites", "read_ahead"]
 
 T = TypeVar("T")
 
@@ -50,20 +46,6 @@ def read_ahead(indices: Iterable[int], read: Callable[[int], T], overlaps: bool)
             del ready
         if coming is not None:
             yield coming.result()
-
-
-def read_block(job: PruningJob, index: int) -> StoredBlock:
-    """Read a block of the source, check it and hash it.
-
-    Raises:
-        ValueError: it holds NaN or infinity, or its file was changed.
-    """
-    # Where there is memory for the copies, nothing depends on the file after this.
-    if job.overlaps and isinstance(job.source, CheckpointSource):
-        tensors = job.source.load_block(index, pinned=job.device.type == "cuda")
-    else:
-        tensors = job.source.block(index)
-    return read_stored(job.skeleton.block_name(index), tensors)
 
 
 class BackgroundWrites:

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prunus.compression.loss_sensitivity import LinearSensitivity
 from prunus.methods.quantized import CodeLengths
 from prunus.methods.rate_distortion import LinearQuantization, expected_bits
 from prunus.methods.statistics import InputStatistics
 from prunus.packed.plane_codes import choose_codes, code_lengths, column_histograms
-from prunus.pruning.loss_sensitivity import LinearSensitivity
 
 __all__ = ["LinearRate", "RateControl", "side_bits"]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from method_cases import gather
+from prunus.compression.loss_sensitivity import LinearSensitivity
+from prunus.compression.rate_control import LinearRate, RateControl, side_bits
 from prunus.packed.planes import encode
-from prunus.pruning.loss_sensitivity import LinearSensitivity
-from prunus.pruning.rate_control import LinearRate, RateControl, side_bits
 
 KINDS = {"q": (64, 96), "up": (256, 96), "down": (96, 256)}
 

@@ -1,0 +1,135 @@
+"""The folder of a compressed checkpoint, whose linears are packed from the first shard on.
+
+No dense copy of them is ever written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from prunus.compression.card import compressed_card
+from prunus.compression.record import CompressionRecord
+from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.writer import save_safetensors
+from prunus.model.kinds import kind_of
+from prunus.model.linears import tied_embedding
+from prunus.packed.description import Description, QuantizedShape
+from prunus.packed.forms import checked_weight, expand
+from prunus.packed.quantize_rows import quantize_rows
+from prunus.packed.weight import named_tensors
+from prunus.pruning.output import PrunedFolder
+from prunus.runs.loop import Made
+from prunus.runs.record import shard_name
+
+__all__ = ["MEASUREMENT", "CompressedFolder", "embedding_and_head"]
+
+#: Measurements of an unfinished run; they decide the bytes of all blocks.
+MEASUREMENT = "sensitivity.safetensors"
+
+
+class CompressedFolder(PrunedFolder):
+    """A folder whose linears are packed; in every other respect it is a `PrunedFolder`."""
+
+    record: CompressionRecord
+
+    def read_measurement(self) -> dict[str, torch.Tensor] | None:
+        """What `write_measurement` got in this run or the run that it resumes, or None."""
+        path = self.folder / MEASUREMENT
+        return load_file(path) if path.exists() else None
+
+    def write_measurement(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep named tensors until the run is finished."""
+        save_safetensors(self.folder / MEASUREMENT, tensors)
+
+    def complete(self, changed: Mapping[str, torch.Tensor]) -> None:
+        super().complete(changed)
+        self._forget_measurement()
+
+    def check_finished(self) -> None:
+        super().check_finished()
+        # A run that was killed at its very end left it.
+        self._forget_measurement()
+
+    def _forget_measurement(self) -> None:
+        if self.ranks.rank == 0:
+            (self.folder / MEASUREMENT).unlink(missing_ok=True)
+
+    def stored(self, place: int, made: Made) -> dict[str, torch.Tensor]:
+        tensors = super().stored(place, made)
+        for name, weight in made.packed.items():
+            linear = self._stored_linear(f"{made.record.name}.{name}")
+            del tensors[f"{linear}.weight"]
+            tensors |= named_tensors(linear, weight)
+        return tensors
+
+    def restored(self, place: int) -> dict[str, torch.Tensor]:
+        checkpoint = Checkpoint(self.folder, only=[shard_name(place)])
+        tensors = dict(checkpoint.read(checkpoint.tensors))
+        described = Description.of_linears(self._entries([place]))
+        for linear in described.linears:
+            weight, offsets = checked_weight(described, linear, tensors)
+            for name in described.tensors(linear):
+                del tensors[name]
+            dtype = self.job.checkpoint.checkpoint.tensors[f"{linear}.weight"].dtype
+            tensors[f"{linear}.weight"] = expand(weight, dtype, offsets)
+        return self.job.checkpoint.from_stored(place, tensors.items())
+
+    def outside(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        head_bits = self.record.recipe.head_bits
+        if head_bits is None:
+            return tensors
+        for name in embedding_and_head(self.job.skeleton.model):
+            linear = self._stored_linear(name)
+            weight = quantize_rows(tensors.pop(f"{linear}.weight"), head_bits)
+            tensors |= named_tensors(linear, weight)
+            self.record.packed_outside[linear] = QuantizedShape.of(weight).to_json()
+        # The shard is written next. A run that is killed between the two writes it again.
+        self.save()
+        return tensors
+
+    def card(self) -> str:
+        source = self.job.checkpoint
+        loader = kind_of(source.config).loader
+        return compressed_card(self.record, loader, source.checkpoint.folder)
+
+    def config(self) -> Mapping[str, object]:
+        blocks = range(len(self.record.blocks))
+        entries = {**self.record.packed_outside, **self._entries(blocks)}
+        source = self.job.checkpoint.checkpoint.folder
+        return Description.of_linears(entries).add_to(read_json(source / "config.json"))
+
+    def _entries(self, blocks: Iterable[int]) -> dict[str, dict[str, Any]]:
+        """The entries in config.json of the linears of some blocks, by their stored names."""
+        found = {}
+        for index in blocks:
+            record = self.record.blocks[index]
+            for name, linear in record.linears.items():
+                if linear.packed is not None:
+                    found[self._stored_linear(f"{record.name}.{name}")] = linear.packed
+        return found
+
+    def _stored_linear(self, name: str) -> str:
+        """The name of a linear in the checkpoint, from its name in the model."""
+        return self.job.checkpoint.stored_name(f"{name}.weight").removesuffix(".weight")
+
+
+def embedding_and_head(model: Any) -> list[str]:
+    """The names of the embedding and the output head that the packed format can hold.
+
+    Where both are one weight, it has the name of the embedding.
+    """
+    tied = tied_embedding(model)
+    if tied is not None:
+        return [tied.name]
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(module is each for each in modules) and type(module) in (nn.Embedding, nn.Linear)
+    ]

@@ -1,0 +1,48 @@
+"""The options that decide the bytes of a compressed checkpoint. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from prunus.methods.options import RULES
+from prunus.options import Option, one_of
+from prunus.options.ranges import Range
+from prunus.pruning.options import DenseWeight, PruningOptions, Sparsity
+
+__all__ = ["CompressionRecipe"]
+
+
+class CompressionRecipe(PruningOptions):
+    """One run of compress, in the words of the command line.
+
+    Without a sparsity or a pattern, zeros follow from the rate.
+
+    Raises:
+        pydantic.ValidationError: A `ValueError` that lists every option that is out of range.
+
+    >>> recipe = CompressionRecipe(bits=3)
+    >>> recipe.sparsity, recipe.dense_weight
+    (0.0, 0.25)
+    """
+
+    # The figures behind these defaults are in docs/results/index.md.
+    sparsity: Sparsity = 0.0
+    dense_weight: DenseWeight = 0.25
+    bits: Annotated[
+        float,
+        Option(
+            "Let the linears take this number of bits per weight in the file, with scales and all "
+            "that belongs to them, from 1 to 7.",
+            metavar="N",
+            within=Range(RULES["bits"].allows, RULES["bits"].must),
+        ),
+    ]
+    head_bits: Annotated[
+        int | None,
+        Option(
+            "Store embeddings and output head with this number of bits per weight: 4, 6 or 8.",
+            metavar="N",
+            within=one_of((4, 6, 8)),
+            default="they stay as they are",
+        ),
+    ] = None

@@ -1,0 +1,319 @@
+"""The options that prune and compress share: which weights are removed, and how others follow.
+
+Options that only decide how the work is done, such as the memory budget or the device, are
+`prunus.runs.options.RunOptions`. They may change between a run and its resumption. Imports no
+torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from prunus.methods.options import (
+    RULES,
+    MaskFrom,
+    MaskOrder,
+    MethodName,
+    MethodOptions,
+    Refine,
+    WeightUpdate,
+    check_method_options,
+    check_value,
+)
+from prunus.options import Option, at_least, between
+from prunus.runs.options import WindowOptions
+
+__all__ = ["METHOD", "SELECTION", "DenseWeight", "PruningOptions", "Sparsity"]
+
+METHOD, SELECTION = "Method", "Allocation and selection"
+_PATTERN = re.compile(r"^(\d+):(\d+)$")
+
+
+def _share(text: str) -> float:
+    """A sparsity from the command line. An N:M pattern gets a hint to the option it belongs to."""
+    try:
+        return float(text)
+    except ValueError:
+        hint = f"; did you mean `pattern` {text}?" if ":" in text else ""
+        with contextlib.suppress(ValueError):
+            hint = f"; did you mean {float(text.removesuffix('%')) / 100:g}?"
+        raise ValueError(f"{text!r} is not a share such as 0.5{hint}") from None
+
+
+# Options whose defaults differ between verbs.
+Sparsity = Annotated[
+    float,
+    Option(
+        "Remove this share of each linear's weights, in [0, 1).",
+        metavar="SHARE",
+        within=between("[0, 1)", ": 0.5 removes half of the weights"),
+        parse=_share,
+    ),
+]
+DenseWeight = Annotated[
+    float | Literal["auto"],
+    Option(
+        "Let updated weights approximate outputs with this share of the dense model: 0 to 1, or "
+        "auto (chosen per linear on held-out windows). Above 0 the dense model runs as well.",
+        metavar="SHARE",
+        panel=METHOD,
+    ),
+]
+
+
+class PruningOptions(WindowOptions):
+    """What prune and compress have in common: which weights are removed, and how others follow.
+
+    `pattern` is "unstructured" or N:M, which keeps at most N of every M consecutive inputs of a
+    row. (The original code of Wanda and SparseGPT counts the zeros instead; for 2:4 and 4:8 both
+    readings agree.) An N:M pattern implies its sparsity.
+    """
+
+    method: Annotated[
+        MethodName,
+        Option(
+            "Choose the weights to remove by this method, which may update the others.",
+            metavar="METHOD",
+        ),
+    ] = "wanda"
+    sparsity: Sparsity = 0.5
+    pattern: Annotated[
+        str,
+        Option("Keep at most N of every M consecutive inputs, such as 2:4.", metavar="N:M"),
+    ] = "unstructured"
+    group: Annotated[
+        str | int | None,
+        Option(
+            "Remove the lowest scores among these weights: row, layer, column, or a number of rows "
+            "per group.",
+            metavar="GROUP",
+            panel=METHOD,
+            default="as published for the method; row for alps, whose own code compares the layer",
+        ),
+    ] = None
+    damping: Annotated[
+        float | None,
+        Option(
+            "Add a ridge to the Gram matrix before it is inverted, as a share of its mean "
+            "diagonal.",
+            metavar="SHARE",
+            panel=METHOD,
+            default="0.01; alps, swaps and least squares choose it by the number of tokens",
+        ),
+    ] = None
+    iterations: Annotated[
+        int | None,
+        Option(
+            "Run this number of iterations of method alps.",
+            metavar="N",
+            panel=METHOD,
+            default="12",
+        ),
+    ] = None
+    refine: Annotated[
+        Refine,
+        Option(
+            "Exchange weights of a finished mask. swaps: as long as the output error falls.",
+            metavar="REFINEMENT",
+            panel=METHOD,
+        ),
+    ] = "none"
+    refine_steps: Annotated[
+        int | None,
+        Option(
+            "Refine for at most this number of rounds.", flag=False, default="the refinement's own"
+        ),
+    ] = None
+    weight_update: Annotated[
+        WeightUpdate,
+        Option(
+            "least-squares: fit the kept weights to the mask of any method.",
+            metavar="UPDATE",
+            panel=METHOD,
+        ),
+    ] = "none"
+    dense_weight: DenseWeight = 0.0
+    ria_power: Annotated[
+        float, Option("Raise the input norms in the score of method ria to this power.", flag=False)
+    ] = 0.5
+    mask_from: Annotated[
+        MaskFrom, Option("Choose the mask of method obs by this score.", flag=False)
+    ] = "wanda"
+    mask_order: Annotated[
+        MaskOrder,
+        Option("Choose the mask of method obs before the update, or blockwise in it.", flag=False),
+    ] = "before"
+    allocation: Annotated[
+        Literal["uniform", "search"],
+        Option(
+            "Distribute the sparsity over the blocks. uniform: the same for all. search: blocks "
+            "whose pruning changes the outputs most keep more.",
+            metavar="RULE",
+            panel=SELECTION,
+        ),
+    ] = "uniform"
+    allocation_by: Annotated[
+        Literal["block", "linear"],
+        Option("Give each block, or each linear, a sparsity of its own.", flag=False),
+    ] = "block"
+    only: Annotated[
+        tuple[str, ...],
+        Option(
+            "Prune only linears whose names match; may be repeated.",
+            metavar="GLOB",
+            panel=SELECTION,
+        ),
+    ] = ()
+    ignore: Annotated[
+        tuple[str, ...],
+        Option(
+            "Leave linears whose names match as they are; may be repeated.",
+            metavar="GLOB",
+            panel=SELECTION,
+        ),
+    ] = ()
+    min_expert_tokens: Annotated[
+        int | None,
+        Option(
+            "Measure an expert with fewer tokens than this on all tokens.",
+            flag=False,
+            within=at_least(0, ", where 0 always uses an expert's own tokens"),
+            default="by the method",
+        ),
+    ] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_sparsity(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values  # a damaged record, which pydantic refuses next
+        values = cls.filled_in(values)
+        match = _PATTERN.match(str(values.get("pattern", "")))
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            return values
+        implied, given = 1 - int(match[1]) / int(match[2]), values.get("sparsity")
+        if given is not None and given != implied:
+            raise ValueError(
+                f"pattern {match[0]} already fixes the sparsity at {implied:g}; "
+                f"got sparsity {given} as well: give one of the two"
+            )
+        return {**values, "sparsity": implied}
+
+    @classmethod
+    def filled_in(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The given options with those that follow from them."""
+        return values
+
+    def changed_by(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        known = super().changed_by(given)
+        if "pattern" in given and self.n_of_m:
+            known.pop("sparsity", None)  # This recipe's own pattern implied it.
+        return known
+
+    @field_validator("dense_weight", mode="before")
+    @classmethod
+    def _read_dense_weight(cls, value: Any) -> Any:
+        # A file or a command line may give the number as text.
+        with contextlib.suppress(TypeError, ValueError):
+            value = float(value)
+        check_value("dense_weight", value)
+        return value
+
+    @field_validator("group", mode="before")
+    @classmethod
+    def _known_group(cls, value: str | int | None) -> str | int | None:
+        if isinstance(value, str) and value.isdigit():
+            value = int(value)
+        if value is None or value in ("row", "layer", "column"):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+            return value
+        raise ValueError(
+            f"group must be row, layer, column or a number of rows (1 or more); got {value!r}"
+        )
+
+    @field_validator("pattern")
+    @classmethod
+    def _known_pattern(cls, value: str) -> str:
+        if value == "unstructured":
+            return value
+        match = _PATTERN.match(value)
+        if not match:
+            raise ValueError(f"pattern must be 'unstructured' or N:M such as 2:4; got {value!r}")
+        if not 1 <= int(match[1]) <= int(match[2]):
+            raise ValueError(
+                f"pattern N:M keeps N of every M weights, so 1 <= N <= M; got {value!r}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> PruningOptions:
+        check_method_options(self.method, self.method_options)
+        if self.allocation != "uniform" and self.n_of_m:
+            raise ValueError(
+                f"allocation {self.allocation} distributes an unstructured sparsity; "
+                f"{self.pattern} is the same in every layer: drop one of the two"
+            )
+        if self.allocation == "uniform" and self.allocation_by != "block":
+            raise ValueError("allocation_by needs an `allocation` other than uniform")
+        self.check_fit()
+        return self
+
+    def check_fit(self) -> None:
+        """Check the rules of a verb.
+
+        Raises:
+            ValueError: Two options exclude each other.
+        """
+
+    @property
+    def method_options(self) -> MethodOptions:
+        """The options that the method reads."""
+        names = (name for name in RULES if name in type(self).model_fields)
+        return MethodOptions(**{name: getattr(self, name) for name in names})
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """(N, M), or None for unstructured sparsity."""
+        match = _PATTERN.match(self.pattern)
+        return (int(match[1]), int(match[2])) if match else None
+
+    @property
+    def searches(self) -> bool:
+        """Whether the sparsity of each layer is searched, on windows of the dense model."""
+        return self.allocation == "search"
+
+    def selects(self, name: str) -> bool:
+        """Whether the linear `name` (its full path in the model) is to be pruned.
+
+        >>> PruningOptions(only=["*.mlp.*"]).selects("model.layers.0.mlp.up_proj")
+        True
+        """
+        wanted = not self.only or any(fnmatch.fnmatchcase(name, glob) for glob in self.only)
+        return wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in self.ignore)
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse name patterns that match nothing: a typing error would prune the wrong linears.
+
+        Args:
+            names: The full names of all linears of the model.
+
+        Raises:
+            ValueError: A pattern of `only` or `ignore` matches no name, or no linear is left.
+        """
+        known = list(names)
+        for option, globs in (("only", self.only), ("ignore", self.ignore)):
+            for glob in globs:
+                if not any(fnmatch.fnmatchcase(name, glob) for name in known):
+                    raise ValueError(
+                        f"`{option}` {glob!r} matches none of the {len(known)} linears; names look "
+                        f"like {known[0]!r}, and * stands for anything: '*.mlp.*'"
+                    )
+        if not any(self.selects(name) for name in known):
+            raise ValueError("`only` and `ignore` leave no linear to prune")

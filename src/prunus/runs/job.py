@@ -1,0 +1,214 @@
+"""A checked run of blocks: its model, its windows, where the data live, and what fits in memory.
+
+Every verb that takes calibration windows through a model block by block has such a job. It adds
+what it does to a block. `plan.py` makes the part that is the same for all.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+
+from prunus.distributed import Ranks
+from prunus.methods.statistics import Needs, statistics_bytes
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import CheckpointSource, ModuleSource
+from prunus.runs.block_memory import (
+    BYTES_PER_PRUNED_WEIGHT,
+    BlockMemory,
+    paused_bytes,
+    transient_bytes,
+)
+from prunus.runs.options import RunOptions, WindowOptions
+from prunus.runs.record import Walk
+
+__all__ = ["RunJob"]
+
+
+@dataclass(kw_only=True)
+class RunJob:
+    """The decisions of one run, as far as they concern its model and its windows.
+
+    Attributes:
+        recipe: The options that decide the bytes of the result.
+        options: The options that only decide how the work is done.
+        model_name: The model as the user named it; the class name of a loaded model.
+        source: The dense weights.
+        skeleton: The model without weights, in the dtype of the computation.
+        device: Where blocks run.
+        dtype: The dtype of the forward passes, and in `dtype_reason` why.
+        batch: Calibration windows per forward pass.
+        budget: Memory for the run on `device`, in bytes.
+        host_budget: Memory for the run on the host, in bytes. On a CPU both budgets are the same.
+        needs: The statistics that are kept of the inputs of linears.
+        needs_inputs: Whether calibration windows run through the model at all.
+        block_memory: The memory that each block needs.
+    """
+
+    recipe: WindowOptions
+    options: RunOptions
+    model_name: str
+    source: CheckpointSource | ModuleSource
+    skeleton: Skeleton
+    device: torch.device
+    dtype: torch.dtype
+    dtype_reason: str
+    batch: int
+    budget: int
+    host_budget: int
+    needs: Needs
+    needs_inputs: bool
+    block_memory: list[BlockMemory] = field(default_factory=list)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that work on the run."""
+        return self.options.processes
+
+    @functools.cached_property
+    def checkpoint(self) -> CheckpointSource:
+        """The source of a run that reads a checkpoint."""
+        assert isinstance(self.source, CheckpointSource)
+        return self.source
+
+    @property
+    def batches(self) -> int:
+        """Batches of calibration windows, over all ranks."""
+        return -(-self.recipe.samples // self.batch)
+
+    @property
+    def windows(self) -> int:
+        """The largest number of windows that any rank holds. Ranks split the windows by batches."""
+        return min(self.recipe.samples, -(-self.batches // self.ranks.size) * self.batch)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all calibration windows, as the first block sees them."""
+        return self.recipe.samples * self.skeleton.window_shape(0, self.recipe.seqlen)[0]
+
+    # What a verb says.
+
+    @property
+    def runs_dense_stream(self) -> bool:
+        """Whether batches also run through the dense model."""
+        return False
+
+    def walk(self, index: int) -> Walk:
+        """How the windows run through block `index`; lockstep and replay give the same bits."""
+        return "lockstep" if self.fits_lockstep(index) else "replay"
+
+    def check_ranks(self) -> None:
+        """Check that the ranks can carry out the recipe together.
+
+        Raises:
+            ValueError: They cannot; says why.
+        """
+
+    def working_bytes(self, index: int) -> int:
+        """Bytes of temporaries while a linear of block `index` changes, and of its statistics."""
+        linears = self.skeleton.linears(index)
+        largest = max(linear.shape[0] * linear.shape[1] for linear in linears)
+        inputs = max(linear.shape[1] for linear in linears)
+        working = BYTES_PER_PRUNED_WEIGHT * largest + statistics_bytes(inputs, self.needs)
+        if self.needs == "gram":
+            # Solvers hold six float32 matrices like the weight, and six like the Gram matrix, or
+            # three of the latter in float64.
+            working += 6 * 4 * largest + 6 * 4 * inputs**2
+        return working
+
+    def training_bytes(self, index: int) -> tuple[int, int]:
+        """Bytes of the training of block `index`: those that stay, and those of one batch."""
+        return 0, 0
+
+    # Where the data live and how they move.
+
+    def measure_memory(self) -> None:
+        """Fill in `block_memory`."""
+        self.block_memory = [self._block_memory(index) for index in range(len(self.skeleton))]
+
+    def _block_memory(self, index: int) -> BlockMemory:
+        linears, itemsize = self.skeleton.linears(index), self.dtype.itemsize
+        window_tokens, hidden = self.skeleton.window_shape(index, self.recipe.seqlen)
+        tokens = self.windows * window_tokens
+        batch_tokens = min(self.batch * window_tokens, tokens)
+        widest = max(max(linear.shape) for linear in linears)
+        parameters = sum(p.numel() for p in self.skeleton.blocks[index].parameters())
+        # The hidden states of the dense model are kept next to those of the changed one.
+        models = 2 if self.runs_dense_stream else 1
+        streams = self.needs_inputs * models
+        stays, moves = self.training_bytes(index)
+        batch = self.needs_inputs * transient_bytes(batch_tokens, hidden, widest, itemsize)
+        return BlockMemory(
+            weights=2 * self.source.block_nbytes(index) + models * parameters * itemsize,
+            working=self.working_bytes(index) + stays,
+            hidden=streams * tokens * hidden * itemsize,
+            paused=streams * paused_bytes(tokens, hidden, widest, itemsize),
+            transient=batch + moves,
+        )
+
+    @property
+    def hidden_states_stay(self) -> bool:
+        """Whether hidden states stay on the device: they fit there beside one batch in flight."""
+        return all(
+            memory.total(hidden=True, paused=False) <= self.budget for memory in self.block_memory
+        )
+
+    @property
+    def spills(self) -> bool:
+        """Whether a file holds the hidden states: neither the device nor the host has room."""
+        if self.hidden_states_stay:
+            return False
+        largest = max(memory.hidden for memory in self.block_memory)
+        return self.device.type == "cpu" or largest > self.host_budget
+
+    def fits_lockstep(self, index: int) -> bool:
+        """Whether all batches can pause in block `index` at once."""
+        needed = self.block_memory[index].total(hidden=self.hidden_states_stay, paused=True)
+        return needed <= self.budget
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the next block is read and the last one written while one is changed.
+
+        It takes memory for two blocks more, and changes nothing but the time.
+        """
+        return not isinstance(self.source, ModuleSource) and all(
+            self.host_bytes(index) + self.overlap_bytes(index) <= self.host_budget
+            for index in range(len(self.block_memory))
+        )
+
+    def overlap_bytes(self, index: int) -> int:
+        """Bytes of the block that is read and of the one that is written next to block `index`."""
+        near = [each for each in (index - 1, index + 1) if 0 <= each < len(self.block_memory)]
+        return sum(self.source.block_nbytes(each) for each in near)
+
+    def host_bytes(self, index: int) -> int:
+        """Bytes that block `index` needs on the host, with nothing read or written meanwhile."""
+        memory = self.block_memory[index]
+        if self.device.type != "cpu":
+            return 0 if self.hidden_states_stay or self.spills else memory.hidden
+        return memory.total(hidden=self.hidden_states_stay, paused=self.fits_lockstep(index))
+
+    def peak_bytes(self) -> int:
+        """The largest need of any block on the device, in bytes."""
+        stay, overlaps = self.hidden_states_stay, self.overlaps and self.device.type == "cpu"
+        return max(
+            memory.total(hidden=stay, paused=self.fits_lockstep(index))
+            + overlaps * self.overlap_bytes(index)
+            for index, memory in enumerate(self.block_memory)
+        )
+
+    def file_bytes(self) -> int:
+        """Bytes of the weights of the result; 0 for a loaded model, which has no file."""
+        if isinstance(self.source, ModuleSource):
+            return 0
+        return self.source.checkpoint.nbytes(self.source.checkpoint.tensors)
+
+    def disk_bytes(self) -> int:
+        """Bytes of the result, with the file of spilled hidden states next to it."""
+        if isinstance(self.source, ModuleSource):
+            return 0
+        spilled = max(memory.hidden for memory in self.block_memory) if self.spills else 0
+        return self.file_bytes() + spilled

@@ -1,0 +1,143 @@
+"""The loop over the blocks of a run: read ahead, change, write behind, record, report.
+
+    finished by an earlier run   the windows run through the stored block
+    all others                   read the block ► the step changes it ► write its shard
+
+Disk and processor work at the same time where memory has room for two more blocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from prunus.hardware.memory import HeapTrimmer, peak_memory
+from prunus.model.source import CheckpointSource
+from prunus.runs.blocks import StoredBlock, read_stored
+from prunus.runs.job import RunJob
+from prunus.runs.overlap import BackgroundWrites, read_ahead
+from prunus.runs.progress import Progress
+
+__all__ = ["BlockOutput", "BlockStep", "Made", "run_blocks"]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a step has made of a block.
+
+    Attributes:
+        tensors: All tensors of the finished block by relative name, as they are stored.
+        record: What the record of the run says about it.
+        message: The same in a few words, for the progress.
+        packed: By relative name, the linears that the result stores in another form.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    record: Any
+    message: str
+    packed: Mapping[str, Any] = field(default_factory=dict)
+
+
+class BlockStep(Protocol):
+    """What a verb does to blocks, one after the other."""
+
+    def take(self, place: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Run the windows through a block that an earlier run has finished.
+
+        Args:
+            place: Position of the block in the result.
+            tensors: Its tensors by relative name, as stored.
+        """
+        ...
+
+    def make(self, place: int, stored: StoredBlock) -> Made:
+        """Change a block, and run the windows through what it has become.
+
+        Args:
+            place: Position of the block in the result.
+            stored: The dense block that it is made from.
+        """
+        ...
+
+
+class BlockOutput(Protocol):
+    """Where finished blocks are kept."""
+
+    def read_block(self, place: int) -> Mapping[str, torch.Tensor]:
+        """The tensors of a finished block by relative name."""
+        ...
+
+    def write_block(self, place: int, made: Made) -> None:
+        """Keep a finished block, then enter it in the record."""
+        ...
+
+
+def run_blocks(
+    job: RunJob,
+    step: BlockStep,
+    output: BlockOutput,
+    finished: int,
+    *,
+    made_from: Sequence[int] | None = None,
+    names: Callable[[int], str] | None = None,
+    again: bool = False,
+) -> None:
+    """Change the blocks of a model, from the first one that is not finished to the last.
+
+    Args:
+        job: The checked run.
+        step: What is done to a block.
+        output: Where finished blocks are kept.
+        finished: How many blocks an earlier run has finished.
+        made_from: The block of the source for each block of the result; None for all in order.
+        names: The name of each block of the result; None for those of the source.
+        again: Change finished blocks once more without writing them, because the next block depends
+            on what is not stored of them.
+    """
+    started = time.perf_counter()
+    places = made_from if made_from is not None else range(len(job.skeleton))
+    name_of = names or job.skeleton.block_name
+
+    def report(place: int, message: str) -> None:
+        job.options.step(
+            Progress(
+                done=place + 1,
+                total=len(places),
+                message=f"{name_of(place)} {message}",
+                seconds=time.perf_counter() - started,
+                peak_memory=peak_memory(job.device),
+            )
+        )
+
+    taken = 0 if again else finished
+    for place in range(taken):
+        step.take(place, output.read_block(place))
+        report(place, "taken from the earlier run")
+    heap, left = HeapTrimmer(), range(taken, len(places))
+    with BackgroundWrites(job.overlaps) as writes:
+        blocks = read_ahead(left, lambda place: _read(job, places[place]), job.overlaps)
+        for place, stored in zip(left, blocks, strict=True):
+            made = step.make(place, stored)
+            if place >= finished:
+                writes.submit(lambda place=place, made=made: output.write_block(place, made))
+            if job.ranks.size > 1:
+                heap.trim_if_grown()
+            report(place, made.message)
+
+
+def _read(job: RunJob, index: int) -> StoredBlock:
+    """Read a block of the source, check it and hash it.
+
+    Raises:
+        ValueError: It holds NaN or infinity, or its file was changed.
+    """
+    # Where there is memory for the copies, nothing depends on the file after this.
+    if job.overlaps and isinstance(job.source, CheckpointSource):
+        tensors = job.source.load_block(index, pinned=job.device.type == "cuda")
+    else:
+        tensors = job.source.block(index)
+    return read_stored(job.skeleton.block_name(index), tensors)
