@@ -19,17 +19,16 @@ from prunus.model.checkpoint.regular_files import read_card
 
 __all__ = ["keep_records", "manifest_text", "records_of"]
 
-_CARD, _MANIFEST = "README.md", "prunus.json"
+_CARD, _MANIFESTS = "README.md", ("prunus.json", "prunus-compress.json")
 
 
 def records_of(folder: Path) -> dict[str, str]:
     """Name -> text of the card and the record that lie in a folder; empty if prunus wrote none."""
-    if not (folder / _MANIFEST).is_file():
+    name = next((each for each in _MANIFESTS if (folder / each).is_file()), None)
+    if name is None:
         return {}
     card = read_card(folder / _CARD)
-    return {_MANIFEST: manifest_text(read_json(folder / _MANIFEST))} | (
-        {} if card is None else {_CARD: card}
-    )
+    return {name: manifest_text(read_json(folder / name))} | ({} if card is None else {_CARD: card})
 
 
 def manifest_text(content: Any) -> str:

@@ -33,7 +33,7 @@ from prunus.model.checkpoint.writer import save_safetensors
 
 __all__ = ["Conversion", "LinearRecord", "Record", "open_conversion"]
 
-_MANIFEST = "prunus.json"
+_MANIFESTS = ("prunus.json", "prunus-compress.json")
 
 
 class LinearRecord(BaseModel):
@@ -214,8 +214,9 @@ class Conversion:
         for path in auxiliary_files(self.source.folder):
             if path.name != "config.json" and not path.name.startswith("prunus-"):
                 copy_companion(path, self.folder / path.name)
-        if (self.source.folder / _MANIFEST).exists():
-            copy_companion(self.source.folder / _MANIFEST, self.folder / _MANIFEST)
+        for name in _MANIFESTS:
+            if (self.source.folder / name).exists():
+                copy_companion(self.source.folder / name, self.folder / name)
         write_text(self.folder / "README.md", card(self._card))
         write_json(self.folder / "config.json", config)
         shards = Checkpoint(self.folder, only=list(self.record.shards))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from prunus.compression.record import CompressionRecord
 from prunus.model.checkpoint.atomic_files import write_json, write_text
 from prunus.model.checkpoint.companions import auxiliary_files, copy_companion
 from prunus.model.checkpoint.reader import INDEX_NAME
@@ -141,7 +142,9 @@ class ResultFolder:
 def files_to_copy(source: Path) -> list[Path]:
     """The files that a result copies from the pruned checkpoint, including its manifest."""
     found = [path for path in auxiliary_files(source) if not path.name.startswith("prunus-")]
-    manifests = [source / name for name in (Manifest.FILE, StructureRecord.FILE)]
+    manifests = [
+        source / name for name in (Manifest.FILE, CompressionRecord.FILE, StructureRecord.FILE)
+    ]
     return [*found, *(path for path in manifests if path.exists())]
 
 
