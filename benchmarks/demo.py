@@ -82,7 +82,7 @@ def main() -> None:
     scores = folder / "scores.json"
     how = ["--perplexity", TEXT, "--seqlen", str(CONTEXT)]
     scored = prunus(
-        "eval", *map(str, models.values()), *how, "--limit", str(WINDOWS), json_file=scores
+        "eval", *map(str, models.values()), *how, "--samples", str(WINDOWS), json_file=scores
     )
     # Comparing two models token by token takes longer, so it takes fewer windows.
     pruned = [str(models["magnitude"]), str(models["wanda"])]
@@ -92,7 +92,7 @@ def main() -> None:
         "--reference",
         str(dense),
         *how,
-        "--limit",
+        "--samples",
         str(COMPARED_WINDOWS),
         json_file=folder / "compared.json",
     )

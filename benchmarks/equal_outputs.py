@@ -194,7 +194,7 @@ class Runs:
     def _prunus(self, words: list[str], log: Path, die_at: int = 0, ranks: int = 1) -> int:
         """Run a command on some ranks; returns its exit status, or minus a signal's number."""
         sys.stdout.flush()
-        children, environment = [], {"PRUNUS_CACHE": f"{log}.cache"}
+        children, environment = [], {}
         if ranks > 1:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))

@@ -207,8 +207,7 @@ def main() -> None:
             [
                 "eval",
                 str(model),
-                "--no-cache",
-                "--limit",
+                "--samples",
                 str(options.windows),
                 *size,
                 *data,

@@ -189,7 +189,7 @@ def write_calibration(options: argparse.Namespace) -> str:
             samples=options.samples + 1,
             seqlen=options.seqlen,
             seed=0,
-            data_dir=options.data,
+            data=options.data,
         )
         wanted = options.samples * options.seqlen
         text = "".join(tokenizer.decode(ids) for ids in windows.ids)
@@ -335,8 +335,8 @@ def measure_rows(results: Results, options: argparse.Namespace) -> dict[str, tup
             model,
             options.text,
             seqlen=options.eval_seqlen,
-            limit=options.windows,
-            data_dir=options.data,
+            samples=options.windows,
+            data=options.data,
             **given,
         )
 

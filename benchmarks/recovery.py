@@ -36,7 +36,7 @@ MODES: dict[str, list[str]] = {
     "masked": ["--mode", "masked", *TRAINING],
     "masked, teacher": ["--mode", "masked", "--teacher", "DENSE", *TRAINING],
 }
-SCORING = ["--perplexity", "wikitext2", "--seqlen", "1024", "--limit", "16"]
+SCORING = ["--perplexity", "wikitext2", "--seqlen", "1024", "--samples", "16"]
 
 
 def prunus(*arguments: str, json_file: Path) -> dict[str, Any]:

@@ -51,7 +51,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
 from prunus.calibration.windows import hash_ids, load_windows
-from prunus.evaluation import Reference
+from prunus.evaluation.reference import Reference
 from prunus.evaluation.speed import bench
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.atomic_files import read_json, write_json
@@ -267,8 +267,8 @@ class Benchmark:
                 reference=reference,
                 tokenizer=None if Path(text).suffix == ".safetensors" else self.tokenizer,
                 seqlen=self.given.eval_seqlen,
-                limit=self.given.limit,
-                data_dir=self.given.data,
+                samples=self.given.limit,
+                data=self.given.data,
             )
             divergence = result.divergence
             found[text] = {

@@ -33,7 +33,7 @@ torch.set_num_threads(1)
 
 import prunus  # noqa: E402
 from prunus.calibration.images import list_images, read_images  # noqa: E402
-from prunus.evaluation import image_accuracy  # noqa: E402
+from prunus.evaluation.images import image_accuracy  # noqa: E402
 
 SIDE, TRAINED, BATCH = 8, 1297, 64
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,19 +63,6 @@ def _no_wait_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
-
-
-@pytest.fixture(scope="session")
-def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Names of folders, a new one for every test."""
-    folder = tmp_path_factory.mktemp("caches")
-    return (str(folder / str(number)) for number in itertools.count())
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(monkeypatch: pytest.MonkeyPatch, _caches: Iterator[str]) -> None:
-    """No test finds, or leaves, a result in the user's cache."""
-    monkeypatch.setenv("PRUNUS_CACHE", next(_caches))
 
 
 def pytest_collection_finish() -> None:

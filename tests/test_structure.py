@@ -57,6 +57,7 @@ LIBRARIES: dict[str, set[str]] = {
         "pruning",
         "recovery",
         "structure",
+        "evaluation",
         "sweeping",
         "packed",
         "options",
@@ -82,6 +83,7 @@ LIBRARIES: dict[str, set[str]] = {
 WITHOUT_TORCH = {
     "evaluation/comparison.py",
     "evaluation/lm_eval_results.py",
+    "evaluation/records.py",
     "evaluation/task_scores.py",
     "hardware/sizes.py",
     "methods/options.py",

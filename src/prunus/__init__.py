@@ -23,14 +23,18 @@ from typing import TYPE_CHECKING, Any
 from prunus.packed.register import register
 
 if TYPE_CHECKING:
-    from prunus.compression.pack import pack
     from prunus.compression.recipe import CompressionRecipe
     from prunus.compression.record import CompressionRecord
     from prunus.compression.run import compress
-    from prunus.compression.unpack import unpack
-    from prunus.evaluation import PerplexityResult, TaskResults, compare, evaluate, perplexity
+    from prunus.evaluation.comparison import compare
     from prunus.evaluation.inspection import Inspection, inspect
+    from prunus.evaluation.perplexity import perplexity
+    from prunus.evaluation.records import PerplexityResult
+    from prunus.evaluation.reference import Reference
+    from prunus.evaluation.task_runner import evaluate
+    from prunus.evaluation.task_scores import TaskResults
     from prunus.model.load import LoadedModel, load
+    from prunus.packed.packing import pack, unpack
     from prunus.pruning.manifest import Manifest
     from prunus.pruning.recipe import Recipe
     from prunus.pruning.run import prune
@@ -52,6 +56,7 @@ __all__ = [
     "PerplexityResult",
     "Recipe",
     "RecoveryRecord",
+    "Reference",
     "StructureRecipe",
     "StructureRecord",
     "TaskResults",
@@ -81,26 +86,27 @@ _HOMES = {
     "Inspection": "prunus.evaluation.inspection",
     "LoadedModel": "prunus.model.load",
     "Manifest": "prunus.pruning.manifest",
-    "PerplexityResult": "prunus.evaluation",
+    "PerplexityResult": "prunus.evaluation.records",
     "Recipe": "prunus.pruning.recipe",
     "RecoveryRecord": "prunus.recovery",
+    "Reference": "prunus.evaluation.reference",
     "StructureRecipe": "prunus.structure.recipe",
     "StructureRecord": "prunus.structure.record",
-    "TaskResults": "prunus.evaluation",
-    "compare": "prunus.evaluation",
+    "TaskResults": "prunus.evaluation.task_scores",
+    "compare": "prunus.evaluation.comparison",
     "compress": "prunus.compression.run",
-    "evaluate": "prunus.evaluation",
+    "evaluate": "prunus.evaluation.task_runner",
     "inspect": "prunus.evaluation.inspection",
     "load": "prunus.model.load",
-    "pack": "prunus.compression.pack",
-    "perplexity": "prunus.evaluation",
+    "pack": "prunus.packed.packing",
+    "perplexity": "prunus.evaluation.perplexity",
     "prune": "prunus.pruning.run",
     "prune_and_recover": "prunus.recovery",
     "recover": "prunus.recovery",
     "report": "prunus.reporting.write",
     "shrink": "prunus.structure.run",
     "sweep": "prunus.sweeping.run",
-    "unpack": "prunus.compression.unpack",
+    "unpack": "prunus.packed.packing",
 }
 
 

@@ -118,13 +118,13 @@ def test_doctor_speaks_in_sentences_and_names_missing_extras(tmp_path, monkeypat
 
 def test_int8_shows_the_perplexity_before_and_after(dense, text, tmp_path):
     call("prune", dense, tmp_path / "pruned", "--method", "magnitude")
-    options = ["--values", "int8", "--perplexity", text, "--seqlen", 16, "--limit", 4]
+    options = ["--values", "int8", "--perplexity", text, "--seqlen", 16, "--samples", 4]
     result = call(
         "pack", tmp_path / "pruned", tmp_path / "int8", *options, "--json", tmp_path / "pack.json"
     )
     assert "with int8 values" in result.stdout
     before, after = (
-        prunus.perplexity(tmp_path / name, str(text), seqlen=16, limit=4).perplexity
+        prunus.perplexity(tmp_path / name, str(text), seqlen=16, samples=4).perplexity
         for name in ("pruned", "int8")
     )
     scores = json.loads((tmp_path / "pack.json").read_text())["perplexity"]
@@ -226,7 +226,7 @@ def test_eval_gives_the_figures_of_the_function(dense, text, tmp_path):
     for entry, path in zip(figures["perplexity"], (text, second), strict=True):
         expected = prunus.perplexity(dense, str(path), seqlen=32).as_dict()
         assert {**entry, "seconds": 0} == {**expected, "seconds": 0}
-    call("eval", dense, "--perplexity", text, "--seqlen", 32, "--limit", 2, "--json", report)
+    call("eval", dense, "--perplexity", text, "--seqlen", 32, "--samples", 2, "--json", report)
     [limited] = json.loads(report.read_text())["models"][0]["perplexity"]
     assert (limited["windows"], limited["tokens"]) == (2, 64)
 

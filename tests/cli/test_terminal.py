@@ -65,7 +65,7 @@ def test_figures_outlive_the_reader_of_the_output(dense, text, tmp_path, monkeyp
     verbs = {
         "inspect": ["inspect", dense],
         "doctor": ["doctor"],
-        "eval": ["eval", dense, "--perplexity", text, "--seqlen", 16, "--no-cache"],
+        "eval": ["eval", dense, "--perplexity", text, "--seqlen", 16],
         "prune": ["prune", dense, tmp_path / "pruned[/]", "--calibration", text, *windows],
         "plan": ["plan", dense, "--calibration", text, *windows],
         "generate": ["generate", dense, "--prompt", "a", "--max-new-tokens", 3],
@@ -91,7 +91,7 @@ def test_generation_without_a_reader_stops(dense, monkeypatch):
 
 
 def test_names_in_brackets_are_not_markup(dense, text, tmp_path):
-    arguments = ["eval", dense, "--perplexity", text, "--seqlen", 16, "--no-cache"]
+    arguments = ["eval", dense, "--perplexity", text, "--seqlen", 16]
     assert "text[/].txt" in call(*arguments).stdout
     assert "model[/]" in call("inspect", dense).stdout
 

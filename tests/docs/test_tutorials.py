@@ -33,7 +33,7 @@ SMALL = {
     "prune": {"--samples": "4", "--seqlen": "16"},
     "plan": {"--samples": "4", "--seqlen": "16"},
     "compress": {"--bits": "5", "--samples": "4", "--seqlen": "16"},
-    "eval": {"--seqlen": "16", "--limit": "2"},
+    "eval": {"--seqlen": "16", "--samples": "2"},
     "recover": {"--tokens": "64", "--seqlen": "16", "--held-out": "2", "--evaluations": "1"},
     "pack": {},
     "generate": {"--max-new-tokens": "4"},
@@ -42,7 +42,7 @@ SMALL = {
 NOT_RUN = {"bench"}
 OTHER_PROGRAMS = {"pip", "make", "curl", "export", "python", "python3", "vllm", "ollama"}
 SMALL_PYTHON = {"samples": 4, "seqlen": 16, "tokens": 64}
-INT8_SCORE = {"--seqlen": "16", "--limit": "2"}
+INT8_SCORE = {"--seqlen": "16", "--samples": "2"}
 SENTENCE = "The quick brown fox jumps over the lazy dog number {}. "
 
 

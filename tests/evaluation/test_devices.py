@@ -10,7 +10,7 @@ import torch
 
 import prunus
 from devices import PRETEND
-from prunus.evaluation.streamed_perplexity import StreamedModel
+from prunus.evaluation.streamed_model import ComputeOptions, StreamedModel
 from prunus.model.hidden_states import StatesPlace
 
 pytestmark = pytest.mark.cuda
@@ -47,7 +47,7 @@ def test_where_hidden_states_wait_changes_nothing(folders, place, monkeypatch, t
 
 
 def test_states_that_do_not_fit_on_the_device_wait_in_host_memory(folders, monkeypatch):
-    model = StreamedModel.open(folders / "dense", "auto", torch.device("cuda"), None, False)
+    model = StreamedModel.open(folders / "dense", ComputeOptions("auto", torch.device("cuda")))
     shape = torch.Size((5, 24))
     for free, host, place in (
         (10**9, 10**9, StatesPlace(None, True)),
@@ -56,7 +56,7 @@ def test_states_that_do_not_fit_on_the_device_wait_in_host_memory(folders, monke
     ):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, free))
         monkeypatch.setattr(
-            "prunus.evaluation.streamed_perplexity.available_memory", lambda host=host: host
+            "prunus.evaluation.streamed_model.available_memory", lambda host=host: host
         )
         monkeypatch.setattr(StreamedModel, "_needs", lambda *_: (10**3, 10**7))
         found = model._place_states(1, shape, False)

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 import prunus
 from command_line import call
 from packed_reference import pruned_checkpoint
-from prunus.evaluation import divergence as divergence_module
-from prunus.evaluation import streamed_perplexity as streamed
-from prunus.evaluation.divergence import token_divergences
+from prunus.evaluation import streamed_model as streamed
+from prunus.evaluation import window_scores
+from prunus.evaluation.streamed_model import ComputeOptions
 from prunus.evaluation.text import first_scored_row
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.config import load_config
@@ -116,7 +116,7 @@ def test_a_model_does_not_differ_from_itself(folders):
 
 
 def test_a_single_window_has_no_standard_errors(folders):
-    found = figures(score(folders, limit=1))
+    found = figures(score(folders, samples=1))
     assert {name for name, value in found.items() if value is None} == {
         "kl_stderr",
         "same_top_stderr",
@@ -126,18 +126,18 @@ def test_a_single_window_has_no_standard_errors(folders):
 
 def test_pieces_and_batches_change_nothing(folders, monkeypatch):
     whole = figures(score(folders))
-    monkeypatch.setattr("prunus.evaluation.loss.ROWS", 7)
-    monkeypatch.setattr(divergence_module, "_PIECE", 3)
+    monkeypatch.setattr("prunus.evaluation.window_scores.ROWS", 7)
+    monkeypatch.setattr(window_scores, "_PIECE", 3)
     assert figures(score(folders, batch=3)) == pytest.approx(whole, rel=1e-4)
 
 
 def test_a_token_that_the_reference_rules_out_adds_nothing():
     out = -math.inf
     p, q = torch.tensor([[0.0, 0.0, out], [0.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, out]] * 2)
-    kl, same = token_divergences(p, q)
+    kl, same = window_scores.token_divergences(p, q)
     assert kl.tolist() == [0, math.inf]
     assert same.tolist() == [True, True]
-    kl, _ = token_divergences(p[:1], torch.zeros(1, 3))
+    kl, _ = window_scores.token_divergences(p[:1], torch.zeros(1, 3))
     assert kl.item() == pytest.approx(math.log(1.5))
 
 
@@ -148,14 +148,16 @@ def test_almost_equal_models_are_told_apart():
     log_p, log_q = (logits.double().log_softmax(-1) for logits in (x, y))
     expected = (log_p.exp() * (log_p - log_q)).sum(-1)
     assert 0 < expected.mean() < 1e-6
-    assert token_divergences(x, y)[0].tolist() == pytest.approx(expected.tolist(), rel=1e-2)
+    assert window_scores.token_divergences(x, y)[0].tolist() == pytest.approx(
+        expected.tolist(), rel=1e-2
+    )
 
 
 def test_quantiles_are_those_of_numpy():
     values = torch.rand(1234, dtype=torch.float64)
     for share in (0.0, 0.5, 0.999, 1.0):
         expected = np.quantile(values.numpy(), share)
-        assert divergence_module._quantile(values, share) == pytest.approx(expected, rel=1e-12)
+        assert window_scores._quantile(values, share) == pytest.approx(expected, rel=1e-12)
 
 
 def test_progress_counts_both_models(folders):
@@ -184,8 +186,8 @@ def test_two_models_are_streamed_where_one_would_fit(folders, monkeypatch):
     need = streamed.whole_model_bytes(Checkpoint(dense), load_config(dense), torch.float32, 24)
     chosen = [
         streamed.choose_streamed(
-            [folders / name for name in names], None, memory, "float32", torch.device("cpu"), 24,
-            False,
+            [folders / name for name in names], None, 24,
+            ComputeOptions("float32", torch.device("cpu"), memory),
         )
         for names, memory in (
             (["pruned"], need),
@@ -303,36 +305,6 @@ def test_protocols_and_windows_that_do_not_fit():
         first_scored_row("llama.cpp", 2)
     with pytest.raises(ValueError, match=r"protocol must be one of papers, llama\.cpp, not 'gptq'"):
         prunus.perplexity("nowhere", "wikitext2", protocol="gptq")
-
-
-# --- the cache ---
-
-
-def test_a_comparison_is_computed_once(folders, tmp_path, monkeypatch):
-    cache = tmp_path / "cache"
-    first = score(folders, cache=cache)
-    copy = shutil.copytree(folders / "dense", tmp_path / "copy")
-
-    def load(*_):
-        raise AssertionError("loaded")
-
-    monkeypatch.setattr(sys.modules["prunus.evaluation.perplexity"], "load_model", load)
-    assert score(folders, cache=cache) == first
-    assert figures(score(folders, reference=copy, cache=cache)) == figures(first)
-    for other in ({"reference": "pruned"}, {"protocol": "llama.cpp"}, {"limit": 2}):
-        with pytest.raises(AssertionError, match="loaded"):
-            score(folders, cache=cache, **other)
-
-
-def test_a_streamed_comparison_is_found_until_the_reference_changes(folders, tmp_path):
-    dense = shutil.copytree(folders / "dense", tmp_path / "dense")
-    options = {"reference": dense, "stream": True, "cache": tmp_path / "cache"}
-    first = score(folders, **options)
-    assert score(folders, **options) == first
-    tensors = load_file(dense / "model.safetensors")
-    tensors["model.norm.weight"] *= 2
-    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
-    assert score(folders, **options).divergence.kl != first.divergence.kl
 
 
 # --- bad input ---

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunus.calibration.corpora import python_docs
-from prunus.evaluation import load_scoring_text, perplexity, score_windows
-from prunus.evaluation.loss import ROWS
-from prunus.evaluation.text import check_text
+from prunus.evaluation.logits import WholeModel, rows_of
+from prunus.evaluation.perplexity import perplexity
+from prunus.evaluation.text import check_text, load_scoring_text
+from prunus.evaluation.window_scores import ROWS, score_windows
 from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
 
 SENTENCES = "The quick brown fox jumps over the lazy dog; " * 12
@@ -68,7 +70,7 @@ def slow_loss(model, ids: torch.Tensor) -> float:
 
 
 def test_against_token_by_token_scoring(model, text_file):
-    result = perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=25, limit=4)
+    result = perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=25, samples=4)
     ids = torch.tensor(byte_tokenizer()(SENTENCES)["input_ids"])[:100].view(4, 25)
     expected = slow_loss(model, ids)
     assert result.loss == pytest.approx(expected, rel=1e-5)
@@ -82,24 +84,19 @@ def test_windows_do_not_overlap_and_the_rest_is_dropped(model, text_file):
     assert result.windows == tokens // 77
     assert tokens % 77 != 0
     ids = torch.tensor(byte_tokenizer()(SENTENCES)["input_ids"])[: 77 * result.windows].view(-1, 77)
-    with torch.no_grad():
-        expected = score_windows(lambda batch: model(input_ids=batch).logits, ids)
+    expected = score_windows(WholeModel(model), ids).loss
     assert result.loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_loss_does_not_depend_on_the_batch(model):
     ids = torch.randint(0, VOCABULARY, (7, 20))
     seen = []
-    with torch.no_grad():
-        losses = [
-            score_windows(
-                lambda batch: model(input_ids=batch).logits,
-                ids,
-                batch,
-                lambda done, of: seen.append((done, of)),
-            )
-            for batch in (1, 3, 7, 50)
-        ]
+    losses = [
+        score_windows(
+            WholeModel(model), ids, batch=batch, progress=lambda *step: seen.append(step)
+        ).loss
+        for batch in (1, 3, 7, 50)
+    ]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
     assert seen[7:10] == [(3, 7), (6, 7), (7, 7)]
 
@@ -112,13 +109,14 @@ def test_scoring_rows_in_pieces_gives_the_same_loss():
     expected = -sum(log_probabilities[i, ids[0, i + 1]].item() for i in range(length - 1)) / (
         length - 1
     )
-    assert score_windows(lambda _: logits, ids) == pytest.approx(expected, rel=1e-5)
+    source = SimpleNamespace(windows=lambda *_: (rows_of(one) for one in logits))
+    assert score_windows(source, ids).loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_uniform_logits_give_the_size_of_the_vocabulary(model, text_file):
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    result = perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=32, limit=2)
+    result = perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=32, samples=2)
     assert result.perplexity == pytest.approx(VOCABULARY, rel=1e-5)
 
 
@@ -137,7 +135,7 @@ def test_a_folder_scores_as_the_loaded_model(model, text_file, tmp_path):
 
 
 def test_the_result_has_its_protocol(model, text_file):
-    result = perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=32, limit=3)
+    result = perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=32, samples=3)
     assert "3 windows of 32 tokens without overlap (96 tokens)" in result.protocol
     assert "float32" in result.protocol
     assert result.source == str(text_file)
@@ -146,7 +144,7 @@ def test_the_result_has_its_protocol(model, text_file):
 
 def test_a_loaded_model_is_left_as_it_was(model, text_file):
     model.train()
-    perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=32, limit=1)
+    perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=32, samples=1)
     assert model.training
 
 
@@ -156,7 +154,7 @@ def test_no_warning_about_long_texts(model, text_file, caplog):
     logger.addHandler(caplog.handler)
     try:
         tokenizer = byte_tokenizer(max_length=16)
-        perplexity(model, str(text_file), tokenizer=tokenizer, seqlen=16, limit=1)
+        perplexity(model, str(text_file), tokenizer=tokenizer, seqlen=16, samples=1)
         assert not caplog.records
         tokenizer(SENTENCES)  # this is what would have been printed
         assert "longer than the specified maximum" in caplog.text
@@ -173,11 +171,9 @@ def test_token_ids_need_no_tokenizer(model, tmp_path):
     result = perplexity(folder, str(path), seqlen=20, device="cpu")
     assert result.windows == 6
     pieces = torch.cat([torch.stack([row[:20], row[20:40]]) for row in ids.long()])
-    with torch.no_grad():
-        assert result.loss == pytest.approx(
-            score_windows(lambda b: model(input_ids=b).logits, pieces), rel=1e-6
-        )
-    assert perplexity(folder, str(path), seqlen=50, limit=2, device="cpu").windows == 2
+    expected = score_windows(WholeModel(model), pieces).loss
+    assert result.loss == pytest.approx(expected, rel=1e-6)
+    assert perplexity(folder, str(path), seqlen=50, samples=2, device="cpu").windows == 2
     with pytest.raises(ValueError, match="its rows have 50 tokens, less than a window of 51"):
         perplexity(folder, str(path), seqlen=51, device="cpu")
 
@@ -189,7 +185,7 @@ def test_token_ids_need_no_tokenizer(model, tmp_path):
     ("change", "message"),
     [
         ({"seqlen": 1}, "seqlen must be at least 2"),
-        ({"limit": 0}, "limit must be at least 1 window"),
+        ({"samples": 0}, "samples must be at least 1 window"),
         ({"batch": 0}, "batch must be at least 1"),
         ({"dtype": "int8"}, "dtype must be one of auto, float32"),
         ({"dtype": "float32"}, "a loaded model is scored as it is"),
@@ -199,10 +195,10 @@ def test_token_ids_need_no_tokenizer(model, tmp_path):
             "unknown text 'wikitext': give c4, wikitext2, ptb, python-docs or a file",
         ),
         ({"text": "self"}, "unknown text 'self'"),
-        ({"tokenizer": None}, "a loaded model comes without its tokenizer"),
+        ({"tokenizer": None}, "a loaded model needs its tokenizer"),
         (
             {"seqlen": 2000},
-            r"the text has 540 tokens, less than a window of 2000; use a smaller --seqlen",
+            r"the text has 540 tokens, less than a window of 2000; use a smaller seqlen",
         ),
     ],
 )
@@ -215,7 +211,7 @@ def test_bad_arguments(model, text_file, change, message):
 def test_windows_longer_than_the_context(model, text_file):
     model.config.max_position_embeddings = 64
     with pytest.raises(
-        ValueError, match="65 tokens are longer than the model's 64 positions; use --seqlen 64"
+        ValueError, match="65 tokens are longer than the model's 64 positions; use a seqlen of 64"
     ):
         perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=65)
 
@@ -238,7 +234,7 @@ def test_a_loss_that_is_not_a_number(model, text_file):
 def test_a_loss_beyond_what_exp_can_hold(model, text_file):
     with torch.no_grad():
         model.lm_head.weight.mul_(1e5)
-    result = perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=32, limit=1)
+    result = perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=32, samples=1)
     assert result.loss > 1000
     assert result.perplexity == math.inf
 
@@ -317,7 +313,7 @@ def test_c4_from_the_hub_is_1100_documents_and_256_windows(monkeypatch, model):
     result = perplexity(model, "c4", tokenizer=byte_tokenizer(), seqlen=16, batch=64)
     assert len(scoring.text) // 16 > 256
     assert result.windows == 256
-    assert perplexity(model, "c4", tokenizer=byte_tokenizer(), seqlen=16, limit=3).windows == 3
+    assert perplexity(model, "c4", tokenizer=byte_tokenizer(), seqlen=16, samples=3).windows == 3
 
 
 def test_c4_from_a_data_folder_is_not_the_calibration_text(tmp_path):

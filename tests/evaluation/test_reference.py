@@ -13,12 +13,10 @@ from safetensors.torch import save_file
 import prunus
 from command_line import call
 from packed_reference import pruned_checkpoint
-from prunus.distributed import SINGLE_PROCESS
-from prunus.evaluation import Reference
-from prunus.evaluation import reference as reference_module
-from prunus.evaluation.divergence import compare_windows, make_divergence
-from prunus.evaluation.streamed_perplexity import StreamedModel
-from prunus.evaluation.whole_model import WholeModel
+from prunus.evaluation.logits import WholeModel
+from prunus.evaluation.reference import Reference
+from prunus.evaluation.streamed_model import ComputeOptions, StreamedModel
+from prunus.evaluation.window_scores import score_windows
 from prunus.model.hidden_states import HiddenStates, StatesPlace
 from prunus.model.loading import load_model
 from tiny import tiny_checkpoint, token_ids
@@ -59,8 +57,7 @@ def without_seconds(result):
 def side_by_side(folders, model, ids):
     """The divergence of two whole models that compute at the same time."""
     dense, other = (WholeModel(load_model(folders / name)) for name in ("dense", model))
-    _, figures = compare_windows(other, dense, ids, 2, 0, None, SINGLE_PROCESS)
-    return make_divergence(str(folders / "dense"), figures)
+    return score_windows(other, ids, reference=dense, batch=2).divergence(str(folders / "dense"))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gptj", "mixtral", "gpt_oss"])
@@ -103,7 +100,7 @@ def test_a_streamed_reference_runs_once_for_each_text(folders, runs):
 
 def test_another_batch_or_dtype_runs_again(folders, runs):
     with Reference(folders / "dense") as reference:
-        for options in ({}, {"batch": 1}, {"dtype": "float32"}, {"limit": 2}):
+        for options in ({}, {"batch": 1}, {"dtype": "float32"}, {"samples": 2}):
             found = score(folders, "pruned", reference, **options)
             alone = score(folders, "pruned", folders / "dense", **options)
             assert found.divergence == alone.divergence
@@ -139,8 +136,8 @@ def test_hidden_states_that_do_not_fit_wait_in_a_file(folders, monkeypatch, tmp_
 
 
 def test_half_of_the_memory_holds_hidden_states(folders, monkeypatch):
-    streamed = sys.modules["prunus.evaluation.streamed_perplexity"]
-    model = StreamedModel.open(folders / "dense", "auto", torch.device("cpu"), None, False)
+    streamed = sys.modules["prunus.evaluation.streamed_model"]
+    model = StreamedModel.open(folders / "dense", ComputeOptions("auto", torch.device("cpu")))
     shape = torch.Size((5, 24))
     monkeypatch.setattr(streamed, "resident_memory", lambda: 1000)
     need = 5 * 24 * 32 * 2
@@ -157,7 +154,7 @@ def test_files_are_found_by_later_processes(folders, tmp_path, runs):
     with Reference(folders / "dense", keep_in=tmp_path / "kept") as reference:
         again = [score(folders, "pruned", reference, text) for text in ("ids", "other")]
         assert runs == []
-        score(folders, "pruned", reference, limit=4)
+        score(folders, "pruned", reference, samples=4)
     assert runs == ["whole"]
     assert [*map(without_seconds, again)] == [*map(without_seconds, found)]
     alone = score(folders, "pruned", folders / "dense")
@@ -169,9 +166,9 @@ def test_what_has_no_blocks_to_keep_is_loaded_once_and_runs_again(kind, folders,
     name = "packed" if kind == "packed" else "dense"
     expected = side_by_side(folders, "pruned", token_ids(5, 24))
     loaded = []
-    load = reference_module.load_model
+    load = ComputeOptions.load
     monkeypatch.setattr(
-        reference_module, "load_model", lambda *given: loaded.append(given[0]) or load(*given)
+        ComputeOptions, "load", lambda self, one: loaded.append(one) or load(self, one)
     )
     if kind == "not by blocks":
 
@@ -189,7 +186,7 @@ def test_what_has_no_blocks_to_keep_is_loaded_once_and_runs_again(kind, folders,
         assert dataclasses.replace(found[0], reference="") == dataclasses.replace(
             expected, reference=""
         )
-    assert len(loaded) == (kind != "loaded")
+    assert loaded.count(folders / name) == (kind != "loaded")
     assert runs == []
 
 
@@ -216,7 +213,7 @@ def test_eval_runs_the_reference_once_for_all_models(folders, tmp_path, runs):
         *(folders / model for model in MODELS),
         *("--reference", folders / "dense"),
         *("--perplexity", ",".join(map(str, texts)), "--seqlen", 24, "--batch", 2),
-        *("--device", "cpu", "--no-cache", "--json", json_file),
+        *("--device", "cpu", "--json", json_file),
     )
     assert runs == ["whole", "whole"], "once for each of two texts"
     for model in json.loads(json_file.read_text())["models"]:

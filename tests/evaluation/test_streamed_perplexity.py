@@ -12,7 +12,7 @@ import prunus
 from command_line import call
 from packed_reference import pruned_checkpoint
 from prunus import pack
-from prunus.evaluation import streamed_perplexity as streamed
+from prunus.evaluation import streamed_model as streamed
 from prunus.model.checkpoint.reader import Checkpoint
 from tiny import FAMILIES, tiny_checkpoint, token_ids
 
@@ -48,7 +48,7 @@ def test_streaming_gives_the_same_bits(tied, dtype, ids, tmp_path):
 def test_logits_in_parts_give_the_same_loss(monkeypatch, ids, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "gemma2")
     whole = score(dense, ids, stream=True)
-    monkeypatch.setattr("prunus.evaluation.loss.ROWS", 5)
+    monkeypatch.setattr("prunus.evaluation.window_scores.ROWS", 5)
     assert score(dense, ids, stream=True).loss == pytest.approx(whole.loss, rel=1e-6)
 
 
@@ -63,7 +63,7 @@ def test_every_tensor_is_read_once(monkeypatch, ids, tmp_path):
         return read(self, names)
 
     monkeypatch.setattr(Checkpoint, "read", counting)
-    score(dense, ids, stream=True, cache=tmp_path / "cache")
+    score(dense, ids, stream=True)
     # Final norm and rotary tables come with the embedding and with the head.
     assert {name for name, count in seen.items() if count > 1} == {"model.norm.weight"}
     assert set(seen) == set(Checkpoint(dense).tensors)
@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_streamed_and_what_does_is_not(monkeypatch, ids, tm
     assert score(dense, ids, memory=need - 1).streamed
     assert score(dense, ids, memory=f"{need // 2048}KB").streamed
     with pytest.raises(
-        ValueError, match=r"block by block needs .* the memory budget is .* Raise --memory"
+        ValueError, match=r"block by block needs .* the memory budget is .* Raise memory"
     ):
         score(dense, ids, memory=large // 12)
 
@@ -127,22 +127,9 @@ def test_packed_models_are_not_streamed(ids, tmp_path):
     assert not score(tmp_path / "packed", ids, memory="1GB").streamed
 
 
-def test_a_cached_result_is_found_until_a_file_changes(monkeypatch, ids, tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
-    first = score(dense, ids, stream=True, cache=tmp_path / "cache")
-    with monkeypatch.context() as patch:
-        patch.setattr(streamed.StreamedModel, "windows", lambda *_: pytest.fail("computed again"))
-        assert score(dense, ids, stream=True, cache=tmp_path / "cache") == first
-    tensors = load_file(dense / "model.safetensors")
-    save_file(
-        tensors | {"lm_head.weight": tensors["lm_head.weight"] * 2}, dense / "model.safetensors"
-    )
-    assert score(dense, ids, stream=True, cache=tmp_path / "cache").loss != first.loss
-
-
 def test_the_command_streams(ids, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
-    options = ["--perplexity", ids, "--seqlen", 24, "--no-cache", "--json", tmp_path / "out.json"]
+    options = ["--perplexity", ids, "--seqlen", 24, "--json", tmp_path / "out.json"]
     call("eval", dense, *options, "--stream", "--memory", "4GB")
     assert '"streamed": true' in (tmp_path / "out.json").read_text()
     call("eval", dense, *options)

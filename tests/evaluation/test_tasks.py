@@ -12,8 +12,9 @@ import torch
 
 import prunus
 from prunus.calibration.files import read_text
-from prunus.evaluation import PAPER7, tasks
-from prunus.evaluation.local_datasets import fewshot_split
+from prunus.evaluation import tasks
+from prunus.evaluation.local_tasks import fewshot_split
+from prunus.evaluation.task_scores import PAPER7
 from prunus.evaluation.tasks import load_tasks
 from tiny import tiny_model
 from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
@@ -228,32 +229,35 @@ def test_missing_files_are_refused_with_all_their_names(model, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"boolq_validation.jsonl.*openbookqa_test.jsonl"):
         load_tasks(["boolq", "openbookqa"], folder=tmp_path)
     with pytest.raises(FileNotFoundError, match="data folder does not exist"):
-        prunus.evaluate(model, "boolq", tokenizer=byte_tokenizer(), data_dir=tmp_path / "none")
+        prunus.evaluate(model, "boolq", tokenizer=byte_tokenizer(), data=tmp_path / "none")
 
 
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ("{", "line 2: "),
-        ("[]", "line 2: not a JSON object"),
+def test_damaged_rows_are_named(tmp_path):
+    path = write_split(tmp_path, "arc_easy", "test", [reduced("arc_easy", upstream("arc_easy")[0])])
+    first = path.read_text()
+    for line, complaint in (
+        ("{", "JSON parse error"),
+        ("[]", "JSON parse error"),
         (
             '{"id": "x", "question": "q", "choices": ["a"], "gold": 1}',
-            "line 2: gold is 1, but there are 1 choices",
+            "gold is 1, but there are 1 choices",
         ),
-        ('{"id": "x", "choices": ["a"], "gold": 0}', "line 2: no column 'question'"),
-        ('{"id": "x", "question": "q"}', "line 2: no column 'choices'"),
-        ('{"id": "x", "question": "q", "choices": ["a"], "gold": "0"}', "line 2: "),
-    ],
-)
-def test_damaged_rows_are_named(line, complaint, tmp_path):
-    path = write_split(tmp_path, "arc_easy", "test", [reduced("arc_easy", upstream("arc_easy")[0])])
-    with path.open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(ValueError, match=re.escape(f"{path}, {complaint}")):
-        load_tasks(["arc_easy"], folder=tmp_path)
-    path.write_text("\n")
-    with pytest.raises(ValueError, match="no rows"):
-        load_tasks(["arc_easy"], folder=tmp_path)
+        ('{"id": "x", "choices": ["a"], "gold": 0}', "row 1 has no value for 'question'"),
+        ('{"id": "x", "question": "q"}', "row 1 has no value for 'choices'"),
+    ):
+        path.write_text(first + line + "\n")
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))}: .*{re.escape(complaint)}"):
+            load_tasks(["arc_easy"], folder=tmp_path)
+    for nothing in ("", "\n"):
+        path.write_text(nothing)
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            load_tasks(["arc_easy"], folder=tmp_path)
+
+
+def test_a_column_that_no_row_has_is_named(tmp_path):
+    write_split(tmp_path, "rte", "validation", [{"sentence1": "a", "label": 0}] * 2)
+    with pytest.raises(ValueError, match="sentence2"):
+        load_tasks(["rte"], folder=tmp_path)
 
 
 def test_short_catalogue_holds_the_definitions_of_the_long_one():
@@ -285,7 +289,7 @@ def test_paper7_stands_for_the_papers_tasks(local_datasets):
 
 
 def test_empty_names_are_passed_over(model, local_datasets):
-    options = {"tokenizer": byte_tokenizer(), "data_dir": local_datasets, "limit": 1}
+    options = {"tokenizer": byte_tokenizer(), "data": local_datasets, "limit": 1}
     assert [score.task for score in prunus.evaluate(model, " rte, ", **options).scores] == ["rte"]
     with pytest.raises(ValueError, match="no tasks are named"):
         prunus.evaluate(model, ",", **options)
@@ -354,7 +358,7 @@ def reference_accuracy(model, tokenizer, asked: list[tuple], winogrande: bool = 
 def test_accuracy_is_that_of_a_slow_reference(name, model, tmp_path):
     rows = upstream(name, 14)
     write_split(tmp_path, name, SPLIT[name], [reduced(name, row) for row in rows])
-    found = prunus.evaluate(model, name, tokenizer=byte_tokenizer(), data_dir=tmp_path, batch=3)
+    found = prunus.evaluate(model, name, tokenizer=byte_tokenizer(), data=tmp_path, batch=3)
     [score] = found.scores
     acc, acc_norm = reference_accuracy(model, byte_tokenizer(), ours(name, tmp_path))
     expected = {"acc": acc} if name == "rte" else {"acc": acc, "acc_norm": acc_norm}
@@ -364,12 +368,12 @@ def test_accuracy_is_that_of_a_slow_reference(name, model, tmp_path):
         assert score.metrics[key].value == pytest.approx(mean)
         variance = sum((x - mean) ** 2 for x in outcomes) / 13
         assert score.metrics[key].stderr == pytest.approx((variance / 14) ** 0.5)
-    assert (score.task, score.rows, score.shots, score.cached) == (name, 14, 0, False)
+    assert (score.task, score.rows, score.shots) == (name, 14, 0)
 
 
 def test_the_paper_mean_and_limits(model, local_datasets):
     seen: list[str] = []
-    options = {"tokenizer": byte_tokenizer(), "data_dir": local_datasets, "progress": seen.append}
+    options = {"tokenizer": byte_tokenizer(), "data": local_datasets, "progress": seen.append}
     found = prunus.evaluate(model, limit=3, **options)
     assert [score.task for score in found.scores] == list(PAPER7)
     assert {score.rows for score in found.scores} == {3}
@@ -418,7 +422,7 @@ def test_a_group_gives_its_own_scores_first(model, tmp_path):
 def test_few_shot_numbers_are_reported(model, tmp_path):
     for split, first in (("test", 0), ("train", 20)):
         write_split(tmp_path, "arc_easy", split, upstream("arc_easy", 6, first))
-    options = {"tokenizer": byte_tokenizer(), "data_dir": tmp_path}
+    options = {"tokenizer": byte_tokenizer(), "data": tmp_path}
     two = prunus.evaluate(model, "arc_easy", fewshot=2, **options)
     assert two.scores[0].shots == 2
     assert (
@@ -439,14 +443,14 @@ def test_few_shot_numbers_are_reported(model, tmp_path):
         ({"batch": 0}, "batch must be 'auto' or at least 1"),
         ({"batch": "many"}, "batch must be 'auto' or at least 1"),
         ({"dtype": "int8"}, "dtype must be one of"),
-        ({"dtype": "float32"}, "a loaded model is evaluated as it is"),
-        ({"tokenizer": None}, "comes without its tokenizer"),
+        ({"dtype": "float32"}, "a loaded model is scored as it is"),
+        ({"tokenizer": None}, "needs its tokenizer"),
     ],
 )
 def test_options_out_of_range(options, complaint, model, local_datasets):
     with pytest.raises(ValueError, match=complaint):
         prunus.evaluate(
-            model, "rte", **{"tokenizer": byte_tokenizer(), "data_dir": local_datasets, **options}
+            model, "rte", **{"tokenizer": byte_tokenizer(), "data": local_datasets, **options}
         )
 
 
@@ -455,11 +459,11 @@ def test_a_tokenizer_of_another_model_is_refused_before_anything_is_read(local_d
     with pytest.raises(
         ValueError, match="its tokenizer has 258 tokens, the model a vocabulary of 100"
     ):
-        prunus.evaluate(narrow, "rte", tokenizer=byte_tokenizer(), data_dir=local_datasets)
+        prunus.evaluate(narrow, "rte", tokenizer=byte_tokenizer(), data=local_datasets)
     narrow.config.save_pretrained(tmp_path)  # no weights: they would be missed if they were read
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="the tokenizer does not fit"):
-        prunus.evaluate(tmp_path, "rte", data_dir=local_datasets)
+        prunus.evaluate(tmp_path, "rte", data=local_datasets)
 
 
 def test_token_ids_past_the_vocabulary_are_explained(local_datasets):
@@ -472,7 +476,7 @@ def test_token_ids_past_the_vocabulary_are_explained(local_datasets):
     with pytest.raises(
         ValueError, match="rte: the tokenizer gives ids outside the model's vocabulary"
     ):
-        prunus.evaluate(model, "rte", tokenizer=tokenizer, data_dir=local_datasets)
+        prunus.evaluate(model, "rte", tokenizer=tokenizer, data=local_datasets)
 
 
 def test_outputs_that_are_no_numbers_are_refused(local_datasets):
@@ -482,7 +486,7 @@ def test_outputs_that_are_no_numbers_are_refused(local_datasets):
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(ValueError, match=r"rte, row 0: the model's outputs are not finite"):
-        prunus.evaluate(model, "rte", tokenizer=byte_tokenizer(), data_dir=local_datasets)
+        prunus.evaluate(model, "rte", tokenizer=byte_tokenizer(), data=local_datasets)
 
 
 def test_without_the_extra_its_name_is_given(model, local_datasets, monkeypatch):
@@ -491,7 +495,7 @@ def test_without_the_extra_its_name_is_given(model, local_datasets, monkeypatch)
         importlib.util, "find_spec", lambda name: None if name == "lm_eval" else find(name)
     )
     with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[eval\]'"):
-        prunus.evaluate(model, "rte", tokenizer=byte_tokenizer(), data_dir=local_datasets)
+        prunus.evaluate(model, "rte", tokenizer=byte_tokenizer(), data=local_datasets)
 
 
 def test_a_group_cannot_come_from_local_datasets(local_datasets, monkeypatch):
@@ -514,7 +518,5 @@ def test_without_network_the_error_offers_local_datasets(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        OSError, match=r"rows of rte could not be loaded .*no route.*--data or PRUNUS_DATA"
-    ):
+    with pytest.raises(OSError, match=r"rows of rte could not be loaded .*no route.*PRUNUS_DATA"):
         load_tasks(["rte"])

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import prunus
 from command_line import call
 from prunus import pack, unpack
-from prunus.evaluation.loss import window_loss
-from prunus.evaluation.streamed_perplexity import StreamedModel
+from prunus.evaluation.streamed_model import ComputeOptions, StreamedModel
+from prunus.evaluation.window_scores import score_windows
 from prunus.model.experts import Experts, Fused, find_routers
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
@@ -355,8 +355,8 @@ def test_every_kind_of_run_takes_experts_as_linears(options, tmp_path):
 def test_perplexity_by_blocks_is_the_whole_models(tmp_path):
     tiny_checkpoint(tmp_path, "deepseek_v2")
     ids, model = token_ids(), loaded(tmp_path)
-    windows = StreamedModel.open(tmp_path, "float32", CPU, None, False).windows(ids, batch=2)
-    found = [window_loss(*pair, 0) for pair in zip(windows, ids, strict=True)]
+    streamed = StreamedModel.open(tmp_path, ComputeOptions("float32", CPU))
+    found = score_windows(streamed, ids, batch=2).losses_WM.flatten().tolist()
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits
     for window, loss in enumerate(found):

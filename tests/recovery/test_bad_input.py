@@ -201,8 +201,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_checkpoint(
     assert record.evaluations[record.best].step == 10
     kept = weights(tmp_path / "out")
     assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
-    loss = prunus.perplexity(tmp_path / "out", str(text), seqlen=16, limit=2).loss
-    before = prunus.perplexity(pruned, str(text), seqlen=16, limit=2).loss
+    loss = prunus.perplexity(tmp_path / "out", str(text), seqlen=16, samples=2).loss
+    before = prunus.perplexity(pruned, str(text), seqlen=16, samples=2).loss
     assert loss < before
 
 

@@ -186,7 +186,7 @@ def test_the_adapter_is_an_ordinary_one(pruned, text, tmp_path):
     added = sum(p.numel() for name, p in adapted.named_parameters() if "lora" in name)
     assert totals["added_parameters"] == added
     assert totals["added_share"] == pytest.approx(added / (totals["parameters"]))
-    assert prunus.perplexity(tmp_path / "out", str(text), seqlen=16, limit=2).perplexity > 0
+    assert prunus.perplexity(tmp_path / "out", str(text), seqlen=16, samples=2).perplexity > 0
 
 
 def test_rank_8_on_query_and_value_adds_0_06_per_cent_to_llama_7b():

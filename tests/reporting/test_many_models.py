@@ -6,7 +6,9 @@ import io
 
 import pytest
 
-from prunus.evaluation import Difference, Metric, PerplexityResult, TaskResults, TaskScore
+from prunus.evaluation.comparison import Difference
+from prunus.evaluation.records import PerplexityResult
+from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
 from prunus.reporting.console import TerminalConsole
 from prunus.reporting.evaluation_tables import perplexity_table, tasks_table
 

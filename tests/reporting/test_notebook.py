@@ -9,8 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 import prunus
-from prunus.evaluation.divergence import Divergence
-from prunus.evaluation.perplexity_result import PerplexityResult
+from prunus.evaluation.records import Divergence, PerplexityResult
 from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
 from prunus.pruning.html_table import html_table
 from report_samples import HOSTILE, sweep_results

@@ -149,9 +149,9 @@ MUTANTS: dict[str, Mutant] = {
         (_ENGINE, "hidden_states_wait and host"),
     ),
     "targets of the perplexity": Mutant(
-        "evaluation/loss.py",
-        "targets_T.to(logits_TV.device)",
-        "targets_T",
+        "evaluation/window_scores.py",
+        "ids_S[first + 1 : stop + 1].to(model_TV.device)",
+        "ids_S[first + 1 : stop + 1]",
         ("evaluation/test_devices.py", "perplexity"),
     ),
     # The wrong one of two devices, and a generator of the processor.

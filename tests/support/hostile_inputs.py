@@ -21,9 +21,7 @@ from typer.testing import CliRunner
 import prunus
 from prunus.calibration.files import file_kind, read_documents, read_ids
 from prunus.cli import app
-from prunus.evaluation.cache import ResultCache
 from prunus.evaluation.generation import generate
-from prunus.evaluation.perplexity import _look_up
 from prunus.hardware.sizes import parse_bytes
 from prunus.model import chat_template
 from prunus.model.adapter import CONFIG_NAME, WEIGHTS_NAME, check_adapter
@@ -243,26 +241,6 @@ def _report(folder: Path, mutate: Mutate) -> tuple[Any, Any, Any]:
     return folder, damage, work
 
 
-def _cache(folder: Path, mutate: Mutate) -> tuple[Any, Any, Any]:
-    key = {"kind": "perplexity", "checkpoint": "abc"}
-    figures = {"kl": 0.1, "kl_stderr": 0.01, "kl_q999": 1.0, "same_top": 0.9}
-    figures |= {"same_top_stderr": 0.1, "loss_change": 0.1, "loss_change_stderr": 0.1}
-    result = {"loss": 1.0, "seconds": 1.0, "dtype": "float32"}
-    ResultCache(folder).put(key, result | {"divergence": figures | {"reference_loss": 1.0}})
-
-    def damage(model: Path, dice: random.Random) -> None:
-        [path] = model.rglob("*.json")
-        content = mutate(json.loads(path.read_text()), dice)
-        path.write_text("[" * 100_000 if dice.random() < 0.1 else json.dumps(content))
-
-    def work(case: Path) -> None:
-        found = _look_up(ResultCache(case / "model"), key, True)
-        if found is None:
-            raise ValueError("the entry is as good as none")
-
-    return folder, damage, work
-
-
 def _toml(folder: Path, change: Callable[..., bytes]) -> tuple[Any, Any, Any]:
     folder.mkdir()
     (folder / "sweep.toml").write_text(SWEEP)
@@ -379,7 +357,7 @@ def _sizes(folder: Path) -> tuple[Any, Any, Any]:
 
 def _environment(folder: Path) -> tuple[Any, Any, Any]:
     tiny_checkpoint(folder)
-    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "PRUNUS_DATA", "PRUNUS_CACHE", "XDG_CACHE_HOME"]
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "PRUNUS_DATA"]
     names += ["COLUMNS", "LINES", "TERM", "NO_COLOR", "LANG", "OMP_NUM_THREADS"]
     values = ["", "-1", "0", "1", "node7", "9" * 30, "é", "/dev/null", "../..", "x" * 10_000, "[/]"]
 
@@ -424,7 +402,6 @@ def more_kinds(
         "template": lambda folder: _template(folder, change),
         "generation": lambda folder: _generation(folder, mutate),
         "report": lambda folder: _report(folder, mutate),
-        "cache": lambda folder: _cache(folder, mutate),
         "toml": lambda folder: _toml(folder, change),
         "text": lambda folder: _text(folder, change),
         "training": lambda folder: _training(folder, mutate, header),

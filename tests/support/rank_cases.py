@@ -415,7 +415,7 @@ def evaluated(scratch: Path) -> dict[str, Any]:
     """Perplexity over ranks, also over more ranks than windows, and a sweep split by cells."""
     from safetensors.torch import save_file
 
-    from prunus.evaluation import perplexity
+    from prunus.evaluation.perplexity import perplexity
     from prunus.sweeping import load_sweep, run_sweep
 
     dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from prunus.evaluation import PerplexityResult
 from prunus.evaluation.comparison import compare
+from prunus.evaluation.records import PerplexityResult
 from prunus.evaluation.speed import Speed
 from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
 from prunus.pruning.manifest import Manifest

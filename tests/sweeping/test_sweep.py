@@ -18,7 +18,7 @@ import prunus
 from command_line import call
 from places import REPOSITORY
 from prunus.calibration import load_windows
-from prunus.evaluation import Reference
+from prunus.evaluation.reference import Reference
 from prunus.evaluation.size import stored_size
 from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
 from prunus.pruning.manifest import Manifest
@@ -291,7 +291,7 @@ def swept(dense, tmp_path_factory) -> Path:
 def test_cells_give_the_results_of_single_commands(dense, swept, tmp_path):
     results = SweepResults.load(swept)
     assert results.models["dense"].scores["python-docs"].perplexity == pytest.approx(
-        prunus.perplexity(dense, "python-docs", seqlen=32, limit=4).perplexity, rel=1e-12
+        prunus.perplexity(dense, "python-docs", seqlen=32, samples=4).perplexity, rel=1e-12
     )
     assert [cell.state for cell in results.cells] == ["done"] * 4
     for cell in results.cells:
@@ -299,7 +299,7 @@ def test_cells_give_the_results_of_single_commands(dense, swept, tmp_path):
         shape = {"pattern": recipe.pattern} if recipe.n_of_m else {"sparsity": recipe.sparsity}
         manifest = prunus.prune(dense, tmp_path / cell.name, recipe.method, **shape, **BASE)
         expected = prunus.perplexity(
-            tmp_path / cell.name, "python-docs", reference=dense, seqlen=32, limit=4
+            tmp_path / cell.name, "python-docs", reference=dense, seqlen=32, samples=4
         )
         assert {**cell.scores["python-docs"].model_dump(), "seconds": 0} == {
             **expected.as_dict(),

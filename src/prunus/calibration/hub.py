@@ -1,15 +1,17 @@
-"""Data sets of the library `datasets`, from the hub or from rows. Only this file uses it."""
+"""Data sets of the library `datasets`, from the hub or from files. Only this file uses it."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
+import tempfile
 import urllib.request
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-__all__ = ["as_dataset", "load_column"]
+__all__ = ["json_rows", "load_column"]
 
 #: The longest wait for a connection to the hub. The library itself retries for more than a minute.
 _CONNECT_SECONDS = 5.0
@@ -72,8 +74,15 @@ def _answers(address: str) -> bool:
     return True
 
 
-def as_dataset(rows: list[dict[str, Any]]) -> Any:
-    """Rows with equal columns as a `datasets.Dataset` in memory."""
+def json_rows(path: Path) -> Any:
+    """The rows of a file of JSON lines as a `datasets.Dataset` in memory.
+
+    Raises:
+        Exception: the library raises errors of many kinds for damaged files.
+    """
     import datasets
 
-    return datasets.Dataset.from_list(rows)
+    with tempfile.TemporaryDirectory() as scratch:
+        return datasets.load_dataset(
+            "json", data_files=str(path), split="train", cache_dir=scratch, keep_in_memory=True
+        )

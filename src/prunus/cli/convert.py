@@ -19,7 +19,7 @@ from prunus.cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from prunus.evaluation import PerplexityResult
+    from prunus.evaluation.records import PerplexityResult
 
 __all__ = ["import_", "pack", "unpack"]
 
@@ -80,7 +80,7 @@ def pack(
             metavar="N", show_default=False, help="Tokens per window of that score. Default: 512."
         ),
     ] = 512,
-    limit: Annotated[
+    samples: Annotated[
         int,
         typer.Option(metavar="N", show_default=False, help="Windows of that score. Default: 8."),
     ] = 8,
@@ -94,8 +94,8 @@ def pack(
     faster.
     """
     with user_errors(json_file):
-        from prunus.compression.pack import pack as pack_checkpoint
-        from prunus.evaluation import perplexity as measure_perplexity
+        from prunus.evaluation.perplexity import perplexity as measure_perplexity
+        from prunus.packed.packing import pack as pack_checkpoint
         from prunus.reporting.tables import packing_table
 
         def score(folder: str | Path) -> PerplexityResult:
@@ -104,8 +104,8 @@ def pack(
                 folder,
                 perplexity,
                 seqlen=seqlen,
-                limit=limit,
-                data_dir=data_dir,
+                samples=samples,
+                data=data_dir,
                 progress=not is_quiet(),
             )
 
@@ -139,7 +139,7 @@ def unpack(
 ) -> None:
     """Turn a packed checkpoint back into an ordinary one."""
     with user_errors(json_file):
-        from prunus.compression.unpack import unpack as unpack_checkpoint
+        from prunus.packed.packing import unpack as unpack_checkpoint
         from prunus.reporting.tables import packing_table
 
         steps = Counted(log_step)

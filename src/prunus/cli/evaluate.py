@@ -64,12 +64,13 @@ def evaluate(
             help="Tokens per window of a text. Default: 2048, or 512 with --protocol llama.cpp.",
         ),
     ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Score only the first N windows of each text."),
+    ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Score only the first N windows of a text, rows of a task, or images.",
-        ),
+        typer.Option(metavar="N", help="Score only N rows of each task, or N images."),
     ] = None,
     fewshot: Annotated[
         int | None,
@@ -121,25 +122,6 @@ def evaluate(
             "are the same. Default: stream what does not fit in --memory, the reference included.",
         ),
     ] = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            envvar="PRUNUS_CACHE",
-            rich_help_panel=arg.ADVANCED,
-            help="Folder that keeps results, found again by the content of the checkpoint. "
-            "Default: prunus/results in the user's cache folder.",
-        ),
-    ] = None,
-    no_cache: Annotated[
-        bool,
-        typer.Option(
-            "--no-cache",
-            show_default=False,
-            rich_help_panel=arg.ADVANCED,
-            help="Compute everything anew and keep nothing.",
-        ),
-    ] = False,
     trust_remote_code: arg.Trust = False,
     rank_timeout: arg.RankTimeout = None,
 ) -> None:
@@ -151,39 +133,33 @@ def evaluate(
     """
     with user_errors(json_file):
         from prunus.distributed import process_group
-        from prunus.evaluation import (
-            PerplexityResult,
-            Reference,
-            check_same_vocabulary,
-            check_text,
-            default_cache_folder,
-            find_folder,
-            prepare_tasks,
-            side_by_side,
-        )
-        from prunus.evaluation import perplexity as measure_perplexity
+        from prunus.evaluation.comparison import side_by_side
+        from prunus.evaluation.model_input import check_same_vocabulary, find_folder, find_model
+        from prunus.evaluation.perplexity import perplexity as measure_perplexity
+        from prunus.evaluation.records import PerplexityResult
+        from prunus.evaluation.reference import Reference
         from prunus.evaluation.size import stored_size
+        from prunus.evaluation.task_runner import prepare_tasks
+        from prunus.evaluation.text import check_text
         from prunus.reporting.evaluation_tables import evaluation_tables
 
         models = list(dict.fromkeys(models))
         batch_size = _parse_batch(batch)
         if images is not None:
-            if perplexity is not None or tasks is not None or reference is not None:
+            if (perplexity, tasks, reference, samples) != (None,) * 4:
                 raise ValueError(
                     "--images scores image classifiers, which read no text: drop --perplexity, "
-                    "--tasks and --reference"
+                    "--tasks, --reference and --samples"
                 )
             _score_images(
                 models, images, limit, batch_size, dtype, device, trust_remote_code, json_file
             )
             return
         shared: dict[str, Any] = {
-            "limit": limit,
             "dtype": dtype,
             "device": device,
-            "data_dir": data_dir,
+            "data": data_dir,
             "trust_remote_code": trust_remote_code,
-            "cache": None if no_cache else cache or default_cache_folder(),
         }
         texts = _chosen_texts(perplexity, tasks)
         if reference is not None and not texts:
@@ -195,13 +171,15 @@ def evaluate(
         for text in texts:
             check_text(text, data_dir)
         for model in models:
-            find_folder(model)
+            found = find_model(model, trust_remote_code)
             if reference is not None:
-                check_same_vocabulary(model, reference, trust_remote_code)
+                check_same_vocabulary(found, find_model(reference, trust_remote_code))
         task_run = (
             None
             if tasks is None
-            else prepare_tasks(models, tasks, fewshot=fewshot, batch=batch_size, **shared)
+            else prepare_tasks(
+                models, tasks, fewshot=fewshot, limit=limit, batch=batch_size, **shared
+            )
         )
         windows = 1 if isinstance(batch_size, str) else batch_size
         with process_group(rank_timeout) as ranks, contextlib.ExitStack() as stack:
@@ -218,6 +196,7 @@ def evaluate(
                             protocol=protocol,
                             bos=bos,
                             seqlen=seqlen,
+                            samples=samples,
                             batch=windows,
                             memory=memory,
                             stream=stream,
@@ -252,7 +231,7 @@ def _score_images(
     trust_remote_code: bool,
     json_file: Path | None,
 ) -> None:
-    from prunus.evaluation import image_accuracy
+    from prunus.evaluation.images import image_accuracy
     from prunus.reporting.tables import images_table
 
     scores = image_accuracy(

@@ -15,13 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from prunus.evaluation.records import ModelSize, PerplexityResult
 from prunus.evaluation.task_scores import MEAN, PAPER7, Metric, TaskResults, paired_difference
-
-if TYPE_CHECKING:
-    from prunus.evaluation.perplexity_result import PerplexityResult
-    from prunus.evaluation.size import ModelSize
 
 __all__ = ["Difference", "compare", "side_by_side"]
 

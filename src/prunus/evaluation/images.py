@@ -17,6 +17,7 @@ import torch
 from prunus.calibration.images import ImageFolder, list_images, read_images
 from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.task_scores import paired_difference
+from prunus.evaluation.watched import WatchedCheckpoint, unchanged
 from prunus.model.config import load_config
 from prunus.model.device import choose_device
 from prunus.model.dtypes import check_dtype
@@ -137,9 +138,7 @@ def image_accuracy(
         found = find_folder(model)
         config = load_config(found, trust_remote_code)
         if (kind := kind_of(config)) is not IMAGES:
-            raise NotImplementedError(
-                f"{model} is a {kind.name}; --images is for image classifiers"
-            )
+            raise NotImplementedError(f"{model} is a {kind.name}; images are for image classifiers")
         checked.append((str(model), found, *_labels(images, config)))
     return [_score(name, found, labels, how, settings) for name, found, labels, how in checked]
 
@@ -166,21 +165,24 @@ def _score(name: str, folder: Path, labels: list[int], how: str, settings: _Sett
     """Score one model. `labels` has the model's label of every class folder."""
     started = time.perf_counter()
     images, chosen = settings.images, settings.chosen
-    processor = load_image_processor(folder, settings.trust_remote_code)
-    model = load_model(folder, settings.dtype, settings.trust_remote_code, kind=IMAGES)
-    model = model.to(settings.device)
-    correct: list[bool] = []
-    for start in range(0, len(chosen), settings.batch):
-        places = chosen[start : start + settings.batch]
-        pixels = read_images([images.paths[i] for i in places], processor)
-        logits_NK = model(pixel_values=pixels.to(settings.device, model.dtype)).logits.float()
-        if not bool(torch.isfinite(logits_NK).all()):
-            raise ValueError(
-                f"{name}: the model gives logits that are not finite; try --dtype float32"
-            )
-        expected = [labels[images.labels[i]] for i in places]
-        correct += [a == b for a, b in zip(logits_NK.argmax(dim=1).tolist(), expected, strict=True)]
-        if settings.progress is not None:
-            settings.progress(f"{name}: {len(correct)} of {len(chosen)} images")
+    with unchanged([WatchedCheckpoint(folder)]):
+        processor = load_image_processor(folder, settings.trust_remote_code)
+        model = load_model(folder, settings.dtype, settings.trust_remote_code, kind=IMAGES)
+        model = model.to(settings.device)
+        correct: list[bool] = []
+        for start in range(0, len(chosen), settings.batch):
+            places = chosen[start : start + settings.batch]
+            pixels = read_images([images.paths[i] for i in places], processor)
+            logits_NK = model(pixel_values=pixels.to(settings.device, model.dtype)).logits.float()
+            if not bool(torch.isfinite(logits_NK).all()):
+                raise ValueError(
+                    f"{name}: the model gives logits that are not finite; try dtype float32"
+                )
+            expected = [labels[images.labels[i]] for i in places]
+            correct += [
+                a == b for a, b in zip(logits_NK.argmax(dim=1).tolist(), expected, strict=True)
+            ]
+            if settings.progress is not None:
+                settings.progress(f"{name}: {len(correct)} of {len(chosen)} images")
     seconds = round(time.perf_counter() - started, 2)
     return ImageScore(name, len(correct), tuple(correct), how, seconds)

@@ -87,5 +87,5 @@ def _check_finite(name: str, samples: Sequence[Mapping[str, Any]]) -> None:
             if isinstance(likelihood, float) and math.isnan(likelihood):
                 raise ValueError(
                     f"{name}, row {row['doc_id']}: the model's outputs are not finite. Damaged "
-                    "weights, or a dtype too small for this model; try --dtype float32"
+                    "weights, or a dtype too small for this model; try dtype float32"
                 )

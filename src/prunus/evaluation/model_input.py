@@ -8,36 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from prunus.evaluation.watched import WatchedCheckpoint
 from prunus.model.adapter import base_folder, check_adapter, is_adapter
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.config import load_config
 from prunus.model.kinds import require_causal
 from prunus.model.tokenizer import load_tokenizer, token_ids
 
-__all__ = [
-    "ModelInput",
-    "check_language_model",
-    "check_same_vocabulary",
-    "find_folder",
-    "resolve_model_input",
-]
-
-
-@dataclass(frozen=True)
-class ModelInput:
-    """A model to evaluate: a checkpoint folder, or a loaded model.
-
-    Attributes:
-        name: what the user calls it.
-        tokenizer: its tokenizer.
-        folder: the checkpoint, or None for a loaded model.
-        loaded: the loaded model, or None for a folder.
-    """
-
-    name: str
-    tokenizer: Any
-    folder: Path | None = None
-    loaded: Any = None
+__all__ = ["ModelInput", "check_as_loaded", "check_same_vocabulary", "find_folder", "find_model"]
 
 
 def find_folder(model: str | Path) -> Path:
@@ -54,92 +32,134 @@ def find_folder(model: str | Path) -> Path:
     return folder
 
 
-def resolve_model_input(model: Any, tokenizer: Any, trust_remote_code: bool) -> ModelInput:
-    """Check that a model exists and that its adapter and its tokenizer fit. Reads no weights.
+@dataclass(frozen=True)
+class ModelInput:
+    """A causal language model to evaluate; `find_model` creates it.
+
+    Attributes:
+        name: what the user calls it.
+        folder: the checkpoint, or None for a loaded model.
+        loaded: the loaded model, or None for a folder.
+        trust_remote_code: run code that comes with the checkpoint.
+    """
+
+    name: str
+    folder: Path | None
+    loaded: Any
+    trust_remote_code: bool
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of tokens that the model knows; None if its configuration does not say."""
+        if self.folder is None:
+            return int(self.loaded.get_input_embeddings().num_embeddings)
+        config = _config(self.folder, self.trust_remote_code).get_text_config()
+        size = getattr(config, "vocab_size", None)
+        return size if isinstance(size, int) else None
+
+    def tokens(self) -> dict[str, int] | None:
+        """Token -> id of the tokenizer of a folder; None if it has none, or for a loaded model."""
+        return None if self.folder is None else token_ids(self.folder, self.trust_remote_code)
+
+    def watch(self) -> WatchedCheckpoint | None:
+        """The files of the checkpoint as they are now; None for a loaded model."""
+        return None if self.folder is None else WatchedCheckpoint(self.folder)
+
+    def tokenizer(self, given: Any = None) -> Any:
+        """The tokenizer: the one that is given, or that of the folder the model is loaded from.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if given is not None:
+            return given
+        if self.folder is not None:
+            return load_tokenizer(self.folder, self.trust_remote_code)
+        try:
+            if not (name := str(getattr(self.loaded, "name_or_path", "") or "")):
+                raise ValueError("the model does not say where it was loaded from")
+            return load_tokenizer(resolve_folder(name), self.trust_remote_code)
+        except (ValueError, FileNotFoundError) as fault:
+            raise ValueError(
+                "scoring a loaded model needs its tokenizer: pass tokenizer=, or score a file of "
+                f"input_ids ({fault})"
+            ) from fault
+
+    def fitting_tokenizer(self, given: Any = None) -> Any:
+        """As `tokenizer`, and the embedding has a row for each of its ordinary tokens.
+
+        Special tokens that were added past the end of the embedding are allowed: they may never
+        occur.
+
+        Raises:
+            ValueError: there is no tokenizer, or it is another model's.
+        """
+        found, size = self.tokenizer(given), self.vocabulary
+        if size is not None and found.vocab_size > size:
+            raise ValueError(
+                f"{self.name}: its tokenizer has {found.vocab_size} tokens, the model a vocabulary "
+                f"of {size}; the tokenizer does not fit, is it another model's?"
+            )
+        return found
+
+
+def find_model(model: Any, trust_remote_code: bool = False) -> ModelInput:
+    """Find a model, and check its kind. Reads no weights.
 
     Args:
         model: a folder, a hub id, or a loaded transformers model.
-        tokenizer: the tokenizer of a loaded model; for others, None takes the one in the folder.
         trust_remote_code: run code that comes with the checkpoint.
 
     Raises:
-        ValueError: no tokenizer, or another model's; a configuration that cannot be loaded; see
-            `check_adapter`.
         FileNotFoundError: no such model, or no model in the folder.
-        ModuleNotFoundError: an adapter is given, and peft is not installed.
         NotImplementedError: the model is not a causal language model.
+        ValueError: its configuration cannot be loaded; or see `check_adapter`.
+        ModuleNotFoundError: an adapter is given, and peft is not installed.
     """
     if isinstance(model, nn.Module):
-        if tokenizer is None:
-            raise ValueError("a loaded model comes without its tokenizer: pass tokenizer=")
         name = str(getattr(model, "name_or_path", "")) or type(model).__name__
-        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-        _check_tokenizer(name, tokenizer, embedding.num_embeddings)
-        return ModelInput(name, tokenizer, loaded=model)
+        return ModelInput(name, None, model, trust_remote_code)
     folder = find_folder(model)
     if is_adapter(folder):
         check_adapter(folder, trust_remote_code)
-    check_language_model(folder, trust_remote_code)
-    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(folder, trust_remote_code)
-    _check_tokenizer(str(model), tokenizer, _vocabulary(folder, trust_remote_code))
-    return ModelInput(str(model), tokenizer, folder)
+    require_causal(_config(folder, trust_remote_code), "scoring on text")
+    return ModelInput(str(model), folder, None, trust_remote_code)
 
 
-def check_language_model(folder: Path, trust_remote_code: bool) -> None:
-    """Check that a folder holds a causal language model, or an adapter for one.
+def check_as_loaded(model: Any, dtype: str, device: str) -> None:
+    """Check that nobody asks for another dtype or device of a loaded model.
 
     Raises:
-        NotImplementedError: it holds another kind of model.
-        ValueError: its configuration cannot be loaded.
+        ValueError: somebody does.
     """
-    require_causal(_config(folder, trust_remote_code), "scoring on text")
+    if isinstance(model, nn.Module) and (dtype != "auto" or device != "auto"):
+        raise ValueError(
+            "a loaded model is scored as it is: leave dtype and device at 'auto', or convert it "
+            "before"
+        )
 
 
-def check_same_vocabulary(model: Any, reference: Any, trust_remote_code: bool) -> None:
+def check_same_vocabulary(model: ModelInput, reference: ModelInput) -> None:
     """Check that two models give logits for the same tokens. Reads no weights.
 
-    Args:
-        model: a folder, a hub id, or a loaded transformers model.
-        reference: the same. The tokenizers are compared if both are folders that have one.
-        trust_remote_code: run code that comes with the checkpoints.
-
     Raises:
-        ValueError: the sizes of the vocabularies differ, or the tokenizers do.
-        FileNotFoundError, NotImplementedError: see `find_folder` and `check_language_model`.
+        ValueError: the sizes of the vocabularies differ, or the tokenizers of two folders do.
     """
-    sizes: list[int | None] = []
-    tokens: list[dict[str, int] | None] = []
-    for one in (model, reference):
-        if isinstance(one, nn.Module):
-            embedding: Any = one.get_input_embeddings()  # type: ignore[operator]
-            sizes.append(embedding.num_embeddings)
-            tokens.append(None)
-            continue
-        folder = find_folder(one)
-        check_language_model(folder, trust_remote_code)
-        sizes.append(_vocabulary(folder, trust_remote_code))
-        tokens.append(token_ids(folder, trust_remote_code))
     hint = "give a reference with the same vocabulary, such as the dense model"
-    names = [
-        type(one).__name__ if isinstance(one, nn.Module) else one for one in (model, reference)
-    ]
+    sizes = model.vocabulary, reference.vocabulary
     if None not in sizes and sizes[0] != sizes[1]:
         raise ValueError(
-            f"the reference {names[1]} has a vocabulary of {sizes[1]} tokens, {names[0]} one of "
-            f"{sizes[0]}: {hint}"
+            f"the reference {reference.name} has a vocabulary of {sizes[1]} tokens, {model.name} "
+            f"one of {sizes[0]}: {hint}"
         )
-    if tokens[0] is None or tokens[1] is None or tokens[0] == tokens[1]:
+    tokens, others = model.tokens(), reference.tokens()
+    if tokens is None or others is None or tokens == others:
         return
-    token = min(dict(tokens[0].items() ^ tokens[1].items()))
+    token = min(dict(tokens.items() ^ others.items()))
     raise ValueError(
-        f"the tokenizers of the reference {names[1]} and of {names[0]} differ, at {token!r} for "
-        f"one: {hint}"
+        f"the tokenizers of the reference {reference.name} and of {model.name} differ, at "
+        f"{token!r} for one: {hint}"
     )
-
-
-def _vocabulary(folder: Path, trust_remote_code: bool) -> int | None:
-    size = getattr(_config(folder, trust_remote_code).get_text_config(), "vocab_size", None)
-    return size if isinstance(size, int) else None
 
 
 def _config(folder: Path, trust_remote_code: bool) -> Any:
@@ -147,15 +167,3 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
     while is_adapter(folder):
         folder = base_folder(folder)
     return load_config(folder, trust_remote_code, quantized=True)
-
-
-def _check_tokenizer(name: str, tokenizer: Any, vocabulary: int | None) -> None:
-    """Check that the embedding has a row for every ordinary token.
-
-    Special tokens that were added past the end of the embedding are allowed: they may never occur.
-    """
-    if vocabulary is not None and tokenizer.vocab_size > vocabulary:
-        raise ValueError(
-            f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, the model a vocabulary of "
-            f"{vocabulary}; the tokenizer does not fit, is it another model's?"
-        )

@@ -24,18 +24,16 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from prunus.evaluation.cache import checkpoint_digest, environment, file_states, ids_digest
-from prunus.evaluation.loss import Rows, WindowProgress
+from prunus.evaluation.logits import Rows, WholeModel, WindowProgress
 from prunus.evaluation.model_input import find_folder
-from prunus.evaluation.streamed_perplexity import States, StreamedModel, whole_only
-from prunus.evaluation.whole_model import WholeModel
+from prunus.evaluation.streamed_model import ComputeOptions, States, StreamedModel, whole_only
+from prunus.evaluation.watched import WatchedCheckpoint
+from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.block_lists import find_block_list
 from prunus.model.calls import hidden_of, replaced_forward
 from prunus.model.checkpoint.atomic_files import make_folder
 from prunus.model.checkpoint.writer import save_safetensors
-from prunus.model.dtypes import DTYPES
 from prunus.model.hidden_states import HiddenStates
-from prunus.model.loading import load_model
 
 __all__ = ["Reference"]
 
@@ -48,12 +46,12 @@ class Reference:
     """A model to compare others with. Pass it to `prunus.perplexity` for one model after another.
 
     Its blocks run for the first model on a text, and not again for the next models. What it has
-    computed for a text is dropped when another text comes, and at the end of the `with` block.
+    computed for a text is dropped when another text follows, and at the end of the `with` block.
 
     Packed models, adapters, loaded models and models that prunus cannot read block by block are
     loaded once and run again for every model.
 
-        with Reference("MODEL") as reference:
+        with prunus.Reference("MODEL") as reference:
             for model in ("pruned", "packed"):
                 print(prunus.perplexity(model, "wikitext2", reference=reference).divergence)
 
@@ -62,6 +60,9 @@ class Reference:
         keep_in: folder for files of hidden states, which stay after the end. None keeps them as
             long as this object.
 
+    Attributes:
+        watched: the files of the checkpoint, which must not change; None for a loaded model.
+
     Raises:
         FileNotFoundError: see `find_folder`.
     """
@@ -69,15 +70,15 @@ class Reference:
     def __init__(self, model: Any, keep_in: Path | None = None) -> None:
         self.model = model
         self.folder = None if isinstance(model, nn.Module) else find_folder(model)
+        self.watched = None if self.folder is None else WatchedCheckpoint(self.folder)
         self._keep_in = keep_in
-        self._settings: tuple[Any, ...] = ()
+        self._options: ComputeOptions | None = None
         self._streamed = False
         self._by_blocks: StreamedModel | None = None
         self._whole: WholeModel | None = None
         # What the hidden states are for, and the hidden states.
         self._for: dict[str, Any] = {}
         self._states: States | None = None
-        self._digests: dict[bool, Any] = {}
 
     def __enter__(self) -> Reference:
         return self
@@ -88,55 +89,31 @@ class Reference:
     def close(self) -> None:
         """Release memory and files, apart from those in `keep_in`."""
         self._drop_states()
-        self._settings, self._by_blocks, self._whole = (), None, None
+        self._options, self._by_blocks, self._whole = None, None, None
 
-    def digest(self, by_content: bool, code: bool) -> Any:
-        """What identifies the checkpoint in the key of a cache; computed once.
-
-        Args:
-            by_content: hash the weights; otherwise take the states of the files.
-            code: include Python files, because they may run.
-        """
-        assert self.folder is not None
-        if by_content not in self._digests:
-            self._digests[by_content] = (
-                checkpoint_digest(self.folder, code) if by_content else file_states(self.folder)
-            )
-        return self._digests[by_content]
-
-    def open(
-        self, dtype: str, device: torch.device, memory: int | None, trust_remote_code: bool
-    ) -> None:
+    def open(self, options: ComputeOptions, streamed: bool) -> None:
         """Choose how the model computes. Reads headers only.
 
         Args:
-            dtype: a name of `DTYPES`, or auto.
-            device: where the model runs.
-            memory: budget in bytes for the whole process; None takes what is free.
-            trust_remote_code: run model code that comes with the checkpoint.
+            options: how the model is computed.
+            streamed: read it block by block, if that is possible; or load it whole.
         """
-        settings = (dtype, device, memory, trust_remote_code)
-        if settings == self._settings:
+        self._streamed = streamed
+        if options == self._options:
             return
         self.close()
-        self._settings = settings
+        self._options = options
         if self.folder is not None and whole_only(self.folder) is None:
             # Something else than a row of blocks is loaded whole. If the checkpoint is damaged,
             # loading it says so.
             with contextlib.suppress(NotImplementedError, ValueError, FileNotFoundError):
-                self._by_blocks = StreamedModel.open(self.folder, *settings)
-
-    def choose(self, streamed: bool) -> None:
-        """Choose whether the model is read block by block, or loaded whole."""
-        self._streamed = streamed
+                self._by_blocks = StreamedModel.open(self.folder, options)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the computation."""
         return self._opened.dtype
 
     def check(self, ids: torch.Tensor, name: str) -> None:
-        """Check that the model can score token ids (W, S); see `check_windows`."""
         self._opened.check(ids, name)
 
     def windows(
@@ -146,7 +123,6 @@ class Reference:
         progress: WindowProgress | None = None,
         compared: bool = False,
     ) -> Generator[Rows, None, None]:
-        """The logits of every window, in order; see `StreamedModel.windows`."""
         if self._by_blocks is not None and len(ids):
             try:
                 states = self._states_of(ids, batch, progress, compared)
@@ -169,10 +145,8 @@ class Reference:
         return self._whole
 
     def _load(self) -> Any:
-        assert self.folder is not None
-        dtype, device, _, trust_remote_code = self._settings
-        loaded = load_model(self.folder, DTYPES.get(dtype, "auto"), trust_remote_code)
-        return loaded.to(device)
+        assert self.folder is not None and self._options is not None
+        return self._options.load(self.folder)
 
     def _states_of(
         self, ids: torch.Tensor, batch: int, progress: WindowProgress | None, compared: bool
@@ -183,14 +157,19 @@ class Reference:
             NotImplementedError: the model computes more than its blocks, final norm and head.
         """
         by_blocks = self._by_blocks
-        assert by_blocks is not None
+        assert by_blocks is not None and self.watched is not None
         key = {
             "fingerprint": by_blocks.source.fingerprint,
-            "ids": ids_digest(ids),
+            "files": [(path.name, *state) for path, state in self.watched.states.items()],
+            "ids": [
+                list(ids.shape),
+                hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest(),
+            ],
             "batch": batch,
             "dtype": str(self.dtype),
             "streamed": self._streamed,
-            **environment(by_blocks.device),
+            "hardware": describe_hardware(by_blocks.device),
+            "versions": versions(),
         }
         if self._states is not None and key == self._for:
             return self._states

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from prunus.evaluation.streamed_perplexity import whole_only
+from prunus.evaluation.records import ModelSize
+from prunus.evaluation.streamed_model import whole_only
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
@@ -23,28 +22,10 @@ from prunus.model.source import CheckpointSource
 from prunus.packed.bitmap import packed_bytes
 from prunus.packed.source import PackedSource
 
-__all__ = ["ModelSize", "file_bytes", "packed_size", "stored_size"]
+__all__ = ["file_bytes", "packed_size", "stored_size"]
 
 #: Dtypes that `prunus pack` stores without loss.
 _LOSSLESS = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """The size of a model.
-
-    Attributes:
-        file_bytes: bytes of its safetensors; an adapter's base is included.
-        bits_per_weight: bits of the linears in the blocks, zeros and all parts counted, over their
-            number of weights. None where the linears are not known, as for an adapter.
-    """
-
-    file_bytes: int
-    bits_per_weight: float | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values for JSON."""
-        return asdict(self)
 
 
 def file_bytes(folder: Path) -> int:

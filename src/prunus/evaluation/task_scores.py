@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prunus.evaluation.records import finite
 from prunus.pruning.html_table import html_table
 
 __all__ = [
@@ -44,7 +45,7 @@ class Metric:
 
     def as_dict(self) -> dict[str, float | None]:
         """Value and standard error for JSON, which has no NaN and no infinity: they become None."""
-        return {"value": _finite(self.value), "stderr": _finite(self.stderr)}
+        return {"value": finite(self.value), "stderr": finite(self.stderr)}
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ class TaskScore:
         version: lm-eval's version of the task.
         definition: SHA-256 of everything that makes the prompts and the scoring, rows included.
         source: where the rows come from.
-        seconds: time of scoring. For a cached score, the time that it took when it was computed.
-        cached: whether the score comes from the cache.
+        seconds: time of scoring.
     """
 
     task: str
@@ -71,7 +71,6 @@ class TaskScore:
     definition: str
     source: str
     seconds: float
-    cached: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The score as plain values for JSON, without the outcomes of single rows."""
@@ -168,7 +167,3 @@ def paired_difference(first: Sequence[float], other: Sequence[float]) -> tuple[f
     steps = [b - a for a, b in zip(first, other, strict=True)]
     error = statistics.stdev(steps) / math.sqrt(len(steps)) if len(steps) > 1 else math.nan
     return statistics.fmean(steps), error
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -1,8 +1,7 @@
 """Tasks as EleutherAI's lm-eval defines them. This is the only file that imports lm-eval.
 
-Prompts, targets, scoring and few-shot examples are lm-eval's own. A local folder of datasets only
-changes where the rows come from. For that we set lm-eval's own hook `custom_dataset` beside the
-definition that lm-eval ships.
+Prompts, targets, scoring and few-shot examples are lm-eval's own. A local folder only changes the
+source of the rows, by lm-eval's own hook `custom_dataset`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import torch
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.evaluation.lm_eval_results import read_scores
-from prunus.evaluation.local_datasets import FOLDER, check_local_datasets, load_splits
+from prunus.evaluation.local_tasks import FOLDER, load_splits, local_files
 from prunus.evaluation.task_scores import PAPER7, TaskScore
 
 __all__ = ["LoadedTask", "load_tasks", "require_lm_eval", "run_lm_eval", "run_task", "wrap_model"]
@@ -40,8 +39,8 @@ SEED = 1234
 #: Bootstrap draws for the standard error of a metric without a formula. lm-eval's 100,000 take
 #: minutes.
 _BOOTSTRAP_DRAWS = 1000
-#: The folders of lm-eval that define the tasks of `local_datasets`. Its whole catalogue takes many
-#: seconds to read.
+#: The folders of lm-eval that define the tasks of paper7, and LAMBADA. Its whole catalogue takes
+#: many seconds to read.
 _LOCAL_TASK_FOLDERS = (
     "super_glue/boolq",
     "glue/rte",
@@ -115,8 +114,8 @@ def load_tasks(
         shots: worked examples per prompt. None takes the task's own number, which is 0 for most
             tasks.
         limit: score only this many rows of each task, from the first on. None scores all.
-        folder: local folder whose `zeroshot/` contains the rows (see `local_datasets.py`). None
-            takes the hub.
+        folder: local folder whose `zeroshot/` contains the rows (see `local_tasks.py`). None takes
+            the hub.
 
     Raises:
         ModuleNotFoundError: lm-eval is not installed; the message names the extra.
@@ -132,10 +131,9 @@ def load_tasks(
     with _quiet_lm_eval():
         catalogue = _catalogue(names)
         expanded = [task for name in names for task in _expand(name, catalogue)]
-        wanted = list(dict.fromkeys(expanded))
-        if folder is not None:
-            check_local_datasets(folder, {name: _config(name, catalogue) for name in wanted}, shots)
-        return [_load(name, catalogue, shots, limit, folder) for name in wanted]
+        configs = {name: _config(name, catalogue) for name in expanded}
+        files = {} if folder is None else local_files(folder, configs, shots)
+        return [_load(name, catalogue, shots, limit, files.get(name)) for name in configs]
 
 
 def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = SINGLE_PROCESS) -> Any:
@@ -214,7 +212,7 @@ def run_task(task: LoadedTask, wrapped: Any) -> list[TaskScore] | None:
 
 
 def _catalogue(names: Sequence[str]) -> Any:
-    """lm-eval's task manager. It knows only the tasks of `local_datasets` if these are enough."""
+    """lm-eval's task manager. It knows only the tasks of paper7 and LAMBADA if these are enough."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
@@ -251,28 +249,37 @@ def _config(name: str, catalogue: Any) -> Mapping[str, Any] | None:
 
 
 def _load(
-    name: str, catalogue: Any, shots: int | None, limit: int | None, folder: Path | None
+    name: str,
+    catalogue: Any,
+    shots: int | None,
+    limit: int | None,
+    files: Mapping[str, Path | None] | None,
 ) -> LoadedTask:
-    config = _config(name, catalogue)
-    spec: Any = name
-    source = f"{(config or {}).get('dataset_path', 'several datasets')}, from the hub"
-    if folder is not None:
-        assert config is not None, "check_local_datasets has seen it"
-        rows, source = load_splits(folder, name, config)
+    if files is None:
+        config = _config(name, catalogue) or {}
+        source = f"{config.get('dataset_path', 'several datasets')}, from the hub"
+        try:
+            content = catalogue.load([name])
+        except Exception as fault:  # the hub, its cache and a task's own code raise many kinds
+            raise OSError(
+                f"the rows of {name} could not be loaded ({type(fault).__name__}: "
+                f"{str(fault)[:300]}). Without a network, give a data folder (PRUNUS_DATA) that "
+                f"holds {FOLDER}/"
+            ) from fault
+    else:
+        scored = next(iter(files.values()))
+        assert scored is not None, "local_files has seen it"
+        source, rows = f"{FOLDER}/{scored.name}", load_splits(name, files)
         # lm-eval overrides a field of a task that it ships only inside a group, so we make a group
         # of one.
-        spec = {"group": "local", "task": [{"task": name, "custom_dataset": lambda **_: rows}]}
-    try:
-        content = catalogue.load([spec])
-    except Exception as fault:  # the hub, its cache and a task's own code raise many kinds
-        if folder is not None:
-            raise
-        raise OSError(
-            f"the rows of {name} could not be loaded ({type(fault).__name__}: {str(fault)[:300]}). "
-            f"Without a network, give a data folder (--data or PRUNUS_DATA) that holds {FOLDER}/"
-        ) from fault
-    if folder is not None:
-        content = {"tasks": content["tasks"], "groups": {}, "group_map": {}}
+        group = {"group": "local", "task": [{"task": name, "custom_dataset": lambda **_: rows}]}
+        try:
+            content = catalogue.load([group]) | {"groups": {}, "group_map": {}}
+        except Exception as fault:  # of a template or of a task's code, which misses a column
+            raise ValueError(
+                f"{scored}: lm-eval cannot make prompts of the rows ({type(fault).__name__}: "
+                f"{str(fault)[:300]})"
+            ) from fault
     digest = hashlib.sha256(json.dumps([version("lm_eval"), SEED]).encode())
     for task in content["tasks"].values():
         _set_shots(task, shots)
@@ -286,7 +293,7 @@ def _set_shots(task: Any, shots: int | None) -> None:
     if getattr(task, "UNSAFE_CODE", False):
         raise ValueError(f"{name} runs code that a model wrote; use lm-eval itself, in a sandbox")
     if own == 0 and shots:
-        raise ValueError(f"{name} fixes its number of examples at 0; leave --fewshot out for it")
+        raise ValueError(f"{name} fixes its number of examples at 0; leave fewshot out for it")
     if own is None or shots is not None:
         task.set_config(key="num_fewshot", value=shots or 0)
 

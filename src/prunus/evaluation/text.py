@@ -80,13 +80,13 @@ class ScoringWindows:
     bos: UsedBos
 
 
-def load_scoring_text(name: str, data_dir: Path | None = None) -> ScoringText:
+def load_scoring_text(name: str, data: Path | None = None) -> ScoringText:
     """Load a text to score.
 
     Args:
         name: `wikitext2`, `c4`, `ptb`, `python-docs`, or a text file in a format that calibration
             takes.
-        data_dir: local folder with the corpora. None takes the folder in PRUNUS_DATA, or the hub if
+        data: local folder with the corpora. None takes the folder in PRUNUS_DATA, or the hub if
             that is unset.
 
     Raises:
@@ -95,7 +95,7 @@ def load_scoring_text(name: str, data_dir: Path | None = None) -> ScoringText:
         ModuleNotFoundError: an extra is not installed (the message names it).
         OSError: the hub does not answer.
     """
-    check_text(name, data_dir)
+    check_text(name, data)
     if name not in NAMES:
         documents = read_documents(Path(name))
         how = (
@@ -104,7 +104,7 @@ def load_scoring_text(name: str, data_dir: Path | None = None) -> ScoringText:
             else "the whole text"
         )
         return ScoringText("\n\n".join(documents), how, name)
-    corpus = load_corpus(name, "scoring", data_dir)
+    corpus = load_corpus(name, "scoring", data)
     if name == "c4":
         count = min(len(corpus.documents), _C4_DOCUMENTS)
         documents = [corpus.documents[index] for index in range(count)]
@@ -130,10 +130,10 @@ def load_scoring_text(name: str, data_dir: Path | None = None) -> ScoringText:
     return ScoringText(text, how, corpus.source)
 
 
-def check_text(name: str, data_dir: Path | None) -> None:
+def check_text(name: str, data: Path | None) -> None:
     """Raise the errors of `load_scoring_text` that can be found without reading the text."""
     if name in NAMES:
-        check_corpus(name, "scoring", data_dir)
+        check_corpus(name, "scoring", data)
         return
     path = Path(name)
     if not name or (not path.exists() and (name == "self" or not path.suffix)):
@@ -166,8 +166,8 @@ def scoring_windows(
     name: str,
     tokenizer: Callable[[], Any],
     seqlen: int,
-    limit: int | None,
-    data_dir: Path | None,
+    samples: int | None,
+    data: Path | None,
     bos: Bos = "auto",
 ) -> ScoringWindows:
     """Cut a text into windows that do not overlap, from its start.
@@ -176,15 +176,15 @@ def scoring_windows(
         name: see `load_scoring_text`, or a `.safetensors` file with input_ids.
         tokenizer: a function that returns the tokenizer. It is called for text only.
         seqlen: S, tokens per window.
-        limit: the largest number of windows, or None.
-        data_dir: see `load_scoring_text`.
+        samples: the largest number of windows, or None.
+        data: see `load_scoring_text`.
         bos: whether BOS takes the place of every window's first token; see `Bos`. The windows of a
             `.safetensors` file stay as they are.
 
     Raises:
         ValueError: the text is shorter than one window, or reading the text or the tokenizer fails.
     """
-    check_text(name, data_dir)
+    check_text(name, data)
     if name not in NAMES and file_kind(Path(name)) == "safetensors":
         refuse_bos(name, bos)
         ids = read_ids(Path(name))
@@ -192,22 +192,22 @@ def scoring_windows(
         if per_row == 0:
             raise ValueError(
                 f"{name}: its rows have {ids.shape[1]} tokens, less than a window of {seqlen}; "
-                "use a smaller --seqlen"
+                "use a smaller seqlen"
             )
         windows = ids[:, : per_row * seqlen].reshape(-1, seqlen)
         how = f"{tuple(ids.shape)} token ids, cut into windows row by row"
-        return ScoringWindows(windows[:limit].contiguous(), name, how, "given")
+        return ScoringWindows(windows[:samples].contiguous(), name, how, "given")
     loaded_tokenizer = tokenizer()
     token = bos_token(loaded_tokenizer, bos)
-    text = load_scoring_text(name, data_dir)
+    text = load_scoring_text(name, data)
     tokens = encode(loaded_tokenizer, text.text)
     count = len(tokens) // seqlen
     if count == 0:
         raise ValueError(
             f"{text.source}: the text has {len(tokens)} tokens, less than a window of {seqlen}; "
-            "use a smaller --seqlen"
+            "use a smaller seqlen"
         )
-    count = min([count, *(bound for bound in (limit, text.max_windows) if bound is not None)])
+    count = min([count, *(bound for bound in (samples, text.max_windows) if bound is not None)])
     windows = put_bos_first(tokens[: count * seqlen].view(count, seqlen), token)
     how = "no BOS added to windows" if token is None else "BOS first in every window"
     return ScoringWindows(windows, text.source, f"{text.protocol}, {how}", used_bos(token))

@@ -12,7 +12,9 @@ from prunus.reporting.document import MISSING
 from prunus.reporting.evaluation_sections import is_share, short_names
 
 if TYPE_CHECKING:
-    from prunus.evaluation import Difference, Metric, PerplexityResult, TaskResults
+    from prunus.evaluation.comparison import Difference
+    from prunus.evaluation.records import PerplexityResult
+    from prunus.evaluation.task_scores import Metric, TaskResults
 
 #: With more models than these, each model has a row of its own.
 _MODELS_IN_COLUMNS = 2
@@ -29,7 +31,7 @@ def evaluation_tables(
         perplexities: model -> its perplexities.
         results: of the same models on tasks.
     """
-    from prunus.evaluation import compare
+    from prunus.evaluation.comparison import compare
 
     tables = [perplexity_table(perplexities)] if any(perplexities.values()) else []
     if any(score.divergence is not None for scores in perplexities.values() for score in scores):
@@ -235,8 +237,6 @@ def _explanation(results: Sequence[TaskResults], differences: Sequence[Differenc
         paired = all(change.paired for change in differences)
         how = "taken row by row" if paired else "row by row where rows are known"
         lines.append(f"* beyond two standard errors of the difference ({how})")
-    known = {result.model: sum(score.cached for score in result.scores) for result in results}
-    lines += [f"{model}: {count} tasks computed earlier" for model, count in known.items() if count]
     return "\n".join(lines)
 
 

@@ -14,10 +14,10 @@ from prunus.reporting.run_sections import error_of
 from prunus.runs.record import bos_words
 
 if TYPE_CHECKING:
-    from prunus.compression.pack_record import ConversionRecord
     from prunus.evaluation.images import ImageScore
     from prunus.evaluation.inspection import Inspection
     from prunus.evaluation.speed import Speed
+    from prunus.packed.conversion import Record
     from prunus.pruning.manifest import Manifest
 
 __all__ = [
@@ -195,10 +195,9 @@ def _allocation(planned: dict[str, Any]) -> str:
     return "the same everywhere"
 
 
-def packing_table(record: ConversionRecord) -> Table:
+def packing_table(record: Record) -> Table:
     """How a conversion changed the size of the linears: one row per kind of linear."""
-    title = f"{record.VERB} {record.source} ({record.inputs.dtype})"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=f"{record.action} {record.source} ({record.values})", title_justify="left")
     for column in (
         "linear",
         "count",

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from prunus.distributed import SINGLE_PROCESS
-from prunus.evaluation import Reference, perplexity
+from prunus.evaluation.perplexity import perplexity
+from prunus.evaluation.reference import Reference
 from prunus.evaluation.size import packed_size, stored_size
 from prunus.evaluation.task_runner import evaluate
 from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, copy_file, make_folder
@@ -148,12 +149,12 @@ def score_model(
             text,
             reference=dense if is_cell else None,
             seqlen=scoring.seqlen,
-            limit=scoring.limit,
+            samples=scoring.limit,
             bos=scoring.bos,
             batch=scoring.batch,
             dtype=scoring.dtype,
             device=options.device,
-            data_dir=options.data,
+            data=options.data,
             trust_remote_code=options.trust_remote_code,
             memory=options.memory,
             progress=False,
@@ -176,7 +177,7 @@ def task_options(scoring: Scoring, options: RunOptions) -> dict[str, Any]:
         "limit": scoring.task_limit,
         "dtype": scoring.dtype,
         "device": options.device,
-        "data_dir": options.data,
+        "data": options.data,
         "trust_remote_code": options.trust_remote_code,
     }
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from prunus.distributed import SINGLE_PROCESS, Ranks, process_group
-from prunus.evaluation import Reference
+from prunus.evaluation.reference import Reference
 from prunus.hardware.sizes import parse_bytes
 from prunus.methods import METHODS
 from prunus.runs.lock import locked_output

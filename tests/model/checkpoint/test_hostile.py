@@ -81,7 +81,7 @@ def test_no_pickle_is_ever_loaded(name, alone, tmp_path):
     for work in (
         lambda: prunus.prune(dense, tmp_path / "out", calibration=token_ids()),
         lambda: prunus.inspect(dense),
-        lambda: prunus.perplexity(dense, "python-docs", seqlen=16, limit=1, tokenizer=None),
+        lambda: prunus.perplexity(dense, "python-docs", seqlen=16, samples=1, tokenizer=None),
     ):
         with contextlib.suppress(ValueError, FileNotFoundError):
             work()
@@ -104,7 +104,7 @@ def test_code_of_a_checkpoint_runs_with_the_flag_only(tmp_path):
     for work in (
         lambda: prunus.prune(dense, tmp_path / "out", calibration=token_ids()),
         lambda: prunus.inspect(dense),
-        lambda: prunus.perplexity(dense, str(tmp_path / "ids.safetensors"), seqlen=16, limit=1),
+        lambda: prunus.perplexity(dense, str(tmp_path / "ids.safetensors"), seqlen=16, samples=1),
     ):
         with pytest.raises(ValueError, match=r"own|custom code"):
             work()

@@ -1,44 +1,39 @@
-"""A whole model in memory, which gives the logits of windows batch by batch.
+"""Where the logits of windows come from: a protocol, and a model in memory.
 
-Legend: W windows, B windows at once, S tokens per window, V vocabulary.
+`streamed_model.py` and `reference.py` have the other two sources.
+
+Legend: W windows, B windows at once, S tokens per window, T rows of logits, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from prunus.evaluation.loss import Rows, WindowProgress
+__all__ = ["LogitsSource", "Rows", "WholeModel", "WindowProgress", "check_windows", "rows_of"]
 
-__all__ = ["WholeModel", "check_windows", "logits_of_windows", "rows_of"]
+#: A function of (first, stop) that returns the logits (T, V) of these tokens of a window.
+Rows = Callable[[int, int], torch.Tensor]
+
+#: Called with the number of windows done, and the number of all windows.
+WindowProgress = Callable[[int, int], None]
 
 
-class WholeModel:
-    """A loaded causal language model that is scored as it is.
-
-    `StreamedModel` has the same methods for a checkpoint that does not fit in memory.
-
-    Args:
-        model: a transformers model. It is scored in evaluation mode, on its device and in its
-            dtype, and left in the mode that it was in.
+class LogitsSource(Protocol):
+    """A model that gives the logits of windows: `WholeModel`, `StreamedModel` or `Reference`.
 
     Attributes:
         dtype: dtype of the computation.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        embedding = model.get_input_embeddings()
-        self._device: torch.device = embedding.weight.device
-        # A packed embedding stores bytes, and says in which dtype it gives rows.
-        self.dtype: torch.dtype = getattr(embedding, "dtype", embedding.weight.dtype)
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def check(self, ids: torch.Tensor, name: str) -> None:
         """Check that the model can score token ids (W, S); see `check_windows`."""
-        check_windows(self._model, ids, name)
+        ...
 
     def windows(
         self,
@@ -52,15 +47,50 @@ class WholeModel:
         The logits of a window can be read until the next window is taken.
 
         Args:
-            ids: token ids (W, S), int64.
-            batch: B, the number of windows in one forward pass.
-            progress: called with the number of windows done, and the number of all windows.
-            compared: a whole model does not need to know whether it is compared.
+            ids: token ids (W, S), int64. With more ranks than batches, a rank may have no windows.
+            batch: B, the number of windows that a model or a block computes at once.
+            progress: called after every batch or block. It counts shares of windows: half of the
+                blocks for all W windows count as W / 2.
+            compared: another model of this size gives its logits at the same time, so this one
+                leaves half of the memory to it.
         """
+        ...
+
+
+class WholeModel:
+    """A loaded causal language model that is scored as it is.
+
+    Args:
+        model: a transformers model. It is scored in evaluation mode, on its device and in its
+            dtype, and left in the mode that it was in.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        embedding = model.get_input_embeddings()
+        self._device: torch.device = embedding.weight.device
+        # A packed embedding stores bytes, and says in which dtype it gives rows.
+        self.dtype: torch.dtype = getattr(embedding, "dtype", embedding.weight.dtype)
+
+    def check(self, ids: torch.Tensor, name: str) -> None:
+        check_windows(self._model, ids, name)
+
+    def windows(
+        self,
+        ids: torch.Tensor,
+        batch: int,
+        progress: WindowProgress | None = None,
+        compared: bool = False,
+    ) -> Generator[Rows, None, None]:
         was_training = self._model.training
         self._model.eval()
+        done = 0
         try:
-            yield from logits_of_windows(self._logits, ids, batch, progress)
+            for ids_BS in ids.split(batch) if len(ids) else ():
+                yield from map(rows_of, self._logits(ids_BS))
+                done += len(ids_BS)
+                if progress is not None:
+                    progress(done, len(ids))
         finally:
             self._model.train(was_training)
 
@@ -73,36 +103,9 @@ class WholeModel:
         return logits
 
 
-def logits_of_windows(
-    logits_fn: Callable[[torch.Tensor], torch.Tensor],
-    ids: torch.Tensor,
-    batch: int,
-    progress: WindowProgress | None,
-) -> Generator[Rows, None, None]:
-    """The logits of every window, in order; see `WholeModel.windows`.
-
-    Args:
-        logits_fn: a function of ids (B, S) that returns logits (B, S, V).
-        ids: token ids (W, S). With more ranks than batches, a rank may have no windows.
-        batch: B, the number of windows per call.
-        progress: called with the number of windows done, and the number of all windows.
-    """
-    done = 0
-    for ids_BS in ids.split(batch) if len(ids) else ():
-        for logits_SV in logits_fn(ids_BS):
-            yield rows_of(logits_SV)
-        done += len(ids_BS)
-        if progress is not None:
-            progress(done, len(ids))
-
-
 def rows_of(logits_SV: torch.Tensor) -> Rows:
-    """The logits of one window as a function of the first row and the row behind the last."""
-    return partial(_rows, logits_SV)
-
-
-def _rows(logits_SV: torch.Tensor, first: int, stop: int) -> torch.Tensor:
-    return logits_SV[first:stop]
+    """The logits of one window as a function of the first row and the row after the last."""
+    return lambda first, stop: logits_SV[first:stop]
 
 
 def check_windows(model: Any, ids: torch.Tensor, name: str) -> None:
@@ -127,5 +130,5 @@ def check_windows(model: Any, ids: torch.Tensor, name: str) -> None:
     if positions is not None and ids.shape[1] > positions:
         raise ValueError(
             f"windows of {ids.shape[1]} tokens are longer than {name}'s {positions} positions; "
-            f"use --seqlen {positions} or less"
+            f"use a seqlen of {positions} or less"
         )

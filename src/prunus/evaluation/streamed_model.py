@@ -1,11 +1,9 @@
-"""The logits of a model that does not fit in memory, for its perplexity.
+"""The logits of a model that does not fit in memory, which is read block by block.
 
-All windows pass through one block before the next block is read.
-
-The blocks are called with the same arguments as in the whole model, so the perplexity is the same.
-Embeddings, blocks and head are read from the checkpoint once each. Between two blocks the hidden
-states of all windows wait in memory, or in an unnamed temporary file if they do not fit beside a
-block.
+All windows pass through one block before the next block is read. The blocks are called with the
+same arguments as in the whole model, so the perplexity is the same. Embeddings, blocks and head are
+read from the checkpoint once each. Between two blocks the hidden states of all windows are kept in
+memory, or in an unnamed temporary file if they do not fit next to a block.
 
 Legend: W windows, B windows at once, S tokens per window, H hidden size.
 """
@@ -23,8 +21,8 @@ from typing import Any, Protocol
 
 import torch
 
-from prunus.evaluation.loss import ROWS, Rows, WindowProgress
-from prunus.evaluation.whole_model import check_windows, rows_of
+from prunus.evaluation.logits import Rows, WindowProgress, check_windows, rows_of
+from prunus.evaluation.window_scores import ROWS
 from prunus.hardware.memory import available_memory, memory_budget, resident_memory
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import read_json
@@ -32,11 +30,13 @@ from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.config import load_config
 from prunus.model.dtypes import DTYPES
 from prunus.model.hidden_states import HiddenStates, StatesPlace
+from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.model.stream import Stream
 
 __all__ = [
+    "ComputeOptions",
     "States",
     "StreamedModel",
     "choose_streamed",
@@ -55,6 +55,28 @@ class States(Protocol):
     def close(self) -> None:
         """Release memory and file."""
         ...
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """How models are computed.
+
+    Attributes:
+        dtype: a name of `DTYPES`, or auto for the dtype in which transformers would load a model.
+        device: where models run.
+        memory: budget in bytes for the whole process; None takes what is free.
+        trust_remote_code: run model code that comes with a checkpoint.
+    """
+
+    dtype: str
+    device: torch.device
+    memory: int | None = None
+    trust_remote_code: bool = False
+
+    def load(self, folder: Path) -> Any:
+        """The whole model of a folder, on the device."""
+        dtype = DTYPES.get(self.dtype, "auto")
+        return load_model(folder, dtype, self.trust_remote_code).to(self.device)
 
 
 def whole_model_bytes(
@@ -85,24 +107,15 @@ def _logits_bytes(vocabulary: int, tokens: int, size: int) -> int:
 
 
 def choose_streamed(
-    folders: Sequence[Path],
-    stream: bool | None,
-    memory: int | None,
-    dtype: str,
-    place: torch.device,
-    tokens: int,
-    trust_remote_code: bool,
+    folders: Sequence[Path | None], stream: bool | None, tokens: int, options: ComputeOptions
 ) -> list[bool]:
     """Decide for models that are in memory together which are read block by block.
 
     Args:
-        folders: the checkpoints.
+        folders: the checkpoints; None for a loaded model, which is never streamed.
         stream: what the user chose; None streams if the whole models do not fit in memory.
-        memory: memory budget in bytes; None takes what is free.
-        dtype: dtype of the computation, or "auto".
-        place: device of the computation.
         tokens: tokens in one forward pass.
-        trust_remote_code: run model code that comes with the checkpoint.
+        options: how the models are computed.
 
     Returns:
         One answer per folder. A packed model or an adapter is never streamed.
@@ -112,42 +125,43 @@ def choose_streamed(
     """
     if stream is False:
         return [False] * len(folders)
-    reasons = [whole_only(folder) for folder in folders]
+    reasons = ["" if folder is None else whole_only(folder) for folder in folders]
     if stream:
         for folder, reason in zip(folders, reasons, strict=True):
-            if reason is not None:
+            if reason:
                 raise ValueError(
-                    f"{folder} {reason} is scored with the whole model in memory; "
-                    "leave --stream out"
+                    f"{folder} {reason} is scored with the whole model in memory; leave stream out"
                 )
-        return [True] * len(folders)
+        return [reason is None for reason in reasons]
     needs: list[int] = []
     can_stream = [reason is None for reason in reasons]
     for position, folder in enumerate(folders):
+        if folder is None:
+            continue
         try:
-            needs.append(_whole_bytes(folder, dtype, tokens, trust_remote_code))
+            needs.append(_whole_bytes(folder, tokens, options))
         except (ValueError, FileNotFoundError):
             # transformers may know other formats. If something is wrong, loading the model will
             # say so.
-            needs.append(0)
             can_stream[position] = False
-    if not any(can_stream):
-        return can_stream
-    need = sum(needs) + (resident_memory() if place.type == "cpu" else 0)
-    return can_stream if need > memory_budget(place, memory) else [False] * len(folders)
+    device = options.device
+    need = sum(needs) + (resident_memory() if device.type == "cpu" else 0)
+    if not any(can_stream) or need <= memory_budget(device, options.memory):
+        return [False] * len(folders)
+    return can_stream
 
 
-def _whole_bytes(folder: Path, dtype: str, tokens: int, trust_remote_code: bool) -> int:
+def _whole_bytes(folder: Path, tokens: int, options: ComputeOptions) -> int:
     """The memory in bytes that a whole model takes; an adapter counts with its base."""
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if is_adapter(folder):
-        return stored + _whole_bytes(base_folder(folder), dtype, tokens, trust_remote_code)
+        return stored + _whole_bytes(base_folder(folder), tokens, options)
     if whole_only(folder) is not None:
         # Packed weights keep their stored form in memory.
         vocabulary = read_json(folder / "config.json").get("vocab_size")
         return stored + _logits_bytes(int(vocabulary or 0), tokens, torch.float32.itemsize)
-    config = load_config(folder, trust_remote_code)
-    return whole_model_bytes(Checkpoint(folder), config, DTYPES.get(dtype), tokens)
+    config = load_config(folder, options.trust_remote_code)
+    return whole_model_bytes(Checkpoint(folder), config, DTYPES.get(options.dtype), tokens)
 
 
 def whole_only(folder: Path) -> str | None:
@@ -161,10 +175,7 @@ def whole_only(folder: Path) -> str | None:
 
 @dataclass(frozen=True)
 class StreamedModel:
-    """A checkpoint that is scored block by block.
-
-    `open` creates one. Only headers are read before the first window is taken. `WholeModel` has the
-    same methods for a model in memory.
+    """A checkpoint that is scored block by block. `open` creates one.
 
     Attributes:
         source: the weights.
@@ -179,41 +190,28 @@ class StreamedModel:
     memory: int | None
 
     @classmethod
-    def open(
-        cls,
-        folder: Path,
-        dtype: str,
-        device: torch.device,
-        memory: int | None,
-        trust_remote_code: bool,
-    ) -> StreamedModel:
-        """Bind a checkpoint folder to its skeleton.
+    def open(cls, folder: Path, options: ComputeOptions) -> StreamedModel:
+        """Bind an ordinary checkpoint, neither packed nor an adapter, to its skeleton.
 
-        Args:
-            folder: an ordinary checkpoint, neither packed nor an adapter.
-            dtype: a name of `DTYPES`, or auto for the dtype in which transformers would load it.
-            device: where blocks run.
-            memory: budget in bytes for the whole process; None takes what is free.
-            trust_remote_code: run model code that comes with the checkpoint.
+        Reads headers only.
 
         Raises:
             ValueError, FileNotFoundError, NotImplementedError: see `CheckpointSource` and
                 `Skeleton`.
         """
-        source = CheckpointSource(folder, trust_remote_code)
+        source = CheckpointSource(folder, options.trust_remote_code)
         own = getattr(source.config, "dtype", None)
-        chosen = DTYPES.get(dtype) or (own if isinstance(own, torch.dtype) else source.stored_dtype)
-        skeleton = Skeleton(source.config, chosen, trust_remote_code)
+        dtype = own if isinstance(own, torch.dtype) else source.stored_dtype
+        dtype = DTYPES.get(options.dtype, dtype)
+        skeleton = Skeleton(source.config, dtype, options.trust_remote_code)
         source.bind(skeleton)
-        return cls(source, skeleton, device, memory)
+        return cls(source, skeleton, options.device, options.memory)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the computation."""
         return self.skeleton.dtype
 
     def check(self, ids: torch.Tensor, name: str) -> None:
-        """Check that the model can score token ids (W, S); see `check_windows`."""
         check_windows(self.skeleton.model, ids, name)
 
     def windows(
@@ -227,14 +225,6 @@ class StreamedModel:
 
         The logits are computed from the hidden states when they are asked for. Until the last
         window is taken, memory holds the head and the hidden states of all windows.
-
-        Args:
-            ids: token ids (W, S), int64.
-            batch: B, the number of windows that pass a block at once.
-            progress: called after every block. It counts shares of windows: half of the blocks for
-                all W windows count as W / 2.
-            compared: another model of this size gives its logits at the same time, so this one
-                leaves half of the memory to it.
 
         Raises:
             ValueError: the budget does not hold a block, or hidden states are not finite (the
@@ -255,7 +245,7 @@ class StreamedModel:
         progress: WindowProgress | None = None,
         compared: bool = False,
     ) -> HiddenStates:
-        """Take all windows through all blocks; see `windows` for arguments and errors.
+        """Take all windows through all blocks; see `windows`.
 
         Returns:
             What the last block returns, one tensor (B, S, H) per batch. The caller closes it.
@@ -325,8 +315,8 @@ class StreamedModel:
             raise ValueError(
                 f"scoring block by block needs {(minimum + resident_memory()) / 1e9:.2f} GB with "
                 f"{batch} windows of {shape[1]} tokens in flight; the memory budget is "
-                f"{(budget + resident_memory()) / 1e9:.2f} GB. Raise --memory, or lower "
-                "--batch or --seqlen"
+                f"{(budget + resident_memory()) / 1e9:.2f} GB. Raise memory, or lower batch "
+                "or seqlen"
             )
         models = 2 if compared else 1
         return self._place(models * (minimum + hidden) <= budget, models * hidden)
@@ -359,7 +349,7 @@ class StreamedModel:
         if not all(x.isfinite() for x in torch.aminmax(stream.states.get(0))):
             raise ValueError(
                 f"{self.skeleton.block_name(index)} gives hidden states that are not finite. "
-                "Damaged weights, or a dtype too small for this model; try --dtype float32"
+                "Damaged weights, or a dtype too small for this model; try dtype float32"
             )
 
     def _needs(self, batch: int, shape: torch.Size, compared: bool) -> tuple[int, int]:

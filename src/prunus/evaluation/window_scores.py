@@ -1,0 +1,266 @@
+"""The loop over windows: loss, and how far the predictions are from those of a reference.
+
+Perplexity looks at the probability of one token per position, and pruning can raise some of these
+while it lowers others. The Kullback-Leibler divergence compares all probabilities. With p of the
+reference and q of the model, it is at every position
+
+    KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)   in nats, never below 0, and 0 only if p = q.
+
+Positions within a window share their context, so they are no independent samples. Standard errors
+are therefore taken over the means of windows: sd(means) / √W.
+
+The ratio of two perplexities is exp(d) with d the mean difference of the losses. The difference is
+taken window by window, because both models find the same windows hard. By the delta method
+the standard error of exp(d) is exp(d) · se(d).
+
+Legend: W windows, S tokens per window, T rows of logits, V vocabulary, M models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from prunus.distributed import SINGLE_PROCESS, Ranks
+from prunus.evaluation.logits import LogitsSource, Rows, WindowProgress
+from prunus.evaluation.records import Divergence
+
+__all__ = ["ROWS", "WindowScores", "exponential", "score_windows", "token_divergences"]
+
+#: Rows of logits (one per token) that are in float32 at the same time. A whole window of 2048
+#: tokens and a vocabulary of 128,000 would take 1 GB in float32.
+ROWS = 512
+#: Rows of logits that are compared at the same time. A row takes some six rows in float32.
+_PIECE = 32
+
+
+@dataclass(frozen=True, eq=False)
+class WindowScores:
+    """What the windows of all ranks gave. With a reference there are two models, it is the first.
+
+    Attributes:
+        losses_WM: mean loss of every window in nats per token, float64.
+        kl_WT: KL divergence of every scored token, float64; no tokens without a reference.
+        same_WT: 1 where both models find the same next token most likely, else 0.
+    """
+
+    losses_WM: torch.Tensor
+    kl_WT: torch.Tensor
+    same_WT: torch.Tensor
+
+    @property
+    def loss(self) -> float:
+        """The model's mean loss, added window by window: the number of ranks changes no bit."""
+        losses: list[float] = self.losses_WM[:, -1].tolist()
+        total = 0.0
+        for loss in losses:
+            total += loss
+        return total / len(losses)
+
+    def divergence(self, reference: str) -> Divergence:
+        """The comparison with the reference, by its name."""
+        kl, kl_stderr = _over_windows(self.kl_WT.mean(dim=1).tolist())
+        same, same_stderr = _over_windows(self.same_WT.mean(dim=1).tolist())
+        before, _ = _over_windows(self.losses_WM[:, 0].tolist())
+        change, error = _over_windows((self.losses_WM[:, 1] - self.losses_WM[:, 0]).tolist())
+        ratio = exponential(change)
+        return Divergence(
+            reference=reference,
+            kl=kl,
+            kl_stderr=kl_stderr,
+            kl_q999=_quantile(self.kl_WT.flatten(), 0.999),
+            same_top=same,
+            same_top_stderr=same_stderr,
+            reference_perplexity=exponential(before),
+            perplexity_ratio=ratio,
+            perplexity_ratio_stderr=None if error is None else ratio * error,
+        )
+
+
+def score_windows(
+    model: LogitsSource,
+    ids: torch.Tensor,
+    *,
+    reference: LogitsSource | None = None,
+    batch: int = 1,
+    start: int = 0,
+    progress: WindowProgress | None = None,
+    ranks: Ranks = SINGLE_PROCESS,
+) -> WindowScores:
+    """Score all windows, a few rows of logits at a time.
+
+    The cross entropy is computed in float32 and summed in float64.
+
+    Args:
+        model: the model to score.
+        ids: token ids (W, S), int64, of all ranks; S at least 2.
+        reference: the model to compare with. If it runs block by block, it runs all of them first.
+        batch: number of windows in one forward pass.
+        start: the first row of a window that is scored. Rows before it are context only.
+        progress: called with the number of windows done, and the number of all windows. A window
+            counts half when one of two models is done with it.
+        ranks: processes that split the windows.
+
+    Raises:
+        ValueError: outputs are not finite, or the vocabularies differ.
+    """
+    own = ranks.own_range(len(ids), batch)
+    own_ids = ids[own.start : own.stop]
+    sources = [model] if reference is None else [reference, model]
+    tokens = 0 if reference is None else ids.shape[1] - 1 - start
+    losses_WM, kl_WT, same_WT = (
+        torch.empty(len(own_ids), width, dtype=torch.float64)
+        for width in (len(sources), tokens, tokens)
+    )
+    with contextlib.ExitStack() as stack:
+        windows = [
+            stack.enter_context(
+                contextlib.closing(source.windows(own_ids, batch, report, len(sources) > 1))
+            )
+            for source, report in zip(sources, _shares(progress, len(sources)), strict=True)
+        ]
+        for window, (*rows, ids_S) in enumerate(zip(*windows, own_ids, strict=True)):
+            losses, kl_T, same_T = _score_window(rows, ids_S, window, start)
+            losses_WM[window] = torch.tensor(losses, dtype=torch.float64)
+            kl_WT[window], same_WT[window] = kl_T, same_T
+    if reference is None:
+        return WindowScores(ranks.all_gather(losses_WM), kl_WT, same_WT)
+    return WindowScores(*(ranks.all_gather(x) for x in (losses_WM, kl_WT, same_WT)))
+
+
+def _shares(progress: WindowProgress | None, models: int) -> list[WindowProgress | None]:
+    """A function for the progress of every model, which counts its share of the windows."""
+    if progress is None:
+        return [None] * models
+    done = [0] * models
+
+    def make(position: int) -> WindowProgress:
+        def report(windows: int, of: int) -> None:
+            done[position] = windows
+            progress(sum(done) // models, of)
+
+        return report
+
+    return [make(position) for position in range(models)]
+
+
+def _score_window(
+    rows: Sequence[Rows], ids_S: torch.Tensor, window: int, start: int
+) -> tuple[list[float], torch.Tensor, torch.Tensor]:
+    """Mean losses of the models, KL divergences (T,) and agreements (T,) of one window."""
+    totals = [0.0] * len(rows)
+    divergences, agreements = [torch.empty(0)], [torch.empty(0)]
+    for first, stop in _chunks(start, len(ids_S)):
+        model_TV = rows[-1](first, stop)
+        targets_T = ids_S[first + 1 : stop + 1].to(model_TV.device)
+        logits = [*(other(first, stop).to(model_TV.device) for other in rows[:-1]), model_TV]
+        if logits[0].shape != model_TV.shape:
+            raise ValueError(
+                f"the reference gives logits for {logits[0].shape[1]} tokens, the model for "
+                f"{model_TV.shape[1]}: give a reference with the same vocabulary"
+            )
+        for model, logits_TV in enumerate(logits):
+            loss = functional.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
+            totals[model] += loss.item()
+        if len(rows) == 1:
+            continue
+        for pieces in zip(*(logits_TV.split(_PIECE) for logits_TV in logits), strict=True):
+            kl_T, same_T = token_divergences(*pieces)
+            divergences.append(kl_T.cpu())
+            agreements.append(same_T.cpu())
+    for total in totals:
+        if not math.isfinite(total):
+            raise ValueError(
+                f"the loss of window {window} is {total}: the model's outputs are not finite. "
+                "Damaged weights, or a dtype too small for this model; try dtype float32"
+            )
+    kl_T = torch.cat(divergences)
+    if not kl_T.isfinite().all():
+        raise ValueError(
+            f"the KL divergence of window {window} is not finite: the model gives probability 0 to "
+            "a token that the reference can predict"
+        )
+    scored = len(ids_S) - 1 - start
+    return [total / scored for total in totals], kl_T, torch.cat(agreements)
+
+
+def _chunks(start: int, seqlen: int) -> Iterator[tuple[int, int]]:
+    """Pairs (first, stop) of the rows that are in float32 at the same time.
+
+    Row t predicts token t + 1, so the last row of a window predicts nothing and is left out.
+
+    >>> list(_chunks(0, 1200))
+    [(0, 512), (512, 1024), (1024, 1199)]
+    """
+    last = seqlen - 1
+    for first in range(start, last, ROWS):
+        yield first, min(first + ROWS, last)
+
+
+def token_divergences(
+    reference_TV: torch.Tensor, model_TV: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compare two models' logits row by row.
+
+    With logits x and y whose largest is 0, and Z the sums of their exponentials,
+
+        KL = Σ_v exp(x_v) (x_v − y_v) / Z_x + log Z_y − log Z_x.
+
+    Exponentials are taken in float32, and all sums over the vocabulary in float64. A sum of 50,000
+    probabilities in float32, as in `torch.log_softmax`, would be wrong by about 1e-5. Rounding may
+    still put a value a little below 0. It is kept, because setting it to 0 would bias the mean.
+
+    >>> even, odds = torch.zeros(1, 2), torch.tensor([[0.75, 0.25]]).log()
+    >>> kl, same = token_divergences(odds, even)
+    >>> round(kl.item(), 4)  # 0.75 log 1.5 + 0.25 log 0.5
+    0.1308
+
+    Returns:
+        KL(reference ‖ model) per row (T,) in nats, float64, and whether the most likely token is
+        the same (T,), bool.
+    """
+    x_TV, y_TV = (
+        logits.float() - logits.float().amax(dim=-1, keepdim=True)
+        for logits in (reference_TV, model_TV)
+    )
+    p_TV = x_TV.exp()  # not yet divided by its sum
+    sum_p_T = p_TV.sum(dim=-1, dtype=torch.float64)
+    sum_q_T = y_TV.exp().sum(dim=-1, dtype=torch.float64)
+    # A token that the reference rules out adds 0 log 0 = 0, where the product may be NaN.
+    terms_TV = (p_TV * (x_TV - y_TV)).masked_fill(p_TV == 0, 0)
+    mean_T = terms_TV.sum(dim=-1, dtype=torch.float64) / sum_p_T
+    kl_T = mean_T + sum_q_T.log() - sum_p_T.log()
+    return kl_T, x_TV.argmax(dim=-1) == y_TV.argmax(dim=-1)
+
+
+def _over_windows(means: Sequence[float]) -> tuple[float, float | None]:
+    """The mean over windows, and its standard error sd / √W; None for a single window."""
+    mean = statistics.fmean(means)
+    if len(means) < 2:
+        return mean, None
+    return mean, statistics.stdev(means, mean) / math.sqrt(len(means))
+
+
+def _quantile(values: torch.Tensor, share: float) -> float:
+    """A quantile with linear interpolation, as in numpy. `torch.quantile` takes 2^24 values.
+
+    >>> _quantile(torch.tensor([4.0, 1.0, 2.0]), 0.75)
+    3.0
+    """
+    ordered = values.sort().values
+    position = share * (len(ordered) - 1)
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    low, high = ordered[below].item(), ordered[above].item()
+    return low + (position - below) * (high - low)
+
+
+def exponential(loss: float) -> float:
+    """exp(loss), or infinity: exp(709.8) is the largest that a float64 holds."""
+    return math.exp(loss) if loss < 700 else math.inf

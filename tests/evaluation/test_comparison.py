@@ -1,0 +1,224 @@
+"""Models side by side, and differences with their standard errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import prunus
+from packed_reference import pruned_checkpoint
+from prunus import pack, unpack
+from prunus.cli import app
+from prunus.evaluation.streamed_model import ComputeOptions
+from prunus.evaluation.task_scores import PAPER7, Metric, TaskResults, TaskScore
+from prunus.model.loading import load_model
+from tiny import tiny_checkpoint
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+from zeroshot_rows import write_local_datasets
+
+needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra eval")
+pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and its dependencies' own
+
+
+@pytest.fixture(autouse=True)
+def _no_data_folder(monkeypatch):
+    monkeypatch.delenv("PRUNUS_DATA", raising=False)
+
+
+@pytest.fixture(scope="module")
+def local_datasets(tmp_path_factory) -> Path:
+    return write_local_datasets(tmp_path_factory.mktemp("data"), count=9)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Two models of the same shape, with tokenizers; no test writes to them."""
+    root = tmp_path_factory.mktemp("models")
+    first = tiny_checkpoint(root / "first", vocab_size=VOCABULARY, max_position_embeddings=1024)
+    byte_tokenizer().save_pretrained(first)
+    second = Path(shutil.copytree(first, root / "second"))
+    alter(second)
+    return {"first": first, "second": second}
+
+
+def alter(folder: Path) -> None:
+    """Change one weight of a checkpoint."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 3
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@needs_lm_eval
+def test_packed_models_and_adapters_are_evaluated(models, local_datasets, tmp_path):
+    source = pruned_checkpoint(
+        tmp_path / "pruned", vocab_size=VOCABULARY, max_position_embeddings=1024, hidden_size=64
+    )
+    byte_tokenizer().save_pretrained(source)
+    pack(source, tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "plain")
+    options = {"data": local_datasets, "dtype": "bfloat16"}
+    packed, plain = (
+        prunus.evaluate(tmp_path / name, "rte,arc_easy", **options) for name in ("packed", "plain")
+    )
+    # Kernels add in another order: a likelihood may differ in its last bits, an answer hardly ever.
+    for key, metric in packed.metrics().items():
+        assert metric.value == pytest.approx(plain.metrics()[key].value, abs=0.25)
+    peft = pytest.importorskip("peft", reason="adapters need the extra adapters")
+    config = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=True
+    )
+    adapted = peft.get_peft_model(load_model(models["first"]), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    options = {"data": local_datasets}
+    found = prunus.evaluate(tmp_path / "adapter", "rte,arc_easy", **options)
+    # A fresh LoRA changes nothing.
+    assert found.metrics() == prunus.evaluate(models["first"], "rte,arc_easy", **options).metrics()
+
+
+@needs_lm_eval
+def test_eval_puts_models_side_by_side(models, local_datasets, tmp_path):
+    text, report = tmp_path / "text.txt", tmp_path / "report.json"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 12)
+    first, second = map(str, models.values())
+    options = [
+        "--data",
+        str(local_datasets),
+        "--limit",
+        "4",
+        "--samples",
+        "4",
+        "--json",
+        str(report),
+    ]
+    arguments = [
+        "eval",
+        first,
+        second,
+        "--tasks",
+        "paper7",
+        "--perplexity",
+        str(text),
+        "--seqlen",
+        "32",
+    ]
+    result = CliRunner().invoke(app, [*arguments, *options])
+    assert result.exit_code == 0, result.output
+    written = json.loads(report.read_text())
+    assert [entry["model"] for entry in written["models"]] == [first, second]
+    for entry in written["models"]:
+        assert entry["perplexity"][0]["windows"] == 4
+        assert [task["task"] for task in entry["tasks"]["tasks"]] == list(PAPER7)
+        assert f"{entry['perplexity'][0]['perplexity']:.3f}" in result.stdout
+        assert f"{100 * entry['tasks']['paper7_mean_acc']['value']:.2f} ±" in result.stdout
+    changes = {(change["task"], change["metric"]): change for change in written["differences"]}
+    assert ("hellaswag", "acc_norm") in changes
+    before, after = (entry["tasks"]["paper7_mean_acc"]["value"] for entry in written["models"])
+    assert changes["mean of paper7", "acc"]["value"] == pytest.approx(after - before)
+    assert "second − first" in " ".join(result.stdout.split())
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["{first}", "{first}x", "--tasks", "rte"], "neither a folder nor a hub id"),
+        (["{first}", "--tasks", "rte", "--batch", "few"], "batch must be auto or a number"),
+        (["{first}", "--tasks", "rte", "--fewshot", "2"], "lacks zeroshot/rte_train.jsonl"),
+        (["{first}", "--tasks", "rte", "--perplexity", "wikitext3"], "unknown text 'wikitext3'"),
+    ],
+)
+def test_eval_refuses_before_any_work(arguments, complaint, models, local_datasets, monkeypatch):
+    monkeypatch.setattr(ComputeOptions, "load", None)
+    filled = [argument.format(first=models["first"]) for argument in arguments]
+    result = CliRunner().invoke(app, ["eval", *filled, "--data", str(local_datasets)])
+    assert result.exit_code == 2
+    assert complaint in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+# --- differences ---
+
+
+def results(model: str, **tasks: list[float] | tuple[float, float | None]) -> TaskResults:
+    """Made-up results: outcomes of single rows, or a value with its error."""
+    scores = []
+    for task, given_ in tasks.items():
+        if isinstance(given_, list):
+            spread = float(np.std(given_, ddof=1) / len(given_) ** 0.5) if len(given_) > 1 else None
+            metric = Metric(float(np.mean(given_)), spread, tuple(given_))
+        else:
+            metric = Metric(*given_)
+        scores.append(TaskScore(task, {"acc": metric}, 0, 4, "1", f"definition of {task}", "", 1.0))
+    return TaskResults(model, tuple(scores), {})
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=40))
+def test_differences_are_taken_row_by_row(pairs):
+    a, b = ([float(pair[side]) for pair in pairs] for side in (0, 1))
+    [change] = prunus.compare([results("a", x=a), results("b", x=b)])
+    steps = np.subtract(b, a)
+    assert change.paired
+    assert change.value == pytest.approx(steps.mean(), abs=1e-12)
+    assert change.stderr == pytest.approx(steps.std(ddof=1) / len(steps) ** 0.5)
+    assert change.significant == (abs(change.value) > 2 * change.stderr)
+
+
+def test_pairing_sees_what_independent_errors_hide():
+    a = [1.0, 0.0] * 50
+    b = list(a)
+    for row in range(0, 12, 2):
+        b[row] = 0.0  # six of a hundred rows are lost and none won
+    [change] = prunus.compare([results("a", x=a), results("b", x=b)])
+    assert change.significant
+    alone = [(float(np.mean(x)), float(np.std(x, ddof=1) / 10)) for x in (a, b)]
+    [unpaired] = prunus.compare([results("a", x=alone[0]), results("b", x=alone[1])])
+    assert not unpaired.paired
+    assert not unpaired.significant
+    assert unpaired.stderr == pytest.approx((alone[0][1] ** 2 + alone[1][1] ** 2) ** 0.5)
+
+
+def test_equal_models_and_unknown_errors_do_not_differ():
+    same = results("a", x=[1.0, 0.0, 1.0])
+    assert [change.significant for change in prunus.compare([same, replace(same, model="b")])] == [
+        False
+    ]
+    [change] = prunus.compare([results("a", x=(0.1, None)), results("b", x=(0.9, None))])
+    assert (change.stderr, change.significant) == (None, False)
+    assert prunus.compare([same]) == []
+    assert prunus.compare([]) == []
+
+
+def test_the_papers_mean_is_compared_by_its_tasks():
+    rng = np.random.default_rng(0)
+    rows = [
+        {task: rng.integers(0, 2, 30).astype(float).tolist() for task in PAPER7} for _ in range(2)
+    ]
+    changes = {
+        change.task: change
+        for change in prunus.compare([results("a", **rows[0]), results("b", **rows[1])])
+    }
+    mean = changes.pop("mean of paper7")
+    assert mean.value == pytest.approx(np.mean([change.value for change in changes.values()]))
+    errors = [change.stderr for change in changes.values()]
+    assert mean.stderr == pytest.approx(np.sqrt(np.sum(np.square(errors))) / 7)
+    # The paper's own row for dense LLaMA-7B, and the mean that it prints.
+    table = dict(zip(PAPER7, (0.7505, 0.6643, 0.5692, 0.6993, 0.7534, 0.4189, 0.3440), strict=True))
+    dense = results("llama", **{task: (value, 0.01) for task, value in table.items()})
+    assert round(100 * dense.metrics()["mean of paper7", "acc"].value, 2) == 59.99
+
+
+def test_different_rows_are_not_compared():
+    first = results("a", x=[1.0, 0.0])
+    other = replace(first, model="b", scores=(replace(first.scores[0], definition="other"),))
+    with pytest.raises(ValueError, match="x was not the same for a and b"):
+        prunus.compare([first, other])

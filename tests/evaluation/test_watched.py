@@ -1,0 +1,88 @@
+"""A checkpoint that changes while it is scored ends the work with an error that names it."""
+
+from __future__ import annotations
+
+import shutil
+from importlib.util import find_spec
+
+import pytest
+
+import prunus
+from pictures import pictures, save_classifier
+from prunus.evaluation.images import image_accuracy
+from tiny import tiny_checkpoint
+from tiny_tokenizer import VOCABULARY, byte_tokenizer
+from zeroshot_rows import write_local_datasets
+
+
+def change(folder):
+    """Write other bytes over the last weights in a file, as a second program would do."""
+    path = max(folder.glob("*.safetensors"))
+    with path.open("r+b") as file:
+        file.seek(-8, 2)
+        file.write(bytes(8))
+
+
+@pytest.fixture
+def copies(folders, tmp_path):
+    for name in ("dense", "pruned", "packed"):
+        shutil.copytree(folders / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("model", "changed", "stream"),
+    [
+        ("pruned", "pruned", False),
+        ("pruned", "pruned", True),
+        ("packed", "packed", None),
+        ("pruned", "dense", False),
+        ("pruned", "dense", True),
+    ],
+)
+def test_perplexity(model, changed, stream, copies, folders):
+    seen = []
+
+    def progress(done, of):
+        if not seen:
+            change(copies / changed)
+        seen.append(done)
+
+    reference = copies / "dense" if changed == "dense" else None
+    with pytest.raises(ValueError, match=rf"{changed}/.*\.safetensors was changed"):
+        prunus.perplexity(
+            copies / model,
+            str(folders / "ids.safetensors"),
+            reference=reference,
+            seqlen=24,
+            device="cpu",
+            stream=stream,
+            progress=progress,
+        )
+    assert seen
+
+
+def test_a_reference_that_changes_between_two_models(copies, folders):
+    ids = str(folders / "ids.safetensors")
+    with prunus.Reference(copies / "dense") as reference:
+        prunus.perplexity(copies / "pruned", ids, reference=reference, seqlen=24)
+        change(copies / "dense")
+        with pytest.raises(ValueError, match=r"dense/model\.safetensors was changed"):
+            prunus.perplexity(copies / "packed", ids, reference=reference, seqlen=24)
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra eval")
+@pytest.mark.filterwarnings("ignore")
+def test_tasks(tmp_path):
+    dense = tiny_checkpoint(tmp_path / "m", vocab_size=VOCABULARY, max_position_embeddings=1024)
+    byte_tokenizer().save_pretrained(dense)
+    data = write_local_datasets(tmp_path / "data")
+    with pytest.raises(ValueError, match=r"m/model\.safetensors was changed"):
+        prunus.evaluate(dense, "rte,boolq", data=data, limit=2, progress=lambda _: change(dense))
+
+
+def test_images(tmp_path):
+    dense = save_classifier(tmp_path / "vit", "vit")
+    folder = pictures(tmp_path / "pictures")
+    with pytest.raises(ValueError, match=r"vit/model\.safetensors was changed"):
+        image_accuracy([dense], folder, batch=2, progress=lambda _: change(dense))
