@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from command_line import call
@@ -17,10 +17,9 @@ from prunus.cli.terminal import log, print_result
 from prunus.evaluation import generation
 from prunus.recovery import Step
 from prunus.reporting.console import TerminalConsole, printable, progress_console
-from prunus.reporting.document import Column, Document, Facts, Section
-from prunus.reporting.document import Table as DocumentTable
 from prunus.reporting.plain import to_markdown, to_terminal
 from prunus.reporting.progress import show_pruning, show_recovery
+from prunus.runs.document import Column, Document, Facts, Section, Table
 from prunus.runs.progress import Progress
 from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
@@ -97,8 +96,7 @@ def test_names_in_brackets_are_not_markup(dense, text, tmp_path):
 
 
 def test_a_table_is_shown_although_json_cannot_be_written(tmp_path, capsys):
-    table = Table("figure")
-    table.add_row("1.5")
+    table = Table("t", (Column("figure", ".1f"),), ((1.5,),))
     with pytest.raises(ValueError, match="not JSON compliant"):
         print_result(table, tmp_path / "figures.json", {"figure": float("nan")})
     assert "1.5" in capsys.readouterr().out
@@ -112,11 +110,11 @@ def test_a_place_for_json_that_cannot_be_written_is_refused_before_any_work(dens
 
 
 def test_control_characters_are_escaped_in_all_that_is_shown(capsys):
-    table = Table(HOSTILE, title=HOSTILE, caption=HOSTILE)
+    table = RichTable(HOSTILE, title=HOSTILE, caption=HOSTILE)
     table.add_row(HOSTILE)
     table.add_row(Text(HOSTILE))
     columns = (Column(HOSTILE),)
-    parts = (Facts(HOSTILE, ((HOSTILE, HOSTILE),)), DocumentTable(HOSTILE, columns, ((HOSTILE,),)))
+    parts = (Facts(HOSTILE, ((HOSTILE, HOSTILE),)), Table(HOSTILE, columns, ((HOSTILE,),)))
     document = Document(HOSTILE, (Section(HOSTILE, HOSTILE, parts=parts),))
     output = io.StringIO()
     console = TerminalConsole(file=output, width=160)
@@ -168,7 +166,7 @@ def test_progress_takes_any_name_and_goes_on_without_a_reader(is_terminal, monke
 
 
 def test_names_of_files_that_are_not_utf8_can_be_shown_and_written(tmp_path, capsys):
-    table = Table("caf\udce9")
+    table = Table("t", (Column("caf\udce9"),), ())
     print_result(table, tmp_path / "figures.json", {"model": "caf\udce9"})
     assert r"caf\udce9" in capsys.readouterr().out
     assert json.loads((tmp_path / "figures.json").read_text()) == {"model": "caf\udce9"}
@@ -178,5 +176,5 @@ def test_a_dash_for_json_is_standard_output(dense, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = call("inspect", dense, "--json", "-")
     assert json.loads(result.stdout)["blocks"] == 2
-    assert "N:M" in result.stderr, "the table goes to standard error"
+    assert "zeros" in result.stderr, "the table goes to standard error"
     assert not list(tmp_path.iterdir())

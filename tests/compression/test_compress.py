@@ -32,7 +32,7 @@ from prunus.pruning.manifest import Manifest
 from prunus.pruning.plan import describe_plan, plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.run_sections import run_section
-from prunus.reporting.tables import plan_table, run_table
+from prunus.reporting.tables import plan_facts
 from prunus.runs.block_memory import BlockMemory
 from prunus.runs.options import RunOptions
 from scripts import run_script
@@ -236,9 +236,8 @@ def test_plan_counts_the_measurement(dense):
             (Recipe(method="sparsegpt", dense_weight=0.25, **options), PruningJob),
         )
     ]
-    tables = [plan_table(describe_plan(job)) for job in jobs]
-    assert "4 bits each" in str(list(tables[0].columns[1].cells))
-    assert "are removed" in str(list(tables[1].columns[1].cells))
+    weights = [dict(plan_facts(describe_plan(job)).items)["weights"] for job in jobs]
+    assert "4 bits each" in weights[0] and "are removed" in weights[1]
     memory = jobs[0].measuring_memory()
     # Two blocks, six windows of 16 tokens, 64 numbers of the dtype of the computation.
     assert memory.hidden == 2 * 6 * 16 * 64 * jobs[0].dtype.itemsize
@@ -274,17 +273,15 @@ def test_the_card_says_bits_and_zeros(compressed):
 
 def test_tables_and_reports_say_bits_and_zeros(compressed, dense, tmp_path):
     manifest = CompressionRecord.load(compressed)
-    table = run_table(manifest)
-    names = [column.header for column in table.columns]
-    cells = dict(zip(names, (list(column.cells) for column in table.columns), strict=True))
-    assert cells["bits"][-1] == f"{manifest.totals['bits']:.3f}"
-    assert cells["zeros"][-1] == f"{manifest.totals['sparsity']:.2%}"
-    assert len(cells["bits"]) == 7 + 1
+    table = manifest.table()
+    total = dict(zip([column.title for column in table.columns], table.total, strict=True))
+    assert (total["bits"], total["zeros"]) == (manifest.totals["bits"], manifest.totals["sparsity"])
+    assert len(table.rows) == 7
     section = run_section(manifest)
     assert section.title == "dense: 4 bits per weight"
     facts = dict(section.parts[0].items)
     assert facts["bits per weight"] == f"{manifest.totals['bits']:.3f} (asked for: 4)"
-    titles = [part.title for part in section.parts]
+    titles = [part.title for part in section.details]
     assert "Bits per weight per block and linear" in titles
     call("report", compressed, "-o", tmp_path / "page.html")
     assert "bits per weight" in (tmp_path / "page.html").read_text()

@@ -371,25 +371,26 @@ def test_eval_shows_and_writes_the_figures(folders, tmp_path):
     written = json.loads(json_file.read_text())["models"]
     expected = score(folders).as_dict() | {"seconds": 0}
     assert written[0]["perplexity"][0] | {"seconds": 0} == json.loads(json.dumps(expected))
-    assert f"compared with {folders / 'dense'}" in "".join(shown.splitlines())
+    assert "KL divergence from dense" in " ".join(shown.split())
     for model in written:
         assert len(model["perplexity"]) == 2
         for one in model["perplexity"]:
             assert f"{one['divergence']['kl']:.5f} ± {one['divergence']['kl_stderr']:.5f}" in shown
     [section] = read_document([json_file]).sections
-    [table] = [part for part in section.parts if part.title == "Compared with dense"]
+    [table] = [part for part in section.parts if part.title == "Quality and size"]
     names = [(text, model) for text in (ids, second) for model in ("pruned", "packed")]
     assert [(row[0], row[1]) for row in table.rows] == [(str(t), model) for t, model in names]
-    assert table.rows[0][2].value == expected["divergence"]["kl"]
+    assert table.columns[3].title == "KL divergence"
+    assert table.rows[0][3].value == expected["divergence"]["kl"]
 
 
 def test_eval_without_a_reference_shows_no_comparison(folders, tmp_path):
     json_file = tmp_path / "eval.json"
     options = ["--perplexity", folders / "ids.safetensors", "--seqlen", 24, "--json", json_file]
-    assert "compared with" not in call("eval", folders / "pruned", *options).stdout
+    assert "KL" not in call("eval", folders / "pruned", *options).stdout
     assert "divergence" not in json.loads(json_file.read_text())["models"][0]["perplexity"][0]
     [section] = read_document([json_file]).sections
-    assert [part.title for part in section.parts] == ["Perplexity", "Protocol", "Size"]
+    assert [part.title for part in section.parts] == ["Quality and size"]
 
 
 @pytest.mark.parametrize(

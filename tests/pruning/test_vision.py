@@ -188,7 +188,7 @@ def test_a_run_from_the_command_line(tmp_path):
     assert "patch_embed" not in call("plan", dense, "--calibration", folder, "--samples", 6).stdout
     assert prunus.inspect(tmp_path / "pruned").sparsity == pytest.approx(0.5)
     text = call("eval", dense, tmp_path / "pruned", "--images", folder).stdout
-    assert "top-1 accuracy on 12 images" in text
+    assert "Top-1 accuracy on 12 images" in text
     assert "label2id" in text
 
 

@@ -23,12 +23,12 @@ import prunus.reporting
 from command_line import call
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
-from prunus.reporting.document import Document, Lines, Measured, Section, Table, text_of
 from prunus.reporting.figures import figure_json
 from prunus.reporting.page import document_json, to_html
 from prunus.reporting.plain import to_markdown, to_terminal
 from prunus.reporting.sources import read_document
-from prunus.reporting.sweep_tables import sweep_section
+from prunus.reporting.sweep_section import sweep_section
+from prunus.runs.document import Document, Lines, Measured, Section, Table, text_of
 from prunus.sweeping.results import CellResult
 from report_samples import (
     HOSTILE,
@@ -63,9 +63,18 @@ def everything(run, tmp_path) -> Document:
 
 def table(section: Section, title: str) -> dict[object, dict[str, object]]:
     """A table of a section: first cell of a row -> column title -> raw value."""
-    [part] = [part for part in section.parts if isinstance(part, Table) and part.title == title]
+    return {row[next(iter(row))]: row for row in rows(section, title)}
+
+
+def rows(section: Section, title: str) -> list[dict[str, object]]:
+    """The rows of a table of a section: column title -> raw value."""
+    [part] = [
+        part
+        for part in (*section.parts, *section.details)
+        if isinstance(part, Table) and part.title.startswith(title)
+    ]
     names = [column.title for column in part.columns]
-    return {row[0]: dict(zip(names, row, strict=True)) for row in part.rows}
+    return [dict(zip(names, row, strict=True)) for row in part.rows]
 
 
 # --- the figures ---
@@ -74,34 +83,30 @@ def table(section: Section, title: str) -> dict[object, dict[str, object]]:
 def test_a_run_is_shown_with_its_manifests_figures(run):
     [section] = read_document([run]).sections
     manifest = Manifest.load(run)
-    kinds = table(section, "By kind of linear")
+    kinds = table(section, "wanda, ")
     assert list(kinds) == list(manifest.blocks[0].linears)
     for name, row in kinds.items():
         records = [block.linears[name] for block in manifest.blocks]
         assert row["count"] == 2
         assert row["seconds"] == sum(record.seconds for record in records)
-        assert row["mean removed energy"] == pytest.approx(
+        assert row["removed energy"] == pytest.approx(
             np.mean([record.removed_energy for record in records])
         )
-    [linears] = [
-        part for part in section.parts if isinstance(part, Table) and part.title == "All 14 linears"
-    ]
     [energy] = [
-        part
-        for part in section.parts
-        if getattr(part, "title", "") == "Removed energy per block and linear"
+        part for part in section.details if part.title == "Removed energy per block and linear"
     ]
+    linears = rows(section, "All 14 linears")
     for index, block in enumerate(manifest.blocks):
         for place, (name, record) in enumerate(block.linears.items()):
-            row = linears.rows[index * 7 + place]
-            assert row[1] == f"{block.name}.{name}"
-            assert (row[3], row[4], row[5]) == (
-                record.zeros,
-                record.sparsity,
-                record.removed_energy,
-            )
+            row = linears[index * 7 + place]
+            assert row["linear"] == f"{block.name}.{name}"
+            assert (row["zeros"], row["sparsity"]) == (record.zeros, record.sparsity)
+            assert row["removed energy"] == record.removed_energy
             assert energy.values[energy.rows.index(name)][index] == record.removed_energy
-    assert len(linears.rows) == 14
+    assert len(linears) == 14
+    [chart] = [part for part in section.parts if isinstance(part, Lines)]
+    errors = [[x.removed_energy for x in block.linears.values()] for block in manifest.blocks]
+    assert chart.series[0].y == pytest.approx([100 * np.mean(each) for each in errors])
 
 
 def test_an_unfinished_run_is_shown_as_one(run, tmp_path):
@@ -208,25 +213,18 @@ def test_an_evaluation_is_shown_with_differences(tmp_path):
         [write(tmp_path / "eval.json", evaluation("a/dense", "b/pruned"))]
     ).sections
     assert section.title == "Evaluation of dense, pruned"
-    assert table(section, "Perplexity")["wikitext2"] == {
-        "text": "wikitext2",
-        "dense": 19.125,
-        "pruned": 42.5,
-    }
-    [tasks] = [part for part in section.parts if isinstance(part, Table) and part.title == "Tasks"]
-    assert tasks.rows[0] == (
-        "boolq",
-        "acc",
-        Measured(0.75, 0.25, ".2%"),
-        Measured(0.25, 0.25, ".2%"),
-    )
-    [changes] = [
-        part
-        for part in section.parts
-        if isinstance(part, Table) and part.title.startswith("Differences")
+    assert [tuple(row.values()) for row in rows(section, "Quality and size")] == [
+        ("wikitext2", "dense", 19.125),
+        ("wikitext2", "pruned", 42.5),
     ]
+    first, other, *_ = rows(section, "Tasks")
+    assert (first["task"], first["metric"], first["model"]) == ("boolq", "acc", "dense")
+    assert (first["figure"], first["− first"]) == (Measured(0.75, 0.25, ".2%"), None)
+    assert (first["shots"], first["rows"]) == (0, 4)
     difference = compare_by_hand([1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0])
-    assert changes.rows[0] == ("pruned", "boolq", "acc", Measured(*difference, "+.2%"), "no")
+    assert (other["model"], other["figure"]) == ("pruned", Measured(0.25, 0.25, ".2%"))
+    assert other["− first"] == Measured(*difference, "+.2%")
+    assert other["beyond chance"] == "no"
 
 
 def test_size_and_speed_are_shown_with_their_spread(tmp_path):
@@ -238,12 +236,7 @@ def test_size_and_speed_are_shown_with_their_spread(tmp_path):
     assert shown["x"]["file, GB"] == 0.269
     assert shown["y"]["decode, tokens/s"] == 32.0
     assert shown["y"]["decode / first"] == 2.0
-    bars = json.loads(figure_json(section.parts[1]))["data"][0]
-    assert (bars["x"], bars["error_x"]["array"], bars["error_x"]["arrayminus"]) == (
-        [16.0, 32.0],
-        [2.0, 4.0],
-        [1.0, 2.0],
-    )
+    assert (shown["y"]["lowest"], shown["y"]["highest"]) == (30.0, 36.0)
 
 
 @pytest.mark.parametrize(

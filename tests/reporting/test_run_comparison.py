@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import prunus
-from prunus.reporting.document import Lines, Table
 from prunus.reporting.page import to_html
 from prunus.reporting.plain import to_markdown
+from prunus.runs.document import Lines, Table
 from tiny import tiny_checkpoint, token_ids
 
 
@@ -50,7 +50,7 @@ def test_only_what_differs_is_listed(runs):
 
 def test_errors_are_those_of_the_manifests(runs):
     place, made = runs
-    by_kind, chart = section(place, "gram", "high").parts[2:]
+    chart, by_kind = section(place, "gram", "high").parts[2:]
     assert isinstance(by_kind, Table) and isinstance(chart, Lines)
     linears = made["gram"].linears_by_kind()["mlp.down_proj"]
     expected = sum(linear.relative_output_error for linear in linears) / len(linears)

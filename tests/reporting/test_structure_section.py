@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 import prunus
-from prunus.reporting.document import HeatMap, Lines, Table
 from prunus.reporting.page import to_html
 from prunus.reporting.plain import to_markdown
 from prunus.reporting.sources import read_document
 from prunus.reporting.structure_section import structure_section
+from prunus.runs.document import HeatMap, Lines, Table
 from prunus.structure.record import StructureRecord, TargetModel
 from tiny import tiny_checkpoint, token_ids
 
@@ -28,7 +28,8 @@ def smaller(tmp_path_factory):
 def test_figures_are_those_of_the_record(smaller):
     record = StructureRecord.load(smaller)
     document = read_document([smaller])
-    parts = {part.title: part for part in document.sections[0].parts}
+    section = document.sections[0]
+    parts = {part.title: part for part in (*section.parts, *section.details)}
     (step,) = record.search
     assert parts["The search for blocks"].series[0].y == (step.value,)
     candidates = next(part for title, part in parts.items() if title.startswith("Without each"))
@@ -44,7 +45,7 @@ def test_figures_are_those_of_the_record(smaller):
     assert [part.series[1].y for part in repairs if isinstance(part, Lines)] == [
         (block.repair.error_after,) for block in record.blocks
     ]
-    assert ("num_hidden_layers", "3", "2") in parts["Configuration"].rows
+    assert ("num_hidden_layers", "3", "2") in section.parts[1].rows
     assert "num\\_hidden\\_layers" in to_markdown(document)
     assert "Saliency of experts" in to_html(document)
 

@@ -11,8 +11,8 @@ from prunus.evaluation.speed import Speed
 from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
-from prunus.reporting.document import Document
 from prunus.reporting.sources import read_document
+from prunus.runs.document import Document
 from prunus.sweeping.results import (
     CalibrationSet,
     CellResult,

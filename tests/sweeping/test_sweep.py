@@ -23,7 +23,7 @@ from prunus.evaluation.size import stored_size
 from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
-from prunus.reporting.sweep_tables import sweep_section
+from prunus.reporting.sweep_section import sweep_section
 from prunus.runs.options import RunOptions
 from prunus.sweeping import Scoring, Sweep, check_sweep, load_sweep, run_sweep
 from prunus.sweeping import cells as sweep_cells

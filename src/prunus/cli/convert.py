@@ -119,14 +119,13 @@ def pack(
         record = pack_checkpoint(model, output, values, overwrite=overwrite, progress=steps)
         steps.log_if_none(output)
         content = record.model_dump(mode="json")
-        table = packing_table(record)
+        scores = ""
         if before is not None:
             after = score(output)
             content["perplexity"] = [before.as_dict(), after.as_dict()]
             change = f"{before.perplexity:.3f} before, {after.perplexity:.3f} with int8 values"
-            table.caption = f"perplexity {change} ({after.protocol})"
-            table.caption_justify = "left"
-        print_result(table, json_file, content)
+            scores = f"perplexity {change} ({after.protocol})"
+        print_result(packing_table(record, scores), json_file, content)
 
 
 def unpack(

@@ -141,7 +141,7 @@ def evaluate(
         from prunus.evaluation.size import stored_size
         from prunus.evaluation.task_runner import prepare_tasks
         from prunus.evaluation.text import check_text
-        from prunus.reporting.evaluation_tables import evaluation_tables
+        from prunus.reporting.evaluation_sections import evaluation_section
 
         models = list(dict.fromkeys(models))
         batch_size = _parse_batch(batch)
@@ -209,7 +209,7 @@ def evaluate(
             results = [] if task_run is None else task_run.run(note, ranks)
         sizes = {model: stored_size(find_folder(model), trust_remote_code) for model in models}
         content = side_by_side(scores, results, sizes)
-        print_result(evaluation_tables(scores, results), json_file, content)
+        print_result(evaluation_section(content), json_file, content)
 
 
 def _chosen_texts(perplexity: str | None, tasks: str | None) -> list[str]:
@@ -293,7 +293,7 @@ def bench(
     """
     with user_errors(json_file):
         from prunus.evaluation.speed import bench as measure_speed
-        from prunus.reporting.tables import speed_table
+        from prunus.reporting.evaluation_sections import speed_section
 
         found = measure_speed(
             models,
@@ -304,4 +304,5 @@ def bench(
             dense_kernel=dense_kernel,
             progress=note,
         )
-        print_result(speed_table(found), json_file, [speed.as_dict() for speed in found])
+        content = [speed.as_dict() for speed in found]
+        print_result(speed_section(content), json_file, content)

@@ -29,10 +29,9 @@ def inspect(
     """Show shape, dtype, sparsity and N:M patterns of every linear."""
     with user_errors(json_file):
         from prunus.evaluation.inspection import inspect as inspect_checkpoint
-        from prunus.reporting.tables import inspection_table
 
         found = inspect_checkpoint(model, trust_remote_code=trust_remote_code, verify=verify)
-        print_result(inspection_table(found), json_file, found.as_dict())
+        print_result(found.table(), json_file, found.as_dict())
 
 
 def doctor(json_file: arg.Json = None) -> None:

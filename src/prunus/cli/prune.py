@@ -123,14 +123,13 @@ def _carry_out(
 ) -> None:
     """Run a recipe with a progress bar, and print its result."""
     from prunus.reporting.progress import show_pruning
-    from prunus.reporting.tables import run_table
 
     with show_pruning(title, progress_console()) as progress:
         steps = Counted(progress)
         how = _how(work | {"announce": progress, "report": steps})
         record = run(model, output, recipe, how)
     steps.log_if_none(output)
-    print_result(run_table(record), json_file, record.model_dump(mode="json"))
+    print_result(record.table(), json_file, record.model_dump(mode="json"))
 
 
 def _prune_and_recover(
@@ -142,12 +141,10 @@ def _prune_and_recover(
     json_file: Path | None,
 ) -> None:
     """Carry out preset max with a progress bar for each phase, and print both results."""
-    from rich.console import Group
 
     from prunus.recovery.max_preset import max_run
     from prunus.reporting.progress import show_pruning, show_recovery
-    from prunus.reporting.recovery_tables import recovery_table
-    from prunus.reporting.tables import run_table
+    from prunus.reporting.tables import recovery_table
 
     with max_run(model, output, recipe, how, **budget) as checked:
         with show_pruning(f"{recipe.method} {output}", progress_console()) as progress:
@@ -160,7 +157,7 @@ def _prune_and_recover(
         "pruning": manifest.model_dump(mode="json"),
         "recovery": record.model_dump(mode="json"),
     }
-    print_result(Group(run_table(manifest), recovery_table(record)), json_file, figures)
+    print_result([manifest.table(), recovery_table(record)], json_file, figures)
 
 
 @with_flags(Recipe, CompressionRecipe, RunOptions, without=("overwrite", "resume", "rank_timeout"))
@@ -183,7 +180,7 @@ def plan(
         from prunus.compression.job import CompressionJob
         from prunus.pruning.job import PruningJob
         from prunus.pruning.plan import describe_plan, plan_run
-        from prunus.reporting.tables import plan_table
+        from prunus.reporting.tables import plan_facts
         from prunus.runs.folder import find_earlier
         from prunus.runs.plan import check_room
 
@@ -203,7 +200,7 @@ def plan(
             from prunus.recovery.max_preset import plan_training
 
             described["training"] = plan_training(model, output, chosen, how)
-        print_result(plan_table(described), json_file, described)
+        print_result(plan_facts(described), json_file, described)
 
 
 def _of(verb: type[Recipe] | type[CompressionRecipe], given: dict[str, Any]) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def recover(
         from prunus.recovery import RecoveryOptions
         from prunus.recovery import recover as train
         from prunus.reporting.progress import show_recovery
-        from prunus.reporting.recovery_tables import recovery_table
+        from prunus.reporting.tables import recovery_table
 
         options = {name: values[name] for name in RecoveryOptions.model_fields if name != "mode"}
         if target_modules is not None:

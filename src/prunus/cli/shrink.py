@@ -183,7 +183,7 @@ def shrink(
     with user_errors(json_file):
         from prunus.hardware.sizes import parse_bytes
         from prunus.reporting.progress import show_pruning
-        from prunus.reporting.structure_tables import structure_table
+        from prunus.reporting.structure_section import structure_table
         from prunus.runs.options import RunOptions
         from prunus.structure.recipe import StructureRecipe, load_structure_recipe
         from prunus.structure.run import shrink_by_recipe

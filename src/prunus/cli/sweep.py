@@ -51,9 +51,7 @@ def sweep(
     """
     with user_errors(json_file):
         from prunus.hardware.sizes import parse_bytes
-        from prunus.reporting.document import Document
-        from prunus.reporting.plain import to_terminal
-        from prunus.reporting.sweep_tables import check_section, sweep_section
+        from prunus.reporting.sweep_section import check_section, sweep_section
         from prunus.runs.options import RunOptions
         from prunus.sweeping import check_sweep, load_sweep, run_sweep
 
@@ -70,8 +68,7 @@ def sweep(
         else:
             results = run_sweep(chosen, output, options, file=file.name, progress=note)
         section = check_section(results) if check else sweep_section(results)
-        table = to_terminal(Document(section.title, (section,)))
-        print_result(table, json_file, results.model_dump(mode="json"))
+        print_result(section, json_file, results.model_dump(mode="json"))
         failed = [cell.name for cell in results.cells if cell.state == "failed"]
         if failed:
             log(
@@ -121,7 +118,6 @@ def report(
     """
     with user_errors(json_file):
         from prunus.reporting.page import document_json
-        from prunus.reporting.plain import to_terminal
         from prunus.reporting.sources import read_document
         from prunus.reporting.write import check_page_name, write_page
 
@@ -129,7 +125,7 @@ def report(
             check_page_name(output)
         document = read_document(paths, bench, title)
         if output is None:
-            print_result(to_terminal(document), json_file, document_json(document))
+            print_result(document, json_file, document_json(document))
             return
         size = write_page(document, output)
         write_json(json_file, document_json(document))

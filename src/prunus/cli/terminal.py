@@ -249,19 +249,20 @@ def log_step(done: int, total: int, name: str) -> None:
     note(f"{done} of {total}: {name}")
 
 
-def print_result(table: Any, json_file: Path | None, content: Any) -> None:
+def print_result(shown: Any, json_file: Path | None, content: Any) -> None:
     """Write the figures of a verb as JSON, then print them as a table. Only rank 0 does so.
 
     The order matters: JSON is safe before anything can go wrong with the terminal. Where JSON
     cannot be written, the table is still shown before the error.
 
     Args:
-        table: anything that rich can print.
+        shown: a section, a table or facts of `prunus.runs.document`; or a list of these.
         json_file: value of `--json`. With `-`, the table goes to standard error.
         content: the figures, as JSON can hold them.
     """
     from prunus.distributed import is_rank_0
     from prunus.reporting.console import TerminalConsole
+    from prunus.reporting.plain import to_terminal
 
     if not is_rank_0():
         return
@@ -272,7 +273,7 @@ def print_result(table: Any, json_file: Path | None, content: Any) -> None:
             console = TerminalConsole(file=stream)
             if not console.is_terminal:
                 console.width = max(console.width, _PIPE_WIDTH)  # long names stay whole
-            console.print(table)
+            console.print(to_terminal(*(shown if isinstance(shown, list) else [shown])))
 
 
 def print_summary(summary: dict[str, Any], folder: Path, json_file: Path | None) -> None:

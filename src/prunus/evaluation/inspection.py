@@ -20,8 +20,8 @@ from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
 from prunus.packed.source import PackedSource, is_packed
-from prunus.pruning.html_table import html_table
 from prunus.pruning.records import mean_bits
+from prunus.runs.document import Table, table_of
 
 __all__ = ["Inspection", "LinearInfo", "inspect"]
 
@@ -105,19 +105,31 @@ class Inspection:
             "left_dense": {name: list(shape) for name, shape in self.left_dense.items()},
         }
 
-    def _repr_html_(self) -> str:
-        """The linears as a table in a notebook."""
+    def table(self) -> Table:
+        """One row per linear."""
         rows = [
-            (
-                linear.name,
-                " × ".join(map(str, linear.shape)),
-                linear.dtype,
-                f"{linear.sparsity:.2%}",
-            )
+            {
+                "linear": linear.name,
+                "out × in": " × ".join(map(str, linear.shape)),
+                "dtype": linear.dtype,
+                "zeros": linear.sparsity,
+                "bits": linear.bits,
+                "N:M that hold": ", ".join(linear.patterns) or None,
+            }
             for linear in self.linears
         ]
-        note = f"{self.weights:,} weights, {self.sparsity:.2%} of them zero"
-        return html_table(self.model, ("linear", "out × in", "dtype", "zeros"), rows, note)
+        total = {"linear": "all", "out × in": f"{self.weights:,} weights", "zeros": self.sparsity}
+        verified = f"{self.verified} shards have the bytes that were written"
+        return table_of(
+            f"{self.model}: {self.blocks} blocks",
+            rows,
+            {"zeros": ".2%", "bits": ".3f"},
+            "" if self.verified is None else verified,
+            total | {"bits": self.bits},
+        )
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
 
 def inspect(

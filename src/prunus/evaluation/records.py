@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, PlainSerializer, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from prunus.pruning.html_table import html_table
+from prunus.runs.document import Column, Table
 
 __all__ = ["Divergence", "EvaluationRecord", "Figure", "ModelSize", "PerplexityResult", "finite"]
 
@@ -118,7 +118,8 @@ class PerplexityResult(EvaluationRecord):
                 ("same most likely token", f"{found.same_top:.2%}"),
                 ("ratio of the perplexities", f"{found.perplexity_ratio:.4f}"),
             ]
-        return html_table(self.source, ("measure", "value"), rows, self.protocol)
+        columns = (Column("measure"), Column("value"))
+        return Table(self.source, columns, tuple(rows), self.protocol)._repr_html_()
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunus.evaluation.records import finite
-from prunus.pruning.html_table import html_table
+from prunus.runs.document import Column, Table
 
 __all__ = [
     "MEAN",
@@ -116,18 +116,15 @@ class TaskResults:
 
     def _repr_html_(self) -> str:
         """The scores as a table in a notebook."""
-        rows = [
-            (
-                task,
-                name,
-                f"{metric.value:.4f}",
-                None if metric.stderr is None else f"{metric.stderr:.4f}",
-            )
-            for (task, name), metric in self.metrics().items()
-        ]
+        rows = [(*key, metric.value, metric.stderr) for key, metric in self.metrics().items()]
+        columns = (
+            Column("task"),
+            Column("metric"),
+            Column("value", ".4f"),
+            Column("standard error", ".4f"),
+        )
         note = ", ".join(f"{key} {value}" for key, value in self.protocol.items())
-        columns = ("task", "metric", "value", "standard error")
-        return html_table(self.model, columns, rows, note)
+        return Table(self.model, columns, tuple(rows), note)._repr_html_()
 
 
 def paper_mean(scores: Sequence[TaskScore]) -> Metric | None:

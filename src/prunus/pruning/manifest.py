@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from prunus.pruning.html_table import html_table
 from prunus.pruning.options import PruningOptions
 from prunus.pruning.recipe import Recipe
-from prunus.pruning.records import BlockRecord, LinearRecord, mean_bits
-from prunus.runs.record import BlockwiseRecord
+from prunus.pruning.records import BlockRecord, LinearRecord, mean_bits, mean_error
+from prunus.runs.document import Table, table_of
+from prunus.runs.record import BlockwiseRecord, bos_words
 
 if TYPE_CHECKING:
     import torch
@@ -95,36 +95,62 @@ class PruningRecord(BlockwiseRecord):
                 kinds.setdefault(_EXPERT_NUMBER.sub(".*.", name), []).append(record)
         return kinds | ({} if self.head is None else {"output head": [self.head]})
 
-    def _repr_html_(self) -> str:
-        """The run as a table in a notebook."""
+    def table(self) -> Table:
+        """One row per kind of linear, and the totals."""
         totals = self.all_totals()
-        compressed = "bits" in totals
+        error, mean = mean_error(totals)
 
-        def row(name: str, records: Sequence[LinearRecord], seconds: float) -> list[object]:
+        def row(name: str, records: Sequence[LinearRecord]) -> dict[str, Any]:
             weights = sum(x.shape[0] * x.shape[1] for x in records)
-            share = sum(x.zeros for x in records) / weights if weights else 0.0
-            errors = [e for x in records if (e := x.relative_output_error) is not None]
-            bits = mean_bits(records) if compressed else None
-            return [
-                name,
-                len(records),
-                f"{weights:,}",
-                f"{share:.2%}",
-                *([None if bits is None else f"{bits:.3f}"] if compressed else []),
-                f"{sum(errors) / len(errors):.3%}" if errors else None,
-                f"{seconds:.1f}",
-            ]
+            errors = [x.error for x in records if x.error is not None]
+            return {
+                "linear": name,
+                "count": len(records),
+                "weights": weights,
+                "zeros": sum(x.zeros for x in records) / weights if weights else 0.0,
+                "bits": mean_bits(records),
+                error: sum(errors) / len(errors) if errors else None,
+                "seconds": sum(x.seconds for x in records),
+            }
 
         kinds = self.linears_by_kind()
-        rows = [row(name, each, sum(x.seconds for x in each)) for name, each in kinds.items()]
         every = [record for each in kinds.values() for record in each]
-        columns = ["linear", "count", "weights", "zeros", *(["bits"] if compressed else [])]
-        return html_table(
+        return table_of(
             f"{self.what}, {self.source}",
-            [*columns, "relative output error", "seconds"],
-            [*rows, row("all", every, totals["seconds"])],
-            "" if self.state == "finished" else "The run is not finished.",
+            [row(name, each) for name, each in kinds.items()],
+            {
+                "count": ",d",
+                "weights": ",d",
+                "zeros": ".2%",
+                "bits": ".3f",
+                error: ".3%",
+                "seconds": ".1f",
+            },
+            "\n".join(self._notes(totals)),
+            row("all", every) | {error: mean, "seconds": totals["seconds"]},
         )
+
+    def _notes(self, totals: dict[str, Any]) -> list[str]:
+        """What the table says below its rows."""
+        lines = [] if self.state == "finished" else ["The run is not finished."]
+        memory = totals.get("peak_memory_bytes")
+        lines.append(
+            f"computed in {self.inputs.dtype} on {self.inputs.device}; "
+            + ("" if memory is None else f"peak memory {memory / 1e9:.2f} GB; ")
+            + f"calibration: {self.inputs.calibration}, {bos_words(self.inputs.bos)}"
+        )
+        if totals.get("forced_zeros"):
+            lines.append(f"zeros that a mask forced: {totals['forced_zeros']:,}")
+        if totals.get("expert_linears"):
+            few, count = totals["expert_linears_measured_on_all"], totals["expert_linears"]
+            lines.append(
+                f"experts: {few} of {count} linears measured on all tokens, because too few chose "
+                f"the expert (the fewest: {totals['least_routed_tokens']:,})"
+            )
+        return lines
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
     def all_totals(self) -> dict[str, Any]:
         """The recorded totals, and those that follow from the linears where one is missing.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +15,7 @@ __all__ = [
     "ReconstructionRecord",
     "SizedLinear",
     "mean_bits",
+    "mean_error",
 ]
 
 
@@ -51,6 +52,20 @@ class LinearRecord(BaseModel):
     log2_step: float | None = None
     packed: dict[str, Any] | None = None
     notes: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def error(self) -> float | None:
+        """The relative output error, or the removed energy where that alone was measured."""
+        if self.relative_output_error is not None:
+            return self.relative_output_error
+        return self.removed_energy
+
+
+def mean_error(totals: Mapping[str, Any]) -> tuple[str, float | None]:
+    """The name of the error that a run measured, and its mean over all linears."""
+    if totals["mean_relative_output_error"] is not None:
+        return "relative output error", totals["mean_relative_output_error"]
+    return "removed energy", totals["mean_removed_energy"]
 
 
 class SizedLinear(Protocol):

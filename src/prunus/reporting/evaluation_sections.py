@@ -1,4 +1,4 @@
-"""Files of `prunus eval --json` and `prunus bench --json` as sections."""
+"""What `prunus eval --json` and `prunus bench --json` write, as sections."""
 
 from __future__ import annotations
 
@@ -6,17 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunus.reporting.document import Bars, Column, Facts, Measured, Section, Table
-from prunus.reporting.size_charts import Result, decode_speed, size_charts
+from prunus.reporting.quality import FORMS, Point, decode_speed, quality_charts, score_figures
+from prunus.runs.document import Column, Facts, Measured, Section, Table, items_of, table_of
+from prunus.sweeping.results import Score
 
-__all__ = [
-    "decode_speeds",
-    "evaluation_section",
-    "form_of",
-    "is_share",
-    "short_names",
-    "speed_section",
-]
+__all__ = ["decode_speeds", "evaluation_section", "form_of", "short_names", "speed_section"]
 
 #: Metrics of lm-eval that are shares of the rows.
 _SHARES = ("acc", "exact_match", "f1", "em")
@@ -25,7 +19,7 @@ _SHARES = ("acc", "exact_match", "f1", "em")
 def evaluation_section(
     content: dict[str, Any], speeds: Mapping[str, float] | None = None
 ) -> Section:
-    """The section of an evaluation: models side by side, with the differences to the first.
+    """The section of an evaluation: quality, size and speed, then tasks.
 
     Args:
         content: what `prunus eval --json` wrote.
@@ -35,15 +29,21 @@ def evaluation_section(
         ValueError: `content` is something else.
     """
     try:
-        names = short_names([one["model"] for one in content["models"]])
-        parts = [
-            *_perplexity(content["models"], names),
-            *_sizes(content["models"], names, speeds or {}),
-            *_tasks(content, names),
-        ]
+        models = content["models"]
+        names = short_names([one["model"] for one in models])
+        scores = {
+            one["model"]: [Score.model_validate(score) for score in one["perplexity"]]
+            for one in models
+        }
+        sizes = {one["model"]: _size(one, names, speeds or {}) for one in models}
+        parts = [*_quality(scores, sizes, names), *_tasks(content, names)]
+        protocols = {score.source: score.protocol for found in scores.values() for score in found}
+        details = [Facts("Protocol", tuple(protocols.items()))] if protocols else []
+        details += _task_protocol(models)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"this is not the JSON of prunus eval: {error!r}") from None
-    return Section("Evaluation of " + ", ".join(names.values()), parts=tuple(parts))
+    title = "Evaluation of " + ", ".join(names.values())
+    return Section(title, parts=tuple(parts), details=tuple(details))
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
@@ -58,162 +58,88 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
     return short if len(set(short.values())) == len(models) else {model: model for model in models}
 
 
-def _perplexity(models: list[dict[str, Any]], names: dict[str, str]) -> list[Any]:
-    if not models[0]["perplexity"]:
-        return []
-    rows = tuple(
-        (first["source"], *(one["perplexity"][place]["perplexity"] for one in models))
-        for place, first in enumerate(models[0]["perplexity"])
-    )
-    protocol = {r["source"]: f"{r['protocol']}" for one in models for r in one["perplexity"]}
-    columns = (Column("text"), *(Column(names[one["model"]], ",.3f") for one in models))
-    return [
-        Table("Perplexity", columns, rows, "Lower is better."),
-        *_divergence(models, names),
-        Facts("Protocol", tuple(protocol.items())),
-    ]
+def _size(one: dict[str, Any], names: dict[str, str], speeds: Mapping[str, float]) -> Any:
+    size = one.get("size") or {}
+    nbytes = size.get("file_bytes")
+    return {
+        "file, GB": None if nbytes is None else nbytes / 1e9,
+        "bits per weight": size.get("bits_per_weight"),
+        "decoded tokens/s": decode_speed(speeds, one["model"], names[one["model"]]),
+    }
 
 
-def _divergence(models: list[dict[str, Any]], names: dict[str, str]) -> list[Table]:
-    """How far the models are from a reference; nothing if there was none."""
-    found = [
-        (first["source"], names[one["model"]], one["perplexity"][place].get("divergence"))
-        for place, first in enumerate(models[0]["perplexity"])
-        for one in models
-    ]
-    rows = tuple(
-        (
-            text,
-            model,
-            _with_error(figures, "kl", ".5f"),
-            figures["kl_q999"],
-            _with_error(figures, "same_top", ".2%"),
-            _with_error(figures, "perplexity_ratio", ".4f"),
-        )
-        for text, model, figures in found
-        if figures is not None
-    )
+def _quality(
+    scores: Mapping[str, list[Score]], sizes: Mapping[str, dict[str, Any]], names: dict[str, str]
+) -> list[Any]:
+    """One table of perplexity, divergence, size and speed, and a chart for each text."""
+    rows: list[dict[str, Any]] = []
+    charts, reference = [], None
+    for texts in zip(*scores.values(), strict=True):
+        points = []
+        for model, score in zip(scores, texts, strict=True):
+            figures = score_figures(score) | sizes[model]
+            rows.append({"text": score.source, "model": names[model]} | figures)
+            points.append(Point(names[model], names[model], figures))
+            if score.divergence is not None:
+                reference = score.divergence
+        dense = None if reference is None else reference.reference_perplexity
+        charts += quality_charts(texts[0].source, points, dense, labelled=True)
+    if not rows:
+        rows = [{"model": names[model]} | size for model, size in sizes.items()]
+    note = "Lower perplexity is better." if charts or "text" in rows[0] else ""
+    if reference is not None:
+        name = Path(reference.reference).name or reference.reference
+        note += f" KL divergence from {name} in nats per token; ± one standard error over windows."
+    if any(size["bits per weight"] is not None for size in sizes.values()):
+        note += " Bits per weight: of the linears in the blocks; zeros, masks and scales count."
+    table = table_of("Quality and size", rows, FORMS, note.strip())
+    return [table, *charts] if len(table.columns) > 1 else charts
+
+
+def _tasks(content: dict[str, Any], names: dict[str, str]) -> list[Table]:
+    """One row per task, metric and model, with the difference to the first model."""
+    models = [one for one in content["models"] if one["tasks"] is not None]
+    found = {one["model"]: _metrics(one["tasks"]) for one in models}
+    changes = {
+        (change["model"], change["task"], change["metric"]): change
+        for change in content["differences"]
+    }
+    rows = []
+    for key in next(iter(found.values()), ()):
+        for model, metrics in found.items():
+            change = changes.get((model, *key))
+            row = {"task": key[0], "metric": key[1], "model": names[model]} | metrics.get(key, {})
+            if change is not None:
+                form = "+" + form_of(key[1])
+                row["− first"] = Measured(change["value"], change["stderr"], form)
+                row["beyond chance"] = "yes" if change["beyond_two_standard_errors"] else "no"
+            rows.append(row)
     if not rows:
         return []
-    columns = (
-        Column("text"),
-        Column("model"),
-        Column("KL divergence", ".5f"),
-        Column("its 99.9 % quantile", ".3f"),
-        Column("same most likely token", ".2%"),
-        Column("perplexity ratio", ".4f"),
-    )
-    reference = next(figures["reference"] for *_, figures in found if figures is not None)
-    note = "KL divergence from the reference in nats per token; ± one standard error over windows."
-    return [Table(f"Compared with {Path(reference).name or reference}", columns, rows, note)]
-
-
-def _with_error(figures: dict[str, Any], name: str, form: str) -> Measured | None:
-    value = figures[name]
-    return None if value is None else Measured(value, figures[f"{name}_stderr"], form)
-
-
-def _sizes(
-    models: list[dict[str, Any]], names: dict[str, str], speeds: Mapping[str, float]
-) -> list[Any]:
-    """Sizes of the models, and charts of their quality against size and speed."""
-    measured = {}
-    for one in models:
-        model, size = one["model"], one.get("size") or {}
-        nbytes = size.get("file_bytes")
-        measured[model] = (
-            None if nbytes is None else nbytes / 1e9,
-            size.get("bits_per_weight"),
-            decode_speed(speeds, model, names[model]),
-        )
-    if all(figure is None for figures in measured.values() for figure in figures):
-        return []
-    charts: list[Any] = []
-    for place, first in enumerate(models[0]["perplexity"]):
-        points, dense = [], None
-        for one in models:
-            score, name = one["perplexity"][place], names[one["model"]]
-            found = score.get("divergence") or {}
-            dense = found.get("reference_perplexity", dense)
-            points.append(
-                Result(name, name, *measured[one["model"]], found.get("kl"), score["perplexity"])
-            )
-        charts += size_charts(first["source"], points, dense, labelled=True)
-    columns = (
-        Column("model"),
-        Column("file, GB", ",.3f"),
-        Column("bits per weight", ".2f"),
-        Column("decode, tokens/s", ",.1f"),
-    )
-    rows = tuple((names[model], *figures) for model, figures in measured.items())
-    shown = [
-        place
-        for place in range(len(columns))
-        if place == 0 or any(row[place] is not None for row in rows)
-    ]
-    sizes = Table(
-        "Size",
-        tuple(columns[place] for place in shown),
-        tuple(tuple(row[place] for place in shown) for row in rows),
-        "Bits per weight: of the linears in the blocks, zeros, masks and scales counted.",
-    )
-    return [sizes, *charts]
-
-
-def _tasks(content: dict[str, Any], names: dict[str, str]) -> list[Any]:
-    """Accuracies of all models, and the differences of the others to the first."""
-    models = [one for one in content["models"] if one["tasks"] is not None]
-    if not models:
-        return []
-    figures = {one["model"]: _figures(one["tasks"]) for one in models}
-    keys = list(figures[models[0]["model"]])
-    columns = (
-        Column("task"),
-        Column("metric"),
-        *(Column(names[model], ".2%") for model in figures),
-    )
-    rows = tuple((*key, *(found.get(key) for found in figures.values())) for key in keys)
-    protocol = models[0]["tasks"]["protocol"]
-    shown = {key: str(value) for key, value in protocol.items() if key != "versions"} | protocol[
-        "versions"
-    ]
-    parts: list[Any] = [
-        Table("Tasks", columns, rows, "± one standard error."),
-        Facts("Protocol of the tasks", tuple(shown.items())),
-    ]
-    changes = tuple(
-        (
-            names[change["model"]],
-            change["task"],
-            change["metric"],
-            Measured(change["value"], change["stderr"], "+" + form_of(change["metric"])),
-            "yes" if change["beyond_two_standard_errors"] else "no",
-        )
-        for change in content["differences"]
-    )
+    note = "± one standard error."
     if changes:
-        titles = (
-            Column("model"),
-            Column("task"),
-            Column("metric"),
-            Column("difference", "+.2%"),
-            Column("beyond chance"),
-        )
-        note = "Beyond chance: more than two standard errors of the difference."
-        parts.insert(
-            1, Table(f"Differences to {next(iter(names.values()))}", titles, changes, note)
-        )
-    return parts
+        paired = all(change["paired"] for change in changes.values())
+        how = "taken row by row" if paired else "row by row where rows are known"
+        note += f" Beyond chance: more than two standard errors of the difference, {how}."
+    forms = {"figure": ".4g", "− first": "+.4g", "shots": "d", "rows": ",d"}
+    return [table_of("Tasks", rows, forms, note)]
 
 
-def _figures(tasks: dict[str, Any]) -> dict[tuple[str, str], Measured | None]:
-    found = {
-        (task["task"], metric): _measured(metric, figure)
+def _metrics(tasks: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """(task, metric) -> its figure, and how many shots and rows it is from."""
+    found: dict[tuple[str, str], dict[str, Any]] = {
+        (task["task"], metric): {
+            "figure": _measured(metric, figure),
+            "shots": task["shots"],
+            "rows": task["rows"],
+        }
         for task in tasks["tasks"]
         for metric, figure in task["metrics"].items()
     }
     mean = tasks["paper7_mean_acc"]
-    return found if mean is None else found | {("mean of paper7", "acc"): _measured("acc", mean)}
+    if mean is not None:
+        found["mean of paper7", "acc"] = {"figure": _measured("acc", mean)}
+    return found
 
 
 def _measured(metric: str, figure: dict[str, float | None]) -> Measured | None:
@@ -221,18 +147,22 @@ def _measured(metric: str, figure: dict[str, float | None]) -> Measured | None:
     return None if value is None else Measured(value, figure["stderr"], form_of(metric))
 
 
-def is_share(metric: str) -> bool:
-    """Whether a metric of lm-eval is a share of the rows, such as `acc` or `acc_norm`.
-
-    >>> is_share("acc_norm"), is_share("perplexity")
-    (True, False)
-    """
-    return metric.partition(" ")[0].partition("_norm")[0] in _SHARES
+def _task_protocol(models: Sequence[dict[str, Any]]) -> list[Facts]:
+    protocols = [one["tasks"]["protocol"] for one in models if one["tasks"] is not None]
+    if not protocols:
+        return []
+    shown = {key: value for key, value in protocols[0].items() if key != "versions"}
+    return [Facts("Protocol of the tasks", items_of(shown | protocols[0]["versions"]))]
 
 
 def form_of(metric: str) -> str:
-    """Format specification of a metric: shares in percent, all others as they are."""
-    return ".2%" if is_share(metric) else ".4g"
+    """Format of a metric of lm-eval: shares such as `acc_norm` in percent, others as they are.
+
+    >>> form_of("acc_norm"), form_of("perplexity")
+    ('.2%', '.4g')
+    """
+    share = metric.partition(" ")[0].partition("_norm")[0] in _SHARES
+    return ".2%" if share else ".4g"
 
 
 def decode_speeds(content: list[dict[str, Any]]) -> dict[str, float]:
@@ -245,7 +175,7 @@ def decode_speeds(content: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def speed_section(content: list[dict[str, Any]]) -> Section:
-    """The section of a benchmark: size and speed of models side by side.
+    """The section of a benchmark: size and speed of models, each a median with its spread.
 
     Args:
         content: what `prunus bench --json` wrote.
@@ -254,26 +184,21 @@ def speed_section(content: list[dict[str, Any]]) -> Section:
         ValueError: `content` is something else.
     """
     try:
-        found = [
+        decode = [row["decode_tokens_per_second"] for row in content]
+        rows = tuple(
             (
                 Path(row["model"]).name or row["model"],
                 row["file_bytes"] / 1e9,
-                *(
-                    tuple(row[key])
-                    for key in (
-                        "resident_bytes",
-                        "prefill_tokens_per_second",
-                        "decode_tokens_per_second",
-                    )
-                ),
+                row["resident_bytes"][1] / 1e9,
+                row["prefill_tokens_per_second"][1],
+                median,
+                low,
+                high,
+                median / decode[0][1],
             )
-            for row in content
-        ]
-        rows = tuple(
-            (name, size, resident[1] / 1e9, prefill[1], decode[1], decode[1] / found[0][4][1])
-            for name, size, resident, prefill, decode in found
+            for row, (low, median, high) in zip(content, decode, strict=True)
         )
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"this is not the JSON of prunus bench: {error!r}") from None
     columns = (
         Column("model"),
@@ -281,18 +206,9 @@ def speed_section(content: list[dict[str, Any]]) -> Section:
         Column("resident, GB", ",.2f"),
         Column("prefill, tokens/s", ",.1f"),
         Column("decode, tokens/s", ",.1f"),
+        Column("lowest", ",.1f"),
+        Column("highest", ",.1f"),
         Column("decode / first", ".2f"),
     )
-    sizes = Bars(
-        "Size on disk", "GB", tuple((name, size, size, size) for name, size, *_ in found), ",.3f"
-    )
-    speeds = Bars(
-        "Decoding speed",
-        "tokens per second: median, lowest and highest",
-        tuple((name, decode[1], decode[0], decode[2]) for name, *_, decode in found),
-        ",.1f",
-    )
-    return Section(
-        "Size and speed",
-        parts=(sizes, speeds, Table("Medians over separate processes", columns, rows)),
-    )
+    table = Table("Medians over separate processes", columns, rows)
+    return Section("Size and speed", parts=(table,))

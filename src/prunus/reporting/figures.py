@@ -12,7 +12,7 @@ import json
 import math
 from typing import Any
 
-from prunus.reporting.document import Bars, Chart, HeatMap, Lines, text_of
+from prunus.runs.document import Chart, HeatMap, Lines, text_of
 
 __all__ = ["check_plotly", "figure_json"]
 
@@ -41,8 +41,6 @@ def figure_json(chart: Chart) -> str:
             figure = _lines(graph, chart)
         case HeatMap():
             figure = _heat_map(graph, chart)
-        case Bars():
-            figure = _bars(graph, chart)
     content = figure.to_plotly_json()
     content["layout"].pop("template", None)  # six kilobytes of defaults that page.js replaces
     return json.dumps(content, allow_nan=False)
@@ -172,41 +170,6 @@ def _scale(chart: HeatMap) -> dict[str, float]:
     """Let the colours run from zero to the largest value, so that close values look alike."""
     known = [value for line in chart.values for value in line if value is not None]
     return {"zmin": 0.0, "zmax": max(known) or 1.0} if known else {}
-
-
-def _bars(graph: Any, chart: Bars) -> Any:
-    names, values, lows, highs = zip(*chart.items, strict=True)
-    figure = graph.Figure()
-    spread = any(low != high for low, high in zip(lows, highs, strict=True))
-    hover = [
-        f"{html.escape(name)}: {text_of(value, chart.form)}"
-        + (f" ({text_of(low, chart.form)} to {text_of(high, chart.form)})" if low != high else "")
-        for name, value, low, high in chart.items
-    ]
-    figure.add_bar(
-        x=list(values),
-        y=[html.escape(name) for name in names],
-        orientation="h",
-        hovertext=hover,
-        hoverinfo="text",
-        text=[text_of(value, chart.form) for value in values],
-        textposition="auto",
-        insidetextanchor="start",
-        meta={"colour": 0},
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": [high - value for value, high in zip(values, highs, strict=True)],
-            "arrayminus": [value - low for value, low in zip(values, lows, strict=True)],
-            "visible": spread,
-        },
-    )
-    return figure.update_layout(
-        xaxis={"title": {"text": html.escape(chart.x_title)}, "rangemode": "tozero"},
-        yaxis={"autorange": "reversed", "type": "category"},
-        height=110 + 44 * len(names),
-        bargap=0.4,
-    )
 
 
 def _ticks(form: str) -> str:

@@ -15,21 +15,18 @@ import base64
 import gzip
 import hashlib
 import json
-from dataclasses import replace
 from html import escape
 from importlib.metadata import version
 from importlib.resources import files
 from string import Template
 from typing import Any
 
-from prunus.reporting.document import Chart, Document, Facts, Measured, Section, Table, text_of
 from prunus.reporting.figures import figure_json
+from prunus.runs.document import Chart, Document, Facts, Part, Section, Table, part_html
 
-__all__ = ["document_json", "sections_html", "to_html"]
+__all__ = ["document_json", "to_html"]
 
 _LIBRARY = "plotly-cartesian.min.js.gz"
-#: Values of at most this many characters stand several in a row.
-_SHORT = 28
 
 
 def to_html(document: Document) -> str:
@@ -38,11 +35,13 @@ def to_html(document: Document) -> str:
     Raises:
         ModuleNotFoundError: the document has charts, and plotly is not installed.
     """
-    charts = [
-        part for section in document.sections for part in section.parts if isinstance(part, Chart)
-    ]
-    library = _asset_bytes(_LIBRARY) if charts else b""
-    allowed = [_asset("page.js").encode(), *([gzip.decompress(library)] if charts else [])]
+    has_charts = any(
+        isinstance(part, Chart)
+        for section in document.sections
+        for part in (*section.parts, *section.details)
+    )
+    library = _asset_bytes(_LIBRARY) if has_charts else b""
+    allowed = [_asset("page.js").encode(), *([gzip.decompress(library)] if library else [])]
     policy = "; ".join(
         (
             "default-src 'none'",
@@ -67,18 +66,6 @@ def to_html(document: Document) -> str:
         version=escape(version("prunus")),
         scripts=_library(library) + f"<script>{_asset('page.js')}</script>\n",
     )
-
-
-def sections_html(document: Document) -> str:
-    """Write facts and tables of a document as HTML without style, scripts and charts."""
-    shown = (
-        replace(
-            section, parts=tuple(part for part in section.parts if isinstance(part, Facts | Table))
-        )
-        for section in document.sections
-    )
-    body = "".join(_section(section, number, False) for number, section in enumerate(shown))
-    return f"<h1>{escape(document.title)}</h1>\n{body}"
 
 
 def _asset(name: str) -> str:
@@ -115,80 +102,26 @@ def _section(section: Section, number: int, alone: bool) -> str:
     title = "" if alone else f'<h2 id="title-{number}">{escape(section.title)}</h2>\n'
     name = "title" if alone else f"title-{number}"
     lead = f'<p class="lead">{escape(section.lead)}</p>\n' if section.lead else ""
-    parts = (
-        _part(part, f"part-{number}-{position}") for position, part in enumerate(section.parts)
-    )
+    every = (*section.parts, *section.details)
+    html = [_part(part, f"part-{number}-{place}") for place, part in enumerate(every)]
+    shown, folded = "".join(html[: len(section.parts)]), "".join(html[len(section.parts) :])
+    details = f"<details><summary>All figures</summary>\n{folded}</details>\n" if folded else ""
     return (
         f'<section id="section-{number}" aria-labelledby="{name}"'
         f"{' class=alone' if alone else ''}>\n"
-        f"{title}{lead}{''.join(parts)}</section>\n"
+        f"{title}{lead}{shown}{details}</section>\n"
     )
 
 
-def _part(part: Facts | Table | Chart, name: str) -> str:
-    if isinstance(part, Facts):
-        return _facts(part)
-    if isinstance(part, Table):
-        return _table(part)
-    return _chart(part, name)
-
-
-def _facts(facts: Facts) -> str:
-    if facts.headline:
-        items = (
-            f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
-            for name, value in facts.items
-        )
-        return f'<div><dl class="tiles">{"".join(items)}</dl></div>\n'
-    items = (
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items
-    )
-    kind = "facts short" if all(len(value) <= _SHORT for _, value in facts.items) else "facts"
-    return f'<div><h3>{escape(facts.title)}</h3><dl class="{kind}">{"".join(items)}</dl></div>\n'
-
-
-def _table(table: Table) -> str:
-    heads = "".join(
-        f'<th scope="col"{_number_class(column.is_number)}>'
-        f'<button type="button">{escape(column.title)}</button></th>'
-        for column in table.columns
-    )
-    rows = "".join(
-        "<tr>"
-        + "".join(
-            _cell(value, column.form) for value, column in zip(row, table.columns, strict=True)
-        )
-        + "</tr>\n"
-        for row in table.rows
-    )
-    box = (
-        '<div class="scroll" tabindex="0" role="region" '
-        f'aria-label="{escape(table.title)}">'
-        f"<table><thead><tr>{heads}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
-    )
-    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
-    if table.folded:
-        return f"<details><summary>{escape(table.title)}</summary>{box}{note}</details>\n"
-    return f"<div><h3>{escape(table.title)}</h3>{box}{note}</div>\n"
-
-
-def _cell(value: Any, form: str | None) -> str:
-    plain = value.value if isinstance(value, Measured) else value
-    raw = "" if plain is None else f' data-value="{escape(str(plain))}"'
-    return f"<td{_number_class(form is not None)}{raw}>{escape(text_of(value, form))}</td>"
-
-
-def _number_class(is_number: bool) -> str:
-    return ' class="number"' if is_number else ""
-
-
-def _chart(chart: Chart, name: str) -> str:
+def _part(part: Part, name: str) -> str:
+    if isinstance(part, Facts | Table):
+        return part_html(part)
     # Only "<" could end the script element that holds the JSON. JSON can write it as an escape.
-    content = figure_json(chart).replace("<", "\\u003c")
+    content = figure_json(part).replace("<", "\\u003c")
     return (
-        f"<figure><h3>{escape(chart.title)}</h3>"
-        f'<div class="chart" id="{name}" role="img" aria-label="{escape(chart.title)}"></div>'
-        f'<script type="application/json" id="{name}-figure">{content}</script>' + "</figure>\n"
+        f"<figure><h3>{escape(part.title)}</h3>"
+        f'<div class="chart" id="{name}" role="img" aria-label="{escape(part.title)}"></div>'
+        f'<script type="application/json" id="{name}-figure">{content}</script></figure>\n'
     )
 
 

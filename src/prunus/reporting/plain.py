@@ -1,6 +1,6 @@
 """A document as tables for the terminal, or as Markdown.
 
-Both leave charts out: the figures of every chart stand in a table as well.
+Both leave charts out: the figures of every chart are in a table as well.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from prunus.reporting.console import printable
-from prunus.reporting.document import Document, Facts, Table, text_of
+from prunus.runs.document import Document, Facts, Part, Section, Table, text_of
 
 __all__ = ["to_markdown", "to_terminal"]
 
@@ -22,33 +22,30 @@ _NAME_WIDTH = 32
 _MARKUP = re.compile(r"([\\`*_\[\]<>|])")
 
 
-def to_terminal(document: Document) -> Group:
-    """Turn a document into what rich's console can print. Text is never read as markup.
+def to_terminal(*shown: Document | Section | Part) -> Group:
+    """Turn a document, or parts of one, into what rich's console can print.
 
-    Show it on a `TerminalConsole`, which escapes control characters.
+    Show it on a `TerminalConsole`, which escapes control characters. Text is never read as markup.
     """
-    shown: list[RenderableType] = []
-    for section in document.sections:
-        shown.append(_text(section.title, style="bold"))
-        if section.lead:
-            shown.append(_text(section.lead))
-        for part in section.parts:
-            if isinstance(part, Facts):
-                shown += [Text(), _facts(part)]
-            elif isinstance(part, Table):
-                shown += [
-                    Text(),
-                    _table(part),
-                    *([_text(part.note, style="italic")] if part.note else []),
-                ]
-        shown.append(Text())
-    return Group(*shown)
+    lines: list[RenderableType] = []
+    for part in shown:
+        if isinstance(part, Document):
+            lines.append(to_terminal(*part.sections))
+        elif isinstance(part, Section):
+            lines.append(_text(part.title, style="bold"))
+            lines += [_text(part.lead)] if part.lead else []
+            lines += [Text(), to_terminal(*part.parts, *part.details)]
+        elif isinstance(part, Facts):
+            lines += [_facts(part), Text()]
+        elif isinstance(part, Table):
+            lines += [_table(part), *([_text(part.note)] if part.note else []), Text()]
+    return Group(*lines)
 
 
 def to_markdown(document: Document) -> str:
     """Write a document as Markdown. Names and other text are escaped.
 
-    >>> from prunus.reporting.document import Column, Section
+    >>> from prunus.runs.document import Column
     >>> columns = (Column("method"), Column("perplexity", ".2f"))
     >>> table = Table("Quality", columns, (("wanda", 7.261), ("dense", 5.68)))
     >>> print(to_markdown(Document("My *runs*", (Section("A sweep", parts=(table,)),))))
@@ -71,7 +68,7 @@ def to_markdown(document: Document) -> str:
     for section in document.sections:
         lines += [f"## {_escape(section.title)}", ""]
         lines += [_escape(section.lead), ""] if section.lead else []
-        for part in section.parts:
+        for part in (*section.parts, *section.details):
             if isinstance(part, Facts):
                 lines += _markdown_facts(part)
             elif isinstance(part, Table):
@@ -95,20 +92,25 @@ def _facts(facts: Facts) -> RichTable:
 
 def _table(part: Table) -> RichTable:
     table = RichTable(title=_text(part.title), title_justify="left")
+    rows = [_cells(row, part) for row in (*part.rows, *([part.total] if part.total else []))]
     # The first column names the rows. Where a table is too wide, other columns are folded first.
-    names = [len(text_of(row[0], part.columns[0].form)) for row in part.rows]
-    widths = [min(max(names, default=0), _NAME_WIDTH), *[None] * (len(part.columns) - 1)]
-    for column, min_width in zip(part.columns, widths, strict=True):
+    widest = max((len(row[0]) for row in rows), default=0)
+    for place, column in enumerate(part.columns):
         table.add_column(
             _text(column.title),
-            justify="right" if column.is_number else "left",
+            justify="left" if column.form is None else "right",
             overflow="fold",
-            min_width=min_width,
+            min_width=None if place else min(widest, _NAME_WIDTH),
         )
-    for row in part.rows:
-        cells = zip(row, part.columns, strict=True)
-        table.add_row(*(_text(text_of(value, column.form)) for value, column in cells))
+    for place, row in enumerate(rows):
+        if place == len(part.rows):
+            table.add_section()
+        table.add_row(*map(_text, row))
     return table
+
+
+def _cells(row: tuple[object, ...], part: Table) -> list[str]:
+    return [text_of(value, column.form) for value, column in zip(row, part.columns, strict=True)]
 
 
 def _markdown_facts(facts: Facts) -> list[str]:
@@ -122,19 +124,14 @@ def _markdown_facts(facts: Facts) -> list[str]:
 
 
 def _markdown_table(part: Table) -> list[str]:
-    lines = [f"### {_escape(part.title)}", ""]
-    lines.append("| " + " | ".join(_escape(column.title) for column in part.columns) + " |")
-    lines.append(
-        "| " + " | ".join("---:" if column.is_number else "---" for column in part.columns) + " |"
-    )
-    for row in part.rows:
-        cells = zip(row, part.columns, strict=True)
-        lines.append(
-            "| "
-            + " | ".join(_escape(text_of(value, column.form)) for value, column in cells)
-            + " |"
-        )
-    return [*lines, "", *([_escape(part.note), ""] if part.note else [])]
+    rows = [
+        [column.title for column in part.columns],
+        *(_cells(row, part) for row in (*part.rows, *([part.total] if part.total else []))),
+    ]
+    head, *lines = (f"| {' | '.join(map(_escape, row))} |" for row in rows)
+    sides = " | ".join("---" if column.form is None else "---:" for column in part.columns)
+    notes = [line for note in part.note.splitlines() for line in (_escape(note), "")]
+    return [f"### {_escape(part.title)}", "", head, f"| {sides} |", *lines, "", *notes]
 
 
 def _escape(text: str) -> str:

@@ -1,69 +1,57 @@
-"""Two or more pruning runs side by side: what differs between them, and where their errors lie."""
+"""Two or more pruning runs side by side: what differs between them, and how large errors are."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from prunus.reporting.document import Column, Lines, Section, Series, Table, text_of
-from prunus.reporting.run_sections import error_of
+from prunus.pruning.records import mean_error
+from prunus.reporting.run_sections import block_errors, lines_over_blocks
+from prunus.runs.document import Column, Section, Table, table_of
 
 if TYPE_CHECKING:
-    from prunus.pruning.manifest import Manifest
-    from prunus.pruning.records import BlockRecord
+    from prunus.pruning.manifest import PruningRecord
 
 __all__ = ["comparison_section"]
 
 
-def comparison_section(runs: Mapping[str, Manifest]) -> Section:
+def comparison_section(runs: Mapping[str, PruningRecord]) -> Section:
     """The section that compares runs.
 
     Args:
         runs: name of each run, as the reader knows it -> its manifest; at least two.
     """
-    parts: list[Any] = [_totals(runs), _differences(runs), _errors_by_kind(runs)]
-    if any(_block_errors(run) for run in runs.values()):
-        parts.append(_errors_by_block(runs))
-    return Section("Runs side by side", parts=tuple(parts))
+    errors = {name: found for name, run in runs.items() if (found := block_errors(run))}
+    chart = [lines_over_blocks("Mean error by block", "mean error", errors, ".3%")]
+    parts = (_totals(runs), _differences(runs), *(chart if errors else []), _errors_by_kind(runs))
+    return Section("Runs side by side", parts=parts)
 
 
-def _totals(runs: Mapping[str, Manifest]) -> Table:
-    rows: list[tuple[Any, ...]] = []
+def _totals(runs: Mapping[str, PruningRecord]) -> Table:
+    rows = []
     for name, run in runs.items():
         totals = run.all_totals()
-        error = totals["mean_relative_output_error"]
         memory = totals.get("peak_memory_bytes")
         rows.append(
-            (
-                name,
-                run.recipe.method,
-                totals["sparsity"],
-                totals.get("bits"),
-                totals["mean_removed_energy"] if error is None else error,
-                totals["seconds"],
-                None if memory is None else memory / 1e9,
-            )
+            {
+                "run": name,
+                "method": run.recipe.method,
+                "sparsity": totals["sparsity"],
+                "bits": totals.get("bits"),
+                "mean error": mean_error(totals)[1],
+                "seconds": totals["seconds"],
+                "peak memory, GB": None if memory is None else memory / 1e9,
+            }
         )
-    columns = [
-        Column("run"),
-        Column("method"),
-        Column("sparsity", ".2%"),
-        Column("bits", ".3f"),
-        Column("mean error", ".3%"),
-        Column("seconds", ".1f"),
-        Column("peak memory, GB", ".2f"),
-    ]
-    if all(row[3] is None for row in rows):
-        del columns[3]
-        rows = [(*row[:3], *row[4:]) for row in rows]
+    forms = {"sparsity": ".2%", "bits": ".3f", "mean error": ".3%", "seconds": ".1f"}
     note = (
         "The error is the relative output error, or the removed energy where a method needs no "
         "Gram matrix; compare it between runs of one kind alone."
     )
-    return Table("Totals", tuple(columns), tuple(rows), note)
+    return table_of("Totals", rows, forms | {"peak memory, GB": ".2f"}, note)
 
 
-def _differences(runs: Mapping[str, Manifest]) -> Table:
+def _differences(runs: Mapping[str, PruningRecord]) -> Table:
     """The fields of recipes and inputs in which the runs differ; one column per run."""
     fields = [
         {"model": run.source}
@@ -93,37 +81,13 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _errors_by_kind(runs: Mapping[str, Manifest]) -> Table:
-    found = {name: run.linears_by_kind() for name, run in runs.items()}
-    kinds = dict.fromkeys(kind for kinds in found.values() for kind in kinds)
-    rows = []
-    for kind in kinds:
-        row: list[Any] = [kind]
-        for each in found.values():
-            errors = [e for record in each.get(kind, ()) if (e := error_of(record)) is not None]
-            row.append(sum(errors) / len(errors) if errors else None)
-        rows.append(tuple(row))
+def _errors_by_kind(runs: Mapping[str, PruningRecord]) -> Table:
+    kinds: dict[str, list[float | None]] = {}
+    for place, run in enumerate(runs.values()):
+        for kind, records in run.linears_by_kind().items():
+            errors = [record.error for record in records if record.error is not None]
+            row = kinds.setdefault(kind, [None] * len(runs))
+            row[place] = sum(errors) / len(errors) if errors else None
     columns = (Column("linear"), *(Column(name, ".3%") for name in runs))
-    return Table("Mean error by kind of linear", columns, tuple(rows))
-
-
-def _block_errors(run: Manifest) -> list[tuple[int, float]]:
-    """(block, mean error of its linears) for all blocks whose error was measured."""
-
-    def mean(block: BlockRecord) -> float | None:
-        errors = [e for record in block.linears.values() if (e := error_of(record)) is not None]
-        return sum(errors) / len(errors) if errors else None
-
-    return [(i, e) for i, block in enumerate(run.blocks) if (e := mean(block)) is not None]
-
-
-def _errors_by_block(runs: Mapping[str, Manifest]) -> Lines:
-    series = []
-    for name, run in runs.items():
-        if errors := _block_errors(run):
-            blocks, values = zip(*errors, strict=True)
-            hover = tuple(
-                f"{name}, block {block}: {text_of(value, '.3%')}" for block, value in errors
-            )
-            series.append(Series(name, blocks, tuple(100 * value for value in values), hover))
-    return Lines("Mean error by block", "block", "mean error, %", tuple(series), round_ticks=True)
+    rows = tuple((kind, *errors) for kind, errors in kinds.items())
+    return Table("Mean error by kind of linear", columns, rows)

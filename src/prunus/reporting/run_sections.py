@@ -1,23 +1,32 @@
-"""A pruning run as a section: headline, heat maps over blocks and linears, recipe and machine."""
+"""A pruning run as a section: headline, errors by block and kind of linear, then all figures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prunus.compression.record import CompressionRecord
-from prunus.pruning.records import mean_bits
-from prunus.reporting.document import Column, Facts, HeatMap, Section, Table
-from prunus.runs.record import bos_words
+from prunus.pruning.records import mean_error
+from prunus.runs.document import (
+    Facts,
+    HeatMap,
+    Lines,
+    Section,
+    Series,
+    Table,
+    items_of,
+    table_of,
+    text_of,
+)
+from prunus.runs.record import BlockwiseRecord, bos_words
 
 if TYPE_CHECKING:
-    from prunus.pruning.manifest import Manifest
-    from prunus.pruning.records import LinearRecord
-    from prunus.runs.record import WindowInputs
+    from prunus.pruning.manifest import PruningRecord
 
-__all__ = ["error_of", "input_facts", "items_of", "run_section"]
+__all__ = ["block_errors", "blocks_map", "circumstances", "lines_over_blocks", "run_section"]
 
+_Value = TypeVar("_Value")
 #: Name of an error -> its definition.
 _DEFINITIONS = {
     "relative output error": (
@@ -29,69 +38,101 @@ _DEFINITIONS = {
 }
 
 
-def run_section(manifest: Manifest) -> Section:
+def run_section(manifest: PruningRecord) -> Section:
     """The section of a run.
 
     Args:
         manifest: of a run that is finished or not.
     """
-    parts: list[Any] = [
-        _headline(manifest),
-        _by_kind(manifest),
-        *_heat_maps(manifest),
-        _by_linear(manifest),
-    ]
-    recipe = {
-        key: value for key, value in manifest.recipe.model_dump().items() if value not in (None, ())
-    }
-    parts += [
-        Facts("Recipe", items_of(recipe)),
-        input_facts(manifest.inputs),
-        Facts("Machine", items_of(manifest.hardware | manifest.versions)),
-    ]
-    name = Path(manifest.source).name or manifest.source
+    error, _ = mean_error(manifest.all_totals())
+    errors = {error: block_errors(manifest)}
+    by_block = [lines_over_blocks(f"Mean {error} by block", error, errors, ".3%")]
+    recipe, name = manifest.recipe, Path(manifest.source).name or manifest.source
     if isinstance(manifest, CompressionRecord):
-        title = f"{name}: {manifest.recipe.bits:g} bits per weight"
-        return Section(title, parts=tuple(parts))
-    shape = (
-        manifest.recipe.pattern
-        if manifest.recipe.n_of_m
-        else f"{manifest.recipe.sparsity:.0%} unstructured"
-    )
-    return Section(f"{name}: {manifest.recipe.method}, {shape}", parts=tuple(parts))
-
-
-def items_of(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Pairs of names and values as text."""
-    return tuple(
-        (key, ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value))
-        for key, value in values.items()
+        work = f"{manifest.recipe.bits:g} bits per weight"
+    else:
+        shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"
+        work = f"{recipe.method}, {shape}"
+    return Section(
+        f"{name}: {work}",
+        _DEFINITIONS[error],
+        (_headline(manifest), *(by_block if errors[error] else []), manifest.table()),
+        (*circumstances(manifest), *_heat_maps(manifest), _by_linear(manifest)),
     )
 
 
-def input_facts(inputs: WindowInputs) -> Facts:
-    """What the result of a run depends on beside its recipe."""
-    return Facts(
-        "Inputs",
-        items_of(
-            {
-                "calibration text": inputs.calibration,
-                "windows begin": bos_words(inputs.bos),
-                "calibration sha256": inputs.calibration_sha256,
-                "checkpoint fingerprint": inputs.checkpoint,
-                "computed in": f"{inputs.dtype} ({inputs.dtype_reason})",
-                "windows per forward pass": inputs.batch,
-            }
+def circumstances(record: BlockwiseRecord) -> list[Facts]:
+    """What the result of a run depends on: recipe, inputs and machine."""
+    inputs = record.inputs
+    facts = {
+        "calibration text": inputs.calibration,
+        "windows begin": bos_words(inputs.bos),
+        "calibration sha256": inputs.calibration_sha256,
+        "checkpoint fingerprint": inputs.checkpoint,
+        "computed in": f"{inputs.dtype} ({inputs.dtype_reason})",
+        "windows per forward pass": inputs.batch,
+    }
+    return [
+        Facts("Recipe", items_of(record.recipe.model_dump())),
+        Facts("Inputs", items_of(facts)),
+        Facts("Machine", items_of(record.hardware | record.versions)),
+    ]
+
+
+def block_errors(manifest: PruningRecord) -> dict[int, float]:
+    """Block -> mean error of its linears, where it was measured."""
+    found = {}
+    for place, block in enumerate(manifest.blocks):
+        errors = [x.error for x in block.linears.values() if x.error is not None]
+        if errors:
+            found[place] = sum(errors) / len(errors)
+    return found
+
+
+def lines_over_blocks(
+    title: str, y_title: str, lines: Mapping[str, Mapping[int, float]], form: str
+) -> Lines:
+    """A chart of one figure per block. `lines` maps a name to the figures by block."""
+    scale, unit = (100, ", %") if form.endswith("%") else (1, "")
+    series = tuple(
+        Series(
+            name,
+            tuple(values),
+            tuple(scale * y for y in values.values()),
+            tuple(f"{name}, block {place}: {text_of(y, form)}" for place, y in values.items()),
+        )
+        for name, values in lines.items()
+    )
+    return Lines(title, "block", y_title + unit, series, round_ticks=True)
+
+
+def blocks_map(
+    title: str,
+    blocks: Sequence[Mapping[str, _Value]],
+    figure: Callable[[_Value], float | None],
+    form: str,
+) -> HeatMap:
+    """A heat map of one figure of every named part of every block."""
+    kinds = tuple(dict.fromkeys(name for block in blocks for name in block))
+    return HeatMap(
+        title,
+        "block",
+        tuple(map(str, range(len(blocks)))),
+        kinds,
+        tuple(
+            tuple(figure(block[kind]) if kind in block else None for block in blocks)
+            for kind in kinds
         ),
+        form,
     )
 
 
-def _headline(manifest: Manifest) -> Facts:
+def _headline(manifest: PruningRecord) -> Facts:
     totals = manifest.all_totals()
-    name, error = _error_of_totals(totals)
+    name, error = mean_error(totals)
     items = [
         *_sizes(manifest, totals),
-        (name, f"{error:.3%}" if error is not None else "not measured"),
+        (f"mean {name}", f"{error:.3%}" if error is not None else "not measured"),
         ("time", f"{totals['seconds']:.1f} s"),
     ]
     if "peak_memory_bytes" in totals:
@@ -101,7 +142,7 @@ def _headline(manifest: Manifest) -> Facts:
     return Facts("Headline", tuple(items), headline=True)
 
 
-def _sizes(manifest: Manifest, totals: dict[str, Any]) -> list[tuple[str, str]]:
+def _sizes(manifest: PruningRecord, totals: dict[str, Any]) -> list[tuple[str, str]]:
     """How sparse the result is, and how small."""
     counts = f"{totals['zeros']:,} of {totals['weights']:,}"
     if not isinstance(manifest, CompressionRecord):
@@ -116,116 +157,39 @@ def _sizes(manifest: Manifest, totals: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _error_of_totals(totals: dict[str, Any]) -> tuple[str, float | None]:
-    if totals["mean_relative_output_error"] is not None:
-        return "mean relative output error", totals["mean_relative_output_error"]
-    return "mean removed energy", totals["mean_removed_energy"]
-
-
-def error_of(record: LinearRecord) -> float | None:
-    """The relative output error of a pruned linear, or its removed energy; None if not measured."""
-    return (
-        record.relative_output_error
-        if record.relative_output_error is not None
-        else record.removed_energy
-    )
-
-
-def _kinds(manifest: Manifest) -> list[str]:
-    """Names of linears within their block, in the order in which they first occur."""
-    return list(dict.fromkeys(name for block in manifest.blocks for name in block.linears))
-
-
-def _by_kind(manifest: Manifest) -> Table:
-    compressed = isinstance(manifest, CompressionRecord)
-    rows: list[tuple[Any, ...]] = []
-    groups = {
-        kind: [b.linears[kind] for b in manifest.blocks if kind in b.linears]
-        for kind in _kinds(manifest)
+def _heat_maps(manifest: PruningRecord) -> list[HeatMap]:
+    error, mean = mean_error(manifest.all_totals())
+    maps: dict[str, tuple[Callable[[Any], float | None], str]] = {
+        "Sparsity": (lambda x: x.sparsity, ".2%")
     }
-    if manifest.head is not None:
-        groups["output head"] = [manifest.head]
-    for kind, records in groups.items():
-        weights = sum(r.shape[0] * r.shape[1] for r in records)
-        zeros = sum(r.zeros for r in records)
-        errors = [e for r in records if (e := error_of(r)) is not None]
-        mean = sum(errors) / len(errors) if errors else None
-        bits = (mean_bits(records),) if compressed else ()
-        seconds = sum(r.seconds for r in records)
-        rows.append((kind, len(records), weights, zeros / weights, *bits, mean, seconds))
-    error_name = _error_of_totals(manifest.summary())[0]
-    columns = (
-        Column("linear"),
-        Column("count", ",d"),
-        Column("weights", ",d"),
-        Column("sparsity", ".2%"),
-        *((Column("bits", ".3f"),) if compressed else ()),
-        Column(error_name, ".3%"),
-        Column("seconds", ".2f"),
-    )
-    return Table(
-        "By kind of linear", columns, tuple(rows), _DEFINITIONS[error_name.removeprefix("mean ")]
-    )
-
-
-def _heat_maps(manifest: Manifest) -> list[HeatMap]:
-    kinds = _kinds(manifest)
-    blocks = tuple(str(index) for index in range(len(manifest.blocks)))
-
-    def grid(figure: Any) -> tuple[tuple[float | None, ...], ...]:
-        return tuple(
-            tuple(
-                figure(block.linears[kind]) if kind in block.linears else None
-                for block in manifest.blocks
-            )
-            for kind in kinds
-        )
-
-    error_name, mean = _error_of_totals(manifest.summary())
-    maps: list[tuple[str, Any, str]] = [
-        ("Sparsity per block and linear", lambda r: r.sparsity, ".2%")
-    ]
     if isinstance(manifest, CompressionRecord):
-        maps.append(("Bits per weight per block and linear", lambda r: r.bits, ".3f"))
+        maps["Bits per weight"] = (lambda x: x.bits, ".3f")
     if mean is not None:
-        title = f"{error_name.removeprefix('mean ').capitalize()} per block and linear"
-        maps.append((title, error_of, ".3%"))
-    maps.append(("Seconds per block and linear", lambda r: r.seconds, ".3f"))
+        maps[error.capitalize()] = (lambda x: x.error, ".3%")
+    maps["Seconds"] = (lambda x: x.seconds, ".3f")
+    blocks = [block.linears for block in manifest.blocks]
     return [
-        HeatMap(title, "block", blocks, tuple(kinds), grid(figure), form)
-        for title, figure, form in maps
+        blocks_map(f"{name} per block and linear", blocks, figure, form)
+        for name, (figure, form) in maps.items()
     ]
 
 
-def _by_linear(manifest: Manifest) -> Table:
-    compressed = isinstance(manifest, CompressionRecord)
-    rows: list[tuple[Any, ...]] = []
-    for index, block in enumerate(manifest.blocks):
-        for name, r in block.linears.items():
-            notes = "; ".join(f"{key}: {value}" for key, value in r.notes.items())
-            shape = f"{r.shape[0]} × {r.shape[1]}"
-            rows.append(
-                (
-                    index,
-                    f"{block.name}.{name}",
-                    shape,
-                    r.zeros,
-                    r.sparsity,
-                    *((r.bits,) if compressed else ()),
-                    error_of(r),
-                    r.seconds,
-                    notes or None,
-                )
-            )
-    columns = (
-        Column("block", "d"),
-        Column("linear"),
-        Column("out × in"),
-        Column("zeros", ",d"),
-        Column("sparsity", ".2%"),
-        *((Column("bits", ".3f"),) if compressed else ()),
-        Column(_error_of_totals(manifest.summary())[0].removeprefix("mean "), ".3%"),
-        Column("seconds", ".3f"),
-        Column("notes"),
-    )
-    return Table(f"All {len(rows)} linears", columns, tuple(rows), folded=True)
+def _by_linear(manifest: PruningRecord) -> Table:
+    error, _ = mean_error(manifest.all_totals())
+    rows = [
+        {
+            "block": place,
+            "linear": f"{block.name}.{name}",
+            "out × in": " × ".join(map(str, x.shape)),
+            "zeros": x.zeros,
+            "sparsity": x.sparsity,
+            "bits": x.bits,
+            error: x.error,
+            "seconds": x.seconds,
+            "notes": "; ".join(f"{key}: {value}" for key, value in x.notes.items()) or None,
+        }
+        for place, block in enumerate(manifest.blocks)
+        for name, x in block.linears.items()
+    ]
+    forms = {"block": "d", "zeros": ",d", "sparsity": ".2%", "bits": ".3f", error: ".3%"}
+    return table_of(f"All {len(rows)} linears", rows, forms | {"seconds": ".3f"})

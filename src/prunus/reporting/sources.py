@@ -9,14 +9,14 @@ from typing import Any
 from prunus.compression.record import CompressionRecord
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.pruning.manifest import Manifest, PruningRecord
-from prunus.reporting.document import Document, Section
 from prunus.reporting.evaluation_sections import decode_speeds, evaluation_section, speed_section
 from prunus.reporting.page import document_json
 from prunus.reporting.plain import to_markdown
 from prunus.reporting.run_comparison import comparison_section
 from prunus.reporting.run_sections import run_section
 from prunus.reporting.structure_section import structure_section
-from prunus.reporting.sweep_tables import sweep_section
+from prunus.reporting.sweep_section import sweep_section
+from prunus.runs.document import Document, Section
 from prunus.structure.record import StructureRecord
 from prunus.sweeping.results import RESULTS_NAME, SweepResults
 
@@ -37,8 +37,8 @@ def read_document(
         title: title of the document; None takes that of the first section.
 
     Returns:
-        A document with one section per path, in the same order, then `bench`. Two or more runs
-        are also compared side by side, in the first section.
+        A document with one section per path. Quality is first: evaluations and sweeps, then
+        `bench`. Runs follow; two or more of them are also compared.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -46,29 +46,38 @@ def read_document(
     """
     measured = [] if bench is None else [_read_file(bench, speed_section)]
     speeds = {} if bench is None else decode_speeds(read_json(bench))
-    runs = _side_by_side(paths)
-    sections = [*runs, *(read_section(path, speeds) for path in paths), *measured]
+    found = [(_holds_runs(path), read_section(path, speeds)) for path in paths]
+    sections = [
+        *(section for is_run, section in found if not is_run),
+        *measured,
+        *_side_by_side(paths),
+        *(section for is_run, section in found if is_run),
+    ]
     return Document(title or sections[0].title, tuple(sections))
+
+
+def _holds_runs(path: Path) -> bool:
+    """Whether a path is the folder of a run, not a sweep or a file of an evaluation."""
+    return path.is_dir() and not (path / RESULTS_NAME).exists()
 
 
 def _side_by_side(paths: Sequence[Path]) -> list[Section]:
     """A section that compares the runs among the paths; none for fewer than two runs."""
     folders = [
-        path
-        for path in dict.fromkeys(paths)
-        if _pruning_record(path) and not (path / RESULTS_NAME).exists()
+        path for path in dict.fromkeys(paths) if _holds_runs(path) and _pruning_records(path)
     ]
     if len(folders) < 2:
         return []
     short = [path.name for path in folders]
     names = short if len(set(short)) == len(short) else [str(path) for path in folders]
     runs = {
-        name: _pruning_record(path)[0].load(path) for name, path in zip(names, folders, strict=True)
+        name: _pruning_records(path)[0].load(path)
+        for name, path in zip(names, folders, strict=True)
     }
     return [_checked(folders[0], lambda: comparison_section(runs))]
 
 
-def _pruning_record(path: Path) -> list[type[PruningRecord]]:
+def _pruning_records(path: Path) -> list[type[PruningRecord]]:
     """The kinds of record of prune and compress that a folder holds; at most one as a rule."""
     return [kind for kind in (CompressionRecord, Manifest) if (path / kind.FILE).exists()]
 
@@ -84,7 +93,7 @@ def read_section(path: Path, speeds: Mapping[str, float]) -> Section:
         if (path / RESULTS_NAME).exists():
             results = SweepResults.load(path)
             return _checked(path / RESULTS_NAME, lambda: sweep_section(results, speeds))
-        for kind in _pruning_record(path):
+        for kind in _pruning_records(path):
             manifest = kind.load(path)
             return _checked(path / kind.FILE, lambda: run_section(manifest))  # noqa: B023
         if (path / StructureRecord.FILE).exists():

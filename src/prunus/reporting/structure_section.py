@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunus.reporting.document import Column, Facts, HeatMap, Lines, Section, Series, Table
-from prunus.reporting.run_sections import input_facts, items_of
-from prunus.reporting.structure_tables import shown
+from prunus.reporting.run_sections import blocks_map, circumstances, lines_over_blocks
+from prunus.runs.document import Column, Facts, HeatMap, Lines, Section, Series, Table
+from prunus.runs.record import bos_words
 from prunus.structure.card import what_went
 
 if TYPE_CHECKING:
     from prunus.structure.record import BlockChange, PartChange, StructureRecord
 
-__all__ = ["structure_section"]
+__all__ = ["structure_section", "structure_table"]
 
 _MEASURES = {
     "divergence": "KL divergence, nats per token",
@@ -28,20 +27,43 @@ def structure_section(record: StructureRecord) -> Section:
     Args:
         record: of a run that is finished or not.
     """
-    parts: list[Any] = [_headline(record), Facts("What went", _numbered(what_went(record)))]
-    if record.config:
-        rows = tuple((name, *map(shown, values)) for name, values in record.config.items())
-        columns = (Column("field"), Column("before"), Column("after"))
-        parts.append(Table("Configuration", columns, rows))
-    parts += [*_search(record), *_targets(record), *_widths(record), *_experts(record)]
-    parts += _repairs(record)
-    recipe = record.recipe.model_dump(exclude_none=True)
-    parts += [
-        Facts("Recipe", items_of(recipe)),
-        input_facts(record.inputs),
-        Facts("Machine", items_of(record.hardware | record.versions)),
+    parts = [_headline(record), structure_table(record), *_targets(record), *_repairs(record)]
+    details = [*_search(record), *_widths(record), *_experts(record), *circumstances(record)]
+    name = Path(record.source).name or record.source
+    return Section(f"{name}, made smaller", parts=tuple(parts), details=tuple(details))
+
+
+def structure_table(record: StructureRecord) -> Table:
+    """The fields of the configuration that changed, and what was removed."""
+    totals, inputs = record.totals, record.inputs
+    lines = [
+        *what_went(record),
+        f"computed in {inputs.dtype} on {inputs.device}; calibration: {inputs.calibration}, "
+        f"{bos_words(inputs.bos)}",
     ]
-    return Section(f"{Path(record.source).name or record.source}, made smaller", parts=tuple(parts))
+    total: tuple[str, ...] = ()
+    if "parameters" in totals:
+        before, after = totals["parameters_before"], totals["parameters"]
+        total = ("parameters", f"{before:,}", f"{after:,} ({after / before:.1%})")
+        memory = totals["peak_memory_bytes"] / 1e9
+        lines.append(f"{totals['seconds']:.0f} s; peak memory {memory:.2f} GB")
+    if record.left_out:
+        lines.append(
+            f"left out, because the model has no place for them: {len(record.left_out)} stored "
+            "tensors in the blocks"
+        )
+    return Table(
+        f"{record.source}, made smaller",
+        (Column("field"), Column("before"), Column("after")),
+        tuple((name, *map(_shown, values)) for name, values in record.config.items()),
+        "\n".join(lines),
+        total,
+    )
+
+
+def _shown(value: object) -> str:
+    """A value of a configuration; of a list only its length."""
+    return f"{len(value)} entries" if isinstance(value, list | tuple) else str(value)
 
 
 def _headline(record: StructureRecord) -> Facts:
@@ -57,10 +79,6 @@ def _headline(record: StructureRecord) -> Facts:
         ("peak memory", f"{totals['peak_memory_bytes'] / 1e9:.2f} GB"),
     ]
     return Facts("Headline", tuple(items), headline=True)
-
-
-def _numbered(lines: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    return tuple((str(number), line) for number, line in enumerate(lines, 1))
 
 
 def _search(record: StructureRecord) -> list[Any]:
@@ -117,23 +135,12 @@ def _parts(block: BlockChange) -> dict[str, PartChange]:
 def _widths(record: StructureRecord) -> list[HeatMap]:
     """The errors where channels and heads are read."""
     found = [_parts(block) for block in record.blocks]
-    kinds = tuple(dict.fromkeys(name for parts in found for name in parts))
-    if not kinds:
-        return []
-
-    def grid(figure: str) -> tuple[tuple[float | None, ...], ...]:
-        return tuple(
-            tuple(getattr(parts[kind], figure) if kind in parts else None for parts in found)
-            for kind in kinds
-        )
-
-    blocks = tuple(str(place) for place in range(len(found)))
     title = "Relative error where what became narrower is read"
+    figures = {"before the fit": "error_before_fit", "as it is": "error"}
     return [
-        HeatMap(
-            f"{title}, before the fit", "block", blocks, kinds, grid("error_before_fit"), ".3%"
-        ),
-        HeatMap(f"{title}, as it is", "block", blocks, kinds, grid("error"), ".3%"),
+        blocks_map(f"{title}, {when}", found, lambda part, name=name: getattr(part, name), ".3%")
+        for when, name in figures.items()
+        if any(found)
     ]
 
 
@@ -163,28 +170,17 @@ def _repairs(record: StructureRecord) -> list[Lines]:
         ("outputs", "relative error of the block's output"),
         ("logits", "KL divergence of the next token"),
     ):
-        found = [
-            (place, block.repair)
+        found = {
+            place: block.repair
             for place, block in enumerate(record.blocks)
             if block.repair is not None and block.repair.measure == measure
-        ]
+        }
         if found:
-            lines = (
-                _series("before", [(place, each.error_before) for place, each in found]),
-                _series("afterwards", [(place, each.error_after) for place, each in found]),
-            )
+            lines = {
+                "before": {place: each.error_before for place, each in found.items()},
+                "afterwards": {place: each.error_after for place, each in found.items()},
+            }
             charts.append(
-                Lines(
-                    f"Repair: {title}, on windows kept apart",
-                    "block",
-                    title,
-                    lines,
-                )
+                lines_over_blocks(f"Repair: {title}, on windows kept apart", title, lines, ".4f")
             )
     return charts
-
-
-def _series(name: str, points: Sequence[tuple[int, float]]) -> Series:
-    places, values = zip(*points, strict=True)
-    hover = tuple(f"block {place}: {value:.4f}" for place, value in points)
-    return Series(name, places, values, hover)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prunus.model.checkpoint.atomic_files import write_text
-from prunus.reporting.document import Document
 from prunus.reporting.page import to_html
 from prunus.reporting.plain import to_markdown
 from prunus.reporting.sources import read_document
+from prunus.runs.document import Document
 
 __all__ = ["check_page_name", "report", "write_page"]
 

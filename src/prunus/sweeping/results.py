@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from prunus.model.checkpoint.atomic_files import write_json, write_text
 from prunus.model.checkpoint.records import read_record
-from prunus.pruning.html_table import html_table
 from prunus.pruning.recipe import Recipe
+from prunus.runs.document import Table, table_of
 
 __all__ = [
     "RESULTS_NAME",
@@ -229,35 +229,30 @@ class SweepResults(_Record):
             )
         return read_record(path, cls)
 
-    def _repr_html_(self) -> str:
-        """The dense models and the cells as a table in a notebook."""
+    def table(self) -> Table:
+        """The dense models and the cells, with their scores."""
         texts = self.scoring.get("texts", ())
-        every: list[CellResult | ModelResult] = [*self.models.values(), *self.cells]
-        metrics = {
-            (task, metric): None
-            for found in every
-            for task, values in found.tasks.items()
-            for metric in values
-        }
+        forms = {"zeros": ".2%"}
 
-        def row(name: str, zeros: float, found: CellResult | ModelResult, state: str) -> list[Any]:
-            scores: list[float | None] = []
+        def row(name: str, zeros: float, found: CellResult | ModelResult, state: str) -> Any:
+            values: dict[str, Any] = {"cell": name, "zeros": zeros}
             for text in texts:
                 score = found.scores.get(text)
-                scores.append(getattr(score, "perplexity", None))
-                scores.append(getattr(getattr(score, "divergence", None), "kl", None))
-            for task, metric in metrics:
-                scores.append(getattr(found.tasks.get(task, {}).get(metric), "value", None))
-            shown = [None if value is None else f"{value:.4g}" for value in scores]
-            return [name, f"{zeros:.2%}", *shown, found.error or state]
+                values[f"perplexity {text}"] = getattr(score, "perplexity", None)
+                values[f"KL {text}"] = getattr(getattr(score, "divergence", None), "kl", None)
+            for task, metrics in found.tasks.items():
+                values |= {f"{task} {name}": metric.value for name, metric in metrics.items()}
+            forms.update(dict.fromkeys(list(values)[2:], ".4g"))
+            return values | {"state": found.error or state}
 
         rows = [row(f"{label}, dense", 0.0, each, "") for label, each in self.models.items()]
         for cell in self.cells:
             zeros = cell.pruning.sparsity if cell.pruning else cell.recipe.sparsity
             rows.append(row(cell.name, zeros, cell, cell.state))
-        scored = [f"{what} {text}" for text in texts for what in ("perplexity", "KL")]
-        columns = ["cell", "zeros", *scored, *(" ".join(pair) for pair in metrics), "state"]
-        return html_table(self.title, columns, rows, self.description)
+        return table_of(self.title, rows, forms, self.description)
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
 
     def to_csv(self) -> str:
         """One row per dense model and per cell. A missing value is an empty field."""

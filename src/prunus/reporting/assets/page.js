@@ -80,8 +80,12 @@ function sort(header) {
   body.append(...rows);
 }
 
-for (const button of document.querySelectorAll("th button")) {
-  button.addEventListener("click", () => sort(button.closest("th")));
+for (const header of document.querySelectorAll("thead th")) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.append(...header.childNodes);
+  button.addEventListener("click", () => sort(header));
+  header.append(button);
 }
 
 // The page holds the plotting library compressed, because it is most of the page.
@@ -95,9 +99,11 @@ async function loadLibrary() {
   document.head.append(script);
 }
 
+// A chart in a closed fold has no width yet. It is drawn when its fold opens.
 const charts = Array.from(document.querySelectorAll(".chart"));
-const drawAll = () => Promise.all(charts.map(draw));
+const drawAll = () => Promise.all(charts.filter((box) => box.closest("details:not([open])") === null).map(draw));
 loadLibrary().then(() => {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  for (const fold of document.querySelectorAll("details")) fold.addEventListener("toggle", drawAll);
   return drawAll();
 }).then(() => document.documentElement.setAttribute("data-charts", String(charts.length)));

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 
-from prunus.reporting.document import Lines, Measured, Table
+from prunus.reporting.console import TerminalConsole
 from prunus.reporting.figures import figure_json
-from prunus.reporting.size_charts import decode_speed
+from prunus.reporting.plain import to_terminal
+from prunus.reporting.quality import decode_speed
 from prunus.reporting.sources import read_document
-from prunus.reporting.sweep_tables import sweep_section
+from prunus.reporting.sweep_section import sweep_section
+from prunus.runs.document import Lines, Measured, Table
 from prunus.sweeping.results import Divergence, Size
 from report_samples import bench, evaluation, sweep_results, write
 
@@ -46,15 +49,15 @@ def charts(section):
     return {part.title: part for part in section.parts if isinstance(part, Lines)}
 
 
-def table(section, title):
-    [found] = [p for p in section.parts if isinstance(p, Table) and p.title == title]
+def table(section, title, key=0):
+    every = (*section.parts, *section.details)
+    [found] = [p for p in every if isinstance(p, Table) and p.title == title]
     titles = [column.title for column in found.columns]
-    return {row[0]: dict(zip(titles, row, strict=True)) for row in found.rows}
+    return {row[key]: dict(zip(titles, row, strict=True)) for row in found.rows}
 
 
 def test_a_sweep_shows_divergences_and_packed_sizes():
-    results = compared_sweep()
-    section = sweep_section(results)
+    section = sweep_section(compared_sweep())
     assert table(section, "KL divergence on wikitext2")["wanda"] == {
         "method": "wanda",
         "50%": 0.5,  # the mean over two seeds
@@ -64,27 +67,30 @@ def test_a_sweep_shows_divergences_and_packed_sizes():
     assert row["KL divergence, wikitext2"] == Measured(0.25, 0.01)
     assert row["KL 99.9 % quantile, wikitext2"] == 2.5
     assert row["same top token, wikitext2"] == Measured(0.75, 0.02)
-    assert (row["packed, GB"], row["bits per weight"]) == (4, 8)
-    assert "decode, tokens/s" not in row
+    assert (row["file, GB"], row["bits per weight"]) == (4, 8)
+    assert "decoded tokens/s" not in row
+    plain = sweep_section(sweep_results())
+    assert not [title for title in charts(plain) if "against" in title]
+    assert not [title for title in table(plain, "Cells")["smol-dense"] if "KL" in title]
 
 
-def test_a_sweep_without_divergences_shows_none():
-    section = sweep_section(sweep_results())
-    assert not [title for title in charts(section) if "against" in title]
-    assert not [title for title in table(section, "Cells")["smol-dense"] if "KL" in title]
-
-
-def test_charts_of_a_sweep_join_the_results_of_a_method():
-    found = charts(sweep_section(compared_sweep()))
-    kl = found["KL divergence on wikitext2 against bits per weight"]
-    assert [(s.name, s.x, s.y) for s in kl.series] == [("wanda", (4, 8), (1.0, 0.5))]
-    assert kl.level is None
-    perplexity = found["Perplexity on wikitext2 against file size"]
-    assert [(s.name, s.x, s.y) for s in perplexity.series] == [("wanda", (2, 4), (61.5, 32.0))]
-    assert perplexity.level == ("dense", 20.5)
-    assert not [title for title in found if "decoding" in title]
-    drawn = json.loads(figure_json(kl))
-    assert drawn["data"][0]["mode"] == "lines+markers"
+def test_one_chart_of_a_sweep_joins_the_results_of_a_method_and_has_the_dense_model():
+    results = compared_sweep()
+    results.models["smol"].size = Size(file_bytes=8 * 10**9, bits_per_weight=16)
+    found = charts(sweep_section(results))
+    assert list(found) == [
+        "Perplexity on wikitext2 against size",
+        "Perplexity on wikitext2 by sparsity",
+    ]
+    chart = found["Perplexity on wikitext2 against size"]
+    assert [(s.name, s.x, s.y) for s in chart.series] == [
+        ("dense", (8,), (20.5,)),
+        ("wanda", (2, 4), (61.5, 32.0)),
+    ]
+    assert chart.level == ("dense", 20.5)
+    assert chart.series[1].hover[0] == "wanda, 2:4: 61.500 at 2.000, KL 1.0000"
+    drawn = json.loads(figure_json(chart))
+    assert drawn["data"][1]["mode"] == "lines+markers"
     assert "tickvals" not in drawn["layout"]["xaxis"]
 
 
@@ -92,9 +98,9 @@ def test_speeds_belong_to_the_cells_in_whose_folders_the_models_lie():
     cells = [cell.name for cell in compared_sweep().cells]
     speeds = {f"OUT/cells/{cells[place]}/model": 10.0 * place for place in (2, 3, 4)}
     section = sweep_section(compared_sweep(), speeds)
-    assert table(section, "Cells")[cells[4]]["decode, tokens/s"] == 40
-    [series] = charts(section)["KL divergence on wikitext2 against decoding speed"].series
-    assert (series.x, series.y) == ((25, 40), (0.5, 1.0))
+    assert table(section, "Cells")[cells[4]]["decoded tokens/s"] == 40
+    [series] = charts(section)["Perplexity on wikitext2 against speed"].series
+    assert (series.x, series.y) == ((25, 40), (32.0, 61.5))
 
 
 def compared_evaluation(kls=(0.0, 0.5, 0.25)):
@@ -117,29 +123,40 @@ def test_an_evaluation_shows_sizes_and_names_beside_its_points(tmp_path):
     file = write(tmp_path / "e.json", compared_evaluation())
     speeds = write(tmp_path / "b.json", bench("other/b", "runs/c"))
     section = read_document([file], speeds).sections[0]
-    assert table(section, "Size")["b"] == {
-        "model": "b",
-        "file, GB": 2.0,
-        "bits per weight": 8.0,
-        "decode, tokens/s": 16.0,
-    }
-    found = charts(section)
-    assert len(found) == 6
-    kl = found["KL divergence on wikitext2 against file size"]
-    assert [(s.name, s.x, s.y) for s in kl.series] == [("b", (2,), (0.5,)), ("c", (3,), (0.25,))]
-    drawn = json.loads(figure_json(kl))
-    assert [trace["text"] for trace in drawn["data"]] == [["b"], ["c"]]
-    assert {trace["mode"] for trace in drawn["data"]} == {"markers+text"}
+    row = table(section, "Quality and size", key=1)["b"]
+    assert (row["file, GB"], row["bits per weight"], row["decoded tokens/s"]) == (2.0, 8.0, 16.0)
+    assert row["KL divergence"] == Measured(0.5, 0.01)
+    assert list(charts(section)) == [
+        "Perplexity on wikitext2 against size",
+        "Perplexity on wikitext2 against speed",
+    ]
+    chart = charts(section)["Perplexity on wikitext2 against size"]
+    assert [(s.name, s.x) for s in chart.series] == [("a", (1,)), ("b", (2,)), ("c", (3,))]
+    assert chart.level == ("dense", 20.5)
+    drawn = json.loads(figure_json(chart))
+    assert [trace.get("text") for trace in drawn["data"]] == [["a"], ["b"], ["c"], None]
+    assert drawn["data"][0]["mode"] == "markers+text"
     low, high = drawn["layout"]["xaxis"]["range"]
-    assert low < 2
-    assert high > 3
-    assert found["Perplexity on wikitext2 against file size"].level == ("dense", 20.5)
+    assert low < 1 and high > 3
 
 
-def test_an_evaluation_of_an_earlier_version_has_no_sizes(tmp_path):
+def test_an_evaluation_without_sizes_has_no_charts(tmp_path):
     [section] = read_document([write(tmp_path / "e.json", evaluation())]).sections
     assert not charts(section)
-    assert not [part for part in section.parts if part.title == "Size"]
+    assert "file, GB" not in table(section, "Quality and size", key=1)["dense"]
+
+
+def test_every_model_of_an_evaluation_has_rows_of_its_own(tmp_path):
+    content = compared_evaluation()
+    for place, one in enumerate(content["models"]):
+        one["perplexity"][0]["perplexity"] = 20.0 + place
+    document = read_document([write(tmp_path / "e.json", content)])
+    output = io.StringIO()
+    TerminalConsole(file=output, width=200).print(to_terminal(document))
+    lines = [line for line in output.getvalue().splitlines() if "wikitext2" in line]
+    for place, name in enumerate("abc"):
+        assert any(name in line and f"{20 + place}.000" in line for line in lines)
+    assert "raw lines" in output.getvalue(), "the protocol is there"
 
 
 @pytest.mark.parametrize(

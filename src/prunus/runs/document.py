@@ -1,0 +1,297 @@
+"""The content of a report, apart from how it is shown: sections of facts, tables and charts.
+
+A document holds every figure as it was measured. Only `text_of` formats figures, so that the page,
+the notebook, the terminal and Markdown agree. Every record shows itself by a `Table` of this
+module. Here is the HTML that the page and the notebook share; `prunus.reporting` has the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+__all__ = [
+    "MISSING",
+    "Chart",
+    "Column",
+    "Document",
+    "Facts",
+    "HeatMap",
+    "Lines",
+    "Measured",
+    "Part",
+    "Section",
+    "Series",
+    "Table",
+    "items_of",
+    "part_html",
+    "table_of",
+    "text_of",
+]
+
+MISSING = "–"
+#: Values of at most this many characters are shown several in a row.
+_SHORT = 28
+#: Notebooks align every cell to the right.
+_NOTEBOOK_STYLE = (
+    "<style>.prunus th, .prunus td {text-align: left} .prunus .number {text-align: right}</style>"
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure with its standard error, None where that is unknown.
+
+    `form` formats this figure, as in `Column`; None takes the form of the column.
+    """
+
+    value: float
+    stderr: float | None
+    form: str | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table. `form` is the Python format of its figures; None if it holds text."""
+
+    title: str
+    form: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        title: heading.
+        columns: one per value of a row.
+        rows: unformatted values; None where a figure is missing.
+        note: text below the table, in one or more lines.
+        total: a last row that sums up the others, which sorting leaves in its place; () for none.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    note: str = ""
+    total: tuple[Any, ...] = ()
+
+    def _repr_html_(self) -> str:
+        return _notebook(part_html(self))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Pairs of names and values, such as a recipe. A headline has few of them, in large letters."""
+
+    title: str
+    items: tuple[tuple[str, str], ...]
+    headline: bool = False
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart: its points, and the text of each point under the pointer."""
+
+    name: str
+    x: tuple[Any, ...]
+    y: tuple[float, ...]
+    hover: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A chart of lines, with a marker at each measured point.
+
+    Attributes:
+        title, x_title, y_title: headings of the chart and its axes.
+        series: the lines.
+        level: name and value of a horizontal line to compare with, such as the dense model's.
+        categories: all values of x in order, if x is a category; empty if x is a number.
+        log_x, log_y: whether the axis is logarithmic.
+        round_ticks: whether the x axis has ticks at round numbers, rather than one at every value.
+        labelled: whether names are written next to the points, rather than in a legend.
+    """
+
+    title: str
+    x_title: str
+    y_title: str
+    series: tuple[Series, ...]
+    level: tuple[str, float] | None = None
+    categories: tuple[str, ...] = ()
+    log_x: bool = False
+    log_y: bool = False
+    round_ticks: bool = False
+    labelled: bool = False
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A chart with one coloured cell per row and column.
+
+    Attributes:
+        title, x_title: headings of the chart and its x axis.
+        columns, rows: names of the columns and rows.
+        values: one tuple per row; None where there is no value.
+        form: how to format a value, as in `Column`.
+    """
+
+    title: str
+    x_title: str
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+    form: str
+
+
+Chart = Lines | HeatMap
+Part = Facts | Table | Chart
+
+
+@dataclass(frozen=True)
+class Section:
+    """One subject of a report: a run, a sweep, an evaluation.
+
+    The page shows `details` only after a click.
+    """
+
+    title: str
+    lead: str = ""
+    parts: tuple[Part, ...] = ()
+    details: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True)
+class Document:
+    """A whole report."""
+
+    title: str
+    sections: tuple[Section, ...] = ()
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook: facts and tables. Only the written page has charts."""
+        shown = [f"<h1>{escape(self.title)}</h1>\n"]
+        for section in self.sections:
+            shown.append(f"<h2>{escape(section.title)}</h2>\n")
+            shown += [f"<p>{escape(section.lead)}</p>\n"] if section.lead else []
+            parts = (*section.parts, *section.details)
+            shown += [part_html(part) for part in parts if isinstance(part, Facts | Table)]
+        return _notebook("".join(shown))
+
+
+def table_of(
+    title: str,
+    rows: Iterable[Mapping[str, Any]],
+    forms: Mapping[str, str],
+    note: str = "",
+    total: Mapping[str, Any] | None = None,
+) -> Table:
+    """A table from rows that map the title of a column to a value.
+
+    A column without any value is left out. `forms` has the format of the columns with figures.
+
+    >>> rows = [{"model": "a", "bits": None}, {"model": "b", "bits": None, "GB": 1.5}]
+    >>> found = table_of("Size", rows, {"GB": ".2f"})
+    >>> found.columns, found.rows
+    ((Column(title='model', form=None), Column(title='GB', form='.2f')), (('a', None), ('b', 1.5)))
+    """
+    rows = list(rows)
+    every = [*rows, *([total] if total else [])]
+    titles = [
+        title
+        for title in dict.fromkeys(title for row in every for title in row)
+        if any(row.get(title) is not None for row in every)
+    ]
+    return Table(
+        title,
+        tuple(Column(title, forms.get(title)) for title in titles),
+        tuple(tuple(map(row.get, titles)) for row in rows),
+        note,
+        tuple(map(total.get, titles)) if total else (),
+    )
+
+
+def items_of(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Pairs of names and values as text, for `Facts`; values that say nothing are left out."""
+    return tuple(
+        (key, ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value))
+        for key, value in values.items()
+        if value not in (None, ())
+    )
+
+
+def text_of(value: Any, form: str | None) -> str:
+    """Format a value for people.
+
+    Args:
+        value: number, text, `Measured`, or None if it is missing.
+        form: Python format specification; None for text.
+
+    Returns:
+        The text. A missing value becomes a dash.
+
+    >>> text_of(1234.567, ",.2f")
+    '1,234.57'
+    >>> text_of(Measured(0.5, stderr=0.25), ".1%")
+    '50.0% ± 25.0%'
+    >>> text_of(None, ".1%")
+    '–'
+    """
+    if value is None:
+        return MISSING
+    if isinstance(value, Measured):
+        form = value.form or form
+        error = (
+            "" if value.stderr is None else f" ± {text_of(value.stderr, form and form.lstrip('+'))}"
+        )
+        return f"{text_of(value.value, form)}{error}"
+    return str(value) if form is None or isinstance(value, str) else format(value, form)
+
+
+def part_html(part: Facts | Table) -> str:
+    """Write facts or a table as HTML. All text is escaped: names come from files of others."""
+    if isinstance(part, Facts):
+        return _facts_html(part)
+    heads = "".join(
+        f'<th scope="col"{_number_class(column)}>{escape(column.title)}</th>'
+        for column in part.columns
+    )
+    body = "".join(_row_html(row, part) + "\n" for row in part.rows)
+    foot = f"<tfoot>{_row_html(part.total, part)}</tfoot>" if part.total else ""
+    notes = "".join(f'<p class="note">{escape(line)}</p>' for line in part.note.splitlines())
+    return (
+        f"<div><h3>{escape(part.title)}</h3>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(part.title)}">'
+        f"<table><thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody>{foot}</table></div>"
+        f"{notes}</div>\n"
+    )
+
+
+def _facts_html(facts: Facts) -> str:
+    items = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items
+    )
+    if facts.headline:
+        return f'<div><dl class="tiles">{items}</dl></div>\n'
+    kind = "facts short" if all(len(value) <= _SHORT for _, value in facts.items) else "facts"
+    return f'<div><h3>{escape(facts.title)}</h3><dl class="{kind}">{items}</dl></div>\n'
+
+
+def _row_html(row: tuple[Any, ...], table: Table) -> str:
+    cells = []
+    for value, column in zip(row, table.columns, strict=True):
+        plain = value.value if isinstance(value, Measured) else value
+        raw = "" if plain is None else f' data-value="{escape(str(plain))}"'
+        text = escape(text_of(value, column.form))
+        cells.append(f"<td{_number_class(column)}{raw}>{text}</td>")
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _number_class(column: Column) -> str:
+    return "" if column.form is None else ' class="number"'
+
+
+def _notebook(html: str) -> str:
+    return f'{_NOTEBOOK_STYLE}<div class="prunus">{html}</div>'
