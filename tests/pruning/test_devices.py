@@ -13,9 +13,9 @@ import transformers
 import prunus
 from devices import PRETEND, assert_same_weights
 from prunus.calibration.generate import write_windows
+from prunus.compression import loss_sensitivity
 from prunus.methods import input_sums, patterns
 from prunus.methods.solvers import least_squares
-from prunus.pruning import loss_sensitivity
 from prunus.pruning.job import PruningJob
 from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, token_ids

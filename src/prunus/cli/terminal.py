@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from prunus.cli.flags import as_flags
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -72,8 +74,9 @@ def user_errors(json_file: Path | None) -> Iterator[None]:
         FileExistsError,
         NotImplementedError,
         ImportError,
+        MemoryError,
     ) as error:
-        log(f"error: {error}")
+        log(f"error: {as_flags(str(error))}")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         log(f"stopped; {_RESUMABLE}")

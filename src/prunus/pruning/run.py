@@ -40,6 +40,7 @@ from prunus.pruning.recipe import Recipe
 from prunus.runs.blocks import StoredBlock
 from prunus.runs.folder import find_earlier, held
 from prunus.runs.loop import Made, run_blocks
+from prunus.runs.memory_watch import MemoryWatch
 from prunus.runs.options import RunOptions
 from prunus.runs.plan import check_room
 from prunus.runs.progress_bar import pruning_step, shows_progress
@@ -204,7 +205,7 @@ def _carry_out(
     settings = job.block_settings(record.allocation)
     pruner = BlockPruner(job.skeleton, job.source, settings, ranks, finish)
     one_thread = 1 if job.reference_order else None
-    with torch.no_grad(), contextlib.closing(pruner), _threads(one_thread):
+    with MemoryWatch(job), torch.no_grad(), contextlib.closing(pruner), _threads(one_thread):
         # Everything before the first block: windows become hidden states.
         batches = windows.ids.split(job.batch) if len(windows.ids) else ()
         embedding = f"embedding {len(windows.ids)} windows and " if batches else ""

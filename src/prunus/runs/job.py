@@ -150,10 +150,20 @@ class RunJob:
 
     @property
     def hidden_states_stay(self) -> bool:
-        """Whether hidden states stay on the device: they fit there beside one batch in flight."""
-        return all(
+        """Whether hidden states stay on the device between blocks.
+
+        They do if they fit there next to one batch in flight, and if keeping them elsewhere would
+        not let more blocks run in lockstep. Reading them back costs less than a second pass.
+        """
+        fits = all(
             memory.total(hidden=True, paused=False) <= self.budget for memory in self.block_memory
         )
+        return fits and self._in_lockstep(hidden=True) >= self._in_lockstep(hidden=False)
+
+    def _in_lockstep(self, *, hidden: bool) -> int:
+        """How many blocks can run in lockstep, with the hidden states here or elsewhere."""
+        needed = (memory.total(hidden=hidden, paused=True) for memory in self.block_memory)
+        return sum(each <= self.budget for each in needed)
 
     @property
     def spills(self) -> bool:

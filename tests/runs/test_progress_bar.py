@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import prunus
-from prunus.pruning import progress_bar
+from prunus.runs import progress_bar
 from prunus.runs.progress import Progress
 from prunus.runs.progress_bar import ProgressBar, Shown, shows_progress
 from tiny import tiny_checkpoint, token_ids
