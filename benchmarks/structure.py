@@ -177,7 +177,7 @@ class Benchmark:
         levels = target.widths(range(count))
         if not levels:
             raise ValueError(f"{self.given.model.name} cannot come to {size:g} by width alone")
-        return max(levels, key=lambda level: target.size(range(count), level).parameters).options
+        return max(levels, key=lambda level: target.size(range(count), level)).options
 
     # Rows.
 
@@ -246,7 +246,7 @@ class Benchmark:
         gone = record.totals["parameters_before"] - record.totals["parameters"]
         target = self.planned(self.given.sizes[0]).target
         assert target is not None
-        whole = target.whole.parameters
+        whole = target.whole
         return {"folder": str(folder), "options": options, "share": 1 - gone / whole}
 
     @functools.cached_property

@@ -13,8 +13,8 @@ from prunus.methods.structured import channels
 from prunus.methods.structured.channels import fit_columns, keep_units
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
-from prunus.structure.layout_trial import LayoutTrial
 from prunus.structure.spans import Cut, Span
+from prunus.structure.width_layout import LayoutFinder
 from structure_cases import assert_same_logits, loaded, logits, take_fitted_columns
 from structure_cases import shrink_without_repair as shrink
 from tiny import tiny_checkpoint, token_ids
@@ -161,8 +161,8 @@ def test_the_rows_of_a_joined_linear_are_found_by_running_a_block(
     source = CheckpointSource(tiny_checkpoint(tmp_path / "dense", family))
     skeleton = Skeleton(source.config, torch.float32)
     source.bind(skeleton)
-    trial = LayoutTrial(skeleton, source, torch.device("cpu"))
+    finder = LayoutFinder(skeleton, source, torch.device("cpu"))
     columns = Cut(1, (CHANNELS if reader == _MLP else HEADS,))
     fitting, *others = (Cut(axis, tuple(spans)) for spans in (right, *wrong))
-    assert trial.choose(1, reader, columns, name, [*others, fitting]) == fitting
-    assert trial.choose(1, reader, columns, name, others) is None
+    assert finder.choose(1, reader, columns, name, [*others, fitting]) == fitting
+    assert finder.choose(1, reader, columns, name, others) is None

@@ -36,10 +36,10 @@ from prunus.pruning.plan import plan_run
 from prunus.pruning.reconstruction.batches import step_ranks
 from prunus.runs.options import RunOptions
 from prunus.structure.layout import check_same_blocks
-from prunus.structure.layout_trial import LayoutTrial
 from prunus.structure.recipe import StructureRecipe, kept_count
 from prunus.structure.record import StructureRecord
 from prunus.structure.target_plan import TargetPlan
+from prunus.structure.width_layout import LayoutFinder
 from prunus.structure.width_plan import WidthPlan, plan_width
 
 __all__ = ["ExpertPlan", "SmallerModel", "StructureJob", "find_earlier_run", "plan_structure"]
@@ -244,11 +244,11 @@ def plan_structure(
 def _plan_width(job: StructureJob) -> None:
     """Decide how narrow the model becomes, or between which widths a search may choose."""
     recipe, measuring = job.recipe, job.measuring
-    trial = LayoutTrial(job.skeleton, job.source, measuring.device)
+    finder = LayoutFinder(job.skeleton, job.source, measuring.device)
 
     def plan(at_width: StructureRecipe) -> WidthPlan:
         config = job.source.config.get_text_config()
-        return plan_width(at_width, job.full_width, config, measuring.model_name, build, trial)
+        return plan_width(at_width, job.full_width, config, measuring.model_name, build, finder)
 
     def build(changes: Mapping[str, Any]) -> Skeleton:
         fewer = {job.experts.field: job.experts.keep} if job.experts is not None else {}

@@ -1,13 +1,13 @@
-"""Where channels and heads lie on an axis of a tensor.
+"""Where channels and heads are on an axis of a tensor.
 
-A unit is a channel of an MLP, a query head, or a key-value group. On an axis units follow each
-other, each with a number of entries of its own. Where linears are joined into one, its rows are
-several such runs, one behind the other:
+A unit is a channel of an MLP, a query head, or a key-value group. Units follow each other on an
+axis, each with a number of entries of its own. Where linears are joined into one, its rows are
+several such runs:
 
     gate_up_proj    all gates │ all ups                  two runs of channels
     qkv_proj        all queries │ all keys │ all values  one run of heads, two runs of groups
 
-Shapes leave open which of these it is, so `possible_spans` gives all that fit.
+Shapes do not decide which of these it is, so `possible_spans` gives all that fit.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Cut", "KeptUnits", "Span", "UnitKind", "possible_spans"]
+__all__ = ["Cut", "KeptUnits", "Span", "UnitKind", "Units", "possible_spans"]
 
 UnitKind = Literal["channels", "heads", "groups"]
+#: How many units of each kind there are before and after.
+Units = Mapping[UnitKind, tuple[int, int]]
 #: The units that stay, by kind.
 KeptUnits = Mapping[UnitKind, Sequence[int]]
 
@@ -69,17 +71,15 @@ class Cut:
         return found
 
     def take(self, tensor: Tensor, kept: KeptUnits) -> Tensor:
-        """The tensor without the units that go."""
+        """The tensor with only the units that stay."""
         return tensor.index_select(self.axis, torch.tensor(self.entries(kept)))
 
 
-def possible_spans(
-    length: tuple[int, int], units: Mapping[UnitKind, tuple[int, int]], width: int
-) -> list[tuple[Span, ...]]:
+def possible_spans(length: tuple[int, int], units: Units, width: int) -> list[tuple[Span, ...]]:
     """The runs of units that an axis may consist of, the likeliest first.
 
     Args:
-        length: of the axis, before and after units went.
+        length: of the axis, before and after units are removed.
         units: how many there are of each kind, before and after.
         width: entries per unit where units are read.
 
@@ -87,7 +87,8 @@ def possible_spans(
     (Span(kind='channels', units=3, width=1), Span(kind='channels', units=3, width=1))
     """
     found: list[tuple[Span, ...]] = []
-    # Key-value groups come first: where whole groups go, their rows may also count as heads.
+    # Key-value groups are tried first: where whole groups are removed, their rows may also count
+    # as heads.
     kinds = sorted(units, key=lambda kind: kind != "groups")
     for kind in kinds:
         for each in (1, width):

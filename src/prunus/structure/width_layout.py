@@ -1,22 +1,33 @@
-"""Where the channels of an MLP, or the heads, lie in the tensors of a block.
+"""Which tensors of a block the channels of an MLP, or the heads, are part of.
 
 Two blocks without weights are compared, one of them with fewer channels or heads. One linear reads
-them: the one with fewer columns. What writes them are the other tensors that become shorter.
+them: the one with fewer columns. The other tensors that become shorter write them.
+
+Shapes often leave several possibilities for the order of the rows. Running the block decides: with
+zeros in some columns of the linear that reads the units, nothing that writes these units can change
+the output. So one layout after the other is tried. Noise replaces the entries that it gives to some
+units, and the layout holds if the output of the block stays the same to the bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from prunus.model.linears import Linear, find_linears
+from prunus.model.skeleton import Skeleton
+from prunus.model.source import Source
+from prunus.model.stream import Stream
 from prunus.structure.layout import axis_that_changes, shapes_of
-from prunus.structure.layout_trial import LayoutTrial
-from prunus.structure.spans import Cut, Span, UnitKind, possible_spans
+from prunus.structure.spans import Cut, KeptUnits, Span, UnitKind, Units, possible_spans
 
-__all__ = ["PartLayout", "channel_layouts", "head_layout"]
+__all__ = ["LayoutFinder", "PartLayout"]
+
+_TRIAL_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -36,70 +47,163 @@ class PartLayout:
     cuts: dict[str, Cut]
 
 
-def channel_layouts(
-    old: nn.Module, new: nn.Module, index: int, trial: LayoutTrial
-) -> list[PartLayout]:
-    """Where the channels of each MLP lie in a block. Every routed expert is an MLP of its own.
+class LayoutFinder:
+    """Finds the layouts of the blocks of a model. Blocks of one kind are run once.
 
     Args:
-        old, new: the block, and that with fewer channels.
-        index: position of the block.
-        trial: decides where shapes do not.
-
-    Raises:
-        NotImplementedError: the channels are read or written in another way than in an MLP.
+        skeleton: the model.
+        source: its weights.
+        device: where blocks run.
     """
-    axes, readers = _changes(old, new, "channels")
-    # What belongs to an MLP lies in the module of the linear that reads its channels.
-    owners = {name.rpartition(".")[0]: name for name in readers}
-    if len(owners) != len(readers) or (axes and not readers):
-        raise NotImplementedError(
-            f"{len(readers)} linears of a block read its channels, and one is needed per MLP: this "
-            "family cannot become narrower yet"
-        )
-    parts: dict[str, dict[str, int]] = {name: {} for name in readers}
-    for name, axis in axes.items():
-        inside = [owner for owner in owners if not owner or name.startswith(f"{owner}.")]
-        if not inside:
+
+    def __init__(self, skeleton: Skeleton, source: Source, device: torch.device) -> None:
+        self._skeleton, self._source, self._device = skeleton, source, device
+        self._known: dict[tuple[object, ...], Cut | None] = {}
+
+    def channels(self, old: nn.Module, new: nn.Module, index: int) -> list[PartLayout]:
+        """Where the channels of each MLP are. Every routed expert is an MLP of its own.
+
+        Args:
+            old, new: the block, and that with fewer channels.
+            index: position of the block.
+
+        Raises:
+            NotImplementedError: the channels are read or written in another way than in an MLP.
+        """
+        axes, readers = _changes(old, new, "channels")
+        # The tensors of an MLP are in the module of the linear that reads its channels.
+        owners = {name.rpartition(".")[0]: name for name in readers}
+        if len(owners) != len(readers) or (axes and not readers):
             raise NotImplementedError(
-                f"{name} depends on the number of channels, and belongs to no MLP: this family "
-                "cannot become narrower yet"
+                f"{len(readers)} linears of a block read its channels, and one is needed per MLP: "
+                "this family cannot become narrower yet"
             )
-        parts[owners[max(inside, key=len)]][name] = axis
-    found = []
-    for name, of_part in parts.items():
-        before = readers[name].shape[1]
-        keep = shapes_of(new)[f"{name}.weight"][of_part[f"{name}.weight"]]
-        units: dict[UnitKind, tuple[int, int]] = {"channels": (before, keep)}
-        found.append(_part(old, new, readers[name], of_part, units, index, trial))
-    return found
+        parts: dict[str, dict[str, int]] = {name: {} for name in readers}
+        for name, axis in axes.items():
+            inside = [owner for owner in owners if not owner or name.startswith(f"{owner}.")]
+            if not inside:
+                raise NotImplementedError(
+                    f"{name} depends on the number of channels, and belongs to no MLP: this family "
+                    "cannot become narrower yet"
+                )
+            parts[owners[max(inside, key=len)]][name] = axis
+        found = []
+        for name, of_part in parts.items():
+            keep = shapes_of(new)[f"{name}.weight"][of_part[f"{name}.weight"]]
+            units: Units = {"channels": (readers[name].shape[1], keep)}
+            found.append(self._part(old, new, readers[name], of_part, units, index))
+        return found
 
+    def heads(self, old: nn.Module, new: nn.Module, units: Units, index: int) -> PartLayout | None:
+        """Where the heads of a block are; None for a block without heads.
 
-def head_layout(
-    old: nn.Module,
-    new: nn.Module,
-    units: Mapping[UnitKind, tuple[int, int]],
-    index: int,
-    trial: LayoutTrial,
-) -> PartLayout | None:
-    """Where the heads lie in a block; None for a block without heads.
+        Args:
+            old, new: the block, and that with fewer heads.
+            units: the numbers of "heads", and of "groups" if heads share them.
+            index: position of the block.
 
-    Args:
-        old, new: the block, and that with fewer heads.
-        units: "heads", and "groups" if heads share them -> how many there are before and after.
-        index: position of the block.
-        trial: decides where shapes do not.
+        Raises:
+            NotImplementedError: fewer heads would change more than sizes.
+        """
+        axes, readers = _changes(old, new, "heads")
+        if not axes:
+            return None
+        if len(readers) != 1:
+            raise NotImplementedError(f"{len(readers)} linears of a block read them, and not one")
+        (reader,) = readers.values()
+        return self._part(old, new, reader, axes, units, index)
 
-    Raises:
-        NotImplementedError: fewer heads would change more than sizes.
-    """
-    axes, readers = _changes(old, new, "heads")
-    if not axes:
-        return None
-    if len(readers) != 1:
-        raise NotImplementedError(f"{len(readers)} linears of a block read them, and not one")
-    (reader,) = readers.values()
-    return _part(old, new, reader, axes, units, index, trial)
+    def _part(
+        self,
+        old: nn.Module,
+        new: nn.Module,
+        reader: Linear,
+        axes: Mapping[str, int],
+        units: Units,
+        index: int,
+    ) -> PartLayout:
+        """The layout of the units that one linear reads.
+
+        Raises:
+            NotImplementedError: a norm computes over all of them, or their order is not known.
+        """
+        shapes, after = shapes_of(old), shapes_of(new)
+        kind: UnitKind = "channels" if "channels" in units else "heads"
+        count, keep = units[kind]
+        inputs, width = reader.shape[1], reader.shape[1] // count
+        if inputs != count * width:
+            raise NotImplementedError(f"{reader.name} reads {inputs} inputs of {count} {kind}")
+        read = Span(kind, count, width)
+        own = f"{reader.name}.weight"
+        linears = {linear.name for linear in find_linears(old)}
+        cuts = {}
+        for name, axis in axes.items():
+            length = shapes[name][axis]
+            one_each = kind == "heads" and length in {before for before, _ in units.values()}
+            if name.rpartition(".")[0] not in linears and not one_each:
+                raise NotImplementedError(
+                    f"{name} normalises all {kind} together, so fewer of them would change the "
+                    "others"
+                )
+            if name == own:
+                cuts[name] = Cut(axis, (read,))
+                continue
+            possible = possible_spans((length, after[name][axis]), units, width)
+            layouts = [Cut(axis, spans) for spans in possible]
+            if len(possible) == len(possible[0]) == 1 and possible[0][0].width in (1, width):
+                cuts[name] = layouts[0]
+                continue
+            chosen = self.choose(index, reader.name, Cut(axis, (read,)), name, layouts)
+            if chosen is None:
+                raise NotImplementedError(
+                    f"{name} holds {length} rows for {count} {kind}, in an order that is not known"
+                )
+            cuts[name] = chosen
+        return PartLayout(reader.name, read, keep, cuts)
+
+    def choose(
+        self, index: int, reader: str, read: Cut, name: str, layouts: Sequence[Cut]
+    ) -> Cut | None:
+        """The first layout of a tensor that holds when the block runs; None if none does.
+
+        Args:
+            index: position of the block.
+            reader: relative name of the linear whose inputs the units are.
+            read: where they are among its inputs.
+            name: relative name of the tensor.
+            layouts: the possible ones, the likeliest first.
+        """
+        key = (type(self._skeleton.blocks[index]), reader, read, name, *layouts)
+        if key not in self._known:
+            with torch.no_grad():
+                self._known[key] = self._tried(index, reader, read, name, layouts)
+        return self._known[key]
+
+    def _tried(
+        self, index: int, reader: str, read: Cut, name: str, layouts: Sequence[Cut]
+    ) -> Cut | None:
+        skeleton = self._skeleton
+        stream = Stream(skeleton, self._source, self._device)
+        with contextlib.closing(stream):
+            stream.embed([skeleton.trial_batch(_TRIAL_TOKENS)], None)
+            hidden = stream.states.get(0)
+            block = skeleton.fill(index, self._source.block(index), self._device)
+            run = stream.call(index, block)
+            linear = next(each for each in skeleton.linears(index) if each.name == reader)
+            unread = _some_units(read.spans, layouts)
+            weight_OI = linear.weight_OI.clone()
+            weight_OI[:, read.entries(unread)] = 0
+            linear.assign(weight_OI)
+            expected, tensor = run(hidden), block.state_dict()[name]
+
+            def holds(layout: Cut) -> bool:
+                """Whether noise in place of the unread units leaves the output as it is."""
+                with _noise(tensor, layout, unread):
+                    return torch.equal(run(hidden), expected)
+
+            found = next((layout for layout in layouts if holds(layout)), None)
+            skeleton.release(index)
+        return found
 
 
 def _changes(old: nn.Module, new: nn.Module, what: str) -> tuple[dict[str, int], dict[str, Linear]]:
@@ -126,51 +230,30 @@ def _changes(old: nn.Module, new: nn.Module, what: str) -> tuple[dict[str, int],
     return found, readers
 
 
-def _part(
-    old: nn.Module,
-    new: nn.Module,
-    reader: Linear,
-    axes: Mapping[str, int],
-    units: Mapping[UnitKind, tuple[int, int]],
-    index: int,
-    trial: LayoutTrial,
-) -> PartLayout:
-    """The layout of the units that one linear reads.
+def _some_units(read: Sequence[Span], layouts: Sequence[Cut]) -> KeptUnits:
+    """A quarter of the units, but not all: key-value groups with their heads where there are any.
 
-    Raises:
-        NotImplementedError: a norm goes over all of them, or a linear holds them in no known order.
+    Args:
+        read: the units as they are read.
+        layouts: the possible ones, which show whether heads share key-value groups.
     """
-    shapes, after = shapes_of(old), shapes_of(new)
-    kind: UnitKind = "channels" if "channels" in units else "heads"
-    count, keep = units[kind]
-    inputs, width = reader.shape[1], reader.shape[1] // count
-    if inputs != count * width:
-        raise NotImplementedError(f"{reader.name} reads {inputs} inputs of {count} {kind}")
-    read = Span(kind, count, width)
-    own = f"{reader.name}.weight"
-    linears = {linear.name for linear in find_linears(old)}
-    cuts = {}
-    for name, axis in axes.items():
-        length = shapes[name][axis]
-        one_each = kind == "heads" and length in {before for before, _ in units.values()}
-        if name.rpartition(".")[0] not in linears and not one_each:
-            raise NotImplementedError(
-                f"{name} normalises all {kind} together, so fewer of them would change the others"
-            )
-        if name == own:
-            cuts[name] = Cut(axis, (read,))
-            continue
-        possible = [
-            Cut(axis, spans) for spans in possible_spans((length, after[name][axis]), units, width)
-        ]
-        simple = len(possible) == 1 and len(spans := possible[0].spans) == 1
-        if simple and spans[0].width in (1, width):
-            cuts[name] = possible[0]
-            continue
-        chosen = trial.choose(index, reader.name, Cut(axis, (read,)), name, possible)
-        if chosen is None:
-            raise NotImplementedError(
-                f"{name} holds {length} rows for {count} {kind}, in an order that is not known"
-            )
-        cuts[name] = chosen
-    return PartLayout(reader.name, read, keep, cuts)
+    ((kind, units),) = {(span.kind, span.units) for span in read}
+    groups = {span.units for cut in layouts for span in cut.spans if span.kind == "groups"}
+    found: dict[UnitKind, range] = {kind: range(max(1, units // 4))}
+    if groups and (count := groups.pop()) > 1:
+        some = max(1, count // 4)
+        found = {"heads": range(some * (units // count)), "groups": range(some)}
+    return found
+
+
+@contextlib.contextmanager
+def _noise(tensor: Tensor, layout: Cut, units: KeptUnits) -> Iterator[None]:
+    """While active, some units of a tensor are noise of the size of its weights."""
+    entries = torch.tensor(layout.entries(units), dtype=torch.int64, device=tensor.device)
+    before = tensor.index_select(layout.axis, entries)
+    # A bias may be zero everywhere.
+    scale = before.float().abs().mean().clamp(min=0.01).cpu()
+    noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(0)) * scale
+    tensor.index_copy_(layout.axis, entries, noise.to(tensor))
+    yield
+    tensor.index_copy_(layout.axis, entries, before)

@@ -14,9 +14,8 @@ from typing import Any
 from prunus.model.config_fields import canonical
 from prunus.model.skeleton import Skeleton
 from prunus.structure.layout import check_same_blocks, shapes_of
-from prunus.structure.layout_trial import LayoutTrial
 from prunus.structure.recipe import StructureRecipe
-from prunus.structure.width_layout import PartLayout, channel_layouts, head_layout
+from prunus.structure.width_layout import LayoutFinder, PartLayout
 
 __all__ = ["BlockWidth", "HeadPlan", "WidthPlan", "plan_width"]
 
@@ -82,7 +81,7 @@ def plan_width(
     config: Any,
     name: str,
     build: Callable[[Mapping[str, Any]], Skeleton],
-    trial: LayoutTrial,
+    finder: LayoutFinder,
 ) -> WidthPlan:
     """Decide how many channels and heads stay.
 
@@ -92,7 +91,7 @@ def plan_width(
         config: its configuration, of the language model alone.
         name: of the model, for messages.
         build: the model of a configuration with some fields changed.
-        trial: of the model, for layouts that shapes do not decide.
+        finder: of the layouts of the model.
 
     Raises:
         ValueError: the numbers do not fit; says which do.
@@ -104,7 +103,7 @@ def plan_width(
     for field_name, before, after, narrower in _narrower_mlps(recipe, old, config, build):
         for index in every:
             new = narrower.blocks[index]
-            channels[index] += channel_layouts(old.blocks[index], new, index, trial)
+            channels[index] += finder.channels(old.blocks[index], new, index)
         plan.changes[field_name] = after
         plan.sizes |= {(before, after), *_sizes(old, narrower)}
     heads: list[PartLayout | None] = [None for _ in every]
@@ -112,7 +111,7 @@ def plan_width(
         changes = _head_fields(plan.heads, config)
         try:
             fewer = build(changes)
-            heads = _head_layouts(plan.heads, old, fewer, trial)
+            heads = _head_layouts(plan.heads, old, fewer, finder)
             of_heads = _head_sizes(plan.heads) | _sizes(old, fewer)
             check_same_blocks(old, fewer, every, of_heads)
         except NotImplementedError as fault:
@@ -228,7 +227,7 @@ def _head_sizes(plan: HeadPlan) -> set[tuple[int, int]]:
 
 
 def _head_layouts(
-    plan: HeadPlan, old: Skeleton, fewer: Skeleton, trial: LayoutTrial
+    plan: HeadPlan, old: Skeleton, fewer: Skeleton, finder: LayoutFinder
 ) -> list[PartLayout | None]:
     """Where the heads of each block lie.
 
@@ -239,7 +238,7 @@ def _head_layouts(
     if plan.groups != plan.heads:
         units["groups"] = (plan.groups, plan.keep_groups)
     found = [
-        head_layout(block, new, units, index, trial)
+        finder.heads(block, new, units, index)
         for index, (block, new) in enumerate(zip(old.blocks, fewer.blocks, strict=True))
     ]
     if not any(found):
