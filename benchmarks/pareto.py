@@ -49,7 +49,8 @@ from torch import nn
 
 import prunus
 from prunus.calibration.draw import encode
-from prunus.calibration.windows import hash_ids, load_windows
+from prunus.calibration.sources import find_source
+from prunus.calibration.windows import Wanted, hash_ids
 from prunus.evaluation.speed import bench
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.checkpoint.gguf import import_gguf
@@ -183,14 +184,13 @@ def write_calibration(options: argparse.Namespace) -> str:
         tokenizer = AutoTokenizer.from_pretrained(options.dense)
         shape = (options.samples, options.seqlen)
         # One window more than needed, since tokens at the borders may become fewer.
-        windows = load_windows(
-            options.calibration,
-            tokenizer=tokenizer,
+        asked = Wanted(
             samples=options.samples + 1,
             seqlen=options.seqlen,
-            seed=0,
             data=options.data,
+            tokenizer=lambda: tokenizer,
         )
+        windows = find_source(options.calibration).draw(asked)
         wanted = options.samples * options.seqlen
         text = "".join(tokenizer.decode(ids) for ids in windows.ids)
         text = tokenizer.decode(encode(tokenizer, text)[:wanted])

@@ -189,8 +189,8 @@ def main() -> None:
     )
     ids = token_ids(tokenizer, texts)
     tests = {
-        "WikiText-2": token_ids(tokenizer, [wikitext_test.text()]),
-        "C4": token_ids(tokenizer, [c4_test.text()]),
+        "WikiText-2": token_ids(tokenizer, [wikitext_test.whole()]),
+        "C4": token_ids(tokenizer, [c4_test.whole()]),
     }
     if not trained:
         train_checkpoint(options, tokenizer, ids, tests["WikiText-2"])

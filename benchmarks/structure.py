@@ -50,7 +50,8 @@ from flap import flap
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
-from prunus.calibration.windows import hash_ids, load_windows
+from prunus.calibration.sources import find_source
+from prunus.calibration.windows import Wanted, hash_ids
 from prunus.evaluation.reference import Reference
 from prunus.evaluation.speed import bench
 from prunus.hardware.memory import describe_hardware, versions
@@ -135,15 +136,13 @@ class Benchmark:
     def ids(self) -> torch.Tensor:
         """The calibration windows (windows, tokens)."""
         given = self.given
-        kind = Path(given.calibration).suffix
-        return load_windows(
-            given.calibration,
-            tokenizer=None if kind == ".safetensors" else self.tokenizer,
+        wanted = Wanted(
             samples=given.samples,
             seqlen=given.seqlen,
-            seed=0,
-            data_dir=given.data,
-        ).ids
+            data=given.data,
+            tokenizer=lambda: self.tokenizer,
+        )
+        return find_source(given.calibration).draw(wanted).ids
 
     @functools.cached_property
     def tokenizer(self) -> Any:

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from prunus.calibration.bos import bos_token
 from prunus.calibration.generate import start_token
+from prunus.calibration.sources import find_source
 from prunus.calibration.training_text import training_text
-from prunus.calibration.windows import load_windows
+from prunus.calibration.windows import Wanted
 from prunus.evaluation.text import scoring_windows
 from tiny_tokenizer import BOS, byte_tokenizer
 
@@ -44,11 +45,11 @@ def windows(kind: str, texts: dict[str, str], tokenizer, bos: str) -> tuple[torc
     if kind == "scoring":
         found = scoring_windows(source, lambda: tokenizer, 8, 20, None, bos)
         return found.ids, found.bos
-    options = {"tokenizer": tokenizer, "seqlen": 8, "seed": 0, "data_dir": None, "bos": bos}
+    options = {"tokenizer": lambda: tokenizer, "seqlen": 8, "seed": 0, "bos": bos}
     if "training" in kind:
         text = training_text(source, held_out=2, **options)
         return torch.cat([text.held_out, text.windows(0, 6)]), text.bos
-    drawn = load_windows(source, samples=6, **options)
+    drawn = find_source(source).draw(Wanted(samples=6, **options))
     return drawn.ids, drawn.bos
 
 
@@ -92,12 +93,13 @@ def test_bad_choices(texts, tmp_path):
     save_file({"input_ids": torch.arange(64).view(4, 16)}, ids)
     with pytest.raises(ValueError, match=r"ids\.safetensors stay as they are given"):
         scoring_windows(str(ids), byte_tokenizer, 8, None, None, "yes")
-    for load in (load_windows, training_text):
-        sizes = {"samples": 2} if load is load_windows else {"held_out": 1}
-        options = {"tokenizer": None, "seqlen": 8, "seed": 0, "data_dir": None, **sizes}
-        with pytest.raises(ValueError, match=r"ids\.safetensors stay as they are given"):
-            load(str(ids), bos="yes", **options)
-        assert load(str(ids), **options).bos == "given"
+    source, wanted = find_source(str(ids)), Wanted(samples=2, seqlen=8)
+    options = {"tokenizer": lambda: None, "seqlen": 8, "seed": 0, "held_out": 1}
+    with pytest.raises(ValueError, match=r"ids\.safetensors stay as they are given"):
+        source.check(Wanted(samples=2, seqlen=8, bos="yes"))
+    with pytest.raises(ValueError, match=r"ids\.safetensors stay as they are given"):
+        training_text(str(ids), bos="yes", **options)
+    assert source.draw(wanted).bos == training_text(str(ids), **options).bos == "given"
 
 
 def test_text_that_the_model_writes_starts_as_asked():

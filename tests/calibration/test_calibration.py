@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from prunus.calibration import SOURCES, check_source, load_windows
+from prunus.calibration.catalogue import SOURCES
 from prunus.calibration.corpora import load_corpus, python_docs, wikitext_lines
 from prunus.calibration.draw import TextTooShort, windows_from_documents, windows_from_stream
 from prunus.calibration.files import read_documents
 from prunus.calibration.generate import first_ids, start_token, write_windows
+from prunus.calibration.sources import find_source
+from prunus.calibration.windows import Wanted, Windows
 from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
 
 C4_FILE = "c4_en_train_shard0_first1000.jsonl.gz"
@@ -33,16 +35,15 @@ def _no_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PRUNUS_DATA", raising=False)
 
 
-def load(source, tokenizer=None, *, samples=4, seqlen=8, seed=0, data_dir=None, model=None):
-    return load_windows(
-        str(source),
-        tokenizer=tokenizer,
-        samples=samples,
-        seqlen=seqlen,
-        seed=seed,
-        data_dir=data_dir,
-        model=model,
-    )
+def load(source, tokenizer=None, **options) -> Windows:
+    wanted = Wanted(**{"samples": 4, "seqlen": 8, "tokenizer": lambda: tokenizer} | options)
+    found = find_source(str(source))
+    found.check(wanted)
+    return found.draw(wanted)
+
+
+def check_source(source: str, data: Path | None) -> None:
+    find_source(source).check(Wanted(samples=1, seqlen=2, data=data))
 
 
 def json_lines(path: Path, documents: list[str]) -> Path:
@@ -174,7 +175,7 @@ def test_c4_from_a_data_folder(tmp_path, monkeypatch):
     tokenizer = byte_tokenizer()
     documents = [letters(5 + 3 * i, i) for i in range(30)]
     json_lines(tmp_path / "c4" / C4_FILE, documents)
-    windows = load("c4", tokenizer, samples=6, seqlen=50, data_dir=tmp_path)
+    windows = load("c4", tokenizer, samples=6, seqlen=50, data=tmp_path)
     assert windows.ids.shape == (6, 50)
     for row in windows.ids:
         text = tokenizer.decode(row)
@@ -193,18 +194,18 @@ def test_c4_from_a_data_folder(tmp_path, monkeypatch):
 
 def test_c4_counts_the_special_tokens_of_a_document(tmp_path):
     json_lines(tmp_path / "c4" / C4_FILE, ["x" * 8])
-    windows = load("c4", byte_tokenizer(bos=True), samples=1, seqlen=8, data_dir=tmp_path)
+    windows = load("c4", byte_tokenizer(bos=True), samples=1, seqlen=8, data=tmp_path)
     assert windows.ids[0, 0] == BOS
     with pytest.raises(
         ValueError, match="none of the 1 documents is longer than 8 tokens; the longest has 8"
     ):
-        load("c4", byte_tokenizer(), samples=1, seqlen=8, data_dir=tmp_path)
+        load("c4", byte_tokenizer(), samples=1, seqlen=8, data=tmp_path)
 
 
 def test_c4_search_that_cannot_succeed_says_how_long_the_longest_is(tmp_path):
     json_lines(tmp_path / "c4" / C4_FILE, [letters(n, n) for n in (3, 41, 7)])
-    with pytest.raises(ValueError, match=r"the longest has 41\. Use a smaller --seqlen"):
-        load("c4", byte_tokenizer(), seqlen=64, data_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"the longest has 41\. Use a smaller seqlen"):
+        load("c4", byte_tokenizer(), seqlen=64, data=tmp_path)
 
 
 def test_wikitext_lines_are_those_of_the_hub():
@@ -219,22 +220,21 @@ def test_wikitext2_calibration_prefers_the_raw_text_and_says_what_it_used(tmp_pa
     (folder / "train_unk_shuffled_articles.txt.gz").write_bytes(
         gzip.compress(b" \n = A = \n <unk> words \n" * 9, mtime=0)
     )
-    windows = load("wikitext2", tokenizer, data_dir=tmp_path)
+    windows = load("wikitext2", tokenizer, data=tmp_path)
     assert "<unk>" in windows.source
     text = " ".join(["", " = A = \n", " <unk> words \n"] * 9)
     assert all(tokenizer.decode(row) in text for row in windows.ids)
     (folder / "wiki.train.raw").write_text(" \n = B = \n raw words \n" * 9)
     assert (
-        load("wikitext2", tokenizer, data_dir=tmp_path).source
-        == "wikitext2 (wikitext2/wiki.train.raw)"
+        load("wikitext2", tokenizer, data=tmp_path).source == "wikitext2 (wikitext2/wiki.train.raw)"
     )
 
 
 def test_ptb_from_a_data_folder(tmp_path):
     (tmp_path / "ptb").mkdir()
     (tmp_path / "ptb" / "ptb.train.txt").write_text(" one sentence \n another one \n")
-    assert load_corpus("ptb", "calibration", tmp_path).text() == "one sentence another one"
-    assert load("ptb", byte_tokenizer(), data_dir=tmp_path).ids.shape == (4, 8)
+    assert load_corpus("ptb", "calibration", tmp_path).whole() == "one sentence another one"
+    assert load("ptb", byte_tokenizer(), data=tmp_path).ids.shape == (4, 8)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_missing_extra_is_named_before_any_work(tmp_path, monkeypatch, source, l
 
 
 def test_real_c4_sample(data):
-    windows = load("c4", byte_tokenizer(), samples=40, seqlen=4096, data_dir=data)
+    windows = load("c4", byte_tokenizer(), samples=40, seqlen=4096, data=data)
     assert len({tuple(row) for row in windows.ids.tolist()}) == 40
 
 
@@ -406,8 +406,8 @@ def test_plain_text_keeps_every_byte(tmp_path, name):
         ("a.txt", b"", "the file is empty"),
         ("a.txt", b" \n\t\n", "there is no text in this file"),
         ("a.txt", b"caf\xe9 " * 20, "not UTF-8"),
-        ("a.txt", b"seven..", r"a.txt: the whole text has 7 tokens.*smaller --seqlen"),
-        ("a.txt", b"ten tokens", "only 2 different windows of 8 tokens, fewer than --samples 4"),
+        ("a.txt", b"seven..", r"a.txt: the whole text has 7 tokens.*smaller seqlen"),
+        ("a.txt", b"ten tokens", "only 2 different windows of 8 tokens, fewer than the 4 samples"),
         ("a.txt.gz", gzip.compress(b"some text " * 50, mtime=0)[:-12], "damaged or truncated gzip"),
         ("a.jsonl.gz", b"not gzip at all", "damaged or truncated gzip"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": "y', r"a.jsonl, line 3: not a JSON object"),
@@ -444,9 +444,9 @@ def test_token_ids_need_no_tokenizer(tmp_path):
     windows = load(path, samples=4, seqlen=12)
     assert torch.equal(windows.ids, ids[:4, :12].long())
     assert windows.source == str(path)
-    with pytest.raises(ValueError, match="it has 6 windows, fewer than --samples 7"):
+    with pytest.raises(ValueError, match="it has 6 windows, fewer than samples 7"):
         load(path, samples=7, seqlen=12)
-    with pytest.raises(ValueError, match="its windows have 20 tokens, fewer than --seqlen 21"):
+    with pytest.raises(ValueError, match="its windows have 20 tokens, fewer than seqlen 21"):
         load(path, samples=2, seqlen=21)
 
 
@@ -469,7 +469,7 @@ def test_bad_token_ids(tmp_path, tensors, message):
         load(tmp_path / "bad.safetensors")
 
 
-# --- the rest of load_windows ---
+# --- what every source refuses ---
 
 
 @pytest.mark.parametrize(

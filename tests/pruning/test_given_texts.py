@@ -12,8 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import prunus
-from prunus.calibration import load_windows
-from prunus.calibration.texts import Documents, windows_from_texts
+from prunus.calibration.sources import find_source
+from prunus.calibration.texts import Documents
+from prunus.calibration.windows import Wanted
 from prunus.model.chat_template import apply_chat_template
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
@@ -56,21 +57,22 @@ def test_lists_and_data_sets_of_texts_give_the_windows_of_a_file(tmp_path):
     path = tmp_path / "text.parquet"
     rows = datasets.Dataset.from_dict({"text": SENTENCES})
     rows.to_parquet(path)
-    tokenizer = byte_tokenizer()
-    expected = load_windows(str(path), tokenizer=tokenizer, seed=3, data_dir=None, **SMALL)
+    wanted = Wanted(seed=3, tokenizer=byte_tokenizer, **SMALL)
+    expected = find_source(str(path)).draw(wanted)
     for given in (SENTENCES, tuple(SENTENCES), rows, rows["text"], Rows([*rows])):
-        found = windows_from_texts(given, tokenizer, seed=3, **SMALL)
+        found = find_source(given).draw(wanted)
         assert torch.equal(found.ids, expected.ids)
         assert found.bos == expected.bos
-        assert found.source == "12 texts given by the caller; windows from 4 of them"
+        assert found.source == "12 texts given by the caller; windows from 4 documents"
 
 
 def test_short_texts_are_joined():
-    found = windows_from_texts(["ab", "cd"] * 30, byte_tokenizer(), seed=0, **SMALL)
+    wanted = Wanted(tokenizer=byte_tokenizer, **SMALL)
+    found = find_source(["ab", "cd"] * 30).draw(wanted)
     assert found.ids.shape == (4, 16)
     assert "joined" in found.source
     with pytest.raises(ValueError, match=r"2 texts given by the caller: .*tokens"):
-        windows_from_texts(["ab", "cd"], byte_tokenizer(), seed=0, **SMALL)
+        find_source(["ab", "cd"]).draw(wanted)
 
 
 def test_chats_go_through_the_template():

@@ -105,7 +105,7 @@ def documents_file(tmp_path, count=12):
 
 
 def text_of(path, seqlen=8, held_out=2, **options):
-    defaults = {"tokenizer": byte_tokenizer(), "seed": 0, "data_dir": None}
+    defaults = {"tokenizer": byte_tokenizer, "seed": 0}
     return training_text(str(path), seqlen=seqlen, held_out=held_out, **(defaults | options))
 
 
@@ -165,13 +165,11 @@ def test_too_little_text_is_refused_with_its_length(tmp_path):
 
 
 def test_self_needs_a_number_of_windows():
-    with pytest.raises(ValueError, match=r"give the budget in --tokens"):
+    with pytest.raises(ValueError, match=r"give the budget in tokens"):
         text_of("self", windows=None)
 
 
 def test_c4_text_and_scored_text_share_no_file(data):
-    text = training_text(
-        "c4", tokenizer=byte_tokenizer(), seqlen=64, held_out=2, seed=0, data_dir=data
-    )
+    text = training_text("c4", tokenizer=byte_tokenizer, seqlen=64, held_out=2, seed=0, data=data)
     assert "train" in text.source
     assert math.isfinite(float(text.windows(0, 3).float().sum()))

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 import prunus
 from command_line import call
 from places import REPOSITORY
-from prunus.calibration import load_windows
+from prunus.calibration.sources import find_source
+from prunus.calibration.windows import Wanted
 from prunus.evaluation.reference import Reference
 from prunus.evaluation.size import stored_size
 from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
@@ -375,9 +376,8 @@ def test_results_of_earlier_versions_still_load_and_go_on(dense, swept, tmp_path
 def test_windows_are_drawn_once_and_shared(swept):
     results = SweepResults.load(swept)
     [windows] = results.calibration
-    expected = load_windows(
-        "python-docs", tokenizer=byte_tokenizer(), samples=3, seqlen=32, seed=0, data_dir=None
-    )
+    wanted = Wanted(samples=3, seqlen=32, tokenizer=byte_tokenizer)
+    expected = find_source("python-docs").draw(wanted)
     stored = load_file(swept / windows.file)["input_ids"]
     assert torch.equal(stored.long(), expected.ids)
     assert windows.sha256 == expected.sha256
@@ -540,9 +540,8 @@ def test_changed_calibration_windows_are_noticed(dense, swept, tmp_path):
     assert torch.equal(
         load_file(windows)["input_ids"], load_file(swept / windows.relative_to(out))["input_ids"]
     )
-    other = load_windows(
-        "python-docs", tokenizer=byte_tokenizer(), samples=3, seqlen=32, seed=9, data_dir=None
-    )
+    wanted = Wanted(samples=3, seqlen=32, seed=9, tokenizer=byte_tokenizer)
+    other = find_source("python-docs").draw(wanted)
     sweep_windows = load_file(windows)
     sweep_windows["input_ids"] = other.ids.to(torch.int32)
     save_file(sweep_windows, windows)

@@ -1,6 +1,8 @@
 """Where calibration data comes from: token windows for language models, images for classifiers.
 
-windows.py        draws the windows of a run from any source; start reading here
+catalogue.py      the names of the sources
+sources.py        the sources themselves; start reading here
+windows.py        what a run asks for, and what it gets
 bos.py            the beginning-of-sequence token of windows
 draw.py           random windows of documents or of one long text
 corpora.py        the named corpora: C4, WikiText-2, Penn Treebank, Python's documentation
@@ -11,16 +13,5 @@ images.py         images from a folder
 training_text.py  all windows of a source in order, for recovery
 hub.py            data sets of the Hugging Face hub
 
-Knows nothing of blocks or pruning.
+Knows nothing of blocks or pruning. Import from these files; this page exports nothing.
 """
-
-from prunus.calibration.windows import (
-    SOURCES,
-    Windows,
-    check_context,
-    check_source,
-    hash_ids,
-    load_windows,
-)
-
-__all__ = ["SOURCES", "Windows", "check_context", "check_source", "hash_ids", "load_windows"]

@@ -17,13 +17,19 @@ from typing import Any, Literal, get_args
 
 import torch
 
-__all__ = ["Bos", "UsedBos", "bos_token", "put_bos_first", "refuse_bos", "used_bos"]
+__all__ = ["Bos", "UsedBos", "bos_token", "check_bos", "put_bos_first", "refuse_bos", "used_bos"]
 
 #: What the user chooses. `auto` puts BOS first in every window if the tokenizer puts it before a
 #: text, as generation and lm-eval do. `no` cuts windows as they come, as the papers do.
 Bos = Literal["auto", "yes", "no"]
 #: What windows have: BOS first, the text as it comes, or what a file or a caller gave.
 UsedBos = Literal["yes", "no", "given"]
+
+
+def check_bos(bos: str) -> None:
+    """Raise ValueError unless `bos` is one of the choices."""
+    if bos not in get_args(Bos):
+        raise ValueError(f"bos must be one of {', '.join(get_args(Bos))}, not {bos!r}")
 
 
 def bos_token(tokenizer: Any, bos: Bos) -> int | None:
@@ -36,16 +42,13 @@ def bos_token(tokenizer: Any, bos: Bos) -> int | None:
     Raises:
         ValueError: `bos` is unknown, or "yes" for a tokenizer that has no BOS token.
     """
-    if bos not in get_args(Bos):
-        raise ValueError(f"bos must be one of {', '.join(get_args(Bos))}, not {bos!r}")
+    check_bos(bos)
     if bos == "no":
         return None
     token = getattr(tokenizer, "bos_token_id", None)
     if bos == "yes":
         if token is None:
-            raise ValueError(
-                "bos is yes, and this tokenizer has no BOS token; use --bos auto or --bos no"
-            )
+            raise ValueError("bos is yes, and this tokenizer has no BOS token; use auto or no")
         return int(token)
     if token is None:
         return None
@@ -84,5 +87,5 @@ def refuse_bos(source: str, bos: Bos) -> None:
     if bos == "yes":
         raise ValueError(
             f"bos is yes, and windows of {source} stay as they are given: put the BOS token into "
-            "them, or use --bos auto"
+            "them, or use auto"
         )

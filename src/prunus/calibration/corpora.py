@@ -9,38 +9,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from prunus.calibration.draw import Text
 from prunus.calibration.files import read_json_lines, read_text, require_library
 from prunus.calibration.hub import load_column
 
 Part = Literal["calibration", "scoring"]
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The text of one part of a corpus.
-
-    Attributes:
-        documents: documents, lines or sentences, as the corpus has them.
-        joiner: what stands between two of them in the whole text.
-        source: where they come from, for people.
-    """
-
-    documents: Sequence[str]
-    joiner: str
-    source: str
-
-    def text(self) -> str:
-        """All documents as one string.
-
-        >>> Corpus(["one", "two"], " ", "an example").text()
-        'one two'
-        """
-        return self.joiner.join(self.documents)
 
 
 @dataclass(frozen=True)
@@ -155,7 +132,6 @@ _JOINER: dict[tuple[str, Part], str] = {
     ("python-docs", "scoring"): "\n\n",
 }
 
-NAMES = ("c4", "wikitext2", "ptb", "python-docs")
 #: Those that lie in a folder of local datasets, or come from the hub.
 LOCAL_CORPORA = ("c4", "wikitext2", "ptb")
 
@@ -194,11 +170,11 @@ def check_corpus(name: str, part: Part, data_dir: Path | None) -> None:
         require_library("datasets", f"loading {name} from the hub")
 
 
-def load_corpus(name: str, part: Part, data_dir: Path | None) -> Corpus:
-    """The documents of one part of a corpus.
+def load_corpus(name: str, part: Part, data_dir: Path | None) -> Text:
+    """The text of one part of a corpus. As in the papers, only C4 consists of documents.
 
     Args:
-        name: one of `NAMES`.
+        name: one of `CORPORA`.
         part: the text for calibration or that for scoring.
         data_dir: folder of local datasets; see `data_folder`.
 
@@ -209,12 +185,13 @@ def load_corpus(name: str, part: Part, data_dir: Path | None) -> Corpus:
     check_corpus(name, part, data_dir)
     if name == "python-docs":
         source = f"python-docs ({part} half of pydoc_data.topics, repeated paragraphs dropped)"
-        return Corpus(python_docs(part), _JOINER[name, part], source)
+        return Text(python_docs(part), _JOINER[name, part], source)
     origin = _ORIGINS[name, part]
     local = _local_file(name, part, data_dir)
     if local is None:
         documents = load_column(name, origin.hub, origin.split, _COLUMN[name], origin.local[0].path)
-        return Corpus(documents, _JOINER[name, part], f"{name} ({origin.hub_name}, from the hub)")
+        source = f"{name} ({origin.hub_name}, from the hub)"
+        return Text(documents, _JOINER[name, part], source, by_document=name == "c4")
     folder = data_folder(data_dir)
     assert folder is not None
     path = folder / local.path
@@ -225,7 +202,8 @@ def load_corpus(name: str, part: Part, data_dir: Path | None) -> Corpus:
     else:
         documents = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     note = f": {local.note}" if local.note else ""
-    return Corpus(documents, _JOINER[name, part], f"{name} ({local.path}{note})")
+    source = f"{name} ({local.path}{note})"
+    return Text(documents, _JOINER[name, part], source, by_document=name == "c4")
 
 
 def _local_file(name: str, part: Part, data_dir: Path | None) -> _LocalFile | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,9 +30,64 @@ class TextTooShort(ValueError):  # noqa: N818
     def __init__(self, longest: int, seqlen: int, documents: int) -> None:
         super().__init__(
             f"none of the {documents} documents is longer than {seqlen} tokens; the longest has "
-            f"{longest}. Use a smaller --seqlen (less than {longest}) or longer text"
+            f"{longest}. Use a smaller seqlen (less than {longest}) or longer text"
         )
         self.longest = longest
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text of a source.
+
+    Attributes:
+        documents: documents, lines or sentences, as the source has them.
+        joiner: what is between two of them in the whole text.
+        source: where they come from, for people.
+        by_document: windows are drawn of single documents, and not of the whole text.
+        joins_short: where no document is longer than a window, windows are drawn of all documents
+            together.
+    """
+
+    documents: Sequence[str]
+    joiner: str
+    source: str
+    by_document: bool = False
+    joins_short: bool = False
+
+    def whole(self) -> str:
+        """All documents as one string.
+
+        >>> Text(["one", "two"], " ", "an example").whole()
+        'one two'
+        """
+        return self.joiner.join(self.documents)
+
+
+def draw_windows(
+    text: Text, tokenizer: Any, *, samples: int, seqlen: int, rng: random.Random
+) -> tuple[torch.Tensor, str]:
+    """Random windows (N, S) of a text, and where they come from, for people.
+
+    Raises:
+        ValueError: the text is too short; names its source.
+    """
+    sizes: dict[str, Any] = {"samples": samples, "seqlen": seqlen, "rng": rng}
+    try:
+        if not text.by_document:
+            tokens = encode(tokenizer, text.whole())
+            return windows_from_stream(tokens, **sizes), text.source
+        try:
+            ids, used = windows_from_documents(text.documents, tokenizer, **sizes)
+            return ids, f"{text.source}; windows from {used} documents"
+        except TextTooShort:
+            if not text.joins_short:
+                raise
+        whole = text.joiner.join(document for document in text.documents if document.strip())
+        ids = windows_from_stream(encode(tokenizer, whole), **sizes)
+    except ValueError as error:
+        raise ValueError(f"{text.source}: {error}") from error
+    count = len(text.documents)
+    return ids, f"{text.source}; {count} documents joined, none is longer than a window"
 
 
 def encode(tokenizer: Any, text: str) -> torch.Tensor:
@@ -134,7 +190,7 @@ def windows_from_stream(
     if starts <= 0:
         raise ValueError(
             f"the whole text has {len(tokens_T)} tokens, and windows of {seqlen} need more than "
-            "that. Use a smaller --seqlen or more text"
+            "that. Use a smaller seqlen or more text"
         )
     _check_enough(starts, samples, seqlen)
     return torch.stack(
@@ -146,5 +202,5 @@ def _check_enough(different: int, samples: int, seqlen: int) -> None:
     if different < samples:
         raise ValueError(
             f"the text has only {different} different windows of {seqlen} tokens, fewer than "
-            f"--samples {samples}. Use fewer --samples, a smaller --seqlen or more text"
+            f"the {samples} samples asked for. Use fewer samples, a smaller seqlen or more text"
         )

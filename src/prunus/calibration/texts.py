@@ -6,23 +6,13 @@ messages {"role": …, "content": …}, which the tokenizer's chat template turn
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 
-from prunus.calibration.bos import Bos, bos_token, put_bos_first, used_bos
-from prunus.calibration.draw import (
-    TextTooShort,
-    encode,
-    windows_from_documents,
-    windows_from_stream,
-)
-from prunus.calibration.windows import Windows, hash_ids
-
-__all__ = ["Documents", "are_texts", "windows_from_texts"]
+__all__ = ["Documents", "are_texts"]
 
 ChatText = Callable[[Any, Any], str]
 
@@ -101,47 +91,6 @@ class Documents(Sequence[str]):
                 "texts instead, or a tokenizer with a template"
             )
         return self._chat_text(self._tokenizer, messages)
-
-
-def windows_from_texts(
-    given: Sequence[Any],
-    tokenizer: Any,
-    *,
-    samples: int,
-    seqlen: int,
-    seed: int,
-    bos: Bos = "auto",
-    chat_text: ChatText | None = None,
-) -> Windows:
-    """Draw windows of documents longer than a window.
-
-    If there are none, they are drawn of all documents, joined by blank lines.
-
-    Args:
-        given: see `Documents`.
-        tokenizer: of the model.
-        samples, seqlen, seed, bos: as in `prunus.calibration.load_windows`.
-        chat_text: see `Documents`.
-
-    Raises:
-        TypeError, ValueError: see `Documents`; or the texts are too short.
-    """
-    documents, rng = Documents(given, tokenizer, chat_text), random.Random(seed)
-    source, token = f"{len(documents)} texts given by the caller", bos_token(tokenizer, bos)
-    try:
-        try:
-            ids, used = windows_from_documents(
-                documents, tokenizer, samples=samples, seqlen=seqlen, rng=rng
-            )
-            described = f"{source}; windows from {used} of them"
-        except TextTooShort:
-            joined = encode(tokenizer, "\n\n".join(text for text in documents if text.strip()))
-            ids = windows_from_stream(joined, samples=samples, seqlen=seqlen, rng=rng)
-            described = f"{source}, joined, because none is longer than a window"
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    ids = put_bos_first(ids, token)
-    return Windows(ids, described, hash_ids(ids), used_bos(token))
 
 
 def _is_chat(entry: Any) -> bool:

@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from prunus.calibration.bos import Bos, UsedBos, bos_token, put_bos_first, refuse_bos, used_bos
-from prunus.calibration.corpora import NAMES, load_corpus
+from prunus.calibration.bos import Bos, UsedBos, bos_token, put_bos_first, used_bos
 from prunus.calibration.draw import encode
-from prunus.calibration.files import file_kind, read_documents, read_ids
-from prunus.calibration.windows import check_source, hash_ids, load_windows
+from prunus.calibration.sources import IdsFile, TextSource, find_source
+from prunus.calibration.windows import Wanted, hash_ids
 
 __all__ = ["TrainingText", "training_text"]
 
@@ -76,7 +75,7 @@ class TrainingText:
         if len(first) < held_out or not self._extend(1):
             raise ValueError(
                 f"{source}: the text has {len(first)} windows, too few to hold {held_out} out and "
-                "train on others. Use a smaller --seqlen, fewer --held-out or more text"
+                "train on others. Use a smaller seqlen, fewer held_out or more text"
             )
         self.held_out = torch.stack(first)
         self.sha256 = hash_ids(torch.stack([*first, self._rows[0]]))
@@ -108,11 +107,11 @@ class TrainingText:
 def training_text(
     source: str,
     *,
-    tokenizer: Any,
+    tokenizer: Callable[[], Any],
     seqlen: int,
     held_out: int,
     seed: int,
-    data_dir: Path | None,
+    data: Path | None = None,
     model: Callable[[], Any] | None = None,
     windows: int | None = None,
     bos: Bos = "auto",
@@ -120,62 +119,46 @@ def training_text(
     """The training text of a source.
 
     Args:
-        source: a name of `prunus.calibration.SOURCES` or the path of a file.
-        tokenizer: of the model; may be None for `.safetensors` and `self`.
-        seqlen: tokens per window, at least 2.
+        source: a name of `SOURCES` or the path of a file.
         held_out: windows to hold out, at least 1.
-        seed: the same seed gives the same windows.
-        data_dir: folder of local datasets; see `load_windows`.
-        model: for `self`, returns the loaded causal LM that writes the text.
         windows: for `self`, how many windows the training will use; the model writes no more.
-        bos: whether BOS takes the place of every window's first token; see `Bos`.
+        tokenizer, seqlen, seed, data, model, bos: see `Wanted`.
 
     Raises:
         ValueError: an unknown source, a missing tokenizer or model, or too little text.
-        FileNotFoundError, ModuleNotFoundError, OSError: see `load_windows`.
+        FileNotFoundError, ModuleNotFoundError, OSError: see `Source`.
     """
-    check_source(source, data_dir)
-    if source == "self":
+    place = find_source(source)
+    wanted = Wanted(
+        samples=(windows or 0) + held_out,
+        seqlen=seqlen,
+        seed=seed,
+        bos=bos,
+        data=data,
+        tokenizer=tokenizer,
+        model=model,
+    )
+    place.check(wanted)
+    if isinstance(place, IdsFile):
+        rows = _shuffled(list(_cut(iter(place.read()), seqlen, across=False)), seed)
+        return TrainingText(iter(rows), source, held_out, seed)
+    if not isinstance(place, TextSource):
         if windows is None:
             raise ValueError(
-                "the source 'self' writes a given number of tokens: give the budget in --tokens"
+                f"the source {source!r} writes a given number of tokens: give the budget in tokens"
             )
-        written = load_windows(
-            source,
-            tokenizer=tokenizer,
-            samples=windows + held_out,
-            seqlen=seqlen,
-            seed=seed,
-            data_dir=data_dir,
-            model=model,
-            bos=bos,
-        )
+        written = place.draw(wanted)
         return TrainingText(iter(written.ids), written.source, held_out, seed, written.bos)
-    if source not in NAMES and file_kind(Path(source)) == "safetensors":
-        refuse_bos(source, bos)
-        rows = _shuffled(list(_cut(iter(read_ids(Path(source))), seqlen, across=False)), seed)
-        return TrainingText(iter(rows), source, held_out, seed)
-    if tokenizer is None:
-        raise ValueError(
-            f"{source} is text, and this model comes without a tokenizer; give a .safetensors of "
-            "input_ids"
-        )
-    token = bos_token(tokenizer, bos)
-    if source in NAMES:
-        corpus = load_corpus(source, "calibration", data_dir)
-        # Only C4 consists of documents; the lines of the other corpora are one text.
-        documents = corpus.documents if source == "c4" else [corpus.text()]
-        described = corpus.source
+    cutter = place.tokenizer(wanted)
+    token, text = bos_token(cutter, bos), place.read(wanted)
+    if text.by_document:
+        pieces = _cut(_in_random_order(text.documents, cutter, seed), seqlen)
     else:
-        documents, described = read_documents(Path(source)), source
-    if len(documents) == 1:
         # One text has no order of documents to draw, so its windows are shuffled instead.
-        rows = _shuffled(list(_cut(iter([encode(tokenizer, documents[0])]), seqlen)), seed)
-        pieces = iter(rows)
-    else:
-        pieces = _cut(_in_random_order(documents, tokenizer, seed), seqlen)
+        whole = iter([encode(cutter, text.whole())])
+        pieces = iter(_shuffled(list(_cut(whole, seqlen)), seed))
     begun = (put_bos_first(row, token) for row in pieces)
-    return TrainingText(begun, described, held_out, seed, used_bos(token))
+    return TrainingText(begun, text.source, held_out, seed, used_bos(token))
 
 
 def _in_random_order(documents: Sequence[str], tokenizer: Any, seed: int) -> Iterator[torch.Tensor]:

@@ -131,7 +131,7 @@ def _saved_outside(source: CheckpointSource, skeleton: Skeleton) -> int:
     key = f"{head.name}.weight"
     if key not in source.checkpoint.tensors:
         return 0
-    weight = dict(source.checkpoint.read([key]))[key]
+    weight = dict(source.checkpoint.views([key]))[key]
     return weight.nbytes - _packed_bytes(weight, head, key)
 
 

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 
 from prunus.calibration.bos import Bos, UsedBos, bos_token, put_bos_first, refuse_bos, used_bos
-from prunus.calibration.corpora import NAMES, check_corpus, load_corpus
+from prunus.calibration.catalogue import CORPORA
+from prunus.calibration.corpora import check_corpus, load_corpus
 from prunus.calibration.draw import encode
 from prunus.calibration.files import check_file, file_kind, read_documents, read_ids
 
@@ -96,7 +97,7 @@ def load_scoring_text(name: str, data: Path | None = None) -> ScoringText:
         OSError: the hub does not answer.
     """
     check_text(name, data)
-    if name not in NAMES:
+    if name not in CORPORA:
         documents = read_documents(Path(name))
         how = (
             f"{len(documents)} documents joined with blank lines"
@@ -113,7 +114,7 @@ def load_scoring_text(name: str, data: Path | None = None) -> ScoringText:
             f"at most {_C4_WINDOWS} windows"
         )
         return ScoringText(corpus.joiner.join(documents), how, corpus.source, _C4_WINDOWS)
-    text = corpus.text()
+    text = corpus.whole()
     if name == "wikitext2":
         how = "raw test lines joined with two newlines"
         digest = hashlib.sha256(text.encode()).hexdigest()
@@ -132,13 +133,13 @@ def load_scoring_text(name: str, data: Path | None = None) -> ScoringText:
 
 def check_text(name: str, data: Path | None) -> None:
     """Raise the errors of `load_scoring_text` that can be found without reading the text."""
-    if name in NAMES:
+    if name in CORPORA:
         check_corpus(name, "scoring", data)
         return
     path = Path(name)
     if not name or (not path.exists() and (name == "self" or not path.suffix)):
         raise ValueError(
-            f"unknown text {name!r}: give {', '.join(NAMES)} or a file of text or input_ids"
+            f"unknown text {name!r}: give {', '.join(CORPORA)} or a file of text or input_ids"
         )
     check_file(path)
 
@@ -185,7 +186,7 @@ def scoring_windows(
         ValueError: the text is shorter than one window, or reading the text or the tokenizer fails.
     """
     check_text(name, data)
-    if name not in NAMES and file_kind(Path(name)) == "safetensors":
+    if name not in CORPORA and file_kind(Path(name)) == "safetensors":
         refuse_bos(name, bos)
         ids = read_ids(Path(name))
         per_row = ids.shape[1] // seqlen

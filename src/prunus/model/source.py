@@ -57,8 +57,13 @@ class Source(Protocol):
         """
         ...
 
-    def block(self, index: int) -> dict[str, torch.Tensor]:
-        """Stored tensors of one block, by names relative to it; may be views of a mapped file."""
+    def block(self, index: int, pinned: bool = False) -> dict[str, torch.Tensor]:
+        """Stored tensors of one block, by names relative to it.
+
+        Args:
+            index: position of the block.
+            pinned: read a checkpoint into pinned memory; see `Checkpoint.read`.
+        """
         ...
 
     def block_nbytes(self, index: int) -> int:
@@ -198,7 +203,7 @@ class CheckpointSource:
 
     def read_outside(self, names: list[str], model: nn.Module) -> dict[str, torch.Tensor]:
         keys = {self._stored[name]: name for name in names if name in self._stored}
-        return {keys[key]: tensor for key, tensor in self.checkpoint.read(keys)}
+        return {keys[key]: tensor for key, tensor in self.checkpoint.views(keys)}
 
     def stored_name(self, name: str) -> str:
         """The stored name of one of the model's tensors."""
@@ -221,12 +226,8 @@ class CheckpointSource:
         fused = {each.name: key for key, each in self._fused[index].items()}
         return dict(self._blocks[index]), fused
 
-    def block(self, index: int) -> dict[str, torch.Tensor]:
-        return self.from_stored(index, self.checkpoint.read(self.block_keys(index)))
-
-    def load_block(self, index: int, pinned: bool) -> dict[str, torch.Tensor]:
-        """As `block`, but as copies; see `Checkpoint.load`."""
-        return self.from_stored(index, self.checkpoint.load(self.block_keys(index), pinned))
+    def block(self, index: int, pinned: bool = False) -> dict[str, torch.Tensor]:
+        return self.from_stored(index, self.checkpoint.read(self.block_keys(index), pinned))
 
     def from_stored(
         self, index: int, tensors: Iterable[tuple[str, torch.Tensor]]
@@ -263,7 +264,7 @@ class CheckpointSource:
         """
         found = {}
         for key in self.outside_keys():
-            for name, tensor in self.checkpoint.read([key]):
+            for name, tensor in self.checkpoint.views([key]):
                 # Minimum and maximum are NaN if any value is, and need no copy of the tensor.
                 if tensor.is_floating_point() and not all(
                     x.isfinite() for x in torch.aminmax(tensor)
@@ -329,7 +330,7 @@ class ModuleSource:
         state = self.model.state_dict()
         return {name: state[name] for name in names}
 
-    def block(self, index: int) -> dict[str, torch.Tensor]:
+    def block(self, index: int, pinned: bool = False) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
         for name, tensor in self.model.get_submodule(f"{self._path}.{index}").state_dict().items():
             fused = self._fused[index].get(name)

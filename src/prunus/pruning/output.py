@@ -140,5 +140,5 @@ class PrunedFolder(BlockFolder):
             # With little memory, cached pages of the written file would push out the pages that
             # were read for it and are needed again at once.
             uncached = 4 * source.checkpoint.nbytes(keys) > self.job.host_budget
-            tensors = self.outside(dict(source.checkpoint.read(keys)) | replaced)
+            tensors = self.outside(dict(source.checkpoint.views(keys)) | replaced)
             self.write_shard(OUTSIDE_SHARD, tensors, uncached=uncached)

@@ -23,8 +23,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from prunus.calibration import Windows
 from prunus.calibration.corpora import LOCAL_CORPORA, data_folder
+from prunus.calibration.windows import Windows
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.source import ModuleSource
 from prunus.options import takes

@@ -56,7 +56,7 @@ def write_compressed(
         keys = [key for key, info in checkpoint.tensors.items() if info.file == file]
         tensors = {
             key: changed[key].to("cpu", tensor.dtype) if key in changed else tensor
-            for key, tensor in checkpoint.read(keys)
+            for key, tensor in checkpoint.views(keys)
         }
         # The shard holds views of the source's file, which must not have changed.
         checkpoint.check_unchanged()

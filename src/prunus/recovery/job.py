@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from prunus.calibration import check_source
+from prunus.calibration.sources import find_source
 from prunus.calibration.training_text import TrainingText, training_text
+from prunus.calibration.windows import Wanted, check_context
 from prunus.distributed import Ranks
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.adapter import CONFIG_NAME, is_adapter, require_peft
@@ -117,7 +118,9 @@ def plan_recovery(
     earlier = find_earlier_recovery(output, options, overwrite, resume)
     if options.mode == "lora":
         require_peft()
-    check_source(options.text, data_dir)
+    find_source(options.text).check(
+        Wanted(samples=1, seqlen=options.seqlen, bos=options.bos, data=data_dir)
+    )
     folder = resolve_folder(model)
     _check_trainable_form(folder, options.mode)
     check_apart(output, folder)
@@ -297,14 +300,7 @@ def draw_training_text(
     """
     config = source.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and options.seqlen > positions:
-        raise ValueError(
-            f"windows of {options.seqlen} tokens do not fit: the model has {positions} positions. "
-            f"Use --seqlen {positions} or less"
-        )
-    tokenizer: Any = None
-    if not options.text.endswith(".safetensors"):
-        tokenizer = load_tokenizer(source.checkpoint.folder)
+    check_context(positions if isinstance(positions, int) else None, options.seqlen)
 
     def load_writer() -> Any:
         """The model that writes the text of source `self`: the dense one if there is one."""
@@ -313,11 +309,11 @@ def draw_training_text(
     steps = step_count(options)
     text = training_text(
         options.text,
-        tokenizer=tokenizer,
+        tokenizer=lambda: load_tokenizer(source.checkpoint.folder),
         seqlen=options.seqlen,
         held_out=options.held_out,
         seed=options.seed,
-        data_dir=data_dir,
+        data=data_dir,
         model=load_writer,
         windows=steps * options.batch if steps is not None else None,
         bos=options.bos,

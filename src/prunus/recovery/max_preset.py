@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from prunus.calibration import check_source
+from prunus.calibration.sources import find_source
+from prunus.calibration.windows import Wanted
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_whole, is_vacant
 from prunus.model.checkpoint.reader import resolve_folder
@@ -362,7 +363,9 @@ def _check_training(
             "preset max trains the model as transformers defines it, without code from the "
             "checkpoint: drop --trust-remote-code, or prune with --preset best"
         )
-    check_source(training.text, options.data)
+    find_source(training.text).check(
+        Wanted(samples=1, seqlen=training.seqlen, bos=training.bos, data=options.data)
+    )
     folder = resolve_folder(model)
     check_teacher(folder)
     if output is not None:

@@ -123,7 +123,7 @@ class ResultFolder:
         self, changed: Mapping[str, torch.Tensor], pruned: Collection[str]
     ) -> dict[str, LinearMask]:
         """Write the shard of everything outside the blocks; all names are full names."""
-        stored = dict(self._source.checkpoint.read(self._source.outside_keys()))
+        stored = dict(self._source.checkpoint.views(self._source.outside_keys()))
         keys = self._source.stored_names()
         new = {keys[name]: tensor for name, tensor in changed.items() if name in keys}
         written = {

@@ -24,9 +24,9 @@ class HashedSource:
     def __init__(self, source: Source, skeleton: Skeleton, digests: dict[str, str]) -> None:
         self._source, self._skeleton, self._digests = source, skeleton, digests
 
-    def block(self, index: int) -> dict[str, torch.Tensor]:
+    def block(self, index: int, pinned: bool = False) -> dict[str, torch.Tensor]:
         """The tensors of a block, as the other source reads them."""
-        found = self._source.block(index)
+        found = self._source.block(index, pinned)
         name = self._skeleton.block_name(index)
         if name not in self._digests:
             self._digests[name] = tensors_digest(found)

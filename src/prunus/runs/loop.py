@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 
 from prunus.hardware.memory import HeapTrimmer, peak_memory
-from prunus.model.source import CheckpointSource
 from prunus.runs.blocks import StoredBlock, read_stored
 from prunus.runs.job import RunJob
 from prunus.runs.overlap import BackgroundWrites, read_ahead
@@ -135,9 +134,5 @@ def _read(job: RunJob, index: int) -> StoredBlock:
     Raises:
         ValueError: It holds NaN or infinity, or its file was changed.
     """
-    # Where there is memory for the copies, nothing depends on the file after this.
-    if job.overlaps and isinstance(job.source, CheckpointSource):
-        tensors = job.source.load_block(index, pinned=job.device.type == "cuda")
-    else:
-        tensors = job.source.block(index)
+    tensors = job.source.block(index, pinned=job.overlaps and job.device.type == "cuda")
     return read_stored(job.skeleton.block_name(index), tensors)

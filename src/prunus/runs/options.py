@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import field_validator
 
+from prunus.calibration.catalogue import CHOICES
 from prunus.hardware.sizes import parse_bytes
 from prunus.options import Option, Options, at_least
 from prunus.options.declaration import ADVANCED
@@ -46,9 +47,8 @@ class WindowOptions(Options):
     calibration: Annotated[
         str,
         Option(
-            "Take the calibration windows from c4, wikitext2, ptb, python-docs, self (text that "
-            "the model writes) or a file: .txt, .jsonl, .jsonl.gz, .parquet, .safetensors with "
-            "input_ids. For image classifiers: a folder of images.",
+            f"Take the calibration windows from {CHOICES}. For image classifiers: a folder of "
+            "images.",
             metavar="SOURCE",
             panel=CALIBRATION,
         ),

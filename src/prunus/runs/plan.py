@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from prunus.calibration import check_context
+from prunus.calibration.windows import check_context
 from prunus.hardware.memory import available_memory, memory_budget, resident_memory
 from prunus.methods.statistics import Needs
 from prunus.model.checkpoint.companions import check_companions
@@ -79,8 +79,8 @@ def open_model(
     # Structure and names are checked on a skeleton in the stored dtype, before a dtype trial runs.
     skeleton = Skeleton(source.config, source.stored_dtype, trust)
     source.bind(skeleton)
-    if skeleton.kind is not IMAGES:
-        check_context(skeleton.max_positions, recipe.seqlen, needs)
+    if skeleton.kind is not IMAGES and needs != "none":
+        check_context(skeleton.max_positions, recipe.seqlen)
     check(source, skeleton)
     requested = decided_dtype if recipe.dtype == "auto" and decided_dtype else recipe.dtype
     dtype, reason = decide_dtype(

@@ -150,7 +150,7 @@ class StructureOutput:
         record.left_out = sorted(k for n, k in unknown.items() if n.startswith(f"{old.path}."))
         keys = sorted(set(source.outside_keys()) - set(record.left_out))
         record.sha256[OUTSIDE_SHARD] = save_safetensors(
-            self.folder / OUTSIDE_SHARD, dict(source.checkpoint.read(keys))
+            self.folder / OUTSIDE_SHARD, dict(source.checkpoint.views(keys))
         )
         for path in auxiliary_files(
             source.checkpoint.folder, code=self._job.measuring.options.trust_remote_code

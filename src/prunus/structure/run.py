@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunus.calibration import Windows
 from prunus.calibration.texts import are_texts
+from prunus.calibration.windows import Windows
 from prunus.distributed import SINGLE_PROCESS, own_part
 from prunus.hardware.memory import HeapTrimmer, describe_hardware, peak_memory, versions
 from prunus.hardware.sizes import parse_bytes

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from prunus.calibration import hash_ids, load_windows
 from prunus.calibration.files import read_ids
+from prunus.calibration.sources import find_source
+from prunus.calibration.windows import Wanted, hash_ids
 from prunus.model.checkpoint.atomic_files import make_folder
 from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.loading import load_model
@@ -51,7 +52,7 @@ def shared_windows(
 
     Raises:
         ValueError, FileNotFoundError, ModuleNotFoundError, OSError: see
-            `prunus.calibration.load_windows`.
+            `prunus.calibration.sources.Source`.
         FileExistsError: the windows differ from those of earlier cells.
     """
     wanted = (
@@ -67,18 +68,18 @@ def shared_windows(
         ids = read_ids(output / known.file)
         _check_same(known, hash_ids(ids), f"{output / known.file} was changed")
         return ids
-    windows = load_windows(
-        recipe.calibration,
-        tokenizer=None
-        if recipe.calibration.endswith(".safetensors")
-        else load_tokenizer(model, options.trust_remote_code),
+    asked = Wanted(
         samples=recipe.samples,
         seqlen=recipe.seqlen,
         seed=recipe.seed,
-        data_dir=options.data,
-        model=lambda: load_model(model, trust_remote_code=options.trust_remote_code),
         bos=recipe.bos,
+        data=options.data,
+        tokenizer=lambda: load_tokenizer(model, options.trust_remote_code),
+        model=lambda: load_model(model, trust_remote_code=options.trust_remote_code),
     )
+    source = find_source(recipe.calibration)
+    source.check(asked)
+    windows = source.draw(asked)
     if known is not None:
         _check_same(known, windows.sha256, f"{recipe.calibration} gives other windows than before")
     file = (

@@ -197,7 +197,7 @@ def test_a_shard_that_changes_while_it_is_read(change, material, tmp_path):
     assert not (tmp_path / "out" / INDEX_NAME).exists()
 
 
-def test_a_loaded_tensor_does_not_depend_on_its_file(tmp_path):
+def test_a_tensor_that_was_read_does_not_depend_on_its_file(tmp_path):
     """Unlike a mapped one: pages that a file no longer has kill the process that touches them."""
     path = tmp_path / "model.safetensors"
     tensors = {
@@ -207,8 +207,8 @@ def test_a_loaded_tensor_does_not_depend_on_its_file(tmp_path):
     tensors |= {"none": torch.zeros(0, 3), "one": torch.ones((), dtype=torch.bfloat16)}
     save_file(tensors, path)
     checkpoint = Checkpoint(tmp_path)
-    loaded = dict(checkpoint.load(tensors))
-    names = iter(checkpoint.load(["one", "0.weight"]))
+    loaded = dict(checkpoint.read(tensors))
+    names = iter(checkpoint.read(["one", "0.weight"]))
     next(names)
     os.truncate(path, 8000)
     assert {name: x.view(torch.uint8).tolist() if x.ndim else x for name, x in loaded.items()} == {

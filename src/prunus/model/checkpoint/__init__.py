@@ -2,7 +2,7 @@
 
 reader.py         safetensors, opened by their headers and read one tensor at a time
 writer.py         safetensors, written atomically
-atomic_files.py   files that are either whole or not there; whole_folder.py: folders
+atomic_files.py   files that are either whole or not there
 regular_files.py  reading files of strangers: no devices, no pipes, no more than their kind may have
 companions.py     the files beside the weights, which a result copies
 output_folder.py  checks of the folder for a result

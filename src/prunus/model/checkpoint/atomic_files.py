@@ -99,9 +99,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove the temporary files that killed runs left in a folder, which this run has locked."""
+    """Remove what killed runs left under temporary names, in a folder that this run holds."""
     for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-        if path.is_symlink() or not path.is_dir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
             path.unlink(missing_ok=True)
 
 

@@ -9,16 +9,24 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunus.model.checkpoint.atomic_files import read_json, write_json
+from prunus.model.checkpoint.atomic_files import (
+    TEMPORARY_SUFFIX,
+    fsync_folder,
+    read_json,
+    remove_temporaries,
+    write_json,
+)
 from prunus.model.checkpoint.gguf_header import check_header
+from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.model.checkpoint.output_folder import is_vacant
-from prunus.model.checkpoint.whole_folder import replacing_folder
 from prunus.model.dtypes import DTYPES
 from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta
@@ -36,8 +44,9 @@ def import_gguf(
 ) -> dict[str, Any]:
     """Write the model and tokenizer of a GGUF file to the folder `dest`.
 
-    The folder appears whole or not at all, and with `overwrite` it holds the old content until
-    then; see `whole_folder.py`. The whole model is in memory for a while.
+    The files get their names when all of them are complete, and config.json last, so no loader
+    takes a part for a model. With `overwrite`, `dest` holds the old content until then. The whole
+    model is in memory for a while.
 
     Args:
         path: the GGUF file.
@@ -61,12 +70,20 @@ def import_gguf(
     say = progress or (lambda line: None)
     say(f"reading {path.name}")
     header = _read_header(path)
-    with replacing_folder(dest, lambda: check_destination(dest, overwrite=overwrite)) as folder:
-        say(f"unpacking {header['tensors']} tensors to {dtype}")
-        with _without_progress_bars():
-            summary = _convert(path, folder, DTYPES[dtype], header["weights"])
-        _tidy(folder)
-        say(f"writing {dest}")
+    with locked(dest):
+        check_destination(dest, overwrite=overwrite)
+        staging = dest / f"import{TEMPORARY_SUFFIX}"
+        remove_temporaries(dest)
+        staging.mkdir()
+        try:
+            say(f"unpacking {header['tensors']} tensors to {dtype}")
+            with _without_progress_bars():
+                summary = _convert(path, staging, DTYPES[dtype], header["weights"])
+            _tidy(staging)
+            say(f"writing {dest}")
+            _put_in_place(staging, dest)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     files = sorted(file for file in dest.iterdir() if file.is_file())
     return {
         "architecture": header["architecture"],
@@ -186,6 +203,23 @@ def _tidy(folder: Path) -> None:
     mode = (folder / "config.json").stat().st_mode
     for file in folder.iterdir():
         file.chmod(mode)  # the safetensors library makes its files readable by their owner alone
+
+
+def _put_in_place(staging: Path, dest: Path) -> None:
+    """Move the files of a folder into `dest`, in the place of what is there."""
+    for path in staging.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    # The configuration makes a folder a model, so it is removed first and appears last.
+    old = [path for path in dest.iterdir() if path != staging and path.name != LOCK_NAME]
+    for path in sorted(old, key=lambda path: path.name != "config.json"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, dest / path.name)
+        fsync_folder(dest)
 
 
 @contextlib.contextmanager

@@ -4,9 +4,11 @@ This file knows file formats and nothing else: no model class, no block, no prun
 safetensors only, never pickles, which can run code, and it follows no path that an index file names
 out of the checkpoint's folder.
 
-`Checkpoint.read` maps shards into memory: a tensor is a view of its file, and the system brings in
-the pages that are touched and drops them again. No shard need fit in memory as a whole.
-`Checkpoint.load` copies what has room.
+`Checkpoint.read` copies tensors into memory, so whatever happens to a file later changes nothing.
+`Checkpoint.views` maps shards instead: a tensor is a view of its file, and the system brings in the
+pages that are touched and drops them again. It is for the embedding and other tensors outside the
+blocks, which may be larger than a block. A mapped file that is cut short ends the process that
+touches it, so nothing else is read in this way.
 """
 
 from __future__ import annotations
@@ -194,38 +196,17 @@ class Checkpoint:
             info = self.tensors[name]
             digest.update(json.dumps([name, list(info.shape), str(info.dtype)]).encode())
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor) on the CPU in the dtype of the file.
-
-        The tensors are views of the mapped file. Convert or copy what you keep, and drop each one
-        before you take the next, so that its pages can leave memory.
-
-        Raises:
-            ValueError: a shard was changed; see `check_unchanged` and `verify_on_read`.
-        """
-        for file, members in self._by_file(names):
-            with (
-                safe_open(self.folder / file, framework="pt") as handle,
-                open(self.folder / file, "rb") as plain,
-            ):
-                for name in members:
-                    _prefetch(plain.fileno(), self.tensors[name])
-                    yield name, handle.get_tensor(name)
-
-    def load(
+    def read(
         self, names: Iterable[str], pinned: bool = False
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor) as `read` does, but as copies in memory of their own.
-
-        Whatever happens to the file later, a copy stays as it is. A mapped file that is cut short
-        would kill the process that touches it.
+        """Yield (name, tensor) on the CPU in the dtype of the file.
 
         Args:
             names: stored names.
             pinned: use pinned memory, from which a CUDA device copies without the host waiting.
 
         Raises:
-            ValueError: a shard was changed; see `read`.
+            ValueError: a shard was changed; see `check_unchanged` and `verify_on_read`.
         """
         for file, members in self._by_file(names):
             with open(self.folder / file, "rb", buffering=0) as plain:
@@ -236,6 +217,20 @@ class Checkpoint:
                     if not _fill(plain, info.begin, content):
                         raise ValueError(self._changed(file))
                     yield name, content.view(info.dtype).reshape(info.shape)
+
+    def views(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) as `read` does, but as views of the mapped file.
+
+        Drop each one before you take the next, so that its pages can leave memory.
+        """
+        for file, members in self._by_file(names):
+            with (
+                safe_open(self.folder / file, framework="pt") as handle,
+                open(self.folder / file, "rb") as plain,
+            ):
+                for name in members:
+                    _prefetch(plain.fileno(), self.tensors[name])
+                    yield name, handle.get_tensor(name)
 
     def _by_file(self, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
         """Yield each shard with those of its tensors that are to be read, after checking it."""

@@ -1,0 +1,24 @@
+"""The names of the sources of calibration windows, for help texts and docs. Imports no torch."""
+
+from __future__ import annotations
+
+__all__ = ["CHOICES", "CORPORA", "SOURCES"]
+
+#: Source -> what it gives. A source that is none of these names is a path.
+SOURCES = {
+    "c4": "C4, English, first train shard: random windows of random documents, as in the papers",
+    "wikitext2": "WikiText-2, train: random windows of the whole text",
+    "ptb": "Penn Treebank, train: random windows of the whole text",
+    "python-docs": "the documentation that ships with Python: first half; needs no download",
+    "self": "text that the model writes itself (arXiv 2410.17170)",
+    "FILE": ".txt, .jsonl, .jsonl.gz or .parquet (text in the field or column `text`), "
+    "or .safetensors with `input_ids` (windows, tokens)",
+    "FOLDER": "for image classifiers: images, or a subfolder of images per class",
+}
+#: Sources that are texts with a part for calibration and a part for scoring.
+CORPORA = ("c4", "wikitext2", "ptb", "python-docs")
+#: The sources of text in one phrase, for help texts.
+CHOICES = (
+    f"{', '.join(CORPORA)}, self (text that the model writes) or a file: .txt, .jsonl, .jsonl.gz, "
+    ".parquet, .safetensors with input_ids"
+)

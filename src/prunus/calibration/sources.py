@@ -1,0 +1,284 @@
+"""The sources of calibration windows: each says what it takes and refuses, and draws windows.
+
+    find_source(given) ► source.check(wanted, images) ► source.draw(wanted) ► Windows
+
+`SOURCES` in `catalogue.py` names those that a user can choose. A program may also give token ids,
+pixel values or texts.
+
+Shape suffixes: N samples (windows), S tokens per window (seqlen).
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus.calibration.bos import bos_token, check_bos, put_bos_first, refuse_bos, used_bos
+from prunus.calibration.catalogue import CORPORA, SOURCES
+from prunus.calibration.corpora import check_corpus, load_corpus
+from prunus.calibration.draw import Text, draw_windows
+from prunus.calibration.files import check_file, read_documents, read_ids
+from prunus.calibration.images import check_images, draw_images, hash_pixels, read_images
+from prunus.calibration.texts import Documents, are_texts
+from prunus.calibration.windows import Wanted, Windows, hash_ids
+
+__all__ = ["TENSORS", "IdsFile", "Source", "TextSource", "find_source"]
+
+#: What tensors that a program gives are called.
+TENSORS = ("token ids", "pixel values")
+
+
+class Source(ABC):
+    """Where the windows of a run come from.
+
+    Attributes:
+        name: for people.
+        images: it gives images, for an image classifier, and not tokens.
+        cuts: it cuts its windows out of text, so that BOS may take the place of a first token.
+    """
+
+    images = False
+    cuts = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def check(self, wanted: Wanted, images: bool = False) -> None:
+        """Raise the errors of `draw` that can be found without reading text or the network.
+
+        Args:
+            wanted: the windows.
+            images: whether the model is an image classifier.
+
+        Raises:
+            ValueError: the source does not fit the model or the options, or a file is empty or of
+                an unknown kind.
+            FileNotFoundError: a file, a folder or a data folder is missing.
+            ModuleNotFoundError: an extra is not installed; names it.
+        """
+        if wanted.samples < 1:
+            raise ValueError(
+                f"samples must be at least 1, not {wanted.samples}: pruning needs something to "
+                "calibrate on"
+            )
+        if wanted.seqlen < 2:
+            raise ValueError(f"seqlen must be at least 2 tokens, not {wanted.seqlen}")
+        check_bos(wanted.bos)
+        if images and not self.images:
+            raise ValueError(
+                f"an image classifier is calibrated on images, not on {self.name}: give a folder "
+                "of images or of one subfolder of images per class, or pixel values (samples, "
+                "channels, height, width)"
+            )
+        if self.images and not images:
+            raise ValueError(f"this model takes text or token ids, and {self.name} gives images")
+        if not self.cuts:
+            refuse_bos(self.name, wanted.bos)
+
+    @abstractmethod
+    def draw(self, wanted: Wanted) -> Windows:
+        """Draw the windows. `check` comes first.
+
+        Raises:
+            ValueError: there are too few of them, or a tokenizer or a model is missing; of text,
+                the message says how long it is, in tokens.
+            OSError: the hub does not answer.
+        """
+
+
+class TextSource(Source):
+    """Text, out of which windows are cut at random."""
+
+    cuts = True
+
+    def __init__(self, name: str, read: Callable[[Wanted], Text]) -> None:
+        super().__init__(name)
+        #: Reads the text.
+        self.read = read
+
+    def tokenizer(self, wanted: Wanted) -> Any:
+        """The tokenizer, without which no window can be cut.
+
+        Raises:
+            ValueError: there is none.
+        """
+        found = wanted.tokenizer()
+        if found is None:
+            raise ValueError(
+                f"{self.name} is text, and this model comes without a tokenizer; give token ids "
+                "instead: a .safetensors file with input_ids"
+            )
+        return found
+
+    def draw(self, wanted: Wanted) -> Windows:
+        tokenizer = self.tokenizer(wanted)
+        token, rng = bos_token(tokenizer, wanted.bos), random.Random(wanted.seed)
+        text = self.read(wanted)
+        ids, described = draw_windows(
+            text, tokenizer, samples=wanted.samples, seqlen=wanted.seqlen, rng=rng
+        )
+        ids = put_bos_first(ids, token)
+        return Windows(ids, described, hash_ids(ids), used_bos(token))
+
+
+class _Corpus(TextSource):
+    """A named corpus; see `corpora.py`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, lambda wanted: load_corpus(name, "calibration", wanted.data))
+
+    def check(self, wanted: Wanted, images: bool = False) -> None:
+        super().check(wanted, images)
+        check_corpus(self.name, "calibration", wanted.data)
+
+
+class _TextFile(TextSource):
+    """A file of text; several documents are drawn from like those of a corpus."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), self._read)
+        self._path = path
+
+    def _read(self, wanted: Wanted) -> Text:
+        documents = read_documents(self._path)
+        return Text(documents, "\n\n", self.name, by_document=len(documents) > 1, joins_short=True)
+
+    def check(self, wanted: Wanted, images: bool = False) -> None:
+        super().check(wanted, images)
+        _check_path(self._path)
+
+
+class _Texts(TextSource):
+    """Texts, rows of a data set, or chats; see `Documents`."""
+
+    def __init__(self, given: Any, chat_text: Callable[[Any, Any], str] | None) -> None:
+        super().__init__("texts", self._read)
+        self._given, self._chat_text = given, chat_text
+
+    def _read(self, wanted: Wanted) -> Text:
+        documents = Documents(self._given, wanted.tokenizer(), self._chat_text)
+        source = f"{len(documents)} texts given by the caller"
+        return Text(documents, "\n\n", source, by_document=True, joins_short=True)
+
+
+class IdsFile(Source):
+    """A .safetensors file of token ids. Its first windows are taken, cut to `seqlen`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self._path = path
+
+    def read(self) -> torch.Tensor:
+        """All windows of the file, (windows, tokens)."""
+        return read_ids(self._path)
+
+    def check(self, wanted: Wanted, images: bool = False) -> None:
+        super().check(wanted, images)
+        check_file(self._path)
+
+    def draw(self, wanted: Wanted) -> Windows:
+        ids = self.read()
+        for size, name, what in (
+            (1, "seqlen", "its windows have {} tokens"),
+            (0, "samples", "it has {} windows"),
+        ):
+            if (there := ids.shape[size]) < (asked := getattr(wanted, name)):
+                raise ValueError(
+                    f"{self.name}: {what.format(there)}, fewer than {name} {asked}; use a smaller "
+                    f"{name}"
+                )
+        ids = ids[: wanted.samples, : wanted.seqlen].contiguous()
+        return Windows(ids, self.name, hash_ids(ids))
+
+
+class _OwnText(Source):
+    """Text that the model writes itself; see `generate.py`."""
+
+    cuts = True
+
+    def draw(self, wanted: Wanted) -> Windows:
+        from prunus.calibration.generate import first_ids, start_token, write_windows
+
+        if wanted.model is None:
+            raise ValueError("the source 'self' needs the model, to let it write text")
+        model, tokenizer = wanted.model(), wanted.tokenizer()
+        token = start_token(model, tokenizer, wanted.bos)
+        rng = random.Random(wanted.seed)
+        first_N = first_ids(model, tokenizer, wanted.samples, rng, token)
+        ids = write_windows(model, first_N, seqlen=wanted.seqlen, seed=wanted.seed)
+        source = "self (sampled from the model at temperature 1)"
+        return Windows(ids, source, hash_ids(ids), used_bos(token))
+
+
+class _ImageFolder(Source):
+    """A folder of images, of which some are drawn at random."""
+
+    images = True
+
+    def check(self, wanted: Wanted, images: bool = False) -> None:
+        super().check(wanted, images)
+        check_images(Path(self.name), wanted.samples)
+
+    def draw(self, wanted: Wanted) -> Windows:
+        paths = draw_images(Path(self.name), wanted.samples, wanted.seed)
+        pixels = read_images(paths, wanted.tokenizer())
+        described = f"{self.name}: {len(pixels)} images at random"
+        return Windows(pixels, described, hash_pixels(pixels))
+
+
+class _Tensor(Source):
+    """Token ids or pixel values that a program gives, taken as they are."""
+
+    def __init__(self, given: torch.Tensor) -> None:
+        super().__init__(TENSORS[given.is_floating_point()])
+        self.images, self._given = given.is_floating_point(), given.detach()
+
+    def draw(self, wanted: Wanted) -> Windows:
+        ids = self._given.to("cpu", torch.float32 if self.images else torch.int64)
+        digest = hash_pixels(ids) if self.images else hash_ids(ids)
+        return Windows(ids, f"{self.name} given by the caller", digest)
+
+
+def find_source(given: Any, chat_text: Callable[[Any, Any], str] | None = None) -> Source:
+    """The source that a user or a program gives. Reads nothing.
+
+    Args:
+        given: a name of `SOURCES`, a path, token ids (samples, seqlen), pixel values (samples,
+            channels, height, width), or texts; see `Documents`.
+        chat_text: turns a tokenizer and messages into text, where chats are given.
+
+    Raises:
+        ValueError: an unknown name, or a file of an unknown kind.
+        TypeError: it is nothing that calibration takes.
+    """
+    if isinstance(given, torch.Tensor):
+        return _Tensor(given)
+    if are_texts(given):
+        return _Texts(given, chat_text)
+    if given in CORPORA:
+        return _Corpus(given)
+    if given == "self":
+        return _OwnText(given)
+    path = Path(given)
+    if path.is_dir():
+        return _ImageFolder(str(given))
+    if path.suffix.lower() == ".safetensors":
+        return IdsFile(path)
+    return _TextFile(path)
+
+
+def _check_path(path: Path) -> None:
+    try:
+        check_file(path)
+    except ValueError as error:
+        if path.exists():
+            raise
+        # It may be a misspelt name of a corpus as well as of a file.
+        raise ValueError(
+            f"unknown source {str(path)!r}: it is none of {', '.join(SOURCES)}, and {error}"
+        ) from None
