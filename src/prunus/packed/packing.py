@@ -178,7 +178,7 @@ def _pack_outside(
     source: CheckpointSource, skeleton: Skeleton, keys: Sequence[str], stored: Stored
 ) -> tuple[dict[str, torch.Tensor], dict[str, LinearRecord]]:
     """Return the tensors outside the blocks, with the output head or its tied embedding packed."""
-    tensors = dict(source.checkpoint.read(keys))
+    tensors = dict(source.checkpoint.views(keys))
     try:
         head = tied_embedding(skeleton.model) or skeleton.head()
     except NotImplementedError:  # the model has no output head
