@@ -13,13 +13,7 @@ __all__ = ["compressed_card"]
 
 
 def compressed_card(record: CompressionRecord, loader: str, source: Path) -> str:
-    """What the checkpoint is, how it was made, and what loads it.
-
-    Args:
-        record: Of the finished run.
-        loader: The class of transformers that loads the model.
-        source: Folder of the model that was compressed.
-    """
+    """What the checkpoint is, how it was made, and what loads it."""
     recipe, totals = record.recipe, record.totals
     sparsity, bits = totals.get("sparsity", 0.0), totals.get("bits", recipe.bits)
     origin = "They follow from the rate: these weights did not repay their bits."

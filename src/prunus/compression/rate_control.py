@@ -120,12 +120,7 @@ class RateControl:
         return bits * (1 - self._sparsities.get(name, 0.0)) + self._fixed_bits(name)
 
     def begin(self, name: str, statistics: InputStatistics) -> tuple[LinearQuantization, float]:
-        """How the next linear is quantised, and log2 Δ for `finish`.
-
-        Args:
-            name: full name of the linear.
-            statistics: of its inputs in the run.
-        """
+        """How the next linear is quantised, and log2 Δ for `finish`."""
         step, known = self.log2_step(), self._linears[name].sensitivity
         power = float(statistics.sum_squares_I.mean()) / max(1, statistics.tokens)
         # The sensitivity was measured on a few windows of the dense model. How large the inputs
@@ -134,13 +129,7 @@ class RateControl:
         return LinearQuantization(2.0**step * unit, known.scales_O, _code_of), step
 
     def finish(self, name: str, bits: float, log2_step: float) -> None:
-        """Take note of a finished linear.
-
-        Args:
-            name: full name of the linear.
-            bits: per weight, as it took them in the file.
-            log2_step: what `begin` gave, or what the manifest has of an earlier run.
-        """
+        """Take note of a finished linear."""
         linear = self._linears[name]
         missed = bits - self.predicted_bits(name, log2_step) + self._mean_surplus(linear.kind)
         self._surplus.setdefault(linear.kind, []).append(missed)

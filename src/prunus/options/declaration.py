@@ -131,12 +131,7 @@ def _checked(kind: type[_Kind], values: dict[str, Any], where: str) -> _Kind:
 
 
 def explain(fault: ValidationError, kind: type[BaseModel]) -> str:
-    """The faults of options in one sentence that names each option.
-
-    Args:
-        fault: What pydantic raised.
-        kind: The model that was made.
-    """
+    """The faults of options in one sentence that names each option."""
     faults = [_explain_one(error, kind) for error in fault.errors()]
     more = len(faults) - _MOST_FAULTS
     return "; ".join([*faults[:_MOST_FAULTS], *([f"and {more} more"] if more > 0 else [])])

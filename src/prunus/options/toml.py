@@ -21,10 +21,6 @@ _LONG_KEY = re.compile(r"""(?<![\w-])(?:(?>[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """The content of a TOML file.
 
-    Args:
-        path: of the file.
-        what: what the file is, for messages, such as "recipe".
-
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not TOML, larger than 256 KiB, or has keys of more than sixteen parts.

@@ -14,13 +14,7 @@ __all__ = ["calibration_words", "pruned_card", "sparsity_tag"]
 def pruned_card(
     manifest: Manifest, loader: str = "AutoModelForCausalLM", source: Path | None = None
 ) -> str:
-    """What the checkpoint is, how it was made, and what loads it.
-
-    Args:
-        manifest: Of the finished run.
-        loader: The class of transformers that loads the model.
-        source: Folder of the model that was pruned, if there is one.
-    """
+    """What the checkpoint is, how it was made, and what loads it."""
     recipe, totals = manifest.recipe, manifest.totals
     sparsity = totals.get("sparsity", 0.0)
     shape = recipe.pattern if recipe.n_of_m else f"{recipe.sparsity:.0%} unstructured"

@@ -199,10 +199,6 @@ def training_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
     bfloat16 where the hardware multiplies it natively; float32 everywhere else, and for float16
     models (on CUDA as TF32).
-
-    Args:
-        device: Where blocks are trained.
-        dtype: Of the forward passes of the run.
     """
     fast = device.type == "cuda" or native_bfloat16()
     return torch.bfloat16 if fast and dtype != torch.float16 else torch.float32

@@ -301,9 +301,6 @@ class PruningOptions(WindowOptions):
     def check_names(self, names: Iterable[str]) -> None:
         """Refuse name patterns that match nothing: a typing error would prune the wrong linears.
 
-        Args:
-            names: The full names of all linears of the model.
-
         Raises:
             ValueError: A pattern of `only` or `ignore` matches no name, or no linear is left.
         """

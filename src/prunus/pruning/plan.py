@@ -39,13 +39,6 @@ def plan_run(
 ) -> PruningJob:
     """Check everything that needs neither weights nor text, and decide what the recipe leaves open.
 
-    Args:
-        model: A checkpoint folder, a hub id or a loaded model.
-        recipe: What to do.
-        options: How to do it.
-        kind: The job of the verb.
-        decided_dtype: What dtype "auto" meant in the run that is resumed; None for a new run.
-
     Raises:
         FileNotFoundError, ValueError, NotImplementedError, OSError: Something does not fit; every
             message names what was given, what is wrong and what to do.
@@ -87,12 +80,7 @@ def plan_run(
 
 
 def needs_inputs(recipe: PruningOptions, method: Method) -> bool:
-    """Whether a recipe uses calibration windows: its method, its allocation or its training does.
-
-    Args:
-        recipe: The recipe of the run.
-        method: Its method with refinement and weight update; see `prunus.methods.composition`.
-    """
+    """Whether the method, the allocation or the training of a recipe uses calibration windows."""
     trains = isinstance(recipe, Recipe) and recipe.reconstructs
     return method.needs != "none" or trains or recipe.searches
 

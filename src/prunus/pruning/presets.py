@@ -21,9 +21,6 @@ _UNSTRUCTURED: dict[str, dict[str, Any]] = {"best": {"allocation": "search"}}
 def preset_options(values: dict[str, Any]) -> dict[str, Any]:
     """Put `values` on top of the options of the preset that they name, if any.
 
-    Args:
-        values: options of a recipe by name. The pattern decides what else belongs to the preset.
-
     Raises:
         ValueError: there is no such preset; the message lists all presets.
 

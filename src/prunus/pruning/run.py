@@ -121,14 +121,7 @@ class PruneVerb:
     def finish_linear(
         self, job: PruningJob, ids: torch.Tensor, output: PruningOutput, record: PruningRecord
     ) -> LinearFinish | None:
-        """What is done to a linear after its zeros are chosen; None for nothing.
-
-        Args:
-            job: The checked run.
-            ids: All calibration windows (windows, tokens).
-            output: Where the run writes; `begin` was called.
-            record: Of the run, with the records of its finished blocks.
-        """
+        """What is done to a linear after its zeros are chosen; None for nothing."""
         return None
 
 
@@ -140,13 +133,6 @@ def carry_out(
     verb: PruneVerb,
 ) -> PruningRecord:
     """Carry out a recipe of prune or of a verb that builds on it.
-
-    Args:
-        model: A checkpoint folder, a hub id or a loaded model.
-        output: Folder of the result; None for a loaded model.
-        recipe: What to do.
-        options: How to do it.
-        verb: What is particular to the verb.
 
     Returns:
         The record of the finished run.
@@ -228,14 +214,7 @@ def _carry_out(
 
 
 class PruneStep:
-    """Prunes one block after the other; see `prunus.runs.loop.BlockStep`.
-
-    Args:
-        job: The checked run.
-        pruner: The windows in front of the next block.
-        record: Of the run.
-        walks: Per block how the windows run through it.
-    """
+    """Prunes one block after the other; see `prunus.runs.loop.BlockStep`."""
 
     def __init__(
         self,

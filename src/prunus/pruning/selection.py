@@ -26,11 +26,6 @@ class LinearSelection(NamedTuple):
 def select_linears(skeleton: Skeleton, recipe: PruningOptions, pattern: Pattern) -> LinearSelection:
     """Apply `only` and `ignore` of a recipe to the linears of a model.
 
-    Args:
-        skeleton: The model without weights.
-        recipe: The name patterns are its `only` and `ignore`.
-        pattern: Every selected linear must fit it.
-
     Raises:
         ValueError: A name pattern matches nothing, or `pattern` does not fit a linear.
         NotImplementedError: The model stores its experts in an unknown form.

@@ -17,12 +17,6 @@ def windows_per_batch(samples: int, window_tokens: int, for_training: bool = Fal
     4
     >>> windows_per_batch(samples=3, window_tokens=512)
     3
-
-    Args:
-        samples: Calibration windows of the run.
-        window_tokens: Tokens of one window as the first block sees them.
-        for_training: Whether a batch is also one gradient step of block reconstruction. Half the
-            windows then make twice as many steps.
     """
     windows = min(samples, _TOKENS_PER_BATCH // window_tokens)
     return max(1, windows // 2 if for_training else windows)

@@ -23,11 +23,6 @@ class BlockFolder(ResultFolder):
     All ranks call its methods. Only rank 0 touches the folder, and the others get what they need
     from it.
 
-    Args:
-        folder: The folder of the result; it need not exist.
-        record: Of the run.
-        job: The checked run.
-
     Attributes:
         finished: Blocks that an earlier run has written; known after `begin`.
     """

@@ -65,12 +65,6 @@ def paused_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:
 
     >>> paused_bytes(tokens=10, hidden=4, widest=16, itemsize=2)
     640
-
-    Args:
-        tokens: Tokens of all windows that pause.
-        hidden: Width of a hidden state.
-        widest: The largest width of any linear of the block.
-        itemsize: Bytes of a number.
     """
     return tokens * (4 * hidden + widest) * itemsize
 

@@ -17,11 +17,6 @@ __all__ = ["StoredBlock", "check_same", "read_stored"]
 def check_same(ranks: Ranks, name: str, changed: Mapping[str, torch.Tensor]) -> None:
     """Check that all ranks have pruned to the same bytes. Each must: it goes on with its own.
 
-    Args:
-        ranks: the processes of the run; all call it at once.
-        name: what was pruned, for the message.
-        changed: the pruned tensors of this rank.
-
     Raises:
         RankError: the bytes differ, as they may on processors of different kinds. Names the ranks.
     """
@@ -50,10 +45,6 @@ class StoredBlock(NamedTuple):
 
 def read_stored(name: str, tensors: Mapping[str, torch.Tensor]) -> StoredBlock:
     """Read every byte of a block, and check that all weights are finite.
-
-    Args:
-        name: of the block, for the error.
-        tensors: by relative name; views of files which nothing may have read yet.
 
     Raises:
         ValueError: a tensor holds NaN or infinity; names it.

@@ -87,11 +87,6 @@ def decide_dtype(
 def _trial(source: Source, stored: Skeleton, trust_remote_code: bool) -> float:
     """How much bfloat16 changes what the first block adds to the hidden states.
 
-    Args:
-        source: The model's weights.
-        stored: The model in bfloat16.
-        trust_remote_code: Run model code that comes with the checkpoint.
-
     Returns:
         ‖bfloat16 − float32‖ / ‖float32‖ on token ids spread over the vocabulary; infinity if either
         output is not finite.

@@ -133,12 +133,6 @@ class ResultFolder:
 
     Every method leaves the folder in a state from which a killed run can resume. Only rank 0 may
     call the methods that write.
-
-    Args:
-        folder: The folder of the result; it need not exist.
-        record: Of the run.
-        source: The checkpoint that is read, or None.
-        ranks: The processes of the run.
     """
 
     def __init__(

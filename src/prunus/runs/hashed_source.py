@@ -13,13 +13,7 @@ __all__ = ["HashedSource"]
 
 
 class HashedSource:
-    """Reads blocks of another source, and notes what was read.
-
-    Args:
-        source: The other source.
-        skeleton: The model that it is bound to.
-        digests: Name of a block -> SHA-256 of its weights; gets an entry for each block.
-    """
+    """Reads blocks of another source, and notes what was read."""
 
     def __init__(self, source: Source, skeleton: Skeleton, digests: dict[str, str]) -> None:
         self._source, self._skeleton, self._digests = source, skeleton, digests

@@ -45,21 +45,11 @@ class BlockStep(Protocol):
     """What a verb does to blocks, one after the other."""
 
     def take(self, place: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Run the windows through a block that an earlier run has finished.
-
-        Args:
-            place: Position of the block in the result.
-            tensors: Its tensors by relative name, as stored.
-        """
+        """Run the windows through a block that an earlier run has finished."""
         ...
 
     def make(self, place: int, stored: StoredBlock) -> Made:
-        """Change a block, and run the windows through what it has become.
-
-        Args:
-            place: Position of the block in the result.
-            stored: The dense block that it is made from.
-        """
+        """Change a block, and run the windows through what it has become."""
         ...
 
 

@@ -23,9 +23,6 @@ class MemoryWatch:
     A run within its plan is left alone, whatever other programs take. Where the run holds more than
     was planned and nearly nothing is free, it ends with a `MemoryError` that gives both figures.
     Finished blocks are kept.
-
-    Args:
-        job: The checked run.
     """
 
     def __init__(self, job: RunJob) -> None:

@@ -54,9 +54,6 @@ class BackgroundWrites:
     Leaving the `with` waits for the last write, also if an error ends the run: what is finished is
     not lost. An error of a write is raised by the next call.
 
-    Args:
-        overlaps: False runs each write at once, in `submit`.
-
     >>> with BackgroundWrites(overlaps=True) as writes:
     ...     writes.submit(lambda: print("written"))
     written

@@ -67,11 +67,6 @@ class LineInterval:
 def eta(done: int, total: int, seconds: float) -> str:
     """Time left, if the remaining steps take as long as the finished ones.
 
-    Args:
-        done: finished steps.
-        total: all steps.
-        seconds: time that the finished steps took.
-
     Returns:
         Hours, minutes and seconds, or "unknown" before the first step.
 

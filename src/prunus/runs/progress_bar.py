@@ -39,12 +39,7 @@ class Shown(NamedTuple):
 
 
 class ProgressBar:
-    """What a function calls in place of the caller's `progress`, to change a bar.
-
-    Args:
-        update: changes the bar.
-        read: turns the arguments of a call into what the bar shows.
-    """
+    """What a function calls in place of the caller's `progress`, to change a bar."""
 
     def __init__(self, update: Callable[[Shown], None], read: Callable[..., Shown]) -> None:
         self._update, self._read = update, read
@@ -64,10 +59,6 @@ def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Functio
     The function itself gets the keywords `report` and `announce` of `RunOptions` in its place, or
     `progress` if it has a parameter of that name. With False and None, and where nobody would see
     a bar, the value is None.
-
-    Args:
-        title: Stands before the bar.
-        read: Turns what the function reports into what the bar shows.
     """
 
     def decorate(function: _Function) -> _Function:

@@ -17,10 +17,6 @@ _WALKS: tuple[Walk, ...] = ("lockstep", "replay", "two_pass")
 def check_same_on_all_ranks(job: RunJob, record: RunRecord) -> list[Walk]:
     """Check that all ranks are about to do the same run. All ranks must call this.
 
-    Args:
-        job: This rank's job.
-        record: This rank's record.
-
     Returns:
         Per block the walk that all ranks use: lockstep only where it fits on every rank. Replay
         gives the same bits.

@@ -162,9 +162,6 @@ class RunRecord(BaseModel):
     def forget_missing(self, missing: set[str]) -> bool:
         """Forget shards that were deleted; verbs forget what depends on them as well.
 
-        Args:
-            missing: File names of shards that the record names and that are not there.
-
         Returns:
             Whether the record has changed.
         """
@@ -199,10 +196,6 @@ class BlockwiseRecord(RunRecord):
 
     def check_measured(self, block: str, digest: str) -> None:
         """Check that a block still has the weights that a measurement before the run read.
-
-        Args:
-            block: Its name.
-            digest: SHA-256 of its dense weights.
 
         Raises:
             FileExistsError: It was changed.

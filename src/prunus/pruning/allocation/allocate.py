@@ -105,12 +105,6 @@ def _best_part(
     models that sum says little about the outputs of a model in which all layers are pruned. So
     whole models are pruned here, on windows that the search has not seen, and compared with the
     dense one.
-
-    Args:
-        job: The checked run.
-        ids: Calibration windows (windows, tokens).
-        layers: The layers, in the order of their blocks.
-        found: The sparsity of each layer by the search.
     """
     sparsity = job.recipe.sparsity
     candidates = [[(1 - part) * sparsity + part * x for x in found] for part in PROBE_PARTS]

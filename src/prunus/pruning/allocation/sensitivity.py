@@ -136,12 +136,6 @@ def pruned_models(
 
     Wanda prunes, with the norms of the dense model's inputs, as in `sensitivity_curves`.
 
-    Args:
-        stream: One batch of the dense model's windows, before the first block. It ends behind the
-            last one.
-        layers: The layers, in the order of their blocks.
-        candidates: Allocations; each has a sparsity per layer.
-
     Returns:
         Per candidate the outputs (windows, tokens, hidden).
     """

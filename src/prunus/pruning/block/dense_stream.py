@@ -72,14 +72,7 @@ class DenseStream:
         on_device: bool = True,
         first_batch: int = 0,
     ) -> None:
-        """Run what comes before the blocks; see `Stream.embed`.
-
-        Args:
-            batches: token ids of all batches of this rank.
-            spill_to: folder for a file of hidden states, or None to keep them in memory.
-            on_device: keep hidden states on the device between blocks.
-            first_batch: number of this rank's first batch among those of all ranks.
-        """
+        """Run what comes before the blocks; see `Stream.embed`."""
         chosen = [
             batch for batch in range(len(batches)) if (first_batch + batch) % self._stride == 0
         ]
@@ -99,14 +92,7 @@ class DenseStream:
     def copy_block(
         self, index: int, stored: Mapping[str, torch.Tensor], names: Sequence[str], cache: bool
     ) -> DenseBlockInputs:
-        """Copy dense block `index`, to read its inputs while the original is pruned.
-
-        Args:
-            index: position of the block.
-            stored: its trained tensors by relative name.
-            names: linears whose inputs may be read.
-            cache: see `DenseBlockInputs`.
-        """
+        """Copy dense block `index`, to read its inputs while the original is pruned."""
         block = self.stream.skeleton.duplicate(index, stored, self.stream.device)
         linears = [linear for linear in find_linears(block) if linear.name in names]
         return DenseBlockInputs(self.stream, self.dense_number, index, block, linears, cache)
@@ -147,11 +133,6 @@ class DenseBlockInputs:
 
     def get(self, name: str, batch: int, tokens: int) -> torch.Tensor | None:
         """The input X_TI (tokens, in) of a dense linear; may be asked for once per batch.
-
-        Args:
-            name: of the linear, relative to the block.
-            batch: number of the batch in the pruned stream.
-            tokens: number of rows that reach the linear in the pruned model.
 
         Returns:
             None if the batch does not run through the dense model, or if other tokens reach the
@@ -216,10 +197,6 @@ def drift_stride_for(tokens: int, width: int) -> int:
     The drift (X − X̂)ᵀX̂ is far smaller than the Gram matrix X̂ᵀX̂, so its relative error may be
     larger: `_TOKENS_PER_FEATURE` tokens per input feature are enough.
 
-    Args:
-        tokens: of all calibration windows.
-        width: inputs of the widest linear.
-
     >>> drift_stride_for(tokens=32 * 1024, width=1536)
     4
     >>> drift_stride_for(tokens=8 * 512, width=8960)
@@ -240,12 +217,7 @@ def held_out_batches(count: int) -> frozenset[int]:
 
 
 def accumulate_with_drift(dense_inputs: DenseBlockInputs, held_out: frozenset[int]) -> Accumulate:
-    """Make a function that adds a linear's inputs in both models to its statistics.
-
-    Args:
-        dense_inputs: the inputs in the dense model.
-        held_out: numbers of this rank's held-out batches.
-    """
+    """Make a function that adds a linear's inputs in both models to its statistics."""
 
     def accumulate(
         statistics: InputStatistics, linear: Linear, batch: int, X_TI: torch.Tensor

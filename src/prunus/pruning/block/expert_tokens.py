@@ -34,10 +34,6 @@ MIN_TOKENS: dict[Needs, int] = {"none": 0, "norms": 32, "gram": 512}
 def min_expert_tokens(needs: Needs, requested: int | None) -> int:
     """The tokens below which an expert is measured on all of them.
 
-    Args:
-        needs: the statistics that the method needs.
-        requested: the user's minimum, or None for the measured one.
-
     >>> min_expert_tokens("gram", None), min_expert_tokens("gram", 100)
     (512, 100)
     >>> min_expert_tokens("none", 100)
@@ -112,13 +108,7 @@ class ExpertCounter:
 def find_expert_counters(
     block: nn.Module, linears: Iterable[str], min_tokens: int
 ) -> list[ExpertCounter]:
-    """Make a counter for every experts module of a block that owns one of `linears`.
-
-    Args:
-        block: the block.
-        linears: names relative to the block.
-        min_tokens: see `ExpertCounter`. With 0 there is nothing to decide, and no counter.
-    """
+    """Make a counter for every experts module of a block that owns one of `linears`."""
     if min_tokens == 0:
         return []
     names = list(linears)

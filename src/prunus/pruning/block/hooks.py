@@ -75,12 +75,7 @@ def output_hooks(
     linears: Sequence[Linear],
     on_output: Callable[[Linear, torch.Tensor, torch.Tensor], object],
 ) -> Iterator[None]:
-    """While active, call a function after every forward of some linears.
-
-    Args:
-        linears: linears to observe.
-        on_output: called with a linear, its input (…, in) and its output (…, out).
-    """
+    """While active, call a function after every forward of some linears."""
 
     def hook(linear: Linear) -> Callable[[torch.nn.Module, tuple[Any, ...], torch.Tensor], None]:
         def observe(_module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -29,20 +29,11 @@ class LinearFinish(Protocol):
     """What a verb does to each linear after its zeros are chosen, such as rounding it."""
 
     def begin(self, name: str, statistics: InputStatistics) -> LinearQuantization:
-        """How the next linear is rounded.
-
-        Args:
-            name: Its full name.
-            statistics: Of its inputs.
-        """
+        """How the next linear is rounded."""
         ...
 
     def end(self, name: str, quantized: Quantized) -> tuple[QuantizedWeight, dict[str, Any]]:
         """Note what became of a linear.
-
-        Args:
-            name: Its full name.
-            quantized: Its integers and scales.
 
         Returns:
             The weight as the result stores it, and fields of its record.

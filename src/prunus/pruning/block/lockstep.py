@@ -45,9 +45,6 @@ LastInput = tuple[weakref.ref[torch.Tensor], str]
 def lockstep(walk: BlockWalk) -> list[Linear]:
     """Take all batches through the block in lockstep.
 
-    Args:
-        walk: the block's linears, its forward pass and what is done to each linear.
-
     Returns:
         The linears that no batch of any rank reached.
 

@@ -95,13 +95,7 @@ class BlockPruner:
     def embed(
         self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True
     ) -> None:
-        """Run what comes before the blocks on this rank's share of the batches.
-
-        Args:
-            batches: token ids of all batches of all ranks.
-            spill_to: folder for a file of hidden states; see `Stream.embed`.
-            on_device: keep hidden states on the device between blocks; see `Stream.embed`.
-        """
+        """Run what comes before the blocks on this rank's share of the batches."""
         settings = self.settings
         self._counts = [len(part) for part in split_range(len(batches), self.ranks.size)]
         split: Ranks = SINGLE_PROCESS
@@ -134,12 +128,7 @@ class BlockPruner:
         return sum(self._counts[: self.ranks.rank])
 
     def propagate(self, index: int, stored: Mapping[str, torch.Tensor]) -> None:
-        """Take all batches through a block that an earlier run finished; they end as after `prune`.
-
-        Args:
-            index: position of the block.
-            stored: its pruned tensors by relative name.
-        """
+        """Take all batches through a block that an earlier run has finished, as `prune` does."""
         self.stream.propagate(index, stored)
         if self.dense is not None:
             self.dense.propagate(index)
@@ -148,12 +137,6 @@ class BlockPruner:
         self, index: int, stored: StoredBlock, selected: Sequence[str], walk: Walk
     ) -> FinishedBlock:
         """Prune one block and take all batches through it.
-
-        Args:
-            index: position of the block.
-            stored: the block as the checkpoint stores it.
-            selected: relative names of the linears to prune.
-            walk: how the batches go through the block; see `walk.py`.
 
         Returns:
             The finished block. The caller sets the seconds of its record.
@@ -295,9 +278,6 @@ class BlockPruner:
         self, batches: Sequence[torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], LinearRecord]:
         """Prune the output head on the outputs of the final norm, after the last block.
-
-        Args:
-            batches: token ids of all batches of all ranks.
 
         Returns:
             The pruned tensor by its name in the model, in its stored dtype, and the record.

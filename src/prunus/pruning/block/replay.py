@@ -94,9 +94,6 @@ class _FirstGroup:
 def replay(walk: BlockWalk) -> list[Linear]:
     """Take all batches through the block, one at a time and once per group of linears.
 
-    Args:
-        walk: the block's linears, its forward pass and what is done to each linear.
-
     Returns:
         The linears that no batch of any rank reached.
 

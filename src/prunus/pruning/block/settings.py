@@ -70,12 +70,7 @@ class BlockSettings:
         return replace(self.linear, sparsity=self.sparsities.get(full_name, self.linear.sparsity))
 
     def statistics_spec(self, in_features: int, distributed: bool) -> StatisticsSpec:
-        """The statistics that the method needs of a linear with `in_features` inputs.
-
-        Args:
-            in_features: inputs of the linear.
-            distributed: several ranks have batches of the run.
-        """
+        """The statistics that the method needs of a linear with `in_features` inputs."""
         method = self.linear.method
         drift: Drift = "some" if self.drift_stride > 1 else "all"
         return StatisticsSpec(

@@ -22,9 +22,6 @@ __all__ = ["two_pass"]
 def two_pass(walk: BlockWalk) -> list[Linear]:
     """Measure all linears of the unpruned block, prune them, then run the pruned block.
 
-    Args:
-        walk: the block's linears, its forward pass and what is done to each linear.
-
     Returns:
         The linears that no batch of any rank reached.
 

@@ -27,11 +27,6 @@ def step_ranks(ranks: Ranks, windows: int, device: torch.device) -> Ranks:
     These are all ranks, or only this one if a batch cannot be split. On CUDA they are always all
     ranks: gradients need not be the same twice there, so even the gradient of a single window comes
     from one rank for all.
-
-    Args:
-        ranks: of the run.
-        windows: in the largest batch.
-        device: where gradients are computed.
     """
     return ranks if windows > 1 or device.type == "cuda" else SINGLE_PROCESS
 
@@ -40,10 +35,6 @@ def step_parts(batches: Sequence[torch.Tensor], split: Ranks) -> list[torch.Tens
     """What a rank may get of each batch in a training step.
 
     Blocks must know how they are called with as many windows.
-
-    Args:
-        batches: token ids of the windows of all ranks.
-        split: of `step_ranks`.
     """
     return [ids[: len(split.own_range(len(ids)))] for ids in batches]
 
@@ -52,14 +43,6 @@ class ReconstructionBatches:
     """The batches of all ranks as one sequence, in the order of ranks.
 
     The constructor and `get` synchronize: every rank calls them, in the same order.
-
-    Args:
-        states: hidden states of this rank.
-        chosen: positions of the used batches in `states`.
-        counts: per rank, how many batches are used.
-        ranks: of the run.
-        split: ranks that split the windows of a step; see `step_ranks`.
-        device: where `get` puts the batches.
     """
 
     def __init__(

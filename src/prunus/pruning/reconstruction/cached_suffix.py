@@ -48,9 +48,6 @@ def after_attention(linears: Sequence[str]) -> list[str]:
     Attention is taken to be the submodule that holds the first linear. If it holds all of them, all
     are returned.
 
-    Args:
-        linears: relative names in the order in which they run.
-
     Example:
         >>> after_attention(["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"])
         ['mlp.up_proj']
@@ -165,13 +162,6 @@ def find_suffix(
     It is one if the block calls it once, with a single tensor, and adds its result to the residual
     as the last operation. The check demands equality to the bit, so it makes no difference to the
     result whether a run uses the cache or the whole block.
-
-    Args:
-        block: with its weights in place.
-        linears: relative names of the trained linears.
-        forward: batch -> output of `block`.
-        batch: number of the batch for the check.
-        keep: see `CachedSuffix`.
 
     Returns:
         None if the block has no such submodule.

@@ -26,10 +26,6 @@ def relative_error(output_WTH: Tensor, target_WTH: Tensor) -> tuple[Tensor, Tens
     Why each token is measured against its own target: most language models have a few tokens with
     enormous hidden states. In a plain squared error these few would outweigh all others.
 
-    Args:
-        output_WTH: what the block computes, any floating dtype.
-        target_WTH: what it should compute, any floating dtype.
-
     Example:
         A large and a small token that are both 10 % off count alike.
 

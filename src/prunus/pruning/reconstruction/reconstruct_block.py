@@ -68,12 +68,6 @@ class BlockReconstructor:
     ) -> BlockReconstruction | None:
         """Prepare the reconstruction of a block, before the windows walk through it.
 
-        Args:
-            index: position of the block.
-            block: the block, with its weights in place.
-            trained: relative names of the linears to train.
-            walk: how the windows go through the block.
-
         Returns:
             None if the run does not reconstruct this block, or if nothing would be trained.
         """
@@ -123,10 +117,6 @@ class BlockReconstruction:
         self, stored: Mapping[str, torch.Tensor], pruned: Mapping[str, torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], ReconstructionRecord]:
         """Train the pruned block; it ends with the weights it began with.
-
-        Args:
-            stored: its dense tensors by relative name, as stored.
-            pruned: the pruned weights by relative name, as stored.
 
         Returns:
             The trained tensors by relative name, as stored, and the record for the manifest.

@@ -144,9 +144,6 @@ def validation_count(batches: int) -> int:
 def split_batches(batches: int) -> tuple[range, range]:
     """Return the numbers of the training batches and of the validation batches, which come last.
 
-    Args:
-        batches: number of batches on all ranks, at least 2.
-
     Example:
         >>> split_batches(32)
         (range(0, 30), range(30, 32))
@@ -161,10 +158,6 @@ def linears_to_train(linears: Sequence[str], updated: bool) -> list[str]:
     After a method that updates weights, these are the ones behind attention: that takes half of
     the time for nearly all of the gain. A method that only masks leaves the error of attention as
     it is, so then all are trained.
-
-    Args:
-        linears: relative names in the order in which they run.
-        updated: the pruning method updates the surviving weights.
 
     Example:
         >>> linears_to_train(["self_attn.q_proj", "mlp.up_proj"], updated=True)
@@ -213,15 +206,6 @@ def reconstruct(
     ranks: Ranks = SINGLE_PROCESS,
 ) -> tuple[dict[str, torch.Tensor], ReconstructionRecord]:
     """Train a pruned block towards the dense block's outputs; its module ends as it began.
-
-    Args:
-        block: what is trained.
-        batches: outputs of the block in the pruned model, and of the dense block in the dense model
-            as their targets. `schedule.token_stride` must be 1 if only all tokens can be run.
-        settings: of the run.
-        schedule: for what `settings` leaves open.
-        loss: KL divergence of logits; None for the relative error of outputs.
-        ranks: processes that split the windows of every batch; see `train_block`.
 
     Returns:
         The trained tensors by relative name, in the dtype and orientation of `block.stored`, and
