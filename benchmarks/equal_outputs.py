@@ -264,35 +264,38 @@ def main() -> None:
         raise SystemExit(__doc__)
     if not GOLDEN.is_dir():
         raise SystemExit(f"there are no reference blocks at {GOLDEN}; set PRUNUS_SHARED")
-    file, globs = Path(sys.argv[2]), sys.argv[3:] or ["*"]
+    recording, file, globs = sys.argv[1] == "record", Path(sys.argv[2]), sys.argv[3:] or ["*"]
     chosen = [name for name in CASES if any(fnmatch.fnmatch(name, glob) for glob in globs)]
+    known = json.loads(file.read_text()) if file.exists() else {}
     # The kernels for packed models are compiled in some trees only, and round in another order.
     os.environ |= {"OMP_NUM_THREADS": "1", "PRUNUS_ISA": "off", "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ["PYTHONPATH"] = str(ROOT / "src")
     sys.path.insert(0, str(ROOT / "src"))
-    start = time.monotonic()
+    start, wrong, count = time.monotonic(), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(Path(folder))
-        found = {name: runs.need(name) for name in chosen}
-    known = json.loads(file.read_text()) if file.exists() else {}
-    good = {name: each for name, each in found.items() if each is not None}
-    if sys.argv[1] == "record":
-        merged = known | good
-        lines = [f"{json.dumps(name)}: {json.dumps(each)}" for name, each in merged.items()]
-        file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-        said = f"recorded {sum(map(len, good.values()))} results of {len(good)} cases"
-        wrong = set(found) - set(good)
-    else:
-        wrong = set(found) - set(good)
-        for name, each in good.items():
-            for line in differences(known.get(name, {}), each):
-                print(f"differs: {name}: {line}")
-                wrong.add(name)
-        for name in known.keys() - CASES.keys():
-            print(f"the case {name} is recorded and does not exist any more")
-        said = f"{len(chosen) - len(wrong)} of {len(chosen)} cases are equal"
-    print(f"{said}, in {time.monotonic() - start:.0f} s")
-    raise SystemExit(1 if wrong else 0)
+        for name in chosen:
+            found = runs.need(name)
+            lines = ["failed"] if found is None else []
+            if found is not None and recording:
+                known[name] = found
+                _write(file, known)
+            elif found is not None:
+                lines = list(differences(known.get(name, {}), found))
+            for line in lines:
+                print(f"differs: {name}: {line}", flush=True)
+            wrong, count = wrong + bool(lines), count + len(found or {})
+    for name in known.keys() - CASES.keys():
+        print(f"the case {name} is recorded and does not exist any more")
+    said = "recorded" if recording else "equal"
+    total = f"{len(chosen) - wrong} of {len(chosen)} cases, with {count} results"
+    print(f"{said}: {total}, in {time.monotonic() - start:.0f} s")
+    raise SystemExit(1 if wrong or not chosen else 0)
+
+
+def _write(file: Path, known: dict[str, Results]) -> None:
+    """Write a line per case."""
+    lines = [f"{json.dumps(name)}: {json.dumps(each)}" for name, each in known.items()]
+    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":
