@@ -3,7 +3,7 @@
 mkdocs calls `on_page_markdown` for every page (mkdocs.yml lists this file as a hook).
 
 - `reference/command-line.md` is generated from the typer app, so it cannot differ from `--help`.
-- `reference/python.md` has a table of the fields of a recipe.
+- `reference/python.md` has a table of options for each verb.
 - `index.md`, `contributing.md` and `changelog.md` show the files of the repository's root.
 """
 
@@ -69,16 +69,26 @@ def command_section(name: str, command: Any) -> str:
     return "\n".join(lines)
 
 
-def recipe_fields() -> str:
-    """A table of all fields of a recipe: meaning, default, and its option of the command line."""
-    from prunus.cli.recipe_options import RECIPE_ONLY
+def option_tables() -> str:
+    """A table per model of options: what each one does, its default, and whether it is a flag."""
+    from prunus.compression.recipe import CompressionRecipe
     from prunus.pruning.recipe import Recipe
+    from prunus.recovery.options import RecoveryOptions
+    from prunus.structure.recipe import StructureRecipe
 
-    lines = ["| Field | Meaning | Default | Option |", "| --- | --- | --- | --- |"]
-    for name, field in Recipe.model_fields.items():
-        default = "" if field.default in (None, ()) else f"`{json.dumps(field.default)}`"
-        option = "" if name in RECIPE_ONLY else f"`--{name.replace('_', '-')}`"
-        cells = (f"`{name}`", field.description or "", default, option)
+    models = (Recipe, CompressionRecipe, StructureRecipe, RecoveryOptions)
+    return "\n\n".join(option_table(model) for model in models)
+
+
+def option_table(model: Any) -> str:
+    """The options of one model."""
+    lines = [f"### {model.__name__}", ""]
+    lines += ["| Option | Meaning | Default | Flag |", "| --- | --- | --- | --- |"]
+    for name, option in model.declared().items():
+        value = model.model_fields[name].get_default(call_default_factory=True)
+        default = option.default or ("" if value in (None, ()) else f"`{json.dumps(value)}`")
+        flag = f"`--{name.replace('_', '-')}`" if option.flag else ""
+        cells = (f"`{name}`", option.help, default, flag)
         lines.append("| " + " | ".join(escaped(cell) for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -137,8 +147,8 @@ def escaped(text: str) -> str:
     ).replace("|", r"\|")
 
 
-#: What stands in a page -> what takes its place.
+#: A mark in a page -> what replaces it.
 MARKS = {
-    "<!-- the commands stand here -->": command_reference,
-    "<!-- the fields of a recipe stand here -->": recipe_fields,
+    "<!-- the commands are listed here -->": command_reference,
+    "<!-- the options are listed here -->": option_tables,
 }
