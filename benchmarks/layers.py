@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from prunus.methods import METHODS, MethodOptions, check_options, compose, default_group
+from prunus.methods import METHODS, MethodOptions, check_options, compose
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
 
@@ -100,9 +100,10 @@ def main() -> None:
                 for text, title in (("unstructured", "50 %"), ("2:4", "2:4")):
                     errors[title] = None
                     chosen = MethodOptions(**extra)
-                    pattern = Pattern.parse(text, default_group(method, chosen))
+                    group = METHODS[method].with_options(chosen).default_group
+                    pattern = Pattern.parse(text, group)
                     try:
-                        check_options(method, pattern, 0.5, chosen)
+                        check_options(METHODS[method], pattern, 0.5, chosen)
                     except ValueError:
                         cells += ["", ""]
                         continue

@@ -53,6 +53,7 @@ LIBRARIES: dict[str, set[str]] = {
     "rich": {"reporting", "cli", "runs"},
     "greenlet": {"pruning"},
     "pydantic": {
+        "methods",
         "model",
         "pruning",
         "recovery",
@@ -87,6 +88,7 @@ WITHOUT_TORCH = {
     "evaluation/task_scores.py",
     "hardware/sizes.py",
     "methods/options.py",
+    "methods/own_method.py",
     "model/checkpoint/atomic_files.py",
     "model/checkpoint/records.py",
     "compression/recipe.py",

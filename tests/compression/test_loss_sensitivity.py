@@ -93,7 +93,7 @@ def check_equal(found: LinearSensitivity, expected, options) -> None:
     scales_O = loss_O**-0.5 / (loss_O**-0.5).log().mean().exp()
     torch.testing.assert_close(found.scales_O, scales_O, rtol=1e-3, atol=0)
     deviations_I = (weight_OI / scales_O[:, None]).square().mean(dim=0).sqrt()
-    deviations_I /= relative_steps(gather(X_TI), options)
+    deviations_I /= relative_steps(gather(X_TI), options.damping)
     for place in (0.25, 0.5, 0.75):
         at = float(deviations_I.quantile(place))
         assert float(found.deviations_Q.quantile(place)) == pytest.approx(at, rel=0.05)

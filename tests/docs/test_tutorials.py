@@ -26,8 +26,9 @@ from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 DOCS = REPOSITORY / "docs"
-TUTORIALS = sorted([*(DOCS / "tutorials").glob("*.md"), *(DOCS / "start").glob("*.md")])
-OTHERS = [REPOSITORY / "README.md", *sorted((DOCS / "how-to").glob("*.md"))]
+OWN_METHOD = DOCS / "how-to" / "add-a-method.md"
+TUTORIALS = sorted([*(DOCS / "tutorials").glob("*.md"), *(DOCS / "start").glob("*.md"), OWN_METHOD])
+OTHERS = [REPOSITORY / "README.md", *sorted({*(DOCS / "how-to").glob("*.md")} - {OWN_METHOD})]
 #: Options that make a command take seconds; they replace what the page says.
 SMALL = {
     "prune": {"--samples": "4", "--seqlen": "16"},
@@ -74,6 +75,7 @@ def place(model, tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("PRUNUS_DATA", str(mirror))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 
@@ -120,12 +122,13 @@ def check_options(words: list[str]) -> None:
 
 
 def run_block(block: Block, where: str) -> None:
-    if block.language == "python":
+    if block.language == "python" and (file := re.match(r"# (\w+\.py)\n", block.text)):
+        Path(file[1]).write_text(block.text)
+    elif block.language == "python":
         text = re.sub(
             r"(samples|seqlen|tokens)=\d+", lambda m: f"{m[1]}={SMALL_PYTHON[m[1]]}", block.text
         )
         exec(compile(text, where, "exec"), {})
-        return
     if block.language == "toml" and block.text.startswith("# "):
         name, _, text = block.text[2:].partition("\n")
         text = text.replace("samples = 32", "samples = 4").replace("seqlen = 1024", "seqlen = 16")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import reference
 from method_cases import BY_BLOCKS, PATTERNS, WEIRD, example, gather, prune, weird_example
-from prunus.methods import METHODS, MethodOptions, check_options, default_group, get_method
+from prunus.methods import METHODS
 from prunus.methods.patterns import Pattern
 from prunus.methods.solvers.obs import inverse_factor
 
@@ -41,13 +41,13 @@ def test_the_variant_removes_the_same_share_of_every_row(sparsity):
 
 
 @pytest.mark.parametrize("pattern", [*BY_BLOCKS, Pattern(5, 6), Pattern(9, 20)], ids=repr)
-@pytest.mark.parametrize("column_block", [1, 7, 20, 128])
-def test_sparsegpt_equals_the_reference(pattern, column_block):
+@pytest.mark.parametrize("block", [1, 7, 20, 128])
+def test_sparsegpt_equals_the_reference(pattern, block):
     weight_OI, X_TI = example(6, 60)
     X_TI[:, 13] = 0
-    pruned = prune("sparsegpt", weight_OI, X_TI, pattern, column_block=column_block)
+    pruned = prune("sparsegpt", weight_OI, X_TI, pattern, block=block)
     gram_II = X_TI.double().T @ X_TI.double()
-    weight, keep = reference.sparsegpt(weight_OI, gram_II, pattern, 0.5, block=column_block)
+    weight, keep = reference.sparsegpt(weight_OI, gram_II, pattern, 0.5, block=block)
     assert torch.equal(pruned.keep_OI, keep)
     assert torch.equal(pruned.weight_OI[:, 13], torch.zeros(6))
     torch.testing.assert_close(pruned.weight_OI.double(), weight, rtol=1e-3, atol=1e-3)
@@ -71,7 +71,7 @@ def test_the_ablations_equal_the_reference(pattern, mask_from, mask_order):
         return reference.block_keep(weight_OB.abs() * norms_I[columns], pattern, 0.5)
 
     pruned = prune(
-        "obs", weight_OI, X_TI, pattern, mask_from=mask_from, mask_order=mask_order, column_block=20
+        "obs", weight_OI, X_TI, pattern, mask_from=mask_from, mask_order=mask_order, block=20
     )
     weight, keep = reference.obs_sweep(
         weight_OI, gather(X_TI).gram_II, 0.01, pattern.m or 20, choose
@@ -121,7 +121,7 @@ def test_n_of_m_holds_for_every_block_width(name, m, groups, rows, data):
     n, block = data.draw(st.integers(0, m)), data.draw(st.integers(1, 50))
     order = data.draw(st.sampled_from(["before", "blockwise"]))
     weight_OI, X_TI = example(rows, groups * m)
-    pruned = prune(name, weight_OI, X_TI, Pattern(n, m), column_block=block, mask_order=order)
+    pruned = prune(name, weight_OI, X_TI, Pattern(n, m), block=block, mask_order=order)
     assert (pruned.keep_OI.view(rows, groups, m).sum(dim=2) == n).all()
 
 
@@ -181,12 +181,8 @@ def test_width_one(name):
 def test_magnitude_over_the_layer_removes_all_ties():
     weight_OI = torch.arange(1000.0).view(20, 50)
     weight_OI.view(-1)[500:503] = torch.tensor([-500.0, 500.0, -500.0])
-    assert torch.equal(
-        METHODS["magnitude"]
-        .prune(weight_OI, None, Pattern(group="layer"), 0.5, MethodOptions())
-        .keep_OI,
-        weight_OI > 502,
-    )
+    pruned = prune("magnitude", weight_OI, torch.ones(1, 50), Pattern(group="layer"))
+    assert torch.equal(pruned.keep_OI, weight_OI > 502)
 
 
 # --- damping ---
@@ -243,99 +239,3 @@ def test_the_scale_of_the_inputs_does_not_matter():
 def test_what_is_no_gram_matrix_is_refused():
     with pytest.raises(ValueError, match="cannot be inverted"):
         inverse_factor(torch.full((3, 3), float("nan")), 0.01)
-
-
-# --- the table ---
-
-
-def test_the_table_is_keyed_by_name():
-    assert list(METHODS) == [
-        "magnitude",
-        "wanda",
-        "wanda-variant",
-        "ria",
-        "sparsegpt",
-        "obs",
-        "alps",
-    ]
-    assert all(method.name == name for name, method in METHODS.items())
-    with pytest.raises(ValueError, match="'wandb' is unknown: choose one of magnitude, wanda"):
-        get_method("wandb")
-
-
-def test_default_groups_are_those_of_the_paper():
-    assert {name: default_group(name) for name in METHODS} == {
-        "magnitude": "layer",
-        "wanda": "row",
-        "wanda-variant": "row",
-        "ria": "layer",
-        "sparsegpt": "layer",
-        "obs": "row",
-        "alps": "row",
-    }
-    assert default_group("obs", MethodOptions(mask_from="magnitude")) == "layer"
-    assert default_group("obs", MethodOptions(mask_order="blockwise")) == "layer"
-    for name in METHODS:
-        check_options(name, Pattern(group=default_group(name)), 0.5)
-
-
-@pytest.mark.parametrize(
-    ("name", "pattern", "sparsity", "options", "message"),
-    [
-        ("wandb", Pattern(), 0.5, {}, "unknown"),
-        ("wanda", Pattern(), 1.0, {}, "sparsity is 1.0"),
-        ("wanda", Pattern(), -0.1, {}, "sparsity is -0.1"),
-        ("wanda", Pattern(), float("nan"), {}, "sparsity is nan"),
-        ("wanda-variant", Pattern(2, 4), 0.5, {}, "no 2:4 form.*use wanda"),
-        ("wanda-variant", Pattern(group="layer"), 0.5, {}, "row by row"),
-        ("sparsegpt", Pattern(group="column"), 0.5, {}, "not by column"),
-        ("sparsegpt", Pattern(group=4), 0.5, {}, "not by 4"),
-        ("obs", Pattern(group="column"), 0.5, {"mask_order": "blockwise"}, "not by column"),
-        (
-            "obs",
-            Pattern(),
-            0.5,
-            {"mask_order": "after"},
-            "mask_order must be before or blockwise; got 'after'",
-        ),
-        (
-            "obs",
-            Pattern(),
-            0.5,
-            {"mask_from": "ria"},
-            "mask_from must be wanda or magnitude; got 'ria'",
-        ),
-        (
-            "sparsegpt",
-            Pattern(),
-            0.5,
-            {"damping": -1.0},
-            r"damping must lie in \(0, 1\).*got -1\.0",
-        ),
-        (
-            "sparsegpt",
-            Pattern(),
-            0.5,
-            {"damping": float("nan")},
-            r"damping must lie in \(0, 1\).*got nan",
-        ),
-        (
-            "sparsegpt",
-            Pattern(),
-            0.5,
-            {"column_block": 0},
-            "column_block must be at least 1 column; got 0",
-        ),
-    ],
-)
-def test_what_does_not_go_together_is_refused(name, pattern, sparsity, options, message):
-    with pytest.raises(ValueError, match=message):
-        check_options(name, pattern, sparsity, MethodOptions(**options))
-
-
-def test_what_goes_together_passes():
-    for name in ("magnitude", "wanda", "sparsegpt", "obs"):
-        check_options(name, Pattern(2, 4), 0.5)
-    check_options("sparsegpt", Pattern(2, 4, group="column"), 0.5)
-    check_options("obs", Pattern(group="column"), 0.0)
-    check_options("wanda", Pattern(group=7), 0.99)

@@ -29,11 +29,11 @@ from transformers import AutoModelForCausalLM
 
 import reference
 from golden import FED_BACK_LINEAR
-from prunus.methods import METHODS, MethodOptions
+from prunus.methods import METHODS, MethodOptions, Work
 from prunus.methods.patterns import Pattern
-from prunus.methods.row_shards import RowShard
 from prunus.methods.solvers.obs import prune_by_obs
 from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import RowShard
 
 LAYER = Pattern(group="layer")
 MAGNITUDE = {"mask_from": "magnitude"}
@@ -68,7 +68,7 @@ def with_its_mask(weight_OI: Tensor, statistics: InputStatistics, keep_OI: Tenso
     def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, shard: RowShard) -> Tensor:
         return keep_OI[:, start : start + weight_OB.shape[1]]
 
-    return prune_by_obs(weight_OI, statistics, Pattern(), MethodOptions(), choose).weight_OI
+    return prune_by_obs(weight_OI, statistics, Pattern(), None, choose, Work()).weight_OI
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,16 +16,11 @@ from torch import Tensor
 
 import reference
 from method_cases import WEIRD, example, gather, weird_example
-from prunus.methods import METHODS, MethodOptions, Pruned, compose
+from prunus.methods import METHODS, MethodOptions, Pruned, Work, compose
 from prunus.methods.patterns import Pattern
-from prunus.methods.quantized import MAX_LEVEL, CodeLengths
-from prunus.methods.rate_distortion import (
-    LinearQuantization,
-    expected_bits,
-    quantize,
-    relative_steps,
-)
-from prunus.methods.row_shards import AllRows
+from prunus.methods.quantized import MAX_LEVEL, CodeLengths, LinearQuantization
+from prunus.methods.rate_distortion import expected_bits, quantize, relative_steps
+from prunus.methods.work import UNSHARDED, RowSharding
 
 # The distance of entropy coded scalar quantisation from the limit, in squared error: 2πe / 12.
 SCALAR_LOSS = 2 * math.pi * math.e / 12
@@ -47,13 +43,18 @@ def two_classes(levels_SI: Tensor) -> CodeLengths:
 
 
 def quantized(
-    weight_OI: Tensor, X_TI: Tensor, step: float, keep_OI: Tensor | None = None, **options
+    weight_OI: Tensor,
+    X_TI: Tensor,
+    step: float,
+    keep_OI: Tensor | None = None,
+    damping: float | None = None,
+    rows: RowSharding = UNSHARDED,
 ) -> Pruned:
     """Quantise with the ideal code and equal rows; no argument may change."""
     statistics, before = gather(X_TI), gather(X_TI)
     given_OI = weight_OI.clone()
     how = LinearQuantization(step, torch.ones(len(weight_OI)), ideal_code)
-    pruned = quantize(weight_OI, statistics, MethodOptions(quantization=how, **options), keep_OI)
+    pruned = quantize(weight_OI, statistics, Work(rows, quantization=how), keep_OI, damping)
     assert torch.equal(weight_OI, given_OI)
     assert torch.equal(statistics.gram_II, before.gram_II)
     assert pruned.quantized is not None
@@ -93,8 +94,7 @@ def test_integers_and_steps_are_those_of_the_slow_version(forced, damping, code_
     kept = keep_OI if forced else None
     statistics = gather(X_TI)
     how = LinearQuantization(0.7, scales_O, code_of)
-    options = MethodOptions(quantization=how, damping=damping)
-    found = quantize(weight_OI, statistics, options, kept).quantized
+    found = quantize(weight_OI, statistics, Work(quantization=how), kept, damping).quantized
     levels_OI, steps_I = reference.quantize(
         weight_OI, statistics.gram_II, damping, 0.7, scales_O, code_of, kept
     )
@@ -108,7 +108,7 @@ def test_blocks_of_columns_make_no_difference():
     weight_OI, X_TI = example(2, 133, tokens=400)
     statistics = gather(X_TI)
     how = LinearQuantization(0.5, torch.ones(2), two_classes)
-    found = quantize(weight_OI, statistics, MethodOptions(quantization=how, damping=0.1)).quantized
+    found = quantize(weight_OI, statistics, Work(quantization=how), damping=0.1).quantized
     levels_OI, _ = reference.quantize(
         weight_OI, statistics.gram_II, 0.1, 0.5, torch.ones(2), two_classes
     )
@@ -137,7 +137,7 @@ def test_a_massive_input_is_corrected_by_all_the_others():
 def test_steps_follow_the_factor():
     weight_OI, X_TI = example(16, 24)
     found = quantized(weight_OI, X_TI, 0.3, damping=0.02).quantized
-    expected_I = 0.3 * relative_steps(gather(X_TI), MethodOptions(damping=0.02))
+    expected_I = 0.3 * relative_steps(gather(X_TI), 0.02)
     assert torch.equal(found.steps_I, expected_I.bfloat16().float())
 
 
@@ -200,9 +200,7 @@ def test_expected_bits_grow_from_zero():
 
 def test_a_forced_mask_stays_and_the_kept_columns_correct_it():
     weight_OI, X_TI = example(40, 24)
-    keep_OI = (
-        METHODS["wanda"].prune(weight_OI, gather(X_TI), Pattern(2, 4), 0.5, MethodOptions()).keep_OI
-    )
+    keep_OI = METHODS["wanda"].prune(weight_OI, gather(X_TI), Pattern(2, 4), 0.5).keep_OI
     found = quantized(weight_OI, X_TI, 0.05, keep_OI, damping=0.01)
     assert not found.weight_OI[~keep_OI].any()
     assert float((found.keep_OI & keep_OI).sum() / keep_OI.sum()) > 0.95
@@ -244,7 +242,9 @@ class ThreeShards:
     def solve(self, rows, rows_per_group, solve):
         assert rows_per_group == 1
         starts = [0, rows // 3, rows // 2, rows]
-        parts = [solve(AllRows(slice(*span))) for span in itertools.pairwise(starts)]
+        # No shard asks another one here, so a slice of rows is all that they need.
+        spans = [slice(*span) for span in itertools.pairwise(starts)]
+        parts = [solve(SimpleNamespace(rows=span)) for span in spans]
         return replace(
             parts[0],
             weight_OI=torch.cat([part.weight_OI for part in parts]),
@@ -257,7 +257,7 @@ def test_shards_of_rows_give_the_same_integers(forced):
     weight_OI, X_TI = example(31, 24)
     keep_OI = weight_OI.abs() > 0.5 if forced else None
     whole = quantized(weight_OI, X_TI, 0.3, keep_OI)
-    shards = quantized(weight_OI, X_TI, 0.3, keep_OI, row_sharding=ThreeShards())
+    shards = quantized(weight_OI, X_TI, 0.3, keep_OI, rows=ThreeShards())
     assert torch.equal(whole.quantized.levels_OI, shards.quantized.levels_OI)
     assert torch.equal(whole.weight_OI, shards.weight_OI)
 
@@ -265,13 +265,17 @@ def test_shards_of_rows_give_the_same_integers(forced):
 # --- as a step of a method ---
 
 
-def composed(weight_OI, X_TI, sparsity, pattern=Pattern(), name="wanda", **options) -> Pruned:  # noqa: B008
-    how = LinearQuantization(0.2, torch.ones(len(weight_OI)), ideal_code)
-    chosen = MethodOptions(bits=3.0, quantization=how, **options)
-    method = compose(METHODS[name], chosen)
+def work_of(weight_OI: Tensor) -> Work:
+    return Work(quantization=LinearQuantization(0.2, torch.ones(len(weight_OI)), ideal_code))
+
+
+def composed(weight_OI, X_TI, sparsity, pattern=Pattern(), name="wanda") -> Pruned:  # noqa: B008
+    options = MethodOptions()
+    method = compose(METHODS[name], options, quantizes=True)
     assert method.needs == "gram"
     assert method.updates_weights
-    return method.prune(weight_OI, gather(X_TI), pattern, sparsity, chosen)
+    statistics = gather(X_TI)
+    return method.prune(weight_OI, statistics, pattern, sparsity, options, work_of(weight_OI))
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
@@ -279,9 +283,8 @@ def composed(weight_OI, X_TI, sparsity, pattern=Pattern(), name="wanda", **optio
 def test_a_method_chooses_zeros_and_quantisation_starts_from_the_trained_weight(name, pattern):
     weight_OI, X_TI = example(20, 24)
     found = composed(weight_OI, X_TI, 0.5, pattern, name)
-    chosen = METHODS[name].prune(weight_OI, gather(X_TI), pattern, 0.5, MethodOptions())
-    how = LinearQuantization(0.2, torch.ones(20), ideal_code)
-    alone = quantize(weight_OI, gather(X_TI), MethodOptions(quantization=how), chosen.keep_OI)
+    chosen = METHODS[name].prune(weight_OI, gather(X_TI), pattern, 0.5)
+    alone = quantize(weight_OI, gather(X_TI), work_of(weight_OI), chosen.keep_OI)
     assert torch.equal(found.weight_OI, alone.weight_OI)
     assert not found.weight_OI[~chosen.keep_OI].any()
 
@@ -289,6 +292,5 @@ def test_a_method_chooses_zeros_and_quantisation_starts_from_the_trained_weight(
 def test_without_a_sparsity_the_method_forces_no_zeros():
     weight_OI, X_TI = example(20, 24)
     found = composed(weight_OI, X_TI, 0.0)
-    how = LinearQuantization(0.2, torch.ones(20), ideal_code)
-    alone = quantize(weight_OI, gather(X_TI), MethodOptions(quantization=how))
+    alone = quantize(weight_OI, gather(X_TI), work_of(weight_OI))
     assert torch.equal(found.weight_OI, alone.weight_OI)

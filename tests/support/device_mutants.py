@@ -52,7 +52,7 @@ MUTANTS: dict[str, Mutant] = {
         (_ENGINE, "every_method and wanda"),
     ),
     "Gram matrix": Mutant(
-        "methods/input_sums.py",
+        "methods/statistics.py",
         "torch.zeros(in_features, in_features, device=device)",
         "torch.zeros(in_features, in_features)",
         (_ENGINE, "every_method and sparsegpt"),

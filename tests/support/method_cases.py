@@ -5,11 +5,14 @@ Shape suffixes: O outputs (rows), I inputs, T tokens.
 
 from __future__ import annotations
 
+from unittest import mock
+
 import torch
 from torch import Tensor
 
 from prunus.methods import METHODS, MethodOptions, Pruned
 from prunus.methods.patterns import Pattern
+from prunus.methods.solvers import obs
 from prunus.methods.statistics import InputStatistics
 
 PATTERNS = [
@@ -70,12 +73,23 @@ def gather(X_TI: Tensor) -> InputStatistics:
 
 
 def prune(
-    name: str, weight_OI: Tensor, X_TI: Tensor, pattern: Pattern, sparsity: float = 0.5, **options
+    name: str,
+    weight_OI: Tensor,
+    X_TI: Tensor,
+    pattern: Pattern,
+    sparsity: float = 0.5,
+    block: int = 128,
+    **options,
 ) -> Pruned:
-    """Prune, and check what holds for every method; no argument may change."""
+    """Prune, and check what holds for every method; no argument may change.
+
+    Options may also be out of range. `block` is the width of a block of the OBS sweep.
+    """
     statistics, before = gather(X_TI), gather(X_TI)
     given_OI = weight_OI.clone()
-    pruned = METHODS[name].prune(weight_OI, statistics, pattern, sparsity, MethodOptions(**options))
+    chosen = MethodOptions.model_construct(**options)
+    with mock.patch.object(obs, "BLOCK", block):
+        pruned = METHODS[name].prune(weight_OI, statistics, pattern, sparsity, chosen)
     assert torch.equal(weight_OI, given_OI)
     assert torch.equal(statistics.gram_II, before.gram_II)
     assert torch.equal(statistics.sum_squares_I, before.sum_squares_I)

@@ -39,6 +39,7 @@ class CompressionJob(PruningJob):
     """The decisions of one run of compress."""
 
     RECORD: ClassVar[type[PruningRecord]] = CompressionRecord
+    QUANTIZES: ClassVar[bool] = True
 
     recipe: CompressionRecipe
 

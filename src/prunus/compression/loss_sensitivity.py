@@ -272,5 +272,5 @@ def _part_steps(part: InputStatistics, squares_I: Tensor, options: MethodOptions
     `relative_steps` divides by the mean diagonal of its own Gram matrix.
     """
     own = float(part.sum_squares_I.float().mean())
-    steps_I = relative_steps(part, options)
+    steps_I = relative_steps(part, options.damping)
     return steps_I * (float(squares_I.mean()) / own) ** 0.5 if own > 0 else torch.ones_like(steps_I)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from prunus.compression.loss_sensitivity import LinearSensitivity
-from prunus.methods.quantized import CodeLengths
-from prunus.methods.rate_distortion import LinearQuantization, expected_bits
+from prunus.methods.quantized import CodeLengths, LinearQuantization
+from prunus.methods.rate_distortion import expected_bits
 from prunus.methods.statistics import InputStatistics
 from prunus.packed.plane_codes import choose_codes, code_lengths, column_histograms
 

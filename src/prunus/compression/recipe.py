@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from prunus.methods.options import RULES
-from prunus.options import Option, one_of
-from prunus.options.ranges import Range
-from prunus.pruning.options import DenseWeight, PruningOptions, Sparsity
+from prunus.methods.options import DenseWeight
+from prunus.options import Option, between, one_of
+from prunus.pruning.options import PruningOptions, Sparsity
 
 __all__ = ["CompressionRecipe"]
 
@@ -34,7 +33,7 @@ class CompressionRecipe(PruningOptions):
             "Let the linears take this number of bits per weight in the file, with scales and all "
             "that belongs to them, from 1 to 7.",
             metavar="N",
-            within=Range(RULES["bits"].allows, RULES["bits"].must),
+            within=between("[1, 7]", ": 3 makes the linears a fifth of their bfloat16 size"),
         ),
     ]
     head_bits: Annotated[

@@ -20,8 +20,7 @@ from prunus.compression.output import CompressedFolder
 from prunus.compression.rate_control import LinearRate, RateControl
 from prunus.compression.recipe import CompressionRecipe
 from prunus.compression.record import CompressionRecord
-from prunus.methods.quantized import Quantized
-from prunus.methods.rate_distortion import LinearQuantization
+from prunus.methods.quantized import LinearQuantization, Quantized
 from prunus.methods.statistics import InputStatistics
 from prunus.model.stream import Stream
 from prunus.options import takes

@@ -30,7 +30,7 @@ in float32, except for wide linears with few tokens, where this product would ta
 Weights of inputs that are always 0 become 0, as in SparseGPT.
 
 Which weights compete: those of a row, which keeps the rows in shards and their scores apart. In the
-public code of ALPS all weights of a linear compete. `--group layer` does that here too.
+public code of ALPS all weights of a linear compete. The group "layer" does that here too.
 
 Shape suffixes: O outputs (rows), S some of them, I inputs.
 """
@@ -41,15 +41,15 @@ import torch
 from torch import Tensor
 
 from prunus.hardware.numerics import low_precision_product, row_spans
-from prunus.methods.base import Method, Pruned, masked, unchanged
+from prunus.methods.base import Pruned, masked, unchanged
 from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern, keep_mask
-from prunus.methods.row_shards import UNSHARDED, RowShard
 from prunus.methods.solvers.admm_operator import OVER_RELAXATION, admm_operator, penalties
 from prunus.methods.solvers.least_squares import ScaledGram, conjugate_gradients, scaled_gram_of
 from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import UNSHARDED, RowShard, Work
 
-__all__ = ["ALPS", "DATA_LIMITED_ITERATIONS", "ITERATIONS"]
+__all__ = ["DATA_LIMITED_ITERATIONS", "ITERATIONS", "prune"]
 
 #: The default number of iterations, and the one for wide linears with few tokens, whose penalty
 #: grows at every iteration; see `solvers/admm_operator.py`.
@@ -63,21 +63,22 @@ _KEEPS_MASK = 2
 _FINAL_STEPS, _DATA_LIMITED_STEPS, _MIN_GAIN = 8, 2, 0.003
 
 
-def _prune(
+def prune(
     weight_OI: Tensor,
-    statistics: InputStatistics | None,
+    statistics: InputStatistics,
     pattern: Pattern,
     sparsity: float,
     options: MethodOptions,
+    work: Work,
 ) -> Pruned:
-    assert statistics is not None, "ALPS needs a Gram matrix"
+    """The weights that ADMM keeps, fitted to its mask."""
     if pattern.removes_nothing(sparsity):
         return unchanged(weight_OI)
     scaled = scaled_gram_of(statistics, options.damping)
     # Where all rows compete, every iteration would need the scores of all processes. One process
     # solves all rows instead.
     rows_compete = pattern.is_unstructured and pattern.group in ("layer", "column")
-    sharding = UNSHARDED if rows_compete else options.row_sharding
+    sharding = UNSHARDED if rows_compete else work.rows
     rows_per_group = 1
     if pattern.is_unstructured and isinstance(pattern.group, int):
         rows_per_group = pattern.group
@@ -154,14 +155,3 @@ def _solve_shard(
     )
     notes = {"ridge": scaled.damping, "conjugate_gradients": steps}
     return masked(solution_OI.div_(scaled.scale_I), keep_OI, notes)
-
-
-ALPS = Method(
-    name="alps",
-    needs="gram",
-    prune=_prune,
-    default_group="row",
-    updates_weights=True,
-    summary="mask and weights together by ADMM, then least squares; smallest error, slowest",
-    adds_ridge=True,
-)

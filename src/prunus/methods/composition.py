@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from prunus.hardware.numerics import count_zeros
-from prunus.methods.base import Method, Pruned, masked, unchanged
+from prunus.methods.base import Pruned, masked, unchanged
 from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern
 from prunus.methods.rate_distortion import quantize
@@ -23,14 +23,15 @@ from prunus.methods.refine.dense_targets import (
     has_drift,
 )
 from prunus.methods.refine.swaps import refine_by_swaps
-from prunus.methods.row_shards import RowShard
 from prunus.methods.solvers.least_squares import fit_least_squares
 from prunus.methods.statistics import InputStatistics
+from prunus.methods.table import Method
+from prunus.methods.work import RowShard, Work
 
 __all__ = ["compose"]
 
 
-def compose(method: Method, options: MethodOptions) -> Method:
+def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> Method:
     """Add the steps that `options` choose to a method: dense targets, refinement, weight update.
 
     The composed method needs the statistics of its most demanding step. `check_options` refuses
@@ -39,25 +40,25 @@ def compose(method: Method, options: MethodOptions) -> Method:
     Args:
         method: the method that chooses the mask.
         options: the same options that the composed method will be called with.
+        quantizes: whether the weights become integers at the end, as `Work.quantization` says.
 
     Returns:
-        A new method, or `method` itself where the options add nothing.
+        A new method, or `method` itself where nothing is added.
     """
-    refines = options.refine == "swaps"
+    refines = options.refine != "none"
     updates = options.weight_update == "least-squares"
     uses_dense_target = options.dense_weight != 0
-    quantizes = options.bits is not None
     if not (refines or updates or uses_dense_target or quantizes):
         return method
 
     def prune(
         weight_OI: Tensor,
-        statistics: InputStatistics | None,
+        statistics: InputStatistics,
         pattern: Pattern,
         sparsity: float,
         options: MethodOptions,
+        work: Work,
     ) -> Pruned:
-        assert statistics is not None, "a refinement needs input statistics"
         removes_nothing = pattern.removes_nothing(sparsity)
         if removes_nothing and not quantizes:
             return unchanged(weight_OI)
@@ -68,12 +69,12 @@ def compose(method: Method, options: MethodOptions) -> Method:
             weight_OI = dense_target(weight_OI, statistics, dense_weight, options.damping)
         pruned = unchanged(weight_OI)
         if not removes_nothing:
-            pruned = prune_and_refine(weight_OI, statistics, pattern, sparsity, options)
+            pruned = prune_and_refine(weight_OI, statistics, pattern, sparsity, options, work)
         if quantizes:
-            # Integers approximate the target itself. What a method has changed to make up for its
-            # mask, the sweep over the columns does again, with the integers in view.
+            # Integers approximate the target itself. The sweep over the columns repeats what a
+            # method has changed to compensate for its mask, with the integers in view.
             keep_OI = None if removes_nothing else pruned.keep_OI
-            found = quantize(weight_OI, statistics, options, keep_OI)
+            found = quantize(weight_OI, statistics, work, keep_OI, options.damping)
             forced = 0 if keep_OI is None else count_zeros(keep_OI)
             notes = pruned.notes | found.notes | {"forced_zeros": forced}
             pruned = replace(found, notes=notes)
@@ -87,8 +88,9 @@ def compose(method: Method, options: MethodOptions) -> Method:
         pattern: Pattern,
         sparsity: float,
         options: MethodOptions,
+        work: Work,
     ) -> Pruned:
-        pruned = method.prune(weight_OI, statistics, pattern, sparsity, options)
+        pruned = method.prune(weight_OI, statistics, pattern, sparsity, options, work)
 
         # Masks may compare all rows, but swaps and updates work within a row. So the method runs on
         # its own, and the steps after it are split over processes together.
@@ -110,12 +112,12 @@ def compose(method: Method, options: MethodOptions) -> Method:
             return result
 
         if refines or updates:
-            pruned = options.row_sharding.solve(len(weight_OI), 1, refine_and_update)
+            pruned = work.rows.solve(len(weight_OI), 1, refine_and_update)
         return pruned
 
     return replace(
         method,
-        prune=prune,
+        function=prune,
         # Every added step reads the Gram matrix.
         needs="gram",
         needs_drift=uses_dense_target,
@@ -139,7 +141,7 @@ def _dense_weight(weight_OI: Tensor, statistics: InputStatistics, options: Metho
 def _target_notes(
     statistics: InputStatistics, options: MethodOptions, dense_weight: float
 ) -> dict[str, Any]:
-    """What the manifest says of a linear's dense target."""
+    """What the record says of a linear's dense target."""
     if statistics.drift_II is None:
         return {"dense_targets": "pruned: too few tokens for this many inputs"}
     if not has_drift(statistics):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prunus.methods.base import Method, Pruned, masked
+from prunus.methods.base import Pruned, masked
 from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern, keep_above_threshold, keep_mask
 from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import Work
 
-__all__ = ["MAGNITUDE", "magnitude_mask"]
+__all__ = ["magnitude_mask", "prune"]
 
 
 def magnitude_mask(weight_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
@@ -31,21 +32,13 @@ def magnitude_mask(weight_OI: Tensor, pattern: Pattern, sparsity: float) -> Tens
     return keep_mask(weight_OI.abs(), pattern, sparsity)
 
 
-def _prune(
+def prune(
     weight_OI: Tensor,
-    statistics: InputStatistics | None,
+    statistics: InputStatistics,
     pattern: Pattern,
     sparsity: float,
     options: MethodOptions,
+    work: Work,
 ) -> Pruned:
+    """The weights with the largest magnitudes."""
     return masked(weight_OI, magnitude_mask(weight_OI, pattern, sparsity))
-
-
-MAGNITUDE = Method(
-    name="magnitude",
-    needs="none",
-    prune=_prune,
-    default_group="layer",
-    updates_weights=False,
-    summary="remove the smallest weights; needs no calibration",
-)

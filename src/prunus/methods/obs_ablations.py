@@ -12,37 +12,37 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Method, Pruned, unchanged
+from prunus.methods.base import Pruned, unchanged
 from prunus.methods.magnitude import magnitude_mask
 from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern, keep_mask
-from prunus.methods.row_shards import RowShard
 from prunus.methods.solvers.obs import block_mask, prune_by_obs
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import wanda_score
+from prunus.methods.work import RowShard, Work
 
-__all__ = ["OBS"]
+__all__ = ["prune"]
 
 
-def _prune(
+def prune(
     weight_OI: Tensor,
-    statistics: InputStatistics | None,
+    statistics: InputStatistics,
     pattern: Pattern,
     sparsity: float,
     options: MethodOptions,
+    work: Work,
 ) -> Pruned:
     """Prune one linear.
 
     >>> statistics = InputStatistics(4, "gram")
     >>> statistics.add(torch.eye(4) + 0.5)
     >>> weight_OI = torch.tensor([[0.1, 1.0, 2.0, 0.2]])
-    >>> pruned = OBS.prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions())
+    >>> pruned = prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions(), Work())
     >>> pruned.keep_OI
     tensor([[False,  True,  True, False]])
     >>> bool(pruned.weight_OI[0, 1] > weight_OI[0, 1])  # it replaces what the first weight added
     True
     """
-    assert statistics is not None, "the update needs a Gram matrix"
     if pattern.removes_nothing(sparsity):
         return unchanged(weight_OI)
 
@@ -66,14 +66,4 @@ def _prune(
             score_OB = weight_OB.abs() * norms_I[start : start + weight_OB.shape[1]]
             return block_mask(score_OB, pattern, sparsity, shard)
 
-    return prune_by_obs(weight_OI, statistics, pattern, options, choose)
-
-
-OBS = Method(
-    name="obs",
-    needs="gram",
-    prune=_prune,
-    default_group="row",
-    updates_weights=True,
-    summary="a mask from wanda or magnitude, with sparsegpt's weight update",
-)
+    return prune_by_obs(weight_OI, statistics, pattern, options.damping, choose, work)

@@ -1,15 +1,18 @@
-"""A quantised weight, and what a code of its integers costs.
+"""A quantised weight, what a code of its integers costs, and how a weight is quantised.
 
-Shape suffixes: O outputs (rows), I inputs (columns), K classes of columns, V values −127 to 127.
+Shape suffixes: O outputs (rows), S some of them, I inputs (columns), K classes of columns, V values
+−127 to 127.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["MAX_LEVEL", "CodeLengths", "Quantized"]
+__all__ = ["MAX_LEVEL", "CodeLengths", "LinearQuantization", "Quantized"]
 
 #: Integers lie in [-MAX_LEVEL, MAX_LEVEL].
 MAX_LEVEL = 127
@@ -49,3 +52,18 @@ class Quantized(NamedTuple):
         tensor([[ 1., -8.]])
         """
         return self.levels_OI * self.steps_I * self.scales_O[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearQuantization:
+    """How one linear is quantised.
+
+    Attributes:
+        step: the step of a column with U_jj = 1 in a row of scale 1.
+        scales_O: float32 (O,), positive: the scale of each row.
+        code_of: from the integers of some rows, int8 (S, I), to a code that suits them.
+    """
+
+    step: float
+    scales_O: Tensor
+    code_of: Callable[[Tensor], CodeLengths]

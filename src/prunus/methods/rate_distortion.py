@@ -40,21 +40,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prunus.methods.base import Pruned
-from prunus.methods.options import MethodOptions
-from prunus.methods.quantized import CodeLengths, Quantized
-from prunus.methods.row_shards import RowShard
+from prunus.methods.quantized import Quantized
 from prunus.methods.solvers.obs import TILE, inverse_factor, sweep_columns
 from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import RowShard, Work
 
-__all__ = ["DAMPING", "LinearQuantization", "expected_bits", "quantize", "relative_steps"]
+__all__ = ["DAMPING", "expected_bits", "quantize", "relative_steps"]
 
 #: λ, a fraction of the mean diagonal of the Gram matrix.
 DAMPING = 0.1
@@ -75,34 +73,21 @@ _SAMPLE_ROWS, _SAMPLE_ROUNDS = 256, 2
 _BLOCK = 128
 
 
-@dataclass(frozen=True, slots=True)
-class LinearQuantization:
-    """How one linear is quantised.
-
-    Attributes:
-        step: the step of a column with U_jj = 1 in a row of scale 1.
-        scales_O: float32 (O,), positive: the scale of each row.
-        code_of: from the integers of some rows, int8 (S, I), to a code that suits them.
-    """
-
-    step: float
-    scales_O: Tensor
-    code_of: Callable[[Tensor], CodeLengths]
-
-
 def quantize(
     weight_OI: Tensor,
     statistics: InputStatistics,
-    options: MethodOptions,
+    work: Work,
     keep_OI: Tensor | None = None,
+    damping: float | None = None,
 ) -> Pruned:
     """Quantise a weight with the steps step · U_jj.
 
     Args:
         weight_OI: float32, what the result approximates.
         statistics: with a Gram matrix.
-        options: `quantization`, damping and row sharding.
+        work: how the weight is quantised, and how its rows are split.
         keep_OI: bool (O, I), False where the weight must become 0; None allows all levels.
+        damping: λ, or None for `DAMPING`.
 
     Returns:
         The dense weight, the mask of its non-zero integers, and the quantised weight.
@@ -110,17 +95,18 @@ def quantize(
     Raises:
         ValueError: the Gram matrix cannot be inverted, see `obs.inverse_factor`.
 
+    >>> from prunus.methods.quantized import CodeLengths, LinearQuantization
     >>> statistics = InputStatistics(2, "gram")
     >>> statistics.add(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     >>> flat = CodeLengths(torch.zeros(1, 255), torch.zeros(2, dtype=torch.int64))
     >>> how = LinearQuantization(0.5, torch.ones(1), lambda levels_SI: flat)
     >>> weight_OI = torch.tensor([[1.0, 0.1]])
-    >>> quantize(weight_OI, statistics, MethodOptions(quantization=how)).quantized.levels_OI
+    >>> quantize(weight_OI, statistics, Work(quantization=how)).quantized.levels_OI
     tensor([[2, 0]], dtype=torch.int8)
     """
-    how = options.quantization
+    how = work.quantization
     assert how is not None
-    factor = _factor(statistics, options)
+    factor = _factor(statistics, damping)
     dead_I = factor.norms_I == 0
     scales_O = how.scales_O.to(weight_OI.device).bfloat16().float()
     # A column with an outlier gets a step that keeps its levels in range.
@@ -159,19 +145,19 @@ def quantize(
         dense_OI = Quantized(levels_OI, steps_I, scales_O[shard.rows]).dense()
         return Pruned(dense_OI, levels_OI != 0, dict(factor.notes))
 
-    pruned = options.row_sharding.solve(len(weight_OI), 1, solve)
+    pruned = work.rows.solve(len(weight_OI), 1, solve)
     unit_OI = steps_I * scales_O[:, None]
     levels_OI = (pruned.weight_OI / unit_OI).round_().to(torch.int8)
     return replace(pruned, quantized=Quantized(levels_OI, steps_I, scales_O))
 
 
-def relative_steps(statistics: InputStatistics, options: MethodOptions) -> Tensor:
+def relative_steps(statistics: InputStatistics, damping: float | None) -> Tensor:
     """U_jj, float32 (I,): the steps of a linear's columns up to a common factor.
 
     The factor matters between linears. An error in units of these steps changes the outputs by
     d̄ / T times its square, where d̄ is the mean diagonal of the Gram matrix of T tokens.
     """
-    return _factor(statistics, options).diagonal_I
+    return _factor(statistics, damping).diagonal_I
 
 
 class _Factor(NamedTuple):
@@ -192,10 +178,10 @@ class _Factor(NamedTuple):
     notes: dict[str, Any]
 
 
-def _factor(statistics: InputStatistics, options: MethodOptions) -> _Factor:
+def _factor(statistics: InputStatistics, damping: float | None) -> _Factor:
     gram_II = statistics.gram_II
     assert gram_II is not None, "quantising by rate and distortion needs a Gram matrix"
-    damping = DAMPING if options.damping is None else options.damping
+    damping = DAMPING if damping is None else damping
 
     def compute() -> _Factor:
         norms_I = gram_II.diagonal().clone()

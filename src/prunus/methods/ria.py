@@ -14,15 +14,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Method, Pruned, masked
+from prunus.methods.base import Pruned, masked
 from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern, keep_mask
 from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import Work
 
-__all__ = ["RIA", "ria_score"]
+__all__ = ["prune", "ria_score"]
 
 
-def ria_score(weight_OI: Tensor, statistics: InputStatistics | None, power: float) -> Tensor:
+def ria_score(weight_OI: Tensor, statistics: InputStatistics, power: float) -> Tensor:
     """RIA's score, (O, I) in the dtype of the weight; 0 where a weight is 0.
 
     Args:
@@ -36,7 +37,6 @@ def ria_score(weight_OI: Tensor, statistics: InputStatistics | None, power: floa
     tensor([[0.7500, 1.7500],
             [1.5000, 0.0000]])
     """
-    assert statistics is not None, "RIA scores need input norms"
     magnitude_OI = weight_OI.abs()
     # A row or column of zeros has the sum 0. Its shares are 0, not 0/0.
     smallest = torch.finfo(weight_OI.dtype).tiny
@@ -49,22 +49,14 @@ def ria_score(weight_OI: Tensor, statistics: InputStatistics | None, power: floa
     return share_OI.mul_(norms_I.pow(power).to(weight_OI.dtype))
 
 
-def _prune(
+def prune(
     weight_OI: Tensor,
-    statistics: InputStatistics | None,
+    statistics: InputStatistics,
     pattern: Pattern,
     sparsity: float,
     options: MethodOptions,
+    work: Work,
 ) -> Pruned:
+    """The weights with the largest scores."""
     score_OI = ria_score(weight_OI, statistics, options.ria_power)
     return masked(weight_OI, keep_mask(score_OI, pattern, sparsity))
-
-
-RIA = Method(
-    name="ria",
-    needs="norms",
-    prune=_prune,
-    default_group="layer",
-    updates_weights=False,
-    summary="remove by a weight's share of its row and column, times a power of the input norm",
-)

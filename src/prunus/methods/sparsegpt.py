@@ -11,24 +11,25 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prunus.methods.base import Method, Pruned, unchanged
+from prunus.methods.base import Pruned, unchanged
 from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern
-from prunus.methods.row_shards import RowShard
 from prunus.methods.solvers.obs import block_mask, prune_by_obs
 from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import RowShard, Work
 
-__all__ = ["SPARSEGPT"]
+__all__ = ["prune"]
 
 
-def _prune(
+def prune(
     weight_OI: Tensor,
-    statistics: InputStatistics | None,
+    statistics: InputStatistics,
     pattern: Pattern,
     sparsity: float,
     options: MethodOptions,
+    work: Work,
 ) -> Pruned:
-    assert statistics is not None, "SparseGPT needs a Gram matrix"
+    """The weights with the largest errors, which also correct for the removed ones."""
     if pattern.removes_nothing(sparsity):
         return unchanged(weight_OI)
 
@@ -36,14 +37,4 @@ def _prune(
         # The square is left out: it does not change the order.
         return block_mask((weight_OB / diagonal_B).abs_(), pattern, sparsity, shard)
 
-    return prune_by_obs(weight_OI, statistics, pattern, options, choose)
-
-
-SPARSEGPT = Method(
-    name="sparsegpt",
-    needs="gram",
-    prune=_prune,
-    default_group="layer",
-    updates_weights=True,
-    summary="remove by error, and update the kept weights to correct it",
-)
+    return prune_by_obs(weight_OI, statistics, pattern, options.damping, choose, work)

@@ -19,11 +19,10 @@ from torch import Tensor
 from prunus.distributed import Ranks
 from prunus.hardware.numerics import all_finite
 from prunus.methods.input_sums import (
-    DriftSums,
-    FeatureSums,
-    GramSums,
-    TokenCounts,
+    add_gram,
     add_in_reference_order,
+    drift_product,
+    feature_sums,
 )
 
 __all__ = ["NEEDS", "Drift", "InputStatistics", "Needs", "StatisticsSpec", "statistics_bytes"]
@@ -71,12 +70,24 @@ class StatisticsSpec:
 
 
 class InputStatistics:
-    """Sums over all tokens that reached a linear.
+    """Sums over all tokens that reached a linear. A sum that the spec does not ask for is None.
 
     Args:
         in_features: width of the inputs.
         spec: which sums; "norms" alone stands for `StatisticsSpec(needs="norms")`.
         device: where the sums live.
+
+    Attributes:
+        tokens: how many tokens were added, in rows of X_TI.
+        held_tokens: how many of them are held out.
+        sum_squares_I: Σ_t x², float64. Equal to the bit for "norms" and "gram", and zeros for
+            "none".
+        sum_I: Σ_t x, float64; with `means`.
+        gram_II: XᵀX, float32.
+        drift_gram_II: its share from tokens whose Y is known; where the drift is "some".
+        held_gram_II: its share from held-out tokens.
+        drift_II: (Y − X)ᵀX, float32, over the tokens whose Y is known.
+        held_drift_II: its share from held-out tokens.
 
     Raises:
         ValueError: the linear has no inputs, or the spec is not known.
@@ -96,46 +107,35 @@ class InputStatistics:
         spec: StatisticsSpec | Needs,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.spec = spec if isinstance(spec, StatisticsSpec) else StatisticsSpec(needs=spec)
-        spec = self.spec
+        self.spec = spec = spec if isinstance(spec, StatisticsSpec) else StatisticsSpec(needs=spec)
         if in_features < 1:
             raise ValueError(f"a linear with {in_features} inputs has no statistics")
+
+        def square(wanted: bool) -> Tensor | None:
+            return torch.zeros(in_features, in_features, device=device) if wanted else None
+
+        gram, drift = spec.needs == "gram", spec.drift != "none"
         self.in_features = in_features
-        self._counts = TokenCounts()
-        self._windows = 0
-        self._complete = not spec.distributed
-        self._features = FeatureSums(
-            in_features,
-            squares=spec.needs != "none",
-            means=spec.means,
-            by_batch=spec.distributed,
-            device=device,
-        )
-        self._gram = (
-            GramSums(
-                in_features,
-                paired=spec.drift == "some",
-                hold_out=spec.hold_out,
-                low_precision=spec.low_precision,
-                device=device,
-            )
-            if spec.needs == "gram"
-            else None
-        )
-        self._drift = (
-            DriftSums(in_features, hold_out=spec.hold_out, device=device)
-            if spec.drift != "none"
-            else None
-        )
+        self.tokens = self.held_tokens = self._paired_tokens = self._windows = 0
+        self.sum_squares_I = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self.sum_I = torch.zeros_like(self.sum_squares_I) if spec.means else None
+        self.gram_II = square(gram)
+        self.drift_gram_II = square(gram and spec.drift == "some")
+        self.held_gram_II = square(gram and spec.hold_out)
+        self.drift_II = square(drift)
+        self.held_drift_II = square(drift and spec.hold_out)
+        # The feature sums of each batch until `complete`, where other ranks have more batches. All
+        # batches then add up in one order, whichever rank has them.
+        self._by_batch: list[Tensor] | None = [] if spec.distributed else None
         self._derived: dict[Hashable, Any] = {}
 
     @classmethod
     def of_equal_inputs(
         cls, in_features: int, spec: StatisticsSpec, device: torch.device | str
     ) -> InputStatistics:
-        """Statistics in which all features are alike: norm 1, mean 0, and not correlated.
+        """Statistics in which all features are equal: norm 1, mean 0, and not correlated.
 
-        They stand in where no token reached a linear. Wanda's score is then the magnitude.
+        They replace those of a linear that no token reached. Wanda's score is then the magnitude.
         """
         equal = cls(in_features, StatisticsSpec(needs=spec.needs, means=spec.means), device)
         equal.sum_squares_I.fill_(1)
@@ -149,67 +149,14 @@ class InputStatistics:
         return self.spec.needs
 
     @property
-    def tokens(self) -> int:
-        """How many tokens were added: rows of X_TI."""
-        return self._counts.total
-
-    @property
-    def held_tokens(self) -> int:
-        """How many of the tokens are held out."""
-        return self._counts.held_out
-
-    @property
-    def sum_squares_I(self) -> Tensor:
-        """Σ_t x², float64. Equal to the bit for "norms" and "gram", and zeros for "none"."""
-        return self._features.sum_squares_I
-
-    @property
     def norms_I(self) -> Tensor:
         """‖X_j‖₂ of every feature over all tokens, float32."""
         return self.sum_squares_I.sqrt().float()
 
     @property
-    def sum_I(self) -> Tensor | None:
-        """Σ_t x, float64, or None without `means`."""
-        return self._features.sum_I
-
-    @property
-    def mean_I(self) -> Tensor:
-        """The mean of every feature over all tokens, float64; 0 before any token."""
-        assert self.sum_I is not None, "the specification has no means"
-        return self.sum_I / max(1, self.tokens)
-
-    @property
-    def gram_II(self) -> Tensor | None:
-        """XᵀX, float32, or None unless `needs` is "gram"."""
-        return self._gram.gram_II if self._gram is not None else None
-
-    @property
-    def drift_II(self) -> Tensor | None:
-        """(Y − X)ᵀX, float32, over the tokens whose Y is known, or None without `drift`."""
-        return self._drift.drift_II if self._drift is not None else None
-
-    @property
-    def drift_gram_II(self) -> Tensor | None:
-        """The share of `gram_II` from tokens whose Y is known, or None unless drift is "some"."""
-        return self._gram.paired_II if self._gram is not None else None
-
-    @property
-    def held_gram_II(self) -> Tensor | None:
-        """The share of `gram_II` that comes from held-out tokens, or None without `hold_out`."""
-        return self._gram.held_II if self._gram is not None else None
-
-    @property
-    def held_drift_II(self) -> Tensor | None:
-        """The share of `drift_II` that comes from held-out tokens, or None without `hold_out`."""
-        return self._drift.held_II if self._drift is not None else None
-
-    @property
     def drift_share(self) -> float:
         """The share of all tokens whose inputs in the dense model are known, 0 to 1."""
-        if self._drift is None or not self.tokens:
-            return 0.0
-        return self._counts.paired / self.tokens
+        return self._paired_tokens / self.tokens if self.tokens else 0.0
 
     def derived(self, key: Hashable, compute: Callable[[], _Value]) -> _Value:
         """The result of `compute`, computed once: linears with the same inputs share its cost.
@@ -245,20 +192,34 @@ class InputStatistics:
             raise ValueError(
                 f"expected inputs (tokens, {self.in_features}), got {tuple(X_TI.shape)}"
             )
-        self._counts.total += len(X_TI)
+        self.tokens += len(X_TI)
         # Values derived from the sums so far are out of date.
         self._derived.clear()
-        if self.spec.reference_order and self._gram is not None:
-            add_in_reference_order(self._gram.gram_II, self.sum_squares_I, X_TI, self._windows)
+        if self.spec.reference_order and self.gram_II is not None:
+            add_in_reference_order(self.gram_II, self.sum_squares_I, X_TI, self._windows)
             self._windows += 1
             return
-        squares_I = self._features.add(X_TI)
-        self._counts.held_out += len(X_TI) if held_out else 0
-        if self._gram is not None:
-            self._gram.add(X_TI, squares_I, paired=dense_TI is not None, held_out=held_out)
-        if self._drift is not None and dense_TI is not None:
-            self._drift.add(X_TI, dense_TI, held_out=held_out)
-            self._counts.paired += len(X_TI)
+        sums_2I = feature_sums(X_TI, squares=self.needs != "none", means=self.spec.means)
+        if self._by_batch is None:
+            self._add_features(sums_2I)
+        else:
+            self._by_batch.append(sums_2I)
+        self.held_tokens += len(X_TI) if held_out else 0
+        if self.gram_II is not None:
+            belongs = ((self.held_gram_II, held_out), (self.drift_gram_II, dense_TI is not None))
+            shares = [share for share, here in belongs if share is not None and here]
+            add_gram([self.gram_II, *shares], X_TI, sums_2I[0], self.spec.low_precision)
+        if self.drift_II is not None and dense_TI is not None:
+            part_II = drift_product(X_TI, dense_TI)
+            self.drift_II += part_II
+            if held_out and self.held_drift_II is not None:
+                self.held_drift_II += part_II
+            self._paired_tokens += len(X_TI)
+
+    def _add_features(self, sums_2I: Tensor) -> None:
+        self.sum_squares_I += sums_2I[0]
+        if self.sum_I is not None:
+            self.sum_I += sums_2I[1]
 
     def complete(self, ranks: Ranks) -> None:
         """Make these the statistics of all ranks' batches. All ranks call it at the same linear.
@@ -267,19 +228,25 @@ class InputStatistics:
         those of one process to the bit. Gram and drift add up rank by rank: they are the same on
         all ranks, and equal one process's within rounding. Without `distributed` nothing happens.
         """
-        if self._complete:
+        if self._by_batch is None:
             return
-        assert not self.spec.reference_order or self._gram is None, (
+        assert not self.spec.reference_order or self.gram_II is None, (
             "a running mean depends on the order of the windows, so ranks cannot split them"
         )
-        self._complete = True
         self._derived.clear()
-        # Every rank has the same parts, so all make the same calls in the same order.
-        self._features.reduce(ranks)
-        self._counts.reduce(ranks)
-        for part in (self._gram, self._drift):
-            if part is not None:
-                part.reduce(ranks)
+        nothing_2I = self.sum_squares_I.new_zeros(2, self.in_features)
+        own_B2I = torch.stack([*self._by_batch, nothing_2I])[:-1]
+        self._by_batch = None
+        # The sums of values are only sent where means are needed.
+        for sums_2I in ranks.all_gather(own_B2I if self.spec.means else own_B2I[:, :1]):
+            self._add_features(sums_2I)
+        counts = ranks.gather_ints([self.tokens, self._paired_tokens, self.held_tokens])
+        self.tokens, self._paired_tokens, self.held_tokens = map(sum, zip(*counts, strict=True))
+        # Every rank has the same sums, so all make the same calls in the same order.
+        grams = (self.gram_II, self.drift_gram_II, self.held_gram_II)
+        for sum_II in (*grams, self.drift_II, self.held_drift_II):
+            if sum_II is not None:
+                ranks.all_reduce(sum_II)
 
     def check_finite(self, name: str) -> None:
         """Check that no activation was infinite or NaN; any that was shows in the sums.

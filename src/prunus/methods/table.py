@@ -1,105 +1,253 @@
-"""The table of methods, and the checks of what a method can do.
+"""The table of methods: what is known of each before it runs. Imports no torch.
 
-To add a method, write its file, add its name to `options.MethodName`, and add its line here.
+METHODS is the only list of methods. To add one, write its file with a function `prune`, and add its
+entry here. docs/how-to/add-a-method.md shows how to use a method that is not in the table.
 """
 
 from __future__ import annotations
 
-from prunus.methods.alps import ALPS
-from prunus.methods.base import Method
-from prunus.methods.magnitude import MAGNITUDE
-from prunus.methods.obs_ablations import OBS
-from prunus.methods.options import MethodOptions, check_method_options
-from prunus.methods.patterns import Pattern
-from prunus.methods.ria import RIA
-from prunus.methods.sparsegpt import SPARSEGPT
-from prunus.methods.wanda import WANDA
-from prunus.methods.wanda_variant import WANDA_VARIANT
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["METHODS", "check_options", "default_group", "get_method"]
+from prunus.methods.options import MethodOptions
 
-#: Name on the command line -> method.
-METHODS: dict[str, Method] = {
-    "magnitude": MAGNITUDE,
-    "wanda": WANDA,
-    "wanda-variant": WANDA_VARIANT,
-    "ria": RIA,
-    "sparsegpt": SPARSEGPT,
-    "obs": OBS,
-    "alps": ALPS,
-}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prunus.methods.base import Pruned
+    from prunus.methods.patterns import Pattern
+    from prunus.methods.statistics import InputStatistics, Needs
+    from prunus.methods.work import PruneFunction, Work
+
+__all__ = ["METHODS", "Method", "check_options", "check_owners"]
 
 
-def get_method(name: str) -> Method:
-    """The method called `name`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """One way to prune a linear.
+
+    Attributes:
+        name: the name of the option `method`.
+        summary: one line for people.
+        function: the method itself, or where it is, as "module:name". It changes none of its
+            arguments, and expects that `check_options` and `patterns.check_shape` have passed.
+        needs: the statistics of the inputs that it reads: "none", "norms" or "gram".
+        default_group: which weights compete in the method's paper, for unstructured sparsity.
+        updates_weights: False where every kept weight stays as it was, to the bit.
+        options: the options that it reads and that other methods may not read. All methods may
+            have `damping`, because the steps after a method read it too.
+        groups: which groups of unstructured sparsity it supports; empty for all.
+        n_of_m: whether it has an N:M form.
+        why: why it does not support the others, as the end of a sentence.
+        under: from options to the entries above that they change.
+        has_reference_order: whether it can repeat the order of operations of its original code.
+        needs_drift: True where it reads how the inputs differ from those of the dense model.
+        needs_held_out: True where it evaluates on the statistics of tokens that are held out.
+        adds_ridge: True where the Gram matrix gets a ridge that grows with features per token
+            before it is inverted. Such a ridge keeps the rounding of the inputs small; a small
+            fixed damping lets it grow.
+    """
+
+    name: str
+    summary: str
+    function: str | PruneFunction
+    needs: Needs
+    default_group: str | int = "row"
+    updates_weights: bool = False
+    options: tuple[str, ...] = ()
+    groups: tuple[str | int, ...] = ()
+    n_of_m: bool = True
+    why: str = ""
+    under: Callable[[MethodOptions], dict[str, Any]] | None = None
+    has_reference_order: bool = False
+    needs_drift: bool = False
+    needs_held_out: bool = False
+    adds_ridge: bool = False
+
+    def prune(
+        self,
+        weight_OI: Tensor,
+        statistics: InputStatistics,
+        pattern: Pattern,
+        sparsity: float,
+        options: MethodOptions | None = None,
+        work: Work | None = None,
+    ) -> Pruned:
+        """Prune one linear.
+
+        Args:
+            weight_OI: float32, the trained weights.
+            statistics: what is known of the linear's inputs.
+            pattern: which weights compete, and for N:M how many of them stay.
+            sparsity: the share of the weights to remove; N:M implies its own.
+            options: what the method reads; None for the defaults.
+            work: how the work is done; None for one process.
+        """
+        from prunus.methods.work import Work
+
+        function = self.function
+        if isinstance(function, str):
+            module, _, name = function.partition(":")
+            function = getattr(import_module(module), name)
+        options = MethodOptions() if options is None else options
+        return function(weight_OI, statistics, pattern, sparsity, options, work or Work())
+
+    def with_options(self, options: MethodOptions) -> Method:
+        """The method as it is under these options, which may change what it supports.
+
+        >>> METHODS["obs"].with_options(MethodOptions(mask_from="magnitude")).default_group
+        'layer'
+        """
+        return self if self.under is None else replace(self, **self.under(options))
+
+
+def _obs_under(options: MethodOptions) -> dict[str, Any]:
+    """Masks by magnitude, and masks that are chosen in blocks of columns, compare all rows."""
+    if options.mask_order == "blockwise":
+        return {"default_group": "layer", "groups": ("row", "layer"), "why": _BY_BLOCKS}
+    return {"default_group": "layer"} if options.mask_from == "magnitude" else {}
+
+
+_BY_BLOCKS = (
+    "it chooses its mask in blocks of columns, where all rows compete (layer) or each on its own "
+    "(row)"
+)
+
+_ALL = (
+    Method(
+        name="magnitude",
+        summary="remove the smallest weights; needs no calibration",
+        function="prunus.methods.magnitude:prune",
+        needs="none",
+        default_group="layer",
+    ),
+    Method(
+        name="wanda",
+        summary="remove by magnitude times input norm, row by row",
+        function="prunus.methods.wanda:prune",
+        needs="norms",
+    ),
+    Method(
+        name="wanda-variant",
+        summary="as wanda, but every row gives up the same share of its score",
+        function="prunus.methods.wanda_variant:prune",
+        needs="norms",
+        groups=("row",),
+        n_of_m=False,
+        why="each row gives up a share of its own score, so rows differ in sparsity",
+    ),
+    Method(
+        name="ria",
+        summary="remove by a weight's share of its row and column, times a power of the input norm",
+        function="prunus.methods.ria:prune",
+        needs="norms",
+        default_group="layer",
+        options=("ria_power",),
+    ),
+    Method(
+        name="sparsegpt",
+        summary="remove by error, and update the kept weights to correct it",
+        function="prunus.methods.sparsegpt:prune",
+        needs="gram",
+        default_group="layer",
+        updates_weights=True,
+        groups=("row", "layer"),
+        why=_BY_BLOCKS,
+        has_reference_order=True,
+    ),
+    Method(
+        name="obs",
+        summary="a mask from wanda or magnitude, with sparsegpt's weight update",
+        function="prunus.methods.obs_ablations:prune",
+        needs="gram",
+        updates_weights=True,
+        options=("mask_from", "mask_order"),
+        under=_obs_under,
+        has_reference_order=True,
+    ),
+    # The public code of ALPS compares all weights of a linear. Here each row keeps its share, as in
+    # Wanda. The group "layer" gives the choice of its code.
+    Method(
+        name="alps",
+        summary="mask and weights together by ADMM, then least squares; smallest error, slowest",
+        function="prunus.methods.alps:prune",
+        needs="gram",
+        updates_weights=True,
+        options=("iterations",),
+        adds_ridge=True,
+    ),
+)
+
+#: Value of the option `method` -> method.
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
+
+
+def check_owners(method: Method, options: MethodOptions) -> None:
+    """Check that every option of single methods belongs to `method`.
+
+    An option that has its default is never refused, whatever the method is.
 
     Raises:
-        ValueError: there is no such method; the message lists all methods.
+        ValueError: the method does not read an option that was given.
 
-    >>> get_method("wanda").needs
-    'norms'
+    >>> check_owners(METHODS["wanda"], MethodOptions(ria_power=1.0))
+    Traceback (most recent call last):
+    ValueError: ria_power belongs to method ria, not to wanda: drop it, or choose method ria
     """
-    if name not in METHODS:
-        raise ValueError(f"the method {name!r} is unknown: choose one of {', '.join(METHODS)}")
-    return METHODS[name]
-
-
-def default_group(name: str, options: MethodOptions | None = None) -> str | int:
-    """Which weights compete by default: those that compete in the method's public code.
-
-    For `obs` this depends on its mask: magnitude masks and blockwise masks compare all rows. `alps`
-    is the exception: its public code compares all weights of a linear, and here each row keeps its
-    share, as in Wanda. The group "layer" gives the choice of its code.
-
-    Raises:
-        ValueError: there is no such method.
-
-    >>> default_group("wanda"), default_group("magnitude")
-    ('row', 'layer')
-    """
-    options = options or MethodOptions()
-    method = get_method(name)
-    if method is OBS and (options.mask_from == "magnitude" or options.mask_order == "blockwise"):
-        return "layer"
-    return method.default_group
+    for name, field in MethodOptions.model_fields.items():
+        owners = [each.name for each in _ALL if name in each.options]
+        given = getattr(options, name) != field.default
+        if owners and given and name not in method.options:
+            raise ValueError(
+                f"{name} belongs to method {' and '.join(owners)}, not to {method.name}: drop it, "
+                f"or choose method {owners[0]}"
+            )
 
 
 def check_options(
-    name: str, pattern: Pattern, sparsity: float, options: MethodOptions | None = None
+    method: Method,
+    pattern: Pattern,
+    sparsity: float,
+    options: MethodOptions | None = None,
+    *,
+    quantizes: bool = False,
 ) -> None:
     """Check that a method supports a pattern, a sparsity and its options, before any work is done.
 
     `patterns.check_shape` checks for each linear whether an N:M pattern fits its width.
+
+    Args:
+        method: the method, without the steps that `compose` adds.
+        pattern: which weights compete.
+        sparsity: the share of the weights to remove.
+        options: of the method and of the steps after it.
+        quantizes: whether the weights become integers at the end.
 
     Raises:
         ValueError: a value is out of range, or two choices exclude each other; the message says
             what to choose instead.
     """
     options = options or MethodOptions()
-    method = get_method(name)
     if pattern.is_unstructured and not 0 <= sparsity < 1:
         raise ValueError(f"the sparsity is {sparsity}: it must be at least 0 and less than 1")
-    check_method_options(name, options)
-    if method is WANDA_VARIANT and not pattern.is_unstructured:
+    check_owners(method, options)
+    method = method.with_options(options)
+    if not pattern.is_unstructured and not method.n_of_m:
+        raise ValueError(f"{method.name} has no {pattern} form: {method.why}. Use another method")
+    if pattern.is_unstructured and method.groups and pattern.group not in method.groups:
+        supported = " or ".join(map(str, method.groups))
         raise ValueError(
-            f"wanda-variant has no {pattern} form, its rows differ in sparsity: use wanda"
-        )
-    if method is WANDA_VARIANT and pattern.group != "row":
-        raise ValueError(
-            f"wanda-variant always works row by row, not by {pattern.group}: use wanda"
-        )
-    by_blocks = method is SPARSEGPT or (method is OBS and options.mask_order == "blockwise")
-    if by_blocks and pattern.is_unstructured and pattern.group not in ("row", "layer"):
-        raise ValueError(
-            f"{name} chooses its mask in blocks of columns, where all rows compete (layer) "
-            f"or each on its own (row), not by {pattern.group}"
+            f"{method.name} does not support the group {pattern.group}: {method.why}. "
+            f"Use group {supported}, or another method"
         )
     fixed = not method.updates_weights and options.weight_update == "none"
-    if options.dense_weight != 0 and fixed and options.bits is None:
+    if options.dense_weight != 0 and fixed and not quantizes:
         raise ValueError(
-            f"{name} keeps its weights as they are, so they cannot approximate the dense model's "
-            "outputs: add --weight-update least-squares, choose a method that updates weights "
-            "(alps, sparsegpt, obs), or leave --dense-weight out"
+            f"{method.name} keeps its weights as they are, so they cannot approximate the dense "
+            "model's outputs: set weight_update to least-squares, choose a method that updates "
+            "weights (alps, sparsegpt, obs), or leave dense_weight out"
         )
     if options.refine != "none":
         _check_refinement(method, pattern, options)
@@ -108,11 +256,11 @@ def check_options(
 def _check_refinement(method: Method, pattern: Pattern, options: MethodOptions) -> None:
     if method.updates_weights and options.weight_update == "none":
         raise ValueError(
-            f"{method.name} fits the weights to its mask, and --refine {options.refine} changes "
-            "that mask: add --weight-update least-squares, which fits them again"
+            f"{method.name} fits the weights to its mask, and refine {options.refine} changes "
+            "that mask: set weight_update to least-squares, which fits them again"
         )
     if pattern.is_unstructured and pattern.group == "column":
         raise ValueError(
-            f"--refine {options.refine} swaps weights within a row, which would break the equal "
-            "counts of --group column: choose another group"
+            f"refine {options.refine} swaps weights within a row, which would break the equal "
+            "counts of group column: choose another group"
         )

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prunus.methods.base import Method, Pruned, masked
+from prunus.methods.base import Pruned, masked
 from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern, keep_mask
 from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import Work
 
-__all__ = ["WANDA", "wanda_score"]
+__all__ = ["prune", "wanda_score"]
 
 
-def wanda_score(weight_OI: Tensor, statistics: InputStatistics | None) -> Tensor:
+def wanda_score(weight_OI: Tensor, statistics: InputStatistics) -> Tensor:
     """|W_ij| · ‖X_j‖₂, (O, I) in the dtype of the weight.
 
     Args:
@@ -32,25 +33,16 @@ def wanda_score(weight_OI: Tensor, statistics: InputStatistics | None) -> Tensor
     >>> wanda_score(torch.tensor([[1.0, -4.0]]), statistics)
     tensor([[5., 4.]])
     """
-    assert statistics is not None, "Wanda scores need input norms"
     return weight_OI.abs().mul_(statistics.norms_I.to(weight_OI.dtype))
 
 
-def _prune(
+def prune(
     weight_OI: Tensor,
-    statistics: InputStatistics | None,
+    statistics: InputStatistics,
     pattern: Pattern,
     sparsity: float,
     options: MethodOptions,
+    work: Work,
 ) -> Pruned:
+    """The weights with the largest scores; see `table.py` for the arguments of every method."""
     return masked(weight_OI, keep_mask(wanda_score(weight_OI, statistics), pattern, sparsity))
-
-
-WANDA = Method(
-    name="wanda",
-    needs="norms",
-    prune=_prune,
-    default_group="row",
-    updates_weights=False,
-    summary="remove by magnitude times input norm, row by row",
-)

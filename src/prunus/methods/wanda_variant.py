@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunus.methods.base import Method, Pruned, masked
+from prunus.methods.base import Pruned, masked
 from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import wanda_score
+from prunus.methods.work import Work
 
-__all__ = ["WANDA_VARIANT"]
+__all__ = ["prune"]
 
 _TOLERANCE = 0.001
 # The original code searches α from 0 to this value.
@@ -56,13 +57,15 @@ def _sparsity(ascending_OI: Tensor, threshold_O1: Tensor) -> float:
     return int(below.sum()) / ascending_OI.numel()
 
 
-def _prune(
+def prune(
     weight_OI: Tensor,
-    statistics: InputStatistics | None,
+    statistics: InputStatistics,
     pattern: Pattern,
     sparsity: float,
     options: MethodOptions,
+    work: Work,
 ) -> Pruned:
+    """The weights above the thresholds of their rows."""
     score_OI = wanda_score(weight_OI, statistics)
     if sparsity == 0:
         return masked(weight_OI, torch.ones_like(score_OI, dtype=torch.bool))
@@ -84,13 +87,3 @@ def _prune(
         else:
             low = alpha
         alpha = (low + high) / 2
-
-
-WANDA_VARIANT = Method(
-    name="wanda-variant",
-    needs="norms",
-    prune=_prune,
-    default_group="row",
-    updates_weights=False,
-    summary="as wanda, but every row gives up the same share of its score",
-)

@@ -45,6 +45,8 @@ class PruningJob(RunJob):
 
     #: The record that the run writes.
     RECORD: ClassVar[type[PruningRecord]] = Manifest
+    #: Whether weights become integers at the end of each linear.
+    QUANTIZES: ClassVar[bool] = False
 
     recipe: PruningOptions
     linear_settings: LinearSettings
@@ -162,13 +164,13 @@ class PruningJob(RunJob):
 
         Such a run uses one thread, because the order of a sum depends on the number of threads.
         """
-        return self.linear_settings.options.reference_order
+        return self.linear_settings.reference_order
 
     def walk(self, index: int) -> Walk:
         return "two_pass" if self.two_passes else super().walk(index)
 
     def check_ranks(self) -> None:
-        by_window = self.two_passes and self.recipe.method in ("sparsegpt", "obs")
+        by_window = self.two_passes and self.linear_settings.method.has_reference_order
         if self.ranks.size > 1 and by_window:
             raise ValueError(
                 f"`propagate` block keeps the original's order of operations for "

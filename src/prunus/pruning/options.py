@@ -15,23 +15,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from prunus.methods.options import (
-    RULES,
-    MaskFrom,
-    MaskOrder,
-    MethodName,
-    MethodOptions,
-    Refine,
-    WeightUpdate,
-    check_method_options,
-    check_value,
-)
+from prunus.methods.options import METHOD, MethodOptions
+from prunus.methods.own_method import check_method_name
+from prunus.methods.table import METHODS, check_owners
 from prunus.options import Option, at_least, between
 from prunus.runs.options import WindowOptions
 
-__all__ = ["METHOD", "SELECTION", "DenseWeight", "PruningOptions", "Sparsity"]
+__all__ = ["SELECTION", "PruningOptions", "Sparsity"]
 
-METHOD, SELECTION = "Method", "Allocation and selection"
+SELECTION = "Allocation and selection"
 _PATTERN = re.compile(r"^(\d+):(\d+)$")
 
 
@@ -46,7 +38,7 @@ def _share(text: str) -> float:
         raise ValueError(f"{text!r} is not a share such as 0.5{hint}") from None
 
 
-# Options whose defaults differ between verbs.
+#: The option `sparsity`, whose default differs between verbs.
 Sparsity = Annotated[
     float,
     Option(
@@ -56,18 +48,9 @@ Sparsity = Annotated[
         parse=_share,
     ),
 ]
-DenseWeight = Annotated[
-    float | Literal["auto"],
-    Option(
-        "Let updated weights approximate outputs with this share of the dense model: 0 to 1, or "
-        "auto (chosen per linear on held-out windows). Above 0 the dense model runs as well.",
-        metavar="SHARE",
-        panel=METHOD,
-    ),
-]
 
 
-class PruningOptions(WindowOptions):
+class PruningOptions(MethodOptions, WindowOptions):
     """What prune and compress have in common: which weights are removed, and how others follow.
 
     `pattern` is "unstructured" or N:M, which keeps at most N of every M consecutive inputs of a
@@ -76,9 +59,10 @@ class PruningOptions(WindowOptions):
     """
 
     method: Annotated[
-        MethodName,
+        str,
         Option(
-            "Choose the weights to remove by this method, which may update the others.",
+            "Choose the weights to remove by this method, which may update the others: "
+            f"{', '.join(METHODS)}, or your own as FILE.py:NAME.",
             metavar="METHOD",
         ),
     ] = "wanda"
@@ -97,58 +81,6 @@ class PruningOptions(WindowOptions):
             default="as published for the method; row for alps, whose own code compares the layer",
         ),
     ] = None
-    damping: Annotated[
-        float | None,
-        Option(
-            "Add a ridge to the Gram matrix before it is inverted, as a share of its mean "
-            "diagonal.",
-            metavar="SHARE",
-            panel=METHOD,
-            default="0.01; alps, swaps and least squares choose it by the number of tokens",
-        ),
-    ] = None
-    iterations: Annotated[
-        int | None,
-        Option(
-            "Run this number of iterations of method alps.",
-            metavar="N",
-            panel=METHOD,
-            default="12",
-        ),
-    ] = None
-    refine: Annotated[
-        Refine,
-        Option(
-            "Exchange weights of a finished mask. swaps: as long as the output error falls.",
-            metavar="REFINEMENT",
-            panel=METHOD,
-        ),
-    ] = "none"
-    refine_steps: Annotated[
-        int | None,
-        Option(
-            "Refine for at most this number of rounds.", flag=False, default="the refinement's own"
-        ),
-    ] = None
-    weight_update: Annotated[
-        WeightUpdate,
-        Option(
-            "least-squares: fit the kept weights to the mask of any method.",
-            metavar="UPDATE",
-            panel=METHOD,
-        ),
-    ] = "none"
-    dense_weight: DenseWeight = 0.0
-    ria_power: Annotated[
-        float, Option("Raise the input norms in the score of method ria to this power.", flag=False)
-    ] = 0.5
-    mask_from: Annotated[
-        MaskFrom, Option("Choose the mask of method obs by this score.", flag=False)
-    ] = "wanda"
-    mask_order: Annotated[
-        MaskOrder,
-        Option("Choose the mask of method obs before the update, or blockwise in it.", flag=False),
-    ] = "before"
     allocation: Annotated[
         Literal["uniform", "search"],
         Option(
@@ -216,13 +148,10 @@ class PruningOptions(WindowOptions):
             known.pop("sparsity", None)  # This recipe's own pattern implied it.
         return known
 
-    @field_validator("dense_weight", mode="before")
+    @field_validator("method")
     @classmethod
-    def _read_dense_weight(cls, value: Any) -> Any:
-        # A file or a command line may give the number as text.
-        with contextlib.suppress(TypeError, ValueError):
-            value = float(value)
-        check_value("dense_weight", value)
+    def _known_method(cls, value: str) -> str:
+        check_method_name(value)
         return value
 
     @field_validator("group", mode="before")
@@ -254,7 +183,8 @@ class PruningOptions(WindowOptions):
 
     @model_validator(mode="after")
     def _options_fit_together(self) -> PruningOptions:
-        check_method_options(self.method, self.method_options)
+        if self.method in METHODS:  # The plan loads the file of any other method.
+            check_owners(METHODS[self.method], self)
         if self.allocation != "uniform" and self.n_of_m:
             raise ValueError(
                 f"allocation {self.allocation} distributes an unstructured sparsity; "
@@ -271,12 +201,6 @@ class PruningOptions(WindowOptions):
         Raises:
             ValueError: Two options exclude each other.
         """
-
-    @property
-    def method_options(self) -> MethodOptions:
-        """The options that the method reads."""
-        names = (name for name in RULES if name in type(self).model_fields)
-        return MethodOptions(**{name: getattr(self, name) for name in names})
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:

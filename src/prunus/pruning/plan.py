@@ -7,14 +7,13 @@ it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from prunus.hardware.memory import resident_memory
-from prunus.methods import METHODS, Method, check_options, compose, default_group
+from prunus.methods import Method, check_options, compose, get_method
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
@@ -43,7 +42,7 @@ def plan_run(
         FileNotFoundError, ValueError, NotImplementedError, OSError: Something does not fit; every
             message names what was given, what is wrong and what to do.
     """
-    settings = _linear_settings(recipe)
+    settings = _linear_settings(recipe, options.own_method, kind.QUANTIZES)
     method = settings.method
     selections: list[LinearSelection] = []
 
@@ -85,23 +84,33 @@ def needs_inputs(recipe: PruningOptions, method: Method) -> bool:
     return method.needs != "none" or trains or recipe.searches
 
 
-def _linear_settings(recipe: PruningOptions) -> LinearSettings:
+def _linear_settings(recipe: PruningOptions, own: Method | None, quantizes: bool) -> LinearSettings:
     """How every linear is pruned: the recipe's method with its refinement and weight update.
+
+    Args:
+        recipe: What to do.
+        own: A method that was given in place of a name.
+        quantizes: Whether weights become integers at the end.
 
     Raises:
         ValueError: Method, pattern, sparsity and options do not fit together.
     """
-    published = METHODS[recipe.method]
-    options = recipe.method_options
-    method = compose(published, options)
+    published = own or get_method(recipe.method)
+    method = compose(published, recipe, quantizes)
     # Two passes are the published procedure. There the published solvers also sum in its order.
     two_passes = isinstance(recipe, Recipe) and recipe.propagate == "block"
-    if two_passes and method is published and recipe.method in ("sparsegpt", "obs"):
-        options = replace(options, reference_order=True)
-    group = recipe.group if recipe.group is not None else default_group(recipe.method, options)
+    group = recipe.group
+    if group is None:
+        group = published.with_options(recipe).default_group
     pattern = Pattern.parse(recipe.pattern, group)
-    check_options(recipe.method, pattern, recipe.sparsity, options)
-    return LinearSettings(method=method, pattern=pattern, sparsity=recipe.sparsity, options=options)
+    check_options(published, pattern, recipe.sparsity, recipe, quantizes=quantizes)
+    return LinearSettings(
+        method=method,
+        pattern=pattern,
+        sparsity=recipe.sparsity,
+        options=recipe,
+        reference_order=two_passes and method is published and method.has_reference_order,
+    )
 
 
 def _batch(job: PruningJob) -> int:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from prunus.methods.options import METHOD
 from prunus.options import Option, at_least, between
-from prunus.pruning.options import METHOD, SELECTION, PruningOptions
+from prunus.pruning.options import SELECTION, PruningOptions
 from prunus.pruning.presets import preset_options
 
 __all__ = ["Recipe"]

@@ -26,6 +26,8 @@ from torch import nn
 from prunus.calibration.corpora import LOCAL_CORPORA, data_folder
 from prunus.calibration.windows import Windows
 from prunus.hardware.memory import describe_hardware, versions
+from prunus.methods.own_method import GIVEN, method_sha256
+from prunus.methods.table import Method
 from prunus.model.source import ModuleSource
 from prunus.options import takes
 from prunus.pruning.allocation.allocate import allocate
@@ -56,7 +58,7 @@ __all__ = ["PruneVerb", "carry_out", "prune", "run"]
 def prune(
     model: str | Path | nn.Module,
     output: str | Path | None = None,
-    method: str | None = None,
+    method: str | Method | None = None,
     sparsity: float | None = None,
     *,
     calibration: str | Path | torch.Tensor | Sequence[Any] | None = None,
@@ -68,7 +70,8 @@ def prune(
     Args:
         model: A checkpoint folder, a hub id, or a loaded transformers model.
         output: Folder of the pruned checkpoint; None for a loaded model.
-        method: How weights are chosen; see the table of methods.
+        method: How weights are chosen: the name of a method, FILE.py:NAME for your own in a file,
+            or a `prunus.methods.Method`.
         sparsity: Share of each linear's weights to remove.
         calibration: A source of windows by name or file, token ids (samples, seqlen), pixel values
             (samples, channels, height, width), texts, rows of a data set, or chats.
@@ -86,6 +89,8 @@ def prune(
     """
     how, given = RunOptions.pick(options)
     data, described = given_windows(calibration)
+    if isinstance(method, Method):
+        how["own_method"], method = method, f"{GIVEN}{method.name}"
     chosen = Recipe.read(recipe, {"method": method, "sparsity": sparsity} | given | described)
     folder = Path(output) if output is not None else None
     return run(model, folder, chosen, RunOptions(**how, **data))
@@ -247,7 +252,8 @@ def _record(job: PruningJob, windows: Windows, earlier: PruningRecord | None) ->
     Raises:
         FileExistsError: The earlier run had other inputs.
     """
-    inputs = run_inputs(job, windows)
+    own_sha256 = method_sha256(job.recipe.method, job.options.own_method)
+    inputs = run_inputs(job, windows).model_copy(update={"method_sha256": own_sha256})
     if earlier is not None:
         earlier.check_same_run(job.recipe, inputs)
         return earlier

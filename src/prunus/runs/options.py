@@ -97,6 +97,7 @@ class RunOptions(Options):
             pixel values (samples, channels, height, width).
         texts: Texts, rows of a data set or chats instead of a named source; see
             `prunus.calibration.texts`.
+        own_method: A `prunus.methods.Method` in place of the name of one.
         announce: Called with what is being prepared, before the first step; None to be silent.
         report: Called after every step; None to be silent.
         ranks: The processes that work on this run; None for those that torchrun started, if any.
@@ -156,6 +157,7 @@ class RunOptions(Options):
     ] = None
     input_ids: Any = None
     texts: Any = None
+    own_method: Any = None
     announce: Callable[[str], None] | None = None
     report: Callable[..., None] | None = None
     ranks: Any = None

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from prunus.methods.options import MethodName
 from prunus.options import Options
 from prunus.options.toml import read_toml
 from prunus.pruning.recipe import Recipe
@@ -146,7 +145,7 @@ class StructureRecipe(Options):
             for name in ("calibration", "samples", "seqlen", "seed", "bos", "batch", "dtype")
         }
         # The method only says which sums over the inputs are kept: norms or a Gram matrix.
-        method: MethodName = "alps" if self.narrows else "wanda"
+        method = "alps" if self.narrows else "wanda"
         reconstruct: Literal["all", "none"] = "all" if self.repair else "none"
         return Recipe(method=method, sparsity=0.0, reconstruct=reconstruct, **shared)
 

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from prunus.distributed import Ranks
-from prunus.methods import METHODS
+from prunus.methods import get_method
 from prunus.model.checkpoint.atomic_files import read_json, remove_temporaries, write_json
 from prunus.model.device import choose_device
 from prunus.runs.options import RunOptions
@@ -69,7 +69,7 @@ def prepare_results(
         results.save(output)
         if ranks.size > 1:
             for cell in results.cells:
-                if cell.state != "done" and METHODS[cell.recipe.method].needs != "none":
+                if cell.state != "done" and get_method(cell.recipe.method).needs != "none":
                     model = Path(results.models[cell.model].path)
                     shared_windows(output, results, cell.model, model, cell.recipe, options)
             results.save(output)

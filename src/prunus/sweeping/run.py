@@ -22,7 +22,7 @@ from pathlib import Path
 from prunus.distributed import SINGLE_PROCESS, Ranks, process_group
 from prunus.evaluation.reference import Reference
 from prunus.hardware.sizes import parse_bytes
-from prunus.methods import METHODS
+from prunus.methods import get_method
 from prunus.runs.lock import locked_output
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import LineInterval, Progress
@@ -193,7 +193,7 @@ class _Runner:
         if model.error is not None:
             raise RuntimeError(f"the dense model {cell.model} could not be scored: {model.error}")
         ids = None
-        if METHODS[cell.recipe.method].needs != "none":
+        if get_method(cell.recipe.method).needs != "none":
             ids = shared_windows(
                 self.output, self.results, cell.model, Path(model.path), cell.recipe, self.options
             )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -146,7 +144,7 @@ def test_without_held_out_tokens_the_dense_weight_is_the_default():
     weight_OI, chosen = torch.randn(5, 12), MethodOptions(dense_weight="auto")
     assert best_dense_weight(weight_OI, statistics, None) is None
     pruned = compose(METHODS["alps"], chosen).prune(weight_OI, statistics, Pattern(), 0.5, chosen)
-    constant = replace(chosen, dense_weight=DEFAULT_DENSE_WEIGHT)
+    constant = MethodOptions(dense_weight=DEFAULT_DENSE_WEIGHT)
     expected = compose(METHODS["alps"], constant).prune(
         weight_OI, statistics, Pattern(), 0.5, constant
     )
@@ -321,9 +319,9 @@ def test_the_dense_inputs_of_an_expert_are_unknown():
             "needs propagate linear",
         ),
         ({"reconstruct": "all", "propagate": "block"}, "needs propagate linear"),
-        ({"reconstruct_lr": 0.1}, "belong to --reconstruct last, quick or all"),
+        ({"reconstruct_lr": 0.1}, "belong to `reconstruct` last, quick or all"),
         ({"reconstruct": "all", "reconstruct_epochs": 0}, "reconstruct_epochs must be at least 1"),
-        ({"reconstruct": "all", "batch": 8}, "are one batch; give more --samples"),
+        ({"reconstruct": "all", "batch": 8}, "are one batch; give more `samples`"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_any_work(options, message, tmp_path):

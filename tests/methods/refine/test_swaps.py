@@ -10,7 +10,7 @@ from torch import Tensor
 
 import reference
 from method_cases import WEIRD, example, weird_example
-from prunus.methods import METHODS, MethodOptions, check_options, compose
+from prunus.methods import METHODS, MethodOptions, compose
 from prunus.methods.patterns import Pattern
 from prunus.methods.refine.swaps import refine_by_swaps
 from prunus.methods.statistics import InputStatistics
@@ -32,9 +32,7 @@ def gather(X_TI: Tensor) -> InputStatistics:
 
 
 def start(weight_OI: Tensor, X_TI: Tensor, pattern: Pattern, sparsity: float = 0.5) -> Tensor:
-    return (
-        METHODS["wanda"].prune(weight_OI, gather(X_TI), pattern, sparsity, MethodOptions()).keep_OI
-    )
+    return METHODS["wanda"].prune(weight_OI, gather(X_TI), pattern, sparsity).keep_OI
 
 
 def error(weight_OI: Tensor, keep_OI: Tensor, X_TI: Tensor, damping: float) -> Tensor:
@@ -189,7 +187,8 @@ def test_a_composition_needs_what_its_most_demanding_part_needs():
 @pytest.mark.parametrize("pattern", [Pattern(), Pattern(2, 4)], ids=repr)
 def test_mask_then_refinement_then_update(refine, update, pattern):
     weight_OI, X_TI = example(8, 24)
-    options = MethodOptions(refine=refine, weight_update=update, damping=0.02, refine_steps=7)
+    steps = {"refine_steps": 7} if refine == "swaps" else {}
+    options = MethodOptions(refine=refine, weight_update=update, damping=0.02, **steps)
     pruned = compose(METHODS["wanda"], options).prune(
         weight_OI, gather(X_TI), pattern, 0.5, options
     )
@@ -211,44 +210,3 @@ def test_nothing_to_remove_changes_nothing(name, pattern):
     options = MethodOptions(refine="swaps", weight_update="least-squares")
     pruned = compose(METHODS[name], options).prune(weight_OI, gather(X_TI), pattern, 0.0, options)
     assert torch.equal(pruned.weight_OI.view(torch.int32), weight_OI.view(torch.int32))
-
-
-@pytest.mark.parametrize(
-    ("name", "pattern", "options", "message"),
-    [
-        (
-            "sparsegpt",
-            Pattern(),
-            {"refine": "swaps"},
-            "changes that mask: add --weight-update least-squares",
-        ),
-        (
-            "alps",
-            Pattern(2, 4),
-            {"refine": "swaps"},
-            "changes that mask: add --weight-update least-squares",
-        ),
-        ("wanda", Pattern(group="column"), {"refine": "swaps"}, "choose another group"),
-        ("wanda", Pattern(), {"refine": "swap"}, "refine must be none or swaps; got 'swap'"),
-        (
-            "wanda",
-            Pattern(),
-            {"refine": "swaps", "refine_steps": 0},
-            "refine_steps must be at least 1; got 0",
-        ),
-    ],
-)
-def test_what_does_not_go_together_is_refused(name, pattern, options, message):
-    with pytest.raises(ValueError, match=message):
-        check_options(name, pattern, 0.5, MethodOptions(**options))
-
-
-def test_what_goes_together_passes():
-    check_options(
-        "alps", Pattern(), 0.5, MethodOptions(refine="swaps", weight_update="least-squares")
-    )
-    check_options("wanda", Pattern(2, 4, group="column"), 0.5, MethodOptions(refine="swaps"))
-    check_options("wanda-variant", Pattern(), 0.5, MethodOptions(refine="swaps"))
-    check_options(
-        "wanda", Pattern(group="column"), 0.5, MethodOptions(weight_update="least-squares")
-    )

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import prunus
-from prunus.methods import METHODS, MethodOptions, compose, default_group
+from prunus.methods import METHODS, MethodOptions, compose
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
 from prunus.model.linears import Linear
@@ -85,7 +85,7 @@ def prune(
     name, chosen = way
     options = MethodOptions(**chosen)
     method = compose(METHODS[name], options)
-    pattern = pattern or Pattern(group=default_group(name, options))
+    pattern = pattern or Pattern(group=METHODS[name].with_options(options).default_group)
     module = nn.Linear(w.shape[1], w.shape[0], bias=False)
     module.weight = nn.Parameter(w.float().clone(), requires_grad=False)
     spec = StatisticsSpec(

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from prunus.hardware.numerics import low_precision_factor, low_precision_product, row_spans
 from prunus.methods.base import Pruned, masked
-from prunus.methods.row_shards import EVERY_ROW, RowShard
 from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import EVERY_ROW, RowShard
 
 __all__ = [
     "ScaledGram",

@@ -31,13 +31,13 @@ from torch import Tensor
 
 from prunus.hardware.numerics import all_finite
 from prunus.methods.base import Pruned
-from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern, keep_above_threshold, keep_mask
-from prunus.methods.row_shards import EVERY_ROW, RowShard
 from prunus.methods.solvers.obs_reference_order import sweep_in_reference_order
 from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import EVERY_ROW, RowShard, Work
 
 __all__ = [
+    "BLOCK",
     "DAMPING",
     "TILE",
     "ChooseMask",
@@ -49,6 +49,9 @@ __all__ = [
 
 #: λ as published, a fraction of the mean diagonal of the Gram matrix.
 DAMPING = 0.01
+#: Columns whose corrections of all later columns are one matrix product, as published. Where a
+#: mask is chosen in blocks of columns, it is chosen for so many at once.
+BLOCK = 128
 #: Columns that are corrected one at a time. Later columns wait for one matrix product.
 TILE = 16
 # A Cholesky pivot smaller than its own diagonal entry times this many rounding errors is noise.
@@ -66,8 +69,9 @@ def prune_by_obs(
     weight_OI: Tensor,
     statistics: InputStatistics,
     pattern: Pattern,
-    options: MethodOptions,
+    damping: float | None,
     choose: ChooseMask,
+    work: Work,
 ) -> Pruned:
     """Prune from left to right, and spread each removed weight's error over the columns after it.
 
@@ -76,19 +80,19 @@ def prune_by_obs(
     Args:
         weight_OI: float32, the trained weights.
         statistics: with a Gram matrix.
-        pattern: decides how many columns a mask is chosen for: M for N:M, else
-            `options.column_block`.
-        options: damping, column block, order of operations, row sharding.
+        pattern: decides how many columns a mask is chosen for: M for N:M, else `BLOCK`.
+        damping: λ, or None for `DAMPING`.
         choose: chooses the mask of the next columns, once all columns to their left are pruned.
+        work: the order of operations, and how the rows are split.
 
     Raises:
         ValueError: the Gram matrix cannot be inverted, see `inverse_factor`.
     """
     gram_II = statistics.gram_II
     assert gram_II is not None, "the update needs a Gram matrix"
-    damping = DAMPING if options.damping is None else options.damping
-    widths = _span_and_block(pattern, options.column_block)
-    if options.reference_order:
+    damping = DAMPING if damping is None else damping
+    widths = _span_and_block(pattern)
+    if work.reference_order:
         pruned = sweep_in_reference_order(
             weight_OI,
             gram_II,
@@ -114,7 +118,7 @@ def prune_by_obs(
         )
         return Pruned(updated_OI, keep_OI, dict(notes))
 
-    return options.row_sharding.solve(len(weight_OI), 1, solve)
+    return work.rows.solve(len(weight_OI), 1, solve)
 
 
 def _sweep(
@@ -291,11 +295,11 @@ def _invert_triangle(lower_II: Tensor, inverse_II: Tensor) -> None:
     inverse_II[last, first] = (inverse_II[last, last] @ between_II).neg_()
 
 
-def _span_and_block(pattern: Pattern, column_block: int) -> tuple[int, int]:
+def _span_and_block(pattern: Pattern) -> tuple[int, int]:
     """The columns that get a mask at once, and the columns of a block.
 
     No group of M lies in two blocks, so the second is a multiple of the first.
     """
     if pattern.m is None:
-        return column_block, column_block
-    return pattern.m, max(1, column_block // pattern.m) * pattern.m
+        return BLOCK, BLOCK
+    return pattern.m, max(1, BLOCK // pattern.m) * pattern.m

@@ -6,16 +6,16 @@ Shape suffixes: O outputs (rows), I inputs (columns).
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.numerics import all_finite, count_zeros, low_precision_product, row_spans
-from prunus.methods.quantized import Quantized
-from prunus.methods.rate_distortion import LinearQuantization
+from prunus.methods.quantized import LinearQuantization, Quantized
 from prunus.methods.statistics import InputStatistics
+from prunus.methods.work import Work
 from prunus.model.linears import Linear
 from prunus.packed.weight import QuantizedWeight
 from prunus.pruning.block.row_sharding import row_sharding
@@ -69,7 +69,7 @@ def prune_linear(
 
     Scores and updates start from the stored weight in float32, whatever dtype the block computes
     in. The block goes on with the stored result, so that a run resumed from the shard sees the same
-    numbers. The exception is `MethodOptions.reference_order`: the block goes on with unrounded
+    numbers. The exception is `LinearSettings.reference_order`: the block goes on with unrounded
     weights, and a resumed run prunes finished blocks again.
 
     Args:
@@ -97,11 +97,12 @@ def prune_linear(
         )
     stored_OI = _on_device(_oriented(stored, linear), linear.weight_OI)
     weight_OI = stored_OI.to(torch.float32)
-    options = replace(settings.options, row_sharding=row_sharding(ranks))
-    if finish is not None:
-        options = replace(options, quantization=finish.begin(full_name, statistics))
+    quantization = None if finish is None else finish.begin(full_name, statistics)
+    work = Work(row_sharding(ranks), settings.reference_order, quantization)
     try:
-        pruned = method.prune(weight_OI, statistics, settings.pattern, settings.sparsity, options)
+        pruned = method.prune(
+            weight_OI, statistics, settings.pattern, settings.sparsity, settings.options, work
+        )
     except ValueError as fault:
         raise ValueError(f"{full_name}: {fault}") from fault
     if method.updates_weights:
@@ -117,7 +118,7 @@ def prune_linear(
     error, energy = _output_error(weight_OI, new_OI, statistics, ranks)
     # From here on `weight_OI` may not be used: on a device it can be the weight that this changes.
     # The original code goes on with the weight as computed, and rounds only when it saves.
-    linear.assign(pruned.weight_OI if settings.options.reference_order else new_OI)
+    linear.assign(pruned.weight_OI if settings.reference_order else new_OI)
     zeros = count_zeros(new_OI)
     packed, fields = None, dict[str, Any]()
     if finish is not None and pruned.quantized is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prunus.distributed import Ranks, split_range
 from prunus.methods.base import Pruned
-from prunus.methods.row_shards import UNSHARDED, RowShard, RowSharding
+from prunus.methods.work import UNSHARDED, RowShard, RowSharding
 
 __all__ = ["row_sharding"]
 

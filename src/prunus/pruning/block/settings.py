@@ -23,13 +23,15 @@ class LinearSettings:
         method: the method, with refinements and weight updates composed in.
         pattern: which weights compete.
         sparsity: share of the weights that are removed, in [0, 1).
-        options: what only some methods read.
+        options: what the method and the steps after it read.
+        reference_order: whether weights are updated in the order of the original code.
     """
 
     method: Method
     pattern: Pattern
     sparsity: float
     options: MethodOptions
+    reference_order: bool = False
 
 
 def _no_dense_target(_in_features: int) -> bool:
@@ -78,6 +80,6 @@ class BlockSettings:
             drift=drift if self.uses_dense_target(in_features) else "none",
             hold_out=method.needs_held_out,
             low_precision=method.adds_ridge,
-            reference_order=self.linear.options.reference_order,
+            reference_order=self.linear.reference_order,
             distributed=distributed,
         )

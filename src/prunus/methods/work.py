@@ -1,12 +1,11 @@
-"""Where the rows of a linear are solved: all in this process, or a share of them in every process.
+"""How the work on one linear is done, as far as no option says so.
 
 Once the statistics of its inputs are known, the rows (outputs) of a linear hardly depend on each
 other. So several processes can split one linear by rows. Two things still connect the rows: a mask
 for which all rows compete, and the decision when an iteration ends. `RowShard` offers both.
 
 A solver is written once, for the rows of a shard. A single process gets a shard that holds all
-rows, so solvers need no branch for it. This file does not import torch when it is loaded, because
-`MethodOptions` names these classes and a recipe is read without torch.
+rows, so solvers need no branch for it.
 
 Shape suffixes: O outputs (rows), B columns of a block.
 """
@@ -15,14 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
-    from prunus.methods.base import Pruned
+from prunus.methods.base import Pruned
+from prunus.methods.options import MethodOptions
+from prunus.methods.patterns import Pattern
+from prunus.methods.quantized import LinearQuantization
+from prunus.methods.statistics import InputStatistics
 
-__all__ = ["EVERY_ROW", "UNSHARDED", "AllRows", "RowShard", "RowSharding"]
+__all__ = ["EVERY_ROW", "UNSHARDED", "PruneFunction", "RowShard", "RowSharding", "Work"]
 
 
 class RowShard(Protocol):
@@ -58,29 +60,47 @@ class RowSharding(Protocol):
 
 
 @dataclass(frozen=True)
-class AllRows:
+class _AllRows:
     """The only shard of a linear that one process solves."""
 
     rows: slice
 
     def joint_mask(self, score_OB: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        """Apply `choose` directly: the shard already holds all rows."""
         return choose(score_OB)
 
     def sum(self, number: float) -> float:
-        """Return `number`: there is no other shard."""
         return number
 
 
 #: A shard of all rows, for callers that do not know their number.
-EVERY_ROW: RowShard = AllRows(slice(None))
+EVERY_ROW: RowShard = _AllRows(slice(None))
 
 
 class _Unsharded:
     """All rows in one shard."""
 
     def solve(self, rows: int, rows_per_group: int, solve: Callable[[RowShard], Pruned]) -> Pruned:
-        return solve(AllRows(slice(0, rows)))
+        return solve(_AllRows(slice(0, rows)))
 
 
 UNSHARDED: RowSharding = _Unsharded()
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How the work on one linear is done.
+
+    Attributes:
+        rows: how the rows of the linear are split over processes.
+        reference_order: update weights in the order of operations of the original code, which
+            reproduces its masks and is slower; see `solvers/obs_reference_order.py`.
+        quantization: how the weight is rounded to integers at the end; None where it is not.
+    """
+
+    rows: RowSharding = UNSHARDED
+    reference_order: bool = False
+    quantization: LinearQuantization | None = None
+
+
+#: From weight (O, I) float32, statistics, pattern, sparsity, options and work to the result.
+PruneFunction = Callable[[Tensor, InputStatistics, Pattern, float, MethodOptions, Work], Pruned]

@@ -1,0 +1,138 @@
+"""A method by its name: one of the table, or a user's own in a Python file. Imports no torch.
+
+A file is only loaded where the user names it. Records hold its path and its SHA-256.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+
+from prunus.methods.table import METHODS, Method
+
+__all__ = ["GIVEN", "check_method_name", "get_method", "method_sha256", "names_a_file"]
+
+#: A recipe names a `Method` that was given in Python by this prefix and the method's own name.
+GIVEN = "given:"
+
+
+def names_a_file(method: str) -> bool:
+    """Whether the option `method` names a method in a file.
+
+    >>> names_a_file("my/methods.py:NOISY"), names_a_file("wanda")
+    (True, False)
+    """
+    return _split(method)[0].endswith(".py")
+
+
+def check_method_name(method: str) -> None:
+    """Check what can be checked of a method's name without loading a file.
+
+    Raises:
+        ValueError: the name is not one of the table, and names no file.
+
+    >>> check_method_name("wandb")
+    Traceback (most recent call last):
+    ValueError: the method 'wandb' is unknown: choose one of magnitude, wanda, wanda-variant, ria, \
+sparsegpt, obs, alps, or name your own as FILE.py:NAME
+    """
+    path, name = _split(method)
+    if method in METHODS or method.startswith(GIVEN):
+        return
+    if not path.endswith(".py"):
+        raise ValueError(
+            f"the method {method!r} is unknown: choose one of {', '.join(METHODS)}, or name your "
+            "own as FILE.py:NAME"
+        )
+    if not name.isidentifier():
+        raise ValueError(
+            f"the method {method!r} names a file but no method in it: give FILE.py:NAME, where "
+            "NAME is a prunus.methods.Method of the file"
+        )
+
+
+def get_method(method: str) -> Method:
+    """The method of this name. A file that it names is loaded, which runs its code.
+
+    Raises:
+        ValueError: there is no such method, or its file cannot be loaded.
+        FileNotFoundError: there is no such file.
+
+    >>> get_method("wanda").needs
+    'norms'
+    """
+    check_method_name(method)
+    if method in METHODS:
+        return METHODS[method]
+    if method.startswith(GIVEN):
+        raise ValueError(
+            f"the method {method.removeprefix(GIVEN)!r} was given in Python: give the Method again"
+        )
+    path, name = _split(method)
+    file = Path(path).expanduser().resolve()
+    return _load(file, name, hashlib.sha256(_read(file)).hexdigest())
+
+
+def method_sha256(method: str, given: Method | None = None) -> str | None:
+    """The SHA-256 of the code of a user's own method; None for the methods of the table.
+
+    Args:
+        method: the option `method`.
+        given: the method, where it was given in Python.
+    """
+    if given is not None:
+        try:
+            return hashlib.sha256(inspect.getsource(given.function).encode()).hexdigest()  # type: ignore[arg-type]
+        except (OSError, TypeError):
+            return None  # Nothing is known of a function without a file.
+    if not names_a_file(method):
+        return None
+    return hashlib.sha256(_read(Path(_split(method)[0]).expanduser())).hexdigest()
+
+
+def _split(method: str) -> tuple[str, str]:
+    """Path and name; of a path on Windows only the last colon separates them."""
+    if method.endswith(".py"):
+        return method, ""
+    path, _, name = method.rpartition(":")
+    return path, name
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as fault:
+        raise FileNotFoundError(
+            f"the method's file {file} cannot be read ({fault.strerror}): give FILE.py:NAME"
+        ) from None
+
+
+@functools.cache
+def _load(file: Path, name: str, sha256: str) -> Method:
+    """The method `name` of a file. A file that has changed is loaded again."""
+    module_name = f"prunus_own_method_{sha256[:16]}"
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up while they are made.
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as fault:
+        del sys.modules[module_name]
+        raise ValueError(
+            f"the method's file {file} cannot be loaded: {type(fault).__name__}: {fault}"
+        ) from fault
+    found = getattr(module, name, None)
+    if not isinstance(found, Method):
+        there = [key for key, each in vars(module).items() if isinstance(each, Method)]
+        what = "has no" if found is None else f"has a {type(found).__name__}, not a Method, as"
+        raise ValueError(
+            f"{file} {what} {name}: its methods are {', '.join(there) or 'none'}. Assign a "
+            f"prunus.methods.Method to {name}"
+        )
+    return found
