@@ -401,10 +401,10 @@ def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path):
         ({"bits": 9}, r"bits must lie in \[1, 7\]"),
         ({"bits": math.nan}, "bits"),
         ({"head_bits": 5}, "head_bits must be 4, 6 or 8"),
-        ({"reconstruct": "last"}, "reconstruct does not go with bits"),
-        ({"propagate": "block", "dense_weight": 0}, "propagate block does not go with bits"),
-        ({"head": True}, "head does not go with bits"),
-        ({"preset": "best"}, "reconstruct does not go with bits"),
+        ({"reconstruct": "last"}, "reconstruct is not an option here"),
+        ({"propagate": "block", "dense_weight": 0}, "propagate is not an option here"),
+        ({"head": True}, "head is not an option here"),
+        ({"preset": "best"}, "preset is not an option here"),
     ],
 )
 def test_options_that_do_not_go_with_bits_are_refused(dense, tmp_path, options, message):
@@ -425,13 +425,13 @@ def test_bits_that_cannot_be_reached_are_refused(dense, tmp_path):
 
 
 def test_head_bits_need_bits(dense, tmp_path):
-    with pytest.raises(ValueError, match="head_bits belongs to bits"):
+    with pytest.raises(ValueError, match="use prunus compress"):
         prunus.prune(dense, tmp_path / "out", head_bits=6, calibration=token_ids())
 
 
 def test_a_loaded_model_is_refused():
     with pytest.raises(ValueError, match="give the folder of a checkpoint"):
-        prunus.prune(tiny_model(), bits=3, calibration=token_ids())
+        prunus.compress(tiny_model(), "unused", 3, calibration=token_ids())
 
 
 def test_an_image_classifier_is_refused(tmp_path):
@@ -456,7 +456,7 @@ def test_a_masked_language_model_is_refused(tmp_path):
 def test_a_folder_that_is_not_vacant_is_left_alone(dense, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="does not come from prunus"):
+    with pytest.raises(FileExistsError, match="holds no result of prunus compress"):
         compress(dense, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 

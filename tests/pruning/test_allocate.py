@@ -172,7 +172,7 @@ def test_a_search_takes_the_part_that_harms_whole_models_least(tmp_path, monkeyp
         recipe = Recipe(
             calibration="token ids", samples=8, seqlen=16, dtype="float32", allocation="search"
         )
-        found = allocate(plan_run(dense, recipe, RunOptions(input_ids=ids)), ids)
+        found = allocate(plan_run(dense, recipe, RunOptions(input_ids=ids)), ids, {})
         return torch.tensor(list(found.values()))
 
     uniform, quarter, whole = (
@@ -189,7 +189,7 @@ def test_a_search_takes_the_part_that_harms_whole_models_least(tmp_path, monkeyp
     ("options", "message"),
     [
         ({"allocation": "search", "pattern": "2:4"}, "distributes an unstructured sparsity"),
-        ({"allocation_by": "linear"}, "belongs to allocation 'search'"),
+        ({"allocation_by": "linear"}, "needs an `allocation` other than uniform"),
         ({"allocation": "everything"}, "allocation"),
     ],
 )

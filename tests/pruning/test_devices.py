@@ -64,7 +64,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 def prune(dense: Path, out: Path, device: str, **options: Any) -> Any:
     arguments = {"calibration": token_ids(4, 12), "batch": 2, "dtype": "float32"}
-    return prunus.prune(dense, out, device=device, **(arguments | options))
+    verb = prunus.compress if "bits" in options else prunus.prune
+    return verb(dense, out, device=device, **(arguments | options))
 
 
 def assert_devices_agree(dense: Path, scratch: Path, **options: Any) -> None:

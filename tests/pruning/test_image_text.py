@@ -56,7 +56,7 @@ def test_what_follows_pruning(family, tmp_path):
     assert torch.allclose(packed(input_ids=ids).logits, pruned(input_ids=ids).logits, atol=1e-5)
 
     text = training_text(tmp_path)
-    options = {"text": str(text), "seqlen": 16, "limit": 4, "dtype": "float32"}
+    options = {"text": str(text), "seqlen": 16, "samples": 4, "dtype": "float32"}
     whole, streamed = (
         prunus.perplexity(tmp_path / "out", stream=stream, **options) for stream in (False, True)
     )

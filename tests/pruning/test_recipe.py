@@ -121,7 +121,7 @@ def test_a_number_of_rows_may_be_written_as_text():
         (
             "sparcity = 0.5",
             r"recipe .*recipe\.toml: unknown option 'sparcity'; "
-            "known are preset, method, sparsity, ",
+            "known are ",
         ),
         ("[prune]\nsparsity = 0.5", "unknown option 'prune'"),
         ('sparsity = "half"', "sparsity: .*got 'half'"),
@@ -179,10 +179,10 @@ def test_only_and_ignore_select_by_full_name(only, ignore, count):
         (
             ("*.mlp.*", "mlp"),
             (),
-            r"--only 'mlp' matches none of the 9 linears; names look like 'model\.layers\.0",
+            r"`only` 'mlp' matches none of the 9 linears; names look like 'model\.layers\.0",
         ),
-        ((), ("lm_head",), "--ignore 'lm_head' matches none of the 9 linears"),
-        (("*.q_proj",), ("*.self_attn.*",), "--only and --ignore leave no linear to prune"),
+        ((), ("lm_head",), "`ignore` 'lm_head' matches none of the 9 linears"),
+        (("*.q_proj",), ("*.self_attn.*",), "`only` and `ignore` leave no linear to prune"),
     ],
 )
 def test_patterns_that_select_nothing_are_refused(only, ignore, message):

@@ -299,7 +299,7 @@ def test_verbs_of_language_models_refuse_a_classifier(tmp_path):
     from tiny import tiny_checkpoint
 
     llama = tiny_checkpoint(tmp_path / "llama")
-    with pytest.raises(NotImplementedError, match="--images is for image classifiers"):
+    with pytest.raises(NotImplementedError, match="images are for image classifiers"):
         image_accuracy([llama], folder)
     with pytest.raises(ValueError, match=r"3 labels, and 'x' .*is none of these"):
         image_accuracy([dense], pictures(tmp_path / "other", classes=("x", "y")))

@@ -65,7 +65,8 @@ def run(dense: str, out: Path, kill_at: int | None, after: bool) -> None:
     os.replace = replace
     ids = torch.arange(96).reshape(6, 16) % 120
     options = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
-    prunus.prune(dense, out, calibration=ids, batch=2, dtype="float32", **options)
+    verb = prunus.compress if "bits" in options else prunus.prune
+    verb(dense, out, calibration=ids, batch=2, dtype="float32", **options)
 
 
 def digests(out: Path) -> dict[str, str]:

@@ -22,6 +22,7 @@ import torch
 torch.set_num_threads(1)
 
 import prunus  # noqa: E402, I001
+from prunus.compression.record import CompressionRecord  # noqa: E402
 from prunus.distributed import SINGLE_PROCESS, RankError, process_group  # noqa: E402
 from prunus.methods.statistics import InputStatistics, StatisticsSpec  # noqa: E402
 from prunus.pruning.block import dense_stream  # noqa: E402
@@ -48,7 +49,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def prune(dense: Path, out: Path, **options: Any) -> Any:
     arguments = {"calibration": token_ids(), "batch": 1, "rank_timeout": 60.0}
-    return prunus.prune(dense, out, **(arguments | options))
+    verb = prunus.compress if "bits" in options else prunus.prune
+    return verb(dense, out, **(arguments | options))
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -107,7 +109,8 @@ def compressed(scratch: Path) -> dict[str, Any]:
         alone("resumed", progress=stop_after(1))
     first = (scratch / "resumed" / "block-00000.safetensors").read_bytes()
     both("resumed")
-    totals = {name: Manifest.load(scratch / name).totals for name in ("one", "two", "resumed")}
+    names = ("one", "two", "resumed")
+    totals = {name: CompressionRecord.load(scratch / name).totals for name in names}
     return {
         "bits": {name: each["bits"] for name, each in totals.items()},
         "errors": {name: each["mean_relative_output_error"] for name, each in totals.items()},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from prunus.methods.options import DenseWeight
 from prunus.options import Option, between, one_of
@@ -23,6 +23,13 @@ class CompressionRecipe(PruningOptions):
     >>> recipe.sparsity, recipe.dense_weight
     (0.0, 0.25)
     """
+
+    ELSEWHERE: ClassVar[dict[str, str]] = {
+        "preset": "presets are for prune",
+        "propagate": "compress always runs one pass",
+        "reconstruct": "it would train weights away from their integers",
+        "head": "it prunes the head, and head_bits compresses it",
+    }
 
     # The figures behind these defaults are in docs/results/index.md.
     sparsity: Sparsity = 0.0

@@ -69,6 +69,8 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
     #: What an error calls a file of these options.
     FILE: ClassVar[str] = "recipe"
+    #: Options of other verbs that users may look for -> why this verb has none, or what has it.
+    ELSEWHERE: ClassVar[dict[str, str]] = {}
 
     @classmethod
     def declared(cls) -> dict[str, Option]:
@@ -130,15 +132,17 @@ def _checked(kind: type[_Kind], values: dict[str, Any], where: str) -> _Kind:
         raise ValueError(where + explain(fault, kind)) from None
 
 
-def explain(fault: ValidationError, kind: type[BaseModel]) -> str:
+def explain(fault: ValidationError, kind: type[Options]) -> str:
     """The faults of options in one sentence that names each option."""
     faults = [_explain_one(error, kind) for error in fault.errors()]
     more = len(faults) - _MOST_FAULTS
     return "; ".join([*faults[:_MOST_FAULTS], *([f"and {more} more"] if more > 0 else [])])
 
 
-def _explain_one(error: Any, kind: type[BaseModel]) -> str:
+def _explain_one(error: Any, kind: type[Options]) -> str:
     name = ".".join(str(part) for part in error["loc"])
+    if name in kind.ELSEWHERE:
+        return f"{name} is not an option here: {kind.ELSEWHERE[name]}"
     if error["type"] == "extra_forbidden":
         return f"unknown option {name!r}; known are {', '.join(kind.model_fields)}"
     message = error["msg"].removeprefix("Value error, ")

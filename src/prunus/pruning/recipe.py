@@ -6,7 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from prunus.methods.options import METHOD
 from prunus.options import Option, at_least, between
@@ -30,6 +30,10 @@ class Recipe(PruningOptions):
     >>> Recipe(preset="balanced").method
     'alps'
     """
+
+    ELSEWHERE: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("bits", "head_bits"), "it belongs to a compressed checkpoint; use prunus compress"
+    )
 
     preset: Annotated[
         str | None,
