@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from prunus.pruning.manifest import Manifest
     from prunus.pruning.recipe import Recipe
     from prunus.pruning.run import prune
-    from prunus.recovery import RecoveryRecord, prune_and_recover, recover
+    from prunus.recovery.max_preset import prune_and_recover
+    from prunus.recovery.record import RecoveryRecord
+    from prunus.recovery.run import recover
     from prunus.reporting.write import report
     from prunus.structure.recipe import StructureRecipe
     from prunus.structure.record import StructureRecord
@@ -88,7 +90,7 @@ _HOMES = {
     "Manifest": "prunus.pruning.manifest",
     "PerplexityResult": "prunus.evaluation.records",
     "Recipe": "prunus.pruning.recipe",
-    "RecoveryRecord": "prunus.recovery",
+    "RecoveryRecord": "prunus.recovery.record",
     "Reference": "prunus.evaluation.reference",
     "StructureRecipe": "prunus.structure.recipe",
     "StructureRecord": "prunus.structure.record",
@@ -101,8 +103,8 @@ _HOMES = {
     "pack": "prunus.packed.packing",
     "perplexity": "prunus.evaluation.perplexity",
     "prune": "prunus.pruning.run",
-    "prune_and_recover": "prunus.recovery",
-    "recover": "prunus.recovery",
+    "prune_and_recover": "prunus.recovery.max_preset",
+    "recover": "prunus.recovery.run",
     "report": "prunus.reporting.write",
     "shrink": "prunus.structure.run",
     "sweep": "prunus.sweeping.run",

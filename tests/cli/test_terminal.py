@@ -15,7 +15,7 @@ from command_line import call
 from prunus.cli import app
 from prunus.cli.terminal import log, print_result
 from prunus.evaluation import generation
-from prunus.recovery import Step
+from prunus.recovery.training import Step
 from prunus.reporting.console import TerminalConsole, printable, progress_console
 from prunus.reporting.plain import to_markdown, to_terminal
 from prunus.reporting.progress import show_pruning, show_recovery

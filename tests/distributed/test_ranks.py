@@ -196,7 +196,7 @@ def test_a_training_step_is_split_over_ranks(found):
 def test_ranks_prune_and_train_with_preset_max(found):
     result = found["recovered"]
     assert result["max"] == "finished"
-    assert not result["beside"], "rank 0 removes the pruned checkpoint"
+    assert not result["left inside"], "rank 0 removes the pruned checkpoint"
 
 
 @given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 7))

@@ -14,7 +14,7 @@ import prunus
 from prunus.model.loading import load_model
 from prunus.recovery import training
 from prunus.recovery.masks import check_zeros
-from prunus.recovery.record import RECORD_NAME, RecoveryRecord
+from prunus.recovery.record import RecoveryRecord
 from recovery_cases import (
     SHORT,
     dense_checkpoint,
@@ -56,10 +56,10 @@ def refused(fault, words, model, output, mode, text, **options):
         ("masked", {"minutes": 1.0}, "in tokens or in minutes, not in both"),
         ("masked", {"rank": 4}, "rank has no meaning in mode masked; it belongs to lora"),
         ("block", {}, "mode: input should be"),
-        ("masked", {"tokens": 0}, "tokens: input should be greater than or equal to 1"),
-        ("masked", {"learning_rate": math.nan}, "learning_rate: input should be"),
+        ("masked", {"tokens": 0}, "tokens must be at least 1; got 0"),
+        ("masked", {"learning_rate": math.nan}, "learning_rate must lie in"),
         ("masked", {"lerning_rate": 1.0}, "unknown option 'lerning_rate'; known are mode, text"),
-        ("masked", {"distill_weight": 0.5}, "give the dense model with --teacher"),
+        ("masked", {"distill_weight": 0.5}, "give the dense model as `teacher`"),
         ("masked", {"seqlen": 65}, r"windows of 65 tokens do not fit: the model has 64 positions"),
         ("masked", {"device": "gpu"}, "device must be auto"),
         (
@@ -70,7 +70,7 @@ def refused(fault, words, model, output, mode, text, **options):
         (
             "lora",
             {"rank": 40},
-            r"rank 40 is more than .*q_proj of shape \(32, 32\) can have: give 32 or less",
+            r"rank 40 is more than .*q_proj of shape \(32, 32\) can have: lower `rank` to 32",
         ),
     ],
 )
@@ -208,7 +208,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_checkpoint(
 
 def test_a_loss_that_is_not_finite_before_any_progress(pruned, text, tmp_path, monkeypatch):
     nan_after(monkeypatch, calls=2)
-    with pytest.raises(ValueError, match="holds no result; use a smaller --learning-rate"):
+    with pytest.raises(ValueError, match="holds no result; lower `learning_rate`"):
         recover(pruned, tmp_path / "out", "masked", text)
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
     assert RecoveryRecord.load(tmp_path / "out").state == "running"
@@ -243,6 +243,6 @@ def test_a_pruned_weight_that_is_not_zero_is_never_written():
 
 @pytest.mark.parametrize("options", [7, None, [], {"mode": "masked", "seqlen": "many"}])
 def test_a_record_with_damaged_options_is_refused(options, tmp_path):
-    (tmp_path / RECORD_NAME).write_text(json.dumps({"options": options}))
-    with pytest.raises(ValueError, match=RECORD_NAME):
+    (tmp_path / RecoveryRecord.FILE).write_text(json.dumps({"options": options}))
+    with pytest.raises(ValueError, match=RecoveryRecord.FILE):
         RecoveryRecord.load(tmp_path)

@@ -12,8 +12,8 @@ from transformers.utils import logging
 
 from command_line import call
 from prunus.model.loading import load_model
-from prunus.recovery import Step
-from prunus.recovery.record import RECORD_NAME
+from prunus.recovery.record import RecoveryRecord
+from prunus.recovery.training import Step
 from prunus.reporting.progress import show_recovery
 from recovery_cases import dense_checkpoint, pruned_checkpoint, training_text
 
@@ -60,7 +60,7 @@ def test_recover_shows_its_figures_and_writes_them_as_json(pruned, text, tmp_pat
     shown = " ".join(result.stdout.split())  # the lines below a table are wrapped to its width
     assert "compared weight by weight" in shown
     record = json.loads(figures.read_text())
-    assert record == json.loads((out / RECORD_NAME).read_text())
+    assert record == json.loads((out / RecoveryRecord.FILE).read_text())
     assert f"{record['totals']['zeros']:,} of {record['totals']['weights']:,}" in shown
     lines = [line for line in result.stderr.splitlines() if "held-out perplexity" in line]
     assert len(lines) == 3, "before, half way and at the end"

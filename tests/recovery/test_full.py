@@ -58,6 +58,6 @@ def test_a_killed_training_goes_on_to_the_same_bytes(family, tmp_path):
 def test_models_that_mode_full_would_damage(tmp_path):
     dense, text = dense_checkpoint(tmp_path / "dense"), training_text(tmp_path)
     pruned = pruned_checkpoint(tmp_path / "pruned", dense, sparsity=0.5)
-    with pytest.raises(ValueError, match="zeros mode full would fill: give --mode masked"):
+    with pytest.raises(ValueError, match="zeros mode full would fill: choose mode masked"):
         recover(pruned, tmp_path / "out", "full", text)
     assert not (tmp_path / "out").exists()

@@ -13,8 +13,8 @@ from command_line import call
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.loading import load_model
 from prunus.pruning.manifest import Manifest
-from prunus.recovery.max_preset import pruned_folder, training_options
-from prunus.recovery.record import RECORD_NAME
+from prunus.recovery.max_preset import PRUNED, training_options
+from prunus.recovery.record import RecoveryRecord
 from rank_cases import tensors
 from recovery_cases import dense_checkpoint, recover, shards, training_text
 from scripts import run_script
@@ -50,8 +50,8 @@ def test_the_result_is_pruned_checkpoint_with_its_zeros_and_both_records(finishe
     out, manifest, record = finished
     assert manifest.recipe.preset == "best"
     assert json.loads((out / Manifest.FILE).read_text()) == manifest.model_dump(mode="json")
-    assert json.loads((out / RECORD_NAME).read_text()) == record.model_dump(mode="json")
-    assert not pruned_folder(out).exists()
+    assert json.loads((out / RecoveryRecord.FILE).read_text()) == record.model_dump(mode="json")
+    assert not (out / PRUNED).exists()
     state = load_model(out, torch.float32).state_dict()
     kept = {name: state[f"{name}.weight"].view(-1, 4) != 0 for name in record.linears}
     assert kept and all(int(groups.sum(1).max()) <= 2 for groups in kept.values())
@@ -64,7 +64,7 @@ def test_norms_and_embeddings_are_trained_too_and_the_dense_model_teaches(finish
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("norm" in name for name in moved) and any("embed" in name for name in moved)
     assert record.teacher == str(dense)
-    assert record.options.distill_weight == 1
+    assert record.recipe.distill_weight == 1
     assert record.best and record.evaluations[record.best].held_out_loss < (
         record.evaluations[0].held_out_loss
     )
@@ -98,15 +98,16 @@ def test_the_same_call_again_does_nothing_and_another_one_is_refused(finished, d
         with pytest.raises(FileExistsError, match=word):
             prunus.prune_and_recover(dense, out, **(options(text, pattern="2:4") | change))
     assert shards(out) == before
-    assert not pruned_folder(out).exists()
+    assert not (out / PRUNED).exists()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_a_run_killed_in_either_phase_resumes_to_the_same_bytes(dense, text, tmp_path):
     results = run_script("recovery_kill_points.py", dense, text, tmp_path, "max:7")["max"]
-    found = {name for result in results for name in result["found"]}
-    assert "training.safetensors" in found, "some runs were killed in the training"
-    assert any(result["found"] == [] for result in results), "and some in the pruning"
+    found = [set(result["found"]) for result in results]
+    assert any("training.safetensors" in names for names in found), "some in the training"
+    in_pruning = [names for names in found if RecoveryRecord.FILE not in names]
+    assert any(".prunus-pruned" in names for names in in_pruning), "and some in the pruning"
     for result in results:
         assert result["status"] == 0, result
         assert result["equal"], result
@@ -117,10 +118,10 @@ def test_a_run_killed_in_either_phase_resumes_to_the_same_bytes(dense, text, tmp
     ("changes", "error", "message"),
     [
         ({"minutes": 5}, ValueError, "in tokens or in minutes, not in both"),
-        ({"tokens": 0}, ValueError, "tokens: input should be greater"),
-        ({"calibration": "self", "tokens": None}, ValueError, "give the budget in --tokens"),
+        ({"tokens": 0}, ValueError, "tokens must be at least 1"),
+        ({"calibration": "self", "tokens": None}, ValueError, "give the budget in `tokens`"),
         ({"samples": 2, "seqlen": 512}, ValueError, "windows of 512 tokens do not fit"),
-        ({"resume": True}, FileNotFoundError, "no unfinished run of preset max"),
+        ({"resume": True}, FileNotFoundError, "no unfinished run"),
         ({"preset": "max"}, ValueError, "more than a recipe"),
     ],
 )
@@ -176,7 +177,7 @@ def test_the_command_line_shows_both_phases(dense, text, tmp_path):
     assert "held-out perplexity" in result.stderr and "pruned in" in result.stderr
     written = json.loads(figures.read_text())
     assert written["pruning"] == json.loads((out / Manifest.FILE).read_text())
-    assert written["recovery"] == json.loads((out / RECORD_NAME).read_text())
+    assert written["recovery"] == json.loads((out / RecoveryRecord.FILE).read_text())
     assert (out / INDEX_NAME).exists()
     assert "nothing was done now" in call(*arguments).stderr
 

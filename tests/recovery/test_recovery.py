@@ -19,7 +19,7 @@ from prunus.model.loading import load_model
 from prunus.pruning.manifest import Manifest
 from prunus.recovery import training
 from prunus.recovery.masks import pruned_linears
-from prunus.recovery.record import RECORD_NAME
+from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.trainable import masked
 from recovery_cases import (
     SHORT,
@@ -76,7 +76,7 @@ def test_masked_training_wins_quality_and_keeps_every_zero(pruned, text, tmp_pat
 
 def test_the_record_is_what_was_measured(pruned, text, tmp_path):
     record = recover(pruned, tmp_path / "out", "masked", text)
-    assert json.loads((tmp_path / "out" / RECORD_NAME).read_text()) == record.model_dump(
+    assert json.loads((tmp_path / "out" / RecoveryRecord.FILE).read_text()) == record.model_dump(
         mode="json"
     )
     steps = [entry.step for entry in record.evaluations]

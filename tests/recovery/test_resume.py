@@ -108,12 +108,12 @@ def test_another_mode_replaces_a_folder_completely(pruned, text, tmp_path):
 
 
 def test_resume_flags(pruned, text, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no unfinished recovery"):
+    with pytest.raises(FileNotFoundError, match="no unfinished run"):
         recover(pruned, tmp_path / "out", "masked", text, resume=True)
     assert not (tmp_path / "out").exists()
     with pytest.raises(StopError):
         recover(pruned, tmp_path / "out", "masked", text, progress=stop_at(0.1))
-    with pytest.raises(FileExistsError, match="unfinished recovery"):
+    with pytest.raises(FileExistsError, match="unfinished run"):
         recover(pruned, tmp_path / "out", "masked", text, resume=False)
 
 
@@ -171,7 +171,7 @@ def test_a_damaged_state_is_named_and_changes_nothing(damage, tmp_path):
     assert checkpoints.load({"a": weight}, optimizer) == state
     damage(tmp_path / "training.safetensors")
     before = weight.detach().clone()
-    with pytest.raises(ValueError, match=r"training\.safetensors is damaged .*--overwrite"):
+    with pytest.raises(ValueError, match=r"training\.safetensors is damaged .*overwrite"):
         checkpoints.load({"a": weight}, optimizer)
     assert torch.equal(weight, before)
     (tmp_path / "best-00000000.safetensors").write_bytes(b"x")

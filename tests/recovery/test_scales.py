@@ -94,7 +94,7 @@ def test_the_integers_keep_their_bytes_and_everything_continuous_moves(compresse
 
 def test_the_result_loads_and_is_closer_to_the_dense_model(dense, compressed, recovered, text):
     record = RecoveryRecord.load(recovered)
-    assert record.options.mode == "scales"
+    assert record.recipe.mode == "scales"
     losses = [entry.training_loss for entry in record.evaluations[1:]]
     assert losses[-1] < losses[0]
     model = AutoModelForCausalLM.from_pretrained(recovered)
@@ -271,7 +271,7 @@ def test_a_run_killed_at_a_rename_resumes_to_the_same_bytes(compressed, text, tm
 
 @pytest.mark.parametrize("mode", ["lora", "masked"])
 def test_other_modes_on_a_compressed_checkpoint(mode, compressed, text, tmp_path):
-    with pytest.raises(ValueError, match=r"give --mode scales, or expand it first \(prunus unpack"):
+    with pytest.raises(ValueError, match=r"choose mode scales, or expand it first \(prunus unpack"):
         recover(compressed, tmp_path / "out", mode, text)
     assert not (tmp_path / "out").exists()
 

@@ -527,7 +527,7 @@ def recovered(scratch: Path) -> dict[str, Any]:
         "refused": (scratch / "refused 0").read_text(),
         "left": (scratch / "three").exists(),
         "max": json.loads((scratch / "max" / "prunus-recovery.json").read_text())["state"],
-        "beside": (scratch / "max-pruned").exists(),
+        "left inside": (scratch / "max" / ".prunus-pruned").exists(),
         **compare(scratch / "one", scratch / "two"),
     }
 

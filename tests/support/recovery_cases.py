@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import prunus
-from prunus.recovery import RecoveryRecord
+from prunus.recovery.record import RecoveryRecord
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 

@@ -57,18 +57,16 @@ def kill_everywhere(mode: str, every: int, model: Path, text: Path, scratch: Pat
     run(mode, model, text, scratch / f"{mode}-whole", None)
     expected, results, kill_at = digests(scratch / f"{mode}-whole"), [], 0
     while True:
-        out, beside = scratch / "killed", scratch / "killed-pruned"
+        out = scratch / "killed"
         shutil.rmtree(out, ignore_errors=True)
-        shutil.rmtree(beside, ignore_errors=True)
         status = child(lambda: run(mode, model, text, out, kill_at))  # noqa: B023
         if status == 0:
             return results
         assert os.WTERMSIG(status) == signal.SIGKILL, status
-        found = sorted(path.name for path in out.iterdir()) if out.exists() else []
+        found = sorted(path.name for path in out.rglob("*")) if out.exists() else []
         second = child(lambda: run(mode, model, text, out, None))  # noqa: B023
-        left = [path.name for path in out.iterdir() if path.name.startswith("best-")]
+        left = [x.name for x in out.iterdir() if x.name.startswith(("best-", ".prunus"))]
         left += [path.name for path in out.glob("*.partial")]
-        left += [beside.name] if beside.exists() else []
         results.append(
             {
                 "found": found,

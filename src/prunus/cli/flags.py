@@ -88,7 +88,7 @@ def as_flags(message: str) -> str:
 
 def _flag(name: str, option: Option, field: Any) -> Any:
     """The type of an option for typer, with its help."""
-    kind = _kind(field.annotation)
+    kind = _kind(field.annotation) if option.parse is None else str
     spelled = option.switch or f"--{name.replace('_', '-')}"
     default = option.default or _words(field.get_default(call_default_factory=True))
     text = option.help + (f" Default: {default}." if default else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def load_model(
     trust_remote_code: bool = False,
     attention: str | None = None,
     kind: Kind | None = None,
+    mapped: bool = True,
 ) -> Any:
     """The model of a folder (dense, packed, or an adapter), in evaluation mode; safetensors only.
 
@@ -32,6 +34,9 @@ def load_model(
             default of transformers, which an adapter always gets.
         kind: which class of transformers loads it; None for what its configuration says. An
             adapter is always a causal LM.
+        mapped: weights that are used as they are stored may be views of the mapped files. False
+            reads them into memory. A file that is changed later then changes no weight, and one
+            that is cut short does not kill the process.
 
     Raises:
         ValueError: it cannot be loaded, or its configuration describes a model far larger than its
@@ -52,6 +57,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             attn_implementation=attention,
+            **_in_memory(mapped),
         )
     except Exception as error:  # transformers raises errors of many kinds for missing or bad files
         reason = " ".join(str(error).split())[:300]
@@ -68,6 +74,14 @@ def load_model(
                 f"{problem} ({shown}); is the checkpoint whole, and is config.json its own?"
             )
     return model.eval()
+
+
+def _in_memory(mapped: bool) -> dict[str, bool]:
+    """The option of transformers that reads files into memory, as far as this version has it."""
+    from transformers import PreTrainedModel
+
+    known = inspect.signature(PreTrainedModel.from_pretrained).parameters
+    return {} if mapped or "disable_mmap" not in known else {"disable_mmap": True}
 
 
 def import_architecture(folder: Path) -> None:

@@ -92,6 +92,7 @@ class CheckpointSource:
             folder, trust_remote_code, quantized=quantized, checkpoint=self.checkpoint
         )
         config_bytes = read_limited(folder / "config.json")
+        self._config_sha256 = hashlib.sha256(config_bytes).hexdigest()
         self.fingerprint = hashlib.sha256(
             self.checkpoint.fingerprint.encode() + config_bytes
         ).hexdigest()
@@ -247,6 +248,16 @@ class CheckpointSource:
         """A block's tensors by stored name, with fused ones joined; undoes `from_stored`."""
         plain = {key: tensors[name] for name, key in self._blocks[index].items()}
         return plain | {key: fused.join(tensors) for key, fused in self._fused[index].items()}
+
+    def check_unchanged(self) -> None:
+        """Raise an error that names the file unless all files are still what was opened."""
+        self.checkpoint.check_unchanged()
+        path = self.checkpoint.folder / "config.json"
+        if hashlib.sha256(read_limited(path)).hexdigest() != self._config_sha256:
+            raise ValueError(
+                f"{path} was changed since it was opened. Put the checkpoint back as it was, and "
+                "the same command continues"
+            )
 
     def block_nbytes(self, index: int) -> int:
         return self.checkpoint.nbytes(self.block_keys(index))

@@ -10,18 +10,9 @@ trainable.py    what a mode trains; mode masked: everything but the pruned weigh
 lora.py         mode lora: LoRA layers through peft
 scales.py       mode scales: scales, steps, norms and biases of a compressed model
 masks.py        which weights are pruned, and the check that they still are
-teacher.py      whether the dense model can teach the pruned one
+student.py      the model in training and its teacher, in memory
 checkpoints.py  the state of a training on disk
-output.py       the folder of the result
-compressed_result.py  the folder of a compressed result
+result.py       the tensors of the pruned checkpoint, some of them replaced
 record.py       what was done, for programs
 card.py         what was done, for readers
 """
-
-from prunus.recovery.max_preset import prune_and_recover
-from prunus.recovery.options import MODES, RecoveryOptions
-from prunus.recovery.record import RecoveryRecord
-from prunus.recovery.run import recover
-from prunus.recovery.training import Step
-
-__all__ = ["MODES", "RecoveryOptions", "RecoveryRecord", "Step", "prune_and_recover", "recover"]

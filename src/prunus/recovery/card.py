@@ -5,56 +5,54 @@ from __future__ import annotations
 from pathlib import Path
 
 from prunus.recovery.options import Mode
-from prunus.recovery.record import RECORD_NAME, RecoveryRecord
+from prunus.recovery.record import RecoveryRecord
+from prunus.runs.card import extended_card, result_card, source_name
 from prunus.runs.record import bos_words
 
 __all__ = ["adapter_card", "checkpoint_card"]
 
-_WHAT_WAS_TRAINED: dict[Mode, str] = {
+_TRAINED: dict[Mode, str] = {
     "lora": "low-rank layers added to its linears (LoRA)",
     "masked": "all its weights except the pruned ones",
     "full": "all its weights",
     "scales": "the row scales and column steps of its linears, norm weights and biases",
 }
+_KEPT: dict[Mode, str] = {
+    "lora": "Every pruned weight is still zero",
+    "masked": "Every pruned weight is still zero",
+    "full": "Its shapes are those of the smaller model",
+    "scales": "All integers are those of the compressed model",
+}
 
 
-def checkpoint_card(record: RecoveryRecord, name: str, card: str | None) -> str:
-    """Return the pruned model's card with a section about its recovery.
+def checkpoint_card(record: RecoveryRecord, card: str | None) -> str:
+    """The pruned model's card with a section about its recovery."""
+    section = f"{_section(record)} Figures are in `{record.FILE}`."
+    return extended_card(card, "Recovery", section, name=f"{source_name(record)}, recovered")
 
-    A section about an earlier recovery is replaced.
+
+def adapter_card(record: RecoveryRecord, base: str, source: Path) -> str:
+    """The card of an adapter, with the fields that the cards of peft have.
 
     Args:
-        record: of the recovery.
-        name: of the pruned model.
-        card: its card, or None.
+        record: Of the recovery.
+        base: The model that the adapter is for.
+        source: The folder of that model.
     """
-    before = card if card is not None else f"# {name}, recovered\n"
-    title = "## Recovery"
-    return f"{before.split(title)[0].rstrip()}\n\n{title}\n\n{_section(record)}"
-
-
-def adapter_card(record: RecoveryRecord, base: str) -> str:
-    """Return the card of an adapter, with the fields that the cards of peft have."""
-    return f"""---
-base_model: {base}
-library_name: peft
-tags: [lora, pruned, sparse, prunus]
----
-
-# Adapter for {Path(base).name}
-
-{_section(record)}"""
+    return result_card(
+        record,
+        "adapter",
+        [_section(record)],
+        tags=["lora", "pruned", "sparse"],
+        fields={"base_model": base, "library_name": "peft"},
+        source=source,
+    )
 
 
 def _section(record: RecoveryRecord) -> str:
     target = "the dense model" if record.teacher is not None else "the text alone"
-    kept = "Every pruned weight is still zero"
-    if record.options.mode == "full":
-        kept = "Its shapes are those of the smaller model"
-    if record.options.mode == "scales":
-        kept = "All integers are those of the compressed model"
+    mode, inputs = record.recipe.mode, record.inputs
     return (
-        f"Recovered by prunus. Trained: {_WHAT_WAS_TRAINED[record.options.mode]}, "
-        f"on {record.inputs.text}, {bos_words(record.inputs.bos)}, learning from {target}. "
-        f"{kept}. Figures are in `{RECORD_NAME}`.\n"
+        f"Recovered by prunus. Trained: {_TRAINED[mode]}, on {inputs.text}, "
+        f"{bos_words(inputs.bos)}, learning from {target}. {_KEPT[mode]}."
     )

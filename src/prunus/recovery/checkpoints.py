@@ -109,7 +109,7 @@ class Checkpoints:
         ) as fault:
             raise ValueError(
                 f"{path} is damaged ({' '.join(str(fault).split())[:200]}), so the training cannot "
-                "go on from it; give --overwrite to start again"
+                "go on from it; `overwrite` it to start again"
             ) from fault
         with torch.no_grad():
             for key, tensor in tensors.items():
@@ -137,7 +137,7 @@ class Checkpoints:
                     parameter.copy_(tensor)
         except (SafetensorError, ValueError, OSError) as fault:
             raise ValueError(
-                f"{path} is damaged ({' '.join(str(fault).split())[:200]}); give --overwrite to "
+                f"{path} is damaged ({' '.join(str(fault).split())[:200]}); `overwrite` it to "
                 "train again"
             ) from fault
 

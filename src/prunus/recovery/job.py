@@ -5,6 +5,7 @@ What can fail later for a reason that is known now fails here, before anything i
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from prunus.calibration.windows import Wanted, check_context
 from prunus.distributed import Ranks
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.adapter import CONFIG_NAME, is_adapter, require_peft
+from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.companions import check_companions
-from prunus.model.checkpoint.output_folder import check_apart, check_resume, check_whole, is_vacant
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.checkpoint.regular_files import read_card
 from prunus.model.device import choose_device
@@ -26,13 +27,13 @@ from prunus.model.kinds import require_causal
 from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
-from prunus.model.tokenizer import load_tokenizer
+from prunus.model.tokenizer import load_tokenizer, token_ids
+from prunus.packed.description import Description, QuantizedShape
 from prunus.packed.source import is_packed
-from prunus.recovery.compressed_result import is_compressed
 from prunus.recovery.options import MODES, Mode, RecoveryOptions
-from prunus.recovery.record import RECORD_NAME, RecoveryInputs, RecoveryRecord
-from prunus.recovery.teacher import check_vocabulary
+from prunus.recovery.record import RecoveryInputs, RecoveryRecord
 from prunus.recovery.training import step_count, training_dtype
+from prunus.runs.options import RunOptions
 
 __all__ = [
     "RecoveryJob",
@@ -40,7 +41,7 @@ __all__ = [
     "check_teacher",
     "default_mode",
     "draw_training_text",
-    "find_earlier_recovery",
+    "full_fingerprint",
     "open_checkpoint",
     "plan_recovery",
 ]
@@ -51,19 +52,17 @@ class RecoveryJob:
     """A checked recovery.
 
     Attributes:
-        options: how the model is recovered.
-        output: where the result goes.
-        source: the pruned or compressed checkpoint.
-        skeleton: the model without weights, to which the source is bound; None in mode scales.
-        teacher: the dense checkpoint, or None.
-        text: windows to train on and held-out windows.
-        device, dtype: of matrix products.
-        record: a new one, or that of the unfinished or finished recovery in `output`.
-        card: the pruned model's README.md, or None.
+        model: The pruned or compressed model as the user named it.
+        source: Its checkpoint.
+        skeleton: The model without weights, to which the source is bound; None in mode scales.
+        teacher: The dense checkpoint, or None.
+        text: Windows to train on and held-out windows.
+        device, dtype: Of matrix products.
+        record: A new one, or that of the unfinished or finished recovery in the output folder.
+        card: The pruned model's README.md, or None.
     """
 
-    options: RecoveryOptions
-    output: Path
+    model: str | Path
     source: CheckpointSource
     skeleton: Skeleton | None
     teacher: CheckpointSource | None
@@ -74,62 +73,68 @@ class RecoveryJob:
     card: str | None
 
     @property
-    def stored_bytes(self) -> int:
-        """Size of all tensors of the pruned checkpoint in bytes."""
-        checkpoint = self.source.checkpoint
-        return checkpoint.nbytes(checkpoint.tensors)
+    def recipe(self) -> RecoveryOptions:
+        """How the model is recovered."""
+        return self.record.recipe
+
+    def check_unchanged(self) -> None:
+        """Check that both models are still what the record says.
+
+        Raises:
+            FileNotFoundError, ValueError: A file is gone or was changed; names it.
+        """
+        for source in (self.source, self.teacher):
+            if source is not None:
+                source.check_unchanged()
 
 
-def default_mode(model: str | Path) -> str:
-    """Return the mode for a checkpoint if none is given: scales for a compressed one.
+def default_mode(model: str | Path) -> Mode:
+    """The mode for a checkpoint if none is given: scales for a compressed one.
 
     Raises:
-        ValueError: the checkpoint is not compressed, so that a mode must be given.
-        FileNotFoundError: there is no such checkpoint.
+        ValueError: The checkpoint is not compressed, so that a mode must be given.
+        FileNotFoundError: There is no such checkpoint.
     """
-    if is_compressed(resolve_folder(model)):
+    if _is_compressed(resolve_folder(model)):
         return "scales"
     raise ValueError(f"mode is missing; give one of {', '.join(MODES)}")
 
 
 def plan_recovery(
     model: str | Path,
-    output: Path,
-    options: RecoveryOptions,
-    *,
+    recipe: RecoveryOptions,
+    options: RunOptions,
     teacher: str | Path | None,
-    device: str,
-    data_dir: Path | None,
-    overwrite: bool,
-    resume: bool | None,
-    processes: int = 1,
+    earlier: RecoveryRecord | None,
+    name: str | None = None,
 ) -> RecoveryJob:
     """Check everything that can be checked and decide what is left open; nothing is written.
 
     Args:
-        model, output, teacher, device, data_dir, overwrite, resume: see `prunus.recover`.
-        options: how the model is recovered.
-        processes: how many processes of the run are on this host.
+        model: Folder or hub id of the pruned or compressed model.
+        recipe: How it is recovered.
+        options: How the work is done.
+        teacher: Folder or hub id of the dense model, or None.
+        earlier: The record of this recovery in the output folder, or None.
+        name: What the record calls the model; None for `model`.
 
     Raises:
         FileNotFoundError, FileExistsError, ValueError, NotImplementedError, ModuleNotFoundError,
-        OSError: each message says what was given, what is wrong and what to do.
+        OSError: Each message says what was given, what is wrong and what to do.
     """
-    earlier = find_earlier_recovery(output, options, overwrite, resume)
-    if options.mode == "lora":
+    if recipe.mode == "lora":
         require_peft()
-    find_source(options.text).check(
-        Wanted(samples=1, seqlen=options.seqlen, bos=options.bos, data=data_dir)
+    find_source(recipe.text).check(
+        Wanted(samples=1, seqlen=recipe.seqlen, bos=recipe.bos, data=options.data)
     )
     folder = resolve_folder(model)
-    _check_trainable_form(folder, options.mode)
-    check_apart(output, folder)
-    if options.mode != "lora":  # an adapter copies nothing
+    _check_trainable_form(folder, recipe.mode)
+    if recipe.mode != "lora":  # an adapter copies nothing
         check_companions(folder)
     card = read_card(folder / "README.md")
-    chosen_device = choose_device(device, processes=processes)
+    device = choose_device(options.device, processes=options.processes.local_size)
     skeleton = None
-    if options.mode == "scales":
+    if recipe.mode == "scales":
         source = CheckpointSource(folder, quantized=True)
         require_causal(source.config, "prunus recover")
     else:
@@ -138,109 +143,55 @@ def plan_recovery(
     if teacher is not None:
         dense_folder = resolve_folder(teacher)
         check_teacher(dense_folder)
-        check_apart(output, dense_folder)
         dense, _ = open_checkpoint(dense_folder)
-        check_vocabulary(source, dense)
-    elif options.distill_weight != 1:
+        _check_vocabulary(source, dense)
+    elif recipe.distill_weight != 1:
         raise ValueError(
-            f"distill_weight {options.distill_weight} weighs a teacher, and there is none: "
-            "give the dense model with --teacher"
+            f"distill_weight {recipe.distill_weight} weighs a teacher, and there is none: "
+            "give the dense model as `teacher`"
         )
-    dtype, reason = training_dtype(options.dtype, chosen_device)
-    text = draw_training_text(options, source, dense, chosen_device, data_dir)
+    dtype, reason = training_dtype(recipe.dtype, device)
+    text = draw_training_text(recipe, source, dense, device, options.data)
     inputs = RecoveryInputs(
-        checkpoint=source.fingerprint,
-        teacher=dense.fingerprint if dense is not None else None,
+        checkpoint=full_fingerprint(source),
+        teacher=full_fingerprint(dense) if dense is not None else None,
         text=text.source,
         text_sha256=text.sha256,
         dtype=str(dtype).removeprefix("torch."),
         dtype_reason=reason,
-        device=chosen_device.type,
+        device=device.type,
         bos=text.bos,
     )
     if earlier is not None:
-        earlier.check_same(options, inputs)
-        if earlier.state == "finished" and options.mode != "lora":
-            check_whole(output)
+        earlier.check_same_run(recipe, inputs)
     record = earlier or RecoveryRecord(
-        source=str(model),
+        source=name or str(model),
         teacher=str(teacher) if teacher is not None else None,
-        options=options,
+        recipe=recipe,
         inputs=inputs,
         versions=versions(),
-        hardware=describe_hardware(chosen_device),
+        hardware=describe_hardware(device),
     )
-    return RecoveryJob(
-        options, output, source, skeleton, dense, text, chosen_device, dtype, record, card
-    )
+    return RecoveryJob(model, source, skeleton, dense, text, device, dtype, record, card)
 
 
-def check_ranks(options: RecoveryOptions, ranks: Ranks) -> None:
+def check_ranks(recipe: RecoveryOptions, ranks: Ranks) -> None:
     """Check that several processes can split this training.
 
     Raises:
-        ValueError: they cannot; the message says why and what to do.
+        ValueError: They cannot; the message says why and what to do.
     """
     if ranks.size == 1:
         return
-    if options.batch < ranks.size:
+    if recipe.batch < ranks.size:
         raise ValueError(
-            f"a step of {options.batch} windows cannot be split over {ranks.size} ranks: "
-            f"give --batch {ranks.size} or more"
+            f"a step of {recipe.batch} windows cannot be split over {ranks.size} ranks: "
+            f"raise `batch` to {ranks.size} or more"
         )
-    if options.minutes is not None:
+    if recipe.minutes is not None:
         raise ValueError(
-            f"--minutes {options.minutes:g} would end at a different step on each of "
-            f"{ranks.size} ranks, because their clocks differ: give --tokens"
-        )
-
-
-def find_earlier_recovery(
-    output: Path, options: RecoveryOptions, overwrite: bool, resume: bool | None
-) -> RecoveryRecord | None:
-    """The record of an earlier attempt in the output folder; None for a fresh start.
-
-    Raises:
-        FileExistsError, FileNotFoundError, ValueError: the recovery may not write into the folder.
-    """
-    earlier = None
-    if not is_vacant(output):
-        if not (output / RECORD_NAME).exists():
-            raise FileExistsError(
-                f"output {output} exists and holds no result of prunus recover; "
-                "it is left as it is. Choose another folder"
-            )
-        earlier = None if overwrite else RecoveryRecord.load(output)
-    unfinished = earlier is not None and earlier.state == "running"
-    check_resume(output, unfinished, resume, "recovery")
-    if earlier is not None:
-        earlier.check_same(options)
-    return earlier
-
-
-def _check_trainable_form(folder: Path, mode: Mode) -> None:
-    """Check that a folder holds a checkpoint whose weights a mode can train.
-
-    Raises:
-        ValueError: it does not; the message says what to do.
-    """
-    _check_no_adapter(folder)
-    compressed = is_compressed(folder)
-    if mode == "scales" and not compressed:
-        others = ", ".join(other for other in MODES if other != "scales")
-        raise ValueError(
-            f"{folder} has no quantised linears, and mode scales trains nothing else: compress it "
-            f"first (prunus compress), or give one of the modes {others}"
-        )
-    if mode != "scales" and compressed:
-        raise ValueError(
-            f"{folder} is compressed, and mode {mode} cannot train packed weights: give --mode "
-            f"scales, or expand it first (prunus unpack {folder} DEST)"
-        )
-    if mode != "scales" and is_packed(folder):
-        raise ValueError(
-            f"{folder} is packed, and packed weights cannot be trained: "
-            f"prunus unpack {folder} DEST first"
+            f"{recipe.minutes:g} minutes would end at a different step on each of {ranks.size} "
+            "ranks, because their clocks differ: give the budget in `tokens`"
         )
 
 
@@ -248,13 +199,122 @@ def check_teacher(folder: Path) -> None:
     """Check that a folder holds a model that can teach.
 
     Raises:
-        ValueError: it does not; the message says what to do.
+        ValueError: It does not; the message says what to do.
     """
     _check_no_adapter(folder)
     if is_packed(folder):
         raise ValueError(
             f"the teacher {folder} is packed; give the dense model that it was made from, or "
             f"expand it first (prunus unpack {folder} DEST)"
+        )
+
+
+def open_checkpoint(folder: Path) -> tuple[CheckpointSource, Skeleton]:
+    """A checkpoint, bound to the skeleton of its model.
+
+    Raises:
+        FileNotFoundError, ValueError, NotImplementedError: It is damaged, or no causal LM.
+    """
+    source = CheckpointSource(folder)
+    require_causal(source.config, "prunus recover")
+    skeleton = Skeleton(source.config, source.stored_dtype)
+    source.bind(skeleton)
+    return source, skeleton
+
+
+def full_fingerprint(source: CheckpointSource) -> str:
+    """SHA-256 over the configuration and all bytes of the weights, which it reads."""
+    digest = hashlib.sha256(source.fingerprint.encode())
+    for name, tensor in source.checkpoint.read(sorted(source.checkpoint.tensors)):
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def draw_training_text(
+    recipe: RecoveryOptions,
+    source: CheckpointSource,
+    dense: CheckpointSource | None,
+    device: torch.device,
+    data: Path | None,
+) -> TrainingText:
+    """The windows of the text, which fit the model.
+
+    Args:
+        recipe: Source, windows and budget.
+        source: The model in training, whose tokenizer cuts the text.
+        dense: The teacher, or None.
+        device: Where a model runs that writes the text itself.
+        data: Folder with local copies of the datasets.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError, ValueError, OSError: See `training_text`.
+    """
+    config = source.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    check_context(positions if isinstance(positions, int) else None, recipe.seqlen)
+
+    def load_writer() -> Any:
+        """The model that writes the text of source `self`: the dense one if there is one."""
+        return load_model((dense or source).checkpoint.folder, mapped=False).to(device)
+
+    steps = step_count(recipe)
+    text = training_text(
+        recipe.text,
+        tokenizer=lambda: load_tokenizer(source.checkpoint.folder),
+        seqlen=recipe.seqlen,
+        held_out=recipe.held_out,
+        seed=recipe.seed,
+        data=data,
+        model=load_writer,
+        windows=steps * recipe.batch if steps is not None else None,
+        bos=recipe.bos,
+    )
+    largest = int(torch.cat([text.held_out, text.windows(0, 1)]).max())
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"token id {largest} is outside the model's vocabulary of {config.vocab_size}: the "
+            "tokenizer or the file of ids belongs to another model"
+        )
+    return text
+
+
+def _is_compressed(folder: Path) -> bool:
+    """Whether a folder holds a packed checkpoint with quantised linears.
+
+    Raises:
+        ValueError: Its description is damaged.
+    """
+    if not is_packed(folder):
+        return False
+    content = read_json(folder / "config.json")["quantization_config"]
+    shapes = Description.from_dict(content).linears.values()
+    return any(isinstance(shape, QuantizedShape) for shape in shapes)
+
+
+def _check_trainable_form(folder: Path, mode: Mode) -> None:
+    """Check that a folder holds a checkpoint whose weights a mode can train.
+
+    Raises:
+        ValueError: It does not; the message says what to do.
+    """
+    _check_no_adapter(folder)
+    compressed = _is_compressed(folder)
+    if mode == "scales" and not compressed:
+        others = ", ".join(other for other in MODES if other != "scales")
+        raise ValueError(
+            f"{folder} has no quantised linears, and mode scales trains nothing else: compress it "
+            f"first (prunus compress), or choose one of the modes {others}"
+        )
+    if mode != "scales" and compressed:
+        raise ValueError(
+            f"{folder} is compressed, and mode {mode} cannot train packed weights: choose mode "
+            f"scales, or expand it first (prunus unpack {folder} DEST)"
+        )
+    if mode != "scales" and is_packed(folder):
+        raise ValueError(
+            f"{folder} is packed, and packed weights cannot be trained: "
+            f"prunus unpack {folder} DEST first"
         )
 
 
@@ -266,62 +326,27 @@ def _check_no_adapter(folder: Path) -> None:
         )
 
 
-def open_checkpoint(folder: Path) -> tuple[CheckpointSource, Skeleton]:
-    """Open a checkpoint, bound to the skeleton of its model.
+def _check_vocabulary(student: CheckpointSource, teacher: CheckpointSource) -> None:
+    """Check that student and teacher give logits for the same tokens.
 
     Raises:
-        FileNotFoundError, ValueError, NotImplementedError: it is damaged, or no causal LM.
+        ValueError: The sizes of the vocabularies differ, or the tokenizers do. Tokenizers are
+            compared only if both folders have one.
     """
-    source = CheckpointSource(folder)
-    require_causal(source.config, "prunus recover")
-    skeleton = Skeleton(source.config, source.stored_dtype)
-    source.bind(skeleton)
-    return source, skeleton
-
-
-def draw_training_text(
-    options: RecoveryOptions,
-    source: CheckpointSource,
-    dense: CheckpointSource | None,
-    device: torch.device,
-    data_dir: Path | None,
-) -> TrainingText:
-    """Draw the windows of the text, and check that they fit the model.
-
-    Args:
-        options: source, windows and budget.
-        source: the model in training, whose tokenizer cuts the text.
-        dense: the teacher, or None.
-        device: where a model runs that writes the text itself.
-        data_dir: folder with local copies of the datasets.
-
-    Raises:
-        FileNotFoundError, ModuleNotFoundError, ValueError, OSError: see `training_text`.
-    """
-    config = source.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    check_context(positions if isinstance(positions, int) else None, options.seqlen)
-
-    def load_writer() -> Any:
-        """The model that writes the text of source `self`: the dense one if there is one."""
-        return load_model((dense or source).checkpoint.folder).to(device)
-
-    steps = step_count(options)
-    text = training_text(
-        options.text,
-        tokenizer=lambda: load_tokenizer(source.checkpoint.folder),
-        seqlen=options.seqlen,
-        held_out=options.held_out,
-        seed=options.seed,
-        data=data_dir,
-        model=load_writer,
-        windows=steps * options.batch if steps is not None else None,
-        bos=options.bos,
+    student_size, teacher_size = (
+        source.config.get_text_config().vocab_size for source in (student, teacher)
     )
-    largest = int(torch.cat([text.held_out, text.windows(0, 1)]).max())
-    if largest >= config.vocab_size:
+    folders = student.checkpoint.folder, teacher.checkpoint.folder
+    if student_size != teacher_size:
         raise ValueError(
-            f"token id {largest} is outside the model's vocabulary of {config.vocab_size}: the "
-            "tokenizer or the file of ids belongs to another model"
+            f"the teacher {folders[1]} has a vocabulary of {teacher_size} tokens, {folders[0]} one "
+            f"of {student_size}: give a teacher with the same vocabulary"
         )
-    return text
+    student_ids, teacher_ids = (token_ids(folder) for folder in folders)
+    if student_ids is None or teacher_ids is None or student_ids == teacher_ids:
+        return
+    token = min(dict(student_ids.items() ^ teacher_ids.items()))
+    raise ValueError(
+        f"the tokenizers of the teacher {folders[1]} and of {folders[0]} differ, "
+        f"at {token!r} for one: give a teacher with the same vocabulary"
+    )

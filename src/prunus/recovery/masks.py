@@ -18,7 +18,7 @@ from torch import nn
 from prunus.model.block_lists import find_block_list
 from prunus.model.linears import Linear, find_linears
 from prunus.pruning.manifest import Manifest
-from prunus.recovery.record import RECORD_NAME, LinearMask, RecoveryRecord
+from prunus.recovery.record import LinearMask, RecoveryRecord
 
 __all__ = [
     "MIN_ZERO_FRACTION",
@@ -37,9 +37,8 @@ MIN_ZERO_FRACTION = 0.05
 def mask_of(weight: torch.Tensor) -> torch.Tensor:
     """Return the mask of a weight: bool of its shape, True for kept weights.
 
-    Example:
-        >>> mask_of(torch.tensor([[0.5, 0.0]]))
-        tensor([[ True, False]])
+    >>> mask_of(torch.tensor([[0.5, 0.0]]))
+    tensor([[ True, False]])
     """
     return weight != 0
 
@@ -104,7 +103,7 @@ def unpruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
     if pruned:
         raise ValueError(
             f"{folder} has pruned linears ({pruned[0]} and others), whose zeros mode full would "
-            "fill: give --mode masked"
+            "fill: choose mode masked"
         )
     return linears
 
@@ -122,7 +121,7 @@ def _recorded_linears(folder: Path, head: str | None) -> set[str] | None:
 
     `prunus.json` says that the output head was pruned, but not its name, so `head` gives it.
     """
-    if (folder / RECORD_NAME).exists():
+    if (folder / RecoveryRecord.FILE).exists():
         return set(RecoveryRecord.load(folder).linears)
     if not (folder / Manifest.FILE).exists():
         return None
@@ -143,18 +142,17 @@ def check_zeros(
     """Check, weight by weight, that every zero of a linear is still zero.
 
     Args:
-        name: for the message.
+        name: For the message.
         shape: (out, in).
-        before, after: the weight as it was stored and as it will be, in the same orientation.
+        before, after: The weight as it was stored and as it will be, in the same orientation.
 
     Raises:
-        RuntimeError: a pruned weight is not zero any more. Training never does that, so the result
+        RuntimeError: A pruned weight is not zero any more. Training never does that, so the result
             is worthless.
 
-    Example:
-        >>> before = torch.tensor([[0.0, 1.0, 2.0]])
-        >>> check_zeros("up_proj", (1, 3), before, 2 * before)
-        LinearMask(shape=(1, 3), zeros_before=1, zeros_after=1)
+    >>> before = torch.tensor([[0.0, 1.0, 2.0]])
+    >>> check_zeros("up_proj", (1, 3), before, 2 * before)
+    LinearMask(shape=(1, 3), zeros_before=1, zeros_after=1)
     """
     pruned = before == 0
     grown = int(torch.count_nonzero(after[pruned]))

@@ -1,17 +1,17 @@
 """Preset max: prune with preset best, then train all kept weights towards the dense model.
 
-    dense checkpoint ──► prune (preset best) ──► OUT-pruned ──► train (mode masked) ──► OUT
-           └────────────────────── teacher ──────────────────────┘
+    dense checkpoint ──► prune (preset best) ──► OUT/.prunus-pruned ──► train (mode masked) ──► OUT
+           └────────────────────── teacher ──────────────────────────────┘
 
-Both phases are ordinary runs of `prune` and `recover`, so each resumes on its own after a kill. The
-pruned checkpoint lies beside the result while it is needed and is removed once the result is in
-place. Everything that the training would refuse is refused before the pruning begins.
+Both steps are ordinary runs of `prune` and `recover`, so each resumes on its own after a kill. The
+pruned checkpoint is a folder inside OUT, and is removed once the result is in place. OUT has no
+index before, so no loader takes it for a model. One lock holds OUT during both steps. Everything
+that the training would refuse is refused before the pruning begins.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,7 @@ import torch
 
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import Wanted
-from prunus.distributed import SINGLE_PROCESS, Ranks
-from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_whole, is_vacant
+from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_resume, is_vacant
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.source import CheckpointSource
 from prunus.pruning.manifest import Manifest
@@ -32,28 +31,23 @@ from prunus.recovery.job import (
     check_ranks,
     check_teacher,
     draw_training_text,
-    find_earlier_recovery,
+    full_fingerprint,
     open_checkpoint,
 )
-from prunus.recovery.options import RecoveryOptions, recovery_options
+from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import RecoveryRecord
-from prunus.recovery.run import recover
+from prunus.recovery.run import carry_out
 from prunus.recovery.training import Step
+from prunus.runs.folder import ResultFolder, find_earlier, held
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import Progress
 
-__all__ = [
-    "DEFAULT_MINUTES",
-    "MaxRun",
-    "max_run",
-    "plan_training",
-    "prune_and_recover",
-    "training_options",
-]
+__all__ = ["PRUNED", "MaxRun", "max_run", "plan_training", "prune_and_recover", "training_options"]
 
+#: Name of the folder inside the result where the pruned checkpoint lies during the work.
+PRUNED = ".prunus-pruned"
 #: Minutes of training if no budget is given.
-DEFAULT_MINUTES = 20.0
-
+_DEFAULT_MINUTES = 20.0
 # Windows of up to this many tokens take the faster attention of `recover`.
 _SEQLEN = 512
 # Bytes per parameter of the training: float32 weights, their gradients and Adam's two moments.
@@ -65,13 +59,12 @@ class MaxRun:
     """A run of preset max that has passed all checks. Call `prune` first, and then `train`.
 
     Attributes:
-        model: folder or hub id of the dense checkpoint.
-        output: folder of the result.
-        recipe: how the model is pruned.
-        training: how the pruned model is trained.
-        options: how the work is done, with the processes of the run.
-        overwrite: an earlier result in `output` is replaced.
-        earlier: the finished result of this same run in `output`, or None.
+        model: Folder or hub id of the dense checkpoint.
+        output: Folder of the result.
+        recipe: How the model is pruned.
+        training: How the pruned model is trained.
+        options: How the work is done, with the processes of the run.
+        earlier: The record of this run in `output`, or None.
     """
 
     model: str | Path
@@ -79,28 +72,32 @@ class MaxRun:
     recipe: Recipe
     training: RecoveryOptions
     options: RunOptions
-    overwrite: bool
     earlier: RecoveryRecord | None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the result is in place already."""
+        return self.earlier is not None and self.earlier.state == "finished"
 
     def prune(
         self,
         progress: Callable[[Progress], None] | None = None,
         announce: Callable[[str], None] | None = None,
     ) -> Manifest:
-        """Prune the dense model into the folder beside `output`, and return the manifest.
+        """Prune the dense model into the folder inside `output`, and return the manifest.
 
         Args:
-            progress: called after every block.
-            announce: called with what is prepared before the first block.
+            progress: Called after every block.
+            announce: Called with what is prepared before the first block.
         """
-        if self.earlier is not None:
+        if self.is_finished:
             return Manifest.load(self.output)
         return run(
             self.model,
-            pruned_folder(self.output),
+            self.output / PRUNED,
             self.recipe,
             self.options.model_copy(
-                update={"announce": announce, "report": progress, "overwrite": self.overwrite}
+                update={"announce": announce, "report": progress, "resume": None}
             ),
         )
 
@@ -108,25 +105,23 @@ class MaxRun:
         """Train the pruned model, remove its folder, and return the record.
 
         Args:
-            progress: called after every step and every evaluation.
+            progress: Called after every step and every evaluation.
         """
-        ranks, pruned = _ranks(self.options), pruned_folder(self.output)
+        pruned, ranks = self.output / PRUNED, self.options.processes
         record = self.earlier
-        if record is None:
-            chosen = self.training.model_dump(exclude={"mode"}, exclude_unset=True)
-            record = recover(
+        if record is None or not self.is_finished:
+            record = carry_out(
                 pruned,
                 self.output,
-                self.training.mode,
-                teacher=self.model,
-                device=self.options.device,
-                data_dir=self.options.data,
-                overwrite=self.overwrite,
-                ranks=ranks,
-                progress=progress,
-                **chosen,
+                self.training,
+                self.options.model_copy(update={"report": progress}),
+                self.model,
+                self.earlier,
+                name=str(self.model),
             )
-        ranks.on_rank_0(lambda: _remove_pruned(pruned))
+        else:
+            ResultFolder(self.output, record, ranks=ranks).check_finished()
+        ranks.on_rank_0(lambda: _remove(pruned))
         return record
 
 
@@ -139,7 +134,7 @@ def prune_and_recover(
     recipe: Recipe | str | Path | None = None,
     device: str = "auto",
     memory: int | None = None,
-    data_dir: str | Path | None = None,
+    data: str | Path | None = None,
     overwrite: bool = False,
     resume: bool | None = None,
     rank_timeout: float | None = None,
@@ -149,49 +144,43 @@ def prune_and_recover(
 ) -> tuple[Manifest, RecoveryRecord]:
     """Prune a checkpoint with preset best, then train its kept weights towards the dense model.
 
-    This is `prunus prune --preset max`. While it runs, the pruned checkpoint lies in
-    `<output>-pruned`.
+    This is `prunus prune --preset max`. While it runs, the pruned checkpoint is the folder
+    `.prunus-pruned` inside `output`.
 
     Args:
-        model: folder or hub id of the dense checkpoint. It is not changed.
-        output: folder of the result, an ordinary pruned checkpoint.
-        minutes, tokens: budget of the training; give one of the two, or none for 20 minutes.
-        recipe: a `Recipe` or a TOML file in place of preset best.
+        model: Folder or hub id of the dense checkpoint. It is not changed.
+        output: Folder of the result, an ordinary pruned checkpoint.
+        minutes, tokens: Budget of the training; give one of the two, or none for 20 minutes.
+        recipe: A `Recipe` or a TOML file in place of preset best.
         device: auto, cpu, cuda or cuda:i.
-        memory: memory budget of the pruning in bytes; default is the free memory.
-        data_dir: folder with local copies of the datasets.
-        overwrite: replace an earlier result in `output`.
+        memory: Memory budget of the pruning in bytes; default is the free memory.
+        data: Folder with local copies of the datasets.
+        overwrite: Replace an earlier result in `output`.
         resume: True requires an unfinished run, False refuses one. By default it is resumed.
-        rank_timeout: seconds without a heartbeat after which a rank counts as lost.
-        pruning_progress: called after every block.
-        training_progress: called after every step and every evaluation of the training.
-        **recipe_options: options of a recipe, on top of preset best.
+        rank_timeout: Seconds without a heartbeat after which a rank counts as lost.
+        pruning_progress: Called after every block.
+        training_progress: Called after every step and every evaluation of the training.
+        **recipe_options: Options of a recipe, on top of preset best.
 
     Returns:
         The manifest of the pruning and the record of the training, `prunus.json` and
         `prunus-recovery.json` of the result.
 
     Raises:
-        ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: before any
+        ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: Before any
             work where possible. The message says what was given, what is wrong and what to do.
     """
     given = recipe_options if recipe is not None else {"preset": "best"} | recipe_options
     options = RunOptions(
         device=device,
         memory=memory,
-        data=Path(data_dir) if data_dir is not None else None,
-        rank_timeout=rank_timeout,
-    )
-    with max_run(
-        model,
-        Path(output),
-        Recipe.read(recipe, given),
-        options,
-        minutes=minutes,
-        tokens=tokens,
+        data=Path(data) if data is not None else None,
         overwrite=overwrite,
         resume=resume,
-    ) as checked:
+        rank_timeout=rank_timeout,
+    )
+    chosen, out = Recipe.read(recipe, given), Path(output)
+    with max_run(model, out, chosen, options, minutes=minutes, tokens=tokens) as checked:
         return checked.prune(pruning_progress), checked.train(training_progress)
 
 
@@ -204,26 +193,28 @@ def max_run(
     *,
     minutes: float | None = None,
     tokens: int | None = None,
-    overwrite: bool = False,
-    resume: bool | None = None,
 ) -> Iterator[MaxRun]:
-    """Check a run of preset max, and yield it with the processes that torchrun started.
+    """Check a run of preset max, and yield it with the folder of the result held.
 
     The arguments and errors are those of `prune_and_recover`.
     """
     with options.with_ranks() as joint:
-        ranks = joint.ranks or SINGLE_PROCESS
+        ranks = joint.processes
         training = training_options(recipe, minutes=minutes, tokens=tokens, ranks=ranks.size)
         check_ranks(training, ranks)
         with ranks.fail_together():
-            earlier = _find_earlier(output, recipe, training, overwrite, resume)
-            fingerprint = _check_training(model, output, training, options).fingerprint
-            if earlier is not None and earlier.inputs.teacher != fingerprint:
-                raise FileExistsError(
-                    f"{output} holds a result of another dense model ({earlier.teacher}); choose "
-                    "another folder, or --overwrite it"
-                )
-        yield MaxRun(model, output, recipe, training, joint, overwrite, earlier)
+            source = _check_training(model, output, training, joint)
+
+        def find() -> RecoveryRecord | None:
+            return _find_earlier(output, recipe, training, joint, source.checkpoint.folder)
+
+        with held(RecoveryRecord, output, ranks, find) as earlier:
+            checked = MaxRun(model, output, recipe, training, joint, earlier)
+            with ranks.fail_together():
+                if earlier is not None and checked.is_finished:
+                    same = {"teacher": full_fingerprint(source)}
+                    earlier.check_same_run(training, earlier.inputs.model_copy(update=same))
+            yield checked
 
 
 def plan_training(
@@ -232,17 +223,17 @@ def plan_training(
     """Check the training of preset max, and say what it takes. Nothing is written.
 
     Args:
-        model: folder or hub id of the dense checkpoint.
-        output: folder of the result, or None to leave it unchecked.
-        recipe: how the model is pruned.
-        options: of the run.
+        model: Folder or hub id of the dense checkpoint.
+        output: Folder of the result, or None to leave it unchecked.
+        recipe: How the model is pruned.
+        options: Of the run.
 
     Returns:
         JSON values: `minutes`, `text`, `seqlen`, `batch` (windows of a step), and `memory_bytes`
         of the trained model and the dense one, without the activations of a step.
 
     Raises:
-        FileNotFoundError, ValueError, NotImplementedError, ModuleNotFoundError, OSError: the
+        FileNotFoundError, ValueError, NotImplementedError, ModuleNotFoundError, OSError: The
             training could not begin.
     """
     training = training_options(recipe)
@@ -261,24 +252,24 @@ def plan_training(
 def training_options(
     recipe: Recipe, *, minutes: float | None = None, tokens: int | None = None, ranks: int = 1
 ) -> RecoveryOptions:
-    """Return how the pruned model is trained: on the text that it is calibrated on.
+    """How the pruned model is trained: on the text that it is calibrated on.
 
     Args:
-        recipe: of the pruning. It gives text, seed, BOS and dtype.
-        minutes, tokens: the budget.
-        ranks: number of processes; each needs a window of every step.
+        recipe: Of the pruning. It gives text, seed, BOS and dtype.
+        minutes, tokens: The budget.
+        ranks: Number of processes; each needs a window of every step.
 
     Raises:
-        ValueError: the budget is out of range, or both are given.
+        ValueError: The budget is out of range, or both are given.
 
-    Example:
-        >>> options = training_options(Recipe(calibration="wikitext2", seqlen=256))
-        >>> options.mode, options.text, options.seqlen, options.minutes
-        ('masked', 'wikitext2', 256, 20.0)
+    >>> options = training_options(Recipe(calibration="wikitext2", seqlen=256))
+    >>> options.mode, options.text, options.seqlen, options.minutes
+    ('masked', 'wikitext2', 256, 20.0)
     """
     if minutes is None and tokens is None:
-        minutes = DEFAULT_MINUTES
-    training = recovery_options(
+        minutes = _DEFAULT_MINUTES
+    training = RecoveryOptions.read(
+        None,
         {
             "mode": "masked",
             "text": recipe.calibration,
@@ -289,61 +280,33 @@ def training_options(
             "bos": recipe.bos,
             # Training has no float16; what is left open is decided by the device.
             "dtype": recipe.dtype if recipe.dtype != "float16" else "auto",
-        }
+        },
     )
     return training.model_copy(update={"batch": max(training.batch, ranks)})
 
 
-def pruned_folder(output: Path) -> Path:
-    """Return where the pruned checkpoint lies until the result is in place.
-
-    Example:
-        >>> pruned_folder(Path("/models/small")).name
-        'small-pruned'
-    """
-    here = Path(os.path.abspath(output))
-    return here.with_name(f"{here.name}-pruned")
-
-
-def _ranks(options: RunOptions) -> Ranks:
-    assert options.ranks is not None  # `max_run` put them there.
-    return options.ranks
-
-
 def _find_earlier(
-    output: Path,
-    recipe: Recipe,
-    training: RecoveryOptions,
-    overwrite: bool,
-    resume: bool | None,
+    output: Path, recipe: Recipe, training: RecoveryOptions, options: RunOptions, model: Path
 ) -> RecoveryRecord | None:
-    """The finished result of the same run in the output folder; None if there is work to do.
+    """The record of the same run in the output folder; None if the training has not begun.
 
     Raises:
-        FileExistsError, FileNotFoundError, ValueError: the run may not write into the folder.
+        FileExistsError, FileNotFoundError, ValueError: The run may not write into the folder.
     """
-    pruned = pruned_folder(output)
-    record = find_earlier_recovery(output, training, overwrite, None)
-    if record is not None:
+    pruned = output / PRUNED
+    if pruned.is_symlink():
+        raise FileExistsError(f"{pruned} is a link; remove it, or choose another folder")
+    either = options.model_copy(update={"resume": None})
+    earlier = find_earlier(RecoveryRecord, output, training, either, model, inside=PRUNED)
+    if earlier is not None:
         # The result has the manifest of its pruning, which a training in progress has not yet.
         manifest = output if (output / Manifest.FILE).exists() else pruned
         if (manifest / Manifest.FILE).exists():
             Manifest.load(manifest).check_same_run(recipe)
-    if record is not None and record.state == "finished":
-        check_whole(output)
-        return record
-    unfinished = not overwrite and not is_vacant(pruned)
-    if resume is True and not unfinished:
-        raise FileNotFoundError(
-            f"there is no unfinished run of preset max in {output} and {pruned} to resume; leave "
-            "--resume out to start one"
-        )
-    if resume is False and unfinished:
-        raise FileExistsError(
-            f"{pruned} holds an unfinished run of preset max; --overwrite starts again, --resume "
-            "goes on"
-        )
-    return None
+        if earlier.state == "finished":
+            return earlier
+    check_resume(output, not options.overwrite and not is_vacant(pruned), options.resume)
+    return earlier
 
 
 def _check_training(
@@ -355,13 +318,13 @@ def _check_training(
         The dense model.
 
     Raises:
-        FileNotFoundError, ValueError, NotImplementedError, ModuleNotFoundError, OSError: the
+        FileNotFoundError, ValueError, NotImplementedError, ModuleNotFoundError, OSError: The
             training could not begin.
     """
     if options.trust_remote_code:
         raise ValueError(
             "preset max trains the model as transformers defines it, without code from the "
-            "checkpoint: drop --trust-remote-code, or prune with --preset best"
+            "checkpoint: drop `trust_remote_code`, or prune with preset best"
         )
     find_source(training.text).check(
         Wanted(samples=1, seqlen=training.seqlen, bos=training.bos, data=options.data)
@@ -375,7 +338,7 @@ def _check_training(
         draw_training_text(training, source, source, torch.device("cpu"), options.data)
     elif training.tokens is None:
         raise ValueError(
-            "the source 'self' writes a given number of tokens: give the budget in --tokens"
+            "the source 'self' writes a given number of tokens: give the budget in `tokens`"
         )
     if output is not None:
         # The pruned checkpoint, the result, and the state of the training.
@@ -384,13 +347,12 @@ def _check_training(
     return source
 
 
-def _remove_pruned(folder: Path) -> None:
-    """Remove a pruned checkpoint; the manifest goes last, so that a kill leaves a known folder."""
-    if not (folder / Manifest.FILE).exists():
-        return
-    for path in folder.iterdir():
-        if path.is_file() and path.name != Manifest.FILE:
-            path.unlink()
-    (folder / Manifest.FILE).unlink()
-    with contextlib.suppress(OSError):  # Something that is not ours keeps the folder.
-        folder.rmdir()
+def _remove(pruned: Path) -> None:
+    """Remove the pruned checkpoint; its manifest last, so that a kill leaves a known folder."""
+    if (pruned / Manifest.FILE).exists():
+        for path in pruned.iterdir():
+            if path.is_file() and path.name != Manifest.FILE:
+                path.unlink()
+        (pruned / Manifest.FILE).unlink()
+    with contextlib.suppress(OSError):  # There is none, or something that is not ours is in it.
+        pruned.rmdir()

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from prunus.model.checkpoint.atomic_files import write_json
-from prunus.model.checkpoint.records import check_same_work, read_record
 from prunus.recovery.options import RecoveryOptions
-from prunus.runs.record import UsedBos
+from prunus.runs.record import RunInputs, RunRecord, UsedBos
 
-__all__ = [
-    "RECORD_NAME",
-    "Evaluation",
-    "LinearMask",
-    "RecoveryInputs",
-    "RecoveryRecord",
-]
-
-RECORD_NAME = "prunus-recovery.json"
+__all__ = ["Evaluation", "LinearMask", "RecoveryInputs", "RecoveryRecord"]
 
 
 class _Model(BaseModel):
@@ -32,11 +20,11 @@ class Evaluation(_Model):
     """One evaluation of the held-out windows.
 
     Attributes:
-        step: steps of the optimizer before it.
-        tokens: tokens trained on before it.
-        seconds: of training and evaluation before it.
-        training_loss: mean training loss since the previous evaluation; None at the start.
-        held_out_loss: mean next-token cross entropy in nats per token. It is the cross entropy with
+        step: Steps of the optimizer before it.
+        tokens: Tokens trained on before it.
+        seconds: Of training and evaluation before it.
+        training_loss: Mean training loss since the previous evaluation; None at the start.
+        held_out_loss: Mean next-token cross entropy in nats per token. It is the cross entropy with
             the text even if the training minimises something else.
     """
 
@@ -63,76 +51,38 @@ class LinearMask(_Model):
     zeros_after: int
 
 
-class RecoveryInputs(_Model):
-    """What decides the bytes of the result, together with the options."""
+class RecoveryInputs(RunInputs):
+    """What decides the bytes of the result, together with the options.
 
-    checkpoint: str = Field(description="fingerprint of the pruned checkpoint")
+    The fingerprints of both models cover every byte of their weights.
+    """
+
     teacher: str | None = Field(description="fingerprint of the dense checkpoint")
     text: str = Field(description="where the windows come from")
     text_sha256: str = Field(description="see TrainingText")
-    dtype: str
-    dtype_reason: str
-    device: str
-    bos: UsedBos = Field("no", description="whether every window begins with BOS")
+    bos: UsedBos = Field(description="whether every window begins with BOS")
 
 
-class RecoveryRecord(_Model):
+class RecoveryRecord(RunRecord):
     """What a recovery did.
 
     Attributes:
-        state: `running` until the result is in place, then `finished`.
-        evaluations: of the held-out windows; the first one is from before any training.
-        best: number of the evaluation whose weights are the result.
-        linears: full name -> pruned linear; empty in modes lora, full and scales, which change no
-            zeros.
-        stopped: why training ended before the budget was spent, or None.
-        diverged: training ended because the loss was not finite.
-        sha256: file name of a shard -> SHA-256 of its bytes.
-        totals: parameters, zeros, tokens, seconds, memory.
+        teacher: The dense model as the user named it, or None.
+        evaluations: Of the held-out windows; the first one is from before any training.
+        best: Number of the evaluation whose weights are the result.
+        linears: Full name -> pruned linear, in mode masked.
+        stopped: Why training ended before the budget was spent, or None.
+        diverged: Training ended because the loss was not finite.
     """
 
-    format: Literal[1] = 1
-    state: Literal["running", "finished"] = "running"
-    source: str
-    teacher: str | None
-    options: RecoveryOptions
+    FILE = "prunus-recovery.json"
+    VERB = "prunus recover"
+
+    recipe: RecoveryOptions
     inputs: RecoveryInputs
-    versions: dict[str, str]
-    hardware: dict[str, Any]
+    teacher: str | None
     evaluations: list[Evaluation] = Field(default_factory=list)
     best: int | None = None
     linears: dict[str, LinearMask] = Field(default_factory=dict)
     stopped: str | None = None
     diverged: bool = False
-    sha256: dict[str, str] = Field(default_factory=dict)
-    totals: dict[str, Any] = Field(default_factory=dict)
-
-    def save(self, folder: Path) -> None:
-        """Write `prunus-recovery.json` atomically."""
-        write_json(folder / RECORD_NAME, self.model_dump(mode="json"))
-
-    @classmethod
-    def load(cls, folder: Path) -> RecoveryRecord:
-        """Read `prunus-recovery.json`.
-
-        Raises:
-            ValueError: the file is damaged or of another version.
-        """
-        return read_record(folder / RECORD_NAME, cls)
-
-    def check_same(self, options: RecoveryOptions, inputs: RecoveryInputs | None = None) -> None:
-        """Check that this record describes the same recovery.
-
-        Args:
-            options: of the recovery that is about to run.
-            inputs: its inputs, if they are known already.
-
-        Raises:
-            FileExistsError: it is another recovery; the message names the first difference.
-        """
-        before, now = self.options.model_dump(), options.model_dump()
-        if inputs is not None:
-            # The options' bos stays: which one it came to shows in the hash of the windows.
-            before |= self.inputs.model_dump(exclude={"dtype_reason", "bos"})
-            now |= inputs.model_dump(exclude={"dtype_reason", "bos"})
-        check_same_work(before, now, "recovery")

@@ -1,7 +1,8 @@
-"""What a mode hands to the training loop: a model, the trained parameters, and their masks."""
+"""What a mode trains: the model, the trained parameters, and which of their weights stay zero."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,24 +20,32 @@ class Trainable:
     """A model that is ready to be trained.
 
     Attributes:
-        model: a causal LM. Everything in it but `parameters` stays as it is.
-        parameters: what is trained, float32. The names identify them in a checkpoint.
-        masks: name of a parameter -> bool of its shape, False where it must stay zero.
-        added: number of parameters that the result has and the pruned checkpoint has not.
-        weight_rms: root mean square of the model's own kept weights if these are trained. The
+        model: A causal LM. Everything in it but `parameters` stays as it is.
+        parameters: What is trained, float32. The names identify them in a checkpoint.
+        pruned: Full name -> pruned linear, in mode masked. Its zeros stay zero.
+        masks: Name of a parameter -> bool of its shape, False where it must stay zero.
+        added: Number of parameters that the result has and the pruned checkpoint has not.
+        weight_rms: Root mean square of the model's own kept weights if these are trained. The
             default learning rate is relative to it. 1 for low-rank factors.
-        rates: name of a parameter -> its learning rate, as a multiple of that of the others.
+        rates: Name of a parameter -> its learning rate, as a multiple of that of the others.
     """
 
     model: Any
     parameters: dict[str, nn.Parameter]
-    masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    pruned: Mapping[str, Linear] = field(default_factory=dict)
+    masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
     added: int = 0
     weight_rms: float = 1.0
-    rates: dict[str, float] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> int:
+        """How many numbers are trained. Pruned weights are not."""
+        zeros = sum(m.numel() - int(torch.count_nonzero(m)) for m in self.masks.values())
+        return sum(p.numel() for p in self.parameters.values()) - zeros
 
 
-def masked(model: Any, linears: dict[str, Linear]) -> Trainable:
+def masked(model: Any, linears: Mapping[str, Linear]) -> Trainable:
     """Mode masked: train all parameters of a float32 model except its pruned weights.
 
     Gradients of pruned weights are set to zero before the optimizer sees them. Their moments then
@@ -44,20 +53,23 @@ def masked(model: Any, linears: dict[str, Linear]) -> Trainable:
     place. Gradient clipping sees only the gradients of what is trained.
 
     Args:
-        model: a causal LM, float32.
-        linears: its pruned linears by full name.
+        model: A causal LM, float32.
+        linears: Its pruned linears by full name.
     """
-    model.requires_grad_(True)
     masks = {f"{name}.weight": mask_of(linear.parameter) for name, linear in linears.items()}
-    return Trainable(model, dict(model.named_parameters()), masks, weight_rms=kept_rms(linears))
+    return Trainable(model, _all(model), linears, masks, weight_rms=kept_rms(linears))
 
 
-def full(model: Any, linears: dict[str, Linear]) -> Trainable:
+def full(model: Any, linears: Mapping[str, Linear]) -> Trainable:
     """Mode full: train all parameters of a float32 model that has no pruned weights.
 
     Args:
-        model: a causal LM, float32.
-        linears: the linears of its blocks by full name.
+        model: A causal LM, float32.
+        linears: The linears of its blocks by full name.
     """
+    return Trainable(model, _all(model), weight_rms=kept_rms(linears))
+
+
+def _all(model: nn.Module) -> dict[str, nn.Parameter]:
     model.requires_grad_(True)
-    return Trainable(model, dict(model.named_parameters()), weight_rms=kept_rms(linears))
+    return dict(model.named_parameters())

@@ -107,7 +107,7 @@ def train(
     dtype: torch.dtype,
     teacher: Any,
     checkpoints: Checkpoints,
-    progress: Callable[[Step], None] | None = None,
+    progress: Callable[[Step], None],
     ranks: Ranks = SINGLE_PROCESS,
 ) -> TrainingState:
     """Train until the budget is spent or evaluations stop improving; resume from a checkpoint.
@@ -137,9 +137,8 @@ def train(
         return seconds_before + time.perf_counter() - started
 
     def report(message: str, loss: float | None = None, perplexity: float | None = None) -> None:
-        if progress is not None:
-            fraction = min(1.0, trainer.spent(state, seconds()))
-            progress(Step(fraction, state.tokens, seconds(), message, loss, perplexity))
+        fraction = min(1.0, trainer.spent(state, seconds()))
+        progress(Step(fraction, state.tokens, seconds(), message, loss, perplexity))
 
     def evaluate() -> None:
         held_out_loss = trainer.held_out_loss()
@@ -148,7 +147,7 @@ def train(
                 raise ValueError(
                     f"the held-out loss is {held_out_loss} before any training: the model's "
                     "outputs are not finite. Weights are damaged, or the dtype is too small for "
-                    "this model; try --dtype float32"
+                    "this model; try `dtype` float32"
                 )
             state.stopped = f"the held-out loss became {held_out_loss} at step {state.step}"
             state.diverged = True

@@ -22,7 +22,7 @@ from prunus.reporting.console import printable, progress_console
 from prunus.runs.progress import LineInterval, eta
 
 if TYPE_CHECKING:
-    from prunus.recovery import Step as RecoveryStep
+    from prunus.recovery.training import Step as RecoveryStep
     from prunus.runs.progress import Progress as PruningStep
 
 __all__ = ["show_pruning", "show_recovery"]

@@ -14,7 +14,7 @@ from prunus.runs.record import bos_words
 if TYPE_CHECKING:
     from prunus.evaluation.images import ImageScore
     from prunus.packed.conversion import Record
-    from prunus.recovery import RecoveryRecord
+    from prunus.recovery.record import RecoveryRecord
 
 __all__ = ["images_table", "packing_table", "plan_facts", "recovery_table"]
 
@@ -146,7 +146,7 @@ def recovery_table(record: RecoveryRecord) -> Table:
         )
         for number, entry in enumerate(record.evaluations)
     )
-    title = f"{record.options.mode}, {record.source}"
+    title = f"{record.recipe.mode}, {record.source}"
     return Table(title, columns, rows, "\n".join(_recovery_notes(record)))
 
 

@@ -57,6 +57,7 @@ def find_earlier(
     recipe: Options,
     options: RunOptions,
     *sources: Path,
+    inside: str | None = None,
 ) -> _Record | None:
     """The record of the run in the output folder that this run resumes or finds finished.
 
@@ -66,6 +67,7 @@ def find_earlier(
         recipe: Of the run. An earlier run with another recipe is refused.
         options: Of the run: `overwrite` and `resume`.
         *sources: Checkpoints that the run reads, which must lie apart from the output.
+        inside: Name of a folder in the output that this run may have left there.
 
     Returns:
         The record; None for a new run, or one that replaces what is there.
@@ -78,7 +80,7 @@ def find_earlier(
     for source in sources:
         check_apart(output, source)
     earlier = None
-    if not is_vacant(output):
+    if not is_vacant(output, inside):
         if not (output / kind.FILE).exists():
             raise FileExistsError(
                 f"output {output} exists and holds no result of {kind.VERB}; it is left as it is. "
@@ -212,7 +214,7 @@ class ResultFolder:
         *,
         card: str,
         config: Mapping[str, Any] | None = None,
-        keep_records: Iterable[str] = (),
+        keep_records: Iterable[str] = ("prunus-structure.json",),
         code: bool = False,
     ) -> None:
         """Complete the result: companions, configuration, card, and at last the index.
@@ -222,6 +224,7 @@ class ResultFolder:
             card: Content of README.md.
             config: Content of config.json; None copies the source's.
             keep_records: Records of earlier work on the source that hold for the result as well.
+                Which parts were removed stays known.
             code: Copy Python files that come with the checkpoint.
         """
         folder = self.folder
@@ -231,7 +234,7 @@ class ResultFolder:
                 if path.name not in RECORD_FILES and (config is None or path.name != "config.json"):
                     copy_companion(path, folder / path.name)
             for name in keep_records:
-                if (here / name).exists():
+                if name != self.record.FILE and (here / name).exists():
                     copy_companion(here / name, folder / name)
         write_text(folder / "README.md", card)
         if config is not None:

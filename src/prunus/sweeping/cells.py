@@ -20,8 +20,8 @@ from prunus.evaluation.task_runner import evaluate
 from prunus.model.checkpoint.atomic_files import TEMPORARY_SUFFIX, copy_file, make_folder
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.run import run
-from prunus.recovery import recover
-from prunus.recovery.record import RECORD_NAME
+from prunus.recovery.record import RecoveryRecord
+from prunus.recovery.run import recover
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import Progress
 from prunus.sweeping.grid import Scoring
@@ -105,12 +105,12 @@ def recover_cell(
         pruned,
         weights,
         device=options.device,
-        data_dir=options.data,
+        data=options.data,
         ranks=SINGLE_PROCESS,
         progress=False,
         **chosen,
     )
-    copy_file(weights / RECORD_NAME, folder / RECORD_NAME)
+    copy_file(weights / RecoveryRecord.FILE, folder / RecoveryRecord.FILE)
     cell.recovered = record.totals
     return weights
 

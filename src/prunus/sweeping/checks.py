@@ -14,7 +14,7 @@ from prunus.model.device import choose_device
 from prunus.model.kinds import require_causal
 from prunus.model.source import CheckpointSource
 from prunus.pruning.plan import plan_run
-from prunus.recovery.options import recovery_options
+from prunus.recovery.options import RecoveryOptions
 from prunus.runs.options import RunOptions
 from prunus.sweeping.cells import task_options
 from prunus.sweeping.grid import Sweep
@@ -55,7 +55,7 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
         _check_tasks(sweep, models, options)
     for name, table in sweep.recovery.items():
         try:
-            recovery_options({key: value for key, value in table.items() if key != "teacher"})
+            RecoveryOptions.read(None, {k: x for k, x in table.items() if k != "teacher"})
         except ValueError as fault:
             raise ValueError(f"recovery.{name}: {fault}") from None
     results = SweepResults(

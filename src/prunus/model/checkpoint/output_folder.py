@@ -31,10 +31,11 @@ def check_apart(output: Path, source: Path) -> None:
         )
 
 
-def is_vacant(output: Path) -> bool:
+def is_vacant(output: Path, inside: str | None = None) -> bool:
     """Whether a folder holds no result: it does not exist, or holds only what a killed run left.
 
-    A killed run leaves files under their temporary names and the file of its lock.
+    A killed run leaves files under their temporary names, the file of its lock, and, if it has one,
+    the folder `inside` for a step before the last one.
 
     Raises:
         FileExistsError: `output` exists and is no folder.
@@ -47,7 +48,8 @@ def is_vacant(output: Path) -> bool:
             f"output {output} exists and is not a folder; choose another name for the result"
         )
     return not output.exists() or all(
-        path.name.endswith(TEMPORARY_SUFFIX) or path.name == LOCK_NAME for path in output.iterdir()
+        path.name.endswith(TEMPORARY_SUFFIX) or path.name in (LOCK_NAME, inside)
+        for path in output.iterdir()
     )
 
 
