@@ -117,7 +117,7 @@ def test_text_that_is_not_there_or_too_short(pruned, tmp_path):
         ValueError, "outside the model's vocabulary", pruned, tmp_path / "out", "masked", foreign
     )
     short = {key: value for key, value in SHORT.items() if key != "tokens"}
-    with pytest.raises(ValueError, match="budget in --tokens"):
+    with pytest.raises(ValueError, match="budget in tokens"):
         prunus.recover(pruned, tmp_path / "out", "masked", text="self", minutes=1, **short)
 
 
