@@ -1,4 +1,4 @@
-"""Say which kernels run packed models on this machine, and why: for users who miss speed."""
+"""Report which kernels this machine uses for packed models, and why, to diagnose slow inference."""
 
 from __future__ import annotations
 
@@ -16,22 +16,14 @@ from prunus.packed.kernels import library as kernels
 
 __all__ = ["describe", "in_sentences"]
 
-#: Extra of the package -> the modules that it installs.
+#: Extra of the package -> the modules that it installs, and what they are for.
 _EXTRAS = {
-    "data": ("datasets",),
-    "eval": ("lm_eval",),
-    "gguf": ("gguf", "accelerate", "sentencepiece"),
-    "adapters": ("peft",),
-    "report": ("plotly",),
-    "vision": ("PIL",),
-}
-_PURPOSES = {
-    "data": "C4, WikiText-2 and PTB from the hub",
-    "eval": "prunus eval --tasks and prunus lm-eval",
-    "gguf": "prunus import",
-    "adapters": "peft adapters and prunus recover --mode lora",
-    "report": "pages with plots",
-    "vision": "image classifiers",
+    "data": (("datasets",), "C4, WikiText-2 and PTB from the hub"),
+    "eval": (("lm_eval",), "prunus eval --tasks and prunus lm-eval"),
+    "gguf": (("gguf", "accelerate", "sentencepiece"), "prunus import"),
+    "adapters": (("peft",), "peft adapters and prunus recover --mode lora"),
+    "report": (("plotly",), "pages with plots"),
+    "vision": (("PIL",), "image classifiers"),
 }
 
 
@@ -72,7 +64,7 @@ def describe() -> dict[str, Any]:
         "registered": table is not None and METHOD in table.AUTO_QUANTIZER_MAPPING,
         "missing_extras": [
             extra
-            for extra, modules in _EXTRAS.items()
+            for extra, (modules, _) in _EXTRAS.items()
             if any(importlib.util.find_spec(module) is None for module in modules)
         ],
         "torch": torch.__version__,
@@ -114,7 +106,7 @@ def in_sentences(state: dict[str, Any]) -> list[str]:
     )
     missing = state["missing_extras"]
     said += [
-        f"The extra {extra} is not installed: pip install '.[{extra}]' gives {_PURPOSES[extra]}."
+        f"The extra {extra} is not installed: pip install '.[{extra}]' gives {_EXTRAS[extra][1]}."
         for extra in missing
     ]
     return said if missing else [*said, "All extras are installed."]

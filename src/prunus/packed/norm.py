@@ -1,9 +1,8 @@
 """RMS norms of a few tokens in one kernel call instead of half a dozen small torch operations.
 
 A norm keeps its class, its weight and its name; only the function that runs for a few plain CPU
-vectors is another. Families differ in whether the weight counts from 0 or from 1 and in where they
-round. A trial on random vectors decides which form a module computes, because its name does not
-tell.
+vectors changes. Families differ in whether the weight counts from 0 or from 1 and in where they
+round. A name does not tell the form of a norm, so a trial on random vectors decides.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from prunus.packed.kernels import library as kernels
-from prunus.packed.operators import FLOATS, is_plain, loaded_kernels, on_reference_path
+from prunus.packed.operators import fit_kernel, loaded_kernels
 
 __all__ = ["use_decode_norms"]
 
@@ -48,26 +47,13 @@ def use_decode_norms(model: nn.Module) -> int:
 
 
 def _forward(module: nn.Module, eps: str, form: int, *inputs: Any, **named: Any) -> Any:
-    """Compute the norm (..., width) with the kernel.
-
-    Everything unusual goes to the class's own `forward`.
-    """
+    """Compute the norm (..., width) with the kernel, or by the class for unusual inputs."""
     x: Any = inputs[0] if len(inputs) == 1 and not named else None
-    weight = module._parameters.get("weight")
+    weight: Any = module._parameters.get("weight")
     if (
-        x is None
-        or not is_plain(x)
-        or type(weight) is not nn.Parameter
-        or (weight.requires_grad and torch.is_grad_enabled())
-        or on_reference_path()
-        or not x.is_cpu
-        or not weight.is_cpu
-        or x.dtype is not weight.dtype
-        or x.dtype not in FLOATS
+        not fit_kernel(x, weight)
         or not 0 < x.numel() <= _MAX_NUMBERS
         or x.shape[-1] != weight.shape[0]
-        or not x.is_contiguous()
-        or not weight.is_contiguous()
         or (compiled := loaded_kernels()) is None
     ):
         return type(module).forward(module, *inputs, **named)
@@ -76,21 +62,14 @@ def _forward(module: nn.Module, eps: str, form: int, *inputs: Any, **named: Any)
 
 def _name_of_eps(module: nn.Module) -> str | None:
     """Return the name of the epsilon attribute of a module that could be a norm, else None."""
-    own = vars(module)
-    if (
-        "forward" in own
-        or module._buffers
-        or module._modules
-        or list(module._parameters) != ["weight"]
-    ):
+    own, names = vars(module), list(module._parameters)
+    if "forward" in own or module._buffers or module._modules or names != ["weight"]:
         return None
-    weight, names = (
-        module._parameters["weight"],
-        [name for name in _EPS if isinstance(own.get(name), float)],
-    )
-    if weight is None or weight.dim() != 1 or weight.numel() == 0 or len(names) != 1:
+    weight = module._parameters["weight"]
+    found = [name for name in _EPS if isinstance(own.get(name), float)]
+    if weight is None or weight.dim() != 1 or weight.numel() == 0 or len(found) != 1:
         return None
-    return names[0] if len(inspect.signature(module.forward).parameters) == 1 else None
+    return found[0] if len(inspect.signature(module.forward).parameters) == 1 else None
 
 
 @torch.no_grad()
@@ -113,13 +92,8 @@ def _form(module: nn.Module, eps: str, compiled: kernels.Kernels) -> int | None:
             expected = probe.forward(x.to(dtype))
         except Exception:  # it takes other inputs, so it is no such norm
             return None
-        left = [
-            form
-            for form in left
-            if _agree(
-                compiled.rms_norm(x.to(dtype), probe.weight, getattr(module, eps), form), expected
-            )
-        ]
+        inputs = (x.to(dtype), probe.weight, getattr(module, eps))
+        left = [form for form in left if _agree(compiled.rms_norm(*inputs, form), expected)]
     return left[0] if left else None
 
 
@@ -129,11 +103,9 @@ def _agree(found: torch.Tensor, expected: Any) -> bool:
     In float32 they must agree to the last digits. In bfloat16 forms differ by single roundings, so
     nearly all numbers must agree exactly.
     """
-    if (
-        not isinstance(expected, torch.Tensor)
-        or expected.dtype != found.dtype
-        or expected.shape != found.shape
-    ):
+    if not isinstance(expected, torch.Tensor):
+        return False
+    if expected.dtype != found.dtype or expected.shape != found.shape:
         return False
     if found.dtype == torch.float32:
         return torch.allclose(found, expected, rtol=1e-5, atol=0)

@@ -39,6 +39,7 @@ __all__ = [
     "FLOATS",
     "as_arguments",
     "dense_linear",
+    "fit_kernel",
     "is_plain",
     "loaded_kernels",
     "look_up",
@@ -107,14 +108,24 @@ def warn_of_expansion(device: torch.device) -> None:
     )
 
 
-def is_plain(x: torch.Tensor) -> bool:
+def is_plain(x: Any) -> bool:
     """Whether a kernel may read this tensor's memory: a real tensor, no tracing, no gradient."""
     return (
-        type(x) is torch.Tensor
+        type(x) in (torch.Tensor, torch.nn.Parameter)
         and not x.is_meta
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and not (x.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def fit_kernel(*tensors: Any) -> bool:
+    """Whether a kernel for elements may compute with these tensors and in place of torch."""
+    if _reference or not all(map(is_plain, tensors)):
+        return False
+    dtype = tensors[0].dtype
+    return dtype in FLOATS and all(
+        each.dtype is dtype and each.is_cpu and each.is_contiguous() for each in tensors
     )
 
 
@@ -141,11 +152,7 @@ def run_packed(
         or (bias is not None and bias.dtype != x.dtype)
     ):
         return functional.linear(x, _expand_for_now(packed, x.dtype, offsets), bias)
-    inputs = x if x.is_contiguous() else x.contiguous()
-    if isinstance(packed, QuantizedWeight):
-        assert offsets is not None
-        return compiled.plane_linear(inputs, packed, offsets, bias)
-    return compiled.linear(inputs, packed, offsets, bias)
+    return compiled.linear(x if x.is_contiguous() else x.contiguous(), packed, offsets, bias)
 
 
 def _max_tokens(compiled: kernels.Kernels, packed: Packed, x: torch.Tensor) -> int:

@@ -339,7 +339,7 @@ def expand(
     kernels = load() if weight.data.is_cpu else None
     if kernels is not None:
         offsets = kernels.plane_offsets(weight) if offsets is None else offsets
-        kernels.plane_expand(weight, offsets, out)
+        kernels.expand(weight, offsets, out)
         return out
     steps = weight.steps.float()
     for first, levels in _decoded_chunks(weight, offsets, None):
@@ -374,7 +374,7 @@ def expand_rows(
     if kernels is not None:
         offsets = kernels.plane_offsets(weight) if offsets is None else offsets
         if wanted.shape[0]:
-            kernels.plane_expand_rows(weight, offsets, wanted, out)
+            kernels.expand_rows(weight, offsets, wanted, out)
         return out.view(*rows.shape, weight.shape[1])
     chunks = wanted // weight.rows_per_chunk
     steps = weight.steps.float()

@@ -19,7 +19,7 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -117,34 +117,26 @@ class _Waiting(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader, self._action)
+            # The loader of one module, in which only the method of this object is replaced.
+            loader: Any = spec.loader
+            loader.exec_module = functools.partial(_load, loader, self._action)
         return spec
 
 
-class _ThenRegister(Loader):
-    """Wraps a loader and does the action after it has run."""
-
-    def __init__(self, loader: Loader, action: Callable[[], None]) -> None:
-        self._loader, self._action = loader, action
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self._loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        _followed.add(module.__name__)
-        try:
-            self._loader.exec_module(module)
-        finally:
-            _followed.discard(module.__name__)
-        try:
-            self._action()
-        except Exception as fault:
-            # The program may have nothing to do with packed checkpoints.
-            warnings.warn(
-                f"prunus could not add its packed format to {module.__name__}: {fault}. Packed "
-                "checkpoints will not load; are the versions those that prunus asks for?",
-                stacklevel=2,
-            )
+def _load(loader: Any, action: Callable[[], None], module: ModuleType) -> None:
+    """Load a module as its loader does, then do the action."""
+    del loader.exec_module
+    _followed.add(module.__name__)
+    try:
+        loader.exec_module(module)
+    finally:
+        _followed.discard(module.__name__)
+    try:
+        action()
+    except Exception as fault:
+        # The program may have nothing to do with packed checkpoints.
+        warnings.warn(
+            f"prunus could not add its packed format to {module.__name__}: {fault}. Packed "
+            "checkpoints will not load; are the versions those that prunus asks for?",
+            stacklevel=2,
+        )

@@ -1,10 +1,10 @@
 """The rotary embedding of one new token in one kernel call instead of a dozen torch operations.
 
 Every family applies it with a function of its modeling file, `apply_rotary_pos_emb`, which
-attention modules look up when they run. This file replaces that function by one that hands
+attention modules look up when they run. This file replaces that function by one that leaves
 everything but a plain CPU token to the original. Other models of the family in the same process use
-it too, and get
-the same numbers to the bit: a function is replaced only if the kernel reproduces it exactly.
+it too. They get the same numbers to the bit: a function is replaced only if the kernel reproduces
+it exactly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from prunus.packed.kernels import library as kernels
-from prunus.packed.operators import FLOATS, is_plain, loaded_kernels, on_reference_path
+from prunus.packed.operators import FLOATS, fit_kernel, loaded_kernels
 
 __all__ = ["use_decode_rotary"]
 
@@ -58,30 +58,19 @@ def _with_kernel(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fit(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
     """Whether these are plain tensors of one token: (1, heads, 1, D) twice and (1, 1, D) twice."""
-    if not is_plain(query) or on_reference_path() or query.dtype not in FLOATS or query.dim() != 4:
+    if not fit_kernel(query, key, cos, sin) or query.dim() != 4 or key.dim() != 4:
         return False
-    dtype, (batch, heads, tokens, dim) = query.dtype, query.shape
-    if batch != 1 or tokens != 1 or heads == 0 or dim == 0 or dim % 2:
+    batch, heads, tokens, dim = query.shape
+    if batch != 1 or tokens != 1 or heads == 0 or dim == 0 or dim % 2 or key.shape[1] == 0:
         return False
-    for each in (key, cos, sin):
-        if not is_plain(each) or each.dtype is not dtype:
-            return False
-    if key.dim() != 4 or key.shape[1] == 0 or key.shape != (1, key.shape[1], 1, dim):
-        return False
-    if cos.shape != (1, 1, dim) or sin.shape != (1, 1, dim):
-        return False
-    return all(each.is_cpu and each.is_contiguous() for each in (query, key, cos, sin))
+    return key.shape == (1, key.shape[1], 1, dim) and cos.shape == sin.shape == (1, 1, dim)
 
 
 @torch.no_grad()
 def _is_half_split(original: Any, compiled: kernels.Kernels) -> bool:
     """Whether a function equals the kernel to the bit, on random numbers of every dtype."""
-    if not callable(original) or list(inspect.signature(original).parameters)[:4] != [
-        "q",
-        "k",
-        "cos",
-        "sin",
-    ]:
+    names = ["q", "k", "cos", "sin"]
+    if not callable(original) or list(inspect.signature(original).parameters)[:4] != names:
         return False
     generator = torch.Generator().manual_seed(0)
     for dtype in FLOATS:

@@ -64,16 +64,16 @@ def check_weight(isa, levels, weight, tokens, dtype, with_bias):
     exact = dense(levels, weight)
     for out_dtype in FLOATS:
         out = torch.full(weight.shape, torch.nan, dtype=out_dtype)
-        engine.plane_expand(weight, offsets, out)
+        engine.expand(weight, offsets, out)
         assert torch.equal(out, exact.to(out_dtype))
     rows = torch.tensor([weight.shape[0] - 1, 0, weight.shape[0] // 2])
     some = torch.empty(3, weight.shape[1], dtype=dtype)
-    engine.plane_expand_rows(weight, offsets, rows, some)
+    engine.expand_rows(weight, offsets, rows, some)
     assert torch.equal(some, exact[rows].to(dtype))
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, weight.shape[1], generator=generator).to(dtype)
     bias = torch.randn(weight.shape[0], generator=generator).to(dtype) if with_bias else None
-    found = engine.plane_linear(x, weight, offsets, bias)
+    found = engine.linear(x, weight, offsets, bias)
     scaled = rounded_inputs(x, weight)
     by_scale = levels.double() * weight.scales.double()[:, None]
     expected = scaled @ by_scale.T + (0 if bias is None else bias.double())
@@ -145,7 +145,7 @@ def test_what_is_not_finite_stays_so(isa, poison):
     engine = kernels.load(isa)
     x = torch.zeros(2, 300, dtype=torch.bfloat16)
     x[1, 7] = poison
-    out = engine.plane_linear(x, weight, engine.plane_offsets(weight), None)
+    out = engine.linear(x, weight, engine.plane_offsets(weight), None)
     assert torch.equal(out[0], torch.zeros(3, dtype=torch.bfloat16))
     assert not torch.isfinite(out[1]).any()
 
@@ -159,9 +159,9 @@ def test_threads_do_not_change_the_result():
         for threads in (1, 3):
             torch.set_num_threads(threads)
             out = torch.empty(weight.shape)
-            _best.plane_expand(weight, offsets, out)
-            results.append((_best.plane_linear(x, weight, offsets, None), out))
-            results.append((_best.plane_linear(x[:1], weight, offsets, None), out))
+            _best.expand(weight, offsets, out)
+            results.append((_best.linear(x, weight, offsets, None), out))
+            results.append((_best.linear(x[:1], weight, offsets, None), out))
     finally:
         torch.set_num_threads(before)
     for one, other in ((0, 2), (1, 3)):
@@ -171,7 +171,7 @@ def test_threads_do_not_change_the_result():
 def test_a_row_that_does_not_exist_is_refused():
     _, weight = random_weight(4, 70, (CHAINS[0],), 2, 1.0, 3)
     with pytest.raises(IndexError, match="there are 4 rows"):
-        _best.plane_expand_rows(
+        _best.expand_rows(
             weight, _best.plane_offsets(weight), torch.tensor([4]), torch.empty(1, 70)
         )
 
@@ -252,5 +252,5 @@ def test_flipped_bits_are_refused_or_harmless(seed, flips, cut):
         return
     for isa in ISAS:
         engine, out = kernels.load(isa), torch.empty(weight.shape)
-        engine.plane_expand(weight, offsets, out)
-        assert torch.isfinite(engine.plane_linear(torch.ones(2, 130), weight, offsets, None)).all()
+        engine.expand(weight, offsets, out)
+        assert torch.isfinite(engine.linear(torch.ones(2, 130), weight, offsets, None)).all()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from prunus.packed.weight import PackedWeight, PlaneCode, QuantizedWeight
+from prunus.packed.weight import Packed, PackedWeight, PlaneCode, QuantizedWeight
 
 __all__ = [
     "ABI",
@@ -23,7 +23,6 @@ __all__ = [
     "OFFSETS",
     "declare",
     "describe",
-    "describe_planes",
     "torch_runtime",
 ]
 
@@ -72,34 +71,6 @@ class _Weight(ctypes.Structure):
     )
 
 
-def describe(packed: PackedWeight, offsets: torch.Tensor | None) -> _Weight:
-    """Describe where a packed weight lies in memory.
-
-    The result holds addresses only, so `packed` must outlive it.
-    """
-    (rows, in_features), values, mask, scales, coding = packed
-    described = _Weight(
-        rows,
-        in_features,
-        values.shape[0],
-        None if mask is None else mask.data_ptr(),
-        None if offsets is None else offsets.data_ptr(),
-        values.data_ptr(),
-        None if scales is None else scales.data_ptr(),
-    )
-    if coding is None:
-        described.kind = KINDS[values.dtype]
-        return described
-    codes, high_bytes, rare_at, rare = coding
-    described.codes, described.high_bytes = codes.data_ptr(), high_bytes.data_ptr()
-    described.rare_at, described.rare_values, described.rare = (
-        rare_at.data_ptr(),
-        rare.data_ptr(),
-        rare.shape[0],
-    )
-    return described
-
-
 class _Planes(ctypes.Structure):
     """`PrunusPlanes` of `kernels.h`, field by field."""
 
@@ -127,25 +98,49 @@ def _codes(codes: tuple[PlaneCode, ...]) -> ctypes.Array[ctypes.c_uint8]:
     return (ctypes.c_uint8 * len(written)).from_buffer(written)
 
 
-def describe_planes(weight: QuantizedWeight, offsets: torch.Tensor | None) -> _Planes:
-    """Describe where a quantised weight lies in memory.
+def describe(weight: Packed, offsets: torch.Tensor | None) -> ctypes.Structure:
+    """Describe where a packed weight lies in memory.
 
     The result holds addresses only, so `weight` must outlive it.
     """
-    (rows, in_features), data, classes, steps, scales, codes, rows_per_chunk = weight
-    return _Planes(
+    at = None if offsets is None else offsets.data_ptr()
+    if isinstance(weight, QuantizedWeight):
+        (rows, in_features), data, classes, steps, scales, codes, rows_per_chunk = weight
+        return _Planes(
+            rows,
+            in_features,
+            rows_per_chunk,
+            data.data_ptr(),
+            data.shape[0],
+            classes.data_ptr(),
+            ctypes.addressof(_codes(codes)),
+            len(codes),
+            steps.data_ptr(),
+            scales.data_ptr(),
+            at,
+        )
+    return _describe_bitmap(weight, at)
+
+
+def _describe_bitmap(weight: PackedWeight, offsets: int | None) -> _Weight:
+    (rows, in_features), values, mask, scales, coding = weight
+    described = _Weight(
         rows,
         in_features,
-        rows_per_chunk,
-        data.data_ptr(),
-        data.shape[0],
-        classes.data_ptr(),
-        ctypes.addressof(_codes(codes)),
-        len(codes),
-        steps.data_ptr(),
-        scales.data_ptr(),
-        None if offsets is None else offsets.data_ptr(),
+        values.shape[0],
+        None if mask is None else mask.data_ptr(),
+        offsets,
+        values.data_ptr(),
+        None if scales is None else scales.data_ptr(),
     )
+    if coding is None:
+        described.kind = KINDS[values.dtype]
+        return described
+    codes, high_bytes, rare_at, rare = coding
+    described.codes, described.high_bytes = codes.data_ptr(), high_bytes.data_ptr()
+    described.rare_at, described.rare_values = rare_at.data_ptr(), rare.data_ptr()
+    described.rare = rare.shape[0]
+    return described
 
 
 def declare(library: ctypes.CDLL) -> None:
@@ -155,27 +150,20 @@ def declare(library: ctypes.CDLL) -> None:
     library.prunus_set_runtime.restype = None
     library.prunus_row_offsets.argtypes = [length, length, pointer, pointer]
     library.prunus_row_offsets.restype = length
-    weight = ctypes.POINTER(_Weight)
-    library.prunus_linear.argtypes = [number, number, weight, length, number, *[pointer] * 3]
-    library.prunus_expand.argtypes = [number, number, weight, number, pointer]
-    library.prunus_expand_rows.argtypes = [number, weight, pointer, length, number, pointer]
-    real = ctypes.c_float
-    library.prunus_rms_norm.argtypes = [
-        *[number] * 3,
-        length,
-        length,
-        *[pointer] * 2,
-        real,
-        pointer,
-    ]
+    for prefix, structure in (("prunus_", _Weight), ("prunus_plane_", _Planes)):
+        weight = ctypes.POINTER(structure)
+        linear, expand, expand_rows = (
+            getattr(library, prefix + name) for name in ("linear", "expand", "expand_rows")
+        )
+        linear.argtypes = [number, number, weight, length, number, *[pointer] * 3]
+        expand.argtypes = [number, number, weight, number, pointer]
+        expand_rows.argtypes = [number, weight, pointer, length, number, pointer]
+    library.prunus_plane_offsets.argtypes = [ctypes.POINTER(_Planes), pointer]
+    norm = [*[number] * 3, length, length, *[pointer] * 2, ctypes.c_float, pointer]
+    library.prunus_rms_norm.argtypes = norm
     library.prunus_rotate.argtypes = [number, number, length, length, length, *[pointer] * 6]
     library.prunus_read.argtypes = [number, pointer, length]
     library.prunus_read.restype = ctypes.c_uint64
-    planes = ctypes.POINTER(_Planes)
-    library.prunus_plane_offsets.argtypes = [planes, pointer]
-    library.prunus_plane_linear.argtypes = [number, number, planes, length, number, *[pointer] * 3]
-    library.prunus_plane_expand.argtypes = [number, number, planes, number, pointer]
-    library.prunus_plane_expand_rows.argtypes = [number, planes, pointer, length, number, pointer]
 
 
 def torch_runtime() -> Any:

@@ -14,7 +14,6 @@ import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,10 +26,9 @@ from prunus.packed.kernels.interface import (
     OFFSETS,
     declare,
     describe,
-    describe_planes,
     torch_runtime,
 )
-from prunus.packed.weight import PackedWeight, QuantizedWeight
+from prunus.packed.weight import Packed, PackedWeight, QuantizedWeight
 
 __all__ = ["ISAS", "MAX_TOKENS", "MAX_TOKENS_AS_MATRIX", "Kernels", "load", "why_not"]
 
@@ -96,34 +94,30 @@ class Kernels:
     def linear(
         self,
         x: torch.Tensor,
-        packed: PackedWeight,
+        weight: Packed,
         offsets: torch.Tensor | None,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return `x · Wᵀ + bias` (..., O) in the dtype of `x`, straight from the packed weight.
 
+        For a quantised weight, `x` times the steps is rounded to int8, and every 16 columns share a
+        scale: those that one lane of a vector adds up in four groups of a class.
+
         Args:
             x: bfloat16, float16 or float32 (..., I), contiguous and not empty.
-            packed: a weight that `bitmap.check` accepted.
-            offsets: what `bitmap.check` returned.
+            weight: a weight that `forms.check` accepted.
+            offsets: what `forms.check` returned.
             bias: (O,) in the dtype of `x`, or None.
         """
-        return self._product(self.library.prunus_linear, x, describe(packed, offsets), bias)
-
-    def _product(
-        self,
-        function: Any,
-        x: torch.Tensor,
-        weight: ctypes.Structure,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        shape = x.shape
+        shape, described = x.shape, describe(weight, offsets)
+        planes = isinstance(weight, QuantizedWeight)
+        function = self.library.prunus_plane_linear if planes else self.library.prunus_linear
         # torch parses separate numbers in half the time of a shape.
-        out = torch.empty(*shape[:-1], weight.rows, dtype=x.dtype)
+        out = torch.empty(*shape[:-1], weight.shape[0], dtype=x.dtype)
         fault = function(
             self.isa,
             torch.get_num_threads(),
-            ctypes.byref(weight),
+            ctypes.byref(described),
             x.numel() // shape[-1],
             KINDS[x.dtype],
             x.data_ptr(),
@@ -139,49 +133,43 @@ class Kernels:
             return MAX_TOKENS_AS_MATRIX
         return MAX_TOKENS
 
-    def expand(self, packed: PackedWeight, offsets: torch.Tensor | None, out: torch.Tensor) -> None:
-        """Write the dense weight to `out` (O, I).
+    def expand(self, weight: Packed, offsets: torch.Tensor | None, out: torch.Tensor) -> None:
+        """Write the dense weight to `out` (O, I), rounded once to its dtype.
 
-        `out` has the entries' dtype, or bfloat16 or float16 for int8 values.
+        `out` of a bitmap has the dtype of its entries, or bfloat16 or float16 for int8 values.
         """
-        self._expand(self.library.prunus_expand, describe(packed, offsets), out)
-
-    def _expand(self, function: Any, weight: ctypes.Structure, out: torch.Tensor) -> None:
-        threads = torch.get_num_threads()
-        _check(function(self.isa, threads, ctypes.byref(weight), KINDS[out.dtype], out.data_ptr()))
+        planes, threads = isinstance(weight, QuantizedWeight), torch.get_num_threads()
+        function = self.library.prunus_plane_expand if planes else self.library.prunus_expand
+        described = ctypes.byref(describe(weight, offsets))
+        _check(function(self.isa, threads, described, KINDS[out.dtype], out.data_ptr()))
 
     def expand_rows(
-        self,
-        packed: PackedWeight,
-        offsets: torch.Tensor | None,
-        rows: torch.Tensor,
-        out: torch.Tensor,
+        self, weight: Packed, offsets: torch.Tensor | None, rows: torch.Tensor, out: torch.Tensor
     ) -> None:
         """Write row `rows[i]` of the dense weight to row i of `out`.
 
+        Of the chunk of a quantised row, layer 0 is decoded for that row only.
+
         Args:
-            packed, offsets: as for `linear`.
+            weight, offsets: as for `linear`.
             rows: int64, contiguous.
             out: (number of rows, I); its dtype is as for `expand`.
 
         Raises:
             IndexError: a row number is out of range.
         """
-        self._expand_rows(self.library.prunus_expand_rows, describe(packed, offsets), rows, out)
-
-    def _expand_rows(
-        self, function: Any, weight: ctypes.Structure, rows: torch.Tensor, out: torch.Tensor
-    ) -> None:
+        planes, library = isinstance(weight, QuantizedWeight), self.library
+        function = library.prunus_plane_expand_rows if planes else library.prunus_expand_rows
         fault = function(
             self.isa,
-            ctypes.byref(weight),
+            ctypes.byref(describe(weight, offsets)),
             rows.data_ptr(),
             rows.numel(),
             KINDS[out.dtype],
             out.data_ptr(),
         )
         if fault == BAD_ARGUMENT:
-            raise IndexError(f"there are {weight.rows} rows, not all of {rows.tolist()}")
+            raise IndexError(f"there are {weight.shape[0]} rows, not all of {rows.tolist()}")
         _check(fault)
 
     def plane_offsets(self, weight: QuantizedWeight) -> torch.Tensor:
@@ -191,7 +179,7 @@ class Kernels:
             weight: as it was read; `data` may hold anything.
 
         Returns:
-            int64 (chunks, classes, 9): where each layer and, behind the last layer, the escape
+            int64 (chunks, classes, 9): where each layer and, after the last layer, the escape
             bytes begin in `data`; -1 where there is nothing.
 
         Raises:
@@ -205,47 +193,11 @@ class Kernels:
             )
         chunks = -(-rows // max(weight.rows_per_chunk, 1))
         offsets = torch.empty(chunks, len(weight.codes), OFFSETS, dtype=torch.int64)
-        described = describe_planes(weight, None)
-        fault = self.library.prunus_plane_offsets(ctypes.byref(described), offsets.data_ptr())
+        described = ctypes.byref(describe(weight, None))
+        fault = self.library.prunus_plane_offsets(described, offsets.data_ptr())
         if fault:
             raise ValueError(f"the planes of a quantised weight are damaged: {DAMAGE[fault]}")
         return offsets
-
-    def plane_linear(
-        self,
-        x: torch.Tensor,
-        weight: QuantizedWeight,
-        offsets: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Return `x · Wᵀ + bias` (..., O) in the dtype of `x`, straight from the planes.
-
-        `x` times the steps is rounded to int8, and every 16 columns share a scale: those that one
-        lane of a vector adds up in four groups of a class. `x` and `bias` are as for `linear`, and
-        `offsets` is what `plane_offsets` returned.
-        """
-        described = describe_planes(weight, offsets)
-        return self._product(self.library.prunus_plane_linear, x, described, bias)
-
-    def plane_expand(
-        self, weight: QuantizedWeight, offsets: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        """Write the dense weight to `out` (O, I), rounded once to its dtype."""
-        self._expand(self.library.prunus_plane_expand, describe_planes(weight, offsets), out)
-
-    def plane_expand_rows(
-        self,
-        weight: QuantizedWeight,
-        offsets: torch.Tensor,
-        rows: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """Write row `rows[i]` of the dense weight to row i of `out`; see `expand_rows`.
-
-        Of the chunk of a row, layer 0 is decoded for that row only.
-        """
-        described = describe_planes(weight, offsets)
-        self._expand_rows(self.library.prunus_plane_expand_rows, described, rows, out)
 
     @property
     def has_dense(self) -> bool:
@@ -258,7 +210,7 @@ class Kernels:
         """Return `x · weight_OIᵀ + bias` (..., O), everything bfloat16; `x` is as for `linear`."""
         rows, in_features = weight_OI.shape
         dense = PackedWeight((rows, in_features), weight_OI.view(-1))
-        return self._product(self.library.prunus_linear, x, describe(dense, None), bias)
+        return self.linear(x, dense, None, bias)
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, form: int
@@ -318,11 +270,8 @@ class Kernels:
 
         It runs as fast as memory can be read, which makes it a measure of the bandwidth.
         """
-        return int(
-            self.library.prunus_read(
-                torch.get_num_threads(), data.data_ptr(), data.numel() * data.element_size()
-            )
-        )
+        threads = torch.get_num_threads()
+        return int(self.library.prunus_read(threads, data.data_ptr(), data.nbytes))
 
 
 def load(isa: str | None = None) -> Kernels | None:
@@ -353,11 +302,8 @@ def _load(isa: str) -> tuple[Kernels | None, str | None]:
         )
     found = sorted(Path(__file__).parent.glob("_kernels*.so"))
     if not found:
-        return (
-            None,
-            "they were not compiled when prunus was installed: install a C++17 compiler and "
-            "reinstall",
-        )
+        reason = "they were not compiled when prunus was installed"
+        return None, f"{reason}: install a C++17 compiler and reinstall"
     try:
         library = ctypes.CDLL(str(found[0]))
         abi = library.prunus_abi()
