@@ -67,7 +67,11 @@ def test_load_gives_the_model_and_its_tokenizer(pruned, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(packed(ids).logits, model(ids).logits, rtol=0.02, atol=0.02)
     record = prunus.unpack(tmp_path / "packed", tmp_path / "unpacked")
-    assert record.finished and prunus.load(tmp_path / "unpacked").model.dtype == torch.bfloat16
+    assert record.state == "finished"
+    assert prunus.load(tmp_path / "unpacked").model.dtype == torch.bfloat16
+        record.state == "finished"
+        and prunus.load(tmp_path / "unpacked").model.dtype == torch.bfloat16
+    )
 
 
 def test_load_computes_in_the_dtype_that_is_asked_for(pruned):

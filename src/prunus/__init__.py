@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 from prunus.packed.register import register
 
 if TYPE_CHECKING:
+    from prunus.compression.pack import pack
     from prunus.compression.recipe import CompressionRecipe
     from prunus.compression.record import CompressionRecord
     from prunus.compression.run import compress
+    from prunus.compression.unpack import unpack
     from prunus.evaluation.comparison import compare
     from prunus.evaluation.inspection import Inspection, inspect
     from prunus.evaluation.perplexity import perplexity
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from prunus.evaluation.task_runner import evaluate
     from prunus.evaluation.task_scores import TaskResults
     from prunus.model.load import LoadedModel, load
-    from prunus.packed.packing import pack, unpack
     from prunus.pruning.manifest import Manifest
     from prunus.pruning.recipe import Recipe
     from prunus.pruning.run import prune
@@ -100,7 +101,7 @@ _HOMES = {
     "evaluate": "prunus.evaluation.task_runner",
     "inspect": "prunus.evaluation.inspection",
     "load": "prunus.model.load",
-    "pack": "prunus.packed.packing",
+    "pack": "prunus.compression.pack",
     "perplexity": "prunus.evaluation.perplexity",
     "prune": "prunus.pruning.run",
     "prune_and_recover": "prunus.recovery.max_preset",
@@ -108,7 +109,7 @@ _HOMES = {
     "report": "prunus.reporting.write",
     "shrink": "prunus.structure.run",
     "sweep": "prunus.sweeping.run",
-    "unpack": "prunus.packed.packing",
+    "unpack": "prunus.compression.unpack",
 }
 
 

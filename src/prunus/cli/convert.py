@@ -94,8 +94,8 @@ def pack(
     faster.
     """
     with user_errors(json_file):
+        from prunus.compression.pack import pack as pack_checkpoint
         from prunus.evaluation.perplexity import perplexity as measure_perplexity
-        from prunus.packed.packing import pack as pack_checkpoint
         from prunus.reporting.tables import packing_table
 
         def score(folder: str | Path) -> PerplexityResult:
@@ -138,7 +138,7 @@ def unpack(
 ) -> None:
     """Turn a packed checkpoint back into an ordinary one."""
     with user_errors(json_file):
-        from prunus.packed.packing import unpack as unpack_checkpoint
+        from prunus.compression.unpack import unpack as unpack_checkpoint
         from prunus.reporting.tables import packing_table
 
         steps = Counted(log_step)

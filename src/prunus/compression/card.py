@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from prunus.compression.record import CompressionRecord
-from prunus.packed.packing import add_packed_card
+from prunus.packed.card import packed_card
 from prunus.pruning.card import calibration_words, sparsity_tag
 from prunus.runs.card import result_card, source_name
 
@@ -43,4 +43,4 @@ def compressed_card(record: CompressionRecord, loader: str, source: Path) -> str
         },
         source=source,
     )
-    return add_packed_card(card, loader)
+    return packed_card(card, loader)

@@ -183,7 +183,7 @@ def perplexity(
     count, tokens = len(windows.ids), windows.ids.numel()
     scored = "" if start == 0 else f", scored from token {start + 2} of each on"
     return PerplexityResult(
-        source=windows.source,
+        source=str(windows.source),
         perplexity=exponential(scores.loss),
         loss=scores.loss,
         windows=count,

@@ -12,8 +12,8 @@ from prunus.runs.document import Column, Facts, Measured, Table, items_of, table
 from prunus.runs.record import bos_words
 
 if TYPE_CHECKING:
+    from prunus.compression.pack_record import ConversionRecord
     from prunus.evaluation.images import ImageScore
-    from prunus.packed.conversion import Record
     from prunus.recovery.record import RecoveryRecord
 
 __all__ = ["images_table", "packing_table", "plan_facts", "recovery_table"]
@@ -96,7 +96,7 @@ def _allocation(planned: dict[str, Any]) -> str:
     return "the same everywhere"
 
 
-def packing_table(record: Record, note: str = "") -> Table:
+def packing_table(record: ConversionRecord, note: str = "") -> Table:
     """How a conversion changed the size of the linears: one row per kind of linear."""
 
     def row(kind: str, linears: Sequence[Any]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def packing_table(record: Record, note: str = "") -> Table:
         kinds.setdefault(name.rpartition(".")[2], []).append(linear)
     forms = dict.fromkeys(("count", "packed", "bytes before", "bytes after"), ",d")
     return table_of(
-        f"{record.action} {record.source} ({record.values})",
+        f"{record.VERB} {record.source} ({record.inputs.dtype})",
         [row(kind, linears) for kind, linears in kinds.items()],
         forms | {"after / before": ".3f", "rounding error": ".2e"},
         note,

@@ -95,7 +95,7 @@ def test_resumed_packing_refuses_a_changed_shard(material, tmp_path):
     with pytest.raises(ValueError, match=rf"block-00000\.safetensors {CHANGED}.* remove it"):
         pack(material / "pruned", out)
     (out / "block-00000.safetensors").unlink()
-    assert pack(material / "pruned", out).finished
+    assert pack(material / "pruned", out).state == "finished"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_changed_source_is_not_converted(verb, name, material, tmp_path):
 def test_pack_tells_sources_apart_that_have_the_same_headers(material, tmp_path):
     pruned_checkpoint(tmp_path / "sparser", material / "dense", sparsity=0.7)
     pack(material / "pruned", tmp_path / "out", "int8")
-    with pytest.raises(FileExistsError, match="another pack"):
+    with pytest.raises(FileExistsError, match="another checkpoint"):
         pack(tmp_path / "sparser", tmp_path / "out", "int8")
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-import prunus.packed.conversion as conversion_module
+import prunus.runs.folder as folder_module
 from packed_reference import pruned_checkpoint
 from plane_reference import quantized_checkpoint, read_planes
 from prunus import pack, prune, unpack
@@ -147,26 +147,26 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch, action):
         source = tmp_path / "packed"
     run(source, tmp_path / "whole")
     expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-    writes, save, limit = [], conversion_module.save_safetensors, 0
+    writes, save, limit = [], folder_module.save_safetensors, 0
 
-    def counted(path, tensors):
+    def counted(path, tensors, **options):
         if len(writes) == limit:
             raise KeyboardInterrupt
         writes.append(path.name)
-        return save(path, tensors)
+        return save(path, tensors, **options)
 
-    monkeypatch.setattr(conversion_module, "save_safetensors", counted)
+    monkeypatch.setattr(folder_module, "save_safetensors", counted)
     for limit in range(3):  # noqa: B007
         with pytest.raises(KeyboardInterrupt):
             run(source, tmp_path / "result")
         assert not (tmp_path / "result" / INDEX_NAME).exists()
-    monkeypatch.setattr(conversion_module, "save_safetensors", save)
+    monkeypatch.setattr(folder_module, "save_safetensors", save)
     run(source, tmp_path / "result")
     assert writes == ["block-00000.safetensors", "block-00001.safetensors"], (
         "no shard is written twice"
     )
     assert {path.name: path.read_bytes() for path in (tmp_path / "result").iterdir()} == expected
-    assert run(source, tmp_path / "result").finished, "a finished one is recognised"
+    assert run(source, tmp_path / "result").state == "finished", "a finished one is recognised"
 
 
 def test_other_folders_are_left_alone(tmp_path):
@@ -185,7 +185,7 @@ def test_other_folders_are_left_alone(tmp_path):
 def test_another_conversion_is_not_mixed_in(tmp_path):
     source = pruned_checkpoint(tmp_path / "pruned")
     pack(source, tmp_path / "packed")
-    with pytest.raises(FileExistsError, match="another pack"):
+    with pytest.raises(FileExistsError, match="another values"):
         pack(source, tmp_path / "packed", "int8")
     pack(source, tmp_path / "packed", "int8", overwrite=True)
     assert Description.from_dict(_quantization(tmp_path / "packed")).values == "int8"
@@ -201,7 +201,7 @@ def test_packed_is_not_packed_again(tmp_path):
         pack(tmp_path / "packed", tmp_path / "twice")
     with pytest.raises(ValueError, match="no quantization_config"):
         unpack(source, tmp_path / "plain")
-    with pytest.raises(ValueError, match="bf16 or int8"):
+    with pytest.raises(ValueError, match="bf16' or 'int8"):
         pack(source, tmp_path / "other", "int4")
 
 
@@ -335,7 +335,7 @@ def test_unpacked_quantised_weights(quantised_once, tmp_path):
     levels = torch.tensor(read_planes(weight)).double()
     exact = levels * weight.steps.double() * weight.scales.double()[:, None]
     assert torch.equal(plain[f"{NAME}.weight"], exact.float().bfloat16())
-    assert record.values == "bfloat16"
+    assert record.inputs.dtype == "bfloat16"
     assert record.linears[NAME].kept == int((plain[f"{NAME}.weight"] != 0).sum())
     assert set(record.linears) == set(described.linears)
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
