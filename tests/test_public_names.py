@@ -69,9 +69,6 @@ def test_load_gives_the_model_and_its_tokenizer(pruned, tmp_path):
     record = prunus.unpack(tmp_path / "packed", tmp_path / "unpacked")
     assert record.state == "finished"
     assert prunus.load(tmp_path / "unpacked").model.dtype == torch.bfloat16
-        record.state == "finished"
-        and prunus.load(tmp_path / "unpacked").model.dtype == torch.bfloat16
-    )
 
 
 def test_load_computes_in_the_dtype_that_is_asked_for(pruned):
