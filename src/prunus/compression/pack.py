@@ -34,7 +34,7 @@ from prunus.packed.card import packed_card
 from prunus.packed.description import Description, PackedShape, Stored
 from prunus.packed.forms import relative_error
 from prunus.packed.weight import PackedWeight, named_tensors
-from prunus.runs.folder import OUTSIDE_SHARD, shard_name
+from prunus.runs.record import OUTSIDE_SHARD, shard_name
 
 __all__ = ["pack"]
 
