@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prunus.compression.card import compressed_card
+from prunus.compression.quantize_rows import quantize_rows
 from prunus.compression.record import CompressionRecord
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
@@ -21,7 +22,6 @@ from prunus.model.kinds import kind_of
 from prunus.model.linears import tied_embedding
 from prunus.packed.description import Description, QuantizedShape
 from prunus.packed.forms import checked_weight, expand
-from prunus.packed.quantize_rows import quantize_rows
 from prunus.packed.weight import named_tensors
 from prunus.pruning.output import PrunedFolder
 from prunus.runs.loop import Made

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from prunus.compression.card import packed_card
 from prunus.compression.pack_record import (
     KEPT_RECORDS,
     PackOptions,
@@ -30,7 +31,6 @@ from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.packed.bitmap import kept, pack_weight
-from prunus.packed.card import packed_card
 from prunus.packed.description import Description, PackedShape, Stored
 from prunus.packed.forms import relative_error
 from prunus.packed.weight import PackedWeight, named_tensors

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from prunus.compression.card import unpacked_card
 from prunus.compression.pack_record import (
     KEPT_RECORDS,
     StoredLinear,
@@ -22,7 +23,6 @@ from prunus.model.checkpoint.reader import Checkpoint, resolve_folder
 from prunus.model.checkpoint.regular_files import read_card
 from prunus.options import Options
 from prunus.packed.bitmap import kept
-from prunus.packed.card import unpacked_card
 from prunus.packed.description import Description
 from prunus.packed.forms import checked_weight, expand
 

@@ -12,7 +12,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
@@ -22,22 +21,13 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from prunus.packed.description import FORMAT_VERSION, METHOD, Description, StoredTensor
+from prunus.packed.description import FORMAT_VERSION, METHOD, Description
 from prunus.packed.embedding import PackedEmbedding, pack_module, unpack_module
 from prunus.packed.fast_decoding import use_fast_decoding
 from prunus.packed.linear import PackedLinear, use_dense_kernel
 from prunus.packed.weight_readers import expand_read_linears
 
 __all__ = ["PrunusConfig", "PrunusQuantizer", "register_with_transformers"]
-
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "I64": torch.int64,
-}
 
 
 class PrunusConfig(QuantizationConfigMixin):
@@ -89,16 +79,17 @@ class PrunusQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
+        from prunus.model.checkpoint.reader import Checkpoint
         from prunus.model.names import naming_rules
 
         described = self.quantization_config.description
         if checkpoint_files:
-            described.check_tensors(_headers(checkpoint_files))
+            files = [Path(file) for file in checkpoint_files]
+            checkpoint = Checkpoint(files[0].parent, only=[file.name for file in files])
+            described.check_tensors(checkpoint.tensors)
         renamings = naming_rules(model)[0]
         paths = {name: _paths(model, renamings, name) for name in described.linears}
-        self._take_experts_apart(
-            model, [path for candidates in paths.values() for path in candidates]
-        )
+        self._take_experts_apart(model, [path for each in paths.values() for path in each])
         names = {}
         self._saved_names = {}
         for name, shape in described.linears.items():
@@ -216,23 +207,6 @@ def _keep_records(model: Any) -> None:
     folder = Path(str(getattr(model.config, "name_or_path", "") or ""))
     if (folder / "config.json").is_file():
         keep_records(model, records_of(folder))
-
-
-def _headers(files: Sequence[str]) -> dict[str, StoredTensor]:
-    """Return the shapes and dtypes of all tensors of the shards, from their headers."""
-    found = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118
-                    piece = handle.get_slice(name)
-                    dtype = _DTYPES.get(piece.get_dtype(), torch.float64)
-                    found[name] = StoredTensor(tuple(piece.get_shape()), dtype)
-        except (SafetensorError, OSError) as fault:
-            raise ValueError(
-                f"{file} is not a whole safetensors file: {fault}. Download or copy it again"
-            ) from fault
-    return found
 
 
 def _paths(model: Any, rules: Sequence[Any], name: str) -> dict[str, str]:

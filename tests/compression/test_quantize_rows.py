@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prunus.compression.quantize_rows import quantize_rows
 from prunus.packed.forms import relative_error
 from prunus.packed.planes import check, expand
-from prunus.packed.quantize_rows import quantize_rows
 
 
 def head(rows: int = 4000, columns: int = 128, seed: int = 0) -> torch.Tensor:
