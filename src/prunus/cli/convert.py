@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from prunus.cli import arguments as arg
+from prunus.cli.flags import opt, with_flags
 from prunus.cli.terminal import (
     Counted,
     is_quiet,
@@ -17,6 +18,7 @@ from prunus.cli.terminal import (
     print_summary,
     user_errors,
 )
+from prunus.runs.options import RunOptions
 
 if TYPE_CHECKING:
     from prunus.evaluation.records import PerplexityResult
@@ -29,15 +31,11 @@ def import_(
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder for the checkpoint.")],
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"],
-        typer.Option(
-            metavar="DTYPE",
-            show_default=False,
-            help="Dtype of the stored weights: bfloat16, float16 or float32. Default: bfloat16.",
+        opt(
+            "Dtype of the stored weights: bfloat16, float16 or float32. Default: bfloat16.", "DTYPE"
         ),
     ] = "bfloat16",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", show_default=False, help="Replace DEST.")
-    ] = False,
+    overwrite: Annotated[bool, opt("Replace DEST.", names=("--overwrite",))] = False,
     json_file: arg.Json = None,
 ) -> None:
     """Turn a GGUF file into a Hugging Face checkpoint.
@@ -51,42 +49,39 @@ def import_(
         print_summary(summary, dest, json_file)
 
 
+@with_flags(RunOptions, only=("data", "overwrite"))
 def pack(
     model: arg.Model,
     output: Annotated[
         Path, typer.Argument(metavar="OUT", help="Folder for the packed checkpoint.")
     ],
+    *,
     values: Annotated[
         Literal["bf16", "int8"],
-        typer.Option(
-            metavar="FORMAT",
-            show_default=False,
-            help="How kept weights are stored. bf16: as they are. int8: rounded, with one scale "
-            "per row. Default: bf16.",
+        opt(
+            "How kept weights are stored. bf16: as they are. int8: rounded, with one "
+            "scale per row. Default: bf16.",
+            "FORMAT",
         ),
     ] = "bf16",
     perplexity: Annotated[
         str,
-        typer.Option(
-            metavar="TEXT",
-            show_default=False,
-            help="With int8, score MODEL and OUT on this text (as for eval) to show the cost of "
-            "rounding; none: do not. Default: python-docs.",
+        opt(
+            "With int8, score MODEL and OUT on this text (as for eval) to show the cost "
+            "of rounding; none: do not. Default: python-docs.",
+            "TEXT",
         ),
     ] = "python-docs",
     seqlen: Annotated[
         int,
-        typer.Option(
-            metavar="N", show_default=False, help="Tokens per window of that score. Default: 512."
-        ),
+        opt("Tokens per window of that score. Default: 512.", "N"),
     ] = 512,
     samples: Annotated[
         int,
-        typer.Option(metavar="N", show_default=False, help="Windows of that score. Default: 8."),
+        opt("Windows of that score. Default: 8.", "N"),
     ] = 8,
-    data_dir: arg.DataDir = None,
-    overwrite: arg.Overwrite = False,
     json_file: arg.Json = None,
+    **options: Any,
 ) -> None:
     """Store a pruned checkpoint in a compressed format.
 
@@ -98,6 +93,8 @@ def pack(
         from prunus.evaluation.perplexity import perplexity as measure_perplexity
         from prunus.reporting.tables import packing_table
 
+        work = RunOptions.read(None, options)
+
         def score(folder: str | Path) -> PerplexityResult:
             note(f"scoring {folder} on {perplexity}")
             return measure_perplexity(
@@ -105,7 +102,7 @@ def pack(
                 perplexity,
                 seqlen=seqlen,
                 samples=samples,
-                data=data_dir,
+                data=work.data,
                 progress=not is_quiet(),
             )
 
@@ -116,7 +113,7 @@ def pack(
         except ValueError as error:
             raise ValueError(f"{error} (--perplexity none packs without scoring)") from error
         steps = Counted(log_step)
-        record = pack_checkpoint(model, output, values, overwrite=overwrite, progress=steps)
+        record = pack_checkpoint(model, output, values, overwrite=work.overwrite, progress=steps)
         steps.log_if_none(output)
         content = record.model_dump(mode="json")
         scores = ""
@@ -128,13 +125,15 @@ def pack(
         print_result(packing_table(record, scores), json_file, content)
 
 
+@with_flags(RunOptions, only=("overwrite",))
 def unpack(
     model: arg.Model,
     output: Annotated[
         Path, typer.Argument(metavar="OUT", help="Folder for the unpacked checkpoint.")
     ],
-    overwrite: arg.Overwrite = False,
+    *,
     json_file: arg.Json = None,
+    **options: Any,
 ) -> None:
     """Turn a packed checkpoint back into an ordinary one."""
     with user_errors(json_file):
@@ -142,6 +141,7 @@ def unpack(
         from prunus.reporting.tables import packing_table
 
         steps = Counted(log_step)
+        overwrite = bool(options["overwrite"])
         record = unpack_checkpoint(model, output, overwrite=overwrite, progress=steps)
         steps.log_if_none(output)
         print_result(packing_table(record), json_file, record.model_dump(mode="json"))

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from prunus.cli import arguments as arg
+from prunus.cli.flags import opt, with_flags
 from prunus.cli.terminal import is_quiet, note, print_result, user_errors
+from prunus.runs.options import RunOptions
 
 __all__ = ["bench", "evaluate"]
 
@@ -19,6 +21,7 @@ ProtocolName = Literal["papers", "llama.cpp"]
 _IMAGES_AT_ONCE = 16
 
 
+@with_flags(RunOptions, only=("device", "data", "memory", "trust_remote_code", "rank_timeout"))
 def evaluate(
     models: Annotated[
         list[str],
@@ -26,82 +29,70 @@ def evaluate(
             metavar="MODEL…", help="Checkpoints, dense or packed, adapters, or hub ids."
         ),
     ],
+    *,
     perplexity: Annotated[
         str | None,
-        typer.Option(
-            metavar="TEXT,…",
-            help="Texts, separated by commas: wikitext2, c4, ptb, python-docs or files. Default: "
-            "wikitext2, if no tasks are given.",
+        opt(
+            "Texts, separated by commas: wikitext2, c4, ptb, python-docs or files. "
+            "Default: wikitext2, if no tasks are given.",
+            "TEXT,…",
         ),
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(
-            metavar="TASK,…",
-            help="Tasks of lm-eval, separated by commas. paper7 stands for boolq, rte, hellaswag, "
-            "winogrande, arc_easy, arc_challenge and openbookqa.",
+        opt(
+            "Tasks of lm-eval, separated by commas. paper7 stands for boolq, rte, "
+            "hellaswag, winogrande, arc_easy, arc_challenge and openbookqa.",
+            "TASK,…",
         ),
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="For image classifiers: a folder with one subfolder of images per class.",
-        ),
+        opt("For image classifiers: a folder with one subfolder of images per class.", "DIR"),
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Compare the predictions on each text with this model, as a rule the dense one: "
-            "KL divergence, same most likely token, ratio of perplexities. It runs once per text.",
+        opt(
+            "Compare the predictions on each text with this model, as a rule the dense "
+            "one: KL divergence, same most likely token, ratio of perplexities. It runs "
+            "once per text.",
+            "MODEL",
         ),
     ] = None,
     seqlen: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Tokens per window of a text. Default: 2048, or 512 with --protocol llama.cpp.",
-        ),
+        opt("Tokens per window of a text. Default: 2048, or 512 with --protocol llama.cpp.", "N"),
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Score only the first N windows of each text."),
+        opt("Score only the first N windows of each text.", "N"),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Score only N rows of each task, or N images."),
+        opt("Score only N rows of each task, or N images.", "N"),
     ] = None,
     fewshot: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Solved examples in each prompt of a task. Default: as the task says, mostly 0.",
-        ),
+        opt("Solved examples in each prompt of a task. Default: as the task says, mostly 0.", "N"),
     ] = None,
-    data_dir: arg.DataDir = None,
-    device: arg.Device = "auto",
-    memory: arg.Memory = None,
     json_file: arg.Json = None,
     batch: Annotated[
         str,
-        typer.Option(
-            metavar="N|auto",
-            show_default=False,
-            rich_help_panel=arg.ADVANCED,
-            help="Windows, prompts or images per forward pass. auto: 1 window, 8 prompts (on a "
+        opt(
+            "Windows, prompts or images per forward pass. auto: 1 window, 8 prompts (on a "
             "GPU as many as fit), 16 images. Default: auto.",
+            "N|auto",
+            panel=arg.ADVANCED,
         ),
     ] = "auto",
     dtype: arg.ComputeDtype = "auto",
     protocol: Annotated[
         ProtocolName,
-        typer.Option(
-            metavar="PROTOCOL",
-            show_default=False,
-            rich_help_panel=arg.ADVANCED,
-            help="Which tokens of a window are scored. papers: all but the first. llama.cpp: those "
-            "of the second half, as its perplexity tool does. Default: papers.",
+        opt(
+            "Which tokens of a window are scored. papers: all but the first. llama.cpp: "
+            "those of the second half, as its perplexity tool does. Default: papers.",
+            "PROTOCOL",
+            panel=arg.ADVANCED,
         ),
     ] = "papers",
     bos: Annotated[
@@ -115,15 +106,15 @@ def evaluate(
     ] = "auto",
     stream: Annotated[
         bool | None,
-        typer.Option(
-            "--stream/--no-stream",
-            rich_help_panel=arg.ADVANCED,
-            help="For perplexity, load one block at a time, or load the whole model. The figures "
-            "are the same. Default: stream what does not fit in --memory, the reference included.",
+        opt(
+            "For perplexity, load one block at a time, or load the whole model. The "
+            "figures are the same. Default: stream what does not fit in --memory, the "
+            "reference included.",
+            names=("--stream/--no-stream",),
+            panel=arg.ADVANCED,
         ),
     ] = None,
-    trust_remote_code: arg.Trust = False,
-    rank_timeout: arg.RankTimeout = None,
+    **options: Any,
 ) -> None:
     """Score models by perplexity, tasks of lm-eval, or images.
 
@@ -143,6 +134,7 @@ def evaluate(
         from prunus.evaluation.text import check_text
         from prunus.reporting.evaluation_sections import evaluation_section
 
+        work = RunOptions.read(None, options)
         models = list(dict.fromkeys(models))
         batch_size = _parse_batch(batch)
         if images is not None:
@@ -151,15 +143,14 @@ def evaluate(
                     "--images scores image classifiers, which read no text: drop --perplexity, "
                     "--tasks, --reference and --samples"
                 )
-            _score_images(
-                models, images, limit, batch_size, dtype, device, trust_remote_code, json_file
-            )
+            _score_images(models, images, limit, batch_size, dtype, work, json_file)
             return
+        trust = work.trust_remote_code
         shared: dict[str, Any] = {
             "dtype": dtype,
-            "device": device,
-            "data": data_dir,
-            "trust_remote_code": trust_remote_code,
+            "device": work.device,
+            "data": work.data,
+            "trust_remote_code": trust,
         }
         texts = _chosen_texts(perplexity, tasks)
         if reference is not None and not texts:
@@ -169,11 +160,11 @@ def evaluate(
             )
         # Everything is checked before the first model is loaded.
         for text in texts:
-            check_text(text, data_dir)
+            check_text(text, work.data)
         for model in models:
-            found = find_model(model, trust_remote_code)
+            found = find_model(model, trust)
             if reference is not None:
-                check_same_vocabulary(found, find_model(reference, trust_remote_code))
+                check_same_vocabulary(found, find_model(reference, trust))
         task_run = (
             None
             if tasks is None
@@ -182,7 +173,7 @@ def evaluate(
             )
         )
         windows = 1 if isinstance(batch_size, str) else batch_size
-        with process_group(rank_timeout) as ranks, contextlib.ExitStack() as stack:
+        with process_group(work.rank_timeout) as ranks, contextlib.ExitStack() as stack:
             scores: dict[str, list[PerplexityResult]] = {model: [] for model in models}
             dense = None if reference is None else stack.enter_context(Reference(reference))
             # Text by text, because the reference keeps what it has computed for one text.
@@ -198,7 +189,7 @@ def evaluate(
                             seqlen=seqlen,
                             samples=samples,
                             batch=windows,
-                            memory=memory,
+                            memory=work.memory,
                             stream=stream,
                             ranks=ranks,
                             progress=not is_quiet(),
@@ -207,7 +198,7 @@ def evaluate(
                     )
             stack.close()
             results = [] if task_run is None else task_run.run(note, ranks)
-        sizes = {model: stored_size(find_folder(model), trust_remote_code) for model in models}
+        sizes = {model: stored_size(find_folder(model), trust) for model in models}
         content = side_by_side(scores, results, sizes)
         print_result(evaluation_section(content), json_file, content)
 
@@ -227,8 +218,7 @@ def _score_images(
     limit: int | None,
     batch: int | str,
     dtype: str,
-    device: str,
-    trust_remote_code: bool,
+    work: RunOptions,
     json_file: Path | None,
 ) -> None:
     from prunus.evaluation.images import image_accuracy
@@ -240,8 +230,8 @@ def _score_images(
         limit=limit,
         batch=_IMAGES_AT_ONCE if isinstance(batch, str) else batch,
         dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
+        device=work.device,
+        trust_remote_code=work.trust_remote_code,
     )
     print_result(images_table(scores), json_file, [score.as_dict() for score in scores])
 
@@ -258,32 +248,20 @@ def bench(
     ],
     prompt_tokens: Annotated[
         int,
-        typer.Option(
-            metavar="N", show_default=False, help="Length of the prompt. Default: 128 tokens."
-        ),
+        opt("Length of the prompt. Default: 128 tokens.", "N"),
     ] = 128,
-    new_tokens: Annotated[
-        int, typer.Option(metavar="N", show_default=False, help="Tokens to decode. Default: 64.")
-    ] = 64,
+    new_tokens: Annotated[int, opt("Tokens to decode. Default: 64.", "N")] = 64,
     rounds: Annotated[
         int,
-        typer.Option(
-            metavar="N",
-            show_default=False,
-            help="Processes per model; the models take turns. Default: 3.",
-        ),
+        opt("Processes per model; the models take turns. Default: 3.", "N"),
     ] = 3,
     threads: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Torch threads. Default: as torch chooses."),
+        opt("Torch threads. Default: as torch chooses.", "N"),
     ] = None,
     dense_kernel: Annotated[
         bool,
-        typer.Option(
-            "--dense-kernel",
-            show_default=False,
-            help="Also measure the first model with prunus's dense kernel.",
-        ),
+        opt("Also measure the first model with prunus's dense kernel.", names=("--dense-kernel",)),
     ] = False,
     json_file: arg.Json = None,
 ) -> None:

@@ -37,13 +37,14 @@ RecipeFile = Annotated[
 
 
 def with_flags(
-    *models: type[Options], without: Collection[str] = ()
+    *models: type[Options], without: Collection[str] = (), only: Collection[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb that ends in `**options` one flag for each option of its models.
 
     Args:
         *models: Models of options. A parameter of the verb hides an option of the same name.
         without: Options that the verb does not take.
+        only: The options that it takes; empty for all of them.
     """
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
@@ -53,7 +54,7 @@ def with_flags(
         added = []
         for model in models:
             for name, option in model.declared().items():
-                if option.flag and name not in hidden:
+                if option.flag and name not in hidden and (not only or name in only):
                     hidden.add(name)
                     _FLAGS.add(name)
                     flag = _flag(name, option, model.model_fields[name])
@@ -138,3 +139,24 @@ def _parser(parse: Callable[[str], Any]) -> Callable[[str], Any]:
             raise typer.BadParameter(as_flags(str(fault))) from None
 
     return parsed
+
+
+def opt(
+    text: str,
+    metavar: str | None = None,
+    names: tuple[str, ...] = (),
+    panel: str | None = None,
+    **more: Any,
+) -> Any:
+    """An option of a single verb. Its default is in the help, in words.
+
+    Args:
+        text: The help.
+        metavar: Stands for the value in the help; None for a switch.
+        names: Its flags, where they are not those that typer makes.
+        panel: Its group in the help.
+        **more: Further arguments of `typer.Option`.
+    """
+    return typer.Option(
+        *names, metavar=metavar, help=text, rich_help_panel=panel, show_default=False, **more
+    )

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from prunus.cli import arguments as arg
+from prunus.cli.flags import opt
 from prunus.cli.terminal import log, print_text, user_errors, write_json
 
 __all__ = ["generate"]
@@ -22,43 +21,40 @@ def generate(
     model: arg.Model,
     prompt: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="Text to continue; with --chat, one message to answer."),
+        opt("Text to continue; with --chat, one message to answer.", "TEXT"),
     ] = None,
     max_new_tokens: Annotated[
         int,
-        typer.Option(
-            metavar="N", show_default=False, help="Maximum number of new tokens. Default: 128."
-        ),
+        opt("Maximum number of new tokens. Default: 128.", "N"),
     ] = 128,
     chat: Annotated[
         bool,
-        typer.Option(
-            "--chat",
-            show_default=False,
-            help="Use the model's chat template. Without --prompt, answer messages from standard "
-            "input, one per line, until it ends or a line is /exit.",
+        opt(
+            "Use the model's chat template. Without --prompt, answer messages from "
+            "standard input, one per line, until it ends or a line is /exit.",
+            names=("--chat",),
         ),
     ] = False,
     temperature: Annotated[
         float | None,
-        typer.Option(
-            metavar="T",
-            help="Draw tokens with this temperature; 0 always takes the most likely token. "
+        opt(
+            "Draw tokens with this temperature; 0 always takes the most likely token. "
             "Default: as the checkpoint says.",
+            "T",
         ),
     ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(
-            "--top-p",
-            metavar="P",
-            help="Draw only among the most likely tokens that have probability P together. "
+        opt(
+            "Draw only among the most likely tokens that have probability P together. "
             "Default: as the checkpoint says.",
+            "P",
+            names=("--top-p",),
         ),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Seed of the draws. Default: another one each time."),
+        opt("Seed of the draws. Default: another one each time.", "N"),
     ] = None,
     json_file: arg.Json = None,
 ) -> None:

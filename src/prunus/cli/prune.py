@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from prunus.cli import arguments as arg
-from prunus.cli.flags import RecipeFile, with_flags
+from prunus.cli.flags import RecipeFile, opt, with_flags
 from prunus.cli.terminal import Counted, print_result, progress_console, user_errors
 from prunus.compression.recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
@@ -28,16 +28,13 @@ def prune(
     *,
     minutes: Annotated[
         float | None,
-        typer.Option(
-            rich_help_panel=_MAX_PRESET,
-            help="Train for this number of minutes after pruning. Default: 20.",
-        ),
+        opt("Train for this number of minutes after pruning. Default: 20.", panel=_MAX_PRESET),
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(
-            rich_help_panel=_MAX_PRESET,
-            help="Train on this number of tokens after pruning, in place of --minutes.",
+        opt(
+            "Train on this number of tokens after pruning, in place of --minutes.",
+            panel=_MAX_PRESET,
         ),
     ] = None,
     json_file: arg.Json = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from prunus.cli import arguments as arg
-from prunus.cli.flags import with_flags
+from prunus.cli.flags import opt, with_flags
 from prunus.cli.terminal import Counted, print_result, progress_console, user_errors
 from prunus.recovery.options import RecoveryOptions
 from prunus.runs.options import RunOptions
@@ -28,10 +28,7 @@ def recover(
     *,
     teacher: Annotated[
         str | None,
-        typer.Option(
-            metavar="DENSE",
-            help="Learn the logits of this dense model. Default: learn the text.",
-        ),
+        opt("Learn the logits of this dense model. Default: learn the text.", "DENSE"),
     ] = None,
     json_file: arg.Json = None,
     **options: Any,

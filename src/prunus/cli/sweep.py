@@ -3,44 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from prunus.cli import arguments as arg
+from prunus.cli.flags import opt, with_flags
 from prunus.cli.terminal import log, note, print_result, user_errors, write_json
+from prunus.runs.options import RunOptions
 
 __all__ = ["report", "sweep"]
 
 
+@with_flags(RunOptions, without=("overwrite", "resume"))
 def sweep(
     file: Annotated[
         Path,
         typer.Argument(metavar="FILE.toml", help="The grid of runs; see the documentation."),
     ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the results.")],
+    *,
     models: Annotated[
         list[str] | None,
-        typer.Option(
-            "--model",
-            metavar="MODEL",
-            help="Model to use in place of the models in the file; may be repeated.",
+        opt(
+            "Model to use in place of the models in the file; may be repeated.",
+            "MODEL",
+            names=("--model",),
         ),
     ] = None,
     check: Annotated[
         bool,
-        typer.Option(
-            "--check",
-            show_default=False,
-            help="Check everything and list the cells; run and write nothing.",
-        ),
+        opt("Check everything and list the cells; run and write nothing.", names=("--check",)),
     ] = False,
-    data_dir: arg.DataDir = None,
-    device: arg.Device = "auto",
-    memory: arg.Memory = None,
     json_file: arg.Json = None,
-    trust_remote_code: arg.Trust = False,
-    rank_timeout: arg.RankTimeout = None,
+    **options: Any,
 ) -> None:
     """Prune and score a grid of models, methods and sparsities.
 
@@ -50,23 +46,15 @@ def sweep(
     torchrun every process takes the next cell that is free.
     """
     with user_errors(json_file):
-        from prunus.hardware.sizes import parse_bytes
         from prunus.reporting.sweep_section import check_section, sweep_section
-        from prunus.runs.options import RunOptions
         from prunus.sweeping import check_sweep, load_sweep, run_sweep
 
         chosen = load_sweep(file, tuple(models or ()))
-        options = RunOptions(
-            device=device,
-            memory=parse_bytes(memory) if memory is not None else None,
-            data=data_dir,
-            trust_remote_code=trust_remote_code,
-            rank_timeout=rank_timeout,
-        )
+        how = RunOptions.read(None, options)
         if check:
-            results = check_sweep(chosen, output, options, file.name)
+            results = check_sweep(chosen, output, how, file.name)
         else:
-            results = run_sweep(chosen, output, options, file=file.name, progress=note)
+            results = run_sweep(chosen, output, how, file=file.name, progress=note)
         section = check_section(results) if check else sweep_section(results)
         print_result(section, json_file, results.model_dump(mode="json"))
         failed = [cell.name for cell in results.cells if cell.state == "failed"]
@@ -88,27 +76,27 @@ def report(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="FILE",
-            help="Write one self-contained page (.html), or Markdown (.md). Default: print tables.",
+        opt(
+            "Write one self-contained page (.html), or Markdown (.md). Default: print tables.",
+            "FILE",
+            names=(
+                "--output",
+                "-o",
+            ),
         ),
     ] = None,
     bench: Annotated[
         Path | None,
-        typer.Option(
-            "--bench",
-            metavar="FILE",
-            help="Also show a file of bench --json, and the quality of sweeps and evaluations "
+        opt(
+            "Also show a file of bench --json, and the quality of sweeps and evaluations "
             "against these speeds.",
+            "FILE",
+            names=("--bench",),
         ),
     ] = None,
     title: Annotated[
         str | None,
-        typer.Option(
-            metavar="TEXT", help="Title of the report. Default: that of its first section."
-        ),
+        opt("Title of the report. Default: that of its first section.", "TEXT"),
     ] = None,
     json_file: arg.Json = None,
 ) -> None:
