@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import subprocess
 import sys
 from importlib.metadata import version
-from typing import get_args
 
 import pytest
 import typer
-from prunus.cli.recipe_options import COMPRESSION, OPTIONS, RECIPE_ONLY
 from typer.main import get_command
 
 from command_line import call
 from prunus.cli import app
+from prunus.compression.recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
 from prunus.recovery.options import MODES, RecoveryOptions
+from prunus.runs.options import RunOptions
 from prunus.structure.recipe import StructureRecipe
 
 VERBS = [
@@ -63,7 +62,7 @@ def test_help_of_every_verb_is_quick():
 import sys
 from typer.testing import CliRunner
 from prunus.cli import app
-import prunus.cli.recipe_options, prunus.cli.terminal
+import prunus.cli.flags, prunus.cli.terminal
 for verb in {[[], *[[verb] for verb in VERBS]]}:
     for flag in ("--help", "-h"):
         result = CliRunner().invoke(app, [*verb, flag])
@@ -79,59 +78,26 @@ assert callable(prunus.prune) and "torch" in sys.modules
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
 
 
-def test_every_field_of_a_recipe_has_a_flag_or_stands_in_recipe_files_alone():
-    assert set(OPTIONS).isdisjoint(RECIPE_ONLY)
-    assert {*OPTIONS, *RECIPE_ONLY} == set(Recipe.model_fields)
-    for verb in ("prune", "plan", "compress"):
-        taken = {parameter.name: parameter for parameter in COMMANDS[verb].params}
-        left_out = {"prune": COMPRESSION, "compress": ("preset",)}.get(verb, ())
-        assert set(OPTIONS) - set(left_out) <= set(taken), verb
-        assert not set(RECIPE_ONLY) & set(taken), verb
-        assert all(name in taken["recipe"].help for name in RECIPE_ONLY)
-
-
-def choices_of(annotation: object) -> set[str]:
-    """All words of the Literal types in a type."""
-    if isinstance(annotation, str):
-        return {annotation}
-    return {word for part in get_args(annotation) for word in choices_of(part)}
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_choices_are_those_of_the_recipe_and_stand_in_the_help(name):
-    kind, option = get_args(OPTIONS[name])
-    allowed = choices_of(Recipe.model_fields[name].annotation)
-    if name == "preset":
-        from prunus.pruning.presets import MAX, PRESETS
-
-        allowed = {*PRESETS, MAX}
-    elif name in ("dense_weight", "group"):
-        allowed = set()  # a word or a number
-    assert choices_of(kind) == allowed
-    hidden = {"none"} if "Default: none" in option.help else set()
-    assert all(word in option.help for word in allowed - hidden)
-
-
 @pytest.mark.parametrize(
-    ("verb", "options"),
+    ("verb", "models"),
     [
-        ("prune", Recipe),
-        ("compress", Recipe),
-        ("recover", RecoveryOptions),
-        ("shrink", StructureRecipe),
+        ("prune", (Recipe, RunOptions)),
+        ("compress", (CompressionRecipe, RunOptions)),
+        ("recover", (RecoveryOptions,)),
+        ("shrink", (StructureRecipe,)),
     ],
 )
-def test_defaults_in_the_help_are_those_of_the_options(verb, options):
-    compared = 0
-    for parameter in COMMANDS[verb].params:
-        said = re.search(r"Default: (\d+(?:\.\d+)?|[a-z-]+(?=\.))", parameter.help or "")
-        field = options.model_fields.get(parameter.name)
-        if said is None or field is None or isinstance(field.default, bool | None):
-            continue
-        default = field.default if isinstance(field.default, str) else f"{field.default:g}"
-        assert said[1] == default, parameter.name
-        compared += 1
-    assert compared >= 7
+def test_every_declared_option_is_in_the_help_with_its_default(verb, models):
+    helps = {parameter.name: parameter.help for parameter in COMMANDS[verb].params}
+    for model in models:
+        for name, option in model.declared().items():
+            assert (name in helps) == option.flag or name == "memory", name
+            if option.flag and name in helps:
+                assert helps[name].startswith(option.help), name
+                default = model.model_fields[name].get_default(call_default_factory=True)
+                if option.default is None and default not in (None, False, ()):
+                    shown = f"{default:g}" if isinstance(default, float) else str(default)
+                    assert f"Default: {shown}." in helps[name], name
 
 
 def test_the_help_of_recover_gives_the_learning_rate_of_every_mode():
@@ -143,20 +109,9 @@ def test_the_help_of_recover_gives_the_learning_rate_of_every_mode():
 def test_the_help_of_prune_begins_with_the_common_options():
     panels = {p.name: getattr(p, "rich_help_panel", None) for p in COMMANDS["prune"].params}
     common = [name for name, panel in panels.items() if panel is None]
-    assert common == [
-        "model", "output", "preset", "method", "sparsity", "pattern", "calibration", "samples",
-        "seqlen", "seed", "data_dir", "device", "memory", "overwrite", "resume", "json_file",
-        "quiet",
-    ]  # fmt: skip
-    rest = list(dict.fromkeys(filter(None, panels.values())))
-    assert rest == [
-        "Calibration",
-        "Method",
-        "Reconstruction",
-        "Allocation",
-        "Advanced",
-        "Preset max",
-    ]
+    assert common[:6] == ["model", "output", "preset", "method", "sparsity", "pattern"]
+    assert {"device", "memory", "data", "overwrite", "resume", "json_file"} <= set(common)
+    assert {"Calibration", "Method", "Reconstruction", "Advanced"} <= set(panels.values())
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -10,7 +10,7 @@ import functools
 import inspect
 import re
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -104,6 +104,7 @@ def _flag(name: str, option: Option, field: Any) -> Any:
             show_default=False,
             envvar=option.variable,
             parser=parser,
+            autocompletion=option.suggestions and _completion(option.suggestions),
         ),
     ]
 
@@ -129,6 +130,10 @@ def _words(default: Any) -> str:
     if default is None or default is False or default == ():
         return ""
     return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _completion(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    return lambda incomplete: [name for name in names() if name.startswith(incomplete)]
 
 
 def _parser(parse: Callable[[str], Any]) -> Callable[[str], Any]:

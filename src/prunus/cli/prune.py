@@ -169,9 +169,9 @@ def plan(
     recipe: RecipeFile = None,
     **options: Any,
 ) -> None:
-    """Show what prune would do and cost, or compress if --bits is given; write nothing.
+    """Show what prune or compress would do and cost; write nothing.
 
-    Everything that they check before their first block is checked here as well.
+    With --bits it is compress. Everything that they check before their first block is checked here as well.
     """
     with user_errors(json_file):
         from prunus.compression.job import CompressionJob

@@ -12,7 +12,7 @@ reads it from a TOML file and checks it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -45,6 +45,7 @@ class Option:
         flag: Whether the command line has it. Other options are for files and Python.
         switch: The flags of a switch that is not plain, such as "--repair/--no-repair".
         parse: Turns text of the command line into a value, or raises `ValueError`.
+        suggestions: Names that a shell may complete; None for none.
         variable: An environment variable that gives the value where no flag does.
     """
 
@@ -56,6 +57,7 @@ class Option:
     flag: bool = True
     switch: str | None = None
     parse: Callable[[str], Any] | None = None
+    suggestions: Callable[[], Iterable[str]] | None = None
     variable: str | None = None
 
 
@@ -74,10 +76,11 @@ class Options(BaseModel):
 
     @classmethod
     def declared(cls) -> dict[str, Option]:
-        """The options by name, in the order of the help."""
+        """The options by name, in the order of the help: a model's own before inherited ones."""
+        own = [name for name in cls.__annotations__ if name in cls.model_fields]
         found = {
-            name: next((each for each in field.metadata if isinstance(each, Option)), None)
-            for name, field in cls.model_fields.items()
+            name: next((x for x in cls.model_fields[name].metadata if isinstance(x, Option)), None)
+            for name in dict.fromkeys([*own, *cls.model_fields])
         }
         return {name: option for name, option in found.items() if option is not None}
 

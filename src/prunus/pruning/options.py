@@ -64,6 +64,7 @@ class PruningOptions(MethodOptions, WindowOptions):
             "Choose the weights to remove by this method, which may update the others: "
             f"{', '.join(METHODS)}, or your own as FILE.py:NAME.",
             metavar="METHOD",
+            suggestions=lambda: METHODS,
         ),
     ] = "wanda"
     sparsity: Sparsity = 0.5
