@@ -173,14 +173,7 @@ def _in_random_order(documents: Sequence[str], tokenizer: Any, seed: int) -> Ite
 def _cut(
     pieces: Iterator[torch.Tensor], seqlen: int, across: bool = True
 ) -> Iterator[torch.Tensor]:
-    """Cut pieces of token ids into windows (S,).
-
-    Args:
-        pieces: token ids, one after the other.
-        seqlen: tokens per window.
-        across: a window may span several pieces, and only the last rest is dropped. If false, the
-            rest of each piece is dropped.
-    """
+    """Cut pieces of token ids into windows (S,)."""
     rest = torch.zeros(0, dtype=torch.int64)
     for piece in pieces:
         rest = torch.cat([rest, piece]) if across else piece

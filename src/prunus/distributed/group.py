@@ -188,11 +188,7 @@ class ProcessGroup:
         ]
 
     def _wait(self, start: Callable[[], Any]) -> None:
-        """Run one collective: wait until it is done, or until a rank is known to be lost.
-
-        Raises:
-            RankError: a rank is lost.
-        """
+        """Run one collective: wait until it is done, or until a rank is known to be lost."""
         self._heartbeat.collectives += 1
         begun, pause = time.monotonic(), 2e-5
         try:

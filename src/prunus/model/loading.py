@@ -95,11 +95,7 @@ def import_architecture(folder: Path) -> None:
 def _check_architecture(
     folder: Path, trust_remote_code: bool = False, kind: Kind | None = None
 ) -> Kind:
-    """Build the model of a folder without weights, within the limits of `build_on_meta`.
-
-    Returns:
-        `kind`, or what the configuration says.
-    """
+    """Build the model of a folder without weights, within the limits of `build_on_meta`."""
     config = load_config(folder, trust_remote_code, quantized=True)
     kind = kind or kind_of(config)
     build_on_meta(kind, config, torch.float32, trust_remote_code)

@@ -323,11 +323,7 @@ class Skeleton:
 
 
 def _check_reads_text_alone(model: nn.Module) -> None:
-    """Check that the forward of an image-text model needs no image.
-
-    Raises:
-        NotImplementedError: it does.
-    """
+    """Check that the forward of an image-text model needs no image."""
     asked = inspect.signature(model.forward).parameters.get("pixel_values")
     if asked is not None and asked.default is inspect.Parameter.empty:
         raise NotImplementedError(

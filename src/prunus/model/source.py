@@ -179,12 +179,7 @@ class CheckpointSource:
                 self._check_shape(self._stored[name], tuple(state[name].shape))
 
     def _refuse_without_head(self, skeleton: Skeleton, missing: str) -> None:
-        """Refuse a checkpoint that holds nothing of the model's head.
-
-        Args:
-            skeleton: the model.
-            missing: a name that is not stored.
-        """
+        """Refuse a checkpoint that holds nothing of the model's head."""
         base = f"{skeleton.model.base_model_prefix}."
         head = [name for name in skeleton.outside_parameter_names if not name.startswith(base)]
         if missing in head and not any(name in self._stored for name in head):

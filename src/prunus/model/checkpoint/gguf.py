@@ -145,12 +145,7 @@ def _read_header(path: Path) -> dict[str, Any]:
 
 
 def _convert(path: Path, folder: Path, dtype: torch.dtype, weights: int) -> dict[str, Any]:
-    """Let transformers read a GGUF file and save it to `folder`; returns figures of the model.
-
-    Args:
-        path, folder, dtype: see `import_gguf`.
-        weights: how many the tensors of the file hold.
-    """
+    """Let transformers read a GGUF file and save it to `folder`; returns figures of the model."""
     import transformers
 
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}

@@ -85,12 +85,7 @@ def _acquire(folder: Path) -> int:
 
 
 def _open(path: Path) -> int:
-    """Open the lock file, or create it. Never follows a link, and opens nothing but a lock file.
-
-    Raises:
-        FileNotFoundError: the file was removed in between, or there is no folder.
-        FileExistsError: something else has its name.
-    """
+    """Open the lock file, or create it. Never follows a link, and opens nothing but a lock file."""
     # O_NONBLOCK: opening a FIFO must not wait.
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with contextlib.suppress(FileExistsError):

@@ -310,9 +310,6 @@ def _prefetch_header(path: Path) -> int:
     The library maps the file to read the header. The first page touched would bring in what the
     system reads ahead, of every shard and long before its turn (see `_prefetch`). Reading the
     header first, with read-ahead switched off, avoids that.
-
-    Returns:
-        The offset at which the header ends and the tensors begin.
     """
     with open(path, "rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):
