@@ -77,7 +77,7 @@ def test_load_computes_in_the_dtype_that_is_asked_for(pruned):
 
 def test_load_wants_a_tokenizer_before_it_reads_weights(tmp_path, monkeypatch):
     folder = tiny_checkpoint(tmp_path / "bare")
-    monkeypatch.setattr("prunus.model.load.load_model", None)
+    monkeypatch.setattr("prunus.model.loading.load_model", None)
     with pytest.raises(ValueError, match="no tokenizer"):
         prunus.load(folder)
 

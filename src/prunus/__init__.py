@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from prunus.evaluation.reference import Reference
     from prunus.evaluation.task_runner import evaluate
     from prunus.evaluation.task_scores import TaskResults
-    from prunus.model.load import LoadedModel, load
+    from prunus.model.loading import LoadedModel, load
     from prunus.pruning.manifest import Manifest
     from prunus.pruning.recipe import Recipe
     from prunus.pruning.run import prune
@@ -87,7 +87,7 @@ _HOMES = {
     "CompressionRecipe": "prunus.compression.recipe",
     "CompressionRecord": "prunus.compression.record",
     "Inspection": "prunus.evaluation.inspection",
-    "LoadedModel": "prunus.model.load",
+    "LoadedModel": "prunus.model.loading",
     "Manifest": "prunus.pruning.manifest",
     "PerplexityResult": "prunus.evaluation.records",
     "Recipe": "prunus.pruning.recipe",
@@ -100,7 +100,7 @@ _HOMES = {
     "compress": "prunus.compression.run",
     "evaluate": "prunus.evaluation.task_runner",
     "inspect": "prunus.evaluation.inspection",
-    "load": "prunus.model.load",
+    "load": "prunus.model.loading",
     "pack": "prunus.compression.pack",
     "perplexity": "prunus.evaluation.perplexity",
     "prune": "prunus.pruning.run",

@@ -310,7 +310,7 @@ def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch):
         ({"ignore": ["model.*"]}, "leave no linear to prune"),
         (
             {"device": "cuda:99"},
-            r"device 'cuda:99' is not there: \d+ CUDA devices are visible; use --device cpu",
+            r"device 'cuda:99' is not there: \d+ CUDA devices are visible; use cpu",
         ),
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:<number>, not 'tpu'"),
         ({"device": "meta"}, "device must be auto, cpu, cuda or cuda:<number>, not 'meta'"),

@@ -19,11 +19,10 @@ from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.task_scores import paired_difference
 from prunus.evaluation.watched import WatchedCheckpoint, unchanged
 from prunus.model.config import load_config
-from prunus.model.device import choose_device
-from prunus.model.dtypes import check_dtype
-from prunus.model.image_processor import load_image_processor
+from prunus.model.device import check_dtype, choose_device
 from prunus.model.kinds import IMAGES, kind_of
 from prunus.model.loading import load_model
+from prunus.model.tokenizer import load_image_processor
 
 __all__ = ["ImageScore", "image_accuracy"]
 

@@ -46,8 +46,7 @@ from prunus.evaluation.text import (
 from prunus.evaluation.watched import unchanged
 from prunus.evaluation.window_scores import exponential, score_windows
 from prunus.hardware.sizes import parse_bytes
-from prunus.model.device import choose_device
-from prunus.model.dtypes import check_dtype
+from prunus.model.device import check_dtype, choose_device
 from prunus.runs.progress_bar import shows_progress, window_step
 
 __all__ = ["perplexity"]

@@ -22,7 +22,7 @@ import torch
 from prunus.evaluation.size import file_bytes as model_bytes
 from prunus.hardware.memory import resident_memory
 from prunus.model.checkpoint.reader import resolve_folder
-from prunus.model.loading import import_architecture, load_model
+from prunus.model.loading import check_architecture, load_model
 from prunus.packed import use_dense_kernel, use_fast_decoding
 
 __all__ = ["Speed", "bench", "measure"]
@@ -115,7 +115,7 @@ def measure(
 ) -> dict[str, float]:
     """Measure one model in this process; see `bench` for arguments, `Speed` for results."""
     # Imported first, because the memory of code is no part of the model's size.
-    import_architecture(folder)
+    check_architecture(folder)
     before = resident_memory()
     loaded = load_model(folder)
     if dense_kernel:

@@ -28,7 +28,7 @@ from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.checkpoint.atomic_files import read_json
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.config import load_config
-from prunus.model.dtypes import DTYPES
+from prunus.model.device import DTYPES
 from prunus.model.hidden_states import HiddenStates, StatesPlace
 from prunus.model.loading import load_model
 from prunus.model.skeleton import Skeleton

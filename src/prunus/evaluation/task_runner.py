@@ -24,8 +24,7 @@ from prunus.evaluation.task_scores import TaskResults, TaskScore
 from prunus.evaluation.tasks import LoadedTask, load_tasks, require_lm_eval, run_task, wrap_model
 from prunus.evaluation.watched import unchanged
 from prunus.hardware.memory import describe_hardware, processor_name, versions
-from prunus.model.device import choose_device
-from prunus.model.dtypes import check_dtype
+from prunus.model.device import check_dtype, choose_device
 from prunus.runs.progress_bar import Shown, shows_progress
 
 __all__ = ["TaskRun", "evaluate", "prepare_tasks"]

@@ -1,4 +1,4 @@
-"""The device that a name stands for."""
+"""The devices and the dtypes that names stand for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,22 @@ import re
 import torch
 from torch import nn
 
-__all__ = ["choose_device"]
+__all__ = ["DTYPES", "check_dtype", "choose_device"]
+
+#: The dtypes that users can name, for computation and storage.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_dtype(name: str) -> None:
+    """Raise ValueError unless `name` is "auto" or one of `DTYPES`.
+
+    >>> check_dtype("int8")
+    Traceback (most recent call last):
+    ...
+    ValueError: dtype must be one of auto, float32, bfloat16, float16, not 'int8'
+    """
+    if name != "auto" and name not in DTYPES:
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {name!r}")
 
 
 def choose_device(name: str, loaded: nn.Module | None = None, processes: int = 1) -> torch.device:
@@ -30,26 +45,17 @@ def choose_device(name: str, loaded: nn.Module | None = None, processes: int = 1
     if name == "auto":
         if loaded is not None:
             return next(loaded.parameters()).device
-        if available:
-            _check_one_each("auto", processes, available)
-        return torch.device("cuda" if available else "cpu")
+        name = "cuda" if available else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>, not {name!r}")
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= available:
+    if device.type == "cpu":
+        return device
+    if (device.index or 0) >= available:
         raise ValueError(
-            f"device {name!r} is not there: {available} CUDA devices are visible; use --device cpu "
-            "or auto"
+            f"device {name!r} is not there: {available} CUDA devices are visible; use cpu or auto"
         )
-    if device.type == "cuda":
-        _check_one_each(name, processes, available)
-    return device
-
-
-def _check_one_each(name: str, processes: int, available: int) -> None:
-    if processes == 1:
-        return
-    if name not in ("auto", "cuda"):
+    if processes > 1 and name != "cuda":
         raise ValueError(
             f"device {name!r} would be shared by the {processes} processes on this host: "
             "give cuda, and each process takes a device of its own"
@@ -58,5 +64,6 @@ def _check_one_each(name: str, processes: int, available: int) -> None:
         raise ValueError(
             f"there are {processes} processes on this host and {available} CUDA devices, "
             f"and each process needs a device of its own: start {available} with "
-            "--nproc-per-node, or give --device cpu"
+            "--nproc-per-node of torchrun, or use cpu"
         )
+    return device

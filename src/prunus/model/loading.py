@@ -1,19 +1,77 @@
-"""A whole model in memory: to evaluate it, to let it write text, to measure its speed."""
+"""A whole model in memory, with its tokenizer for users, or for evaluation."""
 
 from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from prunus.model.adapter import attach, base_folder, check_adapter, is_adapter
+from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.config import load_config
-from prunus.model.kinds import Kind, kind_of
+from prunus.model.device import choose_device
+from prunus.model.kinds import IMAGES, Kind, kind_of
 from prunus.model.meta_model import build_on_meta
+from prunus.model.records import keep_records, records_of
+from prunus.model.tokenizer import load_image_processor, load_tokenizer
 
-__all__ = ["import_architecture", "load_adapted", "load_model"]
+__all__ = ["LoadedModel", "check_architecture", "load", "load_model"]
+
+
+class LoadedModel(NamedTuple):
+    """A model in memory and what turns text into its inputs; `model, tokenizer = load(path)`.
+
+    Attributes:
+        model: A transformers model in evaluation mode.
+        tokenizer: Its tokenizer; of an image classifier its image processor.
+    """
+
+    model: Any
+    tokenizer: Any
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load any model that prunus reads or writes: dense, pruned, packed, compressed, an adapter.
+
+    A packed model stays packed in memory. An adapter is loaded with the model that it is for. Where
+    prunus wrote the checkpoint, the model's `save_pretrained` and `push_to_hub` keep its model card
+    and its record.
+
+    Args:
+        model: Folder of a checkpoint or an adapter, or a hub id.
+        dtype: Of the weights and the computation, as a torch dtype or its name; "auto" is that of
+            the checkpoint.
+        device: auto, cpu, cuda or cuda:i; auto takes a CUDA device if there is one.
+        trust_remote_code: Run model code that comes with the checkpoint.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: There is no such folder, and no such model on the hub.
+        ValueError: A file is damaged or missing; quotes the reason in one line.
+        NotImplementedError: The model is of a kind that prunus does not know.
+        ModuleNotFoundError: An adapter is given, and peft is not installed.
+    """
+    place = choose_device(device)
+    folder = resolve_folder(model)
+    base = base_folder(folder) if is_adapter(folder) else folder
+    kind = kind_of(load_config(base, trust_remote_code, quantized=True))
+    read = load_image_processor if kind is IMAGES else load_tokenizer
+    # The tokenizer comes first: what is wrong with it shows before the weights are read.
+    tokenizer = read(folder, trust_remote_code)
+    loaded = load_model(folder, dtype, trust_remote_code, kind=kind)
+    if not is_adapter(folder):
+        keep_records(loaded, records_of(folder))
+    return LoadedModel(loaded.to(place), tokenizer)
 
 
 def load_model(
@@ -25,6 +83,8 @@ def load_model(
     mapped: bool = True,
 ) -> Any:
     """The model of a folder (dense, packed, or an adapter), in evaluation mode; safetensors only.
+
+    The weights of an adapter are not merged. They compute in float32, as peft loads them.
 
     Args:
         folder: a checkpoint or an adapter.
@@ -42,13 +102,15 @@ def load_model(
         ValueError: it cannot be loaded, or its configuration describes a model far larger than its
             weights; quotes the reason in one line.
         NotImplementedError: it is of a kind that prunus does not know.
-        ModuleNotFoundError, FileNotFoundError: see `load_adapted`.
+        ModuleNotFoundError, FileNotFoundError: see `check_adapter`.
     """
     import transformers
 
     if is_adapter(folder):
-        return load_adapted(folder, dtype, trust_remote_code)
-    kind = _check_architecture(folder, trust_remote_code, kind)
+        check_adapter(folder, trust_remote_code)
+        base = base_folder(folder)
+        return attach(load_model(base, dtype, trust_remote_code), folder, base).eval()
+    kind = check_architecture(folder, trust_remote_code, kind)
     try:
         model, loaded = getattr(transformers, kind.loader).from_pretrained(
             folder,
@@ -84,38 +146,17 @@ def _in_memory(mapped: bool) -> dict[str, bool]:
     return {} if mapped or "disable_mmap" not in known else {"disable_mmap": True}
 
 
-def import_architecture(folder: Path) -> None:
-    """Import the code that transformers needs for this model, by building it without weights.
-
-    Measurements of memory call it first, so that they do not count the imported code.
-    """
-    _check_architecture(folder)
-
-
-def _check_architecture(
+def check_architecture(
     folder: Path, trust_remote_code: bool = False, kind: Kind | None = None
 ) -> Kind:
-    """Build the model of a folder without weights, within the limits of `build_on_meta`."""
+    """Build the model of a folder without weights, within the limits of `build_on_meta`.
+
+    This also imports the code that transformers needs for the model.
+
+    Returns:
+        `kind`, or what the configuration says.
+    """
     config = load_config(folder, trust_remote_code, quantized=True)
     kind = kind or kind_of(config)
     build_on_meta(kind, config, torch.float32, trust_remote_code)
     return kind
-
-
-def load_adapted(
-    folder: Path, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
-) -> Any:
-    """The base of an adapter with the adapter in place, in evaluation mode; nothing is merged.
-
-    Args:
-        folder: of the adapter.
-        dtype: of the base. The few weights of the adapter compute in float32, as peft loads them.
-        trust_remote_code: let transformers run code that comes with the base.
-
-    Raises:
-        ModuleNotFoundError, FileNotFoundError, ValueError: see `check_adapter`, and `load_model`
-            for the base.
-    """
-    check_adapter(folder, trust_remote_code)
-    base = base_folder(folder)
-    return attach(load_model(base, dtype, trust_remote_code), folder, base).eval()

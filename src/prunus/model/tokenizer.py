@@ -1,16 +1,16 @@
-"""The tokenizer that lies beside a checkpoint's weights."""
+"""The tokenizer or the image processor in a checkpoint's folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.config_limits import check_config, check_processor_files
 
-__all__ = ["load_tokenizer", "token_ids"]
+__all__ = ["load_image_processor", "load_tokenizer", "token_ids"]
 
 _FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
@@ -24,17 +24,29 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     if is_adapter(folder) and not any((folder / name).exists() for name in _FILES):
         folder = base_folder(folder)
+    remedy = "add its files, or give token ids instead: a .safetensors file with input_ids"
+    return _load(AutoTokenizer, folder, "tokenizer", remedy, trust_remote_code=trust_remote_code)
+
+
+def load_image_processor(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers image processor of a checkpoint folder; errors as of `load_tokenizer`.
+
+    It resizes and normalises by Pillow, so that every host computes the same pixel values.
+    """
+    remedy = "add its preprocessor_config.json to the folder"
+    options = {"backend": "pil", "trust_remote_code": trust_remote_code}
+    return _load(AutoImageProcessor, folder, "image processor", remedy, **options)
+
+
+def _load(loader: Any, folder: Path, what: str, remedy: str, **options: Any) -> Any:
     check_config(folder)
     check_processor_files(folder)
     try:
-        return AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        return loader.from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:  # transformers raises errors of many kinds for missing or bad files
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{folder}: no tokenizer could be loaded ({type(error).__name__}: {reason}); add its "
-            "files, or give token ids instead: a .safetensors file with input_ids"
+            f"{folder}: no {what} could be loaded ({type(error).__name__}: {reason}); {remedy}"
         ) from error
 
 

@@ -21,7 +21,7 @@ import torch
 from prunus.hardware.numerics import native_bfloat16
 from prunus.methods.statistics import Needs
 from prunus.model.calls import hidden_of
-from prunus.model.dtypes import DTYPES
+from prunus.model.device import DTYPES
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source
 

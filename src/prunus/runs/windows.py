@@ -16,11 +16,10 @@ from prunus.calibration.texts import are_texts
 from prunus.calibration.windows import Wanted, Windows, hash_ids
 from prunus.model.chat_template import apply_chat_template
 from prunus.model.checkpoint.reader import resolve_folder
-from prunus.model.image_processor import load_image_processor
 from prunus.model.kinds import IMAGES, Kind
 from prunus.model.loading import load_model
 from prunus.model.source import CheckpointSource, ModuleSource
-from prunus.model.tokenizer import load_tokenizer
+from prunus.model.tokenizer import load_image_processor, load_tokenizer
 from prunus.runs.job import RunJob
 from prunus.runs.options import RunOptions, WindowOptions
 from prunus.runs.record import WindowInputs

@@ -27,7 +27,7 @@ from prunus.model.checkpoint.atomic_files import (
 from prunus.model.checkpoint.gguf_header import check_header
 from prunus.model.checkpoint.lock import LOCK_NAME, locked
 from prunus.model.checkpoint.output_folder import is_vacant
-from prunus.model.dtypes import DTYPES
+from prunus.model.device import DTYPES
 from prunus.model.kinds import CAUSAL
 from prunus.model.meta_model import build_on_meta
 
