@@ -85,7 +85,7 @@ def test_bad_choices(texts, tmp_path):
     class Without:
         bos_token_id = None
 
-    with pytest.raises(ValueError, match="bos is yes, and this tokenizer has no BOS token"):
+    with pytest.raises(ValueError, match="`bos` is yes, and this tokenizer has no BOS token"):
         bos_token(Without(), "yes")
     with pytest.raises(ValueError, match="bos must be one of auto, yes, no, not 'maybe'"):
         bos_token(Without(), "maybe")

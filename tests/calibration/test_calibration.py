@@ -204,7 +204,7 @@ def test_c4_counts_the_special_tokens_of_a_document(tmp_path):
 
 def test_c4_search_that_cannot_succeed_says_how_long_the_longest_is(tmp_path):
     json_lines(tmp_path / "c4" / C4_FILE, [letters(n, n) for n in (3, 41, 7)])
-    with pytest.raises(ValueError, match=r"the longest has 41\. Use a smaller seqlen"):
+    with pytest.raises(ValueError, match=r"the longest has 41\. Use a smaller `seqlen`"):
         load("c4", byte_tokenizer(), seqlen=64, data=tmp_path)
 
 
@@ -406,7 +406,7 @@ def test_plain_text_keeps_every_byte(tmp_path, name):
         ("a.txt", b"", "the file is empty"),
         ("a.txt", b" \n\t\n", "there is no text in this file"),
         ("a.txt", b"caf\xe9 " * 20, "not UTF-8"),
-        ("a.txt", b"seven..", r"a.txt: the whole text has 7 tokens.*smaller seqlen"),
+        ("a.txt", b"seven..", r"a.txt: the whole text has 7 tokens.*smaller `seqlen`"),
         ("a.txt", b"ten tokens", "only 2 different windows of 8 tokens, fewer than the 4 samples"),
         ("a.txt.gz", gzip.compress(b"some text " * 50, mtime=0)[:-12], "damaged or truncated gzip"),
         ("a.jsonl.gz", b"not gzip at all", "damaged or truncated gzip"),
@@ -444,9 +444,9 @@ def test_token_ids_need_no_tokenizer(tmp_path):
     windows = load(path, samples=4, seqlen=12)
     assert torch.equal(windows.ids, ids[:4, :12].long())
     assert windows.source == str(path)
-    with pytest.raises(ValueError, match="it has 6 windows, fewer than samples 7"):
+    with pytest.raises(ValueError, match="it has 6 windows, fewer than `samples` 7"):
         load(path, samples=7, seqlen=12)
-    with pytest.raises(ValueError, match="its windows have 20 tokens, fewer than seqlen 21"):
+    with pytest.raises(ValueError, match="its windows have 20 tokens, fewer than `seqlen` 21"):
         load(path, samples=2, seqlen=21)
 
 

@@ -165,7 +165,7 @@ def test_too_little_text_is_refused_with_its_length(tmp_path):
 
 
 def test_self_needs_a_number_of_windows():
-    with pytest.raises(ValueError, match=r"give the budget in tokens"):
+    with pytest.raises(ValueError, match=r"give the budget in `tokens`"):
         text_of("self", windows=None)
 
 

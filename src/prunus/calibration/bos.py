@@ -48,7 +48,7 @@ def bos_token(tokenizer: Any, bos: Bos) -> int | None:
     token = getattr(tokenizer, "bos_token_id", None)
     if bos == "yes":
         if token is None:
-            raise ValueError("bos is yes, and this tokenizer has no BOS token; use auto or no")
+            raise ValueError("`bos` is yes, and this tokenizer has no BOS token; use auto or no")
         return int(token)
     if token is None:
         return None
@@ -86,6 +86,6 @@ def refuse_bos(source: str, bos: Bos) -> None:
     """
     if bos == "yes":
         raise ValueError(
-            f"bos is yes, and windows of {source} stay as they are given: put the BOS token into "
+            f"`bos` is yes, and windows of {source} stay as they are given: put the BOS token into "
             "them, or use auto"
         )

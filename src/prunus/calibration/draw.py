@@ -30,7 +30,7 @@ class TextTooShort(ValueError):  # noqa: N818
     def __init__(self, longest: int, seqlen: int, documents: int) -> None:
         super().__init__(
             f"none of the {documents} documents is longer than {seqlen} tokens; the longest has "
-            f"{longest}. Use a smaller seqlen (less than {longest}) or longer text"
+            f"{longest}. Use a smaller `seqlen` (less than {longest}) or longer text"
         )
         self.longest = longest
 
@@ -190,7 +190,7 @@ def windows_from_stream(
     if starts <= 0:
         raise ValueError(
             f"the whole text has {len(tokens_T)} tokens, and windows of {seqlen} need more than "
-            "that. Use a smaller seqlen or more text"
+            "that. Use a smaller `seqlen` or more text"
         )
     _check_enough(starts, samples, seqlen)
     return torch.stack(
@@ -202,5 +202,5 @@ def _check_enough(different: int, samples: int, seqlen: int) -> None:
     if different < samples:
         raise ValueError(
             f"the text has only {different} different windows of {seqlen} tokens, fewer than "
-            f"the {samples} samples asked for. Use fewer samples, a smaller seqlen or more text"
+            f"the {samples} samples asked for. Use fewer `samples`, a smaller `seqlen` or more text"
         )

@@ -92,7 +92,7 @@ def write_windows(model: Any, first_N: torch.Tensor, *, seqlen: int, seed: int) 
     if positions is not None and seqlen > positions:
         raise ValueError(
             f"windows of {seqlen} tokens are longer than the model's {positions} positions; use a "
-            "smaller seqlen"
+            "smaller `seqlen`"
         )
     device = model.get_input_embeddings().weight.device
     kept_config, was_training = model.generation_config, model.training

@@ -43,7 +43,7 @@ def load_column(
         raise OSError(
             f"{name} could not be loaded from the hub ({type(error).__name__}: {error}). These "
             "sources need no network: python-docs, a file of text, self (calibration only), and a "
-            f"data folder (data or PRUNUS_DATA) that holds {local}"
+            f"data folder (`data` or PRUNUS_DATA) that holds {local}"
         ) from error
     return documents
 

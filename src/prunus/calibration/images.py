@@ -98,8 +98,8 @@ def check_images(folder: Path, samples: int) -> ImageFolder:
     found = list_images(folder)
     if len(found.paths) < samples:
         raise ValueError(
-            f"{folder} holds {len(found.paths)} images, fewer than samples {samples}; use fewer "
-            "samples"
+            f"{folder} holds {len(found.paths)} images, fewer than `samples` {samples}; use fewer "
+            "`samples`"
         )
     return found
 

@@ -189,8 +189,8 @@ class IdsFile(Source):
         ):
             if (there := ids.shape[size]) < (asked := getattr(wanted, name)):
                 raise ValueError(
-                    f"{self.name}: {what.format(there)}, fewer than {name} {asked}; use a smaller "
-                    f"{name}"
+                    f"{self.name}: {what.format(there)}, fewer than `{name}` {asked}; use a "
+                    f"smaller `{name}`"
                 )
         ids = ids[: wanted.samples, : wanted.seqlen].contiguous()
         return Windows(ids, self.name, hash_ids(ids))

@@ -75,7 +75,7 @@ class TrainingText:
         if len(first) < held_out or not self._extend(1):
             raise ValueError(
                 f"{source}: the text has {len(first)} windows, too few to hold {held_out} out and "
-                "train on others. Use a smaller seqlen, fewer held_out or more text"
+                "train on others. Use a smaller `seqlen`, fewer `held_out` or more text"
             )
         self.held_out = torch.stack(first)
         self.sha256 = hash_ids(torch.stack([*first, self._rows[0]]))
@@ -145,7 +145,8 @@ def training_text(
     if not isinstance(place, TextSource):
         if windows is None:
             raise ValueError(
-                f"the source {source!r} writes a given number of tokens: give the budget in tokens"
+                f"the source {source!r} writes a given number of tokens: give the budget in "
+                "`tokens`"
             )
         written = place.draw(wanted)
         return TrainingText(iter(written.ids), written.source, held_out, seed, written.bos)

@@ -89,5 +89,5 @@ def check_context(positions: int | None, seqlen: int) -> None:
     if positions is not None and seqlen > positions:
         raise ValueError(
             f"windows of {seqlen} tokens do not fit: the model has {positions} positions. "
-            f"Use seqlen {positions} or less"
+            f"Use `seqlen` {positions} or less"
         )

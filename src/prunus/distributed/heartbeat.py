@@ -217,7 +217,7 @@ class Heartbeat:
                 return (
                     f"rank {other}{self._where(other)} {state}: the others have waited for it at "
                     f"{self.location} for {waited:.0f} s, and it is at {fields[2]} "
-                    "(--rank-timeout gives it longer)"
+                    "(`rank_timeout` gives it longer)"
                 )
         return f"the ranks have waited for each other at {self.location} for {waited:.0f} s"
 

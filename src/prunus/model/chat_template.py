@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import select
 import signal
 import time
@@ -43,8 +44,6 @@ def apply_chat_template(
             asks for more than 512 MiB.
     """
     variables["add_generation_prompt"] = answer_follows
-    if not hasattr(os, "fork"):  # Windows has no process to fork and no limits to set
-        return _rendered(tokenizer, messages, variables)
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         # The child runs Python only, and none of the threads that the warning is about.
@@ -104,8 +103,6 @@ def _run_child(
 
 def _limit_process() -> None:
     """Limit the time and memory of this process, where the system can."""
-    import resource
-
     # The process has its own processor time, and the memory that it shares with its parent.
     seconds = math.ceil(_SECONDS) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))

@@ -20,6 +20,7 @@ from prunus.model.checkpoint.regular_files import read_card
 __all__ = ["keep_records", "manifest_text", "records_of"]
 
 _CARD, _MANIFESTS = "README.md", ("prunus.json", "prunus-compress.json")
+_OF_UPLOADS = ("commit_message", "private", "revision", "create_pr", "tags")
 
 
 def records_of(folder: Path) -> dict[str, str]:
@@ -61,18 +62,14 @@ def _save_pretrained(
     **options: Any,
 ) -> None:
     """As `save_pretrained` of transformers, with the card and the record beside the weights."""
-    hub = {
-        name: options.pop(name)
-        for name in ("commit_message", "private", "revision", "create_pr", "tags")
-        if name in options
-    }
+    hub = {name: options.pop(name) for name in _OF_UPLOADS if name in options}
     type(model).save_pretrained(model, save_directory, is_main_process, **options)
+    folder = Path(save_directory)
     if is_main_process:
         for name, text in records.items():
-            write_text(Path(save_directory) / name, text)
+            write_text(folder / name, text)
     if push_to_hub:
-        token = options.get("token")
-        _upload(Path(save_directory), repo_id or Path(save_directory).name, token=token, **hub)
+        _upload(folder, repo_id or folder.name, token=options.get("token"), **hub)
 
 
 def _push_to_hub(
@@ -93,13 +90,11 @@ def _upload(
     folder: Path,
     repo_id: str,
     *,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
     private: bool | None = None,
     token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
     tags: Sequence[str] | None = None,
+    commit_message: str | None = None,
+    **options: Any,
 ) -> str:
     """Upload a folder, whose card gets more tags first; returns the address of the commit."""
     from huggingface_hub import HfApi
@@ -109,13 +104,7 @@ def _upload(
         write_text(folder / _CARD, add_tags(card, tags))
     api = HfApi(token=token)
     where = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    message = commit_message or "Upload a pruned model"
     return str(
-        api.upload_folder(
-            repo_id=where,
-            folder_path=folder,
-            commit_message=commit_message or "Upload a pruned model",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        api.upload_folder(repo_id=where, folder_path=folder, commit_message=message, **options)
     )

@@ -285,12 +285,12 @@ class Skeleton:
         if name is None or not isinstance(head, nn.Linear):
             raise NotImplementedError(
                 f"{type(self.model).__name__} has no linear as its output head, so its head cannot "
-                "be pruned; leave --head out"
+                "be pruned; leave `head` out"
             )
         if head.weight is self.model.get_input_embeddings().weight:
             raise NotImplementedError(
                 f"{name} is tied to the input embedding: pruning it would prune the embedding; "
-                "leave --head out"
+                "leave `head` out"
             )
         return Linear(name, head)
 

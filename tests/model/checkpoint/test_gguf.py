@@ -159,7 +159,7 @@ def test_destinations_that_are_taken(tiny_gguf, tmp_path):
     (tmp_path / "full" / "precious.txt").write_text("keep me")
     (tmp_path / "file").write_text("keep me")
     before = everything_below(tmp_path)
-    with pytest.raises(FileExistsError, match="not empty; choose another one or give --overwrite"):
+    with pytest.raises(FileExistsError, match="not empty; choose another one or give `overwrite`"):
         import_gguf(tiny_gguf, tmp_path / "full")
     with pytest.raises(FileExistsError, match="not a plain folder"):
         import_gguf(tiny_gguf, tmp_path / "file", overwrite=True)

@@ -88,7 +88,7 @@ def verify_shards(folder: Path) -> int:
     if changed or unknown:
         raise ValueError(
             f"{folder} is not what was written: {', '.join((*changed, *unknown))} differ from the "
-            "SHA-256 in the record; copy the checkpoint again, or make it again with --overwrite"
+            "SHA-256 in the record; copy the checkpoint again, or make it again with `overwrite`"
         )
     return len(recorded)
 

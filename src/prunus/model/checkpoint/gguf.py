@@ -125,7 +125,7 @@ def check_destination(dest: Path, *, overwrite: bool) -> None:
         )
     if not is_vacant(dest) and not overwrite:
         raise FileExistsError(
-            f"{dest}: the folder is not empty; choose another one or give --overwrite"
+            f"{dest}: the folder is not empty; choose another one or give `overwrite`"
         )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -87,7 +88,7 @@ def _acquire(folder: Path) -> int:
 def _open(path: Path) -> int:
     """Open the lock file, or create it. Never follows a link, and opens nothing but a lock file."""
     # O_NONBLOCK: opening a FIFO must not wait.
-    flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
     with contextlib.suppress(FileExistsError):
         return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
     try:
@@ -114,10 +115,6 @@ def _has_name(handle: int, path: Path) -> bool:
 
 def _take(handle: int) -> bool:
     """Take the lock of an open file; False if another process has it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return not _seems_alive(_holder(handle))
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -67,11 +67,11 @@ def check_resume(output: Path, unfinished: bool, resume: bool | None, work: str 
     """
     if resume is True and not unfinished:
         raise FileNotFoundError(
-            f"there is no unfinished {work} in {output} to resume; leave --resume out to start one"
+            f"there is no unfinished {work} in {output} to resume; leave `resume` out to start one"
         )
     if resume is False and unfinished:
         raise FileExistsError(
-            f"{output} holds an unfinished {work}; --overwrite starts again, --resume goes on"
+            f"{output} holds an unfinished {work}; `overwrite` starts again, `resume` continues"
         )
 
 
@@ -106,6 +106,6 @@ def check_whole(output: Path) -> None:
         Checkpoint(output)
     except (FileNotFoundError, ValueError) as fault:
         raise FileExistsError(
-            f"{output} holds a finished result that was damaged since: {fault}. --overwrite makes "
+            f"{output} holds a finished result that was damaged since: {fault}. `overwrite` makes "
             "it again"
         ) from fault

@@ -56,6 +56,6 @@ def check_same_work(before: Mapping[str, Any], now: Mapping[str, Any], what: str
         if before[key] != value:
             raise FileExistsError(
                 f"the output folder holds a {what} with another {key} ({before[key]!r}, now "
-                f"{value!r}); it is left as it is. Choose another folder, or --overwrite to "
+                f"{value!r}); it is left as it is. Choose another folder, or `overwrite` to "
                 "replace it"
             )

@@ -1,4 +1,4 @@
-"""Reading files of strangers: regular files only, and no more bytes than their kind may have.
+"""Read files from untrusted checkpoints: regular files only, with a size limit for each type.
 
 Opening a FIFO waits for ever, and `/dev/zero` never ends. A checkpoint may hold either, or a link
 to it. So a file is opened without waiting, and its type and size are checked before it is read.
@@ -44,18 +44,13 @@ def open_regular(path: Path) -> BufferedReader:
         ValueError: it is no regular file, or larger than its kind may be.
     """
     # Without O_NONBLOCK, opening a FIFO would wait for a writer. It changes nothing for others.
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    file = os.fdopen(handle, "rb") if stat.S_ISREG(os.fstat(handle).st_mode) else None
-    if file is None:
-        mode = os.fstat(handle).st_mode
-        os.close(handle)
-        raise ValueError(_refusal(path, mode))
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        _check_size(path, os.fstat(handle).st_size)
+        _check_state(path, os.fstat(handle))
+        return os.fdopen(handle, "rb")
     except BaseException:
-        file.close()
+        os.close(handle)
         raise
-    return file
 
 
 def read_limited(path: Path) -> bytes:
@@ -70,10 +65,7 @@ def read_card(path: Path) -> str | None:
     """The text of a model card; None if there is none.
 
     Cards are for people, and old ones are not all UTF-8. So bytes that cannot be decoded become
-    replacement characters, and are no error.
-
-    Raises:
-        ValueError: it is no regular file, or too large for a card.
+    replacement characters. Errors as of `open_regular`.
     """
     try:
         return read_limited(path).decode("utf-8", errors="replace")
@@ -82,16 +74,8 @@ def read_card(path: Path) -> str | None:
 
 
 def check_regular(path: Path) -> None:
-    """Check the type and the size of a file, without opening it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no regular file, or larger than its kind may be.
-    """
-    state = path.stat()
-    if not stat.S_ISREG(state.st_mode):
-        raise ValueError(_refusal(path, state.st_mode))
-    _check_size(path, state.st_size)
+    """Check the type and the size of a file, without opening it; errors as of `open_regular`."""
+    _check_state(path, path.stat())
 
 
 def check_folder(folder: Path) -> None:
@@ -111,16 +95,16 @@ def check_folder(folder: Path) -> None:
                 check_regular(path)
 
 
-def _check_size(path: Path, size: int) -> None:
-    largest = _MAX_BYTES.get(path.name, _MAX_BYTES.get(path.suffix))
-    if largest is not None and size > largest:
+def _check_state(path: Path, state: os.stat_result) -> None:
+    if not stat.S_ISREG(state.st_mode):
+        kind = next((name for test, name in _KINDS.items() if test(state.st_mode)), "special")
+        link = f", through the link to {os.readlink(path)}" if path.is_symlink() else ""
         raise ValueError(
-            f"{path} has {size:,} bytes, and a file of this kind may have {largest:,}; it is "
-            "damaged or no part of a checkpoint: remove it, or download it again"
+            f"{path} is {kind}{link}; expected a regular file: remove it, or put the file there"
         )
-
-
-def _refusal(path: Path, mode: int) -> str:
-    kind = next((name for test, name in _KINDS.items() if test(mode)), "no regular file")
-    link = f", through the link to {os.readlink(path)}" if path.is_symlink() else ""
-    return f"{path} is {kind}{link}; expected a regular file: remove it, or put the file there"
+    largest = _MAX_BYTES.get(path.name, _MAX_BYTES.get(path.suffix))
+    if largest is not None and state.st_size > largest:
+        raise ValueError(
+            f"{path} has {state.st_size:,} bytes, and a file of this kind may have {largest:,}; it "
+            "is damaged or no part of a checkpoint: remove it, or download it again"
+        )
