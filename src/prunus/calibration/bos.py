@@ -80,9 +80,6 @@ def refuse_bos(source: str, bos: Bos) -> None:
     Args:
         source: what is given, for people.
         bos: see `Bos`.
-
-    Raises:
-        ValueError: `bos` is "yes".
     """
     if bos == "yes":
         raise ValueError(

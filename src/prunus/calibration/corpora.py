@@ -154,12 +154,7 @@ def data_folder(data_dir: Path | None) -> Path | None:
 
 
 def check_corpus(name: str, part: Part, data_dir: Path | None) -> None:
-    """Check that `load_corpus` has the file or the library that it needs. Asks no network.
-
-    Raises:
-        FileNotFoundError: the data folder does not exist, or lacks the corpus; names the file.
-        ModuleNotFoundError: an extra is not installed; names it.
-    """
+    """Check that `load_corpus` has the file or the library that it needs. Asks no network."""
     if name == "python-docs":
         if importlib.util.find_spec("pydoc_data") is None:
             raise ModuleNotFoundError(
@@ -177,10 +172,6 @@ def load_corpus(name: str, part: Part, data_dir: Path | None) -> Text:
         name: one of `CORPORA`.
         part: the text for calibration or that for scoring.
         data_dir: folder of local datasets; see `data_folder`.
-
-    Raises:
-        FileNotFoundError, ModuleNotFoundError: see `check_corpus`.
-        OSError: the hub does not answer.
     """
     check_corpus(name, part, data_dir)
     if name == "python-docs":

@@ -45,13 +45,7 @@ def file_kind(path: Path) -> str:
 
 
 def check_file(path: Path) -> None:
-    """Check that `path` is a non-empty file of a known kind. Opens nothing.
-
-    Raises:
-        ValueError: it is of an unknown kind, or empty.
-        FileNotFoundError: there is no such file.
-        ModuleNotFoundError: reading it needs an extra that is not installed.
-    """
+    """Check that `path` is a non-empty file of a known kind. Opens nothing."""
     what = file_kind(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")

@@ -31,9 +31,6 @@ def start_token(model: Any, tokenizer: Any, bos: Bos) -> int | None:
         model: a loaded causal LM.
         tokenizer: of the model, or None.
         bos: see `prunus.calibration.bos.Bos`.
-
-    Raises:
-        ValueError: see `bos_token`.
     """
     if tokenizer is not None or bos == "no":
         return bos_token(tokenizer, bos)

@@ -90,11 +90,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def check_images(folder: Path, samples: int) -> ImageFolder:
-    """The images of a folder, if there are enough of them to calibrate on.
-
-    Raises:
-        ValueError: there are fewer than `samples`; and the errors of `list_images`.
-    """
+    """The images of a folder, if there are enough of them to calibrate on."""
     found = list_images(folder)
     if len(found.paths) < samples:
         raise ValueError(
@@ -105,11 +101,7 @@ def check_images(folder: Path, samples: int) -> ImageFolder:
 
 
 def draw_images(folder: Path, samples: int, seed: int) -> list[Path]:
-    """`samples` different images of a folder, at random; the same seed draws the same.
-
-    Raises:
-        FileNotFoundError, ValueError, ModuleNotFoundError: see `check_images`.
-    """
+    """`samples` different images of a folder, at random; the same seed draws the same."""
     paths = check_images(folder, samples).paths
     return [paths[index] for index in random.Random(seed).sample(range(len(paths)), samples)]
 

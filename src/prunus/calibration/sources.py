@@ -54,12 +54,6 @@ class Source(ABC):
         Args:
             wanted: the windows.
             images: whether the model is an image classifier.
-
-        Raises:
-            ValueError: the source does not fit the model or the options, or a file is empty or of
-                an unknown kind.
-            FileNotFoundError: a file, a folder or a data folder is missing.
-            ModuleNotFoundError: an extra is not installed; names it.
         """
         if wanted.samples < 1:
             raise ValueError(

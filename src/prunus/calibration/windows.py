@@ -81,9 +81,6 @@ def check_context(positions: int | None, seqlen: int) -> None:
         positions: the longest window of the model in tokens; None if it is not known.
         seqlen: tokens per window.
 
-    Raises:
-        ValueError: names both lengths.
-
     >>> check_context(2048, 1024)
     """
     if positions is not None and seqlen > positions:

@@ -83,9 +83,6 @@ class Heartbeat:
         Args:
             waiting_since: when this rank began to wait in a collective call (time.monotonic); None
                 if it does not wait in one.
-
-        Raises:
-            RankError: names the lost rank.
         """
         if self._loss is None and waiting_since is not None:
             waited = time.monotonic() - waiting_since

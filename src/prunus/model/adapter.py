@@ -82,11 +82,6 @@ def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
     """Check that an adapter is whole and fits its base, by names and shapes.
 
     No weight of the base is read: its model is built on the meta device.
-
-    Raises:
-        ModuleNotFoundError: peft is not installed; names the extra.
-        FileNotFoundError: the base or the weights are not there.
-        ValueError: the adapter is damaged or does not fit.
     """
     require_peft()
     base = base_folder(folder)
@@ -110,9 +105,6 @@ def attach(model: Any, folder: Path, base: Path) -> Any:
 
     Returns:
         The model of peft.
-
-    Raises:
-        FileNotFoundError, ValueError: see `check_adapter`.
     """
     import peft
 

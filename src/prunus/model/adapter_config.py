@@ -48,10 +48,6 @@ def check_adapter_config(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[
 
     Returns:
         The content of the file.
-
-    Raises:
-        ValueError: it is no JSON object, describes no LoRA, has something other than plain names in
-            its lists, or a rank beyond those of the tensors; names the field.
     """
     config = read_config(path)
     if config.get("peft_type") != "LORA":

@@ -122,10 +122,6 @@ def check_config(folder: Path, checkpoint: Checkpoint | None = None) -> dict[str
 
     Returns:
         The content of the file.
-
-    Raises:
-        ValueError: the file is no JSON object, is too large or too deep, or a number in it exceeds
-            all that the checkpoint stores; names the field.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -147,11 +143,7 @@ def check_config(folder: Path, checkpoint: Checkpoint | None = None) -> dict[str
 
 
 def check_processor_files(folder: Path) -> None:
-    """Check the numbers in the files that describe a tokenizer or an image processor.
-
-    Raises:
-        ValueError: as `check_config`.
-    """
+    """Check the numbers in the files that describe a tokenizer or an image processor."""
     for file, largest in (("tokenizer_config.json", _SMALL), ("preprocessor_config.json", 2**12)):
         path = folder / file
         if not path.exists():

@@ -175,9 +175,6 @@ def require_causal(config: Any, what: str) -> None:
     Args:
         config: a transformers configuration.
         what: the operation that only causal language models support, for the message.
-
-    Raises:
-        NotImplementedError: it is of another kind.
     """
     if not (kind := kind_of(config)).is_causal:
         raise NotImplementedError(

@@ -215,9 +215,6 @@ class Skeleton:
         Returns:
             The hidden states (batch, tokens, hidden) that the first block receives, and the call of
             every block.
-
-        Raises:
-            NotImplementedError: see `BlockStubs.record`.
         """
         batch = batch.to(self.dtype) if batch.is_floating_point() else batch
         base = self.model.base_model
@@ -238,9 +235,6 @@ class Skeleton:
 
         Returns:
             (windows, tokens, hidden).
-
-        Raises:
-            NotImplementedError: see `head`.
         """
         seen: list[torch.Tensor] = []
 

@@ -78,9 +78,6 @@ class CheckpointSource:
         folder: a Hugging Face checkpoint.
         trust_remote_code: let transformers run code that comes with the checkpoint.
         quantized: accept a checkpoint that is quantised or packed. Its weights cannot be bound.
-
-    Raises:
-        FileNotFoundError, ValueError: see `Checkpoint` and `load_config`.
     """
 
     def __init__(

@@ -19,15 +19,7 @@ __all__ = ["auxiliary_files", "check_companions", "copy_companion"]
 #: Most bytes of a file that is copied beside the weights.
 _MAX_BYTES = 2**30
 # Weights in any format and prunus' own files. All other files are copied beside the result.
-_NOT_AUXILIARY = {
-    ".safetensors",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".partial",
-    *PICKLE_SUFFIXES,
-}
+_NOT_AUXILIARY = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".partial", *PICKLE_SUFFIXES}
 # A record of an earlier recovery names the pruned linears of that checkpoint, not of the result.
 _OWN_FILES = {INDEX_NAME, "prunus.json", "prunus-recovery.json", "README.md"}
 _OTHERS = ("README.md", "prunus.json", INDEX_NAME)
@@ -58,10 +50,6 @@ def check_companions(folder: Path, code: bool = False) -> None:
     Args:
         folder: the checkpoint.
         code: the result copies Python files too.
-
-    Raises:
-        ValueError: a file is a link that leads out of the folder, no regular file, or too large.
-        OSError: a file cannot be read.
     """
     others = [folder / name for name in _OTHERS if (folder / name).exists()]
     for path in (*auxiliary_files(folder, code), *others):

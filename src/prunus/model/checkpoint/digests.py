@@ -50,9 +50,6 @@ def check_shard(path: Path, expected: str, remedy: str) -> None:
         path: the shard.
         expected: its recorded SHA-256.
         remedy: what to do if it was changed, as the end of a sentence.
-
-    Raises:
-        ValueError: it was changed; names it.
     """
     if file_digest(path) != expected:
         raise ValueError(
@@ -66,10 +63,6 @@ def verify_shards(folder: Path) -> int:
 
     Returns:
         How many shards there are.
-
-    Raises:
-        FileNotFoundError: a shard is missing, or there is no SHA-256 to compare with.
-        ValueError: shards were changed; names them.
     """
     recorded = recorded_digests(folder)
     if not recorded:

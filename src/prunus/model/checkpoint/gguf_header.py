@@ -92,9 +92,6 @@ def check_header(path: Path) -> dict[str, Any]:
 
     Returns:
         `architecture`, number of `tensors`, and number of `weights` in all of them.
-
-    Raises:
-        ValueError: it is truncated or damaged, or its lengths do not fit the shapes of its tensors.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -15,9 +15,6 @@ __all__ = ["check_apart", "check_disk", "check_resume", "check_whole", "is_vacan
 def check_apart(output: Path, source: Path) -> None:
     """Check that output and source are different folders, and that neither lies in the other.
 
-    Raises:
-        ValueError: names both.
-
     >>> check_apart(Path("pruned"), Path("dense"))
     >>> check_apart(Path("dense/pruned"), Path("dense"))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
@@ -61,9 +58,6 @@ def check_resume(output: Path, unfinished: bool, resume: bool | None, work: str 
         unfinished: whether the folder holds work that can be resumed.
         resume: what the user wants; None resumes what there is.
         work: what the work is called.
-
-    Raises:
-        FileNotFoundError, FileExistsError: the folder is in the other state; says what to do.
     """
     if resume is True and not unfinished:
         raise FileNotFoundError(
@@ -81,9 +75,6 @@ def check_disk(output: Path, needed: int) -> None:
     Args:
         output: folder for the result; need not exist.
         needed: size of the result in bytes.
-
-    Raises:
-        OSError: less is free.
     """
     here = output.resolve()
     free = shutil.disk_usage(
@@ -97,11 +88,7 @@ def check_disk(output: Path, needed: int) -> None:
 
 
 def check_whole(output: Path) -> None:
-    """Check that a finished result still has all its shards, whole.
-
-    Raises:
-        FileExistsError: a file was removed or cut off since.
-    """
+    """Check that a finished result still has all its shards, whole."""
     try:
         Checkpoint(output)
     except (FileNotFoundError, ValueError) as fault:

@@ -252,10 +252,6 @@ class Checkpoint:
 
         Args:
             files: names of shards; None for all.
-
-        Raises:
-            FileNotFoundError: one is gone.
-            ValueError: one was replaced or written to.
         """
         for file in self._opened if files is None else files:
             try:

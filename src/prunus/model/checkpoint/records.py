@@ -43,9 +43,6 @@ def check_same_work(before: Mapping[str, Any], now: Mapping[str, Any], what: str
         now: fields of the work to do; only these are compared.
         what: a word for the work, such as "run".
 
-    Raises:
-        FileExistsError: names the first field that differs.
-
     >>> check_same_work({"seed": 0, "blocks": 3}, {"seed": 0}, "run")
     >>> check_same_work({"seed": 0}, {"seed": 1}, "run")  # doctest: +ELLIPSIS
     Traceback (most recent call last):

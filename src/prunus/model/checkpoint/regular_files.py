@@ -82,9 +82,6 @@ def check_folder(folder: Path) -> None:
     """Check all files of a checkpoint folder with `check_regular`; folders in it are left out.
 
     transformers reads configuration and tokenizer on its own, so they are checked before it starts.
-
-    Raises:
-        ValueError: one is no regular file, or larger than its kind may be; names it.
     """
     for place in (folder, *(folder / name for name in _SUBFOLDERS)):
         if not place.is_dir():
