@@ -35,10 +35,6 @@ def check_bos(bos: str) -> None:
 def bos_token(tokenizer: Any, bos: Bos) -> int | None:
     """The token that begins every window; None if windows begin with the text.
 
-    Args:
-        tokenizer: of the model.
-        bos: see `Bos`.
-
     Raises:
         ValueError: `bos` is unknown, or "yes" for a tokenizer that has no BOS token.
     """
@@ -75,12 +71,7 @@ def used_bos(token: int | None) -> UsedBos:
 
 
 def refuse_bos(source: str, bos: Bos) -> None:
-    """Refuse "yes" for windows that are given as they are, such as token ids.
-
-    Args:
-        source: what is given, for people.
-        bos: see `Bos`.
-    """
+    """Refuse "yes" for windows that are given as they are, such as token ids."""
     if bos == "yes":
         raise ValueError(
             f"`bos` is yes, and windows of {source} stay as they are given: put the BOS token into "

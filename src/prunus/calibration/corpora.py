@@ -166,13 +166,7 @@ def check_corpus(name: str, part: Part, data_dir: Path | None) -> None:
 
 
 def load_corpus(name: str, part: Part, data_dir: Path | None) -> Text:
-    """The text of one part of a corpus. As in the papers, only C4 consists of documents.
-
-    Args:
-        name: one of `CORPORA`.
-        part: the text for calibration or that for scoring.
-        data_dir: folder of local datasets; see `data_folder`.
-    """
+    """The text of one part of a corpus. As in the papers, only C4 consists of documents."""
     check_corpus(name, part, data_dir)
     if name == "python-docs":
         source = f"python-docs ({part} half of pydoc_data.topics, repeated paragraphs dropped)"

@@ -109,13 +109,6 @@ def windows_from_documents(
     replacement. Only when all have been drawn, the long ones are used again, each time with a
     window that starts elsewhere. Only documents that are drawn are tokenised.
 
-    Args:
-        documents: texts.
-        tokenizer: called on a list of texts.
-        samples: number of windows, N.
-        seqlen: tokens per window, S.
-        rng: source of all randomness.
-
     Returns:
         Windows (N, S) int64, and the number of documents that they come from.
 
@@ -169,12 +162,6 @@ def windows_from_stream(
     tokens_T: torch.Tensor, *, samples: int, seqlen: int, rng: random.Random
 ) -> torch.Tensor:
     """Random windows of one long text, with different starts; they may overlap.
-
-    Args:
-        tokens_T: token ids of the text, (T,).
-        samples: number of windows, N.
-        seqlen: tokens per window, S.
-        rng: source of all randomness.
 
     Returns:
         (N, S) int64.

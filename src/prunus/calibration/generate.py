@@ -26,11 +26,6 @@ def start_token(model: Any, tokenizer: Any, bos: Bos) -> int | None:
     BOS of the configuration. A model that never saw BOS before text would write text unlike its
     training data, and some instruction-tuned models answer BOS with the same system prompt every
     time.
-
-    Args:
-        model: a loaded causal LM.
-        tokenizer: of the model, or None.
-        bos: see `prunus.calibration.bos.Bos`.
     """
     if tokenizer is not None or bos == "no":
         return bos_token(tokenizer, bos)
@@ -42,13 +37,6 @@ def first_ids(
     model: Any, tokenizer: Any, samples: int, rng: random.Random, token: int | None
 ) -> torch.Tensor:
     """The token with which each window starts: `token`, or a random ordinary token each.
-
-    Args:
-        model: a loaded causal LM.
-        tokenizer: of the model, or None.
-        samples: number of windows, N.
-        rng: source of random tokens.
-        token: see `start_token`.
 
     Returns:
         (N,) int64.
@@ -73,9 +61,6 @@ def write_windows(model: Any, first_N: torch.Tensor, *, seqlen: int, seed: int) 
 
     Args:
         model: a loaded causal LM. It runs on its device in evaluation mode, and is left as it was.
-        first_N: first token of each window, (N,).
-        seqlen: tokens per window, S.
-        seed: of the sampling.
 
     Returns:
         (N, S) int64, on the CPU.

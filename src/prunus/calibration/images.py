@@ -109,10 +109,6 @@ def draw_images(folder: Path, samples: int, seed: int) -> list[Path]:
 def read_images(paths: Sequence[Path], processor: Any) -> torch.Tensor:
     """Pixel values of images, as the model's image processor makes them.
 
-    Args:
-        paths: image files.
-        processor: an image processor of transformers.
-
     Returns:
         (N, channels, height, width) float32.
 

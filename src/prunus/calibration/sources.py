@@ -49,12 +49,7 @@ class Source(ABC):
         self.name = name
 
     def check(self, wanted: Wanted, images: bool = False) -> None:
-        """Raise the errors of `draw` that can be found without reading text or the network.
-
-        Args:
-            wanted: the windows.
-            images: whether the model is an image classifier.
-        """
+        """Raise the errors of `draw` that can be found without reading text or the network."""
         if wanted.samples < 1:
             raise ValueError(
                 f"samples must be at least 1, not {wanted.samples}: pruning needs something to "

@@ -48,8 +48,6 @@ class Documents(Sequence[str]):
 
     Args:
         given: strings, rows of a data set, or chats.
-        tokenizer: its chat template is used for chats.
-        chat_text: turns a tokenizer and messages into text.
 
     >>> Documents(["one", {"text": "two"}], None, None)[1]
     'two'

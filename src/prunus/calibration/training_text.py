@@ -35,10 +35,8 @@ class TrainingText:
 
     Args:
         windows: yields all windows, (S,) int64 each.
-        source: where they come from, for people.
         held_out: how many of the first windows to hold out.
         seed: of the order in which windows come again.
-        bos: whether every window begins with BOS; see `UsedBos`.
 
     Attributes:
         held_out: the held-out windows, (held_out, S) int64.

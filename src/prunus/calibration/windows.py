@@ -77,10 +77,6 @@ def hash_ids(ids: torch.Tensor) -> str:
 def check_context(positions: int | None, seqlen: int) -> None:
     """Check that a window is no longer than the model's context.
 
-    Args:
-        positions: the longest window of the model in tokens; None if it is not known.
-        seqlen: tokens per window.
-
     >>> check_context(2048, 1024)
     """
     if positions is not None and seqlen > positions:

@@ -34,9 +34,6 @@ _LENGTH_BYTES, _SHORT_TEXT = 8, 248
 class ProcessGroup:
     """The ranks of a run over torch's default process group; see `Ranks` for each call.
 
-    Args:
-        heartbeat: of this rank.
-
     Attributes:
         error_reported: whether all ranks know already of the error that ends this rank.
     """

@@ -55,9 +55,6 @@ def tf32_products(allowed: bool = True) -> Iterator[None]:
 
     Nothing changes on a processor. The setting holds for the process, and ends as it was.
 
-    Args:
-        allowed: False changes nothing.
-
     >>> with tf32_products():
     ...     torch.backends.cuda.matmul.fp32_precision
     'tf32'

@@ -98,11 +98,6 @@ def check_adapter(folder: Path, trust_remote_code: bool = False) -> None:
 def attach(model: Any, folder: Path, base: Path) -> Any:
     """Put the layers of an adapter into a model.
 
-    Args:
-        model: the base, which changes; may be on the meta device.
-        folder: of the adapter.
-        base: folder of the base, for messages.
-
     Returns:
         The model of peft.
     """
@@ -164,11 +159,8 @@ def add_lora(
     trained, in float32.
 
     Args:
-        model: a causal LM, which changes.
         targets: last parts of the names of the linears that get a layer, e.g. `q_proj`.
         rank, alpha: of the update.
-        seed: of A.
-        base: the name of the base for the adapter's configuration.
         transposed: whether the linears store (in, out), as GPT-2's Conv1D does.
 
     Returns:

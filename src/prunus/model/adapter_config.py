@@ -43,7 +43,6 @@ def check_adapter_config(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[
     """Check an adapter_config.json against the tensors of the adapter.
 
     Args:
-        path: of the configuration.
         tensors: name -> what the header of the adapter's weights says of the tensor.
 
     Returns:

@@ -34,8 +34,6 @@ def apply_chat_template(
     """The text that a tokenizer's chat template makes of messages.
 
     Args:
-        tokenizer: with a chat template.
-        messages: each has a `role` and a `content`.
         answer_follows: end with the beginning of an answer, which a model then continues.
         variables: more that the template may read, such as `tools` or `enable_thinking`.
 

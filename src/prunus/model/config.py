@@ -38,10 +38,7 @@ def load_config(
     Its numbers are compared with the weights before transformers sees them; see `config_limits`.
 
     Args:
-        folder: of the checkpoint.
-        trust_remote_code: let transformers run code that comes with the checkpoint.
         quantized: accept a quantised model, and return the configuration of its dense form.
-        checkpoint: the weights in the folder, if they are open already.
 
     Raises:
         FileNotFoundError: there is no config.json.

@@ -93,11 +93,6 @@ def without_blocks(config: Any, kept: Sequence[int], count: int) -> dict[str, An
     These are the number of blocks, lists with one entry per block, lists of positions of blocks,
     and numbers that say how many blocks at the beginning are of another kind.
 
-    Args:
-        config: of the model.
-        kept: positions of the blocks that stay.
-        count: blocks of the model.
-
     >>> from transformers import Qwen2Config
     >>> config = Qwen2Config(num_hidden_layers=3, layer_types=["full_attention"] * 3)
     >>> sorted(without_blocks(config, [0, 2], 3))
@@ -125,8 +120,6 @@ def rewritten(raw: Mapping[str, Any], config: Any, changes: Mapping[str, Any]) -
     """The content of config.json with some fields of the language model changed.
 
     Args:
-        raw: the content of the file.
-        config: the configuration that was read from it.
         changes: canonical name of a field -> its new value.
 
     >>> from transformers import LlavaConfig, Qwen3MoeConfig
@@ -170,7 +163,6 @@ def parsed(config: Any, raw: Mapping[str, Any]) -> Any:
 
     Args:
         config: of the same class; it decides how attention is computed.
-        raw: the content.
     """
     # transformers reads a file otherwise than a dict: it turns words such as Infinity into numbers.
     with tempfile.TemporaryDirectory() as folder:

@@ -116,10 +116,6 @@ _UNKNOWN = StoredSizes(2**34, _MAX_LAYERS, _MAX_LAYERS, _MAX_EXPERTS, 2**24)
 def check_config(folder: Path, checkpoint: Checkpoint | None = None) -> dict[str, Any]:
     """Check the numbers in a folder's config.json against its weights.
 
-    Args:
-        folder: of the checkpoint; one without config.json passes.
-        checkpoint: its weights, if they are open already.
-
     Returns:
         The content of the file.
     """

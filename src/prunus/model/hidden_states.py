@@ -37,7 +37,6 @@ class HiddenStates:
     """One tensor per batch: (windows, tokens, hidden), or images (images, channels, height, width).
 
     Args:
-        count: number of batches.
         spill_to: folder for the memory-mapped file, or None to keep the tensors in memory. The
             file has no name, so nothing is left behind when the process is killed.
         device: where `get` puts the tensors.

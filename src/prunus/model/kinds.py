@@ -73,11 +73,6 @@ class Kind:
     def trial_batch(self, config: Any, rows: int, tokens: int) -> Tensor:
         """A batch that reaches many of the model's weights, always the same.
 
-        Args:
-            config: of the model.
-            rows: size of the vocabulary.
-            tokens: how many ids, spread evenly over the vocabulary.
-
         Returns:
             Ids (1, tokens), or four images of noise (4, channels, height, width).
         """
@@ -170,12 +165,7 @@ def kind_of(config: Any) -> Kind:
 
 
 def require_causal(config: Any, what: str) -> None:
-    """Check that a configuration is of a causal language model, alone or inside another model.
-
-    Args:
-        config: a transformers configuration.
-        what: the operation that only causal language models support, for the message.
-    """
+    """Check that a configuration is of a causal language model, alone or inside another model."""
     if not (kind := kind_of(config)).is_causal:
         raise NotImplementedError(
             f"{what} is for causal language models; this is an {kind.name} of type "

@@ -56,12 +56,6 @@ def limited_modules() -> Iterator[None]:
 def build_on_meta(kind: Kind, config: Any, dtype: Any, trust_remote_code: bool) -> Any:
     """The transformers model of a configuration, with its parameters on the meta device.
 
-    Args:
-        kind: of the model.
-        config: its transformers configuration, which is not changed.
-        dtype: of the parameters.
-        trust_remote_code: let transformers run code that comes with the checkpoint.
-
     Raises:
         ValueError: transformers makes no model of it, or one beyond all limits.
     """

@@ -34,10 +34,6 @@ def names_in_model(
 ) -> tuple[dict[str, str], set[str], dict[str, str]]:
     """Match stored names with the names of the skeleton.
 
-    Args:
-        skeleton: the model.
-        keys: the stored names; the values are not used.
-
     Returns:
         The skeleton's name -> stored name. A stored fused tensor, which is several in the skeleton,
         appears under its own name.
@@ -81,11 +77,6 @@ def names_in_model(
 
 def stored_names(model: Any, keys: Iterable[str], names: Collection[str]) -> dict[str, str]:
     """Return stored name -> the model's name, for some tensors of a loaded model.
-
-    Args:
-        model: the model, for the rules by which transformers renames what is stored.
-        keys: all stored names of the checkpoint that it was loaded from.
-        names: names in the model.
 
     Raises:
         NotImplementedError: the checkpoint stores one of them in another form.

@@ -95,10 +95,6 @@ def embedding_as_stored(embedding: nn.Module, dtype: torch.dtype) -> Iterator[Co
 
     The weight must be back on the meta device when the block ends.
 
-    Args:
-        embedding: the input embedding of a model.
-        dtype: of the rows that it returns.
-
     Yields:
         What to pass to `place` as `as_stored`; empty if this is no plain `nn.Embedding`, as
         subclasses may compute with their weight.

@@ -39,12 +39,7 @@ def manifest_text(content: Any) -> str:
 
 
 def keep_records(model: Any, records: Mapping[str, str]) -> None:
-    """Let a transformers model write records beside its weights, wherever it is saved.
-
-    Args:
-        model: the model, which changes.
-        records: name of a file -> its text. Without any, the model stays as it is.
-    """
+    """Let a transformers model write records beside its weights, wherever it is saved."""
     if records:
         # Partial functions, because they are copied and pickled with the model.
         model.save_pretrained = functools.partial(_save_pretrained, model, dict(records))

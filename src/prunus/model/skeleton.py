@@ -41,9 +41,7 @@ class Skeleton:
     """A model on the meta device, as a row of blocks and what is outside the blocks.
 
     Args:
-        config: a transformers configuration of one of the kinds of model in `kinds`.
         dtype: dtype of the computation. Parameters that the model itself keeps in float32 stay so.
-        trust_remote_code: let transformers run code that comes with the checkpoint.
 
     Attributes:
         model: the transformers model, in evaluation mode and without gradients.
@@ -157,8 +155,6 @@ class Skeleton:
         """Give the modules outside the blocks their weights for the length of a `with` block.
 
         Args:
-            read: gives the stored tensors of some names; `Source.read_outside`.
-            device: where the weights go.
             with_head: give an untied head its weights too.
             with_embedding: give an untied embedding its weights. Without them it returns zeros,
                 which is enough to run only what comes after the blocks.
@@ -231,7 +227,6 @@ class Skeleton:
 
         Args:
             input_ids: (windows, tokens); only the shape matters.
-            hidden: (windows, tokens, hidden).
 
         Returns:
             (windows, tokens, hidden).
@@ -259,7 +254,6 @@ class Skeleton:
 
         Args:
             input_ids: (batch, tokens); only the shape matters.
-            hidden: (batch, tokens, hidden).
 
         Returns:
             (batch, tokens, vocabulary).

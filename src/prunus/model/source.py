@@ -61,7 +61,6 @@ class Source(Protocol):
         """Stored tensors of one block, by names relative to it.
 
         Args:
-            index: position of the block.
             pinned: read a checkpoint into pinned memory; see `Checkpoint.read`.
         """
         ...
@@ -75,8 +74,6 @@ class CheckpointSource:
     """The weights of a checkpoint folder. Opening it reads headers only.
 
     Args:
-        folder: a Hugging Face checkpoint.
-        trust_remote_code: let transformers run code that comes with the checkpoint.
         quantized: accept a checkpoint that is quantised or packed. Its weights cannot be bound.
     """
 
@@ -282,9 +279,6 @@ class CheckpointSource:
 
 class ModuleSource:
     """The weights of a loaded model. Reading returns its own tensors; writing changes them.
-
-    Args:
-        model: a transformers model.
 
     Raises:
         TypeError: it is no transformers model.

@@ -27,8 +27,6 @@ class Stream:
     Call `embed` first.
 
     Args:
-        skeleton: the model without weights.
-        source: its weights.
         device: where blocks and, between blocks, hidden states live.
     """
 
@@ -103,12 +101,7 @@ class Stream:
                 )
 
     def forward(self, index: int, block: nn.Module) -> Callable[[int], torch.Tensor]:
-        """A function that runs a block on batch i. It does not change the hidden states.
-
-        Args:
-            index: position of the block, which decides how the model calls it.
-            block: the block, with its weights.
-        """
+        """A function that runs a block on batch i. It does not change the hidden states."""
         run = self.call(index, block)
         return lambda batch: run(self.states.get(batch))
 
@@ -118,10 +111,6 @@ class Stream:
         """A function that runs a block on hidden states (windows, tokens, hidden).
 
         The number of windows must be that of a batch that was embedded.
-
-        Args:
-            index: position of the block, which decides how the model calls it.
-            block: the block, with its weights; None for the skeleton's.
         """
         block = block if block is not None else self.skeleton.blocks[index]
 

@@ -29,8 +29,6 @@ class BlockStubs:
     """Stand-ins for the blocks of one model.
 
     Args:
-        model_name: the model's class, for messages.
-        blocks: its blocks, in order; on the meta device while the stubs are in use.
         images: the model takes images, whose hidden states may be grids.
     """
 
@@ -44,9 +42,6 @@ class BlockStubs:
 
     def record(self, run: Callable[[], object]) -> tuple[torch.Tensor, list[BlockCall]]:
         """Run a model up to its last block, and record how it calls each block.
-
-        Args:
-            run: calls the model on some input.
 
         Returns:
             The hidden states (batch, tokens, hidden) that the first block receives, and the call of

@@ -29,7 +29,6 @@ def auxiliary_files(folder: Path, code: bool = False) -> list[Path]:
     """Files of a checkpoint that are copied beside the result, such as config and tokenizer.
 
     Args:
-        folder: the checkpoint.
         code: copy Python files too; only if the user trusts the code of the checkpoint.
     """
     return sorted(
@@ -45,12 +44,7 @@ def auxiliary_files(folder: Path, code: bool = False) -> list[Path]:
 
 
 def check_companions(folder: Path, code: bool = False) -> None:
-    """Check, before any work, everything that a result takes over from a checkpoint.
-
-    Args:
-        folder: the checkpoint.
-        code: the result copies Python files too.
-    """
+    """Check, before any work, everything that a result takes over from a checkpoint."""
     others = [folder / name for name in _OTHERS if (folder / name).exists()]
     for path in (*auxiliary_files(folder, code), *others):
         _check_inside(path, folder)

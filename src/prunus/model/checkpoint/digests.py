@@ -44,13 +44,7 @@ def recorded_digests(folder: Path) -> dict[str, str]:
 
 
 def check_shard(path: Path, expected: str, remedy: str) -> None:
-    """Check that a shard still has the bytes that were written.
-
-    Args:
-        path: the shard.
-        expected: its recorded SHA-256.
-        remedy: what to do if it was changed, as the end of a sentence.
-    """
+    """Check that a shard still has the bytes that were written."""
     if file_digest(path) != expected:
         raise ValueError(
             f"{path} is not what was written: its SHA-256 is not the recorded one, so a disk or a "

@@ -51,14 +51,7 @@ def is_vacant(output: Path, inside: str | None = None) -> bool:
 
 
 def check_resume(output: Path, unfinished: bool, resume: bool | None, work: str = "run") -> None:
-    """Check that there is unfinished work if `resume` is True, and none if it is False.
-
-    Args:
-        output: folder for the result.
-        unfinished: whether the folder holds work that can be resumed.
-        resume: what the user wants; None resumes what there is.
-        work: what the work is called.
-    """
+    """Check that there is unfinished work if `resume` is True, and none if it is False."""
     if resume is True and not unfinished:
         raise FileNotFoundError(
             f"there is no unfinished {work} in {output} to resume; leave `resume` out to start one"
@@ -70,12 +63,7 @@ def check_resume(output: Path, unfinished: bool, resume: bool | None, work: str 
 
 
 def check_disk(output: Path, needed: int) -> None:
-    """Check that the result fits on the disk of `output`.
-
-    Args:
-        output: folder for the result; need not exist.
-        needed: size of the result in bytes.
-    """
+    """Check that the result fits on the disk of `output`."""
     here = output.resolve()
     free = shutil.disk_usage(
         next(folder for folder in (here, *here.parents) if folder.exists())

@@ -118,9 +118,6 @@ class Checkpoint:
         """Compare each shard with its SHA-256 when it is read for the first time.
 
         Its pages are then in memory for the reading, so that the disk is read once.
-
-        Args:
-            digests: name of a shard -> SHA-256; others are not compared.
         """
         self._expected = {file: x for file, x in digests.items() if file in self._opened}
 
@@ -249,9 +246,6 @@ class Checkpoint:
 
         A mapped file shows what is written to it later. So call this after reading weights and
         before the result of the work gets its final name.
-
-        Args:
-            files: names of shards; None for all.
         """
         for file in self._opened if files is None else files:
             try:
@@ -328,9 +322,6 @@ def resolve_folder(model: str | Path) -> Path:
     """The folder of a model: a local folder, or a snapshot downloaded from the Hugging Face hub.
 
     Downloads safetensors, configuration and tokenizer files only.
-
-    Args:
-        model: path of a folder, or a hub id such as `owner/name`.
 
     Raises:
         FileNotFoundError: neither a folder nor a hub id, or the hub cannot be reached.

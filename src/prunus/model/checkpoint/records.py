@@ -18,10 +18,6 @@ _Record = TypeVar("_Record", bound=BaseModel)
 def read_record(path: Path, kind: type[_Record]) -> _Record:
     """The record in the file `path`, which must exist.
 
-    Args:
-        path: a JSON file.
-        kind: the pydantic model of the record.
-
     Raises:
         ValueError: it is damaged or of another version; names the first fault.
     """
@@ -37,11 +33,6 @@ def read_record(path: Path, kind: type[_Record]) -> _Record:
 
 def check_same_work(before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
     """Check that the record of a folder agrees with the work to do, so that it can be resumed.
-
-    Args:
-        before: fields of the record in the folder.
-        now: fields of the work to do; only these are compared.
-        what: a word for the work, such as "run".
 
     >>> check_same_work({"seed": 0, "blocks": 3}, {"seed": 0}, "run")
     >>> check_same_work({"seed": 0}, {"seed": 1}, "run")  # doctest: +ELLIPSIS

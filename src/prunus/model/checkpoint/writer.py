@@ -43,9 +43,7 @@ def save_safetensors(
     header as JSON, then the bytes of the tensors without gaps.
 
     Args:
-        path: the file.
         tensors: name -> tensor, of any dtype of `TENSOR_DTYPES`, on any device.
-        metadata: goes into the header.
         uncached: drop the written pages from the page cache at once, if memory is short.
 
     Returns:
