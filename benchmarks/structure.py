@@ -59,9 +59,9 @@ from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.runs.options import RunOptions
 from prunus.runs.windows import describe_given
 from prunus.structure.plan import StructureJob, plan_structure
-from prunus.structure.recipe import load_structure_recipe
+from prunus.structure.recipe import StructureRecipe
 from prunus.structure.record import StructureRecord
-from prunus.structure.run import shrink_by_recipe
+from prunus.structure.run import run
 
 #: Way -> options of `prunus.shrink`, without those that say how much goes.
 WAYS: dict[str, dict[str, Any]] = {
@@ -151,12 +151,8 @@ class Benchmark:
     def _plan(self, size: float) -> StructureJob:
         """The checked run for a size, which knows the models that meet it."""
         given = {**describe_given(self.ids), "target": f"parameters={size:g}", "repair": False}
-        return plan_structure(
-            self.given.model,
-            self.folder / "is not written",
-            load_structure_recipe(None, given),
-            RunOptions(input_ids=self.ids),
-        )
+        recipe = StructureRecipe.read(None, given)
+        return plan_structure(self.given.model, recipe, RunOptions(input_ids=self.ids))
 
     def amount(self, way: str, size: float) -> dict[str, Any]:
         """The option of `prunus.shrink` for a size.
@@ -234,14 +230,11 @@ class Benchmark:
         """
         found = StructureRecord.load(Path(earlier["folder"])).search if earlier is not None else []
         given = {**describe_given(self.ids), "batch": BATCH, **options}
-        record = shrink_by_recipe(
-            self.given.model,
-            folder,
-            load_structure_recipe(None, given),
-            RunOptions(input_ids=self.ids),
-            progress=lambda now: say(f"{folder.name} {now.done}/{now.total}"),
-            found=found,
+        options = RunOptions(
+            input_ids=self.ids, report=lambda now: say(f"{folder.name} {now.done}/{now.total}")
         )
+        recipe = StructureRecipe.read(None, given)
+        record = run(self.given.model, folder, recipe, options, found)
         gone = record.totals["parameters_before"] - record.totals["parameters"]
         target = self.planned(self.given.sizes[0]).target
         assert target is not None

@@ -11,7 +11,7 @@ import prunus
 from command_line import call
 from devices import PRETEND, assert_same_weights
 from prunus.model.checkpoint.digests import verify_shards
-from prunus.structure.recipe import StructureRecipe, load_structure_recipe
+from prunus.structure.recipe import StructureRecipe
 from prunus.structure.record import StructureRecord
 from structure_cases import bytes_of, loaded, shrunk_with_a_kill
 from structure_cases import shrink_without_repair as shrink
@@ -68,12 +68,12 @@ REFUSALS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("grouped", {"experts": 5}, WRONG, "2 groups of one size, of which a token uses 1"),
     ("grouped", {"experts": 5}, WRONG, "possible numbers to keep are 4, 6"),
     ("llama", {"heads": 3}, WRONG, _HEADS),
-    ("llama", {"kv_heads": 3}, WRONG, "kv_heads=3 does not fit"),
-    ("llama", {"heads": 4}, WRONG, "all of them would stay: give width as well"),
-    ("llama", {"width": 1.0}, WRONG, r"a share to remove in \(0, 1\); got 1"),
+    ("llama", {"kv_heads": 3}, WRONG, "`kv_heads` 3 does not fit"),
+    ("llama", {"heads": 4}, WRONG, "all of them would stay: give `width` as well"),
+    ("llama", {"width": 1.0}, WRONG, r"width must lie in \(0, 1\), a share to remove; got 1"),
     ("llama", {"width": 0.001}, WRONG, "less than one step"),
-    ("olmo2", {"width": 0.5}, MISSING, "normalises all heads.*width=0.5 and heads=4"),
-    ("gpt2", {"width": 0.5}, MISSING, "no width of a head.*width=0.5 and heads=4"),
+    ("olmo2", {"width": 0.5}, MISSING, "normalises all heads.*`width` 0.5 and `heads` 4"),
+    ("gpt2", {"width": 0.5}, MISSING, "no width of a head.*`width` 0.5 and `heads` 4"),
     ("gpt2", {"heads": 2}, MISSING, "fewer heads would be wider ones$"),
     ("bloom", {"width": 0.5}, MISSING, "no number for the channels of its MLPs"),
     ("bloom", {"width": 0.5, "heads": 4}, MISSING, "no number for the channels"),
@@ -83,8 +83,18 @@ REFUSALS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("llama", {"target": "parameters=1.5"}, WRONG, "a target looks like parameters=0.75"),
     ("llama", {"target": "size=3GB"}, WRONG, "a target looks like parameters=0.75"),
     ("llama", {"target": "memory=much"}, WRONG, "a memory size looks like 8GB"),
-    ("llama", {"target": "speed=2x", "blocks": 1}, WRONG, "target and blocks exclude each other"),
-    ("llama", {"target": "speed=2x", "experts": 2}, WRONG, "target and experts exclude each other"),
+    (
+        "llama",
+        {"target": "speed=2x", "blocks": 1},
+        WRONG,
+        "`target` and `blocks` exclude",
+    ),
+    (
+        "llama",
+        {"target": "speed=2x", "experts": 2},
+        WRONG,
+        "`target` and `experts` exclude",
+    ),
 ]
 
 
@@ -106,9 +116,9 @@ def test_a_recipe_is_read_from_what_it_writes(tmp_path):
     recipe = StructureRecipe(experts=6, blocks=0.25, block_rule="cosine", calibration='a "b".txt')
     path = tmp_path / "recipe.toml"
     path.write_text(recipe.to_toml())
-    assert load_structure_recipe(path, {"seed": None}) == recipe
-    assert load_structure_recipe(recipe, {"experts": "0.5"}).experts == 0.5
-    assert load_structure_recipe(path, {"experts": "5"}).experts == 5
+    assert StructureRecipe.read(path, {"seed": None}) == recipe
+    assert StructureRecipe.read(recipe, {"experts": "0.5"}).experts == 0.5
+    assert StructureRecipe.read(path, {"experts": "5"}).experts == 5
 
 
 def test_the_verb_prints_what_changed_and_refuses_in_one_line(tmp_path):

@@ -11,9 +11,9 @@ from torch import Tensor
 from prunus.runs.options import RunOptions
 from prunus.runs.windows import describe_given
 from prunus.structure import target_search
-from prunus.structure.recipe import load_structure_recipe
+from prunus.structure.recipe import StructureRecipe
 from prunus.structure.record import StructureRecord, TargetModel
-from prunus.structure.run import shrink_by_recipe
+from prunus.structure.run import run
 from prunus.structure.target import parse_target
 from prunus.structure.target_plan import TargetPlan
 from structure_cases import bytes_of, divergence, loaded, shrink_killed_in_second_step, stored
@@ -53,9 +53,8 @@ def test_the_best_of_the_models_that_meet_the_target_is_made(target, repair, tmp
     def made(folder: Path, ids: Tensor, width: float | None, each: TargetModel) -> Path:
         gone = 4 - each.blocks
         given = {"width": width, "heads": each.heads, "blocks": each.blocks if gone else None}
-        recipe = load_structure_recipe(None, {**given, **options, **describe_given(ids)})
-        run = RunOptions(input_ids=ids)
-        shrink_by_recipe(dense, folder, recipe, run, found=record.search[:gone])
+        recipe = StructureRecipe.read(None, {**given, **options, **describe_given(ids)})
+        run(dense, folder, recipe, RunOptions(input_ids=ids), record.search[:gone])
         return folder
 
     for number, each in enumerate(record.targets if not repair else []):
@@ -76,7 +75,6 @@ def test_the_best_of_the_models_that_meet_the_target_is_made(target, repair, tmp
     best = min(record.targets, key=lambda each: each.value)
     made(tmp_path / "best", IDS, best.width, best)
     assert bytes_of(tmp_path / "best") == bytes_of(tmp_path / "small")
-    assert not list((tmp_path / "small").glob("search-*"))
 
 
 @pytest.mark.parametrize(("family", "share"), [("bloom", 0.8), ("gpt2", 0.9), ("mixtral", 0.7)])
@@ -110,7 +108,7 @@ def test_of_a_mixture_a_token_reads_the_experts_that_it_chooses(tmp_path, monkey
     assert [len(record.blocks) for record in found.values()] == [3, 2]
 
 
-def test_a_killed_search_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+def test_a_killed_search_continues_to_the_same_bytes(tmp_path, monkeypatch):
     dense = checkpoint(tmp_path / "dense", blocks=3)
     options: dict[str, Any] = {"target": "parameters=0.7", "calibration": IDS, "repair": True}
     whole = shrink(dense, tmp_path / "whole", **options)
@@ -122,7 +120,6 @@ def test_a_killed_search_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
     again = shrink(dense, tmp_path / "killed", resume=True, **options)
     assert (again.search, again.targets) == (whole.search, whole.targets)
     assert bytes_of(tmp_path / "whole") == bytes_of(tmp_path / "killed")
-    assert not list((tmp_path / "killed").glob("search-*"))
 
 
 def test_targets_are_read_with_and_without_their_unit():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from prunus.reporting.run_sections import blocks_map, circumstances, lines_over_blocks
 from prunus.runs.document import Column, Facts, HeatMap, Lines, Section, Series, Table
 from prunus.runs.record import bos_words
-from prunus.structure.card import what_went
+from prunus.structure.card import what_was_removed
 
 if TYPE_CHECKING:
     from prunus.structure.record import BlockChange, PartChange, StructureRecord
@@ -37,7 +37,7 @@ def structure_table(record: StructureRecord) -> Table:
     """The fields of the configuration that changed, and what was removed."""
     totals, inputs = record.totals, record.inputs
     lines = [
-        *what_went(record),
+        *what_was_removed(record),
         f"computed in {inputs.dtype} on {inputs.device}; calibration: {inputs.calibration}, "
         f"{bos_words(inputs.bos)}",
     ]

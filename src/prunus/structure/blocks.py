@@ -1,13 +1,14 @@
-"""Which blocks go: found by measuring what the model says without them.
+"""The search for the blocks to remove, by measuring what the model predicts without them.
 
 One step of the search removes one block. Every block that is left is a candidate: the model without
-it, and without the blocks that are gone, reads a few windows, and the KL divergence of its next
-tokens from those of the dense model is measured. The candidate with the smallest one goes. Then all
-are measured again, because a block may be worth more when its neighbour is gone. The worse half of
-the candidates sits out the steps in between: who was far behind is not the best one step later.
+it, and without the blocks of the steps before, reads a few windows, and the KL divergence of its
+next tokens from those of the dense model is measured. The candidate with the smallest divergence is
+removed. Then the others are measured again, because a block may matter more when its neighbour is
+missing. The steps in between measure only the better half of the candidates: one that was far from
+the best is not the best one step later.
 
-All candidates travel through the model together, so a step reads each block once. A candidate's
-windows are those of the base model up to its block, jump over it, and then run on their own.
+All candidates run through the model together, so a step reads each block once. A candidate shares
+the hidden states of the base model up to its block, skips the block, and has its own afterwards.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ import contextlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from prunus.distributed import own_part
 from prunus.methods.structured.blocks import cosine_sum, divergence_sum
 from prunus.model.stream import Stream
 from prunus.structure.plan import StructureJob
-from prunus.structure.record import BlockStep
+from prunus.structure.record import SearchStep
 
 __all__ = [
     "PROBE_TOKENS",
@@ -43,10 +43,7 @@ _FULL_STEPS = 4
 
 
 def choose_blocks(
-    job: StructureJob,
-    ids: Tensor,
-    steps: list[BlockStep],
-    save: Callable[[BlockStep], object],
+    job: StructureJob, ids: Tensor, steps: list[SearchStep], save: Callable[[], object]
 ) -> list[int]:
     """Choose the blocks that stay.
 
@@ -54,32 +51,30 @@ def choose_blocks(
         job: the checked run.
         ids: calibration windows (windows, tokens).
         steps: what an earlier run has found; new steps are added.
-        save: called after every step, which has just been added.
+        save: called after every new step.
 
     Returns:
         Positions of the blocks that stay, rising.
 
     Raises:
-        NotImplementedError: no more blocks can go in this family.
+        NotImplementedError: no more blocks of this family can be removed.
         ValueError: the candidates do not fit in memory.
     """
-    search, stay = BlockSearch(job, steps, save), len(job.skeleton) - job.blocks_that_go
-    if len(search.left) > stay:
-        with torch.no_grad():
-            if job.recipe.block_rule == "cosine":
-                search.by_cosine(ids)
-            else:
-                probes = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
-                fault = search.by_divergence(probes, lambda left: len(left) == stay)
-                if fault is not None:
-                    raise NotImplementedError(fault)
+    search, keep = BlockSearch(job, steps, save), job.keep_blocks
+    if len(search.left) > keep and job.recipe.block_rule == "cosine":
+        search.by_cosine(ids, keep)
+    elif len(search.left) > keep:
+        probes = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
+        fault = search.by_divergence(probes, lambda left: len(left) == keep)
+        if fault is not None:
+            raise NotImplementedError(fault)
     return search.left
 
 
-def blocks_left(steps: Sequence[BlockStep], count: int) -> list[int]:
-    """Positions of the blocks that stay behind some steps, rising."""
-    gone = {step.block for step in steps}
-    return [index for index in range(count) if index not in gone]
+def blocks_left(steps: Sequence[SearchStep], count: int) -> list[int]:
+    """Positions of the blocks that stay after some steps, rising."""
+    removed = {step.block for step in steps}
+    return [index for index in range(count) if index not in removed]
 
 
 class BlockSearch:
@@ -88,11 +83,11 @@ class BlockSearch:
     Args:
         job: the checked run.
         steps: what an earlier run has found; new steps are added.
-        save: called after every step, which has just been added.
+        save: called after every new step.
     """
 
     def __init__(
-        self, job: StructureJob, steps: list[BlockStep], save: Callable[[BlockStep], object]
+        self, job: StructureJob, steps: list[SearchStep], save: Callable[[], object]
     ) -> None:
         self._job, self._steps, self._save = job, steps, save
 
@@ -109,7 +104,7 @@ class BlockSearch:
             enough: whether the search ends with the blocks that are left.
 
         Returns:
-            None, or why the search has ended early: no further block can go in this family.
+            None, or why the search has ended early: no other block of this family can be removed.
 
         Raises:
             ValueError: the candidates do not fit in memory.
@@ -125,45 +120,46 @@ class BlockSearch:
             return [step.model_dump() for step in self._steps], reason
 
         found, reason = self._job.ranks.on_rank_0(search)
-        self._steps[:] = [BlockStep.model_validate(step) for step in found]
+        self._steps[:] = [SearchStep.model_validate(step) for step in found]
         return reason
 
-    def by_cosine(self, ids: Tensor) -> None:
-        """ShortGPT's rule: one pass over all windows, and the blocks of the lowest influence go.
+    def by_cosine(self, ids: Tensor, keep: int) -> None:
+        """ShortGPT's rule: one pass over all windows, then remove the blocks of lowest influence.
 
         Args:
             ids: calibration windows (windows, tokens).
+            keep: how many blocks stay.
 
         Raises:
-            NotImplementedError: no more blocks can go in this family.
+            NotImplementedError: no more blocks of this family can be removed.
         """
         influence = _influence(self._job, ids)
-        while len(self._steps) < self._job.blocks_that_go:
+        while len(self.left) > keep:
             self._take(influence, "influence")
 
     def _take_steps(self, probes: Tensor, enough: Callable[[Sequence[int]], bool]) -> None:
         """The steps of the search by KL divergence.
 
         Raises:
-            NotImplementedError: no further block can go.
+            NotImplementedError: no other block can be removed.
         """
         job = self._job
-        stream = Stream(job.skeleton, job.source, job.measuring.device)
+        stream = Stream(job.skeleton, job.source, job.device)
         with contextlib.closing(stream):
             stream.embed([probes], None)
             first = stream.states.get(0)
             dense, _ = candidate_states(stream, first, range(len(job.skeleton)), ())
             while not enough(left := self.left):
                 measured = _promising(self._steps, left)
-                number = len(self._steps) + 1
-                job.measuring.options.tell(
-                    f"searching for block {number} to remove: {len(measured)} candidates"
+                job.options.tell(
+                    f"searching for block {len(self._steps) + 1} to remove: {len(measured)} "
+                    "candidates"
                 )
                 _, candidates = candidate_states(stream, first, left, measured)
                 self._take(divergences(stream, probes, dense, candidates), "divergence")
 
     def _take(self, values: dict[int, float], measure: Literal["divergence", "influence"]) -> None:
-        """Take the candidate of the lowest value whose model the configuration can describe.
+        """Remove the candidate of the lowest value whose model the configuration can describe.
 
         Raises:
             NotImplementedError: there is none.
@@ -177,15 +173,16 @@ class BlockSearch:
                 continue
             count = len(self._job.skeleton)
             every = [values.get(index) if index in left else None for index in range(count)]
-            step = BlockStep(block=block, value=values[block], measure=measure, candidates=every)
-            self._steps.append(step)
-            self._save(step)
+            self._steps.append(
+                SearchStep(block=block, value=values[block], measure=measure, candidates=every)
+            )
+            self._save()
             return
         assert fault is not None
         raise fault
 
 
-def _promising(steps: Sequence[BlockStep], left: Sequence[int]) -> list[int]:
+def _promising(steps: Sequence[SearchStep], left: Sequence[int]) -> list[int]:
     """The candidates of the next step among the blocks that are left."""
     if len(steps) % _FULL_STEPS == 0:
         return list(left)
@@ -197,7 +194,7 @@ def _promising(steps: Sequence[BlockStep], left: Sequence[int]) -> list[int]:
 def candidate_states(
     stream: Stream, first: Tensor, left: Sequence[int], measured: Collection[int]
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """The hidden states behind the last block: of the base model, and without each block.
+    """The hidden states after the last block: of the base model, and without each candidate.
 
     Args:
         stream: the windows of the dense model.
@@ -222,17 +219,20 @@ def divergences(
 ) -> dict[int, float]:
     """The KL divergence of every candidate, in nats per token.
 
-    Windows come one after the other, because logits are large.
+    Args:
+        stream: of the dense model, or of another one with the same head.
+        ids: the windows (windows, tokens).
+        dense: the hidden states of the dense model after its last block.
+        candidates: the same of other models.
     """
     skeleton, device = stream.skeleton, stream.device
     sums, tokens = dict.fromkeys(candidates, 0.0), 0
     with skeleton.outside_blocks(
         stream.source.read_outside, device, with_head=True, with_embedding=False
     ):
-        for window in range(len(ids)):
+        for window in range(len(ids)):  # one by one, because logits are large
             part = slice(window, window + 1)
             shape = ids[part].to(device)
-
             logp = skeleton.logits(shape, dense[part]).flatten(0, 1).float().log_softmax(dim=-1)
             for block, hidden in candidates.items():
                 sums[block] += divergence_sum(
@@ -244,13 +244,12 @@ def divergences(
 
 def _influence(job: StructureJob, ids: Tensor) -> dict[int, float]:
     """Position of a block -> 1 less the mean cosine between the hidden states around it."""
-    measuring = job.measuring
-    stream, influence = Stream(job.skeleton, job.source, measuring.device), dict[int, float]()
+    stream, influence = Stream(job.skeleton, job.source, job.device), dict[int, float]()
     with contextlib.closing(stream):
-        batches = ids.split(measuring.batch)
-        stream.embed(own_part(job.ranks, batches), None, on_device=measuring.hidden_states_stay)
+        own = own_part(job.ranks, ids.split(job.batch))
+        stream.embed(own, None, on_device=job.hidden_states_stay)
         for index in range(len(job.skeleton)):
-            block = job.skeleton.fill(index, job.source.block(index), measuring.device)
+            block = job.skeleton.fill(index, job.source.block(index), job.device)
             forward, total = stream.forward(index, block), 0.0
             for batch in range(len(stream)):
                 output = forward(batch)
@@ -267,12 +266,11 @@ def _check_room(job: StructureJob, probes: Tensor) -> None:
     Raises:
         ValueError: they do not.
     """
-    measuring = job.measuring
     width = job.skeleton.window_shape(0, probes.shape[1])[1]
-    needed = (len(job.skeleton) + 3) * probes.numel() * width * measuring.dtype.itemsize
-    if needed > measuring.budget:
+    needed = (len(job.skeleton) + 3) * probes.numel() * width * job.dtype.itemsize
+    if needed > job.budget:
         raise ValueError(
             f"the candidates of the search for blocks hold {needed / 1e9:.1f} GB of hidden states, "
-            f"the memory budget is {measuring.budget / 1e9:.1f} GB: raise memory, or give "
-            "block_rule='cosine'"
+            f"the memory budget is {job.budget / 1e9:.1f} GB: raise `memory`, or choose "
+            "`block_rule` cosine"
         )

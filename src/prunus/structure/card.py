@@ -1,23 +1,26 @@
-"""The README.md of a smaller checkpoint, and what went in a few words."""
+"""The README.md of a smaller checkpoint, and in a few words what was removed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from prunus.runs.card import result_card, source_name
 from prunus.runs.record import bos_words
 from prunus.structure.record import StructureRecord
 
-__all__ = ["structure_card", "what_went"]
+__all__ = ["structure_card", "what_was_removed"]
 
 
-def what_went(record: StructureRecord) -> list[str]:
-    """One line per kind of part that went."""
+def what_was_removed(record: StructureRecord) -> list[str]:
+    """One line per kind of part that was removed."""
     lines = []
     kept = {block.made_from for block in record.blocks}
-    gone = [step for step in record.search if step.block not in kept]
-    if gone:
-        which, last = ", ".join(str(step.block) for step in gone), gone[-1]
-        lines.append(f"blocks {which} went; {last.measure} at the last step {last.value:.4f}")
+    removed = [step for step in record.search if step.block not in kept]
+    if removed:
+        which, last = ", ".join(str(step.block) for step in removed), removed[-1]
+        lines.append(
+            f"blocks {which} were removed; {last.measure} at the last step {last.value:.4f}"
+        )
     for each in record.targets:
         width = "full width" if each.width is None else f"a width of {1 - each.width:.3f}"
         heads = "" if each.heads is None else f" and {each.heads} heads"
@@ -41,49 +44,41 @@ def what_went(record: StructureRecord) -> list[str]:
             f"{len(mlps)} experts and other MLPs of blocks with several became narrower; mean "
             f"relative error where their channels are read {mean:.3%}"
         )
-    change = next((block.experts for block in record.blocks if block.experts is not None), None)
-    if change is not None:
-        count = sum(block.experts is not None for block in record.blocks)
+    changes = [block.experts for block in record.blocks if block.experts is not None]
+    if changes:
         lines.append(
-            f"{len(change.kept)} of {len(change.saliency)} experts stay in each of {count} layers, "
-            f"chosen by {record.recipe.saliency}"
+            f"{len(changes[0].kept)} of {len(changes[0].saliency)} experts stay in each of "
+            f"{len(changes)} layers, chosen by {record.recipe.saliency}"
         )
     repairs = [block.repair for block in record.blocks if block.repair is not None]
     if repairs:
         end = repairs[-1]
         lines.append(
-            f"{len(repairs)} blocks were trained towards the outputs of the model; on the windows "
-            f"kept apart the KL divergence is {end.error_after:.4f}, and was "
+            f"{len(repairs)} blocks were trained towards the outputs of the model; on the "
+            f"validation windows the KL divergence is {end.error_after:.4f}, and was "
             f"{end.error_before:.4f} before the last block was trained"
         )
     return lines
 
 
-def structure_card(record: StructureRecord) -> str:
+def structure_card(record: StructureRecord, source: Path) -> str:
     """What the checkpoint is, and how it was made.
 
     Args:
         record: of the finished run.
+        source: folder of the model that it was made from.
     """
-    name = Path(record.source).name or record.source
-    totals = record.totals
-    went = "\n".join(f"- {line}." for line in what_went(record))
-    return f"""---
-tags: [pruned, prunus]
----
-
-# {name}, made smaller
-
-An ordinary checkpoint with {totals["parameters"]:,} of the {totals["parameters_before"]:,} \
-parameters of {name}. Its configuration is smaller too, so that it loads like any other model of \
-its family.
-
-{went}
-
-Calibration: {record.inputs.calibration}, {bos_words(record.inputs.bos)}. What went is in
-`{StructureRecord.FILE}`.
-
-```toml
-{record.recipe.to_toml().rstrip()}
-```
-"""
+    name, totals = source_name(record), record.totals
+    return result_card(
+        record,
+        "made smaller",
+        [
+            f"An ordinary checkpoint with {totals['parameters']:,} of the "
+            f"{totals['parameters_before']:,} parameters of {name}. Its configuration is smaller "
+            "too, so that it loads like any other model of its family.",
+            "\n".join(f"- {line}." for line in what_was_removed(record)),
+            f"Calibration: {record.inputs.calibration}, {bos_words(record.inputs.bos)}.",
+        ],
+        tags=["pruned"],
+        source=source,
+    )

@@ -1,10 +1,10 @@
-"""Which experts of a block stay: measured on all windows as they reach the smaller model."""
+"""The choice of the experts of a block: measured on all windows as they reach the smaller model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunus.methods.structured.experts import ExpertSums, kept_experts
 from prunus.model.experts import Experts
@@ -18,11 +18,11 @@ __all__ = ["choose_experts"]
 def choose_experts(
     job: StructureJob, stream: Stream, place: int, index: int, stored: Mapping[str, Tensor]
 ) -> ExpertChange | None:
-    """Choose the experts of a block; None for a block without experts.
+    """Choose the experts of a block that stay; None for a block without experts.
 
     Args:
         job: the checked run.
-        stream: the windows of the smaller model, before its block `place`. They stay there.
+        stream: the windows of the smaller model, before its block `place`. They do not move.
         place: position of the block in the smaller model.
         index: its position in the old model.
         stored: its tensors, by relative name.
@@ -34,8 +34,13 @@ def choose_experts(
         return None
     (experts,) = found
     sums = ExpertSums(plan.count)
-    block = old.fill(index, stored, stream.device)
-    _run(stream, place, block, experts, sums)
+    forward = stream.forward(place, old.fill(index, stored, stream.device))
+    experts.on_output = sums.add
+    try:
+        for batch in range(len(stream)):
+            forward(batch)
+    finally:
+        experts.on_output = None
     old.release(index)
     sums.complete(job.ranks)
     saliency_E = sums.reap_E if job.recipe.saliency == "reap" else sums.contribution_E
@@ -44,14 +49,3 @@ def choose_experts(
         saliency=saliency_E.tolist(),
         tokens=sums.tokens_E.tolist(),
     )
-
-
-def _run(stream: Stream, place: int, block: nn.Module, experts: Experts, sums: ExpertSums) -> None:
-    """Run the old block on all windows, and add what its experts return."""
-    forward = stream.forward(place, block)
-    experts.on_output = sums.add
-    try:
-        for batch in range(len(stream)):
-            forward(batch)
-    finally:
-        experts.on_output = None

@@ -1,23 +1,18 @@
 """Everything that is checked and decided before a model is made smaller.
 
-The checks of a pruning run hold here too: the measurement is a run of its windows. Added are those
-of the smaller model, which is built without weights and compared with the old one.
+The smaller model is built without weights and compared with the old one, block by block.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from prunus.distributed import Ranks
+from prunus.methods.statistics import Needs
 from prunus.model.checkpoint.atomic_files import read_json
-from prunus.model.checkpoint.output_folder import check_apart, check_resume, is_vacant
-from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.config_fields import (
     blocks_that_take_images,
     expert_count,
@@ -30,19 +25,18 @@ from prunus.model.config_fields import (
 from prunus.model.experts import Experts
 from prunus.model.kinds import require_causal
 from prunus.model.skeleton import Skeleton
-from prunus.model.source import CheckpointSource
-from prunus.pruning.job import PruningJob
-from prunus.pruning.plan import plan_run
-from prunus.pruning.reconstruction.batches import step_ranks
+from prunus.pruning.reconstruction.memory import training_bytes
+from prunus.runs.batch_size import windows_per_batch
+from prunus.runs.job import RunJob
 from prunus.runs.options import RunOptions
+from prunus.runs.plan import check_memory, open_model
 from prunus.structure.layout import check_same_blocks
 from prunus.structure.recipe import StructureRecipe, kept_count
-from prunus.structure.record import StructureRecord
-from prunus.structure.target_plan import TargetPlan
+from prunus.structure.target_plan import Level, TargetPlan
 from prunus.structure.width_layout import LayoutFinder
 from prunus.structure.width_plan import WidthPlan, plan_width
 
-__all__ = ["ExpertPlan", "SmallerModel", "StructureJob", "find_earlier_run", "plan_structure"]
+__all__ = ["ExpertPlan", "SmallerModel", "StructureJob", "plan_structure"]
 
 
 @dataclass(frozen=True)
@@ -76,63 +70,64 @@ class SmallerModel:
     made_from: list[int]
 
 
-@dataclass
-class StructureJob:
-    """The decisions of one run.
+@dataclass(kw_only=True)
+class StructureJob(RunJob):
+    """The decisions of one run of shrink.
 
     Attributes:
-        recipe: what goes.
-        measuring: the source, its skeleton, the windows and the device.
         raw: the content of the source's config.json.
-        experts: None if no expert goes.
-        blocks_that_go: how many blocks go.
-        width: None if no channel and no head goes; what the search for a target has found.
+        experts: None if all experts stay.
+        keep_blocks: how many blocks stay.
+        width: None if all channels and heads stay; what the search for a target has found.
         target: what that search may choose from; None without a target.
     """
 
     recipe: StructureRecipe
-    measuring: PruningJob
-    raw: dict[str, Any]
-    experts: ExpertPlan | None
-    blocks_that_go: int
+    raw: dict[str, Any] = field(default_factory=dict)
+    experts: ExpertPlan | None = None
+    keep_blocks: int = 0
     width: WidthPlan | None = None
     target: TargetPlan | None = None
 
     @property
-    def source(self) -> CheckpointSource:
-        """The checkpoint that is made smaller."""
-        assert isinstance(self.measuring.source, CheckpointSource)
-        return self.measuring.source
+    def runs_dense_stream(self) -> bool:
+        return self.recipe.repair
 
-    @property
-    def ranks(self) -> Ranks:
-        """The processes of the run."""
-        return self.measuring.ranks
+    def training_bytes(self, index: int) -> tuple[int, int]:
+        return training_bytes(self, index) if self.recipe.repair else (0, 0)
 
     @property
     def measures_blocks(self) -> bool:
-        """Whether windows go through the blocks that stay, to choose inside them or to train."""
+        """Whether windows run through the blocks that stay, to choose inside them or to train."""
         return self.experts is not None or self.width is not None or self.recipe.repair
-
-    def step_ranks(self, batches: Sequence[Tensor]) -> Ranks:
-        """The ranks that split the windows of one step of repair.
-
-        Args:
-            batches: token ids of the windows of all ranks.
-        """
-        return step_ranks(self.ranks, max(map(len, batches)), self.measuring.device)
-
-    @property
-    def skeleton(self) -> Skeleton:
-        """The old model without weights."""
-        return self.measuring.skeleton
 
     @functools.cached_property
     def full_width(self) -> Skeleton:
-        """The old model without the experts that go: what becomes narrower."""
-        if self.experts is None:
-            return self.skeleton
-        return _build(self.measuring, self.raw, {self.experts.field: self.experts.keep})[1]
+        """The old model with only the experts that stay: what becomes narrower."""
+        return self.skeleton if self.experts is None else self.build({})[1]
+
+    def build(self, changes: Mapping[str, Any]) -> tuple[dict[str, Any], Skeleton]:
+        """The model with fewer experts and other changes of the configuration.
+
+        Args:
+            changes: canonical name of a field -> its new value.
+
+        Returns:
+            The content of its config.json, and the model without weights.
+
+        Raises:
+            NotImplementedError: the family has no such model.
+        """
+        fewer = {self.experts.field: self.experts.keep} if self.experts is not None else {}
+        config, changes = self.source.config, fewer | dict(changes)
+        changed, trust = rewritten(self.raw, config, changes), self.options.trust_remote_code
+        try:
+            return changed, Skeleton(parsed(config, changed), self.dtype, trust)
+        except Exception as fault:  # a configuration class may refuse with an error of any kind
+            raise NotImplementedError(
+                f"the family {config.model_type} has no model with "
+                f"{', '.join(f'{name} = {value}' for name, value in changes.items())}: {fault}"
+            ) from fault
 
     def smaller(self, made_from: Sequence[int]) -> SmallerModel:
         """The model in which only some blocks stay, with all else that the recipe asks for.
@@ -145,12 +140,11 @@ class StructureJob:
         """
         config = self.source.config
         self._check_images(made_from)
-        text = config.get_text_config()
-        changes: dict[str, Any] = without_blocks(text, made_from, len(self.skeleton))
+        changes: dict[str, Any] = without_blocks(
+            config.get_text_config(), made_from, len(self.skeleton)
+        )
         sizes: set[tuple[int, int]] = set()
-        if self.experts is not None:
-            plan = self.experts
-            changes[plan.field] = plan.keep
+        if (plan := self.experts) is not None:
             sizes |= {
                 (plan.count, plan.keep),
                 (plan.count // plan.groups, plan.keep // plan.groups),
@@ -158,7 +152,7 @@ class StructureJob:
         if self.width is not None:
             changes |= self.width.changes
             sizes |= self.width.sizes
-        raw, skeleton = _build(self.measuring, self.raw, changes)
+        raw, skeleton = self.build(changes)
         if len(skeleton) != len(made_from):
             raise NotImplementedError(
                 f"the configuration of the family {config.model_type} does not say how many blocks "
@@ -177,37 +171,27 @@ class StructureJob:
         moved = next((i for i in range(count) if list(made_from[: i + 1]) != [*range(i + 1)]), None)
         if moved is not None:
             raise NotImplementedError(
-                f"block {moved} of {self.measuring.model_name} cannot go: features of images are "
-                f"added behind each of the first {count} blocks, so these stay in their places"
+                f"block {moved} of {self.model_name} cannot be removed: features of images are "
+                f"added after each of the first {count} blocks, so these keep their positions"
             )
 
+    def at_level(self, level: Level | None, samples: int) -> StructureJob:
+        """The job of making a model of one width from some windows, without a search.
 
-def find_earlier_run(
-    output: Path, recipe: StructureRecipe, overwrite: bool, resume: bool | None
-) -> StructureRecord | None:
-    """The record of the run in the output folder that this run resumes or finds finished.
-
-    Raises:
-        FileExistsError, FileNotFoundError, ValueError: the run may not write into the folder.
-    """
-    earlier = None
-    if not is_vacant(output):
-        if not (output / StructureRecord.FILE).exists():
-            raise FileExistsError(
-                f"output {output} exists and holds no result of prunus shrink; it is left as it "
-                "is. Choose another folder"
-            )
-        earlier = None if overwrite else StructureRecord.load(output)
-    unfinished = earlier is not None and earlier.state == "running"
-    check_resume(output, unfinished, resume)
-    if earlier is not None:
-        earlier.check_same_run(recipe)
-    return earlier
+        Args:
+            level: its width; None for that of the model.
+            samples: the number of windows.
+        """
+        recipe = self.recipe.model_copy(update={"samples": samples})
+        width = level.plan if level is not None else None
+        job = replace(self, recipe=recipe, width=width, target=None)
+        job.batch = _batch(job)
+        job.measure_memory()
+        return job
 
 
 def plan_structure(
     model: str | Path,
-    output: Path,
     recipe: StructureRecipe,
     options: RunOptions,
     decided_dtype: str | None = None,
@@ -216,8 +200,7 @@ def plan_structure(
 
     Args:
         model: a checkpoint folder or a hub id.
-        output: the folder of the result.
-        recipe: what goes.
+        recipe: what is removed.
         options: how the work is done.
         decided_dtype: what dtype "auto" meant in the run that is resumed; None for a new run.
 
@@ -225,92 +208,97 @@ def plan_structure(
         FileNotFoundError, ValueError, NotImplementedError, OSError: the message says what was
             given, what is wrong and what is possible.
     """
-    folder = resolve_folder(model)
-    check_apart(output, folder)
-    measuring = plan_run(model, recipe.measuring(), options, decided_dtype=decided_dtype)
-    require_causal(measuring.source.config, "prunus shrink")
-    raw = read_json(folder / "config.json")
-    experts = _plan_experts(recipe, measuring) if recipe.experts is not None else None
-    job = StructureJob(recipe, measuring, raw, experts, _blocks_that_go(recipe, measuring))
-
+    needs: Needs = "gram" if recipe.narrows else "norms"
+    job = StructureJob(
+        **open_model(
+            model,
+            recipe,
+            options,
+            needs=needs,
+            needs_inputs=True,
+            adds_ridge=True,
+            decided_dtype=decided_dtype,
+            check=lambda source, _: require_causal(source.config, "prunus shrink"),
+        )
+    )
+    job.batch = _batch(job)
+    job.raw = read_json(job.checkpoint.checkpoint.folder / "config.json")
+    job.experts = _plan_experts(job) if recipe.experts is not None else None
+    job.keep_blocks = _kept_blocks(job)
     if recipe.narrows:
         _plan_width(job)
-    job.smaller(range(len(measuring.skeleton)))
-    if job.blocks_that_go:
-        _check_a_block_can_go(job)
+    job.smaller(range(len(job.skeleton)))
+    if job.keep_blocks < len(job.skeleton):
+        _check_a_block_can_be_removed(job)
+    job.measure_memory()
+    check_memory(job)
     return job
+
+
+def _batch(job: StructureJob) -> int:
+    """Windows per forward pass. Repair takes a step per batch, so by default one window.
+
+    Raises:
+        ValueError: all windows are one batch, and repair needs a second one for validation.
+    """
+    recipe, window_tokens = job.recipe, job.skeleton.window_shape(0, job.recipe.seqlen)[0]
+    by_default = 1 if recipe.repair else windows_per_batch(recipe.samples, window_tokens)
+    batch = recipe.batch if recipe.batch is not None else by_default
+    if recipe.repair and recipe.samples <= batch:
+        raise ValueError(
+            "repair trains on some batches and validates on others: "
+            f"{recipe.samples} windows in batches of {batch} are one batch; give more `samples` or "
+            "a smaller `batch`"
+        )
+    return batch
 
 
 def _plan_width(job: StructureJob) -> None:
     """Decide how narrow the model becomes, or between which widths a search may choose."""
-    recipe, measuring = job.recipe, job.measuring
-    finder = LayoutFinder(job.skeleton, job.source, measuring.device)
+    finder = LayoutFinder(job.skeleton, job.source, job.device)
+
+    def build(changes: Mapping[str, Any]) -> Skeleton:
+        return job.build(changes)[1]
 
     def plan(at_width: StructureRecipe) -> WidthPlan:
         config = job.source.config.get_text_config()
-        return plan_width(at_width, job.full_width, config, measuring.model_name, build, finder)
+        return plan_width(at_width, job.full_width, config, job.model_name, build, finder)
 
-    def build(changes: Mapping[str, Any]) -> Skeleton:
-        fewer = {job.experts.field: job.experts.keep} if job.experts is not None else {}
-        return _build(measuring, job.raw, fewer | dict(changes))[1]
-
-    if recipe.target is not None:
-        job.target = TargetPlan(recipe, measuring, build, plan)
+    if job.recipe.target is not None:
+        job.target = TargetPlan(job, job.recipe, build, plan)
         job.target.check()
     else:
-        job.width = plan(recipe)
+        job.width = plan(job.recipe)
 
 
-def _build(
-    job: PruningJob, raw: Mapping[str, Any], changes: Mapping[str, Any]
-) -> tuple[dict[str, Any], Skeleton]:
-    """The content of a config.json with some fields changed, and the model that it describes.
-
-    Raises:
-        NotImplementedError: the family has no such model.
-    """
-    config = job.source.config
-    changed = rewritten(raw, config, changes)
-    try:
-        return changed, Skeleton(parsed(config, changed), job.dtype, job.options.trust_remote_code)
-    except Exception as fault:  # a configuration class may refuse with an error of any kind
-        raise NotImplementedError(
-            f"the family {config.model_type} has no model with "
-            f"{', '.join(f'{name} = {value}' for name, value in changes.items())}: {fault}"
-        ) from fault
-
-
-def _blocks_that_go(recipe: StructureRecipe, job: PruningJob) -> int:
-    """How many blocks go.
+def _kept_blocks(job: StructureJob) -> int:
+    """How many blocks stay, apart from those that a search for a target removes.
 
     Raises:
         ValueError: none or all would.
     """
-    if recipe.blocks is None:
-        return 0
-    count = len(job.skeleton)
-    keep = kept_count(recipe.blocks, count)
+    asked, count = job.recipe.blocks, len(job.skeleton)
+    if asked is None:
+        return count
+    keep = kept_count(asked, count)
     if not 1 <= keep < count:
-        said = (
-            f"{recipe.blocks} would keep {keep}" if isinstance(recipe.blocks, float) else f"{keep}"
-        )
         raise ValueError(
-            f"blocks: {said} of the {count} blocks of {job.model_name}: possible numbers to keep "
-            f"are {_ranges(range(1, count))}"
+            f"`blocks` {_asked(asked, keep)} of the {count} blocks of {job.model_name}: possible "
+            f"numbers to keep are {_ranges(range(1, count))}"
         )
-    return count - keep
+    return keep
 
 
-def _check_a_block_can_go(job: StructureJob) -> None:
+def _check_a_block_can_be_removed(job: StructureJob) -> None:
     """Check that the configuration can describe the model without some block.
 
     Raises:
         NotImplementedError: it cannot.
     """
     every, fault = range(len(job.skeleton)), None
-    for gone in every:
+    for removed in every:
         try:
-            job.smaller([index for index in every if index != gone])
+            job.smaller([index for index in every if index != removed])
             return
         except NotImplementedError as error:
             fault = error
@@ -318,13 +306,13 @@ def _check_a_block_can_go(job: StructureJob) -> None:
     raise fault
 
 
-def _plan_experts(recipe: StructureRecipe, job: PruningJob) -> ExpertPlan:
+def _plan_experts(job: StructureJob) -> ExpertPlan:
     """How many experts stay.
 
     Raises:
         ValueError: the model has none, or the number does not fit; says which numbers do.
     """
-    config, name = job.source.config.get_text_config(), job.model_name
+    config, name, asked = job.source.config.get_text_config(), job.model_name, job.recipe.experts
     modules = [
         [module for module in block.modules() if isinstance(module, Experts)]
         for block in job.skeleton.blocks
@@ -332,8 +320,8 @@ def _plan_experts(recipe: StructureRecipe, job: PruningJob) -> ExpertPlan:
     counts = {module.count for found in modules for module in found}
     if not counts:
         raise ValueError(
-            f"{name} is not a mixture of experts, so there are no experts to remove; leave "
-            "experts out"
+            f"{name} is not a mixture of experts, so it has no experts to remove: leave `experts` "
+            "out"
         )
     described = expert_count(config)
     if described is None or counts != {described[1]} or max(map(len, modules)) > 1:
@@ -341,7 +329,7 @@ def _plan_experts(recipe: StructureRecipe, job: PruningJob) -> ExpertPlan:
             f"the layers of {name} have {', '.join(map(str, sorted(counts)))} experts, which its "
             "configuration does not describe by one number; it cannot lose experts"
         )
-    field, count = described
+    known, count = described
     per_token, (groups, groups_used) = experts_per_token(config), expert_groups(config)
     possible = [
         keep
@@ -350,21 +338,23 @@ def _plan_experts(recipe: StructureRecipe, job: PruningJob) -> ExpertPlan:
         and keep // groups * groups_used >= per_token
         and (groups == 1 or keep // groups >= 2)
     ]
-    assert recipe.experts is not None
-    keep = kept_count(recipe.experts, count)
+    assert asked is not None
+    keep = kept_count(asked, count)
     if keep not in possible:
         reasons = [f"a token chooses {per_token} of them"]
         if groups > 1:
             reasons.append(
                 f"they form {groups} groups of one size, of which a token uses {groups_used}"
             )
-        asked = recipe.experts
-        said = f"{asked} would keep {keep}" if isinstance(asked, float) else f"{keep}"
         raise ValueError(
-            f"experts: {said} of the {count} experts in each layer of {name}, and "
+            f"`experts` {_asked(asked, keep)} of the {count} experts in each layer of {name}, and "
             f"{' and '.join(reasons)}: possible numbers to keep are {_ranges(possible)}"
         )
-    return ExpertPlan(field, count, keep, groups)
+    return ExpertPlan(known, count, keep, groups)
+
+
+def _asked(amount: float | int, keep: int) -> str:
+    return f"{amount} would keep {keep}" if isinstance(amount, float) else f"{keep}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

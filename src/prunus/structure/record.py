@@ -1,7 +1,4 @@
-"""What a run made smaller: the file `prunus-structure.json` beside the result.
-
-The record never claims more than is on disk. A block is entered after its shard has its final name.
-"""
+"""What a run has removed: the file `prunus-structure.json` next to the result."""
 
 from __future__ import annotations
 
@@ -15,16 +12,20 @@ from prunus.structure.recipe import StructureRecipe
 
 __all__ = [
     "BlockChange",
-    "BlockStep",
     "ExpertChange",
     "PartChange",
+    "SearchStep",
     "StructureRecord",
     "TargetModel",
     "WidthChange",
 ]
 
 
-class ExpertChange(BaseModel):
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ExpertChange(_Entry):
     """What happened to the experts of one block.
 
     Attributes:
@@ -33,14 +34,12 @@ class ExpertChange(BaseModel):
         tokens: calibration tokens that chose each old expert.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     kept: list[int]
     saliency: list[float]
     tokens: list[int]
 
 
-class PartChange(BaseModel):
+class PartChange(_Entry):
     """What happened to the channels or the heads of one block.
 
     Attributes:
@@ -49,15 +48,13 @@ class PartChange(BaseModel):
         error_before_fit: the same if the columns that stay had kept their weights.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     kept: list[int]
     error: float
     error_before_fit: float
 
 
-class WidthChange(BaseModel):
-    """What happened to the width of one block; None for what it does not have, or keeps.
+class WidthChange(_Entry):
+    """What happened to the width of one block; None for parts that it lacks, or keeps.
 
     Attributes:
         channels: of its MLP, if it has one.
@@ -65,25 +62,21 @@ class WidthChange(BaseModel):
         heads: of its attention.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     channels: PartChange | None = None
     mlps: dict[str, PartChange] = Field(default_factory=dict)
     heads: PartChange | None = None
 
 
-class BlockStep(BaseModel):
+class SearchStep(_Entry):
     """One step of the search for blocks.
 
     Attributes:
-        block: position in the source of the block that goes.
-        value: what was measured behind this step and those before.
+        block: position in the source of the block that is removed.
+        value: what was measured without it and the blocks of the steps before.
         measure: "divergence" (KL from the dense model, nats per token) or "influence" (1 − the mean
-            cosine between hidden states before and behind the block).
+            cosine between hidden states before and after the block).
         candidates: the same for every block of the source; None for those that were not measured.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     block: int
     value: float
@@ -91,17 +84,15 @@ class BlockStep(BaseModel):
     candidates: list[float | None]
 
 
-class TargetModel(BaseModel):
+class TargetModel(_Entry):
     """A model that meets the target and was measured.
 
     Attributes:
-        blocks: how many blocks stay; those of the first steps of the search go.
-        width: the share of the width that goes; None for full width.
+        blocks: how many blocks stay; those of the first steps of the search are removed.
+        width: the share of the width that is removed; None for full width.
         heads: the number of query heads; None for a model of full width.
         value: KL divergence from the dense model, nats per token.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     blocks: int
     width: float | None
@@ -109,7 +100,7 @@ class TargetModel(BaseModel):
     value: float
 
 
-class BlockChange(BaseModel):
+class BlockChange(_Entry):
     """One block of the result.
 
     Attributes:
@@ -118,11 +109,9 @@ class BlockChange(BaseModel):
         input_sha256: hash of the weights that it was made from.
         experts: None for a block whose experts all stay, or that has none.
         width: None for a run that makes no block narrower.
-        repair: what the training towards the dense model did; None for a block without it.
+        repair: the training towards the dense model; None for a block without it.
         seconds: time for the block, without the training.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str
     made_from: int
@@ -137,8 +126,8 @@ class StructureRecord(BlockwiseRecord):
     """The record of shrink.
 
     Attributes:
-        search: the blocks that go, in the order in which they were found. In the search for a
-            target, only the first of them may go.
+        search: the blocks to remove, in the order in which they were found. In the search for a
+            target, only the first of them may be removed.
         targets: the models that meet the target and were measured; the best of them is the result.
         config: field of config.json that changed -> its values before and after.
         left_out: stored tensors that the model has no place for; the result does not have them.
@@ -148,7 +137,7 @@ class StructureRecord(BlockwiseRecord):
     VERB: ClassVar[str] = "prunus shrink"
 
     recipe: StructureRecipe
-    search: list[BlockStep] = Field(default_factory=list)
+    search: list[SearchStep] = Field(default_factory=list)
     targets: list[TargetModel] = Field(default_factory=list)
     config: dict[str, tuple[Any, Any]] = Field(default_factory=dict)
     left_out: list[str] = Field(default_factory=list)

@@ -1,26 +1,26 @@
-"""What makes up for parts that went: the blocks that are left learn what the dense model computes.
+"""Repair after removal: train the remaining blocks to reproduce the outputs of the dense model.
 
-    smaller stream  x̂ ──► block k, smaller than it was ──► trained towards y
-    dense stream    x  ──► old blocks, up to the next one that is left ──► y
+    smaller stream  x̂ ──► block k, made smaller ──► trained towards y
+    dense stream    x  ──► old blocks, up to the next one that stays ──► y
 
-So a block in front of a gap learns to do the work of the blocks that went. Trained are this block,
-every block that lost parts, and all blocks behind them, whose inputs have changed. The last block
-learns the next tokens of the dense model. How long a block is trained is decided as for pruned
-blocks (`reconstruction/`), but all its linears are trained, and nothing is masked. In a mixture of
-experts the rows of the router that stay are trained too: tokens of the lost experts go to others
-now.
+So a block before a gap learns to do the work of the removed blocks. Repair trains this block, every
+block that lost parts, and all blocks after them, whose inputs have changed. The last block learns
+the next tokens of the dense model. The schedule is that of reconstruction (`reconstruction/`), but
+all linears of a block are trained, and nothing is masked. In a mixture of experts the remaining
+rows of the router are trained too, because tokens of the lost experts now choose others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
-from prunus.distributed import own_part, split_range
+from prunus.distributed import Ranks, split_range
 from prunus.model.stream import Stream
+from prunus.pruning.job import training_dtype
 from prunus.pruning.reconstruction.reconstruct_block import BlockReconstructor
+from prunus.pruning.reconstruction.schedule import ReconstructionSettings
 from prunus.pruning.records import ReconstructionRecord
 from prunus.runs.record import Walk
 from prunus.structure.layout import shapes_of
@@ -33,12 +33,13 @@ class Repair:
     """Trains the blocks of a smaller model, one after the other. Call `advance` for each in order.
 
     Args:
-        job: the checked run, whose recipe asks for repair.
+        job: the checked run.
         smaller: the model that is made.
-        stream: the windows of the smaller model.
-        batches: token ids of the windows of all ranks.
-        walks: per block of the model how the ranks take their batches through it.
-        spill_to: folder for a file of hidden states, or None to keep them in memory.
+        stream: this rank's windows in the smaller model.
+        dense: the same windows in the dense model.
+        walks: per block of the dense model how the ranks run their batches through it.
+        batches: how many batches all ranks have.
+        split: the ranks that split the windows of a training step.
     """
 
     def __init__(
@@ -46,32 +47,29 @@ class Repair:
         job: StructureJob,
         smaller: SmallerModel,
         stream: Stream,
-        batches: Sequence[Tensor],
+        dense: Stream,
         walks: Sequence[Walk],
-        spill_to: Path | None,
+        batches: int,
+        split: Ranks,
     ) -> None:
-        self._job, self._smaller, self._stream, self._walks = job, smaller, stream, walks
-        counts = [len(part) for part in split_range(len(batches), job.ranks.size)]
-        own = own_part(job.ranks, batches)
-        self._dense = Stream(job.skeleton, job.source, stream.device)
-        self._dense.embed(own, spill_to, on_device=job.measuring.hidden_states_stay)
+        self._job, self._smaller = job, smaller
+        self._stream, self._dense, self._walks = stream, dense, walks
         self._depth = 0
         places = range(len(smaller.made_from))
         self._first = next((place for place in places if self._changes(place)), len(places))
-        settings = job.measuring.reconstruction
-        assert settings is not None
+        dtype = training_dtype(job.device, job.dtype)
         self._reconstructor = BlockReconstructor(
-            settings=settings,
+            settings=ReconstructionSettings(epochs=None, learning_rate=None, dtype=dtype),
             stream=stream,
-            dense=self._dense,
-            numbers=range(len(own)),
-            counts=counts,
+            dense=dense,
+            numbers=range(len(dense)),
+            counts=[len(part) for part in split_range(batches, job.ranks.size)],
             ranks=job.ranks,
-            split=job.step_ranks(batches),
+            split=split,
         )
 
     def advance(self, place: int) -> None:
-        """Take the windows through the dense model, to where block `place` should end."""
+        """Run the windows through the dense model, up to the output that block `place` learns."""
         end = [*self._smaller.made_from, len(self._job.skeleton)][place + 1]
         for index in range(self._depth, end):
             self._dense.propagate(index, self._job.source.block(index))
@@ -80,19 +78,19 @@ class Repair:
     def train(
         self, place: int, tensors: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], ReconstructionRecord | None]:
-        """Train a block of the smaller model; `advance` comes first.
+        """Train a block of the smaller model; call `advance` before.
 
         Args:
-            place: position of the block. The smaller stream stands before it, and stays there.
+            place: position of the block. The smaller stream is before it, and does not move.
             tensors: its tensors by relative name, as stored.
 
         Returns:
-            The tensors of the trained block, and what training did; the tensors as they are and
+            The tensors of the trained block, and the record of the training; the same tensors and
             None for a block that is not trained.
         """
         if place < self._first:
             return dict(tensors), None
-        skeleton, walk = self._smaller.skeleton, self._walks[self._index(place)]
+        skeleton, walk = self._smaller.skeleton, self._walks[self._smaller.made_from[place]]
         block = skeleton.fill(place, tensors, self._stream.device)
         linears = [linear.name for linear in skeleton.linears(place)]
         trained = [*linears, *(name for name in self._routers(place) if name not in linears)]
@@ -107,33 +105,25 @@ class Repair:
         skeleton.release(place)
         return {**tensors, **changed}, record
 
-    def close(self) -> None:
-        """Release the hidden states of the dense model."""
-        self._dense.close()
-
-    def _index(self, place: int) -> int:
-        return self._smaller.made_from[place]
-
     def _changes(self, place: int) -> bool:
-        """Whether a block lost parts, or stands behind or in front of blocks that went."""
+        """Whether a block lost parts, or was next to a removed block."""
         every = [-1, *self._smaller.made_from, len(self._job.skeleton)]
         before, index, after = every[place : place + 3]
         return (before, after) != (index - 1, index + 1) or bool(self._smaller_tensors(place))
 
     def _smaller_tensors(self, place: int) -> set[str]:
-        """Relative names of the tensors that have lost rows or columns, and of those that went."""
-        before = shapes_of(self._job.skeleton.blocks[self._index(place)])
+        """Relative names of the tensors that have lost rows or columns, or were removed."""
+        before = shapes_of(self._job.skeleton.blocks[self._smaller.made_from[place]])
         after = shapes_of(self._smaller.skeleton.blocks[place])
         return {name for name, shape in before.items() if after.get(name) != shape}
 
     def _routers(self, place: int) -> list[str]:
-        """Relative names of the modules whose weights have a row per expert that stays."""
-        block, plan = self._smaller.skeleton.blocks[place], self._job.experts
-        if plan is None:
+        """Relative names of the modules whose weights have a row per remaining expert."""
+        if self._job.experts is None:
             return []
         smaller = self._smaller_tensors(place)
         return [
             name.removesuffix(".weight")
-            for name, parameter in block.named_parameters()
+            for name, parameter in self._smaller.skeleton.blocks[place].named_parameters()
             if name in smaller and name.endswith(".weight") and parameter.dim() == 2
         ]

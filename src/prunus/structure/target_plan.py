@@ -11,7 +11,7 @@ from torch import nn
 from prunus.model.config_fields import experts_per_token
 from prunus.model.experts import Experts
 from prunus.model.skeleton import Skeleton
-from prunus.pruning.job import PruningJob
+from prunus.runs.job import RunJob
 from prunus.structure.recipe import StructureRecipe
 from prunus.structure.target import parse_target
 from prunus.structure.width_plan import WidthPlan
@@ -43,8 +43,8 @@ class TargetPlan:
     """What a search for a target needs to know before any work.
 
     Args:
-        recipe: names the target.
         job: the source and its skeleton.
+        recipe: of the run, with its target.
         build: the model of a configuration with some fields changed.
         plan_width: what stays at the width of a recipe.
 
@@ -55,8 +55,8 @@ class TargetPlan:
 
     def __init__(
         self,
+        job: RunJob,
         recipe: StructureRecipe,
-        job: PruningJob,
         build: Callable[[Mapping[str, Any]], Skeleton],
         plan_width: Callable[[StructureRecipe], WidthPlan],
     ) -> None:
@@ -116,7 +116,7 @@ class TargetPlan:
         if already or not target.is_met(smallest, whole):
             low, high = (target.shown(target.reached(size, whole)) for size in (smallest, whole))
             raise ValueError(
-                f"target {target.shown(target.value)}: {name} "
+                f"`target` {target.shown(target.value)}: {name} "
                 f"{'already meets it' if already else 'cannot become so small'}; possible is "
                 f"anything between {low} and {high}, which is the model as it is"
             )

@@ -88,7 +88,7 @@ def narrow(
         per_group = plan.heads.heads // plan.heads.groups
         groups = sorted({head // per_group for head in kept.units})
         cuts.append((layout.heads, {"heads": kept.units, "groups": groups}))
-    for parts in _at_once(layout.channels, job.measuring.budget):
+    for parts in _at_once(layout.channels, job.budget):
         readers = [linears[part.reader] for part in parts]
         found = _measured(stream, place, block, readers, job.ranks)
         for part, reader, measured in zip(parts, readers, found, strict=True):

@@ -188,7 +188,7 @@ def _plan_heads(recipe: StructureRecipe, config: Any, name: str) -> HeadPlan | N
     ]
     if not wanted:
         asked = [
-            f"{option}={value}"
+            f"`{option}` {value}"
             for option, value in (("heads", recipe.heads), ("kv_heads", recipe.kv_heads))
             if value is not None
         ]
@@ -253,14 +253,14 @@ def _without_heads(
 ) -> NotImplementedError:
     """The error for heads that cannot go, with what can be asked for in their place."""
     assert plan.heads is not None
-    message = f"attention heads of {name} cannot go: {fault}"
+    message = f"attention heads of {name} cannot be removed: {fault}"
     if not plan.changes:
         if recipe.width is not None:
             message += ". Its configuration has no number for the channels of its MLPs either"
         return NotImplementedError(message)
     return NotImplementedError(
-        f"{message}. Give width={recipe.width} and heads={plan.heads.heads}: all heads stay then, "
-        "and only the MLPs become narrower"
+        f"{message}. Give `width` {recipe.width} and `heads` {plan.heads.heads}: all heads stay "
+        "then, and only the MLPs become narrower"
     )
 
 
@@ -269,15 +269,15 @@ def _nothing_goes(recipe: StructureRecipe, name: str, config: Any) -> Exception:
     if recipe.width is None:
         return ValueError(
             f"{name} has {config.num_attention_heads} query heads, and all of them would stay: "
-            "give width as well, so that channels of its MLPs are removed, or a smaller number"
+            "give `width` as well, so that channels of its MLPs are removed, or a smaller number"
         )
     counts = _channel_counts(recipe, config)
     if counts and all(before == after for _, before, after in counts):
         return ValueError(
-            f"width={recipe.width} is less than one step of channels and heads of {name}, so "
-            "nothing would go; give a larger share"
+            f"`width` {recipe.width} is less than one step of channels and heads of {name}, so "
+            "nothing would be removed; give a larger share"
         )
     return NotImplementedError(
         f"the configuration of {name} has no number for the channels of its MLPs, and all heads "
-        "stay, so nothing would go"
+        "stay, so nothing would be removed"
     )
