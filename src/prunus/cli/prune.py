@@ -171,7 +171,7 @@ def plan(
 ) -> None:
     """Show what prune or compress would do and cost; write nothing.
 
-    With --bits it is compress. Everything that they check before their first block is checked here as well.
+    With --bits it plans compress. All that they check before their first block is checked here too.
     """
     with user_errors(json_file):
         from prunus.compression.job import CompressionJob
