@@ -365,8 +365,6 @@ def test_a_pattern_given_as_sparsity_gets_a_hint_to_its_option():
 @pytest.mark.parametrize(
     ("arguments", "choices"),
     [
-        (["prune", "a", "b", "--method", "wander"], "'magnitude', 'wanda', 'wanda-variant', 'ria'"),
-        (["prune", "a", "b", "--preset", "good"], "'fast', 'balanced', 'best'"),
         (["prune", "a", "b", "--reconstruct", "first"], "'none', 'last', 'quick', 'all'"),
         (["prune", "a", "b", "--dtype", "float8"], "'auto', 'float32', 'bfloat16', 'float16'"),
         (["import", "a.gguf", "b", "--dtype", "int8"], "'bfloat16', 'float16', 'float32'"),
@@ -380,6 +378,18 @@ def test_a_wrong_choice_is_status_2_and_names_the_option_and_all_choices(argumen
     assert f"Invalid value for '{arguments[-2]}'" in output
     assert f"'{arguments[-1]}' is not one of" in output
     assert choices in output
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "choices"),
+    [
+        ("--method", "wander", "choose one of magnitude, wanda, wanda-variant, ria"),
+        ("--preset", "good", "choose one of fast, balanced, best"),
+    ],
+)
+def test_a_wrong_name_is_status_2_and_names_all(flag, value, choices):
+    output = call("prune", "a", "b", flag, value, status=2).output
+    assert repr(value) in output and choices in output
 
 
 def test_options_without_a_flag_stand_in_a_recipe_file(dense, text, tmp_path):

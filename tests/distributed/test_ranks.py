@@ -108,7 +108,7 @@ def test_a_rank_lost_in_training_is_named_and_another_number_goes_on(found):
 @pytest.mark.parametrize(
     ("case", "says"),
     [
-        ("original", "--propagate block keeps"),
+        ("original", "`propagate` block keeps"),
         ("other options", ""),
     ],
 )

@@ -112,7 +112,7 @@ class RunOptions(Options):
             "Use at most this much memory on the host and on the device, such as 8GB.",
             metavar="SIZE",
             default="the free memory",
-            parse=parse_bytes,
+            parse=str,  # the model reads the size
         ),
     ] = None
     data: Annotated[
