@@ -220,7 +220,7 @@ def test_figures_equal_the_json_they_come_from(browser, files, run, documents, t
 
 
 def test_a_click_sorts_by_the_figures_and_leaves_missing_ones_last(browser, files):
-    title = "Cells"
+    title = "Models"
     with Opened(browser, files["whole"]) as opened:
         opened.unfold()
         before = opened.table(title)

@@ -74,7 +74,9 @@ def test_a_perplexity_shows_the_comparison_where_there_is_one():
     found = Divergence("dense", 0.1234, 0.01, 0.9, 0.876, 0.02, 11.0, 1.1364, 0.01)
     assert ["perplexity", "12.500"] in rows(alone)
     assert not any("KL" in row[0] for row in rows(alone))
-    assert ["KL divergence from dense", "0.1234"] in rows(replace(alone, divergence=found))
+    compared = replace(alone, divergence=found)
+    assert ["KL divergence", "0.12340 ± 0.01000"] in rows(compared)
+    assert "KL divergence from dense" in compared._repr_html_()
 
 
 def test_scores_of_tasks_come_with_their_errors():
@@ -94,7 +96,7 @@ def test_a_sweep_has_a_row_for_each_model_and_each_cell():
     assert len(found) == 1 + len(results.models) + len(results.cells)
     assert all(len(row) == len(found[0]) for row in found)
     assert any(row[-1] == "it failed" for row in found)
-    assert "perplexity wikitext2" in found[0]
+    assert "perplexity, wikitext2" in found[0]
 
 
 def test_a_report_shows_its_tables_without_charts(tmp_path):

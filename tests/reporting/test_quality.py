@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 
+from prunus.evaluation.records import Divergence, ModelSize
 from prunus.reporting.console import TerminalConsole
 from prunus.reporting.figures import figure_json
 from prunus.reporting.plain import to_terminal
@@ -14,7 +16,6 @@ from prunus.reporting.quality import decode_speed
 from prunus.reporting.sources import read_document
 from prunus.reporting.sweep_section import sweep_section
 from prunus.runs.document import Lines, Measured, Table
-from prunus.sweeping.results import Divergence, Size
 from report_samples import bench, evaluation, sweep_results, write
 
 FIGURES = {
@@ -35,13 +36,9 @@ def compared_sweep():
     for cell, kl, packed in zip(results.cells[2:5], (0.25, 0.75, 1.0), (4, 4, 2), strict=True):
         score = cell.scores["wikitext2"]
         divergence = Divergence(kl=kl, **FIGURES)
-        cell.scores = {"wikitext2": score.model_copy(update={"divergence": divergence})}
-        cell.size = Size(
-            file_bytes=8 * 10**9,
-            bits_per_weight=16,
-            packed_file_bytes=packed * 10**9,
-            packed_bits_per_weight=2.0 * packed,
-        )
+        cell.scores = {"wikitext2": replace(score, divergence=divergence)}
+        cell.size = ModelSize(8 * 10**9, 16.0)
+        cell.packed = ModelSize(packed * 10**9, 2.0 * packed)
     return results
 
 
@@ -63,7 +60,7 @@ def test_a_sweep_shows_divergences_and_packed_sizes():
         "50%": 0.5,  # the mean over two seeds
         "2:4": 1.0,
     }
-    row = table(section, "Cells")["smol-wanda-0.5-0"]
+    row = table(section, "Models")["smol-wanda-0.5-0"]
     assert row["KL divergence, wikitext2"] == Measured(0.25, 0.01)
     assert row["KL 99.9 % quantile, wikitext2"] == 2.5
     assert row["same top token, wikitext2"] == Measured(0.75, 0.02)
@@ -71,12 +68,12 @@ def test_a_sweep_shows_divergences_and_packed_sizes():
     assert "decoded tokens/s" not in row
     plain = sweep_section(sweep_results())
     assert not [title for title in charts(plain) if "against" in title]
-    assert not [title for title in table(plain, "Cells")["smol-dense"] if "KL" in title]
+    assert not [title for title in table(plain, "Models")["smol-dense"] if "KL" in title]
 
 
 def test_one_chart_of_a_sweep_joins_the_results_of_a_method_and_has_the_dense_model():
     results = compared_sweep()
-    results.models["smol"].size = Size(file_bytes=8 * 10**9, bits_per_weight=16)
+    results.models["smol"].size = ModelSize(8 * 10**9, 16.0)
     found = charts(sweep_section(results))
     assert list(found) == [
         "Perplexity on wikitext2 against size",
@@ -98,7 +95,7 @@ def test_speeds_belong_to_the_cells_in_whose_folders_the_models_lie():
     cells = [cell.name for cell in compared_sweep().cells]
     speeds = {f"OUT/cells/{cells[place]}/model": 10.0 * place for place in (2, 3, 4)}
     section = sweep_section(compared_sweep(), speeds)
-    assert table(section, "Cells")[cells[4]]["decoded tokens/s"] == 40
+    assert table(section, "Models")[cells[4]]["decoded tokens/s"] == 40
     [series] = charts(section)["Perplexity on wikitext2 against speed"].series
     assert (series.x, series.y) == ((25, 40), (32.0, 61.5))
 

@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -130,9 +131,9 @@ def test_a_sweep_is_shown_with_means_over_seeds_gaps_and_failures():
     assert shown["wanda, recovered by lora"]["50%"] == 27.5
     assert table(section, "Residual gap on wikitext2")["wanda"]["2:4"] == 2.0
     assert table(section, "What failed") == {
-        "smol-sparsegpt": {"cell": "smol-sparsegpt", "reason": "OSError: full"}
+        "smol-sparsegpt": {"model": "smol-sparsegpt", "reason": "OSError: full"}
     }
-    cells = table(section, "Cells")
+    cells = table(section, "Models")
     assert cells["smol-dense"]["perplexity, wikitext2"] == 20.5
     assert cells["smol-wanda-0.5-1"]["perplexity, wikitext2"] == 32.75
     assert cells["smol-wanda+lora"]["recovery seconds"] == 99.0
@@ -188,7 +189,7 @@ def test_charts_join_what_is_numeric_and_leave_categories_apart():
             CellResult(
                 name=f"{shape}", model="smol", state="done",
                 recipe=Recipe(**{"pattern" if isinstance(shape, str) else "sparsity": shape}),
-                scores={"wikitext2": score.model_copy(update={"perplexity": 30.0 * (place + 1)})},
+                scores={"wikitext2": replace(score, perplexity=30.0 * (place + 1))},
             )
             for place, shape in enumerate(shapes)
         ]  # fmt: skip

@@ -32,7 +32,7 @@ from prunus.recovery.record import Evaluation
 from prunus.reporting.page import document_json
 from prunus.reporting.plain import to_markdown
 from prunus.reporting.sources import read_document
-from prunus.sweeping import load_sweep
+from prunus.sweeping.grid import load_sweep
 from report_samples import evaluation, sweep_results
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer

@@ -40,7 +40,8 @@ from kill_points import fork  # noqa: E402
 from prunus import pack  # noqa: E402
 from prunus.model.checkpoint.gguf import import_gguf  # noqa: E402
 from prunus.model.checkpoint.reader import INDEX_NAME  # noqa: E402
-from prunus.sweeping import Sweep, run_sweep  # noqa: E402
+from prunus.sweeping.grid import Sweep  # noqa: E402
+from prunus.sweeping.run import run_sweep  # noqa: E402
 from recovery_cases import recover  # noqa: E402
 
 MAX_SECONDS = 60

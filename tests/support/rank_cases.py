@@ -419,7 +419,8 @@ def evaluated(scratch: Path) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     from prunus.evaluation.perplexity import perplexity
-    from prunus.sweeping import load_sweep, run_sweep
+    from prunus.sweeping.grid import load_sweep
+    from prunus.sweeping.run import run_sweep
 
     dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
     text, ids = scratch / "text.safetensors", scratch / "ids.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from prunus.evaluation.comparison import compare
@@ -13,15 +14,7 @@ from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.sources import read_document
 from prunus.runs.document import Document
-from prunus.sweeping.results import (
-    CalibrationSet,
-    CellResult,
-    ModelResult,
-    Pruning,
-    Score,
-    SweepResults,
-    TaskValue,
-)
+from prunus.sweeping.results import CalibrationSet, CellResult, DenseResult, SweepResults
 
 HOSTILE = (
     """<script>window.owned=1</script><img src=x onerror="window.owned=1">"""
@@ -34,34 +27,34 @@ def sweep_results(
 ) -> SweepResults:
     """A sweep with everything: patterns, seeds, tasks, a recovery, failures."""
 
-    def scores(perplexity: float | None) -> dict[str, Score]:
+    def scores(perplexity: float | None) -> dict[str, PerplexityResult]:
         numbers = {"loss": 1.0, "windows": 2, "tokens": 32, "seqlen": 16, "seconds": 1.5}
         return {
-            text: Score(
+            text: PerplexityResult(
                 source=f"{text} source",
-                perplexity=perplexity,
+                perplexity=math.inf if perplexity is None else perplexity,
                 protocol=f"{text} protocol",
                 bos="no",
                 **numbers,
             )
         }
 
-    def tasks(value: float) -> dict[str, dict[str, TaskValue]]:
+    def tasks(value: float) -> dict[str, dict[str, dict[str, float | None]]]:
         return {
-            "boolq": {"acc": TaskValue(value=value, stderr=0.0123)},
-            "lambada": {"perplexity": TaskValue(value=9.5, stderr=None)},
+            "boolq": {"acc": {"value": value, "stderr": 0.0123}},
+            "lambada": {"perplexity": {"value": 9.5, "stderr": None}},
         }
 
-    done = Pruning(
-        weights=1000,
-        zeros=500,
-        sparsity=0.5,
-        mean_relative_output_error=None,
-        mean_removed_energy=0.0375,
-        seconds=12.25,
-        dtype="float32",
-        calibration_sha256="ab",
-    )
+    done = {
+        "weights": 1000,
+        "zeros": 500,
+        "sparsity": 0.5,
+        "mean_relative_output_error": None,
+        "mean_removed_energy": 0.0375,
+        "seconds": 12.25,
+        "dtype": "float32",
+        "calibration_sha256": "ab",
+    }
     figures = {
         ("magnitude", 0.5, 0): 522.02,
         ("magnitude", "2:4", 0): None,
@@ -97,17 +90,13 @@ def sweep_results(
         state="failed",
         error=error or "OSError: full",
     )
-    model = ModelResult(path=name, fingerprint="f", scores=scores(20.5), tasks=tasks(0.7))
+    model = DenseResult(path=name, fingerprint="f", scores=scores(20.5), tasks=tasks(0.7))
     windows = CalibrationSet(
         model=name,
-        calibration="c4",
-        samples=128,
-        seqlen=2048,
-        seed=0,
+        options={"calibration": "c4", "samples": 128, "seqlen": 2048, "seed": 0, "bos": "no"},
         source="c4, shard 0",
         sha256="ab",
         file="x",
-        bos="no",
         used_bos="no",
     )
     return SweepResults(

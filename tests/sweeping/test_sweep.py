@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -19,29 +22,34 @@ from command_line import call
 from places import REPOSITORY
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import Wanted
+from prunus.evaluation.records import PerplexityResult
 from prunus.evaluation.reference import Reference
 from prunus.evaluation.size import stored_size
 from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
-from prunus.reporting.sweep_section import sweep_section
 from prunus.runs.options import RunOptions
-from prunus.sweeping import Scoring, Sweep, check_sweep, load_sweep, run_sweep
 from prunus.sweeping import cells as sweep_cells
+from prunus.sweeping.checks import check_sweep
+from prunus.sweeping.grid import Scoring, Sweep, load_sweep
 from prunus.sweeping.results import (
     CellResult,
-    ModelResult,
-    Pruning,
-    Score,
+    DenseResult,
     SweepResults,
     residual_gaps,
 )
+from prunus.sweeping.run import run_sweep
 from tiny import tiny_checkpoint, weights
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 EXAMPLES = REPOSITORY / "examples"
 SCORING = {"texts": ["python-docs"], "seqlen": 32, "limit": 4}
 BASE = {"calibration": "python-docs", "samples": 3, "seqlen": 32}
+#: More cells than anybody runs; they are refused before they are listed.
+MANY = "\n".join(
+    f"{name} = [{', '.join(map(str, range(1, 100)))}]"
+    for name in ("samples", "seqlen", "seed", "batch", "reconstruct_epochs")
+)
 GRID = {"method": ["magnitude", "wanda"], "sparsity": [0.5, "2:4"]}
 
 
@@ -55,7 +63,6 @@ def dense(tmp_path_factory) -> Path:
 
 def sweep_of(dense: Path, grid: dict = GRID, **keys) -> Sweep:
     values = {
-        "title": "t",
         "models": [str(dense)],
         "recipe": BASE,
         "scoring": SCORING,
@@ -82,7 +89,6 @@ def without_times(results: SweepResults) -> dict:
 def test_a_grid_spans_all_combinations_and_names_have_what_differs_from_the_recipe():
     sweep = Sweep.model_validate(
         {
-            "title": "t",
             "models": ["models/My Model", "b"],
             "recipe": {"samples": 8, "sparsity": 0.6},
             "grid": [
@@ -104,27 +110,15 @@ def test_a_grid_spans_all_combinations_and_names_have_what_differs_from_the_reci
     assert {cell.recipe.samples for cell in cells} == {8}
     assert cells[2].recipe.n_of_m == (2, 4)
     assert cells[2].recipe.sparsity == 0.5
-
-
-def test_a_grid_replaces_a_pattern_by_a_sparsity_and_vice_versa():
-    pattern = Sweep.model_validate(
-        {
-            "title": "t",
-            "models": ["m"],
-            "recipe": {"pattern": "2:4"},
-            "grid": [{"sparsity": [0.3, "4:8"]}],
-        }
-    )
-    assert [(c.recipe.pattern, c.recipe.sparsity) for c in pattern.cells()] == [
-        ("unstructured", 0.3),
-        ("4:8", 0.5),
-    ]
+    grid = ({"sparsity": [0.3, "4:8"]},)
+    replaced = Sweep(models=("m",), recipe={"pattern": "2:4"}, grid=grid).cells()
+    shapes = [(cell.recipe.pattern, cell.recipe.sparsity) for cell in replaced]
+    assert shapes == [("unstructured", 0.3), ("4:8", 0.5)]
 
 
 def test_a_cell_of_two_grids_is_one_cell_and_recoveries_follow_it():
     sweep = Sweep.model_validate(
         {
-            "title": "t",
             "models": ["m"],
             "grid": [
                 {"sparsity": [0.5, 0.6], "recovery": "short"},
@@ -151,6 +145,7 @@ AXES = {
 }
 
 
+@settings(deadline=None, max_examples=40)
 @given(
     st.fixed_dictionaries(
         {}, optional={k: st.lists(v, min_size=1, max_size=3, unique=True) for k, v in AXES.items()}
@@ -158,7 +153,7 @@ AXES = {
 )
 def test_names_are_unique_and_stay_when_values_are_added(grid):
     def cells(table):
-        return {c.name: c for c in Sweep(title="t", models=("m",), grid=(table,)).cells()}
+        return {c.name: c for c in Sweep(models=("m",), grid=(table,)).cells()}
 
     before = cells(grid)
     count = 1
@@ -175,54 +170,34 @@ def test_names_are_unique_and_stay_when_values_are_added(grid):
     ("text", "message"),
     [
         ("title = ", "is not valid TOML"),
-        ('title = "t"', "grid is missing"),
-        ('title = "t"\ngrid = []', "grid: "),
-        ('title = "t"\nmodel = "m"\n[[grid]]', "unknown key 'model'; known are title"),
-        (
-            'title = "t"\nmodels = ["m"]\nscoring = {text = ["c4"]}\n[[grid]]',
-            "unknown key 'scoring.text'; known are texts",
-        ),
-        ('title = "t"\nmodels = ["m"]\nscoring = {seqlen = 1}\n[[grid]]', "scoring.seqlen: "),
-        ('title = "t"\n[[grid]]', "no model: give models"),
-        (
-            'title = "t"\nmodels = ["a/m", "b/m"]\n[[grid]]',
-            "two models are called 'm' (a/m and b/m)",
-        ),
-        (
-            'title = "t"\nmodels = ["m"]\n[[grid]]\nmethods = ["wanda"]',
-            "grid 1 cannot vary 'methods': known are preset, method",
-        ),
-        (
-            'title = "t"\nmodels = ["m"]\n[[grid]]\npattern = ["2:4"]',
-            "patterns stand under sparsity",
-        ),
-        ('title = "t"\nmodels = ["m"]\n[[grid]]\nignore = ["*.q"]', "it belongs into [recipe]"),
-        ('title = "t"\nmodels = ["m"]\n[[grid]]\nsparsity = []', "sparsity is an empty list"),
-        (
-            'title = "t"\nmodels = ["m"]\n[[grid]]\n[[grid]]\nsparsity = [1.5]',
-            "grid 2: sparsity must lie in [0, 1)",
-        ),
-        (
-            'title = "t"\nmodels = ["m"]\n[[grid]]\nsparsity = ["2:x"]',
-            "pattern must be 'unstructured' or N:M",
-        ),
-        (
-            'title = "t"\nmodels = ["m"]\n[[grid]]\nmask_order = ["blockwise"]',
-            "belongs to method 'obs'",
-        ),
-        (
-            'title = "t"\nmodels = ["m"]\nrecipe = {sample = 3}\n[[grid]]',
-            "[recipe]: unknown option 'sample'",
-        ),
-        (
-            'title = "t"\nmodels = ["m"]\n[[grid]]\nrecovery = ["lora"]',
-            "recovery 'lora' has no table [recovery.lora]",
-        ),
+        ('models = ["m"]', "grid is missing"),
+        ("grid = []", "grid: "),
+        ("model = 'm'\n[[grid]]", "unknown option 'model'; known are title"),
+        ("scoring = {text = ['c4']}\n[[grid]]", "'scoring.text'; known are texts"),
+        ("scoring = {seqlen = 1}\n[[grid]]", "scoring.seqlen: "),
+        ("[[grid]]", "no model: give models"),
+        ("models = ['a/m', 'b/m']\n[[grid]]", "two models are called 'm' (a/m and b/m)"),
+        ("MODEL[[grid]]\nmethods = ['wanda']", "cannot vary 'methods': known are calibration"),
+        ("MODEL[[grid]]\npattern = ['2:4']", "grid 1 cannot vary 'pattern': patterns belong to"),
+        ("MODEL[[grid]]\nignore = ['*.q']", "it belongs to [recipe]"),
+        ("MODEL[[grid]]\nsparsity = []", "sparsity is an empty list"),
+        ("MODEL[[grid]]\n[[grid]]\nsparsity = [1.5]", "grid 2: sparsity must lie in [0, 1)"),
+        ("MODEL[[grid]]\nsparsity = ['2:x']", "pattern must be 'unstructured' or N:M"),
+        ("MODEL[[grid]]\nmask_order = ['blockwise']", "belongs to method obs"),
+        ("MODEL\nrecipe = {sample = 3}\n[[grid]]", "[recipe]: unknown option 'sample'"),
+        ("MODEL[[grid]]\nrecovery = ['lora']", "recovery 'lora' has no table [recovery.lora]"),
+        (".".join(["a"] * 20_000) + " = 1", "a key of more than sixteen parts"),
+        ("x = {" + " . ".join(['"a"'] * 17) + " = 1}", "a key of more than sixteen parts"),
+        ("[" + ".".join(["a"] * 17) + "]", "a key of more than sixteen parts"),
+        ("x = " + "[" * 100_000, "is not valid TOML"),
+        ("# " + "x" * 2**18, "at most 262,144 are read"),
+        (f"MODEL[[grid]]\n{MANY}", "the grids have 9,509,900,499 cells"),
     ],
+    ids=itertools.count(),
 )
 def test_a_sweep_file_with_a_fault_is_refused_by_name(text, message, tmp_path):
     path = tmp_path / "sweep.toml"
-    path.write_text(text)
+    path.write_text(text.replace("MODEL", "models = ['m']\n"))
     with pytest.raises(ValueError) as fault:
         load_sweep(path)
     assert message in str(fault.value)
@@ -295,19 +270,20 @@ def test_cells_give_the_results_of_single_commands(dense, swept, tmp_path):
         prunus.perplexity(dense, "python-docs", seqlen=32, samples=4).perplexity, rel=1e-12
     )
     assert [cell.state for cell in results.cells] == ["done"] * 4
+    assert results.models["dense"].size == stored_size(dense)
+    assert results.title == "Sweep of dense"
     for cell in results.cells:
+        assert cell.size.bits_per_weight == 32
+        assert cell.packed is None, "no bitmap holds float32 without loss"
         recipe = cell.recipe
         shape = {"pattern": recipe.pattern} if recipe.n_of_m else {"sparsity": recipe.sparsity}
         manifest = prunus.prune(dense, tmp_path / cell.name, recipe.method, **shape, **BASE)
         expected = prunus.perplexity(
             tmp_path / cell.name, "python-docs", reference=dense, seqlen=32, samples=4
         )
-        assert {**cell.scores["python-docs"].model_dump(), "seconds": 0} == {
-            **expected.as_dict(),
-            "seconds": 0,
-        }
-        assert cell.pruning.zeros == manifest.totals["zeros"]
-        assert cell.pruning.mean_removed_energy == manifest.totals["mean_removed_energy"]
+        assert replace(cell.scores["python-docs"], seconds=0.0) == replace(expected, seconds=0.0)
+        assert cell.pruning["zeros"] == manifest.totals["zeros"]
+        assert cell.pruning["mean_removed_energy"] == manifest.totals["mean_removed_energy"]
         kept = Manifest.load(swept / "cells" / cell.name)
         assert kept.summary() | {"block_seconds": 0} == manifest.summary() | {"block_seconds": 0}
         assert kept.recipe == recipe
@@ -317,8 +293,7 @@ class Stopped(BaseException):
     """Works like a kill: nothing catches it."""
 
 
-@pytest.mark.parametrize("killed_after", [None, 3])
-def test_the_dense_model_runs_once_for_each_text(killed_after, dense, tmp_path, monkeypatch):
+def test_the_dense_model_runs_once_for_each_text(dense, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog; " * 20)
     texts = ["python-docs", str(tmp_path / "text.txt")]
     runs, said = [], []
@@ -327,14 +302,14 @@ def test_the_dense_model_runs_once_for_each_text(killed_after, dense, tmp_path, 
 
     def stop(line: str) -> None:
         said.append(line)
-        if len(said) == killed_after:
+        if len(said) == 3:
             raise Stopped
 
-    sweep, out = sweep_of(dense, scoring={**SCORING, "texts": texts}), tmp_path / "out"
-    if killed_after is not None:
-        with pytest.raises(Stopped):
-            run_sweep(sweep, out, progress=stop)
-        assert len(list((out / "reference").iterdir())) == 2
+    grid = {"method": ["magnitude", "wanda"]}
+    sweep, out = sweep_of(dense, grid, scoring={**SCORING, "texts": texts}), tmp_path / "out"
+    with pytest.raises(Stopped):
+        run_sweep(sweep, out, progress=stop)
+    assert len(list((out / "reference").iterdir())) == 2
     results = run_sweep(sweep, out)
     assert len(runs) == len(texts)
     for cell in results.cells:
@@ -345,34 +320,6 @@ def test_the_dense_model_runs_once_for_each_text(killed_after, dense, tmp_path, 
     assert not (out / "reference").exists(), "it goes when all cells are done"
 
 
-def test_sizes_are_those_of_the_files(dense, swept, tmp_path):
-    results = SweepResults.load(swept)
-    expected = stored_size(dense)
-    assert expected.bits_per_weight == 32
-    for record in (results.models["dense"], *results.cells):
-        assert record.size.bits_per_weight == 32
-        assert record.size.packed_file_bytes is None, "no bitmap holds float32 without loss"
-    assert results.models["dense"].size.smallest == (expected.file_bytes, 32)
-
-
-def test_results_of_earlier_versions_still_load_and_go_on(dense, swept, tmp_path):
-    content = json.loads((swept / "results.json").read_text())
-    for record in (*content["models"].values(), *content["cells"]):
-        del record["size"]
-        for score in record["scores"].values():
-            del score["divergence"]
-    del content["cells"][-1:]
-    (tmp_path / "results.json").write_text(json.dumps(content))
-    earlier = SweepResults.load(tmp_path)
-    assert earlier.cells[0].scores["python-docs"].divergence is None
-    assert sweep_section(earlier).title == "t"
-    results = run_sweep(sweep_of(dense), tmp_path)
-    assert [cell.state for cell in results.cells] == ["done"] * 4
-    divergences = [cell.scores["python-docs"].divergence for cell in results.cells]
-    assert [found is None for found in divergences] == [True, True, True, False]
-    assert divergences[3] == SweepResults.load(swept).cells[3].scores["python-docs"].divergence
-
-
 def test_windows_are_drawn_once_and_shared(swept):
     results = SweepResults.load(swept)
     [windows] = results.calibration
@@ -381,9 +328,8 @@ def test_windows_are_drawn_once_and_shared(swept):
     stored = load_file(swept / windows.file)["input_ids"]
     assert torch.equal(stored.long(), expected.ids)
     assert windows.sha256 == expected.sha256
-    used = {
-        cell.pruning.calibration_sha256 for cell in results.cells if cell.recipe.method == "wanda"
-    }
+    wanda = [cell for cell in results.cells if cell.recipe.method == "wanda"]
+    used = {cell.pruning["calibration_sha256"] for cell in wanda}
     assert used == {expected.sha256}
 
 
@@ -406,18 +352,21 @@ def test_the_table_holds_the_values_of_the_json(swept):
     for row, cell in zip(rows[1:], content["cells"], strict=True):
         assert float(row["perplexity python-docs"]) == cell["scores"]["python-docs"]["perplexity"]
         assert float(row["dense perplexity python-docs"]) == base
-        assert float(row["sparsity reached"]) == cell["pruning"]["sparsity"]
+        assert float(row["zeros"]) == cell["pruning"]["sparsity"]
         assert (row["method"], row["pattern"]) == (
             cell["recipe"]["method"],
             cell["recipe"]["pattern"],
         )
-        assert float(row["KL python-docs"]) == cell["scores"]["python-docs"]["divergence"]["kl"]
+        assert (
+            float(row["KL divergence python-docs"])
+            == cell["scores"]["python-docs"]["divergence"]["kl"]
+        )
         assert float(row["file bytes"]) == cell["size"]["file_bytes"]
         gap = cell["residual_gap"]["python-docs"]
         assert row["residual gap python-docs"] == ("" if gap is None else str(gap))
 
 
-@pytest.mark.parametrize("lines", [1, 2, 3, 6])
+@pytest.mark.parametrize("lines", [1, 3, 6])
 def test_a_stopped_sweep_continues_to_the_same_results(lines, dense, swept, tmp_path, monkeypatch):
     said: list[str] = []
 
@@ -629,9 +578,9 @@ def test_tasks_are_checked_scored_and_stored_with_their_errors(dense, tmp_path, 
 
 
 def made(name: str, perplexity: float | None, **recipe) -> CellResult:
-    score = Score(
+    score = PerplexityResult(
         source="s",
-        perplexity=perplexity,
+        perplexity=math.inf if perplexity is None else perplexity,
         loss=1.0,
         windows=1,
         tokens=2,
@@ -646,7 +595,7 @@ def made(name: str, perplexity: float | None, **recipe) -> CellResult:
 
 
 def results_of(dense: float, *cells: CellResult) -> SweepResults:
-    model = ModelResult(path="m", fingerprint="f", scores=made("", dense).scores)
+    model = DenseResult(path="m", fingerprint="f", scores=made("", dense).scores)
     scoring = {"texts": ["text"]}
     return SweepResults(
         file="f",
@@ -693,7 +642,6 @@ def test_results_that_are_damaged_or_missing_are_named(swept, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"damaged or of another version: cells\.0\.state"):
         SweepResults.load(tmp_path)
-    assert Pruning.model_fields.keys() >= {"zeros", "weights"}
 
 
 # --- the command ---
@@ -701,7 +649,7 @@ def test_results_that_are_damaged_or_missing_are_named(swept, tmp_path):
 
 def write_toml(path: Path, dense: Path, sparsity: str = "[0.5]") -> Path:
     path.write_text(
-        f'title = "t"\nmodels = [{json.dumps(str(dense))}]\n'
+        f"models = [{json.dumps(str(dense))}]\n"
         '[recipe]\ncalibration = "python-docs"\nsamples = 2\nseqlen = 16\n'
         '[scoring]\ntexts = ["python-docs"]\nseqlen = 16\nlimit = 2\n'
         f'[[grid]]\nmethod = ["magnitude"]\nsparsity = {sparsity}\n'
@@ -775,31 +723,3 @@ def test_a_folder_that_is_something_else_is_left_alone(dense, tmp_path):
     assert "is not a sweep's" in call("sweep", file, tmp_path / "out", status=2).stderr
     assert "overlap" in call("sweep", file, dense / "out", status=2).stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
-
-
-def test_more_cells_than_anybody_runs_are_refused_before_they_are_listed(tmp_path):
-    values = "\n".join(
-        f"{name} = [{', '.join(map(str, range(1, 100)))}]"
-        for name in ("samples", "seqlen", "seed", "batch", "reconstruct_epochs")
-    )
-    path = tmp_path / "s.toml"
-    path.write_text(f'title = "t"\nmodels = ["m"]\n[[grid]]\n{values}\n')
-    with pytest.raises(ValueError, match=r"9,509,900,499 cells.*at most 10,000"):
-        load_sweep(path)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (".".join(["a"] * 20_000) + " = 1", "a key of more than sixteen parts"),
-        ("x = {" + " . ".join(['"a"'] * 17) + " = 1}", "a key of more than sixteen parts"),
-        ("[" + ".".join(["a"] * 17) + "]", "a key of more than sixteen parts"),
-        ("x = " + "[" * 100_000, "is not valid TOML"),
-        ("# " + "x" * 2**18, "at most 262,144 are read"),
-    ],
-)
-def test_a_file_that_takes_the_parser_too_long_is_refused(text, message, tmp_path):
-    path = tmp_path / "s.toml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        load_sweep(path)

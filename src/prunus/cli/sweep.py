@@ -47,7 +47,9 @@ def sweep(
     """
     with user_errors(json_file):
         from prunus.reporting.sweep_section import check_section, sweep_section
-        from prunus.sweeping import check_sweep, load_sweep, run_sweep
+        from prunus.sweeping.checks import check_sweep
+        from prunus.sweeping.grid import load_sweep
+        from prunus.sweeping.run import run_sweep
 
         chosen = load_sweep(file, tuple(models or ()))
         how = RunOptions.read(None, options)

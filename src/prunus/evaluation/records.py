@@ -8,9 +8,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, PlainSerializer, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from prunus.runs.document import Column, Table
+from prunus.runs.document import Column, Measured, Table, text_of
 
-__all__ = ["Divergence", "EvaluationRecord", "Figure", "ModelSize", "PerplexityResult", "finite"]
+__all__ = [
+    "FORMS",
+    "Divergence",
+    "EvaluationRecord",
+    "Figure",
+    "ModelSize",
+    "PerplexityResult",
+    "finite",
+]
 
 
 def finite(value: float | None) -> float | None:
@@ -27,6 +35,18 @@ Figure = Annotated[
 #: A standard error, or None where it is unknown.
 Error = Annotated[float | None, PlainSerializer(finite, return_type=float | None)]
 _STRICT = ConfigDict(extra="forbid")
+#: Title of a column of a table -> format of its figures.
+FORMS = {
+    "perplexity": ",.3f",
+    "residual gap": ".3f",
+    "KL divergence": ",.5f",
+    "KL 99.9 % quantile": ",.3f",
+    "same top token": ".2%",
+    "perplexity ratio": ".4f",
+    "file, GB": ",.3f",
+    "bits per weight": ".2f",
+    "decoded tokens/s": ",.1f",
+}
 
 
 class EvaluationRecord:
@@ -104,22 +124,29 @@ class PerplexityResult(EvaluationRecord):
             del fields["divergence"]
         return fields
 
-    def _repr_html_(self) -> str:
-        """The result as a table in a notebook."""
-        rows: list[tuple[str, object]] = [
-            ("perplexity", f"{self.perplexity:.3f}"),
-            ("loss, nats per token", f"{self.loss:.4f}"),
-            ("windows", f"{self.windows:,} of {self.seqlen:,} tokens"),
-            ("seconds", f"{self.seconds:.1f}"),
-        ]
+    def figures(self) -> dict[str, Any]:
+        """The figures of a row of a table, without infinite ones; `FORMS` has their formats."""
+        figures: dict[str, Any] = {"perplexity": finite(self.perplexity)}
         if (found := self.divergence) is not None:
-            rows += [
-                (f"KL divergence from {found.reference}", f"{found.kl:.4f}"),
-                ("same most likely token", f"{found.same_top:.2%}"),
-                ("ratio of the perplexities", f"{found.perplexity_ratio:.4f}"),
-            ]
+            figures |= {
+                "KL divergence": Measured(found.kl, found.kl_stderr),
+                "KL 99.9 % quantile": found.kl_q999,
+                "same top token": Measured(found.same_top, found.same_top_stderr),
+                "perplexity ratio": None
+                if finite(found.perplexity_ratio) is None
+                else Measured(found.perplexity_ratio, found.perplexity_ratio_stderr),
+            }
+        return figures
+
+    def _repr_html_(self) -> str:
+        figures = {name: text_of(value, FORMS[name]) for name, value in self.figures().items()}
+        windows = f"{self.windows:,} of {self.seqlen:,} tokens"
+        rows = figures | {"windows": windows, "seconds": f"{self.seconds:.1f}"}
         columns = (Column("measure"), Column("value"))
-        return Table(self.source, columns, tuple(rows), self.protocol)._repr_html_()
+        note = self.protocol
+        if self.divergence is not None:
+            note += f"\nKL divergence from {self.divergence.reference}, in nats per token"
+        return Table(self.source, columns, tuple(rows.items()), note)._repr_html_()
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -134,3 +161,7 @@ class ModelSize(EvaluationRecord):
 
     file_bytes: int
     bits_per_weight: float | None
+
+    def figures(self) -> dict[str, Any]:
+        """The figures of a row of a table; `FORMS` has their formats."""
+        return {"file, GB": self.file_bytes / 1e9, "bits per weight": self.bits_per_weight}

@@ -147,6 +147,9 @@ def _explain_one(error: Any, kind: type[Options]) -> str:
     if name in kind.ELSEWHERE:
         return f"{name} is not an option here: {kind.ELSEWHERE[name]}"
     if error["type"] == "extra_forbidden":
+        for part in error["loc"][:-1]:
+            inner = getattr(kind.model_fields.get(str(part)), "annotation", None)
+            kind = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else kind
         return f"unknown option {name!r}; known are {', '.join(kind.model_fields)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":

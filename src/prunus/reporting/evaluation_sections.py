@@ -6,11 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunus.reporting.quality import FORMS, Point, decode_speed, quality_charts, score_figures
-from prunus.runs.document import Column, Facts, Measured, Section, Table, items_of, table_of
-from prunus.sweeping.results import Score
+from prunus.evaluation.records import FORMS, PerplexityResult
+from prunus.reporting.quality import Point, decode_speed, quality_charts
+from prunus.runs.document import (
+    Column,
+    Facts,
+    Measured,
+    Section,
+    Table,
+    items_of,
+    short_names,
+    table_of,
+)
 
-__all__ = ["decode_speeds", "evaluation_section", "form_of", "short_names", "speed_section"]
+__all__ = ["decode_speeds", "evaluation_section", "form_of", "speed_section"]
 
 #: Metrics of lm-eval that are shares of the rows.
 _SHARES = ("acc", "exact_match", "f1", "em")
@@ -32,7 +41,7 @@ def evaluation_section(
         models = content["models"]
         names = short_names([one["model"] for one in models])
         scores = {
-            one["model"]: [Score.model_validate(score) for score in one["perplexity"]]
+            one["model"]: [PerplexityResult(**score) for score in one["perplexity"]]
             for one in models
         }
         sizes = {one["model"]: _size(one, names, speeds or {}) for one in models}
@@ -46,18 +55,6 @@ def evaluation_section(
     return Section(title, parts=tuple(parts), details=tuple(details))
 
 
-def short_names(models: Sequence[str]) -> dict[str, str]:
-    """The last part of each model's path or hub id, if these parts differ; else the whole names.
-
-    >>> short_names(["runs/dense", "runs/pruned"])
-    {'runs/dense': 'dense', 'runs/pruned': 'pruned'}
-    >>> short_names(["a/model", "b/model"])
-    {'a/model': 'a/model', 'b/model': 'b/model'}
-    """
-    short = {model: Path(model).name or model for model in models}
-    return short if len(set(short.values())) == len(models) else {model: model for model in models}
-
-
 def _size(one: dict[str, Any], names: dict[str, str], speeds: Mapping[str, float]) -> Any:
     size = one.get("size") or {}
     nbytes = size.get("file_bytes")
@@ -69,7 +66,9 @@ def _size(one: dict[str, Any], names: dict[str, str], speeds: Mapping[str, float
 
 
 def _quality(
-    scores: Mapping[str, list[Score]], sizes: Mapping[str, dict[str, Any]], names: dict[str, str]
+    scores: Mapping[str, list[PerplexityResult]],
+    sizes: Mapping[str, dict[str, Any]],
+    names: dict[str, str],
 ) -> list[Any]:
     """One table of perplexity, divergence, size and speed, and a chart for each text."""
     rows: list[dict[str, Any]] = []
@@ -77,7 +76,7 @@ def _quality(
     for texts in zip(*scores.values(), strict=True):
         points = []
         for model, score in zip(scores, texts, strict=True):
-            figures = score_figures(score) | sizes[model]
+            figures = score.figures() | sizes[model]
             rows.append({"text": score.source, "model": names[model]} | figures)
             points.append(Point(names[model], names[model], figures))
             if score.divergence is not None:

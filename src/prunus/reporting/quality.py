@@ -1,6 +1,6 @@
 """Quality, size and speed of models: the columns of tables, and charts of one against the other.
 
-A row of figures maps the title of a column to a value; `FORMS` has the formats.
+A row of figures maps the title of a column to a value; see `prunus.evaluation.records.FORMS`.
 """
 
 from __future__ import annotations
@@ -9,44 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prunus.evaluation.records import FORMS
 from prunus.runs.document import Lines, Measured, Series, text_of
 
-__all__ = ["FORMS", "LOG_FROM", "Point", "decode_speed", "plain", "quality_charts", "score_figures"]
+__all__ = ["LOG_FROM", "Point", "decode_speed", "plain", "quality_charts"]
 
 #: The y axis is logarithmic from this ratio of the largest to the smallest value.
 LOG_FROM = 6.0
-#: Title of a column -> format of its figures.
-FORMS = {
-    "perplexity": ",.3f",
-    "residual gap": ".3f",
-    "KL divergence": ",.5f",
-    "KL 99.9 % quantile": ",.3f",
-    "same top token": ".2%",
-    "perplexity ratio": ".4f",
-    "file, GB": ",.3f",
-    "bits per weight": ".2f",
-    "decoded tokens/s": ",.1f",
-}
 #: A chart's x axis: the sizes, of which the first that tells results apart is taken, and the speed.
 _SIZES = ("file, GB", "bits per weight")
 _SPEED = "decoded tokens/s"
-
-
-def score_figures(score: Any) -> dict[str, Any]:
-    """The figures of a `PerplexityResult`; of none where the text was not scored."""
-    if score is None:
-        return {}
-    figures = {"perplexity": score.perplexity}
-    if (found := score.divergence) is not None:
-        figures |= {
-            "KL divergence": Measured(found.kl, found.kl_stderr),
-            "KL 99.9 % quantile": found.kl_q999,
-            "same top token": Measured(found.same_top, found.same_top_stderr),
-        }
-        if found.perplexity_ratio is not None:
-            ratio = Measured(found.perplexity_ratio, found.perplexity_ratio_stderr)
-            figures["perplexity ratio"] = ratio
-    return figures
 
 
 def plain(value: Any) -> float | None:

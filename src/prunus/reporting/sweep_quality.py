@@ -7,17 +7,17 @@ varies among the cells.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunus.reporting.quality import FORMS, LOG_FROM, Point, plain, quality_charts
+from prunus.evaluation.records import FORMS
+from prunus.reporting.quality import LOG_FROM, Point, plain, quality_charts
 from prunus.runs.document import Column, Lines, Part, Series, Table
 
 if TYPE_CHECKING:
     from prunus.pruning.recipe import Recipe
     from prunus.sweeping.results import CellResult
 
-__all__ = ["quality_parts", "text_name"]
+__all__ = ["quality_parts"]
 
 #: Title and value of the columns of a table, which are the x axis of the chart as well.
 _AXES: dict[str, Callable[[Recipe], Any]] = {
@@ -166,11 +166,6 @@ def _title(axis: str, top: Any) -> str:
 
 def _number(top: Any) -> float:
     return float(top.removesuffix("%")) if isinstance(top, str) else float(top)
-
-
-def text_name(text: str) -> str:
-    """The name of a scoring text: a dataset's own, or a file's without its folder."""
-    return Path(text).name
 
 
 def _mean(figure: str, rows: Sequence[Mapping[str, Any]]) -> float | None:

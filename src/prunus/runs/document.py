@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Table",
     "items_of",
     "part_html",
+    "short_names",
     "table_of",
     "text_of",
 ]
@@ -220,6 +222,19 @@ def items_of(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         for key, value in values.items()
         if value not in (None, ())
     )
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """The last part of each path or hub id, if these parts differ; else the whole names.
+
+    >>> short_names(["runs/dense", "runs/pruned"])
+    {'runs/dense': 'dense', 'runs/pruned': 'pruned'}
+    >>> short_names(["a/model", "b/model"])
+    {'a/model': 'a/model', 'b/model': 'b/model'}
+    """
+    names = list(names)
+    short = {name: Path(name).name or name for name in names}
+    return short if len(set(short.values())) == len(short) else {name: name for name in names}
 
 
 def text_of(value: Any, form: str | None) -> str:

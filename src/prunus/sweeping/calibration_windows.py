@@ -7,7 +7,6 @@ same text.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,12 +27,7 @@ FOLDER = "calibration"
 
 
 def shared_windows(
-    output: Path,
-    results: SweepResults,
-    label: str,
-    model: Path,
-    recipe: Recipe,
-    options: RunOptions,
+    output: Path, results: SweepResults, label: str, recipe: Recipe, options: RunOptions
 ) -> torch.Tensor:
     """The calibration windows for a recipe. They are drawn if no cell has needed them yet.
 
@@ -43,7 +37,6 @@ def shared_windows(
         output: folder of the sweep.
         results: results so far.
         label: name of the model in the sweep.
-        model: folder of the model.
         recipe: has source, number of windows, tokens per window, seed and BOS.
         options: data folder, trust in remote code.
 
@@ -55,70 +48,40 @@ def shared_windows(
             `prunus.calibration.sources.Source`.
         FileExistsError: the windows differ from those of earlier cells.
     """
-    wanted = (
-        label,
-        recipe.calibration,
-        recipe.samples,
-        recipe.seqlen,
-        recipe.seed,
-        recipe.bos,
-    )
-    known = next((x for x in results.calibration if _key(x) == wanted), None)
+    chosen = recipe.model_dump(include={"samples", "seqlen", "seed", "bos"})
+    key = {"calibration": recipe.calibration} | chosen
+    known = next((x for x in results.calibration if (x.model, x.options) == (label, key)), None)
     if known is not None and (output / known.file).exists():
         ids = read_ids(output / known.file)
         _check_same(known, hash_ids(ids), f"{output / known.file} was changed")
         return ids
+    model, trust = Path(results.models[label].path), options.trust_remote_code
     asked = Wanted(
-        samples=recipe.samples,
-        seqlen=recipe.seqlen,
-        seed=recipe.seed,
-        bos=recipe.bos,
+        **chosen,
         data=options.data,
-        tokenizer=lambda: load_tokenizer(model, options.trust_remote_code),
-        model=lambda: load_model(model, trust_remote_code=options.trust_remote_code),
+        tokenizer=lambda: load_tokenizer(model, trust),
+        model=lambda: load_model(model, trust_remote_code=trust),
     )
     source = find_source(recipe.calibration)
     source.check(asked)
     windows = source.draw(asked)
     if known is not None:
         _check_same(known, windows.sha256, f"{recipe.calibration} gives other windows than before")
-    file = (
-        f"{FOLDER}/{label}-{len(results.calibration):02}.safetensors"
-        if known is None
-        else known.file
-    )
+    else:
+        known = CalibrationSet(
+            model=label,
+            options=key,
+            source=windows.source,
+            sha256=windows.sha256,
+            file=f"{FOLDER}/{label}-{len(results.calibration):02}.safetensors",
+            used_bos=windows.bos,
+        )
+        results.calibration.append(known)
     make_folder(output / FOLDER)
     # The ids may be a view of a larger file of ids. save_safetensors writes only the view.
-    save_safetensors(
-        output / file, {"input_ids": windows.ids.to(torch.int32)}, {"source": windows.source}
-    )
-    if known is None:
-        results.calibration.append(
-            CalibrationSet(
-                model=label,
-                calibration=recipe.calibration,
-                samples=recipe.samples,
-                seqlen=recipe.seqlen,
-                seed=recipe.seed,
-                source=windows.source,
-                sha256=windows.sha256,
-                file=file,
-                bos=recipe.bos,
-                used_bos=windows.bos,
-            )
-        )
+    ids = windows.ids.to(torch.int32)
+    save_safetensors(output / known.file, {"input_ids": ids}, {"source": windows.source})
     return windows.ids
-
-
-def _key(windows: CalibrationSet) -> tuple[Any, ...]:
-    return (
-        windows.model,
-        windows.calibration,
-        windows.samples,
-        windows.seqlen,
-        windows.seed,
-        windows.bos,
-    )
 
 
 def _check_same(known: CalibrationSet, sha256: str, what: str) -> None:

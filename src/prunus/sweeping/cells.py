@@ -1,6 +1,6 @@
 """One cell of a sweep: prune, recover, score. Each finished step is entered in the cell's result.
 
-A cell's folder contains `prunus.json`, and in `model` the weights for as long as they are needed.
+A cell's folder contains its record, and in `model` the weights for as long as they are needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from prunus.recovery.run import recover
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import Progress
 from prunus.sweeping.grid import Scoring
-from prunus.sweeping.results import CellResult, ModelResult, Pruning, Score, Size, TaskValue
+from prunus.sweeping.results import CellResult, SweptModel
 
 __all__ = ["discard_weights", "prune_cell", "recover_cell", "score_model", "task_options"]
 
@@ -48,7 +48,7 @@ def prune_cell(
         model: the dense checkpoint.
         ids: the shared calibration windows (samples, seqlen), int64. None for methods that use only
             weights.
-        options: options of the sweep, for the device, the memory and the data folder.
+        options: options of the sweep.
         progress: called after every block.
 
     Returns:
@@ -58,19 +58,18 @@ def prune_cell(
         See `prunus.prune`.
     """
     weights = folder / WEIGHTS
-    own = RunOptions(
-        device=options.device,
-        memory=options.memory,
-        data=options.data,
-        input_ids=ids,
-        trust_remote_code=options.trust_remote_code,
-        ranks=SINGLE_PROCESS,
-        report=progress,
-    )
     make_folder(folder)
+    own = options.model_copy(update={"input_ids": ids, "report": progress})
     manifest = run(model, weights, cell.recipe, own)
     copy_file(weights / Manifest.FILE, folder / Manifest.FILE)
-    cell.pruning = _totals(manifest)
+    totals = manifest.all_totals()
+    cell.pruning = {key: totals[key] for key in ("weights", "zeros", "sparsity")} | {
+        "mean_relative_output_error": totals["mean_relative_output_error"],
+        "mean_removed_energy": totals["mean_removed_energy"],
+        "seconds": round(totals["block_seconds"], 2),
+        "dtype": manifest.inputs.dtype,
+        "calibration_sha256": manifest.inputs.calibration_sha256,
+    }
     return weights
 
 
@@ -119,9 +118,9 @@ def score_model(
     model: Path,
     scoring: Scoring,
     options: RunOptions,
-    record: CellResult | ModelResult,
+    record: SweptModel,
     dense: Reference,
-    finished: Callable[[str, float | None], None],
+    finished: Callable[[str, float], None],
 ) -> None:
     """Measure a checkpoint's size, and score it on every text and task that its record lacks.
 
@@ -132,14 +131,14 @@ def score_model(
         record: where size and scores are entered.
         dense: the dense model, which cells are compared with. It scores itself with what the
             comparisons need as well.
-        finished: called with what was scored and its value, after each text and each metric. The
-            value is None for infinity.
+        finished: called with what was scored and its value, after each text and each metric.
 
     Raises:
         See `prunus.perplexity` and `prunus.evaluate`.
     """
     if record.size is None:
-        record.size = _size(model, options.trust_remote_code)
+        record.size = stored_size(model, options.trust_remote_code)
+        record.packed = packed_size(model, options.trust_remote_code)
     is_cell = isinstance(record, CellResult)
     for text in scoring.texts:
         if text in record.scores:
@@ -159,15 +158,15 @@ def score_model(
             memory=options.memory,
             progress=False,
         )
-        record.scores[text] = Score.model_validate(result.as_dict())
-        finished(f"perplexity on {text}", record.scores[text].perplexity)
+        record.scores[text] = result
+        finished(f"perplexity on {text}", result.perplexity)
         if result.divergence is not None:
             finished(f"KL divergence on {text}", result.divergence.kl)
     if scoring.tasks and not record.tasks:
         results = evaluate(model, scoring.tasks, progress=False, **task_options(scoring, options))
         for (task, metric), value in results.metrics().items():
-            record.tasks.setdefault(task, {})[metric] = TaskValue.model_validate(value.as_dict())
-            finished(f"{metric} on {task}", record.tasks[task][metric].value)
+            record.tasks.setdefault(task, {})[metric] = value.as_dict()
+            finished(f"{metric} on {task}", value.value)
 
 
 def task_options(scoring: Scoring, options: RunOptions) -> dict[str, Any]:
@@ -182,15 +181,6 @@ def task_options(scoring: Scoring, options: RunOptions) -> dict[str, Any]:
     }
 
 
-def _size(model: Path, trust_remote_code: bool) -> Size:
-    packed = packed_size(model, trust_remote_code)
-    return Size(
-        **stored_size(model, trust_remote_code).as_dict(),
-        packed_file_bytes=None if packed is None else packed.file_bytes,
-        packed_bits_per_weight=None if packed is None else packed.bits_per_weight,
-    )
-
-
 def discard_weights(folder: Path) -> None:
     """Delete a cell's weights. A kill in between leaves no folder that looks like a checkpoint."""
     weights = folder / WEIGHTS
@@ -199,15 +189,3 @@ def discard_weights(folder: Path) -> None:
     if weights.exists():
         weights.rename(doomed)
         shutil.rmtree(doomed)
-
-
-def _totals(manifest: Manifest) -> Pruning:
-    totals = manifest.all_totals()
-    return Pruning(
-        **{key: totals[key] for key in ("weights", "zeros", "sparsity")},
-        mean_relative_output_error=totals["mean_relative_output_error"],
-        mean_removed_energy=totals["mean_removed_energy"],
-        seconds=round(totals["block_seconds"], 2),
-        dtype=manifest.inputs.dtype,
-        calibration_sha256=manifest.inputs.calibration_sha256,
-    )

@@ -18,7 +18,7 @@ from prunus.recovery.options import RecoveryOptions
 from prunus.runs.options import RunOptions
 from prunus.sweeping.cells import task_options
 from prunus.sweeping.grid import Sweep
-from prunus.sweeping.results import RESULTS_NAME, CellResult, ModelResult, SweepResults
+from prunus.sweeping.results import RESULTS_NAME, CellResult, DenseResult, SweepResults
 
 __all__ = ["check_folder", "check_sweep"]
 
@@ -48,11 +48,13 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
         check_apart(output, folder)
         source = CheckpointSource(folder, options.trust_remote_code)
         require_causal(source.config, f"a sweep (of {name})")
-        models[label] = ModelResult(path=str(folder), fingerprint=source.fingerprint)
+        models[label] = DenseResult(path=str(folder), fingerprint=source.fingerprint)
     for text in sweep.scoring.texts:
         check_text(text, options.data)
     if sweep.scoring.tasks:
-        _check_tasks(sweep, models, options)
+        folders = [model.path for model in models.values()]
+        asked = task_options(sweep.scoring, options)
+        task_runner.prepare_tasks(folders, sweep.scoring.tasks, **asked)
     for name, table in sweep.recovery.items():
         try:
             RecoveryOptions.read(None, {k: x for k, x in table.items() if k != "teacher"})
@@ -60,23 +62,14 @@ def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> S
             raise ValueError(f"recovery.{name}: {fault}") from None
     results = SweepResults(
         file=file,
-        title=sweep.title,
+        title=sweep.title or f"Sweep of {', '.join(models)}",
         description=sweep.description,
         scoring=sweep.scoring.model_dump(mode="json"),
         recovery=sweep.recovery,
         hardware=describe_hardware(choose_device(options.device)),
         versions=versions(),
         models=models,
-        cells=[
-            CellResult(
-                name=x.name,
-                model=x.model,
-                recipe=x.recipe,
-                recovery=x.recovery,
-                recovers=x.recovers,
-            )
-            for x in sweep.cells()
-        ],
+        cells=[CellResult(**dict(cell)) for cell in sweep.cells()],
     )
     if not fresh:
         _merge_earlier(SweepResults.load(output), results, output)
@@ -112,15 +105,6 @@ def check_folder(sweep: Sweep, output: Path) -> bool:
     return fresh
 
 
-def _check_tasks(sweep: Sweep, models: dict[str, ModelResult], options: RunOptions) -> None:
-    scoring = sweep.scoring
-    task_runner.prepare_tasks(
-        [model.path for model in models.values()],
-        scoring.tasks,
-        **task_options(scoring, options),
-    )
-
-
 def _merge_earlier(earlier: SweepResults, now: SweepResults, output: Path) -> None:
     """Enter the results of an earlier run into `now`, which may add cells and change nothing else.
 
@@ -128,45 +112,30 @@ def _merge_earlier(earlier: SweepResults, now: SweepResults, output: Path) -> No
         FileExistsError: something was changed; the message names the first change.
     """
 
-    def refuse(what: str, before: Any, after: Any) -> None:
-        raise FileExistsError(
-            f"{output} holds a sweep with another {what} ({before!r}, now {after!r}); it is left "
-            "as it is. Only cells can be added to a sweep: choose another folder"
-        )
+    def check(what: str, before: Any, after: Any) -> None:
+        if before != after:
+            raise FileExistsError(
+                f"{output} holds a sweep with another {what} ({before!r}, now {after!r}); it is "
+                "left as it is. Only cells can be added to a sweep: choose another folder"
+            )
 
+    if not earlier.models.keys() <= now.models.keys():
+        check("set of models", sorted(earlier.models), sorted(now.models))
     for label, model in earlier.models.items():
-        if label not in now.models:
-            refuse("set of models", sorted(earlier.models), sorted(now.models))
-        if now.models[label].fingerprint != model.fingerprint:
-            refuse(
-                f"checkpoint {label}", model.fingerprint[:12], now.models[label].fingerprint[:12]
-            )
-        now.models[label].scores, now.models[label].tasks = model.scores, model.tasks
-        now.models[label].size = model.size
+        check(f"checkpoint {label}", model.fingerprint, now.models[label].fingerprint)
     for key, value in earlier.scoring.items():
-        if now.scoring[key] != value:
-            refuse(f"scoring.{key}", value, now.scoring[key])
-    cells = {cell.name: cell for cell in now.cells}
-    for cell in earlier.cells:
-        if cell.name not in cells:
-            refuse("set of cells", f"with {cell.name}", "without it")
-        recipe = cells[cell.name].recipe.model_dump()
+        check(f"scoring.{key}", value, now.scoring[key])
+    cells, done = ({cell.name: cell for cell in each.cells} for each in (now, earlier))
+    for name, cell in done.items():
+        check("set of cells", f"with {name}", f"with {name}" if name in cells else "without it")
+        recipe = cells[name].recipe.model_dump()
         for key, value in cell.recipe.model_dump().items():
-            if recipe[key] != value:
-                refuse(f"{key} in cell {cell.name}", value, recipe[key])
-        if (
-            cell.recovery is not None
-            and earlier.recovery[cell.recovery] != now.recovery[cell.recovery]
-        ):
-            refuse(
-                f"recovery.{cell.recovery}",
-                earlier.recovery[cell.recovery],
-                now.recovery[cell.recovery],
-            )
-    done = {cell.name: cell for cell in earlier.cells}
+            check(f"{key} in cell {name}", value, recipe[key])
+        if (own := cell.recovery) is not None:
+            check(f"recovery.{own}", earlier.recovery[own], now.recovery[own])
+    # A checkpoint may have moved since: its path is that of now.
+    for label, model in earlier.models.items():
+        now.models[label] = model.model_copy(update={"path": now.models[label].path})
     now.cells = [done.get(cell.name, cell) for cell in now.cells]
-    now.calibration, now.hardware, now.versions = (
-        earlier.calibration,
-        earlier.hardware,
-        earlier.versions,
-    )
+    now.calibration = earlier.calibration
+    now.hardware, now.versions = earlier.hardware, earlier.versions

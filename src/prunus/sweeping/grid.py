@@ -1,6 +1,5 @@
 """The sweep file: TOML, validated, and the cells that its grids span. This file imports no torch.
 
-    title = "Wanda against magnitude"
     models = ["path/to/model"]
 
     [recipe]                                  # options of `prunus prune` for all cells
@@ -21,12 +20,12 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from prunus.options.declaration import explain
 from prunus.options.toml import read_toml
 from prunus.pruning.recipe import Recipe
 from prunus.runs.options import DtypeName
@@ -63,12 +62,32 @@ class Scoring(BaseModel):
     )
 
 
+class Cell(BaseModel):
+    """One combination of a sweep.
+
+    Attributes:
+        name: Unique name, which is also the name of the cell's folder.
+        model: Label of the model.
+        recipe: How the model is pruned.
+        recovery: Name of the recovery, or None.
+        recovers: Name of the cell whose weights are recovered, or None.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    model: str
+    recipe: Recipe
+    recovery: str | None = None
+    recovers: str | None = None
+
+
 class Sweep(BaseModel):
     """A sweep file. `grid` maps recipe options and `recovery` to a value or a list of values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    title: str = Field(min_length=1)
+    title: str = ""
     description: str = ""
     models: tuple[str, ...] = ()
     recipe: dict[str, Any] = {}
@@ -110,33 +129,27 @@ class Sweep(BaseModel):
         """
         self._check_count()
         base = _recipe("[recipe]", self.recipe)
-        plain: dict[str, Cell] = {}
-        recovered: dict[str, list[Cell]] = {}
-        for label in self.labels():
-            for number, table in enumerate(self.grid, start=1):
-                where = f"grid {number}"
-                for values in _combinations(where, table):
-                    recovery = values.pop("recovery", _NO_RECOVERY)
-                    if not isinstance(recovery, str):
-                        raise ValueError(f"{where}: recovery {recovery!r} is no name")
-                    if recovery != _NO_RECOVERY and recovery not in self.recovery:
-                        raise ValueError(
-                            f"{where}: recovery {recovery!r} has no table [recovery.{recovery}]"
-                        )
-                    recipe = _recipe(where, _merged(self.recipe, values))
-                    cell = Cell(_cell_name(label, recipe, base), label, recipe)
-                    if plain.setdefault(cell.name, cell) != cell:
-                        raise ValueError(
-                            f"{where}: two different cells would be called {cell.name!r}; "
-                            "write their values so that they differ in more than punctuation"
-                        )
-                    followers = recovered.setdefault(cell.name, [])
-                    if recovery != _NO_RECOVERY and recovery not in [
-                        other.recovery for other in followers
-                    ]:
-                        name = f"{cell.name}+{_slug(recovery)}"
-                        followers.append(Cell(name, label, recipe, recovery, recovers=cell.name))
-        return [cell for name in plain for cell in (plain[name], *recovered[name])]
+        found: dict[str, list[Cell]] = {}
+        for label, (number, table) in itertools.product(self.labels(), enumerate(self.grid, 1)):
+            where = f"grid {number}"
+            for values in _combinations(where, table):
+                recovery = str(values.pop("recovery", _NO_RECOVERY))
+                if recovery != _NO_RECOVERY and recovery not in self.recovery:
+                    raise ValueError(
+                        f"{where}: recovery {recovery!r} has no table [recovery.{recovery}]"
+                    )
+                recipe = _recipe(where, _merged(self.recipe, values))
+                name = _cell_name(label, recipe, base)
+                own = found.setdefault(name, [Cell(name=name, model=label, recipe=recipe)])
+                if (own[0].model, own[0].recipe) != (label, recipe):
+                    raise ValueError(
+                        f"{where}: two different cells would be called {name!r}; write their "
+                        "values so that they differ in more than punctuation"
+                    )
+                if recovery not in (_NO_RECOVERY, *(cell.recovery for cell in own)):
+                    follower = {"name": f"{name}+{_slug(recovery)}", "recovery": recovery}
+                    own.append(own[0].model_copy(update=follower | {"recovers": name}))
+        return [cell for own in found.values() for cell in own]
 
     def _check_count(self) -> None:
         """Refuse a sweep of more cells than anybody runs, before they are listed."""
@@ -151,25 +164,6 @@ class Sweep(BaseModel):
                 f"the grids have {count:,} cells, most of them in grid {largest + 1}, and a sweep "
                 f"has at most {_MAX_CELLS:,}; give fewer values, or split the file"
             )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One combination of a sweep.
-
-    Attributes:
-        name: unique name, which is also the name of the cell's folder.
-        model: label of the model.
-        recipe: how the model is pruned.
-        recovery: name of the recovery, or None.
-        recovers: name of the cell whose weights are recovered, or None.
-    """
-
-    name: str
-    model: str
-    recipe: Recipe
-    recovery: str | None = None
-    recovers: str | None = None
 
 
 def load_sweep(path: Path, models: tuple[str, ...] = ()) -> Sweep:
@@ -191,9 +185,7 @@ def load_sweep(path: Path, models: tuple[str, ...] = ()) -> Sweep:
         sweep = Sweep.model_validate(values)
         sweep.cells()
     except ValidationError as fault:
-        raise ValueError(
-            f"sweep file {path}: " + "; ".join(map(_explain, fault.errors()))
-        ) from None
+        raise ValueError(f"sweep file {path}: {explain(fault, Sweep)}") from None
     except ValueError as fault:
         raise ValueError(f"sweep file {path}: {fault}") from None
     return sweep
@@ -206,16 +198,12 @@ def _combinations(where: str, table: dict[str, Any]) -> Iterator[dict[str, Any]]
     [{'method': 'wanda', 'pattern': '2:4'}, {'method': 'obs', 'pattern': '2:4'}]
     """
     known = [*Recipe.model_fields, "recovery"]
+    hints = {"pattern": 'patterns belong to sparsity: sparsity = [0.5, "2:4"]'}
+    hints |= dict.fromkeys(_NOT_AXES, "it belongs to [recipe]")
     for key, value in table.items():
-        if key not in known or key == "pattern" or key in _NOT_AXES:
-            hint = (
-                f"known are {', '.join(x for x in known if x != 'pattern' and x not in _NOT_AXES)}"
-            )
-            if key == "pattern":
-                hint = 'patterns stand under sparsity: sparsity = [0.5, "2:4"]'
-            elif key in _NOT_AXES:
-                hint = "it belongs into [recipe]"
-            raise ValueError(f"{where} cannot vary {key!r}: {hint}")
+        if key not in known or key in hints:
+            names = ", ".join(name for name in known if name not in hints)
+            raise ValueError(f"{where} cannot vary {key!r}: {hints.get(key, f'known are {names}')}")
         if value == []:
             raise ValueError(f"{where}: {key} is an empty list; give at least one value")
     axes = {key: value if isinstance(value, list) else [value] for key, value in table.items()}
@@ -258,14 +246,3 @@ def _slug(text: str) -> str:
     'My_Model_v2_'
     """
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).lstrip("._-") or "model"
-
-
-def _explain(error: Any) -> str:
-    """One error of pydantic as a sentence with the name of the key."""
-    name = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = Scoring.model_fields if error["loc"][0] == "scoring" else Sweep.model_fields
-        return f"unknown key {name!r}; known are {', '.join(known)}"
-    if error["type"] == "missing":
-        return f"{name} is missing"
-    return f"{name}: {error['msg'].lower()} (got {error['input']!r})"

@@ -7,28 +7,28 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from prunus.evaluation.records import FORMS, ModelSize, PerplexityResult
 from prunus.model.checkpoint.atomic_files import write_json, write_text
 from prunus.model.checkpoint.records import read_record
 from prunus.pruning.recipe import Recipe
-from prunus.runs.document import Table, table_of
+from prunus.runs.document import Measured, Table, table_of
+from prunus.runs.record import UsedBos
+from prunus.sweeping.grid import Cell
 
 __all__ = [
     "RESULTS_NAME",
     "CalibrationSet",
     "CellResult",
-    "Divergence",
-    "ModelResult",
-    "Pruning",
-    "Score",
-    "Size",
+    "DenseResult",
     "SweepResults",
-    "TaskValue",
-    "Tasks",
+    "SweptModel",
     "residual_gap",
     "residual_gaps",
 ]
@@ -56,144 +56,103 @@ _CONDITIONS = {
 }
 
 
-class _Record(BaseModel):
+class SweptModel(BaseModel):
+    """A model of a sweep, dense or a cell, and what was measured of it.
+
+    Attributes:
+        size: As it is stored.
+        packed: As `prunus pack` would store it without loss; None where it packs nothing.
+        scores: Scoring text -> perplexity. Cells have a divergence from the dense model.
+        tasks: Task -> metric -> value and stderr, None where they are unknown. If all seven tasks
+            of the paper are there, their mean is too.
+        pruning: Totals of a cell's pruning. Seconds sum over blocks, so a resumed run counts in
+            full.
+        recovered: Totals of a cell's recovery.
+        residual_gap: Scoring text -> see `residual_gaps`; empty for dense models.
+        error: Why it failed, or None.
+    """
+
     model_config = ConfigDict(extra="forbid")
 
-
-class Divergence(_Record):
-    """How far a cell is from its dense model, see `prunus.evaluation.Divergence`.
-
-    None stands for infinity, and for the standard errors of a single window.
-    """
-
-    reference: str
-    kl: float
-    kl_stderr: float | None
-    kl_q999: float
-    same_top: float
-    same_top_stderr: float | None
-    reference_perplexity: float | None
-    perplexity_ratio: float | None
-    perplexity_ratio_stderr: float | None
-
-
-class Score(_Record):
-    """Perplexity on one text, see `prunus.PerplexityResult`. None stands for infinity.
-
-    Dense models have no divergence, and neither have cells that an earlier version scored.
-    """
-
-    source: str
-    perplexity: float | None
-    loss: float
-    windows: int
-    tokens: int
-    seqlen: int
-    protocol: str
-    seconds: float
-    streamed: bool = False
-    bos: Literal["yes", "no", "given"] = "no"
-    divergence: Divergence | None = None
-
-
-class Size(_Record):
-    """The size of a result, see `prunus.evaluation.size.ModelSize`: as stored, and packed.
-
-    The packed size is that of `prunus pack` without loss; None where it packs nothing.
-    """
-
-    file_bytes: int
-    bits_per_weight: float | None
-    packed_file_bytes: int | None = None
-    packed_bits_per_weight: float | None = None
-
-    @property
-    def smallest(self) -> tuple[int, float | None]:
-        """File bytes and bits per weight, packed where that is possible."""
-        if self.packed_file_bytes is None:
-            return self.file_bytes, self.bits_per_weight
-        return self.packed_file_bytes, self.packed_bits_per_weight
-
-
-class TaskValue(_Record):
-    """One metric of a task, and its standard error. None stands for unknown."""
-
-    value: float | None
-    stderr: float | None
-
-
-#: Task -> metric -> value. If all seven tasks of the paper are there, their mean is too.
-Tasks = dict[str, dict[str, TaskValue]]
-
-
-class Pruning(_Record):
-    """Totals of a pruning run. `seconds` sums over blocks, so a resumed run counts in full."""
-
-    weights: int
-    zeros: int
-    sparsity: float
-    mean_relative_output_error: float | None
-    mean_removed_energy: float | None
-    seconds: float
-    dtype: str
-    calibration_sha256: str
-
-
-class CellResult(_Record):
-    """One cell. A `waiting` cell was not started, a `running` one is between two steps.
-
-    A `failed` cell has an error message.
-    """
-
-    name: str
-    model: str
-    recipe: Recipe
-    recovery: str | None = None
-    recovers: str | None = None
-    state: Literal["waiting", "running", "done", "failed"] = "waiting"
+    size: ModelSize | None = None
+    packed: ModelSize | None = None
+    scores: dict[str, PerplexityResult] = {}
+    tasks: dict[str, dict[str, dict[str, float | None]]] = {}
+    pruning: dict[str, Any] | None = None
+    recovered: dict[str, Any] | None = None
+    residual_gap: dict[str, float | None] = {}
     error: str | None = None
-    pruning: Pruning | None = None
-    recovered: dict[str, Any] | None = Field(default=None, description="totals of the recovery")
-    size: Size | None = None
-    scores: dict[str, Score] = Field(default={}, description="scoring text -> perplexity")
-    tasks: Tasks = {}
-    residual_gap: dict[str, float | None] = Field(
-        default={}, description="scoring text -> see `residual_gaps`"
-    )
+
+    def figures(self, text: str) -> dict[str, Any]:
+        """Its figures on one text, and its size: packed where that is possible."""
+        size, score = self.packed or self.size, self.scores.get(text)
+        gap = {"residual gap": self.residual_gap.get(text)}
+        return (score.figures() if score else {}) | gap | (size.figures() if size else {})
+
+    def totals(self) -> dict[str, Any]:
+        """The zeros, the error of the linears in words, and the seconds of the work."""
+        pruning, recovered = self.pruning or {}, self.recovered or {}
+        error, energy = (
+            pruning.get(f"mean_{name}") for name in ("relative_output_error", "removed_energy")
+        )
+        words = None if energy is None else f"{energy:.2%} (E)"
+        return {
+            "zeros": pruning.get("sparsity", recovered.get("sparsity")),
+            "error": words if error is None else f"{error:.2%}",
+            "pruning seconds": pruning.get("seconds"),
+            "recovery seconds": recovered.get("seconds"),
+        }
+
+    def task_figures(self) -> dict[str, Measured | None]:
+        """Task and metric -> figure, or None where it is unknown."""
+        return {
+            f"{task}, {metric}": None if value is None else Measured(value, figure["stderr"])
+            for task, metrics in self.tasks.items()
+            for metric, figure in metrics.items()
+            for value in (figure["value"],)
+        }
 
 
-class ModelResult(_Record):
+class CellResult(Cell, SweptModel):
+    """One cell. A `waiting` cell was not started, a `running` one is between two steps."""
+
+    state: Literal["waiting", "running", "done", "failed"] = "waiting"
+
+
+class DenseResult(SweptModel):
     """A dense model, before it is pruned."""
 
     path: str
     fingerprint: str
-    size: Size | None = None
-    scores: dict[str, Score] = {}
-    tasks: Tasks = {}
-    error: str | None = None
 
 
-class CalibrationSet(_Record):
-    """Calibration windows that cells share. `file` is relative to the sweep's folder."""
+class CalibrationSet(BaseModel):
+    """Calibration windows that cells share.
+
+    Attributes:
+        model: Label of the model.
+        options: Of the recipe: source, number, length, seed and BOS.
+        source: Where they come from, for people.
+        file: Relative to the sweep's folder.
+        used_bos: Whether every window begins with BOS.
+    """
+
+    model_config = ConfigDict(extra="forbid")
 
     model: str
-    calibration: str
-    samples: int
-    seqlen: int
-    seed: int
+    options: dict[str, Any]
     source: str
     sha256: str
     file: str
-    bos: Literal["auto", "yes", "no"] = Field(default="no", description="as in the recipe")
-    used_bos: Literal["yes", "no", "given"] = Field(
-        default="no", description="whether every window begins with BOS"
-    )
+    used_bos: UsedBos
 
 
-class SweepResults(_Record):
+class SweepResults(BaseModel):
     """Everything that a sweep has found so far."""
 
-    format: Literal[1] = 1
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[2] = 2
     file: str = Field(description="name of the sweep file")
     title: str
     description: str = ""
@@ -203,7 +162,7 @@ class SweepResults(_Record):
     )
     hardware: dict[str, Any]
     versions: dict[str, str]
-    models: dict[str, ModelResult]
+    models: dict[str, DenseResult]
     calibration: list[CalibrationSet] = []
     cells: list[CellResult]
 
@@ -229,49 +188,82 @@ class SweepResults(_Record):
             )
         return read_record(path, cls)
 
-    def table(self) -> Table:
-        """The dense models and the cells, with their scores."""
-        texts = self.scoring.get("texts", ())
-        forms = {"zeros": ".2%"}
-
-        def row(name: str, zeros: float, found: CellResult | ModelResult, state: str) -> Any:
-            values: dict[str, Any] = {"cell": name, "zeros": zeros}
-            for text in texts:
-                score = found.scores.get(text)
-                values[f"perplexity {text}"] = getattr(score, "perplexity", None)
-                values[f"KL {text}"] = getattr(getattr(score, "divergence", None), "kl", None)
-            for task, metrics in found.tasks.items():
-                values |= {f"{task} {name}": metric.value for name, metric in metrics.items()}
-            forms.update(dict.fromkeys(list(values)[2:], ".4g"))
-            return values | {"state": found.error or state}
-
-        rows = [row(f"{label}, dense", 0.0, each, "") for label, each in self.models.items()]
+    def every_model(self) -> Iterator[tuple[str, str, SweptModel]]:
+        """Name, label and figures of the dense models, then of the cells."""
+        for label, dense in self.models.items():
+            yield f"{label}-dense", label, dense
         for cell in self.cells:
-            zeros = cell.pruning.sparsity if cell.pruning else cell.recipe.sparsity
-            rows.append(row(cell.name, zeros, cell, cell.state))
-        return table_of(self.title, rows, forms, self.description)
+            yield cell.name, cell.model, cell
+
+    def state_of(self, found: SweptModel) -> str:
+        """The state of a cell, or of a dense model: done when every text and task is scored."""
+        if isinstance(found, CellResult):
+            return found.state
+        if found.error:
+            return "failed"
+        tasks_done = bool(found.tasks) or not self.scoring.get("tasks")
+        return "done" if tasks_done and set(self.scoring["texts"]) <= {*found.scores} else "waiting"
+
+    def table(self, speeds: Mapping[str, float] | None = None) -> Table:
+        """One row per dense model and per cell. `speeds` has decoding speeds by name."""
+        rows, forms = [], dict(FORMS)
+        for name, _, found in self.every_model():
+            row: dict[str, Any] = {"model": name} | found.totals()
+            for text in self.scoring["texts"]:
+                for title, figure in found.figures(text).items():
+                    own = title if title in ("file, GB", "bits per weight") else f"{title}, {text}"
+                    row[own], forms[own] = figure, FORMS[title]
+            row["decoded tokens/s"] = (speeds or {}).get(name)
+            for title, figure in found.task_figures().items():
+                row[title], forms[title] = figure, ".4g"
+            rows.append(row | {"state": self.state_of(found), "reason": found.error})
+        forms |= {"zeros": ".2%", "pruning seconds": ",.1f", "recovery seconds": ",.1f"}
+        note = (
+            "Error: mean relative output error, or mean removed energy (E), which assumes "
+            "uncorrelated inputs.\nKL divergence: from the dense model, in nats per token; ± one "
+            "standard error over windows.\nFile: as prunus pack would write it without loss, with "
+            "the bits per weight of its linears in the blocks; as stored where it packs nothing."
+        )
+        return table_of("Models", rows, forms, note)
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
 
     def to_csv(self) -> str:
         """One row per dense model and per cell. A missing value is an empty field."""
-        texts = self.scoring["texts"]
-        dense = [
-            {"name": f"{label}-dense", "model": label, "method": "dense", "sparsity": 0.0}
-            | {f"perplexity {text}": _perplexity(model.scores, text) for text in texts}
-            | _size_columns(model.size)
-            | _task_columns(model.tasks)
-            | {"state": "failed" if model.error else "done", "error": model.error}
-            for label, model in self.models.items()
-        ]
-        rows = dense + [_csv_row(self, cell) for cell in self.cells]
+        rows = []
+        for name, label, found in self.every_model():
+            row: dict[str, Any] = {"name": name, "model": label, "method": "dense", "sparsity": 0.0}
+            if isinstance(found, CellResult):
+                values = found.recipe.model_dump().items()
+                row |= {k: " ".join(x) if isinstance(x, tuple) else x for k, x in values}
+                row |= {"recovery": found.recovery} | found.totals()
+            for text in self.scoring["texts"]:
+                dense = self.models[label].scores.get(text)
+                row[f"dense perplexity {text}"] = dense and dense.figures()["perplexity"]
+                row |= {f"{title} {text}": x for title, x in found.figures(text).items()}
+            for kind, size in (("", found.size), ("packed ", found.packed)):
+                row[f"{kind}file bytes"] = size and size.file_bytes
+                row[f"{kind}bits per weight"] = size and size.bits_per_weight
+            row |= {title.replace(",", ""): x for title, x in found.task_figures().items()}
+            rows.append(_flat(row) | {"state": self.state_of(found), "error": found.error})
         columns = list(dict.fromkeys(key for row in reversed(rows) for key in row))
         file = io.StringIO()
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         return file.getvalue()
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row whose standard errors have columns of their own."""
+    flat: dict[str, Any] = {}
+    for title, value in row.items():
+        if isinstance(value, Measured):
+            flat |= {title: value.value, f"{title} stderr": value.stderr}
+        else:
+            flat[title] = value
+    return flat
 
 
 def residual_gap(perplexity: float, dense: float, wanda: float) -> float | None:
@@ -285,34 +277,29 @@ def residual_gap(perplexity: float, dense: float, wanda: float) -> float | None:
     True
 
     Returns:
-        The gap, or None if Wanda loses less than 1 % of the dense perplexity: a share of almost
-        nothing means nothing.
+        The gap. None if a perplexity is infinite, or if Wanda loses less than 1 % of the dense
+        perplexity: a share of almost nothing means nothing.
     """
-    if wanda <= dense * (1 + _MIN_WANDA_LOSS):
+    if math.inf in (perplexity, dense, wanda) or wanda <= dense * (1 + _MIN_WANDA_LOSS):
         return None
     return (perplexity - dense) / (wanda - dense)
 
 
 def residual_gaps(results: SweepResults, cell: CellResult) -> dict[str, float | None]:
-    """The residual gap of a cell per scoring text, see `residual_gap`.
-
-    It is None if a perplexity is missing or infinite.
+    """The residual gap of a cell per scoring text, or None where a perplexity is missing.
 
     The cell is compared to plain Wanda: by rows, all options at their defaults, without recovery.
     Model, sparsity, calibration, seed and all other options that do not belong to the method must
     be equal.
     """
-    wanda = next((other for other in results.cells if _is_wanda_of(other, cell)), None)
-    gaps: dict[str, float | None] = {}
-    for text in cell.scores:
-        own = _perplexity(cell.scores, text)
-        dense = _perplexity(results.models[cell.model].scores, text)
-        reference = _perplexity(wanda.scores, text) if wanda is not None else None
-        if own is None or dense is None or reference is None:
-            gaps[text] = None
-        else:
-            gaps[text] = residual_gap(own, dense, reference)
-    return gaps
+    wanda = next((other.scores for other in results.cells if _is_wanda_of(other, cell)), {})
+    dense = results.models[cell.model].scores
+    return {
+        text: residual_gap(own.perplexity, dense[text].perplexity, wanda[text].perplexity)
+        if text in dense and text in wanda
+        else None
+        for text, own in cell.scores.items()
+    }
 
 
 def _is_wanda_of(other: CellResult, cell: CellResult) -> bool:
@@ -327,64 +314,3 @@ def _is_wanda_of(other: CellResult, cell: CellResult) -> bool:
     return (
         conditions == other_conditions and method == plain and other.recipe.group in (None, "row")
     )
-
-
-def _perplexity(scores: dict[str, Score], text: str) -> float | None:
-    return scores[text].perplexity if text in scores else None
-
-
-def _csv_row(results: SweepResults, cell: CellResult) -> dict[str, Any]:
-    recipe, pruning = cell.recipe, cell.pruning
-    row = {
-        "name": cell.name,
-        "model": cell.model,
-        **{key: _field(value) for key, value in recipe.model_dump().items()},
-        "recovery": cell.recovery,
-        "sparsity reached": pruning.sparsity if pruning else None,
-        "mean relative output error": pruning.mean_relative_output_error if pruning else None,
-        "mean removed energy": pruning.mean_removed_energy if pruning else None,
-        "pruning seconds": pruning.seconds if pruning else None,
-    }
-    for text in results.scoring["texts"]:
-        row[f"perplexity {text}"] = _perplexity(cell.scores, text)
-        row[f"dense perplexity {text}"] = _perplexity(results.models[cell.model].scores, text)
-        row[f"residual gap {text}"] = cell.residual_gap.get(text)
-        row |= _divergence_columns(cell.scores.get(text), text)
-    return (
-        row
-        | _size_columns(cell.size)
-        | _task_columns(cell.tasks)
-        | {"state": cell.state, "error": cell.error}
-    )
-
-
-_DIVERGENCE_COLUMNS = {
-    "KL": "kl",
-    "KL stderr": "kl_stderr",
-    "KL 99.9 % quantile": "kl_q999",
-    "same top token": "same_top",
-    "same top token stderr": "same_top_stderr",
-}
-
-
-def _divergence_columns(score: Score | None, text: str) -> dict[str, float | None]:
-    found = score.divergence if score is not None else None
-    return {
-        f"{title} {text}": getattr(found, name, None) for title, name in _DIVERGENCE_COLUMNS.items()
-    }
-
-
-def _size_columns(size: Size | None) -> dict[str, float | None]:
-    return {name.replace("_", " "): getattr(size, name, None) for name in Size.model_fields}
-
-
-def _field(value: Any) -> Any:
-    return " ".join(value) if isinstance(value, tuple) else value
-
-
-def _task_columns(tasks: Tasks) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
-    for task, metrics in tasks.items():
-        for metric, value in metrics.items():
-            found |= {f"{task} {metric}": value.value, f"{task} {metric} stderr": value.stderr}
-    return found

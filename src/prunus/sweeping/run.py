@@ -1,14 +1,15 @@
 """The story of a sweep: check everything, score each dense model, then run cell after cell.
 
 `results.json` is written after every step, so a sweep that was killed continues at the step where
-it stopped. If a cell fails, its error is recorded and the other cells go on. The next run of the
+it stopped. If a cell fails, its error is recorded and the other cells run. The next run of the
 same command tries it again.
 
 The dense model runs once for each text. What its last block returns stays in the folder `reference`
 until all cells are done, because every cell is compared with it.
 
-On several ranks, a rank that is free takes the next cell. One process does all work of a cell; see
-`rank_results.py`.
+On several ranks, a rank that is free takes the next cell. One process does all work of a cell. All
+ranks need access to the folder of the sweep, but only rank 0 writes `results.json`. The other ranks
+write what they find into the cell's folder. If a rank is killed, the next run finds it there.
 """
 
 from __future__ import annotations
@@ -18,60 +19,55 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from prunus.distributed import SINGLE_PROCESS, Ranks, process_group
+from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.evaluation.reference import Reference
-from prunus.hardware.sizes import parse_bytes
 from prunus.methods import get_method
+from prunus.model.checkpoint.atomic_files import (
+    make_folder,
+    read_json,
+    remove_temporaries,
+    write_json,
+)
+from prunus.model.device import choose_device
+from prunus.options import takes
 from prunus.runs.lock import locked_output
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import LineInterval, Progress
 from prunus.sweeping.calibration_windows import shared_windows
 from prunus.sweeping.cells import discard_weights, prune_cell, recover_cell, score_model
-from prunus.sweeping.checks import check_folder
+from prunus.sweeping.checks import check_folder, check_sweep
 from prunus.sweeping.grid import Sweep, load_sweep
-from prunus.sweeping.rank_results import (
-    CELLS_FOLDER,
-    collect_results,
-    exchange_model_results,
-    initial_results,
-    prepare_results,
-    save_results,
-)
-from prunus.sweeping.results import CellResult, ModelResult, SweepResults
+from prunus.sweeping.results import CellResult, DenseResult, SweepResults, SweptModel
 
 __all__ = ["run_sweep", "sweep"]
 
 _REFERENCE_FOLDER = "reference"
+_CELLS_FOLDER = "cells"
+#: What ranks other than 0 have found for a cell or a dense model.
+_CELL_FILE = "cell.json"
 
 
+@takes(RunOptions)
 def sweep(
     grid: str | Path | Sweep,
     output: str | Path,
     *,
     models: Sequence[str] = (),
-    device: str = "auto",
-    memory: str | int | None = None,
-    data_dir: str | Path | None = None,
-    trust_remote_code: bool = False,
-    rank_timeout: float | None = None,
     progress: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> SweepResults:
     """Prune and score a grid of models, methods and sparsities, as `prunus sweep` does.
 
     A sweep that was stopped continues when the same call is made again.
 
     Args:
-        grid: The sweep file (TOML), or a `prunus.sweeping.Sweep`.
+        grid: The sweep file (TOML), or a `prunus.sweeping.grid.Sweep`.
         output: Folder of the results.
         models: Models to use in place of those in the file.
-        device: auto, cpu, cuda or cuda:i.
-        memory: Memory budget, such as "8GB" or a number of bytes; default is the free memory.
-        data_dir: Folder with local copies of the datasets.
-        trust_remote_code: Run model code that comes with a checkpoint.
-        rank_timeout: Under torchrun, a process without a sign of life counts as lost after this
-            many seconds; default 600.
         progress: Called with a line of text after every step.
+        **options: Device, memory, data folder and trust in remote code, for all cells.
 
     Returns:
         The results. A cell that failed has a message in `CellResult.error`.
@@ -80,18 +76,12 @@ def sweep(
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError: Before any work; says
             what was given, what is wrong and what to do.
     """
-    chosen = grid if isinstance(grid, Sweep) else load_sweep(Path(grid), tuple(models))
     if isinstance(grid, Sweep) and models:
         raise ValueError("models= is for a sweep file; a Sweep names its models itself")
-    options = RunOptions(
-        device=device,
-        memory=parse_bytes(memory) if isinstance(memory, str) else memory,
-        data=Path(data_dir) if data_dir is not None else None,
-        trust_remote_code=trust_remote_code,
-        rank_timeout=rank_timeout,
-    )
+    chosen = grid if isinstance(grid, Sweep) else load_sweep(Path(grid), tuple(models))
     file = "a Sweep object" if isinstance(grid, Sweep) else Path(grid).name
-    return run_sweep(chosen, Path(output), options, file=file, progress=progress)
+    how = RunOptions(**options)
+    return run_sweep(chosen, Path(output), how, file=file, progress=progress)
 
 
 def run_sweep(
@@ -117,17 +107,19 @@ def run_sweep(
     Raises:
         See `check_sweep`; it runs before any work.
     """
-    options = options or RunOptions()
     with contextlib.ExitStack() as stack:
-        ranks = options.ranks or stack.enter_context(process_group(options.rank_timeout))
+        how = stack.enter_context((options or RunOptions()).with_ranks())
+        ranks = how.processes
         # One process does all work of a cell, so runs inside a cell must not look for other ranks.
-        options = options.model_copy(update={"ranks": SINGLE_PROCESS})
+        own = how.model_copy(update={"ranks": SINGLE_PROCESS})
         # What the folder holds decides what is done, so from here on no other run may change it.
         stack.enter_context(locked_output(output, ranks, lambda: check_folder(sweep, output)))
-        results = initial_results(sweep, output, options, file, ranks)
-        results = prepare_results(results, output, options, ranks)
-        report = progress or (lambda line: None)
-        return _Runner(sweep, results, output, options, report, ranks).run()
+        choose_device(own.device, processes=ranks.local_size)
+        found = ranks.on_rank_0(
+            lambda: check_sweep(sweep, output, own, file).model_dump(mode="json")
+        )
+        results = SweepResults.model_validate(found)
+        return _Runner(sweep, results, output, own, progress or (lambda line: None), ranks).run()
 
 
 @dataclass
@@ -144,15 +136,15 @@ class _Runner:
     references: dict[str, Reference] = field(default_factory=dict)
 
     def run(self) -> SweepResults:
-        models = list(self.results.models.items())
-        for number in self.ranks.claim("models", len(models)):
-            label, model = models[number]
-            title = f"{label}, dense"
+        self._merge(self._prepare)
+        labels = list(self.results.models)
+        for number in self.ranks.claim("models", len(labels)):
+            model, title = self.results.models[labels[number]], f"{labels[number]}, dense"
             with self._recording_failure(model, title):
-                self._score(Path(model.path), model, label, title)
-            self._save()
-        exchange_model_results(self.results, self.ranks)
-        self._save()
+                self._score(Path(model.path), model, labels[number], title)
+            self._save(model)
+        self.ranks.barrier("the dense models")
+        self._merge()
         # A recovery needs the weights of its cell, so the same rank runs both.
         pruned = [cell for cell in self.results.cells if cell.recovers is None]
         for number in self.ranks.claim("cells", len(pruned)):
@@ -161,14 +153,66 @@ class _Runner:
             self._run_with_recoveries(cell, recoveries)
         for reference in self.references.values():
             reference.close()
-        found = collect_results(self.results, self.output, self.ranks)
-        if self.ranks.rank == 0 and all(cell.state == "done" for cell in found.cells):
+        self.ranks.barrier("the cells")
+        self._merge()
+        if self.ranks.rank == 0 and all(cell.state == "done" for cell in self.results.cells):
             shutil.rmtree(self.output / _REFERENCE_FOLDER, ignore_errors=True)
-        return found
+        return self.results
 
-    def _save(self, cell: CellResult | None = None) -> None:
-        """Save what was found so far for a cell, or for a dense model."""
-        save_results(self.results, cell, self.output, self.ranks)
+    # --- what the ranks know of each other ---
+
+    def _save(self, found: SweptModel) -> None:
+        """Save what this rank has found of a cell or a dense model."""
+        if self.ranks.rank == 0:
+            self.results.save(self.output)
+            return
+        name = next(name for name, _, each in self.results.every_model() if each is found)
+        make_folder(self._folder(name))
+        write_json(self._folder(name) / _CELL_FILE, found.model_dump(mode="json"))
+
+    def _merge(self, prepare: Callable[[], None] = lambda: None) -> None:
+        """Give all ranks what each has found, in this run or in one that was killed."""
+
+        def merge_on_rank_0() -> object:
+            prepare()
+            for name, _, known in list(self.results.every_model()):
+                path = self._folder(name) / _CELL_FILE
+                if path.exists():
+                    self._enter(known, type(known).model_validate(read_json(path)))
+                    # Saved before the file is deleted, so that a kill in between loses nothing.
+                    self.results.save(self.output)
+                    path.unlink()
+            self.results.save(self.output)
+            return self.results.model_dump(mode="json")
+
+        self.results = SweepResults.model_validate(self.ranks.on_rank_0(merge_on_rank_0))
+
+    def _enter(self, known: SweptModel, found: SweptModel) -> None:
+        """Put what another rank has found in the place of what rank 0 knew of it."""
+        if isinstance(known, DenseResult) and isinstance(found, DenseResult):
+            label = next(label for label, each in self.results.models.items() if each is known)
+            if found.fingerprint == known.fingerprint:
+                self.results.models[label] = found
+        elif isinstance(known, CellResult) and isinstance(found, CellResult):
+            same = (found.recipe, found.recovery) == (known.recipe, known.recovery)
+            if same and known.state != "done":
+                self.results.cells[self.results.cells.index(known)] = found
+
+    def _prepare(self) -> None:
+        """Delete what a killed run left half-written, and draw windows that several ranks need.
+
+        A single process draws windows when a cell needs them. Several ranks would draw the same
+        windows at the same time. The runs of cells clear the folders of weights themselves.
+        """
+        folders = [path for path in self.output.glob("*") if path.is_dir()]
+        for folder in (self.output, *folders, *self.output.glob(f"{_CELLS_FOLDER}/*")):
+            remove_temporaries(folder)
+        if self.ranks.size > 1:
+            for cell in self.results.cells:
+                if cell.state != "done":
+                    self._windows(cell)
+
+    # --- cells ---
 
     def _run_with_recoveries(self, cell: CellResult, recoveries: list[CellResult]) -> None:
         """Run a cell and the cells that recover it. Its weights are deleted when all are done."""
@@ -185,53 +229,50 @@ class _Runner:
                 self._recover(one, weights)
         for one in (cell, *recoveries):
             if one.state == "done" and not self.sweep.keep_checkpoints:
-                discard_weights(self._folder(one))
+                discard_weights(self._folder(one.name))
+
+    def _windows(self, cell: CellResult) -> Any:
+        """The calibration windows of a cell, which other cells share; None if it needs none."""
+        if get_method(cell.recipe.method).needs == "none":
+            return None
+        return shared_windows(self.output, self.results, cell.model, cell.recipe, self.options)
 
     def _prune(self, cell: CellResult) -> Path:
         """The folder with the pruned weights. Deleted weights are made again, to the same bytes."""
         model = self.results.models[cell.model]
         if model.error is not None:
             raise RuntimeError(f"the dense model {cell.model} could not be scored: {model.error}")
-        ids = None
-        if get_method(cell.recipe.method).needs != "none":
-            ids = shared_windows(
-                self.output, self.results, cell.model, Path(model.path), cell.recipe, self.options
-            )
-            self._save(cell)
-        title, before = self._title(cell), cell.pruning
-        weights = prune_cell(
-            cell, self._folder(cell), Path(model.path), ids, self.options, self._block_lines(title)
-        )
-        assert cell.pruning is not None
-        cell.pruning = before or cell.pruning
+        ids = self._windows(cell)
         self._save(cell)
-        self.report(f"{title}: {cell.pruning.sparsity:.2%} pruned in {cell.pruning.seconds:.0f} s")
+        title, before = self._title(cell), cell.pruning
+        lines = self._block_lines(title)
+        folder = self._folder(cell.name)
+        weights = prune_cell(cell, folder, Path(model.path), ids, self.options, lines)
+        cell.pruning = found = before or cell.pruning or {}
+        self._save(cell)
+        self.report(f"{title}: {found['sparsity']:.2%} pruned in {found['seconds']:.0f} s")
         return weights
 
     def _recover(self, cell: CellResult, pruned: Path) -> None:
-        assert cell.recovery is not None
         title, dense = self._title(cell), Path(self.results.models[cell.model].path)
-        table = self.sweep.recovery[cell.recovery]
-        weights = recover_cell(cell, self._folder(cell), pruned, dense, table, self.options)
+        table, folder = self.sweep.recovery[cell.recovery or ""], self._folder(cell.name)
+        weights = recover_cell(cell, folder, pruned, dense, table, self.options)
         self._save(cell)
         self.report(f"{title}: recovered in {(cell.recovered or {}).get('seconds', 0):.0f} s")
         self._score(weights, cell, cell.model, title)
 
-    def _score(
-        self, weights: Path, record: CellResult | ModelResult, label: str, title: str
-    ) -> None:
+    def _score(self, weights: Path, record: SweptModel, label: str, title: str) -> None:
         if label not in self.references:
             self.references[label] = Reference(
                 Path(self.results.models[label].path), keep_in=self.output / _REFERENCE_FOLDER
             )
 
-        def finished(what: str, value: float | None) -> None:
-            self._save(record if isinstance(record, CellResult) else None)
-            self.report(f"{title}: {what} {'infinite' if value is None else f'{value:.4g}'}")
+        def finished(what: str, value: float) -> None:
+            self._save(record)
+            self.report(f"{title}: {what} {value:.4g}")
 
-        score_model(
-            weights, self.sweep.scoring, self.options, record, self.references[label], finished
-        )
+        reference = self.references[label]
+        score_model(weights, self.sweep.scoring, self.options, record, reference, finished)
 
     @contextlib.contextmanager
     def _running(self, cell: CellResult) -> Iterator[None]:
@@ -243,7 +284,7 @@ class _Runner:
         self._save(cell)
 
     @contextlib.contextmanager
-    def _recording_failure(self, record: CellResult | ModelResult, title: str) -> Iterator[None]:
+    def _recording_failure(self, record: SweptModel, title: str) -> Iterator[None]:
         """Record an error of a cell or a dense model, so that the sweep goes on."""
         record.error = None
         try:
@@ -258,8 +299,8 @@ class _Runner:
     def _title(self, cell: CellResult) -> str:
         return f"[{self.results.cells.index(cell) + 1}/{len(self.results.cells)}] {cell.name}"
 
-    def _folder(self, cell: CellResult) -> Path:
-        return self.output / CELLS_FOLDER / cell.name
+    def _folder(self, name: str) -> Path:
+        return self.output / _CELLS_FOLDER / name
 
     def _block_lines(self, title: str) -> Callable[[Progress], None]:
         """A function that reports the progress of one pruning run, but not for every block."""

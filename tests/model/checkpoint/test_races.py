@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 import prunus
 from prunus import pack, unpack
 from prunus.model.checkpoint import lock
-from prunus.sweeping import Sweep, run_sweep
+from prunus.sweeping.grid import Sweep
+from prunus.sweeping.run import run_sweep
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
 from tiny import token_ids
 
