@@ -11,10 +11,10 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-__all__ = ["allocate_by_error", "meet_budget", "round_to_whole_weights"]
+__all__ = ["allocate_by_error", "round_to_whole_weights"]
 
-#: The default limit of a layer's sparsity: an empty layer would cut the network in two.
-MAX_SPARSITY = 0.95
+# The limit of a layer's sparsity: an empty layer would cut the network in two.
+_MAX_SPARSITY = 0.95
 
 
 def allocate_by_error(
@@ -34,7 +34,7 @@ def allocate_by_error(
 
     Raises:
         ValueError: the curves do not reach the budget, or a curve has fewer than two points, or
-            points that do not rise or are not finite; otherwise as `meet_budget`.
+            points that do not rise or are not finite; or a layer has no weights.
 
     >>> robust, fragile = [(0.0, 0.0), (0.5, 1.0)], [(0.0, 0.0), (0.5, 10.0)]
     >>> allocate_by_error([robust, fragile], [100, 100], 0.25)
@@ -68,53 +68,27 @@ def allocate_by_error(
             break
         result[layer] = right
         left_over -= removed
-    limit = max(MAX_SPARSITY, *(curve[-1][0] for curve in curves))
-    return meet_budget(result, weights, sparsity, max_sparsity=limit)
+    limit = max(_MAX_SPARSITY, *(curve[-1][0] for curve in curves))
+    return _meet_budget(result, weights, sparsity, limit)
 
 
-def meet_budget(
-    wanted: Sequence[float],
-    weights: Sequence[int],
-    sparsity: float,
-    max_sparsity: float = MAX_SPARSITY,
+def _meet_budget(
+    wanted: Sequence[float], weights: Sequence[int], sparsity: float, max_sparsity: float
 ) -> list[float]:
     """Shift all sparsities by the same amount, so that their weighted mean is `sparsity`.
 
-    No sparsity is shifted beyond 0 or `max_sparsity`; the others make up for it.
+    No sparsity is shifted beyond 0 or `max_sparsity`; the others compensate for it.
 
-    Args:
-        wanted: the sparsity of each layer, any finite numbers.
-        weights: the number of weights of each layer, the weights of the mean.
-        sparsity: the mean.
-        max_sparsity: the highest sparsity that a layer may get.
-
-    Returns:
-        Sparsities in [0, `max_sparsity`] with Σ weight·sparsity = `sparsity`·Σ weight, up to
-        rounding.
-
-    Raises:
-        ValueError: there are no layers, the numbers do not belong together, or the sparsity is
-            outside of [0, `max_sparsity`].
-
-    >>> [round(s, 2) for s in meet_budget([0.1, 0.5, 2.0], [1, 1, 1], 0.5, max_sparsity=0.8)]
+    >>> [round(s, 2) for s in _meet_budget([0.1, 0.5, 2.0], [1, 1, 1], 0.5, 0.8)]
     [0.15, 0.55, 0.8]
     """
-    _check(weights, sparsity)
-    if len(wanted) != len(weights) or not all(math.isfinite(value) for value in wanted):
-        raise ValueError(
-            f"there must be one finite value for each of the {len(weights)} layers, got {wanted}"
-        )
-    if not sparsity <= max_sparsity < 1:
-        raise ValueError(
-            f"a sparsity of {sparsity} in all does not fit under a maximum of {max_sparsity} "
-            "per layer (below 1)"
-        )
     # The mean rises with the shift, from all layers at 0 to all at the maximum. The bisection ends
     # at neighbouring floats.
     low, high = -max(wanted), max_sparsity - min(wanted)
     budget = sparsity * sum(weights)
     while low < (shift := (low + high) / 2) < high:
-        if _removed_weights(wanted, weights, shift, max_sparsity) < budget:
+        shifted = (min(max_sparsity, max(0.0, value + shift)) for value in wanted)
+        if math.fsum(n * value for value, n in zip(shifted, weights, strict=True)) < budget:
             low = shift
         else:
             high = shift
@@ -137,9 +111,6 @@ def round_to_whole_weights(
 
     Returns:
         For each linear the smallest float s for which `int(in * s)` is the decided number.
-
-    Raises:
-        ValueError: as `meet_budget`.
 
     >>> round_to_whole_weights([0.45, 0.55], [(1, 10), (1, 10)], 0.5)
     [0.5, 0.5]
@@ -190,12 +161,3 @@ def _check(weights: Sequence[int], sparsity: float) -> None:
         raise ValueError(f"every layer must have weights, got {list(weights)}")
     if not 0 <= sparsity < 1:
         raise ValueError(f"the sparsity is {sparsity}: it must be at least 0 and less than 1")
-
-
-def _removed_weights(
-    wanted: Sequence[float], weights: Sequence[int], shift: float, max_sparsity: float
-) -> float:
-    return math.fsum(
-        n * min(max_sparsity, max(0.0, value + shift))
-        for value, n in zip(wanted, weights, strict=True)
-    )

@@ -102,14 +102,7 @@ def _solve_shard(
     options: MethodOptions,
     shard: RowShard,
 ) -> Pruned:
-    """Run ADMM and conjugate gradients on the rows of one shard.
-
-    Args:
-        weight_OI: float32, the trained weights of these rows.
-        spans: runs of rows that are computed at once, for small temporaries.
-        scaled: the scaled and damped Gram matrix.
-        shard: which rows of the linear these are.
-    """
+    """Run ADMM and conjugate gradients on the rows of one shard, some rows (`spans`) at a time."""
     target_OI = (weight_OI * scaled.scale_I).masked_fill_(scaled.dead_I, 0)
     # W and U are never needed apart, only their sum. It equals Z where a weight is kept, and the
     # new U elsewhere. So one matrix holds the whole state.

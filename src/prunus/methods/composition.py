@@ -69,28 +69,7 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
             weight_OI = dense_target(weight_OI, statistics, dense_weight, options.damping)
         pruned = unchanged(weight_OI)
         if not removes_nothing:
-            pruned = prune_and_refine(weight_OI, statistics, pattern, sparsity, options, work)
-        if quantizes:
-            # Integers approximate the target itself. The sweep over the columns repeats what a
-            # method has changed to compensate for its mask, with the integers in view.
-            keep_OI = None if removes_nothing else pruned.keep_OI
-            found = quantize(weight_OI, statistics, work, keep_OI, options.damping)
-            forced = 0 if keep_OI is None else count_zeros(keep_OI)
-            notes = pruned.notes | found.notes | {"forced_zeros": forced}
-            pruned = replace(found, notes=notes)
-        if uses_dense_target:
-            pruned.notes.update(_target_notes(statistics, options, dense_weight))
-        return pruned
-
-    def prune_and_refine(
-        weight_OI: Tensor,
-        statistics: InputStatistics,
-        pattern: Pattern,
-        sparsity: float,
-        options: MethodOptions,
-        work: Work,
-    ) -> Pruned:
-        pruned = method.prune(weight_OI, statistics, pattern, sparsity, options, work)
+            pruned = method.prune(weight_OI, statistics, pattern, sparsity, options, work)
 
         # Masks may compare all rows, but swaps and updates work within a row. So the method runs on
         # its own, and the steps after it are split over processes together.
@@ -111,8 +90,18 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
                 result = fit_least_squares(own_OI, result, statistics, options.damping, shard=shard)
             return result
 
-        if refines or updates:
+        if (refines or updates) and not removes_nothing:
             pruned = work.rows.solve(len(weight_OI), 1, refine_and_update)
+        if quantizes:
+            # Integers approximate the target itself. The sweep over the columns repeats what a
+            # method has changed to compensate for its mask, with the integers in view.
+            keep_OI = None if removes_nothing else pruned.keep_OI
+            found = quantize(weight_OI, statistics, work, keep_OI, options.damping)
+            forced = 0 if keep_OI is None else count_zeros(keep_OI)
+            notes = pruned.notes | found.notes | {"forced_zeros": forced}
+            pruned = replace(found, notes=notes)
+        if uses_dense_target:
+            pruned.notes.update(_target_notes(statistics, options, dense_weight))
         return pruned
 
     return replace(

@@ -14,19 +14,10 @@ from pathlib import Path
 
 from prunus.methods.table import METHODS, Method
 
-__all__ = ["GIVEN", "check_method_name", "get_method", "method_sha256", "names_a_file"]
+__all__ = ["GIVEN", "check_method_name", "get_method", "method_sha256"]
 
 #: A recipe names a `Method` that was given in Python by this prefix and the method's own name.
 GIVEN = "given:"
-
-
-def names_a_file(method: str) -> bool:
-    """Whether the option `method` names a method in a file.
-
-    >>> names_a_file("my/methods.py:NOISY"), names_a_file("wanda")
-    (True, False)
-    """
-    return _split(method)[0].endswith(".py")
 
 
 def check_method_name(method: str) -> None:
@@ -40,10 +31,10 @@ def check_method_name(method: str) -> None:
     ValueError: the method 'wandb' is unknown: choose one of magnitude, wanda, wanda-variant, ria, \
 sparsegpt, obs, alps, or name your own as FILE.py:NAME
     """
-    path, name = _split(method)
     if method in METHODS or method.startswith(GIVEN):
         return
-    if not path.endswith(".py"):
+    file, name = _split(method)
+    if file.suffix != ".py":
         raise ValueError(
             f"the method {method!r} is unknown: choose one of {', '.join(METHODS)}, or name your "
             "own as FILE.py:NAME"
@@ -72,9 +63,8 @@ def get_method(method: str) -> Method:
         raise ValueError(
             f"the method {method.removeprefix(GIVEN)!r} was given in Python: give the Method again"
         )
-    path, name = _split(method)
-    file = Path(path).expanduser().resolve()
-    return _load(file, name, hashlib.sha256(_read(file)).hexdigest())
+    file, name = _split(method)
+    return _load(file.resolve(), name, _sha256(file))
 
 
 def method_sha256(method: str, given: Method | None = None) -> str | None:
@@ -89,22 +79,19 @@ def method_sha256(method: str, given: Method | None = None) -> str | None:
             return hashlib.sha256(inspect.getsource(given.function).encode()).hexdigest()  # type: ignore[arg-type]
         except (OSError, TypeError):
             return None  # Nothing is known of a function without a file.
-    if not names_a_file(method):
-        return None
-    return hashlib.sha256(_read(Path(_split(method)[0]).expanduser())).hexdigest()
+    file = _split(method)[0]
+    return _sha256(file) if file.suffix == ".py" else None
 
 
-def _split(method: str) -> tuple[str, str]:
-    """Path and name; of a path on Windows only the last colon separates them."""
-    if method.endswith(".py"):
-        return method, ""
-    path, _, name = method.rpartition(":")
-    return path, name
+def _split(method: str) -> tuple[Path, str]:
+    """File and name. A path on Windows has a colon too, so the last one separates them."""
+    path, _, name = (method + ":" * method.endswith(".py")).rpartition(":")
+    return Path(path).expanduser(), name
 
 
-def _read(file: Path) -> bytes:
+def _sha256(file: Path) -> str:
     try:
-        return file.read_bytes()
+        return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as fault:
         raise FileNotFoundError(
             f"the method's file {file} cannot be read ({fault.strerror}): give FILE.py:NAME"

@@ -161,14 +161,8 @@ def relative_steps(statistics: InputStatistics, damping: float | None) -> Tensor
 
 
 class _Factor(NamedTuple):
-    """The order of the columns, and the factor of the inverse Gram matrix in this order.
-
-    Attributes:
-        order_I: int64 (I,), the columns in the order of the sweep.
-        upper_II: U, float32, rows and columns in the order of the sweep.
-        diagonal_I: U_jj, in the order of the weight.
-        norms_I: the squared norms of the inputs, in the order of the weight.
-        notes: of `obs.inverse_factor`.
+    """The order of the columns in the sweep, U in this order, and in the order of the weight U_jj
+    and the squared norms of the inputs.
     """
 
     order_I: Tensor

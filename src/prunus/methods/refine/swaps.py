@@ -123,11 +123,7 @@ def _one_round(
 def _pairs_in_rows(
     weight_RI: Tensor, prune_RI: Tensor, restore_RI: Tensor, gram_II: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best disjoint pairs (p, u) among each row's candidates, best first.
-
-    Returns:
-        Features p, features u and whether the pair exists, all (R, S).
-    """
+    """Of each row's candidates the best disjoint pairs: p, u and whether they exist, (R, S)."""
     candidates = min(_CANDIDATES, prune_RI.shape[1])
     prune_RC, p_RC = prune_RI.topk(candidates, dim=1, largest=False)
     restore_RC, u_RC = restore_RI.topk(candidates, dim=1, largest=False)
@@ -152,11 +148,7 @@ def _pairs_in_rows(
 def _pairs_in_groups(
     weight_RI: Tensor, prune_RI: Tensor, restore_RI: Tensor, gram_II: Tensor, m: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best pair (p, u) of each of the best groups of M, best first.
-
-    Returns:
-        Features p, features u and whether the pair exists, all (R, S).
-    """
+    """The best pair of each of the best groups of M, best first; returned as in rows."""
     rows, groups = len(weight_RI), weight_RI.shape[1] // m
     # The blocks of the Gram matrix on its diagonal, one per group: pairs never leave their group.
     block_GMM = gram_II.view(groups, m, groups, m).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
