@@ -68,7 +68,7 @@ def with_its_mask(weight_OI: Tensor, statistics: InputStatistics, keep_OI: Tenso
     def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, shard: RowShard) -> Tensor:
         return keep_OI[:, start : start + weight_OB.shape[1]]
 
-    return prune_by_obs(weight_OI, statistics, Pattern(), None, choose, Work()).weight_OI
+    return prune_by_obs(weight_OI, statistics, Work(), choose).weight_OI
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,11 @@ def two_classes(levels_SI: Tensor) -> CodeLengths:
     )
 
 
+def work(how: LinearQuantization, damping: float | None = None, rows=UNSHARDED) -> Work:
+    options = MethodOptions.model_construct(damping=damping)
+    return Work(Pattern(), 0.0, options, rows, quantization=how)
+
+
 def quantized(
     weight_OI: Tensor,
     X_TI: Tensor,
@@ -54,7 +59,7 @@ def quantized(
     statistics, before = gather(X_TI), gather(X_TI)
     given_OI = weight_OI.clone()
     how = LinearQuantization(step, torch.ones(len(weight_OI)), ideal_code)
-    pruned = quantize(weight_OI, statistics, Work(rows, quantization=how), keep_OI, damping)
+    pruned = quantize(weight_OI, statistics, work(how, damping, rows), keep_OI)
     assert torch.equal(weight_OI, given_OI)
     assert torch.equal(statistics.gram_II, before.gram_II)
     assert pruned.quantized is not None
@@ -94,7 +99,7 @@ def test_integers_and_steps_are_those_of_the_slow_version(forced, damping, code_
     kept = keep_OI if forced else None
     statistics = gather(X_TI)
     how = LinearQuantization(0.7, scales_O, code_of)
-    found = quantize(weight_OI, statistics, Work(quantization=how), kept, damping).quantized
+    found = quantize(weight_OI, statistics, work(how, damping), kept).quantized
     levels_OI, steps_I = reference.quantize(
         weight_OI, statistics.gram_II, damping, 0.7, scales_O, code_of, kept
     )
@@ -108,7 +113,7 @@ def test_blocks_of_columns_make_no_difference():
     weight_OI, X_TI = example(2, 133, tokens=400)
     statistics = gather(X_TI)
     how = LinearQuantization(0.5, torch.ones(2), two_classes)
-    found = quantize(weight_OI, statistics, Work(quantization=how), damping=0.1).quantized
+    found = quantize(weight_OI, statistics, work(how, 0.1)).quantized
     levels_OI, _ = reference.quantize(
         weight_OI, statistics.gram_II, 0.1, 0.5, torch.ones(2), two_classes
     )
@@ -266,7 +271,7 @@ def test_shards_of_rows_give_the_same_integers(forced):
 
 
 def work_of(weight_OI: Tensor) -> Work:
-    return Work(quantization=LinearQuantization(0.2, torch.ones(len(weight_OI)), ideal_code))
+    return work(LinearQuantization(0.2, torch.ones(len(weight_OI)), ideal_code))
 
 
 def composed(weight_OI, X_TI, sparsity, pattern=Pattern(), name="wanda") -> Pruned:  # noqa: B008
@@ -275,7 +280,8 @@ def composed(weight_OI, X_TI, sparsity, pattern=Pattern(), name="wanda") -> Prun
     assert method.needs == "gram"
     assert method.updates_weights
     statistics = gather(X_TI)
-    return method.prune(weight_OI, statistics, pattern, sparsity, options, work_of(weight_OI))
+    asked = replace(work_of(weight_OI), pattern=pattern, sparsity=sparsity, options=options)
+    return method.apply(weight_OI, statistics, asked)
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])

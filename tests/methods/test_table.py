@@ -111,9 +111,9 @@ OWN = """
 import torch
 from prunus.methods import Method, keep_mask, masked
 
-def prune(weight_OI, statistics, pattern, sparsity, options, work):
+def prune(weight_OI, statistics, work):
     score_OI = weight_OI.abs() * statistics.norms_I ** 2
-    return masked(weight_OI, keep_mask(score_OI, pattern, sparsity))
+    return masked(weight_OI, keep_mask(score_OI, work.pattern, work.sparsity))
 
 SQUARED = Method(name="squared", summary="squared norms", function=prune, needs="norms")
 NOT_ONE = "text"

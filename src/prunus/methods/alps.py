@@ -42,8 +42,7 @@ from torch import Tensor
 
 from prunus.hardware.numerics import low_precision_product, row_spans
 from prunus.methods.base import Pruned, masked, unchanged
-from prunus.methods.options import MethodOptions
-from prunus.methods.patterns import Pattern, keep_mask
+from prunus.methods.patterns import keep_mask
 from prunus.methods.solvers.admm_operator import OVER_RELAXATION, admm_operator, penalties
 from prunus.methods.solvers.least_squares import ScaledGram, conjugate_gradients, scaled_gram_of
 from prunus.methods.statistics import InputStatistics
@@ -63,18 +62,11 @@ _KEEPS_MASK = 2
 _FINAL_STEPS, _DATA_LIMITED_STEPS, _MIN_GAIN = 8, 2, 0.003
 
 
-def prune(
-    weight_OI: Tensor,
-    statistics: InputStatistics,
-    pattern: Pattern,
-    sparsity: float,
-    options: MethodOptions,
-    work: Work,
-) -> Pruned:
+def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     """The weights that ADMM keeps, fitted to its mask."""
-    if pattern.removes_nothing(sparsity):
+    if work.removes_nothing:
         return unchanged(weight_OI)
-    scaled = scaled_gram_of(statistics, options.damping)
+    pattern, scaled = work.pattern, scaled_gram_of(statistics, work.options.damping)
     # Where all rows compete, every iteration would need the scores of all processes. One process
     # solves all rows instead.
     rows_compete = pattern.is_unstructured and pattern.group in ("layer", "column")
@@ -87,7 +79,7 @@ def prune(
         own_OI = weight_OI[shard.rows]
         whole = [slice(0, len(own_OI))]
         spans = whole if rows_compete else row_spans(own_OI, rows_per_group)
-        return _solve_shard(own_OI, spans, statistics, scaled, pattern, sparsity, options, shard)
+        return _solve_shard(own_OI, spans, statistics, scaled, work, shard)
 
     return sharding.solve(len(weight_OI), rows_per_group, solve)
 
@@ -97,9 +89,7 @@ def _solve_shard(
     spans: list[slice],
     statistics: InputStatistics,
     scaled: ScaledGram,
-    pattern: Pattern,
-    sparsity: float,
-    options: MethodOptions,
+    work: Work,
     shard: RowShard,
 ) -> Pruned:
     """Run ADMM and conjugate gradients on the rows of one shard, some rows (`spans`) at a time."""
@@ -113,7 +103,7 @@ def _solve_shard(
     operator = admm_operator(statistics, scaled, len(sum_OI))
     penalty = 0.0
     for iteration, next_penalty in enumerate(
-        penalties(scaled, options.iterations or default_iterations)
+        penalties(scaled, work.options.iterations or default_iterations)
     ):
         previous, penalty = penalty, next_penalty
         if penalty != previous:
@@ -122,7 +112,7 @@ def _solve_shard(
         for span in spans:
             sum_SI, target_SI = sum_OI[span], target_OI[span]
             if updates_mask:
-                keep_OI[span] = keep_mask(sum_SI.abs(), pattern, sparsity)
+                keep_OI[span] = keep_mask(sum_SI.abs(), work.pattern, work.sparsity)
             kept_SI = keep_OI[span] * sum_SI
             dual_SI = sum_SI - kept_SI
             if penalty != previous > 0:
@@ -134,7 +124,7 @@ def _solve_shard(
             torch.add(target_SI, dual_SI, alpha=2 - OVER_RELAXATION, out=sum_SI)
             sum_SI.add_(low_precision_product(kept_SI, operator_II))
     for span in spans:
-        keep_OI[span] = keep_mask(sum_OI[span].abs(), pattern, sparsity)
+        keep_OI[span] = keep_mask(sum_OI[span].abs(), work.pattern, work.sparsity)
     solution_OI, steps = conjugate_gradients(
         sum_OI,
         target_OI,

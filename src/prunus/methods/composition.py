@@ -14,7 +14,6 @@ from torch import Tensor
 from prunus.hardware.numerics import count_zeros
 from prunus.methods.base import Pruned, masked, unchanged
 from prunus.methods.options import MethodOptions
-from prunus.methods.patterns import Pattern
 from prunus.methods.rate_distortion import quantize
 from prunus.methods.refine.dense_targets import (
     DEFAULT_DENSE_WEIGHT,
@@ -39,7 +38,7 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
 
     Args:
         method: the method that chooses the mask.
-        options: the same options that the composed method will be called with.
+        options: the same options that the work of the composed method will have.
         quantizes: whether the weights become integers at the end, as `Work.quantization` says.
 
     Returns:
@@ -51,16 +50,9 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
     if not (refines or updates or uses_dense_target or quantizes):
         return method
 
-    def prune(
-        weight_OI: Tensor,
-        statistics: InputStatistics,
-        pattern: Pattern,
-        sparsity: float,
-        options: MethodOptions,
-        work: Work,
-    ) -> Pruned:
-        removes_nothing = pattern.removes_nothing(sparsity)
-        if removes_nothing and not quantizes:
+    def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
+        options = work.options
+        if work.removes_nothing and not quantizes:
             return unchanged(weight_OI)
         dense_weight = 0.0
         if uses_dense_target:
@@ -68,8 +60,8 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
             dense_weight = _dense_weight(weight_OI, statistics, options)
             weight_OI = dense_target(weight_OI, statistics, dense_weight, options.damping)
         pruned = unchanged(weight_OI)
-        if not removes_nothing:
-            pruned = method.prune(weight_OI, statistics, pattern, sparsity, options, work)
+        if not work.removes_nothing:
+            pruned = method.apply(weight_OI, statistics, work)
 
         # Masks may compare all rows, but swaps and updates work within a row. So the method runs on
         # its own, and the steps after it are split over processes together.
@@ -81,7 +73,7 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
                     own_OI,
                     result.keep_OI,
                     statistics,
-                    pattern,
+                    work.pattern,
                     options.damping,
                     options.refine_steps,
                 )
@@ -90,13 +82,13 @@ def compose(method: Method, options: MethodOptions, quantizes: bool = False) -> 
                 result = fit_least_squares(own_OI, result, statistics, options.damping, shard=shard)
             return result
 
-        if (refines or updates) and not removes_nothing:
+        if (refines or updates) and not work.removes_nothing:
             pruned = work.rows.solve(len(weight_OI), 1, refine_and_update)
         if quantizes:
             # Integers approximate the target itself. The sweep over the columns repeats what a
             # method has changed to compensate for its mask, with the integers in view.
-            keep_OI = None if removes_nothing else pruned.keep_OI
-            found = quantize(weight_OI, statistics, work, keep_OI, options.damping)
+            keep_OI = None if work.removes_nothing else pruned.keep_OI
+            found = quantize(weight_OI, statistics, work, keep_OI)
             forced = 0 if keep_OI is None else count_zeros(keep_OI)
             notes = pruned.notes | found.notes | {"forced_zeros": forced}
             pruned = replace(found, notes=notes)

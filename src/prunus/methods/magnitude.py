@@ -9,7 +9,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from prunus.methods.base import Pruned, masked
-from prunus.methods.options import MethodOptions
 from prunus.methods.patterns import Pattern, keep_above_threshold, keep_mask
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import Work
@@ -32,13 +31,6 @@ def magnitude_mask(weight_OI: Tensor, pattern: Pattern, sparsity: float) -> Tens
     return keep_mask(weight_OI.abs(), pattern, sparsity)
 
 
-def prune(
-    weight_OI: Tensor,
-    statistics: InputStatistics,
-    pattern: Pattern,
-    sparsity: float,
-    options: MethodOptions,
-    work: Work,
-) -> Pruned:
+def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     """The weights with the largest magnitudes."""
-    return masked(weight_OI, magnitude_mask(weight_OI, pattern, sparsity))
+    return masked(weight_OI, magnitude_mask(weight_OI, work.pattern, work.sparsity))

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from prunus.methods.base import Pruned, unchanged
 from prunus.methods.magnitude import magnitude_mask
-from prunus.methods.options import MethodOptions
-from prunus.methods.patterns import Pattern, keep_mask
+from prunus.methods.patterns import keep_mask
 from prunus.methods.solvers.obs import block_mask, prune_by_obs
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import wanda_score
@@ -24,33 +23,28 @@ from prunus.methods.work import RowShard, Work
 __all__ = ["prune"]
 
 
-def prune(
-    weight_OI: Tensor,
-    statistics: InputStatistics,
-    pattern: Pattern,
-    sparsity: float,
-    options: MethodOptions,
-    work: Work,
-) -> Pruned:
+def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     """Prune one linear.
 
     >>> statistics = InputStatistics(4, "gram")
     >>> statistics.add(torch.eye(4) + 0.5)
     >>> weight_OI = torch.tensor([[0.1, 1.0, 2.0, 0.2]])
-    >>> pruned = prune(weight_OI, statistics, Pattern(), 0.5, MethodOptions(), Work())
+    >>> pruned = prune(weight_OI, statistics, Work(sparsity=0.5))
     >>> pruned.keep_OI
     tensor([[False,  True,  True, False]])
     >>> bool(pruned.weight_OI[0, 1] > weight_OI[0, 1])  # it replaces what the first weight added
     True
     """
-    if pattern.removes_nothing(sparsity):
+    if work.removes_nothing:
         return unchanged(weight_OI)
+    options = work.options
 
     if options.mask_order == "before":
         if options.mask_from == "magnitude":
-            keep_OI = magnitude_mask(weight_OI, pattern, sparsity)
+            keep_OI = magnitude_mask(weight_OI, work.pattern, work.sparsity)
         else:
-            keep_OI = keep_mask(wanda_score(weight_OI, statistics), pattern, sparsity)
+            score_OI = wanda_score(weight_OI, statistics)
+            keep_OI = keep_mask(score_OI, work.pattern, work.sparsity)
 
         def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, shard: RowShard) -> Tensor:
             return keep_OI[shard.rows, start : start + weight_OB.shape[1]]
@@ -64,6 +58,6 @@ def prune(
 
         def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, shard: RowShard) -> Tensor:
             score_OB = weight_OB.abs() * norms_I[start : start + weight_OB.shape[1]]
-            return block_mask(score_OB, pattern, sparsity, shard)
+            return block_mask(score_OB, work, shard)
 
-    return prune_by_obs(weight_OI, statistics, pattern, options.damping, choose, work)
+    return prune_by_obs(weight_OI, statistics, work, choose)

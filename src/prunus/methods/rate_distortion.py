@@ -78,16 +78,14 @@ def quantize(
     statistics: InputStatistics,
     work: Work,
     keep_OI: Tensor | None = None,
-    damping: float | None = None,
 ) -> Pruned:
     """Quantise a weight with the steps step · U_jj.
 
     Args:
         weight_OI: float32, what the result approximates.
         statistics: with a Gram matrix.
-        work: how the weight is quantised, and how its rows are split.
+        work: how the weight is quantised, its damping, and how its rows are split.
         keep_OI: bool (O, I), False where the weight must become 0; None allows all levels.
-        damping: λ, or None for `DAMPING`.
 
     Returns:
         The dense weight, the mask of its non-zero integers, and the quantised weight.
@@ -106,7 +104,7 @@ def quantize(
     """
     how = work.quantization
     assert how is not None
-    factor = _factor(statistics, damping)
+    factor = _factor(statistics, work.options.damping)
     dead_I = factor.norms_I == 0
     scales_O = how.scales_O.to(weight_OI.device).bfloat16().float()
     # A column with an outlier gets a step that keeps its levels in range.

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from prunus.methods.base import Pruned, masked
-from prunus.methods.options import MethodOptions
-from prunus.methods.patterns import Pattern, keep_mask
+from prunus.methods.patterns import keep_mask
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import Work
 
@@ -49,14 +48,7 @@ def ria_score(weight_OI: Tensor, statistics: InputStatistics, power: float) -> T
     return share_OI.mul_(norms_I.pow(power).to(weight_OI.dtype))
 
 
-def prune(
-    weight_OI: Tensor,
-    statistics: InputStatistics,
-    pattern: Pattern,
-    sparsity: float,
-    options: MethodOptions,
-    work: Work,
-) -> Pruned:
+def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     """The weights with the largest scores."""
-    score_OI = ria_score(weight_OI, statistics, options.ria_power)
-    return masked(weight_OI, keep_mask(score_OI, pattern, sparsity))
+    score_OI = ria_score(weight_OI, statistics, work.options.ria_power)
+    return masked(weight_OI, keep_mask(score_OI, work.pattern, work.sparsity))

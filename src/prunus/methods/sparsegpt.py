@@ -12,8 +12,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from prunus.methods.base import Pruned, unchanged
-from prunus.methods.options import MethodOptions
-from prunus.methods.patterns import Pattern
 from prunus.methods.solvers.obs import block_mask, prune_by_obs
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import RowShard, Work
@@ -21,20 +19,13 @@ from prunus.methods.work import RowShard, Work
 __all__ = ["prune"]
 
 
-def prune(
-    weight_OI: Tensor,
-    statistics: InputStatistics,
-    pattern: Pattern,
-    sparsity: float,
-    options: MethodOptions,
-    work: Work,
-) -> Pruned:
+def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     """The weights with the largest errors, which also correct for the removed ones."""
-    if pattern.removes_nothing(sparsity):
+    if work.removes_nothing:
         return unchanged(weight_OI)
 
     def choose(weight_OB: Tensor, start: int, diagonal_B: Tensor, shard: RowShard) -> Tensor:
         # The square is left out: it does not change the order.
-        return block_mask((weight_OB / diagonal_B).abs_(), pattern, sparsity, shard)
+        return block_mask((weight_OB / diagonal_B).abs_(), work, shard)
 
-    return prune_by_obs(weight_OI, statistics, pattern, options.damping, choose, work)
+    return prune_by_obs(weight_OI, statistics, work, choose)

@@ -73,9 +73,8 @@ class Method:
         pattern: Pattern,
         sparsity: float,
         options: MethodOptions | None = None,
-        work: Work | None = None,
     ) -> Pruned:
-        """Prune one linear.
+        """Prune one linear, in this process.
 
         Args:
             weight_OI: float32, the trained weights.
@@ -83,16 +82,19 @@ class Method:
             pattern: which weights compete, and for N:M how many of them stay.
             sparsity: the share of the weights to remove; N:M implies its own.
             options: what the method reads; None for the defaults.
-            work: how the work is done; None for one process.
         """
         from prunus.methods.work import Work
 
+        work = Work(pattern, sparsity, MethodOptions() if options is None else options)
+        return self.apply(weight_OI, statistics, work)
+
+    def apply(self, weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
+        """Call the function of the method, which is imported if it is not yet."""
         function = self.function
         if isinstance(function, str):
             module, _, name = function.partition(":")
             function = getattr(import_module(module), name)
-        options = MethodOptions() if options is None else options
-        return function(weight_OI, statistics, pattern, sparsity, options, work or Work())
+        return function(weight_OI, statistics, work)
 
     def with_options(self, options: MethodOptions) -> Method:
         """The method as it is under these options, which may change what it supports.

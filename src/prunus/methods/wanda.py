@@ -12,8 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from prunus.methods.base import Pruned, masked
-from prunus.methods.options import MethodOptions
-from prunus.methods.patterns import Pattern, keep_mask
+from prunus.methods.patterns import keep_mask
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.work import Work
 
@@ -36,13 +35,7 @@ def wanda_score(weight_OI: Tensor, statistics: InputStatistics) -> Tensor:
     return weight_OI.abs().mul_(statistics.norms_I.to(weight_OI.dtype))
 
 
-def prune(
-    weight_OI: Tensor,
-    statistics: InputStatistics,
-    pattern: Pattern,
-    sparsity: float,
-    options: MethodOptions,
-    work: Work,
-) -> Pruned:
-    """The weights with the largest scores; see `table.py` for the arguments of every method."""
-    return masked(weight_OI, keep_mask(wanda_score(weight_OI, statistics), pattern, sparsity))
+def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
+    """The weights with the largest scores."""
+    score_OI = wanda_score(weight_OI, statistics)
+    return masked(weight_OI, keep_mask(score_OI, work.pattern, work.sparsity))

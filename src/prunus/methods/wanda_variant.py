@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 from prunus.methods.base import Pruned, masked
-from prunus.methods.options import MethodOptions
-from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics
 from prunus.methods.wanda import wanda_score
 from prunus.methods.work import Work
@@ -57,16 +55,9 @@ def _sparsity(ascending_OI: Tensor, threshold_O1: Tensor) -> float:
     return int(below.sum()) / ascending_OI.numel()
 
 
-def prune(
-    weight_OI: Tensor,
-    statistics: InputStatistics,
-    pattern: Pattern,
-    sparsity: float,
-    options: MethodOptions,
-    work: Work,
-) -> Pruned:
+def prune(weight_OI: Tensor, statistics: InputStatistics, work: Work) -> Pruned:
     """The weights above the thresholds of their rows."""
-    score_OI = wanda_score(weight_OI, statistics)
+    score_OI, sparsity = wanda_score(weight_OI, statistics), work.sparsity
     if sparsity == 0:
         return masked(weight_OI, torch.ones_like(score_OI, dtype=torch.bool))
     ascending_OI = _sorted_rows(score_OI)

@@ -1,4 +1,4 @@
-"""How the work on one linear is done, as far as no option says so.
+"""The work on one linear: what is asked of a method, and how it is done.
 
 Once the statistics of its inputs are known, the rows (outputs) of a linear hardly depend on each
 other. So several processes can split one linear by rows. Two things still connect the rows: a mask
@@ -13,7 +13,7 @@ Shape suffixes: O outputs (rows), B columns of a block.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -88,19 +88,30 @@ UNSHARDED: RowSharding = _Unsharded()
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """How the work on one linear is done.
+    """What is asked of a method for one linear, and how the work is done.
 
     Attributes:
+        pattern: which weights compete, and for N:M how many of them stay.
+        sparsity: the share of the weights to remove; N:M implies its own.
+        options: what the user has chosen for the method and for the steps after it.
         rows: how the rows of the linear are split over processes.
         reference_order: update weights in the order of operations of the original code, which
             reproduces its masks and is slower; see `solvers/obs_reference_order.py`.
         quantization: how the weight is rounded to integers at the end; None where it is not.
     """
 
+    pattern: Pattern = field(default_factory=Pattern)
+    sparsity: float = 0.0
+    options: MethodOptions = field(default_factory=MethodOptions)
     rows: RowSharding = UNSHARDED
     reference_order: bool = False
     quantization: LinearQuantization | None = None
 
+    @property
+    def removes_nothing(self) -> bool:
+        """Whether every weight stays."""
+        return self.pattern.removes_nothing(self.sparsity)
 
-#: From weight (O, I) float32, statistics, pattern, sparsity, options and work to the result.
-PruneFunction = Callable[[Tensor, InputStatistics, Pattern, float, MethodOptions, Work], Pruned]
+
+#: From a weight (O, I) float32, the statistics of its inputs and the work to the result.
+PruneFunction = Callable[[Tensor, InputStatistics, Work], Pruned]

@@ -23,6 +23,7 @@ Shape suffixes: O outputs (rows), I inputs (columns), B columns of a block.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -66,12 +67,7 @@ ChooseMask = Callable[[Tensor, int, Tensor, RowShard], Tensor]
 
 
 def prune_by_obs(
-    weight_OI: Tensor,
-    statistics: InputStatistics,
-    pattern: Pattern,
-    damping: float | None,
-    choose: ChooseMask,
-    work: Work,
+    weight_OI: Tensor, statistics: InputStatistics, work: Work, choose: ChooseMask
 ) -> Pruned:
     """Prune from left to right, and spread each removed weight's error over the columns after it.
 
@@ -80,18 +76,16 @@ def prune_by_obs(
     Args:
         weight_OI: float32, the trained weights.
         statistics: with a Gram matrix.
-        pattern: decides how many columns a mask is chosen for: M for N:M, else `BLOCK`.
-        damping: λ, or None for `DAMPING`.
+        work: its pattern decides how many columns a mask is chosen for: M for N:M, else `BLOCK`.
         choose: chooses the mask of the next columns, once all columns to their left are pruned.
-        work: the order of operations, and how the rows are split.
 
     Raises:
         ValueError: the Gram matrix cannot be inverted, see `inverse_factor`.
     """
     gram_II = statistics.gram_II
     assert gram_II is not None, "the update needs a Gram matrix"
-    damping = DAMPING if damping is None else damping
-    widths = _span_and_block(pattern)
+    damping = DAMPING if work.options.damping is None else work.options.damping
+    widths = _span_and_block(work.pattern)
     if work.reference_order:
         pruned = sweep_in_reference_order(
             weight_OI,
@@ -193,15 +187,16 @@ def sweep_columns(
         weight_IO[stop:].addmm_(factor_II[start:stop, stop:].T, error_BO, alpha=-1)
 
 
-def block_mask(score_OB: Tensor, pattern: Pattern, sparsity: float, shard: RowShard) -> Tensor:
+def block_mask(score_OB: Tensor, work: Work, shard: RowShard) -> Tensor:
     """The mask (O, B) of a block of columns.
 
     With group "layer" all rows of the block share one threshold. Otherwise rows, or the groups of
     N:M, compete for themselves.
     """
-    if pattern.is_unstructured and pattern.group == "layer":
-        return shard.joint_mask(score_OB, lambda all_OB: keep_above_threshold(all_OB, sparsity))
-    return keep_mask(score_OB, pattern, sparsity)
+    if work.pattern.is_unstructured and work.pattern.group == "layer":
+        choose = functools.partial(keep_above_threshold, sparsity=work.sparsity)
+        return shard.joint_mask(score_OB, choose)
+    return keep_mask(score_OB, work.pattern, work.sparsity)
 
 
 def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, dict[str, Any]]:

@@ -98,11 +98,16 @@ def prune_linear(
     stored_OI = _on_device(_oriented(stored, linear), linear.weight_OI)
     weight_OI = stored_OI.to(torch.float32)
     quantization = None if finish is None else finish.begin(full_name, statistics)
-    work = Work(row_sharding(ranks), settings.reference_order, quantization)
+    work = Work(
+        settings.pattern,
+        settings.sparsity,
+        settings.options,
+        rows=row_sharding(ranks),
+        reference_order=settings.reference_order,
+        quantization=quantization,
+    )
     try:
-        pruned = method.prune(
-            weight_OI, statistics, settings.pattern, settings.sparsity, settings.options, work
-        )
+        pruned = method.apply(weight_OI, statistics, work)
     except ValueError as fault:
         raise ValueError(f"{full_name}: {fault}") from fault
     if method.updates_weights:
