@@ -11,7 +11,8 @@ import typer
 from prunus.cli import arguments as arg
 from prunus.cli.flags import opt, with_flags
 from prunus.cli.terminal import is_quiet, note, print_result, user_errors
-from prunus.runs.options import RunOptions
+from prunus.options.declaration import ADVANCED
+from prunus.runs.options import BOS, BosName, RunOptions
 
 __all__ = ["bench", "evaluate"]
 
@@ -82,7 +83,7 @@ def evaluate(
             "Windows, prompts or images per forward pass. auto: 1 window, 8 prompts (on a "
             "GPU as many as fit), 16 images. Default: auto.",
             "N|auto",
-            panel=arg.ADVANCED,
+            panel=ADVANCED,
         ),
     ] = "auto",
     dtype: arg.ComputeDtype = "auto",
@@ -92,18 +93,10 @@ def evaluate(
             "Which tokens of a window are scored. papers: all but the first. llama.cpp: "
             "those of the second half, as its perplexity tool does. Default: papers.",
             "PROTOCOL",
-            panel=arg.ADVANCED,
+            panel=ADVANCED,
         ),
     ] = "papers",
-    bos: Annotated[
-        arg.BosName,
-        typer.Option(
-            metavar="BOS",
-            show_default=False,
-            rich_help_panel=arg.ADVANCED,
-            help=arg.BOS_HELP,
-        ),
-    ] = "auto",
+    bos: Annotated[BosName, opt(f"{BOS.help} Default: auto.", "BOS", panel=ADVANCED)] = "auto",
     stream: Annotated[
         bool | None,
         opt(
@@ -111,7 +104,7 @@ def evaluate(
             "figures are the same. Default: stream what does not fit in --memory, the "
             "reference included.",
             names=("--stream/--no-stream",),
-            panel=arg.ADVANCED,
+            panel=ADVANCED,
         ),
     ] = None,
     **options: Any,

@@ -9,7 +9,7 @@ import typer
 
 from prunus.cli import arguments as arg
 from prunus.cli.flags import RecipeFile, opt, with_flags
-from prunus.cli.terminal import Counted, print_result, progress_console, user_errors
+from prunus.cli.terminal import Counted, carry_out, print_result, progress_console, user_errors
 from prunus.compression.recipe import CompressionRecipe
 from prunus.pruning.recipe import Recipe
 from prunus.runs.options import RunOptions
@@ -61,7 +61,9 @@ def prune(
             return
         from prunus.pruning.run import run
 
-        _carry_out(run, f"{chosen.method} {output}", model, output, chosen, work, json_file)
+        carry_out(
+            run, f"{chosen.method} {output}", (model, output, chosen), work, json_file, _table
+        )
 
 
 @with_flags(CompressionRecipe, RunOptions)
@@ -90,7 +92,11 @@ def compress(
             raise ValueError("prunus compress needs a size: give --bits 3, for example")
         chosen = CompressionRecipe.read(recipe, given)
         title = f"{chosen.bits:g} bits {output}"
-        _carry_out(run, title, model, output, chosen, work, json_file)
+        carry_out(run, title, (model, output, chosen), work, json_file, _table)
+
+
+def _table(record: Any) -> Any:
+    return record.table()
 
 
 def _how(work: dict[str, Any]) -> RunOptions:
@@ -107,26 +113,6 @@ def _takes_max(options: dict[str, Any]) -> bool:
     if trains:
         options["preset"] = "best"
     return trains
-
-
-def _carry_out(
-    run: Any,
-    title: str,
-    model: str,
-    output: Path,
-    recipe: Any,
-    work: dict[str, Any],
-    json_file: Path | None,
-) -> None:
-    """Run a recipe with a progress bar, and print its result."""
-    from prunus.reporting.progress import show_pruning
-
-    with show_pruning(title, progress_console()) as progress:
-        steps = Counted(progress)
-        how = _how(work | {"announce": progress, "report": steps})
-        record = run(model, output, recipe, how)
-    steps.log_if_none(output)
-    print_result(record.table(), json_file, record.model_dump(mode="json"))
 
 
 def _prune_and_recover(

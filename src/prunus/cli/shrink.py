@@ -9,7 +9,7 @@ import typer
 
 from prunus.cli import arguments as arg
 from prunus.cli.flags import RecipeFile, with_flags
-from prunus.cli.terminal import Counted, print_result, progress_console, user_errors
+from prunus.cli.terminal import carry_out, user_errors
 from prunus.runs.options import RunOptions
 from prunus.structure.recipe import StructureRecipe
 
@@ -34,15 +34,10 @@ def shrink(
     the same command again.
     """
     with user_errors(json_file):
-        from prunus.reporting.progress import show_pruning
         from prunus.reporting.structure_section import structure_table
         from prunus.structure.run import run
 
         work, given = RunOptions.pick(options)
         chosen = StructureRecipe.read(recipe, given)
-        with show_pruning(f"shrink {output}", progress_console()) as progress:
-            steps = Counted(progress)
-            how = RunOptions.read(None, work | {"announce": progress, "report": steps})
-            record = run(model, output, chosen, how)
-        steps.log_if_none(output)
-        print_result(structure_table(record), json_file, record.model_dump(mode="json"))
+        made = (model, output, chosen)
+        carry_out(run, f"shrink {output}", made, work, json_file, structure_table)

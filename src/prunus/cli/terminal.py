@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Counted",
+    "carry_out",
     "is_quiet",
     "log",
     "log_step",
@@ -245,6 +246,35 @@ class Counted:
                 f"{output} was finished by an earlier run, and nothing was done now; these are its "
                 "figures (--overwrite does the work again)"
             )
+
+
+def carry_out(
+    run: Callable[..., Any],
+    title: str,
+    work: tuple[Any, Any, Any],
+    given: dict[str, Any],
+    json_file: Path | None,
+    table: Callable[[Any], Any],
+) -> None:
+    """Run a verb with a progress bar, and print its record as a table.
+
+    Args:
+        run: Called with the parts of `work` and the options of the run; returns the record.
+        title: Stands before the bar.
+        work: The model, the folder of the result and the recipe.
+        given: The options of the run that are flags.
+        json_file: Value of `--json`.
+        table: Makes the table of a record.
+    """
+    from prunus.reporting.progress import show_pruning
+    from prunus.runs.options import RunOptions
+
+    with show_pruning(title, progress_console()) as progress:
+        steps = Counted(progress)
+        how = RunOptions.read(None, given | {"announce": progress, "report": steps})
+        record = run(*work, how)
+    steps.log_if_none(work[1])
+    print_result(table(record), json_file, record.model_dump(mode="json"))
 
 
 def log_step(done: int, total: int, name: str) -> None:
