@@ -268,7 +268,7 @@ def test_unusable_calibration_images_are_refused(tmp_path):
         head=True,
     )
     (folder / "stray.png").write_bytes(b"nothing")
-    refused(ValueError, "beside folders of images", calibration=str(folder), samples=4)
+    refused(ValueError, "next to folders of images", calibration=str(folder), samples=4)
     (tmp_path / "empty").mkdir()
     refused(ValueError, "holds no images", calibration=str(tmp_path / "empty"), samples=4)
     (folder / "stray.png").rename(folder / "cat" / "9.png")

@@ -1,4 +1,4 @@
-"""Where calibration data comes from: token windows for language models, images for classifiers.
+"""Where calibration data is read from: token windows for language models, images for classifiers.
 
 catalogue.py      the names of the sources
 sources.py        the sources themselves; start reading here

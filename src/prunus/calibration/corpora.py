@@ -37,7 +37,7 @@ class _LocalFile:
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where one part of a corpus comes from.
+    """Where one part of a corpus is read.
 
     Attributes:
         hub_name: for people.

@@ -1,6 +1,6 @@
 """Random windows of token ids, cut out of documents or out of one long text.
 
-This file does not know where text comes from. All randomness comes from the `random.Random` that
+This file does not know where text is read. All randomness comes from the `random.Random` that
 the caller passes.
 
 Shape suffixes: N windows, S tokens per window (seqlen), T tokens of a text.

@@ -52,7 +52,7 @@ def list_images(folder: Path) -> ImageFolder:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no images, or images beside folders of images.
+        ValueError: it holds no images, or images next to folders of images.
         ModuleNotFoundError: Pillow is not installed; names the extra.
     """
     if not folder.is_dir():
@@ -70,7 +70,7 @@ def list_images(folder: Path) -> ImageFolder:
     }
     if flat and found:
         raise ValueError(
-            f"{folder} holds images ({flat[0].name}) beside folders of images "
+            f"{folder} holds images ({flat[0].name}) next to folders of images "
             f"({next(iter(found))}): which class would they be of? Keep either"
         )
     if flat:

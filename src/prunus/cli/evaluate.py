@@ -111,8 +111,8 @@ def evaluate(
 ) -> None:
     """Score models by perplexity, tasks of lm-eval, or images.
 
-    Several models stand side by side, with the differences to the first. Perplexity is computed as
-    in the papers; --reference also says how far each model is from the dense one. Under torchrun
+    Several models are shown side by side, with the differences to the first. Perplexity is that
+    of the papers; --reference also says how far each model is from the dense one. Under torchrun
     the processes share windows and rows; each holds the whole model.
     """
     with user_errors(json_file):
@@ -260,7 +260,7 @@ def bench(
 ) -> None:
     """Measure file size, memory, and prefill and decode speed.
 
-    Several models stand side by side. Each measurement runs in a process of its own.
+    Several models are shown side by side. Each measurement runs in a process of its own.
     """
     with user_errors(json_file):
         from prunus.evaluation.speed import bench as measure_speed

@@ -158,7 +158,7 @@ def _silence_transformers() -> None:
 def log(message: str) -> None:
     """Print a message as one line on standard error; ranks other than 0 add their number.
 
-    Where nobody reads standard error any more, the message is dropped, and the work goes on.
+    Where nobody reads standard error any more, the message is dropped, and the work continues.
     """
     from prunus.reporting.console import printable
 
@@ -260,7 +260,7 @@ def carry_out(
 
     Args:
         run: Called with the parts of `work` and the options of the run; returns the record.
-        title: Stands before the bar.
+        title: Precedes the bar.
         work: The model, the folder of the result and the recipe.
         given: The options of the run that are flags.
         json_file: Value of `--json`.
@@ -290,7 +290,7 @@ def print_result(shown: Any, json_file: Path | None, content: Any) -> None:
 
     Args:
         shown: a section, a table or facts of `prunus.runs.document`; or a list of these.
-        json_file: value of `--json`. With `-`, the table goes to standard error.
+        json_file: value of `--json`. With `-`, the table is printed on standard error.
         content: the figures, as JSON can hold them.
     """
     from prunus.distributed import is_rank_0
@@ -320,7 +320,7 @@ def print_text(text: str, json_file: Path | None = None) -> bool:
 
     Args:
         text: what to print; nothing is added to it.
-        json_file: value of `--json`. With `-`, the text goes to standard error.
+        json_file: value of `--json`. With `-`, the text is printed on standard error.
 
     Returns:
         Whether somebody reads it: false once the reader of a pipe or the terminal is gone.
@@ -353,7 +353,7 @@ def _goes_to_reader(json_file: Path | None) -> Iterator[TextIO]:
     """Yield the stream for tables and text, and end quietly where its reader is gone.
 
     The reader of a pipe may leave (`| head`), and a terminal may be closed. By then the work is
-    done and JSON is written, so this is no error. All later output goes nowhere.
+    done and JSON is written, so this is no error. All later output is dropped.
 
     Args:
         json_file: value of `--json`. With `-`, standard output is for JSON alone.

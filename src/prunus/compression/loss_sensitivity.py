@@ -9,8 +9,8 @@ This is the diagonal of the Fisher information (Amari 1998), measured at the out
 many bits each linear, and each of its rows, repays.
 
 Two passes measure it with one block in memory at a time. The first keeps the inputs of every block
-for a few windows. The second goes through the blocks from the last to the first: each one runs
-again, and the gradient goes back through it.
+for a few windows. The second runs through the blocks from the last to the first: each one runs
+again, and the gradient runs back through it.
 
 Shape suffixes: O outputs, I inputs, Q quantiles of the inputs.
 """
@@ -89,7 +89,7 @@ def loss_sensitivities(
     """Measure all selected linears of the dense model.
 
     Args:
-        stream: the dense model; the windows `ids` stand before its first block.
+        stream: the dense model; the windows `ids` wait at its first block.
         ids: token ids (windows, tokens) of every batch.
         selected: per block the relative names of the linears.
         options: the damping of the Gram matrices.
@@ -137,7 +137,7 @@ def _gradient_scale(stream: Stream) -> float:
 
 
 def _block_inputs(stream: Stream) -> list[list[Tensor]]:
-    """The inputs of every block, per batch; the stream ends behind the last block."""
+    """The inputs of every block, per batch; the stream ends after the last block."""
     skeleton, inputs = stream.skeleton, []
     for index in range(len(skeleton)):
         inputs.append([stream.states.get(batch).cpu() for batch in range(len(stream))])

@@ -7,7 +7,7 @@ linears that are left. The bits of a linear at a given Δ are predicted from its
 predictions have missed so far, by kind of linear, corrects the next ones. The last linears absorb
 the rest.
 
-Everything follows from what the finished linears took, so a resumed run goes on as it was.
+Everything follows from what the finished linears took, so a resumed run continues as it was.
 
 Legend for shapes: L linears, Q quantiles.
 """

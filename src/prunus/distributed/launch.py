@@ -30,7 +30,7 @@ __all__ = ["DEFAULT_TIMEOUT", "is_rank_0", "process_group"]
 #: Seconds after which a rank without a heartbeat, or late for a collective call, counts as lost.
 DEFAULT_TIMEOUT = 600.0
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Counts the process groups of this process. All ranks count alike, so the number names a group.
+# Counts the process groups of this process. All ranks count equally, so the number names a group.
 _group_numbers = itertools.count()
 
 

@@ -107,7 +107,7 @@ def image_accuracy(
         batch: number of images in one forward pass.
         dtype: dtype of the computation: auto (the checkpoint's own), float32, bfloat16 or float16.
         device: auto (CUDA if there is a device), cpu, cuda or cuda:i.
-        trust_remote_code: run model code that comes with the checkpoint.
+        trust_remote_code: run the model code of the checkpoint.
         progress: called with a line of text after every batch.
 
     Raises:

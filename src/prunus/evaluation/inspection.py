@@ -139,8 +139,8 @@ def inspect(
 
     Args:
         model: a checkpoint folder, a hub id, or a loaded transformers model.
-        trust_remote_code: let transformers run code that comes with the checkpoint.
-        verify: compare every shard with the SHA-256 in the record beside it first.
+        trust_remote_code: let transformers run the code of the checkpoint.
+        verify: compare every shard with the SHA-256 in the record next to it first.
 
     Raises:
         FileNotFoundError, ValueError, NotImplementedError: the checkpoint is damaged, or of an

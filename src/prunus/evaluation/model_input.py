@@ -40,7 +40,7 @@ class ModelInput:
         name: what the user calls it.
         folder: the checkpoint, or None for a loaded model.
         loaded: the loaded model, or None for a folder.
-        trust_remote_code: run code that comes with the checkpoint.
+        trust_remote_code: run the code of the checkpoint.
     """
 
     name: str
@@ -108,7 +108,7 @@ def find_model(model: Any, trust_remote_code: bool = False) -> ModelInput:
 
     Args:
         model: a folder, a hub id, or a loaded transformers model.
-        trust_remote_code: run code that comes with the checkpoint.
+        trust_remote_code: run the code of the checkpoint.
 
     Raises:
         FileNotFoundError: no such model, or no model in the folder.

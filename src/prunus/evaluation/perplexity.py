@@ -100,7 +100,7 @@ def perplexity(
         device: auto (CUDA if there is a device), cpu, cuda or cuda:i.
         data: local folder with the corpora. None takes the folder in PRUNUS_DATA, or the hub if
             that is unset.
-        trust_remote_code: run model code that comes with the checkpoint.
+        trust_remote_code: run the model code of the checkpoint.
         memory: memory budget of the process, in bytes or such as "8GB". None takes what is free.
         stream: True reads the model block by block and takes all windows through each block. False
             loads the whole model. None streams a checkpoint if the whole model, and the reference

@@ -92,7 +92,7 @@ class PerplexityResult(EvaluationRecord):
     """The perplexity of a model on a text, and how it was measured.
 
     Attributes:
-        source: where the text comes from.
+        source: where the text was read.
         perplexity: exp(loss), or infinity if that does not fit in a float.
         loss: mean cross entropy in nats per token.
         windows: number of windows.

@@ -39,7 +39,7 @@ def stored_size(folder: Path, trust_remote_code: bool = False) -> ModelSize:
 
     Args:
         folder: a checkpoint, dense, pruned or packed, or an adapter.
-        trust_remote_code: run model code that comes with the checkpoint.
+        trust_remote_code: run the model code of the checkpoint.
     """
     try:
         bits = _stored_bits(folder, trust_remote_code)
@@ -86,7 +86,7 @@ def packed_size(folder: Path, trust_remote_code: bool = False) -> ModelSize | No
 
     Args:
         folder: an ordinary checkpoint, of which one block is in memory at a time.
-        trust_remote_code: run model code that comes with the checkpoint.
+        trust_remote_code: run the model code of the checkpoint.
 
     Returns:
         The size; None for what is packed already, for adapters, for dtypes that a bitmap does not

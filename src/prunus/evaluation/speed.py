@@ -1,7 +1,7 @@
 """Size and speed of a model: bytes on disk and in memory, tokens per second.
 
 Each measurement runs in a process of its own, so that memory of one model does not count for
-another. The models take turns, so that a computer that slows down slows down all models alike.
+another. The models take turns, so that a computer that slows down slows down all models equally.
 `python -m prunus.evaluation.speed MODEL …` is such a process.
 """
 

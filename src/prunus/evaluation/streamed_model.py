@@ -65,7 +65,7 @@ class ComputeOptions:
         dtype: a name of `DTYPES`, or auto for the dtype in which transformers would load a model.
         device: where models run.
         memory: budget in bytes for the whole process; None takes what is free.
-        trust_remote_code: run model code that comes with a checkpoint.
+        trust_remote_code: run the model code of a checkpoint.
     """
 
     dtype: str

@@ -67,7 +67,7 @@ def evaluate(
         device: auto (CUDA if there is a device), cpu, cuda or cuda:i.
         data: local folder whose `zeroshot/` contains the rows. None takes the folder in
             PRUNUS_DATA, or the hub if that is unset.
-        trust_remote_code: run model code that comes with the checkpoint.
+        trust_remote_code: run the model code of the checkpoint.
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
             is called with a line of text after every task.
 
@@ -192,7 +192,7 @@ def prepare_tasks(
         dtype: dtype of the computation: auto, float32, bfloat16 or float16.
         device: auto, cpu, cuda or cuda:i.
         data: local folder whose `zeroshot/` contains the rows. None takes PRUNUS_DATA, or the hub.
-        trust_remote_code: run model code that comes with a checkpoint.
+        trust_remote_code: run the model code of a checkpoint.
 
     Returns:
         The checked models and tasks; call `run` on it.

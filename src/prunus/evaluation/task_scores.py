@@ -87,7 +87,7 @@ class TaskResults:
     Attributes:
         model: name of the model.
         scores: one per task.
-        protocol: dtype, batch, device and versions. Show them beside every score.
+        protocol: dtype, batch, device and versions. Show them next to every score.
     """
 
     model: str

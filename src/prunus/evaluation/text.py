@@ -54,7 +54,7 @@ class ScoringText:
     Attributes:
         text: all documents, joined.
         protocol: how they were joined, in words.
-        source: where the text comes from.
+        source: where the text was read.
         max_windows: the largest number of windows by convention, or None.
     """
 
@@ -70,7 +70,7 @@ class ScoringWindows:
 
     Attributes:
         ids: token ids (W, S), int64.
-        source: where the text comes from.
+        source: where the text was read.
         protocol: how the text was joined and how windows begin, in words.
         bos: whether every window begins with BOS; see `UsedBos`.
     """

@@ -19,7 +19,7 @@ __all__ = ["magnitude_mask", "prune"]
 def magnitude_mask(weight_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     """The mask, bool (O, I), True where a weight is kept.
 
-    Where the whole matrix competes, equal magnitudes are treated alike, see
+    Where the whole matrix competes, equal magnitudes are treated equally, see
     `patterns.keep_above_threshold`.
 
     >>> import torch

@@ -197,9 +197,9 @@ def keep_mask(score_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
 def keep_above_threshold(score_OI: Tensor, sparsity: float) -> Tensor:
     """The mask of the weights above one threshold for the whole matrix.
 
-    Equal scores are treated alike. With k = `int(out * in * sparsity)`, the threshold is the score
-    that k other scores lie below. It is removed as well, as in the original code: one weight more
-    than k where no scores are equal.
+    Equal scores are treated equally. With k = `int(out * in * sparsity)`, the threshold is the
+    score that k other scores lie below. It is removed as well, as in the original code: one
+    weight more than k where no scores are equal.
 
     Why not the exact count: about 0.3 % of the weights of a 16-bit matrix have the magnitude of the
     threshold. Removing some of them by index would take most of them from the first rows. Where

@@ -9,7 +9,7 @@ and the columns that are left correct the error (the OBS sweep of `solvers/obs.p
 upper Cholesky factor of (G/d̄ + λI)⁻¹, the columns in that order and d̄ the mean diagonal of G, the
 output error is
 
-    Σ_ij (w_ij − ŵ_ij)² / U_jj²     with w_ij as corrected when its turn comes.
+    Σ_ij (w_ij − ŵ_ij)² / U_jj²     with w_ij as corrected at its turn.
 
 At a high rate a uniform step s costs s²/12 and −log₂ s bits. All columns then have the same slope
 of error over bits where

@@ -44,7 +44,7 @@ class StatisticsSpec:
         drift: also sum how far the inputs have drifted from the dense model's. "some" is for runs
             that know the dense inputs of some batches only, and keeps the Gram of these apart.
         hold_out: also keep the sums over held-out tokens apart.
-        low_precision: round the products beside the Gram's diagonal to bfloat16 where that is
+        low_precision: round the products next to the Gram's diagonal to bfloat16 where that is
             faster. Only for methods that add a ridge before they invert the Gram.
         reference_order: sum the Gram in the order of SparseGPT's code, to reproduce its masks.
         distributed: other ranks see the rest of the batches; see `InputStatistics.complete`.
@@ -162,7 +162,7 @@ class InputStatistics:
         """The result of `compute`, computed once: linears with the same inputs share its cost.
 
         Args:
-            key: names the value, and everything beside these statistics that it depends on.
+            key: names the value, and everything next to these statistics that it depends on.
             compute: computes the value. Callers must not write to it.
 
         >>> statistics = InputStatistics(2, "norms")

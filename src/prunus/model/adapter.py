@@ -202,7 +202,7 @@ def packed_lora_layer() -> type[torch.nn.Module]:
     module: Any = torch.nn.Module
 
     class PackedLora(module, LoraLayer):
-        """A packed linear with a LoRA update beside it."""
+        """A packed linear with a LoRA update next to it."""
 
         def __init__(
             self,

@@ -1,4 +1,4 @@
-"""The configuration of a checkpoint, and whether it can belong to the weights beside it."""
+"""The configuration of a checkpoint, and whether it can belong to the weights next to it."""
 
 from __future__ import annotations
 

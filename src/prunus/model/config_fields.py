@@ -46,7 +46,7 @@ _FIRST_BLOCKS = {
 }
 #: The position of the last block of a kind.
 _LAST_BLOCKS = {"moe_layer_end_index"}
-#: Blocks behind the last one, which predict further tokens and do not belong to the model.
+#: Blocks after the last one, which predict further tokens and do not belong to the model.
 _EXTRA_BLOCKS = {"num_nextn_predict_layers"}
 
 
@@ -135,7 +135,7 @@ def rewritten(raw: Mapping[str, Any], config: Any, changes: Mapping[str, Any]) -
     text = config.get_text_config()
     if text is not config:
         inside = next(name for name in config.sub_configs if getattr(config, name, None) is text)
-        # Some older files have the fields of the language model beside those of the whole model.
+        # Some older files have the fields of the language model next to those of the whole model.
         if isinstance(found.get(inside), dict):
             found[inside] = rewritten(found[inside], text, changes)
             return found
@@ -152,7 +152,7 @@ def blocks_that_take_images(config: Any) -> int:
     """How many blocks of the language model, from the first one, are given features of images.
 
     Some vision towers hand the outputs of several of their layers to the language model, which adds
-    the first behind its first block, the second behind its second, and so on.
+    the first after its first block, the second after its second, and so on.
     """
     towers = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
     return max((len(getattr(x, "deepstack_visual_indexes", None) or ()) for x in towers), default=0)

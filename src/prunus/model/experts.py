@@ -364,8 +364,8 @@ def _leaves(rules: Sequence[Any], path: str, gated: bool) -> tuple[str, str, str
 def find_routers(block: nn.Module) -> set[str]:
     """Relative names of the linears that choose experts or weigh them. No method prunes these.
 
-    A router is a linear in a module beside `experts`, with one output per expert or one output
-    (the gate of a shared expert). A module beside them that returns as many features as it takes,
+    A router is a linear in a module next to `experts`, with one output per expert or one output
+    (the gate of a shared expert). A module next to them that returns as many features as it takes,
     such as attention or a shared expert, passes hidden states on and holds no router.
     """
     routers = set()

@@ -131,7 +131,7 @@ class HiddenStates:
         if self._keep_on.type != "cpu" or self._device.type != "cuda":
             self._tensors[index] = tensor.to(self._keep_on)
             return
-        # Copies from and to pinned memory run beside other work. Nothing waits for them here: the
+        # Copies from and to pinned memory run next to other work. Nothing waits for them here: the
         # device does all copies and all computing in the order in which they were begun, and the
         # host never reads this memory. So the next `put` may write to the same memory.
         kept = self._tensors[index]

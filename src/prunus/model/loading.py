@@ -50,7 +50,7 @@ def load(
         dtype: Of the weights and the computation, as a torch dtype or its name; "auto" is that of
             the checkpoint.
         device: auto, cpu, cuda or cuda:i; auto takes a CUDA device if there is one.
-        trust_remote_code: Run model code that comes with the checkpoint.
+        trust_remote_code: Run the model code of the checkpoint.
 
     Returns:
         The model in evaluation mode, and its tokenizer.
@@ -89,7 +89,7 @@ def load_model(
     Args:
         folder: a checkpoint or an adapter.
         dtype: of weights and computation; "auto" is that of the checkpoint.
-        trust_remote_code: let transformers run code that comes with the checkpoint.
+        trust_remote_code: let transformers run the code of the checkpoint.
         attention: one of transformers' implementations, which agree up to rounding; None for the
             default of transformers, which an adapter always gets.
         kind: which class of transformers loads it; None for what its configuration says. An

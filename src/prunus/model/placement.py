@@ -63,7 +63,7 @@ def place(
                 advise(new, mmap.MADV_RANDOM)
         else:
             # The tensor travels as it is stored. The device converts it, which is faster.
-            # From pinned memory it travels while the host goes on.
+            # From pinned memory it travels while the host continues.
             there = value.to(device=to, copy=True, non_blocking=value.is_pinned())
             new = there.to(old.dtype)
         replaced[id(old)] = nn.Parameter(new, requires_grad=False)

@@ -39,7 +39,7 @@ def manifest_text(content: Any) -> str:
 
 
 def keep_records(model: Any, records: Mapping[str, str]) -> None:
-    """Let a transformers model write records beside its weights, wherever it is saved."""
+    """Let a transformers model write records next to its weights, wherever it is saved."""
     if records:
         # Partial functions, because they are copied and pickled with the model.
         model.save_pretrained = functools.partial(_save_pretrained, model, dict(records))
@@ -56,7 +56,7 @@ def _save_pretrained(
     repo_id: str | None = None,
     **options: Any,
 ) -> None:
-    """As `save_pretrained` of transformers, with the card and the record beside the weights."""
+    """As `save_pretrained` of transformers, with the card and the record next to the weights."""
     hub = {name: options.pop(name) for name in _OF_UPLOADS if name in options}
     type(model).save_pretrained(model, save_directory, is_main_process, **options)
     folder = Path(save_directory)

@@ -157,7 +157,7 @@ class Skeleton:
         Args:
             with_head: give an untied head its weights too.
             with_embedding: give an untied embedding its weights. Without them it returns zeros,
-                which is enough to run only what comes after the blocks.
+                which is enough to run only what follows the blocks.
         """
         head = self._output_head()
         embedding: Any = (
@@ -201,7 +201,7 @@ class Skeleton:
             yield
 
     def record(self, batch: torch.Tensor) -> tuple[torch.Tensor, list[BlockCall]]:
-        """Run what comes before the blocks, and record how the model calls each block.
+        """Run what precedes the blocks, and record how the model calls each block.
 
         Only inside `outside_blocks`.
 

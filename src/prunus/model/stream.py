@@ -22,7 +22,7 @@ __all__ = ["Stream"]
 
 
 class Stream:
-    """The windows of one model in batches; all stand before the same block. `len` counts batches.
+    """The windows of one model in batches; all wait at the same block. `len` counts batches.
 
     Call `embed` first.
 
@@ -54,7 +54,7 @@ class Stream:
         on_device: bool = True,
         partial: Sequence[torch.Tensor] = (),
     ) -> None:
-        """Run what comes before the blocks, and record how the model calls each block.
+        """Run what precedes the blocks, and record how the model calls each block.
 
         Args:
             batches: token ids (windows, tokens) per batch. Empty if no block's inputs are needed.

@@ -36,7 +36,7 @@ class BlockStubs:
         self._model_name = model_name
         self._images = images
         self._blocks = blocks
-        # Class of a block -> what its forward returns behind the hidden states; None if it returns
+        # Class of a block -> what its forward returns after the hidden states; None if it returns
         # the hidden states alone, not in a tuple.
         self._other_outputs: dict[type, tuple[Any, ...] | None] = {}
 

@@ -5,7 +5,7 @@ An option is a field of a pydantic model:
     class WindowOptions(Options):
         samples: Annotated[int, Option("Set the number of windows.", within=at_least(1))] = 128
 
-Type, default, range and help stand there and nowhere else. The command line makes a flag of the
+Type, default, range and help are there and nowhere else. The command line makes a flag of the
 field (`prunus.cli.flags`), `takes` makes it a keyword of a Python function, and `Options.read`
 reads it from a TOML file and checks it.
 """
@@ -114,7 +114,7 @@ class Options(BaseModel):
         return _checked(cls, values | given, f"{cls.FILE} {base}: " if base is not None else "")
 
     def changed_by(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that were given explicitly and that still hold beside `given`."""
+        """The options that were given explicitly and that still hold next to `given`."""
         return self.model_dump(exclude_unset=True)
 
     @classmethod

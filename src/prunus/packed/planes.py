@@ -165,7 +165,7 @@ def check(weight: QuantizedWeight) -> torch.Tensor:
         weight: the weight as it was read, on any device.
 
     Returns:
-        int64 (chunks, classes, 9): where layer 0, 1, ... and, behind the last layer, the escape
+        int64 (chunks, classes, 9): where layer 0, 1, ... and, after the last layer, the escape
         bytes begin in `data`. Entries that are not used are -1.
 
     Raises:

@@ -31,7 +31,7 @@ class PackedSource:
 
     Args:
         folder: of the checkpoint.
-        trust_remote_code: let transformers run code that comes with the checkpoint.
+        trust_remote_code: let transformers run the code of the checkpoint.
 
     Attributes:
         config: the configuration of the dense model.

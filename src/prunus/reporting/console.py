@@ -2,7 +2,7 @@
 
 Names of folders, checkpoints, datasets and tasks come from strangers, and so do reports and
 generated text. rich reads square brackets as markup, and a terminal obeys escape sequences. Both
-end here: everything that prunus shows goes through `TerminalConsole` or `printable`.
+end here: everything that prunus shows is printed by `TerminalConsole` or `printable`.
 """
 
 from __future__ import annotations
@@ -92,5 +92,5 @@ class _ForgivingStream(io.TextIOBase):
 
 
 def progress_console() -> Console:
-    """Return a console on standard error that goes on when nobody reads it any more."""
+    """Return a console on standard error that works on when nobody reads it any more."""
     return TerminalConsole(file=_ForgivingStream(sys.stderr))

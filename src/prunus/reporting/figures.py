@@ -116,7 +116,7 @@ def _lines(graph: Any, chart: Lines) -> Any:
 
 
 def _labels(chart: Lines, position: int) -> dict[str, Any]:
-    """The names of single points beside them, every other one below, so that they overlap less."""
+    """The names of single points next to them, every other one below, so that they overlap less."""
     order = sorted(range(len(chart.series)), key=lambda place: chart.series[place].x)
     place = "top center" if order.index(position) % 2 == 0 else "bottom center"
     return {
@@ -167,7 +167,7 @@ def _heat_map(graph: Any, chart: HeatMap) -> Any:
 
 
 def _scale(chart: HeatMap) -> dict[str, float]:
-    """Let the colours run from zero to the largest value, so that close values look alike."""
+    """Let the colours run from zero to the largest value, so that close values look the same."""
     known = [value for line in chart.values for value in line if value is not None]
     return {"zmin": 0.0, "zmax": max(known) or 1.0} if known else {}
 

@@ -5,7 +5,7 @@ except the two of the page, which it identifies by their hashes. A name that sli
 unescaped could therefore neither run nor fetch anything.
 
 The plotting library is plotly.js 4.1.1, its bundle of cartesian charts as its authors publish it
-(MIT licence, beside it in `assets/`). The page holds it compressed, in a third of its size, and
+(MIT licence, next to it in `assets/`). The page holds it compressed, in a third of its size, and
 page.js expands it.
 """
 

@@ -35,7 +35,7 @@ def show_pruning(
     """Show a pruning run: what it prepares, finished blocks, time left and peak memory.
 
     Args:
-        title: stands before the bar.
+        title: precedes the bar.
         console: where to print; standard error by default.
 
     Yields:
@@ -90,7 +90,7 @@ def show_recovery(
     """Show a recovery: share of the budget, loss, and every evaluation.
 
     Args:
-        title: stands before the bar.
+        title: precedes the bar.
         console: where to print; standard error by default.
 
     Yields:

@@ -17,7 +17,7 @@ __all__ = ["structure_section", "structure_table"]
 
 _MEASURES = {
     "divergence": "KL divergence, nats per token",
-    "influence": "influence: 1 − cosine of the hidden states before and behind a block",
+    "influence": "influence: 1 − cosine of the hidden states before and after a block",
 }
 
 
@@ -91,10 +91,10 @@ def _search(record: StructureRecord) -> list[Any]:
         name="search",
         x=tuple(range(1, len(steps) + 1)),
         y=tuple(step.value for step in steps),
-        hover=tuple(f"block {step.block} goes" for step in steps),
+        hover=tuple(f"block {step.block} removed" for step in steps),
     )
     blocks = tuple(str(index) for index in range(len(steps[0].candidates)))
-    rows = tuple(f"step {number}: {step.block} goes" for number, step in enumerate(steps, 1))
+    rows = tuple(f"step {number}: {step.block} removed" for number, step in enumerate(steps, 1))
     return [
         Lines("The search for blocks", "blocks that go", title, (line,)),
         HeatMap(
@@ -115,7 +115,7 @@ def _targets(record: StructureRecord) -> list[Table]:
     rows = tuple((each.blocks, each.width, each.heads, each.value) for each in record.targets)
     columns = (
         Column("blocks that stay", "d"),
-        Column("share of the width that goes", ".1%"),
+        Column("share of the width removed", ".1%"),
         Column("heads that stay", "d"),
         Column("KL divergence", ".4f"),
     )

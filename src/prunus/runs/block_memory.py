@@ -30,7 +30,7 @@ class BlockMemory:
         working: The temporaries of the largest linear while it is pruned, and its input
             statistics.
         hidden: The hidden states of all windows between two blocks.
-        paused: What windows that pause at a linear hold beside their hidden states; see
+        paused: What windows that pause at a linear hold next to their hidden states; see
             `paused_bytes`.
         transient: The activations of one batch's forward pass; see `transient_bytes`.
     """
@@ -58,7 +58,7 @@ class BlockMemory:
 
 
 def paused_bytes(tokens: int, hidden: int, widest: int, itemsize: int) -> int:
-    """Bytes that paused windows hold beside their hidden states.
+    """Bytes that paused windows hold next to their hidden states.
 
     Per token these are four hidden states (residual, normed input, and queries with keys and
     values), and one activation as wide as the widest linear.

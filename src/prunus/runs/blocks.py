@@ -15,7 +15,7 @@ __all__ = ["StoredBlock", "check_same", "read_stored"]
 
 
 def check_same(ranks: Ranks, name: str, changed: Mapping[str, torch.Tensor]) -> None:
-    """Check that all ranks have pruned to the same bytes. Each must: it goes on with its own.
+    """Check that all ranks have pruned to the same bytes. Each must: it continues with its own.
 
     Raises:
         RankError: the bytes differ, as they may on processors of different kinds. Names the ranks.

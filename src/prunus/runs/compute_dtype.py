@@ -56,7 +56,7 @@ def decide_dtype(
         skeleton: The model in the dtype that is stored, which the source is bound to.
         device: Where the blocks will run.
         needs: The statistics that the method reads.
-        trust_remote_code: Run model code that comes with the checkpoint.
+        trust_remote_code: Run the model code of the checkpoint.
         adds_ridge: Whether the method adds a ridge to a Gram matrix; see `prunus.methods.Method`.
     """
     if requested != "auto":

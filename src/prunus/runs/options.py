@@ -136,7 +136,7 @@ class RunOptions(Options):
     trust_remote_code: Annotated[
         bool,
         Option(
-            "Run the model code that comes with the checkpoint. It runs with all your rights.",
+            "Run the model code of the checkpoint. It runs with all your rights.",
             panel=ADVANCED,
         ),
     ] = False

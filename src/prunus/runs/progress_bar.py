@@ -31,7 +31,7 @@ class Shown(NamedTuple):
 
     Attributes:
         share: of the work that is done, from 0 to 1; None where it is not known.
-        state: a few words beside the bar.
+        state: a few words next to the bar.
     """
 
     share: float | None

@@ -58,7 +58,7 @@ def bos_words(bos: UsedBos) -> str:
 
 
 class RunInputs(BaseModel):
-    """What the bytes of the result depend on, beside the options."""
+    """What the bytes of the result depend on, next to the options."""
 
     model_config = ConfigDict(extra="forbid")
 

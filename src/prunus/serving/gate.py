@@ -1,4 +1,4 @@
-"""Before every request: the key, the size, the queue, and a client that goes away.
+"""Before every request: the key, the size, the queue, and a client that leaves.
 
 The gate is an ASGI application around another one. It needs no library, and the application behind
 it knows nothing of keys and queues.
@@ -215,7 +215,7 @@ async def _read_body(receive: _Receive) -> bytes:
 
 
 async def _watch(receive: _Receive, job: Job) -> None:
-    """Cancel a job when its client goes away."""
+    """Cancel a job when its client leaves."""
     while (await receive())["type"] != "http.disconnect":
         pass
     job.cancel()

@@ -54,7 +54,7 @@ def serve(
         max_concurrent: requests that are computed at once.
         max_waiting: requests that wait for their turn; those beyond get status 503.
         device, dtype: where and in which dtype the model computes; see `load_model`.
-        trust_remote_code: let transformers run code that comes with the checkpoint.
+        trust_remote_code: let transformers run the code of the checkpoint.
         log: called with a line of text when the server is ready, and when it ends.
 
     Raises:

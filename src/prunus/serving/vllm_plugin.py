@@ -213,7 +213,7 @@ def _method_class() -> Any:
             layers[self._prefix] = self._packed
 
         def _load(self, name: str, _: Any, tensor: torch.Tensor, shard: Any = None) -> None:
-            """Take a tensor from vLLM's loader, which names the part on it or beside it."""
+            """Take a tensor from vLLM's loader, which names the part on it or next to it."""
             shard = getattr(tensor, "shard_id", shard)
             part = 0 if shard is None else _PARTS.get(shard, shard)
             if not isinstance(part, int) or part >= len(self._packed.names):

@@ -1,8 +1,8 @@
-"""Which channels and heads of a block go, and what makes up for them.
+"""How to choose the channels and heads to remove, and how the others compensate for them.
 
 A block is measured twice. First the windows run to the linear that reads the heads (`o`), whose
 heads are chosen and whose remaining columns are fitted. Then they run to the one that reads the
-channels of the MLP (`down`), behind the smaller attention. In a mixture of experts these are all
+channels of the MLP (`down`), after the smaller attention. In a mixture of experts these are all
 experts at once, each on the tokens that chose it. Both are chosen on the hidden states of the
 smaller model.
 
@@ -177,7 +177,7 @@ def _keep_heads(measured: _Measured, plan: HeadPlan, size: int) -> Kept:
     if plan.keep_heads == plan.keep_groups * per_group:
         heads = [group * per_group + i for group in groups.units for i in range(per_group)]
         return Kept(heads, groups.columns)
-    # What is left is scored anew, behind the least-squares fit to it.
+    # What is left is scored anew, after the least-squares fit to it.
     extra = list(range(plan.heads * size, len(gram_II)))
     inside = torch.tensor(groups.columns + extra)
     fitted_OI = fit_columns(weight_OI, gram_II, inside.tolist(), damping)

@@ -285,7 +285,7 @@ class _Runner:
 
     @contextlib.contextmanager
     def _recording_failure(self, record: SweptModel, title: str) -> Iterator[None]:
-        """Record an error of a cell or a dense model, so that the sweep goes on."""
+        """Record an error of a cell or a dense model, so that the sweep continues."""
         record.error = None
         try:
             yield

@@ -69,7 +69,7 @@ def admm_operator(
     Call it with the values of `penalties`, in their order: it may update the last matrix in place.
 
     Args:
-        statistics: the inputs; what linears with the same input can share is kept beside them.
+        statistics: the inputs; what linears with the same input can share is kept next to them.
         scaled: their scaled and damped Gram matrix.
         rows: the rows that will be multiplied by the matrix. They decide whether it is rounded, see
             `numerics.low_precision_factor`.
@@ -106,7 +106,7 @@ def _share_of_first(penalty: float) -> float:
 def _first_and_last(statistics: InputStatistics, scaled: ScaledGram) -> tuple[Tensor, Tensor]:
     """The matrices for the first and the last ρ, float32 (I, I). The caller may change the first.
 
-    They are kept beside the statistics for other linears with the same input, if they are small
+    They are kept next to the statistics for other linears with the same input, if they are small
     enough.
     """
 

@@ -164,7 +164,7 @@ def sweep_columns(
     Args:
         weight_IO: float32, the weight with a column in each row; corrected in place.
         factor_II: U, with the columns in the order of `weight_IO`.
-        block: the columns whose corrections of everything behind them are one matrix product.
+        block: the columns whose corrections of everything after them are one matrix product.
         tile: the columns that are corrected one at a time; a block is cut into tiles.
         finish: called with j once column j is corrected for all columns before it. It writes
             (w_j − ŵ_j) / U_jj (O,), where ŵ_j is what column j becomes, to its second argument.
@@ -183,7 +183,7 @@ def sweep_columns(
             # Correct the rest of the block for the errors of this tile ...
             done_BO = error_BO[first - start : last - start]
             weight_IO[last:stop].addmm_(factor_II[first:last, last:stop].T, done_BO, alpha=-1)
-        # ... and everything behind the block for the errors of the block.
+        # ... and everything after the block for the errors of the block.
         weight_IO[stop:].addmm_(factor_II[start:stop, stop:].T, error_BO, alpha=-1)
 
 

@@ -1,4 +1,4 @@
-"""Pure functions of structured pruning: saliencies, what goes, and what makes up for it.
+"""Pure functions of structured pruning: saliencies, what is removed, and what compensates for it.
 
 experts.py    saliencies of experts, and the experts that stay
 blocks.py     the cosine rule and the KL divergence, for blocks

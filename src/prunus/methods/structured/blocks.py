@@ -2,7 +2,7 @@
 
 ShortGPT (Men et al. 2024, arXiv 2403.03853) removes the blocks that turn the hidden states least:
 
-    influence = 1 − mean over tokens of  cos(h before the block, h behind it)
+    influence = 1 − mean over tokens of  cos(h before the block, h after it)
 
 The KL divergence is measured instead of guessed: Σ_v p_v (log p_v − log q_v), where p are the next
 tokens of the dense model and q those of the model without some blocks.

@@ -1,4 +1,4 @@
-"""Which input columns of a linear go together, and what the remaining ones make up for.
+"""Which input columns of a linear go together, and what the remaining ones compensate for.
 
 A channel of an MLP is a row of the linears that write it and a column of the linear that reads it
 (`down`). A head is a run of rows and columns in the same way. What the model loses shows at the
@@ -99,7 +99,7 @@ def keep_units(
     Args:
         weight_OI: float32, of the linear that reads the columns; with a bias as its last column.
         gram_II: float32, XᵀX of its inputs.
-        units: how many there are. Columns behind the last unit always stay.
+        units: how many there are. Columns after the last unit always stay.
         width: columns per unit.
         keep: units that stay.
         damping: λ.
@@ -153,7 +153,7 @@ def _scores(weight_OI: Tensor, inverse_II: Tensor, units: int, width: int, left:
 
 
 def _remove(weight_OI: Tensor, inverse_II: Tensor, columns: list[int]) -> None:
-    """Remove columns from the weights and from C, both in place; the others make up for them.
+    """Remove columns from the weights and from C, both in place; the others compensate for them.
 
     The removed rows and columns of C become those of the identity.
     """

@@ -1,6 +1,6 @@
 """Files that are either whole or not there.
 
-Everything that prunus writes goes through this file, in four steps: write to a temporary name in
+This file writes everything that prunus writes, in four steps: write to a temporary name in
 the same folder, fsync the file, rename it, fsync the folder. After a kill or a power cut, a final
 name therefore holds nothing, the old content, or all of the new content.
 

@@ -1,4 +1,4 @@
-"""The files of a checkpoint beside its weights, which a result copies.
+"""The files of a checkpoint next to its weights, which a result copies.
 
 A stranger's checkpoint may hold a link to a private file of the user. A result with a copy of that
 file, once published, would give it away. So a run copies only what resolves inside the folder of
@@ -16,9 +16,9 @@ from prunus.model.checkpoint.regular_files import check_regular, open_regular
 
 __all__ = ["auxiliary_files", "check_companions", "copy_companion"]
 
-#: Most bytes of a file that is copied beside the weights.
+#: Most bytes of a file that is copied next to the weights.
 _MAX_BYTES = 2**30
-# Weights in any format and prunus' own files. All other files are copied beside the result.
+# Weights in any format and prunus' own files. All other files are copied next to the result.
 _NOT_AUXILIARY = {".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".partial", *PICKLE_SUFFIXES}
 # A record of an earlier recovery names the pruned linears of that checkpoint, not of the result.
 _OWN_FILES = {INDEX_NAME, "prunus.json", "prunus-recovery.json", "README.md"}
@@ -26,7 +26,7 @@ _OTHERS = ("README.md", "prunus.json", INDEX_NAME)
 
 
 def auxiliary_files(folder: Path, code: bool = False) -> list[Path]:
-    """Files of a checkpoint that are copied beside the result, such as config and tokenizer.
+    """Files of a checkpoint that are copied next to the result, such as config and tokenizer.
 
     Args:
         code: copy Python files too; only if the user trusts the code of the checkpoint.
@@ -51,7 +51,7 @@ def check_companions(folder: Path, code: bool = False) -> None:
         open_regular(path).close()
         if (size := path.stat().st_size) > _MAX_BYTES:
             raise ValueError(
-                f"{path} has {size:,} bytes, and files beside the weights may have {_MAX_BYTES:,}; "
+                f"{path} has {size:,} bytes, and other files than weights may have {_MAX_BYTES:,}; "
                 "move it out of the checkpoint"
             )
     # Tensors are copied as well.

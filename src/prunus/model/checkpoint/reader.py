@@ -285,9 +285,9 @@ def _prefetch(file: int, info: TensorInfo) -> None:
     """Bring a tensor into the page cache, without what lies around it in the file.
 
     Touching the pages through the mapping would also bring in what the system reads ahead:
-    megabytes, on some disks, of tensors whose turn comes later. If memory is short, these are
+    megabytes, on some disks, of tensors that are read later. If memory is short, these are
     dropped and read a second time. A tensor beyond `_MAX_PREFETCH` is left to the mapping: there
-    the read-ahead is small beside the tensor, which may not fit in memory as a whole, or may be an
+    the read-ahead is small next to the tensor, which may not fit in memory as a whole, or may be an
     embedding of which only a few rows are needed.
     """
     if info.nbytes <= _MAX_PREFETCH and hasattr(os, "posix_fadvise"):

@@ -1,4 +1,4 @@
-"""Records beside results, as JSON: how to read one, and how to refuse one of other work."""
+"""Records next to results, as JSON: how to read one, and how to refuse one of other work."""
 
 from __future__ import annotations
 

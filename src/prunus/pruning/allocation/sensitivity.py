@@ -95,7 +95,7 @@ def sensitivity_curves(
     through the model together, so each block is read once for the probes of all layers before it.
 
     Args:
-        stream: The dense model's windows, before the first block. They end behind the last one.
+        stream: The dense model's windows, before the first block. They end after the last one.
         layers: The layers, in the order of their blocks.
         sparsities: Rising and above 0. Every curve also begins with the point (0, 0).
     """
@@ -160,7 +160,7 @@ def output_errors(stream: Stream, outputs: Sequence[Tensor]) -> list[float]:
     """How far a model's outputs move when its last block returns other hidden states.
 
     Args:
-        stream: One batch of the dense model's windows, behind the last block.
+        stream: One batch of the dense model's windows, after the last block.
         outputs: Hidden states (windows, tokens, hidden) in their place.
 
     Returns:
@@ -191,7 +191,7 @@ def output_errors(stream: Stream, outputs: Sequence[Tensor]) -> list[float]:
 
 @dataclass
 class _Probe:
-    """A layer pruned to a sparsity, and the hidden states of all batches behind it."""
+    """A layer pruned to a sparsity, and the hidden states of all batches after it."""
 
     layer: int
     sparsity: float

@@ -21,7 +21,7 @@ __all__ = ["BlockState", "FinishedBlock"]
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """What comes out of a block.
+    """What was made of a block.
 
     Attributes:
         changed: the pruned tensors by relative name, in their stored dtype and orientation.

@@ -1,4 +1,4 @@
-"""The dense stream: the hidden states of the dense model, which run beside those of the pruned one.
+"""The dense stream: the hidden states of the dense model, next to those of the pruned one.
 
 It runs only for methods with targets from the dense model and for block reconstruction. Every
 dense block runs in a copy of its own, so that pruning cannot touch it:
@@ -72,7 +72,7 @@ class DenseStream:
         on_device: bool = True,
         first_batch: int = 0,
     ) -> None:
-        """Run what comes before the blocks; see `Stream.embed`."""
+        """Run what precedes the blocks; see `Stream.embed`."""
         chosen = [
             batch for batch in range(len(batches)) if (first_batch + batch) % self._stride == 0
         ]

@@ -2,10 +2,10 @@
 
 The rule: an expert that fewer than `min_tokens` tokens chose is measured on all tokens of the
 calibration set, as if all had chosen it. Its gate and up projections see what the experts module
-is given, its down projection sees what they make of that. The block itself goes on with the tokens
-that chose the expert, and nothing else.
+is given, its down projection sees what they make of that. The block itself continues with the
+tokens that chose the expert, and nothing else.
 
-Tokens are counted while all batches of all ranks stand before the experts module. So the counts
+Tokens are counted while all batches of all ranks wait at the experts module. So the counts
 are those of the pruned model.
 
 Shape suffixes: T tokens, K experts per token, E experts.

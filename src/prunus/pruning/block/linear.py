@@ -68,9 +68,9 @@ def prune_linear(
     """Prune one linear in place and return what is stored.
 
     Scores and updates start from the stored weight in float32, whatever dtype the block computes
-    in. The block goes on with the stored result, so that a run resumed from the shard sees the same
-    numbers. The exception is `LinearSettings.reference_order`: the block goes on with unrounded
-    weights, and a resumed run prunes finished blocks again.
+    in. The block continues with the stored result, so that a run resumed from the shard sees the
+    same numbers. The exception is `LinearSettings.reference_order`: the block continues with
+    unrounded weights, and a resumed run prunes finished blocks again.
 
     Args:
         settings: method, pattern, sparsity and options.
@@ -122,7 +122,7 @@ def prune_linear(
         )
     error, energy = _output_error(weight_OI, new_OI, statistics, ranks)
     # From here on `weight_OI` may not be used: on a device it can be the weight that this changes.
-    # The original code goes on with the weight as computed, and rounds only when it saves.
+    # The original code continues with the weight as computed, and rounds only when it saves.
     linear.assign(pruned.weight_OI if settings.reference_order else new_OI)
     zeros = count_zeros(new_OI)
     packed, fields = None, dict[str, Any]()

@@ -1,4 +1,4 @@
-"""One pass through a block, in which every linear is pruned when all windows stand before it.
+"""One pass through a block, in which every linear is pruned when all windows wait at it.
 
 The forward pass of each batch is a coroutine (a greenlet), which pauses at every linear:
 

@@ -8,7 +8,7 @@ The steps of one block, as `BlockPruner.prune` takes them:
     advance      the hidden states to the outputs of the finished block
 
 This file knows weights, hidden states and walks. It knows nothing of folders, manifests on disk or
-where text comes from.
+where text is read.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class BlockPruner:
     def embed(
         self, batches: Sequence[torch.Tensor], spill_to: Path | None, on_device: bool = True
     ) -> None:
-        """Run what comes before the blocks on this rank's share of the batches."""
+        """Run what precedes the blocks on this rank's share of the batches."""
         settings = self.settings
         self._counts = [len(part) for part in split_range(len(batches), self.ranks.size)]
         split: Ranks = SINGLE_PROCESS

@@ -2,7 +2,7 @@
 
 A walk takes all calibration windows through one block and has its linears pruned on the way:
 
-- `lockstep` pauses the forward pass of every batch at every linear. When all batches stand at the
+- `lockstep` pauses the forward pass of every batch at every linear. When all batches wait at the
   same linear, its statistics are complete. It is pruned, and all go on with the pruned weight.
 - `replay` gives the same bits with one batch in flight: it runs the block from its start again for
   every group of linears. It is for blocks whose paused batches do not fit in memory.

@@ -1,7 +1,7 @@
 """The batches of hidden states that training steps use, on every rank.
 
 The recipe decides which windows form a step, so that one process and many take the same steps.
-When the turn of a batch comes, its owner therefore sends it to all ranks. That is cheap: the input
+The owner of a batch therefore sends it to all ranks. That is cheap: the input
 and the target of a few windows are much smaller than the gradients of a block.
 
 Each rank then computes with a part of the windows, and the gradients are summed. A batch of a

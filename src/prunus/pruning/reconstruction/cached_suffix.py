@@ -1,4 +1,4 @@
-"""The end of a block, behind its attention, which runs many times on cached inputs.
+"""The end of a block, after its attention, which runs many times on cached inputs.
 
 Most architectures end a block with `hidden + mlp(norm(hidden))`. Block reconstruction then trains
 only the linears of `mlp`, the suffix of the block:

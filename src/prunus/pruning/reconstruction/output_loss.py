@@ -27,7 +27,7 @@ def relative_error(output_WTH: Tensor, target_WTH: Tensor) -> tuple[Tensor, Tens
     enormous hidden states. In a plain squared error these few would outweigh all others.
 
     Example:
-        A large and a small token that are both 10 % off count alike.
+        A large and a small token that are both 10 % off count equally.
 
         >>> import torch
         >>> target = torch.tensor([[[1000.0, 0.0], [0.0, 1.0]]])

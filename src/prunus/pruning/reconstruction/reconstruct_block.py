@@ -1,7 +1,7 @@
 """The reconstruction of one block inside a run: where its inputs and targets are, and who has them.
 
     inputs    hidden states of the pruned model before the block    (pruned stream)
-    targets   hidden states of the dense model behind the block     (dense stream)
+    targets   hidden states of the dense model after the block     (dense stream)
 
 `schedule.py` decides what is trained and for how long, `train.py` trains. This file finds the
 inputs and targets on every rank, and runs only the suffix of the block where that is possible.

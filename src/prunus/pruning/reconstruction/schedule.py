@@ -155,7 +155,7 @@ def split_batches(batches: int) -> tuple[range, range]:
 def linears_to_train(linears: Sequence[str], updated: bool) -> list[str]:
     """Return which of a block's pruned linears are trained.
 
-    After a method that updates weights, these are the ones behind attention: that takes half of
+    After a method that updates weights, these are the ones after attention: that takes half of
     the time for nearly all of the gain. A method that only masks leaves the error of attention as
     it is, so then all are trained.
 
