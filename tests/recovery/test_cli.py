@@ -15,7 +15,6 @@ from prunus.model.loading import load_model
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.training import Step
 from prunus.reporting.progress import show_recovery
-from recovery_cases import dense_checkpoint, pruned_checkpoint, training_text
 
 SHORT = [
     "--tokens",
@@ -31,17 +30,6 @@ SHORT = [
 ]
 
 
-@pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli")
-    return pruned_checkpoint(folder / "pruned", dense_checkpoint(folder / "dense"), pattern="2:4")
-
-
-@pytest.fixture(scope="module")
-def text(pruned):
-    return training_text(pruned.parent)
-
-
 @pytest.fixture(autouse=True)
 def _transformers_speaks_again_afterwards():
     before = logging.get_verbosity()
@@ -50,11 +38,11 @@ def _transformers_speaks_again_afterwards():
     logging.enable_progress_bar()
 
 
-def test_recover_shows_its_figures_and_writes_them_as_json(pruned, text, tmp_path):
+def test_recover_shows_its_figures_and_writes_them_as_json(dense, pruned, text, tmp_path):
     out, figures = tmp_path / "out", tmp_path / "figures.json"
     result = call(
         "recover", pruned, out, "--mode", "masked", "--text", text, *SHORT,
-        "--teacher", pruned.parent / "dense", "--evaluations", 2, "--json", figures,
+        "--teacher", dense, "--evaluations", 2, "--json", figures,
     )  # fmt: skip
     assert "the result" in result.stdout
     shown = " ".join(result.stdout.split())  # the lines below a table are wrapped to its width
@@ -69,22 +57,12 @@ def test_recover_shows_its_figures_and_writes_them_as_json(pruned, text, tmp_pat
 
 
 def test_lora_shows_the_parameters_it_adds(pruned, text, tmp_path):
-    result = call(
-        "recover",
-        pruned,
-        tmp_path / "lora",
-        "--mode",
-        "lora",
-        "--text",
-        text,
-        *SHORT,
-        "--target-modules",
-        "q_proj",
-    )
+    out = tmp_path / "lora"
+    lora = ("--mode", "lora", "--target-modules", "k_proj, q_proj")
+    result = call("recover", pruned, out, "--text", text, *SHORT, *lora)
     assert "parameters added" in " ".join(result.stdout.split())
-    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())[
-        "target_modules"
-    ] == ["q_proj"]
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["k_proj", "q_proj"]
 
 
 def test_a_recovery_that_won_nothing_says_so(pruned, text, tmp_path):
@@ -111,24 +89,15 @@ def test_errors_are_one_line(arguments, words, pruned, text, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_bar_of_a_terminal_shows_share_loss_and_perplexity():
-    console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    with show_recovery("masked out", console) as progress:
-        progress(Step(0.25, 1024, 1.0, "loss 2.000", loss=2.0))
-        progress(Step(0.5, 2048, 2.0, "held-out perplexity 7.500", loss=1.5, perplexity=7.5))
-        progress(Step(0.75, 3072, 3.0, "loss 1.250", loss=1.25))
-    shown = console.file.getvalue()
-    assert "75%" in shown
-    assert "loss 1.250" in shown
-    assert "held-out perplexity 7.500" in shown
-
-
-def test_plain_lines_show_steps_seldom_and_measurements_always():
-    console = Console(file=io.StringIO(), force_terminal=False, width=120)
-    with show_recovery("masked out", console) as progress:
-        for step in range(50):
-            progress(Step(step / 50, step, 0.0, f"loss {step}", loss=float(step)))
-        progress(Step(1.0, 50, 0.0, "held-out perplexity 3.000", loss=1.0, perplexity=3.0))
-    lines = console.file.getvalue().splitlines()
-    assert len(lines) == 2
-    assert "held-out perplexity 3.000" in lines[1]
+def test_a_terminal_shows_every_step_and_plain_lines_show_measurements():
+    shown = {}
+    for is_terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=is_terminal, width=120)
+        with show_recovery("masked out", console) as progress:
+            for step in range(50):
+                progress(Step(step / 50, step, 0.0, f"loss {step}", loss=float(step)))
+            progress(Step(0.75, 50, 0.0, "held-out perplexity 3.000", loss=1.0, perplexity=3.0))
+        shown[is_terminal] = console.file.getvalue()
+    assert "75%" in shown[True] and "held-out perplexity 3.000" in shown[True]
+    lines = shown[False].splitlines()
+    assert len(lines) == 2 and "held-out perplexity 3.000" in lines[1]

@@ -10,12 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from prunus.structure.record import StructureRecord
 from prunus.structure.run import shrink
-from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, shards, training_text
+from recovery_cases import StopError, dense_checkpoint, recover, shards, stop_at
 from tiny import token_ids
 
 
-def test_a_smaller_model_learns_from_the_dense_one(tmp_path):
-    dense, text = dense_checkpoint(tmp_path / "dense"), training_text(tmp_path)
+def test_a_smaller_model_learns_from_the_dense_one(dense, text, tmp_path):
     recover(dense, tmp_path / "teacher", "full", text, tokens=6400)
     teacher = tmp_path / "teacher"
     small = tmp_path / "small"
@@ -38,26 +37,10 @@ def test_a_smaller_model_learns_from_the_dense_one(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_a_killed_training_goes_on_to_the_same_bytes(family, tmp_path):
-    dense, text = dense_checkpoint(tmp_path / "dense", family), training_text(tmp_path)
+def test_a_killed_training_goes_on_to_the_same_bytes(family, text, tmp_path):
+    dense = dense_checkpoint(tmp_path / "dense", family)
     recover(dense, tmp_path / "whole", "full", text)
-
-    class Killed(BaseException):
-        pass
-
-    def kill(step):
-        if step.perplexity is not None and step.fraction > 0.4:
-            raise Killed
-
-    with pytest.raises(Killed):
-        recover(dense, tmp_path / "killed", "full", text, progress=kill)
+    with pytest.raises(StopError):
+        recover(dense, tmp_path / "killed", "full", text, progress=stop_at(0.6))
     recover(dense, tmp_path / "killed", "full", text, resume=True)
     assert shards(tmp_path / "whole") == shards(tmp_path / "killed")
-
-
-def test_models_that_mode_full_would_damage(tmp_path):
-    dense, text = dense_checkpoint(tmp_path / "dense"), training_text(tmp_path)
-    pruned = pruned_checkpoint(tmp_path / "pruned", dense, sparsity=0.5)
-    with pytest.raises(ValueError, match="zeros mode full would fill: choose mode masked"):
-        recover(pruned, tmp_path / "out", "full", text)
-    assert not (tmp_path / "out").exists()

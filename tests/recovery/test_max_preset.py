@@ -16,33 +16,22 @@ from prunus.pruning.manifest import Manifest
 from prunus.recovery.max_preset import PRUNED, training_options
 from prunus.recovery.record import RecoveryRecord
 from rank_cases import tensors
-from recovery_cases import dense_checkpoint, recover, shards, training_text
+from recovery_cases import StopError, dense_checkpoint, recover, shards
 from scripts import run_script
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return dense_checkpoint(tmp_path_factory.mktemp("max") / "dense")
-
-
-@pytest.fixture(scope="module")
-def text(dense):
-    return training_text(dense.parent)
-
-
 def options(text, **changes):
-    return {
-        "calibration": str(text),
-        "samples": 6,
-        "seqlen": 16,
-        "dtype": "float32",
-        "tokens": 8192,
-    } | changes
+    windows = {"calibration": str(text), "samples": 6, "seqlen": 16, "dtype": "float32"}
+    return windows | {"tokens": 8192} | changes
+
+
+#: A pruning that takes no time.
+QUICK = {"method": "wanda", "dense_weight": 0, "reconstruct": "none", "allocation": "uniform"}
 
 
 @pytest.fixture(scope="module")
-def finished(dense, text):
-    out = dense.parent / "finished"
+def finished(dense, text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("max") / "finished"
     return out, *prunus.prune_and_recover(dense, out, **options(text, pattern="2:4"))
 
 
@@ -56,14 +45,11 @@ def test_the_result_is_pruned_checkpoint_with_its_zeros_and_both_records(finishe
     kept = {name: state[f"{name}.weight"].view(-1, 4) != 0 for name in record.linears}
     assert kept and all(int(groups.sum(1).max()) <= 2 for groups in kept.values())
     assert record.totals["sparsity"] >= 0.5
-
-
-def test_norms_and_embeddings_are_trained_too_and_the_dense_model_teaches(finished, dense):
-    out, _, record = finished
+    # Norms and embeddings are trained too, and the dense model teaches.
     before, after = (load_model(path, torch.float32).state_dict() for path in (dense, out))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("norm" in name for name in moved) and any("embed" in name for name in moved)
-    assert record.teacher == str(dense)
+    assert record.teacher == record.source == str(dense)
     assert record.recipe.distill_weight == 1
     assert record.best and record.evaluations[record.best].held_out_loss < (
         record.evaluations[0].held_out_loss
@@ -137,8 +123,7 @@ def test_a_mixture_of_experts_keeps_the_zeros_of_every_expert(text, tmp_path):
     # A teacher that knows the text has something to teach.
     dense = tmp_path / "taught"
     recover(dense_checkpoint(tmp_path / "moe", "qwen3_moe"), dense, "full", text)
-    plain = {"method": "wanda", "dense_weight": 0, "reconstruct": "none", "allocation": "uniform"}
-    chosen = options(text, tokens=8192, preset="best", **plain)
+    chosen = options(text, preset="best", **QUICK)
     record = prunus.prune_and_recover(dense, tmp_path / "out", **chosen)[1]
     del chosen["tokens"]
     prunus.prune(dense, tmp_path / "pruned", **chosen)
@@ -149,12 +134,55 @@ def test_a_mixture_of_experts_keeps_the_zeros_of_every_expert(text, tmp_path):
     assert set(experts) == {f"{name}.weight" for name in record.linears if ".experts." in name}
 
 
-def test_a_folder_of_somebody_else_stays_untouched(dense, text, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes.txt").write_text("mine")
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")}
+
+
+def test_only_the_folder_of_the_result_is_written(dense, text, tmp_path):
+    """Not the folder OUT-pruned, nor one that a link leads to, even with `overwrite`."""
+    out, beside = tmp_path / "out", tmp_path / "out-pruned"
+    prunus.prune(dense, beside, **{k: x for k, x in options(text).items() if k != "tokens"})
+    before = content(beside)
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="holds no result of prunus recover"):
-        prunus.prune_and_recover(dense, tmp_path / "out", **options(text))
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        prunus.prune_and_recover(dense, out, **options(text), overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    (out / "notes.txt").unlink()
+    (out / PRUNED).symlink_to(beside)
+    with pytest.raises(FileExistsError, match="is a link"):
+        prunus.prune_and_recover(dense, out, **options(text), overwrite=True)
+    (out / PRUNED).unlink()
+    prunus.prune_and_recover(dense, out, **options(text, **QUICK), overwrite=True)
+    assert content(beside) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-pruned"]
+
+
+def test_an_unfinished_run_is_no_model_and_belongs_to_this_preset(dense, text, tmp_path):
+    out, chosen = tmp_path / "out", options(text, **QUICK)
+
+    def stop(_):
+        raise StopError
+
+    with pytest.raises(StopError):
+        prunus.prune_and_recover(dense, out, **chosen, pruning_progress=stop)
+    assert [path.name for path in out.iterdir()] == [PRUNED]
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        load_model(out)
+    windows = {name: x for name, x in chosen.items() if name != "tokens"}
+    with pytest.raises(FileExistsError, match="holds no result of prunus prune"):
+        prunus.prune(dense, out, **windows, overwrite=True)
+    with pytest.raises(FileExistsError, match="unfinished run"):
+        prunus.prune_and_recover(dense, out, **chosen, resume=False)
+    with pytest.raises(StopError):
+        prunus.prune_and_recover(dense, out, **chosen, resume=True, training_progress=stop)
+    _, record = prunus.prune_and_recover(dense, out, **chosen, resume=True)
+    assert record.state == "finished" and not (out / PRUNED).exists()
+    # Another run with `overwrite` begins with the pruning, inside the same folder.
+    with pytest.raises(FileExistsError, match="another seed"):
+        prunus.prune_and_recover(dense, out, **chosen, seed=1)
+    manifest, _ = prunus.prune_and_recover(dense, out, **chosen, seed=1, overwrite=True)
+    assert manifest.recipe.seed == 1 and not (out / PRUNED).exists()
 
 
 def test_the_training_follows_the_recipe():

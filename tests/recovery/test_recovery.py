@@ -21,36 +21,9 @@ from prunus.recovery import training
 from prunus.recovery.masks import pruned_linears
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.trainable import masked
-from recovery_cases import (
-    SHORT,
-    dense_checkpoint,
-    pruned_checkpoint,
-    recover,
-    shards,
-    training_text,
-)
+from recovery_cases import SHORT, dense_checkpoint, pruned_checkpoint, recover, shards
 from tiny import tiny_checkpoint, weights
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return dense_checkpoint(tmp_path_factory.mktemp("recovery") / "dense")
-
-
-@pytest.fixture(scope="module")
-def pruned(dense):
-    return pruned_checkpoint(dense.parent / "pruned", dense, sparsity=0.5)
-
-
-@pytest.fixture(scope="module")
-def text(dense):
-    return training_text(dense.parent)
-
-
-def zeros_of(model, names):
-    return {name: weights(model)[f"{name}.weight"] == 0 for name in names}
-
 
 # --- masked ---
 
@@ -75,24 +48,19 @@ def test_masked_training_wins_quality_and_keeps_every_zero(pruned, text, tmp_pat
 
 
 def test_the_record_is_what_was_measured(pruned, text, tmp_path):
-    record = recover(pruned, tmp_path / "out", "masked", text)
-    assert json.loads((tmp_path / "out" / RecoveryRecord.FILE).read_text()) == record.model_dump(
-        mode="json"
-    )
-    steps = [entry.step for entry in record.evaluations]
-    assert steps == [0, 5, 10, 15, 20], (
-        "640 tokens in steps of 32, evaluated at the start and four times more"
-    )
+    out = tmp_path / "out"
+    record = recover(pruned, out, "masked", text)
+    assert json.loads((out / RecoveryRecord.FILE).read_text()) == record.model_dump(mode="json")
+    # 640 tokens in steps of 32, evaluated at the start and four times more.
+    assert [entry.step for entry in record.evaluations] == [0, 5, 10, 15, 20]
     assert record.totals["tokens"] == 640
     best = min(record.evaluations, key=lambda entry: entry.held_out_loss)
     assert record.evaluations[record.best] == best
     # The figure is the perplexity of what was written, on windows that plain torch can score.
-    model = load_model(tmp_path / "out")
-    ids = windows(
-        str(text), tokenizer=byte_tokenizer(), seqlen=16, held_out=2, seed=0, data_dir=None
-    ).held_out
+    options = {"seqlen": 16, "held_out": 2, "seed": 0}
+    ids = windows(str(text), tokenizer=byte_tokenizer, **options).held_out
     with torch.no_grad():
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = load_model(out)(input_ids=ids, labels=ids).loss
     assert float(loss) == pytest.approx(best.held_out_loss, rel=1e-4)
 
 
@@ -148,15 +116,18 @@ def test_without_a_manifest_linears_with_many_zeros_count_as_pruned(pruned, text
     assert float(weights(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"][0, 0]) != 0
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma2", "phi3"])
-@pytest.mark.parametrize("mode", ["masked", "lora"])
-def test_other_families(family, mode, tmp_path, text):
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma2", "phi3", "codegen"])
+def test_other_families(family, tmp_path, text):
     dense = dense_checkpoint(tmp_path / "dense", family)
     pruned = pruned_checkpoint(tmp_path / "pruned", dense)
-    record = recover(pruned, tmp_path / "out", mode, text)
-    assert record.totals["held_out_perplexity_after"] < record.totals["held_out_perplexity_before"]
-    logits = load_model(tmp_path / "out")(input_ids=torch.arange(3, 11)[None]).logits
-    assert bool(logits.isfinite().all())
+    for mode in ("masked", "lora"):
+        totals = recover(pruned, tmp_path / mode, mode, text).totals
+        assert totals["held_out_perplexity_after"] < totals["held_out_perplexity_before"]
+        logits = load_model(tmp_path / mode)(input_ids=torch.arange(3, 11)[None]).logits
+        assert bool(logits.isfinite().all())
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    fused = {"gpt2": ["c_attn"], "phi3": ["qkv_proj"], "codegen": ["qkv_proj"]}
+    assert config["target_modules"] == fused.get(family, ["q_proj", "v_proj"])
 
 
 # --- lora ---
@@ -169,19 +140,13 @@ def test_the_adapter_is_an_ordinary_one(pruned, text, tmp_path):
     totals = record.totals
     assert totals["held_out_perplexity_after"] < totals["held_out_perplexity_before"]
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (
-        8,
-        16,
-        ["q_proj", "v_proj"],
-    )
+    assert (config["r"], config["lora_alpha"]) == (8, 16)
     base = AutoModelForCausalLM.from_pretrained(pruned)
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out")
     ids = torch.arange(3, 19)[None]
     with torch.no_grad():
-        theirs, ours = (
-            adapted(input_ids=ids).logits,
-            load_model(tmp_path / "out")(input_ids=ids).logits,
-        )
+        theirs = adapted(input_ids=ids).logits
+        ours = load_model(tmp_path / "out")(input_ids=ids).logits
     torch.testing.assert_close(theirs, ours)
     added = sum(p.numel() for name, p in adapted.named_parameters() if "lora" in name)
     assert totals["added_parameters"] == added
@@ -226,21 +191,11 @@ def test_the_rate_of_masked_training_is_relative_to_the_weights(dense, text, tmp
         rates.append(record.totals["peak_learning_rate"] / size)
     assert rates[0] == pytest.approx(rates[1], rel=1e-5)
     assert rates[0] * 0.26 == pytest.approx(2e-4, rel=0.02), "SmolLM2's"
-
-
-def test_a_given_rate_is_plain(pruned, text, tmp_path):
-    record = recover(pruned, tmp_path / "out", "masked", text, tokens=64, learning_rate=2e-5)
-    assert record.totals["peak_learning_rate"] == 2e-5
+    given = recover(pruned, tmp_path / "given", "masked", text, tokens=64, learning_rate=2e-5)
+    assert given.totals["peak_learning_rate"] == 2e-5
 
 
 # --- a teacher ---
-
-
-def test_a_student_that_starts_as_its_teacher_has_nothing_to_learn(pruned, text, tmp_path):
-    record = recover(
-        pruned, tmp_path / "out", "masked", text, teacher=pruned, tokens=64, learning_rate=1e-6
-    )
-    assert record.evaluations[1].training_loss == pytest.approx(0, abs=1e-6)
 
 
 def test_learning_from_the_dense_model_alone_brings_logits_closer(dense, pruned, text, tmp_path):
@@ -252,6 +207,9 @@ def test_learning_from_the_dense_model_alone_brings_logits_closer(dense, pruned,
         pruned, tmp_path / "mix", "masked", text, teacher=dense, distill_weight=0.25, patience=100
     )
     assert mixed.evaluations[1].training_loss > losses[0], "the text's cross entropy counts too"
+    still = {"tokens": 64, "learning_rate": 1e-6}
+    same = recover(pruned, tmp_path / "same", "masked", text, teacher=pruned, **still)
+    assert same.evaluations[1].training_loss == pytest.approx(0, abs=1e-6), "nothing to learn"
 
 
 # --- budgets ---
@@ -281,16 +239,8 @@ def test_training_goes_on_as_long_as_it_makes_progress_though_the_start_was_bett
 
 def test_training_stops_without_progress_and_the_result_is_the_best(pruned, text, tmp_path):
     """The rate is so high that the loss rises after a while and does not fall again."""
-    record = recover(
-        pruned,
-        tmp_path / "out",
-        "masked",
-        text,
-        learning_rate=0.3,
-        tokens=64_000,
-        evaluations=400,
-        patience=2,
-    )
+    long = {"learning_rate": 0.3, "tokens": 64_000, "evaluations": 400, "patience": 2}
+    record = recover(pruned, tmp_path / "out", "masked", text, **long)
     assert record.stopped == "no better held-out loss in 2 evaluations"
     assert record.totals["tokens"] < 64_000
     assert record.best == len(record.evaluations) - 1 - 2

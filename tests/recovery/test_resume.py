@@ -12,19 +12,8 @@ from safetensors.torch import load_file, save_file
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.recovery.checkpoints import Checkpoints, TrainingState
 from prunus.recovery.record import Evaluation
-from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, shards, training_text
+from recovery_cases import StopError, recover, shards, stop_at
 from scripts import run_script
-
-
-@pytest.fixture(scope="module")
-def pruned(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    return pruned_checkpoint(folder / "pruned", dense_checkpoint(folder / "dense"))
-
-
-@pytest.fixture(scope="module")
-def text(pruned):
-    return training_text(pruned.parent)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
@@ -44,77 +33,25 @@ def test_a_recovery_killed_at_any_rename_resumes_to_the_same_bytes(pruned, text,
             assert not result["left_behind"], (mode, result)
 
 
-class StopError(Exception):
-    """Interrupts a recovery from its progress callback."""
-
-
-def stop_at(fraction):
-    def progress(step):
-        if step.fraction >= fraction:
-            raise StopError
-
-    return progress
-
-
 def test_training_resumes_from_its_last_checkpoint(pruned, text, tmp_path):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    expected = recover(pruned, whole, "masked", text)
+    with pytest.raises(FileNotFoundError, match="no unfinished run"):
+        recover(pruned, out, "masked", text, resume=True)
+    assert not out.exists()
     with pytest.raises(StopError):
-        recover(pruned, tmp_path / "out", "masked", text, progress=stop_at(0.6))
-    assert not (tmp_path / "out" / INDEX_NAME).exists(), "a half-finished folder is no model"
+        recover(pruned, out, "masked", text, progress=stop_at(0.6))
+    assert not (out / INDEX_NAME).exists(), "a half-finished folder is no model"
+    with pytest.raises(FileExistsError, match="unfinished run"):
+        recover(pruned, out, "masked", text, resume=False)
     seen = []
-    record = recover(pruned, tmp_path / "out", "masked", text, resume=True, progress=seen.append)
+    record = recover(pruned, out, "masked", text, resume=True, progress=seen.append)
     assert seen[0].message == "resumed at step 10"
     assert [entry.step for entry in record.evaluations] == [0, 5, 10, 15, 20]
-    whole = recover(pruned, tmp_path / "whole", "masked", text)
-    assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+    assert shards(out) == shards(whole)
     assert [e.held_out_loss for e in record.evaluations] == [
-        e.held_out_loss for e in whole.evaluations
+        e.held_out_loss for e in expected.evaluations
     ]
-
-
-def test_a_finished_recovery_is_not_done_again(pruned, text, tmp_path, monkeypatch):
-    first = recover(pruned, tmp_path / "out", "lora", text)
-    before = shards(tmp_path / "out")
-    monkeypatch.setattr("prunus.recovery.run.train", None)
-    assert recover(pruned, tmp_path / "out", "lora", text) == first
-    assert shards(tmp_path / "out") == before
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [({"tokens": 320}, "tokens"), ({"seed": 1}, "seed"), ({"teacher": "dense"}, "teacher")],
-)
-def test_another_recovery_in_the_same_folder_is_refused(change, named, pruned, text, tmp_path):
-    with pytest.raises(StopError):
-        recover(pruned, tmp_path / "out", "masked", text, progress=stop_at(0.3))
-    before = shards(tmp_path / "out")
-    change = {k: pruned.parent / v if k == "teacher" else v for k, v in change.items()}
-    with pytest.raises(FileExistsError, match=f"another {named}"):
-        recover(pruned, tmp_path / "out", "masked", text, **change)
-    assert shards(tmp_path / "out") == before
-    record = recover(pruned, tmp_path / "out", "masked", text, **change, overwrite=True)
-    assert record.state == "finished"
-
-
-def test_another_mode_replaces_a_folder_completely(pruned, text, tmp_path):
-    """Files that an adapter left would make a checkpoint look like an adapter."""
-    recover(pruned, tmp_path / "out", "lora", text)
-    recover(pruned, tmp_path / "out", "masked", text, overwrite=True)
-    assert not list((tmp_path / "out").glob("adapter*"))
-    recover(pruned, tmp_path / "out", "lora", text, overwrite=True)
-    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == [
-        "adapter_model.safetensors"
-    ]
-    assert not (tmp_path / "out" / "config.json").exists()
-
-
-def test_resume_flags(pruned, text, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no unfinished run"):
-        recover(pruned, tmp_path / "out", "masked", text, resume=True)
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(StopError):
-        recover(pruned, tmp_path / "out", "masked", text, progress=stop_at(0.1))
-    with pytest.raises(FileExistsError, match="unfinished run"):
-        recover(pruned, tmp_path / "out", "masked", text, resume=False)
 
 
 def test_a_state_without_its_best_weights_is_not_resumed(pruned, text, tmp_path):
@@ -127,6 +64,30 @@ def test_a_state_without_its_best_weights_is_not_resumed(pruned, text, tmp_path)
     recover(pruned, tmp_path / "out", "masked", text)
     recover(pruned, tmp_path / "whole", "masked", text)
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
+
+
+def test_a_finished_recovery_is_not_done_again(pruned, text, tmp_path, monkeypatch):
+    first = recover(pruned, tmp_path / "out", "lora", text)
+    before = shards(tmp_path / "out")
+    monkeypatch.setattr("prunus.recovery.run.train", None)
+    assert recover(pruned, tmp_path / "out", "lora", text) == first
+    assert shards(tmp_path / "out") == before
+
+
+def test_another_recovery_replaces_a_folder_only_if_asked_to(dense, pruned, text, tmp_path):
+    """And completely: files that an adapter left would make a checkpoint look like an adapter."""
+    out = tmp_path / "out"
+    recover(pruned, out, "lora", text)
+    recover(pruned, out, "masked", text, overwrite=True, tokens=64)
+    assert not list(out.glob("adapter*"))
+    before = shards(out)
+    for change in ({"tokens": 320}, {"seed": 1}, {"teacher": dense}):
+        with pytest.raises(FileExistsError, match=f"another {next(iter(change))}"):
+            recover(pruned, out, "masked", text, **({"tokens": 64} | change))
+    assert shards(out) == before
+    recover(pruned, out, "lora", text, overwrite=True)
+    assert list(shards(out)) == ["adapter_model.safetensors"]
+    assert not (out / "config.json").exists()
 
 
 def _edited(path, change):
@@ -161,11 +122,8 @@ def test_a_damaged_state_is_named_and_changes_nothing(damage, tmp_path):
     optimizer = torch.optim.AdamW([weight])
     weight.sum().backward()
     optimizer.step()
-    state = TrainingState(
-        evaluations=[
-            Evaluation(step=0, tokens=0, seconds=0.0, training_loss=None, held_out_loss=1.0)
-        ]
-    )
+    start = Evaluation(step=0, tokens=0, seconds=0.0, training_loss=None, held_out_loss=1.0)
+    state = TrainingState(evaluations=[start])
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state, {"a": weight}, optimizer)
     assert checkpoints.load({"a": weight}, optimizer) == state

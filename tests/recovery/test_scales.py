@@ -18,7 +18,14 @@ from prunus.packed.linear import PackedLinear
 from prunus.packed.operators import reference_path
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.scales import ScaledLinear, scales
-from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, shards, training_text
+from recovery_cases import (
+    StopError,
+    dense_checkpoint,
+    pruned_checkpoint,
+    recover,
+    shards,
+    stop_at,
+)
 from scripts import run_script
 from tiny_tokenizer import byte_tokenizer
 
@@ -29,7 +36,7 @@ def compressed_of(dense, left=("nothing",)):
     return quantized_checkpoint(dense, folder, lambda name: not name.endswith(tuple(left)))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def dense(tmp_path_factory):
     """A tiny bfloat16 model with biases and norm weights that differ from 0 and 1."""
     folder = dense_checkpoint(tmp_path_factory.mktemp("scales") / "dense", "qwen2", torch.bfloat16)
@@ -47,11 +54,6 @@ def dense(tmp_path_factory):
 @pytest.fixture(scope="module")
 def compressed(dense):
     return compressed_of(dense)
-
-
-@pytest.fixture(scope="module")
-def text(dense):
-    return training_text(dense.parent)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,10 @@ def test_the_integers_keep_their_bytes_and_everything_continuous_moves(compresse
         assert torch.equal(after[name], tensor) != is_trained(name), name
     for name in ("config.json", "tokenizer.json"):
         assert (recovered / name).read_bytes() == (compressed / name).read_bytes()
+    totals = RecoveryRecord.load(recovered).totals
+    trained = sum(x.numel() for name, x in before.items() if is_trained(name))
+    assert (totals["trained_parameters"], totals["added_parameters"]) == (trained, 0)
+    assert "All integers are those of the compressed model" in (recovered / "README.md").read_text()
 
 
 def test_the_result_loads_and_is_closer_to_the_dense_model(dense, compressed, recovered, text):
@@ -118,14 +124,6 @@ def kl_divergence(teacher, student, ids):
         p = teacher(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
     q = student(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).mean()
-
-
-def test_the_record_and_the_card_say_what_is_trained(compressed, recovered):
-    totals = RecoveryRecord.load(recovered).totals
-    trained = sum(x.numel() for name, x in stored(compressed).items() if is_trained(name))
-    assert totals["trained_parameters"] == trained
-    assert totals["added_parameters"] == 0
-    assert "All integers are those of the compressed model" in (recovered / "README.md").read_text()
 
 
 def test_a_result_can_be_trained_again_and_unpacked(recovered, text, tmp_path):
@@ -167,18 +165,10 @@ def test_integers_scales_and_steps_are_exact_in_bfloat16():
 
 def test_one_step_is_one_step_of_adam(dense, compressed, tmp_path):
     """A first step of Adam moves each number by its rate, against the sign of its gradient."""
-    ids = torch.arange(5, 21)[None]
-    save_file({"input_ids": ids.repeat(3, 1)}, tmp_path / "ids.safetensors")
+    ids, file = torch.arange(5, 21)[None], tmp_path / "ids.safetensors"
+    save_file({"input_ids": ids.repeat(3, 1)}, file)
     options = {"tokens": 16, "batch": 1, "warmup": 0.0, "learning_rate": 0.05, "evaluations": 1}
-    recover(
-        compressed,
-        tmp_path / "out",
-        "scales",
-        tmp_path / "ids.safetensors",
-        teacher=dense,
-        patience=9,
-        **options,
-    )
+    recover(compressed, tmp_path / "out", "scales", file, teacher=dense, **options)
     packed = load_model(compressed, torch.float32)
     plain = packed.hf_quantizer._dequantize(packed, torch.float32).requires_grad_(True)
     kl_divergence(load_model(dense, torch.float32), plain, ids).backward()
@@ -242,16 +232,9 @@ def test_other_families_are_written_under_their_stored_names(family, text, tmp_p
 def test_a_run_that_is_stopped_resumes_to_the_same_bytes(
     compressed, dense, recovered, text, tmp_path
 ):
-    class StopError(Exception):
-        pass
-
-    def stop(step):
-        if step.fraction >= 0.6:
-            raise StopError
-
     options = {"teacher": dense, "patience": 100}
     with pytest.raises(StopError):
-        recover(compressed, tmp_path / "out", "scales", text, progress=stop, **options)
+        recover(compressed, tmp_path / "out", "scales", text, progress=stop_at(0.6), **options)
     assert not (tmp_path / "out" / INDEX_NAME).exists()
     recover(compressed, tmp_path / "out", "scales", text, resume=True, **options)
     assert shards(tmp_path / "out") == shards(recovered)
@@ -269,39 +252,28 @@ def test_a_run_killed_at_a_rename_resumes_to_the_same_bytes(compressed, text, tm
 # --- what cannot work ---
 
 
-@pytest.mark.parametrize("mode", ["lora", "masked"])
-def test_other_modes_on_a_compressed_checkpoint(mode, compressed, text, tmp_path):
-    with pytest.raises(ValueError, match=r"choose mode scales, or expand it first \(prunus unpack"):
-        recover(compressed, tmp_path / "out", mode, text)
-    assert not (tmp_path / "out").exists()
-
-
-def test_scales_of_a_checkpoint_that_is_not_compressed(dense, text, tmp_path):
+def test_other_modes_other_models_and_other_teachers(dense, compressed, text, tmp_path):
+    out = tmp_path / "out"
+    expand = r"choose mode scales, or expand it first \(prunus unpack"
+    for mode in ("lora", "masked"):
+        with pytest.raises(ValueError, match=expand):
+            recover(compressed, out, mode, text)
     pruned = pruned_checkpoint(tmp_path / "pruned", dense)
     pack(pruned, tmp_path / "packed")
     for folder in (dense, pruned, tmp_path / "packed"):
         with pytest.raises(ValueError, match=r"has no quantised linears.*prunus compress"):
-            recover(folder, tmp_path / "out", "scales", text)
+            recover(folder, out, "scales", text)
         with pytest.raises(ValueError, match=r"mode is missing; give one of lora, .*, scales"):
-            recover(folder, tmp_path / "out", None, text)
+            recover(folder, out, None, text)
     with pytest.raises(FileNotFoundError, match="neither a folder"):
-        recover("./nothing", tmp_path / "out", None, text)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_compressed_teacher(compressed, text, tmp_path):
+        recover("./nothing", out, None, text)
     with pytest.raises(ValueError, match=r"the teacher .* is packed; give the dense model"):
-        recover(compressed, tmp_path / "out", None, text, teacher=compressed)
+        recover(compressed, out, None, text, teacher=compressed)
     with pytest.raises(ValueError, match="rank has no meaning in mode scales"):
-        recover(compressed, tmp_path / "out", None, text, rank=4)
-    assert not (tmp_path / "out").exists()
-
-
-def test_planes_that_are_damaged(compressed, text, tmp_path):
-    folder = damaged_copy(compressed, tmp_path / "damaged")
+        recover(compressed, out, None, text, rank=4)
     with pytest.raises(ValueError, match="could not be loaded"):
-        recover(folder, tmp_path / "out", None, text)
-    assert not (tmp_path / "out").exists()
+        recover(damaged_copy(compressed, tmp_path / "damaged"), out, None, text)
+    assert not out.exists()
 
 
 def damaged_copy(source, folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 import prunus
 from prunus.recovery.record import RecoveryRecord
+from prunus.recovery.training import Step
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -54,3 +56,17 @@ def recover(model: Path, output: Path, mode: str, text: Path, **options: Any) ->
 def shards(folder: Path) -> dict[str, bytes]:
     """Return the weights of a folder as bytes."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+class StopError(Exception):
+    """Interrupts a recovery from its progress callback."""
+
+
+def stop_at(fraction: float) -> Callable[[Step], None]:
+    """Return a progress callback that raises when this fraction of the budget is spent."""
+
+    def progress(step: Step) -> None:
+        if step.fraction >= fraction:
+            raise StopError
+
+    return progress
