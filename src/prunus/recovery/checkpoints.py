@@ -27,16 +27,13 @@ _KINDS = ("weight", "step", "exp_avg", "exp_avg_sq")
 
 
 class TrainingState(BaseModel):
-    """How far a training is.
+    """How far a training is, over all attempts.
 
     Attributes:
-        step: steps of the optimizer so far.
-        tokens: tokens trained on so far.
-        seconds: of training and evaluation so far, over all attempts.
-        evaluations: so far; the first one is from before any training.
-        best: number of the evaluation with the lowest held-out loss.
-        stopped: why training ended before the budget was spent, or None.
-        diverged: training ended because the loss was not finite.
+        step, tokens, seconds: So far. The time includes evaluations.
+        best: Number of the evaluation with the lowest held-out loss.
+        stopped: Why training ended before the budget was spent, or None.
+        diverged: Training ended because the loss was not finite.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -51,12 +48,7 @@ class TrainingState(BaseModel):
 
 
 class Checkpoints:
-    """The files of one training.
-
-    Args:
-        folder: of the result.
-        writes: True on the rank that writes; all ranks read.
-    """
+    """The files of one training in the folder of its result. All ranks read, and one `writes`."""
 
     def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder = folder
@@ -89,7 +81,7 @@ class Checkpoints:
         """Restore weights and moments, and return the state; None if there is nothing to resume.
 
         Raises:
-            ValueError: the state is damaged; names the file. Nothing is restored then.
+            ValueError: The state is damaged; names the file. Nothing is restored then.
         """
         path = self.folder / _STATE_NAME
         if not path.exists():
@@ -122,11 +114,7 @@ class Checkpoints:
         return state
 
     def load_best(self, state: TrainingState, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Restore the weights with the lowest held-out loss.
-
-        Raises:
-            ValueError: their file is damaged; names it.
-        """
+        """Restore the weights with the lowest held-out loss."""
         path = self._best(state)
         try:
             with safe_open(path, framework="pt") as file, torch.no_grad():

@@ -78,23 +78,14 @@ class RecoveryJob:
         return self.record.recipe
 
     def check_unchanged(self) -> None:
-        """Check that both models are still what the record says.
-
-        Raises:
-            FileNotFoundError, ValueError: A file is gone or was changed; names it.
-        """
+        """Raise an error that names the file unless both models are what the record says."""
         for source in (self.source, self.teacher):
             if source is not None:
                 source.check_unchanged()
 
 
 def default_mode(model: str | Path) -> Mode:
-    """The mode for a checkpoint if none is given: scales for a compressed one.
-
-    Raises:
-        ValueError: The checkpoint is not compressed, so that a mode must be given.
-        FileNotFoundError: There is no such checkpoint.
-    """
+    """The mode for a checkpoint if none is given: scales for a compressed one only."""
     if _is_compressed(resolve_folder(model)):
         return "scales"
     raise ValueError(f"mode is missing; give one of {', '.join(MODES)}")
@@ -176,11 +167,7 @@ def plan_recovery(
 
 
 def check_ranks(recipe: RecoveryOptions, ranks: Ranks) -> None:
-    """Check that several processes can split this training.
-
-    Raises:
-        ValueError: They cannot; the message says why and what to do.
-    """
+    """Check that several processes can split this training."""
     if ranks.size == 1:
         return
     if recipe.batch < ranks.size:
@@ -196,11 +183,7 @@ def check_ranks(recipe: RecoveryOptions, ranks: Ranks) -> None:
 
 
 def check_teacher(folder: Path) -> None:
-    """Check that a folder holds a model that can teach.
-
-    Raises:
-        ValueError: It does not; the message says what to do.
-    """
+    """Check that a folder holds a model that can teach."""
     _check_no_adapter(folder)
     if is_packed(folder):
         raise ValueError(
@@ -210,11 +193,7 @@ def check_teacher(folder: Path) -> None:
 
 
 def open_checkpoint(folder: Path) -> tuple[CheckpointSource, Skeleton]:
-    """A checkpoint, bound to the skeleton of its model.
-
-    Raises:
-        FileNotFoundError, ValueError, NotImplementedError: It is damaged, or no causal LM.
-    """
+    """A checkpoint of a causal LM, bound to the skeleton of its model."""
     source = CheckpointSource(folder)
     require_causal(source.config, "prunus recover")
     skeleton = Skeleton(source.config, source.stored_dtype)
@@ -246,9 +225,6 @@ def draw_training_text(
         dense: The teacher, or None.
         device: Where a model runs that writes the text itself.
         data: Folder with local copies of the datasets.
-
-    Raises:
-        FileNotFoundError, ModuleNotFoundError, ValueError, OSError: See `training_text`.
     """
     config = source.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
@@ -280,11 +256,7 @@ def draw_training_text(
 
 
 def _is_compressed(folder: Path) -> bool:
-    """Whether a folder holds a packed checkpoint with quantised linears.
-
-    Raises:
-        ValueError: Its description is damaged.
-    """
+    """Whether a folder holds a packed checkpoint with quantised linears."""
     if not is_packed(folder):
         return False
     content = read_json(folder / "config.json")["quantization_config"]
@@ -293,11 +265,7 @@ def _is_compressed(folder: Path) -> bool:
 
 
 def _check_trainable_form(folder: Path, mode: Mode) -> None:
-    """Check that a folder holds a checkpoint whose weights a mode can train.
-
-    Raises:
-        ValueError: It does not; the message says what to do.
-    """
+    """Check that a folder holds a checkpoint whose weights a mode can train."""
     _check_no_adapter(folder)
     compressed = _is_compressed(folder)
     if mode == "scales" and not compressed:
@@ -329,9 +297,7 @@ def _check_no_adapter(folder: Path) -> None:
 def _check_vocabulary(student: CheckpointSource, teacher: CheckpointSource) -> None:
     """Check that student and teacher give logits for the same tokens.
 
-    Raises:
-        ValueError: The sizes of the vocabularies differ, or the tokenizers do. Tokenizers are
-            compared only if both folders have one.
+    Tokenizers are compared only if both folders have one.
     """
     student_size, teacher_size = (
         source.config.get_text_config().vocab_size for source in (student, teacher)

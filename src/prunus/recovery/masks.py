@@ -2,8 +2,8 @@
 
 A weight counts as pruned if it is exactly zero and belongs to a pruned linear. `prunus.json`, or
 the record of an earlier recovery, names the pruned linears. In a checkpoint from elsewhere these
-are the linears with at least a fraction `MIN_ZERO_FRACTION` of zeros. Zeros in all other places are
-ordinary weights: biases, for example, often begin as zeros.
+are the linears with at least 5 % zeros. Zeros in all other places are ordinary weights: biases, for
+example, often begin as zeros.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from prunus.pruning.manifest import Manifest
 from prunus.recovery.record import LinearMask, RecoveryRecord
 
 __all__ = [
-    "MIN_ZERO_FRACTION",
     "block_linears",
     "check_zeros",
     "kept_rms",
@@ -31,7 +30,7 @@ __all__ = [
 ]
 
 #: Fraction of zeros from which a linear counts as pruned if no record names the pruned linears.
-MIN_ZERO_FRACTION = 0.05
+_MIN_ZERO_FRACTION = 0.05
 
 
 def mask_of(weight: torch.Tensor) -> torch.Tensor:
@@ -55,11 +54,7 @@ def kept_rms(linears: Mapping[str, Linear]) -> float:
 
 
 def block_linears(model: nn.Module) -> dict[str, Linear]:
-    """Return all linears in the blocks of a model by full name.
-
-    Raises:
-        NotImplementedError: the model is not a stack of blocks.
-    """
+    """All linears in the blocks of a model by full name."""
     path, blocks = find_block_list(model)
     return {
         f"{path}.{i}.{x.name}": x for i, block in enumerate(blocks) for x in find_linears(block)
@@ -67,13 +62,12 @@ def block_linears(model: nn.Module) -> dict[str, Linear]:
 
 
 def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
-    """Return the pruned linears of a model that was loaded from `folder`, by full name.
+    """The pruned linears of a model that was loaded from `folder`, by full name.
 
     Fused experts must have been split; see `split_loaded_experts`.
 
     Raises:
-        ValueError: there are none, or a record is damaged.
-        NotImplementedError: the model is not a stack of blocks.
+        ValueError: There are none, or a record is damaged.
     """
     linears = block_linears(model)
     head = _head_name(model)
@@ -84,19 +78,16 @@ def pruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
     if not found:
         raise ValueError(
             f"{folder} has no pruned linears: no {Manifest.FILE} names any, and none has "
-            f"{MIN_ZERO_FRACTION:.0%} zeros; prune it first (prunus prune)"
+            f"{_MIN_ZERO_FRACTION:.0%} zeros; prune it first (prunus prune)"
         )
     return found
 
 
 def unpruned_linears(model: nn.Module, folder: Path) -> dict[str, Linear]:
-    """Return the linears in the blocks of a model without pruned weights, by full name.
-
-    Fused experts must have been split; see `split_loaded_experts`.
+    """The linears in the blocks of a model without pruned weights, by full name.
 
     Raises:
-        ValueError: some of its linears are pruned, so that training all weights would fill zeros.
-        NotImplementedError: the model is not a stack of blocks.
+        ValueError: Some of them are pruned, so that training all weights would fill zeros.
     """
     linears, recorded = block_linears(model), _recorded_linears(folder, None)
     pruned = [name for name, x in linears.items() if _is_pruned(name, x.weight_OI, recorded)]
@@ -133,7 +124,7 @@ def _recorded_linears(folder: Path, head: str | None) -> set[str] | None:
 def _is_pruned(name: str, weight: torch.Tensor, recorded: Collection[str] | None) -> bool:
     if recorded is not None:
         return name in recorded
-    return float((weight == 0).float().mean()) >= MIN_ZERO_FRACTION
+    return float((weight == 0).float().mean()) >= _MIN_ZERO_FRACTION
 
 
 def check_zeros(

@@ -24,6 +24,7 @@ from prunus.calibration.windows import Wanted
 from prunus.model.checkpoint.output_folder import check_apart, check_disk, check_resume, is_vacant
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.source import CheckpointSource
+from prunus.options import takes
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.pruning.run import run
@@ -59,12 +60,10 @@ class MaxRun:
     """A run of preset max that has passed all checks. Call `prune` first, and then `train`.
 
     Attributes:
-        model: Folder or hub id of the dense checkpoint.
-        output: Folder of the result.
-        recipe: How the model is pruned.
         training: How the pruned model is trained.
         options: How the work is done, with the processes of the run.
-        earlier: The record of this run in `output`, or None.
+        finished: The record if the result is in place already.
+        unfinished: The record of a training that has begun.
     """
 
     model: str | Path
@@ -72,59 +71,38 @@ class MaxRun:
     recipe: Recipe
     training: RecoveryOptions
     options: RunOptions
-    earlier: RecoveryRecord | None
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the result is in place already."""
-        return self.earlier is not None and self.earlier.state == "finished"
+    finished: RecoveryRecord | None
+    unfinished: RecoveryRecord | None
 
     def prune(
         self,
         progress: Callable[[Progress], None] | None = None,
         announce: Callable[[str], None] | None = None,
     ) -> Manifest:
-        """Prune the dense model into the folder inside `output`, and return the manifest.
-
-        Args:
-            progress: Called after every block.
-            announce: Called with what is prepared before the first block.
-        """
-        if self.is_finished:
+        """Prune the dense model into the folder inside `output`, and return the manifest."""
+        if self.finished is not None:
             return Manifest.load(self.output)
-        return run(
-            self.model,
-            self.output / PRUNED,
-            self.recipe,
-            self.options.model_copy(
-                update={"announce": announce, "report": progress, "resume": None}
-            ),
-        )
+        ways = {"announce": announce, "report": progress, "resume": None}
+        options = self.options.model_copy(update=ways)
+        return run(self.model, self.output / PRUNED, self.recipe, options)
 
     def train(self, progress: Callable[[Step], None] | None = None) -> RecoveryRecord:
-        """Train the pruned model, remove its folder, and return the record.
-
-        Args:
-            progress: Called after every step and every evaluation.
-        """
+        """Train the pruned model, remove its folder, and return the record."""
         pruned, ranks = self.output / PRUNED, self.options.processes
-        record = self.earlier
-        if record is None or not self.is_finished:
-            record = carry_out(
-                pruned,
-                self.output,
-                self.training,
-                self.options.model_copy(update={"report": progress}),
-                self.model,
-                self.earlier,
-                name=str(self.model),
-            )
-        else:
-            ResultFolder(self.output, record, ranks=ranks).check_finished()
+        record = self.finished or carry_out(
+            pruned,
+            self.output,
+            self.training,
+            self.options.model_copy(update={"report": progress}),
+            self.model,
+            self.unfinished,
+            name=str(self.model),
+        )
         ranks.on_rank_0(lambda: _remove(pruned))
         return record
 
 
+@takes(Recipe, RunOptions)
 def prune_and_recover(
     model: str | Path,
     output: str | Path,
@@ -132,15 +110,9 @@ def prune_and_recover(
     minutes: float | None = None,
     tokens: int | None = None,
     recipe: Recipe | str | Path | None = None,
-    device: str = "auto",
-    memory: int | None = None,
-    data: str | Path | None = None,
-    overwrite: bool = False,
-    resume: bool | None = None,
-    rank_timeout: float | None = None,
     pruning_progress: Callable[[Progress], None] | None = None,
     training_progress: Callable[[Step], None] | None = None,
-    **recipe_options: Any,
+    **options: Any,
 ) -> tuple[Manifest, RecoveryRecord]:
     """Prune a checkpoint with preset best, then train its kept weights towards the dense model.
 
@@ -151,16 +123,9 @@ def prune_and_recover(
         model: Folder or hub id of the dense checkpoint. It is not changed.
         output: Folder of the result, an ordinary pruned checkpoint.
         minutes, tokens: Budget of the training; give one of the two, or none for 20 minutes.
-        recipe: A `Recipe` or a TOML file in place of preset best.
-        device: auto, cpu, cuda or cuda:i.
-        memory: Memory budget of the pruning in bytes; default is the free memory.
-        data: Folder with local copies of the datasets.
-        overwrite: Replace an earlier result in `output`.
-        resume: True requires an unfinished run, False refuses one. By default it is resumed.
-        rank_timeout: Seconds without a heartbeat after which a rank counts as lost.
+        recipe: A `Recipe` or a TOML file in place of preset best; options override it.
         pruning_progress: Called after every block.
         training_progress: Called after every step and every evaluation of the training.
-        **recipe_options: Options of a recipe, on top of preset best.
 
     Returns:
         The manifest of the pruning and the record of the training, `prunus.json` and
@@ -170,29 +135,16 @@ def prune_and_recover(
         ValueError, FileNotFoundError, FileExistsError, NotImplementedError, OSError: Before any
             work where possible. The message says what was given, what is wrong and what to do.
     """
-    given = recipe_options if recipe is not None else {"preset": "best"} | recipe_options
-    options = RunOptions(
-        device=device,
-        memory=memory,
-        data=Path(data) if data is not None else None,
-        overwrite=overwrite,
-        resume=resume,
-        rank_timeout=rank_timeout,
-    )
-    chosen, out = Recipe.read(recipe, given), Path(output)
-    with max_run(model, out, chosen, options, minutes=minutes, tokens=tokens) as checked:
+    work, given = RunOptions.pick(options)
+    chosen = Recipe.read(recipe, given if recipe is not None else {"preset": "best"} | given)
+    how, budget = RunOptions.read(None, work), {"minutes": minutes, "tokens": tokens}
+    with max_run(model, Path(output), chosen, how, **budget) as checked:
         return checked.prune(pruning_progress), checked.train(training_progress)
 
 
 @contextlib.contextmanager
 def max_run(
-    model: str | Path,
-    output: Path,
-    recipe: Recipe,
-    options: RunOptions,
-    *,
-    minutes: float | None = None,
-    tokens: int | None = None,
+    model: str | Path, output: Path, recipe: Recipe, options: RunOptions, **budget: Any
 ) -> Iterator[MaxRun]:
     """Check a run of preset max, and yield it with the folder of the result held.
 
@@ -200,7 +152,7 @@ def max_run(
     """
     with options.with_ranks() as joint:
         ranks = joint.processes
-        training = training_options(recipe, minutes=minutes, tokens=tokens, ranks=ranks.size)
+        training = training_options(recipe, ranks=ranks.size, **budget)
         check_ranks(training, ranks)
         with ranks.fail_together():
             source = _check_training(model, output, training, joint)
@@ -209,12 +161,13 @@ def max_run(
             return _find_earlier(output, recipe, training, joint, source.checkpoint.folder)
 
         with held(RecoveryRecord, output, ranks, find) as earlier:
-            checked = MaxRun(model, output, recipe, training, joint, earlier)
-            with ranks.fail_together():
-                if earlier is not None and checked.is_finished:
+            finished = earlier if earlier is not None and earlier.state == "finished" else None
+            if finished is not None:
+                with ranks.fail_together():
                     same = {"teacher": full_fingerprint(source)}
-                    earlier.check_same_run(training, earlier.inputs.model_copy(update=same))
-            yield checked
+                    finished.check_same_run(training, finished.inputs.model_copy(update=same))
+                ResultFolder(output, finished, ranks=ranks).check_finished()
+            yield MaxRun(model, output, recipe, training, joint, finished, earlier)
 
 
 def plan_training(
@@ -226,7 +179,7 @@ def plan_training(
         model: Folder or hub id of the dense checkpoint.
         output: Folder of the result, or None to leave it unchecked.
         recipe: How the model is pruned.
-        options: Of the run.
+        options: How the work is done.
 
     Returns:
         JSON values: `minutes`, `text`, `seqlen`, `batch` (windows of a step), and `memory_bytes`
@@ -288,11 +241,7 @@ def training_options(
 def _find_earlier(
     output: Path, recipe: Recipe, training: RecoveryOptions, options: RunOptions, model: Path
 ) -> RecoveryRecord | None:
-    """The record of the same run in the output folder; None if the training has not begun.
-
-    Raises:
-        FileExistsError, FileNotFoundError, ValueError: The run may not write into the folder.
-    """
+    """The record of the same run in the output folder; None if the training has not begun."""
     pruned = output / PRUNED
     if pruned.is_symlink():
         raise FileExistsError(f"{pruned} is a link; remove it, or choose another folder")
@@ -312,15 +261,7 @@ def _find_earlier(
 def _check_training(
     model: str | Path, output: Path | None, training: RecoveryOptions, options: RunOptions
 ) -> CheckpointSource:
-    """Check what the training needs, on the dense model, before anything is pruned.
-
-    Returns:
-        The dense model.
-
-    Raises:
-        FileNotFoundError, ValueError, NotImplementedError, ModuleNotFoundError, OSError: The
-            training could not begin.
-    """
+    """Check what the training needs before anything is pruned, and return the dense model."""
     if options.trust_remote_code:
         raise ValueError(
             "preset max trains the model as transformers defines it, without code from the "

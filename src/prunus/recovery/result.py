@@ -41,7 +41,6 @@ def write_result(job: RecoveryJob, folder: ResultFolder, trainable: Trainable) -
 
     Raises:
         RuntimeError: A pruned weight is not zero; no index is written.
-        ValueError: The pruned checkpoint was changed while it was read.
     """
     record = job.record
     if job.recipe.mode == "lora":

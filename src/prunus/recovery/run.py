@@ -122,7 +122,7 @@ def carry_out(
     earlier: RecoveryRecord | None,
     name: str | None = None,
 ) -> RecoveryRecord:
-    """Recover a model into a folder that this run holds.
+    """Recover a model into a folder that this run holds, and return the record; see `recover`.
 
     Args:
         model, output, teacher: See `recover`.
@@ -130,12 +130,6 @@ def carry_out(
         options: How the work is done, with the processes of the run.
         earlier: The record of this recovery in `output`, or None.
         name: What the record calls the model; None for `model`.
-
-    Returns:
-        The record of the finished recovery.
-
-    Raises:
-        See `recover`.
     """
     started, ranks = time.perf_counter(), options.processes
     with ranks.fail_together():

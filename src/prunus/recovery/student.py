@@ -39,11 +39,7 @@ class Student:
 
 
 def load_student(job: RecoveryJob) -> Student:
-    """Load the pruned model into memory, and make it trainable by the mode.
-
-    Raises:
-        ValueError, NotImplementedError: It cannot be loaded, or the mode does not suit it.
-    """
+    """Load the pruned model into memory, and make it trainable by the mode."""
     recipe, folder = job.recipe, job.source.checkpoint.folder
     if job.device.type == "cpu":
         # Each step frees and allocates the logits. glibc would give them back to the system.

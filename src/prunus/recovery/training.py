@@ -39,12 +39,11 @@ class Step:
     """Progress of a training, for display.
 
     Attributes:
-        fraction: of the budget that is spent, from 0 to 1.
-        tokens: tokens trained on so far.
-        seconds: of training and evaluation so far.
-        message: what has just happened.
-        loss: training loss, if there is one.
-        perplexity: on the held-out windows, if they have just been evaluated.
+        fraction: Of the budget that is spent, from 0 to 1.
+        tokens, seconds: Of training so far; the time includes evaluations.
+        message: What has just happened.
+        loss: Training loss, if there is one.
+        perplexity: On the held-out windows, if they have just been evaluated.
     """
 
     fraction: float
@@ -70,13 +69,9 @@ def _is_stalled(held_out_losses: Sequence[float], patience: int) -> bool:
 
 
 def training_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """Return the dtype of matrix products and activations, and the reason for it.
+    """The dtype of matrix products and activations, and the reason for it.
 
-    It is bfloat16 wherever that is native, because it is faster. Trained parameters stay float32.
-
-    Example:
-        >>> training_dtype("float32", torch.device("cpu"))
-        (torch.float32, 'requested')
+    It is bfloat16 wherever that is native, because it is faster.
     """
     if requested != "auto":
         return (torch.float32 if requested == "float32" else torch.bfloat16), "requested"
@@ -88,13 +83,12 @@ def training_dtype(requested: str, device: torch.device) -> tuple[torch.dtype, s
 
 
 def step_count(options: RecoveryOptions) -> int | None:
-    """Return how many steps a budget in tokens allows; None for a budget in minutes.
+    """How many steps a budget in tokens allows; None for a budget in minutes.
 
     The last step may exceed the budget.
 
-    Example:
-        >>> step_count(RecoveryOptions(mode="masked", tokens=2500, seqlen=512, batch=2))
-        3
+    >>> step_count(RecoveryOptions(mode="masked", tokens=2500, seqlen=512, batch=2))
+    3
     """
     tokens = options.budget_tokens
     return None if tokens is None else math.ceil(tokens / (options.batch * options.seqlen))
@@ -113,21 +107,18 @@ def train(
     """Train until the budget is spent or evaluations stop improving; resume from a checkpoint.
 
     Args:
-        trainable: model and parameters. The parameters end as the best on the held-out windows.
-        text: windows to train on and held-out windows.
-        options: budget, schedule and so on.
-        dtype: of matrix products and activations; see `training_dtype`.
-        teacher: a causal LM whose logits are the target, or None.
-        checkpoints: where the state is kept.
-        progress: called after every step and every evaluation.
-        ranks: processes that split the windows of every step.
+        trainable: Model and parameters. The parameters end as the best on the held-out windows.
+        dtype: Of matrix products and activations; see `training_dtype`.
+        teacher: A causal LM whose logits are the target, or None.
+        progress: Called after every step and every evaluation.
+        ranks: Processes that split the windows of every step.
 
     Returns:
         The state at the end. If a loss was not finite, `diverged` is set, and the parameters are
         the best ones from before.
 
     Raises:
-        ValueError: the loss is not finite before any training.
+        ValueError: The loss is not finite before any training.
     """
     trainer = _Trainer(trainable, text, options, dtype, teacher, ranks)
     state = checkpoints.load(trainable.parameters, trainer.optimizer) or TrainingState()
