@@ -86,7 +86,7 @@ def test_text_that_is_not_there_or_too_short(pruned, tmp_path):
     ):
         refused(error, words, pruned, tmp_path / "out", "masked", tmp_path / name)
     short = {key: value for key, value in SHORT.items() if key != "tokens"}
-    with pytest.raises(ValueError, match="budget in tokens"):
+    with pytest.raises(ValueError, match="budget in `tokens`"):
         prunus.recover(pruned, tmp_path / "out", "masked", text="self", minutes=1, **short)
 
 
