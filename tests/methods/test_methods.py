@@ -28,7 +28,7 @@ def test_magnitude_and_wanda_equal_the_reference(pattern):
     )
 
 
-@pytest.mark.parametrize("sparsity", [0.02, 0.3, 0.5, 0.8, 0.97])
+@pytest.mark.parametrize("sparsity", [0.02, 0.5, 0.97])
 def test_the_variant_removes_the_same_share_of_every_row(sparsity):
     weight_OI, X_TI = example(20, 200)
     weight_OI *= torch.linspace(0.1, 3, 200) ** torch.randn(20, 1)
@@ -125,16 +125,6 @@ def test_n_of_m_holds_for_every_block_width(name, m, groups, rows, data):
     assert (pruned.keep_OI.view(rows, groups, m).sum(dim=2) == n).all()
 
 
-@given(st.integers(1, 9), st.integers(1, 30), st.floats(0, 0.99), st.integers(0, 99))
-@settings(deadline=None, max_examples=50)
-def test_wanda_with_equal_norms_is_row_wise_magnitude(rows, columns, sparsity, seed):
-    weight_OI, _ = example(rows, columns, seed)
-    X_TI = torch.full((4, columns), 0.5)
-    wanda = prune("wanda", weight_OI, X_TI, Pattern(), sparsity)
-    magnitude = prune("magnitude", weight_OI, X_TI, Pattern(), sparsity)
-    assert torch.equal(wanda.weight_OI, magnitude.weight_OI)
-
-
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("pattern", [Pattern(), Pattern(4, 4)], ids=repr)
 def test_nothing_to_remove_changes_nothing(name, pattern):
@@ -153,10 +143,10 @@ def test_nothing_to_remove_changes_nothing(name, pattern):
     st.sampled_from([Pattern(), Pattern(2, 4)]),
     st.integers(1, 6),
     st.sampled_from([4, 8, 40]),
-    st.sampled_from([0.0, 1e-6, 0.01]),
+    st.sampled_from([None, 0.0, 1e-6, 0.01]),
     st.integers(0, 20),
 )
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=120)
 def test_no_input_makes_a_weight_that_is_not_finite(
     name, kind, pattern, rows, columns, damping, seed
 ):
@@ -168,14 +158,6 @@ def test_no_input_makes_a_weight_that_is_not_finite(
         assert (pruned.keep_OI.sum(dim=1) == columns // 2).all()
     if METHODS[name].updates_weights:
         assert not pruned.weight_OI[:, (X_TI == 0).all(dim=0)].any()
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_width_one(name):
-    weight_OI, X_TI = example(10, 1)
-    pruned = prune(name, weight_OI, X_TI, Pattern())
-    if name != "wanda-variant":  # int(1 * 0.5) is 0
-        assert torch.equal(pruned.weight_OI, weight_OI)
 
 
 def test_magnitude_over_the_layer_removes_all_ties():
@@ -208,6 +190,8 @@ def test_damping_is_raised_until_the_gram_can_be_inverted():
     indefinite_II = torch.tensor([[1.0, 1.05], [1.05, 1.0]])  # eigenvalues 2.05 and -0.05
     factor_II, notes = inverse_factor(indefinite_II, 0.01)
     assert notes == {"damping": 0.1, "damping_raised": 1}
+    with pytest.raises(ValueError, match="cannot be inverted"):
+        inverse_factor(torch.full((3, 3), float("nan")), 0.01)
     torch.testing.assert_close(
         factor_II.T @ factor_II, torch.linalg.inv(indefinite_II + 0.1 * torch.eye(2))
     )
@@ -234,8 +218,3 @@ def test_the_scale_of_the_inputs_does_not_matter():
             prune("sparsegpt", weight_OI, X_TI * factor, Pattern(group="layer")).weight_OI,
             expected.weight_OI,
         )
-
-
-def test_what_is_no_gram_matrix_is_refused():
-    with pytest.raises(ValueError, match="cannot be inverted"):
-        inverse_factor(torch.full((3, 3), float("nan")), 0.01)

@@ -20,7 +20,6 @@ from prunus.methods.solvers.least_squares import (
     conjugate_gradients,
     fit_least_squares,
     ridge,
-    scaled_gram_of,
 )
 from prunus.methods.statistics import InputStatistics
 
@@ -45,14 +44,10 @@ def test_ria_spares_rows_and_columns_that_magnitude_empties():
     assert not by_magnitude[2].any()
     assert not by_magnitude[:, 5].any()
     kept = prune("ria", weight_OI, X_TI, by_layer).keep_OI
-    assert kept[2].any()
-    assert kept[:, 5].any()
-
-
-def test_ria_accepts_an_empty_row_and_column():
-    weight_OI, X_TI = example(4, 6)
+    assert kept[2].any() and kept[:, 5].any()
     weight_OI[1], weight_OI[:, 3] = 0, 0
-    kept = prune("ria", weight_OI, X_TI, Pattern(group="layer"), 9 / 24).keep_OI
+    empty = int((weight_OI == 0).sum())
+    kept = prune("ria", weight_OI, X_TI, by_layer, empty / weight_OI.numel()).keep_OI
     assert torch.equal(kept, weight_OI != 0)
 
 
@@ -101,19 +96,6 @@ def test_no_step_of_conjugate_gradients_raises_the_error(rows, columns, tokens, 
     assert not solution_OI[~keep_OI].any()
 
 
-def test_steps_end_at_the_solution():
-    weight_OI, X_TI = example(5, 16)
-    scaled = scaled_gram_of(gather(X_TI), 0.1)
-    keep_OI = torch.rand(5, 16) < 0.5
-    _, taken = conjugate_gradients(weight_OI, weight_OI, keep_OI, scaled.gram_II, 1000)
-    assert 1 < taken < 30
-    solution_OI, taken = conjugate_gradients(
-        weight_OI, weight_OI, torch.ones_like(keep_OI), scaled.gram_II, 1000
-    )
-    assert taken == 0
-    assert torch.equal(solution_OI, weight_OI)
-
-
 def test_steps_end_when_one_gains_too_little():
     # With correlated inputs the first steps remove far more of the error than the last ones.
     weight_OI, X_TI = example(12, 48, tokens=60)
@@ -134,23 +116,15 @@ def test_steps_end_when_one_gains_too_little():
         assert taken == expected
         assert found == pytest.approx(errors[taken], rel=1e-5)
     assert error(12, 0.3)[1] < error(12, 0.003)[1] < 12
+    # At the solution no step is taken.
+    same_OI, taken = conjugate_gradients(start_OI, start_OI, torch.ones_like(keep_OI), gram_II, 9)
+    assert taken == 0 and torch.equal(same_OI, start_OI)
 
 
 def test_the_ridge_follows_features_per_token():
     assert ridge(576, 16384) == pytest.approx(2.5 * 576 / 16384)
     assert ridge(576, 10**9) == 0.01
     assert ridge(576, 0) == ridge(576, 100) == 1.0
-
-
-def test_a_large_ridge_leaves_the_weights_where_they_were():
-    weight_OI, X_TI = example(6, 20, tokens=10)
-    statistics = gather(X_TI)
-    start = METHODS["wanda"].prune(weight_OI, statistics, Pattern(), 0.5)
-    moved = [
-        (fit_least_squares(weight_OI, start, statistics, d).weight_OI - start.weight_OI).norm()
-        for d in (0.01, 0.1, 1)
-    ]
-    assert moved[0] > 2 * moved[1] > 4 * moved[2] > 0
 
 
 # --- ALPS ---
@@ -244,14 +218,6 @@ def test_inverses_that_take_too_much_memory_are_not_kept(monkeypatch):
     assert [key[0] for key in statistics._derived] == ["scaled_gram"]
 
 
-def test_what_is_no_gram_matrix_is_refused():
-    weight_OI, X_TI = example(6, 24)
-    statistics = gather(X_TI)
-    statistics.gram_II.fill_(float("nan"))
-    with pytest.raises(ValueError, match="cannot be inverted"):
-        METHODS["alps"].prune(weight_OI, statistics, Pattern(), 0.5)
-
-
 @given(
     st.sampled_from(["wanda", "ria", "sparsegpt", "alps"]),
     st.sampled_from(WEIRD),
@@ -261,7 +227,7 @@ def test_what_is_no_gram_matrix_is_refused():
     st.sampled_from([4, 8, 40]),
     st.integers(0, 20),
 )
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=80)
 def test_no_input_makes_an_update_that_is_not_finite(
     name, kind, pattern, damping, rows, columns, seed
 ):

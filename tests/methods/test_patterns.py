@@ -35,7 +35,7 @@ def distinct_scores(rows: int, columns: int, seed: int) -> Tensor:
 @given(SIZES, SIZES, GROUPS, SPARSITIES, st.integers(0, 99), st.sampled_from([1, 2, 5, 10**6]))
 @settings(deadline=None)
 def test_unstructured_masks_equal_the_reference(rows, columns, group, sparsity, seed, levels):
-    score_OI = scores(rows, columns, seed, levels)
+    score_OI = scores(rows, columns, seed, levels) - (seed % 2)
     pattern = Pattern(group=group)
     kept = keep_mask(score_OI, pattern, sparsity)
     assert torch.equal(kept, reference.keep_mask(score_OI, pattern, sparsity))
@@ -50,7 +50,8 @@ def test_n_of_m_holds_for_all_n_and_m(rows, groups, data, seed, levels):
     n = data.draw(st.integers(0, m))
     kept = keep_mask(scores(rows, groups * m, seed, levels), Pattern(n, m), 0.3)
     assert (kept.view(rows, groups, m).sum(dim=2) == n).all()
-    score_OI = distinct_scores(rows, groups * m, seed)
+    # Negative scores are ordered too.
+    score_OI = distinct_scores(rows, groups * m, seed) - rows * groups * m / 2
     assert torch.equal(
         keep_mask(score_OI, Pattern(n, m), 0.3), reference.keep_mask(score_OI, Pattern(n, m), 0.3)
     )
@@ -81,21 +82,10 @@ def test_any_float_dtype_and_layout(dtype, pattern):
     assert torch.equal(keep_mask(score_OI.T.contiguous().T, pattern, 0.5), expected)
 
 
-@given(rows=SIZES, columns=SIZES, sparsity=SPARSITIES, seed=st.integers(0, 99))
-def test_negative_scores_are_ordered_too(rows, columns, sparsity, seed):
-    score_OI = distinct_scores(rows, columns, seed) - rows * columns / 2
-    keep_OI = keep_mask(score_OI, Pattern(), sparsity)
-    assert torch.equal(keep_OI, reference.keep_mask(score_OI, Pattern(), sparsity))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_zeros_are_counted_with_either_sign(dtype):
-    assert (
-        count_zeros(
-            torch.tensor([[0.0, -0.0, 1.0], [float("nan"), float("inf"), 0.0]], dtype=dtype)
-        )
-        == 3
-    )
+    values = [[0.0, -0.0, 1.0], [float("nan"), float("inf"), 0.0]]
+    assert count_zeros(torch.tensor(values, dtype=dtype)) == 3
     assert count_zeros(torch.empty(0, 4, dtype=dtype)) == 0
 
 
@@ -113,6 +103,7 @@ def test_a_threshold_removes_all_equal_scores():
     assert torch.equal(kept, score_OI > 500)
     assert (~kept).sum() == 503
     assert torch.equal(keep_above_threshold(score_OI, 0.25), score_OI > 250)
+    assert keep_above_threshold(score_OI, 0.0).all()
 
 
 def test_a_threshold_on_coarse_scores_counts_exactly():
@@ -121,10 +112,6 @@ def test_a_threshold_on_coarse_scores_counts_exactly():
     assert (~kept).sum() == 500
     assert score_OI[kept].min() >= score_OI[~kept].max()
     assert keep_above_threshold(torch.zeros(4, 4), 0.25).sum() == 12
-
-
-def test_a_threshold_at_sparsity_0_keeps_everything():
-    assert keep_above_threshold(torch.arange(1000.0).view(20, 50), 0.0).all()
 
 
 @given(st.integers(0, 64), st.integers(1, 64))
@@ -149,21 +136,13 @@ def test_unstructured_patterns():
         _ = Pattern().sparsity
 
 
-@pytest.mark.parametrize(
-    "text", ["", "2", "2:", "2:4:8", "-2:4", "2.0:4", "half", " 2:4", "2:4\n", "5:4", "0:0"]
-)
-def test_what_is_no_pattern_is_refused(text):
-    with pytest.raises(ValueError, match="pattern"):
-        Pattern.parse(text)
-
-
-@pytest.mark.parametrize("group", ["rows", "", "0", "-1", 0, -3, True, 2.5])
-def test_what_is_no_group_is_refused(group):
-    with pytest.raises(ValueError, match=r"group .* is unknown"):
-        Pattern.parse("unstructured", group)
-
-
-def test_one_number_alone_is_no_pattern():
+def test_what_is_no_pattern_or_group_is_refused():
+    for text in ("", "2", "2:", "2:4:8", "-2:4", "2.0:4", "half", " 2:4", "2:4\n", "5:4", "0:0"):
+        with pytest.raises(ValueError, match="pattern"):
+            Pattern.parse(text)
+    for group in ("rows", "", "0", "-1", 0, -3, True, 2.5):
+        with pytest.raises(ValueError, match=r"group .* is unknown"):
+            Pattern.parse("unstructured", group)
     with pytest.raises(ValueError, match="both numbers"):
         Pattern(n=2)
 

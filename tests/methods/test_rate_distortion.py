@@ -19,7 +19,7 @@ from method_cases import WEIRD, example, gather, weird_example
 from prunus.methods import METHODS, MethodOptions, Pruned, Work, compose
 from prunus.methods.patterns import Pattern
 from prunus.methods.quantized import MAX_LEVEL, CodeLengths, LinearQuantization
-from prunus.methods.rate_distortion import expected_bits, quantize, relative_steps
+from prunus.methods.rate_distortion import expected_bits, quantize
 from prunus.methods.work import UNSHARDED, RowSharding
 
 # The distance of entropy coded scalar quantisation from the limit, in squared error: 2πe / 12.
@@ -139,13 +139,6 @@ def test_a_massive_input_is_corrected_by_all_the_others():
     assert errors[1] < 2 * errors[0]  # 6 times as large from left to right
 
 
-def test_steps_follow_the_factor():
-    weight_OI, X_TI = example(16, 24)
-    found = quantized(weight_OI, X_TI, 0.3, damping=0.02).quantized
-    expected_I = 0.3 * relative_steps(gather(X_TI), 0.02)
-    assert torch.equal(found.steps_I, expected_I.bfloat16().float())
-
-
 @pytest.mark.parametrize("spread", [1.0, 8.0])
 def test_the_error_is_within_a_few_per_cent_of_water_filling(spread):
     """On normal weights, with the loss that all scalar quantisers have at a high rate."""
@@ -165,39 +158,12 @@ def test_the_error_is_within_a_few_per_cent_of_water_filling(spread):
     assert 0.95 < error / (SCALAR_LOSS * limit) < 1.05
 
 
-def test_more_bits_make_a_smaller_error():
-    weight_OI, X_TI = example(300, 24)
-    gram_II = gather(X_TI).gram_II
-    found = [quantized(weight_OI, X_TI, 2.0**-n, damping=0.01) for n in range(-2, 4)]
-    errors = [output_error(weight_OI - each.weight_OI, gram_II) for each in found]
-    bits = [entropy(each.quantized.levels_OI) for each in found]
-    zeros = [int((each.quantized.levels_OI == 0).sum()) for each in found]
-    assert errors == sorted(errors, reverse=True)
-    assert bits == sorted(bits)
-    assert zeros == sorted(zeros, reverse=True)
-    assert errors[-1] < errors[0] / 50
-
-
-def test_feedback_and_rounding_by_rate_beat_rounding_to_the_nearest():
-    weight_OI, X_TI = example(300, 24)
-    gram_II = gather(X_TI).gram_II
-    found = quantized(weight_OI, X_TI, 0.6, damping=0.01)
-    nearest_OI = (weight_OI / found.quantized.steps_I).round() * found.quantized.steps_I
-    error = output_error(weight_OI - found.weight_OI, gram_II)
-    assert error < 0.7 * output_error(weight_OI - nearest_OI, gram_II)
-
-
 @pytest.mark.parametrize("deviation", [0.15, 0.5, 1.0, 3.3, 40.0])
 def test_expected_bits_are_the_entropy_of_rounded_samples(deviation):
     samples = torch.randn(400_000, generator=torch.Generator().manual_seed(0)) * deviation
     sampled = entropy(samples.round()[:, None])
     assert float(expected_bits(torch.tensor(deviation))) == pytest.approx(sampled, abs=0.01)
-
-
-def test_expected_bits_grow_from_zero():
-    bits = expected_bits(torch.cat([torch.zeros(1), torch.logspace(-3, 4, 200)]))
-    assert float(bits[0]) < 1e-6
-    assert (bits.diff() >= 0).all()
+    assert float(expected_bits(torch.zeros(1))) < 1e-6
 
 
 # --- masks, odd inputs, shards ---
@@ -221,6 +187,9 @@ def test_odd_inputs_give_integers_in_range(kind):
     assert (found.steps_I > 0).all()
     dead_I = X_TI.square().sum(dim=0) == 0
     assert not found.levels_OI[:, dead_I].any()
+    # A column of zeros, or of subnormal weights, has a step too.
+    weight_OI[:, 2], weight_OI[:, 4] = 0, 1e-44
+    assert (quantized(weight_OI, X_TI, 1e-30).quantized.steps_I > 0).all()
 
 
 def test_outliers_widen_the_step_of_their_column_alone():
@@ -232,13 +201,6 @@ def test_outliers_widen_the_step_of_their_column_alone():
     assert torch.equal(found.steps_I[others], plain.steps_I[others])
     assert float(found.steps_I[7]) == pytest.approx(100, rel=0.01)
     assert 95 <= int(found.levels_OI[3, 7]) <= MAX_LEVEL
-
-
-def test_a_column_of_zeros_and_subnormal_weights_has_a_step():
-    weight_OI, X_TI = example(4, 6)
-    weight_OI[:, 2], weight_OI[:, 4] = 0, 1e-44
-    found = quantized(weight_OI, X_TI, 1e-30)
-    assert (found.quantized.steps_I > 0).all()
 
 
 class ThreeShards:
@@ -297,6 +259,5 @@ def test_a_method_chooses_zeros_and_quantisation_starts_from_the_trained_weight(
 
 def test_without_a_sparsity_the_method_forces_no_zeros():
     weight_OI, X_TI = example(20, 24)
-    found = composed(weight_OI, X_TI, 0.0)
     alone = quantize(weight_OI, gather(X_TI), work_of(weight_OI))
-    assert torch.equal(found.weight_OI, alone.weight_OI)
+    assert torch.equal(composed(weight_OI, X_TI, 0.0).weight_OI, alone.weight_OI)

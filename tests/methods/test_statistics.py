@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from prunus.distributed import SINGLE_PROCESS
 from prunus.hardware import numerics
-from prunus.hardware.numerics import all_finite
 from prunus.methods import input_sums
 from prunus.methods.statistics import InputStatistics, StatisticsSpec, statistics_bytes
 
@@ -18,9 +17,11 @@ from prunus.methods.statistics import InputStatistics, StatisticsSpec, statistic
 @settings(deadline=None, max_examples=50)
 def test_sums_over_batches_are_sums_over_all_tokens(batches, width, seed):
     X_TI = torch.randn(sum(batches), width, generator=torch.Generator().manual_seed(seed))
-    statistics = InputStatistics(width, "gram")
+    statistics, norms = InputStatistics(width, "gram"), InputStatistics(width, "norms")
     for X in X_TI.split(batches):
         statistics.add(X)
+        norms.add(X)
+    assert torch.equal(norms.sum_squares_I, statistics.sum_squares_I) and norms.gram_II is None
     gram_II = X_TI.double().T @ X_TI.double()
     assert statistics.tokens == len(X_TI)
     torch.testing.assert_close(statistics.sum_squares_I, gram_II.diagonal(), rtol=1e-6, atol=1e-12)
@@ -28,17 +29,6 @@ def test_sums_over_batches_are_sums_over_all_tokens(batches, width, seed):
         statistics.norms_I, gram_II.diagonal().sqrt().float(), rtol=1e-6, atol=1e-6
     )
     torch.testing.assert_close(statistics.gram_II.double(), gram_II, rtol=1e-5, atol=1e-4)
-
-
-@given(st.integers(1, 30), st.integers(0, 99))
-@settings(deadline=None, max_examples=20)
-def test_norms_do_not_depend_on_whether_a_gram_is_kept(width, seed):
-    norms, gram = InputStatistics(width, "norms"), InputStatistics(width, "gram")
-    for X_TI in torch.randn(3, 50, width, generator=torch.Generator().manual_seed(seed)):
-        norms.add(X_TI)
-        gram.add(X_TI)
-    assert torch.equal(norms.sum_squares_I, gram.sum_squares_I)
-    assert norms.gram_II is None
 
 
 def test_long_batches_are_summed_in_parts(monkeypatch):
@@ -60,15 +50,6 @@ def test_half_precision_does_not_overflow(dtype):
     assert statistics.sum_squares_I[0].item() == pytest.approx(expected.item(), rel=1e-6)
     assert statistics.gram_II[0, 1].item() == pytest.approx(expected.item(), rel=1e-6)
     statistics.check_finite("q_proj")
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("place", [0, 5, 11])
-def test_a_value_that_is_not_finite_is_found_at_any_place(bad, place):
-    tensor = torch.randn(3, 4)
-    assert all_finite(tensor) and all_finite(torch.empty(0))
-    tensor.view(-1)[place] = bad
-    assert not all_finite(tensor)
 
 
 @pytest.mark.parametrize("needs", ["none", "norms", "gram"])

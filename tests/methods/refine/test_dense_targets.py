@@ -183,34 +183,35 @@ def test_a_dense_target_lowers_the_error_against_the_dense_outputs(method):
     assert error(dense_weight=1.0) < error(dense_weight=0.4) < error()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "opt", "mixtral"])
-@pytest.mark.parametrize("options", [ALPS, BOTH], ids=["targets", "both"])
-def test_families_in_memory_replayed_and_spilled_give_the_same_bytes(
+@pytest.mark.parametrize(
+    ("family", "options"), [("llama", BOTH), ("gpt2", ALPS), ("mixtral", BOTH)]
+)
+def test_in_memory_replayed_spilled_and_resumed_runs_give_the_same_bytes(
     family, options, tmp_path, monkeypatch
 ):
     dense = tiny_checkpoint(tmp_path / "dense", family, torch.bfloat16)
     arguments = options | {"calibration": token_ids(8, 16), "batch": 2}
     plain = prunus.prune(dense, tmp_path / "plain", **arguments)
     assert plain.totals["sparsity"] == pytest.approx(0.5, abs=0.01)
-    last = plain.blocks[-1]
     for block in plain.blocks:
         assert (block.reconstruction is not None) == ("reconstruct" in options)
-        assert (
-            block.reconstruction is None
-            or block.reconstruction.error_after <= block.reconstruction.error_before
-        )
-        assert block.reconstruction is None or block.reconstruction.measure == (
-            "logits" if block is last else "outputs"
-        )
+        if block.reconstruction is not None:
+            assert block.reconstruction.error_after <= block.reconstruction.error_before
+            by_logits = block is plain.blocks[-1]
+            assert block.reconstruction.measure == ("logits" if by_logits else "outputs")
         # In mixtral not all tokens reach an expert in both models.
         if family != "mixtral":
             assert not any("dense_targets" in linear.notes for linear in block.linears.values())
+    with pytest.raises(StopError):
+        prunus.prune(dense, tmp_path / "resumed", **arguments, progress=stop_after(1))
+    prunus.prune(dense, tmp_path / "resumed", **arguments)
     monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)
     monkeypatch.setattr(PruningJob, "spills", property(lambda self: True))
     monkeypatch.setattr(PruningJob, "hidden_states_stay", property(lambda self: False))
-    prunus.prune(dense, tmp_path / "other", **arguments)
+    prunus.prune(dense, tmp_path / "replayed", **arguments)
     for shard in (tmp_path / "plain").glob("*.safetensors"):
-        assert (tmp_path / "other" / shard.name).read_bytes() == shard.read_bytes(), shard.name
+        for other in ("resumed", "replayed"):
+            assert (tmp_path / other / shard.name).read_bytes() == shard.read_bytes(), shard.name
 
 
 def test_dense_targets_change_what_later_blocks_become(tmp_path):
@@ -246,23 +247,9 @@ def test_wide_linears_with_few_tokens_have_no_dense_target(tmp_path, monkeypatch
         assert (tmp_path / "other" / shard.name).read_bytes() == shard.read_bytes(), shard.name
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_an_interrupted_run_ends_in_the_same_bytes(blocks, tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16, num_hidden_layers=3)
-    options = BOTH | {"calibration": token_ids(8, 16), "batch": 2}
-    prunus.prune(dense, tmp_path / "whole", **options)
-    with pytest.raises(StopError):
-        prunus.prune(dense, tmp_path / "out", **options, progress=stop_after(blocks))
-    prunus.prune(dense, tmp_path / "out", **options)
-    for shard in (tmp_path / "whole").glob("*.safetensors"):
-        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
-
-
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_reconstruction_keeps_masks_and_lowers_the_error_of_every_block(method, tmp_path):
+def test_reconstruction_keeps_masks_and_lowers_the_error_of_every_block(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
     options = {
-        "method": method,
         "pattern": "2:4",
         "calibration": token_ids(32, 32),
         "reconstruct_lr": 1e-3,
@@ -283,18 +270,6 @@ def test_reconstruction_keeps_masks_and_lowers_the_error_of_every_block(method, 
             assert int((weight.view(-1, 4) != 0).sum(dim=1).max()) <= 2
 
 
-def test_a_loaded_model_is_pruned_to_the_same_weights(tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    dense = tiny_checkpoint(tmp_path / "dense")
-    options = BOTH | {"calibration": token_ids(8, 16), "batch": 2}
-    prunus.prune(dense, tmp_path / "out", **options)
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
-    prunus.prune(model, **options)
-    expected = weights(tmp_path / "out")
-    assert all(torch.equal(x, expected[key]) for key, x in model.state_dict().items())
-
-
 def test_the_dense_inputs_of_an_expert_are_unknown():
     class Stream:
         def __init__(self):
@@ -312,8 +287,6 @@ def test_the_dense_inputs_of_an_expert_are_unknown():
     ("options", "message"),
     [
         ({"dense_weight": 0.25}, "wanda keeps its weights"),
-        ({"method": "alps", "dense_weight": 2.0}, r"dense_weight must lie in"),
-        ({"method": "alps", "dense_weight": "most"}, "or be auto; got 'most'"),
         (
             {"method": "sparsegpt", "dense_weight": 0.25, "propagate": "block"},
             "needs propagate linear",

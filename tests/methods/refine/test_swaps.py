@@ -48,10 +48,10 @@ def error(weight_OI: Tensor, keep_OI: Tensor, X_TI: Tensor, damping: float) -> T
     st.sampled_from(BY_ROWS),
     st.sampled_from(WEIRD),
     st.integers(1, 7),
-    st.sampled_from([0.1, 0.5, 0.8]),
+    st.sampled_from([0.0, 0.1, 0.5, 0.99]),
     st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=80)
 def test_counts_stay_and_no_argument_is_changed(pattern, kind, rows, sparsity, seed):
     weight_OI, X_TI = weird_example(kind, rows, 12, seed)
     keep_OI, statistics, before = (
@@ -69,14 +69,6 @@ def test_counts_stay_and_no_argument_is_changed(pattern, kind, rows, sparsity, s
     assert torch.equal(
         refined_OI.view(rows, -1, width).sum(dim=2), keep_OI.view(rows, -1, width).sum(dim=2)
     )
-
-
-def test_a_mask_that_keeps_or_drops_all_stays():
-    weight_OI, X_TI = example(4, 12)
-    for keep_OI in (torch.zeros(4, 12, dtype=torch.bool), torch.ones(4, 12, dtype=torch.bool)):
-        refined_OI, notes = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), Pattern())
-        assert torch.equal(refined_OI, keep_OI)
-        assert notes["swaps"] == 0
 
 
 # --- quality ---
@@ -101,10 +93,9 @@ def test_no_round_of_swaps_raises_the_error_of_a_row(pattern, rows, columns, rou
 
 
 @pytest.mark.parametrize("pattern", BY_ROWS, ids=repr)
-@pytest.mark.parametrize("seed", range(3))
-def test_at_the_end_no_swap_lowers_the_error(pattern, seed):
+def test_at_the_end_no_swap_lowers_the_error(pattern):
     """Try all swaps of all rows. A round has more candidates than the 24 features."""
-    weight_OI, X_TI = example(5, 24, seed)
+    weight_OI, X_TI = example(15, 24)
     keep_OI = start(weight_OI, X_TI, pattern)
     refined_OI, notes = refine_by_swaps(weight_OI, keep_OI, gather(X_TI), pattern, 0.05)
     assert 0 < notes["rounds"] < 100

@@ -132,7 +132,9 @@ def test_rows_in_runs_are_pruned_as_all_at_once(wide_from_64, monkeypatch):
         torch.testing.assert_close(whole.weight_OI, runs.weight_OI, rtol=1e-2, atol=1e-2)
 
 
-def test_what_is_no_gram_matrix_is_refused(wide_from_64):
+@pytest.mark.parametrize("wide", [64, 4096])
+def test_what_is_no_gram_matrix_is_refused(wide, monkeypatch):
+    monkeypatch.setattr("prunus.methods.solvers.least_squares._WIDE", wide)
     weight_OI, statistics, _ = data_limited_example(64)
     statistics._derived.clear()
     assert statistics.gram_II is not None
