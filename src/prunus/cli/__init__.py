@@ -21,12 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.metadata import version
+from inspect import signature
 from typing import Annotated, Any
 
 import typer
 
 from prunus.cli.convert import import_, pack, unpack
 from prunus.cli.evaluate import bench, evaluate
+from prunus.cli.flags import FLAGS
 from prunus.cli.generate import generate
 from prunus.cli.lm_eval import lm_eval
 from prunus.cli.look import doctor, inspect
@@ -120,6 +122,7 @@ def _prunus(
 for _panel, _functions in _PANELS.items():
     for _function in _functions:
         _name = _NAMES.get(_function, _function.__name__)
+        FLAGS.update(signature(_function).parameters)
         _lines = [line for line in _EXAMPLES.splitlines() if line.split()[1:2] == [_name]]
         app.command(
             _name,

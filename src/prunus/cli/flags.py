@@ -21,8 +21,8 @@ from prunus.options.declaration import ADVANCED
 
 __all__ = ["RecipeFile", "as_flags", "with_flags"]
 
-#: Names of all options that have become flags, for messages.
-_FLAGS: set[str] = set()
+#: Names of all options that are flags, for messages.
+FLAGS: set[str] = set()
 _NAME = re.compile(r"`([a-z][a-z_0-9]*)`")
 
 RecipeFile = Annotated[
@@ -56,7 +56,6 @@ def with_flags(
             for name, option in model.declared().items():
                 if option.flag and name not in hidden and (not only or name in only):
                     hidden.add(name)
-                    _FLAGS.add(name)
                     flag = _flag(name, option, model.model_fields[name])
                     kind = inspect.Parameter.KEYWORD_ONLY
                     added.append(inspect.Parameter(name, kind, default=None, annotation=flag))
@@ -78,12 +77,12 @@ def with_flags(
 def as_flags(message: str) -> str:
     """A message of the library with the names of options as flags.
 
-    >>> _FLAGS.add("head_bits")
+    >>> FLAGS.add("head_bits")
     >>> as_flags("raise `head_bits` of `config.json`")
     'raise --head-bits of `config.json`'
     """
     return _NAME.sub(
-        lambda found: f"--{found[1].replace('_', '-')}" if found[1] in _FLAGS else found[0], message
+        lambda found: f"--{found[1].replace('_', '-')}" if found[1] in FLAGS else found[0], message
     )
 
 

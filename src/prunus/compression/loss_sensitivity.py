@@ -215,7 +215,7 @@ def _measure_block(
         full_name = f"{skeleton.block_name(index)}.{linear.name}"
         found[full_name] = _sensitivity(linear, sums[linear.name], options, tokens, scale)
         if not bool(found[full_name].loss_O.isfinite().all()):
-            raise ValueError(f"the gradients of {full_name} are not finite; try --dtype float32")
+            raise ValueError(f"the gradients of {full_name} are not finite; try `dtype` float32")
     skeleton.release(index)
     return found
 

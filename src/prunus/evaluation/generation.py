@@ -144,7 +144,7 @@ class Conversation:
         self._folder = resolve_folder(model)
         self._tokenizer = load_tokenizer(self._folder)
         if not getattr(self._tokenizer, "chat_template", None):
-            raise ValueError(f"{model}: the tokenizer has no chat template; leave --chat out")
+            raise ValueError(f"{model}: the tokenizer has no chat template; leave `chat` out")
         self._length = max_new_tokens
         self._sampling = sampling
         self._model: Any = None
@@ -171,7 +171,7 @@ class Conversation:
                 raise ValueError(
                     f"the message has {inputs['input_ids'].shape[1]} tokens, and an answer may "
                     f"have {self._length}; the model reads {context} in all. Give a shorter "
-                    "message, or a smaller --max-new-tokens"
+                    "message, or a smaller `max_new_tokens`"
                 )
             # A template expects a question before each answer, so both go.
             self.forgotten += 2

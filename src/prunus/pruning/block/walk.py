@@ -57,8 +57,8 @@ def called_again(name: str) -> NotImplementedError:
     """
     return NotImplementedError(
         f"the block calls {name} more than once, and only inputs of the first call are known when "
-        "it is pruned: prune with --propagate block, which measures all calls, or leave it dense "
-        f"with --ignore '*.{name}'"
+        "it is pruned: prune with `propagate` block, which measures all calls, or leave it dense "
+        f"with `ignore` '*.{name}'"
     )
 
 
