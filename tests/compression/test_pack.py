@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import prunus.runs.folder as folder_module
-from packed_reference import pruned_checkpoint
+from packed_reference import prune_in_place, pruned_checkpoint
 from plane_reference import quantized_checkpoint, read_planes
 from prunus import pack, prune, unpack
 from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
@@ -36,7 +36,11 @@ def _same_bits(left, right):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_round_trip_is_lossless(tmp_path, dtype):
-    source = pruned_checkpoint(tmp_path / "pruned", dtype=dtype)
+    model = prune_in_place(tiny_model(dtype=dtype))
+    with torch.no_grad():  # -0.0 is a value and survives
+        model.model.layers[0].mlp.up_proj.weight[0, :4] = -0.0
+    model.save_pretrained(tmp_path / "pruned")
+    source = tmp_path / "pruned"
     record = pack(source, tmp_path / "packed")
     assert len(record.linears) == (15 if dtype == torch.bfloat16 else 14), (
         "coded, a dense head is smaller too"
@@ -44,7 +48,8 @@ def test_round_trip_is_lossless(tmp_path, dtype):
     assert all(r.packed and r.relative_error is None for r in record.linears.values())
     packed, dense = _tensors(tmp_path / "packed"), _tensors(source)
     for name, linear in record.linears.items():
-        assert linear.kept == dense[f"{name}.weight"].count_nonzero()
+        kept = dense[f"{name}.weight"].view(torch.int16).count_nonzero()
+        assert linear.kept == kept
         assert linear.nbytes[1] < (0.76 if name == "lm_head" else 0.6) * linear.nbytes[0]
         stored = [tensor for key, tensor in packed.items() if key.startswith(f"{name}.")]
         assert linear.nbytes[1] == sum(t.numel() * t.element_size() for t in stored)
@@ -55,19 +60,6 @@ def test_round_trip_is_lossless(tmp_path, dtype):
         json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "plain")
     )
     assert before == after
-
-
-def test_negative_zero_survives(tmp_path):
-    model = tiny_model(dtype=torch.bfloat16)
-    with torch.no_grad():
-        weight = model.model.layers[0].mlp.up_proj.weight
-        weight[:, ::2] = 0
-        weight[0, :4] = -0.0
-    model.save_pretrained(tmp_path / "pruned")
-    record = pack(tmp_path / "pruned", tmp_path / "packed")
-    assert record.linears["model.layers.0.mlp.up_proj"].kept == weight.numel() // 2 + 2
-    unpack(tmp_path / "packed", tmp_path / "plain")
-    _same_bits(_tensors(tmp_path / "plain"), _tensors(tmp_path / "pruned"))
 
 
 def test_int8_reports_its_error(tmp_path):
@@ -112,18 +104,18 @@ def test_what_would_not_get_smaller_stays_dense(tmp_path):
     assert not (tmp_path / "packed" / INDEX_NAME).exists()
 
 
-EMBEDDING = {"gpt2": "transformer.wte", "falcon": "transformer.word_embeddings"}
-
-
 @pytest.mark.parametrize(
-    ("family", "reason"),
-    [("gpt2", "stores its weight transposed"), ("falcon", "something other than nn.Linear")],
+    ("family", "embedding", "reason"),
+    [
+        ("gpt2", "transformer.wte", "stores its weight transposed"),
+        ("falcon", "transformer.word_embeddings", "something other than nn.Linear"),
+    ],
 )
-def test_other_kinds_of_linears_stay_dense(tmp_path, family, reason):
+def test_other_kinds_of_linears_stay_dense(tmp_path, family, embedding, reason):
     source = pruned_checkpoint(tmp_path / "pruned", family)
     record = pack(source, tmp_path / "packed")
     dense = {name: linear for name, linear in record.linears.items() if not linear.packed}
-    assert set(record.linears) - set(dense) == {EMBEDDING[family]}
+    assert set(record.linears) - set(dense) == {embedding}
     assert len(dense) == 8
     assert all(reason in linear.reason for linear in dense.values())
 
@@ -169,7 +161,7 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch, action):
     assert run(source, tmp_path / "result").state == "finished", "a finished one is recognised"
 
 
-def test_other_folders_are_left_alone(tmp_path):
+def test_what_is_refused_before_any_work(tmp_path):
     source = pruned_checkpoint(tmp_path / "pruned")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
@@ -180,6 +172,15 @@ def test_other_folders_are_left_alone(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="not a folder"):
         pack(source, tmp_path / "file")
+    seen = []
+    pack(source, tmp_path / "packed", progress=lambda *step: seen.append(step[:2]))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    with pytest.raises(ValueError, match="is packed already"):
+        pack(tmp_path / "packed", tmp_path / "twice")
+    with pytest.raises(ValueError, match="no quantization_config"):
+        unpack(source, tmp_path / "plain")
+    with pytest.raises(ValueError, match="bf16' or 'int8"):
+        pack(source, tmp_path / "other", "int4")
 
 
 def test_another_conversion_is_not_mixed_in(tmp_path):
@@ -192,27 +193,6 @@ def test_another_conversion_is_not_mixed_in(tmp_path):
     (tmp_path / "packed" / "block-00001.safetensors").unlink()
     with pytest.raises(FileExistsError, match="damaged since"):
         pack(source, tmp_path / "packed", "int8")
-
-
-def test_packed_is_not_packed_again(tmp_path):
-    source = pruned_checkpoint(tmp_path / "pruned")
-    pack(source, tmp_path / "packed")
-    with pytest.raises(ValueError, match="is packed already"):
-        pack(tmp_path / "packed", tmp_path / "twice")
-    with pytest.raises(ValueError, match="no quantization_config"):
-        unpack(source, tmp_path / "plain")
-    with pytest.raises(ValueError, match="bf16' or 'int8"):
-        pack(source, tmp_path / "other", "int4")
-
-
-def test_progress_counts_every_shard(tmp_path):
-    seen = []
-    pack(
-        pruned_checkpoint(tmp_path / "pruned"),
-        tmp_path / "packed",
-        progress=lambda *step: seen.append(step),
-    )
-    assert [step[:2] for step in seen] == [(1, 3), (2, 3), (3, 3)]
 
 
 def _quantization(folder):
@@ -256,24 +236,24 @@ NAME = "model.layers.0.mlp.up_proj"
         ({"linears": {NAME: [64.0, 32, 1024]}}, "three integers"),
         ({"linears": {NAME: "64x32"}}, "three integers"),
         ({"linears": {NAME: [64, 32, 2049, 0]}}, "cannot have"),
-        ({"linears": {NAME: [64, 32, -1]}}, "cannot have"),
         ({"linears": {NAME: [0, 32, 0, 0]}}, "cannot have"),
         ({"linears": {NAME: [2**40, 2**40, 1]}}, "cannot have"),
         ({"linears": {NAME: [64, 32, 900, 0]}}, "config.json asks for"),
-        ({"linears": {NAME: [64, 40, 1024, 0]}}, "config.json asks for"),
-        ({"linears": {NAME: [64, 32, 1024, 1]}}, "config.json asks for"),
         ({"linears": {NAME: [64, 32, 1024, 1025]}}, "cannot have 1025 rare"),
         ({"linears": {NAME: [64, 32, 1024]}}, "config.json asks for"),
-        ({"linears": {"": [64, 32, 1024]}}, "not the name of a linear"),
         ({"linears": {"a..b": [64, 32, 1024]}}, "not the name of a linear"),
         ({"linears": {"model.layers.9.mlp.up_proj": [64, 32, 1024, 0]}}, "holds no tensor"),
         ({"linears": {"model.norm": [1, 1, 1, 0]}}, "config.json asks for"),
     ],
 )
 def test_hostile_descriptions(packed, tmp_path, changes, message):
-    _rewrite(packed, **changes)
+    _check_refusal(packed, tmp_path, changes, message)
+
+
+def _check_refusal(folder, tmp_path, changes, message):
+    _rewrite(folder, **changes)
     with pytest.raises(ValueError, match=message):
-        unpack(packed, tmp_path / "plain")
+        unpack(folder, tmp_path / "plain")
     assert not (tmp_path / "plain").exists(), "refused before any work"
 
 
@@ -294,9 +274,7 @@ ENTRY = {"shape": [64, 32], "bytes": 1000, "rows_per_chunk": 8, "codes": [[0, [1
         ({"linears": {NAME: [64, 32, 1024]}}, "must be one of"),
         ({"linears": {NAME: {}}}, r"needs a shape \[out, in\]"),
         ({"linears": {NAME: ENTRY | {"shape": 64}}}, r"needs a shape \[out, in\]"),
-        ({"linears": {NAME: ENTRY | {"shape": [64, 32, 1]}}}, r"needs a shape \[out, in\]"),
         ({"linears": {NAME: ENTRY | {"bytes": 1e3}}}, "the integers bytes and rows_per_chunk"),
-        ({"linears": {NAME: ENTRY | {"bytes": True}}}, "the integers bytes and rows_per_chunk"),
         ({"linears": {NAME: ENTRY | {"bytes": 0}}}, "cannot have"),
         ({"linears": {NAME: ENTRY | {"bytes": 2**63}}}, "cannot have"),
         ({"linears": {NAME: ENTRY | {"shape": [2**40, 32]}}}, "cannot have"),
@@ -305,22 +283,15 @@ ENTRY = {"shape": [64, 32], "bytes": 1000, "rows_per_chunk": 8, "codes": [[0, [1
         ({"linears": {NAME: ENTRY | {"codes": []}}}, "needs 1 to 4 codes"),
         ({"linears": {NAME: ENTRY | {"codes": [[0, [1]]] * 5}}}, "needs 1 to 4 codes"),
         ({"linears": {NAME: ENTRY | {"codes": "0"}}}, "needs 1 to 4 codes"),
-        ({"linears": {NAME: ENTRY | {"codes": [0]}}}, "expected .raw"),
         ({"linears": {NAME: ENTRY | {"codes": [[0, 1]]}}}, "must be a list of integers"),
         ({"linears": {NAME: ENTRY | {"codes": [[0, ["1"]]]}}}, "must be a list of integers"),
         ({"linears": {NAME: ENTRY | {"codes": [[0, [5]]]}}}, "1 to 4 bits"),
-        ({"linears": {NAME: ENTRY | {"codes": [[0, [1] * 9]]}}}, "at most 8 layers"),
-        ({"linears": {NAME: ENTRY | {"codes": [[4, [1]]]}}}, "0 to 3 raw bits"),
-        ({"linears": {NAME: ENTRY | {"codes": [[1, []]]}}}, "none without layers"),
         ({"linears": {NAME: ENTRY}}, "config.json asks for"),
     ],
 )
 def test_hostile_descriptions_of_quantised_linears(quantised_once, tmp_path, changes, message):
     folder = shutil.copytree(quantised_once, tmp_path / "packed")
-    _rewrite(folder, **changes)
-    with pytest.raises(ValueError, match=message):
-        unpack(folder, tmp_path / "plain")
-    assert not (tmp_path / "plain").exists(), "refused before any work"
+    _check_refusal(folder, tmp_path, changes, message)
 
 
 def test_unpacked_quantised_weights(quantised_once, tmp_path):
@@ -343,7 +314,7 @@ def test_unpacked_quantised_weights(quantised_once, tmp_path):
 
 @pytest.mark.parametrize("form", ["packed_once", "quantised_once"])
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_damaged_shards_give_clear_errors(form, request, tmp_path_factory, data):
@@ -371,20 +342,6 @@ def test_damaged_shards_give_clear_errors(form, request, tmp_path_factory, data)
         shapes = {name: tensor.shape for name, tensor in _tensors(root / "plain").items()}
         assert shapes[f"{NAME}.weight"] == (64, 32)
     shutil.rmtree(root)
-
-
-def test_a_flipped_mask_bit_is_found(packed, tmp_path):
-    shard = packed / "block-00000.safetensors"
-    content = bytearray(shard.read_bytes())
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    start = header[f"{NAME}.weight_mask"]["data_offsets"][0]
-    content[
-        len(content) - max(h["data_offsets"][1] for k, h in header.items() if k[0] != "_") + start
-    ] ^= 1
-    shard.write_bytes(content)
-    (packed / "prunus-pack.json").unlink()  # its digests would show the damage first
-    with pytest.raises(ValueError, match=rf"{NAME} is damaged: the mask keeps"):
-        unpack(packed, tmp_path / "plain")
 
 
 def test_a_dense_checkpoint_that_claims_to_be_packed(packed, tmp_path):

@@ -46,18 +46,14 @@ def test_same_logits_as_sdpa(family, padded):
         assert torch.equal(_decode(model, ids, mask), expected)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_heads_with_keys_of_their_own_are_left_alone(family):
-    model = tiny_model(family)
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "eager"])
+def test_heads_with_keys_of_their_own_and_other_attentions_are_left_alone(kind):
+    shared = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = tiny_model("llama", **shared) if kind == "eager" else tiny_model(kind)
+    before = "eager" if kind == "eager" else "sdpa"
+    model.set_attn_implementation(before)
     assert not use_decode_attention(model)
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_another_attention_is_left_alone():
-    model = tiny_model("llama", num_attention_heads=4, num_key_value_heads=2)
-    model.set_attn_implementation("eager")
-    assert not use_decode_attention(model)
-    assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == before
 
 
 def test_packed_models_have_it_and_save_nothing_of_it(tmp_path):

@@ -10,8 +10,6 @@ from torch import nn
 
 import prunus
 from packed_reference import pruned_checkpoint
-from plane_reference import quantized_weight
-from prunus.packed.linear import PackedLinear
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 peft = pytest.importorskip("peft", reason="adapters need the extra adapters")
@@ -60,15 +58,6 @@ def test_gradients_are_those_of_the_dense_model(folders):
         assert gradient.norm() > 0
         difference = (found[name].float() - gradient.float()).norm() / gradient.float().norm()
         assert difference < 0.03, name
-
-
-def test_the_gradient_of_the_input_passes_a_quantised_linear():
-    packed = quantized_weight(24, 64)
-    linear = PackedLinear(packed)
-    x = torch.randn(5, 64, requires_grad=True)
-    g = torch.randn(5, 24)
-    (found,) = torch.autograd.grad(linear(x), x, g)
-    torch.testing.assert_close(found, g @ linear.dense(torch.float32), rtol=0.02, atol=0.02)
 
 
 def test_one_step_lowers_the_loss_and_only_the_adapter_changes(folders):

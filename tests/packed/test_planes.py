@@ -184,13 +184,8 @@ def test_what_cannot_be_encoded(change, message):
     }
     with pytest.raises(ValueError, match=message):
         encode(**arguments)
-
-
-def test_histograms_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"must be \(columns, 255\)"):
         choose_codes(torch.zeros(3, 254))
-    with pytest.raises(ValueError, match="max_classes must be 1 to 4"):
-        choose_codes(torch.ones(3, 255), max_classes=5)
 
 
 def test_the_documented_example_is_true():
@@ -246,6 +241,11 @@ def _damaged():
     far[-8] = 99
     yield "escaped value", raw._replace(data=far), "escaped value"
     yield "padding of escapes", two._replace(data=tail), "padding of"
+    # The escape byte of the 100: with raw bits its top alone is in range.
+    lowest, lower = two.data.clone(), raw.data.clone()
+    lowest[16], lower[-8] = 128, 256 - 32
+    yield "level", two._replace(data=lowest), "level -128, below -127"
+    yield "level with raw bits", raw._replace(data=lower), "level -128, below -127"
 
 
 @pytest.mark.usefixtures("_engine")
@@ -260,7 +260,7 @@ def test_damage_is_found(weight, message):
 @pytest.mark.usefixtures("_engine")
 @given(st.data())
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_flipped_bits_are_refused_or_read(data):
     """Whatever the bytes: `check` refuses them, or everything can be computed from them."""

@@ -26,6 +26,9 @@ class Block(nn.Module):
         self.called_too.weight = self.called_too.weight
         return x @ self.read.weight.T + self.called(x) + self.called_too(x)
 
+    def change(self, weight: nn.Parameter) -> None:
+        self.called.weight = weight  # sets it and never reads it
+
 
 def test_only_what_is_read_while_computing_becomes_dense():
     names = ("read", "prepared", "called", "called_too")
@@ -38,21 +41,4 @@ def test_only_what_is_read_while_computing_becomes_dense():
     ]  # fmt: skip
     assert torch.equal(model[0].read.weight, weights["read"])
     assert isinstance(model[0].called, PackedLinear) and isinstance(model[0].prepared, PackedLinear)
-    assert expand_read_linears(model, torch.bfloat16) == []
-
-
-class Caller(nn.Module):
-    """Sets the weight of its linear and never reads it."""
-
-    def change(self, weight: nn.Parameter) -> None:
-        self.one.weight = weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.one(x)
-
-
-def test_a_module_that_only_calls_keeps_its_packed_linears():
-    model = Caller()
-    weight = random_sparse(8, 16, 0.5, torch.bfloat16)
-    model.one = PackedLinear(pack_weight(weight, weight.dtype))
     assert expand_read_linears(model, torch.bfloat16) == []

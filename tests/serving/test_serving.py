@@ -161,13 +161,23 @@ def test_parts_of_text_and_the_names_of_roles(dense):
     )
     expected = dense.expected("system: be\nuser: hello\nassistant:", 5)
     assert answer.choices[0].message.content == expected
+    parts = [{"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}]
+    with pytest.raises(openai.BadRequestError, match="takes text only"):
+        dense.client.chat.completions.create(
+            model="dense", messages=[{"role": "user", "content": parts}]
+        )
 
 
-def test_the_model_is_listed_under_its_name_alone(dense):
+def test_the_model_is_known_under_its_name_alone(dense, tmp_path):
     assert [model.id for model in dense.client.models.list()] == ["dense"]
     assert dense.client.models.retrieve("dense").id == "dense"
     with pytest.raises(openai.NotFoundError, match="this server has 'dense'"):
         dense.client.models.retrieve("org/other")
+    for name in ("gpt-4o", str(tmp_path), "", "dense@main", "org/x:y.gguf"):
+        with pytest.raises(openai.NotFoundError, match="this server has 'dense'") as refused:
+            dense.client.chat.completions.create(model=name, messages=HELLO)
+        assert refused.value.code == "model_not_found"
+        assert refused.value.param == "model"
 
 
 # --- several clients ---
@@ -227,13 +237,18 @@ def test_requests_wait_and_those_beyond_are_sent_away(folders):
         assert get(server, "/ready")[0] == 200
 
 
-def get(server: Running, path: str, **headers: str) -> tuple[int, dict]:
+def ask(server: Running, method: str, path: str, body: bytes | None = None, **headers: str):
+    """The status and the JSON of an answer."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
-    connection.request("GET", path, headers=headers)
+    connection.request(method, path, body, headers=headers)
     answer = connection.getresponse()
-    status, body = answer.status, json.loads(answer.read())
+    status, content = answer.status, json.loads(answer.read())
     connection.close()
-    return status, body
+    return status, content
+
+
+def get(server: Running, path: str, **headers: str):
+    return ask(server, "GET", path, **headers)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -267,14 +282,6 @@ def test_a_client_that_goes_away_leaves_the_queue(dense):
 
 
 # --- what is refused ---
-
-
-def test_another_model_does_not_exist(dense, tmp_path):
-    for name in ("gpt-4o", str(tmp_path), "", "dense@main", "org/x:y.gguf"):
-        with pytest.raises(openai.NotFoundError, match="this server has 'dense'") as refused:
-            dense.client.chat.completions.create(model=name, messages=HELLO)
-        assert refused.value.code == "model_not_found"
-        assert refused.value.param == "model"
 
 
 def test_a_prompt_that_is_too_long_is_refused_and_an_answer_ends_at_the_context(dense):
@@ -318,19 +325,11 @@ BAD_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_OPTIONS)
-def test_options_that_cannot_be_obeyed_are_refused_by_name(dense, name):
-    body = {"model": "dense", "messages": HELLO, name: BAD_OPTIONS[name]}
-    with pytest.raises(openai.BadRequestError, match=name):
-        dense.client.post("/chat/completions", body=body, cast_to=object)
-
-
-def test_pictures_are_refused(dense):
-    parts = [{"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}]
-    with pytest.raises(openai.BadRequestError, match="takes text only"):
-        dense.client.chat.completions.create(
-            model="dense", messages=[{"role": "user", "content": parts}]
-        )
+def test_options_that_cannot_be_obeyed_are_refused_by_name(dense):
+    for name, value in BAD_OPTIONS.items():
+        body = {"model": "dense", "messages": HELLO, name: value}
+        with pytest.raises(openai.BadRequestError, match=name):
+            dense.client.post("/chat/completions", body=body, cast_to=object)
 
 
 def test_a_body_that_is_no_request_is_refused(dense):
@@ -346,25 +345,13 @@ def test_a_body_that_is_no_request_is_refused(dense):
         assert answer.status == 413
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/load_model",
-        "/reset",
-        "/v1/systemone",
-        "/v1/responses",
-        "/v1/audio/transcriptions",
-        "/docs",
-    ],
-)
-def test_other_endpoints_of_transformers_are_not_there(dense, path):
-    for method in ("POST", "GET"):
-        connection = http.client.HTTPConnection("127.0.0.1", dense.port, timeout=PATIENCE)
-        connection.request(method, path, b"{}", {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        assert answer.status == 404
-        assert "/v1/models" in json.loads(answer.read())["error"]["message"]
-        connection.close()
+def test_other_endpoints_of_transformers_are_not_there(dense):
+    gone = "/load_model /reset /v1/systemone /v1/responses /v1/audio/transcriptions /docs"
+    for path in gone.split():
+        for method in ("POST", "GET"):
+            status, body = ask(dense, method, path, b"{}")
+            assert status == 404
+            assert "/v1/models" in body["error"]["message"]
 
 
 def test_without_a_key_only_names_of_this_machine_are_answered(dense):
@@ -400,17 +387,18 @@ def test_a_failure_of_the_model_is_an_error_and_the_server_goes_on(dense, monkey
     assert chat(dense).choices[0].message.content
 
 
-def test_a_model_without_a_chat_template_says_so(folders, dense, monkeypatch):
-    monkeypatch.setattr(dense.tokenizer, "chat_template", None)
-    with pytest.raises(openai.BadRequestError, match="/v1/completions"):
-        chat(dense)
-
-
-def test_a_template_that_refuses_a_chat_is_an_error_of_the_client(dense, monkeypatch):
-    monkeypatch.setattr(
-        dense.tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}"
-    )
-    with pytest.raises(openai.BadRequestError, match="roles must alternate"):
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "/v1/completions"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_an_error_of_the_client(
+    dense, monkeypatch, template, message
+):
+    monkeypatch.setattr(dense.tokenizer, "chat_template", template)
+    with pytest.raises(openai.BadRequestError, match=message):
         chat(dense)
 
 
@@ -429,7 +417,7 @@ def test_bad_input_ends_before_the_model_is_loaded(folders, monkeypatch, tmp_pat
 
     monkeypatch.setattr(serving, "load_model", load)
     model = folders["dense"]
-    assert "give a key with --api-key" in refused(model, "--host", "0.0.0.0")
+    assert "can be reached from other machines" in refused(model, "--host", "0.0.0.0")
     assert "not empty" in refused(model, "--api-key", "")
     assert "at least 1 concurrent" in refused(model, "--max-concurrent", "0")
     assert "neither a folder nor a hub id" in refused(tmp_path / "nothing")
@@ -437,7 +425,7 @@ def test_bad_input_ends_before_the_model_is_loaded(folders, monkeypatch, tmp_pat
     assert "is no address" in refused(model, "--host", "no such host", "--api-key", "x")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert "choose another with --port" in refused(model, "--port", port)
+        assert "cannot be used" in refused(model, "--port", port)
     pruned_checkpoint(tmp_path / "bare", "llama")
     assert "no tokenizer" in refused(tmp_path / "bare", "--port", "0")
 

@@ -68,19 +68,13 @@ def transformers_greedy(folder: Path) -> list[list[int]]:
     return found
 
 
-def test_bitmaps_with_a_tied_embedding_give_the_tokens_of_transformers(tmp_path):
+@pytest.mark.parametrize("how", [[], ["compiled"]])
+def test_bitmaps_with_a_tied_embedding_give_the_tokens_of_transformers(tmp_path, how):
     pruned_checkpoint(tmp_path / "pruned", "llama", tie_word_embeddings=True, **SIZES)
     pack(tmp_path / "pruned", tmp_path / "packed")
     stored = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert "model.embed_tokens" in stored["quantization_config"]["linears"]
-    assert vllm_greedy(tmp_path / "packed") == transformers_greedy(tmp_path / "packed")
-
-
-def test_compiled_models_give_the_same_tokens(tmp_path):
-    pruned_checkpoint(tmp_path / "pruned", "llama", tie_word_embeddings=True, **SIZES)
-    pack(tmp_path / "pruned", tmp_path / "packed")
-    folder = tmp_path / "packed"
-    assert vllm_greedy(folder, "compiled") == transformers_greedy(folder)
+    assert vllm_greedy(tmp_path / "packed", *how) == transformers_greedy(tmp_path / "packed")
 
 
 @pytest.mark.parametrize("dense", ["none", "k_proj", "up_proj", "lm_head"])

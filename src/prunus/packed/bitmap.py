@@ -25,8 +25,7 @@ __all__ = [
     "row_offsets",
 ]
 
-#: int8 values lie in [-INT8_LEVELS, INT8_LEVELS]; the scale of a row is its largest magnitude /
-#: 127.
+#: int8 values lie in [-127, 127]; the scale of a row is its largest magnitude / 127.
 INT8_LEVELS = 127
 # Above this share of kept entries, the form without a mask is tried first.
 _MAX_KEPT = 0.9
@@ -52,9 +51,8 @@ def kept(weight_OI: torch.Tensor) -> torch.Tensor:
     [[False, True, True]]
     """
     if weight_OI.dtype not in _BITS:
-        raise ValueError(
-            f"weights must be bfloat16, float16 or float32 to be packed, got {weight_OI.dtype}"
-        )
+        kinds = "bfloat16, float16 or float32"
+        raise ValueError(f"weights must be {kinds} to be packed, got {weight_OI.dtype}")
     return weight_OI.view(_BITS[weight_OI.dtype]) != 0
 
 
@@ -83,6 +81,7 @@ def pack_weight(weight_OI: torch.Tensor, values: torch.dtype) -> PackedWeight:
     """
     weight_OI = weight_OI.contiguous()
     keep_OI = kept(weight_OI)
+    scales, stored = None, weight_OI
     if values == torch.int8:
         scales = _scales(weight_OI)
         stored = _levels(weight_OI, scales)
@@ -91,8 +90,6 @@ def pack_weight(weight_OI: torch.Tensor, values: torch.dtype) -> PackedWeight:
             f"weights of {weight_OI.dtype} cannot be packed as {values} without loss; convert "
             "float32 weights to bfloat16 or float16 first, or pack them as int8"
         )
-    else:
-        scales, stored = None, weight_OI
     shape, count = (weight_OI.shape[0], weight_OI.shape[1]), int(torch.count_nonzero(keep_OI))
     whole = None
     if count > _MAX_KEPT * keep_OI.numel():
@@ -188,20 +185,13 @@ def row_offsets(mask: torch.Tensor, in_features: int) -> torch.Tensor:
 
 
 def check(packed: PackedWeight, stored: int | None = None) -> torch.Tensor | None:
-    """Check that mask, values, scales and coding fit each other, before anything computes with
-    them.
+    """Check that mask, values, scales and coding fit each other; see `forms.check`.
 
-    Args:
-        packed: the weight as it was read.
-        stored: the declared number of stored entries, or None. Coded values do not tell it, because
-            their last group of 64 is padded.
+    Coded values do not tell the number of stored entries, because their last group of 64 is padded.
 
     Returns:
         The row offsets (see `row_offsets`), or None for a weight without a mask, whose row i begins
         at value i · I.
-
-    Raises:
-        ValueError: the message says what does not fit.
     """
     (rows, columns), mask = packed.shape, packed.mask
     if rows < 1 or columns < 1:
@@ -213,10 +203,11 @@ def check(packed: PackedWeight, stored: int | None = None) -> torch.Tensor | Non
         _check_scales(packed.scales, rows)
     offsets, count = None, rows * columns
     if mask is not None:
-        if mask.dtype != torch.uint8 or tuple(mask.shape) != (rows, -(-columns // 8)):
+        expected = (rows, -(-columns // 8))
+        if mask.dtype != torch.uint8 or tuple(mask.shape) != expected:
             raise ValueError(
-                f"the mask of a weight of {rows} x {columns} must be uint8 "
-                f"({rows}, {-(-columns // 8)}), got {mask.dtype} {tuple(mask.shape)}"
+                f"the mask of a weight of {rows} x {columns} must be uint8 {expected}, "
+                f"got {mask.dtype} {tuple(mask.shape)}"
             )
         offsets = row_offsets(mask.cpu().contiguous(), columns).to(mask.device)
         count = int(offsets[-1])
@@ -258,17 +249,11 @@ def expand(
     offsets: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the dense weight (O, I).
+    """Return the dense weight (O, I); see `forms.expand`.
 
-    Values that are stored as floats come back bit for bit in their own dtype, which is the default.
-    int8 values are multiplied by their scale in float32 and rounded once to `dtype` (default
-    bfloat16).
-
-    Args:
-        packed: a weight that `check` accepted.
-        dtype: bfloat16, float16 or float32.
-        offsets: what `check` returned; it saves counting the mask again.
-        out: contiguous memory (O, I) of `dtype` that the kernel may write to.
+    Values that are stored as floats are returned bit for bit in their own dtype, which is the
+    default. int8 values are multiplied by their scale in float32 and rounded once to `dtype`
+    (default bfloat16).
     """
     scales, device = packed.scales, packed.values.device
     written = torch.bfloat16 if scales is not None else packed.dtype
@@ -293,20 +278,7 @@ def expand(
 def expand_rows(
     packed: PackedWeight, rows: torch.Tensor, offsets: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return some rows of the dense weight, as `expand` would give them.
-
-    Args:
-        packed: a weight on the CPU that `check` accepted.
-        rows: integer tensor (...) on the CPU; rows may repeat and come in any order.
-        offsets: what `check` returned.
-        dtype: bfloat16, float16 or float32.
-
-    Returns:
-        (..., I) of `dtype`.
-
-    Raises:
-        IndexError: a row number is out of range.
-    """
+    """Return some rows of the dense weight on the CPU: (..., I); see `forms.expand_rows`."""
     kernels = load()
     if kernels is None:
         return expand(packed, dtype, offsets)[rows]

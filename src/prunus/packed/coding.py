@@ -30,14 +30,10 @@ _RARE_SHARE = 1 / 256
 
 
 def encode(values_K: torch.Tensor) -> tuple[torch.Tensor, Coding] | None:
-    """Split bfloat16 values into low bytes and coded high bytes.
+    """Split bfloat16 values into low bytes, uint8 (P,), and coded high bytes.
 
-    Args:
-        values_K: bfloat16 (K,).
-
-    Returns:
-        Low bytes, uint8 (P,), and the coding; None where coding would not save bytes, or where rare
-        values are so many that decoding becomes slow.
+    None where coding would not save bytes, or where rare values are so many that decoding becomes
+    slow.
     """
     assert values_K.dtype == torch.bfloat16
     count = values_K.shape[0]
@@ -78,11 +74,7 @@ def high_byte_counts(values_K: torch.Tensor) -> torch.Tensor:
 
 
 def coded_bytes(occurrences: torch.Tensor) -> int:
-    """Return the bytes of bfloat16 values, coded where `encode` codes them.
-
-    Args:
-        occurrences: their `high_byte_counts`.
-    """
+    """Return the bytes of values with these `high_byte_counts`, coded where `encode` codes them."""
     count = int(occurrences.sum())
     rare = count - int(occurrences.sort(descending=True).values[:_CODES].sum())
     return _coded_bytes(count, rare) if _is_coded(count, rare) else 2 * count
@@ -138,11 +130,7 @@ def padded(count: int) -> int:
 
 
 def check_coding(low_P: torch.Tensor, count: int, coding: Coding) -> None:
-    """Check that the parts of `count` coded values fit each other.
-
-    Raises:
-        ValueError: the message says what does not fit.
-    """
+    """Check that the parts of `count` coded values fit each other, or raise `ValueError`."""
     codes, high_bytes, rare_at, rare = coding
     whole = padded(count)
     expected = {

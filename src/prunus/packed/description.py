@@ -57,27 +57,16 @@ class StoredTensor(NamedTuple):
 
 
 class PackedShape(NamedTuple):
-    """Shape of one linear that is packed as a bitmap.
-
-    Attributes:
-        out_features, in_features: size of the dense weight.
-        stored: number of stored entries.
-        rare: number of rare values among coded ones; None where values are not coded.
-    """
+    """Shape of one linear that is packed as a bitmap."""
 
     out_features: int
     in_features: int
-    stored: int
-    rare: int | None = None
+    stored: int  #: number of stored entries
+    rare: int | None = None  #: number of rare values among coded ones; None if not coded
 
     @classmethod
     def from_json(cls, name: str, entry: Any, may_be_coded: bool) -> PackedShape:
-        """Read a linear's entry in config.json.
-
-        Args:
-            name: the linear, for errors.
-            entry: what `to_json` returned, or anything.
-            may_be_coded: whether the values are bfloat16.
+        """Read what `to_json` returned of the linear `name`, or anything.
 
         Raises:
             ValueError: a number is missing or out of range.
@@ -123,19 +112,12 @@ class PackedShape(NamedTuple):
 
 
 class QuantizedShape(NamedTuple):
-    """Shape of one linear whose weight is quantised.
-
-    Attributes:
-        out_features, in_features: size of the dense weight.
-        nbytes: number of bytes of its planes and escape bytes.
-        codes: the code of each class of columns.
-        rows_per_chunk: rows of one chunk.
-    """
+    """Shape of one linear whose weight is quantised."""
 
     out_features: int
     in_features: int
-    nbytes: int
-    codes: tuple[PlaneCode, ...]
+    nbytes: int  #: of its planes and escape bytes
+    codes: tuple[PlaneCode, ...]  #: of each class of columns
     rows_per_chunk: int
 
     @classmethod
@@ -145,7 +127,7 @@ class QuantizedShape(NamedTuple):
 
     @classmethod
     def from_json(cls, name: str, entry: Mapping[str, Any]) -> QuantizedShape:
-        """Read a linear's entry in config.json; see `PackedShape.from_json`."""
+        """Read what `to_json` returned, or anything; see `PackedShape.from_json`."""
         size, codes = entry.get("shape"), entry.get("codes")
         numbers: Any = [entry.get("bytes"), entry.get("rows_per_chunk")]
         if not _are_integers(size) or len(size) != 2 or not _are_integers(numbers):

@@ -61,7 +61,15 @@ def expand(
     offsets: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the dense weight (O, I); see `bitmap.expand` and `planes.expand`."""
+    """Return the dense weight (O, I).
+
+    Args:
+        weight: a weight that `check` accepted.
+        dtype: bfloat16, float16 or float32; None is the dtype of the entries of a bitmap, and
+            bfloat16 for integers.
+        offsets: what `check` returned; it saves a second scan.
+        out: contiguous memory (O, I) of `dtype` that may be written to.
+    """
     form = planes if isinstance(weight, QuantizedWeight) else bitmap
     return form.expand(weight, dtype, offsets, out)
 
@@ -69,7 +77,17 @@ def expand(
 def expand_rows(
     weight: Packed, rows: torch.Tensor, offsets: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return some rows of the dense weight, as `expand` would give them: (..., I)."""
+    """Return some rows of the dense weight, as `expand` would give them: (..., I) of `dtype`.
+
+    Args:
+        weight: a weight that `check` accepted.
+        rows: integer tensor (...); rows may repeat and have any order.
+        offsets: what `check` returned.
+        dtype: bfloat16, float16 or float32.
+
+    Raises:
+        IndexError: a row number is out of range.
+    """
     form = planes if isinstance(weight, QuantizedWeight) else bitmap
     return form.expand_rows(weight, rows, offsets, dtype)
 

@@ -29,7 +29,6 @@ from prunus.packed.weight import (
     Layout,
     Packed,
     PlaneCode,
-    QuantizedWeight,
     from_tensors,
     layout_of,
     named_tensors,
@@ -54,9 +53,6 @@ __all__ = [
 
 #: Dtypes of activations that the kernels take.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-# Up to this many tokens the product from bit planes is faster than expanding the weight and
-# multiplying in bfloat16 (1536 x 1536 at 2.8 bits, one core of an AMD EPYC, Zen 4).
-_MAX_PLANE_TOKENS = 256
 _reference = False
 _workspace = threading.local()
 
@@ -102,7 +98,7 @@ def warn_of_expansion(device: torch.device) -> None:
     warnings.warn(
         f"prunus has kernels for the CPU only. On {device} packed weights are expanded to dense "
         "ones, once, and both stay in memory: `prunus unpack` writes a checkpoint that takes less "
-        "memory there, and `--device cpu` is where a packed model is small and fast",
+        "memory there, and a packed model is small and fast on the CPU",
         RuntimeWarning,
         stacklevel=4,
     )
@@ -132,34 +128,20 @@ def fit_kernel(*tensors: Any) -> bool:
 def run_packed(
     x: torch.Tensor, packed: Packed, offsets: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return `x · Wᵀ + bias` for a packed W (O, I).
+    """Return `x · Wᵀ + bias` (..., O) in the dtype of `x`, for a packed W (O, I) and x (..., I).
 
-    Args:
-        x: (..., I).
-        packed: a weight that `forms.check` accepted.
-        offsets: what `forms.check` returned.
-        bias: (O,), or None.
-
-    Returns:
-        (..., O) in the dtype of `x`.
+    `forms.check` has accepted the weight and returned the offsets.
     """
     compiled = loaded_kernels() if x.is_cpu else None
     if (
         compiled is None
         or _reference
         or x.dtype not in FLOATS
-        or not 0 < x.numel() <= _max_tokens(compiled, packed, x) * packed.shape[1]
+        or not 0 < x.numel() <= compiled.max_tokens(packed, x.dtype) * packed.shape[1]
         or (bias is not None and bias.dtype != x.dtype)
     ):
         return functional.linear(x, _expand_for_now(packed, x.dtype, offsets), bias)
     return compiled.linear(x if x.is_contiguous() else x.contiguous(), packed, offsets, bias)
-
-
-def _max_tokens(compiled: kernels.Kernels, packed: Packed, x: torch.Tensor) -> int:
-    """Return the number of tokens up to which the kernel is the fastest way."""
-    if isinstance(packed, QuantizedWeight):
-        return _MAX_PLANE_TOKENS
-    return compiled.max_tokens(packed.dtype, x.dtype)
 
 
 def run_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -191,7 +173,7 @@ def _expand_for_now(
     """Return the dense weight in memory that the next call on this thread reuses.
 
     Fresh memory for every linear of every forward pass would be mapped page by page, which costs
-    more than the expansion. What stays allocated has the size of the largest linear.
+    more than the expansion. The memory that stays allocated has the size of the largest linear.
     """
     if packed[1].device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return expand(packed, dtype, offsets)

@@ -69,11 +69,7 @@ class _Arena:
         self._used = 0
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a copy of the tensor in this memory.
-
-        Raises:
-            OSError: memory is short, or the system does not know large pages.
-        """
+        """Return a copy of the tensor in this memory; raises `OSError` where there is none."""
         if self._chunk is None or self._used + tensor.nbytes > len(self._chunk):
             size = max(_CHUNK, -(-tensor.nbytes // _PAGE) * _PAGE)
             self._chunk = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -100,8 +96,7 @@ def _release(tensor: torch.Tensor, files: list[range]) -> None:
     """Release the pages of a mapped file that only this tensor used.
 
     The mapping itself stays: transformers keeps tensors of it as long as the model lives. A page
-        that is
-    read again comes back from the file, as long as nobody wrote to it. Nobody writes to a weight
+    that is read again is read from the file, unless it was written to. Nobody writes to a weight
     that was replaced.
     """
     pages = whole_pages(tensor)

@@ -63,11 +63,7 @@ _CHAINS = 512
 
 
 def check_code(code: PlaneCode) -> None:
-    """Check the numbers of a code.
-
-    Raises:
-        ValueError: the message says which number is out of range.
-    """
+    """Check the numbers of a code; raises `ValueError` with the number that is out of range."""
     raw, layers = code
     if not 0 <= raw <= MAX_RAW or (raw and not layers):
         raise ValueError(
@@ -81,11 +77,7 @@ def check_code(code: PlaneCode) -> None:
 
 
 def check_parts(weight: QuantizedWeight) -> None:
-    """Check everything but the data: shapes, dtypes, classes, codes and scales.
-
-    Raises:
-        ValueError: the message says what does not fit.
-    """
+    """Check everything but the data; raises `ValueError` with what does not fit."""
     rows, columns = weight.shape
     if not (0 < rows < _MAX_FEATURES and 0 < columns < _MAX_FEATURES):
         raise ValueError(f"a quantised weight cannot have {rows} x {columns} entries")
@@ -136,10 +128,7 @@ def max_level(raw: int) -> int:
 
 
 def zigzag(tops: torch.Tensor) -> torch.Tensor:
-    """Return the places of integers in the order 0, +1, -1, +2, -2, ..., in the same dtype.
-
-    Args:
-        tops: int16, int32 or int64, of magnitude below 2^14.
+    """Return the places of signed integers (below 2^14) in the order 0, +1, -1, +2, -2, ...
 
     >>> zigzag(torch.tensor([0, 1, -1, 2, -2])).tolist()
     [0, 1, 2, 3, 4]
@@ -189,11 +178,7 @@ def code_lengths(code: PlaneCode) -> torch.Tensor:
 
 
 def column_histograms(levels_OI: torch.Tensor) -> torch.Tensor:
-    """Count how often each column has each value from -127 to 127: int64 (I, 255).
-
-    Args:
-        levels_OI: int8, without -128.
-    """
+    """Count how often each column has each value from -127 to 127: int64 (I, 255)."""
     columns = levels_OI.shape[1]
     width = 2 * MAX_LEVEL + 1
     counts = torch.zeros(columns * width, dtype=torch.int64)
@@ -276,8 +261,7 @@ def _best_codes(
 ) -> tuple[torch.Tensor, Callable[[int], PlaneCode]]:
     """Find the best code of each histogram (R, 255) by dynamic programming over its chain.
 
-    Returns:
-        The costs in bits (R,), and a function from the number of a histogram to its code.
+    The result is the costs in bits (R,), and a function from the number of a histogram to its code.
     """
     count, raws = len(histograms_RV), range(MAX_RAW + 1)
     # Row w * R + r is histogram r with w raw bits in front.
@@ -366,27 +350,19 @@ def _with_padding(counts: torch.Tensor, chunks: float, multiple: int) -> torch.T
 
 
 def _best_runs(costs: list[list[float]], max_runs: int) -> list[tuple[int, int]]:
-    """Divide units into at most `max_runs` runs of the lowest total cost.
+    """Divide units into at most `max_runs` runs (first, last) of the lowest total cost.
 
-    Args:
-        costs: [first][last] -> cost of a run with these units.
-
-    Returns:
-        (first, last) of every run, in order.
+    `costs[first][last]` is the cost of a run.
     """
     units = len(costs)
     best = [(costs[0][last], [(0, last)]) for last in range(units)]
     for _ in range(max_runs - 1):
-        best = [
-            min(
-                [
-                    best[last],
-                    *(
-                        (cost + costs[middle + 1][last] + _CLASS_BITS, [*runs, (middle + 1, last)])
-                        for middle, (cost, runs) in enumerate(best[:last])
-                    ),
-                ]
-            )
+        longer = [
+            [
+                (cost + costs[middle + 1][last] + _CLASS_BITS, [*runs, (middle + 1, last)])
+                for middle, (cost, runs) in enumerate(best[:last])
+            ]
             for last in range(units)
         ]
+        best = [min([best[last], *longer[last]]) for last in range(units)]
     return best[-1][1]

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from prunus.packed.kernels.library import load
+from prunus.packed.kernels.library import Kernels, load
 from prunus.packed.plane_codes import (
     GROUP,
     MAX_LAYERS,
@@ -46,6 +46,7 @@ _SPREAD = torch.tensor(
 ).view(torch.int64)[:, 0]
 # The int8 of every zigzag number, by its bits as uint8.
 _TOPS = from_zigzag(torch.arange(256, dtype=torch.int16)).to(torch.uint8).numpy()
+_CHECKED_ROWS = 1024  # rows expanded at a time to check their levels
 
 
 def encode(
@@ -158,18 +159,11 @@ def _planes(symbols_N: np.ndarray, bits: int) -> np.ndarray:
 
 
 def check(weight: QuantizedWeight) -> torch.Tensor:
-    """Check that data, classes, codes and scales fit each other, before anything computes with
-    them.
-
-    Args:
-        weight: the weight as it was read, on any device.
+    """Check that data, classes, codes and scales fit each other; see `forms.check`.
 
     Returns:
         int64 (chunks, classes, 9): where layer 0, 1, ... and, after the last layer, the escape
         bytes begin in `data`. Entries that are not used are -1.
-
-    Raises:
-        ValueError: the message says what does not fit.
     """
     check_parts(weight)
     if weight.data.dtype != torch.uint8 or weight.data.dim() != 1:
@@ -184,8 +178,34 @@ def check(weight: QuantizedWeight) -> torch.Tensor:
         scales=weight.scales.cpu().contiguous(),
     )
     kernels = load()
-    offsets = _scan_all(host) if kernels is None else kernels.plane_offsets(host)
+    if kernels is None:
+        offsets = _scan_all(host)
+        for _ in _decoded_chunks(host, offsets, None):
+            pass  # it checks the levels
+    else:
+        offsets = kernels.plane_offsets(host)
+        _check_levels(host, offsets, kernels)
     return offsets.to(weight.data.device)
+
+
+def _check_levels(weight: QuantizedWeight, offsets: torch.Tensor, kernels: Kernels) -> None:
+    """Check that no level is below -127: kernels and torch hold such levels in different ways."""
+    (rows, columns), step = weight.shape, weight.rows_per_chunk
+    bare = weight._replace(steps=torch.ones_like(weight.steps))
+    at_once = max(1, _CHECKED_ROWS // step)
+    for first in range(0, len(offsets), at_once):
+        count, after = min(at_once * step, rows - first * step), first + at_once
+        part = bare._replace(shape=(count, columns), scales=torch.ones(count).bfloat16())
+        if after < len(offsets):  # the kernel takes the end of the data for that of its last chunk
+            part = part._replace(data=weight.data[: int(offsets[after, 0, 0])])
+        out = torch.empty(part.shape, dtype=torch.bfloat16)
+        kernels.expand(part, offsets[first:after], out)
+        _refuse_below(int(out.min()))
+
+
+def _refuse_below(lowest: int) -> None:
+    if lowest < -MAX_LEVEL:
+        raise ValueError(f"a quantised weight has the level {lowest}, below -{MAX_LEVEL}")
 
 
 def _scan_all(weight: QuantizedWeight) -> torch.Tensor:
@@ -251,14 +271,7 @@ def _symbols(planes_WPB: torch.Tensor) -> torch.Tensor:
 
 
 def decode_levels(weight: QuantizedWeight, offsets: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the integers, int8 (O, I).
-
-    This is the reference in torch for what the kernels do.
-
-    Args:
-        weight: a weight that `check` accepted.
-        offsets: what `check` returned; it saves a second scan.
-    """
+    """Return the integers, int8 (O, I): the reference in torch for what the kernels do."""
     rows = torch.empty(weight.shape, dtype=torch.int8, device=weight.data.device)
     for first, levels in _decoded_chunks(weight, offsets, None):
         rows[first : first + levels.shape[0]] = levels
@@ -313,7 +326,10 @@ def _decode_values(
             values = numbers.masked_scatter_(escaped, values)
         values = from_zigzag(values)
     if low is not None:
-        values = (values << raw) + low.to(torch.int16) - (1 << raw >> 1)
+        # The kernels hold the sum in a byte.
+        values = ((values << raw) + low.to(torch.int16)).to(torch.int8).to(torch.int16)
+        values -= 1 << raw >> 1
+    _refuse_below(int(values.min()) if values.numel() else 0)
     return values.to(torch.int8)
 
 
@@ -323,16 +339,10 @@ def expand(
     offsets: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the dense weight (O, I).
+    """Return the dense weight (O, I); see `forms.expand`.
 
     The product of an integer, a step and a scale has at most 24 significant bits, so it is exact
     in float32 and rounded once to `dtype`.
-
-    Args:
-        weight: a weight that `check` accepted.
-        dtype: bfloat16, float16 or float32; None is bfloat16.
-        offsets: what `check` returned; it saves a second scan.
-        out: contiguous memory (O, I) of `dtype` to write to.
     """
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype or torch.bfloat16, device=weight.data.device)
@@ -351,20 +361,7 @@ def expand(
 def expand_rows(
     weight: QuantizedWeight, rows: torch.Tensor, offsets: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Return some rows of the dense weight, as `expand` would give them.
-
-    Args:
-        weight: a weight that `check` accepted.
-        rows: integer tensor (...); rows may repeat and come in any order.
-        offsets: what `check` returned.
-        dtype: bfloat16, float16 or float32.
-
-    Returns:
-        (..., I) of `dtype`.
-
-    Raises:
-        IndexError: a row number is out of range.
-    """
+    """Return some rows of the dense weight: (..., I); see `forms.expand_rows`."""
     wanted = rows.flatten().to(torch.int64)
     count = weight.shape[0]
     if bool(((wanted < 0) | (wanted >= count)).any()):

@@ -71,8 +71,7 @@ def to_semi_structured(
             "capability 8.0 or more"
         )
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    unknown = set(only or ()) - set(linears)
-    if unknown:
+    if unknown := set(only or ()) - set(linears):
         raise ValueError(
             f"the model has no linear {sorted(unknown)[0]!r}; names look like "
             f"{next(iter(linears))!r}"
@@ -106,10 +105,7 @@ def _choose(name: str, linear: nn.Linear, tokens: int) -> SemiStructuredChoice:
 
 
 def unsuitable(weight_OI: torch.Tensor) -> str | None:
-    """Return why a weight cannot run as 2:4, or None where it can.
-
-    Every group of four is checked.
-    """
+    """Return why a weight cannot run as 2:4, or None; every group of four is checked."""
     rows, columns = weight_OI.shape
     if weight_OI.dtype not in (torch.float16, torch.bfloat16):
         name = str(weight_OI.dtype).removeprefix("torch.")

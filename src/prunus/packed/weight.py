@@ -44,8 +44,7 @@ class Coding(NamedTuple):
     rare: torch.Tensor
 
 
-# This is a tuple because one is made for every linear and token, and a frozen dataclass takes four
-# times as long to make.
+# A tuple: one is made for every linear and token, and a frozen dataclass takes four times as long.
 class PackedWeight(NamedTuple):
     """A weight of which K entries are stored.
 

@@ -31,23 +31,14 @@ class RequestError(Exception):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status = status
-        self.message = message
-        self.code = code
-        self.param = param
-        self.retry_after = retry_after
+        self.status, self.message = status, message
+        self.code, self.param, self.retry_after = code, param, retry_after
 
     def body(self) -> dict[str, Any]:
         """The JSON of the answer."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {
-            "error": {
-                "message": self.message,
-                "type": kind,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+        told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": told}
 
     def headers(self) -> dict[str, str]:
         """The headers that belong to the answer."""

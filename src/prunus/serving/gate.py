@@ -93,7 +93,7 @@ class Gate:
         while self._waiting:
             slot = self._waiting.popleft().slot
             if slot is not None and not slot.done():
-                slot.set_exception(_stopping())
+                slot.set_exception(_busy("the server is stopping", "stopping"))
 
     def cancel(self) -> None:
         """End the requests that are computed, at their next token."""
@@ -107,8 +107,8 @@ class Gate:
             if not is_loopback(_without_port(host)):
                 raise RequestError(
                     403,
-                    f"the header Host names {host[:100]!r}, but without --api-key this server "
-                    "answers only to localhost and addresses of this machine",
+                    f"the header Host names {host[:100]!r}, but a server without a key answers "
+                    "only to localhost and addresses of this machine",
                 )
             return
         if scope["path"] in _OPEN:
@@ -124,14 +124,10 @@ class Gate:
 
     def _check_ready(self) -> None:
         if self._stopping:
-            raise _stopping()
+            raise _busy("the server is stopping", "stopping")
         if not self._free and len(self._waiting) >= self._max_waiting:
-            raise RequestError(
-                503,
-                "all turns and all places in the queue are taken; try again later",
-                code="overloaded",
-                retry_after=_RETRY_AFTER,
-            )
+            reason = "all turns and all places in the queue are taken; try again later"
+            raise _busy(reason, "overloaded")
 
     async def _generate(self, scope: _Message, receive: _Receive, send: _Send) -> None:
         body = await _read_body(receive)
@@ -197,8 +193,8 @@ def _without_port(host: str) -> str:
     return name if colon and port.isdecimal() else host
 
 
-def _stopping() -> RequestError:
-    return RequestError(503, "the server is stopping", code="stopping", retry_after=_RETRY_AFTER)
+def _busy(message: str, code: str) -> RequestError:
+    return RequestError(503, message, code=code, retry_after=_RETRY_AFTER)
 
 
 async def _read_body(receive: _Receive) -> bytes:

@@ -27,7 +27,7 @@ from transformers.cli.serving.utils import (
 )
 
 from prunus.serving.errors import RequestError
-from prunus.serving.job import Job, current_job
+from prunus.serving.job import current_job
 from prunus.serving.stop_text import StopText, cut_at_stop
 
 __all__ = ["ThreadedGeneration"]
@@ -71,15 +71,13 @@ class _Manager(BaseGenerateManager):
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], DirectStreamer]:
         """Start to generate; see the base class."""
-        job = current_job()
-        self._fit_into_context(inputs, gen_config)
         queue: asyncio.Queue[Any] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-        streamer = _Streamer(processor.tokenizer._tokenizer, loop, queue, response_parser, job)
+        self._fit_into_context(inputs, gen_config)
+        streamer = _Streamer(processor, queue, response_parser)
 
         def run() -> None:
             try:
-                _generate(model, inputs, gen_config, streamer, job)
+                _generate(model, inputs, gen_config, streamer)
             except _GenerationCancelled:
                 streamer.give(None)
             except Exception as fault:
@@ -94,13 +92,12 @@ class _Manager(BaseGenerateManager):
         """Generate to the end; see the base class."""
         job = current_job()
         self._fit_into_context(inputs, gen_config)
-        loop = asyncio.get_running_loop()
         # Stop sequences count in the content only, which a parser tells from the model's thoughts.
         parser = build_response_parser(processor, model, inputs["input_ids"]) if job.stop else None
-        streamer = _Streamer(processor.tokenizer._tokenizer, loop, asyncio.Queue(), parser, job)
-        work = partial(_generate, model, inputs, gen_config, streamer, job)
+        streamer = _Streamer(processor, asyncio.Queue(), parser)
+        work = partial(_generate, model, inputs, gen_config, streamer)
         try:
-            sequences = await loop.run_in_executor(self._threads, work)
+            sequences = await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except _GenerationCancelled as fault:
             raise RequestError(499, "the client went away") from fault
         except Exception as fault:
@@ -133,20 +130,17 @@ class _Manager(BaseGenerateManager):
 
 
 class _Streamer(DirectStreamer):
-    """Hands on the text up to the first stop sequence, and knows when the client is gone."""
+    """Passes on the text of the current request up to the first stop sequence, until its client is
+    gone.
+    """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        loop: asyncio.AbstractEventLoop,
-        queue: asyncio.Queue[Any],
-        response_parser: Any,
-        job: Job,
-    ) -> None:
+    def __init__(self, processor: Any, queue: asyncio.Queue[Any], response_parser: Any) -> None:
+        self.job, loop = current_job(), asyncio.get_running_loop()
+        tokenizer = processor.tokenizer._tokenizer
         super().__init__(tokenizer, loop, queue, response_parser=response_parser)
         # `put`, which `generate` calls for every token, raises once this is set.
-        self._cancelled = job.cancelled
-        self._text = StopText(job.stop)
+        self._cancelled = self.job.cancelled
+        self._text = StopText(self.job.stop)
 
     def stopped(self, *_: Any, **__: Any) -> bool:
         """Whether a stop sequence has come: a criterion of `generate`."""
@@ -166,9 +160,8 @@ class _Streamer(DirectStreamer):
             self.give(item)
 
 
-def _generate(
-    model: Any, inputs: Any, gen_config: Any, streamer: _Streamer, job: Job
-) -> torch.Tensor:
+def _generate(model: Any, inputs: Any, gen_config: Any, streamer: _Streamer) -> torch.Tensor:
+    job = streamer.job
     if job.cancelled.is_set():
         raise _GenerationCancelled
     if job.seed is not None:

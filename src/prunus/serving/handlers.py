@@ -91,21 +91,16 @@ class ChatHandler(_OneModelHandler, ChatCompletionHandler):
         vocabulary = model.get_input_embeddings().num_embeddings
         for token in body.get("logit_bias") or {}:
             if int(token) >= vocabulary:
-                raise RequestError(
-                    400,
-                    f"logit_bias: token {token} is outside the vocabulary of {vocabulary}",
-                    param="logit_bias",
-                )
+                reason = f"logit_bias: token {token} is outside the vocabulary of {vocabulary}"
+                raise RequestError(400, reason, param="logit_bias")
         if not body.get("logit_bias"):
             body.pop("logit_bias", None)
         return super()._build_generation_config(body, model_generation_config, use_cb)
 
-    def _build_completion(
-        self, request_id: str, content: str, *arguments: Any, **options: Any
-    ) -> Any:
+    def _build_completion(self, request_id: str, content: str, *args: Any, **options: Any) -> Any:
         # With a parser, the content is read from the tokens again, and the stop sequence with it.
         content = cut_at_stop(content, current_job().stop)
-        return super()._build_completion(request_id, content, *arguments, **options)
+        return super()._build_completion(request_id, content, *args, **options)
 
 
 class TextHandler(_OneModelHandler, CompletionHandler):

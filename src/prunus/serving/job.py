@@ -15,7 +15,7 @@ class Job:
     """A request between its arrival and the last byte of its answer.
 
     Attributes:
-        cancelled: set when nobody waits for the answer any more. The thread that generates looks at
+        cancelled: set when nobody waits for the answer any more. The thread that generates checks
             it before every token.
         gone: the same for the event loop.
         slot: while the request waits for its turn; the result is True when the turn comes, and

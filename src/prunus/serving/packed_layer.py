@@ -90,12 +90,7 @@ class PackedLayer(nn.Module):
         return sum(self._rows)
 
     def multiply(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """Map (..., in) to (..., out): the outputs of all weights side by side.
-
-        Args:
-            x: bfloat16, float16 or float32.
-            bias: (out,) in the dtype of `x`, or None.
-        """
+        """Map (..., in) to (..., out): the outputs of all weights, joined in their order."""
         biases = [None] * len(self._rows) if bias is None else bias.split(self._rows)
         outputs = [_multiply(x, part, each) for part, each in zip(self.parts, biases, strict=True)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)

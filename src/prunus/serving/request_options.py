@@ -1,6 +1,6 @@
 """What a request may ask for: checked before any work.
 
-transformers' handlers take some options on trust and leave others out without a word. Here every
+transformers' handlers do not check some options and ignore others without a word. Here every
 option is within limits, or it is refused with a sentence.
 """
 
@@ -65,10 +65,12 @@ _RESERVED = {
 _Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
-class Options(BaseModel):
-    """Options that chats and completions share; see OpenAI's API for their meaning."""
-
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
+
+
+class Options(_Strict):
+    """Options that chats and completions share; see OpenAI's API for their meaning."""
 
     model: str | None = None
     stream: bool | None = None
@@ -94,16 +96,12 @@ class Options(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
+class _Part(_Strict):
     type: Literal["text"]
     text: str
 
 
-class _Message(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
-
+class _Message(_Strict):
     role: str
     content: str | list[_Part] | None = None
     tool_calls: list[dict[str, Any]] | None = None

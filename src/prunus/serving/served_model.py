@@ -14,12 +14,9 @@ __all__ = ["ChatTokenizer", "ServedModel", "context_length", "unknown_model"]
 
 
 class ChatTokenizer:
-    """A tokenizer in the place where transformers expects a processor.
+    """A fast tokenizer in the place where transformers expects a processor.
 
     Its chat template runs within the limits of `apply_chat_template`.
-
-    Args:
-        tokenizer: a fast tokenizer of transformers.
     """
 
     def __init__(self, tokenizer: Any) -> None:

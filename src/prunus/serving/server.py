@@ -75,8 +75,8 @@ def serve(
         raise ValueError("the API key must be printable ASCII text that is not empty")
     if api_key is None and not is_loopback(host):
         raise ValueError(
-            f"{host} can be reached from other machines: give a key with --api-key or "
-            "PRUNUS_API_KEY, or serve this machine only with --host 127.0.0.1"
+            f"{host} can be reached from other machines: give an `api_key` (or set "
+            "PRUNUS_API_KEY), or serve this machine only with the `host` 127.0.0.1"
         )
     with contextlib.ExitStack() as stack:
         if Path(model).is_dir():
@@ -110,18 +110,16 @@ def serve(
 
 def _require_libraries() -> None:
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    if not missing and importlib.util.find_spec("transformers.cli.serving") is None:
+        missing = ["transformers 5.24 or later"]
     if missing:
         raise ModuleNotFoundError(
             f"prunus serve needs {', '.join(missing)}: pip install '.[serve]'"
         )
-    if importlib.util.find_spec("transformers.cli.serving") is None:
-        raise ModuleNotFoundError(
-            "prunus serve needs transformers 5.24 or later: pip install '.[serve]'"
-        )
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A socket that is bound to an address. It takes no connections yet.
+    """A socket that is bound to an address and takes no connections yet.
 
     Raises:
         ValueError: the address or the port cannot be used; quotes the reason.
@@ -132,14 +130,14 @@ def open_socket(host: str, port: int) -> socket.socket:
         )[0]
         found = socket.socket(family, kind, protocol)
     except (OSError, OverflowError, UnicodeError) as fault:
-        raise ValueError(f"--host {host} --port {port} is no address: {fault}") from fault
+        raise ValueError(f"{host} with port {port} is no address: {fault}") from fault
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
     except OSError as fault:
         found.close()
         raise ValueError(
-            f"port {port} of {host} cannot be used ({fault.strerror}); choose another with --port"
+            f"port {port} of {host} cannot be used ({fault.strerror}); choose another `port`"
         ) from fault
     return found
 
@@ -153,16 +151,8 @@ def build_app(
     max_concurrent: int = 1,
     max_waiting: int = 32,
 ) -> tuple[Gate, Any]:
-    """The application for one loaded model.
-
-    Args:
-        name: how clients call the model.
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        api_key, max_concurrent, max_waiting: see `serve`.
-
-    Returns:
-        The application, and the state of generation, whose `shutdown` waits for its threads.
+    """The application for one loaded causal language model, and the state of its generation, whose
+    `shutdown` waits for its threads. The options are those of `serve`.
 
     Raises:
         ValueError: the tokenizer is none of the library tokenizers, which streams need.
@@ -236,14 +226,10 @@ def _speak_openai_errors(app: Any) -> None:
 
 
 def make_server(gate: Gate, started: Callable[[], None]) -> Any:
-    """uvicorn's server for an application, with a clean end.
+    """uvicorn's server for an application, with a clean end. It calls `started` when it listens.
 
     After SIGTERM or SIGINT no connection is taken. Requests that are computed are finished, those
     that wait for their turn get status 503. A second SIGINT ends the server at once.
-
-    Args:
-        gate: the application.
-        started: called once connections are taken.
     """
     import uvicorn
 
@@ -256,11 +242,8 @@ def make_server(gate: Gate, started: Callable[[], None]) -> Any:
             gate.stop()
             await super().shutdown(sockets)
 
-    return Server(
-        uvicorn.Config(
-            gate, lifespan="on", log_level="error", access_log=False, server_header=False
-        )
-    )
+    quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "server_header": False}
+    return Server(uvicorn.Config(gate, lifespan="on", **quiet))
 
 
 @contextlib.contextmanager

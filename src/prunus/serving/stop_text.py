@@ -8,7 +8,7 @@ __all__ = ["StopText", "cut_at_stop"]
 
 
 class StopText:
-    """Lets a text through, piece by piece, up to the first stop sequence.
+    """Shows a text, piece by piece, up to the first stop sequence.
 
     The end of a piece may be the beginning of a stop sequence. It is held back until the next
     pieces tell.

@@ -44,15 +44,12 @@ def _config_class() -> Any:
     from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
     class PrunusConfig(QuantizationConfig):
-        """The packed linears of a checkpoint, by the names that vLLM gives them.
-
-        Attributes:
-            names: name in vLLM's model -> name in the checkpoint.
-        """
+        """The packed linears of a checkpoint, by the names that vLLM gives them."""
 
         def __init__(self, described: Description) -> None:
             super().__init__()
             self.described = described
+            #: Name in vLLM's model -> name in the checkpoint.
             self.names = {name: name for name in described.linears}
             self._layers: list[PackedLayer] = []
             self._embedding_is_packed = False
@@ -175,10 +172,8 @@ def _method_class() -> Any:
     class PrunusMethod(LinearMethodBase):
         """Computes a linear, an embedding or an output head from packed weights.
 
-        Args:
-            prefix: name of the layer, by which operators find it.
-            packed: the weights of the layer.
-            prepared: called when they are complete.
+        Operators find the layer by its name `prefix`. `prepared` is called when the weights are
+        complete.
         """
 
         def __init__(self, prefix: str, packed: PackedLayer, prepared: Any) -> None:

@@ -40,6 +40,9 @@ MAX_TOKENS = 16
 #: and multiply them there. Beyond it, expanding the whole weight pays, because torch blocks its
 #: product better.
 MAX_TOKENS_AS_MATRIX = 1024
+#: Up to this many tokens the product from bit planes is faster than expanding the weight and
+#: multiplying in bfloat16 (1536 x 1536 at 2.8 bits, one core of an AMD EPYC, Zen 4).
+MAX_PLANE_TOKENS = 256
 _BF16 = ISAS.index("avx512-bf16")  # the first with bfloat16 products
 
 
@@ -74,15 +77,7 @@ class Kernels:
         return ISAS[self.isa]
 
     def row_offsets(self, mask: torch.Tensor, in_features: int) -> torch.Tensor:
-        """Return where the values of each row begin: int64 (O + 1); the last entry is their number.
-
-        Args:
-            mask: uint8 (O, ceil(I / 8)).
-            in_features: I.
-
-        Raises:
-            ValueError: a bit beyond the last column is set.
-        """
+        """See `bitmap.row_offsets`."""
         offsets = torch.empty(mask.shape[0] + 1, dtype=torch.int64)
         count = self.library.prunus_row_offsets(
             mask.shape[0], in_features, mask.data_ptr(), offsets.data_ptr()
@@ -127,9 +122,11 @@ class Kernels:
         _check(fault)
         return out
 
-    def max_tokens(self, weight_dtype: torch.dtype, x_dtype: torch.dtype) -> int:
-        """Return the number of tokens up to which `linear` is the fastest way for these dtypes."""
-        if self.isa >= _BF16 and x_dtype is torch.bfloat16 and weight_dtype is not torch.float16:
+    def max_tokens(self, weight: Packed, x_dtype: torch.dtype) -> int:
+        """Return the number of tokens up to which `linear` is the fastest way."""
+        if isinstance(weight, QuantizedWeight):
+            return MAX_PLANE_TOKENS
+        if self.isa >= _BF16 and x_dtype is torch.bfloat16 and weight.dtype is not torch.float16:
             return MAX_TOKENS_AS_MATRIX
         return MAX_TOKENS
 
@@ -173,14 +170,9 @@ class Kernels:
         _check(fault)
 
     def plane_offsets(self, weight: QuantizedWeight) -> torch.Tensor:
-        """Find where the layers of every chunk and class begin, and check all lengths.
+        """Find where the layers of every chunk and class begin; see `planes.check`.
 
-        Args:
-            weight: as it was read; `data` may hold anything.
-
-        Returns:
-            int64 (chunks, classes, 9): where each layer and, after the last layer, the escape
-            bytes begin in `data`; -1 where there is nothing.
+        The data may hold anything.
 
         Raises:
             ValueError: the parts do not fit each other, or the planes are damaged.
@@ -207,7 +199,7 @@ class Kernels:
     def dense_linear(
         self, x: torch.Tensor, weight_OI: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return `x · weight_OIᵀ + bias` (..., O), everything bfloat16; `x` is as for `linear`."""
+        """Return `x · weight_OIᵀ + bias` (..., O), all in bfloat16; `x` is as for `linear`."""
         rows, in_features = weight_OI.shape
         dense = PackedWeight((rows, in_features), weight_OI.view(-1))
         return self.linear(x, dense, None, bias)
@@ -215,13 +207,10 @@ class Kernels:
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, form: int
     ) -> torch.Tensor:
-        """Return the RMS norm of `x` over its last dimension, in its dtype and shape.
+        """Return the RMS norm of `x` (..., I) over its last dimension, in its dtype and shape.
 
-        Args:
-            x: bfloat16, float16 or float32 (..., I), contiguous and not empty.
-            weight: (I,), contiguous, in the dtype of `x`.
-            eps: added to the mean of squares.
-            form: how the weight enters, as `prunus_rms_norm` numbers it.
+        `x` and `weight` (I,) are contiguous, not empty, and of one dtype of floats. `form` says how
+        the weight enters, as `prunus_rms_norm` numbers it.
         """
         out, width = torch.empty_like(x), weight.shape[0]
         fault = self.library.prunus_rms_norm(
@@ -243,10 +232,8 @@ class Kernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rotary embedding of one token, in the form that splits heads into halves.
 
-        Args:
-            query: bfloat16, float16 or float32 (1, heads, 1, D), contiguous; D is even.
-            key: (1, key heads, 1, D), likewise.
-            cos, sin: D numbers each, likewise.
+        The query (1, heads, 1, D), the key (1, key heads, 1, D), and D numbers each of `cos` and
+        `sin` are contiguous and of one dtype of floats; D is even.
         """
         out, out_key = torch.empty_like(query), torch.empty_like(key)
         fault = self.library.prunus_rotate(
@@ -266,10 +253,7 @@ class Kernels:
         return out, out_key
 
     def read(self, data: torch.Tensor) -> int:
-        """Sum the bytes of `data` as 64-bit words, in whole pieces of 64 KiB.
-
-        It runs as fast as memory can be read, which makes it a measure of the bandwidth.
-        """
+        """Sum the bytes of `data` as 64-bit words, as fast as memory can be read."""
         threads = torch.get_num_threads()
         return int(self.library.prunus_read(threads, data.data_ptr(), data.nbytes))
 
