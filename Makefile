@@ -7,7 +7,7 @@ JOBS   ?= 2
 # Reference data and golden masks; tests that need them skip where the folder is absent.
 export PRUNUS_SHARED ?= ../shared
 
-.PHONY: demo test check hostile cuda mutants docs sanitize wheel-test vllm-test install clean
+.PHONY: demo test check hostile cuda docs sanitize wheel-test vllm-test install clean
 
 # One stamp per environment: installing again is a no-op until the project file changes.
 STAMP := $(VENV)/.prunus-installed
@@ -31,10 +31,6 @@ check: $(STAMP)
 cuda: $(STAMP)
 	$(BIN)/python -m pytest -m "cuda or gpu"
 	$(BIN)/python benchmarks/gpu.py build/gpu --json docs/results/gpu.json
-
-# Faults of device code, put into copies of the package one at a time: each must fail a test.
-mutants: $(STAMP)
-	$(BIN)/python -m pytest -m slow tests/pruning/test_device_mutants.py
 
 demo: $(STAMP)
 	$(BIN)/python benchmarks/demo.py

@@ -499,9 +499,7 @@ def test_weights_that_are_not_finite(value, method, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "factor"),
-    [("float32", 1e30), ("float16", 1e5), ("bfloat16", 1e30)],
-    ids=str,
+    ("dtype", "factor"), [("float32", 1e30), ("float16", 1e5), ("bfloat16", 1e30)], ids=str
 )
 @pytest.mark.parametrize("propagate", ["linear", "block"])
 def test_activations_that_are_not_finite(dtype, factor, propagate, dense, tmp_path):

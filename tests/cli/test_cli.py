@@ -110,10 +110,7 @@ def test_doctor_speaks_in_sentences_and_names_missing_extras(tmp_path, monkeypat
     result = call("doctor", "--json", tmp_path / "state.json")
     assert "The extra data is not installed: pip install '.[data]' gives C4" in result.stdout
     assert "instruction_set" not in result.stdout
-    assert json.loads((tmp_path / "state.json").read_text())["missing_extras"] == [
-        "data",
-        "report",
-    ]
+    assert json.loads((tmp_path / "state.json").read_text())["missing_extras"] == ["data", "report"]
 
 
 def test_int8_shows_the_perplexity_before_and_after(dense, text, tmp_path):

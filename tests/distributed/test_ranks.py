@@ -106,11 +106,7 @@ def test_a_rank_lost_in_training_is_named_and_another_number_goes_on(found):
 
 
 @pytest.mark.parametrize(
-    ("case", "says"),
-    [
-        ("original", "`propagate` block keeps"),
-        ("other options", ""),
-    ],
+    ("case", "says"), [("original", "`propagate` block keeps"), ("other options", "")]
 )
 def test_a_run_that_ranks_cannot_split_is_refused_before_any_work(found, case, says):
     first, second = found["refused"][case]["errors"]

@@ -66,10 +66,9 @@ def test_the_page_goes_from_a_checkpoint_to_a_text(tmp_path):
             if words[0] == "ollama":
                 continue
             program, *arguments = [word.replace("$LLAMA_CPP", LLAMA_CPP) for word in words]
-            command = {
-                "prunus": [sys.executable, "-m", "prunus"],
-                "python": [sys.executable],
-            }.get(program, [program])
+            command = {"prunus": [sys.executable, "-m", "prunus"], "python": [sys.executable]}.get(
+                program, [program]
+            )
             if program == "prunus":
                 arguments += SMALL.get(arguments[0], [])
             environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}

@@ -51,9 +51,7 @@ SENTENCE = "The quick brown fox jumps over the lazy dog number {}. "
 def model(tmp_path_factory) -> Path:
     """A tiny checkpoint with a tokenizer, wide enough for 2:4."""
     folder = tiny_checkpoint(
-        tmp_path_factory.mktemp("tutorial") / "model",
-        dtype=torch.bfloat16,
-        vocab_size=VOCABULARY,
+        tmp_path_factory.mktemp("tutorial") / "model", dtype=torch.bfloat16, vocab_size=VOCABULARY
     )
     byte_tokenizer().save_pretrained(folder)
     return folder

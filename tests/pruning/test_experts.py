@@ -213,11 +213,7 @@ def test_experts_are_pruned_as_by_a_naive_reference(family, views, few, rule, tm
     tiny_checkpoint(tmp_path / "dense", family)
     ids = token_ids()
     report = prunus.prune(
-        tmp_path / "dense",
-        tmp_path / "pruned",
-        calibration=ids,
-        batch=2,
-        min_expert_tokens=minimum,
+        tmp_path / "dense", tmp_path / "pruned", calibration=ids, batch=2, min_expert_tokens=minimum
     )
     model = loaded(tmp_path / "dense")
     with torch.no_grad():

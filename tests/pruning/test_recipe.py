@@ -19,7 +19,7 @@ TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
 SHAPES = st.one_of(
     st.fixed_dictionaries({"sparsity": st.floats(0, 1, exclude_max=True)}),
     st.integers(1, 16).flatmap(
-        lambda m: st.builds(lambda n: {"pattern": f"{n}:{m}"}, st.integers(1, m)),
+        lambda m: st.builds(lambda n: {"pattern": f"{n}:{m}"}, st.integers(1, m))
     ),
 )
 METHODS = st.one_of(

@@ -42,16 +42,7 @@ __all__ = ["Kinds", "more_kinds"]
 Kinds = dict[str, tuple[Path, Callable[[Path, random.Random], None], Callable[[Path], None]]]
 Mutate = Callable[[Any, random.Random], Any]
 
-ARCHITECTURES = (
-    "gptj",
-    "gpt_neo",
-    "opt",
-    "bloom",
-    "gemma3_text",
-    "gpt2",
-    "mistral",
-    "qwen3",
-)
+ARCHITECTURES = ("gptj", "gpt_neo", "opt", "bloom", "gemma3_text", "gpt2", "mistral", "qwen3")
 #: Fields that size something in some architecture. A case may add one that is not there.
 SIZES = [
     *("num_hidden_layers", "n_layer", "num_layers", "n_positions", "max_position_embeddings"),

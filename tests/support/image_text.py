@@ -39,11 +39,7 @@ _QWEN_VISION: dict[str, Any] = {"depth": 2, "hidden_size": 32, "num_heads": 4, "
 
 #: Model type -> class of the configuration, options of its language model and of its vision tower.
 IMAGE_TEXT_MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "qwen2_vl": (
-        "Qwen2VLConfig",
-        _QWEN_TEXT,
-        _QWEN_VISION | {"embed_dim": 32, "mlp_ratio": 2},
-    ),
+    "qwen2_vl": ("Qwen2VLConfig", _QWEN_TEXT, _QWEN_VISION | {"embed_dim": 32, "mlp_ratio": 2}),
     "qwen2_5_vl": (
         "Qwen2_5_VLConfig",
         _QWEN_TEXT,

@@ -49,8 +49,7 @@ class _Group(dist.ProcessGroup):
     ) -> Any:
         [output], [given] = outputs, inputs
         return self._run(
-            [*output, given],
-            lambda host: self._gloo.allgather([host[:-1]], [host[-1]], options),
+            [*output, given], lambda host: self._gloo.allgather([host[:-1]], [host[-1]], options)
         )
 
     def _run(self, tensors: Sequence[torch.Tensor], start: Any) -> Any:

@@ -88,10 +88,7 @@ def prune(
     pattern = pattern or Pattern(group=METHODS[name].with_options(options).default_group)
     module = nn.Linear(w.shape[1], w.shape[0], bias=False)
     module.weight = nn.Parameter(w.float().clone(), requires_grad=False)
-    spec = StatisticsSpec(
-        needs=method.needs,
-        drift="all" if method.needs_drift else "none",
-    )
+    spec = StatisticsSpec(needs=method.needs, drift="all" if method.needs_drift else "none")
     statistics = InputStatistics(w.shape[1], spec)
     dense = x.float() * 1.01 if method.needs_drift else None
     statistics.add(x, dense)
