@@ -14,6 +14,7 @@ from prunus.calibration.generate import start_token
 from prunus.calibration.sources import find_source
 from prunus.calibration.training_text import training_text
 from prunus.calibration.windows import Wanted
+from prunus.evaluation.options import TextOptions
 from prunus.evaluation.text import scoring_windows
 from tiny_tokenizer import BOS, byte_tokenizer
 
@@ -43,7 +44,7 @@ def windows(kind: str, texts: dict[str, str], tokenizer, bos: str) -> tuple[torc
     """Windows of 8 tokens, and what they are said to begin with."""
     source = texts["many" if "documents" in kind else "one"]
     if kind == "scoring":
-        found = scoring_windows(source, lambda: tokenizer, 8, 20, None, bos)
+        found = scoring_windows(source, lambda: tokenizer, 8, TextOptions(samples=20, bos=bos))
         return found.ids, found.bos
     options = {"tokenizer": lambda: tokenizer, "seqlen": 8, "seed": 0, "bos": bos}
     if "training" in kind:
@@ -92,7 +93,7 @@ def test_bad_choices(texts, tmp_path):
     ids = tmp_path / "ids.safetensors"
     save_file({"input_ids": torch.arange(64).view(4, 16)}, ids)
     with pytest.raises(ValueError, match=r"ids\.safetensors stay as they are given"):
-        scoring_windows(str(ids), byte_tokenizer, 8, None, None, "yes")
+        scoring_windows(str(ids), byte_tokenizer, 8, TextOptions(bos="yes"))
     source, wanted = find_source(str(ids)), Wanted(samples=2, seqlen=8)
     options = {"tokenizer": lambda: None, "seqlen": 8, "seed": 0, "held_out": 1}
     with pytest.raises(ValueError, match=r"ids\.safetensors stay as they are given"):

@@ -67,8 +67,8 @@ def test_choices_take_the_place_of_the_checkpoints_and_the_rest_stays():
     [
         ({"temperature": -1}, "temperature must be 0 or more, not -1"),
         ({"temperature": float("nan")}, "temperature must be"),
-        ({"top_p": 0}, "top-p must be above 0 and at most 1, not 0"),
-        ({"top_p": 1.5}, "top-p must be"),
+        ({"top_p": 0}, "top_p must be above 0 and at most 1, not 0"),
+        ({"top_p": 1.5}, "top_p must be"),
         ({"temperature": 0, "top_p": 0.5}, "leave one of them out"),
         ({"seed": -1}, "seed must be from 0"),
     ],
@@ -86,7 +86,8 @@ def test_a_conversation_keeps_its_history(talker):
         {"role": "assistant", "content": first},
     ]
     read = []
-    talk._inputs = lambda messages, inner=talk._inputs: read.append(messages) or inner(messages)
+    inner = talk._inputs
+    talk._inputs = lambda asked: read.append([*talk.messages, asked]) or inner(asked)
     next(talk.answer("and now?"))
     assert [message["content"] for message in read[0]] == ["hello", first, "and now?"]
     # The caller took one piece alone, and then no more.
@@ -124,7 +125,7 @@ def test_the_command_answers_lines_until_exit(talker, tmp_path):
 def test_the_command_wants_a_prompt_or_a_chat(talker):
     assert "give --prompt TEXT" in call("generate", talker, status=2).stderr
     result = call("generate", talker, "--prompt", "a", "--top-p", "2", status=2)
-    assert "top-p must be" in result.stderr
+    assert "top_p must be" in result.stderr
 
 
 def test_quiet_verbs_show_their_result_alone(tmp_path):

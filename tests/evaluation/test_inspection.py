@@ -94,15 +94,7 @@ def test_a_path_and_a_loaded_model_give_the_same(family, tmp_path):
         assert (linear.sparsity < 0.01) == (".1.mlp." in linear.name)
 
 
-def test_stricter_patterns_hold_with_the_looser_ones(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense")
-    prunus.prune(dense, tmp_path / "out", "magnitude", pattern="1:4")
-    for linear in prunus.inspect(tmp_path / "out").linears:
-        assert linear.patterns == tuple(f"{n}:{m}" for n, m in PATTERNS)
-        assert linear.sparsity == 0.75
-
-
-def test_the_order_is_the_models_and_counts_are_those_of_the_files(tmp_path):
+def test_counts_are_those_of_the_files_in_the_order_of_the_model(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
     stored = load_file(dense / "model.safetensors")
     found = prunus.inspect(dense)
@@ -112,8 +104,15 @@ def test_the_order_is_the_models_and_counts_are_those_of_the_files(tmp_path):
         "model.layers.1.self_attn.k_proj",
     ]
     assert found.weights == sum(stored[f"{linear.name}.weight"].numel() for linear in found.linears)
-    assert found.sparsity == 0
-    assert not found.left_dense
+    assert found.sparsity == 0 and not found.left_dense
+    content = json.loads(json.dumps(found.as_dict()))
+    assert (content["blocks"], content["weights"]) == (2, found.weights)
+    assert len(content["linears"]) == 14 and content["linears"][0]["shape"] == [32, 32]
+    # Stricter patterns hold with the looser ones.
+    prunus.prune(dense, tmp_path / "out", "magnitude", pattern="1:4")
+    for linear in prunus.inspect(tmp_path / "out").linears:
+        assert linear.patterns == tuple(f"{n}:{m}" for n, m in PATTERNS)
+        assert linear.sparsity == 0.75
 
 
 def test_weights_that_no_method_prunes_are_named():
@@ -130,15 +129,6 @@ def test_weights_that_no_method_prunes_are_named():
         NotImplementedError, match=r"mlp\.experts of shape \(2, 3, 4\) looks like experts fused"
     ):
         left_dense(block, find_linears(block))
-
-
-def test_as_dict_is_json(tmp_path):
-    found = prunus.inspect(tiny_checkpoint(tmp_path / "dense"))
-    content = json.loads(json.dumps(found.as_dict()))
-    assert content["blocks"] == 2
-    assert len(content["linears"]) == 14
-    assert content["linears"][0]["shape"] == [32, 32]
-    assert content["weights"] == found.weights
 
 
 def test_what_is_no_causal_lm_is_refused(tmp_path):

@@ -75,27 +75,21 @@ def test_figures_are_those_of_two_models_side_by_side(family, tmp_path, runs):
     assert runs == ["whole", "whole"]
 
 
-def test_the_reference_runs_once_for_each_text(folders, runs):
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_reference_runs_once_for_each_text(stream, folders, runs):
+    models = MODELS[:2] if stream else MODELS
     with Reference(folders / "dense") as reference:
         found = {
-            (text, model): score(folders, model, reference, text)
+            (text, model): score(folders, model, reference, text, stream=stream)
             for text in ("ids", "other")
-            for model in MODELS
+            for model in models
         }
-    assert runs == ["whole", "whole"]
+    # A streamed model runs its blocks in the same way.
+    assert runs == (["streamed"] * 6 if stream else ["whole", "whole"])
     for (text, model), result in found.items():
-        alone = score(folders, model, folders / "dense", text)
+        alone = score(folders, model, folders / "dense", text, stream=stream)
         assert without_seconds(result) == without_seconds(alone)
     assert found["ids", "dense"].divergence.kl == 0
-
-
-def test_a_streamed_reference_runs_once_for_each_text(folders, runs):
-    alone = [score(folders, model, folders / "dense", stream=True) for model in MODELS[:2]]
-    runs.clear()
-    with Reference(folders / "dense") as reference:
-        found = [score(folders, model, reference, stream=True) for model in MODELS[:2]]
-    assert runs == ["streamed"] * 3, "once the reference, and once each model"
-    assert [*map(without_seconds, found)] == [*map(without_seconds, alone)]
 
 
 def test_another_batch_or_dtype_runs_again(folders, runs):

@@ -55,14 +55,15 @@ def test_logits_in_parts_give_the_same_loss(monkeypatch, ids, tmp_path):
 def test_every_tensor_is_read_once(monkeypatch, ids, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", tie_word_embeddings=False)
     seen: Counter[str] = Counter()
-    read = Checkpoint.read
+    for name in ("read", "views"):
+        original = getattr(Checkpoint, name)
 
-    def counting(self, names):
-        names = list(names)
-        seen.update(names)
-        return read(self, names)
+        def counting(self, names, *options, original=original):
+            names = list(names)
+            seen.update(names)
+            return original(self, names, *options)
 
-    monkeypatch.setattr(Checkpoint, "read", counting)
+        monkeypatch.setattr(Checkpoint, name, counting)
     score(dense, ids, stream=True)
     # Final norm and rotary tables come with the embedding and with the head.
     assert {name for name, count in seen.items() if count > 1} == {"model.norm.weight"}
@@ -79,7 +80,7 @@ def test_what_does_not_fit_is_streamed_and_what_does_is_not(monkeypatch, ids, tm
     assert score(dense, ids, memory=need - 1).streamed
     assert score(dense, ids, memory=f"{need // 2048}KB").streamed
     with pytest.raises(
-        ValueError, match=r"block by block needs .* the memory budget is .* Raise memory"
+        ValueError, match=r"block by block needs .* the memory budget is .* Raise `memory`"
     ):
         score(dense, ids, memory=large // 12)
 

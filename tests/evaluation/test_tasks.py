@@ -85,8 +85,7 @@ def theirs(name: str, splits: dict[str, list[dict]], monkeypatch, shots: int = 0
 
 
 @pytest.mark.parametrize("name", TASKS)
-@pytest.mark.parametrize("shots", [0, 3])
-def test_prompts_and_targets_are_those_of_lm_evals_own_task(name, shots, tmp_path, monkeypatch):
+def test_prompts_and_targets_are_those_of_lm_evals_own_task(name, tmp_path, monkeypatch):
     rows, examples = upstream(name), upstream(name, 9, first=20)
     # Where there is no training split, lm-eval draws from the rows themselves.
     splits = (
@@ -96,107 +95,35 @@ def test_prompts_and_targets_are_those_of_lm_evals_own_task(name, shots, tmp_pat
         splits["validation"] = upstream(name, 5, first=40)
     for split, content in splits.items():
         write_split(tmp_path, name, split, [reduced(name, row) for row in content])
-    expected = theirs(name, splits, monkeypatch, shots)
-    assert ours(name, tmp_path, shots) == expected
-    assert len(expected) >= len(rows)
+    for shots in (0, 3):
+        expected = theirs(name, splits, monkeypatch, shots)
+        assert ours(name, tmp_path, shots) == expected
+        assert len(expected) >= len(rows)
 
 
-@pytest.mark.parametrize("name", CHOICES)
-def test_real_rows_with_upstream_fields_survive_the_reduced_form(name, data, tmp_path, monkeypatch):
-    file = data / "zeroshot" / f"{name}_validation.jsonl"
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-    # lm-eval takes its time: the first rows, and all whose choices are not simply A to D.
-    rows = rows[:40] + [row for row in rows[40:] if row["choices"]["label"] != list("ABCD")]
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "lambada_openai"])
+def test_real_rows_give_the_prompts_of_lm_evals_own_task(name, data, tmp_path, monkeypatch):
+    stem = "winogrande_xl" if name == "winogrande" else name
+    [file] = (data / "zeroshot").glob(f"{stem}_validation.jsonl*")
+    rows = [json.loads(line) for line in read_text(file).split("\n") if line]
+    # lm-eval takes its time: the first rows, some others, and all whose choices are not A to D.
+    rare = [row for row in rows[40:] if name in CHOICES and len(row["choices"]["label"]) != 4]
+    rows = rows[:40] + rows[40 :: len(rows) // 40] + rare
     expected = theirs(name, {"test": rows, "validation": rows, "train": rows[:1]}, monkeypatch)
-    write_split(tmp_path, name, "test", [reduced(name, row) for row in rows])
+    write_split(tmp_path, name, SPLIT[name], rows)
     assert ours(name, tmp_path) == expected
-    write_split(tmp_path, name, "test", rows)
-    assert ours(name, tmp_path) == expected, (
-        "rows that have the upstream fields already stay as they are"
-    )
+    if name in CHOICES:
+        write_split(tmp_path, name, "test", [reduced(name, row) for row in rows])
+        assert ours(name, tmp_path) == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "file"),
-    [
-        ("boolq", "boolq_validation.jsonl"),
-        ("rte", "rte_validation.jsonl"),
-        ("hellaswag", "hellaswag_validation.jsonl.gz"),
-        ("winogrande", "winogrande_xl_validation.jsonl"),
-    ],
-)
-def test_real_rows_in_upstream_form_give_the_prompts_of_lm_evals_own_task(
-    name, file, data, tmp_path, monkeypatch
-):
-    text = read_text(data / "zeroshot" / file)
-    rows = [json.loads(line) for line in text.split("\n") if line]
-    rows = rows[:40] + rows[40 :: len(rows) // 40]
-    write_split(tmp_path, name, "validation", rows)
-    assert ours(name, tmp_path) == theirs(
-        name, {"validation": rows, "train": rows[:1]}, monkeypatch
-    )
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_real_local_datasets_give_every_task_its_rows(name, data):
-    [loaded] = load_tasks([name], folder=data, limit=2)
-    [task] = loaded.content["tasks"].values()
-    counts = {"boolq": 3270, "rte": 277, "hellaswag": 10042, "winogrande": 1267, "arc_easy": 2376}
-    counts |= {"arc_challenge": 1172, "openbookqa": 500, "lambada_openai": 5153}
-    assert len(task.eval_docs) == counts[name]
-    assert loaded.source.startswith(
-        f"zeroshot/{'winogrande_xl' if name == 'winogrande' else name}_{SPLIT[name]}"
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "prompt", "continuations", "target"),
-    [
-        (
-            "boolq",
-            "Stone -- Birch is 1 ages old.\u2028It lasts.\n"
-            "Question: is birch older than stone?\nAnswer:",
-            [" no", " yes"],
-            1,
-        ),
-        (
-            "rte",
-            "The birch fell 1 days ago.\nQuestion: The birch stands. True or False?\nAnswer:",
-            [" True", " False"],
-            0,
-        ),
-        (
-            "hellaswag",
-            "Wrapping gifts: A man has 1 boxes. How to wrap them He takes paper",
-            [f" and {verb} the birch." for verb in ("folds", "eats", "burns", "is")],
-            1,
-        ),
-        (
-            "arc_easy",
-            "Question: What grows in 1 years?\nAnswer:",
-            [" birch 0", " cedar 1", " dune 2", " ember 3"],
-            1,
-        ),
-        (
-            "openbookqa",
-            "After 1 rains there is",
-            [" birch 0", " cedar 1", " dune 2", " ember 3"],
-            1,
-        ),
-    ],
-)
-def test_prompts_written_out_by_hand(name, prompt, continuations, target, local_datasets):
-    second = [request for request in ours(name, local_datasets) if request[0][0] == prompt]
-    assert [args[1] for args, _, _ in second] == continuations
-    assert {right for _, _, right in second} == {target}
-
-
-def test_winogrande_puts_the_choice_into_the_prompt(local_datasets):
-    found = ours("winogrande", local_datasets)[2:4]
-    assert [args for args, _, _ in found] == [
-        ("The birch did not fit in the chest because the birch", " was too big for 1 men."),
-        ("The birch did not fit in the chest because the chest", " was too big for 1 men."),
-    ]
+def test_real_local_datasets_give_tasks_their_rows(data):
+    counts = {"rte": 277, "winogrande": 1267, "openbookqa": 500, "lambada_openai": 5153}
+    files = ("rte_val", "winogrande_xl_val", "openbookqa_test", "lambada_openai_test")
+    for loaded, file in zip(load_tasks([*counts], folder=data, limit=2), files, strict=True):
+        [task] = loaded.content["tasks"].values()
+        assert len(task.eval_docs) == counts[loaded.name]
+        assert loaded.source.startswith(f"zeroshot/{file}")
 
 
 def test_examples_come_from_the_training_split_and_from_no_other(tmp_path):
@@ -276,23 +203,19 @@ def test_short_catalogue_holds_the_definitions_of_the_long_one():
 # --- names ---
 
 
-def test_unknown_tasks_are_refused_with_the_nearest_names(local_datasets):
-    with pytest.raises(ValueError, match=r"unknown task 'arc_eazy': did you mean arc_easy"):
-        load_tasks(["boolq", "arc_eazy"], folder=local_datasets)
-    with pytest.raises(ValueError, match="no tasks are named"):
-        load_tasks([], folder=local_datasets)
-
-
-def test_paper7_stands_for_the_papers_tasks(local_datasets):
+def test_names_of_tasks(model, local_datasets, monkeypatch):
     loaded = load_tasks(["rte", "paper7"], folder=local_datasets, limit=1)
     assert [task.name for task in loaded] == ["rte", *(task for task in PAPER7 if task != "rte")]
-
-
-def test_empty_names_are_passed_over(model, local_datasets):
     options = {"tokenizer": byte_tokenizer(), "data": local_datasets, "limit": 1}
     assert [score.task for score in prunus.evaluate(model, " rte, ", **options).scores] == ["rte"]
-    with pytest.raises(ValueError, match="no tasks are named"):
-        prunus.evaluate(model, ",", **options)
+    for nothing in (",", []):
+        with pytest.raises(ValueError, match="no tasks are named"):
+            prunus.evaluate(model, nothing, **options)
+    # The whole catalogue takes many seconds to read.
+    catalogue = tasks._catalogue(["rte"])
+    monkeypatch.setattr(tasks, "_catalogue", lambda names: catalogue)
+    with pytest.raises(ValueError, match=r"unknown task 'arc_eazy': did you mean arc_easy"):
+        load_tasks(["boolq", "arc_eazy"], folder=local_datasets)
 
 
 def test_a_task_with_a_fixed_number_of_examples_keeps_it():
@@ -438,11 +361,11 @@ def test_few_shot_numbers_are_reported(model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"fewshot": -1}, "fewshot must be 0 or more"),
-        ({"limit": 0}, "limit must be at least 1 row"),
+        ({"fewshot": -1}, "fewshot must be at least 0"),
+        ({"limit": 0}, "limit must be at least 1"),
         ({"batch": 0}, "batch must be 'auto' or at least 1"),
         ({"batch": "many"}, "batch must be 'auto' or at least 1"),
-        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"dtype": "int8"}, "dtype: input should be"),
         ({"dtype": "float32"}, "a loaded model is scored as it is"),
         ({"tokenizer": None}, "needs its tokenizer"),
     ],

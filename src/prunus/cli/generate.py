@@ -67,17 +67,16 @@ def generate(
         from prunus.evaluation.generation import generate as generate_pieces
 
         sampling = Sampling(temperature, top_p, seed)
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+        if prompt is None and not chat:
+            raise ValueError("give --prompt TEXT to continue, or --chat to talk with the model")
+        talk: Any = Conversation(model, **options) if chat else None
         if prompt is None:
-            if not chat:
-                raise ValueError("give --prompt TEXT to continue, or --chat to talk with the model")
-            talk = Conversation(model, max_new_tokens=max_new_tokens, sampling=sampling)
             _converse(talk, json_file)
             write_json(json_file, {"model": model, "messages": talk.messages})
             return
         pieces: list[str] = []
-        steps = generate_pieces(
-            model, prompt, max_new_tokens=max_new_tokens, chat=chat, sampling=sampling
-        )
+        steps = talk.answer(prompt) if talk else generate_pieces(model, prompt, **options)
         if _print_all(steps, pieces, json_file):
             print_text("\n", json_file)
             write_json(json_file, {"model": model, "prompt": prompt, "text": "".join(pieces)})

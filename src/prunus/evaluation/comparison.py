@@ -18,7 +18,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prunus.evaluation.records import ModelSize, PerplexityResult
-from prunus.evaluation.task_scores import MEAN, PAPER7, Metric, TaskResults, paired_difference
+from prunus.evaluation.task_scores import (
+    MEAN,
+    PAPER7,
+    Metric,
+    TaskResults,
+    mean_of_tasks,
+    paired_difference,
+)
 
 __all__ = ["Difference", "compare", "side_by_side"]
 
@@ -128,19 +135,9 @@ def _difference(first: Metric, other: Metric) -> tuple[float, float | None, bool
 
 
 def _mean_difference(model: str, parts: Sequence[tuple[float, float | None, bool]]) -> Difference:
-    """The mean of the differences on the paper's tasks.
-
-    The tasks have different rows, so their errors are independent: se = √(Σ se²) / 7.
-    """
-    errors = [stderr for _, stderr, _ in parts if stderr is not None]
-    return Difference(
-        model,
-        MEAN,
-        "acc",
-        sum(value for value, _, _ in parts) / len(PAPER7),
-        math.hypot(*errors) / len(PAPER7) if len(errors) == len(PAPER7) else None,
-        all(paired for _, _, paired in parts),
-    )
+    """The mean of the differences on the paper's tasks."""
+    value, stderr = mean_of_tasks([(value, stderr) for value, stderr, _ in parts])
+    return Difference(model, MEAN, "acc", value, stderr, all(paired for _, _, paired in parts))
 
 
 def _check_same_tasks(first: TaskResults, other: TaskResults) -> None:

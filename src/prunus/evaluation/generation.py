@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ from prunus.model.tokenizer import load_tokenizer
 
 __all__ = ["Conversation", "Sampling", "generate", "token_settings"]
 
-#: Settings of a checkpoint that choose the next token or end the text: flags, numbers, tokens.
-_FLAGS = ("do_sample",)
-_NUMBERS = (
+#: Settings of a checkpoint that choose the next token or end the text.
+_SETTINGS = (
+    "do_sample",
     "temperature",
     "top_k",
     "top_p",
@@ -28,15 +29,12 @@ _NUMBERS = (
     "typical_p",
     "repetition_penalty",
     "no_repeat_ngram_size",
-)
-_TOKENS = (
     "suppress_tokens",
     "begin_suppress_tokens",
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
 )
-_SEEDS = 2**63
 
 
 @dataclass(frozen=True)
@@ -62,13 +60,13 @@ class Sampling:
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top-p must be above 0 and at most 1, not {self.top_p}")
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.temperature == 0 and self.top_p is not None:
             raise ValueError(
-                f"temperature 0 takes the most likely token, and top-p {self.top_p} draws among "
+                f"temperature 0 takes the most likely token, and top_p {self.top_p} draws among "
                 "several: leave one of them out"
             )
-        if self.seed is not None and not 0 <= self.seed < _SEEDS:
+        if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, not {self.seed}")
 
     def applied_to(self, settings: Any) -> Any:
@@ -91,41 +89,54 @@ def generate(
     prompt: str,
     *,
     max_new_tokens: int = 128,
-    chat: bool = False,
     sampling: Sampling | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of `prompt` piece by piece, with the model's own generation settings.
 
     Args:
         model: checkpoint folder or hub id, dense or packed.
-        prompt: the text to continue. With `chat`, the message of the user.
+        prompt: the text to continue.
         max_new_tokens: the largest number of tokens to generate.
-        chat: put the prompt into the tokenizer's chat template.
         sampling: how tokens are chosen, in place of the checkpoint's settings.
 
     Raises:
-        ValueError: an empty prompt, a length below 1, or `chat` with a tokenizer that has no
-            template, or one that cannot be applied (see `apply_chat_template`).
+        ValueError: an empty prompt, or a length below 1.
     """
     if not prompt:
         raise ValueError("the prompt is empty; give some text")
-    if chat:
-        conversation = Conversation(model, max_new_tokens=max_new_tokens, sampling=sampling)
-        return conversation.answer(prompt)
-    _check_length(max_new_tokens)
-    folder = resolve_folder(model)
-    tokenizer = load_tokenizer(folder)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    return _stream(_load(folder, sampling), tokenizer, inputs, max_new_tokens)
+    writer = _Writer(model, max_new_tokens, sampling)
+    return writer.write(writer.tokenizer(prompt, return_tensors="pt"))
+
+
+class _Writer:
+    """A model that continues token ids. Its weights are loaded when they are needed first."""
+
+    def __init__(self, model: str | Path, length: int, sampling: Sampling | None) -> None:
+        if length < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {length}")
+        self.length = length
+        self._folder = resolve_folder(model)
+        self._sampling = sampling or Sampling()
+        self.tokenizer = load_tokenizer(self._folder)
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """The model with its settings for generation."""
+        loaded = load_model(self._folder)
+        settings = token_settings(loaded.generation_config)
+        loaded.generation_config = self._sampling.applied_to(settings)
+        if self._sampling.seed is not None:
+            torch.manual_seed(self._sampling.seed)
+        return loaded
+
+    def write(self, inputs: Any) -> Iterator[str]:
+        return _stream(self.model, self.tokenizer, inputs, self.length)
 
 
 class Conversation:
     """A model and the messages that were exchanged with it.
 
-    Args:
-        model: checkpoint folder or hub id, dense or packed. It is loaded at the first message.
-        max_new_tokens: the largest number of tokens of an answer.
-        sampling: how tokens are chosen, in place of the checkpoint's settings.
+    The arguments are those of `generate`. The model is loaded at the first message.
 
     Attributes:
         messages: as chat templates read them, `{"role": "user", "content": "…"}`, in order.
@@ -138,16 +149,11 @@ class Conversation:
     def __init__(
         self, model: str | Path, *, max_new_tokens: int = 128, sampling: Sampling | None = None
     ) -> None:
-        _check_length(max_new_tokens)
+        self._writer = _Writer(model, max_new_tokens, sampling)
+        if not getattr(self._writer.tokenizer, "chat_template", None):
+            raise ValueError(f"{model}: the tokenizer has no chat template; leave `chat` out")
         self.messages: list[dict[str, str]] = []
         self.forgotten = 0
-        self._folder = resolve_folder(model)
-        self._tokenizer = load_tokenizer(self._folder)
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise ValueError(f"{model}: the tokenizer has no chat template; leave `chat` out")
-        self._length = max_new_tokens
-        self._sampling = sampling
-        self._model: Any = None
 
     def answer(self, message: str) -> Iterator[str]:
         """Yield the answer to a message piece by piece. Both become part of the conversation.
@@ -161,32 +167,32 @@ class Conversation:
         if not message.strip():
             raise ValueError("the message is empty; give some text")
         asked = {"role": "user", "content": message}
-        # The template comes first: what is wrong with it shows before the weights are read.
-        inputs = self._inputs([*self.messages[self.forgotten :], asked])
-        if self._model is None:
-            self._model = _load(self._folder, self._sampling)
-        context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        while context is not None and inputs["input_ids"].shape[1] + self._length > context:
+        # The template is applied first: what is wrong with it shows before the weights are read.
+        inputs = self._inputs(asked)
+        config = self._writer.model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None) or math.inf
+        while (tokens := inputs["input_ids"].shape[1]) + self._writer.length > context:
             if self.forgotten >= len(self.messages):
                 raise ValueError(
-                    f"the message has {inputs['input_ids'].shape[1]} tokens, and an answer may "
-                    f"have {self._length}; the model reads {context} in all. Give a shorter "
+                    f"the message has {tokens} tokens, and an answer may have "
+                    f"{self._writer.length}; the model reads {context} in all. Give a shorter "
                     "message, or a smaller `max_new_tokens`"
                 )
-            # A template expects a question before each answer, so both go.
+            # A template expects a question before each answer, so both are left out.
             self.forgotten += 2
-            inputs = self._inputs([*self.messages[self.forgotten :], asked])
+            inputs = self._inputs(asked)
         return self._answer(asked, inputs)
 
-    def _inputs(self, messages: list[dict[str, str]]) -> Any:
-        text = apply_chat_template(self._tokenizer, messages)
+    def _inputs(self, asked: dict[str, str]) -> Any:
+        messages = [*self.messages[self.forgotten :], asked]
+        text = apply_chat_template(self._writer.tokenizer, messages)
         # The template writes special tokens itself.
-        return self._tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        return self._writer.tokenizer(text, add_special_tokens=False, return_tensors="pt")
 
     def _answer(self, asked: dict[str, str], inputs: Any) -> Iterator[str]:
         pieces: list[str] = []
         try:
-            for piece in _stream(self._model, self._tokenizer, inputs, self._length):
+            for piece in self._writer.write(inputs):
                 pieces.append(piece)
                 yield piece
         finally:
@@ -204,37 +210,20 @@ def token_settings(settings: Any) -> Any:
     from transformers import GenerationConfig
 
     found = {}
-    for name in (*_FLAGS, *_NUMBERS, *_TOKENS):
+    for name in _SETTINGS:
         if (value := getattr(settings, name, None)) is None:
             continue
-        listed = value if isinstance(value, list) and name in _TOKENS else [value]
-        kind = bool if name in _FLAGS else int if name in _TOKENS else int | float
-        if not all(
-            isinstance(x, kind) and (name in _FLAGS or not isinstance(x, bool)) and abs(x) < 2**31
-            for x in listed
-        ):
+        is_token, is_flag = "token" in name, name == "do_sample"
+        kinds = (bool,) if is_flag else (int,) if is_token else (int, float)
+        # True is an int to Python, and no number here.
+        listed = value if isinstance(value, list) and is_token else [value]
+        if not all(type(x) in kinds and abs(x) < 2**31 for x in listed):
             raise ValueError(
                 f"generation_config.json sets {name} to {str(value)[:80]!r}, which is no "
-                f"{'flag' if name in _FLAGS else 'number or token id'}; correct it or delete it"
+                f"{'flag' if is_flag else 'number or token id'}; correct it or delete it"
             )
         found[name] = value
     return GenerationConfig(**found)
-
-
-def _check_length(max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max-new-tokens must be at least 1, not {max_new_tokens}")
-
-
-def _load(folder: Path, sampling: Sampling | None) -> Any:
-    """The model of a folder with its settings, ready to write."""
-    loaded = load_model(folder)
-    settings = token_settings(loaded.generation_config)
-    chosen = sampling or Sampling()
-    loaded.generation_config = chosen.applied_to(settings)
-    if chosen.seed is not None:
-        torch.manual_seed(chosen.seed)
-    return loaded
 
 
 def _stream(loaded: Any, tokenizer: Any, inputs: Any, max_new_tokens: int) -> Iterator[str]:

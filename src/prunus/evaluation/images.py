@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,19 @@ import torch
 
 from prunus.calibration.images import ImageFolder, list_images, read_images
 from prunus.evaluation.model_input import find_folder
+from prunus.evaluation.options import ImageOptions
+from prunus.evaluation.streamed_model import ComputeOptions
 from prunus.evaluation.task_scores import paired_difference
 from prunus.evaluation.watched import WatchedCheckpoint, unchanged
 from prunus.model.config import load_config
-from prunus.model.device import check_dtype, choose_device
+from prunus.model.device import choose_device
 from prunus.model.kinds import IMAGES, kind_of
-from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_image_processor
 
 __all__ = ["ImageScore", "image_accuracy"]
+
+#: Images per forward pass where `batch` is auto.
+_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -70,29 +74,12 @@ class ImageScore:
         return {k: v for k, v in asdict(self).items() if k != "correct"} | shares
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """How all models are evaluated: which images, and how they are computed."""
-
-    images: ImageFolder
-    chosen: Sequence[int]
-    batch: int
-    dtype: str
-    device: torch.device
-    trust_remote_code: bool
-    progress: Callable[[str], None] | None
-
-
 def image_accuracy(
     models: Sequence[str | Path],
     folder: Path,
     *,
-    limit: int | None = None,
-    batch: int = 16,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
     progress: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> list[ImageScore]:
     """Top-1 accuracy of image classifiers. Each model's own image processor prepares the images.
 
@@ -103,12 +90,8 @@ def image_accuracy(
     Args:
         models: checkpoint folders or hub ids.
         folder: a folder with a subfolder of images per class.
-        limit: the largest number of images, spread evenly over the folder. None takes all.
-        batch: number of images in one forward pass.
-        dtype: dtype of the computation: auto (the checkpoint's own), float32, bfloat16 or float16.
-        device: auto (CUDA if there is a device), cpu, cuda or cuda:i.
-        trust_remote_code: run the model code of the checkpoint.
         progress: called with a line of text after every batch.
+        **options: see `ImageOptions`.
 
     Raises:
         ValueError: an argument is out of range, there are no class folders, they do not match the
@@ -116,30 +99,44 @@ def image_accuracy(
         NotImplementedError: a model is not an image classifier.
         FileNotFoundError, ModuleNotFoundError: no such folder or model, or Pillow is not installed.
     """
-    check_dtype(dtype)
-    if batch < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"batch and limit must be at least 1; got {batch} and {limit}")
+    given = ImageOptions.read(None, options)
+    compute = ComputeOptions(
+        given.dtype, choose_device(given.device), trust_remote_code=given.trust_remote_code
+    )
     images = list_images(Path(folder))
     if not images.classes:
         raise ValueError(
             f"{folder} has no class folders: accuracy needs a subfolder of images per class"
         )
-    chosen: Sequence[int] = range(len(images.paths))
-    if limit is not None and limit < len(chosen):
+    count = len(images.paths)
+    chosen: Sequence[int] = range(count)
+    if given.limit is not None and given.limit < count:
         # Images are sorted by class. The first ones would all be of the same class.
-        chosen = [step * len(chosen) // limit for step in range(limit)]
-    settings = _Settings(
-        images, chosen, batch, dtype, choose_device(device, None), trust_remote_code, progress
-    )
+        chosen = [step * count // given.limit for step in range(given.limit)]
+    batches = [
+        chosen[start : start + size]
+        for size in [_AT_ONCE if given.batch == "auto" else given.batch]
+        for start in range(0, len(chosen), size)
+    ]
     # All models are checked before the first is loaded.
     checked = []
     for model in models:
         found = find_folder(model)
-        config = load_config(found, trust_remote_code)
+        config = load_config(found, given.trust_remote_code)
         if (kind := kind_of(config)) is not IMAGES:
             raise NotImplementedError(f"{model} is a {kind.name}; images are for image classifiers")
         checked.append((str(model), found, *_labels(images, config)))
-    return [_score(name, found, labels, how, settings) for name, found, labels, how in checked]
+    scores = []
+    for name, found, labels, how in checked:
+        started, correct = time.perf_counter(), []
+        with unchanged([WatchedCheckpoint(found)]):
+            for right in _classify(name, found, images, batches, labels, compute):
+                correct += right
+                if progress is not None:
+                    progress(f"{name}: {len(correct)} of {len(chosen)} images")
+        seconds = round(time.perf_counter() - started, 2)
+        scores.append(ImageScore(name, len(correct), tuple(correct), how, seconds))
+    return scores
 
 
 def _labels(images: ImageFolder, config: Any) -> tuple[list[int], str]:
@@ -160,28 +157,23 @@ def _labels(images: ImageFolder, config: Any) -> tuple[list[int], str]:
 
 
 @torch.no_grad()
-def _score(name: str, folder: Path, labels: list[int], how: str, settings: _Settings) -> ImageScore:
-    """Score one model. `labels` has the model's label of every class folder."""
-    started = time.perf_counter()
-    images, chosen = settings.images, settings.chosen
-    with unchanged([WatchedCheckpoint(folder)]):
-        processor = load_image_processor(folder, settings.trust_remote_code)
-        model = load_model(folder, settings.dtype, settings.trust_remote_code, kind=IMAGES)
-        model = model.to(settings.device)
-        correct: list[bool] = []
-        for start in range(0, len(chosen), settings.batch):
-            places = chosen[start : start + settings.batch]
-            pixels = read_images([images.paths[i] for i in places], processor)
-            logits_NK = model(pixel_values=pixels.to(settings.device, model.dtype)).logits.float()
-            if not bool(torch.isfinite(logits_NK).all()):
-                raise ValueError(
-                    f"{name}: the model gives logits that are not finite; try dtype float32"
-                )
-            expected = [labels[images.labels[i]] for i in places]
-            correct += [
-                a == b for a, b in zip(logits_NK.argmax(dim=1).tolist(), expected, strict=True)
-            ]
-            if settings.progress is not None:
-                settings.progress(f"{name}: {len(correct)} of {len(chosen)} images")
-    seconds = round(time.perf_counter() - started, 2)
-    return ImageScore(name, len(correct), tuple(correct), how, seconds)
+def _classify(
+    name: str,
+    folder: Path,
+    images: ImageFolder,
+    batches: Sequence[Sequence[int]],
+    labels: list[int],
+    compute: ComputeOptions,
+) -> Iterator[list[bool]]:
+    """Whether the images of each batch are classified right. `labels` has that of every class."""
+    processor = load_image_processor(folder, compute.trust_remote_code)
+    model = compute.load(folder)
+    for places in batches:
+        pixels = read_images([images.paths[i] for i in places], processor)
+        logits_NK = model(pixel_values=pixels.to(compute.device, model.dtype)).logits.float()
+        if not bool(torch.isfinite(logits_NK).all()):
+            raise ValueError(
+                f"{name}: the model gives logits that are not finite; try `dtype` float32"
+            )
+        expected = [labels[images.labels[i]] for i in places]
+        yield [a == b for a, b in zip(logits_NK.argmax(dim=1).tolist(), expected, strict=True)]

@@ -23,7 +23,9 @@ from prunus.packed.source import PackedSource, is_packed
 from prunus.pruning.records import mean_bits
 from prunus.runs.document import Table, table_of
 
-__all__ = ["Inspection", "LinearInfo", "inspect"]
+__all__ = ["Inspection", "LinearInfo", "inspect", "open_by_blocks"]
+
+Readable = CheckpointSource | ModuleSource | PackedSource
 
 #: The patterns that are checked, the strictest first.
 PATTERNS = ((1, 4), (2, 4), (2, 8), (4, 8))
@@ -139,37 +141,45 @@ def inspect(
 
     Args:
         model: a checkpoint folder, a hub id, or a loaded transformers model.
-        trust_remote_code: let transformers run the code of the checkpoint.
-        verify: compare every shard with the SHA-256 in the record next to it first.
+        trust_remote_code: let transformers run code that comes with the checkpoint.
+        verify: compare every shard with the SHA-256 in its record first.
 
     Raises:
         FileNotFoundError, ValueError, NotImplementedError: the checkpoint is damaged, or of an
             unknown kind; or it has no record to compare with.
     """
     verified = None
-    source: CheckpointSource | ModuleSource | PackedSource
+    source: Readable
     if isinstance(model, nn.Module):
         if verify:
             raise ValueError("a loaded model has no shards to compare; give its folder")
         source, name = ModuleSource(model), type(model).__name__
+        skeleton = _bound(source, trust_remote_code)
     else:
         folder, name = resolve_folder(model), str(model)
         verified = verify_shards(folder) if verify else None
-        if is_packed(folder):
-            source = PackedSource(folder, trust_remote_code)
-        else:
-            source = CheckpointSource(folder, trust_remote_code)
-    skeleton = Skeleton(source.config, source.stored_dtype, trust_remote_code)
-    source.bind(skeleton)
+        source, skeleton = open_by_blocks(folder, trust_remote_code)
     dense: dict[str, tuple[int, ...]] = {}
     for index in range(len(skeleton)):
         dense |= skeleton.left_dense(index)
     return Inspection(name, len(skeleton), tuple(_linears(source, skeleton)), dense, verified)
 
 
-def _linears(
-    source: CheckpointSource | ModuleSource | PackedSource, skeleton: Skeleton
-) -> Iterator[LinearInfo]:
+def open_by_blocks(
+    folder: Path, trust_remote_code: bool = False
+) -> tuple[CheckpointSource | PackedSource, Skeleton]:
+    """The weights of a checkpoint, ordinary or packed, and the model without weights."""
+    source = (PackedSource if is_packed(folder) else CheckpointSource)(folder, trust_remote_code)
+    return source, _bound(source, trust_remote_code)
+
+
+def _bound(source: Readable, trust_remote_code: bool) -> Skeleton:
+    skeleton = Skeleton(source.config, source.stored_dtype, trust_remote_code)
+    source.bind(skeleton)
+    return skeleton
+
+
+def _linears(source: Readable, skeleton: Skeleton) -> Iterator[LinearInfo]:
     packed = source.packed if isinstance(source, PackedSource) else {}
     for index in range(len(skeleton)):
         stored = source.block(index)

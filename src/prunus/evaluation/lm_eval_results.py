@@ -14,13 +14,7 @@ __all__ = ["read_scores"]
 def read_scores(
     found: Mapping[str, Any], *, definition: str, source: str, seconds: float
 ) -> list[TaskScore]:
-    """Read the scores that `lm_eval.evaluate` returned; groups come before their members.
-
-    Args:
-        found: the dictionary, with the samples of every task.
-        definition: SHA-256 of the task, see `TaskScore`.
-        source: where the rows come from.
-        seconds: time of scoring.
+    """The scores that `lm_eval.evaluate` returned; groups are before their members.
 
     Raises:
         ValueError: a log-likelihood is NaN.
@@ -87,5 +81,5 @@ def _check_finite(name: str, samples: Sequence[Mapping[str, Any]]) -> None:
             if isinstance(likelihood, float) and math.isnan(likelihood):
                 raise ValueError(
                     f"{name}, row {row['doc_id']}: the model's outputs are not finite. Damaged "
-                    "weights, or a dtype too small for this model; try dtype float32"
+                    "weights, or a dtype too small for this model; try `dtype` float32"
                 )

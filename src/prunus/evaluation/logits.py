@@ -109,15 +109,11 @@ def rows_of(logits_SV: torch.Tensor) -> Rows:
 
 
 def check_windows(model: Any, ids: torch.Tensor, name: str) -> None:
-    """Check that the token ids are in the vocabulary, and that the windows fit in the context.
+    """Check that token ids (W, S) are in the vocabulary, and that the windows fit in the context.
 
     Args:
         model: a transformers model, which may be on the meta device.
-        ids: token ids (W, S).
         name: what to call the model in an error.
-
-    Raises:
-        ValueError: a token id is outside the vocabulary, or the windows are too long.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     largest = int(ids.max())
@@ -130,5 +126,5 @@ def check_windows(model: Any, ids: torch.Tensor, name: str) -> None:
     if positions is not None and ids.shape[1] > positions:
         raise ValueError(
             f"windows of {ids.shape[1]} tokens are longer than {name}'s {positions} positions; "
-            f"use a seqlen of {positions} or less"
+            f"use a `seqlen` of {positions} or less"
         )

@@ -81,7 +81,7 @@ class ModelInput:
             return load_tokenizer(resolve_folder(name), self.trust_remote_code)
         except (ValueError, FileNotFoundError) as fault:
             raise ValueError(
-                "scoring a loaded model needs its tokenizer: pass tokenizer=, or score a file of "
+                "scoring a loaded model needs its tokenizer: pass `tokenizer`, or score a file of "
                 f"input_ids ({fault})"
             ) from fault
 
@@ -134,8 +134,8 @@ def check_as_loaded(model: Any, dtype: str, device: str) -> None:
     """
     if isinstance(model, nn.Module) and (dtype != "auto" or device != "auto"):
         raise ValueError(
-            "a loaded model is scored as it is: leave dtype and device at 'auto', or convert it "
-            "before"
+            "a loaded model is scored as it is: leave `dtype` and `device` at 'auto', or "
+            "convert it before"
         )
 
 

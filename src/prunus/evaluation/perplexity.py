@@ -19,12 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from prunus.calibration.bos import Bos
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.evaluation.logits import LogitsSource, WholeModel, WindowProgress
 from prunus.evaluation.model_input import (
@@ -33,45 +31,30 @@ from prunus.evaluation.model_input import (
     check_same_vocabulary,
     find_model,
 )
+from prunus.evaluation.options import PROTOCOLS, TextOptions
 from prunus.evaluation.records import PerplexityResult
 from prunus.evaluation.reference import Reference
 from prunus.evaluation.streamed_model import ComputeOptions, StreamedModel, choose_streamed
-from prunus.evaluation.text import (
-    PROTOCOLS,
-    Protocol,
-    check_text,
-    first_scored_row,
-    scoring_windows,
-)
+from prunus.evaluation.text import check_text, first_scored_row, scoring_windows
 from prunus.evaluation.watched import unchanged
 from prunus.evaluation.window_scores import exponential, score_windows
-from prunus.hardware.sizes import parse_bytes
-from prunus.model.device import check_dtype, choose_device
+from prunus.model.device import choose_device
+from prunus.options import takes
 from prunus.runs.progress_bar import shows_progress, window_step
 
 __all__ = ["perplexity"]
 
 
+@takes(TextOptions)
 @shows_progress("perplexity", window_step)
 def perplexity(
     model_or_path: Any,
     text: str = "wikitext2",
     *,
     reference: Any = None,
-    protocol: Protocol = "papers",
-    bos: Bos = "auto",
-    tokenizer: Any = None,
-    seqlen: int | None = None,
-    samples: int | None = None,
-    batch: int = 1,
-    dtype: str = "auto",
-    device: str = "auto",
-    data: Path | None = None,
-    trust_remote_code: bool = False,
-    memory: int | str | None = None,
-    stream: bool | None = None,
     progress: WindowProgress | bool | None = True,
     ranks: Ranks = SINGLE_PROCESS,
+    **options: Any,
 ) -> PerplexityResult:
     """The perplexity of a causal language model on a text, and how far it is from a reference.
 
@@ -82,34 +65,18 @@ def perplexity(
     Args:
         model_or_path: a folder or hub id (safetensors only), a loaded transformers model, or a
             `Reference`, whose blocks do not run again for a text that they ran for. A loaded model
-            is scored in evaluation mode, on its device and in its dtype.
+            is scored in evaluation mode, on its device and in its dtype, with the tokenizer of its
+            `name_or_path`.
         text: name of a text, see `load_scoring_text`. A `.safetensors` file with input_ids (N, T)
             int needs no tokenizer; its rows are cut into windows one by one.
         reference: a folder, hub id or loaded model to compare with, which has the same vocabulary.
             A `Reference` runs once for several models. None compares with nothing.
-        protocol: `papers` scores all tokens of a window but the first. `llama.cpp` scores those of
-            its second half, as the perplexity tool of llama.cpp does.
-        bos: whether BOS takes the place of every window's first token: `auto`, if the tokenizer
-            puts it before a text, as generation and lm-eval do; `no`, as in the papers; or `yes`.
-        tokenizer: None takes the one in the model's folder, for a loaded model that of its
-            `name_or_path`.
-        seqlen: tokens per window. None takes 2048, or 512 with protocol `llama.cpp`.
-        samples: number of windows, from the start of the text. None scores all.
-        batch: number of windows in one forward pass.
-        dtype: dtype of the computation: auto (the checkpoint's own), float32, bfloat16 or float16.
-        device: auto (CUDA if there is a device), cpu, cuda or cuda:i.
-        data: local folder with the corpora. None takes the folder in PRUNUS_DATA, or the hub if
-            that is unset.
-        trust_remote_code: run the model code of the checkpoint.
-        memory: memory budget of the process, in bytes or such as "8GB". None takes what is free.
-        stream: True reads the model block by block and takes all windows through each block. False
-            loads the whole model. None streams a checkpoint if the whole model, and the reference
-            with it, does not fit in `memory`. The perplexity is the same.
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
             is called with the number of windows done and of all windows; half of the blocks of a
             streamed model count as half of the windows.
         ranks: processes that make this call together and split the windows. Each has the whole
             model, or all blocks in turn. The perplexity is that of one process to the last digit.
+        **options: see `TextOptions`.
 
     Raises:
         ValueError: an argument is out of range, the text is shorter than one window (the message
@@ -119,25 +86,20 @@ def perplexity(
             is not finite.
         FileNotFoundError, ModuleNotFoundError, OSError: see `load_scoring_text`.
     """
-    seqlen = PROTOCOLS.get(protocol, 0) if seqlen is None else seqlen
-    start = first_scored_row(protocol, seqlen)
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples must be at least 1 window, not {samples}")
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1, not {batch}")
-    check_dtype(dtype)
-    check_as_loaded(model_or_path, dtype, device)
-    check_text(text, data)
-    options = ComputeOptions(
-        dtype,
+    given = TextOptions.read(None, options)
+    seqlen = given.seqlen or PROTOCOLS[given.protocol]
+    start = first_scored_row(given.protocol, seqlen)
+    batch = 1 if given.batch == "auto" else given.batch
+    check_as_loaded(model_or_path, given.dtype, given.device)
+    check_text(text, given.data)
+    place = (
         model_or_path.get_input_embeddings().weight.device  # type: ignore[operator]
         if isinstance(model_or_path, nn.Module)
-        else choose_device(device, processes=ranks.local_size),
-        parse_bytes(memory) if isinstance(memory, str) else memory,
-        trust_remote_code,
+        else choose_device(given.device, processes=ranks.local_size)
     )
+    compute = ComputeOptions(given.dtype, place, given.memory, given.trust_remote_code)
     inputs = [
-        find_model(one.model if isinstance(one, Reference) else one, trust_remote_code)
+        find_model(one.model if isinstance(one, Reference) else one, given.trust_remote_code)
         for one in ([model_or_path] if reference is None else [model_or_path, reference])
     ]
     model, folders = inputs[0], [one.folder for one in inputs]
@@ -145,13 +107,11 @@ def perplexity(
         check_same_vocabulary(*inputs)
     ranks.set_location(f"the perplexity of {model.name} on {text}")
     with ranks.fail_together():
-        windows = scoring_windows(
-            text, lambda: model.tokenizer(tokenizer), seqlen, samples, data, bos
-        )
+        windows = scoring_windows(text, lambda: model.tokenizer(given.tokenizer), seqlen, given)
     # A `Reference` that is scored itself is opened as if another model were in memory with it. One
     # will be, and the blocks need not run again for it.
     later = [model.folder] if isinstance(model_or_path, Reference) else []
-    streamed = choose_streamed([*folders, *later], stream, batch * seqlen, options)
+    streamed = choose_streamed([*folders, *later], given.stream, batch * seqlen, compute)
     with contextlib.ExitStack() as stack:
         compared: Reference | None = None
         if isinstance(reference, Reference):
@@ -159,12 +119,12 @@ def perplexity(
         elif reference is not None:
             compared = stack.enter_context(Reference(reference))
         if compared is not None:
-            compared.open(options, streamed[1])
+            compared.open(compute, streamed[1])
         is_kept = isinstance(model_or_path, Reference)
         watched = [model_or_path.watched if is_kept else model.watch()]
         watched += [] if compared is None else [compared.watched]
         stack.enter_context(unchanged(watched, ranks))
-        source = _opened(model_or_path, model, options, streamed[0])
+        source = _opened(model_or_path, model, compute, streamed[0])
         source.check(windows.ids, "the model")
         if compared is not None:
             compared.check(windows.ids, "the reference")
@@ -198,13 +158,13 @@ def perplexity(
     )
 
 
-def _opened(given: Any, model: ModelInput, options: ComputeOptions, streamed: bool) -> LogitsSource:
+def _opened(given: Any, model: ModelInput, compute: ComputeOptions, streamed: bool) -> LogitsSource:
     """The model to score, opened as `perplexity` has chosen."""
     if isinstance(given, Reference):
-        given.open(options, streamed)
+        given.open(compute, streamed)
         return given
     if model.folder is None:
         return WholeModel(model.loaded)
     if streamed:
-        return StreamedModel.open(model.folder, options)
-    return WholeModel(options.load(model.folder))
+        return StreamedModel.open(model.folder, compute)
+    return WholeModel(compute.load(model.folder))

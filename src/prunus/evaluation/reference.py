@@ -92,11 +92,9 @@ class Reference:
         self._options, self._by_blocks, self._whole = None, None, None
 
     def open(self, options: ComputeOptions, streamed: bool) -> None:
-        """Choose how the model computes. Reads headers only.
+        """Choose how the model computes: block by block where that is possible, or whole.
 
-        Args:
-            options: how the model is computed.
-            streamed: read it block by block, if that is possible; or load it whole.
+        Reads headers only.
         """
         self._streamed = streamed
         if options == self._options:

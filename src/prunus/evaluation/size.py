@@ -7,14 +7,13 @@ method prunes as a rule and which are a third of a small model. Masks, scales an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from prunus.evaluation.inspection import open_by_blocks
 from prunus.evaluation.records import ModelSize
-from prunus.evaluation.streamed_model import whole_only
 from prunus.model.adapter import base_folder, is_adapter
 from prunus.model.linears import Linear, tied_embedding
 from prunus.model.skeleton import Skeleton
@@ -35,12 +34,7 @@ def file_bytes(folder: Path) -> int:
 
 
 def stored_size(folder: Path, trust_remote_code: bool = False) -> ModelSize:
-    """The size of a model as it is stored. Reads headers only.
-
-    Args:
-        folder: a checkpoint, dense, pruned or packed, or an adapter.
-        trust_remote_code: run the model code of the checkpoint.
-    """
+    """The size of a checkpoint or an adapter as it is stored. Reads headers only."""
     try:
         bits = _stored_bits(folder, trust_remote_code)
     except (ValueError, FileNotFoundError, NotImplementedError):
@@ -50,55 +44,44 @@ def stored_size(folder: Path, trust_remote_code: bool = False) -> ModelSize:
 
 
 def _stored_bits(folder: Path, trust_remote_code: bool) -> float | None:
+    """Bits per weight; None where a linear is stored under no known name, and for an adapter."""
     if is_adapter(folder):
         return None
-    if whole_only(folder) is not None:
-        return _packed_bits(folder, trust_remote_code)
-    source, skeleton = _opened(folder, trust_remote_code)
-    keys, tensors = source.stored_names(), source.checkpoint.tensors
+    source, skeleton = open_by_blocks(folder, trust_remote_code)
+    keys = source.stored_names() if isinstance(source, CheckpointSource) else {}
     nbytes = weights = 0
-    for name, linear in _block_linears(skeleton):
-        count = math.prod(linear.shape)
-        key = keys.get(f"{name}.weight")
-        # Fused experts lie in one tensor together, which has no name of its own for each.
-        nbytes += tensors[key].nbytes if key in tensors else count * source.stored_dtype.itemsize
-        weights += count
-    return 8 * nbytes / weights
-
-
-def _packed_bits(folder: Path, trust_remote_code: bool) -> float | None:
-    """Bits per weight of a packed model; None where a linear is stored under no known name."""
-    source = PackedSource(folder, trust_remote_code)
-    skeleton = Skeleton(source.config, source.stored_dtype, trust_remote_code)
-    source.bind(skeleton)
-    nbytes = weights = 0
-    for name, linear in _block_linears(skeleton):
-        stored = source.nbytes(name)
-        if stored is None:
-            return None
-        nbytes += stored
-        weights += math.prod(linear.shape)
+    for index in range(len(skeleton)):
+        for linear in skeleton.linears(index):
+            name, count = f"{skeleton.block_name(index)}.{linear.name}", math.prod(linear.shape)
+            if isinstance(source, CheckpointSource):
+                info = source.checkpoint.tensors.get(keys.get(f"{name}.weight", ""))
+                # Fused experts lie in one tensor together, which has no name of its own for each.
+                size = info.nbytes if info else count * source.stored_dtype.itemsize
+            elif (stored := source.nbytes(name)) is not None:
+                size = stored
+            else:
+                return None
+            nbytes += size
+            weights += count
     return 8 * nbytes / weights
 
 
 def packed_size(folder: Path, trust_remote_code: bool = False) -> ModelSize | None:
     """The size that `prunus pack` would give a model without loss. Writes nothing.
 
-    Args:
-        folder: an ordinary checkpoint, of which one block is in memory at a time.
-        trust_remote_code: run the model code of the checkpoint.
+    One block is in memory at a time.
 
     Returns:
         The size; None for what is packed already, for adapters, for dtypes that a bitmap does not
         hold, and for models that prunus cannot take apart.
     """
-    if whole_only(folder) is not None:
+    if is_adapter(folder):
         return None
     try:
-        source, skeleton = _opened(folder, trust_remote_code)
+        source, skeleton = open_by_blocks(folder, trust_remote_code)
     except (ValueError, FileNotFoundError, NotImplementedError):
         return None
-    if source.stored_dtype not in _LOSSLESS:
+    if isinstance(source, PackedSource) or source.stored_dtype not in _LOSSLESS:
         return None
     keys = source.stored_names()
     before = after = weights = 0
@@ -133,17 +116,3 @@ def _saved_outside(source: CheckpointSource, skeleton: Skeleton) -> int:
         return 0
     weight = dict(source.checkpoint.views([key]))[key]
     return weight.nbytes - _packed_bytes(weight, head, key)
-
-
-def _opened(folder: Path, trust_remote_code: bool) -> tuple[CheckpointSource, Skeleton]:
-    source = CheckpointSource(folder, trust_remote_code)
-    skeleton = Skeleton(source.config, source.stored_dtype, trust_remote_code)
-    source.bind(skeleton)
-    return source, skeleton
-
-
-def _block_linears(skeleton: Skeleton) -> Iterator[tuple[str, Linear]]:
-    """Full name and linear, of all linears in the blocks."""
-    for index in range(len(skeleton)):
-        for linear in skeleton.linears(index):
-            yield f"{skeleton.block_name(index)}.{linear.name}", linear

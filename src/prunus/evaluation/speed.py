@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from prunus.evaluation.options import SpeedOptions
 from prunus.evaluation.size import file_bytes as model_bytes
 from prunus.hardware.memory import resident_memory
 from prunus.model.checkpoint.reader import resolve_folder
@@ -55,51 +56,33 @@ class Speed:
 
 
 def bench(
-    models: Sequence[str],
-    *,
-    prompt_tokens: int = 128,
-    new_tokens: int = 64,
-    rounds: int = 3,
-    threads: int | None = None,
-    dense_kernel: bool = False,
-    progress: Callable[[str], None] | None = None,
+    models: Sequence[str], *, progress: Callable[[str], None] | None = None, **options: Any
 ) -> list[Speed]:
     """Measure models side by side, in turns.
 
     Args:
         models: checkpoint folders, dense or packed.
-        prompt_tokens: length of the prompt, which consists of random token ids.
-        new_tokens: number of tokens to decode, at least 2.
-        rounds: number of processes per model.
-        threads: number of torch threads; None leaves the choice to torch.
-        dense_kernel: measure the first model a second time with prunus's own dense kernel,
-            attention, norms and rotary embedding instead of torch's. This separates the gain of
-            these from the gain of sparsity.
         progress: called with a line of text before each measurement.
+        **options: see `SpeedOptions`.
 
     Raises:
-        ValueError: a length or a number of rounds is out of range.
+        ValueError: an option is out of range.
         FileNotFoundError: a model does not exist.
         RuntimeError: a process failed; the message ends with the last line that it wrote.
     """
-    if prompt_tokens < 1 or new_tokens < 2 or rounds < 1 or (threads is not None and threads < 1):
-        raise ValueError(
-            "bench needs at least 1 prompt token, 2 new tokens, 1 round and 1 thread; got "
-            f"{prompt_tokens}, {new_tokens}, {rounds} and {threads}"
-        )
+    given = SpeedOptions.read(None, options)
     names, folders = list(models), [resolve_folder(model) for model in models]
     with_kernel = [False] * len(names)
-    if dense_kernel:
+    if given.dense_kernel:
         names.insert(1, f"{names[0]}, dense kernel")
         folders.insert(1, folders[0])
         with_kernel.insert(1, True)
     found: list[list[dict[str, float]]] = [[] for _ in names]
-    for turn in range(rounds):
+    for turn in range(given.rounds):
         for position, folder in enumerate(folders):
             if progress is not None:
-                progress(f"round {turn + 1} of {rounds}: {names[position]}")
-            settings = (prompt_tokens, new_tokens, threads, with_kernel[position])
-            found[position].append(_measure_in_subprocess(folder, *settings))
+                progress(f"round {turn + 1} of {given.rounds}: {names[position]}")
+            found[position].append(_measure_in_subprocess(folder, given, with_kernel[position]))
     return [
         Speed(
             model=model,
@@ -157,19 +140,11 @@ def measure(
 
 
 def _measure_in_subprocess(
-    folder: Path, prompt_tokens: int, new_tokens: int, threads: int | None, dense_kernel: bool
+    folder: Path, options: SpeedOptions, dense_kernel: bool
 ) -> dict[str, float]:
     """Run `measure` in a new process, which writes its result as JSON."""
-    command = [
-        sys.executable,
-        "-m",
-        __name__,
-        str(folder),
-        str(prompt_tokens),
-        str(new_tokens),
-        str(threads or 0),
-        str(int(dense_kernel)),
-    ]
+    numbers = (options.prompt_tokens, options.new_tokens, options.threads or 0, int(dense_kernel))
+    command = [sys.executable, "-m", __name__, str(folder), *map(str, numbers)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -184,13 +159,11 @@ def _min_median_max(values: list[float]) -> tuple[float, float, float]:
 
 def _main() -> None:
     """One measurement, with the arguments that `_measure_in_subprocess` gives."""
-    folder, prompt_tokens, new_tokens, threads, dense_kernel = (
-        sys.argv[1],
-        *(int(x) for x in sys.argv[2:6]),
-    )
+    folder = Path(sys.argv[1])
+    prompt_tokens, new_tokens, threads, dense_kernel = map(int, sys.argv[2:6])
     if threads:
         torch.set_num_threads(threads)
-    print(json.dumps(measure(Path(folder), prompt_tokens, new_tokens, bool(dense_kernel))))
+    print(json.dumps(measure(folder, prompt_tokens, new_tokens, bool(dense_kernel))))
 
 
 if __name__ == "__main__":

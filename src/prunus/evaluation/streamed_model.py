@@ -82,11 +82,9 @@ class ComputeOptions:
 def whole_model_bytes(
     checkpoint: Checkpoint, config: Any, dtype: torch.dtype | None, tokens: int
 ) -> int:
-    """The memory in bytes that scoring with the whole model takes: its weights, and logits.
+    """The memory in bytes that scoring takes with the whole model: its weights, and logits.
 
     Args:
-        checkpoint: the stored model.
-        config: its configuration.
         dtype: dtype of the computation; None for the stored one.
         tokens: tokens in one forward pass.
     """
@@ -130,7 +128,8 @@ def choose_streamed(
         for folder, reason in zip(folders, reasons, strict=True):
             if reason:
                 raise ValueError(
-                    f"{folder} {reason} is scored with the whole model in memory; leave stream out"
+                    f"{folder} {reason} is scored with the whole model in memory; leave `stream` "
+                    "out"
                 )
         return [reason is None for reason in reasons]
     needs: list[int] = []
@@ -247,8 +246,7 @@ class StreamedModel:
     ) -> HiddenStates:
         """Take all windows through all blocks; see `windows`.
 
-        Returns:
-            What the last block returns, one tensor (B, S, H) per batch. The caller closes it.
+        The result is what the last block returns, (B, S, H) per batch. The caller closes it.
         """
         batches = ids.split(batch)
         place = self._place_states(batch, ids.shape, compared)
@@ -274,8 +272,6 @@ class StreamedModel:
 
         Args:
             states: of `run_blocks`, with the same ids and batch.
-            ids: token ids (W, S), int64.
-            batch: B, the number of windows in a tensor of `states`.
             by_rows: compute rows of logits when they are asked for, which takes the least memory.
                 Otherwise compute all of a batch at once, as the whole model does. The last bit of
                 a product can depend on the number of rows.
@@ -315,18 +311,14 @@ class StreamedModel:
             raise ValueError(
                 f"scoring block by block needs {(minimum + resident_memory()) / 1e9:.2f} GB with "
                 f"{batch} windows of {shape[1]} tokens in flight; the memory budget is "
-                f"{(budget + resident_memory()) / 1e9:.2f} GB. Raise memory, or lower batch "
-                "or seqlen"
+                f"{(budget + resident_memory()) / 1e9:.2f} GB. Raise `memory`, or lower "
+                "`batch` or `seqlen`"
             )
         models = 2 if compared else 1
         return self._place(models * (minimum + hidden) <= budget, models * hidden)
 
     def place_states(self, shape: torch.Size) -> StatesPlace:
-        """Where hidden states wait that may take at most half of the memory.
-
-        Args:
-            shape: (W, S) of the token ids.
-        """
+        """Where hidden states of windows (W, S) wait that may take at most half of the memory."""
         held = resident_memory() if self.device.type == "cpu" else 0
         free = memory_budget(self.device, self.memory) - held
         needed = 2 * self._needs(1, shape, True)[1]
@@ -349,7 +341,7 @@ class StreamedModel:
         if not all(x.isfinite() for x in torch.aminmax(stream.states.get(0))):
             raise ValueError(
                 f"{self.skeleton.block_name(index)} gives hidden states that are not finite. "
-                "Damaged weights, or a dtype too small for this model; try dtype float32"
+                "Damaged weights, or a dtype too small for this model; try `dtype` float32"
             )
 
     def _needs(self, batch: int, shape: torch.Size, compared: bool) -> tuple[int, int]:

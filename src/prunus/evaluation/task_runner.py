@@ -10,7 +10,6 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -19,12 +18,14 @@ from torch import nn
 from prunus.calibration.corpora import data_folder
 from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.evaluation.model_input import ModelInput, check_as_loaded, find_model
+from prunus.evaluation.options import TaskOptions
 from prunus.evaluation.streamed_model import ComputeOptions
 from prunus.evaluation.task_scores import TaskResults, TaskScore
 from prunus.evaluation.tasks import LoadedTask, load_tasks, require_lm_eval, run_task, wrap_model
 from prunus.evaluation.watched import unchanged
 from prunus.hardware.memory import describe_hardware, processor_name, versions
-from prunus.model.device import check_dtype, choose_device
+from prunus.model.device import choose_device
+from prunus.options import takes
 from prunus.runs.progress_bar import Shown, shows_progress
 
 __all__ = ["TaskRun", "evaluate", "prepare_tasks"]
@@ -33,43 +34,27 @@ __all__ = ["TaskRun", "evaluate", "prepare_tasks"]
 _CPU_BATCH = 8
 
 
+@takes(TaskOptions)
 @shows_progress("evaluate", lambda line: Shown(None, line))
 def evaluate(
     model_or_path: Any,
     tasks: str | Sequence[str] = "paper7",
     *,
-    tokenizer: Any = None,
-    fewshot: int | None = None,
-    limit: int | None = None,
-    batch: int | str = "auto",
-    dtype: str = "auto",
-    device: str = "auto",
-    data: Path | None = None,
-    trust_remote_code: bool = False,
     progress: Callable[[str], None] | bool | None = True,
+    **options: Any,
 ) -> TaskResults:
     """Accuracy of a causal language model on tasks of lm-eval.
 
     Args:
         model_or_path: a folder (dense, packed, or an adapter), a hub id, or a loaded transformers
-            model. A loaded model is evaluated on its device and in its dtype.
+            model. A loaded model is evaluated on its device and in its dtype, with the tokenizer of
+            its `name_or_path`.
         tasks: a list of names, or one string with commas. Names are tasks, tags and groups of
             lm-eval, or `paper7` for the Wanda paper's boolq, rte, hellaswag, winogrande, arc_easy,
             arc_challenge and openbookqa.
-        tokenizer: None takes the one in the model's folder, for a loaded model that of its
-            `name_or_path`.
-        fewshot: worked examples per prompt. None takes the task's own number, which is 0 for the
-            paper's tasks.
-        limit: score only this many rows of each task, from the first on. None scores all.
-        batch: sequences in one forward pass. "auto" is 8 on a CPU, and what fits in memory on a
-            CUDA device.
-        dtype: dtype of the computation: auto (the checkpoint's own), float32, bfloat16 or float16.
-        device: auto (CUDA if there is a device), cpu, cuda or cuda:i.
-        data: local folder whose `zeroshot/` contains the rows. None takes the folder in
-            PRUNUS_DATA, or the hub if that is unset.
-        trust_remote_code: run the model code of the checkpoint.
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
             is called with a line of text after every task.
+        **options: see `TaskOptions`. The folder `data` contains the rows in `zeroshot/`.
 
     Raises:
         ModuleNotFoundError: lm-eval is not installed, or an adapter is given and peft is not; names
@@ -80,19 +65,8 @@ def evaluate(
         FileNotFoundError: no such model, or the data folder lacks files (the message names them).
         OSError: the hub does not answer.
     """
-    job = prepare_tasks(
-        [model_or_path],
-        tasks,
-        tokenizer=tokenizer,
-        fewshot=fewshot,
-        limit=limit,
-        batch=batch,
-        dtype=dtype,
-        device=device,
-        data=data,
-        trust_remote_code=trust_remote_code,
-    )
-    return job.run(progress if callable(progress) else None)[0]
+    run = prepare_tasks([model_or_path], tasks, **options)
+    return run.run(progress if callable(progress) else None)[0]
 
 
 @dataclass(frozen=True)
@@ -168,53 +142,30 @@ def _score(task: LoadedTask, wrapped: Any, ranks: Ranks) -> list[TaskScore]:
 
 
 def prepare_tasks(
-    models: Sequence[Any],
-    tasks: str | Sequence[str] = "paper7",
-    *,
-    tokenizer: Any = None,
-    fewshot: int | None = None,
-    limit: int | None = None,
-    batch: int | str = "auto",
-    dtype: str = "auto",
-    device: str = "auto",
-    data: Path | None = None,
-    trust_remote_code: bool = False,
+    models: Sequence[Any], tasks: str | Sequence[str] = "paper7", **options: Any
 ) -> TaskRun:
     """Check models and tasks before any work, so that all models are evaluated on the same rows.
 
     Args:
         models: folders, hub ids or loaded transformers models.
-        tasks: see `evaluate`, as are all other arguments and the errors.
-        tokenizer: of all models; None takes each model's own.
-        fewshot: worked examples per prompt. None takes the task's own number.
-        limit: score only this many rows of each task. None scores all.
-        batch: sequences in one forward pass, or "auto".
-        dtype: dtype of the computation: auto, float32, bfloat16 or float16.
-        device: auto, cpu, cuda or cuda:i.
-        data: local folder whose `zeroshot/` contains the rows. None takes PRUNUS_DATA, or the hub.
-        trust_remote_code: run the model code of a checkpoint.
+        tasks: see `evaluate`, as are the errors.
+        **options: see `TaskOptions`.
 
     Returns:
         The checked models and tasks; call `run` on it.
     """
     require_lm_eval()
-    if fewshot is not None and fewshot < 0:
-        raise ValueError(f"fewshot must be 0 or more examples, not {fewshot}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 row, not {limit}")
-    if batch != "auto" and (not isinstance(batch, int) or batch < 1):
-        raise ValueError(f"batch must be 'auto' or at least 1, not {batch!r}")
-    check_dtype(dtype)
+    given = TaskOptions.read(None, options)
     for model in models:
-        check_as_loaded(model, dtype, device)
+        check_as_loaded(model, given.dtype, given.device)
     loaded = next((model for model in models if isinstance(model, nn.Module)), None)
-    place = choose_device(device, loaded)
+    place = choose_device(given.device, loaded)
     names = tasks.split(",") if isinstance(tasks, str) else tasks
     names = [name.strip() for name in names if name.strip()]
-    inputs = [find_model(model, trust_remote_code) for model in models]
+    inputs = [find_model(model, given.trust_remote_code) for model in models]
     return TaskRun(
-        models=tuple((model, model.fitting_tokenizer(tokenizer)) for model in inputs),
-        tasks=tuple(load_tasks(names, fewshot, limit, data_folder(data))),
-        batch=_CPU_BATCH if batch == "auto" and place.type == "cpu" else batch,
-        options=ComputeOptions(dtype, place, trust_remote_code=trust_remote_code),
+        models=tuple((model, model.fitting_tokenizer(given.tokenizer)) for model in inputs),
+        tasks=tuple(load_tasks(names, given.fewshot, given.limit, data_folder(given.data))),
+        batch=_CPU_BATCH if given.batch == "auto" and place.type == "cpu" else given.batch,
+        options=ComputeOptions(given.dtype, place, trust_remote_code=given.trust_remote_code),
     )

@@ -17,6 +17,7 @@ __all__ = [
     "Metric",
     "TaskResults",
     "TaskScore",
+    "mean_of_tasks",
     "paired_difference",
     "paper_mean",
 ]
@@ -131,8 +132,7 @@ def paper_mean(scores: Sequence[TaskScore]) -> Metric | None:
     """The unweighted mean of `acc` over the paper's seven tasks, or None if a task is missing.
 
     The paper reports acc for all tasks, not acc_norm: its 59.99 for dense LLaMA-7B is the mean of
-    75.05, 66.43, 56.92, 69.93, 75.34, 41.89 and 34.40. The rows of different tasks are independent,
-    so the standard error of the mean is √(Σ s²) / 7.
+    75.05, 66.43, 56.92, 69.93, 75.34, 41.89 and 34.40.
 
     >>> scores = [
     ...     TaskScore(task, {"acc": Metric(value / 100, 0.01)}, 0, 100, "1", "", "", 1.0)
@@ -148,9 +148,21 @@ def paper_mean(scores: Sequence[TaskScore]) -> Metric | None:
     found = [metric for task in PAPER7 if (metric := by_name.get(task)) is not None]
     if len(found) < len(PAPER7):
         return None
-    errors = [metric.stderr for metric in found if metric.stderr is not None]
-    stderr = math.hypot(*errors) / len(PAPER7) if len(errors) == len(PAPER7) else None
-    return Metric(sum(metric.value for metric in found) / len(PAPER7), stderr)
+    return Metric(*mean_of_tasks([(metric.value, metric.stderr) for metric in found]))
+
+
+def mean_of_tasks(
+    figures: Sequence[tuple[float, float | None]],
+) -> tuple[float, float | None]:
+    """The mean of n (value, standard error) pairs, and its error √(Σ s²) / n.
+
+    Tasks have different rows, so their errors are independent. One unknown error makes that of the
+    mean unknown.
+    """
+    count = len(figures)
+    errors = [stderr for _, stderr in figures if stderr is not None]
+    stderr = math.hypot(*errors) / count if len(errors) == count else None
+    return sum(value for value, _ in figures) / count, stderr
 
 
 def paired_difference(first: Sequence[float], other: Sequence[float]) -> tuple[float, float]:

@@ -79,17 +79,10 @@ def require_lm_eval() -> None:
 
 
 def run_lm_eval(arguments: Sequence[str]) -> None:
-    """Run the command line of lm-eval in this process.
+    """Run the command line of lm-eval in this process, with its own arguments.
 
     transformers loads packed checkpoints in a process that has imported prunus, and lm-eval's own
     command does not.
-
-    Args:
-        arguments: of lm-eval's command.
-
-    Raises:
-        ModuleNotFoundError: lm-eval is not installed; the message names the extra.
-        SystemExit: of lm-eval.
     """
     require_lm_eval()
     from lm_eval.__main__ import cli_evaluate
@@ -118,11 +111,10 @@ def load_tasks(
             the hub.
 
     Raises:
-        ModuleNotFoundError: lm-eval is not installed; the message names the extra.
-        ValueError: no tasks, an unknown task (the message has the nearest names), a task with a
-            fixed number of examples or unsafe code, or a damaged row.
-        FileNotFoundError: the folder lacks files. The message names all of them, few-shot examples
-            included.
+        ModuleNotFoundError: lm-eval is not installed.
+        ValueError: no tasks, an unknown task, a task with a fixed number of examples or unsafe
+            code, or a damaged row.
+        FileNotFoundError: the folder lacks files.
         OSError: the hub does not answer.
     """
     require_lm_eval()
@@ -139,12 +131,8 @@ def load_tasks(
 def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = SINGLE_PROCESS) -> Any:
     """Wrap a loaded transformers model for lm-eval.
 
-    Args:
-        model: the loaded model.
-        tokenizer: its tokenizer.
-        batch: sequences at once. "auto" lets lm-eval try which size fits on a CUDA device.
-        ranks: processes that split the rows. lm-eval gives rank r of n the rows r, r + n, r + 2n
-            and so on, as it does under its own launcher.
+    Batch "auto" lets lm-eval try which size fits on a CUDA device. Of n ranks, rank r gets the rows
+    r, r + n, r + 2n and so on, as under lm-eval's own launcher.
     """
     with _quiet_lm_eval():
         from lm_eval.models.huggingface import HFLM
@@ -166,11 +154,7 @@ def wrap_model(model: Any, tokenizer: Any, batch: int | str, ranks: Ranks = SING
 
 
 def run_task(task: LoadedTask, wrapped: Any) -> list[TaskScore] | None:
-    """Score one task.
-
-    Args:
-        task: a task of `load_tasks`.
-        wrapped: a model of `wrap_model`.
+    """Score one task with a model of `wrap_model`.
 
     Returns:
         The scores on rank 0, None on the other ranks. A group returns its own score first, then
@@ -263,8 +247,8 @@ def _load(
         except Exception as fault:  # the hub, its cache and a task's own code raise many kinds
             raise OSError(
                 f"the rows of {name} could not be loaded ({type(fault).__name__}: "
-                f"{str(fault)[:300]}). Without a network, give a data folder (PRUNUS_DATA) that "
-                f"holds {FOLDER}/"
+                f"{str(fault)[:300]}). Without a network, give a folder of `data` (or PRUNUS_DATA) "
+                f"that holds {FOLDER}/"
             ) from fault
     else:
         scored = next(iter(files.values()))
@@ -293,7 +277,7 @@ def _set_shots(task: Any, shots: int | None) -> None:
     if getattr(task, "UNSAFE_CODE", False):
         raise ValueError(f"{name} runs code that a model wrote; use lm-eval itself, in a sandbox")
     if own == 0 and shots:
-        raise ValueError(f"{name} fixes its number of examples at 0; leave fewshot out for it")
+        raise ValueError(f"{name} fixes its number of examples at 0; leave `fewshot` out for it")
     if own is None or shots is not None:
         task.set_config(key="num_fewshot", value=shots or 0)
 

@@ -13,19 +13,18 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from prunus.calibration.bos import Bos, UsedBos, bos_token, put_bos_first, refuse_bos, used_bos
+from prunus.calibration.bos import UsedBos, bos_token, put_bos_first, refuse_bos, used_bos
 from prunus.calibration.catalogue import CORPORA
 from prunus.calibration.corpora import check_corpus, load_corpus
 from prunus.calibration.draw import encode
 from prunus.calibration.files import check_file, file_kind, read_documents, read_ids
+from prunus.evaluation.options import Protocol, TextOptions
 
 __all__ = [
-    "PROTOCOLS",
-    "Protocol",
     "ScoringText",
     "ScoringWindows",
     "check_text",
@@ -33,12 +32,6 @@ __all__ = [
     "load_scoring_text",
     "scoring_windows",
 ]
-
-#: Which tokens of a window are scored. `papers`: all but the first. `llama.cpp`: those of the
-#: second half, as its perplexity tool does.
-Protocol = Literal["papers", "llama.cpp"]
-#: Protocol -> tokens per window if the user does not choose.
-PROTOCOLS: dict[Protocol, int] = {"papers": 2048, "llama.cpp": 512}
 
 #: SHA-256 of the joined test text of WikiText-2, 1,296,370 bytes.
 WIKITEXT2_TEST_SHA256 = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"
@@ -153,10 +146,8 @@ def first_scored_row(protocol: Protocol, seqlen: int) -> int:
     (0, 256)
 
     Raises:
-        ValueError: an unknown protocol, or a window without a row to score.
+        ValueError: a window without a row to score.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {protocol!r}")
     shortest = 2 if protocol == "papers" else 3
     if seqlen < shortest:
         raise ValueError(f"seqlen must be at least {shortest} tokens, not {seqlen}")
@@ -164,27 +155,21 @@ def first_scored_row(protocol: Protocol, seqlen: int) -> int:
 
 
 def scoring_windows(
-    name: str,
-    tokenizer: Callable[[], Any],
-    seqlen: int,
-    samples: int | None,
-    data: Path | None,
-    bos: Bos = "auto",
+    name: str, tokenizer: Callable[[], Any], seqlen: int, options: TextOptions
 ) -> ScoringWindows:
     """Cut a text into windows that do not overlap, from its start.
 
     Args:
-        name: see `load_scoring_text`, or a `.safetensors` file with input_ids.
+        name: see `load_scoring_text`, or a `.safetensors` file with input_ids, whose windows stay
+            as they are.
         tokenizer: a function that returns the tokenizer. It is called for text only.
         seqlen: S, tokens per window.
-        samples: the largest number of windows, or None.
-        data: see `load_scoring_text`.
-        bos: whether BOS takes the place of every window's first token; see `Bos`. The windows of a
-            `.safetensors` file stay as they are.
+        options: how many windows, with or without BOS, and the data folder.
 
     Raises:
         ValueError: the text is shorter than one window, or reading the text or the tokenizer fails.
     """
+    bos, samples, data = options.bos, options.samples, options.data
     check_text(name, data)
     if name not in CORPORA and file_kind(Path(name)) == "safetensors":
         refuse_bos(name, bos)
@@ -193,7 +178,7 @@ def scoring_windows(
         if per_row == 0:
             raise ValueError(
                 f"{name}: its rows have {ids.shape[1]} tokens, less than a window of {seqlen}; "
-                "use a smaller seqlen"
+                "use a smaller `seqlen`"
             )
         windows = ids[:, : per_row * seqlen].reshape(-1, seqlen)
         how = f"{tuple(ids.shape)} token ids, cut into windows row by row"
@@ -206,7 +191,7 @@ def scoring_windows(
     if count == 0:
         raise ValueError(
             f"{text.source}: the text has {len(tokens)} tokens, less than a window of {seqlen}; "
-            "use a smaller seqlen"
+            "use a smaller `seqlen`"
         )
     count = min([count, *(bound for bound in (samples, text.max_windows) if bound is not None)])
     windows = put_bos_first(tokens[: count * seqlen].view(count, seqlen), token)

@@ -178,7 +178,7 @@ def _score_window(
         if not math.isfinite(total):
             raise ValueError(
                 f"the loss of window {window} is {total}: the model's outputs are not finite. "
-                "Damaged weights, or a dtype too small for this model; try dtype float32"
+                "Damaged weights, or a dtype too small for this model; try `dtype` float32"
             )
     kl_T = torch.cat(divergences)
     if not kl_T.isfinite().all():

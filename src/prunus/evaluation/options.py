@@ -1,0 +1,186 @@
+"""Options of evaluation, each declared once. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import field_validator
+
+from prunus.hardware.sizes import parse_bytes
+from prunus.options import Option, Options, at_least
+from prunus.options.declaration import ADVANCED
+from prunus.runs.options import BosName, RunOptions
+
+__all__ = [
+    "PROTOCOLS",
+    "ImageOptions",
+    "Protocol",
+    "SpeedOptions",
+    "TaskOptions",
+    "TextOptions",
+]
+
+#: Which tokens of a window are scored. `papers`: all but the first. `llama.cpp`: those of the
+#: second half, as its perplexity tool does.
+Protocol = Literal["papers", "llama.cpp"]
+#: Protocol -> tokens per window if the user does not choose.
+PROTOCOLS: dict[Protocol, int] = {"papers": 2048, "llama.cpp": 512}
+
+
+def _option(name: str) -> Any:
+    """An option that runs have too."""
+    return RunOptions.declared()[name]
+
+
+class _EvaluationOptions(Options):
+    """How models are computed, whatever they are scored on."""
+
+    FILE = "evaluation"
+
+    batch: Annotated[
+        int | Literal["auto"],
+        Option(
+            "Compute this number of windows, prompts or images per forward pass.",
+            metavar="N|auto",
+            panel=ADVANCED,
+            default="auto, which is 1 window, 8 prompts (on a GPU as many as fit), or 16 images",
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Option(
+            "Compute in this dtype: auto (as stored), float32, bfloat16 or float16.",
+            metavar="DTYPE",
+            panel=ADVANCED,
+        ),
+    ] = "auto"
+    device: Annotated[str, _option("device")] = "auto"
+    data: Annotated[Path | None, _option("data")] = None
+    trust_remote_code: Annotated[bool, _option("trust_remote_code")] = False
+    tokenizer: Annotated[Any, _option("tokenizer")] = None
+
+    @field_validator("batch", mode="before")
+    @classmethod
+    def _read_batch(cls, value: Any) -> Any:
+        number = int(value) if isinstance(value, str) and value.isdecimal() else value
+        if number != "auto" and (not isinstance(number, int) or number < 1):
+            raise ValueError(f"batch must be 'auto' or at least 1; got {value!r}")
+        return number
+
+
+class TextOptions(_EvaluationOptions):
+    """How models are scored on a text."""
+
+    seqlen: Annotated[
+        int | None,
+        Option(
+            "Score windows of this number of tokens.",
+            metavar="N",
+            within=at_least(2, " tokens"),
+            default="2048, or 512 with protocol llama.cpp",
+        ),
+    ] = None
+    samples: Annotated[
+        int | None,
+        Option(
+            "Score this number of windows, from the start of the text.",
+            metavar="N",
+            within=at_least(1, " window"),
+            default="all",
+        ),
+    ] = None
+    protocol: Annotated[
+        Protocol,
+        Option(
+            "Score all tokens of a window but the first (papers), or those of its second half, as "
+            "the perplexity tool of llama.cpp does (llama.cpp).",
+            metavar="PROTOCOL",
+            panel=ADVANCED,
+        ),
+    ] = "papers"
+    bos: Annotated[
+        BosName,
+        Option(
+            "Begin every window with the BOS token, in place of its first token. auto: if the "
+            "tokenizer puts one before a text. no: as in the papers.",
+            metavar="BOS",
+            panel=ADVANCED,
+        ),
+    ] = "auto"
+    stream: Annotated[
+        bool | None,
+        Option(
+            "For perplexity, load one block at a time, or load the whole model. The figures are "
+            "the same.",
+            switch="--stream/--no-stream",
+            panel=ADVANCED,
+            default="stream what does not fit in memory, the reference included",
+        ),
+    ] = None
+    memory: Annotated[int | None, _option("memory")] = None
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _read_size(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value
+
+
+class ImageOptions(_EvaluationOptions):
+    """How image classifiers are scored."""
+
+    limit: Annotated[
+        int | None,
+        Option(
+            "Score only the first N rows of each task, or N images spread over the folder.",
+            metavar="N",
+            within=at_least(1),
+            default="all",
+        ),
+    ] = None
+
+
+class TaskOptions(ImageOptions):
+    """How models are scored on tasks."""
+
+    fewshot: Annotated[
+        int | None,
+        Option(
+            "Put this number of solved examples before each question of a task.",
+            metavar="N",
+            within=at_least(0, " examples"),
+            default="as the task says, mostly 0",
+        ),
+    ] = None
+
+
+class SpeedOptions(Options):
+    """How size and speed of models are measured."""
+
+    FILE = "bench"
+
+    prompt_tokens: Annotated[
+        int, Option("Use prompts of this number of tokens.", metavar="N", within=at_least(1))
+    ] = 128
+    new_tokens: Annotated[
+        int, Option("Decode this number of tokens.", metavar="N", within=at_least(2))
+    ] = 64
+    rounds: Annotated[
+        int, Option("Start this number of processes per model.", metavar="N", within=at_least(1))
+    ] = 3
+    threads: Annotated[
+        int | None,
+        Option(
+            "Compute on this number of torch threads.",
+            metavar="N",
+            within=at_least(1),
+            default="as torch chooses",
+        ),
+    ] = None
+    dense_kernel: Annotated[
+        bool,
+        Option(
+            "Also measure the first model with prunus's own dense kernel, attention, norms and "
+            "rotary embedding in place of torch's: their gain without that of sparsity."
+        ),
+    ] = False
