@@ -23,15 +23,6 @@ def takes(*models: type[Options]) -> Callable[[_Function], _Function]:
     Args:
         *models: The options that the function takes. A parameter of its own hides an option of the
             same name.
-
-    >>> from typing import Annotated
-    >>> from prunus.options import Option
-    >>> class Speed(Options):
-    ...     gear: Annotated[int, Option("Drive in this gear.")] = 1
-    >>> @takes(Speed)
-    ... def drive(road, **options): ...
-    >>> inspect.signature(drive)
-    <Signature (road, *, gear: 'int' = 1)>
     """
 
     def decorate(function: _Function) -> _Function:

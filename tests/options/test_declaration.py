@@ -1,0 +1,62 @@
+"""One declaration of an option gives its keyword, its check, its file and its error."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Annotated, ClassVar
+
+import pytest
+
+import prunus
+from prunus.options import Option, Options, at_least, between, one_of, takes
+
+
+class Speed(Options):
+    ELSEWHERE: ClassVar[dict[str, str]] = {"wings": "this is a car"}
+
+    gear: Annotated[int, Option("Drive in this gear.", within=at_least(1))] = 1
+    share: Annotated[float | None, Option("Use this share.", within=between("(0, 1]"))] = None
+
+
+@takes(Speed)
+def drive(road, **options):
+    """Drive."""
+    return options
+
+
+def test_keywords_of_a_function_are_those_of_its_options():
+    assert str(inspect.signature(drive)).startswith("(road, *, gear: 'int' = 1, share")
+    assert "gear: Drive in this gear." in drive.__doc__
+    assert drive("a", gear=2) == {"gear": 2}
+    for verb in (prunus.prune, prunus.compress, prunus.shrink, prunus.recover):
+        assert {"device", "data", "overwrite", "progress"} <= set(
+            inspect.signature(verb).parameters
+        )
+
+
+def test_options_are_read_from_files_objects_and_keywords(tmp_path):
+    (tmp_path / "car.toml").write_text("gear = 3\n")
+    car = Speed.read(tmp_path / "car.toml", {"share": 0.5, "gear": None})
+    assert (car.gear, car.share) == (3, 0.5)
+    assert Speed.read(car, {"gear": 2}).share == 0.5
+    assert car.to_toml() == "gear = 3\nshare = 0.5\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gear": 0}, "gear must be at least 1; got 0"),
+        ({"share": 0.0}, r"share must lie in \(0, 1\]; got 0.0"),
+        ({"gear": "first"}, r"gear: input should be a valid integer.*got 'first'"),
+        ({"wheels": 4}, "unknown option 'wheels'; known are gear, share"),
+        ({"wings": 2}, "wings is not an option here: this is a car"),
+        ({"gear": 0, "share": 2.0}, "gear must .*; share must"),
+    ],
+)
+def test_errors_name_every_option_that_is_wrong(given, message):
+    with pytest.raises(ValueError, match=message):
+        Speed.read(None, given)
+
+
+def test_a_list_of_choices_is_a_sentence():
+    assert one_of((4, 6, 8)).must == "be 4, 6 or 8"
