@@ -196,6 +196,7 @@ def split_windows(ids: Tensor) -> tuple[Tensor, Tensor]:
 
     They have none in common, unless there are only one or two windows.
 
+    >>> import torch
     >>> [len(part) for part in split_windows(torch.zeros(20, 4))]
     [8, 12]
     >>> [len(part) for part in split_windows(torch.zeros(3, 4))]
