@@ -229,7 +229,7 @@ def test_training_goes_on_as_long_as_it_makes_progress_though_the_start_was_bett
 ):
     """The peak of the rate costs at first what its decay wins back."""
     losses = iter([3.0, 3.5, 3.4, 3.3, 3.2, 2.9])
-    monkeypatch.setattr(training._Trainer, "held_out_loss", lambda _: next(losses))
+    monkeypatch.setattr(training.Training, "held_out_loss", lambda _: next(losses))
     record = recover(
         pruned, tmp_path / "out", "masked", text, tokens=320, evaluations=5, patience=2
     )

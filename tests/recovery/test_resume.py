@@ -69,7 +69,7 @@ def test_a_state_without_its_best_weights_is_not_resumed(pruned, text, tmp_path)
 def test_a_finished_recovery_is_not_done_again(pruned, text, tmp_path, monkeypatch):
     first = recover(pruned, tmp_path / "out", "lora", text)
     before = shards(tmp_path / "out")
-    monkeypatch.setattr("prunus.recovery.run.train", None)
+    monkeypatch.setattr("prunus.recovery.run.Training", None)
     assert recover(pruned, tmp_path / "out", "lora", text) == first
     assert shards(tmp_path / "out") == before
 

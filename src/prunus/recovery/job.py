@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -86,7 +86,7 @@ class RecoveryJob:
 
 def default_mode(model: str | Path) -> Mode:
     """The mode for a checkpoint if none is given: scales for a compressed one only."""
-    if _is_compressed(resolve_folder(model)):
+    if _form(resolve_folder(model)) == "compressed":
         return "scales"
     raise ValueError(f"mode is missing; give one of {', '.join(MODES)}")
 
@@ -184,8 +184,7 @@ def check_ranks(recipe: RecoveryOptions, ranks: Ranks) -> None:
 
 def check_teacher(folder: Path) -> None:
     """Check that a folder holds a model that can teach."""
-    _check_no_adapter(folder)
-    if is_packed(folder):
+    if _form(folder) != "dense":
         raise ValueError(
             f"the teacher {folder} is packed; give the dense model that it was made from, or "
             f"expand it first (prunus unpack {folder} DEST)"
@@ -255,43 +254,36 @@ def draw_training_text(
     return text
 
 
-def _is_compressed(folder: Path) -> bool:
-    """Whether a folder holds a packed checkpoint with quantised linears."""
-    if not is_packed(folder):
-        return False
-    content = read_json(folder / "config.json")["quantization_config"]
-    shapes = Description.from_dict(content).linears.values()
-    return any(isinstance(shape, QuantizedShape) for shape in shapes)
-
-
-def _check_trainable_form(folder: Path, mode: Mode) -> None:
-    """Check that a folder holds a checkpoint whose weights a mode can train."""
-    _check_no_adapter(folder)
-    compressed = _is_compressed(folder)
-    if mode == "scales" and not compressed:
-        others = ", ".join(other for other in MODES if other != "scales")
-        raise ValueError(
-            f"{folder} has no quantised linears, and mode scales trains nothing else: compress it "
-            f"first (prunus compress), or choose one of the modes {others}"
-        )
-    if mode != "scales" and compressed:
-        raise ValueError(
-            f"{folder} is compressed, and mode {mode} cannot train packed weights: choose mode "
-            f"scales, or expand it first (prunus unpack {folder} DEST)"
-        )
-    if mode != "scales" and is_packed(folder):
-        raise ValueError(
-            f"{folder} is packed, and packed weights cannot be trained: "
-            f"prunus unpack {folder} DEST first"
-        )
-
-
-def _check_no_adapter(folder: Path) -> None:
+def _form(folder: Path) -> Literal["dense", "packed", "compressed"]:
+    """The form in which a folder stores its weights. A compressed one has quantised linears."""
     if is_adapter(folder):
         raise ValueError(
             f"{folder} is an adapter ({CONFIG_NAME}), not a checkpoint; "
             "give the model that it is for"
         )
+    if not is_packed(folder):
+        return "dense"
+    content = read_json(folder / "config.json")["quantization_config"]
+    shapes = Description.from_dict(content).linears.values()
+    return "compressed" if any(isinstance(x, QuantizedShape) for x in shapes) else "packed"
+
+
+def _check_trainable_form(folder: Path, mode: Mode) -> None:
+    """Check that a folder holds a checkpoint whose weights a mode can train."""
+    form = _form(folder)
+    if (mode == "scales") == (form == "compressed") and form != "packed":
+        return
+    if mode == "scales":
+        others = ", ".join(other for other in MODES if other != "scales")
+        raise ValueError(
+            f"{folder} has no quantised linears, and mode scales trains nothing else: compress it "
+            f"first (prunus compress), or choose one of the modes {others}"
+        )
+    choose = "choose mode scales, or " if form == "compressed" else ""
+    raise ValueError(
+        f"{folder} is {form}, and mode {mode} cannot train packed weights: {choose}expand it "
+        f"first (prunus unpack {folder} DEST)"
+    )
 
 
 def _check_vocabulary(student: CheckpointSource, teacher: CheckpointSource) -> None:

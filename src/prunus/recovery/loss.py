@@ -32,23 +32,20 @@ _CUDA_ROWS = 4096
 def next_token_loss(
     logits_WSV: Tensor, ids_WS: Tensor, teacher_WSV: Tensor | None = None, weight: float = 1.0
 ) -> Tensor:
-    """Return the mean loss of predicting tokens 2..S of every window, a float32 scalar.
+    """The mean loss of predicting tokens 2..S of every window, a float32 scalar.
 
     Args:
-        logits_WSV: the model's logits, any floating dtype. The loss is differentiable in them, and
+        logits_WSV: The model's logits, any floating dtype. The loss is differentiable in them, and
             their gradient has the same dtype.
-        ids_WS: token ids, int64.
-        teacher_WSV: the teacher's logits on the same windows, or None for cross entropy alone.
-        weight: of the KL divergence, from 0 to 1. Without a teacher it counts as 0.
+        ids_WS: Token ids, int64.
+        teacher_WSV: The teacher's logits on the same windows, or None for cross entropy alone.
+        weight: Of the KL divergence, from 0 to 1. Without a teacher it counts as 0.
 
-    Example:
-        Equal logits for four tokens are a cross entropy of log 4.
+    Equal logits for four tokens are a cross entropy of log 4.
 
-        >>> logits, ids = torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]])
-        >>> round(float(next_token_loss(logits, ids)), 4)
-        1.3863
-        >>> float(next_token_loss(logits, ids, teacher_WSV=logits))
-        0.0
+    >>> logits, ids = torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]])
+    >>> round(float(next_token_loss(logits, ids)), 4)
+    1.3863
     """
     targets_WS = ids_WS[:, 1:].to(logits_WSV.device)
     loss: Tensor = _Loss.apply(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from prunus.options import Option, Options, at_least, between
+from prunus.options import Option, Options, Range, at_least, between
 from prunus.runs.options import BOS, BosName
 
 __all__ = ["MODES", "Mode", "RecoveryOptions"]
@@ -15,10 +15,10 @@ __all__ = ["MODES", "Mode", "RecoveryOptions"]
 Mode = Literal["lora", "masked", "full", "scales"]
 MODES: tuple[Mode, ...] = ("lora", "masked", "full", "scales")
 
-_TRAINING = "Training"
 _LORA = "Mode lora"
-_STEP_TOKENS = 1024
-_POSITIVE = between("(0, inf)")
+_POSITIVE, _COUNT = between("(0, inf)"), at_least(1)
+#: Budget if none is given, and size of a step.
+_TOKENS, _STEP_TOKENS = 131_072, 1024
 
 #: Default peak learning rates. A step of Adam moves every weight by about the rate, and models
 #: differ tenfold in the size of their weights. So masked and full, which train the weights
@@ -37,6 +37,10 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _training(text: str, metavar: str, within: Range | None = None) -> Option:
+    return Option(text, metavar, "Training", within)
+
+
 class RecoveryOptions(Options):
     """Everything about a recovery that decides the bytes of its result, except its inputs."""
 
@@ -52,24 +56,23 @@ class RecoveryOptions(Options):
         ),
     ]
     text: Annotated[
-        str,
-        Option("Train on this text: a source as for calibration, or a file.", metavar="SOURCE"),
+        str, Option("Train on this text: a source as for calibration, or a file.", "SOURCE")
     ] = "c4"
     tokens: Annotated[
         int | None,
         Option(
             "Train on this number of tokens; a token counts each time it is trained on.",
             metavar="N",
-            within=at_least(1),
-            default="131072",
+            within=_COUNT,
+            default=str(_TOKENS),
         ),
     ] = None
     minutes: Annotated[
         float | None,
-        Option("Train for this number of minutes instead.", metavar="MINUTES", within=_POSITIVE),
+        Option("Train for this number of minutes instead.", "MINUTES", within=_POSITIVE),
     ] = None
     seqlen: Annotated[
-        int, Option("Use windows of this number of tokens.", metavar="N", within=at_least(2))
+        int, Option("Use windows of this number of tokens.", "N", within=at_least(2))
     ] = 512
     # `_fill_batch` fills it in. The default rates were measured with steps of about 1024 tokens,
     # and smaller steps are noisier.
@@ -78,7 +81,7 @@ class RecoveryOptions(Options):
         Option(
             "Train on this number of windows per step.",
             metavar="N",
-            within=at_least(1),
+            within=_COUNT,
             default="as many as hold 1024 tokens",
         ),
     ] = Field(None)  # type: ignore[assignment]
@@ -87,7 +90,7 @@ class RecoveryOptions(Options):
         Option(
             "Use this peak learning rate; it falls along a cosine.",
             metavar="RATE",
-            panel=_TRAINING,
+            panel="Training",
             within=_POSITIVE,
             default="that of the mode: 0.001 for lora, 0.00077 times the root mean square of the "
             "weights for masked and full, 0.002 relative to each tensor for scales",
@@ -95,74 +98,39 @@ class RecoveryOptions(Options):
     ] = None
     warmup: Annotated[
         float,
-        Option(
-            "Raise the learning rate over this fraction of the budget.",
-            metavar="X",
-            panel=_TRAINING,
-            within=between("[0, 1)"),
-        ),
+        _training("Raise the rate over this fraction of the budget.", "X", between("[0, 1)")),
     ] = 0.05
     weight_decay: Annotated[
-        float,
-        Option(
-            "Use this weight decay of AdamW.",
-            metavar="X",
-            panel=_TRAINING,
-            within=between("[0, inf)"),
-        ),
+        float, _training("Use this weight decay of AdamW.", "X", between("[0, inf)"))
     ] = 0.0
     seed: Annotated[
-        int,
-        Option(
-            "Order the text and draw low-rank layers by this seed.", metavar="N", panel=_TRAINING
-        ),
+        int, _training("Order the text and draw low-rank layers by this seed.", "N")
     ] = 0
     bos: Annotated[BosName, BOS] = "auto"
     held_out: Annotated[
-        int,
-        Option(
-            "Evaluate this number of windows, and never train on them.",
-            metavar="N",
-            panel=_TRAINING,
-            within=at_least(1),
-        ),
+        int, _training("Evaluate this number of windows, and never train on them.", "N", _COUNT)
     ] = 8
     evaluations: Annotated[
         int,
-        Option(
-            "Evaluate the held-out windows this often, and write a checkpoint each time.",
-            metavar="N",
-            panel=_TRAINING,
-            within=at_least(1),
-        ),
+        _training("Evaluate them this often, and write a checkpoint each time.", "N", _COUNT),
     ] = 8
     patience: Annotated[
         int,
-        Option(
-            "Stop after this number of evaluations without progress in training.",
-            metavar="N",
-            panel=_TRAINING,
-            within=at_least(1),
-        ),
+        _training("Stop after this number of evaluations without progress.", "N", _COUNT),
     ] = 3
     distill_weight: Annotated[
         float,
-        Option(
+        _training(
             "Weigh the KL divergence from the teacher by this in the loss. The rest is the weight "
             "of the cross entropy with the text.",
-            metavar="X",
-            panel=_TRAINING,
-            within=between("(0, 1]"),
+            "X",
+            between("(0, 1]"),
         ),
     ] = 1.0
-    rank: Annotated[
-        int,
-        Option("Add layers of this rank.", metavar="N", panel=_LORA, within=at_least(1)),
-    ] = 8
-    alpha: Annotated[
-        float,
-        Option("Scale the layers by alpha / rank.", metavar="X", panel=_LORA, within=_POSITIVE),
-    ] = 16.0
+    rank: Annotated[int, Option("Add layers of this rank.", "N", _LORA, _COUNT)] = 8
+    alpha: Annotated[float, Option("Scale the layers by alpha / rank.", "X", _LORA, _POSITIVE)] = (
+        16.0
+    )
     target_modules: Annotated[
         tuple[str, ...] | None,
         Option(
@@ -175,10 +143,9 @@ class RecoveryOptions(Options):
     ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        Option(
+        _training(
             "Compute matrix products in this dtype. Trained parameters are always float32.",
-            metavar="DTYPE",
-            panel=_TRAINING,
+            "DTYPE",
         ),
     ] = "auto"
 
@@ -208,7 +175,7 @@ class RecoveryOptions(Options):
     @property
     def budget_tokens(self) -> int | None:
         """The budget in tokens; None if it is in minutes."""
-        return 131_072 if self.tokens is None and self.minutes is None else self.tokens
+        return _TOKENS if self.tokens is None and self.minutes is None else self.tokens
 
     def peak_rate(self, weight_rms: float = 1.0) -> float:
         """The peak learning rate.

@@ -26,8 +26,9 @@ from prunus.recovery.job import RecoveryJob, check_ranks, default_mode, plan_rec
 from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.result import write_result
-from prunus.recovery.student import Student, load_student, load_teacher
-from prunus.recovery.training import Step, train
+from prunus.recovery.student import load_student, load_teacher
+from prunus.recovery.trainable import Trainable
+from prunus.recovery.training import Step, Training
 from prunus.runs.folder import ResultFolder, find_earlier, held
 from prunus.runs.options import RunOptions
 from prunus.runs.progress_bar import Shown, shows_progress
@@ -142,14 +143,15 @@ def carry_out(
         checkpoints.clear()  # A kill right after the end leaves them.
         return job.record
     with ranks.fail_together():
-        student, dense = load_student(job), load_teacher(job)
+        (student, size), dense = load_student(job), load_teacher(job)
         job.check_unchanged()
     # Nothing is written until both models are loaded: most mistakes show before that.
     ranks.on_rank_0(lambda: _claim(job, folder, student, options.overwrite))
-    state = train(
-        student.trainable, job.text, recipe, job.dtype, dense, checkpoints, options.step, ranks
+    training = Training(
+        student, job.text, recipe, job.dtype, dense, checkpoints, options.step, ranks
     )
-    _fill_record(job.record, state, student)
+    state = training.run()
+    _fill_record(job.record, state, student, size)
     if state.diverged and state.best == 0:
         raise ValueError(
             f"training stopped: {state.stopped}, and no evaluation before was better than "
@@ -163,7 +165,7 @@ def carry_out(
             "seconds_this_time": round(time.perf_counter() - started, 2),
             "peak_memory_bytes": peak_memory(),
         }
-        write_result(job, folder, student.trainable)
+        write_result(job, folder, student)
         checkpoints.clear()
         return job.record.model_dump_json()
 
@@ -176,13 +178,13 @@ def carry_out(
     return record
 
 
-def _claim(job: RecoveryJob, folder: ResultFolder, student: Student, overwrite: bool) -> None:
+def _claim(job: RecoveryJob, folder: ResultFolder, student: Trainable, overwrite: bool) -> None:
     """Make the folder that of this run, with room for the training and the result.
 
     A checkpoint of the training holds float32 weights and two moments. The best weights are in a
     file of their own.
     """
-    trained = sum(p.numel() for p in student.trainable.parameters.values())
+    trained = sum(p.numel() for p in student.parameters.values())
     checkpoint = job.source.checkpoint
     result = 0 if job.recipe.mode == "lora" else checkpoint.nbytes(checkpoint.tensors)
     check_disk(folder.folder, 16 * trained + result)
@@ -193,17 +195,18 @@ def _claim(job: RecoveryJob, folder: ResultFolder, student: Student, overwrite: 
             (folder.folder / name).unlink(missing_ok=True)
 
 
-def _fill_record(record: RecoveryRecord, state: TrainingState, student: Student) -> None:
-    """Enter what the training did."""
+def _fill_record(
+    record: RecoveryRecord, state: TrainingState, student: Trainable, size: int
+) -> None:
+    """Enter what the training did to a model with `size` parameters."""
     record.evaluations, record.best = state.evaluations, state.best
     record.stopped, record.diverged = state.stopped, state.diverged
-    trainable = student.trainable
     record.totals = {
-        "parameters": student.parameters,
-        "trained_parameters": trainable.trained,
-        "added_parameters": trainable.added,
-        "added_share": trainable.added / student.parameters,
-        "peak_learning_rate": record.recipe.peak_rate(trainable.weight_rms),
+        "parameters": size,
+        "trained_parameters": student.trained,
+        "added_parameters": student.added,
+        "added_share": student.added / size,
+        "peak_learning_rate": record.recipe.peak_rate(student.weight_rms),
         "tokens": state.tokens,
         "seconds": round(state.seconds, 2),
         "held_out_perplexity_before": state.evaluations[0].perplexity,

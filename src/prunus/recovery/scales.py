@@ -34,12 +34,8 @@ class ScaledLinear(nn.Module):
     held-out loss is that of the result. The gradient passes through the rounding unchanged.
 
     Args:
-        linear: the quantised linear. Its bias stays the same parameter.
-        dtype: of the matrix product, and of the integers in memory. bfloat16 holds them exactly.
-
-    Attributes:
-        log_scales: α (O,), float32.
-        log_steps: β (I,), float32.
+        linear: The quantised linear. Its bias stays the same parameter.
+        dtype: Of the matrix product, and of the integers in memory. bfloat16 holds them exactly.
     """
 
     levels_OI: torch.Tensor
@@ -54,6 +50,7 @@ class ScaledLinear(nn.Module):
         self.register_buffer("levels_OI", decode_levels(packed, linear.offsets).to(dtype))
         self.register_buffer("scales_O", packed.scales.float())
         self.register_buffer("steps_I", packed.steps.float())
+        # α (O,) and β (I,)
         self.log_scales = nn.Parameter(torch.zeros_like(self.scales_O))
         self.log_steps = nn.Parameter(torch.zeros_like(self.steps_I))
         self.bias = linear.bias

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +17,19 @@ from prunus.recovery.masks import block_linears, pruned_linears, unpruned_linear
 from prunus.recovery.scales import dense_size, scales
 from prunus.recovery.trainable import Trainable, full, masked
 
-__all__ = ["Student", "base_name", "load_student", "load_teacher"]
+__all__ = ["base_name", "load_student", "load_teacher"]
 
 # Up to this many tokens per window, the fused attention of torch is slower on a CPU than two
 # batched matrix products.
 _MAX_EAGER_TOKENS = 512
 
 
-@dataclass(frozen=True)
-class Student:
-    """The model in training.
+def load_student(job: RecoveryJob) -> tuple[Trainable, int]:
+    """Load the pruned model into memory, and make it trainable by the mode.
 
-    Attributes:
-        trainable: Model and trained parameters.
-        parameters: Number of parameters of the pruned checkpoint, as a dense one.
+    Returns:
+        The trainable model, and its number of parameters before, as a dense one.
     """
-
-    trainable: Trainable
-    parameters: int
-
-
-def load_student(job: RecoveryJob) -> Student:
-    """Load the pruned model into memory, and make it trainable by the mode."""
     recipe, folder = job.recipe, job.source.checkpoint.folder
     if job.device.type == "cpu":
         # Each step frees and allocates the logits. glibc would give them back to the system.
@@ -48,15 +38,14 @@ def load_student(job: RecoveryJob) -> Student:
     model = _load(job, folder, job.dtype if recipe.mode in ("lora", "scales") else torch.float32)
     parameters = dense_size(model)
     if recipe.mode == "scales":
-        return Student(scales(model, job.dtype), parameters)
+        return scales(model, job.dtype), parameters
     if recipe.mode == "lora":
-        trainable = lora(model, block_linears(model), recipe, base_name(job.model))
-        return Student(trainable, parameters)
+        return lora(model, block_linears(model), recipe, base_name(job.model)), parameters
     # Results are written expert by expert, and zeros are kept in every one of them.
     split_loaded_experts(model)
     if recipe.mode == "full":
-        return Student(full(model, unpruned_linears(model, folder)), parameters)
-    return Student(masked(model, pruned_linears(model, folder)), parameters)
+        return full(model, unpruned_linears(model, folder)), parameters
+    return masked(model, pruned_linears(model, folder)), parameters
 
 
 def load_teacher(job: RecoveryJob) -> Any:

@@ -25,7 +25,7 @@ from prunus.recovery.options import RecoveryOptions
 from prunus.recovery.record import Evaluation
 from prunus.recovery.trainable import Trainable
 
-__all__ = ["Step", "step_count", "train", "training_dtype"]
+__all__ = ["Step", "Training", "step_count", "training_dtype"]
 
 # A step of more tokens is split into several forward passes, whose gradients add up.
 _TOKENS_PER_PASS = 2048
@@ -94,45 +94,102 @@ def step_count(options: RecoveryOptions) -> int | None:
     return None if tokens is None else math.ceil(tokens / (options.batch * options.seqlen))
 
 
-def train(
-    trainable: Trainable,
-    text: TrainingText,
-    options: RecoveryOptions,
-    dtype: torch.dtype,
-    teacher: Any,
-    checkpoints: Checkpoints,
-    progress: Callable[[Step], None],
-    ranks: Ranks = SINGLE_PROCESS,
-) -> TrainingState:
-    """Train until the budget is spent or evaluations stop improving; resume from a checkpoint.
+@dataclass
+class Training:
+    """One training, which `run` carries out.
 
-    Args:
+    Attributes:
         trainable: Model and parameters. The parameters end as the best on the held-out windows.
         dtype: Of matrix products and activations; see `training_dtype`.
         teacher: A causal LM whose logits are the target, or None.
-        progress: Called after every step and every evaluation.
+        report: Called after every step and every evaluation.
         ranks: Processes that split the windows of every step.
-
-    Returns:
-        The state at the end. If a loss was not finite, `diverged` is set, and the parameters are
-        the best ones from before.
-
-    Raises:
-        ValueError: The loss is not finite before any training.
     """
-    trainer = _Trainer(trainable, text, options, dtype, teacher, ranks)
-    state = checkpoints.load(trainable.parameters, trainer.optimizer) or TrainingState()
-    started, seconds_before, losses = time.perf_counter(), state.seconds, list[float]()
 
-    def seconds() -> float:
-        return seconds_before + time.perf_counter() - started
+    trainable: Trainable
+    text: TrainingText
+    options: RecoveryOptions
+    dtype: torch.dtype
+    teacher: Any
+    checkpoints: Checkpoints
+    report: Callable[[Step], None]
+    ranks: Ranks = SINGLE_PROCESS
 
-    def report(message: str, loss: float | None = None, perplexity: float | None = None) -> None:
-        fraction = min(1.0, trainer.spent(state, seconds()))
-        progress(Step(fraction, state.tokens, seconds(), message, loss, perplexity))
+    def __post_init__(self) -> None:
+        self.parameters = list(self.trainable.parameters.values())
+        self.device = self.parameters[0].device
+        is_float32 = self.dtype == torch.float32
+        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=not is_float32)
+        groups: dict[float, list[torch.nn.Parameter]] = {}
+        for name, parameter in self.trainable.parameters.items():
+            groups.setdefault(self.trainable.rates.get(name, 1.0), []).append(parameter)
+        # Each step sets its own rate. `fused` updates a parameter in one pass over memory.
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group, "multiple": multiple} for multiple, group in groups.items()],
+            lr=0.0,
+            weight_decay=self.options.weight_decay,
+            fused=True,
+        )
+        # Losses of the steps since the last evaluation.
+        self.losses: list[float] = []
 
-    def evaluate() -> None:
-        held_out_loss = trainer.held_out_loss()
+    def run(self) -> TrainingState:
+        """Train until the budget is spent or evaluations stop improving; resume from a checkpoint.
+
+        Returns:
+            The state at the end. If a loss was not finite, `diverged` is set, and the parameters
+            are the best ones from before.
+
+        Raises:
+            ValueError: The loss is not finite before any training.
+        """
+        parameters = self.trainable.parameters
+        state = self.state = self.checkpoints.load(parameters, self.optimizer) or TrainingState()
+        self.began = time.perf_counter() - state.seconds
+        if not state.evaluations:
+            self._evaluate()
+        elif state.stopped is None:
+            self._tell(f"resumed at step {state.step}")
+        while state.stopped is None and self._spent() < 1:
+            # The rate is that of the middle of the step.
+            loss = self._step(self._spent(ahead=0.5))
+            if not math.isfinite(loss):
+                state.stopped = f"the loss was not finite at step {state.step + 1}"
+                state.diverged = True
+                break
+            self.losses.append(loss)
+            state.step += 1
+            state.tokens += self.options.batch * self.options.seqlen
+            self._tell(f"loss {loss:.3f}", loss)
+            # Evaluation 0 was before training; evaluation k is due after k parts of the budget.
+            if self._spent() >= min(1.0, len(state.evaluations) / self.options.evaluations):
+                self._evaluate()
+        state.seconds = self._seconds()
+        self.ranks.gather_ints([0])  # Wait until rank 0 has written the best weights,
+        self.checkpoints.load_best(state, parameters)
+        self.ranks.gather_ints([0])  # and let rank 0 delete them only when all have read them.
+        return state
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def _spent(self, ahead: float = 0.0) -> float:
+        """Fraction of the budget that is spent, `ahead` steps from now."""
+        steps = step_count(self.options)
+        if steps is not None:
+            return (self.state.step + ahead) / steps
+        assert self.options.minutes is not None
+        return self._seconds() / (60 * self.options.minutes)
+
+    def _tell(
+        self, message: str, loss: float | None = None, perplexity: float | None = None
+    ) -> None:
+        spent, seconds = min(1.0, self._spent()), self._seconds()
+        self.report(Step(spent, self.state.tokens, seconds, message, loss, perplexity))
+
+    def _evaluate(self) -> None:
+        """Evaluate the held-out windows, and write a checkpoint."""
+        state, held_out_loss = self.state, self.held_out_loss()
         if not math.isfinite(held_out_loss):
             if not state.evaluations:
                 raise ValueError(
@@ -146,96 +203,31 @@ def train(
         entry = Evaluation(
             step=state.step,
             tokens=state.tokens,
-            seconds=round(seconds(), 2),
-            training_loss=sum(losses) / len(losses) if losses else None,
+            seconds=round(self._seconds(), 2),
+            training_loss=sum(self.losses) / len(self.losses) if self.losses else None,
             held_out_loss=held_out_loss,
         )
-        losses.clear()
+        self.losses.clear()
         state.evaluations.append(entry)
         if held_out_loss < state.evaluations[state.best].held_out_loss:
             state.best = len(state.evaluations) - 1
-        elif _is_stalled([each.held_out_loss for each in state.evaluations], options.patience):
-            state.stopped = f"no better held-out loss in {options.patience} evaluations"
-        state.seconds = seconds()
-        checkpoints.save(state, trainable.parameters, trainer.optimizer)
-        report(f"held-out perplexity {entry.perplexity:.3f}", entry.training_loss, entry.perplexity)
+        elif _is_stalled([each.held_out_loss for each in state.evaluations], self.options.patience):
+            state.stopped = f"no better held-out loss in {self.options.patience} evaluations"
+        state.seconds = self._seconds()
+        self.checkpoints.save(state, self.trainable.parameters, self.optimizer)
+        words = f"held-out perplexity {entry.perplexity:.3f}"
+        self._tell(words, entry.training_loss, entry.perplexity)
 
-    if not state.evaluations:
-        evaluate()
-    elif state.stopped is None:
-        report(f"resumed at step {state.step}")
-    while state.stopped is None and trainer.spent(state, seconds()) < 1:
-        # The rate is that of the middle of the step.
-        loss = trainer.step(state, trainer.spent(state, seconds(), ahead=0.5))
-        if not math.isfinite(loss):
-            state.stopped = f"the loss was not finite at step {state.step + 1}"
-            state.diverged = True
-            break
-        losses.append(loss)
-        state.step += 1
-        state.tokens += options.batch * options.seqlen
-        report(f"loss {loss:.3f}", loss)
-        # Evaluation 0 was before training; evaluation k is due after k parts of the budget.
-        due = min(1.0, len(state.evaluations) / options.evaluations)
-        if trainer.spent(state, seconds()) >= due:
-            evaluate()
-    state.seconds = seconds()
-    ranks.gather_ints([0])  # Wait until rank 0 has written the best weights,
-    checkpoints.load_best(state, trainable.parameters)
-    ranks.gather_ints([0])  # and let rank 0 delete them only when all ranks have read them.
-    return state
-
-
-class _Trainer:
-    """Steps and evaluations of one training."""
-
-    def __init__(
-        self,
-        trainable: Trainable,
-        text: TrainingText,
-        options: RecoveryOptions,
-        dtype: torch.dtype,
-        teacher: Any,
-        ranks: Ranks,
-    ) -> None:
-        self.ranks = ranks
-        self.trainable = trainable
-        self.text = text
-        self.options = options
-        self.teacher = teacher
-        self.parameters = list(trainable.parameters.values())
-        self.device = self.parameters[0].device
-        self.autocast = torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-        groups: dict[float, list[torch.nn.Parameter]] = {}
-        for name, parameter in trainable.parameters.items():
-            groups.setdefault(trainable.rates.get(name, 1.0), []).append(parameter)
-        # Each step sets its own rate. `fused` updates a parameter in one pass over memory.
-        self.optimizer = torch.optim.AdamW(
-            [{"params": group, "multiple": multiple} for multiple, group in groups.items()],
-            lr=0.0,
-            weight_decay=options.weight_decay,
-            fused=True,
-        )
-
-    def spent(self, state: TrainingState, seconds: float, ahead: float = 0.0) -> float:
-        """Fraction of the budget that is spent after `seconds`, `ahead` steps from now."""
-        steps = step_count(self.options)
-        if steps is not None:
-            return (state.step + ahead) / steps
-        assert self.options.minutes is not None
-        return seconds / (60 * self.options.minutes)
-
-    def step(self, state: TrainingState, spent: float) -> float:
+    def _step(self, spent: float) -> float:
         """Take one step of the optimizer and return its loss.
 
         If the loss is not finite, nothing changes. Each rank computes the gradients of some of the
         step's windows; their sum makes all ranks take the same step.
         """
-        ids = self.text.windows(state.step * self.options.batch, self.options.batch)
+        ids = self.text.windows(self.state.step * self.options.batch, self.options.batch)
         total, own = 0.0, self.ranks.own_range(len(ids))
-        for part in ids[own.start : own.stop].split(
-            max(1, _TOKENS_PER_PASS // self.options.seqlen)
-        ):
+        at_a_time = max(1, _TOKENS_PER_PASS // self.options.seqlen)
+        for part in ids[own.start : own.stop].split(at_a_time):
             loss = self._loss(part, self.teacher) * (len(part) / len(ids))
             loss.backward()
             total += float(loss.detach())
