@@ -43,7 +43,7 @@ def streamed(job: PruningJob, seed: int = 0) -> dict[str, LinearSensitivity]:
     stream, batches = Stream(job.skeleton, job.source, job.device), list(IDS.split(2))
     with torch.no_grad(), contextlib.closing(stream):
         stream.embed(batches, None)
-        options = job.linear_settings.options
+        options = job.linear_settings.work.options
         return loss_sensitivities(stream, batches, job.selected, options, seed)
 
 
@@ -106,7 +106,7 @@ def test_it_is_what_autograd_through_the_whole_llama_finds(tmp_path):
     assert found.keys() == expected.keys()
     assert len(found) == 14
     for name, each in found.items():
-        check_equal(each, expected[name], job.linear_settings.options)
+        check_equal(each, expected[name], job.linear_settings.work.options)
 
 
 def test_gradients_go_back_through_experts(tmp_path):
@@ -117,7 +117,7 @@ def test_gradients_go_back_through_experts(tmp_path):
     attention = [name for name in found if "self_attn" in name]
     assert len(attention) == 8
     for name in attention:
-        check_equal(found[name], expected[name], job.linear_settings.options)
+        check_equal(found[name], expected[name], job.linear_settings.work.options)
     experts = [each for name, each in found.items() if ".experts." in name]
     assert len(experts) == 2 * 8 * 3
     assert all((each.loss_O > 0).all() and each.loss_O.isfinite().all() for each in experts)

@@ -149,7 +149,7 @@ def _measure(
     stream = Stream(job.skeleton, HashedSource(job.source, job.skeleton, digests), job.device)
     with torch.no_grad(), contextlib.closing(stream):
         stream.embed([windows], None)
-        options = job.linear_settings.options
+        options = job.linear_settings.work.options
         return loss_sensitivities(stream, [windows], job.selected, options, job.recipe.seed)
 
 

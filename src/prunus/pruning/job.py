@@ -164,7 +164,7 @@ class PruningJob(RunJob):
 
         Such a run uses one thread, because the order of a sum depends on the number of threads.
         """
-        return self.linear_settings.reference_order
+        return self.linear_settings.work.reference_order
 
     def walk(self, index: int) -> Walk:
         return "two_pass" if self.two_passes else super().walk(index)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from prunus.hardware.memory import resident_memory
-from prunus.methods import Method, check_options, compose, get_method
+from prunus.methods import Method, Work, check_options, compose, get_method
 from prunus.methods.patterns import Pattern, check_shape
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource, ModuleSource
@@ -49,8 +49,8 @@ def plan_run(
     def check(source: CheckpointSource | ModuleSource, skeleton: Skeleton) -> None:
         if isinstance(recipe, Recipe) and recipe.head:
             head = skeleton.head()
-            check_shape(settings.pattern, head.shape, head.name)
-        found = select_linears(skeleton, recipe, settings.pattern)
+            check_shape(settings.work.pattern, head.shape, head.name)
+        found = select_linears(skeleton, recipe, settings.work.pattern)
         selections.append(kind.select(found, source, skeleton))
 
     fields = open_model(
@@ -104,13 +104,9 @@ def _linear_settings(recipe: PruningOptions, own: Method | None, quantizes: bool
         group = published.with_options(recipe).default_group
     pattern = Pattern.parse(recipe.pattern, group)
     check_options(published, pattern, recipe.sparsity, recipe, quantizes=quantizes)
-    return LinearSettings(
-        method=method,
-        pattern=pattern,
-        sparsity=recipe.sparsity,
-        options=recipe,
-        reference_order=two_passes and method is published and method.has_reference_order,
-    )
+    in_order = two_passes and method is published and method.has_reference_order
+    work = Work(pattern, recipe.sparsity, recipe, reference_order=in_order)
+    return LinearSettings(method=method, work=work)
 
 
 def _batch(job: PruningJob) -> int:
@@ -155,7 +151,7 @@ def describe_plan(job: PruningJob) -> dict[str, Any]:
         "blocks": len(blocks),
         "linears": len(shapes),
         "weights": weights,
-        "to_remove": int(weights * job.linear_settings.sparsity),
+        "to_remove": int(weights * job.linear_settings.work.sparsity),
         "left_dense": {name: list(shape) for name, shape in job.left_dense.items()},
         "dtype": str(job.dtype).removeprefix("torch."),
         "dtype_reason": job.dtype_reason,

@@ -92,7 +92,7 @@ class WindowInputs(RunInputs):
     calibration_sha256: str
     batch: int
     method_sha256: str | None = Field(
-        None, description="of the code of the user's own method; None for the others"
+        default=None, description="of the code of the user's own method; None for the others"
     )
     bos: UsedBos = Field(description="whether every calibration window begins with BOS")
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import prunus
-from prunus.methods import METHODS, MethodOptions, compose
+from prunus.methods import METHODS, MethodOptions, Work, compose
 from prunus.methods.patterns import Pattern
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
 from prunus.model.linears import Linear
@@ -92,7 +92,7 @@ def prune(
     statistics = InputStatistics(w.shape[1], spec)
     dense = x.float() * 1.01 if method.needs_drift else None
     statistics.add(x, dense)
-    job = LinearSettings(method=method, pattern=pattern, sparsity=0.5, options=options)
+    job = LinearSettings(method=method, work=Work(pattern, 0.5, options))
     finished = prune_linear(job, Linear("up_proj", module), NAME, w, statistics)
     return finished.weight, finished.record
 

@@ -6,7 +6,7 @@ Shape suffixes: O outputs (rows), I inputs (columns).
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,6 @@ from prunus.distributed import SINGLE_PROCESS, Ranks
 from prunus.hardware.numerics import all_finite, count_zeros, low_precision_product, row_spans
 from prunus.methods.quantized import LinearQuantization, Quantized
 from prunus.methods.statistics import InputStatistics
-from prunus.methods.work import Work
 from prunus.model.linears import Linear
 from prunus.packed.weight import QuantizedWeight
 from prunus.pruning.block.row_sharding import row_sharding
@@ -69,7 +68,7 @@ def prune_linear(
 
     Scores and updates start from the stored weight in float32, whatever dtype the block computes
     in. The block continues with the stored result, so that a run resumed from the shard sees the
-    same numbers. The exception is `LinearSettings.reference_order`: the block continues with
+    same numbers. The exception is `Work.reference_order`: the block continues with
     unrounded weights, and a resumed run prunes finished blocks again.
 
     Args:
@@ -98,14 +97,7 @@ def prune_linear(
     stored_OI = _on_device(_oriented(stored, linear), linear.weight_OI)
     weight_OI = stored_OI.to(torch.float32)
     quantization = None if finish is None else finish.begin(full_name, statistics)
-    work = Work(
-        settings.pattern,
-        settings.sparsity,
-        settings.options,
-        rows=row_sharding(ranks),
-        reference_order=settings.reference_order,
-        quantization=quantization,
-    )
+    work = replace(settings.work, rows=row_sharding(ranks), quantization=quantization)
     try:
         pruned = method.apply(weight_OI, statistics, work)
     except ValueError as fault:
@@ -123,7 +115,7 @@ def prune_linear(
     error, energy = _output_error(weight_OI, new_OI, statistics, ranks)
     # From here on `weight_OI` may not be used: on a device it can be the weight that this changes.
     # The original code continues with the weight as computed, and rounds only when it saves.
-    linear.assign(pruned.weight_OI if settings.reference_order else new_OI)
+    linear.assign(pruned.weight_OI if work.reference_order else new_OI)
     zeros = count_zeros(new_OI)
     packed, fields = None, dict[str, Any]()
     if finish is not None and pruned.quantized is not None:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from prunus.methods import Method, MethodOptions
-from prunus.methods.patterns import Pattern
+from prunus.methods import Method, Work
 from prunus.methods.statistics import Drift, StatisticsSpec
 from prunus.pruning.reconstruction.schedule import ReconstructionSettings
 
@@ -21,17 +20,11 @@ class LinearSettings:
 
     Attributes:
         method: the method, with refinements and weight updates composed in.
-        pattern: which weights compete.
-        sparsity: share of the weights that are removed, in [0, 1).
-        options: what the method and the steps after it read.
-        reference_order: whether weights are updated in the order of the original code.
+        work: what is asked of it. How its rows are split and rounded is decided linear by linear.
     """
 
     method: Method
-    pattern: Pattern
-    sparsity: float
-    options: MethodOptions
-    reference_order: bool = False
+    work: Work
 
 
 def _no_dense_target(_in_features: int) -> bool:
@@ -69,7 +62,9 @@ class BlockSettings:
 
     def for_linear(self, full_name: str) -> LinearSettings:
         """The settings of one linear, with a sparsity of its own where it has one."""
-        return replace(self.linear, sparsity=self.sparsities.get(full_name, self.linear.sparsity))
+        work = self.linear.work
+        sparsity = self.sparsities.get(full_name, work.sparsity)
+        return replace(self.linear, work=replace(work, sparsity=sparsity))
 
     def statistics_spec(self, in_features: int, distributed: bool) -> StatisticsSpec:
         """The statistics that the method needs of a linear with `in_features` inputs."""
@@ -80,6 +75,6 @@ class BlockSettings:
             drift=drift if self.uses_dense_target(in_features) else "none",
             hold_out=method.needs_held_out,
             low_precision=method.adds_ridge,
-            reference_order=self.linear.reference_order,
+            reference_order=self.linear.work.reference_order,
             distributed=distributed,
         )
