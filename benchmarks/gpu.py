@@ -39,12 +39,12 @@ from prunus.methods.statistics import InputStatistics
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.packed import to_semi_structured
-from prunus.pruning import run
 from prunus.pruning.block import prune_block
 from prunus.pruning.job import PruningJob
-from prunus.pruning.output import CheckpointOutput
+from prunus.pruning.output import PrunedFolder
 from prunus.pruning.plan import describe_plan, plan_run
 from prunus.pruning.recipe import Recipe
+from prunus.runs import loop
 from prunus.runs.options import RunOptions
 
 BLOCKS = 2
@@ -106,8 +106,8 @@ def split(device: torch.device) -> Iterator[Stopwatch]:
     watch = Stopwatch(device)
     places = [
         ("disk", CheckpointSource, "block"),
-        ("disk", run, "read_stored"),
-        ("disk", CheckpointOutput, "write_block"),
+        ("disk", loop, "read_stored"),
+        ("disk", PrunedFolder, "write_block"),
         ("transfer", Skeleton, "fill"),
         ("statistics", InputStatistics, "add"),
         ("solve", prune_block, "prune_linear"),

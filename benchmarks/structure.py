@@ -192,7 +192,7 @@ class Benchmark:
             row["share"] = flap(model, self.ids, size)
         elif tokens:
             before = self.rows[f"{size:g} {way.removesuffix(RECOVERY)}"]
-            options = {"tokens": tokens, "seqlen": self.given.seqlen, "data_dir": self.given.data}
+            options = {"tokens": tokens, "seqlen": self.given.seqlen, "data": self.given.data}
             prunus.recover(before["folder"], folder, "full", teacher=self.given.model, **options)
             row |= {"share": before["share"], "folder": str(folder)}
             started -= before["seconds"]
