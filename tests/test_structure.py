@@ -53,22 +53,20 @@ OPTIONAL = [
 WITHOUT_TORCH = [
     "prunus.pruning.recipe", "prunus.pruning.records", "prunus.compression.recipe",
     "prunus.compression.record", "prunus.runs.record", "prunus.sweeping",
-    "prunus.evaluation.records", "prunus.evaluation.comparison", "prunus.reporting.sources",
+    "prunus.evaluation.options", "prunus.evaluation.records", "prunus.evaluation.comparison",
+    "prunus.reporting.sources",
 ]  # fmt: skip
 
 #: Public verbs: the only functions with more than eight parameters.
 VERBS = {
     "calibration.training_text.training_text",
     "cli.evaluate.evaluate",
-    "evaluation.perplexity.perplexity",
-    "evaluation.task_runner.evaluate",
     "recovery.max_preset.prune_and_recover",
     "recovery.run.recover",
     "serving.server.serve",
 }
 #: Functions that should have fewer parameters.
 MANY_PARAMETERS = VERBS | {
-    "evaluation.task_runner.prepare_tasks",
     "methods.solvers.least_squares.conjugate_gradients",
 }
 
