@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import save_file
 from transformers.models.auto import modeling_auto
 
+from prunus.model import meta_model
 from prunus.model.checkpoint.reader import Checkpoint
 from prunus.model.config import load_config
 from prunus.model.config_limits import StoredSizes, check_config, check_processor_files
@@ -107,14 +108,13 @@ def test_the_files_of_a_tokenizer_are_limited_too(folder):
         load_tokenizer(folder)
 
 
+SOME_TYPES = ("llama", "gpt2", "gemma3", "mamba2", "deepseek_v3", "falcon_h1", "longcat_flash")
+ALL_TYPES = tuple(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
 @pytest.mark.parametrize(
     "model_types",
-    [
-        ("llama", "gpt2", "gemma3", "mamba2", "deepseek_v3", "falcon_h1", "longcat_flash"),
-        pytest.param(
-            tuple(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), marks=pytest.mark.slow
-        ),
-    ],
+    [SOME_TYPES, pytest.param(ALL_TYPES, marks=pytest.mark.slow)],
     ids=["some", "all"],
 )
 def test_the_defaults_of_known_models_are_accepted(model_types, tmp_path):
@@ -136,22 +136,14 @@ def test_the_defaults_of_known_models_are_accepted(model_types, tmp_path):
     assert checked > 0.9 * len(model_types)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"model_type": "gptj", "n_positions": 2**24, "rotary_dim": 64},
-        {"model_type": "gpt_bigcode", "n_positions": 2**24},
-    ],
-)
-def test_tables_that_fill_memory_are_not_computed(content, folder):
-    write(folder, content | {"n_embd": 64, "n_head": 1, "n_layer": 1, "vocab_size": 64})
-    with pytest.raises(ValueError, match="too large: it asks for more than"):
-        build_on_meta(CAUSAL, load_config(folder), torch.float32, False)
-
-
-def test_modules_without_end_are_not_made(monkeypatch):
-    from prunus.model import meta_model
-
+def test_tables_that_fill_memory_are_not_computed_and_modules_without_end_are_not_made(
+    folder, monkeypatch
+):
+    small = {"n_embd": 64, "n_head": 1, "n_layer": 1, "vocab_size": 64, "n_positions": 2**24}
+    for content in ({"model_type": "gptj", "rotary_dim": 64}, {"model_type": "gpt_bigcode"}):
+        write(folder, small | content)
+        with pytest.raises(ValueError, match="too large: it asks for more than"):
+            build_on_meta(CAUSAL, load_config(folder), torch.float32, False)
     monkeypatch.setattr(meta_model, "_MAX_MODULES", 10)
     with pytest.raises(ValueError, match="more than 10 modules"), limited_modules():
         torch.nn.ModuleList(torch.nn.Identity() for _ in range(10**9))

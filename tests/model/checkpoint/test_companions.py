@@ -64,25 +64,25 @@ def run(verb: str, material: Path, tmp_path: Path, change: Callable[[Path], None
 # --- links ---
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "README.md", "prunus.json", "shard"])
+def replace(model: Path, name: str, make: Callable[[Path], object]) -> None:
+    """Put something in the place of a file; `shard` is the first shard."""
+    path = min(model.glob("*.safetensors")) if name == "shard" else model / name
+    path.unlink(missing_ok=True)
+    make(path)
+
+
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_link_that_leads_out_is_refused_by_name(verb, name, material, tmp_path):
-    if name == "prunus.json" and verb == "prune":
-        pytest.skip("prune writes its own")
+def test_a_link_that_leads_out_is_refused_by_name(verb, material, tmp_path):
     secret = tmp_path / "secret"
-    secret.write_text("my private notes")
-
-    def change(model: Path) -> None:
-        path = model / name
-        if name == "shard":
-            path = next(iter(sorted(model.glob("*.safetensors"))))
-            shutil.copy(path, secret)
-        path.unlink(missing_ok=True)
-        path.symlink_to(secret)
-
-    with pytest.raises(ValueError, match=r"is a link to .*secret, outside of the checkpoint"):
-        run(verb, material, tmp_path, change)
-    assert sorted(os.listdir(tmp_path)) == ["model", "secret"]
+    shutil.copy(min((material / VERBS[verb][0]).glob("*.safetensors")), secret)
+    for name in ("notes.txt", "README.md", "prunus.json", "shard"):
+        if name == "prunus.json" and verb == "prune":
+            continue  # it writes its own
+        place = tmp_path / name
+        place.mkdir()
+        with pytest.raises(ValueError, match=r"is a link to .*secret, outside of the checkpoint"):
+            run(verb, material, place, lambda m: replace(m, name, lambda p: p.symlink_to(secret)))  # noqa: B023
+        assert os.listdir(place) == ["model"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -137,45 +137,41 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
 # --- special files ---
 
 
-@pytest.mark.parametrize("kind", ["fifo", "/dev/zero"])
-@pytest.mark.parametrize(
-    "name",
-    ["shard", "config.json", "tokenizer.json", "README.md", "notes.txt", "prunus.json", INDEX_NAME],
-)
+#: What somebody may put in the place of a file, and how an error names it.
+SPECIAL: list[tuple[Callable[[Path], object], str]] = [
+    (os.mkfifo, "a FIFO"),
+    (
+        lambda path: path.symlink_to("/dev/zero"),
+        "a character device, through the link to /dev/zero",
+    ),
+    (Path.mkdir, "a folder"),
+]
+
+
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_special_file_is_refused_by_name(verb, name, kind, material, tmp_path):
-    def change(model: Path) -> None:
-        path = model / name
-        if name == "shard":
-            path = next(iter(sorted(model.glob("*.safetensors"))))
-        path.unlink(missing_ok=True)
-        os.mkfifo(path) if kind == "fifo" else path.symlink_to(kind)
-
-    kind_named = "a FIFO" if kind == "fifo" else "a character device, through the link to /dev/zero"
-    with pytest.raises(ValueError, match=f"is {kind_named}; expected a regular file"):
-        run(verb, material, tmp_path, change)
-    assert os.listdir(tmp_path) == ["model"]
+def test_a_special_file_is_refused_by_name(verb, material, tmp_path):
+    for name in ("shard", "config.json", "tokenizer.json", "README.md", "notes.txt", INDEX_NAME):
+        for number, (make, named) in enumerate(SPECIAL[:2]):
+            place = tmp_path / f"{name} {number}"
+            place.mkdir()
+            with pytest.raises(ValueError, match=f"is {named}; expected a regular file"):
+                run(verb, material, place, lambda model: replace(model, name, make))  # noqa: B023
+            assert os.listdir(place) == ["model"]
 
 
-@pytest.mark.parametrize("kind", ["fifo", "/dev/zero"])
-@pytest.mark.parametrize("name", ["prunus.json", "block-00000.safetensors"])
-def test_a_special_file_in_the_output_folder(name, kind, material, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(material / "pruned", out)
-    (out / name).unlink()
-    os.mkfifo(out / name) if kind == "fifo" else (out / name).symlink_to(kind)
-    with pytest.raises((ValueError, FileExistsError), match="expected a regular file"):
-        prunus.prune(material / "dense", out, calibration=token_ids(), dtype="float32")
-
-
-@pytest.mark.parametrize("read", [read_json, lambda path: Recipe.read(path, {})])
-def test_records_and_recipes_are_regular_files(read, tmp_path):
-    os.mkfifo(tmp_path / "fifo.toml")
-    (tmp_path / "zero.toml").symlink_to("/dev/zero")
-    (tmp_path / "folder.toml").mkdir()
-    for name in ("fifo", "zero", "folder"):
-        with pytest.raises(ValueError, match=rf"{name}\.toml is .*; expected a regular file"):
-            read(tmp_path / f"{name}.toml")
+def test_special_files_in_the_output_folder_and_for_records(material, tmp_path):
+    for number, (make, named) in enumerate(SPECIAL):
+        path = tmp_path / f"{number}.toml"
+        make(path)
+        for read in (read_json, lambda path: Recipe.read(path, {})):
+            with pytest.raises(ValueError, match=f"toml is {named}; expected a regular file"):
+                read(path)
+        for name in ("prunus.json", "block-00000.safetensors"):
+            out = tmp_path / f"{number} {name}"
+            shutil.copytree(material / "pruned", out)
+            replace(out, name, make)
+            with pytest.raises((ValueError, FileExistsError), match="expected a regular file"):
+                prunus.prune(material / "dense", out, calibration=token_ids(), dtype="float32")
 
 
 def test_a_file_that_is_too_large_is_refused_before_it_is_read(monkeypatch, tmp_path):

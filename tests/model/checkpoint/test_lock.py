@@ -5,12 +5,15 @@ The lock that a killed run left stops no other run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +28,6 @@ from prunus.sweeping.run import run_sweep
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover, training_text
 from tiny import tiny_checkpoint, token_ids
 
-fcntl = pytest.importorskip("fcntl")
 _HOLD = "import sys; from pathlib import Path; from prunus.model.checkpoint.lock import locked\n"
 _HOLD += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
 
@@ -131,62 +133,35 @@ def test_where_files_cannot_be_locked_the_file_tells(content, refused, monkeypat
     def unsupported(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr("fcntl.flock", unsupported)
     (tmp_path / LOCK_NAME).write_text(content if isinstance(content, str) else json.dumps(content))
-    if refused:
-        with (
-            pytest.raises(FileExistsError, match=f"process {content['pid']} on {content['host']}"),
-            locked(tmp_path),
-        ):
-            pass
-        assert (tmp_path / LOCK_NAME).exists()
-    else:
-        with locked(tmp_path):
-            pass
-        assert not (tmp_path / LOCK_NAME).exists()
+    with contextlib.ExitStack() as stack:
+        if refused:
+            who = f"process {content['pid']} on {content['host']}"
+            stack.enter_context(pytest.raises(FileExistsError, match=who))
+        stack.enter_context(locked(tmp_path))
+    assert (tmp_path / LOCK_NAME).exists() == refused
 
 
-@pytest.mark.parametrize(
-    "variables", [{"RANK": "1"}, {"RANK": "node7"}, {"RANK": "1", "WORLD_SIZE": "2"}]
-)
-def test_a_rank_that_torchrun_did_not_set_changes_nothing(held, variables, monkeypatch, tmp_path):
-    """A shell or a scheduler may set RANK; the lock holds, and other folders can be used."""
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    out, _ = held
-    dense = tiny_checkpoint(tmp_path / "dense")
-    with pytest.raises(FileExistsError, match="being written by another run"):
-        prunus.prune(dense, out, "magnitude", calibration=token_ids())
-    done = prunus.prune(dense, tmp_path / "other", "magnitude", calibration=token_ids())
-    assert done.state == "finished"
-
-
-@pytest.mark.parametrize("kind", ["symbolic link", "hard link", "fifo", "folder", "large file"])
-def test_what_is_no_lock_file_is_left_alone(kind, tmp_path):
+def test_what_is_no_lock_file_is_left_alone(tmp_path):
     victim = tmp_path / "victim"
-    victim.write_text("precious" if kind != "large file" else "precious" * 1000)
-    out = tmp_path / "out"
-    out.mkdir()
-    lock = out / LOCK_NAME
-    make = {
-        "symbolic link": lambda: lock.symlink_to(victim),
-        "hard link": lambda: os.link(victim, lock),
-        "fifo": lambda: os.mkfifo(lock),
-        "folder": lock.mkdir,
-        "large file": lambda: lock.write_bytes(victim.read_bytes()),
+    victim.write_text("precious" * 1000)
+    makers: dict[str, Callable[[Path], object]] = {
+        "symbolic link": lambda lock: lock.symlink_to(victim),
+        "link to nothing": lambda lock: lock.symlink_to(tmp_path / "new"),
+        "hard link": lambda lock: os.link(victim, lock),
+        "fifo": os.mkfifo,
+        "folder": Path.mkdir,
+        "large file": lambda lock: lock.write_bytes(victim.read_bytes()),
     }
-    make[kind]()
-    before, names = victim.read_bytes(), sorted(os.listdir(out))
-    with pytest.raises(FileExistsError, match=r"is not a lock file of prunus"), locked(out):
-        pass
-    assert victim.read_bytes() == before
-    assert sorted(os.listdir(out)) == names
-
-
-def test_a_link_to_nothing_creates_nothing(tmp_path):
-    (tmp_path / LOCK_NAME).symlink_to(tmp_path / "new")
-    with pytest.raises(FileExistsError, match=r"is not a lock file of prunus"), locked(tmp_path):
-        pass
+    for kind, make in makers.items():
+        out = tmp_path / kind
+        out.mkdir()
+        make(out / LOCK_NAME)
+        with pytest.raises(FileExistsError, match=r"is not a lock file of prunus"), locked(out):
+            pass
+        assert victim.read_text() == "precious" * 1000
+        assert os.listdir(out) == [LOCK_NAME]
     assert not (tmp_path / "new").exists()
 
 
