@@ -48,7 +48,7 @@ def windows(kind: str, texts: dict[str, str], tokenizer, bos: str) -> tuple[torc
         return found.ids, found.bos
     options = {"tokenizer": lambda: tokenizer, "seqlen": 8, "seed": 0, "bos": bos}
     if "training" in kind:
-        text = training_text(source, held_out=2, **options)
+        text = training_text(source, Wanted(**options), 2)
         return torch.cat([text.held_out, text.windows(0, 6)]), text.bos
     drawn = find_source(source).draw(Wanted(samples=6, **options))
     return drawn.ids, drawn.bos
@@ -95,12 +95,11 @@ def test_bad_choices(texts, tmp_path):
     with pytest.raises(ValueError, match=r"ids\.safetensors stay as they are given"):
         scoring_windows(str(ids), byte_tokenizer, 8, TextOptions(bos="yes"))
     source, wanted = find_source(str(ids)), Wanted(samples=2, seqlen=8)
-    options = {"tokenizer": lambda: None, "seqlen": 8, "seed": 0, "held_out": 1}
     with pytest.raises(ValueError, match=r"ids\.safetensors stay as they are given"):
         source.check(Wanted(samples=2, seqlen=8, bos="yes"))
     with pytest.raises(ValueError, match=r"ids\.safetensors stay as they are given"):
-        training_text(str(ids), bos="yes", **options)
-    assert source.draw(wanted).bos == training_text(str(ids), **options).bos == "given"
+        training_text(str(ids), Wanted(seqlen=8, bos="yes"), 1)
+    assert source.draw(wanted).bos == training_text(str(ids), wanted, 1).bos == "given"
 
 
 def test_text_that_the_model_writes_starts_as_asked():

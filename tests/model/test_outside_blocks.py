@@ -30,9 +30,7 @@ def opened(folder, dtype):
 def test_rows_are_read_as_stored_and_given_in_the_dtype_of_the_computation(tied, dtype):
     source, skeleton = opened(tied, dtype)
     embedding = skeleton.model.get_input_embeddings()
-    weight_VI = source.read_outside(["model.embed_tokens.weight"], skeleton.model)[
-        "model.embed_tokens.weight"
-    ]
+    [weight_VI] = source.read_outside(["model.embed_tokens.weight"]).values()
     ids = token_ids(2)
     with skeleton.outside_blocks(source.read_outside, CPU):
         assert embedding.weight.dtype == torch.bfloat16

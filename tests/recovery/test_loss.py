@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from prunus.calibration.training_text import training_text
+from prunus.calibration.windows import Wanted
 from prunus.pruning.reconstruction.learning_rate import learning_rate
 from prunus.recovery import loss as loss_page
 from prunus.recovery.loss import next_token_loss
@@ -105,8 +106,9 @@ def documents_file(tmp_path, count=12):
 
 
 def text_of(path, seqlen=8, held_out=2, **options):
-    defaults = {"tokenizer": byte_tokenizer, "seed": 0}
-    return training_text(str(path), seqlen=seqlen, held_out=held_out, **(defaults | options))
+    windows = options.pop("windows", None)
+    wanted = Wanted(**{"seqlen": seqlen, "tokenizer": byte_tokenizer} | options)
+    return training_text(str(path), wanted, held_out, windows)
 
 
 def test_every_token_of_the_documents_is_used_once_before_any_is_used_twice(tmp_path):
@@ -170,6 +172,6 @@ def test_self_needs_a_number_of_windows():
 
 
 def test_c4_text_and_scored_text_share_no_file(data):
-    text = training_text("c4", tokenizer=byte_tokenizer, seqlen=64, held_out=2, seed=0, data=data)
+    text = training_text("c4", Wanted(seqlen=64, tokenizer=byte_tokenizer, data=data), 2)
     assert "train" in text.source
     assert math.isfinite(float(text.windows(0, 3).float().sum()))

@@ -44,28 +44,30 @@ class _Origin:
         hub: arguments of `datasets.load_dataset`, apart from the split.
         split: of the data set.
         local: files of local datasets, the original first, then those that may stand in for it.
+        joiner: what the code of SparseGPT and Wanda puts between two documents or lines.
+        column: of the data set.
     """
 
     hub_name: str
     hub: dict[str, Any]
     split: str
     local: tuple[_LocalFile, ...]
+    joiner: str = " "
+    column: str = "text"
 
 
 _WIKITEXT2 = {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}
 # The repository is a loading script, which `datasets` no longer runs; the hub has a Parquet copy.
 _PTB = {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet"}
-_C4_TRAIN, _C4_VALIDATION = (
-    "c4-train.00000-of-01024.json.gz",
-    "c4-validation.00000-of-00008.json.gz",
-)
+_C4_TRAIN = "c4-train.00000-of-01024.json.gz"
+_C4_VALIDATION = "c4-validation.00000-of-00008.json.gz"
 
 _ORIGINS: dict[tuple[str, Part], _Origin] = {
     ("c4", "calibration"): _Origin(
-        hub_name="allenai/c4, en, train shard 0",
-        hub={"path": "allenai/c4", "data_files": {"train": f"en/{_C4_TRAIN}"}},
-        split="train",
-        local=(
+        "allenai/c4, en, train shard 0",
+        {"path": "allenai/c4", "data_files": {"train": f"en/{_C4_TRAIN}"}},
+        "train",
+        (
             _LocalFile(f"c4/{_C4_TRAIN}"),
             _LocalFile(
                 "c4/c4_en_train_shard0_first1000.jsonl.gz",
@@ -74,10 +76,10 @@ _ORIGINS: dict[tuple[str, Part], _Origin] = {
         ),
     ),
     ("c4", "scoring"): _Origin(
-        hub_name="allenai/c4, en, validation shard 0",
-        hub={"path": "allenai/c4", "data_files": {"validation": f"en/{_C4_VALIDATION}"}},
-        split="validation",
-        local=(
+        "allenai/c4, en, validation shard 0",
+        {"path": "allenai/c4", "data_files": {"validation": f"en/{_C4_VALIDATION}"}},
+        "validation",
+        (
             _LocalFile(f"c4/{_C4_VALIDATION}"),
             _LocalFile(
                 "c4/c4_en_1480_prefix_completion.jsonl.gz",
@@ -87,10 +89,10 @@ _ORIGINS: dict[tuple[str, Part], _Origin] = {
         ),
     ),
     ("wikitext2", "calibration"): _Origin(
-        hub_name="wikitext-2-raw-v1, train",
-        hub=_WIKITEXT2,
-        split="train",
-        local=(
+        "wikitext-2-raw-v1, train",
+        _WIKITEXT2,
+        "train",
+        (
             _LocalFile("wikitext2/wiki.train.raw"),
             _LocalFile(
                 "wikitext2/train_unk_shuffled_articles.txt.gz",
@@ -99,37 +101,18 @@ _ORIGINS: dict[tuple[str, Part], _Origin] = {
         ),
     ),
     ("wikitext2", "scoring"): _Origin(
-        hub_name="wikitext-2-raw-v1, test",
-        hub=_WIKITEXT2,
-        split="test",
-        local=(_LocalFile("wikitext2/wiki.test.raw"),),
+        "wikitext-2-raw-v1, test",
+        _WIKITEXT2,
+        "test",
+        (_LocalFile("wikitext2/wiki.test.raw"),),
+        joiner="\n\n",
     ),
     ("ptb", "calibration"): _Origin(
-        hub_name="ptb_text_only, train",
-        hub=_PTB,
-        split="train",
-        local=(_LocalFile("ptb/ptb.train.txt"),),
+        "ptb_text_only, train", _PTB, "train", (_LocalFile("ptb/ptb.train.txt"),), column="sentence"
     ),
     ("ptb", "scoring"): _Origin(
-        hub_name="ptb_text_only, test",
-        hub=_PTB,
-        split="test",
-        local=(_LocalFile("ptb/ptb.test.txt"),),
+        "ptb_text_only, test", _PTB, "test", (_LocalFile("ptb/ptb.test.txt"),), column="sentence"
     ),
-}
-
-_COLUMN = {"c4": "text", "wikitext2": "text", "ptb": "sentence"}
-# As the code of SparseGPT and Wanda joins them. It joins the lines of WikiText-2 with a space for
-# calibration, and with two newlines for scoring.
-_JOINER: dict[tuple[str, Part], str] = {
-    ("c4", "calibration"): " ",
-    ("c4", "scoring"): " ",
-    ("wikitext2", "calibration"): " ",
-    ("wikitext2", "scoring"): "\n\n",
-    ("ptb", "calibration"): " ",
-    ("ptb", "scoring"): " ",
-    ("python-docs", "calibration"): "\n\n",
-    ("python-docs", "scoring"): "\n\n",
 }
 
 #: Those that lie in a folder of local datasets, or come from the hub.
@@ -170,13 +153,14 @@ def load_corpus(name: str, part: Part, data_dir: Path | None) -> Text:
     check_corpus(name, part, data_dir)
     if name == "python-docs":
         source = f"python-docs ({part} half of pydoc_data.topics, repeated paragraphs dropped)"
-        return Text(python_docs(part), _JOINER[name, part], source)
+        return Text(python_docs(part), "\n\n", source)
     origin = _ORIGINS[name, part]
     local = _local_file(name, part, data_dir)
     if local is None:
-        documents = load_column(name, origin.hub, origin.split, _COLUMN[name], origin.local[0].path)
+        wanted = origin.local[0].path
+        documents = load_column(name, origin.hub, origin.split, origin.column, wanted)
         source = f"{name} ({origin.hub_name}, from the hub)"
-        return Text(documents, _JOINER[name, part], source, by_document=name == "c4")
+        return Text(documents, origin.joiner, source, by_document=name == "c4")
     folder = data_folder(data_dir)
     assert folder is not None
     path = folder / local.path
@@ -188,7 +172,7 @@ def load_corpus(name: str, part: Part, data_dir: Path | None) -> Text:
         documents = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     note = f": {local.note}" if local.note else ""
     source = f"{name} ({local.path}{note})"
-    return Text(documents, _JOINER[name, part], source, by_document=name == "c4")
+    return Text(documents, origin.joiner, source, by_document=name == "c4")
 
 
 def _local_file(name: str, part: Part, data_dir: Path | None) -> _LocalFile | None:

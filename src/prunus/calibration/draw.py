@@ -96,6 +96,15 @@ def encode(tokenizer: Any, text: str) -> torch.Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
+def encode_documents(
+    documents: Sequence[str], order: Sequence[int], tokenizer: Any
+) -> Iterator[torch.Tensor]:
+    """Yield the token ids of documents in some order, (T,) int64 each; reads a few at a time."""
+    for batch in (order[first : first + _BATCH] for first in range(0, len(order), _BATCH)):
+        for ids in tokenizer([documents[index] for index in batch], verbose=False)["input_ids"]:
+            yield torch.tensor(ids, dtype=torch.int64)
+
+
 def windows_from_documents(
     documents: Sequence[str], tokenizer: Any, *, samples: int, seqlen: int, rng: random.Random
 ) -> tuple[torch.Tensor, int]:
@@ -132,19 +141,17 @@ def windows_from_documents(
     different = 0
     longest = 0
     order = rng.sample(range(len(documents)), len(documents))
-    for batch in (order[first : first + _BATCH] for first in range(0, len(order), _BATCH)):
-        for ids in tokenizer([documents[index] for index in batch], verbose=False)["input_ids"]:
-            longest = max(longest, len(ids))
-            starts = len(ids) - seqlen
-            if starts <= 0:
-                continue
-            different += starts
-            tokens = torch.tensor(ids, dtype=torch.int64)
-            start, *more = rng.sample(range(starts), min(starts, samples))
-            rows.append(tokens[start : start + seqlen])
-            reserve.append((tokens, iter(more)))
-            if len(rows) == samples:
-                return torch.stack(rows), len(reserve)
+    for tokens in encode_documents(documents, order, tokenizer):
+        longest = max(longest, len(tokens))
+        starts = len(tokens) - seqlen
+        if starts <= 0:
+            continue
+        different += starts
+        start, *more = rng.sample(range(starts), min(starts, samples))
+        rows.append(tokens[start : start + seqlen])
+        reserve.append((tokens, iter(more)))
+        if len(rows) == samples:
+            return torch.stack(rows), len(reserve)
     if not reserve:
         raise TextTooShort(longest, seqlen, len(documents))
     _check_enough(different, samples, seqlen)

@@ -9,21 +9,19 @@ Shape suffixes: N windows, S tokens per window (seqlen).
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from prunus.calibration.bos import Bos, UsedBos, bos_token, put_bos_first, used_bos
-from prunus.calibration.draw import encode
+from prunus.calibration.bos import UsedBos, bos_token, put_bos_first, used_bos
+from prunus.calibration.draw import encode, encode_documents
 from prunus.calibration.sources import IdsFile, TextSource, find_source
 from prunus.calibration.windows import Wanted, hash_ids
 
 __all__ = ["TrainingText", "training_text"]
-
-_BATCH = 32  # documents to tokenise per call
 
 
 class TrainingText:
@@ -103,39 +101,22 @@ class TrainingText:
 
 
 def training_text(
-    source: str,
-    *,
-    tokenizer: Callable[[], Any],
-    seqlen: int,
-    held_out: int,
-    seed: int,
-    data: Path | None = None,
-    model: Callable[[], Any] | None = None,
-    windows: int | None = None,
-    bos: Bos = "auto",
+    source: str, wanted: Wanted, held_out: int, windows: int | None = None
 ) -> TrainingText:
     """The training text of a source.
 
     Args:
         source: a name of `SOURCES` or the path of a file.
+        wanted: the windows; how many there are does not matter.
         held_out: windows to hold out, at least 1.
         windows: for `self`, how many windows the training will use; the model writes no more.
-        tokenizer, seqlen, seed, data, model, bos: see `Wanted`.
 
     Raises:
         ValueError: an unknown source, a missing tokenizer or model, or too little text.
         FileNotFoundError, ModuleNotFoundError, OSError: see `Source`.
     """
-    place = find_source(source)
-    wanted = Wanted(
-        samples=(windows or 0) + held_out,
-        seqlen=seqlen,
-        seed=seed,
-        bos=bos,
-        data=data,
-        tokenizer=tokenizer,
-        model=model,
-    )
+    place, seqlen, seed = find_source(source), wanted.seqlen, wanted.seed
+    wanted = dataclasses.replace(wanted, samples=(windows or 0) + held_out)
     place.check(wanted)
     if isinstance(place, IdsFile):
         rows = _shuffled(list(_cut(iter(place.read()), seqlen, across=False)), seed)
@@ -149,7 +130,7 @@ def training_text(
         written = place.draw(wanted)
         return TrainingText(iter(written.ids), written.source, held_out, seed, written.bos)
     cutter = place.tokenizer(wanted)
-    token, text = bos_token(cutter, bos), place.read(wanted)
+    token, text = bos_token(cutter, wanted.bos), place.read(wanted)
     if text.by_document:
         pieces = _cut(_in_random_order(text.documents, cutter, seed), seqlen)
     else:
@@ -162,11 +143,10 @@ def training_text(
 
 def _in_random_order(documents: Sequence[str], tokenizer: Any, seed: int) -> Iterator[torch.Tensor]:
     """Yield the token ids of each document, with the end-of-text token of the tokenizer, if any."""
-    end = tokenizer.eos_token_id
     order = random.Random(seed).sample(range(len(documents)), len(documents))
-    for batch in (order[first : first + _BATCH] for first in range(0, len(order), _BATCH)):
-        for ids in tokenizer([documents[index] for index in batch], verbose=False)["input_ids"]:
-            yield torch.tensor([*ids, end] if end is not None else ids, dtype=torch.int64)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for ids in encode_documents(documents, order, tokenizer):
+        yield torch.cat([ids, ids.new_tensor(end)])
 
 
 def _cut(

@@ -23,7 +23,7 @@ class Wanted:
     """The windows that a run asks for, and what a source may need to draw them.
 
     Attributes:
-        samples: number of windows, at least 1.
+        samples: number of windows, at least 1; a training text gives as many as are taken.
         seqlen: tokens per window, at least 2; images have none.
         seed: the same seed gives the same windows.
         bos: whether BOS takes the place of every window's first token.
@@ -34,7 +34,7 @@ class Wanted:
         model: returns the loaded causal LM. Only the source `self` calls it.
     """
 
-    samples: int
+    samples: int = 1
     seqlen: int
     seed: int = 0
     bos: Bos = "auto"

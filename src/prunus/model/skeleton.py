@@ -30,7 +30,7 @@ from prunus.model.stubs import BlockStubs
 
 __all__ = ["Skeleton"]
 
-ReadTensors = Callable[[list[str], nn.Module], dict[str, torch.Tensor]]
+ReadTensors = Callable[[list[str]], dict[str, torch.Tensor]]
 
 
 class _HeadReached(BaseException):
@@ -48,11 +48,6 @@ class Skeleton:
         kind: what the model takes and returns.
         blocks: its blocks, in order.
         path: name of the list of blocks in the model, e.g. `model.layers`.
-
-    Raises:
-        ValueError: transformers makes no model of this configuration.
-        NotImplementedError: the model is of another kind, or no stack of blocks of linears (see
-            `block_lists`, `linears`).
     """
 
     def __init__(self, config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> None:
@@ -70,13 +65,10 @@ class Skeleton:
                 unfuse_experts(rules, block, self.block_name(i))
                 for i, block in enumerate(self.blocks)
             ]
-        self._stubs = BlockStubs(
-            type(self.model).__name__, list(self.blocks), images=self.kind is IMAGES
-        )
-        inside = {id(module) for module in self.blocks.modules()}
-        self._outside_modules = [
-            module for module in self.model.modules() if id(module) not in inside
-        ]
+        name = type(self.model).__name__
+        self._stubs = BlockStubs(name, list(self.blocks), images=self.kind is IMAGES)
+        inside = set(self.blocks.modules())
+        self._outside_modules = [module for module in self.model.modules() if module not in inside]
 
     def __len__(self) -> int:
         """Number of blocks."""
@@ -105,17 +97,13 @@ class Skeleton:
         self, index: int, values: Mapping[str, torch.Tensor], device: torch.device
     ) -> nn.Module:
         """Give block `index` its weights, by relative name, and return it, ready to run."""
-        block = self.blocks[index]
-        _give_weights(block, values, device)
-        return block
+        return _given_weights(self.blocks[index], values, device)
 
     def duplicate(
         self, index: int, values: Mapping[str, torch.Tensor], device: torch.device
     ) -> nn.Module:
         """A copy of block `index` with weights of its own, by relative name, ready to run."""
-        block = copy.deepcopy(self.blocks[index])
-        _give_weights(block, values, device)
-        return block
+        return _given_weights(copy.deepcopy(self.blocks[index]), values, device)
 
     def release(self, index: int) -> None:
         """Take the weights of a block away again."""
@@ -193,7 +181,7 @@ class Skeleton:
                         embedding, lambda ids, *_, **__: zero.expand(*ids.shape, width)
                     )
                 )
-            placement.place(self.model, read(names, self.model), device, as_stored)
+            placement.place(self.model, read(names), device, as_stored)
             for module in self._outside_modules:
                 placement.move_buffers(module, device)
             # The first call finds out what the blocks return; a small batch is enough for it.
@@ -320,9 +308,10 @@ def _check_reads_text_alone(model: nn.Module) -> None:
         )
 
 
-def _give_weights(
+def _given_weights(
     block: nn.Module, values: Mapping[str, torch.Tensor], device: torch.device
-) -> None:
+) -> nn.Module:
     placement.place(block, values, device)
     for module in block.modules():
         placement.move_buffers(module, device)
+    return block

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import nn
 
-from prunus.model.checkpoint.reader import Checkpoint
+from prunus.model.checkpoint.reader import Checkpoint, TensorInfo
 from prunus.model.checkpoint.regular_files import read_limited
 from prunus.model.config import load_config, require_config
 from prunus.model.experts import Fused
@@ -43,18 +43,11 @@ class Source(Protocol):
     stored_dtype: torch.dtype
 
     def bind(self, skeleton: Skeleton) -> None:
-        """Match the stored names with those of the model. Comes before all that follows.
-
-        Raises:
-            ValueError: weights are missing, left over, or of another shape.
-        """
+        """Match the stored names with those of the model. Comes before all that follows."""
         ...
 
-    def read_outside(self, names: list[str], model: nn.Module) -> dict[str, torch.Tensor]:
-        """Stored tensors outside the blocks, by the model's names.
-
-        Of tied names only the one that is stored is in the result.
-        """
+    def read_outside(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Stored tensors outside the blocks, by the model's names; of tied names only one."""
         ...
 
     def block(self, index: int, pinned: bool = False) -> dict[str, torch.Tensor]:
@@ -90,9 +83,7 @@ class CheckpointSource:
         self.fingerprint = hashlib.sha256(
             self.checkpoint.fingerprint.encode() + config_bytes
         ).hexdigest()
-        self.stored_dtype = _main_dtype(
-            {n: (t.dtype, t.nbytes) for n, t in self.checkpoint.tensors.items()}
-        )
+        self.stored_dtype = _main_dtype(self.checkpoint.tensors.values())
         # The model's name -> the stored name.
         self._stored: dict[str, str] = {}
         # Per block: relative name -> stored name.
@@ -123,18 +114,19 @@ class CheckpointSource:
                 if name.startswith(prefix) and name.removeprefix(prefix) not in inside
             ]
             for name in members:
+                if name not in stored and converted:
+                    raise NotImplementedError(
+                        f"{name} is stored in another form ({next(iter(converted))!r} and others); "
+                        "models whose weights are regrouped in this way when they are loaded "
+                        "cannot be pruned yet"
+                    )
                 if name not in stored:
-                    self._refuse_missing(name, converted)
+                    self._refuse_missing(name)
                 self._check_shape(stored[name], tuple(expected[name].shape))
             self._blocks.append({name.removeprefix(prefix): stored[name] for name in members})
             self._fused.append(fused)
 
-    def _refuse_missing(self, name: str, converted: set[str]) -> NoReturn:
-        if converted:
-            raise NotImplementedError(
-                f"{name} is stored in another form ({next(iter(converted))!r} and others); models "
-                "whose weights are regrouped in this way when they are loaded cannot be pruned yet"
-            )
+    def _refuse_missing(self, name: str) -> NoReturn:
         raise ValueError(
             f"{self.checkpoint.folder} holds no weight for {name}; is the checkpoint whole?"
         )
@@ -163,25 +155,19 @@ class CheckpointSource:
         """Embeddings, norms and head must be stored; of tied ones, one name is enough."""
         state = skeleton.model.state_dict(keep_vars=True)
         tied = {id(tensor) for name, tensor in state.items() if name in self._stored}
-        for name in skeleton.outside_parameter_names:
-            if name not in self._stored and id(state[name]) not in tied:
-                self._refuse_without_head(skeleton, name)
-                raise ValueError(
-                    f"{self.checkpoint.folder} holds no weight for {name}; is the checkpoint whole?"
-                )
-            if name in self._stored:
-                self._check_shape(self._stored[name], tuple(state[name].shape))
-
-    def _refuse_without_head(self, skeleton: Skeleton, missing: str) -> None:
-        """Refuse a checkpoint that holds nothing of the model's head."""
         base = f"{skeleton.model.base_model_prefix}."
         head = [name for name in skeleton.outside_parameter_names if not name.startswith(base)]
-        if missing in head and not any(name in self._stored for name in head):
-            raise NotImplementedError(
-                f"{self.checkpoint.folder} holds no weight for {missing}, nor any other of a head: "
-                f"it is a {skeleton.kind.name} without its head. Save the whole model, as "
-                f"{skeleton.kind.loader} loads it, and prune that"
-            )
+        for name in skeleton.outside_parameter_names:
+            if name in self._stored:
+                self._check_shape(self._stored[name], tuple(state[name].shape))
+            elif id(state[name]) not in tied:
+                if name in head and not any(name in self._stored for name in head):
+                    raise NotImplementedError(
+                        f"{self.checkpoint.folder} holds no weight for {name}, nor any other of a "
+                        f"head: it is a {skeleton.kind.name} without its head. Save the whole "
+                        f"model, as {skeleton.kind.loader} loads it, and prune that"
+                    )
+                self._refuse_missing(name)
 
     def _check_shape(self, key: str, expected: tuple[int, ...]) -> None:
         info = self.checkpoint.tensors[key]
@@ -191,7 +177,7 @@ class CheckpointSource:
                 "weights do not belong together"
             )
 
-    def read_outside(self, names: list[str], model: nn.Module) -> dict[str, torch.Tensor]:
+    def read_outside(self, names: list[str]) -> dict[str, torch.Tensor]:
         keys = {self._stored[name]: name for name in names if name in self._stored}
         return {keys[key]: tensor for key, tensor in self.checkpoint.views(keys)}
 
@@ -304,7 +290,7 @@ class ModuleSource:
         self.config.architectures = [type(model).__name__]
         self.fingerprint = "in memory"
         state = model.state_dict()
-        self.stored_dtype = _main_dtype({n: (t.dtype, t.nbytes) for n, t in state.items()})
+        self.stored_dtype = _main_dtype(state.values())
         self._path = ""
         self._fused: list[dict[str, Fused]] = []
 
@@ -323,7 +309,7 @@ class ModuleSource:
             {each.name: each for each in skeleton.fused(i)} for i in range(len(skeleton))
         ]
 
-    def read_outside(self, names: list[str], model: nn.Module) -> dict[str, torch.Tensor]:
+    def read_outside(self, names: list[str]) -> dict[str, torch.Tensor]:
         state = self.model.state_dict()
         return {name: state[name] for name in names}
 
@@ -370,15 +356,15 @@ def _copy_into(state: Mapping[str, torch.Tensor], changed: Mapping[str, torch.Te
             state[name].copy_(tensor)
 
 
-def _main_dtype(sizes: Mapping[str, tuple[torch.dtype, int]]) -> torch.dtype:
-    """The floating-point dtype that most bytes are stored in; `sizes` are (dtype, bytes)."""
+def _main_dtype(tensors: Iterable[torch.Tensor | TensorInfo]) -> torch.dtype:
+    """The floating-point dtype that most bytes are stored in."""
     totals: dict[torch.dtype, int] = {}
-    for dtype, nbytes in sizes.values():
-        if dtype.is_floating_point:
-            totals[dtype] = totals.get(dtype, 0) + nbytes
+    for each in tensors:
+        if each.dtype.is_floating_point:
+            totals[each.dtype] = totals.get(each.dtype, 0) + each.nbytes
     if not totals:
         raise ValueError(
             "the checkpoint holds no floating-point weights, and a quantised one cannot be pruned; "
             "prune the full-precision checkpoint, then quantise the result"
         )
-    return max(totals, key=lambda dtype: totals[dtype])
+    return max(totals, key=totals.__getitem__)

@@ -115,9 +115,7 @@ def plan_recovery(
     """
     if recipe.mode == "lora":
         require_peft()
-    find_source(recipe.text).check(
-        Wanted(samples=1, seqlen=recipe.seqlen, bos=recipe.bos, data=options.data)
-    )
+    find_source(recipe.text).check(Wanted(seqlen=recipe.seqlen, bos=recipe.bos, data=options.data))
     folder = resolve_folder(model)
     _check_trainable_form(folder, recipe.mode)
     if recipe.mode != "lora":  # an adapter copies nothing
@@ -234,17 +232,16 @@ def draw_training_text(
         return load_model((dense or source).checkpoint.folder, mapped=False).to(device)
 
     steps = step_count(recipe)
-    text = training_text(
-        recipe.text,
-        tokenizer=lambda: load_tokenizer(source.checkpoint.folder),
+    wanted = Wanted(
         seqlen=recipe.seqlen,
-        held_out=recipe.held_out,
         seed=recipe.seed,
-        data=data,
-        model=load_writer,
-        windows=steps * recipe.batch if steps is not None else None,
         bos=recipe.bos,
+        data=data,
+        tokenizer=lambda: load_tokenizer(source.checkpoint.folder),
+        model=load_writer,
     )
+    windows = steps * recipe.batch if steps is not None else None
+    text = training_text(recipe.text, wanted, recipe.held_out, windows)
     largest = int(torch.cat([text.held_out, text.windows(0, 1)]).max())
     if largest >= config.vocab_size:
         raise ValueError(

@@ -291,7 +291,7 @@ class BlockPruner:
                 x = self.skeleton.head_input(ids.to(device), self.stream.states.get(batch))
                 statistics.add(x.reshape(-1, x.shape[-1]))
             statistics.complete(self.ranks)
-            stored = self.source.read_outside([key], self.skeleton.model)[key]
+            stored = self.source.read_outside([key])[key]
             finished = prune_linear(
                 self.settings.linear, head, head.name, stored, statistics, ranks=self.ranks
             )
