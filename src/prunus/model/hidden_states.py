@@ -1,6 +1,6 @@
 """The hidden states of all calibration windows between two blocks.
 
-They stay in memory where they fit, otherwise in one memory-mapped file. Either way `get` returns
+They stay in memory where they fit, otherwise in one file. Either way `get` returns
 what `put` stored, bit for bit.
 """
 
@@ -15,9 +15,6 @@ import numpy as np
 import torch
 
 __all__ = ["HiddenStates", "StatesPlace"]
-
-# numpy has no bfloat16. Tensors are therefore written and read as integers of the same size.
-_AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class HiddenStates:
     """One tensor per batch: (windows, tokens, hidden), or images (images, channels, height, width).
 
     Args:
-        spill_to: folder for the memory-mapped file, or None to keep the tensors in memory. The
+        spill_to: folder for the file, or None to keep the tensors in memory. The
             file has no name, so nothing is left behind when the process is killed.
         device: where `get` puts the tensors.
         on_device: keep the tensors on `device` between blocks; otherwise in pinned host memory.
@@ -70,8 +67,6 @@ class HiddenStates:
         assert index == len(self._places), "batches are filled in order"
         end = os.fstat(self._file.fileno()).st_size
         self._places.append((end, tensor.shape, tensor.dtype))
-        # Write real bytes rather than leave a hole: a full disk then fails here with an error, and
-        # not later as a bus error in a mapping.
         self._file.seek(end)
         self._file.write(_bytes_of(tensor).data)
         self._file.flush()
@@ -86,12 +81,9 @@ class HiddenStates:
         # A stage of an image model makes grids smaller and channels more, but never the total.
         assert tensor.numel() <= shape.numel(), "a block must not make hidden states larger"
         self._places[index] = (offset, tensor.shape, dtype)
-        data = _bytes_of(tensor)
-        view = np.memmap(self._file, dtype=np.uint8, mode="r+", offset=offset, shape=(len(data),))
-        view[:] = data
-        view.flush()
-        # Without the mapping its pages can leave the resident set.
-        del view
+        self._file.seek(offset)
+        self._file.write(_bytes_of(tensor).data)
+        self._file.flush()
 
     def get(self, index: int) -> torch.Tensor:
         """Batch `index` on the device. In memory it is the stored tensor: do not write to it."""
@@ -100,18 +92,10 @@ class HiddenStates:
             assert tensor is not None, "batch was never filled"
             return tensor.to(self._device, non_blocking=True)
         offset, shape, dtype = self._places[index]
-        integers = _AS_INTEGERS[dtype.itemsize]
-        host = torch.empty(shape, dtype=dtype)
-        view = np.memmap(
-            self._file,
-            dtype=np.uint8,
-            mode="r",
-            offset=offset,
-            shape=(shape.numel() * dtype.itemsize,),
-        )
-        host.view(integers).reshape(-1).view(torch.uint8).numpy()[:] = view
-        del view
-        return host.to(self._device)
+        host = torch.empty(shape.numel() * dtype.itemsize, dtype=torch.uint8)
+        self._file.seek(offset)
+        self._file.readinto(host.numpy().data)
+        return host.view(dtype).reshape(shape).to(self._device)
 
     def layout(self, index: int) -> tuple[torch.Size, torch.dtype]:
         """Shape and dtype of batch `index`, without reading it."""
@@ -141,5 +125,4 @@ class HiddenStates:
 
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
-    host = tensor.detach().to("cpu").contiguous()
-    return host.view(_AS_INTEGERS[host.dtype.itemsize]).reshape(-1).view(torch.uint8).numpy()
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -8,7 +8,7 @@ image classifier takes pixel values. Any other model is refused here, before any
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,15 +39,8 @@ class Kind:
     """
 
     name: str
-    loader: Literal[
-        "AutoModelForCausalLM",
-        "AutoModelForImageTextToText",
-        "AutoModelForMaskedLM",
-        "AutoModelForSequenceClassification",
-        "AutoModelForTokenClassification",
-        "AutoModelForImageClassification",
-    ]
-    input_name: Literal["input_ids", "pixel_values"]
+    loader: str
+    input_name: str
 
     def arguments(self, batch: Tensor) -> dict[str, Any]:
         """The keyword arguments of a forward pass on a batch.
