@@ -14,7 +14,7 @@ from prunus.model.config import load_config
 from prunus.model.device import choose_device
 from prunus.model.kinds import IMAGES, Kind, kind_of
 from prunus.model.meta_model import build_on_meta
-from prunus.model.records import keep_records, records_of
+from prunus.model.saving import keep_records, records_of
 from prunus.model.tokenizer import load_image_processor, load_tokenizer
 
 __all__ = ["LoadedModel", "check_architecture", "load", "load_model"]

@@ -202,7 +202,7 @@ def _num_parameters(
 
 def _keep_records(model: Any) -> None:
     """Let a model that was loaded from a folder keep its card and its record when it is saved."""
-    from prunus.model.records import keep_records, records_of
+    from prunus.model.saving import keep_records, records_of
 
     folder = Path(str(getattr(model.config, "name_or_path", "") or ""))
     if (folder / "config.json").is_file():

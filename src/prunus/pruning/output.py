@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from prunus.model.kinds import kind_of
-from prunus.model.records import keep_records, manifest_text
+from prunus.model.saving import keep_records, manifest_text
 from prunus.model.source import ModuleSource
 from prunus.pruning.card import pruned_card
 from prunus.pruning.job import PruningJob

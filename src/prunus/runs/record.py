@@ -7,12 +7,11 @@ verb adds fields of its own. Imports no torch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from prunus.model.checkpoint.atomic_files import write_json
-from prunus.model.checkpoint.records import read_record
+from prunus.model.checkpoint.atomic_files import read_json, write_json
 from prunus.options import Options
 
 __all__ = [
@@ -24,8 +23,11 @@ __all__ = [
     "Walk",
     "WindowInputs",
     "bos_words",
+    "read_record",
     "shard_name",
 ]
+
+_Record = TypeVar("_Record", bound=BaseModel)
 
 #: Shard of everything outside the blocks: embeddings, final norm and head.
 OUTSIDE_SHARD = "outer.safetensors"
@@ -55,6 +57,22 @@ def bos_words(bos: UsedBos) -> str:
         "no": "no BOS added to windows",
         "given": "windows as they were given",
     }[bos]
+
+
+def read_record(path: Path, kind: type[_Record]) -> _Record:
+    """The record in the JSON file `path`, which must exist.
+
+    Raises:
+        ValueError: it is damaged or of another version; names the first fault.
+    """
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as fault:
+        first = fault.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ValueError(
+            f"{path} is damaged or of another version: {where}: {first['msg']}"
+        ) from fault
 
 
 class RunInputs(BaseModel):

@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from prunus.evaluation.records import FORMS, ModelSize, PerplexityResult
 from prunus.model.checkpoint.atomic_files import write_json, write_text
-from prunus.model.checkpoint.records import read_record
 from prunus.pruning.recipe import Recipe
 from prunus.runs.document import Measured, Table, table_of
 from prunus.runs.record import UsedBos

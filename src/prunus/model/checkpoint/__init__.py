@@ -7,7 +7,6 @@ regular_files.py  reading files of strangers: no devices, no pipes, no more than
 companions.py     the files next to the weights, which a result copies
 output_folder.py  checks of the folder for a result
 lock.py           one run at a time in a folder
-records.py        records as JSON next to results
 gguf.py           import of a file of llama.cpp; gguf_header.py checks its header first
 
 Import from these files; this page exports nothing.
