@@ -1,6 +1,6 @@
 """Several processes on one run: torchrun starts them, torch.distributed carries their messages.
 
-base.py       `Ranks`, what a run needs from its processes; `SINGLE_PROCESS` for a run with one
+base.py       `Ranks`, what a run needs from its processes, for a run with one process
 group.py      `Ranks` over a process group of torch (gloo, NCCL)
 heartbeat.py  finds ranks that died, hang, or raised an error
 launch.py     from torchrun's environment to one of the two kinds of `Ranks`

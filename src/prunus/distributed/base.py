@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,7 +18,6 @@ __all__ = [
     "OtherRankError",
     "RankError",
     "Ranks",
-    "SingleProcess",
     "own_part",
     "split_range",
 ]
@@ -62,8 +61,8 @@ def own_part(ranks: Ranks, items: Sequence[_Item]) -> Sequence[_Item]:
     return items[own.start : own.stop]
 
 
-class Ranks(Protocol):
-    """All processes of a run, as seen by one of them.
+class Ranks:
+    """All processes of a run, as seen by one of them; here a run with one process.
 
     Attributes:
         rank: number of this process, from 0.
@@ -71,27 +70,31 @@ class Ranks(Protocol):
         local_size: how many of them run on this host and share its memory.
     """
 
-    rank: int
-    size: int
-    local_size: int
+    rank = 0
+    size = 1
+    local_size = 1
 
     def own_range(self, count: int, multiple_of: int = 1) -> range:
         """This rank's part of `range(count)`; see `split_range`. Not collective."""
+        return split_range(count, self.size, multiple_of)[self.rank]
 
     def set_location(self, location: str) -> None:
         """Say what this rank works on, for messages if it is lost. Not collective."""
 
     def gather_ints(self, numbers: Sequence[int]) -> list[list[int]]:
         """The integers of every rank, by rank. All ranks must call it, with equally many."""
+        return [list(numbers)]
 
     def gather_text(self, text: str) -> list[str]:
         """The text of every rank, by rank. All ranks must call it."""
+        return [text]
 
     def sum_floats(self, numbers: Sequence[float]) -> list[float]:
         """Elementwise sums over ranks, in float64. All ranks must call it, with equally many.
 
         Ranks are added in order, so that the sums are the same bits on all of them.
         """
+        return list(numbers)
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Replace a contiguous tensor by its sum over ranks, in place. All ranks must call it.
@@ -114,6 +117,7 @@ class Ranks(Protocol):
             tensor: this rank's part; its length n may differ between ranks.
             lengths: the n of every rank, if known. This saves one exchange of messages.
         """
+        return tensor
 
     def claim(self, what: str, count: int) -> Iterator[int]:
         """Yield numbers below `count` that no other rank gets, until none is left. Not collective.
@@ -124,6 +128,7 @@ class Ranks(Protocol):
             what: name of the work; the same on all ranks, and used only once in a run.
             count: how many pieces the work has.
         """
+        return iter(range(count))
 
     def barrier(self, what: str) -> None:
         """Wait until all ranks have finished `what`. All ranks must call it.
@@ -138,13 +143,16 @@ class Ranks(Protocol):
         The result must consist of plain values that JSON can hold. If `make` raises an error, all
         ranks raise one.
         """
+        return make()
 
     def tensors_from_rank_0(
         self, make: Callable[[], Mapping[str, torch.Tensor]]
     ) -> Mapping[str, torch.Tensor]:
         """Run `make` on rank 0 and return its tensors, on the CPU. All ranks must call it."""
+        return make()
 
-    def fail_together(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def fail_together(self) -> Iterator[None]:
         """A `with` block that succeeds on all ranks or fails on all. All ranks must enter it.
 
         Without it, the ranks that succeed would wait in their next collective call for the one
@@ -154,58 +162,7 @@ class Ranks(Protocol):
             OtherRankError: on all ranks but 0, if rank 0 failed.
             RankError: on the ranks that succeeded, if another rank than 0 failed.
         """
-
-
-class SingleProcess:
-    """The `Ranks` of a run with one process. Every call returns at once; see there for each."""
-
-    rank = 0
-    size = 1
-    local_size = 1
-
-    def own_range(self, count: int, multiple_of: int = 1) -> range:
-        return range(count)
-
-    def set_location(self, location: str) -> None:
-        pass
-
-    def gather_ints(self, numbers: Sequence[int]) -> list[list[int]]:
-        return [list(numbers)]
-
-    def gather_text(self, text: str) -> list[str]:
-        return [text]
-
-    def sum_floats(self, numbers: Sequence[float]) -> list[float]:
-        return list(numbers)
-
-    def all_reduce(self, tensor: torch.Tensor) -> None:
-        pass
-
-    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
-        pass
-
-    def all_gather(
-        self, tensor: torch.Tensor, lengths: Sequence[int] | None = None
-    ) -> torch.Tensor:
-        return tensor
-
-    def claim(self, what: str, count: int) -> Iterator[int]:
-        return iter(range(count))
-
-    def barrier(self, what: str) -> None:
-        pass
-
-    def on_rank_0(self, make: Callable[[], Any]) -> Any:
-        return make()
-
-    def tensors_from_rank_0(
-        self, make: Callable[[], Mapping[str, torch.Tensor]]
-    ) -> Mapping[str, torch.Tensor]:
-        return make()
-
-    @contextlib.contextmanager
-    def fail_together(self) -> Iterator[None]:
         yield
 
 
-SINGLE_PROCESS: Ranks = SingleProcess()
+SINGLE_PROCESS = Ranks()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from prunus.distributed.base import OtherRankError, RankError, split_range
+from prunus.distributed.base import OtherRankError, RankError, Ranks
 from prunus.distributed.heartbeat import Heartbeat
 
 __all__ = ["ProcessGroup"]
@@ -31,7 +31,7 @@ _SPIN = 1e-3  # seconds in which a rank that waits does not sleep
 _LENGTH_BYTES, _SHORT_TEXT = 8, 248
 
 
-class ProcessGroup:
+class ProcessGroup(Ranks):
     """The ranks of a run over torch's default process group; see `Ranks` for each call.
 
     Attributes:
@@ -43,9 +43,6 @@ class ProcessGroup:
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.error_reported = False
         self._heartbeat = heartbeat
-
-    def own_range(self, count: int, multiple_of: int = 1) -> range:
-        return split_range(count, self.size, multiple_of)[self.rank]
 
     def set_location(self, location: str) -> None:
         self._heartbeat.location = location
