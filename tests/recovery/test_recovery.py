@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import prunus
 from prunus.calibration.training_text import training_text as windows
+from prunus.calibration.windows import Wanted
 from prunus.evaluation.inspection import inspect
 from prunus.model.adapter import add_lora
 from prunus.model.loading import load_model
@@ -57,8 +58,7 @@ def test_the_record_is_what_was_measured(pruned, text, tmp_path):
     best = min(record.evaluations, key=lambda entry: entry.held_out_loss)
     assert record.evaluations[record.best] == best
     # The figure is the perplexity of what was written, on windows that plain torch can score.
-    options = {"seqlen": 16, "held_out": 2, "seed": 0}
-    ids = windows(str(text), tokenizer=byte_tokenizer, **options).held_out
+    ids = windows(str(text), Wanted(seqlen=16, tokenizer=byte_tokenizer), 2).held_out
     with torch.no_grad():
         loss = load_model(out)(input_ids=ids, labels=ids).loss
     assert float(loss) == pytest.approx(best.held_out_loss, rel=1e-4)
