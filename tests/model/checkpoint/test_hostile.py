@@ -11,7 +11,6 @@ import pickle
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 import prunus
@@ -68,14 +67,12 @@ class Bomb:
         return (Path.touch, (self.target,))
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "training_args.bin"]
-)
 @pytest.mark.parametrize("alone", [True, False])
-def test_no_pickle_is_ever_loaded(name, alone, tmp_path):
+def test_no_pickle_is_ever_loaded(alone, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
-    with (dense / name).open("wb") as file:
-        pickle.dump(Bomb(tmp_path / "exploded"), file)
+    names = ["pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "training_args.bin"]
+    for name in names:
+        (dense / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
     if alone:
         (dense / "model.safetensors").unlink()
     for work in (
@@ -87,7 +84,8 @@ def test_no_pickle_is_ever_loaded(name, alone, tmp_path):
             work()
     assert not (tmp_path / "exploded").exists()
     assert (tmp_path / "out" / "prunus.json").exists() != alone
-    assert not (tmp_path / "out" / name).exists(), "no pickle is copied to the result"
+    for name in names:
+        assert not (tmp_path / "out" / name).exists(), "no pickle is copied to the result"
 
 
 def test_code_of_a_checkpoint_runs_with_the_flag_only(tmp_path):
@@ -152,17 +150,3 @@ def test_weights_that_are_not_there_are_not_made_up(tmp_path):
         (dense / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=f"could not be loaded.*{what}"):
             prunus.perplexity(dense, str(tmp_path / "ids.safetensors"), seqlen=16, stream=False)
-
-
-def test_a_config_far_larger_than_its_weights_is_refused_before_a_model_is_made(
-    monkeypatch, tmp_path
-):
-    dense = tiny_checkpoint(tmp_path / "dense")
-    monkeypatch.setattr(torch, "empty", lambda *_, **__: pytest.fail("a tensor is made"))
-    config = json.loads((dense / "config.json").read_text())
-    for field in ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"):
-        (dense / "config.json").write_text(json.dumps(config | {field: 10**9}))
-        with pytest.raises(
-            ValueError, match=f"asks for {field} = 1,000,000,000, and the checkpoint holds"
-        ):
-            prunus.prune(dense, tmp_path / "out", calibration=token_ids())
