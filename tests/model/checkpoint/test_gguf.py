@@ -161,7 +161,7 @@ def test_destinations_that_are_taken(tiny_gguf, tmp_path):
     before = everything_below(tmp_path)
     with pytest.raises(FileExistsError, match="not empty; choose another one or give `overwrite`"):
         import_gguf(tiny_gguf, tmp_path / "full")
-    with pytest.raises(FileExistsError, match="not a plain folder"):
+    with pytest.raises(FileExistsError, match="exists and is not a folder"):
         import_gguf(tiny_gguf, tmp_path / "file", overwrite=True)
     assert everything_below(tmp_path) == before
 

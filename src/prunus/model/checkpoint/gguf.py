@@ -119,10 +119,6 @@ def check_extra() -> None:
 
 def check_destination(dest: Path, *, overwrite: bool) -> None:
     """Raise FileExistsError unless the folder `dest` is missing, vacant, or may be overwritten."""
-    if dest.is_symlink() or (dest.exists() and not dest.is_dir()):
-        raise FileExistsError(
-            f"{dest}: is there already and is not a plain folder; choose another name"
-        )
     if not is_vacant(dest) and not overwrite:
         raise FileExistsError(
             f"{dest}: the folder is not empty; choose another one or give `overwrite`"
