@@ -18,7 +18,7 @@ from prunus.evaluation.records import FORMS, ModelSize, PerplexityResult
 from prunus.model.checkpoint.atomic_files import write_json, write_text
 from prunus.pruning.recipe import Recipe
 from prunus.runs.document import Measured, Table, table_of
-from prunus.runs.record import UsedBos
+from prunus.runs.record import UsedBos, read_record
 from prunus.sweeping.grid import Cell
 
 __all__ = [
