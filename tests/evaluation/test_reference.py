@@ -140,19 +140,16 @@ def test_half_of_the_memory_holds_hidden_states(folders, monkeypatch):
         assert (model.place_states(shape).spill_to is not None) == spills
 
 
-def test_files_are_found_by_later_processes(folders, tmp_path, runs):
-    with Reference(folders / "dense", keep_in=tmp_path / "kept") as reference:
-        found = [score(folders, "pruned", reference, text) for text in ("ids", "other")]
-    assert len(list((tmp_path / "kept").iterdir())) == 2
-    runs.clear()
-    with Reference(folders / "dense", keep_in=tmp_path / "kept") as reference:
-        again = [score(folders, "pruned", reference, text) for text in ("ids", "other")]
-        assert runs == []
+def test_several_texts_are_kept_where_that_is_wanted(folders, runs):
+    texts = ("ids", "other") * 2
+    with Reference(folders / "dense", texts=2) as reference:
+        found = [score(folders, "pruned", reference, text) for text in texts]
+        assert runs == ["whole", "whole"]
         score(folders, "pruned", reference, samples=4)
-    assert runs == ["whole"]
-    assert [*map(without_seconds, again)] == [*map(without_seconds, found)]
-    alone = score(folders, "pruned", folders / "dense")
-    assert without_seconds(found[0]) == without_seconds(alone)
+        score(folders, "pruned", reference)
+    assert runs == ["whole"] * 4, "the text before the last two is dropped"
+    alone = [score(folders, "pruned", folders / "dense", text) for text in texts]
+    assert [*map(without_seconds, found)] == [*map(without_seconds, alone)]
 
 
 @pytest.mark.parametrize("kind", ["packed", "loaded", "not by blocks"])

@@ -5,8 +5,7 @@ V numbers per token, but as what the last block returns, which takes H: 576 inst
 SmolLM2-135M. Only the final norm and the head run again. They give the same logits each time, to
 the last bit.
 
-The hidden states stay in memory or, where they do not fit, in a nameless temporary file. A sweep
-keeps them in files instead, so that a killed sweep and other processes find them again.
+The hidden states stay in memory or, where they do not fit, in a nameless temporary file.
 
 Legend: W windows, B windows at once, S tokens per window, H hidden size, V vocabulary.
 """
@@ -14,25 +13,18 @@ Legend: W windows, B windows at once, S tokens per window, H hidden size, V voca
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-from collections.abc import Generator, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Generator
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from prunus.evaluation.logits import Rows, WholeModel, WindowProgress
 from prunus.evaluation.model_input import find_folder
-from prunus.evaluation.streamed_model import ComputeOptions, States, StreamedModel, whole_only
+from prunus.evaluation.streamed_model import ComputeOptions, StreamedModel, whole_only
 from prunus.evaluation.watched import WatchedCheckpoint
-from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.block_lists import find_block_list
 from prunus.model.calls import hidden_of, replaced_forward
-from prunus.model.checkpoint.atomic_files import make_folder
-from prunus.model.checkpoint.writer import save_safetensors
 from prunus.model.hidden_states import HiddenStates
 
 __all__ = ["Reference"]
@@ -46,7 +38,7 @@ class Reference:
     """A model to compare others with. Pass it to `prunus.perplexity` for one model after another.
 
     Its blocks run for the first model on a text, and not again for the next models. What it has
-    computed for a text is dropped when another text follows, and at the end of the `with` block.
+    computed for a text is dropped when other texts follow, and at the end of the `with` block.
 
     Packed models, adapters, loaded models and models that prunus cannot read block by block are
     loaded once and run again for every model.
@@ -57,8 +49,7 @@ class Reference:
 
     Args:
         model: a folder, a hub id, or a loaded transformers model.
-        keep_in: folder for files of hidden states, which stay after the end. None keeps them as
-            long as this object.
+        texts: for how many texts hidden states are kept at the same time.
 
     Attributes:
         watched: the files of the checkpoint, which must not change; None for a loaded model.
@@ -67,18 +58,17 @@ class Reference:
         FileNotFoundError: see `find_folder`.
     """
 
-    def __init__(self, model: Any, keep_in: Path | None = None) -> None:
+    def __init__(self, model: Any, texts: int = 1) -> None:
         self.model = model
         self.folder = None if isinstance(model, nn.Module) else find_folder(model)
         self.watched = None if self.folder is None else WatchedCheckpoint(self.folder)
-        self._keep_in = keep_in
+        self._texts = texts
         self._options: ComputeOptions | None = None
         self._streamed = False
         self._by_blocks: StreamedModel | None = None
         self._whole: WholeModel | None = None
-        # What the hidden states are for, and the hidden states.
-        self._for: dict[str, Any] = {}
-        self._states: States | None = None
+        # What hidden states are for, and the hidden states.
+        self._kept: list[tuple[tuple[Any, ...], HiddenStates]] = []
 
     def __enter__(self) -> Reference:
         return self
@@ -87,8 +77,9 @@ class Reference:
         self.close()
 
     def close(self) -> None:
-        """Release memory and files, apart from those in `keep_in`."""
-        self._drop_states()
+        """Release memory and files."""
+        while self._kept:
+            self._kept.pop()[1].close()
         self._options, self._by_blocks, self._whole = None, None, None
 
     def open(self, options: ComputeOptions, streamed: bool) -> None:
@@ -148,48 +139,26 @@ class Reference:
 
     def _states_of(
         self, ids: torch.Tensor, batch: int, progress: WindowProgress | None, compared: bool
-    ) -> States:
+    ) -> HiddenStates:
         """Run the blocks, or find what they returned for the same ids before.
 
         Raises:
             NotImplementedError: the model computes more than its blocks, final norm and head.
         """
         by_blocks = self._by_blocks
-        assert by_blocks is not None and self.watched is not None
-        key = {
-            "fingerprint": by_blocks.source.fingerprint,
-            "files": [(path.name, *state) for path, state in self.watched.states.items()],
-            "ids": [
-                list(ids.shape),
-                hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest(),
-            ],
-            "batch": batch,
-            "dtype": str(self.dtype),
-            "streamed": self._streamed,
-            "hardware": describe_hardware(by_blocks.device),
-            "versions": versions(),
-        }
-        if self._states is not None and key == self._for:
-            return self._states
-        self._drop_states()
-
-        def run() -> HiddenStates:
-            if self._streamed:
-                return by_blocks.run_blocks(ids, batch, progress, compared)
-            return self._run_whole(ids, batch, progress)
-
-        if self._keep_in is None:
-            self._states = run()
+        assert by_blocks is not None
+        key = (ids, batch, self.dtype, self._streamed)
+        for (known, *settings), states in self._kept:
+            if torch.equal(known, ids) and (batch, self.dtype, self._streamed) == (*settings,):
+                return states
+        while len(self._kept) >= self._texts:
+            self._kept.pop(0)[1].close()
+        if self._streamed:
+            states = by_blocks.run_blocks(ids, batch, progress, compared)
         else:
-            name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-            path = self._keep_in / f"{name[:32]}.safetensors"
-            if not path.exists():
-                make_folder(path.parent)
-                with contextlib.closing(run()) as states:
-                    save_safetensors(path, _Batches(states))
-            self._states = _StoredStates(path, by_blocks.device)
-        self._for = key
-        return self._states
+            states = self._run_whole(ids, batch, progress)
+        self._kept.append((key, states))
+        return states
 
     def _run_whole(
         self, ids: torch.Tensor, batch: int, progress: WindowProgress | None
@@ -199,7 +168,7 @@ class Reference:
         loaded = self._load()
         _, blocks = find_block_list(loaded)
         batches = ids.split(batch)
-        place = self._by_blocks.place_states(ids.shape)
+        place = self._by_blocks.place_states(ids.shape, self._texts)
         states = HiddenStates(
             len(batches),
             spill_to=place.spill_to,
@@ -234,50 +203,12 @@ class Reference:
             raise
         return states
 
-    def _check_first(self, states: States, ids: torch.Tensor, expected_BSV: torch.Tensor) -> None:
+    def _check_first(
+        self, states: HiddenStates, ids: torch.Tensor, expected_BSV: torch.Tensor
+    ) -> None:
         """Check that norm and head make the whole model's logits of what the last block returns."""
         assert self._by_blocks is not None
         with contextlib.closing(self._by_blocks.logits(states, ids, len(ids), False)) as windows:
             for rows, expected_SV in zip(windows, expected_BSV, strict=True):
                 if not torch.equal(rows(0, len(expected_SV)), expected_SV):
                     raise NotImplementedError("the logits are no function of the last block alone")
-
-    def _drop_states(self) -> None:
-        if self._states is not None:
-            self._states.close()
-        self._for, self._states = {}, None
-
-
-class _Batches(Mapping[str, torch.Tensor]):
-    """Hidden states as named tensors, of which one is in memory at a time."""
-
-    def __init__(self, states: HiddenStates) -> None:
-        self._states = states
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._states.get(int(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return map(_name, range(len(self._states)))
-
-    def __len__(self) -> int:
-        return len(self._states)
-
-
-class _StoredStates:
-    """Hidden states in a file that `_Batches` was written to."""
-
-    def __init__(self, path: Path, device: torch.device) -> None:
-        self._file = safe_open(path, framework="pt", device=str(device))
-
-    def get(self, index: int) -> torch.Tensor:
-        """Batch `index`, (B, S, H)."""
-        tensor: torch.Tensor = self._file.get_tensor(_name(index))
-        return tensor
-
-    def close(self) -> None:
-        """Leave the file, which stays; it is unmapped when this object goes."""
-
-
-def _name(index: int) -> str:
-    return f"{index:08d}"

@@ -17,7 +17,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -37,24 +37,11 @@ from prunus.model.stream import Stream
 
 __all__ = [
     "ComputeOptions",
-    "States",
     "StreamedModel",
     "choose_streamed",
     "whole_model_bytes",
     "whole_only",
 ]
-
-
-class States(Protocol):
-    """Hidden states after the last block, batch by batch: `HiddenStates`, or a file of them."""
-
-    def get(self, index: int) -> torch.Tensor:
-        """Batch `index`, (B, S, H)."""
-        ...
-
-    def close(self) -> None:
-        """Release memory and file."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -266,7 +253,7 @@ class StreamedModel:
         return stream.states
 
     def logits(
-        self, states: States, ids: torch.Tensor, batch: int, by_rows: bool
+        self, states: HiddenStates, ids: torch.Tensor, batch: int, by_rows: bool
     ) -> Generator[Rows, None, None]:
         """The logits of every window, in order, from what the last block returns.
 
@@ -317,11 +304,11 @@ class StreamedModel:
         models = 2 if compared else 1
         return self._place(models * (minimum + hidden) <= budget, models * hidden)
 
-    def place_states(self, shape: torch.Size) -> StatesPlace:
-        """Where hidden states of windows (W, S) wait that may take at most half of the memory."""
+    def place_states(self, shape: torch.Size, texts: int = 1) -> StatesPlace:
+        """Where hidden states wait, of as many texts of windows (W, S): at most half of memory."""
         held = resident_memory() if self.device.type == "cpu" else 0
         free = memory_budget(self.device, self.memory) - held
-        needed = 2 * self._needs(1, shape, True)[1]
+        needed = 2 * texts * self._needs(1, shape, True)[1]
         return self._place(needed <= free, needed)
 
     def _place(self, fits_on_device: bool, needed: int) -> StatesPlace:

@@ -4,8 +4,8 @@
 it stopped. If a cell fails, its error is recorded and the other cells run. The next run of the
 same command tries it again.
 
-The dense model runs once for each text. What its last block returns stays in the folder `reference`
-until all cells are done, because every cell is compared with it.
+The dense model runs once for each text, and what its last block returns is kept, because every cell
+is compared with it.
 
 On several ranks, a rank that is free takes the next cell. One process does all work of a cell. All
 ranks need access to the folder of the sweep, but only rank 0 writes `results.json`. The other ranks
@@ -15,7 +15,6 @@ write what they find into the cell's folder. If a rank is killed, the next run f
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +42,6 @@ from prunus.sweeping.results import CellResult, DenseResult, SweepResults, Swept
 
 __all__ = ["run_sweep", "sweep"]
 
-_REFERENCE_FOLDER = "reference"
 _CELLS_FOLDER = "cells"
 #: What ranks other than 0 have found for a cell or a dense model.
 _CELL_FILE = "cell.json"
@@ -155,8 +153,6 @@ class _Runner:
             reference.close()
         self.ranks.barrier("the cells")
         self._merge()
-        if self.ranks.rank == 0 and all(cell.state == "done" for cell in self.results.cells):
-            shutil.rmtree(self.output / _REFERENCE_FOLDER, ignore_errors=True)
         return self.results
 
     # --- what the ranks know of each other ---
@@ -263,9 +259,8 @@ class _Runner:
 
     def _score(self, weights: Path, record: SweptModel, label: str, title: str) -> None:
         if label not in self.references:
-            self.references[label] = Reference(
-                Path(self.results.models[label].path), keep_in=self.output / _REFERENCE_FOLDER
-            )
+            texts = len(self.sweep.scoring.texts)
+            self.references[label] = Reference(Path(self.results.models[label].path), texts)
 
         def finished(what: str, value: float) -> None:
             self._save(record)
