@@ -28,11 +28,11 @@ from prunus.structure.record import SearchStep
 __all__ = [
     "PROBE_TOKENS",
     "PROBE_WINDOWS",
-    "BlockSearch",
     "blocks_left",
     "candidate_states",
     "choose_blocks",
     "divergences",
+    "search_by_divergence",
 ]
 
 #: A search reads this many windows, cut to this many tokens, as one batch.
@@ -60,15 +60,19 @@ def choose_blocks(
         NotImplementedError: no more blocks of this family can be removed.
         ValueError: the candidates do not fit in memory.
     """
-    search, keep = BlockSearch(job, steps, save), job.keep_blocks
-    if len(search.left) > keep and job.recipe.block_rule == "cosine":
-        search.by_cosine(ids, keep)
-    elif len(search.left) > keep:
+    count = len(job.skeleton)
+    wanted = count - job.keep_blocks
+    if len(steps) < wanted and job.recipe.block_rule == "cosine":
+        influence = _influence(job, ids)
+        while len(steps) < wanted:
+            _take(job, steps, influence, "influence")
+            save()
+    elif len(steps) < wanted:
         probes = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
-        fault = search.by_divergence(probes, lambda left: len(left) == keep)
+        fault = search_by_divergence(job, probes, steps, save, lambda _: len(steps) == wanted)
         if fault is not None:
             raise NotImplementedError(fault)
-    return search.left
+    return blocks_left(steps, count)
 
 
 def blocks_left(steps: Sequence[SearchStep], count: int) -> list[int]:
@@ -77,109 +81,83 @@ def blocks_left(steps: Sequence[SearchStep], count: int) -> list[int]:
     return [index for index in range(count) if index not in removed]
 
 
-class BlockSearch:
-    """The search of one run.
+def search_by_divergence(
+    job: StructureJob,
+    probes: Tensor,
+    steps: list[SearchStep],
+    save: Callable[[], object],
+    enough: Callable[[Sequence[int]], bool],
+) -> str | None:
+    """Search greedily by KL divergence. Rank 0 carries it out; all ranks call it.
 
     Args:
         job: the checked run.
+        probes: the windows that are read (windows, tokens).
         steps: what an earlier run has found; new steps are added.
         save: called after every new step.
+        enough: whether the search ends with the blocks that are left.
+
+    Returns:
+        None, or why the search has ended early: no other block of this family can be removed.
+
+    Raises:
+        ValueError: the candidates do not fit in memory.
     """
+    _check_room(job, probes)
 
-    def __init__(
-        self, job: StructureJob, steps: list[SearchStep], save: Callable[[], object]
-    ) -> None:
-        self._job, self._steps, self._save = job, steps, save
-
-    @property
-    def left(self) -> list[int]:
-        """Positions of the blocks that stay, rising."""
-        return blocks_left(self._steps, len(self._job.skeleton))
-
-    def by_divergence(self, probes: Tensor, enough: Callable[[Sequence[int]], bool]) -> str | None:
-        """Search greedily by KL divergence. Rank 0 carries it out; all ranks call it.
-
-        Args:
-            probes: the windows that are read (windows, tokens).
-            enough: whether the search ends with the blocks that are left.
-
-        Returns:
-            None, or why the search has ended early: no other block of this family can be removed.
-
-        Raises:
-            ValueError: the candidates do not fit in memory.
-        """
-        _check_room(self._job, probes)
-
-        def search() -> tuple[list[dict[str, Any]], str | None]:
-            reason = None
-            try:
-                self._take_steps(probes, enough)
-            except NotImplementedError as fault:
-                reason = str(fault)
-            return [step.model_dump() for step in self._steps], reason
-
-        found, reason = self._job.ranks.on_rank_0(search)
-        self._steps[:] = [SearchStep.model_validate(step) for step in found]
-        return reason
-
-    def by_cosine(self, ids: Tensor, keep: int) -> None:
-        """ShortGPT's rule: one pass over all windows, then remove the blocks of lowest influence.
-
-        Args:
-            ids: calibration windows (windows, tokens).
-            keep: how many blocks stay.
-
-        Raises:
-            NotImplementedError: no more blocks of this family can be removed.
-        """
-        influence = _influence(self._job, ids)
-        while len(self.left) > keep:
-            self._take(influence, "influence")
-
-    def _take_steps(self, probes: Tensor, enough: Callable[[Sequence[int]], bool]) -> None:
-        """The steps of the search by KL divergence.
-
-        Raises:
-            NotImplementedError: no other block can be removed.
-        """
-        job = self._job
+    def search() -> tuple[list[dict[str, Any]], str | None]:
+        count, reason = len(job.skeleton), None
         stream = Stream(job.skeleton, job.source, job.device)
         with contextlib.closing(stream):
             stream.embed([probes], None)
             first = stream.states.get(0)
-            dense, _ = candidate_states(stream, first, range(len(job.skeleton)), ())
-            while not enough(left := self.left):
-                measured = _promising(self._steps, left)
+            dense, _ = candidate_states(stream, first, range(count), ())
+            while not enough(left := blocks_left(steps, count)):
+                measured = _promising(steps, left)
                 job.options.tell(
-                    f"searching for block {len(self._steps) + 1} to remove: {len(measured)} "
-                    "candidates"
+                    f"searching for block {len(steps) + 1} to remove: {len(measured)} candidates"
                 )
                 _, candidates = candidate_states(stream, first, left, measured)
-                self._take(divergences(stream, probes, dense, candidates), "divergence")
+                values = divergences(stream, probes, dense, candidates)
+                try:
+                    _take(job, steps, values, "divergence")
+                except NotImplementedError as fault:
+                    reason = str(fault)
+                    break
+                save()
+        return [step.model_dump() for step in steps], reason
 
-    def _take(self, values: dict[int, float], measure: Literal["divergence", "influence"]) -> None:
-        """Remove the candidate of the lowest value whose model the configuration can describe.
+    found, reason = job.ranks.on_rank_0(search)
+    steps[:] = [SearchStep.model_validate(step) for step in found]
+    return reason
 
-        Raises:
-            NotImplementedError: there is none.
-        """
-        left, fault = self.left, None
-        for block in sorted(values.keys() & set(left), key=lambda index: (values[index], index)):
-            try:
-                self._job.smaller([index for index in left if index != block])
-            except NotImplementedError as error:
-                fault = error
-                continue
-            count = len(self._job.skeleton)
-            every = [values.get(index) if index in left else None for index in range(count)]
-            self._steps.append(
-                SearchStep(block=block, value=values[block], measure=measure, candidates=every)
-            )
-            self._save()
-            return
-        assert fault is not None
-        raise fault
+
+def _take(
+    job: StructureJob,
+    steps: list[SearchStep],
+    values: dict[int, float],
+    measure: Literal["divergence", "influence"],
+) -> None:
+    """Add the step that removes the block of the lowest value which the family can do without.
+
+    Raises:
+        NotImplementedError: there is none.
+    """
+    count, fault = len(job.skeleton), None
+    left = blocks_left(steps, count)
+    for block in sorted(values.keys() & set(left), key=lambda index: (values[index], index)):
+        try:
+            job.smaller([index for index in left if index != block])
+        except NotImplementedError as error:
+            fault = error
+            continue
+        every = [values.get(index) if index in left else None for index in range(count)]
+        steps.append(
+            SearchStep(block=block, value=values[block], measure=measure, candidates=every)
+        )
+        return
+    assert fault is not None
+    raise fault
 
 
 def _promising(steps: Sequence[SearchStep], left: Sequence[int]) -> list[int]:

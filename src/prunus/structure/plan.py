@@ -34,7 +34,7 @@ from prunus.structure.layout import check_same_blocks
 from prunus.structure.recipe import StructureRecipe, kept_count
 from prunus.structure.target_plan import Level, TargetPlan
 from prunus.structure.width_layout import LayoutFinder
-from prunus.structure.width_plan import WidthPlan, plan_width
+from prunus.structure.width_plan import WidthPlan, WidthPlanner
 
 __all__ = ["ExpertPlan", "SmallerModel", "StructureJob", "plan_structure"]
 
@@ -255,20 +255,18 @@ def _batch(job: StructureJob) -> int:
 
 def _plan_width(job: StructureJob) -> None:
     """Decide how narrow the model becomes, or between which widths a search may choose."""
-    finder = LayoutFinder(job.skeleton, job.source, job.device)
-
-    def build(changes: Mapping[str, Any]) -> Skeleton:
-        return job.build(changes)[1]
-
-    def plan(at_width: StructureRecipe) -> WidthPlan:
-        config = job.source.config.get_text_config()
-        return plan_width(at_width, job.full_width, config, job.model_name, build, finder)
-
+    planner = WidthPlanner(
+        old=job.full_width,
+        config=job.source.config.get_text_config(),
+        name=job.model_name,
+        build=lambda changes: job.build(changes)[1],
+        finder=LayoutFinder(job.skeleton, job.source, job.device),
+    )
     if job.recipe.target is not None:
-        job.target = TargetPlan(job, job.recipe, build, plan)
+        job.target = TargetPlan(job, job.recipe, planner)
         job.target.check()
     else:
-        job.width = plan(job.recipe)
+        job.width = planner.plan(job.recipe)
 
 
 def _kept_blocks(job: StructureJob) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from prunus.model.skeleton import Skeleton
 from prunus.runs.job import RunJob
 from prunus.structure.recipe import StructureRecipe
 from prunus.structure.target import parse_target
-from prunus.structure.width_plan import WidthPlan
+from prunus.structure.width_plan import WidthPlan, WidthPlanner
 
 __all__ = ["Level", "TargetPlan"]
 
@@ -45,8 +45,7 @@ class TargetPlan:
     Args:
         job: the source and its skeleton.
         recipe: of the run, with its target.
-        build: the model of a configuration with some fields changed.
-        plan_width: what stays at the width of a recipe.
+        planner: of narrower versions of the model.
 
     Attributes:
         target: what is asked for.
@@ -57,13 +56,11 @@ class TargetPlan:
         self,
         job: RunJob,
         recipe: StructureRecipe,
-        build: Callable[[Mapping[str, Any]], Skeleton],
-        plan_width: Callable[[StructureRecipe], WidthPlan],
+        planner: WidthPlanner,
     ) -> None:
         assert recipe.target is not None
         self.target = parse_target(recipe.target)
-        self._recipe, self._job, self._build, self._plan_width = recipe, job, build, plan_width
-        self._config = job.source.config.get_text_config()
+        self._recipe, self._job, self._planner = recipe, job, planner
         self._bytes = [job.source.block_nbytes(index) for index in range(len(job.skeleton))]
         self._outside = self._size_outside()
         self._full = self._sizes(job.skeleton)
@@ -124,7 +121,7 @@ class TargetPlan:
     @property
     def _heads(self) -> int | None:
         """The number of query heads; None in a family that has none."""
-        return getattr(self._config, "num_attention_heads", None)
+        return getattr(self._planner.config, "num_attention_heads", None)
 
     def _widest(self, kept: Sequence[int], heads: int | None) -> Level | None:
         """The smallest loss of width with which the model of some blocks meets the target.
@@ -154,17 +151,19 @@ class TargetPlan:
         if (parts, heads) not in self._levels:
             options = {"width": parts / _PARTS, "heads": heads}
             try:
-                plan = self._plan_width(self._recipe.model_copy(update={"target": None, **options}))
+                plan = self._planner.plan(
+                    self._recipe.model_copy(update={"target": None, **options})
+                )
             except (ValueError, NotImplementedError):
                 self._levels[parts, heads] = None
             else:
-                sizes = self._sizes(self._build(plan.changes))
+                sizes = self._sizes(self._planner.build(plan.changes))
                 self._levels[parts, heads] = Level(parts, options, plan, sizes)
         return self._levels[parts, heads]
 
     def _sizes(self, new: Skeleton) -> list[int]:
         """The size of every block, whose tensors keep the dtypes in which they are stored."""
-        found, per_token = [], experts_per_token(self._config)
+        found, per_token = [], experts_per_token(self._planner.config)
         blocks = zip(new.blocks, self._job.skeleton.blocks, self._bytes, strict=True)
         for block, before, stored in blocks:
             parameters = _parameters(block)

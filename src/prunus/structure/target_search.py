@@ -29,10 +29,10 @@ from prunus.runs.rank_checks import check_same_on_all_ranks
 from prunus.structure.blocks import (
     PROBE_TOKENS,
     PROBE_WINDOWS,
-    BlockSearch,
     blocks_left,
     candidate_states,
     divergences,
+    search_by_divergence,
 )
 from prunus.structure.plan import StructureJob
 from prunus.structure.record import StructureRecord, TargetModel
@@ -99,8 +99,12 @@ class TargetSearch:
             ValueError: the search does not fit in memory.
         """
         # In some families no block can be removed, and in others only a few. Then width must do.
-        BlockSearch(self._job, self._record.search, self._save).by_divergence(
-            self._probes, lambda left: len(left) == 1 or self._target.is_met(left)
+        search_by_divergence(
+            self._job,
+            self._probes,
+            self._record.search,
+            self._save,
+            lambda left: len(left) == 1 or self._target.is_met(left),
         )
         best = self._compare()
         return best.kept, best.level.plan if best.level is not None else None
