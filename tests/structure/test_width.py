@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunus.methods.solvers.least_squares import ridge
 from prunus.methods.structured import channels
-from prunus.methods.structured.channels import fit_columns, keep_units
+from prunus.methods.structured.channels import Reader
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.structure.spans import Cut, Span
@@ -58,8 +58,9 @@ def test_a_data_limited_linear_gets_the_same_channels_and_fit_in_float32(monkeyp
     found = []
     for limited in (True, False):
         monkeypatch.setattr(channels, "is_data_limited", lambda _inputs, _damping, is_=limited: is_)
-        kept = keep_units(weight, gram, 200, 1, 120, 1.0)
-        found.append((kept.columns, fit_columns(weight, gram, kept.columns, 1.0)))
+        reader = Reader(weight, gram, 1.0)
+        kept = reader.keep(200, 1, 120)
+        found.append((kept.columns, reader.fit(kept.columns)))
     (limited, fit), (exact, exact_fit) = found
     assert limited == exact
     torch.testing.assert_close(fit, exact_fit, rtol=1e-4, atol=1e-5)
@@ -101,17 +102,18 @@ def test_the_units_that_the_others_reproduce_best_are_removed_one_by_one():
     X_TI = torch.randn(50, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
     weight, gram = torch.randn(5, 12, generator=generator), X_TI.T @ X_TI
     damped = (gram + 0.1 * gram.diagonal().diag()).double()
+    reader = Reader(weight, gram, 0.1)
 
     def error(units: list[int]) -> float:
         columns = [2 * u + i for u in units for i in range(2)]
-        change = weight.double() - fit_columns(weight, gram, columns, 0.1).double()
+        change = weight.double() - reader.fit(columns).double()
         return float(((change @ damped) * change).sum())
 
     left = list(range(6))
     while len(left) > 3:
         left.remove(min(left, key=lambda u: error([x for x in left if x != u])))
-    assert keep_units(weight, gram, 6, 2, 3, 0.1).units == left
-    halves = keep_units(weight, gram, 6, 2, 4, 0.1, groups=2).units
+    assert reader.keep(6, 2, 3).units == left
+    halves = reader.keep(6, 2, 4, groups=2).units
     assert [sum(u < 3 for u in halves), sum(u >= 3 for u in halves)] == [2, 2]
 
 

@@ -1,9 +1,9 @@
-"""How to choose the channels and heads to remove, and how the others compensate for them.
+"""The choice of the channels and heads of a block, and the fit of the columns that read them.
 
 A block is measured twice. First the windows run to the linear that reads the heads (`o`), whose
 heads are chosen and whose remaining columns are fitted. Then they run to the one that reads the
 channels of the MLP (`down`), after the smaller attention. In a mixture of experts these are all
-experts at once, each on the tokens that chose it. Both are chosen on the hidden states of the
+experts at once, each on the tokens that chose it. Both are measured on the hidden states of the
 smaller model.
 
 Shape suffixes: O outputs, I inputs.
@@ -12,7 +12,6 @@ Shape suffixes: O outputs, I inputs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +19,7 @@ from torch import Tensor, nn
 from prunus.distributed import Ranks
 from prunus.methods.solvers.least_squares import ridge
 from prunus.methods.statistics import InputStatistics, StatisticsSpec
-from prunus.methods.structured.channels import (
-    Kept,
-    fit_columns,
-    keep_units,
-    output_power,
-    with_bias,
-)
+from prunus.methods.structured.channels import Kept, Reader
 from prunus.model.linears import Linear
 from prunus.model.stream import Stream
 from prunus.pruning.block.hooks import input_hooks, tokens_of
@@ -37,21 +30,6 @@ from prunus.structure.width_layout import PartLayout
 from prunus.structure.width_plan import HeadPlan, WidthPlan
 
 __all__ = ["narrow"]
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """What is known of a linear that reads channels or heads.
-
-    Attributes:
-        weight_OI: float32; with a bias as its last column.
-        gram_II: float32, XᵀX of its inputs; with the input 1 of a bias.
-        damping: λ of the least squares.
-    """
-
-    weight_OI: Tensor
-    gram_II: Tensor
-    damping: float
 
 
 def narrow(
@@ -67,13 +45,13 @@ def narrow(
     Args:
         job: the checked run.
         plan: how many channels and heads stay.
-        stream: the windows of the smaller model, before its block `place`. They stay there.
+        stream: the windows of the smaller model, before its block `place`. They do not move.
         place: position of the block in the smaller model.
         index: its position in the old model.
-        stored: its tensors at full width, by relative name; experts that go are gone.
+        stored: its tensors at full width, by relative name, with only the experts that stay.
 
     Returns:
-        The tensors of the narrow block, and what went.
+        The tensors of the narrow block, and what was removed.
     """
     full, layout = job.full_width, plan.blocks[index]
     block = full.fill(index, stored, stream.device)
@@ -81,26 +59,19 @@ def narrow(
     tensors, change = dict(stored), WidthChange()
     cuts: list[tuple[PartLayout, KeptUnits]] = []
     if plan.heads is not None and layout.heads is not None:
-        reader = linears[layout.heads.reader]
-        (measured,) = _measured(stream, place, block, [reader], job.ranks)
-        kept = _keep_heads(measured, plan.heads, layout.heads.read.width)
-        change.heads = _fit(reader, tensors, measured, kept)
+        linear = linears[layout.heads.reader]
+        (reader,) = _measured(stream, place, block, [linear], job.ranks)
+        kept = _keep_heads(reader, plan.heads, layout.heads.read.width)
+        change.heads = _fit(linear, tensors, reader, kept)
         per_group = plan.heads.heads // plan.heads.groups
         groups = sorted({head // per_group for head in kept.units})
         cuts.append((layout.heads, {"heads": kept.units, "groups": groups}))
     for parts in _at_once(layout.channels, job.budget):
-        readers = [linears[part.reader] for part in parts]
-        found = _measured(stream, place, block, readers, job.ranks)
-        for part, reader, measured in zip(parts, readers, found, strict=True):
-            kept = keep_units(
-                measured.weight_OI,
-                measured.gram_II,
-                part.read.units,
-                1,
-                part.keep,
-                measured.damping,
-            )
-            change.mlps[part.reader] = _fit(reader, tensors, measured, kept)
+        found = [linears[part.reader] for part in parts]
+        readers = _measured(stream, place, block, found, job.ranks)
+        for part, linear, reader in zip(parts, found, readers, strict=True):
+            kept = reader.keep(part.read.units, 1, part.keep)
+            change.mlps[part.reader] = _fit(linear, tensors, reader, kept)
             cuts.append((part, {"channels": kept.units}))
     full.release(index)
     for part, units in cuts:
@@ -127,96 +98,70 @@ def _at_once(parts: Sequence[PartLayout], budget: int) -> Iterator[list[PartLayo
 
 
 def _measured(
-    stream: Stream, place: int, block: nn.Module, readers: Sequence[Linear], ranks: Ranks
-) -> list[_Measured]:
-    """Measure the inputs of some linears.
-
-    The inputs of a routed expert are those of the tokens that chose it.
-    """
+    stream: Stream, place: int, block: nn.Module, linears: Sequence[Linear], ranks: Ranks
+) -> list[Reader]:
+    """Measure the inputs of some linears; those of an expert are the tokens that chose it."""
     spec = StatisticsSpec(needs="gram", means=True, distributed=ranks.size > 1)
     statistics = {
-        reader.name: InputStatistics(reader.shape[1], spec, stream.device) for reader in readers
+        linear.name: InputStatistics(linear.shape[1], spec, stream.device) for linear in linears
     }
     forward = stream.forward(place, block)
-    with input_hooks(readers, lambda linear, x: statistics[linear.name].add(tokens_of(x))):
+    with input_hooks(linears, lambda linear, x: statistics[linear.name].add(tokens_of(x))):
         for batch in range(len(stream)):
             forward(batch)
     for each in statistics.values():
         each.complete(ranks)
-    return [_with_bias(reader, statistics.pop(reader.name)) for reader in readers]
+    return [_reader(linear, statistics.pop(linear.name)) for linear in linears]
 
 
-def _with_bias(reader: Linear, statistics: InputStatistics) -> _Measured:
-    statistics.check_finite(reader.name)
-    gram_II, sum_I = statistics.gram_II, statistics.sum_I
+def _reader(linear: Linear, statistics: InputStatistics) -> Reader:
+    statistics.check_finite(linear.name)
+    gram_II, sum_I, tokens = statistics.gram_II, statistics.sum_I, statistics.tokens
     assert gram_II is not None
     assert sum_I is not None
-    bias = reader.module.bias
-    bias_O = bias.detach().to("cpu", torch.float32, copy=True) if isinstance(bias, Tensor) else None
-    weight_OI, gram_II = with_bias(
-        reader.weight_OI.to("cpu", torch.float32, copy=True),
-        bias_O,
-        gram_II.cpu(),
-        sum_I.cpu(),
-        statistics.tokens,
-    )
-    return _Measured(weight_OI, gram_II, ridge(statistics.in_features, statistics.tokens))
+    weight_OI = linear.weight_OI.to("cpu", torch.float32, copy=True)
+    reader = Reader(weight_OI, gram_II.cpu(), ridge(statistics.in_features, tokens))
+    bias = linear.module.bias
+    if not isinstance(bias, Tensor):
+        return reader
+    bias_O = bias.detach().to("cpu", torch.float32, copy=True)
+    return reader.with_bias(bias_O, sum_I.cpu(), tokens)
 
 
-def _keep_heads(measured: _Measured, plan: HeadPlan, size: int) -> Kept:
-    """The query heads that stay: whole key-value groups go first, then heads inside groups.
+def _keep_heads(reader: Reader, plan: HeadPlan, size: int) -> Kept:
+    """The query heads that stay: first remove whole key-value groups, then heads inside groups.
 
     Args:
+        reader: the linear that reads them.
+        plan: how many stay.
         size: the inputs per head.
     """
-    weight_OI, gram_II, damping = measured.weight_OI, measured.gram_II, measured.damping
     per_group = plan.heads // plan.groups
-    groups = keep_units(
-        weight_OI, gram_II, plan.groups, per_group * size, plan.keep_groups, damping
-    )
+    groups = reader.keep(plan.groups, per_group * size, plan.keep_groups)
     if plan.keep_heads == plan.keep_groups * per_group:
         heads = [group * per_group + i for group in groups.units for i in range(per_group)]
         return Kept(heads, groups.columns)
-    # What is left is scored anew, after the least-squares fit to it.
-    extra = list(range(plan.heads * size, len(gram_II)))
-    inside = torch.tensor(groups.columns + extra)
-    fitted_OI = fit_columns(weight_OI, gram_II, inside.tolist(), damping)
-    left = keep_units(
-        fitted_OI[:, inside],
-        gram_II[inside][:, inside],
-        len(groups.units) * per_group,
-        size,
-        plan.keep_heads,
-        damping,
-        groups=plan.keep_groups,
-    )
+    # The rest is scored anew, after the least-squares fit to it.
+    bias = range(plan.heads * size, len(reader.gram_II))
+    rest = reader.only([*groups.columns, *bias])
+    left = rest.keep(len(groups.units) * per_group, size, plan.keep_heads, plan.keep_groups)
     heads = [groups.units[u // per_group] * per_group + u % per_group for u in left.units]
     return Kept(heads, [groups.columns[column] for column in left.columns])
 
 
-def _fit(reader: Linear, tensors: dict[str, Tensor], measured: _Measured, kept: Kept) -> PartChange:
-    """Fit the columns of a reader that stay, in the block and in its tensors."""
-    weight_OI, gram_II = measured.weight_OI, measured.gram_II
-    inputs = reader.shape[1]
-    every = [*kept.columns, *range(inputs, weight_OI.shape[1])]
-    plain_OI = torch.zeros_like(weight_OI)
-    plain_OI[:, every] = weight_OI[:, every]
-    fitted_OI = fit_columns(weight_OI, gram_II, every, measured.damping)
-    new = {f"{reader.name}.weight": fitted_OI[:, :inputs]}
-    if reader.transposed:
-        new = {name: weight.T for name, weight in new.items()}
-    if weight_OI.shape[1] > inputs:
-        new[f"{reader.name}.bias"] = fitted_OI[:, -1]
+def _fit(linear: Linear, tensors: dict[str, Tensor], reader: Reader, kept: Kept) -> PartChange:
+    """Fit the columns of a linear that stay, in the block and in its tensors."""
+    weight_OI, inputs = reader.weight_OI, linear.shape[1]
+    columns = [*kept.columns, *range(inputs, weight_OI.shape[1])]
+    fitted_OI, plain_OI = reader.fit(columns), torch.zeros_like(weight_OI)
+    plain_OI[:, columns] = weight_OI[:, columns]
+    new_OI = fitted_OI[:, :inputs]
+    new = {f"{linear.name}.weight": new_OI.T if linear.transposed else new_OI}
+    linear.assign(new_OI.to(linear.parameter.device))
+    if isinstance(bias := linear.module.bias, Tensor):
+        new[f"{linear.name}.bias"] = fitted_OI[:, -1]
+        bias.copy_(fitted_OI[:, -1])
     for name, tensor in new.items():
         tensors[name] = tensor.to(tensors[name].dtype).contiguous()
-    reader.assign(fitted_OI[:, :inputs].to(reader.parameter.device))
-    if weight_OI.shape[1] > inputs:
-        bias = reader.module.bias
-        assert isinstance(bias, Tensor)
-        bias.copy_(fitted_OI[:, -1])
-    whole = output_power(weight_OI, gram_II)
-
-    def error(changed_OI: Tensor) -> float:
-        return output_power(weight_OI - changed_OI, gram_II) / whole if whole > 0 else 0.0
-
-    return PartChange(kept=kept.units, error=error(fitted_OI), error_before_fit=error(plain_OI))
+    errors = {"error": reader.error(fitted_OI), "error_before_fit": reader.error(plain_OI)}
+    return PartChange(kept=kept.units, **errors)

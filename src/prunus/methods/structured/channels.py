@@ -1,4 +1,4 @@
-"""Which input columns of a linear go together, and what the remaining ones compensate for.
+"""Which channels and heads to remove, and how the remaining columns compensate for the others.
 
 A channel of an MLP is a row of the linears that write it and a column of the linear that reads it
 (`down`). A head is a run of rows and columns in the same way. What the model loses shows at the
@@ -15,7 +15,8 @@ ridge λ grows with columns per token, as in every least-squares fit here: see `
 
 Where the linear has a bias, it is one more column, whose input is always 1 and which always stays.
 
-Shape suffixes: O outputs, I inputs, U units (runs of equally many columns), S columns of one unit.
+Shape suffixes: O outputs, I inputs, U units (runs of equally many columns), S columns of one unit,
+K columns that stay.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from torch import Tensor
 
 from prunus.methods.solvers.least_squares import inner_product, is_data_limited
 
-__all__ = ["Kept", "fit_columns", "keep_units", "output_power", "with_bias"]
+__all__ = ["Kept", "Reader"]
 
-#: Rounds in which units go. Within one round scores are not updated.
+#: Units are removed in this many rounds. Within one round scores are not updated.
 _ROUNDS = 16
 
 
@@ -46,84 +47,116 @@ class Kept:
     columns: list[int]
 
 
-def with_bias(
-    weight_OI: Tensor, bias_O: Tensor | None, gram_II: Tensor, sum_I: Tensor, tokens: int
-) -> tuple[Tensor, Tensor]:
-    """A linear whose bias is its last column, and the Gram matrix with the input 1 that belongs.
+@dataclass(frozen=True)
+class Reader:
+    """A linear that reads channels or heads, and what is known of its inputs.
 
-    >>> weight, gram = with_bias(
-    ...     torch.ones(2, 1), torch.zeros(2), torch.tensor([[5.0]]), torch.tensor([3.0]), 2
-    ... )
-    >>> gram
-    tensor([[5., 3.],
-            [3., 2.]])
-
-    Args:
-        weight_OI, bias_O: of the linear; without a bias nothing changes.
-        gram_II: XᵀX.
-        sum_I: the sum of the inputs over all tokens.
-        tokens: their number.
-    """
-    if bias_O is None:
-        return weight_OI, gram_II
-    count = torch.full((1,), float(tokens), dtype=gram_II.dtype)
-    column_I1 = sum_I.to(gram_II.dtype)[:, None]
-    rows = [torch.cat([gram_II, column_I1], 1), torch.cat([column_I1.T, count[None]], 1)]
-    return torch.cat([weight_OI, bias_O[:, None]], 1), torch.cat(rows, 0)
-
-
-def _damped(gram_II: Tensor, damping: float) -> Tensor:
-    """H. Inputs that are always 0 count as uncorrelated with all others.
-
-    It is float64, but float32 where the linear is data-limited. Scaled to a diagonal of 1 + λ, H
-    has no eigenvalue below λ and none above I + λ, so there its condition number is at most 2I + 1.
-    """
-    wide = is_data_limited(len(gram_II), damping)
-    damped_II = gram_II.to(torch.float32 if wide else torch.float64, copy=True)
-    diagonal_I = damped_II.diagonal()
-    diagonal_I.mul_(1 + damping).masked_fill_(diagonal_I == 0, 1.0)
-    return damped_II
-
-
-def keep_units(
-    weight_OI: Tensor,
-    gram_II: Tensor,
-    units: int,
-    width: int,
-    keep: int,
-    damping: float,
-    groups: int = 1,
-) -> Kept:
-    """Choose the units of columns that stay.
-
-    Args:
-        weight_OI: float32, of the linear that reads the columns; with a bias as its last column.
-        gram_II: float32, XᵀX of its inputs.
-        units: how many there are. Columns after the last unit always stay.
-        width: columns per unit.
-        keep: units that stay.
+    Attributes:
+        weight_OI: float32, the trained weights; with a bias as the last column.
+        gram_II: float32, XᵀX of the inputs; with the input 1 of a bias.
         damping: λ.
-        groups: units form this many groups of neighbours, each of which keeps the same number.
 
-    >>> weight, gram = torch.tensor([[1.0, 2.0, 0.1, 0.1]]), torch.eye(4)
-    >>> keep_units(weight, gram, units=2, width=2, keep=1, damping=0.01).columns
+    >>> reader = Reader(torch.tensor([[1.0, 2.0, 0.1, 0.1]]), torch.eye(4), damping=0.01)
+    >>> reader.keep(units=2, width=2, keep=1).columns
     [0, 1]
     """
-    per_group, go = units // groups, (units - keep) // groups
-    left = torch.ones(units, dtype=torch.bool)
-    inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(_damped(gram_II, damping)))
-    changed_OI = weight_OI.to(inverse_II.dtype, copy=True)
-    rounds = min(_ROUNDS, go)
-    done = 0
-    for number in range(rounds):
-        now = go * (number + 1) // rounds - done
-        done += now
-        score_U = _scores(changed_OI, inverse_II, units, width, left)
-        gone = _lowest(score_U, now, per_group)
-        left[gone] = False
-        _remove(changed_OI, inverse_II, _columns(gone.tolist(), width))
-    kept = left.nonzero().flatten().tolist()
-    return Kept(kept, _columns(kept, width))
+
+    weight_OI: Tensor
+    gram_II: Tensor
+    damping: float
+
+    def with_bias(self, bias_O: Tensor, sum_I: Tensor, tokens: int) -> Reader:
+        """The linear with a bias as its last column, whose input is 1.
+
+        Args:
+            bias_O: of the linear.
+            sum_I: the sum of the inputs over all tokens.
+            tokens: their number.
+
+        >>> reader = Reader(torch.ones(2, 1), torch.tensor([[5.0]]), damping=0.0)
+        >>> reader.with_bias(torch.zeros(2), torch.tensor([3.0]), 2).gram_II
+        tensor([[5., 3.],
+                [3., 2.]])
+        """
+        column_I1 = sum_I.to(self.gram_II.dtype)[:, None]
+        count_11 = torch.full((1, 1), float(tokens), dtype=self.gram_II.dtype)
+        rows = [torch.cat([self.gram_II, column_I1], 1), torch.cat([column_I1.T, count_11], 1)]
+        weight_OI = torch.cat([self.weight_OI, bias_O[:, None]], 1)
+        return Reader(weight_OI, torch.cat(rows, 0), self.damping)
+
+    def only(self, columns: list[int]) -> Reader:
+        """The linear that has lost all columns but some, which are fitted to the outputs of all."""
+        index = torch.tensor(columns)
+        gram_KK = self.gram_II[index][:, index]
+        return Reader(self.fit(columns)[:, index], gram_KK, self.damping)
+
+    def keep(self, units: int, width: int, keep: int, groups: int = 1) -> Kept:
+        """Choose the units of columns that stay.
+
+        Args:
+            units: how many there are. Columns after the last unit always stay.
+            width: columns per unit.
+            keep: units that stay.
+            groups: units form this many groups of neighbours, each of which keeps the same number.
+        """
+        per_group, remove = units // groups, (units - keep) // groups
+        left = torch.ones(units, dtype=torch.bool)
+        inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(self._damped()))
+        changed_OI = self.weight_OI.to(inverse_II.dtype, copy=True)
+        rounds, done = min(_ROUNDS, remove), 0
+        for number in range(rounds):
+            now = remove * (number + 1) // rounds - done
+            done += now
+            score_U = _scores(changed_OI, inverse_II, units, width, left)
+            removed = _lowest(score_U, now, per_group)
+            left[removed] = False
+            _remove(changed_OI, inverse_II, _columns(removed.tolist(), width))
+        kept = left.nonzero().flatten().tolist()
+        return Kept(kept, _columns(kept, width))
+
+    def fit(self, columns: list[int]) -> Tensor:
+        """The least-squares fit of some columns to the outputs of all: (O, I), 0 outside of them.
+
+        >>> gram = torch.tensor([[4.0, 4.0], [4.0, 4.0]])  # both inputs are always equal
+        >>> Reader(torch.tensor([[1.0, 2.0]]), gram, damping=0.0).fit([0]).round(decimals=1)
+        tensor([[3., 0.]])
+        """
+        damped_II, index = self._damped(), torch.tensor(columns)
+        right_KO = damped_II[index] @ self.weight_OI.to(damped_II.dtype).T
+        factor_KK = torch.linalg.cholesky(damped_II[index][:, index])
+        fitted_OI = torch.zeros_like(self.weight_OI)
+        fitted_OI[:, index] = torch.cholesky_solve(right_KO, factor_KK).T.float()
+        return fitted_OI
+
+    def error(self, changed_OI: Tensor) -> float:
+        """‖X(W − W')ᵀ‖² / ‖XWᵀ‖², the relative error of the outputs with other weights W'.
+
+        >>> reader = Reader(torch.tensor([[1.0, 0.0]]), torch.eye(2), damping=0.0)
+        >>> reader.error(torch.tensor([[0.5, 0.0]]))
+        0.25
+        """
+        whole = self._power(self.weight_OI)
+        return self._power(self.weight_OI - changed_OI) / whole if whole > 0 else 0.0
+
+    def _power(self, weight_OI: Tensor) -> float:
+        """‖XWᵀ‖² = tr W XᵀX Wᵀ: products in float32, their sum in float64."""
+        gram_II, used = self.gram_II, weight_OI.any(0).nonzero().flatten()
+        if len(used) < len(gram_II):
+            weight_OI, gram_II = weight_OI[:, used], gram_II[used][:, used]
+        return inner_product(weight_OI @ gram_II, weight_OI)
+
+    def _damped(self) -> Tensor:
+        """H. Inputs that are always 0 count as uncorrelated with all others.
+
+        It is float64, but float32 where the linear is data-limited. Scaled to a diagonal of 1 + λ,
+        H has no eigenvalue below λ and none above I + λ, so there its condition number is at most
+        2I + 1.
+        """
+        wide = is_data_limited(len(self.gram_II), self.damping)
+        damped_II = self.gram_II.to(torch.float32 if wide else torch.float64, copy=True)
+        diagonal_I = damped_II.diagonal()
+        diagonal_I.mul_(1 + self.damping).masked_fill_(diagonal_I == 0, 1.0)
+        return damped_II
 
 
 def _columns(units: list[int], width: int) -> list[int]:
@@ -169,42 +202,3 @@ def _remove(weight_OI: Tensor, inverse_II: Tensor, columns: list[int]) -> None:
     weight_OI[:, index] = 0
     inverse_II[index], inverse_II[:, index] = 0, 0
     inverse_II[index, index] = 1
-
-
-def fit_columns(weight_OI: Tensor, gram_II: Tensor, columns: list[int], damping: float) -> Tensor:
-    """The least-squares fit of some columns to the outputs of all: (O, I), 0 outside of them.
-
-    Args:
-        weight_OI: float32, the trained weights.
-        gram_II: float32, XᵀX.
-        columns: those that stay.
-        damping: λ.
-
-    >>> gram = torch.tensor([[4.0, 4.0], [4.0, 4.0]])  # both inputs are always equal
-    >>> fit_columns(torch.tensor([[1.0, 2.0]]), gram, [0], 0.0).round(decimals=1)
-    tensor([[3., 0.]])
-    """
-    damped_II, index = _damped(gram_II, damping), torch.tensor(columns)
-    right_KO = damped_II[index] @ weight_OI.to(damped_II.dtype).T
-    factor_KK = torch.linalg.cholesky(damped_II[index][:, index])
-    fitted_OI = torch.zeros_like(weight_OI)
-    fitted_OI[:, index] = torch.cholesky_solve(right_KO, factor_KK).T.float()
-    return fitted_OI
-
-
-def output_power(weight_OI: Tensor, gram_II: Tensor) -> float:
-    """‖XWᵀ‖², the squared norm of what a linear returns: tr W XᵀX Wᵀ.
-
-    Products are float32 and their sum is float64. Columns that are 0 in all rows take no time.
-
-    Args:
-        weight_OI: float32, its weights, or a change of them.
-        gram_II: float32, XᵀX.
-
-    >>> output_power(torch.tensor([[1.0, 0.0]]), torch.tensor([[4.0, 1.0], [1.0, 9.0]]))
-    4.0
-    """
-    used = weight_OI.any(0).nonzero().flatten()
-    if len(used) < len(gram_II):
-        weight_OI, gram_II = weight_OI[:, used], gram_II[used][:, used]
-    return inner_product(weight_OI @ gram_II, weight_OI)
