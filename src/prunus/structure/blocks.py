@@ -138,11 +138,7 @@ def _take(
     values: dict[int, float],
     measure: Literal["divergence", "influence"],
 ) -> None:
-    """Add the step that removes the block of the lowest value which the family can do without.
-
-    Raises:
-        NotImplementedError: there is none.
-    """
+    """Add the step that removes the block of the lowest value which the family can do without."""
     count, fault = len(job.skeleton), None
     left = blocks_left(steps, count)
     for block in sorted(values.keys() & set(left), key=lambda index: (values[index], index)):
@@ -239,11 +235,7 @@ def _influence(job: StructureJob, ids: Tensor) -> dict[int, float]:
 
 
 def _check_room(job: StructureJob, probes: Tensor) -> None:
-    """Check that the hidden states of all candidates fit in memory.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """Check that the hidden states of all candidates fit in memory."""
     width = job.skeleton.window_shape(0, probes.shape[1])[1]
     needed = (len(job.skeleton) + 3) * probes.numel() * width * job.dtype.itemsize
     if needed > job.budget:

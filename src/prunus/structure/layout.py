@@ -1,9 +1,9 @@
 """Which tensors of a block become smaller, and along which axis.
 
 Nothing here knows the families. The model that the new configuration describes is built without
-weights, and its shapes are compared with those of the old one. Where an axis is shorter, it is cut;
-where any other difference shows, the request is refused before any work. So a tensor is cut exactly
-where transformers will expect it to be.
+weights, and its shapes are compared with those of the old one. Where an axis is shorter, the tensor
+is cut; any other difference is refused before any work. So a tensor is cut exactly where
+transformers expects it to be.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from prunus.model.skeleton import Skeleton
 
 __all__ = ["axis_that_changes", "check_same_blocks", "cut", "old_names", "shapes_of"]
 
-#: Attributes of modules that say where a module stands, and not what it computes.
-_PLACES = {"layer_idx", "layer_id", "layer_index", "training"}
+#: Attributes of modules that tell the position of a module, and not what it computes.
+_POSITIONS = {"layer_idx", "layer_id", "layer_index", "training"}
 
 
 def shapes_of(block: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -35,15 +35,11 @@ def old_names(block: nn.Module, new: Collection[str], kept: Sequence[int]) -> di
     Args:
         block: the old block.
         new: relative names in the new block.
-        kept: the experts that stay; empty if no expert goes.
+        kept: the experts that stay.
     """
-    paths = (
-        [n for n, module in block.named_modules() if isinstance(module, Experts)] if kept else []
-    )
-    found = {}
-    for name in new:
-        found[name] = name
-        for path in paths:
+    found = {name: name for name in new}
+    for path in (n for n, module in block.named_modules() if isinstance(module, Experts)):
+        for name in new:
             match = re.match(rf"{re.escape(path)}\.(\d+)\.", name)
             if match:
                 found[name] = f"{path}.{kept[int(match[1])]}.{name[match.end() :]}"
@@ -75,9 +71,9 @@ def check_same_blocks(
 ) -> None:
     """Check that each block of a smaller model computes what the old block did, but for its sizes.
 
-    Compared are the classes of all modules, their plain attributes, and the shapes of all tensors.
-    A family whose blocks depend on their position in another way than by a list in the
-    configuration shows here.
+    The classes of all modules, their plain attributes, and the shapes of all tensors are compared,
+    apart from those of single experts. This finds families whose blocks depend on their position by
+    more than a list in the configuration.
 
     Args:
         old: the model.
@@ -89,66 +85,54 @@ def check_same_blocks(
         NotImplementedError: something else differs; names it.
     """
     for place, index in enumerate(kept):
-        before, after = old.blocks[index], new.blocks[place]
-        name = new.block_name(place)
-        left = {n: m for n, m in before.named_modules() if not _in_experts(n, before)}
-        right = {n: m for n, m in after.named_modules() if not _in_experts(n, after)}
-        if left.keys() != right.keys():
-            odd = sorted(left.keys() ^ right.keys())[0]
-            raise NotImplementedError(_other(name, f"one of them has no {odd!r}"))
-        for path, module in left.items():
-            other = right[path]
-            if type(module) is not type(other):
-                raise NotImplementedError(_other(name, f"{path} is of another class"))
-            for key, value in _plain(module).items():
-                now = _plain(other).get(key)
-                if now != value and not _is_change(value, now, may_change):
-                    raise NotImplementedError(
-                        _other(name, f"{path}.{key} is {now!r} instead of {value!r}")
-                    )
-        _check_shapes(before, after, name, may_change)
+        different = _difference(old.blocks[index], new.blocks[place], may_change)
+        if different is not None:
+            raise NotImplementedError(
+                f"{new.block_name(place)} of the smaller model would not compute what the block "
+                f"does that it is made from: {different}. The configuration of this family cannot "
+                "describe such a model"
+            )
 
 
-def _check_shapes(
-    before: nn.Module, after: nn.Module, name: str, may_change: AbstractSet[tuple[int, int]]
-) -> None:
-    """Check that tensors of two blocks, apart from those of experts, differ in one axis at most.
-
-    Raises:
-        NotImplementedError: they differ in another way; names the tensor.
-    """
-    now = shapes_of(after)
-    for key, shape in shapes_of(before).items():
-        if _in_experts(key, before):
-            continue
-        other = now.get(key, ())
-        pairs = [(b, a) for b, a in zip(shape, other, strict=False) if b != a]
+def _difference(
+    before: nn.Module, after: nn.Module, may_change: AbstractSet[tuple[int, int]]
+) -> str | None:
+    """The first difference between two blocks, in words."""
+    modules, others = (
+        {name: module for name, module in block.named_modules() if not _in_experts(name, block)}
+        for block in (before, after)
+    )
+    if modules.keys() != others.keys():
+        return f"one of them has no {min(modules.keys() ^ others.keys())!r}"
+    for path, module in modules.items():
+        if type(module) is not type(others[path]):
+            return f"{path} is of another class"
+        now = _plain(others[path])
+        for key, value in _plain(module).items():
+            if now.get(key) != value and (value, now.get(key)) not in may_change:
+                return f"{path}.{key} is {now.get(key)!r} instead of {value!r}"
+    shapes = shapes_of(after)
+    for name, shape in shapes_of(before).items():
+        other = shapes.get(name, ())
+        pairs = [pair for pair in zip(shape, other, strict=False) if pair[0] != pair[1]]
         fits = (
             len(other) == len(shape)
             and len(pairs) <= 1
             and all(pair in may_change for pair in pairs)
         )
-        if not fits:
-            raise NotImplementedError(
-                _other(name, f"{key} has shape {now.get(key)} instead of {shape}")
-            )
-
-
-def _other(name: str, what: str) -> str:
-    return (
-        f"{name} of the smaller model would not compute what the block does that it is made from: "
-        f"{what}. The configuration of this family cannot describe such a model"
-    )
+        if not fits and not _in_experts(name, before):
+            return f"{name} has shape {shapes.get(name)} instead of {shape}"
+    return None
 
 
 def _in_experts(name: str, block: nn.Module) -> bool:
     """Whether a module or a tensor belongs to a single expert."""
     parts = name.split(".")
-    for length in range(1, len(parts)):
-        if parts[length].isdigit():
-            owner = block.get_submodule(".".join(parts[:length]))
-            return isinstance(owner, Experts)
-    return False
+    return any(
+        parts[length].isdigit()
+        and isinstance(block.get_submodule(".".join(parts[:length])), Experts)
+        for length in range(1, len(parts))
+    )
 
 
 def _plain(module: nn.Module) -> dict[str, object]:
@@ -157,10 +141,6 @@ def _plain(module: nn.Module) -> dict[str, object]:
         key: value
         for key, value in vars(module).items()
         if not key.startswith("_")
-        and key not in _PLACES
+        and key not in _POSITIONS
         and (value is None or isinstance(value, int | float | str | bool))
     }
-
-
-def _is_change(before: object, after: object, may_change: AbstractSet[tuple[int, int]]) -> bool:
-    return (before, after) in may_change

@@ -162,11 +162,7 @@ class StructureJob(RunJob):
         return SmallerModel(raw, skeleton, list(made_from))
 
     def _check_images(self, made_from: Sequence[int]) -> None:
-        """Check that blocks which are given features of images stay where they are.
-
-        Raises:
-            NotImplementedError: one of them does not; names it.
-        """
+        """Check that blocks which are given features of images keep their positions."""
         count = blocks_that_take_images(self.source.config)
         moved = next((i for i in range(count) if list(made_from[: i + 1]) != [*range(i + 1)]), None)
         if moved is not None:
@@ -236,11 +232,7 @@ def plan_structure(
 
 
 def _batch(job: StructureJob) -> int:
-    """Windows per forward pass. Repair takes a step per batch, so by default one window.
-
-    Raises:
-        ValueError: all windows are one batch, and repair needs a second one for validation.
-    """
+    """Windows per forward pass. Repair takes a step per batch, so by default one window."""
     recipe, window_tokens = job.recipe, job.skeleton.window_shape(0, job.recipe.seqlen)[0]
     by_default = 1 if recipe.repair else windows_per_batch(recipe.samples, window_tokens)
     batch = recipe.batch if recipe.batch is not None else by_default
@@ -270,11 +262,7 @@ def _plan_width(job: StructureJob) -> None:
 
 
 def _kept_blocks(job: StructureJob) -> int:
-    """How many blocks stay, apart from those that a search for a target removes.
-
-    Raises:
-        ValueError: none or all would.
-    """
+    """How many blocks stay, apart from those that a search for a target removes."""
     asked, count = job.recipe.blocks, len(job.skeleton)
     if asked is None:
         return count
@@ -288,11 +276,7 @@ def _kept_blocks(job: StructureJob) -> int:
 
 
 def _check_a_block_can_be_removed(job: StructureJob) -> None:
-    """Check that the configuration can describe the model without some block.
-
-    Raises:
-        NotImplementedError: it cannot.
-    """
+    """Check that the configuration can describe the model without some block."""
     every, fault = range(len(job.skeleton)), None
     for removed in every:
         try:
@@ -305,11 +289,7 @@ def _check_a_block_can_be_removed(job: StructureJob) -> None:
 
 
 def _plan_experts(job: StructureJob) -> ExpertPlan:
-    """How many experts stay.
-
-    Raises:
-        ValueError: the model has none, or the number does not fit; says which numbers do.
-    """
+    """How many experts stay."""
     config, name, asked = job.source.config.get_text_config(), job.model_name, job.recipe.experts
     modules = [
         [module for module in block.modules() if isinstance(module, Experts)]

@@ -141,11 +141,7 @@ def _record(
     earlier: StructureRecord | None,
     found: Sequence[SearchStep],
 ) -> StructureRecord:
-    """A new record with the steps that are found, or the record of the run that is resumed.
-
-    Raises:
-        FileExistsError: The earlier run had other inputs.
-    """
+    """A new record with the steps that are found, or the record of the run that is resumed."""
     inputs = run_inputs(job, windows)
     if earlier is not None:
         earlier.check_same_run(job.recipe, inputs)

@@ -126,12 +126,8 @@ class TargetPlan:
     def _widest(self, kept: Sequence[int], heads: int | None) -> Level | None:
         """The smallest loss of width with which the model of some blocks meets the target.
 
-        Args:
-            kept: positions of the blocks.
-            heads: query heads to keep; None to remove them together with the channels.
-
-        Returns:
-            None if it takes more than half of the width, or the family has no such width.
+        None if that is more than half of the width. `heads` are the query heads to keep, or None to
+        remove heads together with channels.
         """
 
         def meets(parts: int) -> bool:

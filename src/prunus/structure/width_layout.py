@@ -122,11 +122,7 @@ class LayoutFinder:
         units: Units,
         index: int,
     ) -> PartLayout:
-        """The layout of the units that one linear reads.
-
-        Raises:
-            NotImplementedError: a norm computes over all of them, or their order is not known.
-        """
+        """The layout of the units that one linear reads."""
         shapes, after = shapes_of(old), shapes_of(new)
         kind: UnitKind = "channels" if "channels" in units else "heads"
         count, keep = units[kind]
@@ -207,11 +203,7 @@ class LayoutFinder:
 
 
 def _changes(old: nn.Module, new: nn.Module, what: str) -> tuple[dict[str, int], dict[str, Linear]]:
-    """Name of a tensor -> the axis that becomes shorter, and the linears that lose columns.
-
-    Raises:
-        NotImplementedError: the blocks differ in another way.
-    """
+    """Name of a tensor -> the axis that becomes shorter, and the linears that lose columns."""
     before, after = shapes_of(old), shapes_of(new)
     if before.keys() != after.keys():
         raise NotImplementedError(f"fewer {what} would change more than the sizes of this family")
@@ -231,12 +223,7 @@ def _changes(old: nn.Module, new: nn.Module, what: str) -> tuple[dict[str, int],
 
 
 def _some_units(read: Sequence[Span], layouts: Sequence[Cut]) -> KeptUnits:
-    """A quarter of the units, but not all: key-value groups with their heads where there are any.
-
-    Args:
-        read: the units as they are read.
-        layouts: the possible ones, which show whether heads share key-value groups.
-    """
+    """A quarter of the units, but not all: key-value groups with their heads, if there are any."""
     ((kind, units),) = {(span.kind, span.units) for span in read}
     groups = {span.units for cut in layouts for span in cut.spans if span.kind == "groups"}
     found: dict[UnitKind, range] = {kind: range(max(1, units // 4))}

@@ -178,11 +178,7 @@ class WidthPlanner:
         return list(found.values())
 
     def _heads(self, recipe: StructureRecipe) -> HeadPlan | None:
-        """How many heads stay; None if all do.
-
-        Raises:
-            ValueError: the numbers asked for break key-value groups.
-        """
+        """How many heads stay; None if all do."""
         config = self.config
         heads = getattr(config, "num_attention_heads", None)
         if not isinstance(heads, int) or heads < 1:
@@ -214,11 +210,7 @@ class WidthPlanner:
         return None if keep == (heads, groups) else HeadPlan(heads, keep[0], groups, keep[1], size)
 
     def _head_layouts(self, plan: HeadPlan, fewer: Skeleton) -> list[PartLayout | None]:
-        """Where the heads of each block are.
-
-        Raises:
-            NotImplementedError: they cannot become fewer; says why.
-        """
+        """Where the heads of each block are."""
         blocks = zip(self.old.blocks, fewer.blocks, strict=True)
         found = [
             self.finder.heads(block, new, plan.units, index)
