@@ -12,7 +12,7 @@ import torch
 
 from prunus.packed.coding import check_coding, coded_bytes, decode, encode, high_byte_counts
 from prunus.packed.kernels.library import load
-from prunus.packed.weight import PackedWeight
+from prunus.packed.weight import PackedWeight, require
 
 __all__ = [
     "INT8_LEVELS",
@@ -200,15 +200,13 @@ def check(packed: PackedWeight, stored: int | None = None) -> torch.Tensor | Non
         )
     _check_values(packed)
     if packed.scales is not None:
-        _check_scales(packed.scales, rows)
+        require("scales", packed.scales, torch.float32, rows)
+        if not bool(torch.isfinite(packed.scales).all()):
+            raise ValueError("a scale is infinite or not a number")
     offsets, count = None, rows * columns
     if mask is not None:
-        expected = (rows, -(-columns // 8))
-        if mask.dtype != torch.uint8 or tuple(mask.shape) != expected:
-            raise ValueError(
-                f"the mask of a weight of {rows} x {columns} must be uint8 {expected}, "
-                f"got {mask.dtype} {tuple(mask.shape)}"
-            )
+        name = f"mask of a weight of {rows} x {columns}"
+        require(name, mask, torch.uint8, rows, -(-columns // 8))
         offsets = row_offsets(mask.cpu().contiguous(), columns).to(mask.device)
         count = int(offsets[-1])
     if stored is not None and stored != count:
@@ -232,15 +230,6 @@ def _check_values(packed: PackedWeight) -> None:
         )
     if (values.dtype == torch.int8) != (packed.scales is not None):
         raise ValueError("int8 values need scales, and no others have them")
-
-
-def _check_scales(scales: torch.Tensor, rows: int) -> None:
-    if scales.dtype != torch.float32 or tuple(scales.shape) != (rows,):
-        raise ValueError(
-            f"scales must be float32 ({rows},), got {scales.dtype} {tuple(scales.shape)}"
-        )
-    if not bool(torch.isfinite(scales).all()):
-        raise ValueError("a scale is infinite or not a number")
 
 
 def expand(

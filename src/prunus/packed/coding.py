@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import torch
 
-from prunus.packed.weight import Coding
+from prunus.packed.weight import Coding, require
 
 __all__ = ["check_coding", "coded_bytes", "decode", "encode", "high_byte_counts", "padded"]
 
@@ -133,19 +133,12 @@ def check_coding(low_P: torch.Tensor, count: int, coding: Coding) -> None:
     """Check that the parts of `count` coded values fit each other, or raise `ValueError`."""
     codes, high_bytes, rare_at, rare = coding
     whole = padded(count)
-    expected = {
-        "low bytes": (low_P, torch.uint8, (whole,)),
-        "codes": (codes, torch.uint8, (whole // 2,)),
-        "high bytes": (high_bytes, torch.uint8, (_CODES,)),
-        "places of rare values": (rare_at, torch.int64, (rare_at.numel(),)),
-        "rare values": (rare, torch.uint8, (rare_at.numel(),)),
-    }
-    for name, (part, dtype, shape) in expected.items():
-        if part.dtype != dtype or tuple(part.shape) != shape:
-            raise ValueError(
-                f"the {name} of {count:,} coded values must be {dtype} {shape}, "
-                f"got {part.dtype} {tuple(part.shape)}"
-            )
+    of_all = f"of {count:,} coded values"
+    require(f"low bytes {of_all}", low_P, torch.uint8, whole)
+    require(f"codes {of_all}", codes, torch.uint8, whole // 2)
+    require(f"high bytes {of_all}", high_bytes, torch.uint8, _CODES)
+    require(f"places of rare values {of_all}", rare_at, torch.int64, rare_at.numel())
+    require(f"rare values {of_all}", rare, torch.uint8, rare_at.numel())
     inside = (rare_at >= 0) & (rare_at < count)
     if not bool(inside.all()) or not bool((rare_at.diff() > 0).all()):
         raise ValueError(f"the places of rare values must ascend within {count:,} coded values")

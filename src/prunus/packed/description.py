@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeGuard
 import torch
 
 from prunus.packed.coding import padded
-from prunus.packed.plane_codes import MAX_CLASSES, check_code
+from prunus.packed.plane_codes import MAX_CLASSES, MAX_FEATURES, check_code
 from prunus.packed.weight import Packed, PlaneCode, QuantizedWeight, from_tensors
 
 __all__ = [
@@ -44,8 +44,6 @@ _DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
-# Far above any real model, and small enough that a product of two such numbers fits in 64 bits.
-_MAX_FEATURES = 2**31
 _MAX_BYTES = 2**62
 
 
@@ -304,7 +302,7 @@ def _code(code: Any) -> PlaneCode:
 
 
 def _is_size(number: int) -> bool:
-    return 0 < number < _MAX_FEATURES
+    return 0 < number < MAX_FEATURES
 
 
 def _are_integers(numbers: Any) -> TypeGuard[Sequence[int]]:

@@ -18,13 +18,14 @@ from collections.abc import Callable
 
 import torch
 
-from prunus.packed.weight import PlaneCode, QuantizedWeight
+from prunus.packed.weight import PlaneCode, QuantizedWeight, require
 
 __all__ = [
     "CHUNK_WEIGHTS",
     "CYCLE_PRICE",
     "GROUP",
     "MAX_CLASSES",
+    "MAX_FEATURES",
     "MAX_LAYERS",
     "MAX_LAYER_BITS",
     "MAX_LEVEL",
@@ -51,7 +52,7 @@ MAX_CLASSES, MAX_LAYERS, MAX_LAYER_BITS, MAX_RAW = 4, 8, 4, 3
 #: Weights of one chunk, about: what a kernel decodes of it stays in the first-level cache.
 CHUNK_WEIGHTS = 32768
 # Far above any real model, and small enough that a product of two such numbers fits in 64 bits.
-_MAX_FEATURES = 2**31
+MAX_FEATURES = 2**31
 _ESCAPE_BITS = 8
 # What a class more must save at least: its entry in config.json, and the kernels' work for it.
 _CLASS_BITS = 1024
@@ -79,26 +80,19 @@ def check_code(code: PlaneCode) -> None:
 def check_parts(weight: QuantizedWeight) -> None:
     """Check everything but the data; raises `ValueError` with what does not fit."""
     rows, columns = weight.shape
-    if not (0 < rows < _MAX_FEATURES and 0 < columns < _MAX_FEATURES):
+    if not (0 < rows < MAX_FEATURES and 0 < columns < MAX_FEATURES):
         raise ValueError(f"a quantised weight cannot have {rows} x {columns} entries")
-    if not 0 < weight.rows_per_chunk < _MAX_FEATURES:
+    if not 0 < weight.rows_per_chunk < MAX_FEATURES:
         raise ValueError(f"rows_per_chunk must be at least 1, got {weight.rows_per_chunk}")
     if not 1 <= len(weight.codes) <= MAX_CLASSES:
         raise ValueError(f"a quantised weight has 1 to {MAX_CLASSES} codes, got {weight.codes}")
     for code in weight.codes:
         check_code(code)
-    expected = {
-        "classes": (weight.classes, torch.uint8, columns),
-        "steps": (weight.steps, torch.bfloat16, columns),
-        "scales": (weight.scales, torch.bfloat16, rows),
-    }
-    for name, (part, dtype, length) in expected.items():
-        if part.dtype != dtype or tuple(part.shape) != (length,):
-            raise ValueError(
-                f"the {name} of a quantised weight of {rows} x {columns} must be {dtype} "
-                f"({length},), got {part.dtype} {tuple(part.shape)}"
-            )
-        if dtype == torch.bfloat16 and not bool(torch.isfinite(part).all()):
+    of_weight = f"of a quantised weight of {rows} x {columns}"
+    require(f"classes {of_weight}", weight.classes, torch.uint8, columns)
+    for name, part, length in (("steps", weight.steps, columns), ("scales", weight.scales, rows)):
+        require(f"{name} {of_weight}", part, torch.bfloat16, length)
+        if not bool(torch.isfinite(part).all()):
             raise ValueError(f"one of the {name} of a quantised weight is not a finite number")
     if int(weight.classes.max()) >= len(weight.codes):
         raise ValueError(

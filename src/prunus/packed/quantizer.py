@@ -128,10 +128,9 @@ class PrunusQuantizer(HfQuantizer):
         self._apart = True
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
-        """Return the rules that turn a checkpoint's tensors into this model's.
+        """Return the rules for a checkpoint's tensors, without those that fuse experts left apart.
 
-        Experts that stay apart are not fused. Versions of transformers before 5.24 do not pass the
-        model.
+        Versions of transformers before 5.24 do not pass the model.
         """
         from prunus.model.experts import is_fusing_rule
 
@@ -189,8 +188,8 @@ def _num_parameters(
 ) -> int:
     """Count parameters as `num_parameters` of transformers does, packed weights included.
 
-    Packed weights are buffers, whose sizes say nothing of the weights in them. They are never
-    trainable, and an embedding with the head that is tied to it counts once.
+    Packed weights are buffers of other sizes, and never trainable. An embedding and the head that
+    is tied to it count once.
     """
     count: int = type(model).num_parameters(model, only_trainable, exclude_embeddings)
     for module in model.modules():
@@ -210,11 +209,10 @@ def _keep_records(model: Any) -> None:
 
 
 def _paths(model: Any, rules: Sequence[Any], name: str) -> dict[str, str]:
-    """Return the paths at which a checkpoint's linear may be in this model.
+    """Return the paths at which a checkpoint's linear may be in this model, each with the name that
+    the linear has in a checkpoint of this model.
 
-    The model may be the one that was saved, its body alone, or a body with a head added. Each path
-    comes with the name that the linear has in a checkpoint of this model. `rules` are transformers'
-    renaming rules.
+    The model may be the one that was saved, its body alone, or a body with a head added.
     """
     renamed = f"{name}.weight"
     for rule in rules:

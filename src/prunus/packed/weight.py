@@ -24,6 +24,7 @@ __all__ = [
     "from_tensors",
     "layout_of",
     "named_tensors",
+    "require",
 ]
 
 
@@ -171,6 +172,13 @@ def from_tensors(
 
 
 _FURTHER_CODING = ("weight_high_bytes", "weight_rare_at", "weight_rare")
+
+
+def require(name: str, part: torch.Tensor, dtype: torch.dtype, *shape: int) -> None:
+    """Check dtype and shape of a part of a weight; raises `ValueError` where they differ."""
+    if part.dtype != dtype or tuple(part.shape) != shape:
+        wanted, got = (str(each).removeprefix("torch.") for each in (dtype, part.dtype))
+        raise ValueError(f"the {name} must be {wanted} {shape}, got {got} {tuple(part.shape)}")
 
 
 def layout_of(weight: Packed) -> Layout | None:

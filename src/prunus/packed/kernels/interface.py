@@ -159,8 +159,14 @@ def declare(library: ctypes.CDLL) -> None:
         expand.argtypes = [number, number, weight, number, pointer]
         expand_rows.argtypes = [number, weight, pointer, length, number, pointer]
     library.prunus_plane_offsets.argtypes = [ctypes.POINTER(_Planes), pointer]
-    norm = [*[number] * 3, length, length, *[pointer] * 2, ctypes.c_float, pointer]
-    library.prunus_rms_norm.argtypes = norm
+    library.prunus_rms_norm.argtypes = (
+        *[number] * 3,
+        length,
+        length,
+        *[pointer] * 2,
+        ctypes.c_float,
+        pointer,
+    )
     library.prunus_rotate.argtypes = [number, number, length, length, length, *[pointer] * 6]
     library.prunus_read.argtypes = [number, pointer, length]
     library.prunus_read.restype = ctypes.c_uint64
