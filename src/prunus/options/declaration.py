@@ -135,17 +135,18 @@ def _checked(kind: type[_Kind], values: dict[str, Any], where: str) -> _Kind:
         raise ValueError(where + explain(fault, kind)) from None
 
 
-def explain(fault: ValidationError, kind: type[Options]) -> str:
+def explain(fault: ValidationError, kind: type[BaseModel]) -> str:
     """The faults of options in one sentence that names each option."""
     faults = [_explain_one(error, kind) for error in fault.errors()]
     more = len(faults) - _MOST_FAULTS
     return "; ".join([*faults[:_MOST_FAULTS], *([f"and {more} more"] if more > 0 else [])])
 
 
-def _explain_one(error: Any, kind: type[Options]) -> str:
+def _explain_one(error: Any, kind: type[BaseModel]) -> str:
     name = ".".join(str(part) for part in error["loc"])
-    if name in kind.ELSEWHERE:
-        return f"{name} is not an option here: {kind.ELSEWHERE[name]}"
+    elsewhere: dict[str, str] = getattr(kind, "ELSEWHERE", {})
+    if name in elsewhere:
+        return f"{name} is not an option here: {elsewhere[name]}"
     if error["type"] == "extra_forbidden":
         for part in error["loc"][:-1]:
             inner = getattr(kind.model_fields.get(str(part)), "annotation", None)
