@@ -18,8 +18,12 @@ import prunus
 from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.pruning.manifest import Manifest
 from prunus.runs.record import OUTSIDE_SHARD
-from tiny import tiny_checkpoint, tiny_model, token_ids
+from tiny import shards, tiny_checkpoint, tiny_model, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
+
+#: Weights outside the blocks.
+OUTSIDE = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+PICKLE = b"\x80\x04K\x01."
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -67,75 +71,37 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
-def cut(path: Path, keep: int) -> None:
-    path.write_bytes(path.read_bytes()[:keep])
-
-
 # --- the checkpoint ---
 
 
-def test_a_missing_shard(sharded, tmp_path, refused):
-    (sharded / "model-00002-of-00003.safetensors").unlink()
+def test_shards_that_are_missing_cut_off_or_elsewhere(sharded, tmp_path, refused):
+    shard, index = sharded / "model-00002-of-00003.safetensors", sharded / INDEX_NAME
+    whole, places = shard.read_bytes(), json.loads(index.read_text())["weight_map"]
+    shard.unlink()
     refused(FileNotFoundError, r"shard model-00002-of-00003\.safetensors is missing", sharded)
-
-
-@pytest.mark.parametrize("keep", [0, 5, 200, -1])
-def test_a_truncated_shard(keep, sharded, tmp_path, refused):
-    cut(sharded / "model-00002-of-00003.safetensors", keep)
-    refused(
-        ValueError, r"model-00002-of-00003\.safetensors \([\d,]+ bytes\) is not a whole", sharded
-    )
-
-
-@pytest.mark.parametrize("keep", [0, 5, 200, -1])
-def test_a_truncated_single_file(keep, dense, tmp_path, refused):
-    cut(dense / "model.safetensors", keep)
-    refused(
-        ValueError, r"model\.safetensors .* not a whole safetensors file.* download or copy", dense
-    )
-
-
-@pytest.mark.parametrize(
-    "place",
-    [
-        "../outside.safetensors",
-        "{root}/outside.safetensors",
-        r"..\outside.safetensors",
-        "sub/x.safetensors",
-        "..",
-    ],
-)
-def test_an_index_that_names_a_file_elsewhere(place, sharded, tmp_path, refused):
+    for keep in (0, 5, 200, -1):
+        shard.write_bytes(whole[:keep])
+        refused(ValueError, r"model-00002-of-00003\.safetensors \([\d,]+ bytes\) is not a", sharded)
+    shard.write_bytes(whole)
+    name = next(iter(places))
     # The file exists and is whole, so only its name can be the reason.
+    (sharded / "sub").mkdir()
     for folder in (tmp_path, sharded / "sub"):
-        folder.mkdir(exist_ok=True)
-        shutil.copy(sharded / "model-00001-of-00003.safetensors", folder / "outside.safetensors")
-    place = place.format(root=tmp_path)
-    index = json.loads((sharded / INDEX_NAME).read_text())
-    name = next(iter(index["weight_map"]))
-    edit_json(sharded / INDEX_NAME, weight_map=index["weight_map"] | {name: place})
-    refused(ValueError, f"places '{name}' in .*shards must be plain file names inside", sharded)
-
-
-def test_an_index_that_names_a_pickle(sharded, tmp_path, refused):
-    (sharded / "weights.bin").write_bytes(b"\x80\x04K\x01.")
-    index = json.loads((sharded / INDEX_NAME).read_text())
-    edit_json(sharded / INDEX_NAME, weight_map=dict.fromkeys(index["weight_map"], "weights.bin"))
+        shutil.copy(sharded / "model-00001-of-00003.safetensors", folder / "x.safetensors")
+    for place in ("../", f"{tmp_path}/", "..\\", "sub/", ".."):
+        place += "" if place == ".." else "x.safetensors"
+        edit_json(index, weight_map=places | {name: place})
+        refused(ValueError, f"places '{name}' in .*shards must be plain file names", sharded)
+    (sharded / "weights.bin").write_bytes(PICKLE)
+    edit_json(index, weight_map=dict.fromkeys(places, "weights.bin"))
     refused(ValueError, r"'weights\.bin', which is not a \.safetensors file", sharded)
-
-
-def test_an_index_that_names_a_tensor_the_shard_does_not_hold(sharded, tmp_path, refused):
-    index = json.loads((sharded / INDEX_NAME).read_text())
     wrong = {"model.norm.weight": "model-00001-of-00003.safetensors"}
-    assert index["weight_map"]["model.norm.weight"] != wrong["model.norm.weight"]
-    edit_json(sharded / INDEX_NAME, weight_map=index["weight_map"] | wrong)
+    assert places["model.norm.weight"] != wrong["model.norm.weight"]
+    edit_json(index, weight_map=places | wrong)
     refused(ValueError, r"'model\.norm\.weight' is in .*does not hold it.*belong together", sharded)
-
-
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}'])
-def test_a_damaged_index(content, sharded, tmp_path, refused):
-    (sharded / INDEX_NAME).write_text(content)
-    refused(ValueError, rf"{INDEX_NAME} (is not valid JSON|has no 'weight_map')", sharded)
+    for content in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": 3}'):
+        index.write_text(content)
+        refused(ValueError, rf"{INDEX_NAME} (is not valid JSON|has no 'weight_map')", sharded)
 
 
 @pytest.mark.parametrize(
@@ -144,75 +110,48 @@ def test_a_damaged_index(content, sharded, tmp_path, refused):
         ({"model_type": "nonsense"}, "describes no model that transformers .* knows: .*`nonsense`"),
         (
             {"model_type": None, "architectures": None},
-            "describes no model that transformers .* knows",
+            "describes no model that transformers .* kno",
         ),
-        (
-            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            "holds quantised weights; prune the full-prec",
-        ),
-        (
-            {"num_hidden_layers": 3},
-            r"holds no weight for model\.layers\.2\..*is the checkpoint whole",
-        ),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "holds quantised weights; "),
+        ({"num_hidden_layers": 3}, r"no weight for model\.layers\.2\..*is the checkpoint whole"),
         ({"num_hidden_layers": 1}, r"holds 'model\.layers\.1\..*no such weight in its 1 blocks"),
         ({"intermediate_size": 96}, r"shape \(64, 32\), but config\.json asks for \(96, 32\)"),
     ],
 )
-def test_a_config_that_does_not_describe_the_weights(changes, message, dense, tmp_path, refused):
+def test_a_config_that_does_not_describe_the_weights(changes, message, dense, refused):
     edit_json(dense / "config.json", **changes)
     refused(ValueError, message, dense)
 
 
-def test_a_config_that_is_not_json(dense, tmp_path, refused):
-    (dense / "config.json").write_text('{"model_type": ')
-    refused(ValueError, r"config\.json is not valid JSON", dense)
-
-
-def test_no_config(dense, tmp_path, refused):
-    (dense / "config.json").unlink()
-    refused(FileNotFoundError, r"dense has no config\.json", dense)
-
-
-def test_no_weights(dense, tmp_path, refused):
-    (dense / "model.safetensors").unlink()
+def test_checkpoints_that_are_not_whole(dense, tmp_path, refused):
+    file, config = dense / "model.safetensors", dense / "config.json"
+    whole, described = file.read_bytes(), config.read_text()
+    for keep in (0, 5, 200, -1):
+        file.write_bytes(whole[:keep])
+        refused(ValueError, r"not a whole safetensors file.* download or copy", dense)
+    file.unlink()
     refused(FileNotFoundError, r"no safetensors checkpoint\. Expected model\.safetensors", dense)
-
-
-def test_pickle_only(dense, tmp_path, refused):
-    (dense / "model.safetensors").unlink()
-    (dense / "pytorch_model.bin").write_bytes(b"\x80\x04K\x01.")
+    (dense / "pytorch_model.bin").write_bytes(PICKLE)
     refused(FileNotFoundError, r"pytorch_model\.bin, a pickle, .* never loaded", dense)
+    config.write_text(described[:14])
+    refused(ValueError, r"config\.json is not valid JSON", dense)
+    config.unlink()
+    refused(FileNotFoundError, r"dense has no config\.json", dense)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    refused(FileNotFoundError, r"is a file; .*import FILE\.gguf DEST", tmp_path / "model.gguf")
+    for model in ("./gone", f"{tmp_path}/gone", "~/gone", "a/b/c", r"C:\gone"):
+        refused(FileNotFoundError, "neither a folder nor a hub id", model)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.embed_tokens.weight",
-        "model.norm.weight",
-        "model.layers.1.mlp.up_proj.weight",
-        "lm_head.weight",
-    ],
-)
+@pytest.mark.parametrize("name", [*OUTSIDE, "model.layers.1.mlp.up_proj.weight"])
 @pytest.mark.parametrize("method", ["wanda", "magnitude"])
-def test_a_weight_that_is_not_there(name, method, dense, tmp_path, refused):
+def test_a_weight_that_is_not_there(name, method, dense, refused):
     tensors = load_file(dense / "model.safetensors")
     del tensors[name]
     save_file(tensors, dense / "model.safetensors")
     # Without its head a model is of another kind, and is refused as such.
     kind = NotImplementedError if name == "lm_head.weight" else ValueError
     refused(kind, f"holds no weight for {name}", dense, method=method)
-
-
-def test_a_gguf_file_as_model(tmp_path, refused):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
-    refused(
-        FileNotFoundError, r"is a file; .*prunus import FILE\.gguf DEST", tmp_path / "model.gguf"
-    )
-
-
-@pytest.mark.parametrize("model", ["./gone", "{root}/gone", "~/gone", "a/b/c", r"C:\gone"])
-def test_a_folder_that_is_not_there(model, tmp_path, refused):
-    refused(FileNotFoundError, "neither a folder nor a hub id", model.format(root=tmp_path))
 
 
 def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch, refused):
@@ -242,18 +181,14 @@ def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch, refused):
         ({"sparsity": float("nan")}, r"sparsity must lie in \[0, 1\).*got nan"),
         (
             {"pattern": "2:5"},
-            r"model\.layers\.0\.self_attn\.q_proj has 32 inputs, which is no multiple of 5",
-        ),
-        (
-            {"pattern": "32:64"},
-            r"model\.layers\.0\.self_attn\.q_proj has 32 inputs, which is no multiple of 64",
+            r"model\.layers\.0\.self_attn\.q_proj has 32 inputs, .* multiple of 5",
         ),
         ({"pattern": "5:4"}, "1 <= N <= M; got '5:4'"),
         ({"pattern": "0:4"}, "1 <= N <= M; got '0:4'"),
         ({"pattern": "half"}, "pattern must be 'unstructured' or N:M such as 2:4; got 'half'"),
         (
             {"pattern": "2:4", "sparsity": 0.7},
-            r"pattern 2:4 already fixes the sparsity at 0\.5; got sparsity 0\.7",
+            r"2:4 already fixes the sparsity at 0\.5; got .*0\.7",
         ),
         ({"method": "wander"}, "the method 'wander' is unknown: choose one of magnitude, wanda"),
         ({"method": "wanda-variant", "pattern": "2:4"}, "wanda-variant has no 2:4 form"),
@@ -263,44 +198,24 @@ def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch, refused):
         ({"damping": 0.0}, r"damping must lie in \(0, 1\)"),
         ({"mask_from": "magnitude"}, "mask_from belongs to method obs, not to wanda"),
         ({"sparsities": 0.5}, "unknown option 'sparsities'; known are "),
-        (
-            {"only": ["*.qproj"]},
-            r"`only` '\*\.qproj' matches none of the 14 linears; names look like 'model\.layers",
-        ),
+        ({"only": ["*.qproj"]}, r"`only` '\*\.qproj' matches none of the 14 linears; names look"),
         ({"ignore": ["lm_head"]}, "`ignore` 'lm_head' matches none of the 14 linears"),
         ({"ignore": ["model.*"]}, "leave no linear to prune"),
-        (
-            {"device": "cuda:99"},
-            r"device 'cuda:99' is not there: \d+ CUDA devices are visible; use cpu",
-        ),
+        ({"device": "cuda:99"}, r"device 'cuda:99' is not there: \d+ CUDA devices are visible"),
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:<number>, not 'tpu'"),
-        ({"device": "meta"}, "device must be auto, cpu, cuda or cuda:<number>, not 'meta'"),
         ({"memory": "lots"}, "a memory size looks like 8GB.*got 'lots'"),
         ({"memory": "1MB", "device": "cpu"}, "the memory budget is .*Raise `memory`"),
-        (
-            {"calibration": token_ids().float()},
-            r"must be integers \(samples, seqlen\), got torch\.float32",
-        ),
+        ({"calibration": token_ids().float()}, r"integers \(samples, seqlen\), got torch\.float32"),
         ({"calibration": token_ids()[0]}, r"must be integers \(samples, seqlen\)"),
-        (
-            {"calibration": token_ids()[:0]},
-            r"must be integers \(samples, seqlen\), got torch\.int64 \(0, 16\)",
-        ),
+        ({"calibration": token_ids()[:0]}, r"\(samples, seqlen\), got torch\.int64 \(0, 16\)"),
         ({"calibration": token_ids()[:, :1]}, "seqlen must be at least 2 tokens; got 1"),
-        (
-            {"calibration": token_ids() + VOCABULARY},
-            f"run from 261 to 382, but .* has {VOCABULARY} rows",
-        ),
+        ({"calibration": token_ids() + VOCABULARY}, f"from 261 to 382, but .* {VOCABULARY} rows"),
         ({"calibration": token_ids() - 100}, "the calibration token ids run from -97 to"),
-        (
-            {"calibration": token_ids(2, 65)},
-            r"windows of 65 tokens do not fit: the model has 64 positions",
-        ),
+        ({"calibration": token_ids(2, 65)}, "windows of 65 tokens do not fit: .* 64 positions"),
         ({"calibration": "c5"}, "unknown source 'c5': it is none of c4, wikitext2, ptb"),
-        (
-            {"calibration": "self", "seqlen": 65},
-            "windows of 65 tokens do not fit: the model has 64 positions",
-        ),
+        ({"calibration": "self", "seqlen": 65}, "windows of 65 tokens do not fit: .* 64 positions"),
+        ({"calibration": "python-docs", "samples": 0}, "samples must be at least 1"),
+        ({"calibration": "python-docs", "samples": -1}, "samples must be at least 1"),
     ],
 )
 def test_options_that_make_no_sense(options, message, dense, tmp_path, refused):
@@ -317,65 +232,39 @@ def test_a_loaded_model_and_an_output_folder_exclude_each_other(dense, tmp_path,
         prunus.prune(tiny_model(), calibration="python-docs", samples=2, seqlen=16)
 
 
-def test_no_samples(dense, tmp_path, refused):
-    for options in ({"samples": 0}, {"samples": -1}):
-        refused(
-            ValueError, "samples must be at least 1", dense, calibration="python-docs", **options
-        )
+SMALL_WINDOWS = {"samples": 8, "seqlen": 32}
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_text_that_is_too_short_or_not_there(dense, tmp_path, refused):
+    file, gone = tmp_path / "text.txt", tmp_path / "gone.txt"
+    options = {"calibration": str(file), **SMALL_WINDOWS}
+    file.write_text("Hello world. " * 20)
+    refused(ValueError, "no tokenizer could be loaded .*give token ids instead", dense, **options)
+    byte_tokenizer().save_pretrained(dense)
+    for text, message in (
         ("", "the file is empty"),
         (" \n\t\n", "there is no text in this file"),
         ("Hello world. ", "the whole text has 13 tokens, and windows of 32 need more than that"),
         ("Hello world. " * 3, "only 7 different windows of 32 tokens, fewer than the 8 samples"),
-    ],
-)
-def test_text_that_is_too_short(text, message, dense, tmp_path, refused):
-    byte_tokenizer().save_pretrained(dense)
-    (tmp_path / "text.txt").write_text(text)
-    options = {"calibration": str(tmp_path / "text.txt"), "samples": 8, "seqlen": 32}
-    refused(ValueError, message, dense, **options)
-
-
-def test_documents_that_are_too_short(dense, tmp_path, refused):
-    """The message gives the longest one, and the search ends."""
-    byte_tokenizer().save_pretrained(dense)
-    lines = [json.dumps({"text": "word " * count}) for count in (1, 4, 2)]
-    (tmp_path / "c4").mkdir()
-    (tmp_path / "c4" / "c4-train.00000-of-01024.json.gz").write_bytes(
-        gzip.compress("\n".join(lines).encode())
-    )
-    options = {"calibration": "c4", "data": tmp_path, "samples": 2, "seqlen": 32}
-    refused(
-        ValueError,
-        "none of the 3 documents is longer than 32 tokens; the longest has 20",
-        dense,
-        **options,
-    )
-
-
-def test_text_that_is_not_there(dense, tmp_path, refused):
-    gone = tmp_path / "gone.txt"
+    ):
+        file.write_text(text)
+        refused(ValueError, message, dense, **options)
     refused(FileNotFoundError, r"gone\.txt: no such file", dense, calibration=str(gone))
     refused(FileNotFoundError, "the data folder does not exist", dense, calibration="c4", data=gone)
-
-
-def test_no_tokenizer(dense, tmp_path, refused):
-    (tmp_path / "text.txt").write_text("Hello world. " * 20)
-    options = {"calibration": str(tmp_path / "text.txt"), "samples": 2, "seqlen": 32}
-    refused(
-        ValueError, "dense: no tokenizer could be loaded .*give token ids instead", dense, **options
-    )
+    # The message gives the longest document, and the search ends.
+    lines = [json.dumps({"text": "word " * count}) for count in (1, 4, 2)]
+    (tmp_path / "c4").mkdir()
+    documents = tmp_path / "c4" / "c4-train.00000-of-01024.json.gz"
+    documents.write_bytes(gzip.compress("\n".join(lines).encode()))
+    message = "none of the 3 documents is longer than 32 tokens; the longest has 20"
+    refused(ValueError, message, dense, **(options | {"calibration": "c4", "data": tmp_path}))
 
 
 def test_another_models_tokenizer(tmp_path, refused):
     dense = tiny_checkpoint(tmp_path / "dense")
     byte_tokenizer().save_pretrained(dense)
     (tmp_path / "text.txt").write_text("Hello world. " * 20)
-    options = {"calibration": str(tmp_path / "text.txt"), "samples": 2, "seqlen": 32}
+    options = {"calibration": str(tmp_path / "text.txt"), **SMALL_WINDOWS}
     refused(ValueError, r"token ids run from \d+ to 2\d\d, but .* has 128 rows", dense, **options)
 
 
@@ -394,25 +283,16 @@ def test_an_output_with_another_recipe(dense, tmp_path, refused):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_an_output_with_other_peoples_files(overwrite, dense, tmp_path, refused):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    refused(
-        FileExistsError, "holds no result of prunus prune; it is left", dense, overwrite=overwrite
-    )
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_file_in_place_of_the_output(overwrite, dense, tmp_path, refused):
+def test_outputs_that_are_something_else(overwrite, dense, tmp_path, refused):
     (tmp_path / "out").write_text("years of work")
     refused(FileExistsError, "exists and is not a folder", dense, overwrite=overwrite)
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("out", ["dense", "dense/out", "dense/deep/out", "out/../dense", "."])
-def test_output_and_model_overlap(out, overwrite, dense, tmp_path, refused):
+    (tmp_path / "out").unlink()
     (tmp_path / "out").mkdir()
-    refused(ValueError, "overlap: choose a folder of its own", dense, out, overwrite=overwrite)
+    for out in ("dense", "dense/out", "dense/deep/out", "out/../dense", "."):
+        refused(ValueError, "overlap: choose a folder of its own", dense, out, overwrite=overwrite)
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    message = "holds no result of prunus prune; it is left"
+    refused(FileExistsError, message, dense, overwrite=overwrite)
 
 
 def test_a_damaged_manifest(dense, tmp_path, refused):
@@ -433,7 +313,7 @@ def test_a_finished_run_that_lost_a_shard_is_not_finished(harm, dense, tmp_path,
     if harm == "gone":
         shard.unlink()
     else:
-        cut(shard, 1000)
+        shard.write_bytes(shard.read_bytes()[:1000])
     refused(
         FileExistsError, r"damaged since: .*block-00001\.safetensors.*overwrite`? makes it", dense
     )
@@ -494,8 +374,7 @@ def test_weights_that_are_not_finite(value, method, tmp_path):
             progress=lambda step: messages.append(step.message),
         )
     assert "earlier run" in messages[0]
-    for shard in (tmp_path / "undisturbed").glob("*.safetensors"):
-        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
+    assert shards(tmp_path / "out") == shards(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize(
@@ -514,9 +393,7 @@ def test_activations_that_are_not_finite(dtype, factor, propagate, dense, tmp_pa
     check_unfinished(tmp_path / "out", blocks=1)
 
 
-@pytest.mark.parametrize(
-    "name", ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
-)
+@pytest.mark.parametrize("name", OUTSIDE)
 def test_weights_outside_the_blocks_that_are_not_finite(name, dense, tmp_path):
     tensors = load_file(dense / "model.safetensors")
     tensors[name].view(-1)[3] = torch.inf
@@ -526,19 +403,14 @@ def test_weights_outside_the_blocks_that_are_not_finite(name, dense, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_embeddings_of_a_loaded_model_that_are_not_finite():
-    model = tiny_model()
+def test_a_loaded_model_names_what_is_not_finite():
+    embeddings, weight = tiny_model(), tiny_model()
     with torch.no_grad():
-        model.model.embed_tokens.weight.fill_(torch.inf)
-    with pytest.raises(ValueError, match="the embeddings give hidden states that are not finite"):
-        prunus.prune(model, calibration=token_ids())
-
-
-def test_a_loaded_model_names_the_linear_too():
-    model = tiny_model()
-    with torch.no_grad():
-        model.model.layers[1].self_attn.o_proj.weight[0, 0] = torch.nan
-    with pytest.raises(
-        ValueError, match=r"model\.layers\.1\.self_attn\.o_proj\.weight .* not finite"
+        embeddings.model.embed_tokens.weight.fill_(torch.inf)
+        weight.model.layers[1].self_attn.o_proj.weight[0, 0] = torch.nan
+    for model, message in (
+        (embeddings, "the embeddings give hidden states that are not finite"),
+        (weight, r"model\.layers\.1\.self_attn\.o_proj\.weight .* not finite"),
     ):
-        prunus.prune(model, calibration=token_ids())
+        with pytest.raises(ValueError, match=message):
+            prunus.prune(model, calibration=token_ids())

@@ -37,7 +37,7 @@ from prunus.runs.block_memory import BlockMemory
 from prunus.runs.options import RunOptions
 from scripts import run_script
 from stopping import StopError, stop_after
-from tiny import tiny_checkpoint, tiny_model, token_ids, weights
+from tiny import shards, tiny_checkpoint, tiny_model, token_ids, weights
 
 WIDER = {"hidden_size": 64, "intermediate_size": 128}
 IDS = token_ids(2, 12)
@@ -68,10 +68,6 @@ def bits_in_file(folder: Path) -> float:
         checkpoint.tensors[part].nbytes for name in linears for part in described.tensors(name)
     )
     return 8 * nbytes / sum(math.prod(described.linears[name][:2]) for name in linears)
-
-
-def shards(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
 
 
 @pytest.fixture(scope="module")

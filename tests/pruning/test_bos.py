@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import prunus
-from tiny import tiny_checkpoint, token_ids
+from stopping import StopError, stop_after
+from tiny import shards, tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 TEXT = "The quick brown fox jumps over the lazy dog; " * 20
@@ -26,16 +27,12 @@ def prune(dense, name, **options):
     return prunus.prune(dense, dense.parent / name, samples=4, seqlen=16, **text)
 
 
-def weights(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-
-
 def test_the_manifest_and_the_card_say_which_it_was(dense):
     auto, no = prune(dense, "auto"), prune(dense, "no", bos="no")
     assert (auto.recipe.bos, auto.inputs.bos) == ("auto", "yes")
     assert (no.recipe.bos, no.inputs.bos) == ("no", "no")
     assert auto.inputs.calibration_sha256 != no.inputs.calibration_sha256
-    assert weights(dense.parent / "auto") != weights(dense.parent / "no")
+    assert shards(dense.parent / "auto") != shards(dense.parent / "no")
     for name, words in (("auto", "BOS first in every window"), ("no", "no BOS added to windows")):
         assert words in (dense.parent / name / "README.md").read_text()
     given = prune(dense, "given", calibration=token_ids(4, 16))
@@ -45,18 +42,15 @@ def test_the_manifest_and_the_card_say_which_it_was(dense):
     assert not (dense.parent / "refused").exists()
 
 
-def test_a_resumed_run_has_the_same_bytes_and_no_other_bos(dense, monkeypatch):
+def test_a_resumed_run_has_the_same_bytes_and_no_other_bos(dense):
     prune(dense, "whole")
 
-    def stop(step):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prune(dense, "resumed", progress=stop)
+    with pytest.raises(StopError):
+        prune(dense, "resumed", progress=stop_after(1))
     with pytest.raises(FileExistsError, match="another bos"):
         prune(dense, "resumed", bos="no")
     prune(dense, "resumed")
-    assert weights(dense.parent / "whole") == weights(dense.parent / "resumed")
+    assert shards(dense.parent / "whole") == shards(dense.parent / "resumed")
 
 
 def test_a_score_says_which_it_was(dense):

@@ -25,7 +25,7 @@ from prunus.model.stubs import BlockStubs
 from prunus.pruning.plan import plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.runs.options import RunOptions
-from reference import prune_as_called
+from reference import wanda_by_whole_runs
 from tiny import token_ids
 
 _COMMON: dict[str, Any] = {
@@ -55,19 +55,6 @@ def tiny_encoder(family: str) -> Any:
     return AutoModelForMaskedLM.from_config(config).eval()
 
 
-def naive_wanda(model: Any, ids: torch.Tensor) -> None:
-    """Prune linear by linear in the order of execution, each on inputs from the whole model."""
-    blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
-
-    def prune(weight_OI: torch.Tensor, X_TI: torch.Tensor) -> None:
-        score_OI = weight_OI.abs() * X_TI.double().square().sum(0).sqrt().float()
-        for row in range(len(score_OI)):
-            weight_OI[row, score_OI[row].sort(stable=True).indices[: score_OI.shape[1] // 2]] = 0
-
-    todo = [m for m in blocks.modules() if isinstance(m, nn.Linear)]
-    prune_as_called(todo, ids.split(2), lambda part: model(input_ids=part), prune)
-
-
 @pytest.mark.parametrize("family", sorted(ENCODERS))
 def test_streaming_equals_in_memory_equals_naive(family, tmp_path):
     model, ids = tiny_encoder(family), token_ids()
@@ -75,7 +62,7 @@ def test_streaming_equals_in_memory_equals_naive(family, tmp_path):
     report = prunus.prune(tmp_path / "dense", tmp_path / "pruned", calibration=ids, batch=2)
     result = AutoModelForMaskedLM.from_pretrained(tmp_path / "pruned").state_dict()
     expected = AutoModelForMaskedLM.from_pretrained(tmp_path / "dense").eval()
-    naive_wanda(expected, ids)
+    wanda_by_whole_runs(expected, ids)
     prunus.prune(model, calibration=ids, batch=2)
     assert report.totals["sparsity"] == pytest.approx(0.5)
     for name, tensor in result.items():
@@ -99,7 +86,7 @@ def test_classifiers_of_text_are_pruned_as_encoders_are(family, head, tmp_path):
     result = loader.from_pretrained(tmp_path / "pruned").state_dict()
     expected, model = (loader.from_pretrained(tmp_path / "dense").eval() for _ in range(2))
     prunus.prune(model, calibration=ids, batch=2)
-    naive_wanda(expected, ids)
+    wanda_by_whole_runs(expected, ids)
     for name, tensor in result.items():
         assert torch.equal(tensor, model.state_dict()[name]), name
         assert float((tensor != expected.state_dict()[name]).float().mean()) <= 2e-3, name

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -24,18 +24,11 @@ from prunus.model.source import CheckpointSource
 from prunus.model.stream import Stream
 from prunus.packed.linear import PackedLinear
 from prunus.pruning.job import PruningJob
-from tiny import EXPERT_FAMILIES, tiny_checkpoint, tiny_model, token_ids, weights
+from reference import prune_rows
+from stopping import StopError, stop_after
+from tiny import EXPERT_FAMILIES, stored, tiny_checkpoint, tiny_model, token_ids, weights
 
 CPU = torch.device("cpu")
-
-
-def stored(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint under the names in its files."""
-    return {
-        key: x
-        for path in sorted(folder.glob("*.safetensors"))
-        for key, x in load_file(path).items()
-    }
 
 
 def loaded(folder: Path) -> Any:
@@ -114,13 +107,6 @@ def test_pruned_experts_keep_their_names_and_load_fused(family, tmp_path):
     prunus.prune(model, calibration=ids, batch=2, min_expert_tokens=20)
     in_place = model.state_dict()
     assert all(torch.equal(x, in_place[name]) for name, x in weights(tmp_path / "pruned").items())
-
-
-def prune_rows(weight_OI: Tensor, X_TI: Tensor) -> None:
-    """Wanda, row by row, 50 %, in place."""
-    score_OI = weight_OI.abs() * X_TI.double().square().sum(0).sqrt().float()
-    for row in range(len(weight_OI)):
-        weight_OI[row, score_OI[row].sort(stable=True).indices[: weight_OI.shape[1] // 2]] = 0
 
 
 def naive_experts(
@@ -303,14 +289,8 @@ def test_measuring_experts_on_all_tokens_does_not_change_later_blocks(tmp_path):
     report = prunus.prune(dense, tmp_path / "whole", **options)
     assert report.totals["expert_linears_measured_on_all"] > 0
 
-    class Killed(BaseException):
-        pass
-
-    def kill(step: Any) -> None:
-        raise Killed
-
-    with pytest.raises(Killed):
-        prunus.prune(dense, tmp_path / "killed", progress=kill, **options)
+    with pytest.raises(StopError):
+        prunus.prune(dense, tmp_path / "killed", progress=stop_after(1), **options)
     prunus.prune(dense, tmp_path / "killed", resume=True, **options)
     one, two = stored(tmp_path / "whole"), stored(tmp_path / "killed")
     assert all(torch.equal(x, two[key]) for key, x in one.items())
@@ -401,11 +381,6 @@ def test_a_checkpoint_without_one_expert_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no weight for model\.layers\.1\.mlp\.experts\.2\.w3"):
         prunus.prune(dense, tmp_path / "pruned", calibration=token_ids())
     assert not (tmp_path / "pruned").exists()
-
-
-def test_a_negative_minimum_is_refused():
-    with pytest.raises(ValueError, match="min_expert_tokens must be at least 0"):
-        prunus.prune("nowhere", "out", min_expert_tokens=-1)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

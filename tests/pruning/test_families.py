@@ -4,54 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 import prunus
+from reference import wanda_by_whole_runs
 from tiny import FAMILIES, NEWER_FAMILIES, tiny_model, token_ids, weights
-
-
-def naive_wanda(model: nn.Module, ids: torch.Tensor, batch: int, sparsity: float) -> None:
-    """Prune in place: run the whole model, prune the first linear that is still dense, repeat.
-
-    A linear whose weight the model reads without calling it (`dt_proj` of Mamba) is pruned at the
-    end of its block, as if all its inputs were equal.
-    """
-    head = model.get_output_embeddings()
-    block_list = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
-    block_of = {m: number for number, block in enumerate(block_list) for m in block.modules()}
-    todo = [m for m in block_list.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    while todo:
-        seen: list[tuple[nn.Module, torch.Tensor]] = []
-        hooks = [
-            module.register_forward_pre_hook(
-                lambda m, args: seen.append((m, args[0].detach().clone()))  # noqa: B023
-            )
-            for module in todo
-        ]
-        firsts = []
-        for part in ids.split(batch):
-            seen.clear()
-            with torch.no_grad():
-                model(input_ids=part, use_cache=False)
-            firsts += seen[:1]
-        for hook in hooks:
-            hook.remove()
-        module = firsts[0][0] if firsts else todo[0]
-        assert all(first[0] is module for first in firsts)
-        if block_of[todo[0]] < block_of[module]:
-            module, firsts = todo[0], []
-        if firsts:
-            X_TI = torch.cat([x.reshape(-1, x.shape[-1]) for _, x in firsts])
-        else:
-            X_TI = torch.ones(1, module.weight.shape[1])
-        weight_OI = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
-        score_OI = weight_OI.abs() * X_TI.double().square().sum(0).sqrt().float()
-        for row in range(len(score_OI)):
-            lowest = score_OI[row].sort(stable=True).indices[: int(score_OI.shape[1] * sparsity)]
-            weight_OI[row, lowest] = 0
-        todo.remove(module)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES | NEWER_FAMILIES))
@@ -65,7 +22,7 @@ def test_streaming_equals_in_memory_equals_naive(family, tmp_path):
     streamed = weights(tmp_path / "pruned")
 
     naive = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
-    naive_wanda(naive, ids, 2, 0.5)
+    wanda_by_whole_runs(naive, ids)
     prunus.prune(model, sparsity=0.5, calibration=ids, batch=2)
     in_place = model.state_dict()
 

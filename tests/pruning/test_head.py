@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import prunus
+from reference import prune_rows
 from tiny import tiny_model, token_ids, weights
 
 
@@ -36,11 +37,8 @@ def test_the_head_is_pruned_on_the_inputs_that_the_pruned_blocks_give_it(family,
     with torch.no_grad():
         for part in ids.split(2):
             naive(part)
-    X_TI = torch.cat([x.reshape(-1, x.shape[-1]) for x in caught]).double()
-    score_OI = plain[key].abs() * X_TI.square().sum(0).sqrt().float()
     expected = plain[key].clone()
-    for row in range(len(expected)):
-        expected[row, score_OI[row].sort(stable=True).indices[: expected.shape[1] // 2]] = 0
+    prune_rows(expected, torch.cat([x.reshape(-1, x.shape[-1]) for x in caught]))
     assert torch.equal(headed[key], expected)
 
     prunus.prune(model, calibration=ids, batch=2, head=True)

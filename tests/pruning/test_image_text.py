@@ -11,7 +11,7 @@ import prunus
 from image_text import IMAGE_TEXT_MODELS, VISION, image_text_checkpoint, loaded
 from prunus import pack, unpack
 from recovery_cases import SHORT, shards, training_text
-from reference import prune_as_called
+from reference import prune_as_called, prune_rows
 from tiny import token_ids
 
 
@@ -24,13 +24,7 @@ def test_the_language_model_is_pruned_and_nothing_else(family, tmp_path):
     todo = [x for x in decoder.layers.modules() if isinstance(x, nn.Linear)]
     assert len(todo) == 14
 
-    def prune(weight_OI: torch.Tensor, X_TI: torch.Tensor) -> None:
-        score_OI = weight_OI.abs() * X_TI.double().square().sum(0).sqrt().float()
-        order_OI = score_OI.sort(stable=True).indices
-        weight_OI.scatter_(1, order_OI[:, : order_OI.shape[1] // 2], 0.0)
-
-    with torch.no_grad():
-        prune_as_called(todo, token_ids().split(2), lambda ids: expected(input_ids=ids), prune)
+    prune_as_called(todo, token_ids().split(2), lambda ids: expected(input_ids=ids), prune_rows)
     found = loaded(tmp_path / "out").state_dict()
     for name, tensor in expected.state_dict().items():
         assert torch.equal(found[name], tensor), name

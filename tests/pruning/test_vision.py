@@ -26,7 +26,8 @@ from prunus.pruning.job import PruningJob
 from prunus.pruning.plan import plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.runs.options import RunOptions
-from reference import prune_as_called
+from reference import prune_as_called, prune_rows
+from stopping import StopError, stop_after
 
 
 def loaded(folder: Path) -> Any:
@@ -42,20 +43,15 @@ def naive(model: Any, pixels: torch.Tensor, sparsity: float, group: str, wanda: 
     ]
 
     def prune(weight_OI: torch.Tensor, X_TI: torch.Tensor) -> None:
+        if group == "row":
+            return prune_rows(weight_OI, X_TI, sparsity)
         score_OI = weight_OI.abs()
         if wanda:
             score_OI = score_OI * X_TI.double().square().sum(0).sqrt().float()
-        if group == "row":
-            for row in range(len(score_OI)):
-                weight_OI[
-                    row,
-                    score_OI[row].sort(stable=True).indices[: int(score_OI.shape[1] * sparsity)],
-                ] = 0
-        else:
-            # As in the original code, magnitude also removes the weight at the threshold.
-            count = int(score_OI.numel() * sparsity) + (0 if wanda else 1)
-            lowest = score_OI.flatten().sort(stable=True).indices[:count]
-            weight_OI.view(-1)[lowest] = 0
+        # As in the original code, magnitude also removes the weight at the threshold.
+        count = int(score_OI.numel() * sparsity) + (0 if wanda else 1)
+        weight_OI.view(-1)[score_OI.flatten().sort(stable=True).indices[:count]] = 0
+        return None
 
     prune_as_called(todo, pixels.split(2), lambda part: model(pixel_values=part), prune)
 
@@ -135,15 +131,8 @@ def test_resumed_spilled_and_replayed_runs_give_the_same_bytes(tmp_path, monkeyp
     }
     prunus.prune(dense, tmp_path / "whole", **options)
 
-    class Killed(BaseException):
-        pass
-
-    def kill(step: Any) -> None:
-        if step.done == 2:
-            raise Killed
-
-    with pytest.raises(Killed):
-        prunus.prune(dense, tmp_path / "resumed", progress=kill, **options)
+    with pytest.raises(StopError):
+        prunus.prune(dense, tmp_path / "resumed", progress=stop_after(2), **options)
     prunus.prune(dense, tmp_path / "resumed", resume=True, **options)
     monkeypatch.setattr(PruningJob, "spills", True)
     monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)

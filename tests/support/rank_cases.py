@@ -32,7 +32,7 @@ from prunus.pruning.reconstruction.batches import ReconstructionBatches  # noqa:
 from prunus.structure.record import StructureRecord  # noqa: E402
 from ranks import forked, in_ranks  # noqa: E402
 from stopping import StopError, stop_after  # noqa: E402
-from tiny import tiny_checkpoint, token_ids  # noqa: E402
+from tiny import shards, stored, tiny_checkpoint, token_ids  # noqa: E402
 
 METHODS: dict[str, dict[str, Any]] = {
     "wanda": {},
@@ -53,26 +53,15 @@ def prune(dense: Path, out: Path, **options: Any) -> Any:
     return verb(dense, out, **(arguments | options))
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return {
-        k: x for path in sorted(folder.glob("*.safetensors")) for k, x in load_file(path).items()
-    }
-
-
 def compare(left: Path, right: Path) -> dict[str, Any]:
     """The share of mask bits and the largest weight that differ, and whether files are equal."""
-    a, b = tensors(left), tensors(right)
+    a, b = stored(left), stored(right)
     assert a.keys() == b.keys()
     bits = sum(int(((a[k] == 0) != (b[k] == 0)).sum()) for k in a)
     return {
         "masks": bits / sum(x.numel() for x in a.values()),
         "weights": max(float((a[k].float() - b[k].float()).abs().max()) for k in a),
-        "bytes": all(
-            path.read_bytes() == (right / path.name).read_bytes()
-            for path in left.glob("*.safetensors")
-        ),
+        "bytes": shards(left) == shards(right),
     }
 
 

@@ -11,7 +11,8 @@ import torch
 import prunus
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.training import Step
-from tiny import tiny_checkpoint, token_ids
+from stopping import StopError
+from tiny import shards, tiny_checkpoint, token_ids  # noqa: F401
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
 #: A short run that learns: windows of 16 bytes of one repeated sentence.
@@ -51,15 +52,6 @@ def training_text(folder: Path) -> Path:
 def recover(model: Path, output: Path, mode: str, text: Path, **options: Any) -> RecoveryRecord:
     """Call `prunus.recover` with the options of `SHORT`."""
     return prunus.recover(model, output, mode, text=str(text), **(SHORT | options))
-
-
-def shards(folder: Path) -> dict[str, bytes]:
-    """Return the weights of a folder as bytes."""
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
-
-
-class StopError(Exception):
-    """Interrupts a recovery from its progress callback."""
 
 
 def stop_at(fraction: float) -> Callable[[Step], None]:

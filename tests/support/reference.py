@@ -190,10 +190,11 @@ def prune_two_pass(
 
 @torch.no_grad()
 def prune_as_called(
-    todo: list[nn.Linear],
+    todo: list[nn.Module],
     parts: Sequence[Tensor],
     run: Callable[[Tensor], object],
     prune: Callable[[Tensor, Tensor], None],
+    block_of: dict[nn.Module, int] | None = None,
 ) -> None:
     """Prune linears in place in the order in which the model calls them, one per run of the model.
 
@@ -202,6 +203,8 @@ def prune_as_called(
         parts: the inputs of the model, one after another.
         run: runs the whole model on one of them.
         prune: changes a weight (out, in) in place, given its inputs (tokens, in).
+        block_of: the number of each linear's block. A linear whose weight the model reads without
+            calling it is pruned at the end of its block, as if all its inputs were equal.
     """
     while todo:
         seen: list[tuple[nn.Module, Tensor]] = []
@@ -215,12 +218,35 @@ def prune_as_called(
         for part in parts:
             seen.clear()
             run(part)
-            firsts.append(seen[0])
+            firsts += seen[:1]
         for handle in handles:
             handle.remove()
-        linear = firsts[0][0]
-        prune(linear.weight.data, torch.cat([x.reshape(-1, x.shape[-1]) for _, x in firsts]))
+        linear = firsts[0][0] if firsts else todo[0]
+        assert all(first[0] is linear for first in firsts)
+        if block_of and block_of[todo[0]] < block_of[linear]:
+            linear, firsts = todo[0], []
+        X_TI = torch.ones(1, weight_of(linear).shape[1])
+        if firsts:
+            X_TI = torch.cat([x.reshape(-1, x.shape[-1]) for _, x in firsts])
+        prune(weight_of(linear), X_TI)
         todo.remove(linear)
+
+
+def prune_rows(weight_OI: Tensor, X_TI: Tensor, sparsity: float = 0.5) -> None:
+    """Wanda in place: every row loses the weights with its lowest scores."""
+    score_OI = weight_OI.abs() * X_TI.double().square().sum(0).sqrt().float()
+    for weight_I, score_I in zip(weight_OI, score_OI, strict=True):
+        weight_I[score_I.sort(stable=True).indices[: int(len(score_I) * sparsity)]] = 0
+
+
+def wanda_by_whole_runs(model: nn.Module, ids: Tensor) -> None:
+    """Prune the blocks of a text model in place, 50 %, with a run of all for every linear."""
+    head = model.get_output_embeddings()
+    blocks = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    block_of = {m: number for number, block in enumerate(blocks) for m in block.modules()}
+    todo = [m for m in blocks.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    model.config.use_cache = False
+    prune_as_called(todo, ids.split(2), lambda ids: model(input_ids=ids), prune_rows, block_of)
 
 
 def ria_score(weight_OI: Tensor, X_TI: Tensor, power: float) -> Tensor:

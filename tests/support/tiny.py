@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 _COMMON: dict[str, Any] = {
@@ -276,3 +277,14 @@ def token_ids(windows: int = 6, tokens: int = 16, vocabulary: int = 128) -> torc
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint as transformers loads them."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint under the names in its files."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    """The weights of a folder as bytes."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
