@@ -133,6 +133,8 @@ def test_checkpoints_that_are_not_whole(dense, tmp_path, refused):
     refused(FileNotFoundError, r"no safetensors checkpoint\. Expected model\.safetensors", dense)
     (dense / "pytorch_model.bin").write_bytes(PICKLE)
     refused(FileNotFoundError, r"pytorch_model\.bin, a pickle, .* never loaded", dense)
+    (dense / "pytorch_model.bin").unlink()
+    file.write_bytes(whole)
     config.write_text(described[:14])
     refused(ValueError, r"config\.json is not valid JSON", dense)
     config.unlink()

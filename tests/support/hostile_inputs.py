@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import prunus
+from hostile_damage import damage_header, mutate_bytes, mutate_json
 from prunus.calibration.files import file_kind, read_documents, read_ids
 from prunus.cli import app
 from prunus.evaluation.generation import generate
@@ -37,10 +38,7 @@ from report_samples import evaluation, sweep_results
 from tiny import tiny_checkpoint, token_ids
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
-__all__ = ["Kinds", "more_kinds"]
-
 Kinds = dict[str, tuple[Path, Callable[[Path, random.Random], None], Callable[[Path], None]]]
-Mutate = Callable[[Any, random.Random], Any]
 
 ARCHITECTURES = ("gptj", "gpt_neo", "opt", "bloom", "gemma3_text", "gpt2", "mistral", "qwen3")
 #: Fields that size something in some architecture. A case may add one that is not there.
@@ -87,11 +85,11 @@ tokens = 100
 """
 
 
-def _damage_text(path: Path, dice: random.Random, change: Callable[..., bytes]) -> None:
-    path.write_bytes(change(path.read_bytes(), dice, 10**9))
+def _damage_text(path: Path, dice: random.Random) -> None:
+    path.write_bytes(mutate_bytes(path.read_bytes(), dice, 10**9))
 
 
-def _architecture(folder: Path, mutate: Mutate) -> tuple[Any, Any, Any]:
+def _architecture(folder: Path) -> tuple[Any, Any, Any]:
     for family in ARCHITECTURES:
         tiny_checkpoint(folder / family, family)
 
@@ -107,13 +105,13 @@ def _architecture(folder: Path, mutate: Mutate) -> tuple[Any, Any, Any]:
                 place = config if dice.random() < 0.8 else config.setdefault("text_config", {})
                 place[name] = value
             else:
-                config = mutate(config, dice)
+                config = mutate_json(config, dice)
         (model / "config.json").write_text(json.dumps(config))
 
     return folder, damage, lambda case: prunus.inspect(case / "model")
 
 
-def _adapter(folder: Path, mutate: Mutate, header: Callable[..., None]) -> tuple[Any, Any, Any]:
+def _adapter(folder: Path) -> tuple[Any, Any, Any]:
     tiny_checkpoint(folder / "base", vocab_size=VOCABULARY)
     tensors, widths = {}, {"q_proj": 32, "v_proj": 16}
     for layer in range(2):
@@ -140,11 +138,11 @@ def _adapter(folder: Path, mutate: Mutate, header: Callable[..., None]) -> tuple
 
     def damage(model: Path, dice: random.Random) -> None:
         if dice.random() < 0.2:
-            header(model / WEIGHTS_NAME, dice)
+            damage_header(model / WEIGHTS_NAME, dice)
             return
         changed = json.loads((model / CONFIG_NAME).read_text())
         if dice.random() < 0.5:
-            changed = mutate(changed, dice)
+            changed = mutate_json(changed, dice)
         else:
             name = dice.choice(list(changed))
             text = dice.choice(patterns)
@@ -156,14 +154,14 @@ def _adapter(folder: Path, mutate: Mutate, header: Callable[..., None]) -> tuple
     return folder, damage, lambda case: check_adapter(case / "model")
 
 
-def _template(folder: Path, change: Callable[..., bytes]) -> tuple[Any, Any, Any]:
+def _template(folder: Path) -> tuple[Any, Any, Any]:
     byte_tokenizer().save_pretrained(folder)
 
     def damage(model: Path, dice: random.Random) -> None:
         text = dice.choice(TEMPLATES).replace("N", str(dice.choice([3, 10**5, 10**8, 10**12])))
         data = text.encode()
         if dice.random() < 0.3:
-            data = change(data, dice, 10**9)
+            data = mutate_bytes(data, dice, 10**9)
         (model / "chat_template.jinja").write_bytes(data)
 
     def work(case: Path) -> None:
@@ -173,7 +171,7 @@ def _template(folder: Path, change: Callable[..., bytes]) -> tuple[Any, Any, Any
     return folder, damage, work
 
 
-def _generation(folder: Path, mutate: Mutate) -> tuple[Any, Any, Any]:
+def _generation(folder: Path) -> tuple[Any, Any, Any]:
     tiny_checkpoint(folder, vocab_size=VOCABULARY)
     byte_tokenizer().save_pretrained(folder)
     good = {
@@ -192,20 +190,15 @@ def _generation(folder: Path, mutate: Mutate) -> tuple[Any, Any, Any]:
     }
 
     def damage(model: Path, dice: random.Random) -> None:
-        settings = mutate(good, dice)
+        settings = mutate_json(good, dice)
         if isinstance(settings, dict) and dice.random() < 0.5:
             settings[dice.choice(list(good))] = dice.choice(HUGE)
         (model / "generation_config.json").write_text(json.dumps(settings))
 
-    return folder, damage, lambda case: _exhaust(case / "model")
+    return folder, damage, lambda case: list(generate(case / "model", "ab", max_new_tokens=2))
 
 
-def _exhaust(model: Path) -> None:
-    for _ in generate(model, "ab", max_new_tokens=2):
-        pass
-
-
-def _report(folder: Path, mutate: Mutate) -> tuple[Any, Any, Any]:
+def _report(folder: Path) -> tuple[Any, Any, Any]:
     (folder / "run").mkdir(parents=True)
     (folder / "sweep").mkdir()
     dense, out = tiny_checkpoint(folder.with_name("dense")), folder.with_name("out")
@@ -219,7 +212,7 @@ def _report(folder: Path, mutate: Mutate) -> tuple[Any, Any, Any]:
         path = model / dice.choice(files)
         content = json.loads(path.read_text())
         for _ in range(dice.choice((1, 1, 3))):
-            content = mutate(content, dice)
+            content = mutate_json(content, dice)
         text = "[" * 100_000 if dice.random() < 0.02 else json.dumps(content)
         path.write_text(text)
 
@@ -232,7 +225,7 @@ def _report(folder: Path, mutate: Mutate) -> tuple[Any, Any, Any]:
     return folder, damage, work
 
 
-def _toml(folder: Path, change: Callable[..., bytes]) -> tuple[Any, Any, Any]:
+def _toml(folder: Path) -> tuple[Any, Any, Any]:
     folder.mkdir()
     (folder / "sweep.toml").write_text(SWEEP)
     (folder / "recipe.toml").write_text('method = "wanda"\nsparsity = 0.5\nsamples = 8\n')
@@ -241,7 +234,7 @@ def _toml(folder: Path, change: Callable[..., bytes]) -> tuple[Any, Any, Any]:
         path = model / dice.choice(["sweep.toml", "recipe.toml"])
         kind = dice.random()
         if kind < 0.5:
-            _damage_text(path, dice, change)
+            _damage_text(path, dice)
         elif kind < 0.6:
             count = dice.choice([20, 2000, 20_000])
             path.write_text(dice.choice([".".join(["a"] * count), "[" * count, "a={" * count]))
@@ -265,7 +258,7 @@ def _toml(folder: Path, change: Callable[..., bytes]) -> tuple[Any, Any, Any]:
     return folder, damage, work
 
 
-def _text(folder: Path, change: Callable[..., bytes]) -> tuple[Any, Any, Any]:
+def _text(folder: Path) -> tuple[Any, Any, Any]:
     folder.mkdir()
     line = b'{"text": "an ordinary text"}\n'
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(line * 20))
@@ -292,7 +285,7 @@ def _text(folder: Path, change: Callable[..., bytes]) -> tuple[Any, Any, Any]:
         if dice.random() < 0.05 and chosen.endswith(".gz"):
             (model / chosen).write_bytes(bomb)
         else:
-            _damage_text(model / chosen, dice, change)
+            _damage_text(model / chosen, dice)
 
     def work(case: Path) -> None:
         [path] = (case / "model").iterdir()
@@ -304,7 +297,7 @@ def _text(folder: Path, change: Callable[..., bytes]) -> tuple[Any, Any, Any]:
     return folder, damage, work
 
 
-def _training(folder: Path, mutate: Mutate, header: Callable[..., None]) -> tuple[Any, Any, Any]:
+def _training(folder: Path) -> tuple[Any, Any, Any]:
     folder.mkdir()
 
     def parameters() -> dict[str, torch.nn.Parameter]:
@@ -320,11 +313,11 @@ def _training(folder: Path, mutate: Mutate, header: Callable[..., None]) -> tupl
     def damage(model: Path, dice: random.Random) -> None:
         path = model / "training.safetensors"
         if dice.random() < 0.6:
-            header(path, dice)
+            damage_header(path, dice)
             return
         with safe_open(path, framework="pt") as file:
             state = json.loads(file.metadata()["state"])
-        save_file(load_file(path), path, {"state": json.dumps(mutate(state, dice))})
+        save_file(load_file(path), path, {"state": json.dumps(mutate_json(state, dice))})
 
     def work(case: Path) -> None:
         restored = parameters()
@@ -334,7 +327,7 @@ def _training(folder: Path, mutate: Mutate, header: Callable[..., None]) -> tupl
     return folder, damage, work
 
 
-def _sizes(folder: Path) -> tuple[Any, Any, Any]:
+def _size(folder: Path) -> tuple[Any, Any, Any]:
     folder.mkdir()
     (folder / "memory").write_text("8GB")
 
@@ -343,7 +336,7 @@ def _sizes(folder: Path) -> tuple[Any, Any, Any]:
         unit = dice.choice(["GB", "", "TiB", "PB", "k", " ", "\x00", "B" * 1000])
         (model / "memory").write_text(number + unit)
 
-    return folder, damage, lambda case: _parse(case / "model" / "memory")
+    return folder, damage, lambda case: parse_bytes((case / "model" / "memory").read_text())
 
 
 def _environment(folder: Path) -> tuple[Any, Any, Any]:
@@ -367,40 +360,14 @@ def _environment(folder: Path) -> tuple[Any, Any, Any]:
     return folder, damage, work
 
 
-def _parse(path: Path) -> None:
-    parse_bytes(path.read_text())
-
-
-def more_kinds(
-    scratch: Path,
-    wanted: set[str],
-    mutate: Mutate,
-    change: Callable[..., bytes],
-    header: Callable[..., None],
-) -> Kinds:
-    """The kinds of this file that are wanted.
-
-    Args:
-        scratch: an empty folder.
-        wanted: names of kinds; unknown names do no harm.
-        mutate: changes a JSON value.
-        change: changes bytes.
-        header: changes the header of a safetensors file.
-    """
+def more_kinds(scratch: Path, wanted: set[str]) -> Kinds:
+    """The kinds of this file that are wanted; `scratch` is an empty folder."""
     chat_template._SECONDS = 0.5
-    makers: dict[str, Callable[[Path], tuple[Any, Any, Any]]] = {
-        "architecture": lambda folder: _architecture(folder, mutate),
-        "template": lambda folder: _template(folder, change),
-        "generation": lambda folder: _generation(folder, mutate),
-        "report": lambda folder: _report(folder, mutate),
-        "toml": lambda folder: _toml(folder, change),
-        "text": lambda folder: _text(folder, change),
-        "training": lambda folder: _training(folder, mutate, header),
-        "size": _sizes,
-        "environment": _environment,
-    }
+    makers = [_architecture, _template, _generation, _report, _toml, _text, _training]
+    makers += [_size, _environment]
     if importlib.util.find_spec("peft") is not None:  # of the extra adapters
-        makers["adapter"] = lambda folder: _adapter(folder, mutate, header)
+        makers.append(_adapter)
     root = scratch / "more"
     root.mkdir()
-    return {name: make(root / name) for name, make in makers.items() if name in wanted}
+    named = {make.__name__.removeprefix("_"): make for make in makers}
+    return {name: make(root / name) for name, make in named.items() if name in wanted}

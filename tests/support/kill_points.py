@@ -3,22 +3,22 @@
 python kill_points.py DENSE SCRATCH [OPTIONS [before]]
 
 OPTIONS is a JSON object with options of `prune`. With `before`, runs die before a rename only.
-
-It prints one JSON line: for each kill point, whether the next run resumed, and whether its files
-are those of an undisturbed run.
+It prints one JSON line: the results of `kill_everywhere`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,66 +49,71 @@ def child(work: Callable[[], object]) -> int:
     return os.waitpid(fork(work), 0)[1]
 
 
-def run(dense: str, out: Path, kill_at: int | None, after: bool) -> None:
-    """Prune, and die before or after rename number `kill_at`; None: run to the end."""
-    original, count = RENAME, 0
+def die_at(rename: int, after: bool) -> None:
+    """Let this process die before or after one of its renames."""
+    count = 0
 
     def replace(source, target):
         nonlocal count
-        if count == kill_at and not after:
+        if count == rename and not after:
             os.kill(os.getpid(), signal.SIGKILL)
-        original(source, target)
-        if count == kill_at and after:
+        RENAME(source, target)
+        if count == rename and after:
             os.kill(os.getpid(), signal.SIGKILL)
         count += 1
 
     os.replace = replace
-    ids = torch.arange(96).reshape(6, 16) % 120
-    options = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
-    verb = prunus.compress if "bits" in options else prunus.prune
-    verb(dense, out, calibration=ids, batch=2, dtype="float32", **options)
 
 
 def digests(out: Path) -> dict[str, str]:
-    return {
-        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(out.glob("*.safetensors"))
-    }
+    files = sorted(out.glob("*.safetensors"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def kill_everywhere(
+    work: Callable[[Path], object], scratch: Path, places: Iterable[tuple[int, bool]]
+) -> list[dict[str, Any]]:
+    """For each kill, what it left, how the next run ended, and whether its weights are the same.
+
+    Args:
+        work: a run that writes into a folder.
+        scratch: for the folders.
+        places: numbers of renames, and whether a run dies after that one. The first run that does
+            not die is the last.
+    """
+    # The first run is in the parent, so that the forks need not import the model's code again. A
+    # process with one thread forks safely.
+    whole, out, results = scratch / "whole", scratch / "killed", []
+    shutil.rmtree(whole, ignore_errors=True)
+    work(whole)
+    for place in places:
+        shutil.rmtree(out, ignore_errors=True)
+        status = child(lambda: (die_at(*place), work(out)))  # noqa: B023
+        if status == 0:
+            return results
+        assert os.WTERMSIG(status) == signal.SIGKILL, status
+        found = sorted(path.name for path in out.rglob("*")) if out.exists() else []
+        second = child(lambda: work(out))
+        left = [x.name for x in out.iterdir() if x.name.startswith(("best-", ".prunus"))]
+        left += [path.name for path in out.glob("*.partial")]
+        equal = digests(out) == digests(whole)
+        results.append({"found": found, "status": second, "equal": equal, "left_behind": left})
+    raise AssertionError("no run ended")
 
 
 def main() -> None:
     dense, scratch = sys.argv[1], Path(sys.argv[2])
-    # The first run is in the parent, so that the forks need not import the model's code again. A
-    # process with one thread forks safely.
-    run(dense, scratch / "whole", None, False)
-    expected, results = digests(scratch / "whole"), []
+    options = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
+    verb = prunus.compress if "bits" in options else prunus.prune
+    given = {"calibration": torch.arange(96).reshape(6, 16) % 120, "batch": 2, "dtype": "float32"}
     # The moment after a rename is like the moment before the next one: every third is enough.
-    moments = [(False, 1)] if sys.argv[4:] == ["before"] else [(False, 1), (True, 3)]
-    for after, step in moments:
-        kill_at = 0
-        while True:
-            out = scratch / "killed"
-            shutil.rmtree(out, ignore_errors=True)
-            status = child(lambda: run(dense, out, kill_at, after))  # noqa: B023
-            if status == 0:
-                break
-            assert os.WTERMSIG(status) == signal.SIGKILL, status
-            loads = (out / "model.safetensors.index.json").exists()
-            finished = len(list(out.glob("block-*.safetensors")))
-            second = child(lambda: run(dense, out, None, False))  # noqa: B023
-            left = [p.name for p in out.glob("*.partial")]
-            results.append(
-                {
-                    "kill_at": kill_at,
-                    "after": after,
-                    "index_before_resume": loads,
-                    "blocks_before_resume": finished,
-                    "status": second,
-                    "equal": digests(out) == expected,
-                    "left_behind": left,
-                }
-            )
-            kill_at += step
+    ways = [(False, 1), (True, 3)][: 1 if sys.argv[4:] == ["before"] else 2]
+    results = []
+    for after, step in ways:
+        places = ((number, after) for number in itertools.count(0, step))
+        results += kill_everywhere(
+            lambda out: verb(dense, out, **given, **options), scratch, places
+        )
     print(json.dumps(results))
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +18,7 @@ from prunus.model.block_lists import find_block_list
 from prunus.model.linears import find_linears
 from prunus.structure.record import StructureRecord
 from prunus.structure.run import shrink
+from tiny import stored  # noqa: F401
 
 #: Most tests look at what is removed, and not at what is trained afterwards.
 shrink_without_repair = functools.partial(shrink, repair=False)
@@ -40,12 +40,6 @@ def loaded(folder: Path) -> Any:
     """A language model in float32, as transformers loads it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval().requires_grad_(False)
-
-
-def stored(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder under their stored names."""
-    paths = sorted(folder.glob("*.safetensors"))
-    return {key: tensor for path in paths for key, tensor in load_file(path).items()}
 
 
 def take_fitted_columns(model: Any, small: Any, record: StructureRecord, heads: int = 4) -> int:

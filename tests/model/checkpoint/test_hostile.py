@@ -32,11 +32,10 @@ CASES = {
     "template": 25,
     "generation": 10,
     "report": 50,
-    "cache": 160,
-    "toml": 130,
-    "text": 130,
+    "toml": 190,
+    "text": 190,
     "training": 70,
-    "size": 65,
+    "size": 105,
     "environment": 10,
 }
 
