@@ -15,7 +15,6 @@ from scripts import run_script
 from stopping import StopError, stop_after
 from tiny import shards, tiny_checkpoint, token_ids
 
-
 BLOCKS = "block-*.safetensors"
 
 

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import pretend_cuda
 
 pretend_cuda.load()
@@ -21,7 +23,7 @@ torch.set_num_threads(1)
 
 import prunus  # noqa: E402
 from prunus.distributed import process_group  # noqa: E402
-from ranks import in_ranks  # noqa: E402
+from ranks import answers, in_ranks  # noqa: E402
 from tiny import tiny_checkpoint, token_ids  # noqa: E402
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -57,10 +59,10 @@ def runs(scratch: Path) -> dict[str, list[int]]:
     return statuses
 
 
-def messages(scratch: Path) -> dict[str, Any]:
+def messages(scratch: Path) -> list[dict[str, Any]]:
     """What each rank receives on its device, and what is refused."""
 
-    def work(rank: int) -> None:
+    def work(rank: int) -> dict[str, Any]:
         with process_group() as ranks:
             own = torch.full((2, 3), float(rank + 1), device="cuda")
             ranks.all_reduce(own)
@@ -76,24 +78,18 @@ def messages(scratch: Path) -> dict[str, Any]:
                     ranks.all_reduce(other)
                 except (RuntimeError, ValueError) as fault:
                     refused.append(str(fault))
-            (scratch / f"received-{rank}").write_text(
-                json.dumps(
-                    {
-                        "sum": own.tolist(),
-                        "sent": sent.tolist(),
-                        "rows": gathered.tolist(),
-                        "host": host.tolist(),
-                        "devices": sorted({str(x.device) for x in (own, sent, gathered)}),
-                        "refused": refused,
-                        "texts": ranks.gather_text("x" * 300 * rank),
-                        "floats": ranks.sum_floats([0.5]),
-                    }
-                )
-            )
+            return {
+                "sum": own.tolist(),
+                "sent": sent.tolist(),
+                "rows": gathered.tolist(),
+                "host": host.tolist(),
+                "devices": sorted({str(x.device) for x in (own, sent, gathered)}),
+                "refused": refused,
+                "texts": ranks.gather_text("x" * 300 * rank),
+                "floats": ranks.sum_floats([0.5]),
+            }
 
-    status = in_ranks(2, work)
-    found = [json.loads((scratch / f"received-{rank}").read_text()) for rank in range(2)]
-    return {"status": status, "received": found}
+    return answers(2, work, scratch)
 
 
 def refused(scratch: Path) -> dict[str, list[str]]:
@@ -102,14 +98,12 @@ def refused(scratch: Path) -> dict[str, list[str]]:
     errors: dict[str, list[str]] = {}
     for name, size, device in (("too many", 3, "cuda"), ("one for all", 2, "cuda:0")):
 
-        def work(rank: int, name: str = name, device: str = device) -> None:
-            try:
+        def work(_rank: int, name: str = name, device: str = device) -> str:
+            with pytest.raises(Exception, match="device") as fault:
                 prunus.prune(dense, scratch / name, calibration=token_ids(), device=device)
-            except Exception as fault:
-                (scratch / f"{name} {rank}").write_text(f"{type(fault).__name__}: {fault}")
+            return str(fault.value)
 
-        in_ranks(size, work)
-        errors[name] = [(scratch / f"{name} {rank}").read_text() for rank in range(size)]
+        errors[name] = answers(size, work, scratch)
         assert not (scratch / name).exists()
     return errors
 

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ torch.set_num_threads(1)
 
 import prunus  # noqa: E402, I001
 from prunus.compression.record import CompressionRecord  # noqa: E402
-from prunus.distributed import SINGLE_PROCESS, RankError, process_group  # noqa: E402
+from prunus.distributed import SINGLE_PROCESS, process_group  # noqa: E402
 from prunus.methods.statistics import InputStatistics, StatisticsSpec  # noqa: E402
 from prunus.pruning.block import dense_stream  # noqa: E402
 from prunus.pruning.reconstruction import kl_loss  # noqa: E402
 from prunus.pruning.manifest import Manifest  # noqa: E402
 from prunus.pruning.reconstruction.batches import ReconstructionBatches  # noqa: E402
 from prunus.structure.record import StructureRecord  # noqa: E402
-from ranks import forked, in_ranks  # noqa: E402
+from ranks import answers, forked, in_ranks  # noqa: E402
 from stopping import StopError, stop_after  # noqa: E402
 from tiny import shards, stored, tiny_checkpoint, token_ids  # noqa: E402
 
@@ -65,17 +66,27 @@ def compare(left: Path, right: Path) -> dict[str, Any]:
     }
 
 
+def against_one(dense: Path, scratch: Path, name: str, size: int, **options: Any) -> dict[str, Any]:
+    """A run of several ranks, compared with that of one."""
+    prune(dense, scratch / f"{name} one", **options)
+    status = in_ranks(size, lambda _: prune(dense, scratch / name, **options))
+    assert not any(status), (name, status)
+    return compare(scratch / f"{name} one", scratch / name)
+
+
+def fault_of(work: Callable[[], object]) -> str | None:
+    """The error that `work` raises, as text."""
+    try:
+        work()
+    except (ValueError, RuntimeError) as fault:
+        return f"{type(fault).__name__}: {fault}"
+    return None
+
+
 def methods(scratch: Path) -> dict[str, Any]:
     """Two ranks against one, for every kind of method and option."""
     dense = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
-    found = {}
-    for name, options in METHODS.items():
-        one, two = scratch / f"{name} one", scratch / f"{name} two"
-        prune(dense, one, **options)
-        status = in_ranks(2, lambda _: prune(dense, two, **options))  # noqa: B023
-        assert status == [0, 0], (name, status)
-        found[name] = compare(one, two)
-    return found
+    return {name: against_one(dense, scratch, name, 2, **more) for name, more in METHODS.items()}
 
 
 def compressed(scratch: Path) -> dict[str, Any]:
@@ -154,39 +165,29 @@ def messages(scratch: Path) -> dict[str, Any]:
     """What three ranks receive: texts of any length, sums of numbers, rows of a matrix."""
     texts = [["", "a", "ä" * 124], ["", "b" * 249, ""], ["x" * 248, "y" * 5000, "é" * 300]]
 
-    def receive(_rank: int) -> None:
+    def receive(_rank: int) -> dict[str, Any]:
         with process_group(60) as ranks:
             received = [ranks.gather_text(each[ranks.rank]) for each in texts]
             totals = ranks.sum_floats([ranks.rank, 0.5])
             rows = ranks.all_gather(torch.full((ranks.rank, 2), float(ranks.rank)).bfloat16())
-            found = {"same": received == texts, "totals": totals, "rows": rows.tolist()}
-            (scratch / f"{ranks.rank}.json").write_text(json.dumps(found))
+            return {"same": received == texts, "totals": totals, "rows": rows.tolist()}
 
-    assert in_ranks(3, receive) == [0, 0, 0]
-    return {str(rank): json.loads((scratch / f"{rank}.json").read_text()) for rank in range(3)}
+    return dict(enumerate(answers(3, receive, scratch)))
 
 
 def uneven(scratch: Path) -> dict[str, Any]:
     """Uneven shares, ranks without windows, and experts that no window of a rank reaches."""
     llama = tiny_checkpoint(scratch / "dense", "llama", torch.bfloat16)
+    routed = tiny_checkpoint(scratch / "routed", "qwen3_moe", torch.bfloat16)
     found = {}
     for name, size, windows in (("5 windows on 3", 3, 5), ("2 windows on 4", 4, 2)):
         ids = token_ids(windows)
-        prune(llama, scratch / f"{name} one", calibration=ids)
-        status = in_ranks(size, lambda _: prune(llama, scratch / name, calibration=ids))  # noqa: B023
-        assert not any(status), (name, status)
-        found[name] = compare(scratch / f"{name} one", scratch / name)
-    routed = tiny_checkpoint(scratch / "routed", "qwen3_moe", torch.bfloat16)
-    for name, size, windows in (
-        ("experts, 5 windows on 3", 3, 5),
-        ("experts, 2 windows on 4", 4, 2),
-    ):
-        options = {"calibration": token_ids(windows), "min_expert_tokens": 3 * windows}
-        alone = prune(routed, scratch / f"{name} one", **options)
-        assert 0 < alone.totals["expert_linears_measured_on_all"] < alone.totals["expert_linears"]
-        status = in_ranks(size, lambda _: prune(routed, scratch / name, **options))  # noqa: B023
-        assert not any(status), (name, status)
-        found[name] = compare(scratch / f"{name} one", scratch / name)
+        found[name] = against_one(llama, scratch, name, size, calibration=ids)
+        options = {"calibration": ids, "min_expert_tokens": 3 * windows}
+        name = f"experts, {name}"
+        found[name] = against_one(routed, scratch, name, size, **options)
+        totals = Manifest.load(scratch / name).totals
+        assert 0 < totals["expert_linears_measured_on_all"] < totals["expert_linears"]
     status = in_ranks(3, lambda _: experts(scratch))
     assert status == [0, 0, 0], status
     return found
@@ -217,25 +218,17 @@ def reconstructed(scratch: Path) -> dict[str, Any]:
     found = {}
     for name, (dense, size, windows, more) in cases.items():
         options = {"calibration": token_ids(windows), **every_block, **more}
-        one, several = scratch / f"{name} one", scratch / name
-        alone = prune(dense, one, **options)
-        status = in_ranks(size, lambda _: prune(dense, several, **options))  # noqa: B023
-        assert not any(status), (name, status)
-        both = Manifest.load(several)
+        same = against_one(dense, scratch, name, size, **options)
+        alone, several = (
+            [block.reconstruction for block in Manifest.load(scratch / folder).blocks]
+            for folder in (f"{name} one", name)
+        )
         found[name] = {
-            "before": [
-                block.reconstruction.error_before for block in alone.blocks if block.reconstruction
-            ],
-            "alone": [
-                block.reconstruction.error_after for block in alone.blocks if block.reconstruction
-            ],
-            "several": [
-                block.reconstruction.error_after for block in both.blocks if block.reconstruction
-            ],
-            "steps": [
-                block.reconstruction.steps if block.reconstruction else 0 for block in both.blocks
-            ],
-            **compare(one, several),
+            "before": [block.error_before for block in alone if block],
+            "alone": [block.error_after for block in alone if block],
+            "several": [block.error_after for block in several if block],
+            "steps": [block.steps if block else 0 for block in several],
+            **same,
         }
 
     def killed_in_training(rank: int) -> None:
@@ -249,10 +242,8 @@ def reconstructed(scratch: Path) -> dict[str, Any]:
             return original(batches, batch)
 
         ReconstructionBatches.get = get  # type: ignore[method-assign]
-        try:
-            prune(llama, scratch / "killed", **every_block, rank_timeout=5.0)
-        except RankError as fault:
-            (scratch / f"killed {rank}").write_text(str(fault))
+        fault = fault_of(lambda: prune(llama, scratch / "killed", **every_block, rank_timeout=5.0))
+        (scratch / f"killed {rank}").write_text(str(fault))
 
     in_ranks(2, killed_in_training)
     blocks = len(list((scratch / "killed").glob("block-*.safetensors")))
@@ -337,19 +328,13 @@ def refused(scratch: Path) -> dict[str, Any]:
     }
     found = {}
     for name, options in cases.items():
-        out = scratch / name
 
-        def work(rank: int, name: str = name, options: Any = options, out: Path = out) -> None:
-            try:
-                prune(dense, out, **options.get(rank, options[0]))
-            except (ValueError, RuntimeError) as fault:
-                (scratch / f"{name} {rank}").write_text(f"{type(fault).__name__}: {fault}")
+        def work(rank: int, name: str = name, options: Any = options) -> str | None:
+            own = options.get(rank, options[0])
+            return fault_of(lambda: prune(dense, scratch / name, **own))
 
-        in_ranks(2, work)
-        found[name] = {
-            "errors": [(scratch / f"{name} {rank}").read_text() for rank in range(2)],
-            "left": out.exists(),
-        }
+        errors = answers(2, work, scratch)
+        found[name] = {"errors": errors, "left": (scratch / name).exists()}
     return found
 
 
@@ -424,21 +409,15 @@ def evaluated(scratch: Path) -> dict[str, Any]:
 
     found["compared"] = [compared()]
 
-    def score(rank: int) -> None:
+    def score(_rank: int) -> list[Any]:
         with process_group(60) as ranks:
             loss = perplexity(dense, str(text), seqlen=32, ranks=ranks).loss
-            divergence = compared(ranks)
-        (scratch / f"loss {rank}").write_text(json.dumps(loss))
-        (scratch / f"compared {rank}").write_text(json.dumps(divergence))
+            return [loss, compared(ranks)]
 
     for size in (2, 7):
-        assert not any(in_ranks(size, score)), size
-        found[str(size)] = [
-            json.loads((scratch / f"loss {rank}").read_text()) for rank in range(size)
-        ]
-        found["compared"] += [
-            json.loads((scratch / f"compared {rank}").read_text()) for rank in range(size)
-        ]
+        scores = answers(size, score, scratch)
+        found[str(size)] = [loss for loss, _ in scores]
+        found["compared"] += [divergence for _, divergence in scores]
     file = scratch / "sweep.toml"
     file.write_text(
         f'title = "t"\nmodels = ["{dense}"]\n'
@@ -449,13 +428,12 @@ def evaluated(scratch: Path) -> dict[str, Any]:
     sweep = load_sweep(file)
     alone = run_sweep(sweep, scratch / "one")
 
-    def share(rank: int) -> None:
-        def progress(line: str) -> None:
-            (scratch / f"lines {rank}").open("a").write(line + "\n")
+    def share(_rank: int) -> list[str]:
+        lines: list[str] = []
+        run_sweep(sweep, scratch / "two", progress=lines.append)
+        return lines
 
-        run_sweep(sweep, scratch / "two", progress=progress)
-
-    assert not any(in_ranks(2, share))
+    lines = answers(2, share, scratch)
     both = json.loads((scratch / "two" / "results.json").read_text())
     found["sweep"] = {
         "figures": [[x.name, [s.perplexity for s in x.scores.values()]] for x in alone.cells],
@@ -463,7 +441,7 @@ def evaluated(scratch: Path) -> dict[str, Any]:
             [x["name"], [s["perplexity"] for s in x["scores"].values()]] for x in both["cells"]
         ],
         "states": [x["state"] for x in both["cells"]],
-        "lines": [(scratch / f"lines {rank}").read_text() for rank in range(2)],
+        "lines": ["\n".join(each) for each in lines],
         "left": [str(path) for path in (scratch / "two").rglob("cell.json")],
     }
     return found
@@ -493,13 +471,7 @@ def recovered(scratch: Path) -> dict[str, Any]:
     alone = train(scratch / "one")
     assert in_ranks(2, lambda _: train(scratch / "two")) == [0, 0]
 
-    def refused(rank: int) -> None:
-        try:
-            train(scratch / "three", batch=1)
-        except (ValueError, RuntimeError) as fault:
-            (scratch / f"refused {rank}").write_text(str(fault))
-
-    in_ranks(2, refused)
+    refused = answers(2, lambda _: fault_of(lambda: train(scratch / "three", batch=1)), scratch)
 
     def prune_and_train(_rank: int) -> None:
         quick = {"method": "wanda", "dense_weight": 0.0, "reconstruct": "none"}
@@ -514,7 +486,7 @@ def recovered(scratch: Path) -> dict[str, Any]:
         "alone": [x.held_out_loss for x in alone.evaluations],
         "both": [x["held_out_loss"] for x in both["evaluations"]],
         "state": both["state"],
-        "refused": (scratch / "refused 0").read_text(),
+        "refused": refused[0],
         "left": (scratch / "three").exists(),
         "max": json.loads((scratch / "max" / "prunus-recovery.json").read_text())["state"],
         "left inside": (scratch / "max" / ".prunus-pruned").exists(),

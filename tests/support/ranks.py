@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -62,3 +64,14 @@ def in_ranks(size: int, work: Callable[[int], Any]) -> list[int]:
     """Run `work(rank)` on `size` ranks; returns their exit statuses."""
     with forked(size, work) as children:
         return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def answers(size: int, work: Callable[[int], Any], scratch: Path) -> list[Any]:
+    """Run `work(rank)` on `size` ranks; returns what each of them returned, as JSON has it."""
+
+    def answer(rank: int) -> None:
+        (scratch / f"answer {rank}").write_text(json.dumps(work(rank)))
+
+    status = in_ranks(size, answer)
+    assert not any(status), status
+    return [json.loads((scratch / f"answer {rank}").read_text()) for rank in range(size)]
