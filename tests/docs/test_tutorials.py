@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -158,22 +157,3 @@ def test_commands_of_other_pages_are_understood(page):
     for block in blocks(page):
         for words in block.commands() if block.language == "sh" else []:
             check_options(words)
-
-
-def test_a_block_marked_parse_only_is_not_run(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(
-        "<!-- parse only: no GPU -->\n```sh\nprunus doctor\n```\n\n```sh\nls \\\n -l # c\n```\n"
-    )
-    first, second = blocks(page)
-    assert (first.runs, second.runs) == (False, True)
-    assert second.commands() == [["ls", "-l"]]
-
-
-def test_an_option_that_does_not_exist_is_found():
-    with pytest.raises(Exception, match="--sparcity"):
-        check_options(["prunus", "prune", "MODEL", "OUT", "--sparcity", "0.5"])
-
-
-def test_tutorials_use_no_network():
-    assert os.environ.get("HF_HUB_OFFLINE") != "0"
