@@ -93,7 +93,7 @@ class Options(BaseModel):
         return value
 
     @classmethod
-    def read(cls, base: Self | str | Path | None, changes: Mapping[str, Any]) -> Self:
+    def read(cls, base: Options | str | Path | None, changes: Mapping[str, Any]) -> Self:
         """Options from a file or another object, with `changes` on top.
 
         Args:
@@ -110,6 +110,8 @@ class Options(BaseModel):
             if not given:
                 return base
             return _checked(cls, base.changed_by(given) | given, "")
+        if isinstance(base, Options):
+            raise ValueError(f"a {type(base).__name__} was given where a {cls.__name__} is needed")
         values = read_toml(Path(base), f"{cls.FILE} file") if base is not None else {}
         return _checked(cls, values | given, f"{cls.FILE} {base}: " if base is not None else "")
 
@@ -148,10 +150,12 @@ def _explain_one(error: Any, kind: type[BaseModel]) -> str:
     if name in elsewhere:
         return f"{name} is not an option here: {elsewhere[name]}"
     if error["type"] == "extra_forbidden":
+        fields = kind.model_fields
         for part in error["loc"][:-1]:
-            inner = getattr(kind.model_fields.get(str(part)), "annotation", None)
-            kind = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else kind
-        return f"unknown option {name!r}; known are {', '.join(kind.model_fields)}"
+            inner = getattr(fields.get(str(part)), "annotation", None)
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                fields = inner.model_fields
+        return f"unknown option {name!r}; known are {', '.join(fields)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message
