@@ -97,12 +97,12 @@ def test_a_curve_that_is_not_convex_is_replaced_by_its_hull():
         (
             [[(0.0, 0.0), (0.5, 1.0)]],
             0.6,
-            r"go from a sparsity of 0\.0000 to 0\.5000 in all; 0\.6 is not",
+            r"reach from a sparsity of 0\.0000 to 0\.5000 in all; 0\.6 is not",
         ),
         (
             [[(0.3, 0.0), (0.5, 1.0)]],
             0.2,
-            r"go from a sparsity of 0\.3000 to 0\.5000 in all; 0\.2 is not",
+            r"reach from a sparsity of 0\.3000 to 0\.5000 in all; 0\.2 is not",
         ),
         ([[(0.0, 0.0), (0.5, 1.0)]], 1.0, r"the sparsity is 1\.0"),
         ([[(0.0, 0.0)]], 0.2, "layer 0 needs two or more"),

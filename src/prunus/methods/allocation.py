@@ -51,13 +51,13 @@ def allocate_by_error(
             segments.append(((high - low) / removed, layer, right, removed))
     result = [curve[0][0] for curve in curves]
     budget = sparsity * sum(weights)
-    # Every curve starts at its first point. What is left of the budget goes to the segments.
+    # Every curve starts at its first point. The segments get what is left of the budget.
     left_over = budget - math.fsum(s * n for s, n in zip(result, weights, strict=True))
     reach = math.fsum(curve[-1][0] * n for curve, n in zip(curves, weights, strict=True))
     if left_over < -1e-9 * sum(weights) or budget > reach + 1e-9 * sum(weights):
         lowest = 1 - (1 - (budget - left_over) / sum(weights))
         raise ValueError(
-            f"the error curves go from a sparsity of {lowest:.4f} to {reach / sum(weights):.4f} "
+            f"the error curves reach from a sparsity of {lowest:.4f} to {reach / sum(weights):.4f} "
             f"in all; {sparsity} is not between them: measure more points"
         )
     # Equal slopes are taken in the order of the layers. Slopes rise along a hull, so the sorted
@@ -121,7 +121,7 @@ def round_to_whole_weights(
     counts = [math.floor(value + 1e-9) for value in exact]
     budget = sparsity * sum(rows * columns for rows, columns in shapes) + 1e-6
     spare = budget - sum(rows * count for (rows, _), count in zip(shapes, counts, strict=True))
-    # The linear with the largest lost fraction comes first.
+    # The linear with the largest lost fraction is first.
     for layer in sorted(range(len(shapes)), key=lambda at: counts[at] - exact[at]):
         rows, columns = shapes[layer]
         if rows <= spare and counts[layer] + 1 < columns:

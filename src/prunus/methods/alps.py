@@ -18,10 +18,10 @@ H are equal.
 Why the penalty ρ grows: with a small ρ the copies may differ, and the mask can still change much.
 With a large ρ they must agree, and the mask settles. ALPS decides how fast ρ grows from how much
 the mask still changes. Here ρ follows a fixed rule, so all linears with the same input share the
-matrix that stands for the inverse (`solvers/admm_operator.py`), and an iteration is one matrix
+matrix that replaces the inverse (`solvers/admm_operator.py`), and an iteration is one matrix
 product.
 
-Why over-relaxation: a step that goes a little farther than the minimum (ω > 1) converges in fewer
+Why over-relaxation: a step a little beyond the minimum (ω > 1) converges in fewer
 iterations (Eckstein and Bertsekas 1992). It saves a quarter of them here.
 
 The products of the iterations may be computed in low precision, because every step corrects the

@@ -134,7 +134,7 @@ def check_shape(pattern: Pattern, shape: tuple[int, int], name: str) -> None:
 
     >>> check_shape(Pattern(2, 4), (8, 10), "q_proj")
     Traceback (most recent call last):
-    ValueError: q_proj has 10 inputs, which is no multiple of 4: the pattern 2:4 does not fit; \
+    ValueError: q_proj has 10 inputs, which is not a multiple of 4: the pattern 2:4 does not fit; \
 leave this linear out or choose another pattern
     """
     if len(shape) != 2 or min(shape) < 1:
@@ -144,7 +144,7 @@ leave this linear out or choose another pattern
         )
     if pattern.m is not None and shape[1] % pattern.m:
         raise ValueError(
-            f"{name} has {shape[1]} inputs, which is no multiple of {pattern.m}: "
+            f"{name} has {shape[1]} inputs, which is not a multiple of {pattern.m}: "
             f"the pattern {pattern} does not fit; leave this linear out or choose another pattern"
         )
 
@@ -294,7 +294,7 @@ def _keep_highest(score_GC: Tensor, drop: int) -> Tensor:
     for score, keep in zip(score_GC.split(groups), keep_GC.split(groups), strict=True):
         threshold_G1 = _kth_lowest(score, drop)
         torch.gt(score, threshold_G1, out=keep)
-        # Scores equal to the threshold are all dropped so far. Some of them may have to come back.
+        # Scores equal to the threshold are all dropped so far. Some of them may have to be kept.
         missing_G = score.shape[1] - drop - keep.sum(dim=1)
         tied_G = missing_G.nonzero().flatten()
         if tied_G.numel():

@@ -22,8 +22,8 @@ and a rate.
 
 Rows differ too. Let s_i be how fast the loss of the model grows with the squared error of output i
 (`pruning/loss_sensitivity.py`). The loss grows by Σ_i s_i · error_i, so all rows have the same
-slope where scale_i ∝ s_i^-½. If Δ is the same for all linears of a model, the bits go where they
-lower the loss most.
+slope where scale_i ∝ s_i^-½. If Δ is the same for all linears of a model, the bits are spent where
+they lower the loss most.
 
 Rounding weighs error against bits as well. A value v between the integers k and k + 1, in units of
 its step, is rounded up where
@@ -206,7 +206,7 @@ def _sweep(
     classes_I: Tensor,
     keep_IO: Tensor | None,
 ) -> Tensor:
-    """The sweep over the columns, which come in its order; returns the integers, int8 (I, O).
+    """The sweep over the columns, which are in its order; returns the integers, int8 (I, O).
 
     `weight_IO` is overwritten.
     """

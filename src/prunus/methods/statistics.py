@@ -74,7 +74,7 @@ class InputStatistics:
 
     Args:
         in_features: width of the inputs.
-        spec: which sums; "norms" alone stands for `StatisticsSpec(needs="norms")`.
+        spec: which sums; "norms" alone means `StatisticsSpec(needs="norms")`.
         device: where the sums live.
 
     Attributes:

@@ -74,15 +74,7 @@ class Method:
         sparsity: float,
         options: MethodOptions | None = None,
     ) -> Pruned:
-        """Prune one linear, in this process.
-
-        Args:
-            weight_OI: float32, the trained weights.
-            statistics: what is known of the linear's inputs.
-            pattern: which weights compete, and for N:M how many of them stay.
-            sparsity: the share of the weights to remove; N:M implies its own.
-            options: what the method reads; None for the defaults.
-        """
+        """Prune the float32 weight of one linear in this process, without a run around it."""
         from prunus.methods.work import Work
 
         work = Work(pattern, sparsity, MethodOptions() if options is None else options)

@@ -2,7 +2,7 @@
 
 The scores are Wanda's. A row loses its lowest weights as long as their summed score is at most a
 fraction α of the row's sum. One α serves the whole linear. Bisection finds it, so that the sparsity
-of the linear comes within 0.001 of the target (appendix of arXiv 2306.11695).
+of the linear is within 0.001 of the target (appendix of arXiv 2306.11695).
 
 Why the bisection starts at 0.4 and takes the steps of the original code: every α within the
 tolerance gives another mask, and only the same steps end at the same one.

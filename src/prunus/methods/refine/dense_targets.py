@@ -96,8 +96,8 @@ def dense_target(
 def _scaled_gram_with_drift(statistics: InputStatistics, damping: float | None) -> ScaledGram:
     """The scaled Gram matrix of the tokens whose dense inputs are known.
 
-    Why only these: Gram matrix and drift then come from the same tokens, and the chance of which
-    tokens they are cancels out.
+    Why only these: Gram matrix and drift are then sums over the same tokens, so the choice of the
+    tokens cancels out.
     """
     gram_II = statistics.drift_gram_II
     if gram_II is None:
@@ -157,7 +157,7 @@ def best_dense_weight(
     if not 0 < tokens < statistics.tokens:
         return None
     assert gram_II is not None and drift_II is not None
-    # The scales come from all tokens, so that they suit both parts.
+    # The scales are those of all tokens, so that they suit both parts.
     scale_I = gram_II.diagonal().sqrt()
     scale_I = scale_I.masked_fill(scale_I == 0, 1)
     if damping is None:

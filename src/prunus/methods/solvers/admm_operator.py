@@ -13,7 +13,7 @@ of the solver's time, so two approximations replace it:
 
 Why the second way exists: for wide linears an inverse takes as long as a dozen iterations, which
 few tokens do not repay (`least_squares.is_data_limited`). A large λ also lets 5 iterations with a
-penalty that grows at each come about as far as 12. On `down_proj` of Qwen2.5-Coder-1.5B (8960
+penalty that grows at each are about as good as 12. On `down_proj` of Qwen2.5-Coder-1.5B (8960
 inputs, 16,384 tokens) this takes a third of the time, for 1.5 % more error on held-out tokens.
 
 Shape suffixes: I inputs; R leading eigenvectors.
@@ -32,7 +32,7 @@ from prunus.methods.statistics import InputStatistics
 
 __all__ = ["OVER_RELAXATION", "admm_operator", "leading_eigenvectors", "penalties"]
 
-#: ω. Twelve iterations at 1.2 come as far as sixteen at 1; at 1.6 the error is 1 % larger.
+#: ω. Twelve iterations at 1.2 are as good as sixteen at 1; at 1.6 the error is 1 % larger.
 OVER_RELAXATION = 1.2
 # ρ relative to a diagonal of H of about 1; each serves a quarter of the iterations. On four linears
 # of SmolLM2 at 50 % and 2:4, twice as many iterations with twice as many penalties, from 0.1 to

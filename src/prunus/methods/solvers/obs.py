@@ -218,7 +218,7 @@ def inverse_factor(gram_II: Tensor, damping: float) -> tuple[Tensor, dict[str, A
         and that float64 was needed.
 
     Raises:
-        ValueError: this is no Gram matrix; it is not finite, or far from positive semi-definite.
+        ValueError: this is not a Gram matrix: it is not finite, or far from positive semi-definite.
 
     >>> factor_II, notes = inverse_factor(torch.tensor([[4.0, 0.0], [0.0, 4.0]]), 0.5625)
     >>> factor_II

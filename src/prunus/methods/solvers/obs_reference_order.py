@@ -2,7 +2,7 @@
 
 Where a mask depends on weights that are already updated, every rounding error feeds back into it.
 The original code run with one and with two threads agrees with itself on only 94 % of such a mask.
-To get its masks one must therefore repeat its operations in its order: the factor comes from the
+To get its masks one must therefore repeat its operations in its order: the factor is that of the
 inverse itself, in float32, and every column's correction is applied at once to the rest of its
 block (Frantar and Alistarh 2023, arXiv 2301.00774, algorithm 1). `obs.py` computes the same in a
 third of the time, and more exactly.
