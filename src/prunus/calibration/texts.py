@@ -33,13 +33,13 @@ def are_texts(given: Any) -> TypeGuard[Sequence[Any]]:
     """
     if given is None or isinstance(given, str | Path | torch.Tensor):
         return False
-    if hasattr(given, "__getitem__") and hasattr(given, "__len__") and not _is_mapping(given):
-        return True
     hint = ""
-    if hasattr(given, "__iter__") and not _is_mapping(given):
-        hint = ". A stream has no end: take a list of its first rows, with itertools.islice"
-    elif _is_mapping(given):
+    if isinstance(given, Mapping):
         hint = f". Choose one of its parts: {', '.join(map(str, list(given)[:5]))}"
+    elif hasattr(given, "__getitem__") and hasattr(given, "__len__"):
+        return True
+    elif hasattr(given, "__iter__"):
+        hint = ". A stream has no end: take a list of its first rows, with itertools.islice"
     raise TypeError(f"{_WANTED}, not {_kind(given)}{hint}")
 
 
@@ -97,10 +97,6 @@ def _is_chat(entry: Any) -> bool:
         and bool(entry)
         and all(isinstance(one, Mapping) and {"role", "content"} <= set(one) for one in entry)
     )
-
-
-def _is_mapping(given: Any) -> bool:
-    return isinstance(given, Mapping)
 
 
 def _kind(given: Any) -> str:
