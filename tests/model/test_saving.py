@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 import json
 import pickle
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import ModelCard, set_client_factory
+from huggingface_hub import ModelCard, RepoUrl
 from transformers import AutoModelForCausalLM
 
 import prunus
@@ -117,71 +115,35 @@ def test_other_models_stay_as_they_are(folders, tmp_path):
 
 
 class Hub:
-    """Answers as the hub does, one request after the other, and keeps what is committed."""
+    """As much of the hub's client as an upload uses; it keeps the files and sends nothing."""
 
-    def __init__(self, httpx) -> None:
-        self.files: dict[str, bytes] = {}
-        self.paths: list[str] = []
-        self._httpx = httpx
+    def __init__(self, token: str) -> None:
+        assert token == TOKEN
 
-    def __call__(self, request):
-        self.paths.append(request.url.path)
-        if request.url.path == "/api/repos/create":
-            asked = json.loads(request.content)
-            return self._answer(
-                {"url": f"https://{request.url.host}/{asked['organization']}/{asked['name']}"}
-            )
-        if "/preupload/" in request.url.path:
-            names = [file["path"] for file in json.loads(request.content)["files"]]
-            modes = [
-                {"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names
-            ]
-            return self._answer({"files": modes})
-        if "/commit/" in request.url.path:
-            for line in request.content.decode().splitlines():
-                part = json.loads(line)
-                if part["key"] == "file":
-                    value = part["value"]
-                    self.files[value["path"]] = base64.b64decode(value["content"])
-            done = {
-                "success": True,
-                "commitOid": "0" * 40,
-                "commitUrl": f"https://{request.url.host}/me/mine/commit/{'0' * 40}",
-            }
-            return self._answer(done)
-        return self._answer({})
+    def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> RepoUrl:
+        return RepoUrl(f"https://huggingface.co/{repo_id}")
 
-    def _answer(self, content):
-        return self._httpx.Response(200, json=content)
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> str:
+        UPLOADED[repo_id] = {path.name: path.read_bytes() for path in folder_path.iterdir()}
+        return f"https://huggingface.co/{repo_id}/commit/0"
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub behind the lowest layer that sends requests: nothing leaves this process."""
-    from huggingface_hub.utils import _http
-
-    httpx = getattr(_http, "httpx", None) or _http.httpx2
-    pretended = Hub(httpx)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    before = _http._GLOBAL_CLIENT_FACTORY
-    set_client_factory(lambda: httpx.Client(transport=httpx.MockTransport(pretended)))
-    yield pretended
-    set_client_factory(before)
+TOKEN = "hf_" + "x" * 34
+#: Repository -> file -> content.
+UPLOADED: dict[str, dict[str, bytes]] = {}
 
 
 @pytest.mark.parametrize("kind", ["pruned", "packed"])
-def test_an_upload_has_card_record_and_tags(folders, hub, kind):
+def test_an_upload_has_card_record_and_tags(folders, kind, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     model, _ = prunus.load(folders[kind])
-    model.push_to_hub("me/mine", token="hf_" + "x" * 34, tags=["more"], private=True)
-    assert "/api/repos/create" in hub.paths
-    assert {"README.md", "prunus.json", "config.json", "model.safetensors"} <= set(hub.files)
-    found, _ = read_fields(hub.files["README.md"].decode())
+    model.push_to_hub("me/mine", token=TOKEN, tags=["more"], private=True)
+    files = UPLOADED["me/mine"]
+    assert {"README.md", "prunus.json", "config.json", "model.safetensors"} <= set(files)
+    found, _ = read_fields(files["README.md"].decode())
     assert found["tags"].endswith("more]") and "prunus, pruned, sparse" in found["tags"]
     assert found["library_name"].strip() == ("prunus" if kind == "packed" else "transformers")
-    assert json.loads(hub.files["prunus.json"])["recipe"]["method"] == "magnitude"
-
-
-def test_saving_may_upload_at_once(folders, hub, tmp_path):
-    model, _ = prunus.load(folders["packed"])
-    model.save_pretrained(tmp_path / "x", push_to_hub=True, repo_id="me/x", token="hf_" + "x" * 34)
-    assert (tmp_path / "x/README.md").read_bytes() == hub.files["README.md"]
+    assert json.loads(files["prunus.json"])["recipe"]["method"] == "magnitude"
+    # Saving may upload at once.
+    model.save_pretrained(tmp_path / "x", push_to_hub=True, repo_id="me/x", token=TOKEN)
+    assert (tmp_path / "x/README.md").read_bytes() == UPLOADED["me/x"]["README.md"]

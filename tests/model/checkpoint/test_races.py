@@ -139,9 +139,8 @@ def test_the_same_command_twice_gives_one_result(verb, material, between_look_an
     assert content(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_an_import_while_another_command_writes(
-    overwrite, material, between_look_and_lock, tmp_path
+def test_an_import_replaces_what_another_run_finished_only_if_it_may(
+    material, between_look_and_lock, tmp_path
 ):
     pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
@@ -149,34 +148,19 @@ def test_an_import_while_another_command_writes(
     from tiny_gguf import tiny_llama, write_gguf
 
     write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
-    before: dict[str, bytes] = {}
-
-    def finish_first() -> None:
-        verbs(material)["prune"][0](tmp_path / "out")
-        before.update(content(tmp_path / "out"))
-
-    happened = between_look_and_lock(finish_first)
-    if overwrite:
-        import_gguf(tmp_path / "tiny.gguf", tmp_path / "out", overwrite=True)
-        assert (tmp_path / "out" / "model.safetensors").exists()
-        assert not (tmp_path / "out" / "prunus.json").exists()
-    else:
-        with pytest.raises(FileExistsError, match="not empty"):
-            import_gguf(tmp_path / "tiny.gguf", tmp_path / "out")
-        assert content(tmp_path / "out") == before
-    assert happened == ["first"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny.gguf"]
-
-
-def test_an_import_over_a_run_that_goes_on_is_refused(tmp_path):
-    pytest.importorskip("gguf")
-    pytest.importorskip("accelerate")
-    from prunus.model.checkpoint.gguf import import_gguf
-    from tiny_gguf import tiny_llama, write_gguf
-
-    write_gguf(tiny_llama(), tmp_path / "tiny.gguf")
-    with lock.locked(tmp_path / "out"):
+    out = tmp_path / "out"
+    with lock.locked(out):
         for overwrite in (False, True):
-            with pytest.raises(FileExistsError, match="written"):
-                import_gguf(tmp_path / "tiny.gguf", tmp_path / "out", overwrite=overwrite)
+            with pytest.raises(FileExistsError, match="being written"):
+                import_gguf(tmp_path / "tiny.gguf", out, overwrite=overwrite)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny.gguf"]
+    prune = verbs(material)["prune"][0]
+    between_look_and_lock(lambda: prune(out))
+    with pytest.raises(FileExistsError, match="not empty"):
+        import_gguf(tmp_path / "tiny.gguf", out)
+    assert (out / "prunus.json").exists()
+    between_look_and_lock(lambda: prune(out))
+    import_gguf(tmp_path / "tiny.gguf", out, overwrite=True)
+    assert (out / "model.safetensors").exists()
+    assert not (out / "prunus.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tiny.gguf"]
