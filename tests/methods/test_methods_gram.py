@@ -1,16 +1,11 @@
-"""RIA, ALPS and least squares: against float64 references, and on degenerate and real inputs."""
+"""RIA, ALPS and least squares: against float64 references, and on degenerate inputs."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import reference
 from method_cases import PATTERNS, WEIRD, example, gather, prune, weird_example
@@ -21,7 +16,6 @@ from prunus.methods.solvers.least_squares import (
     fit_least_squares,
     ridge,
 )
-from prunus.methods.statistics import InputStatistics
 
 # --- RIA ---
 
@@ -173,18 +167,21 @@ def test_alps_keeps_exact_counts(pattern, rows, sparsity, kind, seed):
 @pytest.mark.parametrize(
     "pattern", [Pattern(), Pattern(group="layer"), Pattern(2, 4), Pattern(4, 8)], ids=repr
 )
-def test_alps_beats_sparsegpt_and_the_best_weights_for_wandas_mask(pattern):
-    weight_OI, X_TI = example(32, 96, tokens=2000)
+def test_wanda_loses_more_than_sparsegpt_and_sparsegpt_more_than_alps(pattern):
+    """ALPS beats the best weights for Wanda's mask too, also on tokens that it has not seen."""
+    weight_OI, X_TI = example(32, 96, tokens=600)
     errors = {}
-    for name, options in (
-        ("wanda", {"weight_update": "least-squares"}),
-        ("sparsegpt", {}),
-        ("alps", {}),
-    ):
-        method = compose(METHODS[name], MethodOptions(**options))
-        pruned = method.prune(weight_OI, gather(X_TI), pattern, 0.5, MethodOptions(**options))
-        errors[name] = ((weight_OI - pruned.weight_OI) @ X_TI.T).norm()
-    assert errors["alps"] < 0.97 * min(errors["wanda"], errors["sparsegpt"])
+    for update in ("none", "least-squares"):
+        options = MethodOptions(weight_update=update)
+        for name in ("wanda", "sparsegpt", "alps") if update == "none" else ("wanda",):
+            method = compose(METHODS[name], options)
+            pruned = method.prune(weight_OI, gather(X_TI[:300]), pattern, 0.5, options)
+            change_OI = weight_OI - pruned.weight_OI
+            errors[name, update] = [float((change_OI @ x.T).norm()) for x in X_TI.split(300)]
+    (seen, alps_unseen), (fitted, *_) = errors["alps", "none"], errors["wanda", "least-squares"]
+    assert errors["wanda", "none"][0] > errors["sparsegpt", "none"][0] > 1.05 * seen
+    assert seen < 0.97 * fitted
+    assert all(unseen >= alps_unseen for _, unseen in errors.values())
 
 
 def test_inverses_are_shared_by_linears_with_the_same_input(monkeypatch):
@@ -243,46 +240,3 @@ def test_no_input_makes_an_update_that_is_not_finite(
         pruned.weight_OI.view(torch.int32)[~pruned.keep_OI],
         torch.zeros_like(pruned.weight_OI[~pruned.keep_OI], dtype=torch.int32),
     )
-
-
-# --- on real blocks ---
-
-
-@pytest.fixture(scope="module")
-def real_linears(golden: Path) -> dict[str, tuple[Tensor, InputStatistics, Tensor]]:
-    """Name -> weight, statistics of six windows, and the inputs of two windows held out."""
-    windows = load_file(golden / "calibration.safetensors")["input_ids"].long()
-    model = AutoModelForCausalLM.from_pretrained(golden, dtype=torch.float32).eval()
-    found = {}
-
-    def remember(name: str, weight_OI: Tensor, inputs: list[Tensor]) -> Tensor:
-        if name.endswith(("q_proj", "down_proj")):
-            found[name] = weight_OI, gather(torch.cat(inputs[:6])), torch.cat(inputs[6:])
-        return weight_OI
-
-    reference.prune_two_pass(model, "model.layers", windows, remember)
-    return found
-
-
-@pytest.mark.parametrize("pattern", [Pattern(), Pattern(2, 4)], ids=str)
-def test_wanda_loses_more_than_sparsegpt_and_sparsegpt_more_than_alps(real_linears, pattern):
-    """Compare relative output errors.
-
-    On held-out windows ALPS has the smallest error, because of its ridge. SparseGPT is fitted to
-    1536 tokens of as many features, and may do worse than Wanda there.
-    """
-    assert len(real_linears) == 4
-    for name, (weight_OI, statistics, held_out_TI) in real_linears.items():
-        energy = float(((weight_OI @ statistics.gram_II) * weight_OI).sum())
-        errors = []
-        for method in ("wanda", "sparsegpt", "alps"):
-            pruned = METHODS[method].prune(weight_OI, statistics, pattern, 0.5)
-            change_OI = weight_OI - pruned.weight_OI
-            seen = float(((change_OI @ statistics.gram_II) * change_OI).sum()) / energy
-            unseen = (change_OI @ held_out_TI.T).square().sum() / (
-                weight_OI @ held_out_TI.T
-            ).square().sum()
-            errors.append((seen, float(unseen)))
-        (wanda, wanda_unseen), (sparsegpt, sparsegpt_unseen), (alps, alps_unseen) = errors
-        assert wanda > sparsegpt > alps, f"{name}: {errors}"
-        assert min(wanda_unseen, sparsegpt_unseen) > alps_unseen, f"{name}: {errors}"
