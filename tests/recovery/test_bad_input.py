@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import prunus
+from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.model.loading import load_model
 from prunus.recovery import training
 from prunus.recovery.masks import check_zeros
@@ -127,15 +129,11 @@ def test_an_adapter_for_another_base(pruned, text, tmp_path):
 
 def nan_after(monkeypatch, calls):
     """Make the training loss NaN after some calls; calls for held-out windows do not count."""
-    real, seen = training.next_token_loss, []
+    real, seen = training.next_token_loss, itertools.count()
 
     def loss(*arguments):
-        result = real(*arguments)
-        if torch.is_grad_enabled():
-            seen.append(1)
-            if len(seen) > calls:
-                return result * math.nan
-        return result
+        ends = torch.is_grad_enabled() and next(seen) >= calls
+        return real(*arguments) * (math.nan if ends else 1)
 
     monkeypatch.setattr(training, "next_token_loss", loss)
 
@@ -143,28 +141,24 @@ def nan_after(monkeypatch, calls):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_best_checkpoint(
     pruned, text, tmp_path, monkeypatch
 ):
-    recover(pruned, tmp_path / "whole", "masked", text)
+    out = tmp_path / "out"
     nan_after(monkeypatch, calls=12)
-    with pytest.raises(
-        ValueError, match=r"loss was not finite at step 13.* holds the weights of step 10"
-    ):
-        recover(pruned, tmp_path / "out", "masked", text)
-    record = RecoveryRecord.load(tmp_path / "out")
+    words = r"loss was not finite at step 13.* holds the weights of step 10"
+    with pytest.raises(ValueError, match=words):
+        recover(pruned, out, "masked", text)
+    record = RecoveryRecord.load(out)
     assert record.state == "finished" and record.diverged
     assert record.evaluations[record.best].step == 10
-    kept = weights(tmp_path / "out")
-    assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
-    loss = prunus.perplexity(tmp_path / "out", str(text), seqlen=16, samples=2).loss
-    before = prunus.perplexity(pruned, str(text), seqlen=16, samples=2).loss
-    assert loss < before
-
-
-def test_a_loss_that_is_not_finite_before_any_progress(pruned, text, tmp_path, monkeypatch):
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(out).values())
+    after, before = (
+        prunus.perplexity(folder, str(text), seqlen=16, samples=2).loss for folder in (out, pruned)
+    )
+    assert after < before
     nan_after(monkeypatch, calls=2)
     with pytest.raises(ValueError, match="holds no result; lower `learning_rate`"):
-        recover(pruned, tmp_path / "out", "masked", text)
-    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
-    assert RecoveryRecord.load(tmp_path / "out").state == "running"
+        recover(pruned, tmp_path / "early", "masked", text)
+    assert not (tmp_path / "early" / INDEX_NAME).exists()
+    assert RecoveryRecord.load(tmp_path / "early").state == "running"
 
 
 def test_a_model_without_a_finite_loss(pruned, text, tmp_path):
@@ -196,6 +190,6 @@ def test_a_pruned_weight_that_is_not_zero_is_never_written():
 
 @pytest.mark.parametrize("options", [7, None, [], {"mode": "masked", "seqlen": "many"}])
 def test_a_record_with_damaged_options_is_refused(options, tmp_path):
-    (tmp_path / RecoveryRecord.FILE).write_text(json.dumps({"options": options}))
+    (tmp_path / RecoveryRecord.FILE).write_text(json.dumps({"recipe": options}))
     with pytest.raises(ValueError, match=RecoveryRecord.FILE):
         RecoveryRecord.load(tmp_path)

@@ -1,4 +1,4 @@
-"""Mixtures of experts: all experts learn, zeros stay, and a smaller one goes through every verb."""
+"""Mixtures of experts: all experts learn, zeros stay, and every verb takes a smaller one."""
 
 from __future__ import annotations
 

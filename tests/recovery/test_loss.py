@@ -113,7 +113,7 @@ def text_of(path, seqlen=8, held_out=2, **options):
 
 def test_every_token_of_the_documents_is_used_once_before_any_is_used_twice(tmp_path):
     path = documents_file(tmp_path)
-    total = sum(9 + i + 1 for i in range(12)) // 8  # an end-of-text token behind each
+    total = sum(9 + i + 1 for i in range(12)) // 8  # an end-of-text token after each
     text = text_of(path)
     rows = torch.cat([text.held_out, text.windows(0, total - 2)])
     seen = rows.flatten().tolist()

@@ -45,7 +45,7 @@ from prunus.runs.progress import Progress
 
 __all__ = ["PRUNED", "MaxRun", "max_run", "plan_training", "prune_and_recover", "training_options"]
 
-#: Name of the folder inside the result where the pruned checkpoint lies during the work.
+#: Name of the folder inside the result that holds the pruned checkpoint during the work.
 PRUNED = ".prunus-pruned"
 #: Minutes of training if no budget is given.
 _DEFAULT_MINUTES = 20.0

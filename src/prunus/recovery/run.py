@@ -74,8 +74,8 @@ def recover(
         overwrite: Replace an earlier result of `recover` in `output`.
         resume: True insists on an unfinished recovery in `output`, False refuses one. By default it
             is resumed if it matches.
-        ranks: Processes that split the windows of each step, all with `output`. None stands for
-            the processes that torchrun started.
+        ranks: Processes that split the windows of each step, all with `output`; by default those
+            that torchrun started.
         rank_timeout: Seconds without a heartbeat after which a rank counts as lost. Default 600.
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
             is called after every step and evaluation with a `prunus.recovery.training.Step`.
