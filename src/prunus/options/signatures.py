@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar, cast
 
 from prunus.options.declaration import Options
@@ -14,7 +14,9 @@ __all__ = ["takes"]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def takes(*models: type[Options]) -> Callable[[_Function], _Function]:
+def takes(
+    *models: type[Options], without: Collection[str] = ()
+) -> Callable[[_Function], _Function]:
     """Give a function that ends in `**options` the fields of `models` as keywords.
 
     The function itself still gets them in `options`. Its docstring gets a line per keyword, and its
@@ -23,12 +25,13 @@ def takes(*models: type[Options]) -> Callable[[_Function], _Function]:
     Args:
         *models: The options that the function takes. A parameter of its own hides an option of the
             same name.
+        without: Options that the function does not take.
     """
 
     def decorate(function: _Function) -> _Function:
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        names = {parameter.name for parameter in own}
+        names = {*without, *(parameter.name for parameter in own)}
         added, lines = [], []
         for model in models:
             declared = model.declared()

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prunus.distributed import Ranks
 from prunus.hardware.memory import peak_memory
 from prunus.model.adapter import CONFIG_NAME
 from prunus.model.checkpoint.output_folder import check_disk
@@ -35,6 +34,9 @@ from prunus.runs.progress_bar import Shown, shows_progress
 
 __all__ = ["carry_out", "recover"]
 
+# Options of other runs. A whole model is trained, as transformers defines it.
+_NOT_TAKEN = ("memory", "tokenizer", "trust_remote_code")
+
 
 def _shown(step: Step) -> Shown:
     """What the progress bar shows after a step."""
@@ -43,23 +45,19 @@ def _shown(step: Step) -> Shown:
 
 
 @shows_progress("recover", _shown)
-@takes(RecoveryOptions)
+@takes(RecoveryOptions, RunOptions, without=_NOT_TAKEN)
 def recover(
     model: str | Path,
     output: str | Path,
     mode: str | None = None,
     *,
     teacher: str | Path | None = None,
-    device: str = "auto",
-    data: str | Path | None = None,
-    overwrite: bool = False,
-    resume: bool | None = None,
-    ranks: Ranks | None = None,
-    rank_timeout: float | None = None,
     progress: Callable[[Step], None] | bool | None = True,
     **options: Any,
 ) -> RecoveryRecord:
     """Win back quality of a pruned or compressed checkpoint by a short training.
+
+    Under torchrun all processes make the same call, and split the windows of every step.
 
     Args:
         model: Folder or hub id of a pruned or compressed checkpoint. It is not changed.
@@ -69,14 +67,6 @@ def recover(
             checkpoint, and an error for all others.
         teacher: Folder or hub id of the dense model. The pruned model learns its logits in place of
             the text, or together with it (`distill_weight`).
-        device: auto, cpu, cuda or cuda:i.
-        data: Folder with local copies of the datasets.
-        overwrite: Replace an earlier result of `recover` in `output`.
-        resume: True insists on an unfinished recovery in `output`, False refuses one. By default it
-            is resumed if it matches.
-        ranks: Processes that split the windows of each step, all with `output`; by default those
-            that torchrun started.
-        rank_timeout: Seconds without a heartbeat after which a rank counts as lost. Default 600.
         progress: True shows a bar on a terminal or in a notebook, and nothing elsewhere. A function
             is called after every step and evaluation with a `prunus.recovery.training.Step`.
 
@@ -91,19 +81,15 @@ def recover(
             weights are the result in `output` nevertheless. Or a model was changed during the work.
         RuntimeError: A pruned weight would not be zero; no index is written.
     """
-    out = Path(output)
-    how = RunOptions(
-        device=device,
-        data=Path(data) if data is not None else None,
-        overwrite=overwrite,
-        resume=resume,
-        ranks=ranks,
-        rank_timeout=rank_timeout,
-        report=progress if callable(progress) else None,
-    )
+    out, report = Path(output), progress if callable(progress) else None
+    work, given = RunOptions.pick(options)
+    for name in _NOT_TAKEN:
+        if work.get(name):
+            raise ValueError(f"prunus recover has no option `{name}`; leave it out")
+    how = RunOptions.read(None, work | {"report": report})
     with how.with_ranks() as joint:
         with joint.processes.fail_together():
-            recipe = RecoveryOptions.read(None, {"mode": mode or default_mode(model), **options})
+            recipe = RecoveryOptions.read(None, given | {"mode": mode or default_mode(model)})
         check_ranks(recipe, joint.processes)
         sources = [Path(each) for each in (model, teacher) if each is not None]
 
