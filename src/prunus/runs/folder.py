@@ -39,7 +39,7 @@ from prunus.options import Options
 from prunus.runs.options import RunOptions
 from prunus.runs.record import RunRecord
 
-__all__ = ["ResultFolder", "bytes_in", "find_earlier", "held"]
+__all__ = ["ResultFolder", "bytes_in", "find_earlier", "held", "locked_output"]
 
 _Record = TypeVar("_Record", bound=RunRecord)
 
@@ -121,13 +121,26 @@ def held(
         earlier = find()
         return None if earlier is None else earlier.model_dump(mode="json")
 
+    with locked_output(output, ranks, find):
+        found = ranks.on_rank_0(look)
+        yield None if found is None else kind.model_validate(found)
+
+
+@contextlib.contextmanager
+def locked_output(output: Path, ranks: Ranks, look: Callable[[], object]) -> Iterator[None]:
+    """Hold a folder against other runs; see `held`.
+
+    Args:
+        output: The folder of the result; it need not exist.
+        ranks: The processes of the run.
+        look: Raises an error for a folder that the run cannot use, before a lock is written there.
+    """
     with contextlib.ExitStack() as stack:
         with ranks.fail_together():
             if ranks.rank == 0:
-                find()
+                look()
                 stack.enter_context(locked(output))
-        found = ranks.on_rank_0(look)
-        yield None if found is None else kind.model_validate(found)
+        yield
 
 
 class ResultFolder:

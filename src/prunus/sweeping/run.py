@@ -31,7 +31,7 @@ from prunus.model.checkpoint.atomic_files import (
 )
 from prunus.model.device import choose_device
 from prunus.options import takes
-from prunus.runs.lock import locked_output
+from prunus.runs.folder import locked_output
 from prunus.runs.options import RunOptions
 from prunus.runs.progress import LineInterval, Progress
 from prunus.sweeping.calibration_windows import shared_windows
