@@ -2,7 +2,7 @@
 
 prune        prune a checkpoint or a loaded model
 compress     compress a checkpoint to a number of bits per weight
-shrink       make a model smaller: blocks, experts, channels or heads go
+shrink       make a model smaller: remove blocks, experts, channels or heads
 recover      train a pruned checkpoint, with its zeros kept
 prune_and_recover
              both, one after the other: preset max
@@ -128,4 +128,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, "__doc__", "__file__", "__name__", "__path__"})
