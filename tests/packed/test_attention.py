@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from packed_reference import pruned_checkpoint
-from prunus import pack
 from prunus.packed import reference_path
 from prunus.packed.attention import use_decode_attention
 from tiny import tiny_model, token_ids
@@ -54,14 +51,3 @@ def test_heads_with_keys_of_their_own_and_other_attentions_are_left_alone(kind):
     model.set_attn_implementation(before)
     assert not use_decode_attention(model)
     assert model.config._attn_implementation == before
-
-
-def test_packed_models_have_it_and_save_nothing_of_it(tmp_path):
-    source = pruned_checkpoint(
-        tmp_path / "pruned", "llama", num_attention_heads=4, num_key_value_heads=2
-    )
-    pack(source, tmp_path / "packed")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
-    assert model.config._attn_implementation == "prunus_sdpa"
-    model.save_pretrained(tmp_path / "again")
-    assert "prunus_sdpa" not in (tmp_path / "again" / "config.json").read_text()

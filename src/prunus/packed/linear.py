@@ -117,11 +117,9 @@ class PackedLinear(nn.Module):
         share = packed.nbytes / (2 * self.in_features * self.out_features)
         told = f"in_features={self.in_features}, out_features={self.out_features}"
         told += f", of_bfloat16={share:.3f}, bias={self.bias is not None}"
-        if self.layout is not None:
-            return f"{told}, codes={[[raw, list(layers)] for raw, layers in self.layout[0]]}"
-        coded, masked = ("weight_codes" in self._names), ("weight_mask" in self._names)
-        dtype = torch.bfloat16 if coded else self.weight.dtype
-        return f"{told}, values={dtype}, coded={coded}, masked={masked}"
+        if self.layout is None:
+            return f"{told}, parts={', '.join(self._names)}"
+        return f"{told}, codes={[[raw, list(layers)] for raw, layers in self.layout[0]]}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Let `.to(device)` move everything, but `.half()` and the like change the bias alone."""

@@ -7,7 +7,7 @@ measured, and keeps the faster of its two forms. Nothing is written to disk.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,16 +38,13 @@ class SemiStructuredChoice:
 
 
 @torch.no_grad()
-def to_semi_structured(
-    model: nn.Module, tokens: int = 1, only: Sequence[str] | None = None
-) -> list[SemiStructuredChoice]:
+def to_semi_structured(model: nn.Module, tokens: int = 1) -> list[SemiStructuredChoice]:
     """Run the 2:4 linears of a loaded model on sparse tensor cores, in place, where that is faster.
 
     Args:
         model: on a CUDA device, float16 or bfloat16.
         tokens: number of tokens of the measured product. The best choice for decoding (1 token) is
             not the best for prompts.
-        only: names of linears to look at; None for all.
 
     Returns:
         One choice per linear, in the order of the model.
@@ -55,8 +52,7 @@ def to_semi_structured(
     Raises:
         RuntimeError: there is no CUDA device, or it has no sparse tensor cores (compute capability
             below 8.0).
-        ValueError: the model is not on the device, tokens is below 1, or `only` names no linear of
-            the model.
+        ValueError: the model is not on the device, or tokens is below 1.
     """
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
@@ -71,15 +67,9 @@ def to_semi_structured(
             "capability 8.0 or more"
         )
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    if unknown := set(only or ()) - set(linears):
-        raise ValueError(
-            f"the model has no linear {sorted(unknown)[0]!r}; names look like "
-            f"{next(iter(linears))!r}"
-        )
-    chosen = {name: module for name, module in linears.items() if only is None or name in only}
-    if any(module.weight.device.type != "cuda" for module in chosen.values()):
+    if any(module.weight.device.type != "cuda" for module in linears.values()):
         raise ValueError("the model is not on the CUDA device: call model.to('cuda') first")
-    return [_choose(name, linear, tokens) for name, linear in chosen.items()]
+    return [_choose(name, linear, tokens) for name, linear in linears.items()]
 
 
 def _choose(name: str, linear: nn.Linear, tokens: int) -> SemiStructuredChoice:

@@ -226,15 +226,18 @@ def test_compile_and_export_see_torchs_operations():
         assert torch.equal(traced(2 * x), type(norm).forward(norm, 2 * x))
 
 
-def test_packed_models_have_both_and_save_nothing_of_them(tmp_path, monkeypatch):
-    source = pruned_checkpoint(tmp_path / "pruned", "llama")
+def test_packed_models_have_all_of_it_and_save_nothing_of_it(tmp_path, monkeypatch):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    source = pruned_checkpoint(tmp_path / "pruned", "llama", **heads)
     pack(source, tmp_path / "packed")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert model.config._attn_implementation == "prunus_sdpa"
     ids = token_ids(1, 1)
     calls = _counted(monkeypatch, "rms_norm"), _counted(monkeypatch, "rotate")
     before = _logits(model, ids)
     assert [len(each) for each in calls] == [5, 2]
     model.save_pretrained(tmp_path / "again")
+    assert "prunus_sdpa" not in (tmp_path / "again" / "config.json").read_text()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(_logits(again, ids), before)
     dense = again.dequantize()
