@@ -207,7 +207,7 @@ class SweepResults(BaseModel):
         """One row per dense model and per cell. `speeds` has decoding speeds by name."""
         rows, forms = [], dict(FORMS)
         for name, _, found in self.every_model():
-            row: dict[str, Any] = {"model": name} | found.totals()
+            row: dict[str, Any] = {"model": name}
             for text in self.scoring["texts"]:
                 for title, figure in found.figures(text).items():
                     own = title if title in ("file, GB", "bits per weight") else f"{title}, {text}"
@@ -215,7 +215,8 @@ class SweepResults(BaseModel):
             row["decoded tokens/s"] = (speeds or {}).get(name)
             for title, figure in found.task_figures().items():
                 row[title], forms[title] = figure, ".4g"
-            rows.append(row | {"state": self.state_of(found), "reason": found.error})
+            state = {"state": self.state_of(found), "reason": found.error}
+            rows.append(row | found.totals() | state)
         forms |= {"zeros": ".2%", "pruning seconds": ",.1f", "recovery seconds": ",.1f"}
         note = (
             "Error: mean relative output error, or mean removed energy (E), which assumes "
