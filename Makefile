@@ -54,7 +54,7 @@ wheel-test:
 	build/wheel/venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps \
 	    --no-build-isolation --wheel-dir build/wheel build/wheel/prunus-*.tar.gz
 	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check \
-	    "$$(ls build/wheel/prunus-*.whl)[report]"
+	    build/wheel/prunus-*.whl
 	cd build/wheel && venv/bin/python ../../tests/release/use_installed.py scratch
 
 # Packed checkpoints in vLLM for CPUs. It pins other versions of libraries than prunus needs, so it

@@ -45,14 +45,14 @@ LIBRARIES = {
 
 #: Libraries that an extra installs: each is imported in one file, inside a function.
 OPTIONAL = [
-    "datasets", "gguf", "pyarrow", "accelerate", "peft", "lm_eval", "plotly", "PIL", "fastapi",
+    "datasets", "gguf", "pyarrow", "accelerate", "peft", "lm_eval", "PIL", "fastapi",
     "uvicorn", "openai", "IPython", "vllm",
 ]  # fmt: skip
 
 #: What must be read without torch: the recipe of each verb, its record, and reports of results.
 WITHOUT_TORCH = [
     "prunus.pruning.recipe", "prunus.pruning.records", "prunus.compression.recipe",
-    "prunus.compression.record", "prunus.runs.record", "prunus.sweeping",
+    "prunus.compression.record", "prunus.runs.record", "prunus.sweeping.results",
     "prunus.evaluation.options", "prunus.evaluation.records", "prunus.evaluation.comparison",
     "prunus.reporting.sources",
 ]  # fmt: skip

@@ -98,14 +98,17 @@ def test_a_result_that_was_finished_earlier_does_not_look_new(dense, text, tmp_p
 
 
 def test_doctor_speaks_in_sentences_and_names_missing_extras(tmp_path, monkeypatch):
-    missing = {"datasets", "plotly"}
+    missing = {"datasets", "peft"}
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *_: None if name in missing else object()
     )
     result = call("doctor", "--json", tmp_path / "state.json")
     assert "The extra data is not installed: pip install '.[data]' gives C4" in result.stdout
     assert "instruction_set" not in result.stdout
-    assert json.loads((tmp_path / "state.json").read_text())["missing_extras"] == ["data", "report"]
+    assert json.loads((tmp_path / "state.json").read_text())["missing_extras"] == [
+        "data",
+        "adapters",
+    ]
 
 
 def test_int8_shows_the_perplexity_before_and_after(dense, text, tmp_path):

@@ -12,7 +12,7 @@ from places import REPOSITORY
 from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
-EXTRAS = {"datasets", "pyarrow", "lm_eval", "gguf", "accelerate", "peft", "plotly", "PIL"}
+EXTRAS = {"datasets", "pyarrow", "lm_eval", "gguf", "accelerate", "peft", "PIL"}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/start/first-prune.md"])

@@ -333,13 +333,8 @@ def test_a_page_with_charts_is_small(run):
     assert len(to_html(read_document([run]))) < 1_000_000
 
 
-def test_a_page_without_charts_needs_no_plotting_library(tmp_path, monkeypatch, run):
-    monkeypatch.setitem(sys.modules, "plotly", None)
-    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
-    page = to_html(read_document([write(tmp_path / "e.json", evaluation())]))
-    assert len(page) < 50_000
-    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[report\]'"):
-        to_html(read_document([run]))
+def test_a_page_without_charts_has_no_plotting_library(tmp_path):
+    assert len(to_html(read_document([write(tmp_path / "e.json", evaluation())]))) < 50_000
 
 
 # --- the command ---

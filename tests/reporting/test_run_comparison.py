@@ -76,6 +76,5 @@ def test_one_run_stands_alone_and_runs_of_one_name_keep_their_paths(runs, tmp_pa
 def test_the_comparison_is_shown_everywhere(runs):
     document = prunus.report([runs[0] / "low", runs[0] / "high"])
     assert "Runs side by side" in to_markdown(document)
-    pytest.importorskip("plotly")
     page = to_html(document)
     assert "Runs side by side" in page and "@media print" in page

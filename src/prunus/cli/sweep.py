@@ -108,15 +108,12 @@ def report(
     """
     with user_errors(json_file):
         from prunus.reporting.page import document_json
-        from prunus.reporting.sources import read_document
-        from prunus.reporting.write import check_page_name, write_page
+        from prunus.reporting.write import report as write_report
 
-        if output is not None:
-            check_page_name(output)
-        document = read_document(paths, bench, title)
+        document = write_report(paths, output, bench=bench, title=title)
+        content = document_json(document)
         if output is None:
-            print_result(document, json_file, document_json(document))
+            print_result(document, json_file, content)
             return
-        size = write_page(document, output)
-        write_json(json_file, document_json(document))
-        note(f"wrote {output}, {size / 1e6:.1f} MB")
+        write_json(json_file, content)
+        note(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")

@@ -26,7 +26,8 @@ from prunus.evaluation.watched import unchanged
 from prunus.hardware.memory import describe_hardware, processor_name, versions
 from prunus.model.device import choose_device
 from prunus.options import takes
-from prunus.runs.progress_bar import Shown, shows_progress
+from prunus.runs.progress import Shown
+from prunus.runs.progress_bar import shows_progress
 
 __all__ = ["TaskRun", "evaluate", "prepare_tasks"]
 

@@ -22,7 +22,6 @@ _EXTRAS = {
     "eval": (("lm_eval",), "prunus eval --tasks and prunus lm-eval"),
     "gguf": (("gguf", "accelerate", "sentencepiece"), "prunus import"),
     "adapters": (("peft",), "peft adapters and prunus recover --mode lora"),
-    "report": (("plotly",), "pages with plots"),
     "vision": (("PIL",), "image classifiers"),
 }
 

@@ -30,7 +30,8 @@ from prunus.recovery.trainable import Trainable
 from prunus.recovery.training import Step, Training
 from prunus.runs.folder import ResultFolder, find_earlier, held
 from prunus.runs.options import RunOptions
-from prunus.runs.progress_bar import Shown, shows_progress
+from prunus.runs.progress import Shown
+from prunus.runs.progress_bar import shows_progress
 
 __all__ = ["carry_out", "recover"]
 

@@ -1,4 +1,4 @@
-"""Charts drawn with plotly: figures as JSON for the page.
+"""Charts as figures of plotly, written as JSON for the page. Nothing of plotly is needed for it.
 
 The page owns the colours. A trace names its part of the palette in `meta`, and page.js fills in the
 colour for the light or the dark scheme. Plotly interprets some HTML in its texts, so every text is
@@ -14,7 +14,7 @@ from typing import Any
 
 from prunus.runs.document import Chart, HeatMap, Lines, text_of
 
-__all__ = ["check_plotly", "figure_json"]
+__all__ = ["figure_json"]
 
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "hexagon")
 #: Shift between two series at one category, as a share of the distance between categories.
@@ -24,73 +24,52 @@ _LABEL_ROOM = 0.15
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
-def check_plotly() -> None:
-    """Raise ModuleNotFoundError, which names the extra, if plotly is not installed."""
-    _plotly()
-
-
 def figure_json(chart: Chart) -> str:
-    """Write a chart as the JSON of a plotly figure.
-
-    Raises:
-        ModuleNotFoundError: plotly is not installed.
-    """
-    graph = _plotly()
-    match chart:
-        case Lines():
-            figure = _lines(graph, chart)
-        case HeatMap():
-            figure = _heat_map(graph, chart)
-    content = figure.to_plotly_json()
-    content["layout"].pop("template", None)  # six kilobytes of defaults that page.js replaces
-    return json.dumps(content, allow_nan=False)
+    """Write a chart as the JSON of a plotly figure."""
+    figure = _lines(chart) if isinstance(chart, Lines) else _heat_map(chart)
+    return json.dumps(figure, allow_nan=False)
 
 
-def _plotly() -> Any:
-    try:
-        import plotly.graph_objects
-    except ImportError:
-        raise ModuleNotFoundError("the HTML report needs plotly: pip install '.[report]'") from None
-    return plotly.graph_objects
-
-
-def _lines(graph: Any, chart: Lines) -> Any:
+def _lines(chart: Lines) -> dict[str, Any]:
     """Draw lines over numbers, or unconnected markers over categories.
 
     Categories stand at 0, 1, 2, …; each series is shifted a little, so that markers do not overlap.
     """
     places = {name: place for place, name in enumerate(chart.categories)}
-    figure = graph.Figure()
+    traces: list[dict[str, Any]] = []
     for position, series in enumerate(chart.series):
-        figure.add_scatter(
-            x=[places[x] + _SHIFT * (position - (len(chart.series) - 1) / 2) for x in series.x]
-            if places
-            else list(series.x),
-            y=list(series.y),
-            name=html.escape(series.name),
-            mode="markers+text" if chart.labelled else "markers" if places else "lines+markers",
-            marker={"symbol": _SYMBOLS[position % len(_SYMBOLS)], "size": 11 if places else 8},
-            line={"dash": _DASHES[position % len(_DASHES)], "width": 2},
-            hovertext=[html.escape(text) for text in series.hover],
-            hoverinfo="text",
-            meta={"colour": position},
-            **(_labels(chart, position) if chart.labelled else {}),
-        )
+        shift = _SHIFT * (position - (len(chart.series) - 1) / 2)
+        trace = {
+            "type": "scatter",
+            "x": [places[x] + shift if places else x for x in series.x],
+            "y": list(series.y),
+            "name": html.escape(series.name),
+            "mode": "markers" if places else "lines+markers",
+            "marker": {"symbol": _SYMBOLS[position % len(_SYMBOLS)], "size": 11 if places else 8},
+            "line": {"dash": _DASHES[position % len(_DASHES)], "width": 2},
+            "hovertext": [html.escape(text) for text in series.hover],
+            "hoverinfo": "text",
+            "meta": {"colour": position},
+        }
+        traces.append(trace | (_labels(chart, position) if chart.labelled else {}))
     values = [y for series in chart.series for y in series.y]
     measured = sorted({x for series in chart.series for x in series.x}) if not places else []
     if chart.level is not None:
         name, level = chart.level
         values.append(level)
         ends = [-0.4, len(places) - 0.6] if places else [measured[0], measured[-1]]
-        figure.add_scatter(
-            x=ends,
-            y=[level, level],
-            name=f"{html.escape(name)} {level:,.2f}",
-            mode="lines",
-            line={"dash": "dot", "width": 1.5},
-            hovertext=[f"{html.escape(name)}: {level:,.3f}"] * 2,
-            hoverinfo="text",
-            meta={"colour": "level"},
+        traces.append(
+            {
+                "type": "scatter",
+                "x": ends,
+                "y": [level, level],
+                "name": f"{html.escape(name)} {level:,.2f}",
+                "mode": "lines",
+                "line": {"dash": "dot", "width": 1.5},
+                "hovertext": [f"{html.escape(name)}: {level:,.3f}"] * 2,
+                "hoverinfo": "text",
+                "meta": {"colour": "level"},
+            }
         )
     x_axis: dict[str, Any] = {"title": {"text": html.escape(chart.x_title)}}
     if places:
@@ -112,7 +91,7 @@ def _lines(graph: Any, chart: Lines) -> Any:
     if chart.log_y:
         y_axis["title"]["text"] += " (logarithmic)"
         y_axis |= {"type": "log", **_log_ticks(min(values), max(values))}
-    return figure.update_layout(xaxis=x_axis, yaxis=y_axis, height=420)
+    return {"data": traces, "layout": {"xaxis": x_axis, "yaxis": y_axis, "height": 420}}
 
 
 def _labels(chart: Lines, position: int) -> dict[str, Any]:
@@ -120,6 +99,7 @@ def _labels(chart: Lines, position: int) -> dict[str, Any]:
     order = sorted(range(len(chart.series)), key=lambda place: chart.series[place].x)
     place = "top center" if order.index(position) % 2 == 0 else "bottom center"
     return {
+        "mode": "markers+text",
         "text": [html.escape(chart.series[position].name)] * len(chart.series[position].x),
         "textposition": place,
         "cliponaxis": False,
@@ -127,7 +107,7 @@ def _labels(chart: Lines, position: int) -> dict[str, Any]:
     }
 
 
-def _heat_map(graph: Any, chart: HeatMap) -> Any:
+def _heat_map(chart: HeatMap) -> dict[str, Any]:
     hover = [
         [
             f"{html.escape(chart.x_title)} {html.escape(column)}, {html.escape(row)}: "
@@ -136,45 +116,37 @@ def _heat_map(graph: Any, chart: HeatMap) -> Any:
         ]
         for row, line in zip(chart.rows, chart.values, strict=True)
     ]
-    figure = graph.Figure()
-    figure.add_heatmap(
-        x=list(chart.columns),
-        y=[html.escape(row) for row in chart.rows],
-        z=[list(line) for line in chart.values],
-        text=hover,
-        hoverinfo="text",
-        xgap=1,
-        ygap=1,
-        colorbar={
-            "tickformat": _ticks(chart.form),
+    known = [value for line in chart.values for value in line if value is not None]
+    trace = {
+        "type": "heatmap",
+        "x": list(chart.columns),
+        "y": [html.escape(row) for row in chart.rows],
+        "z": [list(line) for line in chart.values],
+        "text": hover,
+        "hoverinfo": "text",
+        "xgap": 1,
+        "ygap": 1,
+        "colorbar": {
+            # Plotly's "~" leaves out trailing zeros.
+            "tickformat": f"{chart.form[:-1]}~{chart.form[-1]}",
             "nticks": 5,
             "thickness": 10,
             "outlinewidth": 0,
         },
-        meta={"colour": "scale"},
-        **_scale(chart),
-    )
+        "meta": {"colour": "scale"},
+        # The colours begin at zero, so that close values look the same.
+        "zmin": 0.0,
+        "zmax": max(known, default=0.0) or 1.0,
+    }
     step = max(1, math.ceil(len(chart.columns) / 12))
-    return figure.update_layout(
-        xaxis={
-            "title": {"text": html.escape(chart.x_title)},
-            "type": "category",
-            "tickvals": list(chart.columns[::step]),
-        },
-        yaxis={"autorange": "reversed", "type": "category"},
-        height=min(1200, 110 + 24 * len(chart.rows)),
-    )
-
-
-def _scale(chart: HeatMap) -> dict[str, float]:
-    """Let the colours run from zero to the largest value, so that close values look the same."""
-    known = [value for line in chart.values for value in line if value is not None]
-    return {"zmin": 0.0, "zmax": max(known) or 1.0} if known else {}
-
-
-def _ticks(form: str) -> str:
-    """Turn a Python format specification into plotly's for ticks, without trailing zeros."""
-    return f"{form[:-1]}~{form[-1]}"
+    x_axis = {
+        "title": {"text": html.escape(chart.x_title)},
+        "type": "category",
+        "tickvals": list(chart.columns[::step]),
+    }
+    y_axis = {"autorange": "reversed", "type": "category"}
+    height = min(1200, 110 + 24 * len(chart.rows))
+    return {"data": [trace], "layout": {"xaxis": x_axis, "yaxis": y_axis, "height": height}}
 
 
 def _log_ticks(low: float, high: float) -> dict[str, Any]:

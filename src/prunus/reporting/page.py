@@ -30,11 +30,7 @@ _LIBRARY = "plotly-cartesian.min.js.gz"
 
 
 def to_html(document: Document) -> str:
-    """Write a document as an HTML page.
-
-    Raises:
-        ModuleNotFoundError: the document has charts, and plotly is not installed.
-    """
+    """Write a document as an HTML page."""
     has_charts = any(
         isinstance(part, Chart)
         for section in document.sections

@@ -24,21 +24,12 @@ __all__ = ["read_document"]
 
 
 def read_document(
-    paths: list[Path],
-    bench: Path | None = None,
-    title: str | None = None,
+    paths: Sequence[Path], bench: Path | None = None, title: str | None = None
 ) -> Document:
-    """Read a report on runs, sweeps and evaluations.
+    """A document with one section per path; the arguments are those of `prunus.report`.
 
-    Args:
-        paths: folders with `prunus.json`, `prunus-structure.json` or `results.json`, and files of
-            `prunus eval --json`.
-        bench: file of `prunus bench --json`. Sweeps and evaluations show these speeds as well.
-        title: title of the document; None takes that of the first section.
-
-    Returns:
-        A document with one section per path. Quality is first: evaluations and sweeps, then
-        `bench`. Runs follow; two or more of them are also compared.
+    Quality is first: evaluations and sweeps, then `bench`. Runs follow; two or more of them are
+    also compared.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -83,12 +74,7 @@ def _pruning_records(path: Path) -> list[type[PruningRecord]]:
 
 
 def read_section(path: Path, speeds: Mapping[str, float]) -> Section:
-    """Read one run, sweep or evaluation; see `read_document`.
-
-    Args:
-        path: a folder, or the file of an evaluation.
-        speeds: of `decode_speeds`.
-    """
+    """Read one run, sweep or evaluation."""
     if path.is_dir():
         if (path / RESULTS_NAME).exists():
             results = SweepResults.load(path)

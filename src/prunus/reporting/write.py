@@ -11,7 +11,7 @@ from prunus.reporting.plain import to_markdown
 from prunus.reporting.sources import read_document
 from prunus.runs.document import Document
 
-__all__ = ["check_page_name", "report", "write_page"]
+__all__ = ["report"]
 
 
 def report(
@@ -36,34 +36,17 @@ def report(
     Raises:
         ValueError, FileNotFoundError: A path holds something else or is damaged, or the name of
             `output` has another ending.
-        ModuleNotFoundError: The page has charts, and plotly is not installed.
     """
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
         raise ValueError("give the folder of a run or a sweep, or the file of prunus eval --json")
-    if output is not None:
-        check_page_name(Path(output))
+    page = None if output is None else Path(output)
+    if page is not None and page.suffix not in (".html", ".md"):
+        raise ValueError(f"output {page}: the name must end in .html or .md")
     document = read_document(
-        [Path(path) for path in given], Path(bench) if bench is not None else None, title=title
+        [Path(path) for path in given], Path(bench) if bench is not None else None, title
     )
-    if output is not None:
-        write_page(document, Path(output))
+    if page is not None:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_text(page, (to_html if page.suffix == ".html" else to_markdown)(document))
     return document
-
-
-def check_page_name(output: Path) -> None:
-    """Check that the name of a report says which form it has.
-
-    Raises:
-        ValueError: It ends neither in .html nor in .md.
-    """
-    if output.suffix not in (".html", ".md"):
-        raise ValueError(f"-o {output}: the name must end in .html or .md")
-
-
-def write_page(document: Document, output: Path) -> int:
-    """Write a report as HTML or Markdown, by the ending of its name; returns its size in bytes."""
-    page = to_html(document) if output.suffix == ".html" else to_markdown(document)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(output, page)
-    return len(page.encode())

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-__all__ = ["SECONDS_BETWEEN_LINES", "LineInterval", "Progress", "eta"]
+__all__ = [
+    "SECONDS_BETWEEN_LINES",
+    "LineInterval",
+    "Progress",
+    "Shown",
+    "eta",
+    "one_line",
+    "terminal_bar",
+]
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -83,3 +93,45 @@ def eta(done: int, total: int, seconds: float) -> str:
     hours, rest = divmod(left, 3600)
     minutes, left = divmod(rest, 60)
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+class Shown(NamedTuple):
+    """What a bar shows.
+
+    Attributes:
+        share: of the work that is done, from 0 to 1; None where it is not known.
+        state: a few words next to the bar.
+    """
+
+    share: float | None
+    state: str
+
+
+@contextlib.contextmanager
+def terminal_bar(title: str, console: Any = None) -> Iterator[Callable[[Shown], None]]:
+    """Show a bar on a console of rich, by default on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    state = TextColumn("{task.fields[state]}", markup=False)
+    console = console or Console(stderr=True, markup=False, emoji=False)
+    with Bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+        state,
+        console=console,
+    ) as bar:
+        task = bar.add_task(title, total=None, state="…")
+
+        def update(shown: Shown) -> None:
+            known = {} if shown.share is None else {"completed": shown.share, "total": 1.0}
+            bar.update(task, state=one_line(shown.state), **known)  # type: ignore[arg-type]
+
+        yield update
+
+
+def one_line(text: str) -> str:
+    """Names come from files of others: no character of them commands a terminal."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)

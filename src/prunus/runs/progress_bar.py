@@ -14,28 +14,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from html import escape
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from prunus.distributed import is_rank_0
-from prunus.runs.progress import LineInterval, Progress, eta
+from prunus.runs.progress import LineInterval, Progress, Shown, eta, one_line, terminal_bar
 
-__all__ = ["ProgressBar", "Shown", "pruning_step", "shows_progress", "window_step"]
+__all__ = ["ProgressBar", "pruning_step", "shows_progress", "window_step"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 #: Seconds between two changes of a notebook's bar. Each change is a message to the browser.
 _NOTEBOOK_INTERVAL = 0.2
-
-
-class Shown(NamedTuple):
-    """What a bar shows.
-
-    Attributes:
-        share: of the work that is done, from 0 to 1; None where it is not known.
-        state: a few words next to the bar.
-    """
-
-    share: float | None
-    state: str
 
 
 class ProgressBar:
@@ -74,7 +62,7 @@ def shows_progress(title: str, read: Callable[..., Shown]) -> Callable[[_Functio
             place = _place() if progress and is_rank_0() else None
             if place is None:
                 return function(*arguments, **{name: None}, **options)
-            with (_notebook_bar if place == "notebook" else _terminal_bar)(title) as update:
+            with (_notebook_bar if place == "notebook" else terminal_bar)(title) as update:
                 bar = ProgressBar(update, read)
                 said = {} if own else {"announce": bar.say}
                 return function(*arguments, **{name: bar}, **said, **options)
@@ -117,30 +105,6 @@ def _place() -> Literal["notebook", "terminal"] | None:
 
 
 @contextlib.contextmanager
-def _terminal_bar(title: str) -> Iterator[Callable[[Shown], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    state = TextColumn("{task.fields[state]}", markup=False)
-    console = Console(stderr=True, markup=False, emoji=False)
-    with Bar(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TimeElapsedColumn(),
-        state,
-        console=console,
-    ) as bar:
-        task = bar.add_task(title, total=None, state="…")
-
-        def update(shown: Shown) -> None:
-            known = {} if shown.share is None else {"completed": shown.share, "total": 1.0}
-            bar.update(task, state=_printable(shown.state), **known)  # type: ignore[arg-type]
-
-        yield update
-
-
-@contextlib.contextmanager
 def _notebook_bar(title: str) -> Iterator[Callable[[Shown], None]]:
     """Show a bar as HTML, which needs no widgets, and change it where it stands."""
     from IPython.display import HTML, display
@@ -171,10 +135,5 @@ def _markup(title: str, shown: Shown, seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return (
         f'<div>{escape(title)} <progress max="1"{value} style="width: 20em"></progress> '
-        f"{minutes}:{rest:02} {escape(_printable(shown.state))}</div>"
+        f"{minutes}:{rest:02} {escape(one_line(shown.state))}</div>"
     )
-
-
-def _printable(text: str) -> str:
-    """Names come from files of others: no character of them commands a terminal."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)

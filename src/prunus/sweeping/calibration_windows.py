@@ -33,13 +33,6 @@ def shared_windows(
 
     New windows are written into `output` and entered in `results`. The caller saves the results.
 
-    Args:
-        output: folder of the sweep.
-        results: results so far.
-        label: name of the model in the sweep.
-        recipe: has source, number of windows, tokens per window, seed and BOS.
-        options: data folder, trust in remote code.
-
     Returns:
         Token ids (samples, seqlen), int64.
 

@@ -40,22 +40,18 @@ def prune_cell(
     options: RunOptions,
     progress: Callable[[Progress], None] | None = None,
 ) -> Path:
-    """Prune a model into the cell's folder. An earlier attempt is resumed.
+    """Prune a model into the cell's folder, and return the folder with the pruned weights.
+
+    An earlier attempt is resumed. The cell's `pruning` is filled in.
 
     Args:
-        cell: the cell; its `pruning` is filled in.
+        cell: the cell.
         folder: folder of the cell.
         model: the dense checkpoint.
-        ids: the shared calibration windows (samples, seqlen), int64. None for methods that use only
-            weights.
+        ids: the shared calibration windows (samples, seqlen), int64; None for methods that use
+            only weights.
         options: options of the sweep.
         progress: called after every block.
-
-    Returns:
-        The folder with the pruned weights.
-
-    Raises:
-        See `prunus.prune`.
     """
     weights = folder / WEIGHTS
     make_folder(folder)
@@ -81,21 +77,17 @@ def recover_cell(
     recovery: dict[str, Any],
     options: RunOptions,
 ) -> Path:
-    """Recover a pruned checkpoint into the cell's folder. An earlier attempt is resumed.
+    """Recover a pruned checkpoint into the cell's folder, and return the folder with the weights.
+
+    An earlier attempt is resumed. The cell's `recovered` is filled in.
 
     Args:
-        cell: the cell; its `recovered` is filled in.
+        cell: the cell.
         folder: folder of the cell.
         pruned: the weights of the cell that is recovered.
         dense: the model before pruning; it is the teacher for `teacher = "dense"`.
         recovery: a `[recovery]` table of the sweep file.
         options: options of the sweep.
-
-    Returns:
-        The folder with the recovered weights.
-
-    Raises:
-        See `prunus.recover`.
     """
     weights = folder / WEIGHTS
     make_folder(folder)
@@ -132,9 +124,6 @@ def score_model(
         dense: the dense model, which cells are compared with. It scores itself with what the
             comparisons need as well.
         finished: called with what was scored and its value, after each text and each metric.
-
-    Raises:
-        See `prunus.perplexity` and `prunus.evaluate`.
     """
     if record.size is None:
         record.size = stored_size(model, options.trust_remote_code)

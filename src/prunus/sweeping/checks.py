@@ -26,12 +26,6 @@ __all__ = ["check_folder", "check_sweep"]
 def check_sweep(sweep: Sweep, output: Path, options: RunOptions, file: str) -> SweepResults:
     """Check a sweep before any work. Nothing is written.
 
-    Args:
-        sweep: the sweep.
-        output: folder of the sweep.
-        options: device, memory, data folder and trust in remote code, for all cells.
-        file: name of the sweep file, for the results.
-
     Returns:
         The results of an earlier run of the same sweep, with all cells of this one.
 

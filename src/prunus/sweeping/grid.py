@@ -108,7 +108,7 @@ class Sweep(BaseModel):
         """
         if not self.models:
             raise ValueError(
-                "no model: give models = [...] in the sweep file, or --model on the command line"
+                "no model: give models = [...] in the sweep file, or name some when you run it"
             )
         found: dict[str, str] = {}
         for model in self.models:

@@ -90,20 +90,14 @@ def run_sweep(
     file: str = "sweep.toml",
     progress: Callable[[str], None] | None = None,
 ) -> SweepResults:
-    """Run a sweep, or what an earlier run has left of it.
+    """Run a sweep, or what an earlier run has left of it; see `sweep`.
 
     Args:
         sweep: see `load_sweep`.
         output: folder for `results.json`, `results.csv`, the calibration windows and the cells.
-        options: device, memory, data folder and trust in remote code, for all cells.
+        options: for all cells.
         file: name of the sweep file, for the results.
         progress: called with a line of text after every step.
-
-    Returns:
-        The results. A cell that failed has a message in `CellResult.error`.
-
-    Raises:
-        See `check_sweep`; it runs before any work.
     """
     with contextlib.ExitStack() as stack:
         how = stack.enter_context((options or RunOptions()).with_ranks())
