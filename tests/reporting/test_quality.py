@@ -15,8 +15,8 @@ from prunus.reporting.plain import to_terminal
 from prunus.reporting.quality import decode_speed
 from prunus.reporting.sources import read_document
 from prunus.reporting.sweep_section import sweep_section
-from prunus.runs.document import Lines, Measured, Table
-from report_samples import bench, evaluation, sweep_results, write
+from prunus.runs.document import Lines, Measured
+from report_samples import bench, evaluation, sweep_results, table, write
 
 FIGURES = {
     "reference": "dense",
@@ -44,13 +44,6 @@ def compared_sweep():
 
 def charts(section):
     return {part.title: part for part in section.parts if isinstance(part, Lines)}
-
-
-def table(section, title, key=0):
-    every = (*section.parts, *section.details)
-    [found] = [p for p in every if isinstance(p, Table) and p.title == title]
-    titles = [column.title for column in found.columns]
-    return {row[key]: dict(zip(titles, row, strict=True)) for row in found.rows}
 
 
 def test_a_sweep_shows_divergences_and_packed_sizes():

@@ -13,7 +13,7 @@ from prunus.evaluation.task_scores import Metric, TaskResults, TaskScore
 from prunus.pruning.manifest import Manifest
 from prunus.pruning.recipe import Recipe
 from prunus.reporting.sources import read_document
-from prunus.runs.document import Document
+from prunus.runs.document import Document, Section, Table
 from prunus.sweeping.results import CalibrationSet, CellResult, DenseResult, SweepResults
 
 HOSTILE = (
@@ -192,3 +192,19 @@ def hostile_document(tmp_path: Path, run: Path) -> Document:
         write(tmp_path / "b.json", bench(HOSTILE)),
         HOSTILE,
     )
+
+
+def rows(section: Section, title: str) -> list[dict[str, object]]:
+    """The rows of the table whose title begins with `title`: column title -> raw value."""
+    [part] = [
+        part
+        for part in (*section.parts, *section.details)
+        if isinstance(part, Table) and part.title.startswith(title)
+    ]
+    names = [column.title for column in part.columns]
+    return [dict(zip(names, row, strict=True)) for row in part.rows]
+
+
+def table(section: Section, title: str, key: int = 0) -> dict[object, dict[str, object]]:
+    """The same, by the cell in column `key`."""
+    return {list(row.values())[key]: row for row in rows(section, title)}

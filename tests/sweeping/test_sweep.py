@@ -347,22 +347,17 @@ def test_the_table_holds_the_values_of_the_json(swept):
         cell["name"] for cell in content["cells"]
     ]
     base = content["models"]["dense"]["scores"]["python-docs"]["perplexity"]
-    assert (rows[0]["method"], float(rows[0]["perplexity python-docs"])) == ("dense", base)
+    assert (rows[0]["method"], float(rows[0]["perplexity, python-docs"])) == ("dense", base)
     for row, cell in zip(rows[1:], content["cells"], strict=True):
-        assert float(row["perplexity python-docs"]) == cell["scores"]["python-docs"]["perplexity"]
-        assert float(row["dense perplexity python-docs"]) == base
+        score, recipe = cell["scores"]["python-docs"], cell["recipe"]
+        assert float(row["perplexity, python-docs"]) == score["perplexity"]
+        assert float(row["KL divergence, python-docs"]) == score["divergence"]["kl"]
+        assert float(row["KL divergence, python-docs stderr"]) == score["divergence"]["kl_stderr"]
         assert float(row["zeros"]) == cell["pruning"]["sparsity"]
-        assert (row["method"], row["pattern"]) == (
-            cell["recipe"]["method"],
-            cell["recipe"]["pattern"],
-        )
-        assert (
-            float(row["KL divergence python-docs"])
-            == cell["scores"]["python-docs"]["divergence"]["kl"]
-        )
-        assert float(row["file bytes"]) == cell["size"]["file_bytes"]
+        assert (row["method"], row["pattern"]) == (recipe["method"], recipe["pattern"])
+        assert float(row["file, GB"]) == cell["size"]["file_bytes"] / 1e9
         gap = cell["residual_gap"]["python-docs"]
-        assert row["residual gap python-docs"] == ("" if gap is None else str(gap))
+        assert row["residual gap, python-docs"] == ("" if gap is None else str(gap))
 
 
 @pytest.mark.parametrize("lines", [1, 3, 6])
@@ -566,9 +561,9 @@ def test_tasks_are_checked_scored_and_stored_with_their_errors(dense, tmp_path, 
     assert results.model_dump()["cells"][0]["tasks"] == expected
     assert results.model_dump()["models"]["dense"]["tasks"] == expected
     rows = list(csv.DictReader(io.StringIO(results.to_csv())))
-    assert [(row["boolq acc"], row["boolq acc stderr"], row["boolq acc_norm"]) for row in rows] == [
-        ("0.5", "0.1", "")
-    ] * 2
+    assert [
+        (row["boolq, acc"], row["boolq, acc stderr"], row["boolq, acc_norm"]) for row in rows
+    ] == [("0.5", "0.1", "")] * 2
     monkeypatch.setattr(sweep_cells, "evaluate", None)
     run_sweep(sweep, tmp_path / "out")  # nothing is left to do
 

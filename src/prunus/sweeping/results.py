@@ -205,19 +205,13 @@ class SweepResults(BaseModel):
 
     def table(self, speeds: Mapping[str, float] | None = None) -> Table:
         """One row per dense model and per cell. `speeds` has decoding speeds by name."""
-        rows, forms = [], dict(FORMS)
-        for name, _, found in self.every_model():
-            row: dict[str, Any] = {"model": name}
-            for text in self.scoring["texts"]:
-                for title, figure in found.figures(text).items():
-                    own = title if title in ("file, GB", "bits per weight") else f"{title}, {text}"
-                    row[own], forms[own] = figure, FORMS[title]
-            row["decoded tokens/s"] = (speeds or {}).get(name)
-            for title, figure in found.task_figures().items():
-                row[title], forms[title] = figure, ".4g"
-            state = {"state": self.state_of(found), "reason": found.error}
-            rows.append(row | found.totals() | state)
-        forms |= {"zeros": ".2%", "pruning seconds": ",.1f", "recovery seconds": ",.1f"}
+        forms = FORMS | {"zeros": ".2%", "pruning seconds": ",.1f", "recovery seconds": ",.1f"}
+        rows = [
+            {"model": name}
+            | self._row(found, forms)
+            | {"decoded tokens/s": (speeds or {}).get(name), "reason": found.error}
+            for name, _, found in self.every_model()
+        ]
         note = (
             "Error: mean relative output error, or mean removed energy (E), which assumes "
             "uncorrelated inputs.\nKL divergence: from the dense model, in nats per token; ± one "
@@ -225,6 +219,17 @@ class SweepResults(BaseModel):
             "the bits per weight of its linears in the blocks; as stored where it packs nothing."
         )
         return table_of("Models", rows, forms, note)
+
+    def _row(self, found: SweptModel, forms: dict[str, str]) -> dict[str, Any]:
+        """All figures of a model. `forms` gets the formats of those on texts and tasks."""
+        row: dict[str, Any] = {}
+        for text in self.scoring["texts"]:
+            for title, figure in found.figures(text).items():
+                own = title if title in ("file, GB", "bits per weight") else f"{title}, {text}"
+                row[own], forms[own] = figure, FORMS[title]
+        for title, figure in found.task_figures().items():
+            row[title], forms[title] = figure, ".4g"
+        return row | found.totals() | {"state": self.state_of(found)}
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
@@ -237,33 +242,18 @@ class SweepResults(BaseModel):
             if isinstance(found, CellResult):
                 values = found.recipe.model_dump().items()
                 row |= {k: " ".join(x) if isinstance(x, tuple) else x for k, x in values}
-                row |= {"recovery": found.recovery} | found.totals()
-            for text in self.scoring["texts"]:
-                dense = self.models[label].scores.get(text)
-                row[f"dense perplexity {text}"] = dense and dense.figures()["perplexity"]
-                row |= {f"{title} {text}": x for title, x in found.figures(text).items()}
-            for kind, size in (("", found.size), ("packed ", found.packed)):
-                row[f"{kind}file bytes"] = size and size.file_bytes
-                row[f"{kind}bits per weight"] = size and size.bits_per_weight
-            row |= {title.replace(",", ""): x for title, x in found.task_figures().items()}
-            rows.append(_flat(row) | {"state": self.state_of(found), "error": found.error})
+                row["recovery"] = found.recovery
+            for title, figure in self._row(found, {}).items():
+                if isinstance(figure, Measured):
+                    row[f"{title} stderr"], figure = figure.stderr, figure.value
+                row[title] = figure
+            rows.append(row | {"reason": found.error})
         columns = list(dict.fromkeys(key for row in reversed(rows) for key in row))
         file = io.StringIO()
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         return file.getvalue()
-
-
-def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row whose standard errors have columns of their own."""
-    flat: dict[str, Any] = {}
-    for title, value in row.items():
-        if isinstance(value, Measured):
-            flat |= {title: value.value, f"{title} stderr": value.stderr}
-        else:
-            flat[title] = value
-    return flat
 
 
 def residual_gap(perplexity: float, dense: float, wanda: float) -> float | None:
