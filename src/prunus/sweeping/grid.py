@@ -231,7 +231,7 @@ def _recipe(where: str, values: dict[str, Any]) -> Recipe:
 def _cell_name(label: str, recipe: Recipe, base: Recipe) -> str:
     """Model, method, sparsity, and all options of a recipe that differ from `base`."""
     shape = recipe.pattern.replace(":", "of") if recipe.n_of_m else f"{recipe.sparsity:g}"
-    parts = [label, recipe.method, shape]
+    parts = [label, _slug(recipe.method), shape]
     own, shared = recipe.model_dump(), base.model_dump()
     for key in own:
         if key not in ("method", "sparsity", "pattern") and own[key] != shared[key]:
