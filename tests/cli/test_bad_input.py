@@ -156,6 +156,14 @@ def test_a_weight_that_is_not_there(name, method, dense, refused):
     refused(kind, f"holds no weight for {name}", dense, method=method)
 
 
+def test_an_expert_that_is_not_there(tmp_path, refused):
+    dense = tiny_checkpoint(tmp_path / "dense", "mixtral")
+    tensors = load_file(dense / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    save_file(tensors, dense / "model.safetensors")
+    refused(ValueError, r"no weight for model\.layers\.1\.mlp\.experts\.2\.w3", dense)
+
+
 def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch, refused):
     asked = []
 

@@ -373,16 +373,6 @@ def test_packed_experts_are_bitmaps_of_their_own(family, tmp_path):
         assert float(far.float().mean()) < 0.1
 
 
-def test_a_checkpoint_without_one_expert_is_refused(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", "mixtral")
-    tensors = stored(dense)
-    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
-    save_file(tensors, dense / "model.safetensors")
-    with pytest.raises(ValueError, match=r"no weight for model\.layers\.1\.mlp\.experts\.2\.w3"):
-        prunus.prune(dense, tmp_path / "pruned", calibration=token_ids())
-    assert not (tmp_path / "pruned").exists()
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("concatenated", [False, True])
 def test_fused_tensors_are_cut_and_joined_without_loss(transposed, concatenated):
@@ -420,7 +410,7 @@ def test_an_expert_sees_its_tokens_in_the_order_of_the_text():
     assert torch.equal(seen[0], X_TH)
 
 
-def test_the_command_says_how_many_experts_got_too_few_tokens(tmp_path):
+def test_the_commands_count_experts_and_those_with_too_few_tokens(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "mixtral")
     save_file({"input_ids": token_ids()}, tmp_path / "ids.safetensors")
     options = [
@@ -435,18 +425,10 @@ def test_the_command_says_how_many_experts_got_too_few_tokens(tmp_path):
     recipe = ["--recipe", tmp_path / "recipe.toml"]
     text = call("prune", dense, tmp_path / "pruned", *options, *recipe).stdout
     assert "mlp.experts.*.w1" in text
+    found = prunus.inspect(tmp_path / "pruned").linears
+    assert sum(".experts." in linear.name for linear in found) == 2 * 4 * 3
     said = " ".join(text.split())
     assert re.search(r"experts: [1-9]\d* of 24 linears measured on all tokens", said)
-
-
-def test_an_inspection_shows_every_expert(tmp_path):
-    dense = tiny_checkpoint(tmp_path / "dense", "gpt_oss")
-    prunus.prune(dense, tmp_path / "pruned", calibration=token_ids(), pattern="2:4")
-    found = prunus.inspect(tmp_path / "pruned")
-    assert found.sparsity == pytest.approx(0.5)
-    experts = [linear for linear in found.linears if ".experts." in linear.name]
-    assert len(experts) == 2 * 4 * 3
-    assert all("2:4" in linear.patterns for linear in experts)
 
 
 def test_linears_beside_experts_that_pass_hidden_states_on_are_no_routers():

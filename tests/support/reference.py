@@ -40,12 +40,12 @@ def competitors(shape: tuple[int, int], pattern: Pattern) -> list[list[tuple[int
 
 def keep_mask(score_OI: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
     """Sort every group of competitors and drop the lowest scores."""
-    keep_OI = torch.ones(score_OI.shape, dtype=torch.bool)
+    keep, scores = [[True] * score_OI.shape[1] for _ in score_OI], score_OI.tolist()
     for places in competitors(tuple(score_OI.shape), pattern):
         drop = int(len(places) * sparsity) if pattern.n is None else pattern.m - pattern.n
-        for i, j in sorted(places, key=lambda place: score_OI[place].item())[:drop]:
-            keep_OI[i, j] = False
-    return keep_OI
+        for i, j in sorted(places, key=lambda place: scores[place[0]][place[1]])[:drop]:
+            keep[i][j] = False
+    return torch.tensor(keep)
 
 
 def keep_above_threshold(score_OI: Tensor, sparsity: float) -> Tensor:
@@ -70,12 +70,11 @@ def block_keep(score_OB: Tensor, pattern: Pattern, sparsity: float) -> Tensor:
 
 def wanda_score(weight_OI: Tensor, X_TI: Tensor) -> Tensor:
     """|W_ij| · ‖X_j‖₂, float64."""
-    score_OI = torch.zeros(weight_OI.shape, dtype=torch.float64)
-    for i in range(weight_OI.shape[0]):
-        for j in range(weight_OI.shape[1]):
-            norm = sum(x.item() ** 2 for x in X_TI[:, j]) ** 0.5
-            score_OI[i, j] = abs(weight_OI[i, j].item()) * norm
-    return score_OI
+    norms = [sum(x**2 for x in inputs) ** 0.5 for inputs in X_TI.T.tolist()]
+    scores = [
+        [abs(w) * norm for w, norm in zip(row, norms, strict=True)] for row in weight_OI.tolist()
+    ]
+    return torch.tensor(scores, dtype=torch.float64)
 
 
 def variant_keep(score_OI: Tensor, alpha: float) -> Tensor:

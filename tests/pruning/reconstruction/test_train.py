@@ -324,18 +324,3 @@ def test_tokens_that_the_step_chose_are_all_compared():
             for stride in (1, 4)
         ]
     assert sizes == [2 * (CHUNK_TOKENS + 5), 2 * -(-(CHUNK_TOKENS + 5) // 4)]
-
-
-def test_rounding_does_not_move_the_interpolated_fraction():
-    fractions = [
-        [
-            fraction
-            for fraction, _ in _interpolations(
-                1.0 + noise,
-                1.2,
-                lambda fraction: 1.0 + 0.2 * fraction - 0.5 * fraction * (1 - fraction),
-            )
-        ]
-        for noise in (-1e-3, 0.0, 1e-3)
-    ]
-    assert fractions[0] == fractions[1] == fractions[2] == [0.5, 0.25]
