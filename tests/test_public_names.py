@@ -1,7 +1,5 @@
 """The functions that `import prunus` gives: what they return, and that they are imported late."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

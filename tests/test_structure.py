@@ -1,7 +1,5 @@
 """The structure of the package: which room imports which, its size, and what is nowhere in it."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

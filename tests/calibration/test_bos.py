@@ -1,7 +1,5 @@
 """Windows begin with BOS where the tokenizer puts it before a text, and nowhere else."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

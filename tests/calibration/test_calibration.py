@@ -1,7 +1,5 @@
 """Where calibration windows come from."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import importlib.util

@@ -1,7 +1,5 @@
 """Corpora from the hub, where there may be no network."""
 
-from __future__ import annotations
-
 import pytest
 
 from prunus.calibration.corpora import load_corpus

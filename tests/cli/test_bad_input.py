@@ -1,7 +1,5 @@
 """Bad input: the message says what is wrong, and no file is changed or added."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import shutil

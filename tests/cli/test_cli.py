@@ -1,7 +1,5 @@
 """The command line: exit statuses, one-line errors, figures as JSON, Ctrl-C."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """The help of every verb: quick, in panels, with choices and with examples that can be copied."""
 
-from __future__ import annotations
-
 import shlex
 import subprocess
 import sys

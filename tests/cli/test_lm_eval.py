@@ -1,7 +1,5 @@
 """`prunus lm-eval`: lm-eval's own command line, which then loads packed models."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What reaches the terminal: figures are safe before they are shown, and names stay names."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """`prunus compress`: the file takes the bits asked for, and loads as what was computed."""
 
-from __future__ import annotations
-
 import fnmatch
 import json
 import math

@@ -3,8 +3,6 @@
 Shape suffixes: O outputs, I inputs, T tokens, V words of the vocabulary.
 """
 
-from __future__ import annotations
-
 import contextlib
 
 import pytest

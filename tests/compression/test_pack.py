@@ -1,7 +1,5 @@
 """Packing checkpoints and unpacking them: lossless, resumable, and safe against damaged files."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Embeddings and heads rounded to a given number of bits."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The rate control: it spends what was asked for, evenly, and goes on where a run was killed."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

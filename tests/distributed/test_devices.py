@@ -1,7 +1,5 @@
 """Ranks with a CUDA device each: what travels stays on devices, and no two ranks share one."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

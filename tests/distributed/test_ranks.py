@@ -1,7 +1,5 @@
 """Several processes prune as one does, and none waits for ever for a lost one."""
 
-from __future__ import annotations
-
 import os
 import threading
 

@@ -1,7 +1,5 @@
 """torchrun on two hosts: two network namespaces of one machine, joined by a virtual cable."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """What scripts make for the site: the command line's reference, and the tables of the results."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from pathlib import Path

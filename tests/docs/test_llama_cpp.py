@@ -1,7 +1,5 @@
 """The commands of the page about llama.cpp, where the variable LLAMA_CPP names a folder with it."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

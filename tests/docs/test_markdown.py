@@ -1,7 +1,5 @@
 """The Markdown of the repository: width, links, and names that exist."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

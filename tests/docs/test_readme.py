@@ -1,7 +1,5 @@
 """The first command of the README runs after an installation without any extra."""
 
-from __future__ import annotations
-
 import importlib.util
 import shlex
 

@@ -5,8 +5,6 @@ comment `models:` lists. Windows are made few and short; everything else is as w
 `<!-- parse only: … -->` need other hardware: their options are checked and nothing is run.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

@@ -1,7 +1,5 @@
 """Fixtures of the tests that compare a model with a reference."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import save_file

@@ -1,7 +1,5 @@
 """Models side by side, and differences with their standard errors."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Models are evaluated on a CUDA device as on the processor."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

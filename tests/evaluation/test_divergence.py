@@ -1,7 +1,5 @@
 """How far a model's predictions are from a reference's, against slow and obvious figures."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """Text that a model writes: how tokens are chosen, and conversations of several turns."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

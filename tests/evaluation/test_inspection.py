@@ -1,7 +1,5 @@
 """Inspection of a checkpoint and of a loaded model."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

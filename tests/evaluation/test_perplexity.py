@@ -1,7 +1,5 @@
 """Perplexity and the texts it is measured on."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

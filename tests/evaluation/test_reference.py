@@ -1,7 +1,5 @@
 """The reference of a comparison: run once for each text, with the figures of two whole models."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import sys

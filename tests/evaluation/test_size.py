@@ -1,7 +1,5 @@
 """How large a model is: as stored, and as `prunus pack` would store it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file

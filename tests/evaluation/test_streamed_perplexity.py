@@ -1,7 +1,5 @@
 """Perplexity block by block: equal to the whole model's to the bit, and no weight read twice."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

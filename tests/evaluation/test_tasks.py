@@ -1,7 +1,5 @@
 """Tasks: local datasets change only where rows come from, and accuracy equals a slow reference."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re

@@ -1,7 +1,5 @@
 """A checkpoint that changes while it is scored ends the work with an error that names it."""
 
-from __future__ import annotations
-
 import shutil
 from importlib.util import find_spec
 

@@ -1,7 +1,5 @@
 """The memory figures of this process, and freed memory that returns to the system."""
 
-from __future__ import annotations
-
 import platform
 import subprocess
 import sys

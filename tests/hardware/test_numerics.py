@@ -1,7 +1,5 @@
 """Low-precision products: nearly right where they are fast, and exact where they are not."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Allocation: exact budgets, and the greedy search against all others."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """Each method against a slow reference, and its guarantees on degenerate matrices."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -16,8 +16,6 @@ These tests use the default order of operations. test_golden.py compares whole r
 original's order.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """RIA, ALPS and least squares: against float64 references, and on degenerate inputs."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Masks: exact counts and the right weights, for all groups and with tied scores."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

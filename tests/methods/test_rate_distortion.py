@@ -3,8 +3,6 @@
 Shape suffixes: O outputs (rows), I inputs (columns), T tokens, K classes, V values -127 to 127.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import replace

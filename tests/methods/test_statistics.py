@@ -1,7 +1,5 @@
 """Input statistics against float64 sums over everything at once."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

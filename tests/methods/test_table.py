@@ -1,7 +1,5 @@
 """The table of methods: what each declares, what it refuses, and the options of all."""
 
-from __future__ import annotations
-
 import hashlib
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Adapter folders as models: loaded, scored, refused where they do not fit their base."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Configurations of adapters that ask peft for more than the adapter holds."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Chat templates that run for ever, fill memory, or are damaged."""
 
-from __future__ import annotations
-
 import pytest
 
 from prunus.model import chat_template

@@ -1,7 +1,5 @@
 """Configurations that ask for more than their checkpoint stores, and ones that do not."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

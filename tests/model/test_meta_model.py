@@ -1,7 +1,5 @@
 """Models without weights: their tables are those that transformers loads a model with."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM

@@ -1,7 +1,5 @@
 """Outside the blocks: an embedding of which only some rows are read, and a head that needs all."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Cards and records of models that are saved again, or uploaded to a hub that is pretended."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle

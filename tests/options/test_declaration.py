@@ -1,7 +1,5 @@
 """One declaration of an option gives its keyword, its check, its file and its error."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Annotated, ClassVar
 

@@ -1,7 +1,5 @@
 """Fixtures of the tests of packed weights."""
 
-from __future__ import annotations
-
 import pytest
 
 from prunus.packed.kernels import library as kernels

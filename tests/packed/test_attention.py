@@ -1,7 +1,5 @@
 """The attention of one token that packed models have, against transformers' own."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The format of one weight: lossless, checked, and as the documentation says."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

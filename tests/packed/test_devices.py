@@ -1,7 +1,5 @@
 """Packed models on a CUDA device: expanded once, with the results of the reference path."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

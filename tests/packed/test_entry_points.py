@@ -1,7 +1,5 @@
 """Programs that never import prunus, and what its entry points do for them."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -2,8 +2,6 @@
 prunus.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -1,7 +1,5 @@
 """LoRA by peft on packed models: it trains, its gradients are right, and it is saved and loaded."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

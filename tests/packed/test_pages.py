@@ -1,7 +1,5 @@
 """Weights moved into large pages: the same model, ties and all, in no more memory."""
 
-from __future__ import annotations
-
 import copy
 import mmap
 

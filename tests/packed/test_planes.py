@@ -1,7 +1,5 @@
 """Quantised weights in bit planes: the layout, the choice of codes, and what a reader refuses."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -1,7 +1,5 @@
 """2:4 on a GPU: what can be checked without one, and the product where there is one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """Linears whose weight the model's own code reads are dense in memory."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -1,7 +1,5 @@
 """The sparsity of every linear: from the allocation rule, recorded, kept by a resumed run."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

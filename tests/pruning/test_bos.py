@@ -1,7 +1,5 @@
 """A run, a recovery and a score say whether their windows begin with BOS, and resume with it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Runs on a CUDA device prune as runs on the processor do, in every branch of the engine."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from typing import Any

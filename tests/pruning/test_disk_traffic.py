@@ -5,8 +5,6 @@ names. What the system reads from the disk through its page cache is measured by
 benchmarks/larger_than_memory.py.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Encoders and classifiers of text are pruned. What is no row of blocks is refused by name."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Mixtures of experts: the same arithmetic, the checkpoint's names, and experts with few tokens."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Every family gets the same weights streamed, in place, and from a naive reference."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM

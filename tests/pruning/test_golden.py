@@ -1,7 +1,5 @@
 """A whole run gives the masks of the original code."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors import safe_open

@@ -1,7 +1,5 @@
 """The output head stays dense by default. `head` prunes it on the outputs of the final norm."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM

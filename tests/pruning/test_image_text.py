@@ -1,7 +1,5 @@
 """The language model inside an image-text model: pruned like any other, the rest left alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers

@@ -1,7 +1,5 @@
 """The presets as a whole: allocation, dense targets, and block reconstruction."""
 
-from __future__ import annotations
-
 from itertools import product
 
 import pytest

@@ -1,7 +1,5 @@
 """Recipes: which values they accept and refuse, which linears they select, how they are written."""
 
-from __future__ import annotations
-
 import tomllib
 
 import pytest

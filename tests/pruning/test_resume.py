@@ -1,7 +1,5 @@
 """After a kill the same command ends in the same bytes. Another command changes nothing."""
 
-from __future__ import annotations
-
 import fnmatch
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Many small runs in one process leave no memory, no file and no thread behind."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

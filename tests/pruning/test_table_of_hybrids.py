@@ -1,7 +1,5 @@
 """The table of hybrids and encoder-decoders in the documentation says what happens."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM

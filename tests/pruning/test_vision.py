@@ -1,7 +1,5 @@
 """Image classifiers: the same run on pixel values, calibration from folders, top-1 accuracy."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

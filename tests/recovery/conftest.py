@@ -1,7 +1,5 @@
 """A tiny dense model, the same one pruned, and a text, for all tests of recovery."""
 
-from __future__ import annotations
-
 import pytest
 
 from recovery_cases import dense_checkpoint, pruned_checkpoint, training_text

@@ -1,7 +1,5 @@
 """What cannot work is refused before any work; a training that fails later loses nothing."""
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 import json

@@ -1,7 +1,5 @@
 """`prunus recover` on the command line: figures, progress, one-line errors."""
 
-from __future__ import annotations
-
 import io
 import json
 

@@ -1,7 +1,5 @@
 """Recovery on a CUDA device trains as on the processor."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file

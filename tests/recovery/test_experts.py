@@ -1,7 +1,5 @@
 """Mixtures of experts: all experts learn, zeros stay, and every verb takes a smaller one."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

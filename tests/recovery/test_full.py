@@ -1,7 +1,5 @@
 """Mode full: all weights of a smaller model learn from the dense one."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

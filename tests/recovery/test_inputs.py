@@ -1,7 +1,5 @@
 """Models that change: during the work, or between a kill and the run that resumes."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """Loss, schedule and training text, against slow and obvious versions."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Preset max: best, then a training of all kept weights, as one run that resumes in both phases."""
 
-from __future__ import annotations
-
 import json
 import os
 
@@ -15,9 +13,9 @@ from prunus.model.loading import load_model
 from prunus.pruning.manifest import Manifest
 from prunus.recovery.max_preset import PRUNED, training_options
 from prunus.recovery.record import RecoveryRecord
-from rank_cases import tensors
 from recovery_cases import StopError, dense_checkpoint, recover, shards
 from scripts import run_script
+from tiny import stored
 
 
 def options(text, **changes):
@@ -127,7 +125,7 @@ def test_a_mixture_of_experts_keeps_the_zeros_of_every_expert(text, tmp_path):
     record = prunus.prune_and_recover(dense, tmp_path / "out", **chosen)[1]
     del chosen["tokens"]
     prunus.prune(dense, tmp_path / "pruned", **chosen)
-    before, after = tensors(tmp_path / "pruned"), tensors(tmp_path / "out")
+    before, after = stored(tmp_path / "pruned"), stored(tmp_path / "out")
     experts = [key for key in before if ".experts." in key]
     assert experts and all(torch.equal(before[key] == 0, after[key] == 0) for key in experts)
     assert any(not torch.equal(before[key], after[key]) for key in experts)

@@ -1,7 +1,5 @@
 """Every mode on a tiny model: quality rises, zeros stay, and plain libraries load the result."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """A killed recovery resumes to the same weights; a different one leaves the folder alone."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

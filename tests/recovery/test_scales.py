@@ -1,7 +1,5 @@
 """Mode scales: a compressed checkpoint is trained in its scales, steps, norms and biases."""
 
-from __future__ import annotations
-
 import os
 import shutil
 

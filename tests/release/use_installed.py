@@ -5,8 +5,6 @@
 Every file it needs must have come with the wheel: the kernels, and the assets of the report.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run that is resumed on a checkpoint that was changed meanwhile is refused, by name."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

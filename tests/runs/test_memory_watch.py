@@ -1,7 +1,5 @@
 """A run that grows beyond its plan ends with a sentence, and its finished blocks are kept."""
 
-from __future__ import annotations
-
 import pytest
 
 import prunus

@@ -1,7 +1,5 @@
 """Reading ahead and writing behind change nothing but the time."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

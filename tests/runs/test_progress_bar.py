@@ -1,7 +1,5 @@
 """The progress bar of functions that are called from Python."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import sys

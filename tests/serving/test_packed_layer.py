@@ -1,7 +1,5 @@
 """A layer of an engine, made of several packed weights: the same numbers, or an error."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

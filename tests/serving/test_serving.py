@@ -1,7 +1,5 @@
 """`prunus serve`, asked by OpenAI's own client."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import os

@@ -1,7 +1,5 @@
 """vLLM with packed and with smaller checkpoints. `make vllm-test` builds its environment."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """Removed blocks: the smaller model computes what the old one does when they are jumped over."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Removed experts: the smaller model computes what the old one does without them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

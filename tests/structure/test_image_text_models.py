@@ -1,7 +1,5 @@
 """The language model inside an image-text model becomes smaller, and nothing else changes."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Repair: the remaining blocks learn to compute what the dense model computes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A run that makes a model smaller: interruption, recipes, and requests that cannot be met."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

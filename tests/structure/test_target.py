@@ -1,7 +1,5 @@
 """Targets: one search over blocks and width, by what is measured, until the target is met."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

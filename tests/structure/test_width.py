@@ -1,7 +1,5 @@
 """Removed channels and heads: what is cut, what is chosen, and how the rest is fitted."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

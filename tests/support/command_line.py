@@ -1,7 +1,5 @@
 """Call verbs of the command line in the process of the tests."""
 
-from __future__ import annotations
-
 from typer.testing import CliRunner, Result
 
 from prunus.cli import app

@@ -3,8 +3,6 @@
 python device_ranks.py SCRATCH     prints one JSON line: the result of each case
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

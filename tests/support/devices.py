@@ -1,7 +1,5 @@
 """For tests that run on several devices: their names, and the comparison of their results."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

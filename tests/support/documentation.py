@@ -1,7 +1,5 @@
 """The Markdown pages of the repository, taken apart for the tests in tests/docs."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The masks and norms that the original code produced, and how closely prunus must agree."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -9,8 +9,6 @@ raises anything else, takes longer than `LONGEST` seconds, opens a file outside 
 leaves one there. Before each case its number goes to SCRATCH/case, so that a crash can be traced.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

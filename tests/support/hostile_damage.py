@@ -1,7 +1,5 @@
 """Random damage to files, for `hostile.py` and its kinds of inputs."""
 
-from __future__ import annotations
-
 import json
 import random
 import struct

@@ -3,8 +3,6 @@
 Each kind is a good folder, a function that damages a copy of it, and the work to do with the copy.
 """
 
-from __future__ import annotations
-
 import gzip
 import importlib.util
 import json

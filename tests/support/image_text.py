@@ -1,7 +1,5 @@
 """Tiny random image-text models, with a tokenizer of bytes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -6,8 +6,6 @@ OPTIONS is a JSON object with options of `prune`. With `before`, runs die before
 It prints one JSON line: the results of `kill_everywhere`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

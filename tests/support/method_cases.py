@@ -3,8 +3,6 @@
 Shape suffixes: O outputs (rows), I inputs, T tokens.
 """
 
-from __future__ import annotations
-
 from unittest import mock
 
 import torch

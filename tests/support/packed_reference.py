@@ -1,7 +1,5 @@
 """Slow and obvious versions of the bitmap format, and pruned models to pack."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

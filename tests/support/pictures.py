@@ -1,7 +1,5 @@
 """Tiny random image classifiers, and folders of small pictures to calibrate and score them on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Where things are: the repository, and the scripts that tests start as processes of their own."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Weights in bit planes for tests of the kernels, and what the kernels should compute."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -1,7 +1,5 @@
 """A slow and obvious reader and writer of quantised weights, written from the reference page."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -9,8 +9,6 @@ loaded. `install` then replaces the functions of `torch.cuda`. Both change the w
 tests run in a process of their own; `pretend_cuda_plugin.py` arranges that.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import fcntl
@@ -189,7 +187,7 @@ def install() -> None:
         def synchronize(self) -> None:
             handle.pretend_synchronize()
 
-        def elapsed_time(self, end: Event) -> float:
+        def elapsed_time(self, end: "Event") -> float:
             return 1e3 * (end._at - self._at)
 
     answers = {

@@ -8,8 +8,6 @@ appears as if it had run here. One server serves all files.
 Where a real CUDA device is there, marked tests run on it as all other tests do.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -68,7 +66,7 @@ def _goes_to_server(item: pytest.Item) -> bool:
 
 
 @cache
-def _server() -> _Server:
+def _server() -> "_Server":
     return _Server()
 
 

@@ -4,8 +4,6 @@ A request is one line of JSON on the standard input. Every report is one line on
 output. What the tests print goes to the standard error.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -5,8 +5,6 @@ device. They travel over gloo, by way of the host. Tensors of the processor go t
 in a group whose backend is `cpu:gloo,cuda:nccl`.
 """
 
-from __future__ import annotations
-
 import datetime
 from collections.abc import Sequence
 from typing import Any

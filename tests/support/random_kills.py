@@ -7,8 +7,6 @@ after which it came, the faults that an audit of the folder found, how the next 
 files differ from those of an undisturbed run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

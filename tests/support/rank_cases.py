@@ -5,8 +5,6 @@ It has imported torch already, so that each rank starts at once.
 python rank_cases.py SCRATCH CASE…     prints one JSON line: the result of each case
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

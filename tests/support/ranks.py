@@ -1,7 +1,5 @@
 """Ranks for tests: processes with torchrun's environment, forked from one that has torch."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

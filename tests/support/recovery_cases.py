@@ -1,7 +1,5 @@
 """For the tests of recovery: a tiny pruned model with a tokenizer, and text that it can learn."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

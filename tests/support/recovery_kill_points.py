@@ -6,8 +6,6 @@ EVERY is 1 for all such places, 2 for every second. MODE is one of recovery, or 
 where MODEL is dense. The script prints one JSON line: mode -> the results of `kill_everywhere`.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import sys

@@ -6,8 +6,6 @@ with plain forward hooks, one window at a time, and keep all inputs of all linea
 Shape suffixes: O outputs (rows), I inputs, T tokens, B columns of a block.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Small inputs of reports: a sweep, an evaluation, a measurement, hostile names."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

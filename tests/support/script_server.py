@@ -5,8 +5,6 @@ one line of JSON on the standard input: the script, its arguments, its environme
 that take what it prints. The answer is one line with its exit status.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import runpy

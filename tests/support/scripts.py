@@ -1,7 +1,5 @@
 """Runs scripts of this folder in processes of their own."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import json
@@ -68,7 +66,7 @@ def _environment() -> dict[str, str]:
 
 
 @cache
-def _server() -> _Server:
+def _server() -> "_Server":
     server = _Server()
     atexit.register(server.close)
     return server

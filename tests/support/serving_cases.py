@@ -1,7 +1,5 @@
 """A tiny model behind a server in a thread of the tests, and clients for it."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import socket
@@ -130,7 +128,7 @@ class Brake:
         self.reached = threading.Event()  # a request is being computed
         self.release = threading.Event()
 
-    def __enter__(self) -> Brake:
+    def __enter__(self) -> "Brake":
         def forward(*arguments: Any, **options: Any) -> Any:
             self.steps += 1
             self.reached.set()

@@ -5,8 +5,6 @@
 It prints one JSON line: resident bytes, open files and threads, after every tenth of the runs.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import json

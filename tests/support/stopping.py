@@ -1,7 +1,5 @@
 """Runs that are interrupted after a given number of blocks."""
 
-from __future__ import annotations
-
 
 class StopError(Exception):
     """Interrupts a run from its progress callback."""

@@ -1,7 +1,5 @@
 """What tests of smaller models share."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import re

@@ -1,7 +1,5 @@
 """A tiny Llama as a GGUF file, written as llama.cpp does. Needs the package gguf."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import gguf

@@ -1,7 +1,5 @@
 """A tokenizer for tests that needs no download: every UTF-8 byte of a text is one token."""
 
-from __future__ import annotations
-
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 

@@ -5,8 +5,6 @@
 prunus is not imported here: vLLM must find it by the entry point.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 

@@ -1,7 +1,5 @@
 """A few made-up rows of every zero-shot task: as on the hub, and as in local datasets."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

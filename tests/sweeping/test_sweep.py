@@ -1,7 +1,5 @@
 """Sweeps: grid and cells, the same results as single commands, resuming, failures, refusals."""
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools

@@ -1,7 +1,5 @@
 """Dense targets and block reconstruction: the dense model runs beside the pruned one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Swaps against slow references, their guarantees for every input, and the composed methods."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """The ADMM operator against exact inverses, and ALPS on wide linears with few tokens."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """A bit of a written shard changes: resume, pack, unpack and `inspect --verify` notice it."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

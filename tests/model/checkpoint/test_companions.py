@@ -3,8 +3,6 @@
 A mistake shows before any work, names the file, and leaves no folder behind.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

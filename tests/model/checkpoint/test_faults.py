@@ -1,7 +1,5 @@
 """Faults: kills at any moment, full disks, read-only folders, shards that change, power cuts."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

@@ -1,7 +1,5 @@
 """GGUF import: what arrives in the checkpoint, and how bad files are refused."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path

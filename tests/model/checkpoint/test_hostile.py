@@ -3,8 +3,6 @@
 Nor do they open files outside their folder, or run code.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import pickle

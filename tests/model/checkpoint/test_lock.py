@@ -3,8 +3,6 @@
 The lock that a killed run left stops no other run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -4,8 +4,6 @@ Each test runs a first command to its end in exactly that moment of a second com
 first command wrote must stay, byte for byte.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The compiled kernels against float64, with every instruction set that this machine has."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Extreme numbers for every method: a correct result, or an error that names the linear."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file

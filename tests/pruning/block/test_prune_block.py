@@ -1,7 +1,5 @@
 """The walks through a block: equal bits, shared statistics, and no batch that waits for ever."""
 
-from __future__ import annotations
-
 import gc
 from types import SimpleNamespace
 

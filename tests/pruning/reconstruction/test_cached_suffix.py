@@ -1,7 +1,5 @@
 """The end of a block on cached inputs: the same to the bit as the whole block, or not used."""
 
-from __future__ import annotations
-
 import greenlet
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Block reconstruction on small modules whose best weights are known."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
