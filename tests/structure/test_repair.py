@@ -11,7 +11,7 @@ from prunus.structure.run import shrink
 from structure_cases import bytes_of, divergence, loaded, shrunk_with_a_kill, stored
 from tiny import tiny_checkpoint, token_ids
 
-#: What goes, per family: blocks, width, experts and two at once.
+#: What is removed, per family: blocks, width, experts and two at once.
 CASES: dict[str, dict[str, Any]] = {
     "llama": {"blocks": 2, "width": 0.5},
     "gpt_neox": {"blocks": 2},

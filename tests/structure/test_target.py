@@ -64,9 +64,9 @@ def test_the_best_of_the_models_that_meet_the_target_is_made(target, repair, tmp
         if each.width is not None and each.width > 1 / 16:
             wider = made(tmp_path / f"wider{number}", IDS[3:], each.width - 1 / 128, each)
             assert not met(wider)
-    # At all blocks, heads stay or go along; then half of the blocks that would do alone, then all.
+    # With all blocks, heads stay or fewer stay; then half of the steps, then all of them.
     ways = [each.heads for each in record.targets if each.blocks == 4]
-    assert ways == ([4, 2] if "parameters" in target else [4]), "no head goes before a half"
+    assert ways == ([4, 2] if "parameters" in target else [4]), "no head is removed before a half"
     fewest = 4 - len(record.search)
     blocks = [each.blocks for each in record.targets[len(ways) :]]
     assert blocks == [(4 + fewest + 1) // 2, fewest]

@@ -1,4 +1,4 @@
-"""A model that was made smaller as a section: what went, why, and what its repair won back."""
+"""A model that was made smaller as a section: what was removed, why, and the effect of repair."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _search(record: StructureRecord) -> list[Any]:
     blocks = tuple(str(index) for index in range(len(steps[0].candidates)))
     rows = tuple(f"step {number}: {step.block} removed" for number, step in enumerate(steps, 1))
     return [
-        Lines("The search for blocks", "blocks that go", title, (line,)),
+        Lines("The search for blocks", "removed blocks", title, (line,)),
         HeatMap(
             f"Without each block: {title}",
             "block",

@@ -169,18 +169,12 @@ class LayoutFinder:
             name: relative name of the tensor.
             layouts: the possible ones, the likeliest first.
         """
-        key = (type(self._skeleton.blocks[index]), reader, read, name, *layouts)
-        if key not in self._known:
-            with torch.no_grad():
-                self._known[key] = self._tried(index, reader, read, name, layouts)
-        return self._known[key]
-
-    def _tried(
-        self, index: int, reader: str, read: Cut, name: str, layouts: Sequence[Cut]
-    ) -> Cut | None:
         skeleton = self._skeleton
+        key = (type(skeleton.blocks[index]), reader, read, name, *layouts)
+        if key in self._known:
+            return self._known[key]
         stream = Stream(skeleton, self._source, self._device)
-        with contextlib.closing(stream):
+        with contextlib.closing(stream), torch.no_grad():
             stream.embed([skeleton.trial_batch(_TRIAL_TOKENS)], None)
             hidden = stream.states.get(0)
             block = skeleton.fill(index, self._source.block(index), self._device)
@@ -197,9 +191,9 @@ class LayoutFinder:
                 with _noise(tensor, layout, unread):
                     return torch.equal(run(hidden), expected)
 
-            found = next((layout for layout in layouts if holds(layout)), None)
+            self._known[key] = next((layout for layout in layouts if holds(layout)), None)
             skeleton.release(index)
-        return found
+        return self._known[key]
 
 
 def _changes(old: nn.Module, new: nn.Module, what: str) -> tuple[dict[str, int], dict[str, Linear]]:
