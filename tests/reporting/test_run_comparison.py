@@ -1,4 +1,4 @@
-"""Several runs side by side."""
+"""Several runs compared."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def section(place, *names):
 def test_totals_stand_in_one_table(runs):
     place, made = runs
     first = section(place, "low", "high")
-    assert first.title == "Runs side by side"
+    assert first.title == "Runs compared"
     totals = first.parts[0]
     assert [column.title for column in totals.columns][:3] == ["run", "method", "sparsity"]
     assert "bits" not in [column.title for column in totals.columns]
@@ -75,6 +75,6 @@ def test_one_run_stands_alone_and_runs_of_one_name_keep_their_paths(runs, tmp_pa
 
 def test_the_comparison_is_shown_everywhere(runs):
     document = prunus.report([runs[0] / "low", runs[0] / "high"])
-    assert "Runs side by side" in to_markdown(document)
+    assert "Runs compared" in to_markdown(document)
     page = to_html(document)
-    assert "Runs side by side" in page and "@media print" in page
+    assert "Runs compared" in page and "@media print" in page

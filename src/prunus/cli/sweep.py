@@ -104,7 +104,7 @@ def report(
 ) -> None:
     """Show runs, sweeps and evaluations as HTML, Markdown or text.
 
-    Two or more runs also are shown side by side.
+    Two or more runs are also compared.
     """
     with user_errors(json_file):
         from prunus.reporting.page import document_json

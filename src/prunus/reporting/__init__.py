@@ -8,7 +8,7 @@ quality.py              columns of quality, size and speed, and the charts of on
 evaluation_sections.py  files of `prunus eval --json` and `prunus bench --json`
 sweep_section.py        one sweep; sweep_quality.py has its tables and charts of quality
 run_sections.py         one pruning run
-run_comparison.py       several runs side by side
+run_comparison.py       several runs compared
 structure_section.py    one model that was made smaller
 tables.py               tables of the other verbs
 page.py                 a document as one HTML page; its charts are drawn by figures.py

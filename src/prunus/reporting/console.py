@@ -1,6 +1,6 @@
 """The terminal as prunus writes to it: names are never markup, and control characters are escaped.
 
-Names of folders, checkpoints, datasets and tasks come from strangers, and so do reports and
+Names of folders, checkpoints, datasets and tasks are written by strangers, and so are reports and
 generated text. rich reads square brackets as markup, and a terminal obeys escape sequences. Both
 end here: everything that prunus shows is printed by `TerminalConsole` or `printable`.
 """

@@ -33,7 +33,7 @@ def figure_json(chart: Chart) -> str:
 def _lines(chart: Lines) -> dict[str, Any]:
     """Draw lines over numbers, or unconnected markers over categories.
 
-    Categories stand at 0, 1, 2, …; each series is shifted a little, so that markers do not overlap.
+    Categories are at 0, 1, 2, …; each series is shifted a little, so that markers do not overlap.
     """
     places = {name: place for place, name in enumerate(chart.categories)}
     traces: list[dict[str, Any]] = []

@@ -13,7 +13,7 @@ from prunus.reporting.console import printable, progress_console
 from prunus.runs.progress import LineInterval, Shown, eta, terminal_bar
 
 if TYPE_CHECKING:
-    from prunus.recovery import Step as RecoveryStep
+    from prunus.recovery.training import Step as RecoveryStep
     from prunus.runs.progress import Progress as PruningStep
 
 __all__ = ["show_pruning", "show_recovery"]

@@ -1,4 +1,4 @@
-"""Two or more pruning runs side by side: what differs between them, and how large errors are."""
+"""Two or more pruning runs compared: what differs between them, and how large errors are."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def comparison_section(runs: Mapping[str, PruningRecord]) -> Section:
     """
     errors = {name: found for name, run in runs.items() if (found := block_errors(run))}
     chart = [lines_over_blocks("Mean error by block", "mean error", errors, ".3%")]
-    parts = (_totals(runs), _differences(runs), *(chart if errors else []), _errors_by_kind(runs))
-    return Section("Runs side by side", parts=parts)
+    charts = tuple(chart if errors else [])
+    parts = (_totals(runs), _differences(runs), *charts, _errors_by_kind(runs))
+    return Section("Runs compared", parts=parts)
 
 
 def _totals(runs: Mapping[str, PruningRecord]) -> Table:

@@ -44,7 +44,7 @@ def run_section(manifest: PruningRecord) -> Section:
     Args:
         manifest: of a run that is finished or not.
     """
-    error, _ = mean_error(manifest.all_totals())
+    error, mean = mean_error(manifest.all_totals())
     errors = {error: block_errors(manifest)}
     by_block = [lines_over_blocks(f"Mean {error} by block", error, errors, ".3%")]
     recipe, name = manifest.recipe, Path(manifest.source).name or manifest.source
@@ -55,7 +55,7 @@ def run_section(manifest: PruningRecord) -> Section:
         work = f"{recipe.method}, {shape}"
     return Section(
         f"{name}: {work}",
-        _DEFINITIONS[error],
+        "" if mean is None else _DEFINITIONS[error],
         (_headline(manifest), *(by_block if errors[error] else []), manifest.table()),
         (*circumstances(manifest), *_heat_maps(manifest), _by_linear(manifest)),
     )

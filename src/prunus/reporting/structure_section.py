@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunus.reporting.run_sections import blocks_map, circumstances, lines_over_blocks
-from prunus.runs.document import Column, Facts, HeatMap, Lines, Section, Series, Table
+from prunus.runs.document import Column, Facts, HeatMap, Lines, Part, Section, Series, Table
 from prunus.runs.record import bos_words
 from prunus.structure.card import what_was_removed
 
@@ -27,8 +28,14 @@ def structure_section(record: StructureRecord) -> Section:
     Args:
         record: of a run that is finished or not.
     """
-    parts = [_headline(record), structure_table(record), *_targets(record), *_repairs(record)]
-    details = [*_search(record), *_widths(record), *_experts(record), *circumstances(record)]
+    parts: list[Part] = [_headline(record), structure_table(record)]
+    parts += [*_targets(record), *_repairs(record)]
+    details: list[Part] = [
+        *_search(record),
+        *_widths(record),
+        *_experts(record),
+        *circumstances(record),
+    ]
     name = Path(record.source).name or record.source
     return Section(f"{name}, made smaller", parts=tuple(parts), details=tuple(details))
 
@@ -138,7 +145,7 @@ def _widths(record: StructureRecord) -> list[HeatMap]:
     title = "Relative error where what became narrower is read"
     figures = {"before the fit": "error_before_fit", "as it is": "error"}
     return [
-        blocks_map(f"{title}, {when}", found, lambda part, name=name: getattr(part, name), ".3%")
+        blocks_map(f"{title}, {when}", found, operator.attrgetter(name), ".3%")
         for when, name in figures.items()
         if any(found)
     ]

@@ -25,7 +25,7 @@ def report(
 
     Args:
         paths: Folders of `prune`, `compress`, `shrink` or `sweep`, and files of
-            `prunus eval --json`; one or several, which then are shown side by side.
+            `prunus eval --json`; one or several.
         output: Where to write the report: a page (.html) or Markdown (.md). None writes nothing.
         bench: A file of `prunus bench --json`, whose speeds are shown too.
         title: Title of the report; default is that of its first section.
