@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
-from prunus.evaluation.records import ModelSize, PerplexityResult
+from pydantic.dataclasses import dataclass
+
+from prunus.evaluation.records import EvaluationRecord, ModelSize, PerplexityResult
 from prunus.evaluation.task_scores import (
     MEAN,
     PAPER7,
@@ -31,7 +32,7 @@ __all__ = ["Difference", "compare", "side_by_side"]
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(EvaluationRecord):
     """The value of one metric for a model, minus the value for the first model.
 
     >>> Difference("pruned", "rte", "acc", value=-0.05, stderr=0.02, paired=True).significant
@@ -60,7 +61,7 @@ class Difference:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields and the significance as plain values for JSON."""
-        return asdict(self) | {"beyond_two_standard_errors": self.significant}
+        return super().as_dict() | {"beyond_two_standard_errors": self.significant}
 
 
 def compare(results: Sequence[TaskResults]) -> list[Difference]:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from prunus.calibration.images import ImageFolder, list_images, read_images
 from prunus.evaluation.model_input import find_folder
 from prunus.evaluation.options import ImageOptions
+from prunus.evaluation.records import EvaluationRecord
 from prunus.evaluation.streamed_model import ComputeOptions
 from prunus.evaluation.task_scores import paired_difference
 from prunus.evaluation.watched import WatchedCheckpoint, unchanged
@@ -32,7 +34,7 @@ _AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class ImageScore:
+class ImageScore(EvaluationRecord):
     """Top-1 accuracy of one model.
 
     >>> dense = ImageScore("dense", 4, (True, True, True, False), "by name", 1.0)
@@ -50,7 +52,7 @@ class ImageScore:
 
     model: str
     images: int
-    correct: tuple[bool, ...] = field(repr=False)
+    correct: Annotated[tuple[bool, ...], Field(exclude=True, repr=False)]
     labels: str
     seconds: float
 
@@ -71,7 +73,7 @@ class ImageScore:
     def as_dict(self) -> dict[str, Any]:
         """The score as plain values for JSON, without the outcomes of single images."""
         shares = {"accuracy": self.accuracy, "standard_error": self.standard_error}
-        return {k: v for k, v in asdict(self).items() if k != "correct"} | shares
+        return super().as_dict() | shares
 
 
 def image_accuracy(

@@ -13,6 +13,7 @@ from prunus.runs.document import Column, Measured, Table, text_of
 __all__ = [
     "FORMS",
     "Divergence",
+    "Error",
     "EvaluationRecord",
     "Figure",
     "ModelSize",

@@ -13,13 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic.dataclasses import dataclass
 
 from prunus.evaluation.options import SpeedOptions
+from prunus.evaluation.records import EvaluationRecord
 from prunus.evaluation.size import file_bytes as model_bytes
 from prunus.hardware.memory import resident_memory
 from prunus.model.checkpoint.reader import resolve_folder
@@ -32,7 +33,7 @@ _MEASUREMENTS = ("resident_bytes", "prefill_tokens_per_second", "decode_tokens_p
 
 
 @dataclass(frozen=True)
-class Speed:
+class Speed(EvaluationRecord):
     """Size and speed of one model. Measurements are (minimum, median, maximum) over all rounds.
 
     Attributes:
@@ -49,10 +50,6 @@ class Speed:
     resident_bytes: tuple[float, float, float]
     prefill_tokens_per_second: tuple[float, float, float]
     decode_tokens_per_second: tuple[float, float, float]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values for JSON."""
-        return asdict(self)
 
 
 def bench(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from prunus.evaluation.records import finite
+from pydantic import Field, PlainSerializer
+from pydantic.dataclasses import dataclass
+
+from prunus.evaluation.records import Error, EvaluationRecord, finite
 from prunus.runs.document import Column, Table
 
 __all__ = [
@@ -29,7 +31,7 @@ MEAN = "mean of paper7"
 
 
 @dataclass(frozen=True)
-class Metric:
+class Metric(EvaluationRecord):
     """One metric of one task.
 
     Attributes:
@@ -40,17 +42,13 @@ class Metric:
             their mean.
     """
 
-    value: float
-    stderr: float | None
-    outcomes: tuple[float, ...] | None = None
-
-    def as_dict(self) -> dict[str, float | None]:
-        """Value and standard error for JSON, which has no NaN and no infinity: they become None."""
-        return {"value": finite(self.value), "stderr": finite(self.stderr)}
+    value: Annotated[float, PlainSerializer(finite, return_type=float | None)]
+    stderr: Error
+    outcomes: Annotated[tuple[float, ...] | None, Field(exclude=True)] = None
 
 
 @dataclass(frozen=True)
-class TaskScore:
+class TaskScore(EvaluationRecord):
     """The score of one model on one task, or on one group of tasks.
 
     Attributes:
@@ -72,13 +70,6 @@ class TaskScore:
     definition: str
     source: str
     seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """The score as plain values for JSON, without the outcomes of single rows."""
-        plain = {key: value for key, value in vars(self).items() if key != "metrics"}
-        return plain | {
-            "metrics": {name: metric.as_dict() for name, metric in self.metrics.items()}
-        }
 
 
 @dataclass(frozen=True)
