@@ -87,15 +87,7 @@ def fewshot_split(config: Mapping[str, Any]) -> str:
 
 
 def load_splits(task: str, files: Mapping[str, Path | None]) -> dict[str, Any]:
-    """Split -> `datasets.Dataset`. A split without a file is empty.
-
-    Args:
-        task: name of the task.
-        files: split -> file.
-
-    Raises:
-        ValueError: rows are damaged; names the file.
-    """
+    """Split -> `datasets.Dataset`. A split without a file is empty; damaged rows are an error."""
     found = {split: _read_rows(task, file) for split, file in files.items() if file is not None}
     empty = next(iter(found.values())).select([])
     return {split: found.get(split, empty) for split in files}

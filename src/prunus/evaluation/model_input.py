@@ -66,11 +66,7 @@ class ModelInput:
         return None if self.folder is None else WatchedCheckpoint(self.folder)
 
     def tokenizer(self, given: Any = None) -> Any:
-        """The tokenizer: the one that is given, or that of the folder the model is loaded from.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """The tokenizer: the one that is given, or that of the folder the model is loaded from."""
         if given is not None:
             return given
         if self.folder is not None:
@@ -90,9 +86,6 @@ class ModelInput:
 
         Special tokens that were added past the end of the embedding are allowed: they may never
         occur.
-
-        Raises:
-            ValueError: there is no tokenizer, or it is another model's.
         """
         found, size = self.tokenizer(given), self.vocabulary
         if size is not None and found.vocab_size > size:
@@ -127,11 +120,7 @@ def find_model(model: Any, trust_remote_code: bool = False) -> ModelInput:
 
 
 def check_as_loaded(model: Any, dtype: str, device: str) -> None:
-    """Check that nobody asks for another dtype or device of a loaded model.
-
-    Raises:
-        ValueError: somebody does.
-    """
+    """Check that nobody asks for another dtype or device of a loaded model."""
     if isinstance(model, nn.Module) and (dtype != "auto" or device != "auto"):
         raise ValueError(
             "a loaded model is scored as it is: leave `dtype` and `device` at 'auto', or "
@@ -140,11 +129,7 @@ def check_as_loaded(model: Any, dtype: str, device: str) -> None:
 
 
 def check_same_vocabulary(model: ModelInput, reference: ModelInput) -> None:
-    """Check that two models give logits for the same tokens. Reads no weights.
-
-    Raises:
-        ValueError: the sizes of the vocabularies differ, or the tokenizers of two folders do.
-    """
+    """Check that two models give logits for the same tokens. Reads no weights."""
     hint = "give a reference with the same vocabulary, such as the dense model"
     sizes = model.vocabulary, reference.vocabulary
     if None not in sizes and sizes[0] != sizes[1]:

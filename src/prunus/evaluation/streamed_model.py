@@ -96,14 +96,13 @@ def choose_streamed(
 ) -> list[bool]:
     """Decide for models that are in memory together which are read block by block.
 
+    Loaded models, whose folder is None, packed ones and adapters are never streamed.
+
     Args:
-        folders: the checkpoints; None for a loaded model, which is never streamed.
+        folders: the checkpoints.
         stream: what the user chose; None streams if the whole models do not fit in memory.
         tokens: tokens in one forward pass.
         options: how the models are computed.
-
-    Returns:
-        One answer per folder. A packed model or an adapter is never streamed.
 
     Raises:
         ValueError: `stream` is True, and a model is packed or an adapter.
@@ -179,11 +178,7 @@ class StreamedModel:
     def open(cls, folder: Path, options: ComputeOptions) -> StreamedModel:
         """Bind an ordinary checkpoint, neither packed nor an adapter, to its skeleton.
 
-        Reads headers only.
-
-        Raises:
-            ValueError, FileNotFoundError, NotImplementedError: see `CheckpointSource` and
-                `Skeleton`.
+        Reads headers only; see `CheckpointSource` and `Skeleton` for errors.
         """
         source = CheckpointSource(folder, options.trust_remote_code)
         own = getattr(source.config, "dtype", None)
@@ -207,14 +202,13 @@ class StreamedModel:
         progress: WindowProgress | None = None,
         compared: bool = False,
     ) -> Generator[Rows, None, None]:
-        """The logits of every window, in order, after all windows have passed all blocks.
+        """The logits of every window, after all windows have passed all blocks.
 
-        The logits are computed from the hidden states when they are asked for. Until the last
-        window is taken, memory holds the head and the hidden states of all windows.
+        They are computed from the hidden states when they are asked for. Until the last window is
+        taken, memory holds the head and the hidden states of all windows.
 
         Raises:
-            ValueError: the budget does not hold a block, or hidden states are not finite (the
-                message names the block).
+            ValueError: the budget does not hold a block, or hidden states are not finite.
             NotImplementedError: see `Stream`.
         """
         if not len(ids):
@@ -286,11 +280,7 @@ class StreamedModel:
         return self.skeleton.logits(ids_S[None, first:stop], hidden_SH[None, first:stop])[0]
 
     def _place_states(self, batch: int, shape: torch.Size, compared: bool) -> StatesPlace:
-        """Where the hidden states of all windows wait between blocks.
-
-        Raises:
-            ValueError: the budget does not hold the largest step.
-        """
+        """Where the hidden states of all windows are kept between blocks."""
         held = resident_memory() if self.device.type == "cpu" else 0
         budget = memory_budget(self.device, self.memory) - held
         minimum, hidden = self._needs(batch, shape, compared)

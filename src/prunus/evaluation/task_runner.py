@@ -89,12 +89,9 @@ class TaskRun:
     def run(
         self, progress: Callable[[str], None] | None = None, ranks: Ranks = SINGLE_PROCESS
     ) -> list[TaskResults]:
-        """Evaluate one model after the other.
+        """Evaluate one model after the other. Ranks split the rows, each with the whole model.
 
-        Args:
-            progress: called with a line of text after every task, on rank 0.
-            ranks: processes that make this call together and split the rows, each with the whole
-                model.
+        On rank 0, `progress` is called with a line of text after every task.
         """
         choose_device(str(self.options.device), processes=ranks.local_size)
         report = progress if progress is not None and ranks.rank == 0 else lambda _: None
@@ -147,13 +144,7 @@ def prepare_tasks(
 ) -> TaskRun:
     """Check models and tasks before any work, so that all models are evaluated on the same rows.
 
-    Args:
-        models: folders, hub ids or loaded transformers models.
-        tasks: see `evaluate`, as are the errors.
-        **options: see `TaskOptions`.
-
-    Returns:
-        The checked models and tasks; call `run` on it.
+    See `evaluate` for arguments and errors. Call `run` on the result.
     """
     require_lm_eval()
     given = TaskOptions.read(None, options)

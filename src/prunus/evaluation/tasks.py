@@ -107,8 +107,7 @@ def load_tasks(
         shots: worked examples per prompt. None takes the task's own number, which is 0 for most
             tasks.
         limit: score only this many rows of each task, from the first on. None scores all.
-        folder: local folder whose `zeroshot/` contains the rows (see `local_tasks.py`). None takes
-            the hub.
+        folder: local folder with the rows, see `local_tasks.py`. None takes the hub.
 
     Raises:
         ModuleNotFoundError: lm-eval is not installed.

@@ -80,13 +80,11 @@ def load_scoring_text(name: str, data: Path | None = None) -> ScoringText:
     Args:
         name: `wikitext2`, `c4`, `ptb`, `python-docs`, or a text file in a format that calibration
             takes.
-        data: local folder with the corpora. None takes the folder in PRUNUS_DATA, or the hub if
-            that is unset.
+        data: local folder with the corpora. None takes PRUNUS_DATA, or the hub.
 
     Raises:
         ValueError: an unknown name, or a file without text.
-        FileNotFoundError: a file or data folder does not exist.
-        ModuleNotFoundError: an extra is not installed (the message names it).
+        FileNotFoundError, ModuleNotFoundError: no such file, or an extra is not installed.
         OSError: the hub does not answer.
     """
     check_text(name, data)
@@ -165,9 +163,6 @@ def scoring_windows(
         tokenizer: a function that returns the tokenizer. It is called for text only.
         seqlen: S, tokens per window.
         options: how many windows, with or without BOS, and the data folder.
-
-    Raises:
-        ValueError: the text is shorter than one window, or reading the text or the tokenizer fails.
     """
     bos, samples, data = options.bos, options.samples, options.data
     check_text(name, data)

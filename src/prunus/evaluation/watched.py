@@ -35,11 +35,7 @@ class WatchedCheckpoint:
         self.states = _states(folder)
 
     def check(self) -> None:
-        """Check that the files are still the same.
-
-        Raises:
-            ValueError: one was changed, added or removed; names it.
-        """
+        """Raise ValueError if a file was changed, added or removed; it names the file."""
         now = _states(self._folder)
         changed = [
             path for path in {**self.states, **now} if self.states.get(path) != now.get(path)
@@ -67,12 +63,7 @@ def unchanged(
 ) -> Iterator[None]:
     """A `with` block that fails on all ranks if a checkpoint was changed meanwhile.
 
-    Args:
-        checkpoints: what to check; None is passed over.
-        ranks: processes that enter the block together.
-
-    Raises:
-        ValueError: see `WatchedCheckpoint.check`.
+    None in place of a checkpoint is passed over.
     """
     watched = [each for each in checkpoints if each is not None]
     try:

@@ -98,7 +98,6 @@ def score_windows(
     The cross entropy is computed in float32 and summed in float64.
 
     Args:
-        model: the model to score.
         ids: token ids (W, S), int64, of all ranks; S at least 2.
         reference: the model to compare with. If it runs block by block, it runs all of them first.
         batch: number of windows in one forward pass.
