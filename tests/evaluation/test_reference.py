@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
 import torch
@@ -128,14 +127,15 @@ def test_hidden_states_that_do_not_fit_wait_in_a_file(folders, monkeypatch, tmp_
 
 
 def test_half_of_the_memory_holds_hidden_states(folders, monkeypatch):
-    streamed = sys.modules["prunus.evaluation.streamed_model"]
     model = StreamedModel.open(folders / "dense", ComputeOptions("auto", torch.device("cpu")))
-    shape = torch.Size((5, 24))
-    monkeypatch.setattr(streamed, "resident_memory", lambda: 1000)
+    monkeypatch.setattr("prunus.evaluation.streamed_model.resident_memory", lambda: 1000)
     need = 5 * 24 * 32 * 2
-    for memory, spills in ((1000 + 2 * need, False), (999 + 2 * need, True)):
-        monkeypatch.setattr(streamed, "memory_budget", lambda *_, memory=memory: memory)
-        assert (model.place_states(shape).spill_to is not None) == spills
+    for texts, memory, spills in ((1, 0, False), (1, -1, True), (2, 2 * need, False)):
+        total = 1000 + 2 * need + memory
+        monkeypatch.setattr(
+            "prunus.evaluation.streamed_model.memory_budget", lambda *_, total=total: total
+        )
+        assert (model.place_states(torch.Size((5, 24)), texts).spill_to is not None) == spills
 
 
 def test_several_texts_are_kept_where_that_is_wanted(folders, runs):

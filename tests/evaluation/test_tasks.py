@@ -11,7 +11,6 @@ import torch
 import prunus
 from prunus.calibration.files import read_text
 from prunus.evaluation import tasks
-from prunus.evaluation.local_tasks import fewshot_split
 from prunus.evaluation.task_scores import PAPER7
 from prunus.evaluation.tasks import load_tasks
 from tiny import tiny_model
@@ -139,17 +138,6 @@ def test_examples_come_from_the_training_split_and_from_no_other(tmp_path):
     assert all(20 <= int(year) < 29 for found in years for year in found[:2])
 
 
-def test_the_split_of_the_examples_is_lm_evals_choice():
-    splits = {"training_split": "train", "validation_split": "dev", "test_split": "test"}
-    assert fewshot_split(splits) == "train"
-    assert fewshot_split(splits | {"fewshot_split": "dev"}) == "dev"
-    assert (
-        fewshot_split(splits | {"fewshot_config": {"split": "test"}, "fewshot_split": "dev"})
-        == "test"
-    )
-    assert fewshot_split({"training_split": None, "test_split": "test"}) == "test"
-
-
 def test_missing_files_are_refused_with_all_their_names(model, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"boolq_validation.jsonl.*openbookqa_test.jsonl"):
         load_tasks(["boolq", "openbookqa"], folder=tmp_path)
@@ -177,9 +165,6 @@ def test_damaged_rows_are_named(tmp_path):
         path.write_text(nothing)
         with pytest.raises(ValueError, match=re.escape(str(path))):
             load_tasks(["arc_easy"], folder=tmp_path)
-
-
-def test_a_column_that_no_row_has_is_named(tmp_path):
     write_split(tmp_path, "rte", "validation", [{"sentence1": "a", "label": 0}] * 2)
     with pytest.raises(ValueError, match="sentence2"):
         load_tasks(["rte"], folder=tmp_path)
