@@ -18,8 +18,6 @@ from prunus.evaluation import streamed_model as streamed
 from prunus.evaluation import window_scores
 from prunus.evaluation.streamed_model import ComputeOptions
 from prunus.evaluation.text import first_scored_row
-from prunus.model.checkpoint.reader import Checkpoint
-from prunus.model.config import load_config
 from prunus.model.loading import load_model
 from prunus.reporting.sources import read_document
 from tiny import tiny_checkpoint, token_ids
@@ -168,7 +166,7 @@ def test_streaming_gives_the_figures_of_whole_models(family, tmp_path):
 def test_two_models_are_streamed_where_one_would_fit(folders, monkeypatch):
     monkeypatch.setattr(streamed, "resident_memory", lambda: 0)
     dense = folders / "dense"
-    need = streamed.whole_model_bytes(Checkpoint(dense), load_config(dense), torch.float32, 24)
+    need = streamed.whole_bytes(dense, 24, ComputeOptions("float32", torch.device("cpu")))
     chosen = [
         streamed.choose_streamed(
             [folders / name for name in names], None, 24,

@@ -71,7 +71,7 @@ def test_every_tensor_is_read_once(monkeypatch, ids, tmp_path):
 def test_what_does_not_fit_is_streamed_and_what_does_is_not(monkeypatch, ids, tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", hidden_size=64, num_hidden_layers=12)
     monkeypatch.setattr(streamed, "resident_memory", lambda: 0)
-    need = streamed.whole_model_bytes(Checkpoint(dense), prunus_config(dense), None, 24)
+    need = streamed.whole_bytes(dense, 24, streamed.ComputeOptions("auto", torch.device("cpu")))
     large = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
     assert large < need < 2 * large
     assert not score(dense, ids, memory=need).streamed
@@ -81,12 +81,6 @@ def test_what_does_not_fit_is_streamed_and_what_does_is_not(monkeypatch, ids, tm
         ValueError, match=r"block by block needs .* the memory budget is .* Raise `memory`"
     ):
         score(dense, ids, memory=large // 12)
-
-
-def prunus_config(folder):
-    from prunus.model.config import load_config
-
-    return load_config(folder)
 
 
 def test_hidden_states_on_disk_change_nothing(monkeypatch, ids, tmp_path):

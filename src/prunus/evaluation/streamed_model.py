@@ -39,7 +39,7 @@ __all__ = [
     "ComputeOptions",
     "StreamedModel",
     "choose_streamed",
-    "whole_model_bytes",
+    "whole_bytes",
     "whole_only",
 ]
 
@@ -64,22 +64,6 @@ class ComputeOptions:
         """The whole model of a folder, on the device."""
         dtype = DTYPES.get(self.dtype, "auto")
         return load_model(folder, dtype, self.trust_remote_code).to(self.device)
-
-
-def whole_model_bytes(
-    checkpoint: Checkpoint, config: Any, dtype: torch.dtype | None, tokens: int
-) -> int:
-    """The memory in bytes that scoring takes with the whole model: its weights, and logits.
-
-    Args:
-        dtype: dtype of the computation; None for the stored one.
-        tokens: tokens in one forward pass.
-    """
-    weights = 0
-    for info in checkpoint.tensors.values():
-        changes = dtype is not None and info.dtype.is_floating_point
-        weights += math.prod(info.shape) * (dtype if changes and dtype else info.dtype).itemsize
-    return weights + _logits_bytes(_vocabulary(config), tokens, (dtype or torch.float32).itemsize)
 
 
 def _vocabulary(config: Any) -> int:
@@ -124,7 +108,7 @@ def choose_streamed(
         if folder is None:
             continue
         try:
-            needs.append(_whole_bytes(folder, tokens, options))
+            needs.append(whole_bytes(folder, tokens, options))
         except (ValueError, FileNotFoundError):
             # transformers may know other formats. If something is wrong, loading the model will
             # say so.
@@ -136,17 +120,25 @@ def choose_streamed(
     return can_stream
 
 
-def _whole_bytes(folder: Path, tokens: int, options: ComputeOptions) -> int:
-    """The memory in bytes that a whole model takes; an adapter counts with its base."""
+def whole_bytes(folder: Path, tokens: int, options: ComputeOptions) -> int:
+    """The memory in bytes that scoring takes with a whole model: its weights, and logits.
+
+    An adapter counts with its base. `tokens` are those of one forward pass.
+    """
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if is_adapter(folder):
-        return stored + _whole_bytes(base_folder(folder), tokens, options)
+        return stored + whole_bytes(base_folder(folder), tokens, options)
     if whole_only(folder) is not None:
         # Packed weights keep their stored form in memory.
         vocabulary = read_json(folder / "config.json").get("vocab_size")
         return stored + _logits_bytes(int(vocabulary or 0), tokens, torch.float32.itemsize)
     config = load_config(folder, options.trust_remote_code)
-    return whole_model_bytes(Checkpoint(folder), config, DTYPES.get(options.dtype), tokens)
+    dtype = DTYPES.get(options.dtype)
+    weights = 0
+    for info in Checkpoint(folder).tensors.values():
+        loaded = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
+        weights += math.prod(info.shape) * loaded.itemsize
+    return weights + _logits_bytes(_vocabulary(config), tokens, (dtype or torch.float32).itemsize)
 
 
 def whole_only(folder: Path) -> str | None:
@@ -281,8 +273,7 @@ class StreamedModel:
 
     def _place_states(self, batch: int, shape: torch.Size, compared: bool) -> StatesPlace:
         """Where the hidden states of all windows are kept between blocks."""
-        held = resident_memory() if self.device.type == "cpu" else 0
-        budget = memory_budget(self.device, self.memory) - held
+        budget = self._free()
         minimum, hidden = self._needs(batch, shape, compared)
         if minimum > budget:
             raise ValueError(
@@ -296,10 +287,13 @@ class StreamedModel:
 
     def place_states(self, shape: torch.Size, texts: int = 1) -> StatesPlace:
         """Where hidden states wait, of as many texts of windows (W, S): at most half of memory."""
-        held = resident_memory() if self.device.type == "cpu" else 0
-        free = memory_budget(self.device, self.memory) - held
         needed = 2 * texts * self._needs(1, shape, True)[1]
-        return self._place(needed <= free, needed)
+        return self._place(needed <= self._free(), needed)
+
+    def _free(self) -> int:
+        """Bytes of the budget that nothing takes yet."""
+        held = resident_memory() if self.device.type == "cpu" else 0
+        return memory_budget(self.device, self.memory) - held
 
     def _place(self, fits_on_device: bool, needed: int) -> StatesPlace:
         if fits_on_device:
