@@ -41,17 +41,6 @@ def test_importing_the_package_imports_none_of_the_large_libraries():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_report_is_written_without_torch(tmp_path):
-    sweep_results().save(tmp_path)
-    code = (
-        "import sys, prunus; prunus.report(sys.argv[1], sys.argv[1] + '/page.md'); "
-        "sys.exit('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
-    assert done.returncode == 0
-    assert "wikitext2" in (tmp_path / "page.md").read_text()
-
-
 def test_load_gives_the_model_and_its_tokenizer(pruned, tmp_path):
     dense = prunus.load(pruned)
     model, tokenizer = dense

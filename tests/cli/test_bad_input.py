@@ -279,17 +279,6 @@ def test_another_models_tokenizer(tmp_path, refused):
 # --- the output folder ---
 
 
-def test_an_output_with_another_recipe(dense, tmp_path, refused):
-    prunus.prune(dense, tmp_path / "out", calibration=token_ids())
-    refused(
-        FileExistsError,
-        r"another sparsity \(0\.5, now 0\.25\); it is left as it is",
-        dense,
-        sparsity=0.25,
-    )
-    refused(FileExistsError, "another calibration_sha256", dense, calibration=token_ids() + 1)
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_outputs_that_are_something_else(overwrite, dense, tmp_path, refused):
     (tmp_path / "out").write_text("years of work")

@@ -348,15 +348,6 @@ def test_a_wrong_choice_is_status_2_and_names_the_option_and_all_choices(argumen
     assert choices in output
 
 
-def test_options_without_a_flag_stand_in_a_recipe_file(dense, text, tmp_path):
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text('method = "obs"\nmask_from = "magnitude"\n')
-    options = ["--calibration", text, *WINDOWS, "--json", tmp_path / "report.json"]
-    call("prune", dense, tmp_path / "out", "--recipe", recipe, *options)
-    used = json.loads((tmp_path / "report.json").read_text())["recipe"]
-    assert (used["method"], used["mask_from"]) == ("obs", "magnitude")
-
-
 def test_what_the_user_cannot_correct_is_one_line_and_status_1(dense, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10, 9, 1))
@@ -391,18 +382,6 @@ def test_a_message_of_several_lines_is_shown_on_one(dense, tmp_path, monkeypatch
 
 
 # --- processes of their own ---
-
-
-def test_the_module_is_the_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "prunus", "prune", "--sparsity", "half", "a", "b"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 2
-    assert "Invalid value for '--sparsity'" in done.stderr
 
 
 needs_sigint = pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")

@@ -18,24 +18,9 @@ from prunus.runs.options import RunOptions
 from prunus.structure.recipe import StructureRecipe
 
 VERBS = [
-    "prune",
-    "compress",
-    "shrink",
-    "plan",
-    "recover",
-    "eval",
-    "lm-eval",
-    "inspect",
-    "bench",
-    "generate",
-    "serve",
-    "import",
-    "pack",
-    "unpack",
-    "sweep",
-    "report",
-    "doctor",
-]
+    "prune", "compress", "shrink", "plan", "recover", "eval", "lm-eval", "inspect",
+    "bench", "generate", "serve", "import", "pack", "unpack", "sweep", "report", "doctor",
+]  # fmt: skip
 COMMANDS = get_command(app).commands
 
 

@@ -14,8 +14,6 @@ from transformers import AutoModelForCausalLM
 import prunus
 from command_line import call
 from prunus import pack, unpack
-from prunus.evaluation.streamed_model import ComputeOptions, StreamedModel
-from prunus.evaluation.window_scores import score_windows
 from prunus.model.experts import Experts, Fused, find_routers
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
@@ -324,18 +322,6 @@ def test_every_kind_of_run_takes_experts_as_linears(options, tmp_path):
     assert report.totals["sparsity"] == pytest.approx(0.5, abs=0.02)
     with torch.no_grad():
         assert bool(loaded(tmp_path / "pruned")(token_ids()).logits.isfinite().all())
-
-
-def test_perplexity_by_blocks_is_the_whole_models(tmp_path):
-    tiny_checkpoint(tmp_path, "deepseek_v2")
-    ids, model = token_ids(), loaded(tmp_path)
-    streamed = StreamedModel.open(tmp_path, ComputeOptions("float32", CPU))
-    found = score_windows(streamed, ids, batch=2).losses_WM.flatten().tolist()
-    with torch.no_grad():
-        logits = model(ids, use_cache=False).logits
-    for window, loss in enumerate(found):
-        expected = nn.functional.cross_entropy(logits[window, :-1], ids[window, 1:])
-        assert loss == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize("family", sorted(EXPERT_FAMILIES))

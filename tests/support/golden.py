@@ -1,27 +1,19 @@
 """The masks and norms that the original code produced, and how closely prunus must agree."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 
-@dataclass(frozen=True)
-class GoldenCase:
-    """One file of the original code's results, and the options with which prunus repeats it.
+class GoldenCase(NamedTuple):
+    """One file of the original code's results, and what prunus repeats of it."""
 
-    Attributes:
-        file: the name of the file, without prefix and sparsity.
-        options: the options of `prunus.prune`.
-        bits: the share of mask bits that must agree, per linear.
-        norm: the largest relative difference of Frobenius norms.
-    """
-
-    file: str
-    options: dict[str, object]
-    bits: float
-    norm: float = 1e-4
+    file: str  # its name, without prefix and sparsity
+    options: dict[str, object]  # of `prunus.prune`
+    bits: float  # the share of mask bits that must agree, per linear
+    norm: float = 1e-4  # the largest relative difference of Frobenius norms
 
 
 def _is_amd() -> bool:

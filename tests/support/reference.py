@@ -246,6 +246,17 @@ def wanda_by_whole_runs(model: nn.Module, ids: Tensor) -> None:
     prune_as_called(todo, ids.split(2), lambda ids: model(input_ids=ids), prune_rows, block_of)
 
 
+def assert_three_ways_agree(
+    streamed: nn.Module, in_place: nn.Module, naive: nn.Module, differ: float = 0.0
+) -> None:
+    """Check that two models have the same weights, and a third up to a share that differs."""
+    same, near = in_place.state_dict(), naive.state_dict()
+    assert streamed.state_dict().keys() == same.keys()
+    for name, tensor in streamed.state_dict().items():
+        assert torch.equal(tensor, same[name]), name
+        assert float((tensor != near[name]).float().mean()) <= differ, name
+
+
 def ria_score(weight_OI: Tensor, X_TI: Tensor, power: float) -> Tensor:
     """(|W_ij| / sum of its column + |W_ij| / sum of its row) · ‖X_j‖^power, float64."""
     magnitude_OI = weight_OI.double().abs()

@@ -301,18 +301,6 @@ def test_the_number_of_steps_by_logits_does_not_grow_with_the_batches():
     assert by_logits(32, by_token=False) == ReconstructionSchedule(3, 1, 2e-3, logit_stride=4)
 
 
-@pytest.mark.parametrize("tokens", [64, 256, 2048, 8192])
-def test_by_logits_a_quarter_of_the_tokens_is_compared(tokens):
-    as_outputs, by_token, whole = (
-        default_schedule(tokens, 576, by_token, 32, by_logits)
-        for by_token, by_logits in ((True, False), (True, True), (False, True))
-    )
-    assert by_token.logit_stride == 1, "all tokens that a step runs are compared"
-    assert by_token.token_stride in (4 * as_outputs.token_stride, max(1, tokens // 64))
-    assert by_token.token_stride == min(28, max(1, tokens // 64))
-    assert (whole.token_stride, whole.logit_stride) == (1, 4)
-
-
 def test_tokens_that_the_step_chose_are_all_compared():
     head = nn.Linear(6, 40).requires_grad_(False)
     output, target = torch.randn(2, 2, CHUNK_TOKENS + 5, 6)
