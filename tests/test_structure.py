@@ -64,9 +64,7 @@ VERBS = {
     "serving.server.serve",
 }
 #: Functions that should have fewer parameters.
-MANY_PARAMETERS = VERBS | {
-    "methods.solvers.least_squares.conjugate_gradients",
-}
+MANY_PARAMETERS = VERBS | {"methods.solvers.least_squares.conjugate_gradients"}
 
 
 def room(path: Path) -> str:

@@ -214,10 +214,7 @@ def test_wikitext2_calibration_prefers_the_raw_text_and_says_what_it_used(tmp_pa
 
 
 HUB = {
-    "c4": {
-        "path": "allenai/c4",
-        "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"},
-    },
+    "c4": {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}},
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
     "ptb": {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet"},
 }

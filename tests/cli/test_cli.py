@@ -137,16 +137,8 @@ def test_int8_that_cannot_be_scored_is_refused_before_any_work(text, tmp_path):
 
 
 def test_the_command_and_the_function_give_the_same_bytes(dense, text, tmp_path):
-    options = [
-        "--method",
-        "sparsegpt",
-        "--pattern",
-        "2:4",
-        "--ignore",
-        "*.q_proj",
-        "--ignore",
-        "*.k_proj",
-    ]
+    options = ["--method", "sparsegpt", "--pattern", "2:4"]
+    options += ["--ignore", "*.q_proj", "--ignore", "*.k_proj"]
     call("prune", dense, tmp_path / "a", "--calibration", text, *WINDOWS, *options)
     prunus.prune(
         dense,

@@ -20,12 +20,7 @@ def nameless(inspection: prunus.Inspection) -> prunus.Inspection:
     return dataclasses.replace(inspection, model="")
 
 
-@given(
-    data=st.data(),
-    rows=st.integers(1, 4),
-    groups=st.integers(1, 4),
-    m=st.integers(1, 8),
-)
+@given(data=st.data(), rows=st.integers(1, 4), groups=st.integers(1, 4), m=st.integers(1, 8))
 def test_holds_is_what_counting_says(data, rows, groups, m):
     n = data.draw(st.integers(1, m))
     kept = data.draw(st.integers(0, m))

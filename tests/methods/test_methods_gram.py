@@ -9,11 +9,7 @@ import reference
 from method_cases import PATTERNS, WEIRD, example, gather, prune, weird_example
 from prunus.methods import METHODS, MethodOptions, compose
 from prunus.methods.patterns import Pattern
-from prunus.methods.solvers.least_squares import (
-    conjugate_gradients,
-    fit_least_squares,
-    ridge,
-)
+from prunus.methods.solvers.least_squares import conjugate_gradients, fit_least_squares, ridge
 
 # --- RIA ---
 

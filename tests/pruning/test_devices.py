@@ -20,6 +20,8 @@ from tiny import tiny_checkpoint, token_ids
 
 pytestmark = pytest.mark.cuda
 
+TRAINED = {"reconstruct": "all", "reconstruct_epochs": 1, "batch": 1}
+LAST = {"reconstruct": "last", "batch": 2}
 #: Between them, the cases reach every method, refinement, update, pattern and allocation.
 CASES: dict[str, dict[str, Any]] = {
     "wanda": {},
@@ -30,31 +32,14 @@ CASES: dict[str, dict[str, Any]] = {
     "wanda-variant": {"method": "wanda-variant"},
     "ria 2:4": {"method": "ria", "pattern": "2:4"},
     "sparsegpt": {"method": "sparsegpt"},
-    "sparsegpt 2:4, reconstructed": {
-        "method": "sparsegpt",
-        "pattern": "2:4",
-        "reconstruct": "all",
-        "reconstruct_epochs": 2,
-        "batch": 1,
-    },
+    "sparsegpt 2:4, reconstructed": {"method": "sparsegpt", "pattern": "2:4", **TRAINED},
     "sparsegpt as published": {"method": "sparsegpt", "propagate": "block"},
     "obs blockwise": {"method": "obs", "mask_order": "blockwise"},
     "alps, dense targets": {"method": "alps", "dense_weight": "auto"},
-    "alps 1:4, reconstructed": {
-        "method": "alps",
-        "pattern": "1:4",
-        "reconstruct": "all",
-        "reconstruct_epochs": 1,
-        "batch": 1,
-    },
+    "alps 1:4, reconstructed": {"method": "alps", "pattern": "1:4", **TRAINED},
     "wanda 2:4, two passes": {"pattern": "2:4", "propagate": "block"},
     "swaps, least squares": {"refine": "swaps", "weight_update": "least-squares"},
-    "swaps 2:4, last reconstructed": {
-        "refine": "swaps",
-        "pattern": "2:4",
-        "reconstruct": "last",
-        "reconstruct_epochs": 1,
-    },
+    "swaps 2:4, last trained": {"refine": "swaps", "pattern": "2:4", **TRAINED, **LAST},
     "head": {"head": True},
     "search": {"allocation": "search", "allocation_by": "linear"},
 }
@@ -171,7 +156,7 @@ def test_where_hidden_states_wait_changes_no_byte(
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(dense, tmp_path):
-    options = {"method": "alps", "reconstruct": "all", "reconstruct_epochs": 1, "batch": 1}
+    options = {"method": "alps", **TRAINED}
     prune(dense, tmp_path / "whole", "cuda:0", **options)
     with pytest.raises(StopError):
         prune(dense, tmp_path / "parts", "cuda:0", progress=stop_after(1), **options)

@@ -397,14 +397,7 @@ def test_an_expert_sees_its_tokens_in_the_order_of_the_text():
 def test_the_commands_count_experts_and_those_with_too_few_tokens(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "mixtral")
     save_file({"input_ids": token_ids()}, tmp_path / "ids.safetensors")
-    options = [
-        "--calibration",
-        str(tmp_path / "ids.safetensors"),
-        "--samples",
-        "6",
-        "--seqlen",
-        "16",
-    ]
+    options = ["--calibration", tmp_path / "ids.safetensors", "--samples", 6, "--seqlen", 16]
     (tmp_path / "recipe.toml").write_text("min_expert_tokens = 48\n")
     recipe = ["--recipe", tmp_path / "recipe.toml"]
     text = call("prune", dense, tmp_path / "pruned", *options, *recipe).stdout

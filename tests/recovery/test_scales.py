@@ -15,11 +15,7 @@ from prunus.packed.linear import PackedLinear
 from prunus.packed.operators import reference_path
 from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.scales import ScaledLinear, scales
-from recovery_cases import (
-    dense_checkpoint,
-    pruned_checkpoint,
-    recover,
-)
+from recovery_cases import dense_checkpoint, pruned_checkpoint, recover
 from scripts import run_script
 from tiny_tokenizer import byte_tokenizer
 

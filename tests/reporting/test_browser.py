@@ -4,8 +4,6 @@ The tests need a Chromium in PATH (Debian: apt install chromium) or one that PRU
 without it they skip. Screenshots go into the test's own temporary folder.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -82,7 +80,7 @@ class Opened:
         self.page.goto(path.as_uri())
         self.page.wait_for_selector("html[data-charts]")
 
-    def __enter__(self) -> Opened:
+    def __enter__(self) -> "Opened":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -198,10 +196,7 @@ def test_figures_equal_the_json_they_come_from(browser, files, run, documents, t
                 }""",
                 title,
             )
-            for title in (
-                "Sparsity per block and linear",
-                "Perplexity on wikitext2 by sparsity",
-            )
+            for title in ("Sparsity per block and linear", "Perplexity on wikitext2 by sparsity")
         }
     [sparsity] = plots["Sparsity per block and linear"]
     assert sparsity["z"] == [

@@ -18,8 +18,7 @@ DENSE = torch.randn(8, 64).bfloat16()
 RARE = None if BITMAP.coding is None else len(BITMAP.coding.rare)
 STORED = int(torch.count_nonzero(expand(BITMAP)))
 DESCRIBED = Description(
-    "bfloat16",
-    {"q": QuantizedShape.of(QUANTIZED), "v": PackedShape(12, 64, STORED, RARE)},
+    "bfloat16", {"q": QuantizedShape.of(QUANTIZED), "v": PackedShape(12, 64, STORED, RARE)}
 )
 
 

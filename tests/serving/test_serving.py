@@ -291,9 +291,7 @@ def test_a_prompt_that_is_too_long_is_refused_and_an_answer_ends_at_the_context(
         assert refused.value.code == "context_length_exceeded"
         with pytest.raises(openai.BadRequestError, match=f"may have {CONTEXT}"):
             dense.client.chat.completions.create(
-                model="dense",
-                messages=[{"role": "user", "content": "x" * 1000}],
-                stream=stream,
+                model="dense", messages=[{"role": "user", "content": "x" * 1000}], stream=stream
             )
     answer = dense.client.completions.create(
         model="dense", prompt="x" * (CONTEXT - 4), max_tokens=100

@@ -17,12 +17,12 @@ from structure_cases import (
     shrink_killed_in_second_step,
 )
 from structure_cases import shrink_without_repair as shrink
-from tiny import EXPERT_FAMILIES, FAMILIES, NEWER_FAMILIES, tiny_checkpoint, token_ids
+from tiny import EXPERT_FAMILIES, FAMILIES, tiny_checkpoint, token_ids
 
 IDS = token_ids()
 #: Hybrids that may lose their only attention layer here, without which transformers has no cache.
 HYBRIDS = {"bamba", "granitemoehybrid", "jamba", "nemotron_h"}
-ALL = sorted({*FAMILIES, *NEWER_FAMILIES, *EXPERT_FAMILIES})
+ALL = sorted({*FAMILIES, *EXPERT_FAMILIES})
 
 
 @pytest.mark.parametrize("family", ALL)

@@ -81,18 +81,8 @@ REFUSALS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("llama", {"target": "parameters=1.5"}, WRONG, "a target looks like parameters=0.75"),
     ("llama", {"target": "size=3GB"}, WRONG, "a target looks like parameters=0.75"),
     ("llama", {"target": "memory=much"}, WRONG, "a memory size looks like 8GB"),
-    (
-        "llama",
-        {"target": "speed=2x", "blocks": 1},
-        WRONG,
-        "`target` and `blocks` exclude",
-    ),
-    (
-        "llama",
-        {"target": "speed=2x", "experts": 2},
-        WRONG,
-        "`target` and `experts` exclude",
-    ),
+    ("llama", {"target": "speed=2x", "blocks": 1}, WRONG, "`target` and `blocks` exclude"),
+    ("llama", {"target": "speed=2x", "experts": 2}, WRONG, "`target` and `experts` exclude"),
 ]
 
 

@@ -20,22 +20,28 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _GPT2: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+_MAMBA: dict[str, Any] = {"state_size": 4, "expand": 2, "conv_kernel": 4}
+_MAMBA2: dict[str, Any] = {"mamba_d_state": 4, "mamba_d_conv": 4, "mamba_n_groups": 1}
+_ALTERNATING: dict[str, Any] = {
+    "head_dim": 8,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 
-#: Options that a family needs in addition to the common ones.
+#: Families that need no options but the common ones, and those that need the width of a head.
+_PLAIN = [
+    "llama", "qwen2", "phi", "phi3", "gpt_neox", "olmo", "olmo2", "granite", "stablelm",
+    "starcoder2", "cohere", "nemotron", "smollm3", "apertus", "bitnet", "arcee",
+]  # fmt: skip
+_WITH_HEAD_DIM = ["qwen3", "gemma", "glm", "ministral3", "seed_oss"]
+
+#: Family -> the options that it needs in addition to the common ones.
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
+    **{name: {} for name in _PLAIN},
+    **{name: {"head_dim": 8} for name in _WITH_HEAD_DIM},
     "mistral": {"sliding_window": 8},
-    "qwen2": {},
-    "qwen3": {"head_dim": 8},
-    "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "sliding_window": 8},
-    "gemma3_text": {
-        "head_dim": 8,
-        "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "phi": {},
-    "phi3": {},
+    "gemma3_text": _ALTERNATING,
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": True},
     "gpt2": _GPT2,
     "gptj": _GPT2 | {"rotary_dim": 4},
@@ -46,19 +52,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_types": [[["global", "local"], 1]],
         "window_size": 8,
     },
-    "gpt_neox": {},
     "bloom": {"n_layer": 2, "n_head": 4},
     "falcon": {"alibi": False, "new_decoder_architecture": False},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2},
-    "olmo": {},
-    "olmo2": {},
-    "granite": {},
-    "stablelm": {},
-    "starcoder2": {},
-    "cohere": {},
-    "glm": {"head_dim": 8},
-    "nemotron": {},
-    "smollm3": {},
     "bamba": {
         "mamba_n_heads": 8,
         "mamba_d_head": 8,
@@ -67,18 +63,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mamba_chunk_size": 8,
         "attn_layer_indices": [1],
     },
-}
-
-_MAMBA: dict[str, Any] = {"state_size": 4, "expand": 2, "conv_kernel": 4}
-_MAMBA2: dict[str, Any] = {"mamba_d_state": 4, "mamba_d_conv": 4, "mamba_n_groups": 1}
-_ALTERNATING: dict[str, Any] = {
-    "head_dim": 8,
-    "sliding_window": 8,
-    "layer_types": ["sliding_attention", "full_attention"],
-}
-
-#: The same for state-space models, hybrids, and recent families.
-NEWER_FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": _MAMBA | {"time_step_rank": 4},
     "mamba2": _MAMBA | {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
     "jamba": {
@@ -125,12 +109,7 @@ NEWER_FAMILIES: dict[str, dict[str, Any]] = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 8,
     },
-    "apertus": {},
     "exaone4": _ALTERNATING | {"sliding_window_pattern": 2},
-    "ministral3": {"head_dim": 8},
-    "bitnet": {},
-    "arcee": {},
-    "seed_oss": {"head_dim": 8},
 }
 
 
@@ -207,14 +186,7 @@ EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A random causal LM with blocks of width 32."""
     config = AutoConfig.for_model(
-        family,
-        **{
-            **_COMMON,
-            **FAMILIES.get(family, {}),
-            **NEWER_FAMILIES.get(family, {}),
-            **_of_experts(family),
-            **options,
-        },
+        family, **{**_COMMON, **FAMILIES.get(family, {}), **_of_experts(family), **options}
     )
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

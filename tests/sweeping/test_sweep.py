@@ -30,12 +30,7 @@ from prunus.runs.options import RunOptions
 from prunus.sweeping import cells as sweep_cells
 from prunus.sweeping.checks import check_sweep
 from prunus.sweeping.grid import Scoring, Sweep, load_sweep
-from prunus.sweeping.results import (
-    CellResult,
-    DenseResult,
-    SweepResults,
-    residual_gaps,
-)
+from prunus.sweeping.results import CellResult, DenseResult, SweepResults, residual_gaps
 from prunus.sweeping.run import run_sweep
 from tiny import tiny_checkpoint, weights
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
@@ -60,12 +55,7 @@ def dense(tmp_path_factory) -> Path:
 
 
 def sweep_of(dense: Path, grid: dict = GRID, **keys) -> Sweep:
-    values = {
-        "models": [str(dense)],
-        "recipe": BASE,
-        "scoring": SCORING,
-        "grid": [grid],
-    }
+    values = {"models": [str(dense)], "recipe": BASE, "scoring": SCORING, "grid": [grid]}
     return Sweep.model_validate(values | keys)
 
 

@@ -247,11 +247,7 @@ def test_wide_linears_with_few_tokens_have_no_dense_target(tmp_path, monkeypatch
 
 def test_reconstruction_keeps_masks_and_lowers_the_error_of_every_block(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense")
-    options = {
-        "pattern": "2:4",
-        "calibration": token_ids(32, 32),
-        "reconstruct_lr": 1e-3,
-    }
+    options = {"pattern": "2:4", "calibration": token_ids(32, 32), "reconstruct_lr": 1e-3}
     report = prunus.prune(dense, tmp_path / "out", reconstruct="all", batch=1, **options)
     assert all(
         block.reconstruction.error_after < block.reconstruction.error_before

@@ -50,8 +50,7 @@ def prune(material: Path, out: Path, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["pruned", "pruned-head", "packed", "unpacked", "compressed", "recovered", "scaled"],
+    "name", ["pruned", "pruned-head", "packed", "unpacked", "compressed", "recovered", "scaled"]
 )
 def test_every_record_holds_the_digest_of_every_shard(name, material):
     folder = material / name

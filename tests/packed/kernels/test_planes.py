@@ -31,9 +31,7 @@ ISAS = kernels.ISAS[: _best.library.prunus_best_isa() + 1]
 code = st.one_of(
     st.sampled_from(CHAINS),
     st.builds(
-        PlaneCode,
-        st.integers(0, 3),
-        st.lists(st.integers(1, 4), min_size=1, max_size=8).map(tuple),
+        PlaneCode, st.integers(0, 3), st.lists(st.integers(1, 4), min_size=1, max_size=8).map(tuple)
     ),
 )
 

@@ -18,6 +18,10 @@ from prunus.pruning.block.replay import replay
 from prunus.pruning.block.two_pass import two_pass
 from prunus.pruning.block.walk import BlockWalk
 from prunus.pruning.job import PruningJob
+from prunus.pruning.plan import plan_run
+from prunus.pruning.recipe import Recipe
+from prunus.runs import plan
+from prunus.runs.options import RunOptions
 from tiny import shards, tiny_checkpoint, tiny_model, token_ids, weights
 
 
@@ -36,6 +40,14 @@ class Experts(nn.Module):
             if int(x[0, 0, 0]) == index:
                 h = h + expert(h)
         return self.last(h)
+
+
+def choosing_batches() -> list[torch.Tensor]:
+    """Batches of which two choose expert 1, one expert 0, and one none."""
+    inputs = [torch.randn(1, 5, 4) for _ in range(4)]
+    for x, choice in zip(inputs, (1, 0, 1, 7), strict=True):
+        x[0, 0, 0] = choice
+    return inputs
 
 
 def walk_through(walk, block: nn.Module, inputs: list[torch.Tensor]):
@@ -68,21 +80,14 @@ def walk_through(walk, block: nn.Module, inputs: list[torch.Tensor]):
 
 @pytest.mark.parametrize("walk", [lockstep, replay, two_pass])
 def test_linears_that_some_batches_never_reach_do_not_block_the_others(walk):
-    torch.manual_seed(0)
-    inputs = [torch.randn(1, 5, 4) for _ in range(4)]
-    for index, choice in enumerate((1, 0, 1, 7)):
-        inputs[index][0, 0, 0] = choice
-    outputs, tokens, _, unreached = walk_through(walk, Experts(), inputs)
+    outputs, tokens, _, unreached = walk_through(walk, Experts(), choosing_batches())
     assert all(output is not None for output in outputs)
     assert unreached == ["experts.2"]
     assert tokens == {"first": 20, "experts.0": 5, "experts.1": 10, "last": 20}
 
 
 def test_lockstep_and_replay_agree_to_the_bit_where_batches_take_different_ways():
-    inputs = [torch.randn(1, 5, 4) for _ in range(4)]
-    for index, choice in enumerate((1, 0, 1, 7)):
-        inputs[index][0, 0, 0] = choice
-    results = []
+    inputs, results = choosing_batches(), []
     for walk in (lockstep, replay):
         torch.manual_seed(3)
         block = Experts()
@@ -205,10 +210,6 @@ def test_streamed_in_memory_spilled_and_replayed_runs_are_equal_to_the_byte(
 
 
 def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, monkeypatch):
-    from prunus.pruning.plan import plan_run
-    from prunus.pruning.recipe import Recipe
-    from prunus.runs.options import RunOptions
-
     dense = tiny_checkpoint(tmp_path / "dense")
     ids = token_ids(64, 64)
     recipe = Recipe(calibration="token ids", samples=64, seqlen=64, batch=1)
@@ -239,11 +240,6 @@ def test_the_memory_budget_decides_between_lockstep_replay_and_a_file(tmp_path, 
 
 
 def test_the_memory_budget_limits_a_device_as_it_limits_the_host(tmp_path, monkeypatch):
-    from prunus.pruning.plan import plan_run
-    from prunus.pruning.recipe import Recipe
-    from prunus.runs import plan
-    from prunus.runs.options import RunOptions
-
     dense = tiny_checkpoint(tmp_path / "dense")
     ids = token_ids(8, 16)
     recipe = Recipe(calibration="token ids", samples=8, seqlen=16, dtype="float32")
