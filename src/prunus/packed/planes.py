@@ -184,8 +184,31 @@ def check(weight: QuantizedWeight) -> torch.Tensor:
             pass  # it checks the levels
     else:
         offsets = kernels.plane_offsets(host)
-        _check_levels(host, offsets, kernels)
+        if _may_be_below(host, offsets):
+            _check_levels(host, offsets, kernels)
     return offsets.to(weight.data.device)
+
+
+def _may_be_below(weight: QuantizedWeight, offsets: torch.Tensor) -> bool:
+    """Whether a level may be below -127. This looks at few bytes, and `_check_levels` at all.
+
+    Such a level has the lowest top of its class. Layers rarely reach it, so it is an escape byte.
+    """
+    data = weight.data.numpy()
+    begins = torch.stack(
+        [offsets[:, index, 0] for index in range(len(weight.codes))], dim=1
+    ).flatten()
+    ends = torch.cat([begins[1:], torch.tensor([len(data)])]).view(-1, len(weight.codes))
+    for index, (raw, layers) in enumerate(weight.codes):
+        lowest = 128 >> raw
+        if sum((1 << bits) - 1 for bits in layers) > 2 * lowest:
+            return True
+        suspects = np.flatnonzero(data == (256 - lowest) & 255)
+        starts = offsets[:, index, len(layers)].numpy()
+        chunks = np.searchsorted(starts, suspects, side="right") - 1
+        if bool((suspects < ends[:, index].numpy()[chunks])[chunks >= 0].any()):
+            return True
+    return False
 
 
 def _check_levels(weight: QuantizedWeight, offsets: torch.Tensor, kernels: Kernels) -> None:
