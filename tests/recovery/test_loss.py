@@ -74,14 +74,6 @@ def test_the_loss_of_bfloat16_logits_has_a_bfloat16_gradient():
     torch.testing.assert_close(logits.grad.float(), exact.grad, atol=2e-3, rtol=1e-2)
 
 
-def test_a_teacher_that_agrees_teaches_nothing():
-    logits, ids = torch.randn(2, 8, 6, requires_grad=True), torch.randint(0, 6, (2, 8))
-    loss = next_token_loss(logits, ids, logits.detach(), 1.0)
-    loss.backward()
-    assert float(loss.detach()) == pytest.approx(0, abs=1e-6)
-    assert float(logits.grad.abs().max()) < 1e-6
-
-
 def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine():
     rates = [learning_rate(2.0, share / 100, warmup=0.1) for share in range(101)]
     assert rates[0] == 0
@@ -155,18 +147,6 @@ def test_ids_from_a_file_need_no_tokenizer_and_rows_are_not_run_together(tmp_pat
     rows = torch.cat([text.held_out, text.windows(0, 5)])
     assert sorted(row[0] for row in rows.tolist()) == [0, 8, 20, 28, 40, 48]
     assert all(row[-1] - row[0] == 7 for row in rows.tolist())
-
-
-def test_too_little_text_is_refused_with_its_length(tmp_path):
-    path = tmp_path / "short.txt"
-    path.write_text("x" * 20)
-    with pytest.raises(ValueError, match=r"the text has 2 windows, too few to hold 2 out"):
-        text_of(path)
-
-
-def test_self_needs_a_number_of_windows():
-    with pytest.raises(ValueError, match=r"give the budget in `tokens`"):
-        text_of("self", windows=None)
 
 
 def test_c4_text_and_scored_text_share_no_file(data):

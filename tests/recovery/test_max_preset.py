@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -74,6 +75,10 @@ def test_the_same_call_again_does_nothing_and_another_one_is_refused(finished, d
     before = shards(out)
     again = prunus.prune_and_recover(dense, out, **options(text, pattern="2:4"))
     assert again == (manifest, record)
+    # A kill during the removal of the pruned checkpoint leaves a part of it.
+    shutil.copytree(out, out / PRUNED, ignore=shutil.ignore_patterns("*.safetensors"))
+    prunus.prune_and_recover(dense, out, **options(text, pattern="2:4"))
+    assert not (out / PRUNED).exists()
     for change, word in (
         ({"tokens": 640}, "tokens"),
         ({"pattern": "4:8"}, "pattern"),

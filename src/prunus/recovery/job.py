@@ -102,16 +102,9 @@ def plan_recovery(
     """Check everything that can be checked and decide what is left open; nothing is written.
 
     Args:
-        model: Folder or hub id of the pruned or compressed model.
-        recipe: How it is recovered.
-        options: How the work is done.
-        teacher: Folder or hub id of the dense model, or None.
+        model, teacher: See `prunus.recover`.
         earlier: The record of this recovery in the output folder, or None.
         name: What the record calls the model; None for `model`.
-
-    Raises:
-        FileNotFoundError, FileExistsError, ValueError, NotImplementedError, ModuleNotFoundError,
-        OSError: Each message says what was given, what is wrong and what to do.
     """
     if recipe.mode == "lora":
         require_peft()
@@ -217,11 +210,9 @@ def draw_training_text(
     """The windows of the text, which fit the model.
 
     Args:
-        recipe: Source, windows and budget.
         source: The model in training, whose tokenizer cuts the text.
         dense: The teacher, or None.
         device: Where a model runs that writes the text itself.
-        data: Folder with local copies of the datasets.
     """
     config = source.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)

@@ -27,9 +27,6 @@ def default_target_modules(names: Iterable[str]) -> tuple[str, ...]:
     Args:
         names: Full names of linears. The result holds last parts of such names.
 
-    Raises:
-        ValueError: None of the names is known; the message lists the names there are.
-
     >>> default_target_modules(["h.0.attn.c_attn", "h.0.mlp.c_fc"])
     ('c_attn',)
     """
@@ -59,7 +56,6 @@ def lora(
     Raises:
         ValueError: A target does not exist, the rank is too large, or some linears store their
             weight transposed and others do not.
-        ModuleNotFoundError: peft is not installed; the message names the extra.
     """
     targets = recipe.target_modules or default_target_modules(linears)
     last_parts = {name: name.rpartition(".")[2] for name in linears}

@@ -176,18 +176,11 @@ def plan_training(
     """Check the training of preset max, and say what it takes. Nothing is written.
 
     Args:
-        model: Folder or hub id of the dense checkpoint.
         output: Folder of the result, or None to leave it unchecked.
-        recipe: How the model is pruned.
-        options: How the work is done.
 
     Returns:
         JSON values: `minutes`, `text`, `seqlen`, `batch` (windows of a step), and `memory_bytes`
         of the trained model and the dense one, without the activations of a step.
-
-    Raises:
-        FileNotFoundError, ValueError, NotImplementedError, ModuleNotFoundError, OSError: The
-            training could not begin.
     """
     training = training_options(recipe)
     source = _check_training(model, output, training, options)
@@ -209,11 +202,7 @@ def training_options(
 
     Args:
         recipe: Of the pruning. It gives text, seed, BOS and dtype.
-        minutes, tokens: The budget.
         ranks: Number of processes; each needs a window of every step.
-
-    Raises:
-        ValueError: The budget is out of range, or both are given.
 
     >>> options = training_options(Recipe(calibration="wikitext2", seqlen=256))
     >>> options.mode, options.text, options.seqlen, options.minutes

@@ -110,12 +110,9 @@ def carry_out(
     earlier: RecoveryRecord | None,
     name: str | None = None,
 ) -> RecoveryRecord:
-    """Recover a model into a folder that this run holds, and return the record; see `recover`.
+    """Recover a model into a folder that this run holds; see `recover`.
 
     Args:
-        model, output, teacher: See `recover`.
-        recipe: How the model is recovered.
-        options: How the work is done, with the processes of the run.
         earlier: The record of this recovery in `output`, or None.
         name: What the record calls the model; None for `model`.
     """

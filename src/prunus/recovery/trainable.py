@@ -53,8 +53,7 @@ def masked(model: Any, linears: Mapping[str, Linear]) -> Trainable:
     place. Gradient clipping sees only the gradients of what is trained.
 
     Args:
-        model: A causal LM, float32.
-        linears: Its pruned linears by full name.
+        linears: The pruned linears by full name.
     """
     masks = {f"{name}.weight": mask_of(linear.parameter) for name, linear in linears.items()}
     return Trainable(model, _all(model), linears, masks, weight_rms=kept_rms(linears))
@@ -64,7 +63,6 @@ def full(model: Any, linears: Mapping[str, Linear]) -> Trainable:
     """Mode full: train all parameters of a float32 model that has no pruned weights.
 
     Args:
-        model: A causal LM, float32.
         linears: The linears of its blocks by full name.
     """
     return Trainable(model, _all(model), weight_rms=kept_rms(linears))
