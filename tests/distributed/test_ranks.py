@@ -70,7 +70,8 @@ def test_ranks_receive_texts_of_any_length_and_sums_of_numbers(found):
 
 def test_uneven_shares_and_ranks_without_windows(found):
     uneven = {"5 windows on 3", "2 windows on 4"}
-    assert set(found["uneven"]) == uneven | {f"experts, {name}" for name in uneven}
+    walks = {"lockstep", "replay", "two_pass"}
+    assert set(found["uneven"]) == uneven | {f"experts, {name}" for name in uneven} | walks
     assert all(case["bytes"] for case in found["uneven"].values())
 
 

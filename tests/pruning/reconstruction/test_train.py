@@ -230,12 +230,6 @@ def test_kl_divergence_in_chunks_is_that_of_all_logits_at_once(tokens):
         assert float(size) == output[:, compared, 0].numel()
 
 
-def test_a_block_can_be_trained_by_the_logits_of_a_head(task):
-    head = nn.Linear(6, 40).requires_grad_(False)
-    result = trained(task, loss=kl_divergence(head))
-    assert result.error_after < 0.5 * result.error_before
-
-
 @pytest.mark.parametrize("relative", [True, False])
 def test_a_relative_rate_does_not_depend_on_the_size_of_the_weights(relative):
     """Weights 32 times smaller on inputs 32 times larger are the same task.
