@@ -11,6 +11,9 @@ from pathlib import Path
 if _workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
 
+# A folder of data that a developer has set must not decide what tests read.
+os.environ.pop("PRUNUS_DATA", None)
+
 import pytest
 import torch
 

@@ -27,11 +27,6 @@ from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
 C4_FILE = "c4_en_train_shard0_first1000.jsonl.gz"
 
 
-@pytest.fixture(autouse=True)
-def _no_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PRUNUS_DATA", raising=False)
-
-
 def load(source, tokenizer=None, **options) -> Windows:
     wanted = Wanted(**{"samples": 4, "seqlen": 8, "tokenizer": lambda: tokenizer} | options)
     found = find_source(str(source))

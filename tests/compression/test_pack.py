@@ -14,15 +14,10 @@ import prunus.runs.folder as folder_module
 from packed_reference import prune_in_place, pruned_checkpoint
 from plane_reference import quantized_checkpoint, read_planes
 from prunus import pack, prune, unpack
-from prunus.model.checkpoint.reader import INDEX_NAME, Checkpoint
+from prunus.model.checkpoint.reader import INDEX_NAME
 from prunus.packed import PackedLinear, reference_path
 from prunus.packed.description import FORMAT_VERSION, Description
-from tiny import tiny_checkpoint, tiny_model, token_ids
-
-
-def _tensors(folder):
-    checkpoint = Checkpoint(folder)
-    return {name: tensor.clone() for name, tensor in checkpoint.read(checkpoint.tensors)}
+from tiny import stored, tiny_checkpoint, tiny_model, token_ids
 
 
 def _same_bits(left, right):
@@ -44,16 +39,16 @@ def test_round_trip_is_lossless(tmp_path, dtype):
         "coded, a dense head is smaller too"
     )
     assert all(r.packed and r.relative_error is None for r in record.linears.values())
-    packed, dense = _tensors(tmp_path / "packed"), _tensors(source)
+    packed, dense = stored(tmp_path / "packed"), stored(source)
     for name, linear in record.linears.items():
         kept = dense[f"{name}.weight"].view(torch.int16).count_nonzero()
         assert linear.kept == kept
         assert linear.nbytes[1] < (0.76 if name == "lm_head" else 0.6) * linear.nbytes[0]
-        stored = [tensor for key, tensor in packed.items() if key.startswith(f"{name}.")]
-        assert linear.nbytes[1] == sum(t.numel() * t.element_size() for t in stored)
+        parts = [tensor for key, tensor in packed.items() if key.startswith(f"{name}.")]
+        assert linear.nbytes[1] == sum(t.numel() * t.element_size() for t in parts)
         assert (f"{name}.weight_codes" in packed) == (dtype == torch.bfloat16)
     unpack(tmp_path / "packed", tmp_path / "plain")
-    _same_bits(_tensors(tmp_path / "plain"), dense)
+    _same_bits(stored(tmp_path / "plain"), dense)
     before, after = (
         json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "plain")
     )
@@ -64,7 +59,7 @@ def test_int8_reports_its_error(tmp_path):
     source = pruned_checkpoint(tmp_path / "pruned")
     record = pack(source, tmp_path / "packed", "int8")
     unpack(tmp_path / "packed", tmp_path / "plain")
-    dense, plain = _tensors(source), _tensors(tmp_path / "plain")
+    dense, plain = stored(source), stored(tmp_path / "plain")
     assert dense.keys() == plain.keys()
     for name, linear in record.linears.items():
         old, new = dense[f"{name}.weight"].double(), plain[f"{name}.weight"].double()
@@ -84,7 +79,7 @@ def test_a_pruned_head_is_packed(tmp_path):
     record = pack(tmp_path / "again", tmp_path / "packed")
     assert record.linears["lm_head"].packed
     unpack(tmp_path / "packed", tmp_path / "plain")
-    _same_bits(_tensors(tmp_path / "again"), _tensors(tmp_path / "plain"))
+    _same_bits(stored(tmp_path / "again"), stored(tmp_path / "plain"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert isinstance(model.lm_head, PackedLinear)
@@ -125,7 +120,7 @@ def test_float32_is_told_what_to_do(tmp_path):
     assert not (tmp_path / "packed").exists()
     pack(source, tmp_path / "packed", "int8")
     unpack(tmp_path / "packed", tmp_path / "plain")
-    assert {t.dtype for t in _tensors(tmp_path / "plain").values()} == {torch.float32}
+    assert {t.dtype for t in stored(tmp_path / "plain").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("action", ["pack", "unpack"])
@@ -295,7 +290,7 @@ def test_hostile_descriptions_of_quantised_linears(quantised_once, tmp_path, cha
 def test_unpacked_quantised_weights(quantised_once, tmp_path):
     """The slow reader and the slow product give what is unpacked, and the dtype is the model's."""
     record = unpack(quantised_once, tmp_path / "plain")
-    content, plain = _tensors(quantised_once), _tensors(tmp_path / "plain")
+    content, plain = stored(quantised_once), stored(tmp_path / "plain")
     described = Description.from_dict(_quantization(quantised_once))
     assert described.values is None
     assert described.to_dict() == _quantization(quantised_once)
@@ -337,7 +332,7 @@ def test_damaged_shards_give_clear_errors(form, request, tmp_path_factory, data)
     shard.write_bytes(content)
     with contextlib.suppress(ValueError, FileNotFoundError):
         unpack(folder, root / "plain")
-        shapes = {name: tensor.shape for name, tensor in _tensors(root / "plain").items()}
+        shapes = {name: tensor.shape for name, tensor in stored(root / "plain").items()}
         assert shapes[f"{NAME}.weight"] == (64, 32)
     shutil.rmtree(root)
 

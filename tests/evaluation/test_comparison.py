@@ -28,11 +28,6 @@ needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs t
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and its dependencies' own
 
 
-@pytest.fixture(autouse=True)
-def _no_data_folder(monkeypatch):
-    monkeypatch.delenv("PRUNUS_DATA", raising=False)
-
-
 @pytest.fixture(scope="module")
 def local_datasets(tmp_path_factory) -> Path:
     return write_local_datasets(tmp_path_factory.mktemp("data"), count=9)

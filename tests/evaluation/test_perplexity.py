@@ -22,11 +22,6 @@ from tiny_tokenizer import BOS, EOS, VOCABULARY, byte_tokenizer
 SENTENCES = "The quick brown fox jumps over the lazy dog; " * 12
 
 
-@pytest.fixture(autouse=True)
-def _no_data_folder(monkeypatch):
-    monkeypatch.delenv("PRUNUS_DATA", raising=False)
-
-
 @pytest.fixture
 def model() -> LlamaForCausalLM:
     config = LlamaConfig(

@@ -23,11 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and its dependenc
 CHOICES = ("arc_easy", "arc_challenge", "openbookqa")
 
 
-@pytest.fixture(autouse=True)
-def _no_data_folder(monkeypatch):
-    monkeypatch.delenv("PRUNUS_DATA", raising=False)
-
-
 @pytest.fixture(scope="module")
 def local_datasets(tmp_path_factory) -> Path:
     return write_local_datasets(tmp_path_factory.mktemp("data"))

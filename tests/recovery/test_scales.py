@@ -17,6 +17,7 @@ from prunus.recovery.record import RecoveryRecord
 from prunus.recovery.scales import ScaledLinear, scales
 from recovery_cases import dense_checkpoint, pruned_checkpoint, recover
 from scripts import run_script
+from tiny import stored
 from tiny_tokenizer import byte_tokenizer
 
 
@@ -52,15 +53,6 @@ def recovered(dense, compressed, text):
     out = dense.parent / "recovered"
     recover(compressed, out, None, text, teacher=dense, patience=100)
     return out
-
-
-def stored(folder):
-    """All tensors of a folder by stored name."""
-    return {
-        name: tensor
-        for path in folder.glob("*.safetensors")
-        for name, tensor in load_file(path).items()
-    }
 
 
 def is_trained(name):
