@@ -83,6 +83,7 @@ REFUSALS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("llama", {"target": "memory=much"}, WRONG, "a memory size looks like 8GB"),
     ("llama", {"target": "speed=2x", "blocks": 1}, WRONG, "`target` and `blocks` exclude"),
     ("llama", {"target": "speed=2x", "experts": 2}, WRONG, "`target` and `experts` exclude"),
+    ("llama", {"target": "speed=1.2x", "batch": 3, "repair": True}, WRONG, "3 windows .* one"),
 ]
 
 

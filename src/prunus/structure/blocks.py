@@ -22,12 +22,10 @@ from torch import Tensor
 from prunus.distributed import own_part
 from prunus.methods.structured.blocks import cosine_sum, divergence_sum
 from prunus.model.stream import Stream
-from prunus.structure.plan import StructureJob
+from prunus.structure.plan import PROBE_TOKENS, PROBE_WINDOWS, StructureJob
 from prunus.structure.record import SearchStep
 
 __all__ = [
-    "PROBE_TOKENS",
-    "PROBE_WINDOWS",
     "blocks_left",
     "candidate_states",
     "choose_blocks",
@@ -35,8 +33,6 @@ __all__ = [
     "search_by_divergence",
 ]
 
-#: A search reads this many windows, cut to this many tokens, as one batch.
-PROBE_WINDOWS, PROBE_TOKENS = 8, 128
 # All candidates are measured in every fourth step. The steps in between measure the better half of
 # those that the step before measured.
 _FULL_STEPS = 4

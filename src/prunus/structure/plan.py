@@ -36,7 +36,23 @@ from prunus.structure.target_plan import Level, TargetPlan
 from prunus.structure.width_layout import LayoutFinder
 from prunus.structure.width_plan import WidthPlan, WidthPlanner
 
-__all__ = ["ExpertPlan", "SmallerModel", "StructureJob", "plan_structure"]
+__all__ = [
+    "PROBE_TOKENS",
+    "PROBE_WINDOWS",
+    "ExpertPlan",
+    "SmallerModel",
+    "StructureJob",
+    "plan_structure",
+    "probe_windows",
+]
+
+#: A search reads this many windows, cut to this many tokens, as one batch.
+PROBE_WINDOWS, PROBE_TOKENS = 8, 128
+
+
+def probe_windows(windows: int) -> int:
+    """How many windows a search for a target reads; it makes its models from the others."""
+    return min(PROBE_WINDOWS, max(1, windows // 2))
 
 
 @dataclass(frozen=True)
@@ -257,6 +273,8 @@ def _plan_width(job: StructureJob) -> None:
     if job.recipe.target is not None:
         job.target = TargetPlan(job, job.recipe, planner)
         job.target.check()
+        # The models of the search are made from fewer windows, of which repair needs two batches.
+        job.at_level(None, max(2, job.recipe.samples - probe_windows(job.recipe.samples)))
     else:
         job.width = planner.plan(job.recipe)
 

@@ -27,14 +27,12 @@ from prunus.model.stream import Stream
 from prunus.runs.blocks import read_stored
 from prunus.runs.rank_checks import check_same_on_all_ranks
 from prunus.structure.blocks import (
-    PROBE_TOKENS,
-    PROBE_WINDOWS,
     blocks_left,
     candidate_states,
     divergences,
     search_by_divergence,
 )
-from prunus.structure.plan import StructureJob
+from prunus.structure.plan import PROBE_TOKENS, StructureJob, probe_windows
 from prunus.structure.record import StructureRecord, TargetModel
 from prunus.structure.step import ShrinkStep
 from prunus.structure.target_plan import Level, TargetPlan
@@ -206,5 +204,5 @@ def split_windows(ids: Tensor) -> tuple[Tensor, Tensor]:
     >>> [len(part) for part in split_windows(torch.zeros(3, 4))]
     [1, 2]
     """
-    count = min(PROBE_WINDOWS, max(1, len(ids) // 2))
+    count = probe_windows(len(ids))
     return ids[:count, :PROBE_TOKENS], ids[count:] if len(ids) > 2 else ids
