@@ -84,7 +84,7 @@ class StructureRecipe(WindowOptions):
             "Keep this number of query heads. With all of them, only the MLPs become narrower.",
             metavar="N",
             panel=_WIDTH,
-            default="by `width`, as nearly as key-value groups allow",
+            default="by the share of the width, as nearly as key-value groups allow",
         ),
     ] = None
     kv_heads: Annotated[
@@ -93,7 +93,7 @@ class StructureRecipe(WindowOptions):
             "Keep this number of key-value heads.",
             metavar="N",
             panel=_WIDTH,
-            default="by `width`",
+            default="by the share of the width",
         ),
     ] = None
     target: Annotated[
