@@ -20,6 +20,7 @@ from command_line import call
 from places import REPOSITORY
 from prunus.calibration.sources import find_source
 from prunus.calibration.windows import Wanted
+from prunus.evaluation.options import TaskOptions
 from prunus.evaluation.records import PerplexityResult
 from prunus.evaluation.reference import Reference
 from prunus.evaluation.size import stored_size
@@ -202,28 +203,26 @@ def test_models_of_the_command_line_replace_those_of_the_file(tmp_path):
         load_sweep(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize(
-    ("name", "cells"),
-    [
-        ("table2", 9),
-        ("sparsity-curve", 24),
-        ("calibration-size", 8),
-        ("comparison-group", 8),
-        ("weight-update", 6),
-        ("lora", 6),
-        ("llama-2-7b", 9),
-    ],
-)
-def test_the_examples_are_sweeps_that_pass_all_checks(name, cells, dense, tmp_path):
-    sweep = load_sweep(EXAMPLES / f"{name}.toml", (str(dense),))
-    assert len(sweep.cells()) == cells
-    # The tiny model has 64 positions and Python's own text: only these are not the example's.
-    small = {"recipe": sweep.recipe | BASE, "scoring": Scoring.model_validate(SCORING)}
-    if name == "calibration-size":
-        small["recipe"].pop("samples")
-    results = check_sweep(sweep.model_copy(update=small), tmp_path / "out", RunOptions(), name)
-    assert [cell.state for cell in results.cells] == ["waiting"] * cells
-    assert not (tmp_path / "out").exists()
+def test_the_examples_are_sweeps_that_pass_all_checks(dense, tmp_path):
+    examples = {
+        "table2": 9,
+        "sparsity-curve": 24,
+        "calibration-size": 8,
+        "comparison-group": 8,
+        "weight-update": 6,
+        "lora": 6,
+        "llama-2-7b": 9,
+    }
+    for name, cells in examples.items():
+        sweep = load_sweep(EXAMPLES / f"{name}.toml", (str(dense),))
+        assert len(sweep.cells()) == cells
+        # The tiny model has 64 positions and Python's own text: only these are not the example's.
+        small = {"recipe": sweep.recipe | BASE, "scoring": Scoring.model_validate(SCORING)}
+        if name == "calibration-size":
+            small["recipe"].pop("samples")
+        results = check_sweep(sweep.model_copy(update=small), tmp_path / "out", RunOptions(), name)
+        assert [cell.state for cell in results.cells] == ["waiting"] * cells
+        assert not (tmp_path / "out").exists()
 
 
 def test_the_page_of_llama_2_7b_has_a_row_for_every_cell_of_its_sweep():
@@ -528,10 +527,11 @@ def test_recoveries_share_one_pruned_model_and_can_be_added(dense, tmp_path, mon
 def test_tasks_are_checked_scored_and_stored_with_their_errors(dense, tmp_path, monkeypatch):
     checked = []
 
-    def evaluate(model, tasks, **options):
+    def evaluate(model, tasks, *, progress, **options):
         metrics = {"acc": Metric(0.5, 0.1, (0.0, 1.0)), "acc_norm": Metric(float("nan"), None)}
         score = TaskScore("boolq", metrics, 0, 2, "1", "sha", "local", 0.1)
-        assert (tasks, options["limit"], options["fewshot"]) == (("boolq",), 2, None)
+        asked = TaskOptions.read(None, options)
+        assert (tasks, asked.limit, asked.fewshot) == (("boolq",), 2, None)
         return TaskResults(str(model), (score,), {})
 
     monkeypatch.setattr(

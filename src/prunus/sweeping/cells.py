@@ -42,16 +42,8 @@ def prune_cell(
 ) -> Path:
     """Prune a model into the cell's folder, and return the folder with the pruned weights.
 
-    An earlier attempt is resumed. The cell's `pruning` is filled in.
-
-    Args:
-        cell: the cell.
-        folder: folder of the cell.
-        model: the dense checkpoint.
-        ids: the shared calibration windows (samples, seqlen), int64; None for methods that use
-            only weights.
-        options: options of the sweep.
-        progress: called after every block.
+    An earlier attempt is resumed. The cell's `pruning` is filled in. `ids` has the shared
+    calibration windows (samples, seqlen); it is None for methods that use only weights.
     """
     weights = folder / WEIGHTS
     make_folder(folder)
@@ -77,17 +69,10 @@ def recover_cell(
     recovery: dict[str, Any],
     options: RunOptions,
 ) -> Path:
-    """Recover a pruned checkpoint into the cell's folder, and return the folder with the weights.
+    """Recover pruned weights into the cell's folder, and return the folder with the weights.
 
-    An earlier attempt is resumed. The cell's `recovered` is filled in.
-
-    Args:
-        cell: the cell.
-        folder: folder of the cell.
-        pruned: the weights of the cell that is recovered.
-        dense: the model before pruning; it is the teacher for `teacher = "dense"`.
-        recovery: a `[recovery]` table of the sweep file.
-        options: options of the sweep.
+    An earlier attempt is resumed. The cell's `recovered` is filled in. `recovery` is a table of the
+    sweep file; with `teacher = "dense"` the model before pruning is the teacher.
     """
     weights = folder / WEIGHTS
     make_folder(folder)
