@@ -1,7 +1,8 @@
-"""Models that change: during the work, or between a kill and the run that resumes."""
+"""Models and texts that change: during the work, or between a kill and the resumed run."""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -86,15 +87,22 @@ def test_a_model_that_changes_during_the_work_ends_it(
     assert shards(out) == expected
 
 
-@pytest.mark.parametrize(("which", "named"), [("student", "checkpoint"), ("teacher", "teacher")])
+@pytest.mark.parametrize(
+    ("which", "named"),
+    [("student", "checkpoint"), ("teacher", "teacher"), ("text", "text_sha256")],
+)
 def test_a_model_that_changed_since_is_not_trained_further(
     which, named, dense, pruned, text, tmp_path
 ):
     folders = models(dense, pruned, tmp_path)
+    text = Path(shutil.copy(text, tmp_path))
     with pytest.raises(StopError):
         train(folders, tmp_path / "out", text, progress=stop_at(0.6))
     before = shards(tmp_path / "out")
-    with_another_norm(folders[which])
+    if which == "text":
+        text.write_text(text.read_text() + "No window that is hashed has this sentence.")
+    else:
+        with_another_norm(folders[which])
     with pytest.raises(FileExistsError, match=f"another {named}"):
         train(folders, tmp_path / "out", text)
     assert shards(tmp_path / "out") == before

@@ -18,7 +18,7 @@ from prunus.calibration.windows import Wanted, check_context
 from prunus.distributed import Ranks
 from prunus.hardware.memory import describe_hardware, versions
 from prunus.model.adapter import CONFIG_NAME, is_adapter, require_peft
-from prunus.model.checkpoint.atomic_files import read_json
+from prunus.model.checkpoint.atomic_files import file_digest, read_json
 from prunus.model.checkpoint.companions import check_companions
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.checkpoint.regular_files import read_card
@@ -138,7 +138,7 @@ def plan_recovery(
         checkpoint=full_fingerprint(source),
         teacher=full_fingerprint(dense) if dense is not None else None,
         text=text.source,
-        text_sha256=text.sha256,
+        text_sha256=_text_sha256(recipe.text, text),
         dtype=str(dtype).removeprefix("torch."),
         dtype_reason=reason,
         device=device.type,
@@ -240,6 +240,13 @@ def draw_training_text(
             "tokenizer or the file of ids belongs to another model"
         )
     return text
+
+
+def _text_sha256(source: str, text: TrainingText) -> str:
+    """The hash of the text: of its first windows, and of the whole file if it is one."""
+    if not Path(source).is_file():
+        return text.sha256
+    return hashlib.sha256(f"{text.sha256} {file_digest(Path(source))}".encode()).hexdigest()
 
 
 def _form(folder: Path) -> Literal["dense", "packed", "compressed"]:

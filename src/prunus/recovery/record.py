@@ -59,7 +59,7 @@ class RecoveryInputs(RunInputs):
 
     teacher: str | None = Field(description="fingerprint of the dense checkpoint")
     text: str = Field(description="where the windows come from")
-    text_sha256: str = Field(description="see TrainingText")
+    text_sha256: str = Field(description="of its first windows, and of the file if it is one")
     bos: UsedBos = Field(description="whether every window begins with BOS")
 
 
