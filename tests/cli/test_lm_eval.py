@@ -25,7 +25,6 @@ doc_to_target: 0
 
 
 def call(*arguments: object) -> int:
-    """Run `prunus lm-eval` in this process; returns its exit status."""
     result = CliRunner().invoke(app, ["lm-eval", *(str(argument) for argument in arguments)])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.output
     return result.exit_code

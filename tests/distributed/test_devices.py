@@ -18,7 +18,6 @@ def scratch(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(scratch):
-    """The results of all cases of device_ranks.py."""
     if reason := pretend_cuda.why_not():
         pytest.skip(reason)
     return run_fresh_script("device_ranks.py", scratch)

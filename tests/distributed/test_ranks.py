@@ -17,7 +17,6 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forke
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, dict]:
-    """The results of all cases of rank_cases.py."""
     cases = ["methods", "compressed", "shrunk", "messages", "uneven", "refused", "lost"]
     cases += ["evaluated", "recovered", "reconstructed"]
     return run_script("rank_cases.py", tmp_path_factory.mktemp("ranks"), *cases, timeout=300)

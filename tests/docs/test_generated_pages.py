@@ -14,7 +14,6 @@ from prunus.pruning.recipe import Recipe
 
 
 def loaded(path: Path) -> ModuleType:
-    """A script of the repository as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

@@ -82,7 +82,6 @@ def verb_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
 
 
 def smaller(verb: str, arguments: list[str]) -> list[str]:
-    """The arguments with few, short windows."""
     options = dict(SMALL.get(verb, {}))
     if verb == "pack" and "int8" in arguments:
         options |= INT8_SCORE
@@ -102,7 +101,6 @@ def smaller(verb: str, arguments: list[str]) -> list[str]:
 
 
 def check_options(words: list[str]) -> None:
-    """See that a command would be understood, without running it."""
     found = verb_and_arguments(words)
     if found is not None:
         verb, arguments = found

@@ -45,7 +45,6 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 
 def alter(folder: Path) -> None:
-    """Change one weight of a checkpoint."""
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 3
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -19,11 +19,10 @@ import prunus
 from packed_reference import pruned_checkpoint, random_sparse
 from plane_reference import quantized_checkpoint, quantized_weight
 from prunus import pack, unpack
-from prunus.packed import DenseLinear, PackedLinear, describe, operators, reference_path
+from prunus.packed import DenseLinear, PackedLinear, operators, reference_path
 from prunus.packed.bitmap import pack_weight
 from prunus.packed.description import REFUSAL
 from prunus.packed.embedding import TiedHead
-from prunus.packed.kernels import library as kernels
 from prunus.packed.weight import named_tensors
 from tiny import tiny_checkpoint, token_ids
 
@@ -416,16 +415,3 @@ print("fine")
 """
     result = _python(code)
     assert result.stdout == "fine\n", result.stderr
-
-
-def test_doctor_tells_the_state(monkeypatch):
-    state = describe()
-    json.dumps(state)
-    assert state["registered"]
-    assert state["kernels"] == (kernels.load() is not None)
-    if state["kernels"]:
-        assert state["instruction_set"] in kernels.ISAS
-        assert state["why_not"] is None
-    monkeypatch.setenv("PRUNUS_ISA", "off")
-    assert describe()["why_not"] == "switched off by PRUNUS_ISA=off"
-    assert describe()["chosen_by"] == "PRUNUS_ISA=off"

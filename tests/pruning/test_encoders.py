@@ -25,17 +25,9 @@ from prunus.pruning.plan import plan_run
 from prunus.pruning.recipe import Recipe
 from prunus.runs.options import RunOptions
 from reference import assert_three_ways_agree, wanda_by_whole_runs
-from tiny import token_ids
+from tiny import COMMON, token_ids
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 1,
-}
+_COMMON: dict[str, Any] = COMMON | {"pad_token_id": 1, "bos_token_id": 0}
 ENCODERS: dict[str, dict[str, Any]] = {
     "bert": {},
     "roberta": {},
@@ -61,7 +53,7 @@ CLASSIFIERS = [*product(HEADS, ["bert", "distilbert", "roberta", "llama", "qwen2
 @pytest.mark.parametrize(("head", "family"), [*product(["MaskedLM"], ENCODERS), *CLASSIFIERS])
 def test_streaming_equals_in_memory_equals_naive(head, family, tmp_path):
     loader = getattr(transformers, f"AutoModelFor{head}")
-    options = {**_COMMON, **ENCODERS.get(family, {}), "num_key_value_heads": 2, "num_labels": 3}
+    options = {**_COMMON, **ENCODERS.get(family, {}), "num_labels": 3}
     torch.manual_seed(2)
     loader.from_config(AutoConfig.for_model(family, **options)).save_pretrained(tmp_path / "dense")
     ids = token_ids()

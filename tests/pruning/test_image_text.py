@@ -10,7 +10,7 @@ from image_text import IMAGE_TEXT_MODELS, VISION, image_text_checkpoint, loaded
 from prunus import pack, unpack
 from recovery_cases import SHORT, shards, training_text
 from reference import prune_as_called, prune_rows
-from tiny import token_ids
+from tiny import SIZES, token_ids
 
 
 @pytest.mark.parametrize("family", IMAGE_TEXT_MODELS)
@@ -71,24 +71,11 @@ def test_compression(tmp_path):
 
 
 def test_a_model_that_reads_no_text_without_an_image_is_refused(tmp_path):
+    opt = {"model_type": "opt", "ffn_dim": 64, "vocab_size": 128, "word_embed_proj_dim": 32}
     config = transformers.Blip2Config(
-        text_config={
-            "model_type": "opt",
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "ffn_dim": 64,
-            "vocab_size": 128,
-            "word_embed_proj_dim": 32,
-        },
+        text_config=SIZES | opt,
         vision_config=VISION,
-        qformer_config={
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 64,
-            "encoder_hidden_size": 32,
-        },
+        qformer_config=SIZES | {"encoder_hidden_size": 32},
         num_query_tokens=2,
     )
     dense = tmp_path / "dense"

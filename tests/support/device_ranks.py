@@ -58,8 +58,6 @@ def runs(scratch: Path) -> dict[str, list[int]]:
 
 
 def messages(scratch: Path) -> list[dict[str, Any]]:
-    """What each rank receives on its device."""
-
     def work(rank: int) -> dict[str, Any]:
         with process_group() as ranks:
             own = torch.full((2, 3), float(rank + 1), device="cuda")

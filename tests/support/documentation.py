@@ -30,7 +30,6 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """All pages that people read: those of the root and of docs."""
     return sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").rglob("*.md")])
 
 
@@ -41,7 +40,6 @@ def models(page: Path) -> list[str]:
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """All fenced blocks of a page, in order."""
     opened: tuple[str, int, bool] | None = None
     inside: list[str] = []
     before = ""

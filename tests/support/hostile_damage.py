@@ -17,7 +17,6 @@ VALUES: list[Any] = [
 
 
 def mutate_json(value: Any, dice: random.Random) -> Any:
-    """A copy of `value` with one random change."""
     value = json.loads(json.dumps(value))
     parent, key = None, None
     node = value

@@ -7,29 +7,12 @@ import torch
 import transformers
 from transformers import AutoModelForImageTextToText
 
+from tiny import COMMON, SIZES
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
-_TEXT: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+_TEXT: dict[str, Any] = COMMON | {"vocab_size": VOCABULARY, "max_position_embeddings": 128}
 #: A vision tower.
-VISION: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 16,
-    "patch_size": 8,
-}
+VISION: dict[str, Any] = SIZES | {"image_size": 16, "patch_size": 8}
 _QWEN_TEXT = _TEXT | {
     "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
 }

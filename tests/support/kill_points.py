@@ -28,7 +28,6 @@ RENAME = os.replace
 
 
 def fork(work: Callable[[], object]) -> int:
-    """Run `work` in a fork; returns its process id."""
     process = os.fork()
     if process == 0:
         code = 1
@@ -43,7 +42,6 @@ def fork(work: Callable[[], object]) -> int:
 
 
 def child(work: Callable[[], object]) -> int:
-    """Run `work` in a fork and wait for it; returns the wait status."""
     return os.waitpid(fork(work), 0)[1]
 
 
@@ -71,14 +69,7 @@ def digests(out: Path) -> dict[str, str]:
 def kill_everywhere(
     work: Callable[[Path], object], scratch: Path, places: Iterable[tuple[int, bool]]
 ) -> list[dict[str, Any]]:
-    """For each kill, what it left, how the next run ended, and whether its weights are the same.
-
-    Args:
-        work: a run that writes into a folder.
-        scratch: for the folders.
-        places: numbers of renames, and whether a run dies after that one. The first run that does
-            not die is the last.
-    """
+    """For each kill, what it left, how the next run ended, and whether its weights are the same."""
     # The first run is in the parent, so that the forks need not import the model's code again. A
     # process with one thread forks safely.
     whole, out, results = scratch / "whole", scratch / "killed", []

@@ -64,7 +64,6 @@ def weird_example(kind: str, rows: int, columns: int, seed: int) -> tuple[Tensor
 
 
 def gather(X_TI: Tensor) -> InputStatistics:
-    """Statistics with the Gram matrix of these inputs."""
     statistics = InputStatistics(X_TI.shape[1], "gram")
     statistics.add(X_TI)
     return statistics

@@ -99,6 +99,5 @@ def pruned_checkpoint(
     sparsity: float = 0.5,
     **options: Any,
 ) -> Path:
-    """A tiny pruned model, saved."""
     prune_in_place(tiny_model(family, dtype, **options), sparsity).save_pretrained(folder)
     return folder

@@ -6,14 +6,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification
 
+from tiny import SIZES
+
 CLASSES = ("cat", "dog", "eel")
-_TRANSFORMER: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "patch_size": 4,
-}
+_TRANSFORMER: dict[str, Any] = SIZES | {"patch_size": 4}
 _STAGES: dict[str, Any] = {
     "hidden_sizes": [8, 16],
     "depths": [1, 2],

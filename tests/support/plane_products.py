@@ -17,7 +17,6 @@ def plane_weight(
     rows_per_chunk: int,
     seed: int = 0,
 ) -> QuantizedWeight:
-    """A weight with these integers, random steps and random scales."""
     rows, columns = levels_OI.shape
     generator = torch.Generator().manual_seed(seed)
     data = write_planes(levels_OI.tolist(), classes, list(codes), rows_per_chunk)

@@ -39,7 +39,6 @@ def _class_columns(classes: list[int], index: int) -> list[int | None]:
 def write_planes(
     levels: list[list[int]], classes: list[int], codes: list[PlaneCode], rows_per_chunk: int
 ) -> bytes:
-    """Return the data of a quantised weight, one value after another."""
     data = b""
     for first in range(0, len(levels), rows_per_chunk):
         for index, (raw, layers) in enumerate(codes):
@@ -72,7 +71,6 @@ def write_planes(
 
 
 def read_planes(weight: QuantizedWeight) -> list[list[int]]:
-    """Return the integers of a quantised weight."""
     data, at = bytes(weight.data.tolist()), 0
     classes, (rows, width) = weight.classes.tolist(), weight.shape
 

@@ -51,13 +51,11 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End the server."""
     if _server.cache_info().currsize:
         _server().close()
 
 
 def _pretends() -> bool:
-    """Whether this is the process with pretend devices."""
     return pretend_cuda.INSTALLED in os.environ
 
 
@@ -91,7 +89,6 @@ class _Server:
         self._asked: set[str] = set()
 
     def reports_of(self, item: pytest.Item) -> list[Any]:
-        """The reports of one test: setup, call and teardown."""
         if item.nodeid not in self._asked:
             self._ask(item)
         assert self._process.stdout is not None
@@ -134,7 +131,6 @@ class _Server:
         )
 
     def close(self) -> None:
-        """End the process."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()

@@ -36,7 +36,6 @@ class _Reporter:
 
 
 def main() -> None:
-    """Serve requests until the standard input ends."""
     reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -48,7 +48,6 @@ _TIMES = ("seconds", "peak_memory_bytes")
 
 
 def verbs(dense: Path, pruned: Path, text: Path, ids: Path) -> dict[str, Callable[[Path], object]]:
-    """The runs that are killed; each writes into the folder that it gets."""
     windows = torch.arange(96).reshape(6, 16) % 120
     scoring = {"texts": [str(ids)], "seqlen": 16, "limit": 2}
     sweep = Sweep.model_validate(

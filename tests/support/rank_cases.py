@@ -66,7 +66,6 @@ def compare(left: Path, right: Path) -> dict[str, Any]:
 
 
 def against_one(dense: Path, scratch: Path, name: str, size: int, **options: Any) -> dict[str, Any]:
-    """A run of several ranks, compared with that of one."""
     prune(dense, scratch / f"{name} one", **options)
     status = in_ranks(size, lambda _: prune(dense, scratch / name, **options))
     assert not any(status), (name, status)
@@ -74,7 +73,6 @@ def against_one(dense: Path, scratch: Path, name: str, size: int, **options: Any
 
 
 def fault_of(work: Callable[[], object]) -> str | None:
-    """The error that `work` raises, as text."""
     try:
         work()
     except (ValueError, RuntimeError) as fault:

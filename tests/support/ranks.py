@@ -13,7 +13,6 @@ from typing import Any
 
 
 def free_port() -> int:
-    """A free TCP port."""
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -59,7 +58,6 @@ def forked(size: int, work: Callable[[int], Any]) -> Iterator[list[int]]:
 
 
 def in_ranks(size: int, work: Callable[[int], Any]) -> list[int]:
-    """Run `work(rank)` on `size` ranks; returns their exit statuses."""
     with forked(size, work) as children:
         return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 

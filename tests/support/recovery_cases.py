@@ -35,7 +35,6 @@ def dense_checkpoint(
 
 
 def pruned_checkpoint(folder: Path, dense: Path, **options: Any) -> Path:
-    """Prune the checkpoint `dense`."""
     prunus.prune(dense, folder, calibration=token_ids(), dtype="float32", **options)
     return folder
 
@@ -48,7 +47,6 @@ def training_text(folder: Path) -> Path:
 
 
 def recover(model: Path, output: Path, mode: str, text: Path, **options: Any) -> RecoveryRecord:
-    """Call `prunus.recover` with the options of `SHORT`."""
     return prunus.recover(model, output, mode, text=str(text), **(SHORT | options))
 
 

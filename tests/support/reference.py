@@ -129,8 +129,6 @@ def sparsegpt(
     damping: float = 0.01,
     block: int = 128,
 ) -> tuple[Tensor, Tensor]:
-    """SparseGPT in float64; returns weight and mask."""
-
     def choose(weight_OB: Tensor, cost_B: Tensor, start: int) -> Tensor:
         return block_keep(weight_OB**2 / cost_B, pattern, sparsity)
 
@@ -152,7 +150,6 @@ def weight_of(linear: nn.Module) -> Tensor:
 def collect_inputs(
     inputs: dict[str, list[Tensor]], name: str, module: nn.Module, args: tuple[Tensor, ...]
 ) -> None:
-    """Keep a copy of the inputs of a linear, as (tokens, in)."""
     inputs.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]).clone())
 
 

@@ -53,7 +53,6 @@ def _status(request: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    """Serve requests until the standard input ends."""
     assert threading.active_count() == 1
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -21,10 +21,6 @@ __all__ = ["fork_script", "run_fresh_script", "run_script"]
 def run_script(name: str, *arguments: object, timeout: float | None = None) -> Any:
     """Run `tests/support/NAME` on one thread, and return the JSON of its last line of output.
 
-    Args:
-        name, arguments: of the script.
-        timeout: seconds after which it is killed; None waits for ever.
-
     Raises:
         subprocess.TimeoutExpired: it took longer.
     """
@@ -73,8 +69,6 @@ def _server() -> "_Server":
 
 
 class _Server:
-    """The process that forks; see `script_server.py`."""
-
     def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, str(SUPPORT / "script_server.py")],
@@ -111,7 +105,6 @@ class _Server:
             return subprocess.CompletedProcess(command, status, out.read_text(), errors.read_text())
 
     def close(self) -> None:
-        """End the process."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()

@@ -63,18 +63,15 @@ class Running:
 
     @functools.cached_property
     def client(self) -> openai.OpenAI:
-        """The official client, which does not try again."""
         return self.client_with("unused")
 
     def client_with(self, api_key: str) -> openai.OpenAI:
-        """A client that sends a key."""
         url = f"http://127.0.0.1:{self.port}/v1"
         return self.clients.enter_context(
             openai.OpenAI(base_url=url, api_key=api_key, max_retries=0, timeout=PATIENCE)
         )
 
     def expected(self, prompt: str, tokens: int) -> str:
-        """The greedy continuation of a prompt by transformers alone."""
         inputs = self.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
         ids = inputs["input_ids"]
         with torch.no_grad():
@@ -92,7 +89,6 @@ class Running:
 
 @contextlib.contextmanager
 def running(folder: Path, **options: Any) -> Iterator[Running]:
-    """Serve a checkpoint until the block ends."""
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     model.generation_config = token_settings(model.generation_config)
     gate, generation = build_app(folder.name, model, tokenizer, **options)
@@ -115,11 +111,7 @@ def running(folder: Path, **options: Any) -> Iterator[Running]:
 
 
 class Brake:
-    """Counts the steps of a model, and lets it go no further than allowed.
-
-    Args:
-        model: its `forward` is replaced while the brake is on.
-    """
+    """Counts the steps of a model, and lets it go no further than allowed."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -144,7 +136,6 @@ class Brake:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for something that happens in another thread."""
     end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, "waited too long"

@@ -35,7 +35,6 @@ _CHANNEL_READERS = (
 
 
 def loaded(folder: Path) -> Any:
-    """A language model in float32, as transformers loads it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval().requires_grad_(False)
 
@@ -44,12 +43,6 @@ def take_fitted_columns(model: Any, small: Any, record: StructureRecord, heads: 
     """Give the old model the columns of the smaller one, and zeros for those that were removed.
 
     Afterwards both compute the same if the smaller one was cut in the right places.
-
-    Args:
-        model: the old model, as transformers loads it.
-        small: the smaller model.
-        record: of the run, which has removed half of the channels and heads.
-        heads: query heads of the old model.
 
     Returns:
         How many linears have lost columns.
@@ -82,13 +75,7 @@ def take_fitted_columns(model: Any, small: Any, record: StructureRecord, heads: 
 
 
 def _reader(layer: Any, name: str, kept: list[int] | None = None) -> tuple[Tensor, Any]:
-    """The weight (O, I) and the bias of a linear, also of one that belongs to an expert.
-
-    Args:
-        layer: a block, as transformers loads it.
-        name: of the linear in the smaller model.
-        kept: the numbers that the experts of the smaller model have in this one.
-    """
+    """The weight (O, I) and the bias of a linear, also of one that belongs to an expert."""
     in_experts = re.match(r"(.*experts)\.(\d+)\.", name)
     if in_experts is None:
         (linear,) = [linear for linear in find_linears(layer) if linear.name == name]

@@ -7,12 +7,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": 128,
+#: Sizes of a transformer, and the rest that most language models need.
+SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+}
+COMMON: dict[str, Any] = SIZES | {
+    "vocab_size": 128,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "pad_token_id": 0,
@@ -186,7 +189,7 @@ EXPERT_FAMILIES: dict[str, dict[str, Any]] = {
 def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A random causal LM with blocks of width 32."""
     config = AutoConfig.for_model(
-        family, **{**_COMMON, **FAMILIES.get(family, {}), **_of_experts(family), **options}
+        family, **{**COMMON, **FAMILIES.get(family, {}), **_of_experts(family), **options}
     )
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -245,7 +248,6 @@ def token_ids(windows: int = 6, tokens: int = 16, vocabulary: int = 128) -> torc
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint as transformers loads them."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
 
 
@@ -256,5 +258,4 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def shards(folder: Path) -> dict[str, bytes]:
-    """The weights of a folder as bytes."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}

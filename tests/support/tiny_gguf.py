@@ -29,7 +29,6 @@ OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_
 
 
 def tiny_llama() -> LlamaForCausalLM:
-    """A random Llama of two blocks of width 32."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=TOKENS,

@@ -8,12 +8,7 @@ VOCABULARY = 258  # BOS, EOS and 256 bytes
 
 
 def byte_tokenizer(*, bos: bool = False, max_length: int | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per byte.
-
-    Args:
-        bos: put BOS before every text.
-        max_length: the model's context in tokens, as the tokenizer states it.
-    """
+    """A tokenizer with one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<s>": BOS, "</s>": EOS, **{byte: 2 + index for index, byte in enumerate(alphabet)}}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

@@ -105,7 +105,6 @@ _STEM = {"winogrande": "winogrande_xl"}
 
 
 def upstream(task: str, count: int = 6, first: int = 0) -> list[Row]:
-    """Rows as they are on the hub."""
     return [_MAKERS[task](n) for n in range(first, first + count)]
 
 
@@ -144,7 +143,6 @@ def write_split(data: Path, task: str, split: str, rows: list[Row]) -> Path:
 
 
 def write_local_datasets(data: Path, count: int = 6) -> Path:
-    """Write the split that is scored, for all tasks."""
     for task in TASKS:
         write_split(data, task, SPLIT[task], [reduced(task, row) for row in upstream(task, count)])
     return data

@@ -61,7 +61,6 @@ def sweep_of(dense: Path, grid: dict = GRID, **keys) -> Sweep:
 
 
 def without_times(results: SweepResults) -> dict:
-    """The results without all times."""
     content = results.model_dump(mode="json")
 
     def without_seconds(value):
@@ -247,7 +246,6 @@ def test_the_page_of_llama_2_7b_has_a_row_for_every_cell_of_its_sweep():
 
 @pytest.fixture(scope="module")
 def swept(dense, tmp_path_factory) -> Path:
-    """A finished sweep; no test writes to it."""
     folder = tmp_path_factory.mktemp("swept") / "out"
     run_sweep(sweep_of(dense), folder)
     return folder

@@ -18,7 +18,6 @@ from prunus.model.skeleton import Skeleton
 from prunus.model.source import CheckpointSource
 from prunus.pruning.block.dense_stream import DenseBlockInputs, DenseStream, drift_stride_for
 from prunus.pruning.job import PruningJob
-from stopping import StopError, stop_after
 from tiny import tiny_checkpoint, token_ids, weights
 
 DRIFT = StatisticsSpec(needs="gram", drift="all")
@@ -179,37 +178,6 @@ def test_a_dense_target_lowers_the_error_against_the_dense_outputs(method):
         return float((X_TI @ pruned.weight_OI.T - dense_TI @ weight_OI.T).square().sum())
 
     assert error(dense_weight=1.0) < error(dense_weight=0.4) < error()
-
-
-@pytest.mark.parametrize(
-    ("family", "options"), [("llama", BOTH), ("gpt2", ALPS), ("mixtral", BOTH)]
-)
-def test_in_memory_replayed_spilled_and_resumed_runs_give_the_same_bytes(
-    family, options, tmp_path, monkeypatch
-):
-    dense = tiny_checkpoint(tmp_path / "dense", family, torch.bfloat16)
-    arguments = options | {"calibration": token_ids(8, 16), "batch": 2}
-    plain = prunus.prune(dense, tmp_path / "plain", **arguments)
-    assert plain.totals["sparsity"] == pytest.approx(0.5, abs=0.01)
-    for block in plain.blocks:
-        assert (block.reconstruction is not None) == ("reconstruct" in options)
-        if block.reconstruction is not None:
-            assert block.reconstruction.error_after <= block.reconstruction.error_before
-            by_logits = block is plain.blocks[-1]
-            assert block.reconstruction.measure == ("logits" if by_logits else "outputs")
-        # In mixtral not all tokens reach an expert in both models.
-        if family != "mixtral":
-            assert not any("dense_targets" in linear.notes for linear in block.linears.values())
-    with pytest.raises(StopError):
-        prunus.prune(dense, tmp_path / "resumed", **arguments, progress=stop_after(1))
-    prunus.prune(dense, tmp_path / "resumed", **arguments)
-    monkeypatch.setattr(PruningJob, "fits_lockstep", lambda self, index: False)
-    monkeypatch.setattr(PruningJob, "spills", property(lambda self: True))
-    monkeypatch.setattr(PruningJob, "hidden_states_stay", property(lambda self: False))
-    prunus.prune(dense, tmp_path / "replayed", **arguments)
-    for shard in (tmp_path / "plain").glob("*.safetensors"):
-        for other in ("resumed", "replayed"):
-            assert (tmp_path / other / shard.name).read_bytes() == shard.read_bytes(), shard.name
 
 
 def test_dense_targets_change_what_later_blocks_become(tmp_path):

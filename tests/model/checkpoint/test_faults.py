@@ -67,7 +67,6 @@ def test_runs_killed_at_random_moments_end_in_the_same_bytes(material, tmp_path)
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A function that makes a file system of some bytes."""
     mounted = []
 
     def make(size: int) -> Path:

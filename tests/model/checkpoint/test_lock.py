@@ -32,7 +32,6 @@ _HOLD += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.r
 
 @pytest.fixture
 def held(tmp_path):
-    """A folder that another process holds."""
     with subprocess.Popen(
         [sys.executable, "-c", _HOLD, str(tmp_path / "out")],
         stdin=subprocess.PIPE,
