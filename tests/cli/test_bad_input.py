@@ -173,9 +173,7 @@ def test_a_hub_id_that_cannot_be_downloaded(tmp_path, monkeypatch, refused):
     refused(FileNotFoundError, r"'org/model' is neither .* hub: no route to the hub$", "org/model")
     [(name, patterns)] = asked
     assert name == "org/model"
-    assert not any(glob.endswith((".bin", ".pt", ".py", "*")) for glob in patterns), (
-        "no pickle, no code"
-    )
+    assert not any(glob.endswith((".bin", ".pt", ".py", "*")) for glob in patterns), "no code"
 
 
 # --- options and text ---

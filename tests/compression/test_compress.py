@@ -387,9 +387,7 @@ def test_options_that_do_not_go_with_bits_are_refused(dense, tmp_path, options, 
 
 def test_bits_that_cannot_be_reached_are_refused(dense, tmp_path):
     """One plane, and (16 · rows + 24 · columns) bits of each linear: 1.56 bits per weight here."""
-    with pytest.raises(
-        ValueError, match=r"bits = 1.5 cannot be reached: .* 1\.5\d bits per weight"
-    ):
+    with pytest.raises(ValueError, match=r"bits = 1.5 cannot be reached: .* 1\.5\d bits per"):
         compress(dense, tmp_path / "out", 1.5)
     assert not (tmp_path / "out").exists()
 

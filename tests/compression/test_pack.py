@@ -35,9 +35,7 @@ def test_round_trip_is_lossless(tmp_path, dtype):
     model.save_pretrained(tmp_path / "pruned")
     source = tmp_path / "pruned"
     record = pack(source, tmp_path / "packed")
-    assert len(record.linears) == (15 if dtype == torch.bfloat16 else 14), (
-        "coded, a dense head is smaller too"
-    )
+    assert len(record.linears) == (15 if dtype == torch.bfloat16 else 14), "coded heads shrink"
     assert all(r.packed and r.relative_error is None for r in record.linears.values())
     packed, dense = stored(tmp_path / "packed"), stored(source)
     for name, linear in record.linears.items():
@@ -147,9 +145,7 @@ def test_a_killed_conversion_goes_on(tmp_path, monkeypatch, action):
         assert not (tmp_path / "result" / INDEX_NAME).exists()
     monkeypatch.setattr(folder_module, "save_safetensors", save)
     run(source, tmp_path / "result")
-    assert writes == ["block-00000.safetensors", "block-00001.safetensors"], (
-        "no shard is written twice"
-    )
+    assert writes == ["block-00000.safetensors", "block-00001.safetensors"], "none twice"
     assert {path.name: path.read_bytes() for path in (tmp_path / "result").iterdir()} == expected
     assert run(source, tmp_path / "result").state == "finished", "a finished one is recognised"
 

@@ -208,9 +208,7 @@ def test_windows_that_the_model_cannot_read(model, text_file, tmp_path):
     with pytest.raises(ValueError, match=message):
         perplexity(model, str(tmp_path / "ids.safetensors"), seqlen=8)
     model.config.max_position_embeddings = 64
-    with pytest.raises(
-        ValueError, match="65 tokens are longer than the model's 64 positions; use a `seqlen` of 64"
-    ):
+    with pytest.raises(ValueError, match="65 tokens are longer than the model's 64 positions;"):
         perplexity(model, str(text_file), tokenizer=byte_tokenizer(), seqlen=65)
 
 
@@ -247,9 +245,7 @@ def test_folders_that_are_not_models(model, text_file, tmp_path):
 def test_devices_that_are_not_there(tmp_path, text_file):
     with pytest.raises(ValueError, match="device 'cuda:99' is not there"):
         perplexity(tmp_path, str(text_file), device="cuda:99")
-    with pytest.raises(
-        ValueError, match="device must be auto, cpu, cuda or cuda:<number>, not 'tpu'"
-    ):
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:<number>, not"):
         perplexity(tmp_path, str(text_file), device="tpu")
 
 

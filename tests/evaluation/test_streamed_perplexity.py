@@ -77,9 +77,7 @@ def test_what_does_not_fit_is_streamed_and_what_does_is_not(monkeypatch, ids, tm
     assert not score(dense, ids, memory=need).streamed
     assert score(dense, ids, memory=need - 1).streamed
     assert score(dense, ids, memory=f"{need // 2048}KB").streamed
-    with pytest.raises(
-        ValueError, match=r"block by block needs .* the memory budget is .* Raise `memory`"
-    ):
+    with pytest.raises(ValueError, match=r"block by block needs .* the memory budget is .* Raise"):
         score(dense, ids, memory=large // 12)
 
 
@@ -104,18 +102,14 @@ def test_a_block_that_breaks_is_named(ids, tmp_path):
     tensors = load_file(dense / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
     save_file(tensors, dense / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"model\.layers\.1 gives hidden states that are not finite"
-    ):
+    with pytest.raises(ValueError, match=r"model\.layers\.1 gives hidden states that are not"):
         score(dense, ids, stream=True)
 
 
 def test_packed_models_are_not_streamed(ids, tmp_path):
     source = pruned_checkpoint(tmp_path / "pruned", "llama")
     pack(source, tmp_path / "packed")
-    with pytest.raises(
-        ValueError, match="packed or quantised, which is scored with the whole model"
-    ):
+    with pytest.raises(ValueError, match="packed or quantised, which is scored with the whole"):
         score(tmp_path / "packed", ids, stream=True)
     assert not score(tmp_path / "packed", ids, memory="1GB").streamed
 

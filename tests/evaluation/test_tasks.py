@@ -123,9 +123,7 @@ def test_examples_come_from_the_training_split_and_from_no_other(tmp_path):
         tmp_path, "arc_easy", "test", [reduced("arc_easy", row) for row in upstream("arc_easy")]
     )
     write_split(tmp_path, "arc_easy", "validation", upstream("arc_easy", 9, first=50))
-    with pytest.raises(
-        FileNotFoundError, match=r"zeroshot/arc_easy_train.jsonl .*the examples of arc_easy"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"zeroshot/arc_easy_train.jsonl .*the examples"):
         load_tasks(["arc_easy"], 2, None, tmp_path)
     write_split(tmp_path, "arc_easy", "train", upstream("arc_easy", 9, first=20))
     years = [re.findall(r"in (\d+) years", args[0]) for args, _, _ in ours("arc_easy", tmp_path, 2)]
@@ -357,9 +355,7 @@ def test_options_out_of_range(options, complaint, model, local_datasets):
 
 def test_a_tokenizer_of_another_model_is_refused_before_anything_is_read(local_datasets, tmp_path):
     narrow = tiny_model(vocab_size=100, max_position_embeddings=1024)
-    with pytest.raises(
-        ValueError, match="its tokenizer has 258 tokens, the model a vocabulary of 100"
-    ):
+    with pytest.raises(ValueError, match="its tokenizer has 258 tokens, the model a vocabulary"):
         prunus.evaluate(narrow, "rte", tokenizer=byte_tokenizer(), data=local_datasets)
     narrow.config.save_pretrained(tmp_path)  # no weights: they would be missed if they were read
     byte_tokenizer().save_pretrained(tmp_path)
@@ -374,9 +370,7 @@ def test_token_ids_past_the_vocabulary_are_explained(local_datasets):
     model = tiny_model(
         vocab_size=VOCABULARY, max_position_embeddings=1024, bos_token_id=BOS, eos_token_id=EOS
     )
-    with pytest.raises(
-        ValueError, match="rte: the tokenizer gives ids outside the model's vocabulary"
-    ):
+    with pytest.raises(ValueError, match="rte: the tokenizer gives ids outside the model's"):
         prunus.evaluate(model, "rte", tokenizer=tokenizer, data=local_datasets)
 
 

@@ -105,9 +105,7 @@ def test_an_adapter_of_another_base_is_refused_without_reading_it(adapter, tmp_p
     tiny_checkpoint(tmp_path / "other", vocab_size=VOCABULARY, **options)
     (tmp_path / "other" / "model.safetensors").unlink()
     rewrite(adapter, base_model_name_or_path=str(tmp_path / "other"))
-    with pytest.raises(
-        ValueError, match=r"does not fit its base .*was it trained on another model\?"
-    ):
+    with pytest.raises(ValueError, match=r"does not fit its base .*was it trained on another"):
         check_adapter(adapter)
 
 

@@ -49,9 +49,8 @@ def test_the_budget_is_exact_and_every_linear_gets_what_the_manifest_says(
     assert set(report.allocation) == set(linears)
     assert len(set(report.allocation.values())) > 1
     for name, record in linears.items():
-        assert record.zeros == record.shape[0] * int(record.shape[1] * report.allocation[name]), (
-            name
-        )
+        rows, columns = record.shape
+        assert record.zeros == rows * int(columns * report.allocation[name]), name
     missing = report.totals["weights"] // 2 - report.totals["zeros"]
     assert 0 <= missing < max(record.shape[0] for record in linears.values())
 

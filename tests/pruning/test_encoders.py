@@ -114,9 +114,7 @@ def test_hidden_states_of_another_shape_are_refused():
 
 def test_positions_start_after_the_padding(tmp_path):
     tiny_encoder("roberta").save_pretrained(tmp_path / "dense")
-    with pytest.raises(
-        ValueError, match="windows of 64 tokens do not fit: the model has 62 positions"
-    ):
+    with pytest.raises(ValueError, match="windows of 64 tokens do not fit: the model has 62"):
         prunus.prune(tmp_path / "dense", tmp_path / "pruned", calibration=token_ids(2, 64))
     prunus.prune(tmp_path / "dense", tmp_path / "pruned", calibration=token_ids(2, 62))
 

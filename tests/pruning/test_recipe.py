@@ -92,18 +92,14 @@ def test_a_pattern_fixes_the_sparsity():
     assert Recipe(pattern="1:4").sparsity == 0.75
     assert Recipe(pattern="1:4", sparsity=0.75).n_of_m == (1, 4)
     assert Recipe(pattern="4:4").sparsity == 0
-    with pytest.raises(
-        ValueError, match=r"pattern 1:4 already fixes the sparsity at 0\.75; got sparsity 0\.5"
-    ):
+    with pytest.raises(ValueError, match=r"pattern 1:4 already fixes the sparsity at 0\.75; got"):
         Recipe(pattern="1:4", sparsity=0.5)
 
 
 def test_a_number_of_rows_may_be_written_as_text():
     assert Recipe(group="8").group == 8
     for wrong in ("0", "-1", "1.5", "rows", True, 0):
-        with pytest.raises(
-            ValueError, match="group must be row, layer, column or a number of rows"
-        ):
+        with pytest.raises(ValueError, match="group must be row, layer, column or a number of"):
             Recipe(group=wrong)
 
 

@@ -24,18 +24,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_run_killed_at_any_rename_resumes_to_the_same_bytes(tmp_path):
     dense = tiny_checkpoint(tmp_path / "dense", "llama", torch.bfloat16)
     results = run_script("kill_points.py", dense, tmp_path)
-    assert len(results) >= 14, (
-        "two blocks, their manifests, the shard outside them and the index, before and after"
-    )
+    assert len(results) >= 14, "two blocks, manifests, outer shard and index, before and after"
     assert {len(fnmatch.filter(r["found"], BLOCKS)) for r in results} == {0, 1, 2}
     for result in results:
         assert result["status"] == 0, result
         assert result["equal"], result
         assert not result["left_behind"], result
     unfinished = [r for r in results if INDEX_NAME not in r["found"]]
-    assert len(unfinished) >= 10, (
-        "until the very end there is no index: a half-finished folder is no model"
-    )
+    assert len(unfinished) >= 10, "there is no index until the end: half is no model"
 
 
 def test_an_interrupted_run_is_resumed_not_redone(tmp_path):

@@ -399,9 +399,7 @@ def test_failures_are_recorded_and_tried_again(dense, swept, tmp_path, monkeypat
     }
     assert results.cells[2].error == "RuntimeError: no luck this time"
     assert "[3/4] dense-wanda-0.5: failed: RuntimeError: no luck this time" in said
-    assert results.cells[0].residual_gap == {"python-docs": None}, (
-        "there is no Wanda to compare with yet"
-    )
+    assert results.cells[0].residual_gap == {"python-docs": None}, "no Wanda to compare with yet"
     monkeypatch.setattr(sweep_cells, "perplexity", original)
     again = run_sweep(sweep_of(dense), tmp_path / "out")
     assert without_times(again) == without_times(SweepResults.load(swept))
@@ -611,9 +609,7 @@ def test_the_residual_gap_compares_to_wanda_under_the_same_conditions():
     for name, (cell, expected) in cells.items():
         assert residual_gaps(results, cell) == {"text": pytest.approx(expected)}, name
     lossless = results_of(29.9, *(cell for cell, _ in cells.values()))
-    assert residual_gaps(lossless, cells["halved"][0]) == {"text": None}, (
-        "Wanda loses a third of a per cent"
-    )
+    assert residual_gaps(lossless, cells["halved"][0]) == {"text": None}, "Wanda loses too little"
 
 
 def test_results_that_are_damaged_or_missing_are_named(swept, tmp_path):

@@ -218,9 +218,7 @@ def test_what_a_power_cut_can_leave(verb, material, monkeypatch, tmp_path):
 
     def replace(source, target):
         state, target = os.stat(source), Path(target)
-        assert (state.st_ino, state.st_mtime_ns) in written, (
-            f"{target.name} gets its name before its data is on disk"
-        )
+        assert (state.st_ino, state.st_mtime_ns) in written, f"{target.name} before its data"
         assert not pending, f"{target.name} is renamed while {pending} may still be lost"
         real_replace(source, target)
         pending.add(target.resolve())
@@ -236,9 +234,7 @@ def test_what_a_power_cut_can_leave(verb, material, monkeypatch, tmp_path):
     assert names <= set(renamed)
     if verb == "prune":
         last = [name for name in renamed if name in (INDEX_NAME, "prunus.json")]
-        assert last[-2:] == [INDEX_NAME, "prunus.json"], (
-            "the index comes before the record that says finished"
-        )
+        assert last[-2:] == [INDEX_NAME, "prunus.json"], "index, then finished record"
         first = renamed.index("block-00000.safetensors")
         assert "prunus.json" in renamed[:first]
         assert renamed[first + 1] == "prunus.json"

@@ -176,9 +176,7 @@ def test_spilled_hidden_states_come_back_to_the_bit(tmp_path):
     spilled.put(0, tensors[0] * 3)
     assert torch.equal(spilled.get(0), tensors[0] * 3)
     assert torch.equal(spilled.get(1), tensors[1])
-    assert not list(tmp_path.iterdir()), (
-        "the file has no name, so that a kill leaves nothing behind"
-    )
+    assert not list(tmp_path.iterdir()), "the file has no name: a kill leaves nothing behind"
     spilled.close()
 
 
@@ -298,8 +296,6 @@ def test_block_propagation_is_the_originals_and_differs(tmp_path):
     assert {b.walk for b in block.blocks} == {"two_pass"}
     first, second = weights(tmp_path / "linear"), weights(tmp_path / "block")
     name = "model.layers.0.self_attn.q_proj.weight"
-    assert torch.equal(first[name], second[name]), (
-        "the first linear sees the same inputs either way"
-    )
+    assert torch.equal(first[name], second[name]), "the first linear sees the same inputs"
     assert any(not torch.equal(first[name], second[name]) for name in first)
     assert linear.totals["sparsity"] == block.totals["sparsity"]

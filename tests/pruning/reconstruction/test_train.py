@@ -288,9 +288,7 @@ def test_the_number_of_steps_by_logits_does_not_grow_with_the_batches():
     )
     assert by_logits(32) == ReconstructionSchedule(8, 16, 2e-3)
     assert by_logits(64) == ReconstructionSchedule(4, 16, 2e-3)
-    assert by_logits(8) == ReconstructionSchedule(8, 16, 2e-3), (
-        "an epoch sees a sixteenth of the tokens, and half of them are enough"
-    )
+    assert by_logits(8) == ReconstructionSchedule(8, 16, 2e-3), "half of all tokens are enough"
     assert by_logits(200) == by_logits(1000) == ReconstructionSchedule(1, 16, 2e-3)
     assert by_logits(32, by_token=False) == ReconstructionSchedule(3, 1, 2e-3, logit_stride=4)
 
