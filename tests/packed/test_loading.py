@@ -141,9 +141,7 @@ def test_a_head_and_the_embedding_tied_to_it_are_packed_once(folders, values):
 
 
 @pytest.mark.parametrize("values", FORMS)
-def test_a_packed_checkpoint_is_inspected_and_scored_and_not_packed_again(
-    folders, values, tmp_path
-):
+def test_packed_checkpoint_is_inspected_and_scored_and_not_packed_again(folders, values, tmp_path):
     packed, plain = folders / f"packed-{values}", folders / f"plain-{values}"
     found, expected = prunus.inspect(packed), prunus.inspect(plain)
     assert [each.zeros for each in found.linears] == [each.zeros for each in expected.linears]

@@ -27,9 +27,7 @@ EMBED = Stream.embed
 
 
 @pytest.mark.parametrize("by", ["block", "linear"])
-def test_the_budget_is_exact_and_every_linear_gets_what_the_manifest_says(
-    by, tmp_path, monkeypatch
-):
+def test_budget_is_exact_and_every_linear_gets_what_the_manifest_says(by, tmp_path, monkeypatch):
     # The search may decide for a uniform sparsity; here it takes what it found.
     monkeypatch.setattr(
         "prunus.pruning.allocation.allocate.output_errors", lambda *a: [5, 4, 3, 2, 1]

@@ -120,9 +120,7 @@ def test_quick_reconstruction_takes_a_quarter_of_the_windows_with_any_method(
     assert steps == {"quick": {3}, "all": {15}}
 
 
-def test_reconstruction_gets_two_batches_where_one_would_be_enough_for_the_drift(
-    tmp_path, monkeypatch
-):
+def test_reconstruction_gets_two_batches_where_one_would_be_enough_for_drift(tmp_path, monkeypatch):
     monkeypatch.setattr(dense_stream, "_TOKENS_PER_FEATURE", 0.01)
     dense = tiny_checkpoint(tmp_path / "dense")
     options = {"preset": "balanced", "calibration": token_ids(3, 32), "batch": 1}

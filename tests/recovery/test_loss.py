@@ -39,9 +39,7 @@ def obvious_loss(logits, ids, teacher, weight):
     taught=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_loss_and_gradient_are_those_of_the_formula(
-    windows, tokens, vocabulary, weight, taught, seed
-):
+def test_loss_and_gradient_are_those_of_formula(windows, tokens, vocabulary, weight, taught, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(windows, tokens, vocabulary, generator=generator).mul_(3).requires_grad_()
     ids = torch.randint(0, vocabulary, (windows, tokens), generator=generator)

@@ -390,9 +390,7 @@ def test_a_failure_of_the_model_is_an_error_and_the_server_goes_on(dense, monkey
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
     ],
 )
-def test_a_template_that_cannot_be_used_is_an_error_of_the_client(
-    dense, monkeypatch, template, message
-):
+def test_template_that_cannot_be_used_is_an_error_of_client(dense, monkeypatch, template, message):
     monkeypatch.setattr(dense.tokenizer, "chat_template", template)
     with pytest.raises(openai.BadRequestError, match=message):
         chat(dense)

@@ -32,8 +32,6 @@ from prunus.packed.plane_codes import (
 )
 from prunus.packed.weight import PlaneCode, QuantizedWeight
 
-__all__ = ["check", "decode_levels", "encode", "expand", "expand_rows"]
-
 _BYTES = torch.arange(256, dtype=torch.uint8).view(torch.int8).to(torch.int16)
 # The zigzag number of the top of every int8, by its bits as uint8, for each number of raw bits.
 _ZIGZAGS = [
@@ -171,12 +169,8 @@ def check(weight: QuantizedWeight) -> torch.Tensor:
             "the data of a quantised weight must be one row of bytes, "
             f"got {weight.data.dtype} {tuple(weight.data.shape)}"
         )
-    host = weight._replace(
-        data=weight.data.cpu().contiguous(),
-        classes=weight.classes.cpu().contiguous(),
-        steps=weight.steps.cpu().contiguous(),
-        scales=weight.scales.cpu().contiguous(),
-    )
+    parts = ("data", "classes", "steps", "scales")
+    host = weight._replace(**{name: getattr(weight, name).cpu().contiguous() for name in parts})
     kernels = load()
     if kernels is None:
         offsets = _scan_all(host)
