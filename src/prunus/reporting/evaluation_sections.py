@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunus.evaluation.records import FORMS, PerplexityResult
+from prunus.evaluation.records import FORMS, PerplexityResult, finite
 from prunus.reporting.quality import Point, decode_speed, quality_charts
 from prunus.runs.document import (
     Column,
@@ -81,7 +81,7 @@ def _quality(
             points.append(Point(names[model], names[model], figures))
             if score.divergence is not None:
                 reference = score.divergence
-        dense = None if reference is None else reference.reference_perplexity
+        dense = None if reference is None else finite(reference.reference_perplexity)
         charts += quality_charts(texts[0].source, points, dense, labelled=True)
     if not rows:
         rows = [{"model": names[model]} | size for model, size in sizes.items()]
