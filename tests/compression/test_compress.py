@@ -168,9 +168,8 @@ def test_the_zeros_of_a_mask_stay(dense, tmp_path):
             assert not weight_OI[~keep_OI].any(), name
     assert bits_in_file(tmp_path / "out") == pytest.approx(4.0, rel=0.005)
     totals = CompressionRecord.load(tmp_path / "out").totals
-    forced = totals["forced_zeros"]
-    assert forced == totals["weights"] // 2 < totals["zeros"], "the rate makes others"
-    assert f"{forced:,} of them" in (tmp_path / "out" / "README.md").read_text()
+    assert totals["weights"] // 2 <= totals["forced_zeros"] < totals["zeros"], "by the rate"
+    assert f"{totals['forced_zeros']:,} of them" in (tmp_path / "out" / "README.md").read_text()
 
 
 # --- what other commands say of it ---
