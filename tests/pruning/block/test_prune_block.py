@@ -134,7 +134,9 @@ class CalledTwice(nn.Module):
 @pytest.mark.parametrize("how", [{}, {"same_input": True}, {"at_the_end": True}])
 def test_a_linear_that_is_called_twice_is_refused_by_name(walk, how):
     inputs = [torch.randn(1, 3, 4) for _ in range(2)]
-    with pytest.raises(NotImplementedError, match=r"calls shared more than once.*propagate block"):
+    with pytest.raises(
+        NotImplementedError, match=r"calls shared more than once.*`propagate` block"
+    ):
         walk_through(walk, CalledTwice(**how), inputs)
 
 
