@@ -33,36 +33,24 @@ _SMALL_LAYERS, _SMALL_EXPERTS, _SMALL = 128, 64, 2**16
 
 # Which limit a field has, by its name. The first rule that fits counts; all other fields count
 # something, such as heads or labels, of which a checkpoint has no more than its longest side.
-_RULES = (
+_RULES = {
     # They choose a row or scale a value, and size nothing.
-    (
-        re.compile(r"token_ids?$|token_index$|(theta|seed|_value|clipping)$|(rope|rotary)\w*base"),
-        "",
+    "": r"token_ids?$|token_index$|(theta|seed|_value|clipping)$|(rope|rotary)\w*base",
+    "experts": r"experts?$",
+    "pixels": r"(image|crop)_size",
+    "layers": (
+        r"layers?$|depths?$|blocks?$|repeats?$|cycles$|loops$|passes$|iters$|stacks?$|stages$"
+        r"|hashes$|networks$|hidden_groups$|group_num$|codebooks$|quantizers$|nextn_predict|^pattern"
+        r"|attention_types$"
     ),
-    (re.compile(r"experts?$"), "experts"),
-    (re.compile(r"(image|crop)_size"), "pixels"),
-    (
-        re.compile(
-            r"layers?$|depths?$|blocks?$|repeats?$|cycles$|loops$|passes$|iters$|stacks?$|stages$"
-            r"|hashes$|networks$|hidden_groups$|group_num$|codebooks$|quantizers$|nextn_predict|^pattern"
-            r"|attention_types$"
-        ),
-        "layers",
+    "positions": (
+        r"position|length|context|window|seq|ctx$|max_len|_floor$|floor_scale|chunk|(^|_)max_"
     ),
-    (
-        re.compile(
-            r"position|length|context|window|seq|ctx$|max_len|_floor$|floor_scale|chunk|(^|_)max_"
-        ),
-        "positions",
+    "numbers": (
+        r"hidden|intermediate|vocab|embd|embed|inner|ffn|ff$|width|channels|size|dim|^d_|units"
+        r"|params|flops|tokens$|steps?$|samples$"
     ),
-    (
-        re.compile(
-            r"hidden|intermediate|vocab|embd|embed|inner|ffn|ff$|width|channels|size|dim|^d_|units"
-            r"|params|flops|tokens$|steps?$|samples$"
-        ),
-        "numbers",
-    ),
-)
+}
 _NUMBERED = re.compile(r"\.(\d+)(?=\.)")
 
 
@@ -209,7 +197,7 @@ def _numbers(path: Path, content: Any, name: str = "", depth: int = 0) -> Iterat
 
 
 def _check(path: Path, name: str, value: int, stored: StoredSizes) -> None:
-    kind = next((kind for rule, kind in _RULES if rule.search(name)), "counts")
+    kind = next((kind for kind, rule in _RULES.items() if re.search(rule, name)), "counts")
     if not kind:
         return
     limit = {
