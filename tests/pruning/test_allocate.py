@@ -166,7 +166,7 @@ def test_a_search_takes_the_part_that_harms_whole_models_least(tmp_path, monkeyp
         recipe = Recipe(
             calibration="token ids", samples=8, seqlen=16, dtype="float32", allocation="search"
         )
-        found = allocate(plan_run(dense, recipe, RunOptions(input_ids=ids)), ids, {})
+        found = allocate(plan_run(dense, recipe, RunOptions(input_ids=ids)), ids)
         return torch.tensor(list(found.values()))
 
     uniform, quarter, whole = (

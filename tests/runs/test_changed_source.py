@@ -48,7 +48,7 @@ def test_another_tensor_outside_the_blocks_is_refused(verb, name, master, tmp_pa
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
-@pytest.mark.parametrize("verb", ["prune with a search", "compress"])
+@pytest.mark.parametrize("verb", ["prune with a search", "compress", "shrink by a search"])
 def test_another_block_than_the_one_that_was_measured_is_refused(verb, master, tmp_path):
     dense, out = shutil.copytree(master, tmp_path / "dense"), tmp_path / "out"
     options = {"calibration": token_ids(8, 16), "batch": 1}

@@ -31,7 +31,6 @@ from prunus.pruning.job import PruningJob
 from prunus.pruning.manifest import PruningRecord
 from prunus.pruning.output import PruningOutput
 from prunus.pruning.run import PruneVerb, carry_out
-from prunus.runs.hashed_source import HashedSource
 from prunus.runs.options import RunOptions
 from prunus.runs.progress_bar import pruning_step, shows_progress
 from prunus.runs.windows import given_windows
@@ -99,7 +98,7 @@ class CompressVerb(PruneVerb):
         def measured() -> dict[str, torch.Tensor]:
             known = output.read_measurement()
             if known is None:
-                known = _as_tensors(_measure(job, ids, record.measured))
+                known = _as_tensors(_measure(job, ids))
                 record.save(output.folder)
                 output.write_measurement(known)
             return known
@@ -141,12 +140,9 @@ class Rounding:
         return packed, {"bits": bits, "log2_step": self._log2_step, "packed": entry}
 
 
-def _measure(
-    job: CompressionJob, ids: torch.Tensor, digests: dict[str, str]
-) -> dict[str, LinearSensitivity]:
-    """The sensitivity of every linear; the hashes of all blocks that were read enter `digests`."""
+def _measure(job: CompressionJob, ids: torch.Tensor) -> dict[str, LinearSensitivity]:
     windows = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
-    stream = Stream(job.skeleton, HashedSource(job.source, job.skeleton, digests), job.device)
+    stream = Stream(job.skeleton, job.hashed_source, job.device)
     with torch.no_grad(), contextlib.closing(stream):
         stream.embed([windows], None)
         options = job.linear_settings.work.options

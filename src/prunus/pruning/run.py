@@ -185,10 +185,11 @@ def _carry_out(
         output.check_finished()
         return record
 
+    job.measured = record.measured
     # The sparsity of every linear. A resumed run takes it from its record.
     if not record.allocation:
         with ranks.fail_together():
-            record.allocation = allocate(job, windows.ids, record.measured)
+            record.allocation = allocate(job, windows.ids)
         record.allocation = ranks.on_rank_0(lambda: record.allocation)
 
     output.begin(job.options.overwrite)
@@ -235,7 +236,6 @@ class PruneStep:
 
     def make(self, place: int, stored: StoredBlock) -> Made:
         started = time.perf_counter()
-        self._record.check_measured(self._job.skeleton.block_name(place), stored.digest)
         walk = self._walks[place]
         finished = self._pruner.prune(place, stored, self._job.selected[place], walk)
         record = finished.record

@@ -1,4 +1,4 @@
-"""A source that notes the hash of every block it reads, so that a resumed run can compare them."""
+"""A source that notes the hash of every block it reads, and refuses a block that was changed."""
 
 from __future__ import annotations
 
@@ -9,21 +9,49 @@ import torch
 from prunus.model.skeleton import Skeleton
 from prunus.model.source import Source, tensors_digest
 
-__all__ = ["HashedSource"]
+__all__ = ["HashedSource", "check_measured"]
+
+
+def check_measured(digests: dict[str, str], block: str, digest: str) -> None:
+    """Check that a block still has the weights that a measurement before the run read.
+
+    Args:
+        digests: Name of a block -> SHA-256 of the weights that were read.
+        block: Its name.
+        digest: SHA-256 of its weights now.
+
+    Raises:
+        FileExistsError: It was changed.
+    """
+    if digests.get(block, digest) != digest:
+        raise FileExistsError(
+            f"{block} of the source is not what it was when the run measured the model: the "
+            "checkpoint was changed since. Put it back as it was, or choose `overwrite` to start "
+            "again"
+        )
 
 
 class HashedSource:
-    """Reads blocks of another source, and notes what was read."""
+    """Reads blocks of another source, and notes or compares what it reads for the first time.
+
+    Args:
+        source: The other source.
+        skeleton: The model that it is bound to.
+        digests: Name of a block -> SHA-256 of its weights; gets an entry for each block.
+    """
 
     def __init__(self, source: Source, skeleton: Skeleton, digests: dict[str, str]) -> None:
         self._source, self._skeleton, self._digests = source, skeleton, digests
+        self._seen: set[int] = set()
 
-    def block(self, index: int, pinned: bool = False) -> dict[str, torch.Tensor]:
+    def block(self, index: int) -> dict[str, torch.Tensor]:
         """The tensors of a block, as the other source reads them."""
-        found = self._source.block(index, pinned)
-        name = self._skeleton.block_name(index)
-        if name not in self._digests:
-            self._digests[name] = tensors_digest(found)
+        found = self._source.block(index)
+        if index not in self._seen:
+            self._seen.add(index)
+            name, digest = self._skeleton.block_name(index), tensors_digest(found)
+            check_measured(self._digests, name, digest)
+            self._digests[name] = digest
         return found
 
     def __getattr__(self, name: str) -> Any:

@@ -21,6 +21,7 @@ from prunus.runs.block_memory import (
     paused_bytes,
     transient_bytes,
 )
+from prunus.runs.hashed_source import HashedSource
 from prunus.runs.options import RunOptions, WindowOptions
 from prunus.runs.record import Walk
 
@@ -45,6 +46,8 @@ class RunJob:
         needs: The statistics that are kept of the inputs of linears.
         needs_inputs: Whether calibration windows run through the model at all.
         block_memory: The memory that each block needs.
+        measured: Name of a block -> SHA-256 of the weights that a measurement before the first
+            block read. The record of the run holds the same.
     """
 
     recipe: WindowOptions
@@ -61,6 +64,7 @@ class RunJob:
     needs: Needs
     needs_inputs: bool
     block_memory: list[BlockMemory] = field(default_factory=list)
+    measured: dict[str, str] = field(default_factory=dict)
 
     @property
     def ranks(self) -> Ranks:
@@ -72,6 +76,11 @@ class RunJob:
         """The source of a run that reads a checkpoint."""
         assert isinstance(self.source, CheckpointSource)
         return self.source
+
+    @property
+    def hashed_source(self) -> HashedSource:
+        """The source for a measurement, which notes or compares the hashes of what it reads."""
+        return HashedSource(self.source, self.skeleton, self.measured)
 
     @property
     def batches(self) -> int:

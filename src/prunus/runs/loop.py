@@ -17,6 +17,7 @@ import torch
 
 from prunus.hardware.memory import HeapTrimmer, peak_memory
 from prunus.runs.blocks import StoredBlock, read_stored
+from prunus.runs.hashed_source import check_measured
 from prunus.runs.job import RunJob
 from prunus.runs.overlap import BackgroundWrites, read_ahead
 from prunus.runs.progress import Progress
@@ -110,6 +111,8 @@ def run_blocks(
     with BackgroundWrites(job.overlaps) as writes:
         blocks = read_ahead(left, lambda place: _read(job, places[place]), job.overlaps)
         for place, stored in zip(left, blocks, strict=True):
+            source_name = job.skeleton.block_name(places[place])
+            check_measured(job.measured, source_name, stored.digest)
             made = step.make(place, stored)
             if place >= finished:
                 writes.submit(lambda place=place, made=made: output.write_block(place, made))

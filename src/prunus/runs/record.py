@@ -215,19 +215,6 @@ class BlockwiseRecord(RunRecord):
         super().forget_missing(missing | (gone & self.sha256.keys()))
         return True
 
-    def check_measured(self, block: str, digest: str) -> None:
-        """Check that a block still has the weights that a measurement before the run read.
-
-        Raises:
-            FileExistsError: It was changed.
-        """
-        if self.measured.get(block, digest) != digest:
-            raise FileExistsError(
-                f"{block} of {self.source} is not what it was when the run measured the model: the "
-                "checkpoint was changed since. Put it back as it was, or choose `overwrite` to "
-                "start again"
-            )
-
 
 def _brief(value: Any) -> str:
     """A value in an error; of a hash, its beginning."""

@@ -103,7 +103,7 @@ def search_by_divergence(
 
     def search() -> tuple[list[dict[str, Any]], str | None]:
         count, reason = len(job.skeleton), None
-        stream = Stream(job.skeleton, job.source, job.device)
+        stream = Stream(job.skeleton, job.hashed_source, job.device)
         with contextlib.closing(stream):
             stream.embed([probes], None)
             first = stream.states.get(0)
@@ -214,7 +214,7 @@ def divergences(
 
 def _influence(job: StructureJob, ids: Tensor) -> dict[int, float]:
     """Position of a block -> 1 less the mean cosine between the hidden states around it."""
-    stream, influence = Stream(job.skeleton, job.source, job.device), dict[int, float]()
+    stream, influence = Stream(job.skeleton, job.hashed_source, job.device), dict[int, float]()
     with contextlib.closing(stream):
         own = own_part(job.ranks, ids.split(job.batch))
         stream.embed(own, None, on_device=job.hidden_states_stay)

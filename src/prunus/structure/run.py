@@ -116,6 +116,7 @@ def _run(
         output.check_finished()
         return record
     output.begin(job.options.overwrite)
+    job.measured = record.measured
     with torch.no_grad():
         if job.target is not None:
             kept, job.width = TargetSearch(job, windows.ids, record, output.save, folder).run()

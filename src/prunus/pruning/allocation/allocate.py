@@ -26,7 +26,6 @@ from prunus.pruning.allocation.sensitivity import (
     sensitivity_curves,
 )
 from prunus.pruning.job import PruningJob
-from prunus.runs.hashed_source import HashedSource
 
 __all__ = ["allocate"]
 
@@ -36,9 +35,7 @@ _MAX_PROBE = 0.95
 _CURVE_STEP = 0.005
 
 
-def allocate(
-    job: PruningJob, ids: torch.Tensor | None, digests: dict[str, str]
-) -> dict[str, float]:
+def allocate(job: PruningJob, ids: torch.Tensor | None) -> dict[str, float]:
     """The sparsity of every linear that is pruned: full name -> sparsity.
 
     Their mean over all weights is the recipe's sparsity. Every linear removes whole weights per
@@ -48,7 +45,6 @@ def allocate(
         job: The checked run.
         ids: Calibration windows (windows, tokens), of which a few are used. They may be None where
             nothing is measured.
-        digests: Gets the SHA-256 of every block that is read: name -> hash.
 
     Returns:
         The sparsities; empty for "uniform".
@@ -65,7 +61,7 @@ def allocate(
     by_layer = [0.0] * len(layers)
     if recipe.sparsity > 0:
         assert ids is not None, "a search needs calibration windows"
-        by_layer = _measured(job, ids, layers, weights, digests)
+        by_layer = _measured(job, ids, layers, weights)
     names = [name for layer in layers for name in _full_names(job, layer)]
     by_linear = [value for value, group in zip(by_layer, shapes, strict=True) for _ in group]
     flat_shapes = [shape for group in shapes for shape in group]
@@ -74,16 +70,11 @@ def allocate(
 
 
 def _measured(
-    job: PruningJob,
-    ids: torch.Tensor,
-    layers: list[Layer],
-    weights: list[int],
-    digests: dict[str, str],
+    job: PruningJob, ids: torch.Tensor, layers: list[Layer], weights: list[int]
 ) -> list[float]:
     """The sparsity of every layer, from a pass through the dense model."""
     sparsity = job.recipe.sparsity
-    source = HashedSource(job.source, job.skeleton, digests)
-    stream = Stream(job.skeleton, source, job.device)
+    stream = Stream(job.skeleton, job.hashed_source, job.device)
     with torch.no_grad(), contextlib.closing(stream):
         windows = ids[:PROBE_WINDOWS, :PROBE_TOKENS]
         probes = len(layers) * len(PROBE_STEPS)
