@@ -230,11 +230,10 @@ class Benchmark:
         """
         found = StructureRecord.load(Path(earlier["folder"])).search if earlier is not None else []
         given = {**describe_given(self.ids), "batch": BATCH, **options}
-        options = RunOptions(
+        how = RunOptions(
             input_ids=self.ids, report=lambda now: say(f"{folder.name} {now.done}/{now.total}")
         )
-        recipe = StructureRecipe.read(None, given)
-        record = run(self.given.model, folder, recipe, options, found)
+        record = run(self.given.model, folder, StructureRecipe.read(None, given), how, found)
         gone = record.totals["parameters_before"] - record.totals["parameters"]
         target = self.planned(self.given.sizes[0]).target
         assert target is not None
