@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 from command_line import call
 from prunus.cli import app
-from prunus.evaluation.generation import Conversation, Sampling, generate
+from prunus.evaluation.generation import Conversation, chosen_settings, generate
+from prunus.evaluation.options import WritingOptions
 from tiny import tiny_checkpoint
 from tiny_tokenizer import VOCABULARY, byte_tokenizer
 
@@ -34,8 +35,9 @@ def talker(tmp_path_factory) -> Path:
     return folder
 
 
-def write(folder: Path, *sampling: object, tokens: int = 16) -> str:
-    return "".join(generate(folder, "ab", max_new_tokens=tokens, sampling=Sampling(*sampling)))
+def write(folder: Path, temperature=None, top_p=None, seed=None) -> str:
+    options = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    return "".join(generate(folder, "ab", max_new_tokens=16, **options))
 
 
 def test_a_seed_gives_the_same_text_again_and_another_seed_another_one(talker):
@@ -52,32 +54,32 @@ def test_temperature_zero_and_a_tiny_top_p_take_the_most_likely_token(talker):
 
 def test_choices_take_the_place_of_the_checkpoints_and_the_rest_stays():
     own = GenerationConfig(do_sample=True, temperature=5.0, top_p=0.5, repetition_penalty=1.2)
-    assert Sampling(seed=3).applied_to(own) is own
-    drawn = Sampling(temperature=0.7).applied_to(own)
+    assert chosen_settings(own, WritingOptions(seed=3)) is own
+    drawn = chosen_settings(own, WritingOptions(temperature=0.7))
     assert (drawn.do_sample, drawn.temperature, drawn.top_p) == (True, 0.7, 0.5)
-    greedy = Sampling(temperature=0).applied_to(own)
+    greedy = chosen_settings(own, WritingOptions(temperature=0))
     assert not greedy.do_sample and greedy.repetition_penalty == 1.2
-    assert Sampling(top_p=0.3).applied_to(GenerationConfig()).do_sample
+    assert chosen_settings(GenerationConfig(), WritingOptions(top_p=0.3)).do_sample
 
 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"temperature": -1}, "temperature must be 0 or more, not -1"),
-        ({"temperature": float("nan")}, "temperature must be"),
-        ({"top_p": 0}, "top_p must be above 0 and at most 1, not 0"),
-        ({"top_p": 1.5}, "top_p must be"),
+        ({"temperature": -1}, r"temperature must lie in \[0, inf\)"),
+        ({"temperature": float("nan")}, "temperature must"),
+        ({"top_p": 0}, r"top_p must lie in \(0, 1\]"),
+        ({"top_p": 1.5}, "top_p must"),
         ({"temperature": 0, "top_p": 0.5}, "leave one of them out"),
         ({"seed": -1}, "seed must be from 0"),
     ],
 )
 def test_choices_out_of_range_are_refused(values, said):
     with pytest.raises(ValueError, match=said):
-        Sampling(**values)
+        WritingOptions.read(None, values)
 
 
 def test_a_conversation_keeps_its_history(talker):
-    talk = Conversation(talker, max_new_tokens=6, sampling=Sampling(temperature=0))
+    talk = Conversation(talker, max_new_tokens=6, temperature=0)
     first = "".join(talk.answer("hello"))
     assert talk.messages == [
         {"role": "user", "content": "hello"},
@@ -93,7 +95,7 @@ def test_a_conversation_keeps_its_history(talker):
 
 
 def test_a_conversation_forgets_its_first_turns_where_the_context_is_full(talker):
-    talk = Conversation(talker, max_new_tokens=30, sampling=Sampling(temperature=0))
+    talk = Conversation(talker, max_new_tokens=30, temperature=0)
     for number in range(3):
         "".join(talk.answer(f"message {number} " + "x" * 30))
     assert talk.forgotten >= 2 and len(talk.messages) == 6
@@ -123,7 +125,7 @@ def test_the_command_answers_lines_until_exit(talker, tmp_path):
 def test_the_command_wants_a_prompt_or_a_chat(talker):
     assert "give --prompt TEXT" in call("generate", talker, status=2).stderr
     result = call("generate", talker, "--prompt", "a", "--top-p", "2", status=2)
-    assert "top_p must be" in result.stderr
+    assert "must lie in (0, 1]" in result.stderr
 
 
 def test_quiet_verbs_show_their_result_alone(tmp_path):

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from prunus.cli import arguments as arg
-from prunus.cli.flags import opt
+from prunus.cli.flags import opt, with_flags
 from prunus.cli.terminal import log, print_text, user_errors, write_json
+from prunus.evaluation.options import WritingOptions
 
 __all__ = ["generate"]
 
@@ -17,16 +18,13 @@ __all__ = ["generate"]
 _END = ("/exit", "/quit")
 
 
+@with_flags(WritingOptions)
 def generate(
     model: arg.Model,
     prompt: Annotated[
         str | None,
         opt("Text to continue; with --chat, one message to answer.", "TEXT"),
     ] = None,
-    max_new_tokens: Annotated[
-        int,
-        opt("Maximum number of new tokens. Default: 128.", "N"),
-    ] = 128,
     chat: Annotated[
         bool,
         opt(
@@ -35,39 +33,18 @@ def generate(
             names=("--chat",),
         ),
     ] = False,
-    temperature: Annotated[
-        float | None,
-        opt(
-            "Draw tokens with this temperature; 0 always takes the most likely token. "
-            "Default: as the checkpoint says.",
-            "T",
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        opt(
-            "Draw only among the most likely tokens that have probability P together. "
-            "Default: as the checkpoint says.",
-            "P",
-            names=("--top-p",),
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        opt("Seed of the draws. Default: another one each time.", "N"),
-    ] = None,
+    *,
     json_file: arg.Json = None,
+    **options: Any,
 ) -> None:
     """Continue a prompt, or chat, with a dense or packed model.
 
     The text appears while the model writes it.
     """
     with user_errors(json_file):
-        from prunus.evaluation.generation import Conversation, Sampling
+        from prunus.evaluation.generation import Conversation
         from prunus.evaluation.generation import generate as generate_pieces
 
-        sampling = Sampling(temperature, top_p, seed)
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "sampling": sampling}
         if prompt is None and not chat:
             raise ValueError("give --prompt TEXT to continue, or --chat to talk with the model")
         talk: Any = Conversation(model, **options) if chat else None

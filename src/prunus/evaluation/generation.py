@@ -5,19 +5,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
 import torch
 
+from prunus.evaluation.options import WritingOptions
 from prunus.model.chat_template import apply_chat_template
 from prunus.model.checkpoint.reader import resolve_folder
 from prunus.model.loading import load_model
 from prunus.model.tokenizer import load_tokenizer
 
-__all__ = ["Conversation", "Sampling", "generate", "token_settings"]
+__all__ = ["Conversation", "chosen_settings", "generate", "token_settings"]
 
 #: Settings of a checkpoint that choose the next token or end the text.
 _SETTINGS = (
@@ -37,86 +37,29 @@ _SETTINGS = (
 )
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen, where it is not as the checkpoint says.
-
-    Attributes:
-        temperature: logits are divided by it. 0 always takes the most likely token, and None keeps
-            the checkpoint's.
-        top_p: only the most likely tokens are drawn that have this probability together, in (0, 1];
-            None keeps the checkpoint's.
-        seed: of the random numbers; None draws others each time.
-
-    Raises:
-        ValueError: a value is outside its range.
-    """
-
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if self.temperature == 0 and self.top_p is not None:
-            raise ValueError(
-                f"temperature 0 takes the most likely token, and top_p {self.top_p} draws among "
-                "several: leave one of them out"
-            )
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2^63 - 1, not {self.seed}")
-
-    def applied_to(self, settings: Any) -> Any:
-        """Return transformers' generation settings with these choices in place of theirs."""
-        from transformers import GenerationConfig
-
-        if self.temperature is None and self.top_p is None:
-            return settings
-        found = settings.to_diff_dict()
-        if self.temperature == 0:
-            drawn = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p")
-            return GenerationConfig(**{key: x for key, x in found.items() if key not in drawn})
-        chosen = {"temperature": self.temperature, "top_p": self.top_p}
-        found |= {key: value for key, value in chosen.items() if value is not None}
-        return GenerationConfig(**found | {"do_sample": True})
-
-
-def generate(
-    model: str | Path,
-    prompt: str,
-    *,
-    max_new_tokens: int = 128,
-    sampling: Sampling | None = None,
-) -> Iterator[str]:
+def generate(model: str | Path, prompt: str, **options: Any) -> Iterator[str]:
     """Yield the continuation of `prompt` piece by piece, with the model's own generation settings.
 
     Args:
         model: checkpoint folder or hub id, dense or packed.
         prompt: the text to continue.
-        max_new_tokens: the largest number of tokens to generate.
-        sampling: how tokens are chosen, in place of the checkpoint's settings.
+        **options: see `WritingOptions`.
 
     Raises:
-        ValueError: an empty prompt, or a length below 1.
+        ValueError: an empty prompt, or an option out of range.
     """
     if not prompt:
         raise ValueError("the prompt is empty; give some text")
-    writer = _Writer(model, max_new_tokens, sampling)
+    writer = _Writer(model, options)
     return writer.write(writer.tokenizer(prompt, return_tensors="pt"))
 
 
 class _Writer:
     """A model that continues token ids. Its weights are loaded when they are needed first."""
 
-    def __init__(self, model: str | Path, length: int, sampling: Sampling | None) -> None:
-        if length < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, not {length}")
-        self.length = length
+    def __init__(self, model: str | Path, options: dict[str, Any]) -> None:
+        self.options = WritingOptions.read(None, options)
         self._folder = resolve_folder(model)
-        self._sampling = sampling or Sampling()
         self.tokenizer = load_tokenizer(self._folder)
 
     @functools.cached_property
@@ -124,13 +67,13 @@ class _Writer:
         """The model with its settings for generation."""
         loaded = load_model(self._folder)
         settings = token_settings(loaded.generation_config)
-        loaded.generation_config = self._sampling.applied_to(settings)
-        if self._sampling.seed is not None:
-            torch.manual_seed(self._sampling.seed)
+        loaded.generation_config = chosen_settings(settings, self.options)
+        if self.options.seed is not None:
+            torch.manual_seed(self.options.seed)
         return loaded
 
     def write(self, inputs: Any) -> Iterator[str]:
-        return _stream(self.model, self.tokenizer, inputs, self.length)
+        return _stream(self.model, self.tokenizer, inputs, self.options.max_new_tokens)
 
 
 class Conversation:
@@ -143,13 +86,11 @@ class Conversation:
         forgotten: how many of them the model no longer reads, because its context is full.
 
     Raises:
-        ValueError: a length below 1, or a tokenizer without a chat template.
+        ValueError: an option out of range, or a tokenizer without a chat template.
     """
 
-    def __init__(
-        self, model: str | Path, *, max_new_tokens: int = 128, sampling: Sampling | None = None
-    ) -> None:
-        self._writer = _Writer(model, max_new_tokens, sampling)
+    def __init__(self, model: str | Path, **options: Any) -> None:
+        self._writer = _Writer(model, options)
         if not getattr(self._writer.tokenizer, "chat_template", None):
             raise ValueError(f"{model}: the tokenizer has no chat template; leave `chat` out")
         self.messages: list[dict[str, str]] = []
@@ -171,12 +112,13 @@ class Conversation:
         inputs = self._inputs(asked)
         config = self._writer.model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None) or math.inf
-        while (tokens := inputs["input_ids"].shape[1]) + self._writer.length > context:
+        length = self._writer.options.max_new_tokens
+        while (tokens := inputs["input_ids"].shape[1]) + length > context:
             if self.forgotten >= len(self.messages):
                 raise ValueError(
-                    f"the message has {tokens} tokens, and an answer may have "
-                    f"{self._writer.length}; the model reads {context} in all. Give a shorter "
-                    "message, or a smaller `max_new_tokens`"
+                    f"the message has {tokens} tokens, and an answer may have {length}; the model "
+                    f"reads {context} in all. Give a shorter message, or a smaller "
+                    "`max_new_tokens`"
                 )
             # A template expects a question before each answer, so both are left out.
             self.forgotten += 2
@@ -197,6 +139,21 @@ class Conversation:
                 yield piece
         finally:
             self.messages += [asked, {"role": "assistant", "content": "".join(pieces)}]
+
+
+def chosen_settings(settings: Any, options: WritingOptions) -> Any:
+    """transformers' generation settings with the user's choices in place of theirs."""
+    from transformers import GenerationConfig
+
+    chosen = {"temperature": options.temperature, "top_p": options.top_p}
+    if chosen == {"temperature": None, "top_p": None}:
+        return settings
+    found = settings.to_diff_dict()
+    if options.temperature == 0:
+        drawn = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p")
+        return GenerationConfig(**{key: x for key, x in found.items() if key not in drawn})
+    found |= {key: value for key, value in chosen.items() if value is not None}
+    return GenerationConfig(**found | {"do_sample": True})
 
 
 def token_settings(settings: Any) -> Any:

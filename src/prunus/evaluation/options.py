@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from prunus.hardware.sizes import parse_bytes
-from prunus.options import Option, Options, at_least
+from prunus.options import Option, Options, Range, at_least, between
 from prunus.options.declaration import ADVANCED
 from prunus.runs.options import BosName, RunOptions
 
@@ -19,6 +19,7 @@ __all__ = [
     "SpeedOptions",
     "TaskOptions",
     "TextOptions",
+    "WritingOptions",
 ]
 
 #: Which tokens of a window are scored. `papers`: all but the first. `llama.cpp`: those of the
@@ -184,3 +185,49 @@ class SpeedOptions(Options):
             "rotary embedding in place of torch's: their gain without that of sparsity."
         ),
     ] = False
+
+
+class WritingOptions(Options):
+    """How a model writes text, where it is not as the checkpoint says."""
+
+    FILE = "generate"
+
+    max_new_tokens: Annotated[
+        int, Option("Write at most this number of tokens.", metavar="N", within=at_least(1))
+    ] = 128
+    temperature: Annotated[
+        float | None,
+        Option(
+            "Draw tokens with this temperature; 0 always takes the most likely token.",
+            metavar="T",
+            within=between("[0, inf)"),
+            default="as the checkpoint says",
+        ),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        Option(
+            "Draw only among the most likely tokens that have this probability together.",
+            metavar="P",
+            within=between("(0, 1]"),
+            default="as the checkpoint says",
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        Option(
+            "Draw tokens by this seed.",
+            metavar="N",
+            within=Range(lambda value: 0 <= value < 2**63, "be from 0 to 2^63 - 1"),
+            default="another one each time",
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _draws_or_not(self) -> Self:
+        if self.temperature == 0 and self.top_p is not None:
+            raise ValueError(
+                f"temperature 0 takes the most likely token, and top_p {self.top_p} draws among "
+                "several: leave one of them out"
+            )
+        return self
