@@ -32,22 +32,24 @@ def evaluate(
     perplexity: Annotated[
         str | None,
         opt(
-            "Texts, separated by commas: wikitext2, c4, ptb, python-docs or files. Default: "
-            "wikitext2, if no tasks are given.",
+            "Score on these texts, separated by commas: wikitext2, c4, ptb, python-docs or files. "
+            "Default: wikitext2, if no tasks are given.",
             "TEXT,…",
         ),
     ] = None,
     tasks: Annotated[
         str | None,
         opt(
-            "Tasks of lm-eval, separated by commas. paper7 stands for boolq, rte, hellaswag, "
-            "winogrande, arc_easy, arc_challenge and openbookqa.",
+            "Score on these tasks of lm-eval, separated by commas. paper7 means boolq, rte, "
+            "hellaswag, winogrande, arc_easy, arc_challenge and openbookqa.",
             "TASK,…",
         ),
     ] = None,
     images: Annotated[
         Path | None,
-        opt("For image classifiers: a folder with one subfolder of images per class.", "DIR"),
+        opt(
+            "Score image classifiers on this folder, with one subfolder of images per class.", "DIR"
+        ),
     ] = None,
     reference: Annotated[
         str | None,

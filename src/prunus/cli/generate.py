@@ -23,7 +23,7 @@ def generate(
     model: arg.Model,
     prompt: Annotated[
         str | None,
-        opt("Text to continue; with --chat, one message to answer.", "TEXT"),
+        opt("Continue this text; with --chat, answer it as one message.", "TEXT"),
     ] = None,
     chat: Annotated[
         bool,

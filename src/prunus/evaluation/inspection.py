@@ -141,7 +141,7 @@ def inspect(
 
     Args:
         model: a checkpoint folder, a hub id, or a loaded transformers model.
-        trust_remote_code: let transformers run code that comes with the checkpoint.
+        trust_remote_code: let transformers run the code of the checkpoint.
         verify: compare every shard with the SHA-256 in its record first.
 
     Raises:

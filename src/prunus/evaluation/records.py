@@ -23,7 +23,7 @@ __all__ = [
 
 
 def finite(value: float | None) -> float | None:
-    """A value for JSON, which has neither infinity nor NaN: None stands for them."""
+    """A value for JSON, which has neither infinity nor NaN: it has None in their place."""
     return value if value is not None and math.isfinite(value) else None
 
 
