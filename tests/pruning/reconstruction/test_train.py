@@ -265,30 +265,24 @@ def test_a_bias_is_trained_at_its_linears_rate():
     assert sizes["norm"] == pytest.approx(2.0)
 
 
-def test_long_batches_make_many_small_steps():
-    assert default_schedule(1024, 576, by_token=True, batches=32) == ReconstructionSchedule(
-        7, 4, 7e-3
-    )
-    assert default_schedule(1024, 576, by_token=False, batches=32) == ReconstructionSchedule(
-        3, 1, 7e-3
-    )
-    assert default_schedule(256, 576, by_token=True, batches=32).token_stride == 1
+def test_schedules():
+    """Long batches make many small steps; by logits their number does not grow with the batches."""
+
+    def schedule(tokens=1024, width=576, by_token=True, batches=32, **options):
+        return default_schedule(tokens, width, by_token, batches, **options)
+
+    def by_logits(batches, by_token=True):
+        return schedule(by_token=by_token, batches=batches, by_logits=True)
+
+    assert schedule() == ReconstructionSchedule(7, 4, 7e-3)
+    assert schedule(by_token=False) == ReconstructionSchedule(3, 1, 7e-3)
+    assert schedule(256).token_stride == 1
     for tokens in (32, 512, 2048, 2**20):
-        schedule = default_schedule(tokens, 4 * 576, by_token=True, batches=32)
-        assert schedule.epochs >= schedule.token_stride, "the epochs see all tokens"
-        assert (
-            schedule.learning_rate
-            == default_schedule(tokens, 576, by_token=True, batches=32).learning_rate / 2
-        )
-
-
-def test_the_number_of_steps_by_logits_does_not_grow_with_the_batches():
-    by_logits = lambda batches, by_token=True: default_schedule(  # noqa: E731
-        1024, 576, by_token, batches, by_logits=True
-    )
-    assert by_logits(32) == ReconstructionSchedule(8, 16, 2e-3)
+        wide = schedule(tokens, 4 * 576)
+        assert wide.epochs >= wide.token_stride, "the epochs see all tokens"
+        assert wide.learning_rate == schedule(tokens).learning_rate / 2
+    assert by_logits(8) == by_logits(32) == ReconstructionSchedule(8, 16, 2e-3)
     assert by_logits(64) == ReconstructionSchedule(4, 16, 2e-3)
-    assert by_logits(8) == ReconstructionSchedule(8, 16, 2e-3), "half of all tokens are enough"
     assert by_logits(200) == by_logits(1000) == ReconstructionSchedule(1, 16, 2e-3)
     assert by_logits(32, by_token=False) == ReconstructionSchedule(3, 1, 2e-3, logit_stride=4)
 
