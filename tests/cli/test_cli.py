@@ -379,17 +379,6 @@ def test_a_message_of_several_lines_is_shown_on_one(dense, tmp_path, monkeypatch
 needs_sigint = pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
 
 
-@pytest.fixture
-def interruptible():
-    """Processes that a test starts end on Ctrl-C, even if this one is a background job.
-
-    A shell's background jobs ignore Ctrl-C, and so do the processes that they start.
-    """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def _interrupt_c_code():
     """Raise what torch raises when Ctrl-C arrives while it looks at an argument."""
     try:

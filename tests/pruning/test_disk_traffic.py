@@ -1,6 +1,6 @@
 """Every weight is read once and written once.
 
-Reads are counted in `Checkpoint.read` and `Checkpoint.load`, writes where files get their final
+Reads are counted in `Checkpoint.read` and `Checkpoint.views`, writes where files get their final
 names. What the system reads from the disk through its page cache is measured by
 benchmarks/larger_than_memory.py.
 """
@@ -45,7 +45,7 @@ def traffic(monkeypatch):
             written[Path(target).name] += 1
         original_replace(source, target)
 
-    for method in ("read", "load"):
+    for method in ("read", "views"):
         monkeypatch.setattr(Checkpoint, method, counting(getattr(Checkpoint, method)))
     monkeypatch.setattr(os, "replace", counting_replace)
     return read, written
